@@ -1,0 +1,32 @@
+# Everything a fresh machine needs is Python 3.11+ and make: the targets build their own environment.
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= cpu,test,demo
+BIN = $(VENV)/bin
+
+.PHONY: install test test-slow lint demo clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $@
+
+test: install
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not gpu'
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+demo: install
+	$(BIN)/pipeline demo --out demo-out
+
+clean:
+	rm -rf $(VENV) demo-out

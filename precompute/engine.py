@@ -1,0 +1,326 @@
+"""The engine: runs an exported graph over the blocks of one shard and writes what it gives. No torch here.
+
+`run_task` is everything that happens to one shard for one graph: read, decode, render, run, encode, write, mark. It
+needs nothing but its arguments, so that any process anywhere can run it; the markers in the store are the truth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from storage import codecs
+from storage.banks import bank_policy, read_views, rows_of
+from storage.errors import IdentityError, UserError
+from storage.policies import Policy
+from storage.records import Record
+from storage.shards import BLOCK, Sample, ShardIndex, build_index, read_block
+from storage.store import Attempt, Marker, Store, Task
+from storage.views import COLUMNS, INVALID, BadImage, View, decode, draw, render, renderer, signature
+
+BATCH = 16  # more is slower on a CPU and takes memory; outputs do not depend on it
+BUFFERS = 512 << 20  # bytes of targets in the making; views beyond it wait for another pass over the shard
+OPTIMISATION = "all"
+
+
+class Session:
+    """One ONNX Runtime session, and what it really runs on."""
+
+    def __init__(self, session: Any, provider: str) -> None:
+        self._session = session
+        self.settings: Record = {
+            "provider": provider, "precision": "float32", "optimisation": OPTIMISATION, "tf32": False,
+        }  # fmt: skip
+
+    def run(self, images: np.ndarray) -> list[np.ndarray]:
+        """The outputs, f32 `[n, …]` each, of uint8 images `[n, S, S, 3]`."""
+        parts = [self._session.run(None, {"images": images[i : i + BATCH]}) for i in range(0, len(images), BATCH)]
+        return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
+
+
+def open_session(graph: bytes, provider: str = "auto", threads: int | None = None) -> Session:
+    """A session on a provider: `cpu`, `cuda`, or `auto` for CUDA where it works and else the CPU.
+
+    Raises:
+        UserError: onnxruntime is not installed, the graph is not one, or CUDA was asked for and cannot be had.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise UserError("onnxruntime is not installed: pip install 'teacher-store[cpu]' (or [gpu])") from None
+    onnxruntime.set_default_logger_severity(3)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    names = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+    cuda = (names["cuda"], {"use_tf32": "0"})
+    have_cuda = names["cuda"] in onnxruntime.get_available_providers()
+    if provider == "cuda" and not have_cuda:
+        raise UserError("--provider cuda: this onnxruntime has no CUDA; pip install 'teacher-store[gpu]', or use auto")
+    wanted: list[Any] = [cuda] if have_cuda and provider in ("cuda", "auto") else []
+    try:
+        session = onnxruntime.InferenceSession(graph, options, providers=[*wanted, names["cpu"]])
+    except Exception as error:  # onnxruntime's exceptions have no common type
+        raise UserError(f"the teacher's graph cannot be run: {str(error).splitlines()[0]}") from None
+    used = "cuda" if session.get_providers()[0] == names["cuda"] else "cpu"
+    if provider == "cuda" and used != "cuda":
+        raise UserError("--provider cuda: onnxruntime fell back to the CPU; look at its CUDA libraries, or use auto")
+    return Session(session, used)
+
+
+@dataclass(frozen=True)
+class Output:
+    """A target that a graph's output makes."""
+
+    target: str
+    position: int  # among the graph's outputs
+    codec: str
+    maps: int
+    shape: tuple[int, ...]  # of one sample
+    axes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, manifest: Record) -> Output:
+        """From a target's manifest."""
+        return cls(
+            manifest["id"], manifest["output"], manifest["identity"]["codec"], manifest["maps"],
+            tuple(manifest["sample_shape"]), tuple(manifest["axes"]),
+        )  # fmt: skip
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes that one sample takes at rest."""
+        arrays = codecs.layout(self.codec, self.shape, self.maps).values()
+        return sum(int(np.dtype(kind).itemsize * np.prod(shape)) for kind, shape in arrays)
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard and one graph, with all targets of it that are wanted: plain data."""
+
+    store: Store
+    url: str
+    bank: str
+    teacher: str
+    graph: str
+    outputs: tuple[Output, ...]
+    views: int
+    bad_images: Literal["fail", "skip"] = "fail"
+
+
+@dataclass
+class Outcome:
+    """What became of a task."""
+
+    shard: str
+    samples: int
+    written: int = 0  # (target, view) pairs
+    invalid: tuple[str, ...] = ()
+
+
+def known_index(store: Store, url: str) -> ShardIndex:
+    """The index of a shard; made, and kept in the store, when this is the first to read it."""
+    index = store.recognise(url, store.shard_ids())
+    if index is None:
+        index = build_index(url)
+        store.add_index(index)
+    return index
+
+
+def missing(task: ShardTask, index: ShardIndex) -> dict[int, list[Output]]:
+    """View -> outputs of a task that have no marker yet. A damaged marker counts as none."""
+    done = task.store.done()
+    wanted: dict[int, list[Output]] = {}
+    for view in range(task.views):
+        for output in task.outputs:
+            marker = Task("target", output.target, index.id, view)
+            if marker not in done or task.store.find(marker) is None:
+                wanted.setdefault(view, []).append(output)
+    return wanted
+
+
+def run_task(task: ShardTask, session: Session, say: Callable[[int], None] = lambda samples: None) -> Outcome:
+    """Make all missing targets of one shard.
+
+    Args:
+        task: what is wanted.
+        session: of the task's graph.
+        say: called with the number of view images done since the last call.
+
+    Raises:
+        UserError: an image that cannot be rendered (unless they are skipped), a teacher's output that is not finite.
+        IdentityError: the shard, or the pixels of views that a bank has already, are not what they were.
+    """
+    index = known_index(task.store, task.url)
+    outcome = Outcome(index.id, len(index))
+    wanted = missing(task, index)
+    a_view = max(1, sum(max(output.sample_bytes * BLOCK, 16 << 20) for output in task.outputs))
+    views = sorted(wanted)
+    step = max(1, BUFFERS // a_view)
+    for start in range(0, len(views), step):
+        some = {view: wanted[view] for view in views[start : start + step]}
+        outcome.invalid = _Pass(task, index, some, session, say).run()
+        outcome.written += sum(map(len, some.values()))
+    return outcome
+
+
+class _Pass:
+    """One reading of a shard that makes several views."""
+
+    def __init__(
+        self,
+        task: ShardTask,
+        index: ShardIndex,
+        wanted: dict[int, list[Output]],
+        session: Session,
+        say: Callable[[int], None],
+    ) -> None:
+        self.task, self.index, self.wanted, self.session, self.say = task, index, wanted, session, say
+        self.policy: Policy = bank_policy(task.store, task.bank)
+        self.made_with: Record = task.store.banks()[task.bank]["renderer"]
+        self.known: dict[int, Marker] = {}
+        self.fresh: dict[int, Attempt] = {}
+        self.attempts: dict[tuple[int, str], Attempt] = {}
+        self.invalid: set[int] = set()
+
+    def run(self) -> tuple[str, ...]:
+        """Read, render, run, write and mark; the keys of samples that are marked invalid."""
+        try:
+            self._open()
+            for number in range(self.index.blocks):
+                self._block(number)
+            self._mark()
+        except BaseException:
+            for attempt in (*self.fresh.values(), *self.attempts.values()):
+                attempt.abandon()
+            raise
+        return tuple(self.index.keys[i] for i in sorted(self.invalid))
+
+    def _open(self) -> None:
+        store, shard = self.task.store, self.index.id
+        done = store.done()
+        for view, outputs in self.wanted.items():
+            bank = Task("bank", self.task.bank, shard, view)
+            marker = store.find(bank) if bank in done else None
+            if marker:
+                self.known[view] = marker
+            else:
+                attempt = Attempt(store, bank, len(self.index))
+                attempt.array("parameters", (len(COLUMNS),), "float64", ["column"])
+                attempt.array("signatures", (1,), "uint32", ["column"])
+                self.fresh[view] = attempt
+            for output in outputs:
+                attempt = Attempt(store, Task("target", output.target, shard, view), len(self.index))
+                for name, (dtype, shape) in codecs.layout(output.codec, output.shape, output.maps).items():
+                    axes = output.axes if name == "data" else (*output.axes[: len(shape) - 1], "scale_offset")
+                    attempt.array(name, shape, dtype, axes)
+                self.attempts[view, output.target] = attempt
+
+    def _block(self, number: int) -> None:
+        block = self.index.block(number)
+        samples = read_block(self.task.url, self.index, number)
+        images = [self._decode(i, sample) for i, sample in zip(block, samples, strict=True)]
+        for view, outputs in self.wanted.items():
+            pixels = self._render(view, block, samples, images)
+            values = self.session.run(pixels)
+            for output in outputs:
+                self._write(view, output, values[output.position], samples)
+            self.say(len(block))
+
+    def _decode(self, i: int, sample: Sample) -> Image.Image | None:
+        try:
+            return decode(sample.image)
+        except BadImage as error:
+            if self.task.bad_images == "fail":
+                raise UserError(
+                    f"{self.task.url}: key {sample.key!r}: {error}\n  Mend or remove the image, or leave such images "
+                    "out of training: --bad-images skip"
+                ) from None
+            self.invalid.add(i)
+            return None
+
+    def _render(self, view: int, block: range, samples: list[Sample], images: list[Image.Image | None]) -> np.ndarray:
+        """The block's images of one view, uint8 [n, S, S, 3]; black where an image is invalid."""
+        side = self.policy.size
+        pixels = np.zeros((len(block), side, side, 3), np.uint8)
+        if view in self.known:
+            there = read_views(self.known[view], block.start, block.stop)
+            for i, (sample, image) in enumerate(zip(samples, images, strict=True)):
+                if there.view(i).valid != (image is not None):
+                    said = ("invalid", "valid")
+                    raise IdentityError(
+                        f"{self.task.url}, key {sample.key}, view {view}", "image",
+                        said[there.view(i).valid], said[image is not None],
+                    )  # fmt: skip
+                if image is not None:
+                    where = f"{self.task.url}, view {view}"
+                    pixels[i] = there.replay(i, sample, image, side, where, self.made_with)
+            return pixels
+        views: list[View] = []
+        signatures = np.zeros((len(block), 1), np.uint32)
+        for i, (sample, image) in enumerate(zip(samples, images, strict=True)):
+            if image is None:
+                views.append(INVALID)
+                continue
+            views.append(draw(self.policy, sample.key, view, image.size))
+            pixels[i] = render(image, views[-1], side)
+            signatures[i] = signature(pixels[i])
+        self.fresh[view].arrays["parameters"].append(rows_of(views))
+        self.fresh[view].arrays["signatures"].append(signatures)
+        return pixels
+
+    def _write(self, view: int, output: Output, values: np.ndarray, samples: list[Sample]) -> None:
+        bad = ~np.isfinite(values).reshape(len(values), -1).all(1)
+        if bad.any():
+            key = samples[int(np.argmax(bad))].key
+            raise UserError(
+                f"{self.task.url}: key {key!r}, view {view}: the teacher {self.task.teacher!r} gives values that are "
+                f"not finite in {output.target}; nothing of this shard was kept"
+            )
+        for name, array in codecs.encode(output.codec, values, output.maps).items():
+            writer = self.attempts[view, output.target].arrays[name]
+            writer.append(array)
+
+    def _mark(self) -> None:
+        """The bank's marker first: a target's marker names its digest."""
+        import onnxruntime
+
+        summary = dataclasses.asdict(self.index.summary)
+        for view, attempt in self.fresh.items():
+            mine = attempt.commit({"summary": summary, "invalid": sorted(self.invalid)})
+            if mine.content["attempt"] != attempt.name:
+                self._agree(view, attempt, mine)
+            self.known[view] = mine
+        made = {"onnxruntime": onnxruntime.__version__, **self.session.settings, "renderer": renderer()}
+        for (view, _), attempt in self.attempts.items():
+            attempt.commit({"bank_marker": self.known[view].digest, "made": made})
+
+    def _agree(self, view: int, attempt: Attempt, other: Marker) -> None:
+        """Somebody else drew this view at the same time: it must be the same view."""
+        mine = [entry["checksums"] for entry in attempt.entries.values()]
+        theirs = [other.content["arrays"][name]["checksums"] for name in attempt.entries]
+        if mine != theirs:
+            raise IdentityError(
+                f"{self.task.url}, view {view}", "checksums of the bank's parameters and signatures", theirs, mine,
+                "Another run drew other views of this shard at the same time; run precompute again.",
+            )  # fmt: skip
+
+
+def one_view(store: Store, url: str, index: ShardIndex, policy: Policy) -> np.ndarray:
+    """The first block's images in view 0, uint8 [n, S, S, 3], n >= 2: what an exported graph is checked on."""
+    pixels = []
+    for sample in read_block(url, index, 0):
+        try:
+            image = decode(sample.image)
+        except BadImage:
+            continue
+        pixels.append(render(image, draw(policy, sample.key, 0, image.size), policy.size))
+    if not pixels:
+        raise UserError(f"{url}: none of the first {BLOCK} images can be decoded")
+    return np.stack(pixels if len(pixels) > 1 else pixels * 2)[:BATCH]

@@ -1,0 +1,132 @@
+"""Export: a teacher with its taps as one ONNX graph, checked on real images before anything is stored."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from precompute.engine import Session, open_session
+from precompute.taps import ATTENTION, TAPS, Tap, TappedTeacher, check_attention
+from precompute.teachers import Teacher, load
+from storage.errors import UserError
+from storage.records import Record
+
+PARITY = 1e-3  # largest difference of an output ÷ its largest value; 2e-5 is usual on a CPU without TF32
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A graph and what is known of its outputs, which are called after the taps' positions: `tap0`, `tap1`, …"""
+
+    graph: bytes
+    taps: tuple[Tap, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    details: tuple[Record, ...]
+    parity: tuple[float, ...]
+    attention_error: float | None
+
+
+def live_teacher(teacher: Teacher, taps: Sequence[Tap], view_size: int) -> TappedTeacher:
+    """The PyTorch teacher with its taps: what the graph is made of and checked against."""
+    model = load(teacher)
+    module = TappedTeacher(model, taps, view_size, teacher.input_size, teacher.mean, teacher.std)
+    return module.eval()
+
+
+def export(
+    teacher: Teacher, taps: Sequence[Tap], view_size: int, images: np.ndarray, provider: str = "cpu"
+) -> Exported:
+    """Export the taps of a teacher and check the graph on real view images.
+
+    Args:
+        teacher: which one.
+        taps: what the graph gives, in order.
+        view_size: S.
+        images: uint8 `[n, S, S, 3]`, n >= 2.
+        provider: where the graph is checked, as in `open_session`.
+
+    Raises:
+        UserError: the tapped q and k are not the attention that the network uses, or the graph's outputs differ from
+            PyTorch's; with figures.
+    """
+    import torch
+
+    module = live_teacher(teacher, taps, view_size)
+    views = torch.from_numpy(np.ascontiguousarray(images))
+    attention_error = None
+    if any(tap.name in ATTENTION for tap in taps):
+        with torch.no_grad():
+            attention_error = check_attention(module.model, module.prepare(views))
+    with torch.no_grad():
+        expected = [output.numpy() for output in module(views)]
+    graph = _graph(module, views[:2])
+    session = open_session(graph, provider)
+    parity = tuple(_compare(session, images, expected, taps, teacher))
+    return Exported(
+        graph, tuple(taps), tuple(output.shape[1:] for output in expected),
+        tuple(_detail(module, tap) for tap in taps), parity, attention_error,
+    )  # fmt: skip
+
+
+def _graph(module: TappedTeacher, views: object) -> bytes:
+    """The ONNX file's bytes, without the source paths that the exporter leaves in them."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module,
+            (views,),
+            dynamo=True,
+            verbose=False,
+            input_names=["images"],
+            output_names=[f"tap{i}" for i in range(len(module.taps))],
+            dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1, max=65536)}},
+        )
+    assert program is not None
+    model = program.model_proto
+    model.doc_string = ""
+    del model.metadata_props[:]
+    for part in (model.graph, *model.functions):
+        part.doc_string = ""
+        del part.metadata_props[:]
+        del part.value_info[:]
+        for node in part.node:
+            node.doc_string = ""
+            del node.metadata_props[:]
+    for value in (*model.graph.input, *model.graph.output, *model.graph.initializer):
+        value.doc_string = ""
+        del value.metadata_props[:]
+    return model.SerializeToString(deterministic=True)
+
+
+def _compare(
+    session: Session, images: np.ndarray, expected: list[np.ndarray], taps: Sequence[Tap], teacher: Teacher
+) -> list[float]:
+    errors = []
+    for tap, mine, theirs in zip(taps, session.run(images), expected, strict=True):
+        if mine.shape != theirs.shape:
+            raise UserError(f"{teacher.name}: {tap.name}: the graph gives {mine.shape}, PyTorch {theirs.shape}")
+        errors.append(float(np.abs(mine - theirs).max() / max(np.abs(theirs).max(), 1e-12)))
+        if not errors[-1] <= PARITY:
+            raise UserError(
+                f"{teacher.name}: {tap.name}: the exported graph differs from PyTorch by {errors[-1]:.2g} of the "
+                f"largest value (allowed: {PARITY:g}); nothing was stored"
+            )
+    return errors
+
+
+def _detail(module: TappedTeacher, tap: Tap) -> Record:
+    """What a target's manifest says beyond its shape: which stage each channel comes from, where each map is read."""
+    detail: Record = {"axes": list(TAPS[tap.name][0])}
+    if tap.name == "activations":
+        chosen = tap.layers or range(1, len(module.stages) + 1)
+        named = [module.stages[n - 1] for n in chosen]
+        detail["stages"] = [
+            {"stage": n, "tap": name, "channels": int(getattr(norm, "num_features", None) or norm.num_channels)}  # type: ignore[arg-type]
+            for n, (name, norm) in zip(chosen, named, strict=True)
+        ]
+    return detail

@@ -1,0 +1,248 @@
+"""Targets: from what people ask for (`class_row,layers=last,codec=f16`) to targets recorded in a store.
+
+A graph is exported once for a teacher and the taps that were asked for together; from then on it is loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from precompute.engine import Output
+from precompute.teachers import Teacher, describe, load
+from storage import codecs, records
+from storage.errors import IdentityError, UserError, nearest
+from storage.policies import Policy
+from storage.records import Record
+from storage.store import Store
+
+# tap -> its codec where none is asked for
+_CODECS = {"activations": "u8", "logits": "f32"}
+_ONLY_ACTIVATIONS = {"grid"}
+
+
+@dataclass(frozen=True)
+class Wish:
+    """One `--target`: a tap, with layers as they were written, a grid and a codec."""
+
+    tap: str
+    layers: str | None = None
+    grid: int | None = None
+    codec: str | None = None
+
+
+def parse(text: str) -> list[Wish]:
+    """The wishes in `TAP[,TAP…][,layers=last|1:4+8][,grid=G][,codec=C]`, one for each tap.
+
+    Raises:
+        UserError: an unknown tap, option or codec, with the nearest known one.
+    """
+    from precompute.taps import TAPS, check_tap
+
+    parts = [part.strip() for part in text.split(",")]
+    taps = [check_tap(part) for part in parts if "=" not in part]
+    options = dict(part.split("=", 1) for part in parts if "=" in part)
+    for option in options:
+        if option not in ("layers", "grid", "codec"):
+            raise UserError(
+                f"--target {text}: no option is called {option!r}. {nearest(option, ('layers', 'grid', 'codec'))}"
+            )
+    if not taps:
+        raise UserError(f"--target {text}: names no tap. {nearest('', TAPS)}")
+    grid = None
+    if "grid" in options:
+        if not re.fullmatch(r"[1-9]\d{0,2}", options["grid"]):
+            raise UserError(f"--target {text}: grid={options['grid']}: expected a number of patches a side, 1 to 999")
+        grid = int(options["grid"])
+        if any(tap != "activations" for tap in taps):
+            raise UserError(f"--target {text}: only activations are resized to a grid")
+    if "layers" in options and not all(TAPS[tap][2] for tap in taps):
+        raise UserError(f"--target {text}: {', '.join(t for t in taps if not TAPS[t][2])} has no layers to choose")
+    codec = codecs.check(options["codec"]) if "codec" in options else None
+    return [Wish(tap, options.get("layers"), grid, codec) for tap in taps]
+
+
+def layer_numbers(text: str | None, count: int, what: str) -> tuple[int, ...]:
+    """The layers that `last`, `3`, `1:4` or `1:4+8` names, from 1, ends included; all without a text.
+
+    Raises:
+        UserError: not such a text, or a layer that is not there.
+    """
+    if text is None:
+        return tuple(range(1, count + 1))
+    numbers: list[int] = []
+    for part in text.split("+"):
+        match = re.fullmatch(r"(\d+)(?::(\d+))?", part)
+        if part == "last":
+            numbers.append(count)
+        elif match:
+            numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
+        else:
+            raise UserError(f"layers={text}: expected last, a number, a range 1:4, or several joined by +")
+    if not numbers or len(set(numbers)) < len(numbers) or not all(1 <= n <= count for n in numbers):
+        raise UserError(f"layers={text}: {what} has layers 1 to {count}, each named once")
+    return tuple(numbers)
+
+
+def record_teacher(store: Store, teacher: Teacher) -> Record:
+    """The teacher's manifest; it is loaded and described the first time.
+
+    Raises:
+        IdentityError: the store knows another teacher under this name.
+    """
+    if teacher.name in store.objects.names("teachers"):
+        return store.add_teacher(teacher.name, teacher.identity, {})
+    return store.add_teacher(teacher.name, teacher.identity, describe(teacher, load(teacher)))
+
+
+def defaults(manifest: Record, policy: Policy) -> list[Wish]:
+    """What a teacher is asked for when nothing is said: activations of a CNN, class rows and token of a ViT."""
+    if manifest["network"] == "cnn":
+        return [Wish("activations", grid=max(1, policy.size // 16))]
+    if manifest["network"] == "vit" and "class" in manifest["prefix"]:
+        return [Wish("class_row"), Wish("class_token")]
+    raise UserError(f"teacher {manifest['id']}: nothing is taken from such a network by default; say --target TAP")
+
+
+def record_targets(
+    store: Store,
+    teacher: Teacher,
+    manifest: Record,
+    wishes: Sequence[Wish],
+    policy: Policy,
+    images: Callable[[], np.ndarray],
+    provider: str,
+    say: Callable[[str], None],
+) -> dict[str, tuple[Output, ...]]:
+    """Graph digest -> outputs, for all wishes; targets that the store does not know are exported, in one graph.
+
+    Args:
+        store: where they are recorded.
+        teacher: of the targets.
+        manifest: of the teacher.
+        wishes: what is asked for.
+        policy: of the bank.
+        images: gives uint8 view images `[n, S, S, 3]` for the checks of a new graph.
+        provider: where a new graph is checked.
+        say: called with lines for people.
+    """
+    identities = [_identity(teacher, manifest, wish, policy) for wish in wishes]
+    ids = [_id(teacher, identity) for identity in identities]
+    known = store.targets()
+    fresh = {id: identity for id, identity in zip(ids, identities, strict=True) if id not in known}
+    if fresh:
+        _export(store, teacher, fresh, policy, images, provider, say)
+        known = store.targets()
+    by_graph: dict[str, tuple[Output, ...]] = {}
+    for id in dict.fromkeys(ids):
+        output = Output.of(known[id])
+        by_graph[known[id]["graph"]] = (*by_graph.get(known[id]["graph"], ()), output)
+    return by_graph
+
+
+def _identity(teacher: Teacher, manifest: Record, wish: Wish, policy: Policy) -> Record:
+    from precompute.taps import TAPS
+
+    layers = None
+    if TAPS[wish.tap][2]:
+        if not manifest["layers"]:
+            raise UserError(f"teacher {manifest['id']} is neither a CNN with stages nor a plain ViT: no {wish.tap}")
+        needs = "cnn" if wish.tap == "activations" else "vit"
+        if manifest["network"] != needs:
+            raise UserError(f"teacher {manifest['id']} is a {manifest['network']}, {wish.tap} needs a {needs}")
+        layers = list(layer_numbers(wish.layers, manifest["layers"], manifest["id"]))
+    grid = wish.grid
+    if wish.tap == "activations" and grid is None:
+        grid = max(1, policy.size // 16)
+    codec = wish.codec or _CODECS.get(wish.tap, "f16")
+    return {"teacher": teacher.id, "bank": policy.bank, "tap": wish.tap, "layers": layers, "grid": grid, "codec": codec}
+
+
+def _id(teacher: Teacher, identity: Record) -> str:
+    """`{teacher}-{tap}[-g{grid}]-{codec}-{hash8}`."""
+    grid = f"-g{identity['grid']}" if identity["grid"] else ""
+    return f"{teacher.name}-{identity['tap']}{grid}-{identity['codec']}-{records.digest_of(identity)[:8]}"
+
+
+def _export(
+    store: Store,
+    teacher: Teacher,
+    fresh: dict[str, Record],
+    policy: Policy,
+    images: Callable[[], np.ndarray],
+    provider: str,
+    say: Callable[[str], None],
+) -> None:
+    from precompute.export import export
+    from precompute.taps import TAPS, Tap
+
+    taps = {
+        id: Tap(identity["tap"], tuple(identity["layers"]) if identity["layers"] else None, identity["grid"])
+        for id, identity in fresh.items()
+    }
+    distinct = list(dict.fromkeys(taps.values()))
+    say(f"exporting {teacher.name} ({teacher.model}) with {', '.join(tap.name for tap in distinct)}")
+    exported = export(teacher, distinct, policy.size, images(), provider)
+    graph = store.add_graph(teacher.name, exported.graph)
+    for tap, parity in zip(distinct, exported.parity, strict=True):
+        say(f"  graph against PyTorch, {tap.name}: largest difference {parity:.1e} of the largest value")
+    if exported.attention_error is not None:
+        say(f"  attention from the tapped q and k against the network's: {exported.attention_error:.1e}")
+    for id, identity in fresh.items():
+        position = distinct.index(taps[id])
+        about = {
+            "teacher": teacher.name,
+            "graph": graph,
+            "output": position,
+            "sample_shape": list(exported.shapes[position]),
+            "maps": TAPS[identity["tap"]][1],
+            "parity": exported.parity[position],
+            "attention_error": exported.attention_error,
+            **exported.details[position],
+        }
+        store.add_target(id, identity, about)
+
+
+def choose_policy(store: Store, wanted: Policy, given: set[str], shards: Sequence[str], new_bank: bool) -> Policy:
+    """The policy of this run: what is not given comes from the bank that the shards have already.
+
+    Args:
+        store: with its banks.
+        wanted: policy, size and seed, given or by default.
+        given: which of `line`, `size` and `seed` were given.
+        shards: ids of the shards that the store knows.
+        new_bank: another bank beside the one that is there is wanted.
+
+    Raises:
+        IdentityError: the shards have views of another policy, size or seed, and no new bank was asked for.
+    """
+    from storage.banks import policy_of
+
+    done = store.done()
+    there = sorted({task.id for task in done if task.kind == "bank" and task.shard in shards})
+    if not there or wanted.bank in there or new_bank:
+        return wanted
+    manifests = store.banks()
+    found: list[tuple[str, object, object]] = []
+    for id in there:
+        policy = policy_of(manifests[id])
+        differs = [
+            (field, getattr(policy, field), getattr(wanted, field))
+            for field in ("line", "size", "seed")
+            if field in given
+            and getattr(policy, field) != getattr(wanted, field)
+            and (field != "seed" or policy.random)
+        ]
+        if not differs:
+            return policy
+        found = found or differs
+    names = {"line": "view policy", "size": "view size", "seed": "seed"}
+    field, expected, mine = found[0]
+    raise IdentityError(
+        f"{store.url}: bank {there[0]}", names[field], expected, mine,
+        "All targets of a training run share one bank. Leave the flag out to use the bank that is there, or make "
+        "another one beside it: --new-bank",
+    )  # fmt: skip

@@ -1,0 +1,257 @@
+"""Teachers: a network with its weights, arguments, input size, mean/std and classes. No torch until one is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from storage import records
+from storage.errors import UserError, nearest
+from storage.records import Record
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+# short name -> (timm name with its tag, input size that the papers use)
+SHORT: dict[str, tuple[str, int]] = {
+    "effnet_b0": ("efficientnet_b0.ra_in1k", 224),
+    "effnet_b3": ("efficientnet_b3.ra2_in1k", 224),
+    "resnet34": ("resnet34.a1_in1k", 224),
+    "resnet50": ("resnet50.a1_in1k", 224),
+    "mobilenetv2": ("mobilenetv2_100.ra_in1k", 224),
+    "regnety_160": ("regnety_160.deit_in1k", 224),
+    "deit_s": ("deit_small_patch16_224.fb_in1k", 224),
+    "deit_b": ("deit_base_patch16_224.fb_in1k", 224),
+    "vit_tiny": ("vit_tiny_patch16_224.augreg_in21k_ft_in1k", 224),
+    "vit_s": ("vit_small_patch16_224.augreg_in21k_ft_in1k", 224),
+    "vit_b": ("vit_base_patch16_224.augreg_in21k_ft_in1k", 224),
+    "vit_l": ("vit_large_patch16_224.augreg_in21k_ft_in1k", 224),
+    "mae_vit_b": ("vit_base_patch16_224.mae", 224),
+    "mae_vit_l": ("vit_large_patch16_224.mae", 224),
+    "dino_vit_s8": ("vit_small_patch8_224.dino", 224),
+    "dino_vit_s16": ("vit_small_patch16_224.dino", 224),
+}
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What names one network exactly.
+
+    Attributes:
+        name: what the store calls it.
+        model: timm's name.
+        arguments: of `timm.create_model`.
+        weights: a file, or None for timm's hub.
+        digest: sha256 of the weights file; of the tag for timm's hub.
+        input_size: side of the square input.
+        mean: of the input, per channel.
+        std: of the input, per channel.
+    """
+
+    name: str
+    model: str
+    arguments: dict[str, Any] = field(hash=False)
+    weights: str | None
+    digest: str
+    input_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    classes: tuple[str, ...] | None = None
+
+    @property
+    def identity(self) -> Record:
+        """What makes two teachers the same teacher."""
+        return {
+            "model": self.model,
+            "arguments": self.arguments,
+            "weights sha256": self.digest,
+            "input size": self.input_size,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+    @property
+    def id(self) -> str:
+        """Digest of the identity; part of every target's id."""
+        return records.digest_of(self.identity)
+
+
+def find(
+    name: str,
+    *,
+    weights: str | None = None,
+    arguments: dict[str, Any] | None = None,
+    input_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    called: str | None = None,
+) -> Teacher:
+    """The teacher of a short name or any timm name; what is not given comes from timm's record of the weights.
+
+    Raises:
+        UserError: an unknown name, a weights file that is not there, a size or mean/std that makes no sense.
+    """
+    model, size = SHORT.get(name, (name, None))
+    given_all = name in SHORT and mean is not None and std is not None
+    if not given_all:
+        config = _pretrained_config(model, name)
+        size = size or config["size"]
+        mean, std = mean or config["mean"], std or config["std"]
+    assert mean is not None and std is not None
+    called = called or re.sub(r"[^A-Za-z0-9_-]", "_", name)[:40]
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", called):
+        raise UserError(f"--as {called!r}: a teacher's name has 1 to 40 letters, digits, - and _")
+    if weights is not None:
+        digest, classes = _digest_of_file(weights), _classes_in(weights)
+    else:
+        digest, classes = hashlib.sha256(f"timm hub: {model}".encode()).hexdigest(), None
+    if input_size is not None and not 8 <= input_size <= 4096:
+        raise UserError(f"--input-size {input_size}: expected 8 to 4096")
+    return Teacher(
+        called, model, arguments or {}, weights, digest, int(input_size or size or 224),
+        _three(mean, "mean"), _three(std, "std"), classes,
+    )  # fmt: skip
+
+
+def _three(values: Sequence[float], what: str) -> tuple[float, float, float]:
+    several = tuple(float(v) for v in values) * (3 if len(values) == 1 else 1)
+    if len(several) != 3 or (what == "std" and min(several) <= 0):
+        raise UserError(f"--{what}: expected one number or three, separated by commas{' (above 0)' * (what == 'std')}")
+    return several
+
+
+def _pretrained_config(model: str, name: str) -> dict[str, Any]:
+    from precompute.taps import timm
+
+    if not timm.is_model(model):
+        known = [*SHORT, *timm.list_models()]
+        raise UserError(f"no teacher is called {name!r}. {nearest(name, known)} `timm.list_models()` has all names.")
+    config = timm.get_pretrained_cfg(model)
+    if config is None:
+        return {"size": None, "mean": (0.5,), "std": (0.5,)}
+    return {"size": config.input_size[-1], "mean": config.mean, "std": config.std}
+
+
+def _digest_of_file(path: str) -> str:
+    try:
+        with Path(path).expanduser().open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"--weights {path}: cannot be read: {error.strerror or error}") from None
+
+
+def _classes_in(path: str) -> tuple[str, ...] | None:
+    """The class names that a safetensors file written by `pipeline train` carries."""
+    if not path.endswith(".safetensors"):
+        return None
+    try:
+        with Path(path).expanduser().open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(length, 100 << 20)))
+        found = json.loads(header.get("__metadata__", {}).get("classes", "null"))
+    except (ValueError, struct.error, AttributeError):
+        return None
+    return tuple(found) if found else None
+
+
+def load(teacher: Teacher) -> nn.Module:
+    """The network with its weights, f32, in eval mode.
+
+    Raises:
+        UserError: arguments that the model does not take, weights that do not fit it or are not weights.
+    """
+    from precompute.taps import timm
+
+    arguments = dict(teacher.arguments)
+    if _takes_image_size(teacher.model):
+        arguments.setdefault("img_size", teacher.input_size)
+    try:
+        model: nn.Module = timm.create_model(teacher.model, pretrained=teacher.weights is None, **arguments)
+    except Exception as error:  # timm and the hub raise many kinds
+        what = "its weights cannot be had from timm's hub" if teacher.weights is None else "cannot be made"
+        raise UserError(
+            f"teacher {teacher.model} {arguments or ''}: {what}: {str(error).splitlines()[0]}"
+            + ("\n  Give a file: --weights F" if teacher.weights is None else "")
+        ) from None
+    if teacher.weights is not None:
+        load_weights(model, teacher.weights)
+    return model.eval().float().requires_grad_(False)
+
+
+def _takes_image_size(model: str) -> bool:
+    return model.startswith(("vit_", "deit_", "deit3_", "beit", "eva", "flexivit"))
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Load a safetensors or `.pth` file, strictly; position embeddings of another grid are resampled as timm does.
+
+    Raises:
+        UserError: not weights, a pickle that holds more than tensors, names or shapes that do not fit.
+    """
+    state = read_weights(path)
+    resample = getattr(type(model), "__module__", "") == "timm.models.vision_transformer"
+    if resample and "pos_embed" in state:
+        from timm.models.vision_transformer import checkpoint_filter_fn
+
+        state = checkpoint_filter_fn(state, model)
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:4]]
+        raise UserError(f"{path}: does not fit {type(model).__name__}: " + "; ".join(lines)) from None
+
+
+def read_weights(path: str) -> dict[str, Tensor]:
+    """Name -> tensor f32 of a safetensors file, or of a `.pth` read with `weights_only=True`. Raises UserError."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.endswith(".safetensors"):
+            state = load_file(Path(path).expanduser())
+        else:
+            state = torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True)
+            for wrapper in ("model", "state_dict"):
+                if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+                    state = state[wrapper]
+    except (SafetensorError, OSError, EOFError, RuntimeError) as error:
+        raise UserError(f"{path}: cannot be read as weights: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # the unpickler names what it refuses
+        raise UserError(
+            f"{path}: refused: it is a pickle with more than tensors in it ({str(error).splitlines()[0][:200]}); "
+            "save the state dict as safetensors"
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise UserError(f"{path}: expected a state dict of tensors")
+    return {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
+
+
+def describe(teacher: Teacher, model: nn.Module) -> Record:
+    """What the teacher's manifest says beside its identity: where it came from, and its layers."""
+    from precompute.taps import attention_layers, cnn_stages, prefix_roles
+
+    about: Record = {
+        "weights": teacher.weights or "timm hub",
+        "classes": list(teacher.classes) if teacher.classes else None,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "network": "other",
+        "layers": 0,
+    }
+    try:
+        stages = cnn_stages(model)
+        return {**about, "network": "cnn", "layers": len(stages)}
+    except UserError:
+        pass
+    try:
+        layers = attention_layers(model)
+    except UserError:
+        return about
+    prefix = prefix_roles(model)
+    return {**about, "network": "vit", "layers": len(layers), "heads": int(layers[0].num_heads), "prefix": list(prefix)}  # type: ignore[arg-type]

@@ -1,0 +1,197 @@
+"""Arrays at rest: plain zarr v3, chunked along the samples, each chunk ending in its crc32c.
+
+zarr writes. Reading goes round zarr, because zarr takes a missing chunk for zeros: here every chunk's length and
+trailing checksum are compared with what the marker says was written, and its bytes with the checksum.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec
+
+from storage.errors import DamageError
+from storage.objects import Objects, ZarrObjects
+from storage.shards import BLOCK
+
+SMALL, LARGE = 1 << 20, 16 << 20
+
+
+def chunk_samples(sample_bytes: int, samples: int) -> int:
+    """How many samples a chunk holds.
+
+    The largest power of two up to 64 that stays under 16 MiB, at least 1; if 64 give less than 1 MiB, doubled until
+    they do; never more than there are samples.
+    """
+    count = BLOCK
+    while count > 1 and count * sample_bytes > LARGE:
+        count //= 2
+    while count >= BLOCK and count * sample_bytes < SMALL and count < samples:
+        count *= 2
+    return min(count, samples)
+
+
+class ArrayWriter:
+    """One new array `[samples, …]` that is filled from its first sample to its last, whole chunks at a time."""
+
+    def __init__(
+        self,
+        objects: Objects,
+        path: str,
+        samples: int,
+        sample_shape: tuple[int, ...],
+        dtype: str,
+        axes: Sequence[str],
+        attributes: dict[str, Any],
+    ) -> None:
+        kind = np.dtype(dtype)
+        chunk = chunk_samples(kind.itemsize * math.prod(sample_shape), samples)
+        self._store = ZarrObjects(objects, path)
+        self._array = zarr.create_array(
+            self._store,
+            shape=(samples, *sample_shape),
+            dtype=kind,
+            chunks=(chunk, *sample_shape),
+            filters=None,
+            compressors=[Crc32cCodec()],
+            fill_value=0,
+            dimension_names=["sample", *axes],
+            attributes=attributes,
+            config={"write_empty_chunks": True},
+        )
+        self.path = path
+        self.chunk = chunk
+        self._buffer = np.zeros((chunk, *sample_shape), kind)
+        self._filled = self._written = 0
+
+    def append(self, values: np.ndarray) -> None:
+        """Add samples `[n, …]`."""
+        while len(values):
+            part = values[: self.chunk - self._filled]
+            self._buffer[self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            values = values[len(part) :]
+            if self._filled == self.chunk:
+                self._flush()
+
+    def _flush(self) -> None:
+        stop = self._written + self._filled
+        self._array[self._written : stop] = self._buffer[: self._filled]
+        self._written, self._filled = stop, 0
+
+    def finish(self) -> dict[str, Any]:
+        """Write what is left; the array's entry in a marker: metadata, and length and checksum of each chunk."""
+        if self._filled:
+            self._flush()
+        if self._written != self._array.shape[0]:
+            raise RuntimeError(f"{self.path}: {self._written} samples were given for {self._array.shape[0]}")
+        metadata = json.loads(self._store.objects.get(f"{self.path}/zarr.json"))
+        written = [self._store.written[key] for key in chunk_keys(self.path, metadata)]
+        lengths = np.array([length for length, _ in written], "<u4")
+        return {
+            "metadata": metadata,
+            "lengths": base64.b64encode(lengths.tobytes()).decode(),
+            "checksums": base64.b64encode(b"".join(trailer for _, trailer in written)).decode(),
+        }
+
+
+def chunk_keys(path: str, metadata: dict[str, Any]) -> list[str]:
+    """The keys of all chunks of an array that is chunked along its first axis alone, in grid order."""
+    shape = metadata["shape"]
+    count = -(-shape[0] // metadata["chunk_grid"]["configuration"]["chunk_shape"][0])
+    return [f"{path}/c/{'/'.join([str(i)] + ['0'] * (len(shape) - 1))}" for i in range(count)]
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """An array as its marker describes it; reading opens no `zarr.json`."""
+
+    objects: Objects
+    path: str
+    metadata: dict[str, Any]
+    lengths: np.ndarray
+    checksums: tuple[bytes, ...]
+
+    @classmethod
+    def of(cls, objects: Objects, path: str, entry: dict[str, Any]) -> StoredArray:
+        """From an array's entry in a marker.
+
+        Raises:
+            DamageError: the entry does not describe an array of this format.
+        """
+        metadata = entry["metadata"]
+        codecs = [codec["name"] for codec in metadata["codecs"]]
+        if codecs != ["bytes", "crc32c"]:
+            raise DamageError(f"{path}: its codecs are {codecs}, this version reads bytes and crc32c")
+        lengths = np.frombuffer(base64.b64decode(entry["lengths"]), "<u4")
+        sums = base64.b64decode(entry["checksums"])
+        checksums = tuple(sums[i : i + 4] for i in range(0, len(sums), 4))
+        array = cls(objects, path, metadata, lengths, checksums)
+        if not len(lengths) == len(checksums) == len(array.keys):
+            raise DamageError(f"{path}: its marker describes {len(lengths)} chunks, the array has {len(array.keys)}")
+        return array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole array, `[samples, …]`."""
+        return tuple(self.metadata["shape"])
+
+    @property
+    def chunk_shape(self) -> tuple[int, ...]:
+        """Of one chunk."""
+        return tuple(self.metadata["chunk_grid"]["configuration"]["chunk_shape"])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Little-endian type of the values."""
+        kind: np.dtype[Any] = np.dtype(self.metadata["data_type"]).newbyteorder("<")
+        return kind
+
+    @property
+    def keys(self) -> list[str]:
+        """The chunks' keys in grid order."""
+        return chunk_keys(self.path, self.metadata)
+
+    def check_chunk(self, number: int) -> bytes:
+        """A chunk's bytes without its checksum, compared with the marker.
+
+        Raises:
+            DamageError: missing, of another length, or not the bytes that were written.
+        """
+        key = f"{self.path}/c/{'/'.join([str(number)] + ['0'] * (len(self.shape) - 1))}"
+        name = f"{self.objects.url}/{key}"
+        try:
+            data = self.objects.get(key)
+        except FileNotFoundError:
+            raise DamageError(f"{name}: missing: a chunk that was written is gone") from None
+        if len(data) != self.lengths[number]:
+            raise DamageError(f"{name}: damaged: {len(data)} bytes, {self.lengths[number]} were written")
+        sum_there = int(google_crc32c.value(data[:-4])).to_bytes(4, "little")
+        if data[-4:] != self.checksums[number] or sum_there != self.checksums[number]:
+            raise DamageError(
+                f"{name}: damaged: its checksum is {sum_there.hex()} (it says {data[-4:].hex()}), "
+                f"{self.checksums[number].hex()} was written"
+            )
+        return data[:-4]
+
+    def chunk(self, number: int) -> np.ndarray:
+        """A chunk's samples, without the padding of the last one. Raises DamageError."""
+        values = np.frombuffer(self.check_chunk(number), self.dtype).reshape(self.chunk_shape)
+        return values[: self.shape[0] - number * self.chunk_shape[0]]
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Samples [start, stop). Raises DamageError."""
+        size = self.chunk_shape[0]
+        parts = []
+        for number in range(start // size, -(-stop // size)):
+            first = number * size
+            parts.append(self.chunk(number)[max(0, start - first) : stop - first])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -1,0 +1,79 @@
+"""Banks: stored views read back, replayed and held against the signatures of the pixels that the teacher saw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from storage.errors import DamageError, IdentityError
+from storage.policies import Policy
+from storage.records import Record
+from storage.shards import Sample
+from storage.store import Marker, Store
+from storage.views import COLUMNS, View, render, renderer, signature
+
+
+def describe(policy: Policy) -> Record:
+    """What a bank's manifest says beside its identity."""
+    return {"policy": policy.name, "columns": list(COLUMNS), "renderer": renderer()}
+
+
+def policy_of(manifest: Record) -> Policy:
+    """The policy that a bank was drawn from."""
+    identity = manifest["identity"]
+    return Policy(identity["line"], identity["size"], identity["seed"] or 0, manifest["policy"])
+
+
+@dataclass(frozen=True)
+class BankView:
+    """One view of some consecutive samples: rows f64 `[n, columns]` and signatures u32 `[n]`."""
+
+    rows: np.ndarray
+    signatures: np.ndarray
+
+    def view(self, i: int) -> View:
+        """The view of sample i of these."""
+        return View.of(self.rows[i])
+
+    def replay(
+        self, i: int, sample: Sample, image: bytes | Image.Image, size: int, where: str, made_with: Record
+    ) -> np.ndarray:
+        """Render sample i again, uint8 [S, S, 3].
+
+        Raises:
+            IdentityError: the pixels are not those that the teacher saw; names both sides' decoders.
+        """
+        pixels = render(image, self.view(i), size)
+        found, expected = signature(pixels), int(self.signatures[i])
+        if found != expected:
+            both = ", ".join(f"{k} {made_with.get(k)}/{v}" for k, v in renderer().items() if made_with.get(k) != v)
+            raise IdentityError(
+                f"{where}, key {sample.key}", "signature of the view's pixels", f"{expected:08x}", f"{found:08x}",
+                f"The image or the decoders differ from those of precompute ({both or 'same versions'}).",
+            )  # fmt: skip
+        return pixels
+
+
+def read_views(marker: Marker, start: int, stop: int) -> BankView:
+    """The views of samples [start, stop) that a bank's marker names. Raises DamageError."""
+    return BankView(marker.arrays["parameters"].read(start, stop), marker.arrays["signatures"].read(start, stop)[:, 0])
+
+
+def bank_policy(store: Store, id: str) -> Policy:
+    """The policy of a recorded bank.
+
+    Raises:
+        DamageError: the id does not agree with what the manifest says.
+    """
+    policy = policy_of(store.banks()[id])
+    if policy.bank != id:
+        raise DamageError(f"{store.url}/banks/{id}/manifest.json: damaged: it describes bank {policy.bank}")
+    return policy
+
+
+def rows_of(views: Sequence[View]) -> np.ndarray:
+    """Rows of a bank, f64 `[n, columns]`."""
+    return np.stack([view.row() for view in views])

@@ -1,0 +1,35 @@
+"""The one error that people see: what is wrong, where, and what to do. Everything else is a bug."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """An error that a user can cause and mend. The command line prints its text and exits with status 1."""
+
+
+class IdentityError(UserError):
+    """Something is not what the store was made with. Names the field, what was expected and what was found."""
+
+    def __init__(self, where: str, field: str, expected: object, found: object, do: str = "") -> None:
+        self.where, self.field, self.expected, self.found, self.do = where, field, expected, found, do
+        super().__init__(where, field, expected, found, do)  # the arguments again, so that it can be pickled
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.field}: expected {self.expected}, found {self.found}"
+        return f"{text}\n  {self.do}" if self.do else text
+
+
+class DamageError(UserError):
+    """An object of a store is missing or is not the bytes that were written. Names the object."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`Did you mean …?` for the known word closest to `word`, or the known words when none is close."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if close:
+        return f"Did you mean {close[0]!r}?"
+    return f"Known: {', '.join(known)}." if known else "None is known here."

@@ -1,0 +1,316 @@
+"""Named bytes in a folder or below a URL: all reading and writing of a store goes through here.
+
+Two implementations: `LocalObjects` (durable: files and folders are synced before anything is said to be written)
+and `RemoteObjects` (any fsspec URL). `ZarrObjects` lets zarr write through either. Keys are relative paths with `/`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import fsspec
+from fsspec.core import url_to_fs
+from zarr.abc.store import ByteRequest, Store
+from zarr.core.buffer import Buffer, BufferPrototype
+
+from storage.errors import DamageError, UserError
+
+
+class Objects(Protocol):
+    """What a store needs of the place it lies in."""
+
+    url: str
+
+    def get(self, key: str) -> bytes:
+        """The bytes of an object; FileNotFoundError where there is none."""
+        ...
+
+    def size(self, key: str) -> int:
+        """The length of an object in bytes; FileNotFoundError where there is none."""
+        ...
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write an object whole, over what may be there."""
+        ...
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write an object whole unless there is one; whether it was written. What was put before is durable first."""
+        ...
+
+    def names(self, folder: str) -> list[str]:
+        """The sorted names directly inside a folder; none where there is no such folder."""
+        ...
+
+    def walk(self, folder: str) -> list[str]:
+        """The sorted keys of all objects below a folder."""
+        ...
+
+    def remove(self, key: str) -> None:
+        """Remove an object or a folder with all that is in it."""
+        ...
+
+
+class LocalObjects:
+    """Objects as files. A file is written under a temporary name, synced, and renamed or linked."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.root = Path(folder).absolute()
+        self.url = str(self.root)
+        self._unsynced: set[Path] = set()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.url,)
+
+    # The four steps that can fail; the fault-injecting store of storage.testing overrides them.
+    def _read(self, path: Path) -> bytes:
+        return path.read_bytes()
+
+    def _write(self, path: Path, data: bytes) -> None:
+        with path.open("xb") as file:
+            file.write(data)
+            file.flush()
+            self._sync(file.fileno())
+
+    def _sync(self, descriptor: int) -> None:
+        os.fsync(descriptor)
+
+    def _link(self, source: Path, target: Path) -> None:
+        os.link(source, target)
+
+    def get(self, key: str) -> bytes:
+        """The bytes of an object."""
+        return self._read(self.root / key)
+
+    def size(self, key: str) -> int:
+        """The length of an object in bytes."""
+        return (self.root / key).stat().st_size
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write an object whole, over what may be there."""
+        path, temporary = self._temporary(key)
+        try:
+            self._write(temporary, data)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write an object unless there is one: temporary file, sync, hard link, sync of the folder."""
+        path, temporary = self._temporary(key)
+        self._sync_folders(keep=path.parent)
+        try:
+            self._write(temporary, data)
+            self._link(temporary, path)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+            self._sync_folders()
+        return True
+
+    def _temporary(self, key: str) -> tuple[Path, Path]:
+        path = self.root / key
+        folder = path.parent
+        while not folder.exists():  # a new folder is an entry in its parent, which must be synced too
+            self._unsynced.add(folder)
+            folder = folder.parent
+        self._unsynced.add(folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._unsynced.add(path.parent)
+        return path, path.with_name(f".{uuid.uuid4().hex}.part")
+
+    def _sync_folders(self, keep: Path | None = None) -> None:
+        for folder in sorted(self._unsynced):
+            with contextlib.suppress(FileNotFoundError):
+                descriptor = os.open(folder, os.O_RDONLY)
+                try:
+                    self._sync(descriptor)
+                finally:
+                    os.close(descriptor)
+        self._unsynced = {keep} if keep else set()
+
+    def names(self, folder: str) -> list[str]:
+        """The sorted names directly inside a folder, without what is still being written."""
+        path = self.root / folder
+        return sorted(p.name for p in path.iterdir() if not p.name.endswith(".part")) if path.is_dir() else []
+
+    def walk(self, folder: str) -> list[str]:
+        """The sorted keys of all objects below a folder."""
+        found = []
+        for path, _, names in os.walk(self.root / folder):
+            here = Path(path).relative_to(self.root).as_posix()
+            found += [f"{here}/{name}" for name in names if not name.endswith(".part")]
+        return sorted(found)
+
+    def remove(self, key: str) -> None:
+        """Remove a file, or a folder with all that is in it."""
+        path = self.root / key
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+class RemoteObjects:
+    """Objects below an fsspec URL (`s3://bucket/folder`, `memory://folder`). A put is whole and durable there."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        try:
+            self.files, root = url_to_fs(self.url)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"{url}: cannot open this kind of URL: {error}") from None
+        self.root = root.rstrip("/")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.url,)
+
+    def _path(self, key: str) -> str:
+        return f"{self.root}/{key}" if key else self.root
+
+    def get(self, key: str) -> bytes:
+        """The bytes of an object."""
+        return bytes(self.files.cat_file(self._path(key)))
+
+    def size(self, key: str) -> int:
+        """The length of an object in bytes."""
+        return int(self.files.info(self._path(key))["size"])
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write an object whole."""
+        self.files.pipe_file(self._path(key), data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write an object unless there is one (on S3 a conditional put)."""
+        try:
+            self.files.pipe_file(self._path(key), data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def names(self, folder: str) -> list[str]:
+        """The sorted names directly inside a folder."""
+        self.files.invalidate_cache()
+        try:
+            found = self.files.ls(self._path(folder), detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found)
+
+    def walk(self, folder: str) -> list[str]:
+        """The sorted keys of all objects below a folder."""
+        self.files.invalidate_cache()
+        start = len(self.files._strip_protocol(self.root)) + 1
+        return sorted(path[start:] for path in self.files.find(self._path(folder)))
+
+    def remove(self, key: str) -> None:
+        """Remove an object or a folder with all that is in it."""
+        with contextlib.suppress(FileNotFoundError):
+            self.files.rm(self._path(key), recursive=True)
+
+
+def is_remote(url: str) -> bool:
+    """Whether a path is an fsspec URL and not a local path."""
+    return "://" in url and not url.startswith("file://")
+
+
+def open_objects(url: str | Path) -> Objects:
+    """The objects at a local folder or an fsspec URL; nothing is created yet."""
+    url = str(url)
+    return RemoteObjects(url) if is_remote(url) else LocalObjects(url.removeprefix("file://"))
+
+
+def read_range(url: str, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of one file, local or remote.
+
+    Raises:
+        DamageError: the file is gone or ends before `stop`.
+    """
+    try:
+        if is_remote(url):
+            files, path = fsspec.core.url_to_fs(url)
+            data = bytes(files.cat_file(path, start=start, end=stop))
+        else:
+            with Path(url.removeprefix("file://")).open("rb") as file:
+                file.seek(start)
+                data = file.read(stop - start)
+    except FileNotFoundError:
+        raise DamageError(f"{url}: the file is gone") from None
+    if len(data) != stop - start:
+        raise DamageError(
+            f"{url}: truncated: bytes {start} to {stop} were asked for, it ends after {len(data)} of them"
+        )
+    return data
+
+
+class ZarrObjects(Store):
+    """The part of zarr's store interface that writing one array needs, over `Objects` below a folder.
+
+    zarr sees the array as a root, so it writes no metadata for groups above it.
+    """
+
+    supports_writes = True
+    supports_deletes = True
+    supports_listing = True
+
+    def __init__(self, objects: Objects, folder: str) -> None:
+        super().__init__(read_only=False)
+        self.objects, self.folder = objects, folder
+        self.written: dict[str, tuple[int, bytes]] = {}  # key -> length and last four bytes of what was handed over
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ZarrObjects) and (other.objects.url, other.folder) == (self.objects.url, self.folder)
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        """The bytes of an object, or None."""
+        if byte_range is not None:
+            raise NotImplementedError("arrays are written here chunk by chunk; parts are not read")
+        try:
+            return prototype.buffer.from_bytes(self.objects.get(f"{self.folder}/{key}"))
+        except FileNotFoundError:
+            return None
+
+    async def get_partial_values(
+        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
+    ) -> list[Buffer | None]:
+        """Several objects."""
+        return [await self.get(key, prototype, part) for key, part in key_ranges]
+
+    async def exists(self, key: str) -> bool:
+        """Whether there is such an object."""
+        try:
+            self.objects.size(f"{self.folder}/{key}")
+        except FileNotFoundError:
+            return False
+        return True
+
+    async def set(self, key: str, value: Buffer) -> None:
+        """Write an object whole."""
+        data = value.to_bytes()
+        self.objects.put(f"{self.folder}/{key}", data)
+        self.written[f"{self.folder}/{key}"] = (len(data), data[-4:])
+
+    async def delete(self, key: str) -> None:
+        """Remove an object."""
+        self.objects.remove(f"{self.folder}/{key}")
+
+    async def list(self) -> AsyncIterator[str]:
+        """All keys."""
+        for key in self.objects.walk(self.folder):
+            yield key.removeprefix(f"{self.folder}/")
+
+    async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
+        """All keys below a prefix."""
+        for key in self.objects.walk(f"{self.folder}/{prefix}".rstrip("/")):
+            yield key.removeprefix(f"{self.folder}/")
+
+    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        """The names inside a folder."""
+        for name in self.objects.names(f"{self.folder}/{prefix}".rstrip("/")):
+            yield name

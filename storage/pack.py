@@ -1,0 +1,249 @@
+"""Pack: class folders or other shards into new shards, shuffled over everything, readable by WebDataset.
+
+This is also how a tar that cannot be read by ranges (compressed, members apart) becomes a shard.
+"""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import dataclasses
+import functools
+import gzip
+import io
+import json
+import lzma
+import math
+import re
+import shutil
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import braceexpand
+
+from storage.errors import UserError
+from storage.objects import read_range
+from storage.shards import IMAGES, as_sample, classes_of, compression, expand, label_of, members, open_file
+from storage.views import generator
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a sample's bytes are: a file of its own, or parts of a tar."""
+
+    key: str
+    label: int | None
+    load: Callable[[], dict[str, bytes]]
+
+
+def pack(
+    source: str | Sequence[str],
+    out: str,
+    *,
+    per_shard: int | None = None,
+    val_fraction: float = 0.0,
+    fraction: float = 1.0,
+    seed: int = 0,
+    shuffle: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Write shards; what was written, as `{"train": [...], "val": [...], "samples": …, "classes": …}`.
+
+    Args:
+        source: one folder of class folders, or patterns of shards (compressed ones too).
+        out: the new shards' names, as `train-{000000..000009}.tar`; validation shards get `val-` before the digits.
+        per_shard: samples a shard; without it they are spread evenly over all the names.
+        val_fraction: the part of each class that goes to the validation shards.
+        fraction: the part of each class that is kept at all, split off after the validation samples.
+        seed: of the order and of both choices.
+        shuffle: over everything; without it the order of the source stays.
+        say: called with lines of progress.
+
+    Raises:
+        UserError: nothing to pack, files that would be overwritten, names too few or too many.
+    """
+    if not 0 < fraction <= 1 or not 0 <= val_fraction < 1:
+        raise UserError("--fraction is more than 0 and at most 1, --val-fraction is from 0 to less than 1")
+    with contextlib.ExitStack() as stack:
+        say("looking at the source")
+        sources, classes = _sources([source] if isinstance(source, str) else list(source), stack)
+        validation, rest = _split(sources, val_fraction, seed, "val")
+        train, _ = _split(rest, fraction, seed, "fraction") if fraction < 1 else (rest, [])
+        if not train:
+            raise UserError("nothing is left to pack: raise --fraction or lower --val-fraction")
+        names = list(braceexpand.braceexpand(out))
+        lists = {"train": _cut(train, names, per_shard, seed if shuffle else None)}
+        if validation:
+            val_names = [re.sub(r"(\d*\.tar)$", r"val-\1", name) for name in names]
+            count = max(1, round(len(lists["train"]) * len(validation) / len(train)))
+            lists["val"] = _cut(validation, val_names[:count], None, seed if shuffle else None)
+        _refuse_overwriting([name for cut in lists.values() for name in cut], classes)
+        for cut in lists.values():
+            for name, samples in cut.items():
+                say(f"writing {name}: {len(samples)} samples")
+                _write(name, samples)
+    if classes is not None:
+        (Path(names[0]).parent / "classes.json").write_text(json.dumps(classes, indent=1, ensure_ascii=False) + "\n")
+    counts = {part: sum(map(len, cut.values())) for part, cut in lists.items()}
+    return {
+        "train": list(lists["train"]),
+        "val": list(lists.get("val", {})),
+        "samples": counts,
+        "classes": classes,
+    }
+
+
+# ---------------------------------------------------------------------------------------------- sources
+
+
+def _sources(patterns: list[str], stack: contextlib.ExitStack) -> tuple[list[Source], list[str] | None]:
+    folder = Path(patterns[0]).expanduser()
+    if len(patterns) == 1 and folder.is_dir() and not list(folder.glob("*.tar")):
+        return _class_folders(folder)
+    if folder.is_dir():
+        patterns = [str(folder / "*.tar")]
+    urls = expand(patterns)
+    scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pack-")))
+    shards = [_tar(_uncompressed(url, scratch / f"{number}.tar"), url) for number, url in enumerate(urls)]
+    sources = [source for shard in shards for source in shard]
+    if len({source.key for source in sources}) < len(sources):
+        # shards that count their keys from zero: the shard's number makes them distinct
+        sources = [
+            dataclasses.replace(source, key=f"{number:06d}_{source.key}")
+            for number, shard in enumerate(shards)
+            for source in shard
+        ]
+    return sources, classes_of(urls)
+
+
+def _class_folders(folder: Path) -> tuple[list[Source], list[str]]:
+    classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    sources: list[Source] = []
+    taken: Counter[str] = Counter()
+    for label, name in enumerate(classes):
+        before = len(sources)
+        for path in sorted((folder / name).rglob("*")):
+            kind = path.suffix.lower().lstrip(".")
+            if kind not in IMAGES or not path.is_file():
+                continue
+            key = re.sub(r"[^\w-]", "_", path.relative_to(folder).with_suffix("").as_posix())
+            taken[key] += 1
+            if taken[key] > 1:  # a.b.jpg and a_b.jpg, or a.jpg and a.png, would share a key
+                key = f"{key}-{taken[key]}"
+            sources.append(Source(key, label, functools.partial(_load_file, path, kind, label)))
+        if len(sources) == before:
+            raise UserError(f"{folder / name}: a class folder without images; remove it or fill it")
+    if not sources:
+        raise UserError(
+            f"{folder}: no images found; expected one folder a class: {folder}/CLASS/IMAGE.{{{','.join(IMAGES)}}}"
+        )
+    return sources, classes
+
+
+def _load_file(path: Path, kind: str, label: int) -> dict[str, bytes]:
+    return {kind: path.read_bytes(), "cls": str(label).encode()}
+
+
+def _uncompressed(url: str, scratch: Path) -> str:
+    """The url itself, or a plain copy of a compressed tar."""
+    openers: dict[str, Callable[[IO[bytes]], Any]] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
+    with open_file(url) as file:
+        kind = compression(file.read(6))
+        file.seek(0)
+        if kind is None:
+            return url
+        if kind not in openers:
+            raise UserError(f"{url}: compressed with {kind}; decompress it first: {kind} -d {url}")
+        try:
+            with openers[kind](file) as plain, scratch.open("wb") as copy:
+                shutil.copyfileobj(plain, copy)
+        except (OSError, EOFError, lzma.LZMAError) as error:
+            raise UserError(f"{url}: cannot be decompressed: {error}") from None
+    return str(scratch)
+
+
+def _tar(path: str, url: str) -> list[Source]:
+    """The samples of a plain tar, whatever the order of their members is."""
+    runs: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    labels: dict[str, int | None] = defaultdict(lambda: None)
+    with open_file(path) as file:
+        for key, parts, start, stop in members(file, url, together=False):
+            runs[key].append((start, stop))
+            for kind, text in parts:
+                if kind == "cls":
+                    labels[key] = label_of(text, f"{url}: key {key!r}")
+    return [Source(key, labels[key], functools.partial(_load_runs, path, url, key, runs[key])) for key in runs]
+
+
+def _load_runs(path: str, url: str, key: str, runs: list[tuple[int, int]]) -> dict[str, bytes]:
+    found: list[tuple[str, bytes]] = []
+    for start, stop in runs:
+        for _, parts, _, _ in members(io.BytesIO(read_range(path, start, stop)), url, together=False):
+            found += parts
+    as_sample(key, found, url)  # one image, no member twice, a label that is one
+    return dict(found)
+
+
+# ---------------------------------------------------------------------------------------------- what goes where
+
+
+def _split(sources: list[Source], fraction: float, seed: int, what: str) -> tuple[list[Source], list[Source]]:
+    """A class-balanced part of the samples and the rest, both in their former order."""
+    by_class: dict[int | None, list[int]] = defaultdict(list)
+    for i, source in enumerate(sources):
+        by_class[source.label].append(i)
+    chosen: set[int] = set()
+    for label, indices in by_class.items():
+        count = min(len(indices), math.ceil(len(indices) * fraction - 1e-9))
+        order = generator("pack", what, seed, label).permutation(len(indices))
+        chosen.update(indices[int(j)] for j in order[:count])
+    return [s for i, s in enumerate(sources) if i in chosen], [s for i, s in enumerate(sources) if i not in chosen]
+
+
+def _cut(sources: list[Source], names: list[str], per_shard: int | None, seed: int | None) -> dict[str, list[Source]]:
+    """Name of each shard -> its samples."""
+    if seed is not None:
+        sources = [sources[int(i)] for i in generator("pack", "order", seed).permutation(len(sources))]
+    count = len(names) if per_shard is None else -(-len(sources) // per_shard)
+    if count > len(names):
+        raise UserError(
+            f"{len(sources)} samples at {per_shard} a shard make {count} shards, {names[0]} … gives {len(names)} "
+            "name(s); widen the braces or raise --per-shard"
+        )
+    if count > len(sources):
+        raise UserError(f"{len(sources)} samples cannot fill {count} shards; give fewer names")
+    bounds = [
+        len(sources) * i // count if per_shard is None else min(i * per_shard, len(sources)) for i in range(count + 1)
+    ]
+    return {name: sources[a:b] for name, a, b in zip(names, bounds, bounds[1:], strict=False)}
+
+
+def _refuse_overwriting(names: list[str], classes: list[str] | None) -> None:
+    for name in names:
+        if not name.endswith(".tar"):
+            raise UserError(f"{name}: shards are called NAME.tar")
+        if Path(name).exists():
+            raise UserError(f"{name}: is there already; shards are never overwritten")
+    for folder in {Path(name).parent for name in names}:
+        there = classes_of([str(folder / "x.tar")])
+        if there is not None and there != classes:
+            raise UserError(f"{folder}/classes.json: is there already with other classes; give another folder")
+
+
+def _write(name: str, sources: list[Source]) -> None:
+    import webdataset
+
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with webdataset.TarWriter(str(temporary), mtime=0.0) as writer:
+            for source in sources:
+                writer.write({"__key__": source.key, **source.load()})
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

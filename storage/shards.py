@@ -1,0 +1,438 @@
+"""Shards: WebDataset tars read by byte ranges, and the index that makes this possible and safe.
+
+A block is 64 consecutive samples and one ranged read. Nothing read from a tar is believed: keys, labels and the
+digest of every image are compared with the index each time. No webdataset here, so that workers stay free of torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import glob
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import braceexpand
+import fsspec
+
+from storage import records
+from storage.errors import DamageError, IdentityError, UserError, nearest
+from storage.objects import is_remote, open_objects, read_range
+
+BLOCK = 64
+IMAGES = ("jpg", "jpeg", "png", "webp")
+INDEX_FORMAT = 1
+
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with what belongs to it, as read from a tar."""
+
+    key: str
+    kind: str  # the image's extension
+    image: bytes
+    label: int | None
+    json: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is enough to recognise a shard without reading it: kept in the index and in every bank marker.
+
+    `first` and `last` are (start, stop, sha256) of the bytes of the first and the last block.
+    """
+
+    id: str
+    stem: str
+    bytes: int
+    samples: int
+    labelled: bool
+    first: tuple[int, int, str]
+    last: tuple[int, int, str]
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> Summary:
+        """From a record's content."""
+        fields = {f.name: content[f.name] for f in dataclasses.fields(cls)}
+        return cls(**{**fields, "first": tuple(fields["first"]), "last": tuple(fields["last"])})
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where everything in one shard lies: `starts[i]` to `starts[i + 1]` are the tar's bytes of sample i."""
+
+    summary: Summary
+    keys: tuple[str, ...]
+    digests: tuple[str, ...]
+    labels: tuple[int | None, ...]
+    starts: tuple[int, ...]
+
+    @property
+    def id(self) -> str:
+        """`{stem}-{digest8}`: the identity of a shard's content."""
+        return self.summary.id
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks the shard has."""
+        return -(-len(self) // BLOCK)
+
+    def block(self, number: int) -> range:
+        """The indices of a block's samples."""
+        return range(number * BLOCK, min((number + 1) * BLOCK, len(self)))
+
+    def dump(self) -> bytes:
+        """The index as a record."""
+        summary = dataclasses.asdict(self.summary)
+        columns = {"keys": self.keys, "digests": self.digests, "labels": self.labels, "starts": self.starts}
+        return records.dump({"format": INDEX_FORMAT, "kind": "index", "block": BLOCK, **summary, **columns})
+
+    @classmethod
+    def load(cls, data: bytes, name: str) -> ShardIndex:
+        """The index in a record's bytes. Raises DamageError."""
+        content = records.load(data, name)
+        if content.get("kind") != "index" or content.get("format") != INDEX_FORMAT:
+            raise DamageError(f"{name}: not a shard index of format {INDEX_FORMAT}")
+        columns = (tuple(content[name]) for name in ("keys", "digests", "labels", "starts"))
+        return cls(Summary.of(content), *columns)
+
+
+# ---------------------------------------------------------------------------------------------- names of shards
+
+
+def expand(patterns: str | Sequence[str]) -> list[str]:
+    """The shards that patterns name, in order: braces (`{000000..000004}`), `*` on local paths, `::` between several.
+
+    Raises:
+        UserError: a file that is not there (with the nearest one that is), a folder, the same shard twice.
+    """
+    urls: list[str] = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        for part in pattern.split("::"):
+            for url in braceexpand.braceexpand(part):
+                urls += _existing(url, pattern)
+    if not urls:
+        raise UserError("no shards were given")
+    twice = sorted({url for url in urls if urls.count(url) > 1}) if len(set(urls)) < len(urls) else []
+    if twice:
+        raise UserError(f"{twice[0]}: the same shard is named twice")
+    return urls
+
+
+def _existing(url: str, pattern: str) -> list[str]:
+    if is_remote(url):
+        return [url]
+    path = Path(url.removeprefix("file://")).expanduser()
+    if path.is_dir():
+        raise UserError(_folder_hint(path))
+    if path.exists():
+        return [str(path)]
+    if any(c in str(path) for c in "*?["):
+        found = sorted(glob.glob(str(path)))  # noqa: PTH207
+        if found:
+            return found
+        raise UserError(f"{pattern}: no file matches")
+    there = [p.name for p in path.parent.glob("*.tar")] if path.parent.is_dir() else []
+    hint = nearest(path.name, there) if there else f"There are no tars in {path.parent}."
+    raise UserError(f"{path}: no such shard (asked for by {pattern!r}). {hint}")
+
+
+def _folder_hint(path: Path) -> str:
+    tars = sorted(path.glob("*.tar"))
+    if tars:
+        return f"{path} is a folder of tars; name them: --shards '{path}/*.tar'"
+    images = sum(1 for f in path.glob("*/*") if f.suffix.lower().lstrip(".") in IMAGES)
+    if not images:
+        return f"{path} is a folder, with neither tars nor class folders of images in it; shards are tar files"
+    last = max(0, -(-images // 1000) - 1)
+    out = f"{path.resolve().name}-{{000000..{last:06d}}}.tar"
+    return (
+        f"{path} is a folder of class folders ({images} images); shards are tar files. Pack it first:\n"
+        f"  pipeline pack {path} '{out}'\n  and then give --shards '{out}'"
+    )
+
+
+def stem_of(url: str) -> str:
+    """The name of a shard's file without its ending, of letters, digits, `-` and `_` only."""
+    name = url.rstrip("/").rsplit("/", 1)[-1]
+    return re.sub(r"[^A-Za-z0-9_-]", "_", re.sub(r"\.tar(\.\w+)?$|\.tgz$", "", name))[:80]
+
+
+def classes_of(urls: Iterable[str]) -> list[str] | None:
+    """The class names in the `classes.json` beside the shards, in order; None where there is none.
+
+    Raises:
+        UserError: shards from several folders whose lists differ, or a file that is no list of distinct names.
+    """
+    found: dict[str, list[str]] = {}
+    for folder in sorted({url.rpartition("/")[0] or "." for url in urls}):
+        name = f"{folder}/classes.json"
+        try:
+            content = json.loads(open_objects(folder).get("classes.json"))
+        except FileNotFoundError:
+            continue
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{name}: not JSON: {error}") from None
+        good = isinstance(content, list) and all(isinstance(c, str) for c in content)
+        if not good or not content or len(set(content)) < len(content):
+            raise UserError(f"{name}: expected a list of distinct class names, in the order of the labels")
+        found[name] = content
+    lists = list(found.values())
+    if any(other != lists[0] for other in lists):
+        raise UserError(f"the shards' class lists differ: {', '.join(found)}; training needs one list")
+    return lists[0] if lists else None
+
+
+# ---------------------------------------------------------------------------------------------- reading tars
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """(key, extension) of a member's name, by WebDataset's rule: the key ends at the first dot of the last part."""
+    match = re.match(r"^((?:.*/|)[^.]+)[.]([^/]*)$", name)
+    return (match[1], match[2].lower()) if match else None
+
+
+def members(
+    file: IO[bytes], where: str, *, together: bool = True
+) -> Iterator[tuple[str, list[tuple[str, bytes]], int, int]]:
+    """(key, [(extension, bytes)], start, end) of each sample of a tar, in order; start and end in the tar's bytes.
+
+    Members without an extension, folders and `__meta__` members are passed over, as WebDataset does. With `together`
+    false a key may come back later, once more with each run of its members.
+
+    Raises:
+        UserError: links, devices, hostile names, a key whose members do not stand together, a truncated member.
+    """
+    key: str | None = None
+    parts: list[tuple[str, bytes]] = []
+    seen: set[str] = set()
+    start = end = 0
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="strict")  # noqa: SIM115
+        while (info := tar.next()) is not None:
+            end_of_member = info.offset_data + -(-info.size // 512) * 512 if info.isreg() else tar.offset
+            if not info.isreg() and not info.isdir():
+                raise UserError(f"{where}: {info.name!r} is a link or a device; shards hold plain files only")
+            if info.name.startswith("/") or ".." in info.name.split("/"):
+                raise UserError(f"{where}: {info.name!r} leads outside of the tar")
+            name = split_name(info.name) if info.isreg() else None
+            if name is None or (info.name.startswith("__") and info.name.endswith("__")):
+                end = end_of_member
+                continue
+            if name[0] != key:
+                if key is not None:
+                    yield key, parts, start, info.offset
+                if together and name[0] in seen:
+                    raise UserError(
+                        f"{where}: key {name[0]!r} is there twice, or its members do not stand together\n"
+                        + _repack(where)
+                    )
+                key, parts, start = name[0], [], info.offset
+                seen.add(key)
+            content = tar.extractfile(info)
+            assert content is not None
+            parts.append((name[1], content.read()))
+            if len(parts[-1][1]) != info.size:
+                raise UserError(f"{where}: truncated inside {info.name!r}; copy or make the file again")
+            end = end_of_member
+            tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: a member's name is not UTF-8 ({error})") from None
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise UserError(f"{where}: cannot be read as a tar: {error}; copy or make the file again") from None
+    if key is not None:
+        yield key, parts, start, end
+
+
+def as_sample(key: str, parts: Sequence[tuple[str, bytes]], where: str) -> Sample:
+    """The sample that a key's members make.
+
+    Raises:
+        UserError: no image, several images, the same extension twice, a label that is no integer.
+    """
+    by_kind = dict(parts)
+    images = [kind for kind in by_kind if kind in IMAGES]
+    if len(by_kind) < len(parts):
+        raise UserError(f"{where}: key {key!r} has two members of the same kind")
+    if len(images) != 1:
+        found = ", ".join(images) if images else ", ".join(sorted(by_kind)) or "nothing"
+        raise UserError(f"{where}: key {key!r} needs one image ({', '.join(IMAGES)}), found {found}")
+    label = label_of(by_kind["cls"], f"{where}: key {key!r}") if "cls" in by_kind else None
+    return Sample(key, images[0], by_kind[images[0]], label, by_kind.get("json"))
+
+
+def label_of(text: bytes, where: str) -> int:
+    """The label that a `.cls` member says. Raises UserError."""
+    if not re.fullmatch(rb"[0-9]{1,9}", text.strip()):
+        raise UserError(f"{where}: the label is {text[:20]!r}, expected an integer from 0")
+    return int(text)
+
+
+def _repack(url: str) -> str:
+    return f"  Pack it again: pipeline pack '{url}' 'repacked/{stem_of(url)}.tar'"
+
+
+def open_file(url: str) -> IO[bytes]:
+    """A file, local or remote, open for reading. Raises UserError."""
+    try:
+        if is_remote(url):
+            return fsspec.open(url, "rb").open()  # type: ignore[no-any-return]
+        return Path(url.removeprefix("file://")).open("rb")
+    except OSError as error:
+        raise UserError(f"{url}: cannot be opened: {error.strerror or error}") from None
+
+
+def size_of(url: str) -> int:
+    """The length of a file in bytes."""
+    folder, _, name = url.rpartition("/")
+    try:
+        return open_objects(folder or ".").size(name)
+    except OSError as error:
+        raise UserError(f"{url}: cannot be opened: {error.strerror or error}") from None
+
+
+def build_index(url: str) -> ShardIndex:
+    """Read a whole shard once and index it.
+
+    Raises:
+        UserError: what DESIGN calls refused: compressed, truncated, without closing zero blocks, split or double keys.
+    """
+    keys, digests, labels, starts = [], [], [], []
+    with open_file(url) as file:
+        if kind := compression(file.read(6)):
+            raise UserError(f"{url}: compressed with {kind}; a block cannot be read from the middle\n" + _repack(url))
+        file.seek(0)
+        end = 0
+        for key, parts, start, end in members(file, url):  # noqa: B007
+            sample = as_sample(key, parts, url)
+            keys.append(key)
+            digests.append(_image_digest(sample.image))
+            labels.append(sample.label)
+            starts.append(start)
+        size = _check_closing(file, end, url)
+    if not keys:
+        raise UserError(f"{url}: no samples in it")
+    starts.append(end)
+    whole = records.digest_of([keys, digests])
+    ranges = []
+    for number in (0, (len(keys) - 1) // BLOCK):
+        low, high = starts[number * BLOCK], starts[min((number + 1) * BLOCK, len(keys))]
+        ranges.append((low, high, hashlib.sha256(read_range(url, low, high)).hexdigest()))
+    stem = stem_of(url)
+    summary = Summary(
+        id=f"{stem}-{whole[:8]}", stem=stem, bytes=size, samples=len(keys), labelled=None not in labels,
+        first=ranges[0], last=ranges[1],
+    )  # fmt: skip
+    return ShardIndex(summary, tuple(keys), tuple(digests), tuple(labels), tuple(starts))
+
+
+def compression(head: bytes) -> str | None:
+    """What a file that begins with these bytes is compressed with."""
+    return next((name for magic, name in _COMPRESSED.items() if head.startswith(magic)), None)
+
+
+def _check_closing(file: IO[bytes], end: int, url: str) -> int:
+    """The file's size, once its end was seen to be nothing but zeros, two blocks of 512 at least."""
+    file.seek(end)
+    zeros = 0
+    while chunk := file.read(1 << 20):
+        if chunk.strip(b"\0"):
+            raise UserError(f"{url}: damaged after byte {end + zeros}: what stands there is no tar header")
+        zeros += len(chunk)
+    if zeros < 1024:
+        raise UserError(
+            f"{url}: the closing zero blocks of the tar are missing: it may have been cut off between two samples\n"
+            "  If it is known to be whole, pack it again:" + _repack(url).partition(":")[2]
+        )
+    return end + zeros
+
+
+def _image_digest(image: bytes) -> str:
+    return hashlib.sha256(image).hexdigest()[:32]
+
+
+@functools.lru_cache(maxsize=1)
+def cache_folder() -> Path:
+    """Where indexes are kept when there is no store: `$TEACHER_STORE_CACHE`, else the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(os.environ.get("TEACHER_STORE_CACHE") or f"{base}/teacher-store")
+
+
+def cached_index(url: str) -> ShardIndex:
+    """The index of a shard without a store: from the cache folder if the file is still the same, else built."""
+    name = hashlib.sha256(url.encode() if is_remote(url) else str(Path(url).resolve()).encode()).hexdigest()[:32]
+    cache = open_objects(cache_folder())
+    try:
+        index = ShardIndex.load(cache.get(f"{name}.json"), name)
+        if not differences(url, index.summary):
+            return index
+    except (FileNotFoundError, DamageError):
+        pass
+    index = build_index(url)
+    with contextlib.suppress(OSError):  # a read-only home is no reason to fail: it only costs time
+        cache.put(f"{name}.json", index.dump())
+    return index
+
+
+def differences(url: str, known: Summary) -> list[tuple[str, object, object]]:
+    """(field, expected, found) where a file is not the shard that is known: its size, its first and last block."""
+    size = size_of(url)
+    if size != known.bytes:
+        return [("size in bytes", known.bytes, size)]
+    found: list[tuple[str, object, object]] = []
+    for name, (start, stop, digest) in (("first", known.first), ("last", known.last)):
+        there = hashlib.sha256(read_range(url, start, stop)).hexdigest()
+        if there != digest:
+            found.append((f"sha256 of the {name} block", digest[:16], there[:16]))
+    return found
+
+
+def read_block(url: str, index: ShardIndex, number: int) -> list[Sample]:
+    """The samples of one block, by one ranged read, compared with the index.
+
+    Raises:
+        IdentityError: a key, an image or a label is not the one that the index knows.
+        DamageError: the file ends too early.
+    """
+    wanted = index.block(number)
+    data = read_range(url, index.starts[wanted.start], index.starts[wanted.stop])
+    found = [as_sample(key, parts, url) for key, parts, _, _ in members(io.BytesIO(data), url)]
+    where = f"{url}, block {number}"
+    again = "The shard changed since the targets were made; targets belong to a shard's exact content."
+    if len(found) != len(wanted):
+        raise IdentityError(where, "samples", len(wanted), len(found), again)
+    for i, sample in zip(wanted, found, strict=True):
+        if sample.key != index.keys[i]:
+            raise IdentityError(where, f"key of sample {i}", index.keys[i], sample.key, again)
+        digest = _image_digest(sample.image)
+        if digest != index.digests[i]:
+            raise IdentityError(f"{where}, key {sample.key}", "image digest", index.digests[i], digest, again)
+        if sample.label != index.labels[i]:
+            raise IdentityError(f"{where}, key {sample.key}", "label", index.labels[i], sample.label, again)
+    return found
+
+
+def require_labels(url: str, summary: Summary, index: ShardIndex | None = None) -> None:
+    """UserError, with the first key, where a shard does not label all of its samples."""
+    if summary.labelled:
+        return
+    index = index or cached_index(url)
+    key = next(k for k, label in zip(index.keys, index.labels, strict=True) if label is None)
+    raise UserError(
+        f"{url}: key {key!r} has no label (.cls), and a loss or an evaluation needs labels: a shard has them for "
+        "all of its samples or for none"
+    )

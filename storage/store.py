@@ -1,0 +1,426 @@
+"""The store: one zarr hierarchy with shard indexes, banks of views, teachers and targets. See docs/store-format.md.
+
+Everything is written once under a name that nobody else uses, and counts from the moment its marker, created only if
+absent, is there. Nothing that counts is ever changed: a target or a teacher is added without touching what is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from storage import records
+from storage.arrays import ArrayWriter, StoredArray
+from storage.errors import DamageError, IdentityError, UserError, nearest
+from storage.objects import Objects, open_objects
+from storage.records import Record
+from storage.shards import ShardIndex, Summary, cached_index, differences, stem_of
+
+if TYPE_CHECKING:
+    import dask.array
+
+FORMAT = 1
+Kind = Literal["bank", "target"]
+
+# The whole content of the root's zarr.json: a constant, so that every changed bit in it is seen.
+_ROOT = records.canonical({"zarr_format": 3, "node_type": "group", "attributes": {"teacher_store": {"format": FORMAT}}})
+
+
+@dataclass(frozen=True, order=True)
+class Task:
+    """What a marker speaks of: one view of one shard in a bank or a target."""
+
+    kind: Kind
+    id: str
+    shard: str
+    view: int
+
+    @property
+    def name(self) -> str:
+        """The marker's name."""
+        return f"{self.kind}.{self.id}.{self.shard}.{self.view}.json"
+
+    @property
+    def folder(self) -> str:
+        """Where the attempts lie."""
+        return f"{self.kind}s/{self.id}/{self.shard}/{self.view}"
+
+    @classmethod
+    def named(cls, name: str) -> Task | None:
+        """The task that a marker's name says, or None."""
+        match = re.fullmatch(r"(bank|target)\.([^.]+)\.([^.]+)\.(\d+)\.json", name)
+        return cls(match[1], match[2], match[3], int(match[4])) if match else None  # type: ignore[arg-type]
+
+
+class Marker:
+    """What one attempt wrote, and that it counts."""
+
+    def __init__(self, objects: Objects, task: Task, content: Record) -> None:
+        self.task, self.content = task, content
+        names = [content["attempt"], *content["arrays"]]
+        if not all(re.fullmatch(r"[a-z0-9_]+", name) for name in names):
+            raise DamageError(f"{objects.url}/done/{task.name}: damaged: it names {names}")
+        folder = f"{task.folder}/{content['attempt']}"
+        self.arrays = {
+            name: StoredArray.of(objects, f"{folder}/{name}", entry) for name, entry in content["arrays"].items()
+        }
+
+    @property
+    def digest(self) -> str:
+        """The marker's own digest."""
+        return str(self.content["digest"])
+
+    @property
+    def summary(self) -> Summary:
+        """Of a bank's marker: what recognises the shard."""
+        return Summary.of(self.content["summary"])
+
+    @property
+    def invalid(self) -> frozenset[int]:
+        """Of a bank's marker: indices of samples that cannot be rendered; training leaves them out."""
+        return frozenset(self.content["invalid"])
+
+
+class Attempt:
+    """One try at one task: arrays below a name that nobody else uses, until `commit` makes them count."""
+
+    def __init__(self, store: Store, task: Task, samples: int) -> None:
+        self._store, self.task, self._samples = store, task, samples
+        self.name = uuid.uuid4().hex[:16]
+        self.arrays: dict[str, ArrayWriter] = {}
+        self.entries: dict[str, Record] = {}  # what `commit` said of each array
+
+    def array(self, name: str, sample_shape: tuple[int, ...], dtype: str, axes: Sequence[str]) -> ArrayWriter:
+        """A new array `[samples, *sample_shape]` of this attempt."""
+        path = f"{self.task.folder}/{self.name}/{name}"
+        about = {"id": self.task.id, "shard": self.task.shard, "view": self.task.view}
+        if self.task.kind == "bank":
+            from storage.views import COLUMNS
+
+            about["columns"] = list(COLUMNS) if name == "parameters" else ["crc32c"]
+        writer = ArrayWriter(self._store.objects, path, self._samples, sample_shape, dtype, axes, about)
+        self.arrays[name] = writer
+        return writer
+
+    def commit(self, content: Record) -> Marker:
+        """Make this attempt count, unless another one does already: the marker that counts."""
+        self.entries = arrays = {name: writer.finish() for name, writer in self.arrays.items()}
+        record = {"format": FORMAT, "kind": self.task.kind, "id": self.task.id, "shard": self.task.shard,
+                  "view": self.task.view, "attempt": self.name, "arrays": arrays, **content}  # fmt: skip
+        self._store.objects.create(f"done/{self.task.name}", records.dump(record))
+        marker = self._store.marker(self.task)
+        if marker.content["attempt"] != self.name:  # somebody else was first; who comes second yields
+            self.abandon()
+        return marker
+
+    def abandon(self) -> None:
+        """Remove what was written."""
+        self._store.objects.remove(f"{self.task.folder}/{self.name}")
+
+
+class Store:
+    """A store at a local folder or an fsspec URL. Cheap to open and to pickle; safe for any number of writers."""
+
+    def __init__(self, objects: Objects) -> None:
+        self.objects = objects
+
+    @property
+    def url(self) -> str:
+        """Where the store lies."""
+        return self.objects.url
+
+    @classmethod
+    def create(cls, where: str | Path | Objects) -> Store:
+        """The store at a place; a new one where there is nothing yet.
+
+        Raises:
+            UserError: something else lies there.
+        """
+        store = cls(open_objects(where) if isinstance(where, str | Path) else where)
+        try:
+            store.objects.get("zarr.json")
+        except FileNotFoundError:
+            others = [name for name in store.objects.names("") if name != "README.md"]
+            if others and "done" not in others:
+                raise UserError(
+                    f"{store.url}: there is something else in this folder ({others[0]}, …) and it is not a store; "
+                    "give a new folder"
+                ) from None
+            if not others:
+                store.objects.create("zarr.json", _ROOT)
+        return cls.open(store.objects)
+
+    @classmethod
+    def open(cls, where: str | Path | Objects) -> Store:
+        """The store at a place.
+
+        Raises:
+            UserError: there is none.
+            DamageError: its root is damaged, or a newer version wrote it.
+        """
+        objects = open_objects(where) if isinstance(where, str | Path) else where
+        try:
+            root = objects.get("zarr.json")
+        except FileNotFoundError:
+            if "done" in objects.names(""):
+                raise DamageError(f"{objects.url}/zarr.json: missing: the root of the store is gone") from None
+            raise UserError(f"{objects.url}: there is no store here; `pipeline precompute` makes one") from None
+        except (NotADirectoryError, IsADirectoryError):
+            raise UserError(f"{objects.url}: not a folder, so not a store") from None
+        if root != _ROOT:
+            newer = re.search(rb'"teacher_store":\{"format":(\d+)\}', root)
+            if newer and int(newer[1]) > FORMAT:
+                raise UserError(
+                    f"{objects.url}: store format {int(newer[1])}, this version reads {FORMAT}; install a newer one"
+                )
+            raise DamageError(f"{objects.url}/zarr.json: damaged: it is not the root of a store")
+        return cls(objects)
+
+    # ------------------------------------------------------------------------------------------ records
+
+    def _record(self, key: str, kind: str) -> Record:
+        name = f"{self.url}/{key}"
+        try:
+            content = records.load(self.objects.get(key), name)
+        except FileNotFoundError:
+            raise DamageError(f"{name}: missing: a {kind} that the store refers to is gone") from None
+        if content.get("kind") != kind:
+            raise DamageError(f"{name}: damaged: expected a {kind}, found a {content.get('kind')}")
+        return content
+
+    def _manifest(self, kind: str, id: str) -> Record:
+        content = self._record(f"{kind}s/{id}/manifest.json", kind)
+        if content.get("id") != id:
+            raise DamageError(f"{self.url}/{kind}s/{id}/manifest.json: damaged: it is the one of {content.get('id')}")
+        return content
+
+    def _add(self, kind: str, id: str, identity: Record, about: Record) -> Record:
+        """Create a manifest, or find that the one that is there has the same identity."""
+        key = f"{kind}s/{id}/manifest.json"
+        content = {"format": FORMAT, "kind": kind, "id": id, "identity": identity, **about}
+        self.objects.create(key, records.dump(content))
+        there = self._manifest(kind, id)
+        for field in sorted({*there["identity"], *identity}):
+            expected, found = there["identity"].get(field), identity.get(field)
+            if found != expected:
+                raise IdentityError(f"{self.url}: {kind} {id!r}", field, expected, found)
+        return there
+
+    # ------------------------------------------------------------------------------------ banks, teachers, targets
+
+    def banks(self) -> dict[str, Record]:
+        """Bank id -> manifest."""
+        return {name: self._manifest("bank", name) for name in self.objects.names("banks")}
+
+    def add_bank(self, id: str, identity: Record, about: Record) -> Record:
+        """Record a bank; its manifest."""
+        return self._add("bank", id, identity, about)
+
+    def teachers(self) -> dict[str, Record]:
+        """Teacher's name -> manifest."""
+        return {name: self._manifest("teacher", name) for name in self.objects.names("teachers")}
+
+    def add_teacher(self, name: str, identity: Record, about: Record) -> Record:
+        """Record a teacher; its manifest.
+
+        Raises:
+            IdentityError: another teacher is recorded under this name.
+        """
+        try:
+            return self._add("teacher", name, identity, about)
+        except IdentityError as error:
+            do = f"This is another teacher than the recorded one. Add it under a name of its own: --as {name}-2"
+            raise IdentityError(error.where, error.field, error.expected, error.found, do) from None
+
+    def targets(self) -> dict[str, Record]:
+        """Target id -> manifest."""
+        return {name: self._manifest("target", name) for name in self.objects.names("targets")}
+
+    def target(self, id: str) -> Record:
+        """A target's manifest. Raises UserError for an unknown id."""
+        known = self.objects.names("targets")
+        if id not in known:
+            raise UserError(f"{self.url}: no target is called {id!r}. {nearest(id, known)}")
+        return self._manifest("target", id)
+
+    def add_target(self, id: str, identity: Record, about: Record) -> Record:
+        """Record a target; its manifest."""
+        return self._add("target", id, identity, about)
+
+    def add_graph(self, teacher: str, graph: bytes) -> str:
+        """Keep an exported graph; its sha256."""
+        digest = hashlib.sha256(graph).hexdigest()
+        self.objects.create(f"teachers/{teacher}/graphs/{digest}.onnx", graph)
+        return digest
+
+    def graph(self, teacher: str, digest: str) -> bytes:
+        """An exported graph. Raises DamageError."""
+        key = f"teachers/{teacher}/graphs/{digest}.onnx"
+        try:
+            data = self.objects.get(key)
+        except FileNotFoundError:
+            raise DamageError(f"{self.url}/{key}: missing: the graph that made a target is gone") from None
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise DamageError(f"{self.url}/{key}: damaged: its content does not agree with its name")
+        return data
+
+    # ------------------------------------------------------------------------------------------ shards
+
+    def shard_ids(self) -> list[str]:
+        """The ids of all shards that the store knows."""
+        return [name.removesuffix(".json") for name in self.objects.names("shards") if name.endswith(".json")]
+
+    def index(self, shard: str) -> ShardIndex:
+        """The index of a shard. Raises DamageError."""
+        name = f"{self.url}/shards/{shard}.json"
+        try:
+            index = ShardIndex.load(self.objects.get(f"shards/{shard}.json"), name)
+        except FileNotFoundError:
+            raise DamageError(f"{name}: missing: the index of a shard is gone") from None
+        if index.id != shard:
+            raise DamageError(f"{name}: damaged: it is the index of {index.id}")
+        return index
+
+    def add_index(self, index: ShardIndex) -> None:
+        """Keep a shard's index."""
+        self.objects.create(f"shards/{index.id}.json", index.dump())
+
+    def recognise(self, url: str, known: Sequence[str]) -> ShardIndex | None:
+        """The index of a file that is one of the `known` shards: same stem, size, first and last block; else None."""
+        for shard in known:
+            if shard.rpartition("-")[0] == stem_of(url):
+                index = self.index(shard)
+                if not differences(url, index.summary):
+                    return index
+        return None
+
+    def require(self, url: str, known: Sequence[str]) -> ShardIndex:
+        """The index of a file that must be one of the `known` shards, whatever its tar headers are.
+
+        Raises:
+            IdentityError: an unknown shard, or a known name with other content.
+        """
+        if index := self.recognise(url, known):
+            return index
+        own = cached_index(url)
+        if own.id in known:  # the same samples in a tar with other headers: its own ranges count
+            return own
+        raise self._unknown(url, own, known)
+
+    def _unknown(self, url: str, own: ShardIndex, known: Sequence[str]) -> IdentityError:
+        indexes = [self.index(shard) for shard in known]
+        elsewhere = {digest for index in indexes for digest in index.digests}
+        shared = sum(digest in elsewhere for digest in own.digests)
+        do = (
+            f"{shared} of its {len(own)} images are known in this store under other shards or positions. Targets "
+            "belong to a shard's exact content: give the shards that were precomputed, or precompute these."
+        )
+        for index in indexes:
+            if index.summary.stem == own.summary.stem:
+                field, expected, found = _first_difference(index, own)
+                return IdentityError(url, field, expected, found, do)
+        names = ", ".join(known[:3]) or "none"
+        return IdentityError(url, "shard", f"one of the store's ({names}, …)", own.id, do)
+
+    # ------------------------------------------------------------------------------------------ markers
+
+    def done(self) -> set[Task]:
+        """All tasks that are complete, by one listing."""
+        tasks = (Task.named(name) for name in self.objects.names("done"))
+        return {task for task in tasks if task}
+
+    def marker(self, task: Task) -> Marker:
+        """The marker of a task.
+
+        Raises:
+            DamageError: missing, damaged, or another task's.
+        """
+        name = f"{self.url}/done/{task.name}"
+        try:
+            content = records.load(self.objects.get(f"done/{task.name}"), name)
+        except FileNotFoundError:
+            raise DamageError(f"{name}: missing: this view was not precomputed, or its marker is gone") from None
+        said = (content.get("kind"), content.get("id"), content.get("shard"), content.get("view"))
+        if said != (task.kind, task.id, task.shard, task.view):
+            raise DamageError(f"{name}: damaged: it is the marker of {'.'.join(map(str, said))}")
+        if content.get("format") != FORMAT:
+            raise DamageError(f"{name}: format {content.get('format')}, this version reads {FORMAT}")
+        return Marker(self.objects, task, content)
+
+    def find(self, task: Task) -> Marker | None:
+        """The marker of a task if it is there and undamaged: a damaged one counts as absent and is removed.
+
+        For writers only. Readers use `marker`, which says what is wrong.
+        """
+        try:
+            return self.marker(task)
+        except DamageError:
+            self.objects.remove(f"done/{task.name}")
+            return None
+
+    def views(self, target: str, shards: Iterable[str], done: set[Task]) -> int:
+        """How many views a target has over shards: the largest count found.
+
+        Raises:
+            DamageError: a marker below this count is missing.
+        """
+        wanted = set(shards)
+        there = {(t.shard, t.view) for t in done if t.kind == "target" and t.id == target and t.shard in wanted}
+        count = max((view for _, view in there), default=-1) + 1
+        for shard in sorted(wanted):
+            for view in range(count):
+                if (shard, view) not in there:
+                    name = f"{self.url}/done/{Task('target', target, shard, view).name}"
+                    raise DamageError(
+                        f"{name}: missing: other shards have {count} views of this target; "
+                        "run precompute over all of them, or ask for fewer with stream.views=N"
+                    )
+        return count
+
+    # ------------------------------------------------------------------------------------------ for analyses
+
+    def array(self, target: str) -> dask.array.Array:
+        """A target's decoded values over all shards and views as one lazy dask array `[samples × views, …]`, f32.
+
+        Shards in the order of their ids, within a shard view after view. Raises DamageError when computed.
+        """
+        import dask.array
+
+        from storage import codecs
+
+        manifest = self.target(target)
+        shape = tuple(manifest["sample_shape"])
+
+        def load(marker: Marker, start: int, stop: int) -> np.ndarray:
+            arrays = {name: array.read(start, stop) for name, array in marker.arrays.items()}
+            values: np.ndarray = codecs.decode(manifest["identity"]["codec"], arrays)
+            return values
+
+        parts = []
+        for task in sorted(task for task in self.done() if task.kind == "target" and task.id == target):
+            marker = self.marker(task)
+            data = marker.arrays["data"]
+            for start in range(0, data.shape[0], data.chunk_shape[0]):
+                stop = min(start + data.chunk_shape[0], data.shape[0])
+                piece = dask.delayed(load, pure=True)(marker, start, stop)  # type: ignore[attr-defined]
+                parts.append(dask.array.from_delayed(piece, (stop - start, *shape), np.float32))  # type: ignore[no-untyped-call]
+        if not parts:
+            raise UserError(f"{self.url}: target {target} has nothing complete yet")
+        return dask.array.concatenate(parts)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _first_difference(known: ShardIndex, own: ShardIndex) -> tuple[str, object, object]:
+    for i, (a, b) in enumerate(zip(known.keys, own.keys, strict=False)):
+        if a != b:
+            return f"key of sample {i}", a, b
+    for key, a, b in zip(known.keys, known.digests, own.digests, strict=False):
+        if a != b:
+            return f"image digest of key {key}", a, b
+    return "samples", len(known), len(own)
