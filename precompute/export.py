@@ -100,7 +100,8 @@ def _graph(module: TappedTeacher, views: object) -> bytes:
     for value in (*model.graph.input, *model.graph.output, *model.graph.initializer):
         value.doc_string = ""
         del value.metadata_props[:]
-    return model.SerializeToString(deterministic=True)
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
 
 
 def _compare(

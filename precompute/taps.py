@@ -20,10 +20,12 @@ from storage.errors import UserError, nearest
 
 
 def _declare_torchvision_operators() -> Any:
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for operator in ("nms", "qnms"):
         with suppress(RuntimeError):  # a matching torchvision has declared them already
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            library.define(  # type: ignore[no-untyped-call]
+                f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            )
     return library
 
 
@@ -77,7 +79,7 @@ def attention_layers(model: nn.Module) -> list[nn.Module]:
     if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not all(hasattr(b, "attn") for b in blocks):
         why = "its attention is windowed" if hasattr(model, "layers") else "it has no list of attention blocks"
         raise UserError(f"{name}: no attention rows over all tokens can be read off it: {why}")
-    layers = [block.attn for block in blocks]
+    layers: list[nn.Module] = [getattr(block, "attn") for block in blocks]  # noqa: B009
     for i, layer in enumerate(layers, 1):
         missing = [part for part in ("q_norm", "k_norm", "attn_drop", "num_heads", "scale") if not hasattr(layer, part)]
         if missing:
@@ -193,7 +195,7 @@ def check_attention(model: nn.Module, images: Tensor, tolerance: float = 1e-4) -
     used: dict[int, Tensor] = {}
     handles = []
     for n, layer in enumerate(layers, 1):
-        handles.append(layer.attn_drop.register_forward_pre_hook(functools.partial(_keep_input, used, n)))  # type: ignore[union-attr,operator]
+        handles.append(layer.attn_drop.register_forward_pre_hook(functools.partial(_keep_input, used, n)))  # type: ignore[union-attr]
     taps = AttentionTaps(model)
     worst = 0.0
     try:
@@ -229,7 +231,7 @@ def _keep_input(kept: dict[int, Tensor], number: int, module: nn.Module, args: t
 
 
 def cnn_stages(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(name, module) of the last normalisation in each stage's last block, before the residual sum (AAL, `aal.tap: norm`).
+    """(name, module) of the last normalisation in each stage's last block, before the residual sum (`aal.tap: norm`).
 
     EfficientNet-B3 has seven stages with 24, 32, 48, 96, 136, 232 and 384 maps, ResNet-34 four.
 
@@ -237,7 +239,7 @@ def cnn_stages(model: nn.Module) -> list[tuple[str, nn.Module]]:
         UserError: the network has no stages that are known here, or a stage without a normalisation over maps.
     """
     names = {module: name for name, module in model.named_modules()}
-    found = []
+    found: list[tuple[str, nn.Module]] = []
     for stage in _stages(model):
         blocks = getattr(stage, "blocks", stage)
         last = list(blocks.children())[-1]
@@ -284,7 +286,7 @@ def resize_matrix(size_in: int, size_out: int, antialias: bool = False) -> Tenso
     return columns[0, :, :, 0].T.contiguous().float()
 
 
-# ---------------------------------------------------------------------------------------------- the teacher as one module
+# ------------------------------------------------------------------------------- the teacher as one module
 
 
 class TappedTeacher(nn.Module):

@@ -229,7 +229,7 @@ def choose_policy(store: Store, wanted: Policy, given: set[str], shards: Sequenc
     found: list[tuple[str, object, object]] = []
     for id in there:
         policy = policy_of(manifests[id])
-        differs = [
+        differs: list[tuple[str, object, object]] = [
             (field, getattr(policy, field), getattr(wanted, field))
             for field in ("line", "size", "seed")
             if field in given

@@ -103,7 +103,8 @@ def find(
         config = _pretrained_config(model, name)
         size = size or config["size"]
         mean, std = mean or config["mean"], std or config["std"]
-    assert mean is not None and std is not None
+    assert mean is not None
+    assert std is not None
     called = called or re.sub(r"[^A-Za-z0-9_-]", "_", name)[:40]
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", called):
         raise UserError(f"--as {called!r}: a teacher's name has 1 to 40 letters, digits, - and _")
@@ -214,6 +215,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
+        state: Any
         if path.endswith(".safetensors"):
             state = load_file(Path(path).expanduser())
         else:

@@ -1,0 +1,406 @@
+"""The commands. Everything heavy is imported inside the command that needs it, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.console import Console, show
+from storage.errors import UserError, nearest
+
+
+class _Commands(click.Group):
+    """A group that names the nearest command."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """The command that the first argument names."""
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            raise click.UsageError(f"no command is called {args[0]!r}. {nearest(args[0], self.commands)}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="teacher-store")
+def cli() -> None:
+    """Run a pretrained teacher once over image shards, keep what it saw, and train students from it.
+
+    \b
+    pipeline pack photos 'train-{000000..000009}.tar' --val-fraction 0.1
+    pipeline precompute --teacher mobilenetv2 --shards 'train-{000000..000009}.tar' --store S
+    pipeline train --recipe aal --store S --shards 'train-{000000..000009}.tar' --val train-val-000000.tar --out run
+    pipeline evaluate run --shards train-val-000000.tar
+    """
+
+
+def _common(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--json` and `--debug`, as every command has them."""
+
+    @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, everything else on stderr.")
+    @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+    @functools.wraps(command)
+    def wrapped(*args: Any, debug: bool, **kwargs: Any) -> Any:
+        return command(*args, **kwargs)
+
+    return wrapped
+
+
+def _shards(*names: str, help: str, required: bool = True) -> Callable[..., Any]:
+    return click.option(
+        *names, multiple=True, required=required, metavar="SHARDS",
+        help=f"{help} Braces, * and :: between several; may be repeated.",
+    )  # fmt: skip
+
+
+_store = click.option("--store", required=True, metavar="DIR", help="The store: a folder or an fsspec URL.")
+
+
+@cli.command()
+@click.argument("source", nargs=-1, required=True)
+@click.argument("out")
+@click.option("--per-shard", type=click.IntRange(1), help="Samples a shard; by default spread over all names.")
+@click.option("--val-fraction", type=float, default=0.0, help="Part of each class for validation shards.")
+@click.option("--fraction", type=float, default=1.0, help="Part of each class that is kept, class-balanced.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the order and of both choices.")
+@click.option("--no-shuffle", is_flag=True, help="Keep the order of the source.")
+@_common
+def pack(
+    source: tuple[str, ...],
+    out: str,
+    per_shard: int | None,
+    val_fraction: float,
+    fraction: float,
+    seed: int,
+    no_shuffle: bool,
+    as_json: bool,
+) -> None:
+    """Make shards from a FOLDER of class folders, or from other shards (compressed ones too).
+
+    \b
+    pipeline pack photos 'train-{000000..000009}.tar' --val-fraction 0.1
+    pipeline pack 'train-{000000..000009}.tar' 'tenth/train-000000.tar' --fraction 0.1
+    """
+    from storage.pack import pack as run
+
+    console = Console()
+    result = run(
+        list(source) if len(source) > 1 else source[0], out, per_shard=per_shard, val_fraction=val_fraction,
+        fraction=fraction, seed=seed, shuffle=not no_shuffle, say=console.say,
+    )  # fmt: skip
+    counts = ", ".join(
+        f"{count} samples in {len(result[part])} {part} shard(s)" for part, count in result["samples"].items()
+    )
+    show(result, [counts, *result["train"], *result["val"]], as_json)
+
+
+@cli.command()
+@click.option("--teacher", required=True, help="A short name (effnet_b3, mobilenetv2, vit_tiny, …) or any timm name.")
+@_shards("--shards", help="The shards.")
+@_store
+@click.option("--target", multiple=True, metavar="TAP[,layers=…][,grid=…][,codec=…]",
+              help="What to keep: activations, logits, q, k, class_row or class_token; may be repeated. layers=last or "
+              "1:4+8, counted from 1; grid=8 for activations; codec=f32, f16 or u8.")  # fmt: skip
+@click.option("--view-policy", metavar="P", help="none, eval, light, or a line such as 'crop(0.125)|flip'.")
+@click.option("--view-size", type=int, metavar="N", help="Side of the view images.  [default: 224]")
+@click.option("--view-count", type=click.IntRange(1), metavar="N", help="Views of each image.  [default: 4]")
+@click.option("--seed", type=int, metavar="N", help="Of the views.  [default: 0]")
+@click.option("--new-bank", is_flag=True, help="Make another bank beside the one that these shards have.")
+@click.option("--weights", metavar="F", help="A .safetensors or .pth file; without it, timm's hub.")
+@click.option("--teacher-arg", multiple=True, metavar="K=V", help="An argument of timm.create_model; may be repeated.")
+@click.option("--mean", metavar="M", help="Of the teacher's input: one number or three, with commas.")
+@click.option("--std", metavar="S", help="Likewise.")
+@click.option("--input-size", type=int, metavar="N", help="Side of the teacher's input.")
+@click.option("--as", "called", metavar="NAME", help="What the store calls the teacher.")
+@click.option("--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+              help="Where the teacher runs.")  # fmt: skip
+@click.option("--bad-images", type=click.Choice(["fail", "skip"]), default="fail", show_default=True,
+              help="An image that cannot be decoded fails its shard, or is left out of training.")  # fmt: skip
+@_common
+def precompute(
+    teacher: str,
+    shards: tuple[str, ...],
+    store: str,
+    target: tuple[str, ...],
+    view_policy: str | None,
+    view_size: int | None,
+    view_count: int | None,
+    seed: int | None,
+    new_bank: bool,
+    weights: str | None,
+    teacher_arg: tuple[str, ...],
+    mean: str | None,
+    std: str | None,
+    input_size: int | None,
+    called: str | None,
+    provider: str,
+    bad_images: Any,
+    as_json: bool,
+) -> None:
+    """Run a teacher once over shards and keep its targets. The same command goes on where it was.
+
+    \b
+    pipeline precompute --teacher mobilenetv2 --weights mobilenetv2.safetensors --shards 'train-{000000..000009}.tar' \\
+      --store S --view-policy light --view-size 32 --target activations,grid=8,codec=u8
+    """
+    from precompute import teachers
+    from precompute.run import Wanted
+    from precompute.run import precompute as run
+    from precompute.targets import parse
+    from storage.policies import policy
+    from storage.shards import expand
+    from storage.store import Store
+
+    urls = expand(shards)
+    views = policy(view_policy or "light", view_size or 224, seed or 0)
+    wishes = [wish for text in target for wish in parse(text)]
+    found = teachers.find(
+        teacher, weights=weights, arguments=_arguments(teacher_arg), input_size=input_size, mean=_numbers(mean, "--mean"),
+        std=_numbers(std, "--std"), called=called,
+    )  # fmt: skip
+    named = {"line": view_policy, "size": view_size, "seed": seed}
+    wanted = Wanted(
+        urls, found, wishes, views, frozenset(name for name, value in named.items() if value is not None), view_count,
+        new_bank, provider, bad_images,
+    )  # fmt: skip
+    console = Console()
+    try:
+        result = run(Store.create(store), wanted, console)
+    finally:
+        console.stop()
+    show(result, [f"{len(result['targets'])} target(s) over {len(result['shards'])} shard(s): {store}"], as_json)
+
+
+@cli.command()
+@_store
+@_common
+def inspect(store: str, as_json: bool) -> None:
+    """Say what is in a store: teachers, banks, targets, how much of each is complete, and its size.
+
+    \b
+    pipeline inspect --store S
+    """
+    from pipeline.inspection import inspect as run
+    from pipeline.inspection import lines
+    from storage.store import Store
+
+    result = run(Store.open(store))
+    show(result, lines(result), as_json)
+
+
+@cli.command()
+@_store
+@_shards("--shards", help="Shards whose views are rendered again.", required=False)
+@click.option("--samples", type=click.IntRange(0), default=64, show_default=True,
+              help="Samples of each shard that are rendered again; 0 for all.")  # fmt: skip
+@_common
+def verify(store: str, shards: tuple[str, ...], samples: int, as_json: bool) -> None:
+    """Check every byte of a store, and that shards still give the pixels that the teacher saw.
+
+    Exit status 1 if anything is wrong; nothing is changed.
+
+    \b
+    pipeline verify --store S --shards 'train-{000000..000009}.tar'
+    """
+    from storage.shards import expand
+    from storage.store import Store
+    from storage.verify import verify as run
+
+    urls = expand(shards) if shards else []
+    console = Console()
+    report = run(Store.open(store), urls, samples, console.say)
+    result = {
+        "store": store, "ok": not report.failures, "objects": report.objects, "views_rendered": report.views_rendered,
+        "failures": report.failures, "notices": report.notices,
+    }  # fmt: skip
+    verdict = "everything is as it was written" if not report.failures else f"{len(report.failures)} failure(s)"
+    rendered = f", {report.views_rendered:,} views rendered again" if urls else ", no views rendered (give --shards)"
+    show(result, [*report.failures, *report.notices, f"{report.objects:,} checks{rendered}: {verdict}"], as_json)
+    if report.failures:
+        raise SystemExit(1)
+
+
+@cli.command()
+@click.option("--recipe", required=True, help="A recipe's name (scratch, aal) or a YAML file.")
+@_shards("--shards", help="Training shards.")
+@_shards("--val", help="Validation shards.")
+@click.option("--store", metavar="DIR", help="The store with the targets; without one, views are drawn afresh.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="RUN", help="A new folder for the run.")
+@click.option("--set", "settings", multiple=True, metavar="PATH=VALUE", help="Change a setting; may be repeated.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@_common
+def train(
+    recipe: str,
+    shards: tuple[str, ...],
+    val: tuple[str, ...],
+    store: str | None,
+    out: Path,
+    settings: tuple[str, ...],
+    device: str,
+    as_json: bool,
+) -> None:
+    """Train a student by a recipe, with targets from a store where the recipe needs them.
+
+    \b
+    pipeline train --recipe aal --store S --shards 'train-{000000..000009}.tar' --val train-val-000000.tar --out run \\
+      --set student.model=vit_tiny_patch16_224 --set student.img_size=32 --set student.patch_size=4 \\
+      --set student.embed_dim=128 --set student.depth=6 --set student.num_heads=4 --set stream.batch_size=128
+    """
+    from pipeline.recipes import load
+
+    chosen = load(recipe, settings)
+
+    from storage.store import Store
+    from student.model import pick_device
+    from student.train import Job
+    from student.train import train as run
+
+    console = Console()
+    job = Job(chosen, shards, val, out, Store.open(store) if store else None, str(pick_device(device)))
+    try:
+        result = run(job, console)
+    finally:
+        console.stop()
+    top5 = f", top-5 {result['top5']:.2f} %" if result["top5"] is not None else ""
+    text = (
+        f"top-1 {result['top1']:.2f} % (best {result['best_top1']:.2f} %){top5} on {result['samples']} samples: {out}"
+    )
+    show(result, [text], as_json)
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@_shards("--shards", help="Labelled shards.")
+@click.option("--checkpoint", type=click.Choice(["last", "best"]), default="last", show_default=True,
+              help="Which student; `best` was chosen on the run's validation shards.")  # fmt: skip
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@_common
+def evaluate(run: Path, shards: tuple[str, ...], checkpoint: str, device: str, as_json: bool) -> None:
+    """Accuracy of a run's student over shards, every sample once, on the evaluation view of its policy.
+
+    \b
+    pipeline evaluate run --shards 'val-{000000..000001}.tar'
+    """
+    from storage.policies import policy
+    from storage.shards import cached_index, classes_of, expand
+
+    urls = expand(shards)
+
+    from storage.errors import IdentityError
+    from student.evaluate import evaluate as score_of
+    from student.model import load, pick_device
+
+    path = run / f"{checkpoint}.safetensors" if run.is_dir() or not run.suffix else run
+    model, about = load(path)
+    names = classes_of(urls)
+    if names and about.classes and tuple(names) != about.classes:
+        raise IdentityError(f"{urls[0]}: classes.json", "classes", list(about.classes), names)
+    where = pick_device(device)
+    console = Console()
+    console.start("evaluating", sum(len(cached_index(url)) for url in urls))
+    try:
+        score = score_of(
+            model.to(where), urls, policy(about.evaluation, about.img_size), about.mean, about.std, device=where,
+            advance=console.advance,
+        )  # fmt: skip
+    finally:
+        console.stop()
+    top5 = f", top-5 {score.top5:.2f} %" if score.top5 is not None else ""
+    result = {
+        "top1": score.top1,
+        "top5": score.top5,
+        "samples": score.samples,
+        "student": str(path),
+        "view": about.evaluation,
+    }
+    show(result, [f"top-1 {score.top1:.2f} %{top5} on {score.samples} samples ({about.evaluation})"], as_json)
+
+
+@cli.command()
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("demo-out"), show_default=True, help="A new folder."
+)
+@_common
+def demo(out: Path, as_json: bool) -> None:
+    """The whole path on handwritten digits, offline: pack, a teacher, precompute, two students, a table.
+
+    \b
+    pipeline demo --out demo-out
+    """
+    from pipeline.demo import demo as run
+
+    console = Console()
+    try:
+        result = run(out, console)
+    finally:
+        console.stop()
+    show(result, result["table"], as_json)
+
+
+def _arguments(pairs: tuple[str, ...]) -> dict[str, Any]:
+    import yaml
+
+    found = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise UserError(f"--teacher-arg {pair}: expected name=value")
+        try:
+            found[name] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(
+                f"--teacher-arg {pair}: the value is not plain YAML: {' '.join(str(error).split())}"
+            ) from None
+    return found
+
+
+def _numbers(text: str | None, flag: str) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"{flag} {text}: expected one number or three, separated by commas") from None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command; exit with 0, 1 for what a user can mend, 2 for usage."""
+    words = sys.argv[1:] if arguments is None else arguments
+    debug, as_json = "--debug" in words, "--json" in words
+    try:
+        status = cli.main(args=words, prog_name="pipeline", standalone_mode=False)
+        raise SystemExit(status if isinstance(status, int) else 0)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.ctx.get_help() if error.ctx else error.message)
+        raise SystemExit(2) from None
+    except click.UsageError as error:
+        error.show()
+        raise SystemExit(2) from None
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted; what was complete stays, the same command goes on", as_json, 130)
+    except (UserError, click.ClickException) as error:
+        if debug:
+            raise
+        _fail(str(error), as_json, 1)
+    except BrokenPipeError:
+        raise SystemExit(1) from None
+    except OSError as error:
+        if debug:
+            raise
+        _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", as_json, 1)
+    except Exception as error:
+        if debug:
+            raise
+        text = f"{type(error).__name__}: {error}"
+        _fail(f"this should not happen: {text}\n  Run it again with --debug and report what it shows.", as_json, 1)
+
+
+def _fail(text: str, as_json: bool, status: int) -> None:
+    print(f"error: {text}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"error": text}))
+    raise SystemExit(status) from None

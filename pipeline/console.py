@@ -1,0 +1,69 @@
+"""What people see while something runs: lines and a progress bar on stderr; results on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+PLAIN_EVERY = 10.0  # seconds between lines where stderr is no terminal
+
+
+class Console:
+    """Progress for people: a bar with rate and time left on a terminal, plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._what, self._total, self._done = "", 0, 0
+        self._began = self._said = 0.0
+
+    def say(self, line: str) -> None:
+        """A line."""
+        if self._bar is not None:
+            self._bar.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def start(self, what: str, total: int) -> None:
+        """Something with so many steps begins."""
+        self.stop()
+        self._what, self._total, self._done = what, total, 0
+        self._began = self._said = time.monotonic()
+        if sys.stderr.isatty():
+            from rich.console import Console as Rich
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=Rich(stderr=True), transient=True,
+            )  # fmt: skip
+            self._task = self._bar.add_task(what, total=total, rate="")
+            self._bar.start()
+
+    def advance(self, steps: int) -> None:
+        """So many more steps are done."""
+        self._done += steps
+        now = time.monotonic()
+        rate = self._done / max(now - self._began, 1e-9)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, advance=steps, rate=f"{rate:,.0f}/s")
+        elif now - self._said >= PLAIN_EVERY:
+            self._said = now
+            left = (self._total - self._done) / max(rate, 1e-9)
+            self.say(f"{self._what}: {self._done:,}/{self._total:,}, {rate:,.1f}/s, {left:,.0f} s left")
+
+    def stop(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = self._task = None
+
+
+def show(result: dict[str, Any], lines: list[str], as_json: bool) -> None:
+    """The result on stdout: one JSON object, or lines."""
+    print(json.dumps(result) if as_json else "\n".join(lines))

@@ -1,0 +1,122 @@
+"""AAL: adaptive attention links from a CNN's activation maps to a ViT's class-row attention maps.
+
+Jin and Choi, "Adaptive Attention Link-based Regularization for Vision Transformers", equations 3 to 6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from precompute.taps import AttentionTaps, class_row
+from storage.records import Record
+from student import config
+from student.align import Row, Shape, align_activations
+from student.choose import Need
+from student.losses import Step
+
+EPSILON = 1e-12
+
+Map = Literal["scaled", "printed", "full"]
+Reading = Literal["mse", "norm", "sq"]
+
+
+def class_maps(q: Sequence[Tensor], k: Sequence[Tensor], scales: Sequence[float], prefix: int, how: Map) -> Tensor:
+    """A_(m,n) of Eq. 3 for all layers n and heads m: the class query's attention over the patch keys.
+
+    `scaled`: softmax over patch keys with 1/√d, as the same paper's Eq. 2 and the model attend (default). `printed`:
+    likewise without 1/√d. `full`: softmax over all keys, then the prefix columns are dropped.
+
+    Args:
+        q: queries of each layer, `[B, H, N, d]`.
+        k: keys of each layer, `[B, H, N, d]`.
+        scales: 1/√d of each layer.
+        prefix: how many of the N tokens come before the patches.
+        how: the reading of Eq. 3.
+
+    Returns:
+        `[B, M, P]`, M = layers × heads, P patches.
+    """
+    rows = []
+    for queries, keys, scale in zip(q, k, scales, strict=True):
+        if how == "full":
+            rows.append(class_row(queries, keys, scale)[:, :, prefix:])
+        else:
+            rows.append(class_row(queries, keys[:, :, prefix:], scale if how == "scaled" else 1.0))
+    return torch.cat(rows, 1)
+
+
+class AAL(nn.Module):
+    """Links (Eq. 4) and loss (Eq. 5) between M student maps and C activation maps.
+
+    A⁺_c = Σ_m w_cm A_m + b_c, trained jointly and dropped after training. Per image and channel, with Â = A⁺/‖A⁺‖₂
+    and B̂ = B/‖B‖₂ over the P positions:
+
+    `mse`: mean of (Â − B̂)² over batch, channels and positions (default); `norm`: ‖Â − B̂‖₂, mean over batch and
+    channels; `sq`: its square, mean likewise. Computed as ‖Â‖² + ‖B̂‖² − 2⟨Â, B̂⟩ from inner products, which costs a
+    tenth of the printed form and has the same value.
+
+    Args:
+        maps: M, layers × heads of the student.
+        channels: C of the target.
+        reading: of Eq. 5.
+    """
+
+    def __init__(self, maps: int, channels: int, reading: Reading = "mse") -> None:
+        super().__init__()
+        self.links = nn.Conv1d(maps, channels, 1)  # the 1×1 convolution of the paper, on flattened maps
+        self.reading = reading
+
+    def forward(self, maps: Tensor, activations: Tensor) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            maps: the student's A, `[B, M, P]`.
+            activations: the teacher's B, `[B, C, g, g]` with g·g = P.
+        """
+        targets = activations.flatten(2)
+        positions = maps.shape[-1]
+        weight = self.links.weight[:, :, 0]
+        bias = self.links.bias
+        assert bias is not None
+        across = maps @ targets.transpose(1, 2)
+        inner = (across * weight.T).sum(1) + bias * targets.sum(-1)
+        gram = maps @ maps.transpose(1, 2)
+        through = torch.einsum("cm,bmn->bcn", weight, gram)
+        square = (through * weight).sum(-1) + 2 * bias * (maps.sum(-1) @ weight.T) + positions * bias.square()
+        mine = square.clamp_min(0).add(EPSILON**2).sqrt()
+        theirs = targets.norm(dim=-1)
+        unit = theirs.square() / (theirs + EPSILON).square()  # 1, or 0 for a map of zeros
+        distance = (1 + unit - 2 * inner / (mine * (theirs + EPSILON))).clamp_min(0)
+        loss: Tensor = distance.add(EPSILON).sqrt().mean() if self.reading == "norm" else distance.mean()
+        return loss / positions if self.reading == "mse" else loss
+
+
+def need(name: str, settings: config.AAL, student: Shape) -> Need:
+    """Activations on the student's own grid."""
+    return Need(name, "activations", settings.teacher, settings.target, student.grid)
+
+
+def align(name: str, settings: config.AAL, student: Shape, manifest: Record) -> Row:
+    """What meets what. Raises UserError."""
+    return align_activations(name, manifest, student)
+
+
+class Method(nn.Module):
+    """AAL as a term of the training loss."""
+
+    def __init__(self, settings: config.AAL, student: Shape, manifest: Record) -> None:
+        super().__init__()
+        self.aal = AAL(student.maps, manifest["sample_shape"][0], settings.loss)
+        self.map, self.prefix = settings.map, len(student.prefix)
+
+    def forward(self, step: Step) -> Tensor:
+        """The loss of one step."""
+        taps: AttentionTaps | None = step.attention
+        assert taps is not None
+        assert step.target is not None
+        maps = class_maps(taps.q, taps.k, taps.scales, self.prefix, self.map)
+        return self.aal(maps, step.target)  # type: ignore[no-any-return]

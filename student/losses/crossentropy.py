@@ -1,0 +1,44 @@
+"""Cross-entropy with the labels: the loss of every baseline, and the class term of most methods."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from storage.records import Record
+from student import config
+from student.align import Row, Shape
+from student.losses import Step
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """−Σ_k y_k log softmax(logits)_k, y the labels smoothed towards 1/K; mean over the batch.
+
+    Args:
+        logits: `[B, K]`.
+        labels: int64 `[B]`.
+        smoothing: share of the mass that is spread evenly over all classes.
+    """
+    return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+
+
+def need(name: str, settings: config.CrossEntropy, student: Shape | None) -> None:
+    """Labels are all it takes."""
+    return
+
+
+def align(name: str, settings: config.CrossEntropy, student: Shape | None, manifest: Record | None) -> Row | None:
+    """Nothing of a teacher meets the student."""
+    return None
+
+
+class Method(nn.Module):
+    """Cross-entropy as a term of the training loss."""
+
+    def __init__(self, settings: config.CrossEntropy, student: Shape | None, manifest: Record | None) -> None:
+        super().__init__()
+        self.smoothing = settings.smoothing
+
+    def forward(self, step: Step) -> Tensor:
+        """The loss of one step."""
+        return cross_entropy(step.logits, step.labels, self.smoothing)

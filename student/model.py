@@ -1,0 +1,127 @@
+"""The student: a timm ViT by name, or by explicit sizes; written and read as a timm state dict in safetensors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from precompute.taps import timm
+from storage.errors import UserError, nearest
+from student import config
+
+_SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "drop_path_rate")
+
+
+@dataclass(frozen=True)
+class Description:
+    """What rebuilds a student: `timm.create_model(model, **arguments)`, and how to feed and read it."""
+
+    model: str
+    arguments: dict[str, Any]
+    img_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    classes: tuple[str, ...] | None
+    evaluation: str  # the view policy that it is evaluated on
+
+
+def build(settings: config.Student, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
+    """A new student and the arguments that `timm.create_model` makes it of.
+
+    Raises:
+        UserError: an unknown model, or sizes that do not go together.
+    """
+    if not timm.is_model(settings.model):
+        raise UserError(f"student.model: timm has no {settings.model!r}. {nearest(settings.model, timm.list_models())}")
+    arguments = {name: getattr(settings, name) for name in _SIZES if getattr(settings, name) is not None}
+    if settings.embed_dim and settings.num_heads and settings.embed_dim % settings.num_heads:
+        raise UserError(f"student: embed_dim {settings.embed_dim} is no multiple of num_heads {settings.num_heads}")
+    if settings.img_size and settings.patch_size and settings.img_size % settings.patch_size:
+        raise UserError(f"student: img_size {settings.img_size} is no multiple of patch_size {settings.patch_size}")
+    arguments["num_classes"] = num_classes
+    return create(settings.model, arguments), arguments
+
+
+def create(model: str, arguments: dict[str, Any]) -> nn.Module:
+    """`timm.create_model` with a message that people understand."""
+    try:
+        made: nn.Module = timm.create_model(model, pretrained=False, **arguments)
+    except Exception as error:  # timm raises many kinds
+        raise UserError(f"student {model} {arguments}: cannot be made: {str(error).splitlines()[0]}") from None
+    return made
+
+
+def input_size(model: nn.Module, settings: config.Student) -> int:
+    """The side of the square images that a student takes."""
+    if settings.img_size:
+        return settings.img_size
+    embed = getattr(model, "patch_embed", None)
+    size = getattr(embed, "img_size", None)
+    if size:
+        return int(size[0])
+    return int(model.default_cfg["input_size"][-1])  # type: ignore[index]
+
+
+def save(path: Path, model: nn.Module, description: Description) -> None:
+    """Write the state dict with its description, under a temporary name first."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    metadata = {
+        "format": "pt",
+        "model": description.model,
+        "arguments": json.dumps(description.arguments),
+        "img_size": str(description.img_size),
+        "mean": json.dumps(description.mean),
+        "std": json.dumps(description.std),
+        "classes": json.dumps(description.classes),
+        "evaluation": description.evaluation,
+    }
+    temporary = path.with_name(f".{path.name}.part")
+    save_file(state, temporary, metadata)
+    temporary.replace(path)
+
+
+def load(path: Path) -> tuple[nn.Module, Description]:
+    """A student that `save` wrote, in eval mode.
+
+    Raises:
+        UserError: no such file, or not a student's.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        classes = json.loads(metadata["classes"])
+        description = Description(
+            metadata["model"], json.loads(metadata["arguments"]), int(metadata["img_size"]),
+            tuple(json.loads(metadata["mean"])), tuple(json.loads(metadata["std"])),
+            tuple(classes) if classes else None, metadata["evaluation"],
+        )  # fmt: skip
+    except FileNotFoundError:
+        raise UserError(f"{path}: no student here; `pipeline train` writes one") from None
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: not a student that `pipeline train` wrote ({error})") from None
+    model = create(description.model, description.arguments)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{path}: does not fit {description.model}: {str(error).splitlines()[0]}") from None
+    return model.eval(), description
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one. Raises UserError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: this torch sees no CUDA device; use cpu or auto")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from None
