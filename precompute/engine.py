@@ -20,7 +20,7 @@ from storage.banks import bank_policy, read_views, rows_of
 from storage.errors import IdentityError, UserError
 from storage.policies import Policy
 from storage.records import Record
-from storage.shards import BLOCK, Sample, ShardIndex, build_index, read_block
+from storage.shards import BLOCK, Sample, ShardIndex, build_index, read_samples
 from storage.store import Attempt, Marker, Store, Task
 from storage.views import COLUMNS, INVALID, BadImage, View, decode, draw, render, renderer, signature
 
@@ -224,7 +224,7 @@ class _Pass:
 
     def _block(self, number: int) -> None:
         block = self.index.block(number)
-        samples = read_block(self.task.url, self.index, number)
+        samples = read_samples(self.task.url, self.index, block)
         images = [self._decode(i, sample) for i, sample in zip(block, samples, strict=True)]
         for view, outputs in self.wanted.items():
             pixels = self._render(view, block, samples, images)
@@ -315,7 +315,7 @@ class _Pass:
 def one_view(store: Store, url: str, index: ShardIndex, policy: Policy) -> np.ndarray:
     """The first block's images in view 0, uint8 [n, S, S, 3], n >= 2: what an exported graph is checked on."""
     pixels = []
-    for sample in read_block(url, index, 0):
+    for sample in read_samples(url, index, index.block(0)):
         try:
             image = decode(sample.image)
         except BadImage:

@@ -241,7 +241,7 @@ def _write(name: str, sources: list[Source]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     try:
-        with webdataset.TarWriter(str(temporary), mtime=0.0) as writer:
+        with webdataset.TarWriter(str(temporary), mtime=0) as writer:
             for source in sources:
                 writer.write({"__key__": source.key, **source.load()})
         temporary.replace(path)

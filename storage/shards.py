@@ -401,18 +401,17 @@ def differences(url: str, known: Summary) -> list[tuple[str, object, object]]:
     return found
 
 
-def read_block(url: str, index: ShardIndex, number: int) -> list[Sample]:
-    """The samples of one block, by one ranged read, compared with the index.
+def read_samples(url: str, index: ShardIndex, wanted: range) -> list[Sample]:
+    """Consecutive samples of a shard, by one ranged read, compared with the index.
 
     Raises:
         IdentityError: a key, an image or a label is not the one that the index knows.
         DamageError: the file ends too early.
     """
-    wanted = index.block(number)
     data = read_range(url, index.starts[wanted.start], index.starts[wanted.stop])
     found = [as_sample(key, parts, url) for key, parts, _, _ in members(io.BytesIO(data), url)]
-    where = f"{url}, block {number}"
-    again = "The shard changed since the targets were made; targets belong to a shard's exact content."
+    where = f"{url}, samples {wanted.start} to {wanted.stop - 1}"
+    again = "The shard changed since it was indexed; targets belong to a shard's exact content."
     if len(found) != len(wanted):
         raise IdentityError(where, "samples", len(wanted), len(found), again)
     for i, sample in zip(wanted, found, strict=True):
@@ -420,9 +419,9 @@ def read_block(url: str, index: ShardIndex, number: int) -> list[Sample]:
             raise IdentityError(where, f"key of sample {i}", index.keys[i], sample.key, again)
         digest = _image_digest(sample.image)
         if digest != index.digests[i]:
-            raise IdentityError(f"{where}, key {sample.key}", "image digest", index.digests[i], digest, again)
+            raise IdentityError(f"{url}, key {sample.key}", "image digest", index.digests[i], digest, again)
         if sample.label != index.labels[i]:
-            raise IdentityError(f"{where}, key {sample.key}", "label", index.labels[i], sample.label, again)
+            raise IdentityError(f"{url}, key {sample.key}", "label", index.labels[i], sample.label, again)
     return found
 
 

@@ -57,7 +57,7 @@ def synthetic_shards(
     for number in range(shards):
         rng = generator("synthetic", seed, number)
         path = folder / f"{stem}-{number:06d}.tar"
-        with webdataset.TarWriter(str(path), mtime=0.0) as writer:
+        with webdataset.TarWriter(str(path), mtime=0) as writer:
             for i in range(samples):
                 label = i % classes
                 buffer = io.BytesIO()

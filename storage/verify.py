@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from storage import codecs, records
 from storage.banks import bank_policy, read_views
 from storage.errors import DamageError, UserError
-from storage.shards import BLOCK, read_block
+from storage.shards import BLOCK, read_samples
 from storage.store import Marker, Store, Task
 from storage.views import decode
 
@@ -178,8 +178,8 @@ def _signatures(
     for number in sorted({i // BLOCK for i in chosen}):
         block = index.block(number)
 
-        def check(number: int = number, block: range = block) -> None:
-            originals = read_block(url, index, number)
+        def check(block: range = block) -> None:
+            originals = read_samples(url, index, block)
             for i in [i for i in chosen if i in block]:
                 sample = originals[i - block.start]
                 image = None

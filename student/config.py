@@ -135,6 +135,7 @@ class Recipe(_Section):
     losses: Losses
     optim: Optim = Optim()
     stream: StreamSettings = StreamSettings()
+    val_interval: int = Field(1, ge=1, description="epochs between evaluations; the last one is always evaluated")
     seed: int = Field(0, ge=0, lt=2**31)
 
 

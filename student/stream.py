@@ -22,7 +22,7 @@ from storage import codecs
 from storage.banks import bank_policy, read_views
 from storage.errors import IdentityError, UserError
 from storage.policies import Policy
-from storage.shards import BLOCK, ShardIndex, cached_index, expand, read_block, require_labels
+from storage.shards import BLOCK, ShardIndex, cached_index, expand, read_samples, require_labels
 from storage.store import Marker, Store, Task
 from storage.views import decode as decode_image
 from storage.views import draw, render
@@ -128,22 +128,22 @@ class BlockReader:
         source = self.source
         url, shard = source.urls[segment.shard], source.shards[segment.shard]
         index = self.index(segment.shard)
-        block = index.block(segment.block)
-        samples = read_block(url, index, segment.block)
-        chosen = segment.samples - block.start
+        span = range(int(segment.samples[0]), int(segment.samples[-1]) + 1)
+        samples = read_samples(url, index, span)
+        chosen = segment.samples - span.start
         side = source.policy.size
         images = np.empty((len(chosen), side, side, 3), np.uint8)
         targets: dict[str, Arrays] = {}
         if source.bank is not None:
             bank = self.marker(Task("bank", source.bank, shard, view))
-            there = read_views(bank, block.start, block.stop)
+            there = read_views(bank, span.start, span.stop)
             where = f"{url}, bank {source.bank}, view {view}"
             for row, i in enumerate(chosen):
                 images[row] = there.replay(int(i), samples[i], samples[i].image, side, where, self._made_with)
             for target in source.targets:
                 marker = self.marker(Task("target", target, shard, view))
                 targets[target] = {
-                    name: array.read(block.start, block.stop)[chosen] for name, array in marker.arrays.items()
+                    name: array.read(span.start, span.stop)[chosen] for name, array in marker.arrays.items()
                 }
         else:
             for row, i in enumerate(chosen):
@@ -444,5 +444,6 @@ def evaluation_batches(urls: Sequence[str], policy: Policy, batch: int) -> Itera
             held.append((arrays, targets))
             if sum(len(part[0]["labels"]) for part in held) >= batch or number == index.blocks - 1:
                 joined, _ = _join(held)
-                yield Batch(*(torch.from_numpy(joined[name]) for name in ("images", "labels", "ids")))
+                images, labels, ids = (torch.from_numpy(joined[name]) for name in ("images", "labels", "ids"))
+                yield Batch(images, labels, ids)
                 held = []

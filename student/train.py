@@ -19,7 +19,6 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
-from precompute.taps import timm
 from storage.errors import IdentityError, UserError
 from storage.policies import Policy, policy
 from storage.shards import cached_index, classes_of, expand
@@ -95,21 +94,27 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
         progress.start("training", recipe.optim.epochs * stream.order.steps)
         for epoch in range(recipe.optim.epochs):
             losses = _epoch(lesson, stream, optimizer, scheduler, epoch, recipe, device, log, progress)
-            score = evaluate(
-                model, val_urls, policy(evaluation.line, size), recipe.student.mean, recipe.student.std, device=device
-            )
             record = {
                 "epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "losses": losses,
                 "weights": {name: s.weight.at(epoch) for name, s in lesson.settings.items()},
-                "top1": score.top1, "top5": score.top5, "samples": score.samples,
-                "seconds": round(time.monotonic() - began, 2),
             }  # fmt: skip
-            _write(log, record)
             text = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
-            progress.say(f"epoch {epoch}: {text}; top-1 {score.top1:.2f} %")
-            if score.top1 > best.top1:
-                best = score
-                save(job.out / "best.safetensors", model, description)
+            if (epoch + 1) % recipe.val_interval == 0 or epoch + 1 == recipe.optim.epochs:
+                score = evaluate(
+                    model,
+                    val_urls,
+                    policy(evaluation.line, size),
+                    recipe.student.mean,
+                    recipe.student.std,
+                    device=device,
+                )
+                record |= {"top1": score.top1, "top5": score.top5, "samples": score.samples}
+                text += f"; top-1 {score.top1:.2f} %"
+                if score.top1 > best.top1:
+                    best = score
+                    save(job.out / "best.safetensors", model, description)
+            _write(log, {**record, "seconds": round(time.monotonic() - began, 2)})
+            progress.say(f"epoch {epoch}: {text}")
             save(job.out / "last.safetensors", model, description)
     extra = {name: tensor.detach().cpu() for name, tensor in lesson.losses.state_dict().items()}
     if extra:
@@ -185,12 +190,15 @@ def _check_labels(urls: Sequence[str], count: int) -> None:
 
 def _optimizer(recipe: Recipe, lesson: Lesson, steps: int) -> tuple[torch.optim.Optimizer, Any, float]:
     """timm's optimiser, without decay for biases, norms and embeddings; its schedule by updates; and the peak rate."""
+    from timm.optim import create_optimizer_v2, param_groups_weight_decay  # after precompute.taps made it importable
+    from timm.scheduler import create_scheduler_v2
+
     settings = recipe.optim
     lr = settings.lr or settings.lr_base * recipe.stream.batch_size / settings.lr_base_size
     skip = {f"student.{name}" for name in getattr(lesson.student, "no_weight_decay", set)()}
-    groups = timm.optim.param_groups_weight_decay(lesson, settings.weight_decay, skip)
-    optimizer = timm.optim.create_optimizer_v2(groups, opt=settings.opt, lr=lr, weight_decay=settings.weight_decay)
-    scheduler, _ = timm.scheduler.create_scheduler_v2(
+    groups = param_groups_weight_decay(lesson, settings.weight_decay, skip)
+    optimizer = create_optimizer_v2(groups, opt=settings.opt, lr=lr, weight_decay=settings.weight_decay)
+    scheduler, _ = create_scheduler_v2(
         optimizer, settings.sched, num_epochs=settings.epochs, warmup_epochs=settings.warmup_epochs,
         warmup_lr=settings.warmup_lr, min_lr=settings.min_lr, step_on_epochs=False, updates_per_epoch=steps,
     )  # fmt: skip
