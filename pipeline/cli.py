@@ -159,8 +159,8 @@ def precompute(
     views = policy(view_policy or "light", view_size or 224, seed or 0)
     wishes = [wish for text in target for wish in parse(text)]
     found = teachers.find(
-        teacher, weights=weights, arguments=_arguments(teacher_arg), input_size=input_size, mean=_numbers(mean, "--mean"),
-        std=_numbers(std, "--std"), called=called,
+        teacher, weights=weights, arguments=_arguments(teacher_arg), input_size=input_size,
+        mean=_numbers(mean, "--mean"), std=_numbers(std, "--std"), called=called,
     )  # fmt: skip
     named = {"line": view_policy, "size": view_size, "seed": seed}
     wanted = Wanted(

@@ -22,8 +22,8 @@ TEACHER_SIZE = 64
 
 _STUDENT = [
     "student.model=vit_tiny_patch16_224", f"student.img_size={SIZE}", "student.patch_size=4", "student.embed_dim=64",
-    "student.depth=4", "student.num_heads=4", "student.drop_path_rate=0", "stream.batch_size=32", "optim.epochs=100", "val_interval=100",
-    "optim.warmup_epochs=5", "optim.lr=0.002",
+    "student.depth=4", "student.num_heads=4", "student.drop_path_rate=0", "stream.batch_size=32", "optim.epochs=100",
+    "val_interval=100", "optim.warmup_epochs=5", "optim.lr=0.002",
 ]  # fmt: skip
 _TEACHER = [
     "student.model=resnet10t", f"student.img_size={TEACHER_SIZE}", "student.drop_path_rate=0", "stream.batch_size=64",
@@ -146,7 +146,7 @@ def _lines(
 ) -> list[str]:
     lines = [
         "",
-        f"top-1 on {counts['val']} held-out digits; students saw {counts['tenth']} labelled digits in {VIEWS} stored views",
+        f"top-1 on {counts['val']} held-out digits; they saw {counts['tenth']} labelled ones, in {VIEWS} stored views",
         f"{'':10} {'mean':>6} {'dev.':>6}   seeds",
     ]
     for recipe, values in table.items():

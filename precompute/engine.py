@@ -133,13 +133,13 @@ def known_index(store: Store, url: str) -> ShardIndex:
     return index
 
 
-def missing(task: ShardTask, index: ShardIndex) -> dict[int, list[Output]]:
+def missing(task: ShardTask, shard: str) -> dict[int, list[Output]]:
     """View -> outputs of a task that have no marker yet. A damaged marker counts as none."""
     done = task.store.done()
     wanted: dict[int, list[Output]] = {}
     for view in range(task.views):
         for output in task.outputs:
-            marker = Task("target", output.target, index.id, view)
+            marker = Task("target", output.target, shard, view)
             if marker not in done or task.store.find(marker) is None:
                 wanted.setdefault(view, []).append(output)
     return wanted
@@ -159,7 +159,7 @@ def run_task(task: ShardTask, session: Session, say: Callable[[int], None] = lam
     """
     index = known_index(task.store, task.url)
     outcome = Outcome(index.id, len(index))
-    wanted = missing(task, index)
+    wanted = missing(task, index.id)
     a_view = max(1, sum(max(output.sample_bytes * BLOCK, 16 << 20) for output in task.outputs))
     views = sorted(wanted)
     step = max(1, BUFFERS // a_view)
@@ -312,7 +312,7 @@ class _Pass:
             )  # fmt: skip
 
 
-def one_view(store: Store, url: str, index: ShardIndex, policy: Policy) -> np.ndarray:
+def one_view(url: str, index: ShardIndex, policy: Policy) -> np.ndarray:
     """The first block's images in view 0, uint8 [n, S, S, 3], n >= 2: what an exported graph is checked on."""
     pixels = []
     for sample in read_samples(url, index, index.block(0)):

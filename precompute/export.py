@@ -30,8 +30,20 @@ class Exported:
 
 
 def live_teacher(teacher: Teacher, taps: Sequence[Tap], view_size: int) -> TappedTeacher:
-    """The PyTorch teacher with its taps: what the graph is made of and checked against."""
+    """The PyTorch teacher with its taps: what the graph is made of and checked against.
+
+    Raises:
+        UserError: the network does not take images of this size, or does not have these taps.
+    """
+    import torch
+
     model = load(teacher)
+    size = teacher.input_size
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 3, size, size))
+    except Exception as error:  # networks raise anything
+        raise UserError(f"{teacher.name}: {teacher.model} cannot take {size}x{size} RGB images: {error}") from None
     module = TappedTeacher(model, taps, view_size, teacher.input_size, teacher.mean, teacher.std)
     return module.eval()
 

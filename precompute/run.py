@@ -56,9 +56,11 @@ def precompute(store: Store, wanted: Wanted, progress: Progress) -> dict[str, An
     progress.say(f"store {store.url}")
     manifest = targets.record_teacher(store, teacher)
     progress.say(f"indexing {len(wanted.shards)} shard(s)")
-    indexes = {url: known_index(store, url) for url in wanted.shards}
-    _refuse_twice(indexes)
-    ids = [index.id for index in indexes.values()]
+    shards: dict[str, tuple[str, int]] = {}  # url -> id, samples; whole indexes of many shards are large
+    for url in wanted.shards:
+        index = known_index(store, url)
+        shards[url] = (index.id, len(index))
+    ids = _refuse_twice(shards)
     policy = targets.choose_policy(store, wanted.policy, set(wanted.given), ids, wanted.new_bank)
     views = _views(store, policy, wanted.views, ids)
     progress.say(f"bank {policy.bank}: {policy.line}, size {policy.size}, seed {policy.seed}, {views} view(s)")
@@ -67,7 +69,7 @@ def precompute(store: Store, wanted: Wanted, progress: Progress) -> dict[str, An
     first = wanted.shards[0]
     by_graph = targets.record_targets(
         store, teacher, manifest, wanted.wishes or targets.defaults(manifest, policy), policy,
-        lambda: one_view(store, first, indexes[first], policy), _where_to_check(wanted.provider), progress.say,
+        lambda: one_view(first, known_index(store, first), policy), _where_to_check(wanted.provider), progress.say,
     )  # fmt: skip
     invalid: list[str] = []
     written = rendered = 0
@@ -77,7 +79,7 @@ def precompute(store: Store, wanted: Wanted, progress: Progress) -> dict[str, An
             ShardTask(store, url, policy.bank, teacher.name, graph, outputs, views, wanted.bad_images)
             for url in wanted.shards
         ]
-        todo = {task.url: len(missing(task, indexes[task.url])) * len(indexes[task.url]) for task in tasks}
+        todo = {task.url: len(missing(task, shards[task.url][0])) * shards[task.url][1] for task in tasks}
         names = ", ".join(output.target for output in outputs)
         if not any(todo.values()):
             progress.say(f"complete already: {names}")
@@ -113,12 +115,14 @@ def precompute(store: Store, wanted: Wanted, progress: Progress) -> dict[str, An
     }
 
 
-def _refuse_twice(indexes: dict[str, Any]) -> None:
+def _refuse_twice(shards: dict[str, tuple[str, int]]) -> list[str]:
+    """The shards' ids, all different."""
     seen: dict[str, str] = {}
-    for url, index in indexes.items():
-        if index.id in seen:
-            raise UserError(f"{url} holds the same samples as {seen[index.id]}; give each shard once")
-        seen[index.id] = url
+    for url, (id, _) in shards.items():
+        if id in seen:
+            raise UserError(f"{url} holds the same samples as {seen[id]}; give each shard once")
+        seen[id] = url
+    return list(seen)
 
 
 def _views(store: Store, policy: Policy, wanted: int | None, shards: Sequence[str]) -> int:

@@ -65,6 +65,12 @@ def check_tap(name: str) -> str:
     return name
 
 
+def takes_image_size(model: str) -> bool:
+    """Whether a timm model is made for one image size, so that `create_model` takes `img_size`."""
+    config = timm.get_pretrained_cfg(model)
+    return config is not None and bool(config.fixed_input_size)
+
+
 # ---------------------------------------------------------------------------------------------- attention
 
 
@@ -163,6 +169,10 @@ class AttentionTaps:
 
 def _keep(kept: dict[int, Tensor], number: int, module: nn.Module, args: Any, output: Tensor) -> None:
     kept[number] = output
+
+
+def _keep_copy(kept: dict[int, Tensor], number: int, module: nn.Module, args: Any, output: Tensor) -> None:
+    kept[number] = output.clone()  # a ResNet adds the shortcut to it in place
 
 
 @contextmanager
@@ -279,11 +289,11 @@ def resize_matrix(size_in: int, size_out: int, antialias: bool = False) -> Tenso
 
     Two products with it are a hundred times faster in ONNX Runtime than its Resize.
     """
-    identity = torch.eye(size_in, dtype=torch.float64)[None, :, :, None]
-    columns = F.interpolate(
-        identity, size=(size_out, 1), mode="bicubic", align_corners=False, antialias=antialias and size_out < size_in
-    )
-    return columns[0, :, :, 0].T.contiguous().float()
+    # Along the rows of a whole image: with an image of one column, torch's antialiasing gives other weights.
+    identity = torch.eye(size_in, dtype=torch.float64)[None, None]
+    antialias = antialias and size_out < size_in
+    rows = F.interpolate(identity, (size_in, size_out), mode="bicubic", align_corners=False, antialias=antialias)
+    return rows[0, 0].T.contiguous().float()
 
 
 # ------------------------------------------------------------------------------- the teacher as one module
@@ -331,10 +341,12 @@ class TappedTeacher(nn.Module):
             raise UserError(f"{type(model).__name__}: it has no class token, so it has no class row")
         if any(tap.name == "class_token" for tap in self.taps) and "class" not in prefix_roles(model):
             raise UserError(f"{type(model).__name__}: it has no class token")
+        if any(tap.name == "logits" for tap in self.taps) and not getattr(model, "num_classes", 1):
+            raise UserError(f"{type(model).__name__}: it has no classifier, so it has no logits")
         if any(tap.name == "activations" for tap in self.taps):
             self._stages = cnn_stages(model)
             for n, (_, module) in enumerate(self._stages, 1):
-                module.register_forward_hook(functools.partial(_keep, self._kept, n))
+                module.register_forward_hook(functools.partial(_keep_copy, self._kept, n))
             self._prepare_grids()
 
     @property

@@ -75,11 +75,12 @@ def layer_numbers(text: str | None, count: int, what: str) -> tuple[int, ...]:
         return tuple(range(1, count + 1))
     numbers: list[int] = []
     for part in text.split("+"):
-        match = re.fullmatch(r"(\d+)(?::(\d+))?", part)
+        match = re.fullmatch(r"(\d{1,9})(?::(\d{1,9}))?", part)
         if part == "last":
             numbers.append(count)
         elif match:
-            numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
+            first, last = int(match[1]), int(match[2] or match[1])
+            numbers += range(first, last + 1) if first <= last <= count else [0]  # 0 is refused below
         else:
             raise UserError(f"layers={text}: expected last, a number, a range 1:4, or several joined by +")
     if not numbers or len(set(numbers)) < len(numbers) or not all(1 <= n <= count for n in numbers):
@@ -93,7 +94,7 @@ def record_teacher(store: Store, teacher: Teacher) -> Record:
     Raises:
         IdentityError: the store knows another teacher under this name.
     """
-    if teacher.name in store.objects.names("teachers"):
+    if "manifest.json" in store.objects.names(f"teachers/{teacher.name}"):
         return store.add_teacher(teacher.name, teacher.identity, {})
     return store.add_teacher(teacher.name, teacher.identity, describe(teacher, load(teacher)))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
+import math
 import re
 import struct
 from collections.abc import Sequence
@@ -48,7 +50,7 @@ class Teacher:
         model: timm's name.
         arguments: of `timm.create_model`.
         weights: a file, or None for timm's hub.
-        digest: sha256 of the weights file; of the tag for timm's hub.
+        digest: sha256 of the weights file; of all tensors for timm's hub.
         input_size: side of the square input.
         mean: of the input, per channel.
         std: of the input, per channel.
@@ -95,7 +97,7 @@ def find(
     """The teacher of a short name or any timm name; what is not given comes from timm's record of the weights.
 
     Raises:
-        UserError: an unknown name, a weights file that is not there, a size or mean/std that makes no sense.
+        UserError: an unknown name, a weights file that is not there, a size, mean/std or argument that makes no sense.
     """
     model, size = SHORT.get(name, (name, None))
     given_all = name in SHORT and mean is not None and std is not None
@@ -111,9 +113,17 @@ def find(
     if weights is not None:
         digest, classes = _digest_of_file(weights), _classes_in(weights)
     else:
-        digest, classes = hashlib.sha256(f"timm hub: {model}".encode()).hexdigest(), None
+        digest, classes = _digest_of_hub(model, arguments or {}), None
     if input_size is not None and not 8 <= input_size <= 4096:
         raise UserError(f"--input-size {input_size}: expected 8 to 4096")
+    try:
+        records.canonical(arguments or {})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--teacher-arg: {error}; expected numbers, words, lists and mappings of these") from None
+    own = (arguments or {}).get("img_size", input_size)
+    if input_size not in (None, own):
+        raise UserError(f"--input-size {input_size}: --teacher-arg img_size={own} says something else")
+    input_size = own if isinstance(own, int) else input_size
     return Teacher(
         called, model, arguments or {}, weights, digest, int(input_size or size or 224),
         _three(mean, "mean"), _three(std, "std"), classes,
@@ -122,7 +132,7 @@ def find(
 
 def _three(values: Sequence[float], what: str) -> tuple[float, float, float]:
     several = tuple(float(v) for v in values) * (3 if len(values) == 1 else 1)
-    if len(several) != 3 or (what == "std" and min(several) <= 0):
+    if len(several) != 3 or not all(map(math.isfinite, several)) or (what == "std" and min(several) <= 0):
         raise UserError(f"--{what}: expected one number or three, separated by commas{' (above 0)' * (what == 'std')}")
     return several
 
@@ -131,9 +141,14 @@ def _pretrained_config(model: str, name: str) -> dict[str, Any]:
     from precompute.taps import timm
 
     if not timm.is_model(model):
-        known = [*SHORT, *timm.list_models()]
-        raise UserError(f"no teacher is called {name!r}. {nearest(name, known)} `timm.list_models()` has all names.")
-    config = timm.get_pretrained_cfg(model)
+        close = difflib.get_close_matches(name, [*SHORT, *timm.list_models()], cutoff=0.5)
+        hint = nearest(name, close or SHORT)
+        raise UserError(f"no teacher is called {name!r}. {hint} `timm.list_models()` has all names.")
+    try:
+        config = timm.get_pretrained_cfg(model)
+    except RuntimeError:  # the tag behind the dot
+        known = timm.list_pretrained(f"{model.partition('.')[0]}.*")
+        raise UserError(f"no weights are called {name!r}. {nearest(name, known)}") from None
     if config is None:
         return {"size": None, "mean": (0.5,), "std": (0.5,)}
     return {"size": config.input_size[-1], "mean": config.mean, "std": config.std}
@@ -147,6 +162,15 @@ def _digest_of_file(path: str) -> str:
         raise UserError(f"--weights {path}: cannot be read: {error.strerror or error}") from None
 
 
+def _digest_of_hub(model: str, arguments: dict[str, Any]) -> str:
+    """Sha256 over names, shapes and bytes of all tensors that timm's hub gives now."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(_create(model, arguments, pretrained=True).state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _classes_in(path: str) -> tuple[str, ...] | None:
     """The class names that a safetensors file written by `pipeline train` carries."""
     if not path.endswith(".safetensors"):
@@ -158,7 +182,8 @@ def _classes_in(path: str) -> tuple[str, ...] | None:
         found = json.loads(header.get("__metadata__", {}).get("classes", "null"))
     except (ValueError, struct.error, AttributeError):
         return None
-    return tuple(found) if found else None
+    good = isinstance(found, list) and all(isinstance(name, str) for name in found)
+    return tuple(found) if good and found else None
 
 
 def load(teacher: Teacher) -> nn.Module:
@@ -167,26 +192,27 @@ def load(teacher: Teacher) -> nn.Module:
     Raises:
         UserError: arguments that the model does not take, weights that do not fit it or are not weights.
     """
-    from precompute.taps import timm
+    from precompute.taps import takes_image_size
 
     arguments = dict(teacher.arguments)
-    if _takes_image_size(teacher.model):
+    if takes_image_size(teacher.model):
         arguments.setdefault("img_size", teacher.input_size)
-    try:
-        model: nn.Module = timm.create_model(teacher.model, pretrained=teacher.weights is None, **arguments)
-    except Exception as error:  # timm and the hub raise many kinds
-        what = "its weights cannot be had from timm's hub" if teacher.weights is None else "cannot be made"
-        raise UserError(
-            f"teacher {teacher.model} {arguments or ''}: {what}: {str(error).splitlines()[0]}"
-            + ("\n  Give a file: --weights F" if teacher.weights is None else "")
-        ) from None
+    model = _create(teacher.model, arguments, pretrained=teacher.weights is None)
     if teacher.weights is not None:
         load_weights(model, teacher.weights)
     return model.eval().float().requires_grad_(False)
 
 
-def _takes_image_size(model: str) -> bool:
-    return model.startswith(("vit_", "deit_", "deit3_", "beit", "eva", "flexivit"))
+def _create(model: str, arguments: dict[str, Any], *, pretrained: bool) -> nn.Module:
+    from precompute.taps import timm
+
+    try:
+        made: nn.Module = timm.create_model(model, pretrained=pretrained, **arguments)
+    except Exception as error:  # timm and the hub raise many kinds
+        what = "its weights cannot be had from timm's hub" if pretrained else "cannot be made"
+        advice = "\n  Give a file: --weights F" if pretrained else ""
+        raise UserError(f"teacher {model} {arguments or ''}: {what}: {_first_line(error)}{advice}") from None
+    return made
 
 
 def load_weights(model: nn.Module, path: str) -> None:
@@ -200,7 +226,10 @@ def load_weights(model: nn.Module, path: str) -> None:
     if resample and "pos_embed" in state:
         from timm.models.vision_transformer import checkpoint_filter_fn
 
-        state = checkpoint_filter_fn(state, model)
+        try:
+            state = checkpoint_filter_fn(state, model)
+        except Exception as error:  # timm reshapes what is there, whatever it is
+            raise UserError(f"{path}: does not fit {type(model).__name__}: {_first_line(error)}") from None
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
@@ -224,15 +253,19 @@ def read_weights(path: str) -> dict[str, Tensor]:
                 if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
                     state = state[wrapper]
     except (SafetensorError, OSError, EOFError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be read as weights: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: cannot be read as weights: {_first_line(error)}") from None
     except Exception as error:  # the unpickler names what it refuses
         raise UserError(
-            f"{path}: refused: it is a pickle with more than tensors in it ({str(error).splitlines()[0][:200]}); "
+            f"{path}: refused: it is a pickle with more than tensors in it ({_first_line(error)[:200]}); "
             "save the state dict as safetensors"
         ) from None
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError(f"{path}: expected a state dict of tensors")
     return {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def describe(teacher: Teacher, model: nn.Module) -> Record:

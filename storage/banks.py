@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from storage.errors import DamageError, IdentityError
+from storage.errors import DamageError, IdentityError, UserError
 from storage.policies import Policy
 from storage.records import Record
 from storage.shards import Sample
 from storage.store import Marker, Store
-from storage.views import COLUMNS, View, render, renderer, signature
+from storage.views import COLUMNS, BadImage, View, render, renderer, signature
 
 
 def describe(policy: Policy) -> Record:
@@ -46,7 +46,10 @@ class BankView:
         Raises:
             IdentityError: the pixels are not those that the teacher saw; names both sides' decoders.
         """
-        pixels = render(image, self.view(i), size)
+        try:
+            pixels = render(image, self.view(i), size)
+        except BadImage as error:
+            raise UserError(f"{where}, key {sample.key}: {error}") from None
         found, expected = signature(pixels), int(self.signatures[i])
         if found != expected:
             both = ", ".join(f"{k} {made_with.get(k)}/{v}" for k, v in renderer().items() if made_with.get(k) != v)

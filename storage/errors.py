@@ -29,7 +29,8 @@ class DamageError(UserError):
 def nearest(word: str, known: Iterable[str]) -> str:
     """`Did you mean …?` for the known word closest to `word`, or the known words when none is close."""
     known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if close:
-        return f"Did you mean {close[0]!r}?"
+    alike = {other: difflib.SequenceMatcher(None, other, word).ratio() for other in known}
+    best = max(known, key=alike.__getitem__, default="")  # the first of several that are as close
+    if alike.get(best, 0) >= 0.5:
+        return f"Did you mean {best!r}?"
     return f"Known: {', '.join(known)}." if known else "None is known here."

@@ -17,17 +17,26 @@ import math
 import re
 import shutil
 import tempfile
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import braceexpand
-
 from storage.errors import UserError
 from storage.objects import read_range
-from storage.shards import IMAGES, as_sample, classes_of, compression, expand, label_of, members, open_file
+from storage.shards import (
+    IMAGES,
+    as_sample,
+    braces,
+    classes_of,
+    closing_zeros,
+    compression,
+    expand,
+    label_of,
+    members,
+    open_file,
+)
 from storage.views import generator
 
 
@@ -68,6 +77,8 @@ def pack(
     """
     if not 0 < fraction <= 1 or not 0 <= val_fraction < 1:
         raise UserError("--fraction is more than 0 and at most 1, --val-fraction is from 0 to less than 1")
+    if per_shard is not None and per_shard < 1:
+        raise UserError(f"--per-shard {per_shard}: expected 1 or more")
     with contextlib.ExitStack() as stack:
         say("looking at the source")
         sources, classes = _sources([source] if isinstance(source, str) else list(source), stack)
@@ -75,7 +86,9 @@ def pack(
         train, _ = _split(rest, fraction, seed, "fraction") if fraction < 1 else (rest, [])
         if not train:
             raise UserError("nothing is left to pack: raise --fraction or lower --val-fraction")
-        names = list(braceexpand.braceexpand(out))
+        names = braces(out)
+        if len(set(names)) < len(names):
+            raise UserError(f"{out}: the same shard is named twice")
         lists = {"train": _cut(train, names, per_shard, seed if shuffle else None)}
         if validation:
             val_names = [re.sub(r"(\d*\.tar)$", r"val-\1", name) for name in names]
@@ -102,11 +115,12 @@ def pack(
 
 def _sources(patterns: list[str], stack: contextlib.ExitStack) -> tuple[list[Source], list[str] | None]:
     folder = Path(patterns[0]).expanduser()
-    if len(patterns) == 1 and folder.is_dir() and not list(folder.glob("*.tar")):
-        return _class_folders(folder)
-    if folder.is_dir():
-        patterns = [str(folder / "*.tar")]
-    urls = expand(patterns)
+    if len(patterns) == 1 and folder.is_dir():
+        urls = sorted(map(str, folder.glob("*.tar")))
+        if not urls:
+            return _class_folders(folder)
+    else:
+        urls = expand(patterns)
     scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pack-")))
     shards = [_tar(_uncompressed(url, scratch / f"{number}.tar"), url) for number, url in enumerate(urls)]
     sources = [source for shard in shards for source in shard]
@@ -123,17 +137,19 @@ def _sources(patterns: list[str], stack: contextlib.ExitStack) -> tuple[list[Sou
 def _class_folders(folder: Path) -> tuple[list[Source], list[str]]:
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     sources: list[Source] = []
-    taken: Counter[str] = Counter()
+    taken: set[str] = set()
     for label, name in enumerate(classes):
         before = len(sources)
         for path in sorted((folder / name).rglob("*")):
             kind = path.suffix.lower().lstrip(".")
             if kind not in IMAGES or not path.is_file():
                 continue
-            key = re.sub(r"[^\w-]", "_", path.relative_to(folder).with_suffix("").as_posix())
-            taken[key] += 1
-            if taken[key] > 1:  # a.b.jpg and a_b.jpg, or a.jpg and a.png, would share a key
-                key = f"{key}-{taken[key]}"
+            plain = key = re.sub(r"[^\w-]", "_", path.relative_to(folder).with_suffix("").as_posix())
+            number = 1
+            while key in taken:  # a.b.jpg and a_b.jpg, or a.jpg and a.png, would share a key
+                number += 1
+                key = f"{plain}-{number}"
+            taken.add(key)
             sources.append(Source(key, label, functools.partial(_load_file, path, kind, label)))
         if len(sources) == before:
             raise UserError(f"{folder / name}: a class folder without images; remove it or fill it")
@@ -171,11 +187,14 @@ def _tar(path: str, url: str) -> list[Source]:
     runs: dict[str, list[tuple[int, int]]] = defaultdict(list)
     labels: dict[str, int | None] = defaultdict(lambda: None)
     with open_file(path) as file:
+        stop = 0
         for key, parts, start, stop in members(file, url, together=False):
             runs[key].append((start, stop))
             for kind, text in parts:
                 if kind == "cls":
                     labels[key] = label_of(text, f"{url}: key {key!r}")
+        if runs:
+            closing_zeros(file, stop, url)  # nothing else may follow: tarfile ends at the first damaged header
     return [Source(key, labels[key], functools.partial(_load_runs, path, url, key, runs[key])) for key in runs]
 
 

@@ -15,6 +15,7 @@ import io
 import json
 import os
 import re
+import shlex
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
     urls: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         for part in pattern.split("::"):
-            for url in braceexpand.braceexpand(part):
+            for url in braces(part):
                 urls += _existing(url, pattern)
     if not urls:
         raise UserError("no shards were given")
@@ -131,6 +132,14 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
     if twice:
         raise UserError(f"{twice[0]}: the same shard is named twice")
     return urls
+
+
+def braces(text: str) -> list[str]:
+    """All that a text with braces stands for. Raises UserError."""
+    try:
+        return list(braceexpand.braceexpand(text))
+    except braceexpand.UnbalancedBracesError:
+        raise UserError(f"{text}: its braces do not close; expected something like {{000000..000009}}") from None
 
 
 def _existing(url: str, pattern: str) -> list[str]:
@@ -154,15 +163,15 @@ def _existing(url: str, pattern: str) -> list[str]:
 def _folder_hint(path: Path) -> str:
     tars = sorted(path.glob("*.tar"))
     if tars:
-        return f"{path} is a folder of tars; name them: --shards '{path}/*.tar'"
+        return f"{path} is a folder of tars; name them: --shards {shlex.quote(f'{path}/*.tar')}"
     images = sum(1 for f in path.glob("*/*") if f.suffix.lower().lstrip(".") in IMAGES)
     if not images:
         return f"{path} is a folder, with neither tars nor class folders of images in it; shards are tar files"
     last = max(0, -(-images // 1000) - 1)
-    out = f"{path.resolve().name}-{{000000..{last:06d}}}.tar"
+    out = shlex.quote(f"{path.resolve().name}-{{000000..{last:06d}}}.tar")
     return (
         f"{path} is a folder of class folders ({images} images); shards are tar files. Pack it first:\n"
-        f"  pipeline pack {path} '{out}'\n  and then give --shards '{out}'"
+        f"  pipeline pack {shlex.quote(str(path))} {out}\n  and then give --shards {out}"
     )
 
 
@@ -222,15 +231,19 @@ def members(
     seen: set[str] = set()
     start = end = 0
     try:
+        length = file.seek(0, io.SEEK_END)
+        file.seek(0)
         tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="strict")  # noqa: SIM115
         while (info := tar.next()) is not None:
             end_of_member = info.offset_data + -(-info.size // 512) * 512 if info.isreg() else tar.offset
-            if not info.isreg() and not info.isdir():
+            if not (info.isreg() or info.isdir()) or info.issparse():
                 raise UserError(f"{where}: {info.name!r} is a link or a device; shards hold plain files only")
             if info.name.startswith("/") or ".." in info.name.split("/"):
                 raise UserError(f"{where}: {info.name!r} leads outside of the tar")
+            if info.size < 0 or (info.isreg() and info.offset_data + info.size > length):
+                raise UserError(f"{where}: truncated inside {info.name!r}; copy or make the file again")
             name = split_name(info.name) if info.isreg() else None
-            if name is None or (info.name.startswith("__") and info.name.endswith("__")):
+            if name is None or re.match(r"__[^/]*__($|/)", info.name):
                 end = end_of_member
                 continue
             if name[0] != key:
@@ -246,14 +259,13 @@ def members(
             content = tar.extractfile(info)
             assert content is not None
             parts.append((name[1], content.read()))
-            if len(parts[-1][1]) != info.size:
-                raise UserError(f"{where}: truncated inside {info.name!r}; copy or make the file again")
             end = end_of_member
             tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: a member's name is not UTF-8 ({error})") from None
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"{where}: cannot be read as a tar: {error}; copy or make the file again") from None
+    except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, MemoryError) as error:  # hostile headers
+        said = str(error) or type(error).__name__
+        raise UserError(f"{where}: cannot be read as a tar: {said}; copy or make the file again") from None
     if key is not None:
         yield key, parts, start, end
 
@@ -283,7 +295,7 @@ def label_of(text: bytes, where: str) -> int:
 
 
 def _repack(url: str) -> str:
-    return f"  Pack it again: pipeline pack '{url}' 'repacked/{stem_of(url)}.tar'"
+    return f"  Pack it again: pipeline pack {shlex.quote(url)} repacked/{stem_of(url)}.tar"
 
 
 def open_file(url: str) -> IO[bytes]:
@@ -323,9 +335,14 @@ def build_index(url: str) -> ShardIndex:
             digests.append(_image_digest(sample.image))
             labels.append(sample.label)
             starts.append(start)
-        size = _check_closing(file, end, url)
-    if not keys:
-        raise UserError(f"{url}: no samples in it")
+        if not keys:
+            raise UserError(f"{url}: no samples in it")
+        zeros = closing_zeros(file, end, url)
+    if zeros < 1024:
+        raise UserError(
+            f"{url}: the closing zero blocks of the tar are missing: it may have been cut off between two samples\n"
+            "  If it is known to be whole, pack it again:" + _repack(url).partition(":")[2]
+        )
     starts.append(end)
     whole = records.digest_of([keys, digests])
     ranges = []
@@ -334,7 +351,7 @@ def build_index(url: str) -> ShardIndex:
         ranges.append((low, high, hashlib.sha256(read_range(url, low, high)).hexdigest()))
     stem = stem_of(url)
     summary = Summary(
-        id=f"{stem}-{whole[:8]}", stem=stem, bytes=size, samples=len(keys), labelled=None not in labels,
+        id=f"{stem}-{whole[:8]}", stem=stem, bytes=end + zeros, samples=len(keys), labelled=None not in labels,
         first=ranges[0], last=ranges[1],
     )  # fmt: skip
     return ShardIndex(summary, tuple(keys), tuple(digests), tuple(labels), tuple(starts))
@@ -345,20 +362,15 @@ def compression(head: bytes) -> str | None:
     return next((name for magic, name in _COMPRESSED.items() if head.startswith(magic)), None)
 
 
-def _check_closing(file: IO[bytes], end: int, url: str) -> int:
-    """The file's size, once its end was seen to be nothing but zeros, two blocks of 512 at least."""
+def closing_zeros(file: IO[bytes], end: int, url: str) -> int:
+    """How many bytes stand after the last member. Raises UserError where one of them is not zero."""
     file.seek(end)
     zeros = 0
     while chunk := file.read(1 << 20):
         if chunk.strip(b"\0"):
             raise UserError(f"{url}: damaged after byte {end + zeros}: what stands there is no tar header")
         zeros += len(chunk)
-    if zeros < 1024:
-        raise UserError(
-            f"{url}: the closing zero blocks of the tar are missing: it may have been cut off between two samples\n"
-            "  If it is known to be whole, pack it again:" + _repack(url).partition(":")[2]
-        )
-    return end + zeros
+    return zeros
 
 
 def _image_digest(image: bytes) -> str:
@@ -380,7 +392,7 @@ def cached_index(url: str) -> ShardIndex:
         index = ShardIndex.load(cache.get(f"{name}.json"), name)
         if not differences(url, index.summary):
             return index
-    except (FileNotFoundError, DamageError):
+    except (OSError, DamageError):
         pass
     index = build_index(url)
     with contextlib.suppress(OSError):  # a read-only home is no reason to fail: it only costs time
@@ -425,11 +437,10 @@ def read_samples(url: str, index: ShardIndex, wanted: range) -> list[Sample]:
     return found
 
 
-def require_labels(url: str, summary: Summary, index: ShardIndex | None = None) -> None:
+def require_labels(url: str, index: ShardIndex) -> None:
     """UserError, with the first key, where a shard does not label all of its samples."""
-    if summary.labelled:
+    if index.summary.labelled:
         return
-    index = index or cached_index(url)
     key = next(k for k, label in zip(index.keys, index.labels, strict=True) if label is None)
     raise UserError(
         f"{url}: key {key!r} has no label (.cls), and a loss or an evaluation needs labels: a shard has them for "

@@ -312,6 +312,9 @@ class Store:
         own = cached_index(url)
         if own.id in known:  # the same samples in a tar with other headers: its own ranges count
             return own
+        for shard in sorted({task.shard for task in self.done()} - set(known)):
+            if shard.rpartition("-")[0] == own.summary.stem:
+                raise DamageError(f"{self.url}/shards/{shard}.json: missing: the index of a shard is gone")
         raise self._unknown(url, own, known)
 
     def _unknown(self, url: str, own: ShardIndex, known: Sequence[str]) -> IdentityError:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from precompute.taps import timm
+from precompute.taps import takes_image_size, timm
 from storage.errors import UserError, nearest
 from student import config
 
@@ -45,9 +45,8 @@ def build(settings: config.Student, num_classes: int) -> tuple[nn.Module, dict[s
         raise UserError(f"student: embed_dim {settings.embed_dim} is no multiple of num_heads {settings.num_heads}")
     if settings.img_size and settings.patch_size and settings.img_size % settings.patch_size:
         raise UserError(f"student: img_size {settings.img_size} is no multiple of patch_size {settings.patch_size}")
-    known = timm.get_pretrained_cfg(settings.model)
-    if known is not None and not known.fixed_input_size:
-        arguments.pop("img_size", None)  # a network for any size has no such argument
+    if not takes_image_size(settings.model):
+        arguments.pop("img_size", None)
     arguments["num_classes"] = num_classes
     return create(settings.model, arguments), arguments
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from storage.errors import IdentityError, UserError
 from storage.policies import Policy
 from storage.shards import BLOCK, ShardIndex, cached_index, expand, read_samples, require_labels
 from storage.store import Marker, Store, Task
+from storage.views import BadImage, draw, render
 from storage.views import decode as decode_image
-from storage.views import draw, render
 from student.order import Order, Segment, lanes_of
 
 Arrays = dict[str, np.ndarray]
@@ -147,7 +147,10 @@ class BlockReader:
                 }
         else:
             for row, i in enumerate(chosen):
-                image = decode_image(samples[i].image)
+                try:
+                    image = decode_image(samples[i].image)
+                except BadImage as error:
+                    raise UserError(f"{url}: key {samples[i].key!r}: {error}") from None
                 drawn = draw(source.policy, samples[i].key, view, image.size)
                 images[row] = render(image, drawn, side)
         labels = np.array([-1 if samples[i].label is None else samples[i].label for i in chosen], np.int64)
@@ -284,18 +287,17 @@ class Stream(IterableDataset[Batch]):
         if opened is None:
             if targets or policy is None:
                 raise UserError("a stream needs a store with targets, or a policy for fresh views")
-            self.source = _fresh(urls, policy, labels)
             self.views: int | None = None
+            self.source, sizes = _fresh(urls, policy, labels)
             invalid: dict[int, frozenset[int]] = {}
-            indexes = [cached_index(url) for url in urls]
         else:
-            self.source, indexes = _stored(opened, urls, targets, bank, labels)
+            self.source, sizes = _stored(opened, urls, targets, bank, labels)
             self.views, invalid = _views(self.source, views)
         blocks = []
-        for shard, index in enumerate(indexes):
+        for shard, count in enumerate(sizes):
             bad = invalid.get(shard, frozenset())
-            for number in range(index.blocks):
-                samples = np.array([i for i in index.block(number) if i not in bad], np.int64)
+            for number, start in enumerate(range(0, count, BLOCK)):
+                samples = np.array([i for i in range(start, min(start + BLOCK, count)) if i not in bad], np.int64)
                 if len(samples):
                     blocks.append((shard, number, samples))
         self.order = Order(blocks, batch, seed, lanes, window)
@@ -381,22 +383,28 @@ def _tensors(shares: Any) -> Any:
     return [(convert(arrays), {t: convert(a) for t, a in targets.items()}) for arrays, targets in shares]
 
 
-def _fresh(urls: Sequence[str], policy: Policy, labels: bool) -> Source:
-    indexes = [cached_index(url) for url in urls]
-    for url, index in zip(urls, indexes, strict=True):
+def _fresh(urls: Sequence[str], policy: Policy, labels: bool) -> tuple[Source, list[int]]:
+    ids, sizes = _recognise(urls, cached_index, labels)
+    return Source(tuple(urls), tuple(ids), policy), sizes
+
+
+def _recognise(urls: Sequence[str], index_of: Callable[[str], ShardIndex], labels: bool) -> tuple[list[str], list[int]]:
+    """Ids and numbers of samples of shards; their indexes, which are large, are read again where they are needed."""
+    ids, sizes = [], []
+    for url in urls:
+        index = index_of(url)
         if labels:
-            require_labels(url, index.summary, index)
-    return Source(tuple(urls), tuple(index.id for index in indexes), policy)
+            require_labels(url, index)
+        ids.append(index.id)
+        sizes.append(len(index))
+    return ids, sizes
 
 
 def _stored(
     store: Store, urls: Sequence[str], targets: Sequence[str], bank: str | None, labels: bool
-) -> tuple[Source, list[ShardIndex]]:
+) -> tuple[Source, list[int]]:
     known = store.shard_ids()
-    indexes = [store.require(url, known) for url in urls]
-    for url, index in zip(urls, indexes, strict=True):
-        if labels:
-            require_labels(url, index.summary, index)
+    ids, sizes = _recognise(urls, lambda url: store.require(url, known), labels)
     manifests = {target: store.target(target) for target in targets}
     banks = sorted({manifest["identity"]["bank"] for manifest in manifests.values()} | ({bank} if bank else set()))
     if len(banks) != 1:
@@ -404,10 +412,10 @@ def _stored(
             f"{store.url}: all targets of a training run share one bank, these name {', '.join(banks) or 'none'}"
         )
     source = Source(
-        tuple(urls), tuple(index.id for index in indexes), bank_policy(store, banks[0]), store, banks[0],
+        tuple(urls), tuple(ids), bank_policy(store, banks[0]), store, banks[0],
         {target: manifest["identity"]["codec"] for target, manifest in manifests.items()},
     )  # fmt: skip
-    return source, indexes
+    return source, sizes
 
 
 def _views(source: Source, wanted: int | None) -> tuple[int, dict[int, frozenset[int]]]:
@@ -434,7 +442,7 @@ def _views(source: Source, wanted: int | None) -> tuple[int, dict[int, frozenset
 def evaluation_batches(urls: Sequence[str], policy: Policy, batch: int) -> Iterator[Batch]:
     """Every sample of labelled shards once, in order, in the one view of a policy without chance."""
     for shard, url in enumerate(urls):
-        source = _fresh([url], policy, labels=True)
+        source, _ = _fresh([url], policy, labels=True)
         reader = BlockReader(source)
         index = reader.index(0)
         held: list[tuple[Arrays, dict[str, Arrays]]] = []

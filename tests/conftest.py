@@ -1,0 +1,146 @@
+"""What many tests share: synthetic shards, tiny teachers with weights, and a store made of both."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before torch is imported anywhere: two test workers share two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Shard indexes are cached in a folder of the tests' own, for child processes too."""
+    from storage.shards import cache_folder
+
+    before = os.environ.get("TEACHER_STORE_CACHE")
+    os.environ["TEACHER_STORE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    cache_folder.cache_clear()
+    yield
+    if before is None:
+        del os.environ["TEACHER_STORE_CACHE"]
+    else:
+        os.environ["TEACHER_STORE_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real images and weights; tests that use it skip where there is none."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip("no folder with real data beside this checkout")
+    return SHARED
+
+
+class Quiet:
+    """Progress that keeps its lines."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    def start(self, what: str, total: int) -> None:
+        pass
+
+    def advance(self, steps: int) -> None:
+        pass
+
+
+@dataclass
+class World:
+    """Two synthetic shards, two tiny teachers, and a store with targets of both in one bank."""
+
+    folder: Path
+    shards: list[str]
+    weights: dict[str, str]
+    store: Path
+    targets: dict[str, str]  # "activations f32" -> id
+
+    def copy(self, to: Path) -> Path:
+        """A copy of the store that a test may damage."""
+        return Path(shutil.copytree(self.store, to))
+
+
+def write_teacher(path: Path, spec: tuple[str, dict[str, Any]], seed: int = 0) -> str:
+    """Random weights of a tiny teacher, with statistics that are not the trivial ones."""
+    import torch
+    from safetensors.torch import save_file
+
+    from precompute.taps import timm
+
+    torch.manual_seed(seed)
+    model = timm.create_model(spec[0], num_classes=3, **spec[1])
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.1)
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(0, 0.2)
+            if isinstance(module, torch.nn.Linear):
+                module.weight.mul_(3)  # attention that is not nearly uniform
+    save_file(model.state_dict(), path)
+    return str(path)
+
+
+def teacher_of(world_weights: dict[str, str], kind: str, **changes: Any) -> Any:
+    """The tiny `cnn` or `vit` teacher."""
+    from precompute import teachers
+    from storage.testing import TINY_CNN, TINY_VIT
+
+    name, arguments = TINY_CNN if kind == "cnn" else TINY_VIT
+    settings: dict[str, Any] = {
+        "weights": world_weights[kind],
+        "arguments": {**arguments, "num_classes": 3},
+        "input_size": 64 if kind == "cnn" else 32,
+        "mean": (0.5,),
+        "std": (0.5,),
+        "called": kind,
+    }
+    return teachers.find(name, **{**settings, **changes})
+
+
+def run_precompute(store: Any, shards: list[str], teacher: Any, targets: list[str], **changes: Any) -> dict[str, Any]:
+    """Precompute under `light`, size 32, two views."""
+    from precompute.run import Wanted, precompute
+    from precompute.targets import parse
+    from storage.policies import policy
+    from storage.store import Store
+
+    settings: dict[str, Any] = {
+        "policy": policy("light", 32), "given": frozenset({"line", "size"}), "views": 2, "provider": "cpu",
+    }  # fmt: skip
+    settings.update(changes)
+    wishes = [wish for text in targets for wish in parse(text)]
+    place = Store.create(store) if isinstance(store, str | Path) else store
+    return precompute(place, Wanted(shards, teacher, wishes, **settings), Quiet())
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """See `World`. 2 × 150 samples of 3 classes; grid 8 for patch-4 students at 32×32."""
+    from storage.testing import TINY_CNN, TINY_VIT, synthetic_shards
+
+    folder = tmp_path_factory.mktemp("world")
+    shards = synthetic_shards(folder / "data", shards=2, samples=150, classes=3)
+    weights = {
+        "cnn": write_teacher(folder / "cnn.safetensors", TINY_CNN),
+        "vit": write_teacher(folder / "vit.safetensors", TINY_VIT, seed=1),
+    }
+    store = folder / "store"
+    cnn = run_precompute(
+        store, shards, teacher_of(weights, "cnn"),
+        ["activations,grid=8,codec=f32", "activations,grid=8,codec=u8", "logits"],
+    )  # fmt: skip
+    vit = run_precompute(store, shards, teacher_of(weights, "vit"), ["class_row", "class_token", "q,k,layers=last"])
+    names = ["activations f32", "activations u8", "logits", "class_row", "class_token", "q", "k"]
+    targets = dict(zip(names, [*cnn["targets"], *vit["targets"]], strict=True))
+    return World(folder, shards, weights, store, targets)

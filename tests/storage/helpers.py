@@ -1,0 +1,142 @@
+"""Small tars, pictures and stores that the tests of this room are made of."""
+
+from __future__ import annotations
+
+import functools
+import io
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from storage import codecs
+from storage.banks import describe, rows_of
+from storage.policies import policy
+from storage.shards import ShardIndex, build_index, read_samples
+from storage.store import Attempt, Marker, Store, Task
+from storage.testing import synthetic_shards
+from storage.views import COLUMNS, draw, render, signature
+
+Members = Sequence[tuple[str, bytes]]
+
+
+@functools.cache
+def picture(number: int, kind: str = "PNG", size: tuple[int, int] = (5, 4)) -> bytes:
+    """The bytes of an image that no other number has."""
+    pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def sample(key: str, number: int, label: int | str | None = 0) -> list[tuple[str, bytes]]:
+    """The members of one sample."""
+    cls = [] if label is None else [(f"{key}.cls", str(label).encode())]
+    return [*cls, (f"{key}.png", picture(number))]
+
+
+def samples(count: int, first: int = 0) -> list[tuple[str, bytes]]:
+    """The members of several samples, `s000`, `s001`, …, of three classes."""
+    return [member for i in range(first, first + count) for member in sample(f"s{i:03d}", i, i % 3)]
+
+
+def write_tar(path: Path, members: Members, mode: str = "w", mtime: int = 0, **settings: Any) -> str:
+    """A tar of plain files; the path as text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode, **{"format": tarfile.USTAR_FORMAT, **settings}) as tar:  # type: ignore[call-overload]
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(data), mtime
+            tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def class_folders(folder: Path, counts: dict[str, int], kind: str = "png") -> Path:
+    """One folder a class with so many images each."""
+    number = 0
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            formats = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+            (folder / name / f"{i:03d}.{kind}").write_bytes(picture(number, formats[kind]))
+            number += 1
+    return folder
+
+
+def by_webdataset(*paths: str) -> list[tuple[str, dict[str, bytes]]]:
+    """(key, members) of each sample as webdataset reads them."""
+    import webdataset
+
+    found = webdataset.WebDataset(list(paths), shardshuffle=False)
+    return [(s["__key__"], {k: v for k, v in s.items() if not k.startswith("__")}) for s in found]
+
+
+def by_us(*paths: str) -> list[tuple[str, dict[str, bytes]]]:
+    """(key, members) of each sample as this project reads them."""
+    found = []
+    for path in paths:
+        index = build_index(path)
+        for s in read_samples(path, index, range(len(index))):
+            members = {s.kind: s.image}
+            if s.label is not None:
+                members["cls"] = str(s.label).encode()
+            if s.json is not None:
+                members["json"] = s.json
+            found.append((s.key, members))
+    return found
+
+
+class SmallStore:
+    """A store with one bank over small shards, and targets of made-up values, without any teacher."""
+
+    def __init__(self, where: Any, shards: Sequence[str], views: int = 2) -> None:
+        self.store = Store.create(where)
+        self.shards = list(shards)
+        self.policy = policy("light", 8)
+        self.indexes = [build_index(url) for url in shards]
+        self.views = views
+        self.store.add_bank(self.policy.bank, self.policy.identity, describe(self.policy))
+        for url, index in zip(self.shards, self.indexes, strict=True):
+            self.store.add_index(index)
+            for view in range(views):
+                self.add_bank_view(url, index, view)
+
+    def add_bank_view(self, url: str, index: ShardIndex, view: int) -> Marker:
+        originals = read_samples(url, index, range(len(index)))
+        drawn = [draw(self.policy, s.key, view, (16, 12)) for s in originals]
+        crcs = [signature(render(s.image, v, self.policy.size)) for s, v in zip(originals, drawn, strict=True)]
+        attempt = Attempt(self.store, Task("bank", self.policy.bank, index.id, view), len(index))
+        attempt.array("parameters", (len(COLUMNS),), "float64", ["column"]).append(rows_of(drawn))
+        attempt.array("signatures", (1,), "uint32", ["column"]).append(np.array(crcs, np.uint32)[:, None])
+        return attempt.commit({"summary": vars(index.summary), "invalid": []})
+
+    def add_target(self, id: str, codec: str = "u8", shape: tuple[int, ...] = (3, 4, 4)) -> dict[Task, np.ndarray]:
+        """Record a target with values for every shard and view; the values."""
+        identity = {"bank": self.policy.bank, "layers": None, "codec": codec}
+        axes = [f"axis{i}" for i in range(len(shape))]
+        self.store.add_target(id, identity, {"sample_shape": list(shape), "axes": axes, "maps": 2})
+        values = {}
+        for number, index in enumerate(self.indexes):
+            for view in range(self.views):
+                task = Task("target", id, index.id, view)
+                values[task] = (
+                    np.random.default_rng([number, view]).normal(size=(len(index), *shape)).astype(np.float32)
+                )
+                self.attempt(task, codec, values[task]).commit({"bank_marker": "none"})
+        return values
+
+    def attempt(self, task: Task, codec: str, values: np.ndarray) -> Attempt:
+        """An attempt that holds all of its values and is not committed."""
+        attempt = Attempt(self.store, task, len(values))
+        encoded = codecs.encode(codec, values, 2)
+        for name, (dtype, shape) in codecs.layout(codec, values.shape[1:], 2).items():
+            attempt.array(name, shape, dtype, [f"axis{i}" for i in range(len(shape))]).append(encoded[name])
+        return attempt
+
+
+def small_store(where: Any, data: Path, shards: int = 2, views: int = 2, count: int = 70) -> SmallStore:
+    """See `SmallStore`; `count` samples a shard, so more than one block."""
+    return SmallStore(where, synthetic_shards(data, shards=shards, samples=count, size=(16, 12)), views)

@@ -1,0 +1,202 @@
+"""The stream: the same batches however it is read, every object compared, and nothing wrong read silently."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from storage.errors import DamageError, IdentityError, UserError
+from storage.policies import policy
+from storage.shards import cached_index, read_samples
+from storage.store import Store, Task
+from storage.testing import synthetic_shards
+from storage.views import View, decode, draw, render
+from student.stream import Batch, Stream, evaluation_batches
+
+
+def stream(world, **changes) -> Stream:
+    settings = {"batch": 32, "store": world.store, "targets": [world.targets["activations u8"]], "seed": 7}
+    return Stream(world.shards, **{**settings, **changes})
+
+
+def same(a: Batch, b: Batch) -> bool:
+    arrays = [(getattr(a, n), getattr(b, n)) for n in ("images", "labels", "ids")]
+    arrays += [(a.targets[t][n], b.targets[t][n]) for t in a.targets for n in a.targets[t]]
+    return a.targets.keys() == b.targets.keys() and all(torch.equal(x, y) for x, y in arrays)
+
+
+@pytest.fixture(scope="module")
+def epochs(world) -> list[list[Batch]]:
+    s = stream(world)
+    return [list(s.epoch(e)) for e in range(3)]
+
+
+def test_samples_come_with_their_own_image_label_and_target(world, epochs):
+    store, target = Store.open(world.store), world.targets["activations u8"]
+    indexes = [cached_index(url) for url in world.shards]
+    samples = [read_samples(url, ix, range(len(ix))) for url, ix in zip(world.shards, indexes, strict=True)]
+    bank = store.target(target)["identity"]["bank"]
+    for batch in epochs[0] + epochs[1]:
+        for row, (shard, i, view) in enumerate(batch.ids.tolist()):
+            marker = store.marker(Task("bank", bank, indexes[shard].id, view))
+            replayed = View.of(marker.arrays["parameters"].read(i, i + 1)[0])
+            sample = samples[shard][i]
+            assert np.array_equal(batch.images[row], render(sample.image, replayed, 32))
+            assert int(batch.labels[row]) == sample.label
+            stored = store.marker(Task("target", target, indexes[shard].id, view)).arrays
+            for name, values in batch.targets[target].items():
+                assert np.array_equal(values[row], stored[name].read(i, i + 1)[0])
+
+
+def test_every_view_is_used_and_each_block_in_one_view_an_epoch(epochs):
+    seen = {}
+    for epoch, batches in enumerate(epochs[:2]):
+        for shard, i, view in torch.cat([b.ids for b in batches]).tolist():
+            assert seen.setdefault((epoch, shard, i // 64), view) == view
+    assert all(seen[0, s, b] != seen[1, s, b] for e, s, b in seen if e == 0 and (1, s, b) in seen)
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_the_same_batches_with_loader_workers(world, epochs, workers):
+    s = stream(world, workers=workers)
+    for epoch in (0, 1):
+        there = list(s.epoch(epoch))
+        assert len(there) == len(epochs[epoch])
+        assert all(same(a, b) for a, b in zip(there, epochs[epoch], strict=True))
+    assert all(same(a, b) for a, b in zip(s.epoch(2, start=4), epochs[2][4:], strict=True))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_shares_of_ranks_joined_in_lane_order_are_the_batch(world, epochs, ranks):
+    parts = [list(stream(world, rank=r, ranks=ranks).epoch(1)) for r in range(ranks)]
+    share, lanes = 32 // 8, 8
+    for g, whole in enumerate(epochs[1]):
+        for lane in range(lanes):
+            mine = slice((lane // ranks) * share, (lane // ranks + 1) * share)
+            part = parts[lane % ranks][g]
+            assert torch.equal(part.ids[mine], whole.ids[lane * share : (lane + 1) * share])
+            assert torch.equal(part.images[mine], whole.images[lane * share : (lane + 1) * share])
+
+
+@pytest.mark.parametrize("start", [1, 5, 9])
+def test_started_at_a_batch_it_goes_on_as_undisturbed(world, epochs, start):
+    assert all(same(a, b) for a, b in zip(stream(world).epoch(1, start), epochs[1][start:], strict=True))
+
+
+def test_stopped_in_the_middle_the_next_epoch_is_whole(world, epochs):
+    s = stream(world, workers=2)
+    running = s.epoch(0)
+    next(running)
+    running.close()
+    assert all(same(a, b) for a, b in zip(s.epoch(1), epochs[1], strict=True))
+
+
+def test_iterating_it_gives_epoch_after_epoch(world, epochs):
+    s = stream(world)
+    assert len(s) == len(epochs[0])
+    for epoch in (0, 1):
+        assert all(same(a, b) for a, b in zip(s, epochs[epoch], strict=True))
+
+
+def test_more_workers_than_lanes_are_not_started_and_it_is_said(world):
+    s = stream(world, workers=12)
+    assert s.workers == 8
+    assert "8 lanes" in s.notices[0]
+
+
+def test_fresh_views_are_those_of_the_epoch_s_number(world):
+    light = policy("light", 32, seed=3)
+    s = Stream(world.shards, batch=32, policy=light)
+    for batch in s.epoch(5):
+        for row, (shard, i, view) in enumerate(batch.ids.tolist()[:4]):
+            index = cached_index(world.shards[shard])
+            (sample,) = read_samples(world.shards[shard], index, range(i, i + 1))
+            image = decode(sample.image)
+            assert view == 5
+            assert np.array_equal(batch.images[row], render(image, draw(light, sample.key, 5, image.size), 32))
+
+
+def test_a_bank_without_targets_gives_its_views(world):
+    bank = next(iter(Store.open(world.store).banks()))
+    plain = Stream(world.shards, batch=32, store=world.store, bank=bank, seed=7)
+    for a, b in zip(plain.epoch(0), stream(world).epoch(0), strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
+
+
+def test_any_subset_of_shards_is_taken(world):
+    for url in world.shards:
+        assert {int(s) for b in Stream(url, batch=32, store=world.store, targets=[world.targets["logits"]]).epoch(0)
+                for s in b.ids[:, 0]} == {0}  # fmt: skip
+
+
+def test_several_targets_of_two_teachers_share_the_bank(world):
+    names = ["activations f32", "class_row", "class_token", "q", "k", "logits"]
+    s = stream(world, targets=[world.targets[n] for n in names])
+    batch = next(s.epoch(0))
+    shapes = [tuple(batch.target(world.targets[n]).shape[1:]) for n in names]
+    assert shapes == [(60, 8, 8), (3, 3, 17), (48,), (1, 3, 17, 16), (1, 3, 17, 16), (3,)]
+    scores = batch.target(world.targets["q"])[:, 0] @ batch.target(world.targets["k"])[:, 0].transpose(-2, -1) / 16**0.5
+    rows = batch.target(world.targets["class_row"])[:, 2]
+    assert torch.allclose(scores.softmax(-1)[:, :, 0], rows, atol=2e-3)
+
+
+def test_memory_is_told_and_refused_beforehand(world):
+    s = stream(world)
+    assert s.memory == 8 * 4 * 64 * (3 * 32 * 32 + 60 * 64 + 60 * 4)
+    with pytest.raises(UserError, match=r"8 lanes × 4 blocks × 64 samples × 7 KiB.*stream.window"):
+        stream(world, memory=1 << 20)
+
+
+def test_what_does_not_fit_is_refused(world, tmp_path):
+    with pytest.raises(UserError, match="300 samples are fewer than one batch of 512"):
+        stream(world, batch=512)
+    with pytest.raises(IdentityError, match=r"stream\.views: expected at most 2, found 3"):
+        stream(world, views=3)
+    with pytest.raises(UserError, match="no target is called 'nonsense'"):
+        stream(world, targets=["nonsense"])
+    others = synthetic_shards(tmp_path / "other", shards=1, samples=150, seed=9)
+    with pytest.raises(IdentityError, match=r"image digest of key .*: expected \w+, found \w+\n.* 0 of its 150 images"):
+        Stream(others, batch=32, store=world.store, targets=[world.targets["logits"]])
+    unlabelled = synthetic_shards(tmp_path / "none", shards=1, samples=64, labels=False)
+    with pytest.raises(UserError, match="key 'shard-000000-00000' has no label"):
+        Stream(unlabelled, batch=32, policy=policy("light", 32))
+    assert int(next(Stream(unlabelled, batch=32, policy=policy("light", 32), labels=False).epoch(0)).labels[0]) == -1
+
+
+def test_a_pixel_changed_after_the_start_is_found_when_it_is_read(world, tmp_path):
+    (copy,) = synthetic_shards(tmp_path / "data", shards=1, samples=150, classes=3)
+    s = Stream(copy, batch=32, store=world.store, targets=[world.targets["logits"]])
+    path = tmp_path / "data" / "shard-000000.tar"
+    index = cached_index(copy)
+    data = bytearray(path.read_bytes())
+    data[(index.starts[70] + index.starts[71]) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises((IdentityError, UserError), match="shard-000000-00070"):
+        list(s.epoch(0))
+
+
+def test_a_mismatch_of_signatures_names_both_sides_decoders(world, monkeypatch):
+    import storage.banks
+
+    real = storage.banks.render
+    monkeypatch.setattr(storage.banks, "render", lambda *args: real(*args) ^ 1)
+    monkeypatch.setattr(storage.banks, "renderer", lambda: {"pillow": "1.2.3"})
+    with pytest.raises(IdentityError, match=r"signature of the view's pixels: expected \w{8}, found \w{8}\n.*1\.2\.3"):
+        next(stream(world).epoch(0))
+
+
+def test_an_error_in_a_worker_arrives_as_itself(world, tmp_path):
+    store = world.copy(tmp_path / "store")
+    s = Stream(world.shards, batch=32, store=store, targets=[world.targets["logits"]], workers=2)
+    chunk = next((store / "targets" / world.targets["logits"]).rglob("c/0/0"))
+    chunk.unlink()
+    with pytest.raises(DamageError, match="missing: a chunk that was written is gone"):
+        [batch for epoch in range(2) for batch in s.epoch(epoch)]
+
+
+def test_evaluation_counts_every_sample_once(world):
+    for batch_size in (7, 64, 1000):
+        ids = torch.cat([b.ids for b in evaluation_batches(world.shards, policy("eval", 32), batch_size)])
+        assert ids[:, :2].tolist() == [[s, i] for s in range(2) for i in range(150)]

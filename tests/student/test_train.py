@@ -1,0 +1,246 @@
+"""Recipes, the trainer and what it leaves; evaluation; the wishes that a store does not meet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.recipes import load as load_recipe
+from storage.errors import IdentityError, UserError
+from storage.policies import policy
+from storage.store import Store
+from storage.testing import TINY_CNN, synthetic_shards
+from student.config import Bank, validate
+from student.evaluate import evaluate
+from student.lesson import Lesson
+from student.model import build, load
+from student.stream import Stream
+from student.train import Job, train
+from tests.conftest import Quiet, run_precompute, teacher_of
+
+STUDENT = [
+    "student.model=vit_tiny_patch16_224", "student.img_size=32", "student.patch_size=4", "student.embed_dim=48",
+    "student.depth=2", "student.num_heads=3", "student.drop_path_rate=0", "stream.batch_size=32", "optim.epochs=2",
+    "optim.warmup_epochs=0", "optim.lr=0.002",
+]  # fmt: skip
+
+
+def job(world, out: Path, recipe: str, *settings: str, **changes) -> Job:
+    chosen = load_recipe(recipe, [*STUDENT, *settings])
+    parts = {"shards": world.shards, "val": world.shards, "store": Store.open(world.store)}
+    return Job(chosen, out=out, **{**parts, **changes})
+
+
+@pytest.fixture(scope="module")
+def u8(world) -> str:
+    return f"losses.aal.target={world.targets['activations u8']}"
+
+
+@pytest.fixture(scope="module")
+def taught(world, u8, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "aal"
+    console = Quiet()
+    return out, train(job(world, out, "aal", u8, "optim.epochs=6"), console), console.lines
+
+
+def test_aal_learns_and_says_what_it_took(world, taught):
+    _, result, lines = taught
+    assert result["top1"] > 60
+    assert result["targets"] == {"aal": world.targets["activations u8"]}
+    assert (result["views"], result["samples"], result["steps"]) == (2, 300, 54)
+    text = "\n".join(lines)
+    assert "60 maps (8 + 12 + 16 + 24) of 8x8" in text
+    assert "2 layers x 3 heads = 6 class rows of 8x8" in text
+    assert "420 weights; keys left out: class" in text
+    assert result["bank"] in text
+
+
+def test_the_log_has_every_epoch_with_falling_losses(taught):
+    out, _, _ = taught
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    epochs = [r for r in records if "step" not in r]
+    assert [r["epoch"] for r in epochs] == list(range(6))
+    assert epochs[-1]["losses"]["crossentropy"] < epochs[0]["losses"]["crossentropy"]
+    assert epochs[-1]["losses"]["aal"] < epochs[0]["losses"]["aal"]
+    assert [r["weights"]["aal"] for r in epochs[:2]] == [2000, 1980]
+
+
+def test_best_and_last_load_with_bare_timm(world, taught):
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    from precompute.taps import timm
+
+    out, result, _ = taught
+    with safe_open(out / "last.safetensors", "pt") as file:
+        metadata = file.metadata()
+    model = timm.create_model(metadata["model"], **json.loads(metadata["arguments"]))
+    model.load_state_dict(load_file(out / "last.safetensors"))
+    ours, about = load(out / "last.safetensors")
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.eval()(images), ours(images))
+    assert about.classes == ("class0", "class1", "class2")
+    score = evaluate(ours, world.shards, policy(about.evaluation, 32), about.mean, about.std)
+    assert score.top1 == result["top1"]
+    assert score.samples == 300
+    best, _ = load(out / "best.safetensors")
+    assert evaluate(best, world.shards, policy(about.evaluation, 32), about.mean, about.std).top1 == result["best_top1"]
+
+
+def test_the_same_run_gives_the_same_weights_with_and_without_workers(world, u8, tmp_path):
+    from safetensors.torch import load_file
+
+    states = []
+    for n, workers in enumerate((0, 0, 2)):
+        train(job(world, tmp_path / f"{n}", "aal", u8, f"stream.workers={workers}"), Quiet())
+        states.append(
+            {**load_file(tmp_path / f"{n}" / "last.safetensors"), **load_file(tmp_path / f"{n}" / "losses.safetensors")}
+        )
+    for other in states[1:]:
+        assert all(torch.equal(states[0][name], other[name]) for name in states[0])
+
+
+def test_scratch_takes_fresh_views_or_a_bank_and_any_network(world, tmp_path):
+    fresh = train(job(world, tmp_path / "fresh", "scratch", store=None), Quiet())
+    assert (fresh["bank"], fresh["views"], fresh["policy"]) == (None, None, "crop(0.125)|flip")
+    banked = train(job(world, tmp_path / "bank", "scratch"), Quiet())
+    assert banked["bank"] is not None
+    assert banked["views"] == 2
+    name, _ = TINY_CNN
+    train(job(world, tmp_path / "cnn", "scratch", f"student.model={name}", "student.patch_size=null",
+              "student.embed_dim=null", "student.depth=null", "student.num_heads=null"), Quiet())  # fmt: skip
+
+
+def test_cross_entropy_alone_is_untouched_by_hooks(world):
+    recipe = load_recipe("scratch", STUDENT)
+    torch.manual_seed(0)
+    model, _ = build(recipe.student, 3)
+    batch = next(Stream(world.shards, batch=32, policy=policy("light", 32)).epoch(0))
+    lesson = Lesson(recipe, model, {}, recipe.student.mean, recipe.student.std)
+    logits, values = lesson(batch)
+    expected = torch.nn.functional.cross_entropy(
+        model(batch.pixels((0.5,) * 3, (0.5,) * 3)), batch.labels, label_smoothing=0.1
+    )
+    assert torch.allclose(values["crossentropy"], expected)
+    assert torch.equal(lesson.total(values, 0), values["crossentropy"])
+    assert logits.shape == (32, 3)
+
+
+@pytest.mark.parametrize(
+    ("wish", "field", "expected", "found"),
+    [
+        ("stream.bank.policy=none", "stream.bank.policy", "resize", r"crop\(0.125\)|flip"),
+        ("stream.bank.size=64", "stream.bank.size", "64", "32"),
+        ("stream.bank.seed=5", "stream.bank.seed", "5", "0"),
+        ("stream.bank=light-32-00000000", "stream.bank", "light-32-00000000", "light-32-"),
+        ("losses.aal.teacher=vit", "losses.aal.teacher", "vit", "cnn"),
+        ("losses.aal.target=other", "losses.aal.target", "other", "cnn-activations"),
+        ("student.patch_size=8", "grid of the student's patches", "4", "8"),
+        ("stream.views=3", "stream.views", "at most 2", "3"),
+        ("student.num_classes=7", "student.num_classes", "3", "7"),
+    ],
+)
+def test_a_wish_that_the_store_does_not_meet_names_field_expected_and_found(
+    world, u8, tmp_path, wish, field, expected, found
+):
+    settings = [wish] if "target" in wish else [u8, wish]
+    with pytest.raises(IdentityError, match=f"{field}: expected {expected}.*, found .*{found}"):
+        train(job(world, tmp_path / "run", "aal", *settings), Quiet())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_student_of_another_size_than_the_bank_is_refused(world, tmp_path):
+    with pytest.raises(IdentityError, match="view size: expected 64, the student's img_size, found 32"):
+        train(job(world, tmp_path / "run", "scratch", "student.img_size=64"), Quiet())
+
+
+def test_several_targets_that_fit_are_refused_with_the_way_to_choose(world, tmp_path):
+    with pytest.raises(UserError, match=r"2 targets fit: .*--set losses\.aal\.target=cnn-activations-g8-f32"):
+        train(job(world, tmp_path / "run", "aal"), Quiet())
+
+
+def test_several_banks_that_fit_are_refused_with_the_way_to_choose(world, u8, tmp_path):
+    store = world.copy(tmp_path / "store")
+    run_precompute(
+        store,
+        world.shards,
+        teacher_of(world.weights, "cnn"),
+        ["logits"],
+        policy=policy("none", 32),
+        new_bank=True,
+        views=1,
+    )
+    with pytest.raises(UserError, match=r"2 banks fit: .*--set stream\.bank="):
+        train(job(world, tmp_path / "run", "scratch", store=Store.open(store)), Quiet())
+    bank = next(b for b in Store.open(store).banks() if b.startswith("none"))
+    result = train(job(world, tmp_path / "run", "scratch", f"stream.bank={bank}", store=Store.open(store)), Quiet())
+    assert (result["bank"], result["views"]) == (bank, 1)
+
+
+def test_a_recipe_that_needs_targets_says_so_without_a_store(world, tmp_path):
+    with pytest.raises(UserError, match=r"aal needs stored targets \(activations\): give --store DIR"):
+        train(job(world, tmp_path / "run", "aal", store=None), Quiet())
+
+
+def test_a_store_without_the_tap_says_what_it_has(world, tmp_path):
+    run_precompute(tmp_path / "store", world.shards, teacher_of(world.weights, "cnn"), ["logits"], views=1)
+    with pytest.raises(UserError, match="aal needs a target of tap activations, the store has logits"):
+        train(job(world, tmp_path / "run", "aal", store=Store.open(tmp_path / "store")), Quiet())
+
+
+def test_classes_are_never_guessed(world, tmp_path):
+    shards = synthetic_shards(tmp_path / "data", shards=1, samples=64, classes=3)
+    (tmp_path / "data" / "classes.json").unlink()
+    with pytest.raises(UserError, match=r"the number of classes is not known; say it: --set student\.num_classes=N"):
+        train(job(world, tmp_path / "run", "scratch", store=None, shards=shards, val=shards), Quiet())
+    with pytest.raises(UserError, match="has label 2, the student has classes 0 to 1"):
+        train(
+            job(world, tmp_path / "run", "scratch", "student.num_classes=2", store=None, shards=shards, val=shards),
+            Quiet(),
+        )
+
+
+def test_a_run_is_never_written_over(world, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "x").write_text("mine")
+    with pytest.raises(UserError, match="there is a run in this folder already"):
+        train(job(world, tmp_path / "run", "scratch", store=None), Quiet())
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(world, tmp_path):
+    with pytest.raises(UserError, match=r"epoch \d, step \d+: the loss is not finite"):
+        train(job(world, tmp_path / "run", "scratch", "optim.lr=1e30", "optim.opt=sgd", store=None), Quiet())
+
+
+def test_validation_names_wrong_fields_with_the_nearest():
+    good = {"losses": {"crossentropy": {}}}
+    assert validate(good, "r").losses.crossentropy.weight.at(3) == 1
+    assert validate({**good, "stream": {"bank": "x"}}, "r").stream.bank == Bank(id="x")
+    for change, message in [
+        ({"optim": {"epohcs": 3}}, r"optim\.epohcs: no such setting. Did you mean 'epochs'\?"),
+        ({"studnet": {}}, r"studnet: no such setting. Did you mean 'student'\?"),
+        ({"losses": {"aal": {"wieght": 1}}}, r"losses\.aal\.wieght: no such setting. Did you mean 'weight'\?"),
+        ({"optim": {"epochs": "many"}}, r"optim\.epochs: input should be a valid integer.*found 'many'"),
+        ({"losses": {"aal": {"map": "half"}}}, r"losses\.aal\.map: input should be 'scaled', 'printed' or 'full'"),
+        ({"losses": {}}, "losses: none is on"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            validate({**good, **change}, "r")
+    with pytest.raises(UserError, match="expected a mapping"):
+        validate([1], "r")
+
+
+def test_sizes_that_do_not_go_together_are_refused():
+    for change, message in [
+        ({"num_heads": 5}, "embed_dim 48 is no multiple of num_heads 5"),
+        ({"patch_size": 5}, "img_size 32 is no multiple of patch_size 5"),
+        ({"model": "vit_tinny_patch16_224"}, "Did you mean 'vit_tiny_patch16_224'"),
+        ({"model": "resnet10t"}, "cannot be made"),
+    ]:
+        sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3, **change}
+        recipe = validate({"student": sizes, "losses": {"crossentropy": {}}}, "r")
+        with pytest.raises(UserError, match=message):
+            build(recipe.student, 3)
