@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.console import Console
 from storage.errors import UserError
+from storage.progress import Quiet
 
 SEEDS = (0, 1, 2)
 VIEWS = 8
@@ -107,19 +108,6 @@ class _Steps:
         self.console.say(f"{self.number}. {text}")
 
 
-class _Quiet:
-    """A training run inside the demo says nothing by itself."""
-
-    def say(self, line: str) -> None:
-        """Nothing."""
-
-    def start(self, what: str, total: int) -> None:
-        """Nothing."""
-
-    def advance(self, steps: int) -> None:
-        """Nothing."""
-
-
 def _write_digits(folder: Path) -> None:
     """Scikit-learn's 8×8 digits as PNGs of 24×24, one folder a class."""
     from PIL import Image
@@ -138,7 +126,7 @@ def _train(
     from pipeline.recipes import load
     from student.train import Job, train
 
-    return train(Job(load(recipe, [*settings, f"seed={seed}"]), shards, val, out, store), _Quiet())
+    return train(Job(load(recipe, [*settings, f"seed={seed}"]), shards, val, out, store), Quiet())
 
 
 def _lines(

@@ -6,6 +6,7 @@ needs nothing but its arguments, so that any process anywhere can run it; the ma
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable
@@ -134,14 +135,25 @@ def known_index(store: Store, url: str) -> ShardIndex:
 
 
 def missing(task: ShardTask, shard: str) -> dict[int, list[Output]]:
-    """View -> outputs of a task that have no marker yet. A damaged marker counts as none."""
-    done = task.store.done()
+    """View -> outputs of a task that have no marker yet.
+
+    A damaged marker counts as none. So does one that names another marker of the bank than the one that counts: the
+    bank's was damaged and made anew, or will be. It is removed, because its views may be others.
+    """
+    store = task.store
+    done = store.done()
     wanted: dict[int, list[Output]] = {}
     for view in range(task.views):
+        bank: Marker | None = None
         for output in task.outputs:
-            marker = Task("target", output.target, shard, view)
-            if marker not in done or task.store.find(marker) is None:
-                wanted.setdefault(view, []).append(output)
+            target = Task("target", output.target, shard, view)
+            marker = store.find(target) if target in done else None
+            if marker:  # only now: the bank's marker is there before the target's
+                bank = bank or store.find(Task("bank", task.bank, shard, view))
+                if bank and bank.digest == marker.content["bank_marker"]:
+                    continue
+                store.objects.remove(f"done/{target.name}")
+            wanted.setdefault(view, []).append(output)
     return wanted
 
 
@@ -198,7 +210,8 @@ class _Pass:
             self._mark()
         except BaseException:
             for attempt in (*self.fresh.values(), *self.attempts.values()):
-                attempt.abandon()
+                with contextlib.suppress(OSError):  # what stays is garbage; the first error is the one to tell
+                    attempt.abandon()
             raise
         return tuple(self.index.keys[i] for i in sorted(self.invalid))
 
@@ -211,16 +224,15 @@ class _Pass:
             if marker:
                 self.known[view] = marker
             else:
-                attempt = Attempt(store, bank, len(self.index))
+                attempt = self.fresh[view] = Attempt(store, bank, len(self.index))
                 attempt.array("parameters", (len(COLUMNS),), "float64", ["column"])
                 attempt.array("signatures", (1,), "uint32", ["column"])
-                self.fresh[view] = attempt
             for output in outputs:
                 attempt = Attempt(store, Task("target", output.target, shard, view), len(self.index))
+                self.attempts[view, output.target] = attempt
                 for name, (dtype, shape) in codecs.layout(output.codec, output.shape, output.maps).items():
                     axes = output.axes if name == "data" else (*output.axes[: len(shape) - 1], "scale_offset")
                     attempt.array(name, shape, dtype, axes)
-                self.attempts[view, output.target] = attempt
 
     def _block(self, number: int) -> None:
         block = self.index.block(number)

@@ -5,29 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from precompute import targets
-from precompute.engine import Output, ShardTask, known_index, missing, one_view, open_session, run_task
+from precompute.engine import ShardTask, known_index, missing, one_view, open_session, run_task
 from precompute.teachers import Teacher
 from storage import banks
 from storage.card import card
 from storage.errors import UserError
 from storage.policies import Policy
+from storage.progress import Progress
 from storage.store import Store
-
-
-class Progress(Protocol):
-    """Where a run tells how far it is."""
-
-    def say(self, line: str) -> None:
-        """A line for people."""
-
-    def start(self, what: str, total: int) -> None:
-        """Something with so many steps begins."""
-
-    def advance(self, steps: int) -> None:
-        """So many more steps are done."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +127,3 @@ def _views(store: Store, policy: Policy, wanted: int | None, shards: Sequence[st
 
 def _where_to_check(provider: str) -> str:
     return provider if provider == "cuda" else "cpu"
-
-
-__all__ = ["Output", "Progress", "Wanted", "precompute"]

@@ -230,11 +230,31 @@ def load_weights(model: nn.Module, path: str) -> None:
             state = checkpoint_filter_fn(state, model)
         except Exception as error:  # timm reshapes what is there, whatever it is
             raise UserError(f"{path}: does not fit {type(model).__name__}: {_first_line(error)}") from None
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:4]]
-        raise UserError(f"{path}: does not fit {type(model).__name__}: " + "; ".join(lines)) from None
+    for name, counter in model.state_dict().items():
+        if name.endswith(".num_batches_tracked"):  # a counter that older files lack and evaluation does not read
+            state.setdefault(name, counter)
+    problems = misfits({name: tuple(t.shape) for name, t in model.state_dict().items()},
+                       {name: tuple(t.shape) for name, t in state.items()})  # fmt: skip
+    if problems:
+        raise UserError(f"{path}: does not fit {type(model).__name__}: {problems}")
+    model.load_state_dict(state, strict=True)
+
+
+def misfits(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> str:
+    """What keeps the tensors found from being those wanted, with a few names; empty where nothing does."""
+    shapes = [
+        f"{name} has shape {found[name]}, expected {shape}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
+    parts = [*shapes[:2], *([f"{len(shapes) - 2} more of other shapes"] if len(shapes) > 2 else [])]
+    for names, what in (
+        ([n for n in wanted if n not in found], "missing"),
+        ([n for n in found if n not in wanted], "unexpected"),
+    ):
+        if names:
+            parts.append(f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})")
+    return "; ".join(parts)
 
 
 def read_weights(path: str) -> dict[str, Tensor]:

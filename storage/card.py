@@ -43,9 +43,9 @@ def card(store: Store) -> str:
     lines += ["## Banks", "", "| bank | policy | size | seed | shards | views in all |", "|---|---|---|---|---|---|"]
     for id, manifest in banks.items():
         identity = manifest["identity"]
+        line = identity["line"].replace("|", "\\|")
         lines.append(
-            f"| {id} | `{identity['line']}` | {identity['size']} | {identity['seed']} | {shards[id]} | "
-            f"{views['bank', id]} |"
+            f"| {id} | `{line}` | {identity['size']} | {identity['seed']} | {shards[id]} | {views['bank', id]} |"
         )
     lines += [
         "",

@@ -50,9 +50,14 @@ def encode(codec: str, values: np.ndarray, maps: int) -> dict[str, np.ndarray]:
     axes = tuple(range(values.ndim - maps, values.ndim))
     low = values.min(axis=axes).astype(np.float32)
     high = values.max(axis=axes).astype(np.float32)
-    kind = _fits_half(low, high)
-    offset = _round(low, kind, up=False)
-    scale = _round((high - offset.astype(np.float32)) / np.float32(255), kind, up=True)
+    with np.errstate(over="ignore", invalid="ignore"):
+        offset = _half(low, up=False)
+        scale = _half((high - offset.astype(np.float32)) / np.float32(255), up=True)
+    if not ((np.abs(low) <= np.finfo(np.float16).max).all() and np.isfinite(scale).all()):
+        raise UserError(
+            f"codec u8 keeps scale and offset in f16, which cannot hold values from {low.min():g} to {high.max():g}; "
+            "use codec=f32"
+        )
     expand = (..., *(None,) * maps)
     step = scale.astype(np.float32)[expand]
     codes = (values - offset.astype(np.float32)[expand]) / np.where(step > 0, step, 1)
@@ -60,19 +65,11 @@ def encode(codec: str, values: np.ndarray, maps: int) -> dict[str, np.ndarray]:
     return {"data": data, "scale": np.stack([scale, offset], axis=-1)}
 
 
-def _fits_half(low: np.ndarray, high: np.ndarray) -> type[np.floating[Any]]:
-    """f16 unless the offset or the scale would overflow in it."""
-    largest = np.finfo(np.float16).max
-    spans = (high.astype(np.float64) - low) / 255 * 1.01
-    fits = bool((np.abs(low) < largest).all() and (spans < largest).all())
-    return np.float16 if fits else np.float32
-
-
-def _round(values: np.ndarray, kind: type[np.floating[Any]], *, up: bool) -> np.ndarray:
-    """The neighbour of each value in a float type that does not lie below it (`up`) or above it."""
-    near = values.astype(kind)
+def _half(values: np.ndarray, *, up: bool) -> np.ndarray:
+    """The f16 neighbour of each value that does not lie below it (`up`) or above it."""
+    near = values.astype(np.float16)
     wrong = near.astype(np.float32) < values if up else near.astype(np.float32) > values
-    return np.where(wrong, np.nextafter(near, kind(np.inf if up else -np.inf)), near)
+    return np.where(wrong, np.nextafter(near, np.float16(np.inf if up else -np.inf)), near)
 
 
 def decode(codec: str, arrays: Mapping[str, Any]) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import threading
 import uuid
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
@@ -63,6 +64,7 @@ class LocalObjects:
         self.root = Path(folder).absolute()
         self.url = str(self.root)
         self._unsynced: set[Path] = set()
+        self._syncing = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.url,)
@@ -97,13 +99,14 @@ class LocalObjects:
         try:
             self._write(temporary, data)
             temporary.replace(path)
+            self._unsynced.add(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
     def create(self, key: str, data: bytes) -> bool:
         """Write an object unless there is one: temporary file, sync, hard link, sync of the folder."""
         path, temporary = self._temporary(key)
-        self._sync_folders(keep=path.parent)
+        self._sync_folders()
         try:
             self._write(temporary, data)
             self._link(temporary, path)
@@ -111,6 +114,7 @@ class LocalObjects:
             return False
         finally:
             temporary.unlink(missing_ok=True)
+            self._unsynced.add(path.parent)
             self._sync_folders()
         return True
 
@@ -125,15 +129,21 @@ class LocalObjects:
         self._unsynced.add(path.parent)
         return path, path.with_name(f".{uuid.uuid4().hex}.part")
 
-    def _sync_folders(self, keep: Path | None = None) -> None:
-        for folder in sorted(self._unsynced):
-            with contextlib.suppress(FileNotFoundError):
-                descriptor = os.open(folder, os.O_RDONLY)
+    def _sync_folders(self) -> None:
+        with self._syncing:  # nobody says that something is written while another thread still syncs its folder
+            for folder in sorted(self._unsynced):
+                self._unsynced.discard(folder)  # before: what is added while it is synced waits for the next time
+                try:
+                    descriptor = os.open(folder, os.O_RDONLY)
+                except FileNotFoundError:
+                    continue
                 try:
                     self._sync(descriptor)
+                except OSError:
+                    self._unsynced.add(folder)
+                    raise
                 finally:
                     os.close(descriptor)
-        self._unsynced = {keep} if keep else set()
 
     def names(self, folder: str) -> list[str]:
         """The sorted names directly inside a folder, without what is still being written."""
@@ -144,8 +154,8 @@ class LocalObjects:
         """The sorted keys of all objects below a folder."""
         found = []
         for path, _, names in os.walk(self.root / folder):
-            here = Path(path).relative_to(self.root).as_posix()
-            found += [f"{here}/{name}" for name in names if not name.endswith(".part")]
+            here = Path(path).relative_to(self.root)
+            found += [(here / name).as_posix() for name in names if not name.endswith(".part")]
         return sorted(found)
 
     def remove(self, key: str) -> None:

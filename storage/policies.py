@@ -99,7 +99,10 @@ def policy(line: str, size: int, seed: int = 0) -> Policy:
             raise UserError(f"view policy {line!r}: short(f) takes the part of the image that is kept, 0.1 to 1")
         if name == "crop" and not 0 <= arguments[0] <= 1:
             raise UserError(f"view policy {line!r}: crop(p) takes the border as a part of the side, 0 to 1")
-    normal = "|".join(name + (f"({','.join(f'{a:g}' for a in args)})" if args else "") for name, args in operations)
+    normal = "|".join(
+        name + (f"({','.join(f'{a + 0:g}' for a in args)})" if args else "")  # + 0: minus zero is zero
+        for name, args in operations
+    )
     by_line = {value: key for key, value in NAMED.items()}
     return Policy(normal, size, seed, by_line.get(normal, "custom"))
 

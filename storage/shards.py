@@ -138,7 +138,7 @@ def braces(text: str) -> list[str]:
     """All that a text with braces stands for. Raises UserError."""
     try:
         return list(braceexpand.braceexpand(text))
-    except braceexpand.UnbalancedBracesError:
+    except ValueError:
         raise UserError(f"{text}: its braces do not close; expected something like {{000000..000009}}") from None
 
 

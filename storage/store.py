@@ -121,8 +121,13 @@ class Attempt:
         return marker
 
     def abandon(self) -> None:
-        """Remove what was written."""
-        self._store.objects.remove(f"{self.task.folder}/{self.name}")
+        """Remove what was written, unless it counts: a commit may have left its marker and failed after that."""
+        try:
+            counts = self._store.marker(self.task).content["attempt"] == self.name
+        except DamageError:
+            counts = False
+        if not counts:
+            self._store.objects.remove(f"{self.task.folder}/{self.name}")
 
 
 class Store:
@@ -148,13 +153,15 @@ class Store:
             store.objects.get("zarr.json")
         except FileNotFoundError:
             others = [name for name in store.objects.names("") if name != "README.md"]
-            if others and "done" not in others:
+            if others and not {"done", "zarr.json"} & set(others):  # zarr.json: somebody was faster
                 raise UserError(
                     f"{store.url}: there is something else in this folder ({others[0]}, …) and it is not a store; "
                     "give a new folder"
                 ) from None
             if not others:
                 store.objects.create("zarr.json", _ROOT)
+        except NotADirectoryError:
+            pass  # a file: `open` says so
         return cls.open(store.objects)
 
     @classmethod
@@ -311,6 +318,10 @@ class Store:
             return index
         own = cached_index(url)
         if own.id in known:  # the same samples in a tar with other headers: its own ranges count
+            for key, expected, found in zip(own.keys, self.index(own.id).labels, own.labels, strict=True):
+                if found != expected:
+                    do = "The labels changed since precompute. Give the shard as it was, or pack it under another name."
+                    raise IdentityError(url, f"label of key {key}", expected, found, do)
             return own
         for shard in sorted({task.shard for task in self.done()} - set(known)):
             if shard.rpartition("-")[0] == own.summary.stem:

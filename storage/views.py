@@ -116,11 +116,14 @@ def decode(data: bytes) -> Image.Image:
         if image.width * image.height > MAX_PIXELS:
             raise BadImage(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,} are refused")
         image.load()
-        upright = ImageOps.exif_transpose(image)
     except BadImage:
         raise
     except Exception as error:  # decoders raise anything on hostile bytes: OSError, SyntaxError, struct.error, …
         raise BadImage(f"cannot be decoded: {error or type(error).__name__}") from None
+    try:
+        upright = ImageOps.exif_transpose(image)
+    except Exception:  # the pixels are whole: metadata that cannot be read turns nothing
+        upright = image
     if upright.mode.startswith("I"):  # Pillow would clip 16-bit grey to white
         grey = np.asarray(upright).astype(np.uint32) >> 8
         upright = Image.fromarray(grey.clip(0, 255).astype(np.uint8))

@@ -6,9 +6,8 @@ window, batch) alone, not on workers, ranks or where it was started.
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from storage import codecs
-from storage.banks import bank_policy, read_views
+from storage.banks import bank_policy
 from storage.errors import IdentityError, UserError
 from storage.policies import Policy
-from storage.shards import BLOCK, ShardIndex, cached_index, expand, read_samples, require_labels
-from storage.store import Marker, Store, Task
-from storage.views import BadImage, draw, render
-from storage.views import decode as decode_image
+from storage.shards import BLOCK, ShardIndex, cached_index, expand, require_labels
+from storage.store import Store, Task
 from student.order import Order, Segment, lanes_of
-
-Arrays = dict[str, np.ndarray]
+from student.reader import Arrays, BlockReader, Part, Source, join
 
 
 @dataclass
@@ -68,102 +64,6 @@ class Batch:
         return (x - x.new_tensor(mean).view(shape)) / x.new_tensor(std).view(shape)
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a stream's samples come from; plain data that loader workers receive.
-
-    Attributes:
-        urls: the shards.
-        shards: their ids.
-        policy: of the views.
-        store: with the bank and the targets; None for fresh views.
-        bank: id of the bank; None for fresh views, whose number is the epoch.
-        targets: target id -> codec.
-    """
-
-    urls: tuple[str, ...]
-    shards: tuple[str, ...]
-    policy: Policy
-    store: Store | None = None
-    bank: str | None = None
-    targets: Mapping[str, str] = field(default_factory=dict, hash=False)
-
-
-class BlockReader:
-    """Reads segments of blocks: images rendered, signatures compared, targets beside them."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.index = functools.lru_cache(maxsize=64)(self._index)
-        self.marker = functools.lru_cache(maxsize=256)(self._marker)
-
-    def _index(self, shard: int) -> ShardIndex:
-        url, expected = self.source.urls[shard], self.source.shards[shard]
-        store = self.source.store
-        index = (store.recognise(url, [expected]) if store else None) or cached_index(url)
-        if index.id != expected:
-            raise IdentityError(url, "shard", expected, index.id, "The file changed while it was in use.")
-        return index
-
-    def _marker(self, task: Task) -> Marker:
-        assert self.source.store is not None
-        marker = self.source.store.marker(task)
-        if task.kind == "target":
-            bank = self.marker(Task("bank", str(self.source.bank), task.shard, task.view))
-            if marker.content["bank_marker"] != bank.digest:
-                name = f"{self.source.store.url}/done/{task.name}"
-                raise IdentityError(
-                    name, "bank_marker", bank.digest, marker.content["bank_marker"],
-                    "These targets were made from other views than the bank has now.",
-                )  # fmt: skip
-        return marker
-
-    def read(self, segment: Segment, view: int) -> tuple[Arrays, dict[str, Arrays]]:
-        """The samples of a segment in one view: images, labels and ids, and the arrays of each target.
-
-        Raises:
-            IdentityError: an image, key, label or pixel is not what it was.
-            DamageError: an object of the store is missing or damaged.
-        """
-        source = self.source
-        url, shard = source.urls[segment.shard], source.shards[segment.shard]
-        index = self.index(segment.shard)
-        span = range(int(segment.samples[0]), int(segment.samples[-1]) + 1)
-        samples = read_samples(url, index, span)
-        chosen = segment.samples - span.start
-        side = source.policy.size
-        images = np.empty((len(chosen), side, side, 3), np.uint8)
-        targets: dict[str, Arrays] = {}
-        if source.bank is not None:
-            bank = self.marker(Task("bank", source.bank, shard, view))
-            there = read_views(bank, span.start, span.stop)
-            where = f"{url}, bank {source.bank}, view {view}"
-            for row, i in enumerate(chosen):
-                images[row] = there.replay(int(i), samples[i], samples[i].image, side, where, self._made_with)
-            for target in source.targets:
-                marker = self.marker(Task("target", target, shard, view))
-                targets[target] = {
-                    name: array.read(span.start, span.stop)[chosen] for name, array in marker.arrays.items()
-                }
-        else:
-            for row, i in enumerate(chosen):
-                try:
-                    image = decode_image(samples[i].image)
-                except BadImage as error:
-                    raise UserError(f"{url}: key {samples[i].key!r}: {error}") from None
-                drawn = draw(source.policy, samples[i].key, view, image.size)
-                images[row] = render(image, drawn, side)
-        labels = np.array([-1 if samples[i].label is None else samples[i].label for i in chosen], np.int64)
-        ids = np.stack([np.full(len(chosen), segment.shard), segment.samples, np.full(len(chosen), view)], 1)
-        return {"images": images, "labels": labels, "ids": ids.astype(np.int64)}, targets
-
-    @functools.cached_property
-    def _made_with(self) -> dict[str, Any]:
-        assert self.source.store is not None
-        renderer: dict[str, Any] = self.source.store.banks()[str(self.source.bank)]["renderer"]
-        return renderer
-
-
 class _Lane:
     """One lane from some batch on: gives its share of batch after batch."""
 
@@ -174,9 +74,9 @@ class _Lane:
         self.arrays: Arrays = {}
         self.targets: dict[str, Arrays] = {}
 
-    def take(self) -> tuple[Arrays, dict[str, Arrays]]:
+    def take(self) -> Part:
         """The lane's share of the next batch."""
-        parts: list[tuple[Arrays, dict[str, Arrays]]] = []
+        parts: list[Part] = []
         need = self.order.share
         while need:
             if not len(self.rows):
@@ -187,7 +87,7 @@ class _Lane:
                 {name: array[rows] for name, array in self.arrays.items()},
                 {t: {name: array[rows] for name, array in arrays.items()} for t, arrays in self.targets.items()},
             ))  # fmt: skip
-        return parts[0] if len(parts) == 1 else _join(parts)
+        return parts[0] if len(parts) == 1 else join(parts)
 
     def _load(self, segments: list[Segment], order: np.ndarray) -> None:
         self.arrays, self.targets = {}, {}  # free the last window before the next one is read
@@ -197,22 +97,11 @@ class _Lane:
             if self.views is not None:
                 view = self.order.view(self.epoch, segment.shard, segment.block, self.views)
             read.append(self.reader.read(segment, view))
-        self.arrays, self.targets = _join(read)
+        self.arrays, self.targets = join(read)
         self.rows = order
 
 
-def _join(parts: Sequence[tuple[Arrays, dict[str, Arrays]]]) -> tuple[Arrays, dict[str, Arrays]]:
-    """Samples of several parts after another."""
-    first, targets = parts[0]
-    arrays = {name: np.concatenate([part[0][name] for part in parts]) for name in first}
-    joined = {
-        t: {name: np.concatenate([part[1][t][name] for part in parts]) for name in names}
-        for t, names in targets.items()
-    }
-    return arrays, joined
-
-
-class _Parts(IterableDataset[list[tuple[Arrays, dict[str, Arrays]]]]):
+class _Parts(IterableDataset[list[Part]]):
     """What one loader worker yields: for every batch, the shares of its lanes."""
 
     def __init__(self, source: Source, order: Order, views: int | None, rank: int, ranks: int, place: Tensor) -> None:
@@ -437,21 +326,3 @@ def _views(source: Source, wanted: int | None) -> tuple[int, dict[int, frozenset
         raise UserError(f"{store.url}: no view of {what} is there for these shards; run precompute over them first")
     invalid = {n: store.marker(Task("bank", bank, shard, 0)).invalid for n, shard in enumerate(source.shards)}
     return count, invalid
-
-
-def evaluation_batches(urls: Sequence[str], policy: Policy, batch: int) -> Iterator[Batch]:
-    """Every sample of labelled shards once, in order, in the one view of a policy without chance."""
-    for shard, url in enumerate(urls):
-        source, _ = _fresh([url], policy, labels=True)
-        reader = BlockReader(source)
-        index = reader.index(0)
-        held: list[tuple[Arrays, dict[str, Arrays]]] = []
-        for number in range(index.blocks):
-            arrays, targets = reader.read(Segment(0, number, np.array(index.block(number))), 0)
-            arrays["ids"][:, 0] = shard
-            held.append((arrays, targets))
-            if sum(len(part[0]["labels"]) for part in held) >= batch or number == index.blocks - 1:
-                joined, _ = _join(held)
-                images, labels, ids = (torch.from_numpy(joined[name]) for name in ("images", "labels", "ids"))
-                yield Batch(images, labels, ids)
-                held = []

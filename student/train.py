@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import torch
 import yaml
@@ -21,6 +21,7 @@ from torch import nn
 
 from storage.errors import IdentityError, UserError
 from storage.policies import Policy, policy
+from storage.progress import Progress
 from storage.shards import cached_index, classes_of, expand
 from storage.store import Store
 from student.align import table
@@ -31,19 +32,6 @@ from student.model import Description, build, input_size, save
 from student.stream import Stream
 
 LOG_EVERY = 50  # steps
-
-
-class Progress(Protocol):
-    """Where a run tells how far it is."""
-
-    def say(self, line: str) -> None:
-        """A line for people."""
-
-    def start(self, what: str, total: int) -> None:
-        """Something with so many steps begins."""
-
-    def advance(self, steps: int) -> None:
-        """So many more steps are done."""
 
 
 @dataclass(frozen=True)

@@ -150,8 +150,9 @@ def test_a_fraction_is_balanced_over_the_classes(tmp_path, animals, fraction):
 
 
 def test_a_fraction_of_a_whole_number_is_not_one_more(tmp_path):
-    folder = class_folders(tmp_path / "f", {"a": 10, "b": 30})
-    assert labels_in(*packed(folder, tmp_path / "out", fraction=0.1)["train"]) == {0: 1, 1: 3}
+    assert 25 * 0.28 > 7
+    folder = class_folders(tmp_path / "f", {"a": 25, "b": 50})
+    assert labels_in(*packed(folder, tmp_path / "out", fraction=0.28)["train"]) == {0: 7, 1: 14}
 
 
 def test_validation_is_disjoint_and_together_they_are_complete(tmp_path, animals):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tracemalloc
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -159,7 +160,13 @@ keys = st.text(max_size=8)
 sizes = st.tuples(st.integers(1, 300), st.integers(1, 300))
 
 
-@given(st.sampled_from(["light", "eval", "none", "crop(1)|flip"]), st.integers(0, 2**63 - 1), keys, st.integers(0, 99), sizes)
+@given(
+    st.sampled_from(["light", "eval", "none", "crop(1)|flip"]),
+    st.integers(0, 2**63 - 1),
+    keys,
+    st.integers(0, 99),
+    sizes,
+)
 @settings(max_examples=60, deadline=None)
 def test_a_draw_depends_on_its_arguments_alone(line, seed, key, view, size):
     first = draw(policy(line, 24, seed), key, view, size)
@@ -287,7 +294,9 @@ def test_a_flip_comes_after_the_shift():
     assert same(render(image, View((0, 0, 20, 20), (5, 2), True), 20), plain[:, ::-1])
 
 
-@pytest.mark.parametrize(("side", "f", "source"), [(28, 0.875, 64), (28, 0.875, 32), (14, 0.875, 128), (16, 0.5, 64)])
+@pytest.mark.parametrize(
+    ("side", "f", "source"), [(28, 0.875, 64), (28, 0.875, 32), (28, 0.875, 100), (14, 0.875, 53), (16, 0.5, 64)]
+)
 def test_short_and_center_are_resize_and_crop(side, f, source):
     image = noise(source, source)
     short = round(side / f)
@@ -346,6 +355,7 @@ def test_other_modes_become_rgb_and_alpha_is_dropped(mode):
         assert same(found, np.asarray(image)[..., :1].repeat(3, -1))
 
 
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 def test_a_palette_with_alpha_keeps_its_colours():
     image = Image.new("P", (2, 2))
     image.putpalette([10, 20, 30, 200, 100, 50])
@@ -436,7 +446,7 @@ def test_every_cut_of_an_image_is_bad_or_still_all_of_its_pixels(kind):
 @pytest.mark.parametrize(
     "data",
     [b"", b"\0" * 100, b"hello", encoded(Image.new("RGB", (4, 4)), "GIF"), encoded(Image.new("RGB", (4, 4)), "BMP"),
-     encoded(Image.new("RGB", (4, 4)), "TIFF"), b"\xff\xd8\xff\xe0", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"],
+     encoded(Image.new("RGB", (4, 4)), "TIFF"), b"\xff\xd8\xff\xe0", b"%!PS-Adobe-3.0 EPSF-3.0\n"],
     ids=["empty", "zeros", "text", "gif", "bmp", "tiff", "jpeg's beginning", "eps"],
 )  # fmt: skip
 def test_bytes_that_are_no_image_of_ours_are_bad(data):
@@ -446,6 +456,7 @@ def test_bytes_that_are_no_image_of_ours_are_bad(data):
         render(data, View((0, 0, 4, 4)), 4)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_bad_bytes_never_raise_anything_else():
     chance = np.random.default_rng(0)
     for kind in ("PNG", "JPEG", "WEBP"):
@@ -482,12 +493,12 @@ def huge_jpeg(width: int, height: int) -> bytes:
 def test_a_bomb_is_bad_before_it_takes_memory(data):
     tracemalloc.start()
     try:
-        with pytest.raises(BadImage, match="pixels|size"):
+        with pytest.raises(BadImage, match=r"pixels|size"):
             decode(data)
         assert tracemalloc.get_traced_memory()[1] < 5 << 20
     finally:
         tracemalloc.stop()
-    assert 60000 * 60000 > MAX_PIXELS
+    assert MAX_PIXELS < 60000 * 60000
 
 
 def test_our_limit_holds_where_pillows_is_off(monkeypatch):
@@ -497,6 +508,7 @@ def test_our_limit_holds_where_pillows_is_off(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------- contract 2
+
 
 def optional_features() -> str:
     """What this processor has of NumPy's dispatched features."""
@@ -532,7 +544,7 @@ def test_replay_equals_record_in_another_process(tmp_path, setting):
     )
     child = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path / "images.json")],
-        env={**os.environ, setting: value}, capture_output=True, check=True, text=True,
+        cwd=Path(__file__).parents[2], env={**os.environ, setting: value}, capture_output=True, check=True, text=True,
     )  # fmt: skip
     assert json.loads(child.stdout) == signatures_of(images)
     assert len(set(signatures_of(images))) > 20

@@ -12,7 +12,8 @@ from storage.shards import cached_index, read_samples
 from storage.store import Store, Task
 from storage.testing import synthetic_shards
 from storage.views import View, decode, draw, render
-from student.stream import Batch, Stream, evaluation_batches
+from student.evaluate import evaluation_batches
+from student.stream import Batch, Stream
 
 
 def stream(world, **changes) -> Stream:

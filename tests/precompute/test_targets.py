@@ -1,0 +1,254 @@
+"""Targets: what is asked for, in words; which bank a run belongs to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from precompute import targets
+from precompute.targets import Wish, choose_policy, defaults, layer_numbers, parse
+from storage import banks
+from storage.errors import IdentityError, UserError
+from storage.policies import Policy, policy
+from storage.store import Store, Task
+from tests.conftest import World, run_precompute, teacher_of
+
+CNN = {"id": "cnn", "network": "cnn", "layers": 7}
+VIT = {"id": "vit", "network": "vit", "layers": 12, "heads": 3, "prefix": ["class"]}
+
+
+def identity(wish: Wish, manifest: dict[str, Any], size: int = 32) -> dict[str, Any]:
+    teacher: Any = type("AnyTeacher", (), {"id": "0" * 64, "name": manifest["id"]})
+    return targets._identity(teacher, manifest, wish, policy("light", size))
+
+
+def store_with(folder: Path, *policies: Policy, shard: str = "shard-1") -> Store:
+    """A store that says of a shard that it has a view under each of these policies."""
+    store = Store.create(folder)
+    for one in policies:
+        store.add_bank(one.bank, one.identity, banks.describe(one))
+        store.objects.create(f"done/{Task('bank', one.bank, shard, 0).name}", b"{}")
+    return store
+
+
+def chosen(store: Store, wanted: Policy, *given: str, new_bank: bool = False) -> Policy:
+    return choose_policy(store, wanted, set(given), ["shard-1"], new_bank)
+
+
+# ---------------------------------------------------------------------------------------------- wishes
+
+
+@pytest.mark.parametrize(
+    ("text", "wishes"),
+    [
+        ("activations", [Wish("activations")]),
+        ("activations,grid=8,codec=u8", [Wish("activations", None, 8, "u8")]),
+        ("activations, layers=1:4+7 ,grid=14", [Wish("activations", "1:4+7", 14)]),
+        ("q,k,layers=last", [Wish("q", "last"), Wish("k", "last")]),
+        ("codec=f32,class_row", [Wish("class_row", None, None, "f32")]),
+        ("logits,class_token,codec=f16", [Wish("logits", codec="f16"), Wish("class_token", codec="f16")]),
+    ],
+)
+def test_a_target_is_taps_with_options(text: str, wishes: list[Wish]) -> None:
+    assert parse(text) == wishes
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("activatons", "no tap is called 'activatons'. Did you mean 'activations'"),
+        ("q,kk", "no tap is called 'kk'"),
+        ("q,,k", "no tap is called ''"),
+        ("activations,gird=8", "no option is called 'gird'. Did you mean 'grid'"),
+        ("activations,codec=u9", "no codec is called 'u9'. Did you mean 'u8'"),
+        ("q,grid=8", "only activations are resized to a grid"),
+        ("activations,q,grid=8", "only activations are resized to a grid"),
+        ("logits,layers=1", "logits has no layers to choose"),
+        ("q,class_token,layers=1", "class_token has no layers to choose"),
+        ("activations,grid=0", "grid=0: expected a number of patches a side"),
+        ("activations,grid=-3", "grid=-3"),
+        ("activations,grid=8x8", "grid=8x8"),
+        ("activations,grid=1000", "grid=1000"),
+        ("grid=8", "names no tap"),
+        ("", "no tap is called ''"),
+    ],
+)
+def test_what_is_not_a_target_is_refused_with_the_nearest(text: str, says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(text)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        (None, (1, 2, 3, 4, 5, 6, 7, 8)),
+        ("last", (8,)),
+        ("3", (3,)),
+        ("1:4", (1, 2, 3, 4)),
+        ("1:4+8", (1, 2, 3, 4, 8)),
+        ("8+1:2", (8, 1, 2)),
+        ("8:8", (8,)),
+    ],
+)
+def test_layers_count_from_one_with_both_ends(text: str | None, numbers: tuple[int, ...]) -> None:
+    assert layer_numbers(text, 8, "vit") == numbers
+
+
+@pytest.mark.parametrize("text", ["0", "9", "1:9", "0:3", "3+3", "1:4+2", "last+8", "4:1", "4:1+2", "1:999999999"])
+def test_layers_that_are_not_there_or_named_twice_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"layers=.*: vit has layers 1 to 8, each named once"):
+        layer_numbers(text, 8, "vit")
+
+
+@pytest.mark.parametrize("text", ["", "x", "first", "-1", "1:", ":4", "1+", "1,2", "1.5", "1-4", "1" * 10])
+def test_what_names_no_layers_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"layers=.*: expected last, a number, a range 1:4, or several joined by \+"):
+        layer_numbers(text, 8, "vit")
+
+
+# ---------------------------------------------------------------------------------------------- what teachers give
+
+
+def test_a_cnn_gives_activations_on_a_sixteenth_of_the_view_by_default() -> None:
+    assert defaults(CNN, policy("light", 224)) == [Wish("activations", grid=14)]
+    assert defaults(CNN, policy("light", 8)) == [Wish("activations", grid=1)]
+    assert identity(Wish("activations"), CNN, 224)["codec"] == "u8"
+
+
+def test_a_vit_gives_class_rows_and_the_class_token_by_default() -> None:
+    assert defaults(VIT, policy("light", 224)) == [Wish("class_row"), Wish("class_token")]
+    assert identity(Wish("class_row"), VIT)["codec"] == "f16"
+
+
+@pytest.mark.parametrize("manifest", [{**VIT, "prefix": ["register"]}, {**CNN, "network": "other", "layers": 0}])
+def test_a_network_with_neither_gives_nothing_by_default(manifest: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"nothing is taken .* say --target"):
+        defaults(manifest, policy("light", 224))
+
+
+@pytest.mark.parametrize(
+    ("wish", "manifest", "says"),
+    [
+        (Wish("activations"), VIT, "teacher vit is a vit, activations needs a cnn"),
+        (Wish("q"), CNN, "teacher cnn is a cnn, q needs a vit"),
+        (Wish("class_row"), CNN, "teacher cnn is a cnn, class_row needs a vit"),
+        (Wish("q"), {**CNN, "network": "other", "layers": 0}, "neither a CNN with stages nor a plain ViT: no q"),
+        (Wish("q", "13"), VIT, "vit has layers 1 to 12"),
+        (Wish("activations", "8"), CNN, "cnn has layers 1 to 7"),
+    ],
+)
+def test_a_teacher_is_not_asked_for_what_it_has_not(wish: Wish, manifest: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        identity(wish, manifest)
+    assert says in str(caught.value)
+
+
+def test_two_ways_to_say_the_same_target_are_one_target() -> None:
+    assert identity(Wish("q", "last"), VIT) == identity(Wish("q", "12"), VIT)
+    assert identity(Wish("q", "1:12"), VIT) == identity(Wish("q"), VIT)
+    assert identity(Wish("activations", None, 2, "u8"), CNN) == identity(Wish("activations"), CNN)
+
+
+@pytest.mark.parametrize(
+    "other", [Wish("q", "1"), Wish("k"), Wish("q", codec="f32"), Wish("class_row"), Wish("q", "12+1:11")]
+)
+def test_another_tap_layer_order_or_codec_is_another_target(other: Wish) -> None:
+    teacher: Any = type("AnyTeacher", (), {"id": "0" * 64, "name": "vit"})
+    ids = {targets._id(teacher, identity(wish, VIT)) for wish in (Wish("q"), other)}
+    assert len(ids) == 2
+
+
+def test_a_target_of_another_bank_or_teacher_is_another_target() -> None:
+    assert identity(Wish("q"), VIT, 32) != identity(Wish("q"), VIT, 64)
+    other: Any = type("AnyTeacher", (), {"id": "1" * 64, "name": "vit"})
+    assert targets._identity(other, VIT, Wish("q"), policy("light", 32)) != identity(Wish("q"), VIT)
+
+
+def test_target_ids_say_what_they_are_and_manifests_hold_it(world: World) -> None:
+    store = Store.open(world.store)
+    manifest = store.target(world.targets["activations u8"])
+    assert manifest["id"].startswith("cnn-activations-g8-u8-")
+    assert manifest["identity"] == {
+        "teacher": teacher_of(world.weights, "cnn").id, "bank": next(iter(store.banks())), "tap": "activations",
+        "layers": [1, 2, 3, 4], "grid": 8, "codec": "u8",
+    }  # fmt: skip
+    assert [stage["channels"] for stage in manifest["stages"]] == [8, 12, 16, 24]
+    assert manifest["sample_shape"] == [60, 8, 8]
+    assert store.target(world.targets["q"])["identity"]["layers"] == [3]
+
+
+def test_targets_that_are_asked_for_together_share_one_graph(world: World) -> None:
+    store = Store.open(world.store)
+    graphs = {name: store.target(id)["graph"] for name, id in world.targets.items()}
+    assert len({graphs[name] for name in ("activations f32", "activations u8", "logits")}) == 1
+    assert len({graphs[name] for name in ("class_row", "class_token", "q", "k")}) == 1
+    outputs = [store.target(world.targets[name])["output"] for name in ("activations f32", "activations u8", "logits")]
+    assert outputs == [0, 0, 1], "one tap with two codecs is one output of the graph"
+
+
+def test_a_refused_wish_leaves_the_store_without_a_target(world: World, tmp_path: Path) -> None:
+    for kind, wish in (("vit", "activations"), ("cnn", "q"), ("cnn", "class_token")):
+        with pytest.raises(UserError):
+            run_precompute(tmp_path / kind, world.shards[:1], teacher_of(world.weights, kind), [wish])
+        assert not Store.open(tmp_path / kind).targets()
+
+
+# ---------------------------------------------------------------------------------------------- which bank
+
+
+def test_a_store_without_views_of_the_shards_takes_what_is_wanted(tmp_path: Path) -> None:
+    wanted = policy("light", 64, 3)
+    assert chosen(store_with(tmp_path / "empty"), wanted) == wanted
+    other = store_with(tmp_path / "other", policy("none", 32), shard="shard-2")
+    assert chosen(other, wanted, "line", "size", "seed") == wanted
+
+
+def test_nothing_given_takes_the_bank_that_is_there(tmp_path: Path) -> None:
+    there = policy("crop(0.25)|flip", 48, 7)
+    assert chosen(store_with(tmp_path, there), policy("light", 224)) == there
+
+
+def test_what_is_given_and_agrees_takes_the_bank_that_is_there(tmp_path: Path) -> None:
+    there = policy("light", 48, 7)
+    assert chosen(store_with(tmp_path, there), policy("light", 224), "line") == there
+    assert chosen(store_with(tmp_path, there), policy("light", 48), "line", "size") == there
+    assert chosen(store_with(tmp_path, there), there, "line", "size", "seed") == there
+
+
+@pytest.mark.parametrize(
+    ("wanted", "given", "field", "expected", "found"),
+    [
+        (policy("none", 48, 7), "line", "view policy", "crop(0.125)|flip", "resize"),
+        (policy("light", 64, 7), "size", "view size", 48, 64),
+        (policy("light", 48, 8), "seed", "seed", 7, 8),
+    ],
+)
+def test_contract_5_another_policy_size_or_seed_is_refused_by_name(
+    tmp_path: Path, wanted: Policy, given: str, field: str, expected: object, found: object
+) -> None:
+    store = store_with(tmp_path, policy("light", 48, 7))
+    with pytest.raises(IdentityError) as caught:
+        chosen(store, wanted, given)
+    assert (caught.value.field, caught.value.expected, caught.value.found) == (field, expected, found)
+    assert "--new-bank" in str(caught.value)
+    assert chosen(store, wanted, given, new_bank=True) == wanted
+    assert chosen(store, wanted) == policy("light", 48, 7), "what was not said is no wish"
+
+
+def test_a_seed_is_no_difference_where_nothing_is_left_to_chance(tmp_path: Path) -> None:
+    there = policy("eval", 48)
+    store = store_with(tmp_path, there)
+    assert chosen(store, policy("light", 224, 5), "seed").bank == there.bank
+    assert chosen(store, policy("eval", 48, 5), "line", "size", "seed").bank == there.bank
+
+
+def test_of_several_banks_the_one_that_agrees_is_taken(tmp_path: Path) -> None:
+    first, second = policy("light", 48), policy("eval", 64)
+    store = store_with(tmp_path, first, second)
+    assert chosen(store, policy("light", 64), "size").bank == second.bank
+    assert chosen(store, policy("light", 224), "line").bank == first.bank
+    with pytest.raises(IdentityError, match="view size"):
+        chosen(store, policy("light", 96), "size")
