@@ -177,13 +177,27 @@ def run_task(task: ShardTask, session: Session, say: Callable[[int], None] = lam
     step = max(1, BUFFERS // a_view)
     for start in range(0, len(views), step):
         some = {view: wanted[view] for view in views[start : start + step]}
-        outcome.invalid = _Pass(task, index, some, session, say).run()
+        wide: frozenset[str] = frozenset()
+        while True:
+            try:
+                outcome.invalid = _Pass(task, index, some, session, say, wide).run()
+                break
+            except _TooWide as error:  # rare: the views of this target are made again with f32 scales
+                wide |= {error.target}
         outcome.written += sum(map(len, some.values()))
     return outcome
 
 
+class _TooWide(Exception):
+    """A target's scales do not fit f16."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__(target)
+        self.target = target
+
+
 class _Pass:
-    """One reading of a shard that makes several views."""
+    """One reading of a shard that makes several views; targets in `wide` keep their scales in f32."""
 
     def __init__(
         self,
@@ -192,7 +206,9 @@ class _Pass:
         wanted: dict[int, list[Output]],
         session: Session,
         say: Callable[[int], None],
+        wide: frozenset[str] = frozenset(),
     ) -> None:
+        self.wide = wide
         self.task, self.index, self.wanted, self.session, self.say = task, index, wanted, session, say
         self.policy: Policy = bank_policy(task.store, task.bank)
         self.made_with: Record = task.store.banks()[task.bank]["renderer"]
@@ -230,7 +246,9 @@ class _Pass:
             for output in outputs:
                 attempt = Attempt(store, Task("target", output.target, shard, view), len(self.index))
                 self.attempts[view, output.target] = attempt
-                for name, (dtype, shape) in codecs.layout(output.codec, output.shape, output.maps).items():
+                wide = output.target in self.wide
+                layout = codecs.layout(output.codec, output.shape, output.maps, wide=wide)
+                for name, (dtype, shape) in layout.items():
                     axes = output.axes if name == "data" else (*output.axes[: len(shape) - 1], "scale_offset")
                     attempt.array(name, shape, dtype, axes)
 
@@ -295,9 +313,13 @@ class _Pass:
                 f"{self.task.url}: key {key!r}, view {view}: the teacher {self.task.teacher!r} gives values that are "
                 f"not finite in {output.target}; nothing of this shard was kept"
             )
-        for name, array in codecs.encode(output.codec, values, output.maps).items():
-            writer = self.attempts[view, output.target].arrays[name]
-            writer.append(array)
+        wide = output.target in self.wide
+        try:
+            arrays = codecs.encode(output.codec, values, output.maps, wide=wide)
+        except codecs.HalfOverflow:
+            raise _TooWide(output.target) from None
+        for name, array in arrays.items():
+            self.attempts[view, output.target].arrays[name].append(array)
 
     def _mark(self) -> None:
         """The bank's marker first: a target's marker names its digest."""

@@ -6,7 +6,7 @@ A graph is exported once for a teacher and the taps that were asked for together
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,7 +118,7 @@ def record_targets(
     provider: str,
     say: Callable[[str], None],
 ) -> dict[str, tuple[Output, ...]]:
-    """Graph digest -> outputs, for all wishes; targets that the store does not know are exported, in one graph.
+    """Graph digest -> outputs, for all wishes; they are exported in one graph unless the store knows all of them.
 
     Args:
         store: where they are recorded.
@@ -131,17 +131,22 @@ def record_targets(
         say: called with lines for people.
     """
     identities = [_identity(teacher, manifest, wish, policy) for wish in wishes]
-    ids = [_id(teacher, identity) for identity in identities]
-    known = store.targets()
-    fresh = {id: identity for id, identity in zip(ids, identities, strict=True) if id not in known}
-    if fresh:
-        _export(store, teacher, fresh, policy, images, provider, say)
-        known = store.targets()
+    wanted = {_id(teacher, identity): identity for identity in identities}
+    known = _known(store, wanted)
+    if len(known) < len(wanted):
+        # All of them, so that a run that was killed between two of its targets makes the same graph again.
+        _export(store, teacher, wanted, policy, images, provider, say)
+        known = _known(store, wanted)
     by_graph: dict[str, tuple[Output, ...]] = {}
-    for id in dict.fromkeys(ids):
+    for id in wanted:
         output = Output.of(known[id])
         by_graph[known[id]["graph"]] = (*by_graph.get(known[id]["graph"], ()), output)
     return by_graph
+
+
+def _known(store: Store, ids: Iterable[str]) -> dict[str, Record]:
+    """Id -> manifest of those that are recorded. Others are not looked at: somebody may just be adding them."""
+    return {id: store.target(id) for id in ids if "manifest.json" in store.objects.names(f"targets/{id}")}
 
 
 def _identity(teacher: Teacher, manifest: Record, wish: Wish, policy: Policy) -> Record:
@@ -171,7 +176,7 @@ def _id(teacher: Teacher, identity: Record) -> str:
 def _export(
     store: Store,
     teacher: Teacher,
-    fresh: dict[str, Record],
+    wanted: dict[str, Record],
     policy: Policy,
     images: Callable[[], np.ndarray],
     provider: str,
@@ -182,7 +187,7 @@ def _export(
 
     taps = {
         id: Tap(identity["tap"], tuple(identity["layers"]) if identity["layers"] else None, identity["grid"])
-        for id, identity in fresh.items()
+        for id, identity in wanted.items()
     }
     distinct = list(dict.fromkeys(taps.values()))
     say(f"exporting {teacher.name} ({teacher.model}) with {', '.join(tap.name for tap in distinct)}")
@@ -192,7 +197,7 @@ def _export(
         say(f"  graph against PyTorch, {tap.name}: largest difference {parity:.1e} of the largest value")
     if exported.attention_error is not None:
         say(f"  attention from the tapped q and k against the network's: {exported.attention_error:.1e}")
-    for id, identity in fresh.items():
+    for id, identity in wanted.items():
         position = distinct.index(taps[id])
         about = {
             "teacher": teacher.name,

@@ -23,21 +23,30 @@ def check(codec: str) -> str:
     return codec
 
 
-def layout(codec: str, shape: tuple[int, ...], maps: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+class HalfOverflow(UserError):
+    """f16 cannot hold a map's scale or offset: all of the array's are kept in f32 (`wide`)."""
+
+
+def layout(
+    codec: str, shape: tuple[int, ...], maps: int, *, wide: bool = False
+) -> dict[str, tuple[str, tuple[int, ...]]]:
     """name -> (dtype, shape of one sample) of the arrays that a codec makes from one sample's `shape`."""
     if codec == "u8":
-        return {"data": ("uint8", shape), "scale": ("float16", (*shape[: len(shape) - maps], 2))}
+        scale = (*shape[: len(shape) - maps], 2)
+        return {"data": ("uint8", shape), "scale": ("float32" if wide else "float16", scale)}
     return {"data": ("float32" if codec == "f32" else "float16", shape)}
 
 
-def encode(codec: str, values: np.ndarray, maps: int) -> dict[str, np.ndarray]:
+def encode(codec: str, values: np.ndarray, maps: int, *, wide: bool = False) -> dict[str, np.ndarray]:
     """The arrays that keep `values` f32 `[n, …]`.
 
-    `u8`: per map, code = round((x − offset)/scale), quantised against the offset and scale as they are kept (f16,
-    offset rounded down and scale up, so that every value lies within the codes' range). Error at most scale/2.
+    `u8`: per map, code = round((x − offset)/scale), quantised against the offset and scale as they are kept (f16, or
+    f32 with `wide`; offset rounded down and scale up, so that every value lies within the codes' range). Error at most
+    scale/2.
 
     Raises:
-        UserError: values that f16 cannot hold.
+        HalfOverflow: `u8` without `wide`, where f16 cannot hold a scale or an offset.
+        UserError: `f16`, where f16 cannot hold a value.
     """
     if codec == "f32":
         return {"data": np.ascontiguousarray(values, np.float32)}
@@ -48,16 +57,14 @@ def encode(codec: str, values: np.ndarray, maps: int) -> dict[str, np.ndarray]:
             raise UserError(f"codec f16 cannot hold values up to {np.abs(values).max():g}; use codec=f32 or codec=u8")
         return {"data": data}
     axes = tuple(range(values.ndim - maps, values.ndim))
-    low = values.min(axis=axes).astype(np.float32)
-    high = values.max(axis=axes).astype(np.float32)
+    low = values.min(axis=axes).astype(np.float64)
+    high = values.max(axis=axes).astype(np.float64)
+    kind: type[np.floating[Any]] = np.float32 if wide else np.float16
     with np.errstate(over="ignore", invalid="ignore"):
-        offset = _half(low, up=False)
-        scale = _half((high - offset.astype(np.float32)) / np.float32(255), up=True)
-    if not ((np.abs(low) <= np.finfo(np.float16).max).all() and np.isfinite(scale).all()):
-        raise UserError(
-            f"codec u8 keeps scale and offset in f16, which cannot hold values from {low.min():g} to {high.max():g}; "
-            "use codec=f32"
-        )
+        offset = _round(low, kind, up=False)
+        scale = _round((high - offset) / 255, kind, up=True)
+    if not ((np.abs(low) <= np.finfo(kind).max).all() and np.isfinite(scale).all()):
+        raise HalfOverflow(f"f16 cannot hold scale and offset of values from {low.min():g} to {high.max():g}")
     expand = (..., *(None,) * maps)
     step = scale.astype(np.float32)[expand]
     codes = (values - offset.astype(np.float32)[expand]) / np.where(step > 0, step, 1)
@@ -65,11 +72,11 @@ def encode(codec: str, values: np.ndarray, maps: int) -> dict[str, np.ndarray]:
     return {"data": data, "scale": np.stack([scale, offset], axis=-1)}
 
 
-def _half(values: np.ndarray, *, up: bool) -> np.ndarray:
-    """The f16 neighbour of each value that does not lie below it (`up`) or above it."""
-    near = values.astype(np.float16)
-    wrong = near.astype(np.float32) < values if up else near.astype(np.float32) > values
-    return np.where(wrong, np.nextafter(near, np.float16(np.inf if up else -np.inf)), near)
+def _round(values: np.ndarray, kind: type[np.floating[Any]], *, up: bool) -> np.ndarray:
+    """The neighbour of each value in a float type that does not lie below it (`up`) or above it."""
+    near = values.astype(kind)
+    wrong = near < values if up else near > values
+    return np.where(wrong, np.nextafter(near, kind(np.inf if up else -np.inf)), near)
 
 
 def decode(codec: str, arrays: Mapping[str, Any]) -> Any:

@@ -24,14 +24,15 @@ from PIL import Image
 from precompute import engine, export, targets
 from precompute.run import Wanted, precompute
 from precompute.taps import Tap
-from storage import codecs, records
-from storage.banks import bank_policy, read_views
+from storage import codecs
+from storage.banks import read_views
 from storage.errors import DamageError, IdentityError, UserError
 from storage.policies import policy
 from storage.shards import read_samples
 from storage.store import Store, Task
 from storage.testing import TINY_CNN, FaultyObjects, synthetic_shards
 from storage.verify import verify
+from storage.views import BadImage, decode, render
 from tests.conftest import Quiet, World, run_precompute, teacher_of, write_teacher
 
 REPOSITORY = Path(__file__).parents[2]
@@ -80,7 +81,7 @@ def seeded(world: World, folder: Path) -> Path:
     """A store that knows the world's teachers, bank, targets and graphs, and has no shard and no view yet."""
     for path in world.store.rglob("*"):
         name = path.relative_to(world.store).as_posix()
-        if path.name in ("zarr.json", "manifest.json") and name.count("/") in (0, 2) or path.suffix == ".onnx":
+        if (path.name in ("zarr.json", "manifest.json") and name.count("/") in (0, 2)) or path.suffix == ".onnx":
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, folder / name)
     return folder
@@ -114,6 +115,11 @@ def assert_same(found: dict[Task, dict[str, np.ndarray]], expected: dict[Task, d
         for name, array in arrays.items():
             assert found[task][name].dtype == array.dtype, (task, name)
             assert np.array_equal(found[task][name], array), (task, name)
+
+
+def of_cnn(everything: dict[Task, dict[str, np.ndarray]]) -> dict[Task, dict[str, np.ndarray]]:
+    """The bank and the targets of one teacher."""
+    return {task: arrays for task, arrays in everything.items() if task.kind == "bank" or task.id.startswith("cnn-")}
 
 
 def failures(folder: Path, shards: list[str]) -> list[str]:
@@ -235,8 +241,6 @@ def test_contract_5_a_teacher_that_would_see_other_pixels_is_refused(
     place = seeded(world, tmp_path / "store")
     run_precompute(place, world.shards, teacher_of(world.weights, "cnn"), F32)
     before = snapshot(place)
-    from storage.views import render
-
     monkeypatch.setattr("storage.banks.render", lambda image, view, size: render(image, view, size) ^ 1)
     with pytest.raises(IdentityError, match=r"view 0, key shard-000000-00000: signature of the view's pixels"):
         run_precompute(place, world.shards, teacher_of(world.weights, "vit"), VIT)
@@ -277,34 +281,25 @@ def test_contract_1_what_is_stored_is_what_the_live_teacher_gives_on_the_views_o
     assert live.std(0).max() > 1e-3, "targets that are the same for all samples would prove little"
 
 
-def test_contract_3_the_order_of_shards_and_the_process_make_no_difference(world: World, tmp_path: Path) -> None:
-    children = []
-    for name, shards in (("ab", world.shards), ("ba", world.shards[::-1])):
-        command = [
-            sys.executable, "-m", "pipeline", "precompute", "--teacher", TINY_CNN[0], "--weights", world.weights["cnn"],
-            "--teacher-arg", "channels=[8,12,16,24]", "--teacher-arg", "stem_width=8", "--teacher-arg", "num_classes=3",
-            "--input-size", "64", "--mean", "0.5", "--std", "0.5", "--as", "cnn", "--target", F32[0],
-            "--shards", shards[0], "--shards", shards[1], "--store", str(tmp_path / name), "--view-policy", "light",
-            "--view-size", "32", "--view-count", "2", "--provider", "cpu", "--json",
-        ]  # fmt: skip
-        environment = {**os.environ, "PYTHONHASHSEED": str(len(children))}
-        children.append(
-            subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        )
-    results = []
-    for child in children:
-        out, err = child.communicate(timeout=120)
-        assert child.returncode == 0, err.decode()
-        results.append(json.loads(out))
-    assert results[0]["targets"] == results[1]["targets"]
-    graphs = [[graph.name for graph in (tmp_path / name).glob("teachers/cnn/graphs/*")] for name in ("ab", "ba")]
+def test_contract_3_another_process_with_the_shards_in_another_order_makes_the_same_store(
+    world: World, tmp_path: Path
+) -> None:
+    place = tmp_path / "store"
+    command = [
+        sys.executable, "-m", "pipeline", "precompute", "--teacher", TINY_CNN[0], "--weights", world.weights["cnn"],
+        "--teacher-arg", "channels=[8,12,16,24]", "--teacher-arg", "stem_width=8", "--teacher-arg", "num_classes=3",
+        "--input-size", "64", "--mean", "0.5", "--std", "0.5", "--as", "cnn", *(f"--target={wish}" for wish in CNN),
+        "--shards", world.shards[1], "--shards", world.shards[0], "--store", str(place), "--view-policy", "light",
+        "--view-size", "32", "--view-count", "2", "--provider", "cpu", "--json",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONHASHSEED": "1"}
+    child = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, timeout=120, check=False)
+    assert child.returncode == 0, child.stderr.decode()
+    assert json.loads(child.stdout)["written"] == 2 * 2 * len(CNN)
+    graphs = [[graph.name for graph in folder.glob("teachers/cnn/graphs/*")] for folder in (place, world.store)]
     assert len(graphs[0]) == 1
-    assert graphs[0] == graphs[1], "the same graph from another process and other images"
-    ab, ba, here = contents(tmp_path / "ab"), contents(tmp_path / "ba"), contents(world.store)
-    assert_same(ab, ba)
-    assert len(ab) == 2 * 2 * 2
-    banks = {task: arrays for task, arrays in ab.items() if task.kind == "bank"}
-    assert_same({task: here[task] for task in here if task.kind == "bank"}, banks)
+    assert graphs[0] == graphs[1], "the same graph from another process, checked on other images"
+    assert_same(contents(place), of_cnn(contents(world.store)))
 
 
 # ---------------------------------------------------------------------------------------------- identity
@@ -352,7 +347,8 @@ def test_a_shard_with_another_first_image_is_another_shard(world: World, tmp_pat
     before = snapshot(place)
     donor = synthetic_shards(tmp_path / "donor", 1, 1, seed=9)[0]
     with tarfile.open(donor) as tar:
-        image = tar.extractfile(tar.getmembers()[0]).read()  # type: ignore[union-attr]
+        member = next(m for m in tar.getmembers() if m.name.endswith(".png"))
+        image = tar.extractfile(member).read()  # type: ignore[union-attr]
     shard = rewritten(
         world.shards[0], tmp_path / "data" / Path(world.shards[0]).name,
         lambda number, ending, data: image if number == 0 and ending == "png" else data,
@@ -400,8 +396,7 @@ def test_contract_3_a_run_that_stops_leaves_whole_shards_and_goes_on_to_the_same
     watch(lambda outputs: None)
     result = run_precompute(place, world.shards, teacher_of(world.weights, "cnn"), CNN)
     assert result["written"] == 2 * len(CNN) * (2 - blocks // 6)
-    mine, theirs = contents(place), contents(world.store)
-    assert_same(mine, {t: a for t, a in theirs.items() if t.kind == "bank" or t.id.startswith("cnn")})
+    assert_same(contents(place), of_cnn(contents(world.store)))
     assert not failures(place, world.shards)
 
 
@@ -424,9 +419,9 @@ def run(images):
     return real(images)
 
 session.run = run
+of_it = manifest["identity"]["bank"], manifest["teacher"], manifest["graph"], (Output.of(manifest),)
 for url in shards:
-    outputs = (Output.of(manifest),)
-    run_task(ShardTask(store, url, manifest["identity"]["bank"], manifest["teacher"], manifest["graph"], outputs, 2), session)
+    run_task(ShardTask(store, url, *of_it, views=2), session)
 assert "torch" not in sys.modules, "a worker that only runs a graph needs no torch"
 """
 
@@ -477,8 +472,7 @@ def test_contract_6_two_runs_at_once_make_one_store(world: World, tmp_path: Path
     assert not raised
     assert written == [12, 12], "both did all the work, or this proves nothing"
     assert attempts(place) == counted(place), "who comes second takes away what it wrote"
-    mine, theirs = contents(place), contents(world.store)
-    assert_same(mine, {t: a for t, a in theirs.items() if t.kind == "bank" or t.id.startswith("cnn")})
+    assert_same(contents(place), of_cnn(contents(world.store)))
     assert not failures(place, world.shards)
 
 
@@ -639,8 +633,14 @@ def test_contract_5_an_image_that_was_invalid_and_is_not_any_more_is_refused(
 ) -> None:
     place = seeded(world, tmp_path / "store")
     run_precompute(place, [corrupt], teacher_of(world.weights, "cnn"), F32, bad_images="skip")
-    whole = Image.new("RGB", (40, 32))
-    monkeypatch.setattr("precompute.engine.decode", lambda data: whole)  # as a newer decoder may
+
+    def lenient(data: bytes) -> Image.Image:  # as a newer decoder may be
+        try:
+            return decode(data)
+        except BadImage:
+            return Image.new("RGB", (40, 32))
+
+    monkeypatch.setattr("precompute.engine.decode", lenient)
     with pytest.raises(IdentityError, match=r"key shard-000000-00003, view 0: image: expected invalid, found valid"):
         run_precompute(place, [corrupt], teacher_of(world.weights, "vit"), VIT, bad_images="skip")
 
@@ -683,6 +683,7 @@ def faults(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[F
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "export", once(export.export, lambda teacher, taps, *rest: tuple(taps)))
         patch.setattr(targets, "load", once(targets.load, lambda teacher: teacher.id))
+        patch.setattr(os, "fsync", lambda descriptor: None)  # no power is lost here, and it takes most of the time
         patch.setattr("precompute.run.open_session", once(engine.open_session, lambda graph, provider: graph))
         yield Faults(world, tmp_path_factory.mktemp("faults"))
 
@@ -696,8 +697,8 @@ def undisturbed(faults: Faults) -> dict[Task, dict[str, np.ndarray]]:
 
 
 SWEEP = [
-    ("write", "EIO", 1), ("write", "short", 2), ("write", "lost", 2), ("link", "EIO", 1), ("link", "lost", 1),
-    ("sync", "EIO", 4), ("sync", "lost", 7), ("read", "EIO", 2),
+    ("write", "EIO", 2), ("write", "short", 3), ("write", "lost", 3), ("link", "EIO", 1), ("link", "lost", 1),
+    ("sync", "EIO", 6), ("sync", "lost", 11), ("read", "EIO", 3),
 ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.codecs import CODECS, check, decode, encode, layout
+from storage.codecs import CODECS, HalfOverflow, check, decode, encode, layout
 from storage.errors import UserError
 
 SHAPE = (5, 3, 4, 4)  # samples, channels, grid, grid
@@ -87,11 +87,17 @@ def test_a_constant_that_f16_holds_is_exact(value):
     assert np.array_equal(decode("u8", encode("u8", values, 2)), values)
 
 
-@pytest.mark.parametrize("values", [[-1e5, 0.0], [6e5, 6e5], [0.0, 3e7], [-65505.0, 0.0], [-3e38, 3e38]])
-def test_u8_refuses_what_its_scale_and_offset_cannot_hold(values):
+@pytest.mark.parametrize("values", [[-1e5, 0.0], [6e5, 6e5], [0.0, 3e7], [-65505.0, 0.0], [-1e38, 1e38]])
+def test_u8_keeps_scale_and_offset_in_f32_where_f16_overflows(values):
     block = np.array([[0.0, 1.0], values], np.float32)
-    with pytest.raises(UserError, match="codec=f32"):
+    with pytest.raises(HalfOverflow):
         encode("u8", block, 1)
+    arrays = encode("u8", block, 1, wide=True)
+    assert arrays["scale"].dtype == np.float32
+    half = arrays["scale"][:, 0].astype(np.float64) / 2
+    error = np.abs(decode("u8", arrays).astype(np.float64) - block).max(1)
+    assert (error <= half + 1e-6 * np.abs(block).max(1)).all()
+    assert layout("u8", (2,), 1, wide=True) == {"data": ("uint8", (2,)), "scale": ("float32", (2,))}
 
 
 @given(kinds, seeds)
