@@ -21,8 +21,9 @@ from storage.banks import bank_policy, read_views, rows_of
 from storage.errors import IdentityError, UserError
 from storage.policies import Policy
 from storage.records import Record
-from storage.shards import BLOCK, Sample, ShardIndex, build_index, read_samples
+from storage.shards import BLOCK, ShardIndex, build_index, read_samples
 from storage.store import Attempt, Marker, Store, Task
+from storage.tars import Sample
 from storage.views import COLUMNS, INVALID, BadImage, View, decode, draw, render, renderer, signature
 
 BATCH = 16  # more is slower on a CPU and takes memory; outputs do not depend on it

@@ -11,8 +11,8 @@ from PIL import Image
 from storage.errors import DamageError, IdentityError, UserError
 from storage.policies import Policy
 from storage.records import Record
-from storage.shards import Sample
 from storage.store import Marker, Store
+from storage.tars import Sample
 from storage.views import COLUMNS, BadImage, View, render, renderer, signature
 
 

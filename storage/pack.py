@@ -25,18 +25,8 @@ from typing import IO, Any
 
 from storage.errors import UserError
 from storage.objects import read_range
-from storage.shards import (
-    IMAGES,
-    as_sample,
-    braces,
-    classes_of,
-    closing_zeros,
-    compression,
-    expand,
-    label_of,
-    members,
-    open_file,
-)
+from storage.shards import braces, classes_of, expand
+from storage.tars import IMAGES, as_sample, closing_zeros, compression, label_of, members, open_file
 from storage.views import generator
 
 
@@ -91,7 +81,9 @@ def pack(
             raise UserError(f"{out}: the same shard is named twice")
         lists = {"train": _cut(train, names, per_shard, seed if shuffle else None)}
         if validation:
-            val_names = [re.sub(r"(\d*\.tar)$", r"val-\1", name) for name in names]
+            val_names = [re.sub(r"(\d+\.tar)$", r"val-\1", name) for name in names]
+            if any(name in names for name in val_names):  # no digits at the end
+                val_names = [re.sub(r"\.tar$", "-val.tar", name) for name in names]
             count = max(1, round(len(lists["train"]) * len(validation) / len(train)))
             lists["val"] = _cut(validation, val_names[:count], None, seed if shuffle else None)
         _refuse_overwriting([name for cut in lists.values() for name in cut], classes)
@@ -168,7 +160,7 @@ def _uncompressed(url: str, scratch: Path) -> str:
     """The url itself, or a plain copy of a compressed tar."""
     openers: dict[str, Callable[[IO[bytes]], Any]] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
     with open_file(url) as file:
-        kind = compression(file.read(6))
+        kind = compression(file.read(512))
         file.seek(0)
         if kind is None:
             return url

@@ -113,6 +113,8 @@ def _parse(line: str) -> list[tuple[str, tuple[float, ...]]]:
         match = re.fullmatch(r"\s*([a-z]+)\s*(?:\(([^()]*)\))?\s*", text)
         if not match or match[1] not in _OPERATIONS:
             word = match[1] if match else text.strip()
+            if word in NAMED:
+                raise UserError(f"view policy {line!r}: {word!r} is a whole policy ({NAMED[word]}), not an operation")
             known = [*_OPERATIONS, *NAMED]
             raise UserError(f"view policy {line!r}: no operation is called {word!r}. {nearest(word, known)}")
         try:

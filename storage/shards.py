@@ -14,37 +14,33 @@ import hashlib
 import io
 import json
 import os
-import re
 import shlex
-import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import braceexpand
-import fsspec
 
 from storage import records
 from storage.errors import DamageError, IdentityError, UserError, nearest
 from storage.objects import is_remote, open_objects, read_range
+from storage.tars import (
+    IMAGES,
+    Sample,
+    as_sample,
+    closing_zeros,
+    compression,
+    folder_of,
+    members,
+    open_file,
+    repack,
+    size_of,
+    stem_of,
+)
 
 BLOCK = 64
-IMAGES = ("jpg", "jpeg", "png", "webp")
 INDEX_FORMAT = 1
-
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One image with what belongs to it, as read from a tar."""
-
-    key: str
-    kind: str  # the image's extension
-    image: bytes
-    label: int | None
-    json: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -164,7 +160,7 @@ def _folder_hint(path: Path) -> str:
     tars = sorted(path.glob("*.tar"))
     if tars:
         return f"{path} is a folder of tars; name them: --shards {shlex.quote(f'{path}/*.tar')}"
-    images = sum(1 for f in path.glob("*/*") if f.suffix.lower().lstrip(".") in IMAGES)
+    images = sum(1 for f in path.glob("*/**/*") if f.suffix.lower().lstrip(".") in IMAGES)
     if not images:
         return f"{path} is a folder, with neither tars nor class folders of images in it; shards are tar files"
     last = max(0, -(-images // 1000) - 1)
@@ -175,12 +171,6 @@ def _folder_hint(path: Path) -> str:
     )
 
 
-def stem_of(url: str) -> str:
-    """The name of a shard's file without its ending, of letters, digits, `-` and `_` only."""
-    name = url.rstrip("/").rsplit("/", 1)[-1]
-    return re.sub(r"[^A-Za-z0-9_-]", "_", re.sub(r"\.tar(\.\w+)?$|\.tgz$", "", name))[:80]
-
-
 def classes_of(urls: Iterable[str]) -> list[str] | None:
     """The class names in the `classes.json` beside the shards, in order; None where there is none.
 
@@ -188,8 +178,8 @@ def classes_of(urls: Iterable[str]) -> list[str] | None:
         UserError: shards from several folders whose lists differ, or a file that is no list of distinct names.
     """
     found: dict[str, list[str]] = {}
-    for folder in sorted({url.rpartition("/")[0] or "." for url in urls}):
-        name = f"{folder}/classes.json"
+    for folder in sorted({folder_of(url)[0] for url in urls}):
+        name = f"{folder.rstrip('/')}/classes.json"
         try:
             content = json.loads(open_objects(folder).get("classes.json"))
         except FileNotFoundError:
@@ -206,117 +196,6 @@ def classes_of(urls: Iterable[str]) -> list[str] | None:
     return lists[0] if lists else None
 
 
-# ---------------------------------------------------------------------------------------------- reading tars
-
-
-def split_name(name: str) -> tuple[str, str] | None:
-    """(key, extension) of a member's name, by WebDataset's rule: the key ends at the first dot of the last part."""
-    match = re.match(r"^((?:.*/|)[^.]+)[.]([^/]*)$", name)
-    return (match[1], match[2].lower()) if match else None
-
-
-def members(
-    file: IO[bytes], where: str, *, together: bool = True
-) -> Iterator[tuple[str, list[tuple[str, bytes]], int, int]]:
-    """(key, [(extension, bytes)], start, end) of each sample of a tar, in order; start and end in the tar's bytes.
-
-    Members without an extension, folders and `__meta__` members are passed over, as WebDataset does. With `together`
-    false a key may come back later, once more with each run of its members.
-
-    Raises:
-        UserError: links, devices, hostile names, a key whose members do not stand together, a truncated member.
-    """
-    key: str | None = None
-    parts: list[tuple[str, bytes]] = []
-    seen: set[str] = set()
-    start = end = 0
-    try:
-        length = file.seek(0, io.SEEK_END)
-        file.seek(0)
-        tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="strict")  # noqa: SIM115
-        while (info := tar.next()) is not None:
-            end_of_member = info.offset_data + -(-info.size // 512) * 512 if info.isreg() else tar.offset
-            if not (info.isreg() or info.isdir()) or info.issparse():
-                raise UserError(f"{where}: {info.name!r} is a link or a device; shards hold plain files only")
-            if info.name.startswith("/") or ".." in info.name.split("/"):
-                raise UserError(f"{where}: {info.name!r} leads outside of the tar")
-            if info.size < 0 or (info.isreg() and info.offset_data + info.size > length):
-                raise UserError(f"{where}: truncated inside {info.name!r}; copy or make the file again")
-            name = split_name(info.name) if info.isreg() else None
-            if name is None or re.match(r"__[^/]*__($|/)", info.name):
-                end = end_of_member
-                continue
-            if name[0] != key:
-                if key is not None:
-                    yield key, parts, start, info.offset
-                if together and name[0] in seen:
-                    raise UserError(
-                        f"{where}: key {name[0]!r} is there twice, or its members do not stand together\n"
-                        + _repack(where)
-                    )
-                key, parts, start = name[0], [], info.offset
-                seen.add(key)
-            content = tar.extractfile(info)
-            assert content is not None
-            parts.append((name[1], content.read()))
-            end = end_of_member
-            tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: a member's name is not UTF-8 ({error})") from None
-    except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, MemoryError) as error:  # hostile headers
-        said = str(error) or type(error).__name__
-        raise UserError(f"{where}: cannot be read as a tar: {said}; copy or make the file again") from None
-    if key is not None:
-        yield key, parts, start, end
-
-
-def as_sample(key: str, parts: Sequence[tuple[str, bytes]], where: str) -> Sample:
-    """The sample that a key's members make.
-
-    Raises:
-        UserError: no image, several images, the same extension twice, a label that is no integer.
-    """
-    by_kind = dict(parts)
-    images = [kind for kind in by_kind if kind in IMAGES]
-    if len(by_kind) < len(parts):
-        raise UserError(f"{where}: key {key!r} has two members of the same kind")
-    if len(images) != 1:
-        found = ", ".join(images) if images else ", ".join(sorted(by_kind)) or "nothing"
-        raise UserError(f"{where}: key {key!r} needs one image ({', '.join(IMAGES)}), found {found}")
-    label = label_of(by_kind["cls"], f"{where}: key {key!r}") if "cls" in by_kind else None
-    return Sample(key, images[0], by_kind[images[0]], label, by_kind.get("json"))
-
-
-def label_of(text: bytes, where: str) -> int:
-    """The label that a `.cls` member says. Raises UserError."""
-    if not re.fullmatch(rb"[0-9]{1,9}", text.strip()):
-        raise UserError(f"{where}: the label is {text[:20]!r}, expected an integer from 0")
-    return int(text)
-
-
-def _repack(url: str) -> str:
-    return f"  Pack it again: pipeline pack {shlex.quote(url)} repacked/{stem_of(url)}.tar"
-
-
-def open_file(url: str) -> IO[bytes]:
-    """A file, local or remote, open for reading. Raises UserError."""
-    try:
-        if is_remote(url):
-            return fsspec.open(url, "rb").open()  # type: ignore[no-any-return]
-        return Path(url.removeprefix("file://")).open("rb")
-    except OSError as error:
-        raise UserError(f"{url}: cannot be opened: {error.strerror or error}") from None
-
-
-def size_of(url: str) -> int:
-    """The length of a file in bytes."""
-    folder, _, name = url.rpartition("/")
-    try:
-        return open_objects(folder or ".").size(name)
-    except OSError as error:
-        raise UserError(f"{url}: cannot be opened: {error.strerror or error}") from None
-
-
 def build_index(url: str) -> ShardIndex:
     """Read a whole shard once and index it.
 
@@ -325,8 +204,8 @@ def build_index(url: str) -> ShardIndex:
     """
     keys, digests, labels, starts = [], [], [], []
     with open_file(url) as file:
-        if kind := compression(file.read(6)):
-            raise UserError(f"{url}: compressed with {kind}; a block cannot be read from the middle\n" + _repack(url))
+        if kind := compression(file.read(512)):
+            raise UserError(f"{url}: compressed with {kind}; a block cannot be read from the middle\n" + repack(url))
         file.seek(0)
         end = 0
         for key, parts, start, end in members(file, url):  # noqa: B007
@@ -341,7 +220,7 @@ def build_index(url: str) -> ShardIndex:
     if zeros < 1024:
         raise UserError(
             f"{url}: the closing zero blocks of the tar are missing: it may have been cut off between two samples\n"
-            "  If it is known to be whole, pack it again:" + _repack(url).partition(":")[2]
+            "  If it is known to be whole, pack it again:" + repack(url).partition(":")[2]
         )
     starts.append(end)
     whole = records.digest_of([keys, digests])
@@ -355,22 +234,6 @@ def build_index(url: str) -> ShardIndex:
         first=ranges[0], last=ranges[1],
     )  # fmt: skip
     return ShardIndex(summary, tuple(keys), tuple(digests), tuple(labels), tuple(starts))
-
-
-def compression(head: bytes) -> str | None:
-    """What a file that begins with these bytes is compressed with."""
-    return next((name for magic, name in _COMPRESSED.items() if head.startswith(magic)), None)
-
-
-def closing_zeros(file: IO[bytes], end: int, url: str) -> int:
-    """How many bytes stand after the last member. Raises UserError where one of them is not zero."""
-    file.seek(end)
-    zeros = 0
-    while chunk := file.read(1 << 20):
-        if chunk.strip(b"\0"):
-            raise UserError(f"{url}: damaged after byte {end + zeros}: what stands there is no tar header")
-        zeros += len(chunk)
-    return zeros
 
 
 def _image_digest(image: bytes) -> str:

@@ -21,7 +21,8 @@ from storage.arrays import ArrayWriter, StoredArray
 from storage.errors import DamageError, IdentityError, UserError, nearest
 from storage.objects import Objects, open_objects
 from storage.records import Record
-from storage.shards import ShardIndex, Summary, cached_index, differences, stem_of
+from storage.shards import ShardIndex, Summary, cached_index, differences
+from storage.tars import stem_of
 
 if TYPE_CHECKING:
     import dask.array
@@ -152,7 +153,7 @@ class Store:
         try:
             store.objects.get("zarr.json")
         except FileNotFoundError:
-            others = [name for name in store.objects.names("") if name != "README.md"]
+            others = store.objects.names("")
             if others and not {"done", "zarr.json"} & set(others):  # zarr.json: somebody was faster
                 raise UserError(
                     f"{store.url}: there is something else in this folder ({others[0]}, …) and it is not a store; "

@@ -29,9 +29,8 @@ from storage.shards import (
     expand,
     read_samples,
     require_labels,
-    split_name,
-    stem_of,
 )
+from storage.tars import split_name, stem_of
 from storage.testing import synthetic_shards
 from tests.storage.helpers import by_us, by_webdataset, class_folders, picture, sample, samples, write_tar
 

@@ -1,0 +1,170 @@
+"""Tars as WebDataset writes them, read without webdataset: members, keys, samples, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import re
+import shlex
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import fsspec
+
+from storage.errors import UserError
+from storage.objects import is_remote, open_objects
+
+IMAGES = ("jpg", "jpeg", "png", "webp")
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with what belongs to it, as read from a tar."""
+
+    key: str
+    kind: str  # the image's extension
+    image: bytes
+    label: int | None
+    json: bytes | None = None
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """(key, extension) of a member's name, by WebDataset's rule: the key ends at the first dot of the last part."""
+    match = re.match(r"^((?:.*/|)[^.]+)[.]([^/]*)$", name)
+    return (match[1], match[2].lower()) if match else None
+
+
+def members(
+    file: IO[bytes], where: str, *, together: bool = True
+) -> Iterator[tuple[str, list[tuple[str, bytes]], int, int]]:
+    """(key, [(extension, bytes)], start, end) of each sample of a tar, in order; start and end in the tar's bytes.
+
+    Members without an extension, folders and `__meta__` members are passed over, as WebDataset does. With `together`
+    false a key may come back later, once more with each run of its members.
+
+    Raises:
+        UserError: links, devices, hostile names, a key whose members do not stand together, a truncated member.
+    """
+    key: str | None = None
+    parts: list[tuple[str, bytes]] = []
+    seen: set[str] = set()
+    start = end = 0
+    try:
+        length = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="strict")  # noqa: SIM115
+        while (info := tar.next()) is not None:
+            end_of_member = info.offset_data + -(-info.size // 512) * 512 if info.isreg() else tar.offset
+            if not (info.isreg() or info.isdir()) or info.issparse():
+                raise UserError(f"{where}: {info.name!r} is a link or a device; shards hold plain files only")
+            if info.name.startswith("/") or ".." in info.name.split("/"):
+                raise UserError(f"{where}: {info.name!r} leads outside of the tar")
+            if info.size < 0 or (info.isreg() and info.offset_data + info.size > length):
+                raise UserError(f"{where}: truncated inside {info.name!r}; copy or make the file again")
+            name = split_name(info.name) if info.isreg() else None
+            if name is None or re.match(r"__[^/]*__($|/)", info.name):
+                end = end_of_member
+                continue
+            if name[0] != key:
+                if key is not None:
+                    yield key, parts, start, info.offset
+                if together and name[0] in seen:
+                    raise UserError(
+                        f"{where}: key {name[0]!r} is there twice, or its members do not stand together\n"
+                        + repack(where)
+                    )
+                key, parts, start = name[0], [], info.offset
+                seen.add(key)
+            content = tar.extractfile(info)
+            assert content is not None
+            parts.append((name[1], content.read()))
+            end = end_of_member
+            tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: a member's name is not UTF-8 ({error})") from None
+    except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, MemoryError) as error:  # hostile headers
+        said = str(error) or type(error).__name__
+        raise UserError(f"{where}: cannot be read as a tar: {said}; copy or make the file again") from None
+    if key is not None:
+        yield key, parts, start, end
+
+
+def as_sample(key: str, parts: Sequence[tuple[str, bytes]], where: str) -> Sample:
+    """The sample that a key's members make.
+
+    Raises:
+        UserError: no image, several images, the same extension twice, a label that is no integer.
+    """
+    by_kind = dict(parts)
+    images = [kind for kind in by_kind if kind in IMAGES]
+    if len(by_kind) < len(parts):
+        raise UserError(f"{where}: key {key!r} has two members of the same kind")
+    if len(images) != 1:
+        found = ", ".join(images) if images else ", ".join(sorted(by_kind)) or "nothing"
+        raise UserError(f"{where}: key {key!r} needs one image ({', '.join(IMAGES)}), found {found}")
+    label = label_of(by_kind["cls"], f"{where}: key {key!r}") if "cls" in by_kind else None
+    return Sample(key, images[0], by_kind[images[0]], label, by_kind.get("json"))
+
+
+def label_of(text: bytes, where: str) -> int:
+    """The label that a `.cls` member says. Raises UserError."""
+    if not re.fullmatch(rb"[0-9]{1,9}", text.strip()):
+        raise UserError(f"{where}: the label is {text[:20]!r}, expected an integer from 0")
+    return int(text)
+
+
+def repack(url: str) -> str:
+    """The line that says how a tar becomes a shard."""
+    return f"  Pack it again: pipeline pack {shlex.quote(url)} repacked/{stem_of(url)}.tar"
+
+
+def stem_of(url: str) -> str:
+    """The name of a shard's file without its ending, of letters, digits, `-` and `_` only."""
+    name = url.rstrip("/").rsplit("/", 1)[-1]
+    return re.sub(r"[^A-Za-z0-9_-]", "_", re.sub(r"\.tar(\.\w+)?$|\.tgz$", "", name))[:80]
+
+
+def open_file(url: str) -> IO[bytes]:
+    """A file, local or remote, open for reading. Raises UserError."""
+    try:
+        if is_remote(url):
+            return fsspec.open(url, "rb").open()  # type: ignore[no-any-return]
+        return Path(url.removeprefix("file://")).open("rb")
+    except OSError as error:
+        raise UserError(f"{url}: cannot be opened: {error.strerror or error}") from None
+
+
+def folder_of(url: str) -> tuple[str, str]:
+    """A file's folder and its name in it."""
+    folder, slash, name = url.rpartition("/")
+    return folder or slash or ".", name
+
+
+def size_of(url: str) -> int:
+    """The length of a file in bytes. Raises UserError."""
+    folder, name = folder_of(url)
+    try:
+        return open_objects(folder).size(name)
+    except OSError as error:
+        raise UserError(f"{url}: cannot be opened: {error.strerror or error}") from None
+
+
+def compression(head: bytes) -> str | None:
+    """What a file that begins with these 512 bytes is compressed with."""
+    if head[257:262] == b"ustar":  # a plain tar, whatever its first name begins with
+        return None
+    return next((name for magic, name in _COMPRESSED.items() if head.startswith(magic)), None)
+
+
+def closing_zeros(file: IO[bytes], end: int, url: str) -> int:
+    """How many bytes stand after the last member. Raises UserError where one of them is not zero."""
+    file.seek(end)
+    zeros = 0
+    while chunk := file.read(1 << 20):
+        if chunk.strip(b"\0"):
+            raise UserError(f"{url}: damaged after byte {end + zeros}: what stands there is no tar header")
+        zeros += len(chunk)
+    return zeros
