@@ -156,7 +156,7 @@ def precompute(
     from storage.store import Store
 
     urls = expand(shards)
-    views = policy(view_policy or "light", view_size or 224, seed or 0)
+    views = policy("light" if view_policy is None else view_policy, 224 if view_size is None else view_size, seed or 0)
     wishes = [wish for text in target for wish in parse(text)]
     found = teachers.find(
         teacher, weights=weights, arguments=_arguments(teacher_arg), input_size=input_size,
@@ -219,7 +219,9 @@ def verify(store: str, shards: tuple[str, ...], samples: int, as_json: bool) -> 
     }  # fmt: skip
     verdict = "everything is as it was written" if not report.failures else f"{len(report.failures)} failure(s)"
     rendered = f", {report.views_rendered:,} views rendered again" if urls else ", no views rendered (give --shards)"
-    show(result, [*report.failures, *report.notices, f"{report.objects:,} checks{rendered}: {verdict}"], as_json)
+    advice = "  What is damaged in a view is made anew by precompute once its marker (done/…) is deleted."
+    tail = [advice] if report.failures else []
+    show(result, [*report.failures, *report.notices, *tail, f"{report.objects:,} checks{rendered}: {verdict}"], as_json)
     if report.failures:
         raise SystemExit(1)
 
@@ -381,7 +383,7 @@ def main(arguments: list[str] | None = None) -> None:
         error.show()
         raise SystemExit(2) from None
     except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted; what was complete stays, the same command goes on", as_json, 130)
+        _fail("interrupted; what was complete stays (precompute: the same command goes on)", as_json, 130)
     except (UserError, click.ClickException) as error:
         if debug:
             raise

@@ -36,9 +36,11 @@ def load(recipe: str, settings: Sequence[str] = ()) -> Recipe:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: not plain YAML: {' '.join(str(error).split())}") from None
-    for setting in settings:
-        _set(content, setting)
     from student.config import validate
+
+    if isinstance(content, dict):
+        for setting in settings:
+            _set(content, setting)
 
     return validate(content, f"recipe {recipe}")
 

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from storage import codecs
-from storage.banks import bank_policy, read_views, rows_of
+from storage.banks import BankView, bank_policy, read_views, rows_of
 from storage.errors import IdentityError, UserError
 from storage.policies import Policy
 from storage.records import Record
@@ -58,7 +58,7 @@ def open_session(graph: bytes, provider: str = "auto", threads: int | None = Non
         raise UserError("onnxruntime is not installed: pip install 'teacher-store[cpu]' (or [gpu])") from None
     onnxruntime.set_default_logger_severity(3)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = threads or _cores()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     names = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
     cuda = (names["cuda"], {"use_tf32": "0"})
@@ -74,6 +74,13 @@ def open_session(graph: bytes, provider: str = "auto", threads: int | None = Non
     if provider == "cuda" and used != "cuda":
         raise UserError("--provider cuda: onnxruntime fell back to the CPU; look at its CUDA libraries, or use auto")
     return Session(session, used)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -98,8 +105,7 @@ class Output:
     @property
     def sample_bytes(self) -> int:
         """Bytes that one sample takes at rest."""
-        arrays = codecs.layout(self.codec, self.shape, self.maps).values()
-        return sum(int(np.dtype(kind).itemsize * np.prod(shape)) for kind, shape in arrays)
+        return codecs.sample_bytes(self.codec, self.shape, self.maps)
 
 
 @dataclass(frozen=True)
@@ -131,15 +137,15 @@ def known_index(store: Store, url: str) -> ShardIndex:
     index = store.recognise(url, store.shard_ids())
     if index is None:
         index = build_index(url)
-        store.add_index(index)
+        store.add_index(index, url)
     return index
 
 
 def missing(task: ShardTask, shard: str) -> dict[int, list[Output]]:
     """View -> outputs of a task that have no marker yet.
 
-    A damaged marker counts as none. So does one that names another marker of the bank than the one that counts: the
-    bank's was damaged and made anew, or will be. It is removed, because its views may be others.
+    A damaged marker counts as none. So does one that was made from other views than the bank has now, or from views
+    whose own marker is gone: it is removed.
     """
     store = task.store
     done = store.done()
@@ -151,7 +157,7 @@ def missing(task: ShardTask, shard: str) -> dict[int, list[Output]]:
             marker = store.find(target) if target in done else None
             if marker:  # only now: the bank's marker is there before the target's
                 bank = bank or store.find(Task("bank", task.bank, shard, view))
-                if bank and bank.digest == marker.content["bank_marker"]:
+                if bank and bank.views_digest == marker.content["bank_views"]:
                     continue
                 store.objects.remove(f"done/{target.name}")
             wanted.setdefault(view, []).append(output)
@@ -212,7 +218,6 @@ class _Pass:
         self.wide = wide
         self.task, self.index, self.wanted, self.session, self.say = task, index, wanted, session, say
         self.policy: Policy = bank_policy(task.store, task.bank)
-        self.made_with: Record = task.store.banks()[task.bank]["renderer"]
         self.known: dict[int, Marker] = {}
         self.fresh: dict[int, Attempt] = {}
         self.attempts: dict[tuple[int, str], Attempt] = {}
@@ -253,16 +258,59 @@ class _Pass:
                     axes = output.axes if name == "data" else (*output.axes[: len(shape) - 1], "scale_offset")
                     attempt.array(name, shape, dtype, axes)
 
+        if self.fresh and not self.known:
+            # Views that the shard has already are replayed beside the new ones: one bank, one kind of pixels.
+            older = [t for t in done if t.kind == "bank" and t.id == self.task.bank and t.shard == shard]
+            marker = store.find(min(older)) if older else None
+            if marker:
+                self.known[marker.task.view] = marker
+
     def _block(self, number: int) -> None:
         block = self.index.block(number)
         samples = read_samples(self.task.url, self.index, block)
-        images = [self._decode(i, sample) for i, sample in zip(block, samples, strict=True)]
+        pixels = self._render(block, samples)
         for view, outputs in self.wanted.items():
-            pixels = self._render(view, block, samples, images)
-            values = self.session.run(pixels)
+            values = self.session.run(pixels[view])
             for output in outputs:
                 self._write(view, output, values[output.position], samples)
             self.say(len(block))
+
+    def _render(self, block: range, samples: list[Sample]) -> dict[int, np.ndarray]:
+        """View -> the block's images, uint8 [n, S, S, 3]; black where an image is invalid.
+
+        Each original is decoded once and dropped before the next one: photographs are large.
+        """
+        side = self.policy.size
+        pixels = {view: np.zeros((len(block), side, side, 3), np.uint8) for view in self.wanted}
+        known = {view: read_views(marker, block.start, block.stop) for view, marker in self.known.items()}
+        drawn: dict[int, list[View]] = {view: [] for view in self.fresh}
+        signatures = {view: np.zeros((len(block), 1), np.uint32) for view in self.fresh}
+        for i, sample in enumerate(samples):
+            image = self._decode(block.start + i, sample)
+            for view, there in known.items():
+                replayed = self._replay(view, there, i, sample, image)
+                if replayed is not None and view in pixels:
+                    pixels[view][i] = replayed
+            for view, views in drawn.items():
+                views.append(draw(self.policy, sample.key, view, image.size) if image else INVALID)
+                if image:
+                    pixels[view][i] = render(image, views[-1], side)
+                    signatures[view][i] = signature(pixels[view][i])
+        for view, attempt in self.fresh.items():
+            attempt.arrays["parameters"].append(rows_of(drawn[view]))
+            attempt.arrays["signatures"].append(signatures[view])
+        return pixels
+
+    def _replay(
+        self, view: int, there: BankView, i: int, sample: Sample, image: Image.Image | None
+    ) -> np.ndarray | None:
+        where = f"{self.task.url}, view {view}"
+        if there.view(i).valid != (image is not None):
+            said = ("invalid", "valid")
+            raise IdentityError(
+                f"{where}, key {sample.key}", "image", said[there.view(i).valid], said[image is not None]
+            )
+        return there.replay(i, sample, image, self.policy.size, where) if image else None
 
     def _decode(self, i: int, sample: Sample) -> Image.Image | None:
         try:
@@ -275,36 +323,6 @@ class _Pass:
                 ) from None
             self.invalid.add(i)
             return None
-
-    def _render(self, view: int, block: range, samples: list[Sample], images: list[Image.Image | None]) -> np.ndarray:
-        """The block's images of one view, uint8 [n, S, S, 3]; black where an image is invalid."""
-        side = self.policy.size
-        pixels = np.zeros((len(block), side, side, 3), np.uint8)
-        if view in self.known:
-            there = read_views(self.known[view], block.start, block.stop)
-            for i, (sample, image) in enumerate(zip(samples, images, strict=True)):
-                if there.view(i).valid != (image is not None):
-                    said = ("invalid", "valid")
-                    raise IdentityError(
-                        f"{self.task.url}, key {sample.key}, view {view}", "image",
-                        said[there.view(i).valid], said[image is not None],
-                    )  # fmt: skip
-                if image is not None:
-                    where = f"{self.task.url}, view {view}"
-                    pixels[i] = there.replay(i, sample, image, side, where, self.made_with)
-            return pixels
-        views: list[View] = []
-        signatures = np.zeros((len(block), 1), np.uint32)
-        for i, (sample, image) in enumerate(zip(samples, images, strict=True)):
-            if image is None:
-                views.append(INVALID)
-                continue
-            views.append(draw(self.policy, sample.key, view, image.size))
-            pixels[i] = render(image, views[-1], side)
-            signatures[i] = signature(pixels[i])
-        self.fresh[view].arrays["parameters"].append(rows_of(views))
-        self.fresh[view].arrays["signatures"].append(signatures)
-        return pixels
 
     def _write(self, view: int, output: Output, values: np.ndarray, samples: list[Sample]) -> None:
         bad = ~np.isfinite(values).reshape(len(values), -1).all(1)
@@ -323,18 +341,18 @@ class _Pass:
             self.attempts[view, output.target].arrays[name].append(array)
 
     def _mark(self) -> None:
-        """The bank's marker first: a target's marker names its digest."""
+        """The bank's marker first: a target's marker names the digest of its views."""
         import onnxruntime
 
         summary = dataclasses.asdict(self.index.summary)
         for view, attempt in self.fresh.items():
-            mine = attempt.commit({"summary": summary, "invalid": sorted(self.invalid)})
+            mine = attempt.commit({"summary": summary, "invalid": sorted(self.invalid), "renderer": renderer()})
             if mine.content["attempt"] != attempt.name:
                 self._agree(view, attempt, mine)
             self.known[view] = mine
         made = {"onnxruntime": onnxruntime.__version__, **self.session.settings, "renderer": renderer()}
         for (view, _), attempt in self.attempts.items():
-            attempt.commit({"bank_marker": self.known[view].digest, "made": made})
+            attempt.commit({"bank_views": self.known[view].views_digest, "made": made})
 
     def _agree(self, view: int, attempt: Attempt, other: Marker) -> None:
         """Somebody else drew this view at the same time: it must be the same view."""

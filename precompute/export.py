@@ -26,6 +26,8 @@ class Exported:
     shapes: tuple[tuple[int, ...], ...]
     details: tuple[Record, ...]
     parity: tuple[float, ...]
+    values: tuple[np.ndarray, ...]  # PyTorch's, of the images that the graph was checked on
+    session: Record
     attention_error: float | None
 
 
@@ -79,7 +81,7 @@ def export(
     parity = tuple(_compare(session, images, expected, taps, teacher))
     return Exported(
         graph, tuple(taps), tuple(output.shape[1:] for output in expected),
-        tuple(_detail(module, tap) for tap in taps), parity, attention_error,
+        tuple(_detail(module, tap) for tap in taps), parity, tuple(expected), session.settings, attention_error,
     )  # fmt: skip
 
 

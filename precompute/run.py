@@ -57,7 +57,7 @@ def precompute(store: Store, wanted: Wanted, progress: Progress) -> dict[str, An
     first = wanted.shards[0]
     by_graph = targets.record_targets(
         store, teacher, manifest, wanted.wishes or targets.defaults(manifest, policy), policy,
-        lambda: one_view(first, known_index(store, first), policy), _where_to_check(wanted.provider), progress.say,
+        lambda: one_view(first, known_index(store, first), policy), wanted.provider, progress.say,
     )  # fmt: skip
     invalid: list[str] = []
     written = rendered = 0
@@ -121,9 +121,6 @@ def _views(store: Store, policy: Policy, wanted: int | None, shards: Sequence[st
         return 1
     if wanted is not None:
         return wanted
-    there = [t.view for t in store.done() if t.kind == "bank" and t.id == policy.bank and t.shard in set(shards)]
+    done = store.done()
+    there = [t.view for t in done if t.kind == "bank" and t.id == policy.bank and t.shard in set(shards)]
     return max(there) + 1 if there else 4
-
-
-def _where_to_check(provider: str) -> str:
-    return provider if provider == "cuda" else "cpu"

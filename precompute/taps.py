@@ -67,7 +67,7 @@ def check_tap(name: str) -> str:
 
 def takes_image_size(model: str) -> bool:
     """Whether a timm model is made for one image size, so that `create_model` takes `img_size`."""
-    config = timm.get_pretrained_cfg(model)
+    config = timm.get_pretrained_cfg(model.partition(".")[0])
     return config is not None and bool(config.fixed_input_size)
 
 

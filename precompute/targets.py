@@ -21,7 +21,6 @@ from storage.store import Store
 
 # tap -> its codec where none is asked for
 _CODECS = {"activations": "u8", "logits": "f32"}
-_ONLY_ACTIVATIONS = {"grid"}
 
 
 @dataclass(frozen=True)
@@ -207,6 +206,8 @@ def _export(
             "maps": TAPS[identity["tap"]][1],
             "parity": exported.parity[position],
             "attention_error": exported.attention_error,
+            "codec_error": codecs.error(identity["codec"], exported.values[position], TAPS[identity["tap"]][1]),
+            "session": exported.session,
             **exported.details[position],
         }
         store.add_target(id, identity, about)
@@ -231,10 +232,10 @@ def choose_policy(store: Store, wanted: Policy, given: set[str], shards: Sequenc
     there = sorted({task.id for task in done if task.kind == "bank" and task.shard in shards})
     if not there or wanted.bank in there or new_bank:
         return wanted
-    manifests = store.banks()
     found: list[tuple[str, object, object]] = []
+    fitting: list[Policy] = []
     for id in there:
-        policy = policy_of(manifests[id])
+        policy = policy_of(store.bank(id))
         differs: list[tuple[str, object, object]] = [
             (field, getattr(policy, field), getattr(wanted, field))
             for field in ("line", "size", "seed")
@@ -243,8 +244,15 @@ def choose_policy(store: Store, wanted: Policy, given: set[str], shards: Sequenc
             and (field != "seed" or policy.random)
         ]
         if not differs:
-            return policy
+            fitting.append(policy)
         found = found or differs
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise UserError(
+            f"{store.url}: these shards have views in {len(fitting)} banks: {', '.join(p.bank for p in fitting)}; say "
+            "which one by --view-policy, --view-size and --seed"
+        )
     names = {"line": "view policy", "size": "view size", "seed": "seed"}
     field, expected, mine = found[0]
     raise IdentityError(

@@ -113,6 +113,11 @@ def find(
     if weights is not None:
         digest, classes = _digest_of_file(weights), _classes_in(weights)
     else:
+        if "num_classes" in (arguments or {}):
+            raise UserError(
+                "--teacher-arg num_classes: timm would give the hub's weights a new, random head; give a file of a "
+                "network that was trained for these classes: --weights F"
+            )
         digest, classes = _digest_of_hub(model, arguments or {}), None
     if input_size is not None and not 8 <= input_size <= 4096:
         raise UserError(f"--input-size {input_size}: expected 8 to 4096")

@@ -18,7 +18,7 @@ from storage.views import COLUMNS, BadImage, View, render, renderer, signature
 
 def describe(policy: Policy) -> Record:
     """What a bank's manifest says beside its identity."""
-    return {"policy": policy.name, "columns": list(COLUMNS), "renderer": renderer()}
+    return {"policy": policy.name, "columns": list(COLUMNS)}
 
 
 def policy_of(manifest: Record) -> Policy:
@@ -29,18 +29,17 @@ def policy_of(manifest: Record) -> Policy:
 
 @dataclass(frozen=True)
 class BankView:
-    """One view of some consecutive samples: rows f64 `[n, columns]` and signatures u32 `[n]`."""
+    """One view of some consecutive samples: rows f64 `[n, columns]`, signatures u32 `[n]`, and what rendered them."""
 
     rows: np.ndarray
     signatures: np.ndarray
+    renderer: Record
 
     def view(self, i: int) -> View:
         """The view of sample i of these."""
         return View.of(self.rows[i])
 
-    def replay(
-        self, i: int, sample: Sample, image: bytes | Image.Image, size: int, where: str, made_with: Record
-    ) -> np.ndarray:
+    def replay(self, i: int, sample: Sample, image: bytes | Image.Image, size: int, where: str) -> np.ndarray:
         """Render sample i again, uint8 [S, S, 3].
 
         Raises:
@@ -52,7 +51,9 @@ class BankView:
             raise UserError(f"{where}, key {sample.key}: {error}") from None
         found, expected = signature(pixels), int(self.signatures[i])
         if found != expected:
-            both = ", ".join(f"{k} {made_with.get(k)}/{v}" for k, v in renderer().items() if made_with.get(k) != v)
+            both = ", ".join(
+                f"{k} {self.renderer.get(k)}/{v}" for k, v in renderer().items() if self.renderer.get(k) != v
+            )
             raise IdentityError(
                 f"{where}, key {sample.key}", "signature of the view's pixels", f"{expected:08x}", f"{found:08x}",
                 f"The image or the decoders differ from those of precompute ({both or 'same versions'}).",
@@ -62,7 +63,9 @@ class BankView:
 
 def read_views(marker: Marker, start: int, stop: int) -> BankView:
     """The views of samples [start, stop) that a bank's marker names. Raises DamageError."""
-    return BankView(marker.arrays["parameters"].read(start, stop), marker.arrays["signatures"].read(start, stop)[:, 0])
+    arrays = marker.arrays
+    signatures = arrays["signatures"].read(start, stop)[:, 0]
+    return BankView(arrays["parameters"].read(start, stop), signatures, marker.content["renderer"])
 
 
 def bank_policy(store: Store, id: str) -> Policy:
@@ -71,7 +74,7 @@ def bank_policy(store: Store, id: str) -> Policy:
     Raises:
         DamageError: the id does not agree with what the manifest says.
     """
-    policy = policy_of(store.banks()[id])
+    policy = policy_of(store.bank(id))
     if policy.bank != id:
         raise DamageError(f"{store.url}/banks/{id}/manifest.json: damaged: it describes bank {policy.bank}")
     return policy

@@ -23,6 +23,25 @@ def check(codec: str) -> str:
     return codec
 
 
+def sample_bytes(codec: str, shape: tuple[int, ...], maps: int) -> int:
+    """Bytes that one sample takes at rest."""
+    return sum(int(np.dtype(kind).itemsize * np.prod(part)) for kind, part in layout(codec, shape, maps).values())
+
+
+def error(codec: str, values: np.ndarray, maps: int) -> dict[str, float]:
+    """What keeping `values` f32 `[n, …]` costs: ‖x − x′‖ ÷ ‖x‖, and the mean cosine of maps before and after."""
+    try:
+        kept = encode(codec, values, maps)
+    except HalfOverflow:
+        kept = encode(codec, values, maps, wide=True)
+    before = values.astype(np.float64).reshape(*values.shape[: values.ndim - maps], -1)
+    after = decode(codec, kept).astype(np.float64).reshape(before.shape)
+    norms = np.linalg.norm(before, axis=-1) * np.linalg.norm(after, axis=-1)
+    cosines = (before * after).sum(-1)[norms > 0] / norms[norms > 0]
+    relative = np.linalg.norm(before - after) / max(float(np.linalg.norm(before)), 1e-300)
+    return {"relative": float(relative), "cosine": float(cosines.mean()) if cosines.size else 1.0}
+
+
 class HalfOverflow(UserError):
     """f16 cannot hold a map's scale or offset: all of the array's are kept in f32 (`wide`)."""
 

@@ -146,16 +146,16 @@ class LocalObjects:
                     os.close(descriptor)
 
     def names(self, folder: str) -> list[str]:
-        """The sorted names directly inside a folder, without what is still being written."""
+        """The sorted names directly inside a folder, without hidden ones: what is still being written is hidden."""
         path = self.root / folder
-        return sorted(p.name for p in path.iterdir() if not p.name.endswith(".part")) if path.is_dir() else []
+        return sorted(p.name for p in path.iterdir() if not p.name.startswith(".")) if path.is_dir() else []
 
     def walk(self, folder: str) -> list[str]:
         """The sorted keys of all objects below a folder."""
         found = []
         for path, _, names in os.walk(self.root / folder):
             here = Path(path).relative_to(self.root)
-            found += [(here / name).as_posix() for name in names if not name.endswith(".part")]
+            found += [(here / name).as_posix() for name in names if not name.startswith(".")]
         return sorted(found)
 
     def remove(self, key: str) -> None:
@@ -174,8 +174,8 @@ class RemoteObjects:
         self.url = url.rstrip("/")
         try:
             self.files, root = url_to_fs(self.url)
-        except (ImportError, ValueError) as error:
-            raise UserError(f"{url}: cannot open this kind of URL: {error}") from None
+        except Exception as error:  # each kind of file system has its own, for missing packages and credentials
+            raise UserError(f"{url}: cannot be opened: {error}") from None
         self.root = root.rstrip("/")
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -13,7 +13,6 @@ import gzip
 import io
 import json
 import lzma
-import math
 import re
 import shutil
 import tempfile
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from storage.errors import UserError
-from storage.objects import read_range
+from storage.objects import is_remote, read_range
 from storage.shards import braces, classes_of, expand
 from storage.tars import IMAGES, as_sample, closing_zeros, compression, label_of, members, open_file
 from storage.views import generator
@@ -72,10 +71,10 @@ def pack(
     with contextlib.ExitStack() as stack:
         say("looking at the source")
         sources, classes = _sources([source] if isinstance(source, str) else list(source), stack)
-        validation, rest = _split(sources, val_fraction, seed, "val")
-        train, _ = _split(rest, fraction, seed, "fraction") if fraction < 1 else (rest, [])
+        validation, rest = _split(sources, val_fraction, seed, "val", 0)
+        train, _ = _split(rest, fraction, seed, "fraction", 1) if fraction < 1 else (rest, [])
         if not train:
-            raise UserError("nothing is left to pack: raise --fraction or lower --val-fraction")
+            raise UserError("there are no samples in the source")
         names = braces(out)
         if len(set(names)) < len(names):
             raise UserError(f"{out}: the same shard is named twice")
@@ -87,12 +86,21 @@ def pack(
             count = max(1, round(len(lists["train"]) * len(validation) / len(train)))
             lists["val"] = _cut(validation, val_names[:count], None, seed if shuffle else None)
         _refuse_overwriting([name for cut in lists.values() for name in cut], classes)
-        for cut in lists.values():
-            for name, samples in cut.items():
-                say(f"writing {name}: {len(samples)} samples")
-                _write(name, samples)
+        written: list[str] = []
+        try:
+            for cut in lists.values():
+                for name, samples in cut.items():
+                    say(f"writing {name}: {len(samples)} samples")
+                    _write(name, samples)
+                    written.append(name)
+        except BaseException:  # a part of a data set would look like a whole one
+            for name in written:
+                Path(name).unlink()
+            raise
     if classes is not None:
-        (Path(names[0]).parent / "classes.json").write_text(json.dumps(classes, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(classes, indent=1, ensure_ascii=False) + "\n"
+        for folder in {Path(name).parent for cut in lists.values() for name in cut}:
+            (folder / "classes.json").write_text(text)
     counts = {part: sum(map(len, cut.values())) for part, cut in lists.items()}
     return {
         "train": list(lists["train"]),
@@ -134,7 +142,8 @@ def _class_folders(folder: Path) -> tuple[list[Source], list[str]]:
         before = len(sources)
         for path in sorted((folder / name).rglob("*")):
             kind = path.suffix.lower().lstrip(".")
-            if kind not in IMAGES or not path.is_file():
+            hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+            if hidden or kind not in IMAGES or not path.is_file():
                 continue
             plain = key = re.sub(r"[^\w-]", "_", path.relative_to(folder).with_suffix("").as_posix())
             number = 1
@@ -202,14 +211,19 @@ def _load_runs(path: str, url: str, key: str, runs: list[tuple[int, int]]) -> di
 # ---------------------------------------------------------------------------------------------- what goes where
 
 
-def _split(sources: list[Source], fraction: float, seed: int, what: str) -> tuple[list[Source], list[Source]]:
-    """A class-balanced part of the samples and the rest, both in their former order."""
+def _split(
+    sources: list[Source], fraction: float, seed: int, what: str, least: int
+) -> tuple[list[Source], list[Source]]:
+    """A class-balanced part of the samples and the rest, both in their former order.
+
+    At least `least` (0 or 1) of each class are in the part, and with 0 at least one is in the rest.
+    """
     by_class: dict[int | None, list[int]] = defaultdict(list)
     for i, source in enumerate(sources):
         by_class[source.label].append(i)
     chosen: set[int] = set()
     for label, indices in by_class.items():
-        count = min(len(indices), math.ceil(len(indices) * fraction - 1e-9))
+        count = min(max(round(len(indices) * fraction), least), len(indices) - 1 + least)
         order = generator("pack", what, seed, label).permutation(len(indices))
         chosen.update(indices[int(j)] for j in order[:count])
     return [s for i, s in enumerate(sources) if i in chosen], [s for i, s in enumerate(sources) if i not in chosen]
@@ -235,6 +249,8 @@ def _cut(sources: list[Source], names: list[str], per_shard: int | None, seed: i
 
 def _refuse_overwriting(names: list[str], classes: list[str] | None) -> None:
     for name in names:
+        if is_remote(name):
+            raise UserError(f"{name}: shards are written to a local folder; copy them from there")
         if not name.endswith(".tar"):
             raise UserError(f"{name}: shards are called NAME.tar")
         if Path(name).exists():

@@ -21,7 +21,7 @@ from storage.arrays import ArrayWriter, StoredArray
 from storage.errors import DamageError, IdentityError, UserError, nearest
 from storage.objects import Objects, open_objects
 from storage.records import Record
-from storage.shards import ShardIndex, Summary, cached_index, differences
+from storage.shards import ShardIndex, cached_index, differences
 from storage.tars import stem_of
 
 if TYPE_CHECKING:
@@ -74,14 +74,10 @@ class Marker:
         }
 
     @property
-    def digest(self) -> str:
-        """The marker's own digest."""
-        return str(self.content["digest"])
-
-    @property
-    def summary(self) -> Summary:
-        """Of a bank's marker: what recognises the shard."""
-        return Summary.of(self.content["summary"])
+    def views_digest(self) -> str:
+        """Of a bank's marker: digest of what its views are, whichever attempt wrote them. Targets name it."""
+        checksums = {name: entry["checksums"] for name, entry in self.content["arrays"].items()}
+        return records.digest_of([self.content["summary"], self.content["invalid"], checksums])
 
     @property
     def invalid(self) -> frozenset[int]:
@@ -125,7 +121,7 @@ class Attempt:
         """Remove what was written, unless it counts: a commit may have left its marker and failed after that."""
         try:
             counts = self._store.marker(self.task).content["attempt"] == self.name
-        except DamageError:
+        except UserError:
             counts = False
         if not counts:
             self._store.objects.remove(f"{self.task.folder}/{self.name}")
@@ -223,9 +219,21 @@ class Store:
 
     # ------------------------------------------------------------------------------------ banks, teachers, targets
 
+    def _manifests(self, kind: str) -> dict[str, Record]:
+        """Id -> manifest; a folder that is still empty is somebody's who is just adding it."""
+        ids = [id for id in self.objects.names(f"{kind}s") if self.objects.names(f"{kind}s/{id}")]
+        return {id: self._manifest(kind, id) for id in ids}
+
     def banks(self) -> dict[str, Record]:
         """Bank id -> manifest."""
-        return {name: self._manifest("bank", name) for name in self.objects.names("banks")}
+        return self._manifests("bank")
+
+    def bank(self, id: str) -> Record:
+        """A bank's manifest. Raises UserError for an unknown id."""
+        known = self.objects.names("banks")
+        if id not in known:
+            raise UserError(f"{self.url}: no bank is called {id!r}. {nearest(id, known)}")
+        return self._manifest("bank", id)
 
     def add_bank(self, id: str, identity: Record, about: Record) -> Record:
         """Record a bank; its manifest."""
@@ -233,7 +241,7 @@ class Store:
 
     def teachers(self) -> dict[str, Record]:
         """Teacher's name -> manifest."""
-        return {name: self._manifest("teacher", name) for name in self.objects.names("teachers")}
+        return self._manifests("teacher")
 
     def add_teacher(self, name: str, identity: Record, about: Record) -> Record:
         """Record a teacher; its manifest.
@@ -249,7 +257,7 @@ class Store:
 
     def targets(self) -> dict[str, Record]:
         """Target id -> manifest."""
-        return {name: self._manifest("target", name) for name in self.objects.names("targets")}
+        return self._manifests("target")
 
     def target(self, id: str) -> Record:
         """A target's manifest. Raises UserError for an unknown id."""
@@ -296,9 +304,20 @@ class Store:
             raise DamageError(f"{name}: damaged: it is the index of {index.id}")
         return index
 
-    def add_index(self, index: ShardIndex) -> None:
-        """Keep a shard's index."""
-        self.objects.create(f"shards/{index.id}.json", index.dump())
+    def add_index(self, index: ShardIndex, url: str) -> None:
+        """Keep a shard's index.
+
+        Raises:
+            IdentityError: the store knows the same images with other labels.
+        """
+        if not self.objects.create(f"shards/{index.id}.json", index.dump()):
+            self._same_labels(index, url)
+
+    def _same_labels(self, own: ShardIndex, url: str) -> None:
+        for key, expected, found in zip(own.keys, self.index(own.id).labels, own.labels, strict=True):
+            if found != expected:
+                do = "The labels changed since precompute. Give the shard as it was, or pack it with other keys."
+                raise IdentityError(url, f"label of key {key}", expected, found, do)
 
     def recognise(self, url: str, known: Sequence[str]) -> ShardIndex | None:
         """The index of a file that is one of the `known` shards: same stem, size, first and last block; else None."""
@@ -319,10 +338,7 @@ class Store:
             return index
         own = cached_index(url)
         if own.id in known:  # the same samples in a tar with other headers: its own ranges count
-            for key, expected, found in zip(own.keys, self.index(own.id).labels, own.labels, strict=True):
-                if found != expected:
-                    do = "The labels changed since precompute. Give the shard as it was, or pack it under another name."
-                    raise IdentityError(url, f"label of key {key}", expected, found, do)
+            self._same_labels(own, url)
             return own
         for shard in sorted({task.shard for task in self.done()} - set(known)):
             if shard.rpartition("-")[0] == own.summary.stem:
@@ -366,7 +382,7 @@ class Store:
         if said != (task.kind, task.id, task.shard, task.view):
             raise DamageError(f"{name}: damaged: it is the marker of {'.'.join(map(str, said))}")
         if content.get("format") != FORMAT:
-            raise DamageError(f"{name}: format {content.get('format')}, this version reads {FORMAT}")
+            raise UserError(f"{name}: format {content.get('format')}, this version reads {FORMAT}; install a newer one")
         return Marker(self.objects, task, content)
 
     def find(self, task: Task) -> Marker | None:
@@ -380,21 +396,22 @@ class Store:
             self.objects.remove(f"done/{task.name}")
             return None
 
-    def views(self, target: str, shards: Iterable[str], done: set[Task]) -> int:
-        """How many views a target has over shards: the largest count found.
+    def views(self, kind: Kind, id: str, shards: Iterable[str], done: set[Task], wanted: int | None = None) -> int:
+        """How many views a bank or a target has over shards: the largest count found, or fewer where they are wanted.
 
         Raises:
             DamageError: a marker below this count is missing.
         """
-        wanted = set(shards)
-        there = {(t.shard, t.view) for t in done if t.kind == "target" and t.id == target and t.shard in wanted}
+        among = set(shards)
+        there = {(t.shard, t.view) for t in done if (t.kind, t.id) == (kind, id) and t.shard in among}
         count = max((view for _, view in there), default=-1) + 1
-        for shard in sorted(wanted):
+        count = min(count, wanted) if wanted else count
+        for shard in sorted(among):
             for view in range(count):
                 if (shard, view) not in there:
-                    name = f"{self.url}/done/{Task('target', target, shard, view).name}"
+                    name = f"{self.url}/done/{Task(kind, id, shard, view).name}"
                     raise DamageError(
-                        f"{name}: missing: other shards have {count} views of this target; "
+                        f"{name}: missing: other shards have {count} views of this {kind}; "
                         "run precompute over all of them, or ask for fewer with stream.views=N"
                     )
         return count

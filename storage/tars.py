@@ -85,7 +85,15 @@ def members(
             tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: a member's name is not UTF-8 ({error})") from None
-    except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, MemoryError) as error:  # hostile headers
+    except (
+        tarfile.TarError,
+        EOFError,
+        RecursionError,
+        OSError,
+        ValueError,
+        OverflowError,
+        MemoryError,
+    ) as error:  # hostile headers
         said = str(error) or type(error).__name__
         raise UserError(f"{where}: cannot be read as a tar: {said}; copy or make the file again") from None
     if key is not None:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
-from precompute.taps import attention_layers, prefix_roles
+from precompute.taps import attention_layers, check_attention, prefix_roles
 from storage.errors import UserError
 from storage.records import Record
 
@@ -30,8 +31,18 @@ class Shape:
 
 
 def student_shape(model: nn.Module) -> Shape:
-    """The shape of a plain ViT. Raises UserError where attention cannot be read off it."""
+    """The shape of a plain ViT.
+
+    Raises:
+        UserError: attention cannot be read off it, or what is read is not what it attends with (contract 12).
+    """
     layers = attention_layers(model)
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if size is not None:
+        was = model.training
+        ramp = torch.linspace(-1, 1, 2 * 3 * size[0] * size[1]).sin().view(2, 3, *size)
+        check_attention(model.eval(), ramp.to(next(model.parameters()).device))
+        model.train(was)
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if grid is None or grid[0] != grid[1]:
         raise UserError(f"student {type(model).__name__}: its patches make no square grid")

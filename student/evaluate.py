@@ -19,7 +19,7 @@ from student.stream import Batch
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracies in percent over a number of samples. top5 is None with fewer than five classes."""
+    """Accuracies in percent over a number of samples. top5 is None with five classes or fewer: it would say nothing."""
 
     top1: float
     top5: float | None

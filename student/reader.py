@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -32,6 +31,7 @@ class Source:
         store: with the bank and the targets; None for fresh views.
         bank: id of the bank; None for fresh views, whose number is the epoch.
         targets: target id -> codec.
+        stored: whether the store's index fits each file; a tar with other headers is read by its own.
     """
 
     urls: tuple[str, ...]
@@ -40,6 +40,7 @@ class Source:
     store: Store | None = None
     bank: str | None = None
     targets: Mapping[str, str] = field(default_factory=dict, hash=False)
+    stored: tuple[bool, ...] = ()
 
 
 class BlockReader:
@@ -47,13 +48,15 @@ class BlockReader:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self.index = functools.lru_cache(maxsize=64)(self._index)
-        self.marker = functools.lru_cache(maxsize=256)(self._marker)
+        self.index = functools.lru_cache(maxsize=256)(self._index)
+        self.marker = functools.lru_cache(maxsize=4096)(self._marker)
 
     def _index(self, shard: int) -> ShardIndex:
+        """The index; the file was compared with it when the stream was made, and each sample is when it is read."""
         url, expected = self.source.urls[shard], self.source.shards[shard]
-        store = self.source.store
-        index = (store.recognise(url, [expected]) if store else None) or cached_index(url)
+        if self.source.store is not None and self.source.stored[shard]:
+            return self.source.store.index(expected)
+        index = cached_index(url, trust=True)
         if index.id != expected:
             raise IdentityError(url, "shard", expected, index.id, "The file changed while it was in use.")
         return index
@@ -63,10 +66,10 @@ class BlockReader:
         marker = self.source.store.marker(task)
         if task.kind == "target":
             bank = self.marker(Task("bank", str(self.source.bank), task.shard, task.view))
-            if marker.content["bank_marker"] != bank.digest:
+            if marker.content["bank_views"] != bank.views_digest:
                 name = f"{self.source.store.url}/done/{task.name}"
                 raise IdentityError(
-                    name, "bank_marker", bank.digest, marker.content["bank_marker"],
+                    name, "bank_views", bank.views_digest, marker.content["bank_views"],
                     "These targets were made from other views than the bank has now.",
                 )  # fmt: skip
         return marker
@@ -92,7 +95,7 @@ class BlockReader:
             there = read_views(bank, span.start, span.stop)
             where = f"{url}, bank {source.bank}, view {view}"
             for row, i in enumerate(chosen):
-                images[row] = there.replay(int(i), samples[i], samples[i].image, side, where, self._made_with)
+                images[row] = there.replay(int(i), samples[i], samples[i].image, side, where)
             for target in source.targets:
                 marker = self.marker(Task("target", target, shard, view))
                 targets[target] = {
@@ -109,12 +112,6 @@ class BlockReader:
         labels = np.array([-1 if samples[i].label is None else samples[i].label for i in chosen], np.int64)
         ids = np.stack([np.full(len(chosen), segment.shard), segment.samples, np.full(len(chosen), view)], 1)
         return {"images": images, "labels": labels, "ids": ids.astype(np.int64)}, targets
-
-    @functools.cached_property
-    def _made_with(self) -> dict[str, Any]:
-        assert self.source.store is not None
-        renderer: dict[str, Any] = self.source.store.banks()[str(self.source.bank)]["renderer"]
-        return renderer
 
 
 def join(parts: Sequence[Part]) -> Part:

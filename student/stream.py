@@ -22,7 +22,7 @@ from storage.banks import bank_policy
 from storage.errors import IdentityError, UserError
 from storage.policies import Policy
 from storage.shards import BLOCK, ShardIndex, cached_index, expand, require_labels
-from storage.store import Store, Task
+from storage.store import Kind, Store, Task
 from student.order import Order, Segment, lanes_of
 from student.reader import Arrays, BlockReader, Part, Source, join
 
@@ -122,7 +122,7 @@ class _Parts(IterableDataset[list[Part]]):
             lanes = [_Lane(self.reader, self.order, self.views, epoch, lane, start) for lane in mine]
             for _ in range(start, self.order.steps):
                 yield [lane.take() for lane in lanes]
-        except UserError as error:  # torch would turn it into a traceback in a string
+        except (UserError, OSError) as error:  # torch would turn it into a traceback in a string
             yield error
 
 
@@ -176,12 +176,15 @@ class Stream(IterableDataset[Batch]):
         if opened is None:
             if targets or policy is None:
                 raise UserError("a stream needs a store with targets, or a policy for fresh views")
+            if views is not None or bank is not None:
+                raise UserError("bank and views speak of a store, and none was given")
             self.views: int | None = None
             self.source, sizes = _fresh(urls, policy, labels)
             invalid: dict[int, frozenset[int]] = {}
         else:
             self.source, sizes = _stored(opened, urls, targets, bank, labels)
             self.views, invalid = _views(self.source, views)
+        _refuse_twice(self.source)
         blocks = []
         for shard, count in enumerate(sizes):
             bad = invalid.get(shard, frozenset())
@@ -208,7 +211,7 @@ class Stream(IterableDataset[Batch]):
             multiprocessing_context="spawn" if self.workers else None,
             persistent_workers=bool(self.workers),
         )
-        self._next_epoch = 0
+        self._next_epoch = self._generation = 0
 
     def _check_memory(self, budget: int | None) -> int:
         """Bytes that full lanes hold at most."""
@@ -216,8 +219,7 @@ class Stream(IterableDataset[Batch]):
         if self.source.store is not None:
             for target, codec in self.source.targets.items():
                 manifest = self.source.store.target(target)
-                layout = codecs.layout(codec, tuple(manifest["sample_shape"]), manifest["maps"])
-                sample += sum(int(np.dtype(kind).itemsize * np.prod(shape)) for kind, shape in layout.values())
+                sample += codecs.sample_bytes(codec, tuple(manifest["sample_shape"]), manifest["maps"])
         need = len(self.own) * self.order.window * BLOCK * sample
         budget = budget or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
         if need > budget:
@@ -241,13 +243,19 @@ class Stream(IterableDataset[Batch]):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch, from batch `start` on."""
         self._place[0], self._place[1] = epoch, start
+        self._generation += 1
+        generation = self._generation
         parts = iter(self._loader)
         workers = max(1, self.workers)
         for _ in range(start, self.order.steps):
+            if generation != self._generation:
+                raise UserError(
+                    f"epoch {epoch} of a stream cannot go on: another epoch was started since; make two streams"
+                )
             by_lane: dict[int, Any] = {}
             for worker in range(workers):
                 shares = next(parts)
-                if isinstance(shares, UserError):
+                if isinstance(shares, UserError | OSError):
                     raise shares
                 by_lane.update(zip(self.own[worker::workers], shares, strict=True))
             yield self._batch([by_lane[lane] for lane in self.own])
@@ -263,7 +271,7 @@ class Stream(IterableDataset[Batch]):
 
 def _tensors(shares: Any) -> Any:
     """Arrays as tensors, so that workers hand them over in shared memory."""
-    if isinstance(shares, UserError):
+    if isinstance(shares, UserError | OSError):
         return shares
 
     def convert(arrays: Arrays) -> dict[str, Tensor]:
@@ -289,11 +297,26 @@ def _recognise(urls: Sequence[str], index_of: Callable[[str], ShardIndex], label
     return ids, sizes
 
 
+def _refuse_twice(source: Source) -> None:
+    seen: dict[str, str] = {}
+    for url, shard in zip(source.urls, source.shards, strict=True):
+        if shard in seen:
+            raise UserError(f"{url} holds the same samples as {seen[shard]}; give each shard once")
+        seen[shard] = url
+
+
 def _stored(
     store: Store, urls: Sequence[str], targets: Sequence[str], bank: str | None, labels: bool
 ) -> tuple[Source, list[int]]:
     known = store.shard_ids()
-    ids, sizes = _recognise(urls, lambda url: store.require(url, known), labels)
+    stored: list[bool] = []
+
+    def index_of(url: str) -> ShardIndex:
+        recognised = store.recognise(url, known)
+        stored.append(recognised is not None)
+        return recognised or store.require(url, known)
+
+    ids, sizes = _recognise(urls, index_of, labels)
     manifests = {target: store.target(target) for target in targets}
     banks = sorted({manifest["identity"]["bank"] for manifest in manifests.values()} | ({bank} if bank else set()))
     if len(banks) != 1:
@@ -302,7 +325,7 @@ def _stored(
         )
     source = Source(
         tuple(urls), tuple(ids), bank_policy(store, banks[0]), store, banks[0],
-        {target: manifest["identity"]["codec"] for target, manifest in manifests.items()},
+        {target: manifest["identity"]["codec"] for target, manifest in manifests.items()}, tuple(stored),
     )  # fmt: skip
     return source, sizes
 
@@ -312,12 +335,8 @@ def _views(source: Source, wanted: int | None) -> tuple[int, dict[int, frozenset
     store, bank = source.store, str(source.bank)
     assert store is not None
     done = store.done()
-    if source.targets:
-        count = min(store.views(target, source.shards, done) for target in source.targets)
-    else:
-        there = [max((t.view + 1 for t in done if t.kind == "bank" and t.id == bank and t.shard == shard), default=0)
-                 for shard in source.shards]  # fmt: skip
-        count = min(there)
+    each: list[tuple[Kind, str]] = [("target", target) for target in source.targets] or [("bank", bank)]
+    count = min(store.views(kind, id, source.shards, done, wanted) for kind, id in each)
     if wanted is not None and wanted > count:
         raise IdentityError(f"{store.url}: bank {bank}", "stream.views", f"at most {count}", wanted)
     count = wanted or count

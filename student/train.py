@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -19,10 +19,10 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
-from storage.errors import IdentityError, UserError
+from storage.errors import IdentityError, UserError, nearest
 from storage.policies import Policy, policy
 from storage.progress import Progress
-from storage.shards import cached_index, classes_of, expand
+from storage.shards import ShardIndex, cached_index, classes_of, expand, require_labels
 from storage.store import Store
 from student.align import table
 from student.config import Recipe
@@ -61,7 +61,9 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     model, arguments = build(recipe.student, count)
     size = input_size(model, recipe.student)
     stream, lesson = _prepare(job, urls, model, size, progress)
-    _check_labels(urls, count)
+    index_of = _indexes(job.store)
+    for url in (*urls, *val_urls):
+        _check_labels(url, index_of(url) if url in urls else cached_index(url), count)
     lesson.to(device)
     optimizer, scheduler, lr = _optimizer(recipe, lesson, stream.order.steps)
     evaluation = stream.source.policy.evaluation
@@ -87,6 +89,7 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
                 "weights": {name: s.weight.at(epoch) for name, s in lesson.settings.items()},
             }  # fmt: skip
             text = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+            save(job.out / "last.safetensors", model, description)
             if (epoch + 1) % recipe.val_interval == 0 or epoch + 1 == recipe.optim.epochs:
                 score = evaluate(
                     model,
@@ -103,7 +106,6 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
                     save(job.out / "best.safetensors", model, description)
             _write(log, {**record, "seconds": round(time.monotonic() - began, 2)})
             progress.say(f"epoch {epoch}: {text}")
-            save(job.out / "last.safetensors", model, description)
     extra = {name: tensor.detach().cpu() for name, tensor in lesson.losses.state_dict().items()}
     if extra:
         save_file(extra, job.out / "losses.safetensors")
@@ -126,6 +128,8 @@ def _prepare(job: Job, urls: list[str], model: nn.Module, size: int, progress: P
     fresh: Policy | None = None
     if bank is None:
         wish = settings.bank
+        if wish.id is not None or settings.views is not None:
+            raise UserError("stream.bank and stream.views speak of a store's bank: give --store DIR")
         fresh = policy(wish.policy or "light", wish.size or size, wish.seed if wish.seed is not None else recipe.seed)
     memory = int(settings.memory * 2**30) if settings.memory else None
     stream = Stream(
@@ -167,25 +171,40 @@ def _classes(urls: list[str], val_urls: list[str], recipe: Recipe) -> tuple[tupl
     return (tuple(names) if names else None), int(wanted or len(names or ()))
 
 
-def _check_labels(urls: Sequence[str], count: int) -> None:
-    for url in urls:
-        index = cached_index(url)
-        highest = max((label for label in index.labels if label is not None), default=0)
-        if highest >= count:
-            key = index.keys[index.labels.index(highest)]
-            raise UserError(f"{url}: key {key!r} has label {highest}, the student has classes 0 to {count - 1}")
+def _indexes(store: Store | None) -> Callable[[str], ShardIndex]:
+    if store is None:
+        return cached_index
+    known = store.shard_ids()
+    return lambda url: store.require(url, known)
+
+
+def _check_labels(url: str, index: ShardIndex, count: int) -> None:
+    require_labels(url, index)
+    highest = max(label for label in index.labels if label is not None)
+    if highest >= count:
+        key = index.keys[index.labels.index(highest)]
+        raise UserError(f"{url}: key {key!r} has label {highest}, the student has classes 0 to {count - 1}")
 
 
 def _optimizer(recipe: Recipe, lesson: Lesson, steps: int) -> tuple[torch.optim.Optimizer, Any, float]:
     """timm's optimiser, without decay for biases, norms and embeddings; its schedule by updates; and the peak rate."""
-    from timm.optim import create_optimizer_v2, param_groups_weight_decay  # after precompute.taps made it importable
+    from timm.optim import (  # after precompute.taps made it importable
+        create_optimizer_v2,
+        list_optimizers,
+        param_groups_weight_decay,
+    )
     from timm.scheduler import create_scheduler_v2
 
     settings = recipe.optim
     lr = settings.lr or settings.lr_base * recipe.stream.batch_size / settings.lr_base_size
     skip = {f"student.{name}" for name in getattr(lesson.student, "no_weight_decay", set)()}
     groups = param_groups_weight_decay(lesson, settings.weight_decay, skip)
-    optimizer = create_optimizer_v2(groups, opt=settings.opt, lr=lr, weight_decay=settings.weight_decay)
+    try:
+        optimizer = create_optimizer_v2(groups, opt=settings.opt, lr=lr, weight_decay=settings.weight_decay)
+    except (ValueError, AssertionError, RuntimeError) as error:
+        raise UserError(
+            f"optim.opt: {str(error) or settings.opt}. {nearest(settings.opt, list_optimizers())}"
+        ) from None
     scheduler, _ = create_scheduler_v2(
         optimizer, settings.sched, num_epochs=settings.epochs, warmup_epochs=settings.warmup_epochs,
         warmup_lr=settings.warmup_lr, min_lr=settings.min_lr, step_on_epochs=False, updates_per_epoch=steps,

@@ -180,6 +180,16 @@ def test_target_ids_say_what_they_are_and_manifests_hold_it(world: World) -> Non
     assert store.target(world.targets["q"])["identity"]["layers"] == [3]
 
 
+def test_manifests_say_how_well_the_codec_keeps_what_the_teacher_gave(world: World) -> None:
+    store = Store.open(world.store)
+    errors = {name: store.target(id)["codec_error"] for name, id in world.targets.items()}
+    assert errors["activations f32"] == {"relative": 0, "cosine": pytest.approx(1)}
+    for name in ("activations u8", "class_row", "q"):
+        assert 0 < errors[name]["relative"] < 0.01
+        assert errors[name]["cosine"] == pytest.approx(1, abs=1e-4)
+    assert errors["class_row"]["relative"] < 2**-11
+
+
 def test_targets_that_are_asked_for_together_share_one_graph(world: World) -> None:
     store = Store.open(world.store)
     graphs = {name: store.target(id)["graph"] for name, id in world.targets.items()}
@@ -252,3 +262,11 @@ def test_of_several_banks_the_one_that_agrees_is_taken(tmp_path: Path) -> None:
     assert chosen(store, policy("light", 224), "line").bank == first.bank
     with pytest.raises(IdentityError, match="view size"):
         chosen(store, policy("light", 96), "size")
+
+
+def test_several_banks_that_agree_are_refused_by_name(tmp_path: Path) -> None:
+    first, second = policy("light", 48), policy("light", 64)
+    with pytest.raises(UserError) as caught:
+        chosen(store_with(tmp_path, first, second), policy("light", 224), "line")
+    assert first.bank in str(caught.value)
+    assert second.bank in str(caught.value)

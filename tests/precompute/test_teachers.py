@@ -206,6 +206,11 @@ def test_identity_of_hub_weights_is_what_the_hub_gives_and_not_the_tag(hub: dict
     assert teachers.find(name, arguments=TINY_CNN[1]).id != before.id
 
 
+def test_hub_weights_with_a_new_random_head_are_refused() -> None:
+    with pytest.raises(UserError, match="--teacher-arg num_classes: "):
+        teachers.find("resnet10t.c3_in1k", arguments={**TINY_CNN[1], "num_classes": 3})
+
+
 # ---------------------------------------------------------------------------------------------- weights
 
 
@@ -289,6 +294,8 @@ def test_weights_of_other_precisions_become_f32(cnn: str, tmp_path: Path, kind: 
     save_file(state, tmp_path / "w.safetensors")
     model = teachers.load(tiny_cnn(str(tmp_path / "w.safetensors")))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+    read = teachers.read_weights(str(tmp_path / "w.safetensors"))
+    assert {t.dtype for t in read.values()} == {torch.float32, torch.int64}
     assert same(model, {name: t.float() if t.is_floating_point() else t for name, t in state.items()})
 
 

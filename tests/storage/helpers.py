@@ -18,7 +18,7 @@ from storage.policies import policy
 from storage.shards import ShardIndex, build_index, read_samples
 from storage.store import Attempt, Marker, Store, Task
 from storage.testing import synthetic_shards
-from storage.views import COLUMNS, draw, render, signature
+from storage.views import COLUMNS, draw, render, renderer, signature
 
 Members = Sequence[tuple[str, bytes]]
 
@@ -100,7 +100,7 @@ class SmallStore:
         self.views = views
         self.store.add_bank(self.policy.bank, self.policy.identity, describe(self.policy))
         for url, index in zip(self.shards, self.indexes, strict=True):
-            self.store.add_index(index)
+            self.store.add_index(index, url)
             for view in range(views):
                 self.add_bank_view(url, index, view)
 
@@ -111,7 +111,7 @@ class SmallStore:
         attempt = Attempt(self.store, Task("bank", self.policy.bank, index.id, view), len(index))
         attempt.array("parameters", (len(COLUMNS),), "float64", ["column"]).append(rows_of(drawn))
         attempt.array("signatures", (1,), "uint32", ["column"]).append(np.array(crcs, np.uint32)[:, None])
-        return attempt.commit({"summary": vars(index.summary), "invalid": []})
+        return attempt.commit({"summary": vars(index.summary), "invalid": [], "renderer": renderer()})
 
     def add_target(self, id: str, codec: str = "u8", shape: tuple[int, ...] = (3, 4, 4)) -> dict[Task, np.ndarray]:
         """Record a target with values for every shard and view; the values."""
@@ -125,7 +125,7 @@ class SmallStore:
                 values[task] = (
                     np.random.default_rng([number, view]).normal(size=(len(index), *shape)).astype(np.float32)
                 )
-                self.attempt(task, codec, values[task]).commit({"bank_marker": "none"})
+                self.attempt(task, codec, values[task]).commit({"bank_views": "none"})
         return values
 
     def attempt(self, task: Task, codec: str, values: np.ndarray) -> Attempt:

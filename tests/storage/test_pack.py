@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 from collections import Counter
 from pathlib import Path
 
@@ -146,7 +145,7 @@ def test_per_shard_uses_as_many_names_as_it_needs(tmp_path, animals):
 @pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5, 0.999])
 def test_a_fraction_is_balanced_over_the_classes(tmp_path, animals, fraction):
     made = packed(animals, tmp_path, fraction=fraction)
-    assert labels_in(*made["train"]) == {i: math.ceil(n * fraction) for i, n in enumerate([17, 10, 4])}
+    assert labels_in(*made["train"]) == {i: max(1, round(n * fraction)) for i, n in enumerate([17, 10, 4])}
 
 
 def test_a_fraction_of_a_whole_number_is_not_one_more(tmp_path):
@@ -160,8 +159,8 @@ def test_validation_is_disjoint_and_together_they_are_complete(tmp_path, animals
     train, val = digests_in(*made["train"]), digests_in(*made["val"])
     assert not set(train) & set(val)
     assert sorted(train + val) == sorted(digests_in(*packed(animals, tmp_path / "all")["train"]))
-    assert labels_in(*made["val"]) == {0: 5, 1: 3, 2: 1}
-    assert made["samples"] == {"train": 22, "val": 9}
+    assert labels_in(*made["val"]) == {0: 4, 1: 2, 2: 1}
+    assert made["samples"] == {"train": 24, "val": 7}
     assert [Path(path).name for path in made["val"]] == ["x-val-000000.tar"]
     assert by_us(*made["val"]) == by_webdataset(*made["val"])
 
@@ -181,9 +180,24 @@ def test_the_choice_of_validation_samples_is_the_seeds(tmp_path, animals):
 @pytest.mark.parametrize("out", ["x.tar", "train-{000000..000003}.tar"])
 def test_most_of_the_samples_may_go_to_validation(tmp_path, animals, out):
     made = packed(animals, tmp_path, out, val_fraction=0.8)
-    assert made["samples"] == {"train": 5, "val": 26}
+    assert made["samples"] == {"train": 6, "val": 25}
     assert not set(made["train"]) & set(made["val"])
-    assert sum(labels_in(*made["val"]).values()) == 26
+    assert sum(labels_in(*made["val"]).values()) == 25
+
+
+def test_no_class_goes_to_validation_or_out_of_training_altogether(tmp_path):
+    folder = class_folders(tmp_path / "f", {"a": 1, "b": 2, "c": 30})
+    made = packed(folder, tmp_path / "out", val_fraction=0.999)
+    assert labels_in(*made["train"]) == {0: 1, 1: 1, 2: 1}
+    assert labels_in(*packed(folder, tmp_path / "few", fraction=0.01)["train"]) == {0: 1, 1: 1, 2: 1}
+
+
+def test_hidden_files_are_no_samples(tmp_path):
+    folder = class_folders(tmp_path / "f", {"a": 2, "b": 2})
+    (folder / "a" / ".ipynb_checkpoints").mkdir()
+    for name in (".ipynb_checkpoints/x.png", "._x.png"):
+        (folder / "a" / name).write_bytes(next((folder / "b").iterdir()).read_bytes())
+    assert labels_in(*packed(folder, tmp_path / "out")["train"]) == {0: 2, 1: 2}
 
 
 # ---------------------------------------------------------------------------------------------- keys
@@ -333,7 +347,6 @@ def test_folders_without_images_are_refused(tmp_path):
         ("x.tar", {"fraction": 1.01}, "--fraction"),
         ("x.tar", {"val_fraction": 1}, "--val-fraction"),
         ("x.tar", {"val_fraction": -0.1}, "--val-fraction"),
-        ("x.tar", {"val_fraction": 0.999}, "nothing is left"),
         ("x-{0..2}.tar", {"per_shard": 10}, "widen the braces"),
         ("x.tar", {"per_shard": 0}, "--per-shard"),
         ("x.tar", {"per_shard": -1}, "--per-shard"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import dataclasses
 import json
 import pickle
 import re
@@ -318,10 +319,10 @@ def test_views_replay_as_they_were_recorded(world):
     for url in world.shards:
         index = store.require(url, store.shard_ids())
         for task in sorted(t for t in store.done() if t.kind == "bank" and t.shard == index.id):
-            manifest, policy = store.banks()[task.id], bank_policy(store, task.id)
+            policy = bank_policy(store, task.id)
             views = read_views(store.marker(task), 60, 75)
             for i, found in enumerate(read_samples(url, index, range(60, 75))):
-                pixels = views.replay(i, found, found.image, policy.size, url, manifest["renderer"])
+                pixels = views.replay(i, found, found.image, policy.size, url)
                 assert pixels.shape == (32, 32, 3)
 
 
@@ -331,15 +332,16 @@ def test_another_image_or_renderer_is_named_at_replay(kept):
     marker = small.store.marker(Task("bank", small.policy.bank, index.id, 0))
     views = read_views(marker, 0, 2)
     originals = read_samples(url, index, range(2))
-    made_with = small.store.banks()[small.policy.bank]["renderer"]
     with pytest.raises(IdentityError) as error:
-        views.replay(0, originals[0], originals[1].image, 8, url, made_with)
+        views.replay(0, originals[0], originals[1].image, 8, url)
     assert error.value.field == "signature of the view's pixels"
     assert error.value.expected == f"{int(views.signatures[0]):08x}"
     assert originals[0].key in str(error.value)
     assert "same versions" in str(error.value)
     with pytest.raises(IdentityError, match=r"pillow 1\.0/"):
-        views.replay(0, originals[0], originals[1].image, 8, url, {**made_with, "pillow": "1.0"})
+        dataclasses.replace(views, renderer={**views.renderer, "pillow": "1.0"}).replay(
+            0, originals[0], originals[1].image, 8, url
+        )
     assert isinstance(views.view(1), View)
 
 
@@ -433,7 +435,7 @@ def test_a_store_may_be_in_memory(tmp_path):
         assert np.array_equal(decoded(again, task, "f32"), expected)
     assert again.require(shard, again.shard_ids()) == small.indexes[0]
     assert np.array_equal(again.array("t").compute(), np.concatenate([values[task] for task in sorted(values)]))
-    assert again.views("t", again.shard_ids(), again.done()) == 2
+    assert again.views("target", "t", again.shard_ids(), again.done()) == 2
     assert "| t |" in card(again)
 
 
@@ -470,7 +472,7 @@ def test_an_attempt_counts_from_its_commit_on(small):
     assert task not in small.store.done()
     with pytest.raises(DamageError, match=re.escape(task.name)):
         small.store.marker(task)
-    assert attempt.commit({"bank_marker": "x"}).content["attempt"] == attempt.name
+    assert attempt.commit({"bank_views": "x"}).content["attempt"] == attempt.name
     assert task in small.store.done()
     assert np.array_equal(decoded(small.store, task, "u8"), values)
 
@@ -479,9 +481,9 @@ def test_of_two_attempts_at_one_task_the_first_counts(small):
     task = Task("target", "t", small.indexes[0].id, 2)
     ones = np.ones((10, 3, 4, 4), np.float32)
     first, second = small.attempt(task, "f32", ones), small.attempt(task, "f32", ones * 2)
-    marker = first.commit({"bank_marker": "x"})
+    marker = first.commit({"bank_views": "x"})
     before = files_of(small.store.objects.root)
-    assert second.commit({"bank_marker": "x"}).digest == marker.digest
+    assert second.commit({"bank_views": "x"}).content == marker.content
     assert small.store.objects.names(task.folder) == [first.name]
     assert {k: v for k, v in files_of(small.store.objects.root).items() if second.name not in k} == {
         k: v for k, v in before.items() if second.name not in k
@@ -498,7 +500,7 @@ def test_of_two_threads_that_commit_one_task_one_counts(small):
         def work(number: int, task=task, values=values, barrier=barrier) -> str:
             attempt = small.attempt(task, "f32", values[number])
             barrier.wait()
-            return attempt.commit({"bank_marker": "x"}).content["attempt"]
+            return attempt.commit({"bank_views": "x"}).content["attempt"]
 
         with ThreadPoolExecutor(2) as threads:
             counts = list(threads.map(work, range(2)))
@@ -514,7 +516,7 @@ def test_abandoning_removes_only_what_does_not_count(small):
     first, second = small.attempt(task, "f32", ones), small.attempt(task, "f32", ones)
     second.abandon()
     assert small.store.objects.names(task.folder) == [first.name]
-    first.commit({"bank_marker": "x"})
+    first.commit({"bank_views": "x"})
     first.abandon()  # a failure of something else, later
     assert np.array_equal(decoded(small.store, task, "f32"), ones)
 
@@ -532,7 +534,7 @@ def test_a_commit_that_fails_and_is_abandoned_leaves_no_hole(small, operation, f
         attempt = small.attempt(task, "f32", ones)
         place.fail_at = place.calls + number
         try:
-            attempt.commit({"bank_marker": "x"})
+            attempt.commit({"bank_views": "x"})
         except OSError:
             failing += 1
             attempt.abandon()
@@ -565,14 +567,15 @@ def test_a_writer_takes_a_damaged_marker_for_none(small):
 
 def test_how_many_views_a_target_has(small):
     store, shards = small.store, [index.id for index in small.indexes]
-    assert store.views("t", shards, store.done()) == 2
+    assert store.views("target", "t", shards, store.done()) == 2
     third = Task("target", "t", shards[0], 2)
-    small.attempt(third, "u8", np.ones((10, 3, 4, 4), np.float32)).commit({"bank_marker": "x"})
-    assert store.views("t", shards[:1], store.done()) == 3
+    small.attempt(third, "u8", np.ones((10, 3, 4, 4), np.float32)).commit({"bank_views": "x"})
+    assert store.views("target", "t", shards[:1], store.done()) == 3
     with pytest.raises(DamageError, match=re.escape(third.name.replace(shards[0], shards[1]))):
-        store.views("t", shards, store.done())
-    assert store.views("t", shards[1:], store.done()) == 2
-    assert store.views("nothing", shards, store.done()) == 0
+        store.views("target", "t", shards, store.done())
+    assert store.views("target", "t", shards, store.done(), wanted=2) == 2
+    assert store.views("target", "t", shards[1:], store.done()) == 2
+    assert store.views("target", "nothing", shards, store.done()) == 0
 
 
 @pytest.mark.parametrize("view", [0, 1])
@@ -580,7 +583,7 @@ def test_a_gap_in_the_views_names_the_marker(small, view):
     task = sorted(small.values)[view]
     small.store.objects.remove(f"done/{task.name}")
     with pytest.raises(DamageError, match=rf"done/{re.escape(task.name)}: missing"):
-        small.store.views("t", [index.id for index in small.indexes], small.store.done())
+        small.store.views("target", "t", [index.id for index in small.indexes], small.store.done())
 
 
 # ---------------------------------------------------------------------------------------------- manifests
@@ -620,7 +623,7 @@ def test_adding_a_target_or_teacher_touches_nothing_that_is_there(small):
     small.add_target("another", "f16")
     small.store.add_teacher("cnn", IDENTITY, {})
     small.store.add_graph("cnn", b"graph")
-    small.store.add_index(small.indexes[0])
+    small.store.add_index(small.indexes[0], small.shards[0])
     after = files_of(root)
     assert {path: after[path] for path in before} == before
     assert len(after) > len(before)
