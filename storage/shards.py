@@ -121,9 +121,9 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
     """
     urls: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        for part in pattern.split("::"):
+        for part in str(pattern).split("::"):
             for url in braces(part):
-                urls += _existing(url, pattern)
+                urls += _existing(url, str(pattern))
     if not urls:
         raise UserError("no shards were given")
     twice = sorted({url for url in urls if urls.count(url) > 1}) if len(set(urls)) < len(urls) else []

@@ -253,11 +253,15 @@ class Stream(IterableDataset[Batch]):
                     f"epoch {epoch} of a stream cannot go on: another epoch was started since; make two streams"
                 )
             by_lane: dict[int, Any] = {}
-            for worker in range(workers):
+            failed: Exception | None = None
+            for worker in range(workers):  # all of them, also after a failure: none is left in the middle of its start
                 shares = next(parts)
                 if isinstance(shares, UserError | OSError):
-                    raise shares
-                by_lane.update(zip(self.own[worker::workers], shares, strict=True))
+                    failed = failed or shares
+                else:
+                    by_lane.update(zip(self.own[worker::workers], shares, strict=True))
+            if failed is not None:
+                raise failed
             yield self._batch([by_lane[lane] for lane in self.own])
 
     def _batch(self, shares: Sequence[Any]) -> Batch:

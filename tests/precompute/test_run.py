@@ -730,8 +730,8 @@ def undisturbed(faults: Faults) -> dict[Task, dict[str, np.ndarray]]:
 
 
 SWEEP = [
-    ("write", "EIO", 1), ("write", "short", 1), ("write", "lost", 1), ("link", "EIO", 1), ("link", "lost", 1),
-    ("sync", "EIO", 2), ("sync", "lost", 5), ("read", "EIO", 1),
+    ("write", "EIO", 1), ("write", "short", 3), ("write", "lost", 3), ("link", "EIO", 1), ("link", "lost", 1),
+    ("sync", "EIO", 5), ("sync", "lost", 11), ("read", "EIO", 3),
 ]  # fmt: skip
 
 

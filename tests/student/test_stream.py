@@ -201,3 +201,30 @@ def test_evaluation_counts_every_sample_once(world):
     for batch_size in (7, 64, 1000):
         ids = torch.cat([b.ids for b in evaluation_batches(world.shards, policy("eval", 32), batch_size)])
         assert ids[:, :2].tolist() == [[s, i] for s in range(2) for i in range(150)]
+
+
+def test_an_iterator_that_another_epoch_overtook_says_so(world):
+    s = stream(world)
+    first = s.epoch(0)
+    next(first)
+    next(s.epoch(1))
+    with pytest.raises(UserError, match=r"epoch 0 .*cannot go on"):
+        next(first)
+
+
+def test_fewer_views_can_be_asked_for_where_later_ones_are_missing(world, tmp_path):
+    store = world.copy(tmp_path / "store")
+    target = world.targets["logits"]
+    sorted((store / "done").glob(f"target.{target}.*.1.json"))[0].unlink()
+    with pytest.raises(DamageError, match=r"run precompute over all of them, or ask for fewer with stream\.views=N"):
+        stream(world, store=store, targets=[target])
+    assert {int(v) for b in stream(world, store=store, targets=[target], views=1).epoch(0) for v in b.ids[:, 2]} == {0}
+
+
+def test_the_same_samples_under_two_paths_are_refused(world, tmp_path):
+    import shutil
+
+    copy = shutil.copy(world.shards[0], tmp_path / "other-name.tar")
+    with pytest.raises(UserError, match="holds the same samples"):
+        Stream([world.shards[0], copy, world.shards[0].replace("/data/", "/data/../data/")], batch=32,
+               policy=policy("light", 32))  # fmt: skip

@@ -244,3 +244,20 @@ def test_sizes_that_do_not_go_together_are_refused():
         recipe = validate({"student": sizes, "losses": {"crossentropy": {}}}, "r")
         with pytest.raises(UserError, match=message):
             build(recipe.student, 3)
+
+
+def test_a_student_whose_attention_is_not_plain_is_refused(world, u8, tmp_path):
+    sizes = ["student.model=eva02_tiny_patch14_224", "student.depth=2", "student.embed_dim=48", "student.num_heads=3"]
+    with pytest.raises(UserError, match=r"layer 1 .*EvaAttention.* differs from the one that the network uses"):
+        train(job(world, tmp_path / "run", "aal", u8, *sizes), Quiet())
+
+
+def test_slips_are_found_before_the_first_epoch(world, u8, tmp_path):
+    unlabelled = synthetic_shards(tmp_path / "none", shards=1, samples=64, labels=False)
+    with pytest.raises(UserError, match="has no label"):
+        train(job(world, tmp_path / "run", "aal", u8, val=unlabelled), Quiet())
+    with pytest.raises(UserError, match=r"optim\.opt.*Did you mean 'adamw'"):
+        train(job(world, tmp_path / "run", "aal", u8, "optim.opt=adamww"), Quiet())
+    with pytest.raises(UserError, match=r"speak of a store's bank: give --store DIR"):
+        train(job(world, tmp_path / "run", "scratch", "stream.views=2", store=None), Quiet())
+    assert not (tmp_path / "run").exists()
