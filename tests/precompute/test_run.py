@@ -764,3 +764,24 @@ def test_contract_3_a_full_disk_is_an_error_and_the_same_command_completes_later
     faults.run(place)
     assert_same(contents(place), undisturbed)
     assert not failures(place, faults.shards)
+
+
+def test_scales_that_f16_cannot_hold_are_kept_in_f32(world: World, tmp_path: Path, watch: Any) -> None:
+    def grow(outputs: list[np.ndarray]) -> None:
+        for output in outputs:
+            output *= np.float32(1e7)
+
+    watch(grow)
+    shard = world.shards[:1]
+    run_precompute(
+        tmp_path / "store", shard, teacher_of(world.weights, "cnn"), ["activations,grid=8,codec=u8"], views=1
+    )
+    store, original = Store.open(tmp_path / "store"), Store.open(world.store)
+    (task,) = [t for t in store.done() if t.kind == "target"]
+    arrays = store.marker(task).arrays
+    assert arrays["scale"].dtype == np.float32
+    exact = original.marker(Task("target", world.targets["activations f32"], task.shard, 0)).arrays["data"].read(0, 150)
+    kept = {name: array.read(0, 150) for name, array in arrays.items()}
+    error = np.abs(codecs.decode("u8", kept) - exact * 1e7)
+    assert (error <= kept["scale"][..., :1, None] * 0.51 + 1e-4 * np.abs(exact * 1e7).max()).all()
+    assert not failures(tmp_path / "store", shard)
