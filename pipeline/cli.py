@@ -104,8 +104,10 @@ def pack(
 @_store
 @click.option("--target", multiple=True, metavar="TAP[,layers=…][,grid=…][,codec=…]",
               help="What to keep: activations, logits, q, k, class_row or class_token; may be repeated. layers=last or "
-              "1:4+8, counted from 1; grid=8 for activations; codec=f32, f16 or u8.")  # fmt: skip
-@click.option("--view-policy", metavar="P", help="none, eval, light, or a line such as 'crop(0.125)|flip'.")
+              "1:4+8, counted from 1; grid=8 for activations; codec=f32, f16, u8, log8 "
+              "(class_row) or topk20 (logits).")  # fmt: skip
+@click.option("--view-policy", metavar="P",
+              help="none, eval, light, deit, or a line such as 'rrc(0.2,1)|flip'.  [default: deit]")  # fmt: skip
 @click.option("--view-size", type=int, metavar="N", help="Side of the view images.  [default: 224]")
 @click.option("--view-count", type=click.IntRange(1), metavar="N", help="Views of each image.  [default: 4]")
 @click.option("--seed", type=int, metavar="N", help="Of the views.  [default: 0]")
@@ -120,6 +122,10 @@ def pack(
               help="Where the teacher runs.")  # fmt: skip
 @click.option("--bad-images", type=click.Choice(["fail", "skip"]), default="fail", show_default=True,
               help="An image that cannot be decoded fails its shard, or is left out of training.")  # fmt: skip
+@click.option("--materialise-views", is_flag=True,
+              help="Keep the view images too: training then decodes nothing, and decoders may change.")  # fmt: skip
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Worker processes on this machine.")
+@click.option("--dask", metavar="ADDRESS", help="A running scheduler, such as tcp://host:8786.")
 @_common
 def precompute(
     teacher: str,
@@ -139,6 +145,9 @@ def precompute(
     called: str | None,
     provider: str,
     bad_images: Any,
+    materialise_views: bool,
+    workers: int | None,
+    dask: str | None,
     as_json: bool,
 ) -> None:
     """Run a teacher once over shards and keep its targets. The same command goes on where it was.
@@ -155,8 +164,10 @@ def precompute(
     from storage.shards import expand
     from storage.store import Store
 
+    if workers and dask:
+        raise UserError("--workers starts processes here, --dask joins others; give one of them")
     urls = expand(shards)
-    views = policy("light" if view_policy is None else view_policy, 224 if view_size is None else view_size, seed or 0)
+    views = policy("deit" if view_policy is None else view_policy, 224 if view_size is None else view_size, seed or 0)
     wishes = [wish for text in target for wish in parse(text)]
     found = teachers.find(
         teacher, weights=weights, arguments=_arguments(teacher_arg), input_size=input_size,
@@ -165,14 +176,19 @@ def precompute(
     named = {"line": view_policy, "size": view_size, "seed": seed}
     wanted = Wanted(
         urls, found, wishes, views, frozenset(name for name, value in named.items() if value is not None), view_count,
-        new_bank, provider, bad_images,
+        new_bank, provider, bad_images, materialise_views, workers, dask,
     )  # fmt: skip
     console = Console()
     try:
         result = run(Store.create(store), wanted, console)
     finally:
         console.stop()
-    show(result, [f"{len(result['targets'])} target(s) over {len(result['shards'])} shard(s): {store}"], as_json)
+    failed = [f"failed: {failure['error']}" for failure in result["failures"]]
+    count = f", {len(failed)} failed: the same command tries them again" if failed else ""
+    done = f"{len(result['targets'])} target(s) over {len(result['shards'])} shard(s){count}: {store}"
+    show(result, [*failed, done], as_json)
+    if failed:
+        raise SystemExit(1)
 
 
 @cli.command()

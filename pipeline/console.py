@@ -57,6 +57,12 @@ class Console:
             left = (self._total - self._done) / max(rate, 1e-9)
             self.say(f"{self._what}: {self._done:,}/{self._total:,}, {rate:,.1f}/s, {left:,.0f} s left")
 
+    def expect(self, total: int) -> None:
+        """There are so many steps, as far as it is known by now."""
+        self._total = total
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, total=total)
+
     def stop(self) -> None:
         """Take the bar away."""
         if self._bar is not None:

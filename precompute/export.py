@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from precompute.engine import Session, open_session
+from precompute.session import open_session
 from precompute.taps import ATTENTION, TAPS, Tap, TappedTeacher, check_attention
 from precompute.teachers import Teacher, load
 from storage.errors import UserError
 from storage.records import Record
 
+CHECKED = 16  # images that PyTorch and the graph are compared on
 PARITY = 1e-3  # largest difference of an output ÷ its largest value; 2e-5 is usual on a CPU without TF32
 
 
@@ -26,7 +27,7 @@ class Exported:
     shapes: tuple[tuple[int, ...], ...]
     details: tuple[Record, ...]
     parity: tuple[float, ...]
-    values: tuple[np.ndarray, ...]  # PyTorch's, of the images that the graph was checked on
+    values: tuple[np.ndarray, ...]  # the graph's, of all images that were given
     session: Record
     attention_error: float | None
 
@@ -59,7 +60,7 @@ def export(
         teacher: which one.
         taps: what the graph gives, in order.
         view_size: S.
-        images: uint8 `[n, S, S, 3]`, n >= 2.
+        images: uint8 `[n, S, S, 3]`, n >= 2; the graph is checked on the first of them.
         provider: where the graph is checked, as in `open_session`.
 
     Raises:
@@ -69,7 +70,7 @@ def export(
     import torch
 
     module = live_teacher(teacher, taps, view_size)
-    views = torch.from_numpy(np.ascontiguousarray(images))
+    views = torch.from_numpy(np.ascontiguousarray(images[:CHECKED]))
     attention_error = None
     if any(tap.name in ATTENTION for tap in taps):
         with torch.no_grad():
@@ -78,10 +79,11 @@ def export(
         expected = [output.numpy() for output in module(views)]
     graph = _graph(module, views[:2])
     session = open_session(graph, provider)
-    parity = tuple(_compare(session, images, expected, taps, teacher))
+    values = session.run(images)
+    parity = tuple(_compare([output[:CHECKED] for output in values], expected, taps, teacher))
     return Exported(
         graph, tuple(taps), tuple(output.shape[1:] for output in expected),
-        tuple(_detail(module, tap) for tap in taps), parity, tuple(expected), session.settings, attention_error,
+        tuple(_detail(module, tap) for tap in taps), parity, tuple(values), session.settings, attention_error,
     )  # fmt: skip
 
 
@@ -119,10 +121,10 @@ def _graph(module: TappedTeacher, views: object) -> bytes:
 
 
 def _compare(
-    session: Session, images: np.ndarray, expected: list[np.ndarray], taps: Sequence[Tap], teacher: Teacher
+    values: Sequence[np.ndarray], expected: Sequence[np.ndarray], taps: Sequence[Tap], teacher: Teacher
 ) -> list[float]:
     errors = []
-    for tap, mine, theirs in zip(taps, session.run(images), expected, strict=True):
+    for tap, mine, theirs in zip(taps, values, expected, strict=True):
         if mine.shape != theirs.shape:
             raise UserError(f"{teacher.name}: {tap.name}: the graph gives {mine.shape}, PyTorch {theirs.shape}")
         errors.append(float(np.abs(mine - theirs).max() / max(np.abs(theirs).max(), 1e-12)))
@@ -136,7 +138,7 @@ def _compare(
 
 def _detail(module: TappedTeacher, tap: Tap) -> Record:
     """What a target's manifest says beyond its shape: which stage each channel comes from, where each map is read."""
-    detail: Record = {"axes": list(TAPS[tap.name][0])}
+    detail: Record = {"axes": list(TAPS[tap.name].axes)}
     if tap.name == "activations":
         chosen = tap.layers or range(1, len(module.stages) + 1)
         named = [module.stages[n - 1] for n in chosen]

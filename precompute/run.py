@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from precompute import targets
-from precompute.engine import ShardTask, known_index, missing, one_view, open_session, run_task
+from precompute.cluster import Failure, run_here, run_on, workers
+from precompute.engine import Output, ShardTask, block_views, known_index
+from precompute.session import cores
 from precompute.teachers import Teacher
 from storage import banks
 from storage.card import card
 from storage.errors import UserError
+from storage.objects import is_remote
 from storage.policies import Policy
 from storage.progress import Progress
 from storage.store import Store
+from storage.tars import stem_of
 
 
 @dataclass(frozen=True)
@@ -31,96 +38,141 @@ class Wanted:
     new_bank: bool = False
     provider: str = "auto"
     bad_images: Literal["fail", "skip"] = "fail"
+    pixels: bool = False  # keep the view images themselves
+    workers: int | None = None  # processes on this machine
+    dask: str | None = None  # address of a scheduler
+
+
+@dataclass
+class Job:
+    """What a run has to do, once teacher, bank and targets are recorded: graph -> outputs over all shards."""
+
+    store: Store
+    wanted: Wanted
+    policy: Policy
+    views: int
+    by_graph: dict[str, tuple[Output, ...]]
+    known: dict[str, list[str]] = field(default_factory=dict)  # stem -> ids of shards that the store knew
+
+    def tasks(self, graph: str, shards: Sequence[str] | None = None) -> Iterator[ShardTask]:
+        """The tasks of one graph, one after another: there may be many."""
+        wanted = self.wanted
+        for url in shards or wanted.shards:
+            yield ShardTask(
+                self.store, url, self.policy.bank, wanted.teacher.name, graph, self.by_graph[graph], self.views,
+                wanted.bad_images, tuple(self.known.get(stem_of(url), ())),
+            )  # fmt: skip
+
+
+def prepare(store: Store, wanted: Wanted, progress: Progress) -> Job:
+    """Record the teacher, the bank and the targets; nothing of a shard is made yet.
+
+    Raises:
+        UserError: as its parts do.
+    """
+    known: dict[str, list[str]] = defaultdict(list)
+    for shard in store.shard_ids():
+        known[shard.rpartition("-")[0]].append(shard)
+    manifest = targets.record_teacher(store, wanted.teacher)
+    policy = targets.choose_policy(store, wanted.policy, set(wanted.given), wanted.shards, known, wanted.new_bank)
+    views = _views(store, policy, wanted.views)
+    store.add_bank(policy.bank, policy.identity, banks.describe(policy))
+    first = wanted.shards[0]
+
+    def images() -> Any:
+        index = known_index(store, first, known.get(stem_of(first), ()))
+        return block_views(first, index, policy)
+
+    wishes = wanted.wishes or targets.defaults(manifest, policy)
+    by_graph = targets.record_targets(
+        store, wanted.teacher, manifest, wishes, policy, images, wanted.provider, progress.say
+    )
+    if wanted.pixels:
+        first_graph = next(iter(by_graph))
+        by_graph[first_graph] = (*by_graph[first_graph], targets.record_pixels(store, policy))
+    return Job(store, wanted, policy, views, by_graph, known)
 
 
 def precompute(store: Store, wanted: Wanted, progress: Progress) -> dict[str, Any]:
     """Make everything that is wanted and missing; what was done, as plain data.
 
+    A shard that fails is listed under `failures`; the others are finished.
+
     Raises:
-        UserError: as its parts do. What was complete stays.
+        UserError: as its parts do, before any shard is made. What was complete stays.
     """
     began = time.monotonic()
-    teacher = wanted.teacher
     progress.say(f"store {store.url}")
-    manifest = targets.record_teacher(store, teacher)
-    progress.say(f"indexing {len(wanted.shards)} shard(s)")
-    shards: dict[str, tuple[str, int]] = {}  # url -> id, samples; whole indexes of many shards are large
-    for url in wanted.shards:
-        index = known_index(store, url)
-        shards[url] = (index.id, len(index))
-    ids = _refuse_twice(shards)
-    policy = targets.choose_policy(store, wanted.policy, set(wanted.given), ids, wanted.new_bank)
-    views = _views(store, policy, wanted.views, ids)
-    progress.say(f"bank {policy.bank}: {policy.line}, size {policy.size}, seed {policy.seed}, {views} view(s)")
-    store.add_bank(policy.bank, policy.identity, banks.describe(policy))
-
-    first = wanted.shards[0]
-    by_graph = targets.record_targets(
-        store, teacher, manifest, wanted.wishes or targets.defaults(manifest, policy), policy,
-        lambda: one_view(first, known_index(store, first), policy), wanted.provider, progress.say,
-    )  # fmt: skip
+    if wanted.dask is not None:  # workers have working folders of their own
+        absolute = [url if is_remote(url) else str(Path(url).absolute()) for url in wanted.shards]
+        wanted = Wanted(**{**wanted.__dict__, "shards": absolute})
+    job = prepare(store, wanted, progress)
+    policy = job.policy
+    progress.say(f"bank {policy.bank}: {policy.line}, size {policy.size}, seed {policy.seed}, {job.views} view(s)")
+    shards: dict[str, str] = {}  # id -> url
+    failures: dict[str, Failure] = {}
     invalid: list[str] = []
     written = rendered = 0
     settings: dict[str, Any] = {}
-    for graph, outputs in by_graph.items():
-        tasks = [
-            ShardTask(store, url, policy.bank, teacher.name, graph, outputs, views, wanted.bad_images)
-            for url in wanted.shards
-        ]
-        todo = {task.url: len(missing(task, shards[task.url][0])) * shards[task.url][1] for task in tasks}
-        names = ", ".join(output.target for output in outputs)
-        if not any(todo.values()):
-            progress.say(f"complete already: {names}")
+    for url, outcome in _outcomes(job, progress):
+        if isinstance(outcome, Failure):
+            failures[url] = outcome
+            progress.say(f"failed: {outcome.error}")
             continue
-        session = open_session(store.graph(teacher.name, graph), wanted.provider)
-        settings = session.settings
-        progress.say(f"{names}\n  on {settings['provider']}, {settings['precision']}, {len(tasks)} shard(s)")
-        progress.start(f"{teacher.name} views", sum(todo.values()))
-        for task in tasks:
-            if todo[task.url]:
-                outcome = run_task(task, session, progress.advance)
-                invalid += [f"{task.url}: {key}" for key in outcome.invalid]
-                written += outcome.written
-        rendered += sum(todo.values())
+        if shards.setdefault(outcome.shard, url) != url:
+            text = f"{url} holds the same samples as {shards[outcome.shard]}; give each shard once"
+            failures[url] = Failure(text, "data")
+        invalid += [f"{url}: {key}" for key in outcome.invalid]
+        written, rendered = written + outcome.written, rendered + outcome.rendered
+        settings = outcome.settings or settings
+    outputs = [output.target for several in job.by_graph.values() for output in several]
     for line in invalid:
         progress.say(f"left out, marked invalid: {line}")
+    if not rendered and not failures:
+        progress.say(f"complete already: {', '.join(outputs)}")
     store.objects.put("README.md", card(store).encode())
     seconds = time.monotonic() - began
     if rendered:
         progress.say(f"{rendered:,} view images in {seconds:.1f} s ({rendered / seconds:.0f}/s)")
+    teacher = {key: value for key, value in asdict(wanted.teacher).items() if key != "classes"}
     return {
         "store": store.url,
         "bank": policy.bank,
-        "targets": [output.target for outputs in by_graph.values() for output in outputs],
-        "shards": ids,
-        "views": views,
+        "targets": outputs,
+        "shards": list(shards),
+        "views": job.views,
         "written": written,
         "view_images": rendered,
         "invalid": invalid,
+        "failures": [{"shard": url, "error": f.error, "kind": f.kind} for url, f in failures.items()],
         "session": settings,
-        "teacher": {key: value for key, value in asdict(teacher).items() if key != "classes"},
+        "teacher": teacher,
         "seconds": round(seconds, 3),
     }
 
 
-def _refuse_twice(shards: dict[str, tuple[str, int]]) -> list[str]:
-    """The shards' ids, all different."""
-    seen: dict[str, str] = {}
-    for url, (id, _) in shards.items():
-        if id in seen:
-            raise UserError(f"{url} holds the same samples as {seen[id]}; give each shard once")
-        seen[id] = url
-    return list(seen)
+def _outcomes(job: Job, progress: Progress) -> Iterator[tuple[str, Any]]:
+    """Url and outcome of every task; one graph after another, so that a process holds one session."""
+    wanted, count = job.wanted, len(job.wanted.shards)
+    here = wanted.workers is None and wanted.dask is None
+    with contextlib.nullcontext() if here else workers(wanted.workers, wanted.dask, progress.say) as client:
+        for graph, outputs in job.by_graph.items():
+            progress.say(f"{', '.join(output.target for output in outputs)}: {count} shard(s)")
+            progress.start(f"{wanted.teacher.name} views", 0)
+            if client is None:
+                yield from run_here(job.tasks(graph), count, wanted.provider, progress)
+            else:
+                threads = max(1, cores() // wanted.workers) if wanted.workers else None
+                yield from run_on(client, job.tasks(graph), count, wanted.provider, threads, progress)
 
 
-def _views(store: Store, policy: Policy, wanted: int | None, shards: Sequence[str]) -> int:
-    """How many views: as said; else as many as the bank has over these shards; else four, or one without chance."""
+def _views(store: Store, policy: Policy, wanted: int | None) -> int:
+    """How many views: as said; else as many as the bank has; else four, or one without chance."""
     if not policy.random:
         if wanted not in (None, 1):
             raise UserError(f"--view-count {wanted}: {policy.line} leaves nothing to chance, so it has one view")
         return 1
     if wanted is not None:
         return wanted
-    done = store.done()
-    there = [t.view for t in done if t.kind == "bank" and t.id == policy.bank and t.shard in set(shards)]
+    there = [task.view for task in store.done() if task.kind == "bank" and task.id == policy.bank]
     return max(there) + 1 if there else 4

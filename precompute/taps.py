@@ -10,12 +10,13 @@ import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from storage.codecs import Values
 from storage.errors import UserError, nearest
 
 
@@ -37,14 +38,23 @@ import timm  # noqa: E402
 __all__ = ["TAPS", "AttentionTaps", "Tap", "TappedTeacher", "attention_layers", "check_attention", "class_row",
            "cnn_stages", "prefix_roles", "resize_matrix", "timm"]  # fmt: skip
 
-# tap -> (axes of one sample's tensor, how many of the last make a map, whether layers can be chosen)
-TAPS: dict[str, tuple[tuple[str, ...], int, bool]] = {
-    "activations": (("channel", "y", "x"), 2, True),
-    "q": (("layer", "head", "token", "width"), 2, True),
-    "k": (("layer", "head", "token", "width"), 2, True),
-    "class_row": (("layer", "head", "token"), 1, True),
-    "class_token": (("width",), 1, False),
-    "logits": (("class",), 1, False),
+
+class About(NamedTuple):
+    """What a tap gives: axes of one sample's tensor, how many of the last make a map, whether layers can be chosen."""
+
+    axes: tuple[str, ...]
+    maps: int
+    layered: bool
+    values: Values = "plain"
+
+
+TAPS: dict[str, About] = {
+    "activations": About(("channel", "y", "x"), 2, True),
+    "q": About(("layer", "head", "token", "width"), 2, True),
+    "k": About(("layer", "head", "token", "width"), 2, True),
+    "class_row": About(("layer", "head", "token"), 1, True, "rows"),
+    "class_token": About(("width",), 1, False),
+    "logits": About(("class",), 1, False, "logits"),
 }
 ATTENTION = ("q", "k", "class_row")
 

@@ -8,16 +8,22 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from precompute.engine import Output
 from precompute.teachers import Teacher, describe, load
 from storage import codecs, records
+from storage.codecs import Codec
 from storage.errors import IdentityError, UserError, nearest
 from storage.policies import Policy
 from storage.records import Record
 from storage.store import Store
+from storage.tars import stem_of
+
+if TYPE_CHECKING:
+    from precompute.taps import About
 
 # tap -> its codec where none is asked for
 _CODECS = {"activations": "u8", "logits": "f32"}
@@ -58,9 +64,12 @@ def parse(text: str) -> list[Wish]:
         grid = int(options["grid"])
         if any(tap != "activations" for tap in taps):
             raise UserError(f"--target {text}: only activations are resized to a grid")
-    if "layers" in options and not all(TAPS[tap][2] for tap in taps):
-        raise UserError(f"--target {text}: {', '.join(t for t in taps if not TAPS[t][2])} has no layers to choose")
-    codec = codecs.check(options["codec"]) if "codec" in options else None
+    if "layers" in options and not all(TAPS[tap].layered for tap in taps):
+        raise UserError(f"--target {text}: {', '.join(t for t in taps if not TAPS[t].layered)} has no layers to choose")
+    codec = options.get("codec")
+    if codec is not None:
+        for tap in taps:
+            codec = codecs.check(codec, TAPS[tap].values)
     return [Wish(tap, options.get("layers"), grid, codec) for tap in taps]
 
 
@@ -133,8 +142,10 @@ def record_targets(
     wanted = {_id(teacher, identity): identity for identity in identities}
     known = _known(store, wanted)
     if len(known) < len(wanted):
-        # All of them, so that a run that was killed between two of its targets makes the same graph again.
-        _export(store, teacher, wanted, policy, images, provider, say)
+        # Those that are there are exported again only while nothing was made of them: a run that was killed between
+        # two manifests makes the same graph again, and what is complete is not computed twice.
+        begun = {task.id for task in store.done()}
+        _export(store, teacher, {id: wanted[id] for id in wanted if id not in begun}, policy, images, provider, say)
         known = _known(store, wanted)
     by_graph: dict[str, tuple[Output, ...]] = {}
     for id in wanted:
@@ -152,7 +163,7 @@ def _identity(teacher: Teacher, manifest: Record, wish: Wish, policy: Policy) ->
     from precompute.taps import TAPS
 
     layers = None
-    if TAPS[wish.tap][2]:
+    if TAPS[wish.tap].layered:
         if not manifest["layers"]:
             raise UserError(f"teacher {manifest['id']} is neither a CNN with stages nor a plain ViT: no {wish.tap}")
         needs = "cnn" if wish.tap == "activations" else "vit"
@@ -198,29 +209,57 @@ def _export(
         say(f"  attention from the tapped q and k against the network's: {exported.attention_error:.1e}")
     for id, identity in wanted.items():
         position = distinct.index(taps[id])
+        tapped = TAPS[identity["tap"]]
+        names = dict.fromkeys([identity["codec"], *codecs.fitting(tapped.values)])
         about = {
             "teacher": teacher.name,
             "graph": graph,
             "output": position,
             "sample_shape": list(exported.shapes[position]),
-            "maps": TAPS[identity["tap"]][1],
+            "maps": tapped.maps,
+            "values": tapped.values,
             "parity": exported.parity[position],
             "attention_error": exported.attention_error,
-            "codec_error": codecs.error(identity["codec"], exported.values[position], TAPS[identity["tap"]][1]),
+            "codec_errors": {name: _codec_error(name, tapped, exported.values[position]) for name in names},
             "session": exported.session,
             **exported.details[position],
         }
         store.add_target(id, identity, about)
 
 
-def choose_policy(store: Store, wanted: Policy, given: set[str], shards: Sequence[str], new_bank: bool) -> Policy:
+def _codec_error(name: str, tap: About, values: np.ndarray) -> dict[str, float] | None:
+    """What a codec costs on a real block; None where it cannot hold the values."""
+    try:
+        return Codec(name, values.shape[1:], tap.maps, tap.axes, tap.values).error(values)
+    except UserError:
+        return None
+
+
+def record_pixels(store: Store, policy: Policy) -> Output:
+    """The target of the view images themselves, of the pseudo-teacher `views`: nothing has to be decoded again."""
+    identity = {
+        "teacher": "views", "bank": policy.bank, "tap": "pixels", "layers": None, "grid": None, "codec": "raw",
+    }  # fmt: skip
+    id = f"views-pixels-raw-{records.digest_of(identity)[:8]}"
+    about: Record = {
+        "teacher": "views", "graph": None, "output": None, "sample_shape": [policy.size, policy.size, 3], "maps": 2,
+        "axes": ["y", "x", "channel"], "values": "plain", "parity": None, "attention_error": None, "codec_errors": {},
+        "session": {},
+    }  # fmt: skip
+    return Output.of(store.add_target(id, identity, about))
+
+
+def choose_policy(
+    store: Store, wanted: Policy, given: set[str], urls: Sequence[str], known: dict[str, list[str]], new_bank: bool
+) -> Policy:
     """The policy of this run: what is not given comes from the bank that the shards have already.
 
     Args:
         store: with its banks.
         wanted: policy, size and seed, given or by default.
         given: which of `line`, `size` and `seed` were given.
-        shards: ids of the shards that the store knows.
+        urls: of the shards.
+        known: stem -> ids of the shards that the store knows.
         new_bank: another bank beside the one that is there is wanted.
 
     Raises:
@@ -228,9 +267,15 @@ def choose_policy(store: Store, wanted: Policy, given: set[str], shards: Sequenc
     """
     from storage.banks import policy_of
 
-    done = store.done()
-    there = sorted({task.id for task in done if task.kind == "bank" and task.shard in shards})
+    alike = {id for url in urls for id in known.get(stem_of(url), ())}
+    done = [task for task in store.done() if task.kind == "bank" and task.shard in alike]
+    there = sorted({task.id for task in done})
     if not there or wanted.bank in there or new_bank:
+        return wanted
+    same = [store.recognise(url, known.get(stem_of(url), ())) for url in urls]  # only now: it reads every file
+    ids = {index.id for index in same if index}
+    there = sorted({task.id for task in done if task.shard in ids})
+    if not there:
         return wanted
     found: list[tuple[str, object, object]] = []
     fitting: list[Policy] = []

@@ -26,6 +26,10 @@ class DamageError(UserError):
     """An object of a store is missing or is not the bytes that were written. Names the object."""
 
 
+class MissingError(DamageError):
+    """An object that should be there is not."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`Did you mean …?` for the known word closest to `word`, or the known words when none is close."""
     known = sorted(known)

@@ -17,6 +17,9 @@ class Progress(Protocol):
     def advance(self, steps: int) -> None:
         """So many more steps are done."""
 
+    def expect(self, total: int) -> None:
+        """There are so many steps, as far as it is known by now."""
+
 
 class Quiet:
     """Says nothing."""
@@ -28,4 +31,7 @@ class Quiet:
         """Nothing."""
 
     def advance(self, steps: int) -> None:
+        """Nothing."""
+
+    def expect(self, total: int) -> None:
         """Nothing."""

@@ -18,7 +18,7 @@ import numpy as np
 
 from storage import records
 from storage.arrays import ArrayWriter, StoredArray
-from storage.errors import DamageError, IdentityError, UserError, nearest
+from storage.errors import DamageError, IdentityError, MissingError, UserError, nearest
 from storage.objects import Objects, open_objects
 from storage.records import Record
 from storage.shards import ShardIndex, cached_index, differences
@@ -377,7 +377,7 @@ class Store:
         try:
             content = records.load(self.objects.get(f"done/{task.name}"), name)
         except FileNotFoundError:
-            raise DamageError(f"{name}: missing: this view was not precomputed, or its marker is gone") from None
+            raise MissingError(f"{name}: missing: this view was not precomputed, or its marker is gone") from None
         said = (content.get("kind"), content.get("id"), content.get("shard"), content.get("view"))
         if said != (task.kind, task.id, task.shard, task.view):
             raise DamageError(f"{name}: damaged: it is the marker of {'.'.join(map(str, said))}")
@@ -392,6 +392,8 @@ class Store:
         """
         try:
             return self.marker(task)
+        except MissingError:  # nothing is removed: somebody may be creating it at this moment
+            return None
         except DamageError:
             self.objects.remove(f"done/{task.name}")
             return None
@@ -425,14 +427,13 @@ class Store:
         """
         import dask.array
 
-        from storage import codecs
+        from storage.codecs import Codec
 
-        manifest = self.target(target)
-        shape = tuple(manifest["sample_shape"])
+        codec = Codec.of(self.target(target))
 
         def load(marker: Marker, start: int, stop: int) -> np.ndarray:
             arrays = {name: array.read(start, stop) for name, array in marker.arrays.items()}
-            values: np.ndarray = codecs.decode(manifest["identity"]["codec"], arrays)
+            values: np.ndarray = codec.decode(arrays)
             return values
 
         parts = []
@@ -442,7 +443,7 @@ class Store:
             for start in range(0, data.shape[0], data.chunk_shape[0]):
                 stop = min(start + data.chunk_shape[0], data.shape[0])
                 piece = dask.delayed(load, pure=True)(marker, start, stop)  # type: ignore[attr-defined]
-                parts.append(dask.array.from_delayed(piece, (stop - start, *shape), np.float32))  # type: ignore[no-untyped-call]
+                parts.append(dask.array.from_delayed(piece, (stop - start, *codec.shape), np.float32))  # type: ignore[no-untyped-call]
         if not parts:
             raise UserError(f"{self.url}: target {target} has nothing complete yet")
         return dask.array.concatenate(parts)  # type: ignore[no-untyped-call, no-any-return]

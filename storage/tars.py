@@ -9,7 +9,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
 import fsspec
 
@@ -17,7 +17,13 @@ from storage.errors import UserError
 from storage.objects import is_remote, open_objects
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
+LARGEST = 1 << 30  # bytes of one member, which is read whole: more than any image has
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+# headers that name or describe the member after them
+_EXTENDED = (
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,18 @@ class Sample:
     image: bytes
     label: int | None
     json: bytes | None = None
+
+
+class _Header(tarfile.TarInfo):
+    """A header whose size is plausible: tarfile follows negative ones, and reads long names of any size into memory."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """The header in 512 bytes. Raises ValueError, beside what tarfile raises."""
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0 or (header.type in _EXTENDED and header.size > 1 << 20):
+            raise ValueError(f"a header claims {header.size} bytes")
+        return header
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -46,7 +64,7 @@ def members(
     false a key may come back later, once more with each run of its members.
 
     Raises:
-        UserError: links, devices, hostile names, a key whose members do not stand together, a truncated member.
+        UserError: links, devices, hostile names and sizes, a key whose members do not stand together, a truncated one.
     """
     key: str | None = None
     parts: list[tuple[str, bytes]] = []
@@ -55,11 +73,16 @@ def members(
     try:
         length = file.seek(0, io.SEEK_END)
         file.seek(0)
-        tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="strict")  # noqa: SIM115
+        tar = tarfile.open(fileobj=file, mode="r:", tarinfo=_Header, encoding="utf-8", errors="strict")  # noqa: SIM115
         while (info := tar.next()) is not None:
             end_of_member = info.offset_data + -(-info.size // 512) * 512 if info.isreg() else tar.offset
-            if not (info.isreg() or info.isdir()) or info.issparse():
+            if tar.pax_headers.keys() & {"path", "size"}:  # a range from the middle would not see it
+                raise UserError(f"{where}: a global header names or sizes all members; make the file again")
+            sparse = info.issparse() or any(field.startswith("GNU.sparse") for field in info.pax_headers)
+            if not (info.isreg() or info.isdir()) or sparse:
                 raise UserError(f"{where}: {info.name!r} is a link or a device; shards hold plain files only")
+            if "\0" in info.name:
+                raise UserError(f"{where}: {info.name!r} has a NUL in its name; rename it")
             if info.name.startswith("/") or ".." in info.name.split("/"):
                 raise UserError(f"{where}: {info.name!r} leads outside of the tar")
             if info.size < 0 or (info.isreg() and info.offset_data + info.size > length):
@@ -68,6 +91,8 @@ def members(
             if name is None or re.match(r"__[^/]*__($|/)", info.name):
                 end = end_of_member
                 continue
+            if info.size > LARGEST:
+                raise UserError(f"{where}: {info.name!r} has {info.size:,} bytes, more than {LARGEST:,} are refused")
             if name[0] != key:
                 if key is not None:
                     yield key, parts, start, info.offset
@@ -85,15 +110,11 @@ def members(
             tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: a member's name is not UTF-8 ({error})") from None
+    except UserError:
+        raise
     except (
-        tarfile.TarError,
-        EOFError,
-        RecursionError,
-        OSError,
-        ValueError,
-        OverflowError,
-        MemoryError,
-    ) as error:  # hostile headers
+        Exception
+    ) as error:  # tarfile raises anything on hostile headers: IndexError, RecursionError, OverflowError, …
         said = str(error) or type(error).__name__
         raise UserError(f"{where}: cannot be read as a tar: {said}; copy or make the file again") from None
     if key is not None:
@@ -110,6 +131,8 @@ def as_sample(key: str, parts: Sequence[tuple[str, bytes]], where: str) -> Sampl
     images = [kind for kind in by_kind if kind in IMAGES]
     if len(by_kind) < len(parts):
         raise UserError(f"{where}: key {key!r} has two members of the same kind")
+    if kept := next((kind for kind in by_kind if kind.startswith("__")), None):
+        raise UserError(f"{where}: key {key!r}: WebDataset keeps members called {kept!r} for itself; rename it")
     if len(images) != 1:
         found = ", ".join(images) if images else ", ".join(sorted(by_kind)) or "nothing"
         raise UserError(f"{where}: key {key!r} needs one image ({', '.join(IMAGES)}), found {found}")

@@ -10,8 +10,9 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from storage import codecs, records
+from storage import records
 from storage.banks import bank_policy, read_views
+from storage.codecs import Codec
 from storage.errors import DamageError, UserError
 from storage.shards import BLOCK, read_samples
 from storage.store import Marker, Store, Task
@@ -113,10 +114,10 @@ def _references(store: Store, task: Task, marker: Marker, markers: dict[Task, Ma
             raise DamageError(f"{store.url}/banks/{task.id}/manifest.json: missing, and {task.name} refers to it")
     else:
         manifest = store.target(task.id)
-        wanted = codecs.layout(manifest["identity"]["codec"], tuple(manifest["sample_shape"]), manifest["maps"])
+        wanted = Codec.of(manifest).layout()
         expected = set(wanted)
-        for array_name, (_, shape) in wanted.items():
-            if array_name in marker.arrays and marker.arrays[array_name].shape[1:] != shape:
+        for array_name, part in wanted.items():
+            if array_name in marker.arrays and marker.arrays[array_name].shape[1:] != part.shape:
                 raise DamageError(f"{name}: damaged: {array_name} has not the shape that the target's manifest says")
         bank = Task("bank", manifest["identity"]["bank"], task.shard, task.view)
         if bank not in markers:

@@ -86,6 +86,6 @@ def evaluation_batches(urls: Sequence[str], policy: Policy, batch: int) -> Itera
             held.append((arrays, targets))
             if sum(len(part[0]["labels"]) for part in held) >= batch or number == index.blocks - 1:
                 joined, _ = join(held)
-                images, labels, ids = (torch.from_numpy(joined[name]) for name in ("images", "labels", "ids"))
-                yield Batch(images, labels, ids)
+                tensors = {name: torch.from_numpy(array) for name, array in joined.items()}
+                yield Batch(**tensors)  # type: ignore[arg-type]
                 held = []

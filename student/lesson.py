@@ -76,7 +76,7 @@ class Lesson(nn.Module):
         values = {}
         for name, loss in self.losses.items():
             target = batch.target(self.targets[name]) if name in self.targets else None
-            values[name] = loss(Step(logits, batch.labels, self.attention, target))
+            values[name] = loss(Step(logits, batch.labels, batch.others, batch.shares, self.attention, target))
         return logits, values
 
     def total(self, values: Mapping[str, Tensor], epoch: int) -> Tensor:

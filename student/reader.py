@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from storage.banks import read_views
+from storage.banks import BankView, read_views
+from storage.codecs import Codec
 from storage.errors import IdentityError, UserError
 from storage.policies import Policy
 from storage.shards import ShardIndex, cached_index, read_samples
 from storage.store import Marker, Store, Task
-from storage.views import BadImage, decode, draw, render
+from storage.views import BadImage, Mix, decode, draw, mixed, render
 from student.order import Segment
 
 Arrays = dict[str, np.ndarray]
+_Look = Callable[[int], tuple[Mix | None, np.ndarray]]  # a sample's index -> its mixing, its pixels before that
 Part = tuple[Arrays, dict[str, Arrays]]  # images, labels and ids of some samples; target id -> its arrays
 
 
@@ -30,6 +32,7 @@ class Source:
         policy: of the views.
         store: with the bank and the targets; None for fresh views.
         bank: id of the bank; None for fresh views, whose number is the epoch.
+        pixels: id of a target with the view images themselves; they are then read and nothing is decoded.
         targets: target id -> codec.
         stored: whether the store's index fits each file; a tar with other headers is read by its own.
     """
@@ -39,7 +42,8 @@ class Source:
     policy: Policy
     store: Store | None = None
     bank: str | None = None
-    targets: Mapping[str, str] = field(default_factory=dict, hash=False)
+    pixels: str | None = None
+    targets: Mapping[str, Codec] = field(default_factory=dict, hash=False)
     stored: tuple[bool, ...] = ()
 
 
@@ -77,41 +81,91 @@ class BlockReader:
     def read(self, segment: Segment, view: int) -> Part:
         """The samples of a segment in one view: images, labels and ids, and the arrays of each target.
 
+        `others` and `shares` are labels of mixing partners and their share of the image, 0 where nothing is mixed.
+
         Raises:
             IdentityError: an image, key, label or pixel is not what it was.
             DamageError: an object of the store is missing or damaged.
         """
         source = self.source
-        url, shard = source.urls[segment.shard], source.shards[segment.shard]
+        shard = source.shards[segment.shard]
         index = self.index(segment.shard)
-        span = range(int(segment.samples[0]), int(segment.samples[-1]) + 1)
-        samples = read_samples(url, index, span)
-        chosen = segment.samples - span.start
-        side = source.policy.size
-        images = np.empty((len(chosen), side, side, 3), np.uint8)
+        chosen = segment.samples
+        first, stop = int(chosen[0]), int(chosen[-1]) + 1
+        images, mixes = self._images(segment, index, view)
         targets: dict[str, Arrays] = {}
-        if source.bank is not None:
-            bank = self.marker(Task("bank", source.bank, shard, view))
-            there = read_views(bank, span.start, span.stop)
-            where = f"{url}, bank {source.bank}, view {view}"
-            for row, i in enumerate(chosen):
-                images[row] = there.replay(int(i), samples[i], samples[i].image, side, where)
-            for target in source.targets:
-                marker = self.marker(Task("target", target, shard, view))
-                targets[target] = {
-                    name: array.read(span.start, span.stop)[chosen] for name, array in marker.arrays.items()
-                }
+        for target in source.targets:
+            arrays = self.marker(Task("target", target, shard, view)).arrays
+            targets[target] = {name: array.read(first, stop)[chosen - first] for name, array in arrays.items()}
+        labels = [index.labels[i] for i in chosen]
+        others = [index.labels[mix.partner] if mix else own for mix, own in zip(mixes, labels, strict=True)]
+        return {
+            "images": images,
+            "labels": np.array([-1 if label is None else label for label in labels], np.int64),
+            "others": np.array([-1 if label is None else label for label in others], np.int64),
+            "shares": np.array([mix.amount / 256 if mix else 0 for mix in mixes], np.float32),
+            "ids": np.stack(
+                [np.full(len(chosen), segment.shard), chosen, np.full(len(chosen), view)], 1, dtype=np.int64
+            ),
+        }, targets
+
+    def _images(self, segment: Segment, index: ShardIndex, view: int) -> tuple[np.ndarray, list[Mix | None]]:
+        """The view images of a segment, uint8 `[n, S, S, 3]`, and how each was mixed with its partner."""
+        source = self.source
+        shard, block = source.shards[segment.shard], index.block(segment.block)
+        if source.bank is None:
+            look = self._fresh(segment, index, view)
         else:
-            for row, i in enumerate(chosen):
-                try:
-                    image = decode(samples[i].image)
-                except BadImage as error:
-                    raise UserError(f"{url}: key {samples[i].key!r}: {error}") from None
-                drawn = draw(source.policy, samples[i].key, view, image.size)
-                images[row] = render(image, drawn, side)
-        labels = np.array([-1 if samples[i].label is None else samples[i].label for i in chosen], np.int64)
-        ids = np.stack([np.full(len(chosen), segment.shard), segment.samples, np.full(len(chosen), view)], 1)
-        return {"images": images, "labels": labels, "ids": ids.astype(np.int64)}, targets
+            stored = read_views(self.marker(Task("bank", source.bank, shard, view)), block.start, block.stop)
+            if source.pixels is not None:
+                first, stop = int(segment.samples[0]), int(segment.samples[-1]) + 1
+                pixels = self.marker(Task("target", source.pixels, shard, view)).arrays["data"].read(first, stop)
+                mixes = [stored.view(int(i) - block.start).mix for i in segment.samples]
+                return pixels[segment.samples - first], mixes
+            look = self._replayed(segment, index, view, stored)
+        images, mixes = [], []
+        for i in segment.samples:
+            mix, own = look(int(i))
+            images.append(mixed(own, look(mix.partner)[1], mix) if mix else own)
+            mixes.append(mix)
+        return np.stack(images), mixes
+
+    def _replayed(self, segment: Segment, index: ShardIndex, view: int, stored: BankView) -> _Look:
+        """A sample's mixing and its own pixels, rendered again from the stored view; each sample once."""
+        source, start = self.source, index.block(segment.block).start
+        url = source.urls[segment.shard]
+        mixes = {int(i): stored.view(int(i) - start).mix for i in segment.samples}
+        needed = {*mixes, *(mix.partner for mix in mixes.values() if mix)}
+        span = range(min(needed), max(needed) + 1)
+        samples = read_samples(url, index, span)
+        where = f"{url}, bank {source.bank}, view {view}"
+
+        @functools.cache
+        def look(i: int) -> tuple[Mix | None, np.ndarray]:
+            sample = samples[i - span.start]
+            pixels = stored.replay(i - start, sample, sample.image, source.policy.size, where)
+            return mixes.get(i), pixels
+
+        return look
+
+    def _fresh(self, segment: Segment, index: ShardIndex, view: int) -> _Look:
+        """The same of views that are drawn now."""
+        source, block = self.source, index.block(segment.block)
+        url = source.urls[segment.shard]
+        span = block if source.policy.mixes else range(int(segment.samples[0]), int(segment.samples[-1]) + 1)
+        samples = read_samples(url, index, span)
+
+        @functools.cache
+        def look(i: int) -> tuple[Mix | None, np.ndarray]:
+            sample = samples[i - span.start]
+            try:
+                image = decode(sample.image)
+            except BadImage as error:
+                raise UserError(f"{url}: key {sample.key!r}: {error}") from None
+            drawn = draw(source.policy, sample.key, view, image.size, i, block)
+            return drawn.mix, render(image, drawn, source.policy.size)
+
+        return look
 
 
 def join(parts: Sequence[Part]) -> Part:

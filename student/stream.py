@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from storage import codecs
 from storage.banks import bank_policy
+from storage.codecs import Codec
 from storage.errors import IdentityError, UserError
 from storage.policies import Policy
 from storage.shards import BLOCK, ShardIndex, cached_index, expand, require_labels
@@ -34,6 +35,8 @@ class Batch:
     Attributes:
         images: uint8 `[B, S, S, 3]`, the pixels that the teacher saw.
         labels: int64 `[B]`; −1 where the shards have none.
+        others: int64 `[B]`: labels of the images that view images were mixed with; their own where nothing was mixed.
+        shares: f32 `[B]`: the others' share of each image and of its label.
         ids: int64 `[B, 3]`: number of the shard in the stream, index in the shard, view.
         targets: target id -> the codec's arrays, each `[B, …]`.
         codecs: target id -> codec.
@@ -41,21 +44,29 @@ class Batch:
 
     images: Tensor
     labels: Tensor
+    others: Tensor
+    shares: Tensor
     ids: Tensor
     targets: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    codecs: dict[str, str] = field(default_factory=dict)
+    codecs: dict[str, Codec] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device."""
         targets = {
             t: {n: a.to(device, non_blocking=True) for n, a in arrays.items()} for t, arrays in self.targets.items()
         }
-        return Batch(self.images.to(device), self.labels.to(device), self.ids, targets, self.codecs)
+        images, labels, others, shares = (t.to(device) for t in (self.images, self.labels, self.others, self.shares))
+        return Batch(images, labels, others, shares, self.ids, targets, self.codecs)
 
     def target(self, id: str) -> Tensor:
         """A target's decoded values, f32 `[B, …]`."""
-        values: Tensor = codecs.decode(self.codecs[id], self.targets[id])
+        values: Tensor = self.codecs[id].decode(self.targets[id])
         return values
+
+    def soft_labels(self, classes: int) -> Tensor:
+        """Labels mixed as the images are, f32 `[B, K]`."""
+        own, other = (F.one_hot(labels, classes).float() for labels in (self.labels, self.others))
+        return own + self.shares[:, None] * (other - own)
 
     def pixels(self, mean: Sequence[float], std: Sequence[float]) -> Tensor:
         """Normalised images f32 `[B, 3, S, S]`, for a network's input."""
@@ -183,7 +194,7 @@ class Stream(IterableDataset[Batch]):
             invalid: dict[int, frozenset[int]] = {}
         else:
             self.source, sizes = _stored(opened, urls, targets, bank, labels)
-            self.views, invalid = _views(self.source, views)
+            self.source, self.views, invalid = _views(self.source, views)
         _refuse_twice(self.source)
         blocks = []
         for shard, count in enumerate(sizes):
@@ -216,10 +227,7 @@ class Stream(IterableDataset[Batch]):
     def _check_memory(self, budget: int | None) -> int:
         """Bytes that full lanes hold at most."""
         sample = 3 * self.source.policy.size**2
-        if self.source.store is not None:
-            for target, codec in self.source.targets.items():
-                manifest = self.source.store.target(target)
-                sample += codecs.sample_bytes(codec, tuple(manifest["sample_shape"]), manifest["maps"])
+        sample += sum(codec.sample_bytes for codec in self.source.targets.values())
         need = len(self.own) * self.order.window * BLOCK * sample
         budget = budget or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
         if need > budget:
@@ -265,7 +273,7 @@ class Stream(IterableDataset[Batch]):
             yield self._batch([by_lane[lane] for lane in self.own])
 
     def _batch(self, shares: Sequence[Any]) -> Batch:
-        arrays = {name: torch.cat([share[0][name] for share in shares]) for name in ("images", "labels", "ids")}
+        arrays = {name: torch.cat([share[0][name] for share in shares]) for name in shares[0][0]}
         targets = {
             t: {name: torch.cat([share[1][t][name] for share in shares]) for name in names}
             for t, names in shares[0][1].items()
@@ -327,15 +335,18 @@ def _stored(
         raise UserError(
             f"{store.url}: all targets of a training run share one bank, these name {', '.join(banks) or 'none'}"
         )
+    pixels = sorted(
+        id for id, m in store.targets().items() if (m["identity"]["tap"], m["identity"]["bank"]) == ("pixels", banks[0])
+    )
     source = Source(
-        tuple(urls), tuple(ids), bank_policy(store, banks[0]), store, banks[0],
-        {target: manifest["identity"]["codec"] for target, manifest in manifests.items()}, tuple(stored),
+        tuple(urls), tuple(ids), bank_policy(store, banks[0]), store, banks[0], pixels[0] if pixels else None,
+        {target: Codec.of(manifest) for target, manifest in manifests.items()}, tuple(stored),
     )  # fmt: skip
     return source, sizes
 
 
-def _views(source: Source, wanted: int | None) -> tuple[int, dict[int, frozenset[int]]]:
-    """How many views are used, and the invalid samples of each shard."""
+def _views(source: Source, wanted: int | None) -> tuple[Source, int, dict[int, frozenset[int]]]:
+    """How many views are used, and the invalid samples of each shard; without pixels that do not cover the views."""
     store, bank = source.store, str(source.bank)
     assert store is not None
     done = store.done()
@@ -348,4 +359,8 @@ def _views(source: Source, wanted: int | None) -> tuple[int, dict[int, frozenset
         what = next(iter(source.targets), bank)
         raise UserError(f"{store.url}: no view of {what} is there for these shards; run precompute over them first")
     invalid = {n: store.marker(Task("bank", bank, shard, 0)).invalid for n, shard in enumerate(source.shards)}
-    return count, invalid
+    if source.pixels and not all(
+        Task("target", source.pixels, s, view) in done for s in source.shards for view in range(count)
+    ):
+        source = replace(source, pixels=None)
+    return source, count, invalid

@@ -54,6 +54,9 @@ class Quiet:
     def advance(self, steps: int) -> None:
         pass
 
+    def expect(self, total: int) -> None:
+        pass
+
 
 @dataclass
 class World:
@@ -110,8 +113,10 @@ def teacher_of(world_weights: dict[str, str], kind: str, **changes: Any) -> Any:
 
 def run_precompute(store: Any, shards: list[str], teacher: Any, targets: list[str], **changes: Any) -> dict[str, Any]:
     """Precompute under `light`, size 32, two views."""
+    from precompute import cluster
     from precompute.run import Wanted, precompute
     from precompute.targets import parse
+    from storage.errors import UserError
     from storage.policies import policy
     from storage.store import Store
 
@@ -121,7 +126,11 @@ def run_precompute(store: Any, shards: list[str], teacher: Any, targets: list[st
     settings.update(changes)
     wishes = [wish for text in targets for wish in parse(text)]
     place = Store.create(store) if isinstance(store, str | Path) else store
-    return precompute(place, Wanted(shards, teacher, wishes, **settings), Quiet())
+    cluster._held.clear()  # a test may have put another session in its place
+    result = precompute(place, Wanted(shards, teacher, wishes, **settings), Quiet())
+    if result["failures"]:
+        raise UserError("\n".join(failure["error"] for failure in result["failures"]))
+    return result
 
 
 @pytest.fixture(scope="session")

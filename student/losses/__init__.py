@@ -20,11 +20,15 @@ class Step:
     Attributes:
         logits: of the student, `[B, K]`.
         labels: int64 `[B]`.
+        others: int64 `[B]`, labels of the images that these were mixed with.
+        shares: f32 `[B]`, the others' share.
         attention: the student's q and k of this step, where some loss reads them.
         target: the loss's own target, decoded, f32 `[B, …]`; None where it reads none.
     """
 
     logits: Tensor
     labels: Tensor
+    others: Tensor
+    shares: Tensor
     attention: AttentionTaps | None = None
     target: Tensor | None = None

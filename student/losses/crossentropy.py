@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -11,15 +12,20 @@ from student.align import Row, Shape
 from student.losses import Step
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """−Σ_k y_k log softmax(logits)_k, y the labels smoothed towards 1/K; mean over the batch.
+def cross_entropy(logits: Tensor, labels: Tensor, others: Tensor, shares: Tensor, smoothing: float = 0.0) -> Tensor:
+    """−Σ_k y_k log softmax(logits)_k, y = (1−s)·label + s·other, smoothed towards 1/K; mean over the batch.
+
+    It is linear in y, so the two labels' terms are mixed and no soft label is built.
 
     Args:
         logits: `[B, K]`.
         labels: int64 `[B]`.
+        others: int64 `[B]`, labels of the mixing partners.
+        shares: f32 `[B]`, s: the partners' shares, 0 where nothing was mixed.
         smoothing: share of the mass that is spread evenly over all classes.
     """
-    return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    own, other = (F.cross_entropy(logits, y, label_smoothing=smoothing, reduction="none") for y in (labels, others))
+    return torch.lerp(own, other, shares.to(own.dtype)).mean()
 
 
 def need(name: str, settings: config.CrossEntropy, student: Shape | None) -> None:
@@ -41,4 +47,4 @@ class Method(nn.Module):
 
     def forward(self, step: Step) -> Tensor:
         """The loss of one step."""
-        return cross_entropy(step.logits, step.labels, self.smoothing)
+        return cross_entropy(step.logits, step.labels, step.others, step.shares, self.smoothing)

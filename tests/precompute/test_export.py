@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from precompute import engine, export, teachers
+from precompute import export, teachers
+from precompute import session as sessions
 from precompute.taps import Tap, attention_layers, cnn_stages
 from storage.errors import UserError
 from storage.store import Store
@@ -39,7 +40,7 @@ class Case:
     size: int
     taps: list[Tap]
     exported: export.Exported
-    session: engine.Session
+    session: sessions.Session
 
     def views(self, count: int) -> np.ndarray:
         return pixels(count, self.size)
@@ -72,7 +73,7 @@ def cases(weights: dict[str, str]) -> Any:
             kind, size, taps = CASES[name]
             teacher = teacher_of(weights, kind, **COLOURS)
             exported = export.export(teacher, taps, size, pixels(4, size, seed=9), "cpu")
-            made[name] = Case(teacher, size, taps, exported, engine.open_session(exported.graph, "cpu"))
+            made[name] = Case(teacher, size, taps, exported, sessions.open_session(exported.graph, "cpu"))
         return made[name]
 
     return case
@@ -168,9 +169,9 @@ def test_large_inputs_are_run_in_batches_that_lose_nothing(cases: Any, count: in
             sizes.append(len(inputs["images"]))
             return session.run(names, inputs)
 
-    found = engine.Session(Counting(), "cpu").run(views)
+    found = sessions.Session(Counting(), "cpu").run(views)
     assert sum(sizes) == count
-    assert max(sizes) <= engine.BATCH
+    assert max(sizes) <= sessions.BATCH
     one_by_one = [
         np.concatenate(parts) for parts in zip(*(case.session.run(view[None]) for view in views), strict=True)
     ]
@@ -271,7 +272,7 @@ def test_contract_12_nothing_is_stored_of_attention_that_is_not_what_the_network
 
 def test_a_session_says_what_it_runs_on(cases: Any) -> None:
     graph = cases("vit").exported.graph
-    session = engine.open_session(graph, "cpu")
+    session = sessions.open_session(graph, "cpu")
     assert session.settings == {"provider": "cpu", "precision": "float32", "optimisation": "all", "tf32": False}
     assert session._session.get_providers() == ["CPUExecutionProvider"]
 
@@ -282,8 +283,8 @@ def test_cuda_that_is_not_there_is_an_error_and_auto_takes_the_cpu(cases: Any, m
     graph = cases("vit").exported.graph
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(UserError, match="--provider cuda: this onnxruntime has no CUDA"):
-        engine.open_session(graph, "cuda")
-    assert engine.open_session(graph, "auto").settings["provider"] == "cpu"
+        sessions.open_session(graph, "cuda")
+    assert sessions.open_session(graph, "auto").settings["provider"] == "cpu"
 
 
 def test_cuda_that_falls_back_to_the_cpu_is_an_error(cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,16 +297,16 @@ def test_cuda_that_falls_back_to_the_cpu_is_an_error(cases: Any, monkeypatch: py
         onnxruntime, "InferenceSession", lambda graph, options, providers: real(graph, options, providers=both[1:])
     )
     with pytest.raises(UserError, match="fell back to the CPU"):
-        engine.open_session(graph, "cuda")
+        sessions.open_session(graph, "cuda")
 
 
 @pytest.mark.parametrize("graph", [b"", b"garbage", b"\x08\x07" * 100])
 def test_bytes_that_are_no_graph_are_refused(graph: bytes) -> None:
     with pytest.raises(UserError, match="the teacher's graph cannot be run"):
-        engine.open_session(graph, "cpu")
+        sessions.open_session(graph, "cpu")
 
 
 def test_a_graph_that_is_cut_off_is_refused(cases: Any) -> None:
     graph = cases("vit").exported.graph
     with pytest.raises(UserError, match="the teacher's graph cannot be run"):
-        engine.open_session(graph[: len(graph) // 2], "cpu")
+        sessions.open_session(graph[: len(graph) // 2], "cpu")

@@ -21,7 +21,8 @@ import pytest
 import torch
 from PIL import Image
 
-from precompute import engine, export, targets
+from precompute import export, targets
+from precompute import session as sessions
 from precompute.run import Wanted, precompute
 from precompute.taps import Tap
 from storage import codecs
@@ -47,7 +48,7 @@ F32 = CNN[:1]
 class Watched:
     """A session of which a test sees every batch, and may change what it gives or raise."""
 
-    def __init__(self, session: engine.Session, act: Callable[[list[np.ndarray]], Any]) -> None:
+    def __init__(self, session: sessions.Session, act: Callable[[list[np.ndarray]], Any]) -> None:
         self._session, self._act, self.settings = session, act, session.settings
 
     def run(self, images: np.ndarray) -> list[np.ndarray]:
@@ -61,8 +62,8 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[list[np.ndarra
     """Every session from now on calls this with its outputs."""
 
     def install(act: Callable[[list[np.ndarray]], Any]) -> None:
-        real = engine.open_session
-        monkeypatch.setattr("precompute.run.open_session", lambda *args: Watched(real(*args), act))
+        real = sessions.open_session
+        monkeypatch.setattr("precompute.cluster.open_session", lambda *args: Watched(real(*args), act))
 
     return install
 
@@ -271,7 +272,7 @@ def test_contract_1_what_is_stored_is_what_the_live_teacher_gives_on_the_views_o
     arrays = {
         key: a.read(50, 90) for key, a in store.marker(Task("target", manifest["id"], index.id, view)).arrays.items()
     }
-    error = np.abs(codecs.decode(codec, arrays) - live)
+    error = np.abs(codecs.Codec.of(manifest).decode(arrays) - live)
     allowed = 1e-4 * np.abs(live).max()
     if codec == "u8":
         allowed = allowed + arrays["scale"][..., :1, None].astype(np.float32) / 2
@@ -402,7 +403,8 @@ def test_contract_3_a_run_that_stops_leaves_whole_shards_and_goes_on_to_the_same
 
 CHILD = """
 import os, signal, sys
-from precompute.engine import Output, ShardTask, open_session, run_task
+from precompute.engine import Output, ShardTask, run_task
+from precompute.session import open_session
 from storage.store import Store
 
 place, target, kill_after, *shards = sys.argv[1:]
@@ -421,7 +423,7 @@ def run(images):
 session.run = run
 of_it = manifest["identity"]["bank"], manifest["teacher"], manifest["graph"], (Output.of(manifest),)
 for url in shards:
-    run_task(ShardTask(store, url, *of_it, views=2), session)
+    run_task(ShardTask(store, url, *of_it, views=2), lambda: session, 1)
 assert "torch" not in sys.modules, "a worker that only runs a graph needs no torch"
 """
 
@@ -717,7 +719,7 @@ def faults(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[F
         patch.setattr(export, "export", once(export.export, lambda teacher, taps, *rest: tuple(taps)))
         patch.setattr(targets, "load", once(targets.load, lambda teacher: teacher.id))
         patch.setattr(os, "fsync", lambda descriptor: None)  # no power is lost here, and it takes most of the time
-        patch.setattr("precompute.run.open_session", once(engine.open_session, lambda graph, provider: graph))
+        patch.setattr("precompute.cluster.open_session", once(sessions.open_session, lambda graph, provider: graph))
         yield Faults(world, tmp_path_factory.mktemp("faults"))
 
 
@@ -782,6 +784,6 @@ def test_scales_that_f16_cannot_hold_are_kept_in_f32(world: World, tmp_path: Pat
     assert arrays["scale"].dtype == np.float32
     exact = original.marker(Task("target", world.targets["activations f32"], task.shard, 0)).arrays["data"].read(0, 150)
     kept = {name: array.read(0, 150) for name, array in arrays.items()}
-    error = np.abs(codecs.decode("u8", kept) - exact * 1e7)
+    error = np.abs(codecs.Codec("u8", exact.shape[1:], 2).decode(kept) - exact * 1e7)
     assert (error <= kept["scale"][..., :1, None] * 0.51 + 1e-4 * np.abs(exact * 1e7).max()).all()
     assert not failures(tmp_path / "store", shard)

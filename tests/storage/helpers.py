@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from storage import codecs
 from storage.banks import describe, rows_of
+from storage.codecs import Codec
 from storage.policies import policy
 from storage.shards import ShardIndex, build_index, read_samples
 from storage.store import Attempt, Marker, Store, Task
@@ -131,10 +131,23 @@ class SmallStore:
     def attempt(self, task: Task, codec: str, values: np.ndarray) -> Attempt:
         """An attempt that holds all of its values and is not committed."""
         attempt = Attempt(self.store, task, len(values))
-        encoded = codecs.encode(codec, values, 2)
-        for name, (dtype, shape) in codecs.layout(codec, values.shape[1:], 2).items():
+        encoded = encode(codec, values, 2)
+        for name, (dtype, shape) in layout(codec, values.shape[1:], 2).items():
             attempt.array(name, shape, dtype, [f"axis{i}" for i in range(len(shape))]).append(encoded[name])
         return attempt
+
+
+def encode(codec: str, values: np.ndarray, maps: int, **options: Any) -> dict[str, np.ndarray]:
+    return Codec(codec, values.shape[1:], maps).encode(values, **options)
+
+
+def decode(codec: str, arrays: Any) -> Any:
+    """Of a codec that needs no shape to be told."""
+    return Codec(codec, tuple(arrays["data"].shape[1:]), 1).decode(arrays)
+
+
+def layout(codec: str, shape: tuple[int, ...], maps: int, **options: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {name: (part.dtype, part.shape) for name, part in Codec(codec, shape, maps).layout(**options).items()}
 
 
 def small_store(where: Any, data: Path, shards: int = 2, views: int = 2, count: int = 70) -> SmallStore:

@@ -8,8 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.codecs import CODECS, HalfOverflow, check, decode, encode, layout
+from storage.codecs import HalfOverflow, check
 from storage.errors import UserError
+from tests.storage.helpers import decode, encode, layout
+
+CODECS = ("f32", "f16", "u8")
 
 SHAPE = (5, 3, 4, 4)  # samples, channels, grid, grid
 

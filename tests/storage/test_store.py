@@ -21,7 +21,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage import codecs, records
+from storage import records
 from storage.arrays import ArrayWriter, StoredArray, chunk_samples
 from storage.banks import bank_policy, read_views
 from storage.card import card
@@ -31,7 +31,7 @@ from storage.shards import build_index, read_samples
 from storage.store import Attempt, Store, Task
 from storage.testing import FaultyObjects
 from storage.views import View
-from tests.storage.helpers import SmallStore, sample, samples, small_store, write_tar
+from tests.storage.helpers import SmallStore, decode, sample, samples, small_store, write_tar
 
 MIB = 1 << 20
 
@@ -67,7 +67,7 @@ def files_of(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 def decoded(store: Store, task: Task, codec: str) -> np.ndarray:
     arrays = store.marker(task).arrays
-    return codecs.decode(codec, {name: array.read(0, array.shape[0]) for name, array in arrays.items()})
+    return decode(codec, {name: array.read(0, array.shape[0]) for name, array in arrays.items()})
 
 
 # ---------------------------------------------------------------------------------------------- chunks
@@ -278,7 +278,7 @@ def test_real_targets_are_read_by_zarr_and_dask_alike(world):
         marker = store.marker(tasks[0])
         folder = world.store / tasks[0].folder / marker.content["attempt"]
         arrays = {array: zarr.open_array(str(folder / array), mode="r")[:] for array in marker.arrays}
-        assert np.array_equal(codecs.decode(codec, arrays), values[:150])
+        assert np.array_equal(decode(codec, arrays), values[:150])
 
 
 def test_the_card_lists_everything_and_its_example_runs(kept, monkeypatch):

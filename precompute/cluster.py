@@ -1,0 +1,277 @@
+"""Many shards: one after another here, or on dask workers. The markers in the store, not the scheduler, are the truth.
+
+Workers are free of torch: they import this module, the engine and ONNX Runtime. A worker process runs one task at a
+time with one session; the graph is read from the store once a process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import itertools
+import logging
+import random
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from precompute.engine import Outcome, ShardTask, run_task
+from precompute.session import Session, cores, open_session
+from storage.errors import UserError
+from storage.progress import Progress
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+BACKOFF = (1.0, 4.0, 16.0)  # seconds before each new try after an input or output fault, give or take a half
+PATIENCE = 60.0  # seconds that workers have to appear, and to lay down their work
+# Faults of a disk or of rights, which no waiting mends.
+_LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A shard that could not be made. `kind`: of its data, of input and output, of a worker that died, or a bug."""
+
+    error: str
+    kind: Literal["data", "io", "worker", "bug"]
+
+
+class _Stopped(Exception):
+    """The run was interrupted."""
+
+
+# ------------------------------------------------------------------------------------------------ in one process
+
+_one_at_a_time = threading.Lock()
+_stopped: set[str] = set()  # runs whose tasks are to lay down their work
+
+
+_held: dict[tuple[object, ...], Session] = {}  # the one session of this process
+
+
+def _session(task: ShardTask, provider: str, threads: int) -> Session:
+    key = (task.store.url, task.graph, provider, threads)
+    if key not in _held:
+        _held.clear()
+        _held[key] = open_session(task.store.graph(task.teacher, task.graph), provider, threads)
+    return _held[key]
+
+
+def attempt(task: ShardTask, provider: str, threads: int, report: Callable[[int, int], None]) -> Outcome | Failure:
+    """Run a task; input and output faults are tried again after a while, faults of the data are not.
+
+    `report(done, todo)` is told how many view images of this try are done.
+    """
+    for pause in (*BACKOFF, None):
+        done = 0
+
+        def say(more: int, todo: int) -> None:
+            nonlocal done
+            done += more
+            report(done, todo)
+
+        try:
+            return run_task(task, functools.partial(_session, task, provider, threads), threads, say)
+        except UserError as error:
+            return Failure(str(error), "data")
+        except OSError as error:
+            if pause is None or error.errno in _LASTING:
+                where = error.filename or task.url
+                return Failure(f"{task.url}: {where}: {error.strerror or error}", "io")
+            time.sleep(pause * random.uniform(0.5, 1.5))
+        except _Stopped:
+            raise
+        except Exception as error:
+            return Failure(f"{task.url}: this should not happen: {type(error).__name__}: {error}", "bug")
+    raise AssertionError
+
+
+class _Tracker:
+    """Adds up what the tasks report; shards that have not begun are taken to be as long as the others."""
+
+    def __init__(self, progress: Progress, shards: int) -> None:
+        self.progress, self.shards = progress, shards
+        self.done: dict[str, int] = {}
+        self.todo: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, url: str, done: int, todo: int) -> None:
+        with self._lock:
+            self.progress.advance(done - self.done.get(url, 0))
+            self.done[url] = done
+            if url not in self.todo:
+                self.todo[url] = todo
+                known = sum(self.todo.values())
+                self.progress.expect(known + known * (self.shards - len(self.todo)) // len(self.todo))
+
+
+def run_here(
+    tasks: Iterator[ShardTask], count: int, provider: str, progress: Progress
+) -> Iterator[tuple[str, Outcome | Failure]]:
+    """Url and outcome of one task after another, in this process."""
+    tracker = _Tracker(progress, count)
+    for task in tasks:
+        yield task.url, attempt(task, provider, cores(), functools.partial(tracker, task.url))
+
+
+# ------------------------------------------------------------------------------------------------ on dask workers
+
+
+def work(task: ShardTask, provider: str, threads: int | None, run: str) -> Outcome | Failure | None:
+    """What a dask worker does with a task; None where the run was stopped."""
+    from distributed import get_worker
+
+    worker = get_worker()
+
+    def report(done: int, todo: int) -> None:
+        if run in _stopped:
+            raise _Stopped
+        worker.log_event(f"precompute-{run}", (task.url, done, todo))
+
+    with _one_at_a_time:
+        try:
+            report(0, 0) if run in _stopped else None
+            return attempt(task, provider, threads or worker.state.nthreads, report)
+        except _Stopped:
+            return None
+
+
+def stop(run: str) -> None:
+    """Runs on every worker: tasks of a run lay down their work after the block that they are at."""
+    _stopped.add(run)
+
+
+def versions() -> dict[str, str]:
+    """Runs on every worker: what has to agree between machines."""
+    from importlib.metadata import version
+
+    from storage.views import renderer
+
+    return {"teacher-store": version("teacher-store"), **renderer()}
+
+
+@contextlib.contextmanager
+def workers(count: int | None, address: str | None, say: Callable[[str], None]) -> Iterator[Client]:
+    """A client of `count` worker processes on this machine, or of the scheduler at an address.
+
+    Raises:
+        UserError: no scheduler answers there, it has no workers, or they cannot import this package.
+    """
+    from distributed import Client, LocalCluster
+
+    if address is None:
+        cluster: Any = LocalCluster(  # type: ignore[no-untyped-call]
+            n_workers=count, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0",
+            silence_logs=logging.CRITICAL,
+        )  # fmt: skip
+    else:
+        cluster = contextlib.nullcontext(address)
+    with cluster as place:
+        try:
+            client = Client(place, timeout=10)  # type: ignore[no-untyped-call]
+        except (OSError, TimeoutError, ValueError) as error:
+            raise UserError(
+                f"--dask {address}: no scheduler answers there ({str(error) or type(error).__name__}); start one with "
+                "`dask scheduler` and workers with `dask worker ADDRESS`"
+            ) from None
+        with client:
+            _greet(client, address, say)
+            yield client
+
+
+def _greet(client: Client, address: str | None, say: Callable[[str], None]) -> None:
+    try:
+        client.wait_for_workers(1, timeout=PATIENCE)
+    except TimeoutError:
+        raise UserError(
+            f"--dask {address}: the scheduler has no workers after {PATIENCE:.0f} s; start some: dask worker {address}"
+        ) from None
+    try:
+        theirs: dict[str, Any] = client.run(versions)
+    except Exception as error:  # whatever importing raises there
+        raise UserError(
+            f"--dask {address}: the workers cannot import this package ({type(error).__name__}: {error}); install the "
+            "same teacher-store there"
+        ) from None
+    mine = versions()
+    for worker, found in theirs.items():
+        for name, version in found.items():
+            if version != mine.get(name):
+                say(f"worker {worker} has {name} {version}, this machine {mine.get(name)}; pixels may differ")
+    say(f"{len(theirs)} worker(s); dashboard: {client.dashboard_link}")
+
+
+def run_on(
+    client: Client, tasks: Iterator[ShardTask], count: int, provider: str, threads: int | None, progress: Progress
+) -> Iterator[tuple[str, Outcome | Failure]]:
+    """Url and outcome of each task as they come. Tasks are handed over as workers get free, never all at once.
+
+    Args:
+        client: of the workers.
+        tasks: what to do.
+        count: how many tasks there are.
+        provider: of the sessions.
+        threads: of each session; by default as many as a worker says it has.
+        progress: told how far the tasks are.
+    """
+    from distributed import as_completed
+
+    run = uuid.uuid4().hex[:8]
+    tracker = _Tracker(progress, count)
+    client.subscribe_topic(f"precompute-{run}", lambda event: tracker(*event[1]))  # type: ignore[no-untyped-call]
+    running: dict[str, str] = {}  # future's key -> url
+    completed: Any = as_completed()  # type: ignore[no-untyped-call]
+
+    def fill() -> None:
+        spare = 2 * max(1, len(client.nthreads())) - len(running)  # type: ignore[no-untyped-call]
+        for task in itertools.islice(tasks, max(0, spare)):
+            future: Any = client.submit(work, task, provider, threads, run, pure=False)
+            running[future.key] = task.url
+            completed.add(future)
+
+    try:
+        fill()
+        for future in completed:
+            url = running.pop(future.key)
+            outcome = _result(future, url)
+            fill()
+            yield url, outcome
+    except BaseException:
+        _lay_down(client, run, completed)
+        raise
+    finally:
+        with contextlib.suppress(Exception):
+            client.unsubscribe_topic(f"precompute-{run}")  # type: ignore[no-untyped-call]
+
+
+def _result(future: Any, url: str) -> Outcome | Failure:
+    from distributed.scheduler import KilledWorker
+
+    try:
+        outcome: Outcome | Failure | None = future.result()
+    except KilledWorker:
+        return Failure(
+            f"{url}: the workers that had it died, one after another; is the machine out of memory?", "worker"
+        )
+    except Exception as error:
+        if future.cancelled():
+            raise UserError("the connection to the scheduler was lost; the same command goes on") from None
+        return Failure(f"{url}: {type(error).__name__}: {error}", "worker")
+    assert outcome is not None
+    return outcome
+
+
+def _lay_down(client: Client, run: str, completed: Any) -> None:
+    """After an interrupt: what has not begun is cancelled, what goes on is told to stop and waited for."""
+    from distributed import wait
+
+    futures = list(completed.futures)
+    with contextlib.suppress(Exception):  # the scheduler may be what failed
+        client.run(stop, run)
+        wait(futures, timeout=PATIENCE)  # type: ignore[no-untyped-call]
+        client.cancel(futures)  # type: ignore[no-untyped-call]

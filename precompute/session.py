@@ -1,0 +1,84 @@
+"""Sessions: ONNX Runtime over an exported graph, and what it really runs on. No torch here."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from storage.errors import UserError
+from storage.records import Record
+
+BATCH = 16  # more is slower on a CPU and takes memory; outputs do not depend on it
+OPTIMISATION = "all"
+
+
+class Session:
+    """One ONNX Runtime session, and what it really runs on."""
+
+    def __init__(self, session: Any, provider: str, version: str = "") -> None:
+        self._session = session
+        self.settings: Record = {
+            "onnxruntime": version, "provider": provider, "precision": "float32", "optimisation": OPTIMISATION,
+            "tf32": False,
+        }  # fmt: skip
+
+    def run(self, images: np.ndarray) -> list[np.ndarray]:
+        """The outputs, f32 `[n, …]` each, of uint8 images `[n, S, S, 3]`."""
+        parts = [self._session.run(None, {"images": images[i : i + BATCH]}) for i in range(0, len(images), BATCH)]
+        return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
+
+
+def open_session(graph: bytes, provider: str = "auto", threads: int | None = None) -> Session:
+    """A session on a provider: `cpu`, `cuda`, or `auto` for CUDA where it works and else the CPU.
+
+    Raises:
+        UserError: onnxruntime is not installed, the graph is not one, or CUDA was asked for and cannot be had.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise UserError("onnxruntime is not installed: pip install 'teacher-store[cpu]' (or [gpu])") from None
+    _refuse_external(graph)
+    onnxruntime.set_default_logger_severity(3)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or cores()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    names = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+    cuda = (names["cuda"], {"use_tf32": "0"})
+    have_cuda = names["cuda"] in onnxruntime.get_available_providers()
+    if provider == "cuda" and not have_cuda:
+        raise UserError("--provider cuda: this onnxruntime has no CUDA; pip install 'teacher-store[gpu]', or use auto")
+    wanted: list[Any] = [cuda] if have_cuda and provider in ("cuda", "auto") else []
+    try:
+        session = onnxruntime.InferenceSession(graph, options, providers=[*wanted, names["cpu"]])
+    except Exception as error:  # onnxruntime's exceptions have no common type
+        raise UserError(f"the teacher's graph cannot be run: {str(error).splitlines()[0]}") from None
+    used = "cuda" if session.get_providers()[0] == names["cuda"] else "cpu"
+    if provider == "cuda" and used != "cuda":
+        raise UserError("--provider cuda: onnxruntime fell back to the CPU; look at its CUDA libraries, or use auto")
+    return Session(session, used, onnxruntime.__version__)
+
+
+def _refuse_external(graph: bytes) -> None:
+    """Refuse a graph whose tensors lie in other files: they could be any file of this machine."""
+    import onnx
+    from onnx.external_data_helper import _get_all_tensors, uses_external_data
+
+    try:
+        model = onnx.load_from_string(graph)
+    except Exception as error:  # protobuf's decoder has its own errors
+        raise UserError(f"the teacher's graph cannot be run: it is no ONNX file ({error})") from None
+    outside = [tensor.name for tensor in _get_all_tensors(model) if uses_external_data(tensor)]
+    if outside:
+        raise UserError(
+            f"the teacher's graph keeps {len(outside)} tensor(s) in other files ({outside[0]}); save it as one file"
+        )
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
