@@ -79,10 +79,12 @@ def pack(
     no_shuffle: bool,
     as_json: bool,
 ) -> None:
-    """Make shards from a FOLDER of class folders, or from other shards (compressed ones too).
+    """Make shards from a FOLDER of class folders, a CSV with the columns path and label, or from other shards
+    (compressed ones too).
 
     \b
     pipeline pack photos 'train-{000000..000009}.tar' --val-fraction 0.1
+    pipeline pack list.csv 'train-{000000..000009}.tar'
     pipeline pack 'train-{000000..000009}.tar' 'tenth/train-000000.tar' --fraction 0.1
     """
     from storage.pack import pack as run

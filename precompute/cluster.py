@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from precompute.engine import Outcome, ShardTask, run_task
 from precompute.session import Session, cores, open_session
@@ -26,6 +26,8 @@ from storage.progress import Progress
 
 if TYPE_CHECKING:
     from distributed import Client
+
+T = TypeVar("T")
 
 BACKOFF = (1.0, 4.0, 16.0)  # seconds before each new try after an input or output fault, give or take a half
 PATIENCE = 60.0  # seconds that workers have to appear, and to lay down their work
@@ -62,12 +64,25 @@ def _session(task: ShardTask, provider: str, threads: int) -> Session:
     return _held[key]
 
 
+def patiently(call: Callable[[], T]) -> T:
+    """What a call gives; after an input or output fault that may pass it is called again, some time later."""
+    for pause in BACKOFF:
+        try:
+            return call()
+        except OSError as error:
+            if error.errno in _LASTING:
+                raise
+            time.sleep(pause * random.uniform(0.5, 1.5))
+    return call()
+
+
 def attempt(task: ShardTask, provider: str, threads: int, report: Callable[[int, int], None]) -> Outcome | Failure:
     """Run a task; input and output faults are tried again after a while, faults of the data are not.
 
     `report(done, todo)` is told how many view images of this try are done.
     """
-    for pause in (*BACKOFF, None):
+
+    def once() -> Outcome:
         done = 0
 
         def say(more: int, todo: int) -> None:
@@ -75,20 +90,18 @@ def attempt(task: ShardTask, provider: str, threads: int, report: Callable[[int,
             done += more
             report(done, todo)
 
-        try:
-            return run_task(task, functools.partial(_session, task, provider, threads), threads, say)
-        except UserError as error:
-            return Failure(str(error), "data")
-        except OSError as error:
-            if pause is None or error.errno in _LASTING:
-                where = error.filename or task.url
-                return Failure(f"{task.url}: {where}: {error.strerror or error}", "io")
-            time.sleep(pause * random.uniform(0.5, 1.5))
-        except _Stopped:
-            raise
-        except Exception as error:
-            return Failure(f"{task.url}: this should not happen: {type(error).__name__}: {error}", "bug")
-    raise AssertionError
+        return run_task(task, functools.partial(_session, task, provider, threads), threads, say)
+
+    try:
+        return patiently(once)
+    except UserError as error:
+        return Failure(str(error), "data")
+    except OSError as error:
+        return Failure(f"{task.url}: {error.filename or 'input or output'}: {error.strerror or error}", "io")
+    except _Stopped:
+        raise
+    except Exception as error:
+        return Failure(f"{task.url}: this should not happen: {type(error).__name__}: {error}", "bug")
 
 
 class _Tracker:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from precompute import targets
-from precompute.cluster import Failure, run_here, run_on, workers
+from precompute.cluster import Failure, patiently, run_here, run_on, workers
 from precompute.engine import Output, ShardTask, block_views, known_index
 from precompute.session import cores
 from precompute.teachers import Teacher
@@ -74,7 +74,11 @@ def prepare(store: Store, wanted: Wanted, progress: Progress) -> Job:
     for shard in store.shard_ids():
         known[shard.rpartition("-")[0]].append(shard)
     manifest = targets.record_teacher(store, wanted.teacher)
-    policy = targets.choose_policy(store, wanted.policy, set(wanted.given), wanted.shards, known, wanted.new_bank)
+    candidates = {url: known.get(stem_of(url), []) for url in wanted.shards}
+    policy = targets.choose_policy(
+        store, wanted.policy, set(wanted.given), {id for ids in candidates.values() for id in ids},
+        lambda: {index.id for url, ids in candidates.items() if (index := store.recognise(url, ids))}, wanted.new_bank,
+    )  # fmt: skip
     views = _views(store, policy, wanted.views)
     store.add_bank(policy.bank, policy.identity, banks.describe(policy))
     first = wanted.shards[0]
@@ -106,7 +110,7 @@ def precompute(store: Store, wanted: Wanted, progress: Progress) -> dict[str, An
     if wanted.dask is not None:  # workers have working folders of their own
         absolute = [url if is_remote(url) else str(Path(url).absolute()) for url in wanted.shards]
         wanted = Wanted(**{**wanted.__dict__, "shards": absolute})
-    job = prepare(store, wanted, progress)
+    job = patiently(lambda: prepare(store, wanted, progress))
     policy = job.policy
     progress.say(f"bank {policy.bank}: {policy.line}, size {policy.size}, seed {policy.seed}, {job.views} view(s)")
     shards: dict[str, str] = {}  # id -> url
@@ -130,7 +134,7 @@ def precompute(store: Store, wanted: Wanted, progress: Progress) -> dict[str, An
         progress.say(f"left out, marked invalid: {line}")
     if not rendered and not failures:
         progress.say(f"complete already: {', '.join(outputs)}")
-    store.objects.put("README.md", card(store).encode())
+    patiently(lambda: store.objects.put("README.md", card(store).encode()))
     seconds = time.monotonic() - began
     if rendered:
         progress.say(f"{rendered:,} view images in {seconds:.1f} s ({rendered / seconds:.0f}/s)")

@@ -20,7 +20,6 @@ from storage.errors import IdentityError, UserError, nearest
 from storage.policies import Policy
 from storage.records import Record
 from storage.store import Store
-from storage.tars import stem_of
 
 if TYPE_CHECKING:
     from precompute.taps import About
@@ -250,7 +249,7 @@ def record_pixels(store: Store, policy: Policy) -> Output:
 
 
 def choose_policy(
-    store: Store, wanted: Policy, given: set[str], urls: Sequence[str], known: dict[str, list[str]], new_bank: bool
+    store: Store, wanted: Policy, given: set[str], alike: set[str], exactly: Callable[[], set[str]], new_bank: bool
 ) -> Policy:
     """The policy of this run: what is not given comes from the bank that the shards have already.
 
@@ -258,8 +257,8 @@ def choose_policy(
         store: with its banks.
         wanted: policy, size and seed, given or by default.
         given: which of `line`, `size` and `seed` were given.
-        urls: of the shards.
-        known: stem -> ids of the shards that the store knows.
+        alike: ids of known shards that these may be, by their names.
+        exactly: gives those that they are; it reads every file, so it is called only where it matters.
         new_bank: another bank beside the one that is there is wanted.
 
     Raises:
@@ -267,13 +266,11 @@ def choose_policy(
     """
     from storage.banks import policy_of
 
-    alike = {id for url in urls for id in known.get(stem_of(url), ())}
     done = [task for task in store.done() if task.kind == "bank" and task.shard in alike]
     there = sorted({task.id for task in done})
     if not there or wanted.bank in there or new_bank:
         return wanted
-    same = [store.recognise(url, known.get(stem_of(url), ())) for url in urls]  # only now: it reads every file
-    ids = {index.id for index in same if index}
+    ids = exactly()
     there = sorted({task.id for task in done if task.shard in ids})
     if not there:
         return wanted

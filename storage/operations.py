@@ -77,7 +77,7 @@ def _argument(name: str, level: float, sign: float) -> float:
         case "rotate":
             return sign * 30.0 * level
         case "posterize":
-            return 4 - int(level * 4)
+            return max(1, 4 - int(level * 4))  # Pillow refuses to keep no bit at all
         case "solarize":
             return 256 - int(level * 256)
         case "solarize_add":

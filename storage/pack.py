@@ -1,4 +1,4 @@
-"""Pack: class folders or other shards into new shards, shuffled over everything, readable by WebDataset.
+"""Pack: class folders, a CSV or other shards into new shards, shuffled over everything, readable by WebDataset.
 
 This is also how a tar that cannot be read by ranges (compressed, members apart) becomes a shard.
 """
@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import bz2
 import contextlib
+import csv
 import dataclasses
 import functools
 import gzip
 import io
 import json
 import lzma
+import os
 import re
-import shutil
 import tempfile
+import zlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -25,8 +27,10 @@ from typing import IO, Any
 from storage.errors import UserError
 from storage.objects import is_remote, read_range
 from storage.shards import braces, classes_of, expand
-from storage.tars import IMAGES, as_sample, closing_zeros, compression, label_of, members, open_file
+from storage.tars import IMAGES, as_sample, closing_zeros, compression, label_of, members, open_file, size_of
 from storage.views import generator
+
+_GOOD_LIST = "  path,label\n  cats/1.jpg,cat\n  dogs/2.jpg,dog"
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ def pack(
     """Write shards; what was written, as `{"train": [...], "val": [...], "samples": …, "classes": …}`.
 
     Args:
-        source: one folder of class folders, or patterns of shards (compressed ones too).
+        source: one folder of class folders, one CSV with the columns `path` and perhaps `label`, or patterns of
+            shards (compressed ones too).
         out: the new shards' names, as `train-{000000..000009}.tar`; validation shards get `val-` before the digits.
         per_shard: samples a shard; without it they are spread evenly over all the names.
         val_fraction: the part of each class that goes to the validation shards.
@@ -70,7 +75,7 @@ def pack(
         raise UserError(f"--per-shard {per_shard}: expected 1 or more")
     with contextlib.ExitStack() as stack:
         say("looking at the source")
-        sources, classes = _sources([source] if isinstance(source, str) else list(source), stack)
+        sources, classes = _sources([source] if isinstance(source, str) else list(source), stack, say)
         validation, rest = _split(sources, val_fraction, seed, "val", 0)
         train, _ = _split(rest, fraction, seed, "fraction", 1) if fraction < 1 else (rest, [])
         if not train:
@@ -86,21 +91,21 @@ def pack(
             count = max(1, round(len(lists["train"]) * len(validation) / len(train)))
             lists["val"] = _cut(validation, val_names[:count], None, seed if shuffle else None)
         _refuse_overwriting([name for cut in lists.values() for name in cut], classes)
-        written: list[str] = []
+        written: list[Path] = []
         try:
             for cut in lists.values():
                 for name, samples in cut.items():
                     say(f"writing {name}: {len(samples)} samples")
                     _write(name, samples)
-                    written.append(name)
+                    written.append(Path(name))
+            for place in sorted({path.with_name("classes.json") for path in written}):
+                if classes is not None and not place.exists():
+                    written.append(place)
+                    place.write_text(json.dumps(classes, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         except BaseException:  # a part of a data set would look like a whole one
-            for name in written:
-                Path(name).unlink()
+            for path in written:
+                path.unlink(missing_ok=True)
             raise
-    if classes is not None:
-        text = json.dumps(classes, indent=1, ensure_ascii=False) + "\n"
-        for folder in {Path(name).parent for cut in lists.values() for name in cut}:
-            (folder / "classes.json").write_text(text)
     counts = {part: sum(map(len, cut.values())) for part, cut in lists.items()}
     return {
         "train": list(lists["train"]),
@@ -113,8 +118,15 @@ def pack(
 # ---------------------------------------------------------------------------------------------- sources
 
 
-def _sources(patterns: list[str], stack: contextlib.ExitStack) -> tuple[list[Source], list[str] | None]:
+def _sources(
+    patterns: list[str], stack: contextlib.ExitStack, say: Callable[[str], None]
+) -> tuple[list[Source], list[str] | None]:
     folder = Path(patterns[0]).expanduser()
+    listing = next((pattern for pattern in patterns if pattern.lower().endswith(".csv")), None)
+    if listing and not folder.is_dir():
+        if len(patterns) > 1 or is_remote(listing):
+            raise UserError(f"{listing}: a CSV is packed alone, and from a local folder")
+        return _listed(folder, say)
     if len(patterns) == 1 and folder.is_dir():
         urls = sorted(map(str, folder.glob("*.tar")))
         if not urls:
@@ -136,33 +148,151 @@ def _sources(patterns: list[str], stack: contextlib.ExitStack) -> tuple[list[Sou
 
 def _class_folders(folder: Path) -> tuple[list[Source], list[str]]:
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    sources: list[Source] = []
-    taken: set[str] = set()
+    files: list[tuple[Path, Path, int | None]] = []
     for label, name in enumerate(classes):
-        before = len(sources)
+        before = len(files)
         for path in sorted((folder / name).rglob("*")):
-            kind = path.suffix.lower().lstrip(".")
-            hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-            if hidden or kind not in IMAGES or not path.is_file():
-                continue
-            plain = key = re.sub(r"[^\w-]", "_", path.relative_to(folder).with_suffix("").as_posix())
-            number = 1
-            while key in taken:  # a.b.jpg and a_b.jpg, or a.jpg and a.png, would share a key
-                number += 1
-                key = f"{plain}-{number}"
-            taken.add(key)
-            sources.append(Source(key, label, functools.partial(_load_file, path, kind, label)))
-        if len(sources) == before:
+            within = path.relative_to(folder)
+            if not any(part.startswith(".") for part in within.parts) and _kind(path) in IMAGES and path.is_file():
+                files.append((path, within, label))
+        if len(files) == before:
             raise UserError(f"{folder / name}: a class folder without images; remove it or fill it")
-    if not sources:
+    if not files:
         raise UserError(
             f"{folder}: no images found; expected one folder a class: {folder}/CLASS/IMAGE.{{{','.join(IMAGES)}}}"
         )
-    return sources, classes
+    return _files(files), classes
 
 
-def _load_file(path: Path, kind: str, label: int) -> dict[str, bytes]:
-    return {kind: path.read_bytes(), "cls": str(label).encode()}
+def _kind(path: Path) -> str:
+    return path.suffix.lower().lstrip(".")
+
+
+def _files(files: Iterable[tuple[Path, Path, int | None]]) -> list[Source]:
+    """The sources that (file, what its key is made of, label) are."""
+    sources: list[Source] = []
+    taken: set[str] = set()
+    for path, name, label in files:
+        plain = key = re.sub(r"[^\w-]", "_", name.with_suffix("").as_posix())
+        number = 1
+        while key in taken:  # a.b.jpg and a_b.jpg, or a.jpg and a.png, would share a key
+            number += 1
+            key = f"{plain}-{number}"
+        taken.add(key)
+        sources.append(Source(key, label, functools.partial(_load_file, path, _kind(path), label)))
+    return sources
+
+
+def _load_file(path: Path, kind: str, label: int | None) -> dict[str, bytes]:
+    try:
+        image = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    return {kind: image} if label is None else {kind: image, "cls": str(label).encode()}
+
+
+def _listed(listing: Path, say: Callable[[str], None]) -> tuple[list[Source], list[str] | None]:
+    """The images that a CSV lists. Paths are relative to its folder, or absolute."""
+    rows = _rows(listing, say)
+    labels, classes = _labels(listing, rows, say)
+    files: list[tuple[Path, Path, int | None]] = []
+    lines: dict[str, int] = {}
+    for (line, text, _), label in zip(rows, labels, strict=True):
+        where, path = f"{listing}, line {line}", listing.parent / text
+        if _kind(path) not in IMAGES:
+            raise UserError(f"{where}: {text[:200]!r} is no image that is read; expected one of {', '.join(IMAGES)}")
+        try:
+            there = path.is_file()
+        except OSError as error:
+            raise UserError(f"{where}: {text[:200]!r} cannot be opened: {error.strerror or error}") from None
+        if not there:
+            raise UserError(f"{where}: there is no file {path}; paths are relative to the CSV's folder, or absolute")
+        within = os.path.relpath(path, listing.parent)
+        if within in lines:
+            raise UserError(f"{where}: {text!r} is there already, in line {lines[within]}; remove one of the two")
+        lines[within] = line
+        files.append((path, Path(*(part for part in Path(within).parts if part != "..")), label))
+    return _files(files), classes
+
+
+def _rows(listing: Path, say: Callable[[str], None]) -> list[tuple[int, str, str | None]]:
+    """(line, path, label) of each row of a CSV; no label where there is no such column."""
+    with open_file(str(listing)) as file:
+        reader = csv.reader(_lines(file, listing), strict=True, skipinitialspace=True)
+        rows: list[tuple[int, str, str | None]] = []
+        try:
+            header = [name.strip().lower() for name in next(reader, [])]
+            if header.count("path") != 1 or header.count("label") > 1:
+                found = f"found {','.join(header)[:200]!r}" if reader.line_num else "the file is empty"
+                raise UserError(f"{listing}, line 1: the first line names the columns; {found}, expected\n{_GOOD_LIST}")
+            for row in reader:
+                where = f"{listing}, line {reader.line_num}"
+                if not "".join(row).strip() and len(row) < 2:
+                    continue  # an empty line
+                if len(row) > len(header):
+                    raise UserError(
+                        f"{where}: {len(row)} fields, but the header names {len(header)}; "
+                        'a path or a label with a comma in it goes between "…"'
+                    )
+                fields = dict(zip(header, row, strict=False))
+                label = fields.get("label", "").strip() if "label" in header else None
+                if not fields.get("path"):
+                    raise UserError(f"{where}: no path in it; give one or remove the line")
+                if label == "":
+                    raise UserError(f"{where}: no label in it; label every row, or leave the column out")
+                rows.append((reader.line_num, fields["path"], label))
+        except csv.Error as error:
+            where = f"{listing}, line {reader.line_num}"
+            raise UserError(f"{where}: not CSV: {error}; expected lines such as\n{_GOOD_LIST}") from None
+    if not rows:
+        raise UserError(f"{listing}: no images in it; expected lines such as\n{_GOOD_LIST}")
+    if others := [name for name in header if name not in ("path", "label")]:
+        say(f"{listing}: other columns are not packed: {', '.join(others)}")
+    return rows
+
+
+def _lines(file: IO[bytes], listing: Path) -> Iterator[str]:
+    for number, line in enumerate(file, 1):
+        if b"\0" in line:
+            raise UserError(f"{listing}, line {number}: a NUL byte in it; save the list as UTF-8 text")
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{listing}, line {number}: not UTF-8 ({error.reason}); save the list as UTF-8") from None
+
+
+def _labels(
+    listing: Path, rows: list[tuple[int, str, str | None]], say: Callable[[str], None]
+) -> tuple[list[int | None], list[str] | None]:
+    """The number of each row's label, and the names of all labels.
+
+    The names are those of `classes.json` beside the CSV; without it the sorted labels, where they are not the numbers
+    0 to K−1 themselves.
+    """
+    texts = {label for _, _, label in rows if label is not None}
+    if not texts:
+        return [None] * len(rows), None
+    known = classes_of([str(listing)])
+    places = {name: i for i, name in enumerate(known or sorted(texts))}
+    integers = all(re.fullmatch(r"0|[1-9][0-9]{0,8}", text) for text in texts)
+    if integers and known:
+        if odd := next((text for text in sorted(texts) if places.get(text, int(text)) != int(text)), None):
+            raise UserError(
+                f"{listing}: label {odd} may be the number of a class, or the name of class {places[odd]} in the "
+                "classes.json beside it; give names that are no numbers"
+            )
+        places = {str(i): i for i in range(len(known))}
+    elif integers and {int(text) for text in texts} == set(range(len(texts))):
+        places = {str(i): i for i in range(len(texts))}
+    elif all(re.fullmatch(r"[+-]?[0-9]+", text) for text in texts) and not known:
+        say(f"{listing}: its labels are numbers, but not 0 to {len(texts) - 1}: they count as names, see classes.json")
+    for line, _, label in rows:
+        if label is not None and label not in places:
+            raise UserError(
+                f"{listing}, line {line}: label {label!r} is not in the classes.json beside the CSV, "
+                f"which has {len(places)} classes; mend one of the two"
+            )
+    return [None if label is None else places[label] for _, _, label in rows], known or list(places)
 
 
 def _uncompressed(url: str, scratch: Path) -> str:
@@ -175,10 +305,14 @@ def _uncompressed(url: str, scratch: Path) -> str:
             return url
         if kind not in openers:
             raise UserError(f"{url}: compressed with {kind}; decompress it first: {kind} -d {url}")
+        most = (64 << 20) + 100 * size_of(url)  # images hardly get smaller: more than this only fills the disk
         try:
             with openers[kind](file) as plain, scratch.open("wb") as copy:
-                shutil.copyfileobj(plain, copy)
-        except (OSError, EOFError, lzma.LZMAError) as error:
+                while chunk := plain.read(1 << 20):
+                    copy.write(chunk)
+                    if copy.tell() > most:
+                        raise UserError(f"{url}: more than {most:,} bytes once decompressed; decompress it yourself")
+        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
             raise UserError(f"{url}: cannot be decompressed: {error}") from None
     return str(scratch)
 
@@ -192,6 +326,8 @@ def _tar(path: str, url: str) -> list[Source]:
         for key, parts, start, stop in members(file, url, together=False):
             runs[key].append((start, stop))
             for kind, text in parts:
+                if not kind or kind.startswith("_"):
+                    raise UserError(f"{url}: key {key!r}: WebDataset writes no member called {kind!r}; rename it")
                 if kind == "cls":
                     labels[key] = label_of(text, f"{url}: key {key!r}")
         if runs:
@@ -259,6 +395,9 @@ def _refuse_overwriting(names: list[str], classes: list[str] | None) -> None:
         there = classes_of([str(folder / "x.tar")])
         if there is not None and there != classes:
             raise UserError(f"{folder}/classes.json: is there already with other classes; give another folder")
+    for name in classes or []:
+        if any("\ud800" <= sign <= "\udfff" for sign in name):  # how Python keeps bytes that are not UTF-8
+            raise UserError(f"class {name!r}: its name is not UTF-8; rename it")
 
 
 def _write(name: str, sources: list[Source]) -> None:

@@ -80,7 +80,7 @@ def members(
                 raise UserError(f"{where}: a global header names or sizes all members; make the file again")
             sparse = info.issparse() or any(field.startswith("GNU.sparse") for field in info.pax_headers)
             if not (info.isreg() or info.isdir()) or sparse:
-                raise UserError(f"{where}: {info.name!r} is a link or a device; shards hold plain files only")
+                raise UserError(f"{where}: {info.name!r} is a link or a device, or sparse; only plain files count")
             if "\0" in info.name:
                 raise UserError(f"{where}: {info.name!r} has a NUL in its name; rename it")
             if info.name.startswith("/") or ".." in info.name.split("/"):
@@ -112,9 +112,7 @@ def members(
         raise UserError(f"{where}: a member's name is not UTF-8 ({error})") from None
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # tarfile raises anything on hostile headers: IndexError, RecursionError, OverflowError, …
+    except Exception as error:  # tarfile raises anything on hostile headers: IndexError, RecursionError, …
         said = str(error) or type(error).__name__
         raise UserError(f"{where}: cannot be read as a tar: {said}; copy or make the file again") from None
     if key is not None:

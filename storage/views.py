@@ -250,8 +250,9 @@ def decode(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         pixels = image.width * image.height
-        if pixels > MAX_PIXELS:
-            raise BadImage(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,} are refused")
+        if pixels > MAX_PIXELS or max(image.size) > 1_000_000:  # Pillow's resize takes memory by the longer side
+            most = f"{MAX_PIXELS:,}, or 1,000,000 on a side,"
+            raise BadImage(f"{image.width}x{image.height} pixels, more than {most} are refused")
         # A scan is ten bytes of a JPEG at least, and goes over all of its pixels: 5e10 take some 20 seconds.
         scans = data.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 1
         if scans * pixels > 5e10:

@@ -27,7 +27,7 @@ from precompute.run import Wanted, precompute
 from precompute.taps import Tap
 from storage import codecs
 from storage.banks import read_views
-from storage.errors import DamageError, IdentityError, UserError
+from storage.errors import IdentityError, UserError
 from storage.policies import policy
 from storage.shards import read_samples
 from storage.store import Store, Task
@@ -243,7 +243,7 @@ def test_contract_5_a_teacher_that_would_see_other_pixels_is_refused(
     run_precompute(place, world.shards, teacher_of(world.weights, "cnn"), F32)
     before = snapshot(place)
     monkeypatch.setattr("storage.banks.render", lambda image, view, size: render(image, view, size) ^ 1)
-    with pytest.raises(IdentityError, match=r"view 0, key shard-000000-00000: signature of the view's pixels"):
+    with pytest.raises(UserError, match=r"view 0, key shard-000000-00000: signature of the view's pixels"):
         run_precompute(place, world.shards, teacher_of(world.weights, "vit"), VIT)
     assert snapshot(place) == before, "the attempt is gone too"
 
@@ -336,10 +336,8 @@ def test_contract_5_a_shard_that_changed_in_its_middle_after_indexing_is_refused
         shard = str(tmp_path / ending / Path(world.shards[0]).name)
         flipped_in_place(shard, sample, ending)
         before = snapshot(place)
-        with pytest.raises(IdentityError) as caught:
+        with pytest.raises(UserError, match=f"key shard-000000-00100: {field}|{field} of key shard-000000-00100"):
             run_precompute(place, [shard], teacher_of(world.weights, "cnn"), CNN, views=3)
-        assert caught.value.field == field
-        assert "key shard-000000-00100" in caught.value.where
         assert snapshot(place) == before
 
 
@@ -491,7 +489,7 @@ def test_contract_6_of_two_runs_that_drew_other_views_the_second_is_refused(
             run_precompute(place, shard, teacher_of(world.weights, "cnn"), F32)
 
     watch(meanwhile)
-    with pytest.raises(IdentityError, match="checksums of the bank's parameters and signatures"):
+    with pytest.raises(UserError, match="checksums of the bank's parameters and signatures"):
         run_precompute(place, shard, teacher_of(world.weights, "cnn"), F32)
     assert attempts(place) == counted(place)
     assert not failures(place, [])
@@ -579,7 +577,7 @@ def test_contract_5_views_that_are_added_are_rendered_as_those_that_are_there(
     before = snapshot(place)
     for module in ("precompute.engine", "storage.banks"):
         monkeypatch.setattr(f"{module}.render", lambda image, view, size: render(image, view, size) ^ 1)
-    with pytest.raises(IdentityError, match="signature of the view's pixels"):
+    with pytest.raises(UserError, match="signature of the view's pixels"):
         run_precompute(place, world.shards, teacher_of(world.weights, "cnn"), CNN, views=3)
     assert snapshot(place) == before
 
@@ -590,7 +588,7 @@ def test_views_of_the_bank_that_are_damaged_stop_a_run_and_are_named(world: Worl
     run_precompute(place, shard, teacher_of(world.weights, "cnn"), F32)
     chunk = next(place.glob("banks/*/*/0/*/parameters/c/0/0"))
     flip(chunk)
-    with pytest.raises(DamageError, match=str(chunk.relative_to(place))):
+    with pytest.raises(UserError, match=str(chunk.relative_to(place))):
         run_precompute(place, shard, teacher_of(world.weights, "vit"), VIT)
 
 
@@ -605,7 +603,7 @@ def test_a_teacher_that_gives_no_number_fails_by_name_and_nothing_is_marked(
     batches = iter(range(100))
 
     def spoil(outputs: list[np.ndarray]) -> None:
-        if next(batches) == 3:  # second block, second view
+        if next(batches) in (3, 7):  # second block, second view, of each shard: the first fails at its second block
             outputs[0][5, 3, 2, 1] = value
 
     watch(spoil)
@@ -674,10 +672,8 @@ def test_contract_5_an_image_that_was_invalid_and_is_not_any_more_is_refused(
             return Image.new("RGB", (40, 32))
 
     monkeypatch.setattr("precompute.engine.decode", lenient)
-    with pytest.raises(IdentityError) as caught:
+    with pytest.raises(UserError, match="view 0, key shard-000000-00003: image: expected invalid, found valid"):
         run_precompute(place, [corrupt], teacher_of(world.weights, "vit"), VIT, bad_images="skip")
-    assert (caught.value.field, caught.value.expected, caught.value.found) == ("image", "invalid", "valid")
-    assert "view 0, key shard-000000-00003" in caught.value.where
 
 
 # ---------------------------------------------------------------------------------------------- faults
@@ -719,7 +715,8 @@ def faults(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[F
         patch.setattr(export, "export", once(export.export, lambda teacher, taps, *rest: tuple(taps)))
         patch.setattr(targets, "load", once(targets.load, lambda teacher: teacher.id))
         patch.setattr(os, "fsync", lambda descriptor: None)  # no power is lost here, and it takes most of the time
-        patch.setattr("precompute.cluster.open_session", once(sessions.open_session, lambda graph, provider: graph))
+        patch.setattr("precompute.cluster.open_session", once(sessions.open_session, lambda graph, *rest: graph))
+        patch.setattr("precompute.cluster.BACKOFF", (0.0, 0.0))
         yield Faults(world, tmp_path_factory.mktemp("faults"))
 
 
@@ -732,28 +729,34 @@ def undisturbed(faults: Faults) -> dict[Task, dict[str, np.ndarray]]:
 
 
 SWEEP = [
-    ("write", "EIO", 1), ("write", "short", 3), ("write", "lost", 3), ("link", "EIO", 1), ("link", "lost", 1),
-    ("sync", "EIO", 5), ("sync", "lost", 11), ("read", "EIO", 3),
+    ("write", "EIO", 1), ("write", "short", 3), ("write", "ENOSPC", 3), ("write", "lost", 3), ("link", "EIO", 1),
+    ("link", "lost", 1), ("sync", "EIO", 5), ("sync", "lost", 11), ("read", "EIO", 3),
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("forever", [False, True], ids=["once", "from then on"])
 @pytest.mark.parametrize(("operation", "fault", "stride"), SWEEP, ids=[f"{o} {f}" for o, f, _ in SWEEP])
 def test_contract_3_a_fault_anywhere_leaves_a_store_that_the_same_command_completes(
-    faults: Faults, undisturbed: Any, operation: str, fault: str, stride: int
+    faults: Faults, undisturbed: Any, operation: str, fault: str, stride: int, forever: bool
 ) -> None:
     total = faults.run(faults.fresh(), operation=operation).calls
     assert total >= 8
-    failed = 0
+    failed, unforeseen = 0, []
     for number in range(0, total, stride):
         place = faults.fresh()
         try:
-            faults.run(place, operation=operation, fail_at=number, fault=fault)
-        except (UserError, OSError):
+            faults.run(place, operation=operation, fail_at=number, fault=fault, forever=forever)
+        except (UserError, OSError) as error:
+            unforeseen += [str(error)] * ("this should not happen" in str(error))
             failed += 1
         faults.run(place)
         assert_same(contents(place), undisturbed)
         assert not failures(place, faults.shards), f"{operation} {number} {fault}"
-    assert failed > total / stride / 2, "most faults are seen"
+    assert not unforeseen
+    if forever or fault == "ENOSPC":  # a full disk is not waited for
+        assert failed > total / stride / 2, "what goes on failing is seen"
+    else:
+        assert failed < total / stride / 3, "a task is tried again after a fault of input or output"
 
 
 @pytest.mark.parametrize("number", [3, 9, 14])
@@ -761,7 +764,7 @@ def test_contract_3_a_full_disk_is_an_error_and_the_same_command_completes_later
     faults: Faults, undisturbed: Any, number: int
 ) -> None:
     place = faults.fresh()
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises((UserError, OSError), match="No space left"):
         faults.run(place, operation="write", fail_at=number, fault="ENOSPC", forever=True)
     faults.run(place)
     assert_same(contents(place), undisturbed)

@@ -34,7 +34,7 @@ def store_with(folder: Path, *policies: Policy, shard: str = "shard-1") -> Store
 
 
 def chosen(store: Store, wanted: Policy, *given: str, new_bank: bool = False) -> Policy:
-    return choose_policy(store, wanted, set(given), ["shard-1"], new_bank)
+    return choose_policy(store, wanted, set(given), {"shard-1", "shard-2"}, lambda: {"shard-1"}, new_bank)
 
 
 # ---------------------------------------------------------------------------------------------- wishes
@@ -182,12 +182,19 @@ def test_target_ids_say_what_they_are_and_manifests_hold_it(world: World) -> Non
 
 def test_manifests_say_how_well_the_codec_keeps_what_the_teacher_gave(world: World) -> None:
     store = Store.open(world.store)
-    errors = {name: store.target(id)["codec_error"] for name, id in world.targets.items()}
-    assert errors["activations f32"] == {"relative": 0, "cosine": pytest.approx(1)}
-    for name in ("activations u8", "class_row", "q"):
-        assert 0 < errors[name]["relative"] < 0.01
-        assert errors[name]["cosine"] == pytest.approx(1, abs=1e-4)
-    assert errors["class_row"]["relative"] < 2**-11
+    errors = {name: store.target(id)["codec_errors"] for name, id in world.targets.items()}
+    assert errors["activations f32"]["f32"] == {"relative": 0, "cosine": pytest.approx(1)}
+    assert errors["activations f32"] == errors["activations u8"], "every codec that fits, whichever was taken"
+    for name, codec in (("activations u8", "u8"), ("class_row", "f16"), ("q", "f16")):
+        assert 0 < errors[name][codec]["relative"] < 0.01
+        assert errors[name][codec]["cosine"] == pytest.approx(1, abs=1e-4)
+    assert errors["class_row"]["f16"]["relative"] < 2**-11
+    assert set(errors["class_row"]) == {"f16", "f32", "u8", "log8"}
+    assert set(errors["logits"]) == {"f32", "f16", "u8", "topk20"}
+    for name in ("class_row", "logits"):
+        assert errors[name]["f32"]["kl"] == pytest.approx(0, abs=1e-9)
+        assert all(error["kl"] >= -1e-9 for error in errors[name].values())
+    assert 0 < errors["class_row"]["log8"]["kl"] < 1e-3
 
 
 def test_targets_that_are_asked_for_together_share_one_graph(world: World) -> None:

@@ -85,7 +85,13 @@ REFUSED = {
     "unknown operation": ("corp(0.1)|flip", "'corp'.*Did you mean 'crop'"),
     "unknown name": ("ligth", "'ligth'.*Did you mean 'light'"),
     "operation in capitals": ("Resize", "Did you mean 'resize'"),
-    "an operation of later": ("rrc(0.08,1)|flip", "'rrc'"),
+    "not in order": ("resize|erase(0.1)|flip", "each once and in this order"),
+    "rrc the wrong way round": ("rrc(1,0.08)", "rrc.lo,hi. takes"),
+    "rrc of nothing": ("rrc(0,1)", "rrc.lo,hi. takes"),
+    "randaug too strong": ("resize|randaug(11,0.5)", "randaug.m,std. takes"),
+    "erase of no part": ("resize|erase(0)", "erase.p. takes"),
+    "mix of nothing": ("resize|mix(0,0)", "mix.mixup,cutmix. takes"),
+    "mix of no number": ("resize|mix(nan,1)", "mix.mixup,cutmix. takes"),
     "too few arguments": ("crop|flip", r"crop takes 1 argument\(s\), found 0"),
     "too many arguments": ("short(1,2)|center", r"short takes 1 argument\(s\), found 2"),
     "an argument too many": ("resize(3)", r"resize takes 0 argument\(s\), found 1"),
@@ -103,8 +109,8 @@ REFUSED = {
     "center without short": ("center", "must begin with"),
     "center before short": ("center|short(0.5)", "must begin with"),
     "flip first": ("flip|resize", "must begin with"),
-    "flip twice": ("resize|flip|flip", "only flip may follow, once"),
-    "two framings": ("resize|crop(0.1)", "only flip may follow"),
+    "flip twice": ("resize|flip|flip", "may follow flip, randaug, erase, mix, each once"),
+    "two framings": ("resize|crop(0.1)", "may follow flip, randaug, erase, mix"),
 }
 
 

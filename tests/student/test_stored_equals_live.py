@@ -6,16 +6,22 @@ target, once with what the PyTorch teacher says of the batch's images at that mo
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
 from precompute.export import live_teacher
 from precompute.taps import Tap
+from storage.codecs import Codec
+from storage.policies import policy
 from storage.store import Store
+from storage.views import COLUMNS
 from student.config import Recipe, validate
 from student.lesson import Lesson
 from student.model import build
-from student.stream import Batch, Stream
+from student.stream import Stream
 from tests.conftest import World, run_precompute, teacher_of
 
 STEPS = 20
@@ -44,7 +50,8 @@ def compare(stream: Stream, target: str, manifest: dict, teacher: torch.nn.Modul
         for batch in stream.epoch(step // stream.order.steps):
             with torch.no_grad():
                 (now,) = teacher(batch.images)
-            live = Batch(batch.images, batch.labels, batch.ids, {target: {"data": now}}, {target: "f32"})
+            exact = Codec("f32", tuple(now.shape[1:]), 2)
+            live = replace(batch, targets={target: {"data": now}}, codecs={target: exact})
             for name in worst:
                 losses, gradients = [], []
                 for source in (live, batch):
@@ -88,6 +95,62 @@ def test_aal_from_u8_stays_close_to_the_teacher_in_the_loop(world, record_proper
         record_property(name, (error, cosine))
         assert 0 < error <= 1e-3
         assert 1 - 1e-3 <= cosine < 1
+
+
+@pytest.fixture(scope="module")
+def mixed(world, tmp_path_factory):
+    """A store of `deit` views, mixup and CutMix on: its folder, and targets by their names."""
+    place = tmp_path_factory.mktemp("deit") / "store"
+    options = {"policy": policy("deit", 32), "views": 2}
+    wishes = [f"activations,grid=8,codec={codec}" for codec in ("f32", "u8", "f16")] + ["logits", "logits,codec=topk2"]
+    cnn = run_precompute(place, world.shards, teacher_of(world.weights, "cnn"), wishes, **options)
+    rows = ["class_row,codec=f32", "class_row,codec=log8"]
+    vit = run_precompute(place, world.shards, teacher_of(world.weights, "vit"), rows, **options)
+    names = ["f32", "u8", "f16", "logits", "topk", "rows", "log8"]
+    return Store.open(place), dict(zip(names, [*cnn["targets"], *vit["targets"]], strict=True))
+
+
+def test_contract_1_the_views_of_deit_are_mixed_in_both_ways(mixed):
+    store, targets = mixed
+    bank = store.target(targets["f32"])["identity"]["bank"]
+    rows = np.concatenate([
+        store.marker(task).arrays["parameters"].read(0, 150) for task in store.done() if task.kind == "bank"
+    ])  # fmt: skip
+    assert bank.startswith("deit-32-")
+    kinds, counts = np.unique(rows[:, COLUMNS.index("mix")], return_counts=True)
+    assert list(kinds[-2:]) == [1, 2]
+    assert (counts[-2:] > 200).all()
+
+
+@pytest.mark.parametrize(
+    ("codec", "error_bound", "cosine_bound"), [("f32", 1e-5, 1e-6), ("u8", 1e-3, 1e-3), ("f16", 1e-4, 1e-5)]
+)
+def test_contract_1_aal_with_mixing_on(world, mixed, record_property, codec, error_bound, cosine_bound):
+    store, targets = mixed
+    target = targets[codec]
+    teacher = live_teacher(teacher_of(world.weights, "cnn"), [Tap("activations", grid=8)], 32)
+    stream = Stream(world.shards, batch=32, store=store, targets=[target], seed=1)
+    assert any((batch.shares > 0).any() for batch in stream.epoch(0))
+    for name, (error, cosine) in compare(stream, target, store.target(target), teacher, recipe_of(), 3).items():
+        record_property(name, (error, cosine))
+        assert error <= error_bound
+        assert cosine >= 1 - cosine_bound
+
+
+def test_contract_1_log8_and_topk_are_near_the_exact_distributions(mixed, record_property):
+    """Mean KL to what the f32 target keeps; `topk2` keeps two of three classes, so it is exact but for f16."""
+    store, targets = mixed
+    for coded, exact, bound in (("log8", "rows", 1e-3), ("topk", "logits", 1e-5)):
+        near, true = (store.array(targets[name]).compute().astype(np.float64) for name in (coded, exact))
+        if coded == "topk":
+            near, true = (np.exp(x - np.logaddexp.reduce(x, -1, keepdims=True)) for x in (near, true))
+        near = np.maximum(near, 1e-12) / np.maximum(near, 1e-12).sum(-1, keepdims=True)
+        kl = float((true * np.log(np.maximum(true, 1e-12) / near)).sum(-1).mean())
+        record_property(coded, kl)
+        assert 0 <= kl <= bound
+        recorded = store.target(targets[coded])["codec_errors"]
+        name = "log8" if coded == "log8" else "topk2"
+        assert kl <= 2 * recorded[name]["kl"] + 1e-9, "what was measured on one block is true of all"
 
 
 def test_real_images_and_weights(shared, tmp_path, record_property):
