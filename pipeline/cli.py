@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -387,9 +389,19 @@ def _numbers(text: str | None, flag: str) -> tuple[float, ...] | None:
         raise UserError(f"{flag} {text}: expected one number or three, separated by commas") from None
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came: schedulers of clusters send it before they kill."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise _Terminated
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command; exit with 0, 1 for what a user can mend, 2 for usage."""
+    """Run a command; exit with 0, 1 for what a user can mend, 2 for usage, 130 and 143 after SIGINT and SIGTERM."""
     words = sys.argv[1:] if arguments is None else arguments
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     debug, as_json = "--debug" in words, "--json" in words
     try:
         status = cli.main(args=words, prog_name="pipeline", standalone_mode=False)
@@ -400,8 +412,9 @@ def main(arguments: list[str] | None = None) -> None:
     except click.UsageError as error:
         error.show()
         raise SystemExit(2) from None
-    except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted; what was complete stays (precompute: the same command goes on)", as_json, 130)
+    except (click.Abort, KeyboardInterrupt) as error:
+        status = 143 if isinstance(error.__cause__ or error, _Terminated) else 130
+        _fail("interrupted; what was complete stays (precompute: the same command goes on)", as_json, status)
     except (UserError, click.ClickException) as error:
         if debug:
             raise

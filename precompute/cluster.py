@@ -193,8 +193,24 @@ def workers(count: int | None, address: str | None, say: Callable[[str], None]) 
                 "`dask scheduler` and workers with `dask worker ADDRESS`"
             ) from None
         with client:
+            if address is None:
+                _shield(client)
             _greet(client, address, say)
             yield client
+
+
+def _shield(client: Client) -> None:
+    """Interrupts that reach all processes of a terminal are for this one alone: it tells the workers to stop."""
+    import signal
+
+    from distributed import WorkerPlugin
+
+    class Shield(WorkerPlugin):
+        def setup(self, worker: Any) -> None:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
+
+    client.register_plugin(Shield(), name="shield")
 
 
 def _greet(client: Client, address: str | None, say: Callable[[str], None]) -> None:

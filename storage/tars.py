@@ -74,7 +74,9 @@ def members(
         length = file.seek(0, io.SEEK_END)
         file.seek(0)
         tar = tarfile.open(fileobj=file, mode="r:", tarinfo=_Header, encoding="utf-8", errors="strict")  # noqa: SIM115
+        after = 0
         while (info := tar.next()) is not None:
+            begin, after = after, tar.offset  # where its headers begin: `info.offset` leaves out a global one
             end_of_member = info.offset_data + -(-info.size // 512) * 512 if info.isreg() else tar.offset
             if tar.pax_headers.keys() & {"path", "size"}:  # a range from the middle would not see it
                 raise UserError(f"{where}: a global header names or sizes all members; make the file again")
@@ -95,13 +97,13 @@ def members(
                 raise UserError(f"{where}: {info.name!r} has {info.size:,} bytes, more than {LARGEST:,} are refused")
             if name[0] != key:
                 if key is not None:
-                    yield key, parts, start, info.offset
+                    yield key, parts, start, begin
                 if together and name[0] in seen:
                     raise UserError(
                         f"{where}: key {name[0]!r} is there twice, or its members do not stand together\n"
                         + repack(where)
                     )
-                key, parts, start = name[0], [], info.offset
+                key, parts, start = name[0], [], begin
                 seen.add(key)
             content = tar.extractfile(info)
             assert content is not None
