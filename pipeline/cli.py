@@ -214,31 +214,46 @@ def inspect(store: str, as_json: bool) -> None:
 
 @cli.command()
 @_store
-@_shards("--shards", help="Shards whose views are rendered again.", required=False)
-@click.option("--samples", type=click.IntRange(0), default=64, show_default=True,
-              help="Samples of each shard that are rendered again; 0 for all.")  # fmt: skip
+@_shards("--shards", help="Shards whose views are rendered again and shown to the teacher.", required=False)
+@click.option("--samples", type=click.IntRange(1), default=64, show_default=True,
+              help="Samples of these shards, in all their views, spread evenly.")  # fmt: skip
+@click.option("--full", is_flag=True, help="All samples.")
+@click.option("--weights", multiple=True, metavar="F",
+              help="A recorded teacher's weights, if not at the recorded path; may be repeated.")  # fmt: skip
 @_common
-def verify(store: str, shards: tuple[str, ...], samples: int, as_json: bool) -> None:
-    """Check every byte of a store, and that shards still give the pixels that the teacher saw.
+def verify(
+    store: str, shards: tuple[str, ...], samples: int, full: bool, weights: tuple[str, ...], as_json: bool
+) -> None:
+    """Check every byte of a store, and that shards still give the pixels and the targets that it holds.
 
+    Targets are compared with the live PyTorch teacher where its weights are at hand, else with the stored graph.
     Exit status 1 if anything is wrong; nothing is changed.
 
     \b
     pipeline verify --store S --shards 'train-{000000..000009}.tar'
     """
+    from precompute.check import Live
     from storage.shards import expand
     from storage.store import Store
+    from storage.verify import Report
     from storage.verify import verify as run
 
     urls = expand(shards) if shards else []
     console = Console()
-    report = run(Store.open(store), urls, samples, console.say)
+    opened, report = Store.open(store), Report()
+    if (weights or full) and not urls:
+        raise UserError("--weights and --full: give the shards whose targets are compared: --shards …")
+    live = Live(opened, report, weights, console.say)
+    run(opened, urls, 0 if full else samples, console.say, live, report)
     result = {
         "store": store, "ok": not report.failures, "objects": report.objects, "views_rendered": report.views_rendered,
+        "targets_compared": report.targets_compared, "compared_with": report.compared_with,
         "failures": report.failures, "notices": report.notices,
     }  # fmt: skip
     verdict = "everything is as it was written" if not report.failures else f"{len(report.failures)} failure(s)"
-    rendered = f", {report.views_rendered:,} views rendered again" if urls else ", no views rendered (give --shards)"
+    rendered = ", no views rendered (give --shards)"
+    if urls:
+        rendered = f", {report.views_rendered:,} views rendered again, {report.targets_compared:,} targets compared"
     advice = "  What is damaged in a view is made anew by precompute once its marker (done/…) is deleted."
     tail = [advice] if report.failures else []
     show(result, [*report.failures, *report.notices, *tail, f"{report.objects:,} checks{rendered}: {verdict}"], as_json)

@@ -7,7 +7,6 @@ time with one session; the graph is read from the store once a process.
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import itertools
 import logging
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from precompute.engine import Outcome, ShardTask, run_task
 from precompute.session import Session, cores, open_session
-from storage.errors import UserError
+from storage.errors import UserError, lasts
 from storage.progress import Progress
 
 if TYPE_CHECKING:
@@ -31,8 +30,6 @@ T = TypeVar("T")
 
 BACKOFF = (1.0, 4.0, 16.0)  # seconds before each new try after an input or output fault, give or take a half
 PATIENCE = 60.0  # seconds that workers have to appear, and to lay down their work
-# Faults of a disk or of rights, which no waiting mends.
-_LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ def patiently(call: Callable[[], T]) -> T:
         try:
             return call()
         except OSError as error:
-            if error.errno in _LASTING:
+            if lasts(error):
                 raise
             time.sleep(pause * random.uniform(0.5, 1.5))
     return call()

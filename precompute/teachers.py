@@ -111,7 +111,7 @@ def find(
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", called):
         raise UserError(f"--as {called!r}: a teacher's name has 1 to 40 letters, digits, - and _")
     if weights is not None:
-        digest, classes = _digest_of_file(weights), _classes_in(weights)
+        digest, classes = digest_of_file(weights), _classes_in(weights)
     else:
         if "num_classes" in (arguments or {}):
             raise UserError(
@@ -159,7 +159,8 @@ def _pretrained_config(model: str, name: str) -> dict[str, Any]:
     return {"size": config.input_size[-1], "mean": config.mean, "std": config.std}
 
 
-def _digest_of_file(path: str) -> str:
+def digest_of_file(path: str) -> str:
+    """Sha256 of a file of weights, in hex. Raises UserError."""
     try:
         with Path(path).expanduser().open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

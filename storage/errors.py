@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -28,6 +29,22 @@ class DamageError(UserError):
 
 class MissingError(DamageError):
     """An object that should be there is not."""
+
+
+# Faults of a disk or of rights, which no waiting mends; and those of a cable or a busy server.
+_LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
+_PASSING = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ESTALE, errno.EREMOTEIO, errno.ENETDOWN,
+            errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ETIMEDOUT, errno.ECONNRESET}  # fmt: skip
+
+
+def passes(error: OSError) -> bool:
+    """Whether an error is surely a passing fault of input or output, and says nothing about a file's content."""
+    return isinstance(error, TimeoutError | ConnectionError) or error.errno in _PASSING
+
+
+def lasts(error: OSError) -> bool:
+    """Whether an error is one of a disk or of rights, so that trying again is useless."""
+    return error.errno in _LASTING
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from typing import IO, Self
 
 import fsspec
 
-from storage.errors import UserError
+from storage.errors import UserError, passes
 from storage.objects import is_remote, open_objects
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -114,6 +114,10 @@ def members(
         raise UserError(f"{where}: a member's name is not UTF-8 ({error})") from None
     except UserError:
         raise
+    except (OSError, MemoryError) as error:
+        if isinstance(error, MemoryError) or passes(error):
+            raise
+        raise UserError(f"{where}: cannot be read as a tar: {error}; copy or make the file again") from None
     except Exception as error:  # tarfile raises anything on hostile headers: IndexError, RecursionError, …
         said = str(error) or type(error).__name__
         raise UserError(f"{where}: cannot be read as a tar: {said}; copy or make the file again") from None
@@ -165,6 +169,8 @@ def open_file(url: str) -> IO[bytes]:
             return fsspec.open(url, "rb").open()  # type: ignore[no-any-return]
         return Path(url.removeprefix("file://")).open("rb")
     except OSError as error:
+        if passes(error):
+            raise
         raise UserError(f"{url}: cannot be opened: {error.strerror or error}") from None
 
 
@@ -180,6 +186,8 @@ def size_of(url: str) -> int:
     try:
         return open_objects(folder).size(name)
     except OSError as error:
+        if passes(error):
+            raise
         raise UserError(f"{url}: cannot be opened: {error.strerror or error}") from None
 
 

@@ -7,16 +7,23 @@ signatures compared. Everything wrong is listed, by name; nothing is changed.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from storage import records
-from storage.banks import bank_policy, read_views
+from storage.banks import BankView, bank_policy, read_views
 from storage.codecs import Codec
 from storage.errors import DamageError, UserError
-from storage.shards import BLOCK, read_samples
+from storage.shards import BLOCK, ShardIndex, read_samples
 from storage.store import Marker, Store, Task
-from storage.views import decode
+from storage.tars import Sample
+from storage.views import decode, mixed
+
+# Given a shard's url and index, a bank's task, and view images by the samples' indices.
+Look = Callable[[str, ShardIndex, Task, dict[int, np.ndarray]], None]
 
 
 @dataclass
@@ -25,6 +32,8 @@ class Report:
 
     objects: int = 0
     views_rendered: int = 0
+    targets_compared: int = 0  # (target, view, sample)
+    compared_with: dict[str, str] = field(default_factory=dict)  # teacher -> what its targets were compared with
     failures: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
@@ -37,14 +46,35 @@ class Report:
             self.failures.append(str(error))
 
 
+@contextmanager
+def _collecting(report: Report) -> Iterator[None]:
+    """Count a failure instead of raising it."""
+    report.objects += 1
+    try:
+        yield
+    except UserError as error:
+        report.failures.append(str(error))
+
+
 def verify(
     store: Store,
     shards: Sequence[str] = (),
     samples: int = 64,
     say: Callable[[str], None] = lambda line: None,
+    look: Look = lambda url, index, task, pixels: None,
+    report: Report | None = None,
 ) -> Report:
-    """Check a whole store, and `samples` samples of each given shard in each of its banks (all with 0)."""
-    report = Report()
+    """Check a whole store, and some samples of the given shards in each of their banks.
+
+    Args:
+        store: which one.
+        shards: whose views are rendered again.
+        samples: how many in all, spread over the shards; 0 for all of them.
+        say: called with lines for people.
+        look: given the view images that were rendered, uint8 [S, S, 3] by the sample's index, of each bank's task.
+        report: where to add what is found.
+    """
+    report = Report() if report is None else report
     _manifests(store, report)
     known = store.shard_ids()
     for shard in known:
@@ -54,7 +84,7 @@ def verify(
     _gaps(store, report, markers)
     for url in shards:
         say(f"rendering views of {url} again")
-        _signatures(store, report, markers, url, samples, known)
+        _replay(store, report, markers, url, -(-samples // len(shards)) if samples else 0, look)
     return report
 
 
@@ -72,8 +102,9 @@ def _manifests(store: Store, report: Report) -> None:
                 elif kind == "target":
                     if not id.endswith(records.digest_of(content["identity"])[:8]):
                         raise DamageError(f"{store.url}/targets/{id}/manifest.json: damaged: not what its id says")
-                    if content["graph"] is not None:
-                        store.graph(content["teacher"], content["graph"])
+                    if content["graph"] is None:  # view images, which no teacher made
+                        return
+                    store.graph(content["teacher"], content["graph"])
                     if content["teacher"] not in store.objects.names("teachers"):
                         raise DamageError(f"{store.url}/teachers/{content['teacher']}: missing")
 
@@ -172,34 +203,59 @@ def _gaps(store: Store, report: Report, markers: Iterable[Task]) -> None:
         report.expect(lambda id=id, shards=shards: store.views("target", id, shards, done))  # type: ignore[misc]
 
 
-def _signatures(
-    store: Store, report: Report, markers: dict[Task, Marker], url: str, samples: int, known: Sequence[str]
-) -> None:
+def _replay(store: Store, report: Report, markers: dict[Task, Marker], url: str, samples: int, look: Look) -> None:
+    """Render the views of some of a shard's samples again; their pixels go to `look`."""
     try:
-        index = store.require(url, known)
+        index = store.require(url, store.shard_ids())
     except UserError as error:
         report.failures.append(str(error))
         return
-    chosen = range(len(index)) if not samples else range(0, len(index), max(1, -(-len(index) // samples)))
+    count = len(index)
+    chosen = range(count) if not samples else range(0, count, max(1, -(-count // samples)))
     tasks = sorted(task for task in markers if task.kind == "bank" and task.shard == index.id)
     if not tasks:
         report.failures.append(f"{url}: no bank of this store has views of {index.id}")
-    policies = {task.id: bank_policy(store, task.id) for task in tasks}
     for number in sorted({i // BLOCK for i in chosen}):
         block = index.block(number)
-
-        def check(block: range = block) -> None:
+        some = [i for i in chosen if i in block]
+        with _collecting(report):
             originals = read_samples(url, index, block)
-            for i in [i for i in chosen if i in block]:
-                sample = originals[i - block.start]
-                image = None
-                for task in tasks:
-                    if i in markers[task].invalid:
-                        continue
-                    image = image or decode(sample.image)
-                    where = f"{url}, bank {task.id}, view {task.view}"
-                    views = read_views(markers[task], i, i + 1)
-                    views.replay(0, sample, image, policies[task.id].size, where)
-                    report.views_rendered += 1
+            views = {task: read_views(markers[task], block.start, block.stop) for task in tasks}
+            for task, pixels in _rendered(store, report, url, block, originals, some, views).items():
+                look(url, index, task, pixels)
 
-        report.expect(check)
+
+def _rendered(
+    store: Store,
+    report: Report,
+    url: str,
+    block: range,
+    originals: Sequence[Sample],
+    some: Sequence[int],
+    views: dict[Task, BankView],
+) -> dict[Task, dict[int, np.ndarray]]:
+    """Bank's task -> index of a sample -> its view image, mixed. Each original is decoded once, and dropped."""
+    wanted: dict[Task, set[int]] = {}
+    for task, there in views.items():
+        valid = [i for i in some if there.view(i - block.start).valid]
+        partners = [mix.partner for i in valid if (mix := there.view(i - block.start).mix)]
+        wanted[task] = {*valid, *partners}
+    own: dict[Task, dict[int, np.ndarray]] = {task: {} for task in views}
+    for i in sorted(set().union(*wanted.values())):
+        sample = originals[i - block.start]
+        with _collecting(report):
+            image = decode(sample.image)
+            for task, there in views.items():
+                if i in wanted[task]:
+                    where = f"{url}, bank {task.id}, view {task.view}"
+                    size = bank_policy(store, task.id).size
+                    own[task][i] = there.replay(i - block.start, sample, image, size, where)
+                    report.views_rendered += 1
+    images: dict[Task, dict[int, np.ndarray]] = {}
+    for task, rendered in own.items():
+        images[task] = {}
+        for i in some:
+            mix = views[task].view(i - block.start).mix
+            if i in rendered and (mix is None or mix.partner in rendered):
+                images[task][i] = mixed(rendered[i], rendered[mix.partner], mix) if mix else rendered[i]
+    return images

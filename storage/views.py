@@ -258,7 +258,7 @@ def decode(data: bytes) -> Image.Image:
         if scans * pixels > 5e10:
             raise BadImage(f"{image.width}x{image.height} pixels in {scans:,} scans are refused")
         image.load()
-    except BadImage:
+    except (BadImage, MemoryError):
         raise
     except PIL.UnidentifiedImageError:
         raise BadImage("cannot be decoded: it is no JPEG, PNG or WebP, or its beginning is damaged") from None

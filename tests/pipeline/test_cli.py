@@ -81,7 +81,7 @@ def test_from_class_folders_to_a_score(run, world, tmp_path, monkeypatch):
     (target,) = seen["targets"].values()
     assert target["sample_shape"] == [60, 8, 8]
     assert target["view_images"] == 480
-    checked = json.loads(run("verify", "--store", "S", *shards, "--samples", 0, "--json").out)
+    checked = json.loads(run("verify", "--store", "S", *shards, "--full", "--json").out)
     assert (checked["ok"], checked["views_rendered"]) == (True, 480)
 
     sets = [w for s in SIZES for w in ("--set", s)]
