@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import signal
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline.console import Console, show
+from pipeline.options import common, shards, store, wanted
 from storage.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from precompute.run import Wanted
 
 
 class _Commands(click.Group):
@@ -40,28 +42,6 @@ def cli() -> None:
     """
 
 
-def _common(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--json` and `--debug`, as every command has them."""
-
-    @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, everything else on stderr.")
-    @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-    @functools.wraps(command)
-    def wrapped(*args: Any, debug: bool, **kwargs: Any) -> Any:
-        return command(*args, **kwargs)
-
-    return wrapped
-
-
-def _shards(*names: str, help: str, required: bool = True) -> Callable[..., Any]:
-    return click.option(
-        *names, multiple=True, required=required, metavar="SHARDS",
-        help=f"{help} Braces, * and :: between several; may be repeated.",
-    )  # fmt: skip
-
-
-_store = click.option("--store", required=True, metavar="DIR", help="The store: a folder or an fsspec URL.")
-
-
 @cli.command()
 @click.argument("source", nargs=-1, required=True)
 @click.argument("out")
@@ -70,7 +50,7 @@ _store = click.option("--store", required=True, metavar="DIR", help="The store: 
 @click.option("--fraction", type=float, default=1.0, help="Part of each class that is kept, class-balanced.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the order and of both choices.")
 @click.option("--no-shuffle", is_flag=True, help="Keep the order of the source.")
-@_common
+@common
 def pack(
     source: tuple[str, ...],
     out: str,
@@ -103,85 +83,18 @@ def pack(
 
 
 @cli.command()
-@click.option("--teacher", required=True, help="A short name (effnet_b3, mobilenetv2, vit_tiny, …) or any timm name.")
-@_shards("--shards", help="The shards.")
-@_store
-@click.option("--target", multiple=True, metavar="TAP[,layers=…][,grid=…][,codec=…]",
-              help="What to keep: activations, logits, q, k, class_row or class_token; may be repeated. layers=last or "
-              "1:4+8, counted from 1; grid=8 for activations; codec=f32, f16, u8, log8 "
-              "(class_row) or topk20 (logits).")  # fmt: skip
-@click.option("--view-policy", metavar="P",
-              help="none, eval, light, deit, or a line such as 'rrc(0.2,1)|flip'.  [default: deit]")  # fmt: skip
-@click.option("--view-size", type=int, metavar="N", help="Side of the view images.  [default: 224]")
-@click.option("--view-count", type=click.IntRange(1), metavar="N", help="Views of each image.  [default: 4]")
-@click.option("--seed", type=int, metavar="N", help="Of the views.  [default: 0]")
-@click.option("--new-bank", is_flag=True, help="Make another bank beside the one that these shards have.")
-@click.option("--weights", metavar="F", help="A .safetensors or .pth file; without it, timm's hub.")
-@click.option("--teacher-arg", multiple=True, metavar="K=V", help="An argument of timm.create_model; may be repeated.")
-@click.option("--mean", metavar="M", help="Of the teacher's input: one number or three, with commas.")
-@click.option("--std", metavar="S", help="Likewise.")
-@click.option("--input-size", type=int, metavar="N", help="Side of the teacher's input.")
-@click.option("--as", "called", metavar="NAME", help="What the store calls the teacher.")
-@click.option("--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
-              help="Where the teacher runs.")  # fmt: skip
-@click.option("--bad-images", type=click.Choice(["fail", "skip"]), default="fail", show_default=True,
-              help="An image that cannot be decoded fails its shard, or is left out of training.")  # fmt: skip
-@click.option("--materialise-views", is_flag=True,
-              help="Keep the view images too: training then decodes nothing, and decoders may change.")  # fmt: skip
-@click.option("--workers", type=click.IntRange(1), metavar="N", help="Worker processes on this machine.")
-@click.option("--dask", metavar="ADDRESS", help="A running scheduler, such as tcp://host:8786.")
-@_common
-def precompute(
-    teacher: str,
-    shards: tuple[str, ...],
-    store: str,
-    target: tuple[str, ...],
-    view_policy: str | None,
-    view_size: int | None,
-    view_count: int | None,
-    seed: int | None,
-    new_bank: bool,
-    weights: str | None,
-    teacher_arg: tuple[str, ...],
-    mean: str | None,
-    std: str | None,
-    input_size: int | None,
-    called: str | None,
-    provider: str,
-    bad_images: Any,
-    materialise_views: bool,
-    workers: int | None,
-    dask: str | None,
-    as_json: bool,
-) -> None:
+@wanted
+@common
+def precompute(store: str, wanted: Wanted, as_json: bool) -> None:
     """Run a teacher once over shards and keep its targets. The same command goes on where it was.
 
     \b
     pipeline precompute --teacher mobilenetv2 --weights mobilenetv2.safetensors --shards 'train-{000000..000009}.tar' \\
       --store S --view-policy light --view-size 32 --target activations,grid=8,codec=u8
     """
-    from precompute import teachers
-    from precompute.run import Wanted
     from precompute.run import precompute as run
-    from precompute.targets import parse
-    from storage.policies import policy
-    from storage.shards import expand
     from storage.store import Store
 
-    if workers and dask:
-        raise UserError("--workers starts processes here, --dask joins others; give one of them")
-    urls = expand(shards)
-    views = policy("deit" if view_policy is None else view_policy, 224 if view_size is None else view_size, seed or 0)
-    wishes = [wish for text in target for wish in parse(text)]
-    found = teachers.find(
-        teacher, weights=weights, arguments=_arguments(teacher_arg), input_size=input_size,
-        mean=_numbers(mean, "--mean"), std=_numbers(std, "--std"), called=called,
-    )  # fmt: skip
-    named = {"line": view_policy, "size": view_size, "seed": seed}
-    wanted = Wanted(
-        urls, found, wishes, views, frozenset(name for name, value in named.items() if value is not None), view_count,
-        new_bank, provider, bad_images, materialise_views, workers, dask,
-    )  # fmt: skip
     console = Console()
     try:
         result = run(Store.create(store), wanted, console)
@@ -196,8 +109,36 @@ def precompute(
 
 
 @cli.command()
-@_store
-@_common
+@wanted
+@click.option("--measure", type=click.FloatRange(0), default=60, show_default=True, metavar="SECONDS",
+              help="How long the engine is tried out; 0 for not at all.")  # fmt: skip
+@click.option("--train-rate", type=click.FloatRange(0, min_open=True), default=1000, show_default=True,
+              metavar="N", help="Images a second that a training is to read.")  # fmt: skip
+@common
+def plan(store: str, wanted: Wanted, measure: float, train_rate: float, as_json: bool) -> None:
+    """Say what `precompute` with the same flags would take: bytes, objects, hours, and what would be cheaper.
+
+    The engine runs for about a minute beside the store; nothing is left behind.
+
+    \b
+    pipeline plan --teacher mobilenetv2 --weights mobilenetv2.safetensors --shards 'train-{000000..000009}.tar' \\
+      --store S --view-policy light --view-size 32 --target activations,grid=8,codec=u8
+    """
+    from pipeline.inspection import size_text
+    from precompute.plan import plan as run
+    from precompute.plan import summary
+
+    console = Console()
+    try:
+        result = run(store, wanted, console, measure, train_rate)
+    finally:
+        console.stop()
+    show(result, summary(result, size_text), as_json)
+
+
+@cli.command()
+@store
+@common
 def inspect(store: str, as_json: bool) -> None:
     """Say what is in a store: teachers, banks, targets, how much of each is complete, and its size.
 
@@ -213,14 +154,14 @@ def inspect(store: str, as_json: bool) -> None:
 
 
 @cli.command()
-@_store
-@_shards("--shards", help="Shards whose views are rendered again and shown to the teacher.", required=False)
+@store
+@shards("--shards", help="Shards whose views are rendered again and shown to the teacher.", required=False)
 @click.option("--samples", type=click.IntRange(1), default=64, show_default=True,
               help="Samples of these shards, in all their views, spread evenly.")  # fmt: skip
 @click.option("--full", is_flag=True, help="All samples.")
 @click.option("--weights", multiple=True, metavar="F",
               help="A recorded teacher's weights, if not at the recorded path; may be repeated.")  # fmt: skip
-@_common
+@common
 def verify(
     store: str, shards: tuple[str, ...], samples: int, full: bool, weights: tuple[str, ...], as_json: bool
 ) -> None:
@@ -263,13 +204,13 @@ def verify(
 
 @cli.command()
 @click.option("--recipe", required=True, help="A recipe's name (scratch, aal) or a YAML file.")
-@_shards("--shards", help="Training shards.")
-@_shards("--val", help="Validation shards.")
+@shards("--shards", help="Training shards.")
+@shards("--val", help="Validation shards.")
 @click.option("--store", metavar="DIR", help="The store with the targets; without one, views are drawn afresh.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="RUN", help="A new folder for the run.")
 @click.option("--set", "settings", multiple=True, metavar="PATH=VALUE", help="Change a setting; may be repeated.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@_common
+@common
 def train(
     recipe: str,
     shards: tuple[str, ...],
@@ -311,11 +252,11 @@ def train(
 
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@_shards("--shards", help="Labelled shards.")
+@shards("--shards", help="Labelled shards.")
 @click.option("--checkpoint", type=click.Choice(["last", "best"]), default="last", show_default=True,
               help="Which student; `best` was chosen on the run's validation shards.")  # fmt: skip
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@_common
+@common
 def evaluate(run: Path, shards: tuple[str, ...], checkpoint: str, device: str, as_json: bool) -> None:
     """Accuracy of a run's student over shards, every sample once, on the evaluation view of its policy.
 
@@ -361,7 +302,7 @@ def evaluate(run: Path, shards: tuple[str, ...], checkpoint: str, device: str, a
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("demo-out"), show_default=True, help="A new folder."
 )
-@_common
+@common
 def demo(out: Path, as_json: bool) -> None:
     """The whole path on handwritten digits, offline: pack, a teacher, precompute, two students, a table.
 
@@ -376,32 +317,6 @@ def demo(out: Path, as_json: bool) -> None:
     finally:
         console.stop()
     show(result, result["table"], as_json)
-
-
-def _arguments(pairs: tuple[str, ...]) -> dict[str, Any]:
-    import yaml
-
-    found = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals or not name.isidentifier():
-            raise UserError(f"--teacher-arg {pair}: expected name=value")
-        try:
-            found[name] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(
-                f"--teacher-arg {pair}: the value is not plain YAML: {' '.join(str(error).split())}"
-            ) from None
-    return found
-
-
-def _numbers(text: str | None, flag: str) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"{flag} {text}: expected one number or three, separated by commas") from None
 
 
 class _Terminated(KeyboardInterrupt):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,7 +51,7 @@ class Job:
     policy: Policy
     views: int
     by_graph: dict[str, tuple[Output, ...]]
-    known: dict[str, list[str]] = field(default_factory=dict)  # stem -> ids of shards that the store knew
+    known: dict[str, list[str]]  # url -> ids of shards with its stem that the store knew
 
     def tasks(self, graph: str, shards: Sequence[str] | None = None) -> Iterator[ShardTask]:
         """The tasks of one graph, one after another: there may be many."""
@@ -60,7 +59,7 @@ class Job:
         for url in shards or wanted.shards:
             yield ShardTask(
                 self.store, url, self.policy.bank, wanted.teacher.name, graph, self.by_graph[graph], self.views,
-                wanted.bad_images, tuple(self.known.get(stem_of(url), ())),
+                wanted.bad_images, tuple(self.known[url]),
             )  # fmt: skip
 
 
@@ -70,21 +69,18 @@ def prepare(store: Store, wanted: Wanted, progress: Progress) -> Job:
     Raises:
         UserError: as its parts do.
     """
-    known: dict[str, list[str]] = defaultdict(list)
-    for shard in store.shard_ids():
-        known[shard.rpartition("-")[0]].append(shard)
+    known = candidates(store, wanted.shards)
     manifest = targets.record_teacher(store, wanted.teacher)
-    candidates = {url: known.get(stem_of(url), []) for url in wanted.shards}
     policy = targets.choose_policy(
-        store, wanted.policy, set(wanted.given), {id for ids in candidates.values() for id in ids},
-        lambda: {index.id for url, ids in candidates.items() if (index := store.recognise(url, ids))}, wanted.new_bank,
+        store, wanted.policy, set(wanted.given), {id for ids in known.values() for id in ids},
+        lambda: {index.id for url, ids in known.items() if (index := store.recognise(url, ids))}, wanted.new_bank,
     )  # fmt: skip
-    views = _views(store, policy, wanted.views)
+    views = choose_views(store, policy, wanted.views)
     store.add_bank(policy.bank, policy.identity, banks.describe(policy))
     first = wanted.shards[0]
 
     def images() -> Any:
-        index = known_index(store, first, known.get(stem_of(first), ()))
+        index = known_index(store, first, known[first])
         return block_views(first, index, policy)
 
     wishes = wanted.wishes or targets.defaults(manifest, policy)
@@ -170,7 +166,15 @@ def _outcomes(job: Job, progress: Progress) -> Iterator[tuple[str, Any]]:
                 yield from run_on(client, job.tasks(graph), count, wanted.provider, threads, progress)
 
 
-def _views(store: Store, policy: Policy, wanted: int | None) -> int:
+def candidates(store: Store, urls: Sequence[str]) -> dict[str, list[str]]:
+    """Url -> ids of the shards that the store knows and that may be this one, by their stem."""
+    by_stem: dict[str, list[str]] = {}
+    for shard in store.shard_ids():
+        by_stem.setdefault(shard.rpartition("-")[0], []).append(shard)
+    return {url: by_stem.get(stem_of(url), []) for url in urls}
+
+
+def choose_views(store: Store | None, policy: Policy, wanted: int | None) -> int:
     """How many views: as said; else as many as the bank has; else four, or one without chance."""
     if not policy.random:
         if wanted not in (None, 1):
@@ -178,5 +182,5 @@ def _views(store: Store, policy: Policy, wanted: int | None) -> int:
         return 1
     if wanted is not None:
         return wanted
-    there = [task.view for task in store.done() if task.kind == "bank" and task.id == policy.bank]
+    there = [task.view for task in (store.done() if store else ()) if task.kind == "bank" and task.id == policy.bank]
     return max(there) + 1 if there else 4

@@ -1,0 +1,388 @@
+"""Plan: what a precompute run will take, before anything is spent: bytes, objects, hours, and what would be cheaper.
+
+Sizes are counted from shapes and codecs; hours come from running the real engine for about a minute beside the store,
+reading, rendering, session and writing together. Nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from precompute import targets
+from precompute.cluster import Failure, patiently, run_here, run_on, workers
+from precompute.engine import Output, ShardTask
+from precompute.run import Job, Wanted, candidates, choose_views, prepare
+from precompute.session import cores
+from storage.arrays import chunk_samples
+from storage.codecs import Codec, Part, fitting
+from storage.errors import UserError
+from storage.objects import is_remote, open_objects
+from storage.policies import Policy
+from storage.progress import Progress, Quiet
+from storage.shards import BLOCK, ShardIndex, build_index, cached_index, classes_of
+from storage.store import Store, Task
+from storage.tars import size_of, stem_of
+from storage.views import COLUMNS
+
+LOOKED_AT = 8  # shards that are read whole; the others' samples are estimated from their sizes
+_BANK = {"parameters": Part("float64", (len(COLUMNS),), ()), "signatures": Part("uint32", (1,), ())}
+_IN_MARKER = 8 * 4 / 3  # bytes that each chunk takes in its marker: length and checksum in base64
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard as far as it is known; its samples are estimated where nobody has read it yet."""
+
+    url: str
+    samples: int
+    id: str | None = None  # where the store knows it
+    estimated: bool = False
+    index: ShardIndex | None = None  # of a few: indexes are large
+
+
+def plan(where: str, wanted: Wanted, progress: Progress, seconds: float = 60, rate: float = 1000) -> dict[str, Any]:
+    """What a run would take, as plain data.
+
+    Args:
+        where: of the store, which need not be there yet.
+        wanted: as for `precompute`.
+        progress: for people.
+        seconds: to measure for; 0 leaves the hours out.
+        rate: images a second that a training is to read.
+
+    Raises:
+        UserError: as a run's preparation does, and where a measured shard fails.
+    """
+    store = _existing(where)
+    shards = _shards(store, wanted.shards)
+    policy, views = _policy(store, wanted)
+    with _scratch(where) as scratch:
+        settled = replace(wanted, policy=policy, given=frozenset({"line", "size", "seed"}), views=views, new_bank=True)
+        job = prepare(scratch, settled, progress)
+        measured = _measure(job, shards, seconds, progress) if seconds else None
+        manifests = {o.target: scratch.target(o.target) for outputs in job.by_graph.values() for o in outputs}
+        overhead = _overhead(scratch)
+    outputs = [output for several in job.by_graph.values() for output in several]
+    missing = _missing(store, shards, outputs, policy, views)
+    size, objects, new_size, new_objects = _sizes(shards, outputs, views, missing, overhead)
+    images = sum(shard.samples for shard in shards)
+    todo = sum(shard.samples for shard in shards for view in range(views) if missing[shard.url, view])
+    sample = sum(output.codec.sample_bytes for output in outputs)
+    tar_bytes = sum(size_of(shard.url) for shard in shards) / max(images, 1)
+    result: dict[str, Any] = {
+        "store": where,
+        "bank": policy.bank,
+        "policy": {"line": policy.line, "size": policy.size, "seed": policy.seed},
+        "shards": len(shards),
+        "samples": images,
+        "estimated": sum(shard.estimated for shard in shards),
+        "views": views,
+        "bytes": size,
+        "objects": objects,
+        "missing": {"bytes": new_size, "objects": new_objects, "view_images": todo},
+        "targets": [_target(output, manifests[output.target], images * views) for output in outputs],
+        "training": {
+            "images_per_second": rate,
+            "targets_mb_per_second": round(rate * sample / 1e6, 3),
+            "shards_mb_per_second": round(rate * tar_bytes / 1e6, 3),
+        },
+        "measured": None,
+        "hours": None,
+        "warnings": _warnings(where, shards, new_size),
+    }
+    if measured:
+        result["measured"] = measured
+        indexing = measured["index_seconds_per_image"] * sum(s.samples for s in shards if not s.id)
+        result["hours"] = round((todo / measured["view_images_per_second"] + indexing / measured["workers"]) / 3600, 4)
+    return result
+
+
+def _existing(where: str) -> Store | None:
+    try:
+        open_objects(where).get("zarr.json")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return Store.open(where)
+
+
+@contextlib.contextmanager
+def _scratch(where: str) -> Iterator[Store]:
+    """A store beside the one that is planned, so on the same disk or bucket; removed in the end."""
+    name = f"plan-{uuid.uuid4().hex[:8]}"
+    if is_remote(where):
+        place, parent = f"{where.rstrip('/')}.{name}", where.rstrip("/").rpartition("/")[0]
+    else:
+        path = Path(where.removeprefix("file://")).expanduser().absolute()
+        place, parent = str(path.parent / f".{path.name}.{name}"), str(path.parent)
+    created = not is_remote(parent) and not Path(parent).exists()
+    try:
+        yield Store.create(place)
+    finally:
+        open_objects(parent).remove(place.rpartition("/")[2])
+        if created:
+            with contextlib.suppress(OSError):
+                Path(parent).rmdir()
+
+
+def _shards(store: Store | None, urls: Sequence[str]) -> list[Shard]:
+    """All shards; those that the store knows and some others are counted, the rest is estimated by their sizes."""
+    known = candidates(store, urls) if store else {}
+    shards: dict[str, Shard] = {}
+    for url in urls:
+        index = store.recognise(url, known[url]) if store else None
+        if index:
+            shards[url] = Shard(url, len(index), index.id, index=index if len(shards) < LOOKED_AT else None)
+    others = [url for url in urls if url not in shards]
+    for url in others[:: max(1, -(-len(others) // LOOKED_AT))]:
+        index = cached_index(url)
+        shards[url] = Shard(url, len(index), index=index)
+    each = sum(size_of(s.url) for s in shards.values()) / sum(s.samples for s in shards.values())
+    for url in others:
+        if url not in shards:
+            shards[url] = Shard(url, max(1, round(size_of(url) / each)), estimated=True)
+    return [shards[url] for url in urls]
+
+
+def _policy(store: Store | None, wanted: Wanted) -> tuple[Policy, int]:
+    """The policy and the number of views that a run would take."""
+    if store is None:
+        return wanted.policy, choose_views(None, wanted.policy, wanted.views)
+    known = candidates(store, wanted.shards)
+    policy = targets.choose_policy(
+        store, wanted.policy, set(wanted.given), {id for ids in known.values() for id in ids},
+        lambda: {index.id for url, ids in known.items() if (index := store.recognise(url, ids))}, wanted.new_bank,
+    )  # fmt: skip
+    return policy, choose_views(store, policy, wanted.views)
+
+
+def _missing(
+    store: Store | None, shards: Sequence[Shard], outputs: Sequence[Output], policy: Policy, views: int
+) -> dict[tuple[str, int], list[Output]]:
+    """(shard, view) -> outputs that are not there yet."""
+    done = store.done() if store else set()
+    return {
+        (shard.url, view): [
+            output
+            for output in outputs
+            if shard.id is None or Task("target", output.target, shard.id, view) not in done
+        ]
+        for shard in shards
+        for view in range(views)
+    }
+
+
+# ------------------------------------------------------------------------------------------------ sizes
+
+
+def _arrays(parts: dict[str, Part], samples: int) -> tuple[int, int]:
+    """Bytes and number of the chunks of some arrays over a shard; the last chunk is padded."""
+    size = count = 0
+    for part in parts.values():
+        each = np.dtype(part.dtype).itemsize * math.prod(part.shape)
+        chunk = chunk_samples(each, samples)
+        chunks = -(-samples // chunk)
+        size, count = size + chunks * (chunk * each + 4), count + chunks
+    return size, count
+
+
+def _overhead(scratch: Store) -> dict[str, tuple[float, float]]:
+    """Kind or target -> bytes of a marker without its chunks, and of the `zarr.json` of all arrays, as measured."""
+    found: dict[str, tuple[float, float]] = {}
+    for task in sorted(scratch.done()):
+        marker = scratch.marker(task)
+        chunks = sum(len(array.lengths) for array in marker.arrays.values())
+        size = scratch.objects.size(f"done/{task.name}") - chunks * _IN_MARKER
+        metadata = sum(scratch.objects.size(f"{array.path}/zarr.json") for array in marker.arrays.values())
+        found["bank" if task.kind == "bank" else task.id] = (size, metadata)
+    return found
+
+
+def _sizes(
+    shards: Sequence[Shard],
+    outputs: Sequence[Output],
+    views: int,
+    missing: dict[tuple[str, int], list[Output]],
+    overhead: dict[str, tuple[float, float]],
+) -> tuple[int, int, int, int]:
+    """Bytes and objects of everything, and of what is missing."""
+    mean = sum(o[0] + o[1] for o in overhead.values()) / len(overhead) if overhead else 4096.0
+    totals = [0.0, 0, 0.0, 0]
+    for shard in shards:
+        index = len(shard.index.dump()) if shard.index else 90 * shard.samples
+        _add(totals, index, 1, shard.id is None)
+        for view in range(views):
+            lacking = missing[shard.url, view]
+            for name, parts in (("bank", _BANK), *((o.target, o.codec.layout()) for o in outputs)):
+                size, chunks = _arrays(parts, shard.samples)
+                own = sum(overhead[name]) if name in overhead else mean
+                new = bool(lacking) and (name == "bank" or any(output.target == name for output in lacking))
+                _add(totals, size + own + chunks * _IN_MARKER, chunks + len(parts) + 1, new)
+    return round(totals[0]), round(totals[1]), round(totals[2]), round(totals[3])
+
+
+def _add(totals: list[float], size: float, objects: int, new: bool) -> None:
+    totals[0] += size
+    totals[1] += objects
+    totals[2] += size * new
+    totals[3] += objects * new
+
+
+def _target(output: Output, manifest: dict[str, Any], images: int) -> dict[str, Any]:
+    """One target: its size, what its codec costs, and cheaper codecs with what they would cost."""
+    codec, errors = output.codec, manifest["codec_errors"]
+    cheaper = []
+    for name in fitting(codec.values) if errors else []:
+        other = Codec(name, codec.shape, codec.maps, codec.axes, codec.values)
+        if other.sample_bytes < codec.sample_bytes and errors.get(name):
+            cheaper.append({"codec": name, "bytes": other.sample_bytes * images, **errors[name]})
+    return {
+        "target": output.target,
+        "sample_shape": list(codec.shape),
+        "codec": codec.name,
+        "bytes_per_view_image": codec.sample_bytes,
+        "bytes": codec.sample_bytes * images,
+        "error": errors.get(codec.name),
+        "cheaper": sorted(cheaper, key=lambda c: c["bytes"]),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ hours
+
+
+def _measure(job: Job, shards: Sequence[Shard], seconds: float, progress: Progress) -> dict[str, Any]:
+    """View images a second of the real engine: first a block, to see how many fill the time, then so many."""
+    wanted = job.wanted
+    here = wanted.workers is None and wanted.dask is None
+    read = [shard for shard in shards if shard.index]
+    first = max(read, key=lambda shard: shard.samples)
+    began = time.monotonic()
+    build_index(first.url)
+    indexing = (time.monotonic() - began) / first.samples
+    with contextlib.nullcontext() if here else workers(wanted.workers, wanted.dask, progress.say) as client:
+        count = 1 if client is None else max(1, len(client.nthreads()))  # type: ignore[no-untyped-call]
+        progress.say(f"measuring for about {seconds:.0f} s on {count} process(es), beside the store")
+        threads = max(1, cores() // wanted.workers) if wanted.workers else None
+
+        def run(blocks: int, number: int) -> tuple[float, int]:
+            done, spent = 0, 0.0
+            for graph in job.by_graph:
+                tasks = [_part(job, graph, read[k % len(read)], blocks, f"{number}x{k}") for k in range(count)]
+                start = time.monotonic()
+                outcomes = (
+                    run_here(iter(tasks), count, wanted.provider, Quiet())
+                    if client is None
+                    else run_on(client, iter(tasks), count, wanted.provider, threads, Quiet())
+                )
+                for _, outcome in outcomes:
+                    if isinstance(outcome, Failure):
+                        raise UserError(outcome.error)
+                    done += outcome.rendered
+                spent += time.monotonic() - start
+            return spent, done // len(job.by_graph)
+
+        run(1, 0)  # opens the sessions
+        once, _ = run(1, 1)
+        blocks = max(1, min(int(seconds / max(once, 1e-3)), -(-first.samples // BLOCK)))
+        spent, images = run(blocks, 2)
+    return {
+        "seconds": round(spent, 2),
+        "view_images": images,
+        "view_images_per_second": images / max(spent, 1e-9),
+        "index_seconds_per_image": indexing,
+        "workers": count,
+    }
+
+
+def _part(job: Job, graph: str, shard: Shard, blocks: int, name: str) -> ShardTask:
+    """A task over the first blocks of a shard, under a name of its own in the scratch store."""
+    assert shard.index is not None
+    index, stop = shard.index, min(blocks * BLOCK, shard.samples)
+    summary = replace(index.summary, id=f"{stem_of(shard.url)}-{name}", samples=stop)
+    part = ShardIndex(summary, index.keys[:stop], index.digests[:stop], index.labels[:stop], index.starts[: stop + 1])
+    patiently(lambda: job.store.add_index(part, shard.url))
+    (task,) = job.tasks(graph, [shard.url])
+    return replace(task, known=(part.id,))
+
+
+# ------------------------------------------------------------------------------------------------ warnings
+
+
+def _warnings(where: str, shards: Sequence[Shard], new_bytes: int) -> list[str]:
+    found = []
+    read = [shard for shard in shards if shard.index]
+    mixes = [
+        len({shard.index.labels[i] for i in shard.index.block(number)})
+        for shard in read
+        if shard.index and shard.index.summary.labelled
+        for number in range(shard.index.blocks)
+    ]
+    if mixes:
+        names = classes_of(shard.url for shard in shards)
+        seen = {label for shard in read if shard.index for label in shard.index.labels}
+        count = len(names) if names else len(seen)
+        if median(mixes) < min(8, count / 2):
+            found.append(
+                f"half of the blocks hold {median(mixes):.0f} classes or fewer, of {count}: batches and mixing "
+                "partners will be alike. Shuffle the shards first: pipeline pack SHARDS 'shuffled-{000000..000009}.tar'"
+            )
+    if not is_remote(where):
+        path = Path(where.removeprefix("file://")).expanduser().absolute()
+        there = next(p for p in (path, *path.parents) if p.exists())
+        free = shutil.disk_usage(there).free
+        if free < new_bytes:
+            found.append(f"{there}: {free / 1e9:.1f} GB are free, {new_bytes / 1e9:.1f} GB will be written")
+    return found
+
+
+def summary(result: dict[str, Any], size_text: Any) -> list[str]:
+    """The plan for people; `size_text` turns bytes into words."""
+    new = result["missing"]
+    about = f" (the samples of {result['estimated']} shard(s) estimated)" if result["estimated"] else ""
+    lines = [
+        f"{result['shards']} shard(s), {result['samples']:,} samples{about}, {result['views']} view(s) of "
+        f"{result['policy']['line']} at {result['policy']['size']}",
+        f"store: {size_text(result['bytes'])} in {result['objects']:,} objects; still to be made: "
+        f"{size_text(new['bytes'])} in {new['objects']:,} objects, {new['view_images']:,} view images",
+    ]
+    for target in result["targets"]:
+        lines.append(
+            f"target {target['target']}: {size_text(target['bytes_per_view_image'])} a view image, "
+            f"{size_text(target['bytes'])} in all{_error_text(target['error'])}"
+        )
+        for other in target["cheaper"]:
+            lines.append(f"  codec={other['codec']}: {size_text(other['bytes'])}{_error_text(other)}")
+    if result["measured"]:
+        measured = result["measured"]
+        lines.append(
+            f"measured {measured['view_images_per_second']:,.0f} view images/s on {measured['workers']} process(es) in "
+            f"{measured['seconds']:.0f} s, reading, rendering, session and writing together: "
+            f"{_hours_text(result['hours'])}"
+        )
+    train = result["training"]
+    lines.append(
+        f"training at {train['images_per_second']:,.0f} images/s reads {train['targets_mb_per_second']:,.1f} MB/s of "
+        f"targets and {train['shards_mb_per_second']:,.1f} MB/s of shards"
+    )
+    return [*lines, *(f"warning: {warning}" for warning in result["warnings"])]
+
+
+def _hours_text(hours: float) -> str:
+    return f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"
+
+
+def _error_text(error: dict[str, float] | None) -> str:
+    if not error:
+        return ""
+    kl = f", KL {error['kl']:.1e}" if "kl" in error else ""
+    return f"; error {100 * error['relative']:.2g} %, cosine {error['cosine']:.6f}{kl}"
