@@ -124,16 +124,15 @@ def plan(store: str, wanted: Wanted, measure: float, train_rate: float, as_json:
     pipeline plan --teacher mobilenetv2 --weights mobilenetv2.safetensors --shards 'train-{000000..000009}.tar' \\
       --store S --view-policy light --view-size 32 --target activations,grid=8,codec=u8
     """
-    from pipeline.inspection import size_text
+    from pipeline.inspection import plan_lines
     from precompute.plan import plan as run
-    from precompute.plan import summary
 
     console = Console()
     try:
         result = run(store, wanted, console, measure, train_rate)
     finally:
         console.stop()
-    show(result, summary(result, size_text), as_json)
+    show(result, plan_lines(result), as_json)
 
 
 @cli.command()

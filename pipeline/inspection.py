@@ -24,6 +24,7 @@ def inspect(store: Store) -> dict[str, Any]:
         result["banks"][id] = {**manifest["identity"], **_complete(store, by_id["bank", id])}
     for id, manifest in store.targets().items():
         about = {key: manifest[key] for key in ("teacher", "sample_shape", "axes", "parity")}
+        about["codec_errors"] = manifest.get("codec_errors", {})
         result["targets"][id] = {**manifest["identity"], **about, **_complete(store, by_id["target", id])}
     return result
 
@@ -49,6 +50,14 @@ def size_text(count: float) -> str:
     raise AssertionError
 
 
+def error_text(error: dict[str, float] | None) -> str:
+    """What a codec costs, as people read it; empty where nothing was measured."""
+    if not error:
+        return ""
+    kl = f", KL {error['kl']:.1e} nats" if "kl" in error else ""
+    return f"error {100 * error['relative']:.2g} %, cosine {error['cosine']:.6f}{kl}"
+
+
 def lines(result: dict[str, Any]) -> list[str]:
     """The same for people."""
     shards = result["shards"]
@@ -67,9 +76,52 @@ def lines(result: dict[str, Any]) -> list[str]:
         layers = f", layers {target['layers']}" if target["layers"] else ""
         each = f"{size_text(target['bytes'] / target['view_images'])} a view image; " if target["view_images"] else ""
         text.append(f"target {id}: {shape} ({', '.join(target['axes'])}){layers}; {each}{_progress(target)}")
+        if error := error_text(target["codec_errors"].get(target["codec"])):
+            text.append(f"  codec {target['codec']}: {error}")
     return text
 
 
 def _progress(part: dict[str, Any]) -> str:
     fewest = f" (at least {part['fewest_views']})" if part["fewest_views"] != part["views"] else ""
     return f"{part['shards']} shard(s) x {part['views']} view(s){fewest}, {size_text(part['bytes'])}"
+
+
+def plan_lines(result: dict[str, Any]) -> list[str]:
+    """A plan for people."""
+    new = result["missing"]
+    about = f" (the samples of {result['estimated']} shard(s) estimated)" if result["estimated"] else ""
+    lines = [
+        f"{result['shards']} shard(s), {result['samples']:,} samples{about}, {result['views']} view(s) of "
+        f"{result['policy']['line']} at {result['policy']['size']}",
+        f"store: {size_text(result['bytes'])} in {result['objects']:,} objects; still to be made: "
+        f"{size_text(new['bytes'])} in {new['objects']:,} objects, {new['view_images']:,} view images",
+    ]
+    for target in result["targets"]:
+        lines.append(
+            f"target {target['target']}: {size_text(target['bytes_per_view_image'])} a view image, "
+            f"{size_text(target['bytes'])} in all{_error(target['error'])}"
+        )
+        for other in target["cheaper"]:
+            lines.append(f"  codec={other['codec']}: {size_text(other['bytes'])}{_error(other)}")
+    if result["measured"]:
+        measured = result["measured"]
+        lines.append(
+            f"measured {measured['view_images_per_second']:,.0f} view images/s on {measured['workers']} process(es) in "
+            f"{measured['seconds']:.0f} s, reading, rendering, session and writing together: "
+            f"{_hours_text(result['hours'])}"
+        )
+    train = result["training"]
+    lines.append(
+        f"training at {train['images_per_second']:,.0f} images/s reads {train['targets_mb_per_second']:,.1f} MB/s of "
+        f"targets and {train['shards_mb_per_second']:,.1f} MB/s of shards"
+    )
+    return [*lines, *(f"warning: {warning}" for warning in result["warnings"])]
+
+
+def _hours_text(hours: float) -> str:
+    return f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"
+
+
+def _error(error: dict[str, float] | None) -> str:
+    text = error_text(error)
+    return f"; {text}" if text else ""

@@ -51,15 +51,17 @@ def card(store: Store) -> str:
         "",
         "## Targets",
         "",
-        "| target | one sample | layers | codec | shards | views in all |",
-        "|---|---|---|---|---|---|",
+        "| target | one sample | layers | codec | its relative error, cosine | shards | views in all |",
+        "|---|---|---|---|---|---|---|",
     ]
     for id, manifest in targets.items():
         identity = manifest["identity"]
         shape = "×".join(map(str, manifest["sample_shape"]))
+        error = manifest.get("codec_errors", {}).get(identity["codec"])
+        cost = f"{error['relative']:.2g}, {error['cosine']:.6f}" if error else ""
         lines.append(
             f"| {id} | {shape} ({', '.join(manifest['axes'])}) | {identity['layers'] or ''} | {identity['codec']} | "
-            f"{shards[id]} | {views['target', id]} |"
+            f"{cost} | {shards[id]} | {views['target', id]} |"
         )
     example = next((task for task in sorted(done) if task.kind == "target"), None)
     if example:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
-import dask
 import numpy as np
 import onnx
 import pytest
@@ -29,7 +28,7 @@ from distributed import Client, LocalCluster, WorkerPlugin
 from PIL import Image
 
 from precompute import cluster
-from precompute.engine import Outcome, Output, ShardTask, run_task
+from precompute.engine import Outcome, Output, ShardTask
 from precompute.run import Wanted, precompute
 from precompute.targets import parse
 from storage import banks, records

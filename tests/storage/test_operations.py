@@ -411,7 +411,9 @@ TIMM = {
 @pytest.mark.parametrize("name", TIMM)
 def test_an_operation_does_what_timms_does(images, name):
     theirs = timm_operations().NAME_TO_OP[TIMM[name]]
-    for picture, argument in itertools.product(("photo JPEG", "odd PNG", "very wide PNG", "one pixel PNG"), ARGUMENTS[name]):
+    for picture, argument in itertools.product(
+        ("photo JPEG", "odd PNG", "very wide PNG", "one pixel PNG"), ARGUMENTS[name]
+    ):
         image = decode(images[picture])
         arguments = [] if name in ("auto_contrast", "equalize", "invert") else [argument]
         expected = theirs(image, *arguments, resample=Image.Resampling.BICUBIC, fillcolor=FILL)
