@@ -173,6 +173,7 @@ def workers(count: int | None, address: str | None, say: Callable[[str], None]) 
         UserError: no scheduler answers there, it has no workers, or they cannot import this package.
     """
     from distributed import Client, LocalCluster
+    from distributed.utils import silence_logging_cmgr
 
     if address is None:
         cluster: Any = LocalCluster(  # type: ignore[no-untyped-call]
@@ -181,7 +182,8 @@ def workers(count: int | None, address: str | None, say: Callable[[str], None]) 
         )  # fmt: skip
     else:
         cluster = contextlib.nullcontext(address)
-    with cluster as place:
+    # What dask logs is for its own people: whatever it means for the run is said in the run's own words.
+    with silence_logging_cmgr(logging.CRITICAL), cluster as place:
         try:
             client = Client(place, timeout=10)  # type: ignore[no-untyped-call]
         except (OSError, TimeoutError, ValueError) as error:
@@ -237,6 +239,9 @@ def run_on(
 ) -> Iterator[tuple[str, Outcome | Failure]]:
     """Url and outcome of each task as they come. Tasks are handed over as workers get free, never all at once.
 
+    The scheduler blames a worker's death on all tasks that it had. Those that it gives up are tried once more at the
+    end, each alone, so that a shard that kills its workers takes no other with it.
+
     Args:
         client: of the workers.
         tasks: what to do.
@@ -250,23 +255,33 @@ def run_on(
     run = uuid.uuid4().hex[:8]
     tracker = _Tracker(progress, count)
     client.subscribe_topic(f"precompute-{run}", lambda event: tracker(*event[1]))  # type: ignore[no-untyped-call]
-    running: dict[str, str] = {}  # future's key -> url
+    running: dict[str, ShardTask] = {}  # by the future's key
+    suspects: list[ShardTask] = []  # what the workers that died had; with several, only one of them may be to blame
+    alone: set[str] = set()  # urls of suspects that were tried again, one at a time
     completed: Any = as_completed()  # type: ignore[no-untyped-call]
 
     def fill() -> None:
         spare = 2 * max(1, len(client.nthreads())) - len(running)  # type: ignore[no-untyped-call]
-        for task in itertools.islice(tasks, max(0, spare)):
+        some = list(itertools.islice(tasks, max(0, spare)))
+        if not running and not some and suspects:
+            some = [suspects.pop()]
+            alone.add(some[0].url)
+        for task in some:
             future: Any = client.submit(work, task, provider, threads, run, pure=False)
-            running[future.key] = task.url
+            running[future.key] = task
             completed.add(future)
 
     try:
         fill()
         for future in completed:
-            url = running.pop(future.key)
-            outcome = _result(future, url)
+            task = running.pop(future.key)
+            outcome = _result(future, task.url)
+            suspect = isinstance(outcome, Failure) and outcome.kind == "worker" and task.url not in alone
+            if suspect:
+                suspects.append(task)
             fill()
-            yield url, outcome
+            if not suspect:
+                yield task.url, outcome
     except BaseException:
         _lay_down(client, run, completed)
         raise

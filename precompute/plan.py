@@ -72,10 +72,12 @@ def plan(where: str, wanted: Wanted, progress: Progress, seconds: float = 60, ra
         job = prepare(scratch, settled, progress)
         measured = _measure(job, shards, seconds, progress) if seconds else None
         manifests = {o.target: scratch.target(o.target) for outputs in job.by_graph.values() for o in outputs}
-        overhead = _overhead(scratch)
+        overhead, records = _overhead(scratch), _records(scratch)
     outputs = [output for several in job.by_graph.values() for output in several]
     missing = _missing(store, shards, outputs, policy, views)
-    size, objects, new_size, new_objects = _sizes(shards, outputs, views, missing, overhead)
+    totals = _sizes(shards, outputs, views, missing, overhead)
+    for key, length in records.items():
+        totals.add(length, 1, store is None or not _holds(store, key))
     images = sum(shard.samples for shard in shards)
     todo = sum(shard.samples for shard in shards for view in range(views) if missing[shard.url, view])
     sample = sum(output.codec.sample_bytes for output in outputs)
@@ -88,9 +90,9 @@ def plan(where: str, wanted: Wanted, progress: Progress, seconds: float = 60, ra
         "samples": images,
         "estimated": sum(shard.estimated for shard in shards),
         "views": views,
-        "bytes": size,
-        "objects": objects,
-        "missing": {"bytes": new_size, "objects": new_objects, "view_images": todo},
+        "bytes": round(totals.bytes),
+        "objects": totals.objects,
+        "missing": {"bytes": round(totals.new_bytes), "objects": totals.new_objects, "view_images": todo},
         "targets": [_target(output, manifests[output.target], images * views) for output in outputs],
         "training": {
             "images_per_second": rate,
@@ -99,7 +101,7 @@ def plan(where: str, wanted: Wanted, progress: Progress, seconds: float = 60, ra
         },
         "measured": None,
         "hours": None,
-        "warnings": _warnings(where, shards, new_size),
+        "warnings": _warnings(where, shards, totals.new_bytes),
     }
     if measured:
         result["measured"] = measured
@@ -185,6 +187,32 @@ def _missing(
 # ------------------------------------------------------------------------------------------------ sizes
 
 
+@dataclass
+class _Totals:
+    """Bytes and objects of everything, and of what is missing."""
+
+    bytes: float = 0
+    objects: int = 0
+    new_bytes: float = 0
+    new_objects: int = 0
+
+    def add(self, size: float, objects: int, new: bool) -> None:
+        self.bytes, self.objects = self.bytes + size, self.objects + objects
+        if new:
+            self.new_bytes, self.new_objects = self.new_bytes + size, self.new_objects + objects
+
+
+def _records(scratch: Store) -> dict[str, int]:
+    """Key -> bytes of what does not depend on the shards: root, manifests and graphs; and about a card."""
+    keys = [key for key in scratch.objects.walk("") if key.endswith(("manifest.json", ".onnx")) or key == "zarr.json"]
+    return {**{key: scratch.objects.size(key) for key in keys}, "README.md": 2048}
+
+
+def _holds(store: Store, key: str) -> bool:
+    folder, _, name = key.rpartition("/")
+    return name in store.objects.names(folder)
+
+
 def _arrays(parts: dict[str, Part], samples: int) -> tuple[int, int]:
     """Bytes and number of the chunks of some arrays over a shard; the last chunk is padded."""
     size = count = 0
@@ -214,28 +242,21 @@ def _sizes(
     views: int,
     missing: dict[tuple[str, int], list[Output]],
     overhead: dict[str, tuple[float, float]],
-) -> tuple[int, int, int, int]:
-    """Bytes and objects of everything, and of what is missing."""
+) -> _Totals:
+    """Of indexes, arrays and markers."""
     mean = sum(o[0] + o[1] for o in overhead.values()) / len(overhead) if overhead else 4096.0
-    totals = [0.0, 0, 0.0, 0]
+    totals = _Totals()
     for shard in shards:
         index = len(shard.index.dump()) if shard.index else 90 * shard.samples
-        _add(totals, index, 1, shard.id is None)
+        totals.add(index, 1, shard.id is None)
         for view in range(views):
             lacking = missing[shard.url, view]
             for name, parts in (("bank", _BANK), *((o.target, o.codec.layout()) for o in outputs)):
                 size, chunks = _arrays(parts, shard.samples)
                 own = sum(overhead[name]) if name in overhead else mean
                 new = bool(lacking) and (name == "bank" or any(output.target == name for output in lacking))
-                _add(totals, size + own + chunks * _IN_MARKER, chunks + len(parts) + 1, new)
-    return round(totals[0]), round(totals[1]), round(totals[2]), round(totals[3])
-
-
-def _add(totals: list[float], size: float, objects: int, new: bool) -> None:
-    totals[0] += size
-    totals[1] += objects
-    totals[2] += size * new
-    totals[3] += objects * new
+                totals.add(size + own + chunks * _IN_MARKER, chunks + len(parts) + 1, new)
+    return totals
 
 
 def _target(output: Output, manifest: dict[str, Any], images: int) -> dict[str, Any]:
@@ -318,7 +339,7 @@ def _part(job: Job, graph: str, shard: Shard, blocks: int, name: str) -> ShardTa
 # ------------------------------------------------------------------------------------------------ warnings
 
 
-def _warnings(where: str, shards: Sequence[Shard], new_bytes: int) -> list[str]:
+def _warnings(where: str, shards: Sequence[Shard], new_bytes: float) -> list[str]:
     found = []
     read = [shard for shard in shards if shard.index]
     mixes = [

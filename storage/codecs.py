@@ -228,7 +228,7 @@ def _encode_log8(values: np.ndarray) -> dict[str, np.ndarray]:
     if values.min(initial=0) < 0:
         raise UserError(f"codec log8 keeps probabilities, found {values.min():g}; use codec=f16")
     largest = _half(values.max(-1), "log8")
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         codes = np.rint(_LOG_STEPS * np.log2(largest.astype(np.float32)[..., None] / values))
     codes = np.where(values > 0, codes, _LOG_ZERO)  # 0/0 where a whole row is zero
     return {"data": np.clip(codes, 0, _LOG_ZERO).astype(np.uint8), "largest": largest}

@@ -274,7 +274,7 @@ def test_the_command_exits_with_1_and_lists_a_shard_that_failed(deit: World, tmp
     assert len(result["shards"]) == 3
     assert b"Traceback" not in err
     assert str(cut) in err.decode()
-    assert not processes_of(process.pid)
+    until(lambda: not processes_of(process.pid), 5, "a child process was left")
 
 
 @pytest.mark.parametrize("position", [0, 1, 4])
@@ -502,7 +502,6 @@ from pathlib import Path
 from precompute import cluster, engine
 
 folder, where = Path(os.environ["STOP_FOLDER"]), os.environ["STOP_WHERE"]
-real_mark, real_write, real_run = engine._Pass._mark, engine._Pass._write, cluster.run_task
 
 def stop(self):
     try:
@@ -530,7 +529,10 @@ def run_task(task, *rest):
             (folder / "woken").write_text("x")
     return outcome
 
-engine._Pass._mark, engine._Pass._write, cluster.run_task = mark, write, run_task
+if not hasattr(engine, "stops"):  # it is loaded twice
+    engine.stops = True
+    real_mark, real_write, real_run = engine._Pass._mark, engine._Pass._write, cluster.run_task
+    engine._Pass._mark, engine._Pass._write, cluster.run_task = mark, write, run_task
 """
 
 
@@ -549,7 +551,7 @@ def test_contract_6_a_worker_given_up_for_dead_that_wakes_up_changes_nothing(
     other = threading.Thread(target=lambda: results.append(run(deit, place, dask=dask.address)))
     other.start()
     try:
-        until((tmp_path / "shard").exists, what="nothing was frozen")
+        until((tmp_path / "shard").exists, 20, "nothing was frozen")
         until(lambda: set(processes_of(victim.pid).values()) == {"T"})
         dask.worker("--no-nanny")
         other.join(timeout=120)
@@ -841,7 +843,7 @@ def test_two_thousand_shards_cost_little_each_and_are_handed_over_as_workers_get
     growth = resident() - before
     assert answered == 2000
     print(f"{1000 * plain:.1f} ms a shard in one process, {1000 * each:.1f} ms on two workers: {each / plain:.2f}; "
-          f"client with scheduler grew by {growth:.0f} MiB; at most {most} tasks known, {early} taken ahead")  # fmt: skip
+          f"client with scheduler grew by {growth:.0f} MiB; at most {most} tasks known, {early} ahead")  # fmt: skip
     assert most <= 2 * 2 * 2
     assert early <= 2 * 2 + 1
     assert growth < 200

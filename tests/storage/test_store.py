@@ -287,7 +287,7 @@ def test_the_card_lists_everything_and_its_example_runs(kept, monkeypatch):
     for id in ("u8", "f16", "f32", small.policy.bank, "3×4×4"):
         assert f" {id} " in text
     rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("|")}
-    assert rows["u8"].endswith("| u8 | 2 | 4 |")
+    assert rows["u8"].endswith("| u8 |  | 2 | 4 |")
     assert rows[small.policy.bank].endswith("| 2 | 4 |")
     monkeypatch.chdir(small.store.url)
     found: dict[str, object] = {}
