@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -123,10 +124,28 @@ class _Tracker:
 def run_here(
     tasks: Iterator[ShardTask], count: int, provider: str, progress: Progress
 ) -> Iterator[tuple[str, Outcome | Failure]]:
-    """Url and outcome of one task after another, in this process."""
+    """Url and outcome of one task after another, in this process.
+
+    Each runs in a thread of its own: an interrupt, which comes to the main thread, tears nothing out of its hands. The
+    task is told, and lays down its work after the block that it is at.
+    """
     tracker = _Tracker(progress, count)
-    for task in tasks:
-        yield task.url, attempt(task, provider, cores(), functools.partial(tracker, task.url))
+    interrupted = threading.Event()
+
+    def report(url: str, done: int, todo: int) -> None:
+        if interrupted.is_set():
+            raise _Stopped
+        tracker(url, done, todo)
+
+    with ThreadPoolExecutor(1, "task") as thread:
+        for task in tasks:
+            future = thread.submit(attempt, task, provider, cores(), functools.partial(report, task.url))
+            try:
+                outcome = future.result()
+            except BaseException:
+                interrupted.set()
+                raise
+            yield task.url, outcome
 
 
 # ------------------------------------------------------------------------------------------------ on dask workers

@@ -74,12 +74,12 @@ def plan(where: str, wanted: Wanted, progress: Progress, seconds: float = 60, ra
         manifests = {o.target: scratch.target(o.target) for outputs in job.by_graph.values() for o in outputs}
         overhead, records = _overhead(scratch), _records(scratch)
     outputs = [output for several in job.by_graph.values() for output in several]
-    missing = _missing(store, shards, outputs, policy, views)
+    missing = _missing(store, shards, policy.bank, outputs, views)
     totals = _sizes(shards, outputs, views, missing, overhead)
     for key, length in records.items():
         totals.add(length, 1, store is None or not _holds(store, key))
     images = sum(shard.samples for shard in shards)
-    todo = sum(shard.samples for shard in shards for view in range(views) if missing[shard.url, view])
+    todo = sum(shard.samples for shard in shards for view in range(views) if missing[shard.url, view] - {"bank"})
     sample = sum(output.codec.sample_bytes for output in outputs)
     tar_bytes = sum(size_of(shard.url) for shard in shards) / max(images, 1)
     result: dict[str, Any] = {
@@ -169,19 +169,17 @@ def _policy(store: Store | None, wanted: Wanted) -> tuple[Policy, int]:
 
 
 def _missing(
-    store: Store | None, shards: Sequence[Shard], outputs: Sequence[Output], policy: Policy, views: int
-) -> dict[tuple[str, int], list[Output]]:
-    """(shard, view) -> outputs that are not there yet."""
+    store: Store | None, shards: Sequence[Shard], bank: str, outputs: Sequence[Output], views: int
+) -> dict[tuple[str, int], set[str]]:
+    """(shard, view) -> ids of targets, and `bank` for the views themselves, that are not there yet."""
     done = store.done() if store else set()
-    return {
-        (shard.url, view): [
-            output
-            for output in outputs
-            if shard.id is None or Task("target", output.target, shard.id, view) not in done
-        ]
-        for shard in shards
-        for view in range(views)
-    }
+    found: dict[tuple[str, int], set[str]] = {}
+    for shard in shards:
+        for view in range(views):
+            tasks = {"bank": Task("bank", bank, str(shard.id), view)}
+            tasks |= {o.target: Task("target", o.target, str(shard.id), view) for o in outputs}
+            found[shard.url, view] = {name for name, task in tasks.items() if task not in done}
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ sizes
@@ -240,7 +238,7 @@ def _sizes(
     shards: Sequence[Shard],
     outputs: Sequence[Output],
     views: int,
-    missing: dict[tuple[str, int], list[Output]],
+    missing: dict[tuple[str, int], set[str]],
     overhead: dict[str, tuple[float, float]],
 ) -> _Totals:
     """Of indexes, arrays and markers."""
@@ -250,12 +248,10 @@ def _sizes(
         index = len(shard.index.dump()) if shard.index else 90 * shard.samples
         totals.add(index, 1, shard.id is None)
         for view in range(views):
-            lacking = missing[shard.url, view]
             for name, parts in (("bank", _BANK), *((o.target, o.codec.layout()) for o in outputs)):
                 size, chunks = _arrays(parts, shard.samples)
                 own = sum(overhead[name]) if name in overhead else mean
-                new = bool(lacking) and (name == "bank" or any(output.target == name for output in lacking))
-                totals.add(size + own + chunks * _IN_MARKER, chunks + len(parts) + 1, new)
+                totals.add(size + own + chunks * _IN_MARKER, chunks + len(parts) + 1, name in missing[shard.url, view])
     return totals
 
 

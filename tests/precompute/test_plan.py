@@ -69,7 +69,7 @@ def test_a_target_that_is_added_costs_itself_alone(world: World, tmp_path: Path)
     precompute(Store.open(place), both, Quiet())
     after, _ = taken(place)
     assert told["bytes"] == pytest.approx(after, rel=0.1)
-    assert told["missing"]["bytes"] == pytest.approx(after - before, rel=0.3)
+    assert told["missing"]["bytes"] == pytest.approx(after - before, rel=0.3, abs=60_000)  # a graph
     assert told["missing"]["view_images"] == 600
 
 

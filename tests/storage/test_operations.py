@@ -300,6 +300,10 @@ def test_erased_boxes_lie_in_the_view_as_often_and_as_large_as_they_should():
             assert 0 <= top < bottom <= side
             assert 0.02 / slack <= (right - left) * (bottom - top) / side**2 <= slack / 3
             assert 0.3 / slack <= (right - left) / (bottom - top) <= slack / 0.3
+        ratios = sorted((right - left) / (bottom - top) for left, top, right, bottom in boxes)
+        assert ratios[0] < 0.45
+        assert ratios[-1] > 1 / 0.45
+        assert 0.75 < ratios[len(ratios) // 2] < 1 / 0.75
         assert all(view.erase_seed == 0 for view in views if view.erased == (0, 0, 0, 0))
         assert len({view.erase_seed for view in views}) >= len(boxes)
 
