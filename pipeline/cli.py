@@ -183,7 +183,7 @@ def verify(
     opened, report = Store.open(store), Report()
     if (weights or full) and not urls:
         raise UserError("--weights and --full: give the shards whose targets are compared: --shards …")
-    live = Live(opened, report, weights, console.say)
+    live = Live(opened, report, weights, console.say) if urls else None
     run(opened, urls, 0 if full else samples, console.say, live, report)
     result = {
         "store": store, "ok": not report.failures, "objects": report.objects, "views_rendered": report.views_rendered,

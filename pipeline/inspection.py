@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from storage.store import Store, Task
+from storage.markers import Task
+from storage.store import Store
 
 
 def inspect(store: Store) -> dict[str, Any]:

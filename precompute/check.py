@@ -17,9 +17,10 @@ from precompute.teachers import Teacher, digest_of_file
 from storage.banks import bank_policy
 from storage.codecs import Codec
 from storage.errors import IdentityError
+from storage.markers import Task
 from storage.records import Record
 from storage.shards import ShardIndex
-from storage.store import Store, Task
+from storage.store import Store
 from storage.verify import Report
 
 # Largest difference that counts as the same, ÷ the largest value of the teacher: what the codec rounds, and what

@@ -23,10 +23,11 @@ from storage import codecs
 from storage.banks import BankView, bank_policy, read_views, rows_of
 from storage.codecs import Codec
 from storage.errors import IdentityError, UserError
+from storage.markers import Attempt, Marker, Task
 from storage.policies import Policy
 from storage.records import Record
 from storage.shards import BLOCK, ShardIndex, build_index, read_samples
-from storage.store import Attempt, Marker, Store, Task
+from storage.store import Store
 from storage.tars import Sample
 from storage.views import COLUMNS, INVALID, BadImage, View, decode, draw, mixed, render, renderer, settle, signature
 

@@ -27,11 +27,12 @@ from precompute.session import cores
 from storage.arrays import chunk_samples
 from storage.codecs import Codec, Part, fitting
 from storage.errors import UserError
+from storage.markers import Task
 from storage.objects import is_remote, open_objects
 from storage.policies import Policy
 from storage.progress import Progress, Quiet
 from storage.shards import BLOCK, ShardIndex, build_index, cached_index, classes_of
-from storage.store import Store, Task
+from storage.store import Store
 from storage.tars import size_of, stem_of
 from storage.views import COLUMNS
 

@@ -9,9 +9,10 @@ import numpy as np
 from PIL import Image
 
 from storage.errors import DamageError, IdentityError, UserError
+from storage.markers import Marker
 from storage.policies import Policy
 from storage.records import Record
-from storage.store import Marker, Store
+from storage.store import Store
 from storage.tars import Sample
 from storage.views import COLUMNS, BadImage, View, render, renderer, signature
 

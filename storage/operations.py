@@ -66,7 +66,8 @@ def draw_operations(chance: np.random.Generator, magnitude: float, deviation: fl
         number = 1 + int(chance.integers(len(OPERATIONS)))
         done, level, negative = chance.random() < PROBABILITY, chance.normal(magnitude, deviation), chance.random()
         if done:
-            level = min(max(level, 0.0), LEVELS) / LEVELS
+            # In steps of 2^-16: the normal draw may differ in its last bit between machines' C libraries.
+            level = round(min(max(level, 0.0), LEVELS) / LEVELS * 65536) / 65536
             chosen.append((number, _argument(OPERATIONS[number][0], level, -1.0 if negative < 0.5 else 1.0)))
     return tuple(chosen)
 

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from storage import records
-from storage.arrays import ArrayWriter, StoredArray
 from storage.errors import DamageError, IdentityError, MissingError, UserError, nearest
+from storage.markers import FORMAT, Kind, Marker, Task
 from storage.objects import Objects, open_objects
 from storage.records import Record
 from storage.shards import ShardIndex, cached_index, differences
@@ -27,104 +25,8 @@ from storage.tars import stem_of
 if TYPE_CHECKING:
     import dask.array
 
-FORMAT = 1
-Kind = Literal["bank", "target"]
-
 # The whole content of the root's zarr.json: a constant, so that every changed bit in it is seen.
 _ROOT = records.canonical({"zarr_format": 3, "node_type": "group", "attributes": {"teacher_store": {"format": FORMAT}}})
-
-
-@dataclass(frozen=True, order=True)
-class Task:
-    """What a marker speaks of: one view of one shard in a bank or a target."""
-
-    kind: Kind
-    id: str
-    shard: str
-    view: int
-
-    @property
-    def name(self) -> str:
-        """The marker's name."""
-        return f"{self.kind}.{self.id}.{self.shard}.{self.view}.json"
-
-    @property
-    def folder(self) -> str:
-        """Where the attempts lie."""
-        return f"{self.kind}s/{self.id}/{self.shard}/{self.view}"
-
-    @classmethod
-    def named(cls, name: str) -> Task | None:
-        """The task that a marker's name says, or None."""
-        match = re.fullmatch(r"(bank|target)\.([^.]+)\.([^.]+)\.(\d+)\.json", name)
-        return cls(match[1], match[2], match[3], int(match[4])) if match else None  # type: ignore[arg-type]
-
-
-class Marker:
-    """What one attempt wrote, and that it counts."""
-
-    def __init__(self, objects: Objects, task: Task, content: Record) -> None:
-        self.task, self.content = task, content
-        names = [content["attempt"], *content["arrays"]]
-        if not all(re.fullmatch(r"[a-z0-9_]+", name) for name in names):
-            raise DamageError(f"{objects.url}/done/{task.name}: damaged: it names {names}")
-        folder = f"{task.folder}/{content['attempt']}"
-        self.arrays = {
-            name: StoredArray.of(objects, f"{folder}/{name}", entry) for name, entry in content["arrays"].items()
-        }
-
-    @property
-    def views_digest(self) -> str:
-        """Of a bank's marker: digest of what its views are, whichever attempt wrote them. Targets name it."""
-        checksums = {name: entry["checksums"] for name, entry in self.content["arrays"].items()}
-        return records.digest_of([self.content["summary"], self.content["invalid"], checksums])
-
-    @property
-    def invalid(self) -> frozenset[int]:
-        """Of a bank's marker: indices of samples that cannot be rendered; training leaves them out."""
-        return frozenset(self.content["invalid"])
-
-
-class Attempt:
-    """One try at one task: arrays below a name that nobody else uses, until `commit` makes them count."""
-
-    def __init__(self, store: Store, task: Task, samples: int) -> None:
-        self._store, self.task, self._samples = store, task, samples
-        self.name = uuid.uuid4().hex[:16]
-        self.arrays: dict[str, ArrayWriter] = {}
-        self.entries: dict[str, Record] = {}  # what `commit` said of each array
-
-    def array(self, name: str, sample_shape: tuple[int, ...], dtype: str, axes: Sequence[str]) -> ArrayWriter:
-        """A new array `[samples, *sample_shape]` of this attempt."""
-        path = f"{self.task.folder}/{self.name}/{name}"
-        about = {"id": self.task.id, "shard": self.task.shard, "view": self.task.view}
-        if self.task.kind == "bank":
-            from storage.views import COLUMNS
-
-            about["columns"] = list(COLUMNS) if name == "parameters" else ["crc32c"]
-        writer = ArrayWriter(self._store.objects, path, self._samples, sample_shape, dtype, axes, about)
-        self.arrays[name] = writer
-        return writer
-
-    def commit(self, content: Record) -> Marker:
-        """Make this attempt count, unless another one does already: the marker that counts."""
-        self.entries = arrays = {name: writer.finish() for name, writer in self.arrays.items()}
-        record = {"format": FORMAT, "kind": self.task.kind, "id": self.task.id, "shard": self.task.shard,
-                  "view": self.task.view, "attempt": self.name, "arrays": arrays, **content}  # fmt: skip
-        self._store.objects.create(f"done/{self.task.name}", records.dump(record))
-        marker = self._store.marker(self.task)
-        if marker.content["attempt"] != self.name:  # somebody else was first; who comes second yields
-            self.abandon()
-        return marker
-
-    def abandon(self) -> None:
-        """Remove what was written, unless it counts: a commit may have left its marker and failed after that."""
-        try:
-            counts = self._store.marker(self.task).content["attempt"] == self.name
-        except UserError:
-            counts = False
-        if not counts:
-            self._store.objects.remove(f"{self.task.folder}/{self.name}")
 
 
 class Store:

@@ -17,8 +17,9 @@ from storage import records
 from storage.banks import BankView, bank_policy, read_views
 from storage.codecs import Codec
 from storage.errors import DamageError, UserError
+from storage.markers import Marker, Task
 from storage.shards import BLOCK, ShardIndex, read_samples
-from storage.store import Marker, Store, Task
+from storage.store import Store
 from storage.tars import Sample
 from storage.views import decode, mixed
 
@@ -61,7 +62,7 @@ def verify(
     shards: Sequence[str] = (),
     samples: int = 64,
     say: Callable[[str], None] = lambda line: None,
-    look: Look = lambda url, index, task, pixels: None,
+    look: Look | None = None,
     report: Report | None = None,
 ) -> Report:
     """Check a whole store, and some samples of the given shards in each of their banks.
@@ -203,7 +204,9 @@ def _gaps(store: Store, report: Report, markers: Iterable[Task]) -> None:
         report.expect(lambda id=id, shards=shards: store.views("target", id, shards, done))  # type: ignore[misc]
 
 
-def _replay(store: Store, report: Report, markers: dict[Task, Marker], url: str, samples: int, look: Look) -> None:
+def _replay(
+    store: Store, report: Report, markers: dict[Task, Marker], url: str, samples: int, look: Look | None
+) -> None:
     """Render the views of some of a shard's samples again; their pixels go to `look`."""
     try:
         index = store.require(url, store.shard_ids())
@@ -222,7 +225,8 @@ def _replay(store: Store, report: Report, markers: dict[Task, Marker], url: str,
             originals = read_samples(url, index, block)
             views = {task: read_views(markers[task], block.start, block.stop) for task in tasks}
             for task, pixels in _rendered(store, report, url, block, originals, some, views).items():
-                look(url, index, task, pixels)
+                if look:
+                    look(url, index, task, pixels)
 
 
 def _rendered(

@@ -11,9 +11,10 @@ import numpy as np
 from storage.banks import BankView, read_views
 from storage.codecs import Codec
 from storage.errors import IdentityError, UserError
+from storage.markers import Marker, Task
 from storage.policies import Policy
 from storage.shards import ShardIndex, cached_index, read_samples
-from storage.store import Marker, Store, Task
+from storage.store import Store
 from storage.views import BadImage, Mix, decode, draw, mixed, render
 from student.order import Segment
 

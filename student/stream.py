@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from storage.banks import bank_policy
 from storage.codecs import Codec
 from storage.errors import IdentityError, UserError
+from storage.markers import Kind, Task
 from storage.policies import Policy
 from storage.shards import BLOCK, ShardIndex, cached_index, expand, require_labels
-from storage.store import Kind, Store, Task
+from storage.store import Store
 from student.order import Order, Segment, lanes_of
 from student.reader import Arrays, BlockReader, Part, Source, join
 

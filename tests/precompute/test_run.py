@@ -28,9 +28,10 @@ from precompute.taps import Tap
 from storage import codecs
 from storage.banks import read_views
 from storage.errors import IdentityError, UserError
+from storage.markers import Task
 from storage.policies import policy
 from storage.shards import read_samples
-from storage.store import Store, Task
+from storage.store import Store
 from storage.testing import TINY_CNN, FaultyObjects, synthetic_shards
 from storage.verify import verify
 from storage.views import BadImage, decode, render

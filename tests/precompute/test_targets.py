@@ -11,8 +11,9 @@ from precompute import targets
 from precompute.targets import Wish, choose_policy, defaults, layer_numbers, parse
 from storage import banks
 from storage.errors import IdentityError, UserError
+from storage.markers import Task
 from storage.policies import Policy, policy
-from storage.store import Store, Task
+from storage.store import Store
 from tests.conftest import World, run_precompute, teacher_of
 
 CNN = {"id": "cnn", "network": "cnn", "layers": 7}

@@ -14,9 +14,10 @@ from PIL import Image
 
 from storage.banks import describe, rows_of
 from storage.codecs import Codec
+from storage.markers import Attempt, Marker, Task
 from storage.policies import policy
 from storage.shards import ShardIndex, build_index, read_samples
-from storage.store import Attempt, Marker, Store, Task
+from storage.store import Store
 from storage.testing import synthetic_shards
 from storage.views import COLUMNS, draw, render, renderer, signature
 

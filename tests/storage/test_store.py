@@ -26,9 +26,10 @@ from storage.arrays import ArrayWriter, StoredArray, chunk_samples
 from storage.banks import bank_policy, read_views
 from storage.card import card
 from storage.errors import DamageError, IdentityError, UserError, nearest
+from storage.markers import Attempt, Task
 from storage.objects import LocalObjects, open_objects
 from storage.shards import build_index, read_samples
-from storage.store import Attempt, Store, Task
+from storage.store import Store
 from storage.testing import FaultyObjects
 from storage.views import View
 from tests.storage.helpers import SmallStore, decode, sample, samples, small_store, write_tar

@@ -19,9 +19,10 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch.nn import functional as F
 
 from storage.errors import DamageError, IdentityError, UserError
+from storage.markers import Task
 from storage.policies import policy
 from storage.shards import cached_index, read_samples
-from storage.store import Store, Task
+from storage.store import Store
 from storage.testing import TINY_CNN, synthetic_shards
 from student.losses.crossentropy import cross_entropy
 from student.reader import BlockReader

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from storage.errors import DamageError, IdentityError, UserError
+from storage.markers import Task
 from storage.policies import policy
 from storage.shards import cached_index, read_samples
-from storage.store import Store, Task
+from storage.store import Store
 from storage.testing import synthetic_shards
 from storage.views import View, decode, draw, render
 from student.evaluate import evaluation_batches
