@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from precompute import targets
 from precompute.cluster import Failure, patiently, run_here, run_on, workers
-from precompute.engine import Output, ShardTask, block_views, known_index
+from precompute.engine import Outcome, Output, ShardTask, block_views, known_index
 from precompute.session import cores
 from precompute.teachers import Teacher
 from storage import banks
@@ -22,6 +22,9 @@ from storage.policies import Policy
 from storage.progress import Progress
 from storage.store import Store
 from storage.tars import stem_of
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,16 @@ def precompute(store: Store, wanted: Wanted, progress: Progress) -> dict[str, An
     progress.say(f"store {store.url}")
     if wanted.dask is not None:  # workers have working folders of their own
         absolute = [url if is_remote(url) else str(Path(url).absolute()) for url in wanted.shards]
-        wanted = Wanted(**{**wanted.__dict__, "shards": absolute})
-    job = patiently(lambda: prepare(store, wanted, progress))
+        wanted = replace(wanted, shards=absolute)
+    here = wanted.workers is None and wanted.dask is None
+    # Before anything else: a scheduler that cannot be reached is found out at once.
+    with contextlib.nullcontext() if here else workers(wanted.workers, wanted.dask, progress.say) as client:
+        job = patiently(lambda: prepare(store, wanted, progress))
+        return _precompute(job, client, progress, began)
+
+
+def _precompute(job: Job, client: Client | None, progress: Progress, began: float) -> dict[str, Any]:
+    store, wanted = job.store, job.wanted
     policy = job.policy
     progress.say(f"bank {policy.bank}: {policy.line}, size {policy.size}, seed {policy.seed}, {job.views} view(s)")
     shards: dict[str, str] = {}  # id -> url
@@ -114,7 +125,7 @@ def precompute(store: Store, wanted: Wanted, progress: Progress) -> dict[str, An
     invalid: list[str] = []
     written = rendered = 0
     settings: dict[str, Any] = {}
-    for url, outcome in _outcomes(job, progress):
+    for url, outcome in _outcomes(job, client, progress):
         if isinstance(outcome, Failure):
             failures[url] = outcome
             progress.say(f"failed: {outcome.error}")
@@ -151,19 +162,17 @@ def precompute(store: Store, wanted: Wanted, progress: Progress) -> dict[str, An
     }
 
 
-def _outcomes(job: Job, progress: Progress) -> Iterator[tuple[str, Any]]:
+def _outcomes(job: Job, client: Client | None, progress: Progress) -> Iterator[tuple[str, Outcome | Failure]]:
     """Url and outcome of every task; one graph after another, so that a process holds one session."""
     wanted, count = job.wanted, len(job.wanted.shards)
-    here = wanted.workers is None and wanted.dask is None
-    with contextlib.nullcontext() if here else workers(wanted.workers, wanted.dask, progress.say) as client:
-        for graph, outputs in job.by_graph.items():
-            progress.say(f"{', '.join(output.target for output in outputs)}: {count} shard(s)")
-            progress.start(f"{wanted.teacher.name} views", 0)
-            if client is None:
-                yield from run_here(job.tasks(graph), count, wanted.provider, progress)
-            else:
-                threads = max(1, cores() // wanted.workers) if wanted.workers else None
-                yield from run_on(client, job.tasks(graph), count, wanted.provider, threads, progress)
+    for graph, outputs in job.by_graph.items():
+        progress.say(f"{', '.join(output.target for output in outputs)}: {count} shard(s)")
+        progress.start(f"{wanted.teacher.name} views", 0)
+        if client is None:
+            yield from run_here(job.tasks(graph), count, wanted.provider, progress)
+        else:
+            threads = max(1, cores() // wanted.workers) if wanted.workers else None
+            yield from run_on(client, job.tasks(graph), count, wanted.provider, threads, progress)
 
 
 def candidates(store: Store, urls: Sequence[str]) -> dict[str, list[str]]:

@@ -473,7 +473,7 @@ def test_an_address_without_a_scheduler_is_a_clear_error_soon(deit: World, tmp_p
 def test_a_scheduler_that_goes_away_is_a_clear_error_and_the_same_command_goes_on(
     deit: World, tmp_path: Path, scheduler: Any
 ) -> None:
-    place, shards = seeded(deit, tmp_path / "store"), copies(deit.shards, tmp_path / "data", 30)
+    place, shards = seeded(deit, tmp_path / "store"), copies(deit.shards, tmp_path / "data", 20)
     dask = scheduler()
     dask.worker("--no-nanny")
     process = start(command(deit, place, shards, "--dask", dask.address))
@@ -488,8 +488,8 @@ def test_a_scheduler_that_goes_away_is_a_clear_error_and_the_same_command_goes_o
     assert "the connection to the scheduler was lost" in err.decode()
     assert "Traceback" not in err.decode()
     result, _ = run(deit, place, shards)
-    assert len(result["shards"]) == 30
-    assert result["written"] < 30 * 4
+    assert len(result["shards"]) == 20
+    assert result["written"] < 20 * 4
     assert not failures(place, [])
 
 
@@ -617,9 +617,8 @@ def test_contract_6_a_worker_killed_in_the_middle_of_a_write_is_replaced_and_the
 def test_contract_13_an_interrupt_ends_a_run_with_one_message_and_nothing_left_over(
     deit: World, tmp_path: Path, number: signal.Signals, workers: int
 ) -> None:
-    place, shards = seeded(deit, tmp_path / "store"), copies(deit.shards, tmp_path / "data", 40)
-    words = command(deit, place, shards, *(["--workers", str(workers)] if workers else []))
-    process = start(words)
+    place, shards = seeded(deit, tmp_path / "store"), copies(deit.shards, tmp_path / "data", 24)
+    process = start(command(deit, place, shards, *(["--workers", str(workers)] if workers else [])))
     try:
         until(lambda: markers(place) or process.poll() is not None, what="no work began")
         assert process.poll() is None
@@ -637,11 +636,10 @@ def test_contract_13_an_interrupt_ends_a_run_with_one_message_and_nothing_left_o
     finally:
         end(process)
     done = markers(place)
-    assert 0 < done < 40 * 6
+    assert 0 < done < 24 * 6
     assert attempts(place) == counted(place)
-    again = subprocess.run(words, cwd=REPOSITORY, capture_output=True, timeout=120, check=False)
-    assert again.returncode == 0, again.stderr.decode()
-    assert markers(place) == 40 * 6
+    assert not run(deit, place, shards)[0]["failures"]
+    assert markers(place) == 24 * 6
     assert attempts(place) == counted(place)
     assert not failures(place, [])
 
@@ -657,16 +655,20 @@ def test_contract_3_ten_kills_at_random_moments_and_the_same_command_each_time(d
     for number in range(10):
         if markers(place) == 30 * 6:
             place = tmp_path / f"store-{number}"  # complete already: the next ones hit another store
-        process = start(command(deit, place, shards, *(["--workers", "2"] if number % 2 else [])))
+        said = tmp_path / f"said-{number}"
         before = markers(place)
-        ended = False
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(chance.uniform(2, 10))
-            ended = True
-        working = not ended and markers(place) > before
+        with said.open("wb") as file:
+            words = command(deit, place, shards, *(["--workers", "2"] if number % 2 else []))
+            process = subprocess.Popen(words, cwd=REPOSITORY, start_new_session=True, stdout=file, stderr=file)
+        if number in (4, 7):  # while it starts: imports, the export, the workers
+            time.sleep(chance.uniform(0, 6))
+        else:
+            until(lambda said=said: ": 30 shard(s)" in said.read_text())  # type: ignore[misc]
+            time.sleep(chance.uniform(0, 1))
+        working = process.poll() is None and ": 30 shard(s)" in said.read_text()
         end(process)
         hits += working
-        print(f"kill {number}: {'ended before' if ended else 'killed'}, {before} -> {markers(place)} markers")
+        print(f"kill {number}: {'at work' if working else 'not at work'}, {before} -> {markers(place)} markers")
     places = [path for path in tmp_path.glob("store*") if path.is_dir()]
     for left in places:
         done = subprocess.run(command(deit, left, shards), cwd=REPOSITORY, capture_output=True, check=False)
@@ -674,7 +676,7 @@ def test_contract_3_ten_kills_at_random_moments_and_the_same_command_each_time(d
         assert_same(contents(left), contents(undisturbed))
         assert not failures(left, shards)
     print(f"{hits} of 10 kills hit while work was going on, {len(places)} store(s)")
-    assert hits >= 3
+    assert hits >= 6
 
 
 # ---------------------------------------------------------------------------------------------- much of everything
