@@ -163,8 +163,9 @@ def work(task: ShardTask, provider: str, threads: int | None, run: str) -> Outco
         worker.log_event(f"precompute-{run}", (task.url, done, todo))
 
     with _one_at_a_time:
+        if run in _stopped:
+            return None
         try:
-            report(0, 0) if run in _stopped else None
             return attempt(task, provider, threads or worker.state.nthreads, report)
         except _Stopped:
             return None

@@ -68,9 +68,11 @@ def plan(where: str, wanted: Wanted, progress: Progress, seconds: float = 60, ra
     store = _existing(where)
     shards = _shards(store, wanted.shards)
     policy, views = _policy(store, wanted)
+    began = time.monotonic()
     with _scratch(where) as scratch:
         settled = replace(wanted, policy=policy, given=frozenset({"line", "size", "seed"}), views=views, new_bank=True)
         job = prepare(scratch, settled, progress)
+        exporting = time.monotonic() - began
         measured = _measure(job, shards, seconds, progress) if seconds else None
         manifests = {o.target: scratch.target(o.target) for outputs in job.by_graph.values() for o in outputs}
         overhead, records = _overhead(scratch), _records(scratch)
@@ -107,7 +109,8 @@ def plan(where: str, wanted: Wanted, progress: Progress, seconds: float = 60, ra
     if measured:
         result["measured"] = measured
         indexing = measured["index_seconds_per_image"] * sum(s.samples for s in shards if not s.id)
-        result["hours"] = round((todo / measured["view_images_per_second"] + indexing / measured["workers"]) / 3600, 4)
+        work = todo / measured["view_images_per_second"] + indexing / measured["workers"]
+        result["hours"] = round((exporting + work) / 3600, 5) if todo else 0.0
     return result
 
 
@@ -292,15 +295,16 @@ def _measure(job: Job, shards: Sequence[Shard], seconds: float, progress: Progre
         progress.say(f"measuring for about {seconds:.0f} s on {count} process(es), beside the store")
         threads = max(1, cores() // wanted.workers) if wanted.workers else None
 
-        def run(blocks: int, number: int) -> tuple[float, int]:
+        def run(blocks: int, each: int, number: int) -> tuple[float, int]:
+            """Seconds and view images of so many tasks for each process."""
             done, spent = 0, 0.0
             for graph in job.by_graph:
-                tasks = [_part(job, graph, read[k % len(read)], blocks, f"{number}x{k}") for k in range(count)]
+                tasks = [_part(job, graph, read[k % len(read)], blocks, f"{number}x{k}") for k in range(count * each)]
                 start = time.monotonic()
                 outcomes = (
-                    run_here(iter(tasks), count, wanted.provider, Quiet())
+                    run_here(iter(tasks), len(tasks), wanted.provider, Quiet())
                     if client is None
-                    else run_on(client, iter(tasks), count, wanted.provider, threads, Quiet())
+                    else run_on(client, iter(tasks), len(tasks), wanted.provider, threads, Quiet())
                 )
                 for _, outcome in outcomes:
                     if isinstance(outcome, Failure):
@@ -309,10 +313,11 @@ def _measure(job: Job, shards: Sequence[Shard], seconds: float, progress: Progre
                 spent += time.monotonic() - start
             return spent, done // len(job.by_graph)
 
-        run(1, 0)  # opens the sessions
-        once, _ = run(1, 1)
-        blocks = max(1, min(int(seconds / max(once, 1e-3)), -(-first.samples // BLOCK)))
-        spent, images = run(blocks, 2)
+        run(1, 1, 0)  # opens the sessions
+        once, _ = run(1, 1, 1)
+        most = -(-first.samples // BLOCK)
+        blocks = max(1, int(seconds / max(once, 1e-3)))
+        spent, images = run(min(blocks, most), max(1, min(blocks // most, len(read))), 2)
     return {
         "seconds": round(spent, 2),
         "view_images": images,

@@ -55,6 +55,7 @@ def test_contract_8_bytes_and_objects_are_those_of_the_run(world: World, tmp_pat
     again = plan(str(place), wanted, Quiet(), seconds=0)
     assert again["missing"] == {"bytes": 0, "objects": 0, "view_images": 0}
     assert again["hours"] is None
+    assert plan(str(place), wanted, Quiet(), seconds=0.1)["hours"] == 0
     assert taken(place) == (size, objects), "a plan changes nothing in a store"
 
 
