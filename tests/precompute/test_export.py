@@ -319,3 +319,21 @@ def test_a_graph_that_is_cut_off_is_refused(cases: Any) -> None:
     graph = cases("vit").exported.graph
     with pytest.raises(UserError, match="the teacher's graph cannot be run"):
         sessions.open_session(graph[: len(graph) // 2], "cpu")
+
+
+@pytest.mark.parametrize("location", ["weights.bin", "../../etc/passwd", "/etc/passwd"])
+def test_a_graph_that_reads_other_files_is_refused(location: str) -> None:
+    """Tensors of a graph may lie in other files, and these could be any file of the machine."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    tensor = helper.make_tensor("secret", TensorProto.FLOAT, [4], b"\0" * 16, raw=True)
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=location)
+    output = helper.make_tensor_value_info("tap0", TensorProto.FLOAT, [4])
+    graph = helper.make_graph([helper.make_node("Identity", ["secret"], ["tap0"])], "g", [], [output], [tensor])
+    inner = helper.make_model(graph)
+    assert isinstance(inner, onnx.ModelProto)
+    with pytest.raises(UserError, match=r"keeps 1 tensor\(s\) in other files \(secret\)"):
+        sessions.open_session(inner.SerializeToString(), "cpu")
