@@ -92,8 +92,8 @@ class Live:
                     if not difference <= allowed:
                         self.report.failures.append(
                             f"{url}, key {index.keys[i]}, view {task.view}, target {id}: it differs from the "
-                            f"{self.report.compared_with[teacher]} by {difference:.2g} of the largest value (allowed "
-                            f"for {codec.name}: {allowed:g})"
+                            f"{self.report.compared_with[teacher]} by {difference:.2g} of a map's largest value "
+                            f"(allowed for {codec.name}: {allowed:g})"
                         )
 
     def _teacher(self, name: str, bank: str) -> Values:
@@ -136,8 +136,9 @@ class Live:
 
     def _graphs(self, name: str, ids: dict[str, Record]) -> Values:
         graphs = {m["graph"]: open_session(self.store.graph(name, m["graph"])) for m in ids.values()}
-        recorded = self.teachers[name].get("weights") or "its weights"
-        self.report.compared_with[name] = f"stored graph ({recorded} not at hand; give --weights F)"
+        recorded = self.teachers[name].get("weights")
+        why = "its weights came from timm's hub" if recorded == "timm hub" else f"{recorded} not at hand: --weights F"
+        self.report.compared_with[name] = f"stored graph ({why})"
 
         def values(images: np.ndarray) -> dict[str, np.ndarray]:
             outputs = {digest: session.run(images) for digest, session in graphs.items()}
@@ -147,9 +148,10 @@ class Live:
 
 
 def differences(codec: Codec, arrays: dict[str, np.ndarray], live: np.ndarray) -> np.ndarray:
-    """Of each sample the largest difference between what is kept and the live values ÷ their largest value, f64 [n].
+    """Of each sample the largest difference of a map between what is kept and the live values, f64 [n].
 
-    Of `topk` the logits that were kept, and the mass of all others, absolutely.
+    In each map ÷ its largest value, or a fiftieth of the largest of all where it is smaller: what graphs differ by goes
+    by the values that a layer adds up. Of `topk` the logits that were kept, and the mass of all others, absolutely.
     """
     if codec.name.startswith("topk"):
         index = arrays["index"].astype(np.int64)
@@ -160,8 +162,11 @@ def differences(codec: Codec, arrays: dict[str, np.ndarray], live: np.ndarray) -
         stored, live = arrays["data"].astype(np.float64), np.take_along_axis(live, index, -1)
     else:
         stored, masses = codec.decode(arrays).astype(np.float64), np.zeros(len(live))
-    largest = max(float(np.abs(live).max()), 1e-12)
-    found: np.ndarray = np.maximum(np.abs(stored - live).reshape(len(live), -1).max(1) / largest, masses)
+    axes = tuple(range(live.ndim - codec.maps, live.ndim))
+    largest = np.abs(live).max(axes)
+    floor = max(float(largest.max()) / 50, 1e-12)
+    each = np.abs(stored - live).max(axes) / np.maximum(largest, floor)
+    found: np.ndarray = np.maximum(each.reshape(len(live), -1).max(1), masses)
     return found
 
 

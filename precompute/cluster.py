@@ -281,7 +281,8 @@ def run_on(
     completed: Any = as_completed()  # type: ignore[no-untyped-call]
 
     def fill() -> None:
-        spare = 2 * max(1, len(client.nthreads())) - len(running)  # type: ignore[no-untyped-call]
+        # One for each process, which runs one at a time: a second one would wait there while another may be free.
+        spare = max(1, len(client.nthreads())) - len(running)  # type: ignore[no-untyped-call]
         some = list(itertools.islice(tasks, max(0, spare)))
         if not running and not some and suspects:
             some = [suspects.pop()]

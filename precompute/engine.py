@@ -119,7 +119,7 @@ def missing(task: ShardTask, shard: str) -> dict[int, list[Output]]:
                 bank = bank or store.find(Task("bank", task.bank, shard, view))
                 if bank and bank.views_digest == marker.content["bank_views"]:
                     continue
-                store.objects.remove(f"done/{target.name}")
+                store.discard(marker)
             wanted.setdefault(view, []).append(output)
     return wanted
 
@@ -148,19 +148,20 @@ def run_task(
         return Outcome(index.id, len(index))
     runs = any(output.position is not None for outputs in wanted.values() for output in outputs)
     session = open_session() if runs else None
-    a_view = max(1, sum(max(output.codec.sample_bytes * BLOCK, 16 << 20) for output in task.outputs))
+    images = 4 * 2 * 3 * bank_policy(task.store, task.bank).size ** 2 * BLOCK  # four blocks on their way, mixed or not
+    a_view = images + sum(max(output.codec.sample_bytes * BLOCK, 16 << 20) for output in task.outputs)
     views = sorted(wanted)
     step = max(1, BUFFERS // a_view)
     invalid: tuple[str, ...] = ()
     for start in range(0, len(views), step):
         some = {view: wanted[view] for view in views[start : start + step]}
-        wide: frozenset[str] = frozenset()
+        wide: frozenset[tuple[int, str]] = frozenset()
         while True:
             try:
                 invalid = _Pass(task, index, some, session, threads, lambda n: report(n, todo), wide).run()
                 break
-            except _TooWide as error:  # rare: the views of this target are made again with f32 scales
-                wide |= {error.target}
+            except _TooWide as error:  # rare: all is made again, this view of the target with f32 scales
+                wide |= {(error.view, error.target)}
     written = sum(map(len, wanted.values()))
     return Outcome(index.id, len(index), written, todo, invalid, session.settings if session else {})
 
@@ -168,9 +169,9 @@ def run_task(
 class _TooWide(Exception):
     """A target's scales do not fit f16."""
 
-    def __init__(self, target: str) -> None:
-        super().__init__(target)
-        self.target = target
+    def __init__(self, view: int, target: str) -> None:
+        super().__init__(view, target)
+        self.view, self.target = view, target
 
 
 @dataclass
@@ -186,7 +187,10 @@ class _Block:
 
 
 class _Pass:
-    """One reading of a shard that makes several views; targets in `wide` keep their scales in f32."""
+    """One reading of a shard that makes several views; (view, target) in `wide` keep their scales in f32.
+
+    Each view by itself: what is made of it must not depend on the views that happen to be made beside it.
+    """
 
     def __init__(
         self,
@@ -196,7 +200,7 @@ class _Pass:
         session: Session | None,
         threads: int,
         say: Callable[[int], None],
-        wide: frozenset[str] = frozenset(),
+        wide: frozenset[tuple[int, str]] = frozenset(),
     ) -> None:
         self.wide = wide
         self.task, self.index, self.wanted, self.session, self.say = task, index, wanted, session, say
@@ -234,7 +238,7 @@ class _Pass:
             for output in outputs:
                 attempt = Attempt(store, Task("target", output.target, shard, view), len(self.index))
                 self.attempts[view, output.target] = attempt
-                for name, part in output.codec.layout(wide=output.target in self.wide).items():
+                for name, part in output.codec.layout(wide=(view, output.target) in self.wide).items():
                     attempt.array(name, part.shape, part.dtype, part.axes)
         if self.fresh and not self.known and 0 not in self.fresh:
             # Views that the shard has already are replayed beside the new ones: one bank, one kind of pixels.
@@ -363,11 +367,13 @@ class _Pass:
                 self._check_finite(view, output, of_view, block)
                 if not block.valid.all():  # what a teacher makes of no image means nothing
                     of_view = np.where(block.valid[(..., *(None,) * (of_view.ndim - 1))], of_view, 0)
-            wide = output.target in self.wide
             try:
-                arrays = output.codec.encode(of_view, wide=wide)
+                arrays = output.codec.encode(of_view, wide=(view, output.target) in self.wide)
             except codecs.HalfOverflow:
-                raise _TooWide(output.target) from None
+                raise _TooWide(view, output.target) from None
+            except UserError as error:
+                where = f"{self.task.url}: keys {block.keys[0]!r} to {block.keys[-1]!r}, view {view}"
+                raise UserError(f"{where}: {output.target}: {error}") from None
             for name, array in arrays.items():
                 self.attempts[view, output.target].arrays[name].append(array)
 

@@ -15,14 +15,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from precompute import targets
-from precompute.cluster import Failure, patiently, run_here, run_on, workers
+from precompute.cluster import Failure, patiently, run_here, run_on
 from precompute.engine import Output, ShardTask
-from precompute.run import Job, Wanted, candidates, choose_views, prepare
+from precompute.run import Job, Wanted, candidates, choose_views, prepare, settle, staffed
 from precompute.session import cores
 from storage.arrays import chunk_samples
 from storage.codecs import Codec, Part, fitting
@@ -35,6 +35,9 @@ from storage.shards import BLOCK, ShardIndex, build_index, cached_index, classes
 from storage.store import Store
 from storage.tars import size_of, stem_of
 from storage.views import COLUMNS
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 LOOKED_AT = 8  # shards that are read whole; the others' samples are estimated from their sizes
 _BANK = {"parameters": Part("float64", (len(COLUMNS),), ()), "signatures": Part("uint32", (1,), ())}
@@ -65,15 +68,24 @@ def plan(where: str, wanted: Wanted, progress: Progress, seconds: float = 60, ra
     Raises:
         UserError: as a run's preparation does, and where a measured shard fails.
     """
+    with staffed(wanted, progress) as (settled, client):
+        return _plan(where, settled, client, progress, seconds, rate)
+
+
+def _plan(
+    where: str, wanted: Wanted, client: Client | None, progress: Progress, seconds: float, rate: float
+) -> dict[str, Any]:
     store = _existing(where)
+    if store:
+        targets.known_teacher(store, wanted.teacher)
     shards = _shards(store, wanted.shards)
     policy, views = _policy(store, wanted)
     began = time.monotonic()
     with _scratch(where) as scratch:
         settled = replace(wanted, policy=policy, given=frozenset({"line", "size", "seed"}), views=views, new_bank=True)
         job = prepare(scratch, settled, progress)
-        exporting = time.monotonic() - began
-        measured = _measure(job, shards, seconds, progress) if seconds else None
+        exporting = 0.0 if store and _known(store, job) else time.monotonic() - began
+        measured = _measure(job, shards, client, seconds, progress) if seconds else None
         manifests = {o.target: scratch.target(o.target) for outputs in job.by_graph.values() for o in outputs}
         overhead, records = _overhead(scratch), _records(scratch)
     outputs = [output for several in job.by_graph.values() for output in several]
@@ -126,19 +138,26 @@ def _existing(where: str) -> Store | None:
 def _scratch(where: str) -> Iterator[Store]:
     """A store beside the one that is planned, so on the same disk or bucket; removed in the end."""
     name = f"plan-{uuid.uuid4().hex[:8]}"
+    made: list[Path] = []
     if is_remote(where):
-        place, parent = f"{where.rstrip('/')}.{name}", where.rstrip("/").rpartition("/")[0]
-    else:
+        inside = "/" not in where.split("://", 1)[1].strip("/")  # a bucket's root: beside it are other buckets
+        place = f"{where.rstrip('/')}{'/' if inside else '.'}{name}"
+    else:  # hidden inside the folder where there is one: its parent may be another disk
         path = Path(where.removeprefix("file://")).expanduser().absolute()
-        place, parent = str(path.parent / f".{path.name}.{name}"), str(path.parent)
-    created = not is_remote(parent) and not Path(parent).exists()
+        made = [parent for parent in path.parents if not parent.exists()]
+        place = str(path / f".{name}" if path.is_dir() else path.parent / f".{path.name}.{name}")
     try:
         yield Store.create(place)
     finally:
-        open_objects(parent).remove(place.rpartition("/")[2])
-        if created:
+        open_objects(place).remove("")
+        for parent in made:
             with contextlib.suppress(OSError):
-                Path(parent).rmdir()
+                parent.rmdir()
+
+
+def _known(store: Store, job: Job) -> bool:
+    """Whether a store has all targets of a run, so that nothing has to be exported."""
+    return all(store.objects.names(f"targets/{o.target}") for outputs in job.by_graph.values() for o in outputs)
 
 
 def _shards(store: Store | None, urls: Sequence[str]) -> list[Shard]:
@@ -164,12 +183,8 @@ def _policy(store: Store | None, wanted: Wanted) -> tuple[Policy, int]:
     """The policy and the number of views that a run would take."""
     if store is None:
         return wanted.policy, choose_views(None, wanted.policy, wanted.views)
-    known = candidates(store, wanted.shards)
-    policy = targets.choose_policy(
-        store, wanted.policy, set(wanted.given), {id for ids in known.values() for id in ids},
-        lambda: {index.id for url, ids in known.items() if (index := store.recognise(url, ids))}, wanted.new_bank,
-    )  # fmt: skip
-    return policy, choose_views(store, policy, wanted.views)
+    _, policy, views = settle(store, wanted)
+    return policy, views
 
 
 def _missing(
@@ -281,43 +296,43 @@ def _target(output: Output, manifest: dict[str, Any], images: int) -> dict[str, 
 # ------------------------------------------------------------------------------------------------ hours
 
 
-def _measure(job: Job, shards: Sequence[Shard], seconds: float, progress: Progress) -> dict[str, Any]:
+def _measure(
+    job: Job, shards: Sequence[Shard], client: Client | None, seconds: float, progress: Progress
+) -> dict[str, Any]:
     """View images a second of the real engine: first a block, to see how many fill the time, then so many."""
     wanted = job.wanted
-    here = wanted.workers is None and wanted.dask is None
     read = [shard for shard in shards if shard.index]
     first = max(read, key=lambda shard: shard.samples)
     began = time.monotonic()
     build_index(first.url)
     indexing = (time.monotonic() - began) / first.samples
-    with contextlib.nullcontext() if here else workers(wanted.workers, wanted.dask, progress.say) as client:
-        count = 1 if client is None else max(1, len(client.nthreads()))  # type: ignore[no-untyped-call]
-        progress.say(f"measuring for about {seconds:.0f} s on {count} process(es), beside the store")
-        threads = max(1, cores() // wanted.workers) if wanted.workers else None
+    count = 1 if client is None else max(1, len(client.nthreads()))  # type: ignore[no-untyped-call]
+    progress.say(f"measuring for about {seconds:.0f} s on {count} process(es), beside the store")
+    threads = max(1, cores() // wanted.workers) if wanted.workers else None
 
-        def run(blocks: int, each: int, number: int) -> tuple[float, int]:
-            """Seconds and view images of so many tasks for each process."""
-            done, spent = 0, 0.0
-            for graph in job.by_graph:
-                tasks = [_part(job, graph, read[k % len(read)], blocks, f"{number}x{k}") for k in range(count * each)]
-                start = time.monotonic()
-                outcomes = (
-                    run_here(iter(tasks), len(tasks), wanted.provider, Quiet())
-                    if client is None
-                    else run_on(client, iter(tasks), len(tasks), wanted.provider, threads, Quiet())
-                )
-                for _, outcome in outcomes:
-                    if isinstance(outcome, Failure):
-                        raise UserError(outcome.error)
-                    done += outcome.rendered
-                spent += time.monotonic() - start
-            return spent, done // len(job.by_graph)
+    def run(blocks: int, each: int, number: int) -> tuple[float, int]:
+        """Seconds and view images of so many tasks for each process."""
+        done, spent = 0, 0.0
+        for graph in job.by_graph:
+            tasks = [_part(job, graph, read[k % len(read)], blocks, f"{number}x{k}") for k in range(count * each)]
+            start = time.monotonic()
+            outcomes = (
+                run_here(iter(tasks), len(tasks), wanted.provider, Quiet())
+                if client is None
+                else run_on(client, iter(tasks), len(tasks), wanted.provider, threads, Quiet())
+            )
+            for _, outcome in outcomes:
+                if isinstance(outcome, Failure):
+                    raise UserError(outcome.error)
+                done += outcome.rendered
+            spent += time.monotonic() - start
+        return spent, done // len(job.by_graph)
 
-        run(1, 1, 0)  # opens the sessions
-        once, _ = run(1, 1, 1)
-        most = -(-first.samples // BLOCK)
-        blocks = max(1, int(seconds / max(once, 1e-3)))
-        spent, images = run(min(blocks, most), max(1, min(blocks // most, len(read))), 2)
+    run(1, 1, 0)  # opens the sessions
+    once, _ = run(1, 1, 1)
+    most = -(-first.samples // BLOCK)
+    blocks = max(1, int(seconds / max(once, 1e-3)))
+    spent, images = run(min(blocks, most), max(1, min(blocks // most, len(read))), 2)
     return {
         "seconds": round(spent, 2),
         "view_images": images,

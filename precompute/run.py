@@ -72,23 +72,24 @@ def prepare(store: Store, wanted: Wanted, progress: Progress) -> Job:
     Raises:
         UserError: as its parts do.
     """
-    known = candidates(store, wanted.shards)
     manifest = targets.record_teacher(store, wanted.teacher)
-    policy = targets.choose_policy(
-        store, wanted.policy, set(wanted.given), {id for ids in known.values() for id in ids},
-        lambda: {index.id for url, ids in known.items() if (index := store.recognise(url, ids))}, wanted.new_bank,
-    )  # fmt: skip
-    views = choose_views(store, policy, wanted.views)
+    known, policy, views = settle(store, wanted)
     store.add_bank(policy.bank, policy.identity, banks.describe(policy))
-    first = wanted.shards[0]
 
     def images() -> Any:
-        index = known_index(store, first, known[first])
-        return block_views(first, index, policy)
+        """Of the first shard that has any: one that is broken fails by itself, later."""
+        failed: UserError | None = None
+        for url in wanted.shards:
+            try:
+                return block_views(url, known_index(store, url, known[url]), policy)
+            except UserError as error:
+                failed = failed or error
+        raise failed or UserError("no shards were given")
 
     wishes = wanted.wishes or targets.defaults(manifest, policy)
+    elsewhere = wanted.workers is not None or wanted.dask is not None  # this machine may have no accelerator
     by_graph = targets.record_targets(
-        store, wanted.teacher, manifest, wishes, policy, images, wanted.provider, progress.say
+        store, wanted.teacher, manifest, wishes, policy, images, "auto" if elsewhere else wanted.provider, progress.say
     )
     if wanted.pixels:
         first_graph = next(iter(by_graph))
@@ -106,14 +107,23 @@ def precompute(store: Store, wanted: Wanted, progress: Progress) -> dict[str, An
     """
     began = time.monotonic()
     progress.say(f"store {store.url}")
-    if wanted.dask is not None:  # workers have working folders of their own
-        absolute = [url if is_remote(url) else str(Path(url).absolute()) for url in wanted.shards]
-        wanted = replace(wanted, shards=absolute)
-    here = wanted.workers is None and wanted.dask is None
-    # Before anything else: a scheduler that cannot be reached is found out at once.
-    with contextlib.nullcontext() if here else workers(wanted.workers, wanted.dask, progress.say) as client:
-        job = patiently(lambda: prepare(store, wanted, progress))
+    with staffed(wanted, progress) as (settled, client):
+        job = patiently(lambda: prepare(store, settled, progress))
         return _precompute(job, client, progress, began)
+
+
+@contextlib.contextmanager
+def staffed(wanted: Wanted, progress: Progress) -> Iterator[tuple[Wanted, Client | None]]:
+    """What is wanted, in words that workers understand, and their client; None where this process does it all.
+
+    Before anything else: a scheduler that cannot be reached is found out at once.
+    """
+    if wanted.workers is None and wanted.dask is None:
+        yield wanted, None
+        return
+    absolute = [url if is_remote(url) else str(Path(url).absolute()) for url in wanted.shards]  # they live elsewhere
+    with workers(wanted.workers, wanted.dask, progress.say) as client:
+        yield replace(wanted, shards=absolute), client
 
 
 def _precompute(job: Job, client: Client | None, progress: Progress, began: float) -> dict[str, Any]:
@@ -122,7 +132,7 @@ def _precompute(job: Job, client: Client | None, progress: Progress, began: floa
     progress.say(f"bank {policy.bank}: {policy.line}, size {policy.size}, seed {policy.seed}, {job.views} view(s)")
     shards: dict[str, str] = {}  # id -> url
     failures: dict[str, Failure] = {}
-    invalid: list[str] = []
+    invalid: dict[str, None] = {}  # a shard comes once for each graph
     written = rendered = 0
     settings: dict[str, Any] = {}
     for url, outcome in _outcomes(job, client, progress):
@@ -133,9 +143,11 @@ def _precompute(job: Job, client: Client | None, progress: Progress, began: floa
         if shards.setdefault(outcome.shard, url) != url:
             text = f"{url} holds the same samples as {shards[outcome.shard]}; give each shard once"
             failures[url] = Failure(text, "data")
-        invalid += [f"{url}: {key}" for key in outcome.invalid]
+        invalid |= dict.fromkeys(f"{url}: {key}" for key in outcome.invalid)
         written, rendered = written + outcome.written, rendered + outcome.rendered
-        settings = outcome.settings or settings
+        if outcome.settings and outcome.settings != settings:
+            settings = outcome.settings
+            progress.say(f"on {settings['provider']}, {settings['precision']}, onnxruntime {settings['onnxruntime']}")
     outputs = [output.target for several in job.by_graph.values() for output in several]
     for line in invalid:
         progress.say(f"left out, marked invalid: {line}")
@@ -154,7 +166,7 @@ def _precompute(job: Job, client: Client | None, progress: Progress, began: floa
         "views": job.views,
         "written": written,
         "view_images": rendered,
-        "invalid": invalid,
+        "invalid": list(invalid),
         "failures": [{"shard": url, "error": f.error, "kind": f.kind} for url, f in failures.items()],
         "session": settings,
         "teacher": teacher,
@@ -173,6 +185,20 @@ def _outcomes(job: Job, client: Client | None, progress: Progress) -> Iterator[t
         else:
             threads = max(1, cores() // wanted.workers) if wanted.workers else None
             yield from run_on(client, job.tasks(graph), count, wanted.provider, threads, progress)
+
+
+def settle(store: Store, wanted: Wanted) -> tuple[dict[str, list[str]], Policy, int]:
+    """Url -> ids of known shards that it may be; the policy, and the number of views.
+
+    Raises:
+        UserError: as `choose_policy` does, or several views of a policy that leaves nothing to chance.
+    """
+    known = candidates(store, wanted.shards)
+    policy = targets.choose_policy(
+        store, wanted.policy, set(wanted.given), {id for ids in known.values() for id in ids},
+        lambda: {index.id for url, ids in known.items() if (index := store.recognise(url, ids))}, wanted.new_bank,
+    )  # fmt: skip
+    return known, policy, choose_views(store, policy, wanted.views)
 
 
 def candidates(store: Store, urls: Sequence[str]) -> dict[str, list[str]]:

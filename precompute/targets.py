@@ -16,7 +16,7 @@ from precompute.engine import Output
 from precompute.teachers import Teacher, describe, load
 from storage import codecs, records
 from storage.codecs import Codec
-from storage.errors import IdentityError, UserError, nearest
+from storage.errors import DamageError, IdentityError, UserError, nearest
 from storage.policies import Policy
 from storage.records import Record
 from storage.store import Store
@@ -95,15 +95,26 @@ def layer_numbers(text: str | None, count: int, what: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
+def known_teacher(store: Store, teacher: Teacher) -> Record | None:
+    """The teacher's manifest, where the store has it.
+
+    Raises:
+        IdentityError: the store knows another teacher under this name.
+    """
+    if "manifest.json" in store.objects.names(f"teachers/{teacher.name}"):
+        return store.add_teacher(teacher.name, teacher.identity, {})  # compares; what is there stays
+    return None
+
+
 def record_teacher(store: Store, teacher: Teacher) -> Record:
     """The teacher's manifest; it is loaded and described the first time.
 
     Raises:
         IdentityError: the store knows another teacher under this name.
     """
-    if "manifest.json" in store.objects.names(f"teachers/{teacher.name}"):
-        return store.add_teacher(teacher.name, teacher.identity, {})
-    return store.add_teacher(teacher.name, teacher.identity, describe(teacher, load(teacher)))
+    return known_teacher(store, teacher) or store.add_teacher(
+        teacher.name, teacher.identity, describe(teacher, load(teacher))
+    )
 
 
 def defaults(manifest: Record, policy: Policy) -> list[Wish]:
@@ -144,6 +155,8 @@ def record_targets(
         # Those that are there are exported again only while nothing was made of them: a run that was killed between
         # two manifests makes the same graph again, and what is complete is not computed twice.
         begun = {task.id for task in store.done()}
+        for id in sorted(begun & (wanted.keys() - known.keys())):
+            raise DamageError(f"{store.url}/targets/{id}/manifest.json: missing, and there are markers of this target")
         _export(store, teacher, {id: wanted[id] for id in wanted if id not in begun}, policy, images, provider, say)
         known = _known(store, wanted)
     by_graph: dict[str, tuple[Output, ...]] = {}

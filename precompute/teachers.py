@@ -110,6 +110,8 @@ def find(
     called = called or re.sub(r"[^A-Za-z0-9_-]", "_", name)[:40]
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", called):
         raise UserError(f"--as {called!r}: a teacher's name has 1 to 40 letters, digits, - and _")
+    if called == "views":
+        raise UserError("--as views: so is called what keeps the view images themselves; take another name")
     if weights is not None:
         digest, classes = digest_of_file(weights), _classes_in(weights)
     else:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from storage import records
 from storage.errors import DamageError, IdentityError, UserError
 from storage.markers import Marker
-from storage.policies import Policy
+from storage.policies import OPERATIONS_VERSION, Policy
 from storage.records import Record
 from storage.store import Store
 from storage.tars import Sample
@@ -76,10 +77,12 @@ def bank_policy(store: Store, id: str) -> Policy:
     Raises:
         DamageError: the id does not agree with what the manifest says.
     """
-    policy = policy_of(store.bank(id))
-    if policy.bank != id:
-        raise DamageError(f"{store.url}/banks/{id}/manifest.json: damaged: it describes bank {policy.bank}")
-    return policy
+    manifest = store.bank(id)
+    if not id.endswith(records.digest_of(manifest["identity"])[:8]):
+        raise DamageError(f"{store.url}/banks/{id}/manifest.json: damaged: it describes another bank")
+    if manifest["identity"]["operations"] > OPERATIONS_VERSION:
+        raise UserError(f"{store.url}: bank {id}: its views need a newer version of this package; install one")
+    return policy_of(manifest)
 
 
 def rows_of(views: Sequence[View]) -> np.ndarray:

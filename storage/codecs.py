@@ -22,6 +22,7 @@ _ONLY: dict[str, tuple[Values, str]] = {
     "log8": ("rows", "keeps rows of probabilities: class_row"),
     "topk": ("logits", "keeps the largest of class scores: logits"),
 }
+_SLICE = 8  # samples whose error is measured at a time: in f64, they take many times their bytes
 _LOG_STEPS, _LOG_ZERO = 16, 255  # of log8: codes for a factor of two, and the code of zero
 
 
@@ -164,18 +165,26 @@ class Codec:
         relative: ‖x − x′‖ ÷ ‖x‖; cosine: the mean over maps, before and after; kl: of distributions, the mean of
         Σ p·log(p/p′) over rows (of their softmax for logits), p′ made to sum to 1, in nats.
         """
-        try:
-            kept = self.encode(values)
-        except HalfOverflow:
-            kept = self.encode(values, wide=True)
-        before = values.astype(np.float64).reshape(*values.shape[: values.ndim - self.maps], -1)
-        after = self.decode(kept).astype(np.float64).reshape(before.shape)
-        norms = np.linalg.norm(before, axis=-1) * np.linalg.norm(after, axis=-1)
-        cosines = (before * after).sum(-1)[norms > 0] / norms[norms > 0]
-        relative = np.linalg.norm(before - after) / max(float(np.linalg.norm(before)), 1e-300)
-        found = {"relative": float(relative), "cosine": float(cosines.mean()) if cosines.size else 1.0}
+        square = difference = divergence = cosine = 0.0
+        maps = rows = 0
+        for start in range(0, len(values), _SLICE):
+            part = values[start : start + _SLICE]
+            try:
+                kept = self.encode(part)
+            except HalfOverflow:
+                kept = self.encode(part, wide=True)
+            before = part.astype(np.float64).reshape(*part.shape[: part.ndim - self.maps], -1)
+            after = self.decode(kept).astype(np.float64).reshape(before.shape)
+            norms = np.linalg.norm(before, axis=-1) * np.linalg.norm(after, axis=-1)
+            cosines = (before * after).sum(-1)[norms > 0] / norms[norms > 0]
+            cosine, maps = cosine + float(cosines.sum()), maps + cosines.size
+            square, difference = square + float((before**2).sum()), difference + float(((before - after) ** 2).sum())
+            if self.values != "plain":
+                each = _kl(before, after, self.values)
+                divergence, rows = divergence + float(each.sum()), rows + each.size
+        found = {"relative": math.sqrt(difference / max(square, 1e-300)), "cosine": cosine / maps if maps else 1.0}
         if self.values != "plain":
-            found["kl"] = float(_kl(before, after, self.values).mean())
+            found["kl"] = divergence / max(rows, 1)
         return found
 
 

@@ -27,10 +27,6 @@ class DamageError(UserError):
     """An object of a store is missing or is not the bytes that were written. Names the object."""
 
 
-class MissingError(DamageError):
-    """An object that should be there is not."""
-
-
 # Faults of a disk or of rights, which no waiting mends; and those of a cable or a busy server.
 _LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 _PASSING = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ESTALE, errno.EREMOTEIO, errno.ENETDOWN,
@@ -44,7 +40,7 @@ def passes(error: OSError) -> bool:
 
 def lasts(error: OSError) -> bool:
     """Whether an error is one of a disk or of rights, so that trying again is useless."""
-    return error.errno in _LASTING
+    return isinstance(error, PermissionError) or error.errno in _LASTING
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,6 +54,10 @@ class Objects(Protocol):
 
     def remove(self, key: str) -> None:
         """Remove an object or a folder with all that is in it."""
+        ...
+
+    def discard(self, key: str, data: bytes) -> None:
+        """Remove an object if it still holds these bytes: somebody may have put another in its place."""
         ...
 
 
@@ -166,6 +170,21 @@ class LocalObjects:
         else:
             path.unlink(missing_ok=True)
 
+    def discard(self, key: str, data: bytes) -> None:
+        """Remove an object if it still holds these bytes; it is taken away first, and put back if it does not."""
+        path = self.root / key
+        aside = path.with_name(f".{uuid.uuid4().hex}.part")
+        try:
+            path.rename(aside)
+        except FileNotFoundError:
+            return
+        try:
+            if aside.read_bytes() != data:
+                with contextlib.suppress(FileExistsError):
+                    os.link(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+
 
 class RemoteObjects:
     """Objects below an fsspec URL (`s3://bucket/folder`, `memory://folder`). A put is whole and durable there."""
@@ -186,20 +205,24 @@ class RemoteObjects:
 
     def get(self, key: str) -> bytes:
         """The bytes of an object."""
-        return bytes(self.files.cat_file(self._path(key)))
+        with networked():
+            return bytes(self.files.cat_file(self._path(key)))
 
     def size(self, key: str) -> int:
         """The length of an object in bytes."""
-        return int(self.files.info(self._path(key))["size"])
+        with networked():
+            return int(self.files.info(self._path(key))["size"])
 
     def put(self, key: str, data: bytes) -> None:
         """Write an object whole."""
-        self.files.pipe_file(self._path(key), data)
+        with networked():
+            self.files.pipe_file(self._path(key), data)
 
     def create(self, key: str, data: bytes) -> bool:
         """Write an object unless there is one (on S3 a conditional put)."""
         try:
-            self.files.pipe_file(self._path(key), data, mode="create")
+            with networked():
+                self.files.pipe_file(self._path(key), data, mode="create")
         except FileExistsError:
             return False
         return True
@@ -208,7 +231,8 @@ class RemoteObjects:
         """The sorted names directly inside a folder."""
         self.files.invalidate_cache()
         try:
-            found = self.files.ls(self._path(folder), detail=False)
+            with networked():
+                found = self.files.ls(self._path(folder), detail=False)
         except FileNotFoundError:
             return []
         return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found)
@@ -217,12 +241,36 @@ class RemoteObjects:
         """The sorted keys of all objects below a folder."""
         self.files.invalidate_cache()
         start = len(self.files._strip_protocol(self.root)) + 1
-        return sorted(path[start:] for path in self.files.find(self._path(folder)))
+        with networked():
+            return sorted(path[start:] for path in self.files.find(self._path(folder)))
 
     def remove(self, key: str) -> None:
         """Remove an object or a folder with all that is in it."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), networked():
             self.files.rm(self._path(key), recursive=True)
+
+    def discard(self, key: str, data: bytes) -> None:
+        """Remove an object if it still holds these bytes. Object stores cannot do both in one step."""
+        with contextlib.suppress(FileNotFoundError):
+            if self.get(key) == data:
+                self.remove(key)
+
+
+@contextlib.contextmanager
+def networked() -> Iterator[None]:
+    """Faults of networks, which each kind of file system raises in its own way, as OSErrors.
+
+    Raises:
+        UserError: no credentials.
+    """
+    try:
+        yield
+    except (OSError, UserError):
+        raise
+    except Exception as error:
+        if "Credentials" in type(error).__name__:
+            raise UserError(f"no credentials for this place: {error}") from None
+        raise ConnectionError(f"{type(error).__name__}: {error}") from error
 
 
 def is_remote(url: str) -> bool:
@@ -244,8 +292,9 @@ def read_range(url: str, start: int, stop: int) -> bytes:
     """
     try:
         if is_remote(url):
-            files, path = fsspec.core.url_to_fs(url)
-            data = bytes(files.cat_file(path, start=start, end=stop))
+            with networked():
+                files, path = fsspec.core.url_to_fs(url)
+                data = bytes(files.cat_file(path, start=start, end=stop))
         else:
             with Path(url.removeprefix("file://")).open("rb") as file:
                 file.seek(start)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from storage import records
-from storage.errors import DamageError, IdentityError, MissingError, UserError, nearest
+from storage.errors import DamageError, IdentityError, UserError, nearest
 from storage.markers import FORMAT, Kind, Marker, Task
 from storage.objects import Objects, open_objects
 from storage.records import Record
@@ -223,8 +223,9 @@ class Store:
 
     def recognise(self, url: str, known: Sequence[str]) -> ShardIndex | None:
         """The index of a file that is one of the `known` shards: same stem, size, first and last block; else None."""
+        stem = stem_of(url)
         for shard in known:
-            if shard.rpartition("-")[0] == stem_of(url):
+            if shard.rpartition("-")[0] == stem:
                 index = self.index(shard)
                 if not differences(url, index.summary):
                     return index
@@ -275,11 +276,16 @@ class Store:
         Raises:
             DamageError: missing, damaged, or another task's.
         """
-        name = f"{self.url}/done/{task.name}"
         try:
-            content = records.load(self.objects.get(f"done/{task.name}"), name)
+            data = self.objects.get(f"done/{task.name}")
         except FileNotFoundError:
-            raise MissingError(f"{name}: missing: this view was not precomputed, or its marker is gone") from None
+            name = f"{self.url}/done/{task.name}"
+            raise DamageError(f"{name}: missing: this view was not precomputed, or its marker is gone") from None
+        return self._marker_in(data, task)
+
+    def _marker_in(self, data: bytes, task: Task) -> Marker:
+        name = f"{self.url}/done/{task.name}"
+        content = records.load(data, name)
         said = (content.get("kind"), content.get("id"), content.get("shard"), content.get("view"))
         if said != (task.kind, task.id, task.shard, task.view):
             raise DamageError(f"{name}: damaged: it is the marker of {'.'.join(map(str, said))}")
@@ -292,13 +298,20 @@ class Store:
 
         For writers only. Readers use `marker`, which says what is wrong.
         """
+        key = f"done/{task.name}"
         try:
-            return self.marker(task)
-        except MissingError:  # nothing is removed: somebody may be creating it at this moment
+            data = self.objects.get(key)
+        except FileNotFoundError:
             return None
+        try:
+            return self._marker_in(data, task)
         except DamageError:
-            self.objects.remove(f"done/{task.name}")
+            self.objects.discard(key, data)
             return None
+
+    def discard(self, marker: Marker) -> None:
+        """Take away a marker that is worth nothing; not one that somebody has put in its place meanwhile."""
+        self.objects.discard(f"done/{marker.task.name}", records.dump(marker.content))
 
     def views(self, kind: Kind, id: str, shards: Iterable[str], done: set[Task], wanted: int | None = None) -> int:
         """How many views a bank or a target has over shards: the largest count found, or fewer where they are wanted.

@@ -14,10 +14,11 @@ from typing import IO, Self
 import fsspec
 
 from storage.errors import UserError, passes
-from storage.objects import is_remote, open_objects
+from storage.objects import is_remote, networked, open_objects
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 LARGEST = 1 << 30  # bytes of one member, which is read whole: more than any image has
+_NETWORK = {"aiohttp", "aiobotocore", "azure", "botocore", "gcsfs", "google", "requests", "s3fs", "urllib3"}
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 # headers that name or describe the member after them
@@ -119,6 +120,8 @@ def members(
             raise
         raise UserError(f"{where}: cannot be read as a tar: {error}; copy or make the file again") from None
     except Exception as error:  # tarfile raises anything on hostile headers: IndexError, RecursionError, …
+        if type(error).__module__.partition(".")[0] in _NETWORK:
+            raise ConnectionError(f"{where}: {type(error).__name__}: {error}") from error
         said = str(error) or type(error).__name__
         raise UserError(f"{where}: cannot be read as a tar: {said}; copy or make the file again") from None
     if key is not None:
@@ -166,7 +169,8 @@ def open_file(url: str) -> IO[bytes]:
     """A file, local or remote, open for reading. Raises UserError."""
     try:
         if is_remote(url):
-            return fsspec.open(url, "rb").open()  # type: ignore[no-any-return]
+            with networked():
+                return fsspec.open(url, "rb").open()  # type: ignore[no-any-return]
         return Path(url.removeprefix("file://")).open("rb")
     except OSError as error:
         if passes(error):

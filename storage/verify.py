@@ -6,6 +6,7 @@ signatures compared. Everything wrong is listed, by name; nothing is changed.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,11 +41,8 @@ class Report:
 
     def expect(self, call: Callable[[], object]) -> None:
         """Count a look, and a failure if it raises what a user can understand."""
-        self.objects += 1
-        try:
+        with _collecting(self):
             call()
-        except UserError as error:
-            self.failures.append(str(error))
 
 
 @contextmanager
@@ -55,6 +53,8 @@ def _collecting(report: Report) -> Iterator[None]:
         yield
     except UserError as error:
         report.failures.append(str(error))
+    except OSError as error:
+        report.failures.append(f"{error.filename or 'input or output'}: cannot be read: {error.strerror or error}")
 
 
 def verify(
@@ -83,9 +83,10 @@ def verify(
     markers = _markers(store, report, set(known), say)
     _unmarked(store, report, markers)
     _gaps(store, report, markers)
-    for url in shards:
+    some = shards[:: max(1, -(-len(shards) // samples))] if samples else shards
+    for number, url in enumerate(some):
         say(f"rendering views of {url} again")
-        _replay(store, report, markers, url, -(-samples // len(shards)) if samples else 0, look)
+        _replay(store, report, markers, url, known, (-(-samples // len(some)), number) if samples else None, look)
     return report
 
 
@@ -128,9 +129,12 @@ def _markers(store: Store, report: Report, known: set[str], say: Callable[[str],
         if task.shard not in known:
             report.failures.append(f"{store.url}/shards/{task.shard}.json: missing, and {name} refers to it")
         report.expect(lambda task=task: markers.update({task: store.marker(task)}))  # type: ignore[misc]
+    manifest = functools.cache(store.target)  # read once, not for every marker
+    samples = functools.cache(lambda shard: store.index(shard).summary.samples)
     for i, (task, marker) in enumerate(sorted(markers.items()), 1):
         say(f"checksums {i}/{len(markers)}: {task.id} {task.shard} view {task.view}")
-        report.expect(lambda task=task, marker=marker: _references(store, task, marker, markers))  # type: ignore[misc]
+        with _collecting(report):
+            _references(store, task, marker, markers, manifest, samples)
         for array in marker.arrays.values():
             report.expect(lambda array=array: _metadata(store, array.path, array.metadata))  # type: ignore[misc]
             for number in range(len(array.lengths)):
@@ -138,14 +142,21 @@ def _markers(store: Store, report: Report, known: set[str], say: Callable[[str],
     return markers
 
 
-def _references(store: Store, task: Task, marker: Marker, markers: dict[Task, Marker]) -> None:
+def _references(
+    store: Store,
+    task: Task,
+    marker: Marker,
+    markers: dict[Task, Marker],
+    manifest_of: Callable[[str], records.Record],
+    samples_of: Callable[[str], int],
+) -> None:
     name = f"{store.url}/done/{task.name}"
     if task.kind == "bank":
         expected = {"parameters", "signatures"}
         if task.id not in store.objects.names("banks"):
             raise DamageError(f"{store.url}/banks/{task.id}/manifest.json: missing, and {task.name} refers to it")
     else:
-        manifest = store.target(task.id)
+        manifest = manifest_of(task.id)
         wanted = Codec.of(manifest).layout()
         expected = set(wanted)
         for array_name, part in wanted.items():
@@ -157,7 +168,7 @@ def _references(store: Store, task: Task, marker: Marker, markers: dict[Task, Ma
         if markers[bank].views_digest != marker.content["bank_views"]:
             raise DamageError(f"{name}: its targets were made from another bank than {bank.name} names")
     samples = {array.shape[0] for array in marker.arrays.values()}
-    if samples != {store.index(task.shard).summary.samples}:
+    if samples != {samples_of(task.shard)}:
         raise DamageError(f"{name}: damaged: its arrays have {sorted(samples)} samples, the shard has others")
     if set(marker.arrays) != expected:
         raise DamageError(f"{name}: damaged: it names {sorted(marker.arrays)}, expected {sorted(expected)}")
@@ -205,38 +216,46 @@ def _gaps(store: Store, report: Report, markers: Iterable[Task]) -> None:
 
 
 def _replay(
-    store: Store, report: Report, markers: dict[Task, Marker], url: str, samples: int, look: Look | None
+    store: Store,
+    report: Report,
+    markers: dict[Task, Marker],
+    url: str,
+    known: Sequence[str],
+    wanted: tuple[int, int] | None,
+    look: Look | None,
 ) -> None:
-    """Render the views of some of a shard's samples again; their pixels go to `look`."""
+    """Render views of a shard's samples again, `wanted` (how many, from where on) or all; `look` sees the pixels."""
     try:
-        index = store.require(url, store.shard_ids())
+        index = store.require(url, known)
     except UserError as error:
         report.failures.append(str(error))
         return
     count = len(index)
-    chosen = range(count) if not samples else range(0, count, max(1, -(-count // samples)))
+    step = max(1, -(-count // wanted[0])) if wanted else 1
+    chosen = range(wanted[1] % step if wanted else 0, count, step)
     tasks = sorted(task for task in markers if task.kind == "bank" and task.shard == index.id)
     if not tasks:
         report.failures.append(f"{url}: no bank of this store has views of {index.id}")
+    sizes = {id: bank_policy(store, id).size for id in {task.id for task in tasks}}
     for number in sorted({i // BLOCK for i in chosen}):
         block = index.block(number)
         some = [i for i in chosen if i in block]
         with _collecting(report):
             originals = read_samples(url, index, block)
             views = {task: read_views(markers[task], block.start, block.stop) for task in tasks}
-            for task, pixels in _rendered(store, report, url, block, originals, some, views).items():
+            for task, pixels in _rendered(report, url, block, originals, some, views, sizes).items():
                 if look:
                     look(url, index, task, pixels)
 
 
 def _rendered(
-    store: Store,
     report: Report,
     url: str,
     block: range,
     originals: Sequence[Sample],
     some: Sequence[int],
     views: dict[Task, BankView],
+    sizes: dict[str, int],
 ) -> dict[Task, dict[int, np.ndarray]]:
     """Bank's task -> index of a sample -> its view image, mixed. Each original is decoded once, and dropped."""
     wanted: dict[Task, set[int]] = {}
@@ -252,8 +271,7 @@ def _rendered(
             for task, there in views.items():
                 if i in wanted[task]:
                     where = f"{url}, bank {task.id}, view {task.view}"
-                    size = bank_policy(store, task.id).size
-                    own[task][i] = there.replay(i - block.start, sample, image, size, where)
+                    own[task][i] = there.replay(i - block.start, sample, image, sizes[task.id], where)
                     report.views_rendered += 1
     images: dict[Task, dict[int, np.ndarray]] = {}
     for task, rendered in own.items():
