@@ -294,7 +294,7 @@ def run_on(
 
     try:
         fill()
-        for future in completed:
+        for future in _as_they_come(client, completed):
             task = running.pop(future.key)
             outcome = _result(future, task.url)
             suspect = isinstance(outcome, Failure) and outcome.kind == "worker" and task.url not in alone
@@ -309,6 +309,26 @@ def run_on(
     finally:
         with contextlib.suppress(Exception):
             client.unsubscribe_topic(f"precompute-{run}")  # type: ignore[no-untyped-call]
+
+
+def _as_they_come(client: Client, completed: Any) -> Iterator[Any]:
+    """Futures that are done, while there are any.
+
+    Raises:
+        UserError: the scheduler has had no worker for a while.
+    """
+    seen = checked = time.monotonic()
+    while completed.count():
+        for future in completed.next_batch(block=False):
+            yield future
+        now = time.monotonic()
+        if now - checked > 1:
+            checked = now
+            if client.nthreads():  # type: ignore[no-untyped-call]
+                seen = now
+            elif now - seen > PATIENCE:
+                raise UserError("all workers are gone and none came back; the same command goes on")
+        time.sleep(0.005)
 
 
 def _result(future: Any, url: str) -> Outcome | Failure:
