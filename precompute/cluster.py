@@ -319,8 +319,7 @@ def _as_they_come(client: Client, completed: Any) -> Iterator[Any]:
     """
     seen = checked = time.monotonic()
     while completed.count():
-        for future in completed.next_batch(block=False):
-            yield future
+        yield from completed.next_batch(block=False)
         now = time.monotonic()
         if now - checked > 1:
             checked = now

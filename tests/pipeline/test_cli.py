@@ -174,6 +174,7 @@ def test_workers_that_run_onnx_can_stay_free_of_torch():
         ([*MAKE, "--target", "q,layer=last"], 1, "no option is called 'layer'. Did you mean 'layers'?"),
         ([*MAKE, "--target", "q,codec=u9"], 1, "no codec is called 'u9'. Did you mean 'u8'?"),
         ([*MAKE, "--view-policy", "lite"], 1, "no operation is called 'lite'. Did you mean 'light'?"),
+        ([*MAKE, "--as", "views"], 1, "--as views: so is called what keeps the view images themselves"),
         ([*MAKE, "--weights", "w.safetensors"], 1, "--weights w.safetensors: cannot be read"),
         ([*MAKE, "--mean", "half"], 1, "--mean half: expected one number or three"),
         ([*MAKE, "--teacher-arg", "x"], 1, "expected name=value"),

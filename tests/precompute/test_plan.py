@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ from pipeline.cli import main
 from precompute.plan import plan
 from precompute.run import Wanted, precompute
 from precompute.targets import parse
-from storage.errors import UserError
+from storage.errors import IdentityError, UserError
 from storage.pack import pack
 from storage.policies import policy
 from storage.store import Store
-from storage.testing import synthetic_shards
-from tests.conftest import Quiet, World, teacher_of
+from storage.testing import TINY_CNN, synthetic_shards
+from tests.conftest import Quiet, World, teacher_of, write_teacher
 
 
 def wanted_of(world: World, shards: list[str], targets: list[str], kind: str = "cnn", **changes: Any) -> Wanted:
@@ -115,6 +116,15 @@ def test_a_shard_that_cannot_be_read_is_an_error_and_nothing_is_left(world: Worl
     with pytest.raises(UserError, match="truncated"):
         plan(str(tmp_path / "store"), wanted_of(world, [shard], ["logits"]), Quiet(), seconds=0)
     assert [p.name for p in tmp_path.iterdir()] == ["data"]
+
+
+def test_contract_5_another_teacher_under_a_recorded_name_is_refused(world: World, tmp_path: Path) -> None:
+    place = tmp_path / "store"
+    wanted = wanted_of(world, world.shards, ["logits"])
+    precompute(Store.create(place), wanted, Quiet())
+    other = teacher_of({**world.weights, "cnn": write_teacher(tmp_path / "o.safetensors", TINY_CNN, seed=9)}, "cnn")
+    with pytest.raises(IdentityError, match="another teacher than the recorded one"):
+        plan(str(place), dataclasses.replace(wanted, teacher=other), Quiet(), seconds=0)
 
 
 def test_the_command_line_tells_the_plan(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

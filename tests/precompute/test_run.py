@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -636,6 +637,15 @@ def test_an_image_that_cannot_be_decoded_fails_its_shard_by_key(world: World, tm
     assert attempts(place) == counted(place)
 
 
+def test_an_image_that_cannot_be_decoded_in_the_first_shard_stops_no_other(
+    world: World, tmp_path: Path, corrupt: str
+) -> None:
+    result, _ = told(tmp_path / "store", dataclasses.replace(world, shards=[corrupt, world.shards[1]]), "cnn", F32)
+    assert [failure["shard"] for failure in result["failures"]] == [corrupt]
+    assert not failures(tmp_path / "store", world.shards[1:])
+    assert len(result["shards"]) == 1
+
+
 def test_images_that_cannot_be_decoded_are_left_out_when_asked_for(world: World, tmp_path: Path, corrupt: str) -> None:
     place = seeded(world, tmp_path / "store")
     result = run_precompute(place, [corrupt], teacher_of(world.weights, "cnn"), CNN, bad_images="skip")
@@ -791,3 +801,15 @@ def test_scales_that_f16_cannot_hold_are_kept_in_f32(world: World, tmp_path: Pat
     error = np.abs(codecs.Codec("u8", exact.shape[1:], 2).decode(kept) - exact * 1e7)
     assert (error <= kept["scale"][..., :1, None] * 0.51 + 1e-4 * np.abs(exact * 1e7).max()).all()
     assert not failures(tmp_path / "store", shard)
+
+
+def test_f32_scales_of_one_view_leave_the_others_in_f16(world: World, tmp_path: Path, watch: Any) -> None:
+    teacher, wishes = teacher_of(world.weights, "cnn"), ["activations,grid=8,codec=u8"]
+    small = small_shard(tmp_path / "data", 70)
+    run_precompute(tmp_path / "store", small, teacher, wishes, views=1)
+    watch(lambda outputs: [np.multiply(output, np.float32(1e7), out=output) for output in outputs])
+    run_precompute(tmp_path / "store", small, teacher, wishes, views=2)
+    store = Store.open(tmp_path / "store")
+    kinds = {t.view: store.marker(t).arrays["scale"].dtype for t in store.done() if t.kind == "target"}
+    assert kinds == {0: np.float16, 1: np.float32}
+    assert not failures(tmp_path / "store", small)

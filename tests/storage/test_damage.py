@@ -221,3 +221,14 @@ def test_superseded_attempts_are_a_notice_and_lost_markers_a_failure(copy):
     assert "1 attempt(s) that no marker names" in report.notices[0]
     (attempt.parent / "feedfacefeedface" / "x").unlink()
     (attempt.parent / "feedfacefeedface").rmdir()
+
+
+@pytest.mark.parametrize("kind", ["bank", "target"])
+def test_a_manifest_that_is_gone_is_named_by_verify(world, tmp_path, kind):
+    place = world.copy(tmp_path / "store")
+    for path in (place / f"{kind}s").glob("*/manifest.json"):
+        path.unlink()
+        break
+    found = failures(place)
+    assert found
+    assert any(str(path) in line for line in found), found

@@ -52,6 +52,15 @@ def test_an_object_is_created_once(place):
     assert place.create("done/x", b"third") is True
 
 
+def test_discarding_takes_what_was_judged_and_nothing_else(place):
+    place.put("done/x", b"worthless")
+    place.discard("done/x", b"something else")
+    assert place.get("done/x") == b"worthless"
+    place.discard("done/x", b"worthless")
+    assert place.names("done") == []
+    place.discard("done/x", b"worthless")  # somebody was faster
+
+
 def test_names_and_walk_are_sorted_and_below_the_folder(place):
     for key in ("b/2", "b/1", "a", "b/c/3", "bb/4", "B/5"):
         place.put(key, b"x")

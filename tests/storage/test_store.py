@@ -28,6 +28,7 @@ from storage.card import card
 from storage.errors import DamageError, IdentityError, UserError, nearest
 from storage.markers import Attempt, Task
 from storage.objects import LocalObjects, open_objects
+from storage.policies import OPERATIONS_VERSION, policy
 from storage.shards import build_index, read_samples
 from storage.store import Store
 from storage.testing import FaultyObjects
@@ -346,6 +347,15 @@ def test_another_image_or_renderer_is_named_at_replay(kept):
     assert isinstance(views.view(1), View)
 
 
+def test_a_bank_whose_views_need_newer_operations_says_so(small):
+    line = policy("light", 16)
+    identity = {**line.identity, "operations": OPERATIONS_VERSION + 1}
+    id = f"light-{records.digest_of(identity)[:8]}"
+    small.store.add_bank(id, identity, {})
+    with pytest.raises(UserError, match=rf"bank {id}: its views need a newer version"):
+        bank_policy(small.store, id)
+
+
 def test_a_bank_whose_manifest_is_anothers_is_damage(small):
     manifest = small.store.banks()[small.policy.bank]
     other = {**manifest, "identity": {**manifest["identity"], "size": 9}}
@@ -564,6 +574,18 @@ def test_a_writer_takes_a_damaged_marker_for_none(small):
     assert small.store.find(task) is None
     assert task not in small.store.done()
     assert small.store.find(task) is None
+
+
+def test_a_marker_that_somebody_put_in_place_of_a_judged_one_stays(small):
+    task = min(small.values)
+    judged = small.store.marker(task)
+    good = small.store.objects.get(f"done/{task.name}")
+    small.store.objects.put(f"done/{task.name}", records.dump({**judged.content, "by": "another run"}))
+    small.store.discard(judged)
+    assert small.store.marker(task).content["by"] == "another run"
+    small.store.objects.put(f"done/{task.name}", good)
+    small.store.discard(judged)
+    assert task not in small.store.done()
 
 
 def test_how_many_views_a_target_has(small):
