@@ -66,12 +66,15 @@ def expected(deit: World) -> Any:
     return contents(deit.store)
 
 
+def local(count: int) -> LocalCluster:
+    """So many workers of one thread each, and a scheduler in this process."""
+    return LocalCluster(n_workers=count, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs=50)
+
+
 @pytest.fixture(scope="module")
 def machines() -> Iterator[Any]:
-    """Two workers of one thread each, and a scheduler in this process that many runs join."""
-    with LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0", silence_logs=50
-    ) as place:  # fmt: skip
+    """Two workers that many runs join."""
+    with local(2) as place:
         yield place
 
 
@@ -79,6 +82,13 @@ def machines() -> Iterator[Any]:
 def client(machines: Any) -> Iterator[Client]:
     with Client(machines.scheduler_address) as connected:
         connected.wait_for_workers(2, timeout=60)
+        yield connected
+
+
+@pytest.fixture
+def mortal() -> Iterator[Client]:
+    """Two workers of one test, which kills them: whether they come back in time is nobody else's matter."""
+    with local(2) as place, Client(place) as connected:
         yield connected
 
 
@@ -279,7 +289,7 @@ def test_the_command_exits_with_1_and_lists_a_shard_that_failed(deit: World, tmp
 
 @pytest.mark.parametrize("position", [0, 1, 4])
 def test_a_shard_that_kills_its_workers_is_listed_and_the_others_are_finished(
-    deit: World, tmp_path: Path, client: Client, position: int
+    deit: World, tmp_path: Path, mortal: Client, position: int
 ) -> None:
     def die(task: ShardTask, path: str) -> None:
         import os
@@ -293,13 +303,12 @@ def test_a_shard_that_kills_its_workers_is_listed_and_the_others_are_finished(
     deadly = copies(deit.shards, tmp_path / "deadly", 1)
     good = copies(deit.shards, tmp_path / "good", 4)
     shards = [*good[:position], *deadly, *good[position:]]
-    with hooked(client, die, str(tmp_path / "begun")):
-        result, _ = run(deit, place, shards, dask=client.scheduler.address)
+    with hooked(mortal, die, str(tmp_path / "begun")):
+        result, _ = run(deit, place, shards, dask=mortal.scheduler.address)
     assert [(failure["shard"], failure["kind"]) for failure in result["failures"]] == [(deadly[0], "worker")]
     assert "died" in result["failures"][0]["error"]
     assert len(result["shards"]) == 4
     print("begun", {Path(url).parent.name: begun(tmp_path / "begun").count(url) for url in shards})
-    client.wait_for_workers(2, timeout=60)
 
 
 def test_with_one_worker_a_shard_that_kills_it_takes_no_other_with_it(deit: World, tmp_path: Path) -> None:
@@ -311,11 +320,7 @@ def test_with_one_worker_a_shard_that_kills_it_takes_no_other_with_it(deit: Worl
 
     place = seeded(deit, tmp_path / "store")
     deadly, good = copies(deit.shards, tmp_path / "deadly", 1), copies(deit.shards, tmp_path / "good", 3)
-    with (
-        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs=50) as alone,
-        Client(alone) as client,
-        hooked(client, die),
-    ):
+    with local(1) as alone, Client(alone) as client, hooked(client, die):
         result, _ = run(deit, place, [*deadly, *good], dask=alone.scheduler_address)
     assert [(failure["shard"], failure["kind"]) for failure in result["failures"]] == [(deadly[0], "worker")]
     assert len(result["shards"]) == 3
@@ -574,7 +579,7 @@ def test_contract_6_a_worker_given_up_for_dead_that_wakes_up_changes_nothing(
 
 
 def test_contract_6_a_worker_killed_in_the_middle_of_a_write_is_replaced_and_the_run_completes(
-    deit: World, expected: Any, tmp_path: Path, client: Client
+    deit: World, expected: Any, tmp_path: Path, mortal: Client
 ) -> None:
     def kill_in_a_write(task: ShardTask, folder: str) -> None:
         import os
@@ -599,14 +604,13 @@ def test_contract_6_a_worker_killed_in_the_middle_of_a_write_is_replaced_and_the
         LocalObjects._write = write  # type: ignore[method-assign]
 
     place = seeded(deit, tmp_path / "store")
-    with hooked(client, kill_in_a_write, str(tmp_path)):
-        result, _ = run(deit, place, dask=client.scheduler.address)
+    with hooked(mortal, kill_in_a_write, str(tmp_path)):
+        result, _ = run(deit, place, dask=mortal.scheduler.address)
     assert (tmp_path / "killed").exists()
     assert not result["failures"]
     assert attempts(place) > counted(place), "nobody could remove what the killed worker had begun"
     assert_same(contents(place), expected)
     assert not failures(place, deit.shards)
-    client.wait_for_workers(2, timeout=60)
 
 
 # ---------------------------------------------------------------------------------------------- interrupts
@@ -852,7 +856,7 @@ def test_two_thousand_shards_cost_little_each_and_are_handed_over_as_workers_get
     assert len(two.store.done()) == 4000
     one = bare(tmp_path / "one", "light")
     with (
-        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs=50) as alone,
+        local(1) as alone,
         Client(alone) as single,
     ):
         drive(cluster.run_on(single, tasks(one, shards[:20]), 20, "cpu", 1, Silent()))
