@@ -20,7 +20,7 @@ class Need:
     loss: str
     tap: str
     teacher: str | None = None
-    target: str | None = None
+    target: str | tuple[str, ...] | None = None
     grid: int | None = None
 
 

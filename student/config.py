@@ -5,9 +5,10 @@ Names are timm's where timm has one. Unknown keys are refused with the nearest k
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, ValidationError, model_validator
 
 from storage.errors import UserError, nearest
 
@@ -17,7 +18,12 @@ class _Section(BaseModel):
 
 
 class Student(_Section):
-    """The timm ViT that is trained; what is None is the model's own default."""
+    """The timm ViT that is trained; what is None is the model's own default.
+
+    `pretrained` takes timm's weights, `weights` a file (safetensors or .pth, also a student's). `init` says which
+    parameters are taken from them, `freeze` which are not trained: shell patterns over the names of a state dict, such
+    as `blocks.*.attn.*`. A head of other classes is always new.
+    """
 
     model: str = "vit_tiny_patch16_224"
     img_size: int | None = Field(None, ge=4)
@@ -26,23 +32,64 @@ class Student(_Section):
     depth: int | None = Field(None, ge=1)
     num_heads: int | None = Field(None, ge=1)
     num_classes: int | None = Field(None, ge=1)
+    global_pool: Literal["token", "avg", "map", ""] | None = None
     drop_path_rate: float | None = Field(None, ge=0, lt=1)
+    drop_rate: float | None = Field(None, ge=0, lt=1)
+    proj_drop_rate: float | None = Field(None, ge=0, lt=1)
+    attn_drop_rate: float | None = Field(None, ge=0, lt=1)
+    pretrained: bool = False
+    weights: str | None = None
+    init: tuple[str, ...] = ("*",)
+    freeze: tuple[str, ...] = ()
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
+    @model_validator(mode="after")
+    def _one_source(self) -> Student:
+        if self.pretrained and self.weights:
+            raise ValueError("pretrained and weights are both given; choose one")
+        if self.init != ("*",) and not (self.pretrained or self.weights):
+            raise ValueError("init chooses among given weights: say pretrained=true or weights=FILE")
+        return self
+
 
 class Schedule(_Section):
-    """A loss's weight over the 0-based epochs e: `start · decay^e`, each break point beginning another decay.
+    """A loss's weight over the 0-based epochs e.
 
-    AAL's λ is `{start: 2000, decay: 0.99, then: {200: 0.98}}` = 2000 · 0.99^min(e, 200) · 0.98^max(0, e − 200).
+    `exponential` (also a constant): `start · decay^e`, each break point in `then` beginning another decay. AAL's λ is
+    `{start: 2000, decay: 0.99, then: {200: 0.98}}` = 2000 · 0.99^min(e, 200) · 0.98^max(0, e − 200).
+    `linear`, `cosine`: from `start` to `end` over the epochs 0 to `over`, then `end`.
+    Any of them is zero from epoch `until` on.
     """
 
     start: float
+    shape: Literal["exponential", "linear", "cosine"] = "exponential"
     decay: float = Field(1.0, gt=0)
-    then: dict[int, Annotated[float, Field(gt=0)]] = {}
+    then: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(gt=0)]] = {}
+    end: float | None = None
+    over: int | None = Field(None, ge=1)
+    until: int | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _whole(self) -> Schedule:
+        if self.shape == "exponential":
+            if self.end is not None or self.over is not None:
+                raise ValueError("end and over belong to shape: linear or cosine")
+        elif self.end is None or self.over is None:
+            raise ValueError(f"shape {self.shape} needs end and over")
+        elif self.decay != 1 or self.then:
+            raise ValueError("decay and then belong to shape: exponential")
+        return self
 
     def at(self, epoch: int) -> float:
         """The weight in an epoch."""
+        if self.until is not None and epoch >= self.until:
+            return 0.0
+        if self.end is not None and self.over is not None:
+            done = min(epoch / self.over, 1.0)
+            if self.shape == "cosine":
+                done = (1 - math.cos(math.pi * done)) / 2
+            return self.start + (self.end - self.start) * done
         value, since, decay = self.start, 0, self.decay
         for point in sorted(self.then):
             if point >= epoch:
@@ -53,38 +100,97 @@ class Schedule(_Section):
 
 
 def _constant(value: Any) -> Any:
-    return {"start": value} if isinstance(value, int | float) else value
+    return {"start": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 Weight = Annotated[Schedule, BeforeValidator(_constant)]
 
 
 class CrossEntropy(_Section):
-    """Cross-entropy with the labels."""
+    """Cross-entropy with the labels (student/losses/crossentropy.py).
 
+    `heads` is for students with a distillation token: the class head alone, or the mean over both heads; by default
+    both, unless a `deit` loss trains the second one.
+    """
+
+    method: Literal["crossentropy"] = "crossentropy"
     weight: Weight = Schedule(start=1.0)
     smoothing: float = Field(0.0, ge=0, lt=1)
+    heads: Literal["class", "both"] | None = None
 
 
-class AAL(_Section):
+class Taught(_Section):
+    """What every loss with a teacher says: its weight, and which teacher or target where the store has several."""
+
+    weight: Weight = Schedule(start=1.0)
+    teacher: str | None = None
+    target: str | tuple[str, ...] | None = None
+
+
+class Matched(Taught):
+    """How attention of another depth, head count and grid is met (student/align.py); unstated mismatches are errors.
+
+    layers: `last`, `uniform`, or pairs [student's layer, teacher's layer], from 1; None: as many on both sides.
+    heads: `mean` or `log` over the heads of both sides, or the `first` that both have; None: as many on both sides.
+    temperature: T of `log`; None: each side's number of heads.
+    grid: `bicubic` resizes the teacher's patch part; None: the same grid on both sides.
+    """
+
+    layers: Literal["last", "uniform"] | tuple[tuple[int, int], ...] | None = None
+    heads: Literal["mean", "log", "first"] | None = None
+    temperature: float | None = Field(None, gt=0)
+    grid: Literal["bicubic"] | None = None
+
+
+class AAL(Taught):
     """Adaptive attention links (student/losses/aal.py)."""
 
+    method: Literal["aal"] = "aal"
     weight: Weight = Schedule(start=2000.0, decay=0.99, then={200: 0.98})
-    teacher: str | None = None
-    target: str | None = None
     map: Literal["scaled", "printed", "full"] = "scaled"
     loss: Literal["mse", "norm", "sq"] = "mse"
 
 
-class Losses(_Section):
-    """The losses that are summed, each with its weight; one that is absent is off."""
+class DeiT(Taught):
+    """Distillation from logits (student/losses/deit.py)."""
 
-    crossentropy: CrossEntropy | None = None
-    aal: AAL | None = None
+    method: Literal["deit"] = "deit"
+    kind: Literal["hard", "soft"] = "hard"
+    tau: float = Field(1.0, gt=0)
+    reduce: Literal["numel", "batch"] = "numel"
 
-    def active(self) -> dict[str, CrossEntropy | AAL]:
-        """Name -> settings of the losses that are on."""
-        return {name: getattr(self, name) for name in type(self).model_fields if getattr(self, name) is not None}
+
+class Attention(Matched):
+    """Attention distillation (student/losses/attention_transfer.py)."""
+
+    method: Literal["attention"] = "attention"
+    reduce_heads: Literal["mean", "sum"] = "mean"
+
+
+class ADViT(Matched):
+    """Class rows by their distance (student/losses/advit.py)."""
+
+    method: Literal["advit"] = "advit"
+    distance: Literal["l1", "l2"] = "l1"
+    heads: Literal["mean", "log", "first"] | None = "mean"
+
+
+Loss = CrossEntropy | AAL | DeiT | Attention | ADViT
+METHODS: dict[str, type[Loss]] = {
+    "crossentropy": CrossEntropy, "aal": AAL, "deit": DeiT, "attention": Attention, "advit": ADViT,
+}  # fmt: skip
+
+
+def _by_name(value: Any) -> Any:
+    """Each loss is of the method that it is called after, unless it names another; one that is null is off."""
+    if not isinstance(value, dict):
+        return value
+    there = {name: settings for name, settings in value.items() if settings is not None}
+    return {name: {"method": name, **s} if isinstance(s, dict) else s for name, s in there.items()}
+
+
+Name = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
+Losses = Annotated[dict[Name, Annotated[Loss, Discriminator("method")]], BeforeValidator(_by_name)]
 
 
 class Optim(_Section):
@@ -101,6 +207,9 @@ class Optim(_Section):
     warmup_lr: float = Field(1e-6, ge=0)
     min_lr: float = Field(1e-5, ge=0)
     clip_grad: float | None = Field(None, gt=0)
+    betas: tuple[float, float] | None = None
+    layer_decay: float | None = Field(None, gt=0, le=1)
+    accumulate: int = Field(1, ge=1, description="pieces that each batch is cut into; the batch stays the same")
 
 
 class Bank(_Section):
@@ -128,14 +237,44 @@ class StreamSettings(_Section):
     bank: Annotated[Bank, BeforeValidator(_by_id)] = Bank()
 
 
+class Control(_Section):
+    """Controls of a claim: the same run with targets that cannot know the image. One of them at most.
+
+    permute_targets: targets of other images of the same block, by a fixed derangement of this seed.
+    mean_targets: every image gets the mean target of the training set.
+    """
+
+    permute_targets: int | None = Field(None, ge=0)
+    mean_targets: bool = False
+
+    @model_validator(mode="after")
+    def _one(self) -> Control:
+        if self.permute_targets is not None and self.mean_targets:
+            raise ValueError("permute_targets and mean_targets are both given; choose one")
+        return self
+
+
+class Speed(_Section):
+    """How the student is computed. `auto` is measured at the start of a run, said, and kept when it is resumed."""
+
+    amp: Literal["auto", "none", "bfloat16", "float16"] = "auto"
+    attention: Literal["auto", "fused", "unfused"] = "auto"
+    compile: bool = False
+
+
 class Recipe(_Section):
     """A whole recipe."""
 
     student: Student = Student()
     losses: Losses
     optim: Optim = Optim()
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged student; None: none is kept")
     stream: StreamSettings = StreamSettings()
+    control: Control = Control()
+    speed: Speed = Speed()
     val_interval: int = Field(1, ge=1, description="epochs between evaluations; the last one is always evaluated")
+    checkpoint_interval: int | None = Field(None, ge=1, description="steps between checkpoints within an epoch")
+    tensorboard: bool = False
     seed: int = Field(0, ge=0, lt=2**31)
 
 
@@ -152,23 +291,36 @@ def validate(content: Any, where: str) -> Recipe:
     except ValidationError as error:
         lines = [_explain(problem) for problem in error.errors()]
         raise UserError(f"{where}: " + "; ".join(lines)) from None
-    if not recipe.losses.active():
-        raise UserError(f"{where}: losses: none is on; known: {', '.join(Losses.model_fields)}")
+    if not recipe.losses:
+        raise UserError(f"{where}: losses: none is on; known: {', '.join(METHODS)}")
     return recipe
 
 
 def _explain(problem: Any) -> str:
     path = [str(part) for part in problem["loc"]]
+    section: Any = Recipe
+    if path[0] == "losses" and problem["type"] == "union_tag_invalid":
+        known = nearest(str(problem["ctx"]["tag"]), METHODS)
+        return f"{'.'.join(path)}: no such loss. {known} A second loss of one kind has a name of its own and `method`."
+    below = path[1:] if path[0] != "losses" or len(path) < 3 else path[3:]
+    if path[0] == "losses" and len(path) > 2:
+        section = METHODS.get(path[2])
+        del path[2]  # pydantic names the method beside the loss
+    elif below:
+        section = _section(Recipe, path[0])
     name = ".".join(path)
     if problem["type"] == "extra_forbidden":
-        section: Any = Recipe
-        for part in path[:-1]:
-            section = _section(section, part)
-            if section is None:
-                return f"{name}: no such setting"
-        return f"{name}: no such setting. {nearest(path[-1], section.model_fields)}"
-    found = "" if problem["type"] == "missing" else f", found {problem['input']!r}"
-    return f"{name}: {problem['msg'][0].lower()}{problem['msg'][1:]}{found}"
+        for part in below[:-1]:
+            section = section and _section(section, part)
+        known = f" {nearest(path[-1], section.model_fields)}" if section else ""
+        return f"{name}: no such setting.{known}"
+    message = (
+        str(problem["msg"])
+        .removeprefix("Value error, ")
+        .replace("valid dictionary or object to extract fields from", "mapping")
+    )
+    found = "" if problem["type"] in ("missing", "value_error") else f", found {problem['input']!r}"
+    return f"{name}: {message[0].lower()}{message[1:]}{found}"
 
 
 def _section(section: Any, part: str) -> Any:

@@ -27,13 +27,13 @@ METHODS: dict[str, ModuleType] = {"crossentropy": crossentropy, "aal": aal}
 def needs_of(recipe: Recipe, model: nn.Module) -> list[Need]:
     """What the recipe's losses read from a store."""
     shape = _shape(recipe, model)
-    found = [METHODS[name].need(name, settings, shape) for name, settings in recipe.losses.active().items()]
+    found = [METHODS[settings.method].need(name, settings, shape) for name, settings in recipe.losses.items()]
     return [need for need in found if need is not None]
 
 
 def _shape(recipe: Recipe, model: nn.Module) -> Shape | None:
     """The student's shape; None where no loss needs it, so that cross-entropy trains any network."""
-    return student_shape(model) if set(recipe.losses.active()) - {"crossentropy"} else None
+    return student_shape(model) if {s.method for s in recipe.losses.values()} - {"crossentropy"} else None
 
 
 class Lesson(nn.Module):
@@ -57,18 +57,21 @@ class Lesson(nn.Module):
     ) -> None:
         super().__init__()
         self.student = model
-        self.settings = recipe.losses.active()
+        self.settings = recipe.losses
         shape = _shape(recipe, model)
         self.rows: list[Row] = []
         methods = {}
         for name, settings in self.settings.items():
-            row = METHODS[name].align(name, settings, shape, manifests.get(name))
+            method = METHODS[settings.method]
+            row = method.align(name, settings, shape, manifests.get(name))
             self.rows += [row] if row else []
-            methods[name] = METHODS[name].Method(settings, shape, manifests.get(name))
+            methods[name] = method.Method(settings, shape, manifests.get(name))
         self.losses = nn.ModuleDict(methods)
         self.targets = {name: str(manifest["id"]) for name, manifest in manifests.items()}
         self.attention = AttentionTaps(model) if shape is not None else None
         self.mean, self.std = tuple(mean), tuple(std)
+        self.precision: torch.dtype | None = None  # of the student's forward pass; losses are computed in f32
+        self.notes: dict[str, Tensor] = {}  # scalars of the last step for people, such as agreement with a teacher
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits `[B, K]` of a batch, and loss -> value, unweighted scalars."""

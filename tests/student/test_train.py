@@ -217,7 +217,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(world, tmp_path):
 
 def test_validation_names_wrong_fields_with_the_nearest():
     good = {"losses": {"crossentropy": {}}}
-    assert validate(good, "r").losses.crossentropy.weight.at(3) == 1
+    assert validate(good, "r").losses["crossentropy"].weight.at(3) == 1
     assert validate({**good, "stream": {"bank": "x"}}, "r").stream.bank == Bank(id="x")
     for change, message in [
         ({"optim": {"epohcs": 3}}, r"optim\.epohcs: no such setting. Did you mean 'epochs'\?"),
