@@ -278,10 +278,10 @@ def test_settings_are_laid_over_a_recipe(tmp_path):
     recipe = recipes.load("aal", ["losses.aal.weight=5", "optim.lr=5e-4", "stream.bank.policy=light", "seed=3"])
     assert recipe.losses["aal"].weight.at(100) == 5
     assert (recipe.optim.lr, recipe.stream.bank.policy, recipe.seed) == (5e-4, "light", 3)
-    assert recipes.load("scratch", ["losses["aal"].weight.start=7"]).losses.aal.weight.at(0) == 7
+    assert recipes.load("scratch", ["losses.aal.weight.start=7"]).losses["aal"].weight.at(0) == 7
     path = tmp_path / "mine.yaml"
     path.write_text("losses: {crossentropy: {weight: 2}}\n")
-    assert recipes.load(str(path)).losses.crossentropy.weight.at(0) == 2
+    assert recipes.load(str(path)).losses["crossentropy"].weight.at(0) == 2
     for text in ("losses: !!python/object/apply:os.system ['echo hacked']", "losses: [", "\x00"):
         path.write_text(text)
         with pytest.raises(UserError, match=r"mine\.yaml: not plain YAML"):
