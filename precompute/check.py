@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from precompute.session import open_session
-from precompute.teachers import Teacher, digest_of_file
+from precompute.teachers import Teacher
 from storage.banks import bank_policy
 from storage.codecs import Codec
 from storage.errors import IdentityError
@@ -22,6 +22,7 @@ from storage.records import Record
 from storage.shards import ShardIndex
 from storage.store import Store
 from storage.verify import Report
+from storage.weights import digest_of_file
 
 # Largest difference that counts as the same, ÷ the largest value of the teacher: what the codec rounds, and what
 # graphs, processors and optimisation levels differ by.

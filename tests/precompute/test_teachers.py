@@ -16,6 +16,7 @@ from precompute import teachers
 from precompute.taps import Tap, timm
 from storage.errors import UserError
 from storage.testing import TINY_CNN, TINY_VIT
+from storage.weights import read_weights
 from tests.conftest import write_teacher
 
 HALF = {"mean": (0.5,), "std": (0.5,)}
@@ -294,7 +295,7 @@ def test_weights_of_other_precisions_become_f32(cnn: str, tmp_path: Path, kind: 
     save_file(state, tmp_path / "w.safetensors")
     model = teachers.load(tiny_cnn(str(tmp_path / "w.safetensors")))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    read = teachers.read_weights(str(tmp_path / "w.safetensors"))
+    read = read_weights(str(tmp_path / "w.safetensors"))
     assert {t.dtype for t in read.values()} == {torch.float32, torch.int64}
     assert same(model, {name: t.float() if t.is_floating_point() else t for name, t in state.items()})
 

@@ -1,0 +1,122 @@
+"""Files of weights: state dicts in safetensors or `.pth`, by their digest, and loaded strictly. No torch at import."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from storage.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def digest_of_file(path: str) -> str:
+    """Sha256 of a file of weights, in hex. Raises UserError."""
+    try:
+        with Path(path).expanduser().open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"--weights {path}: cannot be read: {error.strerror or error}") from None
+
+
+def digest_of_state(state: Mapping[str, Tensor]) -> str:
+    """Sha256 over names, shapes and bytes of all tensors, in hex: what identifies weights that are no file of ours."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def classes_in(path: str) -> tuple[str, ...] | None:
+    """The class names that a safetensors file of ours carries."""
+    if not path.endswith(".safetensors"):
+        return None
+    try:
+        with Path(path).expanduser().open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(length, 100 << 20)))
+        found = json.loads(header.get("__metadata__", {}).get("classes", "null"))
+    except (ValueError, struct.error, AttributeError):
+        return None
+    good = isinstance(found, list) and all(isinstance(name, str) for name in found)
+    return tuple(found) if good and found else None
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Load a safetensors or `.pth` file, strictly; position embeddings of another grid are resampled as timm does.
+
+    Raises:
+        UserError: not weights, a pickle that holds more than tensors, names or shapes that do not fit.
+    """
+    state = read_weights(path)
+    resample = getattr(type(model), "__module__", "") == "timm.models.vision_transformer"
+    if resample and "pos_embed" in state:
+        from timm.models.vision_transformer import checkpoint_filter_fn
+
+        try:
+            state = checkpoint_filter_fn(state, model)
+        except Exception as error:  # timm reshapes what is there, whatever it is
+            raise UserError(f"{path}: does not fit {type(model).__name__}: {first_line(error)}") from None
+    for name, counter in model.state_dict().items():
+        if name.endswith(".num_batches_tracked"):  # a counter that older files lack and evaluation does not read
+            state.setdefault(name, counter)
+    problems = misfits({name: tuple(t.shape) for name, t in model.state_dict().items()},
+                       {name: tuple(t.shape) for name, t in state.items()})  # fmt: skip
+    if problems:
+        raise UserError(f"{path}: does not fit {type(model).__name__}: {problems}")
+    model.load_state_dict(state, strict=True)
+
+
+def misfits(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> str:
+    """What keeps the tensors found from being those wanted, with a few names; empty where nothing does."""
+    shapes = [
+        f"{name} has shape {found[name]}, expected {shape}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
+    parts = [*shapes[:2], *([f"{len(shapes) - 2} more of other shapes"] if len(shapes) > 2 else [])]
+    for names, what in (
+        ([n for n in wanted if n not in found], "missing"),
+        ([n for n in found if n not in wanted], "unexpected"),
+    ):
+        if names:
+            parts.append(f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})")
+    return "; ".join(parts)
+
+
+def read_weights(path: str) -> dict[str, Tensor]:
+    """Name -> tensor f32 of a safetensors file, or of a `.pth` read with `weights_only=True`. Raises UserError."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        state: Any
+        if path.endswith(".safetensors"):
+            state = load_file(Path(path).expanduser())
+        else:
+            state = torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True)
+            for wrapper in ("model", "state_dict"):
+                if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+                    state = state[wrapper]
+    except (SafetensorError, OSError, EOFError, RuntimeError) as error:
+        raise UserError(f"{path}: cannot be read as weights: {first_line(error)}") from None
+    except Exception as error:  # the unpickler names what it refuses
+        raise UserError(
+            f"{path}: refused: it is a pickle with more than tensors in it ({first_line(error)[:200]}); "
+            "save the state dict as safetensors"
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise UserError(f"{path}: expected a state dict of tensors")
+    return {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its kind."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
