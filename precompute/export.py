@@ -74,7 +74,9 @@ def export(
     attention_error = None
     if any(tap.name in ATTENTION for tap in taps):
         with torch.no_grad():
-            attention_error = check_attention(module.model, module.prepare(views))
+            attention_error = check_attention(
+                module.model, module.prepare(views), values=any(tap.name == "v" for tap in taps)
+            )
     with torch.no_grad():
         expected = [output.numpy() for output in module(views)]
     graph = _graph(module, views[:2])
@@ -139,6 +141,8 @@ def _compare(
 def _detail(module: TappedTeacher, tap: Tap) -> Record:
     """What a target's manifest says beyond its shape: which stage each channel comes from, where each map is read."""
     detail: Record = {"axes": list(TAPS[tap.name].axes)}
+    if tap.name in ("q", "k"):
+        detail["scales"] = module.scales(tap)  # softmax(q·kᵀ·scale) is the layer's attention
     if tap.name == "activations":
         chosen = tap.layers or range(1, len(module.stages) + 1)
         named = [module.stages[n - 1] for n in chosen]

@@ -172,15 +172,15 @@ def _known(store: Store, ids: Iterable[str]) -> dict[str, Record]:
 
 
 def _identity(teacher: Teacher, manifest: Record, wish: Wish, policy: Policy) -> Record:
-    from precompute.taps import TAPS
+    from precompute.taps import TAPS, VIT
 
     layers = None
-    if TAPS[wish.tap].layered:
-        if not manifest["layers"]:
-            raise UserError(f"teacher {manifest['id']} is neither a CNN with stages nor a plain ViT: no {wish.tap}")
-        needs = "cnn" if wish.tap == "activations" else "vit"
-        if manifest["network"] != needs:
-            raise UserError(f"teacher {manifest['id']} is a {manifest['network']}, {wish.tap} needs a {needs}")
+    needs = "vit" if wish.tap in VIT else "cnn" if wish.tap == "activations" else None
+    if needs and not manifest["layers"]:
+        raise UserError(f"teacher {manifest['id']} is neither a CNN with stages nor a plain ViT: no {wish.tap}")
+    if needs and manifest["network"] != needs:
+        raise UserError(f"teacher {manifest['id']} is a {manifest['network']}, {wish.tap} needs a {needs}")
+    if TAPS[wish.tap].layered and (wish.tap != "tokens" or wish.layers):  # without layers: after the final norm
         layers = list(layer_numbers(wish.layers, manifest["layers"], manifest["id"]))
     grid = wish.grid
     if wish.tap == "activations" and grid is None:

@@ -34,6 +34,16 @@ def test_targets_of_all_taps_and_codecs_are_what_the_live_teacher_says(world: Wo
         assert report.compared_with[kind] == f"PyTorch teacher ({world.weights[kind]})"
 
 
+def test_what_a_vit_gives_besides_is_what_the_live_teacher_says(world: World, tmp_path: Path) -> None:
+    wishes = ["v,layers=last", "attention", "attention,layers=1,codec=log8", "tokens", "tokens,layers=1:2", "embedding",
+              "tokens,layers=last,codec=u8"]  # fmt: skip
+    shards = synthetic_shards(tmp_path / "data", shards=1, samples=20)
+    run_precompute(tmp_path / "store", shards, teacher_of(world.weights, "vit"), wishes, views=1)
+    report = checked(Store.open(tmp_path / "store"), shards, samples=0)
+    assert not report.failures
+    assert report.targets_compared == len(wishes) * 20
+
+
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory, world: World) -> tuple[Path, list[str]]:
     """A shard under `deit`, and a folder for stores of it."""

@@ -352,3 +352,60 @@ def test_two_matrix_products_are_bicubic_interpolation(sizes: tuple[int, int], a
 @pytest.mark.parametrize("antialias", [False, True])
 def test_resizing_to_the_same_size_is_the_identity(antialias: bool) -> None:
     assert torch.equal(resize_matrix(14, 14, antialias), torch.eye(14))
+
+
+# ---------------------------------------------------------------------------------------------- what belongs together
+
+
+def test_the_taps_of_one_network_belong_together() -> None:
+    """Each tap, computed from the others."""
+    model = small_vit()
+    taps = [Tap(name) for name in ("q", "k", "v", "class_row", "attention", "tokens", "class_token", "embedding")]
+    taps += [Tap("tokens", (1, 3)), Tap("attention", (2,)), Tap("logits")]
+    teacher = TappedTeacher(model, taps, 32, 32, HALF, HALF).eval()
+    images = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        q, k, v, row, attention, tokens, token, embedding, streams, second, logits = teacher(images)
+        scale = teacher.scales(Tap("q"))[0]
+        assert torch.allclose(attention, (q @ k.transpose(-2, -1) * scale).softmax(-1), atol=1e-6)
+        assert torch.allclose(attention[..., 0, :], row, atol=1e-6)
+        assert torch.equal(second[:, 0], attention[:, 1])
+        assert torch.allclose(attention.sum(-1), torch.ones(()), atol=1e-5)
+        assert torch.equal(tokens[:, 0, 0], token)
+        assert tokens.shape == (4, 1, 17, 48)
+        assert torch.allclose(model.norm(streams[:, 1]), tokens[:, 0], atol=1e-6)
+        assert not torch.allclose(streams[:, 0], streams[:, 1], atol=1e-2)
+        assert torch.allclose(model.head(embedding), logits, atol=1e-6)
+        # what the first layer adds to its residual stream, from its attention and values
+        x = teacher.prepare(images)
+        begin = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+        block = model.blocks[0]
+        mixed = begin + block.attn.proj((attention[:, 0] @ v[:, 0]).transpose(1, 2).flatten(2))
+        assert torch.allclose(mixed + block.mlp(block.norm2(mixed)), streams[:, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+def test_an_embedding_is_what_the_classifier_is_given(name: str) -> None:
+    sizes = {"img_size": 32, "patch_size": 8, "depth": 2} if "patch" in name else {}
+    model = make(name, num_classes=5, **sizes)
+    teacher = TappedTeacher(model, [Tap("embedding"), Tap("logits")], 32, 32, HALF, HALF).eval()
+    embedding, logits = teacher(torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8))
+    if "distilled" in name:  # the mean of two tokens has no classifier of its own
+        assert embedding.shape == (3, model.num_features)
+    else:
+        classifier = model.get_classifier()
+        assert torch.allclose(classifier(embedding), logits, atol=1e-5)
+
+
+def test_contract_12_values_that_the_layer_does_not_use_are_refused() -> None:
+    model = small_vit()
+    images = torch.randn(2, 3, 32, 32)
+    assert check_attention(model, images, values=True) < 1e-4
+    model.blocks[1].attn.norm.register_forward_pre_hook(lambda module, args: (args[0] * 1.01,))
+    with pytest.raises(UserError, match=r"layer 2 .* its attention over the tapped values differs"):
+        check_attention(model, images, values=True)
+
+
+def test_tokens_need_a_vit() -> None:
+    with pytest.raises(UserError, match="no attention rows"):
+        TappedTeacher(make("resnet10t"), [Tap("tokens")], 32, 32, HALF, HALF)

@@ -1,0 +1,22 @@
+"""Taps: named tensors read off a timm network. Teacher and student read through this one package."""
+
+from __future__ import annotations
+
+from precompute.taps.activations import cnn_stages, resize_matrix
+from precompute.taps.attention import (
+    AttentionTaps,
+    attention_layers,
+    attention_rows,
+    check_attention,
+    class_row,
+    prefix_roles,
+)
+from precompute.taps.backbones import takes_image_size, timm
+from precompute.taps.names import ATTENTION, TAPS, VIT, About, Tap, check_tap
+from precompute.taps.teacher import TappedTeacher
+
+__all__ = [
+    "ATTENTION", "TAPS", "VIT", "About", "AttentionTaps", "Tap", "TappedTeacher", "attention_layers", "attention_rows",
+    "check_attention", "check_tap", "class_row", "cnn_stages", "prefix_roles", "resize_matrix", "takes_image_size",
+    "timm",
+]  # fmt: skip

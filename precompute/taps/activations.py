@@ -1,0 +1,68 @@
+"""Activation maps of CNNs: where each stage is read, and how its maps come onto a grid."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from storage.errors import UserError
+
+
+def cnn_stages(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, module) of the last normalisation in each stage's last block, before the residual sum (`aal.tap: norm`).
+
+    EfficientNet-B3 has seven stages with 24, 32, 48, 96, 136, 232 and 384 maps, ResNet-34 four.
+
+    Raises:
+        UserError: the network has no stages that are known here, or a stage without a normalisation over maps.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    found: list[tuple[str, nn.Module]] = []
+    for stage in _stages(model):
+        blocks = getattr(stage, "blocks", stage)
+        last = list(blocks.children())[-1]
+        norms = [m for m in _without_shortcuts(last) if isinstance(m, nn.BatchNorm2d | nn.GroupNorm)]
+        if not norms:
+            raise UserError(
+                f"{type(model).__name__}: stage {names[stage]} has no batch or group normalisation to read maps after"
+            )
+        found.append((names[norms[-1]], norms[-1]))
+    return found
+
+
+def _stages(model: nn.Module) -> list[nn.Module]:
+    blocks = getattr(model, "blocks", None)
+    if isinstance(blocks, nn.Sequential) and all(isinstance(stage, nn.Sequential) for stage in blocks):
+        return list(blocks)  # EfficientNet, MobileNet
+    for names in (("layer1", "layer2", "layer3", "layer4"), ("s1", "s2", "s3", "s4")):  # ResNet, RegNet
+        if all(hasattr(model, name) for name in names):
+            return [getattr(model, name) for name in names]
+    if isinstance(stages := getattr(model, "stages", None), nn.Sequential):
+        return list(stages)
+    raise UserError(
+        f"{type(model).__name__}: it has no convolutional stages that are known here; activations need a CNN"
+    )
+
+
+def _without_shortcuts(block: nn.Module) -> Iterator[nn.Module]:
+    yield block
+    for name, child in block.named_children():
+        if name not in ("downsample", "shortcut"):
+            yield from _without_shortcuts(child)
+
+
+@functools.lru_cache(maxsize=64)
+def resize_matrix(size_in: int, size_out: int, antialias: bool = False) -> Tensor:
+    """Bicubic resizing of one axis as a matrix f32 `[size_out, size_in]`, equal to `F.interpolate` to 1e-7.
+
+    Two products with it are a hundred times faster in ONNX Runtime than its Resize.
+    """
+    # Along the rows of a whole image: with an image of one column, torch's antialiasing gives other weights.
+    identity = torch.eye(size_in, dtype=torch.float64)[None, None]
+    antialias = antialias and size_out < size_in
+    rows = F.interpolate(identity, (size_in, size_out), mode="bicubic", align_corners=False, antialias=antialias)
+    return rows[0, 0].T.contiguous().float()

@@ -1,0 +1,212 @@
+"""Attention of plain ViTs: q, k and v by hooks, and the rows that they give."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from storage.errors import UserError
+
+
+def attention_layers(model: nn.Module) -> list[nn.Module]:
+    """The attention modules of a plain ViT, first layer first.
+
+    Raises:
+        UserError: the network has none whose queries and keys can be read, naming what it has instead.
+    """
+    name = type(model).__name__
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not all(hasattr(b, "attn") for b in blocks):
+        why = "its attention is windowed" if hasattr(model, "layers") else "it has no list of attention blocks"
+        raise UserError(f"{name}: no attention rows over all tokens can be read off it: {why}")
+    layers: list[nn.Module] = [getattr(block, "attn") for block in blocks]  # noqa: B009
+    for i, layer in enumerate(layers, 1):
+        missing = [part for part in ("q_norm", "k_norm", "attn_drop", "num_heads", "scale") if not hasattr(layer, part)]
+        if missing:
+            kind = f"{type(layer).__module__}.{type(layer).__name__}"
+            raise UserError(
+                f"{name}: layer {i} is a {kind}, whose queries and keys cannot be read (no {', '.join(missing)}); "
+                "only plain softmax(q·k/√d) attention can be tapped"
+            )
+    return layers
+
+
+def prefix_roles(model: nn.Module) -> tuple[str, ...]:
+    """The role of each prefix token: `class`, `distillation` or `register`, in the order of the sequence."""
+    count = int(getattr(model, "num_prefix_tokens", 0))
+    roles = []
+    if getattr(model, "cls_token", None) is not None:
+        roles.append("class")
+    if getattr(model, "dist_token", None) is not None:
+        roles.append("distillation")
+    return (*roles, *["register"] * (count - len(roles)))
+
+
+def class_row(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """The class query's attention over all tokens, softmax(q₀·kᵀ·scale).
+
+    Args:
+        q: queries after their norm, `[B, H, N, d]`; token 0 is the class token.
+        k: keys after their norm, `[B, H, N, d]`.
+        scale: 1/√d of the layer.
+
+    Returns:
+        `[B, H, N]`, each row sums to one.
+    """
+    return torch.einsum("bhd,bhnd->bhn", q[:, :, 0] * scale, k).softmax(-1)
+
+
+def attention_rows(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Every query's attention over all tokens, softmax(q·kᵀ·scale), `[B, H, N, N]`; arguments as for `class_row`."""
+    return (q * scale @ k.transpose(-2, -1)).softmax(-1)
+
+
+class AttentionTaps:
+    """Reads q and k of chosen layers by hooks after their norms, with the attention kernel left in place.
+
+    Args:
+        model: a plain ViT.
+        layers: which, from 1; all by default.
+        values: also v.
+
+    After each forward pass `q`, `k` and `v` hold `[B, H, N, d]` for each chosen layer, with gradients where there are
+    any.
+
+    Raises:
+        UserError: no such layer, or values that are asked for and cannot be read.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[int] | None = None, *, values: bool = False) -> None:
+        modules = attention_layers(model)
+        self.layers = tuple(layers or range(1, len(modules) + 1))
+        outside = [n for n in self.layers if not 1 <= n <= len(modules)]
+        if outside:
+            raise UserError(f"layer {outside[0]} was asked for; {type(model).__name__} has layers 1 to {len(modules)}")
+        chosen = [modules[n - 1] for n in self.layers]
+        self.scales = [float(getattr(m, "scale")) for m in chosen]  # noqa: B009
+        self.heads = [int(getattr(m, "num_heads")) for m in chosen]  # noqa: B009
+        self._q: dict[int, Tensor] = {}
+        self._k: dict[int, Tensor] = {}
+        self._qkv: dict[int, Tensor] = {}
+        self._handles = []
+        for n, module in zip(self.layers, chosen, strict=True):
+            for part, kept in (("q_norm", self._q), ("k_norm", self._k)):
+                hook = functools.partial(_keep, kept, n)
+                self._handles.append(getattr(module, part).register_forward_hook(hook))
+            if values:
+                if not isinstance(joint := getattr(module, "qkv", None), nn.Module):
+                    kind = f"{type(module).__module__}.{type(module).__name__}"
+                    raise UserError(f"{type(model).__name__}: layer {n} is a {kind}, whose values cannot be read")
+                self._handles.append(joint.register_forward_hook(functools.partial(_keep, self._qkv, n)))
+
+    @property
+    def q(self) -> list[Tensor]:
+        """Queries of the last forward pass, a tensor a layer."""
+        return [self._q[n] for n in self.layers]
+
+    @property
+    def k(self) -> list[Tensor]:
+        """Keys of the last forward pass, a tensor a layer."""
+        return [self._k[n] for n in self.layers]
+
+    @property
+    def v(self) -> list[Tensor]:
+        """Values of the last forward pass, a tensor a layer: the last third of the joint projection."""
+        found = []
+        for n, heads in zip(self.layers, self.heads, strict=True):
+            batch, tokens, width = self._qkv[n].shape
+            found.append(self._qkv[n].reshape(batch, tokens, 3, heads, width // (3 * heads))[:, :, 2].transpose(1, 2))
+        return found
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._q.clear()
+        self._k.clear()
+        self._qkv.clear()
+
+
+def _keep(kept: dict[int, Tensor], number: int, module: nn.Module, args: Any, output: Tensor) -> None:
+    kept[number] = output
+
+
+@contextmanager
+def _unfused(layers: Sequence[nn.Module]) -> Iterator[None]:
+    before = [getattr(layer, "fused_attn", None) for layer in layers]
+    for layer in layers:
+        layer.fused_attn = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for layer, fused in zip(layers, before, strict=True):
+            layer.fused_attn = fused  # type: ignore[assignment]
+
+
+def check_attention(model: nn.Module, images: Tensor, tolerance: float = 1e-4, *, values: bool = False) -> float:
+    """Contract 12: softmax(q·kᵀ·scale) of the tapped q and k is the attention that the network uses.
+
+    Args:
+        model: in eval mode.
+        images: normalised, `[B, 3, H, W]`.
+        tolerance: largest difference allowed, as a part of the largest attention of the layer.
+        values: check too that this attention over the tapped v is what the layer goes on with.
+
+    Returns:
+        The largest relative difference found over all layers.
+
+    Raises:
+        UserError: they differ: rotary embeddings, relative positions or other biases act after the tap.
+    """
+    layers = attention_layers(model)
+    taps = AttentionTaps(model, values=values)
+    used: dict[int, Tensor] = {}
+    gathered: dict[int, Tensor] = {}
+    handles = []
+    for n, layer in enumerate(layers, 1):
+        handles.append(layer.attn_drop.register_forward_pre_hook(functools.partial(_keep_input, used, n)))  # type: ignore[union-attr]
+        after = layer.norm if isinstance(getattr(layer, "norm", None), nn.Module) else layer.proj
+        handles.append(after.register_forward_pre_hook(functools.partial(_keep_input, gathered, n)))  # type: ignore[union-attr]
+    worst = 0.0
+    try:
+        with torch.no_grad(), _unfused(layers):
+            model(images)
+        for n, (layer, q, k) in enumerate(zip(layers, taps.q, taps.k, strict=True), 1):
+            kind = f"{type(model).__name__}: layer {n} ({type(layer).__module__}.{type(layer).__name__})"
+            if n not in used:
+                raise UserError(f"{kind}: the attention that it uses cannot be seen, so its taps cannot be checked")
+            mine = attention_rows(q, k, taps.scales[n - 1])
+            if mine.shape != used[n].shape:
+                raise UserError(f"{kind}: attention {tuple(used[n].shape)}, from q and k {tuple(mine.shape)}")
+            error = float((mine - used[n]).abs().max() / used[n].abs().max())
+            worst = max(worst, error)
+            if not error <= tolerance:
+                raise UserError(
+                    f"{kind}: the attention recomputed from q and k differs from the one that the network uses by "
+                    f"{error:.2g} of its largest value (allowed: {tolerance:g}); rotary embeddings, relative positions "
+                    "or other biases act after the tap, so its attention cannot be stored"
+                )
+            if values:
+                whole = (used[n] @ taps.v[n - 1]).transpose(1, 2).flatten(2)
+                if n not in gathered or gathered[n].shape != whole.shape:
+                    raise UserError(f"{kind}: what it makes of its values cannot be seen, so they cannot be checked")
+                error = float((whole - gathered[n]).abs().max() / gathered[n].abs().max())
+                if not error <= tolerance:
+                    raise UserError(
+                        f"{kind}: its attention over the tapped values differs from what it goes on with by "
+                        f"{error:.2g} of the largest value (allowed: {tolerance:g}), so its values cannot be stored"
+                    )
+    finally:
+        taps.remove()
+        for handle in handles:
+            handle.remove()
+    return worst
+
+
+def _keep_input(kept: dict[int, Tensor], number: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    kept[number] = args[0]

@@ -1,0 +1,53 @@
+"""The names of the taps, and what each gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from storage.codecs import Values
+from storage.errors import UserError, nearest
+
+
+class About(NamedTuple):
+    """What a tap gives: axes of one sample's tensor, how many of the last make a map, whether layers can be chosen."""
+
+    axes: tuple[str, ...]
+    maps: int
+    layered: bool
+    values: Values = "plain"
+
+
+TAPS: dict[str, About] = {
+    "activations": About(("channel", "y", "x"), 2, True),
+    "q": About(("layer", "head", "token", "width"), 2, True),
+    "k": About(("layer", "head", "token", "width"), 2, True),
+    "v": About(("layer", "head", "token", "width"), 2, True),
+    "class_row": About(("layer", "head", "token"), 1, True, "rows"),
+    "attention": About(("layer", "head", "query", "token"), 1, True, "rows"),
+    "tokens": About(("layer", "token", "width"), 1, True),
+    "class_token": About(("width",), 1, False),
+    "embedding": About(("width",), 1, False),
+    "logits": About(("class",), 1, False, "logits"),
+}
+ATTENTION = ("q", "k", "v", "class_row", "attention")  # read off attention layers
+VIT = (*ATTENTION, "tokens", "class_token")
+
+
+@dataclass(frozen=True)
+class Tap:
+    """What to read: a tap, with layers (from 1; stages of a CNN) and, for activations, the side of their grid.
+
+    Without layers: all of them; of `tokens`, those after the final norm, else the residual stream after each layer.
+    """
+
+    name: str
+    layers: tuple[int, ...] | None = None
+    grid: int | None = None
+
+
+def check_tap(name: str) -> str:
+    """The tap's name; UserError with the nearest one where there is no such tap."""
+    if name not in TAPS:
+        raise UserError(f"no tap is called {name!r}. {nearest(name, TAPS)}")
+    return name
