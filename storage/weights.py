@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,23 +55,30 @@ def load_weights(model: nn.Module, path: str) -> None:
     Raises:
         UserError: not weights, a pickle that holds more than tensors, names or shapes that do not fit.
     """
-    state = read_weights(path)
-    resample = getattr(type(model), "__module__", "") == "timm.models.vision_transformer"
-    if resample and "pos_embed" in state:
-        from timm.models.vision_transformer import checkpoint_filter_fn
-
-        try:
-            state = checkpoint_filter_fn(state, model)
-        except Exception as error:  # timm reshapes what is there, whatever it is
-            raise UserError(f"{path}: does not fit {type(model).__name__}: {first_line(error)}") from None
-    for name, counter in model.state_dict().items():
-        if name.endswith(".num_batches_tracked"):  # a counter that older files lack and evaluation does not read
-            state.setdefault(name, counter)
+    state = fitted(model, read_weights(path), path)
     problems = misfits({name: tuple(t.shape) for name, t in model.state_dict().items()},
                        {name: tuple(t.shape) for name, t in state.items()})  # fmt: skip
     if problems:
         raise UserError(f"{path}: does not fit {type(model).__name__}: {problems}")
     model.load_state_dict(state, strict=True)
+
+
+def fitted(model: nn.Module, state: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """A state dict as this timm model wants it: names of older files, position embeddings of another grid resampled.
+
+    Raises:
+        UserError: timm cannot bring them into shape.
+    """
+    resample = getattr(sys.modules.get(type(model).__module__), "checkpoint_filter_fn", None)
+    if resample and "pos_embed" in state:
+        try:
+            state = dict(resample(state, model))
+        except Exception as error:  # timm reshapes what is there, whatever it is
+            raise UserError(f"{where}: does not fit {type(model).__name__}: {first_line(error)}") from None
+    for name, counter in model.state_dict().items():
+        if name.endswith(".num_batches_tracked"):  # a counter that older files lack and evaluation does not read
+            state.setdefault(name, counter)
+    return state
 
 
 def misfits(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> str:
