@@ -1,28 +1,47 @@
-"""Which of the teacher's layers, maps and tokens meet which of the student's: decided once, here, for all methods.
+"""Which of the teacher's layers, heads, patches and tokens meet which of the student's: decided once, for all methods.
 
-Nothing is matched by chance: what is not stated and does not fit is an error that names both sides.
+Nothing is matched by chance: what is not stated and does not fit is an error that names both sides. The rules are those
+of docs/papers.md ("What meets what").
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from precompute.taps import attention_layers, check_attention, prefix_roles
-from storage.errors import UserError
+from precompute.taps import attention_layers, attention_rows, check_attention, class_row, prefix_roles, resize_matrix
+from storage.errors import IdentityError, UserError
 from storage.records import Record
+from student import config
+
+FLOOR = 1e-6  # of probabilities before a logarithm
+EPSILON = 1e-12
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a student offers to be taught: layers, heads in each, side of its patch grid, roles of its prefix tokens."""
+    """What a student offers to be taught.
+
+    Attributes:
+        layers: number of attention layers; 0 where no loss reads attention.
+        heads: in each layer.
+        grid: side of the patch grid.
+        prefix: role of each prefix token: `class`, `distillation` or `register`.
+        classes: how many.
+        names: of the classes, in order; None where nobody said them.
+    """
 
     layers: int
     heads: int
     grid: int
     prefix: tuple[str, ...]
+    classes: int = 0
+    names: tuple[str, ...] | None = None
 
     @property
     def maps(self) -> int:
@@ -30,12 +49,33 @@ class Shape:
         return self.layers * self.heads
 
 
-def student_shape(model: nn.Module) -> Shape:
-    """The shape of a plain ViT.
+@dataclass(frozen=True)
+class Given:
+    """What a store gives a loss: the manifest of a target and that of its teacher."""
+
+    target: Record
+    teacher: Record
+
+    @property
+    def id(self) -> str:
+        """Of the target."""
+        return str(self.target["id"])
+
+
+def student_shape(model: nn.Module, names: Sequence[str] | None = None, *, attention: bool = True) -> Shape:
+    """The shape of a student.
+
+    Args:
+        model: a plain ViT; any network where attention is not read.
+        names: of its classes.
+        attention: whether some loss reads its attention.
 
     Raises:
         UserError: attention cannot be read off it, or what is read is not what it attends with (contract 12).
     """
+    classes, listed = int(getattr(model, "num_classes", 0)), tuple(names) if names else None
+    if not attention:
+        return Shape(0, 0, 0, (), classes, listed)
     layers = attention_layers(model)
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if size is not None:
@@ -46,7 +86,8 @@ def student_shape(model: nn.Module) -> Shape:
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if grid is None or grid[0] != grid[1]:
         raise UserError(f"student {type(model).__name__}: its patches make no square grid")
-    return Shape(len(layers), int(layers[0].num_heads), int(grid[0]), prefix_roles(model))  # type: ignore[arg-type]
+    heads = int(layers[0].num_heads)  # type: ignore[arg-type]
+    return Shape(len(layers), heads, int(grid[0]), prefix_roles(model), classes, listed)
 
 
 @dataclass(frozen=True)
@@ -60,12 +101,29 @@ class Row:
     rule: str
 
 
-def align_activations(loss: str, manifest: Record, student: Shape) -> Row:
+def table(rows: Sequence[Row]) -> str:
+    """The printed table of all that meets."""
+    lines = []
+    for row in rows:
+        lines += [
+            f"{row.loss}: {row.target}",
+            f"  teacher  {row.teacher}",
+            f"  student  {row.student}",
+            f"  rule     {row.rule}",
+        ]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------- maps and classes
+
+
+def align_activations(loss: str, given: Given, student: Shape) -> Row:
     """AAL: every class-row map of the student may be linked to every activation map of the teacher.
 
     Raises:
         UserError: the target's grid is not the student's (maps are never resampled twice), or no class token.
     """
+    manifest = given.target
     channels, grid = manifest["sample_shape"][0], manifest["identity"]["grid"]
     if grid != student.grid:
         raise UserError(
@@ -83,14 +141,264 @@ def align_activations(loss: str, manifest: Record, student: Shape) -> Row:
     )  # fmt: skip
 
 
-def table(rows: list[Row]) -> str:
-    """The printed table of all that meets."""
-    lines = []
-    for row in rows:
-        lines += [
-            f"{row.loss}: {row.target}",
-            f"  teacher  {row.teacher}",
-            f"  student  {row.student}",
-            f"  rule     {row.rule}",
+def align_classes(loss: str, given: Given, student: Shape, same_classes: bool) -> Row:
+    """Contract 10: logits meet only a student of the same classes in the same order.
+
+    Raises:
+        IdentityError: another number of classes, or other names.
+        UserError: a list of names is not known and nobody said that they are the same.
+    """
+    count, names = given.target["sample_shape"][0], given.teacher["classes"]
+    where = f"{loss}: target {given.id}"
+    if count != student.classes:
+        do = "Logits teach only a student of the same classes. A teacher of these classes: pipeline fit-teacher"
+        raise IdentityError(where, "number of classes", student.classes, count, do)
+    if names and student.names:
+        if list(names) != list(student.names):
+            at = next(i for i, (a, b) in enumerate(zip(student.names, names, strict=True)) if a != b)
+            do = "Logits teach only a student of the same classes in the same order."
+            raise IdentityError(where, f"class {at}", student.names[at], names[at], do)
+        said = "the same names"
+    elif not same_classes:
+        unknown = "the teacher's classes are" if not names else "the student's classes are (no classes.json)"
+        raise UserError(
+            f"{where}: {unknown} not known by name, so nobody can tell whether class 3 is class 3; if you know that "
+            "both lists are the same, in the same order, say --same-classes"
+        )
+    else:
+        said = "taken as the same (--same-classes)"
+    return Row(loss, given.id, f"{count} logits of {given.teacher['id']}", f"{student.classes} classes", said)
+
+
+# ---------------------------------------------------------------------------------------------- attention rows
+
+
+class Rows(nn.Module):
+    """Attention rows of teacher and student, brought together layer by layer, head by head, token by token.
+
+    Both sides come as f32 `[B, L, H, N]` for class rows and `[B, L, H, Q, N]` for all rows; every row sums to one.
+
+    Args:
+        loss: name for errors.
+        settings: what the recipe states.
+        student: its shape.
+        given: one target (`class_row`, `attention`), or two (`q`, `k`).
+        which: class rows, or those of all queries.
+
+    Raises:
+        UserError: what differs and was not stated, or cannot be brought together.
+    """
+
+    def __init__(
+        self, loss: str, settings: config.Matched, student: Shape, given: Sequence[Given],
+        which: Literal["class", "all"],
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.loss, self.settings, self.student, self.which = loss, settings, student, which
+        first = given[0]
+        self.tap = str(first.target["identity"]["tap"])
+        teacher = first.teacher
+        self.stored: list[int] = first.target["identity"]["layers"]
+        shape = first.target["sample_shape"]
+        heads, tokens = int(shape[1]), int(shape[2 if self.tap in ("q", "k") else -1])
+        prefix: list[str] = teacher["prefix"]
+        side = round((tokens - len(prefix)) ** 0.5)
+        if side * side != tokens - len(prefix):
+            raise UserError(f"{loss}: target {first.id}: {tokens - len(prefix)} patches make no square grid")
+        self.scales = [first.target.get("scales", [shape[-1] ** -0.5] * len(self.stored))] if self.tap == "q" else []
+        self.pairs = self._layers(teacher["layers"])
+        self.heads = self._heads(heads)
+        mine, theirs, self.dropped = self._tokens(list(student.prefix), prefix)
+        patches, grid = range(student.grid**2), range(side**2)
+        self._constant("mine", torch.tensor([*mine, *(len(student.prefix) + p for p in patches)]))
+        self._constant("theirs", torch.tensor([*theirs, *(len(prefix) + p for p in grid)]))
+        self.prefix = len(mine)  # tokens that both sides have beside their patches
+        self.drops_mine, self.drops_theirs = len(mine) < len(student.prefix), len(theirs) < len(prefix)
+        self.class_query = prefix.index("class") if "class" in prefix else 0
+        self.resizes = side != student.grid
+        if self.resizes:
+            if settings.grid is None:
+                raise UserError(
+                    f"{loss}: target {first.id} has a grid of {side}x{side}, the student's patches make "
+                    f"{student.grid}x{student.grid}; say how they meet: --set losses.{loss}.grid=bicubic"
+                )
+            axis = resize_matrix(side, student.grid)
+            self._constant("resize", torch.kron(axis, axis))
+        self.row = self._row(first, heads, side)
+
+    def _constant(self, name: str, value: Tensor) -> None:
+        self.register_buffer(name, value, persistent=False)
+
+    # What is said of layers, heads and tokens.
+
+    def _layers(self, depth: int) -> list[tuple[int, int]]:
+        """(student's layer, teacher's layer), from 1."""
+        mine, wish, loss = self.student.layers, self.settings.layers, self.loss
+        if wish is None:
+            if mine != depth:
+                raise UserError(
+                    f"{loss}: the teacher has {depth} layers, the student {mine}; say which meet: "
+                    f"--set losses.{loss}.layers=uniform, last, or pairs [[1,2],[2,4]]"
+                )
+            if self.stored != list(range(1, depth + 1)):
+                raise UserError(
+                    f"{loss}: the target holds the teacher's layers {_ranges(self.stored)} of {depth}; say which of "
+                    f"the student's meet them: --set losses.{loss}.layers=last, or pairs [[student,teacher],…]"
+                )
+            pairs = [(n, n) for n in range(1, mine + 1)]
+        elif wish == "last":
+            pairs = [(mine, depth)]
+        elif wish == "uniform":
+            pairs = [(n, max(1, int(n * depth / mine + 0.5))) for n in range(1, mine + 1)]
+        else:
+            pairs = [(int(a), int(b)) for a, b in wish]
+        for own, other in pairs:
+            if not 1 <= own <= mine:
+                raise UserError(f"{loss}: losses.{loss}.layers names layer {own}; the student has layers 1 to {mine}")
+            if other not in self.stored:
+                raise UserError(
+                    f"{loss}: the student's layer {own} meets the teacher's layer {other}, and the target holds "
+                    f"{_ranges(self.stored)}; precompute layers={_ranges(sorted({b for _, b in pairs}))}"
+                )
+        if not pairs:
+            raise UserError(f"{loss}: losses.{loss}.layers is empty")
+        return pairs
+
+    def _heads(self, theirs: int) -> int:
+        """How many heads are compared."""
+        mine, rule = self.student.heads, self.settings.heads
+        if rule is None:
+            if mine != theirs:
+                raise UserError(
+                    f"{self.loss}: the teacher has {theirs} heads, the student {mine}; say how they meet: "
+                    f"--set losses.{self.loss}.heads=mean, log or first"
+                )
+            return mine
+        return min(mine, theirs) if rule == "first" else 1
+
+    def _tokens(self, mine: list[str], theirs: list[str]) -> tuple[list[int], list[int], list[str]]:
+        """Prefix tokens that are kept on either side, and those that are left out, in words."""
+        if self.which == "class":
+            for side, roles in (("student", mine), ("teacher", theirs)):
+                if "class" not in roles:
+                    raise UserError(f"{self.loss}: the {side} has no class token, so it has no class rows")
+        counts, others = Counter(mine), Counter(theirs)
+        kept = {role for role in counts if counts[role] == others[role]}  # registers only where both have as many
+        dropped = [
+            f"{side}'s {role}" + (f" ({count})" if count > 1 else "")
+            for side, roles in (("student", counts), ("teacher", others))
+            for role, count in roles.items()
+            if role not in kept
         ]
-    return "\n".join(lines)
+        order = [role for role in dict.fromkeys(mine) if role in kept]
+        found = [[i for role in order for i, r in enumerate(roles) if r == role] for roles in (mine, theirs)]
+        return found[0], found[1], dropped
+
+    def _row(self, first: Given, heads: int, side: int) -> Row:
+        rows = "class rows" if self.which == "class" else "rows of all queries"
+        student = self.student
+        rule = [f"layers {', '.join(f'{a}-{b}' for a, b in self.pairs)} (student-teacher)"]
+        rule.append({
+            None: f"{heads} heads one to one", "mean": "mean over heads on both sides",
+            "log": "mean of logarithms over heads on both sides, "
+                   + (f"T = {self.settings.temperature:g}" if self.settings.temperature else "T = the number of heads"),
+            "first": f"the first {self.heads} heads",
+        }[self.settings.heads])  # fmt: skip
+        if self.resizes:
+            rule.append(f"patches {side}x{side} to {student.grid}x{student.grid} (bicubic, mass kept)")
+        if self.dropped:
+            rule.append(f"left out, the rest rescaled: {', '.join(self.dropped)}")
+        source = "" if self.tap in ("class_row", "attention") else " from q and k"
+        return Row(
+            self.loss, first.id,
+            f"{rows}{source}, layers {_ranges(self.stored)}, {heads} heads, {side}x{side} patches",
+            f"{student.layers} layers x {student.heads} heads, {student.grid}x{student.grid} patches",
+            "; ".join(rule),
+        )  # fmt: skip
+
+    # The rows themselves.
+
+    def student_rows(self, q: Sequence[Tensor], k: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+        """The student's rows, with gradients, from q and k of all of its layers, `[B, H, N, d]` each."""
+        rows = []
+        for n, _ in self.pairs:
+            queries, keys, scale = q[n - 1].float(), k[n - 1].float(), scales[n - 1]
+            if self.which == "class":
+                at = self.student.prefix.index("class")
+                rows.append(class_row(queries[:, :, at:], keys, scale))
+            else:
+                rows.append(attention_rows(queries, keys, scale))
+        return self._merge(self._keep(torch.stack(rows, 1), self.get_buffer("mine"), self.drops_mine))
+
+    def teacher_rows(self, targets: Sequence[Tensor]) -> Tensor:
+        """The teacher's rows on the student's grid, from decoded targets `[B, L, H, …]`."""
+        chosen = [self.stored.index(other) for _, other in self.pairs]
+        if self.tap == "q":
+            q, k = (target[:, chosen].float() for target in targets)
+            if self.which == "class":
+                q = q[..., self.class_query : self.class_query + 1, :]
+            scales = q.new_tensor([self.scales[0][i] for i in chosen]).view(-1, 1, 1, 1)
+            rows = (q * scales @ k.transpose(-2, -1)).softmax(-1)
+            rows = rows[..., 0, :] if self.which == "class" else rows
+        else:
+            rows = targets[0][:, chosen].float()
+            if self.which == "class" and self.tap == "attention":
+                rows = rows[..., self.class_query, :]
+        rows = self._keep(rows, self.get_buffer("theirs"), self.drops_theirs)
+        if self.resizes:
+            rows = self._resize(rows)
+        return self._merge(rows)
+
+    def _keep(self, rows: Tensor, tokens: Tensor, drops: bool) -> Tensor:
+        """The kept tokens in the common order; of all rows, the kept queries too."""
+        if self.which == "all":
+            rows = rows.index_select(-2, tokens)
+        rows = rows.index_select(-1, tokens)
+        return rows / rows.sum(-1, keepdim=True).clamp_min(EPSILON) if drops else rows
+
+    def _resize(self, rows: Tensor) -> Tensor:
+        """Patch keys, and patch queries, onto the student's grid (PAPERS' Eq. 7 of AttnDistill, generalised)."""
+        matrix = self.get_buffer("resize")
+        prefix, patches = rows[..., : self.prefix], rows[..., self.prefix :]
+        mass = patches.sum(-1, keepdim=True)
+        patches = (patches @ matrix.T).clamp_min(0)
+        patches = patches * (mass / patches.sum(-1, keepdim=True).clamp_min(EPSILON))
+        rows = torch.cat([prefix, patches], -1)
+        if self.which == "all":
+            queries = (matrix @ rows[..., self.prefix :, :]).clamp_min(0)
+            queries = queries / queries.sum(-1, keepdim=True).clamp_min(EPSILON)
+            rows = torch.cat([rows[..., : self.prefix, :], queries], -2)
+        return rows
+
+    def _merge(self, rows: Tensor) -> Tensor:
+        rule = self.settings.heads
+        if rule is None or rule == "first":
+            return rows[:, :, : self.heads]
+        if rule == "mean":
+            return rows.mean(2, keepdim=True)
+        return log_mean(rows, self.settings.temperature)
+
+
+def log_mean(rows: Tensor, temperature: float | None = None) -> Tensor:
+    """AttnDistill's aggregation of heads, Eq. 9 to 11: softmax_j((1/T) Σ_h log a_j^h).
+
+    Args:
+        rows: probabilities `[B, L, H, …, N]`, floored at 1e-6.
+        temperature: T; by default the number of heads, which gives their geometric mean.
+
+    Returns:
+        `[B, L, 1, …, N]`.
+    """
+    total = rows.clamp_min(FLOOR).log().sum(2, keepdim=True)
+    return (total / (temperature or rows.shape[2])).softmax(-1)
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """`1:4+8`, as `--target` takes it."""
+    runs: list[list[int]] = []
+    for n in layers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return "+".join(str(a) if a == b else f"{a}:{b}" for a, b in runs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,17 +16,33 @@ from student.config import Bank
 
 @dataclass(frozen=True)
 class Need:
-    """What a loss wants to read: a tap, and what the recipe says of its teacher and target."""
+    """What a loss wants to read: taps that serve, and what the recipe says of its teacher and target.
+
+    Attributes:
+        loss: its name.
+        taps: alternatives, the first that the store has is taken; the taps of one alternative are read together.
+        teacher: name of the wanted teacher.
+        target: id of the wanted target, or ids of those that are read together.
+        grid: side of the maps, where they have one.
+    """
 
     loss: str
-    tap: str
+    taps: tuple[tuple[str, ...], ...]
     teacher: str | None = None
     target: str | tuple[str, ...] | None = None
     grid: int | None = None
 
+    @property
+    def words(self) -> str:
+        """The taps that serve."""
+        return ", or ".join(" and ".join(several) for several in self.taps)
 
-def choose(store: Store, shards: Sequence[str], needs: Sequence[Need], bank: Bank) -> tuple[str, dict[str, str]]:
-    """The bank's id, and loss -> target id.
+
+Found = tuple[str, ...]  # ids of targets that are read together, in the order of their taps
+
+
+def choose(store: Store, shards: Sequence[str], needs: Sequence[Need], bank: Bank) -> tuple[str, dict[str, Found]]:
+    """The bank's id, and loss -> ids of its targets.
 
     Args:
         store: with banks and targets.
@@ -39,8 +56,8 @@ def choose(store: Store, shards: Sequence[str], needs: Sequence[Need], bank: Ban
     """
     manifests = store.targets()
     banks = _banks(store, shards, bank)
-    fitting: dict[str, list[str]] = {need.loss: _fitting(store, need, manifests, banks) for need in needs}
-    shared = [b for b in banks if all(any(_bank(manifests[t]) == b for t in fit) for fit in fitting.values())]
+    fitting = {need.loss: _fitting(store, need, manifests, banks) for need in needs}
+    shared = [b for b in banks if all(any(_bank(manifests[f[0]]) == b for f in fits) for fits in fitting.values())]
     if not shared:
         raise UserError(
             f"{store.url}: no bank has targets for all of {', '.join(fitting)}; precompute them over one bank"
@@ -50,14 +67,16 @@ def choose(store: Store, shards: Sequence[str], needs: Sequence[Need], bank: Ban
             f"{store.url}: {len(shared)} banks fit: {', '.join(shared)}; choose one: --set stream.bank={shared[0]}"
         )
     chosen = {}
-    for need in needs:
-        candidates = [t for t in fitting[need.loss] if _bank(manifests[t]) == shared[0]]
+    for loss, fits in fitting.items():
+        candidates = [found for found in fits if _bank(manifests[found[0]]) == shared[0]]
         if len(candidates) > 1:
+            names = [" with ".join(found) for found in candidates]
+            first = candidates[0][0] if len(candidates[0]) == 1 else f"'[{', '.join(candidates[0])}]'"
             raise UserError(
-                f"{store.url}: {need.loss}: {len(candidates)} targets fit: {', '.join(candidates)}; choose one: "
-                f"--set losses.{need.loss}.target={candidates[0]}"
+                f"{store.url}: {loss}: {len(candidates)} targets fit: {', '.join(names)}; choose one: "
+                f"--set losses.{loss}.target={first}"
             )
-        chosen[need.loss] = candidates[0]
+        chosen[loss] = candidates[0]
     return shared[0], chosen
 
 
@@ -94,26 +113,60 @@ def _banks(store: Store, shards: Sequence[str], wish: Bank) -> list[str]:
     return list(there)
 
 
-def _fitting(store: Store, need: Need, manifests: Mapping[str, Record], banks: Sequence[str]) -> list[str]:
-    fits = [id for id, manifest in manifests.items() if manifest["identity"]["tap"] == need.tap]
+def _fitting(store: Store, need: Need, manifests: Mapping[str, Record], banks: Sequence[str]) -> list[Found]:
+    """What serves a need: the first of its alternatives that the store has."""
+    refused: list[UserError] = []
+    for taps in need.taps:
+        try:
+            by_tap = [_of_tap(store, need, tap, manifests, banks) for tap in taps]
+        except UserError as error:
+            refused.append(error)
+            continue
+        found = [several for several in itertools.product(*by_tap) if _together([manifests[id] for id in several])]
+        if found:
+            return found
+        refused.append(UserError(f"{store.url}: {need.loss}: no {' and '.join(taps)} of one teacher, bank and layers"))
+    if len(refused) > 1 and not any(isinstance(error, IdentityError) for error in refused):
+        there = sorted({manifest["identity"]["tap"] for manifest in manifests.values()})
+        raise UserError(
+            f"{store.url}: {need.loss} needs targets of {need.words}, the store has {', '.join(there) or 'none'}; "
+            f"add them: pipeline precompute --teacher NAME --target {','.join(need.taps[0])} …"
+        )
+    raise next((error for error in refused if isinstance(error, IdentityError)), refused[0])
+
+
+def _together(manifests: Sequence[Record]) -> bool:
+    """Whether targets are of one teacher, bank and layers."""
+    return len({(m["teacher"], _bank(m), str(m["identity"]["layers"])) for m in manifests}) == 1
+
+
+def _of_tap(store: Store, need: Need, tap: str, manifests: Mapping[str, Record], banks: Sequence[str]) -> list[str]:
+    """Ids of the targets of a tap that are as the need says."""
+    fits = [id for id, manifest in manifests.items() if manifest["identity"]["tap"] == tap]
     if not fits:
         there = sorted({manifest["identity"]["tap"] for manifest in manifests.values()})
         raise UserError(
-            f"{store.url}: {need.loss} needs a target of tap {need.tap}, the store has {', '.join(there) or 'none'}; "
-            f"add one: pipeline precompute --teacher NAME --target {need.tap} …"
+            f"{store.url}: {need.loss} needs a target of tap {tap}, the store has {', '.join(there) or 'none'}; "
+            f"add one: pipeline precompute --teacher NAME --target {tap} …"
         )
     wishes: list[tuple[str, object, Callable[[str], object]]] = []
     if need.target is not None:
-        wishes.append((f"losses.{need.loss}.target", need.target, lambda id: id))
+        wanted = (need.target,) if isinstance(need.target, str) else need.target
+        unknown = [id for id in wanted if id not in manifests]
+        if unknown:
+            raise IdentityError(f"{store.url}: targets of tap {tap}", f"losses.{need.loss}.target", unknown[0],
+                                ", ".join(sorted(fits)))  # fmt: skip
+        mine = next((id for id in wanted if id in fits), wanted[0])
+        wishes.append((f"losses.{need.loss}.target", mine, lambda id: id))
     if need.teacher is not None:
         wishes.append((f"losses.{need.loss}.teacher", need.teacher, lambda id: manifests[id]["teacher"]))
     if need.grid is not None:
         wishes.append(("grid of the student's patches", need.grid, lambda id: manifests[id]["identity"]["grid"]))
-    for field, wanted, of in wishes:
-        kept = [id for id in fits if of(id) == wanted]
+    for field, wished, of in wishes:
+        kept = [id for id in fits if of(id) == wished]
         if not kept:
             found = ", ".join(sorted({str(of(id)) for id in fits}))
-            raise IdentityError(f"{store.url}: targets of tap {need.tap}", field, wanted, found)
+            raise IdentityError(f"{store.url}: targets of tap {tap}", field, wished, found)
         fits = kept
     within = [id for id in fits if _bank(manifests[id]) in banks]
     if not within:

@@ -158,6 +158,7 @@ class DeiT(Taught):
     kind: Literal["hard", "soft"] = "hard"
     tau: float = Field(1.0, gt=0)
     reduce: Literal["numel", "batch"] = "numel"
+    same_classes: bool = Field(False, description="both lists of classes are the same, where one is not known")
 
 
 class Attention(Matched):

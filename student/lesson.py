@@ -13,15 +13,23 @@ from torch import Tensor, nn
 
 from precompute.taps import AttentionTaps
 from storage.errors import UserError
-from storage.records import Record
 from storage.store import Store
-from student.align import Row, Shape, student_shape
+from student import config
+from student.align import Given, Row, Shape, student_shape
 from student.choose import Need, choose
 from student.config import Recipe
-from student.losses import Step, aal, crossentropy
+from student.losses import Step, aal, advit, attention_transfer, crossentropy, deit
 from student.stream import Batch
 
-METHODS: dict[str, ModuleType] = {"crossentropy": crossentropy, "aal": aal}
+METHODS: dict[str, ModuleType] = {
+    "crossentropy": crossentropy, "aal": aal, "deit": deit, "attention": attention_transfer, "advit": advit,
+}  # fmt: skip
+
+
+def _shape(recipe: Recipe, model: nn.Module, names: Sequence[str] | None = None) -> Shape:
+    """The student's shape; its attention is looked at only where a loss reads it, so that others train any network."""
+    attention = any(isinstance(settings, config.AAL | config.Matched) for settings in recipe.losses.values())
+    return student_shape(model, names, attention=attention)
 
 
 def needs_of(recipe: Recipe, model: nn.Module) -> list[Need]:
@@ -31,9 +39,27 @@ def needs_of(recipe: Recipe, model: nn.Module) -> list[Need]:
     return [need for need in found if need is not None]
 
 
-def _shape(recipe: Recipe, model: nn.Module) -> Shape | None:
-    """The student's shape; None where no loss needs it, so that cross-entropy trains any network."""
-    return student_shape(model) if {s.method for s in recipe.losses.values()} - {"crossentropy"} else None
+def find_targets(
+    store: Store | None, shards: Sequence[str], recipe: Recipe, model: nn.Module
+) -> tuple[str | None, dict[str, tuple[Given, ...]]]:
+    """The bank's id, and loss -> what the store gives it.
+
+    Raises:
+        UserError: a loss needs targets and there is no store, or what `choose` raises.
+    """
+    needs = needs_of(recipe, model)
+    if store is None:
+        if needs:
+            raise UserError(f"{needs[0].loss} needs stored targets ({needs[0].words}): give --store DIR")
+        return None, {}
+    bank, targets = choose(store, shards, needs, recipe.stream.bank)
+    return bank, {loss: tuple(given_of(store, target) for target in several) for loss, several in targets.items()}
+
+
+def given_of(store: Store, target: str) -> Given:
+    """The manifests of a target and of its teacher."""
+    manifest = store.target(target)
+    return Given(manifest, store.teachers()[manifest["teacher"]])
 
 
 class Lesson(nn.Module):
@@ -42,63 +68,61 @@ class Lesson(nn.Module):
     Args:
         recipe: with the losses that are on.
         model: the student.
-        manifests: loss -> manifest of its target.
+        given: loss -> its targets.
         mean: of the student's input.
         std: of the student's input.
+        names: of the student's classes, where they are known.
+
+    Raises:
+        UserError: a target and the student do not go together.
     """
 
     def __init__(
         self,
         recipe: Recipe,
         model: nn.Module,
-        manifests: Mapping[str, Record],
+        given: Mapping[str, Sequence[Given]],
         mean: Sequence[float],
         std: Sequence[float],
+        names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         self.student = model
         self.settings = recipe.losses
-        shape = _shape(recipe, model)
-        self.rows: list[Row] = []
+        shape = _shape(recipe, model, names)
+        distils = any(isinstance(settings, config.DeiT) for settings in recipe.losses.values())
         methods = {}
-        for name, settings in self.settings.items():
-            method = METHODS[settings.method]
-            row = method.align(name, settings, shape, manifests.get(name))
-            self.rows += [row] if row else []
-            methods[name] = method.Method(settings, shape, manifests.get(name))
+        for name, settings in recipe.losses.items():
+            if isinstance(settings, config.CrossEntropy) and settings.heads is None:
+                settings = settings.model_copy(update={"heads": "class" if distils else "both"})
+            methods[name] = METHODS[settings.method].Method(name, settings, shape, given.get(name, ()))
         self.losses = nn.ModuleDict(methods)
-        self.targets = {name: str(manifest["id"]) for name, manifest in manifests.items()}
-        self.attention = AttentionTaps(model) if shape is not None else None
+        self.rows: list[Row] = [method.row for method in methods.values() if method.row is not None]
+        self.targets = {name: tuple(one.id for one in several) for name, several in given.items()}
+        self.attention = AttentionTaps(model) if shape.layers else None
+        if hasattr(model, "set_distilled_training"):
+            model.set_distilled_training(True)  # type: ignore[operator]  # both heads' logits, while it trains
         self.mean, self.std = tuple(mean), tuple(std)
         self.precision: torch.dtype | None = None  # of the student's forward pass; losses are computed in f32
         self.notes: dict[str, Tensor] = {}  # scalars of the last step for people, such as agreement with a teacher
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits `[B, K]` of a batch, and loss -> value, unweighted scalars."""
-        logits: Tensor = self.student(batch.pixels(self.mean, self.std))
-        values = {}
+        pixels = batch.pixels(self.mean, self.std)
+        with torch.autocast(pixels.device.type, self.precision, enabled=self.precision is not None):
+            output = self.student(pixels)
+        logits, distilled = output if isinstance(output, tuple) else (output, None)
+        logits, distilled = logits.float(), None if distilled is None else distilled.float()
+        decoded = {id: batch.target(id) for id in dict.fromkeys(id for ids in self.targets.values() for id in ids)}
+        values, self.notes = {}, {}
         for name, loss in self.losses.items():
-            target = batch.target(self.targets[name]) if name in self.targets else None
-            values[name] = loss(Step(logits, batch.labels, batch.others, batch.shares, self.attention, target))
+            targets = tuple(decoded[id] for id in self.targets.get(name, ()))
+            step = Step(
+                logits, batch.labels, batch.others, batch.shares, distilled, self.attention, targets, self.notes
+            )
+            values[name] = loss(step)
         return logits, values
 
     def total(self, values: Mapping[str, Tensor], epoch: int) -> Tensor:
         """Σ weight(epoch) · loss."""
         return torch.stack([self.settings[name].weight.at(epoch) * value for name, value in values.items()]).sum()
-
-
-def find_targets(
-    store: Store | None, shards: Sequence[str], recipe: Recipe, model: nn.Module
-) -> tuple[str | None, dict[str, Record]]:
-    """The bank's id, and loss -> manifest of its target.
-
-    Raises:
-        UserError: a loss needs targets and there is no store, or what `choose` raises.
-    """
-    needs = needs_of(recipe, model)
-    if store is None:
-        if needs:
-            raise UserError(f"{needs[0].loss} needs stored targets ({needs[0].tap}): give --store DIR")
-        return None, {}
-    bank, targets = choose(store, shards, needs, recipe.stream.bank)
-    return bank, {loss: store.target(target) for loss, target in targets.items()}

@@ -11,10 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from precompute.taps import AttentionTaps, class_row
-from storage.records import Record
+from precompute.taps import class_row
 from student import config
-from student.align import Row, Shape, align_activations
+from student.align import Given, Shape, align_activations
 from student.choose import Need
 from student.losses import Step
 
@@ -97,26 +96,21 @@ class AAL(nn.Module):
 
 def need(name: str, settings: config.AAL, student: Shape) -> Need:
     """Activations on the student's own grid."""
-    return Need(name, "activations", settings.teacher, settings.target, student.grid)
-
-
-def align(name: str, settings: config.AAL, student: Shape, manifest: Record) -> Row:
-    """What meets what. Raises UserError."""
-    return align_activations(name, manifest, student)
+    return Need(name, (("activations",),), settings.teacher, settings.target, student.grid)
 
 
 class Method(nn.Module):
     """AAL as a term of the training loss."""
 
-    def __init__(self, settings: config.AAL, student: Shape, manifest: Record) -> None:
+    def __init__(self, name: str, settings: config.AAL, student: Shape, given: Sequence[Given]) -> None:
         super().__init__()
-        self.aal = AAL(student.maps, manifest["sample_shape"][0], settings.loss)
+        self.row = align_activations(name, given[0], student)
+        self.aal = AAL(student.maps, given[0].target["sample_shape"][0], settings.loss)
         self.map, self.prefix = settings.map, len(student.prefix)
 
     def forward(self, step: Step) -> Tensor:
         """The loss of one step."""
-        taps: AttentionTaps | None = step.attention
-        assert taps is not None
-        assert step.target is not None
-        maps = class_maps(taps.q, taps.k, taps.scales, self.prefix, self.map)
-        return self.aal(maps, step.target)  # type: ignore[no-any-return]
+        taps = step.taps()
+        q, k = ([tensor.float() for tensor in several] for several in (taps.q, taps.k))
+        maps = class_maps(q, k, taps.scales, self.prefix, self.map)
+        return self.aal(maps, step.targets[0])  # type: ignore[no-any-return]

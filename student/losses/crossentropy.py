@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from storage.records import Record
 from student import config
-from student.align import Row, Shape
+from student.align import Given, Shape
 from student.losses import Step
 
 
@@ -28,23 +29,26 @@ def cross_entropy(logits: Tensor, labels: Tensor, others: Tensor, shares: Tensor
     return torch.lerp(own, other, shares.to(own.dtype)).mean()
 
 
-def need(name: str, settings: config.CrossEntropy, student: Shape | None) -> None:
+def need(name: str, settings: config.CrossEntropy, student: Shape) -> None:
     """Labels are all it takes."""
     return
 
 
-def align(name: str, settings: config.CrossEntropy, student: Shape | None, manifest: Record | None) -> Row | None:
-    """Nothing of a teacher meets the student."""
-    return None
-
-
 class Method(nn.Module):
-    """Cross-entropy as a term of the training loss."""
+    """Cross-entropy as a term of the training loss; for a student with two heads the mean over both, unless told."""
 
-    def __init__(self, settings: config.CrossEntropy, student: Shape | None, manifest: Record | None) -> None:
+    row = None
+
+    def __init__(self, name: str, settings: config.CrossEntropy, student: Shape, given: Sequence[Given]) -> None:
         super().__init__()
-        self.smoothing = settings.smoothing
+        self.smoothing, self.both = settings.smoothing, settings.heads != "class"
 
     def forward(self, step: Step) -> Tensor:
         """The loss of one step."""
-        return cross_entropy(step.logits, step.labels, step.others, step.shares, self.smoothing)
+        heads = [step.logits, step.distilled] if self.both else [step.logits]
+        losses = [
+            cross_entropy(logits, step.labels, step.others, step.shares, self.smoothing)
+            for logits in heads
+            if logits is not None
+        ]
+        return torch.stack(losses).mean()

@@ -49,7 +49,7 @@ def train_reads(store: Path, world: World, target: str) -> None:
     opened = Store.open(store)
     known = opened.shard_ids()
     ids = [opened.require(url, known).id for url in world.shards]
-    choose(opened, ids, [Need("aal", "logits" if "logits" in target else "activations", target=target)], Bank())
+    choose(opened, ids, [Need("aal", (("logits" if "logits" in target else "activations",),), target=target)], Bank())
     stream = Stream(world.shards, batch=20, lanes=5, window=1, store=opened, targets=[target])
     for epoch in range(stream.views or 0):
         for _ in stream.epoch(epoch):

@@ -1,0 +1,65 @@
+"""DeiT: distillation from a teacher's logits, hard and soft.
+
+Touvron et al., "Training data-efficient image transformers & distillation through attention", section 4 (soft and hard
+distillation); the reduction `numel` is the official code's. It acts on the distillation head where the student has one,
+else on its only head. The recipe's weights stand for (1 − α) and α.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from student import config
+from student.align import Given, Shape, align_classes
+from student.choose import Need
+from student.losses import Step
+
+Reduce = Literal["numel", "batch"]
+
+
+def soft(logits: Tensor, teacher: Tensor, tau: float = 1.0, reduce: Reduce = "numel") -> Tensor:
+    """τ² · Σ KL(softmax(t/τ) ‖ softmax(s/τ)), divided by B·K (`numel`, the official code) or by B (`batch`).
+
+    Args:
+        logits: of the student, `[B, K]`.
+        teacher: its logits, `[B, K]`.
+        tau: temperature.
+        reduce: what the sum is divided by.
+    """
+    ours, theirs = F.log_softmax(logits / tau, 1), F.log_softmax(teacher / tau, 1)
+    total = F.kl_div(ours, theirs, reduction="sum", log_target=True) * tau**2
+    return total / (logits.numel() if reduce == "numel" else len(logits))
+
+
+def hard(logits: Tensor, teacher: Tensor) -> Tensor:
+    """Cross-entropy with the teacher's decision, argmax_k t_k; mean over the batch."""
+    return F.cross_entropy(logits, teacher.argmax(1))
+
+
+def need(name: str, settings: config.DeiT, student: Shape) -> Need:
+    """The teacher's logits."""
+    return Need(name, (("logits",),), settings.teacher, settings.target)
+
+
+class Method(nn.Module):
+    """Distillation from logits as a term of the training loss."""
+
+    def __init__(self, name: str, settings: config.DeiT, student: Shape, given: Sequence[Given]) -> None:
+        super().__init__()
+        self.row = align_classes(name, given[0], student, settings.same_classes)
+        self.name, self.settings = name, settings
+
+    def forward(self, step: Step) -> Tensor:
+        """The loss of one step; notes how often student and teacher decide alike."""
+        (teacher,) = step.targets
+        logits = step.logits if step.distilled is None else step.distilled
+        with torch.no_grad():
+            step.notes[f"{self.name} agreement"] = (logits.argmax(1) == teacher.argmax(1)).float().mean()
+        if self.settings.kind == "hard":
+            return hard(logits, teacher)
+        return soft(logits, teacher, self.settings.tau, self.settings.reduce)
