@@ -297,6 +297,60 @@ def evaluate(run: Path, shards: tuple[str, ...], checkpoint: str, device: str, a
     show(result, [f"top-1 {score.top1:.2f} %{top5} on {score.samples} samples ({about.evaluation})"], as_json)
 
 
+@cli.command("fit-teacher")
+@store
+@click.option("--target", metavar="ID", help="A stored class_token or embedding; `pipeline inspect` lists them.")
+@click.option("--teacher", metavar="NAME", help="Or the recorded teacher, where one such target of it fits.")
+@shards("--shards", help="Labelled training shards that the store has features of.")
+@shards("--val", help="Validation shards.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="F", help="A new .safetensors file.")
+@click.option("--weights", metavar="F", help="The recorded teacher's weights, if not at the recorded path.")
+@click.option("--view-count", type=click.IntRange(1), metavar="N", help="Views of each image.  [default: all]")
+@click.option("--l2", type=click.FloatRange(0), metavar="X",
+              help="Strength of the L2 term; by default chosen on held-out training samples.")  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, help="Of what is held out.")
+@click.option("--device", default="auto", show_default=True, help="Where accuracy is measured: auto, cpu, cuda …")
+@common
+def fit_teacher(
+    store: str,
+    target: str | None,
+    teacher: str | None,
+    shards: tuple[str, ...],
+    val: tuple[str, ...],
+    out: Path,
+    weights: str | None,
+    view_count: int | None,
+    l2: float | None,
+    seed: int,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Fit a linear head for the shards' classes on what a teacher saw, and write both out as a new teacher.
+
+    Features and mixed labels come from the store, class names from classes.json beside the shards.
+
+    \b
+    pipeline fit-teacher --store S --teacher vit_tiny --shards 'train-{000000..000009}.tar' \\
+      --val train-val-000000.tar --out vit_tiny-photos.safetensors
+    """
+    from pipeline import teaching
+    from storage.store import Store
+    from student.model import pick_device
+    from student.teach import Job
+    from student.teach import fit_teacher as run
+
+    console = Console()
+    job = Job(
+        Store.open(store), shards, val, out, target, teacher, weights, view_count, l2, seed, str(pick_device(device))
+    )
+    try:
+        result = run(job, console)
+    finally:
+        console.stop()
+    result["command"] = teaching.command(result, store, shards)
+    show(result, teaching.lines(result), as_json)
+
+
 @cli.command()
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("demo-out"), show_default=True, help="A new folder."

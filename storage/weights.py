@@ -128,3 +128,23 @@ def read_weights(path: str) -> dict[str, Tensor]:
 def first_line(error: Exception) -> str:
     """The first line of an error's text, or its kind."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def save_state(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a state dict as safetensors, under a temporary name first; the same content gives the same bytes."""
+    from safetensors.torch import save
+
+    data = save({name: t.detach().cpu().contiguous() for name, t in state.items()}, dict(metadata))
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # in the library's order of the moment
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with temporary.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.write(memoryview(data)[8 + length :])
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
