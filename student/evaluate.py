@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from storage.errors import UserError
 from storage.policies import Policy
@@ -36,8 +37,13 @@ def evaluate(
     batch: int = 256,
     device: torch.device | str = "cpu",
     advance: Callable[[int], None] = lambda samples: None,
+    rank: int = 0,
+    ranks: int = 1,
+    most: int | None = None,
 ) -> Score:
     """The accuracy of a classifier. Leaves the model in eval mode.
+
+    With several ranks each takes its share of the blocks and all get the accuracy over all samples, each counted once.
 
     Args:
         model: from `[B, 3, S, S]` to logits `[B, K]`.
@@ -48,14 +54,42 @@ def evaluate(
         batch: about how many samples at a time.
         device: where the model is.
         advance: called with the number of samples done.
+        rank: of this process in `torch.distributed`.
+        ranks: how many processes evaluate together; all of them call this.
+        most: blocks of all shards that are looked at; None for all.
 
     Raises:
         UserError: a label that the model has no class for, a missing label, an image that cannot be decoded.
     """
+    counts = count(model, urls, policy, mean, std, batch, device, advance, rank, ranks, most)
+    if ranks > 1:
+        dist.all_reduce(counts)
+    right1, right5, samples, few = (int(n) for n in counts)
+    top5 = None if few else round(100 * right5 / samples, 3)
+    return Score(round(100 * right1 / samples, 3), top5, samples)
+
+
+@torch.no_grad()
+def count(
+    model: nn.Module,
+    urls: Sequence[str],
+    policy: Policy,
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch: int,
+    device: torch.device | str,
+    advance: Callable[[int], None],
+    rank: int,
+    ranks: int,
+    most: int | None = None,
+) -> Tensor:
+    """What one rank counts: right at the first, right among five, samples, and batches of five classes or fewer.
+
+    Arguments as for `evaluate`; the sums over the ranks are what counts. int64 `[4]`.
+    """
     model.eval()
-    right1 = right5 = samples = 0
-    classes = 0
-    for part in evaluation_batches(urls, policy, batch):
+    right1 = right5 = samples = few = 0
+    for part in evaluation_batches(urls, policy, batch, rank, ranks, most):
         there = part.to(device)
         logits = model(there.pixels(mean, std))
         classes = logits.shape[1]
@@ -68,23 +102,31 @@ def evaluate(
         right1 += int(best[:, 0].sum())
         right5 += int(best.any(1).sum())
         samples += len(there.labels)
+        few += classes <= 5
         advance(len(there.labels))
-    top5 = round(100 * right5 / samples, 3) if classes > 5 else None
-    return Score(round(100 * right1 / samples, 3), top5, samples)
+    return torch.tensor([right1, right5, samples, few], device=device)
 
 
-def evaluation_batches(urls: Sequence[str], policy: Policy, batch: int) -> Iterator[Batch]:
-    """Every sample of labelled shards once, in order, in the one view of a policy without chance."""
+def evaluation_batches(
+    urls: Sequence[str], policy: Policy, batch: int, rank: int = 0, ranks: int = 1, most: int | None = None
+) -> Iterator[Batch]:
+    """Every sample of labelled shards once, in order, in the one view of a policy without chance.
+
+    With several ranks, one in so many blocks, counted over all shards; with `most`, the first so many blocks alone.
+    """
+    before = 0  # blocks of earlier shards
     for shard, url in enumerate(urls):
         index = cached_index(url)
         require_labels(url, index)
         reader = BlockReader(Source((url,), (index.id,), policy))
         held: list[Part] = []
-        for number in range(index.blocks):
+        mine = [n for n in range(index.blocks) if (before + n) % ranks == rank and (most is None or before + n < most)]
+        before += index.blocks
+        for number in mine:
             arrays, targets = reader.read(Segment(0, number, np.array(index.block(number))), 0)
             arrays["ids"][:, 0] = shard
             held.append((arrays, targets))
-            if sum(len(part[0]["labels"]) for part in held) >= batch or number == index.blocks - 1:
+            if sum(len(part[0]["labels"]) for part in held) >= batch or number == mine[-1]:
                 joined, _ = join(held)
                 tensors = {name: torch.from_numpy(array) for name, array in joined.items()}
                 yield Batch(**tensors)  # type: ignore[arg-type]

@@ -16,7 +16,10 @@ from precompute.taps import takes_image_size, timm
 from storage.errors import UserError, nearest
 from student import config
 
-_SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "drop_path_rate")
+_ARGUMENTS = (
+    "img_size", "patch_size", "embed_dim", "depth", "num_heads", "global_pool", "drop_path_rate", "drop_rate",
+    "proj_drop_rate", "attn_drop_rate",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ def build(settings: config.Student, num_classes: int) -> tuple[nn.Module, dict[s
     """
     if not timm.is_model(settings.model):
         raise UserError(f"student.model: timm has no {settings.model!r}. {nearest(settings.model, timm.list_models())}")
-    arguments = {name: getattr(settings, name) for name in _SIZES if getattr(settings, name) is not None}
+    arguments = {name: getattr(settings, name) for name in _ARGUMENTS if getattr(settings, name) is not None}
     if settings.embed_dim and settings.num_heads and settings.embed_dim % settings.num_heads:
         raise UserError(f"student: embed_dim {settings.embed_dim} is no multiple of num_heads {settings.num_heads}")
     if settings.img_size and settings.patch_size and settings.img_size % settings.patch_size:

@@ -1,0 +1,200 @@
+"""What a training run is made of, found and checked before anything is spent: classes, student, stream and lesson."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from storage.errors import IdentityError, UserError
+from storage.policies import Policy, policy
+from storage.progress import Progress
+from storage.shards import ShardIndex, cached_index, classes_of, expand, require_labels
+from storage.store import Store
+from student.align import table
+from student.config import Recipe
+from student.lesson import Lesson, find_targets
+from student.model import Description, build, input_size
+from student.ranks import rank, ranks
+from student.stream import Stream
+from student.weights import begin_from, freeze
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a training run is asked for.
+
+    Attributes:
+        recipe: the whole of it.
+        shards: patterns of training shards.
+        val: patterns of validation shards.
+        out: the run's folder.
+        store: with the targets.
+        device: of this process.
+        resume: go on from the folder's checkpoint.
+        smoke: a few steps of each phase only, to see that everything works.
+    """
+
+    recipe: Recipe
+    shards: Sequence[str]
+    val: Sequence[str]
+    out: Path
+    store: Store | None = None
+    device: str = "cpu"
+    resume: bool = False
+    smoke: bool = False
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is trained and on what.
+
+    Attributes:
+        stream: the batches.
+        lesson: student and losses, on the device.
+        average: the averaged student, or None.
+        still: modules with frozen running statistics.
+        val_urls: the validation shards.
+        description: goes with the student's weights.
+        identity: what a resumed run must agree with.
+    """
+
+    stream: Stream
+    lesson: Lesson
+    average: Any
+    still: list[nn.Module]
+    val_urls: list[str]
+    description: Description
+    identity: dict[str, Any]
+
+
+def prepare(job: Job, progress: Progress, found: dict[str, Any] | None) -> Parts:
+    """Everything that a run needs, and a word on what was chosen.
+
+    Args:
+        job: what is asked for.
+        progress: told what was chosen.
+        found: the checkpoint that is gone on from: weights come from there, and it fixes the number of views.
+
+    Raises:
+        UserError: as its parts do.
+    """
+    recipe = job.recipe
+    torch.manual_seed(recipe.seed)
+    urls, val_urls = expand(job.shards), expand(job.val)
+    classes, count = _classes(urls, val_urls, recipe)
+    model, arguments = build(recipe.student, count)
+    if found is None:
+        begin_from(model, recipe.student, classes, progress.say)
+    still = freeze(model, recipe.student.freeze, progress.say)
+    size = input_size(model, recipe.student)
+    average = _average(recipe, model).to(job.device) if recipe.ema else None  # before hooks are on the student
+    stream, lesson = _join(job, urls, model, size, classes, progress, found["identity"]["views"] if found else None)
+    index_of = _indexes(job.store)
+    for url in (*urls, *val_urls):
+        _check_labels(url, index_of(url) if url in urls else cached_index(url), count)
+    lesson.to(job.device)
+    source = stream.source
+    description = Description(
+        recipe.student.model, arguments, size, recipe.student.mean, recipe.student.std, classes,
+        source.policy.evaluation.line,
+    )  # fmt: skip
+    identity = {
+        "shards": list(source.shards), "validation shards": [cached_index(url).id for url in val_urls],
+        "classes": list(classes) if classes else count, "bank": source.bank, "policy": source.policy.line,
+        "targets": {name: list(ids) for name, ids in lesson.targets.items()}, "views": stream.views,
+    }  # fmt: skip
+    return Parts(stream, lesson, average, still, val_urls, description, identity)
+
+
+def _average(recipe: Recipe, model: nn.Module) -> Any:
+    from timm.utils import ModelEmaV3  # after precompute.taps made it importable
+
+    return ModelEmaV3(model, decay=recipe.ema)
+
+
+def _join(
+    job: Job,
+    urls: list[str],
+    model: nn.Module,
+    size: int,
+    classes: Sequence[str] | None,
+    progress: Progress,
+    views: int | None,
+) -> tuple[Stream, Lesson]:
+    """The stream and the lesson."""
+    recipe, settings = job.recipe, job.recipe.stream
+    shard_ids = []
+    if job.store is not None:
+        known = job.store.shard_ids()
+        shard_ids = [job.store.require(url, known).id for url in urls]
+    bank, given = find_targets(job.store, shard_ids, recipe, model)
+    fresh: Policy | None = None
+    if bank is None:
+        wish = settings.bank
+        if wish.id is not None or settings.views is not None:
+            raise UserError("stream.bank and stream.views speak of a store's bank: give --store DIR")
+        fresh = policy(wish.policy or "light", wish.size or size, wish.seed if wish.seed is not None else recipe.seed)
+    if settings.batch_size % (ranks() * recipe.optim.accumulate):
+        raise UserError(
+            f"stream.batch_size={settings.batch_size} cannot be cut into {ranks()} rank(s) of optim.accumulate="
+            f"{recipe.optim.accumulate} equal pieces each; give a multiple of {ranks() * recipe.optim.accumulate}"
+        )
+    memory = int(settings.memory * 2**30) if settings.memory else None
+    stream = Stream(
+        urls, batch=settings.batch_size, store=job.store,
+        targets=list(dict.fromkeys(one.id for several in given.values() for one in several)), policy=fresh,
+        bank=bank, views=settings.views or views, seed=recipe.seed, lanes=settings.lanes, window=settings.window,
+        workers=settings.workers, memory=memory, rank=rank(), ranks=ranks(),
+    )  # fmt: skip
+    if stream.source.policy.size != size:
+        raise IdentityError(
+            f"bank {bank or 'of fresh views'}", "view size", f"{size}, the student's img_size",
+            stream.source.policy.size, "Give the student the bank's size: --set student.img_size=N",
+        )  # fmt: skip
+    if bank is None:
+        progress.say(f"views: fresh, {stream.source.policy.line}, size {size}, seed {stream.source.policy.seed}")
+    else:
+        progress.say(f"views: bank {bank} ({stream.source.policy.line}), {stream.views} view(s)")
+    for notice in stream.notices:
+        progress.say(notice)
+    lesson = Lesson(recipe, model, given, recipe.student.mean, recipe.student.std, classes)
+    if lesson.rows:
+        progress.say(table(lesson.rows))
+    return stream, lesson
+
+
+def _classes(urls: list[str], val_urls: list[str], recipe: Recipe) -> tuple[tuple[str, ...] | None, int]:
+    """The class names and how many there are; never guessed from labels."""
+    names, val_names = classes_of(urls), classes_of(val_urls)
+    if names and val_names and names != val_names:
+        raise IdentityError("classes.json of the validation shards", "classes", names, val_names)
+    wanted = recipe.student.num_classes
+    names = names or val_names
+    if names is None and wanted is None:
+        raise UserError(
+            f"{urls[0]}: no classes.json beside it, so the number of classes is not known; "
+            "say it: --set student.num_classes=N"
+        )
+    if names is not None and wanted not in (None, len(names)):
+        raise IdentityError(f"{urls[0]}: classes.json", "student.num_classes", len(names), wanted)
+    return (tuple(names) if names else None), int(wanted or len(names or ()))
+
+
+def _indexes(store: Store | None) -> Callable[[str], ShardIndex]:
+    if store is None:
+        return cached_index
+    known = store.shard_ids()
+    return lambda url: store.require(url, known)
+
+
+def _check_labels(url: str, index: ShardIndex, count: int) -> None:
+    require_labels(url, index)
+    highest = max(label for label in index.labels if label is not None)
+    if highest >= count:
+        key = index.keys[index.labels.index(highest)]
+        raise UserError(f"{url}: key {key!r} has label {highest}, the student has classes 0 to {count - 1}")

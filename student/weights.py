@@ -1,0 +1,127 @@
+"""Where a student starts from, and what of it is not trained: weights by name patterns, a new head, frozen parts."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from precompute.taps import timm
+from storage.errors import UserError
+from storage.weights import classes_in, first_line, fitted, misfits, read_weights
+from student import config
+
+
+def begin_from(
+    model: nn.Module, settings: config.Student, classes: Sequence[str] | None, say: Callable[[str], None]
+) -> None:
+    """Give a new student the weights that its settings name, if any; what is taken and what is new is said.
+
+    Position embeddings of another grid are resampled as timm does. A head of other classes stays new.
+
+    Args:
+        model: the student, with fresh weights.
+        settings: `pretrained`, `weights` and `init`.
+        classes: the names of the run's classes, where they are known.
+        say: told a line.
+
+    Raises:
+        UserError: weights that cannot be had or do not fit, a pattern that matches nothing.
+    """
+    if not (settings.pretrained or settings.weights):
+        return
+    where = settings.weights or f"timm's weights of {settings.model}"
+    state = read_weights(settings.weights) if settings.weights else _hub(settings.model)
+    known = classes_in(settings.weights) if settings.weights else None
+    state = fitted(model, state, where)
+    own = model.state_dict()
+    chosen = matching(settings.init, own, "student.init")
+    others = bool(known and classes and tuple(classes) != known)
+    heads = head_of(model)
+    new = [name for name in chosen if name in heads and (others or _other(own[name], state.get(name)))]
+    taken = {name: own[name] for name in chosen if name not in new}
+    found = {name: tensor for name, tensor in state.items() if name in taken}
+    if settings.init == ("*",):  # then nothing is left out silently
+        found |= {name: tensor for name, tensor in state.items() if name not in own}
+    problems = misfits(_shapes(taken), _shapes(found))
+    if problems:
+        raise UserError(
+            f"{where}: does not fit {settings.model}: {problems}; say which are taken, others stay new: "
+            "--set 'student.init=[\"blocks.*\"]'"
+        )
+    model.load_state_dict({**own, **{name: found[name] for name in taken}})
+    text = f"begins from {where}: {len(taken)} of {len(own)} tensors"
+    if new:
+        text += f"; {', '.join(new)} of other classes, so they are new"
+    say(text)
+
+
+def freeze(model: nn.Module, patterns: Sequence[str], say: Callable[[str], None]) -> list[nn.Module]:
+    """Take parameters out of the training; their number is said.
+
+    Returns:
+        Modules with frozen running statistics, which are to stay in eval mode.
+
+    Raises:
+        UserError: a pattern that matches nothing, or nothing left to train.
+    """
+    if not patterns:
+        return []
+    frozen = set(matching(patterns, model.state_dict(), "student.freeze"))
+    parameters = dict(model.named_parameters())
+    for name in frozen & set(parameters):
+        parameters[name].requires_grad_(False)
+    count = sum(p.numel() for p in parameters.values() if not p.requires_grad)
+    total = sum(p.numel() for p in parameters.values())
+    if not any(p.requires_grad for p in parameters.values()):
+        raise UserError(f"student.freeze: {', '.join(patterns)} freezes the whole student; nothing is left to train")
+    say(f"frozen: {count:,} of {total:,} parameters ({len(frozen & set(parameters))} tensors)")
+    return [
+        module
+        for name, module in model.named_modules()
+        if any(f"{name}.{buffer}" in frozen for buffer, _ in module.named_buffers(recurse=False))
+    ]
+
+
+def matching(patterns: Iterable[str], names: Iterable[str], setting: str) -> list[str]:
+    """The names that some shell pattern matches, in their order.
+
+    Raises:
+        UserError: a pattern that matches none, with the nearest names.
+    """
+    names = list(names)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = difflib.get_close_matches(pattern, names, 3, 0.0)
+            raise UserError(f"{setting}: {pattern!r} matches no parameter of the student; near: {', '.join(near)}")
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def head_of(model: nn.Module) -> set[str]:
+    """The names of the classifier's tensors; of both heads, where there is a distillation token."""
+    about = getattr(model, "pretrained_cfg", None) or {}
+    heads = about.get("classifier") or "head"
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    return {name for name in model.state_dict() if name.rpartition(".")[0] in heads}
+
+
+def _other(own: Tensor, found: Tensor | None) -> bool:
+    """Whether a head's tensor was made for another number of classes, or is not there."""
+    return found is None or found.shape[0] != own.shape[0]
+
+
+def _hub(model: str) -> dict[str, Tensor]:
+    try:
+        state: dict[str, Tensor] = timm.create_model(model, pretrained=True).state_dict()
+    except Exception as error:  # timm and the hub raise many kinds
+        raise UserError(
+            f"student.pretrained: the weights of {model} cannot be had from timm's hub: {first_line(error)}\n"
+            "  Give a file: --set student.weights=F"
+        ) from None
+    return state
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
