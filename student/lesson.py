@@ -104,6 +104,7 @@ class Lesson(nn.Module):
             model.set_distilled_training(True)  # type: ignore[operator]  # both heads' logits, while it trains
         self.mean, self.std = tuple(mean), tuple(std)
         self.precision: torch.dtype | None = None  # of the student's forward pass; losses are computed in f32
+        self.means: dict[str, Tensor] = {}  # a control: target id -> what every image gets in its place
         self.notes: dict[str, Tensor] = {}  # scalars of the last step for people, such as agreement with a teacher
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -113,8 +114,9 @@ class Lesson(nn.Module):
             output = self.student(pixels)
         logits, distilled = output if isinstance(output, tuple) else (output, None)
         logits, distilled = logits.float(), None if distilled is None else distilled.float()
-        decoded = {id: batch.target(id) for id in dict.fromkeys(id for ids in self.targets.values() for id in ids)}
-        values, self.notes = {}, {}
+        decoded = {id: self._target(batch, id) for ids in self.targets.values() for id in ids}
+        values: dict[str, Tensor] = {}
+        self.notes = {}
         for name, loss in self.losses.items():
             targets = tuple(decoded[id] for id in self.targets.get(name, ()))
             step = Step(
@@ -122,6 +124,11 @@ class Lesson(nn.Module):
             )
             values[name] = loss(step)
         return logits, values
+
+    def _target(self, batch: Batch, id: str) -> Tensor:
+        if id in self.means:
+            return self.means[id].to(batch.images.device).expand(len(batch.labels), *self.means[id].shape)
+        return batch.target(id)
 
     def total(self, values: Mapping[str, Tensor], epoch: int) -> Tensor:
         """Σ weight(epoch) · loss."""

@@ -17,11 +17,12 @@ from storage.views import generator
 
 @dataclass(frozen=True)
 class Segment:
-    """Some consecutive valid samples of one block: `samples` are their indices in the shard."""
+    """Some consecutive valid samples of one block: `samples` are their indices in the shard, `whole` the block's."""
 
     shard: int
     block: int
     samples: np.ndarray
+    whole: np.ndarray | None = None
 
 
 def default_lanes(batch: int) -> int:
@@ -95,7 +96,7 @@ class Order:
             if first >= end:
                 break
             part = block.samples[max(0, begin - first) : end - first]
-            segments.append(Segment(block.shard, block.block, part))
+            segments.append(Segment(block.shard, block.block, part, block.samples))
         skip = start * self.share
         for number, at in enumerate(range(0, len(segments), self.window)):
             chosen = segments[at : at + self.window]

@@ -15,7 +15,7 @@ from storage.markers import Marker, Task
 from storage.policies import Policy
 from storage.shards import ShardIndex, cached_index, read_samples
 from storage.store import Store
-from storage.views import BadImage, Mix, decode, draw, mixed, render
+from storage.views import BadImage, Mix, decode, draw, generator, mixed, render
 from student.order import Segment
 
 Arrays = dict[str, np.ndarray]
@@ -36,6 +36,7 @@ class Source:
         pixels: id of a target with the view images themselves; they are then read and nothing is decoded.
         targets: target id -> codec.
         stored: whether the store's index fits each file; a tar with other headers is read by its own.
+        permute: a control: every sample gets the targets of another one of its block, by a derangement of this seed.
     """
 
     urls: tuple[str, ...]
@@ -46,6 +47,7 @@ class Source:
     pixels: str | None = None
     targets: Mapping[str, Codec] = field(default_factory=dict, hash=False)
     stored: tuple[bool, ...] = ()
+    permute: int | None = None
 
 
 class BlockReader:
@@ -88,16 +90,9 @@ class BlockReader:
             IdentityError: an image, key, label or pixel is not what it was.
             DamageError: an object of the store is missing or damaged.
         """
-        source = self.source
-        shard = source.shards[segment.shard]
         index = self.index(segment.shard)
         chosen = segment.samples
-        first, stop = int(chosen[0]), int(chosen[-1]) + 1
         images, mixes = self._images(segment, index, view)
-        targets: dict[str, Arrays] = {}
-        for target in source.targets:
-            arrays = self.marker(Task("target", target, shard, view)).arrays
-            targets[target] = {name: array.read(first, stop)[chosen - first] for name, array in arrays.items()}
         labels = [index.labels[i] for i in chosen]
         others = [index.labels[mix.partner] if mix else own for mix, own in zip(mixes, labels, strict=True)]
         return {
@@ -108,7 +103,20 @@ class BlockReader:
             "ids": np.stack(
                 [np.full(len(chosen), segment.shard), chosen, np.full(len(chosen), view)], 1, dtype=np.int64
             ),
-        }, targets
+        }, self.targets(segment, view)
+
+    def targets(self, segment: Segment, view: int) -> dict[str, Arrays]:
+        """Target id -> its arrays for the samples of a segment in one view. Raises DamageError."""
+        source, shard = self.source, self.source.shards[segment.shard]
+        chosen = segment.samples
+        if source.permute is not None:
+            chosen = _others(source.permute, shard, segment)
+        first, stop = int(chosen.min()), int(chosen.max()) + 1
+        found: dict[str, Arrays] = {}
+        for target in source.targets:
+            arrays = self.marker(Task("target", target, shard, view)).arrays
+            found[target] = {name: array.read(first, stop)[chosen - first] for name, array in arrays.items()}
+        return found
 
     def _images(self, segment: Segment, index: ShardIndex, view: int) -> tuple[np.ndarray, list[Mix | None]]:
         """The view images of a segment, uint8 `[n, S, S, 3]`, and how each was mixed with its partner."""
@@ -167,6 +175,16 @@ class BlockReader:
             return drawn.mix, render(image, drawn, source.policy.size)
 
         return look
+
+
+def _others(seed: int, shard: str, segment: Segment) -> np.ndarray:
+    """For each sample of a segment another valid one of its block, by a fixed derangement; its own if it is alone."""
+    whole = segment.samples if segment.whole is None else segment.whole
+    others, chance = whole.copy(), generator("permuted targets", seed, shard, segment.block)
+    for i in range(len(others) - 1, 0, -1):  # Sattolo's algorithm: one cycle through all, so nobody stays
+        j = int(chance.integers(i))
+        others[i], others[j] = others[j], others[i]
+    return others[np.searchsorted(whole, segment.samples)]
 
 
 def join(parts: Sequence[Part]) -> Part:

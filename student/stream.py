@@ -157,6 +157,7 @@ class Stream(IterableDataset[Batch]):
         ranks: how many processes share each batch.
         labels: whether unlabelled shards are refused.
         memory: bytes that may be held in lanes; by default half of the machine's.
+        permute: a control: targets of other images of the same block, by a fixed derangement of this seed.
 
     Raises:
         UserError: fewer samples than a batch, lanes that do not fit, too little memory, a missing label.
@@ -182,6 +183,7 @@ class Stream(IterableDataset[Batch]):
         ranks: int = 1,
         labels: bool = True,
         memory: int | None = None,
+        permute: int | None = None,
     ) -> None:
         urls = expand(shards)
         opened = Store.open(store) if isinstance(store, str | Path) else store
@@ -197,6 +199,7 @@ class Stream(IterableDataset[Batch]):
             self.source, sizes = _stored(opened, urls, targets, bank, labels)
             self.source, self.views, invalid = _views(self.source, views)
         _refuse_twice(self.source)
+        self.source = replace(self.source, permute=permute)
         blocks = []
         for shard, count in enumerate(sizes):
             bad = invalid.get(shard, frozenset())
@@ -212,6 +215,9 @@ class Stream(IterableDataset[Batch]):
             self.notices.append(
                 f"{workers} loader workers were asked for, {self.workers} lanes need no more than that many"
             )
+        alone = sum(len(samples) == 1 for *_, samples in blocks)
+        if permute is not None and alone:
+            self.notices.append(f"{alone} sample(s) are alone in their blocks and keep their own targets")
         self.memory = self._check_memory(memory)
         self._place = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         parts = _Parts(self.source, self.order, self.views, rank, ranks, self._place)

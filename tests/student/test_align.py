@@ -1,0 +1,255 @@
+"""What meets what: layers, heads, grids and tokens of teacher and student (PAPERS: matching rules, known answers)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from precompute.taps import AttentionTaps, attention_rows, class_row, timm
+from storage.errors import IdentityError, UserError
+from student import config
+from student.align import Given, Rows, Shape, align_classes, log_mean, student_shape
+
+SETTINGS: dict[str, type[config.Matched]] = {"class": config.ADViT, "all": config.Attention}
+
+
+def given(
+    tap: str = "attention", layers: list[int] | None = None, depth: int = 4, heads: int = 3, side: int = 4,
+    prefix: tuple[str, ...] = ("class",), width: int = 8, **about: Any,
+) -> Given:  # fmt: skip
+    layers = layers or list(range(1, depth + 1))
+    tokens = len(prefix) + side * side
+    last = {"attention": [tokens, tokens], "class_row": [tokens], "q": [tokens, width], "k": [tokens, width]}[tap]
+    identity = {"tap": tap, "layers": layers}
+    target = {"id": f"t-{tap}", "identity": identity, "sample_shape": [len(layers), heads, *last]}
+    return Given(target, {"id": "t", "layers": depth, "heads": heads, "prefix": list(prefix), **about})
+
+
+def rows(which: str, student: Shape, *several: Given, **settings: Any) -> Rows:
+    base = {"heads": None} if "heads" not in settings else {}
+    return Rows("it", SETTINGS[which](**base, **settings), student, several, which)  # type: ignore[arg-type]
+
+
+def random_rows(*shape: int) -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.randn(*shape).mul(2).softmax(-1)
+
+
+STUDENT = Shape(4, 3, 4, ("class",))
+
+
+@pytest.mark.parametrize("which", ["class", "all"])
+def test_equal_shapes_meet_one_to_one_and_unchanged(which):
+    made = rows(which, STUDENT, given())
+    target = random_rows(2, 4, 3, 17, 17)
+    expected = target[..., 0, :] if which == "class" else target
+    assert torch.equal(made.teacher_rows([target]), expected)
+    assert made.pairs == [(1, 1), (2, 2), (3, 3), (4, 4)]
+
+
+def test_class_rows_come_from_rows_maps_or_q_and_k_alike():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 4, 3, 17, 8), torch.randn(2, 4, 3, 17, 8)
+    maps = (q @ k.transpose(-2, -1) * 8**-0.5).softmax(-1)
+    for which in ("class", "all"):
+        from_maps = rows(which, STUDENT, given()).teacher_rows([maps])
+        from_qk = rows(which, STUDENT, given("q"), given("k")).teacher_rows([q, k])
+        assert torch.allclose(from_maps, from_qk, atol=1e-6)
+    from_rows = rows("class", STUDENT, given("class_row")).teacher_rows([maps[..., 0, :]])
+    assert torch.equal(from_rows, maps[..., 0, :])
+
+
+def test_the_recorded_scale_of_stored_q_and_k_counts():
+    q, k = torch.randn(2, 4, 3, 17, 8), torch.randn(2, 4, 3, 17, 8)
+    one = given("q")
+    scaled = Given({**one.target, "scales": [0.1, 0.2, 0.3, 0.4]}, one.teacher)
+    found = rows("all", STUDENT, scaled, given("k"), layers=((1, 3),)).teacher_rows([q, k])
+    assert torch.allclose(found[:, 0], (q[:, 2] @ k[:, 2].transpose(-2, -1) * 0.3).softmax(-1), atol=1e-6)
+
+
+def test_the_student_s_rows_are_those_that_it_attends_with():
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=2
+    )
+    shape = student_shape(model)
+    assert (shape.layers, shape.heads, shape.grid, shape.prefix) == (4, 3, 4, ("class",))
+    taps = AttentionTaps(model)
+    model(torch.randn(2, 3, 32, 32))
+    all_rows = rows("all", shape, given(), layers="uniform").student_rows(taps.q, taps.k, taps.scales)
+    class_rows = rows("class", shape, given()).student_rows(taps.q, taps.k, taps.scales)
+    for n in range(4):
+        expected = attention_rows(taps.q[n], taps.k[n], taps.scales[n])
+        assert torch.allclose(all_rows[:, n], expected, atol=1e-6)
+        assert torch.allclose(class_rows[:, n], class_row(taps.q[n], taps.k[n], taps.scales[n]), atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- layers
+
+
+@pytest.mark.parametrize(
+    ("depth", "student", "wish", "expected"),
+    [
+        (12, 6, "uniform", [(1, 2), (2, 4), (3, 6), (4, 8), (5, 10), (6, 12)]),
+        (4, 6, "uniform", [(1, 1), (2, 1), (3, 2), (4, 3), (5, 3), (6, 4)]),
+        (12, 6, "last", [(6, 12)]),
+        (12, 6, ((1, 12), (1, 3)), [(1, 12), (1, 3)]),
+    ],
+)
+def test_layers_meet_as_is_said(depth, student, wish, expected):
+    made = rows("class", Shape(student, 3, 4, ("class",)), given(depth=depth), layers=wish)
+    assert made.pairs == expected
+    target = random_rows(2, depth, 3, 17, 17)
+    found = made.teacher_rows([target])
+    assert all(torch.equal(found[:, i], target[:, b - 1, :, 0]) for i, (_, b) in enumerate(expected))
+
+
+def test_a_target_of_some_layers_serves_those_that_it_holds():
+    made = rows("class", Shape(2, 3, 4, ("class",)), given(layers=[4, 8], depth=8), layers="uniform")
+    target = random_rows(2, 2, 3, 17, 17)
+    assert made.pairs == [(1, 4), (2, 8)]
+    assert torch.equal(made.teacher_rows([target]), target[..., 0, :])
+
+
+@pytest.mark.parametrize(
+    ("student", "one", "settings", "message"),
+    [
+        (Shape(6, 3, 4, ("class",)), {}, {}, r"4 layers, the student 6; say which meet.*layers=uniform"),
+        (STUDENT, {"layers": [4]}, {}, r"holds the teacher's layers 4 of 4; say which.*layers=last"),
+        (STUDENT, {"layers": [1, 2, 4]}, {"layers": "uniform"}, r"layer 3 meets the teacher's layer 3.*holds 1:2\+4"),
+        (STUDENT, {}, {"layers": ((5, 1),)}, r"names layer 5; the student has layers 1 to 4"),
+        (STUDENT, {"heads": 6}, {}, r"6 heads, the student 3; say how they meet: --set losses.it.heads=mean"),
+        (STUDENT, {"side": 8}, {}, r"grid of 8x8, the student's patches make 4x4.*grid=bicubic"),
+        (Shape(4, 3, 4, ()), {}, {}, r"the student has no class token"),
+        (STUDENT, {"prefix": ()}, {}, r"the teacher has no class token"),
+        (STUDENT, {}, {"layers": ()}, r"layers is empty"),
+    ],
+)
+def test_what_is_not_said_and_does_not_fit_is_an_error(student, one, settings, message):
+    with pytest.raises(UserError, match=message):
+        rows("class", student, given(**one), **settings)
+
+
+# ---------------------------------------------------------------------------------------------- grids and tokens
+
+
+@pytest.mark.parametrize("which", ["class", "all"])
+@pytest.mark.parametrize(("theirs", "mine"), [(14, 8), (4, 8), (2, 7)])
+def test_rows_on_another_grid_sum_to_one_and_keep_the_prefix(which, theirs, mine):
+    made = rows(which, Shape(4, 3, mine, ("class",)), given(side=theirs), grid="bicubic")
+    target = random_rows(2, 4, 3, theirs**2 + 1, theirs**2 + 1)
+    found = made.teacher_rows([target])
+    assert found.shape[3:] == ((mine**2 + 1,) if which == "class" else (mine**2 + 1,) * 2)
+    assert torch.allclose(found.sum(-1), torch.ones(()), atol=1e-5)
+    assert (found >= 0).all()
+    first = found if which == "class" else found[..., 0, :]
+    assert torch.equal(first[..., 0], target[..., 0, 0]), "what the class token gives itself is kept"
+
+
+def test_the_patch_part_is_resized_as_torch_does_it():
+    made = rows("class", Shape(4, 3, 8, ("class",)), given(side=4), grid="bicubic")
+    target = random_rows(2, 4, 3, 17, 17)
+    patches = target[..., 0, 1:].reshape(24, 1, 4, 4)
+    resized = F.interpolate(patches, (8, 8), mode="bicubic", align_corners=False).clamp_min(0).flatten(1)
+    resized = resized / resized.sum(1, keepdim=True) * patches.flatten(1).sum(1, keepdim=True)
+    assert torch.allclose(made.teacher_rows([target])[..., 1:].reshape(24, 64), resized, atol=1e-6)
+
+
+def test_uniform_rows_stay_uniform_on_another_grid():
+    made = rows("all", Shape(4, 3, 8, ("class",)), given(side=4), grid="bicubic")
+    target = torch.full((1, 4, 3, 17, 17), 1 / 17)
+    found = made.teacher_rows([target])
+    assert torch.allclose(found[..., 1:], torch.tensor(16 / 17 / 64), atol=1e-6)
+
+
+def test_tokens_that_one_side_lacks_are_left_out_and_the_rest_rescaled():
+    student = Shape(4, 3, 4, ("class", "distillation"))
+    made = rows("all", student, given(prefix=("class", "register", "register")))
+    assert made.dropped == ["student's distillation", "teacher's register (2)"]
+    assert "left out" in made.row.rule
+    target = random_rows(2, 4, 3, 19, 19)
+    kept = [0, *range(3, 19)]
+    expected = target[..., kept, :][..., kept]
+    assert torch.allclose(made.teacher_rows([target]), expected / expected.sum(-1, keepdim=True), atol=1e-6)
+    q, k = [torch.randn(2, 3, 18, 8) for _ in range(4)], [torch.randn(2, 3, 18, 8) for _ in range(4)]
+    mine = made.student_rows(q, k, [8**-0.5] * 4)
+    whole = attention_rows(q[0], k[0], 8**-0.5)
+    kept = [0, *range(2, 18)]
+    expected = whole[..., kept, :][..., kept]
+    assert torch.allclose(mine[:, 0], expected / expected.sum(-1, keepdim=True), atol=1e-6)
+
+
+def test_tokens_meet_by_their_roles_wherever_they_stand():
+    student = Shape(4, 3, 4, ("class", "distillation"))
+    made = rows("all", student, given(prefix=("distillation", "class")))
+    target = random_rows(2, 4, 3, 18, 18)
+    order = [1, 0, *range(2, 18)]
+    assert torch.equal(made.teacher_rows([target]), target[..., order, :][..., order])
+    assert not made.dropped
+
+
+# ---------------------------------------------------------------------------------------------- heads
+
+
+def test_heads_are_averaged_on_both_sides():
+    made = rows("class", Shape(4, 6, 4, ("class",)), given(), heads="mean")
+    target = random_rows(2, 4, 3, 17, 17)
+    assert torch.allclose(made.teacher_rows([target])[:, :, 0], target[..., 0, :].mean(2))
+    q, k = [torch.randn(2, 6, 17, 8) for _ in range(4)], [torch.randn(2, 6, 17, 8) for _ in range(4)]
+    mine = made.student_rows(q, k, [8**-0.5] * 4)
+    assert torch.allclose(mine[:, 2, 0], class_row(q[2], k[2], 8**-0.5).mean(1))
+
+
+def test_the_first_heads_of_both_meet():
+    made = rows("class", Shape(4, 2, 4, ("class",)), given(), heads="first")
+    target = random_rows(2, 4, 3, 17, 17)
+    assert torch.equal(made.teacher_rows([target]), target[:, :, :2, 0])
+
+
+def test_known_answers_of_the_logarithmic_mean():
+    head = random_rows(1, 1, 1, 9)
+    same = head.expand(1, 1, 6, 9)
+    assert torch.allclose(log_mean(same, 6), head, atol=1e-6), "T = H gives identical heads back"
+    assert torch.allclose(log_mean(same), head, atol=1e-6), "and is what is done without T"
+    flatter = log_mean(same, 10)
+    assert flatter.max() < head.max()
+    assert torch.allclose(flatter.sum(-1), torch.ones(()))
+    kl = F.kl_div(log_mean(head.expand(1, 1, 3, 9), 10).log(), flatter, reduction="sum")
+    assert kl > 1e-3, "6 against 3 identical heads at T = 10 differ"
+
+
+def test_the_table_says_what_meets():
+    made = rows(
+        "class", Shape(6, 4, 8, ("class", "distillation")), given(depth=12, side=14), layers="last", heads="log",
+        temperature=10, grid="bicubic",
+    )  # fmt: skip
+    assert made.row.teacher == "class rows, layers 1:12, 3 heads, 14x14 patches"
+    assert made.row.student == "6 layers x 4 heads, 8x8 patches"
+    assert made.row.rule == (
+        "layers 6-12 (student-teacher); mean of logarithms over heads on both sides, T = 10; patches 14x14 to 8x8 "
+        "(bicubic, mass kept); left out, the rest rescaled: student's distillation"
+    )
+
+
+# ---------------------------------------------------------------------------------------------- classes
+
+
+def logits(count: int = 3, classes: list[str] | None = None) -> Given:
+    return Given({"id": "t-logits", "identity": {"tap": "logits"}, "sample_shape": [count]},
+                 {"id": "t", "classes": classes})  # fmt: skip
+
+
+def test_contract_10_logits_meet_the_same_classes_alone():
+    student = Shape(0, 0, 0, (), 3, ("a", "b", "c"))
+    assert align_classes("deit", logits(3, ["a", "b", "c"]), student, False).rule == "the same names"
+    with pytest.raises(IdentityError, match=r"number of classes: expected 3, found 1000.*\n?.*fit-teacher"):
+        align_classes("deit", logits(1000), student, True)
+    with pytest.raises(IdentityError, match="class 1: expected b, found c"):
+        align_classes("deit", logits(3, ["a", "c", "b"]), student, True)
+    for given_, shape in ((logits(3), student), (logits(3, ["a", "b", "c"]), Shape(0, 0, 0, (), 3))):
+        with pytest.raises(UserError, match="--same-classes"):
+            align_classes("deit", given_, shape, False)
+        assert "--same-classes" in align_classes("deit", given_, shape, True).rule

@@ -1,0 +1,102 @@
+"""Controls: targets of other images, and the mean target."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from storage.store import Store
+from storage.testing import synthetic_shards
+from student.config import validate
+from student.control import mean_targets
+from student.lesson import Lesson, given_of
+from student.model import build
+from student.stream import Stream
+from tests.conftest import Quiet, run_precompute, teacher_of
+
+
+@pytest.fixture(scope="module")
+def target(world) -> str:
+    return world.targets["activations f32"]
+
+
+def stream(world, target, **more) -> Stream:
+    return Stream(world.shards, batch=32, store=world.store, targets=[target], seed=2, **more)
+
+
+def stored(world, target) -> dict[tuple[int, int, int], np.ndarray]:
+    """(shard, sample, view) -> its target."""
+    found = {}
+    plain = stream(world, target)
+    for epoch in range(2 * (plain.views or 1)):
+        for batch in plain.epoch(epoch):
+            for row, values in zip(batch.ids.tolist(), batch.target(target).numpy(), strict=True):
+                found[tuple(row)] = values
+    return found
+
+
+def test_permuted_targets_are_those_of_another_image_of_the_block_and_all_else_is_the_same(world, target):
+    known = stored(world, target)
+    partners: dict[tuple[int, int], int] = {}
+    plain, permuted = stream(world, target), stream(world, target, permute=7)
+    for epoch in range(4):
+        for a, b in zip(plain.epoch(epoch), permuted.epoch(epoch), strict=True):
+            assert all(
+                torch.equal(getattr(a, name), getattr(b, name)) for name in ("images", "labels", "shares", "ids")
+            )
+            for (shard, sample, view), values in zip(b.ids.tolist(), b.target(target).numpy(), strict=True):
+                block = range(sample // 64 * 64, min(sample // 64 * 64 + 64, 150))
+                found = [
+                    i for i in block if (shard, i, view) in known and np.array_equal(known[shard, i, view], values)
+                ]
+                assert len(found) == 1
+                assert found[0] != sample
+                assert partners.setdefault((shard, sample), found[0]) == found[0], "fixed over views and epochs"
+    assert len(set(partners.items())) > 250
+    for shard in (0, 1):
+        taken = [partner for (s, _), partner in partners.items() if s == shard]
+        assert len(set(taken)) == len(taken), "each image's target is given once"
+
+
+def test_another_seed_permutes_otherwise_and_workers_alike(world, target):
+    first, again, other = (next(iter(stream(world, target, permute=seed).epoch(0))) for seed in (7, 7, 8))
+    assert torch.equal(first.target(target), again.target(target))
+    assert not torch.equal(first.target(target), other.target(target))
+    spread = next(iter(stream(world, target, permute=7, workers=2).epoch(0)))
+    assert torch.equal(first.target(target), spread.target(target))
+
+
+def test_a_sample_alone_in_its_block_keeps_its_target_and_it_is_said(world, tmp_path):
+    shards = synthetic_shards(tmp_path / "data", shards=1, samples=65)
+    result = run_precompute(tmp_path / "store", shards, teacher_of(world.weights, "cnn"), ["logits"], views=1)
+    made = Stream(shards, batch=8, store=tmp_path / "store", targets=result["targets"], permute=1)
+    assert made.notices == ["1 sample(s) are alone in their blocks and keep their own targets"]
+
+
+def test_the_mean_target_is_the_mean_over_all_samples_and_views(world, target):
+    for id in (target, world.targets["activations u8"], world.targets["class_row"]):
+        mean = mean_targets(stream(world, id), Quiet())[id]
+        expected = Store.open(world.store).array(id).compute().astype(np.float64).mean(0)
+        assert np.allclose(mean.numpy(), expected, atol=1e-6)
+
+
+def test_every_image_gets_the_mean(world, target):
+    recipe = validate(
+        {
+            "student": {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3},
+            "losses": {"aal": {}},
+        },
+        "test",
+    )
+    model, _ = build(recipe.student, 3)
+    store = Store.open(world.store)
+    lesson = Lesson(recipe, model, {"aal": (given_of(store, target),)}, (0.5,) * 3, (0.5,) * 3)
+    seen = []
+    lesson.losses["aal"].register_forward_pre_hook(lambda module, args: seen.append(args[0].targets[0]))
+    made = stream(world, target)
+    lesson.means = mean_targets(made, Quiet())
+    batch = next(iter(made.epoch(0)))
+    lesson(batch)
+    assert seen[0].shape == batch.target(target).shape
+    assert torch.equal(seen[0][3], lesson.means[target])
