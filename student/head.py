@@ -21,7 +21,7 @@ CHUNK = 4096  # samples that are looked at together
 MOST = 300  # iterations of L-BFGS
 HISTORY = 10  # steps that it remembers
 STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 1e-4, 1e-5)  # λ that are tried, strongest first
-FLAT = 1e-3  # of the mean deviation: a feature that moves less than this is not blown up to one
+FLAT = 1e-3  # of a feature's mean: one that moves less than this is rounding, and not blown up to a deviation of one
 
 
 @dataclass(frozen=True)
@@ -107,21 +107,20 @@ def fit(examples: Examples, rows: Tensor, classes: int, l2: float, start: Head |
         return value
 
     optimizer.step(objective)  # type: ignore[no-untyped-call]
-    folded = weight.detach() / deviation
-    return Head(folded, bias.detach() - folded @ mean)
+    folded, free = weight.detach() / deviation, bias.detach()
+    return Head(folded, free - free.mean() - folded @ mean)  # p is the same whatever is added to all biases
 
 
 def _moments(features: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each feature over some samples, f64 `[D]`."""
+    """Mean and standard deviation of each feature over some samples, f64 `[D]`; no deviation is zero."""
     mean = torch.zeros(features.shape[1], dtype=torch.float64)
     for part in torch.split(rows, CHUNK):
         mean += features[part].double().sum(0) / len(rows)
     variance = torch.zeros_like(mean)
     for part in torch.split(rows, CHUNK):
         variance += (features[part].double() - mean).square().sum(0) / len(rows)
-    deviation = variance.sqrt()
-    floor = FLAT * float(deviation.mean())
-    return mean, deviation.clamp(min=floor) if floor > 0 else torch.ones_like(mean)
+    deviation = torch.maximum(variance.sqrt(), FLAT * mean.abs())
+    return mean, torch.where(deviation > 0, deviation, 1)
 
 
 def held_out(blocks: Tensor, seed: int, part: float = 0.2) -> tuple[Tensor, Tensor]:

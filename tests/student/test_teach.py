@@ -1,0 +1,465 @@
+"""fit-teacher: a head on stored features is the network's own classifier afterwards, the file an ordinary teacher."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import tarfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from pipeline.cli import main
+from precompute import teachers
+from precompute.export import live_teacher
+from precompute.taps import Tap, TappedTeacher, timm
+from storage import records
+from storage.errors import DamageError, IdentityError, UserError
+from storage.policies import policy
+from storage.shards import classes_of
+from storage.store import Store
+from storage.testing import TINY_CNN, TINY_VIT, synthetic_shards
+from student import teach
+from student.head import Examples, Head, fit, held_out, try_strengths
+from student.model import load as load_student
+from student.network import heads_of, network_of, put_in
+from student.stream import Stream
+from student.teach import Job, choose_target, fit_teacher, read_examples
+from tests.conftest import Quiet, run_precompute, teacher_of, write_teacher
+from tests.storage.helpers import write_tar
+
+BROKEN = 17  # of the first shard: bytes that are no image
+POOLED = (TINY_VIT[0], {**TINY_VIT[1], "global_pool": "avg"})
+
+
+@dataclass
+class Made:
+    """Two shards, one with a broken image, and a store of their `deit` views with features of two ViTs."""
+
+    folder: Path
+    shards: list[str]
+    val: list[str]
+    weights: dict[str, str]
+    targets: dict[str, str]
+
+    @property
+    def store(self) -> Store:
+        return Store.open(self.folder / "store")
+
+    def job(self, out: Path, target: str = "class_token", **changes) -> Job:
+        whole = {"store": self.store, "shards": self.shards, "val": self.val, "out": out, "l2": 0.01, **changes}
+        return Job(target=self.targets[target], **whole)
+
+    def stream(self, target: str, batch: int = 1) -> Stream:
+        return Stream(self.shards, batch=batch, lanes=1, store=self.store, targets=[self.targets[target]])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Made:
+    folder = tmp_path_factory.mktemp("teach")
+    shards = synthetic_shards(folder / "data", shards=2, samples=150, classes=3)
+    val = synthetic_shards(folder / "data", shards=1, samples=60, classes=3, seed=3, stem="val")
+    with tarfile.open(shards[0]) as tar:
+        members = [(member.name, tar.extractfile(member).read()) for member in tar.getmembers()]
+    broken = f"shard-000000-{BROKEN:05d}.png"
+    write_tar(Path(shards[0]), [(name, b"no image" if name == broken else data) for name, data in members])
+    weights = {
+        "vit": write_teacher(folder / "vit.safetensors", TINY_VIT, seed=1),
+        "pooled": write_teacher(folder / "pooled.safetensors", POOLED, seed=2),
+    }
+    pooled = teacher_of({"vit": weights["pooled"]}, "vit", arguments={**POOLED[1], "num_classes": 3}, called="pooled")
+    options = {"policy": policy("deit", 32), "bad_images": "skip"}
+    made = run_precompute(
+        folder / "store", shards, teacher_of(weights, "vit"), ["class_token,codec=f32", "embedding,codec=u8", "logits"],
+        **options,
+    )  # fmt: skip
+    more = run_precompute(folder / "store", shards, pooled, ["class_token", "embedding"], **options)
+    names = ["class_token", "embedding", "logits", "pooled class_token", "pooled embedding"]
+    return Made(folder, shards, val, weights, dict(zip(names, [*made["targets"], *more["targets"]], strict=True)))
+
+
+@pytest.fixture(scope="module")
+def fitted(made, tmp_path_factory):
+    out = tmp_path_factory.mktemp("fitted") / "mine.safetensors"
+    progress = Quiet()
+    return out, fit_teacher(made.job(out, l2=None), progress), progress.lines
+
+
+def call(capsys, *words: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in words])
+    captured = capsys.readouterr()
+    return int(ended.value.code or 0), captured.out, captured.err
+
+
+# ---------------------------------------------------------------------------------------------- the head
+
+
+def examples_of(count: int = 600, width: int = 6, classes: int = 3, gap: float = 2.0, mix: bool = True) -> Examples:
+    """Blobs in blocks of 30, half of them mixed; features of very different scales, one that does not move."""
+    chance = np.random.default_rng(0)
+    labels, others = chance.integers(0, classes, (2, count))
+    shares = np.where(chance.random(count) < 0.5, 0, chance.random(count)) * mix
+    centres = gap * chance.normal(size=(classes, width))
+    x = (1 - shares)[:, None] * centres[labels] + shares[:, None] * centres[others] + chance.normal(size=(count, width))
+    x = np.concatenate([x * 10.0 ** np.arange(-2, width - 2) + 5, np.full((count, 1), 7.0)], 1)
+    return Examples(
+        torch.tensor(x, dtype=torch.float32), torch.tensor(labels), torch.tensor(others),
+        torch.tensor(shares, dtype=torch.float32), torch.arange(count) // 30,
+    )  # fmt: skip
+
+
+def test_the_head_is_where_the_gradient_of_the_written_loss_vanishes():
+    """By autograd over one-hot labels mixed by hand: L2 is on the weights of standardised features, not on biases."""
+    examples, l2 = examples_of(), 0.03
+    rows = torch.arange(0, 600, 2)
+    head = fit(examples, rows, 3, l2)
+    x = examples.features[rows].double()
+    deviation = x.std(0, correction=0)
+    deviation[-1] = 7e-3  # it does not move
+    soft = torch.zeros(300, 3, dtype=torch.float64)
+    for i, row in enumerate(rows.tolist()):
+        share = float(examples.shares[row])
+        soft[i, examples.labels[row]] += 1 - share
+        soft[i, examples.others[row]] += share
+    weight = (head.weight * deviation).requires_grad_(True)
+    bias = (head.bias + head.weight @ x.mean(0)).requires_grad_(True)
+    z = (x - x.mean(0)) / deviation
+    loss = -(soft * (z @ weight.T + bias).log_softmax(1)).sum(1).mean() + l2 / 2 * weight.square().sum()
+    loss.backward()
+    assert weight.grad.abs().max() < 1e-5
+    assert bias.grad.abs().max() < 1e-5
+    assert weight.abs().max() > 0.1
+    assert torch.allclose(head.logits(examples.features[rows]), (z @ weight.T + bias).detach(), atol=1e-9)
+
+
+def test_a_head_that_begins_elsewhere_ends_at_the_same_place():
+    examples, rows = examples_of(), torch.arange(600)
+    far = Head(torch.randn(3, 7, dtype=torch.float64), torch.ones(3, dtype=torch.float64))
+    near, other = fit(examples, rows, 3, 0.1), fit(examples, rows, 3, 0.1, far)
+    assert torch.allclose(near.logits(examples.features), other.logits(examples.features), atol=1e-3)
+
+
+def test_separable_features_are_told_apart_and_weak_regularisation_is_chosen():
+    examples = examples_of(gap=30.0, mix=False)
+    tried = try_strengths(examples, 3, seed=0)
+    assert tried[0].top1 == 100
+    assert tried[0].l2 < 0.01
+    head = fit(examples, torch.arange(600), 3, tried[0].l2)
+    assert (head.logits(examples.features).argmax(1) == examples.labels).all()
+
+
+def test_the_strength_is_chosen_by_samples_that_were_not_fitted():
+    """Features that say nothing: the strongest is best, though the weakest fits its own samples best."""
+    chance = torch.Generator().manual_seed(0)
+    noise = Examples(
+        torch.randn(200, 100, generator=chance), torch.arange(200) % 2, torch.arange(200) % 2, torch.zeros(200),
+        torch.arange(200) // 20,
+    )  # fmt: skip
+    tried = try_strengths(noise, 2, seed=0)
+    assert tried[0].l2 == 1.0
+    assert [one.loss for one in tried] == sorted(one.loss for one in tried)
+    assert len(tried) == 3, "two that only made it worse are enough"
+
+
+def test_whole_blocks_are_held_out():
+    blocks = torch.arange(40).repeat_interleave(5).repeat(2)  # two views
+    rows, away = held_out(blocks, seed=0)
+    assert not {*blocks[rows].tolist()} & {*blocks[away].tolist()}
+    assert len({*blocks[away].tolist()}) == 8
+    assert sorted([*rows.tolist(), *away.tolist()]) == list(range(400))
+    assert not torch.equal(held_out(blocks, seed=1)[1], away)
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def test_features_and_mixed_labels_are_those_of_the_stream(made):
+    """The same samples through the stream, which renders images: joined by shard, sample and view."""
+    target = made.targets["class_token"]
+    alone = made.stream("class_token")
+    examples = read_examples(alone, target, 3)
+    assert len(examples.labels) == 2 * 299, "the broken image is left out"
+    rows = [
+        (segment.shard, int(sample), view)
+        for shard in range(2)
+        for view in range(2)
+        for segment in alone.order.blocks
+        if segment.shard == shard
+        for sample in segment.samples
+    ]
+    at = {row: i for i, row in enumerate(rows)}
+    assert (0, BROKEN, 0) not in at
+    seen = mixed = 0
+    stream = made.stream("class_token", batch=23)  # 13 × 23 = 299: all of an epoch
+    for batch in [*stream.epoch(0), *stream.epoch(1)]:
+        own = torch.tensor([at[tuple(row)] for row in batch.ids.tolist()])
+        assert torch.equal(examples.features[own], batch.target(target))
+        assert torch.equal(examples.labels[own], batch.labels)
+        assert torch.equal(examples.shares[own], batch.shares)
+        assert torch.equal(examples.others[own], batch.others)
+        soft = batch.soft_labels(3)
+        logits = torch.randn(len(own), 3)
+        expected = -(soft * logits.log_softmax(1)).sum(1)
+        assert torch.allclose(examples.losses(logits, own), expected, atol=1e-6)
+        seen, mixed = seen + len(own), mixed + int((batch.shares > 0).sum())
+    assert seen == 2 * 299
+    assert mixed > 200
+
+
+def test_no_image_is_read_for_the_fit(made, monkeypatch):
+    monkeypatch.setattr("student.reader.read_samples", lambda *a: pytest.fail("an image was read"))
+    assert len(read_examples(made.stream("class_token"), made.targets["class_token"], 3).labels) == 598
+
+
+def test_features_that_do_not_fit_into_memory_are_refused_with_figures(made):
+    with pytest.raises(
+        UserError, match=r"598 features \(299 samples × 2 views\) of 48 numbers take .* GiB are allowed"
+    ):
+        read_examples(made.stream("class_token"), made.targets["class_token"], 3, memory=100_000)
+
+
+# ---------------------------------------------------------------------------------------------- the network
+
+
+def live_logits(made: Made, out: Path, stream: Stream) -> tuple[torch.Tensor, torch.Tensor]:
+    """Live logits of the written teacher and stored features, of two epochs of the stream's images."""
+    arguments = {**TINY_VIT[1], "num_classes": 3}
+    teacher = teachers.find(TINY_VIT[0], weights=str(out), arguments=arguments, mean=(0.5,), std=(0.5,))
+    assert teacher.classes == ("class0", "class1", "class2")
+    module = live_teacher(teacher, [Tap("logits")], 32)
+    (target,) = stream.source.targets
+    pairs = []
+    for batch in stream.epoch(0):
+        with torch.no_grad():
+            pairs.append((module(batch.images)[0], batch.target(target)))
+    live, features = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    return live, features
+
+
+def test_the_head_on_stored_features_gives_the_live_logits(made, fitted):
+    out, result, lines = fitted
+    live, features = live_logits(made, out, made.stream("class_token", batch=64))
+    state = load_file(out)
+    expected = features @ state["head.weight"].T + state["head.bias"]
+    assert float((live - expected).abs().max() / live.abs().max()) <= 1e-5
+    assert max(result["errors"].values()) <= 1e-5
+    assert result["l2"] == result["tried"][0]["l2"]
+    assert any(line.startswith("features take") for line in lines)
+
+
+def test_all_but_the_head_is_the_recorded_teacher(made, fitted):
+    out, result, _ = fitted
+    before, after = load_file(made.weights["vit"]), load_file(out)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"head.weight", "head.bias"}
+    assert before.keys() == after.keys()
+    with safe_open(out, "pt") as file:
+        said = file.metadata()
+    assert json.loads(said["classes"]) == classes_of(made.shards)
+    origin = json.loads(said["fitted"])
+    assert origin["teacher"] == made.store.teachers()["vit"]["identity"]
+    assert (origin["target"], origin["l2"]) == (made.targets["class_token"], result["l2"])
+
+
+def test_it_learns_and_is_scored_on_every_validation_sample(made, fitted):
+    from student.evaluate import evaluate
+
+    out, result, _ = fitted
+    assert result["samples"] == 60
+    assert result["top1"] > 80
+    student, about = load_student(out)
+    view = policy(about.evaluation, about.img_size)
+    assert evaluate(student, made.val, view, about.mean, about.std).top1 == result["top1"]
+
+
+@pytest.mark.parametrize("target", ["embedding", "pooled embedding"])
+def test_pooled_features_serve_too_within_their_codecs_error(made, tmp_path, target):
+    result = fit_teacher(made.job(tmp_path / "t.safetensors", target), Quiet())
+    assert result["errors"]["head"] <= 1e-5
+    assert 1e-5 < result["errors"]["stored"] <= 0.1
+    assert result["top1"] > 80
+
+
+def test_a_class_token_that_the_classifier_does_not_act_on_is_refused(made, tmp_path):
+    with pytest.raises(UserError, match=r"differ from a linear head on class_token by .*--target embedding"):
+        fit_teacher(made.job(tmp_path / "t.safetensors", "pooled class_token"), Quiet())
+    assert not list(tmp_path.iterdir())
+
+
+NETWORKS = [
+    TINY_CNN, TINY_VIT, POOLED, ("mobilenetv2_050", {"pad_type": "same"}), ("convnext_atto", {"depths": [1, 1, 1, 1]}),
+    ("deit_tiny_distilled_patch16_224", {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "arguments"), NETWORKS, ids=[name for name, _ in NETWORKS])
+def test_a_head_on_the_embedding_is_the_classifier_of_any_network(tmp_path, name, arguments):
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    original = timm.create_model(name, num_classes=7, **arguments)
+    save_file(original.state_dict(), tmp_path / "w.safetensors")
+    digest = teachers.digest_of_file(str(tmp_path / "w.safetensors"))
+    identity = {"model": name, "arguments": {**arguments, "num_classes": 7}, "weights sha256": digest, "input size": 32}
+    recorded = {"id": "t", "identity": identity, "weights": str(tmp_path / "w.safetensors")}
+    model = network_of(recorded, None, 4)
+    views = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    module = TappedTeacher(model, [Tap("embedding"), Tap("logits")], 32, 32, [0.5] * 3, [0.5] * 3).eval()
+    old = TappedTeacher(original.eval(), [Tap("embedding")], 32, 32, [0.5] * 3, [0.5] * 3).eval()
+    with torch.no_grad():
+        features, _ = module(views)
+        assert torch.equal(features, old(views)[0]), "all but the head is the recorded network"
+        head = Head(torch.randn(4, features.shape[1], dtype=torch.float64), torch.randn(4, dtype=torch.float64))
+        put_in(model, head, "t")
+        logits = module(views)[1]
+    assert logits.shape == (2, 4)
+    assert torch.allclose(head.logits(features).float(), logits, rtol=1e-4, atol=1e-4)
+    assert len(heads_of(model)) == (2 if "distilled" in name else 1)
+
+
+def test_a_classifier_that_is_not_linear_is_refused():
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **TINY_VIT[1])
+    with pytest.raises(UserError, match=r"its classifier head is a Identity"):
+        put_in(model, Head(torch.zeros(3, 48), torch.zeros(3)), "t")
+
+
+# ---------------------------------------------------------------------------------------------- as a command
+
+
+def test_the_same_command_gives_the_same_bytes_and_the_next_one_runs(made, tmp_path, capsys):
+    """And what it writes is a teacher as any other: its logits are precomputed, verified, and the head's."""
+    shards = [word for url in made.shards for word in ("--shards", url)]
+    words = ["fit-teacher", "--store", made.folder / "store", "--target", made.targets["class_token"], *shards, "--val",
+             made.val[0], "--l2", 0.01, "--json"]  # fmt: skip
+    files = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
+    for file in files:
+        status, out, err = call(capsys, *words, "--out", file)
+        assert status == 0, err
+    assert files[0].read_bytes() == files[1].read_bytes()
+    store = shutil.copytree(made.folder / "store", tmp_path / "S")
+    command = json.loads(out)["command"].replace(str(made.folder / "store"), str(store))
+    status, out, err = call(capsys, *shlex.split(command)[1:], "--bad-images", "skip", "--json")
+    assert status == 0, err
+    (target,) = json.loads(out)["targets"]
+    assert target.startswith("two-logits-")
+    status, out, err = call(capsys, "verify", "--store", store, "--shards", made.shards[1], "--json")
+    verified = json.loads(out)
+    assert (status, verified["ok"]) == (0, True), verified
+    assert verified["compared_with"]["two"] == f"PyTorch teacher ({files[1]})"
+    assert Store.open(store).teachers()["two"]["classes"] == ["class0", "class1", "class2"]
+    state = load_file(files[1])
+    features, logits = (Store.open(store).array(t).compute() for t in (made.targets["class_token"], target))
+    expected = features @ state["head.weight"].numpy().T + state["head.bias"].numpy()
+    there = np.abs(features).sum(1) > 0  # not the broken image
+    assert np.abs(expected - logits)[there].max() <= 1e-4 * np.abs(logits).max()
+
+
+def test_any_argument_is_said_in_the_next_command_as_it_is_read_back():
+    from pipeline.options import _arguments
+    from pipeline.teaching import flag, name_of
+
+    values = {"a": "same", "b": 1e-05, "c": [8, 12], "d": True, "e": None, "f": "1", "g": {"x": 0.5}, "h": "a b" * 90}
+    assert _arguments(tuple(f"{name}={flag(value)}" for name, value in values.items())) == values
+    assert (name_of("a/b c.safetensors"), name_of("views.safetensors")) == ("b_c", "fitted_views")
+
+
+def test_the_teacher_is_enough_where_one_target_fits(made):
+    with pytest.raises(UserError, match=r"2 targets fit: .*say which: --target ID"):
+        choose_target(made.store, None, "pooled")
+    with pytest.raises(UserError, match=r"4 targets fit"):
+        choose_target(made.store, None, None)
+    with pytest.raises(UserError, match=r"no teacher is called 'vitt'. Did you mean 'vit'\?"):
+        choose_target(made.store, None, "vitt")
+
+
+def test_one_target_of_a_teacher_is_found(world):
+    assert choose_target(Store.open(world.store), None, "vit") == world.targets["class_token"]
+    assert choose_target(Store.open(world.store), None, None) == world.targets["class_token"]
+    with pytest.raises(UserError, match="no target of cnn keeps class_token or embedding; add one"):
+        choose_target(Store.open(world.store), None, "cnn")
+
+
+def refused(made: Made, tmp_path: Path, target: str = "class_token", **changes) -> str:
+    with pytest.raises(UserError) as raised:
+        fit_teacher(made.job(**{"out": tmp_path / "t.safetensors", "target": target, **changes}), Quiet())
+    assert not (tmp_path / "t.safetensors").exists()
+    return str(raised.value)
+
+
+def test_what_cannot_be_is_refused_by_name(made, tmp_path):
+    assert re.search(r"keeps logits; a linear head acts on class_token or embedding", refused(made, tmp_path, "logits"))
+    assert "weights sha256: expected" in refused(made, tmp_path, weights=made.weights["pooled"])
+    assert "cannot be read" in refused(made, tmp_path, weights="nowhere.safetensors")
+    assert "there is no folder" in refused(made, tmp_path, out=tmp_path / "no" / "t.safetensors")
+    assert "expected a name ending in .safetensors" in refused(made, tmp_path, out=tmp_path / "t.pth")
+    (tmp_path / "there.safetensors").write_bytes(b"mine")
+    assert "is there already" in refused(made, tmp_path, out=tmp_path / "there.safetensors")
+    assert "at most 2, found 3" in refused(made, tmp_path, views=3)
+    others = synthetic_shards(tmp_path / "others", shards=1, samples=70, seed=9)
+    assert re.search(r"known in this store under other shards", refused(made, tmp_path, shards=others))
+    single = synthetic_shards(tmp_path / "bare", shards=1, samples=9)
+    (tmp_path / "bare" / "classes.json").unlink()
+    bare = [str(shutil.copy(made.shards[1], tmp_path / "bare"))]
+    assert "no classes.json beside it" in refused(made, tmp_path, shards=bare)
+    (tmp_path / "bare" / "classes.json").write_text('["class0", "class1"]')
+    assert "classes: expected ['class0', 'class1', 'class2']" in refused(made, tmp_path, val=single)
+    assert "has label 2, classes.json has 2 classes" in refused(made, tmp_path, shards=bare, val=single)
+
+
+def test_one_block_leaves_nothing_to_choose_by(made, tmp_path):
+    small = synthetic_shards(tmp_path / "data", shards=1, samples=30)
+    run_precompute(tmp_path / "s", small, teacher_of(made.weights, "vit"), ["class_token"])
+    whole = Job(Store.open(tmp_path / "s"), small, small, tmp_path / "t.safetensors")
+    with pytest.raises(UserError, match=r"one block of 64 samples leaves none .* say it: --l2"):
+        fit_teacher(whole, Quiet())
+    assert fit_teacher(replace(whole, l2=0.1), Quiet())["samples"] == 30
+
+
+def test_weights_that_have_moved_are_asked_for(made, tmp_path):
+    recorded = {**made.store.teachers()["vit"], "weights": str(tmp_path / "gone.safetensors")}
+    with pytest.raises(UserError, match=r"its weights are no longer at .*gone\.safetensors; say where: --weights F"):
+        network_of(recorded, None, 3)
+    assert network_of(recorded, made.weights["vit"], 3) is not None
+
+
+@pytest.mark.parametrize("harm", ["chunk", "marker", "other views"])
+def test_damage_and_exchanged_views_are_errors_by_name(made, tmp_path, harm):
+    folder = Path(shutil.copytree(made.folder / "store", tmp_path / "S"))
+    target = made.targets["class_token"]
+    if harm == "chunk":
+        path = next((folder / "targets" / target).rglob("data/c/0/0"))
+        path.write_bytes(path.read_bytes()[:-9] + b"x" * 9)
+    else:
+        path = next((folder / "done").glob(f"target.{target}.*"))
+        content = records.load(path.read_bytes(), "")
+        path.unlink()
+        if harm == "other views":
+            path.write_bytes(records.dump({**content, "bank_views": "0" * 64}))
+    with pytest.raises(IdentityError if harm == "other views" else DamageError) as raised:
+        fit_teacher(made.job(tmp_path / "t.safetensors", store=Store.open(folder)), Quiet())
+    assert path.name in str(raised.value) or str(path) in str(raised.value)
+
+
+def test_features_that_are_not_the_networks_are_refused(made, tmp_path, monkeypatch):
+    """As if the store kept what another network said: the head would fit what the network never says."""
+    read = teach.read_examples
+    reader = "student.network.BlockReader.read"
+    from student.reader import BlockReader
+
+    original = BlockReader.read
+
+    def shifted(self, segment, view):
+        part, arrays = original(self, segment, view)
+        return part, {t: {n: np.roll(a, 1, 0) for n, a in several.items()} for t, several in arrays.items()}
+
+    monkeypatch.setattr(reader, shifted)
+    assert read is teach.read_examples
+    assert "differs from what the network says now" in refused(made, tmp_path)
