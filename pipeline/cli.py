@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import threading
@@ -208,6 +209,8 @@ def verify(
 @click.option("--store", metavar="DIR", help="The store with the targets; without one, views are drawn afresh.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="RUN", help="A new folder for the run.")
 @click.option("--set", "settings", multiple=True, metavar="PATH=VALUE", help="Change a setting; may be repeated.")
+@click.option("--resume", is_flag=True, help="Go on from the checkpoint in RUN; everything else stays the same.")
+@click.option("--smoke", is_flag=True, help="A few steps of each phase, to see that everything works.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @common
 def train(
@@ -217,43 +220,56 @@ def train(
     store: str | None,
     out: Path,
     settings: tuple[str, ...],
+    resume: bool,
+    smoke: bool,
     device: str,
     as_json: bool,
 ) -> None:
     """Train a student by a recipe, with targets from a store where the recipe needs them.
+
+    The same command with --resume goes on where a run was cut off. On several GPUs or processes:
+    torchrun --nproc-per-node N -m pipeline train …
 
     \b
     pipeline train --recipe aal --store S --shards 'train-{000000..000009}.tar' --val train-val-000000.tar --out run \\
       --set student.model=vit_tiny_patch16_224 --set student.img_size=32 --set student.patch_size=4 \\
       --set student.embed_dim=128 --set student.depth=6 --set student.num_heads=4 --set stream.batch_size=128
     """
+    if resume and smoke:
+        raise click.UsageError("--resume and --smoke: a smoke run never goes on; choose one")
+
     from pipeline.recipes import load
 
     chosen = load(recipe, settings)
 
     from storage.store import Store
-    from student.model import pick_device
+    from student.ranks import joined, rank
     from student.train import Job
     from student.train import train as run
 
-    console = Console()
-    job = Job(chosen, shards, val, out, Store.open(store) if store else None, str(pick_device(device)))
-    try:
-        result = run(job, console)
-    finally:
-        console.stop()
-    top5 = f", top-5 {result['top5']:.2f} %" if result["top5"] is not None else ""
-    text = (
-        f"top-1 {result['top1']:.2f} % (best {result['best_top1']:.2f} %){top5} on {result['samples']} samples: {out}"
-    )
-    show(result, [text], as_json)
+    with joined(device) as where:
+        console = Console()
+        opened = Store.open(store) if store else None
+        try:
+            result = run(Job(chosen, shards, val, out, opened, str(where), resume, smoke), console)
+        finally:
+            console.stop()
+        if rank():
+            return
+        top5 = f", top-5 {result['top5']:.2f} %" if result["top5"] is not None else ""
+        averaged = f", averaged {result['ema_top1']:.2f} %" if "ema_top1" in result else ""
+        text = (
+            f"{'a smoke run, nothing was learned: ' if smoke else ''}top-1 {result['top1']:.2f} % "
+            f"(best {result['best_top1']:.2f} %{averaged}){top5} on {result['samples']} samples: {out}"
+        )
+        show(result, [text], as_json)
 
 
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @shards("--shards", help="Labelled shards.")
-@click.option("--checkpoint", type=click.Choice(["last", "best"]), default="last", show_default=True,
-              help="Which student; `best` was chosen on the run's validation shards.")  # fmt: skip
+@click.option("--checkpoint", type=click.Choice(["last", "best", "ema"]), default="last", show_default=True,
+              help="Which student; `best` was chosen on the validation shards, `ema` is the average.")  # fmt: skip
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @common
 def evaluate(run: Path, shards: tuple[str, ...], checkpoint: str, device: str, as_json: bool) -> None:
@@ -269,6 +285,7 @@ def evaluate(run: Path, shards: tuple[str, ...], checkpoint: str, device: str, a
 
     from storage.errors import IdentityError
     from student.evaluate import evaluate as score_of
+    from student.folder import is_smoke
     from student.model import load, pick_device
 
     path = run / f"{checkpoint}.safetensors" if run.is_dir() or not run.suffix else run
@@ -293,7 +310,10 @@ def evaluate(run: Path, shards: tuple[str, ...], checkpoint: str, device: str, a
         "samples": score.samples,
         "student": str(path),
         "view": about.evaluation,
+        "smoke": is_smoke(path.parent),
     }
+    if result["smoke"]:
+        console.say(f"{path}: of a smoke run, which has learned nothing")
     show(result, [f"top-1 {score.top1:.2f} %{top5} on {score.samples} samples ({about.evaluation})"], as_json)
 
 
@@ -393,11 +413,16 @@ def main(arguments: list[str] | None = None) -> None:
         print(error.ctx.get_help() if error.ctx else error.message)
         raise SystemExit(2) from None
     except click.UsageError as error:
-        error.show()
+        if os.environ.get("RANK", "0") == "0":  # torchrun's other processes say the same
+            error.show()
         raise SystemExit(2) from None
     except (click.Abort, KeyboardInterrupt) as error:
         status = 143 if isinstance(error.__cause__ or error, _Terminated) else 130
-        _fail("interrupted; what was complete stays (precompute: the same command goes on)", as_json, status)
+        _fail(
+            "interrupted; what was complete stays (precompute: the same command goes on; train: add --resume)",
+            as_json,
+            status,
+        )
     except (UserError, click.ClickException) as error:
         if debug:
             raise

@@ -1,8 +1,8 @@
 """A run's folder: who may write into it, its log, and what marks a smoke run.
 
 A run leaves `args.yaml` (the whole recipe), `run.json` (what it was trained with), `log.jsonl` (a line a stretch of
-steps and a line an epoch), `checkpoint.pt`, `last`, `best` and `ema.safetensors` (timm state dicts), `losses.safetensors`
-(links and the like), `tensorboard/` and `result.json`. A smoke run leaves `SMOKE` beside them.
+steps and a line an epoch), `checkpoint.pt`, `last`, `best` and `ema.safetensors` (timm state dicts),
+`losses.safetensors` (links and the like), `tensorboard/` and `result.json`. A smoke run leaves `SMOKE` beside them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def require_free(out: Path) -> None:
         raise UserError(f"{out}: there is a run in this folder already{hint}; give a new one")
     foreign = [name for name in there if name not in _LEFT]
     if foreign:
-        raise UserError(f"{out}: beside a smoke run, which may be overwritten, there is {foreign[0]}; give a new folder")
+        raise UserError(
+            f"{out}: beside a smoke run, which may be overwritten, there is {foreign[0]}; give a new folder"
+        )
 
 
 def begin(out: Path, smoke: bool) -> None:
@@ -50,7 +52,9 @@ def begin(out: Path, smoke: bool) -> None:
         else:
             path.unlink(missing_ok=True)
     if smoke:
-        (out / SMOKE).write_text("A smoke run: a few steps, to see that everything works. Its student has learned nothing.\n")
+        (out / SMOKE).write_text(
+            "A smoke run: a few steps, to see that everything works. Its student has learned nothing.\n"
+        )
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -58,6 +62,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.part")
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     temporary.replace(path)
+
+
+def result(out: Path) -> dict[str, Any] | None:
+    """What a complete run gave; None where it was cut off before it was written."""
+    try:
+        content = json.loads((out / RESULT).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 class Log:

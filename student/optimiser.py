@@ -1,4 +1,4 @@
-"""The optimiser and the schedule: timm's, without decay for biases, norms and embeddings, with rates by layer if asked."""
+"""timm's optimiser and schedule: no decay for biases, norms and embeddings, rates by layer where they are asked for."""
 
 from __future__ import annotations
 

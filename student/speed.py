@@ -1,7 +1,7 @@
 """How the student is computed: precision, attention kernel and compilation, measured on a real batch where asked for.
 
-Which is faster depends on the machine: on a CPU bfloat16 with unfused attention can take a third of the time of f32 with
-the fused kernel, on a GPU the fused kernel wins.
+Which is faster depends on the machine: on a CPU bfloat16 with unfused attention can take a third of the time of f32
+with the fused kernel, on a GPU the fused kernel wins.
 """
 
 from __future__ import annotations
@@ -47,10 +47,13 @@ def check(settings: config.Speed, device: torch.device) -> None:
     """Refuse what cannot be, before anything is spent. Raises UserError."""
     if settings.amp == "float16" and device.type != "cuda":
         raise UserError(
-            f"speed.amp=float16 needs CUDA (its gradients are scaled), this run is on {device}; use bfloat16, none or auto"
+            f"speed.amp=float16 needs CUDA (its gradients are scaled), this run is on {device}; "
+            "use bfloat16, none or auto"
         )
     if settings.compile and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
-        raise UserError("speed.compile: torch.compile needs a C++ compiler and finds none (g++ or clang++); install one")
+        raise UserError(
+            "speed.compile: torch.compile needs a C++ compiler and finds none (g++ or clang++); install one"
+        )
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
@@ -79,11 +82,11 @@ def choose(lesson: Lesson, batch: Batch, settings: config.Speed) -> Choice:
         settings: what is not `auto` stays as it is.
     """
     device = batch.images.device
-    precisions = [settings.amp] if settings.amp != "auto" else ["none", _low(device)]
-    kernels = [settings.attention]
+    precisions: list[str] = [settings.amp] if settings.amp != "auto" else ["none", _low(device)]
+    kernels: list[str] = [settings.attention]
     if settings.attention == "auto":
         kernels = ["fused", "unfused"] if attention_modules(lesson.student) else ["fused"]
-    ways = [(amp, attention) for amp in precisions for attention in kernels]
+    ways: list[tuple[str, str]] = [(amp, attention) for amp in precisions for attention in kernels]
     if len(ways) == 1:
         return Choice(*ways[0], {})
     with _traceless(lesson, device):
@@ -165,6 +168,6 @@ def _traceless(lesson: Lesson, device: torch.device) -> Iterator[None]:
                 for name, buffer in lesson.named_buffers():
                     buffer.copy_(kept[name])
             for module, was in fused:
-                module.fused_attn = was  # type: ignore[assignment]
+                module.fused_attn = was
             lesson.precision = precision
             lesson.notes = {}

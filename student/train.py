@@ -1,256 +1,329 @@
-"""The trainer: plain PyTorch with timm's optimiser and schedule, readable from top to bottom.
+"""The trainer: plain PyTorch with timm's optimisers, schedules and averaging, readable from top to bottom.
 
-A run leaves in its folder: `args.yaml` (the whole recipe), `log.jsonl` (a line a stretch of steps and a line an epoch),
-`best.safetensors` and `last.safetensors` (timm state dicts), and `losses.safetensors` (links and the like).
+Every `checkpoint_interval` steps and at the end of each epoch all is kept in one file; a run that goes on from it
+gives, on a CPU, the weights of an undisturbed one, bit for bit. `student/folder.py` says what a run leaves.
 """
 
 from __future__ import annotations
 
-import json
-import math
+import itertools
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 import yaml
 from safetensors.torch import save_file
 from torch import nn
 
-from storage.errors import IdentityError, UserError, nearest
-from storage.policies import Policy, policy
-from storage.progress import Progress
-from storage.shards import ShardIndex, cached_index, classes_of, expand, require_labels
-from storage.store import Store
-from student.align import table
-from student.config import Recipe
+from storage.errors import UserError
+from storage.policies import policy
+from storage.progress import Progress, Quiet
+from storage.weights import first_line
+from student import checkpoint, folder, speed
 from student.evaluate import Score, evaluate
-from student.lesson import Lesson, find_targets
-from student.model import Description, build, input_size, save
-from student.stream import Stream
+from student.model import save
+from student.optimiser import optimiser, peak_rate, rate
+from student.prepare import Job, Parts, prepare
+from student.ranks import gathered, means, rank, ranks, same_buffers, shared
+from student.step import Update, cut
+from student.stream import Batch, Stream
+
+__all__ = ["Job", "train"]
 
 LOG_EVERY = 50  # steps
+SMOKE_STEPS, SMOKE_BLOCKS = 3, 2
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a training run is asked for."""
+@dataclass
+class Place:
+    """How far a run is: an epoch and the steps done in it, the sums of its log so far, and the scores until now."""
 
-    recipe: Recipe
-    shards: Sequence[str]
-    val: Sequence[str]
-    out: Path
-    store: Store | None = None
-    device: str = "cpu"
+    epoch: int = 0
+    step: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 def train(job: Job, progress: Progress) -> dict[str, Any]:
-    """Train a student; what came out, as plain data.
+    """Train a student; what came out, as plain data. All ranks of a torchrun call it; the first one writes and speaks.
 
     Raises:
-        UserError: as its parts do; a loss that is not finite.
+        UserError: as its parts do; a loss that is not finite; a folder with another run in it.
+        IdentityError: a resumed run that is asked to be another than it was.
     """
-    recipe, device = job.recipe, torch.device(job.device)
-    if job.out.exists() and any(job.out.iterdir()):
-        raise UserError(f"{job.out}: there is a run in this folder already; give a new one")
-    torch.manual_seed(recipe.seed)
-    urls, val_urls = expand(job.shards), expand(job.val)
-    classes, count = _classes(urls, val_urls, recipe)
-    model, arguments = build(recipe.student, count)
-    size = input_size(model, recipe.student)
-    stream, lesson = _prepare(job, urls, model, size, progress)
-    index_of = _indexes(job.store)
-    for url in (*urls, *val_urls):
-        _check_labels(url, index_of(url) if url in urls else cached_index(url), count)
-    lesson.to(device)
-    optimizer, scheduler, lr = _optimizer(recipe, lesson, stream.order.steps)
-    evaluation = stream.source.policy.evaluation
-    description = Description(
-        recipe.student.model, arguments, size, recipe.student.mean, recipe.student.std, classes, evaluation.line
-    )
-    progress.say(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {stream.order.samples:,} samples, "
-        f"{stream.order.steps} steps of {stream.order.batch} an epoch, lr {lr:g}, on {device}, "
-        f"lanes hold at most {stream.memory / 2**20:.0f} MiB"
-    )
-    job.out.mkdir(parents=True, exist_ok=True)
-    (job.out / "args.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-    best = Score(-1.0, None, 0)
-    score = best
-    began = time.monotonic()
-    with (job.out / "log.jsonl").open("w") as log:
-        progress.start("training", recipe.optim.epochs * stream.order.steps)
-        for epoch in range(recipe.optim.epochs):
-            losses = _epoch(lesson, stream, optimizer, scheduler, epoch, recipe, device, log, progress)
-            record = {
-                "epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "losses": losses,
-                "weights": {name: s.weight.at(epoch) for name, s in lesson.settings.items()},
-            }  # fmt: skip
-            text = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
-            save(job.out / "last.safetensors", model, description)
-            if (epoch + 1) % recipe.val_interval == 0 or epoch + 1 == recipe.optim.epochs:
-                score = evaluate(
-                    model,
-                    val_urls,
-                    policy(evaluation.line, size),
-                    recipe.student.mean,
-                    recipe.student.std,
-                    device=device,
-                )
-                record |= {"top1": score.top1, "top5": score.top5, "samples": score.samples}
-                text += f"; top-1 {score.top1:.2f} %"
-                if score.top1 > best.top1:
-                    best = score
-                    save(job.out / "best.safetensors", model, description)
-            _write(log, {**record, "seconds": round(time.monotonic() - began, 2)})
-            progress.say(f"epoch {epoch}: {text}")
-    extra = {name: tensor.detach().cpu() for name, tensor in lesson.losses.state_dict().items()}
-    if extra:
-        save_file(extra, job.out / "losses.safetensors")
-    return {
-        "run": str(job.out), "top1": score.top1, "top5": score.top5, "best_top1": best.top1, "samples": score.samples,
-        "epochs": recipe.optim.epochs, "steps": recipe.optim.epochs * stream.order.steps,
-        "targets": lesson.targets, "bank": stream.source.bank, "policy": stream.source.policy.line,
-        "views": stream.views, "seconds": round(time.monotonic() - began, 2),
-    }  # fmt: skip
-
-
-def _prepare(job: Job, urls: list[str], model: nn.Module, size: int, progress: Progress) -> tuple[Stream, Lesson]:
-    """The stream and the lesson, and a word on what was chosen."""
-    recipe, settings = job.recipe, job.recipe.stream
-    shard_ids = []
-    if job.store is not None:
-        known = job.store.shard_ids()
-        shard_ids = [job.store.require(url, known).id for url in urls]
-    bank, manifests = find_targets(job.store, shard_ids, recipe, model)
-    fresh: Policy | None = None
-    if bank is None:
-        wish = settings.bank
-        if wish.id is not None or settings.views is not None:
-            raise UserError("stream.bank and stream.views speak of a store's bank: give --store DIR")
-        fresh = policy(wish.policy or "light", wish.size or size, wish.seed if wish.seed is not None else recipe.seed)
-    memory = int(settings.memory * 2**30) if settings.memory else None
-    stream = Stream(
-        urls, batch=settings.batch_size, store=job.store, targets=[m["id"] for m in manifests.values()], policy=fresh,
-        bank=bank, views=settings.views, seed=recipe.seed, lanes=settings.lanes, window=settings.window,
-        workers=settings.workers, memory=memory,
-    )  # fmt: skip
-    if stream.source.policy.size != size:
-        raise IdentityError(
-            f"bank {bank or 'of fresh views'}", "view size", f"{size}, the student's img_size",
-            stream.source.policy.size, "Give the student the bank's size: --set student.img_size=N",
-        )  # fmt: skip
-    if bank is None:
-        progress.say(f"views: fresh, {stream.source.policy.line}, size {size}, seed {stream.source.policy.seed}")
+    if rank():
+        progress = Quiet()
+    found = _found(job)
+    speed.check(job.recipe.speed, torch.device(job.device))
+    if job.recipe.tensorboard:
+        folder.board_writer()
+    parts = prepare(job, progress, found)
+    if found is not None:
+        checkpoint.require_same(job.out / folder.CHECKPOINT, found, job.recipe, parts.identity)
+    if found is not None and found["epoch"] >= job.recipe.optim.epochs and (kept := folder.result(job.out)):
+        progress.say(f"{job.out}: this run is complete")
+        return kept
+    run = _Run(job, parts, progress)
+    if found is None:
+        run.begin()
     else:
-        progress.say(f"views: bank {bank} ({stream.source.policy.line}), {stream.views} view(s)")
-    for notice in stream.notices:
-        progress.say(notice)
-    lesson = Lesson(recipe, model, manifests, recipe.student.mean, recipe.student.std)
-    if lesson.rows:
-        progress.say(table(lesson.rows))
-    return stream, lesson
+        run.resume(found)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+        run.train()
+    return run.finish()
 
 
-def _classes(urls: list[str], val_urls: list[str], recipe: Recipe) -> tuple[tuple[str, ...] | None, int]:
-    """The class names and how many there are; never guessed from labels."""
-    names, val_names = classes_of(urls), classes_of(val_urls)
-    if names and val_names and names != val_names:
-        raise IdentityError("classes.json of the validation shards", "classes", names, val_names)
-    wanted = recipe.student.num_classes
-    names = names or val_names
-    if names is None and wanted is None:
-        raise UserError(
-            f"{urls[0]}: no classes.json beside it, so the number of classes is not known; "
-            "say it: --set student.num_classes=N"
-        )
-    if names is not None and wanted not in (None, len(names)):
-        raise IdentityError(f"{urls[0]}: classes.json", "student.num_classes", len(names), wanted)
-    return (tuple(names) if names else None), int(wanted or len(names or ()))
+def _found(job: Job) -> dict[str, Any] | None:
+    """The checkpoint to go on from, or None for a new run."""
+    path = job.out / folder.CHECKPOINT
+    if not job.resume:
+        if rank() == 0:
+            folder.require_free(job.out)
+        return None
+    if folder.is_smoke(job.out):
+        raise UserError(f"{job.out}: a smoke run lies here, which never goes on; begin anew without --resume")
+    found = checkpoint.read(path)
+    checkpoint.require_same(path, found, job.recipe, None)
+    return found
 
 
-def _indexes(store: Store | None) -> Callable[[str], ShardIndex]:
-    if store is None:
-        return cached_index
-    known = store.shard_ids()
-    return lambda url: store.require(url, known)
+class _Run:
+    """A run and everything that its checkpoint holds."""
 
+    def __init__(self, job: Job, parts: Parts, progress: Progress) -> None:
+        self.job, self.parts, self.progress = job, parts, progress
+        self.recipe, self.device = job.recipe, torch.device(job.device)
+        self.lesson, self.stream, self.average = parts.lesson, parts.stream, parts.average
+        self.optimizer, self.scheduler = optimiser(self.recipe, self.lesson, self.stream.order.steps)
+        self.place = Place()
+        self.choice: speed.Choice | None = None  # and the update with it: known after the first batch
+        self.update: Update | None = None
+        self.log = folder.Log(None)
+        self.epochs = 1 if job.smoke else self.recipe.optim.epochs
+        self.steps = min(SMOKE_STEPS, self.stream.order.steps) if job.smoke else self.stream.order.steps
+        self.began = time.monotonic()
 
-def _check_labels(url: str, index: ShardIndex, count: int) -> None:
-    require_labels(url, index)
-    highest = max(label for label in index.labels if label is not None)
-    if highest >= count:
-        key = index.keys[index.labels.index(highest)]
-        raise UserError(f"{url}: key {key!r} has label {highest}, the student has classes 0 to {count - 1}")
+    # ------------------------------------------------------------------------------------------ beginning
 
+    def begin(self) -> None:
+        """A new folder, and generators of this rank's own."""
+        if rank():
+            torch.manual_seed(self.recipe.seed + 1_000_003 * rank())
+            return
+        folder.begin(self.job.out, self.job.smoke)
+        (self.job.out / "args.yaml").write_text(yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False))
+        self.log = folder.Log(self.job.out, tensorboard=self.recipe.tensorboard)
 
-def _optimizer(recipe: Recipe, lesson: Lesson, steps: int) -> tuple[torch.optim.Optimizer, Any, float]:
-    """timm's optimiser, without decay for biases, norms and embeddings; its schedule by updates; and the peak rate."""
-    from timm.optim import (  # after precompute.taps made it importable
-        create_optimizer_v2,
-        list_optimizers,
-        param_groups_weight_decay,
-    )
-    from timm.scheduler import create_scheduler_v2
-
-    settings = recipe.optim
-    lr = settings.lr or settings.lr_base * recipe.stream.batch_size / settings.lr_base_size
-    skip = {f"student.{name}" for name in getattr(lesson.student, "no_weight_decay", set)()}
-    groups = param_groups_weight_decay(lesson, settings.weight_decay, skip)
-    try:
-        optimizer = create_optimizer_v2(groups, opt=settings.opt, lr=lr, weight_decay=settings.weight_decay)
-    except (ValueError, AssertionError, RuntimeError) as error:
-        raise UserError(
-            f"optim.opt: {str(error) or settings.opt}. {nearest(settings.opt, list_optimizers())}"
-        ) from None
-    scheduler, _ = create_scheduler_v2(
-        optimizer, settings.sched, num_epochs=settings.epochs, warmup_epochs=settings.warmup_epochs,
-        warmup_lr=settings.warmup_lr, min_lr=settings.min_lr, step_on_epochs=False, updates_per_epoch=steps,
-    )  # fmt: skip
-    return optimizer, scheduler, lr
-
-
-def _epoch(
-    lesson: Lesson,
-    stream: Stream,
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any,
-    epoch: int,
-    recipe: Recipe,
-    device: torch.device,
-    log: IO[str],
-    progress: Progress,
-) -> dict[str, float]:
-    """One epoch; loss -> its mean over the steps."""
-    lesson.train()
-    sums: dict[str, float] = {}
-    for step, cpu_batch in enumerate(stream.epoch(epoch)):
-        update = epoch * stream.order.steps + step
-        scheduler.step_update(update)
-        _, values = lesson(cpu_batch.to(device))
-        loss = lesson.total(values, epoch)
-        if not math.isfinite(loss.item()):
-            parts = ", ".join(f"{name} {value.item():g}" for name, value in values.items())
-            raise UserError(
-                f"epoch {epoch}, step {step}: the loss is not finite ({parts}); lower --set optim.lr or set "
-                "optim.clip_grad=1"
+    def resume(self, found: dict[str, Any]) -> None:
+        """Everything as it was when the checkpoint was written."""
+        path = self.job.out / folder.CHECKPOINT
+        try:
+            self.lesson.student.load_state_dict(found["student"])
+            self.lesson.losses.load_state_dict(found["losses"])
+            self.optimizer.load_state_dict(found["optimizer"])
+            if self.average is not None:
+                self.average.module.load_state_dict(found["average"])
+            choice = speed.Choice(**found["speed"])
+            self.place = Place(found["epoch"], found["step"], found["sums"], found["scores"], found["seconds"])
+            states = found["rng"]
+            if len(states) == ranks():
+                checkpoint.set_random_state(states[rank()], self.device)
+            else:  # as many generators as ranks: new ones, from the place
+                done = self.place.epoch * self.steps + self.place.step
+                torch.manual_seed(self.recipe.seed + 1_000_003 * (rank() + ranks() * (done + 1)))
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: does not fit this run: {first_line(error)}") from None
+        update = self._compute(choice)
+        if update.scaler.is_enabled() and found["scaler"]:
+            update.scaler.load_state_dict(found["scaler"])
+        self.began -= self.place.seconds
+        if rank() == 0:
+            self.log = folder.Log(
+                self.job.out,
+                found["log_bytes"],
+                self.recipe.tensorboard,
+                self.place.epoch * self.steps + self.place.step,
             )
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        if recipe.optim.clip_grad:
-            nn.utils.clip_grad_norm_(lesson.parameters(), recipe.optim.clip_grad)
-        optimizer.step()
-        numbers = {name: value.item() for name, value in values.items()}
-        for name, number in numbers.items():
-            sums[name] = sums.get(name, 0.0) + number
-        if step % LOG_EVERY == 0:
-            _write(log, {"epoch": epoch, "step": step, "loss": loss.item(), "losses": numbers})
-        progress.advance(1)
-    return {name: total / stream.order.steps for name, total in sums.items()}
+        if self.place.epoch < self.epochs:
+            self.progress.say(f"goes on in epoch {self.place.epoch} after {self.place.step} of {self.steps} steps")
+
+    def _compute(self, choice: speed.Choice) -> Update:
+        """Compute in the chosen way from now on, on all ranks together."""
+        speed.check(self.recipe.speed.model_copy(update={"amp": choice.amp}), self.device)
+        speed.apply(self.lesson, choice.amp, choice.attention)
+        if self.recipe.speed.compile:
+            speed.compile_student(self.lesson)
+        self.choice = choice
+        scaled = choice.amp == "float16"
+        self.update = Update(self.recipe, self.lesson, self.optimizer, self.average, self.device, scaled)
+        return self.update
+
+    def _measure(self, batch: Batch) -> Update:
+        """Choose precision and attention on the first batch; the first rank measures for all."""
+        piece = cut(batch, self.recipe.optim.accumulate)[0]
+        chosen = shared(speed.choose(self.lesson, piece, self.recipe.speed) if rank() == 0 else None)
+        assert chosen is not None
+        self.progress.say(speed.line(chosen, len(piece.labels)))
+        if rank() == 0:
+            about = {**self.parts.identity, "speed": chosen.plain(), "ranks": ranks(), "device": str(self.device)}
+            folder.write_json(self.job.out / "run.json", {**about, "torch": torch.__version__})
+        return self._compute(chosen)
+
+    # ------------------------------------------------------------------------------------------ training
+
+    def train(self) -> None:
+        """The epochs that are left."""
+        count = sum(p.numel() for p in self.lesson.student.parameters())
+        order, shared_by = self.stream.order, f" on each of {ranks()} ranks" if ranks() > 1 else ""
+        self.progress.say(
+            f"{count:,} parameters, {order.samples:,} samples, {order.steps} steps of {order.batch} an epoch, "
+            f"lr {peak_rate(self.recipe):g}, on {self.device}{shared_by}, "
+            f"lanes hold at most {self.stream.memory / 2**20:.0f} MiB"
+        )
+        if self.job.smoke:
+            self.progress.say(f"a smoke run: {self.steps} step(s) and an evaluation of {SMOKE_BLOCKS} blocks")
+        self.progress.start("training", (self.epochs - self.place.epoch) * self.steps - self.place.step)
+        for epoch in range(self.place.epoch, self.epochs):
+            self._epoch(epoch)
+            self._end_of_epoch(epoch)
+
+    def _epoch(self, epoch: int) -> None:
+        """The steps of an epoch that are left."""
+        self.lesson.train()
+        for module in self.parts.still:
+            module.eval()
+        interval = self.recipe.checkpoint_interval
+        first = self.place.step
+        batches = itertools.islice(_batches(self.stream, epoch, first), self.steps - first)
+        for step, cpu_batch in enumerate(batches, first):
+            batch = cpu_batch.to(self.device)
+            make = self.update or self._measure(batch)
+            number = epoch * self.stream.order.steps + step
+            self.scheduler.step_update(number)
+            numbers = make(batch, epoch, step)
+            for name, value in numbers.items():
+                self.place.sums[name] = self.place.sums.get(name, 0.0) + value
+            self.place.step = step + 1
+            if step % LOG_EVERY == 0:
+                numbers = means(numbers, self.device)
+                loss = numbers.pop("loss")
+                self.log.write({"epoch": epoch, "step": step, "loss": loss, **_sorted(numbers)}, number)
+            if interval and (number + 1) % interval == 0 and step + 1 < self.steps:
+                self._keep()
+            self.progress.advance(1)
+
+    def _end_of_epoch(self, epoch: int) -> None:
+        """Its line in the log, evaluation, weights and checkpoint."""
+        student, about, out, scores = self.lesson.student, self.parts.description, self.job.out, self.place.scores
+        same_buffers(self.lesson)
+        if self.average is not None:
+            same_buffers(self.average.module)
+        sums = means(self.place.sums, self.device)
+        numbers = {name: total / self.steps for name, total in sums.items() if name != "loss"}
+        record = {
+            "epoch": epoch, "lr": rate(self.optimizer), **_sorted(numbers),
+            "weights": {name: s.weight.at(epoch) for name, s in self.lesson.settings.items()},
+        }  # fmt: skip
+        text = ", ".join(f"{name.partition('/')[2]} {value:.4g}" for name, value in numbers.items())
+        students = {"last": student, **({"ema": self.average.module} if self.average is not None else {})}
+        for name, one in students.items():
+            if rank() == 0:
+                save(out / f"{name}.safetensors", one, about)
+        if (epoch + 1) % self.recipe.val_interval == 0 or epoch + 1 == self.epochs:
+            score = self._score(student)
+            scores["last"] = asdict(score)
+            record |= {"top1": score.top1, "top5": score.top5, "samples": score.samples}
+            text += f"; top-1 {score.top1:.2f} %"
+            if self.average is not None:
+                ema = self._score(self.average.module)
+                scores["ema"] = asdict(ema)
+                record |= {"ema_top1": ema.top1, "ema_top5": ema.top5}
+                text += f", averaged {ema.top1:.2f} %"
+            if "best" not in scores or score.top1 > scores["best"]["top1"]:
+                scores["best"] = asdict(score)
+                if rank() == 0:
+                    save(out / "best.safetensors", student, about)
+        seconds = round(time.monotonic() - self.began, 2)
+        self.log.write({**record, "seconds": seconds}, (epoch + 1) * self.stream.order.steps)
+        self.progress.say(f"epoch {epoch}: {text}")
+        self.place.epoch, self.place.step, self.place.sums = epoch + 1, 0, {}
+        self._keep()
+
+    def _score(self, model: nn.Module) -> Score:
+        about = self.parts.description
+        with torch.compiler.set_stance("force_eager"):  # batches of other sizes would be compiled anew
+            return evaluate(
+                model, self.parts.val_urls, policy(about.evaluation, about.img_size), about.mean, about.std,
+                device=self.device, rank=rank(), ranks=ranks(), most=SMOKE_BLOCKS if self.job.smoke else None,
+            )  # fmt: skip
+
+    # ------------------------------------------------------------------------------------------ keeping
+
+    def _keep(self) -> None:
+        """Write the checkpoint; all ranks take part, the first one writes."""
+        states = gathered(checkpoint.random_state(self.device))
+        sums = means(self.place.sums, self.device)
+        if rank():
+            return
+        assert self.choice is not None
+        assert self.update is not None
+        content = {
+            "recipe": self.recipe.model_dump(mode="json"), "identity": self.parts.identity,
+            "speed": self.choice.plain(), **asdict(self.place), "sums": sums,
+            "seconds": time.monotonic() - self.began, "log_bytes": self.log.sync(),
+            "student": self.lesson.student.state_dict(), "losses": self.lesson.losses.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "scaler": self.update.scaler.state_dict(),
+            "average": self.average.module.state_dict() if self.average is not None else None, "rng": states,
+        }  # fmt: skip
+        checkpoint.write(self.job.out / folder.CHECKPOINT, content)
+
+    def finish(self) -> dict[str, Any]:
+        """What came out, also as a file."""
+        out, scores = self.job.out, self.place.scores
+        self.log.close()
+        seconds = round(time.monotonic() - self.began, 2)
+        ema = {"ema_top1": scores["ema"]["top1"], "ema_top5": scores["ema"]["top5"]} if "ema" in scores else {}
+        result = {
+            "run": str(out), "top1": scores["last"]["top1"], "top5": scores["last"]["top5"],
+            "best_top1": scores["best"]["top1"], **ema, "samples": scores["last"]["samples"],
+            "epochs": self.epochs, "steps": self.epochs * self.steps, "targets": self.parts.identity["targets"],
+            "bank": self.parts.identity["bank"], "policy": self.parts.identity["policy"],
+            "views": self.stream.views, "speed": self.choice.plain() if self.choice else None, "seconds": seconds,
+            "smoke": self.job.smoke,
+        }  # fmt: skip
+        if rank() == 0:
+            extra = {name: tensor.detach().cpu() for name, tensor in self.lesson.losses.state_dict().items()}
+            if extra:
+                save_file(extra, out / "losses.safetensors")
+            if self.job.smoke:
+                checkpoint.read(out / folder.CHECKPOINT)
+                self.progress.say(f"{out}: the smoke run went through; a run may take the same folder")
+            folder.write_json(out / folder.RESULT, result)
+        return result
 
 
-def _write(log: IO[str], record: dict[str, Any]) -> None:
-    log.write(json.dumps(record) + "\n")
-    log.flush()
+def _batches(stream: Stream, epoch: int, start: int) -> Iterator[Batch]:
+    """An epoch from some batch on. The loader draws from torch's generator when it starts: that is undone."""
+    batches = stream.epoch(epoch, start)
+    state = torch.get_rng_state()
+    try:
+        first = next(batches)
+    except StopIteration:
+        return
+    torch.set_rng_state(state)
+    yield first
+    yield from batches
+
+
+def _sorted(numbers: dict[str, float]) -> dict[str, dict[str, float]]:
+    """`losses/aal` -> {"losses": {"aal": …}}; likewise for notes."""
+    found: dict[str, dict[str, float]] = {}
+    for name, number in numbers.items():
+        kind, _, rest = name.partition("/")
+        found.setdefault(kind, {})[rest] = number
+    return found
