@@ -322,7 +322,7 @@ class Rows(nn.Module):
         """The student's rows, with gradients, from q and k of all of its layers, `[B, H, N, d]` each."""
         rows = []
         for n, _ in self.pairs:
-            queries, keys, scale = q[n - 1].float(), k[n - 1].float(), scales[n - 1]
+            queries, keys, scale = full(q[n - 1]), full(k[n - 1]), scales[n - 1]
             if self.which == "class":
                 at = self.student.prefix.index("class")
                 rows.append(class_row(queries[:, :, at:], keys, scale))
@@ -334,14 +334,14 @@ class Rows(nn.Module):
         """The teacher's rows on the student's grid, from decoded targets `[B, L, H, …]`."""
         chosen = [self.stored.index(other) for _, other in self.pairs]
         if self.tap == "q":
-            q, k = (target[:, chosen].float() for target in targets)
+            q, k = (full(target[:, chosen]) for target in targets)
             if self.which == "class":
                 q = q[..., self.class_query : self.class_query + 1, :]
             scales = q.new_tensor([self.scales[0][i] for i in chosen]).view(-1, 1, 1, 1)
             rows = (q * scales @ k.transpose(-2, -1)).softmax(-1)
             rows = rows[..., 0, :] if self.which == "class" else rows
         else:
-            rows = targets[0][:, chosen].float()
+            rows = full(targets[0][:, chosen])
             if self.which == "class" and self.tap == "attention":
                 rows = rows[..., self.class_query, :]
         rows = self._keep(rows, self.get_buffer("theirs"), self.drops_theirs)
@@ -377,6 +377,11 @@ class Rows(nn.Module):
         if rule == "mean":
             return rows.mean(2, keepdim=True)
         return log_mean(rows, self.settings.temperature)
+
+
+def full(values: Tensor) -> Tensor:
+    """At least f32: what a student gives under autocast is less, and losses are not computed so."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
 
 
 def log_mean(rows: Tensor, temperature: float | None = None) -> Tensor:

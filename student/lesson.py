@@ -15,7 +15,7 @@ from precompute.taps import AttentionTaps
 from storage.errors import UserError
 from storage.store import Store
 from student import config
-from student.align import Given, Row, Shape, student_shape
+from student.align import Given, Row, Shape, full, student_shape
 from student.choose import Need, choose
 from student.config import Recipe
 from student.losses import Step, aal, advit, attention_transfer, crossentropy, deit
@@ -113,7 +113,7 @@ class Lesson(nn.Module):
         with torch.autocast(pixels.device.type, self.precision, enabled=self.precision is not None):
             output = self.student(pixels)
         logits, distilled = output if isinstance(output, tuple) else (output, None)
-        logits, distilled = logits.float(), None if distilled is None else distilled.float()
+        logits, distilled = full(logits), None if distilled is None else full(distilled)
         decoded = {id: self._target(batch, id) for ids in self.targets.values() for id in ids}
         values: dict[str, Tensor] = {}
         self.notes = {}

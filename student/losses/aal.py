@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from precompute.taps import class_row
 from student import config
-from student.align import Given, Shape, align_activations
+from student.align import Given, Shape, align_activations, full
 from student.choose import Need
 from student.losses import Step
 
@@ -111,6 +111,6 @@ class Method(nn.Module):
     def forward(self, step: Step) -> Tensor:
         """The loss of one step."""
         taps = step.taps()
-        q, k = ([tensor.float() for tensor in several] for several in (taps.q, taps.k))
+        q, k = ([full(tensor) for tensor in several] for several in (taps.q, taps.k))
         maps = class_maps(q, k, taps.scales, self.prefix, self.map)
         return self.aal(maps, step.targets[0])  # type: ignore[no-any-return]

@@ -1,0 +1,254 @@
+"""Losses: known answers (PAPERS, section 10), input gradients in f64, and zero for a student that is its teacher."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import gradcheck
+from torch.nn import functional as F
+
+from storage.store import Store
+from storage.testing import TINY_VIT
+from storage.weights import read_weights
+from student import config
+from student.align import Rows, Shape, log_mean
+from student.config import validate
+from student.lesson import Lesson, given_of
+from student.losses import advit, attention_transfer, deit
+from student.losses.aal import AAL, class_maps
+from student.losses.crossentropy import cross_entropy
+from student.model import build
+from student.stream import Stream
+from tests.conftest import run_precompute, teacher_of
+from tests.student.test_align import given
+
+F64 = torch.float64
+
+
+def values(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+def entropy(rows: torch.Tensor) -> torch.Tensor:
+    return -(rows * rows.log()).sum(-1)
+
+
+# ---------------------------------------------------------------------------------------------- known answers
+
+
+def test_soft_distillation_in_both_normalisations():
+    student, teacher = values(4, 10), values(4, 10, seed=1)
+    for tau in (1.0, 3.0):
+        p, q = (teacher / tau).softmax(1), (student / tau).softmax(1)
+        by_hand = tau**2 * (p * (p / q).log()).sum() / 4
+        assert torch.isclose(deit.soft(student, teacher, tau, "batch"), by_hand)
+        assert torch.isclose(deit.soft(student, teacher, tau, "numel") * 10, by_hand)
+    assert deit.soft(teacher, teacher).abs() < 1e-15
+    assert torch.isclose(deit.soft(teacher + 5, teacher), torch.zeros((), dtype=F64), atol=1e-12)
+
+
+def test_hard_distillation_is_cross_entropy_with_the_teacher_s_decision():
+    student, teacher = values(4, 10), values(4, 10, seed=1)
+    assert torch.equal(deit.hard(student, teacher), F.cross_entropy(student, teacher.argmax(1)))
+    assert deit.hard(teacher * 1000, teacher) < 1e-6
+
+
+def test_attention_distillation_is_the_teacher_s_entropy_when_matched():
+    teacher = values(2, 3, 4, 5, 5).softmax(-1)
+    by_layer = entropy(teacher).mean((0, 3))
+    assert torch.isclose(attention_transfer.distillation(teacher, teacher), by_layer.mean(1).sum())
+    assert torch.isclose(attention_transfer.distillation(teacher, teacher, "sum"), by_layer.sum())
+    uniform = torch.full((1, 1, 1, 197, 197), 1 / 197, dtype=F64)
+    assert attention_transfer.distillation(uniform, uniform).item() == pytest.approx(math.log(197))
+    assert math.log(197) == pytest.approx(5.2832, abs=1e-4)
+    other = values(2, 3, 4, 5, 5, seed=1).softmax(-1)
+    kl = (teacher * (teacher / other).log()).sum(-1).mean((0, 3)).mean(1).sum()
+    found = attention_transfer.distillation(other, teacher)
+    assert torch.isclose(found - kl, by_layer.mean(1).sum()), "CE - KL is the teacher's entropy"
+
+
+def test_distances_of_class_rows():
+    teacher = values(2, 3, 1, 10).softmax(-1)
+    student = values(2, 3, 1, 10, seed=1).softmax(-1)
+    for kind in ("l1", "l2"):
+        assert advit.distance(teacher, teacher, 1, kind) == 0
+        assert 0 < advit.distance(student, teacher, 1, kind) <= 2
+    opposite = torch.eye(10, dtype=F64)[None, None, None, 3], torch.eye(10, dtype=F64)[None, None, None, 7]
+    assert advit.distance(*opposite, 1, "l1") == advit.distance(*opposite, 1, "l2") == 2
+    moved = teacher.clone()
+    moved[..., 0] += 1
+    assert advit.distance(moved, teacher, 1) == 0, "the class token's own key does not count"
+
+
+# ---------------------------------------------------------------------------------------------- gradients
+
+
+def test_input_gradients_are_those_of_autograd_s_numerical_check():
+    teacher = values(3, 5, seed=1)
+    labels, others, shares = torch.tensor([0, 1, 4]), torch.tensor([2, 1, 0]), torch.tensor([0.0, 0.3, 0.5]).double()
+    logits = values(3, 5).requires_grad_()
+    assert gradcheck(lambda x: deit.hard(x, teacher), logits)
+    for reduce in ("numel", "batch"):
+        assert gradcheck(lambda x, r=reduce: deit.soft(x, teacher, 2.0, r), logits)
+    assert gradcheck(lambda x: cross_entropy(x, labels, others, shares, 0.1), logits)
+    rows = values(2, 2, 2, 5).requires_grad_()
+    target = values(2, 2, 2, 5, seed=1).softmax(-1)
+    for kind in ("l1", "l2"):
+        assert gradcheck(lambda x, k=kind: advit.distance(x.softmax(-1), target, 1, k), rows)
+    assert gradcheck(lambda x: log_mean(x.softmax(-1), 3).square().sum(), rows)
+    maps, targets = values(2, 2, 2, 3, 3).requires_grad_(), values(2, 2, 2, 3, 3, seed=1).softmax(-1)
+    for heads in ("mean", "sum"):
+        assert gradcheck(lambda x, h=heads: attention_transfer.distillation(x.softmax(-1), targets, h), maps)
+
+
+@pytest.mark.parametrize("reading", ["mse", "norm", "sq"])
+@pytest.mark.parametrize("how", ["scaled", "printed", "full"])
+def test_input_gradients_of_aal_down_to_q_and_k(reading, how):
+    torch.manual_seed(0)
+    loss = AAL(4, 3, reading).double()
+    target = values(2, 3, 2, 2, seed=1)
+    q, k = ([values(2, 2, 5, 3, seed=s + n).requires_grad_() for n in (0, 1)] for s in (2, 4))
+
+    def run(*tensors: torch.Tensor) -> torch.Tensor:
+        return loss(class_maps(tensors[:2], tensors[2:], [3**-0.5] * 2, 1, how), target)
+
+    assert gradcheck(run, (*q, *k))
+
+
+@pytest.mark.parametrize("which", ["class", "all"])
+def test_input_gradients_through_heads_grids_and_tokens_that_differ(which):
+    settings = config.Attention(layers="uniform", heads="log", grid="bicubic")
+    student = Shape(1, 2, 2, ("class", "distillation"))
+    made = Rows("it", settings, student, [given(depth=2, side=3, prefix=("class", "register"))], which).double()
+    target = made.teacher_rows([values(1, 2, 3, 11, 11, seed=1).softmax(-1)])
+    q, k = values(1, 2, 6, 3).requires_grad_(), values(1, 2, 6, 3, seed=2).requires_grad_()
+
+    def run(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        mine = made.student_rows([q], [k], [3**-0.5])
+        assert mine.shape == target.shape
+        return (target * mine.log()).sum()
+
+    assert gradcheck(run, (q, k))
+
+
+# ---------------------------------------------------------------------------------------------- student = teacher
+
+
+@pytest.fixture(scope="module")
+def same(world, tmp_path_factory) -> tuple[Store, dict[str, str]]:
+    """The ViT's targets in f32, for a student that is this very network."""
+    place = tmp_path_factory.mktemp("same") / "store"
+    wishes = [f"{tap},codec=f32" for tap in ("class_row", "attention", "logits")]
+    made = run_precompute(place, world.shards, teacher_of(world.weights, "vit"), wishes, views=1)
+    return Store.open(place), dict(zip(("class_row", "attention", "logits"), made["targets"], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("loss", "tap"),
+    [
+        ({"method": "advit"}, "class_row"),
+        ({"method": "advit", "distance": "l2", "heads": None}, "class_row"),
+        ({"method": "attention"}, "attention"),
+        ({"method": "attention", "heads": "log"}, "attention"),
+        ({"method": "deit", "kind": "soft", "same_classes": True}, "logits"),
+    ],
+)
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(world, same, loss, tap):
+    store, targets = same
+    sizes = {name: TINY_VIT[1][name] for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
+    recipe = validate({"student": {"model": TINY_VIT[0], **sizes}, "losses": {"it": loss}}, "test")
+    model, _ = build(recipe.student, 3)
+    model.load_state_dict(read_weights(world.weights["vit"]))
+    lesson = Lesson(recipe, model, {"it": (given_of(store, targets[tap]),)}, (0.5,) * 3, (0.5,) * 3).eval()
+    stream = Stream(world.shards, batch=32, store=store, targets=[targets[tap]])
+    for batch in stream.epoch(0):
+        lesson.zero_grad()
+        _, found = lesson(batch)
+        loss_ = found["it"]
+        if tap == "attention":
+            rows = lesson.losses["it"].rows.teacher_rows((batch.target(targets[tap]),))
+            loss_ = loss_ - entropy(rows.clamp_min(1e-30)).mean((0, 3)).mean(1).sum()
+        assert loss_.abs() < 2e-5
+        if loss.get("distance", "") != "" or tap != "class_row":  # |x| has no gradient at zero
+            found["it"].backward()
+            largest = max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None)
+            assert largest < 1e-4
+    if tap == "logits":
+        assert lesson.notes["it agreement"] == 1
+    with torch.no_grad():
+        model.blocks[1].attn.qkv.weight.mul_(3)
+        _, found = lesson(batch)
+    changed = found["it"] - (entropy(rows.clamp_min(1e-30)).mean((0, 3)).mean(1).sum() if tap == "attention" else 0)
+    assert changed > 1e-4, "and another student has"
+
+
+# ---------------------------------------------------------------------------------------------- two heads
+
+
+class TwoHeads(nn.Module):
+    num_classes = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.distilled = nn.Linear(3, 3), nn.Linear(3, 3), False
+
+    def set_distilled_training(self, on: bool) -> None:
+        self.distilled = on
+
+    def forward(self, images: torch.Tensor) -> Any:
+        x = images.mean((2, 3))
+        return (self.first(x), self.second(x)) if self.distilled else (self.first(x) + self.second(x)) / 2
+
+
+def two(losses: dict[str, Any], target: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    recipe = validate({"losses": losses}, "test")
+    manifest = {"id": "t", "identity": {}, "sample_shape": [3]}
+    both = {"deit": (SimpleNamespace(target=manifest, teacher={"id": "t", "classes": None}, id="t"),)}
+    torch.manual_seed(0)
+    lesson = Lesson(recipe, TwoHeads(), both if "deit" in losses else {}, (0.5,) * 3, (0.5,) * 3)
+    images = torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 2, 1])
+    batch = SimpleNamespace(
+        images=images, labels=labels, others=labels, shares=torch.zeros(4), target=lambda id: target,
+        pixels=lambda mean, std: images.permute(0, 3, 1, 2).float() / 255,
+    )  # fmt: skip
+    _, found = lesson(batch)
+    first, second = lesson.student(batch.pixels(None, None))
+    return {**found, "first": F.cross_entropy(first, labels), "second": F.cross_entropy(second, labels),
+            "second hard": F.cross_entropy(second, target.argmax(1)) if target is not None else first}  # fmt: skip
+
+
+def test_a_distillation_head_learns_from_the_teacher_else_from_the_labels():
+    alone = two({"crossentropy": {}})
+    assert torch.isclose(alone["crossentropy"], (alone["first"] + alone["second"]) / 2)
+    told = two({"crossentropy": {"heads": "class"}})
+    assert torch.equal(told["crossentropy"], told["first"])
+    teacher = torch.randn(4, 3)
+    both = two({"crossentropy": {}, "deit": {"same_classes": True}}, teacher)
+    assert torch.equal(both["crossentropy"], both["first"])
+    assert torch.equal(both["deit"], both["second hard"])
+
+
+# ---------------------------------------------------------------------------------------------- schedules
+
+
+def test_schedules():
+    def at(weight: Any, *epochs: int) -> list[float]:
+        schedule = validate({"losses": {"aal": {"weight": weight}}}, "test").losses["aal"].weight
+        return [schedule.at(epoch) for epoch in epochs]
+
+    assert at(2, 0, 500) == [2, 2]
+    aal = {"start": 2000, "decay": 0.99, "then": {200: 0.98}}
+    assert at(aal, 0, 200, 299, 300) == pytest.approx([2000, 267.96, 36.26, 35.54], rel=1e-4)
+    assert at({"start": 1, "shape": "linear", "end": 0.5, "over": 10}, 0, 5, 10, 99) == pytest.approx(
+        [1, 0.75, 0.5, 0.5]
+    )
+    cosine = at({"start": 1, "shape": "cosine", "end": 0, "over": 10}, 0, 5, 10, 11)
+    assert cosine == pytest.approx([1, 0.5, 0, 0])
+    assert at({"start": 3, "until": 5}, 4, 5, 6) == [3, 0, 0]
+    assert at({**aal, "until": 250}, 200, 250) == pytest.approx([267.96, 0], rel=1e-4)
