@@ -17,6 +17,7 @@ from storage.shards import ShardIndex, cached_index, classes_of, expand, require
 from storage.store import Store
 from student.align import table
 from student.config import Recipe
+from student.control import mean_targets
 from student.lesson import Lesson, find_targets
 from student.model import Description, build, input_size
 from student.ranks import rank, ranks
@@ -107,6 +108,7 @@ def prepare(job: Job, progress: Progress, found: dict[str, Any] | None) -> Parts
         "shards": list(source.shards), "validation shards": [cached_index(url).id for url in val_urls],
         "classes": list(classes) if classes else count, "bank": source.bank, "policy": source.policy.line,
         "targets": {name: list(ids) for name, ids in lesson.targets.items()}, "views": stream.views,
+        "control": recipe.control.model_dump(exclude_defaults=True),
     }  # fmt: skip
     return Parts(stream, lesson, average, still, val_urls, description, identity)
 
@@ -150,6 +152,7 @@ def _join(
         targets=list(dict.fromkeys(one.id for several in given.values() for one in several)), policy=fresh,
         bank=bank, views=settings.views or views, seed=recipe.seed, lanes=settings.lanes, window=settings.window,
         workers=settings.workers, memory=memory, rank=rank(), ranks=ranks(),
+        permute=recipe.control.permute_targets,
     )  # fmt: skip
     if stream.source.policy.size != size:
         raise IdentityError(
@@ -165,7 +168,22 @@ def _join(
     lesson = Lesson(recipe, model, given, recipe.student.mean, recipe.student.std, classes)
     if lesson.rows:
         progress.say(table(lesson.rows))
+    _control(recipe, stream, lesson, progress)
     return stream, lesson
+
+
+def _control(recipe: Recipe, stream: Stream, lesson: Lesson, progress: Progress) -> None:
+    """Targets that cannot know the image, where the recipe asks for a control."""
+    control = recipe.control
+    if control.permute_targets is None and not control.mean_targets:
+        return
+    if not lesson.targets:
+        raise UserError("control speaks of stored targets, and this recipe's losses read none")
+    if control.mean_targets:
+        lesson.means = mean_targets(stream, progress)
+        progress.say("control: every image gets the mean target of the training set")
+    else:
+        progress.say(f"control: targets of other images of the same block, permuted by seed {control.permute_targets}")
 
 
 def _classes(urls: list[str], val_urls: list[str], recipe: Recipe) -> tuple[tuple[str, ...] | None, int]:

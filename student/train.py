@@ -293,8 +293,8 @@ class _Run:
             "best_top1": scores["best"]["top1"], **ema, "samples": scores["last"]["samples"],
             "epochs": self.epochs, "steps": self.epochs * self.steps, "targets": self.parts.identity["targets"],
             "bank": self.parts.identity["bank"], "policy": self.parts.identity["policy"],
-            "views": self.stream.views, "speed": self.choice.plain() if self.choice else None, "seconds": seconds,
-            "smoke": self.job.smoke,
+            "views": self.stream.views, "control": self.parts.identity["control"],
+            "speed": self.choice.plain() if self.choice else None, "seconds": seconds, "smoke": self.job.smoke,
         }  # fmt: skip
         if rank() == 0:
             extra = {name: tensor.detach().cpu() for name, tensor in self.lesson.losses.state_dict().items()}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
+from storage.errors import UserError
 from storage.store import Store
 from storage.testing import synthetic_shards
 from student.config import validate
@@ -13,7 +16,9 @@ from student.control import mean_targets
 from student.lesson import Lesson, given_of
 from student.model import build
 from student.stream import Stream
+from student.train import train
 from tests.conftest import Quiet, run_precompute, teacher_of
+from tests.student.runs import job
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +105,26 @@ def test_every_image_gets_the_mean(world, target):
     lesson(batch)
     assert seen[0].shape == batch.target(target).shape
     assert torch.equal(seen[0][3], lesson.means[target])
+
+
+@pytest.mark.parametrize("control", ["permute_targets=3", "mean_targets=true"])
+def test_a_run_with_a_control_says_so_and_records_it(world, tmp_path, control):
+    settings = [f"losses.aal.target={world.targets['activations u8']}", f"control.{control}", "optim.epochs=1"]
+    quiet = Quiet()
+    result = train(job(world, tmp_path / "run", "aal", *settings), quiet)
+    name, _, value = control.partition("=")
+    assert result["control"] == {name: {"3": 3, "true": True}[value]}
+    assert any(line.startswith("control: ") for line in quiet.lines)
+    assert name in (tmp_path / "run" / "args.yaml").read_text()
+    plain = train(job(world, tmp_path / "plain", "aal", *settings[:1], settings[2]), Quiet())
+    assert plain["control"] == {}
+    first, second = (json.loads((tmp_path / n / "log.jsonl").read_text().splitlines()[0]) for n in ("run", "plain"))
+    assert first["losses"]["crossentropy"] == second["losses"]["crossentropy"], (
+        "the first batch and student are the same"
+    )
+    assert first["losses"]["aal"] != second["losses"]["aal"]
+
+
+def test_a_control_of_a_recipe_without_targets_is_refused(world, tmp_path):
+    with pytest.raises(UserError, match="losses read none"):
+        train(job(world, tmp_path / "run", "scratch", "control.permute_targets=1"), Quiet())
