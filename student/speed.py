@@ -26,6 +26,7 @@ WORTH = 1.2  # another precision than f32 is chosen where it is at least so many
 CLEAR = 1.05  # likewise unfused attention, beside noise
 ROUNDS = 5
 PATIENCE = 30.0  # seconds after which no further round is begun
+BACKEND = "inductor"  # of torch.compile
 
 _TYPES = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -70,7 +71,7 @@ def apply(lesson: Lesson, amp: str, attention: str) -> None:
 
 def compile_student(lesson: Lesson) -> None:
     """Compile the student in place; names in its state dict stay as they are."""
-    lesson.student.compile()
+    lesson.student.compile(backend=BACKEND)
 
 
 def choose(lesson: Lesson, batch: Batch, settings: config.Speed) -> Choice:

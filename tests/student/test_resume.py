@@ -1,0 +1,208 @@
+"""Checkpoints and --resume: killed anywhere, a run goes on to the same weights; nothing else goes on by mistake."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from storage.errors import IdentityError, UserError
+from student import checkpoint
+from student import train as trainer
+from tests.conftest import Quiet
+from tests.student.runs import FULL, command, job, run, same, start, u8, wait_for
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    return out, run(world, out, "aal", u8(world), *FULL)
+
+
+class Cut(Exception):
+    """Stands for a kill where no process is needed."""
+
+
+def cut_after(monkeypatch, steps: int) -> None:
+    """The trainer ends after so many updates in this process."""
+    done = [0]
+    original = trainer.Update.__call__
+
+    def counted(self, *arguments):
+        if done[0] == steps:
+            raise Cut
+        done[0] += 1
+        return original(self, *arguments)
+
+    monkeypatch.setattr(trainer.Update, "__call__", counted)
+
+
+@pytest.mark.parametrize(("steps", "interval"), [(4, 3), (9, None), (14, 1)])
+def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(world, undisturbed, tmp_path, monkeypatch, steps, interval):
+    settings = [u8(world), *FULL, f"checkpoint_interval={interval or 'null'}"]
+    with monkeypatch.context() as patched:
+        cut_after(patched, steps)
+        with pytest.raises(Cut):
+            run(world, tmp_path / "run", "aal", *settings)
+    torch.manual_seed(1234)  # whatever was drawn meanwhile
+    console = Quiet()
+    result = trainer.train(job(world, tmp_path / "run", "aal", *settings, resume=True), console)
+    assert same(undisturbed[0], tmp_path / "run")
+    assert {**result, "run": 0, "seconds": 0} == {**undisturbed[1], "run": 0, "seconds": 0}
+    place = {4: "epoch 0 after 3", 9: "epoch 1 after 0", 14: "epoch 1 after 5"}[steps]
+    assert any(f"goes on in {place} of 9 steps" in line for line in console.lines)
+
+
+def test_a_command_that_is_killed_goes_on_with_loader_workers(world, undisturbed, tmp_path):
+    settings = [u8(world), *FULL, "stream.workers=1", "checkpoint_interval=2"]
+    out = tmp_path / "run"
+    process = start(command(world, out, "aal", *settings))
+    wait_for((out / "checkpoint.pt").exists, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "result.json").exists()
+    again = start([*command(world, out, "aal", *settings), "--resume"])
+    _, said = again.communicate(timeout=100)
+    assert again.returncode == 0, said
+    assert "goes on in epoch" in said
+    assert same(undisturbed[0], out)
+
+
+KILLED = """
+import os, signal, sys
+from student import checkpoint
+from pipeline.cli import main
+import {module} as place
+calls, original = [0], place.{name}
+def faulty(*arguments, **named):
+    calls[0] += 1
+    if calls[0] == {number}:
+        {before}
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments, **named)
+place.{name} = faulty
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "number", "before"),
+    [
+        ("torch", "save", 3, "arguments[1].write(b'PK half of a file'); arguments[1].flush()"),
+        ("student.folder", "Log.sync", 4, "pass"),
+    ],
+)
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_last_one(
+    world, undisturbed, tmp_path, module, name, number, before
+):
+    settings = [u8(world), *FULL, "checkpoint_interval=2"]
+    code = KILLED.format(module=module, name=name, number=number, before=before)
+    out = tmp_path / "run"
+    process = start(command(world, out, "aal", *settings), [sys.executable, "-c", code])
+    process.communicate(timeout=100)
+    assert process.returncode == -signal.SIGKILL
+    kept = checkpoint.read(out / "checkpoint.pt")
+    assert (kept["epoch"], kept["step"]) == (0, 2 * (number - 1))
+    run(world, out, "aal", *settings, resume=True)
+    assert same(undisturbed[0], out)
+    assert not (out / ".checkpoint.pt.part").exists()
+
+
+def test_a_terminated_command_says_how_to_go_on(world, tmp_path):
+    out = tmp_path / "run"
+    process = start(command(world, out, "scratch", "optim.epochs=500", "checkpoint_interval=1"))
+    wait_for((out / "checkpoint.pt").exists, process)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert said.count("error: interrupted") == 1
+    assert "add --resume" in said
+    checkpoint.read(out / "checkpoint.pt")
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "expected", "found"),
+    [
+        ("optim.epochs=5", "optim.epochs", 2, 5),
+        ("optim.lr=0.001", "optim.lr", 0.002, 0.001),
+        ("losses.aal.weight=5", "losses.aal.weight.start", 2000.0, 5.0),
+        ("losses.aal=null", "losses.aal.weight.start", 2000.0, None),
+        ("ema=null", "ema", 0.9, None),
+    ],
+)
+def test_another_recipe_is_refused(world, undisturbed, change, field, expected, found):
+    with pytest.raises(IdentityError) as refused:
+        run(world, undisturbed[0], "aal", u8(world), *FULL, change, resume=True)
+    assert (refused.value.field, refused.value.expected, refused.value.found) == (field, expected, found)
+
+
+def test_other_shards_or_views_are_refused_and_loaders_may_change(world, undisturbed):
+    out, result = undisturbed
+    with pytest.raises(IdentityError, match=r"checkpoint\.pt: shards: expected .*shard-000001.*, found .*shard-000000"):
+        run(world, out, "aal", u8(world), *FULL, shards=world.shards[:1], resume=True)
+    with pytest.raises(IdentityError, match="validation shards: expected"):
+        run(world, out, "aal", u8(world), *FULL, val=world.shards[:1], resume=True)
+    console = Quiet()
+    free = ["stream.workers=1", "stream.memory=2", "checkpoint_interval=7", "val_interval=2"]
+    again = trainer.train(job(world, out, "aal", u8(world), *FULL, *free, resume=True), console)
+    assert again == result
+    assert "this run is complete" in console.lines[-1]
+
+
+def test_a_folder_without_a_checkpoint_says_so(world, tmp_path):
+    with pytest.raises(UserError, match="no checkpoint here to go on from; without --resume a new run begins"):
+        run(world, tmp_path / "none", "scratch", resume=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="there is a run in this folder already; to go on with it, add --resume"):
+        run(world, tmp_path / "run", "scratch")
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+def test_damaged_and_hostile_checkpoints_are_refused(undisturbed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    whole, path = (undisturbed[0] / "checkpoint.pt").read_bytes(), tmp_path / "checkpoint.pt"
+    place = whole.index(checkpoint.read(undisturbed[0] / "checkpoint.pt")["student"]["norm.weight"].numpy().tobytes())
+    flipped = bytearray(whole)
+    flipped[place + 5] ^= 1  # in a weight: torch alone would take it
+    for data in (whole[: len(whole) // 2], b"", b"nonsense", bytes(flipped)):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=r"checkpoint\.pt: damaged.*\n.*Begin again in a new folder"):
+            checkpoint.read(path)
+    path.write_bytes(pickle.dumps(Hostile()))
+    with pytest.raises(UserError, match="damaged, or not a checkpoint"):
+        checkpoint.read(path)
+    torch.save({"format": 1, "student": Hostile()}, path)
+    with pytest.raises(UserError, match="damaged, or not a checkpoint"):
+        checkpoint.read(path)
+    assert not Path("ran").exists()
+    torch.save({"format": 1, "student": {}}, path)
+    with pytest.raises(UserError, match=r"not a checkpoint that `pipeline train` wrote: recipe, .* is missing"):
+        checkpoint.read(path)
+
+
+def test_a_smoke_run_is_marked_and_makes_way(world, undisturbed, tmp_path):
+    out, console = tmp_path / "run", Quiet()
+    result = trainer.train(job(world, out, "aal", u8(world), *FULL, "optim.epochs=300", smoke=True), console)
+    assert (result["smoke"], result["steps"], result["samples"]) == (True, 3, 128)
+    assert checkpoint.read(out / "checkpoint.pt")["epoch"] == 1
+    assert any("smoke run" in line for line in console.lines)
+    with pytest.raises(UserError, match="a smoke run lies here, which never goes on"):
+        run(world, out, "aal", u8(world), *FULL, resume=True)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"there is notes\.txt; give a new folder"):
+        run(world, out, "aal", u8(world), *FULL)
+    (out / "notes.txt").unlink()
+    assert run(world, out, "aal", u8(world), *FULL)["smoke"] is False
+    assert same(undisturbed[0], out)
+    with pytest.raises(UserError, match="there is a run in this folder already"):
+        run(world, out, "aal", u8(world), smoke=True)
