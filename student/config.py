@@ -308,23 +308,38 @@ def _explain(problem: Any) -> str:
         section = METHODS.get(path[2])
         del path[2]  # pydantic names the method beside the loss
     elif below:
-        section = _section(Recipe, path[0])
+        section = section_of(Recipe, path[0])
     name = ".".join(path)
+    for part in below[:-1] if problem["type"] == "extra_forbidden" else ():
+        section = section and section_of(section, part)
+    return sentence(name, problem, section)
+
+
+def sentence(name: str, problem: Any, section: Any) -> str:
+    """One of pydantic's problems in our words: the setting, and the nearest known one or what was expected.
+
+    Args:
+        name: of the setting, with dots.
+        problem: one of `ValidationError.errors()`.
+        section: the model that an unknown setting was found in, if it is known.
+    """
     if problem["type"] == "extra_forbidden":
-        for part in below[:-1]:
-            section = section and _section(section, part)
-        known = f" {nearest(path[-1], section.model_fields)}" if section else ""
+        known = f" {nearest(name.rpartition('.')[2], section.model_fields)}" if section else ""
         return f"{name}: no such setting.{known}"
     message = (
         str(problem["msg"])
         .removeprefix("Value error, ")
         .replace("valid dictionary or object to extract fields from", "mapping")
+        .replace("valid dictionary", "mapping")
     )
-    found = "" if problem["type"] in ("missing", "value_error") else f", found {problem['input']!r}"
+    seen = repr(problem["input"])
+    seen = seen if len(seen) <= 120 else f"{seen[:119]}…"
+    found = "" if problem["type"] in ("missing", "value_error") else f", found {seen}"
     return f"{name}: {message[0].lower()}{message[1:]}{found}"
 
 
-def _section(section: Any, part: str) -> Any:
+def section_of(section: Any, part: str) -> Any:
+    """The model of a setting's own settings; None where it has none."""
     field = section.model_fields.get(part)
     if field is None:
         return None
