@@ -110,6 +110,8 @@ class Lesson(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits `[B, K]` of a batch, and loss -> value, unweighted scalars."""
         pixels = batch.pixels(self.mean, self.std)
+        if self.attention is not None:
+            self.attention.clear()
         with torch.autocast(pixels.device.type, self.precision, enabled=self.precision is not None):
             output = self.student(pixels)
         logits, distilled = output if isinstance(output, tuple) else (output, None)

@@ -127,6 +127,10 @@ class AttentionTaps:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
+        self.clear()
+
+    def clear(self) -> None:
+        """Let go of what the last forward pass left; a compiled network is then not compiled anew for it."""
         self._q.clear()
         self._k.clear()
         self._qkv.clear()
