@@ -203,13 +203,15 @@ def verify(
 
 
 @cli.command()
-@click.option("--recipe", required=True, help="A recipe's name (scratch, aal) or a YAML file.")
+@click.option("--recipe", required=True, help="A recipe's name (scratch, aal, …) or a YAML file.")
 @shards("--shards", help="Training shards.")
 @shards("--val", help="Validation shards.")
 @click.option("--store", metavar="DIR", help="The store with the targets; without one, views are drawn afresh.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="RUN", help="A new folder for the run.")
 @click.option("--set", "settings", multiple=True, metavar="PATH=VALUE", help="Change a setting; may be repeated.")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in RUN; everything else stays the same.")
+@click.option("--same-classes", is_flag=True,
+              help="Teacher and student have the same classes in one order, though a list is unknown.")  # fmt: skip
 @click.option("--smoke", is_flag=True, help="A few steps of each phase, to see that everything works.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @common
@@ -221,6 +223,7 @@ def train(
     out: Path,
     settings: tuple[str, ...],
     resume: bool,
+    same_classes: bool,
     smoke: bool,
     device: str,
     as_json: bool,
@@ -241,6 +244,11 @@ def train(
     from pipeline.recipes import load
 
     chosen = load(recipe, settings)
+
+    if same_classes:
+        from student.config import with_same_classes
+
+        chosen = with_same_classes(chosen)
 
     from storage.store import Store
     from student.ranks import joined, rank

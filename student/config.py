@@ -297,6 +297,15 @@ def validate(content: Any, where: str) -> Recipe:
     return recipe
 
 
+def with_same_classes(recipe: Recipe) -> Recipe:
+    """The recipe with the word that teachers' classes are the student's, where one of the lists is unknown."""
+    losses = {
+        name: loss.model_copy(update={"same_classes": True}) if isinstance(loss, DeiT) else loss
+        for name, loss in recipe.losses.items()
+    }
+    return recipe.model_copy(update={"losses": losses})
+
+
 def _explain(problem: Any) -> str:
     path = [str(part) for part in problem["loc"]]
     section: Any = Recipe
