@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from pipeline.plain import number_in, put, read_yaml
 from storage.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -16,13 +19,21 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parent / "recipes"
 
 
+@dataclass(frozen=True)
+class Over:
+    """Settings that are laid over every recipe: `path.to.field` and value, and the file that says so."""
+
+    where: str
+    settings: Sequence[tuple[str, Any]]
+
+
 def names() -> list[str]:
     """The recipes that come along."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def load(recipe: str, settings: Sequence[str] = ()) -> Recipe:
-    """A recipe by name or by file, with `path.to.field=value` settings laid over it.
+def load(recipe: str, settings: Sequence[str] = (), over: Over | None = None) -> Recipe:
+    """A recipe by name or by file, with a project's settings laid over it, and `path.to.field=value` over both.
 
     Raises:
         UserError: no such recipe, YAML that is none, an unknown field or a value that it does not take.
@@ -32,20 +43,22 @@ def load(recipe: str, settings: Sequence[str] = ()) -> Recipe:
         raise UserError(
             f"no recipe is called {recipe!r}. {nearest(recipe, names())} A path to a YAML file also serves."
         )
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not plain YAML: {' '.join(str(error).split())}") from None
+    content = read_yaml(path)
     from student.config import validate
 
+    where = f"recipe {recipe}"
     if isinstance(content, dict):
+        if over and over.settings:
+            validate(copy.deepcopy(content), where)  # alone first: what is wrong afterwards is the project's
+            where = f"{where} with {over.where} laid over it"
+            for name, value in over.settings:
+                put(content, name, value)
         for setting in settings:
             _set(content, setting)
+    return validate(content, where)
 
-    return validate(content, f"recipe {recipe}")
 
-
-def _set(content: Any, setting: str) -> None:
+def _set(content: dict[str, Any], setting: str) -> None:
     path, equals, text = setting.partition("=")
     if not equals or not path:
         raise UserError(f"--set {setting}: expected path.to.field=value")
@@ -53,21 +66,4 @@ def _set(content: Any, setting: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"--set {setting}: the value is not plain YAML: {' '.join(str(error).split())}") from None
-    if isinstance(value, str):
-        value = _number(value)
-    *parents, last = path.split(".")
-    here = content
-    for part in parents:
-        below = here.get(part)
-        if not isinstance(below, dict):  # absent, or a short form such as `weight: 2000`
-            below = here[part] = {} if below is None else {"id" if part == "bank" else "start": below}
-        here = below
-    here[last] = value
-
-
-def _number(text: str) -> Any:
-    """YAML takes 5e-4 for a string; people mean the number."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
+    put(content, path, number_in(value))

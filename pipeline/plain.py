@@ -1,0 +1,78 @@
+"""Plain YAML from people: no tags, no aliases, no key twice. Whatever is in a file, it ends in data or in one error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
+
+from storage.errors import UserError
+
+LARGEST = 1 << 20  # bytes
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader without aliases (a small file can stand for a huge one) and without keys that come twice."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise ComposerError(None, None, f"the alias *{event.anchor}: aliases are not read", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise ConstructorError(None, None, f"the key {key.value!r} is there twice", key.start_mark)
+                seen.add(key.value)
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
+
+def read_yaml(path: Path) -> Any:
+    """What a file says.
+
+    Raises:
+        UserError: it cannot be read, or is not plain YAML; with the line.
+    """
+    try:
+        if path.stat().st_size > LARGEST:
+            raise UserError(f"{path}: larger than {LARGEST >> 20} MiB; this is no file of settings")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not plain YAML: it is not UTF-8 ({error.reason})") from None
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except Exception as error:  # its constructors raise anything: ValueError, KeyError, IndexError, RecursionError, …
+        said = " ".join(str(error).replace("<unicode string>", path.name).split()) or type(error).__name__
+        raise UserError(f"{path}: not plain YAML: {said[:400]}") from None
+
+
+def number_in(value: Any) -> Any:
+    """YAML takes 5e-4 for a word; people mean the number."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def put(content: dict[str, Any], path: str, value: Any) -> None:
+    """Set `path.to.field` of a recipe; what is absent on the way is made."""
+    *parents, last = path.split(".")
+    here = content
+    for part in parents:
+        below = here.get(part)
+        if not isinstance(below, dict):  # absent, or a short form such as `weight: 2000`
+            below = here[part] = {} if below is None else {"id" if part == "bank" else "start": below}
+        here = below
+    here[last] = dict(value) if isinstance(value, Mapping) else value
