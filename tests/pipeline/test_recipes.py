@@ -1,0 +1,158 @@
+"""Every recipe goes through its first steps on a store with two tiny teachers, by the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import save_file
+
+from pipeline import recipes
+from pipeline.cli import main
+from storage.store import Store
+from tests.conftest import World, run_precompute, teacher_of
+
+SMALL = {
+    "student.img_size": 32, "student.patch_size": 4, "student.embed_dim": 48, "student.depth": 2,
+    "student.num_heads": 3, "stream.batch_size": 32, "speed.amp": "none", "speed.attention": "fused",
+}  # fmt: skip
+MATCH = {"layers": "uniform", "heads": "mean", "grid": "bicubic"}
+
+
+@pytest.fixture(scope="module")
+def full(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[str]]]:
+    """A store with all that the recipes read, and teacher -> its targets."""
+    place = tmp_path_factory.mktemp("recipes") / "store"
+    wishes = {"cnn": ["activations,grid=8", "logits"], "vit": ["class_row", "attention,layers=1:3", "q,k,layers=1:3"]}
+    made = {
+        kind: run_precompute(place, world.shards, teacher_of(world.weights, kind), several)["targets"]
+        for kind, several in wishes.items()
+    }
+    return place, made
+
+
+def train(world: World, store: Path, out: Path, recipe: str, capsys: Any, *more: str, **settings: Any) -> Any:
+    words = ["train", "--recipe", recipe, "--val", world.shards[0], "--store", str(store), "--out", str(out), "--json"]
+    words += [part for shard in world.shards for part in ("--shards", shard)]
+    for name, value in {**SMALL, **settings}.items():
+        words += ["--set", f"{name}={value}"]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, *more])
+    said = capsys.readouterr()
+    return ended.value.code, json.loads(said.out), said.err
+
+
+def changes(recipe: str, folder: Path) -> dict[str, Any]:
+    """What a recipe at the paper's scale needs for a small student."""
+    if recipe == "attention-distill":
+        return {f"losses.attention.{name}": value for name, value in MATCH.items()}
+    if recipe == "advit-l1":
+        return {"losses.advit.layers": "uniform", "losses.advit.grid": "bicubic"}
+    if recipe == "fine-tune":
+        from precompute.taps import timm
+
+        sizes = {name.partition(".")[2]: value for name, value in SMALL.items() if name.startswith("student.")}
+        network = timm.create_model("vit_base_patch16_224.mae", global_pool="avg", num_classes=7, **sizes)
+        save_file(network.state_dict(), folder / "base.safetensors")
+        weights = folder / "base.safetensors"
+        return {"student.pretrained": "false", "student.weights": weights, "stream.bank.policy": "light"}
+    return {}
+
+
+@pytest.mark.parametrize("recipe", recipes.names())
+def test_a_recipe_goes_through_its_first_steps(world, full, tmp_path, capsys, recipe):
+    store, _ = full
+    code, result, said = train(
+        world, store, tmp_path / "run", recipe, capsys, "--smoke", "--same-classes", **changes(recipe, tmp_path)
+    )
+    assert code == 0, said
+    assert result["smoke"] is True
+    expected = {"aal": {"aal"}, "advit-l1": {"advit"}, "attention-distill": {"attention"}}
+    expected |= {"deit-hard": {"deit"}, "deit-soft": {"deit"}}
+    assert set(result["targets"]) == expected.get(recipe, set())
+
+
+def test_two_teachers_teach_one_student(world, full, tmp_path, capsys):
+    """AAL from the CNN and attention distillation from the ViT in one recipe, each with a schedule of its own."""
+    store, targets = full
+    recipe = tmp_path / "both.yaml"
+    recipe.write_text(
+        "losses:\n"
+        "  crossentropy: {}\n"
+        "  aal: {weight: {start: 100, decay: 0.5}, teacher: cnn}\n"
+        "  attention: {weight: {start: 1, shape: cosine, end: 0, over: 2}, teacher: vit, layers: uniform, heads: mean,"
+        " grid: bicubic}\n"
+        "  far: {method: advit, weight: {start: 1, until: 1}, layers: [[2, 3]], grid: bicubic}\n"
+        "optim: {epochs: 2, warmup_epochs: 0}\n"
+    )
+    code, result, said = train(world, store, tmp_path / "run", str(recipe), capsys)
+    assert code == 0, said
+    assert result["targets"] == {
+        "aal": [targets["cnn"][0]],
+        "attention": [targets["vit"][1]],
+        "far": [targets["vit"][0]],
+    }
+    epochs = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    weights = [line["weights"] for line in epochs if "weights" in line]
+    assert weights[0] == {"crossentropy": 1, "aal": 100, "attention": 1, "far": 1}
+    assert weights[1] == {"crossentropy": 1, "aal": 50, "attention": 0.5, "far": 0}
+    for words in ("layers 1-2, 2-3 (student-teacher)", "mean over heads", "4x4 to 8x8 (bicubic, mass kept)"):
+        assert words in said
+
+
+def test_q_and_k_serve_where_maps_are_not_stored(world, full, tmp_path, capsys):
+    store, targets = full
+    settings = {
+        **changes("attention-distill", tmp_path),
+        "losses.attention.target": f"[{', '.join(targets['vit'][2:])}]",
+    }
+    code, result, said = train(world, store, tmp_path / "run", "attention-distill", capsys, "--smoke", **settings)
+    assert code == 0, said
+    assert result["targets"] == {"attention": targets["vit"][2:]}
+    assert "from q and k" in said
+
+
+def test_contract_10_logits_of_unknown_classes_need_a_word(world, full, tmp_path, capsys):
+    store, _ = full
+    code, result, _ = train(world, store, tmp_path / "run", "deit-hard", capsys, "--smoke")
+    assert code == 1
+    assert "say --same-classes" in result["error"]
+
+
+def test_contract_10_logits_of_other_classes_are_refused(world, tmp_path, capsys):
+    """A teacher of five classes for a student of three."""
+    import torch
+
+    from precompute.taps import timm
+    from storage.testing import TINY_CNN
+
+    torch.manual_seed(0)
+    name, arguments = TINY_CNN
+    save_file(timm.create_model(name, num_classes=5, **arguments).state_dict(), tmp_path / "five.safetensors")
+    teacher = teacher_of({"cnn": str(tmp_path / "five.safetensors")}, "cnn", arguments={**arguments, "num_classes": 5})
+    run_precompute(tmp_path / "store", world.shards, teacher, ["logits"], views=1)
+    code, result, _ = train(world, tmp_path / "store", tmp_path / "run", "deit-soft", capsys, "--same-classes")
+    assert code == 1
+    assert "number of classes: expected 3, found 5" in result["error"]
+    assert "fit-teacher" in result["error"]
+    assert Store.open(tmp_path / "store").targets()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "message"),
+    [
+        ("advit-l1", {}, "losses.advit.layers=uniform"),
+        ("advit-l1", {"losses.advit.layers": "uniform"}, "losses.advit.grid=bicubic"),
+        ("attention-distill", {}, "names layer 3; the student has layers 1 to 2"),
+        ("aal", {"losses.advit.teacher": "vitt", "losses.advit.layers": "last"}, "losses.advit.teacher: expected vitt"),
+        ("aal", {"losses.deit.kind": "hrad"}, "losses.deit.kind"),
+        ("aal", {"losses.aal.weight.until": -1}, "losses.aal.weight.until"),
+    ],
+)
+def test_what_does_not_fit_is_one_clear_message(world, full, tmp_path, capsys, recipe, settings, message):
+    store, _ = full
+    code, result, _ = train(world, store, tmp_path / "run", recipe, capsys, "--smoke", **settings)
+    assert code == 1
+    assert message in result["error"]
