@@ -41,12 +41,12 @@ def optimiser(recipe: Recipe, lesson: Lesson, steps: int) -> tuple[torch.optim.O
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
             _groups(recipe, lesson), opt=settings.opt, lr=peak_rate(recipe), weight_decay=settings.weight_decay, **more
         )
-    except TypeError as error:
-        raise UserError(f"optim.betas: {settings.opt} does not take them ({error})") from None
-    except (ValueError, AssertionError, RuntimeError) as error:
+    except (ValueError, AssertionError, RuntimeError, TypeError) as error:
         raise UserError(
             f"optim.opt: {str(error) or settings.opt}. {nearest(settings.opt, list_optimizers())}"
         ) from None
+    if settings.betas is not None and tuple(optimizer.param_groups[0].get("betas", ())) != settings.betas:
+        raise UserError(f"optim.betas: {settings.opt} does not take them")
     scheduler, _ = create_scheduler_v2(
         optimizer, settings.sched, num_epochs=settings.epochs, warmup_epochs=settings.warmup_epochs,
         warmup_lr=settings.warmup_lr, min_lr=settings.min_lr, step_on_epochs=False, updates_per_epoch=steps,

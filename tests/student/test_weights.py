@@ -1,0 +1,173 @@
+"""Students that begin from weights: what is taken, what is new, what is frozen; fine-tuning from end to end."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.recipes import load as load_recipe
+from precompute.taps import timm
+from storage.errors import UserError
+from student import train as trainer
+from student import weights as module
+from student.model import build
+from student.weights import begin_from, freeze
+from tests.conftest import Quiet
+from tests.student.runs import STUDENT, job, run, u8, weights
+
+BODY = "blocks.*"
+
+
+@pytest.fixture(scope="module")
+def donor(world, tmp_path_factory):
+    """A trained student's file."""
+    out = tmp_path_factory.mktemp("donor") / "run"
+    run(world, out, "scratch", "optim.epochs=1")
+    return out / "last.safetensors"
+
+
+def student(*settings: str, classes: int = 3):
+    torch.manual_seed(7)
+    recipe = load_recipe("scratch", [*STUDENT, *settings])
+    return build(recipe.student, classes)[0], recipe.student
+
+
+def taken(*settings: str, classes: int = 3, names=None):
+    model, chosen = student(*settings, classes=classes)
+    fresh = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    lines: list[str] = []
+    begin_from(model, chosen, names, lines.append)
+    return model.state_dict(), fresh, lines
+
+
+def test_all_is_taken_from_a_students_file_and_from_pth(donor, tmp_path):
+    state = load_file(donor)
+    torch.save({"model": state}, tmp_path / "w.pth")
+    for path in (donor, tmp_path / "w.pth"):
+        ours, _, lines = taken(f"student.weights={path}")
+        assert all(torch.equal(ours[name], state[name]) for name in state)
+        assert lines == [f"begins from {path}: {len(state)} of {len(state)} tensors"]
+
+
+def test_a_head_of_other_classes_is_new_and_said(donor):
+    state = load_file(donor)
+    ours, fresh, lines = taken(f"student.weights={donor}", classes=5)
+    assert torch.equal(ours["head.weight"], fresh["head.weight"])
+    assert torch.equal(ours["blocks.0.attn.qkv.weight"], state["blocks.0.attn.qkv.weight"])
+    assert "head.weight, head.bias of other classes, so they are new" in lines[0]
+    ours, fresh, lines = taken(f"student.weights={donor}", names=("ant", "bee", "cat"))  # as many, but others
+    assert torch.equal(ours["head.weight"], fresh["head.weight"])
+    assert "they are new" in lines[0]
+    ours, _, lines = taken(f"student.weights={donor}", names=("class0", "class1", "class2"))
+    assert torch.equal(ours["head.weight"], state["head.weight"])
+
+
+def test_position_embeddings_of_another_grid_are_resampled_as_timm_does(donor):
+    from timm.layers import resample_abs_pos_embed
+
+    state = load_file(donor)
+    ours, _, _ = taken(f"student.weights={donor}", "student.img_size=24")
+    expected = resample_abs_pos_embed(state["pos_embed"], [6, 6], [8, 8], num_prefix_tokens=1)
+    assert torch.allclose(ours["pos_embed"], expected)
+    ours, _, _ = taken(f"student.weights={donor}", "student.patch_size=8")
+    assert ours["patch_embed.proj.weight"].shape[-1] == 8
+    assert torch.equal(ours["blocks.1.mlp.fc1.weight"], state["blocks.1.mlp.fc1.weight"])
+
+
+def test_patterns_choose_what_is_taken(donor):
+    state = load_file(donor)
+    ours, fresh, lines = taken(f"student.weights={donor}", 'student.init=["blocks.*.attn.*", "norm.*"]')
+    for name in state:
+        chosen = ".attn." in name or name.startswith("norm.")
+        assert torch.equal(ours[name], (state if chosen else fresh)[name]), name
+    assert "10 of" in lines[0]
+    with pytest.raises(
+        UserError, match=r"student\.init: 'blocks\.\*\.atn\.\*' matches no parameter .*; near: blocks\."
+    ):
+        taken(f"student.weights={donor}", 'student.init=["blocks.*.atn.*"]')
+
+
+def test_what_does_not_fit_is_named(donor, tmp_path):
+    with pytest.raises(UserError, match=r"does not fit .*: 12 missing \(blocks\.2\.norm1\.weight"):
+        taken(f"student.weights={donor}", "student.depth=3")
+    with pytest.raises(UserError, match=r"12 unexpected \(blocks\.1\..*say which are taken, others stay new"):
+        taken(f"student.weights={donor}", "student.depth=1")
+    taken(f"student.weights={donor}", "student.depth=1", 'student.init=["blocks.*", "norm.*"]')
+    with pytest.raises(UserError, match=r"blocks\.0\.mlp.*has shape|norm.*has shape|cls_token has shape"):
+        taken(f"student.weights={donor}", "student.embed_dim=24")
+    with pytest.raises(UserError, match="cannot be read as weights"):
+        taken(f"student.weights={tmp_path / 'none.safetensors'}")
+    (tmp_path / "bad.pth").write_bytes(pickle.dumps(Hostile()))
+    with pytest.raises(UserError, match="refused: it is a pickle with more than tensors"):
+        taken(f"student.weights={tmp_path / 'bad.pth'}")
+
+
+class Hostile:
+    def __reduce__(self):
+        return print, ("ran",)
+
+
+def test_timms_weights_or_a_clear_error_without_the_hub(monkeypatch, donor):
+    create, asked = timm.create_model, []
+
+    def hub(name, pretrained=False, **arguments):
+        if not pretrained:
+            return create(name, **arguments)
+        asked.append(name)
+        if len(asked) == 1:
+            raise RuntimeError("no connection\nmore")
+        torch.manual_seed(3)
+        return create(name, embed_dim=48, depth=2, num_heads=3, img_size=64, patch_size=4)
+
+    monkeypatch.setattr(module.timm, "create_model", hub)
+    with pytest.raises(UserError, match=r"vit_tiny_patch16_224 cannot be had from timm's hub: no connection\n  Give a"):
+        taken("student.pretrained=true")
+    ours, fresh, lines = taken("student.pretrained=true")  # a thousand classes, 64x64
+    assert not torch.equal(ours["blocks.0.attn.qkv.weight"], fresh["blocks.0.attn.qkv.weight"])
+    assert torch.equal(ours["head.weight"], fresh["head.weight"])
+    assert "head.weight, head.bias of other classes" in lines[0]
+
+
+@pytest.mark.parametrize("more", [[], ["optim.layer_decay=0.7", "ema=0.9"]])
+def test_fine_tuning_leaves_what_is_frozen_bit_for_bit(world, donor, tmp_path, more):
+    console, before = Quiet(), load_file(donor)
+    settings = [u8(world), f"student.weights={donor}", 'student.freeze=["patch_embed.*", "blocks.0.*", "pos_embed"]']
+    trainer.train(job(world, tmp_path / "run", "aal", *settings, *more, "optim.clip_grad=1"), console)
+    after = load_file(tmp_path / "run" / "last.safetensors")
+    for name in before:
+        frozen = name.startswith(("patch_embed.", "blocks.0.")) or name == "pos_embed"
+        assert torch.equal(before[name], after[name]) == frozen, name
+        if more and frozen:
+            assert torch.equal(weights(tmp_path / "run")[f"ema {name}"], before[name])
+    assert any("frozen: " in line and "(15 tensors)" in line for line in console.lines)
+
+
+def test_frozen_running_statistics_stay_and_frozen_everything_is_refused(world, tmp_path):
+    model, _ = student()
+    with pytest.raises(UserError, match="freezes the whole student; nothing is left to train"):
+        freeze(model, ["*"], print)
+    with pytest.raises(UserError, match=r"student\.freeze: 'block\.\*' matches no parameter"):
+        freeze(model, ["block.*"], print)
+    cnn = ["student.model=resnet10t", "student.patch_size=null", "student.embed_dim=null", "student.depth=null",
+           "student.num_heads=null", "optim.epochs=1"]  # fmt: skip
+    run(world, tmp_path / "a", "scratch", *cnn, store=None)
+    start = f"student.weights={tmp_path / 'a' / 'last.safetensors'}"
+    run(world, tmp_path / "b", "scratch", *cnn, start, 'student.freeze=["conv1.*", "bn1.*", "layer1.*"]', store=None)
+    before, after = (load_file(tmp_path / n / "last.safetensors") for n in "ab")
+    assert torch.equal(before["bn1.running_mean"], after["bn1.running_mean"])
+    assert torch.equal(before["layer1.0.bn1.running_var"], after["layer1.0.bn1.running_var"])
+    assert not torch.equal(before["layer2.0.bn1.running_var"], after["layer2.0.bn1.running_var"])
+
+
+def test_a_resumed_run_needs_its_first_weights_no_more(world, donor, tmp_path):
+    copy = tmp_path / "first.safetensors"
+    save_file(load_file(donor), copy)
+    settings = [f"student.weights={copy}", "student.freeze=[patch_embed.*]", "optim.layer_decay=0.7"]
+    result = run(world, tmp_path / "run", "scratch", *settings)
+    copy.unlink()
+    (tmp_path / "run" / "result.json").unlink()
+    again = run(world, tmp_path / "run", "scratch", *settings, resume=True)
+    assert again["top1"] == result["top1"]
