@@ -14,6 +14,7 @@ import click
 
 from pipeline.console import Console, show
 from pipeline.options import common, shards, store, wanted
+from pipeline.project import over, reads
 from storage.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -86,8 +87,10 @@ def pack(
 @cli.command()
 @wanted
 @common
-def precompute(store: str, wanted: Wanted, as_json: bool) -> None:
+def precompute(store: str, wanted: Wanted | dict[str, Wanted], as_json: bool) -> None:
     """Run a teacher once over shards and keep its targets. The same command goes on where it was.
+
+    Without --teacher, all teachers of the project file, one after another.
 
     \b
     pipeline precompute --teacher mobilenetv2 --weights mobilenetv2.safetensors --shards 'train-{000000..000009}.tar' \\
@@ -97,15 +100,18 @@ def precompute(store: str, wanted: Wanted, as_json: bool) -> None:
     from storage.store import Store
 
     console = Console()
+    results, text = {}, []
     try:
-        result = run(Store.create(store), wanted, console)
+        for name, one in wanted.items() if isinstance(wanted, dict) else [("", wanted)]:
+            results[name] = result = run(Store.create(store), one, console)
+            failed = [f"failed: {failure['error']}" for failure in result["failures"]]
+            count = f", {len(failed)} failed: the same command tries them again" if failed else ""
+            done = f"{len(result['targets'])} target(s) over {len(result['shards'])} shard(s){count}: {store}"
+            text += [*failed, f"{name}: {done}" if name else done]
     finally:
         console.stop()
-    failed = [f"failed: {failure['error']}" for failure in result["failures"]]
-    count = f", {len(failed)} failed: the same command tries them again" if failed else ""
-    done = f"{len(result['targets'])} target(s) over {len(result['shards'])} shard(s){count}: {store}"
-    show(result, [*failed, done], as_json)
-    if failed:
+    show({"store": store, "teachers": results} if isinstance(wanted, dict) else results[""], text, as_json)
+    if any(result["failures"] for result in results.values()):
         raise SystemExit(1)
 
 
@@ -116,28 +122,36 @@ def precompute(store: str, wanted: Wanted, as_json: bool) -> None:
 @click.option("--train-rate", type=click.FloatRange(0, min_open=True), default=1000, show_default=True,
               metavar="N", help="Images a second that a training is to read.")  # fmt: skip
 @common
-def plan(store: str, wanted: Wanted, measure: float, train_rate: float, as_json: bool) -> None:
+def plan(store: str, wanted: Wanted | dict[str, Wanted], measure: float, train_rate: float, as_json: bool) -> None:
     """Say what `precompute` with the same flags would take: bytes, objects, hours, and what would be cheaper.
 
-    The engine runs for about a minute beside the store; nothing is left behind.
+    The engine runs for about a minute a teacher beside the store; nothing is left behind.
 
     \b
     pipeline plan --teacher mobilenetv2 --weights mobilenetv2.safetensors --shards 'train-{000000..000009}.tar' \\
       --store S --view-policy light --view-size 32 --target activations,grid=8,codec=u8
     """
-    from pipeline.inspection import plan_lines
+    from pipeline.inspection import plan_lines, sum_lines, sum_of
     from precompute.plan import plan as run
 
     console = Console()
     try:
-        result = run(store, wanted, console, measure, train_rate)
+        if not isinstance(wanted, dict):
+            result = run(store, wanted, console, measure, train_rate)
+            text = plan_lines(result)
+        else:
+            plans = {name: run(store, one, console, measure, train_rate) for name, one in wanted.items()}
+            result = {"teachers": plans, "sum": sum_of(plans)}
+            text = [line for name, one in plans.items() for line in (f"{name}:", *plan_lines(one))]
+            text += sum_lines(result["sum"])
     finally:
         console.stop()
-    show(result, plan_lines(result), as_json)
+    show(result, text, as_json)
 
 
 @cli.command()
 @store
+@reads(store="store")
 @common
 def inspect(store: str, as_json: bool) -> None:
     """Say what is in a store: teachers, banks, targets, how much of each is complete, and its size.
@@ -161,6 +175,7 @@ def inspect(store: str, as_json: bool) -> None:
 @click.option("--full", is_flag=True, help="All samples.")
 @click.option("--weights", multiple=True, metavar="F",
               help="A recorded teacher's weights, if not at the recorded path; may be repeated.")  # fmt: skip
+@reads(store="store", shards="shards")
 @common
 def verify(
     store: str, shards: tuple[str, ...], samples: int, full: bool, weights: tuple[str, ...], as_json: bool
@@ -214,6 +229,7 @@ def verify(
               help="Teacher and student have the same classes in one order, though a list is unknown.")  # fmt: skip
 @click.option("--smoke", is_flag=True, help="A few steps of each phase, to see that everything works.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@reads(shards="shards", val="val", store="store")
 @common
 def train(
     recipe: str,
@@ -243,7 +259,7 @@ def train(
 
     from pipeline.recipes import load
 
-    chosen = load(recipe, settings)
+    chosen = load(recipe, settings, over())
 
     if same_classes:
         from student.config import with_same_classes
@@ -279,6 +295,7 @@ def train(
 @click.option("--checkpoint", type=click.Choice(["last", "best", "ema"]), default="last", show_default=True,
               help="Which student; `best` was chosen on the validation shards, `ema` is the average.")  # fmt: skip
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@reads(shards="val")
 @common
 def evaluate(run: Path, shards: tuple[str, ...], checkpoint: str, device: str, as_json: bool) -> None:
     """Accuracy of a run's student over shards, every sample once, on the evaluation view of its policy.
@@ -338,6 +355,7 @@ def evaluate(run: Path, shards: tuple[str, ...], checkpoint: str, device: str, a
               help="Strength of the L2 term; by default chosen on held-out training samples.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Of what is held out.")
 @click.option("--device", default="auto", show_default=True, help="Where accuracy is measured: auto, cpu, cuda …")
+@reads(store="store", shards="shards", val="val")
 @common
 def fit_teacher(
     store: str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 from storage.markers import Task
@@ -117,6 +118,36 @@ def plan_lines(result: dict[str, Any]) -> list[str]:
         f"targets and {train['shards_mb_per_second']:,.1f} MB/s of shards"
     )
     return [*lines, *(f"warning: {warning}" for warning in result["warnings"])]
+
+
+def sum_of(plans: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """What several teachers take over one store, one after another: what they share counts once."""
+    total: dict[str, Any] = {"bytes": 0, "objects": 0, "missing": {"bytes": 0, "objects": 0, "view_images": 0}}
+    shared: dict[str, dict[str, Any]] = {}  # bank -> what all of its teachers share
+    for plan in plans.values():
+        common = plan["shared"]
+        if plan["bank"] not in shared or common["bytes"] > shared[plan["bank"]]["bytes"]:
+            shared[plan["bank"]] = common
+        for key in ("bytes", "objects"):
+            total[key] += plan[key] - common[key]
+            total["missing"][key] += plan["missing"][key] - common["missing"][key]
+        total["missing"]["view_images"] += plan["missing"]["view_images"]
+    for common in shared.values():
+        for key in ("bytes", "objects"):
+            total[key] += common[key]
+            total["missing"][key] += common["missing"][key]
+    hours = [plan["hours"] for plan in plans.values()]
+    return {**total, "hours": None if None in hours else round(sum(hours), 5)}
+
+
+def sum_lines(total: dict[str, Any]) -> list[str]:
+    """The sum of several plans for people."""
+    new = total["missing"]
+    hours = "" if total["hours"] is None else f"; {_hours_text(total['hours'])}"
+    return [
+        f"all of them: {size_text(total['bytes'])} in {total['objects']:,} objects; still to be made: "
+        f"{size_text(new['bytes'])} in {new['objects']:,} objects, {new['view_images']:,} view images{hours}"
+    ]
 
 
 def _hours_text(hours: float) -> str:

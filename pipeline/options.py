@@ -8,10 +8,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
+from pipeline import project
 from storage.errors import UserError
 
 if TYPE_CHECKING:
+    from pipeline.settings import Entry
     from precompute.run import Wanted
 
 
@@ -39,7 +42,11 @@ store = click.option("--store", required=True, metavar="DIR", help="The store: a
 
 
 _WANTED = (
-    click.option("--teacher", required=True, help="A short name (effnet_b3, mobilenetv2, vit_tiny, …) or a timm name."),
+    click.option(
+        "--teacher", metavar="NAME",
+        help="A teacher of the project file, a short name (effnet_b3, mobilenetv2, vit_tiny, …) or a timm name; "
+        "without it, all of the project file.",
+    ),
     shards("--shards", help="The shards."),
     store,
     click.option(
@@ -78,20 +85,62 @@ _WANTED = (
 )  # fmt: skip
 
 
+# Options of `precompute` and `plan` -> fields of a project file that say them.
+_SAID = {
+    "shards": "shards", "store": "store", "view_policy": "views.policy", "view_size": "views.size",
+    "view_count": "views.count", "seed": "views.seed", "provider": "provider", "workers": "workers", "dask": "dask",
+}  # fmt: skip
+# What is said about one teacher, and never of several at once.
+_OF_ONE = ("target", "weights", "teacher_arg", "mean", "std", "input_size", "called")
+
+
 def wanted(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What `precompute` and `plan` take: the command is called with `store` and `wanted`."""
+    """What `precompute` and `plan` take: the command is called with `store` and `wanted`.
+
+    `wanted` is what one teacher is asked for, or name -> that for all teachers of the project file.
+    """
 
     @functools.wraps(command)
     def wrapped(store: str, **flags: Any) -> Any:
-        names = inspect.signature(_wanted).parameters
+        names = {*inspect.signature(_one).parameters, "teacher"} - {"entry", "where"}
         others = {name: value for name, value in flags.items() if name not in names}
         return command(store=store, wanted=_wanted(**{name: flags[name] for name in names}), **others)
 
-    return functools.reduce(lambda made, option: option(made), reversed(_WANTED), wrapped)
+    made: Callable[..., Any] = project.reads(**_SAID)(wrapped)
+    for option in reversed(_WANTED):
+        made = option(made)
+    return made
 
 
-def _wanted(
+def _wanted(teacher: str | None, **flags: Any) -> Wanted | dict[str, Wanted]:
+    """What is asked for: of the teacher that was named, or of each in the project file."""
+    read = project.current()
+    entries = read.teachers if read else {}
+    if teacher is None and not entries:
+        raise click.UsageError("Missing option '--teacher'; a project file may name teachers too.")
+    if flags["workers"] and flags["dask"]:  # a flag wins over the file
+        ctx = click.get_current_context()
+        said = [n for n in ("workers", "dask") if ctx.get_parameter_source(n) == ParameterSource.COMMANDLINE]
+        if len(said) != 1:
+            raise UserError("--workers starts processes here, --dask joins others; give one of them")
+        flags |= {name: None for name in ("workers", "dask") if name not in said}
+    if teacher is not None and teacher not in entries:
+        return _one(teacher, None, "", **flags)
+    assert read is not None
+    chosen = list(entries) if teacher is None else [teacher]
+    if len(chosen) > 1:
+        for name in _OF_ONE:
+            if flags[name]:
+                flag = {"called": "as"}.get(name, name.replace("_", "-"))
+                raise UserError(f"--{flag} is for one teacher, {read.path} has {', '.join(chosen)}: say --teacher NAME")
+    made = {name: _one(name, entries[name], f"{read.path}: teachers.{name}: ", **flags) for name in chosen}
+    return made if teacher is None else made[teacher]
+
+
+def _one(
     teacher: str,
+    entry: Entry | None,
+    where: str,
     shards: tuple[str, ...],
     target: tuple[str, ...],
     view_policy: str | None,
@@ -111,21 +160,33 @@ def _wanted(
     workers: int | None,
     dask: str | None,
 ) -> Wanted:
+    """What is asked of one teacher; of a project's teacher, what no flag says comes from its entry.
+
+    `where` opens the errors of what the project file says.
+    """
     from precompute import teachers
     from precompute.run import Wanted
     from precompute.targets import parse
     from storage.policies import policy
     from storage.shards import expand
 
-    if workers and dask:
-        raise UserError("--workers starts processes here, --dask joins others; give one of them")
     urls = expand(shards)
     views = policy("deit" if view_policy is None else view_policy, 224 if view_size is None else view_size, seed or 0)
-    wishes = [wish for text in target for wish in parse(text)]
-    found = teachers.find(
-        teacher, weights=weights, arguments=_arguments(teacher_arg), input_size=input_size,
-        mean=_numbers(mean, "--mean"), std=_numbers(std, "--std"), called=called,
-    )  # fmt: skip
+    arguments, means, stds = _arguments(teacher_arg), _numbers(mean, "--mean"), _numbers(std, "--std")
+    texts, model = target, teacher
+    if entry is not None:
+        model, texts = entry.teacher or teacher, target or entry.targets
+        weights, called, input_size = weights or entry.weights, called or teacher, input_size or entry.input_size
+        arguments, means, stds = {**entry.args, **arguments}, means or entry.mean, stds or entry.std
+    try:
+        wishes = [wish for text in texts for wish in parse(text)]
+        found = teachers.find(
+            model, weights=weights, arguments=arguments, input_size=input_size, mean=means, std=stds, called=called
+        )
+    except UserError as error:
+        if not where:
+            raise
+        raise UserError(f"{where}{error}") from None
     named = {"line": view_policy, "size": view_size, "seed": seed}
     given = frozenset(name for name, value in named.items() if value is not None)
     return Wanted(

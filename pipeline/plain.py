@@ -20,7 +20,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
+            event: Any = self.peek_event()  # type: ignore[no-untyped-call]
             raise ComposerError(None, None, f"the alias *{event.anchor}: aliases are not read", event.start_mark)
         return super().compose_node(parent, index)
 

@@ -90,9 +90,10 @@ def _plan(
         overhead, records = _overhead(scratch), _records(scratch)
     outputs = [output for several in job.by_graph.values() for output in several]
     missing = _missing(store, shards, policy.bank, outputs, views)
-    totals = _sizes(shards, outputs, views, missing, overhead)
+    totals, shared = _sizes(shards, outputs, views, missing, overhead)
     for key, length in records.items():
-        totals.add(length, 1, store is None or not _holds(store, key))
+        for into in (totals, shared) if key.startswith(("banks/", "zarr.json", "README.md")) else (totals,):
+            into.add(length, 1, store is None or not _holds(store, key))
     images = sum(shard.samples for shard in shards)
     todo = sum(shard.samples for shard in shards for view in range(views) if missing[shard.url, view] - {"bank"})
     sample = sum(output.codec.sample_bytes for output in outputs)
@@ -108,6 +109,11 @@ def _plan(
         "bytes": round(totals.bytes),
         "objects": totals.objects,
         "missing": {"bytes": round(totals.new_bytes), "objects": totals.new_objects, "view_images": todo},
+        "shared": {
+            "bytes": round(shared.bytes),
+            "objects": shared.objects,
+            "missing": {"bytes": round(shared.new_bytes), "objects": shared.new_objects},
+        },
         "targets": [_target(output, manifests[output.target], images * views) for output in outputs],
         "training": {
             "images_per_second": rate,
@@ -259,19 +265,23 @@ def _sizes(
     views: int,
     missing: dict[tuple[str, int], set[str]],
     overhead: dict[str, tuple[float, float]],
-) -> _Totals:
-    """Of indexes, arrays and markers."""
+) -> tuple[_Totals, _Totals]:
+    """Of indexes, arrays and markers; and of those among them that any other teacher over this bank shares."""
     mean = sum(o[0] + o[1] for o in overhead.values()) / len(overhead) if overhead else 4096.0
-    totals = _Totals()
+    totals, shared = _Totals(), _Totals()
     for shard in shards:
         index = len(shard.index.dump()) if shard.index else 90 * shard.samples
-        totals.add(index, 1, shard.id is None)
+        for into in (totals, shared):
+            into.add(index, 1, shard.id is None)
         for view in range(views):
             for name, parts in (("bank", _BANK), *((o.target, o.codec.layout()) for o in outputs)):
                 size, chunks = _arrays(parts, shard.samples)
                 own = sum(overhead[name]) if name in overhead else mean
-                totals.add(size + own + chunks * _IN_MARKER, chunks + len(parts) + 1, name in missing[shard.url, view])
-    return totals
+                for into in (totals, shared) if name == "bank" else (totals,):
+                    into.add(
+                        size + own + chunks * _IN_MARKER, chunks + len(parts) + 1, name in missing[shard.url, view]
+                    )
+    return totals, shared
 
 
 def _target(output: Output, manifest: dict[str, Any], images: int) -> dict[str, Any]:
