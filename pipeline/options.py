@@ -190,8 +190,9 @@ def _one(
     named = {"line": view_policy, "size": view_size, "seed": seed}
     given = frozenset(name for name, value in named.items() if value is not None)
     return Wanted(
-        urls, found, wishes, views, given, view_count, new_bank, provider, bad_images, materialise_views, workers, dask
-    )
+        urls, found, wishes, views, given, view_count, new_bank, provider, bad_images, materialise_views, workers, dask,
+        project.grid(),
+    )  # fmt: skip
 
 
 def _arguments(pairs: tuple[str, ...]) -> dict[str, Any]:

@@ -93,6 +93,13 @@ def over() -> Over | None:
     return Over(str(project.path), project.settings) if project else None
 
 
+def grid() -> int | None:
+    """Patches a side of the running command's project's student, where the file says sizes; else None."""
+    project = current()
+    student = project.content.student if project else None
+    return student.img_size // student.patch_size if student and student.img_size and student.patch_size else None
+
+
 def load(path: Path) -> Project:
     """A validated project file. Raises UserError: file, key, and the nearest known key or what was expected."""
     from pipeline.plain import read_yaml

@@ -43,6 +43,7 @@ class Wanted:
     pixels: bool = False  # keep the view images themselves
     workers: int | None = None  # processes on this machine
     dask: str | None = None  # address of a scheduler
+    grid: int | None = None  # of activations where a wish says none; None: view size / 16
 
 
 @dataclass
@@ -86,7 +87,10 @@ def prepare(store: Store, wanted: Wanted, progress: Progress) -> Job:
                 failed = failed or error
         raise failed or UserError("no shards were given")
 
-    wishes = wanted.wishes or targets.defaults(manifest, policy)
+    wishes = [
+        replace(wish, grid=wanted.grid) if wish.tap == "activations" and wish.grid is None and wanted.grid else wish
+        for wish in wanted.wishes or targets.defaults(manifest, policy, wanted.grid)
+    ]
     elsewhere = wanted.workers is not None or wanted.dask is not None  # this machine may have no accelerator
     by_graph = targets.record_targets(
         store, wanted.teacher, manifest, wishes, policy, images, "auto" if elsewhere else wanted.provider, progress.say

@@ -117,10 +117,10 @@ def record_teacher(store: Store, teacher: Teacher) -> Record:
     )
 
 
-def defaults(manifest: Record, policy: Policy) -> list[Wish]:
+def defaults(manifest: Record, policy: Policy, grid: int | None = None) -> list[Wish]:
     """What a teacher is asked for when nothing is said: activations of a CNN, class rows and token of a ViT."""
     if manifest["network"] == "cnn":
-        return [Wish("activations", grid=max(1, policy.size // 16))]
+        return [Wish("activations", grid=grid or max(1, policy.size // 16))]
     if manifest["network"] == "vit" and "class" in manifest["prefix"]:
         return [Wish("class_row"), Wish("class_token")]
     raise UserError(f"teacher {manifest['id']}: nothing is taken from such a network by default; say --target TAP")

@@ -6,6 +6,7 @@ Names are timm's where timm has one. Unknown keys are refused with the nearest k
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, ValidationError, model_validator
@@ -335,12 +336,8 @@ def sentence(name: str, problem: Any, section: Any) -> str:
     if problem["type"] == "extra_forbidden":
         known = f" {nearest(name.rpartition('.')[2], section.model_fields)}" if section else ""
         return f"{name}: no such setting.{known}"
-    message = (
-        str(problem["msg"])
-        .removeprefix("Value error, ")
-        .replace("valid dictionary or object to extract fields from", "mapping")
-        .replace("valid dictionary", "mapping")
-    )
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    message = re.sub(r"valid dictionary( or (instance of \w+|object to extract fields from))?", "mapping", message)
     seen = repr(problem["input"])
     seen = seen if len(seen) <= 120 else f"{seen[:119]}…"
     found = "" if problem["type"] in ("missing", "value_error") else f", found {seen}"
