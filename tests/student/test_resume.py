@@ -58,6 +58,20 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(world, undisturbed, 
     assert any(f"goes on in {place} of 9 steps" in line for line in console.lines)
 
 
+def test_no_line_of_the_log_comes_twice(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "LOG_EVERY", 1)
+    settings = [u8(world), "checkpoint_interval=3", "tensorboard=true"]
+    with monkeypatch.context() as patched:
+        cut_after(patched, 5)
+        with pytest.raises(Cut):
+            run(world, tmp_path / "run", "aal", *settings)
+    assert [r["step"] for r in log(tmp_path / "run")] == [0, 1, 2, 3, 4]
+    run(world, tmp_path / "run", "aal", *settings, resume=True)
+    assert [(r["epoch"], r.get("step")) for r in log(tmp_path / "run")] == [
+        (epoch, step) for epoch in (0, 1) for step in [*range(9), None]
+    ]
+
+
 def test_a_command_that_is_killed_goes_on_with_loader_workers(world, undisturbed, tmp_path):
     settings = [u8(world), *FULL, "stream.workers=1", "checkpoint_interval=2"]
     out = tmp_path / "run"
