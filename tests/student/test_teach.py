@@ -26,7 +26,6 @@ from storage.policies import policy
 from storage.shards import classes_of
 from storage.store import Store
 from storage.testing import TINY_CNN, TINY_VIT, synthetic_shards
-from student import teach
 from student.head import Examples, Head, fit, held_out, try_strengths
 from student.model import load as load_student
 from student.network import heads_of, network_of, put_in
@@ -430,6 +429,29 @@ def test_weights_that_have_moved_are_asked_for(made, tmp_path):
     assert network_of(recorded, made.weights["vit"], 3) is not None
 
 
+def test_weights_of_the_hub_are_known_by_their_digest(made, monkeypatch):
+    from storage.weights import digest_of_state
+
+    state = load_file(made.weights["vit"])
+    create = timm.create_model
+
+    def hub(name, pretrained=False, **arguments):
+        model = create(name, **arguments)
+        if pretrained:
+            model.load_state_dict(state)
+        return model
+
+    monkeypatch.setattr("student.network.timm.create_model", hub)
+    identity = {**made.store.teachers()["vit"]["identity"], "weights sha256": digest_of_state(state)}
+    recorded = {"id": "vit", "identity": identity, "weights": "timm hub"}
+    model = network_of(recorded, None, 5)
+    assert torch.equal(model.state_dict()["cls_token"], state["cls_token"])
+    assert model.state_dict()["head.weight"].shape == (5, 48)
+    state["cls_token"] += 1
+    with pytest.raises(IdentityError, match="from timm's hub: weights sha256: expected"):
+        network_of(recorded, None, 5)
+
+
 @pytest.mark.parametrize("harm", ["chunk", "marker", "other views"])
 def test_damage_and_exchanged_views_are_errors_by_name(made, tmp_path, harm):
     folder = Path(shutil.copytree(made.folder / "store", tmp_path / "S"))
@@ -450,8 +472,6 @@ def test_damage_and_exchanged_views_are_errors_by_name(made, tmp_path, harm):
 
 def test_features_that_are_not_the_networks_are_refused(made, tmp_path, monkeypatch):
     """As if the store kept what another network said: the head would fit what the network never says."""
-    read = teach.read_examples
-    reader = "student.network.BlockReader.read"
     from student.reader import BlockReader
 
     original = BlockReader.read
@@ -460,6 +480,5 @@ def test_features_that_are_not_the_networks_are_refused(made, tmp_path, monkeypa
         part, arrays = original(self, segment, view)
         return part, {t: {n: np.roll(a, 1, 0) for n, a in several.items()} for t, several in arrays.items()}
 
-    monkeypatch.setattr(reader, shifted)
-    assert read is teach.read_examples
+    monkeypatch.setattr(BlockReader, "read", shifted)
     assert "differs from what the network says now" in refused(made, tmp_path)
