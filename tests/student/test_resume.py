@@ -15,7 +15,7 @@ from storage.errors import IdentityError, UserError
 from student import checkpoint
 from student import train as trainer
 from tests.conftest import Quiet
-from tests.student.runs import FULL, command, job, run, same, start, u8, wait_for
+from tests.student.runs import FULL, command, job, log, run, same, start, u8, wait_for
 
 
 @pytest.fixture(scope="module")
