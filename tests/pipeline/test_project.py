@@ -151,6 +151,7 @@ def test_without_a_project_nothing_is_taken(place, run, monkeypatch):
 def test_flags_win(place, run, monkeypatch, tmp_path):
     monkeypatch.chdir(place)
     assert run("inspect", "--store", tmp_path / "nowhere")[2].endswith("`pipeline precompute` makes one\n")
+    assert "--weights gone.pth: cannot be read" in run("precompute", "--teacher", "vit", "--weights", "gone.pth")[2]
     words = ["precompute", "--teacher", "vit", "--store", tmp_path / "S", "--shards", "train-000000.tar", "--json"]
     status, out, err = run(*words, "--target", "logits", "--view-count", 1, "--view-size", 24, "--as", "other")
     assert status == 0, err
