@@ -2,9 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= cpu,test,demo
+DATA ?= data
+WEIGHTS ?= weights
+OUT ?= study-out
 BIN = $(VENV)/bin
 
-.PHONY: install test test-slow lint demo clean
+.PHONY: install test test-slow lint demo study clean
 
 install: $(VENV)/.installed
 
@@ -27,6 +30,10 @@ lint: install
 
 demo: install
 	$(BIN)/pipeline demo --out demo-out
+
+# Hours: the table of docs/study.md. What is finished is not run again.
+study: install
+	$(BIN)/python -u docs/study.py --data '$(DATA)' --weights '$(WEIGHTS)' --out '$(OUT)' --epochs 20
 
 clean:
 	rm -rf $(VENV) demo-out
