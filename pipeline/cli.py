@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from storage.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from precompute.run import Wanted
+    from student.config import Recipe
 
 
 class _Commands(click.Group):
@@ -259,12 +261,14 @@ def train(
 
     from pipeline.recipes import load
 
-    chosen = load(recipe, settings, over())
-
-    if same_classes:
+    def asked() -> Recipe:
         from student.config import with_same_classes
 
-        chosen = with_same_classes(chosen)
+        chosen = load(recipe, settings, over())
+        return with_same_classes(chosen) if same_classes else chosen
+
+    if "RANK" not in os.environ:
+        asked()  # a slip is told before torch is imported; under torchrun by one rank, below
 
     from storage.store import Store
     from student.ranks import joined, rank
@@ -275,7 +279,7 @@ def train(
         console = Console()
         opened = Store.open(store) if store else None
         try:
-            result = run(Job(chosen, shards, val, out, opened, str(where), resume, smoke), console)
+            result = run(Job(asked(), shards, val, out, opened, str(where), resume, smoke), console)
         finally:
             console.stop()
         if rank():
@@ -439,8 +443,11 @@ def main(arguments: list[str] | None = None) -> None:
         print(error.ctx.get_help() if error.ctx else error.message)
         raise SystemExit(2) from None
     except click.UsageError as error:
-        if os.environ.get("RANK", "0") == "0":  # torchrun's other processes say the same
+        if os.environ.get("RANK", "0") == "0":
             error.show()
+        else:  # torchrun's first process says the same, and has to come to it before all are ended
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(1)
         raise SystemExit(2) from None
     except (click.Abort, KeyboardInterrupt) as error:
         status = 143 if isinstance(error.__cause__ or error, _Terminated) else 130

@@ -6,6 +6,8 @@ Alone, without torchrun, everything here is the identity.
 from __future__ import annotations
 
 import os
+import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -18,6 +20,7 @@ from storage.errors import UserError
 from student.model import pick_device
 
 T = TypeVar("T")
+GRACE = 1.0  # seconds
 
 
 def rank() -> int:
@@ -58,6 +61,8 @@ def joined(device: str) -> Iterator[torch.device]:
         dist.barrier()
     except BaseException as error:
         if not _speaks_first():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends all once one has left: the one that speaks
+            time.sleep(GRACE)  # is given the time to
             raise SystemExit(1) from None
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
             raise UserError(

@@ -10,6 +10,7 @@ import itertools
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -256,7 +257,8 @@ class _Run:
 
     def _score(self, model: nn.Module) -> Score:
         about = self.parts.description
-        with torch.compiler.set_stance("force_eager"):  # batches of other sizes would be compiled anew
+        eager = self.recipe.speed.compile  # batches of other sizes would be compiled anew
+        with torch.compiler.set_stance("force_eager") if eager else nullcontext():
             return evaluate(
                 model, self.parts.val_urls, policy(about.evaluation, about.img_size), about.mean, about.std,
                 device=self.device, rank=rank(), ranks=ranks(), most=SMOKE_BLOCKS if self.job.smoke else None,

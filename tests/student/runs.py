@@ -80,7 +80,7 @@ def start(words: list[str], prefix: list[str] | None = None, **environment: str)
     )  # fmt: skip
 
 
-def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 60) -> None:
+def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 300) -> None:
     """Until something is there; fails if the process ends before."""
     until = time.monotonic() + seconds
     while not condition():

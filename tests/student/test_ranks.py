@@ -137,7 +137,7 @@ def test_every_sample_counts_once_on_any_number_of_ranks(pair, ranks):
 def test_torchrun_trains_with_one_voice(world, tmp_path):
     words = [*command(world, tmp_path / "run", "scratch", "optim.epochs=1"), "--json"]
     process = start(words, [*TORCHRUN, "-m", "pipeline"])
-    told, said = process.communicate(timeout=100)
+    told, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert told.count('"top1"') == 1
     assert said.count("epoch 0: ") == 1
@@ -152,10 +152,20 @@ def test_an_error_on_some_rank_ends_all_with_one_message(world, tmp_path, rank, 
     script.write_text(FAILING.format(root=str(ROOT), rank=rank))
     words = command(world, tmp_path / "run", "scratch", "optim.epochs=50")
     process = start(words, [*TORCHRUN, str(script)])
-    _, text = process.communicate(timeout=100)
+    _, text = process.communicate(timeout=300)
     assert process.returncode != 0
     assert text.count("error: ") == 1, text
     assert f"error: {said}" in text
+
+
+@pytest.mark.slow
+def test_a_slip_is_told_once(world, tmp_path):
+    process = start(command(world, tmp_path / "run", "scratch", "optim.epohcs=1"), [*TORCHRUN, "-m", "pipeline"])
+    _, text = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert text.count("error: ") == 1, text
+    assert "Did you mean 'epochs'?" in text
+    assert not (tmp_path / "run").exists()
 
 
 FAILING = """

@@ -81,7 +81,7 @@ def test_a_command_that_is_killed_goes_on_with_loader_workers(world, undisturbed
     process.wait()
     assert not (out / "result.json").exists()
     again = start([*command(world, out, "aal", *settings), "--resume"])
-    _, said = again.communicate(timeout=100)
+    _, said = again.communicate(timeout=300)
     assert again.returncode == 0, said
     assert "goes on in epoch" in said
     assert same(undisturbed[0], out)
@@ -118,7 +118,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_last_one(
     code = KILLED.format(module=module, name=name, number=number, before=before)
     out = tmp_path / "run"
     process = start(command(world, out, "aal", *settings), [sys.executable, "-c", code])
-    process.communicate(timeout=100)
+    process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL
     kept = checkpoint.read(out / "checkpoint.pt")
     assert (kept["epoch"], kept["step"]) == (0, 2 * (number - 1))
@@ -132,7 +132,7 @@ def test_a_terminated_command_says_how_to_go_on(world, tmp_path):
     process = start(command(world, out, "scratch", "optim.epochs=500", "checkpoint_interval=1"))
     wait_for((out / "checkpoint.pt").exists, process)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 143
     assert said.count("error: interrupted") == 1
     assert "add --resume" in said
