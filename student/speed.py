@@ -92,14 +92,15 @@ def choose(lesson: Lesson, batch: Batch, settings: config.Speed) -> Choice:
         return Choice(*ways[0], {})
     with _traceless(lesson, device):
         times = _times(lesson, batch, ways)
+    medians = {way: statistics.median(seconds) if seconds else float("inf") for way, seconds in times.items()}
+    best = {amp: min(kernels, key=lambda kernel: medians[amp, kernel]) for amp in precisions}
     amp = precisions[0]
-    quickest = {p: min(times[p, kernel] for kernel in kernels) for p in precisions}
-    if len(precisions) == 2 and quickest[precisions[0]] >= WORTH * quickest[precisions[1]]:
+    if len(precisions) == 2 and _faster(times[precisions[1], best[precisions[1]]], times[amp, best[amp]], WORTH):
         amp = precisions[1]
     attention = kernels[0]
-    if len(kernels) == 2 and times[amp, "fused"] >= CLEAR * times[amp, "unfused"]:
-        attention = kernels[1]
-    return Choice(amp, attention, {f"{p} {k}": round(1000 * times[p, k], 3) for p, k in ways})
+    if len(kernels) == 2 and _faster(times[amp, "unfused"], times[amp, "fused"], CLEAR):
+        attention = "unfused"
+    return Choice(amp, attention, {f"{p} {k}": round(1000 * medians[p, k], 3) for p, k in ways if times[p, k]})
 
 
 def line(choice: Choice, samples: int) -> str:
@@ -118,8 +119,15 @@ def _low(device: torch.device) -> str:
     return "bfloat16"
 
 
-def _times(lesson: Lesson, batch: Batch, ways: list[tuple[str, str]]) -> dict[tuple[str, str], float]:
-    """Median seconds of a step each way, in turns; infinite where it takes too much memory."""
+def _faster(ours: list[float], theirs: list[float], times: float) -> bool:
+    """Whether a way is so many times faster, by its median and by its best step: a busy machine bends either."""
+    if not ours or not theirs:
+        return bool(ours)
+    return all(of(theirs) >= times * of(ours) for of in (statistics.median, min))
+
+
+def _times(lesson: Lesson, batch: Batch, ways: list[tuple[str, str]]) -> dict[tuple[str, str], list[float]]:
+    """Seconds of some steps each way, in turns; none where it takes too much memory."""
     taken: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
     failed: set[tuple[str, str]] = set()
     began = time.monotonic()
@@ -131,12 +139,13 @@ def _times(lesson: Lesson, batch: Batch, ways: list[tuple[str, str]]) -> dict[tu
                 seconds = _step(lesson, batch, *way)
             except torch.OutOfMemoryError:
                 failed.add(way)
+                taken[way].clear()
                 continue
             if round_:  # the first is to warm up
                 taken[way].append(seconds)
         if round_ and time.monotonic() - began > PATIENCE:
             break
-    return {way: statistics.median(seconds) if seconds else float("inf") for way, seconds in taken.items()}
+    return taken
 
 
 def _step(lesson: Lesson, batch: Batch, amp: str, attention: str) -> float:
