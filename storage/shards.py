@@ -320,12 +320,15 @@ def read_samples(url: str, index: ShardIndex, wanted: range) -> list[Sample]:
     return found
 
 
-def require_labels(url: str, index: ShardIndex) -> None:
-    """UserError, with the first key, where a shard does not label all of its samples."""
-    if index.summary.labelled:
-        return
-    key = next(k for k, label in zip(index.keys, index.labels, strict=True) if label is None)
-    raise UserError(
-        f"{url}: key {key!r} has no label (.cls), and a loss or an evaluation needs labels: a shard has them for "
-        "all of its samples or for none"
-    )
+def require_labels(url: str, index: ShardIndex, classes: int | None = None) -> None:
+    """UserError, with a key, where a sample has no label, or one that there is no class for."""
+    if not index.summary.labelled:
+        key = next(k for k, label in zip(index.keys, index.labels, strict=True) if label is None)
+        raise UserError(
+            f"{url}: key {key!r} has no label (.cls), and a loss or an evaluation needs labels: a shard has them for "
+            "all of its samples or for none"
+        )
+    highest = max(label for label in index.labels if label is not None)
+    if classes is not None and highest >= classes:
+        key = index.keys[index.labels.index(highest)]
+        raise UserError(f"{url}: key {key!r} has label {highest}, there are classes 0 to {classes - 1}")

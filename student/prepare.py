@@ -97,7 +97,7 @@ def prepare(job: Job, progress: Progress, found: dict[str, Any] | None) -> Parts
     stream, lesson = _join(job, urls, model, size, classes, progress, found["identity"]["views"] if found else None)
     index_of = _indexes(job.store)
     for url in (*urls, *val_urls):
-        _check_labels(url, index_of(url) if url in urls else cached_index(url), count)
+        require_labels(url, index_of(url) if url in urls else cached_index(url), count)
     lesson.to(job.device)
     source = stream.source
     description = Description(
@@ -208,11 +208,3 @@ def _indexes(store: Store | None) -> Callable[[str], ShardIndex]:
         return cached_index
     known = store.shard_ids()
     return lambda url: store.require(url, known)
-
-
-def _check_labels(url: str, index: ShardIndex, count: int) -> None:
-    require_labels(url, index)
-    highest = max(label for label in index.labels if label is not None)
-    if highest >= count:
-        key = index.keys[index.labels.index(highest)]
-        raise UserError(f"{url}: key {key!r} has label {highest}, the student has classes 0 to {count - 1}")

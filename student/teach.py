@@ -25,7 +25,7 @@ from storage.markers import Task
 from storage.policies import policy
 from storage.progress import Progress
 from storage.records import Record
-from storage.shards import ShardIndex, cached_index, classes_of, expand, require_labels
+from storage.shards import cached_index, classes_of, expand, require_labels
 from storage.store import Store
 from storage.views import COLUMNS
 from storage.weights import digest_of_file, save_state
@@ -75,7 +75,7 @@ def fit_teacher(job: Job, progress: Progress) -> dict[str, Any]:
     urls, val_urls = expand(job.shards), expand(job.val)
     names = _classes(urls, val_urls)
     for url in val_urls:
-        check_labels(url, cached_index(url), len(names))
+        require_labels(url, cached_index(url), len(names))
     target = choose_target(job.store, job.target, job.teacher)
     manifest = job.store.target(target)
     recorded = job.store.teachers()[manifest["teacher"]]
@@ -189,7 +189,7 @@ def read_examples(
     for number, (url, shard) in enumerate(zip(source.urls, source.shards, strict=True)):
         if not (mine := by_shard[number]):
             continue
-        check_labels(url, reader.index(number), classes)
+        require_labels(url, reader.index(number), classes)
         labels = torch.tensor(reader.index(number).labels)
         rows = torch.cat([torch.from_numpy(segment.samples) for _, segment in mine])
         blocks = torch.cat([torch.full((len(segment.samples),), i) for i, segment in mine])
@@ -205,15 +205,6 @@ def read_examples(
             examples.shares[to] = torch.where(is_mixed, mixing[:, 2] / 256, 0).float()
             at += len(rows)
     return examples
-
-
-def check_labels(url: str, index: ShardIndex, classes: int) -> None:
-    """UserError, with a key, where a shard has samples without a label, or a label that there is no class for."""
-    require_labels(url, index)
-    labels = [-1 if label is None else label for label in index.labels]
-    if (highest := max(labels)) >= classes:
-        key = index.keys[labels.index(highest)]
-        raise UserError(f"{url}: key {key!r} has label {highest}, classes.json has {classes} classes")
 
 
 def _strength(examples: Examples, classes: int, seed: int, progress: Progress) -> list[Tried]:

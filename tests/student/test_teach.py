@@ -410,7 +410,7 @@ def test_what_cannot_be_is_refused_by_name(made, tmp_path):
     assert "no classes.json beside it" in refused(made, tmp_path, shards=bare)
     (tmp_path / "bare" / "classes.json").write_text('["class0", "class1"]')
     assert "classes: expected ['class0', 'class1', 'class2']" in refused(made, tmp_path, val=single)
-    assert "has label 2, classes.json has 2 classes" in refused(made, tmp_path, shards=bare, val=single)
+    assert "has label 2, there are classes 0 to 1" in refused(made, tmp_path, shards=bare, val=single)
 
 
 def test_one_block_leaves_nothing_to_choose_by(made, tmp_path):

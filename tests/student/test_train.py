@@ -196,7 +196,7 @@ def test_classes_are_never_guessed(world, tmp_path):
     (tmp_path / "data" / "classes.json").unlink()
     with pytest.raises(UserError, match=r"the number of classes is not known; say it: --set student\.num_classes=N"):
         train(job(world, tmp_path / "run", "scratch", store=None, shards=shards, val=shards), Quiet())
-    with pytest.raises(UserError, match="has label 2, the student has classes 0 to 1"):
+    with pytest.raises(UserError, match="has label 2, there are classes 0 to 1"):
         train(
             job(world, tmp_path / "run", "scratch", "student.num_classes=2", store=None, shards=shards, val=shards),
             Quiet(),
