@@ -185,6 +185,71 @@ class Study:
                 "scores": scores, "hours": (time.monotonic() - began) / 3600}  # fmt: skip
 
 
+def constant_losses(study: Study) -> dict[str, float]:
+    """Method -> the loss of the best answer that is the same for every image, over the training views.
+
+    A student whose loss is not below it has learned nothing of the image from its targets. Cross-entropy and KL are
+    least at the mean of the targets, L1 at their median at each place, AAL at the mean of the normalised maps.
+    """
+    import torch
+
+    from storage.store import Store
+    from student import config
+    from student.align import Rows, Shape
+    from student.lesson import given_of
+    from student.losses.advit import distance
+    from student.losses.attention_transfer import distillation
+    from student.reader import BlockReader
+    from student.stream import Stream
+
+    store, shape = Store.open(study.store), Shape(6, 4, 8, ("class",))
+    tap = {m["identity"]["tap"]: id for id, m in store.targets().items() if m["teacher"] != "fitted_tune"}
+
+    def targets(id: str) -> Any:
+        stream = Stream([str(path) for path in study.final], batch=1, lanes=1, store=store, targets=[id])
+        reader = BlockReader(stream.source)
+        for segment in stream.order.blocks:
+            for view in range(stream.views or 0):
+                arrays = reader.targets(segment, view)[id]
+                yield stream.source.targets[id].decode({n: torch.from_numpy(a) for n, a in arrays.items()})
+
+    def rows(id: str, settings: config.Matched, which: Any) -> list[torch.Tensor]:
+        met = Rows("it", settings, shape, [given_of(store, id)], which)
+        return [met.teacher_rows([values]) for values in targets(id)]
+
+    found = {}
+    total, count = 0, 0
+    for values in targets(tap["activations"]):
+        maps = values.flatten(2)
+        total, count = (
+            total + (maps / (maps.norm(dim=-1, keepdim=True) + 1e-12)).sum(0, dtype=torch.float64),
+            count + len(maps),
+        )
+    found["AAL"] = float((2 - 2 * (total / count).norm(dim=-1)).mean() / maps.shape[-1])
+    class_rows = torch.cat(rows(tap["class_row"], config.ADViT(layers="uniform", grid="bicubic"), "class"))
+    middle = class_rows.median(0, keepdim=True).values
+    found["ADViT L1"] = float(distance(middle, class_rows, 1))
+    maps = torch.cat(rows(tap["attention"], config.Attention(layers="uniform", heads="mean", grid="bicubic"), "all"))
+    average = maps.mean(0, keepdim=True)
+    found["attention distillation"] = float(distillation(average.expand(maps.shape), maps))
+    logits = torch.cat(list(targets(tap["logits"])))
+    hard, soft = torch.bincount(logits.argmax(1), minlength=10) / len(logits), logits.softmax(1)
+    entropy = lambda p: -(p * p.clamp_min(1e-30).log()).sum(-1)  # noqa: E731
+    found["DeiT hard"] = float(entropy(hard))
+    found["DeiT soft"] = float(entropy(soft.mean(0)) - entropy(soft).mean())
+    return found
+
+
+def last_losses(study: Study) -> dict[str, float]:
+    """Method -> its loss over the last epoch, mean over the seeds."""
+    found = {}
+    for name, method in METHODS.items():
+        logs = [study.out / "runs" / f"{name.replace(' ', '-')}-{seed}" / "log.jsonl" for seed in range(study.seeds)]
+        lines = [json.loads(log.read_text().splitlines()[-1]) for log in logs]
+        found[name] = mean(line["losses"][method.loss] for line in lines)
+    return found
+
+
 def paired(a: list[float], b: list[float]) -> str:
     """Mean difference ± its standard error."""
     differences = [x - y for x, y in zip(a, b, strict=True)]
@@ -215,10 +280,14 @@ def main() -> None:
     words.add_argument("--epochs", type=int, default=30)
     words.add_argument("--seeds", type=int, default=3)
     said = words.parse_args()
-    found = Study(said.data, said.weights, said.out, said.epochs, said.seeds).run()
+    study = Study(said.data, said.weights, said.out, said.epochs, said.seeds)
+    found = study.run() | {"constant": constant_losses(study), "last": last_losses(study)}
     (said.out / "study.json").write_text(json.dumps(found, indent=1))
     print(f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {found['hours']:.1f} h\n")
     print(table(found))
+    print("\n| method | its loss, last epoch | of the best constant |\n|---|---|---|")
+    for name, value in found["last"].items():
+        print(f"| {name} | {value:.4f} | {found['constant'][name]:.4f} |")
 
 
 if __name__ == "__main__":
