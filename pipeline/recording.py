@@ -1,0 +1,188 @@
+"""Commands from images to a store: pack, precompute, plan, inspect, verify."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from pipeline.console import Console, show
+from pipeline.options import common, shards, store, wanted
+from pipeline.project import reads
+from storage.errors import UserError
+
+if TYPE_CHECKING:
+    from precompute.run import Wanted
+
+
+@click.command()
+@click.argument("source", nargs=-1, required=True)
+@click.argument("out")
+@click.option("--per-shard", type=click.IntRange(1), help="Samples a shard; by default spread over all names.")
+@click.option("--val-fraction", type=float, default=0.0, help="Part of each class for validation shards.")
+@click.option("--fraction", type=float, default=1.0, help="Part of each class that is kept, class-balanced.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the order and of both choices.")
+@click.option("--no-shuffle", is_flag=True, help="Keep the order of the source.")
+@common
+def pack(
+    source: tuple[str, ...],
+    out: str,
+    per_shard: int | None,
+    val_fraction: float,
+    fraction: float,
+    seed: int,
+    no_shuffle: bool,
+    as_json: bool,
+) -> None:
+    """Make shards from a FOLDER of class folders, a CSV with the columns path and label, or from other shards
+    (compressed ones too).
+
+    \b
+    pipeline pack photos 'train-{000000..000009}.tar' --val-fraction 0.1
+    pipeline pack list.csv 'train-{000000..000009}.tar'
+    pipeline pack 'train-{000000..000009}.tar' 'tenth/train-000000.tar' --fraction 0.1
+    """
+    from storage.pack import pack as run
+
+    console = Console()
+    result = run(
+        list(source) if len(source) > 1 else source[0], out, per_shard=per_shard, val_fraction=val_fraction,
+        fraction=fraction, seed=seed, shuffle=not no_shuffle, say=console.say,
+    )  # fmt: skip
+    counts = ", ".join(
+        f"{count} samples in {len(result[part])} {part} shard(s)" for part, count in result["samples"].items()
+    )
+    show(result, [counts, *result["train"], *result["val"]], as_json)
+
+
+@click.command()
+@wanted
+@common
+def precompute(store: str, wanted: Wanted | dict[str, Wanted], as_json: bool) -> None:
+    """Run a teacher once over shards and keep its targets. The same command goes on where it was.
+
+    Without --teacher, all teachers of the project file, one after another.
+
+    \b
+    pipeline precompute --teacher mobilenetv2 --weights mobilenetv2.safetensors --shards 'train-{000000..000009}.tar' \\
+      --store S --view-policy light --view-size 32 --target activations,grid=8,codec=u8
+    """
+    from precompute.run import precompute as run
+    from storage.store import Store
+
+    console = Console()
+    results, text = {}, []
+    try:
+        for name, one in wanted.items() if isinstance(wanted, dict) else [("", wanted)]:
+            results[name] = result = run(Store.create(store), one, console)
+            failed = [f"failed: {failure['error']}" for failure in result["failures"]]
+            count = f", {len(failed)} failed: the same command tries them again" if failed else ""
+            done = f"{len(result['targets'])} target(s) over {len(result['shards'])} shard(s){count}: {store}"
+            text += [*failed, f"{name}: {done}" if name else done]
+    finally:
+        console.stop()
+    show({"store": store, "teachers": results} if isinstance(wanted, dict) else results[""], text, as_json)
+    if any(result["failures"] for result in results.values()):
+        raise SystemExit(1)
+
+
+@click.command()
+@wanted
+@click.option("--measure", type=click.FloatRange(0), default=60, show_default=True, metavar="SECONDS",
+              help="How long the engine is tried out; 0 for not at all.")  # fmt: skip
+@click.option("--train-rate", type=click.FloatRange(0, min_open=True), default=1000, show_default=True,
+              metavar="N", help="Images a second that a training is to read.")  # fmt: skip
+@common
+def plan(store: str, wanted: Wanted | dict[str, Wanted], measure: float, train_rate: float, as_json: bool) -> None:
+    """Say what `precompute` with the same flags would take: bytes, objects, hours, and what would be cheaper.
+
+    The engine runs for about a minute a teacher beside the store; nothing is left behind.
+
+    \b
+    pipeline plan --teacher mobilenetv2 --weights mobilenetv2.safetensors --shards 'train-{000000..000009}.tar' \\
+      --store S --view-policy light --view-size 32 --target activations,grid=8,codec=u8
+    """
+    from pipeline.inspection import plan_lines, sum_lines, sum_of
+    from precompute.plan import plan as run
+
+    console = Console()
+    try:
+        if not isinstance(wanted, dict):
+            result = run(store, wanted, console, measure, train_rate)
+            text = plan_lines(result)
+        else:
+            plans = {name: run(store, one, console, measure, train_rate) for name, one in wanted.items()}
+            result = {"teachers": plans, "sum": sum_of(plans)}
+            text = [line for name, one in plans.items() for line in (f"{name}:", *plan_lines(one))]
+            text += sum_lines(result["sum"])
+    finally:
+        console.stop()
+    show(result, text, as_json)
+
+
+@click.command()
+@store
+@reads(store="store")
+@common
+def inspect(store: str, as_json: bool) -> None:
+    """Say what is in a store: teachers, banks, targets, how much of each is complete, and its size.
+
+    \b
+    pipeline inspect --store S
+    """
+    from pipeline.inspection import inspect as run
+    from pipeline.inspection import lines
+    from storage.store import Store
+
+    result = run(Store.open(store))
+    show(result, lines(result), as_json)
+
+
+@click.command()
+@store
+@shards("--shards", help="Shards whose views are rendered again and shown to the teacher.", required=False)
+@click.option("--samples", type=click.IntRange(1), default=64, show_default=True,
+              help="Samples of these shards, in all their views, spread evenly.")  # fmt: skip
+@click.option("--full", is_flag=True, help="All samples.")
+@click.option("--weights", multiple=True, metavar="F",
+              help="A recorded teacher's weights, if not at the recorded path; may be repeated.")  # fmt: skip
+@reads(store="store", shards="shards")
+@common
+def verify(
+    store: str, shards: tuple[str, ...], samples: int, full: bool, weights: tuple[str, ...], as_json: bool
+) -> None:
+    """Check every byte of a store, and that shards still give the pixels and the targets that it holds.
+
+    Targets are compared with the live PyTorch teacher where its weights are at hand, else with the stored graph.
+    Exit status 1 if anything is wrong; nothing is changed.
+
+    \b
+    pipeline verify --store S --shards 'train-{000000..000009}.tar'
+    """
+    from precompute.check import Live
+    from storage.shards import expand
+    from storage.store import Store
+    from storage.verify import Report
+    from storage.verify import verify as run
+
+    urls = expand(shards) if shards else []
+    console = Console()
+    opened, report = Store.open(store), Report()
+    if (weights or full) and not urls:
+        raise UserError("--weights and --full: give the shards whose targets are compared: --shards …")
+    live = Live(opened, report, weights, console.say) if urls else None
+    run(opened, urls, 0 if full else samples, console.say, live, report)
+    result = {
+        "store": store, "ok": not report.failures, "objects": report.objects, "views_rendered": report.views_rendered,
+        "targets_compared": report.targets_compared, "compared_with": report.compared_with,
+        "failures": report.failures, "notices": report.notices,
+    }  # fmt: skip
+    verdict = "everything is as it was written" if not report.failures else f"{len(report.failures)} failure(s)"
+    rendered = ", no views rendered (give --shards)"
+    if urls:
+        rendered = f", {report.views_rendered:,} views rendered again, {report.targets_compared:,} targets compared"
+    advice = "  What is damaged in a view is made anew by precompute once its marker (done/…) is deleted."
+    tail = [advice] if report.failures else []
+    show(result, [*report.failures, *report.notices, *tail, f"{report.objects:,} checks{rendered}: {verdict}"], as_json)
+    if report.failures:
+        raise SystemExit(1)

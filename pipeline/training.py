@@ -1,0 +1,219 @@
+"""Commands from a store to a student: train, evaluate, fit-teacher, demo."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pipeline.console import Console, show
+from pipeline.options import common, shards, store
+from pipeline.project import over, reads
+
+if TYPE_CHECKING:
+    from student.config import Recipe
+
+
+@click.command()
+@click.option("--recipe", required=True, help="A recipe's name (scratch, aal, …) or a YAML file.")
+@shards("--shards", help="Training shards.")
+@shards("--val", help="Validation shards.")
+@click.option("--store", metavar="DIR", help="The store with the targets; without one, views are drawn afresh.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="RUN", help="A new folder for the run.")
+@click.option("--set", "settings", multiple=True, metavar="PATH=VALUE", help="Change a setting; may be repeated.")
+@click.option("--resume", is_flag=True, help="Go on from the checkpoint in RUN; everything else stays the same.")
+@click.option("--same-classes", is_flag=True,
+              help="Teacher and student have the same classes in one order, though a list is unknown.")  # fmt: skip
+@click.option("--smoke", is_flag=True, help="A few steps of each phase, to see that everything works.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@reads(shards="shards", val="val", store="store")
+@common
+def train(
+    recipe: str,
+    shards: tuple[str, ...],
+    val: tuple[str, ...],
+    store: str | None,
+    out: Path,
+    settings: tuple[str, ...],
+    resume: bool,
+    same_classes: bool,
+    smoke: bool,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Train a student by a recipe, with targets from a store where the recipe needs them.
+
+    The same command with --resume goes on where a run was cut off. On several GPUs or processes:
+    torchrun --nproc-per-node N -m pipeline train …
+
+    \b
+    pipeline train --recipe aal --store S --shards 'train-{000000..000009}.tar' --val train-val-000000.tar --out run \\
+      --set student.model=vit_tiny_patch16_224 --set student.img_size=32 --set student.patch_size=4 \\
+      --set student.embed_dim=128 --set student.depth=6 --set student.num_heads=4 --set stream.batch_size=128
+    """
+    if resume and smoke:
+        raise click.UsageError("--resume and --smoke: a smoke run never goes on; choose one")
+
+    from pipeline.recipes import load
+
+    def asked() -> Recipe:
+        from student.config import with_same_classes
+
+        chosen = load(recipe, settings, over())
+        return with_same_classes(chosen) if same_classes else chosen
+
+    if "RANK" not in os.environ:
+        asked()  # a slip is told before torch is imported; under torchrun by one rank, below
+
+    from storage.store import Store
+    from student.ranks import joined, rank
+    from student.train import Job
+    from student.train import train as run
+
+    with joined(device) as where:
+        console = Console()
+        opened = Store.open(store) if store else None
+        try:
+            result = run(Job(asked(), shards, val, out, opened, str(where), resume, smoke), console)
+        finally:
+            console.stop()
+        if rank():
+            return
+        top5 = f", top-5 {result['top5']:.2f} %" if result["top5"] is not None else ""
+        averaged = f", averaged {result['ema_top1']:.2f} %" if "ema_top1" in result else ""
+        text = (
+            f"{'a smoke run, nothing was learned: ' if smoke else ''}top-1 {result['top1']:.2f} % "
+            f"(best {result['best_top1']:.2f} %{averaged}){top5} on {result['samples']} samples: {out}"
+        )
+        show(result, [text], as_json)
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@shards("--shards", help="Labelled shards.")
+@click.option("--checkpoint", type=click.Choice(["last", "best", "ema"]), default="last", show_default=True,
+              help="Which student; `best` was chosen on the validation shards, `ema` is the average.")  # fmt: skip
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@reads(shards="val")
+@common
+def evaluate(run: Path, shards: tuple[str, ...], checkpoint: str, device: str, as_json: bool) -> None:
+    """Accuracy of a run's student over shards, every sample once, on the evaluation view of its policy.
+
+    \b
+    pipeline evaluate run --shards 'val-{000000..000001}.tar'
+    """
+    from storage.policies import policy
+    from storage.shards import cached_index, classes_of, expand
+
+    urls = expand(shards)
+
+    from storage.errors import IdentityError
+    from student.evaluate import evaluate as score_of
+    from student.folder import is_smoke
+    from student.model import load, pick_device
+
+    path = run / f"{checkpoint}.safetensors" if run.is_dir() or not run.suffix else run
+    model, about = load(path)
+    names = classes_of(urls)
+    if names and about.classes and tuple(names) != about.classes:
+        raise IdentityError(f"{urls[0]}: classes.json", "classes", list(about.classes), names)
+    where = pick_device(device)
+    console = Console()
+    console.start("evaluating", sum(len(cached_index(url)) for url in urls))
+    try:
+        score = score_of(
+            model.to(where), urls, policy(about.evaluation, about.img_size), about.mean, about.std, device=where,
+            advance=console.advance,
+        )  # fmt: skip
+    finally:
+        console.stop()
+    top5 = f", top-5 {score.top5:.2f} %" if score.top5 is not None else ""
+    result = {
+        "top1": score.top1,
+        "top5": score.top5,
+        "samples": score.samples,
+        "student": str(path),
+        "view": about.evaluation,
+        "smoke": is_smoke(path.parent),
+    }
+    if result["smoke"]:
+        console.say(f"{path}: of a smoke run, which has learned nothing")
+    show(result, [f"top-1 {score.top1:.2f} %{top5} on {score.samples} samples ({about.evaluation})"], as_json)
+
+
+@click.command("fit-teacher")
+@store
+@click.option("--target", metavar="ID", help="A stored class_token or embedding; `pipeline inspect` lists them.")
+@click.option("--teacher", metavar="NAME", help="Or the recorded teacher, where one such target of it fits.")
+@shards("--shards", help="Labelled training shards that the store has features of.")
+@shards("--val", help="Validation shards.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="F", help="A new .safetensors file.")
+@click.option("--weights", metavar="F", help="The recorded teacher's weights, if not at the recorded path.")
+@click.option("--view-count", type=click.IntRange(1), metavar="N", help="Views of each image.  [default: all]")
+@click.option("--l2", type=click.FloatRange(0), metavar="X",
+              help="Strength of the L2 term; by default chosen on held-out training samples.")  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, help="Of what is held out.")
+@click.option("--device", default="auto", show_default=True, help="Where accuracy is measured: auto, cpu, cuda …")
+@reads(store="store", shards="shards", val="val")
+@common
+def fit_teacher(
+    store: str,
+    target: str | None,
+    teacher: str | None,
+    shards: tuple[str, ...],
+    val: tuple[str, ...],
+    out: Path,
+    weights: str | None,
+    view_count: int | None,
+    l2: float | None,
+    seed: int,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Fit a linear head for the shards' classes on what a teacher saw, and write both out as a new teacher.
+
+    Features and mixed labels come from the store, class names from classes.json beside the shards.
+
+    \b
+    pipeline fit-teacher --store S --teacher vit_tiny --shards 'train-{000000..000009}.tar' \\
+      --val train-val-000000.tar --out vit_tiny-photos.safetensors
+    """
+    from pipeline import teaching
+    from storage.store import Store
+    from student.model import pick_device
+    from student.teach import Job
+    from student.teach import fit_teacher as run
+
+    console = Console()
+    job = Job(
+        Store.open(store), shards, val, out, target, teacher, weights, view_count, l2, seed, str(pick_device(device))
+    )
+    try:
+        result = run(job, console)
+    finally:
+        console.stop()
+    result["command"] = teaching.command(result, store, shards)
+    show(result, teaching.lines(result), as_json)
+
+
+@click.command()
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("demo-out"), show_default=True, help="A new folder."
+)
+@common
+def demo(out: Path, as_json: bool) -> None:
+    """The whole path on handwritten digits, offline: pack, a teacher, precompute, two students, a table.
+
+    \b
+    pipeline demo --out demo-out
+    """
+    from pipeline.demo import demo as run
+
+    console = Console()
+    try:
+        result = run(out, console)
+    finally:
+        console.stop()
+    show(result, result["table"], as_json)
