@@ -6,6 +6,7 @@ window, batch) alone, not on workers, ranks or where it was started.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -228,6 +229,7 @@ class Stream(IterableDataset[Batch]):
             collate_fn=_tensors,
             multiprocessing_context="spawn" if self.workers else None,
             persistent_workers=bool(self.workers),
+            worker_init_fn=_leave_at_once,
         )
         self._next_epoch = self._generation = 0
 
@@ -286,6 +288,15 @@ class Stream(IterableDataset[Batch]):
             for t, names in shares[0][1].items()
         }
         return Batch(**arrays, targets=targets, codecs=dict(self.source.targets))
+
+
+def _leave_at_once(worker: int) -> None:
+    """A worker that is told to stop ends without the interpreter's teardown.
+
+    Its queue's thread may be inside PyTorch just then; a thread that the teardown ends inside C++ aborts the
+    process, and the parent reports a worker that was killed. By then all is handed over, or no longer wanted.
+    """
+    atexit.register(os._exit, 0)
 
 
 def _tensors(shares: Any) -> Any:

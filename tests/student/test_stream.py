@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -229,3 +232,21 @@ def test_the_same_samples_under_two_paths_are_refused(world, tmp_path):
     with pytest.raises(UserError, match="holds the same samples"):
         Stream([world.shards[0], copy, world.shards[0].replace("/data/", "/data/../data/")], batch=32,
                policy=policy("light", 32))  # fmt: skip
+
+
+def test_a_worker_that_is_told_to_stop_while_it_hands_over_does_not_abort():
+    script = """
+import threading, time, torch
+from student.stream import _leave_at_once
+
+def hand_over():
+    while True:
+        torch.zeros(100_000).share_memory_()
+
+_leave_at_once(0)
+for _ in range(4):
+    threading.Thread(target=hand_over, daemon=True).start()
+time.sleep(0.2)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
