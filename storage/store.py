@@ -34,6 +34,7 @@ class Store:
 
     def __init__(self, objects: Objects) -> None:
         self.objects = objects
+        self._recognised: dict[str, str] = {}  # url -> shard: its first and last block are read once
 
     @property
     def url(self) -> str:
@@ -227,7 +228,8 @@ class Store:
         for shard in known:
             if shard.rpartition("-")[0] == stem:
                 index = self.index(shard)
-                if not differences(url, index.summary):
+                if self._recognised.get(url) == shard or not differences(url, index.summary):
+                    self._recognised[url] = shard
                     return index
         return None
 

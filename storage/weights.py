@@ -36,17 +36,32 @@ def digest_of_state(state: Mapping[str, Tensor]) -> str:
 
 def classes_in(path: str) -> tuple[str, ...] | None:
     """The class names that a safetensors file of ours carries."""
+    found = _note(path, "classes")
+    good = isinstance(found, list) and all(isinstance(name, str) for name in found)
+    return tuple(found) if good and found else None
+
+
+def normalisation_in(path: str) -> dict[str, tuple[float, float, float]]:
+    """`mean` and `std` of the pixels, three numbers each, as far as a safetensors file of ours carries them."""
+    found = {name: _note(path, name) for name in ("mean", "std")}
+    return {
+        name: (float(value[0]), float(value[1]), float(value[2]))
+        for name, value in found.items()
+        if isinstance(value, list) and len(value) == 3 and all(isinstance(v, int | float) for v in value)
+    }
+
+
+def _note(path: str, name: str) -> Any:
+    """What a safetensors file's metadata say of a name, as JSON; None where it says nothing."""
     if not path.endswith(".safetensors"):
         return None
     try:
         with Path(path).expanduser().open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(min(length, 100 << 20)))
-        found = json.loads(header.get("__metadata__", {}).get("classes", "null"))
-    except (ValueError, struct.error, AttributeError):
+        return json.loads(header.get("__metadata__", {}).get(name, "null"))
+    except (OSError, ValueError, struct.error, AttributeError, TypeError):
         return None
-    good = isinstance(found, list) and all(isinstance(name, str) for name in found)
-    return tuple(found) if good and found else None
 
 
 def load_weights(model: nn.Module, path: str) -> None:
@@ -109,10 +124,15 @@ def read_weights(path: str) -> dict[str, Tensor]:
         if path.endswith(".safetensors"):
             state = load_file(Path(path).expanduser())
         else:
+            with Path(path).expanduser().open("rb") as file:
+                if file.read(2) not in (b"PK", *(b"\x80" + bytes([protocol]) for protocol in range(1, 6))):
+                    raise UserError(f"{path}: not a file of weights: neither safetensors nor what torch.save writes")
             state = torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True)
             for wrapper in ("model", "state_dict"):
                 if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
                     state = state[wrapper]
+    except UserError:
+        raise
     except (SafetensorError, OSError, EOFError, RuntimeError) as error:
         raise UserError(f"{path}: cannot be read as weights: {first_line(error)}") from None
     except Exception as error:  # the unpickler names what it refuses

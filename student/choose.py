@@ -125,7 +125,11 @@ def _fitting(store: Store, need: Need, manifests: Mapping[str, Record], banks: S
         found = [several for several in itertools.product(*by_tap) if _together([manifests[id] for id in several])]
         if found:
             return found
-        refused.append(UserError(f"{store.url}: {need.loss}: no {' and '.join(taps)} of one teacher, bank and layers"))
+        refused.append(IdentityError(
+            f"{store.url}: {need.loss}: {' and '.join(taps)}", "teacher, bank and layers", "the same of both",
+            " and ".join(", ".join(ids) for ids in by_tap),
+            f"Record them together: pipeline precompute --teacher NAME --target {','.join(taps)} …",
+        ))  # fmt: skip
     if len(refused) > 1 and not any(isinstance(error, IdentityError) for error in refused):
         there = sorted({manifest["identity"]["tap"] for manifest in manifests.values()})
         raise UserError(

@@ -13,6 +13,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from storage.errors import UserError, nearest
 
+Positive = Annotated[float, Field(gt=0)]
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -23,7 +25,8 @@ class Student(_Section):
 
     `pretrained` takes timm's weights, `weights` a file (safetensors or .pth, also a student's). `init` says which
     parameters are taken from them, `freeze` which are not trained: shell patterns over the names of a state dict, such
-    as `blocks.*.attn.*`. A head of other classes is always new.
+    as `blocks.*.attn.*`. A head of other classes is always new. Pixels are normalised by `mean` and `std`; None: as the
+    given weights want it (their file's own, or timm's for the model), 0.5 without weights.
     """
 
     model: str = "vit_tiny_patch16_224"
@@ -33,7 +36,7 @@ class Student(_Section):
     depth: int | None = Field(None, ge=1)
     num_heads: int | None = Field(None, ge=1)
     num_classes: int | None = Field(None, ge=1)
-    global_pool: Literal["token", "avg", "map", ""] | None = None
+    global_pool: Literal["token", "avg", "map"] | None = None
     drop_path_rate: float | None = Field(None, ge=0, lt=1)
     drop_rate: float | None = Field(None, ge=0, lt=1)
     proj_drop_rate: float | None = Field(None, ge=0, lt=1)
@@ -42,8 +45,8 @@ class Student(_Section):
     weights: str | None = None
     init: tuple[str, ...] = ("*",)
     freeze: tuple[str, ...] = ()
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    mean: tuple[float, float, float] | None = None
+    std: tuple[Positive, Positive, Positive] | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Student:
@@ -101,6 +104,11 @@ class Schedule(_Section):
 
 
 def _constant(value: Any) -> Any:
+    if isinstance(value, str):  # YAML reads 1e3 as a word
+        try:
+            value = float(value)
+        except ValueError:
+            return value
     return {"start": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 

@@ -27,13 +27,20 @@ def is_smoke(out: Path) -> bool:
     return (out / SMOKE).exists()
 
 
+def never_kept(out: Path) -> bool:
+    """Whether a run lies here that was cut off before its first checkpoint, and nothing else."""
+    there = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    return "args.yaml" in there and not there & {CHECKPOINT, RESULT, SMOKE} and there <= {*_LEFT}
+
+
 def require_free(out: Path) -> None:
     """Refuse a folder that holds anything but a smoke run. Raises UserError."""
     if not out.exists():
         return
     there = sorted(path.name for path in out.iterdir())
     if there and not is_smoke(out):
-        hint = "; to go on with it, add --resume" if CHECKPOINT in there else ""
+        kept = CHECKPOINT in there or never_kept(out)
+        hint = "; to go on with it, add --resume" if kept else ""
         raise UserError(f"{out}: there is a run in this folder already{hint}; give a new one")
     foreign = [name for name in there if name not in _LEFT]
     if foreign:

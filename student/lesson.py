@@ -93,6 +93,8 @@ class Lesson(nn.Module):
         distils = any(isinstance(settings, config.DeiT) for settings in recipe.losses.values())
         methods = {}
         for name, settings in recipe.losses.items():
+            if hasattr(nn.ModuleDict, name):
+                raise UserError(f"losses.{name}: PyTorch keeps this name for itself; call the loss otherwise")
             if isinstance(settings, config.CrossEntropy) and settings.heads is None:
                 settings = settings.model_copy(update={"heads": "class" if distils else "both"})
             methods[name] = METHODS[settings.method].Method(name, settings, shape, given.get(name, ()))

@@ -46,12 +46,15 @@ def build(settings: config.Student, num_classes: int) -> tuple[nn.Module, dict[s
     arguments = {name: getattr(settings, name) for name in _ARGUMENTS if getattr(settings, name) is not None}
     if settings.embed_dim and settings.num_heads and settings.embed_dim % settings.num_heads:
         raise UserError(f"student: embed_dim {settings.embed_dim} is no multiple of num_heads {settings.num_heads}")
-    if settings.img_size and settings.patch_size and settings.img_size % settings.patch_size:
-        raise UserError(f"student: img_size {settings.img_size} is no multiple of patch_size {settings.patch_size}")
     if not takes_image_size(settings.model):
         arguments.pop("img_size", None)
     arguments["num_classes"] = num_classes
-    return create(settings.model, arguments), arguments
+    model = create(settings.model, arguments)
+    embed = getattr(model, "patch_embed", None)
+    for side, patch in zip(getattr(embed, "img_size", None) or (), getattr(embed, "patch_size", ()), strict=False):
+        if side % patch:
+            raise UserError(f"student: img_size {side} is no multiple of the patch size {patch} of {settings.model}")
+    return model, arguments
 
 
 def create(model: str, arguments: dict[str, Any]) -> nn.Module:
@@ -124,9 +127,14 @@ def pick_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one. Raises UserError for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: this torch sees no CUDA device; use cpu or auto")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda") or name.startswith("cpu:"):
+        raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= count:
+        seen = f"{count} CUDA device(s), counted from 0" if count else "no CUDA device; use cpu or auto"
+        raise UserError(f"--device {name}: this torch sees {seen}")
+    return device

@@ -40,10 +40,11 @@ def network_of(recorded: Record, weights: str | None, classes: int) -> nn.Module
         if weights is None and not Path(path).expanduser().is_file():
             raise UserError(f"teacher {recorded['id']}: its weights are no longer at {path}; say where: --weights F")
         _same_weights(f"--weights {path}", recorded, digest_of_file(path))
+    if from_hub:  # the digest is of what the hub gives, whatever the size that the teacher ran at
+        given = _created(name, recorded["identity"]["arguments"], pretrained=True)
+        _same_weights(f"{name} from timm's hub", recorded, digest_of_state(given.state_dict()))
     own = _created(name, arguments, pretrained=from_hub)
-    if from_hub:
-        _same_weights(f"{name} from timm's hub", recorded, digest_of_state(own.state_dict()))
-    else:
+    if not from_hub:
         load_weights(own, path)
     model = _created(name, {**arguments, "num_classes": classes})
     head = tuple(f"{part}." for part in heads_of(model))

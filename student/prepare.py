@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,16 @@ from torch import nn
 from storage.errors import IdentityError, UserError
 from storage.policies import Policy, policy
 from storage.progress import Progress
-from storage.shards import ShardIndex, cached_index, classes_of, expand, require_labels
+from storage.shards import cached_index, classes_of, expand, require_labels
 from storage.store import Store
-from student.align import table
+from student.align import Given, table
 from student.config import Recipe
 from student.control import mean_targets
 from student.lesson import Lesson, find_targets
 from student.model import Description, build, input_size
 from student.ranks import rank, ranks
 from student.stream import Stream
-from student.weights import begin_from, freeze
+from student.weights import begin_from, freeze, normalisation
 
 
 @dataclass(frozen=True)
@@ -91,24 +91,32 @@ def prepare(job: Job, progress: Progress, found: dict[str, Any] | None) -> Parts
     model, arguments = build(recipe.student, count)
     if found is None:
         begin_from(model, recipe.student, classes, progress.say)
+    mean, std = normalisation(recipe.student)
+    if found is not None:
+        mean, std = (tuple(found["identity"][name]) for name in ("mean", "std"))
+    elif recipe.student.pretrained or recipe.student.weights:
+        progress.say(f"pixels: mean {_three(mean)}, std {_three(std)}")
     still = freeze(model, recipe.student.freeze, progress.say)
     size = input_size(model, recipe.student)
     average = _average(recipe, model).to(job.device) if recipe.ema else None  # before hooks are on the student
-    stream, lesson = _join(job, urls, model, size, classes, progress, found["identity"]["views"] if found else None)
-    index_of = _indexes(job.store)
-    for url in (*urls, *val_urls):
-        require_labels(url, index_of(url) if url in urls else cached_index(url), count)
+    stream, given = _stream(job, urls, model, size, count, progress, found["identity"]["views"] if found else None)
+    lesson = Lesson(recipe, model, given, mean, std, classes)
+    if lesson.rows:
+        progress.say(table(lesson.rows))
+    _control(recipe, stream, lesson, progress)
+    for url in val_urls:
+        require_labels(url, cached_index(url), count)
     lesson.to(job.device)
     source = stream.source
     description = Description(
-        recipe.student.model, arguments, size, recipe.student.mean, recipe.student.std, classes,
+        recipe.student.model, arguments, size, mean, std, classes,
         source.policy.evaluation.line,
     )  # fmt: skip
     identity = {
         "shards": list(source.shards), "validation shards": [cached_index(url).id for url in val_urls],
         "classes": list(classes) if classes else count, "bank": source.bank, "policy": source.policy.line,
         "targets": {name: list(ids) for name, ids in lesson.targets.items()}, "views": stream.views,
-        "control": recipe.control.model_dump(exclude_defaults=True),
+        "control": recipe.control.model_dump(exclude_defaults=True), "mean": list(mean), "std": list(std),
     }  # fmt: skip
     return Parts(stream, lesson, average, still, val_urls, description, identity)
 
@@ -119,16 +127,15 @@ def _average(recipe: Recipe, model: nn.Module) -> Any:
     return ModelEmaV3(model, decay=recipe.ema)
 
 
-def _join(
-    job: Job,
-    urls: list[str],
-    model: nn.Module,
-    size: int,
-    classes: Sequence[str] | None,
-    progress: Progress,
-    views: int | None,
-) -> tuple[Stream, Lesson]:
-    """The stream and the lesson."""
+def _three(values: Sequence[float]) -> str:
+    """One number for three that are the same."""
+    return ", ".join(f"{value:g}" for value in (values[:1] if len(set(values)) == 1 else values))
+
+
+def _stream(
+    job: Job, urls: list[str], model: nn.Module, size: int, classes: int, progress: Progress, views: int | None
+) -> tuple[Stream, dict[str, tuple[Given, ...]]]:
+    """The stream, and what it gives to each loss."""
     recipe, settings = job.recipe, job.recipe.stream
     shard_ids = []
     if job.store is not None:
@@ -151,7 +158,7 @@ def _join(
         urls, batch=settings.batch_size, store=job.store,
         targets=list(dict.fromkeys(one.id for several in given.values() for one in several)), policy=fresh,
         bank=bank, views=settings.views or views, seed=recipe.seed, lanes=settings.lanes, window=settings.window,
-        workers=settings.workers, memory=memory, rank=rank(), ranks=ranks(),
+        workers=settings.workers, memory=memory, rank=rank(), ranks=ranks(), classes=classes,
         permute=recipe.control.permute_targets,
     )  # fmt: skip
     if stream.source.policy.size != size:
@@ -165,11 +172,7 @@ def _join(
         progress.say(f"views: bank {bank} ({stream.source.policy.line}), {stream.views} view(s)")
     for notice in stream.notices:
         progress.say(notice)
-    lesson = Lesson(recipe, model, given, recipe.student.mean, recipe.student.std, classes)
-    if lesson.rows:
-        progress.say(table(lesson.rows))
-    _control(recipe, stream, lesson, progress)
-    return stream, lesson
+    return stream, given
 
 
 def _control(recipe: Recipe, stream: Stream, lesson: Lesson, progress: Progress) -> None:
@@ -201,10 +204,3 @@ def _classes(urls: list[str], val_urls: list[str], recipe: Recipe) -> tuple[tupl
     if names is not None and wanted not in (None, len(names)):
         raise IdentityError(f"{urls[0]}: classes.json", "student.num_classes", len(names), wanted)
     return (tuple(names) if names else None), int(wanted or len(names or ()))
-
-
-def _indexes(store: Store | None) -> Callable[[str], ShardIndex]:
-    if store is None:
-        return cached_index
-    known = store.shard_ids()
-    return lambda url: store.require(url, known)

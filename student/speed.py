@@ -25,6 +25,7 @@ from student.stream import Batch
 WORTH = 1.2  # another precision than f32 is chosen where it is at least so many times faster
 CLEAR = 1.05  # likewise unfused attention, beside noise
 ROUNDS = 5
+COST = 25  # a run is at least so many times longer than the measuring, or it is not measured
 PATIENCE = 30.0  # seconds after which no further round is begun
 BACKEND = "inductor"  # of torch.compile
 
@@ -74,13 +75,14 @@ def compile_student(lesson: Lesson) -> None:
     lesson.student.compile(backend=BACKEND)
 
 
-def choose(lesson: Lesson, batch: Batch, settings: config.Speed) -> Choice:
+def choose(lesson: Lesson, batch: Batch, settings: config.Speed, passes: int) -> Choice:
     """What `auto` stands for, measured by steps on a batch with losses and gradients, and without a trace of them.
 
     Args:
         lesson: where it will run.
         batch: a real one, on the same device, of the size of one backward pass.
         settings: what is not `auto` stays as it is.
+        passes: backward passes of the whole run; for few of them `auto` is f32 with the fused kernel, unmeasured.
     """
     device = batch.images.device
     precisions: list[str] = [settings.amp] if settings.amp != "auto" else ["none", _low(device)]
@@ -88,7 +90,7 @@ def choose(lesson: Lesson, batch: Batch, settings: config.Speed) -> Choice:
     if settings.attention == "auto":
         kernels = ["fused", "unfused"] if attention_modules(lesson.student) else ["fused"]
     ways: list[tuple[str, str]] = [(amp, attention) for amp in precisions for attention in kernels]
-    if len(ways) == 1:
+    if len(ways) == 1 or passes < COST * len(ways) * (ROUNDS + 1):
         return Choice(*ways[0], {})
     with _traceless(lesson, device):
         times = _times(lesson, batch, ways)

@@ -157,6 +157,7 @@ class Stream(IterableDataset[Batch]):
         rank: of this process in `torch.distributed`.
         ranks: how many processes share each batch.
         labels: whether unlabelled shards are refused.
+        classes: how many classes there are; higher labels are refused.
         memory: bytes that may be held in lanes; by default half of the machine's.
         permute: a control: targets of other images of the same block, by a fixed derangement of this seed.
 
@@ -183,21 +184,27 @@ class Stream(IterableDataset[Batch]):
         rank: int = 0,
         ranks: int = 1,
         labels: bool = True,
+        classes: int | None = None,
         memory: int | None = None,
         permute: int | None = None,
     ) -> None:
         urls = expand(shards)
         opened = Store.open(store) if isinstance(store, str | Path) else store
+
+        def check(url: str, index: ShardIndex) -> None:
+            if labels:
+                require_labels(url, index, classes)
+
         if opened is None:
             if targets or policy is None:
                 raise UserError("a stream needs a store with targets, or a policy for fresh views")
             if views is not None or bank is not None:
                 raise UserError("bank and views speak of a store, and none was given")
             self.views: int | None = None
-            self.source, sizes = _fresh(urls, policy, labels)
+            self.source, sizes = _fresh(urls, policy, check)
             invalid: dict[int, frozenset[int]] = {}
         else:
-            self.source, sizes = _stored(opened, urls, targets, bank, labels)
+            self.source, sizes = _stored(opened, urls, targets, bank, check)
             self.source, self.views, invalid = _views(self.source, views)
         _refuse_twice(self.source)
         self.source = replace(self.source, permute=permute)
@@ -238,12 +245,13 @@ class Stream(IterableDataset[Batch]):
         sample = 3 * self.source.policy.size**2
         sample += sum(codec.sample_bytes for codec in self.source.targets.values())
         need = len(self.own) * self.order.window * BLOCK * sample
-        budget = budget or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks share a machine's memory
+        budget = budget or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (2 * here)
         if need > budget:
             raise UserError(
-                f"the lanes would hold {need / 2**30:.1f} GiB ({len(self.own)} lanes × {self.order.window} blocks × "
-                f"{BLOCK} samples × {sample / 1024:.0f} KiB), {budget / 2**30:.1f} GiB are allowed; lower "
-                "stream.window or stream.lanes, or raise stream.memory"
+                f"the lanes{' of each process' if here > 1 else ''} would hold {need / 2**30:.1f} GiB "
+                f"({len(self.own)} lanes × {self.order.window} blocks × {BLOCK} samples × {sample / 1024:.0f} KiB), "
+                f"{budget / 2**30:.1f} GiB are allowed; lower stream.window or stream.lanes, or raise stream.memory"
             )
         return need
 
@@ -310,18 +318,22 @@ def _tensors(shares: Any) -> Any:
     return [(convert(arrays), {t: convert(a) for t, a in targets.items()}) for arrays, targets in shares]
 
 
-def _fresh(urls: Sequence[str], policy: Policy, labels: bool) -> tuple[Source, list[int]]:
-    ids, sizes = _recognise(urls, cached_index, labels)
+_Check = Callable[[str, ShardIndex], None]
+
+
+def _fresh(urls: Sequence[str], policy: Policy, check: _Check) -> tuple[Source, list[int]]:
+    ids, sizes = _recognise(urls, cached_index, check)
     return Source(tuple(urls), tuple(ids), policy), sizes
 
 
-def _recognise(urls: Sequence[str], index_of: Callable[[str], ShardIndex], labels: bool) -> tuple[list[str], list[int]]:
+def _recognise(
+    urls: Sequence[str], index_of: Callable[[str], ShardIndex], check: _Check
+) -> tuple[list[str], list[int]]:
     """Ids and numbers of samples of shards; their indexes, which are large, are read again where they are needed."""
     ids, sizes = [], []
     for url in urls:
         index = index_of(url)
-        if labels:
-            require_labels(url, index)
+        check(url, index)
         ids.append(index.id)
         sizes.append(len(index))
     return ids, sizes
@@ -336,7 +348,7 @@ def _refuse_twice(source: Source) -> None:
 
 
 def _stored(
-    store: Store, urls: Sequence[str], targets: Sequence[str], bank: str | None, labels: bool
+    store: Store, urls: Sequence[str], targets: Sequence[str], bank: str | None, check: _Check
 ) -> tuple[Source, list[int]]:
     known = store.shard_ids()
     stored: list[bool] = []
@@ -346,7 +358,7 @@ def _stored(
         stored.append(recognised is not None)
         return recognised or store.require(url, known)
 
-    ids, sizes = _recognise(urls, index_of, labels)
+    ids, sizes = _recognise(urls, index_of, check)
     manifests = {target: store.target(target) for target in targets}
     banks = sorted({manifest["identity"]["bank"] for manifest in manifests.values()} | ({bank} if bank else set()))
     if len(banks) != 1:

@@ -88,6 +88,8 @@ def _found(job: Job) -> dict[str, Any] | None:
         return None
     if folder.is_smoke(job.out):
         raise UserError(f"{job.out}: a smoke run lies here, which never goes on; begin anew without --resume")
+    if shared(folder.never_kept(job.out) if rank() == 0 else None):  # cut off before its first checkpoint
+        return None
     found = checkpoint.read(path)
     checkpoint.require_same(path, found, job.recipe, None)
     return found
@@ -116,6 +118,8 @@ class _Run:
         if rank():
             torch.manual_seed(self.recipe.seed + 1_000_003 * rank())
             return
+        if folder.never_kept(self.job.out):
+            self.progress.say(f"{self.job.out}: the run was cut off before its first checkpoint; it begins again")
         folder.begin(self.job.out, self.job.smoke)
         (self.job.out / "args.yaml").write_text(yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False))
         self.log = folder.Log(self.job.out, tensorboard=self.recipe.tensorboard)
@@ -167,7 +171,8 @@ class _Run:
     def _measure(self, batch: Batch) -> Update:
         """Choose precision and attention on the first batch; the first rank measures for all."""
         piece = cut(batch, self.recipe.optim.accumulate)[0]
-        chosen = shared(speed.choose(self.lesson, piece, self.recipe.speed) if rank() == 0 else None)
+        passes = self.epochs * self.steps * self.recipe.optim.accumulate
+        chosen = shared(speed.choose(self.lesson, piece, self.recipe.speed, passes) if rank() == 0 else None)
         assert chosen is not None
         self.progress.say(speed.line(chosen, len(piece.labels)))
         if rank() == 0:
@@ -188,6 +193,11 @@ class _Run:
         )
         if self.job.smoke:
             self.progress.say(f"a smoke run: {self.steps} step(s) and an evaluation of {SMOKE_BLOCKS} blocks")
+        elif self.recipe.optim.warmup_epochs >= self.epochs:
+            self.progress.say(
+                f"the warm-up takes {self.recipe.optim.warmup_epochs} epochs and the run {self.epochs}: lr never comes "
+                "to its peak; set optim.warmup_epochs"
+            )
         self.progress.start("training", (self.epochs - self.place.epoch) * self.steps - self.place.step)
         for epoch in range(self.place.epoch, self.epochs):
             self._epoch(epoch)
@@ -250,7 +260,7 @@ class _Run:
                 if rank() == 0:
                     save(out / "best.safetensors", student, about)
         seconds = round(time.monotonic() - self.began, 2)
-        self.log.write({**record, "seconds": seconds}, (epoch + 1) * self.stream.order.steps)
+        self.log.write({**record, "seconds": seconds}, (epoch + 1) * self.stream.order.steps - 1)  # its last update
         self.progress.say(f"epoch {epoch}: {text}")
         self.place.epoch, self.place.step, self.place.sums = epoch + 1, 0, {}
         self._keep()

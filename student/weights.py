@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from precompute.taps import timm
 from storage.errors import UserError
-from storage.weights import classes_in, first_line, fitted, misfits, read_weights
+from storage.weights import classes_in, first_line, fitted, misfits, normalisation_in, read_weights
 from student import config
 
 
@@ -41,21 +42,35 @@ def begin_from(
     others = bool(known and classes and tuple(classes) != known)
     heads = head_of(model)
     new = [name for name in chosen if name in heads and (others or _other(own[name], state.get(name)))]
+    norms = [name for name in chosen if name not in state and _twin(name) in state and _twin(name) not in own]
+    new += norms
     taken = {name: own[name] for name in chosen if name not in new}
     found = {name: tensor for name, tensor in state.items() if name in taken}
     if settings.init == ("*",):  # then nothing is left out silently
-        found |= {name: tensor for name, tensor in state.items() if name not in own}
+        left = {_twin(name) for name in norms}
+        found |= {name: tensor for name, tensor in state.items() if name not in own and name not in left}
     problems = misfits(_shapes(taken), _shapes(found))
     if problems:
-        raise UserError(
-            f"{where}: does not fit {settings.model}: {problems}; say which are taken, others stay new: "
-            "--set 'student.init=[\"blocks.*\"]'"
-        )
+        raise UserError(f"{where}: does not fit {settings.model}: {problems}{_proposal(own, state)}")
     model.load_state_dict({**own, **{name: found[name] for name in taken}})
     text = f"begins from {where}: {len(taken)} of {len(own)} tensors"
     if new:
-        text += f"; {', '.join(new)} of other classes, so they are new"
+        text += f"; new are {', '.join(new)}"
+        text += f" ({' and '.join(_reasons(new, norms))})"
     say(text)
+
+
+def normalisation(settings: config.Student) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and standard deviation of the pixels that a student is fed with, three channels each."""
+    found: dict[str, tuple[float, float, float]] = {}
+    if settings.pretrained or settings.weights:
+        about = timm.get_pretrained_cfg(settings.model)
+        if about is not None:
+            found = {"mean": tuple(about.mean), "std": tuple(about.std)}
+        if settings.weights:
+            found |= normalisation_in(settings.weights)
+    half = (0.5, 0.5, 0.5)
+    return settings.mean or found.get("mean", half), settings.std or found.get("std", half)
 
 
 def freeze(model: nn.Module, patterns: Sequence[str], say: Callable[[str], None]) -> list[nn.Module]:
@@ -110,6 +125,28 @@ def head_of(model: nn.Module) -> set[str]:
 def _other(own: Tensor, found: Tensor | None) -> bool:
     """Whether a head's tensor was made for another number of classes, or is not there."""
     return found is None or found.shape[0] != own.shape[0]
+
+
+def _twin(name: str) -> str:
+    """The final norm's tensor under the other pooling: timm's `norm` before the tokens, `fc_norm` after their mean."""
+    return {"norm": "fc_norm", "fc_norm": "norm"}.get(name.rpartition(".")[0], "") + "." + name.rpartition(".")[2]
+
+
+def _reasons(new: Sequence[str], norms: Sequence[str]) -> list[str]:
+    heads = ["a head of other classes"] if len(new) > len(norms) else []
+    return heads + (["the final norm of another pooling"] if norms else [])
+
+
+def _proposal(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
+    """How to take the parts that fit, as a command's option."""
+    parts: dict[str, bool] = {}
+    for name, tensor in own.items():
+        part = name.partition(".")[0] + ".*" * ("." in name)
+        parts[part] = parts.get(part, True) and name in state and state[name].shape == tensor.shape
+    good = [part for part, fits in parts.items() if fits]
+    if not good:
+        return "; are these weights of this model?"
+    return f"; take what fits, the rest stays new: --set 'student.init=[{', '.join(json.dumps(p) for p in good)}]'"
 
 
 def _hub(model: str) -> dict[str, Tensor]:

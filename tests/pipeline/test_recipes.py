@@ -54,7 +54,7 @@ def changes(recipe: str, folder: Path) -> dict[str, Any]:
         from precompute.taps import timm
 
         sizes = {name.partition(".")[2]: value for name, value in SMALL.items() if name.startswith("student.")}
-        network = timm.create_model("vit_base_patch16_224.mae", global_pool="avg", num_classes=7, **sizes)
+        network = timm.create_model("vit_base_patch16_224.mae", num_classes=7, **sizes)
         save_file(network.state_dict(), folder / "base.safetensors")
         weights = folder / "base.safetensors"
         return {"student.pretrained": "false", "student.weights": weights, "stream.bank.policy": "light"}

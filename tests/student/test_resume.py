@@ -58,6 +58,23 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(world, undisturbed, 
     assert any(f"goes on in {place} of 9 steps" in line for line in console.lines)
 
 
+def test_cut_off_before_its_first_checkpoint_a_run_begins_again(world, undisturbed, tmp_path, monkeypatch):
+    settings, out = [u8(world), *FULL], tmp_path / "run"
+    with monkeypatch.context() as patched:
+        cut_after(patched, 4)
+        with pytest.raises(Cut):
+            run(world, out, "aal", *settings)
+    with pytest.raises(UserError, match="a run in this folder already; to go on with it, add --resume"):
+        run(world, out, "aal", *settings)
+    console = Quiet()
+    trainer.train(job(world, out, "aal", *settings, resume=True), console)
+    assert f"{out}: the run was cut off before its first checkpoint; it begins again" in console.lines
+    assert same(undisturbed[0], out)
+    (out / "checkpoint.pt").unlink()
+    with pytest.raises(UserError, match="no checkpoint here to go on from"):  # a complete run is never begun again
+        run(world, out, "aal", *settings, resume=True)
+
+
 def test_no_line_of_the_log_comes_twice(world, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "LOG_EVERY", 1)
     settings = [u8(world), "checkpoint_interval=3", "tensorboard=true"]
@@ -70,6 +87,21 @@ def test_no_line_of_the_log_comes_twice(world, tmp_path, monkeypatch):
     assert [(r["epoch"], r.get("step")) for r in log(tmp_path / "run")] == [
         (epoch, step) for epoch in (0, 1) for step in [*range(9), None]
     ]
+
+
+def test_epochs_before_a_resume_stay_in_tensorboard(world, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = [u8(world), "tensorboard=true"]
+    with monkeypatch.context() as patched:
+        cut_after(patched, 9)
+        with pytest.raises(Cut):
+            run(world, tmp_path / "run", "aal", *settings)
+    run(world, tmp_path / "run", "aal", *settings, resume=True)
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("epochs/top1")] == [8, 17]
 
 
 def test_a_command_that_is_killed_goes_on_with_loader_workers(world, undisturbed, tmp_path):

@@ -28,6 +28,7 @@ def times(monkeypatch):
         return told[amp, attention]
 
     original = speed._step
+    monkeypatch.setattr(speed, "COST", 0)  # these runs are short
     monkeypatch.setattr(speed, "_step", step)
     return told
 
@@ -50,12 +51,12 @@ def test_another_precision_has_to_be_worth_it(world, tmp_path, times, measured, 
     times |= dict(zip(ways, measured, strict=True))
     made = parts(world, tmp_path)
     batch = next(made.stream.epoch(0))
-    choice = speed.choose(made.lesson, batch, config.Speed())
+    choice = speed.choose(made.lesson, batch, config.Speed(), 1)
     assert (choice.amp, choice.attention) == wanted
     text = speed.line(choice, 32)
     assert f"{wanted[1]} attention" in text
     assert "f32 fused 1e+03 ms" in text
-    forced = speed.choose(made.lesson, batch, config.Speed(amp="bfloat16"))
+    forced = speed.choose(made.lesson, batch, config.Speed(amp="bfloat16"), 1)
     assert forced.amp == "bfloat16"
     assert len(forced.measured) == 2
 

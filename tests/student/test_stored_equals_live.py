@@ -25,6 +25,7 @@ from student.config import Recipe, validate
 from student.lesson import Lesson, given_of
 from student.model import build
 from student.stream import Stream
+from student.weights import normalisation
 from tests.conftest import World, run_precompute, teacher_of
 
 STEPS = 20
@@ -63,7 +64,7 @@ def compare(stream: Stream, given: dict[str, tuple[Given, ...]], live: dict, rec
         loss: tuple(Given(g.target, {**g.teacher, "classes": names}) for g in several)
         for loss, several in given.items()
     }
-    lesson = Lesson(recipe, model, given, recipe.student.mean, recipe.student.std, names)
+    lesson = Lesson(recipe, model, given, *normalisation(recipe.student), names)
     optimizer = torch.optim.AdamW(lesson.parameters(), 1e-3)
     worst = dict.fromkeys(("total", *given), (0.0, 1.0))
     step = 0

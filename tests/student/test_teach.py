@@ -430,6 +430,8 @@ def test_weights_that_have_moved_are_asked_for(made, tmp_path):
 
 
 def test_weights_of_the_hub_are_known_by_their_digest(made, monkeypatch):
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
     from storage.weights import digest_of_state
 
     state = load_file(made.weights["vit"])
@@ -438,7 +440,7 @@ def test_weights_of_the_hub_are_known_by_their_digest(made, monkeypatch):
     def hub(name, pretrained=False, **arguments):
         model = create(name, **arguments)
         if pretrained:
-            model.load_state_dict(state)
+            model.load_state_dict(checkpoint_filter_fn(dict(state), model))
         return model
 
     monkeypatch.setattr("student.network.timm.create_model", hub)
@@ -447,6 +449,10 @@ def test_weights_of_the_hub_are_known_by_their_digest(made, monkeypatch):
     model = network_of(recorded, None, 5)
     assert torch.equal(model.state_dict()["cls_token"], state["cls_token"])
     assert model.state_dict()["head.weight"].shape == (5, 48)
+    arguments = {name: value for name, value in identity["arguments"].items() if name != "img_size"}
+    digest = digest_of_state(hub(identity["model"], True, **arguments).state_dict())  # of the hub's size, 224
+    smaller = {**recorded, "identity": {**identity, "arguments": arguments, "weights sha256": digest}}
+    assert network_of(smaller, None, 5).state_dict()["pos_embed"].shape == state["pos_embed"].shape
     state["cls_token"] += 1
     with pytest.raises(IdentityError, match="from timm's hub: weights sha256: expected"):
         network_of(recorded, None, 5)

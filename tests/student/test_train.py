@@ -16,9 +16,10 @@ from storage.testing import TINY_CNN, synthetic_shards
 from student.config import Bank, validate
 from student.evaluate import evaluate
 from student.lesson import Lesson
-from student.model import build, load
+from student.model import build, load, pick_device
 from student.stream import Stream
 from student.train import Job, train
+from student.weights import normalisation
 from tests.conftest import Quiet, run_precompute, teacher_of
 
 STUDENT = [
@@ -119,7 +120,7 @@ def test_cross_entropy_alone_is_untouched_by_hooks(world):
     torch.manual_seed(0)
     model, _ = build(recipe.student, 3)
     batch = next(Stream(world.shards, batch=32, policy=policy("light", 32)).epoch(0))
-    lesson = Lesson(recipe, model, {}, recipe.student.mean, recipe.student.std)
+    lesson = Lesson(recipe, model, {}, *normalisation(recipe.student))
     logits, values = lesson(batch)
     expected = torch.nn.functional.cross_entropy(
         model(batch.pixels((0.5,) * 3, (0.5,) * 3)), batch.labels, label_smoothing=0.1
@@ -226,6 +227,8 @@ def test_validation_names_wrong_fields_with_the_nearest():
         ({"optim": {"epochs": "many"}}, r"optim\.epochs: input should be a valid integer.*found 'many'"),
         ({"losses": {"aal": {"map": "half"}}}, r"losses\.aal\.map: input should be 'scaled', 'printed' or 'full'"),
         ({"losses": {}}, "losses: none is on"),
+        ({"student": {"global_pool": ""}}, r"student\.global_pool: input should be 'token', 'avg' or 'map'"),
+        ({"losses": {"aal": {"weight": "much"}}}, r"losses\.aal\.weight: .*found 'much'"),
     ]:
         with pytest.raises(UserError, match=message):
             validate({**good, **change}, "r")
@@ -233,10 +236,41 @@ def test_validation_names_wrong_fields_with_the_nearest():
         validate([1], "r")
 
 
+def test_yaml_s_words_that_are_numbers_are_numbers():
+    recipe = validate({"losses": {"aal": {"weight": "1e3"}, "crossentropy": {}}}, "r")
+    assert recipe.losses["aal"].weight.at(5) == 1000
+
+
+def test_a_warm_up_that_is_not_over_is_said(world, tmp_path):
+    console = Quiet()
+    train(job(world, tmp_path / "run", "scratch", "optim.epochs=1", "optim.warmup_epochs=3", store=None), console)
+    assert any("the warm-up takes 3 epochs and the run 1: lr never comes to its peak" in line for line in console.lines)
+
+
+def test_a_loss_is_not_called_as_pytorch_s_own(world, tmp_path):
+    settings = ["losses.half={method: crossentropy}"]
+    with pytest.raises(UserError, match=r"losses\.half: PyTorch keeps this name"):
+        train(job(world, tmp_path / "run", "scratch", *settings, store=None), Quiet())
+
+
+def test_devices_that_are_not_there_are_refused(monkeypatch):
+    for name, message in [
+        ("mps", "expected auto, cpu, cuda or cuda:N"), ("gpu", "expected auto"), ("cpu:3", "expected auto"),
+        ("cuda:7", "sees 1 CUDA device"),
+    ]:  # fmt: skip
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        with pytest.raises(UserError, match=message):
+            pick_device(name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UserError, match="sees no CUDA device; use cpu or auto"):
+        pick_device("cuda")
+
+
 def test_sizes_that_do_not_go_together_are_refused():
     for change, message in [
         ({"num_heads": 5}, "embed_dim 48 is no multiple of num_heads 5"),
-        ({"patch_size": 5}, "img_size 32 is no multiple of patch_size 5"),
+        ({"patch_size": 5}, "img_size 32 is no multiple of the patch size 5"),
+        ({"img_size": 100, "patch_size": None}, "img_size 100 is no multiple of the patch size 16 of vit_tiny"),
         ({"model": "vit_tinny_patch16_224"}, "Did you mean 'vit_tiny_patch16_224'"),
         ({"model": "resnet10t"}, "cannot be made"),
     ]:

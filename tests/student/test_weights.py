@@ -13,8 +13,8 @@ from precompute.taps import timm
 from storage.errors import UserError
 from student import train as trainer
 from student import weights as module
-from student.model import build
-from student.weights import begin_from, freeze
+from student.model import build, load
+from student.weights import begin_from, freeze, normalisation
 from tests.conftest import Quiet
 from tests.student.runs import STUDENT, job, run, u8, weights
 
@@ -57,10 +57,10 @@ def test_a_head_of_other_classes_is_new_and_said(donor):
     ours, fresh, lines = taken(f"student.weights={donor}", classes=5)
     assert torch.equal(ours["head.weight"], fresh["head.weight"])
     assert torch.equal(ours["blocks.0.attn.qkv.weight"], state["blocks.0.attn.qkv.weight"])
-    assert "head.weight, head.bias of other classes, so they are new" in lines[0]
+    assert "new are head.weight, head.bias (a head of other classes)" in lines[0]
     ours, fresh, lines = taken(f"student.weights={donor}", names=("ant", "bee", "cat"))  # as many, but others
     assert torch.equal(ours["head.weight"], fresh["head.weight"])
-    assert "they are new" in lines[0]
+    assert "new are head.weight" in lines[0]
     ours, _, lines = taken(f"student.weights={donor}", names=("class0", "class1", "class2"))
     assert torch.equal(ours["head.weight"], state["head.weight"])
 
@@ -93,9 +93,14 @@ def test_patterns_choose_what_is_taken(donor):
 def test_what_does_not_fit_is_named(donor, tmp_path):
     with pytest.raises(UserError, match=r"does not fit .*: 12 missing \(blocks\.2\.norm1\.weight"):
         taken(f"student.weights={donor}", "student.depth=3")
-    with pytest.raises(UserError, match=r"12 unexpected \(blocks\.1\..*say which are taken, others stay new"):
+    with pytest.raises(UserError, match=r"12 unexpected \(blocks\.1\..*take what fits, .* --set 'student"):
         taken(f"student.weights={donor}", "student.depth=1")
-    taken(f"student.weights={donor}", "student.depth=1", 'student.init=["blocks.*", "norm.*"]')
+    with pytest.raises(UserError) as raised:
+        taken(f"student.weights={donor}", "student.depth=1")
+    advice = str(raised.value).rpartition("--set '")[2].removesuffix("'")
+    assert advice == 'student.init=["cls_token", "pos_embed", "patch_embed.*", "blocks.*", "norm.*", "head.*"]'
+    ours, _, _ = taken(f"student.weights={donor}", "student.depth=1", advice)
+    assert all(torch.equal(tensor, load_file(donor)[name]) for name, tensor in ours.items())
     with pytest.raises(UserError, match=r"blocks\.0\.mlp.*has shape|norm.*has shape|cls_token has shape"):
         taken(f"student.weights={donor}", "student.embed_dim=24")
     with pytest.raises(UserError, match="cannot be read as weights"):
@@ -103,6 +108,49 @@ def test_what_does_not_fit_is_named(donor, tmp_path):
     (tmp_path / "bad.pth").write_bytes(pickle.dumps(Hostile()))
     with pytest.raises(UserError, match="refused: it is a pickle with more than tensors"):
         taken(f"student.weights={tmp_path / 'bad.pth'}")
+
+
+def test_what_is_no_file_of_weights_is_said(tmp_path):
+    (tmp_path / "page.pth").write_text("<html>not found</html>")
+    with pytest.raises(UserError, match=r"page\.pth: not a file of weights: neither safetensors nor"):
+        taken(f"student.weights={tmp_path / 'page.pth'}")
+
+
+def test_the_final_norm_of_another_pooling_is_new(donor):
+    state = load_file(donor)
+    ours, fresh, lines = taken(f"student.weights={donor}", "student.global_pool=avg", classes=5)
+    new = {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
+    assert ours.keys() - state.keys() == {"fc_norm.weight", "fc_norm.bias"}
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, (fresh if name in new else state)[name]), name
+    assert lines[0].endswith("(a head of other classes and the final norm of another pooling)")
+
+
+def test_pixels_are_normalised_as_the_weights_want_it(donor, tmp_path):
+    def found(*settings):
+        return normalisation(load_recipe("scratch", [*STUDENT, *settings]).student)
+
+    half, mean, std = (0.5,) * 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    assert found() == found("student.model=vit_base_patch16_224.mae") == (half, half)
+    assert found("student.model=vit_base_patch16_224.mae", "student.pretrained=true") == (mean, std)
+    assert found("student.model=vit_base_patch16_224.mae", "student.pretrained=true", "student.mean=[0,0,0]")[0] == (
+        0, 0, 0,
+    )  # fmt: skip
+    assert found("student.model=vit_base_patch16_224.mae", f"student.weights={donor}") == (half, half)
+    save_file(load_file(donor), tmp_path / "bare.safetensors")
+    bare = f"student.weights={tmp_path / 'bare.safetensors'}"
+    assert found("student.model=vit_base_patch16_224.mae", bare) == (mean, std)
+
+
+def test_a_student_s_file_says_how_its_pixels_were_normalised(world, donor, tmp_path):
+    first = ["student.mean=[0.4,0.4,0.4]", "student.std=[0.2,0.2,0.2]", "optim.epochs=1"]
+    run(world, tmp_path / "first", "scratch", *first)
+    console = Quiet()
+    given = f"student.weights={tmp_path / 'first' / 'last.safetensors'}"
+    trainer.train(job(world, tmp_path / "second", "scratch", given, "optim.epochs=1"), console)
+    assert "pixels: mean 0.4, std 0.2" in console.lines
+    _, about = load(tmp_path / "second" / "last.safetensors")
+    assert (about.mean, about.std) == ((0.4,) * 3, (0.2,) * 3)
 
 
 class Hostile:
@@ -128,7 +176,7 @@ def test_timms_weights_or_a_clear_error_without_the_hub(monkeypatch, donor):
     ours, fresh, lines = taken("student.pretrained=true")  # a thousand classes, 64x64
     assert not torch.equal(ours["blocks.0.attn.qkv.weight"], fresh["blocks.0.attn.qkv.weight"])
     assert torch.equal(ours["head.weight"], fresh["head.weight"])
-    assert "head.weight, head.bias of other classes" in lines[0]
+    assert "new are head.weight, head.bias (a head of other classes)" in lines[0]
 
 
 @pytest.mark.parametrize("more", [[], ["optim.layer_decay=0.7", "ema=0.9"]])
