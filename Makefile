@@ -33,7 +33,7 @@ demo: install
 
 # Hours: the table of docs/study.md. What is finished is not run again.
 study: install
-	$(BIN)/python -u docs/study.py --data '$(DATA)' --weights '$(WEIGHTS)' --out '$(OUT)' --epochs 20
+	$(BIN)/python -u docs/study.py --data '$(DATA)' --weights '$(WEIGHTS)' --out '$(OUT)'
 
 clean:
 	rm -rf $(VENV) demo-out

@@ -67,6 +67,8 @@ def main(arguments: list[str] | None = None) -> None:
     except click.UsageError as error:
         if os.environ.get("RANK", "0") == "0":
             error.show()
+            if as_json:
+                print(json.dumps({"error": error.format_message()}))
         else:  # torchrun's first process says the same, and has to come to it before all are ended
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             time.sleep(1)
@@ -74,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (click.Abort, KeyboardInterrupt) as error:
         status = 143 if isinstance(error.__cause__ or error, _Terminated) else 130
         _fail(
-            "interrupted; what was complete stays (precompute: the same command goes on; train: add --resume)",
+            "interrupted; what was complete stays (precompute: the same command goes on; train: with --resume)",
             as_json,
             status,
         )

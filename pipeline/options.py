@@ -38,7 +38,15 @@ def shards(*names: str, help: str, required: bool = True) -> Callable[..., Any]:
     )  # fmt: skip
 
 
-store = click.option("--store", required=True, metavar="DIR", help="The store: a folder or an fsspec URL.")
+def _named(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value == "":
+        raise click.BadParameter("an empty name; give a folder or an fsspec URL", ctx, param)
+    return value
+
+
+store = click.option(
+    "--store", required=True, metavar="DIR", callback=_named, help="The store: a folder or an fsspec URL."
+)
 
 
 _WANTED = (
@@ -51,8 +59,9 @@ _WANTED = (
     store,
     click.option(
         "--target", multiple=True, metavar="TAP[,layers=…][,grid=…][,codec=…]",
-        help="What to keep: activations, logits, q, k, class_row or class_token; may be repeated. layers=last or "
-        "1:4+8, counted from 1; grid=8 for activations; codec=f32, f16, u8, log8 (class_row) or topk20 (logits).",
+        help="What to keep: activations, logits, embedding, q, k, v, class_row, attention, class_token or tokens; may "
+        "be repeated. layers=last or 1:4+8, counted from 1; grid=8 for activations; codec=f32, f16, u8, log8 "
+        "(class_row, attention) or topk20 (logits).",
     ),
     click.option(
         "--view-policy", metavar="P",
@@ -125,7 +134,12 @@ def _wanted(teacher: str | None, **flags: Any) -> Wanted | dict[str, Wanted]:
             raise UserError("--workers starts processes here, --dask joins others; give one of them")
         flags |= {name: None for name in ("workers", "dask") if name not in said}
     if teacher is not None and teacher not in entries:
-        return _one(teacher, None, "", **flags)
+        try:
+            return _one(teacher, None, "", **flags)
+        except UserError as error:
+            if read is None or not entries:
+                raise
+            raise UserError(f"{error}\n  {read.path} has teachers {', '.join(entries)}.") from None
     assert read is not None
     chosen = list(entries) if teacher is None else [teacher]
     if len(chosen) > 1:

@@ -66,9 +66,23 @@ def number_in(value: Any) -> Any:
         return value
 
 
+_SECTIONS = ("student", "losses", "optim", "stream", "control", "speed")
+
+
 def put(content: dict[str, Any], path: str, value: Any) -> None:
-    """Set `path.to.field` of a recipe; what is absent on the way is made."""
+    """Set `path.to.field` of a recipe; what is absent on the way is made.
+
+    A mapping for a section (`optim`, `losses.aal`) is laid over what is there, setting by setting; values that are
+    mappings themselves (a weight's schedule, a bank) are replaced.
+    """
     *parents, last = path.split(".")
+    if isinstance(value, Mapping) and (path in _SECTIONS or parents == ["losses"]):
+        if not isinstance(content.get(path), dict) and not parents:
+            content[path] = {}
+        for name, below in value.items():
+            put(content, f"{path}.{name}", below)
+        if value or not parents:
+            return
     here = content
     for part in parents:
         below = here.get(part)

@@ -47,15 +47,23 @@ def load(recipe: str, settings: Sequence[str] = (), over: Over | None = None) ->
     from student.config import validate
 
     where = f"recipe {recipe}"
-    if isinstance(content, dict):
-        if over and over.settings:
-            validate(copy.deepcopy(content), where)  # alone first: what is wrong afterwards is the project's
-            where = f"{where} with {over.where} laid over it"
-            for name, value in over.settings:
-                put(content, name, value)
+    if not isinstance(content, dict):
+        return validate(content, where)
+    stages = [(where, copy.deepcopy(content))]
+    if over and over.settings:
+        for name, value in over.settings:
+            put(content, name, value)
+        stages.append((f"{where} with {over.where} laid over it", copy.deepcopy(content)))
+    if settings:
         for setting in settings:
             _set(content, setting)
-    return validate(content, where)
+        stages.append((f"{where} with --set", content))
+    try:
+        return validate(content, where)
+    except UserError:
+        for where, stage in stages:  # the first that is wrong is to blame
+            validate(stage, where)
+        raise
 
 
 def _set(content: dict[str, Any], setting: str) -> None:

@@ -121,11 +121,21 @@ def validate(path: Path, content: Any) -> Project:
         settings = Settings.model_validate({k: v for k, v in content.items() if v is not None})
     except ValidationError as error:
         raise UserError(f"{path}: " + "; ".join(_explain(problem) for problem in error.errors())) from None
-    for name in settings.set:
-        first = name.partition(".")[0]
-        if first not in Recipe.model_fields:
-            raise UserError(f"{path}: set.{name}: a recipe has no {first!r}. {nearest(first, Recipe.model_fields)}")
+    for name, value in settings.set.items():
+        _require_known(f"{path}: set.", name, value)
     return Project(path, _from_here(settings, path.parent))
+
+
+def _require_known(where: str, name: str, value: Any) -> None:
+    """Refuse a setting that no recipe has; which ones a loss has is for the recipe to say."""
+    section: Any = Recipe
+    for part in name.split("."):
+        if section is not None and part not in section.model_fields:
+            raise UserError(f"{where}{name}: a recipe has no {part!r} there. {nearest(part, section.model_fields)}")
+        section = section_of(section, part) if section is not None and part != "losses" else None
+    if section is not None and isinstance(value, Mapping):
+        for below, content in value.items():
+            _require_known(where, f"{name}.{below}", content)
 
 
 def _explain(problem: Any) -> str:

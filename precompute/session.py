@@ -39,7 +39,7 @@ def open_session(graph: bytes, provider: str = "auto", threads: int | None = Non
     try:
         import onnxruntime
     except ImportError:
-        raise UserError("onnxruntime is not installed: pip install 'teacher-store[cpu]' (or [gpu])") from None
+        raise UserError("onnxruntime is not installed: install this package with the extra `cpu` or `gpu`") from None
     _refuse_external(graph)
     onnxruntime.set_default_logger_severity(3)
     options = onnxruntime.SessionOptions()
@@ -49,7 +49,10 @@ def open_session(graph: bytes, provider: str = "auto", threads: int | None = Non
     cuda = (names["cuda"], {"use_tf32": "0"})
     have_cuda = names["cuda"] in onnxruntime.get_available_providers()
     if provider == "cuda" and not have_cuda:
-        raise UserError("--provider cuda: this onnxruntime has no CUDA; pip install 'teacher-store[gpu]', or use auto")
+        raise UserError(
+            "--provider cuda: this onnxruntime has no CUDA; install this package with the extra `gpu` in place of "
+            "`cpu`, or use auto"
+        )
     wanted: list[Any] = [cuda] if have_cuda and provider in ("cuda", "auto") else []
     try:
         session = onnxruntime.InferenceSession(graph, options, providers=[*wanted, names["cpu"]])

@@ -175,6 +175,13 @@ def load(teacher: Teacher) -> nn.Module:
     if takes_image_size(teacher.model):
         arguments.setdefault("img_size", teacher.input_size)
     model = _create(teacher.model, arguments, pretrained=teacher.weights is None)
+    embed = getattr(model, "patch_embed", None)
+    patch = getattr(embed, "patch_size", None)
+    if isinstance(patch, tuple) and any(teacher.input_size % side for side in patch):
+        raise UserError(
+            f"teacher {teacher.name}: an input of {teacher.input_size} pixels is no multiple of its patches of "
+            f"{patch[0]}; say --input-size N"
+        )
     if teacher.weights is not None:
         load_weights(model, teacher.weights)
     return model.eval().float().requires_grad_(False)

@@ -19,7 +19,7 @@ TOP = 20  # classes that `topk` keeps where no number is said
 # What a tensor's values are: anything, rows of probabilities (attention), or logits of classes.
 Values = Literal["plain", "rows", "logits"]
 _ONLY: dict[str, tuple[Values, str]] = {
-    "log8": ("rows", "keeps rows of probabilities: class_row"),
+    "log8": ("rows", "keeps rows of probabilities: class_row, attention"),
     "topk": ("logits", "keeps the largest of class scores: logits"),
 }
 _SLICE = 8  # samples whose error is measured at a time: in f64, they take many times their bytes

@@ -248,6 +248,8 @@ def _rows(listing: Path, say: Callable[[str], None]) -> list[tuple[int, str, str
         raise UserError(f"{listing}: no images in it; expected lines such as\n{_GOOD_LIST}")
     if others := [name for name in header if name not in ("path", "label")]:
         say(f"{listing}: other columns are not packed: {', '.join(others)}")
+    if "label" not in header:
+        say(f"{listing}: no column is called label, so the shards have no labels")
     return rows
 
 

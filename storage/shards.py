@@ -157,7 +157,7 @@ def _existing(url: str, pattern: str) -> list[str]:
             return found
         raise UserError(f"{pattern}: no file matches")
     there = [p.name for p in path.parent.glob("*.tar")] if path.parent.is_dir() else []
-    hint = nearest(path.name, there) if there else f"There are no tars in {path.parent}."
+    hint = nearest(path.name, there) if there else f"There are no tars in {path.parent.absolute()}."
     raise UserError(f"{path}: no such shard (asked for by {pattern!r}). {hint}")
 
 

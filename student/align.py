@@ -253,8 +253,13 @@ class Rows(nn.Module):
         else:
             pairs = [(int(a), int(b)) for a, b in wish]
         for own, other in pairs:
-            if not 1 <= own <= mine:
-                raise UserError(f"{loss}: losses.{loss}.layers names layer {own}; the student has layers 1 to {mine}")
+            if not (1 <= own <= mine and 1 <= other <= depth):
+                raise UserError(
+                    f"{loss}: losses.{loss}.layers lets the student's layer {own} meet the teacher's layer {other}; "
+                    f"the student has layers 1 to {mine}, the teacher 1 to {depth}: "
+                    f"--set losses.{loss}.layers=uniform, last, or other pairs"
+                )
+        for own, other in pairs:
             if other not in self.stored:
                 raise UserError(
                     f"{loss}: the student's layer {own} meets the teacher's layer {other}, and the target holds "

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from storage.banks import policy_of
-from storage.errors import IdentityError, UserError
+from storage.errors import IdentityError, UserError, nearest
 from storage.policies import policy as make_policy
 from storage.records import Record
 from storage.store import Store
@@ -169,8 +169,9 @@ def _of_tap(store: Store, need: Need, tap: str, manifests: Mapping[str, Record],
     for field, wished, of in wishes:
         kept = [id for id in fits if of(id) == wished]
         if not kept:
-            found = ", ".join(sorted({str(of(id)) for id in fits}))
-            raise IdentityError(f"{store.url}: targets of tap {tap}", field, wished, found)
+            there = sorted({str(of(id)) for id in fits})
+            hint = nearest(wished, there) if isinstance(wished, str) else ""
+            raise IdentityError(f"{store.url}: targets of tap {tap}", field, wished, ", ".join(there), hint)
         fits = kept
     within = [id for id in fits if _bank(manifests[id]) in banks]
     if not within:

@@ -13,11 +13,21 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from storage.errors import UserError, nearest
 
+
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+def _three(value: Any) -> Any:
+    return (value,) * 3 if isinstance(value, int | float) else value
+
+
 Positive = Annotated[float, Field(gt=0)]
+Patterns = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Student(_Section):
@@ -43,10 +53,10 @@ class Student(_Section):
     attn_drop_rate: float | None = Field(None, ge=0, lt=1)
     pretrained: bool = False
     weights: str | None = None
-    init: tuple[str, ...] = ("*",)
-    freeze: tuple[str, ...] = ()
-    mean: tuple[float, float, float] | None = None
-    std: tuple[Positive, Positive, Positive] | None = None
+    init: Patterns = ("*",)
+    freeze: Patterns = ()
+    mean: Annotated[tuple[float, float, float] | None, BeforeValidator(_three)] = None
+    std: Annotated[tuple[Positive, Positive, Positive] | None, BeforeValidator(_three)] = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Student:
@@ -299,7 +309,7 @@ def validate(content: Any, where: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
+        lines = dict.fromkeys(_explain(problem) for problem in error.errors())
         raise UserError(f"{where}: " + "; ".join(lines)) from None
     if not recipe.losses:
         raise UserError(f"{where}: losses: none is on; known: {', '.join(METHODS)}")
@@ -315,6 +325,15 @@ def with_same_classes(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"losses": losses})
 
 
+_EXPECTED = {
+    "layers": "last, uniform, or pairs such as [[1, 2], [2, 4]] (student's layer, teacher's layer)",
+    "target": "a target's id, or a list of ids",
+    "weight": "a number, or a mapping with start and shape (exponential, linear, cosine) and what belongs to it",
+    "mean": "one number or three", "std": "one number above 0, or three",
+    "init": "a pattern, or a list of patterns", "freeze": "a pattern, or a list of patterns",
+}  # fmt: skip
+
+
 def _explain(problem: Any) -> str:
     path = [str(part) for part in problem["loc"]]
     section: Any = Recipe
@@ -327,6 +346,9 @@ def _explain(problem: Any) -> str:
         del path[2]  # pydantic names the method beside the loss
     elif below:
         section = section_of(Recipe, path[0])
+    for at, part in enumerate(path):  # what may be several kinds of thing: pydantic tells of each that it tried
+        if part in _EXPECTED and not (part == "weight" and at + 1 < len(path)):
+            return f"{'.'.join(path[: at + 1])}: expected {_EXPECTED[part]}"
     name = ".".join(path)
     for part in below[:-1] if problem["type"] == "extra_forbidden" else ():
         section = section and section_of(section, part)

@@ -42,7 +42,10 @@ def build(settings: config.Student, num_classes: int) -> tuple[nn.Module, dict[s
         UserError: an unknown model, or sizes that do not go together.
     """
     if not timm.is_model(settings.model):
-        raise UserError(f"student.model: timm has no {settings.model!r}. {nearest(settings.model, timm.list_models())}")
+        known = timm.list_models()
+        longer = min((name for name in known if name.startswith(settings.model)), key=len, default=None)
+        hint = f"Did you mean {longer!r}?" if longer else nearest(settings.model, known)
+        raise UserError(f"student.model: timm has no {settings.model!r}. {hint}")
     arguments = {name: getattr(settings, name) for name in _ARGUMENTS if getattr(settings, name) is not None}
     if settings.embed_dim and settings.num_heads and settings.embed_dim % settings.num_heads:
         raise UserError(f"student: embed_dim {settings.embed_dim} is no multiple of num_heads {settings.num_heads}")
@@ -113,7 +116,11 @@ def load(path: Path) -> tuple[nn.Module, Description]:
         )  # fmt: skip
     except FileNotFoundError:
         raise UserError(f"{path}: no student here; `pipeline train` writes one") from None
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except KeyError as error:
+        raise UserError(
+            f"{path}: not a student that `pipeline train` wrote: its metadata do not tell {error}"
+        ) from None
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: not a student that `pipeline train` wrote ({error})") from None
     model = create(description.model, description.arguments)
     try:

@@ -129,6 +129,7 @@ def test_workers_that_run_onnx_can_stay_free_of_torch():
         (["precompue"], 2, "no command is called 'precompue'. Did you mean 'precompute'?"),
         (["train", "--recipie", "aal"], 2, "--recipe"),
         (["train"], 2, "Missing option '--recipe'"),
+        (["inspect", "--store", ""], 2, "an empty name; give a folder or an fsspec URL"),
         (["inspect", "--store", "nowhere"], 1, "nowhere: there is no store here"),
         (["inspect", "--store", "{shard}"], 1, "not a folder, so not a store"),
         (
@@ -194,6 +195,7 @@ def test_mistakes_end_with_one_clear_message(run, world, tmp_path, monkeypatch, 
 
 
 def test_an_error_with_json_is_one_object_on_stdout(run):
+    assert "Missing option '--recipe'" in json.loads(run("train", "--json").out)["error"]
     ended = run("inspect", "--store", "nowhere", "--json")
     assert ended.status == 1
     assert "there is no store here" in json.loads(ended.out)["error"]

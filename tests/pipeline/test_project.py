@@ -217,10 +217,23 @@ def test_settings_are_laid_over_a_recipe_and_flags_over_them(tmp_path):
     assert (recipe.student.img_size, recipe.student.depth, recipe.student.drop_path_rate) == (32, 4, 0.1)
     assert recipe.student.weights == str(tmp_path / "init.pth")
     assert (recipe.losses["aal"].weight.at(9), recipe.optim.lr) == (7, 5e-4)
-    (tmp_path / "w.yaml").write_text("set: {optim.epohcs: 1}")
+    (tmp_path / "w.yaml").write_text("set: {losses.aal.wieght: 1}")
     bad = load(tmp_path / "w.yaml")
-    with pytest.raises(UserError, match=r"recipe aal with .*w\.yaml laid over it: optim\.epohcs: no such .* 'epochs'"):
-        recipes.load("aal", [], recipes.Over(str(bad.path), bad.settings))
+    with pytest.raises(UserError, match=r"recipe aal with .*w\.yaml laid over it: losses\.aal\.wieght: no such"):
+        recipes.load("aal", ["optim.epohcs=1"], recipes.Over(str(bad.path), bad.settings))
+    with pytest.raises(UserError, match=r"recipe aal with --set: optim\.epohcs: no such .* 'epochs'"):
+        recipes.load("aal", ["optim.epohcs=1"], over)
+
+
+def test_a_section_is_laid_over_what_is_there_setting_by_setting(tmp_path):
+    plain = recipes.load("attention-distill")
+    (tmp_path / "w.yaml").write_text("set: {optim: {epochs: 3, warmup_epochs: 1}, losses: {attention: {heads: mean}}}")
+    project = load(tmp_path / "w.yaml")
+    recipe = recipes.load("attention-distill", ["optim={epochs: 4}"], recipes.Over("w", project.settings))
+    assert recipe.optim == plain.optim.model_copy(update={"epochs": 4, "warmup_epochs": 1})
+    assert recipe.losses["attention"] == plain.losses["attention"].model_copy(update={"heads": "mean"})
+    weight = recipes.load("aal", ["losses.aal.weight={start: 1, shape: linear, end: 0, over: 9}"]).losses["aal"].weight
+    assert (weight.decay, weight.then, weight.at(9)) == (1, {}, 0), "a schedule is one value"
 
 
 BAD = {
@@ -235,7 +248,9 @@ BAD = {
     "teachers: [cnn]": "teachers: input should be a mapping",
     "student: {img_siz: 32}": "student.img_siz: no such setting. Did you mean 'img_size'?",
     "student: {depth: many}": "student.depth: input should be a valid integer",
-    "set: {optm.lr: 1}": "set.optm.lr: a recipe has no 'optm'. Did you mean 'optim'?",
+    "set: {optm.lr: 1}": "set.optm.lr: a recipe has no 'optm' there. Did you mean 'optim'?",
+    "set: {optim.epoch: 3}": "set.optim.epoch: a recipe has no 'epoch' there. Did you mean 'epochs'?",
+    "set: {optim: {epoch: 3}}": "set.optim.epoch: a recipe has no 'epoch' there. Did you mean 'epochs'?",
     "provider: gpu": "provider: input should be 'auto', 'cpu' or 'cuda'",
     "workers: 0": "workers: input should be greater than or equal to 1",
     "{workers: 2, dask: 'tcp://h:1'}": "give one of them",

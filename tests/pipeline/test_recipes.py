@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from pipeline import recipes
-from pipeline.cli import main
+from pipeline.cli import cli, main
 from storage.store import Store
+from student import config
 from tests.conftest import World, run_precompute, teacher_of
 
 SMALL = {
@@ -145,7 +149,7 @@ def test_contract_10_logits_of_other_classes_are_refused(world, tmp_path, capsys
     [
         ("advit-l1", {}, "losses.advit.layers=uniform"),
         ("advit-l1", {"losses.advit.layers": "uniform"}, "losses.advit.grid=bicubic"),
-        ("attention-distill", {}, "names layer 3; the student has layers 1 to 2"),
+        ("attention-distill", {}, "layer 3 meet the teacher's layer 3; the student has layers 1 to 2"),
         ("aal", {"losses.advit.teacher": "vitt", "losses.advit.layers": "last"}, "losses.advit.teacher: expected vitt"),
         ("aal", {"losses.deit.kind": "hrad"}, "losses.deit.kind"),
         ("aal", {"losses.aal.weight.until": -1}, "losses.aal.weight.until"),
@@ -156,3 +160,17 @@ def test_what_does_not_fit_is_one_clear_message(world, full, tmp_path, capsys, r
     code, result, _ = train(world, store, tmp_path / "run", recipe, capsys, "--smoke", **settings)
     assert code == 1
     assert message in result["error"]
+
+
+def test_the_documentation_names_every_setting_and_its_example_is_a_recipe():
+    text = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    example = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
+    assert set(config.validate(example, "docs").losses) == {"crossentropy", "aal", "attention", "second"}
+    models = [config.Recipe, config.Student, config.Schedule, config.Optim, config.Bank, config.StreamSettings]
+    models += [config.Control, config.Speed, *config.METHODS.values()]
+    words = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    said = set(re.findall(r"\w+", " ".join(words)))
+    assert not {name for model in models for name in model.model_fields} - said
+    assert all(f"`{method}`" in text for method in config.METHODS)
+    helped = CliRunner().invoke(cli, ["train", "--help"]).output
+    assert all(re.search(rf"\b{name}\b", helped) for name in recipes.names())

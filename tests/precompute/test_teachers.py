@@ -156,6 +156,15 @@ def test_an_input_size_out_of_range_is_refused(size: int) -> None:
         named("resnet34", input_size=size)
 
 
+def test_an_input_that_patches_do_not_divide_is_refused(vit: str) -> None:
+    arguments = {name: value for name, value in VIT.items() if name != "img_size"}
+    found = tiny_vit(vit, arguments=arguments, input_size=30)
+    with pytest.raises(
+        UserError, match=r"an input of 30 pixels is no multiple of its patches of \d+; say --input-size"
+    ):
+        teachers.load(found)
+
+
 def test_img_size_among_the_arguments_is_the_input_size_and_cannot_differ_from_it(vit: str) -> None:
     assert tiny_vit(vit).input_size == VIT["img_size"] == 32
     with pytest.raises(UserError, match="--input-size 48: --teacher-arg img_size=32"):
@@ -260,7 +269,7 @@ def test_a_file_that_is_not_weights_is_refused_by_name(cnn: str, tmp_path: Path,
         torch.save(load_file(cnn), path)
     whole = path.read_bytes() if ending == "pth" else Path(cnn).read_bytes()
     path.write_bytes({"empty": b"", "garbage": b"garbage!" * 50, "half": whole[: len(whole) // 2]}[damage])
-    with pytest.raises(UserError, match=f"w.{ending}: (cannot be read as weights|refused)"):
+    with pytest.raises(UserError, match=f"w.{ending}: (cannot be read as weights|refused|not a file of weights)"):
         teachers.load(tiny_cnn(str(path)))
 
 

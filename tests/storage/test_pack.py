@@ -453,6 +453,14 @@ def test_every_spelling_of_a_list_is_the_same_list(tmp_path, text):
     assert [note.rpartition(": ")[2] for note in notes] == (["id, split, note"] if "split" in text else [])
 
 
+def test_a_list_without_labels_is_said_to_be_one(tmp_path):
+    said = []
+    listed(tmp_path)
+    made = packed(listing(tmp_path, "path,lable\n0.png,a\n"), tmp_path / "out", "x.tar", say=said.append)
+    assert any(line.endswith("no column is called label, so the shards have no labels") for line in said)
+    assert made["classes"] is None
+
+
 def test_odd_names_and_labels_go_between_quotes(tmp_path):
     for number, name in enumerate(['a,"b".png', "ü ö.png", " x.png"]):
         (tmp_path / name).write_bytes(picture(number))

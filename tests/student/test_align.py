@@ -120,7 +120,7 @@ def test_a_target_of_some_layers_serves_those_that_it_holds():
         (Shape(6, 3, 4, ("class",)), {}, {}, r"4 layers, the student 6; say which meet.*layers=uniform"),
         (STUDENT, {"layers": [4]}, {}, r"holds the teacher's layers 4 of 4; say which.*layers=last"),
         (STUDENT, {"layers": [1, 2, 4]}, {"layers": "uniform"}, r"layer 3 meets the teacher's layer 3.*holds 1:2\+4"),
-        (STUDENT, {}, {"layers": ((5, 1),)}, r"names layer 5; the student has layers 1 to 4"),
+        (STUDENT, {}, {"layers": ((5, 1),)}, r"layer 5 meet the teacher's layer 1; the student has layers 1 to 4"),
         (STUDENT, {"heads": 6}, {}, r"6 heads, the student 3; say how they meet: --set losses.it.heads=mean"),
         (STUDENT, {"side": 8}, {}, r"grid of 8x8, the student's patches make 4x4.*grid=bicubic"),
         (Shape(4, 3, 4, ()), {}, {}, r"the student has no class token"),

@@ -228,7 +228,18 @@ def test_validation_names_wrong_fields_with_the_nearest():
         ({"losses": {"aal": {"map": "half"}}}, r"losses\.aal\.map: input should be 'scaled', 'printed' or 'full'"),
         ({"losses": {}}, "losses: none is on"),
         ({"student": {"global_pool": ""}}, r"student\.global_pool: input should be 'token', 'avg' or 'map'"),
-        ({"losses": {"aal": {"weight": "much"}}}, r"losses\.aal\.weight: .*found 'much'"),
+        ({"losses": {"aal": {"weight": "much"}}}, r"losses\.aal\.weight: expected a number, or a mapping with start"),
+        (
+            {"losses": {"advit": {"layers": "frist"}}},
+            r"^r: losses\.advit\.layers: expected last, uniform, or [^;]*$",
+        ),
+        (
+            {"losses": {"advit": {"layers": [1, 2]}}},
+            r"^r: losses\.advit\.layers: expected last, uniform, or [^;]*$",
+        ),
+        ({"losses": {"aal": {"weight": {"strat": 1}}}}, r"losses\.aal\.weight\.strat: no such setting"),
+        ({"student": {"freeze": 3}}, r"student\.freeze: expected a pattern, or a list"),
+        ({"optim": {"lr": float("nan")}}, r"optim\.lr: input should be a finite number"),
     ]:
         with pytest.raises(UserError, match=message):
             validate({**good, **change}, "r")
@@ -272,6 +283,7 @@ def test_sizes_that_do_not_go_together_are_refused():
         ({"patch_size": 5}, "img_size 32 is no multiple of the patch size 5"),
         ({"img_size": 100, "patch_size": None}, "img_size 100 is no multiple of the patch size 16 of vit_tiny"),
         ({"model": "vit_tinny_patch16_224"}, "Did you mean 'vit_tiny_patch16_224'"),
+        ({"model": "vit_tiny"}, "Did you mean 'vit_tiny_patch16_224'"),
         ({"model": "resnet10t"}, "cannot be made"),
     ]:
         sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3, **change}
