@@ -327,12 +327,12 @@ class Rows(nn.Module):
         """The student's rows, with gradients, from q and k of all of its layers, `[B, H, N, d]` each."""
         rows = []
         for n, _ in self.pairs:
-            queries, keys, scale = full(q[n - 1]), full(k[n - 1]), scales[n - 1]
+            queries, keys, scale = q[n - 1], full(k[n - 1]), scales[n - 1]
             if self.which == "class":
                 at = self.student.prefix.index("class")
-                rows.append(class_row(queries[:, :, at:], keys, scale))
+                rows.append(class_row(full(queries[:, :, at : at + 1]), keys, scale))  # the others are never converted
             else:
-                rows.append(attention_rows(queries, keys, scale))
+                rows.append(attention_rows(full(queries), keys, scale))
         return self._merge(self._keep(torch.stack(rows, 1), self.get_buffer("mine"), self.drops_mine))
 
     def teacher_rows(self, targets: Sequence[Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from precompute.taps.attention import (
     attention_rows,
     check_attention,
     class_row,
+    class_scores,
     prefix_roles,
 )
 from precompute.taps.backbones import takes_image_size, timm
@@ -17,6 +18,6 @@ from precompute.taps.teacher import TappedTeacher
 
 __all__ = [
     "ATTENTION", "TAPS", "VIT", "About", "AttentionTaps", "Tap", "TappedTeacher", "attention_layers", "attention_rows",
-    "check_attention", "check_tap", "class_row", "cnn_stages", "prefix_roles", "resize_matrix", "takes_image_size",
-    "timm",
+    "check_attention", "check_tap", "class_row", "class_scores", "cnn_stages", "prefix_roles", "resize_matrix",
+    "takes_image_size", "timm",
 ]  # fmt: skip

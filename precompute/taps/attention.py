@@ -47,18 +47,23 @@ def prefix_roles(model: nn.Module) -> tuple[str, ...]:
     return (*roles, *["register"] * (count - len(roles)))
 
 
+def class_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """What the class query's attention is the softmax of: q₀·kᵀ·scale, `[B, H, N]`; arguments as for `class_row`."""
+    return torch.einsum("bhd,bhnd->bhn", q[:, :, 0] * scale, k)
+
+
 def class_row(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """The class query's attention over all tokens, softmax(q₀·kᵀ·scale).
 
     Args:
-        q: queries after their norm, `[B, H, N, d]`; token 0 is the class token.
+        q: queries after their norm, `[B, H, N, d]`; token 0 is the class token, and no other is looked at.
         k: keys after their norm, `[B, H, N, d]`.
         scale: 1/√d of the layer.
 
     Returns:
         `[B, H, N]`, each row sums to one.
     """
-    return torch.einsum("bhd,bhnd->bhn", q[:, :, 0] * scale, k).softmax(-1)
+    return class_scores(q, k, scale).softmax(-1)
 
 
 def attention_rows(q: Tensor, k: Tensor, scale: float) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from precompute.taps import class_row
+from precompute.taps import class_scores
 from student import config
 from student.align import Given, Shape, align_activations, full
 from student.choose import Need
@@ -30,8 +30,8 @@ def class_maps(q: Sequence[Tensor], k: Sequence[Tensor], scales: Sequence[float]
     likewise without 1/√d. `full`: softmax over all keys, then the prefix columns are dropped.
 
     Args:
-        q: queries of each layer, `[B, H, N, d]`.
-        k: keys of each layer, `[B, H, N, d]`.
+        q: queries of each layer, `[B, H, N, d]`; lower precision than f32 is converted where it is used.
+        k: keys of each layer, `[B, H, N, d]`, likewise.
         scales: 1/√d of each layer.
         prefix: how many of the N tokens come before the patches.
         how: the reading of Eq. 3.
@@ -41,10 +41,11 @@ def class_maps(q: Sequence[Tensor], k: Sequence[Tensor], scales: Sequence[float]
     """
     rows = []
     for queries, keys, scale in zip(q, k, scales, strict=True):
+        scores = class_scores(full(queries[:, :, :1]), full(keys), 1.0 if how == "printed" else scale)
         if how == "full":
-            rows.append(class_row(queries, keys, scale)[:, :, prefix:])
-        else:
-            rows.append(class_row(queries, keys[:, :, prefix:], scale if how == "scaled" else 1.0))
+            rows.append(scores.softmax(-1)[:, :, prefix:])
+        else:  # cut scores: cutting keys would give each layer a gradient of its own size to fill
+            rows.append(scores[:, :, prefix:].softmax(-1))
     return torch.cat(rows, 1)
 
 
@@ -82,10 +83,11 @@ class AAL(nn.Module):
         bias = self.links.bias
         assert bias is not None
         across = maps @ targets.transpose(1, 2)
-        inner = (across * weight.T).sum(1) + bias * targets.sum(-1)
-        gram = maps @ maps.transpose(1, 2)
-        through = torch.einsum("cm,bmn->bcn", weight, gram)
-        square = (through * weight).sum(-1) + 2 * bias * (maps.sum(-1) @ weight.T) + positions * bias.square()
+        # `.T` alone is strided, and the product then takes seven times as long
+        inner = (across * weight.T.contiguous()).sum(1) + bias * targets.sum(-1)
+        gram = (maps @ maps.transpose(1, 2)).flatten(1)  # Σ_mn w_cm w_cn G_mn, as one product over the pairs (m, n)
+        pairs = (weight.unsqueeze(2) * weight.unsqueeze(1)).flatten(1)
+        square = gram @ pairs.T + 2 * bias * (maps.sum(-1) @ weight.T) + positions * bias.square()
         mine = square.clamp_min(0).add(EPSILON**2).sqrt()
         theirs = targets.norm(dim=-1)
         unit = theirs.square() / (theirs + EPSILON).square()  # 1, or 0 for a map of zeros
@@ -111,6 +113,5 @@ class Method(nn.Module):
     def forward(self, step: Step) -> Tensor:
         """The loss of one step."""
         taps = step.taps()
-        q, k = ([full(tensor) for tensor in several] for several in (taps.q, taps.k))
-        maps = class_maps(q, k, taps.scales, self.prefix, self.map)
+        maps = class_maps(taps.q, taps.k, taps.scales, self.prefix, self.map)
         return self.aal(maps, step.targets[0])  # type: ignore[no-any-return]
