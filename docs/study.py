@@ -1,6 +1,6 @@
 """The study of docs/study.md: each method beside itself with permuted and with mean targets, and beside scratch.
 
-    python docs/study.py --data FOLDER --weights FOLDER --out FOLDER [--seeds 3] [--epochs 16]
+    python docs/study.py --data FOLDER --weights FOLDER --out FOLDER [--seeds 3] [--epochs 12]
 
 FOLDER of data holds cifar10-train-00000{0,1}.tar and cifar10-test-000000.tar, FOLDER of weights
 mobilenetv2_100_tf.safetensors and vit_tiny_patch16_224.safetensors. Everything is an ordinary command of the pipeline;
@@ -29,6 +29,7 @@ STUDENT = [
     "student.depth=6", "student.num_heads=4", "student.drop_path_rate=0.1", "stream.batch_size=128", "optim.lr=0.001",
     "optim.warmup_epochs=2", "optim.weight_decay=0.05", "ema=null", "speed.amp=bfloat16", "speed.attention=unfused",
 ]  # fmt: skip
+TUNING = 8  # epochs of the runs that choose a loss's weight
 MATCH = ["layers=uniform", "heads=mean", "grid=bicubic"]
 
 
@@ -134,7 +135,7 @@ class Study:
         if (out / "result.json").exists():
             return json.loads((out / "result.json").read_text())
         shards, val = ([self.tune], self.held) if tuning else (self.final, self.test)
-        epochs = self.epochs // 2 if tuning else self.epochs
+        epochs = TUNING if tuning else self.epochs
         every = [*STUDENT, *SAME, f"optim.epochs={epochs}", f"val_interval={epochs}", f"seed={seed}"]
         words = [part for shard in shards for part in ("--shards", shard)]
         words += [part for s in (*every, *settings) for part in ("--set", s)]
@@ -273,7 +274,7 @@ def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("data", "weights", "out"):
         words.add_argument(f"--{name}", type=Path, required=True)
-    words.add_argument("--epochs", type=int, default=16)
+    words.add_argument("--epochs", type=int, default=12)
     words.add_argument("--seeds", type=int, default=3)
     said = words.parse_args()
     study = Study(said.data, said.weights, said.out, said.epochs, said.seeds)

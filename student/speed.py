@@ -25,7 +25,7 @@ from student.stream import Batch
 WORTH = 1.2  # another precision than f32 is chosen where it is at least so many times faster
 CLEAR = 1.05  # likewise unfused attention, beside noise
 ROUNDS = 5
-COST = 25  # a run is at least so many times longer than the measuring, or it is not measured
+COST = 4  # a run is at least so many times longer than the measuring, or it is not measured
 PATIENCE = 30.0  # seconds after which no further round is begun
 BACKEND = "inductor"  # of torch.compile
 
