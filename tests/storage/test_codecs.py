@@ -454,7 +454,7 @@ def test_a_codec_for_other_values_is_refused_by_name(codec, values):
     if (codec[:4], values) in (("log8", "rows"), ("topk", "logits")):
         assert check(codec, values) in fitting(values) or codec == "topk5"
         return
-    with pytest.raises(UserError, match=f"codec {codec} keeps .*(class_row|logits); use f32, f16 or u8"):
+    with pytest.raises(UserError, match=f"codec {codec} keeps .*(attention|logits); use f32, f16 or u8"):
         check(codec, values)
 
 

@@ -167,7 +167,7 @@ def test_a_terminated_command_says_how_to_go_on(world, tmp_path):
     _, said = process.communicate(timeout=300)
     assert process.returncode == 143
     assert said.count("error: interrupted") == 1
-    assert "add --resume" in said
+    assert "with --resume" in said
     checkpoint.read(out / "checkpoint.pt")
 
 
