@@ -17,7 +17,7 @@ from storage.errors import IdentityError, UserError
 from storage.weights import first_line
 from student.config import Recipe, validate
 
-FORMAT = 1
+FORMAT = 2
 _PARTS = {
     "format": int, "recipe": dict, "identity": dict, "speed": dict, "epoch": int, "step": int, "sums": dict,
     "scores": dict, "seconds": float, "log_bytes": int, "student": dict, "losses": dict, "optimizer": dict,
