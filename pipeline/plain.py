@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,29 +63,3 @@ def number_in(value: Any) -> Any:
         return float(value)
     except ValueError:
         return value
-
-
-_SECTIONS = ("student", "losses", "optim", "stream", "control", "speed")
-
-
-def put(content: dict[str, Any], path: str, value: Any) -> None:
-    """Set `path.to.field` of a recipe; what is absent on the way is made.
-
-    A mapping for a section (`optim`, `losses.aal`) is laid over what is there, setting by setting; values that are
-    mappings themselves (a weight's schedule, a bank) are replaced.
-    """
-    *parents, last = path.split(".")
-    if isinstance(value, Mapping) and (path in _SECTIONS or parents == ["losses"]):
-        if not isinstance(content.get(path), dict) and not parents:
-            content[path] = {}
-        for name, below in value.items():
-            put(content, f"{path}.{name}", below)
-        if value or not parents:
-            return
-    here = content
-    for part in parents:
-        below = here.get(part)
-        if not isinstance(below, dict):  # absent, or a short form such as `weight: 2000`
-            below = here[part] = {} if below is None else {"id" if part == "bank" else "start": below}
-        here = below
-    here[last] = dict(value) if isinstance(value, Mapping) else value

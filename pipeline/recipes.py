@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pipeline.plain import number_in, put, read_yaml
+from pipeline.plain import number_in, read_yaml
 from storage.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -64,6 +64,31 @@ def load(recipe: str, settings: Sequence[str] = (), over: Over | None = None) ->
         for where, stage in stages:  # the first that is wrong is to blame
             validate(stage, where)
         raise
+
+
+def put(content: dict[str, Any], path: str, value: Any) -> None:
+    """Set `path.to.field` of a recipe; what is absent on the way is made.
+
+    A mapping for a section (`optim`, `losses.aal`) is laid over what is there, setting by setting; values that are
+    mappings themselves (a weight's schedule, a bank) are replaced.
+    """
+    from student.config import Recipe, section_of
+
+    *parents, last = path.split(".")
+    here = content
+    for part in parents:
+        below = here.get(part)
+        if not isinstance(below, dict):  # absent, or a short form such as `weight: 2000`
+            below = here[part] = {} if below is None else {"id" if part == "bank" else "start": below}
+        here = below
+    section = parents == ["losses"] or (not parents and (last == "losses" or section_of(Recipe, last)))
+    if not (section and isinstance(value, Mapping)):
+        here[last] = dict(value) if isinstance(value, Mapping) else value
+        return
+    if not isinstance(here.get(last), dict):
+        here[last] = {}
+    for name, one in value.items():
+        put(content, f"{path}.{name}", one)
 
 
 def _set(content: dict[str, Any], setting: str) -> None:

@@ -347,7 +347,8 @@ def _explain(problem: Any) -> str:
     elif below:
         section = section_of(Recipe, path[0])
     for at, part in enumerate(path):  # what may be several kinds of thing: pydantic tells of each that it tried
-        if part in _EXPECTED and not (part == "weight" and at + 1 < len(path)):
+        named = path[0] == "losses" and at == 1  # a loss may be called anything
+        if part in _EXPECTED and not named and not (part == "weight" and at + 1 < len(path)):
             return f"{'.'.join(path[: at + 1])}: expected {_EXPECTED[part]}"
     name = ".".join(path)
     for part in below[:-1] if problem["type"] == "extra_forbidden" else ():

@@ -158,7 +158,7 @@ class Stream(IterableDataset[Batch]):
         ranks: how many processes share each batch.
         labels: whether unlabelled shards are refused.
         classes: how many classes there are; higher labels are refused.
-        memory: bytes that may be held in lanes; by default half of the machine's.
+        memory: bytes that may be held in lanes; by default half of the machine's, shared by the ranks on it.
         permute: a control: targets of other images of the same block, by a fixed derangement of this seed.
 
     Raises:

@@ -17,7 +17,7 @@ from storage.store import Store
 from storage.testing import synthetic_shards
 from storage.views import View, decode, draw, render
 from student.evaluate import evaluation_batches
-from student.stream import Batch, Stream
+from student.stream import Batch, Stream, _leave_at_once
 
 
 def stream(world, **changes) -> Stream:
@@ -234,7 +234,16 @@ def test_the_same_samples_under_two_paths_are_refused(world, tmp_path):
                policy=policy("light", 32))  # fmt: skip
 
 
-def test_a_worker_that_is_told_to_stop_while_it_hands_over_does_not_abort():
+def test_ranks_share_the_memory_of_their_machine(world, monkeypatch):
+    machine = 2 * stream(world).memory
+    monkeypatch.setattr("os.sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else machine)
+    stream(world)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="the lanes of each process would hold"):
+        stream(world)
+
+
+def test_a_worker_that_is_told_to_stop_while_it_hands_over_does_not_abort(world):
     script = """
 import threading, time, torch
 from student.stream import _leave_at_once
@@ -248,5 +257,6 @@ for _ in range(4):
     threading.Thread(target=hand_over, daemon=True).start()
 time.sleep(0.2)
 """
+    assert stream(world, workers=1)._loader.worker_init_fn is _leave_at_once
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -239,6 +239,7 @@ def test_validation_names_wrong_fields_with_the_nearest():
         ),
         ({"losses": {"aal": {"weight": {"strat": 1}}}}, r"losses\.aal\.weight\.strat: no such setting"),
         ({"student": {"freeze": 3}}, r"student\.freeze: expected a pattern, or a list"),
+        ({"losses": {"mean": {"method": "aal", "map": "half"}}}, r"losses\.mean\.map: input should be 'scaled'"),
         ({"optim": {"lr": float("nan")}}, r"optim\.lr: input should be a finite number"),
     ]:
         with pytest.raises(UserError, match=message):
