@@ -254,6 +254,25 @@ def _greet(client: Client, address: str | None, say: Callable[[str], None]) -> N
     say(f"{len(theirs)} worker(s); dashboard: {client.dashboard_link}")
 
 
+_LOST = "the connection to the scheduler was lost; the same command goes on"
+
+
+@contextlib.contextmanager
+def _connected() -> Iterator[None]:
+    """Whatever asks the scheduler may be the first to meet a closed connection."""
+    from distributed.client import ClosedClientError
+
+    try:
+        yield
+    except (OSError, ClosedClientError):
+        raise UserError(_LOST) from None
+
+
+def _processes(client: Client) -> int:
+    with _connected():
+        return len(client.nthreads())  # type: ignore[no-untyped-call]
+
+
 def run_on(
     client: Client, tasks: Iterator[ShardTask], count: int, provider: str, threads: int | None, progress: Progress
 ) -> Iterator[tuple[str, Outcome | Failure]]:
@@ -282,13 +301,14 @@ def run_on(
 
     def fill() -> None:
         # One for each process, which runs one at a time: a second one would wait there while another may be free.
-        spare = max(1, len(client.nthreads())) - len(running)  # type: ignore[no-untyped-call]
+        spare = max(1, _processes(client)) - len(running)
         some = list(itertools.islice(tasks, max(0, spare)))
         if not running and not some and suspects:
             some = [suspects.pop()]
             alone.add(some[0].url)
         for task in some:
-            future: Any = client.submit(work, task, provider, threads, run, pure=False)
+            with _connected():
+                future: Any = client.submit(work, task, provider, threads, run, pure=False)
             running[future.key] = task
             completed.add(future)
 
@@ -315,7 +335,7 @@ def _as_they_come(client: Client, completed: Any) -> Iterator[Any]:
     """Futures that are done, while there are any.
 
     Raises:
-        UserError: the scheduler has had no worker for a while.
+        UserError: the scheduler is gone, or has had no worker for a while.
     """
     seen = checked = time.monotonic()
     while completed.count():
@@ -323,7 +343,7 @@ def _as_they_come(client: Client, completed: Any) -> Iterator[Any]:
         now = time.monotonic()
         if now - checked > 1:
             checked = now
-            if client.nthreads():  # type: ignore[no-untyped-call]
+            if _processes(client):
                 seen = now
             elif now - seen > PATIENCE:
                 raise UserError("all workers are gone and none came back; the same command goes on")
@@ -341,7 +361,7 @@ def _result(future: Any, url: str) -> Outcome | Failure:
         )
     except Exception as error:
         if future.cancelled():
-            raise UserError("the connection to the scheduler was lost; the same command goes on") from None
+            raise UserError(_LOST) from None
         return Failure(f"{url}: {type(error).__name__}: {error}", "worker")
     assert outcome is not None
     return outcome

@@ -475,6 +475,27 @@ def test_an_address_without_a_scheduler_is_a_clear_error_soon(deit: World, tmp_p
     assert time.monotonic() - began < 40
 
 
+@pytest.mark.parametrize(("method", "calls"), [("nthreads", 0), ("nthreads", 1), ("submit", 1)])
+def test_a_closed_connection_is_told_the_same_way_whoever_meets_it_first(
+    deit: World, tmp_path: Path, scheduler: Any, monkeypatch: pytest.MonkeyPatch, method: str, calls: int
+) -> None:
+    import distributed
+
+    place, shards = seeded(deit, tmp_path / "store"), copies(deit.shards, tmp_path / "data", 3)
+    dask = scheduler()
+    dask.worker("--no-nanny")
+    working, left = getattr(distributed.Client, method), iter([True] * calls)
+
+    def breaking(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if next(left, False):
+            return working(self, *args, **kwargs)
+        raise distributed.comm.CommClosedError("in <TCP (closed)>: Stream is closed")
+
+    monkeypatch.setattr(distributed.Client, method, breaking)
+    with pytest.raises(UserError, match="the connection to the scheduler was lost; the same command goes on"):
+        run(deit, place, shards, dask=dask.address)
+
+
 def test_a_scheduler_that_goes_away_is_a_clear_error_and_the_same_command_goes_on(
     deit: World, tmp_path: Path, scheduler: Any
 ) -> None:
