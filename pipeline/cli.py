@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from pipeline.catalogue import recipes, teachers
 from pipeline.recording import inspect, pack, plan, precompute, verify
 from pipeline.training import demo, evaluate, fit_teacher, train
 from storage.errors import UserError, nearest
@@ -40,7 +41,7 @@ def cli() -> None:
     """
 
 
-for command in (pack, precompute, plan, inspect, verify, train, evaluate, fit_teacher, demo):
+for command in (pack, teachers, recipes, precompute, plan, inspect, verify, train, evaluate, fit_teacher, demo):
     cli.add_command(command)
 
 

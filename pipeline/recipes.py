@@ -32,18 +32,33 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
+def _file(recipe: str) -> Path:
+    path = FOLDER / f"{recipe}.yaml" if recipe in names() else Path(recipe)
+    if not path.is_file():
+        raise UserError(
+            f"no recipe is called {recipe!r}. {nearest(recipe, names())} A path to a YAML file also serves."
+        )
+    return path
+
+
+def text(recipe: str) -> str:
+    """A recipe's file with its header. Raises UserError: no such recipe."""
+    return _file(recipe).read_text(encoding="utf-8")
+
+
+def summary(recipe: str) -> str:
+    """The first sentence of a recipe's header, without its name."""
+    first = text(recipe).partition("\n")[0].removeprefix("# ")
+    return first.removeprefix(f"{recipe}: ")
+
+
 def load(recipe: str, settings: Sequence[str] = (), over: Over | None = None) -> Recipe:
     """A recipe by name or by file, with a project's settings laid over it, and `path.to.field=value` over both.
 
     Raises:
         UserError: no such recipe, YAML that is none, an unknown field or a value that it does not take.
     """
-    path = FOLDER / f"{recipe}.yaml" if recipe in names() else Path(recipe)
-    if not path.is_file():
-        raise UserError(
-            f"no recipe is called {recipe!r}. {nearest(recipe, names())} A path to a YAML file also serves."
-        )
-    content = read_yaml(path)
+    content = read_yaml(_file(recipe))
     from student.config import validate
 
     where = f"recipe {recipe}"

@@ -72,6 +72,11 @@ def parse(text: str) -> list[Wish]:
     return [Wish(tap, options.get("layers"), grid, codec) for tap in taps]
 
 
+def default_codec(tap: str) -> str:
+    """The codec of a tap where none is asked for."""
+    return _CODECS.get(tap, "f16")
+
+
 def layer_numbers(text: str | None, count: int, what: str) -> tuple[int, ...]:
     """The layers that `last`, `3`, `1:4` or `1:4+8` names, from 1, ends included; all without a text.
 
@@ -185,7 +190,7 @@ def _identity(teacher: Teacher, manifest: Record, wish: Wish, policy: Policy) ->
     grid = wish.grid
     if wish.tap == "activations" and grid is None:
         grid = max(1, policy.size // 16)
-    codec = wish.codec or _CODECS.get(wish.tap, "f16")
+    codec = wish.codec or default_codec(wish.tap)
     return {"teacher": teacher.id, "bank": policy.bank, "tap": wish.tap, "layers": layers, "grid": grid, "codec": codec}
 
 

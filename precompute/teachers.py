@@ -96,10 +96,10 @@ def find(
     Raises:
         UserError: an unknown name, a weights file that is not there, a size, mean/std or argument that makes no sense.
     """
-    model, size = SHORT.get(name, (name, None))
+    model, size = resolve(name)
     given_all = name in SHORT and mean is not None and std is not None
     if not given_all:
-        config = _pretrained_config(model, name)
+        config = about_weights(model, name)
         size = size or config["size"]
         mean, std = mean or config["mean"], std or config["std"]
     assert mean is not None
@@ -141,7 +141,13 @@ def _three(values: Sequence[float], what: str) -> tuple[float, float, float]:
     return several
 
 
-def _pretrained_config(model: str, name: str) -> dict[str, Any]:
+def resolve(name: str) -> tuple[str, int | None]:
+    """timm's name and the input size that goes with a short name; another name as it is."""
+    return SHORT.get(name, (name, None))
+
+
+def about_weights(model: str, name: str) -> dict[str, Any]:
+    """`size`, `mean` and `std` of a timm name's weights. Raises UserError where timm has no such name."""
     from precompute.taps import timm
 
     if not timm.is_model(model):

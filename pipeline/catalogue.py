@@ -1,0 +1,61 @@
+"""Commands that show what there is to choose from: recipes, teachers."""
+
+from __future__ import annotations
+
+import click
+
+from pipeline.console import show
+from pipeline.options import common
+
+
+@click.command()
+@click.argument("name", required=False)
+@common
+def recipes(name: str | None, as_json: bool) -> None:
+    """The recipes that come along, or one of them whole: paper, command, what to expect, settings.
+
+    \b
+    pipeline recipes
+    pipeline recipes aal
+    """
+    from pipeline import recipes as known
+
+    if name is None:
+        about = {recipe: known.summary(recipe) for recipe in known.names()}
+        width = max(map(len, about))
+        lines = [f"{recipe:{width}}  {text}" for recipe, text in about.items()]
+        show({"recipes": about}, [*lines, "one of them whole: pipeline recipes NAME; settings: docs/recipes.md"], as_json)
+        return
+    text = known.text(name)
+    settings = known.load(name).model_dump(mode="json") if as_json else {}
+    show({"recipe": name, "text": text, "settings": settings}, [text.rstrip()], as_json)
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--input-size", type=click.IntRange(8, 4096), metavar="N", help="Side of the teacher's input.")
+@click.option("--grid", type=click.IntRange(1), default=14, show_default=True, help="Of a CNN's activation maps.")
+@common
+def teachers(name: str | None, input_size: int | None, grid: int, as_json: bool) -> None:
+    """Teachers by their short names, or what one of them (any timm name) can give and what that takes.
+
+    Nothing is fetched: sizes are those of the network, whatever its weights.
+
+    \b
+    pipeline teachers
+    pipeline teachers effnet_b3 --grid 14
+    """
+    from precompute.teachers import SHORT
+
+    if name is None:
+        width = max(map(len, SHORT))
+        about = {short: {"model": model, "input_size": size} for short, (model, size) in SHORT.items()}
+        lines = [f"{short:{width}}  {model} at {size}" for short, (model, size) in SHORT.items()]
+        lines.append("any other timm name also serves; what one gives and takes: pipeline teachers NAME")
+        show({"teachers": about}, lines, as_json)
+        return
+    from pipeline import offers
+    from precompute.offers import offers_of
+
+    found = offers_of(name, input_size, grid)
+    show(found, offers.lines(found), as_json)
