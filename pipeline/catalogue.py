@@ -24,7 +24,9 @@ def recipes(name: str | None, as_json: bool) -> None:
         about = {recipe: known.summary(recipe) for recipe in known.names()}
         width = max(map(len, about))
         lines = [f"{recipe:{width}}  {text}" for recipe, text in about.items()]
-        show({"recipes": about}, [*lines, "one of them whole: pipeline recipes NAME; settings: docs/recipes.md"], as_json)
+        show(
+            {"recipes": about}, [*lines, "one of them whole: pipeline recipes NAME; settings: docs/recipes.md"], as_json
+        )
         return
     text = known.text(name)
     settings = known.load(name).model_dump(mode="json") if as_json else {}

@@ -14,7 +14,7 @@ import click
 
 from pipeline.catalogue import recipes, teachers
 from pipeline.recording import inspect, pack, plan, precompute, verify
-from pipeline.training import demo, evaluate, fit_teacher, train
+from pipeline.training import demo, evaluate, fit_teacher, predict, train
 from storage.errors import UserError, nearest
 
 
@@ -41,7 +41,20 @@ def cli() -> None:
     """
 
 
-for command in (pack, teachers, recipes, precompute, plan, inspect, verify, train, evaluate, fit_teacher, demo):
+for command in (
+    pack,
+    teachers,
+    recipes,
+    precompute,
+    plan,
+    inspect,
+    verify,
+    train,
+    evaluate,
+    predict,
+    fit_teacher,
+    demo,
+):
     cli.add_command(command)
 
 

@@ -11,8 +11,8 @@ def lines(found: dict[str, Any]) -> list[str]:
     """Sizes and a table of taps."""
     kind = {"cnn": "CNN with {} stages", "vit": "ViT with {} layers"}.get(found["network"], "network")
     text = [
-        f"{found['teacher']}: {found['model']}, {kind.format(found['layers'])}, {found['parameters']:,} parameters, input "
-        f"{found['input_size']}",
+        f"{found['teacher']}: {found['model']}, {kind.format(found['layers'])}, {found['parameters']:,} parameters, "
+        f"input {found['input_size']}",
         f"{'tap':12} {'of one view image':22} {'codec':6} {'takes':>10} {'1.28 M images, 4 views':>24}",
     ]
     for tap, about in found["taps"].items():

@@ -117,7 +117,7 @@ def evaluate(run: Path, shards: tuple[str, ...], checkpoint: str, device: str, a
     from student.folder import is_smoke
     from student.model import load, pick_device
 
-    path = run / f"{checkpoint}.safetensors" if run.is_dir() or not run.suffix else run
+    path = _student(run, checkpoint)
     model, about = load(path)
     names = classes_of(urls)
     if names and about.classes and tuple(names) != about.classes:
@@ -144,6 +144,45 @@ def evaluate(run: Path, shards: tuple[str, ...], checkpoint: str, device: str, a
     if result["smoke"]:
         console.say(f"{path}: of a smoke run, which has learned nothing")
     show(result, [f"top-1 {score.top1:.2f} %{top5} on {score.samples} samples ({about.evaluation})"], as_json)
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...", type=click.Path(path_type=Path))
+@click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="How many classes of each image.")
+@click.option("--checkpoint", type=click.Choice(["last", "best", "ema"]), default="last", show_default=True,
+              help="Which student.")  # fmt: skip
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@common
+def predict(run: Path, images: tuple[Path, ...], top: int, checkpoint: str, device: str, as_json: bool) -> None:
+    """What a run's student sees in images: class names and probabilities. A folder stands for the images in it.
+
+    \b
+    pipeline predict run photos/cat/1.jpg photos/dog
+    """
+    from student.model import load, pick_device
+    from student.predict import found_in
+    from student.predict import predict as ask
+
+    path = _student(run, checkpoint)
+    model, about = load(path)
+    console, files = Console(), found_in(images)
+    console.start("looking", len(files))
+    try:
+        seen = ask(model.to(pick_device(device)), about, files, top, console.advance)
+    finally:
+        console.stop()
+    lines = [f"{file}: {', '.join(f'{name} {100 * p:.1f} %' for name, p in classes)}" for file, classes in seen]
+    result = {
+        "student": str(path), "view": about.evaluation,
+        "images": [{"image": file, "classes": [{"class": n, "probability": p} for n, p in c]} for file, c in seen],
+    }  # fmt: skip
+    show(result, lines, as_json)
+
+
+def _student(run: Path, checkpoint: str) -> Path:
+    """The file of a run's student; a file stands for itself."""
+    return run / f"{checkpoint}.safetensors" if run.is_dir() or not run.suffix else run
 
 
 @click.command("fit-teacher")

@@ -24,8 +24,8 @@ def offers_of(name: str, input_size: int | None = None, grid: int = 14) -> dict[
         grid: side of a CNN's activation maps.
 
     Returns:
-        `model`, `input_size`, `mean`, `std`, `parameters`, `network` (`cnn`, `vit`, `other`), `layers`, and `taps`: tap ->
-        `shape` of one sample, default `codec`, `bytes` a view image.
+        `model`, `input_size`, `mean`, `std`, `parameters`, `network` (`cnn`, `vit`, `other`), `layers`, and `taps`:
+        tap -> `shape` of one sample, default `codec`, `bytes` a view image.
 
     Raises:
         UserError: an unknown name, or a size that the network does not take.
@@ -54,7 +54,7 @@ def offers_of(name: str, input_size: int | None = None, grid: int = 14) -> dict[
 def _shapes(network: nn.Module, size: int, grid: int) -> tuple[dict[str, tuple[int, ...]], str, int]:
     """Tap -> shape of one sample, the kind of network, and its layers."""
     width, classes = int(getattr(network, "head_hidden_size", 0)), int(getattr(network, "num_classes", 0))
-    ends = {"embedding": (width,)} if width else {}
+    ends: dict[str, tuple[int, ...]] = {"embedding": (width,)} if width else {}
     ends |= {"logits": (classes,)} if classes else {}
     try:
         channels = [_channels(module) for _, module in cnn_stages(network)]
@@ -69,7 +69,7 @@ def _shapes(network: nn.Module, size: int, grid: int) -> tuple[dict[str, tuple[i
     patches = int(network.patch_embed.num_patches)  # type: ignore[union-attr,arg-type]
     layers, heads, tokens = len(blocks), int(blocks[0].num_heads), len(prefix) + patches  # type: ignore[arg-type]
     dim = int(network.embed_dim)  # type: ignore[arg-type]
-    found: dict[str, tuple[int, ...]] = {tap: (layers, heads, tokens, dim // heads) for tap in ("q", "k", "v")}
+    found: dict[str, tuple[int, ...]] = dict.fromkeys(("q", "k", "v"), (layers, heads, tokens, dim // heads))
     found |= {"attention": (layers, heads, tokens, tokens), "tokens": (1, tokens, dim)}
     if "class" in prefix:
         found = {"class_row": (layers, heads, tokens), "class_token": (dim,), **found}

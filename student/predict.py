@@ -1,0 +1,82 @@
+"""Prediction: what a student sees in images, on the evaluation view that it was trained for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from storage.errors import UserError
+from storage.policies import policy
+from storage.tars import IMAGES
+from storage.views import BadImage, decode, draw, render
+from student.model import Description
+
+
+def found_in(places: Sequence[Path]) -> list[Path]:
+    """The images that paths stand for, in their order; a folder stands for those in it, at any depth.
+
+    Raises:
+        UserError: nothing is there, or a folder without images.
+    """
+    files: list[Path] = []
+    for place in places:
+        if place.is_dir():
+            inside = sorted(path for path in place.rglob("*") if path.suffix.lower().lstrip(".") in IMAGES)
+            if not inside:
+                raise UserError(f"{place}: no images in this folder; expected {', '.join(IMAGES)}")
+            files += inside
+        elif place.is_file():
+            files.append(place)
+        else:
+            raise UserError(f"{place}: no such image or folder")
+    return files
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    about: Description,
+    files: Sequence[Path],
+    top: int,
+    advance: Callable[[int], None] = lambda images: None,
+    batch: int = 64,
+) -> list[tuple[str, list[tuple[str, float]]]]:
+    """(file, its `top` classes with their probabilities, the largest first) for each image.
+
+    Args:
+        model: the student, in eval mode, on its device.
+        about: how it is fed and what its classes are called; without names they are called by their numbers.
+        files: JPEG, PNG or WebP.
+        top: how many classes, at most all.
+        advance: called with the number of images done.
+        batch: images at a time.
+
+    Raises:
+        UserError: a file that cannot be read as an image, by its name.
+    """
+    view = policy(about.evaluation, about.img_size)
+    device = next(model.parameters()).device
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (about.mean, about.std))
+    found = []
+    for start in range(0, len(files), batch):
+        several = files[start : start + batch]
+        rendered = []
+        for file in several:
+            try:
+                image = decode(file.read_bytes())
+            except BadImage as error:
+                raise UserError(f"{file}: {error}") from None
+            except OSError as error:
+                raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None
+            rendered.append(torch.from_numpy(render(image, draw(view, "", 0, image.size), view.size)))
+        pixels = torch.stack(rendered).to(device).permute(0, 3, 1, 2).float() / 255
+        shares = model((pixels - mean) / std).float().softmax(1)
+        values, classes = shares.topk(min(top, shares.shape[1]), 1)
+        for file, ps, ns in zip(several, values.tolist(), classes.tolist(), strict=True):
+            names = [about.classes[n] if about.classes else str(n) for n in ns]
+            found.append((str(file), list(zip(names, ps, strict=True))))
+        advance(len(several))
+    return found

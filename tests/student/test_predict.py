@@ -1,0 +1,83 @@
+"""Prediction equals evaluation, image by image, and bad files are named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.cli import main
+from storage.errors import UserError
+from storage.shards import cached_index, read_samples
+from student.model import load
+from student.predict import found_in, predict
+from tests.student.runs import run
+
+
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("predict") / "run"
+    run(world, out, "scratch", store=None)
+    return out
+
+
+@pytest.fixture(scope="module")
+def photos(world, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The world's samples as files in class folders."""
+    folder = tmp_path_factory.mktemp("photos")
+    for url in world.shards:
+        index = cached_index(url)
+        for sample in read_samples(url, index, range(len(index))):
+            place = folder / f"class{sample.label}"
+            place.mkdir(exist_ok=True)
+            (place / f"{sample.key.replace('/', '-')}.png").write_bytes(sample.image)
+    return folder
+
+
+def test_the_share_of_right_predictions_is_the_accuracy_that_evaluate_tells(world, trained, photos) -> None:
+    model, about = load(trained / "last.safetensors")
+    files = found_in([photos])
+    seen = predict(model, about, files, 3)
+    assert [file for file, _ in seen] == [str(file) for file in files]
+    right = np.mean([classes[0][0] == Path(file).parent.name for file, classes in seen])
+    result = json.loads((trained / "result.json").read_text())
+    assert len(files) == result["samples"]
+    assert 100 * right == pytest.approx(result["top1"], abs=0.01)
+    assert all(sum(p for _, p in classes) == pytest.approx(1, abs=1e-5) for _, classes in seen)
+    assert all(p == sorted(p, reverse=True) for p in ([p for _, p in classes] for _, classes in seen))
+
+
+def test_batches_change_nothing(trained, photos) -> None:
+    model, about = load(trained / "last.safetensors")
+    files = found_in([photos])[:20]
+    one, many = (predict(model, about, files, 2, batch=batch) for batch in (1, 20))
+    for (_, a), (_, b) in zip(one, many, strict=True):
+        assert [name for name, _ in a] == [name for name, _ in b]
+        assert np.allclose([p for _, p in a], [p for _, p in b], atol=1e-6)
+
+
+def test_the_command_for_people_and_as_json(trained, photos, capsys) -> None:
+    images = [str(path) for path in found_in([photos])[:2]]
+    with pytest.raises(SystemExit) as ended:
+        main(["predict", str(trained), *images, "--top", "2", "--json"])
+    assert ended.value.code == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [about["image"] for about in result["images"]] == images
+    assert len(result["images"][0]["classes"]) == 2
+    with pytest.raises(SystemExit):
+        main(["predict", str(trained), *images])
+    assert capsys.readouterr().out.startswith(f"{images[0]}: class")
+
+
+def test_what_cannot_be_looked_at_is_named(trained, tmp_path) -> None:
+    model, about = load(trained / "last.safetensors")
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"bad\.png: "):
+        predict(model, about, [tmp_path / "bad.png"], 1)
+    with pytest.raises(UserError, match=r"none\.png: no such image or folder"):
+        found_in([tmp_path / "none.png"])
+    with pytest.raises(UserError, match=r"empty: no images in this folder"):
+        found_in([tmp_path / "empty"])
