@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from pipeline.catalogue import recipes, teachers
-from pipeline.recording import inspect, pack, plan, precompute, verify
+from pipeline.recording import init, inspect, pack, plan, precompute, verify
 from pipeline.training import demo, evaluate, fit_teacher, predict, train
 from storage.errors import UserError, nearest
 
@@ -41,20 +41,8 @@ def cli() -> None:
     """
 
 
-for command in (
-    pack,
-    teachers,
-    recipes,
-    precompute,
-    plan,
-    inspect,
-    verify,
-    train,
-    evaluate,
-    predict,
-    fit_teacher,
-    demo,
-):
+_ALL = (init, pack, teachers, recipes, precompute, plan, inspect, verify, train, evaluate, predict, fit_teacher, demo)
+for command in _ALL:
     cli.add_command(command)
 
 

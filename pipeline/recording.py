@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -13,6 +14,25 @@ from storage.errors import UserError
 
 if TYPE_CHECKING:
     from precompute.run import Wanted
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), default=Path("pipeline.yaml"), show_default=True,
+              help="The project file.")  # fmt: skip
+@common
+def init(folder: Path, out: Path, as_json: bool) -> None:
+    """Look at a folder of shards, or of class folders with images, and write a project file for it. It asks nothing.
+
+    \b
+    pipeline init photos
+    """
+    from pipeline.starting import init as run
+
+    result = run(folder, out)
+    count = f"{len(result['classes'])} classes" if result["classes"] else "classes without names"
+    lines = [f"{result['project']}: {result['images']:,} images, {count}, about {result['side']} pixels; go on with"]
+    show(result, [*lines, *(f"  {command}" for command in result["commands"])], as_json)
 
 
 @click.command()

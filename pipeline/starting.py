@@ -1,0 +1,198 @@
+"""`init`: a look at a folder, and a project file for what lies in it, with a word on every choice."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+
+from storage.errors import UserError
+from storage.shards import cached_index, classes_of, read_samples
+from storage.tars import IMAGES
+from storage.views import BadImage, decode
+
+LOOKED_AT = 200  # images, spread over the folder, whose sizes are read
+PER_SHARD = 1000  # samples
+VIEWS = 4
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies in a folder.
+
+    Attributes:
+        folder: that was looked at.
+        images: their number.
+        classes: their names; empty where nobody says them.
+        side: the median of the shorter sides that were read, in pixels.
+        shards: training tars, or the names that `pack` will give them.
+        val: validation tars, likewise.
+        pack: the command that makes the shards; None where they are there.
+    """
+
+    folder: Path
+    images: int
+    classes: list[str]
+    side: int
+    shards: list[str]
+    val: list[str]
+    pack: str | None
+
+
+def look(folder: Path, home: Path) -> Found:
+    """What lies in a folder: shards, or images in one folder a class.
+
+    Args:
+        folder: to look at.
+        home: where the project file will lie, and new shards in `shards` beside it.
+
+    Raises:
+        UserError: neither, or shards that leave none for validation.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give one with shards (.tar), or with one folder of images a class")
+    tars = sorted(folder.glob("*.tar"))
+    return _shards(folder, tars, home) if tars else _images(folder, home)
+
+
+def _images(folder: Path, home: Path) -> Found:
+    classes = sorted(place.name for place in folder.iterdir() if place.is_dir() and not place.name.startswith("."))
+    files = [path for name in classes for path in sorted((folder / name).rglob("*")) if _is_image(path)]
+    if len(classes) < 2 or not files:
+        raise UserError(
+            f"{folder}: neither shards nor images in class folders; expected tars, or {folder}/CLASS/IMAGE."
+            f"{{{','.join(IMAGES)}}} for two classes or more"
+        )
+    step = max(1, len(files) // LOOKED_AT)
+    sides = []
+    for path in files[::step]:
+        try:
+            with Image.open(path) as image:
+                sides.append(min(image.size))
+        except OSError:
+            continue  # `pack` and `precompute` name what is broken
+    if not sides:
+        raise UserError(f"{folder}: none of the images that were looked at can be opened, such as {files[0]}")
+    count = max(1, round(0.9 * len(files) / PER_SHARD))
+    held = max(1, round(count / 9))
+    names = f"shards/train-{_braces(count)}.tar"
+    pack = shlex.join(["pipeline", "pack", str(folder), str(home / names), "--val-fraction", "0.1"])
+    val = [f"shards/train-val-{_braces(held)}.tar"]
+    return Found(folder, len(files), classes, round(statistics.median(sides)), [names], val, pack)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower().lstrip(".") in IMAGES and not path.name.startswith(".") and path.is_file()
+
+
+def _braces(count: int) -> str:
+    return "000000" if count == 1 else f"{{000000..{count - 1:06d}}}"
+
+
+def _shards(folder: Path, tars: Sequence[Path], home: Path) -> Found:
+    held = [path for path in tars if any(word in path.stem for word in ("val", "test"))]
+    train = [path for path in tars if path not in held]
+    if not train or (not held and len(train) < 2):
+        raise UserError(
+            f"{folder}: {len(tars)} shard(s) leave none for validation; cut some off: "
+            f"pipeline pack {shlex.quote(str(folder))} 'shards/train-{{000000..000009}}.tar' --val-fraction 0.1"
+        )
+    if not held:
+        held, train = train[-1:], train[:-1]
+    indexes = [cached_index(str(path)) for path in (*train, *held)]
+    first = read_samples(str(train[0]), indexes[0], range(min(64, len(indexes[0]))))
+    sides = []
+    for sample in first:
+        try:
+            sides.append(min(decode(sample.image).size))
+        except BadImage:
+            continue
+    if not sides:
+        raise UserError(f"{train[0]}: none of its first images can be decoded")
+    classes = classes_of([str(path) for path in train]) or []
+    near, far = ([os.path.relpath(path, home) for path in several] for several in (train, held))
+    return Found(folder, sum(map(len, indexes)), list(classes), round(statistics.median(sides)), near, far, None)
+
+
+def sizes(side: int) -> tuple[int, int, int]:
+    """View size, patch size and the teacher's input for images of some size: a grid of 8 to 14 patches a side."""
+    for largest, chosen in ((48, (32, 4, 128)), (96, (64, 8, 128)), (160, (128, 16, 128))):
+        if side <= largest:
+            return chosen
+    return 224, 16, 224
+
+
+def text(found: Found) -> str:
+    """The project file."""
+    view, patch, given = sizes(found.side)
+    epochs = max(20, min(300, round(2_000_000 / max(1, found.images))))
+    batch = 128 if found.images < 100_000 else 512
+
+    def several(names: Sequence[str]) -> str:
+        quoted = [yaml.safe_dump(name, width=math.inf).removesuffix("...\n").strip() for name in names]
+        return quoted[0] if len(names) == 1 else "\n" + "\n".join(f"  - {name}" for name in quoted)
+
+    unknown = "" if found.classes else (
+        "\n  # num_classes: 10   # no classes.json lies beside the shards: say how many classes there are"
+    )  # fmt: skip
+    return f"""\
+# {found.images:,} images, {len(found.classes) or "unnamed"} classes, about {found.side} pixels on the shorter side.
+# Flags win over this file. All settings: docs/recipes.md; teachers: pipeline teachers; recipes: pipeline recipes.
+
+shards: {several(found.shards)}
+val: {several(found.val)}
+store: store            # what the teachers saw; any number of students learn from it
+
+views:                  # drawn once, stored, and replayed for every student
+  policy: deit          # crops, flips, colours, erasing, mixing; light: crops and flips
+  size: {view}
+  count: {VIEWS}              # more views cost more space and generalise better: pipeline plan tells both
+
+teachers:               # several may stand here; each takes its space in the store
+  mobilenetv2:          # a CNN's activation maps, for the recipe aal; weights from timm's hub
+    input_size: {given}     # small images are enlarged for it
+    targets: activations
+    # weights: FILE.safetensors      # offline
+  # vit_tiny:           # a ViT's class rows, for advit-l1; its class token, for fit-teacher and then deit-hard
+  #   targets: [class_row, class_token]
+
+student:
+  model: vit_tiny_patch16_224
+  img_size: {view}
+  patch_size: {patch}         # {view // patch}x{view // patch} patches{unknown}
+
+set:                    # over every recipe
+  optim.epochs: {epochs}
+  optim.warmup_epochs: 5
+  stream.batch_size: {batch}
+"""
+
+
+def init(folder: Path, out: Path) -> dict[str, Any]:
+    """Look, and write the file.
+
+    Raises:
+        UserError: as `look`; a file that is there already.
+    """
+    if out.exists():
+        raise UserError(f"{out}: is there already; give another name with --out, or remove it")
+    found = look(folder.expanduser(), out.parent)
+    out.write_text(text(found), encoding="utf-8")
+    project = [] if out.name == "pipeline.yaml" and out.parent == Path() else ["--project", str(out)]
+    commands = [
+        *([found.pack] if found.pack else []),
+        *(shlex.join(["pipeline", *words, *project]) for words in (["plan"], ["precompute"])),
+        *(shlex.join(["pipeline", "train", "--recipe", r, "--out", r, *project]) for r in ("scratch", "aal")),
+    ]
+    return {
+        "project": str(out), "images": found.images, "classes": found.classes, "side": found.side,
+        "commands": commands,
+    }  # fmt: skip

@@ -1,0 +1,94 @@
+"""`init`: the file that it writes is a project file, and what it says next can be pasted."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from pipeline.cli import main
+from pipeline.project import load
+from pipeline.starting import init, look, sizes
+from storage.errors import UserError
+from storage.testing import TINY_CNN, synthetic_shards
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Two classes, one of them with an odd name, 60 images."""
+    chance = np.random.default_rng(0)
+    for name in ("cat", "dog: wild"):
+        for i in range(30):
+            place = tmp_path / "my photos" / name / f"{i}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(chance.integers(0, 255, (40, 60, 3), np.uint8)).save(place)
+    return tmp_path / "my photos"
+
+
+def command(words: str, capsys: pytest.CaptureFixture[str]) -> str:
+    said = shlex.split(words)
+    assert said.pop(0) == "pipeline"
+    with pytest.raises(SystemExit) as ended:
+        main(said)
+    out = capsys.readouterr()
+    assert ended.value.code == 0, out.err
+    return out.out
+
+
+def test_from_class_folders_the_commands_that_it_says_run_as_they_stand(photos, world, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(photos.parent)
+    out = command(f"pipeline init {shlex.quote(str(photos))} --json", capsys)
+    result = json.loads(out)
+    assert (result["images"], result["classes"], result["side"]) == (60, ["cat", "dog: wild"], 40)
+    project = load(Path("pipeline.yaml"))
+    assert project.content.student.img_size == project.content.views.size == 32
+    pack, plan, precompute, scratch, aal = result["commands"]
+    command(pack, capsys)
+    content = yaml.safe_load(Path("pipeline.yaml").read_text())  # tiny networks: the proposed ones take minutes
+    name, arguments = TINY_CNN
+    tiny = {"teacher": name, "weights": world.weights["cnn"], "args": {**arguments, "num_classes": 3}}
+    content["teachers"]["mobilenetv2"] |= {**tiny, "mean": 0.5, "std": 0.5}
+    content["student"] |= {"embed_dim": 48, "depth": 2, "num_heads": 3}
+    content["set"] |= {"stream.batch_size": 8}
+    Path("pipeline.yaml").write_text(yaml.safe_dump(content))
+    for words in (f"{plan} --measure 0", precompute, f"{scratch} --smoke", f"{aal} --smoke"):
+        command(words, capsys)
+
+
+def test_shards_are_taken_as_they_are(tmp_path, monkeypatch) -> None:
+    shards = synthetic_shards(tmp_path / "data", shards=3, samples=20)
+    (tmp_path / "home").mkdir()
+    result = init(tmp_path / "data", tmp_path / "home" / "p.yaml")
+    assert result["images"] == 60
+    assert result["commands"][0].startswith("pipeline plan --project")
+    project = load(tmp_path / "home" / "p.yaml")
+    said = [Path(path).resolve() for path in (*project.said("shards"), *project.said("val"))]
+    assert said == [Path(path).resolve() for path in shards]
+    assert len(project.said("val")) == 1
+
+
+@pytest.mark.parametrize(
+    ("side", "expected"), [(28, (32, 4, 128)), (64, (64, 8, 128)), (128, (128, 16, 128)), (500, (224, 16, 224))]
+)
+def test_sizes_follow_the_images(side, expected) -> None:
+    assert sizes(side) == expected
+
+
+def test_what_is_no_data_set_is_refused(tmp_path, photos) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        look(tmp_path / "none", tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="neither shards nor images in class folders"):
+        look(tmp_path / "empty", tmp_path)
+    synthetic_shards(tmp_path / "one", shards=1, samples=20)
+    with pytest.raises(UserError, match=r"leave none for validation; cut some off: pipeline pack"):
+        look(tmp_path / "one", tmp_path)
+    (tmp_path / "p.yaml").write_text("mine")
+    with pytest.raises(UserError, match="is there already"):
+        init(photos, tmp_path / "p.yaml")
+    assert (tmp_path / "p.yaml").read_text() == "mine"
