@@ -14,7 +14,7 @@ import click
 
 from pipeline.catalogue import recipes, teachers
 from pipeline.recording import init, inspect, pack, plan, precompute, verify
-from pipeline.training import demo, evaluate, fit_teacher, predict, train
+from pipeline.training import demo, evaluate, export, fit_teacher, predict, train
 from storage.errors import UserError, nearest
 
 
@@ -41,7 +41,10 @@ def cli() -> None:
     """
 
 
-_ALL = (init, pack, teachers, recipes, precompute, plan, inspect, verify, train, evaluate, predict, fit_teacher, demo)
+_ALL = (
+    init, pack, teachers, recipes, plan, precompute, verify, inspect,
+    fit_teacher, train, evaluate, predict, export, demo,
+)  # fmt: skip
 for command in _ALL:
     cli.add_command(command)
 

@@ -180,6 +180,29 @@ def predict(run: Path, images: tuple[Path, ...], top: int, checkpoint: str, devi
     show(result, lines, as_json)
 
 
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@shards("--shards", help="Shards with images that the graph is checked on.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="F", help="The graph.  [default: RUN/student.onnx]")
+@click.option("--checkpoint", type=click.Choice(["last", "best", "ema"]), default="last", show_default=True,
+              help="Which student.")  # fmt: skip
+@reads(shards="val")
+@common
+def export(run: Path, shards: tuple[str, ...], out: Path | None, checkpoint: str, as_json: bool) -> None:
+    """Write a run's student as an ONNX graph, from uint8 images [B, S, S, 3] to logits [B, K], checked on real images.
+
+    Class names, view size and evaluation view are in its metadata.
+
+    \b
+    pipeline export run --shards train-val-000000.tar
+    """
+    from pipeline.deploying import export as run_
+
+    path = _student(run, checkpoint)
+    result = run_(path, shards, out or path.with_name("student.onnx"))
+    show(result, [f"{result['graph']}: {result['bytes']:,} bytes, checked on {result['checked']} images"], as_json)
+
+
 def _student(run: Path, checkpoint: str) -> Path:
     """The file of a run's student; a file stands for itself."""
     return run / f"{checkpoint}.safetensors" if run.is_dir() or not run.suffix else run

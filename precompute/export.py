@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from precompute.taps import ATTENTION, TAPS, Tap, TappedTeacher, check_attention
 from precompute.teachers import Teacher, load
 from storage.errors import UserError
 from storage.records import Record
+
+if TYPE_CHECKING:
+    from torch import nn
 
 CHECKED = 16  # images that PyTorch and the graph are compared on
 PARITY = 1e-3  # largest difference of an output ÷ its largest value; 2e-5 is usual on a CPU without TF32
@@ -67,9 +71,34 @@ def export(
         UserError: the tapped q and k are not the attention that the network uses, or the graph's outputs differ from
             PyTorch's; with figures.
     """
+    names = [f"tap{i}" for i in range(len(taps))]
+    return _exported(live_teacher(teacher, taps, view_size), images, provider, teacher.name, names)
+
+
+def export_classifier(
+    model: nn.Module, size: int, mean: Sequence[float], std: Sequence[float], images: np.ndarray, name: str
+) -> bytes:
+    """A classifier as a graph from uint8 view images `images` `[B, S, S, 3]` to `logits` `[B, K]`, checked on the CPU.
+
+    Args:
+        model: on the CPU, in eval mode.
+        size: S.
+        mean: of its input.
+        std: of its input.
+        images: uint8 `[n, S, S, 3]`, n >= 2, real ones.
+        name: for errors.
+
+    Raises:
+        UserError: the graph's logits differ from PyTorch's; with figures.
+    """
+    module = TappedTeacher(model, [Tap("logits")], size, size, mean, std).eval()
+    return _exported(module, images, "cpu", name, ["logits"]).graph
+
+
+def _exported(module: TappedTeacher, images: np.ndarray, provider: str, name: str, outputs: Sequence[str]) -> Exported:
     import torch
 
-    module = live_teacher(teacher, taps, view_size)
+    taps = module.taps
     views = torch.from_numpy(np.ascontiguousarray(images[:CHECKED]))
     attention_error = None
     if any(tap.name in ATTENTION for tap in taps):
@@ -79,17 +108,17 @@ def export(
             )
     with torch.no_grad():
         expected = [output.numpy() for output in module(views)]
-    graph = _graph(module, views[:2])
+    graph = _graph(module, views[:2], outputs)
     session = open_session(graph, provider)
     values = session.run(images)
-    parity = tuple(_compare([output[:CHECKED] for output in values], expected, taps, teacher))
+    parity = tuple(_compare([output[:CHECKED] for output in values], expected, taps, name))
     return Exported(
         graph, tuple(taps), tuple(output.shape[1:] for output in expected),
         tuple(_detail(module, tap) for tap in taps), parity, tuple(values), session.settings, attention_error,
     )  # fmt: skip
 
 
-def _graph(module: TappedTeacher, views: object) -> bytes:
+def _graph(module: TappedTeacher, views: object, outputs: Sequence[str]) -> bytes:
     """The ONNX file's bytes, without the source paths that the exporter leaves in them."""
     import torch
 
@@ -101,7 +130,7 @@ def _graph(module: TappedTeacher, views: object) -> bytes:
             dynamo=True,
             verbose=False,
             input_names=["images"],
-            output_names=[f"tap{i}" for i in range(len(module.taps))],
+            output_names=list(outputs),
             dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1, max=65536)}},
         )
     assert program is not None
@@ -123,16 +152,16 @@ def _graph(module: TappedTeacher, views: object) -> bytes:
 
 
 def _compare(
-    values: Sequence[np.ndarray], expected: Sequence[np.ndarray], taps: Sequence[Tap], teacher: Teacher
+    values: Sequence[np.ndarray], expected: Sequence[np.ndarray], taps: Sequence[Tap], name: str
 ) -> list[float]:
     errors = []
     for tap, mine, theirs in zip(taps, values, expected, strict=True):
         if mine.shape != theirs.shape:
-            raise UserError(f"{teacher.name}: {tap.name}: the graph gives {mine.shape}, PyTorch {theirs.shape}")
+            raise UserError(f"{name}: {tap.name}: the graph gives {mine.shape}, PyTorch {theirs.shape}")
         errors.append(float(np.abs(mine - theirs).max() / max(np.abs(theirs).max(), 1e-12)))
         if not errors[-1] <= PARITY:
             raise UserError(
-                f"{teacher.name}: {tap.name}: the exported graph differs from PyTorch by {errors[-1]:.2g} of the "
+                f"{name}: {tap.name}: the exported graph differs from PyTorch by {errors[-1]:.2g} of the "
                 f"largest value (allowed: {PARITY:g}); nothing was stored"
             )
     return errors

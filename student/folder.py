@@ -2,7 +2,8 @@
 
 A run leaves `args.yaml` (the whole recipe), `run.json` (what it was trained with), `log.jsonl` (a line a stretch of
 steps and a line an epoch), `checkpoint.pt`, `last`, `best` and `ema.safetensors` (timm state dicts),
-`losses.safetensors` (links and the like), `tensorboard/` and `result.json`. A smoke run leaves `SMOKE` beside them.
+`losses.safetensors` (links and the like), `tensorboard/`, `result.json` and the model card `README.md`. A smoke run
+leaves `SMOKE` beside them.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import Any
 
 from storage.errors import UserError
 
-CHECKPOINT, RESULT, LOG, SMOKE = "checkpoint.pt", "result.json", "log.jsonl", "SMOKE"
+CHECKPOINT, RESULT, LOG, SMOKE, CARD = "checkpoint.pt", "result.json", "log.jsonl", "SMOKE", "README.md"
 _LEFT = (
     "args.yaml", "run.json", LOG, CHECKPOINT, f".{CHECKPOINT}.part", "last.safetensors", "best.safetensors",
-    "ema.safetensors", "losses.safetensors", "tensorboard", RESULT, SMOKE,
+    "ema.safetensors", "losses.safetensors", "tensorboard", RESULT, SMOKE, CARD,
 )  # fmt: skip
 
 

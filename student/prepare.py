@@ -56,6 +56,7 @@ class Parts:
 
     Attributes:
         stream: the batches.
+        given: loss -> what the store gives it.
         lesson: student and losses, on the device.
         average: the averaged student, or None.
         still: modules with frozen running statistics.
@@ -65,6 +66,7 @@ class Parts:
     """
 
     stream: Stream
+    given: dict[str, tuple[Given, ...]]
     lesson: Lesson
     average: Any
     still: list[nn.Module]
@@ -118,7 +120,7 @@ def prepare(job: Job, progress: Progress, found: dict[str, Any] | None) -> Parts
         "targets": {name: list(ids) for name, ids in lesson.targets.items()}, "views": stream.views,
         "control": recipe.control.model_dump(exclude_defaults=True), "mean": list(mean), "std": list(std),
     }  # fmt: skip
-    return Parts(stream, lesson, average, still, val_urls, description, identity)
+    return Parts(stream, given, lesson, average, still, val_urls, description, identity)
 
 
 def _average(recipe: Recipe, model: nn.Module) -> Any:

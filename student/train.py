@@ -24,6 +24,7 @@ from storage.policies import policy
 from storage.progress import Progress, Quiet
 from storage.weights import first_line
 from student import checkpoint, folder, speed
+from student.card import card
 from student.evaluate import Score, evaluate
 from student.model import save
 from student.optimiser import optimiser, peak_rate, rate
@@ -315,6 +316,9 @@ class _Run:
             if self.job.smoke:
                 checkpoint.read(out / folder.CHECKPOINT)
                 self.progress.say(f"{out}: the smoke run went through; a run may take the same folder")
+            teachers = {one.id: one.teacher for given in self.parts.given.values() for one in given}
+            text = card(self.parts.description, result, self.parts.identity, self.recipe.model_dump(), teachers)
+            (out / folder.CARD).write_text(text, encoding="utf-8")
             folder.write_json(out / folder.RESULT, result)
         return result
 

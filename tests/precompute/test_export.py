@@ -230,7 +230,7 @@ def test_a_graph_of_other_weights_is_refused_with_figures(
 ) -> None:
     case = cases("cnn, views enlarged")
     other = write_teacher(tmp_path / "other.safetensors", TINY_CNN, seed=7)
-    monkeypatch.setattr(export, "_graph", lambda module, views: case.exported.graph)
+    monkeypatch.setattr(export, "_graph", lambda module, views, outputs: case.exported.graph)
     teacher = teacher_of({"cnn": other}, "cnn", **COLOURS)
     with pytest.raises(UserError, match=r"cnn: activations: .* differs from PyTorch by [0-9.e+-]+ .*allowed: 0.001"):
         export.export(teacher, case.taps, case.size, case.views(4), "cpu")
@@ -239,7 +239,7 @@ def test_a_graph_of_other_weights_is_refused_with_figures(
 def test_nothing_is_stored_of_a_graph_that_differs(cases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = cases("cnn, views enlarged")
     shards = synthetic_shards(tmp_path / "data", 1, 6)
-    monkeypatch.setattr(export, "_graph", lambda module, views: case.exported.graph)
+    monkeypatch.setattr(export, "_graph", lambda module, views, outputs: case.exported.graph)
     monkeypatch.setattr(export, "PARITY", -1.0)
     with pytest.raises(UserError, match=r"differs from PyTorch by .*allowed: -1\); nothing was stored"):
         run_precompute(tmp_path / "store", shards, case.teacher, ["activations,layers=2+4,grid=3", "logits"])
@@ -251,7 +251,7 @@ def test_a_difference_that_is_not_a_number_is_refused(cases: Any, monkeypatch: p
     found = case.session.run(case.views(2))
     wrong = [np.full_like(output, np.nan) for output in found]
     with pytest.raises(UserError, match="differs from PyTorch by nan"):
-        export._compare(found, wrong, case.taps, case.teacher)
+        export._compare(found, wrong, case.taps, case.teacher.name)
 
 
 def test_contract_12_nothing_is_stored_of_attention_that_is_not_what_the_network_uses(tmp_path: Path) -> None:

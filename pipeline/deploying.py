@@ -1,0 +1,49 @@
+"""`export`: a student as an ONNX graph that says itself how it is fed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from precompute.export import CHECKED, export_classifier
+from storage.errors import UserError
+from storage.policies import policy
+from storage.shards import expand
+from student.evaluate import evaluation_batches
+from student.model import load
+
+
+def export(path: Path, shards: Sequence[str], out: Path) -> dict[str, Any]:
+    """Write the graph of a student's file.
+
+    Args:
+        path: the student.
+        shards: patterns of shards whose first images the graph is checked on.
+        out: a new file.
+
+    Raises:
+        UserError: no such student, a file that is there, fewer than two images, or a graph that differs from PyTorch.
+    """
+    if out.exists():
+        raise UserError(f"{out}: is there already; give another name with --out, or remove it")
+    model, about = load(path)
+    view = policy(about.evaluation, about.img_size)
+    batch = next(evaluation_batches(expand(shards), view, CHECKED))
+    images = batch.images.numpy()[:CHECKED]
+    if len(images) < 2:
+        raise UserError(f"{shards[0]}: one image is too few to check a graph on; give more with --shards")
+    graph = onnx.load_from_string(
+        export_classifier(model, about.img_size, about.mean, about.std, np.ascontiguousarray(images), str(path))
+    )
+    told = {"classes": about.classes, "size": about.img_size, "view": about.evaluation, "model": about.model}
+    onnx.helper.set_model_props(graph, {name: json.dumps(value) for name, value in told.items()})
+    data = graph.SerializeToString(deterministic=True)
+    temporary = out.with_name(f".{out.name}.part")
+    temporary.write_bytes(data)
+    temporary.replace(out)
+    return {"graph": str(out), "student": str(path), "bytes": len(data), "checked": len(images), **told}

@@ -1,0 +1,95 @@
+"""The model card that lies beside a student: what it is, what it learned from, and how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from student.model import Description
+
+_LOADING = """## How to load it
+
+```python
+import timm
+from safetensors.torch import load_file
+
+model = timm.create_model({model!r}, **{arguments!r})
+model.load_state_dict(load_file("last.safetensors"))
+model.eval()
+```
+
+Images: RGB, the evaluation view `{evaluation}` at {size}×{size}, scaled to 0 to 1, then (x − mean) / std with mean
+{mean} and std {std}. With this project: `pipeline predict RUN IMAGE…`; as ONNX: `pipeline export RUN`.
+"""
+
+
+def card(
+    about: Description,
+    result: Mapping[str, Any],
+    identity: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    teachers: Mapping[str, Mapping[str, Any]],
+) -> str:
+    """The card's text, Markdown with the field's YAML header.
+
+    Args:
+        about: how the student is built, fed and read.
+        result: what the run gave.
+        identity: what it was trained with: shards, targets, bank, policy.
+        recipe: as plain data.
+        teachers: target -> manifest of its teacher.
+    """
+    header = {
+        "library_name": "timm", "pipeline_tag": "image-classification",
+        "tags": ["image-classification", "timm", *(["knowledge-distillation"] if teachers else [])],
+        "model-index": [{"name": about.model, "results": [{
+            "task": {"type": "image-classification"}, "dataset": {"name": "validation shards", "type": "webdataset"},
+            "metrics": [{"type": "accuracy", "name": "top-1", "value": result["top1"]}],
+        }]}],
+    }  # fmt: skip
+    lines = ["---", yaml.safe_dump(header, sort_keys=False).rstrip(), "---", "", f"# {about.model}, a student", ""]
+    lines += ["| measured on | samples | top-1, % | top-5, % |", "|---|---|---|---|"]
+    top5 = "" if result["top5"] is None else f"{result['top5']:.2f}"
+    lines.append(f"| last epoch | {result['samples']} | {result['top1']:.2f} | {top5} |")
+    if "ema_top1" in result:
+        ema5 = "" if result["ema_top5"] is None else f"{result['ema_top5']:.2f}"
+        lines.append(f"| averaged student | {result['samples']} | {result['ema_top1']:.2f} | {ema5} |")
+    lines += ["", "## Learned from", ""]
+    shards = identity["shards"]
+    lines.append(f"- {len(shards)} shard(s): {', '.join(shards[:3])}{', …' if len(shards) > 3 else ''}")
+    views = f"{identity['views']} stored view(s) of each image" if identity["views"] else "views drawn in each epoch"
+    lines.append(f"- views: `{identity['policy']}`, {views}")
+    classes = identity["classes"]
+    if isinstance(classes, list):
+        lines.append(f"- {len(classes)} classes: {', '.join(classes[:10])}{', …' if len(classes) > 10 else ''}")
+    else:
+        lines.append(f"- {classes} classes without names")
+    for loss, targets in identity["targets"].items():
+        for target in targets:
+            teacher = teachers[target]
+            lines.append(
+                f"- loss `{loss}`: target {target} of teacher {teacher['id']} ({teacher['identity']['model']}, weights "
+                f"{teacher['weights']}, sha256 {teacher['identity']['weights sha256'][:12]})"
+            )
+    if identity["control"]:
+        lines.append(f"- **a control**: {', '.join(f'{k}={v}' for k, v in identity['control'].items())}")
+    losses = "; ".join(
+        f"`{name}` ({loss['method']}, weight {loss['weight']['start']:g} at the start)"
+        for name, loss in recipe["losses"].items()
+    )
+    lines += [
+        f"- losses: {losses}", f"- {recipe['optim']['epochs']} epochs at batch {recipe['stream']['batch_size']}, seed "
+        f"{recipe['seed']}; all settings: `args.yaml`", "",
+        "Licences of images and of teachers' weights are those of their sources; none is recorded here.", "",
+    ]  # fmt: skip
+    lines.append(_LOADING.format(
+        model=about.model, arguments=about.arguments, evaluation=about.evaluation, size=about.img_size,
+        mean=_three(about.mean), std=_three(about.std),
+    ))  # fmt: skip
+    return "\n".join(lines)
+
+
+def _three(values: tuple[float, ...]) -> str:
+    return f"{values[0]:g}" if len(set(values)) == 1 else ", ".join(f"{value:g}" for value in values)
