@@ -13,8 +13,9 @@ from typing import Any
 import click
 
 from pipeline.catalogue import recipes, teachers
+from pipeline.measuring import bench, demo
 from pipeline.recording import init, inspect, pack, plan, precompute, verify
-from pipeline.training import demo, evaluate, export, fit_teacher, predict, train
+from pipeline.training import evaluate, export, fit_teacher, predict, train
 from storage.errors import UserError, nearest
 
 
@@ -43,7 +44,7 @@ def cli() -> None:
 
 _ALL = (
     init, pack, teachers, recipes, plan, precompute, verify, inspect,
-    fit_teacher, train, evaluate, predict, export, demo,
+    fit_teacher, train, evaluate, predict, export, demo, bench,
 )  # fmt: skip
 for command in _ALL:
     cli.add_command(command)

@@ -47,9 +47,15 @@ _RECIPES = {
     "scratch": [_PLAIN],
     "deit-hard": ["student.model=deit_tiny_distilled_patch16_224"],
     "aal": [_PLAIN],
-    "attention-distill": [_PLAIN, "losses.attention.layers=uniform", "optim.betas=null", "optim.weight_decay=0.05"],
+    "attention-distill": [
+        _PLAIN,
+        "student.global_pool=token",
+        "losses.attention.layers=uniform",
+        "optim.betas=null",
+        "optim.weight_decay=0.05",
+    ],  # for the rest as the others
 }
-_STUDENT = [*_VIT, "stream.batch_size=32", "optim.epochs=100", "val_interval=10", "optim.warmup_epochs=5"]
+_STUDENT = [*_VIT, "stream.batch_size=32", "optim.epochs=80", "val_interval=8", "optim.warmup_epochs=5"]
 
 
 def demo(out: Path, console: Console) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Commands from a store to a student: train, evaluate, fit-teacher, demo."""
+"""Commands from a store to a student: train, evaluate, predict, export, fit-teacher."""
 
 from __future__ import annotations
 
@@ -261,24 +261,3 @@ def fit_teacher(
         console.stop()
     result["command"] = teaching.command(result, store, shards)
     show(result, teaching.lines(result), as_json)
-
-
-@click.command()
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("demo-out"), show_default=True, help="A new folder."
-)
-@common
-def demo(out: Path, as_json: bool) -> None:
-    """The whole path on handwritten digits, offline: pack, a teacher, precompute, two students, a table.
-
-    \b
-    pipeline demo --out demo-out
-    """
-    from pipeline.demo import demo as run
-
-    console = Console()
-    try:
-        result = run(out, console)
-    finally:
-        console.stop()
-    show(result, result["table"], as_json)

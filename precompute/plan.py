@@ -324,7 +324,7 @@ def _measure(
         """Seconds and view images of so many tasks for each process."""
         done, spent = 0, 0.0
         for graph in job.by_graph:
-            tasks = [_part(job, graph, read[k % len(read)], blocks, f"{number}x{k}") for k in range(count * each)]
+            tasks = [part_of(job, graph, read[k % len(read)], blocks, f"{number}x{k}") for k in range(count * each)]
             start = time.monotonic()
             outcomes = (
                 run_here(iter(tasks), len(tasks), wanted.provider, Quiet())
@@ -352,7 +352,7 @@ def _measure(
     }
 
 
-def _part(job: Job, graph: str, shard: Shard, blocks: int, name: str) -> ShardTask:
+def part_of(job: Job, graph: str, shard: Shard, blocks: int, name: str) -> ShardTask:
     """A task over the first blocks of a shard, under a name of its own in the scratch store."""
     assert shard.index is not None
     index, stop = shard.index, min(blocks * BLOCK, shard.samples)

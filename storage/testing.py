@@ -47,8 +47,12 @@ def synthetic_shards(
     kind: str = "png",
     labels: bool = True,
     stem: str = "shard",
+    picture: Callable[[int, np.random.Generator, tuple[int, int]], Image.Image] = synthetic_image,
 ) -> list[str]:
-    """Write shards of synthetic images with `classes.json`; their paths."""
+    """Write shards of synthetic images with `classes.json`; their paths.
+
+    `picture(label, rng, (width, height))` draws one.
+    """
     import webdataset
 
     folder = Path(folder)
@@ -62,7 +66,7 @@ def synthetic_shards(
                 label = i % classes
                 buffer = io.BytesIO()
                 formats = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
-                synthetic_image(label, rng, size).save(buffer, formats[kind])
+                picture(label, rng, size).save(buffer, formats[kind])
                 members: dict[str, Any] = {kind: buffer.getvalue()}
                 if labels:
                     members["cls"] = str(label).encode()

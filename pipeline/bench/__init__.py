@@ -1,0 +1,116 @@
+"""Bench: what this project promises of speed, each measure against its physical limit, on the user's own machine."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.console import Console
+from storage.errors import UserError
+from storage.shards import expand
+
+if TYPE_CHECKING:
+    from pipeline.bench.timing import Row
+
+PARTS = ("precompute", "torch", "train", "live", "stream")
+
+
+def bench(
+    parts: Sequence[str], shards: Sequence[str], device: str, turns: int, quick: bool, where: Path | None,
+    console: Console,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure; what was found, as plain data.
+
+    Args:
+        parts: of `PARTS`.
+        shards: photographs for `precompute` and `torch`; synthetic ones where none are given.
+        device: of PyTorch and of the teachers' sessions.
+        turns: of each contender.
+        quick: small cases alone.
+        where: a folder in which a temporary one is made; what is measured there is its disk.
+        console: told what goes on.
+
+    Raises:
+        UserError: no such folder, or as the parts do.
+    """
+    from pipeline.bench import learning, reading, recording
+    from pipeline.bench.world import TEACHERS, World
+
+    if where is not None and not where.is_dir():
+        raise UserError(f"--folder {where}: no such folder; it is where a temporary one is made")
+    folder = Path(tempfile.mkdtemp(prefix="bench-", dir=where))
+    rows: list[Row] = []
+    try:
+        world = World(folder, expand(shards) if shards else [], device, blocks=2 if quick else 6)
+        teachers = list(TEACHERS)
+        if "precompute" in parts:
+            rows += recording.limits(world, teachers, turns, console)
+        if "torch" in parts:
+            rows += recording.against_torch(world, teachers, max(1, turns // 2), console)
+        some = slice(0, 1) if quick else slice(None)
+        if "train" in parts or "live" in parts:
+            cases = list(learning.CASES)[some]
+            made = learning.steps(world, cases, 4 * turns, "live" in parts, console)
+            rows += [row for row in made if row.number == 4 or "train" in parts]
+        if "stream" in parts:
+            rows += reading.streams(world, list(reading.CASES)[some], 2 * turns, console)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return {"machine": _machine(device), "turns": turns, "measures": [_plain(row) for row in rows]}
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    ratio = {name: round(value, 4) for name, value in asdict(row.ratio).items()}
+    return {**asdict(row), "ratio": ratio, "reached": row.reached}
+
+
+def _machine(device: str) -> dict[str, Any]:
+    """Where it was measured."""
+    import onnxruntime
+    import torch
+
+    from precompute.session import cores
+
+    cuda = device.startswith("cuda")
+    return {
+        "cores": cores(), "processor": _processor(), "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "torch": torch.__version__, "onnxruntime": onnxruntime.__version__,
+    }  # fmt: skip
+
+
+def _processor() -> str:
+    """The processor's name, as well as it is known."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """The same for people."""
+    machine = result["machine"]
+    text = [
+        f"{machine['processor']}, {machine['cores']} cores, {machine['device']}; torch {machine['torch']}, "
+        f"onnxruntime {machine['onnxruntime']}; medians of {result['turns']} turns or more, quartiles in brackets"
+    ]
+    words = None
+    for row in result["measures"]:
+        if row["words"] != words:
+            words = row["words"]
+            text.append(f"({row['number']}) {words}")
+        ratio = row["ratio"]
+        bar = ""
+        if row["bar"] is not None:
+            bar = f"   bar {'<=' if row['most'] else '>='} {row['bar']:g}: {'reached' if row['reached'] else 'MISSED'}"
+        text.append(f"  {ratio['median']:7.3f}  [{ratio['low']:.3f}, {ratio['high']:.3f}]  {row['case']}{bar}")
+        for what, values in row["about"].items():
+            several = values.items() if isinstance(values, dict) else [("", values)]
+            inner = ", ".join(f"{name} {value}".strip() for name, value in several)
+            text.append(f"             {what.replace('_', ' ')}: {inner}")
+    return text

@@ -1,0 +1,225 @@
+"""Bench of precompute: its speed ÷ what the cores allow, and ÷ the same engine with PyTorch in ONNX Runtime's place."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.bench.timing import Row, Spread, cpu_seconds, interleaved, ratios, seconds
+from pipeline.bench.world import World
+from precompute.engine import ShardTask, run_task
+from precompute.export import live_teacher
+from precompute.plan import part_of
+from precompute.run import Job, prepare
+from precompute.session import Session, cores, open_session
+from precompute.taps import Tap
+from storage.errors import UserError
+from storage.markers import Attempt, Task
+from storage.progress import Progress
+from storage.shards import BLOCK, read_samples
+from storage.views import View, decode, draw, mixed, render, settle, signature
+
+BATCHES = (4, 8, 16, 32, 64)  # of PyTorch; the best one is taken
+
+
+class _Torch:
+    """A session's stand-in: the PyTorch teacher with the same taps, uint8 images in, f32 arrays out."""
+
+    def __init__(self, run: Callable[[torch.Tensor], Sequence[torch.Tensor]], batch: int, device: str) -> None:
+        self._run, self.batch, self.device = run, batch, device
+        self.settings: dict[str, Any] = {}
+
+    def run(self, images: np.ndarray) -> list[np.ndarray]:
+        """As `Session.run`."""
+        parts = []
+        with torch.inference_mode():
+            for start in range(0, len(images), self.batch):
+                there = torch.from_numpy(images[start : start + self.batch]).to(self.device)
+                parts.append([output.float().cpu().numpy() for output in self._run(there)])
+        return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
+
+
+class _Case:
+    """A teacher over one shard: the engine on it as often as wanted, each time into targets of its own."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.name, self.world = name, world
+        self.wanted = world.wanted(name)
+        self.store = world.store(f"bench-{name}")
+        self.job: Job = prepare(self.store, self.wanted, world.quiet)
+        (self.graph,) = self.job.by_graph
+        self.outputs = self.job.by_graph[self.graph]
+        self.shard, self.index = world.photos()
+        self.samples = self.shard.samples
+        self.numbers = itertools.count()
+        self.session = open_session(self.store.graph(self.wanted.teacher.name, self.graph), world.provider, cores())
+
+    def task(self) -> ShardTask:
+        """Everything of the shard, under a name that the store does not know yet."""
+        return part_of(self.job, self.graph, self.shard, self.world.blocks, f"turn{next(self.numbers)}")
+
+    def engine(self, session: Any) -> float:
+        """Seconds that the engine takes with a session; what it wrote is removed again."""
+        task = self.task()
+        taken = seconds(lambda: run_task(task, lambda: session, cores()))
+        for id in (task.bank, *(output.target for output in self.outputs)):
+            kind = "banks" if id == task.bank else "targets"
+            self.store.objects.remove(f"{kind}/{id}/{task.known[0]}")
+        return taken
+
+    # ------------------------------------------------------------------------------------------ each part alone
+
+    def parts(self) -> dict[str, Callable[[], float]]:
+        """Part -> what measures its CPU seconds a sample, on the first block."""
+        index, policy, url = self.index, self.job.policy, self.shard.url
+        block = index.block(0)
+        samples = read_samples(url, index, block)
+        images = [decode(sample.image) for sample in samples]
+        drawn = [
+            settle([draw(policy, s.key, view, image.size, i, block)
+                    for i, (s, image) in enumerate(zip(samples, images, strict=True))], block)
+            for view in range(self.job.views)
+        ]  # fmt: skip
+        pixels = [self._rendered(images, views) for views in drawn]
+        values = [self.session.run(one) for one in pixels]
+        arrays = [self._encoded(one) for one in values]
+        threads = ThreadPoolExecutor(cores())
+
+        def all_decoded() -> None:
+            again = read_samples(url, index, block)
+            list(threads.map(lambda sample: decode(sample.image), again))
+
+        def all_rendered() -> None:
+            list(threads.map(lambda views: self._rendered(images, views), drawn))
+
+        parts: dict[str, Callable[[], object]] = {
+            "session": lambda: [self.session.run(one) for one in pixels],
+            "decoding": all_decoded,
+            "rendering": all_rendered,
+            "encoding": lambda: [self._encoded(one) for one in values],
+            "writing": lambda: list(map(self._write, arrays)),
+        }
+        return {name: functools.partial(self._each, part, len(samples)) for name, part in parts.items()}
+
+    @staticmethod
+    def _each(part: Callable[[], object], samples: int) -> float:
+        return cpu_seconds(part) / samples
+
+    def _rendered(self, images: Sequence[Any], views: Sequence[View]) -> np.ndarray:
+        own = [render(image, view, self.job.policy.size) for image, view in zip(images, views, strict=True)]
+        for image in own:
+            signature(image)
+        mixes = [view.mix for view in views]
+        return np.stack([mixed(o, own[m.partner], m) if m else o for o, m in zip(own, mixes, strict=True)])
+
+    def _encoded(self, values: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
+        found = []
+        for output in self.outputs:
+            assert output.position is not None
+            of_view = values[output.position]
+            assert np.isfinite(of_view).all()
+            found.append(output.codec.encode(of_view))
+        return found
+
+    def _write(self, arrays: Sequence[dict[str, np.ndarray]]) -> None:
+        shard = f"alone{next(self.numbers)}"
+        for output, several in zip(self.outputs, arrays, strict=True):
+            attempt = Attempt(self.store, Task("target", output.target, shard, 0), len(next(iter(several.values()))))
+            for name, part in output.codec.layout().items():
+                attempt.array(name, part.shape, part.dtype, part.axes).append(several[name])
+            for writer in attempt.arrays.values():
+                writer.finish()
+            attempt.abandon()
+
+
+def limits(world: World, names: Sequence[str], turns: int, progress: Progress) -> list[Row]:
+    """(1) Samples a second of precompute ÷ what the cores allow; on a GPU ÷ the bare session.
+
+    The limit is cores ÷ the sum of CPU seconds a sample that each part takes alone: read and decode, render with
+    mixing and signatures, the session, encode, write. It cannot be beaten; it is reached where no core ever waits.
+    """
+    rows = []
+    for name in names:
+        case = _Case(world, name)
+        progress.say(f"precompute, {case.name}: {case.samples} samples, {case.job.views} views")
+        parts = case.parts()
+        on_gpu = case.session.settings["provider"] == "cuda"
+        alone = functools.partial(_session_seconds, case) if on_gpu else None
+        contenders: dict[str, Callable[[], float]] = {"engine": functools.partial(_engine_seconds, case), **parts}
+        if alone:
+            contenders["bare session"] = alone
+        found = interleaved(contenders, turns)
+        cpu = {part: Spread.of(found[part]).median for part in parts}
+        least = [sum(found[part][turn] for part in parts) / cores() for turn in range(turns)]
+        below = found["bare session"] if alone else least
+        rate = 1 / Spread.of(found["engine"]).median
+        rows.append(Row(
+            1, case.name, "precompute ÷ " + ("the bare session" if alone else "what the cores allow"),
+            ratios(below, found["engine"]), None if alone else 0.9, False,
+            {"samples_per_second": round(rate, 2), "limit": round(1 / Spread.of(below).median, 2), "cores": cores(),
+             "cpu_ms_per_sample": {part: round(1000 * value, 2) for part, value in cpu.items()}},
+        ))  # fmt: skip
+    return rows
+
+
+def _engine_seconds(case: _Case) -> float:
+    """Of the engine, a sample."""
+    return case.engine(case.session) / case.samples
+
+
+def _session_seconds(case: _Case) -> float:
+    """Of the bare session over as many images as a sample has views."""
+    side = case.job.policy.size
+    images = np.random.default_rng(0).integers(0, 256, (BLOCK, side, side, 3), np.uint8)
+    return seconds(lambda: case.session.run(images)) / BLOCK * case.job.views
+
+
+def against_torch(world: World, names: Sequence[str], turns: int, progress: Progress) -> list[Row]:
+    """(2) The same ÷ the engine with eager PyTorch (channels last, its best batch size), and with `torch.compile`."""
+    rows = []
+    torch.set_num_threads(cores())
+    for name in names:
+        case = _Case(world, name)
+        progress.say(f"precompute against PyTorch, {case.name}")
+        taps = []
+        for output in case.outputs:
+            identity = case.store.target(output.target)["identity"]
+            layers = tuple(identity["layers"]) if identity["layers"] else None
+            taps.append(Tap(identity["tap"], layers, identity["grid"]))
+        module = live_teacher(case.wanted.teacher, taps, case.job.policy.size).to(world.device)
+        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        batch = _best(module, case.job.policy.size, world.device)
+        rivals: dict[str, _Torch] = {"eager PyTorch": _Torch(module, batch, world.device)}
+        compiled = _Torch(torch.compile(module, dynamic=False), batch, world.device)
+        try:
+            compiled.run(np.zeros((BLOCK, case.job.policy.size, case.job.policy.size, 3), np.uint8))
+            rivals["torch.compile"] = compiled
+        except Exception as error:  # no compiler, or one that cannot
+            progress.say(f"  torch.compile does not work here: {str(error).splitlines()[0][:100]}")
+        sessions: dict[str, Session | _Torch] = {"engine": case.session, **rivals}
+        found = interleaved({n: functools.partial(case.engine, s) for n, s in sessions.items()}, turns)
+        for rival in rivals:
+            rows.append(Row(
+                2, case.name, f"precompute ÷ with {rival}", ratios(found[rival], found["engine"]), None, False,
+                {"samples_per_second": {n: round(case.samples / Spread.of(found[n]).median, 2) for n in sessions},
+                 "batch": batch},
+            ))  # fmt: skip
+    return rows
+
+
+def _best(module: torch.nn.Module, side: int, device: str) -> int:
+    """The batch size at which eager PyTorch is fastest."""
+    images = np.random.default_rng(0).integers(0, 256, (max(BATCHES), side, side, 3), np.uint8)
+    runs = {str(batch): _Torch(module, batch, device) for batch in BATCHES}
+    try:
+        turns = {n: functools.partial(seconds, functools.partial(r.run, images)) for n, r in runs.items()}
+        found = interleaved(turns, 2)
+    except RuntimeError as error:
+        raise UserError(f"PyTorch cannot run the teacher here: {str(error).splitlines()[0]}") from None
+    return int(min(found, key=lambda name: min(found[name])))

@@ -1,0 +1,87 @@
+"""Honest timings: contenders take turns, so that a machine that slows down slows all of them; medians count."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+Turns = Mapping[str, Sequence[float]]  # contender -> seconds of each turn
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median, and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of some values, one at least."""
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(middle, low, high)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measure: a ratio, the bar that it is to reach on two cores, and what it is made of.
+
+    Attributes:
+        number: of the measure.
+        case: what was measured.
+        ratio: of turns that stood beside each other.
+        words: what is divided by what.
+        bar: the least, or where `most` the largest, ratio that is good; None where there is none.
+        most: see `bar`.
+        about: seconds, rates and the like, plain data.
+    """
+
+    number: int
+    case: str
+    words: str
+    ratio: Spread
+    bar: float | None
+    most: bool
+    about: dict[str, object]
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether the bar is reached."""
+        if self.bar is None:
+            return None
+        return self.ratio.median <= self.bar if self.most else self.ratio.median >= self.bar
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """How long a call takes on the wall's clock."""
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def cpu_seconds(call: Callable[[], object]) -> float:
+    """What a call takes of this process's cores, all threads together."""
+    began = time.process_time()
+    call()
+    return time.process_time() - began
+
+
+def interleaved(contenders: Mapping[str, Callable[[], float]], turns: int, warm: int = 1) -> dict[str, list[float]]:
+    """Contender -> what each of its turns gave; one after another in each turn, the first `warm` are thrown away."""
+    found: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(warm + turns):
+        for name, measure in contenders.items():
+            value = measure()
+            if turn >= warm:
+                found[name].append(value)
+    return found
+
+
+def ratios(above: Sequence[float], below: Sequence[float]) -> Spread:
+    """Of turns that stood beside each other."""
+    return Spread.of([a / b for a, b in zip(above, below, strict=True)])

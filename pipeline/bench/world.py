@@ -1,0 +1,124 @@
+"""What the benches run on: photographs in shards, teachers with random weights, stores in a folder that goes away."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from precompute import teachers
+from precompute.plan import Shard
+from precompute.run import Wanted, precompute
+from precompute.taps import timm
+from precompute.targets import parse
+from precompute.teachers import Teacher
+from storage.errors import UserError
+from storage.policies import policy
+from storage.progress import Quiet
+from storage.shards import BLOCK, ShardIndex, cached_index
+from storage.store import Store
+from storage.testing import synthetic_shards
+
+PHOTO = (500, 375)  # pixels; ImageNet's photographs have 400 x 350 on average
+CLASSES = 10
+# case -> timm's name, what it is asked for. Speed does not depend on what the weights are worth.
+TEACHERS = {
+    "EfficientNet-B0": ("efficientnet_b0", ["activations,grid=14,codec=u8"]),
+    "ViT-Tiny": ("vit_tiny_patch16_224", ["class_row,codec=f16", "class_token,codec=f16"]),
+}
+
+
+def photo(label: int, rng: np.random.Generator, size: tuple[int, int] = PHOTO) -> Image.Image:
+    """Noise with the spectrum of photographs, so that JPEG files of it are as large and as slow to decode."""
+    image = np.zeros((size[1], size[0], 3), np.float32)
+    for octave in range(1, 8):
+        side = 2**octave
+        coarse = Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8))
+        image += np.asarray(coarse.resize(size, Image.Resampling.BICUBIC), np.float32) * 0.5**octave
+    return Image.fromarray((image + rng.normal(0, 4, image.shape)).clip(0, 255).astype(np.uint8))
+
+
+class World:
+    """Shards, teachers and stores below one folder.
+
+    Args:
+        folder: an empty one.
+        shards: photographs to take in place of synthetic ones; the first shard is used.
+        device: where PyTorch computes.
+        blocks: of photographs, at most.
+    """
+
+    def __init__(self, folder: Path, shards: list[str], device: str, blocks: int) -> None:
+        self.folder, self.given, self.device, self.blocks = folder, shards, device, blocks
+        self.provider = "cuda" if device.startswith("cuda") else "cpu"
+        self.quiet = Quiet()
+
+    def photos(self) -> tuple[Shard, ShardIndex]:
+        """The first blocks of a shard of photographs, and its index."""
+        where = self.folder / "photos"
+        if not self.given:
+            self.given = synthetic_shards(
+                where, shards=1, samples=self.blocks * BLOCK, classes=CLASSES, size=PHOTO, kind="jpg", picture=photo
+            )
+        url = self.given[0]
+        index = cached_index(url)
+        if len(index) < 2:
+            raise UserError(f"{url}: one sample is too few to measure anything")
+        return Shard(url, min(len(index), self.blocks * BLOCK), index.id, index=index), index
+
+    def small(self, samples: int, size: int, kind: str = "png") -> list[str]:
+        """Two shards of small labelled images."""
+        where = self.folder / f"small-{size}-{samples}"
+        if not where.exists():
+            synthetic_shards(where, shards=2, samples=samples, classes=CLASSES, size=(size, size), kind=kind)
+        return sorted(str(path) for path in where.glob("*.tar"))
+
+    def teacher(self, model: str, **arguments: Any) -> Teacher:
+        """A teacher with random weights, of as many classes as the images have."""
+        arguments = {"num_classes": CLASSES, **arguments}
+        path = self.folder / f"{model}.safetensors"
+        if not path.exists():
+            torch.manual_seed(0)
+            save_file(timm.create_model(model, **arguments).state_dict(), path)
+        called = model.partition("_")[0]
+        return teachers.find(
+            model, weights=str(path), arguments=arguments, input_size=224, mean=(0.5,), std=(0.5,), called=called
+        )
+
+    def wanted(self, case: str) -> Wanted:
+        """Four `deit` views of the photographs, as a user would ask for them."""
+        model, targets = TEACHERS[case]
+        wishes = [wish for target in targets for wish in parse(target)]
+        given = frozenset({"line", "size"})
+        return Wanted(
+            [self.photos()[0].url], self.teacher(model), wishes, policy("deit", 224), given, 4, provider=self.provider
+        )
+
+    def store(self, name: str) -> Store:
+        """A new store."""
+        return Store.create(self.folder / name)
+
+    def recorded(
+        self, store: Store, shards: list[str], teacher: Teacher, targets: list[str], size: int, **more: Any
+    ) -> list[str]:
+        """Ids of targets over two `deit` views, made by precompute."""
+        wishes = [wish for target in targets for wish in parse(target)]
+        wanted = Wanted(
+            shards,
+            teacher,
+            wishes,
+            policy("deit", size),
+            frozenset({"line", "size"}),
+            2,
+            provider=self.provider,
+            **more,
+        )
+        result = precompute(store, wanted, self.quiet)
+        for failure in result["failures"]:
+            raise UserError(failure["error"])
+        made: list[str] = result["targets"]
+        return made

@@ -1,0 +1,67 @@
+"""Commands that show what this project is worth: demo and bench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pipeline.console import Console, show
+from pipeline.options import common, shards
+
+
+@click.command()
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("demo-out"), show_default=True, help="A new folder."
+)
+@common
+def demo(out: Path, as_json: bool) -> None:
+    """The whole path on handwritten digits, offline: pack, teachers, precompute, students, a table and pictures.
+
+    \b
+    pipeline demo --out demo-out
+    """
+    from pipeline.demo import demo as run
+
+    console = Console()
+    try:
+        result = run(out, console)
+    finally:
+        console.stop()
+    show(result, result["table"], as_json)
+
+
+@click.command()
+@click.option("--only", multiple=True, type=click.Choice(["precompute", "torch", "train", "live", "stream"]),
+              help="What is measured; may be repeated.  [default: all]")  # fmt: skip
+@shards("--shards", help="Photographs for `precompute` and `torch`, in place of synthetic ones.", required=False)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 …")
+@click.option("--turns", type=click.IntRange(1), default=5, show_default=True, help="Of each contender.")
+@click.option("--quick", is_flag=True, help="Small cases alone.")
+@click.option("--folder", type=click.Path(path_type=Path), metavar="DIR",
+              help="Where the temporary stores lie: their disk is measured too.  [default: the system's]")  # fmt: skip
+@common
+def bench(
+    only: tuple[str, ...],
+    shards: tuple[str, ...],
+    device: str,
+    turns: int,
+    quick: bool,
+    folder: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure speed against its physical limits.
+
+    Precompute against what the cores allow and against PyTorch, training steps against steps with labels alone and
+    with a live teacher, reading against decoding and memory maps. Ten to twenty minutes; contenders take turns.
+
+    \b
+    pipeline bench --only train --quick
+    """
+    from pipeline.bench import PARTS, lines
+    from pipeline.bench import bench as run
+    from student.model import pick_device
+
+    console = Console()
+    result = run(only or PARTS, shards, str(pick_device(device)), turns, quick, folder, console)
+    show(result, lines(result), as_json)
