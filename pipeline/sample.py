@@ -17,7 +17,7 @@ from PIL import Image
 
 from storage.banks import bank_policy, read_views
 from storage.codecs import Codec
-from storage.errors import UserError
+from storage.errors import DamageError, UserError
 from storage.markers import Task
 from storage.operations import OPERATIONS
 from storage.policies import Policy
@@ -108,7 +108,12 @@ def stored_sample(store: Store, urls: Sequence[str], key: str) -> StoredSample:
         if id in begun:
             of_banks.setdefault(manifest["identity"]["bank"], {})[id] = manifest
     bank = max(banks, key=lambda id: len(of_banks[id]))
-    targets = of_banks[bank]
+    targets, teachers = of_banks[bank], store.teachers()
+    for id, manifest in targets.items():
+        if manifest["teacher"] not in teachers and not _is_pixels(manifest):
+            raise DamageError(
+                f"{store.url}/teachers/{manifest['teacher']}/manifest.json: missing, and {id} refers to it"
+            )
     i = index.keys.index(key)
     (original,) = read_samples(url, index, range(i, i + 1))
     counts = {id: store.views("target", id, [index.id], done) for id in targets}
@@ -123,7 +128,7 @@ def stored_sample(store: Store, urls: Sequence[str], key: str) -> StoredSample:
     return StoredSample(
         key, url, index.id, label, names[label] if names and label is not None and label < len(names) else None,
         decode(original.image), bank, source.policy, views, stored,
-        {id: manifest for id, manifest in targets.items() if not _is_pixels(manifest)}, store.teachers(),
+        {id: manifest for id, manifest in targets.items() if not _is_pixels(manifest)}, teachers,
         [id for id in banks if id != bank],
     )  # fmt: skip
 

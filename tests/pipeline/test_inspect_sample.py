@@ -243,6 +243,10 @@ def test_a_damaged_chunk_is_named_and_nothing_is_written(world, capsys, tmp_path
     assert status == 1
     assert str(chunk) in err
     assert not (tmp_path / "s.png").exists()
+    (store / "teachers/cnn").rename(store / "cnn")
+    with pytest.raises(DamageError, match=r"teachers/cnn/manifest\.json: missing, and cnn-"):
+        stored_sample(Store.open(store), world.shards, KEY)
+    (store / "cnn").rename(store / "teachers/cnn")
     for marker in (store / "done").glob(f"target.{id}.shard-000001-*.0.json"):
         marker.unlink()
     with pytest.raises(DamageError, match="missing"):
