@@ -8,15 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.pictures import LINES, MARKERS, figure, write
+import numpy as np
+
+from pipeline.pictures import COLOURS, MAP, figure, save
+from pipeline.sample_cells import cell
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import nn
 
     from storage.store import Store
     from student.model import Description
 
+MARKERS = ("o", "s", "^", "D")
 DIGITS = 8  # that are looked at
 
 
@@ -28,12 +31,11 @@ def curves(out: Path, runs: Mapping[str, Sequence[Path]], teachers: Mapping[str,
         runs: recipe -> run folders, a seed each.
         teachers: name -> top-1.
     """
-    import numpy as np
-
     made = figure(7.5, 4.4)
+    made.set_layout_engine("constrained")
     left, right = made.subplots(1, 2, width_ratios=[3, 2], sharey=True)
     for i, (recipe, folders) in enumerate(runs.items()):
-        colour, marker = LINES[i], MARKERS[i]
+        colour, marker = COLOURS[i], MARKERS[i]
         learned = [_learned(folder) for folder in folders]
         epochs, values = learned[0][0], np.array([top1 for _, top1 in learned])
         left.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.18, linewidth=0)
@@ -49,7 +51,8 @@ def curves(out: Path, runs: Mapping[str, Sequence[Path]], teachers: Mapping[str,
     right.set_xticks(range(len(runs)), [name.replace("-", "-\n") for name in runs])
     made.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     made.suptitle("mean and range of the seeds; teachers saw all labels, students a tenth", fontsize="medium")
-    return write(made, out)
+    save(made, out)
+    return out
 
 
 def _learned(run: Path) -> tuple[list[int], list[float]]:
@@ -62,8 +65,8 @@ def _learned(run: Path) -> tuple[list[int], list[float]]:
 def attention(out: Path, store: Store, val: Sequence[str], runs: Mapping[str, Path]) -> Path:
     """What teachers and students look at in some held-out digits; the file.
 
-    Of a CNN the positive part of its activation maps, each divided by its largest value; of ViTs the class query's
-    attention in the last layer. Means over maps and heads.
+    Of a CNN the magnitudes of its last activation maps, each divided by its largest; of ViTs the class query's attention
+    in the last layer. Means over maps and heads.
 
     Args:
         out: where the PNG goes.
@@ -78,19 +81,21 @@ def attention(out: Path, store: Store, val: Sequence[str], runs: Mapping[str, Pa
     rows = _by_teachers(store, images)
     rows |= {f"student,\n{recipe}": _by_student(model, about, images) for recipe, (model, about) in students.items()}
     made = figure(0.75 * DIGITS + 1.3, 0.75 * len(rows) + 1.3)
+    made.set_layout_engine("constrained")
     axes = made.subplots(len(rows) + 1, DIGITS)
     for column, image in enumerate(images):
         axes[0, column].imshow(image)
         for row, maps in enumerate(rows.values(), 1):
             side = len(image)
-            axes[row, column].imshow(maps[column], cmap="cividis", extent=(0, side, side, 0), interpolation="nearest")
+            axes[row, column].imshow(maps[column], cmap=MAP, extent=(0, side, side, 0), interpolation="nearest")
             axes[row, column].contour(image[..., 0], levels=[128], colors="white", linewidths=0.9)
     for name, one in zip(["held-out\ndigits", *rows], axes[:, 0], strict=True):
         one.set_ylabel(name, rotation=0, ha="right", va="center")
     for one in axes.flat:
         one.set(xticks=[], yticks=[])
     made.suptitle("where they look (bright is much; each map on its own scale)")
-    return write(made, out)
+    save(made, out)
+    return out
 
 
 def _different(shards: Sequence[str], about: Description) -> np.ndarray:
@@ -107,17 +112,13 @@ def _by_teachers(store: Store, images: np.ndarray) -> dict[str, np.ndarray]:
     """Teacher -> maps `[n, g, g]` of what it looks at, by its stored graph."""
     from precompute.session import open_session
 
-    found = {}
+    found, teachers = {}, store.teachers()
     for manifest in store.targets().values():
         tap, name = manifest["identity"]["tap"], manifest["teacher"]
         if tap in ("activations", "attention"):
             values = open_session(store.graph(name, manifest["graph"]), "cpu").run(images)[manifest["output"]]
-            if tap == "activations":
-                maps = values.clip(0)
-                found[f"teacher {name},\nactivations"] = (maps / (maps.max((2, 3), keepdims=True) + 1e-6)).mean(1)
-            else:
-                prefix = len(store.teachers()[name]["prefix"])
-                found[f"teacher {name},\nattention"] = _patches(values[:, -1, :, 0].mean(1), prefix)
+            maps = [cell(manifest, teachers[name], value).values for value in values]
+            found[f"teacher {name},\n{tap}"] = np.stack(maps)
     return found
 
 

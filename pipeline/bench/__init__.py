@@ -38,11 +38,15 @@ def bench(
     Raises:
         UserError: no such folder, or as the parts do.
     """
+    import torch
+
     from pipeline.bench import learning, reading, recording
     from pipeline.bench.world import TEACHERS, World
+    from precompute.session import cores
 
     if where is not None and not where.is_dir():
         raise UserError(f"--folder {where}: no such folder; it is where a temporary one is made")
+    torch.set_num_threads(cores())
     folder = Path(tempfile.mkdtemp(prefix="bench-", dir=where))
     rows: list[Row] = []
     try:
@@ -99,18 +103,18 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"{machine['processor']}, {machine['cores']} cores, {machine['device']}; torch {machine['torch']}, "
         f"onnxruntime {machine['onnxruntime']}; medians of {result['turns']} turns or more, quartiles in brackets"
     ]
-    words = None
-    for row in result["measures"]:
-        if row["words"] != words:
-            words = row["words"]
-            text.append(f"({row['number']}) {words}")
-        ratio = row["ratio"]
-        bar = ""
-        if row["bar"] is not None:
-            bar = f"   bar {'<=' if row['most'] else '>='} {row['bar']:g}: {'reached' if row['reached'] else 'MISSED'}"
-        text.append(f"  {ratio['median']:7.3f}  [{ratio['low']:.3f}, {ratio['high']:.3f}]  {row['case']}{bar}")
-        for what, values in row["about"].items():
-            several = values.items() if isinstance(values, dict) else [("", values)]
-            inner = ", ".join(f"{name} {value}".strip() for name, value in several)
-            text.append(f"             {what.replace('_', ' ')}: {inner}")
+    for words in dict.fromkeys(row["words"] for row in result["measures"]):
+        rows = [row for row in result["measures"] if row["words"] == words]
+        text += ["", f"({rows[0]['number']}) {words}"]
+        for row in rows:
+            ratio = row["ratio"]
+            bar = ""
+            if row["bar"] is not None:
+                sign, said = "≤" if row["most"] else "≥", "reached" if row["reached"] else "MISSED"
+                bar = f"; bar {sign} {row['bar']:g}: {said}"
+            text.append(f"  {ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]  {row['case']}{bar}")
+            for what, values in row["about"].items():
+                several = values.items() if isinstance(values, dict) else [("", values)]
+                inner = ", ".join(f"{name} {value}".strip() for name, value in several)
+                text.append(f"        {what.replace('_', ' ')}: {inner}")
     return text

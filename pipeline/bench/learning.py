@@ -30,6 +30,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "class rows": ("vit_tiny_patch16_224", {"advit": GRID}),
 }
 PLAIN = "labels alone"
+PIECE = 16  # images that a live teacher sees at a time
 # case -> student, batch size, side of the view images, grid of its patches, samples in each of two shards
 CASES: dict[str, tuple[dict[str, Any], int, int, int, int]] = {
     "6 layers of 128, 32x32": (
@@ -57,7 +58,7 @@ class _Steps:
                 identity = store.target(target)["identity"]
                 tap = Tap(identity["tap"], tuple(identity["layers"]), identity["grid"])
                 module = live_teacher(teacher, [tap], self.stream.source.policy.size)
-                self.live[target] = module.to(self.device)
+                self.live[target] = module.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def batch(self) -> Batch:
         """The next one, of the next epoch after the last."""
@@ -74,7 +75,8 @@ class _Steps:
         batch = self.batch()
         if self.live:
             with torch.inference_mode():
-                now = {target: teacher(batch.images)[0] for target, teacher in self.live.items()}
+                pieces = batch.images.split(PIECE)  # on a CPU whole batches are slower
+                now = {t: torch.cat([teacher(piece)[0] for piece in pieces]) for t, teacher in self.live.items()}
             exact = {target: Codec("f32", tuple(values.shape[1:]), 1) for target, values in now.items()}
             # A copy: tensors of inference mode take no part in gradients.
             batch = dataclasses.replace(

@@ -276,6 +276,14 @@ def test_a_sample_that_is_gone_from_a_range_is_found(tmp_path):
     assert (error.value.field, error.value.expected, error.value.found) == ("samples", 6, 4)
 
 
+def test_a_shard_with_one_more_sample_is_another_one_even_where_its_tar_is_as_large(tmp_path):
+    (short,) = synthetic_shards(tmp_path / "short", shards=1, samples=6)
+    (long,) = synthetic_shards(tmp_path / "long", shards=1, samples=7)
+    assert Path(short).stat().st_size == Path(long).stat().st_size  # tars are padded
+    assert differences(long, build_index(short).summary) == [("samples", 6, "more")]
+    assert differences(short, build_index(short).summary) == []
+
+
 def test_differences_name_the_field(tmp_path):
     path = write_tar(tmp_path / "x.tar", samples(130))
     known = build_index(path).summary
