@@ -65,7 +65,7 @@ def _learned(run: Path) -> tuple[list[int], list[float]]:
 def attention(out: Path, store: Store, val: Sequence[str], runs: Mapping[str, Path]) -> Path:
     """What teachers and students look at in some held-out digits; the file.
 
-    Of a CNN the magnitudes of its last activation maps, each divided by its largest; of ViTs the class query's attention
+    Of a CNN the magnitudes of its last maps, each divided by its largest; of ViTs the class query's attention
     in the last layer. Means over maps and heads.
 
     Args:

@@ -75,7 +75,7 @@ class _Steps:
         batch = self.batch()
         if self.live:
             with torch.inference_mode():
-                pieces = batch.images.split(PIECE)  # on a CPU whole batches are slower
+                pieces = torch.split(batch.images, PIECE)  # on a CPU whole batches are slower
                 now = {t: torch.cat([teacher(piece)[0] for piece in pieces]) for t, teacher in self.live.items()}
             exact = {target: Codec("f32", tuple(values.shape[1:]), 1) for target, values in now.items()}
             # A copy: tensors of inference mode take no part in gradients.
