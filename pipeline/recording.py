@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from click.core import ParameterSource
 
 from pipeline.console import Console, show
 from pipeline.options import common, shards, store, wanted
-from pipeline.project import reads
+from pipeline.project import FILE, load, reads
 from storage.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,26 +38,25 @@ def init(folder: Path, out: Path, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("source", nargs=-1, required=True)
-@click.argument("out")
+@click.argument("places", nargs=-1, required=True, metavar="SOURCE... [OUT]")
 @click.option("--per-shard", type=click.IntRange(1), help="Samples a shard; by default spread over all names.")
-@click.option("--val-fraction", type=float, default=0.0, help="Part of each class for validation shards.")
+@click.option("--val-fraction", type=float, metavar="F",
+              help="Part of each class for validation shards.  [default: 0; without OUT 0.1]")  # fmt: skip
 @click.option("--fraction", type=float, default=1.0, help="Part of each class that is kept, class-balanced.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the order and of both choices.")
 @click.option("--no-shuffle", is_flag=True, help="Keep the order of the source.")
 @common
 def pack(
-    source: tuple[str, ...],
-    out: str,
+    places: tuple[str, ...],
     per_shard: int | None,
-    val_fraction: float,
+    val_fraction: float | None,
     fraction: float,
     seed: int,
     no_shuffle: bool,
     as_json: bool,
 ) -> None:
     """Make shards from a FOLDER of class folders, a CSV with the columns path and label, or from other shards
-    (compressed ones too).
+    (compressed ones too). Without OUT they get the names that pipeline.yaml has.
 
     \b
     pipeline pack photos 'train-{000000..000009}.tar' --val-fraction 0.1
@@ -65,15 +65,31 @@ def pack(
     """
     from storage.pack import pack as run
 
+    source, out = list(places[:-1]), places[-1]
+    if not source:
+        source, out = [out], _shards_of_project(out)
+        val_fraction = 0.1 if val_fraction is None else val_fraction
     console = Console()
     result = run(
-        list(source) if len(source) > 1 else source[0], out, per_shard=per_shard, val_fraction=val_fraction,
+        source if len(source) > 1 else source[0], out, per_shard=per_shard, val_fraction=val_fraction or 0.0,
         fraction=fraction, seed=seed, shuffle=not no_shuffle, say=console.say,
     )  # fmt: skip
     counts = ", ".join(
         f"{count} samples in {len(result[part])} {part} shard(s)" for part, count in result["samples"].items()
     )
     show(result, [counts, *result["train"], *result["val"]], as_json)
+
+
+def _shards_of_project(source: str) -> str:
+    """The one pattern of shards that the project file in this folder has."""
+    path = Path(FILE)
+    said = load(path).said("shards") if path.is_file() else None
+    if not said or len(said) != 1:
+        raise click.UsageError(
+            f"name the new shards, such as: pipeline pack {shlex.quote(source)} 'train-{{000000..000009}}.tar'"
+            + (f"; {path} has no single pattern for them" if path.is_file() else "")
+        )
+    return str(said[0])
 
 
 @click.command()

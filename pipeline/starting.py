@@ -22,6 +22,7 @@ from storage.views import BadImage, decode
 LOOKED_AT = 200  # images, spread over the folder, whose sizes are read
 PER_SHARD = 1000  # samples
 VIEWS = 4
+PASSES = 400_000  # images that a student sees in all, where nobody says it: an hour or less for small ones
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Found:
         side: the median of the shorter sides that were read, in pixels.
         shards: training tars, or the names that `pack` will give them.
         val: validation tars, likewise.
-        pack: the command that makes the shards; None where they are there.
+        packed: whether the shards are there.
     """
 
     folder: Path
@@ -44,7 +45,7 @@ class Found:
     side: int
     shards: list[str]
     val: list[str]
-    pack: str | None
+    packed: bool
 
 
 def look(folder: Path, home: Path) -> Found:
@@ -84,9 +85,8 @@ def _images(folder: Path, home: Path) -> Found:
     count = max(1, round(0.9 * len(files) / PER_SHARD))
     held = max(1, round(count / 9))
     names = f"shards/train-{_braces(count)}.tar"
-    pack = shlex.join(["pipeline", "pack", str(folder), str(home / names), "--val-fraction", "0.1"])
     val = [f"shards/train-val-{_braces(held)}.tar"]
-    return Found(folder, len(files), classes, round(statistics.median(sides)), [names], val, pack)
+    return Found(folder, len(files), classes, round(statistics.median(sides)), [names], val, False)
 
 
 def _is_image(path: Path) -> bool:
@@ -119,30 +119,41 @@ def _shards(folder: Path, tars: Sequence[Path], home: Path) -> Found:
         raise UserError(f"{train[0]}: none of its first images can be decoded")
     classes = classes_of([str(path) for path in train]) or []
     near, far = ([os.path.relpath(path, home) for path in several] for several in (train, held))
-    return Found(folder, sum(map(len, indexes)), list(classes), round(statistics.median(sides)), near, far, None)
+    return Found(folder, sum(map(len, indexes)), list(classes), round(statistics.median(sides)), near, far, True)
 
 
-def sizes(side: int) -> tuple[int, int, int]:
-    """View size, patch size and the teacher's input for images of some size: a grid of 8 to 14 patches a side."""
-    for largest, chosen in ((48, (32, 4, 128)), (96, (64, 8, 128)), (160, (128, 16, 128))):
+def sizes(side: int) -> tuple[int, int]:
+    """View size and patch size for images of some size: a grid of 8 to 14 patches a side."""
+    for largest, chosen in ((48, (32, 4)), (96, (64, 8)), (160, (128, 16))):
         if side <= largest:
             return chosen
-    return 224, 16, 224
+    return 224, 16
 
 
 def text(found: Found) -> str:
     """The project file."""
-    view, patch, given = sizes(found.side)
-    epochs = max(20, min(300, round(2_000_000 / max(1, found.images))))
+    view, patch = sizes(found.side)
+    epochs = max(20, min(200, round(PASSES / max(1, found.images))))
     batch = 128 if found.images < 100_000 else 512
+    small = "\n  embed_dim: 128\n  depth: 6\n  num_heads: 4" if view <= 64 else ""
 
     def several(names: Sequence[str]) -> str:
         quoted = [yaml.safe_dump(name, width=math.inf).removesuffix("...\n").strip() for name in names]
         return quoted[0] if len(names) == 1 else "\n" + "\n".join(f"  - {name}" for name in quoted)
 
+    count = len(found.classes)
+    ours = [
+        "ours:                 # the same with a head for these classes: what fit-teacher writes, for deit-hard",
+        "  teacher: vit_tiny",
+        "  weights: ours.safetensors",
+        f"  args: {{num_classes: {count or 10}}}",
+        "  targets: logits",
+    ]
     unknown = "" if found.classes else (
         "\n  # num_classes: 10   # no classes.json lies beside the shards: say how many classes there are"
     )  # fmt: skip
+    mark = "" if found.classes else "# "
+    ours_text = "\n".join(f"  {mark}{line}" for line in ours).lstrip()
     return f"""\
 # {found.images:,} images, {len(found.classes) or "unnamed"} classes, about {found.side} pixels on the shorter side.
 # Flags win over this file. All settings: docs/recipes.md; teachers: pipeline teachers; recipes: pipeline recipes.
@@ -156,21 +167,21 @@ views:                  # drawn once, stored, and replayed for every student
   size: {view}
   count: {VIEWS}              # more views cost more space and generalise better: pipeline plan tells both
 
-teachers:               # several may stand here; each takes its space in the store
-  mobilenetv2:          # a CNN's activation maps, for the recipe aal; weights from timm's hub
-    input_size: {given}     # small images are enlarged for it
-    targets: activations
+teachers:               # several may stand here; each takes its time and space once
+  vit_tiny:             # a ViT with ImageNet's weights, from timm's hub; `pipeline teachers` lists others
     # weights: FILE.safetensors      # offline
-  # vit_tiny:           # a ViT's class rows, for advit-l1; its class token, for fit-teacher and then deit-hard
-  #   targets: [class_row, class_token]
+    targets: [embedding, class_row]  # for fit-teacher, and for the recipe advit-l1
+  {ours_text}
+  # mobilenetv2:        # a CNN's activation maps, for the recipe aal
+  #   targets: activations
 
 student:
   model: vit_tiny_patch16_224
   img_size: {view}
-  patch_size: {patch}         # {view // patch}x{view // patch} patches{unknown}
+  patch_size: {patch}         # {view // patch}x{view // patch} patches{small}{unknown}
 
 set:                    # over every recipe
-  optim.epochs: {epochs}
+  optim.epochs: {epochs}     # more are better, and take as many times longer
   optim.warmup_epochs: 5
   stream.batch_size: {batch}
 """
@@ -187,12 +198,22 @@ def init(folder: Path, out: Path) -> dict[str, Any]:
     found = look(folder.expanduser(), out.parent)
     out.write_text(text(found), encoding="utf-8")
     project = [] if out.name == "pipeline.yaml" and out.parent == Path() else ["--project", str(out)]
-    commands = [
-        *([found.pack] if found.pack else []),
-        *(shlex.join(["pipeline", *words, *project]) for words in (["plan"], ["precompute"])),
-        *(shlex.join(["pipeline", "train", "--recipe", r, "--out", r, *project]) for r in ("scratch", "aal")),
-    ]
+    words = [["plan"], ["precompute"], ["train", "--recipe", "scratch", "--out", "scratch"]]
+    if found.classes:
+        fitted = str(out.parent / "ours.safetensors")
+        words = [
+            ["plan", "--teacher", "vit_tiny"],
+            ["precompute", "--teacher", "vit_tiny"],
+            ["fit-teacher", "--teacher", "vit_tiny", "--out", fitted],
+            ["precompute", "--teacher", "ours"],
+            words[-1],
+            ["train", "--recipe", "deit-hard", "--out", "taught"],
+        ]
+    words = [[*several, *project] for several in words]
+    if not found.packed:
+        where = [str(out.parent / found.shards[0]), "--val-fraction", "0.1"] if project else []
+        words = [["pack", str(folder), *where], *words]
     return {
         "project": str(out), "images": found.images, "classes": found.classes, "side": found.side,
-        "commands": commands,
+        "commands": [shlex.join(["pipeline", *several]) for several in words],
     }  # fmt: skip

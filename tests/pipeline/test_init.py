@@ -15,15 +15,15 @@ from pipeline.cli import main
 from pipeline.project import load
 from pipeline.starting import init, look, sizes
 from storage.errors import UserError
-from storage.testing import TINY_CNN, synthetic_shards
+from storage.testing import TINY_VIT, synthetic_shards
 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Two classes, one of them with an odd name, 60 images."""
+    """Two classes, one of them with an odd name, 120 images."""
     chance = np.random.default_rng(0)
     for name in ("cat", "dog: wild"):
-        for i in range(30):
+        for i in range(60):
             place = tmp_path / "my photos" / name / f"{i}.png"
             place.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(chance.integers(0, 255, (40, 60, 3), np.uint8)).save(place)
@@ -42,22 +42,40 @@ def command(words: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_from_class_folders_the_commands_that_it_says_run_as_they_stand(photos, world, monkeypatch, capsys) -> None:
     monkeypatch.chdir(photos.parent)
-    out = command(f"pipeline init {shlex.quote(str(photos))} --json", capsys)
+    out = command("pipeline init 'my photos' --json", capsys)
     result = json.loads(out)
-    assert (result["images"], result["classes"], result["side"]) == (60, ["cat", "dog: wild"], 40)
+    assert (result["images"], result["classes"], result["side"]) == (120, ["cat", "dog: wild"], 40)
     project = load(Path("pipeline.yaml"))
     assert project.content.student.img_size == project.content.views.size == 32
-    pack, plan, precompute, scratch, aal = result["commands"]
+    pack, plan, precompute, fit, logits, scratch, taught = result["commands"]
+    assert pack == "pipeline pack 'my photos'"
     command(pack, capsys)
     content = yaml.safe_load(Path("pipeline.yaml").read_text())  # tiny networks: the proposed ones take minutes
-    name, arguments = TINY_CNN
-    tiny = {"teacher": name, "weights": world.weights["cnn"], "args": {**arguments, "num_classes": 3}}
-    content["teachers"]["mobilenetv2"] |= {**tiny, "mean": 0.5, "std": 0.5}
+    name, arguments = TINY_VIT
+    tiny = {"teacher": name, "input_size": 32, "mean": 0.5, "std": 0.5}
+    content["teachers"]["vit_tiny"] |= {
+        **tiny,
+        "weights": world.weights["vit"],
+        "args": {**arguments, "num_classes": 3},
+    }
+    content["teachers"]["ours"] |= {**tiny, "args": {**arguments, "num_classes": 2}}
     content["student"] |= {"embed_dim": 48, "depth": 2, "num_heads": 3}
     content["set"] |= {"stream.batch_size": 8}
     Path("pipeline.yaml").write_text(yaml.safe_dump(content))
-    for words in (f"{plan} --measure 0", precompute, f"{scratch} --smoke", f"{aal} --smoke"):
+    for words in (f"{plan} --measure 0", precompute, fit, logits, f"{scratch} --smoke", f"{taught} --smoke"):
         command(words, capsys)
+
+
+def test_a_project_file_elsewhere_is_named_in_every_command(photos, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("there").mkdir()
+    result = init(photos, Path("there/p.yaml"))
+    pack, *others = result["commands"]
+    assert all(words.endswith("--project there/p.yaml") for words in others)
+    command(pack, capsys)
+    assert load(Path("there/p.yaml")).said("shards") == ["there/shards/train-000000.tar"]
+    assert Path("there/shards/train-000000.tar").is_file()
+    assert Path("there/shards/train-val-000000.tar").is_file()
 
 
 def test_shards_are_taken_as_they_are(tmp_path, monkeypatch) -> None:
@@ -65,18 +83,29 @@ def test_shards_are_taken_as_they_are(tmp_path, monkeypatch) -> None:
     (tmp_path / "home").mkdir()
     result = init(tmp_path / "data", tmp_path / "home" / "p.yaml")
     assert result["images"] == 60
-    assert result["commands"][0].startswith("pipeline plan --project")
+    assert result["commands"][0].startswith("pipeline plan --teacher vit_tiny --project")
     project = load(tmp_path / "home" / "p.yaml")
     said = [Path(path).resolve() for path in (*project.said("shards"), *project.said("val"))]
     assert said == [Path(path).resolve() for path in shards]
     assert len(project.said("val")) == 1
 
 
-@pytest.mark.parametrize(
-    ("side", "expected"), [(28, (32, 4, 128)), (64, (64, 8, 128)), (128, (128, 16, 128)), (500, (224, 16, 224))]
-)
+@pytest.mark.parametrize(("side", "expected"), [(28, (32, 4)), (64, (64, 8)), (128, (128, 16)), (500, (224, 16))])
 def test_sizes_follow_the_images(side, expected) -> None:
     assert sizes(side) == expected
+
+
+def test_without_a_project_file_pack_asks_for_names(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    for content in (None, "store: S"):
+        if content:
+            Path("pipeline.yaml").write_text(content)
+        with pytest.raises(SystemExit) as ended:
+            main(["pack", "photos"])
+        assert ended.value.code == 2
+        assert (
+            "name the new shards, such as: pipeline pack photos 'train-{000000..000009}.tar'" in capsys.readouterr().err
+        )
 
 
 def test_what_is_no_data_set_is_refused(tmp_path, photos) -> None:
