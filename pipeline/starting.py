@@ -183,6 +183,7 @@ student:
 set:                    # over every recipe
   optim.epochs: {epochs}     # more are better, and take as many times longer
   optim.warmup_epochs: 5
+  optim.lr: 0.001
   stream.batch_size: {batch}
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -9,7 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from storage.codecs import Codec
+from storage.shards import build_index, read_samples
 from storage.store import Store
+from storage.views import COLUMNS
 from tests.conftest import World, run_precompute, teacher_of
 
 ROOT = Path(__file__).parents[2]
@@ -28,13 +32,13 @@ def prepare(world: World, folder: Path) -> None:
     run_precompute(folder / "S", shards, teacher_of(world.weights, "cnn"), ["activations,grid=8"])
 
 
-def test_the_loop_in_the_readme_is_15_lines_and_runs(world, tmp_path):
-    (loop,) = python_blocks("README.md")
+def test_the_loop_in_the_guide_is_15_lines_and_runs(world, tmp_path):
+    (loop,) = python_blocks("docs/guide.md")
     assert len([line for line in loop.splitlines() if line.strip()]) == 15
     prepare(world, tmp_path)
     (tmp_path / "loop.py").write_text(loop + '    print("seen", *seen.shape, batch.images.dtype)\n')
     run = subprocess.run(
-        [sys.executable, "loop.py"], cwd=tmp_path, env={**__import__("os").environ, "PYTHONPATH": str(ROOT)},
+        [sys.executable, "loop.py"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
@@ -57,8 +61,70 @@ def test_the_reader_in_the_docs_needs_the_standard_library_and_numpy_alone(world
     assert np.array_equal(names["values"], expected)
 
 
+def lines_of(heading: str) -> list[str]:
+    """The commands in the first block below a heading of the README."""
+    text = (ROOT / "README.md").read_text().partition(f"## {heading}\n")[2]
+    return [line.partition("  #")[0].strip() for line in text.split("```")[1].strip().splitlines()]
+
+
+def in_timms_cache(folder: Path, name: str, weights: Path) -> None:
+    """Put a file where timm finds the hub's weights of a name offline."""
+    place = folder / f"models--timm--{name}"
+    for part, content in (("refs/main", b"1"), ("snapshots/1/model.safetensors", weights.read_bytes())):
+        (place / part).parent.mkdir(parents=True)
+        (place / part).write_bytes(content)
+
+
+def test_the_lines_from_a_folder_to_a_student_run_as_they_stand(shared, tmp_path):
+    """On a folder of class folders of real images, with fewer views and epochs than `init` wrote into the project file."""
+    images = shared / "data" / "cifar10-test-000000.tar"
+    for i, sample in enumerate(read_samples(str(images), build_index(str(images)), range(200))):
+        (tmp_path / "photos" / f"class {sample.label}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / f"class {sample.label}" / f"{i}.png").write_bytes(sample.image)
+    weights = shared / "weights" / "vit_tiny_patch16_224.safetensors"
+    in_timms_cache(tmp_path / "hub", "vit_tiny_patch16_224.augreg_in21k_ft_in1k", weights)
+    environment = {
+        **os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1",
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }  # fmt: skip
+    (tmp_path / "pipeline").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m pipeline "$@"\n')
+    (tmp_path / "pipeline").chmod(0o755)
+
+    def said(line: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    hint = said("pipeline train --recipe scratch --shards photos --val photos --out run --no-project")
+    assert hint.returncode == 1
+    assert "photos is a folder of class folders (200 images); shards are tar files. Pack it first:" in hint.stderr
+    lines = lines_of("From a folder to a student")
+    assert len(lines) == 10
+    for line in lines:
+        ran = said(line)
+        assert ran.returncode == 0, (line, ran.stderr)
+        if line == lines[0]:
+            project = tmp_path / "pipeline.yaml"
+            fewer = re.sub(r"count: \d+", "count: 1", project.read_text())
+            project.write_text(re.sub(r"optim.epochs: \d+", "optim.epochs: 2", fewer))
+    assert (tmp_path / "taught" / "student.onnx").is_file()
+
+
+def test_what_a_store_costs_is_what_the_codecs_say():
+    """The table's figures: bytes of a view image, and of ImageNet-1k in four views."""
+    grid, tokens = (14, 14), 14 * 14 + 1
+    codecs = [
+        Codec("topk20", (1000,), 1), Codec("f16", (384,), 1), Codec("log8", (12, 6, tokens), 1),
+        Codec("u8", (712, *grid), 2), Codec("u8", (952, *grid), 2), Codec("log8", (1, 6, tokens, tokens), 1),
+    ]  # fmt: skip
+    view, pixels = 8 * len(COLUMNS) + 4, 3 * 224**2
+    each = [view, *(codec.sample_bytes for codec in codecs), pixels]
+    text = (ROOT / "README.md").read_text().partition("## What a store costs\n")[2]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")][2:]
+    assert [row[2] for row in rows] == [f"{n} B" if n < 1024 else f"{n / 1024:.1f} KiB" for n in each]
+    assert [row[3] for row in rows] == [f"{n * 4 * 1_281_167 / 2**30:,.1f} GiB" for n in each]
+
+
 def test_every_relative_link_and_every_file_that_is_named_exists():
-    for name in ("README.md", "docs/store-format.md", "docs/papers.md"):
+    for name in ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))):
         text = (ROOT / name).read_text()
         links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
         files = re.findall(r"`((?:tests|docs|student|storage|precompute|pipeline)/[\w/]+\.(?:py|md))`", text)
