@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -49,6 +50,14 @@ for command in _ALL:
     cli.add_command(command)
 
 
+# What mends an error of the system.
+_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room there and run the same command again"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give a place that you may read and write"),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR), "give another path"),
+}
+
+
 class _Terminated(KeyboardInterrupt):
     """SIGTERM came: schedulers of clusters send it before they kill."""
 
@@ -94,7 +103,8 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         if debug:
             raise
-        _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", as_json, 1)
+        what = f"{error.filename or 'input or output'}: {error.strerror or error}"
+        _fail(f"{what}; {_ADVICE.get(error.errno or 0, 'mend it and run the same command again')}", as_json, 1)
     except Exception as error:
         if debug:
             raise

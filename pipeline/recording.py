@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline.console import Console, show
-from pipeline.options import common, shards, store, wanted
+from pipeline.options import Hinted, common, shards, store, wanted
 from pipeline.project import reads
 from storage.errors import UserError
 
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
               help="The project file.")  # fmt: skip
 @common
 def init(folder: Path, out: Path, as_json: bool) -> None:
-    """Look at a folder of shards, or of class folders with images, and write a project file for it. It asks nothing.
+    """Write a project file for a folder of shards or images.
+
+    It looks at the shards, or at the images in one folder a class, and asks nothing.
 
     \b
     pipeline init photos
@@ -36,7 +38,12 @@ def init(folder: Path, out: Path, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("source", nargs=-1, required=True)
+@click.argument(
+    "source",
+    nargs=-1,
+    required=True,
+    type=Hinted("Give a source and the new shards' names: pipeline pack photos train-000000.tar"),
+)
 @click.argument("out")
 @click.option("--per-shard", type=click.IntRange(1), help="Samples a shard; by default spread over all names.")
 @click.option("--val-fraction", type=float, default=0.0, help="Part of each class for validation shards.")
@@ -54,8 +61,10 @@ def pack(
     no_shuffle: bool,
     as_json: bool,
 ) -> None:
-    """Make shards from a FOLDER of class folders, a CSV with the columns path and label, or from other shards
-    (compressed ones too).
+    """Make shards from class folders, a CSV or other shards.
+
+    SOURCE is a folder with one folder of images a class, a CSV with the columns path and label, or shards (compressed
+    ones too). OUT names the new shards.
 
     \b
     pipeline pack photos 'train-{000000..000009}.tar' --val-fraction 0.1
@@ -79,9 +88,9 @@ def pack(
 @wanted
 @common
 def precompute(store: str, wanted: Wanted | dict[str, Wanted], as_json: bool) -> None:
-    """Run a teacher once over shards and keep its targets. The same command goes on where it was.
+    """Run a teacher once over shards and keep its targets.
 
-    Without --teacher, all teachers of the project file, one after another.
+    The same command goes on where it was. Without --teacher, all teachers of the project file, one after another.
 
     \b
     pipeline precompute --teacher mobilenetv2 --weights mobilenetv2.safetensors --shards 'train-{000000..000009}.tar' \\
@@ -114,9 +123,10 @@ def precompute(store: str, wanted: Wanted | dict[str, Wanted], as_json: bool) ->
               metavar="N", help="Images a second that a training is to read.")  # fmt: skip
 @common
 def plan(store: str, wanted: Wanted | dict[str, Wanted], measure: float, train_rate: float, as_json: bool) -> None:
-    """Say what `precompute` with the same flags would take: bytes, objects, hours, and what would be cheaper.
+    """Say what `precompute` with the same flags would take.
 
-    The engine runs for about a minute a teacher beside the store; nothing is left behind.
+    Bytes, objects, hours, and what would be cheaper. The engine runs for about a minute a teacher beside the store;
+    nothing is left behind.
 
     \b
     pipeline plan --teacher mobilenetv2 --weights mobilenetv2.safetensors --shards 'train-{000000..000009}.tar' \\
@@ -145,7 +155,9 @@ def plan(store: str, wanted: Wanted | dict[str, Wanted], measure: float, train_r
 @reads(store="store")
 @common
 def inspect(store: str, as_json: bool) -> None:
-    """Say what is in a store: teachers, banks, targets, how much of each is complete, and its size.
+    """Say what is in a store.
+
+    Teachers, banks, targets, how much of each is complete, and its size.
 
     \b
     pipeline inspect --store S
@@ -171,10 +183,10 @@ def inspect(store: str, as_json: bool) -> None:
 def verify(
     store: str, shards: tuple[str, ...], samples: int, full: bool, weights: tuple[str, ...], as_json: bool
 ) -> None:
-    """Check every byte of a store, and that shards still give the pixels and the targets that it holds.
+    """Check every byte of a store, its pixels and targets.
 
-    Targets are compared with the live PyTorch teacher where its weights are at hand, else with the stored graph.
-    Exit status 1 if anything is wrong; nothing is changed.
+    Shards have to give the pixels and the targets that it holds. Targets are compared with the live PyTorch teacher
+    where its weights are at hand, else with the stored graph. Exit status 1 if anything is wrong; nothing is changed.
 
     \b
     pipeline verify --store S --shards 'train-{000000..000009}.tar'

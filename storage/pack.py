@@ -69,8 +69,10 @@ def pack(
     Raises:
         UserError: nothing to pack, files that would be overwritten, names too few or too many.
     """
-    if not 0 < fraction <= 1 or not 0 <= val_fraction < 1:
-        raise UserError("--fraction is more than 0 and at most 1, --val-fraction is from 0 to less than 1")
+    if not 0 < fraction <= 1:
+        raise UserError(f"--fraction {fraction:g}: expected more than 0 and at most 1; 0.1 is a tenth")
+    if not 0 <= val_fraction < 1:
+        raise UserError(f"--val-fraction {val_fraction:g}: expected 0 to less than 1; 0.1 is a tenth")
     if per_shard is not None and per_shard < 1:
         raise UserError(f"--per-shard {per_shard}: expected 1 or more")
     with contextlib.ExitStack() as stack:
@@ -130,7 +132,9 @@ def _sources(
     if len(patterns) == 1 and folder.is_dir():
         urls = sorted(map(str, folder.glob("*.tar")))
         if not urls:
-            return _class_folders(folder)
+            return _class_folders(folder, say)
+    elif len(patterns) == 1 and not folder.exists() and re.fullmatch(r"[^*?\[{:]+(?<!\.tar)", patterns[0]):
+        raise UserError(f"{folder}: no such folder, list or shard; give one with one folder of images a class")
     else:
         urls = expand(patterns)
     scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pack-")))
@@ -146,21 +150,35 @@ def _sources(
     return sources, classes_of(urls)
 
 
-def _class_folders(folder: Path) -> tuple[list[Source], list[str]]:
+def _class_folders(folder: Path, say: Callable[[str], None]) -> tuple[list[Source], list[str]]:
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     files: list[tuple[Path, Path, int | None]] = []
+    others = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    loose = [path for path in others if _kind(path) in IMAGES]
     for label, name in enumerate(classes):
         before = len(files)
         for path in sorted((folder / name).rglob("*")):
             within = path.relative_to(folder)
-            if not any(part.startswith(".") for part in within.parts) and _kind(path) in IMAGES and path.is_file():
+            if any(part.startswith(".") for part in within.parts) or not path.is_file():
+                continue
+            if _kind(path) in IMAGES:
                 files.append((path, within, label))
+            else:
+                others.append(path)
         if len(files) == before:
-            raise UserError(f"{folder / name}: a class folder without images; remove it or fill it")
+            odd = next((path for path in others if path.is_relative_to(folder / name)), None)
+            do = f"{odd.name} is none of {', '.join(IMAGES)}; convert it" if odd else "remove it or fill it"
+            raise UserError(f"{folder / name}: a class folder without images; {do}")
     if not files:
+        where = f"its {len(loose)} images lie in no class folder" if loose else "no images found"
         raise UserError(
-            f"{folder}: no images found; expected one folder a class: {folder}/CLASS/IMAGE.{{{','.join(IMAGES)}}}"
+            f"{folder}: {where}; expected one folder a class: {folder}/CLASS/IMAGE.{{{','.join(IMAGES)}}}, or a CSV "
+            "with the columns path and label"
         )
+    if others:
+        say(f"{len(others)} file(s) are no images in class folders and stay out, such as {others[0]}")
+    if len(classes) == 1:
+        say(f"{folder}: one class alone, {classes[0]}: a classifier needs two or more")
     return _files(files), classes
 
 
@@ -378,7 +396,7 @@ def _cut(sources: list[Source], names: list[str], per_shard: int | None, seed: i
             "name(s); widen the braces or raise --per-shard"
         )
     if count > len(sources):
-        raise UserError(f"{len(sources)} samples cannot fill {count} shards; give fewer names")
+        raise UserError(f"{len(sources)} samples cannot fill {count} shards; give fewer names in the braces")
     bounds = [
         len(sources) * i // count if per_shard is None else min(i * per_shard, len(sources)) for i in range(count + 1)
     ]
@@ -389,14 +407,19 @@ def _refuse_overwriting(names: list[str], classes: list[str] | None) -> None:
     for name in names:
         if is_remote(name):
             raise UserError(f"{name}: shards are written to a local folder; copy them from there")
-        if not name.endswith(".tar"):
-            raise UserError(f"{name}: shards are called NAME.tar")
+        if not name.endswith(".tar") or "*" in name:
+            raise UserError(
+                f"{name}: new shards are called NAME.tar, several by braces: 'train-{{000000..000009}}.tar'"
+            )
         if Path(name).exists():
-            raise UserError(f"{name}: is there already; shards are never overwritten")
+            raise UserError(f"{name}: is there already; shards are never overwritten. Give other names, or remove it")
     for folder in {Path(name).parent for name in names}:
         there = classes_of([str(folder / "x.tar")])
         if there is not None and there != classes:
-            raise UserError(f"{folder}/classes.json: is there already with other classes; give another folder")
+            raise UserError(
+                f"{folder}/classes.json: is there already with other classes, of other shards; give names in a "
+                f"folder of their own, such as new/{Path(names[0]).name}"
+            )
     for name in classes or []:
         if any("\ud800" <= sign <= "\udfff" for sign in name):  # how Python keeps bytes that are not UTF-8
             raise UserError(f"class {name!r}: its name is not UTF-8; rename it")
