@@ -68,7 +68,7 @@ def pack(
 
     \b
     pipeline pack photos 'train-{000000..000009}.tar' --val-fraction 0.1
-    pipeline pack list.csv 'train-{000000..000009}.tar'
+    pipeline pack list.csv 'listed/train-{000000..000009}.tar'
     pipeline pack 'train-{000000..000009}.tar' 'tenth/train-000000.tar' --fraction 0.1
     """
     from storage.pack import pack as run
@@ -95,6 +95,8 @@ def precompute(store: str, wanted: Wanted | dict[str, Wanted], as_json: bool) ->
     \b
     pipeline precompute --teacher mobilenetv2 --weights mobilenetv2.safetensors --shards 'train-{000000..000009}.tar' \\
       --store S --view-policy light --view-size 32 --target activations,grid=8,codec=u8
+    pipeline precompute --teacher vit_tiny --weights vit_tiny.safetensors --shards 'train-{000000..000009}.tar' \\
+      --store S --target embedding
     """
     from precompute.run import precompute as run
     from storage.store import Store

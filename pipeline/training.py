@@ -109,7 +109,7 @@ def evaluate(run: Path, shards: tuple[str, ...], checkpoint: str, device: str, a
     Every sample counts once, on the evaluation view of the policy that the student was trained under.
 
     \b
-    pipeline evaluate run --shards 'val-{000000..000001}.tar'
+    pipeline evaluate run --shards train-val-000000.tar
     """
     from storage.policies import policy
     from storage.shards import cached_index, expand, require_classes
