@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from storage.store import Store
 from tests.conftest import World, run_precompute, teacher_of
@@ -58,9 +59,15 @@ def test_the_reader_in_the_docs_needs_the_standard_library_and_numpy_alone(world
 
 
 def test_every_relative_link_and_every_file_that_is_named_exists():
-    for name in ("README.md", "docs/store-format.md", "docs/papers.md"):
+    for name in ("README.md", "CONTRIBUTING.md", "docs/store-format.md", "docs/papers.md"):
         text = (ROOT / name).read_text()
         links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
         files = re.findall(r"`((?:tests|docs|student|storage|precompute|pipeline)/[\w/]+\.(?:py|md))`", text)
         for path in [*((ROOT / name).parent / link for link in links), *(ROOT / f for f in files)]:
             assert path.exists(), (name, path)
+
+
+def test_hooks_take_the_linter_of_the_constraints():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    (ruff,) = [repo["rev"] for repo in hooks if repo["repo"].endswith("/ruff-pre-commit")]
+    assert f"ruff=={ruff.removeprefix('v')}" in (ROOT / "constraints.txt").read_text().splitlines()
