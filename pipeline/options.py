@@ -211,7 +211,14 @@ def _one(
     try:
         wishes = [wish for text in texts for wish in parse(text)]
         found = teachers.find(
-            model, weights=weights, arguments=arguments, input_size=input_size, mean=means, std=stds, called=called
+            model,
+            weights=weights,
+            arguments=arguments,
+            input_size=input_size,
+            mean=means,
+            std=stds,
+            called=called,
+            say=lambda line: click.echo(line, err=True),
         )
     except UserError as error:
         if not where:

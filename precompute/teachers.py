@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -90,8 +90,11 @@ def find(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     called: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Teacher:
     """The teacher of a short name or any timm name; what is not given comes from timm's record of the weights.
+
+    `say` is told when timm's hub is asked: without a network it tries for most of a minute.
 
     Raises:
         UserError: an unknown name, a weights file that is not there, a size, mean/std or argument that makes no sense.
@@ -117,6 +120,7 @@ def find(
                 "--teacher-arg num_classes: timm would give the hub's weights a new, random head; give a file of a "
                 "network that was trained for these classes: --weights F"
             )
+        say(f"weights of {model} from timm's hub")
         digest, classes = _digest_of_hub(model, arguments or {}), None
     if input_size is not None and not 8 <= input_size <= 4096:
         raise UserError(f"--input-size {input_size}: expected 8 to 4096")
