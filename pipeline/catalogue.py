@@ -12,7 +12,9 @@ from pipeline.options import common
 @click.argument("name", required=False)
 @common
 def recipes(name: str | None, as_json: bool) -> None:
-    """The recipes that come along, or one of them whole: paper, command, what to expect, settings.
+    """The recipes that come along, or one of them whole.
+
+    Whole: paper, command, what to expect, settings.
 
     \b
     pipeline recipes
@@ -39,9 +41,10 @@ def recipes(name: str | None, as_json: bool) -> None:
 @click.option("--grid", type=click.IntRange(1), default=14, show_default=True, help="Of a CNN's activation maps.")
 @common
 def teachers(name: str | None, input_size: int | None, grid: int, as_json: bool) -> None:
-    """Teachers by their short names, or what one of them (any timm name) can give and what that takes.
+    """Teachers by their short names, or what one can give.
 
-    Nothing is fetched: sizes are those of the network, whatever its weights.
+    Any timm name serves; what its targets take is said too. Nothing is fetched: sizes are those of the network,
+    whatever its weights.
 
     \b
     pipeline teachers

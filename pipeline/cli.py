@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -35,10 +36,11 @@ def cli() -> None:
     """Run a pretrained teacher once over image shards, keep what it saw, and train students from it.
 
     \b
-    pipeline pack photos 'train-{000000..000009}.tar' --val-fraction 0.1
-    pipeline precompute --teacher mobilenetv2 --shards 'train-{000000..000009}.tar' --store S
-    pipeline train --recipe aal --store S --shards 'train-{000000..000009}.tar' --val train-val-000000.tar --out run
-    pipeline evaluate run --shards train-val-000000.tar
+    pipeline init photos
+    pipeline pack photos
+    pipeline precompute --teacher vit_tiny
+    pipeline train --recipe advit-l1 --out run
+    pipeline evaluate run
     """
 
 
@@ -48,6 +50,14 @@ _ALL = (
 )  # fmt: skip
 for command in _ALL:
     cli.add_command(command)
+
+
+# What mends an error of the system.
+_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room there and run the same command again"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give a place that you may read and write"),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR), "give another path"),
+}
 
 
 class _Terminated(KeyboardInterrupt):
@@ -95,7 +105,8 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         if debug:
             raise
-        _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", as_json, 1)
+        what = f"{error.filename or 'input or output'}: {error.strerror or error}"
+        _fail(f"{what}; {_ADVICE.get(error.errno or 0, 'mend it and run the same command again')}", as_json, 1)
     except Exception as error:
         if debug:
             raise

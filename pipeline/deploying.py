@@ -44,6 +44,7 @@ def export(path: Path, shards: Sequence[str], out: Path) -> dict[str, Any]:
     onnx.helper.set_model_props(graph, {name: json.dumps(value) for name, value in told.items()})
     data = graph.SerializeToString(deterministic=True)
     temporary = out.with_name(f".{out.name}.part")
+    out.parent.mkdir(parents=True, exist_ok=True)
     temporary.write_bytes(data)
     temporary.replace(out)
     return {"graph": str(out), "student": str(path), "bytes": len(data), "checked": len(images), **told}

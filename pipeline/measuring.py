@@ -16,7 +16,9 @@ from pipeline.options import common, shards
 )
 @common
 def demo(out: Path, as_json: bool) -> None:
-    """The whole path on handwritten digits, offline: pack, teachers, precompute, students, a table and pictures.
+    """The whole path on handwritten digits, offline.
+
+    Pack, two teachers, precompute, twelve students, a table and two pictures.
 
     \b
     pipeline demo --out demo-out

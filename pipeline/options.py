@@ -30,10 +30,25 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+class Hinted(click.types.StringParamType):
+    """Text; where it is missing, a hint says where to get it."""
+
+    def __init__(self, hint: str) -> None:
+        self.hint = hint
+
+    def get_missing_message(self, param: click.Parameter, ctx: click.Context | None) -> str:
+        """The hint."""
+        return self.hint
+
+
 def shards(*names: str, help: str, required: bool = True) -> Callable[..., Any]:
     """Shards, as many as are given."""
+    made = (
+        "They are cut off by `pipeline pack … --val-fraction 0.1`" if "--val" in names else "`pipeline pack` makes them"
+    )
     return click.option(
         *names, multiple=True, required=required, metavar="SHARDS",
+        type=Hinted(f"{made}; a project file may name them too: pipeline init FOLDER"),
         help=f"{help} Braces, * and :: between several; may be repeated.",
     )  # fmt: skip
 
@@ -45,8 +60,9 @@ def _named(ctx: click.Context, param: click.Parameter, value: str | None) -> str
 
 
 store = click.option(
-    "--store", required=True, metavar="DIR", callback=_named, help="The store: a folder or an fsspec URL."
-)
+    "--store", required=True, metavar="DIR", callback=_named, help="The store: a folder or an fsspec URL.",
+    type=Hinted("It is the folder that `pipeline precompute` makes; a project file may name it too."),
+)  # fmt: skip
 
 
 _WANTED = (
@@ -195,7 +211,14 @@ def _one(
     try:
         wishes = [wish for text in texts for wish in parse(text)]
         found = teachers.find(
-            model, weights=weights, arguments=arguments, input_size=input_size, mean=means, std=stds, called=called
+            model,
+            weights=weights,
+            arguments=arguments,
+            input_size=input_size,
+            mean=means,
+            std=stds,
+            called=called,
+            say=lambda line: click.echo(line, err=True),
         )
     except UserError as error:
         if not where:

@@ -52,7 +52,8 @@ def read_yaml(path: Path) -> Any:
         return yaml.load(text, _Loader)  # a SafeLoader
     except Exception as error:  # its constructors raise anything: ValueError, KeyError, IndexError, RecursionError, …
         said = " ".join(str(error).replace("<unicode string>", path.name).split()) or type(error).__name__
-        raise UserError(f"{path}: not plain YAML: {said[:400]}") from None
+        tab = "; indent with spaces, not with tabs" if "'\\t'" in said else ""
+        raise UserError(f"{path}: not plain YAML: {said[:400]}{tab}") from None
 
 
 def number_in(value: Any) -> Any:

@@ -104,5 +104,8 @@ def load(path: Path) -> Project:
     """A validated project file. Raises UserError: file, key, and the nearest known key or what was expected."""
     from pipeline.plain import read_yaml
     from pipeline.settings import validate
+    from storage.errors import UserError
 
+    if not path.exists():
+        raise UserError(f"{path}: cannot be read: No such file or directory; one is made by pipeline init FOLDER")
     return validate(path, read_yaml(path))

@@ -34,6 +34,8 @@ def names() -> list[str]:
 
 def _file(recipe: str) -> Path:
     path = FOLDER / f"{recipe}.yaml" if recipe in names() else Path(recipe)
+    if path.suffix in (".yaml", ".yml") and not path.is_file():
+        raise UserError(f"{path}: no such recipe file; `pipeline recipes aal > {path}` makes one to start from")
     if not path.is_file():
         raise UserError(
             f"no recipe is called {recipe!r}. {nearest(recipe, names())} A path to a YAML file also serves."

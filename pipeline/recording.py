@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from pipeline.console import Console, show
-from pipeline.options import common, shards, store, wanted
+from pipeline.options import Hinted, common, shards, store, wanted
 from pipeline.project import FILE, load, reads
 from storage.errors import UserError
 
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
               help="The project file.")  # fmt: skip
 @common
 def init(folder: Path, out: Path, as_json: bool) -> None:
-    """Look at a folder of shards, or of class folders with images, and write a project file for it. It asks nothing.
+    """Write a project file for a folder of shards or images.
+
+    It looks at the shards, or at the images in one folder a class, and asks nothing.
 
     \b
     pipeline init photos
@@ -38,7 +40,13 @@ def init(folder: Path, out: Path, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("places", nargs=-1, required=True, metavar="SOURCE... [OUT]")
+@click.argument(
+    "places",
+    nargs=-1,
+    required=True,
+    metavar="SOURCE... [OUT]",
+    type=Hinted("Give a source and the new shards' names: pipeline pack photos train-000000.tar"),
+)
 @click.option("--per-shard", type=click.IntRange(1), help="Samples a shard; by default spread over all names.")
 @click.option("--val-fraction", type=float, metavar="F",
               help="Part of each class for validation shards.  [default: 0; without OUT 0.1]")  # fmt: skip
@@ -55,12 +63,14 @@ def pack(
     no_shuffle: bool,
     as_json: bool,
 ) -> None:
-    """Make shards from a FOLDER of class folders, a CSV with the columns path and label, or from other shards
-    (compressed ones too). Without OUT they get the names that pipeline.yaml has.
+    """Make shards from class folders, a CSV or other shards.
+
+    SOURCE is a folder with one folder of images a class, a CSV with the columns path and label, or shards (compressed
+    ones too). OUT names the new shards; without it they get the names that pipeline.yaml has.
 
     \b
     pipeline pack photos 'train-{000000..000009}.tar' --val-fraction 0.1
-    pipeline pack list.csv 'train-{000000..000009}.tar'
+    pipeline pack list.csv 'listed/train-{000000..000009}.tar'
     pipeline pack 'train-{000000..000009}.tar' 'tenth/train-000000.tar' --fraction 0.1
     """
     from storage.pack import pack as run
@@ -96,13 +106,15 @@ def _shards_of_project(source: str) -> str:
 @wanted
 @common
 def precompute(store: str, wanted: Wanted | dict[str, Wanted], as_json: bool) -> None:
-    """Run a teacher once over shards and keep its targets. The same command goes on where it was.
+    """Run a teacher once over shards and keep its targets.
 
-    Without --teacher, all teachers of the project file, one after another.
+    The same command goes on where it was. Without --teacher, all teachers of the project file, one after another.
 
     \b
     pipeline precompute --teacher mobilenetv2 --weights mobilenetv2.safetensors --shards 'train-{000000..000009}.tar' \\
       --store S --view-policy light --view-size 32 --target activations,grid=8,codec=u8
+    pipeline precompute --teacher vit_tiny --weights vit_tiny.safetensors --shards 'train-{000000..000009}.tar' \\
+      --store S --target embedding
     """
     from precompute.run import precompute as run
     from storage.store import Store
@@ -131,9 +143,10 @@ def precompute(store: str, wanted: Wanted | dict[str, Wanted], as_json: bool) ->
               metavar="N", help="Images a second that a training is to read.")  # fmt: skip
 @common
 def plan(store: str, wanted: Wanted | dict[str, Wanted], measure: float, train_rate: float, as_json: bool) -> None:
-    """Say what `precompute` with the same flags would take: bytes, objects, hours, and what would be cheaper.
+    """Say what `precompute` with the same flags would take.
 
-    The engine runs for about a minute a teacher beside the store; nothing is left behind.
+    Bytes, objects, hours, and what would be cheaper. The engine runs for about a minute a teacher beside the store;
+    nothing is left behind.
 
     \b
     pipeline plan --teacher mobilenetv2 --weights mobilenetv2.safetensors --shards 'train-{000000..000009}.tar' \\
@@ -166,7 +179,9 @@ def plan(store: str, wanted: Wanted | dict[str, Wanted], measure: float, train_r
 @reads(store="store", shards="shards")
 @common
 def inspect(store: str, sample: str | None, shards: tuple[str, ...], out: Path | None, as_json: bool) -> None:
-    """Say what is in a store: teachers, banks, targets, how much of each is complete, and its size.
+    """Say what is in a store, or draw a sample of it.
+
+    Teachers, banks, targets, how much of each is complete, and its size.
 
     With --sample, draw what is stored of one sample: its image with the crops of its views (six at most), each view as
     the teachers saw it, and each target over it.
@@ -212,10 +227,10 @@ def inspect(store: str, sample: str | None, shards: tuple[str, ...], out: Path |
 def verify(
     store: str, shards: tuple[str, ...], samples: int, full: bool, weights: tuple[str, ...], as_json: bool
 ) -> None:
-    """Check every byte of a store, and that shards still give the pixels and the targets that it holds.
+    """Check every byte of a store, its pixels and targets.
 
-    Targets are compared with the live PyTorch teacher where its weights are at hand, else with the stored graph.
-    Exit status 1 if anything is wrong; nothing is changed.
+    Shards have to give the pixels and the targets that it holds. Targets are compared with the live PyTorch teacher
+    where its weights are at hand, else with the stored graph. Exit status 1 if anything is wrong; nothing is changed.
 
     \b
     pipeline verify --store S --shards 'train-{000000..000009}.tar'

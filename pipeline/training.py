@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline.console import Console, show
-from pipeline.options import common, shards, store
+from pipeline.options import Hinted, common, shards, store
 from pipeline.project import over, reads
+from storage.errors import UserError
 
 if TYPE_CHECKING:
     from student.config import Recipe
 
 
 @click.command()
-@click.option("--recipe", required=True, help="A recipe's name (scratch, aal, …) or a YAML file.")
+@click.option("--recipe", required=True, type=Hinted("`pipeline recipes` lists them."),
+              help="A recipe's name (scratch, aal, …) or a YAML file.")  # fmt: skip
 @shards("--shards", help="Training shards.")
 @shards("--val", help="Validation shards.")
 @click.option("--store", metavar="DIR", help="The store with the targets; without one, views are drawn afresh.")
@@ -43,10 +45,10 @@ def train(
     device: str,
     as_json: bool,
 ) -> None:
-    """Train a student by a recipe, with targets from a store where the recipe needs them.
+    """Train a student by a recipe.
 
-    Recipes: aal, advit-l1, attention-distill, deit-hard, deit-soft, fine-tune, scratch; what they can say is in
-    docs/recipes.md.
+    Targets come from a store where the recipe needs them. Recipes: aal, advit-l1, attention-distill, deit-hard,
+    deit-soft, fine-tune, scratch; what they can say is in docs/recipes.md.
 
     The same command with --resume goes on where a run was cut off. On several GPUs or processes:
     torchrun --nproc-per-node N -m pipeline train …
@@ -102,26 +104,26 @@ def train(
 @reads(shards="val")
 @common
 def evaluate(run: Path, shards: tuple[str, ...], checkpoint: str, device: str, as_json: bool) -> None:
-    """Accuracy of a run's student over shards, every sample once, on the evaluation view of its policy.
+    """Accuracy of a run's student over shards.
+
+    Every sample counts once, on the evaluation view of the policy that the student was trained under.
 
     \b
-    pipeline evaluate run --shards 'val-{000000..000001}.tar'
+    pipeline evaluate run --shards train-val-000000.tar
     """
     from storage.policies import policy
-    from storage.shards import cached_index, classes_of, expand
+    from storage.shards import cached_index, expand, require_classes
 
     urls = expand(shards)
 
-    from storage.errors import IdentityError
     from student.evaluate import evaluate as score_of
     from student.folder import is_smoke
     from student.model import load, pick_device
 
     path = _student(run, checkpoint)
     model, about = load(path)
-    names = classes_of(urls)
-    if names and about.classes and tuple(names) != about.classes:
-        raise IdentityError(f"{urls[0]}: classes.json", "classes", list(about.classes), names)
+    if about.classes:
+        require_classes(urls, about.classes)
     where = pick_device(device)
     console = Console()
     console.start("evaluating", sum(len(cached_index(url)) for url in urls))
@@ -155,7 +157,9 @@ def evaluate(run: Path, shards: tuple[str, ...], checkpoint: str, device: str, a
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @common
 def predict(run: Path, images: tuple[Path, ...], top: int, checkpoint: str, device: str, as_json: bool) -> None:
-    """What a run's student sees in images: class names and probabilities. A folder stands for the images in it.
+    """What a run's student sees in images.
+
+    Class names and probabilities; a folder stands for the images in it.
 
     \b
     pipeline predict run photos/cat/1.jpg photos/dog
@@ -189,9 +193,10 @@ def predict(run: Path, images: tuple[Path, ...], top: int, checkpoint: str, devi
 @reads(shards="val")
 @common
 def export(run: Path, shards: tuple[str, ...], out: Path | None, checkpoint: str, as_json: bool) -> None:
-    """Write a run's student as an ONNX graph, from uint8 images [B, S, S, 3] to logits [B, K], checked on real images.
+    """Write a run's student as an ONNX graph.
 
-    Class names, view size and evaluation view are in its metadata.
+    From uint8 images [B, S, S, 3] to logits [B, K], checked on real images. Class names, view size and evaluation
+    view are in its metadata.
 
     \b
     pipeline export run --shards train-val-000000.tar
@@ -204,8 +209,15 @@ def export(run: Path, shards: tuple[str, ...], out: Path | None, checkpoint: str
 
 
 def _student(run: Path, checkpoint: str) -> Path:
-    """The file of a run's student; a file stands for itself."""
-    return run / f"{checkpoint}.safetensors" if run.is_dir() or not run.suffix else run
+    """The file of a run's student; a file stands for itself. Raises UserError: the run has others, not this one."""
+    path = run / f"{checkpoint}.safetensors" if run.is_dir() or not run.suffix else run
+    others = [name for name in ("last", "best", "ema") if (run / f"{name}.safetensors").is_file()]
+    if others and not path.exists():
+        why = " (an average is kept with --set ema=0.999)" if checkpoint == "ema" else ""
+        raise UserError(
+            f"{run} has no student {checkpoint!r}{why}; it has {', '.join(others)}: --checkpoint {others[0]}"
+        )
+    return path
 
 
 @click.command("fit-teacher")
@@ -237,9 +249,10 @@ def fit_teacher(
     device: str,
     as_json: bool,
 ) -> None:
-    """Fit a linear head for the shards' classes on what a teacher saw, and write both out as a new teacher.
+    """Fit a head for your classes on what a teacher saw.
 
-    Features and mixed labels come from the store, class names from classes.json beside the shards.
+    The head is linear; network and head are written out as a new teacher. Features and mixed labels come from the
+    store, class names from classes.json beside the shards.
 
     \b
     pipeline fit-teacher --store S --teacher vit_tiny --shards 'train-{000000..000009}.tar' \\

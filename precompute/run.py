@@ -73,8 +73,8 @@ def prepare(store: Store, wanted: Wanted, progress: Progress) -> Job:
     Raises:
         UserError: as its parts do.
     """
-    manifest = targets.record_teacher(store, wanted.teacher)
     known, policy, views = settle(store, wanted)
+    manifest = targets.record_teacher(store, wanted.teacher)
     store.add_bank(policy.bank, policy.identity, banks.describe(policy))
 
     def images() -> Any:

@@ -51,7 +51,7 @@ def open_session(graph: bytes, provider: str = "auto", threads: int | None = Non
     if provider == "cuda" and not have_cuda:
         raise UserError(
             "--provider cuda: this onnxruntime has no CUDA; install this package with the extra `gpu` in place of "
-            "`cpu`, or use auto"
+            "`cpu`, or say --provider auto"
         )
     wanted: list[Any] = [cuda] if have_cuda and provider in ("cuda", "auto") else []
     try:

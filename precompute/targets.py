@@ -184,7 +184,10 @@ def _identity(teacher: Teacher, manifest: Record, wish: Wish, policy: Policy) ->
     if needs and not manifest["layers"]:
         raise UserError(f"teacher {manifest['id']} is neither a CNN with stages nor a plain ViT: no {wish.tap}")
     if needs and manifest["network"] != needs:
-        raise UserError(f"teacher {manifest['id']} is a {manifest['network']}, {wish.tap} needs a {needs}")
+        raise UserError(
+            f"teacher {manifest['id']} is a {manifest['network']}, {wish.tap} needs a {needs}; "
+            "what each gives: pipeline teachers NAME"
+        )
     if TAPS[wish.tap].layered and (wish.tap != "tokens" or wish.layers):  # without layers: after the final norm
         layers = list(layer_numbers(wish.layers, manifest["layers"], manifest["id"]))
     grid = wish.grid

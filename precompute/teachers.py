@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -90,8 +90,11 @@ def find(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     called: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Teacher:
     """The teacher of a short name or any timm name; what is not given comes from timm's record of the weights.
+
+    `say` is told when timm's hub is asked: without a network it tries for most of a minute.
 
     Raises:
         UserError: an unknown name, a weights file that is not there, a size, mean/std or argument that makes no sense.
@@ -117,6 +120,7 @@ def find(
                 "--teacher-arg num_classes: timm would give the hub's weights a new, random head; give a file of a "
                 "network that was trained for these classes: --weights F"
             )
+        say(f"weights of {model} from timm's hub")
         digest, classes = _digest_of_hub(model, arguments or {}), None
     if input_size is not None and not 8 <= input_size <= 4096:
         raise UserError(f"--input-size {input_size}: expected 8 to 4096")
@@ -137,7 +141,10 @@ def find(
 def _three(values: Sequence[float], what: str) -> tuple[float, float, float]:
     several = tuple(float(v) for v in values) * (3 if len(values) == 1 else 1)
     if len(several) != 3 or not all(map(math.isfinite, several)) or (what == "std" and min(several) <= 0):
-        raise UserError(f"--{what}: expected one number or three, separated by commas{' (above 0)' * (what == 'std')}")
+        raise UserError(
+            f"--{what}: expected one number or three, separated by commas{' (above 0)' * (what == 'std')}, "
+            f"found {', '.join(map(str, values))}"
+        )
     return several
 
 
@@ -186,10 +193,13 @@ def load(teacher: Teacher) -> nn.Module:
     if isinstance(patch, tuple) and any(teacher.input_size % side for side in patch):
         raise UserError(
             f"teacher {teacher.name}: an input of {teacher.input_size} pixels is no multiple of its patches of "
-            f"{patch[0]}; say --input-size N"
+            f"{patch[0]}; say --input-size {patch[0] * max(1, round(teacher.input_size / patch[0]))}"
         )
     if teacher.weights is not None:
-        load_weights(model, teacher.weights)
+        try:
+            load_weights(model, teacher.weights)
+        except UserError as error:
+            raise UserError(f"teacher {teacher.name}: {error}") from None
     return model.eval().float().requires_grad_(False)
 
 
@@ -201,7 +211,9 @@ def _create(model: str, arguments: dict[str, Any], *, pretrained: bool) -> nn.Mo
     except Exception as error:  # timm and the hub raise many kinds
         what = "its weights cannot be had from timm's hub" if pretrained else "cannot be made"
         advice = "\n  Give a file: --weights F" if pretrained else ""
-        raise UserError(f"teacher {model} {arguments or ''}: {what}: {first_line(error)}{advice}") from None
+        raise UserError(
+            f"teacher {model}{f' {arguments}' if arguments else ''}: {what}: {first_line(error)}{advice}"
+        ) from None
     return made
 
 

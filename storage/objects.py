@@ -269,7 +269,10 @@ def networked() -> Iterator[None]:
         raise
     except Exception as error:
         if "Credentials" in type(error).__name__:
-            raise UserError(f"no credentials for this place: {error}") from None
+            raise UserError(
+                f"no credentials for this place: {error}; give them as its service wants them, for s3:// in "
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or in ~/.aws"
+            ) from None
         raise ConnectionError(f"{type(error).__name__}: {error}") from error
 
 

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import bz2
 import contextlib
-import csv
 import dataclasses
 import functools
 import gzip
 import io
 import json
 import lzma
-import os
 import re
 import tempfile
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -27,10 +25,9 @@ from typing import IO, Any
 from storage.errors import UserError
 from storage.objects import is_remote, read_range
 from storage.shards import braces, classes_of, expand
-from storage.tars import IMAGES, as_sample, closing_zeros, compression, label_of, members, open_file, size_of
+from storage.sources import Files, class_folders, kind_of, listed
+from storage.tars import as_sample, closing_zeros, compression, label_of, members, open_file, size_of
 from storage.views import generator
-
-_GOOD_LIST = "  path,label\n  cats/1.jpg,cat\n  dogs/2.jpg,dog"
 
 
 @dataclass(frozen=True)
@@ -69,8 +66,10 @@ def pack(
     Raises:
         UserError: nothing to pack, files that would be overwritten, names too few or too many.
     """
-    if not 0 < fraction <= 1 or not 0 <= val_fraction < 1:
-        raise UserError("--fraction is more than 0 and at most 1, --val-fraction is from 0 to less than 1")
+    if not 0 < fraction <= 1:
+        raise UserError(f"--fraction {fraction:g}: expected more than 0 and at most 1; 0.1 is a tenth")
+    if not 0 <= val_fraction < 1:
+        raise UserError(f"--val-fraction {val_fraction:g}: expected 0 to less than 1; 0.1 is a tenth")
     if per_shard is not None and per_shard < 1:
         raise UserError(f"--per-shard {per_shard}: expected 1 or more")
     with contextlib.ExitStack() as stack:
@@ -126,11 +125,15 @@ def _sources(
     if listing and not folder.is_dir():
         if len(patterns) > 1 or is_remote(listing):
             raise UserError(f"{listing}: a CSV is packed alone, and from a local folder")
-        return _listed(folder, say)
+        files, names = listed(folder, say)
+        return _files(files), names
     if len(patterns) == 1 and folder.is_dir():
         urls = sorted(map(str, folder.glob("*.tar")))
         if not urls:
-            return _class_folders(folder)
+            files, classes = class_folders(folder, say)
+            return _files(files), classes
+    elif len(patterns) == 1 and not folder.exists() and re.fullmatch(r"[^*?\[{:]+(?<!\.tar)", patterns[0]):
+        raise UserError(f"{folder}: no such folder, list or shard; give one with one folder of images a class")
     else:
         urls = expand(patterns)
     scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pack-")))
@@ -146,29 +149,7 @@ def _sources(
     return sources, classes_of(urls)
 
 
-def _class_folders(folder: Path) -> tuple[list[Source], list[str]]:
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    files: list[tuple[Path, Path, int | None]] = []
-    for label, name in enumerate(classes):
-        before = len(files)
-        for path in sorted((folder / name).rglob("*")):
-            within = path.relative_to(folder)
-            if not any(part.startswith(".") for part in within.parts) and _kind(path) in IMAGES and path.is_file():
-                files.append((path, within, label))
-        if len(files) == before:
-            raise UserError(f"{folder / name}: a class folder without images; remove it or fill it")
-    if not files:
-        raise UserError(
-            f"{folder}: no images found; expected one folder a class: {folder}/CLASS/IMAGE.{{{','.join(IMAGES)}}}"
-        )
-    return _files(files), classes
-
-
-def _kind(path: Path) -> str:
-    return path.suffix.lower().lstrip(".")
-
-
-def _files(files: Iterable[tuple[Path, Path, int | None]]) -> list[Source]:
+def _files(files: Files) -> list[Source]:
     """The sources that (file, what its key is made of, label) are."""
     sources: list[Source] = []
     taken: set[str] = set()
@@ -179,7 +160,7 @@ def _files(files: Iterable[tuple[Path, Path, int | None]]) -> list[Source]:
             number += 1
             key = f"{plain}-{number}"
         taken.add(key)
-        sources.append(Source(key, label, functools.partial(_load_file, path, _kind(path), label)))
+        sources.append(Source(key, label, functools.partial(_load_file, path, kind_of(path), label)))
     return sources
 
 
@@ -189,112 +170,6 @@ def _load_file(path: Path, kind: str, label: int | None) -> dict[str, bytes]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
     return {kind: image} if label is None else {kind: image, "cls": str(label).encode()}
-
-
-def _listed(listing: Path, say: Callable[[str], None]) -> tuple[list[Source], list[str] | None]:
-    """The images that a CSV lists. Paths are relative to its folder, or absolute."""
-    rows = _rows(listing, say)
-    labels, classes = _labels(listing, rows, say)
-    files: list[tuple[Path, Path, int | None]] = []
-    lines: dict[str, int] = {}
-    for (line, text, _), label in zip(rows, labels, strict=True):
-        where, path = f"{listing}, line {line}", listing.parent / text
-        if _kind(path) not in IMAGES:
-            raise UserError(f"{where}: {text[:200]!r} is no image that is read; expected one of {', '.join(IMAGES)}")
-        try:
-            there = path.is_file()
-        except OSError as error:
-            raise UserError(f"{where}: {text[:200]!r} cannot be opened: {error.strerror or error}") from None
-        if not there:
-            raise UserError(f"{where}: there is no file {path}; paths are relative to the CSV's folder, or absolute")
-        within = os.path.relpath(path, listing.parent)
-        if within in lines:
-            raise UserError(f"{where}: {text!r} is there already, in line {lines[within]}; remove one of the two")
-        lines[within] = line
-        files.append((path, Path(*(part for part in Path(within).parts if part != "..")), label))
-    return _files(files), classes
-
-
-def _rows(listing: Path, say: Callable[[str], None]) -> list[tuple[int, str, str | None]]:
-    """(line, path, label) of each row of a CSV; no label where there is no such column."""
-    with open_file(str(listing)) as file:
-        reader = csv.reader(_lines(file, listing), strict=True, skipinitialspace=True)
-        rows: list[tuple[int, str, str | None]] = []
-        try:
-            header = [name.strip().lower() for name in next(reader, [])]
-            if header.count("path") != 1 or header.count("label") > 1:
-                found = f"found {','.join(header)[:200]!r}" if reader.line_num else "the file is empty"
-                raise UserError(f"{listing}, line 1: the first line names the columns; {found}, expected\n{_GOOD_LIST}")
-            for row in reader:
-                where = f"{listing}, line {reader.line_num}"
-                if not "".join(row).strip() and len(row) < 2:
-                    continue  # an empty line
-                if len(row) > len(header):
-                    raise UserError(
-                        f"{where}: {len(row)} fields, but the header names {len(header)}; "
-                        'a path or a label with a comma in it goes between "…"'
-                    )
-                fields = dict(zip(header, row, strict=False))
-                label = fields.get("label", "").strip() if "label" in header else None
-                if not fields.get("path"):
-                    raise UserError(f"{where}: no path in it; give one or remove the line")
-                if label == "":
-                    raise UserError(f"{where}: no label in it; label every row, or leave the column out")
-                rows.append((reader.line_num, fields["path"], label))
-        except csv.Error as error:
-            where = f"{listing}, line {reader.line_num}"
-            raise UserError(f"{where}: not CSV: {error}; expected lines such as\n{_GOOD_LIST}") from None
-    if not rows:
-        raise UserError(f"{listing}: no images in it; expected lines such as\n{_GOOD_LIST}")
-    if others := [name for name in header if name not in ("path", "label")]:
-        say(f"{listing}: other columns are not packed: {', '.join(others)}")
-    if "label" not in header:
-        say(f"{listing}: no column is called label, so the shards have no labels")
-    return rows
-
-
-def _lines(file: IO[bytes], listing: Path) -> Iterator[str]:
-    for number, line in enumerate(file, 1):
-        if b"\0" in line:
-            raise UserError(f"{listing}, line {number}: a NUL byte in it; save the list as UTF-8 text")
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{listing}, line {number}: not UTF-8 ({error.reason}); save the list as UTF-8") from None
-
-
-def _labels(
-    listing: Path, rows: list[tuple[int, str, str | None]], say: Callable[[str], None]
-) -> tuple[list[int | None], list[str] | None]:
-    """The number of each row's label, and the names of all labels.
-
-    The names are those of `classes.json` beside the CSV; without it the sorted labels, where they are not the numbers
-    0 to K−1 themselves.
-    """
-    texts = {label for _, _, label in rows if label is not None}
-    if not texts:
-        return [None] * len(rows), None
-    known = classes_of([str(listing)])
-    places = {name: i for i, name in enumerate(known or sorted(texts))}
-    integers = all(re.fullmatch(r"0|[1-9][0-9]{0,8}", text) for text in texts)
-    if integers and known:
-        if odd := next((text for text in sorted(texts) if places.get(text, int(text)) != int(text)), None):
-            raise UserError(
-                f"{listing}: label {odd} may be the number of a class, or the name of class {places[odd]} in the "
-                "classes.json beside it; give names that are no numbers"
-            )
-        places = {str(i): i for i in range(len(known))}
-    elif integers and {int(text) for text in texts} == set(range(len(texts))):
-        places = {str(i): i for i in range(len(texts))}
-    elif all(re.fullmatch(r"[+-]?[0-9]+", text) for text in texts) and not known:
-        say(f"{listing}: its labels are numbers, but not 0 to {len(texts) - 1}: they count as names, see classes.json")
-    for line, _, label in rows:
-        if label is not None and label not in places:
-            raise UserError(
-                f"{listing}, line {line}: label {label!r} is not in the classes.json beside the CSV, "
-                f"which has {len(places)} classes; mend one of the two"
-            )
-    return [None if label is None else places[label] for _, _, label in rows], known or list(places)
 
 
 def _uncompressed(url: str, scratch: Path) -> str:
@@ -378,7 +253,7 @@ def _cut(sources: list[Source], names: list[str], per_shard: int | None, seed: i
             "name(s); widen the braces or raise --per-shard"
         )
     if count > len(sources):
-        raise UserError(f"{len(sources)} samples cannot fill {count} shards; give fewer names")
+        raise UserError(f"{len(sources)} samples cannot fill {count} shards; give fewer names in the braces")
     bounds = [
         len(sources) * i // count if per_shard is None else min(i * per_shard, len(sources)) for i in range(count + 1)
     ]
@@ -389,14 +264,19 @@ def _refuse_overwriting(names: list[str], classes: list[str] | None) -> None:
     for name in names:
         if is_remote(name):
             raise UserError(f"{name}: shards are written to a local folder; copy them from there")
-        if not name.endswith(".tar"):
-            raise UserError(f"{name}: shards are called NAME.tar")
+        if not name.endswith(".tar") or "*" in name:
+            raise UserError(
+                f"{name}: new shards are called NAME.tar, several by braces: 'train-{{000000..000009}}.tar'"
+            )
         if Path(name).exists():
-            raise UserError(f"{name}: is there already; shards are never overwritten")
+            raise UserError(f"{name}: is there already; shards are never overwritten. Give other names, or remove it")
     for folder in {Path(name).parent for name in names}:
         there = classes_of([str(folder / "x.tar")])
         if there is not None and there != classes:
-            raise UserError(f"{folder}/classes.json: is there already with other classes; give another folder")
+            raise UserError(
+                f"{folder}/classes.json: is there already with other classes, of other shards; give names in a "
+                f"folder of their own, such as new/{Path(names[0]).name}"
+            )
     for name in classes or []:
         if any("\ud800" <= sign <= "\udfff" for sign in name):  # how Python keeps bytes that are not UTF-8
             raise UserError(f"class {name!r}: its name is not UTF-8; rename it")

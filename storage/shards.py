@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -150,29 +151,57 @@ def _existing(url: str, pattern: str) -> list[str]:
     if path.is_dir():
         raise UserError(_folder_hint(path))
     if path.exists():
+        if _is_image(path):
+            raise UserError(f"{path} is an image; shards are tar files. {_pack_hint(path.parent.parent)}")
+        if path.suffix.lower() == ".csv":
+            raise UserError(f"{path} is a list; shards are tar files. {_pack_hint(path)}")
         return [str(path)]
+    there = sorted(p.name for p in path.parent.glob("*.tar")) if path.parent.is_dir() else []
     if any(c in str(path) for c in "*?["):
         found = sorted(glob.glob(str(path)))  # noqa: PTH207
         if found:
             return found
-        raise UserError(f"{pattern}: no file matches")
-    there = [p.name for p in path.parent.glob("*.tar")] if path.parent.is_dir() else []
-    hint = nearest(path.name, there) if there else f"There are no tars in {path.parent.absolute()}."
+        raise UserError(f"{pattern}: no file matches. {_there(path, there)}")
+    names = braces(pattern) if "::" not in pattern else []
+    few = [name for name in names if Path(name).name in there]
+    hint = f"{len(few)} of its {len(names)} names are there, the last is {few[-1]!r}." if few else _there(path, there)
     raise UserError(f"{path}: no such shard (asked for by {pattern!r}). {hint}")
+
+
+def _there(path: Path, tars: Sequence[str]) -> str:
+    return nearest(path.name, tars) if tars else f"There are no tars in {path.parent.absolute()}."
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower().lstrip(".") in IMAGES
 
 
 def _folder_hint(path: Path) -> str:
     tars = sorted(path.glob("*.tar"))
     if tars:
         return f"{path} is a folder of tars; name them: --shards {shlex.quote(f'{path}/*.tar')}"
-    images = sum(1 for f in path.glob("*/**/*") if f.suffix.lower().lstrip(".") in IMAGES)
-    if not images:
-        return f"{path} is a folder, with neither tars nor class folders of images in it; shards are tar files"
+    images = sum(map(_is_image, path.glob("*/**/*")))
+    if images:
+        return (
+            f"{path} is a folder of class folders ({images} images); shards are tar files. {_pack_hint(path, images)}"
+        )
+    if any(map(_is_image, path.iterdir())):
+        return (
+            f"{path} is a folder of images; shards are tar files, made of one folder a class. Pack the folder that "
+            f"holds the class folders, such as\n  pipeline pack {shlex.quote(str(path.parent))} train-000000.tar"
+        )
+    return f"{path} is a folder, with neither tars nor class folders of images in it; shards are tar files"
+
+
+def _pack_hint(source: Path, images: int = 0) -> str:
+    """The commands that make shards of a folder or a list, and what they are then called."""
     last = max(0, -(-images // 1000) - 1)
-    out = shlex.quote(f"{path.resolve().name}-{{000000..{last:06d}}}.tar")
+    stem = re.sub(r"[^\w-]", "_", source.resolve().stem) or "train"
+    numbers = f"{{000000..{last:06d}}}" if last else "000000"
+    out = shlex.quote(f"{stem}-{numbers}.tar")
     return (
-        f"{path} is a folder of class folders ({images} images); shards are tar files. Pack it first:\n"
-        f"  pipeline pack {shlex.quote(str(path))} {out}\n  and then give --shards {out}"
+        f"Pack it first:\n  pipeline pack {shlex.quote(str(source))} {out} --val-fraction 0.1\n"
+        f"  and then give --shards {out} (and to train --val '{stem}-val-*.tar')"
     )
 
 
@@ -199,6 +228,23 @@ def classes_of(urls: Iterable[str]) -> list[str] | None:
     if any(other != lists[0] for other in lists):
         raise UserError(f"the shards' class lists differ: {', '.join(found)}; training needs one list")
     return lists[0] if lists else None
+
+
+def require_classes(urls: Sequence[str], expected: Sequence[str]) -> None:
+    """Refuse shards whose class list is there and is another one. Raises IdentityError."""
+    found = classes_of(urls)
+    if found is None or found == list(expected):
+        return
+    where = f"{folder_of(urls[0])[0].rstrip('/')}/classes.json"
+    do = "Give shards of the same classes, such as those that `pipeline pack … --val-fraction 0.1` cuts off."
+    if len(found) == len(expected):
+        at = next(i for i, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b)
+        raise IdentityError(where, f"class {at}", repr(expected[at]), repr(found[at]), do)
+    raise IdentityError(where, "classes", _few(expected), _few(found), do)
+
+
+def _few(names: Sequence[str]) -> str:
+    return f"{len(names)} ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})"
 
 
 def build_index(url: str) -> ShardIndex:

@@ -80,7 +80,7 @@ class Store:
                 raise DamageError(f"{objects.url}/zarr.json: missing: the root of the store is gone") from None
             raise UserError(f"{objects.url}: there is no store here; `pipeline precompute` makes one") from None
         except (NotADirectoryError, IsADirectoryError):
-            raise UserError(f"{objects.url}: not a folder, so not a store") from None
+            raise UserError(f"{objects.url}: not a folder, so not a store; give a folder: --store DIR") from None
         if root != _ROOT:
             newer = re.search(rb'"teacher_store":\{"format":(\d+)\}', root)
             if newer and int(newer[1]) > FORMAT:

@@ -74,7 +74,10 @@ def load_weights(model: nn.Module, path: str) -> None:
     problems = misfits({name: tuple(t.shape) for name, t in model.state_dict().items()},
                        {name: tuple(t.shape) for name, t in state.items()})  # fmt: skip
     if problems:
-        raise UserError(f"{path}: does not fit {type(model).__name__}: {problems}")
+        raise UserError(
+            f"{path}: does not fit {type(model).__name__}: {problems}\n"
+            "  Give this network's own weights, or the arguments that theirs was made with: --teacher-arg NAME=VALUE"
+        )
     model.load_state_dict(state, strict=True)
 
 
@@ -126,7 +129,9 @@ def read_weights(path: str) -> dict[str, Tensor]:
         else:
             with Path(path).expanduser().open("rb") as file:
                 if file.read(2) not in (b"PK", *(b"\x80" + bytes([protocol]) for protocol in range(1, 6))):
-                    raise UserError(f"{path}: not a file of weights: neither safetensors nor what torch.save writes")
+                    raise UserError(
+                        f"{path}: not a file of weights: neither safetensors nor what torch.save writes; give one"
+                    )
             state = torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True)
             for wrapper in ("model", "state_dict"):
                 if isinstance(state, dict) and isinstance(state.get(wrapper), dict):

@@ -131,7 +131,10 @@ def align_activations(loss: str, given: Given, student: Shape) -> Row:
             f"{student.grid}x{student.grid}; stored maps are never resampled: precompute with grid={student.grid}"
         )
     if "class" not in student.prefix:
-        raise UserError(f"{loss}: the student has no class token, so no class rows to link")
+        raise UserError(
+            f"{loss}: the student has no class token, so no class rows to link; take one that has, such as "
+            "--set student.model=vit_tiny_patch16_224"
+        )
     stages = " + ".join(str(stage["channels"]) for stage in manifest["stages"])
     dropped = ", ".join(student.prefix)
     return Row(
@@ -286,7 +289,9 @@ class Rows(nn.Module):
         if self.which == "class":
             for side, roles in (("student", mine), ("teacher", theirs)):
                 if "class" not in roles:
-                    raise UserError(f"{self.loss}: the {side} has no class token, so it has no class rows")
+                    raise UserError(
+                        f"{self.loss}: the {side} has no class token, so it has no class rows; take one that has"
+                    )
         counts, others = Counter(mine), Counter(theirs)
         kept = {role for role in counts if counts[role] == others[role]}  # registers only where both have as many
         dropped = [

@@ -170,7 +170,10 @@ def _of_tap(store: Store, need: Need, tap: str, manifests: Mapping[str, Record],
         kept = [id for id in fits if of(id) == wished]
         if not kept:
             there = sorted({str(of(id)) for id in fits})
-            hint = nearest(wished, there) if isinstance(wished, str) else ""
+            hint = nearest(wished, there) if isinstance(wished, str) else (
+                f"Keep this grid: pipeline precompute … --target {tap},grid={wished}; or give the student "
+                f"{' or '.join(there)} patches a side: --set student.img_size=N --set student.patch_size=M"
+            )  # fmt: skip
             raise IdentityError(f"{store.url}: targets of tap {tap}", field, wished, ", ".join(there), hint)
         fits = kept
     within = [id for id in fits if _bank(manifests[id]) in banks]

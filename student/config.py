@@ -61,7 +61,7 @@ class Student(_Section):
     @model_validator(mode="after")
     def _one_source(self) -> Student:
         if self.pretrained and self.weights:
-            raise ValueError("pretrained and weights are both given; choose one")
+            raise ValueError("pretrained and weights are both given; choose one: --set student.pretrained=false")
         if self.init != ("*",) and not (self.pretrained or self.weights):
             raise ValueError("init chooses among given weights: say pretrained=true or weights=FILE")
         return self

@@ -38,11 +38,17 @@ def require_free(out: Path) -> None:
     """Refuse a folder that holds anything but a smoke run. Raises UserError."""
     if not out.exists():
         return
+    if not out.is_dir():
+        raise UserError(f"{out}: a file, not a folder; give another --out")
     there = sorted(path.name for path in out.iterdir())
     if there and not is_smoke(out):
+        if not {"args.yaml", CHECKPOINT, RESULT} & {*there}:
+            raise UserError(f"{out}: there is something else in this folder ({there[0]}, …); give a new one: --out RUN")
         kept = CHECKPOINT in there or never_kept(out)
         hint = "; to go on with it, add --resume" if kept else ""
-        raise UserError(f"{out}: there is a run in this folder already{hint}; give a new one")
+        raise UserError(
+            f"{out}: there is a run in this folder already{hint}; for another, give a new folder: --out RUN"
+        )
     foreign = [name for name in there if name not in _LEFT]
     if foreign:
         raise UserError(

@@ -50,7 +50,10 @@ def find_targets(
     needs = needs_of(recipe, model)
     if store is None:
         if needs:
-            raise UserError(f"{needs[0].loss} needs stored targets ({needs[0].words}): give --store DIR")
+            raise UserError(
+                f"{needs[0].loss} needs stored targets ({needs[0].words}): give --store DIR, "
+                f"which `pipeline precompute --teacher NAME --target {needs[0].taps[0][0]} --store DIR …` fills"
+            )
         return None, {}
     bank, targets = choose(store, shards, needs, recipe.stream.bank)
     return bank, {loss: tuple(given_of(store, target) for target in several) for loss, several in targets.items()}

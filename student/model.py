@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,10 @@ from torch import nn
 
 from precompute.taps import takes_image_size, timm
 from storage.errors import UserError, nearest
+from storage.weights import first_line
 from student import config
 
+_USUAL = "vit_tiny_patch16_224"
 _ARGUMENTS = (
     "img_size", "patch_size", "embed_dim", "depth", "num_heads", "global_pool", "drop_path_rate", "drop_rate",
     "proj_drop_rate", "attn_drop_rate",
@@ -44,11 +47,17 @@ def build(settings: config.Student, num_classes: int) -> tuple[nn.Module, dict[s
     if not timm.is_model(settings.model):
         known = timm.list_models()
         longer = min((name for name in known if name.startswith(settings.model)), key=len, default=None)
-        hint = f"Did you mean {longer!r}?" if longer else nearest(settings.model, known)
+        family = [name for name in known if name.split("_")[0] == settings.model.split("_")[0]]
+        close = difflib.get_close_matches(settings.model, family or known, cutoff=0.5)
+        hint = nearest(settings.model, close) if close else f"One that it has: {_USUAL!r}."
+        hint = f"Did you mean {longer!r}?" if longer else hint
         raise UserError(f"student.model: timm has no {settings.model!r}. {hint}")
     arguments = {name: getattr(settings, name) for name in _ARGUMENTS if getattr(settings, name) is not None}
     if settings.embed_dim and settings.num_heads and settings.embed_dim % settings.num_heads:
-        raise UserError(f"student: embed_dim {settings.embed_dim} is no multiple of num_heads {settings.num_heads}")
+        raise UserError(
+            f"student: embed_dim {settings.embed_dim} is no multiple of num_heads {settings.num_heads}; "
+            f"change one of them, such as --set student.embed_dim={settings.num_heads * 64}"
+        )
     if not takes_image_size(settings.model):
         arguments.pop("img_size", None)
     arguments["num_classes"] = num_classes
@@ -56,7 +65,10 @@ def build(settings: config.Student, num_classes: int) -> tuple[nn.Module, dict[s
     embed = getattr(model, "patch_embed", None)
     for side, patch in zip(getattr(embed, "img_size", None) or (), getattr(embed, "patch_size", ()), strict=False):
         if side % patch:
-            raise UserError(f"student: img_size {side} is no multiple of the patch size {patch} of {settings.model}")
+            raise UserError(
+                f"student: img_size {side} is no multiple of the patch size {patch} of {settings.model}; "
+                f"change one of them, such as --set student.img_size={patch * max(1, round(side / patch))}"
+            )
     return model, arguments
 
 
@@ -65,7 +77,10 @@ def create(model: str, arguments: dict[str, Any]) -> nn.Module:
     try:
         made: nn.Module = timm.create_model(model, pretrained=False, **arguments)
     except Exception as error:  # timm raises many kinds
-        raise UserError(f"student {model} {arguments}: cannot be made: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"student {model} {arguments}: cannot be made: {first_line(error)}; a student is a ViT of timm and its "
+            f"sizes, such as --set student.model={_USUAL}"
+        ) from None
     return made
 
 

@@ -68,7 +68,11 @@ class Order:
         self.batch, self.seed, self.lanes, self.window = batch, seed, lanes, window
         self.samples = int(self.counts.sum())
         if self.samples < batch:
-            raise UserError(f"{self.samples} samples are fewer than one batch of {batch}; lower the batch size")
+            most = 1 << max(self.samples.bit_length() - 1, 0)
+            raise UserError(
+                f"{self.samples} samples are fewer than one batch of {batch}; lower the batch size: "
+                f"--set stream.batch_size={most}"
+            )
 
     @property
     def steps(self) -> int:

@@ -31,7 +31,7 @@ def found_in(places: Sequence[Path]) -> list[Path]:
         elif place.is_file():
             files.append(place)
         else:
-            raise UserError(f"{place}: no such image or folder")
+            raise UserError(f"{place}: no such image or folder; give images, or folders of them")
     return files
 
 
@@ -68,7 +68,7 @@ def predict(
             try:
                 image = decode(file.read_bytes())
             except BadImage as error:
-                raise UserError(f"{file}: {error}") from None
+                raise UserError(f"{file}: {error}; convert it, or leave it out") from None
             except OSError as error:
                 raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None
             rendered.append(torch.from_numpy(render(image, draw(view, "", 0, image.size), view.size)))

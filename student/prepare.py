@@ -13,7 +13,7 @@ from torch import nn
 from storage.errors import IdentityError, UserError
 from storage.policies import Policy, policy
 from storage.progress import Progress
-from storage.shards import cached_index, classes_of, expand, require_labels
+from storage.shards import cached_index, classes_of, expand, require_classes, require_labels
 from storage.store import Store
 from student.align import Given, table
 from student.config import Recipe
@@ -194,8 +194,8 @@ def _control(recipe: Recipe, stream: Stream, lesson: Lesson, progress: Progress)
 def _classes(urls: list[str], val_urls: list[str], recipe: Recipe) -> tuple[tuple[str, ...] | None, int]:
     """The class names and how many there are; never guessed from labels."""
     names, val_names = classes_of(urls), classes_of(val_urls)
-    if names and val_names and names != val_names:
-        raise IdentityError("classes.json of the validation shards", "classes", names, val_names)
+    if names:
+        require_classes(val_urls, names)
     wanted = recipe.student.num_classes
     names = names or val_names
     if names is None and wanted is None:
@@ -205,4 +205,7 @@ def _classes(urls: list[str], val_urls: list[str], recipe: Recipe) -> tuple[tupl
         )
     if names is not None and wanted not in (None, len(names)):
         raise IdentityError(f"{urls[0]}: classes.json", "student.num_classes", len(names), wanted)
-    return (tuple(names) if names else None), int(wanted or len(names or ()))
+    count = int(wanted or len(names or ()))
+    if count < 2:
+        raise UserError(f"{urls[0]}: one class alone, so there is nothing to learn; pack a folder for each of several")
+    return (tuple(names) if names else None), count

@@ -170,7 +170,9 @@ class BlockReader:
             try:
                 image = decode(sample.image)
             except BadImage as error:
-                raise UserError(f"{url}: key {sample.key!r}: {error}") from None
+                raise UserError(
+                    f"{url}: key {sample.key!r}: {error}\n  Mend or remove the image and pack again"
+                ) from None
             drawn = draw(source.policy, sample.key, view, image.size, i, block)
             return drawn.mix, render(image, drawn, source.policy.size)
 

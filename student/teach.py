@@ -20,12 +20,12 @@ from torch import nn
 
 from precompute.taps import Tap
 from storage.banks import read_views
-from storage.errors import IdentityError, UserError, nearest
+from storage.errors import UserError, nearest
 from storage.markers import Task
 from storage.policies import policy
 from storage.progress import Progress
 from storage.records import Record
-from storage.shards import cached_index, classes_of, expand, require_labels
+from storage.shards import cached_index, classes_of, expand, require_classes, require_labels
 from storage.store import Store
 from storage.views import COLUMNS
 from storage.weights import digest_of_file, save_state
@@ -113,14 +113,13 @@ def fit_teacher(job: Job, progress: Progress) -> dict[str, Any]:
 
 def _classes(urls: Sequence[str], val_urls: Sequence[str]) -> tuple[str, ...]:
     """The class names of the shards: contract 10, never guessed from labels."""
-    names, val_names = classes_of(urls), classes_of(val_urls)
+    names = classes_of(urls)
     if names is None:
         raise UserError(
             f"{urls[0]}: no classes.json beside it, so the teacher's classes are not known; write their names there, "
             "a JSON list in the order of the labels (`pipeline pack` does)"
         )
-    if val_names is not None and val_names != names:
-        raise IdentityError("classes.json of the validation shards", "classes", names, val_names)
+    require_classes(val_urls, names)
     return tuple(names)
 
 

@@ -155,7 +155,7 @@ def _hub(model: str) -> dict[str, Tensor]:
     except Exception as error:  # timm and the hub raise many kinds
         raise UserError(
             f"student.pretrained: the weights of {model} cannot be had from timm's hub: {first_line(error)}\n"
-            "  Give a file: --set student.weights=F"
+            "  Give a file: --set student.pretrained=false --set student.weights=F"
         ) from None
     return state
 

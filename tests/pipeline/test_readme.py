@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from storage.codecs import Codec
 from storage.shards import build_index, read_samples
@@ -76,7 +77,7 @@ def in_timms_cache(folder: Path, name: str, weights: Path) -> None:
 
 
 def test_the_lines_from_a_folder_to_a_student_run_as_they_stand(shared, tmp_path):
-    """On a folder of class folders of real images, with fewer views and epochs than `init` wrote into the project file."""
+    """On class folders of real images; with fewer views and epochs than `init` wrote into the project file."""
     images = shared / "data" / "cifar10-test-000000.tar"
     for i, sample in enumerate(read_samples(str(images), build_index(str(images)), range(200))):
         (tmp_path / "photos" / f"class {sample.label}").mkdir(parents=True, exist_ok=True)
@@ -130,3 +131,9 @@ def test_every_relative_link_and_every_file_that_is_named_exists():
         files = re.findall(r"`((?:tests|docs|student|storage|precompute|pipeline)/[\w/]+\.(?:py|md))`", text)
         for path in [*((ROOT / name).parent / link for link in links), *(ROOT / f for f in files)]:
             assert path.exists(), (name, path)
+
+
+def test_hooks_take_the_linter_of_the_constraints():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    (ruff,) = [repo["rev"] for repo in hooks if repo["repo"].endswith("/ruff-pre-commit")]
+    assert f"ruff=={ruff.removeprefix('v')}" in (ROOT / "constraints.txt").read_text().splitlines()

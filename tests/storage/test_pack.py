@@ -337,7 +337,7 @@ def test_folders_without_images_are_refused(tmp_path):
     folder = class_folders(tmp_path / "f", {"a": 2, "b": 0})
     with pytest.raises(UserError, match=r"f/b: a class folder without images"):
         packed(folder, tmp_path / "out")
-    with pytest.raises(UserError, match="no such shard"):
+    with pytest.raises(UserError, match="no such folder, list or shard"):
         packed(tmp_path / "nowhere", tmp_path / "out")
 
 

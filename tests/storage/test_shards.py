@@ -546,7 +546,9 @@ def test_a_missing_shard_names_the_nearest_one(three):
     folder = str(Path(three[0]).parent)
     with pytest.raises(UserError, match=r"trian-000001\.tar: no such shard.*Did you mean 'train-000001\.tar'"):
         expand(f"{folder}/trian-000001.tar")
-    with pytest.raises(UserError, match=r"-000003\.tar: no such shard .*\{000000\.\.000003\}.*Did you mean"):
+    with pytest.raises(
+        UserError, match=r"-000003\.tar: no such shard .*\{000000\.\.000003\}.*3 of its 4 names are there"
+    ):
         expand(f"{folder}/train-{{000000..000003}}.tar")
     with pytest.raises(UserError, match="no tars in"):
         expand(f"{folder}/deeper/x.tar")
@@ -575,17 +577,21 @@ def test_no_shards_are_an_error():
 
 @pytest.mark.parametrize("name", ["photos", "my photos", "it's"])
 def test_a_folder_of_class_folders_answers_with_the_command_that_packs_it(tmp_path, monkeypatch, name):
-    folder = class_folders(tmp_path / name, {"cat": 3, "dog": 2})
+    folder = class_folders(tmp_path / name, {"cat": 20, "dog": 10})
     with pytest.raises(UserError) as error:
         expand(str(folder))
     message = str(error.value)
-    assert "5 images" in message
+    assert "30 images" in message
     monkeypatch.chdir(tmp_path)
-    made = pack(*command_in(message))
-    (given_then,) = shlex.split(message[message.index("--shards") :])[1:]
-    assert expand(given_then) == made["train"]
-    assert made["samples"] == {"train": 5}
-    assert len(by_us(*made["train"])) == 5
+    source, out, flag, part = command_in(message)
+    assert flag == "--val-fraction"
+    made = pack(source, out, val_fraction=float(part))
+    words = shlex.split(message.splitlines()[-1].replace("(", " ").replace(")", " "))
+    train, val = (words[words.index(name) + 1] for name in ("--shards", "--val"))
+    assert expand(train) == made["train"]
+    assert expand(val) == made["val"]
+    assert made["samples"] == {"train": 27, "val": 3}
+    assert len(by_us(*made["train"], *made["val"])) == 30
 
 
 def test_a_folder_of_tars_answers_with_the_pattern_that_names_them(three):

@@ -409,7 +409,9 @@ def test_what_cannot_be_is_refused_by_name(made, tmp_path):
     bare = [str(shutil.copy(made.shards[1], tmp_path / "bare"))]
     assert "no classes.json beside it" in refused(made, tmp_path, shards=bare)
     (tmp_path / "bare" / "classes.json").write_text('["class0", "class1"]')
-    assert "classes: expected ['class0', 'class1', 'class2']" in refused(made, tmp_path, val=single)
+    assert "classes: expected 3 (class0, class1, class2), found 2 (class0, class1)" in refused(
+        made, tmp_path, val=single
+    )
     assert "has label 2, there are classes 0 to 1" in refused(made, tmp_path, shards=bare, val=single)
 
 

@@ -207,7 +207,7 @@ def test_classes_are_never_guessed(world, tmp_path):
 def test_a_run_is_never_written_over(world, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "x").write_text("mine")
-    with pytest.raises(UserError, match="there is a run in this folder already"):
+    with pytest.raises(UserError, match=r"there is something else in this folder \(x, …\)"):
         train(job(world, tmp_path / "run", "scratch", store=None), Quiet())
 
 

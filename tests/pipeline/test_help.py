@@ -1,0 +1,129 @@
+"""What `--help` shows: the list of commands answers at once and is whole, and every example runs when it is pasted."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+
+from pipeline.cli import cli, main
+from storage.testing import synthetic_image
+from storage.views import generator
+from tests.pipeline.test_cli import ROOT
+
+AT_MOST = 0.4  # seconds
+HEAVY = ("torch", "timm", "zarr", "numpy", "onnx", "onnxruntime", "dask", "distributed", "pydantic", "rich", "PIL",
+         "webdataset", "yaml")  # fmt: skip
+# Minutes long; that its words are understood is enough, `make demo` runs it.
+PARSED_ONLY = ("demo",)
+# An order in which each finds what those before it left; `init` is last, for its project file speaks to all others.
+ORDER = ("pack", "teachers", "recipes", "plan", "precompute", "verify", "inspect", "train", "fit-teacher", "evaluate",
+         "predict", "export", "demo", "init")  # fmt: skip
+# What makes an example quick for few images, and changes nothing else.
+QUICK = {
+    "plan": ["--measure", "0"],
+    "precompute": ["--view-count", "1"],
+    "verify": ["--samples", "4"],
+    "train": [word for setting in ("stream.batch_size=16", "optim.epochs=1", "optim.warmup_epochs=0", "speed.amp=none")
+              for word in ("--set", setting)],
+}  # fmt: skip
+
+
+def examples(command: click.Command) -> list[list[str]]:
+    """The words of each command in a help text's examples; a line that ends in a backslash goes on."""
+    block = inspect.cleandoc(command.help or "").rpartition("\b\n")[2]
+    lines = block.replace("\\\n", " ").splitlines()
+    found = [shlex.split(line) for line in lines if line.startswith("pipeline ")]
+    return [words[1:] for words in found]
+
+
+def fastest(*words: str) -> float:
+    """Seconds of the quickest of five runs of a Python: the machine may be busy."""
+    seconds = []
+    for _ in range(5):
+        began = time.monotonic()
+        subprocess.run([sys.executable, *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        seconds.append(time.monotonic() - began)
+    return min(seconds)
+
+
+def test_help_takes_at_most_so_long():
+    assert fastest("-m", "pipeline", "--help") <= AT_MOST + fastest("-c", "pass")
+
+
+@pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in cli.commands)], ids=" ".join)
+def test_help_imports_nothing_heavy(words):
+    code = (
+        f"import sys\nfrom pipeline.cli import main\ntry: main({words!r})\nexcept SystemExit: pass\n"
+        f"found = set({HEAVY!r}) & set(sys.modules)\nassert not found, found"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_no_summary_is_cut_off():
+    run = subprocess.run(
+        [sys.executable, "-m", "pipeline", "--help"], cwd=ROOT, env={**os.environ, "COLUMNS": "80"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    listed = run.stdout.partition("Commands:\n")[2].splitlines()
+    assert [line.split()[0] for line in listed] == sorted(cli.commands)
+    assert not [line for line in listed if line.endswith("...")]
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder `photos` of two classes and weights under the names that the examples use."""
+    import torch
+    from safetensors.torch import save_file
+
+    from precompute.taps import timm
+    from precompute.teachers import resolve
+
+    chance = generator("photos")
+    for label, name in enumerate(("cat", "dog")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(20):
+            synthetic_image(label, chance).save(tmp_path / "photos" / name / f"{i}.jpg")
+    (tmp_path / "list.csv").write_text(
+        "path,label\n" + "".join(f"photos/{name}/{i}.jpg,{name}\n" for name in ("cat", "dog") for i in range(20))
+    )
+    torch.manual_seed(0)
+    for name in ("mobilenetv2", "vit_tiny"):
+        save_file(timm.create_model(resolve(name)[0]).state_dict(), tmp_path / f"{name}.safetensors")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_command_has_an_example_and_its_place_in_the_order():
+    assert sorted(ORDER) == sorted(cli.commands)
+    assert all(examples(command) for command in cli.commands.values())
+
+
+def test_the_examples_of_the_whole_are_understood(tmp_path, monkeypatch):
+    """They fetch weights from timm's hub, so they are not run."""
+    monkeypatch.chdir(tmp_path)
+    assert len(examples(cli)) == 4
+    for name, *words in examples(cli):
+        assert cli.commands[name].make_context(name, words)
+
+
+def test_every_example_runs_as_it_stands(photos, capsys):
+    """One after another, each in the folder that those before it left."""
+    for name in ORDER:
+        for words in examples(cli.commands[name]):
+            assert words[0] == name
+            if name in PARSED_ONLY:
+                assert cli.commands[name].make_context(name, words[1:])
+                continue
+            with pytest.raises(SystemExit) as ended:
+                main([*words, *QUICK.get(name, [])])
+            said = capsys.readouterr()
+            assert ended.value.code == 0, f"pipeline {shlex.join(words)}\n{said.err}"
