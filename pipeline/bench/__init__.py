@@ -50,7 +50,7 @@ def bench(
     folder = Path(tempfile.mkdtemp(prefix="bench-", dir=where))
     rows: list[Row] = []
     try:
-        world = World(folder, expand(shards) if shards else [], device, blocks=2 if quick else 6)
+        world = World(folder, expand(shards) if shards else [], device, quick)
         teachers = list(TEACHERS)
         if "precompute" in parts:
             rows += recording.limits(world, teachers, turns, console)

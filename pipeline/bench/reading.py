@@ -28,8 +28,8 @@ def streams(world: World, cases: list[str], turns: int, progress: Progress) -> l
         store, kept = world.store(f"stream-{side}"), world.store(f"pixels-{side}")
         teacher = world.teacher("mobilenetv2_100")
         (target,) = world.recorded(store, shards, teacher, [f"activations,grid={grid},codec=u8"], side)
-        world.recorded(kept, shards, teacher, ["embedding,codec=f16"], side, pixels=True)
-        progress.say(f"stream, {case}, {len(shards) * samples} samples")
+        world.recorded(kept, shards, world.teacher("resnet10t", 64), ["embedding,codec=f16"], side, pixels=True)
+        progress.say(f"stream, {case}")
 
         def stream(place: Any, targets: list[str], size: int = size, shards: list[str] = shards) -> Stream:
             bank = next(iter(place.banks()))

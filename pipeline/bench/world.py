@@ -49,11 +49,12 @@ class World:
         folder: an empty one.
         shards: photographs to take in place of synthetic ones; the first shard is used.
         device: where PyTorch computes.
-        blocks: of photographs, at most.
+        quick: fewer images.
     """
 
-    def __init__(self, folder: Path, shards: list[str], device: str, blocks: int) -> None:
-        self.folder, self.given, self.device, self.blocks = folder, shards, device, blocks
+    def __init__(self, folder: Path, shards: list[str], device: str, quick: bool) -> None:
+        self.folder, self.given, self.device, self.quick = folder, shards, device, quick
+        self.blocks = 2 if quick else 6  # of photographs, at most
         self.provider = "cuda" if device.startswith("cuda") else "cpu"
         self.quiet = Quiet()
 
@@ -72,13 +73,13 @@ class World:
 
     def small(self, samples: int, size: int, kind: str = "png") -> list[str]:
         """Two shards of small labelled images."""
-        where = self.folder / f"small-{size}-{samples}"
+        where, samples = self.folder / f"small-{size}", samples // 4 if self.quick else samples
         if not where.exists():
             synthetic_shards(where, shards=2, samples=samples, classes=CLASSES, size=(size, size), kind=kind)
         return sorted(str(path) for path in where.glob("*.tar"))
 
-    def teacher(self, model: str, **arguments: Any) -> Teacher:
-        """A teacher with random weights, of as many classes as the images have."""
+    def teacher(self, model: str, size: int = 224, **arguments: Any) -> Teacher:
+        """A teacher with random weights, of as many classes as the images have, with inputs of some size."""
         arguments = {"num_classes": CLASSES, **arguments}
         path = self.folder / f"{model}.safetensors"
         if not path.exists():
@@ -86,7 +87,7 @@ class World:
             save_file(timm.create_model(model, **arguments).state_dict(), path)
         called = model.partition("_")[0]
         return teachers.find(
-            model, weights=str(path), arguments=arguments, input_size=224, mean=(0.5,), std=(0.5,), called=called
+            model, weights=str(path), arguments=arguments, input_size=size, mean=(0.5,), std=(0.5,), called=called
         )
 
     def wanted(self, case: str) -> Wanted:

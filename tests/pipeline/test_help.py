@@ -21,11 +21,11 @@ from tests.pipeline.test_cli import ROOT
 AT_MOST = 0.4  # seconds
 HEAVY = ("torch", "timm", "zarr", "numpy", "onnx", "onnxruntime", "dask", "distributed", "pydantic", "rich", "PIL",
          "webdataset", "yaml")  # fmt: skip
-# Minutes long; that its words are understood is enough, `make demo` runs it.
-PARSED_ONLY = ("demo",)
+# Minutes long; that their words are understood is enough, `make demo` runs the one, its own test the other.
+PARSED_ONLY = ("demo", "bench")
 # An order in which each finds what those before it left; `init` is last, for its project file speaks to all others.
 ORDER = ("pack", "teachers", "recipes", "plan", "precompute", "verify", "inspect", "train", "fit-teacher", "evaluate",
-         "predict", "export", "demo", "init")  # fmt: skip
+         "predict", "export", "demo", "bench", "init")  # fmt: skip
 # What makes an example quick for few images, and changes nothing else.
 QUICK = {
     "plan": ["--measure", "0"],

@@ -103,6 +103,7 @@ MISTAKES = [
     ),
     Mistake("a shard without .tar", "pack photos new/train", ("new/train", "NAME.tar", "'train-{000000..000009}.tar'")),
     Mistake("a star in a new name", "pack photos 'new/t-*.tar'", ("new/t-*.tar", "'train-{000000..000009}.tar'")),
+    Mistake("a bench nowhere", "bench --folder nowhere", ("--folder nowhere: no such folder",)),
     Mistake("percent for a fraction", "pack photos new/x.tar --val-fraction 10", ("--val-fraction 10", "0.1 is a")),
     Mistake(
         "more shards than images", "pack photos 'new/x-{000000..000099}.tar'",
