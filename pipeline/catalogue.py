@@ -39,13 +39,14 @@ def recipes(name: str | None, as_json: bool) -> None:
 @click.option("--grid", type=click.IntRange(1), default=14, show_default=True, help="Of a CNN's activation maps.")
 @common
 def teachers(name: str | None, input_size: int | None, grid: int, as_json: bool) -> None:
-    """Teachers by their short names, or what one of them (any timm name) can give and what that takes.
+    """Teachers by their short names, or what one of them (any timm name, a model.onnx) can give and what that takes.
 
     Nothing is fetched: sizes are those of the network, whatever its weights.
 
     \b
     pipeline teachers
     pipeline teachers effnet_b3 --grid 14
+    pipeline teachers model.onnx
     """
     from precompute.teachers import SHORT
 
@@ -57,6 +58,12 @@ def teachers(name: str | None, input_size: int | None, grid: int, as_json: bool)
         show({"teachers": about}, lines, as_json)
         return
     from pipeline import offers
+    from precompute import ready
+
+    if ready.is_ready(name):
+        graph = ready.offers_of(name)
+        show(graph, offers.graph_lines(graph), as_json)
+        return
     from precompute.offers import offers_of
 
     found = offers_of(name, input_size, grid)
