@@ -200,13 +200,13 @@ def _one(
         arguments, means, stds = {**entry.args, **arguments}, means or entry.mean, stds or entry.std
     try:
         wishes = [wish for text in texts or tensors for wish in parse(text)]
+        if tensors and not ready.is_ready(model):
+            raise UserError(f"--tap names tensors of a ready model.onnx; {model} has taps of its own: --target TAP")
         found = teachers.find(
             model, weights=weights, arguments=arguments, input_size=input_size, mean=means, std=stds, called=called
         )
         if found.ready:
             wishes = ready.given_tensors(model, tensors, wishes)
-        elif tensors:
-            raise UserError(f"--tap names tensors of a ready model.onnx; {model} has taps of its own: --target TAP")
     except UserError as error:
         if not where:
             raise

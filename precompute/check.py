@@ -1,7 +1,7 @@
 """Check: do stored targets still say what the teacher says of the same view images?
 
-The teacher is the PyTorch network, or a ready graph's file run by itself, where they are at hand, and otherwise the stored
-graph; the report says which.
+The teacher is the PyTorch network where its weights are at hand (of a ready graph the file, run by itself), and
+otherwise the stored graph; the report says which.
 """
 
 from __future__ import annotations

@@ -99,7 +99,8 @@ def read(path: str) -> Graph:
     for i in reversed(range(len(model.graph.input))):
         if model.graph.input[i].name in weights:
             del model.graph.input[i]
-    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
+    first = model.graph.input[0].type.tensor_type.shape.dim[0]
+    first.dim_param = first.dim_param or "batch"
     del model.graph.value_info[:]  # shapes in it may be those of another batch
     return Graph(path, model, inputs[0].name, batch, last, side, precision, outputs)
 
