@@ -150,18 +150,19 @@ class Alone:
         why = f"; its batch is fixed at {fixed}" if fixed else ""
         do = "export it again with a free batch (dynamic axis 0), in evaluation mode"
         try:
-            each = [np.concatenate(pair) for pair in zip(*(self.tensors(image[None]) for image in images), strict=True)]
+            each = [self.tensors(image[None]) for image in images]
             found = self.tensors(images)
         except UserError as error:
             raise UserError(f"{error}{why}\n  {do}" if fixed else str(error)) from None
-        for name, together, alone in zip(self.names, found, each, strict=True):
-            same = together.shape == alone.shape
-            apart = float(np.abs(together - alone).max() / max(np.abs(alone).max(), 1e-12)) if same else math.inf
-            if not apart <= PARITY:
-                raise UserError(
-                    f"{self.path}: {name} of two images together differs from that of each alone by {apart:.2g} of the "
-                    f"largest value (allowed: {PARITY:g}){why}: {do}"
-                )
+        for i, (name, together) in enumerate(zip(self.names, found, strict=True)):
+            for one, alone in zip(np.split(together, len(images)), (tensors[i] for tensors in each), strict=True):
+                same = one.shape == alone.shape
+                apart = float(np.abs(one - alone).max() / max(np.abs(alone).max(), 1e-12)) if same else math.inf
+                if not apart <= PARITY:
+                    raise UserError(
+                        f"{self.path}: {name} of two images together differs from that of each alone by {apart:.2g} of "
+                        f"the largest value (allowed: {PARITY:g}){why}: {do}"
+                    )
 
 
 def _require(path: str, tap: Tap, values: Mapping[str, np.ndarray]) -> None:
@@ -197,10 +198,11 @@ def _detail(path: str, tap: Tap, values: Mapping[str, np.ndarray]) -> Record:
         ]
     if tap.name in ("attention", "class_row", "tokens"):
         tokens = shape[1] if tap.name == "tokens" else shape[-1]
-        prefix = ready.prefix_of(tokens)
-        if prefix is None or (tap.name == "class_row" and "class" not in prefix):
-            tokens_text = "no class token" if prefix == [] else "no square of patches with up to two tokens before it"
-            raise UserError(f"{path}: {tap.name}={tap.chosen[0]}: {tokens} tokens are {tokens_text}")
+        prefix, where = ready.prefix_of(tokens), f"{path}: {tap.name}={tap.chosen[0]}: {tokens} tokens are"
+        if prefix is None:
+            raise UserError(f"{where} no square of patches, nor one behind a class or a class and a distillation token")
+        if tap.name == "class_row" and "class" not in prefix:
+            raise UserError(f"{where} a square of patches without a class token, so there is no class row")
         heads = {} if tap.name == "tokens" else {"heads": shape[1]}
         detail["network"] = {"layers": len(tap.tensors), "prefix": prefix, **heads}
     return detail
@@ -265,7 +267,7 @@ def _joined(alone: Alone, views: np.ndarray) -> bytes:
         whole = compose.merge_models(first, model, [(first.graph.output[0].name, own)])
         pairs = zip(names, (value.name for value in last.graph.input), strict=True)
         whole = compose.merge_models(whole, last, list(pairs))
-        imports = {entry.domain: entry.version for entry in whole.opset_import}
+        imports = {entry.domain: entry.version for entry in whole.opset_import}  # joined, it lists some twice
         del whole.opset_import[:]
         whole.opset_import.extend(helper.make_opsetid(*entry) for entry in imports.items())
     whole.graph.name = "teacher"

@@ -248,11 +248,10 @@ def _sizes(value: ValueInfoProto) -> list[int | str]:
 
 
 def _fitting(shape: Sequence[int | str], maker: str) -> list[str]:
-    """Taps that a tensor of this shape may give."""
-    sizes = shape[1:]
-    if not all(isinstance(size, int) for size in sizes):
+    """Taps that a tensor of this shape may give: its first axis is the batch, which is open, and the others are not."""
+    numbers = [int(size) for size in shape[1:] if isinstance(size, int)]
+    if len(numbers) < len(shape) - 1 or isinstance(shape[0] if shape else 0, int):
         return []
-    numbers = [int(size) for size in sizes]
     if len(numbers) == 1:
         return ["logits", "embedding", "class_token"]
     if len(numbers) == 2 and prefix_of(numbers[0]) is not None and numbers[0] > 3:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,7 +46,7 @@ def open_session(graph: bytes, provider: str = "auto", threads: int | None = Non
     except ImportError:
         raise UserError("onnxruntime is not installed: install this package with the extra `cpu` or `gpu`") from None
     parsed(graph)
-    onnxruntime.set_default_logger_severity(3)
+    onnxruntime.set_default_logger_severity(4)  # what it would say of errors comes with them
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or cores()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -58,7 +60,8 @@ def open_session(graph: bytes, provider: str = "auto", threads: int | None = Non
         )
     wanted: list[Any] = [cuda] if have_cuda and provider in ("cuda", "auto") else []
     try:
-        session = onnxruntime.InferenceSession(graph, options, providers=[*wanted, names["cpu"]])
+        with contextlib.redirect_stdout(sys.stderr):  # where it prints that it falls back; stdout may be for JSON
+            session = onnxruntime.InferenceSession(graph, options, providers=[*wanted, names["cpu"]])
     except Exception as error:  # onnxruntime's exceptions have no common type
         raise UserError(f"the teacher's graph cannot be run: {str(error).splitlines()[0]}") from None
     used = "cuda" if session.get_providers()[0] == names["cuda"] else "cpu"

@@ -14,8 +14,10 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from precompute import teachers
-from precompute.taps import attention_layers, cnn_stages
+from precompute.joined import export_ready
+from precompute.taps import Tap, attention_layers, cnn_stages
 
+HALF: dict[str, Any] = {"mean": (0.5,), "std": (0.5,)}
 FREE: Sequence[int | str] = ("N", 3, 16, 16)
 
 
@@ -94,3 +96,16 @@ def node(operator: str, given: str, gives: str, **attributes: Any) -> Any:
 
 
 MEANS = [node("GlobalAveragePool", "x", "pooled"), node("Flatten", "pooled", "y")]
+
+
+def means(images: np.ndarray) -> np.ndarray:
+    """What `small` says of view images as large as its input, with mean and std one half."""
+    return np.asarray(images.astype(np.float64).mean((1, 2)) / 127.5 - 1)
+
+
+def said(path: Path, tap: Tap | None = None, **changes: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Five view images of 16x16, and what a file's graph says of them."""
+    images = np.random.default_rng(1).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+    teacher = teachers.find(str(path), **{**HALF, **changes})
+    (values,) = export_ready(teacher, [tap or Tap("logits", tensors=("y",))], 16, images).values
+    return images, values
