@@ -43,12 +43,13 @@ def recipes(name: str | None, as_json: bool) -> None:
 def teachers(name: str | None, input_size: int | None, grid: int, as_json: bool) -> None:
     """Teachers by their short names, or what one can give.
 
-    Any timm name serves; what its targets take is said too. Nothing is fetched: sizes are those of the network,
-    whatever its weights.
+    Any timm name serves, and a model.onnx; what its targets take is said too. Nothing is fetched: sizes are those of
+    the network, whatever its weights.
 
     \b
     pipeline teachers
     pipeline teachers effnet_b3 --grid 14
+    pipeline teachers model.onnx
     """
     from precompute.teachers import SHORT
 
@@ -60,6 +61,12 @@ def teachers(name: str | None, input_size: int | None, grid: int, as_json: bool)
         show({"teachers": about}, lines, as_json)
         return
     from pipeline import offers
+    from precompute import ready
+
+    if ready.is_ready(name):
+        graph = ready.offers_of(name)
+        show(graph, offers.graph_lines(graph), as_json)
+        return
     from precompute.offers import offers_of
 
     found = offers_of(name, input_size, grid)

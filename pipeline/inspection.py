@@ -8,6 +8,7 @@ from typing import Any
 
 from storage.markers import Task
 from storage.store import Store
+from storage.weights import READY
 
 
 def inspect(store: Store) -> dict[str, Any]:
@@ -66,9 +67,10 @@ def lines(result: dict[str, Any]) -> list[str]:
     text = [f"store {result['store']}: {len(shards)} shard(s), {sum(s['samples'] for s in shards.values()):,} samples"]
     for name, teacher in result["teachers"].items():
         arguments = "".join(f" {key}={value}" for key, value in teacher["arguments"].items())
+        network = f"{teacher['network']} with {teacher['layers']} layers"
         text += [
             f"teacher {name}: {teacher['model']}{arguments}, {teacher['parameters']:,} parameters, "
-            f"{teacher['network']} with {teacher['layers']} layers, input {teacher['input size']}",
+            f"{'ready graph' if teacher['model'] == READY else network}, input {teacher['input size']}",
             f"  weights {teacher['weights']} (sha256 {teacher['weights sha256'][:16]})",
         ]
     for id, bank in result["banks"].items():

@@ -6,6 +6,8 @@ from typing import Any
 
 from pipeline.inspection import size_text
 
+SHOWN = 8  # tensors of a graph
+
 
 def lines(found: dict[str, Any]) -> list[str]:
     """Sizes and a table of taps."""
@@ -20,3 +22,19 @@ def lines(found: dict[str, Any]) -> list[str]:
         whole = size_text(about["bytes"] * 1_281_167 * 4)
         text.append(f"{tap:12} {shape:22} {about['codec']:6} {size_text(about['bytes']):>10} {whole:>24}")
     return text
+
+
+def graph_lines(found: dict[str, Any]) -> list[str]:
+    """Input and outputs of a ready graph, and the last of the tensors that could give each tap."""
+    taken = found["input"]
+    lines = [f"{found['teacher']}: {found['parameters']:,} parameters, input {taken['name']} {_shape(taken['shape'])}"]
+    lines += [f"output {name} {_shape(shape)}" for name, shape in found["outputs"].items()]
+    lines.append("by their shapes, tensors that could give a tap (pipeline precompute … --tap TAP=TENSOR):")
+    for tap, names in found["tensors"].items():
+        more = f"{len(names) - SHOWN} more (--json has them), " if len(names) > SHOWN else ""
+        lines.append(f"{tap:12} {more}{', '.join(names[-SHOWN:])}")
+    return lines
+
+
+def _shape(sizes: list[Any]) -> str:
+    return f"[{', '.join(map(str, sizes))}]"

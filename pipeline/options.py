@@ -68,8 +68,8 @@ store = click.option(
 _WANTED = (
     click.option(
         "--teacher", metavar="NAME",
-        help="A teacher of the project file, a short name (effnet_b3, mobilenetv2, vit_tiny, …) or a timm name; "
-        "without it, all of the project file.",
+        help="A teacher of the project file, a short name (effnet_b3, mobilenetv2, vit_tiny, …), a timm name or a "
+        "ready model.onnx; without it, all of the project file.",
     ),
     shards("--shards", help="The shards."),
     store,
@@ -78,6 +78,10 @@ _WANTED = (
         help="What to keep: activations, logits, embedding, q, k, v, class_row, attention, class_token or tokens; may "
         "be repeated. layers=last or 1:4+8, counted from 1; grid=8 for activations; codec=f32, f16, u8, log8 "
         "(class_row, attention) or topk20 (logits).",
+    ),
+    click.option(
+        "--tap", multiple=True, metavar="TAP=TENSOR",
+        help="Of a ready model.onnx: which of its tensors gives a tap. Several of one tap are its layers, in order.",
     ),
     click.option(
         "--view-policy", metavar="P",
@@ -116,7 +120,7 @@ _SAID = {
     "view_count": "views.count", "seed": "views.seed", "provider": "provider", "workers": "workers", "dask": "dask",
 }  # fmt: skip
 # What is said about one teacher, and never of several at once.
-_OF_ONE = ("target", "weights", "teacher_arg", "mean", "std", "input_size", "called")
+_OF_ONE = ("target", "tap", "weights", "teacher_arg", "mean", "std", "input_size", "called")
 
 
 def wanted(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -173,6 +177,7 @@ def _one(
     where: str,
     shards: tuple[str, ...],
     target: tuple[str, ...],
+    tap: tuple[str, ...],
     view_policy: str | None,
     view_size: int | None,
     view_count: int | None,
@@ -194,7 +199,7 @@ def _one(
 
     `where` opens the errors of what the project file says.
     """
-    from precompute import teachers
+    from precompute import ready, teachers
     from precompute.run import Wanted
     from precompute.targets import parse
     from storage.policies import policy
@@ -203,13 +208,16 @@ def _one(
     urls = expand(shards)
     views = policy("deit" if view_policy is None else view_policy, 224 if view_size is None else view_size, seed or 0)
     arguments, means, stds = _arguments(teacher_arg), _numbers(mean, "--mean"), _numbers(std, "--std")
-    texts, model = target, teacher
+    texts, model, tensors = target, teacher, ready.named(tap)
     if entry is not None:
         model, texts = entry.teacher or teacher, target or entry.targets
         weights, called, input_size = weights or entry.weights, called or teacher, input_size or entry.input_size
+        tensors = {**entry.taps, **tensors}
         arguments, means, stds = {**entry.args, **arguments}, means or entry.mean, stds or entry.std
     try:
-        wishes = [wish for text in texts for wish in parse(text)]
+        wishes = [wish for text in texts or tensors for wish in parse(text)]
+        if tensors and not ready.is_ready(model):
+            raise UserError(f"--tap names tensors of a ready model.onnx; {model} has taps of its own: --target TAP")
         found = teachers.find(
             model,
             weights=weights,
@@ -220,6 +228,8 @@ def _one(
             called=called,
             say=lambda line: click.echo(line, err=True),
         )
+        if found.ready:
+            wishes = ready.given_tensors(model, tensors, wishes)
     except UserError as error:
         if not where:
             raise

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from pipeline.plain import number_in
+from precompute.ready import is_ready
 from storage.errors import UserError, nearest
 from storage.objects import is_remote
 from student.config import Recipe, Student, section_of, sentence
@@ -57,6 +58,7 @@ class Entry(_Section):
     std: Numbers | None = None
     input_size: int | None = Field(None, ge=1)
     targets: Words = ()
+    taps: dict[str, Words] = {}
 
 
 class Settings(_Section):
@@ -155,9 +157,11 @@ def _from_here(settings: Settings, folder: Path) -> Settings:
     def weights(name: str | None) -> str | None:  # recorded in the store, so from anywhere
         return name and str(Path(located(name, folder)).expanduser().absolute())
 
-    teachers = {
-        name: entry.model_copy(update={"weights": weights(entry.weights)}) for name, entry in settings.teachers.items()
-    }
+    def files(entry: Entry) -> Entry:
+        graph = {"teacher": weights(entry.teacher)} if entry.teacher and is_ready(entry.teacher) else {}
+        return entry.model_copy(update={"weights": weights(entry.weights), **graph})
+
+    teachers = {name: files(entry) for name, entry in settings.teachers.items()}
     student, more = settings.student, dict(settings.set)
     if student and student.weights:
         student = student.model_copy(update={"weights": weights(student.weights)})

@@ -1,14 +1,15 @@
 """Check: do stored targets still say what the teacher says of the same view images?
 
-The teacher is the PyTorch network where its weights are at hand, and otherwise the stored graph; the report says which.
+The teacher is the PyTorch network where its weights are at hand (of a ready graph the file, run by itself), and
+otherwise the stored graph; the report says which.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +24,9 @@ from storage.shards import ShardIndex
 from storage.store import Store
 from storage.verify import Report
 from storage.weights import digest_of_file
+
+if TYPE_CHECKING:
+    from precompute.taps import Tap
 
 # Largest difference that counts as the same, ÷ the largest value of the teacher: what the codec rounds, and what
 # graphs, processors and optimisation levels differ by.
@@ -115,22 +119,18 @@ class Live:
         return self._values[name, bank]
 
     def _live(self, name: str, bank: str, ids: dict[str, Record]) -> Values:
-        import torch
-
-        from precompute.export import live_teacher
         from precompute.taps import Tap
 
         teacher = teacher_of(name, self.teachers[name], self.files[name])
-        wishes = {id: manifest["identity"] for id, manifest in ids.items()}
-        taps = {id: Tap(w["tap"], tuple(w["layers"]) if w["layers"] else None, w["grid"]) for id, w in wishes.items()}
+        taps = {id: Tap.of(manifest["identity"]) for id, manifest in ids.items()}
         distinct = list(dict.fromkeys(taps.values()))
-        module = live_teacher(teacher, distinct, bank_policy(self.store, bank).size)
-        self.report.compared_with[name] = f"PyTorch teacher ({self.files[name]})"
+        what = "file run by itself" if teacher.ready else "PyTorch teacher"
+        run = (_file if teacher.ready else _network)(teacher, distinct, bank_policy(self.store, bank).size)
+        self.report.compared_with[name] = f"{what} ({self.files[name]})"
 
         def values(images: np.ndarray) -> dict[str, np.ndarray]:
-            with torch.no_grad():
-                parts = [module(torch.from_numpy(images[i : i + BATCH])) for i in range(0, len(images), BATCH)]
-            whole = [torch.cat(outputs).numpy() for outputs in zip(*parts, strict=True)]
+            parts = [run(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
+            whole = [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
             return {id: whole[distinct.index(tap)] for id, tap in taps.items()}
 
         return values
@@ -146,6 +146,28 @@ class Live:
             return {id: outputs[manifest["graph"]][manifest["output"]] for id, manifest in ids.items()}
 
         return values
+
+
+def _network(teacher: Teacher, taps: Sequence[Tap], view_size: int) -> Callable[[np.ndarray], list[np.ndarray]]:
+    """The PyTorch teacher: the taps, f32 `[n, …]` each, of view images uint8 `[n, S, S, 3]`."""
+    import torch
+
+    from precompute.export import live_teacher
+
+    module = live_teacher(teacher, taps, view_size)
+
+    def run(images: np.ndarray) -> list[np.ndarray]:
+        with torch.no_grad():
+            return [output.numpy() for output in module(torch.from_numpy(images))]
+
+    return run
+
+
+def _file(teacher: Teacher, taps: Sequence[Tap], view_size: int) -> Callable[[np.ndarray], list[np.ndarray]]:
+    """A ready graph's file run by itself, likewise."""
+    from precompute.joined import Alone
+
+    return Alone(teacher, taps, view_size)
 
 
 def differences(codec: Codec, arrays: dict[str, np.ndarray], live: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,8 @@ from storage.errors import UserError
 from storage.records import Record
 
 if TYPE_CHECKING:
-    from torch import nn
+    from onnx import ModelProto
+    from torch import Tensor, nn
 
 CHECKED = 16  # images that PyTorch and the graph are compared on
 PARITY = 1e-3  # largest difference of an output ÷ its largest value; 2e-5 is usual on a CPU without TF32
@@ -111,30 +112,47 @@ def _exported(module: TappedTeacher, images: np.ndarray, provider: str, name: st
     graph = _graph(module, views[:2], outputs)
     session = open_session(graph, provider)
     values = session.run(images)
-    parity = tuple(_compare([output[:CHECKED] for output in values], expected, taps, name))
+    parity = tuple(compare([output[:CHECKED] for output in values], expected, taps, name))
     return Exported(
         graph, tuple(taps), tuple(output.shape[1:] for output in expected),
         tuple(_detail(module, tap) for tap in taps), parity, tuple(values), session.settings, attention_error,
     )  # fmt: skip
 
 
-def _graph(module: TappedTeacher, views: object, outputs: Sequence[str]) -> bytes:
-    """The ONNX file's bytes, without the source paths that the exporter leaves in them."""
+def _graph(module: TappedTeacher, views: Tensor, outputs: Sequence[str]) -> bytes:
+    return stripped(model_of(module, {"images": views}, outputs))
+
+
+def model_of(module: nn.Module, inputs: Mapping[str, Tensor | Sequence[Tensor]], outputs: Sequence[str]) -> ModelProto:
+    """A module as an ONNX model of a free batch.
+
+    Args:
+        module: in eval mode.
+        inputs: argument of its forward -> an example of two images or more, or several of them.
+        outputs: names of what it gives.
+    """
     import torch
 
+    free = {0: torch.export.Dim("batch", min=1, max=65536)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             module,
-            (views,),
+            tuple(inputs.values()),
             dynamo=True,
             verbose=False,
-            input_names=["images"],
+            input_names=[name for name, value in inputs.items() if isinstance(value, torch.Tensor)],
             output_names=list(outputs),
-            dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1, max=65536)}},
+            dynamic_shapes={
+                name: free if isinstance(value, torch.Tensor) else [free] * len(value) for name, value in inputs.items()
+            },
         )
     assert program is not None
-    model = program.model_proto
+    return program.model_proto
+
+
+def stripped(model: ModelProto) -> bytes:
+    """The ONNX file's bytes, without the source paths and the like that exporters leave in them."""
     model.doc_string = ""
     del model.metadata_props[:]
     for part in (model.graph, *model.functions):
@@ -151,17 +169,22 @@ def _graph(module: TappedTeacher, views: object, outputs: Sequence[str]) -> byte
     return data
 
 
-def _compare(
-    values: Sequence[np.ndarray], expected: Sequence[np.ndarray], taps: Sequence[Tap], name: str
+def compare(
+    values: Sequence[np.ndarray], expected: Sequence[np.ndarray], taps: Sequence[Tap], name: str, other: str = "PyTorch"
 ) -> list[float]:
+    """Of each tap the largest difference of what a graph gives from what it should give, ÷ the largest value.
+
+    Raises:
+        UserError: another shape, or more than `PARITY`; `name` and `other` are what errors call the two.
+    """
     errors = []
     for tap, mine, theirs in zip(taps, values, expected, strict=True):
         if mine.shape != theirs.shape:
-            raise UserError(f"{name}: {tap.name}: the graph gives {mine.shape}, PyTorch {theirs.shape}")
+            raise UserError(f"{name}: {tap.name}: the graph gives {mine.shape}, {other} {theirs.shape}")
         errors.append(float(np.abs(mine - theirs).max() / max(np.abs(theirs).max(), 1e-12)))
         if not errors[-1] <= PARITY:
             raise UserError(
-                f"{name}: {tap.name}: the exported graph differs from PyTorch by {errors[-1]:.2g} of the "
+                f"{name}: {tap.name}: the exported graph differs from {other} by {errors[-1]:.2g} of the "
                 f"largest value (allowed: {PARITY:g}); nothing was stored"
             )
     return errors

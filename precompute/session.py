@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from storage.errors import UserError
 from storage.records import Record
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 BATCH = 16  # more is slower on a CPU and takes memory; outputs do not depend on it
 OPTIMISATION = "all"
@@ -17,8 +22,8 @@ OPTIMISATION = "all"
 class Session:
     """One ONNX Runtime session, and what it really runs on."""
 
-    def __init__(self, session: Any, provider: str, version: str = "") -> None:
-        self._session = session
+    def __init__(self, session: Any, provider: str, version: str = "", name: str = "images") -> None:
+        self._session, self._input = session, name
         self.settings: Record = {
             "onnxruntime": version, "provider": provider, "precision": "float32", "optimisation": OPTIMISATION,
             "tf32": False,
@@ -26,7 +31,7 @@ class Session:
 
     def run(self, images: np.ndarray) -> list[np.ndarray]:
         """The outputs, f32 `[n, …]` each, of uint8 images `[n, S, S, 3]`."""
-        parts = [self._session.run(None, {"images": images[i : i + BATCH]}) for i in range(0, len(images), BATCH)]
+        parts = [self._session.run(None, {self._input: images[i : i + BATCH]}) for i in range(0, len(images), BATCH)]
         return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
 
 
@@ -40,8 +45,8 @@ def open_session(graph: bytes, provider: str = "auto", threads: int | None = Non
         import onnxruntime
     except ImportError:
         raise UserError("onnxruntime is not installed: install this package with the extra `cpu` or `gpu`") from None
-    _refuse_external(graph)
-    onnxruntime.set_default_logger_severity(3)
+    parsed(graph)
+    onnxruntime.set_default_logger_severity(4)  # what it would say of errors comes with them
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or cores()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -55,17 +60,22 @@ def open_session(graph: bytes, provider: str = "auto", threads: int | None = Non
         )
     wanted: list[Any] = [cuda] if have_cuda and provider in ("cuda", "auto") else []
     try:
-        session = onnxruntime.InferenceSession(graph, options, providers=[*wanted, names["cpu"]])
+        with contextlib.redirect_stdout(sys.stderr):  # where it prints that it falls back; stdout may be for JSON
+            session = onnxruntime.InferenceSession(graph, options, providers=[*wanted, names["cpu"]])
     except Exception as error:  # onnxruntime's exceptions have no common type
         raise UserError(f"the teacher's graph cannot be run: {str(error).splitlines()[0]}") from None
     used = "cuda" if session.get_providers()[0] == names["cuda"] else "cpu"
     if provider == "cuda" and used != "cuda":
         raise UserError("--provider cuda: onnxruntime fell back to the CPU; look at its CUDA libraries, or use auto")
-    return Session(session, used, onnxruntime.__version__)
+    return Session(session, used, onnxruntime.__version__, *(value.name for value in session.get_inputs()[:1]))
 
 
-def _refuse_external(graph: bytes) -> None:
-    """Refuse a graph whose tensors lie in other files: they could be any file of this machine."""
+def parsed(graph: bytes) -> ModelProto:
+    """The model in an ONNX file's bytes.
+
+    Raises:
+        UserError: it is none, or its tensors lie in other files: they could be any file of this machine.
+    """
     import onnx
     from onnx.external_data_helper import _get_all_tensors, uses_external_data
 
@@ -78,6 +88,7 @@ def _refuse_external(graph: bytes) -> None:
         raise UserError(
             f"the teacher's graph keeps {len(outside)} tensor(s) in other files ({outside[0]}); save it as one file"
         )
+    return model
 
 
 def cores() -> int:

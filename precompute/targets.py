@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from precompute import ready
 from precompute.engine import Output
 from precompute.teachers import Teacher, describe, load
 from storage import codecs, records
@@ -20,6 +21,7 @@ from storage.errors import DamageError, IdentityError, UserError, nearest
 from storage.policies import Policy
 from storage.records import Record
 from storage.store import Store
+from storage.weights import READY
 
 if TYPE_CHECKING:
     from precompute.taps import About
@@ -30,12 +32,13 @@ _CODECS = {"activations": "u8", "logits": "f32"}
 
 @dataclass(frozen=True)
 class Wish:
-    """One `--target`: a tap, with layers as they were written, a grid and a codec."""
+    """One `--target`: a tap, with layers as they were written, a grid and a codec; of a ready graph its tensors."""
 
     tap: str
     layers: str | None = None
     grid: int | None = None
     codec: str | None = None
+    tensors: tuple[str, ...] = ()
 
 
 def parse(text: str) -> list[Wish]:
@@ -117,9 +120,10 @@ def record_teacher(store: Store, teacher: Teacher) -> Record:
     Raises:
         IdentityError: the store knows another teacher under this name.
     """
-    return known_teacher(store, teacher) or store.add_teacher(
-        teacher.name, teacher.identity, describe(teacher, load(teacher))
-    )
+    if known := known_teacher(store, teacher):
+        return known
+    about = ready.describe(str(teacher.weights)) if teacher.ready else describe(teacher, load(teacher))
+    return store.add_teacher(teacher.name, teacher.identity, about)
 
 
 def defaults(manifest: Record, policy: Policy, grid: int | None = None) -> list[Wish]:
@@ -180,6 +184,8 @@ def _identity(teacher: Teacher, manifest: Record, wish: Wish, policy: Policy) ->
     from precompute.taps import TAPS, VIT
 
     layers = None
+    if manifest["network"] == READY:
+        return _ready_identity(teacher, wish, policy)
     needs = "vit" if wish.tap in VIT else "cnn" if wish.tap == "activations" else None
     if needs and not manifest["layers"]:
         raise UserError(f"teacher {manifest['id']} is neither a CNN with stages nor a plain ViT: no {wish.tap}")
@@ -190,6 +196,21 @@ def _identity(teacher: Teacher, manifest: Record, wish: Wish, policy: Policy) ->
         )
     if TAPS[wish.tap].layered and (wish.tap != "tokens" or wish.layers):  # without layers: after the final norm
         layers = list(layer_numbers(wish.layers, manifest["layers"], manifest["id"]))
+    return _identity_with(teacher, wish, policy, layers)
+
+
+def _ready_identity(teacher: Teacher, wish: Wish, policy: Policy) -> Record:
+    """Of a ready graph: all tensors of the tap too, in order; of which network they are is the teacher's identity."""
+    from precompute.taps import TAPS
+
+    if not wish.tensors:
+        raise UserError(f"teacher {teacher.name}: no tensor of its graph is named for {wish.tap}")
+    layered = TAPS[wish.tap].layered
+    layers = list(layer_numbers(wish.layers, len(wish.tensors), teacher.name)) if layered else None
+    return {**_identity_with(teacher, wish, policy, layers), "tensors": list(wish.tensors)}
+
+
+def _identity_with(teacher: Teacher, wish: Wish, policy: Policy, layers: list[int] | None) -> Record:
     grid = wish.grid
     if wish.tap == "activations" and grid is None:
         grid = max(1, policy.size // 16)
@@ -212,19 +233,20 @@ def _export(
     provider: str,
     say: Callable[[str], None],
 ) -> None:
-    from precompute.export import export
     from precompute.taps import TAPS, Tap
 
-    taps = {
-        id: Tap(identity["tap"], tuple(identity["layers"]) if identity["layers"] else None, identity["grid"])
-        for id, identity in wanted.items()
-    }
+    taps = {id: Tap.of(identity) for id, identity in wanted.items()}
     distinct = list(dict.fromkeys(taps.values()))
     say(f"exporting {teacher.name} ({teacher.model}) with {', '.join(tap.name for tap in distinct)}")
+    if teacher.ready:
+        from precompute.joined import export_ready as export
+    else:
+        from precompute.export import export
+    other = "the file run by itself" if teacher.ready else "PyTorch"
     exported = export(teacher, distinct, policy.size, images(), provider)
     graph = store.add_graph(teacher.name, exported.graph)
     for tap, parity in zip(distinct, exported.parity, strict=True):
-        say(f"  graph against PyTorch, {tap.name}: largest difference {parity:.1e} of the largest value")
+        say(f"  graph against {other}, {tap.name}: largest difference {parity:.1e} of the largest value")
     if exported.attention_error is not None:
         say(f"  attention from the tapped q and k against the network's: {exported.attention_error:.1e}")
     for id, identity in wanted.items():

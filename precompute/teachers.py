@@ -7,12 +7,14 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from precompute.ready import is_ready, read
 from storage import records
 from storage.errors import UserError, nearest
 from storage.records import Record
-from storage.weights import classes_in, digest_of_file, digest_of_state, first_line, load_weights
+from storage.weights import READY, classes_in, digest_of_file, digest_of_state, first_line, load_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,9 +46,9 @@ class Teacher:
 
     Attributes:
         name: what the store calls it.
-        model: timm's name.
+        model: timm's name; `onnx` for a ready graph.
         arguments: of `timm.create_model`.
-        weights: a file, or None for timm's hub.
+        weights: a file (a ready graph itself), or None for timm's hub.
         digest: sha256 of the weights file; of all tensors for timm's hub.
         input_size: side of the square input.
         mean: of the input, per channel.
@@ -76,6 +78,11 @@ class Teacher:
         }
 
     @property
+    def ready(self) -> bool:
+        """Whether it is a graph in a file, and no network of timm."""
+        return self.model == READY
+
+    @property
     def id(self) -> str:
         """Digest of the identity; part of every target's id."""
         return records.digest_of(self.identity)
@@ -94,11 +101,17 @@ def find(
 ) -> Teacher:
     """The teacher of a short name or any timm name; what is not given comes from timm's record of the weights.
 
-    `say` is told when timm's hub is asked: without a network it tries for most of a minute.
+    A name that ends in `.onnx` is the file of a ready graph. `say` is told when timm's hub is asked: without a network
+    it tries for most of a minute.
 
     Raises:
         UserError: an unknown name, a weights file that is not there, a size, mean/std or argument that makes no sense.
     """
+    if is_ready(name):
+        for flag, given in (("--weights", weights), ("--teacher-arg", arguments)):
+            if given:
+                raise UserError(f"{flag}: {name} is a ready graph, whose weights and arguments are in it")
+        return _find_ready(name, input_size, mean, std, _called(Path(name).stem, called))
     model, size = resolve(name)
     given_all = name in SHORT and mean is not None and std is not None
     if not given_all:
@@ -107,11 +120,7 @@ def find(
         mean, std = mean or config["mean"], std or config["std"]
     assert mean is not None
     assert std is not None
-    called = called or re.sub(r"[^A-Za-z0-9_-]", "_", name)[:40]
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", called):
-        raise UserError(f"--as {called!r}: a teacher's name has 1 to 40 letters, digits, - and _")
-    if called == "views":
-        raise UserError("--as views: so is called what keeps the view images themselves; take another name")
+    called = _called(name, called)
     if weights is not None:
         digest, classes = digest_of_file(weights), classes_in(weights)
     else:
@@ -122,8 +131,7 @@ def find(
             )
         say(f"weights of {model} from timm's hub")
         digest, classes = _digest_of_hub(model, arguments or {}), None
-    if input_size is not None and not 8 <= input_size <= 4096:
-        raise UserError(f"--input-size {input_size}: expected 8 to 4096")
+    _require_size(input_size)
     try:
         records.canonical(arguments or {})
     except (TypeError, ValueError) as error:
@@ -136,6 +144,40 @@ def find(
         called, model, arguments or {}, weights, digest, int(input_size or size or 224),
         _three(mean, "mean"), _three(std, "std"), classes,
     )  # fmt: skip
+
+
+def _find_ready(
+    path: str, input_size: int | None, mean: Sequence[float] | None, std: Sequence[float] | None, called: str
+) -> Teacher:
+    """The teacher in a ready graph; a file says nothing of its mean and std, and its input's size only where fixed."""
+    side = read(path).side
+    if mean is None or std is None:
+        raise UserError(
+            f"{path}: a graph does not say how its images are normalised; give --mean and --std, for pixels from 0 to "
+            "1 (usual are 0.5 and 0.5, or 0.485,0.456,0.406 and 0.229,0.224,0.225)"
+        )
+    if side is None and input_size is None:
+        raise UserError(f"{path}: it takes images of any size; say which it was made for: --input-size N")
+    if None not in (side, input_size) and side != input_size:
+        raise UserError(f"--input-size {input_size}: {path} takes images of {side}x{side} alone")
+    size = side or input_size or 0
+    _require_size(size)
+    return Teacher(called, READY, {}, path, digest_of_file(path), size, _three(mean, "mean"), _three(std, "std"))
+
+
+def _called(name: str, called: str | None) -> str:
+    """What the store calls a teacher: as was said, or after its name."""
+    called = called or re.sub(r"[^A-Za-z0-9_-]", "_", name)[:40]
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", called):
+        raise UserError(f"--as {called!r}: a teacher's name has 1 to 40 letters, digits, - and _")
+    if called == "views":
+        raise UserError("--as views: so is called what keeps the view images themselves; take another name")
+    return called
+
+
+def _require_size(input_size: int | None) -> None:
+    if input_size is not None and not 8 <= input_size <= 4096:
+        raise UserError(f"--input-size {input_size}: expected 8 to 4096")
 
 
 def _three(values: Sequence[float], what: str) -> tuple[float, float, float]:

@@ -15,6 +15,8 @@ from storage.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+READY = "onnx"  # what a teacher's identity has for its model where its file is a ready graph
+
 
 def digest_of_file(path: str) -> str:
     """Sha256 of a file of weights, in hex. Raises UserError."""

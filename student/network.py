@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from precompute.taps import Tap, TappedTeacher, takes_image_size, timm
 from storage.errors import IdentityError, UserError
 from storage.records import Record
-from storage.weights import digest_of_file, digest_of_state, first_line, load_weights
+from storage.weights import READY, digest_of_file, digest_of_state, first_line, load_weights
 from student.head import Head
 from student.reader import BlockReader
 from student.stream import Stream
@@ -30,9 +30,14 @@ def network_of(recorded: Record, weights: str | None, classes: int) -> nn.Module
         classes: K.
 
     Raises:
-        UserError: the file is not there, or it does not fit.
+        UserError: the teacher is a ready graph, the file is not there, or it does not fit.
         IdentityError: it is another file than the teacher's.
     """
+    if recorded["identity"]["model"] == READY:
+        raise UserError(
+            f"teacher {recorded['id']} is a ready graph ({recorded['weights']}), and a head is fitted into a PyTorch "
+            "network; precompute with its timm name and --weights F, then fit that one"
+        )
     name, arguments = str(recorded["identity"]["model"]), arguments_of(recorded)
     path = weights or str(recorded["weights"])
     from_hub = weights is None and path == HUB

@@ -124,7 +124,7 @@ def run_precompute(store: Any, shards: list[str], teacher: Any, targets: list[st
         "policy": policy("light", 32), "given": frozenset({"line", "size"}), "views": 2, "provider": "cpu",
     }  # fmt: skip
     settings.update(changes)
-    wishes = [wish for text in targets for wish in parse(text)]
+    wishes = settings.pop("wishes", [wish for text in targets for wish in parse(text)])
     place = Store.create(store) if isinstance(store, str | Path) else store
     cluster._held.clear()  # a test may have put another session in its place
     result = precompute(place, Wanted(shards, teacher, wishes, **settings), Quiet())

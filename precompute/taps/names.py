@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from storage.codecs import Values
 from storage.errors import UserError, nearest
+from storage.records import Record
 
 
 class About(NamedTuple):
@@ -39,11 +40,24 @@ class Tap:
     """What to read: a tap, with layers (from 1; stages of a CNN) and, for activations, the side of their grid.
 
     Without layers: all of them; of `tokens`, those after the final norm, else the residual stream after each layer.
+    Of a ready graph also the names of its tensors, one a layer of the tap; `layers` chooses among them.
     """
 
     name: str
     layers: tuple[int, ...] | None = None
     grid: int | None = None
+    tensors: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, identity: Record) -> Self:
+        """What a target's identity says."""
+        layers = tuple(identity["layers"]) if identity["layers"] else None
+        return cls(identity["tap"], layers, identity["grid"], tuple(identity.get("tensors", ())))
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """Names of the tensors of a ready graph that are read, in order."""
+        return tuple(self.tensors[n - 1] for n in self.layers) if self.layers else self.tensors
 
 
 def check_tap(name: str) -> str:

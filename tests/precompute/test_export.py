@@ -251,7 +251,7 @@ def test_a_difference_that_is_not_a_number_is_refused(cases: Any, monkeypatch: p
     found = case.session.run(case.views(2))
     wrong = [np.full_like(output, np.nan) for output in found]
     with pytest.raises(UserError, match="differs from PyTorch by nan"):
-        export._compare(found, wrong, case.taps, case.teacher.name)
+        export.compare(found, wrong, case.taps, case.teacher.name)
 
 
 def test_contract_12_nothing_is_stored_of_attention_that_is_not_what_the_network_uses(tmp_path: Path) -> None:

@@ -1,0 +1,261 @@
+"""Ready graphs: a teacher that is a local `model.onnx`, read, looked at and refused where it cannot be one.
+
+Nothing is run here. The file may be anybody's: what it holds is believed only after `precompute.joined` has run it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from storage.errors import UserError, nearest
+from storage.records import Record
+from storage.weights import READY
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, ValueInfoProto
+
+    from precompute.targets import Wish
+
+LARGEST = 2**31 - 1  # bytes; protobuf reads no larger message
+PRECISIONS = ("float32", "float16", "float64")
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A ready graph.
+
+    Attributes:
+        path: of the file.
+        model: its content, with a free batch, without outputs' and inner tensors' shapes.
+        input: name of its one input.
+        batch: the batch that the file was made for; None where it is free.
+        channels_last: whether it takes `[B, H, W, 3]` and not `[B, 3, H, W]`.
+        side: of its square input; None where the file leaves it open.
+        precision: of its input.
+        outputs: names.
+    """
+
+    path: str
+    model: ModelProto
+    input: str
+    batch: int | None
+    channels_last: bool
+    side: int | None
+    precision: str
+    outputs: tuple[str, ...]
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of all tensors that its nodes give, in their order."""
+        return tuple(name for node in self.model.graph.node for name in node.output if name)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers of its initialisers are trained ones, as far as their types tell."""
+        from onnx import TensorProto
+
+        floats = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+        return sum(math.prod(t.dims) for t in self.model.graph.initializer if t.data_type in floats)
+
+
+def is_ready(name: str) -> bool:
+    """Whether `--teacher` names a file with a graph, and no network of timm."""
+    return name.endswith(".onnx")
+
+
+def read(path: str) -> Graph:
+    """The graph in a file.
+
+    Raises:
+        UserError: it cannot be read, is no ONNX file or one that keeps tensors in other files, or does not take one
+            batch of square RGB images of floating-point numbers.
+    """
+    from precompute.session import parsed
+
+    try:
+        file = Path(path).expanduser()
+        size = file.stat().st_size
+        if size > LARGEST:
+            raise UserError(f"{path}: it has {size:,} bytes; one ONNX file holds at most {LARGEST:,}")
+        model = parsed(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--teacher {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+    if not model.graph.node:
+        raise UserError(f"{path}: it is no ONNX file with a graph in it")
+    weights = {tensor.name for tensor in model.graph.initializer}  # old files list them among the inputs
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    if len(inputs) != 1:
+        names = ", ".join(value.name for value in inputs) or "none"
+        raise UserError(f"{path}: it has {len(inputs)} inputs ({names}); expected one, a batch of images")
+    outputs = tuple(value.name for value in model.graph.output)
+    batch, side, last, precision = _input(path, inputs[0])
+    for i in reversed(range(len(model.graph.input))):
+        if model.graph.input[i].name in weights:
+            del model.graph.input[i]
+    first = model.graph.input[0].type.tensor_type.shape.dim[0]
+    first.dim_param = first.dim_param or "batch"
+    del model.graph.value_info[:]  # shapes in it may be those of another batch
+    return Graph(path, model, inputs[0].name, batch, last, side, precision, outputs)
+
+
+def _input(path: str, value: ValueInfoProto) -> tuple[int | None, int | None, bool, str]:
+    """Batch and side, None where they are free; whether channels come last; the precision."""
+    from onnx import TensorProto
+
+    where = f"{path}: its input {value.name}"
+    tensor = value.type.tensor_type
+    types = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "float64": TensorProto.DOUBLE}
+    precision = next((name for name in PRECISIONS if types[name] == tensor.elem_type), None)
+    if not value.type.HasField("tensor_type") or precision is None:
+        known = value.type.HasField("tensor_type") and tensor.elem_type in TensorProto.DataType.values()
+        kind = TensorProto.DataType.Name(tensor.elem_type).lower() if known else "no tensor of a known type"
+        raise UserError(f"{where} is {kind}; expected normalised images: {', '.join(PRECISIONS)}")
+    dims = [dim.dim_value if dim.dim_value > 0 else None for dim in tensor.shape.dim]
+    said = f"[{', '.join(map(str, _sizes(value)))}]"
+    if len(dims) != 4:
+        raise UserError(f"{where} is {said}; expected a batch of RGB images, [B, 3, H, W] or [B, H, W, 3]")
+    last = dims[1] != 3 and dims[3] == 3
+    if not last and dims[1] not in (None, 3):
+        raise UserError(f"{where} is {said}; expected three channels, [B, 3, H, W] or [B, H, W, 3]")
+    sides = {side for side in (dims[1:3] if last else dims[2:]) if side is not None}
+    if len(sides) > 1:
+        raise UserError(f"{where} is {said}; only square images are given to teachers")
+    return dims[0], next(iter(sides), None), last, precision
+
+
+def require_tensors(graph: Graph, names: Sequence[str]) -> None:
+    """Raise UserError for a name that no node of the graph gives, with the nearest ones."""
+    known = dict.fromkeys(graph.tensors)
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 3, 0.5) or graph.outputs
+            raise UserError(f"{graph.path}: no tensor is called {name!r}. {nearest(name, close)}")
+
+
+def named(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Tap -> names of its tensors, of several `--tap TAP=TENSOR`.
+
+    Raises:
+        UserError: not such a text, or an unknown tap, with the nearest one.
+    """
+    from precompute.taps import check_tap
+
+    found: dict[str, tuple[str, ...]] = {}
+    for text in texts:
+        tap, equals, tensor = text.partition("=")
+        if not equals or not tensor:
+            raise UserError(f"--tap {text}: expected TAP=TENSOR, such as logits=output")
+        found[check_tap(tap)] = (*found.get(tap, ()), tensor)
+    return found
+
+
+def given_tensors(path: str, tensors: Mapping[str, Sequence[str]], wishes: Sequence[Wish]) -> list[Wish]:
+    """The wishes with the tensors that give their taps.
+
+    Args:
+        path: of the ready graph.
+        tensors: tap -> names of its tensors, a layer each.
+        wishes: what is asked for.
+
+    Raises:
+        UserError: a tap that cannot be had from a ready graph, one without tensors, or tensors that the graph lacks.
+    """
+    from precompute.taps import TAPS, check_tap
+
+    graph = read(path)
+    outputs = ", ".join(graph.outputs) or "none"
+    if not tensors:
+        raise UserError(
+            f"{path}: a graph does not say what its tensors mean: name them by --tap TAP=TENSOR, such as "
+            f"--tap logits={(*graph.outputs, 'output')[0]}; its outputs: {outputs}"
+        )
+    for tap, names in tensors.items():
+        if check_tap(tap) in ("q", "k", "v"):
+            raise UserError(
+                f"{path}: {tap}: a ready graph gives no q, k and v: nothing tells whether they make the attention that "
+                "the network uses; name its rows instead (after the softmax): --tap attention=TENSOR"
+            )
+        if len(names) > 1 and not TAPS[tap].layered:
+            raise UserError(f"{path}: {tap} is one tensor, {len(names)} are named: {', '.join(names)}")
+        if len(set(names)) < len(names):
+            raise UserError(f"{path}: {tap}: a tensor is named twice: {', '.join(names)}")
+        require_tensors(graph, names)
+    for wish in wishes:
+        if not tensors.get(wish.tap):
+            raise UserError(
+                f"{path}: {wish.tap} is wanted and no tensor is named for it: --tap {wish.tap}=TENSOR; its outputs: "
+                f"{outputs}"
+            )
+    return [replace(wish, tensors=tuple(tensors[wish.tap])) for wish in wishes]
+
+
+def describe(path: str) -> Record:
+    """What the teacher's manifest says beside its identity: taps say their layers by themselves."""
+    about = {"weights": path, "classes": None, "parameters": read(path).parameters}
+    return {**about, "network": READY, "layers": 0}
+
+
+def prefix_of(tokens: int) -> list[str] | None:
+    """Roles of the prefix tokens beside a square of patches; None where there is no such square."""
+    for roles in ([], ["class"], ["class", "distillation"]):
+        side = round((tokens - len(roles)) ** 0.5) if tokens > len(roles) else 0
+        if side and side * side == tokens - len(roles):
+            return roles
+    return None
+
+
+def offers_of(path: str) -> dict[str, Any]:
+    """What a ready graph has, by the shapes that its file tells: nothing is run.
+
+    Returns:
+        `teacher`, `model`, `input` (name, shape, precision), `parameters`, `outputs` (name -> shape) and `tensors`:
+        tap -> names of tensors whose shape would fit it, in the order of the graph.
+
+    Raises:
+        UserError: as `read`.
+    """
+    from onnx import shape_inference
+
+    graph = read(path)
+    try:
+        inferred = shape_inference.infer_shapes(graph.model, data_prop=True).graph
+    except Exception:  # it raises many kinds on what it cannot read; shapes are then unknown
+        inferred = graph.model.graph
+    shapes = {value.name: _sizes(value) for value in (*inferred.value_info, *inferred.output)}
+    makers = {name: node.op_type for node in graph.model.graph.node for name in node.output}
+    tensors: dict[str, list[str]] = {}
+    for name in graph.tensors:
+        for tap in _fitting(shapes.get(name, []), makers[name]):
+            tensors.setdefault(tap, []).append(name)
+    taken = _sizes(graph.model.graph.input[0])
+    return {
+        "teacher": path, "model": READY, "input": {"name": graph.input, "shape": taken, "precision": graph.precision},
+        "parameters": graph.parameters, "outputs": {name: shapes.get(name, []) for name in graph.outputs},
+        "tensors": tensors,
+    }  # fmt: skip
+
+
+def _sizes(value: ValueInfoProto) -> list[int | str]:
+    """Sizes of its axes; the name, or `?`, of those that are open."""
+    return [dim.dim_value if dim.dim_value > 0 else dim.dim_param or "?" for dim in value.type.tensor_type.shape.dim]
+
+
+def _fitting(shape: Sequence[int | str], maker: str) -> list[str]:
+    """Taps that a tensor of this shape may give: its first axis is the batch, which is open, and the others are not."""
+    numbers = [int(size) for size in shape[1:] if isinstance(size, int)]
+    if len(numbers) < len(shape) - 1 or isinstance(shape[0] if shape else 0, int):
+        return []
+    if len(numbers) == 1:
+        return ["logits", "embedding", "class_token"]
+    if len(numbers) == 2 and prefix_of(numbers[0]) is not None and numbers[0] > 3:
+        return ["tokens"]
+    if len(numbers) == 3 and numbers[1] == numbers[2] > 1:
+        return ["attention"] if maker == "Softmax" else ["activations"]
+    return []

@@ -1,0 +1,221 @@
+"""Ready graphs that cannot teach: whatever is in a file or said of it ends in one clear error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto
+
+from precompute import joined, ready, teachers
+from precompute.joined import export_ready
+from precompute.taps import Tap
+from precompute.targets import parse
+from storage.errors import UserError
+from tests.precompute.graphs import FREE, HALF, node, said, small
+
+# ---------------------------------------------------------------------------------------------- files
+
+FIXED = [
+    node("GlobalAveragePool", "x", "p"), node("Reshape", "p shape", "y"),
+]  # fmt: skip
+MIXES = [
+    node("GlobalAveragePool", "x", "p"), node("Flatten", "p", "f"), node("ReduceMean", "f", "m", axes=[0]),
+    node("Sub", "f m", "y"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("about", "says"),
+    [
+        ({"nodes": FIXED, "weights": {"shape": np.array([1, 3])}, "shape": (1, 3, 16, 16)},
+         r"cannot be run on 2 x \[1, 3, 16, 16\].*its batch is fixed at 1\n  export it again with a free batch"),
+        ({"nodes": FIXED, "weights": {"shape": np.array([1, -1])}, "shape": (1, 3, 16, 16)},
+         r"y is \[1, 6\] for 2 images; expected one row each; its batch is fixed at 1"),
+        ({"nodes": MIXES}, r"y of two images together differs from that of each alone by .* \(allowed: 0.001\)"),
+        ({"nodes": [node("Magic", "x", "y", domain="mine")], "domains": ["mine"]}, r"g.onnx: .*cannot be run: .*Magic"),
+        ({"nodes": [node("Log", "x", "l"), node("GlobalAveragePool", "l", "p"), node("Flatten", "p", "y")]},
+         "y: some of its values are not finite numbers"),
+        ({"nodes": [node("Shape", "x", "y")]}, "y is int64; expected floating-point numbers"),
+        ({"nodes": [node("Relu", "x", "y")]}, r"logits=y: expected \[B, K\], found \[5, 3, 16, 16\]"),
+    ],
+    ids=["fixed reshape", "silent reshape", "mixes images", "unknown operator", "not finite", "integers", "rank"],
+)  # fmt: skip
+def test_graphs_that_cannot_teach_are_refused(tmp_path: Path, about: dict[str, Any], says: str) -> None:
+    path = small(tmp_path / "g.onnx", **about)
+    with pytest.raises(UserError, match=says) as caught:
+        said(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("about", "says"),
+    [
+        ({"inputs": ("x", "z")}, r"it has 2 inputs \(x, z\); expected one"),
+        ({"kind": TensorProto.UINT8}, "its input x is uint8; expected normalised images: float32"),
+        ({"kind": TensorProto.STRING}, "its input x is string"),
+        ({"shape": ("N", 3, 16)}, r"its input x is \[N, 3, 16\]; expected a batch of RGB images"),
+        ({"shape": ("N", 5, 16, 16)}, r"its input x is \[N, 5, 16, 16\]; expected three channels"),
+        ({"shape": ("N", 3, 16, 24)}, r"is \[N, 3, 16, 24\]; only square images"),
+        ({"shape": ("N", 3, 4, 4)}, r"--input-size 4: expected 8 to 4096"),
+        ({"shape": ("N", 3, "H", "W")}, "it takes images of any size; say which it was made for: --input-size N"),
+    ],
+)
+def test_other_inputs_than_square_images_are_refused(tmp_path: Path, about: dict[str, Any], says: str) -> None:
+    path = small(tmp_path / "g.onnx", **about)
+    with pytest.raises(UserError, match=says):
+        teachers.find(str(path), **HALF)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\x08\x07" * 100, b"\x89PNG\r\n\x1a\n" * 9, None])
+def test_files_that_are_no_graphs_are_refused(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "g.onnx"
+    whole = small(path).read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    with pytest.raises(UserError, match=r"g\.onnx: .*is no ONNX file"):
+        teachers.find(str(path), **HALF)
+
+
+def test_files_that_cannot_be_read_or_are_too_large_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.onnx: cannot be read: No such file"):
+        teachers.find(str(tmp_path / "nowhere.onnx"), **HALF)
+    (tmp_path / "folder.onnx").mkdir()
+    with pytest.raises(UserError, match=r"folder\.onnx: cannot be read: Is a directory"):
+        teachers.find(str(tmp_path / "folder.onnx"), **HALF)
+    with pytest.raises(UserError, match="cannot be read: embedded null byte"):
+        teachers.find("a\0b.onnx", **HALF)
+    with (tmp_path / "huge.onnx").open("wb") as file:
+        file.truncate(2**31)
+    with pytest.raises(UserError, match=r"huge\.onnx: it has 2,147,483,648 bytes; one ONNX file holds at most"):
+        teachers.find(str(tmp_path / "huge.onnx"), **HALF)
+
+
+def test_a_graph_that_reads_other_files_is_refused(tmp_path: Path) -> None:
+    path = small(tmp_path / "g.onnx", weights={"w": np.zeros(4, np.float32)})
+    model = onnx.load(str(path))
+    tensor = model.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="/etc/passwd")
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(UserError, match=r"g\.onnx: .*keeps 1 tensor\(s\) in other files \(w\); save it as one file"):
+        teachers.find(str(path), **HALF)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"mean": None}, "does not say how its images are normalised; give --mean and --std"),
+        ({"std": None}, "does not say how its images are normalised; give --mean and --std"),
+        ({"input_size": 32}, r"--input-size 32: .* takes images of 16x16 alone"),
+        ({"weights": "w.pth"}, r"--weights: .*g\.onnx is a ready graph, whose weights and arguments are in it"),
+        ({"arguments": {"a": 1}}, r"--teacher-arg: .* is a ready graph"),
+        ({"called": "a/b"}, "--as 'a/b': a teacher's name has"),
+    ],
+)
+def test_what_makes_no_sense_of_a_graph_is_refused(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    path = small(tmp_path / "g.onnx", shape=FREE)
+    with pytest.raises(UserError, match=says):
+        teachers.find(str(path), **{**HALF, **changes})
+    assert teachers.find(str(path), **HALF).name == "g"
+
+
+# ---------------------------------------------------------------------------------------------- taps
+
+
+@pytest.mark.parametrize(
+    ("taps", "targets", "says"),
+    [
+        ([], [], r"name them by --tap TAP=TENSOR, such as --tap logits=stage1; its outputs: stage1, stage2"),
+        (["logits"], [], "--tap logits: expected TAP=TENSOR"),
+        (["logits="], [], "expected TAP=TENSOR"),
+        (["logit=logits"], [], "no tap is called 'logit'. Did you mean 'logits'"),
+        (["logits=logit"], [], r"cnn-graph.onnx: no tensor is called 'logit'. Did you mean 'logits'"),
+        (["logits=image"], [], "no tensor is called 'image'. "),
+        (["q=logits"], [], "q: a ready graph gives no q, k and v: .*--tap attention=TENSOR"),
+        (["logits=logits", "logits=stage1"], [], "logits is one tensor, 2 are named: logits, stage1"),
+        (["activations=stage1", "activations=stage1"], [], "activations: a tensor is named twice"),
+        (["logits=logits"], ["activations"], "activations is wanted and no tensor is named for it"),
+    ],
+)
+def test_taps_that_are_not_there_are_refused(tmp_path: Path, taps: list[str], targets: list[str], says: str) -> None:
+    nodes = [node("Relu", "image", "stage1"), node("Neg", "image", "stage2"), node("Flatten", "image", "logits")]
+    path = small(tmp_path / "cnn-graph.onnx", nodes, inputs=["image"], outputs=["stage1", "stage2", "logits"])
+    with pytest.raises(UserError, match=says):
+        ready.given_tensors(str(path), ready.named(taps), [w for text in targets for w in parse(text)])
+
+
+def shaped(path: Path, *shape: int, softmax: bool = False) -> Path:
+    """A file whose `y` has this shape for each image, of pixels or of rows that sum to one."""
+    nodes = [node("Reshape", "x shape", "r"), node("Softmax", "r", "y", axis=-1) if softmax else node("Relu", "r", "y")]
+    return small(path, nodes, weights={"shape": np.array([-1, *shape])})
+
+
+@pytest.mark.parametrize(
+    ("tap", "shape", "softmax", "says"),
+    [
+        (
+            "attention",
+            (3, 16, 16),
+            False,
+            r"its rows are no attention: their sums differ from one by up to",
+        ),
+        ("attention", (12, 8, 8), True, r"8 tokens are no square of patches, nor one behind"),
+        ("attention", (3, 8, 32), True, r"expected \[B, H, N, N\], found \[5, 3, 8, 32\]"),
+        ("class_row", (48, 16), False, "its rows are no attention"),
+        ("class_row", (48, 16), True, "16 tokens are a square of patches without a class token"),
+        ("tokens", (8, 96), False, "8 tokens are no square of patches"),
+        ("activations", (48, 4, 4, 1), False, r"expected \[B, C, h, h\]"),
+        ("activations", (96, 4, 2), False, r"expected \[B, C, h, h\], found \[5, 96, 4, 2\]"),
+        ("embedding", (3, 256), False, r"expected \[B, D\]"),
+    ],
+)
+def test_contract_12_tensors_that_are_not_their_taps_are_refused(
+    tmp_path: Path, tap: str, shape: tuple[int, ...], softmax: bool, says: str
+) -> None:
+    path = shaped(tmp_path / "g.onnx", *shape, softmax=softmax)
+    with pytest.raises(UserError, match=says):
+        said(path, Tap(tap, None, 4 if tap == "activations" else None, ("y",)))
+
+
+def test_layers_of_one_tap_are_alike(tmp_path: Path) -> None:
+    nodes = [node("Reshape", "x a", "y"), node("Reshape", "x b", "z")]
+    path = small(tmp_path / "g.onnx", nodes, weights={"a": np.array([-1, 16, 48]), "b": np.array([-1, 4, 192])})
+    with pytest.raises(UserError, match=r"tokens: its layers differ: \[5, 16, 48\], \[5, 4, 192\]"):
+        said(path, Tap("tokens", None, None, ("y", "z")))
+
+
+def test_class_rows_and_what_a_network_is_read_off_their_shapes(tmp_path: Path) -> None:
+    path = shaped(tmp_path / "g.onnx", 48, 16, softmax=True)
+    nodes = onnx.load(str(path)).graph.node
+    cut = np.array([5]), np.array([2])  # 16 values -> the first 5: one class token, 2x2 patches
+    small(path, [nodes[0], node("Slice", "r zero five two", "s"), node("Softmax", "s", "y", axis=-1)],
+          weights={"shape": np.array([-1, 48, 16]), "zero": np.array([0]), "five": cut[0], "two": cut[1]})  # fmt: skip
+    teacher = teachers.find(str(path), **HALF)
+    images = np.random.default_rng(1).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    exported = export_ready(teacher, [Tap("class_row", (1,), None, ("y",))], 16, images)
+    assert exported.shapes == ((1, 48, 5),)
+    assert exported.details[0]["network"] == {"layers": 1, "prefix": ["class"], "heads": 48}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "prefix"),
+    [(196, []), (197, ["class"]), (198, ["class", "distillation"]), (199, None), (1, []), (2, ["class"]),
+     (3, ["class", "distillation"]), (0, None)],
+)  # fmt: skip
+def test_prefix_tokens_are_what_stands_beside_a_square(tokens: int, prefix: list[str] | None) -> None:
+    assert ready.prefix_of(tokens) == prefix
+
+
+def test_a_graph_that_joining_changed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = small(tmp_path / "other.onnx", shape=("N", 16, 16, 3), kind=TensorProto.UINT8, inputs=("images",), nodes=[
+        node("Cast", "images", "c", to=TensorProto.FLOAT), node("ReduceMean", "c", "y", axes=[1, 2], keepdims=0),
+    ])  # fmt: skip
+    model = onnx.load(str(other))
+    model.graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT
+    monkeypatch.setattr(joined, "_joined", lambda alone, views: model.SerializeToString())
+    with pytest.raises(UserError, match=r"logits: .* differs from the file run by itself by [0-9.e+-]+"):
+        said(small(tmp_path / "g.onnx"))
