@@ -192,11 +192,12 @@ def constant_losses(study: Study) -> dict[str, float]:
 
     from storage.store import Store
     from student import config
-    from student.align import Rows, Shape
+    from student.align import Shape
     from student.lesson import given_of
     from student.losses.advit import distance
     from student.losses.attention_transfer import distillation
     from student.reader import BlockReader
+    from student.rows import Rows
     from student.stream import Stream
 
     store, shape = Store.open(study.store), Shape(6, 4, 8, ("class",))

@@ -19,8 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from precompute.engine import Outcome, ShardTask, run_task
+from precompute.engine import run_task
 from precompute.session import Session, cores, open_session
+from precompute.tasks import Outcome, ShardTask
 from storage.errors import UserError, lasts
 from storage.progress import Progress
 

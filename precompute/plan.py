@@ -21,9 +21,9 @@ import numpy as np
 
 from precompute import targets
 from precompute.cluster import Failure, patiently, run_here, run_on
-from precompute.engine import Output, ShardTask
 from precompute.run import Job, Wanted, candidates, choose_views, prepare, settle, staffed
 from precompute.session import cores
+from precompute.tasks import Output, ShardTask
 from storage.arrays import chunk_samples
 from storage.codecs import Codec, Part, fitting
 from storage.errors import UserError

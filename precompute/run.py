@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from precompute import targets
 from precompute.cluster import Failure, patiently, run_here, run_on, workers
-from precompute.engine import Outcome, Output, ShardTask, block_views, known_index
+from precompute.engine import block_views, known_index
 from precompute.session import cores
+from precompute.tasks import Outcome, Output, ShardTask
 from precompute.teachers import Teacher
 from storage import banks
 from storage.card import card

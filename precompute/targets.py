@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from precompute import ready
-from precompute.engine import Output
+from precompute.tasks import Output
 from precompute.teachers import Teacher, describe, load
 from storage import codecs, records
 from storage.codecs import Codec

@@ -147,7 +147,7 @@ class Taught(_Section):
 
 
 class Matched(Taught):
-    """How attention of another depth, head count and grid is met (student/align.py); unstated mismatches are errors.
+    """How attention of another depth, head count and grid is met (student/rows.py); unstated mismatches are errors.
 
     layers: `last`, `uniform`, or pairs [student's layer, teacher's layer], from 1; None: as many on both sides.
     heads: `mean` or `log` over the heads of both sides, or the `first` that both have; None: as many on both sides.

@@ -13,12 +13,13 @@ import torch
 
 from pipeline.bench.timing import Row, Spread, cpu_seconds, interleaved, ratios, seconds
 from pipeline.bench.world import World
-from precompute.engine import ShardTask, run_task
+from precompute.engine import run_task
 from precompute.export import live_teacher
 from precompute.plan import part_of
 from precompute.run import Job, prepare
 from precompute.session import Session, cores, open_session
 from precompute.taps import Tap
+from precompute.tasks import ShardTask
 from storage.errors import UserError
 from storage.markers import Attempt, Task
 from storage.progress import Progress

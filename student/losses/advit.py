@@ -12,9 +12,10 @@ from typing import Literal
 from torch import Tensor, nn
 
 from student import config
-from student.align import Given, Rows, Shape
+from student.align import Given, Shape
 from student.choose import Need
 from student.losses import Step
+from student.rows import Rows
 
 
 def distance(student: Tensor, teacher: Tensor, prefix: int, kind: Literal["l1", "l2"] = "l1") -> Tensor:

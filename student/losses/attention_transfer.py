@@ -11,9 +11,10 @@ from typing import Literal
 from torch import Tensor, nn
 
 from student import config
-from student.align import EPSILON, Given, Rows, Shape
+from student.align import Given, Shape
 from student.choose import Need
 from student.losses import Step
+from student.rows import EPSILON, Rows
 
 
 def distillation(student: Tensor, teacher: Tensor, heads: Literal["mean", "sum"] = "mean") -> Tensor:

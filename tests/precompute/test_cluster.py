@@ -28,9 +28,9 @@ from distributed import Client, LocalCluster, WorkerPlugin
 from PIL import Image
 
 from precompute import cluster
-from precompute.engine import Outcome, Output, ShardTask
 from precompute.run import Wanted, precompute
 from precompute.targets import parse
+from precompute.tasks import Outcome, Output, ShardTask
 from storage import banks, records
 from storage.errors import UserError
 from storage.policies import policy
@@ -525,7 +525,7 @@ def test_a_scheduler_that_goes_away_is_a_clear_error_and_the_same_command_goes_o
 STOPS_ITSELF = """
 import os, signal
 from pathlib import Path
-from precompute import cluster, engine
+from precompute import cluster, stages
 
 folder, where = Path(os.environ["STOP_FOLDER"]), os.environ["STOP_WHERE"]
 
@@ -555,10 +555,10 @@ def run_task(task, *rest):
             (folder / "woken").write_text("x")
     return outcome
 
-if not hasattr(engine, "stops"):  # it is loaded twice
-    engine.stops = True
-    real_mark, real_write, real_run = engine._Pass._mark, engine._Pass._write, cluster.run_task
-    engine._Pass._mark, engine._Pass._write, cluster.run_task = mark, write, run_task
+if not hasattr(stages, "stops"):  # it is loaded twice
+    stages.stops = True
+    real_mark, real_write, real_run = stages.Pass._mark, stages.Pass._write, cluster.run_task
+    stages.Pass._mark, stages.Pass._write, cluster.run_task = mark, write, run_task
 """
 
 

@@ -228,7 +228,7 @@ def test_contract_11_a_teacher_that_is_added_sees_the_views_that_are_there(
     place = seeded(world, tmp_path / "store")
     run_precompute(place, world.shards, teacher_of(world.weights, "cnn"), F32)
     before = snapshot(place)
-    monkeypatch.setattr("precompute.engine.draw", None)  # views are replayed, never drawn again
+    monkeypatch.setattr("precompute.stages.draw", None)  # views are replayed, never drawn again
     wanted = {"given": frozenset(), "policy": policy("light", 224, 99), "views": None}
     result = run_precompute(place, world.shards, teacher_of(world.weights, "vit"), VIT, **wanted)
     assert (result["bank"], result["views"]) == (next(iter(Store.open(world.store).banks())), 2)
@@ -403,7 +403,8 @@ def test_contract_3_a_run_that_stops_leaves_whole_shards_and_goes_on_to_the_same
 
 CHILD = """
 import os, signal, sys
-from precompute.engine import Output, ShardTask, run_task
+from precompute.engine import run_task
+from precompute.tasks import Output, ShardTask
 from precompute.session import open_session
 from storage.store import Store
 
@@ -487,7 +488,7 @@ def test_contract_6_of_two_runs_that_drew_other_views_the_second_is_refused(
     def meanwhile(outputs: list[np.ndarray]) -> None:
         watch(lambda outputs: None)
         with monkeypatch.context() as other:
-            other.setattr("precompute.engine.render", lambda image, view, side: np.full((side, side, 3), 7, np.uint8))
+            other.setattr("precompute.stages.render", lambda image, view, side: np.full((side, side, 3), 7, np.uint8))
             run_precompute(place, shard, teacher_of(world.weights, "cnn"), F32)
 
     watch(meanwhile)
@@ -682,7 +683,7 @@ def test_contract_5_an_image_that_was_invalid_and_is_not_any_more_is_refused(
         except BadImage:
             return Image.new("RGB", (40, 32))
 
-    monkeypatch.setattr("precompute.engine.decode", lenient)
+    monkeypatch.setattr("precompute.stages.decode", lenient)
     with pytest.raises(UserError, match="view 0, key shard-000000-00003: image: expected invalid, found valid"):
         run_precompute(place, [corrupt], teacher_of(world.weights, "vit"), VIT, bad_images="skip")
 

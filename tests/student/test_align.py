@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from precompute.taps import AttentionTaps, attention_rows, class_row, timm
 from storage.errors import IdentityError, UserError
 from student import config
-from student.align import Given, Rows, Shape, align_classes, log_mean, student_shape
+from student.align import Given, Shape, align_classes, student_shape
+from student.rows import Rows, log_mean
 
 SETTINGS: dict[str, type[config.Matched]] = {"class": config.ADViT, "all": config.Attention}
 

@@ -16,13 +16,14 @@ from storage.store import Store
 from storage.testing import TINY_VIT
 from storage.weights import read_weights
 from student import config
-from student.align import Rows, Shape, log_mean
+from student.align import Shape
 from student.config import validate
 from student.lesson import Lesson, given_of
 from student.losses import advit, attention_transfer, deit
 from student.losses.aal import AAL, class_maps
 from student.losses.crossentropy import cross_entropy
 from student.model import build
+from student.rows import Rows, log_mean
 from student.stream import Stream
 from tests.conftest import run_precompute, teacher_of
 from tests.student.test_align import given
