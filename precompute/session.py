@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,15 +16,21 @@ from storage.records import Record
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-BATCH = 16  # more is slower on a CPU and takes memory; outputs do not depend on it
+# Images of one run; outputs do not depend on it. On a CPU small runs side by side, each on a thread of its own, are up
+# to 1.6 times as fast as larger ones, one after another, on all threads: what they work on stays in the core's cache.
+BATCH = {"cpu": 2, "cuda": 16}
+SIDE_BY_SIDE = 16  # runs, at most: each takes memory
 OPTIMISATION = "all"
 
 
 class Session:
     """One ONNX Runtime session, and what it really runs on."""
 
-    def __init__(self, session: Any, provider: str, version: str = "", name: str = "images") -> None:
-        self._session, self._input = session, name
+    def __init__(
+        self, session: Any, provider: str, version: str = "", name: str = "images", side_by_side: int = 1
+    ) -> None:
+        self._session, self._input, self._batch = session, name, BATCH[provider]
+        self._threads = ThreadPoolExecutor(side_by_side, "session") if side_by_side > 1 else None
         self.settings: Record = {
             "onnxruntime": version, "provider": provider, "precision": "float32", "optimisation": OPTIMISATION,
             "tf32": False,
@@ -31,12 +38,19 @@ class Session:
 
     def run(self, images: np.ndarray) -> list[np.ndarray]:
         """The outputs, f32 `[n, …]` each, of uint8 images `[n, S, S, 3]`."""
-        parts = [self._session.run(None, {self._input: images[i : i + BATCH]}) for i in range(0, len(images), BATCH)]
+        pieces = [images[i : i + self._batch] for i in range(0, len(images), self._batch)]
+        parts = self._threads.map(self._run, pieces) if self._threads else map(self._run, pieces)
         return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
+
+    def _run(self, images: np.ndarray) -> list[np.ndarray]:
+        found: list[np.ndarray] = self._session.run(None, {self._input: images})
+        return found
 
 
 def open_session(graph: bytes, provider: str = "auto", threads: int | None = None) -> Session:
     """A session on a provider: `cpu`, `cuda`, or `auto` for CUDA where it works and else the CPU.
+
+    On a CPU it takes so many threads, by default one a core.
 
     Raises:
         UserError: onnxruntime is not installed, the graph is not one, or CUDA was asked for and cannot be had.
@@ -48,7 +62,9 @@ def open_session(graph: bytes, provider: str = "auto", threads: int | None = Non
     parsed(graph)
     onnxruntime.set_default_logger_severity(4)  # what it would say of errors comes with them
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or cores()
+    threads = threads or cores()
+    side_by_side = min(threads, SIDE_BY_SIDE)
+    options.intra_op_num_threads = threads // side_by_side
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     names = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
     cuda = (names["cuda"], {"use_tf32": "0"})
@@ -67,7 +83,8 @@ def open_session(graph: bytes, provider: str = "auto", threads: int | None = Non
     used = "cuda" if session.get_providers()[0] == names["cuda"] else "cpu"
     if provider == "cuda" and used != "cuda":
         raise UserError("--provider cuda: onnxruntime fell back to the CPU; look at its CUDA libraries, or use auto")
-    return Session(session, used, onnxruntime.__version__, *(value.name for value in session.get_inputs()[:1]))
+    (name, *_) = (value.name for value in session.get_inputs())
+    return Session(session, used, onnxruntime.__version__, name, side_by_side if used == "cpu" else 1)
 
 
 def parsed(graph: bytes) -> ModelProto:

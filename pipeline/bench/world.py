@@ -54,7 +54,7 @@ class World:
 
     def __init__(self, folder: Path, shards: list[str], device: str, quick: bool) -> None:
         self.folder, self.given, self.device, self.quick = folder, shards, device, quick
-        self.blocks = 2 if quick else 6  # of photographs, at most
+        self.blocks = 2 if quick else 8  # of photographs, at most
         self.provider = "cuda" if device.startswith("cuda") else "cpu"
         self.quiet = Quiet()
 

@@ -157,6 +157,18 @@ def test_views_are_reduced_with_antialiasing(cases: Any, monkeypatch: pytest.Mon
         assert_close(case.session.run(case.views(5)), reference(case, case.views(5)), 1e-2)
 
 
+@pytest.mark.parametrize("kind", ["cnn", "vit"])
+def test_outputs_depend_neither_on_threads_nor_on_runs_side_by_side(cases: Any, kind: str, monkeypatch: Any) -> None:
+    case = cases(kind)
+    views = case.views(11)
+    expected = sessions.open_session(case.exported.graph, "cpu", 1).run(views)
+    for threads, side_by_side, batch in ((3, 16, 2), (4, 2, 2), (2, 16, 5)):
+        monkeypatch.setattr(sessions, "SIDE_BY_SIDE", side_by_side)
+        monkeypatch.setattr(sessions, "BATCH", {"cpu": batch})
+        found = sessions.open_session(case.exported.graph, "cpu", threads).run(views)
+        assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("count", [15, 16, 17, 33])
 def test_large_inputs_are_run_in_batches_that_lose_nothing(cases: Any, count: int, monkeypatch: Any) -> None:
     case = cases("vit")
@@ -171,7 +183,7 @@ def test_large_inputs_are_run_in_batches_that_lose_nothing(cases: Any, count: in
 
     found = sessions.Session(Counting(), "cpu").run(views)
     assert sum(sizes) == count
-    assert max(sizes) <= sessions.BATCH
+    assert max(sizes) <= sessions.BATCH["cpu"]
     one_by_one = [
         np.concatenate(parts) for parts in zip(*(case.session.run(view[None]) for view in views), strict=True)
     ]
