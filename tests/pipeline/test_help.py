@@ -81,7 +81,9 @@ def test_no_summary_is_cut_off():
 @pytest.fixture
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder `photos` of two classes and weights under the names that the examples use."""
+    import onnx
     import torch
+    from onnx import TensorProto, helper
     from safetensors.torch import save_file
 
     from precompute.taps import timm
@@ -95,6 +97,10 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "list.csv").write_text(
         "path,label\n" + "".join(f"photos/{name}/{i}.jpg,{name}\n" for name in ("cat", "dog") for i in range(20))
     )
+    passes_on = helper.make_node("Identity", ["images"], ["output"])
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["N", 3, 16, 16])
+    output = helper.make_tensor_value_info("output", TensorProto.FLOAT, ["N", 3, 16, 16])
+    onnx.save(helper.make_model(helper.make_graph([passes_on], "g", [images], [output])), tmp_path / "model.onnx")
     torch.manual_seed(0)
     for name in ("mobilenetv2", "vit_tiny"):
         save_file(timm.create_model(resolve(name)[0]).state_dict(), tmp_path / f"{name}.safetensors")
@@ -110,7 +116,7 @@ def test_every_command_has_an_example_and_its_place_in_the_order():
 def test_the_examples_of_the_whole_are_understood(tmp_path, monkeypatch):
     """They fetch weights from timm's hub, so they are not run."""
     monkeypatch.chdir(tmp_path)
-    assert len(examples(cli)) == 4
+    assert len(examples(cli)) == 5
     for name, *words in examples(cli):
         assert cli.commands[name].make_context(name, words)
 

@@ -38,7 +38,7 @@ def run(capsys):
 
 
 def section() -> str:
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "guide.md").read_text()
     return text.split("## A project file")[1].split("\n## ")[0]
 
 

@@ -558,7 +558,7 @@ def test_targets_of_other_views_than_the_bank_has_are_named_and_made_again(
     for view in (0, 1):
         bank_marker(place, view=view).unlink()
     with monkeypatch.context() as other:
-        for module in ("precompute.engine", "storage.banks"):
+        for module in ("precompute.stages", "storage.banks"):
             other.setattr(f"{module}.render", lambda image, view, size: 255 - render(image, view, size))
         result = run_precompute(place, shards, teacher_of(world.weights, "cnn"), CNN)
         assert result["written"] == 2 * len(CNN)
@@ -578,7 +578,7 @@ def test_contract_5_views_that_are_added_are_rendered_as_those_that_are_there(
 ) -> None:
     place = world.copy(tmp_path / "store")
     before = snapshot(place)
-    for module in ("precompute.engine", "storage.banks"):
+    for module in ("precompute.stages", "storage.banks"):
         monkeypatch.setattr(f"{module}.render", lambda image, view, size: render(image, view, size) ^ 1)
     with pytest.raises(UserError, match="signature of the view's pixels"):
         run_precompute(place, world.shards, teacher_of(world.weights, "cnn"), CNN, views=3)
