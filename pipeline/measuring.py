@@ -36,9 +36,12 @@ def demo(out: Path, as_json: bool) -> None:
 @click.command()
 @click.option("--only", multiple=True, type=click.Choice(["precompute", "torch", "train", "live", "stream"]),
               help="What is measured; may be repeated.  [default: all]")  # fmt: skip
-@shards("--shards", help="Photographs for `precompute` and `torch`, in place of synthetic ones.", required=False)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 …")
-@click.option("--turns", type=click.IntRange(1), default=5, show_default=True, help="Of each contender.")
+@shards("--shards", help="Photographs for `precompute` and `torch`: the first 512 of the first shard.", required=False)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+              help="Where teachers and students run.")  # fmt: skip
+@click.option(
+    "--turns", type=click.IntRange(1), default=5, show_default=True, help="Of each contender; a live teacher takes two."
+)
 @click.option("--quick", is_flag=True, help="Small cases alone.")
 @click.option("--folder", type=click.Path(path_type=Path), metavar="DIR",
               help="Where the temporary stores lie: their disk is measured too.  [default: the system's]")  # fmt: skip
@@ -62,8 +65,7 @@ def bench(
     """
     from pipeline.bench import PARTS, lines
     from pipeline.bench import bench as run
-    from student.model import pick_device
 
     console = Console()
-    result = run(only or PARTS, shards, str(pick_device(device)), turns, quick, folder, console)
+    result = run(only or PARTS, shards, device, turns, quick, folder, console)
     show(result, lines(result), as_json)

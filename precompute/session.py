@@ -64,7 +64,7 @@ def open_session(graph: bytes, provider: str = "auto", threads: int | None = Non
     options = onnxruntime.SessionOptions()
     threads = threads or cores()
     side_by_side = min(threads, SIDE_BY_SIDE)
-    options.intra_op_num_threads = threads // side_by_side
+    options.intra_op_num_threads = threads - side_by_side + 1  # a pool that the runs share, each caller beside it
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     names = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
     cuda = (names["cuda"], {"use_tf32": "0"})

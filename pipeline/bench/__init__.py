@@ -29,7 +29,7 @@ def bench(
     Args:
         parts: of `PARTS`.
         shards: photographs for `precompute` and `torch`; synthetic ones where none are given.
-        device: of PyTorch and of the teachers' sessions.
+        device: `cpu` or `cuda`, of PyTorch and of the teachers' sessions; `auto` is cuda where both have it.
         turns: of each contender.
         quick: small cases alone.
         where: a folder in which a temporary one is made; what is measured there is its disk.
@@ -44,9 +44,11 @@ def bench(
     from pipeline.bench.world import TEACHERS, World
     from precompute.session import cores
 
+    device = _device(device)
     if where is not None and not where.is_dir():
         raise UserError(f"--folder {where}: no such folder; it is where a temporary one is made")
     torch.set_num_threads(cores())
+    torch.backends.cudnn.allow_tf32 = False  # as in the sessions
     folder = Path(tempfile.mkdtemp(prefix="bench-", dir=where))
     rows: list[Row] = []
     try:
@@ -55,17 +57,31 @@ def bench(
         if "precompute" in parts:
             rows += recording.limits(world, teachers, turns, console)
         if "torch" in parts:
-            rows += recording.against_torch(world, teachers, max(1, turns // 2), console)
+            rows += recording.against_torch(world, teachers, turns, console)
         some = slice(0, 1) if quick else slice(None)
         if "train" in parts or "live" in parts:
             cases = list(learning.CASES)[some]
-            made = learning.steps(world, cases, 4 * turns, "live" in parts, console)
+            made = learning.steps(world, cases, turns, "live" in parts, console)
             rows += [row for row in made if row.number == 4 or "train" in parts]
         if "stream" in parts:
-            rows += reading.streams(world, list(reading.CASES)[some], 2 * turns, console)
+            rows += reading.streams(world, list(reading.CASES)[some], 3 * turns, console)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return {"machine": _machine(device), "turns": turns, "measures": [_plain(row) for row in rows]}
+    return {"machine": _machine(device), "measures": [_plain(row) for row in rows]}
+
+
+def _device(name: str) -> str:
+    """`cpu` or `cuda`. Raises UserError where there is none."""
+    import onnxruntime
+    import torch
+
+    sessions = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    if name == "auto":
+        return "cuda" if sessions and torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not (sessions and torch.cuda.is_available()):
+        missing = "this onnxruntime has no CUDA (extra `gpu`)" if not sessions else "torch sees no CUDA device"
+        raise UserError(f"--device cuda: {missing}; use --device cpu")
+    return name
 
 
 def _plain(row: Row) -> dict[str, Any]:
@@ -101,7 +117,7 @@ def lines(result: dict[str, Any]) -> list[str]:
     machine = result["machine"]
     text = [
         f"{machine['processor']}, {machine['cores']} cores, {machine['device']}; torch {machine['torch']}, "
-        f"onnxruntime {machine['onnxruntime']}; medians of {result['turns']} turns or more, quartiles in brackets"
+        f"onnxruntime {machine['onnxruntime']}; medians of turns, quartiles in brackets"
     ]
     for words in dict.fromkeys(row["words"] for row in result["measures"]):
         rows = [row for row in result["measures"] if row["words"] == words]
@@ -112,7 +128,8 @@ def lines(result: dict[str, Any]) -> list[str]:
             if row["bar"] is not None:
                 sign, said = "≤" if row["most"] else "≥", "reached" if row["reached"] else "MISSED"
                 bar = f"; bar {sign} {row['bar']:g}: {said}"
-            text.append(f"  {ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]  {row['case']}{bar}")
+            spread = f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}] of {row['turns']}"
+            text.append(f"  {spread}  {row['case']}{bar}")
             for what, values in row["about"].items():
                 several = values.items() if isinstance(values, dict) else [("", values)]
                 inner = ", ".join(f"{name} {value}".strip() for name, value in several)

@@ -10,7 +10,6 @@ import torch
 
 from pipeline.bench.timing import Row, Spread, interleaved, ratios
 from pipeline.bench.world import World
-from precompute.export import live_teacher
 from precompute.taps import Tap
 from precompute.teachers import Teacher
 from storage.codecs import Codec
@@ -21,7 +20,7 @@ from student.optimiser import optimiser
 from student.prepare import Job, prepare
 from student.speed import Choice, apply, choose
 from student.step import Update
-from student.stream import Batch
+from student.stream import Batch, Stream
 
 GRID = {"layers": "uniform", "grid": "bicubic"}
 # method -> (teacher, its losses)
@@ -30,7 +29,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "class rows": ("vit_tiny_patch16_224", {"advit": GRID}),
 }
 PLAIN = "labels alone"
-PIECE = 16  # images that a live teacher sees at a time
+PIECE = 16  # images that a live teacher sees at a time on a CPU, where whole batches are slower
+LIVE_TURNS = 2
 # case -> student, batch size, side of the view images, grid of its patches, samples in each of two shards
 CASES: dict[str, tuple[dict[str, Any], int, int, int, int]] = {
     "6 layers of 128, 32x32": (
@@ -40,8 +40,11 @@ CASES: dict[str, tuple[dict[str, Any], int, int, int, int]] = {
 }  # fmt: skip
 
 
-class _Steps:
-    """Training steps of one recipe, one at a time, over epoch after epoch; with a live teacher if one is given."""
+class _Epochs:
+    """A recipe's training, an epoch a turn: reading comes in bursts, so that single steps would leave it out.
+
+    With a live teacher nothing is read but images: what it says of them takes the place of stored targets.
+    """
 
     def __init__(self, world: World, store: Store, shards: list[str], recipe: Recipe, teacher: Teacher | None) -> None:
         job = Job(recipe, shards, shards, world.folder / "unused", store, world.device)
@@ -50,43 +53,40 @@ class _Steps:
         optimizer, _ = optimiser(recipe, self.lesson, self.stream.order.steps)
         self.device = torch.device(world.device)
         self.update = Update(recipe, self.lesson, optimizer, None, self.device, False)
-        self.epoch = self.step = 0
-        self.batches = self.stream.epoch(0)
+        self.epoch = -1
         self.live = {}
         if teacher is not None:
-            for target in self.stream.source.targets:
-                identity = store.target(target)["identity"]
-                tap = Tap(identity["tap"], tuple(identity["layers"]), identity["grid"])
-                module = live_teacher(teacher, [tap], self.stream.source.policy.size)
-                self.live[target] = module.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            source = self.stream.source
+            for target in source.targets:
+                tap = Tap.of(store.target(target)["identity"])
+                self.live[target] = world.live(teacher, [tap], source.policy.size)
+            self.stream = Stream(
+                shards, batch=recipe.stream.batch_size, store=store, bank=source.bank, window=recipe.stream.window
+            )
 
-    def batch(self) -> Batch:
-        """The next one, of the next epoch after the last."""
-        batch = next(self.batches, None)
-        if batch is None:
-            self.epoch += 1
-            self.batches = self.stream.epoch(self.epoch)
-            batch = next(self.batches)
-        return batch.to(self.device)
+    def first(self) -> Batch:
+        """A batch to measure on."""
+        return next(self.stream.epoch(0)).to(self.device)
 
     def __call__(self) -> float:
-        """Seconds of a step, loader included."""
+        """Seconds of a step, the mean over an epoch, loader included."""
+        self.epoch += 1
         began = time.perf_counter()
-        batch = self.batch()
-        if self.live:
-            with torch.inference_mode():
-                pieces = torch.split(batch.images, PIECE)  # on a CPU whole batches are slower
-                now = {t: torch.cat([teacher(piece)[0] for piece in pieces]) for t, teacher in self.live.items()}
-            exact = {target: Codec("f32", tuple(values.shape[1:]), 1) for target, values in now.items()}
-            # A copy: tensors of inference mode take no part in gradients.
-            batch = dataclasses.replace(
-                batch, targets={t: {"data": values.clone()} for t, values in now.items()}, codecs=exact
-            )
-        self.step += 1
-        self.update(batch, 0, self.step)
+        for step, batch in enumerate(self.stream.epoch(self.epoch)):
+            there = batch.to(self.device)
+            self.update(self._taught(there) if self.live else there, 0, step)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter() - began
+        return (time.perf_counter() - began) / self.stream.order.steps
+
+    def _taught(self, batch: Batch) -> Batch:
+        """The batch with what the live teachers say of it, in the student's precision."""
+        precision = self.lesson.precision
+        pieces = torch.split(batch.images, PIECE if self.device.type == "cpu" else len(batch.images))
+        with torch.no_grad(), torch.autocast(self.device.type, precision, enabled=precision is not None):
+            now = {t: torch.cat([teacher(piece)[0].float() for piece in pieces]) for t, teacher in self.live.items()}
+        exact = {target: Codec("f32", tuple(values.shape[1:]), 1) for target, values in now.items()}
+        return dataclasses.replace(batch, targets={t: {"data": values} for t, values in now.items()}, codecs=exact)
 
 
 def steps(world: World, cases: list[str], turns: int, live: bool, progress: Progress) -> list[Row]:
@@ -111,31 +111,43 @@ def steps(world: World, cases: list[str], turns: int, live: bool, progress: Prog
             )
             for method, (_, losses) in {PLAIN: ("", {}), **METHODS}.items()
         }  # fmt: skip
-        made = {method: _Steps(world, store, shards, recipe, None) for method, recipe in recipes.items()}
+        made = {method: _Epochs(world, store, shards, recipe, None) for method, recipe in recipes.items()}
         if live:
             for method in METHODS:
-                made[f"{method}, live"] = _Steps(world, store, shards, recipes[method], teachers[method])
+                made[f"{method}, live"] = _Epochs(world, store, shards, recipes[method], teachers[method])
         for choice in _choices(made[PLAIN], recipes[PLAIN]):
             how = f"{choice.amp.replace('none', 'float32')}, {choice.attention} attention"
             progress.say(f"training, {case}, {how}")
             for one in made.values():
                 apply(one.lesson, choice.amp, choice.attention)
-            found = interleaved(made, turns, warm=3)
-            about: dict[str, object] = {"ms": {name: round(1000 * Spread.of(v).median, 1) for name, v in found.items()}}
-            for method in METHODS:
-                where = f"{method}; {case}; {how}"
-                price = ratios(found[method], found[PLAIN])
-                rows.append(Row(3, where, "a step from the store ÷ with labels alone", price, 1.10, True, about))
-                if live:
-                    dear = ratios(found[f"{method}, live"], found[method])
-                    rows.append(
-                        Row(4, where, "a step with the live teacher ÷ from the store", dear, None, False, about)
-                    )
+            found = interleaved({name: one for name, one in made.items() if name in recipes}, turns)
+            beside = interleaved({name: one for name, one in made.items() if name != PLAIN}, LIVE_TURNS) if live else {}
+            rows += _rows(f"{case}; {how}", found, beside)
     return rows
 
 
-def _choices(plain: _Steps, recipe: Recipe) -> list[Choice]:
+def _rows(where: str, found: dict[str, list[float]], beside: dict[str, list[float]]) -> list[Row]:
+    """The prices of all methods; `beside` are turns with live teachers, and without them beside those."""
+    rows = []
+    for values, number in ((found, 3), (beside, 4)):
+        about: dict[str, object] = {
+            "ms a step": {name: round(1000 * Spread.of(several).median, 1) for name, several in values.items()}
+        }
+        for method in METHODS if values else ():
+            case, turns = f"{method}; {where}", len(values[method])
+            if number == 3:
+                price = ratios(values[method], values[PLAIN])
+                rows.append(Row(3, case, "a step from the store ÷ with labels alone", price, turns, about, 1.10, True))
+            else:
+                words = "a step with the live teacher ÷ from the store"
+                dear = ratios(values[f"{method}, live"], values[method])
+                rows.append(Row(4, case, words, dear, turns, about))
+    return rows
+
+
+def _choices(plain: _Epochs, recipe: Recipe) -> list[Choice]:
     """f32, and what `auto` chooses for the plain student if that is another precision."""
-    auto = choose(plain.lesson, plain.batch(), recipe.speed, 1_000_000)
-    f32 = choose(plain.lesson, plain.batch(), recipe.speed.model_copy(update={"amp": "none"}), 1_000_000)
+    batch = plain.first()
+    auto = choose(plain.lesson, batch, recipe.speed, 1_000_000)
+    f32 = choose(plain.lesson, batch, recipe.speed.model_copy(update={"amp": "none"}), 1_000_000)
     return [f32] if auto.amp == "none" else [f32, auto]

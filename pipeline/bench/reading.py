@@ -43,14 +43,12 @@ def streams(world: World, cases: list[str], turns: int, progress: Progress) -> l
             "images_per_second": {name: round(count / Spread.of(v).median, 1) for name, v in found.items()}
         }
         plain, maps = found["without targets"], f"{case}, activations of MobileNetV2"
+        price, decoded = ratios(plain, found["joined"]), ratios(plain, found["stored pixels"])
         rows += [
-            Row(5, maps, "the joined stream ÷ without targets", ratios(plain, found["joined"]), 0.9, False, about),
-            Row(
-                5, case, "stored pixels ÷ decoding and rendering", ratios(plain, found["stored pixels"]), None, False,
-                about,
-            ),
+            Row(5, maps, "the joined stream ÷ without targets", price, turns, about, 0.9),
+            Row(5, case, "stored pixels ÷ decoding and rendering", decoded, turns, about),
             _target(joined, target, turns, maps),
-        ]  # fmt: skip
+        ]
     return rows
 
 
@@ -89,7 +87,5 @@ def _target(stream: Stream, target: str, turns: int, case: str) -> Row:
     rates: dict[str, object] = {
         "mb_per_second": {name: round(size / 1e6 / Spread.of(values).median, 1) for name, values in found.items()}
     }
-    return Row(
-        6, case, "reading a target ÷ the same bytes memory-mapped", ratios(found["mapped"], found["read"]), None, False,
-        rates,
-    )  # fmt: skip
+    words = "reading a target ÷ the same bytes memory-mapped"
+    return Row(6, case, words, ratios(found["mapped"], found["read"]), turns, rates)

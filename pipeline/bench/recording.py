@@ -14,7 +14,6 @@ import torch
 from pipeline.bench.timing import Row, Spread, cpu_seconds, interleaved, ratios, seconds
 from pipeline.bench.world import World
 from precompute.engine import run_task
-from precompute.export import live_teacher
 from precompute.plan import part_of
 from precompute.run import Job, prepare
 from precompute.session import Session, cores, open_session
@@ -25,6 +24,7 @@ from storage.markers import Attempt, Task
 from storage.progress import Progress
 from storage.shards import BLOCK, read_samples
 from storage.views import View, decode, draw, mixed, render, settle, signature
+from storage.weights import first_line
 
 BATCHES = (4, 8, 16, 32, 64)  # of PyTorch; the best one is taken
 
@@ -162,9 +162,10 @@ def limits(world: World, names: Sequence[str], turns: int, progress: Progress) -
         rate = 1 / Spread.of(found["engine"]).median
         rows.append(Row(
             1, case.name, "precompute ÷ " + ("the bare session" if alone else "what the cores allow"),
-            ratios(below, found["engine"]), None if alone else 0.9, False,
+            ratios(below, found["engine"]), turns,
             {"samples_per_second": round(rate, 2), "limit": round(1 / Spread.of(below).median, 2), "cores": cores(),
              "cpu_ms_per_sample": {part: round(1000 * value, 2) for part, value in cpu.items()}},
+            None if alone else 0.9,
         ))  # fmt: skip
     return rows
 
@@ -188,13 +189,8 @@ def against_torch(world: World, names: Sequence[str], turns: int, progress: Prog
     for name in names:
         case = _Case(world, name)
         progress.say(f"precompute against PyTorch, {case.name}")
-        taps = []
-        for output in case.outputs:
-            identity = case.store.target(output.target)["identity"]
-            layers = tuple(identity["layers"]) if identity["layers"] else None
-            taps.append(Tap(identity["tap"], layers, identity["grid"]))
-        module = live_teacher(case.wanted.teacher, taps, case.job.policy.size).to(world.device)
-        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        taps = [Tap.of(case.store.target(output.target)["identity"]) for output in case.outputs]
+        module = world.live(case.wanted.teacher, taps, case.job.policy.size)
         batch = _best(module, case.job.policy.size, world.device)
         rivals: dict[str, _Torch] = {"eager PyTorch": _Torch(module, batch, world.device)}
         compiled = _Torch(torch.compile(module, dynamic=False), batch, world.device)
@@ -202,12 +198,12 @@ def against_torch(world: World, names: Sequence[str], turns: int, progress: Prog
             compiled.run(np.zeros((BLOCK, case.job.policy.size, case.job.policy.size, 3), np.uint8))
             rivals["torch.compile"] = compiled
         except Exception as error:  # no compiler, or one that cannot
-            progress.say(f"  torch.compile does not work here: {str(error).splitlines()[0][:100]}")
+            progress.say(f"  torch.compile does not work here: {first_line(error)[:100]}")
         sessions: dict[str, Session | _Torch] = {"engine": case.session, **rivals}
         found = interleaved({n: functools.partial(case.engine, s) for n, s in sessions.items()}, turns)
         for rival in rivals:
             rows.append(Row(
-                2, case.name, f"precompute ÷ with {rival}", ratios(found[rival], found["engine"]), None, False,
+                2, case.name, f"precompute ÷ with {rival}", ratios(found[rival], found["engine"]), turns,
                 {"samples_per_second": {n: round(case.samples / Spread.of(found[n]).median, 2) for n in sessions},
                  "batch": batch},
             ))  # fmt: skip
@@ -222,5 +218,5 @@ def _best(module: torch.nn.Module, side: int, device: str) -> int:
         turns = {n: functools.partial(seconds, functools.partial(r.run, images)) for n, r in runs.items()}
         found = interleaved(turns, 2)
     except RuntimeError as error:
-        raise UserError(f"PyTorch cannot run the teacher here: {str(error).splitlines()[0]}") from None
+        raise UserError(f"PyTorch cannot run the teacher here: {first_line(error)}") from None
     return int(min(found, key=lambda name: min(found[name])))

@@ -34,20 +34,22 @@ class Row:
     Attributes:
         number: of the measure.
         case: what was measured.
-        ratio: of turns that stood beside each other.
         words: what is divided by what.
+        ratio: of turns that stood beside each other.
+        turns: how many.
+        about: seconds, rates and the like, plain data.
         bar: the least, or where `most` the largest, ratio that is good; None where there is none.
         most: see `bar`.
-        about: seconds, rates and the like, plain data.
     """
 
     number: int
     case: str
     words: str
     ratio: Spread
-    bar: float | None
-    most: bool
+    turns: int
     about: dict[str, object]
+    bar: float | None = None
+    most: bool = False
 
     @property
     def reached(self) -> bool | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from precompute import teachers
+from precompute.export import live_teacher
 from precompute.plan import Shard
 from precompute.run import Wanted, precompute
-from precompute.taps import timm
+from precompute.taps import Tap, timm
 from precompute.targets import parse
 from precompute.teachers import Teacher
 from storage.errors import UserError
@@ -89,6 +91,11 @@ class World:
         return teachers.find(
             model, weights=str(path), arguments=arguments, input_size=size, mean=(0.5,), std=(0.5,), called=called
         )
+
+    def live(self, teacher: Teacher, taps: Sequence[Tap], size: int) -> torch.nn.Module:
+        """The PyTorch teacher over view images of a size, channels last."""
+        module: torch.nn.Module = live_teacher(teacher, taps, size).to(self.device)
+        return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
     def wanted(self, case: str) -> Wanted:
         """Four `deit` views of the photographs, as a user would ask for them."""

@@ -36,7 +36,7 @@ def test_a_ratio_is_of_turns_that_stood_beside_each_other() -> None:
     (5.0, None, False, None),
 ])  # fmt: skip
 def test_a_bar_is_reached_from_the_right_side(ratio, bar, most, reached) -> None:
-    assert Row(1, "case", "a ÷ b", Spread(ratio, ratio, ratio), bar, most, {}).reached is reached
+    assert Row(1, "case", "a ÷ b", Spread(ratio, ratio, ratio), 1, {}, bar, most).reached is reached
 
 
 def test_seconds_of_the_wall_and_of_the_cores() -> None:
