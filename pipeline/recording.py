@@ -188,7 +188,7 @@ def inspect(store: str, sample: str | None, shards: tuple[str, ...], out: Path |
 
     \b
     pipeline inspect --store S
-    pipeline inspect --store S --shards 'train-{000000..000009}.tar' --sample photo-0378 --out photo-0378.png
+    pipeline inspect --store S --shards 'train-{000000..000009}.tar' --sample cat_7 --out cat_7.png
     """
     from pipeline import inspection
     from storage.store import Store

@@ -26,7 +26,8 @@ def streams(world: World, cases: list[str], turns: int, progress: Progress) -> l
         side, grid, samples, size = CASES[case]
         shards = world.small(samples, side, "png" if side < 100 else "jpg")
         store, kept = world.store(f"stream-{side}"), world.store(f"pixels-{side}")
-        teacher = world.teacher("mobilenetv2_100")
+        model = "resnet10t" if world.quick else "mobilenetv2_100"
+        teacher = world.teacher(model)
         (target,) = world.recorded(store, shards, teacher, [f"activations,grid={grid},codec=u8"], side)
         world.recorded(kept, shards, world.teacher("resnet10t", 64), ["embedding,codec=f16"], side, pixels=True)
         progress.say(f"stream, {case}")
@@ -42,7 +43,7 @@ def streams(world: World, cases: list[str], turns: int, progress: Progress) -> l
         about: dict[str, object] = {
             "images_per_second": {name: round(count / Spread.of(v).median, 1) for name, v in found.items()}
         }
-        plain, maps = found["without targets"], f"{case}, activations of MobileNetV2"
+        plain, maps = found["without targets"], f"{case}, activations of {model}"
         price, decoded = ratios(plain, found["joined"]), ratios(plain, found["stored pixels"])
         rows += [
             Row(5, maps, "the joined stream ÷ without targets", price, turns, about, 0.9),
