@@ -208,6 +208,8 @@ def _lines(
     seconds: float,
     places: list[Path],
 ) -> list[str]:
+    from scipy.stats import t
+
     saw = f"the students saw {counts['tenth']} labelled ones, in {VIEWS} stored views"
     lines = [
         "",
@@ -220,11 +222,12 @@ def _lines(
         if recipe != "scratch":
             gains = [b - a for a, b in zip(table["scratch"], values, strict=True)]
             gain, error = statistics.mean(gains), statistics.stdev(gains) / len(gains) ** 0.5
-            verdict = "" if abs(gain) > 2 * error else ": no more than chance could give"
+            verdict = "" if abs(gain) > t.ppf(0.975, len(gains) - 1) * error else ": may be chance"
             line += f"   {gain:+.1f} ± {error:.1f}{verdict}"
         lines.append(line)
     lines += [
         f"{'teacher ' + name:18} {top1:6.1f}          (saw all {counts['all']} labels)"
         for name, top1 in teachers.items()
     ]
+    lines += ["", "±: standard error. May be chance: seeds alone would differ so more often than once in twenty times"]
     return [*lines, "", f"{seconds:.0f} s in all. Look at", *(f"  {place}" for place in places)]

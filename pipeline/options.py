@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -121,6 +122,8 @@ _SAID = {
 }  # fmt: skip
 # What is said about one teacher, and never of several at once.
 _OF_ONE = ("target", "tap", "weights", "teacher_arg", "mean", "std", "input_size", "called")
+# Where a file of weights may come from that is not there.
+_ADVICE = "`pipeline fit-teacher --teacher NAME --out FILE` makes one from a teacher whose features are stored"
 
 
 def wanted(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -167,8 +170,24 @@ def _wanted(teacher: str | None, **flags: Any) -> Wanted | dict[str, Wanted]:
             if flags[name]:
                 flag = {"called": "as"}.get(name, name.replace("_", "-"))
                 raise UserError(f"--{flag} is for one teacher, {read.path} has {', '.join(chosen)}: say --teacher NAME")
+    absent = [name for name in chosen if not flags["weights"] and _is_missing(entries[name].weights)]
+    if len(absent) < len(chosen):
+        for name in absent:
+            click.echo(f"{name} is left out: {entries[name].weights} is not there yet; {_ADVICE}", err=True)
+        chosen = [name for name in chosen if name not in absent]
     made = {name: _one(name, entries[name], f"{read.path}: teachers.{name}: ", **flags) for name in chosen}
     return made if teacher is None else made[teacher]
+
+
+def _is_missing(file: str | None) -> bool:
+    """Whether a file of weights is not there: a fresh project file names one that is still to be made."""
+    try:
+        Path(file or "").expanduser().stat()
+    except FileNotFoundError:
+        return True
+    except OSError:  # said where it is read
+        pass
+    return False
 
 
 def _one(
@@ -233,7 +252,9 @@ def _one(
     except UserError as error:
         if not where:
             raise
-        raise UserError(f"{where}{error}") from None
+        missing = str(error).startswith(f"--weights {weights}:") and _is_missing(weights)
+        advice = f"\n  {_ADVICE}" if missing else ""
+        raise UserError(f"{where}{error}{advice}") from None
     named = {"line": view_policy, "size": view_size, "seed": seed}
     given = frozenset(name for name, value in named.items() if value is not None)
     return Wanted(

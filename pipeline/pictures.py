@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.errors import UserError
+from storage.files import written_whole
 
 # Okabe and Ito's colours (without black and the pale yellow), for lines and bars; perceptual maps for values.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -89,6 +90,5 @@ def save(figure: Any, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font has not: boxes
         figure.savefig(data, format=path.suffix.lower().lstrip("."))
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_bytes(data.getvalue())
-    temporary.replace(path)
+    with written_whole(path) as temporary:
+        temporary.write_bytes(data.getvalue())

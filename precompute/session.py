@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from storage.errors import UserError
 from storage.records import Record
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    from onnx import ModelProto, TensorProto
 
 # Images of one run; outputs do not depend on it. On a CPU small runs side by side, each on a thread of its own, are up
 # to 1.6 times as fast as larger ones, one after another, on all threads: what they work on stays in the core's cache.
@@ -94,18 +95,33 @@ def parsed(graph: bytes) -> ModelProto:
         UserError: it is none, or its tensors lie in other files: they could be any file of this machine.
     """
     import onnx
-    from onnx.external_data_helper import _get_all_tensors, uses_external_data
+    from onnx.external_data_helper import uses_external_data
 
     try:
         model = onnx.load_from_string(graph)
     except Exception as error:  # protobuf's decoder has its own errors
         raise UserError(f"the teacher's graph cannot be run: it is no ONNX file ({error})") from None
-    outside = [tensor.name for tensor in _get_all_tensors(model) if uses_external_data(tensor)]
+    outside = [tensor.name for tensor in _tensors(model) if uses_external_data(tensor)]
     if outside:
         raise UserError(
             f"the teacher's graph keeps {len(outside)} tensor(s) in other files ({outside[0]}); save it as one file"
         )
     return model
+
+
+def _tensors(model: ModelProto) -> Iterator[TensorProto]:
+    """All tensors of a model, wherever they stand: onnx's own walk leaves out sparse ones and parts of functions."""
+    from onnx import TensorProto
+
+    left: list[Any] = [model]
+    while left:
+        message = left.pop()
+        if isinstance(message, TensorProto):
+            yield message
+            continue
+        for field, value in message.ListFields():
+            if field.message_type is not None:
+                left.extend([value] if hasattr(value, "ListFields") else value)
 
 
 def cores() -> int:

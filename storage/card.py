@@ -1,8 +1,12 @@
-"""The store's card: a README that says what is in a store and how to read it."""
+"""The store's card: a README that says what is in a store and how to read it.
+
+It is meant to be published: files of weights are named without their folders, which the teachers' manifests keep.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 from storage.store import Store
 
@@ -36,7 +40,7 @@ def card(store: Store) -> str:
         identity = manifest["identity"]
         arguments = "".join(f" {k}={v}" for k, v in identity["arguments"].items())
         lines.append(
-            f"| {name} | {identity['model']}{arguments} | {manifest.get('weights', '')} | "
+            f"| {name} | {identity['model']}{arguments} | {Path(manifest.get('weights', '')).name} | "
             f"{identity['weights sha256'][:12]} | {identity['input size']} | {identity['mean']}, {identity['std']} |"
         )
     lines += ["", "Licences of weights and images are those of their sources; none is recorded here.", ""]

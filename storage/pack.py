@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from storage.errors import UserError
+from storage.files import written_whole
 from storage.objects import is_remote, read_range
 from storage.shards import braces, classes_of, expand
 from storage.sources import Files, class_folders, kind_of, listed
@@ -287,11 +288,6 @@ def _write(name: str, sources: list[Source]) -> None:
 
     path = Path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with webdataset.TarWriter(str(temporary), mtime=0) as writer:
-            for source in sources:
-                writer.write({"__key__": source.key, **source.load()})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path) as temporary, webdataset.TarWriter(str(temporary), mtime=0) as writer:
+        for source in sources:
+            writer.write({"__key__": source.key, **source.load()})

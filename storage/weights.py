@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from storage.errors import UserError
+from storage.files import written_whole
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -158,7 +159,7 @@ def first_line(error: Exception) -> str:
 
 
 def save_state(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a state dict as safetensors, under a temporary name first; the same content gives the same bytes."""
+    """Write a state dict as safetensors, whole or not at all; the same content gives the same bytes."""
     from safetensors.torch import save
 
     data = save({name: t.detach().cpu().contiguous() for name, t in state.items()}, dict(metadata))
@@ -167,11 +168,6 @@ def save_state(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, s
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # in the library's order of the moment
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            file.write(memoryview(data)[8 + length :])
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path) as temporary, temporary.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(memoryview(data)[8 + length :])

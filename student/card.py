@@ -1,8 +1,12 @@
-"""The model card that lies beside a student: what it is, what it learned from, and how to load it."""
+"""The model card that lies beside a student: what it is, what it learned from, and how to load it.
+
+It is meant to be published: files of weights are named without the folders of the machine that they were on.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -41,15 +45,19 @@ def card(
         recipe: as plain data.
         teachers: target -> manifest of its teacher.
     """
-    header = {
+    header: dict[str, Any] = {
         "library_name": "timm", "pipeline_tag": "image-classification",
         "tags": ["image-classification", "timm", *(["knowledge-distillation"] if teachers else [])],
-        "model-index": [{"name": about.model, "results": [{
+    }  # fmt: skip
+    smoke = result["smoke"]
+    if not smoke:
+        header["model-index"] = [{"name": about.model, "results": [{
             "task": {"type": "image-classification"}, "dataset": {"name": "validation shards", "type": "webdataset"},
             "metrics": [{"type": "accuracy", "name": "top-1", "value": result["top1"]}],
-        }]}],
-    }  # fmt: skip
+        }]}]  # fmt: skip
     lines = ["---", yaml.safe_dump(header, sort_keys=False).rstrip(), "---", "", f"# {about.model}, a student", ""]
+    if smoke:
+        lines += ["**A smoke run, to see that everything works: this student has learned nothing.**", ""]
     lines += ["| measured on | samples | top-1, % | top-5, % |", "|---|---|---|---|"]
     top5 = "" if result["top5"] is None else f"{result['top5']:.2f}"
     lines.append(f"| last epoch | {result['samples']} | {result['top1']:.2f} | {top5} |")
@@ -71,7 +79,7 @@ def card(
             teacher = teachers[target]
             lines.append(
                 f"- loss `{loss}`: target {target} of teacher {teacher['id']} ({teacher['identity']['model']}, weights "
-                f"{teacher['weights']}, sha256 {teacher['identity']['weights sha256'][:12]})"
+                f"{Path(teacher['weights']).name}, sha256 {teacher['identity']['weights sha256'][:12]})"
             )
     if identity["control"]:
         lines.append(f"- **a control**: {', '.join(f'{k}={v}' for k, v in identity['control'].items())}")
@@ -79,9 +87,10 @@ def card(
         f"`{name}` ({loss['method']}, weight {loss['weight']['start']:g} at the start)"
         for name, loss in recipe["losses"].items()
     )
+    trained = f"{result['steps']} steps" if smoke else f"{result['epochs']} epochs"
     lines += [
-        f"- losses: {losses}", f"- {recipe['optim']['epochs']} epochs at batch {recipe['stream']['batch_size']}, seed "
-        f"{recipe['seed']}; all settings: `args.yaml`", "",
+        f"- losses: {losses}", f"- {trained} at batch {recipe['stream']['batch_size']}, seed {recipe['seed']}; all "
+        "settings: `args.yaml`", "",
         "Licences of images and of teachers' weights are those of their sources; none is recorded here.", "",
     ]  # fmt: skip
     lines.append(_LOADING.format(

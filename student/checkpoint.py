@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from storage.errors import IdentityError, UserError
+from storage.files import written_whole
 from storage.weights import first_line
 from student.config import Recipe, validate
 
@@ -29,12 +30,10 @@ FREE = ("stream.workers", "stream.memory", "checkpoint_interval", "val_interval"
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
     """Write a checkpoint under a temporary name, sync it and rename it: there is always the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("wb") as file:
+    with written_whole(path) as temporary, temporary.open("wb") as file:
         torch.save({"format": FORMAT, **content}, file)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from storage.errors import UserError
+from storage.files import unfinished, written_whole
 
 CHECKPOINT, RESULT, LOG, SMOKE, CARD = "checkpoint.pt", "result.json", "log.jsonl", "SMOKE", "README.md"
-_LEFT = (
-    "args.yaml", "run.json", LOG, CHECKPOINT, f".{CHECKPOINT}.part", "last.safetensors", "best.safetensors",
-    "ema.safetensors", "losses.safetensors", "tensorboard", RESULT, SMOKE, CARD,
+_FILES = (
+    "run.json", LOG, CHECKPOINT, "last.safetensors", "best.safetensors", "ema.safetensors", "losses.safetensors",
+    "tensorboard", RESULT, CARD,
 )  # fmt: skip
+# What a kill leaves of them counts as nothing. The marks are last: until they go, the folder is a run's.
+_LEFT = (*(unfinished(Path(name)).name for name in _FILES), *_FILES, "args.yaml", SMOKE)
 
 
 def is_smoke(out: Path) -> bool:
@@ -59,7 +62,7 @@ def require_free(out: Path) -> None:
 def begin(out: Path, smoke: bool) -> None:
     """Make the folder, rid of an earlier smoke run, and mark it if this is one."""
     out.mkdir(parents=True, exist_ok=True)
-    for name in _LEFT:  # the mark is last: until then the folder is a smoke run's
+    for name in _LEFT:
         path = out / name
         if path.is_dir():
             shutil.rmtree(path)
@@ -73,9 +76,8 @@ def begin(out: Path, smoke: bool) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """A JSON object for people, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def result(out: Path) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from precompute.taps import takes_image_size, timm
 from storage.errors import UserError, nearest
+from storage.files import written_whole
 from storage.weights import first_line
 from student import config
 
@@ -96,7 +97,7 @@ def input_size(model: nn.Module, settings: config.Student) -> int:
 
 
 def save(path: Path, model: nn.Module, description: Description) -> None:
-    """Write the state dict with its description, under a temporary name first."""
+    """Write the state dict with its description, whole or not at all."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     metadata = {
         "format": "pt",
@@ -108,9 +109,8 @@ def save(path: Path, model: nn.Module, description: Description) -> None:
         "classes": json.dumps(description.classes),
         "evaluation": description.evaluation,
     }
-    temporary = path.with_name(f".{path.name}.part")
-    save_file(state, temporary, metadata)
-    temporary.replace(path)
+    with written_whole(path) as temporary:
+        save_file(state, temporary, metadata)
 
 
 def load(path: Path) -> tuple[nn.Module, Description]:
@@ -141,7 +141,7 @@ def load(path: Path) -> tuple[nn.Module, Description]:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"{path}: does not fit {description.model}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: does not fit {description.model}: {first_line(error)}") from None
     return model.eval(), description
 
 

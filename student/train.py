@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from storage.errors import UserError
+from storage.files import written_whole
 from storage.policies import policy
 from storage.progress import Progress, Quiet
 from storage.weights import first_line
@@ -312,13 +313,15 @@ class _Run:
         if rank() == 0:
             extra = {name: tensor.detach().cpu() for name, tensor in self.lesson.losses.state_dict().items()}
             if extra:
-                save_file(extra, out / "losses.safetensors")
+                with written_whole(out / "losses.safetensors") as temporary:
+                    save_file(extra, temporary)
             if self.job.smoke:
                 checkpoint.read(out / folder.CHECKPOINT)
                 self.progress.say(f"{out}: the smoke run went through; a run may take the same folder")
             teachers = {one.id: one.teacher for given in self.parts.given.values() for one in given}
             text = card(self.parts.description, result, self.parts.identity, self.recipe.model_dump(), teachers)
-            (out / folder.CARD).write_text(text, encoding="utf-8")
+            with written_whole(out / folder.CARD) as temporary:
+                temporary.write_text(text, encoding="utf-8")
             folder.write_json(out / folder.RESULT, result)
         return result
 

@@ -54,13 +54,16 @@ def test_the_graph_gives_the_students_logits_from_bytes(world, taught, tmp_path,
     assert (told["size"], told["view"]) == (about.img_size, about.evaluation)
 
 
-def test_the_card_says_how_to_load_it_and_that_works(taught, monkeypatch) -> None:
+def test_the_card_says_how_to_load_it_and_that_works(world, taught, monkeypatch) -> None:
     text = (taught / "README.md").read_text()
     header = yaml.safe_load(text.split("---")[1])
     result = json.loads((taught / "result.json").read_text())
     assert header["model-index"][0]["results"][0]["metrics"][0]["value"] == result["top1"]
     assert "| averaged student |" in text
-    assert re.search(r"loss `aal`: target cnn-activations-\S+ of teacher cnn \(resnet10t, weights .*, sha256 ", text)
+    assert re.search(r"loss `aal`: target cnn-activations-\S+ of teacher cnn \(resnet10t, weights [^/]+, sha256 ", text)
+    assert f"weights {Path(world.weights['cnn']).name}, sha256" in text
+    assert "- 2 epochs at batch 32, seed 0" in text
+    assert "smoke" not in text
     code = text.partition("```python\n")[2].partition("```")[0]
     monkeypatch.chdir(taught)
     made: dict[str, object] = {}
@@ -68,6 +71,16 @@ def test_the_card_says_how_to_load_it_and_that_works(taught, monkeypatch) -> Non
     ours, _ = load(taught / "last.safetensors")
     theirs = made["model"].state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.state_dict().items())
+
+
+def test_the_card_of_a_smoke_run_claims_nothing(world, tmp_path) -> None:
+    run(world, tmp_path / "run", "scratch", "optim.epochs=300", smoke=True)
+    text = (tmp_path / "run" / "README.md").read_text()
+    _, header, body = text.split("---", 2)
+    assert "model-index" not in yaml.safe_load(header)
+    assert body.split("\n\n")[2].startswith("**A smoke run, to see that everything works")
+    assert "- 3 steps at batch 32, seed 0" in text
+    assert "300" not in text
 
 
 def test_what_cannot_be_exported_is_named(world, taught, tmp_path) -> None:

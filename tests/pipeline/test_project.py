@@ -317,6 +317,32 @@ def test_a_mistake_about_a_teacher_names_the_file_and_the_teacher(place, run, mo
         assert message in err
 
 
+def test_weights_that_are_still_to_be_made_are_left_out(place, run, monkeypatch, tmp_path):
+    """`init` writes a teacher whose file `fit-teacher` makes later; what the others give must not wait for it."""
+    monkeypatch.chdir(place)
+    content = yaml.safe_load((place / "pipeline.yaml").read_text())
+    vit = content["teachers"]["vit"]
+    content["teachers"] = {"ours": {**vit, "weights": "ours.safetensors"}, "vit": vit}
+    Path("fresh.yaml").write_text(json.dumps(content))  # without aliases
+    words = ["plan", "--measure", 0, "--project", "fresh.yaml", "--store", tmp_path / "S", "--json"]
+    status, out, err = run(*words)
+    assert status == 0, err
+    assert list(json.loads(out)["teachers"]) == ["vit"]
+    gone, advice = place / "ours.safetensors", "`pipeline fit-teacher --teacher NAME --out FILE` makes one"
+    assert f"ours is left out: {gone} is not there yet; {advice}" in err
+    status, _, err = run(*words, "--teacher", "ours")
+    assert status == 1
+    unread = f"error: fresh.yaml: teachers.ours: --weights {gone}: cannot be read: "
+    assert f"{unread}No such file or directory\n  {advice}" in err
+    assert run(*words, "--teacher", "ours", "--weights", place / vit["weights"])[0] == 0
+    content["teachers"].pop("vit")
+    Path("fresh.yaml").write_text(json.dumps(content))  # without aliases
+    assert f"{unread}No such file or directory\n  {advice}" in run(*words)[2]
+    gone.mkdir()
+    assert f"{unread}Is a directory\n" in run(*words)[2]
+    gone.rmdir()
+
+
 def test_every_command_that_reads_it_says_so_and_the_others_do_not(run):
     said = {name for name in cli.commands if "--project" in run(name, "--help")[1]}
     assert said >= set(READERS)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto
+from onnx import FunctionProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, helper, numpy_helper
 
 from precompute import joined, ready, teachers
 from precompute.joined import export_ready
+from precompute.session import open_session
 from precompute.taps import Tap
 from precompute.targets import parse
 from storage.errors import UserError
@@ -93,16 +95,62 @@ def test_files_that_cannot_be_read_or_are_too_large_are_refused(tmp_path: Path) 
         teachers.find(str(tmp_path / "huge.onnx"), **HALF)
 
 
-def test_a_graph_that_reads_other_files_is_refused(tmp_path: Path) -> None:
-    path = small(tmp_path / "g.onnx", weights={"w": np.zeros(4, np.float32)})
+def outside(name: str, dims: Sequence[int], kind: int = TensorProto.FLOAT) -> TensorProto:
+    """A tensor whose values lie in another file."""
+    tensor = TensorProto(name=name, dims=dims, data_type=kind, data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="../secret.bin")
+    return tensor
+
+
+def sparse(part: str) -> SparseTensorProto:
+    """A sparse tensor with one of its two parts in another file."""
+    values = numpy_helper.from_array(np.ones(2, np.float32), "w")
+    indices = numpy_helper.from_array(np.array([0, 3]), "i")
+    found = SparseTensorProto(values=values, indices=indices, dims=[4])
+    if part == "values":
+        found.values.CopyFrom(outside("w", [2]))
+    else:
+        found.indices.CopyFrom(outside("i", [2], TensorProto.INT64))
+    return found
+
+
+def branch(tensor: TensorProto) -> NodeProto:
+    """An `If` with a tensor in its branch."""
+    graph = helper.make_graph(
+        [node("Identity", tensor.name, "b")], "b", [], [helper.make_tensor_value_info("b", TensorProto.FLOAT, [4])],
+        [tensor],
+    )  # fmt: skip
+    return node("If", "yes", "f", then_branch=graph, else_branch=graph)
+
+
+def function(*nodes: NodeProto) -> FunctionProto:
+    return helper.make_function("mine", "F", ["yes"], ["f"], nodes, [helper.make_opsetid("", 17)])
+
+
+HIDDEN: dict[str, Callable[[ModelProto], Any]] = {
+    "initializer": lambda m: m.graph.initializer.append(outside("w", [4])),
+    "constant": lambda m: m.graph.node.append(node("Constant", "", "w", value=outside("w", [4]))),
+    "sparse values": lambda m: m.graph.sparse_initializer.append(sparse("values")),
+    "sparse indices": lambda m: m.graph.sparse_initializer.append(sparse("indices")),
+    "sparse constant": lambda m: m.graph.node.append(node("Constant", "", "w", sparse_value=sparse("values"))),
+    "sparse constant indices": lambda m: m.graph.node.append(node("Constant", "", "w", sparse_value=sparse("indices"))),
+    "branch": lambda m: m.graph.node.append(branch(outside("w", [4]))),
+    "function": lambda m: m.functions.append(function(node("Constant", "", "f", value=outside("w", [4])))),
+    "branch of a function": lambda m: m.functions.append(function(branch(outside("w", [4])))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", HIDDEN)
+def test_a_graph_that_reads_other_files_is_refused(tmp_path: Path, place: str) -> None:
+    path = small(tmp_path / "g.onnx")
     model = onnx.load(str(path))
-    tensor = model.graph.initializer[0]
-    tensor.ClearField("raw_data")
-    tensor.data_location = TensorProto.EXTERNAL
-    tensor.external_data.add(key="location", value="/etc/passwd")
+    HIDDEN[place](model)
     path.write_bytes(model.SerializeToString())
-    with pytest.raises(UserError, match=r"g\.onnx: .*keeps 1 tensor\(s\) in other files \(w\); save it as one file"):
+    says = r"g\.onnx: .*keeps [12] tensor\(s\) in other files \([wi]\); save it as one file"
+    with pytest.raises(UserError, match=says):
         teachers.find(str(path), **HALF)
+    with pytest.raises(UserError, match="save it as one file"):
+        open_session(path.read_bytes(), "cpu")
 
 
 @pytest.mark.parametrize(

@@ -301,6 +301,9 @@ def test_the_card_lists_everything_and_its_example_runs(kept, monkeypatch):
 def test_the_tables_of_a_card_have_as_many_cells_in_every_row(world):
     text = card(Store.open(world.store))
     assert text == (world.store / "README.md").read_text()
+    for file in world.weights.values():  # a store is published too
+        assert f" {Path(file).name} " in text
+        assert str(Path(file).parent) not in text
     for name in ("cnn", "vit", "resnet10t", *world.targets.values(), *Store.open(world.store).banks()):
         assert name in text
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from storage.errors import IdentityError, UserError
-from student import checkpoint
+from student import checkpoint, folder
 from student import train as trainer
 from tests.conftest import Quiet
 from tests.student.runs import FULL, command, job, log, run, same, start, u8, wait_for
@@ -157,6 +157,61 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_last_one(
     run(world, out, "aal", *settings, resume=True)
     assert same(undisturbed[0], out)
     assert not (out / ".checkpoint.pt.part").exists()
+
+
+def test_a_kill_while_the_first_epochs_weights_are_written_leaves_a_run_that_begins_again(world, undisturbed, tmp_path):
+    settings, out = [u8(world), *FULL], tmp_path / "run"
+    before = "open(arguments[1], 'wb').write(b'half')"
+    code = KILLED.format(module="student.model", name="save_file", number=1, before=before)
+    process = start(command(world, out, "aal", *settings), [sys.executable, "-c", code])
+    process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL
+    assert (out / ".last.safetensors.part").exists()
+    with pytest.raises(UserError, match="a run in this folder already; to go on with it, add --resume"):
+        run(world, out, "aal", *settings)
+    run(world, out, "aal", *settings, resume=True)
+    assert same(undisturbed[0], out)
+    assert not list(out.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "name", ["last.safetensors", "ema.safetensors", "best.safetensors", "losses.safetensors", "run.json",
+             "result.json", "checkpoint.pt", "README.md"],
+)  # fmt: skip
+def test_what_a_kill_leaves_of_any_file_counts_as_nothing(tmp_path, name):
+    for mark in ("args.yaml", "SMOKE"):
+        out = tmp_path / mark
+        out.mkdir()
+        (out / mark).write_text("")
+        (out / f".{name}.part").write_bytes(b"half")
+        if mark == "SMOKE":
+            folder.require_free(out)
+        assert folder.never_kept(out) == (mark == "args.yaml")
+        folder.begin(out, smoke=False)
+        assert not list(out.iterdir())
+
+
+@pytest.mark.parametrize("mark", ["args.yaml", "SMOKE"])
+@pytest.mark.parametrize("removed", [1, 2, 3])
+def test_a_folder_that_was_being_emptied_is_still_a_runs(tmp_path, monkeypatch, mark, removed):
+    """Killed while it removes what an earlier run left, a command can be given again."""
+    for name in {mark, "args.yaml", "run.json", "log.jsonl", ".last.safetensors.part"}:
+        (tmp_path / name).write_text("")
+    left, original = [removed], Path.unlink
+
+    def cut(path, missing_ok=False):
+        if path.exists():
+            if not left[0]:
+                raise Cut
+            left[0] -= 1
+        original(path, missing_ok)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", cut)
+        with pytest.raises(Cut):
+            folder.begin(tmp_path, smoke=False)
+    assert folder.is_smoke(tmp_path) == (mark == "SMOKE")
+    assert folder.is_smoke(tmp_path) or folder.never_kept(tmp_path)
 
 
 def test_a_terminated_command_says_how_to_go_on(world, tmp_path):
