@@ -17,7 +17,7 @@ from PIL import Image
 
 from storage.banks import bank_policy, read_views
 from storage.codecs import Codec
-from storage.errors import DamageError, UserError
+from storage.errors import UserError
 from storage.markers import Task
 from storage.operations import OPERATIONS
 from storage.policies import Policy
@@ -69,7 +69,7 @@ class StoredSample:
         views: the first of the stored views, at most `MOST`.
         stored: how many there are.
         targets: target id -> manifest, of those that have a value of the sample.
-        teachers: name -> manifest.
+        teachers: target id -> manifest of its teacher, as `Store.teacher_of` gives it.
         others: ids of other banks with views of it.
     """
 
@@ -108,12 +108,9 @@ def stored_sample(store: Store, urls: Sequence[str], key: str) -> StoredSample:
         if id in begun:
             of_banks.setdefault(manifest["identity"]["bank"], {})[id] = manifest
     bank = max(banks, key=lambda id: len(of_banks[id]))
-    targets, teachers = of_banks[bank], store.teachers()
-    for id, manifest in targets.items():
-        if manifest["teacher"] not in teachers and not _is_pixels(manifest):
-            raise DamageError(
-                f"{store.url}/teachers/{manifest['teacher']}/manifest.json: missing, and {id} refers to it"
-            )
+    targets = of_banks[bank]
+    shown = {id: manifest for id, manifest in targets.items() if not _is_pixels(manifest)}
+    teachers = {id: store.teacher_of(manifest) for id, manifest in shown.items()}
     i = index.keys.index(key)
     (original,) = read_samples(url, index, range(i, i + 1))
     counts = {id: store.views("target", id, [index.id], done) for id in targets}
@@ -127,8 +124,7 @@ def stored_sample(store: Store, urls: Sequence[str], key: str) -> StoredSample:
     label, names = index.labels[i], classes_of([url])
     return StoredSample(
         key, url, index.id, label, names[label] if names and label is not None and label < len(names) else None,
-        decode(original.image), bank, source.policy, views, stored,
-        {id: manifest for id, manifest in targets.items() if not _is_pixels(manifest)}, teachers,
+        decode(original.image), bank, source.policy, views, stored, shown, teachers,
         [id for id in banks if id != bank],
     )  # fmt: skip
 
