@@ -49,7 +49,7 @@ def init(folder: Path, out: Path, as_json: bool) -> None:
 )
 @click.option("--per-shard", type=click.IntRange(1), help="Samples a shard; by default spread over all names.")
 @click.option("--val-fraction", type=float, metavar="F",
-              help="Part of each class for validation shards, one sample at least.  [default: 0; without OUT 0.1]")  # fmt: skip
+              help="Part of each class for validation, at least one.  [default: 0; without OUT 0.1]")  # fmt: skip
 @click.option("--fraction", type=float, default=1.0, help="Part of each class that is kept, class-balanced.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the order and of both choices.")
 @click.option("--no-shuffle", is_flag=True, help="Keep the order of the source.")
