@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from storage.errors import UserError
+from storage.files import kind_of
 from storage.objects import is_remote, read_range
 from storage.shards import braces, classes_of, expand
-from storage.sources import Files, class_folders, kind_of, listed
+from storage.sources import Files, class_folders, listed
 from storage.tars import as_sample, closing_zeros, compression, label_of, members, open_file, size_of
 from storage.views import generator
 
