@@ -33,9 +33,18 @@ def init(folder: Path, out: Path, as_json: bool) -> None:
     """
     from pipeline.starting import init as run
 
-    result = run(folder, out)
+    console = Console()
+    try:
+        result = run(folder, out, console)
+    finally:
+        console.stop()
     count = f"{len(result['classes'])} classes" if result["classes"] else "classes without names"
-    lines = [f"{result['project']}: {result['images']:,} images, {count}, about {result['side']} pixels; go on with"]
+    images = f"{'about ' if result['estimated'] else ''}{result['images']:,} images"
+    held = ", ".join([*map(shlex.quote, result["val"][:3]), *["…"] * (len(result["val"]) > 3)])
+    lines = [
+        f"{result['project']}: {images}, {count}, about {result['side']} pixels",
+        f"for validation: {held} ({result['val_because']}); go on with",
+    ]
     show(result, [*lines, *(f"  {command}" for command in result["commands"])], as_json)
 
 

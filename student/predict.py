@@ -77,9 +77,9 @@ def predict(
         pixels = torch.from_numpy(np.stack(rendered)).to(device).permute(0, 3, 1, 2).float() / 255
         shares = model((pixels - mean) / std).float().softmax(1)
         values, classes = shares.topk(min(top, shares.shape[1]), 1)
-        for file, ps, ns in zip(there, values.tolist(), classes.tolist(), strict=True):
+        for name, ps, ns in zip(there, values.tolist(), classes.tolist(), strict=True):
             names = [about.classes[n] if about.classes else str(n) for n in ns]
-            found.append((file, list(zip(names, ps, strict=True))))
+            found.append((name, list(zip(names, ps, strict=True))))
     return found, broken
 
 
