@@ -260,6 +260,24 @@ def test_a_key_in_two_shards_is_refused(world, tmp_path) -> None:
     assert stored_sample(Store.open(tmp_path / "S"), both, "shard-000000-00006").url == str(two)
 
 
+def test_shards_that_precompute_has_not_come_to_are_passed_over(world, tmp_path) -> None:
+    """As after a killed run: the first shard is in the store, two others are not, and a third has another content."""
+    known, *others = synthetic_shards(tmp_path / "data", shards=3, samples=6)
+    run_precompute(tmp_path / "S", [known], teacher_of(world.weights, "cnn"), ["logits"])
+    (changed,) = synthetic_shards(tmp_path / "changed", shards=1, samples=5, seed=1)
+    store, urls = Store.open(tmp_path / "S"), [*others, known]
+    assert stored_sample(store, urls, "shard-000000-00004").url == known
+    with pytest.raises(UserError) as refused:
+        stored_sample(store, urls, "shard-000001-00004")
+    assert "in 1 shard(s) (shard-000000.tar)" in str(refused.value)
+    assert "Not in the store, so not looked into: shard-000001.tar, shard-000002.tar" in str(refused.value)
+    assert stored_sample(store, [changed, known], "shard-000000-00005").url == known
+    with pytest.raises(IdentityError, match="expected one of the store's"):
+        stored_sample(store, others, "shard-000001-00004")
+    with pytest.raises(IdentityError, match="image digest"):
+        stored_sample(store, [changed], "shard-000000-00004")
+
+
 def test_a_damaged_chunk_is_named_and_nothing_is_written(world, capsys, tmp_path) -> None:
     store = world.copy(tmp_path / "S")
     id = world.targets["class_row"]
