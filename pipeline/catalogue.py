@@ -38,9 +38,9 @@ def recipes(name: str | None, as_json: bool) -> None:
 @click.command()
 @click.argument("name", required=False)
 @click.option("--input-size", type=click.IntRange(8, 4096), metavar="N", help="Side of the teacher's input.")
-@click.option("--grid", type=click.IntRange(1), default=14, show_default=True, help="Of a CNN's activation maps.")
+@click.option("--grid", type=click.IntRange(1), help="Of a CNN's activation maps.  [default: 14]")
 @common
-def teachers(name: str | None, input_size: int | None, grid: int, as_json: bool) -> None:
+def teachers(name: str | None, input_size: int | None, grid: int | None, as_json: bool) -> None:
     """Teachers by their short names, or what one can give.
 
     Any timm name serves, and a model.onnx; what its targets take is said too. Nothing is fetched: sizes are those of
@@ -51,8 +51,14 @@ def teachers(name: str | None, input_size: int | None, grid: int, as_json: bool)
     pipeline teachers effnet_b3 --grid 14
     pipeline teachers model.onnx
     """
+    from precompute import ready
     from precompute.teachers import SHORT
 
+    is_graph = name is not None and ready.is_ready(name)
+    if (name is None or is_graph) and (grid or input_size):
+        flag = "--grid" if grid else "--input-size"
+        why = "a model.onnx has its own sizes" if is_graph else "give a teacher's NAME too"
+        raise click.UsageError(f"{flag} is for one teacher that is a network of timm: {why}")
     if name is None:
         width = max(map(len, SHORT))
         about = {short: {"model": model, "input_size": size} for short, (model, size) in SHORT.items()}
@@ -61,13 +67,12 @@ def teachers(name: str | None, input_size: int | None, grid: int, as_json: bool)
         show({"teachers": about}, lines, as_json)
         return
     from pipeline import offers
-    from precompute import ready
 
-    if ready.is_ready(name):
+    if is_graph:
         graph = ready.offers_of(name)
         show(graph, offers.graph_lines(graph), as_json)
         return
     from precompute.offers import offers_of
 
-    found = offers_of(name, input_size, grid)
+    found = offers_of(name, input_size, grid or 14)
     show(found, offers.lines(found), as_json)

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import onnx
 
+from precompute.engine import block_views
 from precompute.export import CHECKED, export_classifier
 from storage.errors import UserError
 from storage.policies import policy
-from storage.shards import expand
-from student.evaluate import evaluation_batches
+from storage.shards import cached_index, expand
 from student.model import load
 
 
@@ -23,20 +23,21 @@ def export(path: Path, shards: Sequence[str], out: Path) -> dict[str, Any]:
 
     Args:
         path: the student.
-        shards: patterns of shards whose first images the graph is checked on.
+        shards: patterns of shards; the graph is checked on the first images of the first one, labelled or not.
         out: a new file.
 
     Raises:
-        UserError: no such student, a file that is there, fewer than two images, or a graph that differs from PyTorch.
+        UserError: no such student, a file that is there, a shard of one image, or a graph that differs from PyTorch.
     """
     if out.exists():
         raise UserError(f"{out}: is there already; give another name with --out, or remove it")
     model, about = load(path)
     view = policy(about.evaluation, about.img_size)
-    batch = next(evaluation_batches(expand(shards), view, CHECKED))
-    images = batch.images.numpy()[:CHECKED]
-    if len(images) < 2:
-        raise UserError(f"{shards[0]}: one image is too few to check a graph on; give more with --shards")
+    url = expand(shards)[0]
+    index = cached_index(url)
+    if len(index) < 2:
+        raise UserError(f"{url}: one image is too few to check a graph on; give another with --shards")
+    images = block_views(url, index, view)[:CHECKED]
     graph = onnx.load_from_string(
         export_classifier(model, about.img_size, about.mean, about.std, np.ascontiguousarray(images), str(path))
     )

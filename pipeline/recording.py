@@ -33,9 +33,18 @@ def init(folder: Path, out: Path, as_json: bool) -> None:
     """
     from pipeline.starting import init as run
 
-    result = run(folder, out)
+    console = Console()
+    try:
+        result = run(folder, out, console)
+    finally:
+        console.stop()
     count = f"{len(result['classes'])} classes" if result["classes"] else "classes without names"
-    lines = [f"{result['project']}: {result['images']:,} images, {count}, about {result['side']} pixels; go on with"]
+    images = f"{'about ' if result['estimated'] else ''}{result['images']:,} images"
+    held = ", ".join([*map(shlex.quote, result["val"][:3]), *["…"] * (len(result["val"]) > 3)])
+    lines = [
+        f"{result['project']}: {images}, {count}, about {result['side']} pixels",
+        f"for validation: {held} ({result['val_because']}); go on with",
+    ]
     show(result, [*lines, *(f"  {command}" for command in result["commands"])], as_json)
 
 
@@ -49,7 +58,7 @@ def init(folder: Path, out: Path, as_json: bool) -> None:
 )
 @click.option("--per-shard", type=click.IntRange(1), help="Samples a shard; by default spread over all names.")
 @click.option("--val-fraction", type=float, metavar="F",
-              help="Part of each class for validation shards.  [default: 0; without OUT 0.1]")  # fmt: skip
+              help="Part of each class for validation, at least one.  [default: 0; without OUT 0.1]")  # fmt: skip
 @click.option("--fraction", type=float, default=1.0, help="Part of each class that is kept, class-balanced.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the order and of both choices.")
 @click.option("--no-shuffle", is_flag=True, help="Keep the order of the source.")

@@ -5,6 +5,7 @@ Read by the stream's own reader, so that every image, signature, chunk and diges
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import itertools
 from collections.abc import Sequence
@@ -17,13 +18,14 @@ from PIL import Image
 
 from storage.banks import bank_policy, read_views
 from storage.codecs import Codec
-from storage.errors import DamageError, UserError
+from storage.errors import IdentityError, UserError
 from storage.markers import Task
 from storage.operations import OPERATIONS
 from storage.policies import Policy
 from storage.records import Record
 from storage.shards import BLOCK, ShardIndex, classes_of, read_samples
 from storage.store import Store
+from storage.tars import stem_of
 from storage.views import MIXUP, View, decode
 from student.order import Segment
 from student.reader import BlockReader, Source
@@ -69,7 +71,7 @@ class StoredSample:
         views: the first of the stored views, at most `MOST`.
         stored: how many there are.
         targets: target id -> manifest, of those that have a value of the sample.
-        teachers: name -> manifest.
+        teachers: target id -> manifest of its teacher, as `Store.teacher_of` gives it.
         others: ids of other banks with views of it.
     """
 
@@ -93,12 +95,11 @@ def stored_sample(store: Store, urls: Sequence[str], key: str) -> StoredSample:
 
     Raises:
         UserError: an unknown key, one in two shards, a sample that is marked invalid, or nothing is stored of it.
-        IdentityError: a shard that the store does not know, or an image or view that is not what it was.
+        IdentityError: no shard that the store knows, or an image or view that is not what it was.
         DamageError: an object of the store is missing or damaged.
     """
-    known = store.shard_ids()
-    url, index = _shard_with(store, urls, known, key)
-    done = store.done()
+    known, done = store.shard_ids(), store.done()
+    url, index = _shard_with(store, urls, known, {task.shard for task in done}, key)
     banks = sorted({task.id for task in done if (task.kind, task.shard) == ("bank", index.id)})
     if not banks:
         raise UserError(f"{store.url}: no view of {index.id} is there; run precompute over {url} first")
@@ -108,12 +109,9 @@ def stored_sample(store: Store, urls: Sequence[str], key: str) -> StoredSample:
         if id in begun:
             of_banks.setdefault(manifest["identity"]["bank"], {})[id] = manifest
     bank = max(banks, key=lambda id: len(of_banks[id]))
-    targets, teachers = of_banks[bank], store.teachers()
-    for id, manifest in targets.items():
-        if manifest["teacher"] not in teachers and not _is_pixels(manifest):
-            raise DamageError(
-                f"{store.url}/teachers/{manifest['teacher']}/manifest.json: missing, and {id} refers to it"
-            )
+    targets = of_banks[bank]
+    shown = {id: manifest for id, manifest in targets.items() if not _is_pixels(manifest)}
+    teachers = {id: store.teacher_of(manifest) for id, manifest in shown.items()}
     i = index.keys.index(key)
     (original,) = read_samples(url, index, range(i, i + 1))
     counts = {id: store.views("target", id, [index.id], done) for id in targets}
@@ -127,8 +125,7 @@ def stored_sample(store: Store, urls: Sequence[str], key: str) -> StoredSample:
     label, names = index.labels[i], classes_of([url])
     return StoredSample(
         key, url, index.id, label, names[label] if names and label is not None and label < len(names) else None,
-        decode(original.image), bank, source.policy, views, stored,
-        {id: manifest for id, manifest in targets.items() if not _is_pixels(manifest)}, teachers,
+        decode(original.image), bank, source.policy, views, stored, shown, teachers,
         [id for id in banks if id != bank],
     )  # fmt: skip
 
@@ -137,19 +134,36 @@ def _is_pixels(manifest: Record) -> bool:
     return bool(manifest["identity"]["tap"] == "pixels")
 
 
-def _shard_with(store: Store, urls: Sequence[str], known: Sequence[str], key: str) -> tuple[str, ShardIndex]:
-    """The one shard with a key, and its index."""
-    indexes = {url: store.require(url, known) for url in urls}
+def _shard_with(
+    store: Store, urls: Sequence[str], known: Sequence[str], begun: set[str], key: str
+) -> tuple[str, ShardIndex]:
+    """The one shard with a key, and its index; shards that precompute has not come to yet are passed over."""
+    indexes = {url: index for url in urls if (index := store.recognise(url, known))}
+    others = [url for url in urls if url not in indexes]
+    if not any(key in index.keys for index in indexes.values()):
+        stems = {shard.rpartition("-")[0] for shard in {*known, *begun}}
+        for url in [url for url in others if stem_of(url) in stems]:  # a store's shard keeps its name
+            with contextlib.suppress(IdentityError):
+                indexes[url] = store.require(url, known)
+                others.remove(url)
     found = [url for url, index in indexes.items() if key in index.keys]
     if len(found) > 1:
         raise UserError(f"key {key!r} is in {found[0]} and in {found[1]}; give one of them with --shards")
     if found:
         return found[0], indexes[found[0]]
+    if not indexes:
+        store.require(urls[0], known)  # says how it differs from those of the store
     keys = list(itertools.islice(itertools.chain(*(index.keys for index in indexes.values())), SEARCHED))
     alike = difflib.get_close_matches(key, keys, n=3)
     hint = f"The nearest: {', '.join(map(repr, alike))}" if alike else f"Keys there are like {keys[0]!r}"
-    names = ", ".join([PurePath(url).name for url in urls[:3]] + ["…"] * (len(urls) > 3))
-    raise UserError(f"no sample has the key {key!r} in {len(urls)} shard(s) ({names}). {hint}.")
+    more = f" Not in the store, so not looked into: {_names(others)}; run precompute over them." if others else ""
+    raise UserError(
+        f"no sample has the key {key!r} in {len(indexes)} shard(s) ({_names(list(indexes))}). {hint}.{more}"
+    )
+
+
+def _names(urls: Sequence[str]) -> str:
+    return ", ".join([PurePath(url).name for url in urls[:3]] + ["…"] * (len(urls) > 3))
 
 
 def _seen(source: Source, index: ShardIndex, url: str, i: int, number: int, targets: dict[str, Record]) -> SeenView:

@@ -115,7 +115,7 @@ class _Row:
 
     def __init__(self, sample: StoredSample, id: str) -> None:
         target = sample.targets[id]
-        teacher = sample.teachers[target["teacher"]]
+        teacher = sample.teachers[id]
         self.views, self.id = sample.views, id
         self.name = shortened(f"{target['teacher']}: {target['identity']['tap']}", LETTERS_LEFT - 6)
         self.about = _wrapped([meaning(target, teacher)], LETTERS_LEFT - 6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shlex
 import statistics
 from collections.abc import Sequence
@@ -12,16 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from PIL import Image
 
 from storage.errors import UserError
-from storage.shards import cached_index, classes_of, read_samples
+from storage.files import images_below
+from storage.progress import Progress
+from storage.shards import classes_of, read_samples
 from storage.tars import IMAGES
-from storage.views import BadImage, decode
+from storage.views import BadImage, decode, size_in
 
 LOOKED_AT = 200  # images, spread over the folder, whose sizes are read
 PER_SHARD = 1000  # samples
 VIEWS = 4
+HELD_BACK = r"(^|[-_.])(val|valid|validation|test)([-_.]|\d|$)"  # in the names of validation shards
 PASSES = 400_000  # images that a student sees in all, where nobody says it: an hour or less for small ones
 
 
@@ -31,12 +34,14 @@ class Found:
 
     Attributes:
         folder: that was looked at.
-        images: their number.
+        images: their number; about, where some shards are estimated.
         classes: their names; empty where nobody says them.
         side: the median of the shorter sides that were read, in pixels.
         shards: training tars, or the names that `pack` will give them.
         val: validation tars, likewise.
+        why: these are the ones for validation.
         packed: whether the shards are there.
+        estimated: how many shards were not read, their samples estimated by their sizes.
     """
 
     folder: Path
@@ -45,28 +50,31 @@ class Found:
     side: int
     shards: list[str]
     val: list[str]
+    why: str
     packed: bool
+    estimated: int = 0
 
 
-def look(folder: Path, home: Path) -> Found:
+def look(folder: Path, home: Path, progress: Progress) -> Found:
     """What lies in a folder: shards, or images in one folder a class.
 
     Args:
         folder: to look at.
         home: where the project file will lie, and new shards in `shards` beside it.
+        progress: for people.
 
     Raises:
-        UserError: neither, or shards that leave none for validation.
+        UserError: neither, or shards that leave none for training or validation.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give one with shards (.tar), or with one folder of images a class")
     tars = sorted(folder.glob("*.tar"))
-    return _shards(folder, tars, home) if tars else _images(folder, home)
+    return _shards(folder, tars, home, progress) if tars else _images(folder)
 
 
-def _images(folder: Path, home: Path) -> Found:
+def _images(folder: Path) -> Found:
     classes = sorted(place.name for place in folder.iterdir() if place.is_dir() and not place.name.startswith("."))
-    files = [path for name in classes for path in sorted((folder / name).rglob("*")) if _is_image(path)]
+    files = [path for name in classes for path in images_below(folder / name)]
     if len(classes) < 2 or not files:
         raise UserError(
             f"{folder}: neither shards nor images in class folders; expected tars, or {folder}/CLASS/IMAGE."
@@ -76,39 +84,38 @@ def _images(folder: Path, home: Path) -> Found:
     sides = []
     for path in files[::step]:
         try:
-            with Image.open(path) as image:
-                sides.append(min(image.size))
-        except OSError:
+            sides.append(min(size_in(path)))
+        except BadImage:
             continue  # `pack` and `precompute` name what is broken
     if not sides:
         raise UserError(f"{folder}: none of the images that were looked at can be opened, such as {files[0]}")
     count = max(1, round(0.9 * len(files) / PER_SHARD))
-    held = max(1, round(count / 9))
-    names = f"shards/train-{_braces(count)}.tar"
-    val = [f"shards/train-val-{_braces(held)}.tar"]
-    return Found(folder, len(files), classes, round(statistics.median(sides)), [names], val, False)
+    names = "shards/train-000000.tar" if count == 1 else f"shards/train-{{000000..{count - 1:06d}}}.tar"
+    side = round(statistics.median(sides))
+    return Found(
+        folder, len(files), classes, side, [names], ["shards/train-val-*.tar"], "`pipeline pack` cuts them off", False
+    )
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower().lstrip(".") in IMAGES and not path.name.startswith(".") and path.is_file()
+def _shards(folder: Path, tars: Sequence[Path], home: Path, progress: Progress) -> Found:
+    from precompute.plan import counted
 
-
-def _braces(count: int) -> str:
-    return "000000" if count == 1 else f"{{000000..{count - 1:06d}}}"
-
-
-def _shards(folder: Path, tars: Sequence[Path], home: Path) -> Found:
-    held = [path for path in tars if any(word in path.stem for word in ("val", "test"))]
+    held = [path for path in tars if re.search(HELD_BACK, path.stem, re.IGNORECASE)]
     train = [path for path in tars if path not in held]
-    if not train or (not held and len(train) < 2):
-        raise UserError(
-            f"{folder}: {len(tars)} shard(s) leave none for validation; cut some off: "
-            f"pipeline pack {shlex.quote(str(folder))} 'shards/train-{{000000..000009}}.tar' --val-fraction 0.1"
-        )
+    why = "their names say val, valid, validation or test"
     if not held:
         held, train = train[-1:], train[:-1]
-    indexes = [cached_index(str(path)) for path in (*train, *held)]
-    first = read_samples(str(train[0]), indexes[0], range(min(64, len(indexes[0]))))
+        why = "the last one, as no name says val, valid, validation or test"
+    if not train:
+        what = "training" if len(held) > 1 else "validation"
+        raise UserError(
+            f"{folder}: {len(tars)} shard(s) leave none for {what}; cut some off: "
+            f"pipeline pack {shlex.quote(str(folder))} 'shards/train-{{000000..000009}}.tar' --val-fraction 0.1"
+        )
+    shards = counted(None, [str(path) for path in (*train, *held)], progress)
+    index = shards[0].index
+    assert index is not None, "the first of unknown shards is always read"
+    first = read_samples(str(train[0]), index, range(min(64, len(index))))
     sides = []
     for sample in first:
         try:
@@ -119,7 +126,8 @@ def _shards(folder: Path, tars: Sequence[Path], home: Path) -> Found:
         raise UserError(f"{train[0]}: none of its first images can be decoded")
     classes = classes_of([str(path) for path in train]) or []
     near, far = ([os.path.relpath(path, home) for path in several] for several in (train, held))
-    return Found(folder, sum(map(len, indexes)), list(classes), round(statistics.median(sides)), near, far, True)
+    images, estimated = sum(shard.samples for shard in shards), sum(shard.estimated for shard in shards)
+    return Found(folder, images, list(classes), round(statistics.median(sides)), near, far, why, True, estimated)
 
 
 def sizes(side: int) -> tuple[int, int]:
@@ -154,11 +162,13 @@ def text(found: Found) -> str:
     )  # fmt: skip
     mark = "" if found.classes else "# "
     ours_text = "\n".join(f"  {mark}{line}" for line in ours).lstrip()
+    images = f"{'about ' if found.estimated else ''}{found.images:,} images"
     return f"""\
-# {found.images:,} images, {len(found.classes) or "unnamed"} classes, about {found.side} pixels on the shorter side.
+# {images}, {count or "unnamed"} classes, about {found.side} pixels on the shorter side.
 # Flags win over this file. All settings: docs/recipes.md; teachers: pipeline teachers; recipes: pipeline recipes.
 
 shards: {several(found.shards)}
+# For validation: {found.why}.
 val: {several(found.val)}
 store: store            # what the teachers saw; any number of students learn from it
 
@@ -188,15 +198,15 @@ set:                    # over every recipe
 """
 
 
-def init(folder: Path, out: Path) -> dict[str, Any]:
-    """Look, and write the file.
+def init(folder: Path, out: Path, progress: Progress) -> dict[str, Any]:
+    """Look, and write the file; what was found, as plain data.
 
     Raises:
         UserError: as `look`; a file that is there already.
     """
     if out.exists():
         raise UserError(f"{out}: is there already; give another name with --out, or remove it")
-    found = look(folder.expanduser(), out.parent)
+    found = look(folder.expanduser(), out.parent, progress)
     out.write_text(text(found), encoding="utf-8")
     project = [] if out.name == "pipeline.yaml" and out.parent == Path() else ["--project", str(out)]
     words = [["plan"], ["precompute"], ["train", "--recipe", "scratch", "--out", "scratch"]]
@@ -215,6 +225,7 @@ def init(folder: Path, out: Path) -> dict[str, Any]:
         where = [str(out.parent / found.shards[0]), "--val-fraction", "0.1"] if project else []
         words = [["pack", str(folder), *where], *words]
     return {
-        "project": str(out), "images": found.images, "classes": found.classes, "side": found.side,
+        "project": str(out), "images": found.images, "estimated": found.estimated, "classes": found.classes,
+        "side": found.side, "val": found.val, "val_because": found.why,
         "commands": [shlex.join(["pipeline", *several]) for several in words],
     }  # fmt: skip

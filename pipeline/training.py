@@ -159,7 +159,8 @@ def evaluate(run: Path, shards: tuple[str, ...], checkpoint: str, device: str, a
 def predict(run: Path, images: tuple[Path, ...], top: int, checkpoint: str, device: str, as_json: bool) -> None:
     """What a run's student sees in images.
 
-    Class names and probabilities; a folder stands for the images in it.
+    Class names and probabilities; a folder stands for the images in it. One that cannot be read is named on stderr,
+    the others are answered, and the exit status is 1.
 
     \b
     pipeline predict run photos/cat/1.jpg photos/dog
@@ -173,15 +174,23 @@ def predict(run: Path, images: tuple[Path, ...], top: int, checkpoint: str, devi
     console, files = Console(), found_in(images)
     console.start("looking", len(files))
     try:
-        seen = ask(model.to(pick_device(device)), about, files, top, console.advance)
+        seen, broken = ask(model.to(pick_device(device)), about, files, top, console.advance)
     finally:
         console.stop()
     lines = [f"{file}: {', '.join(f'{name} {100 * p:.1f} %' for name, p in classes)}" for file, classes in seen]
     result = {
         "student": str(path), "view": about.evaluation,
         "images": [{"image": file, "classes": [{"class": n, "probability": p} for n, p in c]} for file, c in seen],
+        "errors": [{"image": file, "error": why} for file, why in broken],
     }  # fmt: skip
+    said = [f"{file}: {why}" for file, why in broken]
+    if not seen:
+        raise UserError("\n".join(said))
     show(result, lines, as_json)
+    for line in said:
+        console.say(f"error: {line}")
+    if broken:
+        raise SystemExit(1)
 
 
 @click.command()

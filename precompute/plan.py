@@ -78,7 +78,7 @@ def _plan(
     store = _existing(where)
     if store:
         targets.known_teacher(store, wanted.teacher)
-    shards = _shards(store, wanted.shards)
+    shards = counted(store, wanted.shards, progress)
     policy, views = _policy(store, wanted)
     began = time.monotonic()
     with _scratch(where) as scratch:
@@ -166,7 +166,7 @@ def _known(store: Store, job: Job) -> bool:
     return all(store.objects.names(f"targets/{o.target}") for outputs in job.by_graph.values() for o in outputs)
 
 
-def _shards(store: Store | None, urls: Sequence[str]) -> list[Shard]:
+def counted(store: Store | None, urls: Sequence[str], progress: Progress) -> list[Shard]:
     """All shards; those that the store knows and some others are counted, the rest is estimated by their sizes."""
     known = candidates(store, urls) if store else {}
     shards: dict[str, Shard] = {}
@@ -175,9 +175,12 @@ def _shards(store: Store | None, urls: Sequence[str]) -> list[Shard]:
         if index:
             shards[url] = Shard(url, len(index), index.id, index=index if len(shards) < LOOKED_AT else None)
     others = [url for url in urls if url not in shards]
-    for url in others[:: max(1, -(-len(others) // LOOKED_AT))]:
+    some = others[:: max(1, -(-len(others) // LOOKED_AT))]
+    progress.start(f"reading {len(some)} of {len(urls)} shards", len(some))
+    for url in some:
         index = cached_index(url)
         shards[url] = Shard(url, len(index), index=index)
+        progress.advance(1)
     each = sum(size_of(s.url) for s in shards.values()) / sum(s.samples for s in shards.values())
     for url in others:
         if url not in shards:

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from storage.errors import UserError
-from storage.files import written_whole
+from storage.files import kind_of, written_whole
 from storage.objects import is_remote, read_range
 from storage.shards import braces, classes_of, expand
-from storage.sources import Files, class_folders, kind_of, listed
+from storage.sources import Files, class_folders, listed
 from storage.tars import as_sample, closing_zeros, compression, label_of, members, open_file, size_of
 from storage.views import generator
 
@@ -58,14 +58,15 @@ def pack(
             shards (compressed ones too).
         out: the new shards' names, as `train-{000000..000009}.tar`; validation shards get `val-` before the digits.
         per_shard: samples a shard; without it they are spread evenly over all the names.
-        val_fraction: the part of each class that goes to the validation shards.
+        val_fraction: the part of each class that goes to the validation shards: at least one of its samples, and
+            never all of them.
         fraction: the part of each class that is kept at all, split off after the validation samples.
         seed: of the order and of both choices.
         shuffle: over everything; without it the order of the source stays.
         say: called with lines of progress.
 
     Raises:
-        UserError: nothing to pack, files that would be overwritten, names too few or too many.
+        UserError: nothing to pack or to hold out, files that would be overwritten, names too few or too many.
     """
     if not 0 < fraction <= 1:
         raise UserError(f"--fraction {fraction:g}: expected more than 0 and at most 1; 0.1 is a tenth")
@@ -76,10 +77,15 @@ def pack(
     with contextlib.ExitStack() as stack:
         say("looking at the source")
         sources, classes = _sources([source] if isinstance(source, str) else list(source), stack, say)
-        validation, rest = _split(sources, val_fraction, seed, "val", 0)
-        train, _ = _split(rest, fraction, seed, "fraction", 1) if fraction < 1 else (rest, [])
-        if not train:
+        if not sources:
             raise UserError("there are no samples in the source")
+        validation, rest = _split(sources, val_fraction, seed, "val", 1) if val_fraction else ([], sources)
+        if val_fraction and not validation:
+            raise UserError(
+                f"--val-fraction {val_fraction:g}: no class has two samples, so none can be held out of training; "
+                "give more images, or leave it out"
+            )
+        train, _ = _split(rest, fraction, seed, "fraction", 0) if fraction < 1 else (rest, [])
         names = braces(out)
         if len(set(names)) < len(names):
             raise UserError(f"{out}: the same shard is named twice")
@@ -226,18 +232,18 @@ def _load_runs(path: str, url: str, key: str, runs: list[tuple[int, int]]) -> di
 
 
 def _split(
-    sources: list[Source], fraction: float, seed: int, what: str, least: int
+    sources: list[Source], fraction: float, seed: int, what: str, rest: int
 ) -> tuple[list[Source], list[Source]]:
     """A class-balanced part of the samples and the rest, both in their former order.
 
-    At least `least` (0 or 1) of each class are in the part, and with 0 at least one is in the rest.
+    At least one of each class is in the part, but at least `rest` (0 or 1) of each are in the rest.
     """
     by_class: dict[int | None, list[int]] = defaultdict(list)
     for i, source in enumerate(sources):
         by_class[source.label].append(i)
     chosen: set[int] = set()
     for label, indices in by_class.items():
-        count = min(max(round(len(indices) * fraction), least), len(indices) - 1 + least)
+        count = min(max(round(len(indices) * fraction), 1), len(indices) - rest)
         order = generator("pack", what, seed, label).permutation(len(indices))
         chosen.update(indices[int(j)] for j in order[:count])
     return [s for i, s in enumerate(sources) if i in chosen], [s for i, s in enumerate(sources) if i not in chosen]

@@ -26,9 +26,9 @@ import braceexpand
 
 from storage import records
 from storage.errors import DamageError, IdentityError, UserError, nearest
+from storage.files import images_below, is_image
 from storage.objects import is_remote, open_objects, read_range
 from storage.tars import (
-    IMAGES,
     Sample,
     as_sample,
     closing_zeros,
@@ -151,7 +151,7 @@ def _existing(url: str, pattern: str) -> list[str]:
     if path.is_dir():
         raise UserError(_folder_hint(path))
     if path.exists():
-        if _is_image(path):
+        if is_image(path):
             raise UserError(f"{path} is an image; shards are tar files. {_pack_hint(path.parent.parent)}")
         if path.suffix.lower() == ".csv":
             raise UserError(f"{path} is a list; shards are tar files. {_pack_hint(path)}")
@@ -172,20 +172,14 @@ def _there(path: Path, tars: Sequence[str]) -> str:
     return nearest(path.name, tars) if tars else f"There are no tars in {path.parent.absolute()}."
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower().lstrip(".") in IMAGES
-
-
 def _folder_hint(path: Path) -> str:
     tars = sorted(path.glob("*.tar"))
     if tars:
         return f"{path} is a folder of tars; name them: --shards {shlex.quote(f'{path}/*.tar')}"
-    images = sum(map(_is_image, path.glob("*/**/*")))
+    images = images_below(path)
+    if count := sum(image.parent != path for image in images):
+        return f"{path} is a folder of class folders ({count} images); shards are tar files. {_pack_hint(path, count)}"
     if images:
-        return (
-            f"{path} is a folder of class folders ({images} images); shards are tar files. {_pack_hint(path, images)}"
-        )
-    if any(map(_is_image, path.iterdir())):
         return (
             f"{path} is a folder of images; shards are tar files, made of one folder a class. Pack the folder that "
             f"holds the class folders, such as\n  pipeline pack {shlex.quote(str(path.parent))} train-000000.tar"

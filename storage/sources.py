@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from storage.errors import UserError
+from storage.files import files_below, is_image
 from storage.shards import classes_of
 from storage.tars import IMAGES, open_file
 
@@ -26,15 +27,12 @@ def class_folders(folder: Path, say: Callable[[str], None]) -> tuple[Files, list
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     files: Files = []
     others = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
-    loose = [path for path in others if kind_of(path) in IMAGES]
+    loose = [path for path in others if is_image(path)]
     for label, name in enumerate(classes):
         before = len(files)
-        for path in sorted((folder / name).rglob("*")):
-            within = path.relative_to(folder)
-            if any(part.startswith(".") for part in within.parts) or not path.is_file():
-                continue
-            if kind_of(path) in IMAGES:
-                files.append((path, within, label))
+        for path in files_below(folder / name):
+            if is_image(path):
+                files.append((path, path.relative_to(folder), label))
             else:
                 others.append(path)
         if len(files) == before:
@@ -54,11 +52,6 @@ def class_folders(folder: Path, say: Callable[[str], None]) -> tuple[Files, list
     return files, classes
 
 
-def kind_of(path: Path) -> str:
-    """What a file is called a member for: its suffix in small letters, without the dot."""
-    return path.suffix.lower().lstrip(".")
-
-
 def listed(listing: Path, say: Callable[[str], None]) -> tuple[Files, list[str] | None]:
     """The images that a CSV lists by paths from its own folder or absolute ones, and the classes that labels name.
 
@@ -71,7 +64,7 @@ def listed(listing: Path, say: Callable[[str], None]) -> tuple[Files, list[str] 
     lines: dict[str, int] = {}
     for (line, text, _), label in zip(rows, labels, strict=True):
         where, path = f"{listing}, line {line}", listing.parent / text
-        if kind_of(path) not in IMAGES:
+        if not is_image(path):
             raise UserError(f"{where}: {text[:200]!r} is no image that is read; expected one of {', '.join(IMAGES)}")
         try:
             there = path.is_file()

@@ -146,6 +146,17 @@ class Store:
         """Teacher's name -> manifest."""
         return self._manifests("teacher")
 
+    def teacher_of(self, target: Record) -> Record:
+        """The manifest of a target's teacher; of a ready graph, the target says what it knows of the network.
+
+        Raises:
+            DamageError: the teacher's manifest is missing or damaged.
+        """
+        name = target["teacher"]
+        if not self.objects.names(f"teachers/{name}"):
+            raise DamageError(f"{self.url}/teachers/{name}/manifest.json: missing, and {target['id']} refers to it")
+        return {**self._manifest("teacher", name), **target.get("network", {})}
+
     def add_teacher(self, name: str, identity: Record, about: Record) -> Record:
         """Record a teacher; its manifest.
 

@@ -6,14 +6,16 @@ the teacher's and the student's, call `render`, made only of Pillow's uint8 oper
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from decimal import Context, Decimal
+from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -236,6 +238,41 @@ def _middle(width: int, height: int, side: float) -> tuple[float, float, float, 
     return (left, top, left + side, top + side)
 
 
+@contextlib.contextmanager
+def _bad_images() -> Iterator[None]:
+    """Whatever a decoder raises on hostile bytes, as BadImage."""
+    # Pillow warns from half of MAX_PIXELS on; what is refused is decided here.
+    if ("ignore", None, Image.DecompressionBombWarning, None, 0) not in warnings.filters:
+        warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    try:
+        yield
+    except (BadImage, MemoryError):
+        raise
+    except PIL.UnidentifiedImageError:
+        raise BadImage("cannot be decoded: it is no JPEG, PNG or WebP, or its beginning is damaged") from None
+    except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, …
+        raise BadImage(f"cannot be decoded: {error or type(error).__name__}") from None
+
+
+def _opened(file: io.BytesIO | Path) -> Image.Image:
+    """An image of which only the header is read. Raises BadImage, beside what Pillow raises."""
+    image = Image.open(file, formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS or max(image.size) > 1_000_000:  # resizing takes memory by this side
+        most = f"{MAX_PIXELS:,}, or 1,000,000 on a side,"
+        raise BadImage(f"{image.width}x{image.height} pixels, more than {most} are refused")
+    return image
+
+
+def size_in(path: Path) -> tuple[int, int]:
+    """Width and height by an image file's header, before it is turned upright.
+
+    Raises:
+        BadImage: no JPEG, PNG or WebP, or one that `decode` refuses for its size.
+    """
+    with _bad_images(), _opened(path) as image:
+        return image.size
+
+
 def decode(data: bytes) -> Image.Image:
     """The RGB image in a sample's bytes, turned upright by its EXIF orientation.
 
@@ -244,26 +281,13 @@ def decode(data: bytes) -> Image.Image:
     Raises:
         BadImage: not a whole JPEG, PNG or WebP, more pixels than MAX_PIXELS, or a JPEG that would take minutes.
     """
-    # Pillow warns from half of MAX_PIXELS on; what is refused is decided here.
-    if ("ignore", None, Image.DecompressionBombWarning, None, 0) not in warnings.filters:
-        warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        pixels = image.width * image.height
-        if pixels > MAX_PIXELS or max(image.size) > 1_000_000:  # Pillow's resize takes memory by the longer side
-            most = f"{MAX_PIXELS:,}, or 1,000,000 on a side,"
-            raise BadImage(f"{image.width}x{image.height} pixels, more than {most} are refused")
+    with _bad_images():
+        image = _opened(io.BytesIO(data))
         # A scan is ten bytes of a JPEG at least, and goes over all of its pixels: 5e10 take some 20 seconds.
         scans = data.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 1
-        if scans * pixels > 5e10:
+        if scans * image.width * image.height > 5e10:
             raise BadImage(f"{image.width}x{image.height} pixels in {scans:,} scans are refused")
         image.load()
-    except (BadImage, MemoryError):
-        raise
-    except PIL.UnidentifiedImageError:
-        raise BadImage("cannot be decoded: it is no JPEG, PNG or WebP, or its beginning is damaged") from None
-    except Exception as error:  # decoders raise anything on hostile bytes: OSError, SyntaxError, struct.error, …
-        raise BadImage(f"cannot be decoded: {error or type(error).__name__}") from None
     try:
         upright = ImageOps.exif_transpose(image)
     except Exception:  # the pixels are whole: metadata that cannot be read turns nothing

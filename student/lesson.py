@@ -60,9 +60,9 @@ def find_targets(
 
 
 def given_of(store: Store, target: str) -> Given:
-    """The manifests of a target and of its teacher; of a ready graph, the target says what it knows of the network."""
+    """The manifests of a target and of its teacher."""
     manifest = store.target(target)
-    return Given(manifest, {**store.teachers()[manifest["teacher"]], **manifest.get("network", {})})
+    return Given(manifest, store.teacher_of(manifest))
 
 
 class Lesson(nn.Module):

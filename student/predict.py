@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from storage.errors import UserError
-from storage.policies import policy
+from storage.files import images_below
+from storage.policies import Policy, policy
 from storage.tars import IMAGES
 from storage.views import BadImage, decode, draw, render
 from student.model import Description
@@ -24,7 +26,7 @@ def found_in(places: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for place in places:
         if place.is_dir():
-            inside = sorted(path for path in place.rglob("*") if path.suffix.lower().lstrip(".") in IMAGES)
+            inside = images_below(place)
             if not inside:
                 raise UserError(f"{place}: no images in this folder; expected {', '.join(IMAGES)}")
             files += inside
@@ -43,8 +45,8 @@ def predict(
     top: int,
     advance: Callable[[int], None] = lambda images: None,
     batch: int = 64,
-) -> list[tuple[str, list[tuple[str, float]]]]:
-    """(file, its `top` classes with their probabilities, the largest first) for each image.
+) -> tuple[list[tuple[str, list[tuple[str, float]]]], list[tuple[str, str]]]:
+    """(file, its `top` classes with their probabilities, the largest first) for each image; (file, reason) of others.
 
     Args:
         model: the student, in eval mode, on its device.
@@ -53,30 +55,40 @@ def predict(
         top: how many classes, at most all.
         advance: called with the number of images done.
         batch: images at a time.
-
-    Raises:
-        UserError: a file that cannot be read as an image, by its name.
     """
     view = policy(about.evaluation, about.img_size)
     device = next(model.parameters()).device
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (about.mean, about.std))
-    found = []
+    found: list[tuple[str, list[tuple[str, float]]]] = []
+    broken: list[tuple[str, str]] = []
     for start in range(0, len(files), batch):
         several = files[start : start + batch]
-        rendered = []
+        there: list[str] = []
+        rendered: list[np.ndarray] = []
         for file in several:
             try:
-                image = decode(file.read_bytes())
-            except BadImage as error:
-                raise UserError(f"{file}: {error}; convert it, or leave it out") from None
-            except OSError as error:
-                raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None
-            rendered.append(torch.from_numpy(render(image, draw(view, "", 0, image.size), view.size)))
-        pixels = torch.stack(rendered).to(device).permute(0, 3, 1, 2).float() / 255
+                rendered.append(_rendered(file, view))
+                there.append(str(file))
+            except UserError as error:
+                broken.append((str(file), str(error)))
+        advance(len(several))
+        if not there:
+            continue
+        pixels = torch.from_numpy(np.stack(rendered)).to(device).permute(0, 3, 1, 2).float() / 255
         shares = model((pixels - mean) / std).float().softmax(1)
         values, classes = shares.topk(min(top, shares.shape[1]), 1)
-        for file, ps, ns in zip(several, values.tolist(), classes.tolist(), strict=True):
+        for name, ps, ns in zip(there, values.tolist(), classes.tolist(), strict=True):
             names = [about.classes[n] if about.classes else str(n) for n in ns]
-            found.append((str(file), list(zip(names, ps, strict=True))))
-        advance(len(several))
-    return found
+            found.append((name, list(zip(names, ps, strict=True))))
+    return found, broken
+
+
+def _rendered(file: Path, view: Policy) -> np.ndarray:
+    """The evaluation view of an image file, uint8 `[S, S, 3]`. Raises UserError: why it cannot be read."""
+    try:
+        image = decode(file.read_bytes())
+    except BadImage as error:
+        raise UserError(f"{error}; convert it, or leave it out") from None
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror or error}") from None
+    return render(image, draw(view, "", 0, image.size), view.size)

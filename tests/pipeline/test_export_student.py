@@ -54,6 +54,11 @@ def test_the_graph_gives_the_students_logits_from_bytes(world, taught, tmp_path,
     assert (told["size"], told["view"]) == (about.img_size, about.evaluation)
 
 
+def test_shards_without_labels_serve(taught, tmp_path) -> None:
+    shards = synthetic_shards(tmp_path / "data", shards=1, samples=5, labels=False)
+    assert export(taught / "last.safetensors", shards, tmp_path / "s.onnx")["checked"] == 5
+
+
 def test_the_card_says_how_to_load_it_and_that_works(world, taught, monkeypatch) -> None:
     text = (taught / "README.md").read_text()
     header = yaml.safe_load(text.split("---")[1])

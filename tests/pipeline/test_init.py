@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,10 @@ from pipeline.cli import main
 from pipeline.project import load
 from pipeline.starting import init, look, sizes
 from storage.errors import UserError
+from storage.progress import Quiet
+from storage.shards import cached_index
 from storage.testing import TINY_VIT, synthetic_shards
+from storage.views import BadImage, size_in
 
 
 @pytest.fixture
@@ -69,11 +74,12 @@ def test_from_class_folders_the_commands_that_it_says_run_as_they_stand(photos, 
 def test_a_project_file_elsewhere_is_named_in_every_command(photos, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     Path("there").mkdir()
-    result = init(photos, Path("there/p.yaml"))
+    result = init(photos, Path("there/p.yaml"), Quiet())
     pack, *others = result["commands"]
     assert all(words.endswith("--project there/p.yaml") for words in others)
     command(pack, capsys)
     assert load(Path("there/p.yaml")).said("shards") == ["there/shards/train-000000.tar"]
+    assert load(Path("there/p.yaml")).said("val") == ["there/shards/train-val-*.tar"]
     assert Path("there/shards/train-000000.tar").is_file()
     assert Path("there/shards/train-val-000000.tar").is_file()
 
@@ -81,13 +87,65 @@ def test_a_project_file_elsewhere_is_named_in_every_command(photos, tmp_path, mo
 def test_shards_are_taken_as_they_are(tmp_path, monkeypatch) -> None:
     shards = synthetic_shards(tmp_path / "data", shards=3, samples=20)
     (tmp_path / "home").mkdir()
-    result = init(tmp_path / "data", tmp_path / "home" / "p.yaml")
+    result = init(tmp_path / "data", tmp_path / "home" / "p.yaml", Quiet())
     assert result["images"] == 60
     assert result["commands"][0].startswith("pipeline plan --teacher vit_tiny --project")
     project = load(tmp_path / "home" / "p.yaml")
     said = [Path(path).resolve() for path in (*project.said("shards"), *project.said("val"))]
     assert said == [Path(path).resolve() for path in shards]
     assert len(project.said("val")) == 1
+    assert result["val_because"] == "the last one, as no name says val, valid, validation or test"
+    assert result["val_because"] in (tmp_path / "home" / "p.yaml").read_text()
+
+
+def test_validation_shards_are_told_by_whole_words_in_their_names(tmp_path, capsys) -> None:
+    stems = {"latest", "carnival", "interval2", "x-val", "Test", "val2", "my-validation", "a_valid_b"}
+    for stem in stems:
+        synthetic_shards(tmp_path / "data", shards=1, samples=4, stem=stem)
+    held = {Path(path).name for path in look(tmp_path / "data", tmp_path, Quiet()).val}
+    assert held == {f"{stem}-000000.tar" for stem in stems - {"latest", "carnival", "interval2"}}
+    (tmp_path / "data" / "carnival-000000.tar").rename(tmp_path / "carnival")
+    out = command(f"pipeline init {tmp_path / 'data'} --out {tmp_path / 'p.yaml'}", capsys)
+    assert "for validation: data/Test-000000.tar, data/a_valid_b-000000.tar, data/my-validation-000000.tar, …" in out
+    assert "(their names say val, valid, validation or test)" in out
+    for name in ("latest", "interval2"):
+        (tmp_path / "data" / f"{name}-000000.tar").unlink()
+    with pytest.raises(UserError, match="leave none for training"):
+        look(tmp_path / "data", tmp_path, Quiet())
+
+
+def test_of_many_shards_a_few_are_read(tmp_path, monkeypatch, capsys) -> None:
+    synthetic_shards(tmp_path / "data", shards=20, samples=30)
+    read = []
+    monkeypatch.setattr("precompute.plan.cached_index", lambda url: (read.append(url), cached_index(url))[1])
+    out = command(f"pipeline init {tmp_path / 'data'} --out {tmp_path / 'p.yaml'} --json", capsys)
+    result = json.loads(out)
+    assert len(read) <= 8
+    assert result["estimated"] == 20 - len(read)
+    assert result["images"] == pytest.approx(600, rel=0.1)
+    assert (tmp_path / "p.yaml").read_text().startswith("# about ")
+
+
+@pytest.mark.filterwarnings("error")
+def test_hostile_images_are_passed_over(photos) -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    def png(width: int, *more: bytes) -> bytes:
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, width, 8, 2, 0, 0, 0))
+        return b"\x89PNG\r\n\x1a\n" + header + b"".join(more) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+    text = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 26)))
+    for name, data in (("0", png(20000)), ("1", png(10000)), ("2", png(8, text)), ("3", b""), ("4", b"BM" * 99)):
+        (photos / "cat" / f"{name}.png").write_bytes(data)
+    (photos / "cat" / "._5.png").write_bytes(b"Mac OS X")
+    found = look(photos, photos.parent, Quiet())
+    assert (found.images, found.side) == (120, 40)
+    with pytest.raises(BadImage, match="cannot be decoded"):
+        size_in(photos / "cat" / "0.png")
+    with pytest.raises(BadImage):
+        size_in(photos / "cat" / "2.png")
+    assert size_in(photos / "cat" / "1.png") == (10000, 10000)
 
 
 @pytest.mark.parametrize(("side", "expected"), [(28, (32, 4)), (64, (64, 8)), (128, (128, 16)), (500, (224, 16))])
@@ -110,14 +168,14 @@ def test_without_a_project_file_pack_asks_for_names(tmp_path, monkeypatch, capsy
 
 def test_what_is_no_data_set_is_refused(tmp_path, photos) -> None:
     with pytest.raises(UserError, match="no such folder"):
-        look(tmp_path / "none", tmp_path)
+        look(tmp_path / "none", tmp_path, Quiet())
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="neither shards nor images in class folders"):
-        look(tmp_path / "empty", tmp_path)
+        look(tmp_path / "empty", tmp_path, Quiet())
     synthetic_shards(tmp_path / "one", shards=1, samples=20)
     with pytest.raises(UserError, match=r"leave none for validation; cut some off: pipeline pack"):
-        look(tmp_path / "one", tmp_path)
+        look(tmp_path / "one", tmp_path, Quiet())
     (tmp_path / "p.yaml").write_text("mine")
     with pytest.raises(UserError, match="is there already"):
-        init(photos, tmp_path / "p.yaml")
+        init(photos, tmp_path / "p.yaml", Quiet())
     assert (tmp_path / "p.yaml").read_text() == "mine"

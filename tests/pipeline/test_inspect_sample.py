@@ -13,9 +13,11 @@ from PIL import Image
 from pipeline import pictures
 from pipeline.cli import main
 from pipeline.sample import MOST, facts, shown_box, stored_sample
-from pipeline.sample_cells import cell, meaning
+from pipeline.sample_cells import Cell, cell, meaning
 from pipeline.sample_picture import picture
+from precompute import ready, teachers
 from precompute.taps import TAPS
+from precompute.targets import parse
 from storage.errors import DamageError, IdentityError, UserError
 from storage.policies import policy
 from storage.shards import cached_index
@@ -24,6 +26,7 @@ from storage.testing import synthetic_shards
 from storage.views import View, decode, draw, render
 from student.stream import Stream
 from tests.conftest import run_precompute, teacher_of
+from tests.precompute.graphs import HALF, exported, made_by
 
 KEY = "shard-000001-00033"
 
@@ -121,7 +124,7 @@ def test_maps_are_of_the_last_layer_and_stage(mixed) -> None:
     def drawn(tap: str) -> tuple[np.ndarray, np.ndarray]:
         manifest = sample.targets[by_tap[tap]]
         values = sample.views[0].values[by_tap[tap]]
-        return cell(manifest, sample.teachers[manifest["teacher"]], values).values, values
+        return cell(manifest, sample.teachers[by_tap[tap]], values).values, values
 
     shown, values = drawn("attention")
     np.testing.assert_allclose(shown.ravel(), values[0].mean(0)[0, 1:], rtol=1e-6)
@@ -135,6 +138,32 @@ def test_maps_are_of_the_last_layer_and_stage(mixed) -> None:
     assert "stage 4" in meaning(sample.targets[by_tap["activations"]], {})
     shown, values = drawn("logits")
     assert shown[0] == pytest.approx(np.exp(values).max() / np.exp(values).sum(), rel=1e-5)
+
+
+def test_a_ready_graph_is_drawn_as_its_network_is(world, tmp_path) -> None:
+    """What a ready graph's manifest lacks, its targets say: the same cells as timm's own."""
+    shards = synthetic_shards(tmp_path / "data", shards=1, samples=4)
+    own = teacher_of(world.weights, "vit")
+    path = exported(own, "vit", tmp_path / "graph.onnx")
+    run_precompute(tmp_path / "S", shards, own, ["attention,codec=f32", "tokens,codec=f32"])
+    tensors = {"attention": made_by(path, "Softmax"), "tokens": ["tokens"]}
+    taps = [wish for text in ("attention,codec=f32", "tokens,codec=f32") for wish in parse(text)]
+    run_precompute(tmp_path / "S", shards, teachers.find(str(path), **HALF), [],
+                   wishes=ready.given_tensors(str(path), tensors, taps))  # fmt: skip
+    sample = stored_sample(Store.open(tmp_path / "S"), shards, "shard-000000-00002")
+    seen: dict[str, list[Cell]] = {}
+    for id, manifest in sample.targets.items():
+        seen.setdefault(manifest["identity"]["tap"], []).append(
+            cell(manifest, sample.teachers[id], sample.views[0].values[id])
+        )
+        if manifest["identity"]["tap"] == "attention":
+            assert meaning(manifest, sample.teachers[id]).startswith("layer 3: attention of the class token")
+    assert seen.keys() == {"attention", "tokens"}
+    for mine, theirs in seen.values():
+        assert mine.values.shape == (4, 4)
+        np.testing.assert_allclose(mine.values, theirs.values, rtol=1e-3, atol=1e-4)
+        assert mine.note == theirs.note
+    pictures.save(picture(sample), tmp_path / "s.png")
 
 
 def test_the_box_shows_what_is_seen_of_the_original(world) -> None:
@@ -229,6 +258,24 @@ def test_a_key_in_two_shards_is_refused(world, tmp_path) -> None:
     with pytest.raises(UserError, match=r"one/shard-000000.tar and in .*two/shard-000000.tar; give one"):
         stored_sample(Store.open(tmp_path / "S"), both, "shard-000000-00002")
     assert stored_sample(Store.open(tmp_path / "S"), both, "shard-000000-00006").url == str(two)
+
+
+def test_shards_that_precompute_has_not_come_to_are_passed_over(world, tmp_path) -> None:
+    """As after a killed run: the first shard is in the store, two others are not, and a third has another content."""
+    known, *others = synthetic_shards(tmp_path / "data", shards=3, samples=6)
+    run_precompute(tmp_path / "S", [known], teacher_of(world.weights, "cnn"), ["logits"])
+    (changed,) = synthetic_shards(tmp_path / "changed", shards=1, samples=5, seed=1)
+    store, urls = Store.open(tmp_path / "S"), [*others, known]
+    assert stored_sample(store, urls, "shard-000000-00004").url == known
+    with pytest.raises(UserError) as refused:
+        stored_sample(store, urls, "shard-000001-00004")
+    assert "in 1 shard(s) (shard-000000.tar)" in str(refused.value)
+    assert "Not in the store, so not looked into: shard-000001.tar, shard-000002.tar" in str(refused.value)
+    assert stored_sample(store, [changed, known], "shard-000000-00005").url == known
+    with pytest.raises(IdentityError, match="expected one of the store's"):
+        stored_sample(store, others, "shard-000001-00004")
+    with pytest.raises(IdentityError, match="image digest"):
+        stored_sample(store, [changed], "shard-000000-00004")
 
 
 def test_a_damaged_chunk_is_named_and_nothing_is_written(world, capsys, tmp_path) -> None:

@@ -131,6 +131,14 @@ def test_what_a_file_offers_is_shown(here: Path, run: Any) -> None:
     assert found["outputs"]["tokens"] == ["n", 17, 48]
 
 
+def test_sizes_that_a_file_has_itself_are_not_asked_for(here: Path, run: Any) -> None:
+    for words in (["--grid", 14], ["--input-size", 64]):
+        status, _, err = run("teachers", "vit.onnx", *words)
+        assert status == 2
+        assert f"{words[0]} is for one teacher that is a network of timm: a model.onnx has its own sizes" in err
+        assert run("teachers", *words)[0] == 2
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -187,6 +187,20 @@ def test_most_of_the_samples_may_go_to_validation(tmp_path, animals, out):
     assert sum(labels_in(*made["val"]).values()) == 25
 
 
+def test_small_classes_are_validated_too(tmp_path):
+    folder = class_folders(tmp_path / "f", {"a": 4, "b": 4, "c": 1})
+    made = packed(folder, tmp_path / "out", val_fraction=0.1)
+    assert labels_in(*made["val"]) == {0: 1, 1: 1}
+    assert labels_in(*made["train"]) == {0: 3, 1: 3, 2: 1}
+
+
+def test_a_validation_part_without_samples_is_refused(tmp_path):
+    folder = class_folders(tmp_path / "f", {"a": 1, "b": 1})
+    with pytest.raises(UserError, match=r"--val-fraction 0\.1: no class has two samples"):
+        packed(folder, tmp_path / "out", val_fraction=0.1)
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_class_goes_to_validation_or_out_of_training_altogether(tmp_path):
     folder = class_folders(tmp_path / "f", {"a": 1, "b": 2, "c": 30})
     made = packed(folder, tmp_path / "out", val_fraction=0.999)

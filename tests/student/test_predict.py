@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,8 @@ def photos(world, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_share_of_right_predictions_is_the_accuracy_that_evaluate_tells(world, trained, photos) -> None:
     model, about = load(trained / "last.safetensors")
     files = found_in([photos])
-    seen = predict(model, about, files, 3)
+    seen, broken = predict(model, about, files, 3)
+    assert broken == []
     assert [file for file, _ in seen] == [str(file) for file in files]
     right = np.mean([classes[0][0] == Path(file).parent.name for file, classes in seen])
     result = json.loads((trained / "result.json").read_text())
@@ -52,7 +54,7 @@ def test_the_share_of_right_predictions_is_the_accuracy_that_evaluate_tells(worl
 def test_batches_change_nothing(trained, photos) -> None:
     model, about = load(trained / "last.safetensors")
     files = found_in([photos])[:20]
-    one, many = (predict(model, about, files, 2, batch=batch) for batch in (1, 20))
+    one, many = (predict(model, about, files, 2, batch=batch)[0] for batch in (1, 20))
     for (_, a), (_, b) in zip(one, many, strict=True):
         assert [name for name, _ in a] == [name for name, _ in b]
         assert np.allclose([p for _, p in a], [p for _, p in b], atol=1e-6)
@@ -71,12 +73,34 @@ def test_the_command_for_people_and_as_json(trained, photos, capsys) -> None:
     assert capsys.readouterr().out.startswith(f"{images[0]}: class")
 
 
-def test_what_cannot_be_looked_at_is_named(trained, tmp_path) -> None:
+def test_broken_images_are_listed_and_the_others_answered(trained, photos, tmp_path, capsys) -> None:
+    """Files that macOS and notebooks hide beside images are none."""
+    good = [shutil.copy(path, tmp_path / f"{i}.png") for i, path in enumerate(found_in([photos])[:3])]
+    (tmp_path / "1b.png").write_bytes(b"no image")
+    (tmp_path / "._1.png").write_bytes(b"Mac OS X")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    shutil.copy(good[0], tmp_path / ".ipynb_checkpoints" / "1.png")
+    for words in ([], ["--json"]):
+        with pytest.raises(SystemExit) as ended:
+            main(["predict", str(trained), str(tmp_path), *words])
+        assert ended.value.code == 1
+        said = capsys.readouterr()
+        assert f"error: {tmp_path / '1b.png'}: cannot be decoded" in said.err
+    result = json.loads(said.out)
+    assert [about["image"] for about in result["images"]] == [str(path) for path in good]
+    assert [about["image"] for about in result["errors"]] == [str(tmp_path / "1b.png")]
     model, about = load(trained / "last.safetensors")
-    (tmp_path / "bad.png").write_bytes(b"no image")
+    files = [tmp_path / "1b.png", *map(Path, good), Path(good[0])]
+    seen, broken = predict(model, about, files, 1)
+    alone, _ = predict(model, about, files[1:], 1)
+    assert seen == alone
+    assert [file for file, _ in seen] == [*map(str, good), str(good[0])]
+    assert len(broken) == 1
+    assert predict(model, about, files[:1], 1)[0] == []
+
+
+def test_what_cannot_be_looked_at_is_named(tmp_path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"bad\.png: "):
-        predict(model, about, [tmp_path / "bad.png"], 1)
     with pytest.raises(UserError, match=r"none\.png: no such image or folder"):
         found_in([tmp_path / "none.png"])
     with pytest.raises(UserError, match=r"empty: no images in this folder"):
