@@ -13,6 +13,7 @@ import onnx
 from precompute.engine import block_views
 from precompute.export import CHECKED, export_classifier
 from storage.errors import UserError
+from storage.files import written_whole
 from storage.policies import policy
 from storage.shards import cached_index, expand
 from student.model import load
@@ -44,8 +45,7 @@ def export(path: Path, shards: Sequence[str], out: Path) -> dict[str, Any]:
     told = {"classes": about.classes, "size": about.img_size, "view": about.evaluation, "model": about.model}
     onnx.helper.set_model_props(graph, {name: json.dumps(value) for name, value in told.items()})
     data = graph.SerializeToString(deterministic=True)
-    temporary = out.with_name(f".{out.name}.part")
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_bytes(data)
-    temporary.replace(out)
+    with written_whole(out) as temporary:
+        temporary.write_bytes(data)
     return {"graph": str(out), "student": str(path), "bytes": len(data), "checked": len(images), **told}

@@ -13,6 +13,7 @@ import numpy as np
 
 from storage.errors import UserError
 from storage.records import Record
+from storage.weights import first_line
 
 if TYPE_CHECKING:
     from onnx import ModelProto, TensorProto
@@ -80,7 +81,7 @@ def open_session(graph: bytes, provider: str = "auto", threads: int | None = Non
         with contextlib.redirect_stdout(sys.stderr):  # where it prints that it falls back; stdout may be for JSON
             session = onnxruntime.InferenceSession(graph, options, providers=[*wanted, names["cpu"]])
     except Exception as error:  # onnxruntime's exceptions have no common type
-        raise UserError(f"the teacher's graph cannot be run: {str(error).splitlines()[0]}") from None
+        raise UserError(f"the teacher's graph cannot be run: {first_line(error)}") from None
     used = "cuda" if session.get_providers()[0] == names["cuda"] else "cpu"
     if provider == "cuda" and used != "cuda":
         raise UserError("--provider cuda: onnxruntime fell back to the CPU; look at its CUDA libraries, or use auto")
