@@ -112,12 +112,12 @@ def _by_teachers(store: Store, images: np.ndarray) -> dict[str, np.ndarray]:
     """Teacher -> maps `[n, g, g]` of what it looks at, by its stored graph."""
     from precompute.session import open_session
 
-    found, teachers = {}, store.teachers()
+    found = {}
     for manifest in store.targets().values():
         tap, name = manifest["identity"]["tap"], manifest["teacher"]
         if tap in ("activations", "attention"):
             values = open_session(store.graph(name, manifest["graph"]), "cpu").run(images)[manifest["output"]]
-            maps = [cell(manifest, teachers[name], value).values for value in values]
+            maps = [cell(manifest, store.teacher_of(manifest), value).values for value in values]
             found[f"teacher {name},\n{tap}"] = np.stack(maps)
     return found
 

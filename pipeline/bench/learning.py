@@ -97,7 +97,7 @@ def steps(world: World, cases: list[str], turns: int, live: bool, progress: Prog
     rows = []
     for case in cases:
         student, size, side, grid, samples = CASES[case]
-        shards = world.small(samples, side, "png" if side < 100 else "jpg")
+        shards = world.small(samples, side)
         store = world.store(f"steps-{side}")
         teachers = {}
         for method, (model, _) in METHODS.items():

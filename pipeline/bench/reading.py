@@ -24,7 +24,7 @@ def streams(world: World, cases: list[str], turns: int, progress: Progress) -> l
     rows = []
     for case in cases:
         side, grid, samples, size = CASES[case]
-        shards = world.small(samples, side, "png" if side < 100 else "jpg")
+        shards = world.small(samples, side)
         store, kept = world.store(f"stream-{side}"), world.store(f"pixels-{side}")
         model = "resnet10t" if world.quick else "mobilenetv2_100"
         teacher = world.teacher(model)

@@ -73,16 +73,23 @@ class World:
             raise UserError(f"{url}: one sample is too few to measure anything")
         return Shard(url, min(len(index), self.blocks * BLOCK), index.id, index=index), index
 
-    def small(self, samples: int, size: int, kind: str = "png") -> list[str]:
+    def small(self, samples: int, size: int) -> list[str]:
         """Two shards of small labelled images."""
         where, samples = self.folder / f"small-{size}", samples // 4 if self.quick else samples
         if not where.exists():
-            synthetic_shards(where, shards=2, samples=samples, classes=CLASSES, size=(size, size), kind=kind)
+            synthetic_shards(
+                where,
+                shards=2,
+                samples=samples,
+                classes=CLASSES,
+                size=(size, size),
+                kind="png" if size < 100 else "jpg",
+            )
         return sorted(str(path) for path in where.glob("*.tar"))
 
-    def teacher(self, model: str, size: int = 224, **arguments: Any) -> Teacher:
+    def teacher(self, model: str, size: int = 224) -> Teacher:
         """A teacher with random weights, of as many classes as the images have, with inputs of some size."""
-        arguments = {"num_classes": CLASSES, **arguments}
+        arguments = {"num_classes": CLASSES}
         path = self.folder / f"{model}.safetensors"
         if not path.exists():
             torch.manual_seed(0)
