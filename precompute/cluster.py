@@ -206,7 +206,8 @@ def workers(count: int | None, address: str | None, say: Callable[[str], None]) 
     # What dask logs is for its own people: whatever it means for the run is said in the run's own words.
     with silence_logging_cmgr(logging.CRITICAL), cluster as place:
         try:
-            client = Client(place, timeout=10)  # type: ignore[no-untyped-call]
+            # Not the default one: whoever calls this from Python computes dask collections of their own where they did.
+            client = Client(place, timeout=10, set_as_default=False)  # type: ignore[no-untyped-call]
         except (OSError, TimeoutError, ValueError) as error:
             raise UserError(
                 f"--dask {address}: no scheduler answers there ({str(error) or type(error).__name__}); start one with "
@@ -298,7 +299,7 @@ def run_on(
     running: dict[str, ShardTask] = {}  # by the future's key
     suspects: list[ShardTask] = []  # what the workers that died had; with several, only one of them may be to blame
     alone: set[str] = set()  # urls of suspects that were tried again, one at a time
-    completed: Any = as_completed()  # type: ignore[no-untyped-call]
+    completed: Any = as_completed(loop=client.loop)  # type: ignore[no-untyped-call]
 
     def fill() -> None:
         # One for each process, which runs one at a time: a second one would wait there while another may be free.

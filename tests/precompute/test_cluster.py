@@ -24,6 +24,7 @@ import cloudpickle
 import numpy as np
 import onnx
 import pytest
+from dask.base import get_scheduler
 from distributed import Client, LocalCluster, WorkerPlugin
 from PIL import Image
 
@@ -80,7 +81,7 @@ def machines() -> Iterator[Any]:
 
 @pytest.fixture
 def client(machines: Any) -> Iterator[Client]:
-    with Client(machines.scheduler_address) as connected:
+    with Client(machines.scheduler_address, set_as_default=False) as connected:
         connected.wait_for_workers(2, timeout=60)
         yield connected
 
@@ -88,7 +89,7 @@ def client(machines: Any) -> Iterator[Client]:
 @pytest.fixture
 def mortal() -> Iterator[Client]:
     """Two workers of one test, which kills them: whether they come back in time is nobody else's matter."""
-    with local(2) as place, Client(place) as connected:
+    with local(2) as place, Client(place, set_as_default=False) as connected:
         yield connected
 
 
@@ -320,7 +321,7 @@ def test_with_one_worker_a_shard_that_kills_it_takes_no_other_with_it(deit: Worl
 
     place = seeded(deit, tmp_path / "store")
     deadly, good = copies(deit.shards, tmp_path / "deadly", 1), copies(deit.shards, tmp_path / "good", 3)
-    with local(1) as alone, Client(alone) as client, hooked(client, die):
+    with local(1) as alone, Client(alone, set_as_default=False) as client, hooked(client, die):
         result, _ = run(deit, place, [*deadly, *good], dask=alone.scheduler_address)
     assert [(failure["shard"], failure["kind"]) for failure in result["failures"]] == [(deadly[0], "worker")]
     assert len(result["shards"]) == 3
@@ -450,6 +451,8 @@ def test_a_running_scheduler_is_joined_and_relative_paths_are_those_of_the_comma
 ) -> None:
     place = seeded(deit, tmp_path / "store")
     dask = scheduler()
+    theirs: list[Any] = []  # where the caller's own dask collections are computed while a run has its workers
+    monkeypatch.setattr(Quiet, "say", lambda self, line: theirs.append(get_scheduler()) or self.lines.append(line))
     with monkeypatch.context() as impatient:
         impatient.setattr(cluster, "PATIENCE", 0.5)
         with pytest.raises(UserError, match=r"the scheduler has no workers after .*dask worker tcp://"):
@@ -461,6 +464,7 @@ def test_a_running_scheduler_is_joined_and_relative_paths_are_those_of_the_comma
     result, lines = run(deit, Path("store"), shards, dask=dask.address)
     assert not result["failures"]
     assert any(line.startswith("1 worker(s)") for line in lines)
+    assert set(theirs) == {None}
     assert_same(contents(place), expected)
     assert dask.processes[0].poll() is None, "a scheduler that was joined goes on"
     assert dask.processes[1].poll() is None
@@ -571,7 +575,7 @@ def test_contract_6_a_worker_given_up_for_dead_that_wakes_up_changes_nothing(
     preload.write_text(STOPS_ITSELF)
     dask = scheduler(DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL="6 seconds", OMP_NUM_THREADS="1")
     victim = dask.worker("--no-nanny", "--preload", str(preload), STOP_FOLDER=str(tmp_path), STOP_WHERE=where)
-    with Client(dask.address) as client:
+    with Client(dask.address, set_as_default=False) as client:
         client.wait_for_workers(1, timeout=60)
     results: list[Any] = []
     other = threading.Thread(target=lambda: results.append(run(deit, place, dask=dask.address)))
@@ -878,7 +882,7 @@ def test_two_thousand_shards_cost_little_each_and_are_handed_over_as_workers_get
     one = bare(tmp_path / "one", "light")
     with (
         local(1) as alone,
-        Client(alone) as single,
+        Client(alone, set_as_default=False) as single,
     ):
         drive(cluster.run_on(single, tasks(one, shards[:20]), 20, "cpu", 1, Silent()))
         alone_each = drive(cluster.run_on(single, tasks(one, shards[20:420]), 400, "cpu", 1, Silent())) / 400
