@@ -22,12 +22,13 @@ class Shape:
     """What a student offers to be taught.
 
     Attributes:
-        layers: number of attention layers; 0 where no loss reads attention.
+        layers: number of layers; 0 where no loss reads tokens.
         heads: in each layer.
         grid: side of the patch grid.
         prefix: role of each prefix token: `class`, `distillation` or `register`.
         classes: how many.
         names: of the classes, in order; None where nobody said them.
+        width: of each token.
     """
 
     layers: int
@@ -36,6 +37,7 @@ class Shape:
     prefix: tuple[str, ...]
     classes: int = 0
     names: tuple[str, ...] | None = None
+    width: int = 0
 
     @property
     def maps(self) -> int:
@@ -56,23 +58,26 @@ class Given:
         return str(self.target["id"])
 
 
-def student_shape(model: nn.Module, names: Sequence[str] | None = None, *, attention: bool = True) -> Shape:
+def student_shape(
+    model: nn.Module, names: Sequence[str] | None = None, *, tokens: bool = True, attention: bool = True
+) -> Shape:
     """The shape of a student.
 
     Args:
-        model: a plain ViT; any network where attention is not read.
+        model: a plain ViT; any network where no tokens are read.
         names: of its classes.
+        tokens: whether some loss reads its tokens, or its attention.
         attention: whether some loss reads its attention.
 
     Raises:
         UserError: attention cannot be read off it, or what is read is not what it attends with (contract 12).
     """
     classes, listed = int(getattr(model, "num_classes", 0)), tuple(names) if names else None
-    if not attention:
+    if not tokens:
         return Shape(0, 0, 0, (), classes, listed)
     layers = attention_layers(model)
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if size is not None:
+    if attention and size is not None:
         was = model.training
         ramp = torch.linspace(-1, 1, 2 * 3 * size[0] * size[1]).sin().view(2, 3, *size)
         check_attention(model.eval(), ramp.to(next(model.parameters()).device))
@@ -81,7 +86,8 @@ def student_shape(model: nn.Module, names: Sequence[str] | None = None, *, atten
     if grid is None or grid[0] != grid[1]:
         raise UserError(f"student {type(model).__name__}: its patches make no square grid")
     heads = int(layers[0].num_heads)  # type: ignore[arg-type]
-    return Shape(len(layers), heads, int(grid[0]), prefix_roles(model), classes, listed)
+    width = int(model.num_features)  # type: ignore[arg-type]
+    return Shape(len(layers), heads, int(grid[0]), prefix_roles(model), classes, listed, width)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from precompute.taps import AttentionTaps
 from storage.errors import UserError
 from storage.store import Store
 from student import config
@@ -19,6 +18,7 @@ from student.align import Given, Row, Shape, full, student_shape
 from student.choose import Need, choose
 from student.config import Recipe
 from student.losses import Step, aal, advit, attention_transfer, crossentropy, deit
+from student.seen import Reads, Seen
 from student.stream import Batch
 
 METHODS: dict[str, ModuleType] = {
@@ -26,10 +26,15 @@ METHODS: dict[str, ModuleType] = {
 }  # fmt: skip
 
 
+def reads_of(recipe: Recipe) -> frozenset[Reads]:
+    """What the recipe's losses read of the student and of the batch, beside logits and stored targets."""
+    return frozenset().union(*(METHODS[settings.method].reads(settings) for settings in recipe.losses.values()))
+
+
 def _shape(recipe: Recipe, model: nn.Module, names: Sequence[str] | None = None) -> Shape:
-    """The student's shape; its attention is looked at only where a loss reads it, so that others train any network."""
-    attention = any(isinstance(settings, config.AAL | config.Matched) for settings in recipe.losses.values())
-    return student_shape(model, names, attention=attention)
+    """The student's shape; its tokens are looked at only where a loss reads them, so that others train any network."""
+    reads = reads_of(recipe) - {"labels"}
+    return student_shape(model, names, tokens=bool(reads), attention=bool(reads & {"attention", "values"}))
 
 
 def needs_of(recipe: Recipe, model: nn.Module) -> list[Need]:
@@ -104,7 +109,8 @@ class Lesson(nn.Module):
         self.losses = nn.ModuleDict(methods)
         self.rows: list[Row] = [method.row for method in methods.values() if method.row is not None]
         self.targets = {name: tuple(one.id for one in several) for name, several in given.items()}
-        self.attention = AttentionTaps(model) if shape.layers else None
+        reads = reads_of(recipe) - {"labels"}
+        self.seen = Seen(model, reads) if reads else None
         if hasattr(model, "set_distilled_training"):
             model.set_distilled_training(True)  # type: ignore[operator]  # both heads' logits, while it trains
         self.mean, self.std = tuple(mean), tuple(std)
@@ -115,8 +121,8 @@ class Lesson(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits `[B, K]` of a batch, and loss -> value, unweighted scalars."""
         pixels = batch.pixels(self.mean, self.std)
-        if self.attention is not None:
-            self.attention.clear()
+        if self.seen is not None:
+            self.seen.clear()
         with torch.autocast(pixels.device.type, self.precision, enabled=self.precision is not None):
             output = self.student(pixels)
         logits, distilled = output if isinstance(output, tuple) else (output, None)
@@ -126,9 +132,7 @@ class Lesson(nn.Module):
         self.notes = {}
         for name, loss in self.losses.items():
             targets = tuple(decoded[id] for id in self.targets.get(name, ()))
-            step = Step(
-                logits, batch.labels, batch.others, batch.shares, distilled, self.attention, targets, self.notes
-            )
+            step = Step(logits, batch.labels, batch.others, batch.shares, distilled, self.seen, targets, self.notes)
             values[name] = loss(step)
         return logits, values
 

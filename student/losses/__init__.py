@@ -1,7 +1,8 @@
 """Losses: one small module a paper, each with its equation, shapes and reductions.
 
-A module has `need(name, settings, student)` (what it reads from a store, or None) and an `nn.Module`
-`Method(name, settings, student, given)` with a `row` for the printed table (or None), called with a `Step`.
+A module has `reads(settings)` (what it reads of student and batch beside logits), `need(name, settings, student)` (what
+it reads from a store, or None) and an `nn.Module` `Method(name, settings, student, given)` with a `row` for the printed
+table (or None), called with a `Step`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from precompute.taps import AttentionTaps
+from student.seen import Seen
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Step:
         others: int64 `[B]`, labels of the images that these were mixed with.
         shares: f32 `[B]`, the others' share.
         distilled: logits of the distillation head, `[B, K]`; None for a student without one.
-        attention: the student's q and k of this step, where some loss reads them.
+        seen: what else the losses read of the student in this step; None where none does.
         targets: the loss's own targets, decoded, f32 `[B, …]`; empty where it reads none.
         notes: a loss may leave scalars for people here, such as agreement with the teacher.
     """
@@ -33,11 +34,12 @@ class Step:
     others: Tensor
     shares: Tensor
     distilled: Tensor | None = None
-    attention: AttentionTaps | None = None
+    seen: Seen | None = None
     targets: tuple[Tensor, ...] = ()
     notes: dict[str, Tensor] = field(default_factory=dict)
 
-    def taps(self) -> AttentionTaps:
-        """The student's q and k, where they are read."""
-        assert self.attention is not None
-        return self.attention
+    @property
+    def student(self) -> Seen:
+        """What is read of the student beside its logits."""
+        assert self.seen is not None
+        return self.seen

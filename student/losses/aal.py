@@ -16,6 +16,7 @@ from student import config
 from student.align import Given, Shape, align_activations, full
 from student.choose import Need
 from student.losses import Step
+from student.seen import Reads
 
 EPSILON = 1e-12
 
@@ -96,6 +97,11 @@ class AAL(nn.Module):
         return loss / positions if self.reading == "mse" else loss
 
 
+def reads(settings: config.AAL) -> frozenset[Reads]:
+    """The student's class rows."""
+    return frozenset({"attention"})
+
+
 def need(name: str, settings: config.AAL, student: Shape) -> Need:
     """Activations on the student's own grid."""
     return Need(name, (("activations",),), settings.teacher, settings.target, student.grid)
@@ -112,6 +118,5 @@ class Method(nn.Module):
 
     def forward(self, step: Step) -> Tensor:
         """The loss of one step."""
-        taps = step.taps()
-        maps = class_maps(taps.q, taps.k, taps.scales, self.prefix, self.map)
+        maps = class_maps(step.student.q, step.student.k, step.student.scales, self.prefix, self.map)
         return self.aal(maps, step.targets[0])  # type: ignore[no-any-return]

@@ -16,6 +16,7 @@ from student.align import Given, Shape
 from student.choose import Need
 from student.losses import Step
 from student.rows import Rows
+from student.seen import Reads
 
 
 def distance(student: Tensor, teacher: Tensor, prefix: int, kind: Literal["l1", "l2"] = "l1") -> Tensor:
@@ -34,6 +35,11 @@ def distance(student: Tensor, teacher: Tensor, prefix: int, kind: Literal["l1", 
     return each.sum(-1).mean()
 
 
+def reads(settings: config.ADViT) -> frozenset[Reads]:
+    """The student's class rows."""
+    return frozenset({"attention"})
+
+
 def need(name: str, settings: config.ADViT, student: Shape) -> Need:
     """Class rows, or what gives them."""
     return Need(name, (("class_row",), ("attention",), ("q", "k")), settings.teacher, settings.target)
@@ -49,6 +55,5 @@ class Method(nn.Module):
 
     def forward(self, step: Step) -> Tensor:
         """The loss of one step."""
-        taps = step.taps()
-        mine = self.rows.student_rows(taps.q, taps.k, taps.scales)
+        mine = self.rows.student_rows(step.student.q, step.student.k, step.student.scales)
         return distance(mine, self.rows.teacher_rows(step.targets), self.rows.prefix, self.distance)

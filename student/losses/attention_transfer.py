@@ -15,6 +15,7 @@ from student.align import Given, Shape
 from student.choose import Need
 from student.losses import Step
 from student.rows import EPSILON, Rows
+from student.seen import Reads
 
 
 def distillation(student: Tensor, teacher: Tensor, heads: Literal["mean", "sum"] = "mean") -> Tensor:
@@ -33,6 +34,11 @@ def distillation(student: Tensor, teacher: Tensor, heads: Literal["mean", "sum"]
     return reduced.sum()
 
 
+def reads(settings: config.Attention) -> frozenset[Reads]:
+    """The student's attention."""
+    return frozenset({"attention"})
+
+
 def need(name: str, settings: config.Attention, student: Shape) -> Need:
     """Whole attention maps, or q and k, which give them."""
     return Need(name, (("attention",), ("q", "k")), settings.teacher, settings.target)
@@ -48,6 +54,5 @@ class Method(nn.Module):
 
     def forward(self, step: Step) -> Tensor:
         """The loss of one step."""
-        taps = step.taps()
-        mine = self.rows.student_rows(taps.q, taps.k, taps.scales)
+        mine = self.rows.student_rows(step.student.q, step.student.k, step.student.scales)
         return distillation(mine, self.rows.teacher_rows(step.targets), self.reduce_heads)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from student import config
 from student.align import Given, Shape
 from student.losses import Step
+from student.seen import Reads
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, others: Tensor, shares: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -27,6 +28,11 @@ def cross_entropy(logits: Tensor, labels: Tensor, others: Tensor, shares: Tensor
     """
     own, other = (F.cross_entropy(logits, y, label_smoothing=smoothing, reduction="none") for y in (labels, others))
     return torch.lerp(own, other, shares.to(own.dtype)).mean()
+
+
+def reads(settings: config.CrossEntropy) -> frozenset[Reads]:
+    """The labels."""
+    return frozenset({"labels"})
 
 
 def need(name: str, settings: config.CrossEntropy, student: Shape) -> None:

@@ -18,6 +18,7 @@ from student import config
 from student.align import Given, Shape, align_classes
 from student.choose import Need
 from student.losses import Step
+from student.seen import Reads
 
 Reduce = Literal["numel", "batch"]
 
@@ -39,6 +40,11 @@ def soft(logits: Tensor, teacher: Tensor, tau: float = 1.0, reduce: Reduce = "nu
 def hard(logits: Tensor, teacher: Tensor) -> Tensor:
     """Cross-entropy with the teacher's decision, argmax_k t_k; mean over the batch."""
     return F.cross_entropy(logits, teacher.argmax(1))
+
+
+def reads(settings: config.DeiT) -> frozenset[Reads]:
+    """Nothing but logits."""
+    return frozenset()
 
 
 def need(name: str, settings: config.DeiT, student: Shape) -> Need:

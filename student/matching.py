@@ -1,0 +1,192 @@
+"""What of teacher and student meets: which layers, heads and tokens, decided once for every loss that compares them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import nn
+
+from precompute.taps import resize_matrix
+from storage.errors import UserError
+from student import config
+from student.align import Given, Row, Shape
+
+# of a sample's tensor: whether it has heads, and the axis of its tokens
+_AXES = {"class_row": (True, -1), "attention": (True, -1), "q": (True, -2), "k": (True, -2), "v": (True, -2),
+         "tokens": (False, -2)}  # fmt: skip
+
+
+class Matching(nn.Module):
+    """Which layers, heads and tokens of a target meet which of the student's.
+
+    Args:
+        loss: name for errors.
+        settings: what the recipe states.
+        student: its shape.
+        given: one target of some tap with layers, or several of one teacher and the same layers.
+        which: class rows, rows of all queries, or vectors of all tokens.
+
+    Attributes:
+        pairs: (student's layer, teacher's layer), from 1.
+        heads: how many are compared; 1 where they are merged.
+        stored: the teacher's layers that the target holds; those of `pairs` are among them.
+        mine, theirs: buffers, indices of the tokens that meet: first those beside the patches, in one order of roles.
+        prefix: how many of them are no patches.
+        dropped: what is left out, in words.
+        resize: buffer, the teacher's patches to the student's; only where their grids differ.
+
+    Raises:
+        UserError: what differs and was not stated, or cannot be brought together.
+    """
+
+    def __init__(
+        self, loss: str, settings: config.Matched, student: Shape, given: Sequence[Given],
+        which: Literal["class", "all", "vectors"],
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.loss, self.settings, self.student, self.which = loss, settings, student, which
+        first = given[0]
+        self.tap = str(first.target["identity"]["tap"])
+        teacher = first.teacher
+        shape = first.target["sample_shape"]
+        has_heads, axis = _AXES[self.tap]
+        tokens = int(shape[axis])
+        # tokens without layers are those after the final norm
+        self.stored: list[int] = first.target["identity"]["layers"] or [teacher["layers"]]
+        prefix: list[str] = teacher["prefix"]
+        side = round((tokens - len(prefix)) ** 0.5)
+        if side * side != tokens - len(prefix):
+            raise UserError(f"{loss}: target {first.id}: {tokens - len(prefix)} patches make no square grid")
+        self.pairs = self._layers(teacher["layers"])
+        self.heads = self._heads(int(shape[1])) if has_heads else 0
+        mine, theirs, self.dropped = self._tokens(list(student.prefix), prefix)
+        patches, grid = range(student.grid**2), range(side**2)
+        self._constant("mine", torch.tensor([*mine, *(len(student.prefix) + p for p in patches)]))
+        self._constant("theirs", torch.tensor([*theirs, *(len(prefix) + p for p in grid)]))
+        self.prefix = len(mine)
+        self.drops_mine, self.drops_theirs = len(mine) < len(student.prefix), len(theirs) < len(prefix)
+        self.class_query = prefix.index("class") if "class" in prefix else 0
+        self.resizes = side != student.grid
+        if self.resizes:
+            if settings.grid is None:
+                raise UserError(
+                    f"{loss}: target {first.id} has a grid of {side}x{side}, the student's patches make "
+                    f"{student.grid}x{student.grid}; say how they meet: --set losses.{loss}.grid=bicubic"
+                )
+            matrix = resize_matrix(side, student.grid)
+            self._constant("resize", torch.kron(matrix, matrix))
+        self.row = self._row(given, int(shape[1]), side)
+
+    def _constant(self, name: str, value: torch.Tensor) -> None:
+        self.register_buffer(name, value, persistent=False)
+
+    def _layers(self, depth: int) -> list[tuple[int, int]]:
+        """(student's layer, teacher's layer), from 1."""
+        mine, wish, loss = self.student.layers, self.settings.layers, self.loss
+        if wish is None:
+            if mine != depth:
+                raise UserError(
+                    f"{loss}: the teacher has {depth} layers, the student {mine}; say which meet: "
+                    f"--set losses.{loss}.layers=uniform, last, or pairs [[1,2],[2,4]]"
+                )
+            if self.stored != list(range(1, depth + 1)):
+                raise UserError(
+                    f"{loss}: the target holds the teacher's layers {_ranges(self.stored)} of {depth}; say which of "
+                    f"the student's meet them: --set losses.{loss}.layers=last, or pairs [[student,teacher],…]"
+                )
+            pairs = [(n, n) for n in range(1, mine + 1)]
+        elif wish == "last":
+            pairs = [(mine, depth)]
+        elif wish == "uniform":
+            pairs = [(n, max(1, int(n * depth / mine + 0.5))) for n in range(1, mine + 1)]
+        else:
+            pairs = [(int(a), int(b)) for a, b in wish]
+        for own, other in pairs:
+            if not (1 <= own <= mine and 1 <= other <= depth):
+                raise UserError(
+                    f"{loss}: losses.{loss}.layers lets the student's layer {own} meet the teacher's layer {other}; "
+                    f"the student has layers 1 to {mine}, the teacher 1 to {depth}: "
+                    f"--set losses.{loss}.layers=uniform, last, or other pairs"
+                )
+        for own, other in pairs:
+            if other not in self.stored:
+                raise UserError(
+                    f"{loss}: the student's layer {own} meets the teacher's layer {other}, and the target holds "
+                    f"{_ranges(self.stored)}; precompute layers={_ranges(sorted({b for _, b in pairs}))}"
+                )
+        if not pairs:
+            raise UserError(f"{loss}: losses.{loss}.layers is empty")
+        return pairs
+
+    def _heads(self, theirs: int) -> int:
+        """How many heads are compared."""
+        mine, rule = self.student.heads, self.settings.heads
+        if rule is None:
+            if mine != theirs:
+                raise UserError(
+                    f"{self.loss}: the teacher has {theirs} heads, the student {mine}; say how they meet: "
+                    f"--set losses.{self.loss}.heads=mean, log or first"
+                )
+            return mine
+        return min(mine, theirs) if rule == "first" else 1
+
+    def _tokens(self, mine: list[str], theirs: list[str]) -> tuple[list[int], list[int], list[str]]:
+        """Prefix tokens that are kept on either side, and those that are left out, in words."""
+        if self.which == "class":
+            for side, roles in (("student", mine), ("teacher", theirs)):
+                if "class" not in roles:
+                    raise UserError(
+                        f"{self.loss}: the {side} has no class token, so it has no class rows; take one that has"
+                    )
+        counts, others = Counter(mine), Counter(theirs)
+        kept = {role for role in counts if counts[role] == others[role]}  # registers only where both have as many
+        dropped = [
+            f"{side}'s {role}" + (f" ({count})" if count > 1 else "")
+            for side, roles in (("student", counts), ("teacher", others))
+            for role, count in roles.items()
+            if role not in kept
+        ]
+        order = [role for role in dict.fromkeys(mine) if role in kept]
+        found = [[i for role in order for i, r in enumerate(roles) if r == role] for roles in (mine, theirs)]
+        return found[0], found[1], dropped
+
+    def _row(self, given: Sequence[Given], heads: int, side: int) -> Row:
+        student = self.student
+        rule = [f"layers {', '.join(f'{a}-{b}' for a, b in self.pairs)} (student-teacher)"]
+        if self.heads:
+            given_t, ours = self.settings.temperature, "the number of heads"
+            rule.append({
+                None: f"{heads} heads one to one", "mean": "mean over heads on both sides",
+                "log": f"mean of logarithms over heads on both sides, T = {f'{given_t:g}' if given_t else ours}",
+                "first": f"the first {self.heads} heads",
+            }[self.settings.heads])  # fmt: skip
+        if self.resizes:
+            kept = "" if self.which == "vectors" else ", mass kept"
+            rule.append(f"patches {side}x{side} to {student.grid}x{student.grid} (bicubic{kept})")
+        if self.dropped:
+            rescaled = "" if self.which == "vectors" else ", the rest rescaled"
+            rule.append(f"left out{rescaled}: {', '.join(self.dropped)}")
+        taps = " and ".join(str(one.target["identity"]["tap"]) for one in given)
+        source = "" if self.tap in ("class_row", "attention") else f" from {taps}"
+        what = {"class": f"class rows{source}", "all": f"rows of all queries{source}", "vectors": taps}[self.which]
+        by_head = f", {heads} heads" if self.heads else ""
+        return Row(
+            self.loss, given[0].id, f"{what}, layers {_ranges(self.stored)}{by_head}, {side}x{side} patches",
+            f"{student.layers} layers" + (f" x {student.heads} heads" if self.heads else "")
+            + f", {student.grid}x{student.grid} patches",
+            "; ".join(rule),
+        )  # fmt: skip
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """`1:4+8`, as `--target` takes it."""
+    runs: list[list[int]] = []
+    for n in layers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return "+".join(str(a) if a == b else f"{a}:{b}" for a, b in runs)

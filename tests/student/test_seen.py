@@ -1,0 +1,89 @@
+"""What is read of a student, and how it meets what a store keeps of a teacher: equal networks give equal tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from precompute.taps import Tap, TappedTeacher, timm
+from storage.errors import UserError
+from student.align import Given, student_shape
+from student.config import Attention
+from student.rows import Vectors
+from student.seen import Seen
+
+READS = frozenset({"attention", "values", "streams", "tokens"})
+LAYERS = (1, 2, 3)
+
+
+def network(**more: Any) -> torch.nn.Module:
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 2}
+    return timm.create_model("vit_tiny_patch16_224", **{**sizes, **more}).eval()
+
+
+def given(tap: str, target: torch.Tensor, layers: tuple[int, ...] | None = LAYERS) -> Given:
+    identity = {"tap": tap, "layers": list(layers) if layers else None}
+    manifest: Any = {"id": f"t-{tap}", "identity": identity, "sample_shape": list(target.shape[1:])}
+    return Given(manifest, {"layers": 3, "prefix": ["class"]})
+
+
+@pytest.mark.parametrize("tap", ["q", "k", "v", "tokens", "final"])
+def test_a_student_that_is_its_teacher_has_the_teacher_s_vectors(tap: str) -> None:
+    model = network()
+    images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    wanted = Tap("tokens") if tap == "final" else Tap(tap, LAYERS)
+    teacher = TappedTeacher(network(), [wanted], 32, 32, (0.5,) * 3, (0.5,) * 3).eval()
+    (target,) = teacher(images)
+    seen = Seen(model, READS)
+    model(teacher.prepare(images)).sum().backward()
+    mine = {"q": seen.q, "k": seen.k, "v": seen.v, "tokens": seen.streams, "final": [seen.tokens] * 3}[tap]
+    settings = Attention(layers="last" if tap == "final" else None)
+    meeting = Vectors("it", settings, student_shape(model), [given(wanted.name, target, wanted.layers)])
+    assert torch.equal(meeting.student_vectors(mine), meeting.teacher_vectors(target))
+    assert meeting.student_vectors(mine).requires_grad
+
+
+def test_the_final_tokens_are_the_last_stream_after_the_norm() -> None:
+    model = network()
+    seen = Seen(model, READS)
+    pixels = torch.randn(2, 3, 32, 32)
+    features = model.forward_features(pixels)
+    assert torch.equal(seen.tokens, features)
+    assert torch.equal(model.norm(seen.streams[-1]), features)
+    seen.clear()
+    assert not seen.streams
+
+
+def test_vectors_of_tokens_meet_by_role_and_place() -> None:
+    """The student has a distillation token too, and a finer grid."""
+    model = timm.create_model(
+        "deit_tiny_distilled_patch16_224", img_size=32, patch_size=4, embed_dim=48, depth=3, num_heads=3
+    ).eval()
+    target = torch.randn(2, 3, 3, 17, 16)
+    meeting = Vectors("it", Attention(layers="uniform", grid="bicubic"), student_shape(model), [given("v", target)])
+    seen = Seen(model, frozenset({"values"}))
+    model(torch.randn(2, 3, 32, 32))
+    mine, theirs = meeting.student_vectors(seen.v), meeting.teacher_vectors(target)
+    assert mine.shape == theirs.shape == (2, 3, 3, 65, 16)
+    assert torch.equal(mine[:, 0, :, 0], seen.v[0][:, :, 0])
+    assert torch.equal(mine[:, 0, :, 1:], seen.v[0][:, :, 2:])
+    assert torch.equal(theirs[..., 0, :], target[..., 0, :])
+    plane = torch.full((2, 3, 3, 17, 16), 0.5)
+    assert torch.allclose(meeting.teacher_vectors(plane), torch.tensor(0.5), atol=1e-6)
+    assert "left out: student's distillation" in meeting.row.rule
+
+
+def test_heads_of_vectors_are_never_merged() -> None:
+    target = torch.randn(2, 3, 3, 17, 16)
+    with pytest.raises(UserError, match="vectors of different heads cannot be merged"):
+        Vectors("it", Attention(heads="mean"), student_shape(network()), [given("v", target)])
+    first = Vectors("it", Attention(heads="first"), student_shape(network(num_heads=2)), [given("v", target)])
+    assert first.teacher_vectors(target).shape == (2, 3, 2, 17, 16)
+
+
+def test_a_network_without_tokens_is_refused() -> None:
+    with pytest.raises(UserError, match="no list of attention blocks"):
+        Seen(timm.create_model("resnet18"), frozenset({"tokens"}))
