@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,10 @@ import pytest
 
 # Before torch is imported anywhere: two test workers share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Where the tests run in the background of a script, interrupts are ignored there and would be by all children.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -29,6 +35,29 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
         del os.environ["TEACHER_STORE_CACHE"]
     else:
         os.environ["TEACHER_STORE_CACHE"] = before
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _exports() -> Iterator[None]:
+    """A teacher's graph that was made in this process is not made again for the next store, which takes seconds.
+
+    Tests of exporting itself, and all commands in processes of their own, make theirs.
+    """
+    import precompute.export
+    from storage import records
+
+    made: dict[Any, Any] = {}
+    export = precompute.export.export
+
+    def once(teacher: Any, taps: Any, size: int, images: Any, provider: str) -> Any:
+        key = (records.digest_of(teacher.identity), tuple(taps), size, images.shape, images.tobytes(), provider)
+        if key not in made:
+            made[key] = export(teacher, taps, size, images, provider)
+        return made[key]
+
+    precompute.export.export = once
+    yield
+    precompute.export.export = export
 
 
 @pytest.fixture(scope="session")
