@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from precompute import teachers
 from precompute.joined import export_ready
 from precompute.taps import Tap, attention_layers, cnn_stages
+from storage.records import digest_of
 
 HALF: dict[str, Any] = {"mean": (0.5,), "std": (0.5,)}
 FREE: Sequence[int | str] = ("N", 3, 16, 16)
@@ -41,8 +42,20 @@ class _Named(nn.Module):
 OUTPUTS = {"cnn": ["stage1", "stage2", "stage3", "stage4", "logits"], "vit": ["tokens", "cls", "logits"]}
 
 
+_files: dict[tuple[str, str], bytes] = {}  # made once in a process
+
+
 def exported(teacher: Any, kind: str, path: Path) -> Path:
     """A timm teacher's network as a file, with `OUTPUTS`; its input is `image`."""
+    key = (digest_of(teacher.identity), kind)
+    if key not in _files:
+        _export(teacher, kind, path)
+        _files[key] = path.read_bytes()
+    path.write_bytes(_files[key])
+    return path
+
+
+def _export(teacher: Any, kind: str, path: Path) -> None:
     module = _Named(teachers.load(teacher), kind).eval()
     free = {"image": {0: torch.export.Dim("n", min=1, max=999)}}
     image = torch.zeros(2, 3, teacher.input_size, teacher.input_size)
@@ -58,7 +71,6 @@ def exported(teacher: Any, kind: str, path: Path) -> Path:
             dynamic_shapes=free,
         )
     program.save(str(path))
-    return path
 
 
 def made_by(path: Path, operator: str) -> list[str]:
