@@ -1,0 +1,148 @@
+"""What a recipe may say of each loss: its weight over the epochs, teacher, target, and the settings of its method."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Settings that refuse what they do not know and never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Schedule(Section):
+    """A loss's weight over the 0-based epochs e.
+
+    `exponential` (also a constant): `start · decay^e`, each break point in `then` beginning another decay. AAL's λ is
+    `{start: 2000, decay: 0.99, then: {200: 0.98}}` = 2000 · 0.99^min(e, 200) · 0.98^max(0, e − 200).
+    `linear`, `cosine`: from `start` to `end` over the epochs 0 to `over`, then `end`.
+    Any of them is zero from epoch `until` on.
+    """
+
+    start: float
+    shape: Literal["exponential", "linear", "cosine"] = "exponential"
+    decay: float = Field(1.0, gt=0)
+    then: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(gt=0)]] = {}
+    end: float | None = None
+    over: int | None = Field(None, ge=1)
+    until: int | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _whole(self) -> Schedule:
+        if self.shape == "exponential":
+            if self.end is not None or self.over is not None:
+                raise ValueError("end and over belong to shape: linear or cosine")
+        elif self.end is None or self.over is None:
+            raise ValueError(f"shape {self.shape} needs end and over")
+        elif self.decay != 1 or self.then:
+            raise ValueError("decay and then belong to shape: exponential")
+        return self
+
+    def at(self, epoch: int) -> float:
+        """The weight in an epoch."""
+        if self.until is not None and epoch >= self.until:
+            return 0.0
+        if self.end is not None and self.over is not None:
+            done = min(epoch / self.over, 1.0)
+            if self.shape == "cosine":
+                done = (1 - math.cos(math.pi * done)) / 2
+            return self.start + (self.end - self.start) * done
+        value, since, decay = self.start, 0, self.decay
+        for point in sorted(self.then):
+            if point >= epoch:
+                break
+            value *= decay ** (point - since)
+            since, decay = point, self.then[point]
+        return float(value * decay ** (epoch - since))
+
+
+def _constant(value: Any) -> Any:
+    if isinstance(value, str):  # YAML reads 1e3 as a word
+        try:
+            value = float(value)
+        except ValueError:
+            return value
+    return {"start": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+Weight = Annotated[Schedule, BeforeValidator(_constant)]
+
+
+class CrossEntropy(Section):
+    """Cross-entropy with the labels (student/losses/crossentropy.py).
+
+    `heads` is for students with a distillation token: the class head alone, or the mean over both heads; by default
+    both, unless a `deit` loss trains the second one.
+    """
+
+    method: Literal["crossentropy"] = "crossentropy"
+    weight: Weight = Schedule(start=1.0)
+    smoothing: float = Field(0.0, ge=0, lt=1)
+    heads: Literal["class", "both"] | None = None
+
+
+class Taught(Section):
+    """What every loss with a teacher says: its weight, and which teacher or target where the store has several."""
+
+    weight: Weight = Schedule(start=1.0)
+    teacher: str | None = None
+    target: str | tuple[str, ...] | None = None
+
+
+class Matched(Taught):
+    """How attention of another depth, head count and grid is met (student/rows.py); unstated mismatches are errors.
+
+    layers: `last`, `uniform`, or pairs [student's layer, teacher's layer], from 1; None: as many on both sides.
+    heads: `mean` or `log` over the heads of both sides, or the `first` that both have; None: as many on both sides.
+    temperature: T of `log`; None: each side's number of heads.
+    grid: `bicubic` resizes the teacher's patch part; None: the same grid on both sides.
+    """
+
+    layers: Literal["last", "uniform"] | tuple[tuple[int, int], ...] | None = None
+    heads: Literal["mean", "log", "first"] | None = None
+    temperature: float | None = Field(None, gt=0)
+    grid: Literal["bicubic"] | None = None
+
+
+class AAL(Taught):
+    """Adaptive attention links (student/losses/aal.py)."""
+
+    method: Literal["aal"] = "aal"
+    weight: Weight = Schedule(start=2000.0, decay=0.99, then={200: 0.98})
+    map: Literal["scaled", "printed", "full"] = "scaled"
+    loss: Literal["mse", "norm", "sq"] = "mse"
+
+
+class DeiT(Taught):
+    """Distillation from logits (student/losses/deit.py)."""
+
+    method: Literal["deit"] = "deit"
+    kind: Literal["hard", "soft"] = "hard"
+    tau: float = Field(1.0, gt=0)
+    reduce: Literal["numel", "batch"] = "numel"
+    same_classes: bool = Field(False, description="both lists of classes are the same, where one is not known")
+
+
+class Attention(Matched):
+    """Attention distillation (student/losses/attention_transfer.py)."""
+
+    method: Literal["attention"] = "attention"
+    reduce_heads: Literal["mean", "sum"] = "mean"
+
+
+class ADViT(Matched):
+    """Class rows by their distance (student/losses/advit.py)."""
+
+    method: Literal["advit"] = "advit"
+    distance: Literal["l1", "l2"] = "l1"
+    heads: Literal["mean", "log", "first"] | None = "mean"
+
+
+Loss = CrossEntropy | AAL | DeiT | Attention | ADViT
+METHODS: dict[str, type[Loss]] = {
+    "crossentropy": CrossEntropy, "aal": AAL, "deit": DeiT, "attention": Attention, "advit": ADViT,
+}  # fmt: skip
