@@ -75,10 +75,10 @@ _WANTED = (
     shards("--shards", help="The shards."),
     store,
     click.option(
-        "--target", multiple=True, metavar="TAP[,layers=…][,grid=…][,codec=…]",
+        "--target", multiple=True, metavar="TAP[,layers=…][,grid=…][,codec=…]…",
         help="What to keep: activations, logits, embedding, q, k, v, class_row, attention, class_token or tokens; may "
-        "be repeated. layers=last or 1:4+8, counted from 1; grid=8 for activations; codec=f32, f16, u8, log8 "
-        "(class_row, attention) or topk20 (logits).",
+        "be repeated. layers=last or 1:4+8, counted from 1; codec=f32, f16, u8, log8 (class_row, attention) or topk20 "
+        "(logits); for activations grid=8, at=block (after the residual sum), antialias=true.",
     ),
     click.option(
         "--tap", multiple=True, metavar="TAP=TENSOR",

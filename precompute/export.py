@@ -196,10 +196,5 @@ def _detail(module: TappedTeacher, tap: Tap) -> Record:
     if tap.name in ("q", "k"):
         detail["scales"] = module.scales(tap)  # softmax(q·kᵀ·scale) is the layer's attention
     if tap.name == "activations":
-        chosen = tap.layers or range(1, len(module.stages) + 1)
-        named = [module.stages[n - 1] for n in chosen]
-        detail["stages"] = [
-            {"stage": n, "tap": name, "channels": int(getattr(norm, "num_features", None) or norm.num_channels)}  # type: ignore[arg-type]
-            for n, (name, norm) in zip(chosen, named, strict=True)
-        ]
+        detail["stages"] = [{"stage": n, "tap": name, "channels": count} for n, name, count in module.stages(tap)]
     return detail

@@ -64,10 +64,11 @@ class Output(nn.Module):
         for tap in taps:
             for name in tap.chosen if tap.name == "activations" else ():
                 if not hasattr(self, self._matrix(name, tap)):
-                    self.register_buffer(self._matrix(name, tap), resize_matrix(sides[name], int(tap.grid or 0)))
+                    matrix = resize_matrix(sides[name], int(tap.grid or 0), tap.antialias)
+                    self.register_buffer(self._matrix(name, tap), matrix)
 
     def _matrix(self, name: str, tap: Tap) -> str:
-        return f"grid_{self.sides[name]}_{tap.grid}"
+        return f"grid_{self.sides[name]}_{tap.grid}" + "_antialias" * tap.antialias
 
     def forward(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The taps, f32 `[B, …]`, of the file's tensors in the order of `names`."""

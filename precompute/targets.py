@@ -6,7 +6,7 @@ A graph is exported once for a teacher and the taps that were asked for together
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,25 +24,33 @@ from storage.store import Store
 from storage.weights import READY
 
 if TYPE_CHECKING:
-    from precompute.taps import About
+    from precompute.taps import About, At
 
 # tap -> its codec where none is asked for
 _CODECS = {"activations": "u8", "logits": "f32"}
+_OPTIONS = ("layers", "grid", "codec", "at", "antialias")
 
 
 @dataclass(frozen=True)
 class Wish:
-    """One `--target`: a tap, with layers as they were written, a grid and a codec; of a ready graph its tensors."""
+    """One `--target`: a tap, with layers as they were written, a grid and a codec; of a ready graph its tensors.
+
+    Activations are read `at` a stage's last norm or its last block, and resized with or without `antialias`.
+    """
 
     tap: str
     layers: str | None = None
     grid: int | None = None
     codec: str | None = None
     tensors: tuple[str, ...] = ()
+    at: At = "norm"
+    antialias: bool = False
 
 
 def parse(text: str) -> list[Wish]:
     """The wishes in `TAP[,TAP…][,layers=last|1:4+8][,grid=G][,codec=C]`, one for each tap.
+
+    Activations also take `at=norm|block` and `antialias=true|false`.
 
     Raises:
         UserError: an unknown tap, option or codec, with the nearest known one.
@@ -53,26 +61,40 @@ def parse(text: str) -> list[Wish]:
     taps = [check_tap(part) for part in parts if "=" not in part]
     options = dict(part.split("=", 1) for part in parts if "=" in part)
     for option in options:
-        if option not in ("layers", "grid", "codec"):
-            raise UserError(
-                f"--target {text}: no option is called {option!r}. {nearest(option, ('layers', 'grid', 'codec'))}"
-            )
+        if option not in _OPTIONS:
+            raise UserError(f"--target {text}: no option is called {option!r}. {nearest(option, _OPTIONS)}")
     if not taps:
         raise UserError(f"--target {text}: names no tap. {nearest('', TAPS)}")
-    grid = None
-    if "grid" in options:
-        if not re.fullmatch(r"[1-9]\d{0,2}", options["grid"]):
-            raise UserError(f"--target {text}: grid={options['grid']}: expected a number of patches a side, 1 to 999")
-        grid = int(options["grid"])
-        if any(tap != "activations" for tap in taps):
-            raise UserError(f"--target {text}: only activations are resized to a grid")
+    grid, at, antialias = _maps(text, taps, options)
     if "layers" in options and not all(TAPS[tap].layered for tap in taps):
         raise UserError(f"--target {text}: {', '.join(t for t in taps if not TAPS[t].layered)} has no layers to choose")
     codec = options.get("codec")
     if codec is not None:
         for tap in taps:
             codec = codecs.check(codec, TAPS[tap].values)
-    return [Wish(tap, options.get("layers"), grid, codec) for tap in taps]
+    return [Wish(tap, options.get("layers"), grid, codec, (), at, antialias) for tap in taps]
+
+
+def _maps(text: str, taps: Sequence[str], options: Mapping[str, str]) -> tuple[int | None, At, bool]:
+    """What is said of activations alone: `grid`, `at` and `antialias`."""
+    from precompute.taps import POSITIONS
+
+    alone = {"grid": "resized to a grid", "at": "read at a place of their own", "antialias": "resized"}
+    for option, what in alone.items():
+        if option in options and any(tap != "activations" for tap in taps):
+            raise UserError(f"--target {text}: only activations are {what}")
+    grid, place, antialias = options.get("grid"), options.get("at", "norm"), options.get("antialias", "false")
+    if grid is not None and not re.fullmatch(r"[1-9]\d{0,2}", grid):
+        raise UserError(f"--target {text}: grid={grid}: expected a number of patches a side, 1 to 999")
+    at = next((known for known in POSITIONS if known == place), None)
+    if at is None:
+        raise UserError(
+            f"--target {text}: at={place}: expected norm (a stage's last normalisation) or block (its last block, "
+            "after the residual sum)"
+        )
+    if antialias not in ("true", "false"):
+        raise UserError(f"--target {text}: antialias={antialias}: expected true or false")
+    return None if grid is None else int(grid), at, antialias == "true"
 
 
 def default_codec(tap: str) -> str:
@@ -205,6 +227,8 @@ def _ready_identity(teacher: Teacher, wish: Wish, policy: Policy) -> Record:
 
     if not wish.tensors:
         raise UserError(f"teacher {teacher.name}: no tensor of its graph is named for {wish.tap}")
+    if wish.at != "norm":
+        raise UserError(f"teacher {teacher.name}: at={wish.at}: of a ready graph --tap says which tensors are read")
     layered = TAPS[wish.tap].layered
     layers = list(layer_numbers(wish.layers, len(wish.tensors), teacher.name)) if layered else None
     return {**_identity_with(teacher, wish, policy, layers), "tensors": list(wish.tensors)}
@@ -215,13 +239,20 @@ def _identity_with(teacher: Teacher, wish: Wish, policy: Policy, layers: list[in
     if wish.tap == "activations" and grid is None:
         grid = max(1, policy.size // 16)
     codec = wish.codec or default_codec(wish.tap)
-    return {"teacher": teacher.id, "bank": policy.bank, "tap": wish.tap, "layers": layers, "grid": grid, "codec": codec}
+    # Keys that are left out mean what older stores had: their ids stay.
+    variant = {**({"at": wish.at} if wish.at != "norm" else {}), **({"antialias": True} if wish.antialias else {})}
+    return {
+        "teacher": teacher.id, "bank": policy.bank, "tap": wish.tap, "layers": layers, "grid": grid, "codec": codec,
+        **variant,
+    }  # fmt: skip
 
 
 def _id(teacher: Teacher, identity: Record) -> str:
-    """`{teacher}-{tap}[-g{grid}]-{codec}-{hash8}`."""
-    grid = f"-g{identity['grid']}" if identity["grid"] else ""
-    return f"{teacher.name}-{identity['tap']}{grid}-{identity['codec']}-{records.digest_of(identity)[:8]}"
+    """`{teacher}-{tap}[-block][-antialias][-g{grid}]-{codec}-{hash8}`."""
+    words = [teacher.name, identity["tap"], *([identity["at"]] if "at" in identity else [])]
+    words += ["antialias"] * identity.get("antialias", False)
+    words += [f"g{identity['grid']}"] if identity["grid"] else []
+    return "-".join([*words, identity["codec"], records.digest_of(identity)[:8]])
 
 
 def _export(

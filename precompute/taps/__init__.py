@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from precompute.taps.activations import cnn_stages, resize_matrix
+from precompute.taps.activations import POSITIONS, At, cnn_stages, resize_matrix
 from precompute.taps.attention import (
     AttentionTaps,
     attention_layers,
@@ -17,7 +17,7 @@ from precompute.taps.names import ATTENTION, TAPS, VIT, About, Tap, check_tap
 from precompute.taps.teacher import TappedTeacher
 
 __all__ = [
-    "ATTENTION", "TAPS", "VIT", "About", "AttentionTaps", "Tap", "TappedTeacher", "attention_layers", "attention_rows",
-    "check_attention", "check_tap", "class_row", "class_scores", "cnn_stages", "prefix_roles", "resize_matrix",
-    "takes_image_size", "timm",
+    "ATTENTION", "POSITIONS", "TAPS", "VIT", "About", "At", "AttentionTaps", "Tap", "TappedTeacher", "attention_layers",
+    "attention_rows", "check_attention", "check_tap", "class_row", "class_scores", "cnn_stages", "prefix_roles",
+    "resize_matrix", "takes_image_size", "timm",
 ]  # fmt: skip

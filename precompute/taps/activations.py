@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,19 @@ from torch.nn import functional as F
 
 from storage.errors import UserError
 
+At = Literal["norm", "block"]
+POSITIONS: tuple[At, ...] = ("norm", "block")
 
-def cnn_stages(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(name, module) of the last normalisation in each stage's last block, before the residual sum (`aal.tap: norm`).
+
+def cnn_stages(model: nn.Module, at: At = "norm") -> list[tuple[str, nn.Module]]:
+    """(name, module) of what each stage's maps are read after.
 
     EfficientNet-B3 has seven stages with 24, 32, 48, 96, 136, 232 and 384 maps, ResNet-34 four.
+
+    Args:
+        model: a CNN.
+        at: `norm`, the last normalisation in the stage's last block, before the residual sum; or `block`, that block
+            itself, after the sum and the activation function that may follow it.
 
     Raises:
         UserError: the network has no stages that are known here, or a stage without a normalisation over maps.
@@ -30,7 +39,7 @@ def cnn_stages(model: nn.Module) -> list[tuple[str, nn.Module]]:
             raise UserError(
                 f"{type(model).__name__}: stage {names[stage]} has no batch or group normalisation to read maps after"
             )
-        found.append((names[norms[-1]], norms[-1]))
+        found.append((names[norms[-1]], norms[-1]) if at == "norm" else (names[last], last))
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
+from precompute.taps.activations import At
 from storage.codecs import Values
 from storage.errors import UserError, nearest
 from storage.records import Record
@@ -39,6 +40,9 @@ VIT = (*ATTENTION, "tokens", "class_token")
 class Tap:
     """What to read: a tap, with layers (from 1; stages of a CNN) and, for activations, the side of their grid.
 
+    Activations are read `at` the last norm of a stage's last block, or after that block's residual sum, and resized
+    with or without `antialias`.
+
     Without layers: all of them; of `tokens`, those after the final norm, else the residual stream after each layer.
     Of a ready graph also the names of its tensors, one a layer of the tap; `layers` chooses among them.
     """
@@ -47,12 +51,17 @@ class Tap:
     layers: tuple[int, ...] | None = None
     grid: int | None = None
     tensors: tuple[str, ...] = ()
+    at: At = "norm"
+    antialias: bool = False
 
     @classmethod
     def of(cls, identity: Record) -> Self:
-        """What a target's identity says."""
+        """What a target's identity says; older ones say nothing of `at` and `antialias`."""
         layers = tuple(identity["layers"]) if identity["layers"] else None
-        return cls(identity["tap"], layers, identity["grid"], tuple(identity.get("tensors", ())))
+        return cls(
+            identity["tap"], layers, identity["grid"], tuple(identity.get("tensors", ())), identity.get("at", "norm"),
+            identity.get("antialias", False),
+        )  # fmt: skip
 
     @property
     def chosen(self) -> tuple[str, ...]:

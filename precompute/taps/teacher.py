@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from precompute.taps.activations import cnn_stages, resize_matrix
+from precompute.taps.activations import At, cnn_stages, resize_matrix
 from precompute.taps.attention import (
     AttentionTaps,
     attention_layers,
@@ -51,10 +51,10 @@ class TappedTeacher(nn.Module):
         self.resizes = view_size != input_size
         if self.resizes:
             self.register_buffer("resize", resize_matrix(view_size, input_size, True))
-        self._stages: list[tuple[str, nn.Module]] = []
-        self._kept: dict[int, Tensor] = {}
+        self._stages: dict[At, list[tuple[str, nn.Module]]] = {}
+        self._kept: dict[tuple[At, int], Tensor] = {}
+        self._shapes: dict[tuple[At, int], tuple[int, int]] = {}  # channels and side of a stage's maps
         self._attention: AttentionTaps | None = None
-        self._grids: dict[tuple[int, int], str] = {}
         names, kind = {tap.name for tap in self.taps}, type(model).__name__
         self._streams: dict[int, Tensor] = {}  # layer -> residual stream after it
         if names & {*ATTENTION}:
@@ -69,16 +69,17 @@ class TappedTeacher(nn.Module):
             attention_layers(model)  # raises where there is no list of blocks
             for n in {n for tap in self.taps if tap.name == "tokens" for n in tap.layers or ()}:
                 model.blocks[n - 1].register_forward_hook(functools.partial(_keep_copy, self._streams, n))  # type: ignore[index,union-attr]
-        if any(tap.name == "activations" for tap in self.taps):
-            self._stages = cnn_stages(model)
-            for n, (_, module) in enumerate(self._stages, 1):
-                module.register_forward_hook(functools.partial(_keep_copy, self._kept, n))
+        for at in dict.fromkeys(tap.at for tap in self.taps if tap.name == "activations"):
+            self._stages[at] = cnn_stages(model, at)
+            for n, (_, module) in enumerate(self._stages[at], 1):
+                module.register_forward_hook(functools.partial(_keep_copy, self._kept, (at, n)))
+        if self._stages:
             self._prepare_grids()
 
-    @property
-    def stages(self) -> list[tuple[str, nn.Module]]:
-        """(name, module) of the stages that activations are read off."""
-        return self._stages
+    def stages(self, tap: Tap) -> list[tuple[int, str, int]]:
+        """(number, name of the module, channels) of the stages that a tap's activations are read off."""
+        names = [name for name, _ in self._stages[tap.at]]
+        return [(n, names[n - 1], self._shapes[tap.at, n][0]) for n in tap.layers or range(1, len(names) + 1)]
 
     def scales(self, tap: Tap) -> list[float]:
         """1/√d of each of a tap's layers."""
@@ -90,15 +91,14 @@ class TappedTeacher(nn.Module):
         """The matrices that bring each stage's maps to each grid, made outside of `forward` as constants."""
         with torch.no_grad():
             self.model(torch.zeros(1, 3, self.input_size, self.input_size))
-        for n, kept in self._kept.items():
+        for (at, n), kept in self._kept.items():
             if kept.ndim != 4 or kept.shape[-1] != kept.shape[-2]:
                 raise UserError(f"{type(self.model).__name__}: stage {n} gives {tuple(kept.shape)}, no square maps")
-            for grid in {tap.grid for tap in self.taps if tap.name == "activations"}:
-                assert grid is not None
-                name = f"grid_{kept.shape[-1]}_{grid}"
-                self._grids[(n, grid)] = name
-                if not hasattr(self, name):
-                    self.register_buffer(name, resize_matrix(kept.shape[-1], grid))
+            self._shapes[at, n] = (kept.shape[1], kept.shape[-1])
+            for tap in self.taps:
+                name = _matrix(kept.shape[-1], tap)
+                if tap.name == "activations" and tap.at == at and not hasattr(self, name):
+                    self.register_buffer(name, resize_matrix(kept.shape[-1], int(tap.grid or 0), tap.antialias))
 
     def prepare(self, images: Tensor) -> Tensor:
         """Normalised input `[B, 3, I, I]` from uint8 view images `[B, S, S, 3]`."""
@@ -124,9 +124,9 @@ class TappedTeacher(nn.Module):
             return torch.stack([self._streams[n] for n in tap.layers] if tap.layers else [features], 1)
         if tap.name == "activations":
             maps = []
-            for n in tap.layers or range(1, len(self._stages) + 1):
-                matrix = self.get_buffer(self._grids[(n, int(tap.grid or 0))])
-                maps.append(matrix @ self._kept[n] @ matrix.T)
+            for n in tap.layers or range(1, len(self._stages[tap.at]) + 1):
+                matrix = self.get_buffer(_matrix(self._shapes[tap.at, n][1], tap))
+                maps.append(matrix @ self._kept[tap.at, n] @ matrix.T)
             return torch.cat(maps, 1)
         assert self._attention is not None
         chosen = [self._attention.layers.index(n) for n in tap.layers or self._attention.layers]
@@ -139,5 +139,10 @@ class TappedTeacher(nn.Module):
         return torch.stack([read[i] for i in chosen], 1)
 
 
-def _keep_copy(kept: dict[int, Tensor], number: int, module: nn.Module, args: Any, output: Tensor) -> None:
+def _matrix(side: int, tap: Tap) -> str:
+    """The name of the matrix that brings maps of a side to a tap's grid."""
+    return f"grid_{side}_{tap.grid}" + "_antialias" * tap.antialias
+
+
+def _keep_copy(kept: dict[Any, Tensor], number: Any, module: nn.Module, args: Any, output: Tensor) -> None:
     kept[number] = output.clone()  # a ResNet adds the shortcut to it in place

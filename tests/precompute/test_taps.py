@@ -133,6 +133,33 @@ def test_activations_are_read_before_the_shortcut_is_added_in_place() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize("name", ["resnet10t", "mobilenetv2_050"])
+def test_block_maps_are_the_stage_s_output_after_the_residual_sum(name: str, antialias: bool) -> None:
+    model = make(name, num_classes=3)
+    taps = [Tap("activations", None, 2, at="block", antialias=antialias), Tap("activations", (2,), 2)]
+    teacher = TappedTeacher(model, taps, 64, 64, HALF, HALF).eval()
+    whole = [m for n, m in model.named_children() if n.startswith("layer")] or list(model.blocks)
+    outputs: list[torch.Tensor] = []
+    for stage in whole:
+        stage.register_forward_hook(lambda module, args, output: outputs.append(output.clone()))
+    with torch.no_grad():
+        found, norm = teacher(torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8))
+    resized = [F.interpolate(o, (2, 2), mode="bicubic", align_corners=False,
+                             antialias=antialias and o.shape[-1] > 2) for o in outputs]  # fmt: skip
+    torch.testing.assert_close(found, torch.cat(resized, 1), rtol=1e-4, atol=1e-5)
+    assert [count for _, _, count in teacher.stages(taps[0])] == [o.shape[1] for o in outputs]
+    first = outputs[0].shape[1]
+    assert (norm - found[:, first : first + norm.shape[1]]).abs().max() > 1e-2, "the sum is more than its last summand"
+
+
+def test_block_maps_of_the_paper_s_teachers_are_as_many() -> None:
+    for name, maps in (("efficientnet_b3", [24, 32, 48, 96, 136, 232, 384]), ("resnet34", [64, 128, 256, 512])):
+        teacher = TappedTeacher(make(name), [Tap("activations", None, 2, at="block")], 64, 64, HALF, HALF)
+        assert [count for _, _, count in teacher.stages(teacher.taps[0])] == maps
+        assert sum(maps) == {"efficientnet_b3": 952, "resnet34": 960}[name]
+
+
 def test_the_activations_tap_is_each_stage_resized_to_the_grid_in_order() -> None:
     model = make("resnet10t", channels=[8, 12, 16, 24], stem_width=8, num_classes=3)
     teacher = TappedTeacher(model, [Tap("activations", (4, 1), 3)], 64, 64, HALF, HALF).eval()

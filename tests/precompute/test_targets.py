@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from precompute import targets
+from precompute.taps import Tap
 from precompute.targets import Wish, choose_policy, defaults, layer_numbers, parse
 from storage import banks
 from storage.errors import IdentityError, UserError
@@ -49,6 +50,8 @@ def chosen(store: Store, wanted: Policy, *given: str, new_bank: bool = False) ->
         ("activations, layers=1:4+7 ,grid=14", [Wish("activations", "1:4+7", 14)]),
         ("q,k,layers=last", [Wish("q", "last"), Wish("k", "last")]),
         ("codec=f32,class_row", [Wish("class_row", None, None, "f32")]),
+        ("activations,grid=8,at=block", [Wish("activations", None, 8, at="block")]),
+        ("activations,antialias=true,at=norm", [Wish("activations", antialias=True)]),
         ("logits,class_token,codec=f16", [Wish("logits", codec="f16"), Wish("class_token", codec="f16")]),
     ],
 )
@@ -72,6 +75,10 @@ def test_a_target_is_taps_with_options(text: str, wishes: list[Wish]) -> None:
         ("activations,grid=-3", "grid=-3"),
         ("activations,grid=8x8", "grid=8x8"),
         ("activations,grid=1000", "grid=1000"),
+        ("activations,at=blok", "at=blok: expected norm (a stage's last normalisation) or block"),
+        ("activations,antialias=yes", "antialias=yes: expected true or false"),
+        ("class_row,at=block", "only activations are read at a place of their own"),
+        ("q,antialias=true", "only activations are resized"),
         ("grid=8", "names no tap"),
         ("", "no tap is called ''"),
     ],
@@ -147,6 +154,13 @@ def test_a_teacher_is_not_asked_for_what_it_has_not(wish: Wish, manifest: dict[s
     assert says in str(caught.value)
 
 
+def test_of_a_ready_graph_the_tensors_say_where_maps_are_read() -> None:
+    ready = {"id": "graph", "network": "onnx", "layers": 0}
+    with pytest.raises(UserError, match="at=block: of a ready graph --tap says which tensors are read"):
+        identity(Wish("activations", tensors=("relu",), at="block"), ready)
+    assert identity(Wish("activations", tensors=("relu",), antialias=True), ready)["antialias"] is True
+
+
 def test_two_ways_to_say_the_same_target_are_one_target() -> None:
     assert identity(Wish("q", "last"), VIT) == identity(Wish("q", "12"), VIT)
     assert identity(Wish("q", "1:12"), VIT) == identity(Wish("q"), VIT)
@@ -160,6 +174,23 @@ def test_another_tap_layer_order_or_codec_is_another_target(other: Wish) -> None
     teacher: Any = type("AnyTeacher", (), {"id": "0" * 64, "name": "vit"})
     ids = {targets._id(teacher, identity(wish, VIT)) for wish in (Wish("q"), other)}
     assert len(ids) == 2
+
+
+def test_variants_of_activations_add_to_the_identity_and_leave_older_ids_as_they_are() -> None:
+    teacher: Any = type("AnyTeacher", (), {"id": "0" * 64, "name": "cnn"})
+    plain = identity(Wish("activations", None, 2), CNN)
+    assert set(plain) == {"teacher", "bank", "tap", "layers", "grid", "codec"}, "older stores have no more"
+    assert targets._id(teacher, plain) == "cnn-activations-g2-u8-5683c315"
+    assert (Tap.of(plain).at, Tap.of(plain).antialias) == ("norm", False)
+    for wish, added, named in (
+        (Wish("activations", None, 2, at="block"), {"at": "block"}, "cnn-activations-block-g2-u8-"),
+        (Wish("activations", None, 2, antialias=True), {"antialias": True}, "cnn-activations-antialias-g2-u8-"),
+    ):
+        other = identity(wish, CNN)
+        assert other == {**plain, **added}
+        assert targets._id(teacher, other).startswith(named)
+        tap = Tap.of(other)
+        assert (tap.at, tap.antialias) == (wish.at, wish.antialias)
 
 
 def test_a_target_of_another_bank_or_teacher_is_another_target() -> None:

@@ -138,12 +138,13 @@ def mixed(world, tmp_path_factory):
     options = {"policy": policy("deit", 32), "views": 2}
     wishes = {
         "cnn": [f"activations,grid=8,codec={codec}" for codec in ("f32", "u8", "f16")]
-        + ["logits", "logits,codec=topk2"],
+        + ["logits", "logits,codec=topk2"]
+        + ["activations,grid=8,codec=f32,at=block", "activations,grid=8,codec=f32,at=block,antialias=true"],
         "vit": [f"{tap},codec={codec}" for tap in ("class_row", "attention") for codec in ("f32", "log8")]
         + ["q,codec=f32", "k,codec=f32"],
     }
     names = {
-        "cnn": ["f32", "u8", "f16", "logits", "topk"],
+        "cnn": ["f32", "u8", "f16", "logits", "topk", "block", "antialias"],
         "vit": ["rows", "log8", "attention", "attention log8", "q", "k"],
     }
     targets: dict[str, str] = {}
@@ -169,6 +170,8 @@ SOFT = {"method": "deit", "kind": "soft"}
 # loss -> its settings, its targets, bounds of the loss's error and of 1 - cosine
 EXACT = {
     "aal": ({}, ["f32"]),
+    "aal_block": ({"method": "aal"}, ["block"]),
+    "aal_antialias": ({"method": "aal"}, ["antialias"]),
     "hard": ({"method": "deit", "kind": "hard"}, ["logits"]),
     "soft": ({**SOFT, "tau": 3, "weight": {"start": 1, "shape": "linear", "end": 0, "over": 4}}, ["logits"]),
     "soft_batch": ({**SOFT, "reduce": "batch"}, ["logits"]),
