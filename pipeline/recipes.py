@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from student.config import Recipe
 
 FOLDER = Path(__file__).parent / "recipes"
+_SHORT = {"bank": "id", "links": "run"}  # settings with a short form -> what it says of them; of weights it is `start`
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def put(content: dict[str, Any], path: str, value: Any) -> None:
     for part in parents:
         below = here.get(part)
         if not isinstance(below, dict):  # absent, or a short form such as `weight: 2000`
-            below = here[part] = {} if below is None else {"id" if part == "bank" else "start": below}
+            below = here[part] = {} if below is None else {_SHORT.get(part, "start"): below}
         here = below
     section = parents == ["losses"] or (not parents and (last == "losses" or section_of(Recipe, last)))
     if not (section and isinstance(value, Mapping)):

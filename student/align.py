@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from precompute.taps import attention_layers, check_attention, prefix_roles
+from precompute.taps import attention_layers, check_attention, layer_grids, prefix_roles
 from storage.errors import IdentityError, UserError
 from storage.records import Record
 
@@ -20,6 +20,8 @@ from storage.records import Record
 @dataclass(frozen=True)
 class Shape:
     """What a student offers to be taught.
+
+    PiT pools its patches: what layers have differs, `each` says it, and `heads` and `grid` are what most layers have.
 
     Attributes:
         layers: number of layers; 0 where no loss reads tokens.
@@ -29,6 +31,7 @@ class Shape:
         classes: how many.
         names: of the classes, in order; None where nobody said them.
         width: of each token.
+        each: (heads, grid) of each layer of a network that pools its patches; empty where all layers are alike.
     """
 
     layers: int
@@ -38,11 +41,17 @@ class Shape:
     classes: int = 0
     names: tuple[str, ...] | None = None
     width: int = 0
+    each: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def by_layer(self) -> tuple[tuple[int, int], ...]:
+        """(heads, grid) of each layer."""
+        return self.each or ((self.heads, self.grid),) * self.layers
 
     @property
     def maps(self) -> int:
         """Class-row maps, one a layer and head."""
-        return self.layers * self.heads
+        return sum(heads for heads, _ in self.by_layer)
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,7 @@ def student_shape(
     """The shape of a student.
 
     Args:
-        model: a plain ViT; any network where no tokens are read.
+        model: a plain ViT or PiT; any network where no tokens are read.
         names: of its classes.
         tokens: whether some loss reads its tokens, or its attention.
         attention: whether some loss reads its attention.
@@ -75,7 +84,7 @@ def student_shape(
     classes, listed = int(getattr(model, "num_classes", 0)), tuple(names) if names else None
     if not tokens:
         return Shape(0, 0, 0, (), classes, listed)
-    layers = attention_layers(model)
+    layers = attention_layers(model, pooled=True)
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if attention and size is not None:
         was = model.training
@@ -85,9 +94,12 @@ def student_shape(
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if grid is None or grid[0] != grid[1]:
         raise UserError(f"student {type(model).__name__}: its patches make no square grid")
-    heads = int(layers[0].num_heads)  # type: ignore[arg-type]
+    sides = layer_grids(model, int(grid[0]))
+    each = tuple((int(layer.num_heads), side) for layer, side in zip(layers, sides, strict=True))  # type: ignore[arg-type]
+    heads, side = max(each, key=each.count)
+    differs = each if len(set(each)) > 1 else ()
     width = int(model.num_features)  # type: ignore[arg-type]
-    return Shape(len(layers), heads, int(grid[0]), prefix_roles(model), classes, listed, width)
+    return Shape(len(layers), heads, side, prefix_roles(model), classes, listed, width, differs)
 
 
 @dataclass(frozen=True)
@@ -117,18 +129,26 @@ def table(rows: Sequence[Row]) -> str:
 # ---------------------------------------------------------------------------------------------- maps and classes
 
 
-def align_activations(loss: str, given: Given, student: Shape) -> Row:
+def align_activations(loss: str, given: Given, student: Shape, wanted: int, links: str) -> Row:
     """AAL: every class-row map of the student may be linked to every activation map of the teacher.
 
+    Args:
+        loss: its name.
+        given: a target of activations.
+        student: its shape.
+        wanted: side of the grid that the student's maps are brought to, where it is not theirs.
+        links: which are trained, in words.
+
     Raises:
-        UserError: the target's grid is not the student's (maps are never resampled twice), or no class token.
+        UserError: the target has another grid (stored maps are never resampled), or no class token.
     """
     manifest = given.target
-    channels, grid = manifest["sample_shape"][0], manifest["identity"]["grid"]
-    if grid != student.grid:
+    identity = manifest["identity"]
+    channels, grid = manifest["sample_shape"][0], identity["grid"]
+    if grid != wanted:
         raise UserError(
             f"{loss}: target {manifest['id']} has a grid of {grid}x{grid}, the student's patches make "
-            f"{student.grid}x{student.grid}; stored maps are never resampled: precompute with grid={student.grid}"
+            f"{wanted}x{wanted}; stored maps are never resampled: precompute with grid={wanted}"
         )
     if "class" not in student.prefix:
         raise UserError(
@@ -137,10 +157,15 @@ def align_activations(loss: str, given: Given, student: Shape) -> Row:
         )
     stages = " + ".join(str(stage["channels"]) for stage in manifest["stages"])
     dropped = ", ".join(student.prefix)
+    how = ", after the residual sum" * (identity.get("at") == "block") + ", antialiased" * ("antialias" in identity)
+    kinds = dict.fromkeys(student.by_layer)
+    counts = " + ".join(f"{student.by_layer.count(kind)} layers x {kind[0]} heads" for kind in kinds)
+    sides = " and ".join(f"{side}x{side}" for _, side in kinds)
+    rows = f"{counts} = {student.maps} class rows of {sides}"
+    rows += f", brought to {grid}x{grid} (bicubic)" * any(side != grid for _, side in kinds)
     return Row(
-        loss, manifest["id"], f"{channels} maps ({stages}) of {grid}x{grid}",
-        f"{student.layers} layers x {student.heads} heads = {student.maps} class rows of {student.grid}x{student.grid}",
-        f"full links, {channels * student.maps + channels:,} weights; keys left out: {dropped}",
+        loss, manifest["id"], f"{channels} maps ({stages}) of {grid}x{grid}{how}", rows,
+        f"{links}; keys left out: {dropped}",
     )  # fmt: skip
 
 

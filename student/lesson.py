@@ -34,7 +34,15 @@ def reads_of(recipe: Recipe) -> frozenset[Reads]:
 def _shape(recipe: Recipe, model: nn.Module, names: Sequence[str] | None = None) -> Shape:
     """The student's shape; its tokens are looked at only where a loss reads them, so that others train any network."""
     reads = reads_of(recipe) - {"labels"}
-    return student_shape(model, names, tokens=bool(reads), attention=bool(reads & {"attention", "values"}))
+    shape = student_shape(model, names, tokens=bool(reads), attention=bool(reads & {"attention", "values"}))
+    for name, settings in recipe.losses.items():
+        if shape.each and METHODS[settings.method] not in (crossentropy, deit, aal):
+            raise UserError(
+                f"{name}: {type(model).__name__} pools its patches, so its layers have no common heads and grid; such "
+                "a student learns by aal, deit and crossentropy alone; take a plain ViT, such as "
+                "--set student.model=vit_tiny_patch16_224"
+            )
+    return shape
 
 
 def needs_of(recipe: Recipe, model: nn.Module) -> list[Need]:

@@ -108,13 +108,40 @@ class Matched(Taught):
     grid: Literal["bicubic"] | None = None
 
 
+class Links(Section):
+    """Links that the paper's Algorithm 1 keeps of those of a trained run (student/links.py).
+
+    `loss` is the name of the run's aal loss, where it has several.
+    """
+
+    run: str
+    loss: str | None = None
+    normalise: Literal["abs", "printed"] = "abs"
+    granularity: Literal["channel", "block"] = "channel"
+    threshold: float = Field(0.05, ge=0, lt=1)
+
+
+def _linked(value: Any) -> Any:
+    return {"run": value} if isinstance(value, str) and value not in ("full", "alpha", "beta") else value
+
+
+AllLinks = Literal["full", "alpha", "beta"] | Links | tuple[tuple[int, int] | None, ...]
+
+
 class AAL(Taught):
-    """Adaptive attention links (student/losses/aal.py)."""
+    """Adaptive attention links (student/losses/aal.py).
+
+    `links`: all (`full`), those of the paper's Table 1 (`alpha`, `beta`), for each stage of the target its first and
+    last layer (from 1; null for none), or what Algorithm 1 keeps of a run's (its folder). `grid` is the side of the
+    maps that meet; None: the student's own.
+    """
 
     method: Literal["aal"] = "aal"
     weight: Weight = Schedule(start=2000.0, decay=0.99, then={200: 0.98})
     map: Literal["scaled", "printed", "full"] = "scaled"
     loss: Literal["mse", "norm", "sq"] = "mse"
+    links: Annotated[AllLinks, BeforeValidator(_linked)] = "full"
+    grid: int | None = Field(None, ge=1)
 
 
 class DeiT(Taught):

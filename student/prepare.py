@@ -120,6 +120,8 @@ def prepare(job: Job, progress: Progress, found: dict[str, Any] | None) -> Parts
         "targets": {name: list(ids) for name, ids in lesson.targets.items()}, "views": stream.views,
         "control": recipe.control.model_dump(exclude_defaults=True), "mean": list(mean), "std": list(std),
     }  # fmt: skip
+    if chosen := {name: loss.chosen for name, loss in lesson.losses.items() if getattr(loss, "chosen", None)}:
+        identity["links"] = chosen  # taken from another run, whose folder may change
     return Parts(stream, given, lesson, average, still, val_urls, description, identity)
 
 

@@ -7,6 +7,7 @@ gives, on a CPU, the weights of an undisturbed one, bit for bit. `student/folder
 from __future__ import annotations
 
 import itertools
+import json
 import time
 import warnings
 from collections.abc import Iterator
@@ -16,14 +17,13 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import save_file
 from torch import nn
 
 from storage.errors import UserError
 from storage.files import written_whole
 from storage.policies import policy
 from storage.progress import Progress, Quiet
-from storage.weights import first_line
+from storage.weights import first_line, save_state
 from student import checkpoint, folder, speed
 from student.card import card
 from student.evaluate import Score, evaluate
@@ -311,10 +311,10 @@ class _Run:
             "speed": self.choice.plain() if self.choice else None, "seconds": seconds, "smoke": self.job.smoke,
         }  # fmt: skip
         if rank() == 0:
-            extra = {name: tensor.detach().cpu() for name, tensor in self.lesson.losses.state_dict().items()}
+            extra = self.lesson.losses.state_dict()
             if extra:
-                with written_whole(out / "losses.safetensors") as temporary:
-                    save_file(extra, temporary)
+                notes = {n: json.dumps(loss.about) for n, loss in self.lesson.losses.items() if hasattr(loss, "about")}
+                save_state(out / "losses.safetensors", extra, {"format": "pt", **notes})
             if self.job.smoke:
                 checkpoint.read(out / folder.CHECKPOINT)
                 self.progress.say(f"{out}: the smoke run went through; a run may take the same folder")

@@ -10,6 +10,7 @@ from precompute.taps.attention import (
     check_attention,
     class_row,
     class_scores,
+    layer_grids,
     prefix_roles,
 )
 from precompute.taps.backbones import takes_image_size, timm
@@ -18,6 +19,6 @@ from precompute.taps.teacher import TappedTeacher
 
 __all__ = [
     "ATTENTION", "POSITIONS", "TAPS", "VIT", "About", "At", "AttentionTaps", "Tap", "TappedTeacher", "attention_layers",
-    "attention_rows", "check_attention", "check_tap", "class_row", "class_scores", "cnn_stages", "prefix_roles",
-    "resize_matrix", "takes_image_size", "timm",
+    "attention_rows", "check_attention", "check_tap", "class_row", "class_scores", "cnn_stages", "layer_grids",
+    "prefix_roles", "resize_matrix", "takes_image_size", "timm",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Attention of plain ViTs: q, k and v by hooks, and the rows that they give."""
+"""Attention of plain ViTs, and of PiT, which pools its patches: q, k and v by hooks, and the rows that they give."""
 
 from __future__ import annotations
 
@@ -12,15 +12,27 @@ from torch import Tensor, nn
 
 from storage.errors import UserError
 
+_CONVOLUTION = ("kernel_size", "stride", "padding")
 
-def attention_layers(model: nn.Module) -> list[nn.Module]:
+
+def attention_layers(model: nn.Module, *, pooled: bool = False) -> list[nn.Module]:
     """The attention modules of a plain ViT, first layer first.
+
+    Args:
+        model: the network.
+        pooled: PiT will do too, whose layers have other heads and patches after each pooling.
 
     Raises:
         UserError: the network has none whose queries and keys can be read, naming what it has instead.
     """
     name = type(model).__name__
     blocks = getattr(model, "blocks", None)
+    if stages := _pooled_stages(model):
+        if not pooled:
+            raise UserError(
+                f"{name}: it pools its patches between layers, so the attention of its layers has no common shape"
+            )
+        blocks = nn.ModuleList(block for stage in stages for block in stage.blocks)  # type: ignore[union-attr]
     if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not all(hasattr(b, "attn") for b in blocks):
         why = "its attention is windowed" if hasattr(model, "layers") else "it has no list of attention blocks"
         raise UserError(f"{name}: no attention rows over all tokens can be read off it: {why}")
@@ -36,8 +48,34 @@ def attention_layers(model: nn.Module) -> list[nn.Module]:
     return layers
 
 
+def _pooled_stages(model: nn.Module) -> list[nn.Module]:
+    """The stages of PiT, each with `pool` before its `blocks`; empty for other networks."""
+    stages = getattr(model, "transformers", None)
+    if not isinstance(stages, nn.Sequential) or not all(hasattr(s, "blocks") and hasattr(s, "pool") for s in stages):
+        return []
+    return list(stages)
+
+
+def layer_grids(model: nn.Module, side: int) -> list[int]:
+    """The side of the patch grid in each attention layer: the same in a plain ViT, less after each pooling of PiT.
+
+    Args:
+        model: whose `attention_layers` can be read.
+        side: of the grid that the patch embedding makes.
+    """
+    grids: list[int] = []
+    for stage in _pooled_stages(model):
+        if (pool := getattr(stage, "pool", None)) is not None:
+            (kernel, _), (stride, _), (padding, _) = (getattr(pool.conv, part) for part in _CONVOLUTION)
+            side = (side + 2 * padding - kernel) // stride + 1
+        grids += [side] * len(stage.blocks)  # type: ignore[arg-type]
+    return grids or [side] * len(attention_layers(model))
+
+
 def prefix_roles(model: nn.Module) -> tuple[str, ...]:
     """The role of each prefix token: `class`, `distillation` or `register`, in the order of the sequence."""
+    if _pooled_stages(model):  # both tokens are in one parameter
+        return ("class", "distillation")[: model.cls_token.shape[1]]  # type: ignore[index]
     count = int(getattr(model, "num_prefix_tokens", 0))
     roles = []
     if getattr(model, "cls_token", None) is not None:
@@ -75,7 +113,7 @@ class AttentionTaps:
     """Reads q and k of chosen layers by hooks after their norms, with the attention kernel left in place.
 
     Args:
-        model: a plain ViT.
+        model: a plain ViT, or PiT.
         layers: which, from 1; all by default.
         values: also v.
 
@@ -87,7 +125,7 @@ class AttentionTaps:
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[int] | None = None, *, values: bool = False) -> None:
-        modules = attention_layers(model)
+        modules = attention_layers(model, pooled=True)
         self.layers = tuple(layers or range(1, len(modules) + 1))
         outside = [n for n in self.layers if not 1 <= n <= len(modules)]
         if outside:
@@ -172,7 +210,7 @@ def check_attention(model: nn.Module, images: Tensor, tolerance: float = 1e-4, *
     Raises:
         UserError: they differ: rotary embeddings, relative positions or other biases act after the tap.
     """
-    layers = attention_layers(model)
+    layers = attention_layers(model, pooled=True)
     taps = AttentionTaps(model, values=values)
     used: dict[int, Tensor] = {}
     gathered: dict[int, Tensor] = {}

@@ -6,13 +6,14 @@ Jin and Choi, "Adaptive Attention Link-based Regularization for Vision Transform
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from precompute.taps import class_scores
-from student import config
+from precompute.taps import class_scores, resize_matrix
+from student import config, links
 from student.align import Given, Shape, align_activations, full
 from student.choose import Need
 from student.losses import Step
@@ -24,7 +25,14 @@ Map = Literal["scaled", "printed", "full"]
 Reading = Literal["mse", "norm", "sq"]
 
 
-def class_maps(q: Sequence[Tensor], k: Sequence[Tensor], scales: Sequence[float], prefix: int, how: Map) -> Tensor:
+def class_maps(
+    q: Sequence[Tensor],
+    k: Sequence[Tensor],
+    scales: Sequence[float],
+    prefix: int,
+    how: Map,
+    resize: Sequence[Tensor | None] | None = None,
+) -> Tensor:
     """A_(m,n) of Eq. 3 for all layers n and heads m: the class query's attention over the patch keys.
 
     `scaled`: softmax over patch keys with 1/√d, as the same paper's Eq. 2 and the model attend (default). `printed`:
@@ -36,17 +44,18 @@ def class_maps(q: Sequence[Tensor], k: Sequence[Tensor], scales: Sequence[float]
         scales: 1/√d of each layer.
         prefix: how many of the N tokens come before the patches.
         how: the reading of Eq. 3.
+        resize: of each layer the matrix `[P, its patches]` that brings its maps to the common grid, or None where they
+            are on it; without it all are.
 
     Returns:
-        `[B, M, P]`, M = layers × heads, P patches.
+        `[B, M, P]`, M maps of all layers and heads, P patches.
     """
     rows = []
-    for queries, keys, scale in zip(q, k, scales, strict=True):
+    for queries, keys, scale, matrix in zip(q, k, scales, resize or [None] * len(q), strict=True):
         scores = class_scores(full(queries[:, :, :1]), full(keys), 1.0 if how == "printed" else scale)
-        if how == "full":
-            rows.append(scores.softmax(-1)[:, :, prefix:])
-        else:  # cut scores: cutting keys would give each layer a gradient of its own size to fill
-            rows.append(scores[:, :, prefix:].softmax(-1))
+        # Cut scores: cutting keys would give each layer a gradient of its own size to fill.
+        maps = scores.softmax(-1)[:, :, prefix:] if how == "full" else scores[:, :, prefix:].softmax(-1)
+        rows.append(maps if matrix is None else maps @ matrix.T)
     return torch.cat(rows, 1)
 
 
@@ -64,12 +73,18 @@ class AAL(nn.Module):
         maps: M, layers × heads of the student.
         channels: C of the target.
         reading: of Eq. 5.
+        kept: `[C, M]`, 1 for each link that is trained and 0 for each that is pruned, which is and stays 0; None: all.
     """
 
-    def __init__(self, maps: int, channels: int, reading: Reading = "mse") -> None:
+    def __init__(self, maps: int, channels: int, reading: Reading = "mse", kept: Tensor | None = None) -> None:
         super().__init__()
         self.links = nn.Conv1d(maps, channels, 1)  # the 1×1 convolution of the paper, on flattened maps
         self.reading = reading
+        self.register_buffer("kept", kept, persistent=False)
+        self.kept: Tensor | None
+        if kept is not None:
+            with torch.no_grad():
+                self.links.weight *= kept[:, :, None]
 
     def forward(self, maps: Tensor, activations: Tensor) -> Tensor:
         """The loss, a scalar.
@@ -81,6 +96,8 @@ class AAL(nn.Module):
         targets = activations.flatten(2)
         positions = maps.shape[-1]
         weight = self.links.weight[:, :, 0]
+        if self.kept is not None:  # no gradient: what is zero stays zero under any decay and momentum
+            weight = weight * self.kept
         bias = self.links.bias
         assert bias is not None
         across = maps @ targets.transpose(1, 2)
@@ -103,20 +120,41 @@ def reads(settings: config.AAL) -> frozenset[Reads]:
 
 
 def need(name: str, settings: config.AAL, student: Shape) -> Need:
-    """Activations on the student's own grid."""
-    return Need(name, (("activations",),), settings.teacher, settings.target, student.grid)
+    """Activations on the student's own grid, or the one that is said."""
+    return Need(name, (("activations",),), settings.teacher, settings.target, settings.grid or student.grid)
 
 
 class Method(nn.Module):
-    """AAL as a term of the training loss."""
+    """AAL as a term of the training loss.
+
+    Attributes:
+        about: goes with the trained links, and says what they join.
+        chosen: digest of links that were taken from another run; None of others.
+    """
 
     def __init__(self, name: str, settings: config.AAL, student: Shape, given: Sequence[Given]) -> None:
         super().__init__()
-        self.row = align_activations(name, given[0], student)
-        self.aal = AAL(student.maps, given[0].target["sample_shape"][0], settings.loss)
+        target, grid = given[0].target, settings.grid or student.grid
+        stages = target["stages"]
+        layout = links.Layout(
+            tuple(stage["stage"] for stage in stages), tuple(stage["channels"] for stage in stages),
+            tuple(heads for heads, _ in student.by_layer),
+        )  # fmt: skip
+        count = len(target["identity"].get("tensors", ())) or given[0].teacher["layers"]
+        kept = links.kept(name, settings.links, layout, count)
+        self.row = align_activations(name, given[0], student, grid, kept.words)
+        self.about = {**asdict(layout), "target": given[0].id}
+        self.chosen = kept.digest
+        choice = None if kept.choice is None else layout.spread(kept.choice)
+        self.aal = AAL(student.maps, target["sample_shape"][0], settings.loss, choice)
         self.map, self.prefix = settings.map, len(student.prefix)
+        self.sides = [side if side != grid else None for _, side in student.by_layer]
+        for side in {side for side in self.sides if side}:
+            axis = resize_matrix(side, grid)
+            self.register_buffer(f"resize_{side}", torch.kron(axis, axis), persistent=False)
 
     def forward(self, step: Step) -> Tensor:
         """The loss of one step."""
-        maps = class_maps(step.student.q, step.student.k, step.student.scales, self.prefix, self.map)
+        seen, resize = step.student, [self.get_buffer(f"resize_{side}") if side else None for side in self.sides]
+        maps = class_maps(seen.q, seen.k, seen.scales, self.prefix, self.map, resize)
         return self.aal(maps, step.targets[0])  # type: ignore[no-any-return]
