@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from pipeline.catalogue import recipes, teachers
+from pipeline.links import links
 from pipeline.measuring import bench, demo
 from pipeline.recording import init, inspect, pack, plan, precompute, verify
 from pipeline.training import evaluate, export, fit_teacher, predict, train
@@ -46,7 +47,7 @@ def cli() -> None:
 
 _ALL = (
     init, pack, teachers, recipes, plan, precompute, verify, inspect,
-    fit_teacher, train, evaluate, predict, export, demo, bench,
+    fit_teacher, train, evaluate, predict, links, export, demo, bench,
 )  # fmt: skip
 for command in _ALL:
     cli.add_command(command)

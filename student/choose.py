@@ -172,7 +172,8 @@ def _of_tap(store: Store, need: Need, tap: str, manifests: Mapping[str, Record],
             there = sorted({str(of(id)) for id in fits})
             hint = nearest(wished, there) if isinstance(wished, str) else (
                 f"Keep this grid: pipeline precompute … --target {tap},grid={wished}; or give the student "
-                f"{' or '.join(there)} patches a side: --set student.img_size=N --set student.patch_size=M"
+                f"{' or '.join(there)} patches a side: --set student.img_size=N --set student.patch_size=M; or "
+                f"bring its maps to a stored grid: --set losses.{need.loss}.grid={there[-1]}"
             )  # fmt: skip
             raise IdentityError(f"{store.url}: targets of tap {tap}", field, wished, ", ".join(there), hint)
         fits = kept

@@ -25,7 +25,7 @@ HEAVY = ("torch", "timm", "zarr", "numpy", "onnx", "onnxruntime", "dask", "distr
 PARSED_ONLY = ("demo", "bench")
 # An order in which each finds what those before it left; `init` is last, for its project file speaks to all others.
 ORDER = ("pack", "teachers", "recipes", "plan", "precompute", "verify", "inspect", "train", "fit-teacher", "evaluate",
-         "predict", "export", "demo", "bench", "init")  # fmt: skip
+         "predict", "links", "export", "demo", "bench", "init")  # fmt: skip
 # What makes an example quick for few images, and changes nothing else.
 QUICK = {
     "plan": ["--measure", "0"],
