@@ -14,8 +14,8 @@ from pipeline.options import common
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from student.config import Links
     from student.links import Trained
+    from student.loss_settings import Links
 
 
 @click.command()
@@ -42,15 +42,13 @@ def links(
     pipeline links run --out links.png --granularity channel --threshold 0.1
     """
     from pipeline.pictures import picture_path
-    from student import config
     from student.links import read
+    from student.loss_settings import Links
 
     place = picture_path(out) if out else None
     trained = read(run, loss)
-    result, heat, kept = _found(
-        trained,
-        config.Links(run=str(run), loss=loss, normalise=normalise, granularity=granularity, threshold=threshold),
-    )
+    settings = Links(run=str(run), loss=loss, normalise=normalise, granularity=granularity, threshold=threshold)
+    result, heat, kept = _found(trained, settings)
     if place:
         picture(place, trained, heat, kept)
         result["picture"] = str(place)

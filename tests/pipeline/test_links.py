@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pipeline.cli import main
-from student import config
 from student import links as of
+from student.loss_settings import Links
 from tests.conftest import World
 from tests.student.runs import run, u8
 
@@ -111,6 +111,6 @@ def test_mistakes_end_in_one_message(trained, tmp_path, capsys, words, says):
 
 
 def test_defaults_of_the_command_are_those_of_the_setting_but_for_the_granularity():
-    assert config.Links(run="r").model_dump(exclude={"run", "loss"}) == {
+    assert Links(run="r").model_dump(exclude={"run", "loss"}) == {
         "normalise": "abs", "granularity": "channel", "threshold": 0.05,
     }  # fmt: skip
