@@ -42,6 +42,7 @@ def links(
     pipeline links run --out links.png --granularity channel --threshold 0.1
     """
     from pipeline.pictures import picture_path
+    from student.folder import is_smoke
     from student.links import read
     from student.loss_settings import Links
 
@@ -52,7 +53,9 @@ def links(
     if place:
         picture(place, trained, heat, kept)
         result["picture"] = str(place)
-    show({"run": str(run), **result}, _lines(run, result), as_json)
+    smoke = is_smoke(run)
+    note = [f"{run}: a smoke run, whose links have learned nothing"] if smoke else []
+    show({"run": str(run), "smoke": smoke, **result}, [*note, *_lines(run, result)], as_json)
 
 
 def _found(trained: Trained, settings: Links) -> tuple[dict[str, Any], Tensor, Tensor]:

@@ -240,7 +240,8 @@ def read(run: str | Path, loss: str | None, where: str = "links") -> Trained:
             writes.
     """
     path = Path(run).expanduser() / FILE
-    known = f"A word ({', '.join(('full', *TABLE))}), or the folder of a complete run with an aal loss, is expected"
+    known = "the folder of a complete run with an aal loss"
+    known = f"{', '.join(('full', *TABLE))}, ranges, or {known}" if where.startswith("losses.") else known
     try:
         with safe_open(path, "pt") as file:
             notes, names = file.metadata() or {}, [n for n in file.keys() if n.endswith(_WHERE)]  # noqa: SIM118
@@ -255,7 +256,7 @@ def read(run: str | Path, loss: str | None, where: str = "links") -> Trained:
             name = loss or found[0]
             weights = file.get_tensor(name + _WHERE)
     except FileNotFoundError:
-        raise UserError(f"{where}: {run}: no links here ({FILE} is missing). {known}.") from None
+        raise UserError(f"{where}: {run}: no links here ({FILE} is missing); expected {known}") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{where}: {path}: cannot be read: {first_line(error)}") from None
     about = _about(notes.get(name), f"{where}: {path}")

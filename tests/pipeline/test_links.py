@@ -79,6 +79,12 @@ def test_printed_keeps_every_link_and_it_is_said(trained, capsys):
     assert "keeps 0 of 360 links, 0.0 %\n  that is none" in out
 
 
+def test_links_of_a_smoke_run_are_called_so(world, tmp_path, capsys):
+    run(world, tmp_path / "smoke", "aal", u8(world), smoke=True)
+    assert "a smoke run, whose links have learned nothing" in call(capsys, "links", tmp_path / "smoke")[1]
+    assert json.loads(call(capsys, "links", tmp_path / "smoke", "--json")[1])["smoke"] is True
+
+
 def test_the_picture_is_one_and_never_writes_over_something_else(trained, tmp_path, capsys):
     for name in ("links.png", "links.svg", "links.pdf"):
         code, out, _ = call(capsys, "links", trained, "--out", tmp_path / name, "--json")

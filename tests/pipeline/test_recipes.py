@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pipeline import recipes
 from pipeline.cli import cli, main
 from storage.store import Store
 from student import config
+from student.loss_settings import Links
 from tests.conftest import World, run_precompute, teacher_of
 
 SMALL = {
@@ -162,12 +164,31 @@ def test_what_does_not_fit_is_one_clear_message(world, full, tmp_path, capsys, r
     assert message in result["error"]
 
 
+def test_the_rows_of_aal_s_tables_are_settings_that_a_recipe_takes():
+    text = (Path(__file__).parents[2] / "docs" / "papers.md").read_text()
+    rows = re.findall(r"`(--set [^`]+)`", text.partition("### Its tables, as commands")[2].partition("\n## ")[0])
+    assert len(rows) > 20
+    for row in rows:
+        settings = [word for word in shlex.split(row) if word != "--set"]
+        made = recipes.load("aal", settings)
+        assert ("aal" in made.losses) != ("losses.aal=null" in settings)
+        assert timm_has(made.student.model)
+    fixed = recipes.load("aal", ["losses.aal.weight.then={}"]).losses["aal"].weight
+    assert fixed.at(300) == pytest.approx(2000 * 0.99**300)
+
+
+def timm_has(model: str) -> bool:
+    from precompute.taps import timm
+
+    return bool(timm.is_model(model))
+
+
 def test_the_documentation_names_every_setting_and_its_example_is_a_recipe():
     text = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
     example = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
     assert set(config.validate(example, "docs").losses) == {"crossentropy", "aal", "attention", "second"}
     models = [config.Recipe, config.Student, config.Schedule, config.Optim, config.Bank, config.StreamSettings]
-    models += [config.Control, config.Speed, *config.METHODS.values()]
+    models += [config.Control, config.Speed, Links, *config.METHODS.values()]
     words = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
     said = set(re.findall(r"\w+", " ".join(words)))
     assert not {name for model in models for name in model.model_fields} - said
