@@ -140,8 +140,9 @@ def _fitting(store: Store, need: Need, manifests: Mapping[str, Record], banks: S
 
 
 def _together(manifests: Sequence[Record]) -> bool:
-    """Whether targets are of one teacher, bank and layers."""
-    return len({(m["teacher"], _bank(m), str(m["identity"]["layers"])) for m in manifests}) == 1
+    """Whether targets are of one teacher and bank, and those of layers of the same ones."""
+    layers = {str(m["identity"]["layers"]) for m in manifests if m["identity"]["layers"]}
+    return len({(m["teacher"], _bank(m)) for m in manifests}) == 1 and len(layers) <= 1
 
 
 def _of_tap(store: Store, need: Need, tap: str, manifests: Mapping[str, Record], banks: Sequence[str]) -> list[str]:

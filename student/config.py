@@ -18,6 +18,7 @@ from student.loss_settings import (
     Attention,
     CrossEntropy,
     DeiT,
+    HeadSpecific,
     Loss,
     Matched,
     Schedule,
@@ -26,9 +27,9 @@ from student.loss_settings import (
 )
 
 __all__ = [
-    "AAL", "METHODS", "ADViT", "Attention", "Bank", "Control", "CrossEntropy", "DeiT", "Loss", "Matched", "Optim",
-    "Recipe", "Schedule", "Speed", "StreamSettings", "Student", "Taught", "section_of", "sentence", "validate",
-    "with_same_classes",
+    "AAL", "METHODS", "ADViT", "Attention", "Bank", "Control", "CrossEntropy", "DeiT", "HeadSpecific", "Loss",
+    "Matched", "Optim", "Recipe", "Schedule", "Speed", "StreamSettings", "Student", "Taught", "section_of", "sentence",
+    "validate", "with_same_classes",
 ]  # fmt: skip
 
 
@@ -199,13 +200,15 @@ def validate(content: Any, where: str) -> Recipe:
 def with_same_classes(recipe: Recipe) -> Recipe:
     """The recipe with the word that teachers' classes are the student's, where one of the lists is unknown."""
     losses = {
-        name: loss.model_copy(update={"same_classes": True}) if isinstance(loss, DeiT) else loss
+        name: loss.model_copy(update={"same_classes": True}) if isinstance(loss, DeiT | HeadSpecific) else loss
         for name, loss in recipe.losses.items()
     }
     return recipe.model_copy(update={"losses": losses})
 
 
 _EXPECTED = {
+    "heads": "a rule that this loss takes (docs/recipes.md), or pairs such as [[1, 2], [2, 4]] (student's head, "
+    "teacher's head), also as a mapping from the student's layer",
     "layers": "last, uniform, or pairs such as [[1, 2], [2, 4]] (student's layer, teacher's layer)",
     "target": "a target's id, or a list of ids",
     "links": "full, alpha, beta, a run's folder (or a mapping with run, loss, normalise: abs or printed, granularity: "
@@ -229,7 +232,7 @@ def _explain(problem: Any) -> str:
     elif below:
         section = section_of(Recipe, path[0])
     for at, part in enumerate(path):  # what may be several kinds of thing: pydantic tells of each that it tried
-        named = path[0] == "losses" and at == 1  # a loss may be called anything
+        named = path[0] == "losses" and (at == 1 or section is CrossEntropy)  # a loss may be called anything
         if part in _EXPECTED and not named and not (part == "weight" and at + 1 < len(path)):
             return f"{'.'.join(path[: at + 1])}: expected {_EXPECTED[part]}"
     name = ".".join(path)

@@ -17,12 +17,13 @@ from student import config
 from student.align import Given, Row, Shape, full, student_shape
 from student.choose import Need, choose
 from student.config import Recipe
-from student.losses import Step, aal, advit, attention_transfer, crossentropy, deit
+from student.losses import Step, aal, advit, attention_transfer, crossentropy, deit, head_specific
 from student.seen import Reads, Seen
 from student.stream import Batch
 
 METHODS: dict[str, ModuleType] = {
     "crossentropy": crossentropy, "aal": aal, "deit": deit, "attention": attention_transfer, "advit": advit,
+    "head_specific": head_specific,
 }  # fmt: skip
 
 

@@ -93,17 +93,23 @@ class Taught(Section):
     target: str | tuple[str, ...] | None = None
 
 
+HeadPairs = Annotated[tuple[tuple[int, int], ...], Field(min_length=1)]
+HeadMap = Annotated[dict[int, HeadPairs], Field(min_length=1)]  # by the student's layer
+Heads = Literal["mean", "sum", "max", "log", "first"] | HeadPairs | HeadMap | None
+
+
 class Matched(Taught):
     """How attention of another depth, head count and grid is met (student/rows.py); unstated mismatches are errors.
 
     layers: `last`, `uniform`, or pairs [student's layer, teacher's layer], from 1; None: as many on both sides.
-    heads: `mean` or `log` over the heads of both sides, or the `first` that both have; None: as many on both sides.
+    heads: `mean`, `sum`, `max` (rescaled) or `log` over the heads of both sides, the `first` that both have, or pairs
+    [student's head, teacher's head], from 1, also as a mapping from the student's layer; None: as many on both sides.
     temperature: T of `log`; None: each side's number of heads.
     grid: `bicubic` resizes the teacher's patch part; None: the same grid on both sides.
     """
 
     layers: Literal["last", "uniform"] | tuple[tuple[int, int], ...] | None = None
-    heads: Literal["mean", "log", "first"] | None = None
+    heads: Heads = None
     temperature: float | None = Field(None, gt=0)
     grid: Literal["bicubic"] | None = None
 
@@ -162,14 +168,40 @@ class Attention(Matched):
 
 
 class ADViT(Matched):
-    """Class rows by their distance (student/losses/advit.py)."""
+    """Class rows by their distance (student/losses/advit.py).
+
+    `kl_input` says what the softmax of Eq. 4 acts on, for distances kl and ce; the other two belong to kl alone.
+    """
 
     method: Literal["advit"] = "advit"
-    distance: Literal["l1", "l2"] = "l1"
-    heads: Literal["mean", "log", "first"] | None = "mean"
+    distance: Literal["l1", "l2", "kl", "ce"] = "l1"
+    heads: Heads = "mean"
+    renorm: bool = Field(False, description="patch keys of each row are scaled to sum to one")
+    kl_input: Literal["prob", "log-prob"] = "prob"
+    kl_direction: Literal["teacher-first", "student-first"] = "teacher-first"
+    tau: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _belongs(self) -> ADViT:
+        if self.distance != "kl" and (self.tau != 1 or self.kl_direction != "teacher-first"):
+            raise ValueError("tau and kl_direction belong to distance: kl")
+        if self.distance not in ("kl", "ce") and self.kl_input != "prob":
+            raise ValueError("kl_input belongs to distance: kl or ce")
+        return self
 
 
-Loss = CrossEntropy | AAL | DeiT | Attention | ADViT
+class HeadSpecific(Matched):
+    """Attention of chosen heads, one to one (student/losses/head_specific.py)."""
+
+    method: Literal["head_specific"] = "head_specific"
+    loss: Literal["mse", "mse-softmax", "ce", "kl"] = "mse"
+    heads: Literal["first"] | HeadPairs | HeadMap | None = "first"
+    adaptive: Literal["none", "student-correct", "teacher-correct"] = "none"
+    same_classes: bool = Field(False, description="as for deit; for adaptive: teacher-correct")
+
+
+Loss = CrossEntropy | AAL | DeiT | Attention | ADViT | HeadSpecific
 METHODS: dict[str, type[Loss]] = {
     "crossentropy": CrossEntropy, "aal": AAL, "deit": DeiT, "attention": Attention, "advit": ADViT,
+    "head_specific": HeadSpecific,
 }  # fmt: skip

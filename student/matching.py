@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from precompute.taps import resize_matrix
 from storage.errors import UserError
 from student import config
 from student.align import Given, Row, Shape
+
+Which = Literal["class", "all", "scores", "vectors"]
+MERGED = ("mean", "sum", "max", "log")  # rules by which all heads of a side become one
 
 # of a sample's tensor: whether it has heads, and the axis of its tokens
 _AXES = {"class_row": (True, -1), "attention": (True, -1), "q": (True, -2), "k": (True, -2), "v": (True, -2),
@@ -27,11 +30,12 @@ class Matching(nn.Module):
         settings: what the recipe states.
         student: its shape.
         given: one target of some tap with layers, or several of one teacher and the same layers.
-        which: class rows, rows of all queries, or vectors of all tokens.
+        which: class rows, rows of all queries, scores (what these are the softmax of), or vectors of all tokens.
 
     Attributes:
         pairs: (student's layer, teacher's layer), from 1.
-        heads: how many are compared; 1 where they are merged.
+        heads: how many are compared; 1 where they are merged, 0 where the tap has none.
+        head_pairs: (student's head, teacher's head), from 1, for each pair of layers; empty where they are merged.
         stored: the teacher's layers that the target holds; those of `pairs` are among them.
         mine, theirs: buffers, indices of the tokens that meet: first those beside the patches, in one order of roles.
         prefix: how many of them are no patches.
@@ -44,7 +48,7 @@ class Matching(nn.Module):
 
     def __init__(
         self, loss: str, settings: config.Matched, student: Shape, given: Sequence[Given],
-        which: Literal["class", "all", "vectors"],
+        which: Which,
     ) -> None:  # fmt: skip
         super().__init__()
         self.loss, self.settings, self.student, self.which = loss, settings, student, which
@@ -61,7 +65,8 @@ class Matching(nn.Module):
         if side * side != tokens - len(prefix):
             raise UserError(f"{loss}: target {first.id}: {tokens - len(prefix)} patches make no square grid")
         self.pairs = self._layers(teacher["layers"])
-        self.heads = self._heads(int(shape[1])) if has_heads else 0
+        self.head_pairs = self._heads(int(shape[1])) if has_heads else []
+        self.heads = len(self.head_pairs[0]) if self.head_pairs else int(has_heads)
         mine, theirs, self.dropped = self._tokens(list(student.prefix), prefix)
         patches, grid = range(student.grid**2), range(side**2)
         self._constant("mine", torch.tensor([*mine, *(len(student.prefix) + p for p in patches)]))
@@ -121,17 +126,56 @@ class Matching(nn.Module):
             raise UserError(f"{loss}: losses.{loss}.layers is empty")
         return pairs
 
-    def _heads(self, theirs: int) -> int:
-        """How many heads are compared."""
-        mine, rule = self.student.heads, self.settings.heads
-        if rule is None:
-            if mine != theirs:
+    def _heads(self, theirs: int) -> list[list[tuple[int, int]]]:
+        """(student's head, teacher's head), from 1, for each pair of layers; empty where they are merged."""
+        mine, rule, loss = self.student.heads, self.settings.heads, self.loss
+        if rule in MERGED:
+            return []
+        if rule is None and mine != theirs:
+            merged = ", ".join(MERGED) + ", " if self.which in ("class", "all") else ""
+            raise UserError(
+                f"{loss}: the teacher has {theirs} heads, the student {mine}; say how they meet: "
+                f"--set losses.{loss}.heads={merged}first, or pairs [[student,teacher],…]"
+            )
+        if rule is None or isinstance(rule, str):
+            return [[(n, n) for n in range(1, min(mine, theirs) + 1)]] * len(self.pairs)
+        if isinstance(rule, Mapping):
+            layers = {own for own, _ in self.pairs}
+            if layers != set(rule):
                 raise UserError(
-                    f"{self.loss}: the teacher has {theirs} heads, the student {mine}; say how they meet: "
-                    f"--set losses.{self.loss}.heads=mean, log or first"
+                    f"{loss}: losses.{loss}.heads names the student's layers {_ranges(sorted(rule))}, and those that "
+                    f"meet are {_ranges(sorted(layers))}; say which with losses.{loss}.layers=[[student,teacher],…]"
                 )
-            return mine
-        return min(mine, theirs) if rule == "first" else 1
+            found = [list(rule[own]) for own, _ in self.pairs]
+        else:
+            found = [list(rule)] * len(self.pairs)
+        for own, other in (pair for pairs in found for pair in pairs):
+            if not (1 <= own <= mine and 1 <= other <= theirs):
+                raise UserError(
+                    f"{loss}: losses.{loss}.heads lets the student's head {own} meet the teacher's head {other}; the "
+                    f"student has heads 1 to {mine}, the teacher 1 to {theirs}: --set losses.{loss}.heads=[[1,1]]"
+                )
+        if not found[0] or len({len(pairs) for pairs in found}) > 1:
+            raise UserError(
+                f"{loss}: losses.{loss}.heads gives the layers {', '.join(str(len(pairs)) for pairs in found)} pairs "
+                "of heads; give each as many, at least one, and other layers a loss of their own (another name, with "
+                "`method`)"
+            )
+        return found
+
+    def own_heads(self) -> list[tuple[int, list[int] | None]]:
+        """For each pair of layers the student's layer, from 1, and its heads that meet, from 0; None for all."""
+        if not self.head_pairs:
+            return [(own, None) for own, _ in self.pairs]
+        return [(own, [h - 1 for h, _ in heads]) for (own, _), heads in zip(self.pairs, self.head_pairs, strict=True)]
+
+    def of_teacher(self, target: Tensor) -> Tensor:
+        """The teacher's layers and heads that meet, `[B, L, H, …]`, of all that a decoded target holds."""
+        layers = [self.stored.index(other) for _, other in self.pairs]
+        heads = [[other - 1 for _, other in pairs] for pairs in self.head_pairs]
+        if not heads or all(some == list(range(target.shape[2])) for some in heads):
+            return target[:, layers]
+        return target[:, torch.tensor(layers)[:, None], torch.tensor(heads)]
 
     def _tokens(self, mine: list[str], theirs: list[str]) -> tuple[list[int], list[int], list[str]]:
         """Prefix tokens that are kept on either side, and those that are left out, in words."""
@@ -157,21 +201,19 @@ class Matching(nn.Module):
         student = self.student
         rule = [f"layers {', '.join(f'{a}-{b}' for a, b in self.pairs)} (student-teacher)"]
         if self.heads:
-            given_t, ours = self.settings.temperature, "the number of heads"
-            rule.append({
-                None: f"{heads} heads one to one", "mean": "mean over heads on both sides",
-                "log": f"mean of logarithms over heads on both sides, T = {f'{given_t:g}' if given_t else ours}",
-                "first": f"the first {self.heads} heads",
-            }[self.settings.heads])  # fmt: skip
+            rule.append(self._head_rule(heads))
         if self.resizes:
-            kept = "" if self.which == "vectors" else ", mass kept"
+            kept = ", mass kept" if self.which in ("class", "all") else ""
             rule.append(f"patches {side}x{side} to {student.grid}x{student.grid} (bicubic{kept})")
         if self.dropped:
-            rescaled = "" if self.which == "vectors" else ", the rest rescaled"
+            rescaled = ", the rest rescaled" if self.which in ("class", "all") else ""
             rule.append(f"left out{rescaled}: {', '.join(self.dropped)}")
         taps = " and ".join(str(one.target["identity"]["tap"]) for one in given)
         source = "" if self.tap in ("class_row", "attention") else f" from {taps}"
-        what = {"class": f"class rows{source}", "all": f"rows of all queries{source}", "vectors": taps}[self.which]
+        what = {
+            "class": f"class rows{source}", "all": f"rows of all queries{source}", "scores": f"scores{source}",
+            "vectors": taps,
+        }[self.which]  # fmt: skip
         by_head = f", {heads} heads" if self.heads else ""
         return Row(
             self.loss, given[0].id, f"{what}, layers {_ranges(self.stored)}{by_head}, {side}x{side} patches",
@@ -179,6 +221,31 @@ class Matching(nn.Module):
             + f", {student.grid}x{student.grid} patches",
             "; ".join(rule),
         )  # fmt: skip
+
+    def _head_rule(self, heads: int) -> str:
+        """How heads meet, in words."""
+        wish, given = self.settings.heads, self.settings.temperature
+        if wish is None:
+            return f"{heads} heads one to one"
+        if isinstance(wish, str):
+            return {
+                "mean": "mean over heads on both sides", "sum": "sum over heads on both sides",
+                "max": "largest over heads on both sides, rescaled",
+                "log": "mean of logarithms over heads on both sides, "
+                f"T = {f'{given:g}' if given else 'the number of heads'}",
+                "first": f"the first {self.heads} heads",
+            }[wish]  # fmt: skip
+        said = [", ".join(f"{a}-{b}" for a, b in pairs) for pairs in self.head_pairs]
+        if not isinstance(wish, Mapping):
+            return f"heads {said[0]} (student-teacher)"
+        return "heads " + "; ".join(f"{text} of layer {own}" for text, (own, _) in zip(said, self.pairs, strict=True))
+
+
+def pick(layer: Tensor, heads: list[int] | None) -> Tensor:
+    """Some heads of `[B, H, …]`, from 0; all of them as they are."""
+    if heads is None or heads == list(range(layer.shape[1])):
+        return layer
+    return layer[:, : len(heads)] if heads == list(range(len(heads))) else layer[:, heads]
 
 
 def _ranges(layers: Sequence[int]) -> str:

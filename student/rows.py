@@ -1,4 +1,4 @@
-"""Attention rows of teacher and student, and vectors of their tokens, both sides brought into one shape."""
+"""Attention of teacher and student, as rows or scores, and vectors of their tokens, both sides in one shape."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from precompute.taps import attention_rows, class_row
+from precompute.taps import attention_rows, attention_scores, class_row
 from storage.errors import UserError
 from student import config
 from student.align import Given, Shape, full
-from student.matching import Matching
+from student.matching import MERGED, Matching, pick
 
 FLOOR = 1e-6  # of probabilities before a logarithm
 EPSILON = 1e-12
 
 
 class Rows(Matching):
-    """Attention rows of teacher and student, brought together layer by layer, head by head, token by token.
+    """Attention of teacher and student, brought together layer by layer, head by head, token by token.
 
-    Both sides come as f32 `[B, L, H, N]` for class rows and `[B, L, H, Q, N]` for all rows; every row sums to one.
-    Arguments as for `Matching`: one target (`class_row`, `attention`), or two (`q`, `k`).
+    Both sides come as f32 `[B, L, H, N]` for class rows and `[B, L, H, Q, N]` for all rows; every row sums to one, or
+    to the number of heads where these are added up. `scores` are what all rows are the softmax of, each side's with its
+    own 1/√d. Arguments as for `Matching`: one target (`class_row`, `attention`), or two (`q`, `k`), as scores need.
     """
 
     def __init__(
         self, loss: str, settings: config.Matched, student: Shape, given: Sequence[Given],
-        which: Literal["class", "all"],
+        which: Literal["class", "all", "scores"],
     ) -> None:  # fmt: skip
         super().__init__(loss, settings, student, given, which)
         first = given[0].target
@@ -37,27 +38,27 @@ class Rows(Matching):
     def student_rows(self, q: Sequence[Tensor], k: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
         """The student's rows, with gradients, from q and k of all of its layers, `[B, H, N, d]` each."""
         rows = []
-        for n, _ in self.pairs:
-            queries, keys, scale = q[n - 1], full(k[n - 1]), scales[n - 1]
+        for n, heads in self.own_heads():
+            queries, keys, scale = pick(q[n - 1], heads), full(pick(k[n - 1], heads)), scales[n - 1]
             if self.which == "class":
                 at = self.student.prefix.index("class")
                 rows.append(class_row(full(queries[:, :, at : at + 1]), keys, scale))  # the others are never converted
             else:
-                rows.append(attention_rows(full(queries), keys, scale))
+                rows.append((attention_rows if self.which == "all" else attention_scores)(full(queries), keys, scale))
         return self._merge(self._keep(torch.stack(rows, 1), self.get_buffer("mine"), self.drops_mine))
 
     def teacher_rows(self, targets: Sequence[Tensor]) -> Tensor:
         """The teacher's rows on the student's grid, from decoded targets `[B, L, H, …]`."""
-        chosen = [self.stored.index(other) for _, other in self.pairs]
         if self.tap == "q":
-            q, k = (full(target[:, chosen]) for target in targets)
+            q, k = (full(self.of_teacher(target)) for target in targets)
             if self.which == "class":
                 q = q[..., self.class_query : self.class_query + 1, :]
-            scales = q.new_tensor([self.scales[i] for i in chosen]).view(-1, 1, 1, 1)
-            rows = (q * scales @ k.transpose(-2, -1)).softmax(-1)
+            scales = q.new_tensor([self.scales[self.stored.index(n)] for _, n in self.pairs]).view(-1, 1, 1, 1)
+            rows = q * scales @ k.transpose(-2, -1)
+            rows = rows if self.which == "scores" else rows.softmax(-1)
             rows = rows[..., 0, :] if self.which == "class" else rows
         else:
-            rows = full(targets[0][:, chosen])
+            rows = full(self.of_teacher(targets[0]))
             if self.which == "class" and self.tap == "attention":
                 rows = rows[..., self.class_query, :]
         rows = self._keep(rows, self.get_buffer("theirs"), self.drops_theirs)
@@ -67,32 +68,46 @@ class Rows(Matching):
 
     def _keep(self, rows: Tensor, tokens: Tensor, drops: bool) -> Tensor:
         """The kept tokens in the common order; of all rows, the kept queries too."""
-        if self.which == "all":
+        if self.which != "class":
             rows = rows.index_select(-2, tokens)
         rows = rows.index_select(-1, tokens)
-        return rows / rows.sum(-1, keepdim=True).clamp_min(EPSILON) if drops else rows
+        return scaled(rows) if drops and self.which != "scores" else rows
 
     def _resize(self, rows: Tensor) -> Tensor:
         """Patch keys, and patch queries, onto the student's grid (PAPERS' Eq. 7 of AttnDistill, generalised)."""
         matrix = self.get_buffer("resize")
+        if self.which == "scores":  # no masses to keep: as vectors over keys, then over queries
+            for axis in (-1, -2):
+                rows = rows.transpose(axis, -2)
+                rows = torch.cat([rows[..., : self.prefix, :], matrix @ rows[..., self.prefix :, :]], -2)
+                rows = rows.transpose(axis, -2)
+            return rows
         prefix, patches = rows[..., : self.prefix], rows[..., self.prefix :]
         mass = patches.sum(-1, keepdim=True)
         patches = (patches @ matrix.T).clamp_min(0)
         patches = patches * (mass / patches.sum(-1, keepdim=True).clamp_min(EPSILON))
         rows = torch.cat([prefix, patches], -1)
         if self.which == "all":
-            queries = (matrix @ rows[..., self.prefix :, :]).clamp_min(0)
-            queries = queries / queries.sum(-1, keepdim=True).clamp_min(EPSILON)
+            queries = scaled((matrix @ rows[..., self.prefix :, :]).clamp_min(0))
             rows = torch.cat([rows[..., : self.prefix, :], queries], -2)
         return rows
 
     def _merge(self, rows: Tensor) -> Tensor:
-        rule = self.settings.heads
-        if rule is None or rule == "first":
-            return rows[:, :, : self.heads]
-        if rule == "mean":
-            return rows.mean(2, keepdim=True)
+        if self.head_pairs:
+            return rows
+        match self.settings.heads:
+            case "mean":
+                return rows.mean(2, keepdim=True)
+            case "sum":
+                return rows.sum(2, keepdim=True)
+            case "max":
+                return scaled(rows.amax(2, keepdim=True))
         return log_mean(rows, self.settings.temperature)
+
+
+def scaled(rows: Tensor) -> Tensor:
+    """Rows that sum to one."""
+    return rows / rows.sum(-1, keepdim=True).clamp_min(EPSILON)
 
 
 def log_mean(rows: Tensor, temperature: float | None = None) -> Tensor:
@@ -117,7 +132,7 @@ class Vectors(Matching):
     """
 
     def __init__(self, loss: str, settings: config.Matched, student: Shape, given: Sequence[Given]) -> None:
-        if settings.heads in ("mean", "log"):
+        if settings.heads in MERGED:
             raise UserError(
                 f"{loss}: vectors of different heads cannot be merged; say --set losses.{loss}.heads=first, or null"
             )
@@ -125,17 +140,13 @@ class Vectors(Matching):
 
     def student_vectors(self, layers: Sequence[Tensor]) -> Tensor:
         """The student's vectors, with gradients, from those of all of its layers."""
-        chosen = torch.stack([full(layers[n - 1]) for n, _ in self.pairs], 1)
-        return self._some_heads(chosen.index_select(-2, self.get_buffer("mine")))
+        chosen = torch.stack([full(pick(layers[n - 1], heads)) for n, heads in self.own_heads()], 1)
+        return chosen.index_select(-2, self.get_buffer("mine"))
 
     def teacher_vectors(self, target: Tensor) -> Tensor:
         """The teacher's vectors on the student's grid, from a decoded target."""
-        chosen = [self.stored.index(other) for _, other in self.pairs]
-        vectors = full(target[:, chosen]).index_select(-2, self.get_buffer("theirs"))
+        vectors = full(self.of_teacher(target)).index_select(-2, self.get_buffer("theirs"))
         if self.resizes:
             matrix = self.get_buffer("resize")
             vectors = torch.cat([vectors[..., : self.prefix, :], matrix @ vectors[..., self.prefix :, :]], -2)
-        return self._some_heads(vectors)
-
-    def _some_heads(self, vectors: Tensor) -> Tensor:
-        return vectors[:, :, : self.heads] if self.heads else vectors
+        return vectors

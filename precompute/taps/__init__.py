@@ -7,6 +7,7 @@ from precompute.taps.attention import (
     AttentionTaps,
     attention_layers,
     attention_rows,
+    attention_scores,
     check_attention,
     class_row,
     class_scores,
@@ -19,6 +20,6 @@ from precompute.taps.teacher import TappedTeacher
 
 __all__ = [
     "ATTENTION", "POSITIONS", "TAPS", "VIT", "About", "At", "AttentionTaps", "Tap", "TappedTeacher", "attention_layers",
-    "attention_rows", "check_attention", "check_tap", "class_row", "class_scores", "cnn_stages", "layer_grids",
-    "prefix_roles", "resize_matrix", "takes_image_size", "timm",
+    "attention_rows", "attention_scores", "check_attention", "check_tap", "class_row", "class_scores", "cnn_stages",
+    "layer_grids", "prefix_roles", "resize_matrix", "takes_image_size", "timm",
 ]  # fmt: skip

@@ -106,7 +106,12 @@ def class_row(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 def attention_rows(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """Every query's attention over all tokens, softmax(q·kᵀ·scale), `[B, H, N, N]`; arguments as for `class_row`."""
-    return (q * scale @ k.transpose(-2, -1)).softmax(-1)
+    return attention_scores(q, k, scale).softmax(-1)
+
+
+def attention_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """What these rows are the softmax of: q·kᵀ·scale, `[B, H, N, N]`; arguments as for `class_row`."""
+    return q * scale @ k.transpose(-2, -1)
 
 
 class AttentionTaps:

@@ -1,7 +1,7 @@
 """ADViT: the class row of every layer, matched with the teacher's by its distance.
 
-"ADViT" (see docs/papers.md), equations 5 and 6. Heads are averaged on both sides, since the paper's teacher and
-students have different numbers of them and it does not say how they meet.
+"ADViT" (see docs/papers.md), equations 4 to 6. Heads are averaged on both sides unless it is said otherwise, since the
+paper's teacher and students have different numbers of them and it does not say how they meet.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from student import config
 from student.align import Given, Shape
 from student.choose import Need
 from student.losses import Step
-from student.rows import Rows
+from student.rows import FLOOR, Rows, scaled
 from student.seen import Reads
+
+Input = Literal["prob", "log-prob"]
 
 
 def distance(student: Tensor, teacher: Tensor, prefix: int, kind: Literal["l1", "l2"] = "l1") -> Tensor:
@@ -35,6 +37,42 @@ def distance(student: Tensor, teacher: Tensor, prefix: int, kind: Literal["l1", 
     return each.sum(-1).mean()
 
 
+def divergence(
+    student: Tensor, teacher: Tensor, prefix: int, tau: float = 1.0, on: Input = "prob",
+    direction: Literal["teacher-first", "student-first"] = "teacher-first",
+) -> Tensor:  # fmt: skip
+    """τ² · KL(ψ(A^t/τ) ‖ ψ(A^s/τ)) over the patch keys, ψ the softmax: the second term of Eq. 4.
+
+    Mean over batch, layers and heads.
+
+    Args:
+        student: class rows `[B, L, H, N]`.
+        teacher: likewise.
+        prefix: how many of the N tokens are no patches.
+        tau: temperature.
+        on: `prob`, as printed: ψ acts on A, which is a softmax already; `log-prob`: on its logarithm, which gives A
+            itself over the patch keys at τ = 1, and the same as scores do, for these differ by a constant a row.
+        direction: which comes first in the KL; the paper prints the student.
+    """
+    ours, theirs = (_softened(rows[..., prefix:], tau, on) for rows in (student, teacher))
+    first, second = (theirs, ours) if direction == "teacher-first" else (ours, theirs)
+    return tau**2 * (first.exp() * (first - second)).sum(-1).mean().to(student.dtype)
+
+
+def cross_entropy(student: Tensor, teacher: Tensor, prefix: int, on: Input = "prob") -> Tensor:
+    """−Σ_i A^t_i log ψ(A^s)_i over the patch keys: the first term of Eq. 4 with y read as the teacher's map.
+
+    Mean over batch, layers and heads; arguments as for `divergence`.
+    """
+    return -(teacher[..., prefix:] * _softened(student[..., prefix:], 1.0, on)).sum(-1).mean().to(student.dtype)
+
+
+def _softened(patches: Tensor, tau: float, on: Input) -> Tensor:
+    """log ψ(A/τ), or log ψ(log A/τ), in f64: of a softmax of a softmax f32 resolves no KL."""
+    patches = patches.double()
+    return ((patches.clamp_min(FLOOR).log() if on == "log-prob" else patches) / tau).log_softmax(-1)
+
+
 def reads(settings: config.ADViT) -> frozenset[Reads]:
     """The student's class rows."""
     return frozenset({"attention"})
@@ -51,9 +89,17 @@ class Method(nn.Module):
     def __init__(self, name: str, settings: config.ADViT, student: Shape, given: Sequence[Given]) -> None:
         super().__init__()
         self.rows = Rows(name, settings, student, given, "class")
-        self.row, self.distance = self.rows.row, settings.distance
+        self.row, self.settings = self.rows.row, settings
 
     def forward(self, step: Step) -> Tensor:
         """The loss of one step."""
         mine = self.rows.student_rows(step.student.q, step.student.k, step.student.scales)
-        return distance(mine, self.rows.teacher_rows(step.targets), self.rows.prefix, self.distance)
+        theirs = self.rows.teacher_rows(step.targets)
+        how, prefix = self.settings, self.rows.prefix
+        if how.renorm:
+            mine, theirs, prefix = scaled(mine[..., prefix:]), scaled(theirs[..., prefix:]), 0
+        if how.distance == "kl":
+            return divergence(mine, theirs, prefix, how.tau, how.kl_input, how.kl_direction)
+        if how.distance == "ce":
+            return cross_entropy(mine, theirs, prefix, how.kl_input)
+        return distance(mine, theirs, prefix, how.distance)

@@ -14,7 +14,9 @@ from student import config
 from student.align import Given, Shape, align_classes, student_shape
 from student.rows import Rows, log_mean
 
-SETTINGS: dict[str, type[config.Matched]] = {"class": config.ADViT, "all": config.Attention}
+SETTINGS: dict[str, type[config.Matched]] = {
+    "class": config.ADViT, "all": config.Attention, "scores": config.HeadSpecific,
+}  # fmt: skip
 
 
 def given(
@@ -208,6 +210,94 @@ def test_the_first_heads_of_both_meet():
     made = rows("class", Shape(4, 2, 4, ("class",)), given(), heads="first")
     target = random_rows(2, 4, 3, 17, 17)
     assert torch.equal(made.teacher_rows([target]), target[:, :, :2, 0])
+
+
+@pytest.mark.parametrize(("rule", "total"), [("sum", 3), ("max", 1)])
+def test_heads_are_added_up_or_their_largest_is_taken(rule, total):
+    target = random_rows(2, 4, 3, 17, 17)
+    found = rows("class", Shape(4, 6, 4, ("class",)), given(), heads=rule).teacher_rows([target])
+    assert found.shape == (2, 4, 1, 17)
+    assert torch.allclose(found.sum(-1), torch.tensor(float(total)))
+    merged = target[..., 0, :].sum(2) if rule == "sum" else target[..., 0, :].max(2).values
+    assert torch.allclose(found[:, :, 0] / found[:, :, 0].sum(-1, keepdim=True), merged / merged.sum(-1, keepdim=True))
+
+
+PAIRS = [
+    (((1, 3), (4, 1)), [((0, 2), (3, 0))] * 2),
+    ({2: ((1, 3),), 4: ((6, 2),)}, [((0, 2),), ((5, 1),)]),
+    ("first", [((0, 0), (1, 1), (2, 2))] * 2),
+]
+
+
+@pytest.mark.parametrize(("wish", "expected"), PAIRS)
+@pytest.mark.parametrize("which", ["class", "all", "scores"])
+def test_heads_meet_by_an_explicit_map(which, wish, expected):
+    """Student's layers 2 and 4 with the teacher's 3 and 1, from q and k; None of the other heads gets a gradient."""
+    torch.manual_seed(0)
+    student = Shape(4, 6, 4, ("class",))
+    made = rows(which, student, given("q"), given("k"), layers=((2, 3), (4, 1)), heads=wish)
+    assert made.head_pairs == [[(a + 1, b + 1) for a, b in pairs] for pairs in expected]
+    q, k = ([torch.randn(2, 6, 17, 8, requires_grad=True) for _ in range(4)] for _ in range(2))
+    mine = made.student_rows(q, k, [8**-0.5] * 4)
+    stored = torch.randn(2, 2, 4, 3, 17, 8).unbind(0)
+    theirs = made.teacher_rows(stored)
+    assert mine.shape == theirs.shape
+    for at, (own, other) in enumerate(((2, 3), (4, 1))):
+        for place, (a, b) in enumerate(expected[at]):
+            for queries, keys, found in ((q[own - 1][:, a], k[own - 1][:, a], mine),
+                                         (stored[0][:, other - 1, b], stored[1][:, other - 1, b], theirs)):  # fmt: skip
+                scores = queries @ keys.transpose(-2, -1) * 8**-0.5
+                whole = scores if which == "scores" else scores.softmax(-1)
+                assert torch.allclose(found[:, at, place], whole[:, 0] if which == "class" else whole, atol=1e-5)
+    mine.square().sum().backward()
+    for own in range(4):
+        met = {a for a, _ in expected[(1, 3).index(own)]} if own in (1, 3) else set()
+        for layer in (q[own], k[own]):
+            moved = set() if layer.grad is None else set(layer.grad.abs().amax((0, 2, 3)).nonzero()[:, 0].tolist())
+            assert moved == met
+    maps = random_rows(2, 4, 3, 17, 17)
+    if which == "all":
+        from_maps = rows(which, student, given(), layers=((2, 3), (4, 1)), heads=wish).teacher_rows([maps])
+        assert torch.equal(from_maps[:, 1, -1], maps[:, 0, expected[1][-1][1]])
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        (((1, 4),), r"head 1 meet the teacher's head 4; the student has heads 1 to 6, the teacher 1 to 3"),
+        (((0, 1),), r"head 0 meet the teacher's head 1"),
+        ({2: ((1, 1),)}, r"heads names the student's layers 2, and those that meet are 2\+4"),
+        ({2: ((1, 1),), 4: ((1, 1), (2, 2))}, r"gives the layers 1, 2 pairs of heads; give each as many"),
+    ],
+)
+def test_a_map_of_heads_that_are_not_there_is_an_error(wish, message):
+    with pytest.raises(UserError, match=message):
+        rows("all", Shape(4, 6, 4, ("class",)), given(), layers=((2, 3), (4, 1)), heads=wish)
+
+
+def test_the_table_says_which_heads_meet():
+    student = Shape(4, 6, 4, ("class",))
+    made = rows("all", student, given(), layers=((2, 3), (4, 1)), heads={2: ((1, 3),), 4: ((6, 2),)})
+    assert made.row.rule.endswith("heads 1-3 of layer 2; 6-2 of layer 4")
+    assert rows("all", student, given(), heads=((2, 1),)).row.rule.endswith("heads 2-1 (student-teacher)")
+
+
+def test_scores_on_another_grid_are_resized_over_keys_and_queries_and_nothing_else():
+    student = Shape(4, 3, 8, ("class", "distillation"))
+    made = rows("scores", student, given("q"), given("k"), grid="bicubic")
+    q, k = torch.randn(2, 2, 4, 3, 17, 8).unbind(0)
+    found = made.teacher_rows([q, k])
+    scores = q @ k.transpose(-2, -1) * 8**-0.5
+    assert found.shape == (2, 4, 3, 65, 65)
+    assert torch.allclose(found[..., 0, 0], scores[..., 0, 0], atol=1e-6)
+
+    def resized(patches: torch.Tensor) -> torch.Tensor:
+        grid = F.interpolate(patches.reshape(-1, 1, 4, 4), (8, 8), mode="bicubic", align_corners=False)
+        return grid.reshape(*patches.shape[:-1], 64)
+
+    assert torch.allclose(found[..., 0, 1:], resized(scores[..., 0, 1:]), atol=1e-5)
+    both = resized(resized(scores[..., 1:, 1:]).transpose(-2, -1)).transpose(-2, -1)
+    assert torch.allclose(found[..., 1:, 1:], both, atol=1e-5)
 
 
 def test_known_answers_of_the_logarithmic_mean():

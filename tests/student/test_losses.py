@@ -86,6 +86,34 @@ def test_distances_of_class_rows():
     assert advit.distance(moved, teacher, 1) == 0, "the class token's own key does not count"
 
 
+def test_known_answers_of_advit_s_kl():
+    one_hot, uniform = torch.eye(197, dtype=F64)[None, None, None, 5], torch.full((1, 1, 1, 197), 1 / 196, dtype=F64)
+    assert advit.divergence(uniform, one_hot, 1).item() == pytest.approx(0.0050, abs=5e-5), "of a softmax of a softmax"
+    undamped = advit.divergence(uniform, one_hot, 1, on="log-prob").item()
+    assert undamped == pytest.approx(math.log(196), abs=0.01), "and of A itself"
+    teacher, student = values(2, 3, 2, 10).softmax(-1), values(2, 3, 2, 10, seed=1).softmax(-1)
+    for on in ("prob", "log-prob"):
+        assert advit.divergence(teacher, teacher, 1, 2.0, on).abs() < 1e-15
+        for tau in (1.0, 3.0):
+            z = [(rows.log() if on == "log-prob" else rows)[..., 1:] / tau for rows in (teacher, student)]
+            p, q = (one.softmax(-1) for one in z)
+            kl = [tau**2 * (a * (a / b).log()).sum(-1).mean() for a, b in ((p, q), (q, p))]
+            assert torch.isclose(advit.divergence(student, teacher, 1, tau, on), kl[0])
+            assert torch.isclose(advit.divergence(student, teacher, 1, tau, on, "student-first"), kl[1])
+    ours = advit.divergence(values(2, 3, 2, 10, seed=2).softmax(-1), teacher, 1, 3.0, "log-prob")
+    p, q = ((z[..., 1:] / 3).softmax(-1) for z in (teacher.log(), values(2, 3, 2, 10, seed=2)))
+    assert torch.isclose(ours, 9 * (p * (p / q).log()).sum(-1).mean()), "scores give what logarithms of rows do"
+
+
+def test_the_literal_reading_s_cross_entropy_is_least_at_the_teacher_s_own_map():
+    teacher, student = values(2, 3, 2, 10).softmax(-1), values(2, 3, 2, 10, seed=1).softmax(-1)
+    patches = teacher[..., 1:] / teacher[..., 1:].sum(-1, keepdim=True)
+    own = advit.cross_entropy(patches, patches, 0, "log-prob")
+    assert torch.isclose(own, entropy(patches).mean())
+    difference = advit.cross_entropy(student[..., 1:], patches, 0, "log-prob") - own
+    assert torch.isclose(difference, advit.divergence(student[..., 1:], patches, 0, on="log-prob"))
+
+
 # ---------------------------------------------------------------------------------------------- gradients
 
 
@@ -101,6 +129,10 @@ def test_input_gradients_are_those_of_autograd_s_numerical_check():
     target = values(2, 2, 2, 5, seed=1).softmax(-1)
     for kind in ("l1", "l2"):
         assert gradcheck(lambda x, k=kind: advit.distance(x.softmax(-1), target, 1, k), rows)
+    for on in ("prob", "log-prob"):
+        assert gradcheck(lambda x, o=on: advit.divergence(x.softmax(-1), target, 1, 2.0, o), rows)
+        assert gradcheck(lambda x, o=on: advit.cross_entropy(x.softmax(-1), target, 1, o), rows)
+    assert gradcheck(lambda x: advit.divergence(x.softmax(-1), target, 1, direction="student-first"), rows)
     assert gradcheck(lambda x: log_mean(x.softmax(-1), 3).square().sum(), rows)
     maps, targets = values(2, 2, 2, 3, 3).requires_grad_(), values(2, 2, 2, 3, 3, seed=1).softmax(-1)
     for heads in ("mean", "sum"):
@@ -154,6 +186,7 @@ def same(world, tmp_path_factory) -> tuple[Store, dict[str, str]]:
     [
         ({"method": "advit"}, "class_row"),
         ({"method": "advit", "distance": "l2", "heads": None}, "class_row"),
+        ({"method": "advit", "distance": "kl", "kl_input": "log-prob", "heads": "max", "renorm": True}, "class_row"),
         ({"method": "attention"}, "attention"),
         ({"method": "attention", "heads": "log"}, "attention"),
         ({"method": "deit", "kind": "soft", "same_classes": True}, "logits"),

@@ -141,11 +141,11 @@ def mixed(world, tmp_path_factory):
         + ["logits", "logits,codec=topk2"]
         + ["activations,grid=8,codec=f32,at=block", "activations,grid=8,codec=f32,at=block,antialias=true"],
         "vit": [f"{tap},codec={codec}" for tap in ("class_row", "attention") for codec in ("f32", "log8")]
-        + ["q,codec=f32", "k,codec=f32"],
+        + ["q,codec=f32", "k,codec=f32", "logits"],
     }
     names = {
         "cnn": ["f32", "u8", "f16", "logits", "topk", "block", "antialias"],
-        "vit": ["rows", "log8", "attention", "attention log8", "q", "k"],
+        "vit": ["rows", "log8", "attention", "attention log8", "q", "k", "vit logits"],
     }
     targets: dict[str, str] = {}
     for kind, several in wishes.items():
@@ -179,6 +179,23 @@ EXACT = {
     "advit_l2": ({"method": "advit", **ROWS, "distance": "l2"}, ["rows"]),
     "advit_maps": ({"method": "advit", **ROWS}, ["attention"]),
     "advit_qk": ({"method": "advit", **ROWS}, ["q", "k"]),
+    "advit_kl": ({"method": "advit", **ROWS, "distance": "kl", "tau": 2}, ["rows"]),
+    "advit_log": ({"method": "advit", **ROWS, "distance": "kl", "kl_input": "log-prob", "heads": "sum"}, ["rows"]),
+    "advit_ce": ({"method": "advit", **ROWS, "distance": "ce", "heads": "max", "renorm": True}, ["rows"]),
+    "heads": ({"method": "head_specific", **ROWS, "heads": [[1, 3], [3, 2]]}, ["q", "k"]),
+    "heads_mse": ({"method": "head_specific", **ROWS, "loss": "mse-softmax"}, ["q", "k"]),
+    "heads_ce": ({"method": "head_specific", **ROWS, "loss": "ce", "adaptive": "student-correct"}, ["attention"]),
+    "heads_kl": (
+        {
+            "method": "head_specific",
+            "layers": [[1, 1], [3, 2]],
+            "grid": "bicubic",
+            "loss": "kl",
+            "heads": {1: [[1, 2]], 3: [[2, 3]]},
+            "adaptive": "teacher-correct",
+        },
+        ["attention", "vit logits"],
+    ),
     "attention": ({**MAPS, "weight": 3}, ["attention"]),
     "attention_qk": ({"method": "attention", **MAPS, "heads": "first", "reduce_heads": "sum"}, ["q", "k"]),
 }
