@@ -13,9 +13,7 @@ import yaml
 
 from student.model import Description
 
-_LOADING = """## How to load it
-
-```python
+_BARE = """```python
 import timm
 from safetensors.torch import load_file
 
@@ -23,9 +21,28 @@ model = timm.create_model({model!r}, **{arguments!r})
 model.load_state_dict(load_file("last.safetensors"))
 model.eval()
 ```
+"""
+_SHIFTED = """Its patches are seen with four shifts of the image (shifted patch tokenisation), which timm does not have: its weights
+fit no bare `{model}`.
 
+```python
+from pathlib import Path
+from student.model import load  # of the package teacher-store
+
+model, about = load(Path("last.safetensors"))
+```
+"""
+_FEEDING = """
 Images: RGB, the evaluation view `{evaluation}` at {size}×{size}, scaled to 0 to 1, then (x − mean) / std with mean
 {mean} and std {std}. With this project: `pipeline predict RUN IMAGE…`; as ONNX: `pipeline export RUN`.
+"""
+_TEACHING = """
+It can be a teacher, too, with the `--target` that a recipe reads:
+
+```
+pipeline precompute --teacher {model} --weights last.safetensors --as NAME --input-size {size} \\
+  --mean {mean} --std {std} {arguments} --shards SHARDS --store STORE
+```
 """
 
 
@@ -93,11 +110,22 @@ def card(
         "settings: `args.yaml`", "",
         "Licences of images and of teachers' weights are those of their sources; none is recorded here.", "",
     ]  # fmt: skip
-    lines.append(_LOADING.format(
-        model=about.model, arguments=about.arguments, evaluation=about.evaluation, size=about.img_size,
-        mean=_three(about.mean), std=_three(about.std),
-    ))  # fmt: skip
+    lines.append("## How to load it\n\n" + _loading(about))
     return "\n".join(lines)
+
+
+def _loading(about: Description) -> str:
+    """How the student is loaded, fed, and made a teacher."""
+    mean, std = _three(about.mean), _three(about.std)
+    own = (_SHIFTED if about.shifted_patches else _BARE).format(model=about.model, arguments=about.arguments)
+    text = own + _FEEDING.format(evaluation=about.evaluation, size=about.img_size, mean=mean, std=std)
+    if about.shifted_patches:
+        return text
+    kept = {n: v for n, v in about.arguments.items() if n != "img_size" and "drop" not in n}  # a teacher drops nothing
+    return text + _TEACHING.format(
+        model=about.model, size=about.img_size, mean=mean.replace(" ", ""), std=std.replace(" ", ""),
+        arguments=" ".join(f"--teacher-arg {name}={value}" for name, value in kept.items()),
+    )  # fmt: skip
 
 
 def _three(values: tuple[float, ...]) -> str:

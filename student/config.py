@@ -46,8 +46,9 @@ Patterns = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 
 
 class Student(Section):
-    """The timm ViT that is trained; what is None is the model's own default.
+    """The timm network that is trained, a ViT for most losses; what is None is the model's own default.
 
+    `shifted_patches` sees each patch with four shifts of its image (student/shifted.py), which no bare timm model does.
     `pretrained` takes timm's weights, `weights` a file (safetensors or .pth, also a student's). `init` says which
     parameters are taken from them, `freeze` which are not trained: shell patterns over the names of a state dict, such
     as `blocks.*.attn.*`. A head of other classes is always new. Pixels are normalised by `mean` and `std`; None: as the
@@ -60,12 +61,14 @@ class Student(Section):
     embed_dim: int | None = Field(None, ge=1)
     depth: int | None = Field(None, ge=1)
     num_heads: int | None = Field(None, ge=1)
+    mlp_ratio: float | None = Field(None, gt=0)
     num_classes: int | None = Field(None, ge=1)
     global_pool: Literal["token", "avg", "map"] | None = None
     drop_path_rate: float | None = Field(None, ge=0, lt=1)
     drop_rate: float | None = Field(None, ge=0, lt=1)
     proj_drop_rate: float | None = Field(None, ge=0, lt=1)
     attn_drop_rate: float | None = Field(None, ge=0, lt=1)
+    shifted_patches: bool = False
     pretrained: bool = False
     weights: str | None = None
     init: Patterns = ("*",)

@@ -18,17 +18,21 @@ from storage.errors import UserError, nearest
 from storage.files import written_whole
 from storage.weights import first_line
 from student import config
+from student.shifted import shift_patches
 
 _USUAL = "vit_tiny_patch16_224"
 _ARGUMENTS = (
-    "img_size", "patch_size", "embed_dim", "depth", "num_heads", "global_pool", "drop_path_rate", "drop_rate",
-    "proj_drop_rate", "attn_drop_rate",
+    "img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "global_pool", "drop_path_rate",
+    "drop_rate", "proj_drop_rate", "attn_drop_rate",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Description:
-    """What rebuilds a student: `timm.create_model(model, **arguments)`, and how to feed and read it."""
+    """What rebuilds a student: `timm.create_model(model, **arguments)`, and how to feed and read it.
+
+    `shifted_patches` says that its patches are made by `student.shifted`, in place of timm's convolution.
+    """
 
     model: str
     arguments: dict[str, Any]
@@ -37,6 +41,7 @@ class Description:
     std: tuple[float, float, float]
     classes: tuple[str, ...] | None
     evaluation: str  # the view policy that it is evaluated on
+    shifted_patches: bool = False
 
 
 def build(settings: config.Student, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -63,6 +68,8 @@ def build(settings: config.Student, num_classes: int) -> tuple[nn.Module, dict[s
         arguments.pop("img_size", None)
     arguments["num_classes"] = num_classes
     model = create(settings.model, arguments)
+    if settings.shifted_patches:
+        shift_patches(model)
     embed = getattr(model, "patch_embed", None)
     for side, patch in zip(getattr(embed, "img_size", None) or (), getattr(embed, "patch_size", ()), strict=False):
         if side % patch:
@@ -108,6 +115,7 @@ def save(path: Path, model: nn.Module, description: Description) -> None:
         "std": json.dumps(description.std),
         "classes": json.dumps(description.classes),
         "evaluation": description.evaluation,
+        **({"shifted_patches": "true"} if description.shifted_patches else {}),
     }
     with written_whole(path) as temporary:
         save_file(state, temporary, metadata)
@@ -127,7 +135,7 @@ def load(path: Path) -> tuple[nn.Module, Description]:
         description = Description(
             metadata["model"], json.loads(metadata["arguments"]), int(metadata["img_size"]),
             tuple(json.loads(metadata["mean"])), tuple(json.loads(metadata["std"])),
-            tuple(classes) if classes else None, metadata["evaluation"],
+            tuple(classes) if classes else None, metadata["evaluation"], metadata.get("shifted_patches") == "true",
         )  # fmt: skip
     except FileNotFoundError:
         raise UserError(f"{path}: no student here; `pipeline train` writes one") from None
@@ -138,6 +146,8 @@ def load(path: Path) -> tuple[nn.Module, Description]:
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: not a student that `pipeline train` wrote ({error})") from None
     model = create(description.model, description.arguments)
+    if description.shifted_patches:
+        shift_patches(model)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

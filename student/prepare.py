@@ -112,7 +112,7 @@ def prepare(job: Job, progress: Progress, found: dict[str, Any] | None) -> Parts
     source = stream.source
     description = Description(
         recipe.student.model, arguments, size, mean, std, classes,
-        source.policy.evaluation.line,
+        source.policy.evaluation.line, recipe.student.shifted_patches,
     )  # fmt: skip
     identity = {
         "shards": list(source.shards), "validation shards": [cached_index(url).id for url in val_urls],

@@ -36,6 +36,8 @@ def begin_from(
     where = settings.weights or f"timm's weights of {settings.model}"
     state = read_weights(settings.weights) if settings.weights else _hub(settings.model)
     known = classes_in(settings.weights) if settings.weights else None
+    if settings.shifted_patches:  # timm would bring a convolution's weights into the shape of the one that is not there
+        state.pop("patch_embed.proj.weight", None)
     state = fitted(model, state, where)
     own = model.state_dict()
     chosen = matching(settings.init, own, "student.init")

@@ -1,0 +1,50 @@
+"""Networks that papers compare their students with: CNNs and ConViT, trained on labels, and used as any student."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline.cli import main
+from storage.errors import UserError
+from tests.student.runs import run, u8
+
+SIZES = [f"student.{name}=null" for name in ("patch_size", "embed_dim", "depth", "num_heads")]
+
+
+@pytest.mark.parametrize("model", ["resnet10t", "resnet34", "efficientnet_b1", "convit_small"])
+def test_a_baseline_is_trained_evaluated_asked_and_exported(world, tmp_path, capsys, model) -> None:
+    patch = ["student.patch_size=8"] if model == "convit_small" else []
+    out = tmp_path / "run"
+    result = run(world, out, "scratch", *SIZES, f"student.model={model}", *patch, store=None, smoke=True)
+    assert result["samples"] > 0
+    Image.new("RGB", (40, 32), (200, 30, 30)).save(tmp_path / "red.png")
+    val = ["--shards", world.shards[0]]
+    for words in (["evaluate", str(out), *val], ["predict", str(out), str(tmp_path / "red.png")],
+                  ["export", str(out), *val]):  # fmt: skip
+        with pytest.raises(SystemExit) as ended:
+            main([*words, "--json"])
+        said = json.loads(capsys.readouterr().out)
+        assert ended.value.code == 0, said
+    assert Path(said["graph"]).is_file()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("convit_small", "layer 1 is a timm.models.convit.GPSA, whose queries and keys cannot be read"),
+        ("resnet10t", "no attention rows over all tokens can be read off it: it has no list of attention blocks"),
+    ],
+)
+def test_what_has_no_plain_attention_cannot_be_taught_to_attend(world, tmp_path, model, message) -> None:
+    patch = ["student.patch_size=8"] if model == "convit_small" else []
+    with pytest.raises(UserError, match=message):
+        run(world, tmp_path / "run", "aal", *SIZES, f"student.model={model}", *patch, u8(world), smoke=True)
+
+
+def test_arguments_that_a_baseline_does_not_take_are_named(world, tmp_path) -> None:
+    with pytest.raises(UserError, match=r"student resnet10t .*cannot be made: .*patch_size"):
+        run(world, tmp_path / "run", "scratch", *SIZES, "student.model=resnet10t", "student.patch_size=4", smoke=True)
