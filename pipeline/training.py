@@ -48,7 +48,7 @@ def train(
     """Train a student by a recipe.
 
     Targets come from a store where the recipe needs them. Recipes: aal, advit-l1, attention-distill, deit-hard,
-    deit-soft, fine-tune, scratch; what they can say is in docs/recipes.md.
+    deit-soft, fine-tune, head-specific, scratch; what they can say is in docs/recipes.md.
 
     The same command with --resume goes on where a run was cut off. On several GPUs or processes:
     torchrun --nproc-per-node N -m pipeline train …

@@ -22,8 +22,8 @@ model.load_state_dict(load_file("last.safetensors"))
 model.eval()
 ```
 """
-_SHIFTED = """Its patches are seen with four shifts of the image (shifted patch tokenisation), which timm does not have: its weights
-fit no bare `{model}`.
+_SHIFTED = """Its patches are seen with four shifts of the image (shifted patch tokenisation), which timm does not have:
+its weights fit no bare `{model}`.
 
 ```python
 from pathlib import Path

@@ -54,6 +54,8 @@ def changes(recipe: str, folder: Path) -> dict[str, Any]:
     """What a recipe at the paper's scale needs for a small student."""
     if recipe == "attention-distill":
         return {f"losses.attention.{name}": value for name, value in MATCH.items()}
+    if recipe == "head-specific":
+        return {"losses.head_specific.layers": "uniform", "losses.head_specific.grid": "bicubic"}
     if recipe == "advit-l1":
         return {"losses.advit.layers": "uniform", "losses.advit.grid": "bicubic"}
     if recipe == "fine-tune":
@@ -76,7 +78,7 @@ def test_a_recipe_goes_through_its_first_steps(world, full, tmp_path, capsys, re
     assert code == 0, said
     assert result["smoke"] is True
     expected = {"aal": {"aal"}, "advit-l1": {"advit"}, "attention-distill": {"attention"}}
-    expected |= {"deit-hard": {"deit"}, "deit-soft": {"deit"}}
+    expected |= {"deit-hard": {"deit"}, "deit-soft": {"deit"}, "head-specific": {"head_specific"}}
     assert set(result["targets"]) == expected.get(recipe, set())
 
 
