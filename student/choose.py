@@ -130,7 +130,8 @@ def _fitting(store: Store, need: Need, manifests: Mapping[str, Record], banks: S
             " and ".join(", ".join(ids) for ids in by_tap),
             f"Record them together: pipeline precompute --teacher NAME --target {','.join(taps)} …",
         ))  # fmt: skip
-    if len(refused) > 1 and not any(isinstance(error, IdentityError) for error in refused):
+    several = len(refused) > 1 or len(need.taps[0]) > 1
+    if several and not any(isinstance(error, IdentityError) for error in refused):
         there = sorted({manifest["identity"]["tap"] for manifest in manifests.values()})
         raise UserError(
             f"{store.url}: {need.loss} needs targets of {need.words}, the store has {', '.join(there) or 'none'}; "

@@ -153,6 +153,12 @@ def test_contract_10_logits_of_other_classes_are_refused(world, tmp_path, capsys
     [
         ("advit-l1", {}, "losses.advit.layers=uniform"),
         ("advit-l1", {"losses.advit.layers": "uniform"}, "losses.advit.grid=bicubic"),
+        (
+            "head-specific",
+            {"losses.head_specific.layers": "uniform", "losses.head_specific.heads": "[[9, 1]]"},
+            "lets the student's head 9 meet the teacher's head 1; the student has heads 1 to 3",
+        ),
+        ("head-specific", {"losses.head_specific.adaptive": "teacher-correct"}, "--target q,k,logits"),
         ("attention-distill", {}, "layer 3 meet the teacher's layer 3; the student has layers 1 to 2"),
         ("aal", {"losses.advit.teacher": "vitt", "losses.advit.layers": "last"}, "losses.advit.teacher: expected vitt"),
         ("aal", {"losses.deit.kind": "hrad"}, "losses.deit.kind"),
