@@ -39,6 +39,7 @@ class Matching(nn.Module):
         stored: the teacher's layers that the target holds; those of `pairs` are among them.
         mine, theirs: buffers, indices of the tokens that meet: first those beside the patches, in one order of roles.
         prefix: how many of them are no patches.
+        as_is: whether all tokens of a side (`mine`, `theirs`) meet in the order in which they stand.
         dropped: what is left out, in words.
         resize: buffer, the teacher's patches to the student's; only where their grids differ.
 
@@ -72,7 +73,7 @@ class Matching(nn.Module):
         self._constant("mine", torch.tensor([*mine, *(len(student.prefix) + p for p in patches)]))
         self._constant("theirs", torch.tensor([*theirs, *(len(prefix) + p for p in grid)]))
         self.prefix = len(mine)
-        self.drops_mine, self.drops_theirs = len(mine) < len(student.prefix), len(theirs) < len(prefix)
+        self.as_is = {"mine": mine == [*range(len(student.prefix))], "theirs": theirs == [*range(len(prefix))]}
         self.class_query = prefix.index("class") if "class" in prefix else 0
         self.resizes = side != student.grid
         if self.resizes:
@@ -176,6 +177,10 @@ class Matching(nn.Module):
         if not heads or all(some == list(range(target.shape[2])) for some in heads):
             return target[:, layers]
         return target[:, torch.tensor(layers)[:, None], torch.tensor(heads)]
+
+    def kept(self, values: Tensor, side: Literal["mine", "theirs"], axis: int) -> Tensor:
+        """The tokens that meet, along an axis of one side's values, in the common order."""
+        return values if self.as_is[side] else values.index_select(axis, self.get_buffer(side))
 
     def _tokens(self, mine: list[str], theirs: list[str]) -> tuple[list[int], list[int], list[str]]:
         """Prefix tokens that are kept on either side, and those that are left out, in words."""

@@ -45,7 +45,7 @@ class Rows(Matching):
                 rows.append(class_row(full(queries[:, :, at : at + 1]), keys, scale))  # the others are never converted
             else:
                 rows.append((attention_rows if self.which == "all" else attention_scores)(full(queries), keys, scale))
-        return self._merge(self._keep(torch.stack(rows, 1), self.get_buffer("mine"), self.drops_mine))
+        return self._merge(self._keep(torch.stack(rows, 1), "mine"))
 
     def teacher_rows(self, targets: Sequence[Tensor]) -> Tensor:
         """The teacher's rows on the student's grid, from decoded targets `[B, L, H, …]`."""
@@ -61,17 +61,17 @@ class Rows(Matching):
             rows = full(self.of_teacher(targets[0]))
             if self.which == "class" and self.tap == "attention":
                 rows = rows[..., self.class_query, :]
-        rows = self._keep(rows, self.get_buffer("theirs"), self.drops_theirs)
+        rows = self._keep(rows, "theirs")
         if self.resizes:
             rows = self._resize(rows)
         return self._merge(rows)
 
-    def _keep(self, rows: Tensor, tokens: Tensor, drops: bool) -> Tensor:
+    def _keep(self, rows: Tensor, side: Literal["mine", "theirs"]) -> Tensor:
         """The kept tokens in the common order; of all rows, the kept queries too."""
         if self.which != "class":
-            rows = rows.index_select(-2, tokens)
-        rows = rows.index_select(-1, tokens)
-        return scaled(rows) if drops and self.which != "scores" else rows
+            rows = self.kept(rows, side, -2)
+        kept = self.kept(rows, side, -1)
+        return scaled(kept) if kept.shape[-1] < rows.shape[-1] and self.which != "scores" else kept
 
     def _resize(self, rows: Tensor) -> Tensor:
         """Patch keys, and patch queries, onto the student's grid (PAPERS' Eq. 7 of AttnDistill, generalised)."""
@@ -141,11 +141,11 @@ class Vectors(Matching):
     def student_vectors(self, layers: Sequence[Tensor]) -> Tensor:
         """The student's vectors, with gradients, from those of all of its layers."""
         chosen = torch.stack([full(pick(layers[n - 1], heads)) for n, heads in self.own_heads()], 1)
-        return chosen.index_select(-2, self.get_buffer("mine"))
+        return self.kept(chosen, "mine", -2)
 
     def teacher_vectors(self, target: Tensor) -> Tensor:
         """The teacher's vectors on the student's grid, from a decoded target."""
-        vectors = full(self.of_teacher(target)).index_select(-2, self.get_buffer("theirs"))
+        vectors = self.kept(full(self.of_teacher(target)), "theirs", -2)
         if self.resizes:
             matrix = self.get_buffer("resize")
             vectors = torch.cat([vectors[..., : self.prefix, :], matrix @ vectors[..., self.prefix :, :]], -2)
