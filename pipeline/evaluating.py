@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
@@ -11,6 +12,9 @@ from pipeline.console import show
 from pipeline.options import common, shards
 from pipeline.project import reads
 from pipeline.training import student_file
+
+if TYPE_CHECKING:
+    from student.evaluation.boxes import Convention
 
 # Options that not every protocol takes: a flag that would do nothing is refused.
 _TAKEN_BY = {
@@ -21,6 +25,8 @@ _TAKEN_BY = {
     "--list": ("knn", "probe"),
     "--seed": ("knn", "probe"),
     "--lr": ("probe",),
+    "--box": ("boxes",),
+    "--out": ("boxes",),
 }
 
 
@@ -36,8 +42,8 @@ def _bounds(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
 @click.command()
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @shards("--shards", help="Labelled shards; NAME=SHARDS are a set of their own.")
-@click.option("--protocol", type=click.Choice(["accuracy", "knn", "probe"]), default="accuracy", show_default=True,
-              help="What is asked of the student.")  # fmt: skip
+@click.option("--protocol", type=click.Choice(["accuracy", "knn", "probe", "boxes"]), default="accuracy",
+              show_default=True, help="What is asked of the student.")  # fmt: skip
 @click.option("--ensemble", is_flag=True, help="All RUNs together too: the mean of their probabilities.")
 @shards("--train-shards", help="What knn and probe learn from; for --bounds, where images are counted.", required=False)
 @click.option("--bounds", metavar="LOW,HIGH", callback=_bounds,
@@ -48,6 +54,10 @@ def _bounds(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
               help="Write down which samples had labels: a CSV with shard, key and label.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of this part, and of the probe.")
 @click.option("--lr", type=click.FloatRange(0, min_open=True), metavar="R", help="The probe's only learning rate.")
+@click.option("--box", "convention", type=click.Choice(["official", "exact"]), default="official", show_default=True,
+              help="Whether predicted boxes end one pixel late, as in the benchmark's code.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE",
+              help="A picture of some images, maps and boxes: .png, .svg or .pdf.")  # fmt: skip
 @click.option("--checkpoint", type=click.Choice(["last", "best", "ema"]), default="last", show_default=True,
               help="Which student; `best` was chosen on the validation shards, `ema` is the average.")  # fmt: skip
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
@@ -64,6 +74,8 @@ def evaluate(
     listing: Path | None,
     seed: int,
     lr: float | None,
+    convention: Convention,
+    out: Path | None,
     checkpoint: str,
     device: str,
     as_json: bool,
@@ -90,6 +102,10 @@ def evaluate(
     if protocol == "accuracy":
         counts = train_shards if counted else ()
         result, lines = evaluations.accuracy(paths, shards, ensemble, bounds, counts, device)
+    elif protocol == "boxes":
+        from pipeline.localising import boxes
+
+        result, lines = boxes(paths[0], shards, convention, out, device)
     else:
         if not train_shards:
             raise click.UsageError(f"--protocol {protocol} learns from labelled images: give --train-shards SHARDS")

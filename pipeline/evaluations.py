@@ -66,12 +66,8 @@ def accuracy(
     """Accuracies of students, alone and perhaps together, over one or several sets."""
     sets = sets_of(patterns)
     where, console = pick_device(device), Console()
-    members = []
-    for path in paths:
-        model, about = load(path)
-        members.append(Member(str(path), model.to(where), about))
     images = None if bounds is None else _images(paths[0], counted)
-    answers: list[dict[str, Any]] = [_about(member, console) for member in members]
+    members, answers = map(list, zip(*(opened(path, where, console) for path in paths), strict=True))
     if ensemble:
         answers.append({"students": [member.name for member in members]})
     console.start("evaluating", sum(len(cached_index(url)) for urls in sets.values() for url in urls))
@@ -94,12 +90,14 @@ def accuracy(
     return {"students": answers[: len(members)], **({"ensemble": answers[-1]} if ensemble else {})}, lines
 
 
-def _about(member: Member, console: Console) -> dict[str, Any]:
-    """Which student it is, and a word on one that learned nothing."""
-    smoke = folder.is_smoke(Path(member.name).parent)
+def opened(path: Path, device: torch.device, console: Console) -> tuple[Member, dict[str, Any]]:
+    """A student on a device, and which it is; with a word on one that learned nothing."""
+    model, about = load(path)
+    smoke = folder.is_smoke(path.parent)
     if smoke:
-        console.say(f"{member.name}: of a smoke run, which has learned nothing")
-    return {"student": member.name, "view": member.about.evaluation, "smoke": smoke}
+        console.say(f"{path}: of a smoke run, which has learned nothing")
+    member = Member(str(path), model.to(device), about)
+    return member, {"student": member.name, "view": about.evaluation, "smoke": smoke}
 
 
 def _images(path: Path, counted: Sequence[str]) -> Mapping[int, int]:
@@ -221,13 +219,12 @@ def _features(
     urls, train = sets[""], expand(part.shards)
     names = classes_of([*train, *urls])  # raises where their lists differ
     where, console = pick_device(device), Console()
-    model, about = load(path)
-    model.to(where)
+    member, result = opened(path, where, console)
+    model, about = member.model, member.about
     mine = labelled(train, urls, part.share, part.seed)
     if part.listing is not None:
         mine.write(part.listing)
-    result = {**_about(Member(str(path), model, about), console), "features": feature_text(model, read),
-              "train": _train(mine, part)}  # fmt: skip
+    result |= {"features": feature_text(model, read), "train": _train(mine, part)}
     _say_labelled(mine, part, console)
     console.start("looking", len(mine.rows) + sum(len(cached_index(url)) for url in urls))
     try:
