@@ -65,7 +65,7 @@ def picture(shown: Sequence[Shown], result: dict[str, Any]) -> Any:
     """A matplotlib figure: images with true and predicted boxes, each beside its map."""
     rows = -(-len(shown) // PAIRS)
     width = 2 * MARGIN + PAIRS * (2 * CELL + GAP) + GAP + 0.7
-    drawn = figure(width, HEAD + rows * (CELL + NOTE + GAP) + MARGIN)
+    drawn = figure(width, HEAD + rows * (CELL + NOTE + GAP) - NOTE - GAP + MARGIN)
     level = result["v1"]["0.5"]["threshold"]
     write(drawn, MARGIN, MARGIN / 2, f"Where {shortened(result['student'], 60)} looks", weight="bold")
     write(drawn, MARGIN, MARGIN / 2 + 0.25, "true box", color=COLOURS[4], weight="bold")

@@ -37,17 +37,18 @@ def contour_boxes(mask: np.ndarray) -> np.ndarray:
     inner = np.pad(mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], 1)
     pieces, count = ndimage.label(inner, np.ones((3, 3)))
     boxes = _extents(ndimage.find_objects(pieces))
-    ground, grounds = ndimage.label(~inner)
-    if grounds > 1:
-        around = np.array([-1, -1, 1, 1])
+    whole, outer = pieces, boxes  # without holes, and what lies in them
+    if _has_holes(~inner, count):
+        ground, grounds = ndimage.label(~inner)
         inside = np.arange(1, grounds + 1) != ground[0, 0]
+        around = np.array([-1, -1, 1, 1])
         boxes = np.concatenate([boxes, _extents(ndimage.find_objects(ground))[inside] + around])
+        if count > 1:
+            whole, _ = ndimage.label(ground != ground[0, 0], np.ones((3, 3)))
+            outer = _extents(ndimage.find_objects(whole))
     if count > 1:
-        whole, _ = ndimage.label(ground != ground[0, 0], np.ones((3, 3)))  # without holes, and what lies in them
-        largest = _areas(whole)
-        first = _extents(ndimage.find_objects(whole))[len(largest) - 1 - largest[::-1].argmax()]
-        at = (boxes == first).all(1).argmax()
-        boxes = np.concatenate([boxes[at : at + 1], np.delete(boxes, at, 0)])
+        at = (boxes == outer[_largest(whole, outer)]).all(1).argmax()
+        boxes[[0, at]] = boxes[[at, 0]]
     corner = np.array([columns[0] - 1, rows[0] - 1])
     moved: np.ndarray = boxes + np.concatenate([corner, corner])
     return moved
@@ -57,16 +58,39 @@ def _extents(slices: Any) -> np.ndarray:
     return np.array([(x.start, y.start, x.stop - 1, y.stop - 1) for y, x in slices], np.int64).reshape(-1, 4)
 
 
-def _areas(pieces: np.ndarray) -> np.ndarray:
-    """Area within the outer contour of each numbered piece without holes, f64 `[n]`.
+def _has_holes(ground: np.ndarray, pieces: int) -> bool:
+    """Whether there is ground that does not reach the edge, by Euler's formula: a fifth of the time of looking for it.
+
+    Pixels − pairs of neighbours + squares of four are the parts of the ground minus the pieces that it goes around.
+    """
+    pairs, below = ground[:, :-1] & ground[:, 1:], ground[:-1] & ground[1:]
+    squares = pairs[:-1] & pairs[1:]
+    count = np.count_nonzero
+    return bool(count(ground) - count(pairs) - count(below) + count(squares) > 1 - pieces)
+
+
+def _largest(pieces: np.ndarray, boxes: np.ndarray) -> int:
+    """Which of the numbered pieces without holes has the largest area within its contour; of several the last."""
+    most = (boxes[:, 2:] - boxes[:, :2]).prod(1)  # no area is larger than the box's
+    best, found = -1.0, 0
+    for n in np.argsort(-most, kind="stable").tolist():
+        if most[n] < best:
+            break
+        left, top, right, bottom = boxes[n]
+        area = _area(pieces[top : bottom + 1, left : right + 1] == n + 1)
+        if area > best or (area == best and n > found):
+            best, found = area, n
+    return found
+
+
+def _area(piece: np.ndarray) -> float:
+    """Area within the contour of a mask without holes.
 
     Of each 2×2 pixels a contour encloses the square between their middles if all four are inside, half if three are.
     """
-    corners = np.stack([pieces[:-1, :-1], pieces[:-1, 1:], pieces[1:, :-1], pieces[1:, 1:]])
-    inside = (corners > 0).sum(0)
-    enclosed = np.where(inside == 4, 1.0, np.where(inside == 3, 0.5, 0.0))
-    areas: np.ndarray = np.bincount(corners.max(0).ravel(), enclosed.ravel(), minlength=int(pieces.max()) + 1)[1:]
-    return areas
+    columns = piece[:, :-1].view(np.uint8) + piece[:, 1:].view(np.uint8)
+    inside = columns[:-1] + columns[1:]
+    return float(np.count_nonzero(inside == 4) + np.count_nonzero(inside == 3) / 2)
 
 
 def grey(values: np.ndarray) -> np.ndarray:
