@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # Options that not every protocol takes: a flag that would do nothing is refused.
 _TAKEN_BY = {
+    "--shards": ("accuracy", "knn", "probe", "boxes"),
     "--ensemble": ("accuracy",),
     "--bounds": ("accuracy",),
     "--train-shards": ("accuracy", "knn", "probe"),
@@ -27,6 +28,8 @@ _TAKEN_BY = {
     "--lr": ("probe",),
     "--box": ("boxes",),
     "--out": ("boxes",),
+    "--teacher": ("cost",),
+    "--batch-size": ("cost",),
 }
 
 
@@ -41,8 +44,8 @@ def _bounds(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
 
 @click.command()
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@shards("--shards", help="Labelled shards; NAME=SHARDS are a set of their own.")
-@click.option("--protocol", type=click.Choice(["accuracy", "knn", "probe", "boxes"]), default="accuracy",
+@shards("--shards", help="Labelled shards; NAME=SHARDS are a set of their own.", required=False)
+@click.option("--protocol", type=click.Choice(["accuracy", "knn", "probe", "boxes", "cost"]), default="accuracy",
               show_default=True, help="What is asked of the student.")  # fmt: skip
 @click.option("--ensemble", is_flag=True, help="All RUNs together too: the mean of their probabilities.")
 @shards("--train-shards", help="What knn and probe learn from; for --bounds, where images are counted.", required=False)
@@ -58,6 +61,10 @@ def _bounds(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
               help="Whether predicted boxes end one pixel late, as in the benchmark's code.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE",
               help="A picture of some images, maps and boxes: .png, .svg or .pdf.")  # fmt: skip
+@click.option("--teacher", "teachers", multiple=True, metavar="NAME",
+              help="Tell the cost of this teacher too: a short name or a timm name; may be repeated.")  # fmt: skip
+@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True,
+              help="Images that a forward pass is timed with.")  # fmt: skip
 @click.option("--checkpoint", type=click.Choice(["last", "best", "ema"]), default="last", show_default=True,
               help="Which student; `best` was chosen on the validation shards, `ema` is the average.")  # fmt: skip
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
@@ -76,6 +83,8 @@ def evaluate(
     lr: float | None,
     convention: Convention,
     out: Path | None,
+    teachers: tuple[str, ...],
+    batch_size: int,
     checkpoint: str,
     device: str,
     as_json: bool,
@@ -93,15 +102,18 @@ def evaluate(
     pipeline evaluate run --protocol probe --shards train-val-000000.tar --train-shards 'train-{000000..000009}.tar' \\
       --labels 10% --list labelled.csv
     """
-    counted = _said("--train-shards")
-    _require_fitting(protocol, runs)
+    _require_fitting(protocol, runs, shards)
     from pipeline import evaluations
     from student.evaluation.labelled import share_of
 
     paths = [student_file(run, checkpoint) for run in runs]
     if protocol == "accuracy":
-        counts = train_shards if counted else ()
-        result, lines = evaluations.accuracy(paths, shards, ensemble, bounds, counts, device)
+        counted = train_shards if _said("--train-shards") else ()  # else the run's record tells
+        result, lines = evaluations.accuracy(paths, shards, ensemble, bounds, counted, device)
+    elif protocol == "cost":
+        from pipeline.costs import costs
+
+        result, lines = costs(paths, teachers, batch_size, device)
     elif protocol == "boxes":
         from pipeline.localising import boxes
 
@@ -117,19 +129,24 @@ def evaluate(
     show(result, lines, as_json)
 
 
+def _option(flag: str) -> click.Parameter:
+    (option,) = (param for param in click.get_current_context().command.params if flag in param.opts)
+    return option
+
+
 def _said(flag: str) -> bool:
     """Whether an option was given on the command line."""
-    context = click.get_current_context()
-    (name,) = (param.name for param in context.command.params if flag in param.opts)
-    return context.get_parameter_source(str(name)) == ParameterSource.COMMANDLINE
+    return click.get_current_context().get_parameter_source(str(_option(flag).name)) == ParameterSource.COMMANDLINE
 
 
-def _require_fitting(protocol: str, runs: tuple[Path, ...]) -> None:
-    """Refuse options that a protocol does not take. Raises click.UsageError."""
+def _require_fitting(protocol: str, runs: tuple[Path, ...], shards: tuple[str, ...]) -> None:
+    """Refuse options that a protocol does not take, and a protocol without shards. Raises click.UsageError."""
     for flag, takers in _TAKEN_BY.items():
         if _said(flag) and protocol not in takers:
             raise click.UsageError(f"{flag} is for --protocol {' or '.join(takers)}, not for {protocol}; leave it out")
-    if protocol != "accuracy" and len(runs) > 1:
+    if not shards and protocol in _TAKEN_BY["--shards"]:
+        raise click.MissingParameter(ctx=click.get_current_context(), param=_option("--shards"))
+    if protocol not in ("accuracy", "cost") and len(runs) > 1:
         raise click.UsageError(f"--protocol {protocol} takes one RUN, found {len(runs)}")
     if _said("--ensemble") and len(runs) < 2:
         raise click.UsageError("--ensemble is of two RUNs or more: pipeline evaluate RUN1 RUN2 --ensemble …")
