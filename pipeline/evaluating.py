@@ -97,10 +97,11 @@ def evaluate(
     \b
     pipeline evaluate run --shards train-val-000000.tar
     pipeline evaluate run --shards train-val-000000.tar --shards seen=train-000000.tar --bounds 20,100
-    pipeline evaluate run run --ensemble --shards train-val-000000.tar
+    pipeline evaluate run vit_tiny-photos.safetensors --ensemble --shards train-val-000000.tar
     pipeline evaluate run --protocol knn --shards train-val-000000.tar --train-shards 'train-{000000..000009}.tar'
     pipeline evaluate run --protocol probe --shards train-val-000000.tar --train-shards 'train-{000000..000009}.tar' \\
       --labels 10% --list labelled.csv
+    pipeline evaluate run --protocol cost --teacher mobilenetv2
     """
     _require_fitting(protocol, runs, shards)
     from pipeline import evaluations
