@@ -14,10 +14,11 @@ from typing import Any
 import click
 
 from pipeline.catalogue import recipes, teachers
+from pipeline.evaluating import evaluate
 from pipeline.links import links
 from pipeline.measuring import bench, demo
 from pipeline.recording import init, inspect, pack, plan, precompute, verify
-from pipeline.training import evaluate, export, fit_teacher, predict, train
+from pipeline.training import export, fit_teacher, predict, train
 from storage.errors import UserError, nearest
 
 

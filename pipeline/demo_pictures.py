@@ -101,7 +101,7 @@ def attention(out: Path, store: Store, val: Sequence[str], runs: Mapping[str, Pa
 def _different(shards: Sequence[str], about: Description) -> np.ndarray:
     """Images uint8 `[DIGITS, S, S, 3]` of different classes, as a student is evaluated on them."""
     from storage.policies import policy
-    from student.evaluate import evaluation_batches
+    from student.evaluation.accuracy import evaluation_batches
 
     (batch,) = evaluation_batches(shards, policy(about.evaluation, about.img_size), 1 << 20)
     first = {int(label): i for i, label in reversed([*enumerate(batch.labels)])}

@@ -1,4 +1,4 @@
-"""Commands from a store to a student: train, evaluate, predict, export, fit-teacher."""
+"""Commands from a store to a student: train, predict, export, fit-teacher."""
 
 from __future__ import annotations
 
@@ -97,59 +97,6 @@ def train(
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@shards("--shards", help="Labelled shards.")
-@click.option("--checkpoint", type=click.Choice(["last", "best", "ema"]), default="last", show_default=True,
-              help="Which student; `best` was chosen on the validation shards, `ema` is the average.")  # fmt: skip
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@reads(shards="val")
-@common
-def evaluate(run: Path, shards: tuple[str, ...], checkpoint: str, device: str, as_json: bool) -> None:
-    """Accuracy of a run's student over shards.
-
-    Every sample counts once, on the evaluation view of the policy that the student was trained under.
-
-    \b
-    pipeline evaluate run --shards train-val-000000.tar
-    """
-    from storage.policies import policy
-    from storage.shards import cached_index, expand, require_classes
-
-    urls = expand(shards)
-
-    from student.evaluate import evaluate as score_of
-    from student.folder import is_smoke
-    from student.model import load, pick_device
-
-    path = _student(run, checkpoint)
-    model, about = load(path)
-    if about.classes:
-        require_classes(urls, about.classes)
-    where = pick_device(device)
-    console = Console()
-    console.start("evaluating", sum(len(cached_index(url)) for url in urls))
-    try:
-        score = score_of(
-            model.to(where), urls, policy(about.evaluation, about.img_size), about.mean, about.std, device=where,
-            advance=console.advance,
-        )  # fmt: skip
-    finally:
-        console.stop()
-    top5 = f", top-5 {score.top5:.2f} %" if score.top5 is not None else ""
-    result = {
-        "top1": score.top1,
-        "top5": score.top5,
-        "samples": score.samples,
-        "student": str(path),
-        "view": about.evaluation,
-        "smoke": is_smoke(path.parent),
-    }
-    if result["smoke"]:
-        console.say(f"{path}: of a smoke run, which has learned nothing")
-    show(result, [f"top-1 {score.top1:.2f} %{top5} on {score.samples} samples ({about.evaluation})"], as_json)
-
-
-@click.command()
-@click.argument("run", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...", type=click.Path(path_type=Path))
 @click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="How many classes of each image.")
 @click.option("--checkpoint", type=click.Choice(["last", "best", "ema"]), default="last", show_default=True,
@@ -169,7 +116,7 @@ def predict(run: Path, images: tuple[Path, ...], top: int, checkpoint: str, devi
     from student.predict import found_in
     from student.predict import predict as ask
 
-    path = _student(run, checkpoint)
+    path = student_file(run, checkpoint)
     model, about = load(path)
     console, files = Console(), found_in(images)
     console.start("looking", len(files))
@@ -212,12 +159,12 @@ def export(run: Path, shards: tuple[str, ...], out: Path | None, checkpoint: str
     """
     from pipeline.deploying import export as run_
 
-    path = _student(run, checkpoint)
+    path = student_file(run, checkpoint)
     result = run_(path, shards, out or path.with_name("student.onnx"))
     show(result, [f"{result['graph']}: {result['bytes']:,} bytes, checked on {result['checked']} images"], as_json)
 
 
-def _student(run: Path, checkpoint: str) -> Path:
+def student_file(run: Path, checkpoint: str) -> Path:
     """The file of a run's student; a file stands for itself. Raises UserError: the run has others, not this one."""
     path = run / f"{checkpoint}.safetensors" if run.is_dir() or not run.suffix else run
     others = [name for name in ("last", "best", "ema") if (run / f"{name}.safetensors").is_file()]

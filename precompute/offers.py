@@ -30,15 +30,8 @@ def offers_of(name: str, input_size: int | None = None, grid: int = 14) -> dict[
     Raises:
         UserError: an unknown name, or a size that the network does not take.
     """
-    model, size = resolve(name)
+    model, size, network = bare(name, input_size)
     about = about_weights(model, name)
-    size = input_size or size or about["size"] or 224
-    arguments = {"img_size": size} if takes_image_size(model) else {}
-    try:
-        with torch.device("meta"):  # no memory, no time: only shapes are looked at
-            network: nn.Module = timm.create_model(model, pretrained=False, **arguments)
-    except Exception as error:  # timm raises many kinds
-        raise UserError(f"teacher {name} with an input of {size}: cannot be made: {first_line(error)}") from None
     shapes, kind, layers = _shapes(network, size, grid)
     taps = {}
     for tap, shape in shapes.items():
@@ -49,6 +42,28 @@ def offers_of(name: str, input_size: int | None = None, grid: int = 14) -> dict[
         "teacher": name, "model": model, "input_size": size, "mean": list(about["mean"]), "std": list(about["std"]),
         "parameters": sum(p.numel() for p in network.parameters()), "network": kind, "layers": layers, "taps": taps,
     }  # fmt: skip
+
+
+def bare(name: str, input_size: int | None = None, device: str = "meta") -> tuple[str, int, nn.Module]:
+    """timm's name, input size and network of a teacher, without its weights.
+
+    Args:
+        name: as `--teacher` takes it.
+        input_size: of its square input; by default that of its weights.
+        device: where its parameters are; on `meta` they take no memory and no time.
+
+    Raises:
+        UserError: an unknown name, or a size that the network does not take.
+    """
+    model, own = resolve(name)
+    size = input_size or own or about_weights(model, name)["size"] or 224
+    arguments = {"img_size": size} if takes_image_size(model) else {}
+    try:
+        with torch.device(device):
+            network: nn.Module = timm.create_model(model, pretrained=False, **arguments)
+    except Exception as error:  # timm raises many kinds
+        raise UserError(f"teacher {name} with an input of {size}: cannot be made: {first_line(error)}") from None
+    return model, size, network.eval()
 
 
 def _shapes(network: nn.Module, size: int, grid: int) -> tuple[dict[str, tuple[int, ...]], str, int]:

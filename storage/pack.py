@@ -27,6 +27,7 @@ from storage.files import kind_of, written_whole
 from storage.objects import is_remote, read_range
 from storage.shards import braces, classes_of, expand
 from storage.sources import Files, class_folders, listed
+from storage.subsets import balanced
 from storage.tars import as_sample, closing_zeros, compression, label_of, members, open_file, size_of
 from storage.views import generator
 
@@ -238,14 +239,7 @@ def _split(
 
     At least one of each class is in the part, but at least `rest` (0 or 1) of each are in the rest.
     """
-    by_class: dict[int | None, list[int]] = defaultdict(list)
-    for i, source in enumerate(sources):
-        by_class[source.label].append(i)
-    chosen: set[int] = set()
-    for label, indices in by_class.items():
-        count = min(max(round(len(indices) * fraction), 1), len(indices) - rest)
-        order = generator("pack", what, seed, label).permutation(len(indices))
-        chosen.update(indices[int(j)] for j in order[:count])
+    chosen = balanced([source.label for source in sources], fraction, seed, what, rest)
     return [s for i, s in enumerate(sources) if i in chosen], [s for i, s in enumerate(sources) if i not in chosen]
 
 

@@ -18,8 +18,9 @@ from storage.errors import UserError
 from storage.files import unfinished, written_whole
 
 CHECKPOINT, RESULT, LOG, SMOKE, CARD = "checkpoint.pt", "result.json", "log.jsonl", "SMOKE", "README.md"
+ABOUT = "run.json"
 _FILES = (
-    "run.json", LOG, CHECKPOINT, "last.safetensors", "best.safetensors", "ema.safetensors", "losses.safetensors",
+    ABOUT, LOG, CHECKPOINT, "last.safetensors", "best.safetensors", "ema.safetensors", "losses.safetensors",
     "tensorboard", RESULT, CARD,
 )  # fmt: skip
 # What a kill leaves of them counts as nothing. The marks are last: until they go, the folder is a run's.
@@ -82,9 +83,18 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def result(out: Path) -> dict[str, Any] | None:
     """What a complete run gave; None where it was cut off before it was written."""
+    return _object(out / RESULT)
+
+
+def about(out: Path) -> dict[str, Any]:
+    """What a run was trained with, as far as it is written there; nothing where no run is."""
+    return _object(out / ABOUT) or {}
+
+
+def _object(path: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads((out / RESULT).read_text())
-    except (FileNotFoundError, ValueError):
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 

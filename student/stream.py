@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -189,11 +190,13 @@ class Stream(IterableDataset[Batch]):
         permute: int | None = None,
     ) -> None:
         urls = expand(shards)
+        self.label_counts: Counter[int] = Counter()
         opened = Store.open(store) if isinstance(store, str | Path) else store
 
         def check(url: str, index: ShardIndex) -> None:
             if labels:
                 require_labels(url, index, classes)
+                self.label_counts.update(label for label in index.labels if label is not None)
 
         if opened is None:
             if targets or policy is None:

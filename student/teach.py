@@ -29,7 +29,7 @@ from storage.shards import cached_index, classes_of, expand, require_classes, re
 from storage.store import Store
 from storage.views import COLUMNS
 from storage.weights import digest_of_file, save_state
-from student.evaluate import Score, evaluate
+from student.evaluation.accuracy import Score, evaluate
 from student.head import STRENGTHS, Examples, Tried, fit, try_strengths
 from student.network import Classifier, arguments_of, check, network_of, put_in, tapped
 from student.order import Segment

@@ -26,7 +26,7 @@ from storage.progress import Progress, Quiet
 from storage.weights import first_line, save_state
 from student import checkpoint, folder, speed
 from student.card import card
-from student.evaluate import Score, evaluate
+from student.evaluation.accuracy import Score, evaluate
 from student.model import save
 from student.optimiser import optimiser, peak_rate, rate
 from student.prepare import Job, Parts, prepare
@@ -179,7 +179,8 @@ class _Run:
         self.progress.say(speed.line(chosen, len(piece.labels)))
         if rank() == 0:
             about = {**self.parts.identity, "speed": chosen.plain(), "ranks": ranks(), "device": str(self.device)}
-            folder.write_json(self.job.out / "run.json", {**about, "torch": torch.__version__})
+            counts = {str(label): count for label, count in sorted(self.stream.label_counts.items())}
+            folder.write_json(self.job.out / folder.ABOUT, {**about, "images": counts, "torch": torch.__version__})
         return self._compute(chosen)
 
     # ------------------------------------------------------------------------------------------ training

@@ -18,7 +18,7 @@ from pipeline.deploying import export
 from storage.errors import UserError
 from storage.policies import policy
 from storage.testing import synthetic_shards
-from student.evaluate import evaluation_batches
+from student.evaluation.accuracy import evaluation_batches
 from student.model import load
 from tests.student.runs import run, u8
 

@@ -16,7 +16,7 @@ from storage.testing import synthetic_shards
 from student import checkpoint
 from student import train as trainer
 from student.config import validate
-from student.evaluate import count, evaluate
+from student.evaluation.accuracy import count, evaluate
 from student.model import build
 from student.ranks import joined
 from tests.conftest import Quiet

@@ -12,7 +12,7 @@ from pipeline.recipes import load as load_recipe
 from storage.errors import UserError
 from storage.policies import policy
 from student import folder
-from student.evaluate import evaluate
+from student.evaluation.accuracy import evaluate
 from student.model import build, load
 from student.optimiser import optimiser, rate
 from student.prepare import prepare

@@ -16,7 +16,7 @@ from storage.shards import cached_index, read_samples
 from storage.store import Store
 from storage.testing import synthetic_shards
 from storage.views import View, decode, draw, render
-from student.evaluate import evaluation_batches
+from student.evaluation.accuracy import evaluation_batches
 from student.stream import Batch, Stream, _leave_at_once
 
 

@@ -269,7 +269,7 @@ def test_all_but_the_head_is_the_recorded_teacher(made, fitted):
 
 
 def test_it_learns_and_is_scored_on_every_validation_sample(made, fitted):
-    from student.evaluate import evaluate
+    from student.evaluation.accuracy import evaluate
 
     out, result, _ = fitted
     assert result["samples"] == 60

@@ -14,7 +14,7 @@ from storage.policies import policy
 from storage.store import Store
 from storage.testing import TINY_CNN, synthetic_shards
 from student.config import Bank, validate
-from student.evaluate import evaluate
+from student.evaluation.accuracy import evaluate
 from student.lesson import Lesson
 from student.model import build, load, pick_device
 from student.stream import Stream

@@ -98,21 +98,44 @@ def count(
                 f"{urls[int(part.ids[int(part.labels.argmax()), 0])]}: there is a label {int(part.labels.max())}, the "
                 f"student has classes 0 to {classes - 1}"
             )
-        best = logits.topk(min(5, classes), 1).indices == there.labels[:, None]
-        right1 += int(best[:, 0].sum())
-        right5 += int(best.any(1).sum())
+        places = places_of(logits, there.labels)
+        right1 += int((places == 0).sum())
+        right5 += int((places < 5).sum())
         samples += len(there.labels)
         few += classes <= 5
         advance(len(there.labels))
     return torch.tensor([right1, right5, samples, few], device=device)
 
 
+def places_of(scores: Tensor, labels: Tensor) -> Tensor:
+    """How many classes come before the right one: 0 where it is the first. int64 `[B]`.
+
+    Of classes with one score the first counts as the larger. A score that is no number beats nothing, and is beaten
+    by all.
+
+    Args:
+        scores: `[B, K]`.
+        labels: int64 `[B]`.
+    """
+    own = scores.gather(1, labels[:, None])
+    later = torch.arange(scores.shape[1], device=scores.device) > labels[:, None]
+    beaten = (scores < own) | ((scores == own) & later)
+    return scores.shape[1] - 1 - beaten.sum(1)
+
+
 def evaluation_batches(
-    urls: Sequence[str], policy: Policy, batch: int, rank: int = 0, ranks: int = 1, most: int | None = None
+    urls: Sequence[str],
+    policy: Policy,
+    batch: int,
+    rank: int = 0,
+    ranks: int = 1,
+    most: int | None = None,
+    chosen: Sequence[np.ndarray] | None = None,
 ) -> Iterator[Batch]:
     """Every sample of labelled shards once, in order, in the one view of a policy without chance.
 
-    With several ranks, one in so many blocks, counted over all shards; with `most`, the first so many blocks alone.
+    With several ranks, one in so many blocks, counted over all shards; with `most`, the first so many blocks alone;
+    with `chosen`, the samples of these indices in each shard alone, sorted.
     """
     before = 0  # blocks of earlier shards
     for shard, url in enumerate(urls):
@@ -120,13 +143,19 @@ def evaluation_batches(
         require_labels(url, index)
         reader = BlockReader(Source((url,), (index.id,), policy))
         held: list[Part] = []
-        mine = [n for n in range(index.blocks) if (before + n) % ranks == rank and (most is None or before + n < most)]
+        wanted = np.arange(len(index)) if chosen is None else chosen[shard]
+        mine: dict[int, np.ndarray] = {}
+        for number in range(index.blocks):
+            if (before + number) % ranks == rank and (most is None or before + number < most):
+                block = index.block(number)
+                mine[number] = wanted[slice(*np.searchsorted(wanted, (block.start, block.stop)))]
         before += index.blocks
-        for number in mine:
-            arrays, targets = reader.read(Segment(0, number, np.array(index.block(number))), 0)
+        mine = {number: samples for number, samples in mine.items() if len(samples)}
+        for number, samples in mine.items():
+            arrays, targets = reader.read(Segment(0, number, samples), 0)
             arrays["ids"][:, 0] = shard
             held.append((arrays, targets))
-            if sum(len(part[0]["labels"]) for part in held) >= batch or number == mine[-1]:
+            if sum(len(part[0]["labels"]) for part in held) >= batch or number == max(mine):
                 joined, _ = join(held)
                 tensors = {name: torch.from_numpy(array) for name, array in joined.items()}
                 yield Batch(**tensors)  # type: ignore[arg-type]

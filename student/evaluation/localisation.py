@@ -1,0 +1,118 @@
+"""Localisation without boxes in training: where a student's class token looks, against true boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from precompute.taps import AttentionTaps, resize_matrix
+from storage.errors import UserError
+from storage.shards import cached_index
+from student.align import student_shape
+from student.evaluation.boxed import Boxed, boxed_images
+from student.evaluation.boxes import SIDE, Convention, best_overlaps, found_boxes, overlaps, report
+from student.evaluation.contours import LEVELS, grey, scipy_image
+from student.losses.aal import class_maps
+from student.model import Description
+
+SHOWN = 8  # images of a picture
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An image of the picture: its map, uint8 `[224, 224]`, and the box that is predicted, `[4]`, with its IoU."""
+
+    image: Boxed
+    map: np.ndarray
+    box: np.ndarray
+    overlap: float
+
+
+class Looker:
+    """Where a student looks: the mean of the class token's attention over the patches, of all layers and heads (AAL).
+
+    Raises:
+        UserError: a student without attention that can be read, or without a class token.
+    """
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        shape = student_shape(model)
+        if "class" not in shape.prefix:
+            raise UserError(f"{name}: the student has no class token, so it has no class rows to localise by")
+        self.model, self.taps, self.prefix, self.grid = model, AttentionTaps(model), len(shape.prefix), shape.grid
+        self.text = f"mean of {shape.maps} class-row maps of {shape.grid}x{shape.grid}"
+
+    @torch.no_grad()
+    def maps(self, pixels: Tensor) -> np.ndarray:
+        """Maps f32 `[B, 224, 224]` of normalised images `[B, 3, S, S]`, resized by bicubic interpolation."""
+        self.model(pixels)
+        mean = class_maps(self.taps.q, self.taps.k, self.taps.scales, self.prefix, "scaled").mean(1)
+        matrix = resize_matrix(self.grid, SIDE).to(mean.device)
+        maps: np.ndarray = (matrix @ mean.view(-1, self.grid, self.grid) @ matrix.T).cpu().numpy()
+        return maps
+
+
+def localise(
+    looker: Looker,
+    about: Description,
+    urls: Sequence[str],
+    convention: Convention = "official",
+    *,
+    device: torch.device | str = "cpu",
+    batch: int = 64,
+    shown: bool = False,
+    advance: Callable[[int], None] = lambda samples: None,
+) -> tuple[dict[str, Any], list[Shown]]:
+    """MaxBoxAcc, V1 and V2, beside a centred box; and some images for a picture, spread over the shards.
+
+    The predicted box of a picture is that of the largest contour, at the threshold that is best for IoU 0.5.
+
+    Args:
+        looker: at the student, on the device, in eval mode.
+        about: how it is fed; the whole image is resized, nothing is cut off.
+        urls: shards with boxes; samples without one do not count.
+        convention: of the boxes' ends.
+        device: where the student is.
+        batch: images at a time.
+        shown: whether images are kept for a picture.
+        advance: called with the number of samples done.
+
+    Raises:
+        UserError: no sample has a box, one that is none, an image that cannot be decoded.
+    """
+    scipy_image()  # told before anything is spent
+    total = sum(len(cached_index(url)) for url in urls)
+    wanted = set(np.linspace(0, total - 1, min(SHOWN, total)).round().astype(int).tolist()) if shown else set()
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (about.mean, about.std))
+    best: list[np.ndarray] = []
+    truths: list[np.ndarray] = []
+    kept: list[tuple[Boxed, np.ndarray]] = []
+    images = enumerate(boxed_images(urls, about.img_size))
+    while several := list(islice(images, batch)):
+        there = [(number, image) for number, image in several if len(image.boxes)]
+        if there:
+            pixels = torch.from_numpy(np.stack([image.pixels for _, image in there])).to(device)
+            maps = looker.maps((pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std)
+            for (number, image), values in zip(there, maps, strict=True):
+                level = grey(values)
+                best.append(best_overlaps(level, image.boxes, convention))
+                truths.append(image.boxes)
+                if number in wanted:
+                    kept.append((image, level))
+        advance(len(several))
+    if not best:
+        raise UserError(f"{urls[0]}: no sample says a bbox in its json, so there is nothing to localise against")
+    told = {**report(np.stack(best), truths), "samples": len(best), "without_box": total - len(best)}
+    at = round(told["v1"]["0.5"]["threshold"] * LEVELS)
+    return told, [_shown(image, level, at, convention) for image, level in kept]
+
+
+def _shown(image: Boxed, level: np.ndarray, at: int, convention: Convention) -> Shown:
+    box = found_boxes(level, at, convention)[:1]
+    return Shown(image, level, box[0], float(overlaps(box, image.boxes).max()))

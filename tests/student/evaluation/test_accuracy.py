@@ -1,0 +1,204 @@
+"""Accuracy: places, sets of some of the classes, ensembles, classes by their number of training images."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.cli import main
+from storage.errors import IdentityError, UserError
+from storage.shards import cached_index
+from storage.testing import synthetic_shards
+from student.evaluation.accuracy import evaluation_batches, places_of
+from student.evaluation.figures import figures
+from student.evaluation.members import Member, seen
+from student.model import Description, load
+from tests.student.runs import run
+
+
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two runs of other seeds."""
+    folder = tmp_path_factory.mktemp("accuracy")
+    for seed in range(2):
+        run(world, folder / str(seed), "scratch", f"seed={seed}", store=None)
+    return [folder / "0", folder / "1"]
+
+
+@pytest.fixture
+def tell(capsys):
+    def call(*words: object, status: int = 0) -> dict:
+        with pytest.raises(SystemExit) as ended:
+            main([*map(str, words), "--json"])
+        said = capsys.readouterr()
+        assert ended.value.code == status, said.err
+        return json.loads(said.out)
+
+    return call
+
+
+class Fixed(torch.nn.Module):
+    """Says the logits of a table, one row an image after another."""
+
+    def __init__(self, table: torch.Tensor) -> None:
+        super().__init__()
+        self.table, self.at = table, 0
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.at += len(pixels)
+        return self.table[self.at - len(pixels) : self.at]
+
+
+def about(classes: int, names: tuple[str, ...] | None = None) -> Description:
+    half = (0.5, 0.5, 0.5)
+    return Description("fixed", {"num_classes": classes}, 16, half, half, names, "short(1)|center")
+
+
+def test_a_place_counts_the_classes_before_the_right_one_and_no_number_beats_nothing() -> None:
+    scores = torch.tensor([[3.0, 2, 1], [1, 2, 3], [2, 2, 2], [2, 2, 2], [torch.nan] * 3, [1, torch.nan, 0]])
+    assert places_of(scores, torch.tensor([0, 0, 0, 2, 0, 0])).tolist() == [0, 2, 0, 2, 2, 1]
+
+
+def test_chosen_samples_are_those_of_the_whole(world) -> None:
+    from storage.policies import policy
+
+    chosen = [np.array([0, 5, 63, 64, 149]), np.array([70])]
+    view = policy("eval", 32)
+    whole = list(evaluation_batches(world.shards, view, 64))
+    some = list(evaluation_batches(world.shards, view, 64, chosen=chosen))
+    ids = torch.cat([part.ids for part in some])
+    assert ids[:, :2].tolist() == [[0, 0], [0, 5], [0, 63], [0, 64], [0, 149], [1, 70]]
+    every = torch.cat([part.images for part in whole])
+    assert torch.equal(torch.cat([part.images for part in some]), every[[0, 5, 63, 64, 149, 220]])
+
+
+def test_a_student_with_itself_is_as_good_as_alone(world, trained) -> None:
+    one, described = load(trained[0] / "last.safetensors")
+    two, other = load(trained[1] / "last.safetensors")
+    twice = [Member("a", one, described), Member("b", one, described)]
+    found = seen(twice, world.shards, ensemble=True)
+    assert torch.equal(found.places[0], found.places[2])
+    both = seen([Member("a", one, described), Member("b", two, other)], world.shards, ensemble=True)
+    assert torch.equal(both.places[0], found.places[0])
+    assert not torch.equal(both.places[0], both.places[1])
+
+
+def test_an_ensemble_averages_probabilities_and_not_logits(world) -> None:
+    """One is sure, the other would win by its large logits."""
+    (url,) = world.shards[:1]
+    labels = torch.tensor(cached_index(url).labels)
+    sure = torch.nn.functional.one_hot(labels, 3).float() * 4
+    wrong = torch.nn.functional.one_hot((labels + 1) % 3, 3).float() * 0.5 + 100
+    members = [Member("sure", Fixed(sure), about(3)), Member("wrong", Fixed(wrong), about(3))]
+    found = seen(members, [url], ensemble=True)
+    assert [int((places == 0).sum()) for places in found.places] == [150, 0, 150]
+
+
+def test_a_set_of_some_classes_is_answered_among_these(tmp_path) -> None:
+    """As ImageNet-A: its list is a part of the student's, in another order."""
+    names = ("a", "b", "c", "d")
+    (url,) = synthetic_shards(tmp_path, shards=1, samples=30, classes=2)
+    (tmp_path / "classes.json").write_text('["d", "b"]')
+    labels = torch.tensor(cached_index(url).labels)
+    table = torch.zeros(30, 4)
+    table[:, [0, 2]] = 9  # classes that the set has not
+    table[torch.arange(30), torch.tensor([3, 1])[labels]] = 1
+    found = seen([Member("x", Fixed(table), about(4, names))], [url])
+    assert (found.classes, found.names) == (2, ("d", "b"))
+    assert int((found.places == 0).sum()) == 30
+    (tmp_path / "classes.json").write_text('["d", "e"]')
+    with pytest.raises(IdentityError, match="classes: expected 4"):
+        seen([Member("x", Fixed(table), about(4, names))], [url])
+
+
+def test_members_of_other_classes_are_refused(world) -> None:
+    url = world.shards[:1]
+    table = torch.zeros(150, 4)
+    with pytest.raises(UserError, match="second has 4 classes, first 3"):
+        seen(
+            [Member("first", Fixed(table[:, :3]), about(3)), Member("second", Fixed(table), about(4))],
+            url,
+            ensemble=True,
+        )
+    with pytest.raises(UserError, match="there is a label 2, small has classes 0 to 1"):
+        seen([Member("small", Fixed(table[:, :2]), about(2))], url)
+
+
+def test_parts_by_training_images() -> None:
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    places = torch.tensor([0, 0, 0, 3, 5, 4])
+    told = figures(labels, places, 6, None, {0: 101, 1: 100, 2: 19, 3: 20})
+    assert (told["top1"], told["top5"], told["samples"]) == (50.0, 83.333, 6)
+    assert [told[part]["top1"] for part in ("many", "medium", "few")] == [100.0, 50.0, 0.0]
+    assert [told[part]["classes"] for part in ("many", "medium", "few")] == [1, 2, 3]
+    assert [one["top1"] for one in told["classes"]] == [100.0, 50.0, 0.0]
+    weighted = sum(told[part]["top1"] * told[part]["samples"] for part in ("many", "medium", "few")) / 6
+    assert weighted == pytest.approx(told["top1"])
+    assert figures(labels, places, 6, None, {0: 101}, (0, 200))["many"]["top1"] is None
+
+
+def test_several_sets_and_parts_through_the_command(world, trained, tell, tmp_path) -> None:
+    first, second = world.shards
+    result = tell("evaluate", trained[0], "--shards", first, "--shards", f"other={second}", "--bounds", "20,100")
+    alone = [tell("evaluate", trained[0], "--shards", url) for url in (first, second)]
+    assert result["top1"] == alone[0]["top1"]
+    assert result["sets"]["other"]["top1"] == alone[1]["top1"]
+    assert result["samples"] == result["sets"]["other"]["samples"] == 150
+    assert sum(one["samples"] for one in result["classes"]) == 150
+    counts = [sum(list(cached_index(url).labels).count(n) for url in world.shards) for n in range(3)]
+    recorded = json.loads((trained[0] / "run.json").read_text())["images"]
+    assert recorded == {str(n): count for n, count in enumerate(counts)}
+    assert sum(result[part]["classes"] for part in ("many", "medium", "few")) == 3
+    given = tell("evaluate", trained[0], "--shards", first, "--bounds", "20,100", "--train-shards", first)
+    assert given["medium"]["classes"] == sum(20 <= list(cached_index(first).labels).count(n) <= 100 for n in range(3))
+    whole = tell("evaluate", trained[0], "--shards", f"{first}::{second}")
+    assert whole["top1"] == pytest.approx((alone[0]["top1"] + alone[1]["top1"]) / 2, abs=0.001)
+    named = tmp_path / "split=1.tar"  # a path, and no name of a set
+    shutil.copy(first, named)
+    assert "sets" not in tell("evaluate", trained[0], "--shards", named)
+
+
+def test_an_ensemble_through_the_command(world, trained, tell, capsys) -> None:
+    words = ["evaluate", *trained, "--shards", world.shards[0]]
+    result = tell(*words, "--ensemble")
+    assert [one["top1"] for one in result["students"]] == [
+        tell("evaluate", one, "--shards", world.shards[0])["top1"] for one in trained
+    ]
+    assert "ensemble" not in tell(*words)
+    same = tell("evaluate", trained[0], trained[0], "--shards", world.shards[0], "--ensemble")
+    assert same["ensemble"]["top1"] == same["students"][0]["top1"]
+    with pytest.raises(SystemExit):
+        main([str(word) for word in (*words, "--ensemble")])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["together", "150", f"{result['ensemble']['top1']:.2f}", "-"] in rows
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (["--bounds", "100,20"], 2, "expected LOW,HIGH"),
+        (["--bounds", "many"], 2, "expected LOW,HIGH"),
+        (["--ensemble"], 2, "two RUNs or more"),
+        (["--labels", "1%"], 2, "--labels is for --protocol knn or probe, not for accuracy"),
+        (["--shards", "ood="], 1, "a name without shards"),
+        (["--shards", "ood=nowhere.tar"], 1, "nowhere.tar: no such shard"),
+    ],
+)
+def test_mistakes_are_told(world, trained, capsys, words, status, message) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", str(trained[0]), "--shards", world.shards[0], *words])
+    assert ended.value.code == status
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_that_does_not_say_its_images_is_told_how(world, trained, tmp_path, capsys) -> None:
+    shutil.copy(trained[0] / "last.safetensors", tmp_path / "last.safetensors")
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", str(tmp_path), "--shards", world.shards[0], "--bounds", "20,100"])
+    assert ended.value.code == 1
+    assert "does not say how many training images" in capsys.readouterr().err

@@ -1,0 +1,117 @@
+"""Cost: parameters that are known, multiply-adds counted by hand, links as a run left them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pipeline.cli import main
+from precompute.offers import bare
+from precompute.taps import timm
+from storage.errors import UserError
+from student.evaluation.cost import cost, links_of
+from student.speed import attention_modules
+from tests.student.runs import run
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "parameters"),
+    [
+        ("vit_tiny_patch16_224", 10, 5_526_346), ("vit_small_patch16_224", 10, 21_669_514),
+        ("vit_base_patch16_224", 10, 85_806_346), ("deit_tiny_distilled_patch16_224", 10, 5_528_660),
+        ("deit_small_distilled_patch16_224", 10, 21_674_132), ("deit_small_distilled_patch16_224", 1000, 22_436_432),
+    ],
+)  # fmt: skip
+def test_parameters_are_those_that_are_printed(name, classes, parameters) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=classes).eval()
+        assert cost(model, torch.zeros(1, 3, 224, 224)).parameters == parameters
+
+
+def test_multiply_adds_are_those_counted_by_hand() -> None:
+    """Patches, then in each layer qkv, two products of attention, projection and MLP, then the head."""
+    width, depth, tokens, classes = 192, 12, 197, 10
+    layer = tokens * width * width * (3 + 1 + 4 + 4) + 2 * tokens * tokens * width
+    expected = 196 * 3 * 16 * 16 * width + depth * layer + width * classes
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=classes).eval()
+    before = [module.fused_attn for module in attention_modules(model)]
+    assert cost(model, torch.zeros(1, 3, 224, 224)).macs == expected
+    assert [module.fused_attn for module in attention_modules(model)] == before
+    _, size, teacher = bare("effnet_b3")
+    assert size == 224
+    with torch.device("meta"):
+        assert cost(teacher, torch.zeros(1, 3, 224, 224)).macs == pytest.approx(0.96e9, rel=0.01)
+
+
+def test_links_are_those_of_the_run(tmp_path) -> None:
+    file = tmp_path / "losses.safetensors"
+    assert links_of(file) == {}
+    save_file({"a.aal.links.weight": torch.zeros(952, 72, 1), "a.aal.links.bias": torch.zeros(952),
+               "b.other.weight": torch.zeros(3, 3)}, file)  # fmt: skip
+    (links,) = links_of(file).values()
+    found = cost(links, torch.zeros(1, 72, 196))
+    assert (found.parameters, found.macs) == (69_496, 952 * 72 * 196)
+    file.write_bytes(b"no weights")
+    with pytest.raises(UserError, match="cannot be read as weights"):
+        links_of(file)
+
+
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cost") / "run"
+    run(world, out, "aal", f"losses.aal.target={world.targets['activations u8']}")
+    return out
+
+
+def test_the_command(trained, capsys) -> None:
+    words = [
+        "evaluate",
+        str(trained),
+        str(trained),
+        "--protocol",
+        "cost",
+        "--teacher",
+        "resnet10t",
+        "--batch-size",
+        "2",
+    ]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--json"])
+    said = capsys.readouterr()
+    assert ended.value.code == 0, said.err
+    result = json.loads(said.out)
+    kinds = [one["kind"] for one in result["costs"]]
+    assert kinds == ["student", "links", "student", "links", "teacher"]
+    student, links, again, _, teacher = result["costs"]
+    assert links["parameters"] == 60 * 6 + 60
+    assert links["macs"] == 60 * 6 * 64
+    assert student["flops"] == 2 * student["macs"] == again["flops"]
+    assert teacher["parameters"] == sum(p.numel() for p in timm.create_model("resnet10t").parameters())
+    assert all(one["seconds"]["low"] <= one["seconds"]["median"] <= one["seconds"]["high"] for one in result["costs"])
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "multiply-adds" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (["--protocol", "cost", "--teacher", "resnet10"], 1, "no teacher is called 'resnet10'. Did you mean"),
+        (
+            ["--protocol", "cost", "--shards", "x.tar"],
+            2,
+            "--shards is for --protocol accuracy or knn or probe or boxes",
+        ),
+        (["--teacher", "resnet10t", "--shards", "x.tar"], 2, "--teacher is for --protocol cost, not for accuracy"),
+        (["--no-project"], 2, "Missing option '--shards'"),
+    ],
+)
+def test_mistakes_are_told(trained, capsys, words, status, message) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", str(trained), *words])
+    assert ended.value.code == status
+    assert message in capsys.readouterr().err
