@@ -265,9 +265,9 @@ def test_another_weights_file_under_a_recorded_name_is_refused(run, world, tmp_p
 
 
 def test_recipes_are_valid_and_open_with_paper_command_and_what_to_expect():
-    assert {"aal", "advit-l1", "attention-distill", "deit-hard", "deit-soft", "fine-tune", "scratch"} <= {
-        *recipes.names()
-    }
+    assert {
+        "aal", "advit-l1", "attention-distill", "deit-hard", "deit-soft", "fine-tune", "head-specific", "scratch"
+    } <= {*recipes.names()}  # fmt: skip
     for name in recipes.names():
         recipe = recipes.load(name)
         assert "crossentropy" in recipe.losses
