@@ -20,7 +20,7 @@ from storage.policies import policy
 from storage.weights import load_weights
 from student.align import student_shape
 from student.config import Student
-from student.evaluate import evaluation_batches
+from student.evaluation.accuracy import evaluation_batches
 from student.model import build, load
 from student.shifted import ShiftedPatches, shift_patches, shifted
 from tests.student.runs import run, u8
