@@ -180,7 +180,8 @@ def knn(path: Path, patterns: Sequence[str], part: Part, device: str) -> Said:
     bank, asked, classes, result = _features(path, patterns, part, device, class_feature)
     result["knn"] = {}
     for k in nearest.usable(len(bank.labels)):
-        told = figures(asked.labels, nearest.places(bank, asked, k, classes), classes)
+        places = nearest.places(bank, asked, k, classes)
+        told = figures(asked.labels.cpu(), places.cpu(), classes)
         result["knn"][str(k)] = {"top1": told["top1"], "top5": told["top5"]}
     rows = [("k", "top-1, %", "top-5, %")]
     rows += [(k, percent(told["top1"]), percent(told["top5"])) for k, told in result["knn"].items()]
@@ -191,8 +192,6 @@ def probe(path: Path, patterns: Sequence[str], part: Part, lr: float | None, dev
     """The accuracy of a linear probe, at the learning rate that is best on held-out training samples."""
     bank, asked, classes, result = _features(path, patterns, part, device, probe_feature)
     console = Console()
-    where = pick_device(device)
-    bank = Features(bank.values.to(where), bank.labels.to(where))
     console.start("fitting", linear.EPOCHS * (2 if lr is None else 1))
     try:
         tried = [] if lr else linear.try_rates(bank, classes, seed=part.seed, advance=console.advance)
@@ -200,8 +199,8 @@ def probe(path: Path, patterns: Sequence[str], part: Part, lr: float | None, dev
         head = linear.heads(bank, classes, [chosen], part.seed, advance=console.advance)
     finally:
         console.stop()
-    places = places_of(linear.logits_of(head, asked.values.to(where)).cpu(), asked.labels)
-    told = figures(asked.labels, places, classes)
+    places = places_of(linear.logits_of(head, asked.values), asked.labels)
+    told = figures(asked.labels.cpu(), places.cpu(), classes)
     result |= {"top1": told["top1"], "top5": told["top5"], "lr": chosen, "epochs": linear.EPOCHS,
                "tried": [vars(one) for one in tried]}  # fmt: skip
     lines = [f"lr {one.lr:g}: top-1 {one.top1:.2f} % on held-out training samples" for one in tried]

@@ -22,7 +22,7 @@ Reading = Callable[[nn.Module, Tensor], Tensor]  # network and pixels `[B, 3, S,
 
 @dataclass(frozen=True)
 class Features:
-    """Features f32 `[N, D]` with their labels, int64 `[N]`, in the order of the shards."""
+    """Features f32 `[N, D]` with their labels, int64 `[N]`, in the order of the shards, on one device."""
 
     values: Tensor
     labels: Tensor
@@ -57,8 +57,9 @@ def features_of(
     """
     values, labels = [], []
     for part in evaluation_batches(urls, policy(about.evaluation, about.img_size), batch, chosen=chosen):
-        values.append(read(model, part.to(device).pixels(about.mean, about.std)).float().cpu())
-        labels.append(part.labels)
+        there = part.to(device)
+        values.append(read(model, there.pixels(about.mean, about.std)).float())
+        labels.append(there.labels)
         advance(len(part.labels))
     return Features(torch.cat(values), torch.cat(labels))
 

@@ -29,7 +29,7 @@ def votes(bank: Features, values: Tensor, k: int, classes: int) -> Iterator[Tens
     for part in torch.split(values, CHUNK):
         near, which = (F.normalize(part, dim=1) @ keys.T).topk(min(k, len(keys)), 1)
         weights = (near.double() / TEMPERATURE).exp()
-        yield weights.new_zeros(len(part), classes).scatter_add_(1, bank.labels.to(which.device)[which], weights)
+        yield weights.new_zeros(len(part), classes).scatter_add_(1, bank.labels[which], weights)
 
 
 def places(bank: Features, asked: Features, k: int, classes: int) -> Tensor:

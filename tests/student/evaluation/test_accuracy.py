@@ -89,12 +89,11 @@ def test_a_student_with_itself_is_as_good_as_alone(world, trained) -> None:
 
 
 def test_an_ensemble_averages_probabilities_and_not_logits(world) -> None:
-    """One is sure, the other would win by its large logits."""
+    """One is sure, the other wavers between two wrong classes, with logits that would win."""
     (url,) = world.shards[:1]
     labels = torch.tensor(cached_index(url).labels)
-    sure = torch.nn.functional.one_hot(labels, 3).float() * 4
-    wrong = torch.nn.functional.one_hot((labels + 1) % 3, 3).float() * 0.5 + 100
-    members = [Member("sure", Fixed(sure), about(3)), Member("wrong", Fixed(wrong), about(3))]
+    right = torch.nn.functional.one_hot(labels, 3).float()
+    members = [Member("sure", Fixed(5 * right), about(3)), Member("wavers", Fixed(50 * (1 - right)), about(3))]
     found = seen(members, [url], ensemble=True)
     assert [int((places == 0).sum()) for places in found.places] == [150, 0, 150]
 

@@ -103,6 +103,10 @@ def test_a_larger_area_wins_over_more_pixels() -> None:
     assert contour_boxes(mask)[0].tolist() == [20, 10, 25, 15]
     assert sorted(contour_boxes(mask).tolist()) == [[0, 1, 39, 1], [5, 5, 7, 7], [20, 10, 25, 15], [20, 10, 25, 15]]
     assert len(contour_boxes(np.zeros((5, 5), bool))) == 0
+    corner = np.zeros((40, 40), bool)
+    corner[0:20, 0:3] = corner[17:20, 0:20] = True  # in a larger box, but with less in it
+    corner[25:35, 25:35] = True
+    assert contour_boxes(corner)[0].tolist() == [25, 25, 34, 34]
 
 
 def test_overlaps_count_both_ends() -> None:
