@@ -18,7 +18,7 @@ from student.align import Given, Row, Shape, full, student_shape
 from student.choose import Need, choose
 from student.config import Recipe
 from student.losses import Step, aal, advit, attention_transfer, crossentropy, deit, head_specific
-from student.seen import Reads, Seen
+from student.seen import ELSEWHERE, Reads, Seen
 from student.stream import Batch
 
 METHODS: dict[str, ModuleType] = {
@@ -28,13 +28,18 @@ METHODS: dict[str, ModuleType] = {
 
 
 def reads_of(recipe: Recipe) -> frozenset[Reads]:
-    """What the recipe's losses read of the student and of the batch, beside logits and stored targets."""
+    """What the recipe's losses read of the student and of the batch, beside stored targets."""
     return frozenset().union(*(METHODS[settings.method].reads(settings) for settings in recipe.losses.values()))
+
+
+def classifies(recipe: Recipe) -> bool:
+    """Whether some loss trains a classifier; without one the student is made without it."""
+    return bool(reads_of(recipe) & ELSEWHERE)
 
 
 def _shape(recipe: Recipe, model: nn.Module, names: Sequence[str] | None = None) -> Shape:
     """The student's shape; its tokens are looked at only where a loss reads them, so that others train any network."""
-    reads = reads_of(recipe) - {"labels"}
+    reads = reads_of(recipe) - ELSEWHERE
     shape = student_shape(model, names, tokens=bool(reads), attention=bool(reads & {"attention", "values"}))
     for name, settings in recipe.losses.items():
         if shape.each and METHODS[settings.method] not in (crossentropy, deit, aal):
@@ -118,7 +123,7 @@ class Lesson(nn.Module):
         self.losses = nn.ModuleDict(methods)
         self.rows: list[Row] = [method.row for method in methods.values() if method.row is not None]
         self.targets = {name: tuple(one.id for one in several) for name, several in given.items()}
-        reads = reads_of(recipe) - {"labels"}
+        reads = reads_of(recipe) - ELSEWHERE
         self.seen = Seen(model, reads) if reads else None
         if hasattr(model, "set_distilled_training"):
             model.set_distilled_training(True)  # type: ignore[operator]  # both heads' logits, while it trains
@@ -128,7 +133,7 @@ class Lesson(nn.Module):
         self.notes: dict[str, Tensor] = {}  # scalars of the last step for people, such as agreement with a teacher
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits `[B, K]` of a batch, and loss -> value, unweighted scalars."""
+        """Logits `[B, K]` of a batch (features without a classifier), and loss -> value, unweighted scalars."""
         pixels = batch.pixels(self.mean, self.std)
         if self.seen is not None:
             self.seen.clear()
