@@ -18,6 +18,7 @@ from student.loss_settings import (
     Attention,
     CrossEntropy,
     DeiT,
+    Guidance,
     HeadSpecific,
     Loss,
     Matched,
@@ -27,9 +28,9 @@ from student.loss_settings import (
 )
 
 __all__ = [
-    "AAL", "METHODS", "ADViT", "Attention", "Bank", "Control", "CrossEntropy", "DeiT", "HeadSpecific", "Loss",
-    "Matched", "Optim", "Recipe", "Schedule", "Speed", "StreamSettings", "Student", "Taught", "section_of", "sentence",
-    "validate", "with_same_classes",
+    "AAL", "METHODS", "ADViT", "Attention", "Bank", "Control", "CrossEntropy", "DeiT", "Guidance", "HeadSpecific",
+    "Loss", "Matched", "Optim", "Recipe", "Schedule", "Speed", "StreamSettings", "Student", "Taught", "section_of",
+    "sentence", "validate", "with_same_classes",
 ]  # fmt: skip
 
 

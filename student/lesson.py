@@ -17,13 +17,13 @@ from student import config
 from student.align import Given, Row, Shape, full, student_shape
 from student.choose import Need, choose
 from student.config import Recipe
-from student.losses import Step, aal, advit, attention_transfer, crossentropy, deit, head_specific
+from student.losses import Step, aal, advit, attention_transfer, crossentropy, deit, guidance, head_specific
 from student.seen import ELSEWHERE, Reads, Seen
 from student.stream import Batch
 
 METHODS: dict[str, ModuleType] = {
     "crossentropy": crossentropy, "aal": aal, "deit": deit, "attention": attention_transfer, "advit": advit,
-    "head_specific": head_specific,
+    "head_specific": head_specific, "guidance": guidance,
 }  # fmt: skip
 
 
@@ -40,7 +40,8 @@ def classifies(recipe: Recipe) -> bool:
 def _shape(recipe: Recipe, model: nn.Module, names: Sequence[str] | None = None) -> Shape:
     """The student's shape; its tokens are looked at only where a loss reads them, so that others train any network."""
     reads = reads_of(recipe) - ELSEWHERE
-    shape = student_shape(model, names, tokens=bool(reads), attention=bool(reads & {"attention", "values"}))
+    attention = bool(reads & {"attention", "values"})
+    shape = student_shape(model, names, tokens=bool(reads), attention=attention, values="values" in reads)
     for name, settings in recipe.losses.items():
         if shape.each and METHODS[settings.method] not in (crossentropy, deit, aal):
             raise UserError(

@@ -141,11 +141,11 @@ def mixed(world, tmp_path_factory):
         + ["logits", "logits,codec=topk2"]
         + ["activations,grid=8,codec=f32,at=block", "activations,grid=8,codec=f32,at=block,antialias=true"],
         "vit": [f"{tap},codec={codec}" for tap in ("class_row", "attention") for codec in ("f32", "log8")]
-        + ["q,codec=f32", "k,codec=f32", "logits"],
+        + ["q,codec=f32", "k,codec=f32", "logits", "v,codec=f32"],
     }
     names = {
         "cnn": ["f32", "u8", "f16", "logits", "topk", "block", "antialias"],
-        "vit": ["rows", "log8", "attention", "attention log8", "q", "k", "vit logits"],
+        "vit": ["rows", "log8", "attention", "attention log8", "q", "k", "vit logits", "v"],
     }
     targets: dict[str, str] = {}
     for kind, several in wishes.items():
@@ -198,6 +198,9 @@ EXACT = {
     ),
     "attention": ({**MAPS, "weight": 3}, ["attention"]),
     "attention_qk": ({"method": "attention", **MAPS, "heads": "first", "reduce_heads": "sum"}, ["q", "k"]),
+    "guidance": ({}, ["rows"]),
+    "guidance_all": ({"method": "guidance", "layers": None, "heads": "log", "loss": "mse"}, ["rows"]),
+    "guidance_values": ({"method": "guidance", "heads": "max", "value_norm": True}, ["q", "k", "v"]),
 }
 CODED = {
     "u8": ({"method": "aal"}, ["u8"], 1e-3, 1e-3),
@@ -208,6 +211,7 @@ CODED = {
     "advit_log8": ({"method": "advit", **ROWS}, ["log8"], 2e-2, 5e-2),
     "advit_l2_log8": ({"method": "advit", **ROWS, "distance": "l2"}, ["log8"], 2e-2, 1e-2),
     "attention_log8": ({"method": "attention", **MAPS}, ["attention log8"], 1e-3, 1e-3),
+    "guidance_log8": ({"method": "guidance"}, ["log8"], 4e-2, 1e-3),
 }
 
 
