@@ -47,8 +47,9 @@ def train(
 ) -> None:
     """Train a student by a recipe.
 
-    Targets come from a store where the recipe needs them. Recipes: aal, advit-l1, attention-distill, deit-hard,
-    deit-soft, fine-tune, head-specific, scratch; what they can say is in docs/recipes.md.
+    Targets come from a store where the recipe needs them. Recipes: aal, advit-l1, attention-distill, attndistill,
+    compress, deit-hard, deit-soft, fine-tune, head-specific, scratch, seed, simreg; what they can say is in
+    docs/recipes.md.
 
     The same command with --resume goes on where a run was cut off. On several GPUs or processes:
     torchrun --nproc-per-node N -m pipeline train …

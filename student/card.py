@@ -34,7 +34,7 @@ model, about = load(Path("last.safetensors"))
 """
 _FEEDING = """
 Images: RGB, the evaluation view `{evaluation}` at {size}×{size}, scaled to 0 to 1, then (x − mean) / std with mean
-{mean} and std {std}. With this project: `pipeline predict RUN IMAGE…`; as ONNX: `pipeline export RUN`.
+{mean} and std {std}. With this project: {use}`pipeline export RUN` (ONNX).
 """
 _TEACHING = """
 It can be a teacher, too, with the `--target` that a recipe reads:
@@ -126,7 +126,8 @@ def _loading(about: Description) -> str:
     """How the student is loaded, fed, and made a teacher."""
     mean, std = _three(about.mean), _three(about.std)
     own = (_SHIFTED if about.shifted_patches else _BARE).format(model=about.model, arguments=about.arguments)
-    text = own + _FEEDING.format(evaluation=about.evaluation, size=about.img_size, mean=mean, std=std)
+    use = "`pipeline predict RUN IMAGE…`, " if about.classifies else ""
+    text = own + _FEEDING.format(evaluation=about.evaluation, size=about.img_size, mean=mean, std=std, use=use)
     if about.shifted_patches:
         return text
     kept = {n: v for n, v in about.arguments.items() if n != "img_size" and "drop" not in n}  # a teacher drops nothing

@@ -17,13 +17,26 @@ from student import config
 from student.align import Given, Row, Shape, full, student_shape
 from student.choose import Need, choose
 from student.config import Recipe
-from student.losses import Step, aal, advit, attention_transfer, crossentropy, deit, guidance, head_specific
+from student.losses import (
+    Step,
+    aal,
+    advit,
+    alignment,
+    attention_transfer,
+    compress,
+    crossentropy,
+    deit,
+    guidance,
+    head_specific,
+    seed,
+)
+from student.queues import Queue
 from student.seen import ELSEWHERE, Reads, Seen
 from student.stream import Batch
 
 METHODS: dict[str, ModuleType] = {
     "crossentropy": crossentropy, "aal": aal, "deit": deit, "attention": attention_transfer, "advit": advit,
-    "head_specific": head_specific, "guidance": guidance,
+    "head_specific": head_specific, "guidance": guidance, "alignment": alignment, "seed": seed, "compress": compress,
 }  # fmt: skip
 
 
@@ -122,6 +135,7 @@ class Lesson(nn.Module):
                 settings = settings.model_copy(update={"heads": "class" if distils else "both"})
             methods[name] = METHODS[settings.method].Method(name, settings, shape, given.get(name, ()))
         self.losses = nn.ModuleDict(methods)
+        self.queues = _queues(self.losses, recipe.stream.batch_size)
         self.rows: list[Row] = [method.row for method in methods.values() if method.row is not None]
         self.targets = {name: tuple(one.id for one in several) for name, several in given.items()}
         reads = reads_of(recipe) - ELSEWHERE
@@ -156,6 +170,25 @@ class Lesson(nn.Module):
             return self.means[id].to(batch.images.device).expand(len(batch.labels), *self.means[id].shape)
         return batch.target(id)
 
+    def learned(self) -> dict[str, Tensor]:
+        """What the losses learned, such as links and projectors, by name; without queues, which only pass by."""
+        passing = [f"{name}." for name, module in self.losses.named_modules() if isinstance(module, Queue)]
+        return {name: t for name, t in self.losses.state_dict().items() if not name.startswith(tuple(passing))}
+
     def total(self, values: Mapping[str, Tensor], epoch: int) -> Tensor:
         """Σ weight(epoch) · loss."""
         return torch.stack([self.settings[name].weight.at(epoch) * value for name, value in values.items()]).sum()
+
+
+def _queues(losses: nn.ModuleDict, batch: int) -> list[Queue]:
+    """The losses' queues. Raises UserError: one that a batch does not go into."""
+    found = []
+    for name, loss in losses.items():
+        for queue in (module for module in loss.modules() if isinstance(module, Queue)):
+            if len(queue.entries) < batch:
+                raise UserError(
+                    f"{name}: a batch of {batch} does not go into a queue of {len(queue.entries)}: "
+                    f"--set losses.{name}.queue={batch}"
+                )
+            found.append(queue)
+    return found

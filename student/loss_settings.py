@@ -217,8 +217,53 @@ class Guidance(Matched):
     value_norm: bool = False
 
 
-Loss = CrossEntropy | AAL | DeiT | Attention | ADViT | HeadSpecific | Guidance
+class Projected(Taught):
+    """What losses on the class token say of the projector to the teacher's width (student/projector.py).
+
+    projector: `mlp`, or `linear` without GELUs.
+    depth: its linear maps; 0: none, for a student as wide as its teacher.
+    """
+
+    projector: Literal["mlp", "linear"] = "mlp"
+    depth: int = Field(4, ge=0, le=16)
+
+
+class Alignment(Projected):
+    """The projected class token by its distance (student/losses/alignment.py).
+
+    tokens: the `class` token, the `patches` (which need a `tokens` target), or `both`.
+    grid: `bicubic` resizes the teacher's patches; None: the same grid on both sides.
+    """
+
+    method: Literal["alignment"] = "alignment"
+    loss: Literal["mse", "l2", "sq", "cosine"] = "mse"
+    tokens: Literal["class", "patches", "both"] = "class"
+    grid: Literal["bicubic"] | None = None
+
+
+class SEED(Projected):
+    """Similarities to a queue of the teacher's embeddings and to the sample's own (student/losses/seed.py)."""
+
+    method: Literal["seed"] = "seed"
+    queue: int = Field(65536, ge=1)
+    tau_student: float = Field(0.2, gt=0)
+    tau_teacher: float = Field(0.01, gt=0)
+
+
+class CompRess(Projected):
+    """Similarities to a queue of embeddings (student/losses/compress.py).
+
+    queues: 1, the teacher's for both sides, or 2, one of each side's own.
+    """
+
+    method: Literal["compress"] = "compress"
+    queue: int = Field(128000, ge=1)
+    queues: Literal[1, 2] = 1
+    tau: float = Field(0.04, gt=0)
+
+
+Loss = CrossEntropy | AAL | DeiT | Attention | ADViT | HeadSpecific | Guidance | Alignment | SEED | CompRess
 METHODS: dict[str, type[Loss]] = {
     "crossentropy": CrossEntropy, "aal": AAL, "deit": DeiT, "attention": Attention, "advit": ADViT,
-    "head_specific": HeadSpecific, "guidance": Guidance,
+    "head_specific": HeadSpecific, "guidance": Guidance, "alignment": Alignment, "seed": SEED, "compress": CompRess,
 }  # fmt: skip

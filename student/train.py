@@ -316,7 +316,7 @@ class _Run:
             "speed": self.choice.plain() if self.choice else None, "seconds": seconds, "smoke": self.job.smoke,
         }  # fmt: skip
         if rank() == 0:
-            extra = self.lesson.losses.state_dict()
+            extra = self.lesson.learned()
             if extra:
                 notes = {n: json.dumps(loss.about) for n, loss in self.lesson.losses.items() if hasattr(loss, "about")}
                 save_state(out / "losses.safetensors", extra, {"format": "pt", **notes})

@@ -1,8 +1,8 @@
 """Losses: one small module a paper, each with its equation, shapes and reductions.
 
-A module has `reads(settings)` (what it reads of student and batch), `need(name, settings, student)` (what
-it reads from a store, or None) and an `nn.Module` `Method(name, settings, student, given)` with a `row` for the printed
-table (or None), called with a `Step`.
+A module has `reads(settings)` (what it reads of student and batch), `need(name, settings, student)` (what it reads
+from a store, or None) and an `nn.Module` `Method(name, settings, student, given)` with a `row` for the printed table
+(or None), called with a `Step`. What it keeps of a step for later ones goes into a `student.queues.Queue` of its own.
 """
 
 from __future__ import annotations
