@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 
 from precompute.engine import block_views
-from precompute.export import CHECKED, export_classifier
+from precompute.export import CHECKED, export_student
 from storage.errors import UserError
 from storage.files import written_whole
 from storage.policies import policy
@@ -40,7 +40,7 @@ def export(path: Path, shards: Sequence[str], out: Path) -> dict[str, Any]:
         raise UserError(f"{url}: one image is too few to check a graph on; give another with --shards")
     images = block_views(url, index, view)[:CHECKED]
     graph = onnx.load_from_string(
-        export_classifier(model, about.img_size, about.mean, about.std, np.ascontiguousarray(images), str(path))
+        export_student(model, about.img_size, about.mean, about.std, np.ascontiguousarray(images), str(path))
     )
     told = {"classes": about.classes, "size": about.img_size, "view": about.evaluation, "model": about.model}
     onnx.helper.set_model_props(graph, {name: json.dumps(value) for name, value in told.items()})

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from pipeline.console import Console
 from storage.errors import UserError
@@ -21,7 +22,7 @@ from student.evaluation.features import Features, Reading, class_feature, featur
 from student.evaluation.figures import BOUNDS, PARTS, figures
 from student.evaluation.labelled import Labelled, images_of_classes, labelled
 from student.evaluation.members import Member, seen
-from student.model import load, pick_device
+from student.model import Description, load, load_classifier, pick_device
 
 Said = tuple[dict[str, Any], list[str]]
 FEW = 20  # classes that are still printed one by one
@@ -67,7 +68,7 @@ def accuracy(
     sets = sets_of(patterns)
     where, console = pick_device(device), Console()
     images = None if bounds is None else _images(paths[0], counted)
-    members, answers = map(list, zip(*(opened(path, where, console) for path in paths), strict=True))
+    members, answers = map(list, zip(*(opened(path, where, console, load_classifier) for path in paths), strict=True))
     if ensemble:
         answers.append({"students": [member.name for member in members]})
     console.start("evaluating", sum(len(cached_index(url)) for urls in sets.values() for url in urls))
@@ -90,9 +91,11 @@ def accuracy(
     return {"students": answers[: len(members)], **({"ensemble": answers[-1]} if ensemble else {})}, lines
 
 
-def opened(path: Path, device: torch.device, console: Console) -> tuple[Member, dict[str, Any]]:
+def opened(
+    path: Path, device: torch.device, console: Console, read: Callable[[Path], tuple[nn.Module, Description]] = load
+) -> tuple[Member, dict[str, Any]]:
     """A student on a device, and which it is; with a word on one that learned nothing."""
-    model, about = load(path)
+    model, about = read(path)
     smoke = folder.is_smoke(path.parent)
     if smoke:
         console.say(f"{path}: of a smoke run, which has learned nothing")

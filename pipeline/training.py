@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.option("--recipe", required=True, type=Hinted("`pipeline recipes` lists them."),
               help="A recipe's name (scratch, aal, …) or a YAML file.")  # fmt: skip
 @shards("--shards", help="Training shards.")
-@shards("--val", help="Validation shards.")
+@shards("--val", required=False, help="Validation shards; recipes that learn without labels need none.")
 @click.option("--store", metavar="DIR", help="The store with the targets; without one, views are drawn afresh.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="RUN", help="A new folder for the run.")
 @click.option("--set", "settings", multiple=True, metavar="PATH=VALUE", help="Change a setting; may be repeated.")
@@ -47,8 +47,9 @@ def train(
 ) -> None:
     """Train a student by a recipe.
 
-    Targets come from a store where the recipe needs them. Recipes: aal, advit-l1, attention-distill, deit-hard,
-    deit-soft, fine-tune, head-specific, scratch; what they can say is in docs/recipes.md.
+    Targets come from a store where the recipe needs them. Recipes: aal, advit-l1, attention-distill, attndistill,
+    compress, deit-hard, deit-soft, fine-tune, head-specific, scratch, seed, simreg; what they can say is in
+    docs/recipes.md.
 
     The same command with --resume goes on where a run was cut off. On several GPUs or processes:
     torchrun --nproc-per-node N -m pipeline train …
@@ -70,7 +71,7 @@ def train(
         return with_same_classes(chosen) if same_classes else chosen
 
     if "RANK" not in os.environ:
-        asked()  # a slip is told before torch is imported; under torchrun by one rank, below
+        _require_val(asked(), val)  # a slip is told before torch is imported; under torchrun by one rank, below
 
     from storage.store import Store
     from student.ranks import joined, rank
@@ -88,11 +89,22 @@ def train(
             return
         top5 = f", top-5 {result['top5']:.2f} %" if result["top5"] is not None else ""
         averaged = f", averaged {result['ema_top1']:.2f} %" if "ema_top1" in result else ""
-        text = (
-            f"{'a smoke run, nothing was learned: ' if smoke else ''}top-1 {result['top1']:.2f} % "
-            f"(best {result['best_top1']:.2f} %{averaged}){top5} on {result['samples']} samples: {out}"
-        )
-        show(result, [text], as_json)
+        score = "no score was taken"
+        if result["top1"] is not None:
+            score = f"top-1 {result['top1']:.2f} % (best {result['best_top1']:.2f} %{averaged}){top5} on "
+            score += f"{result['samples']} samples"
+        show(result, [f"{'a smoke run, nothing was learned: ' if smoke else ''}{score}: {out}"], as_json)
+
+
+def _require_val(recipe: Recipe, val: tuple[str, ...]) -> None:
+    """A usage error where validation shards are missing that the recipe needs."""
+    if val:
+        return
+    from student.lesson import reads_of
+
+    if "labels" in reads_of(recipe):
+        context = click.get_current_context()
+        raise click.MissingParameter(ctx=context, param=next(p for p in context.command.params if p.name == "val"))
 
 
 @click.command()
@@ -112,12 +124,12 @@ def predict(run: Path, images: tuple[Path, ...], top: int, checkpoint: str, devi
     \b
     pipeline predict run photos/cat/1.jpg photos/dog
     """
-    from student.model import load, pick_device
+    from student.model import load_classifier, pick_device
     from student.predict import found_in
     from student.predict import predict as ask
 
     path = student_file(run, checkpoint)
-    model, about = load(path)
+    model, about = load_classifier(path)
     console, files = Console(), found_in(images)
     console.start("looking", len(files))
     try:
@@ -151,7 +163,8 @@ def predict(run: Path, images: tuple[Path, ...], top: int, checkpoint: str, devi
 def export(run: Path, shards: tuple[str, ...], out: Path | None, checkpoint: str, as_json: bool) -> None:
     """Write a run's student as an ONNX graph.
 
-    From uint8 images [B, S, S, 3] to logits [B, K], checked on real images. Class names, view size and evaluation
+    From uint8 images [B, S, S, 3] to logits [B, K], checked on real images; to features, `embedding` [B, D], of a
+    student without a classifier. Class names, view size and evaluation
     view are in its metadata.
 
     \b

@@ -76,10 +76,12 @@ def export(
     return _exported(live_teacher(teacher, taps, view_size), images, provider, teacher.name, names)
 
 
-def export_classifier(
+def export_student(
     model: nn.Module, size: int, mean: Sequence[float], std: Sequence[float], images: np.ndarray, name: str
 ) -> bytes:
-    """A classifier as a graph from uint8 view images `images` `[B, S, S, 3]` to `logits` `[B, K]`, checked on the CPU.
+    """A student as a graph from uint8 view images `images` `[B, S, S, 3]` to `logits` `[B, K]`, checked on the CPU.
+
+    One without a classifier gives its features, `embedding` `[B, D]`.
 
     Args:
         model: on the CPU, in eval mode.
@@ -90,10 +92,11 @@ def export_classifier(
         name: for errors.
 
     Raises:
-        UserError: the graph's logits differ from PyTorch's; with figures.
+        UserError: what the graph gives differs from PyTorch; with figures.
     """
-    module = TappedTeacher(model, [Tap("logits")], size, size, mean, std).eval()
-    return _exported(module, images, "cpu", name, ["logits"]).graph
+    gives = "logits" if getattr(model, "num_classes", 1) else "embedding"
+    module = TappedTeacher(model, [Tap(gives)], size, size, mean, std).eval()
+    return _exported(module, images, "cpu", name, [gives]).graph
 
 
 def _exported(module: TappedTeacher, images: np.ndarray, provider: str, name: str, outputs: Sequence[str]) -> Exported:

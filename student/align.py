@@ -68,7 +68,12 @@ class Given:
 
 
 def student_shape(
-    model: nn.Module, names: Sequence[str] | None = None, *, tokens: bool = True, attention: bool = True
+    model: nn.Module,
+    names: Sequence[str] | None = None,
+    *,
+    tokens: bool = True,
+    attention: bool = True,
+    values: bool = False,
 ) -> Shape:
     """The shape of a student.
 
@@ -77,6 +82,7 @@ def student_shape(
         names: of its classes.
         tokens: whether some loss reads its tokens, or its attention.
         attention: whether some loss reads its attention.
+        values: whether some loss reads its values, too.
 
     Raises:
         UserError: attention cannot be read off it, or what is read is not what it attends with (contract 12).
@@ -89,7 +95,7 @@ def student_shape(
     if attention and size is not None:
         was = model.training
         ramp = torch.linspace(-1, 1, 2 * 3 * size[0] * size[1]).sin().view(2, 3, *size)
-        check_attention(model.eval(), ramp.to(next(model.parameters()).device))
+        check_attention(model.eval(), ramp.to(next(model.parameters()).device), values=values)
         model.train(was)
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if grid is None or grid[0] != grid[1]:

@@ -34,7 +34,7 @@ model, about = load(Path("last.safetensors"))
 """
 _FEEDING = """
 Images: RGB, the evaluation view `{evaluation}` at {size}×{size}, scaled to 0 to 1, then (x − mean) / std with mean
-{mean} and std {std}. With this project: `pipeline predict RUN IMAGE…`; as ONNX: `pipeline export RUN`.
+{mean} and std {std}. With this project: {use}`pipeline export RUN` (ONNX).
 """
 _TEACHING = """
 It can be a teacher, too, with the `--target` that a recipe reads:
@@ -62,12 +62,13 @@ def card(
         recipe: as plain data.
         teachers: target -> manifest of its teacher.
     """
+    kind = "image-classification" if about.classifies else "image-feature-extraction"
     header: dict[str, Any] = {
-        "library_name": "timm", "pipeline_tag": "image-classification",
-        "tags": ["image-classification", "timm", *(["knowledge-distillation"] if teachers else [])],
+        "library_name": "timm", "pipeline_tag": kind,
+        "tags": [kind, "timm", *(["knowledge-distillation"] if teachers else [])],
     }  # fmt: skip
-    smoke = result["smoke"]
-    if not smoke:
+    smoke, scored = result["smoke"], result["top1"] is not None
+    if scored and not smoke:
         header["model-index"] = [{"name": about.model, "results": [{
             "task": {"type": "image-classification"}, "dataset": {"name": "validation shards", "type": "webdataset"},
             "metrics": [{"type": "accuracy", "name": "top-1", "value": result["top1"]}],
@@ -75,9 +76,14 @@ def card(
     lines = ["---", yaml.safe_dump(header, sort_keys=False).rstrip(), "---", "", f"# {about.model}, a student", ""]
     if smoke:
         lines += ["**A smoke run, to see that everything works: this student has learned nothing.**", ""]
-    lines += ["| measured on | samples | top-1, % | top-5, % |", "|---|---|---|---|"]
-    top5 = "" if result["top5"] is None else f"{result['top5']:.2f}"
-    lines.append(f"| last epoch | {result['samples']} | {result['top1']:.2f} | {top5} |")
+    if scored:
+        lines += ["| measured on | samples | top-1, % | top-5, % |", "|---|---|---|---|"]
+        top5 = "" if result["top5"] is None else f"{result['top5']:.2f}"
+        lines.append(f"| last epoch | {result['samples']} | {result['top1']:.2f} | {top5} |")
+    elif about.classifies:
+        lines.append("It was not scored: there were no labelled validation images.")
+    else:
+        lines.append("It was trained without labels and has no classifier: it gives features, and was not scored.")
     if "ema_top1" in result:
         ema5 = "" if result["ema_top5"] is None else f"{result['ema_top5']:.2f}"
         lines.append(f"| averaged student | {result['samples']} | {result['ema_top1']:.2f} | {ema5} |")
@@ -89,8 +95,10 @@ def card(
     classes = identity["classes"]
     if isinstance(classes, list):
         lines.append(f"- {len(classes)} classes: {', '.join(classes[:10])}{', …' if len(classes) > 10 else ''}")
-    else:
+    elif classes:
         lines.append(f"- {classes} classes without names")
+    else:
+        lines.append("- no labels")
     for loss, targets in identity["targets"].items():
         for target in targets:
             teacher = teachers[target]
@@ -118,7 +126,8 @@ def _loading(about: Description) -> str:
     """How the student is loaded, fed, and made a teacher."""
     mean, std = _three(about.mean), _three(about.std)
     own = (_SHIFTED if about.shifted_patches else _BARE).format(model=about.model, arguments=about.arguments)
-    text = own + _FEEDING.format(evaluation=about.evaluation, size=about.img_size, mean=mean, std=std)
+    use = "`pipeline predict RUN IMAGE…`, " if about.classifies else ""
+    text = own + _FEEDING.format(evaluation=about.evaluation, size=about.img_size, mean=mean, std=std, use=use)
     if about.shifted_patches:
         return text
     kept = {n: v for n, v in about.arguments.items() if n != "img_size" and "drop" not in n}  # a teacher drops nothing

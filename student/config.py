@@ -14,22 +14,27 @@ from storage.errors import UserError, nearest
 from student.loss_settings import (
     AAL,
     METHODS,
+    SEED,
     ADViT,
+    Alignment,
     Attention,
+    CompRess,
     CrossEntropy,
     DeiT,
+    Guidance,
     HeadSpecific,
     Loss,
     Matched,
+    Projected,
     Schedule,
     Section,
     Taught,
 )
 
 __all__ = [
-    "AAL", "METHODS", "ADViT", "Attention", "Bank", "Control", "CrossEntropy", "DeiT", "HeadSpecific", "Loss",
-    "Matched", "Optim", "Recipe", "Schedule", "Speed", "StreamSettings", "Student", "Taught", "section_of", "sentence",
-    "validate", "with_same_classes",
+    "AAL", "METHODS", "SEED", "ADViT", "Alignment", "Attention", "Bank", "CompRess", "Control", "CrossEntropy",
+    "DeiT", "Guidance", "HeadSpecific", "Loss", "Matched", "Optim", "Projected", "Recipe", "Schedule", "Section",
+    "Speed", "StreamSettings", "Student", "Taught", "section_of", "sentence", "validate", "with_same_classes",
 ]  # fmt: skip
 
 

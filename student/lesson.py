@@ -17,25 +17,44 @@ from student import config
 from student.align import Given, Row, Shape, full, student_shape
 from student.choose import Need, choose
 from student.config import Recipe
-from student.losses import Step, aal, advit, attention_transfer, crossentropy, deit, head_specific
-from student.seen import Reads, Seen
+from student.losses import (
+    Step,
+    aal,
+    advit,
+    alignment,
+    attention_transfer,
+    compress,
+    crossentropy,
+    deit,
+    guidance,
+    head_specific,
+    seed,
+)
+from student.queues import Queue
+from student.seen import ELSEWHERE, Reads, Seen
 from student.stream import Batch
 
 METHODS: dict[str, ModuleType] = {
     "crossentropy": crossentropy, "aal": aal, "deit": deit, "attention": attention_transfer, "advit": advit,
-    "head_specific": head_specific,
+    "head_specific": head_specific, "guidance": guidance, "alignment": alignment, "seed": seed, "compress": compress,
 }  # fmt: skip
 
 
 def reads_of(recipe: Recipe) -> frozenset[Reads]:
-    """What the recipe's losses read of the student and of the batch, beside logits and stored targets."""
+    """What the recipe's losses read of the student and of the batch, beside stored targets."""
     return frozenset().union(*(METHODS[settings.method].reads(settings) for settings in recipe.losses.values()))
+
+
+def classifies(recipe: Recipe) -> bool:
+    """Whether some loss trains a classifier; without one the student is made without it."""
+    return bool(reads_of(recipe) & ELSEWHERE)
 
 
 def _shape(recipe: Recipe, model: nn.Module, names: Sequence[str] | None = None) -> Shape:
     """The student's shape; its tokens are looked at only where a loss reads them, so that others train any network."""
-    reads = reads_of(recipe) - {"labels"}
-    shape = student_shape(model, names, tokens=bool(reads), attention=bool(reads & {"attention", "values"}))
+    reads = reads_of(recipe) - ELSEWHERE
+    attention = bool(reads & {"attention", "values"})
+    shape = student_shape(model, names, tokens=bool(reads), attention=attention, values="values" in reads)
     for name, settings in recipe.losses.items():
         if shape.each and METHODS[settings.method] not in (crossentropy, deit, aal):
             raise UserError(
@@ -116,9 +135,10 @@ class Lesson(nn.Module):
                 settings = settings.model_copy(update={"heads": "class" if distils else "both"})
             methods[name] = METHODS[settings.method].Method(name, settings, shape, given.get(name, ()))
         self.losses = nn.ModuleDict(methods)
+        self.queues = _queues(self.losses, recipe.stream.batch_size)
         self.rows: list[Row] = [method.row for method in methods.values() if method.row is not None]
         self.targets = {name: tuple(one.id for one in several) for name, several in given.items()}
-        reads = reads_of(recipe) - {"labels"}
+        reads = reads_of(recipe) - ELSEWHERE
         self.seen = Seen(model, reads) if reads else None
         if hasattr(model, "set_distilled_training"):
             model.set_distilled_training(True)  # type: ignore[operator]  # both heads' logits, while it trains
@@ -128,7 +148,7 @@ class Lesson(nn.Module):
         self.notes: dict[str, Tensor] = {}  # scalars of the last step for people, such as agreement with a teacher
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits `[B, K]` of a batch, and loss -> value, unweighted scalars."""
+        """Logits `[B, K]` of a batch (features without a classifier), and loss -> value, unweighted scalars."""
         pixels = batch.pixels(self.mean, self.std)
         if self.seen is not None:
             self.seen.clear()
@@ -150,6 +170,25 @@ class Lesson(nn.Module):
             return self.means[id].to(batch.images.device).expand(len(batch.labels), *self.means[id].shape)
         return batch.target(id)
 
+    def learned(self) -> dict[str, Tensor]:
+        """What the losses learned, such as links and projectors, by name; without queues, which only pass by."""
+        passing = [f"{name}." for name, module in self.losses.named_modules() if isinstance(module, Queue)]
+        return {name: t for name, t in self.losses.state_dict().items() if not name.startswith(tuple(passing))}
+
     def total(self, values: Mapping[str, Tensor], epoch: int) -> Tensor:
         """Σ weight(epoch) · loss."""
         return torch.stack([self.settings[name].weight.at(epoch) * value for name, value in values.items()]).sum()
+
+
+def _queues(losses: nn.ModuleDict, batch: int) -> list[Queue]:
+    """The losses' queues. Raises UserError: one that a batch does not go into."""
+    found = []
+    for name, loss in losses.items():
+        for queue in (module for module in loss.modules() if isinstance(module, Queue)):
+            if len(queue.entries) < batch:
+                raise UserError(
+                    f"{name}: a batch of {batch} does not go into a queue of {len(queue.entries)}: "
+                    f"--set losses.{name}.queue={batch}"
+                )
+            found.append(queue)
+    return found

@@ -95,15 +95,16 @@ class Taught(Section):
 
 HeadPairs = Annotated[tuple[tuple[int, int], ...], Field(min_length=1)]
 HeadMap = Annotated[dict[int, HeadPairs], Field(min_length=1)]  # by the student's layer
-Heads = Literal["mean", "sum", "max", "log", "first"] | HeadPairs | HeadMap | None
+Heads = Literal["auto", "mean", "sum", "max", "min", "log", "first"] | HeadPairs | HeadMap | None
 
 
 class Matched(Taught):
     """How attention of another depth, head count and grid is met (student/rows.py); unstated mismatches are errors.
 
     layers: `last`, `uniform`, or pairs [student's layer, teacher's layer], from 1; None: as many on both sides.
-    heads: `mean`, `sum`, `max` (rescaled) or `log` over the heads of both sides, the `first` that both have, or pairs
-    [student's head, teacher's head], from 1, also as a mapping from the student's layer; None: as many on both sides.
+    heads: `mean`, `sum`, `max`, `min` (these two rescaled) or `log` over the heads of both sides, the `first` that both
+    have, or pairs [student's head, teacher's head], from 1, also as a mapping from the student's layer; None: as many
+    on both sides; `auto`: one to one where both have as many, else `log`.
     temperature: T of `log`; None: each side's number of heads.
     grid: `bicubic` resizes the teacher's patch part; None: the same grid on both sides.
     """
@@ -200,8 +201,69 @@ class HeadSpecific(Matched):
     same_classes: bool = Field(False, description="as for deit; for adaptive: teacher-correct")
 
 
-Loss = CrossEntropy | AAL | DeiT | Attention | ADViT | HeadSpecific
+class Guidance(Matched):
+    """Class rows by their divergence (student/losses/guidance.py).
+
+    value_norm: each key's attention is weighted by the norm of its value, on both sides.
+    """
+
+    method: Literal["guidance"] = "guidance"
+    weight: Weight = Schedule(start=0.1)
+    layers: Literal["last", "uniform"] | tuple[tuple[int, int], ...] | None = "last"
+    heads: Heads = "auto"
+    temperature: float | None = Field(10.0, gt=0)
+    grid: Literal["bicubic"] | None = "bicubic"
+    loss: Literal["kl", "mse"] = "kl"
+    value_norm: bool = False
+
+
+class Projected(Taught):
+    """What losses on the class token say of the projector to the teacher's width (student/projector.py).
+
+    projector: `mlp`, or `linear` without GELUs.
+    depth: its linear maps; 0: none, for a student as wide as its teacher.
+    """
+
+    projector: Literal["mlp", "linear"] = "mlp"
+    depth: int = Field(4, ge=0, le=16)
+
+
+class Alignment(Projected):
+    """The projected class token by its distance (student/losses/alignment.py).
+
+    tokens: the `class` token, the `patches` (which need a `tokens` target), or `both`.
+    grid: `bicubic` resizes the teacher's patches; None: the same grid on both sides.
+    """
+
+    method: Literal["alignment"] = "alignment"
+    loss: Literal["mse", "l2", "sq", "cosine"] = "mse"
+    tokens: Literal["class", "patches", "both"] = "class"
+    grid: Literal["bicubic"] | None = None
+
+
+class SEED(Projected):
+    """Similarities to a queue of the teacher's embeddings and to the sample's own (student/losses/seed.py)."""
+
+    method: Literal["seed"] = "seed"
+    queue: int = Field(65536, ge=1)
+    tau_student: float = Field(0.2, gt=0)
+    tau_teacher: float = Field(0.01, gt=0)
+
+
+class CompRess(Projected):
+    """Similarities to a queue of embeddings (student/losses/compress.py).
+
+    queues: 1, the teacher's for both sides, or 2, one of each side's own.
+    """
+
+    method: Literal["compress"] = "compress"
+    queue: int = Field(128000, ge=1)
+    queues: Literal[1, 2] = 1
+    tau: float = Field(0.04, gt=0)
+
+
+Loss = CrossEntropy | AAL | DeiT | Attention | ADViT | HeadSpecific | Guidance | Alignment | SEED | CompRess
 METHODS: dict[str, type[Loss]] = {
     "crossentropy": CrossEntropy, "aal": AAL, "deit": DeiT, "attention": Attention, "advit": ADViT,
-    "head_specific": HeadSpecific,
+    "head_specific": HeadSpecific, "guidance": Guidance, "alignment": Alignment, "seed": SEED, "compress": CompRess,
 }  # fmt: skip

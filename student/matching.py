@@ -15,7 +15,7 @@ from student import config
 from student.align import Given, Row, Shape
 
 Which = Literal["class", "all", "scores", "vectors"]
-MERGED = ("mean", "sum", "max", "log")  # rules by which all heads of a side become one
+MERGED = ("mean", "sum", "max", "min", "log")  # rules by which all heads of a side become one
 
 # of a sample's tensor: whether it has heads, and the axis of its tokens
 _AXES = {"class_row": (True, -1), "attention": (True, -1), "q": (True, -2), "k": (True, -2), "v": (True, -2),
@@ -36,6 +36,7 @@ class Matching(nn.Module):
         pairs: (student's layer, teacher's layer), from 1.
         heads: how many are compared; 1 where they are merged, 0 where the tap has none.
         head_pairs: (student's head, teacher's head), from 1, for each pair of layers; empty where they are merged.
+        rule: how heads meet: as `config.Matched.heads`, with `auto` decided.
         stored: the teacher's layers that the target holds; those of `pairs` are among them.
         mine, theirs: buffers, indices of the tokens that meet: first those beside the patches, in one order of roles.
         prefix: how many of them are no patches.
@@ -66,6 +67,9 @@ class Matching(nn.Module):
         if side * side != tokens - len(prefix):
             raise UserError(f"{loss}: target {first.id}: {tokens - len(prefix)} patches make no square grid")
         self.pairs = self._layers(teacher["layers"])
+        self.rule = settings.heads
+        if settings.heads == "auto":
+            self.rule = None if not has_heads or int(shape[1]) == student.heads else "log"
         self.head_pairs = self._heads(int(shape[1])) if has_heads else []
         self.heads = len(self.head_pairs[0]) if self.head_pairs else int(has_heads)
         mine, theirs, self.dropped = self._tokens(list(student.prefix), prefix)
@@ -129,7 +133,7 @@ class Matching(nn.Module):
 
     def _heads(self, theirs: int) -> list[list[tuple[int, int]]]:
         """(student's head, teacher's head), from 1, for each pair of layers; empty where they are merged."""
-        mine, rule, loss = self.student.heads, self.settings.heads, self.loss
+        mine, rule, loss = self.student.heads, self.rule, self.loss
         if rule in MERGED:
             return []
         if rule is None and mine != theirs:
@@ -229,13 +233,14 @@ class Matching(nn.Module):
 
     def _head_rule(self, heads: int) -> str:
         """How heads meet, in words."""
-        wish, given = self.settings.heads, self.settings.temperature
+        wish, given = self.rule, self.settings.temperature
         if wish is None:
             return f"{heads} heads one to one"
         if isinstance(wish, str):
             return {
                 "mean": "mean over heads on both sides", "sum": "sum over heads on both sides",
                 "max": "largest over heads on both sides, rescaled",
+                "min": "smallest over heads on both sides, rescaled",
                 "log": "mean of logarithms over heads on both sides, "
                 f"T = {f'{given:g}' if given else 'the number of heads'}",
                 "first": f"the first {self.heads} heads",

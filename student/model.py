@@ -43,6 +43,11 @@ class Description:
     evaluation: str  # the view policy that it is evaluated on
     shifted_patches: bool = False
 
+    @property
+    def classifies(self) -> bool:
+        """Whether it has a classifier; one that was trained without labels gives features."""
+        return self.arguments.get("num_classes") != 0
+
 
 def build(settings: config.Student, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
     """A new student and the arguments that `timm.create_model` makes it of.
@@ -153,6 +158,22 @@ def load(path: Path) -> tuple[nn.Module, Description]:
     except RuntimeError as error:
         raise UserError(f"{path}: does not fit {description.model}: {first_line(error)}") from None
     return model.eval(), description
+
+
+def load_classifier(path: Path) -> tuple[nn.Module, Description]:
+    """Likewise, of a student that answers with classes.
+
+    Raises:
+        UserError: also where it has no classifier.
+    """
+    model, about = load(path)
+    if not about.classifies:
+        raise UserError(
+            f"{path}: this student was trained without labels and has no classifier; give it one by training on with "
+            f"labels: pipeline train --recipe fine-tune --set student.model={about.model} --set student.pretrained="
+            f"false --set student.weights={path} …"
+        )
+    return model, about
 
 
 def pick_device(name: str) -> torch.device:

@@ -18,7 +18,7 @@ from storage.store import Store
 from student.align import Given, table
 from student.config import Recipe
 from student.control import mean_targets
-from student.lesson import Lesson, find_targets
+from student.lesson import Lesson, classifies, find_targets, reads_of
 from student.model import Description, build, input_size
 from student.ranks import rank, ranks
 from student.stream import Stream
@@ -32,7 +32,7 @@ class Job:
     Attributes:
         recipe: the whole of it.
         shards: patterns of training shards.
-        val: patterns of validation shards.
+        val: patterns of validation shards; none are needed where no loss reads labels.
         out: the run's folder.
         store: with the targets.
         device: of this process.
@@ -60,7 +60,7 @@ class Parts:
         lesson: student and losses, on the device.
         average: the averaged student, or None.
         still: modules with frozen running statistics.
-        val_urls: the validation shards.
+        val_urls: the validation shards that students are scored on; empty where no score can be taken.
         description: goes with the student's weights.
         identity: what a resumed run must agree with.
     """
@@ -88,8 +88,9 @@ def prepare(job: Job, progress: Progress, found: dict[str, Any] | None) -> Parts
     """
     recipe = job.recipe
     torch.manual_seed(recipe.seed)
-    urls, val_urls = expand(job.shards), expand(job.val)
-    classes, count = _classes(urls, val_urls, recipe)
+    urls, val_urls = expand(job.shards), expand(job.val) if job.val else []
+    classes, count = _classes(urls, val_urls, recipe) if classifies(recipe) else (None, 0)
+    scored = _scored(val_urls, recipe, count, progress)
     model, arguments = build(recipe.student, count)
     if found is None:
         begin_from(model, recipe.student, classes, progress.say)
@@ -106,8 +107,6 @@ def prepare(job: Job, progress: Progress, found: dict[str, Any] | None) -> Parts
     if lesson.rows:
         progress.say(table(lesson.rows))
     _control(recipe, stream, lesson, progress)
-    for url in val_urls:
-        require_labels(url, cached_index(url), count)
     lesson.to(job.device)
     source = stream.source
     description = Description(
@@ -122,7 +121,32 @@ def prepare(job: Job, progress: Progress, found: dict[str, Any] | None) -> Parts
     }  # fmt: skip
     if chosen := {name: loss.chosen for name, loss in lesson.losses.items() if getattr(loss, "chosen", None)}:
         identity["links"] = chosen  # taken from another run, whose folder may change
-    return Parts(stream, given, lesson, average, still, val_urls, description, identity)
+    return Parts(stream, given, lesson, average, still, scored, description, identity)
+
+
+def _scored(val_urls: list[str], recipe: Recipe, classes: int, progress: Progress) -> list[str]:
+    """The validation shards that students are scored on; it is said where there are none.
+
+    Raises:
+        UserError: labels are learned, and there are no validation shards, or they have none or others.
+    """
+    labels = "labels" in reads_of(recipe)
+    if labels and not val_urls:
+        raise UserError(
+            "this recipe learns from labels, so its students are scored on others: give --val SHARDS, which "
+            "`pipeline pack … --val-fraction 0.1` cuts off"
+        )
+    if not classes:
+        unused = "" if recipe.student.num_classes is None else " (student.num_classes is not used)"
+        progress.say(f"no loss trains a classifier: the student is made without one{unused}, and no score is taken")
+        return []
+    bare = [] if labels else [url for url in val_urls if not cached_index(url).summary.labelled]
+    if bare or not val_urls:
+        progress.say(f"{f'{bare[0]} has no labels' if bare else 'no validation shards'}: no score is taken")
+        return []
+    for url in val_urls:
+        require_labels(url, cached_index(url), classes)
+    return val_urls
 
 
 def _average(recipe: Recipe, model: nn.Module) -> Any:
@@ -157,13 +181,14 @@ def _stream(
             f"stream.batch_size={settings.batch_size} cannot be cut into {ranks()} rank(s) of optim.accumulate="
             f"{recipe.optim.accumulate} equal pieces each; give a multiple of {ranks() * recipe.optim.accumulate}"
         )
+    labels = "labels" in reads_of(recipe)
     memory = int(settings.memory * 2**30) if settings.memory else None
     stream = Stream(
         urls, batch=settings.batch_size, store=job.store,
         targets=list(dict.fromkeys(one.id for several in given.values() for one in several)), policy=fresh,
         bank=bank, views=settings.views or views, seed=recipe.seed, lanes=settings.lanes, window=settings.window,
-        workers=settings.workers, memory=memory, rank=rank(), ranks=ranks(), classes=classes,
-        permute=recipe.control.permute_targets,
+        workers=settings.workers, memory=memory, rank=rank(), ranks=ranks(), labels=labels,
+        classes=classes if labels else None, permute=recipe.control.permute_targets,
     )  # fmt: skip
     if stream.source.policy.size != size:
         raise IdentityError(

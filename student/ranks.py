@@ -117,6 +117,15 @@ def gathered(value: T) -> list[T]:
     return held  # type: ignore[return-value]
 
 
+def rows_of_all(values: Tensor) -> Tensor:
+    """The rows `[n, …]` of every rank after another, on every rank; all of them have as many."""
+    if ranks() == 1:
+        return values
+    held = [torch.empty_like(values) for _ in range(ranks())]
+    dist.all_gather(held, values.contiguous())
+    return torch.cat(held)
+
+
 def same_buffers(module: nn.Module) -> None:
     """Give every rank the buffers of rank 0, such as running statistics, so that all evaluate one student."""
     if ranks() > 1:

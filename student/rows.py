@@ -35,20 +35,26 @@ class Rows(Matching):
         width = first["sample_shape"][-1]
         self.scales = first.get("scales", [width**-0.5] * len(self.stored)) if self.tap == "q" else []  # of the teacher
 
-    def student_rows(self, q: Sequence[Tensor], k: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
-        """The student's rows, with gradients, from q and k of all of its layers, `[B, H, N, d]` each."""
+    def student_rows(
+        self, q: Sequence[Tensor], k: Sequence[Tensor], scales: Sequence[float], v: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """The student's rows, with gradients, from q and k of all of its layers, `[B, H, N, d]` each.
+
+        With v, likewise, class rows are weighted by the norms of the values that they attend to.
+        """
         rows = []
         for n, heads in self.own_heads():
             queries, keys, scale = pick(q[n - 1], heads), full(pick(k[n - 1], heads)), scales[n - 1]
             if self.which == "class":
                 at = self.student.prefix.index("class")
-                rows.append(class_row(full(queries[:, :, at : at + 1]), keys, scale))  # the others are never converted
+                row = class_row(full(queries[:, :, at : at + 1]), keys, scale)  # the others are never converted
+                rows.append(row if v is None else weighted(row, full(pick(v[n - 1], heads))))
             else:
                 rows.append((attention_rows if self.which == "all" else attention_scores)(full(queries), keys, scale))
         return self._merge(self._keep(torch.stack(rows, 1), "mine"))
 
-    def teacher_rows(self, targets: Sequence[Tensor]) -> Tensor:
-        """The teacher's rows on the student's grid, from decoded targets `[B, L, H, …]`."""
+    def teacher_rows(self, targets: Sequence[Tensor], v: Tensor | None = None) -> Tensor:
+        """The teacher's rows on the student's grid, from decoded targets `[B, L, H, …]`; v as for the student."""
         if self.tap == "q":
             q, k = (full(self.of_teacher(target)) for target in targets)
             if self.which == "class":
@@ -61,6 +67,8 @@ class Rows(Matching):
             rows = full(self.of_teacher(targets[0]))
             if self.which == "class" and self.tap == "attention":
                 rows = rows[..., self.class_query, :]
+        if v is not None:
+            rows = weighted(rows, full(self.of_teacher(v)))
         rows = self._keep(rows, "theirs")
         if self.resizes:
             rows = self._resize(rows)
@@ -95,13 +103,15 @@ class Rows(Matching):
     def _merge(self, rows: Tensor) -> Tensor:
         if self.head_pairs:
             return rows
-        match self.settings.heads:
+        match self.rule:
             case "mean":
                 return rows.mean(2, keepdim=True)
             case "sum":
                 return rows.sum(2, keepdim=True)
             case "max":
                 return scaled(rows.amax(2, keepdim=True))
+            case "min":
+                return scaled(rows.amin(2, keepdim=True))
         return log_mean(rows, self.settings.temperature)
 
 
@@ -124,6 +134,11 @@ def log_mean(rows: Tensor, temperature: float | None = None) -> Tensor:
     return (total / (temperature or rows.shape[2])).softmax(-1)
 
 
+def weighted(rows: Tensor, v: Tensor) -> Tensor:
+    """Rows `[…, N]` with each key's attention times the norm of its value `[…, N, d]`, summing to one again."""
+    return scaled(rows * v.norm(dim=-1))
+
+
 class Vectors(Matching):
     """Vectors of tokens (q, k, v, or tokens of the residual stream), brought together layer by layer, token by token.
 
@@ -132,11 +147,11 @@ class Vectors(Matching):
     """
 
     def __init__(self, loss: str, settings: config.Matched, student: Shape, given: Sequence[Given]) -> None:
-        if settings.heads in MERGED:
+        super().__init__(loss, settings, student, given, "vectors")
+        if self.heads and self.rule in MERGED:
             raise UserError(
                 f"{loss}: vectors of different heads cannot be merged; say --set losses.{loss}.heads=first, or null"
             )
-        super().__init__(loss, settings, student, given, "vectors")
 
     def student_vectors(self, layers: Sequence[Tensor]) -> Tensor:
         """The student's vectors, with gradients, from those of all of its layers."""

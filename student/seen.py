@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from precompute.taps import AttentionTaps, attention_layers
 from storage.errors import UserError
 
-Reads = Literal["labels", "attention", "values", "streams", "tokens"]
+Reads = Literal["labels", "logits", "attention", "values", "streams", "tokens"]
+ELSEWHERE: frozenset[Reads] = frozenset({"labels", "logits"})  # of the batch, and what the network gives by itself
 
 
 class Seen:
@@ -23,7 +24,7 @@ class Seen:
     Args:
         model: the student.
         reads: what is kept: `attention` (q and k), `values` (v), `streams` (the residual stream after each block),
-            `tokens` (all tokens after the final norm). `labels` are the batch's and not read here.
+            `tokens` (all tokens after the final norm). `labels` and `logits` are not read here.
 
     Raises:
         UserError: something cannot be read off this network.

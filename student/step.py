@@ -67,6 +67,7 @@ class Update:
         pieces = cut(batch, self.settings.accumulate)
         self.optimizer.zero_grad()
         sums: dict[str, float] = {}
+        offered: list[list[Tensor]] = []
         for number, piece in enumerate(pieces):
             waits = isinstance(self.whole, DistributedDataParallel) and number < len(pieces) - 1
             with self.whole.no_sync() if waits else nullcontext():  # type: ignore[operator]
@@ -79,6 +80,7 @@ class Update:
                         "optim.clip_grad=1"
                     )
                 self.scaler.scale(loss / len(pieces)).backward()
+            offered.append([queue.offered for queue in self.lesson.queues])
             for name, value in numbers.items():
                 sums[name] = sums.get(name, 0.0) + value / len(pieces)
         if self.settings.clip_grad:
@@ -86,6 +88,8 @@ class Update:
             nn.utils.clip_grad_norm_(self.lesson.parameters(), self.settings.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        for number, queue in enumerate(self.lesson.queues):
+            queue.push([vectors[number] for vectors in offered])
         if self.average is not None:
             self.average.update(self.lesson.student)
         return sums

@@ -52,7 +52,9 @@ class Place:
 
 
 def train(job: Job, progress: Progress) -> dict[str, Any]:
-    """Train a student; what came out, as plain data. All ranks of a torchrun call it; the first one writes and speaks.
+    """Train a student; what came out, as plain data, with None for scores that could not be taken.
+
+    All ranks of a torchrun call it; the first one writes and speaks.
 
     Raises:
         UserError: as its parts do; a loss that is not finite; a folder with another run in it.
@@ -195,7 +197,8 @@ class _Run:
             f"lanes hold at most {self.stream.memory / 2**20:.0f} MiB"
         )
         if self.job.smoke:
-            self.progress.say(f"a smoke run: {self.steps} step(s) and an evaluation of {SMOKE_BLOCKS} blocks")
+            scored = f" and an evaluation of {SMOKE_BLOCKS} blocks" if self.parts.val_urls else ""
+            self.progress.say(f"a smoke run: {self.steps} step(s){scored}")
         elif self.recipe.optim.warmup_epochs >= self.epochs:
             self.progress.say(
                 f"the warm-up takes {self.recipe.optim.warmup_epochs} epochs and the run {self.epochs}: lr never comes "
@@ -248,7 +251,8 @@ class _Run:
         for name, one in students.items():
             if rank() == 0:
                 save(out / f"{name}.safetensors", one, about)
-        if (epoch + 1) % self.recipe.val_interval == 0 or epoch + 1 == self.epochs:
+        due = (epoch + 1) % self.recipe.val_interval == 0 or epoch + 1 == self.epochs
+        if self.parts.val_urls and due:
             score = self._score(student)
             scores["last"] = asdict(score)
             record |= {"top1": score.top1, "top5": score.top5, "samples": score.samples}
@@ -302,17 +306,18 @@ class _Run:
         out, scores = self.job.out, self.place.scores
         self.log.close()
         seconds = round(time.monotonic() - self.began, 2)
+        last, best = (scores.get(name, dict.fromkeys(("top1", "top5", "samples"))) for name in ("last", "best"))
         ema = {"ema_top1": scores["ema"]["top1"], "ema_top5": scores["ema"]["top5"]} if "ema" in scores else {}
         result = {
-            "run": str(out), "top1": scores["last"]["top1"], "top5": scores["last"]["top5"],
-            "best_top1": scores["best"]["top1"], **ema, "samples": scores["last"]["samples"],
+            "run": str(out), "top1": last["top1"], "top5": last["top5"],
+            "best_top1": best["top1"], **ema, "samples": last["samples"],
             "epochs": self.epochs, "steps": self.epochs * self.steps, "targets": self.parts.identity["targets"],
             "bank": self.parts.identity["bank"], "policy": self.parts.identity["policy"],
             "views": self.stream.views, "control": self.parts.identity["control"],
             "speed": self.choice.plain() if self.choice else None, "seconds": seconds, "smoke": self.job.smoke,
         }  # fmt: skip
         if rank() == 0:
-            extra = self.lesson.losses.state_dict()
+            extra = self.lesson.learned()
             if extra:
                 notes = {n: json.dumps(loss.about) for n, loss in self.lesson.losses.items() if hasattr(loss, "about")}
                 save_state(out / "losses.safetensors", extra, {"format": "pt", **notes})

@@ -20,7 +20,8 @@ def begin_from(
 ) -> None:
     """Give a new student the weights that its settings name, if any; what is taken and what is new is said.
 
-    Position embeddings of another grid are resampled as timm does. A head of other classes stays new.
+    Position embeddings of another grid are resampled as timm does. A head of other classes stays new; of a student
+    without a classifier it is left out.
 
     Args:
         model: the student, with fresh weights.
@@ -48,8 +49,10 @@ def begin_from(
     new += norms
     taken = {name: own[name] for name in chosen if name not in new}
     found = {name: tensor for name, tensor in state.items() if name in taken}
+    unused: list[str] = []
     if settings.init == ("*",):  # then nothing is left out silently
-        left = {_twin(name) for name in norms}
+        unused = [name for name in state if name not in own and name.rpartition(".")[0] in _classifiers(model)]
+        left = {*unused, *(_twin(name) for name in norms)}
         found |= {name: tensor for name, tensor in state.items() if name not in own and name not in left}
     problems = misfits(_shapes(taken), _shapes(found))
     if problems:
@@ -59,6 +62,8 @@ def begin_from(
     if new:
         text += f"; new are {', '.join(new)}"
         text += f" ({' and '.join(_reasons(new, norms))})"
+    if unused:
+        text += f"; left out is its classifier ({', '.join(sorted(unused))})"
     say(text)
 
 
@@ -118,10 +123,14 @@ def matching(patterns: Iterable[str], names: Iterable[str], setting: str) -> lis
 
 def head_of(model: nn.Module) -> set[str]:
     """The names of the classifier's tensors; of both heads, where there is a distillation token."""
+    return {name for name in model.state_dict() if name.rpartition(".")[0] in _classifiers(model)}
+
+
+def _classifiers(model: nn.Module) -> tuple[str, ...]:
+    """The names of the classifier's modules, whether the network has it or not."""
     about = getattr(model, "pretrained_cfg", None) or {}
     heads = about.get("classifier") or "head"
-    heads = (heads,) if isinstance(heads, str) else tuple(heads)
-    return {name for name in model.state_dict() if name.rpartition(".")[0] in heads}
+    return (heads,) if isinstance(heads, str) else tuple(heads)
 
 
 def _other(own: Tensor, found: Tensor | None) -> bool:

@@ -1,8 +1,8 @@
 """Losses: one small module a paper, each with its equation, shapes and reductions.
 
-A module has `reads(settings)` (what it reads of student and batch beside logits), `need(name, settings, student)` (what
-it reads from a store, or None) and an `nn.Module` `Method(name, settings, student, given)` with a `row` for the printed
-table (or None), called with a `Step`.
+A module has `reads(settings)` (what it reads of student and batch), `need(name, settings, student)` (what it reads
+from a store, or None) and an `nn.Module` `Method(name, settings, student, given)` with a `row` for the printed table
+(or None), called with a `Step`. What it keeps of a step for later ones goes into a `student.queues.Queue` of its own.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Step:
     """What a loss sees of one training step.
 
     Attributes:
-        logits: of the student's class head, `[B, K]`.
-        labels: int64 `[B]`.
+        logits: of the student's class head, `[B, K]`; its pooled features for a student without one.
+        labels: int64 `[B]`; −1 where the shards have none.
         others: int64 `[B]`, labels of the images that these were mixed with.
         shares: f32 `[B]`, the others' share.
         distilled: logits of the distillation head, `[B, K]`; None for a student without one.

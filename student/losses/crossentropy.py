@@ -31,8 +31,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, others: Tensor, shares: Tensor
 
 
 def reads(settings: config.CrossEntropy) -> frozenset[Reads]:
-    """The labels."""
-    return frozenset({"labels"})
+    """Labels and logits."""
+    return frozenset({"labels", "logits"})
 
 
 def need(name: str, settings: config.CrossEntropy, student: Shape) -> None:

@@ -43,8 +43,8 @@ def hard(logits: Tensor, teacher: Tensor) -> Tensor:
 
 
 def reads(settings: config.DeiT) -> frozenset[Reads]:
-    """Nothing but logits."""
-    return frozenset()
+    """Logits."""
+    return frozenset({"logits"})
 
 
 def need(name: str, settings: config.DeiT, student: Shape) -> Need:

@@ -31,7 +31,10 @@ MATCH = {"layers": "uniform", "heads": "mean", "grid": "bicubic"}
 def full(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[str]]]:
     """A store with all that the recipes read, and teacher -> its targets."""
     place = tmp_path_factory.mktemp("recipes") / "store"
-    wishes = {"cnn": ["activations,grid=8", "logits"], "vit": ["class_row", "attention,layers=1:3", "q,k,layers=1:3"]}
+    wishes = {
+        "cnn": ["activations,grid=8", "logits"],
+        "vit": ["class_row", "attention,layers=1:3", "q,k,layers=1:3", "class_token"],
+    }
     made = {
         kind: run_precompute(place, world.shards, teacher_of(world.weights, kind), several)["targets"]
         for kind, several in wishes.items()
@@ -79,6 +82,8 @@ def test_a_recipe_goes_through_its_first_steps(world, full, tmp_path, capsys, re
     assert result["smoke"] is True
     expected = {"aal": {"aal"}, "advit-l1": {"advit"}, "attention-distill": {"attention"}}
     expected |= {"deit-hard": {"deit"}, "deit-soft": {"deit"}, "head-specific": {"head_specific"}}
+    expected |= {"attndistill": {"alignment", "guidance"}}
+    expected |= {"simreg": {"alignment"}, "seed": {"seed"}, "compress": {"compress"}}
     assert set(result["targets"]) == expected.get(recipe, set())
 
 
@@ -114,11 +119,11 @@ def test_q_and_k_serve_where_maps_are_not_stored(world, full, tmp_path, capsys):
     store, targets = full
     settings = {
         **changes("attention-distill", tmp_path),
-        "losses.attention.target": f"[{', '.join(targets['vit'][2:])}]",
+        "losses.attention.target": f"[{', '.join(targets['vit'][2:4])}]",
     }
     code, result, said = train(world, store, tmp_path / "run", "attention-distill", capsys, "--smoke", **settings)
     assert code == 0, said
-    assert result["targets"] == {"attention": targets["vit"][2:]}
+    assert result["targets"] == {"attention": targets["vit"][2:4]}
     assert "from q and k" in said
 
 

@@ -25,7 +25,8 @@ def given(
 ) -> Given:  # fmt: skip
     layers = layers or list(range(1, depth + 1))
     tokens = len(prefix) + side * side
-    last = {"attention": [tokens, tokens], "class_row": [tokens], "q": [tokens, width], "k": [tokens, width]}[tap]
+    last = {"attention": [tokens, tokens], "class_row": [tokens], "q": [tokens, width], "k": [tokens, width],
+            "v": [tokens, width]}[tap]  # fmt: skip
     identity = {"tap": tap, "layers": layers}
     target = {"id": f"t-{tap}", "identity": identity, "sample_shape": [len(layers), heads, *last]}
     return Given(target, {"id": "t", "layers": depth, "heads": heads, "prefix": list(prefix), **about})

@@ -176,9 +176,10 @@ def test_input_gradients_through_heads_grids_and_tokens_that_differ(which):
 def same(world, tmp_path_factory) -> tuple[Store, dict[str, str]]:
     """The ViT's targets in f32, for a student that is this very network."""
     place = tmp_path_factory.mktemp("same") / "store"
-    wishes = [f"{tap},codec=f32" for tap in ("class_row", "attention", "logits")]
+    taps = ("class_row", "attention", "logits", "class_token", "tokens")
+    wishes = [f"{tap},codec=f32" for tap in taps]
     made = run_precompute(place, world.shards, teacher_of(world.weights, "vit"), wishes, views=1)
-    return Store.open(place), dict(zip(("class_row", "attention", "logits"), made["targets"], strict=True))
+    return Store.open(place), dict(zip(taps, made["targets"], strict=True))
 
 
 @pytest.mark.parametrize(
@@ -190,6 +191,10 @@ def same(world, tmp_path_factory) -> tuple[Store, dict[str, str]]:
         ({"method": "attention"}, "attention"),
         ({"method": "attention", "heads": "log"}, "attention"),
         ({"method": "deit", "kind": "soft", "same_classes": True}, "logits"),
+        ({"method": "guidance", "layers": None}, "class_row"),
+        ({"method": "guidance", "heads": "log", "temperature": 1, "loss": "mse"}, "class_row"),
+        ({"method": "alignment", "depth": 0}, "class_token"),
+        ({"method": "alignment", "depth": 0, "loss": "cosine", "tokens": "both"}, "tokens"),
     ],
 )
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(world, same, loss, tap):

@@ -66,6 +66,8 @@ def compare(stream: Stream, given: dict[str, tuple[Given, ...]], live: dict, rec
         for loss, several in given.items()
     }
     lesson = Lesson(recipe, model, given, *normalisation(recipe.student), names)
+    for queue in lesson.queues:  # empty ones have nothing to say in the first step
+        queue.push([torch.nn.functional.normalize(torch.randn(32, queue.entries.shape[1]), dim=1)])
     optimizer = torch.optim.AdamW(lesson.parameters(), 1e-3)
     worst = dict.fromkeys(("total", *given), (0.0, 1.0))
     step = 0
@@ -94,6 +96,8 @@ def compare(stream: Stream, given: dict[str, tuple[Given, ...]], live: dict, rec
             optimizer.zero_grad()
             stored["total"].backward()
             optimizer.step()
+            for queue in lesson.queues:
+                queue.push([queue.offered])
             step += 1
             if step == STEPS:
                 break
@@ -141,12 +145,13 @@ def mixed(world, tmp_path_factory):
         + ["logits", "logits,codec=topk2"]
         + ["activations,grid=8,codec=f32,at=block", "activations,grid=8,codec=f32,at=block,antialias=true"],
         "vit": [f"{tap},codec={codec}" for tap in ("class_row", "attention") for codec in ("f32", "log8")]
-        + ["q,codec=f32", "k,codec=f32", "logits"],
+        + ["logits", "class_token", *(f"{tap},codec=f32" for tap in ("q", "k", "v", "class_token", "tokens"))],
     }
     names = {
         "cnn": ["f32", "u8", "f16", "logits", "topk", "block", "antialias"],
-        "vit": ["rows", "log8", "attention", "attention log8", "q", "k", "vit logits"],
-    }
+        "vit": ["rows", "log8", "attention", "attention log8", "vit logits", "token f16", "q", "k", "v", "class_token",
+                "tokens"],
+    }  # fmt: skip
     targets: dict[str, str] = {}
     for kind, several in wishes.items():
         made = run_precompute(place, world.shards, teacher_of(world.weights, kind), several, **options)
@@ -198,6 +203,17 @@ EXACT = {
     ),
     "attention": ({**MAPS, "weight": 3}, ["attention"]),
     "attention_qk": ({"method": "attention", **MAPS, "heads": "first", "reduce_heads": "sum"}, ["q", "k"]),
+    "guidance": ({}, ["rows"]),
+    "guidance_all": ({"method": "guidance", "layers": None, "heads": "log", "loss": "mse"}, ["rows"]),
+    "alignment": ({}, ["class_token"]),
+    "alignment_tokens": (
+        {"method": "alignment", "tokens": "both", "loss": "cosine", "depth": 2, "grid": "bicubic"},
+        ["tokens"],
+    ),
+    "seed": ({"queue": 64}, ["class_token"]),
+    "compress": ({"queue": 64}, ["class_token"]),
+    "compress_two": ({"method": "compress", "queues": 2, "queue": 64}, ["class_token"]),
+    "guidance_values": ({"method": "guidance", "heads": "max", "value_norm": True}, ["q", "k", "v"]),
 }
 CODED = {
     "u8": ({"method": "aal"}, ["u8"], 1e-3, 1e-3),
@@ -208,6 +224,9 @@ CODED = {
     "advit_log8": ({"method": "advit", **ROWS}, ["log8"], 2e-2, 5e-2),
     "advit_l2_log8": ({"method": "advit", **ROWS, "distance": "l2"}, ["log8"], 2e-2, 1e-2),
     "attention_log8": ({"method": "attention", **MAPS}, ["attention log8"], 1e-3, 1e-3),
+    "alignment_f16": ({"method": "alignment"}, ["token f16"], 1e-4, 1e-5),
+    "seed_f16": ({"method": "seed", "queue": 64}, ["token f16"], 1e-2, 1e-3),
+    "guidance_log8": ({"method": "guidance"}, ["log8"], 4e-2, 1e-3),
 }
 
 

@@ -1,0 +1,63 @@
+"""CompRess: the student's similarities to earlier images, near the teacher's, with one queue or two.
+
+Abbasi Koohpayegani, Tejankar and Pirsiavash, "CompRess: Self-Supervised Learning by Compressing Representations"; a
+baseline of AttnDistill, on its projected class token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from student import config
+from student.align import Given, Shape, full
+from student.choose import Need
+from student.losses import Step
+from student.projector import ClassToken
+from student.queues import Queue, unit
+from student.seen import Reads
+
+
+def divergence(student: Tensor, teacher: Tensor, queues: tuple[Tensor, Tensor], tau: float) -> Tensor:
+    """KL(softmax(t·Q_t / τ) ‖ softmax(s·Q_s / τ)), mean over the batch; zero while the queues are empty.
+
+    Args:
+        student: unit vectors `[B, D]`.
+        teacher: unit vectors `[B, D_t]`.
+        queues: Q_s `[n, D]` and Q_t `[n, D_t]`, of the same images; one and the same with one queue.
+        tau: temperature.
+    """
+    mine, theirs = (student @ queues[0].T / tau).log_softmax(1), (teacher @ queues[1].T / tau).log_softmax(1)
+    return F.kl_div(mine, theirs, reduction="batchmean", log_target=True)
+
+
+def reads(settings: config.CompRess) -> frozenset[Reads]:
+    """The student's final tokens."""
+    return frozenset({"tokens"})
+
+
+def need(name: str, settings: config.CompRess, student: Shape) -> Need:
+    """The teacher's class token, or the pooled features of one without."""
+    return Need(name, (("class_token",), ("embedding",)), settings.teacher, settings.target)
+
+
+class Method(nn.Module):
+    """CompRess as a term of the training loss."""
+
+    def __init__(self, name: str, settings: config.CompRess, student: Shape, given: Sequence[Given]) -> None:
+        super().__init__()
+        self.tau = settings.tau
+        self.token = ClassToken(name, settings, student, given[0], free=settings.queues == 2)
+        self.theirs = Queue(settings.queue, int(given[0].target["sample_shape"][-1]))
+        self.mine = Queue(settings.queue, self.token.width) if settings.queues == 2 else None
+        self.row = self.token.row
+
+    def forward(self, step: Step) -> Tensor:
+        """The loss of one step; offers the teacher's embeddings to the queue, and the student's to a second one."""
+        mine, theirs = unit(self.token(step.student)), unit(full(step.targets[0]))
+        self.theirs.offer(theirs)
+        if self.mine is not None:
+            self.mine.offer(mine)
+        return divergence(mine, theirs, ((self.mine or self.theirs).held, self.theirs.held), self.tau)

@@ -1,0 +1,74 @@
+"""Attention guidance of AttnDistill: the student's class rows, near the teacher's by their divergence.
+
+Wang, Yang and van de Weijer, "Attention Distillation: self-supervised vision transformer students need more guidance",
+Eq. 6 to 11. Its four cases follow from the heads and grids of both sides: as many of both (a), another grid (b), other
+heads (c), both (d).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+from torch.special import xlogy
+
+from student import config
+from student.align import Given, Shape
+from student.choose import Need
+from student.losses import Step
+from student.rows import EPSILON, Rows
+from student.seen import Reads
+
+
+def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """Σ_h KL(A_t^h ‖ A_s^h) (Eq. 6, 8 and 11), mean over batch and layers.
+
+    Args:
+        student: `[B, L, H, N]`, rows that sum to one.
+        teacher: likewise.
+    """
+    each: Tensor = xlogy(teacher, teacher) - xlogy(teacher, student.clamp_min(EPSILON))
+    return each.sum((-1, -2)).mean()
+
+
+def squares(student: Tensor, teacher: Tensor) -> Tensor:
+    """The ablation's squared error in place of KL, Σ_h Σ_j (a_t − a_s)², reduced likewise."""
+    return (student - teacher).square().sum((-1, -2)).mean()
+
+
+def reads(settings: config.Guidance) -> frozenset[Reads]:
+    """The student's class rows, and the values that they weigh where asked for."""
+    return frozenset({"attention", "values"} if settings.value_norm else {"attention"})
+
+
+def need(name: str, settings: config.Guidance, student: Shape) -> Need:
+    """Class rows, or what gives them; with value norms the values of the same layers."""
+    taps: list[tuple[str, ...]] = [("class_row",), ("attention",), ("q", "k")]
+    if settings.value_norm:
+        taps = [(*several, "v") for several in taps]
+    return Need(name, tuple(taps), settings.teacher, settings.target)
+
+
+class Method(nn.Module):
+    """Attention guidance as a term of the training loss."""
+
+    def __init__(self, name: str, settings: config.Guidance, student: Shape, given: Sequence[Given]) -> None:
+        super().__init__()
+        self.values = settings.value_norm
+        self.rows = Rows(name, settings, student, given[:-1] if self.values else given, "class")
+        merged = not self.rows.head_pairs
+        case = ("d" if merged else "b") if self.rows.resizes else ("c" if merged else "a")
+        weighed = "; weighted by the norms of values" if self.values else ""
+        self.row = replace(self.rows.row, rule=f"case ({case}): {self.rows.row.rule}{weighed}")
+        self.distance = divergence if settings.loss == "kl" else squares
+
+    def forward(self, step: Step) -> Tensor:
+        """The loss of one step."""
+        seen, targets = step.student, step.targets
+        if not self.values:
+            mine, theirs = self.rows.student_rows(seen.q, seen.k, seen.scales), self.rows.teacher_rows(targets)
+        else:
+            mine = self.rows.student_rows(seen.q, seen.k, seen.scales, seen.v)
+            theirs = self.rows.teacher_rows(targets[:-1], targets[-1])
+        return self.distance(mine, theirs)

@@ -1,0 +1,67 @@
+"""SEED: the student's similarities to earlier images, near the teacher's.
+
+Fang et al., "SEED: Self-supervised Distillation for Visual Representation"; a baseline of AttnDistill, on its projected
+class token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from student import config
+from student.align import Given, Shape, full
+from student.choose import Need
+from student.losses import Step
+from student.projector import ClassToken
+from student.queues import Queue, unit
+from student.seen import Reads
+
+
+def cross_entropy(student: Tensor, teacher: Tensor, queue: Tensor, tau_student: float, tau_teacher: float) -> Tensor:
+    """−Σ_j p^t_j log p^s_j over the sample's own teacher embedding and the queue, mean over the batch.
+
+    p^t = softmax(t·[t, queue] / τ_t), p^s = softmax(s·[t, queue] / τ_s).
+
+    Args:
+        student: unit vectors `[B, D]`.
+        teacher: likewise.
+        queue: unit vectors `[n, D]` of the teacher.
+        tau_student: τ_s.
+        tau_teacher: τ_t.
+    """
+    mine, theirs = (
+        torch.cat([(vectors * teacher).sum(-1, keepdim=True), vectors @ queue.T], 1) for vectors in (student, teacher)
+    )
+    target = (theirs / tau_teacher).softmax(1)
+    return -(target * (mine / tau_student).log_softmax(1)).sum(1).mean()
+
+
+def reads(settings: config.SEED) -> frozenset[Reads]:
+    """The student's final tokens."""
+    return frozenset({"tokens"})
+
+
+def need(name: str, settings: config.SEED, student: Shape) -> Need:
+    """The teacher's class token, or the pooled features of one without."""
+    return Need(name, (("class_token",), ("embedding",)), settings.teacher, settings.target)
+
+
+class Method(nn.Module):
+    """SEED as a term of the training loss."""
+
+    def __init__(self, name: str, settings: config.SEED, student: Shape, given: Sequence[Given]) -> None:
+        super().__init__()
+        self.settings = settings
+        self.token = ClassToken(name, settings, student, given[0])
+        self.queue = Queue(settings.queue, self.token.width)
+        self.row = self.token.row
+
+    def forward(self, step: Step) -> Tensor:
+        """The loss of one step; offers the teacher's embeddings to the queue."""
+        mine, theirs = unit(self.token(step.student)), unit(full(step.targets[0]))
+        self.queue.offer(theirs)
+        taus = self.settings.tau_student, self.settings.tau_teacher
+        return cross_entropy(mine, theirs, self.queue.held, *taus)
