@@ -13,6 +13,7 @@ from pipeline.bench.timing import Spread, interleaved, seconds
 from pipeline.console import Console
 from pipeline.evaluations import Said, columns, opened
 from precompute.offers import bare
+from student.align import student_shape
 from student.evaluation.cost import cost, links_of
 from student.model import pick_device
 
@@ -35,9 +36,8 @@ def costs(paths: Sequence[Path], teachers: Sequence[str], batch: int, device: st
     for path in paths:
         member, _ = opened(path, where, console)
         contenders.append(Contender("student", member.name, member.model, _images(member.about.img_size)))
-        patches = getattr(getattr(member.model, "patch_embed", None), "num_patches", None)
-        for loss, links in links_of(path.with_name("losses.safetensors")).items() if patches else ():
-            maps = torch.zeros(1, int(links.in_channels), patches)  # type: ignore[arg-type]
+        for loss, links in links_of(path.with_name("losses.safetensors")).items():
+            maps = torch.zeros(1, int(links.in_channels), student_shape(member.model).grid ** 2)  # type: ignore[arg-type]
             contenders.append(Contender("links", f"{loss} of {member.name}", links.to(where), maps))
     for name in dict.fromkeys(teachers):
         _, size, network = bare(name, device=str(where))

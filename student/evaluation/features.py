@@ -78,9 +78,9 @@ def probe_feature(model: nn.Module, pixels: Tensor) -> Tensor:
     """What DINO's linear probe reads, `[B, D]`, all after the final norm.
 
     Of a ViT narrower than 768 the class tokens of the last four blocks, of a wider one the last class token and the
-    mean of the last patches; without a class token as `class_feature`.
+    mean of the last patches; of other networks as `class_feature`.
     """
-    if not _has_class_token(model):
+    if not _has_blocks(model):
         return class_feature(model, pixels)
     at, blocks = prefix_roles(model).index("class"), 1 if _is_wide(model) else min(BLOCKS, len(model.blocks))  # type: ignore[arg-type]
     _, layers = model.forward_intermediates(  # type: ignore[operator]
@@ -96,7 +96,7 @@ def feature_text(model: nn.Module, read: Reading) -> str:
     """In words what is read off a network."""
     if not _has_class_token(model):
         return "pooled features, as the classifier reads them"
-    if read is class_feature:
+    if read is class_feature or not _has_blocks(model):
         return "class token after the final norm"
     if _is_wide(model):
         return "last class token and mean of the last patches, after the final norm"
@@ -106,6 +106,11 @@ def feature_text(model: nn.Module, read: Reading) -> str:
 def _has_class_token(model: nn.Module) -> bool:
     """Whether a network's classifier reads a class token: one that no loss acts on says nothing."""
     return "class" in prefix_roles(model) and getattr(model, "global_pool", None) == "token"
+
+
+def _has_blocks(model: nn.Module) -> bool:
+    """Whether the tokens after each block can be read off a network with a class token."""
+    return _has_class_token(model) and hasattr(model, "blocks") and hasattr(model, "forward_intermediates")
 
 
 def _is_wide(model: nn.Module) -> bool:

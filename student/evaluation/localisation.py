@@ -45,16 +45,23 @@ class Looker:
         shape = student_shape(model)
         if "class" not in shape.prefix:
             raise UserError(f"{name}: the student has no class token, so it has no class rows to localise by")
-        self.model, self.taps, self.prefix, self.grid = model, AttentionTaps(model), len(shape.prefix), shape.grid
-        self.text = f"mean of {shape.maps} class-row maps of {shape.grid}x{shape.grid}"
+        self.model, self.taps, self.prefix = model, AttentionTaps(model), len(shape.prefix)
+        self.grids, self.count = [grid for _, grid in shape.by_layer], shape.maps
+        sides = " and ".join(f"{grid}x{grid}" for grid in dict.fromkeys(self.grids))
+        self.text = f"mean of {shape.maps} class-row maps of {sides}"
 
     @torch.no_grad()
     def maps(self, pixels: Tensor) -> np.ndarray:
         """Maps f32 `[B, 224, 224]` of normalised images `[B, 3, S, S]`, resized by bicubic interpolation."""
         self.model(pixels)
-        mean = class_maps(self.taps.q, self.taps.k, self.taps.scales, self.prefix, "scaled").mean(1)
-        matrix = resize_matrix(self.grid, SIDE).to(mean.device)
-        maps: np.ndarray = (matrix @ mean.view(-1, self.grid, self.grid) @ matrix.T).cpu().numpy()
+        total = torch.zeros(())
+        for grid in dict.fromkeys(self.grids):
+            mine = [n for n, side in enumerate(self.grids) if side == grid]
+            q, k = ([several[n] for n in mine] for several in (self.taps.q, self.taps.k))
+            rows = class_maps(q, k, [self.taps.scales[n] for n in mine], self.prefix, "scaled").sum(1)
+            matrix = resize_matrix(grid, SIDE).to(rows.device)
+            total = total.to(rows.device) + matrix @ rows.view(-1, grid, grid) @ matrix.T
+        maps: np.ndarray = (total / self.count).cpu().numpy()
         return maps
 
 

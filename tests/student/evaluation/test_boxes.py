@@ -248,6 +248,15 @@ def test_a_map_is_the_mean_of_what_the_class_token_attends_to(trained) -> None:
     assert looker.text == "mean of 6 class-row maps of 8x8"
 
 
+def test_a_student_that_pools_its_patches_is_read_on_each_grid() -> None:
+    looker = Looker(timm.create_model("pit_ti_224", num_classes=3).eval(), "x")
+    assert looker.text == "mean of 60 class-row maps of 27x27 and 14x14 and 7x7"
+    found = looker.maps(torch.rand(1, 3, 224, 224))
+    assert found.shape == (1, 224, 224)
+    share = sum(looker.grids.count(g) * heads / g**2 for g, heads in ((27, 2), (14, 4), (7, 8))) / 60
+    assert found.mean() == pytest.approx(share, rel=0.02)  # each map sums to one over its own patches
+
+
 class Pointer:
     """Looks at what is bright."""
 

@@ -104,6 +104,9 @@ def test_class_tokens_are_those_after_the_final_norm() -> None:
         patches = model.forward_features(pixels)[:, model.num_prefix_tokens :]
         assert torch.allclose(class_feature(model, pixels), model.fc_norm(patches.mean(1)), atol=1e-6)
         assert torch.equal(probe_feature(model, pixels), class_feature(model, pixels))
+    pit = timm.create_model("pit_ti_224", num_classes=3).eval()  # no list of blocks
+    large = torch.rand(1, 3, 224, 224)
+    assert torch.equal(probe_feature(pit, large), pit.forward_head(pit.forward_features(large), pre_logits=True))
     wide = timm.create_model("vit_tiny_patch16_224", **{**SMALL, "embed_dim": 768, "depth": 1}).eval()
     last = wide.forward_features(pixels)
     assert torch.allclose(probe_feature(wide, pixels), torch.cat([last[:, 0], last[:, 1:].mean(1)], 1), atol=1e-6)
