@@ -169,9 +169,9 @@ def load_classifier(path: Path) -> tuple[nn.Module, Description]:
     model, about = load(path)
     if not about.classifies:
         raise UserError(
-            f"{path}: this student was trained without labels and has no classifier; give it one by training on with "
-            f"labels: pipeline train --recipe fine-tune --set student.model={about.model} --set student.pretrained="
-            f"false --set student.weights={path} …"
+            f"{path}: this student was trained without labels and has no classifier; its features are measured by "
+            "pipeline evaluate RUN --protocol knn, or probe; labels give it a classifier: pipeline train --recipe "
+            f"fine-tune --set student.model={about.model} --set student.pretrained=false --set student.weights={path} …"
         )
     return model, about
 

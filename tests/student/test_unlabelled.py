@@ -107,6 +107,17 @@ def test_what_needs_a_classifier_says_so(world, taught, tmp_path, capsys) -> Non
         assert "pipeline train --recipe fine-tune" in said
 
 
+def test_its_features_are_measured_where_there_are_labels(world, taught, capsys) -> None:
+    words = ["evaluate", str(taught[0]), "--protocol", "knn", "--shards", world.shards[0]]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--train-shards", world.shards[1], "--json"])
+    said = capsys.readouterr()
+    assert ended.value.code == 0, said.err
+    result = json.loads(said.out)
+    assert (result["samples"], result["width"]) == (150, 48)
+    assert result["knn"]["10"]["top1"] > 50, "three classes"
+
+
 def test_its_graph_gives_features(bare, taught, tmp_path) -> None:
     out, _, _ = taught
     assert export(out / "last.safetensors", bare.shards, tmp_path / "s.onnx")["checked"] == 16
