@@ -75,8 +75,8 @@ class Update:
                 if not math.isfinite(numbers["loss"]):
                     parts = ", ".join(f"{name} {value.item():g}" for name, value in values.items())
                     raise UserError(
-                        f"epoch {epoch}, step {step}: the loss is not finite ({parts}); lower --set optim.lr or set "
-                        "optim.clip_grad=1"
+                        f"epoch {epoch}, step {step}: the loss is not finite ({parts}); lower the learning "
+                        "rate, --set optim.lr=X, or cap the gradients, --set optim.clip_grad=1"
                     )
                 self.scaler.scale(loss / len(pieces)).backward()
             for name, value in numbers.items():
