@@ -47,6 +47,13 @@ def parse(text: str) -> list[Wish]:
     Raises:
         UserError: an unknown tap, option or codec, with the nearest known one.
     """
+    try:
+        return _parse(text)
+    except UserError as error:
+        raise UserError(f"--target {text}: {error}") from None
+
+
+def _parse(text: str) -> list[Wish]:
     from precompute.taps import TAPS, check_tap
 
     parts = [part.strip() for part in text.split(",")]
@@ -54,20 +61,18 @@ def parse(text: str) -> list[Wish]:
     options = dict(part.split("=", 1) for part in parts if "=" in part)
     for option in options:
         if option not in ("layers", "grid", "codec"):
-            raise UserError(
-                f"--target {text}: no option is called {option!r}. {nearest(option, ('layers', 'grid', 'codec'))}"
-            )
+            raise UserError(f"no option is called {option!r}. {nearest(option, ('layers', 'grid', 'codec'))}")
     if not taps:
-        raise UserError(f"--target {text}: names no tap. {nearest('', TAPS)}")
+        raise UserError(f"names no tap. {nearest('', TAPS)}")
     grid = None
     if "grid" in options:
         if not re.fullmatch(r"[1-9]\d{0,2}", options["grid"]):
-            raise UserError(f"--target {text}: grid={options['grid']}: expected a number of patches a side, 1 to 999")
+            raise UserError(f"grid={options['grid']}: expected a number of patches a side, 1 to 999")
         grid = int(options["grid"])
         if any(tap != "activations" for tap in taps):
-            raise UserError(f"--target {text}: only activations are resized to a grid")
+            raise UserError("only activations are resized to a grid")
     if "layers" in options and not all(TAPS[tap].layered for tap in taps):
-        raise UserError(f"--target {text}: {', '.join(t for t in taps if not TAPS[t].layered)} has no layers to choose")
+        raise UserError(f"{', '.join(t for t in taps if not TAPS[t].layered)} has no layers to choose")
     codec = options.get("codec")
     if codec is not None:
         for tap in taps:
@@ -342,6 +347,7 @@ def choose_policy(
     field, expected, mine = found[0]
     raise IdentityError(
         f"{store.url}: bank {there[0]}", names[field], expected, mine,
-        "All targets of a training run share one bank. Leave the flag out to use the bank that is there, or make "
-        "another one beside it: --new-bank",
+        "All targets of a training run are of the same views, those of one bank. Leave the flag out to use the ones "
+        "that are there, or make others beside them: --new-bank",
+        ("the store has", "asked for"),
     )  # fmt: skip
