@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import click
@@ -17,9 +18,10 @@ from pipeline.catalogue import recipes, teachers
 from pipeline.evaluating import evaluate
 from pipeline.links import links
 from pipeline.measuring import bench, demo
+from pipeline.options import QUOTES
 from pipeline.recording import init, inspect, pack, plan, precompute, verify
 from pipeline.training import export, fit_teacher, predict, train
-from storage.errors import UserError, nearest
+from storage.errors import DamageError, UserError, nearest, shown
 
 
 class _Commands(click.Group):
@@ -60,6 +62,7 @@ _ADVICE = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give a place that you may read and write"),
     **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR), "give another path"),
 }
+_DAMAGED = "\n  `pipeline verify --store DIR` lists all that is damaged, and how it is made anew."
 
 
 class _Terminated(KeyboardInterrupt):
@@ -83,6 +86,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(error.ctx.get_help() if error.ctx else error.message)
         raise SystemExit(2) from None
     except click.UsageError as error:
+        if error.message.startswith("Got unexpected extra argument") and ".tar" in error.message:
+            error = click.UsageError(f"{error.message}. {QUOTES}", error.ctx)
         if os.environ.get("RANK", "0") == "0":
             error.show()
             if as_json:
@@ -101,13 +106,15 @@ def main(arguments: list[str] | None = None) -> None:
     except (UserError, click.ClickException) as error:
         if debug:
             raise
-        _fail(str(error), as_json, 1)
+        alone = isinstance(error, DamageError) and "\n" not in str(error)
+        _fail(f"{error}{_DAMAGED if alone else ''}", as_json, 1)
     except BrokenPipeError:
         raise SystemExit(1) from None
     except OSError as error:
         if debug:
             raise
-        what = f"{error.filename or 'input or output'}: {error.strerror or error}"
+        where = shown(Path(error.filename)) if isinstance(error.filename, str) else "input or output"
+        what = f"{where}: {error.strerror or error}"
         _fail(f"{what}; {_ADVICE.get(error.errno or 0, 'mend it and run the same command again')}", as_json, 1)
     except Exception as error:
         if debug:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from storage.markers import Task
+from storage.progress import size_text
 from storage.store import Store
 from storage.weights import READY
 
@@ -42,15 +43,6 @@ def _complete(store: Store, tasks: dict[str, list[Task]]) -> dict[str, Any]:
     views = sorted({len(several) for several in tasks.values()})
     return {"shards": len(tasks), "views": views[-1] if views else 0, "fewest_views": views[0] if views else 0,
             "view_images": samples, "bytes": size}  # fmt: skip
-
-
-def size_text(count: float) -> str:
-    """Bytes as people say them."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if count < 1024 or unit == "TiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError
 
 
 def error_text(error: dict[str, float] | None) -> str:
@@ -97,8 +89,9 @@ def plan_lines(result: dict[str, Any]) -> list[str]:
     lines = [
         f"{result['shards']} shard(s), {result['samples']:,} samples{about}, {result['views']} view(s) of "
         f"{result['policy']['line']} at {result['policy']['size']}",
-        f"store: {size_text(result['bytes'])} in {result['objects']:,} objects; still to be made: "
-        f"{size_text(new['bytes'])} in {new['objects']:,} objects, {new['view_images']:,} view images",
+        f"store: {size_text(result['bytes'])} in {result['objects']:,} objects, of which the teacher's graph takes "
+        f"{size_text(result['graph_bytes'])}; still to be made: {size_text(new['bytes'])} in {new['objects']:,} "
+        f"objects, {new['view_images']:,} view images",
     ]
     for target in result["targets"]:
         lines.append(

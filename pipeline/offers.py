@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.inspection import size_text
+from storage.progress import size_text
 
 SHOWN = 8  # tensors of a graph
 

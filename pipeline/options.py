@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from pipeline import project
-from storage.errors import UserError
+from storage.errors import UserError, shown
 
 if TYPE_CHECKING:
     from pipeline.settings import Entry
@@ -29,6 +29,10 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(*args, **kwargs)
 
     return wrapped
+
+
+# For shards as single words: the shell took a pattern apart.
+QUOTES = "Several shards are one pattern in quotes, which keep the shell off: 'train-{000000..000009}.tar'"
 
 
 class Hinted(click.types.StringParamType):
@@ -173,7 +177,8 @@ def _wanted(teacher: str | None, **flags: Any) -> Wanted | dict[str, Wanted]:
     absent = [name for name in chosen if not flags["weights"] and _is_missing(entries[name].weights)]
     if len(absent) < len(chosen):
         for name in absent:
-            click.echo(f"{name} is left out: {entries[name].weights} is not there yet; {_ADVICE}", err=True)
+            file = shown(Path(str(entries[name].weights)))
+            click.echo(f"{name} is left out: {file} is not there yet; {_ADVICE}", err=True)
         chosen = [name for name in chosen if name not in absent]
     made = {name: _one(name, entries[name], f"{read.path}: teachers.{name}: ", **flags) for name in chosen}
     return made if teacher is None else made[teacher]
@@ -252,7 +257,7 @@ def _one(
     except UserError as error:
         if not where:
             raise
-        missing = str(error).startswith(f"--weights {weights}:") and _is_missing(weights)
+        missing = str(error).startswith("--weights ") and _is_missing(weights)
         advice = f"\n  {_ADVICE}" if missing else ""
         raise UserError(f"{where}{error}{advice}") from None
     named = {"line": view_policy, "size": view_size, "seed": seed}
@@ -266,6 +271,8 @@ def _one(
 def _arguments(pairs: tuple[str, ...]) -> dict[str, Any]:
     import yaml
 
+    from pipeline.plain import why
+
     found = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
@@ -274,9 +281,7 @@ def _arguments(pairs: tuple[str, ...]) -> dict[str, Any]:
         try:
             found[name] = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise UserError(
-                f"--teacher-arg {pair}: the value is not plain YAML: {' '.join(str(error).split())}"
-            ) from None
+            raise UserError(f"--teacher-arg {pair}: the value is not plain YAML: {why(error)}") from None
     return found
 
 

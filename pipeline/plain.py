@@ -51,9 +51,20 @@ def read_yaml(path: Path) -> Any:
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
     except Exception as error:  # its constructors raise anything: ValueError, KeyError, IndexError, RecursionError, …
-        said = " ".join(str(error).replace("<unicode string>", path.name).split()) or type(error).__name__
-        tab = "; indent with spaces, not with tabs" if "'\\t'" in said else ""
-        raise UserError(f"{path}: not plain YAML: {said[:400]}{tab}") from None
+        raise UserError(f"{path}: not plain YAML: {why(error)}") from None
+
+
+def why(error: Exception) -> str:
+    """What is no YAML in a text, and where in it."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split())[:400] or type(error).__name__
+    tab = "; indent with spaces, not with tabs" if "'\\t'" in str(error.problem) else ""
+    began = f", {error.context} from {_place(error.context_mark)} on" if error.context_mark and error.context else ""
+    return f"{_place(error.problem_mark)}: {error.problem}{began}{tab}"
+
+
+def _place(mark: yaml.Mark) -> str:
+    return f"line {mark.line + 1}, column {mark.column + 1}"
 
 
 def number_in(value: Any) -> Any:

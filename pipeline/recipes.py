@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pipeline.plain import number_in, read_yaml
+from pipeline.plain import number_in, read_yaml, why
 from storage.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -38,9 +38,7 @@ def _file(recipe: str) -> Path:
     if path.suffix in (".yaml", ".yml") and not path.is_file():
         raise UserError(f"{path}: no such recipe file; `pipeline recipes aal > {path}` makes one to start from")
     if not path.is_file():
-        raise UserError(
-            f"no recipe is called {recipe!r}. {nearest(recipe, names())} A path to a YAML file also serves."
-        )
+        raise UserError(f"no recipe is called {recipe!r}. {nearest(recipe, names())} A YAML file also serves.")
     return path
 
 
@@ -112,9 +110,9 @@ def put(content: dict[str, Any], path: str, value: Any) -> None:
 def _set(content: dict[str, Any], setting: str) -> None:
     path, equals, text = setting.partition("=")
     if not equals or not path:
-        raise UserError(f"--set {setting}: expected path.to.field=value")
+        raise UserError(f"--set {setting}: expected NAME=VALUE, such as --set optim.epochs=50")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"--set {setting}: the value is not plain YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"--set {setting}: the value is not plain YAML: {why(error)}") from None
     put(content, path, number_in(value))

@@ -10,12 +10,14 @@ import click
 from click.core import ParameterSource
 
 from pipeline.console import Console, show
-from pipeline.options import Hinted, common, shards, store, wanted
+from pipeline.options import QUOTES, Hinted, common, shards, store, wanted
 from pipeline.project import FILE, load, reads
 from storage.errors import UserError
 
 if TYPE_CHECKING:
     from precompute.run import Wanted
+
+SHOWN = 10  # files of a list that are named; --json names all
 
 
 @click.command()
@@ -85,6 +87,8 @@ def pack(
     from storage.pack import pack as run
 
     source, out = list(places[:-1]), places[-1]
+    if len(source) > 1 and any(Path(one).is_dir() or one.lower().endswith(".csv") for one in source):
+        raise click.UsageError(f"a folder or a CSV is packed alone, into shards of one name. {QUOTES}")
     if not source:
         source, out = [out], _shards_of_project(out)
         val_fraction = 0.1 if val_fraction is None else val_fraction
@@ -260,14 +264,18 @@ def verify(
     result = {
         "store": store, "ok": not report.failures, "objects": report.objects, "views_rendered": report.views_rendered,
         "targets_compared": report.targets_compared, "compared_with": report.compared_with,
-        "failures": report.failures, "notices": report.notices,
+        "failures": report.failures, "spoilt": report.spoilt, "notices": report.notices,
     }  # fmt: skip
     verdict = "everything is as it was written" if not report.failures else f"{len(report.failures)} failure(s)"
     rendered = ", no views rendered (give --shards)"
     if urls:
         rendered = f", {report.views_rendered:,} views rendered again, {report.targets_compared:,} targets compared"
-    advice = "  What is damaged in a view is made anew by precompute once its marker (done/…) is deleted."
-    tail = [advice] if report.failures else []
-    show(result, [*report.failures, *report.notices, *tail, f"{report.objects:,} checks{rendered}: {verdict}"], as_json)
+    tail = [f"{report.objects:,} checks{rendered}: {verdict}"]
+    if report.spoilt:
+        most = report.spoilt[:SHOWN]
+        more = [f"  and {len(report.spoilt) - SHOWN:,} more: --json names all"] if report.spoilt[SHOWN:] else []
+        tail += ["Delete these files, and the same precompute command makes anew what is damaged:"]
+        tail += [*(f"  {name}" for name in most), *more]
+    show(result, [*report.failures, *report.notices, *tail], as_json)
     if report.failures:
         raise SystemExit(1)

@@ -11,9 +11,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 
 from pipeline.plain import number_in
 from precompute.ready import is_ready
-from storage.errors import UserError, nearest
+from storage.errors import UserError
 from storage.objects import is_remote
-from student.config import Recipe, Student, section_of, sentence
+from student.config import Recipe, Student, section_of, sentence, suggested
 
 
 class _Section(BaseModel):
@@ -133,7 +133,7 @@ def _require_known(where: str, name: str, value: Any) -> None:
     section: Any = Recipe
     for part in name.split("."):
         if section is not None and part not in section.model_fields:
-            raise UserError(f"{where}{name}: a recipe has no {part!r} there. {nearest(part, section.model_fields)}")
+            raise UserError(f"{where}{name}: a recipe has no {part!r} there. {suggested(part, section)}")
         section = section_of(section, part) if section is not None and part != "losses" else None
     if section is not None and isinstance(value, Mapping):
         for below, content in value.items():
@@ -145,7 +145,10 @@ def _explain(problem: Any) -> str:
     section: Any = Settings
     for i, part in enumerate(parts[:-1]):
         section = Entry if parts[:i] == ["teachers"] else section and section_of(section, part)
-    return sentence(".".join(parts) or "the file", problem, section)
+    if problem["type"] == "extra_forbidden" and section is Settings and "." in suggested(parts[0], Recipe):
+        return f"{parts[0]}: a recipe's setting goes under `set`. {suggested(parts[0], Recipe)}"
+    such = "; right is teachers: {vit_tiny: {}}" if parts == ["teachers"] else ""
+    return sentence(".".join(parts) or "the file", problem, section) + such
 
 
 def _from_here(settings: Settings, folder: Path) -> Settings:

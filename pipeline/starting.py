@@ -18,6 +18,7 @@ from storage.errors import UserError
 from storage.files import images_below
 from storage.progress import Progress
 from storage.shards import classes_of, read_samples
+from storage.sources import folders_in, require_classes_alone
 from storage.tars import IMAGES
 from storage.views import BadImage, decode, size_in
 
@@ -73,13 +74,18 @@ def look(folder: Path, home: Path, progress: Progress) -> Found:
 
 
 def _images(folder: Path) -> Found:
-    classes = sorted(place.name for place in folder.iterdir() if place.is_dir() and not place.name.startswith("."))
-    files = [path for name in classes for path in images_below(folder / name)]
+    classes = folders_in(folder)
+    require_classes_alone(folder, classes)
+    by_class = {name: images_below(folder / name) for name in classes}
+    files = [path for several in by_class.values() for path in several]
     if len(classes) < 2 or not files:
+        one = f" ({classes[0]} is one class alone)" if files else ""
         raise UserError(
-            f"{folder}: neither shards nor images in class folders; expected tars, or {folder}/CLASS/IMAGE."
+            f"{folder}: neither shards nor images in class folders{one}; expected tars, or {folder}/CLASS/IMAGE."
             f"{{{','.join(IMAGES)}}} for two classes or more"
         )
+    if empty := [name for name, several in by_class.items() if not several]:
+        raise UserError(f"{folder / empty[0]}: a class folder without images; remove it, or convert what is in it")
     step = max(1, len(files) // LOOKED_AT)
     sides = []
     for path in files[::step]:

@@ -186,6 +186,10 @@ def student_file(run: Path, checkpoint: str) -> Path:
         raise UserError(
             f"{run} has no student {checkpoint!r}{why}; it has {', '.join(others)}: --checkpoint {others[0]}"
         )
+    if not path.exists() and not run.suffix:
+        begun = (run / "args.yaml").exists()
+        do = "go on with the same `pipeline train` command and --resume" if begun else "`pipeline train` writes one"
+        raise UserError(f"{run}: {'no student here yet' if begun else 'no student here'}; {do}")
     return path
 
 

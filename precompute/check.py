@@ -61,7 +61,9 @@ class Live:
             digest = digest_of_file(file)
             names = [name for name, recorded in digests.items() if recorded == digest]
             if not names:
-                raise IdentityError(f"--weights {file}", "sha256", " or ".join(digests.values()), digest)
+                known = " or ".join(f"{digest} ({name})" for name, digest in digests.items())
+                do = "Give the file that precompute was given."
+                raise IdentityError(f"--weights {file}", "sha256", known, digest, do)
             self.files |= dict.fromkeys(names, file)
         for name, manifest in self.teachers.items():
             recorded = str(manifest.get("weights", ""))

@@ -108,6 +108,7 @@ def _plan(
         "views": views,
         "bytes": round(totals.bytes),
         "objects": totals.objects,
+        "graph_bytes": sum(length for key, length in records.items() if key.endswith(".onnx")),
         "missing": {"bytes": round(totals.new_bytes), "objects": totals.new_objects, "view_images": todo},
         "shared": {
             "bytes": round(shared.bytes),

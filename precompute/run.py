@@ -134,7 +134,9 @@ def staffed(wanted: Wanted, progress: Progress) -> Iterator[tuple[Wanted, Client
 def _precompute(job: Job, client: Client | None, progress: Progress, began: float) -> dict[str, Any]:
     store, wanted = job.store, job.wanted
     policy = job.policy
-    progress.say(f"bank {policy.bank}: {policy.line}, size {policy.size}, seed {policy.seed}, {job.views} view(s)")
+    progress.say(
+        f"views: {policy.line}, size {policy.size}, seed {policy.seed}, {job.views} a sample, bank {policy.bank}"
+    )
     shards: dict[str, str] = {}  # id -> url
     failures: dict[str, Failure] = {}
     invalid: dict[str, None] = {}  # a shard comes once for each graph
@@ -143,7 +145,7 @@ def _precompute(job: Job, client: Client | None, progress: Progress, began: floa
     for url, outcome in _outcomes(job, client, progress):
         if isinstance(outcome, Failure):
             failures[url] = outcome
-            progress.say(f"failed: {outcome.error}")
+            progress.say(f"failed: {outcome.error.splitlines()[0]}")  # what to do is said once, in the end
             continue
         if shards.setdefault(outcome.shard, url) != url:
             text = f"{url} holds the same samples as {shards[outcome.shard]}; give each shard once"
@@ -155,9 +157,9 @@ def _precompute(job: Job, client: Client | None, progress: Progress, began: floa
             progress.say(f"on {settings['provider']}, {settings['precision']}, onnxruntime {settings['onnxruntime']}")
     outputs = [output.target for several in job.by_graph.values() for output in several]
     for line in invalid:
-        progress.say(f"left out, marked invalid: {line}")
+        progress.say(f"cannot be decoded, so left out of training: {line}")
     if not rendered and not failures:
-        progress.say(f"complete already: {', '.join(outputs)}")
+        progress.say("all of it was complete already")
     patiently(lambda: store.objects.put("README.md", card(store).encode()))
     seconds = time.monotonic() - began
     if rendered:

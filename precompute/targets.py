@@ -55,6 +55,13 @@ def parse(text: str) -> list[Wish]:
     Raises:
         UserError: an unknown tap, option or codec, with the nearest known one.
     """
+    try:
+        return _parse(text)
+    except UserError as error:
+        raise UserError(f"--target {text}: {error}") from None
+
+
+def _parse(text: str) -> list[Wish]:
     from precompute.taps import TAPS, check_tap
 
     parts = [part.strip() for part in text.split(",")]
@@ -62,12 +69,12 @@ def parse(text: str) -> list[Wish]:
     options = dict(part.split("=", 1) for part in parts if "=" in part)
     for option in options:
         if option not in _OPTIONS:
-            raise UserError(f"--target {text}: no option is called {option!r}. {nearest(option, _OPTIONS)}")
+            raise UserError(f"no option is called {option!r}. {nearest(option, _OPTIONS)}")
     if not taps:
-        raise UserError(f"--target {text}: names no tap. {nearest('', TAPS)}")
-    grid, at, antialias = _maps(text, taps, options)
+        raise UserError(f"names no tap. {nearest('', TAPS)}")
+    grid, at, antialias = _maps(taps, options)
     if "layers" in options and not all(TAPS[tap].layered for tap in taps):
-        raise UserError(f"--target {text}: {', '.join(t for t in taps if not TAPS[t].layered)} has no layers to choose")
+        raise UserError(f"{', '.join(t for t in taps if not TAPS[t].layered)} has no layers to choose")
     codec = options.get("codec")
     if codec is not None:
         for tap in taps:
@@ -75,25 +82,25 @@ def parse(text: str) -> list[Wish]:
     return [Wish(tap, options.get("layers"), grid, codec, (), at, antialias) for tap in taps]
 
 
-def _maps(text: str, taps: Sequence[str], options: Mapping[str, str]) -> tuple[int | None, At, bool]:
+def _maps(taps: Sequence[str], options: Mapping[str, str]) -> tuple[int | None, At, bool]:
     """What is said of activations alone: `grid`, `at` and `antialias`."""
     from precompute.taps import POSITIONS
 
     alone = {"grid": "resized to a grid", "at": "read at a place of their own", "antialias": "resized"}
     for option, what in alone.items():
         if option in options and any(tap != "activations" for tap in taps):
-            raise UserError(f"--target {text}: only activations are {what}")
+            raise UserError(f"only activations are {what}")
     grid, place, antialias = options.get("grid"), options.get("at", "norm"), options.get("antialias", "false")
     if grid is not None and not re.fullmatch(r"[1-9]\d{0,2}", grid):
-        raise UserError(f"--target {text}: grid={grid}: expected a number of patches a side, 1 to 999")
+        raise UserError(f"grid={grid}: expected a number of patches a side, 1 to 999")
     at = next((known for known in POSITIONS if known == place), None)
     if at is None:
         raise UserError(
-            f"--target {text}: at={place}: expected norm (a stage's last normalisation) or block (its last block, "
+            f"at={place}: expected norm (a stage's last normalisation) or block (its last block, "
             "after the residual sum)"
         )
     if antialias not in ("true", "false"):
-        raise UserError(f"--target {text}: antialias={antialias}: expected true or false")
+        raise UserError(f"antialias={antialias}: expected true or false")
     return None if grid is None else int(grid), at, antialias == "true"
 
 
@@ -373,6 +380,7 @@ def choose_policy(
     field, expected, mine = found[0]
     raise IdentityError(
         f"{store.url}: bank {there[0]}", names[field], expected, mine,
-        "All targets of a training run share one bank. Leave the flag out to use the bank that is there, or make "
-        "another one beside it: --new-bank",
+        "All targets of a training run are of the same views, those of one bank. Leave the flag out to use the ones "
+        "that are there, or make others beside them: --new-bank",
+        ("the store has", "asked for"),
     )  # fmt: skip

@@ -202,7 +202,10 @@ def about_weights(model: str, name: str) -> dict[str, Any]:
     if not timm.is_model(model):
         close = difflib.get_close_matches(name, [*SHORT, *timm.list_models()], cutoff=0.5)
         hint = nearest(name, close or SHORT)
-        raise UserError(f"no teacher is called {name!r}. {hint} `timm.list_models()` has all names.")
+        raise UserError(
+            f"no teacher is called {name!r}. {hint} `pipeline teachers` lists short names; any of timm.list_models() "
+            "serves, too."
+        )
     try:
         config = timm.get_pretrained_cfg(model)
     except RuntimeError:  # the tag behind the dot
@@ -251,11 +254,11 @@ def _create(model: str, arguments: dict[str, Any], *, pretrained: bool) -> nn.Mo
     try:
         made: nn.Module = timm.create_model(model, pretrained=pretrained, **arguments)
     except Exception as error:  # timm and the hub raise many kinds
-        what = "its weights cannot be had from timm's hub" if pretrained else "cannot be made"
-        advice = "\n  Give a file: --weights F" if pretrained else ""
-        raise UserError(
-            f"teacher {model}{f' {arguments}' if arguments else ''}: {what}: {first_line(error)}{advice}"
-        ) from None
+        what = "its weights cannot be had from timm's hub" if pretrained else f"cannot be made with {arguments}"
+        advice = "Change --teacher-arg, or leave it out."
+        if pretrained:
+            advice = "Give a file: --weights F, or in a project file teachers.NAME.weights."
+        raise UserError(f"teacher {model}: {what}: {first_line(error)}\n  {advice}") from None
     return made
 
 

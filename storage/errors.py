@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -12,14 +14,21 @@ class UserError(Exception):
 
 
 class IdentityError(UserError):
-    """Something is not what the store was made with. Names the field, what was expected and what was found."""
+    """Something is not what the store was made with. Names the field, what was expected and what was found.
 
-    def __init__(self, where: str, field: str, expected: object, found: object, do: str = "") -> None:
-        self.where, self.field, self.expected, self.found, self.do = where, field, expected, found, do
-        super().__init__(where, field, expected, found, do)  # the arguments again, so that it can be pickled
+    Where both sides have a name of their own (what the store has, what was asked for), `words` says them.
+    """
+
+    def __init__(
+        self, where: str, field: str, expected: object, found: object, do: str = "",
+        words: tuple[str, str] = ("expected", "found"),
+    ) -> None:  # fmt: skip
+        self.where, self.field, self.expected, self.found = where, field, expected, found
+        self.do, self.words = do, words
+        super().__init__(where, field, expected, found, do, words)  # the arguments again, so that it can be pickled
 
     def __str__(self) -> str:
-        text = f"{self.where}: {self.field}: expected {self.expected}, found {self.found}"
+        text = f"{self.where}: {self.field}: {self.words[0]} {self.expected}, {self.words[1]} {self.found}"
         return f"{text}\n  {self.do}" if self.do else text
 
 
@@ -41,6 +50,13 @@ def passes(error: OSError) -> bool:
 def lasts(error: OSError) -> bool:
     """Whether an error is one of a disk or of rights, so that trying again is useless."""
     return isinstance(error, PermissionError) or error.errno in _LASTING
+
+
+def shown(path: Path) -> str:
+    """A path as messages call it: from the current folder on where it lies below it, else whole."""
+    with contextlib.suppress(ValueError, OSError):  # elsewhere; or the current folder is gone
+        return str(path.relative_to(Path.cwd()))
+    return str(path)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -20,13 +20,16 @@ from fsspec.core import url_to_fs
 from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
 
-from storage.errors import DamageError, UserError
+from storage.errors import DamageError, UserError, shown
 
 
 class Objects(Protocol):
     """What a store needs of the place it lies in."""
 
-    url: str
+    @property
+    def url(self) -> str:
+        """What the place is called from here."""
+        ...
 
     def get(self, key: str) -> bytes:
         """The bytes of an object; FileNotFoundError where there is none."""
@@ -65,13 +68,17 @@ class LocalObjects:
     """Objects as files. A file is written under a temporary name, synced, and renamed or linked."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.root = Path(folder).absolute()
-        self.url = str(self.root)
+        self.root = Path(folder).expanduser().absolute()
         self._unsynced: set[Path] = set()
         self._syncing = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.url,)
+        return type(self), (str(self.root),)  # whoever reads it may stand in another folder
+
+    @property
+    def url(self) -> str:
+        """The folder, as people call it from the current one."""
+        return shown(self.root)
 
     # The four steps that can fail; the fault-injecting store of storage.testing overrides them.
     def _read(self, path: Path) -> bytes:
@@ -303,10 +310,11 @@ def read_range(url: str, start: int, stop: int) -> bytes:
                 file.seek(start)
                 data = file.read(stop - start)
     except FileNotFoundError:
-        raise DamageError(f"{url}: the file is gone") from None
+        raise DamageError(f"{url}: the file is gone\n  Put it back, or leave it out.") from None
     if len(data) != stop - start:
         raise DamageError(
-            f"{url}: truncated: bytes {start} to {stop} were asked for, it ends after {len(data)} of them"
+            f"{url}: truncated: bytes {start} to {stop} were asked for, it ends after {len(data)} of them\n"
+            "  Copy or make the file again."
         )
     return data
 

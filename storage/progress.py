@@ -1,4 +1,4 @@
-"""Where long work tells how far it is; `pipeline.console` shows it to people."""
+"""Where long work tells how far it is, and sizes as it says them; `pipeline.console` shows it to people."""
 
 from __future__ import annotations
 
@@ -19,6 +19,15 @@ class Progress(Protocol):
 
     def expect(self, total: int) -> None:
         """There are so many steps, as far as it is known by now."""
+
+
+def size_text(count: float) -> str:
+    """Bytes as people say them."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
 
 
 class Quiet:

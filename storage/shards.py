@@ -164,7 +164,10 @@ def _existing(url: str, pattern: str) -> list[str]:
         raise UserError(f"{pattern}: no file matches. {_there(path, there)}")
     names = braces(pattern) if "::" not in pattern else []
     few = [name for name in names if Path(name).name in there]
-    hint = f"{len(few)} of its {len(names)} names are there, the last is {few[-1]!r}." if few else _there(path, there)
+    end = f"the last is {few[-1]!r}: let the braces end there, or make the others" if few else ""
+    hint = f"{len(few)} of its {len(names)} names are there, {end}." if few else _there(path, there)
+    if "," in path.name and any(part in there for part in path.name.split(",")):
+        hint = "Several shards are joined by ::, or given by a --shards each."
     raise UserError(f"{path}: no such shard (asked for by {pattern!r}). {hint}")
 
 
@@ -189,14 +192,18 @@ def _folder_hint(path: Path) -> str:
 
 def _pack_hint(source: Path, images: int = 0) -> str:
     """The commands that make shards of a folder or a list, and what they are then called."""
-    last = max(0, -(-images // 1000) - 1)
     stem = re.sub(r"[^\w-]", "_", source.resolve().stem) or "train"
-    numbers = f"{{000000..{last:06d}}}" if last else "000000"
-    out = shlex.quote(f"{stem}-{numbers}.tar")
+    out = shlex.quote(names_for(stem, images))
     return (
         f"Pack it first:\n  pipeline pack {shlex.quote(str(source))} {out} --val-fraction 0.1\n"
         f"  and then give --shards {out} (and to train --val '{stem}-val-*.tar')"
     )
+
+
+def names_for(stem: str, images: int) -> str:
+    """What new shards of so many images may be called: a thousand in each."""
+    last = max(0, -(-images // 1000) - 1)
+    return f"{stem}-{f'{{000000..{last:06d}}}' if last else '000000'}.tar"
 
 
 def classes_of(urls: Iterable[str]) -> list[str] | None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import csv
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
 from storage.errors import UserError
-from storage.files import files_below, is_image
-from storage.shards import classes_of
+from storage.files import files_below, images_below, is_image
+from storage.shards import classes_of, names_for
 from storage.tars import IMAGES, open_file
 
 Files = list[tuple[Path, Path, int | None]]  # a file, what its key is made of, its label
 _GOOD_LIST = "  path,label\n  cats/1.jpg,cat\n  dogs/2.jpg,dog"
+
+_PARTS = ("train", "training", "val", "valid", "validation", "test", "testing")  # of a data set
 
 
 def class_folders(folder: Path, say: Callable[[str], None]) -> tuple[Files, list[str]]:
@@ -24,7 +27,8 @@ def class_folders(folder: Path, say: Callable[[str], None]) -> tuple[Files, list
     Raises:
         UserError: no images, or none in a class folder.
     """
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    classes = folders_in(folder)
+    require_classes_alone(folder, classes)
     files: Files = []
     others = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
     loose = [path for path in others if is_image(path)]
@@ -50,6 +54,23 @@ def class_folders(folder: Path, say: Callable[[str], None]) -> tuple[Files, list
     if len(classes) == 1:
         say(f"{folder}: one class alone, {classes[0]}: a classifier needs two or more")
     return files, classes
+
+
+def folders_in(folder: Path) -> list[str]:
+    """The names of the folders in a folder, sorted, but hidden ones."""
+    return sorted(place.name for place in folder.iterdir() if place.is_dir() and not place.name.startswith("."))
+
+
+def require_classes_alone(folder: Path, names: list[str]) -> None:
+    """Refuse `train` and `val` for classes. Raises UserError, with the commands that pack them one by one."""
+    parts = [name for name in names if folders_in(folder / name)]
+    if parts and all(name.lower() in _PARTS for name in names):
+        new = {part: names_for(part, len(images_below(folder / part))) for part in parts}
+        commands = (shlex.join(["pipeline", "pack", str(folder / part), name]) for part, name in new.items())
+        raise UserError(
+            f"{folder}: {', '.join(names)} are parts of a data set and no classes; pack each that has class folders:"
+            + "".join(f"\n  {command}" for command in commands)
+        )
 
 
 def listed(listing: Path, say: Callable[[str], None]) -> tuple[Files, list[str] | None]:

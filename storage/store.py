@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # The whole content of the root's zarr.json: a constant, so that every changed bit in it is seen.
 _ROOT = records.canonical({"zarr_format": 3, "node_type": "group", "attributes": {"teacher_store": {"format": FORMAT}}})
+_AGAIN = "  This file is the same in all stores: copy it from another one."
 
 
 class Store:
@@ -77,7 +78,9 @@ class Store:
             root = objects.get("zarr.json")
         except FileNotFoundError:
             if "done" in objects.names(""):
-                raise DamageError(f"{objects.url}/zarr.json: missing: the root of the store is gone") from None
+                raise DamageError(
+                    f"{objects.url}/zarr.json: missing: the root of the store is gone\n{_AGAIN}"
+                ) from None
             raise UserError(f"{objects.url}: there is no store here; `pipeline precompute` makes one") from None
         except (NotADirectoryError, IsADirectoryError):
             raise UserError(f"{objects.url}: not a folder, so not a store; give a folder: --store DIR") from None
@@ -87,7 +90,7 @@ class Store:
                 raise UserError(
                     f"{objects.url}: store format {int(newer[1])}, this version reads {FORMAT}; install a newer one"
                 )
-            raise DamageError(f"{objects.url}/zarr.json: damaged: it is not the root of a store")
+            raise DamageError(f"{objects.url}/zarr.json: damaged: it is not the root of a store\n{_AGAIN}")
         return cls(objects)
 
     # ------------------------------------------------------------------------------------------ records
@@ -167,7 +170,9 @@ class Store:
             return self._add("teacher", name, identity, about)
         except IdentityError as error:
             do = f"This is another teacher than the recorded one. Add it under a name of its own: --as {name}-2"
-            raise IdentityError(error.where, error.field, error.expected, error.found, do) from None
+            raise IdentityError(
+                error.where, error.field, error.expected, error.found, do, ("the store has", "asked for")
+            ) from None
 
     def targets(self) -> dict[str, Record]:
         """Target id -> manifest."""
@@ -267,14 +272,15 @@ class Store:
         shared = sum(digest in elsewhere for digest in own.digests)
         do = (
             f"{shared} of its {len(own)} images are known in this store under other shards or positions. Targets "
-            "belong to a shard's exact content: give the shards that were precomputed, or precompute these."
+            "belong to a shard's exact content: give the shards that were precomputed, or run `pipeline precompute` "
+            "over these."
         )
         for index in indexes:
             if index.summary.stem == own.summary.stem:
                 field, expected, found = _first_difference(index, own)
                 return IdentityError(url, field, expected, found, do)
-        names = ", ".join(known[:3]) or "none"
-        return IdentityError(url, "shard", f"one of the store's ({names}, …)", own.id, do)
+        names = ", ".join([*known[:3], *["…"] * (len(known) > 3)]) or "none"
+        return IdentityError(url, "shard", names, own.id, do, (f"the store {self.url} has", "this is"))
 
     # ------------------------------------------------------------------------------------------ markers
 
@@ -293,7 +299,10 @@ class Store:
             data = self.objects.get(f"done/{task.name}")
         except FileNotFoundError:
             name = f"{self.url}/done/{task.name}"
-            raise DamageError(f"{name}: missing: this view was not precomputed, or its marker is gone") from None
+            raise DamageError(
+                f"{name}: missing: this view was not precomputed, or the file that says so is gone\n"
+                "  The same precompute command makes it anew."
+            ) from None
         return self._marker_in(data, task)
 
     def _marker_in(self, data: bytes, task: Task) -> Marker:

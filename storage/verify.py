@@ -37,6 +37,7 @@ class Report:
     targets_compared: int = 0  # (target, view, sample)
     compared_with: dict[str, str] = field(default_factory=dict)  # teacher -> what its targets were compared with
     failures: list[str] = field(default_factory=list)
+    spoilt: list[str] = field(default_factory=list)  # markers of what is damaged: without them it is made anew
     notices: list[str] = field(default_factory=list)
 
     def expect(self, call: Callable[[], object]) -> None:
@@ -124,21 +125,26 @@ def _markers(store: Store, report: Report, known: set[str], say: Callable[[str],
     for name in store.objects.names("done"):
         task = Task.named(name)
         if task is None:
-            report.failures.append(f"{store.url}/done/{name}: no marker is called so")
+            report.failures.append(f"{store.url}/done/{name}: does not belong here")
             continue
         if task.shard not in known:
             report.failures.append(f"{store.url}/shards/{task.shard}.json: missing, and {name} refers to it")
         report.expect(lambda task=task: markers.update({task: store.marker(task)}))  # type: ignore[misc]
+        if task not in markers:
+            report.spoilt.append(f"{store.url}/done/{name}")
     manifest = functools.cache(store.target)  # read once, not for every marker
     samples = functools.cache(lambda shard: store.index(shard).summary.samples)
     for i, (task, marker) in enumerate(sorted(markers.items()), 1):
         say(f"checksums {i}/{len(markers)}: {task.id} {task.shard} view {task.view}")
         with _collecting(report):
             _references(store, task, marker, markers, manifest, samples)
+        before = len(report.failures)
         for array in marker.arrays.values():
             report.expect(lambda array=array: _metadata(store, array.path, array.metadata))  # type: ignore[misc]
             for number in range(len(array.lengths)):
                 report.expect(lambda array=array, number=number: array.check_chunk(number))  # type: ignore[misc]
+        if len(report.failures) > before:
+            report.spoilt.append(f"{store.url}/done/{task.name}")
     return markers
 
 
@@ -201,11 +207,11 @@ def _unmarked(store: Store, report: Report, markers: dict[Task, Marker]) -> None
                     attempts = store.objects.names(task.folder)
                     if task not in markers and attempts:
                         report.failures.append(
-                            f"{store.url}/done/{task.name}: missing or damaged: {len(attempts)} attempt(s) at it and "
-                            "none counts; the same precompute command makes it anew"
+                            f"{store.url}/done/{task.name}: missing or damaged, so a view does not count; the same "
+                            "precompute command makes it anew"
                         )
                     elif extra := [a for a in attempts if a != markers[task].content["attempt"]]:
-                        report.notices.append(f"{task.folder}: {len(extra)} attempt(s) that no marker names")
+                        report.notices.append(f"{task.folder}: {len(extra)} attempt(s) left over, which nothing reads")
 
 
 def _gaps(store: Store, report: Report, markers: Iterable[Task]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storage.errors import UserError
+from storage.errors import UserError, shown
 from storage.files import written_whole
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def digest_of_file(path: str) -> str:
         with Path(path).expanduser().open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"--weights {path}: cannot be read: {error.strerror or error}") from None
+        raise UserError(f"--weights {shown(Path(path))}: cannot be read: {error.strerror or error}") from None
 
 
 def digest_of_state(state: Mapping[str, Tensor]) -> str:
@@ -74,12 +74,13 @@ def load_weights(model: nn.Module, path: str) -> None:
         UserError: not weights, a pickle that holds more than tensors, names or shapes that do not fit.
     """
     state = fitted(model, read_weights(path), path)
-    problems = misfits({name: tuple(t.shape) for name, t in model.state_dict().items()},
-                       {name: tuple(t.shape) for name, t in state.items()})  # fmt: skip
-    if problems:
+    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in state.items()}
+    if problems := misfits(wanted, found):
         raise UserError(
-            f"{path}: does not fit {type(model).__name__}: {problems}\n"
-            "  Give this network's own weights, or the arguments that theirs was made with: --teacher-arg NAME=VALUE"
+            f"{shown(Path(path))}: does not fit {_name_of(model)}: {problems}\n"
+            "  Give this network's own weights, or the arguments that theirs was made with: "
+            f"--teacher-arg {_other_classes(model, wanted, found) or 'NAME=VALUE'}"
         )
     model.load_state_dict(state, strict=True)
 
@@ -95,11 +96,25 @@ def fitted(model: nn.Module, state: dict[str, Tensor], where: str) -> dict[str, 
         try:
             state = dict(resample(state, model))
         except Exception as error:  # timm reshapes what is there, whatever it is
-            raise UserError(f"{where}: does not fit {type(model).__name__}: {first_line(error)}") from None
+            raise UserError(f"{where}: does not fit {_name_of(model)}: {first_line(error)}") from None
     for name, counter in model.state_dict().items():
         if name.endswith(".num_batches_tracked"):  # a counter that older files lack and evaluation does not read
             state.setdefault(name, counter)
     return state
+
+
+def _name_of(model: nn.Module) -> str:
+    """What timm calls a network."""
+    about = getattr(model, "default_cfg", None) or {}
+    return str(about.get("architecture") or type(model).__name__)
+
+
+def _other_classes(model: nn.Module, wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> str:
+    """The argument that is missing where the number of classes alone differs, else nothing."""
+    head = f"{(getattr(model, 'default_cfg', None) or {}).get('classifier')}."
+    odd = {name for name in {**wanted, **found} if wanted.get(name) != found.get(name)}
+    classes = found.get(f"{head}weight", ())[:1]
+    return f"num_classes={classes[0]}" if classes and all(name.startswith(head) for name in odd) else ""
 
 
 def misfits(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> str:
@@ -125,6 +140,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    where = shown(Path(path))
     try:
         state: Any
         if path.endswith(".safetensors"):
@@ -133,7 +149,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
             with Path(path).expanduser().open("rb") as file:
                 if file.read(2) not in (b"PK", *(b"\x80" + bytes([protocol]) for protocol in range(1, 6))):
                     raise UserError(
-                        f"{path}: not a file of weights: neither safetensors nor what torch.save writes; give one"
+                        f"{where}: not a file of weights: neither safetensors nor what torch.save writes; give one"
                     )
             state = torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True)
             for wrapper in ("model", "state_dict"):
@@ -142,14 +158,14 @@ def read_weights(path: str) -> dict[str, Tensor]:
     except UserError:
         raise
     except (SafetensorError, OSError, EOFError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be read as weights: {first_line(error)}") from None
+        raise UserError(f"{where}: cannot be read as weights: {first_line(error)}") from None
     except Exception as error:  # the unpickler names what it refuses
         raise UserError(
-            f"{path}: refused: it is a pickle with more than tensors in it ({first_line(error)[:200]}); "
+            f"{where}: refused: it is a pickle with more than tensors in it ({first_line(error)[:200]}); "
             "save the state dict as safetensors"
         ) from None
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise UserError(f"{path}: expected a state dict of tensors")
+        raise UserError(f"{where}: expected a state dict of tensors")
     return {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
 
 

@@ -184,14 +184,14 @@ def align_classes(loss: str, given: Given, student: Shape, same_classes: bool) -
     """
     count, names = given.target["sample_shape"][0], given.teacher["classes"]
     where = f"{loss}: target {given.id}"
+    words = ("the student has", "the teacher")
+    do = "Logits teach only a student of the same classes, in one order. A teacher of these: pipeline fit-teacher"
     if count != student.classes:
-        do = "Logits teach only a student of the same classes. A teacher of these classes: pipeline fit-teacher"
-        raise IdentityError(where, "number of classes", student.classes, count, do)
+        raise IdentityError(where, "number of classes", student.classes, count, do, words)
     if names and student.names:
         if list(names) != list(student.names):
             at = next(i for i, (a, b) in enumerate(zip(student.names, names, strict=True)) if a != b)
-            do = "Logits teach only a student of the same classes in the same order."
-            raise IdentityError(where, f"class {at}", student.names[at], names[at], do)
+            raise IdentityError(where, f"class {at}", student.names[at], names[at], do, words)
         said = "the same names"
     elif not same_classes:
         unknown = "the teacher's classes are" if not names else "the student's classes are (no classes.json)"

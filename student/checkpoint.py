@@ -93,6 +93,7 @@ def require_same(path: Path, found: Mapping[str, Any], recipe: Recipe, identity:
             raise IdentityError(
                 str(path), field, was.get(field), now.get(field),
                 "A run goes on as it began; for anything else begin a new one in another --out.",
+                ("the run has", "asked for"),
             )  # fmt: skip
 
 

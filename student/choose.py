@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from storage.banks import policy_of
-from storage.errors import IdentityError, UserError, nearest
+from storage.errors import IdentityError, UserError
 from storage.policies import policy as make_policy
 from storage.records import Record
 from storage.store import Store
@@ -38,6 +38,7 @@ class Need:
         return ", or ".join(" and ".join(several) for several in self.taps)
 
 
+_WORDS = ("asked for", "the store has")
 Found = tuple[str, ...]  # ids of targets that are read together, in the order of their taps
 
 
@@ -60,7 +61,8 @@ def choose(store: Store, shards: Sequence[str], needs: Sequence[Need], bank: Ban
     shared = [b for b in banks if all(any(_bank(manifests[f[0]]) == b for f in fits) for fits in fitting.values())]
     if not shared:
         raise UserError(
-            f"{store.url}: no bank has targets for all of {', '.join(fitting)}; precompute them over one bank"
+            f"{store.url}: no bank (views that targets share) has targets for all of {', '.join(fitting)}; precompute "
+            "them with the same view flags"
         )
     if len(shared) > 1:
         raise UserError(
@@ -93,12 +95,14 @@ def _banks(store: Store, shards: Sequence[str], wish: Bank) -> list[str]:
         if all((id, shard) in views for shard in shards)
     }
     if not there:
-        raise UserError(f"{store.url}: no bank has views of all these shards; run precompute over them first")
-    where = f"{store.url}: bank"
+        raise UserError(
+            f"{store.url}: there are no views of all these shards; run `pipeline precompute` over them first"
+        )
+    where = f"{store.url}: views"
     do = "A student is trained on the views that its targets were made from."
     if wish.id is not None:
         if wish.id not in there:
-            raise IdentityError(where, "stream.bank", wish.id, ", ".join(there), do)
+            raise IdentityError(where, "stream.bank", wish.id, ", ".join(there), do, _WORDS)
         there = {wish.id: there[wish.id]}
     line = make_policy(wish.policy, 32).line if wish.policy is not None else None
     for field, wanted in (("line", line), ("size", wish.size), ("seed", wish.seed)):
@@ -108,7 +112,7 @@ def _banks(store: Store, shards: Sequence[str], wish: Bank) -> list[str]:
         if not kept:
             found = ", ".join(str(getattr(policy, field)) for policy in there.values())
             name = {"line": "policy"}.get(field, field)
-            raise IdentityError(where, f"stream.bank.{name}", wanted, found, do)
+            raise IdentityError(where, f"stream.bank.{name}", wanted, found, do, _WORDS)
         there = kept
     return list(there)
 
@@ -134,7 +138,7 @@ def _fitting(store: Store, need: Need, manifests: Mapping[str, Record], banks: S
     if several and not any(isinstance(error, IdentityError) for error in refused):
         there = sorted({manifest["identity"]["tap"] for manifest in manifests.values()})
         raise UserError(
-            f"{store.url}: {need.loss} needs targets of {need.words}, the store has {', '.join(there) or 'none'}; "
+            f"{store.url}: {need.loss} needs stored {need.words}, the store has {', '.join(there) or 'none'}; "
             f"add them: pipeline precompute --teacher NAME --target {','.join(need.taps[0])} …"
         )
     raise next((error for error in refused if isinstance(error, IdentityError)), refused[0])
@@ -152,35 +156,40 @@ def _of_tap(store: Store, need: Need, tap: str, manifests: Mapping[str, Record],
     if not fits:
         there = sorted({manifest["identity"]["tap"] for manifest in manifests.values()})
         raise UserError(
-            f"{store.url}: {need.loss} needs a target of tap {tap}, the store has {', '.join(there) or 'none'}; "
-            f"add one: pipeline precompute --teacher NAME --target {tap} …"
+            f"{store.url}: {need.loss} needs stored {tap}, the store has {', '.join(there) or 'none'}; "
+            f"add them: pipeline precompute --teacher NAME --target {tap} …"
         )
     wishes: list[tuple[str, object, Callable[[str], object]]] = []
     if need.target is not None:
         wanted = (need.target,) if isinstance(need.target, str) else need.target
         unknown = [id for id in wanted if id not in manifests]
         if unknown:
-            raise IdentityError(f"{store.url}: targets of tap {tap}", f"losses.{need.loss}.target", unknown[0],
-                                ", ".join(sorted(fits)))  # fmt: skip
+            raise IdentityError(f"{store.url}: stored {tap}", f"losses.{need.loss}.target", unknown[0],
+                                ", ".join(sorted(fits)), words=_WORDS)  # fmt: skip
         mine = next((id for id in wanted if id in fits), wanted[0])
         wishes.append((f"losses.{need.loss}.target", mine, lambda id: id))
     if need.teacher is not None:
         wishes.append((f"losses.{need.loss}.teacher", need.teacher, lambda id: manifests[id]["teacher"]))
     if need.grid is not None:
-        wishes.append(("grid of the student's patches", need.grid, lambda id: manifests[id]["identity"]["grid"]))
+        wishes.append(("patches a side", need.grid, lambda id: manifests[id]["identity"]["grid"]))
     for field, wished, of in wishes:
         kept = [id for id in fits if of(id) == wished]
         if not kept:
             there = sorted({str(of(id)) for id in fits})
-            hint = nearest(wished, there) if isinstance(wished, str) else (
-                f"Keep this grid: pipeline precompute … --target {tap},grid={wished}; or give the student "
-                f"{' or '.join(there)} patches a side: --set student.img_size=N --set student.patch_size=M; or "
-                f"bring its maps to a stored grid: --set losses.{need.loss}.grid={there[-1]}"
-            )  # fmt: skip
-            raise IdentityError(f"{store.url}: targets of tap {tap}", field, wished, ", ".join(there), hint)
+            where, words, hint = f"{store.url}: stored {tap}", _WORDS, "Take one of these, or precompute the other."
+            if field == "patches a side":
+                words = ("the student has", "the store has")
+                hint = (
+                    f"Keep them on this grid, too: pipeline precompute … --target {tap},grid={wished}; or let the "
+                    f"student's img_size / patch_size be {' or '.join(there)}: --set student.patch_size=N; or bring its "
+                    f"maps to a stored grid: --set losses.{need.loss}.grid={there[-1]}"
+                )
+            raise IdentityError(where, field, wished, ", ".join(there), hint, words)
         fits = kept
     within = [id for id in fits if _bank(manifests[id]) in banks]
     if not within:
         found = ", ".join(sorted({_bank(manifests[id]) for id in fits}))
-        raise IdentityError(f"{store.url}: bank of {', '.join(fits)}", "bank", " or ".join(banks), found)
+        do = "Precompute the targets with the view flags of these views, over all the shards."
+        raise IdentityError(f"{store.url}: {', '.join(fits)}", "views", " or ".join(banks), found, do,
+                            ("asked for", "made from"))  # fmt: skip
     return within

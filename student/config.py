@@ -258,14 +258,25 @@ def sentence(name: str, problem: Any, section: Any) -> str:
         section: the model that an unknown setting was found in, if it is known.
     """
     if problem["type"] == "extra_forbidden":
-        known = f" {nearest(name.rpartition('.')[2], section.model_fields)}" if section else ""
+        known = f" {suggested(name.rpartition('.')[2], section)}" if section else ""
         return f"{name}: no such setting.{known}"
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    message = re.sub(r"valid dictionary( or (instance of \w+|object to extract fields from))?", "mapping", message)
+    message = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    message = re.sub(r", unable to (parse|interpret) .*", "", message)  # what was found says it better
+    settings = "mapping of settings (name: value)"
+    message = re.sub(r"valid dictionary( or (instance of \w+|object to extract fields from))?", settings, message)
     seen = repr(problem["input"])
     seen = seen if len(seen) <= 120 else f"{seen[:119]}…"
     found = "" if problem["type"] in ("missing", "value_error") else f", found {seen}"
     return f"{name}: {message[0].lower()}{message[1:]}{found}"
+
+
+def suggested(part: str, section: Any) -> str:
+    """`Did you mean …?` for a setting that a section does not have: one like it, or that of its name elsewhere."""
+    sections = {name: section_of(Recipe, name) for name in Recipe.model_fields}
+    homes = [f"{name}.{part}" for name, other in sections.items() if other and part in other.model_fields]
+    if homes and section in (Recipe, *sections.values()):
+        return f"Did you mean {homes[0]!r}?"
+    return nearest(part, section.model_fields)
 
 
 def section_of(section: Any, part: str) -> Any:

@@ -60,8 +60,9 @@ class Order:
         lanes = lanes or default_lanes(batch)
         if batch % lanes:
             raise UserError(
-                f"batch size {batch} cannot be cut into {lanes} lanes; give a multiple of {lanes}, or stream.lanes=N "
-                "with an N that divides it"
+                f"batch size {batch} cannot be cut into the {lanes} equal parts of stream.lanes; give a multiple of "
+                f"{lanes}, such as --set stream.batch_size={max(1, round(batch / lanes)) * lanes}, or lanes that "
+                "divide it: --set stream.lanes=N"
             )
         self.blocks = [Segment(*block) for block in blocks]
         self.counts = np.array([len(block.samples) for block in self.blocks], np.int64)

@@ -18,6 +18,7 @@ from storage.store import Store
 from student.align import Given, table
 from student.config import Recipe
 from student.control import mean_targets
+from student.evaluation.accuracy import tell_of_shared
 from student.lesson import Lesson, classifies, find_targets, reads_of
 from student.model import Description, build, input_size
 from student.ranks import rank, ranks
@@ -109,6 +110,7 @@ def prepare(job: Job, progress: Progress, found: dict[str, Any] | None) -> Parts
     _control(recipe, stream, lesson, progress)
     lesson.to(job.device)
     source = stream.source
+    tell_of_shared(source.shards, val_urls, progress.say)
     description = Description(
         recipe.student.model, arguments, size, mean, std, classes,
         source.policy.evaluation.line, recipe.student.shifted_patches,
@@ -192,13 +194,14 @@ def _stream(
     )  # fmt: skip
     if stream.source.policy.size != size:
         raise IdentityError(
-            f"bank {bank or 'of fresh views'}", "view size", f"{size}, the student's img_size",
-            stream.source.policy.size, "Give the student the bank's size: --set student.img_size=N",
+            f"views of {bank or 'stream.bank'}", "size", size, stream.source.policy.size,
+            f"Give the student the size of its views: --set student.img_size={stream.source.policy.size}",
+            ("the student takes", "they have"),
         )  # fmt: skip
     if bank is None:
-        progress.say(f"views: fresh, {stream.source.policy.line}, size {size}, seed {stream.source.policy.seed}")
+        progress.say(f"views: drawn afresh, {stream.source.policy.line}, size {size}, seed {stream.source.policy.seed}")
     else:
-        progress.say(f"views: bank {bank} ({stream.source.policy.line}), {stream.views} view(s)")
+        progress.say(f"views: stored, {stream.source.policy.line}, {stream.views} a sample, bank {bank}")
     for notice in stream.notices:
         progress.say(notice)
     return stream, given
@@ -231,7 +234,8 @@ def _classes(urls: list[str], val_urls: list[str], recipe: Recipe) -> tuple[tupl
             "say it: --set student.num_classes=N"
         )
     if names is not None and wanted not in (None, len(names)):
-        raise IdentityError(f"{urls[0]}: classes.json", "student.num_classes", len(names), wanted)
+        raise IdentityError(f"{urls[0]}: classes.json", "student.num_classes", len(names), wanted,
+                            "Leave student.num_classes out.", ("the file names", "asked for"))  # fmt: skip
     count = int(wanted or len(names or ()))
     if count < 2:
         raise UserError(f"{urls[0]}: one class alone, so there is nothing to learn; pack a folder for each of several")

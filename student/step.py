@@ -76,8 +76,8 @@ class Update:
                 if not math.isfinite(numbers["loss"]):
                     parts = ", ".join(f"{name} {value.item():g}" for name, value in values.items())
                     raise UserError(
-                        f"epoch {epoch}, step {step}: the loss is not finite ({parts}); lower --set optim.lr or set "
-                        "optim.clip_grad=1"
+                        f"epoch {epoch}, step {step}: the loss is not finite ({parts}); lower the learning "
+                        "rate, --set optim.lr=X, or cap the gradients, --set optim.clip_grad=1"
                     )
                 self.scaler.scale(loss / len(pieces)).backward()
             offered.append([queue.offered for queue in self.lesson.queues])

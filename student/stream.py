@@ -25,6 +25,7 @@ from storage.codecs import Codec
 from storage.errors import IdentityError, UserError
 from storage.markers import Kind, Task
 from storage.policies import Policy
+from storage.progress import size_text
 from storage.shards import BLOCK, ShardIndex, cached_index, expand, require_labels
 from storage.store import Store
 from student.order import Order, Segment, lanes_of
@@ -224,7 +225,7 @@ class Stream(IterableDataset[Batch]):
         self.notices = []
         if workers > self.workers:
             self.notices.append(
-                f"{workers} loader workers were asked for, {self.workers} lanes need no more than that many"
+                f"stream.workers={workers}: only {self.workers} are started, one for each of stream.lanes"
             )
         alone = sum(len(samples) == 1 for *_, samples in blocks)
         if permute is not None and alone:
@@ -252,9 +253,9 @@ class Stream(IterableDataset[Batch]):
         budget = budget or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (2 * here)
         if need > budget:
             raise UserError(
-                f"the lanes{' of each process' if here > 1 else ''} would hold {need / 2**30:.1f} GiB "
-                f"({len(self.own)} lanes × {self.order.window} blocks × {BLOCK} samples × {sample / 1024:.0f} KiB), "
-                f"{budget / 2**30:.1f} GiB are allowed; lower stream.window or stream.lanes, or raise stream.memory"
+                f"what is read ahead{' in each process' if here > 1 else ''} would take {size_text(need)} "
+                f"({len(self.own)} lanes × {self.order.window} blocks × {BLOCK} samples × {size_text(sample)}), "
+                f"{size_text(budget)} are allowed; lower stream.window or stream.lanes, or raise stream.memory (GiB)"
             )
         return need
 
@@ -386,7 +387,8 @@ def _views(source: Source, wanted: int | None) -> tuple[Source, int, dict[int, f
     each: list[tuple[Kind, str]] = [("target", target) for target in source.targets] or [("bank", bank)]
     count = min(store.views(kind, id, source.shards, done, wanted) for kind, id in each)
     if wanted is not None and wanted > count:
-        raise IdentityError(f"{store.url}: bank {bank}", "stream.views", f"at most {count}", wanted)
+        raise IdentityError(f"{store.url}: bank {bank}", "views of each sample", count, wanted,
+                            words=("the store has", "asked for"))  # fmt: skip
     count = wanted or count
     if not count:
         what = next(iter(source.targets), bank)

@@ -23,13 +23,13 @@ from storage.banks import read_views
 from storage.errors import UserError, nearest
 from storage.markers import Task
 from storage.policies import policy
-from storage.progress import Progress
+from storage.progress import Progress, size_text
 from storage.records import Record
 from storage.shards import cached_index, classes_of, expand, require_classes, require_labels
 from storage.store import Store
 from storage.views import COLUMNS
 from storage.weights import digest_of_file, save_state
-from student.evaluation.accuracy import Score, evaluate
+from student.evaluation.accuracy import Score, evaluate, tell_of_shared
 from student.head import STRENGTHS, Examples, Tried, fit, try_strengths
 from student.network import Classifier, arguments_of, check, network_of, put_in, tapped
 from student.order import Segment
@@ -80,6 +80,7 @@ def fit_teacher(job: Job, progress: Progress) -> dict[str, Any]:
     manifest = job.store.target(target)
     recorded = job.store.teachers()[manifest["teacher"]]
     stream = Stream(urls, batch=1, lanes=1, store=job.store, targets=[target], views=job.views)
+    tell_of_shared(stream.source.shards, val_urls, progress.say)
     model = network_of(recorded, job.weights, len(names))
     examples = read_examples(stream, target, len(names), progress.say, job.memory)
     progress.say(
@@ -171,11 +172,11 @@ def read_examples(
     count, width = stream.order.samples * views, codec.shape[0]
     need = count * (4 * width + 28)
     budget = memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    say(f"features take {need / 2**20:,.0f} MiB")
+    say(f"features take {size_text(need)} of memory")
     if need > budget:
         raise UserError(
             f"{count:,} features ({stream.order.samples:,} samples × {views} views) of {width} numbers take "
-            f"{need / 2**30:.1f} GiB, {budget / 2**30:.1f} GiB are allowed; give fewer shards, or fewer views: "
+            f"{size_text(need)}, {size_text(budget)} are allowed; give fewer shards, or fewer views: "
             "--view-count N"
         )
     whole = [torch.empty(count, dtype=torch.int64) for _ in range(3)]

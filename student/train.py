@@ -22,7 +22,8 @@ from torch import nn
 from storage.errors import UserError
 from storage.files import written_whole
 from storage.policies import policy
-from storage.progress import Progress, Quiet
+from storage.progress import Progress, Quiet, size_text
+from storage.shards import BLOCK
 from storage.weights import first_line, save_state
 from student import checkpoint, folder, speed
 from student.card import card
@@ -194,15 +195,15 @@ class _Run:
         self.progress.say(
             f"{count:,} parameters, {order.samples:,} samples, {order.steps} steps of {order.batch} an epoch, "
             f"lr {peak_rate(self.recipe):g}, on {self.device}{shared_by}, "
-            f"lanes hold at most {self.stream.memory / 2**20:.0f} MiB"
+            f"reads at most {size_text(self.stream.memory)} ahead"
         )
         if self.job.smoke:
-            scored = f" and an evaluation of {SMOKE_BLOCKS} blocks" if self.parts.val_urls else ""
+            scored = f" and an evaluation of at most {SMOKE_BLOCKS * BLOCK} samples" if self.parts.val_urls else ""
             self.progress.say(f"a smoke run: {self.steps} step(s){scored}")
         elif self.recipe.optim.warmup_epochs >= self.epochs:
             self.progress.say(
                 f"the warm-up takes {self.recipe.optim.warmup_epochs} epochs and the run {self.epochs}: lr never comes "
-                "to its peak; set optim.warmup_epochs"
+                "to its peak; lower --set optim.warmup_epochs=N"
             )
         self.progress.start("training", (self.epochs - self.place.epoch) * self.steps - self.place.step)
         for epoch in range(self.place.epoch, self.epochs):

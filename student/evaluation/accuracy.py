@@ -27,6 +27,20 @@ class Score:
     samples: int
 
 
+def tell_of_shared(train: Sequence[str], val_urls: Sequence[str], say: Callable[[str], None]) -> None:
+    """Say which validation shards are trained on too, whatever they are called: what they measure is worth nothing.
+
+    Args:
+        train: ids of the training shards.
+        val_urls: the validation shards.
+        say: called with a line, if there are any.
+    """
+    contents = {shard.rpartition("-")[2] for shard in train}
+    shared = [url for url in val_urls if cached_index(url).id.rpartition("-")[2] in contents]
+    if shared:
+        say(f"warning: {', '.join(shared)}: trained on too, so accuracy on it says nothing about other images")
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,

@@ -68,6 +68,14 @@ MISTAKES = [
     ),
     Mistake("shards forgotten", "plan --teacher vit_tiny --store S", ("'--shards'", "`pipeline pack` makes them"), 2),
     Mistake("store forgotten", "inspect", ("'--store'", "the folder that `pipeline precompute` makes"), 2),
+    Mistake(
+        "new shards without quotes", "pack photos new/t-000000.tar new/t-000001.tar new/t-000002.tar",
+        ("a folder or a CSV is packed alone", "one pattern in quotes", "'train-{000000..000009}.tar'"), 2,
+    ),
+    Mistake(
+        "a pattern without quotes", "plan --teacher vit_tiny --store new/S --shards shard-000000.tar shard-000001.tar",
+        ("unexpected extra argument (shard-000001.tar)", "one pattern in quotes"), 2,
+    ),
     Mistake("names of new shards forgotten", "pack photos", ("name the new shards, such as: pipeline pack photos",), 2),
     Mistake(
         "a word for a number", "precompute --teacher vit_tiny --shards shard-000000.tar --store new/S --view-size big",
@@ -87,8 +95,16 @@ MISTAKES = [
         ("stream.batch_size", "valid integer", "'lots'"),
     ),
     Mistake(
+        "a setting without its section", "train --recipe scratch @DATA --out new/run --set epochs=3",
+        ("--set: epochs: no such setting", "Did you mean 'optim.epochs'?"),
+    ),
+    Mistake(
+        "a section for a setting", "train --recipe scratch @DATA --out new/run --set optim=adam",
+        ("optim: should be a mapping of settings (name: value), found 'adam'",),
+    ),
+    Mistake(
         "--set without a value", "train --recipe scratch @DATA --out new/run --set optim.epochs",
-        ("--set optim.epochs", "path.to.field=value"),
+        ("--set optim.epochs", "NAME=VALUE, such as --set optim.epochs=50"),
     ),
     # ---------------------------------------------------------------------------------------- images into shards
     Mistake("a folder that is not there", "pack fotos new/x-000000.tar", ("fotos: no such folder", "a class")),
@@ -101,6 +117,15 @@ MISTAKES = [
         "photos of a telephone", "pack heic new/x-000000.tar",
         ("heic/cat: a class folder without images", "1.heic is none of jpg, jpeg, png, webp", "convert it"),
     ),
+    Mistake(
+        "training and validation images in one folder", "pack parts new/x-000000.tar",
+        ("parts: train, val are parts of a data set and no classes", "\n  pipeline pack parts/train train-000000.tar",
+         "\n  pipeline pack parts/val val-000000.tar"),
+    ),
+    Mistake("init on the same", "init parts --out new/p.yaml", ("parts: train, val are parts of a data set",)),
+    Mistake("init on photos of a telephone", "init heic --out new/p.yaml", ("heic: neither shards nor images",)),
+    Mistake("init on a class without images", "init gap --out new/p.yaml", ("gap/none: a class folder without im",)),
+    Mistake("init on one class", "init alone --out new/p.yaml", ("alone: ", "cat is one class alone", "two classes")),
     Mistake("a shard without .tar", "pack photos new/train", ("new/train", "NAME.tar", "'train-{000000..000009}.tar'")),
     Mistake("a star in a new name", "pack photos 'new/t-*.tar'", ("new/t-*.tar", "'train-{000000..000009}.tar'")),
     Mistake("a bench nowhere", "bench --folder nowhere", ("--folder nowhere: no such folder",)),
@@ -131,7 +156,11 @@ MISTAKES = [
     Mistake(
         "a pattern for more than there is",
         "train --recipe scratch --shards 'shard-{000000..000009}.tar' --val x.tar --out new/run",
-        ("shard-000002.tar: no such shard", "2 of its 10 names are there, the last is 'shard-000001.tar'"),
+        ("shard-000002.tar: no such shard", "2 of its 10 names are there, the last is 'shard-000001.tar': let"),
+    ),
+    Mistake(
+        "shards with a comma", "evaluate run --shards shard-000000.tar,shard-000001.tar",
+        ("shard-000000.tar,shard-000001.tar: no such shard", "joined by ::"),
     ),
     Mistake(
         "braces that do not close", "train --recipe scratch --shards 'shard-{0..1.tar' --val x.tar --out new/run",
@@ -200,13 +229,36 @@ MISTAKES = [
     Mistake("a store that is an empty folder", "inspect --store empty", ("empty: there is no store", "precompute")),
     Mistake("an empty name for a store", "inspect --store ''", ("'--store'", "give a folder or an fsspec URL"), 2),
     Mistake(
+        "weights with other classes",
+        "precompute --teacher resnet10t --weights cnn.safetensors --teacher-arg 'channels=[8,12,16,24]' "
+        "--teacher-arg stem_width=8 --shards shard-000000.tar --store new/S",
+        ("cnn.safetensors: does not fit resnet10t: fc.weight has shape", "--teacher-arg num_classes=3"),
+    ),
+    Mistake(
+        "a typo in a target", "precompute @CNN --target activation --shards shard-000000.tar --store new/S",
+        ("--target activation:", "Did you mean 'activations'?"),
+    ),
+    Mistake(
+        "a codec of another tap", "precompute @CNN --target logits,codec=log8 --shards shard-000000.tar --store new/S",
+        ("--target logits,codec=log8:", "class_row, attention; use f32, f16"),
+    ),
+    Mistake(
+        "a store without its root", "inspect --store rootless",
+        ("rootless/zarr.json: missing", "the same in all stores: copy it"),
+    ),
+    Mistake(
+        "shards that were not precomputed",
+        "train --recipe aal --shards other/val-000000.tar --val other/val-000000.tar --store S --out new/run @SMALL",
+        ("other/val-000000.tar: shard: the store S has shard-000000-", "this is val-000000-", "pipeline precompute"),
+    ),
+    Mistake(
         "views of another size", "precompute @CNN --shards shard-000000.tar --store S --view-size 64 --as another",
-        ("view size: expected 32, found 64", "--new-bank"),
+        ("S: bank light-32-", "view size: the store has 32, asked for 64", "--new-bank"),
     ),
     Mistake(
         "the name of a recorded teacher for another",
         "precompute @CNN --shards shard-000000.tar --store S --as vit",
-        ("teacher 'vit'", "expected", "found", "--as vit-2"),
+        ("teacher 'vit'", "the store has", "asked for", "--as vit-2"),
     ),
     Mistake(
         "a scheduler that does not run", "precompute @CNN --shards shard-000000.tar --store new/S --dask nonsense",
@@ -220,23 +272,23 @@ MISTAKES = [
     Mistake(
         "a teacher that has no such target",
         "train --recipe attention-distill @DATA --store S --out new/run @SMALL --set losses.attention.teacher=cnn",
-        ("losses.attention.teacher: expected cnn, found vit", "Known: vit."),
+        ("stored q: losses.attention.teacher: asked for cnn, the store has vit", "Take one of these"),
     ),
     Mistake(
         "a student with other patches than the store's grid",
         "train --recipe aal @DATA --store S --out new/run @SMALL --set student.patch_size=8",
-        ("grid of the student's patches: expected 4, found 8", "activations,grid=4", "--set student.img_size"),
+        ("patches a side: the student has 4, the store has 8", "activations,grid=4", "--set student.patch_size"),
     ),
     Mistake(
         "shards that have changed since", "train --recipe aal --shards changed/shard-000001.tar --val shard-000001.tar "
         "--store S --out new/run @SMALL",
-        ("changed/shard-000001.tar", "are known in this store under other shards", "precompute these"),
+        ("changed/shard-000001.tar", "are known in this store under other shards", "run `pipeline precompute`"),
     ),
     Mistake(
         "logits of other classes",
         "train --recipe deit-soft --shards five/shard-000000.tar --val five/shard-000001.tar --store S "
         "--out new/run @SMALL --same-classes",
-        ("number of classes: expected 5, found 3", "pipeline fit-teacher"),
+        ("number of classes: the student has 5, the teacher 3", "pipeline fit-teacher"),
     ),
     Mistake(
         "a student without a class token", "train --recipe advit-l1 @DATA --store S --out new/run @SMALL "
@@ -261,6 +313,18 @@ MISTAKES = [
         "a batch larger than the data",
         "train --recipe scratch @DATA --out new/run @SMALL --set stream.batch_size=1024",
         ("300 samples are fewer than one batch of 1024", "--set stream.batch_size=256"),
+    ),
+    Mistake(
+        "a batch that cannot be cut", "train --recipe scratch @DATA --out new/run @SMALL --set stream.batch_size=30",
+        ("batch size 30", "stream.lanes", "--set stream.batch_size=32"),
+    ),
+    Mistake(
+        "too large a learning rate", "train --recipe scratch @DATA --out new/run @SMALL --set optim.lr=1000",
+        ("the loss is not finite", "--set optim.lr=X", "--set optim.clip_grad=1"),
+    ),
+    Mistake(
+        "a damaged store", "train --recipe deit-soft @DATA --store damaged --out new/run @SMALL --same-classes",
+        ("damaged/targets/cnn-logits-", "damaged:", "`pipeline verify --store DIR` lists all that is damaged"),
     ),
     Mistake(
         "a GPU that is not there", "train --recipe scratch @DATA --out new/run @SMALL --device cuda:99",
@@ -290,7 +354,7 @@ MISTAKES = [
     ),
     Mistake(
         "a recipe that was edited, then --resume", "train --recipe edited.yaml @DATA --out run @SMALL --resume",
-        ("run/checkpoint.pt: seed: expected 0, found 1", "begin a new one in another --out"),
+        ("run/checkpoint.pt: seed: the run has 0, asked for 1", "begin a new one in another --out"),
     ),
     Mistake(
         "a recipe with tabs", "train --recipe tabs.yaml @DATA --out new/run",
@@ -318,6 +382,15 @@ MISTAKES = [
         ("no target of cnn keeps class_token or embedding", "pipeline precompute --teacher cnn --target embedding"),
     ),
     # ---------------------------------------------------------------------------------------- the project file
+    Mistake("teachers as a list", "plan --project list.yaml", ("list.yaml: teachers:", "teachers: {vit_tiny: {}}")),
+    Mistake(
+        "a recipe's setting in a project file", "plan --project epochs.yaml",
+        ("epochs.yaml: epochs: a recipe's setting goes under `set`", "'optim.epochs'"),
+    ),
+    Mistake(
+        "weights of a project that are not there", "precompute --project gone.yaml",
+        ("gone.yaml: teachers.vit_tiny: --weights gone.pth: cannot be read", "pipeline fit-teacher"),
+    ),
     Mistake("a project file that is not there", "plan --project p.yaml", ("p.yaml", "No such file", "pipeline init")),
     Mistake("tabs in the project file", "plan --project tabs.yaml", ("tabs.yaml", "line 2", "spaces, not with tabs")),
     Mistake("a typo in the project file", "plan --project typo.yaml", ("typo.yaml: shard:", "Did you mean 'shards'?")),
@@ -352,6 +425,19 @@ def place(world, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(data / "classes.json", home / "changed")
     world.copy(home / "S")
     synthetic_shards(home / "other", shards=1, samples=20, classes=5, stem="val")
+    for name in ("parts/train", "parts/val", "gap"):
+        shutil.copytree(home / "photos", home / name)
+    (home / "gap" / "none").mkdir()
+    shutil.copytree(home / "S", home / "rootless")
+    (home / "rootless" / "zarr.json").unlink()
+    shutil.copytree(home / "S", home / "damaged")
+    for chunk in (home / "damaged" / "targets").glob("cnn-logits-*/*/*/*/data/c/0/0"):
+        chunk.write_bytes(b"\0" + chunk.read_bytes()[1:])
+    (home / "list.yaml").write_text("teachers: [vit_tiny]\n")
+    (home / "epochs.yaml").write_text("epochs: 3\n")
+    (home / "gone.yaml").write_text(
+        "shards: shard-000000.tar\nstore: new/S\nteachers: {vit_tiny: {weights: gone.pth}}\n"
+    )
     (home / "tabs.yaml").write_text("losses:\n\tcrossentropy: {}\n")
     (home / "typo.yaml").write_text("shard: shard-000000.tar\n")
     (home / "teacher.yaml").write_text("shards: shard-000000.tar\nstore: S\nteachers: {mobilnet: {}}\n")

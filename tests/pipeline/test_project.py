@@ -239,27 +239,27 @@ def test_a_section_is_laid_over_what_is_there_setting_by_setting(tmp_path):
 BAD = {
     "shrads: a.tar": "shrads: no such setting. Did you mean 'shards'?",
     "views: {polcy: deit}": "views.polcy: no such setting. Did you mean 'policy'?",
-    "views: {size: large}": "views.size: input should be a valid integer",
-    "views: {size: 0}": "views.size: input should be greater than or equal to 1",
-    "views: [deit]": "views: input should be a mapping",
+    "views: {size: large}": "views.size: should be a valid integer",
+    "views: {size: 0}": "views.size: should be greater than or equal to 1",
+    "views: [deit]": "views: should be a mapping of settings",
     "teachers: {cnn: {wieghts: w}}": "teachers.cnn.wieghts: no such setting. Did you mean 'weights'?",
     "teachers: {'a b': {}}": "teachers.a b: string should match pattern",
-    "teachers: {cnn: {mean: half}}": "teachers.cnn.mean.0: input should be a valid number",
-    "teachers: [cnn]": "teachers: input should be a mapping",
+    "teachers: {cnn: {mean: half}}": "teachers.cnn.mean.0: should be a valid number",
+    "teachers: [cnn]": "teachers: should be a mapping of settings",
     "student: {img_siz: 32}": "student.img_siz: no such setting. Did you mean 'img_size'?",
-    "student: {depth: many}": "student.depth: input should be a valid integer",
+    "student: {depth: many}": "student.depth: should be a valid integer",
     "set: {optm.lr: 1}": "set.optm.lr: a recipe has no 'optm' there. Did you mean 'optim'?",
     "set: {optim.epoch: 3}": "set.optim.epoch: a recipe has no 'epoch' there. Did you mean 'epochs'?",
     "set: {optim: {epoch: 3}}": "set.optim.epoch: a recipe has no 'epoch' there. Did you mean 'epochs'?",
-    "provider: gpu": "provider: input should be 'auto', 'cpu' or 'cuda'",
-    "workers: 0": "workers: input should be greater than or equal to 1",
+    "provider: gpu": "provider: should be 'auto', 'cpu' or 'cuda'",
+    "workers: 0": "workers: should be greater than or equal to 1",
     "{workers: 2, dask: 'tcp://h:1'}": "give one of them",
-    "shards: 5": "shards.0: input should be a valid string",
+    "shards: 5": "shards.0: should be a valid string",
     "store: ''": "store: string should have at least 1 character",
     "1: 2": "1: ",
     "- a": "expected a mapping with shards, val, store",
     "word": "expected a mapping with shards",
-    "store: S\nstore: T": "the key 'store' is there twice in \"bad.yaml\", line 2",
+    "store: S\nstore: T": "line 2, column 1: the key 'store' is there twice",
     "teachers: {a: {}, a: {}}": "the key 'a' is there twice",
     "store: !!python/object/apply:os.system ['echo hacked']": "not plain YAML",
     "store: !!int ''": "not plain YAML",
@@ -306,8 +306,8 @@ def test_a_mistake_about_a_teacher_names_the_file_and_the_teacher(place, run, mo
     monkeypatch.chdir(place)
     for entry, message in (
         ({"teacher": "mobilnetv2"}, "no teacher is called 'mobilnetv2'. Did you mean 'mobilenetv2'?"),
-        ({"teacher": "resnet34", "targets": ["activation"]}, "no tap is called 'activation'"),
-        ({"teacher": "resnet34", "weights": "gone.pth"}, f"--weights {place / 'gone.pth'}: cannot be read"),
+        ({"teacher": "resnet34", "targets": ["activation"]}, "--target activation: no tap is called 'activation'"),
+        ({"teacher": "resnet34", "weights": "gone.pth"}, "--weights gone.pth: cannot be read"),
         ({"weights": "vit.safetensors", "mean": [1, 2]}, "no teacher is called 'mine'"),
     ):
         (place / "bad.yaml").write_text(yaml.safe_dump({"shards": "train-000000.tar", "teachers": {"mine": entry}}))
@@ -328,7 +328,7 @@ def test_weights_that_are_still_to_be_made_are_left_out(place, run, monkeypatch,
     status, out, err = run(*words)
     assert status == 0, err
     assert list(json.loads(out)["teachers"]) == ["vit"]
-    gone, advice = place / "ours.safetensors", "`pipeline fit-teacher --teacher NAME --out FILE` makes one"
+    gone, advice = Path("ours.safetensors"), "`pipeline fit-teacher --teacher NAME --out FILE` makes one"
     assert f"ours is left out: {gone} is not there yet; {advice}" in err
     status, _, err = run(*words, "--teacher", "ours")
     assert status == 1

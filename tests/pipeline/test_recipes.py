@@ -148,7 +148,7 @@ def test_contract_10_logits_of_other_classes_are_refused(world, tmp_path, capsys
     run_precompute(tmp_path / "store", world.shards, teacher, ["logits"], views=1)
     code, result, _ = train(world, tmp_path / "store", tmp_path / "run", "deit-soft", capsys, "--same-classes")
     assert code == 1
-    assert "number of classes: expected 3, found 5" in result["error"]
+    assert "number of classes: the student has 3, the teacher 5" in result["error"]
     assert "fit-teacher" in result["error"]
     assert Store.open(tmp_path / "store").targets()
 
@@ -165,7 +165,11 @@ def test_contract_10_logits_of_other_classes_are_refused(world, tmp_path, capsys
         ),
         ("head-specific", {"losses.head_specific.adaptive": "teacher-correct"}, "--target q,k,logits"),
         ("attention-distill", {}, "layer 3 meet the teacher's layer 3; the student has layers 1 to 2"),
-        ("aal", {"losses.advit.teacher": "vitt", "losses.advit.layers": "last"}, "losses.advit.teacher: expected vitt"),
+        (
+            "aal",
+            {"losses.advit.teacher": "vitt", "losses.advit.layers": "last"},
+            "losses.advit.teacher: asked for vit",
+        ),
         ("aal", {"losses.deit.kind": "hrad"}, "losses.deit.kind"),
         ("aal", {"losses.aal.weight.until": -1}, "losses.aal.weight.until"),
     ],

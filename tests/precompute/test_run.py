@@ -195,7 +195,8 @@ def test_the_same_command_again_writes_nothing_and_says_so(world: World, tmp_pat
     for kind, wishes in (("cnn", CNN), ("vit", VIT)):
         result, lines = told(place, world, kind, wishes)
         assert (result["written"], result["view_images"], result["views"]) == (0, 0, 2)
-        assert any(line.startswith("complete already: ") and kind in line for line in lines)
+        assert any(line.endswith("2 shard(s)") and kind in line for line in lines)
+        assert "all of it was complete already" in lines
     assert snapshot(place) == before
 
 

@@ -218,7 +218,7 @@ def test_superseded_attempts_are_a_notice_and_lost_markers_a_failure(copy):
     report = verify(Store.open(copy))
     assert report.failures == []
     assert len(report.notices) == 1
-    assert "1 attempt(s) that no marker names" in report.notices[0]
+    assert "1 attempt(s) left over" in report.notices[0]
     (attempt.parent / "feedfacefeedface" / "x").unlink()
     (attempt.parent / "feedfacefeedface").rmdir()
 

@@ -91,6 +91,19 @@ def test_an_object_of_one_opening_is_there_for_another(place):
     assert again.get("a/b") == open_objects(place.url).get("a/b") == b"x"
 
 
+def test_a_folder_is_called_as_people_call_it_and_is_the_same_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    place = LocalObjects("~/S")
+    place.put("a", b"x")
+    assert (tmp_path / "S" / "a").read_bytes() == b"x"
+    assert place.url == "S"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert place.url == pickle.loads(pickle.dumps(place)).url == str(tmp_path / "S")
+    assert pickle.loads(pickle.dumps(place)).get("a") == b"x"
+
+
 def test_of_threads_that_race_one_creates(tmp_path):
     count, place = 8, LocalObjects(tmp_path)
     for turn in range(10):

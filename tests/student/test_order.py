@@ -84,7 +84,7 @@ def test_lanes_by_default(batch, lanes):
 
 
 def test_lanes_that_do_not_divide_are_refused():
-    with pytest.raises(UserError, match="cannot be cut into 8 lanes"):
+    with pytest.raises(UserError, match="cannot be cut into the 8 equal parts"):
         Order(blocks_of(200), 20)
     assert Order(blocks_of(200), 20, lanes=5).share == 4
     with pytest.raises(UserError, match="3 ranks do not divide 8 lanes"):

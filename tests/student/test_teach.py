@@ -220,7 +220,7 @@ def test_no_image_is_read_for_the_fit(made, monkeypatch):
 
 def test_features_that_do_not_fit_into_memory_are_refused_with_figures(made):
     with pytest.raises(
-        UserError, match=r"598 features \(299 samples × 2 views\) of 48 numbers take .* GiB are allowed"
+        UserError, match=r"598 features \(299 samples × 2 views\) of 48 numbers take .* KiB are allowed"
     ):
         read_examples(made.stream("class_token"), made.targets["class_token"], 3, memory=100_000)
 
@@ -401,7 +401,7 @@ def test_what_cannot_be_is_refused_by_name(made, tmp_path):
     assert "expected a name ending in .safetensors" in refused(made, tmp_path, out=tmp_path / "t.pth")
     (tmp_path / "there.safetensors").write_bytes(b"mine")
     assert "is there already" in refused(made, tmp_path, out=tmp_path / "there.safetensors")
-    assert "at most 2, found 3" in refused(made, tmp_path, views=3)
+    assert "views of each sample: the store has 2, asked for 3" in refused(made, tmp_path, views=3)
     others = synthetic_shards(tmp_path / "others", shards=1, samples=70, seed=9)
     assert re.search(r"known in this store under other shards", refused(made, tmp_path, shards=others))
     single = synthetic_shards(tmp_path / "bare", shards=1, samples=9)
