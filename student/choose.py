@@ -181,8 +181,8 @@ def _of_tap(store: Store, need: Need, tap: str, manifests: Mapping[str, Record],
                 words = ("the student has", "the store has")
                 hint = (
                     f"Keep them on this grid, too: pipeline precompute … --target {tap},grid={wished}; or let the "
-                    f"student's img_size / patch_size be {' or '.join(there)}: --set student.patch_size=N; or bring its "
-                    f"maps to a stored grid: --set losses.{need.loss}.grid={there[-1]}"
+                    f"student's img_size / patch_size be {' or '.join(there)}: --set student.patch_size=N; or bring "
+                    f"its maps to a stored grid: --set losses.{need.loss}.grid={there[-1]}"
                 )
             raise IdentityError(where, field, wished, ", ".join(there), hint, words)
         fits = kept
