@@ -16,6 +16,7 @@ from storage.errors import UserError
 from storage.files import written_whole
 from storage.policies import policy
 from storage.shards import cached_index, expand
+from student.copying import copies_of
 from student.model import load
 
 
@@ -33,6 +34,11 @@ def export(path: Path, shards: Sequence[str], out: Path) -> dict[str, Any]:
     if out.exists():
         raise UserError(f"{out}: is there already; give another name with --out, or remove it")
     model, about = load(path)
+    if (copies := copies_of(model)) and not copies.fixed:
+        raise UserError(
+            f"{path}: this student attends with its teacher's attention, which a graph of it alone does not have; "
+            "`pipeline predict` runs both"
+        )
     view = policy(about.evaluation, about.img_size)
     url = expand(shards)[0]
     index = cached_index(url)

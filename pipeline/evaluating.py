@@ -11,7 +11,7 @@ from click.core import ParameterSource
 from pipeline.console import show
 from pipeline.options import common, shards
 from pipeline.project import reads
-from pipeline.training import student_file
+from pipeline.training import student_file, teachers_store
 
 if TYPE_CHECKING:
     from student.evaluation.boxes import Convention
@@ -30,6 +30,7 @@ _TAKEN_BY = {
     "--out": ("boxes",),
     "--teacher": ("cost",),
     "--batch-size": ("cost",),
+    "--store": ("accuracy",),
 }
 
 
@@ -67,8 +68,9 @@ def _bounds(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
               help="Images that a forward pass is timed with.")  # fmt: skip
 @click.option("--checkpoint", type=click.Choice(["last", "best", "ema"]), default="last", show_default=True,
               help="Which student; `best` was chosen on the validation shards, `ema` is the average.")  # fmt: skip
+@teachers_store
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@reads(shards="val", train_shards="shards")
+@reads(shards="val", train_shards="shards", store="store")
 @common
 def evaluate(
     runs: tuple[Path, ...],
@@ -86,6 +88,7 @@ def evaluate(
     teachers: tuple[str, ...],
     batch_size: int,
     checkpoint: str,
+    store: str | None,
     device: str,
     as_json: bool,
 ) -> None:
@@ -110,7 +113,7 @@ def evaluate(
     paths = [student_file(run, checkpoint) for run in runs]
     if protocol == "accuracy":
         counted = train_shards if _said("--train-shards") else ()  # else the run's record tells
-        result, lines = evaluations.accuracy(paths, shards, ensemble, bounds, counted, device)
+        result, lines = evaluations.accuracy(paths, shards, ensemble, bounds, counted, store, device)
     elif protocol == "cost":
         from pipeline.costs import costs
 

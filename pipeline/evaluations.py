@@ -22,6 +22,7 @@ from student.evaluation.features import Features, Reading, class_feature, featur
 from student.evaluation.figures import BOUNDS, PARTS, figures
 from student.evaluation.labelled import Labelled, images_of_classes, labelled
 from student.evaluation.members import Member, seen
+from student.lending import lend
 from student.model import Description, load, load_classifier, pick_device
 
 Said = tuple[dict[str, Any], list[str]]
@@ -62,9 +63,13 @@ def accuracy(
     ensemble: bool,
     bounds: tuple[int, int] | None,
     counted: Sequence[str],
+    store: str | None,
     device: str,
 ) -> Said:
-    """Accuracies of students, alone and perhaps together, over one or several sets."""
+    """Accuracies of students, alone and perhaps together, over one or several sets.
+
+    Those that copy attention find it in `store`, by default where they learned.
+    """
     sets = sets_of(patterns)
     where, console = pick_device(device), Console()
     images = None if bounds is None else _images(paths[0], counted)
@@ -74,6 +79,8 @@ def accuracy(
     console.start("evaluating", sum(len(cached_index(url)) for urls in sets.values() for url in urls))
     try:
         for name, urls in sets.items():
+            for member in members:
+                lend(member.model, member.about, store, urls)
             found = seen(members, urls, ensemble=ensemble, device=where, advance=console.advance)
             counts = images and _counts(images, members[0].about.classes, found.names)
             for answer, places in zip(answers, found.places, strict=True):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from pathlib import Path
 from typing import Any
 
-import yaml
+from student import commands
 
 
 def lines(result: dict[str, Any]) -> list[str]:
@@ -22,28 +21,15 @@ def lines(result: dict[str, Any]) -> list[str]:
 
 def command(result: dict[str, Any], store: str, shards: tuple[str, ...]) -> str:
     """The `pipeline precompute` that keeps the logits of a teacher over the shards and views that it was fitted on."""
-    words: list[object] = ["pipeline", "precompute", "--teacher", result["model"], "--weights", result["out"]]
-    words += ["--as", name_of(result["out"])]
-    for name, value in result["arguments"].items():
-        words += ["--teacher-arg", f"{name}={flag(value)}"]
-    words += ["--mean", _numbers(result["mean"]), "--std", _numbers(result["std"])]
-    words += ["--input-size", result["input_size"], "--store", store]
-    for pattern in shards:
-        words += ["--shards", pattern]
-    words += ["--view-policy", result["policy"], "--view-size", result["view_size"], "--seed", result["view_seed"]]
-    return shlex.join(str(word) for word in [*words, "--target", "logits"])
+    words = commands.precompute(
+        result["model"], name_of(result["out"]), result["out"], result["arguments"], result["mean"], result["std"],
+        result["input_size"], store, shards,
+    )  # fmt: skip
+    words += ["--view-policy", result["policy"], "--view-size", str(result["view_size"])]
+    return shlex.join([*words, "--seed", str(result["view_seed"]), "--target", "logits"])
 
 
 def name_of(path: str) -> str:
     """What a store may call the teacher in a file."""
     name = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in Path(path).stem)[:40]
     return "fitted_views" if name == "views" else name or "fitted"
-
-
-def flag(value: object) -> str:
-    """A value as `--teacher-arg` reads it back."""
-    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
-
-
-def _numbers(values: list[float]) -> str:
-    return ",".join(f"{v:g}" if float(f"{v:g}") == v else repr(v) for v in values)

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from student.config import Recipe
 
 
+teachers_store = click.option(
+    "--store", metavar="DIR",
+    help="Of a student that copies attention: where its teacher is, if not where it was.",
+)  # fmt: skip
+
+
 @click.command()
 @click.option("--recipe", required=True, type=Hinted("`pipeline recipes` lists them."),
               help="A recipe's name (scratch, aal, …) or a YAML file.")  # fmt: skip
@@ -47,9 +53,11 @@ def train(
 ) -> None:
     """Train a student by a recipe.
 
-    Targets come from a store where the recipe needs them. Recipes: aal, advit-l1, attention-distill, attndistill,
-    compress, deit-hard, deit-soft, fine-tune, head-specific, scratch, seed, simreg; what they can say is in
-    docs/recipes.md.
+    Targets come from a store where the recipe needs them. What recipes can say is in docs/recipes.md; there are
+
+    \b
+    aal, advit-l1, attention-copy, attention-distill, attndistill, compress,
+    deit-hard, deit-soft, fine-tune, head-specific, scratch, seed, simreg
 
     The same command with --resume goes on where a run was cut off. On several GPUs or processes:
     torchrun --nproc-per-node N -m pipeline train …
@@ -113,9 +121,13 @@ def _require_val(recipe: Recipe, val: tuple[str, ...]) -> None:
 @click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="How many classes of each image.")
 @click.option("--checkpoint", type=click.Choice(["last", "best", "ema"]), default="last", show_default=True,
               help="Which student.")  # fmt: skip
+@teachers_store
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@reads(store="store")
 @common
-def predict(run: Path, images: tuple[Path, ...], top: int, checkpoint: str, device: str, as_json: bool) -> None:
+def predict(
+    run: Path, images: tuple[Path, ...], top: int, checkpoint: str, store: str | None, device: str, as_json: bool
+) -> None:
     """What a run's student sees in images.
 
     Class names and probabilities; a folder stands for the images in it. One that cannot be read is named on stderr,
@@ -124,6 +136,7 @@ def predict(run: Path, images: tuple[Path, ...], top: int, checkpoint: str, devi
     \b
     pipeline predict run photos/cat/1.jpg photos/dog
     """
+    from pipeline.copied import beside
     from student.model import load_classifier, pick_device
     from student.predict import found_in
     from student.predict import predict as ask
@@ -131,9 +144,11 @@ def predict(run: Path, images: tuple[Path, ...], top: int, checkpoint: str, devi
     path = student_file(run, checkpoint)
     model, about = load_classifier(path)
     console, files = Console(), found_in(images)
+    model = model.to(pick_device(device))
+    lent = beside(model, about, store)
     console.start("looking", len(files))
     try:
-        seen, broken = ask(model.to(pick_device(device)), about, files, top, console.advance)
+        seen, broken = ask(model, about, files, top, console.advance, beside=lent)
     finally:
         console.stop()
     lines = [f"{file}: {', '.join(f'{name} {100 * p:.1f} %' for name, p in classes)}" for file, classes in seen]

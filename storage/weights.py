@@ -54,6 +54,11 @@ def normalisation_in(path: str) -> dict[str, tuple[float, float, float]]:
     }
 
 
+def copies_attention(path: str) -> bool:
+    """Whether a file of ours holds a student that attends with its teacher's attention: alone it is not whole."""
+    return _note(path, "copying") is not None
+
+
 def _note(path: str, name: str) -> Any:
     """What a safetensors file's metadata say of a name, as JSON; None where it says nothing."""
     if not path.endswith(".safetensors"):
@@ -71,8 +76,14 @@ def load_weights(model: nn.Module, path: str) -> None:
     """Load a safetensors or `.pth` file, strictly; position embeddings of another grid are resampled as timm does.
 
     Raises:
-        UserError: not weights, a pickle that holds more than tensors, names or shapes that do not fit.
+        UserError: not weights, a pickle that holds more than tensors, names or shapes that do not fit; a student that
+            attends with another network's attention.
     """
+    if copies_attention(path):
+        raise UserError(
+            f"{path}: a student that copies its teacher's attention is not whole without it; give one that attends "
+            "by itself"
+        )
     state = fitted(model, read_weights(path), path)
     wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in state.items()}

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from student.config import COPYING
 from student.model import Description
 
 _BARE = """```python
@@ -34,7 +35,7 @@ model, about = load(Path("last.safetensors"))
 """
 _FEEDING = """
 Images: RGB, the evaluation view `{evaluation}` at {size}×{size}, scaled to 0 to 1, then (x − mean) / std with mean
-{mean} and std {std}. With this project: {use}`pipeline export RUN` (ONNX).
+{mean} and std {std}. With this project: {use}.
 """
 _TEACHING = """
 It can be a teacher, too, with the `--target` that a recipe reads:
@@ -44,6 +45,26 @@ pipeline precompute --teacher {model} --weights last.safetensors --as NAME --inp
   --mean {mean} --std {std} {arguments} --shards SHARDS --store STORE
 ```
 """
+
+
+_COPYING = """It is not whole by itself: in layer(s) {layers} it attends with {source}, in the first {heads} head(s), in
+place of its own (copied is: {what}). A bare `{model}` with these weights attends otherwise, and was never trained to.
+{need}
+
+```python
+from pathlib import Path
+from student.model import load  # of the package teacher-store
+
+model, about = load(Path("last.safetensors"))
+```
+"""
+_OF_EACH = "the attention of teacher {teacher} for the same image"
+_FIXED = "one fixed attention for all images, a mean over the training set"
+_NEEDS_TEACHER = (
+    "`pipeline predict` runs the teacher's graphs in the store that it learned from ({graphs}), `pipeline evaluate` "
+    "reads what that store keeps of the images; elsewhere say `--store`. It cannot be exported."
+)
+_NEEDS_FILE = "That lies in its file beside the weights, and this code puts it in its place."
 
 
 def card(
@@ -103,8 +124,9 @@ def card(
     for loss, targets in identity["targets"].items():
         for target in targets:
             teacher = teachers[target]
+            what = "copied attention" if loss == COPYING else f"loss `{loss}`"
             lines.append(
-                f"- loss `{loss}`: target {target} of teacher {teacher['id']} ({teacher['identity']['model']}, weights "
+                f"- {what}: target {target} of teacher {teacher['id']} ({teacher['identity']['model']}, weights "
                 f"{Path(teacher['weights']).name}, sha256 {teacher['identity']['weights sha256'][:12]})"
             )
     if identity["control"]:
@@ -119,22 +141,39 @@ def card(
         "settings: `args.yaml`", "",
         "Licences of images and of teachers' weights are those of their sources; none is recorded here.", "",
     ]  # fmt: skip
-    lines.append("## How to load it\n\n" + _loading(about))
+    lines.append("## How to load it\n\n" + _loading(about, identity["control"]))
     return "\n".join(lines)
 
 
-def _loading(about: Description) -> str:
+def _loading(about: Description, control: Mapping[str, Any]) -> str:
     """How the student is loaded, fed, and made a teacher."""
     mean, std = _three(about.mean), _three(about.std)
-    own = (_SHIFTED if about.shifted_patches else _BARE).format(model=about.model, arguments=about.arguments)
-    use = "`pipeline predict RUN IMAGE…`, " if about.classifies else ""
-    text = own + _FEEDING.format(evaluation=about.evaluation, size=about.img_size, mean=mean, std=std, use=use)
-    if about.shifted_patches:
+    if about.copying is not None:
+        own = _copying(about.model, about.copying, control)
+    else:
+        own = (_SHIFTED if about.shifted_patches else _BARE).format(model=about.model, arguments=about.arguments)
+    uses = ["`pipeline predict RUN IMAGE…`"] if about.classifies else []
+    uses += ["`pipeline export RUN` (ONNX)"] if about.copying is None else []
+    text = own + _FEEDING.format(
+        evaluation=about.evaluation, size=about.img_size, mean=mean, std=std, use=", ".join(uses)
+    )
+    if about.shifted_patches or about.copying is not None:
         return text
     kept = {n: v for n, v in about.arguments.items() if n != "img_size" and "drop" not in n}  # a teacher drops nothing
     return text + _TEACHING.format(
         model=about.model, size=about.img_size, mean=mean.replace(" ", ""), std=std.replace(" ", ""),
         arguments=" ".join(f"--teacher-arg {name}={value}" for name, value in kept.items()),
+    )  # fmt: skip
+
+
+def _copying(model: str, copying: Mapping[str, Any], control: Mapping[str, Any]) -> str:
+    """What a student needs that copies attention."""
+    graphs = ", ".join(sorted({graph[:12] for graph, _ in copying["graphs"]}))
+    fixed = bool(control.get("mean_targets")) or copying["settings"]["average"] == "examples"
+    return _COPYING.format(
+        model=model, layers=", ".join(map(str, copying["layers"])), heads=copying["heads"],
+        what=copying["settings"]["what"], source=_FIXED if fixed else _OF_EACH.format(teacher=copying["teacher"]),
+        need=_NEEDS_FILE if fixed else _NEEDS_TEACHER.format(graphs=graphs),
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from storage.errors import IdentityError, UserError
 from storage.policies import policy as make_policy
 from storage.records import Record
 from storage.store import Store
-from student.config import Bank
+from student.config import Bank, setting
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Need:
     """What a loss wants to read: taps that serve, and what the recipe says of its teacher and target.
 
     Attributes:
-        loss: its name.
+        loss: its name; `copying` for that section.
         taps: alternatives, the first that the store has is taken; the taps of one alternative are read together.
         teacher: name of the wanted teacher.
         target: id of the wanted target, or ids of those that are read together.
@@ -76,7 +76,7 @@ def choose(store: Store, shards: Sequence[str], needs: Sequence[Need], bank: Ban
             first = candidates[0][0] if len(candidates[0]) == 1 else f"'[{', '.join(candidates[0])}]'"
             raise UserError(
                 f"{store.url}: {loss}: {len(candidates)} targets fit: {', '.join(names)}; choose one: "
-                f"--set losses.{loss}.target={first}"
+                f"--set {setting(loss)}.target={first}"
             )
         chosen[loss] = candidates[0]
     return shared[0], chosen
@@ -164,12 +164,12 @@ def _of_tap(store: Store, need: Need, tap: str, manifests: Mapping[str, Record],
         wanted = (need.target,) if isinstance(need.target, str) else need.target
         unknown = [id for id in wanted if id not in manifests]
         if unknown:
-            raise IdentityError(f"{store.url}: stored {tap}", f"losses.{need.loss}.target", unknown[0],
+            raise IdentityError(f"{store.url}: stored {tap}", f"{setting(need.loss)}.target", unknown[0],
                                 ", ".join(sorted(fits)), words=_WORDS)  # fmt: skip
         mine = next((id for id in wanted if id in fits), wanted[0])
-        wishes.append((f"losses.{need.loss}.target", mine, lambda id: id))
+        wishes.append((f"{setting(need.loss)}.target", mine, lambda id: id))
     if need.teacher is not None:
-        wishes.append((f"losses.{need.loss}.teacher", need.teacher, lambda id: manifests[id]["teacher"]))
+        wishes.append((f"{setting(need.loss)}.teacher", need.teacher, lambda id: manifests[id]["teacher"]))
     if need.grid is not None:
         wishes.append(("patches a side", need.grid, lambda id: manifests[id]["identity"]["grid"]))
     for field, wished, of in wishes:

@@ -18,24 +18,32 @@ from student.loss_settings import (
     ADViT,
     Alignment,
     Attention,
+    Average,
     CompRess,
+    Copying,
     CrossEntropy,
     DeiT,
+    Features,
     Guidance,
     HeadSpecific,
     Loss,
     Matched,
+    Meeting,
     Projected,
     Schedule,
     Section,
     Taught,
+    What,
 )
 
 __all__ = [
-    "AAL", "METHODS", "SEED", "ADViT", "Alignment", "Attention", "Bank", "CompRess", "Control", "CrossEntropy",
-    "DeiT", "Guidance", "HeadSpecific", "Loss", "Matched", "Optim", "Projected", "Recipe", "Schedule", "Section",
-    "Speed", "StreamSettings", "Student", "Taught", "section_of", "sentence", "validate", "with_same_classes",
+    "AAL", "COPYING", "METHODS", "SEED", "ADViT", "Alignment", "Attention", "Average", "Bank", "CompRess", "Control",
+    "Copying", "CrossEntropy", "DeiT", "Features", "Guidance", "HeadSpecific", "Loss", "Matched", "Meeting", "Optim",
+    "Projected", "Recipe", "Schedule", "Section", "Speed", "StreamSettings", "Student", "Taught", "What", "section_of",
+    "sentence", "setting", "validate", "with_same_classes",
 ]  # fmt: skip
+
+COPYING = "copying"  # the section, and what its part of a run is called beside the losses
 
 
 def _listed(value: Any) -> Any:
@@ -176,6 +184,7 @@ class Recipe(Section):
 
     student: Student = Student()
     losses: Losses
+    copying: Copying | None = None
     optim: Optim = Optim()
     ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged student; None: none is kept")
     stream: StreamSettings = StreamSettings()
@@ -200,9 +209,16 @@ def validate(content: Any, where: str) -> Recipe:
     except ValidationError as error:
         lines = dict.fromkeys(_explain(problem) for problem in error.errors())
         raise UserError(f"{where}: " + "; ".join(lines)) from None
+    if COPYING in recipe.losses:
+        raise UserError(f"{where}: losses.copying: copying is a section beside losses; call the loss otherwise")
     if not recipe.losses:
         raise UserError(f"{where}: losses: none is on; known: {', '.join(METHODS)}")
     return recipe
+
+
+def setting(name: str) -> str:
+    """The path of a loss's settings, or of copying's."""
+    return COPYING if name == COPYING else f"losses.{name}"
 
 
 def with_same_classes(recipe: Recipe) -> Recipe:
@@ -217,7 +233,7 @@ def with_same_classes(recipe: Recipe) -> Recipe:
 _EXPECTED = {
     "heads": "a rule that this loss takes (docs/recipes.md), or pairs such as [[1, 2], [2, 4]] (student's head, "
     "teacher's head), also as a mapping from the student's layer",
-    "layers": "last, uniform, or pairs such as [[1, 2], [2, 4]] (student's layer, teacher's layer)",
+    "layers": "last, uniform, first-N, last-N, or pairs such as [[1, 2], [2, 4]] (student's layer, teacher's layer)",
     "target": "a target's id, or a list of ids",
     "links": "full, alpha, beta, a run's folder (or a mapping with run, loss, normalise: abs or printed, granularity: "
              "channel or block, threshold from 0 to 1), or the first and last layer of each stage, [[1, 3], [2, 4]]",

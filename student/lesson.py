@@ -6,6 +6,7 @@ It is what turns a batch of the stream into the number that is minimised: total 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 
 from storage.errors import UserError
 from storage.store import Store
-from student import config
+from student import config, copying
 from student.align import Given, Row, Shape, full, student_shape
 from student.choose import Need, choose
 from student.config import Recipe
+from student.copying import Copier
 from student.losses import (
     Step,
     aal,
@@ -26,6 +28,7 @@ from student.losses import (
     compress,
     crossentropy,
     deit,
+    features,
     guidance,
     head_specific,
     seed,
@@ -36,7 +39,8 @@ from student.stream import Batch
 
 METHODS: dict[str, ModuleType] = {
     "crossentropy": crossentropy, "aal": aal, "deit": deit, "attention": attention_transfer, "advit": advit,
-    "head_specific": head_specific, "guidance": guidance, "alignment": alignment, "seed": seed, "compress": compress,
+    "features": features, "head_specific": head_specific,
+    "guidance": guidance, "alignment": alignment, "seed": seed, "compress": compress,
 }  # fmt: skip
 
 
@@ -52,11 +56,13 @@ def classifies(recipe: Recipe) -> bool:
 
 def _shape(recipe: Recipe, model: nn.Module, names: Sequence[str] | None = None) -> Shape:
     """The student's shape; its tokens are looked at only where a loss reads them, so that others train any network."""
-    reads = reads_of(recipe) - ELSEWHERE
-    attention = bool(reads & {"attention", "values"})
-    shape = student_shape(model, names, tokens=bool(reads), attention=attention, values="values" in reads)
-    for name, settings in recipe.losses.items():
-        if shape.each and METHODS[settings.method] not in (crossentropy, deit, aal):
+    reads, copies = reads_of(recipe) - ELSEWHERE, recipe.copying
+    attends = bool(reads & {"attention", "values"}) or copies is not None
+    values = "values" in reads or (copies is not None and copies.what == "v")
+    shape = student_shape(model, names, tokens=bool(reads) or attends, attention=attends, values=values)
+    plain = [name for name, loss in recipe.losses.items() if METHODS[loss.method] not in (crossentropy, deit, aal)]
+    for name in [*plain, *([config.COPYING] if copies else [])]:
+        if shape.each:
             raise UserError(
                 f"{name}: {type(model).__name__} pools its patches, so its layers have no common heads and grid; such "
                 "a student learns by aal, deit and crossentropy alone; take a plain ViT, such as "
@@ -66,16 +72,17 @@ def _shape(recipe: Recipe, model: nn.Module, names: Sequence[str] | None = None)
 
 
 def needs_of(recipe: Recipe, model: nn.Module) -> list[Need]:
-    """What the recipe's losses read from a store."""
+    """What the recipe's losses, and copying, read from a store."""
     shape = _shape(recipe, model)
-    found = [METHODS[settings.method].need(name, settings, shape) for name, settings in recipe.losses.items()]
+    found = [copying.need(recipe.copying) if recipe.copying else None]
+    found += [METHODS[settings.method].need(name, settings, shape) for name, settings in recipe.losses.items()]
     return [need for need in found if need is not None]
 
 
 def find_targets(
     store: Store | None, shards: Sequence[str], recipe: Recipe, model: nn.Module
 ) -> tuple[str | None, dict[str, tuple[Given, ...]]]:
-    """The bank's id, and loss -> what the store gives it.
+    """The bank's id, and loss (or `copying`) -> what the store gives it.
 
     Raises:
         UserError: a loss needs targets and there is no store, or what `choose` raises.
@@ -104,7 +111,7 @@ class Lesson(nn.Module):
     Args:
         recipe: with the losses that are on.
         model: the student.
-        given: loss -> its targets.
+        given: loss, or `copying`, -> its targets.
         mean: of the student's input.
         std: of the student's input.
         names: of the student's classes, where they are known.
@@ -137,6 +144,11 @@ class Lesson(nn.Module):
         self.losses = nn.ModuleDict(methods)
         self.queues = _queues(self.losses, recipe.stream.batch_size)
         self.rows: list[Row] = [method.row for method in methods.values() if method.row is not None]
+        self.copier: Copier | None = None
+        if recipe.copying is not None:
+            self.copier = Copier(recipe.copying, shape, given[config.COPYING])
+            self.copier.copies.attach(model)  # before what is seen: losses see q, k and v as they are used
+            self.rows.insert(0, self.copier.row)
         self.targets = {name: tuple(one.id for one in several) for name, several in given.items()}
         reads = reads_of(recipe) - ELSEWHERE
         self.seen = Seen(model, reads) if reads else None
@@ -152,11 +164,14 @@ class Lesson(nn.Module):
         pixels = batch.pixels(self.mean, self.std)
         if self.seen is not None:
             self.seen.clear()
-        with torch.autocast(pixels.device.type, self.precision, enabled=self.precision is not None):
+        decoded = {id: self._target(batch, id) for ids in self.targets.values() for id in ids}
+        with (
+            self._copied(decoded),
+            torch.autocast(pixels.device.type, self.precision, enabled=self.precision is not None),
+        ):
             output = self.student(pixels)
         logits, distilled = output if isinstance(output, tuple) else (output, None)
         logits, distilled = full(logits), None if distilled is None else full(distilled)
-        decoded = {id: self._target(batch, id) for ids in self.targets.values() for id in ids}
         values: dict[str, Tensor] = {}
         self.notes = {}
         for name, loss in self.losses.items():
@@ -164,6 +179,13 @@ class Lesson(nn.Module):
             step = Step(logits, batch.labels, batch.others, batch.shares, distilled, self.seen, targets, self.notes)
             values[name] = loss(step)
         return logits, values
+
+    def _copied(self, decoded: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """What the student attends with in place of its own meanwhile; nothing, or what is fixed already."""
+        if self.copier is None or self.copier.copies.fixed:
+            return nullcontext()
+        copied = self.copier.copied([decoded[id] for id in self.targets[config.COPYING]])
+        return self.copier.copies.given(copied)
 
     def _target(self, batch: Batch, id: str) -> Tensor:
         if id in self.means:

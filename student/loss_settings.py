@@ -85,34 +85,78 @@ class CrossEntropy(Section):
     heads: Literal["class", "both"] | None = None
 
 
-class Taught(Section):
-    """What every loss with a teacher says: its weight, and which teacher or target where the store has several."""
+class Source(Section):
+    """Which teacher or target, where the store has several."""
 
-    weight: Weight = Schedule(start=1.0)
     teacher: str | None = None
     target: str | tuple[str, ...] | None = None
 
 
+class Taught(Source):
+    """What every loss with a teacher says: its weight, and which teacher or target."""
+
+    weight: Weight = Schedule(start=1.0)
+
+
+def _pairs(value: Any) -> Any:
+    """A layer by itself stands for a pair of the same number."""
+    return [[n, n] if type(n) is int else n for n in value] if isinstance(value, list | tuple) else value
+
+
+Some = Annotated[str, Field(pattern="^(first|last)-[1-9][0-9]{0,2}$")]  # of layers
+Layers = Annotated[Literal["last", "uniform"] | Some | tuple[tuple[int, int], ...], BeforeValidator(_pairs)]
+FirstHeads = Literal["first"] | Annotated[str, Field(pattern="^first-[1-9][0-9]{0,2}$")]
+What = Literal["map", "q", "k", "v", "qk"]
+Average = Literal["none", "examples", "layers", "heads", "queries"]
 HeadPairs = Annotated[tuple[tuple[int, int], ...], Field(min_length=1)]
 HeadMap = Annotated[dict[int, HeadPairs], Field(min_length=1)]  # by the student's layer
-Heads = Literal["auto", "mean", "sum", "max", "min", "log", "first"] | HeadPairs | HeadMap | None
+Heads = Literal["auto", "mean", "sum", "max", "min", "log"] | FirstHeads | HeadPairs | HeadMap | None
 
 
-class Matched(Taught):
-    """How attention of another depth, head count and grid is met (student/rows.py); unstated mismatches are errors.
+class Meeting(Source):
+    """How tokens of another depth, head count and grid meet (student/matching.py); unstated mismatches are errors.
 
-    layers: `last`, `uniform`, or pairs [student's layer, teacher's layer], from 1; None: as many on both sides.
+    layers: `last`, `uniform`, `first-N`, `last-N`, or pairs [student's layer, teacher's layer], from 1, where a number
+    n stands for [n, n]; None: as many on both sides.
     heads: `mean`, `sum`, `max`, `min` (these two rescaled) or `log` over the heads of both sides, the `first` that both
-    have, or pairs [student's head, teacher's head], from 1, also as a mapping from the student's layer; None: as many
-    on both sides; `auto`: one to one where both have as many, else `log`.
+    have, `first-N`, or pairs [student's head, teacher's head], from 1, also as a mapping from the student's layer;
+    None: as many on both sides; `auto`: one to one where both have as many, else `log`.
     temperature: T of `log`; None: each side's number of heads.
     grid: `bicubic` resizes the teacher's patch part; None: the same grid on both sides.
     """
 
-    layers: Literal["last", "uniform"] | tuple[tuple[int, int], ...] | None = None
+    layers: Layers | None = None
     heads: Heads = None
     temperature: float | None = Field(None, gt=0)
     grid: Literal["bicubic"] | None = None
+
+
+class Matched(Meeting, Taught):
+    """A loss on tokens that meet as `Meeting` says."""
+
+
+class Copying(Meeting):
+    """What the student's layers take from the teacher in place of their own (student/copying.py).
+
+    what: `map`: whole attention; `q`, `k`, `v`; `qk`: q and k, which give the map.
+    average: maps are averaged over this before they are copied.
+    """
+
+    what: What = "map"
+    average: Average = "none"
+    heads: FirstHeads | None = None
+    temperature: None = None
+
+    @model_validator(mode="after")
+    def _of_maps(self) -> Copying:
+        _require_maps(self.what, average=self.average != "none")
+        return self
+
+
+def _require_maps(what: What, **wished: bool) -> None:
+    for name, wish in wished.items():
+        if wish and what != "map":
+            raise ValueError(f"{name} is of maps, and with what={what} there are none")
 
 
 class Links(Section):
@@ -162,10 +206,27 @@ class DeiT(Taught):
 
 
 class Attention(Matched):
-    """Attention distillation (student/losses/attention_transfer.py)."""
+    """Attention distillation (student/losses/attention_transfer.py): of maps, or of what makes them."""
 
     method: Literal["attention"] = "attention"
+    what: What = "map"
+    average: Average = "none"
     reduce_heads: Literal["mean", "sum"] = "mean"
+
+    @model_validator(mode="after")
+    def _of_maps(self) -> Attention:
+        _require_maps(self.what, average=self.average != "none", reduce_heads=self.reduce_heads != "mean")
+        return self
+
+
+class Features(Matched):
+    """Residual streams by their mean squared error (student/losses/features.py)."""
+
+    method: Literal["features"] = "features"
+    layers: Layers | None = "last"
+    heads: None = None
+    temperature: None = None
+    projection: Literal["linear"] | None = None
 
 
 class ADViT(Matched):
@@ -196,7 +257,7 @@ class HeadSpecific(Matched):
 
     method: Literal["head_specific"] = "head_specific"
     loss: Literal["mse", "mse-softmax", "ce", "kl"] = "mse"
-    heads: Literal["first"] | HeadPairs | HeadMap | None = "first"
+    heads: FirstHeads | HeadPairs | HeadMap | None = "first"
     adaptive: Literal["none", "student-correct", "teacher-correct"] = "none"
     same_classes: bool = Field(False, description="as for deit; for adaptive: teacher-correct")
 
@@ -209,7 +270,7 @@ class Guidance(Matched):
 
     method: Literal["guidance"] = "guidance"
     weight: Weight = Schedule(start=0.1)
-    layers: Literal["last", "uniform"] | tuple[tuple[int, int], ...] | None = "last"
+    layers: Layers | None = "last"
     heads: Heads = "auto"
     temperature: float | None = Field(10.0, gt=0)
     grid: Literal["bicubic"] | None = "bicubic"
@@ -262,8 +323,9 @@ class CompRess(Projected):
     tau: float = Field(0.04, gt=0)
 
 
-Loss = CrossEntropy | AAL | DeiT | Attention | ADViT | HeadSpecific | Guidance | Alignment | SEED | CompRess
+Loss = CrossEntropy | AAL | DeiT | Attention | Features | ADViT | HeadSpecific | Guidance | Alignment | SEED | CompRess
 METHODS: dict[str, type[Loss]] = {
     "crossentropy": CrossEntropy, "aal": AAL, "deit": DeiT, "attention": Attention, "advit": ADViT,
-    "head_specific": HeadSpecific, "guidance": Guidance, "alignment": Alignment, "seed": SEED, "compress": CompRess,
+    "features": Features, "head_specific": HeadSpecific,
+    "guidance": Guidance, "alignment": Alignment, "seed": SEED, "compress": CompRess,
 }  # fmt: skip

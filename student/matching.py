@@ -26,7 +26,7 @@ class Matching(nn.Module):
     """Which layers, heads and tokens of a target meet which of the student's.
 
     Args:
-        loss: name for errors.
+        loss: name of the loss, or `copying`, for errors.
         settings: what the recipe states.
         student: its shape.
         given: one target of some tap with layers, or several of one teacher and the same layers.
@@ -49,11 +49,12 @@ class Matching(nn.Module):
     """
 
     def __init__(
-        self, loss: str, settings: config.Matched, student: Shape, given: Sequence[Given],
+        self, loss: str, settings: config.Meeting, student: Shape, given: Sequence[Given],
         which: Which,
     ) -> None:  # fmt: skip
         super().__init__()
         self.loss, self.settings, self.student, self.which = loss, settings, student, which
+        self.path = path = config.setting(loss)
         first = given[0]
         self.tap = str(first.target["identity"]["tap"])
         teacher = first.teacher
@@ -84,7 +85,7 @@ class Matching(nn.Module):
             if settings.grid is None:
                 raise UserError(
                     f"{loss}: target {first.id} has a grid of {side}x{side}, the student's patches make "
-                    f"{student.grid}x{student.grid}; say how they meet: --set losses.{loss}.grid=bicubic"
+                    f"{student.grid}x{student.grid}; say how they meet: --set {path}.grid=bicubic"
                 )
             matrix = resize_matrix(side, student.grid)
             self._constant("resize", torch.kron(matrix, matrix))
@@ -95,61 +96,79 @@ class Matching(nn.Module):
 
     def _layers(self, depth: int) -> list[tuple[int, int]]:
         """(student's layer, teacher's layer), from 1."""
-        mine, wish, loss = self.student.layers, self.settings.layers, self.loss
+        mine, wish, loss, path = self.student.layers, self.settings.layers, self.loss, self.path
         if wish is None:
             if mine != depth:
                 raise UserError(
                     f"{loss}: the teacher has {depth} layers, the student {mine}; say which meet: "
-                    f"--set losses.{loss}.layers=uniform, last, or pairs [[1,2],[2,4]]"
+                    f"--set {path}.layers=uniform, last, first-N, last-N, or pairs [[1,2],[2,4]]"
                 )
             if self.stored != list(range(1, depth + 1)):
                 raise UserError(
-                    f"{loss}: the target holds the teacher's layers {_ranges(self.stored)} of {depth}; say which of "
-                    f"the student's meet them: --set losses.{loss}.layers=last, or pairs [[student,teacher],…]"
+                    f"{loss}: the target holds the teacher's layers {ranges(self.stored)} of {depth}; say which of "
+                    f"the student's meet them: --set {path}.layers=last, first-N, last-N, or pairs "
+                    "[[student,teacher],…]"
                 )
             pairs = [(n, n) for n in range(1, mine + 1)]
-        elif wish == "last":
-            pairs = [(mine, depth)]
         elif wish == "uniform":
             pairs = [(n, max(1, int(n * depth / mine + 0.5))) for n in range(1, mine + 1)]
+        elif isinstance(wish, str):
+            end, _, several = wish.partition("-")
+            count = int(several or 1)
+            if count > min(mine, depth):
+                raise UserError(
+                    f"{loss}: {path}.layers={wish}: the student has {mine} layers, the teacher {depth}; at most "
+                    f"{end}-{min(mine, depth)}, or uniform"
+                )
+            before = (0, 0) if end == "first" else (mine - count, depth - count)
+            pairs = [(before[0] + n, before[1] + n) for n in range(1, count + 1)]
         else:
             pairs = [(int(a), int(b)) for a, b in wish]
         for own, other in pairs:
             if not (1 <= own <= mine and 1 <= other <= depth):
                 raise UserError(
-                    f"{loss}: losses.{loss}.layers lets the student's layer {own} meet the teacher's layer {other}; "
+                    f"{loss}: {path}.layers lets the student's layer {own} meet the teacher's layer {other}; "
                     f"the student has layers 1 to {mine}, the teacher 1 to {depth}: "
-                    f"--set losses.{loss}.layers=uniform, last, or other pairs"
+                    f"--set {path}.layers=uniform, last, or other pairs"
                 )
         for own, other in pairs:
             if other not in self.stored:
                 raise UserError(
                     f"{loss}: the student's layer {own} meets the teacher's layer {other}, and the target holds "
-                    f"{_ranges(self.stored)}; precompute layers={_ranges(sorted({b for _, b in pairs}))}"
+                    f"{ranges(self.stored)}; precompute layers={ranges(sorted({b for _, b in pairs}))}"
                 )
         if not pairs:
-            raise UserError(f"{loss}: losses.{loss}.layers is empty")
+            raise UserError(f"{loss}: {path}.layers is empty")
         return pairs
 
     def _heads(self, theirs: int) -> list[list[tuple[int, int]]]:
         """(student's head, teacher's head), from 1, for each pair of layers; empty where they are merged."""
-        mine, rule, loss = self.student.heads, self.rule, self.loss
+        mine, rule, loss, path = self.student.heads, self.rule, self.loss, self.path
         if rule in MERGED:
             return []
         if rule is None and mine != theirs:
-            merged = ", ".join(MERGED) + ", " if self.which in ("class", "all") else ""
+            named = ["first", "first-N"]
+            if isinstance(self.settings, config.Matched):  # else something is copied
+                merged = MERGED if self.which in ("class", "all") else ()
+                named = [*merged, *named, "pairs [[student,teacher],…]"]
             raise UserError(
                 f"{loss}: the teacher has {theirs} heads, the student {mine}; say how they meet: "
-                f"--set losses.{loss}.heads={merged}first, or pairs [[student,teacher],…]"
+                f"--set {path}.heads={', '.join(named[:-1])} or {named[-1]}"
             )
         if rule is None or isinstance(rule, str):
-            return [[(n, n) for n in range(1, min(mine, theirs) + 1)]] * len(self.pairs)
+            count = int((rule or "").partition("-")[2] or min(mine, theirs))
+            if count > min(mine, theirs):
+                raise UserError(
+                    f"{loss}: {path}.heads={rule}: the student has {mine} heads, the teacher {theirs}; at most "
+                    f"first-{min(mine, theirs)}"
+                )
+            return [[(n, n) for n in range(1, count + 1)]] * len(self.pairs)
         if isinstance(rule, Mapping):
             layers = {own for own, _ in self.pairs}
             if layers != set(rule):
                 raise UserError(
-                    f"{loss}: losses.{loss}.heads names the student's layers {_ranges(sorted(rule))}, and those that "
-                    f"meet are {_ranges(sorted(layers))}; say which with losses.{loss}.layers=[[student,teacher],…]"
+                    f"{loss}: {path}.heads names the student's layers {ranges(sorted(rule))}, and those that "
+                    f"meet are {ranges(sorted(layers))}; say which with {path}.layers=[[student,teacher],…]"
                 )
             found = [list(rule[own]) for own, _ in self.pairs]
         else:
@@ -157,12 +176,12 @@ class Matching(nn.Module):
         for own, other in (pair for pairs in found for pair in pairs):
             if not (1 <= own <= mine and 1 <= other <= theirs):
                 raise UserError(
-                    f"{loss}: losses.{loss}.heads lets the student's head {own} meet the teacher's head {other}; the "
-                    f"student has heads 1 to {mine}, the teacher 1 to {theirs}: --set losses.{loss}.heads=[[1,1]]"
+                    f"{loss}: {path}.heads lets the student's head {own} meet the teacher's head {other}; the "
+                    f"student has heads 1 to {mine}, the teacher 1 to {theirs}: --set {path}.heads=[[1,1]]"
                 )
         if not found[0] or len({len(pairs) for pairs in found}) > 1:
             raise UserError(
-                f"{loss}: losses.{loss}.heads gives the layers {', '.join(str(len(pairs)) for pairs in found)} pairs "
+                f"{loss}: {path}.heads gives the layers {', '.join(str(len(pairs)) for pairs in found)} pairs "
                 "of heads; give each as many, at least one, and other layers a loss of their own (another name, with "
                 "`method`)"
             )
@@ -225,7 +244,7 @@ class Matching(nn.Module):
         }[self.which]  # fmt: skip
         by_head = f", {heads} heads" if self.heads else ""
         return Row(
-            self.loss, given[0].id, f"{what}, layers {_ranges(self.stored)}{by_head}, {side}x{side} patches",
+            self.loss, given[0].id, f"{what}, layers {ranges(self.stored)}{by_head}, {side}x{side} patches",
             f"{student.layers} layers" + (f" x {student.heads} heads" if self.heads else "")
             + f", {student.grid}x{student.grid} patches",
             "; ".join(rule),
@@ -243,8 +262,7 @@ class Matching(nn.Module):
                 "min": "smallest over heads on both sides, rescaled",
                 "log": "mean of logarithms over heads on both sides, "
                 f"T = {f'{given:g}' if given else 'the number of heads'}",
-                "first": f"the first {self.heads} heads",
-            }[wish]  # fmt: skip
+            }.get(wish, f"the first {self.heads} heads")  # fmt: skip
         said = [", ".join(f"{a}-{b}" for a, b in pairs) for pairs in self.head_pairs]
         if not isinstance(wish, Mapping):
             return f"heads {said[0]} (student-teacher)"
@@ -258,7 +276,7 @@ def pick(layer: Tensor, heads: list[int] | None) -> Tensor:
     return layer[:, : len(heads)] if heads == list(range(len(heads))) else layer[:, heads]
 
 
-def _ranges(layers: Sequence[int]) -> str:
+def ranges(layers: Sequence[int]) -> str:
     """`1:4+8`, as `--target` takes it."""
     runs: list[list[int]] = []
     for n in layers:

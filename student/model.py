@@ -18,6 +18,7 @@ from storage.errors import UserError, nearest
 from storage.files import written_whole
 from storage.weights import first_line
 from student import config
+from student.copying import COPIED, copies_in, copies_of
 from student.shifted import shift_patches
 
 _USUAL = "vit_tiny_patch16_224"
@@ -42,6 +43,7 @@ class Description:
     classes: tuple[str, ...] | None
     evaluation: str  # the view policy that it is evaluated on
     shifted_patches: bool = False
+    copying: dict[str, Any] | None = None  # of a student that copies attention, what it copies from where
 
     @property
     def classifies(self) -> bool:
@@ -111,6 +113,8 @@ def input_size(model: nn.Module, settings: config.Student) -> int:
 def save(path: Path, model: nn.Module, description: Description) -> None:
     """Write the state dict with its description, whole or not at all."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if copies := copies_of(model):
+        state |= {f"{COPIED}{part}": tensor.detach().cpu().contiguous() for part, tensor in copies.fixed.items()}
     metadata = {
         "format": "pt",
         "model": description.model,
@@ -121,6 +125,7 @@ def save(path: Path, model: nn.Module, description: Description) -> None:
         "classes": json.dumps(description.classes),
         "evaluation": description.evaluation,
         **({"shifted_patches": "true"} if description.shifted_patches else {}),
+        **({"copying": json.dumps(description.copying)} if description.copying else {}),
     }
     with written_whole(path) as temporary:
         save_file(state, temporary, metadata)
@@ -141,21 +146,27 @@ def load(path: Path) -> tuple[nn.Module, Description]:
             metadata["model"], json.loads(metadata["arguments"]), int(metadata["img_size"]),
             tuple(json.loads(metadata["mean"])), tuple(json.loads(metadata["std"])),
             tuple(classes) if classes else None, metadata["evaluation"], metadata.get("shifted_patches") == "true",
+            json.loads(metadata.get("copying", "null")),
         )  # fmt: skip
+        copies = copies_in(description.copying) if description.copying else None
     except FileNotFoundError:
         raise UserError(f"{path}: no student here; `pipeline train` writes one") from None
     except KeyError as error:
         raise UserError(
             f"{path}: not a student that `pipeline train` wrote: its metadata do not tell {error}"
         ) from None
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not a student that `pipeline train` wrote ({error})") from None
     model = create(description.model, description.arguments)
     if description.shifted_patches:
         shift_patches(model)
+    fixed = {name.removeprefix(COPIED): state.pop(name) for name in [*state] if name.startswith(COPIED)}
     try:
         model.load_state_dict(state)
-    except RuntimeError as error:
+        if copies:
+            copies.fixed = fixed
+            copies.attach(model)
+    except (RuntimeError, IndexError) as error:
         raise UserError(f"{path}: does not fit {description.model}: {first_line(error)}") from None
     return model.eval(), description
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,7 @@ def predict(
     top: int,
     advance: Callable[[int], None] = lambda images: None,
     batch: int = 64,
+    beside: Callable[[np.ndarray], AbstractContextManager[None]] = lambda images: nullcontext(),
 ) -> tuple[list[tuple[str, list[tuple[str, float]]]], list[tuple[str, str]]]:
     """(file, its `top` classes with their probabilities, the largest first) for each image; (file, reason) of others.
 
@@ -55,6 +57,7 @@ def predict(
         top: how many classes, at most all.
         advance: called with the number of images done.
         batch: images at a time.
+        beside: what holds while the model looks at uint8 images `[n, S, S, 3]`, such as the attention that it copies.
     """
     view = policy(about.evaluation, about.img_size)
     device = next(model.parameters()).device
@@ -74,8 +77,10 @@ def predict(
         advance(len(several))
         if not there:
             continue
-        pixels = torch.from_numpy(np.stack(rendered)).to(device).permute(0, 3, 1, 2).float() / 255
-        shares = model((pixels - mean) / std).float().softmax(1)
+        images = np.stack(rendered)
+        pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255
+        with beside(images):
+            shares = model((pixels - mean) / std).float().softmax(1)
         values, classes = shares.topk(min(top, shares.shape[1]), 1)
         for name, ps, ns in zip(there, values.tolist(), classes.tolist(), strict=True):
             names = [about.classes[n] if about.classes else str(n) for n in ns]

@@ -16,12 +16,14 @@ from storage.progress import Progress
 from storage.shards import cached_index, classes_of, expand, require_classes, require_labels
 from storage.store import Store
 from student.align import Given, table
-from student.config import Recipe
-from student.control import mean_targets
+from student.config import COPYING, Recipe
+from student.control import fill_means, mean_targets
 from student.evaluation.accuracy import tell_of_shared
+from student.lending import lender_of, record_of
 from student.lesson import Lesson, classifies, find_targets, reads_of
 from student.model import Description, build, input_size
 from student.ranks import rank, ranks
+from student.rows import Rows
 from student.stream import Stream
 from student.weights import begin_from, freeze, normalisation
 
@@ -57,7 +59,7 @@ class Parts:
 
     Attributes:
         stream: the batches.
-        given: loss -> what the store gives it.
+        given: loss, or `copying`, -> what the store gives it.
         lesson: student and losses, on the device.
         average: the averaged student, or None.
         still: modules with frozen running statistics.
@@ -108,12 +110,15 @@ def prepare(job: Job, progress: Progress, found: dict[str, Any] | None) -> Parts
     if lesson.rows:
         progress.say(table(lesson.rows))
     _control(recipe, stream, lesson, progress)
+    if found is None:
+        _average_examples(stream, lesson, progress)
     lesson.to(job.device)
     source = stream.source
     tell_of_shared(source.shards, val_urls, progress.say)
+    copied = _copies(job, given, stream, lesson, average, scored, progress) if lesson.copier else None
     description = Description(
         recipe.student.model, arguments, size, mean, std, classes,
-        source.policy.evaluation.line, recipe.student.shifted_patches,
+        source.policy.evaluation.line, recipe.student.shifted_patches, copied,
     )  # fmt: skip
     identity = {
         "shards": list(source.shards), "validation shards": [cached_index(url).id for url in val_urls],
@@ -219,6 +224,43 @@ def _control(recipe: Recipe, stream: Stream, lesson: Lesson, progress: Progress)
         progress.say("control: every image gets the mean target of the training set")
     else:
         progress.say(f"control: targets of other images of the same block, permuted by seed {control.permute_targets}")
+
+
+def _average_examples(stream: Stream, lesson: Lesson, progress: Progress) -> None:
+    """Mean maps over the training set, where they stand for those of all images; a checkpoint brings them back."""
+    parts: dict[str, Any] = {name: getattr(method, "rows", None) for name, method in lesson.losses.items()}
+    if lesson.copier:
+        parts[COPYING] = lesson.copier.meets
+    rows = {name: part for name, part in parts.items() if isinstance(part, Rows) and part.average == "examples"}
+    if rows:
+        fill_means({name: (part, lesson.targets[name]) for name, part in rows.items()}, stream, progress)
+
+
+def _copies(
+    job: Job, given: dict[str, tuple[Given, ...]], stream: Stream, lesson: Lesson, average: Any, scored: list[str],
+    progress: Progress,
+) -> dict[str, Any]:  # fmt: skip
+    """Where copied attention comes from in training and in evaluation: said, and recorded for the student's file.
+
+    Raises:
+        UserError: the store has none of the validation images.
+    """
+    recipe, copier, store = job.recipe, lesson.copier, job.store
+    assert copier is not None
+    assert recipe.copying is not None
+    assert store is not None
+    copies, several, permute = copier.copies, given[COPYING], recipe.control.permute_targets
+    if average is not None:
+        copies.attach(average.module)
+    if lesson.means:
+        copies.fixed = copier.copied([lesson.means[one.id][None].to(job.device) for one in several])
+    elif recipe.copying.average == "examples":
+        copies.fixed = {"map": copier.meets.get_buffer("mean")[None]}
+    elif scored:
+        copies.lender = lender_of(store, copier, several, scored, stream.source.policy.evaluation, permute)
+    if "map" in copies.parts:
+        progress.say(f"copying: {len(copies.layers)} layer(s) run unfused, where whole maps can go in")
+    return record_of(copier, recipe.copying, store, several, permute)
 
 
 def _classes(urls: list[str], val_urls: list[str], recipe: Recipe) -> tuple[tuple[str, ...] | None, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -16,6 +17,7 @@ from student.matching import MERGED, Matching, pick
 
 FLOOR = 1e-6  # of probabilities before a logarithm
 EPSILON = 1e-12
+_AXES = {"layers": 1, "heads": 2, "queries": -2}  # that rows are averaged over
 
 
 class Rows(Matching):
@@ -23,14 +25,24 @@ class Rows(Matching):
 
     Both sides come as f32 `[B, L, H, N]` for class rows and `[B, L, H, Q, N]` for all rows; every row sums to one, or
     to the number of heads where these are added up. `scores` are what all rows are the softmax of, each side's with its
-    own 1/√d. Arguments as for `Matching`: one target (`class_row`, `attention`), or two (`q`, `k`), as scores need.
+    own 1/√d. Arguments as for `Matching`: one target (`class_row`, `attention`), or two (`q`, `k`), as scores need; and
+    `average`: over what the teacher's rows are averaged, each then standing for all of them. Over `examples` it is
+    `mean` that stands for all, a buffer `[L, H, …]` that is kept with what losses learn and is still to be filled, by
+    `student.control.fill_means`.
     """
 
     def __init__(
-        self, loss: str, settings: config.Matched, student: Shape, given: Sequence[Given],
-        which: Literal["class", "all", "scores"],
+        self, loss: str, settings: config.Meeting, student: Shape, given: Sequence[Given],
+        which: Literal["class", "all", "scores"], average: config.Average = "none",
     ) -> None:  # fmt: skip
         super().__init__(loss, settings, student, given, which)
+        self.average = average
+        if average != "none":
+            self.row = replace(self.row, rule=f"{self.row.rule}; the teacher's averaged over {average}")
+        if average == "examples":
+            tokens = len(self.get_buffer("mine"))
+            queries = () if which == "class" else (tokens,)
+            self.register_buffer("mean", torch.zeros(len(self.pairs), self.heads, *queries, tokens))
         first = given[0].target
         width = first["sample_shape"][-1]
         self.scales = first.get("scales", [width**-0.5] * len(self.stored)) if self.tap == "q" else []  # of the teacher
@@ -54,7 +66,17 @@ class Rows(Matching):
         return self._merge(self._keep(torch.stack(rows, 1), "mine"))
 
     def teacher_rows(self, targets: Sequence[Tensor], v: Tensor | None = None) -> Tensor:
-        """The teacher's rows on the student's grid, from decoded targets `[B, L, H, …]`; v as for the student."""
+        """The teacher's rows on the student's grid, averaged as is said, from decoded targets `[B, L, H, …]`.
+
+        v as for the student.
+        """
+        if self.average == "examples":
+            mean = self.get_buffer("mean")
+            return mean.expand(len(targets[0]), *mean.shape)
+        return self.rows_of_each(targets, v)
+
+    def rows_of_each(self, targets: Sequence[Tensor], v: Tensor | None = None) -> Tensor:
+        """The same, never averaged over examples."""
         if self.tap == "q":
             q, k = (full(self.of_teacher(target)) for target in targets)
             if self.which == "class":
@@ -72,6 +94,8 @@ class Rows(Matching):
         rows = self._keep(rows, "theirs")
         if self.resizes:
             rows = self._resize(rows)
+        if self.average in _AXES:
+            rows = rows.mean(_AXES[self.average], keepdim=True).expand_as(rows)
         return self._merge(rows)
 
     def _keep(self, rows: Tensor, side: Literal["mine", "theirs"]) -> Tensor:
@@ -143,14 +167,29 @@ class Vectors(Matching):
     """Vectors of tokens (q, k, v, or tokens of the residual stream), brought together layer by layer, token by token.
 
     Both sides come as f32 `[B, L, H, N, d]` for q, k and v and `[B, L, N, D]` for tokens, each in its own width.
-    Arguments as for `Matching`, with one target.
+    Arguments as for `Matching`: one target, or several taps of one shape.
+
+    Attributes:
+        width: of the teacher's vectors.
+        own: of the student's.
     """
 
-    def __init__(self, loss: str, settings: config.Matched, student: Shape, given: Sequence[Given]) -> None:
+    def __init__(self, loss: str, settings: config.Meeting, student: Shape, given: Sequence[Given]) -> None:
         super().__init__(loss, settings, student, given, "vectors")
         if self.heads and self.rule in MERGED:
             raise UserError(
-                f"{loss}: vectors of different heads cannot be merged; say --set losses.{loss}.heads=first, or null"
+                f"{loss}: vectors of different heads cannot be merged; say "
+                f"--set {config.setting(loss)}.heads=first, or null"
+            )
+        self.width = int(given[0].target["sample_shape"][-1])
+        self.own = student.width // student.heads if self.heads else student.width
+
+    def require_width(self, do: str) -> None:
+        """Refuse vectors of other widths. Raises UserError: both widths, and what to do."""
+        if self.width != self.own:
+            what = f"of each head's {self.tap}" if self.heads else "of each token"
+            raise UserError(
+                f"{self.loss}: the width {what} is {self.width} in the teacher, {self.own} in the student; {do}"
             )
 
     def student_vectors(self, layers: Sequence[Tensor]) -> Tensor:
@@ -159,7 +198,7 @@ class Vectors(Matching):
         return self.kept(chosen, "mine", -2)
 
     def teacher_vectors(self, target: Tensor) -> Tensor:
-        """The teacher's vectors on the student's grid, from a decoded target."""
+        """The teacher's vectors on the student's grid, from one decoded target."""
         vectors = self.kept(full(self.of_teacher(target)), "theirs", -2)
         if self.resizes:
             matrix = self.get_buffer("resize")

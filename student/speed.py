@@ -59,8 +59,12 @@ def check(settings: config.Speed, device: torch.device) -> None:
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
-    """The layers of a student that have both a fused and an unfused attention kernel."""
-    return [module for module in model.modules() if isinstance(getattr(module, "fused_attn", None), bool)]
+    """The layers of a student that have both a fused and an unfused attention kernel; copied maps need the latter."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(getattr(module, "fused_attn", None), bool) and not getattr(module, "copies_maps", False)
+    ]
 
 
 def apply(lesson: Lesson, amp: str, attention: str) -> None:

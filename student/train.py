@@ -135,6 +135,8 @@ class _Run:
         try:
             self.lesson.student.load_state_dict(found["student"])
             self.lesson.losses.load_state_dict(found["losses"])
+            if self.lesson.copier is not None:
+                self.lesson.copier.load_state_dict(found["copying"])
             self.optimizer.load_state_dict(found["optimizer"])
             if self.average is not None:
                 self.average.module.load_state_dict(found["average"])
@@ -299,6 +301,7 @@ class _Run:
             "student": self.lesson.student.state_dict(), "losses": self.lesson.losses.state_dict(),
             "optimizer": self.optimizer.state_dict(), "scaler": self.update.scaler.state_dict(),
             "average": self.average.module.state_dict() if self.average is not None else None, "rng": states,
+            "copying": self.lesson.copier.state_dict() if self.lesson.copier is not None else None,
         }  # fmt: skip
         checkpoint.write(self.job.out / folder.CHECKPOINT, content)
 

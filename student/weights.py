@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from precompute.taps import timm
 from storage.errors import UserError
-from storage.weights import classes_in, first_line, fitted, misfits, normalisation_in, read_weights
+from storage.weights import classes_in, copies_attention, first_line, fitted, misfits, normalisation_in, read_weights
 from student import config
+from student.copying import COPIED
 
 
 def begin_from(
@@ -36,6 +37,7 @@ def begin_from(
         return
     where = settings.weights or f"timm's weights of {settings.model}"
     state = read_weights(settings.weights) if settings.weights else _hub(settings.model)
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(COPIED)}
     known = classes_in(settings.weights) if settings.weights else None
     if settings.shifted_patches:  # timm would bring a convolution's weights into the shape of the one that is not there
         state.pop("patch_embed.proj.weight", None)
@@ -64,6 +66,8 @@ def begin_from(
         text += f" ({' and '.join(_reasons(new, norms))})"
     if unused:
         text += f"; left out is its classifier ({', '.join(sorted(unused))})"
+    if settings.weights and copies_attention(settings.weights):
+        text += "; it copied its teacher's attention, so what it would attend with by itself was never trained"
     say(text)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from storage.errors import UserError
 from storage.policies import Policy
 from storage.shards import cached_index, require_labels
+from student.lending import Lender, borrowing, lender_to
 from student.order import Segment
 from student.reader import BlockReader, Part, Source, join
 from student.stream import Batch
@@ -56,6 +57,8 @@ def evaluate(
     most: int | None = None,
 ) -> Score:
     """The accuracy of a classifier. Leaves the model in eval mode.
+
+    A student that copies attention gets it from its lender (see student/lending.py).
 
     With several ranks each takes its share of the blocks and all get the accuracy over all samples, each counted once.
 
@@ -103,9 +106,10 @@ def count(
     """
     model.eval()
     right1 = right5 = samples = few = 0
-    for part in evaluation_batches(urls, policy, batch, rank, ranks, most):
+    for part in evaluation_batches(urls, policy, batch, rank, ranks, most, lender=lender_to(model)):
         there = part.to(device)
-        logits = model(there.pixels(mean, std))
+        with borrowing(model, there):
+            logits = model(there.pixels(mean, std))
         classes = logits.shape[1]
         if int(there.labels.max()) >= classes:
             raise UserError(
@@ -145,17 +149,18 @@ def evaluation_batches(
     ranks: int = 1,
     most: int | None = None,
     chosen: Sequence[np.ndarray] | None = None,
+    lender: Lender | None = None,
 ) -> Iterator[Batch]:
     """Every sample of labelled shards once, in order, in the one view of a policy without chance.
 
     With several ranks, one in so many blocks, counted over all shards; with `most`, the first so many blocks alone;
-    with `chosen`, the samples of these indices in each shard alone, sorted.
+    with `chosen`, the samples of these indices in each shard alone, sorted; with a lender, the targets that it gives.
     """
     before = 0  # blocks of earlier shards
     for shard, url in enumerate(urls):
         index = cached_index(url)
         require_labels(url, index)
-        reader = BlockReader(Source((url,), (index.id,), policy))
+        reader = BlockReader(lender.source(url, index.id) if lender else Source((url,), (index.id,), policy))
         held: list[Part] = []
         wanted = np.arange(len(index)) if chosen is None else chosen[shard]
         mine: dict[int, np.ndarray] = {}
@@ -166,11 +171,12 @@ def evaluation_batches(
         before += index.blocks
         mine = {number: samples for number, samples in mine.items() if len(samples)}
         for number, samples in mine.items():
-            arrays, targets = reader.read(Segment(0, number, samples), 0)
+            arrays, stored = reader.read(Segment(0, number, samples), 0)
             arrays["ids"][:, 0] = shard
-            held.append((arrays, targets))
+            held.append((arrays, stored))
             if sum(len(part[0]["labels"]) for part in held) >= batch or number == max(mine):
-                joined, _ = join(held)
+                joined, lent = join(held)
                 tensors = {name: torch.from_numpy(array) for name, array in joined.items()}
-                yield Batch(**tensors)  # type: ignore[arg-type]
+                targets = {id: {n: torch.from_numpy(a) for n, a in arrays.items()} for id, arrays in lent.items()}
+                yield Batch(**tensors, targets=targets, codecs=dict(reader.source.targets))
                 held = []

@@ -12,6 +12,7 @@ from storage.errors import IdentityError, UserError
 from storage.policies import policy
 from storage.shards import classes_of, require_classes
 from student.evaluation.accuracy import evaluation_batches, places_of
+from student.lending import borrowing, lender_to
 from student.model import Description
 
 
@@ -76,14 +77,16 @@ def seen(
     places: list[Tensor] = []
     classes = 0
     views = [policy(member.about.evaluation, member.about.img_size) for member in members]
-    readers = {view: evaluation_batches(urls, view, batch) for view in views}
+    feeds = [(view, lender_to(member.model)) for view, member in zip(views, members, strict=True)]
+    readers = {feed: evaluation_batches(urls, feed[0], batch, lender=feed[1]) for feed in feeds}
     for parts in zip(*readers.values(), strict=True):
-        there = {view: part.to(device) for view, part in zip(readers, parts, strict=True)}
+        there = {feed: part.to(device) for feed, part in zip(readers, parts, strict=True)}
         own = parts[0].labels.to(device)
         total: Tensor | None = None
         rows = []
-        for member, view, chosen in zip(members, views, columns, strict=True):
-            logits = member.model(there[view].pixels(member.about.mean, member.about.std)).float()
+        for member, feed, chosen in zip(members, feeds, columns, strict=True):
+            with borrowing(member.model, there[feed]):
+                logits = member.model(there[feed].pixels(member.about.mean, member.about.std)).float()
             logits = logits if chosen is None else logits[:, chosen.to(logits.device)]
             classes = logits.shape[1]
             if int(own.max()) >= classes:

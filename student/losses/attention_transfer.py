@@ -1,6 +1,8 @@
-"""Attention Transfer: a student that attends as its teacher does.
+"""Attention Transfer: a student that attends as its teacher does, in whole maps, or in its q, k or v.
 
-Li et al., "On the Surprising Effectiveness of Attention Transfer for Vision Transformers", section 3.2, with 1/√d.
+Li et al., "On the Surprising Effectiveness of Attention Transfer for Vision Transformers", section 2.3, with 1/√d; the
+distillation of q is that of section 4.1, its mean squared error the authors' code's. Copying is no loss:
+student/copying.py.
 """
 
 from __future__ import annotations
@@ -8,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from student import config
 from student.align import Given, Shape
 from student.choose import Need
 from student.losses import Step
-from student.rows import EPSILON, Rows
+from student.rows import EPSILON, Rows, Vectors
 from student.seen import Reads
 
 
@@ -34,14 +37,29 @@ def distillation(student: Tensor, teacher: Tensor, heads: Literal["mean", "sum"]
     return reduced.sum()
 
 
+def squares(student: Tensor, teacher: Tensor) -> Tensor:
+    """(x^s − x^t)², mean over batch, heads, tokens and width, summed over layers.
+
+    Args:
+        student: `[B, L, …]`, such as queries `[B, L, H, N, d]`.
+        teacher: likewise.
+    """
+    return (student - teacher).square().flatten(2).mean((0, 2)).sum()
+
+
 def reads(settings: config.Attention) -> frozenset[Reads]:
-    """The student's attention."""
-    return frozenset({"attention"})
+    """The student's attention, or its values."""
+    return frozenset({"values" if settings.what == "v" else "attention"})
+
+
+def taps_of(what: config.What) -> tuple[tuple[str, ...], ...]:
+    """What serves: whole attention maps, or q and k, which give them; or vectors themselves."""
+    return (("attention",), ("q", "k")) if what == "map" else (tuple(what),)
 
 
 def need(name: str, settings: config.Attention, student: Shape) -> Need:
-    """Whole attention maps, or q and k, which give them."""
-    return Need(name, (("attention",), ("q", "k")), settings.teacher, settings.target)
+    """Whole attention maps or what gives them, or vectors."""
+    return Need(name, taps_of(settings.what), settings.teacher, settings.target)
 
 
 class Method(nn.Module):
@@ -49,10 +67,26 @@ class Method(nn.Module):
 
     def __init__(self, name: str, settings: config.Attention, student: Shape, given: Sequence[Given]) -> None:
         super().__init__()
-        self.rows = Rows(name, settings, student, given, "all")
-        self.row, self.reduce_heads = self.rows.row, settings.reduce_heads
+        self.what, self.reduce_heads = settings.what, settings.reduce_heads
+        self.rows: Rows | None = None
+        self.vectors: Vectors | None = None
+        if settings.what == "map":
+            self.rows = Rows(name, settings, student, given, "all", settings.average)
+            self.row = self.rows.row
+        else:
+            self.vectors = Vectors(name, settings, student, given)
+            self.vectors.require_width(f"compare maps: --set {config.setting(name)}.what=map")
+            self.row = self.vectors.row
 
     def forward(self, step: Step) -> Tensor:
         """The loss of one step."""
-        mine = self.rows.student_rows(step.student.q, step.student.k, step.student.scales)
-        return distillation(mine, self.rows.teacher_rows(step.targets), self.reduce_heads)
+        seen = step.student
+        if self.rows is not None:
+            mine = self.rows.student_rows(seen.q, seen.k, seen.scales)
+            return distillation(mine, self.rows.teacher_rows(step.targets), self.reduce_heads)
+        assert self.vectors is not None
+        parts = [
+            squares(self.vectors.student_vectors(getattr(seen, tap)), self.vectors.teacher_vectors(target))
+            for tap, target in zip(self.what, step.targets, strict=True)
+        ]
+        return torch.stack(parts).sum()

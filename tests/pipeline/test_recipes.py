@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from pipeline import recipes
 from pipeline.cli import cli, main
+from storage.policies import policy
 from storage.store import Store
 from student import config
 from student.loss_settings import Links
@@ -39,6 +40,9 @@ def full(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
         kind: run_precompute(place, world.shards, teacher_of(world.weights, kind), several)["targets"]
         for kind, several in wishes.items()
     }
+    evaluation = {"policy": policy("light", 32).evaluation, "views": 1, "new_bank": True}
+    for wish in wishes["vit"][1:]:
+        run_precompute(place, world.shards[:1], teacher_of(world.weights, "vit"), [wish], **evaluation)
     return place, made
 
 
@@ -59,6 +63,8 @@ def changes(recipe: str, folder: Path) -> dict[str, Any]:
         return {f"losses.attention.{name}": value for name, value in MATCH.items()}
     if recipe == "head-specific":
         return {"losses.head_specific.layers": "uniform", "losses.head_specific.grid": "bicubic"}
+    if recipe == "attention-copy":
+        return {"copying.layers": "last-2", "copying.grid": "bicubic"}
     if recipe == "advit-l1":
         return {"losses.advit.layers": "uniform", "losses.advit.grid": "bicubic"}
     if recipe == "fine-tune":
@@ -84,6 +90,7 @@ def test_a_recipe_goes_through_its_first_steps(world, full, tmp_path, capsys, re
     expected |= {"deit-hard": {"deit"}, "deit-soft": {"deit"}, "head-specific": {"head_specific"}}
     expected |= {"attndistill": {"alignment", "guidance"}}
     expected |= {"simreg": {"alignment"}, "seed": {"seed"}, "compress": {"compress"}}
+    expected |= {"attention-copy": {"copying"}}
     assert set(result["targets"]) == expected.get(recipe, set())
 
 
@@ -164,7 +171,7 @@ def test_contract_10_logits_of_other_classes_are_refused(world, tmp_path, capsys
             "lets the student's head 9 meet the teacher's head 1; the student has heads 1 to 3",
         ),
         ("head-specific", {"losses.head_specific.adaptive": "teacher-correct"}, "--target q,k,logits"),
-        ("attention-distill", {}, "layer 3 meet the teacher's layer 3; the student has layers 1 to 2"),
+        ("attention-distill", {}, "layers=first-18: the student has 2 layers, the teacher 3; at most first-2"),
         (
             "aal",
             {"losses.advit.teacher": "vitt", "losses.advit.layers": "last"},
@@ -205,7 +212,7 @@ def test_the_documentation_names_every_setting_and_its_example_is_a_recipe():
     example = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
     assert set(config.validate(example, "docs").losses) == {"crossentropy", "aal", "attention", "second"}
     models = [config.Recipe, config.Student, config.Schedule, config.Optim, config.Bank, config.StreamSettings]
-    models += [config.Control, config.Speed, Links, *config.METHODS.values()]
+    models += [config.Control, config.Speed, Links, config.Copying, *config.METHODS.values()]
     words = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
     said = set(re.findall(r"\w+", " ".join(words)))
     assert not {name for model in models for name in model.model_fields} - said

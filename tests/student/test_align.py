@@ -100,6 +100,8 @@ def test_the_student_s_rows_are_those_that_it_attends_with():
         (12, 6, "uniform", [(1, 2), (2, 4), (3, 6), (4, 8), (5, 10), (6, 12)]),
         (4, 6, "uniform", [(1, 1), (2, 1), (3, 2), (4, 3), (5, 3), (6, 4)]),
         (12, 6, "last", [(6, 12)]),
+        (12, 6, "last-3", [(4, 10), (5, 11), (6, 12)]),
+        (12, 6, "first-2", [(1, 1), (2, 2)]),
         (12, 6, ((1, 12), (1, 3)), [(1, 12), (1, 3)]),
     ],
 )
@@ -130,6 +132,13 @@ def test_a_target_of_some_layers_serves_those_that_it_holds():
         (Shape(4, 3, 4, ()), {}, {}, r"the student has no class token"),
         (STUDENT, {"prefix": ()}, {}, r"the teacher has no class token"),
         (STUDENT, {}, {"layers": ()}, r"layers is empty"),
+        (
+            STUDENT,
+            {},
+            {"layers": "first-5"},
+            r"layers=first-5: the student has 4 layers, the teacher 4; at most first-4",
+        ),
+        (STUDENT, {}, {"heads": "first-4"}, r"heads=first-4: the student has 3 heads, the teacher 3; at most first-3"),
     ],
 )
 def test_what_is_not_said_and_does_not_fit_is_an_error(student, one, settings, message):
@@ -211,6 +220,23 @@ def test_the_first_heads_of_both_meet():
     made = rows("class", Shape(4, 2, 4, ("class",)), given(), heads="first")
     target = random_rows(2, 4, 3, 17, 17)
     assert torch.equal(made.teacher_rows([target]), target[:, :, :2, 0])
+    one = rows("class", STUDENT, given(), heads="first-1")
+    assert torch.equal(one.teacher_rows([target]), target[:, :, :1, 0])
+    assert one.row.rule.endswith("the first 1 heads")
+
+
+@pytest.mark.parametrize(("average", "axis"), [("layers", 1), ("heads", 2), ("queries", 3)])
+def test_the_teacher_s_maps_are_averaged_and_then_stand_for_all(average, axis):
+    made = Rows("it", config.Attention(layers="last-3"), STUDENT, [given()], "all", average)
+    target = random_rows(2, 4, 3, 17, 17)
+    found, own = made.teacher_rows([target]), target[:, 1:]
+    assert torch.allclose(found, own.mean(axis, keepdim=True).expand_as(own))
+    assert torch.allclose(found.sum(-1), torch.ones(()), atol=1e-6)
+    assert made.row.rule.endswith(f"the teacher's averaged over {average}")
+
+
+def test_a_number_stands_for_the_same_layer_on_both_sides():
+    assert config.Attention(layers=[2, [3, 4]]).layers == ((2, 2), (3, 4))
 
 
 @pytest.mark.parametrize(("rule", "total"), [("sum", 3), ("max", 1)])

@@ -128,3 +128,26 @@ def test_a_run_with_a_control_says_so_and_records_it(world, tmp_path, control):
 def test_a_control_of_a_recipe_without_targets_is_refused(world, tmp_path):
     with pytest.raises(UserError, match="losses read none"):
         train(job(world, tmp_path / "run", "scratch", "control.permute_targets=1"), Quiet())
+
+
+def test_the_mean_map_over_examples_is_one_of_maps_also_from_q_and_k_and_is_kept(world, tmp_path):
+    """Not the map of the mean q and the mean k; a resumed run has it from its checkpoint."""
+    from safetensors.torch import load_file
+
+    store = Store.open(world.store)
+    settings = [
+        "losses.attention.average=examples", "losses.attention.layers=last", "losses.attention.grid=bicubic",
+        "student.patch_size=8", "optim.epochs=1",
+    ]  # fmt: skip
+    train(job(world, tmp_path / "run", "scratch", *settings), Quiet())
+    q, k = (torch.from_numpy(store.array(world.targets[name]).compute()) for name in ("q", "k"))
+    expected = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1).mean(0)
+    kept = load_file(tmp_path / "run" / "losses.safetensors")["attention.rows.mean"]
+    assert torch.allclose(kept, expected, atol=1e-6)
+    assert not torch.allclose(kept, (q.mean(0) / 4 @ k.mean(0).transpose(-2, -1)).softmax(-1), atol=1e-4)
+    (tmp_path / "run" / "result.json").unlink()
+    quiet = Quiet()
+    quiet.start = lambda what, total: quiet.lines.append(what)
+    train(job(world, tmp_path / "run", "scratch", *settings, resume=True), quiet)
+    assert "mean maps" not in quiet.lines
+    assert torch.equal(load_file(tmp_path / "run" / "losses.safetensors")["attention.rows.mean"], kept)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.autograd import gradcheck
 from torch.nn import functional as F
 
+from storage.errors import UserError
 from storage.store import Store
 from storage.testing import TINY_VIT
 from storage.weights import read_weights
@@ -71,6 +72,13 @@ def test_attention_distillation_is_the_teacher_s_entropy_when_matched():
     kl = (teacher * (teacher / other).log()).sum(-1).mean((0, 3)).mean(1).sum()
     found = attention_transfer.distillation(other, teacher)
     assert torch.isclose(found - kl, by_layer.mean(1).sum()), "CE - KL is the teacher's entropy"
+
+
+def test_squares_are_the_mean_over_all_but_layers():
+    student, teacher = values(2, 3, 4, 5, 6), values(2, 3, 4, 5, 6, seed=1)
+    by_layer = sum(F.mse_loss(student[:, n], teacher[:, n]) for n in range(3))
+    assert torch.isclose(attention_transfer.squares(student, teacher), by_layer)
+    assert attention_transfer.squares(teacher, teacher) == 0
 
 
 def test_distances_of_class_rows():
@@ -137,6 +145,7 @@ def test_input_gradients_are_those_of_autograd_s_numerical_check():
     maps, targets = values(2, 2, 2, 3, 3).requires_grad_(), values(2, 2, 2, 3, 3, seed=1).softmax(-1)
     for heads in ("mean", "sum"):
         assert gradcheck(lambda x, h=heads: attention_transfer.distillation(x.softmax(-1), targets, h), maps)
+    assert gradcheck(lambda x: attention_transfer.squares(x, targets), maps)
 
 
 @pytest.mark.parametrize("reading", ["mse", "norm", "sq"])
@@ -176,8 +185,9 @@ def test_input_gradients_through_heads_grids_and_tokens_that_differ(which):
 def same(world, tmp_path_factory) -> tuple[Store, dict[str, str]]:
     """The ViT's targets in f32, for a student that is this very network."""
     place = tmp_path_factory.mktemp("same") / "store"
-    taps = ("class_row", "attention", "logits", "class_token", "tokens")
-    wishes = [f"{tap},codec=f32" for tap in taps]
+    taps = {tap: tap for tap in ("class_row", "attention", "logits", "class_token", "tokens", "q", "k", "v")}
+    taps["streams"] = "tokens,layers=1:3"
+    wishes = [f"{tap},codec=f32" for tap in taps.values()]
     made = run_precompute(place, world.shards, teacher_of(world.weights, "vit"), wishes, views=1)
     return Store.open(place), dict(zip(taps, made["targets"], strict=True))
 
@@ -195,6 +205,9 @@ def same(world, tmp_path_factory) -> tuple[Store, dict[str, str]]:
         ({"method": "guidance", "heads": "log", "temperature": 1, "loss": "mse"}, "class_row"),
         ({"method": "alignment", "depth": 0}, "class_token"),
         ({"method": "alignment", "depth": 0, "loss": "cosine", "tokens": "both"}, "tokens"),
+        *[({"method": "attention", "what": what}, what) for what in ("q", "k", "v", "qk")],
+        ({"method": "attention", "what": "q", "heads": "first-2", "layers": "first-1"}, "q"),
+        ({"method": "features", "layers": [1, 3]}, "streams"),
     ],
 )
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(world, same, loss, tap):
@@ -203,8 +216,9 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(world, same, loss, t
     recipe = validate({"student": {"model": TINY_VIT[0], **sizes}, "losses": {"it": loss}}, "test")
     model, _ = build(recipe.student, 3)
     model.load_state_dict(read_weights(world.weights["vit"]))
-    lesson = Lesson(recipe, model, {"it": (given_of(store, targets[tap]),)}, (0.5,) * 3, (0.5,) * 3).eval()
-    stream = Stream(world.shards, batch=32, store=store, targets=[targets[tap]])
+    ids = [targets[one] for one in (tap if tap == "qk" else [tap])]
+    lesson = Lesson(recipe, model, {"it": [given_of(store, id) for id in ids]}, (0.5,) * 3, (0.5,) * 3).eval()
+    stream = Stream(world.shards, batch=32, store=store, targets=ids)
     for batch in stream.epoch(0):
         lesson.zero_grad()
         _, found = lesson(batch)
@@ -220,10 +234,63 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(world, same, loss, t
     if tap == "logits":
         assert lesson.notes["it agreement"] == 1
     with torch.no_grad():
-        model.blocks[1].attn.qkv.weight.mul_(3)
+        for block in model.blocks[:2]:
+            block.attn.qkv.weight.mul_(3)
         _, found = lesson(batch)
     changed = found["it"] - (entropy(rows.clamp_min(1e-30)).mean((0, 3)).mean(1).sum() if tap == "attention" else 0)
     assert changed > 1e-4, "and another student has"
+
+
+def of_store(world, same, tap: str, loss: dict[str, Any], **student: Any) -> Lesson:
+    store, targets = same
+    sizes = {name: TINY_VIT[1][name] for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
+    content = {"student": {"model": TINY_VIT[0], **sizes, **student}, "losses": {"it": loss}}
+    recipe = validate(content, "test")
+    torch.manual_seed(0)
+    model, _ = build(recipe.student, 3)
+    return Lesson(recipe, model, {"it": [given_of(store, targets[tap])]}, (0.5,) * 3, (0.5,) * 3)
+
+
+def test_features_of_another_width_meet_by_a_projection_that_is_trained_or_are_refused(world, same):
+    loss = {"method": "features", "layers": "first-2"}
+    with pytest.raises(UserError, match=r"each token is 48 in the teacher, 24 .*--set losses.it.projection=linear"):
+        of_store(world, same, "streams", loss, embed_dim=24)
+    lesson = of_store(world, same, "streams", {**loss, "projection": "linear"}, embed_dim=24)
+    batch = next(Stream(world.shards, batch=32, store=same[0], targets=[same[1]["streams"]]).epoch(0))
+    _, found = lesson(batch)
+    found["it"].backward()
+    projections = [p for n, p in lesson.losses.named_parameters() if "projections" in n]
+    assert [tuple(p.shape) for p in projections] == [(48, 24), (48,)] * 2
+    assert all(p.grad.abs().max() > 0 for p in projections)
+    touched = [p.grad is not None and bool(p.grad.abs().max() > 0) for p in lesson.student.blocks.parameters()]
+    count = len(touched) // 3
+    assert all(touched[: 2 * count])
+    assert not any(touched[2 * count :]), "the third block's stream is not compared"
+
+
+def test_only_what_is_compared_gets_a_gradient(world, same):
+    """Of q alone: nothing of k, v and later layers, and of other heads."""
+    lesson = of_store(world, same, "q", {"method": "attention", "what": "q", "layers": "first-1", "heads": "first-2"})
+    batch = next(Stream(world.shards, batch=32, store=same[0], targets=[same[1]["q"]]).epoch(0))
+    lesson(batch)[1]["it"].backward()
+    slopes = lesson.student.blocks[0].attn.qkv.weight.grad.reshape(3, 3, 16, 48)
+    assert [[bool(s.abs().max() > 0) for s in part] for part in slopes] == [
+        [True, True, False], [False] * 3, [False] * 3
+    ]  # fmt: skip
+    assert lesson.student.blocks[1].attn.qkv.weight.grad is None
+    assert lesson.student.blocks[0].mlp.fc1.weight.grad is None
+
+
+def test_tokens_after_the_final_norm_are_no_residual_stream(world, same, tmp_path):
+    made = run_precompute(tmp_path / "store", world.shards, teacher_of(world.weights, "vit"), ["tokens"], views=1)
+    store = Store.open(tmp_path / "store")
+    with pytest.raises(UserError, match=r"holds tokens after the final norm.*--target tokens,layers=last"):
+        of_store(world, (store, {"tokens": made["targets"][0]}), "tokens", {"method": "features"})
+
+
+def test_vectors_of_another_width_are_refused(world, same):
+    with pytest.raises(UserError, match=r"each head's v is 16 in the teacher, 32 in the student; compare maps"):
+        of_store(world, same, "v", {"method": "attention", "what": "v"}, embed_dim=96)
 
 
 # ---------------------------------------------------------------------------------------------- two heads

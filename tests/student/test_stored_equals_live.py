@@ -145,12 +145,13 @@ def mixed(world, tmp_path_factory):
         + ["logits", "logits,codec=topk2"]
         + ["activations,grid=8,codec=f32,at=block", "activations,grid=8,codec=f32,at=block,antialias=true"],
         "vit": [f"{tap},codec={codec}" for tap in ("class_row", "attention") for codec in ("f32", "log8")]
-        + ["logits", "class_token", *(f"{tap},codec=f32" for tap in ("q", "k", "v", "class_token", "tokens"))],
+        + ["logits", "class_token", *(f"{tap},codec=f32" for tap in ("q", "k", "v", "class_token", "tokens"))]
+        + ["tokens,layers=2:3,codec=f32", "q,codec=f16"],
     }
     names = {
         "cnn": ["f32", "u8", "f16", "logits", "topk", "block", "antialias"],
         "vit": ["rows", "log8", "attention", "attention log8", "vit logits", "token f16", "q", "k", "v", "class_token",
-                "tokens"],
+                "tokens", "streams", "q f16"],
     }  # fmt: skip
     targets: dict[str, str] = {}
     for kind, several in wishes.items():
@@ -172,6 +173,7 @@ def test_contract_1_the_views_of_deit_are_mixed_in_both_ways(mixed):
 
 
 SOFT = {"method": "deit", "kind": "soft"}
+VECTORS = {"method": "attention", "grid": "bicubic"}
 # loss -> its settings, its targets, bounds of the loss's error and of 1 - cosine
 EXACT = {
     "aal": ({}, ["f32"]),
@@ -202,6 +204,12 @@ EXACT = {
         ["attention", "vit logits"],
     ),
     "attention": ({**MAPS, "weight": 3}, ["attention"]),
+    "q": ({**VECTORS, "what": "q"}, ["q"]),
+    "k": ({**VECTORS, "what": "k"}, ["k"]),
+    "v": ({**VECTORS, "what": "v", "heads": "first-2"}, ["v"]),
+    "qk": ({**VECTORS, "what": "qk"}, ["q", "k"]),
+    "features": ({"grid": "bicubic", "projection": "linear", "layers": "last-2"}, ["streams"]),
+    "attention_mean": ({**MAPS, "method": "attention", "heads": "first", "average": "queries"}, ["attention"]),
     "attention_qk": ({"method": "attention", **MAPS, "heads": "first", "reduce_heads": "sum"}, ["q", "k"]),
     "guidance": ({}, ["rows"]),
     "guidance_all": ({"method": "guidance", "layers": None, "heads": "log", "loss": "mse"}, ["rows"]),
@@ -223,6 +231,7 @@ CODED = {
     # The gradient of |x| is a sign, and near zero rounding turns it.
     "advit_log8": ({"method": "advit", **ROWS}, ["log8"], 2e-2, 5e-2),
     "advit_l2_log8": ({"method": "advit", **ROWS, "distance": "l2"}, ["log8"], 2e-2, 1e-2),
+    "q_f16": ({**VECTORS, "what": "q"}, ["q f16"], 1e-4, 1e-5),
     "attention_log8": ({"method": "attention", **MAPS}, ["attention log8"], 1e-3, 1e-3),
     "alignment_f16": ({"method": "alignment"}, ["token f16"], 1e-4, 1e-5),
     "seed_f16": ({"method": "seed", "queue": 64}, ["token f16"], 1e-2, 1e-3),

@@ -242,11 +242,11 @@ def test_validation_names_wrong_fields_with_the_nearest():
         ({"losses": {"aal": {"weight": "much"}}}, r"losses\.aal\.weight: expected a number, or a mapping with start"),
         (
             {"losses": {"advit": {"layers": "frist"}}},
-            r"^r: losses\.advit\.layers: expected last, uniform, or [^;]*$",
+            r"^r: losses\.advit\.layers: expected last, uniform, first-N, [^;]*$",
         ),
         (
-            {"losses": {"advit": {"layers": [1, 2]}}},
-            r"^r: losses\.advit\.layers: expected last, uniform, or [^;]*$",
+            {"losses": {"advit": {"layers": [[1], [2]]}}},
+            r"^r: losses\.advit\.layers: expected last, uniform, first-N, [^;]*$",
         ),
         ({"losses": {"aal": {"weight": {"strat": 1}}}}, r"losses\.aal\.weight\.strat: no such setting"),
         ({"student": {"freeze": 3}}, r"student\.freeze: expected a pattern, or a list"),
