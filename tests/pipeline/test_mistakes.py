@@ -60,6 +60,7 @@ AS_TYPED = [
 
 MISTAKES = [
     # ---------------------------------------------------------------------------------------- words and flags
+    Mistake("links of what is no run", "links nowhere", ("nowhere: no links here", "a complete run with an aal loss")),
     Mistake("a typo in an option", "train --recipie aal", ("'--recipie'", "Did you mean '--recipe'?"), 2),
     Mistake("no recipe", "train", ("'--recipe'", "`pipeline recipes` lists them"), 2),
     Mistake(
