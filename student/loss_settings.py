@@ -85,6 +85,12 @@ class CrossEntropy(Section):
     heads: Literal["class", "both"] | None = None
 
 
+class Weighted(Section):
+    """How much a loss counts, over the epochs."""
+
+    weight: Weight = Schedule(start=1.0)
+
+
 class Source(Section):
     """Which teacher or target, where the store has several."""
 
@@ -92,10 +98,8 @@ class Source(Section):
     target: str | tuple[str, ...] | None = None
 
 
-class Taught(Source):
+class Taught(Source, Weighted):
     """What every loss with a teacher says: its weight, and which teacher or target."""
-
-    weight: Weight = Schedule(start=1.0)
 
 
 def _pairs(value: Any) -> Any:
