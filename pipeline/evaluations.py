@@ -57,6 +57,14 @@ def sets_of(patterns: Sequence[str]) -> dict[str, list[str]]:
     return {name: expand(several) for name, several in named.items()}
 
 
+def only_set_of(patterns: Sequence[str]) -> list[str]:
+    """Shards of a protocol that takes one set. Raises UserError: one with a name, or as `expand` does."""
+    sets = sets_of(patterns)
+    if named := [name for name in sets if name]:
+        raise UserError(f"--shards {named[0]}=…: sets with names are for --protocol accuracy; give the shards alone")
+    return sets[""]
+
+
 def accuracy(
     paths: Sequence[Path],
     patterns: Sequence[str],
@@ -189,8 +197,7 @@ def knn(path: Path, patterns: Sequence[str], part: Part, device: str) -> Said:
     """k-NN accuracies for each k."""
     bank, asked, classes, result = _features(path, patterns, part, device, class_feature)
     result["knn"] = {}
-    for k in nearest.usable(len(bank.labels)):
-        places = nearest.places(bank, asked, k, classes)
+    for k, places in nearest.places(bank, asked, nearest.usable(len(bank.labels)), classes).items():
         told = figures(asked.labels.cpu(), places.cpu(), classes)
         result["knn"][str(k)] = {"top1": told["top1"], "top5": told["top5"]}
     rows = [("k", "top-1, %", "top-5, %")]
@@ -222,10 +229,7 @@ def _features(
     path: Path, patterns: Sequence[str], part: Part, device: str, read: Reading
 ) -> tuple[Features, Features, int, dict[str, Any]]:
     """Features of the labelled training samples and of the evaluated ones, the number of classes, and what they are."""
-    sets = sets_of(patterns)
-    if named := [name for name in sets if name]:
-        raise UserError(f"--shards {named[0]}=…: sets with names are for --protocol accuracy; give the shards alone")
-    urls, train = sets[""], expand(part.shards)
+    urls, train = only_set_of(patterns), expand(part.shards)
     names = classes_of([*train, *urls])  # raises where their lists differ
     where, console = pick_device(device), Console()
     member, result = opened(path, where, console)

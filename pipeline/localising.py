@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.console import Console
-from pipeline.evaluations import Said, columns, opened, percent, sets_of
+from pipeline.evaluations import Said, columns, only_set_of, opened, percent
 from pipeline.pictures import COLOURS, FONT, GREY, MAP, figure, panel, picture_path, save, shortened, write
-from storage.errors import UserError
 from storage.shards import cached_index
 from student.evaluation.boxes import OVERLAPS, SIDE, Convention
 from student.evaluation.localisation import Looker, Shown, localise
@@ -23,16 +22,14 @@ PAIRS = 2  # images in a row, each beside its map
 def boxes(path: Path, patterns: Sequence[str], convention: Convention, out: Path | None, device: str) -> Said:
     """MaxBoxAcc of one student, and a picture where a place for it is given."""
     file = picture_path(out) if out is not None else None
-    sets = sets_of(patterns)
-    if named := [name for name in sets if name]:
-        raise UserError(f"--shards {named[0]}=…: sets with names are for --protocol accuracy; give the shards alone")
+    urls = only_set_of(patterns)
     where, console = pick_device(device), Console()
     member, result = opened(path, where, console)
     looker = Looker(member.model, member.name)
-    console.start("localising", sum(len(cached_index(url)) for url in sets[""]))
+    console.start("localising", sum(len(cached_index(url)) for url in urls))
     try:
         told, shown = localise(
-            looker, member.about, sets[""], convention, device=where, shown=file is not None, advance=console.advance
+            looker, member.about, urls, convention, device=where, shown=file is not None, advance=console.advance
         )
     finally:
         console.stop()

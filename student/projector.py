@@ -39,6 +39,10 @@ def projector(width: int, target: int, settings: config.Projected) -> nn.Module:
     return nn.Sequential(*layers, nn.LayerNorm(target, eps=1e-6))
 
 
+# What they read of the store: the teacher's class token, or the pooled features of one without.
+EMBEDDINGS = (("class_token",), ("embedding",))
+
+
 def words(settings: config.Projected) -> str:
     """What P is, for the printed table."""
     return f"projected by {settings.depth} {settings.projector} layer(s)" if settings.depth else "without a projector"

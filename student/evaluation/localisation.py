@@ -48,6 +48,7 @@ class Looker:
         self.model, self.taps, self.prefix = model, AttentionTaps(model), len(shape.prefix)
         self.grids, self.count = [grid for _, grid in shape.by_layer], shape.maps
         sides = " and ".join(f"{grid}x{grid}" for grid in dict.fromkeys(self.grids))
+        self.resize = {grid: resize_matrix(grid, SIDE) for grid in dict.fromkeys(self.grids)}
         self.text = f"mean of {shape.maps} class-row maps of {sides}"
 
     @torch.no_grad()
@@ -55,11 +56,11 @@ class Looker:
         """Maps f32 `[B, 224, 224]` of normalised images `[B, 3, S, S]`, resized by bicubic interpolation."""
         self.model(pixels)
         total = torch.zeros(())
-        for grid in dict.fromkeys(self.grids):
+        for grid, matrix in self.resize.items():
             mine = [n for n, side in enumerate(self.grids) if side == grid]
             q, k = ([several[n] for n in mine] for several in (self.taps.q, self.taps.k))
             rows = class_maps(q, k, [self.taps.scales[n] for n in mine], self.prefix, "scaled").sum(1)
-            matrix = resize_matrix(grid, SIDE).to(rows.device)
+            matrix = matrix.to(rows.device)
             total = total.to(rows.device) + matrix @ rows.view(-1, grid, grid) @ matrix.T
         maps: np.ndarray = (total / self.count).cpu().numpy()
         return maps

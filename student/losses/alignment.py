@@ -19,7 +19,7 @@ from student import config
 from student.align import Given, Shape, full
 from student.choose import Need
 from student.losses import Step
-from student.projector import ClassToken, words
+from student.projector import EMBEDDINGS, ClassToken, words
 from student.rows import Vectors
 from student.seen import Reads
 
@@ -53,7 +53,7 @@ def reads(settings: config.Alignment) -> frozenset[Reads]:
 
 def need(name: str, settings: config.Alignment, student: Shape) -> Need:
     """The teacher's class token, or the pooled features of one without; with patches all tokens after the norm."""
-    taps = (("class_token",), ("embedding",)) if settings.tokens == "class" else (("tokens",),)
+    taps = EMBEDDINGS if settings.tokens == "class" else (("tokens",),)
     return Need(name, taps, settings.teacher, settings.target)
 
 

@@ -15,7 +15,7 @@ from student import config
 from student.align import Given, Shape, full
 from student.choose import Need
 from student.losses import Step
-from student.projector import ClassToken
+from student.projector import EMBEDDINGS, ClassToken
 from student.queues import Queue, unit
 from student.seen import Reads
 
@@ -40,7 +40,7 @@ def reads(settings: config.CompRess) -> frozenset[Reads]:
 
 def need(name: str, settings: config.CompRess, student: Shape) -> Need:
     """The teacher's class token, or the pooled features of one without."""
-    return Need(name, (("class_token",), ("embedding",)), settings.teacher, settings.target)
+    return Need(name, EMBEDDINGS, settings.teacher, settings.target)
 
 
 class Method(nn.Module):

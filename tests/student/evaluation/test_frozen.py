@@ -66,21 +66,23 @@ def test_k_nn_is_that_of_scikit_learn(k) -> None:
     theirs = neighbors.KNeighborsClassifier(
         k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07), algorithm="brute"
     ).fit(bank.values.double(), bank.labels)
-    ours = torch.cat(list(votes(bank, asked.values, k, 12)))
+    ours = torch.cat([by_k[k] for by_k in votes(bank, asked.values, [k], 12)])
     assert np.allclose(ours / ours.sum(1, keepdim=True), theirs.predict_proba(asked.values.double()), atol=1e-5)
-    right = float((places(bank, asked, k, 12) == 0).float().mean())
+    right = float((places(bank, asked, [k], 12)[k] == 0).float().mean())
     assert right == pytest.approx(theirs.score(asked.values.double(), asked.labels))
+    together = places(bank, asked, [200, 1, 20, 10], 12)[k]
+    assert torch.equal(together, places(bank, asked, [k], 12)[k])
 
 
 def test_one_neighbour_on_its_own_bank_is_always_right() -> None:
     bank = clusters(200, 10, noise=3)
-    assert int((places(bank, bank, 1, 10) == 0).sum()) == 200
+    assert int((places(bank, bank, [1], 10)[1] == 0).sum()) == 200
 
 
 def test_a_class_without_a_vote_is_never_among_five() -> None:
     bank = Features(torch.eye(2), torch.tensor([0, 1]))
     asked = Features(torch.eye(2)[[0, 0]], torch.tensor([2, 1]))
-    assert places(bank, asked, 2, 8).tolist() == [8, 1]
+    assert places(bank, asked, [2], 8)[2].tolist() == [8, 1]
     assert usable(60) == [10, 20, 50]
     assert usable(4) == [4]
 
@@ -188,7 +190,7 @@ def test_both_protocols_through_the_command(world, others, trained, tell, tmp_pa
     assert near["samples"] == near["train"]["samples"] == 90
     model, about = load(trained / "last.safetensors")
     bank, asked = (features_of(model, about, [url], class_feature) for url in others)
-    right = 100 * float((places(bank, asked, 20, 3) == 0).float().mean())
+    right = 100 * float((places(bank, asked, [20], 3)[20] == 0).float().mean())
     assert near["knn"]["20"]["top1"] == pytest.approx(right, abs=0.01)
     fitted, _ = tell(*words, "probe", "--labels", "50%", "--list", tmp_path / "l.csv")
     assert len(fitted["tried"]) == 8
