@@ -36,7 +36,9 @@ def tokens(width: int, side: int = 4, layers: list[int] | None = None, prefix: t
     return Given(manifest, {"id": "t", "layers": 12, "prefix": list(prefix)})
 
 
-def loss(settings: Alignment, given: Given, mine: torch.Tensor, target: torch.Tensor, student: Shape = STUDENT) -> Any:
+def loss(
+    settings: alignment.Settings, given: Given, mine: torch.Tensor, target: torch.Tensor, student: Shape = STUDENT
+) -> Any:
     made = alignment.Method("it", settings, student, [given]).double()
     return made(SimpleNamespace(student=SimpleNamespace(tokens=mine), targets=(target,)))
 
