@@ -428,7 +428,7 @@ def test_a_student_s_file_that_says_nonsense_of_copying_is_refused(trained, tmp_
         ({"layers": [[1, 2], [1, 3]]}, {}, r"copying.layers: the student's layer 1 can copy one layer, not 2"),
         ({"what": "q"}, {"embed_dim": 96}, r"each head's q is 16 in the teacher, 32 in the student; copy maps"),
         ({}, {"model": "deit_tiny_distilled_patch16_224"}, r"the teacher lacks the student's distillation"),
-        ({"teacher": "vitt"}, {}, r"copying.teacher: expected vitt, found vit"),
+        ({"teacher": "vitt"}, {}, r"copying.teacher: asked for vitt, the store has vit"),
         ({}, {"model": "resnet18"}, r"no list of attention blocks"),
     ],
 )  # fmt: skip
