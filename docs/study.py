@@ -191,9 +191,10 @@ def constant_losses(study: Study) -> dict[str, float]:
     import torch
 
     from storage.store import Store
-    from student import config
     from student.align import Shape
     from student.lesson import given_of
+    from student.loss_settings import Matched
+    from student.losses import advit, attention_transfer
     from student.losses.advit import distance
     from student.losses.attention_transfer import distillation
     from student.reader import BlockReader
@@ -211,7 +212,7 @@ def constant_losses(study: Study) -> dict[str, float]:
                 arrays = reader.targets(segment, view)[id]
                 yield stream.source.targets[id].decode({n: torch.from_numpy(a) for n, a in arrays.items()})
 
-    def rows(id: str, settings: config.Matched, which: Any) -> list[torch.Tensor]:
+    def rows(id: str, settings: Matched, which: Any) -> list[torch.Tensor]:
         met = Rows("it", settings, shape, [given_of(store, id)], which)
         return [met.teacher_rows([values]) for values in targets(id)]
 
@@ -224,10 +225,12 @@ def constant_losses(study: Study) -> dict[str, float]:
             count + len(maps),
         )
     found["AAL"] = float((2 - 2 * (total / count).norm(dim=-1)).mean() / maps.shape[-1])
-    class_rows = torch.cat(rows(tap["class_row"], config.ADViT(layers="uniform", grid="bicubic"), "class"))
+    class_rows = torch.cat(rows(tap["class_row"], advit.Settings(layers="uniform", grid="bicubic"), "class"))
     middle = class_rows.median(0, keepdim=True).values
     found["ADViT L1"] = float(distance(middle, class_rows, 1))
-    maps = torch.cat(rows(tap["attention"], config.Attention(layers="uniform", heads="mean", grid="bicubic"), "all"))
+    maps = torch.cat(
+        rows(tap["attention"], attention_transfer.Settings(layers="uniform", heads="mean", grid="bicubic"), "all")
+    )
     average = maps.mean(0, keepdim=True)
     found["attention distillation"] = float(distillation(average.expand(maps.shape), maps))
     logits = torch.cat(list(targets(tap["logits"])))

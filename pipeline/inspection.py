@@ -104,7 +104,7 @@ def plan_lines(result: dict[str, Any]) -> list[str]:
         measured = result["measured"]
         lines.append(
             f"measured {measured['view_images_per_second']:,.0f} view images/s on {measured['workers']} process(es) in "
-            f"{measured['seconds']:.0f} s, reading, rendering, session and writing together: "
+            f"{measured['seconds']:.0f} s, reading, rendering, session and writing together: what is to be made takes "
             f"{_hours_text(result['hours'])}"
         )
     train = result["training"]

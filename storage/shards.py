@@ -156,7 +156,7 @@ def _existing(url: str, pattern: str) -> list[str]:
         if path.suffix.lower() == ".csv":
             raise UserError(f"{path} is a list; shards are tar files. {_pack_hint(path)}")
         return [str(path)]
-    there = sorted(p.name for p in path.parent.glob("*.tar")) if path.parent.is_dir() else []
+    there = sorted(p.name for p in path.parent.glob("*.tar") if p.exists()) if path.parent.is_dir() else []
     if any(c in str(path) for c in "*?["):
         found = sorted(glob.glob(str(path)))  # noqa: PTH207
         if found:
@@ -172,7 +172,8 @@ def _existing(url: str, pattern: str) -> list[str]:
 
 
 def _there(path: Path, tars: Sequence[str]) -> str:
-    return nearest(path.name, tars) if tars else f"There are no tars in {path.parent.absolute()}."
+    where = "this folder" if path.parent == Path() else path.parent
+    return nearest(path.name, tars) if tars else f"There are no tars in {where}."
 
 
 def _folder_hint(path: Path) -> str:

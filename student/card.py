@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from student.config import COPYING
+from student.loss_settings import COPYING
 from student.model import Description
 
 _BARE = """```python

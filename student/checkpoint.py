@@ -57,7 +57,10 @@ def read(path: Path) -> dict[str, Any]:
     except UserError:
         raise
     except FileNotFoundError:
-        raise UserError(f"{path.parent}: no checkpoint here to go on from; without --resume a new run begins") from None
+        where = " in a new folder: --out RUN" if path.parent.exists() else ""
+        raise UserError(
+            f"{path.parent}: no checkpoint here to go on from; without --resume a new run begins{where}"
+        ) from None
     except Exception as error:  # torch and zipfile raise many kinds
         raise UserError(f"{path}: damaged, or not a checkpoint: {first_line(error)[:200]}\n{advice}") from None
     wrong = not isinstance(content, dict) or [

@@ -5,13 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from storage.banks import policy_of
 from storage.errors import IdentityError, UserError
 from storage.policies import policy as make_policy
 from storage.records import Record
 from storage.store import Store
-from student.config import Bank, setting
+from student.loss_settings import setting
+
+if TYPE_CHECKING:
+    from student.config import Bank
 
 
 @dataclass(frozen=True)

@@ -6,44 +6,18 @@ Names are timm's where timm has one. Unknown keys are refused with the nearest k
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, BeforeValidator, Discriminator, Field, ValidationError, model_validator
 
 from storage.errors import UserError, nearest
-from student.loss_settings import (
-    AAL,
-    METHODS,
-    SEED,
-    ADViT,
-    Alignment,
-    Attention,
-    Average,
-    CompRess,
-    Copying,
-    CrossEntropy,
-    DeiT,
-    Features,
-    Guidance,
-    HeadSpecific,
-    Loss,
-    Matched,
-    Meeting,
-    Projected,
-    Schedule,
-    Section,
-    Taught,
-    What,
-)
+from student.loss_settings import COPYING, Copying, Section, Term
+from student.losses import methods
 
-__all__ = [
-    "AAL", "COPYING", "METHODS", "SEED", "ADViT", "Alignment", "Attention", "Average", "Bank", "CompRess", "Control",
-    "Copying", "CrossEntropy", "DeiT", "Features", "Guidance", "HeadSpecific", "Loss", "Matched", "Meeting", "Optim",
-    "Projected", "Recipe", "Schedule", "Section", "Speed", "StreamSettings", "Student", "Taught", "What", "section_of",
-    "sentence", "setting", "validate", "with_same_classes",
-]  # fmt: skip
-
-COPYING = "copying"  # the section, and what its part of a run is called beside the losses
+if TYPE_CHECKING:
+    Loss = Term
+else:  # of every method that is there
+    Loss = Union[tuple(module.Settings for module in methods().values())]  # noqa: UP007
 
 
 def _listed(value: Any) -> Any:
@@ -212,19 +186,14 @@ def validate(content: Any, where: str) -> Recipe:
     if COPYING in recipe.losses:
         raise UserError(f"{where}: losses.copying: copying is a section beside losses; call the loss otherwise")
     if not recipe.losses:
-        raise UserError(f"{where}: losses: none is on; known: {', '.join(METHODS)}")
+        raise UserError(f"{where}: losses: none is on; known: {', '.join(methods())}")
     return recipe
-
-
-def setting(name: str) -> str:
-    """The path of a loss's settings, or of copying's."""
-    return COPYING if name == COPYING else f"losses.{name}"
 
 
 def with_same_classes(recipe: Recipe) -> Recipe:
     """The recipe with the word that teachers' classes are the student's, where one of the lists is unknown."""
     losses = {
-        name: loss.model_copy(update={"same_classes": True}) if isinstance(loss, DeiT | HeadSpecific) else loss
+        name: loss.model_copy(update={"same_classes": True}) if "same_classes" in type(loss).model_fields else loss
         for name, loss in recipe.losses.items()
     }
     return recipe.model_copy(update={"losses": losses})
@@ -247,16 +216,19 @@ def _explain(problem: Any) -> str:
     path = [str(part) for part in problem["loc"]]
     section: Any = Recipe
     if path[0] == "losses" and problem["type"] == "union_tag_invalid":
-        known = nearest(str(problem["ctx"]["tag"]), METHODS)
+        known = nearest(str(problem["ctx"]["tag"]), methods())
         return f"{'.'.join(path)}: no such loss. {known} A second loss of one kind has a name of its own and `method`."
     below = path[1:] if path[0] != "losses" or len(path) < 3 else path[3:]
     if path[0] == "losses" and len(path) > 2:
-        section = METHODS.get(path[2])
+        module = methods().get(path[2])
+        section = module and module.Settings
         del path[2]  # pydantic names the method beside the loss
     elif below:
         section = section_of(Recipe, path[0])
     for at, part in enumerate(path):  # what may be several kinds of thing: pydantic tells of each that it tried
-        named = path[0] == "losses" and (at == 1 or section is CrossEntropy)  # a loss may be called anything
+        named = path[0] == "losses" and (
+            at == 1 or section is methods()["crossentropy"].Settings
+        )  # a loss may be called anything
         if part in _EXPECTED and not named and not (part == "weight" and at + 1 < len(path)):
             return f"{'.'.join(path[: at + 1])}: expected {_EXPECTED[part]}"
     name = ".".join(path)

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from precompute.taps import attention_layers
 from storage.errors import UserError
-from student import config
 from student.align import Given, Shape
 from student.choose import Need
+from student.loss_settings import COPYING, Copying
 from student.losses.attention_transfer import taps_of
 from student.rows import Rows, Vectors
 
@@ -34,9 +34,9 @@ COPIED = "copied."  # what tensors that every image gets are called in a student
 Copied = Mapping[str, Tensor]  # `map`, `q`, `k` or `v` -> [B, L, h, N, …] of the layers and heads that are copied
 
 
-def need(settings: config.Copying) -> Need:
+def need(settings: Copying) -> Need:
     """What is copied from."""
-    return Need(config.COPYING, taps_of(settings.what), settings.teacher, settings.target)
+    return Need(COPYING, taps_of(settings.what), settings.teacher, settings.target)
 
 
 class Copies:
@@ -117,7 +117,7 @@ def copies_of(model: nn.Module) -> Copies | None:
 
 def copies_in(record: Mapping[str, Any]) -> Copies:
     """The places of a recorded student where copied attention goes in. Raises KeyError, ValueError or TypeError."""
-    settings = config.Copying.model_validate(record["settings"])
+    settings = Copying.model_validate(record["settings"])
     return Copies(settings.what, [int(n) for n in record["layers"]], int(record["heads"]))
 
 
@@ -133,9 +133,9 @@ class Copier(nn.Module):
         UserError: what differs and was not stated, tokens of the student that the teacher lacks, other widths.
     """
 
-    def __init__(self, settings: config.Copying, student: Shape, given: Sequence[Given]) -> None:
+    def __init__(self, settings: Copying, student: Shape, given: Sequence[Given]) -> None:
         super().__init__()
-        name, self.what = config.COPYING, settings.what
+        name, self.what = COPYING, settings.what
         self.meets: Rows | Vectors
         if settings.what == "map":
             self.meets = Rows(name, settings, student, given, "all", settings.average)

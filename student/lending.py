@@ -20,9 +20,10 @@ from storage.records import Record
 from storage.shards import cached_index
 from storage.store import Store
 from storage.weights import READY
-from student import commands, config
+from student import commands
 from student.align import Given, student_shape
 from student.copying import Copied, Copier, copies_of
+from student.loss_settings import COPYING, Copying
 from student.matching import ranges
 from student.model import Description
 from student.network import HUB
@@ -89,7 +90,7 @@ def lender_of(
     if lacking:
         others = any(task.kind == "bank" and task.shard in shards and task.id != view.bank for task in done)
         raise UserError(
-            f"{config.COPYING}: a student that copies its teacher's attention needs it of the images that it is "
+            f"{COPYING}: a student that copies its teacher's attention needs it of the images that it is "
             f"evaluated on, too, and {store.url} has none of {lacking[0]}"
             f"{f' and {len(lacking) - 1} more' if len(lacking) > 1 else ''} in the view {view.line}; make it:\n"
             f"  {command(store, given, urls, view, new_bank=others)}"
@@ -122,9 +123,7 @@ def command(store: Store, given: Sequence[Given], urls: Sequence[str], view: Pol
     )
 
 
-def record_of(
-    copier: Copier, settings: config.Copying, store: Store, given: Sequence[Given], permute: int | None
-) -> Record:
+def record_of(copier: Copier, settings: Copying, store: Store, given: Sequence[Given], permute: int | None) -> Record:
     """What has to be known of a student's copies after its training, as plain data."""
     copies = copier.copies
     return {
@@ -155,7 +154,7 @@ def copier_of(model: nn.Module, about: Description, store: Store) -> tuple[Copie
         if [manifest["graph"], manifest["output"]] != [graph, output]:
             raise IdentityError(f"{store.url}: target {id}", "graph", graph, manifest["graph"])
         given.append(Given(manifest, store.teacher_of(manifest)))
-    settings = config.Copying.model_validate(record["settings"])
+    settings = Copying.model_validate(record["settings"])
     return Copier(settings, student_shape(model, attention=False), given), given
 
 

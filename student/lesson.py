@@ -7,46 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from storage.errors import UserError
 from storage.store import Store
-from student import config, copying
+from student import copying
 from student.align import Given, Row, Shape, full, student_shape
 from student.choose import Need, choose
 from student.config import Recipe
 from student.copying import Copier
-from student.losses import (
-    Step,
-    aal,
-    advit,
-    alignment,
-    attention_transfer,
-    compress,
-    crossentropy,
-    deit,
-    features,
-    guidance,
-    head_specific,
-    seed,
-)
+from student.loss_settings import COPYING
+from student.losses import Step, aal, crossentropy, deit, methods
 from student.queues import Queue
 from student.seen import ELSEWHERE, Reads, Seen
 from student.stream import Batch
 
-METHODS: dict[str, ModuleType] = {
-    "crossentropy": crossentropy, "aal": aal, "deit": deit, "attention": attention_transfer, "advit": advit,
-    "features": features, "head_specific": head_specific,
-    "guidance": guidance, "alignment": alignment, "seed": seed, "compress": compress,
-}  # fmt: skip
-
 
 def reads_of(recipe: Recipe) -> frozenset[Reads]:
     """What the recipe's losses read of the student and of the batch, beside stored targets."""
-    return frozenset().union(*(METHODS[settings.method].reads(settings) for settings in recipe.losses.values()))
+    return frozenset().union(*(methods()[settings.method].reads(settings) for settings in recipe.losses.values()))
 
 
 def classifies(recipe: Recipe) -> bool:
@@ -60,8 +41,8 @@ def _shape(recipe: Recipe, model: nn.Module, names: Sequence[str] | None = None)
     attends = bool(reads & {"attention", "values"}) or copies is not None
     values = "values" in reads or (copies is not None and copies.what == "v")
     shape = student_shape(model, names, tokens=bool(reads) or attends, attention=attends, values=values)
-    plain = [name for name, loss in recipe.losses.items() if METHODS[loss.method] not in (crossentropy, deit, aal)]
-    for name in [*plain, *([config.COPYING] if copies else [])]:
+    plain = [name for name, loss in recipe.losses.items() if methods()[loss.method] not in (crossentropy, deit, aal)]
+    for name in [*plain, *([COPYING] if copies else [])]:
         if shape.each:
             raise UserError(
                 f"{name}: {type(model).__name__} pools its patches, so its layers have no common heads and grid; such "
@@ -75,7 +56,7 @@ def needs_of(recipe: Recipe, model: nn.Module) -> list[Need]:
     """What the recipe's losses, and copying, read from a store."""
     shape = _shape(recipe, model)
     found = [copying.need(recipe.copying) if recipe.copying else None]
-    found += [METHODS[settings.method].need(name, settings, shape) for name, settings in recipe.losses.items()]
+    found += [methods()[settings.method].need(name, settings, shape) for name, settings in recipe.losses.items()]
     return [need for need in found if need is not None]
 
 
@@ -133,20 +114,20 @@ class Lesson(nn.Module):
         self.student = model
         self.settings = recipe.losses
         shape = _shape(recipe, model, names)
-        distils = any(isinstance(settings, config.DeiT) for settings in recipe.losses.values())
-        methods = {}
+        distils = any(isinstance(settings, deit.Settings) for settings in recipe.losses.values())
+        terms = {}
         for name, settings in recipe.losses.items():
             if hasattr(nn.ModuleDict, name):
                 raise UserError(f"losses.{name}: PyTorch keeps this name for itself; call the loss otherwise")
-            if isinstance(settings, config.CrossEntropy) and settings.heads is None:
+            if isinstance(settings, crossentropy.Settings) and settings.heads is None:
                 settings = settings.model_copy(update={"heads": "class" if distils else "both"})
-            methods[name] = METHODS[settings.method].Method(name, settings, shape, given.get(name, ()))
-        self.losses = nn.ModuleDict(methods)
+            terms[name] = methods()[settings.method].Method(name, settings, shape, given.get(name, ()))
+        self.losses = nn.ModuleDict(terms)
         self.queues = _queues(self.losses, recipe.stream.batch_size)
-        self.rows: list[Row] = [method.row for method in methods.values() if method.row is not None]
+        self.rows: list[Row] = [method.row for method in terms.values() if method.row is not None]
         self.copier: Copier | None = None
         if recipe.copying is not None:
-            self.copier = Copier(recipe.copying, shape, given[config.COPYING])
+            self.copier = Copier(recipe.copying, shape, given[COPYING])
             self.copier.copies.attach(model)  # before what is seen: losses see q, k and v as they are used
             self.rows.insert(0, self.copier.row)
         self.targets = {name: tuple(one.id for one in several) for name, several in given.items()}
@@ -184,7 +165,7 @@ class Lesson(nn.Module):
         """What the student attends with in place of its own meanwhile; nothing, or what is fixed already."""
         if self.copier is None or self.copier.copies.fixed:
             return nullcontext()
-        copied = self.copier.copied([decoded[id] for id in self.targets[config.COPYING]])
+        copied = self.copier.copied([decoded[id] for id in self.targets[COPYING]])
         return self.copier.copies.given(copied)
 
     def _target(self, batch: Batch, id: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a recipe may say of each loss: its weight over the epochs, teacher, target, and the settings of its method."""
+"""What a recipe may say of every loss: its weight over the epochs, teacher and target, and how what differs meets."""
 
 from __future__ import annotations
 
@@ -69,25 +69,21 @@ def _constant(value: Any) -> Any:
     return {"start": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
+COPYING = "copying"  # the section, and what its part of a run is called beside the losses
+
+
+def setting(name: str) -> str:
+    """The path of a loss's settings, or of copying's."""
+    return COPYING if name == COPYING else f"losses.{name}"
+
+
 Weight = Annotated[Schedule, BeforeValidator(_constant)]
 
 
-class CrossEntropy(Section):
-    """Cross-entropy with the labels (student/losses/crossentropy.py).
+class Term(Section):
+    """What every loss says: its weight over the epochs."""
 
-    `heads` is for students with a distillation token: the class head alone, or the mean over both heads; by default
-    both, unless a `deit` loss trains the second one.
-    """
-
-    method: Literal["crossentropy"] = "crossentropy"
-    weight: Weight = Schedule(start=1.0)
-    smoothing: float = Field(0.0, ge=0, lt=1)
-    heads: Literal["class", "both"] | None = None
-
-
-class Weighted(Section):
-    """How much a loss counts, over the epochs."""
-
+    method: str = ""
     weight: Weight = Schedule(start=1.0)
 
 
@@ -98,7 +94,7 @@ class Source(Section):
     target: str | tuple[str, ...] | None = None
 
 
-class Taught(Source, Weighted):
+class Taught(Source, Term):
     """What every loss with a teacher says: its weight, and which teacher or target."""
 
 
@@ -153,11 +149,12 @@ class Copying(Meeting):
 
     @model_validator(mode="after")
     def _of_maps(self) -> Copying:
-        _require_maps(self.what, average=self.average != "none")
+        require_maps(self.what, average=self.average != "none")
         return self
 
 
-def _require_maps(what: What, **wished: bool) -> None:
+def require_maps(what: What, **wished: bool) -> None:
+    """ValueError where something is wished of maps and there are none."""
     for name, wish in wished.items():
         if wish and what != "map":
             raise ValueError(f"{name} is of maps, and with what={what} there are none")
@@ -183,105 +180,6 @@ def _linked(value: Any) -> Any:
 AllLinks = Literal["full", "alpha", "beta"] | Links | tuple[tuple[int, int] | None, ...]
 
 
-class AAL(Taught):
-    """Adaptive attention links (student/losses/aal.py).
-
-    `links`: all (`full`), those of the paper's Table 1 (`alpha`, `beta`), for each stage of the target its first and
-    last layer (from 1; null for none), or what Algorithm 1 keeps of a run's (its folder). `grid` is the side of the
-    maps that meet; None: the student's own.
-    """
-
-    method: Literal["aal"] = "aal"
-    weight: Weight = Schedule(start=2000.0, decay=0.99, then={200: 0.98})
-    map: Literal["scaled", "printed", "full"] = "scaled"
-    loss: Literal["mse", "norm", "sq"] = "mse"
-    links: Annotated[AllLinks, BeforeValidator(_linked)] = "full"
-    grid: int | None = Field(None, ge=1)
-
-
-class DeiT(Taught):
-    """Distillation from logits (student/losses/deit.py)."""
-
-    method: Literal["deit"] = "deit"
-    kind: Literal["hard", "soft"] = "hard"
-    tau: float = Field(1.0, gt=0)
-    reduce: Literal["numel", "batch"] = "numel"
-    same_classes: bool = Field(False, description="both lists of classes are the same, where one is not known")
-
-
-class Attention(Matched):
-    """Attention distillation (student/losses/attention_transfer.py): of maps, or of what makes them."""
-
-    method: Literal["attention"] = "attention"
-    what: What = "map"
-    average: Average = "none"
-    reduce_heads: Literal["mean", "sum"] = "mean"
-
-    @model_validator(mode="after")
-    def _of_maps(self) -> Attention:
-        _require_maps(self.what, average=self.average != "none", reduce_heads=self.reduce_heads != "mean")
-        return self
-
-
-class Features(Matched):
-    """Residual streams by their mean squared error (student/losses/features.py)."""
-
-    method: Literal["features"] = "features"
-    layers: Layers | None = "last"
-    heads: None = None
-    temperature: None = None
-    projection: Literal["linear"] | None = None
-
-
-class ADViT(Matched):
-    """Class rows by their distance (student/losses/advit.py).
-
-    `kl_input` says what the softmax of Eq. 4 acts on, for distances kl and ce; the other two belong to kl alone.
-    """
-
-    method: Literal["advit"] = "advit"
-    distance: Literal["l1", "l2", "kl", "ce"] = "l1"
-    heads: Heads = "mean"
-    renorm: bool = Field(False, description="patch keys of each row are scaled to sum to one")
-    kl_input: Literal["prob", "log-prob"] = "prob"
-    kl_direction: Literal["teacher-first", "student-first"] = "teacher-first"
-    tau: float = Field(1.0, gt=0)
-
-    @model_validator(mode="after")
-    def _belongs(self) -> ADViT:
-        if self.distance != "kl" and (self.tau != 1 or self.kl_direction != "teacher-first"):
-            raise ValueError("tau and kl_direction belong to distance: kl")
-        if self.distance not in ("kl", "ce") and self.kl_input != "prob":
-            raise ValueError("kl_input belongs to distance: kl or ce")
-        return self
-
-
-class HeadSpecific(Matched):
-    """Attention of chosen heads, one to one (student/losses/head_specific.py)."""
-
-    method: Literal["head_specific"] = "head_specific"
-    loss: Literal["mse", "mse-softmax", "ce", "kl"] = "mse"
-    heads: FirstHeads | HeadPairs | HeadMap | None = "first"
-    adaptive: Literal["none", "student-correct", "teacher-correct"] = "none"
-    same_classes: bool = Field(False, description="as for deit; for adaptive: teacher-correct")
-
-
-class Guidance(Matched):
-    """Class rows by their divergence (student/losses/guidance.py).
-
-    value_norm: each key's attention is weighted by the norm of its value, on both sides.
-    """
-
-    method: Literal["guidance"] = "guidance"
-    weight: Weight = Schedule(start=0.1)
-    layers: Layers | None = "last"
-    heads: Heads = "auto"
-    temperature: float | None = Field(10.0, gt=0)
-    grid: Literal["bicubic"] | None = "bicubic"
-    loss: Literal["kl", "mse"] = "kl"
-    value_norm: bool = False
-
-
 class Projected(Taught):
     """What losses on the class token say of the projector to the teacher's width (student/projector.py).
 
@@ -291,45 +189,3 @@ class Projected(Taught):
 
     projector: Literal["mlp", "linear"] = "mlp"
     depth: int = Field(4, ge=0, le=16)
-
-
-class Alignment(Projected):
-    """The projected class token by its distance (student/losses/alignment.py).
-
-    tokens: the `class` token, the `patches` (which need a `tokens` target), or `both`.
-    grid: `bicubic` resizes the teacher's patches; None: the same grid on both sides.
-    """
-
-    method: Literal["alignment"] = "alignment"
-    loss: Literal["mse", "l2", "sq", "cosine"] = "mse"
-    tokens: Literal["class", "patches", "both"] = "class"
-    grid: Literal["bicubic"] | None = None
-
-
-class SEED(Projected):
-    """Similarities to a queue of the teacher's embeddings and to the sample's own (student/losses/seed.py)."""
-
-    method: Literal["seed"] = "seed"
-    queue: int = Field(65536, ge=1)
-    tau_student: float = Field(0.2, gt=0)
-    tau_teacher: float = Field(0.01, gt=0)
-
-
-class CompRess(Projected):
-    """Similarities to a queue of embeddings (student/losses/compress.py).
-
-    queues: 1, the teacher's for both sides, or 2, one of each side's own.
-    """
-
-    method: Literal["compress"] = "compress"
-    queue: int = Field(128000, ge=1)
-    queues: Literal[1, 2] = 1
-    tau: float = Field(0.04, gt=0)
-
-
-Loss = CrossEntropy | AAL | DeiT | Attention | Features | ADViT | HeadSpecific | Guidance | Alignment | SEED | CompRess
-METHODS: dict[str, type[Loss]] = {
-    "crossentropy": CrossEntropy, "aal": AAL, "deit": DeiT, "attention": Attention, "advit": ADViT,
-    "features": Features, "head_specific": HeadSpecific,
-    "guidance": Guidance, "alignment": Alignment, "seed": SEED, "compress": CompRess,
-}  # fmt: skip

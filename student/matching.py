@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from precompute.taps import resize_matrix
 from storage.errors import UserError
-from student import config
 from student.align import Given, Row, Shape
+from student.loss_settings import Matched, Meeting, setting
 
 Which = Literal["class", "all", "scores", "vectors"]
 MERGED = ("mean", "sum", "max", "min", "log")  # rules by which all heads of a side become one
@@ -36,7 +36,7 @@ class Matching(nn.Module):
         pairs: (student's layer, teacher's layer), from 1.
         heads: how many are compared; 1 where they are merged, 0 where the tap has none.
         head_pairs: (student's head, teacher's head), from 1, for each pair of layers; empty where they are merged.
-        rule: how heads meet: as `config.Matched.heads`, with `auto` decided.
+        rule: how heads meet: as `Matched.heads`, with `auto` decided.
         stored: the teacher's layers that the target holds; those of `pairs` are among them.
         mine, theirs: buffers, indices of the tokens that meet: first those beside the patches, in one order of roles.
         prefix: how many of them are no patches.
@@ -49,12 +49,12 @@ class Matching(nn.Module):
     """
 
     def __init__(
-        self, loss: str, settings: config.Meeting, student: Shape, given: Sequence[Given],
+        self, loss: str, settings: Meeting, student: Shape, given: Sequence[Given],
         which: Which,
     ) -> None:  # fmt: skip
         super().__init__()
         self.loss, self.settings, self.student, self.which = loss, settings, student, which
-        self.path = path = config.setting(loss)
+        self.path = path = setting(loss)
         first = given[0]
         self.tap = str(first.target["identity"]["tap"])
         teacher = first.teacher
@@ -148,7 +148,7 @@ class Matching(nn.Module):
             return []
         if rule is None and mine != theirs:
             named = ["first", "first-N"]
-            if isinstance(self.settings, config.Matched):  # else something is copied
+            if isinstance(self.settings, Matched):  # else something is copied
                 merged = MERGED if self.which in ("class", "all") else ()
                 named = [*merged, *named, "pairs [[student,teacher],…]"]
             raise UserError(

@@ -16,11 +16,12 @@ from storage.progress import Progress
 from storage.shards import cached_index, classes_of, expand, require_classes, require_labels
 from storage.store import Store
 from student.align import Given, table
-from student.config import COPYING, Recipe
+from student.config import Recipe
 from student.control import fill_means, mean_targets
 from student.evaluation.accuracy import tell_of_shared
 from student.lending import lender_of, record_of
 from student.lesson import Lesson, classifies, find_targets, reads_of
+from student.loss_settings import COPYING
 from student.model import Description, build, input_size
 from student.ranks import rank, ranks
 from student.rows import Rows

@@ -10,12 +10,12 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from storage.errors import UserError
-from student import config
 from student.align import Given, Row, Shape, full
+from student.loss_settings import Projected
 from student.seen import Seen
 
 
-def projector(width: int, target: int, settings: config.Projected) -> nn.Module:
+def projector(width: int, target: int, settings: Projected) -> nn.Module:
     """P from `[…, D]` to `[…, D_t]`: LayerNorm, `depth` linear maps D → 2D → D → 2D → … → D_t, LayerNorm.
 
     `mlp` has a GELU between the maps, `linear` none. Depth 0 is the identity.
@@ -43,7 +43,7 @@ def projector(width: int, target: int, settings: config.Projected) -> nn.Module:
 EMBEDDINGS = (("class_token",), ("embedding",))
 
 
-def words(settings: config.Projected) -> str:
+def words(settings: Projected) -> str:
     """What P is, for the printed table."""
     return f"projected by {settings.depth} {settings.projector} layer(s)" if settings.depth else "without a projector"
 
@@ -67,9 +67,7 @@ class ClassToken(nn.Module):
         UserError: the student has no class token, or another width and no projector.
     """
 
-    def __init__(
-        self, loss: str, settings: config.Projected, student: Shape, given: Given, *, free: bool = False
-    ) -> None:
+    def __init__(self, loss: str, settings: Projected, student: Shape, given: Given, *, free: bool = False) -> None:
         super().__init__()
         if "class" not in student.prefix:
             raise UserError(

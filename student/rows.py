@@ -11,8 +11,8 @@ from torch import Tensor
 
 from precompute.taps import attention_rows, attention_scores, class_row
 from storage.errors import UserError
-from student import config
 from student.align import Given, Shape, full
+from student.loss_settings import Average, Meeting, setting
 from student.matching import MERGED, Matching, pick
 
 FLOOR = 1e-6  # of probabilities before a logarithm
@@ -32,8 +32,8 @@ class Rows(Matching):
     """
 
     def __init__(
-        self, loss: str, settings: config.Meeting, student: Shape, given: Sequence[Given],
-        which: Literal["class", "all", "scores"], average: config.Average = "none",
+        self, loss: str, settings: Meeting, student: Shape, given: Sequence[Given],
+        which: Literal["class", "all", "scores"], average: Average = "none",
     ) -> None:  # fmt: skip
         super().__init__(loss, settings, student, given, which)
         self.average = average
@@ -174,12 +174,11 @@ class Vectors(Matching):
         own: of the student's.
     """
 
-    def __init__(self, loss: str, settings: config.Meeting, student: Shape, given: Sequence[Given]) -> None:
+    def __init__(self, loss: str, settings: Meeting, student: Shape, given: Sequence[Given]) -> None:
         super().__init__(loss, settings, student, given, "vectors")
         if self.heads and self.rule in MERGED:
             raise UserError(
-                f"{loss}: vectors of different heads cannot be merged; say "
-                f"--set {config.setting(loss)}.heads=first, or null"
+                f"{loss}: vectors of different heads cannot be merged; say --set {setting(loss)}.heads=first, or null"
             )
         self.width = int(given[0].target["sample_shape"][-1])
         self.own = student.width // student.heads if self.heads else student.width

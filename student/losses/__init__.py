@@ -1,13 +1,19 @@
 """Losses: one small module a paper, each with its equation, shapes and reductions.
 
-A module has `reads(settings)` (what it reads of student and batch), `need(name, settings, student)` (what it reads
-from a store, or None) and an `nn.Module` `Method(name, settings, student, given)` with a `row` for the printed table
-(or None), called with a `Step`. What it keeps of a step for later ones goes into a `student.queues.Queue` of its own.
+A module has `Settings` (what a recipe may say of it, with the name of its `method`), `reads(settings)` (what it reads
+of student and batch), `need(name, settings, student)` (what it reads from a store, or None) and an `nn.Module`
+`Method(name, settings, student, given)` with a `row` for the printed table (or None), called with a `Step`. What it
+keeps of a step for later ones goes into a `student.queues.Queue` of its own. A module that is put here is a method from
+then on: docs/adding-a-method.md.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import pkgutil
 from dataclasses import dataclass, field
+from types import ModuleType
 
 from torch import Tensor
 
@@ -43,3 +49,10 @@ class Step:
         """What is read of the student beside its logits."""
         assert self.seen is not None
         return self.seen
+
+
+@functools.cache
+def methods() -> dict[str, ModuleType]:
+    """Name of a method, as recipes say it -> its module."""
+    modules = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
+    return {module.Settings.model_fields["method"].default: module for module in modules if hasattr(module, "Settings")}

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
 from precompute.taps import class_scores, resize_matrix
-from student import config, links
+from student import links
 from student.align import Given, Shape, align_activations, full
 from student.choose import Need
+from student.loss_settings import AllLinks, Schedule, Taught, Weight, _linked
 from student.losses import Step
 from student.seen import Reads
 
@@ -114,12 +116,28 @@ class AAL(nn.Module):
         return loss / positions if self.reading == "mse" else loss
 
 
-def reads(settings: config.AAL) -> frozenset[Reads]:
+class Settings(Taught):
+    """Adaptive attention links.
+
+    `links`: all (`full`), those of the paper's Table 1 (`alpha`, `beta`), for each stage of the target its first and
+    last layer (from 1; null for none), or what Algorithm 1 keeps of a run's (its folder). `grid` is the side of the
+    maps that meet; None: the student's own.
+    """
+
+    method: Literal["aal"] = "aal"
+    weight: Weight = Schedule(start=2000.0, decay=0.99, then={200: 0.98})
+    map: Literal["scaled", "printed", "full"] = "scaled"
+    loss: Literal["mse", "norm", "sq"] = "mse"
+    links: Annotated[AllLinks, BeforeValidator(_linked)] = "full"
+    grid: int | None = Field(None, ge=1)
+
+
+def reads(settings: Settings) -> frozenset[Reads]:
     """The student's class rows."""
     return frozenset({"attention"})
 
 
-def need(name: str, settings: config.AAL, student: Shape) -> Need:
+def need(name: str, settings: Settings, student: Shape) -> Need:
     """Activations on the student's own grid, or the one that is said."""
     return Need(name, (("activations",),), settings.teacher, settings.target, settings.grid or student.grid)
 
@@ -132,7 +150,7 @@ class Method(nn.Module):
         chosen: digest of links that were taken from another run; None of others.
     """
 
-    def __init__(self, name: str, settings: config.AAL, student: Shape, given: Sequence[Given]) -> None:
+    def __init__(self, name: str, settings: Settings, student: Shape, given: Sequence[Given]) -> None:
         super().__init__()
         target, grid = given[0].target, settings.grid or student.grid
         stages = target["stages"]

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from student import config
 from student.align import Given, Shape
 from student.choose import Need
+from student.loss_settings import Heads, Matched
 from student.losses import Step
 from student.rows import FLOOR, Rows, scaled
 from student.seen import Reads
@@ -73,12 +74,35 @@ def _softened(patches: Tensor, tau: float, on: Input) -> Tensor:
     return ((patches.clamp_min(FLOOR).log() if on == "log-prob" else patches) / tau).log_softmax(-1)
 
 
-def reads(settings: config.ADViT) -> frozenset[Reads]:
+class Settings(Matched):
+    """Class rows by their distance.
+
+    `kl_input` says what the softmax of Eq. 4 acts on, for distances kl and ce; the other two belong to kl alone.
+    """
+
+    method: Literal["advit"] = "advit"
+    distance: Literal["l1", "l2", "kl", "ce"] = "l1"
+    heads: Heads = "mean"
+    renorm: bool = Field(False, description="patch keys of each row are scaled to sum to one")
+    kl_input: Literal["prob", "log-prob"] = "prob"
+    kl_direction: Literal["teacher-first", "student-first"] = "teacher-first"
+    tau: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _belongs(self) -> Settings:
+        if self.distance != "kl" and (self.tau != 1 or self.kl_direction != "teacher-first"):
+            raise ValueError("tau and kl_direction belong to distance: kl")
+        if self.distance not in ("kl", "ce") and self.kl_input != "prob":
+            raise ValueError("kl_input belongs to distance: kl or ce")
+        return self
+
+
+def reads(settings: Settings) -> frozenset[Reads]:
     """The student's class rows."""
     return frozenset({"attention"})
 
 
-def need(name: str, settings: config.ADViT, student: Shape) -> Need:
+def need(name: str, settings: Settings, student: Shape) -> Need:
     """Class rows, or what gives them."""
     return Need(name, (("class_row",), ("attention",), ("q", "k")), settings.teacher, settings.target)
 
@@ -86,7 +110,7 @@ def need(name: str, settings: config.ADViT, student: Shape) -> Need:
 class Method(nn.Module):
     """ADViT as a term of the training loss."""
 
-    def __init__(self, name: str, settings: config.ADViT, student: Shape, given: Sequence[Given]) -> None:
+    def __init__(self, name: str, settings: Settings, student: Shape, given: Sequence[Given]) -> None:
         super().__init__()
         self.rows = Rows(name, settings, student, given, "class")
         self.row, self.settings = self.rows.row, settings

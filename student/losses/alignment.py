@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from storage.errors import UserError
-from student import config
 from student.align import Given, Shape, full
 from student.choose import Need
+from student.loss_settings import Matched, Projected
 from student.losses import Step
 from student.projector import EMBEDDINGS, ClassToken, words
 from student.rows import Vectors
@@ -46,12 +46,25 @@ def distance(student: Tensor, teacher: Tensor, reading: Reading = "mse") -> Tens
     return each.mean()
 
 
-def reads(settings: config.Alignment) -> frozenset[Reads]:
+class Settings(Projected):
+    """The projected class token by its distance.
+
+    tokens: the `class` token, the `patches` (which need a `tokens` target), or `both`.
+    grid: `bicubic` resizes the teacher's patches; None: the same grid on both sides.
+    """
+
+    method: Literal["alignment"] = "alignment"
+    loss: Literal["mse", "l2", "sq", "cosine"] = "mse"
+    tokens: Literal["class", "patches", "both"] = "class"
+    grid: Literal["bicubic"] | None = None
+
+
+def reads(settings: Settings) -> frozenset[Reads]:
     """The student's final tokens."""
     return frozenset({"tokens"})
 
 
-def need(name: str, settings: config.Alignment, student: Shape) -> Need:
+def need(name: str, settings: Settings, student: Shape) -> Need:
     """The teacher's class token, or the pooled features of one without; with patches all tokens after the norm."""
     taps = EMBEDDINGS if settings.tokens == "class" else (("tokens",),)
     return Need(name, taps, settings.teacher, settings.target)
@@ -60,7 +73,7 @@ def need(name: str, settings: config.Alignment, student: Shape) -> Need:
 class Method(nn.Module):
     """Projector alignment as a term of the training loss."""
 
-    def __init__(self, name: str, settings: config.Alignment, student: Shape, given: Sequence[Given]) -> None:
+    def __init__(self, name: str, settings: Settings, student: Shape, given: Sequence[Given]) -> None:
         super().__init__()
         self.reading, self.tokens = settings.loss, settings.tokens
         self.token = ClassToken(name, settings, student, given[0])
@@ -85,7 +98,7 @@ class Method(nn.Module):
         return loss + distance(self.token(seen), full(target[:, 0, self.theirs]), self.reading)
 
 
-def _patches(name: str, settings: config.Alignment, student: Shape, given: Given) -> Vectors:
+def _patches(name: str, settings: Settings, student: Shape, given: Given) -> Vectors:
     """How the patch tokens of both sides meet.
 
     Raises:
@@ -100,4 +113,4 @@ def _patches(name: str, settings: config.Alignment, student: Shape, given: Given
         raise UserError(
             f"{name}: the teacher has no class token; align patches alone: --set losses.{name}.tokens=patches"
         )
-    return Vectors(name, config.Matched(layers="last", grid=settings.grid), student, [given])
+    return Vectors(name, Matched(layers="last", grid=settings.grid), student, [given])

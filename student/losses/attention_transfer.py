@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 
-from student import config
 from student.align import Given, Shape
 from student.choose import Need
+from student.loss_settings import Average, Matched, What, require_maps, setting
 from student.losses import Step
 from student.rows import EPSILON, Rows, Vectors
 from student.seen import Reads
@@ -47,17 +48,31 @@ def squares(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).square().flatten(2).mean((0, 2)).sum()
 
 
-def reads(settings: config.Attention) -> frozenset[Reads]:
+class Settings(Matched):
+    """Attention distillation: of maps, or of what makes them."""
+
+    method: Literal["attention"] = "attention"
+    what: What = "map"
+    average: Average = "none"
+    reduce_heads: Literal["mean", "sum"] = "mean"
+
+    @model_validator(mode="after")
+    def _of_maps(self) -> Settings:
+        require_maps(self.what, average=self.average != "none", reduce_heads=self.reduce_heads != "mean")
+        return self
+
+
+def reads(settings: Settings) -> frozenset[Reads]:
     """The student's attention, or its values."""
     return frozenset({"values" if settings.what == "v" else "attention"})
 
 
-def taps_of(what: config.What) -> tuple[tuple[str, ...], ...]:
+def taps_of(what: What) -> tuple[tuple[str, ...], ...]:
     """What serves: whole attention maps, or q and k, which give them; or vectors themselves."""
     return (("attention",), ("q", "k")) if what == "map" else (tuple(what),)
 
 
-def need(name: str, settings: config.Attention, student: Shape) -> Need:
+def need(name: str, settings: Settings, student: Shape) -> Need:
     """Whole attention maps or what gives them, or vectors."""
     return Need(name, taps_of(settings.what), settings.teacher, settings.target)
 
@@ -65,7 +80,7 @@ def need(name: str, settings: config.Attention, student: Shape) -> Need:
 class Method(nn.Module):
     """Attention distillation as a term of the training loss."""
 
-    def __init__(self, name: str, settings: config.Attention, student: Shape, given: Sequence[Given]) -> None:
+    def __init__(self, name: str, settings: Settings, student: Shape, given: Sequence[Given]) -> None:
         super().__init__()
         self.what, self.reduce_heads = settings.what, settings.reduce_heads
         self.rows: Rows | None = None
@@ -75,7 +90,7 @@ class Method(nn.Module):
             self.row = self.rows.row
         else:
             self.vectors = Vectors(name, settings, student, given)
-            self.vectors.require_width(f"compare maps: --set {config.setting(name)}.what=map")
+            self.vectors.require_width(f"compare maps: --set {setting(name)}.what=map")
             self.row = self.vectors.row
 
     def forward(self, step: Step) -> Tensor:

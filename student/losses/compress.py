@@ -7,13 +7,15 @@ baseline of AttnDistill, on its projected class token.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from student import config
 from student.align import Given, Shape, full
 from student.choose import Need
+from student.loss_settings import Projected
 from student.losses import Step
 from student.projector import EMBEDDINGS, ClassToken
 from student.queues import Queue, unit
@@ -33,12 +35,24 @@ def divergence(student: Tensor, teacher: Tensor, queues: tuple[Tensor, Tensor], 
     return F.kl_div(mine, theirs, reduction="batchmean", log_target=True)
 
 
-def reads(settings: config.CompRess) -> frozenset[Reads]:
+class Settings(Projected):
+    """Similarities to a queue of embeddings.
+
+    queues: 1, the teacher's for both sides, or 2, one of each side's own.
+    """
+
+    method: Literal["compress"] = "compress"
+    queue: int = Field(128000, ge=1)
+    queues: Literal[1, 2] = 1
+    tau: float = Field(0.04, gt=0)
+
+
+def reads(settings: Settings) -> frozenset[Reads]:
     """The student's final tokens."""
     return frozenset({"tokens"})
 
 
-def need(name: str, settings: config.CompRess, student: Shape) -> Need:
+def need(name: str, settings: Settings, student: Shape) -> Need:
     """The teacher's class token, or the pooled features of one without."""
     return Need(name, EMBEDDINGS, settings.teacher, settings.target)
 
@@ -46,7 +60,7 @@ def need(name: str, settings: config.CompRess, student: Shape) -> Need:
 class Method(nn.Module):
     """CompRess as a term of the training loss."""
 
-    def __init__(self, name: str, settings: config.CompRess, student: Shape, given: Sequence[Given]) -> None:
+    def __init__(self, name: str, settings: Settings, student: Shape, given: Sequence[Given]) -> None:
         super().__init__()
         self.tau = settings.tau
         self.token = ClassToken(name, settings, student, given[0], free=settings.queues == 2)

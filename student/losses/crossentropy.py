@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from student import config
 from student.align import Given, Shape
+from student.loss_settings import Schedule, Term, Weight
 from student.losses import Step
 from student.seen import Reads
 
@@ -30,12 +32,25 @@ def cross_entropy(logits: Tensor, labels: Tensor, others: Tensor, shares: Tensor
     return torch.lerp(own, other, shares.to(own.dtype)).mean()
 
 
-def reads(settings: config.CrossEntropy) -> frozenset[Reads]:
+class Settings(Term):
+    """Cross-entropy with the labels.
+
+    `heads` is for students with a distillation token: the class head alone, or the mean over both heads; by default
+    both, unless a `deit` loss trains the second one.
+    """
+
+    method: Literal["crossentropy"] = "crossentropy"
+    weight: Weight = Schedule(start=1.0)
+    smoothing: float = Field(0.0, ge=0, lt=1)
+    heads: Literal["class", "both"] | None = None
+
+
+def reads(settings: Settings) -> frozenset[Reads]:
     """Labels and logits."""
     return frozenset({"labels", "logits"})
 
 
-def need(name: str, settings: config.CrossEntropy, student: Shape) -> None:
+def need(name: str, settings: Settings, student: Shape) -> None:
     """Labels are all it takes."""
     return
 
@@ -45,7 +60,7 @@ class Method(nn.Module):
 
     row = None
 
-    def __init__(self, name: str, settings: config.CrossEntropy, student: Shape, given: Sequence[Given]) -> None:
+    def __init__(self, name: str, settings: Settings, student: Shape, given: Sequence[Given]) -> None:
         super().__init__()
         self.smoothing, self.both = settings.smoothing, settings.heads != "class"
 

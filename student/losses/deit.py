@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from student import config
 from student.align import Given, Shape, align_classes
 from student.choose import Need
+from student.loss_settings import Taught
 from student.losses import Step
 from student.seen import Reads
 
@@ -42,12 +43,22 @@ def hard(logits: Tensor, teacher: Tensor) -> Tensor:
     return F.cross_entropy(logits, teacher.argmax(1))
 
 
-def reads(settings: config.DeiT) -> frozenset[Reads]:
+class Settings(Taught):
+    """Distillation from logits."""
+
+    method: Literal["deit"] = "deit"
+    kind: Literal["hard", "soft"] = "hard"
+    tau: float = Field(1.0, gt=0)
+    reduce: Literal["numel", "batch"] = "numel"
+    same_classes: bool = Field(False, description="both lists of classes are the same, where one is not known")
+
+
+def reads(settings: Settings) -> frozenset[Reads]:
     """Logits."""
     return frozenset({"logits"})
 
 
-def need(name: str, settings: config.DeiT, student: Shape) -> Need:
+def need(name: str, settings: Settings, student: Shape) -> Need:
     """The teacher's logits."""
     return Need(name, (("logits",),), settings.teacher, settings.target)
 
@@ -55,7 +66,7 @@ def need(name: str, settings: config.DeiT, student: Shape) -> Need:
 class Method(nn.Module):
     """Distillation from logits as a term of the training loss."""
 
-    def __init__(self, name: str, settings: config.DeiT, student: Shape, given: Sequence[Given]) -> None:
+    def __init__(self, name: str, settings: Settings, student: Shape, given: Sequence[Given]) -> None:
         super().__init__()
         self.row = align_classes(name, given[0], student, settings.same_classes)
         self.name, self.settings = name, settings

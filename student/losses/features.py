@@ -7,26 +7,37 @@ is not said; the last one by default.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from storage.errors import UserError
-from student import config
 from student.align import Given, Shape
 from student.choose import Need
+from student.loss_settings import Layers, Matched, setting
 from student.losses import Step
 from student.losses.attention_transfer import squares
 from student.rows import Vectors
 from student.seen import Reads
 
 
-def reads(settings: config.Features) -> frozenset[Reads]:
+class Settings(Matched):
+    """Residual streams by their mean squared error."""
+
+    method: Literal["features"] = "features"
+    layers: Layers | None = "last"
+    heads: None = None
+    temperature: None = None
+    projection: Literal["linear"] | None = None
+
+
+def reads(settings: Settings) -> frozenset[Reads]:
     """The student's residual streams."""
     return frozenset({"streams"})
 
 
-def need(name: str, settings: config.Features, student: Shape) -> Need:
+def need(name: str, settings: Settings, student: Shape) -> Need:
     """Tokens of layers."""
     return Need(name, (("tokens",),), settings.teacher, settings.target)
 
@@ -34,7 +45,7 @@ def need(name: str, settings: config.Features, student: Shape) -> Need:
 class Method(nn.Module):
     """Feature distillation as a term of the training loss; a projection is trained with the student."""
 
-    def __init__(self, name: str, settings: config.Features, student: Shape, given: Sequence[Given]) -> None:
+    def __init__(self, name: str, settings: Settings, student: Shape, given: Sequence[Given]) -> None:
         super().__init__()
         if not given[0].target["identity"]["layers"]:
             raise UserError(
@@ -48,7 +59,7 @@ class Method(nn.Module):
         if settings.projection:
             self.projections = nn.ModuleList(nn.Linear(self.vectors.own, self.vectors.width) for _ in range(count))
         else:
-            self.vectors.require_width(f"a trained map between them: --set {config.setting(name)}.projection=linear")
+            self.vectors.require_width(f"a trained map between them: --set {setting(name)}.projection=linear")
 
     def forward(self, step: Step) -> Tensor:
         """The loss of one step."""

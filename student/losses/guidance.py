@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
+from pydantic import Field
 from torch import Tensor, nn
 from torch.special import xlogy
 
-from student import config
 from student.align import Given, Shape
 from student.choose import Need
+from student.loss_settings import Heads, Layers, Matched, Schedule, Weight
 from student.losses import Step
 from student.rows import EPSILON, Rows
 from student.seen import Reads
@@ -37,12 +39,28 @@ def squares(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).square().sum((-1, -2)).mean()
 
 
-def reads(settings: config.Guidance) -> frozenset[Reads]:
+class Settings(Matched):
+    """Class rows by their divergence.
+
+    value_norm: each key's attention is weighted by the norm of its value, on both sides.
+    """
+
+    method: Literal["guidance"] = "guidance"
+    weight: Weight = Schedule(start=0.1)
+    layers: Layers | None = "last"
+    heads: Heads = "auto"
+    temperature: float | None = Field(10.0, gt=0)
+    grid: Literal["bicubic"] | None = "bicubic"
+    loss: Literal["kl", "mse"] = "kl"
+    value_norm: bool = False
+
+
+def reads(settings: Settings) -> frozenset[Reads]:
     """The student's class rows, and the values that they weigh where asked for."""
     return frozenset({"attention", "values"} if settings.value_norm else {"attention"})
 
 
-def need(name: str, settings: config.Guidance, student: Shape) -> Need:
+def need(name: str, settings: Settings, student: Shape) -> Need:
     """Class rows, or what gives them; with value norms the values of the same layers."""
     taps: list[tuple[str, ...]] = [("class_row",), ("attention",), ("q", "k")]
     if settings.value_norm:
@@ -53,7 +71,7 @@ def need(name: str, settings: config.Guidance, student: Shape) -> Need:
 class Method(nn.Module):
     """Attention guidance as a term of the training loss."""
 
-    def __init__(self, name: str, settings: config.Guidance, student: Shape, given: Sequence[Given]) -> None:
+    def __init__(self, name: str, settings: Settings, student: Shape, given: Sequence[Given]) -> None:
         super().__init__()
         self.values = settings.value_norm
         self.rows = Rows(name, settings, student, given[:-1] if self.values else given, "class")

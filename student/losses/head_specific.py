@@ -12,11 +12,12 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from student import config
 from student.align import Given, Shape, align_classes
 from student.choose import Need
+from student.loss_settings import FirstHeads, HeadMap, HeadPairs, Matched
 from student.losses import Step
 from student.rows import FLOOR, Rows
 from student.seen import Reads
@@ -54,12 +55,22 @@ def rightness(logits: Tensor, labels: Tensor, others: Tensor, shares: Tensor) ->
     return torch.lerp((decided == labels).to(shares), (decided == others).to(shares), shares)
 
 
-def reads(settings: config.HeadSpecific) -> frozenset[Reads]:
+class Settings(Matched):
+    """Attention of chosen heads, one to one."""
+
+    method: Literal["head_specific"] = "head_specific"
+    loss: Literal["mse", "mse-softmax", "ce", "kl"] = "mse"
+    heads: FirstHeads | HeadPairs | HeadMap | None = "first"
+    adaptive: Literal["none", "student-correct", "teacher-correct"] = "none"
+    same_classes: bool = Field(False, description="as for deit; for adaptive: teacher-correct")
+
+
+def reads(settings: Settings) -> frozenset[Reads]:
     """The student's attention, and labels where samples are weighted."""
     return frozenset({"attention"} if settings.adaptive == "none" else {"attention", "labels"})
 
 
-def need(name: str, settings: config.HeadSpecific, student: Shape) -> Need:
+def need(name: str, settings: Settings, student: Shape) -> Need:
     """Whole maps, or q and k; scores come from q and k alone, since maps have lost a constant of each row."""
     taps: tuple[tuple[str, ...], ...] = (("q", "k"),) if settings.loss == "mse" else (("attention",), ("q", "k"))
     if settings.adaptive == "teacher-correct":
@@ -70,7 +81,7 @@ def need(name: str, settings: config.HeadSpecific, student: Shape) -> Need:
 class Method(nn.Module):
     """Head-specific distillation as a term of the training loss."""
 
-    def __init__(self, name: str, settings: config.HeadSpecific, student: Shape, given: Sequence[Given]) -> None:
+    def __init__(self, name: str, settings: Settings, student: Shape, given: Sequence[Given]) -> None:
         super().__init__()
         self.name, self.loss, self.adaptive = name, settings.loss, settings.adaptive
         classes = None

@@ -7,13 +7,15 @@ class token.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from student import config
 from student.align import Given, Shape, full
 from student.choose import Need
+from student.loss_settings import Projected
 from student.losses import Step
 from student.projector import EMBEDDINGS, ClassToken
 from student.queues import Queue, unit
@@ -39,12 +41,21 @@ def cross_entropy(student: Tensor, teacher: Tensor, queue: Tensor, tau_student: 
     return -(target * (mine / tau_student).log_softmax(1)).sum(1).mean()
 
 
-def reads(settings: config.SEED) -> frozenset[Reads]:
+class Settings(Projected):
+    """Similarities to a queue of the teacher's embeddings and to the sample's own."""
+
+    method: Literal["seed"] = "seed"
+    queue: int = Field(65536, ge=1)
+    tau_student: float = Field(0.2, gt=0)
+    tau_teacher: float = Field(0.01, gt=0)
+
+
+def reads(settings: Settings) -> frozenset[Reads]:
     """The student's final tokens."""
     return frozenset({"tokens"})
 
 
-def need(name: str, settings: config.SEED, student: Shape) -> Need:
+def need(name: str, settings: Settings, student: Shape) -> Need:
     """The teacher's class token, or the pooled features of one without."""
     return Need(name, EMBEDDINGS, settings.teacher, settings.target)
 
@@ -52,7 +63,7 @@ def need(name: str, settings: config.SEED, student: Shape) -> Need:
 class Method(nn.Module):
     """SEED as a term of the training loss."""
 
-    def __init__(self, name: str, settings: config.SEED, student: Shape, given: Sequence[Given]) -> None:
+    def __init__(self, name: str, settings: Settings, student: Shape, given: Sequence[Given]) -> None:
         super().__init__()
         self.settings = settings
         self.token = ClassToken(name, settings, student, given[0])

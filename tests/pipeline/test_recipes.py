@@ -18,7 +18,8 @@ from pipeline.cli import cli, main
 from storage.policies import policy
 from storage.store import Store
 from student import config
-from student.loss_settings import Links
+from student.loss_settings import Copying, Links, Schedule
+from student.losses import methods
 from tests.conftest import World, run_precompute, teacher_of
 
 SMALL = {
@@ -211,11 +212,11 @@ def test_the_documentation_names_every_setting_and_its_example_is_a_recipe():
     text = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
     example = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
     assert set(config.validate(example, "docs").losses) == {"crossentropy", "aal", "attention", "second"}
-    models = [config.Recipe, config.Student, config.Schedule, config.Optim, config.Bank, config.StreamSettings]
-    models += [config.Control, config.Speed, Links, config.Copying, *config.METHODS.values()]
+    models = [config.Recipe, config.Student, Schedule, config.Optim, config.Bank, config.StreamSettings]
+    models += [config.Control, config.Speed, Links, Copying, *(module.Settings for module in methods().values())]
     words = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
     said = set(re.findall(r"\w+", " ".join(words)))
     assert not {name for model in models for name in model.model_fields} - said
-    assert all(f"`{method}`" in text for method in config.METHODS)
+    assert all(f"`{method}`" in text for method in methods())
     helped = CliRunner().invoke(cli, ["train", "--help"]).output
     assert all(re.search(rf"\b{name}\b", helped) for name in recipes.names())

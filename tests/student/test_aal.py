@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from precompute.taps import AttentionTaps, timm
-from student.config import AAL as Settings
+from student.losses import aal
 from student.losses.aal import AAL, class_maps
 
 
@@ -90,7 +90,7 @@ def test_full_links_of_deit_s_and_efficientnet_b3():
 
 
 def test_lambda():
-    weight = Settings().weight
+    weight = aal.Settings().weight
     assert [round(weight.at(e), 2) for e in (0, 200, 299, 300)] == [2000, 267.96, 36.26, 35.54]
     assert weight.at(1) == 1980
 

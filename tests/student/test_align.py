@@ -10,12 +10,13 @@ from torch.nn import functional as F
 
 from precompute.taps import AttentionTaps, attention_rows, class_row, timm
 from storage.errors import IdentityError, UserError
-from student import config
 from student.align import Given, Shape, align_classes, student_shape
+from student.loss_settings import Matched
+from student.losses import advit, attention_transfer, head_specific
 from student.rows import Rows, log_mean
 
-SETTINGS: dict[str, type[config.Matched]] = {
-    "class": config.ADViT, "all": config.Attention, "scores": config.HeadSpecific,
+SETTINGS: dict[str, type[Matched]] = {
+    "class": advit.Settings, "all": attention_transfer.Settings, "scores": head_specific.Settings,
 }  # fmt: skip
 
 
@@ -227,7 +228,7 @@ def test_the_first_heads_of_both_meet():
 
 @pytest.mark.parametrize(("average", "axis"), [("layers", 1), ("heads", 2), ("queries", 3)])
 def test_the_teacher_s_maps_are_averaged_and_then_stand_for_all(average, axis):
-    made = Rows("it", config.Attention(layers="last-3"), STUDENT, [given()], "all", average)
+    made = Rows("it", attention_transfer.Settings(layers="last-3"), STUDENT, [given()], "all", average)
     target = random_rows(2, 4, 3, 17, 17)
     found, own = made.teacher_rows([target]), target[:, 1:]
     assert torch.allclose(found, own.mean(axis, keepdim=True).expand_as(own))
@@ -236,7 +237,7 @@ def test_the_teacher_s_maps_are_averaged_and_then_stand_for_all(average, axis):
 
 
 def test_a_number_stands_for_the_same_layer_on_both_sides():
-    assert config.Attention(layers=[2, [3, 4]]).layers == ((2, 2), (3, 4))
+    assert attention_transfer.Settings(layers=[2, [3, 4]]).layers == ((2, 2), (3, 4))
 
 
 @pytest.mark.parametrize(("rule", "total"), [("sum", 3), ("max", 1)])

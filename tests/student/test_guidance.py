@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from storage.errors import UserError
 from student.align import Given, Shape
-from student.config import Guidance
 from student.losses import guidance
 from student.losses.guidance import Method, divergence, squares
 from student.rows import weighted
@@ -27,7 +26,7 @@ def values(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def method(student: Shape, *several: Given, **settings: Any) -> Method:
-    return Method("it", Guidance(**settings), student, several)
+    return Method("it", guidance.Settings(**settings), student, several)
 
 
 def step(targets: tuple[torch.Tensor, ...], **seen: Any) -> Any:
@@ -129,8 +128,11 @@ def test_both_sides_are_weighed_before_anything_else(taps):
     made = method(Shape(4, 6, 8, ("class",)), *(given(tap, width=4) for tap in taps), value_norm=True)
     assert made.row.rule.startswith("case (d)")
     assert made.row.rule.endswith("weighted by the norms of values")
-    assert guidance.need("it", Guidance(value_norm=True), Shape(4, 6, 8, ("class",))).taps[0] == ("class_row", "v")
-    assert guidance.reads(Guidance(value_norm=True)) == {"attention", "values"}
+    assert guidance.need("it", guidance.Settings(value_norm=True), Shape(4, 6, 8, ("class",))).taps[0] == (
+        "class_row",
+        "v",
+    )
+    assert guidance.reads(guidance.Settings(value_norm=True)) == {"attention", "values"}
     q, k, v = (values(2, 4, 3, 17, 4, seed=s) for s in range(3))
     rows = (q[..., :1, :] @ k.transpose(-2, -1) * 0.5).softmax(-1)[..., 0, :]
     targets = {"class_row": rows, "q": q, "k": k, "v": v}

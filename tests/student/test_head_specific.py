@@ -10,9 +10,9 @@ from storage.store import Store
 from storage.testing import TINY_VIT
 from storage.weights import read_weights
 from student.align import Shape
-from student.config import HeadSpecific, validate
+from student.config import validate
 from student.lesson import Lesson, find_targets, given_of
-from student.losses import Step
+from student.losses import Step, head_specific
 from student.losses.head_specific import Method, difference, rightness
 from student.model import build
 from student.rows import attention_rows
@@ -118,7 +118,7 @@ def test_scores_are_those_of_the_network_before_its_softmax(world, kept):
     lesson.student(batch.pixels((0.5,) * 3, (0.5,) * 3))
     scores = lesson.losses["it"].rows.student_rows(seen.q, seen.k, seen.scales)
     assert torch.allclose(scores.softmax(-1)[:, 0], attention_rows(seen.q[0], seen.k[0], seen.scales[0]), atol=1e-6)
-    meets = HeadSpecific(heads=[[1, 1]])
+    meets = head_specific.Settings(heads=[[1, 1]])
     wide = Method("it", meets, Shape(4, 2, 4, ("class",)), [given("q"), given("k")])  # width 8 on the teacher's side
     q, k = torch.randn(2, 2, 4, 2, 17, 8).unbind(0)
     wider = [torch.cat([layer * 2**0.5, torch.zeros_like(layer)], -1) for layer in q.unbind(1)]
@@ -147,7 +147,7 @@ def test_samples_that_are_decided_wrongly_do_not_count(world, kept):
     half = loss(batch.labels, (batch.labels + 1) % 3, none + 0.5)
     other = (targets[1].argmax(1) == (batch.labels + 1) % 3).float()
     assert torch.isclose(half, ((right + other) / 2 * each).mean())
-    by_student = Method("it", HeadSpecific(loss="kl", adaptive="student-correct"),
+    by_student = Method("it", head_specific.Settings(loss="kl", adaptive="student-correct"),
                         Shape(3, 3, 4, ("class",), 3), [given_of(kept[0], kept[1]["attention"])])  # fmt: skip
     targets = targets[:1]
     decided = torch.nn.functional.one_hot(batch.labels, 3).float().requires_grad_()

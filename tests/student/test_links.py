@@ -17,6 +17,7 @@ from student import config, links
 from student.align import Given, Shape
 from student.links import Layout
 from student.loss_settings import Links
+from student.losses import aal
 from student.losses.aal import AAL, Method
 from tests.student.runs import run, same, u8
 from tests.student.test_aal import printed
@@ -27,7 +28,7 @@ DEIT_S = Shape(12, 6, 14, ("class", "distillation"))
 
 
 def kept(wish: Any, layout: Layout = B3, stages: int = 7) -> links.Kept:
-    return links.kept("aal", config.AAL(links=wish).links, layout, stages)
+    return links.kept("aal", aal.Settings(links=wish).links, layout, stages)
 
 
 def given(layout: Layout = B3, grid: int = 14) -> Given:
@@ -60,14 +61,14 @@ def test_link_counts_of_the_paper(name: Any, by_stage: list[int]):
     assert counts == by_stage
     assert B3.count(found.choice) == {"alpha": 28_608, "beta": 23_280}[name]
     assert f"{sum(by_stage):,} of 68,544 weights, 952 biases" in found.words
-    method = Method("aal", config.AAL(links=name), DEIT_S, [given()])
+    method = Method("aal", aal.Settings(links=name), DEIT_S, [given()])
     assert int((method.aal.links.weight != 0).sum()) == sum(by_stage)
     assert method.aal.links.weight.numel() == 68_544
 
 
 def test_full_links_are_all_of_them():
     assert kept("full").choice is None
-    assert "68,544" in Method("aal", config.AAL(), DEIT_S, [given()]).row.rule.replace("69,496", "68,544")
+    assert "68,544" in Method("aal", aal.Settings(), DEIT_S, [given()]).row.rule.replace("69,496", "68,544")
     assert links.ranges_of(torch.ones(952, 12, dtype=torch.bool), B3) == [[1, 12]] * 7
 
 

@@ -16,7 +16,6 @@ from storage.errors import UserError
 from storage.store import Store
 from storage.testing import TINY_VIT
 from storage.weights import read_weights
-from student import config
 from student.align import Shape
 from student.config import validate
 from student.lesson import Lesson, given_of
@@ -164,7 +163,7 @@ def test_input_gradients_of_aal_down_to_q_and_k(reading, how):
 
 @pytest.mark.parametrize("which", ["class", "all"])
 def test_input_gradients_through_heads_grids_and_tokens_that_differ(which):
-    settings = config.Attention(layers="uniform", heads="log", grid="bicubic")
+    settings = attention_transfer.Settings(layers="uniform", heads="log", grid="bicubic")
     student = Shape(1, 2, 2, ("class", "distillation"))
     made = Rows("it", settings, student, [given(depth=2, side=3, prefix=("class", "register"))], which).double()
     target = made.teacher_rows([values(1, 2, 3, 11, 11, seed=1).softmax(-1)])

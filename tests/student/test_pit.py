@@ -21,8 +21,9 @@ from precompute.taps import (
     timm,
 )
 from storage.errors import UserError
-from student import config, links
+from student import links
 from student.align import student_shape
+from student.losses import aal
 from student.losses.aal import Method, class_maps
 from tests.student.runs import run, u8
 from tests.student.test_links import B3, given
@@ -61,7 +62,7 @@ def test_pit_s_has_90_maps_of_three_grids_and_85_680_links():
     shape = student_shape(pit(num_classes=3))
     assert shape.by_layer == ((3, 27),) * 2 + ((6, 14),) * 6 + ((12, 7),) * 4
     assert (shape.maps, shape.layers, shape.grid, shape.prefix) == (90, 12, 14, ("class",))
-    method = Method("aal", config.AAL(), shape, [given()])
+    method = Method("aal", aal.Settings(), shape, [given()])
     assert method.aal.links.weight.numel() == 85_680
     assert "2 layers x 3 heads + 6 layers x 6 heads + 4 layers x 12 heads = 90 class rows" in method.row.student
     assert "27x27 and 14x14 and 7x7, brought to 14x14 (bicubic)" in method.row.student
@@ -84,7 +85,7 @@ def test_maps_of_each_layer_come_to_the_common_grid_as_an_image_would():
     shape = student_shape(model)
     taps = AttentionTaps(model)
     model(torch.randn(2, 3, 64, 64))
-    method = Method("aal", config.AAL(), shape, [given(grid=4)])
+    method = Method("aal", aal.Settings(), shape, [given(grid=4)])
     resize = [method.get_buffer(f"resize_{side}") if side else None for side in method.sides]
     assert method.sides == [7, 7, *[None] * 6, 2, 2, 2, 2]
     found = class_maps(taps.q, taps.k, taps.scales, 1, "scaled", resize)
@@ -103,7 +104,7 @@ def test_gradients_reach_every_layer_of_pit():
     taps = AttentionTaps(model)
     pixels = torch.randn(2, 3, 64, 64, requires_grad=True)
     model(pixels)
-    method = Method("aal", config.AAL(), shape, [given(grid=4)])
+    method = Method("aal", aal.Settings(), shape, [given(grid=4)])
     resize = [method.get_buffer(f"resize_{side}") if side else None for side in method.sides]
     loss = method.aal(class_maps(taps.q, taps.k, taps.scales, 1, "scaled", resize), torch.randn(2, 952, 4, 4))
     loss.backward()

@@ -10,7 +10,7 @@ import torch
 from precompute.taps import Tap, TappedTeacher, timm
 from storage.errors import UserError
 from student.align import Given, student_shape
-from student.config import Attention
+from student.losses.attention_transfer import Settings
 from student.rows import Vectors
 from student.seen import Seen
 
@@ -40,7 +40,7 @@ def test_a_student_that_is_its_teacher_has_the_teacher_s_vectors(tap: str) -> No
     seen = Seen(model, READS)
     model(teacher.prepare(images)).sum().backward()
     mine = {"q": seen.q, "k": seen.k, "v": seen.v, "tokens": seen.streams, "final": [seen.tokens] * 3}[tap]
-    settings = Attention(layers="last" if tap == "final" else None)
+    settings = Settings(layers="last" if tap == "final" else None)
     meeting = Vectors("it", settings, student_shape(model), [given(wanted.name, target, wanted.layers)])
     assert torch.equal(meeting.student_vectors(mine), meeting.teacher_vectors(target))
     assert meeting.student_vectors(mine).requires_grad
@@ -63,7 +63,7 @@ def test_vectors_of_tokens_meet_by_role_and_place() -> None:
         "deit_tiny_distilled_patch16_224", img_size=32, patch_size=4, embed_dim=48, depth=3, num_heads=3
     ).eval()
     target = torch.randn(2, 3, 3, 17, 16)
-    meeting = Vectors("it", Attention(layers="uniform", grid="bicubic"), student_shape(model), [given("v", target)])
+    meeting = Vectors("it", Settings(layers="uniform", grid="bicubic"), student_shape(model), [given("v", target)])
     seen = Seen(model, frozenset({"values"}))
     model(torch.randn(2, 3, 32, 32))
     mine, theirs = meeting.student_vectors(seen.v), meeting.teacher_vectors(target)
@@ -79,8 +79,8 @@ def test_vectors_of_tokens_meet_by_role_and_place() -> None:
 def test_heads_of_vectors_are_never_merged() -> None:
     target = torch.randn(2, 3, 3, 17, 16)
     with pytest.raises(UserError, match="vectors of different heads cannot be merged"):
-        Vectors("it", Attention(heads="mean"), student_shape(network()), [given("v", target)])
-    first = Vectors("it", Attention(heads="first"), student_shape(network(num_heads=2)), [given("v", target)])
+        Vectors("it", Settings(heads="mean"), student_shape(network()), [given("v", target)])
+    first = Vectors("it", Settings(heads="first"), student_shape(network(num_heads=2)), [given("v", target)])
     assert first.teacher_vectors(target).shape == (2, 3, 2, 17, 16)
 
 

@@ -1,0 +1,67 @@
+"""The page on adding a method adds one: its file, recipe and test are taken from there and used as they stand."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import World
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "adding-a-method.md").read_text()
+
+# The file lies where the package looks for methods, without being put into this checkout.
+BESIDE = """
+import sys
+import student.losses
+student.losses.__path__.append(sys.argv[1])
+"""
+
+
+@pytest.fixture(scope="module")
+def method(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("method")
+    file, test = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    assert len([line for line in (file + recipe).splitlines() if line.strip()]) < 60
+    (folder / "losses").mkdir()
+    for name, content in (("losses/relational.py", file), ("relational.yaml", recipe), ("test_relational.py", test)):
+        (folder / name).write_text(content)
+    return folder
+
+
+def run(method: Path, code: str, *words: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", BESIDE + code, str(method / "losses"), *words], cwd=method,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stderr
+
+
+def test_its_test_passes(method: Path) -> None:
+    run(method, "import pytest\nsys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'test_relational.py']))")
+
+
+def test_its_recipe_trains_on_a_store(method: Path, world: World, tmp_path: Path) -> None:
+    sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    words = [
+        "train",
+        "--recipe",
+        str(method / "relational.yaml"),
+        "--store",
+        str(world.store),
+        "--val",
+        world.shards[0],
+    ]
+    words += ["--out", str(tmp_path / "run"), "--smoke", "--set", "stream.batch_size=32"]
+    words += [part for shard in world.shards for part in ("--shards", shard)]
+    words += [part for name, value in sizes.items() for part in ("--set", f"student.{name}={value}")]
+    said = run(method, "from pipeline.cli import main\nmain(sys.argv[2:])", *words)
+    assert "distances of class tokens" in said
+    assert "relational" in said
