@@ -26,9 +26,9 @@ def recipes(name: str | None, as_json: bool) -> None:
         about = {recipe: known.summary(recipe) for recipe in known.names()}
         width = max(map(len, about))
         lines = [f"{recipe:{width}}  {text}" for recipe, text in about.items()]
-        show(
-            {"recipes": about}, [*lines, "one of them whole: pipeline recipes NAME; settings: docs/recipes.md"], as_json
-        )
+        lines.append("each has a small variant that trains in minutes: NAME-small, such as aal-small")
+        lines.append("one of them whole: pipeline recipes NAME; settings: docs/recipes.md")
+        show({"recipes": about}, lines, as_json)
         return
     text = known.text(name)
     settings = known.load(name).model_dump(mode="json") if as_json else {}

@@ -1,4 +1,8 @@
-"""Recipes: YAML files with a header that says paper, command and what to expect; `--set` changes single settings."""
+"""Recipes: YAML files with a header that says paper, command and what to expect; `--set` changes single settings.
+
+Each of ours has a small variant, NAME-small: over it lies what pipeline/small.yaml says for all of them, and then its
+own section `small`.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,8 @@ if TYPE_CHECKING:
     from student.config import Recipe
 
 FOLDER = Path(__file__).parent / "recipes"
+COMMON = Path(__file__).parent / "small.yaml"
+SMALL = "-small"
 _SHORT = {"bank": "id", "links": "run"}  # settings with a short form -> what it says of them; of weights it is `start`
 
 
@@ -34,7 +40,10 @@ def names() -> list[str]:
 
 
 def _file(recipe: str) -> Path:
-    path = FOLDER / f"{recipe}.yaml" if recipe in names() else Path(recipe)
+    """A recipe's file; of a small variant that of the recipe."""
+    path = FOLDER / f"{recipe.removesuffix(SMALL)}.yaml"
+    if recipe.removesuffix(SMALL) not in names():
+        path = Path(recipe)
     if path.suffix in (".yaml", ".yml") and not path.is_file():
         raise UserError(f"{path}: no such recipe file; `pipeline recipes aal > {path}` makes one to start from")
     if not path.is_file():
@@ -43,8 +52,16 @@ def _file(recipe: str) -> Path:
 
 
 def text(recipe: str) -> str:
-    """A recipe's file with its header. Raises UserError: no such recipe."""
-    return _file(recipe).read_text(encoding="utf-8")
+    """A recipe with its header, as a file that serves as one. Raises UserError: no such recipe."""
+    path = _file(recipe)
+    whole = path.read_text(encoding="utf-8")
+    if path.parent != FOLDER:
+        return whole
+    header = "".join(line for line in whole.splitlines(keepends=True) if line.startswith("#"))
+    if not recipe.endswith(SMALL):
+        return header + whole[len(header) :].partition("\nsmall:")[0].rstrip() + "\n"
+    said = "".join(line for line in COMMON.read_text(encoding="utf-8").splitlines(True) if line.startswith("#"))
+    return f"{header}#\n{said}{yaml.safe_dump(_content(recipe), sort_keys=False)}"
 
 
 def summary(recipe: str) -> str:
@@ -53,13 +70,26 @@ def summary(recipe: str) -> str:
     return first.removeprefix(f"{recipe}: ")
 
 
+def _content(recipe: str) -> Any:
+    """What a recipe's file says, or its small variant."""
+    path = _file(recipe)
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        return content
+    own = content.pop("small", {})
+    if path.parent == FOLDER and recipe.endswith(SMALL):
+        for section, settings in (*read_yaml(COMMON).items(), *own.items()):
+            put(content, section, settings)
+    return content
+
+
 def load(recipe: str, settings: Sequence[str] = (), over: Over | None = None) -> Recipe:
     """A recipe by name or by file, with a project's settings laid over it, and `path.to.field=value` over both.
 
     Raises:
         UserError: no such recipe, YAML that is none, an unknown field or a value that it does not take.
     """
-    content = read_yaml(_file(recipe))
+    content = _content(recipe)
     from student.config import validate
 
     where = f"recipe {recipe}"

@@ -35,7 +35,7 @@ def full(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     place = tmp_path_factory.mktemp("recipes") / "store"
     wishes = {
         "cnn": ["activations,grid=8", "logits"],
-        "vit": ["class_row", "attention,layers=1:3", "q,k,layers=1:3", "class_token"],
+        "vit": ["class_row", "attention,layers=1:3", "q,k,layers=1:3", "class_token", "tokens,layers=last"],
     }
     made = {
         kind: run_precompute(place, world.shards, teacher_of(world.weights, kind), several)["targets"]
@@ -66,6 +66,8 @@ def changes(recipe: str, folder: Path) -> dict[str, Any]:
         return {"losses.head_specific.layers": "uniform", "losses.head_specific.grid": "bicubic"}
     if recipe == "attention-copy":
         return {"copying.layers": "last-2", "copying.grid": "bicubic"}
+    if recipe == "feature-mse":
+        return {"losses.features.projection": "linear", "losses.features.grid": "bicubic"}
     if recipe == "advit-l1":
         return {"losses.advit.layers": "uniform", "losses.advit.grid": "bicubic"}
     if recipe == "fine-tune":
@@ -79,11 +81,27 @@ def changes(recipe: str, folder: Path) -> dict[str, Any]:
     return {}
 
 
-@pytest.mark.parametrize("recipe", recipes.names())
+def test_small_variants_lie_over_their_recipes(tmp_path):
+    """What a variant does not change is the recipe's; as a file it is the same, and says that it is small."""
+    for name in recipes.names():
+        whole, small = recipes.load(name), recipes.load(f"{name}-small")
+        assert {*small.losses} == {*whole.losses}
+        assert (small.copying is None) == (whole.copying is None)
+        assert small.stream.batch_size == 128 < whole.stream.batch_size or name == "head-specific"
+        assert small.student.model == "vit_tiny_patch16_224"
+        for variant in (name, f"{name}-small"):
+            (tmp_path / "file.yaml").write_text(recipes.text(variant))
+            assert recipes.load(str(tmp_path / "file.yaml")) == recipes.load(variant)
+        assert ("# The small variant" in recipes.text(f"{name}-small")) and "small" not in recipes.text(name).split("seed: 0")[-1]
+
+
+@pytest.mark.parametrize("recipe", [name for each in recipes.names() for name in (each, f"{each}-small")])
 def test_a_recipe_goes_through_its_first_steps(world, full, tmp_path, capsys, recipe):
     store, _ = full
+    name = recipe.removesuffix("-small")
+    settings = changes(name, tmp_path) if recipe in recipes.names() or name == "fine-tune" else {}
     code, result, said = train(
-        world, store, tmp_path / "run", recipe, capsys, "--smoke", "--same-classes", **changes(recipe, tmp_path)
+        world, store, tmp_path / "run", recipe, capsys, "--smoke", "--same-classes", **settings
     )
     assert code == 0, said
     assert result["smoke"] is True
@@ -91,8 +109,8 @@ def test_a_recipe_goes_through_its_first_steps(world, full, tmp_path, capsys, re
     expected |= {"deit-hard": {"deit"}, "deit-soft": {"deit"}, "head-specific": {"head_specific"}}
     expected |= {"attndistill": {"alignment", "guidance"}}
     expected |= {"simreg": {"alignment"}, "seed": {"seed"}, "compress": {"compress"}}
-    expected |= {"attention-copy": {"copying"}}
-    assert set(result["targets"]) == expected.get(recipe, set())
+    expected |= {"attention-copy": {"copying"}, "feature-mse": {"features"}}
+    assert set(result["targets"]) == expected.get(name, set())
 
 
 def test_two_teachers_teach_one_student(world, full, tmp_path, capsys):
