@@ -14,8 +14,8 @@ from pipeline.console import Console
 from pipeline.evaluations import Said, columns, opened
 from precompute.offers import bare
 from student.align import student_shape
+from student.device import pick_device
 from student.evaluation.cost import cost, links_of
-from student.model import pick_device
 
 TURNS = 7
 

@@ -15,6 +15,7 @@ from pipeline.console import Console
 from storage.errors import UserError
 from storage.shards import cached_index, classes_of, expand
 from student import folder
+from student.device import pick_device
 from student.evaluation import knn as nearest
 from student.evaluation import probe as linear
 from student.evaluation.accuracy import places_of
@@ -23,7 +24,7 @@ from student.evaluation.figures import BOUNDS, PARTS, figures
 from student.evaluation.labelled import Labelled, images_of_classes, labelled
 from student.evaluation.members import Member, seen
 from student.lending import lend
-from student.model import Description, load, load_classifier, pick_device
+from student.model import Description, load, load_classifier
 
 Said = tuple[dict[str, Any], list[str]]
 FEW = 20  # classes that are still printed one by one

@@ -10,9 +10,9 @@ from pipeline.console import Console
 from pipeline.evaluations import Said, columns, only_set_of, opened, percent
 from pipeline.pictures import COLOURS, FONT, GREY, MAP, figure, panel, picture_path, save, shortened, write
 from storage.shards import cached_index
+from student.device import pick_device
 from student.evaluation.boxes import OVERLAPS, SIDE, Convention
 from student.evaluation.localisation import Looker, Shown, localise
-from student.model import pick_device
 
 # Inches.
 CELL, GAP, MARGIN, HEAD, NOTE = 1.9, 0.25, 0.3, 0.95, 0.3

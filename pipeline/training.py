@@ -137,7 +137,8 @@ def predict(
     pipeline predict run photos/cat/1.jpg photos/dog
     """
     from pipeline.copied import beside
-    from student.model import load_classifier, pick_device
+    from student.device import pick_device
+    from student.model import load_classifier
     from student.predict import found_in
     from student.predict import predict as ask
 
@@ -248,7 +249,7 @@ def fit_teacher(
     """
     from pipeline import teaching
     from storage.store import Store
-    from student.model import pick_device
+    from student.device import pick_device
     from student.teach import Job
     from student.teach import fit_teacher as run
 

@@ -83,8 +83,8 @@ Weight = Annotated[Schedule, BeforeValidator(_constant)]
 class Term(Section):
     """What every loss says: its weight over the epochs."""
 
-    method: str = ""
     weight: Weight = Schedule(start=1.0)
+    method: str = ""
 
 
 class Source(Section):

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from storage.errors import UserError
-from student.model import pick_device
+from student.device import pick_device
 
 T = TypeVar("T")
 GRACE = 1.0  # seconds

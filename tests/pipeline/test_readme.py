@@ -147,11 +147,12 @@ def test_what_a_store_costs_is_what_the_codecs_say():
 
 
 def test_every_relative_link_and_every_file_that_is_named_exists():
+    written = ("student/losses/relational.py", "tests/student/test_relational.py")  # by who follows adding-a-method.md
     for name in ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))):
         text = (ROOT / name).read_text()
         links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
         files = re.findall(r"`((?:tests|docs|student|storage|precompute|pipeline)/[\w/]+\.(?:py|md))`", text)
-        for path in [*((ROOT / name).parent / link for link in links), *(ROOT / f for f in files)]:
+        for path in [*((ROOT / name).parent / link for link in links), *(ROOT / f for f in files if f not in written)]:
             assert path.exists(), (name, path)
 
 

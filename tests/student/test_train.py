@@ -15,9 +15,10 @@ from storage.policies import policy
 from storage.store import Store
 from storage.testing import TINY_CNN, synthetic_shards
 from student.config import Bank, validate
+from student.device import pick_device
 from student.evaluation.accuracy import evaluate
 from student.lesson import Lesson
-from student.model import build, load, pick_device
+from student.model import build, load
 from student.stream import Stream
 from student.train import Job, train
 from student.weights import normalisation
