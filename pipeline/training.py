@@ -54,18 +54,19 @@ def train(
     """Train a student by a recipe.
 
     Targets come from a store where the recipe needs them. What recipes can say is in docs/recipes.md; there are
+    (NAME-small is for small images and minutes)
 
     \b
     aal, advit-l1, attention-copy, attention-distill, attndistill, compress,
-    deit-hard, deit-soft, fine-tune, head-specific, scratch, seed, simreg
+    deit-hard, deit-soft, feature-mse, fine-tune, head-specific, scratch, seed,
+    simreg
 
     The same command with --resume goes on where a run was cut off. On several GPUs or processes:
     torchrun --nproc-per-node N -m pipeline train …
 
     \b
-    pipeline train --recipe aal --store S --shards 'train-{000000..000009}.tar' --val train-val-000000.tar --out run \\
-      --set student.model=vit_tiny_patch16_224 --set student.img_size=32 --set student.patch_size=4 \\
-      --set student.embed_dim=128 --set student.depth=6 --set student.num_heads=4 --set stream.batch_size=128
+    pipeline train --recipe aal-small --store S --shards 'train-{000000..000009}.tar' --val train-val-000000.tar \\
+      --out run
     """
     if resume and smoke:
         raise click.UsageError("--resume and --smoke: a smoke run never goes on; choose one")

@@ -79,10 +79,11 @@ def test_teachers_for_people_and_as_json(capsys) -> None:
 def test_recipes_for_people_and_as_json(capsys) -> None:
     code, out, _ = run(capsys, "recipes")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()[:-1]] == recipes.names()
-    for name in recipes.names():
+    assert [line.split()[0] for line in out.splitlines()[:-2]] == recipes.names()
+    assert "NAME-small" in out
+    for name in (*recipes.names(), "aal-small"):
         code, out, _ = run(capsys, "recipes", name)
-        assert out.startswith(f"# {name}: ")
+        assert out.startswith(f"# {name.removesuffix('-small')}: ")
         assert yaml.safe_load(out)["losses"]
     code, out, _ = run(capsys, "recipes", "aal", "--json")
     assert json.loads(out)["settings"]["losses"]["aal"]["weight"]["start"] == 2000
