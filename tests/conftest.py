@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import signal
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 # Before torch is imported anywhere: two test workers share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -37,27 +40,40 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
         os.environ["TEACHER_STORE_CACHE"] = before
 
 
+def of_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of this run of the tests share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _exports() -> Iterator[None]:
-    """A teacher's graph that was made in this process is not made again for the next store, which takes seconds.
+def exported_anew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Graphs that were made in this run of the tests are not made again, which takes seconds each.
 
-    Tests of exporting itself, and all commands in processes of their own, make theirs.
+    Gives what makes one anyway. All commands in processes of their own make theirs.
     """
+    import torch
+
     import precompute.export
-    from storage import records
 
-    made: dict[Any, Any] = {}
-    export = precompute.export.export
+    folder = of_all_workers(tmp_path_factory) / "graphs"
+    folder.mkdir(exist_ok=True)
+    graph = precompute.export._graph
 
-    def once(teacher: Any, taps: Any, size: int, images: Any, provider: str) -> Any:
-        key = (records.digest_of(teacher.identity), tuple(taps), size, images.shape, images.tobytes(), provider)
-        if key not in made:
-            made[key] = export(teacher, taps, size, images, provider)
-        return made[key]
+    def once(module: Any, views: torch.Tensor, outputs: Any) -> bytes:
+        about = (repr(module), module.taps, module.input_size, tuple(views.shape), tuple(outputs))
+        key = hashlib.sha256(repr(about).encode())
+        for name, value in module.state_dict().items():
+            key.update(f"{name} {value.dtype}".encode() + value.numpy().tobytes())
+        made = folder / key.hexdigest()
+        with FileLock(f"{made}.lock"):
+            if not made.exists():
+                made.write_bytes(graph(module, views, outputs))
+        return made.read_bytes()
 
-    precompute.export.export = once
-    yield
-    precompute.export.export = export
+    precompute.export._graph = once
+    yield graph
+    precompute.export._graph = graph
 
 
 @pytest.fixture(scope="session")
@@ -165,20 +181,30 @@ def run_precompute(store: Any, shards: list[str], teacher: Any, targets: list[st
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """See `World`. 2 × 150 samples of 3 classes; grid 8 for patch-4 students at 32×32."""
+    folder = of_all_workers(tmp_path_factory) / "world"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "made.json").exists():
+            folder.mkdir()
+            (folder / "made.json").write_text(json.dumps(_make_world(folder)))
+    return World(folder, **json.loads((folder / "made.json").read_text()), store=folder / "store")
+
+
+def _make_world(folder: Path) -> dict[str, Any]:
+    """Its shards, weights and targets."""
     from storage.testing import TINY_CNN, TINY_VIT, synthetic_shards
 
-    folder = tmp_path_factory.mktemp("world")
     shards = synthetic_shards(folder / "data", shards=2, samples=150, classes=3)
     weights = {
         "cnn": write_teacher(folder / "cnn.safetensors", TINY_CNN),
         "vit": write_teacher(folder / "vit.safetensors", TINY_VIT, seed=1),
     }
-    store = folder / "store"
     cnn = run_precompute(
-        store, shards, teacher_of(weights, "cnn"),
+        folder / "store", shards, teacher_of(weights, "cnn"),
         ["activations,grid=8,codec=f32", "activations,grid=8,codec=u8", "logits"],
     )  # fmt: skip
-    vit = run_precompute(store, shards, teacher_of(weights, "vit"), ["class_row", "class_token", "q,k,layers=last"])
+    vit = run_precompute(
+        folder / "store", shards, teacher_of(weights, "vit"), ["class_row", "class_token", "q,k,layers=last"]
+    )
     names = ["activations f32", "activations u8", "logits", "class_row", "class_token", "q", "k"]
     targets = dict(zip(names, [*cnn["targets"], *vit["targets"]], strict=True))
-    return World(folder, shards, weights, store, targets)
+    return {"shards": shards, "weights": weights, "targets": targets}
