@@ -116,7 +116,7 @@ def test_the_lines_from_a_folder_to_a_student_run_as_they_stand(shared, tmp_path
         assert ran.returncode == 0, ran.stderr
         return [(status, text) for status, text in json.loads(ran.stdout.splitlines()[-1])]
 
-    ((status, hint),) = said("pipeline train --recipe scratch --shards photos --val photos --out run --no-project")
+    ((status, hint),) = said("pipeline train --recipe scratch --shards photos --out run --no-project")
     assert status == 1
     assert "photos is a folder of class folders (200 images); shards are tar files. Pack it first:" in hint
     lines = lines_of("From a folder to a student")
