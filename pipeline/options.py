@@ -42,11 +42,7 @@ class Hinted(click.types.StringParamType):
         self.hint = hint
 
     def get_missing_message(self, param: click.Parameter, ctx: click.Context | None) -> str:
-        """The hint, unless what was given as shards is none: UserError says how they are made, which gives all."""
-        if given := (ctx.params.get("shards") if ctx else None):
-            from storage.shards import expand  # here: --help does not wait for it
-
-            expand(given)
+        """The hint."""
         return self.hint
 
 

@@ -80,7 +80,7 @@ def train(
         return with_same_classes(chosen) if same_classes else chosen
 
     if "RANK" not in os.environ:
-        _require_val(asked(), val)  # a slip is told before torch is imported; under torchrun by one rank, below
+        _require_val(asked(), shards, val)  # a slip is told before torch is imported; under torchrun by one rank, below
 
     from storage.store import Store
     from student.ranks import joined, rank
@@ -105,13 +105,19 @@ def train(
         show(result, [f"{'a smoke run, nothing was learned: ' if smoke else ''}{score}: {out}"], as_json)
 
 
-def _require_val(recipe: Recipe, val: tuple[str, ...]) -> None:
-    """A usage error where validation shards are missing that the recipe needs."""
+def _require_val(recipe: Recipe, shards: tuple[str, ...], val: tuple[str, ...]) -> None:
+    """A usage error where validation shards are missing that the recipe needs.
+
+    UserError where what was given as shards is none: it says how they are made, with validation shards.
+    """
     if val:
         return
     from student.lesson import reads_of
 
     if "labels" in reads_of(recipe):
+        from storage.shards import expand
+
+        expand(shards)
         context = click.get_current_context()
         raise click.MissingParameter(ctx=context, param=next(p for p in context.command.params if p.name == "val"))
 
