@@ -50,6 +50,7 @@ def test_seconds_of_the_wall_and_of_the_cores() -> None:
     assert timing.cpu_seconds(works) > 0
 
 
+@pytest.mark.slow
 def test_reading_is_measured_and_nothing_is_left(tmp_path: Path) -> None:
     result = bench(["stream"], [], "cpu", 1, True, tmp_path, Console())
     assert [(row["number"], row["bar"]) for row in result["measures"]] == [(5, 0.9), (5, None), (6, None)]

@@ -128,6 +128,7 @@ def test_the_examples_of_the_whole_are_understood(photos, capsys):
         assert cli.commands[name].make_context(name, words)
 
 
+@pytest.mark.slow
 def test_every_example_runs_as_it_stands(photos, capsys):
     """One after another, each in the folder that those before it left."""
     for name in ORDER:

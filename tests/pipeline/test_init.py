@@ -45,6 +45,7 @@ def command(words: str, capsys: pytest.CaptureFixture[str]) -> str:
     return out.out
 
 
+@pytest.mark.slow
 def test_from_class_folders_the_commands_that_it_says_run_as_they_stand(photos, world, monkeypatch, capsys) -> None:
     monkeypatch.chdir(photos.parent)
     out = command("pipeline init 'my photos' --json", capsys)

@@ -74,6 +74,7 @@ def place(world, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_what_the_readme_shows_runs_as_it_stands_there(place, run, monkeypatch):
     monkeypatch.chdir(place)
     said = commands()

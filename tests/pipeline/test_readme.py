@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import yaml
 
 from storage.codecs import Codec
@@ -96,6 +97,7 @@ def in_timms_cache(folder: Path, name: str, weights: Path) -> None:
         (place / part).write_bytes(content)
 
 
+@pytest.mark.slow
 def test_the_lines_from_a_folder_to_a_student_run_as_they_stand(shared, tmp_path):
     """On class folders of real images; with fewer views and epochs than `init` wrote into the project file."""
     images = shared / "data" / "cifar10-test-000000.tar"

@@ -269,6 +269,7 @@ def test_a_chunk_can_be_read_with_the_standard_library_and_numpy(kept, codec):
     assert json.loads((folder / "zarr.json").read_text()) == entry["metadata"]
 
 
+@pytest.mark.slow
 def test_real_targets_are_read_by_zarr_and_dask_alike(world):
     store = Store.open(world.store)
     for name, codec in (("activations f32", "f32"), ("activations u8", "u8"), ("q", "f16")):

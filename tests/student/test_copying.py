@@ -281,6 +281,7 @@ def test_evaluation_and_prediction_say_what_training_said(world, place, trained,
     assert told["targets"]["copying"]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_ends_with_the_weights_of_an_undisturbed_run(world, place, tmp_path):
     for average in ("none", "examples"):
         settings = [*SAME, "stream.bank.policy=deit", f"copying.average={average}", "ema=0.9", "checkpoint_interval=2"]
@@ -302,6 +303,7 @@ def _train(number: int, ranks: int, jobs: list[trainer.Job]) -> None:
         trainer.train(one, Quiet())
 
 
+@pytest.mark.slow
 def test_two_ranks_copy_as_one_does(world, place, tmp_path):
     settings = [*SAME, "stream.bank.policy=deit", "optim.opt=momentum", "optim.lr=0.01", "optim.epochs=1",
                 "copying.layers=first-2"]  # fmt: skip

@@ -151,6 +151,7 @@ def _train(number: int, ranks: int, one: trainer.Job) -> None:
     trainer.train(one, Quiet())
 
 
+@pytest.mark.slow
 def test_pieces_and_two_ranks_give_the_losses_and_queues_of_one(world, recipe, whole, tmp_path, monkeypatch):
     together(2, _train, job(world, tmp_path / "two", recipe, *SETTINGS))
     monkeypatch.setattr(trainer, "LOG_EVERY", 1)

@@ -134,6 +134,7 @@ def test_every_sample_counts_once_on_any_number_of_ranks(pair, ranks):
     assert int(torch.stack(more).sum(0)[2]) == 131
 
 
+@pytest.mark.slow
 def test_torchrun_trains_with_one_voice(world, tmp_path):
     words = [*command(world, tmp_path / "run", "scratch", "optim.epochs=1"), "--json"]
     process = start(words, [*TORCHRUN, "-m", "pipeline"])
@@ -145,7 +146,8 @@ def test_torchrun_trains_with_one_voice(world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rank", "said"), [("1", "the loss is not finite on rank 1"), ("01", "the loss is not finite")]
+    ("rank", "said"),
+    [pytest.param("1", "the loss is not finite on rank 1", marks=pytest.mark.slow), ("01", "the loss is not finite")],
 )
 def test_an_error_on_some_rank_ends_all_with_one_message(world, tmp_path, rank, said):
     script = tmp_path / "failing.py"

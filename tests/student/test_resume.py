@@ -104,6 +104,7 @@ def test_epochs_before_a_resume_stay_in_tensorboard(world, tmp_path, monkeypatch
     assert [event.step for event in board.Scalars("epochs/top1")] == [8, 17]
 
 
+@pytest.mark.slow
 def test_a_command_that_is_killed_goes_on_with_loader_workers(world, undisturbed, tmp_path):
     settings = [u8(world), *FULL, "stream.workers=1", "checkpoint_interval=2"]
     out = tmp_path / "run"

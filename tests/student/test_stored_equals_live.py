@@ -249,6 +249,7 @@ def of_mixed(world, mixed, wanted):
     return worst
 
 
+@pytest.mark.slow
 def test_contract_1_every_loss_with_mixing_on_from_several_teachers_in_one_recipe(world, mixed):
     for name, (error, cosine) in of_mixed(world, mixed, EXACT).items():
         assert error <= 1e-5, name
@@ -281,6 +282,7 @@ def test_contract_1_log8_and_topk_are_near_the_exact_distributions(mixed, record
         assert kl <= 2 * recorded[name]["kl"] + 1e-9, "what was measured on one block is true of all"
 
 
+@pytest.mark.slow
 def test_real_images_and_weights(shared, tmp_path, record_property):
     """MobileNetV2 on CIFAR-10 at 128, under `deit` at 32x32, mixing on."""
     from precompute import teachers
