@@ -20,7 +20,7 @@ test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not gpu'
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'slow and not gpu'
 
 lint: install
 	$(BIN)/ruff check .
