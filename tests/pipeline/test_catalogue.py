@@ -36,6 +36,7 @@ def test_a_vit_offers_its_attention_and_no_memory_is_taken_for_it() -> None:
     assert offers_of("vit_tiny", 96)["taps"]["attention"]["shape"] == [12, 3, 37, 37]
 
 
+@pytest.mark.slow
 def test_what_is_offered_is_what_a_store_then_keeps(world) -> None:
     """The same shapes and bytes as those of targets that were made."""
     store = Store.open(world.store)

@@ -140,6 +140,7 @@ def test_maps_are_of_the_last_layer_and_stage(mixed) -> None:
     assert shown[0] == pytest.approx(np.exp(values).max() / np.exp(values).sum(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_ready_graph_is_drawn_as_its_network_is(world, tmp_path) -> None:
     """What a ready graph's manifest lacks, its targets say: the same cells as timm's own."""
     shards = synthetic_shards(tmp_path / "data", shards=1, samples=4)

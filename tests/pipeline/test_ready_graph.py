@@ -54,6 +54,7 @@ SHARDS = ["--shards", "train-000000.tar"]
 TRAIN = ["--val", "train-000000.tar", *(w for k, v in SIZES.items() for w in ("--set", f"{k}={v}"))]
 
 
+@pytest.mark.slow
 def test_from_a_file_to_a_student_that_learns_from_its_activations(here: Path, run: Any, tmp_path: Path) -> None:
     store = tmp_path / "S"
     taps = [w for name in OUTPUTS["cnn"][:4] for w in ("--tap", f"activations={name}")]

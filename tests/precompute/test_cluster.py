@@ -472,6 +472,7 @@ def test_a_running_scheduler_is_joined_and_relative_paths_are_those_of_the_comma
     assert dask.processes[1].poll() is None
 
 
+@pytest.mark.slow
 def test_an_address_without_a_scheduler_is_a_clear_error_soon(deit: World, tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(UserError, match=r"--dask tcp://127.0.0.1:9: no scheduler answers there"):
@@ -645,7 +646,7 @@ def test_contract_6_a_worker_killed_in_the_middle_of_a_write_is_replaced_and_the
 # ---------------------------------------------------------------------------------------------- interrupts
 
 
-@pytest.mark.parametrize("workers", [0, 2], ids=["in one process", "on workers"])
+@pytest.mark.parametrize("workers", [0, SLOW(2)], ids=["in one process", "on workers"])
 @pytest.mark.parametrize("number", [signal.SIGINT, SLOW(signal.SIGTERM)], ids=["SIGINT", "SIGTERM"])
 def test_contract_13_an_interrupt_ends_a_run_with_one_message_and_nothing_left_over(
     deit: World, tmp_path: Path, number: signal.Signals, workers: int
