@@ -7,7 +7,7 @@ WEIGHTS ?= weights
 OUT ?= study-out
 BIN = $(VENV)/bin
 
-.PHONY: install test test-slow lint demo study clean
+.PHONY: install test test-slow test-long lint demo study clean
 
 install: $(VENV)/.installed
 
@@ -17,10 +17,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not long and not gpu'
 
 test-slow: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'slow and not gpu'
+
+test-long: install
+	$(BIN)/python -m pytest -m 'long and not gpu'
 
 lint: install
 	$(BIN)/ruff check .

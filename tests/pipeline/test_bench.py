@@ -63,7 +63,7 @@ def test_reading_is_measured_and_nothing_is_left(tmp_path: Path) -> None:
     assert "bar ≥ 0.9" in text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_everything_is_measured(tmp_path: Path) -> None:
     result = bench(PARTS, [], "cpu", 1, True, tmp_path, Console())
     assert {row["number"] for row in result["measures"]} == {1, 2, 3, 4, 5, 6}
@@ -72,7 +72,7 @@ def test_everything_is_measured(tmp_path: Path) -> None:
     assert min(row["ratio"]["median"] for row in result["measures"] if row["number"] == 4) > 1.5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.gpu
 def test_everything_is_measured_on_a_gpu(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")

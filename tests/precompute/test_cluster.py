@@ -678,7 +678,7 @@ def test_contract_13_an_interrupt_ends_a_run_with_one_message_and_nothing_left_o
     assert not failures(place, [])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_contract_3_ten_kills_at_random_moments_and_the_same_command_each_time(deit: World, tmp_path: Path) -> None:
     shards = copies(deit.shards, tmp_path / "data", 30)
     undisturbed = seeded(deit, tmp_path / "undisturbed")
@@ -835,7 +835,7 @@ def test_contract_7_large_photos_stay_within_bounds(tmp_path: Path) -> None:
     assert found["peak"] < 1200
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_thousand_shards_cost_little_each_and_are_handed_over_as_workers_get_free(
     tmp_path: Path, machines: Any, client: Client
 ) -> None:

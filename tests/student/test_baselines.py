@@ -21,7 +21,7 @@ LARGE = [
 ]
 
 
-@pytest.mark.parametrize("model", ["resnet10t", *LARGE])
+@pytest.mark.parametrize("model", ["resnet10t", pytest.param("convit_tiny", marks=pytest.mark.slow), *LARGE])
 def test_a_baseline_is_trained_evaluated_asked_and_exported(world, tmp_path, capsys, model) -> None:
     patch = ["student.patch_size=8"] if model.startswith("convit") else []
     out = tmp_path / "run"

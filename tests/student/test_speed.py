@@ -138,12 +138,12 @@ def test_a_compiled_student_has_the_same_losses(world, tmp_path, monkeypatch):
     compiled(world, tmp_path, monkeypatch, "aot_eager")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_student_compiled_to_machine_code_has_the_same_losses(world, tmp_path, monkeypatch):
     compiled(world, tmp_path, monkeypatch, "inductor")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_compiled_run_has_the_same_losses(world, tmp_path):
     settings = [u8(world), "optim.opt=momentum", "optim.lr=0.01", "ema=0.9", "optim.accumulate=2"]
     plain = run(world, tmp_path / "plain", "aal", *settings)
