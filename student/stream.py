@@ -290,7 +290,10 @@ class Stream(IterableDataset[Batch]):
                 else:
                     by_lane.update(zip(self.own[worker::workers], shares, strict=True))
             if failed is not None:
-                raise failed
+                try:
+                    raise failed
+                finally:  # no cycle with its traceback: collecting one ends the workers' queues before the workers
+                    failed = shares = None
             yield self._batch([by_lane[lane] for lane in self.own])
 
     def _batch(self, shares: Sequence[Any]) -> Batch:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -199,6 +201,10 @@ def test_an_error_in_a_worker_arrives_as_itself(world, tmp_path):
     chunk.unlink()
     with pytest.raises(DamageError, match="missing: a chunk that was written is gone"):
         [batch for epoch in range(2) for batch in s.epoch(epoch)]
+    began = time.monotonic()
+    del s
+    gc.collect()
+    assert time.monotonic() - began < 4, "workers were not told to stop and were waited for"
 
 
 def test_evaluation_counts_every_sample_once(world):
