@@ -40,7 +40,7 @@ from storage.progress import Quiet as Silent
 from storage.store import Store
 from storage.testing import TINY_CNN, synthetic_image, synthetic_shards
 from tests.conftest import Quiet, World, teacher_of
-from tests.precompute.test_run import assert_same, attempts, contents, counted, failures, rewritten, seeded
+from tests.precompute.stores import assert_same, attempts, contents, counted, failures, rewritten, seeded
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers take hooks of this file without importing it
 
