@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from distributed import Client
 
 from precompute import session as sessions
-from tests.precompute.stores import Watched
+from storage.testing import synthetic_shards
+from tests.conftest import World
+from tests.precompute.clusters import SAMPLES, local, run
+from tests.precompute.stores import Watched, contents
 
 
 @pytest.fixture
@@ -21,3 +26,26 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[list[np.ndarra
         monkeypatch.setattr("precompute.cluster.open_session", lambda *args: Watched(real(*args), act))
 
     return install
+
+
+@pytest.fixture(scope="session")
+def deit(world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Three small shards and the store that an undisturbed run in this process makes of them under `deit`."""
+    folder = tmp_path_factory.mktemp("deit")
+    shards = synthetic_shards(folder / "data", shards=3, samples=SAMPLES, seed=5)
+    made = dataclasses.replace(world, folder=folder, shards=shards, store=folder / "store", targets={})
+    result, _ = run(made, made.store)
+    assert not result["failures"]
+    return made
+
+
+@pytest.fixture(scope="session")
+def expected(deit: World) -> Any:
+    return contents(deit.store)
+
+
+@pytest.fixture
+def mortal() -> Iterator[Client]:
+    """Two workers of one test, which kills them: whether they come back in time is nobody else's matter."""
+    with local(2) as place, Client(place, set_as_default=False) as connected:
+        yield connected
