@@ -154,3 +154,43 @@ def layout(codec: str, shape: tuple[int, ...], maps: int, **options: Any) -> dic
 def small_store(where: Any, data: Path, shards: int = 2, views: int = 2, count: int = 70) -> SmallStore:
     """See `SmallStore`; `count` samples a shard, so more than one block."""
     return SmallStore(where, synthetic_shards(data, shards=shards, samples=count, size=(16, 12)), views)
+
+
+def files_of(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {str(p): (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
+
+
+def decoded(store: Store, task: Task, codec: str) -> np.ndarray:
+    arrays = store.marker(task).arrays
+    return decode(codec, {name: array.read(0, array.shape[0]) for name, array in arrays.items()})
+
+
+def noise(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
+    """An image in which every pixel matters."""
+    channels = {"RGB": 3, "RGBA": 4, "CMYK": 4, "LA": 2}.get(mode)
+    shape = (height, width, channels) if channels else (height, width)
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+    return Image.frombytes(mode, (width, height), pixels.tobytes())
+
+
+def encoded(image: Image.Image, kind: str, **settings) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **settings)
+    return buffer.getvalue()
+
+
+def same(found, expected) -> bool:
+    return np.array_equal(np.asarray(found), np.asarray(expected))
+
+
+def with_orientation(image: Image.Image, orientation: int, kind: str) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(image, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+
+
+def optional_features() -> str:
+    """What this processor has of NumPy's dispatched features."""
+    from numpy._core import _multiarray_umath as umath
+
+    return " ".join(name for name in umath.__cpu_dispatch__ if umath.__cpu_features__.get(name))

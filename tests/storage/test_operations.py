@@ -38,7 +38,7 @@ from storage.views import (
     render,
     settle,
 )
-from tests.storage.test_policies_views import encoded, noise, optional_features, with_orientation
+from tests.storage.helpers import encoded, noise, optional_features, with_orientation
 
 DEIT = policy("deit", 48, 3)
 NUMBERS = {name: number for number, (name, _) in OPERATIONS.items()}
