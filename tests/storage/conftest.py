@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from storage.store import Store
-from tests.storage.helpers import small_store
+from tests.storage.helpers import class_folders, small_store
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +47,9 @@ def never_hangs():
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(scope="session")
+def animals(tmp_path_factory):
+    """Class folders of unequal size."""
+    return class_folders(tmp_path_factory.mktemp("animals") / "animals", {"cat": 17, "dog": 10, "eel": 4})

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import functools
 import io
+import shlex
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from storage.banks import describe, rows_of
 from storage.codecs import Codec
+from storage.errors import UserError
 from storage.markers import Attempt, Marker, Task
+from storage.pack import pack
 from storage.policies import policy
 from storage.shards import ShardIndex, build_index, read_samples
 from storage.store import Store
@@ -194,3 +199,46 @@ def optional_features() -> str:
     from numpy._core import _multiarray_umath as umath
 
     return " ".join(name for name in umath.__cpu_dispatch__ if umath.__cpu_features__.get(name))
+
+
+def labels_in(*paths: str) -> Counter:
+    return Counter(label for path in paths for label in build_index(path).labels)
+
+
+def digests_in(*paths: str) -> list[str]:
+    return [digest for path in paths for digest in build_index(path).digests]
+
+
+def keys_in(*paths: str) -> list[str]:
+    return [key for path in paths for key in build_index(path).keys]
+
+
+def packed(source, out: Path, name: str = "x-{000000..000001}.tar", **settings):
+    return pack(source if isinstance(source, list) else str(source), str(out / name), **settings)
+
+
+def command_in(message: str) -> list[str]:
+    """The arguments of the `pipeline pack` command that a message tells."""
+    line = next(line for line in message.splitlines() if "pipeline pack" in line)
+    return shlex.split(line[line.index("pipeline pack") :])[2:]
+
+
+def patched(path: str, old: bytes, new: bytes) -> None:
+    """Replace bytes of a tar by as many others, and mend the checksums of all headers."""
+    assert len(old) == len(new)
+    data = bytearray(Path(path).read_bytes())
+    assert old in data
+    data = bytearray(data.replace(old, new))
+    for at in range(0, len(data), 512):
+        if data[at + 257 : at + 262] == b"ustar":
+            data[at + 148 : at + 156] = b" " * 8
+            data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])
+    Path(path).write_bytes(data)
+
+
+def refusal(path: str) -> str:
+    """The message with which a tar is refused; it must name the file."""
+    with pytest.raises(UserError) as error:
+        build_index(path)
+    assert path in str(error.value)
+    return str(error.value)
