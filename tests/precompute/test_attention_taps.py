@@ -1,4 +1,4 @@
-"""Taps of attention: class rows, queries and keys of plain ViTs are what the network uses; others are refused by name."""
+"""Taps of attention: class rows, queries and keys of plain ViTs are the network's own; others are refused by name."""
 
 from __future__ import annotations
 
