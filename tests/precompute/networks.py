@@ -7,10 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from precompute.taps import (
-    attention_layers,
-    timm,
-)
+from precompute.taps import attention_layers, timm
 
 SMALL: dict[str, Any] = {"img_size": 32, "depth": 3, "embed_dim": 48, "num_heads": 3, "num_classes": 5}
 HALF = (0.5, 0.5, 0.5)

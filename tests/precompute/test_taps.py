@@ -7,12 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from precompute.taps import (
-    Tap,
-    TappedTeacher,
-    cnn_stages,
-    resize_matrix,
-)
+from precompute.taps import Tap, TappedTeacher, cnn_stages, resize_matrix
 from storage.errors import UserError
 from tests.precompute.networks import HALF, channels, make, small_vit
 

@@ -11,13 +11,7 @@ import numpy as np
 from storage.operations import OPERATIONS
 from storage.policies import policy
 from storage.testing import synthetic_image
-from storage.views import (
-    View,
-    decode,
-    draw,
-    mixed,
-    render,
-)
+from storage.views import View, decode, draw, mixed, render
 from tests.storage.helpers import encoded, noise, with_orientation
 
 DEIT = policy("deit", 48, 3)

@@ -11,12 +11,7 @@ import pytest
 
 from storage.errors import DamageError, UserError
 from storage.pack import pack
-from storage.shards import (
-    build_index,
-    cached_index,
-    read_samples,
-    require_labels,
-)
+from storage.shards import build_index, cached_index, read_samples, require_labels
 from tests.storage.helpers import (
     by_us,
     by_webdataset,

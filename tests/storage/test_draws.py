@@ -10,17 +10,7 @@ import pytest
 
 from storage.operations import draw_operations
 from storage.policies import policy
-from storage.views import (
-    COLUMNS,
-    CUTMIX,
-    INVALID,
-    MIXUP,
-    TRIES,
-    View,
-    draw,
-    generator,
-    settle,
-)
+from storage.views import COLUMNS, CUTMIX, INVALID, MIXUP, TRIES, View, draw, generator, settle
 from tests.storage.operations import DEIT, LINES, NUMBERS
 
 # ---------------------------------------------------------------------------------------------- rows

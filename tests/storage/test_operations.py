@@ -19,16 +19,7 @@ from PIL import Image
 
 from storage.operations import FILL, LEVELS, OPERATIONS, _argument
 from storage.policies import policy
-from storage.views import (
-    CUTMIX,
-    MIXUP,
-    Mix,
-    View,
-    decode,
-    draw,
-    mixed,
-    render,
-)
+from storage.views import CUTMIX, MIXUP, Mix, View, decode, draw, mixed, render
 from tests.storage.helpers import noise, optional_features
 from tests.storage.operations import ARGUMENTS, NUMBERS, digest, draw_digests, drawn_view, jobs, pictures, pixel_digests
 

@@ -11,16 +11,7 @@ import pytest
 
 from storage.errors import UserError
 from storage.views import generator
-from tests.storage.helpers import (
-    by_us,
-    by_webdataset,
-    keys_in,
-    labels_in,
-    packed,
-    picture,
-    samples,
-    write_tar,
-)
+from tests.storage.helpers import by_us, by_webdataset, keys_in, labels_in, packed, picture, samples, write_tar
 
 # ---------------------------------------------------------------------------------------------- lists
 

@@ -10,16 +10,7 @@ import pytest
 
 from storage.errors import UserError
 from storage.shards import build_index, cached_index
-from tests.storage.helpers import (
-    by_us,
-    by_webdataset,
-    class_folders,
-    keys_in,
-    packed,
-    sample,
-    samples,
-    write_tar,
-)
+from tests.storage.helpers import by_us, by_webdataset, class_folders, keys_in, packed, sample, samples, write_tar
 
 # ---------------------------------------------------------------------------------------------- repacking
 

@@ -10,10 +10,7 @@ import pytest
 
 from storage.errors import UserError
 from storage.pack import pack
-from storage.shards import (
-    classes_of,
-    expand,
-)
+from storage.shards import classes_of, expand
 from tests.storage.helpers import by_us, class_folders, command_in, samples, write_tar
 
 # ---------------------------------------------------------------------------------------------- names of shards

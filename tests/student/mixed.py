@@ -18,7 +18,6 @@ from student.stream import Batch
 SIDE, SEED, VIEWS = 32, 5, 2
 DEIT = policy("deit", SIDE, SEED)
 
-
 Row = dict[str, float]
 
 
