@@ -272,8 +272,7 @@ class Stream(IterableDataset[Batch]):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch, from batch `start` on."""
         self._place[0], self._place[1] = epoch, start
-        self._generation += 1
-        generation = self._generation
+        generation = self._generation = self._generation + 1
         parts = iter(self._loader)
         workers = max(1, self.workers)
         for _ in range(start, self.order.steps):

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import functools
 import io
+import shlex
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from storage.banks import describe, rows_of
 from storage.codecs import Codec
+from storage.errors import UserError
 from storage.markers import Attempt, Marker, Task
+from storage.pack import pack
 from storage.policies import policy
 from storage.shards import ShardIndex, build_index, read_samples
 from storage.store import Store
@@ -154,3 +159,86 @@ def layout(codec: str, shape: tuple[int, ...], maps: int, **options: Any) -> dic
 def small_store(where: Any, data: Path, shards: int = 2, views: int = 2, count: int = 70) -> SmallStore:
     """See `SmallStore`; `count` samples a shard, so more than one block."""
     return SmallStore(where, synthetic_shards(data, shards=shards, samples=count, size=(16, 12)), views)
+
+
+def files_of(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {str(p): (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
+
+
+def decoded(store: Store, task: Task, codec: str) -> np.ndarray:
+    arrays = store.marker(task).arrays
+    return decode(codec, {name: array.read(0, array.shape[0]) for name, array in arrays.items()})
+
+
+def noise(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
+    """An image in which every pixel matters."""
+    channels = {"RGB": 3, "RGBA": 4, "CMYK": 4, "LA": 2}.get(mode)
+    shape = (height, width, channels) if channels else (height, width)
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+    return Image.frombytes(mode, (width, height), pixels.tobytes())
+
+
+def encoded(image: Image.Image, kind: str, **settings) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **settings)
+    return buffer.getvalue()
+
+
+def same(found, expected) -> bool:
+    return np.array_equal(np.asarray(found), np.asarray(expected))
+
+
+def with_orientation(image: Image.Image, orientation: int, kind: str) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(image, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+
+
+def optional_features() -> str:
+    """What this processor has of NumPy's dispatched features."""
+    from numpy._core import _multiarray_umath as umath
+
+    return " ".join(name for name in umath.__cpu_dispatch__ if umath.__cpu_features__.get(name))
+
+
+def labels_in(*paths: str) -> Counter:
+    return Counter(label for path in paths for label in build_index(path).labels)
+
+
+def digests_in(*paths: str) -> list[str]:
+    return [digest for path in paths for digest in build_index(path).digests]
+
+
+def keys_in(*paths: str) -> list[str]:
+    return [key for path in paths for key in build_index(path).keys]
+
+
+def packed(source, out: Path, name: str = "x-{000000..000001}.tar", **settings):
+    return pack(source if isinstance(source, list) else str(source), str(out / name), **settings)
+
+
+def command_in(message: str) -> list[str]:
+    """The arguments of the `pipeline pack` command that a message tells."""
+    line = next(line for line in message.splitlines() if "pipeline pack" in line)
+    return shlex.split(line[line.index("pipeline pack") :])[2:]
+
+
+def patched(path: str, old: bytes, new: bytes) -> None:
+    """Replace bytes of a tar by as many others, and mend the checksums of all headers."""
+    assert len(old) == len(new)
+    data = bytearray(Path(path).read_bytes())
+    assert old in data
+    data = bytearray(data.replace(old, new))
+    for at in range(0, len(data), 512):
+        if data[at + 257 : at + 262] == b"ustar":
+            data[at + 148 : at + 156] = b" " * 8
+            data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])
+    Path(path).write_bytes(data)
+
+
+def refusal(path: str) -> str:
+    """The message with which a tar is refused; it must name the file."""
+    with pytest.raises(UserError) as error:
+        build_index(path)
+    assert path in str(error.value)
+    return str(error.value)

@@ -14,6 +14,7 @@ import torch
 
 from pipeline.recipes import load as load_recipe
 from storage.store import Store
+from storage.testing import TINY_VIT
 from student.train import Job, train
 from tests.conftest import Quiet, World
 
@@ -23,6 +24,7 @@ STUDENT = [
     "student.depth=2", "student.num_heads=3", "student.drop_path_rate=0", "stream.batch_size=32", "optim.epochs=2",
     "optim.warmup_epochs=0", "optim.lr=0.002", "speed.amp=none", "speed.attention=fused",
 ]  # fmt: skip
+POOLED = (TINY_VIT[0], {**TINY_VIT[1], "global_pool": "avg"})
 # Everything that a checkpoint has to bring back.
 FULL = ["student.drop_path_rate=0.2", "student.drop_rate=0.1", "ema=0.9", "optim.layer_decay=0.8", "optim.clip_grad=1"]
 

@@ -4,40 +4,43 @@ from __future__ import annotations
 
 import itertools
 import json
-import shlex
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from pipeline.cli import main
 from precompute.export import live_teacher
 from precompute.taps import Tap
 from storage.codecs import Codec
 from storage.errors import UserError
 from storage.policies import policy
 from storage.store import Store
-from storage.testing import TINY_VIT
 from storage.weights import load_weights, read_weights
-from student import config, speed
+from student import speed
 from student import train as trainer
 from student.config import validate
 from student.copying import copies_of
 from student.lending import lend
-from student.lesson import Lesson, find_targets
+from student.lesson import find_targets
 from student.model import build, load
-from student.stream import Stream
 from tests.conftest import Quiet, World, run_precompute, teacher_of
+from tests.student.copying import (
+    BANK,
+    DEPTH,
+    HEADS,
+    SAME,
+    SIZES,
+    TAPS,
+    VALIDATION,
+    asked,
+    lesson_of,
+    logits_of,
+    recipe_of,
+    synthetic_png,
+)
 from tests.student.runs import command, job, log, run, same, start, wait_for
 from tests.student.test_ranks import together
-
-SIZES = {name: TINY_VIT[1][name] for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
-TAPS = {"map": ["attention"], "q": ["q"], "k": ["k"], "v": ["v"], "qk": ["q", "k"]}
-SAME = [f"student.{name}={value}" for name, value in {**SIZES, "model": TINY_VIT[0]}.items()]
-DEPTH, HEADS = SIZES["depth"], SIZES["num_heads"]
-VALIDATION = policy("deit", 32).evaluation
 
 
 @pytest.fixture(scope="module")
@@ -49,36 +52,6 @@ def place(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_precompute(place, world.shards, teacher, wishes, policy=policy("deit", 32))
     run_precompute(place, world.shards, teacher, wishes, policy=VALIDATION, views=1, new_bank=True)
     return place
-
-
-def recipe_of(copying: dict[str, Any], **more: Any) -> config.Recipe:
-    student = {"model": TINY_VIT[0], **SIZES, **more.pop("student", {})}
-    content = {"student": student, "losses": {"crossentropy": {}}, "copying": copying, "stream": {"batch_size": 32}}
-    return validate({**content, **more}, "test")
-
-
-BANK = {"stream": {"batch_size": 32, "bank": {"policy": "deit"}}}
-
-
-def lesson_of(
-    world: World, place: Path, copying: dict[str, Any], *, teachers: bool = False, **more: Any
-) -> tuple[Lesson, Stream]:
-    """A student that copies, with new weights or with the teacher's, and batches for it."""
-    recipe = recipe_of(copying, **{**BANK, **more})
-    torch.manual_seed(3)
-    model, _ = build(recipe.student, 3)
-    if teachers:
-        model.load_state_dict(read_weights(world.weights["vit"]))
-    store = Store.open(place)
-    bank, given = find_targets(store, store.shard_ids(), recipe, model)
-    lesson = Lesson(recipe, model, given, (0.5,) * 3, (0.5,) * 3)
-    ids = list(dict.fromkeys(one.id for several in given.values() for one in several))
-    return lesson, Stream(world.shards, batch=32, store=store, targets=ids, bank=bank)
-
-
-def logits_of(lesson: Lesson, stream: Stream) -> torch.Tensor:
-    with torch.no_grad():
-        return lesson.eval()(next(stream.epoch(0)))[0]
 
 
 # ---------------------------------------------------------------------------------------------- what is copied
@@ -250,14 +223,6 @@ def trained(world: World, place: Path, tmp_path_factory: pytest.TempPathFactory)
     return out
 
 
-def asked(capsys: Any, *words: Any, status: int = 0) -> Any:
-    with pytest.raises(SystemExit) as ended:
-        main([*map(str, words), "--json"])
-    said = capsys.readouterr()
-    assert ended.value.code == status, said
-    return json.loads(said.out)
-
-
 def test_evaluation_and_prediction_say_what_training_said(world, place, trained, tmp_path, capsys):
     told = json.loads((trained / "result.json").read_text())
     shards = [word for shard in world.shards for word in ("--shards", shard)]
@@ -343,48 +308,7 @@ def test_a_control_copies_what_cannot_know_the_image_in_evaluation_too(
         assert "is a control" in asked(capsys, "predict", out, image, status=1)["error"]
 
 
-def synthetic_png() -> bytes:
-    import io
-
-    from storage.testing import synthetic_image
-    from storage.views import generator
-
-    held = io.BytesIO()
-    synthetic_image(1, generator("copying")).save(held, "PNG")
-    return held.getvalue()
-
-
 # ---------------------------------------------------------------------------------------------- what is missing
-
-
-def test_targets_of_validation_images_that_are_missing_are_made_by_the_command_that_is_said(
-    world, tmp_path, monkeypatch, capsys
-):
-    """Before anything is trained; pasted, the command makes them, and the same run goes through."""
-    store = tmp_path / "store"
-    teacher = teacher_of(world.weights, "vit")
-    run_precompute(store, world.shards[:1], teacher, ["q,k,layers=2:3"], policy=policy("light", 32), views=1)
-    settings = [*SAME, "copying.layers=last-2", "optim.epochs=1"]
-    parts = {"store": Store.open(store), "shards": world.shards[:1], "val": world.shards[1:]}
-    with pytest.raises(UserError, match=r"needs it of the images that it is evaluated on") as refused:
-        run(world, tmp_path / "run", "scratch", *settings, **parts)
-    assert not (tmp_path / "run").exists()
-    pasted = str(refused.value).splitlines()[-1].strip()
-    assert "--new-bank" not in pasted
-    words = shlex.split(pasted)[1:]
-    asked(capsys, *words)
-    result = run(world, tmp_path / "run", "scratch", *settings, **parts)
-    assert result["samples"] == 150
-    told = asked(capsys, "evaluate", tmp_path / "run", "--shards", world.shards[0], status=1)
-    assert "--new-bank" in told["error"].splitlines()[-1]
-    asked(capsys, *shlex.split(told["error"].splitlines()[-1].strip())[1:])
-    assert asked(capsys, "evaluate", tmp_path / "run", "--shards", world.shards[0])["samples"] == 150
-    store.rename(tmp_path / "moved")
-    assert "no store" in asked(capsys, "evaluate", tmp_path / "run", "--shards", world.shards[0], status=1)["error"]
-    for name in ("evaluate", "predict"):
-        words = ["--shards", world.shards[0]] if name == "evaluate" else [tmp_path / "a.png"]
-        (tmp_path / "a.png").write_bytes(synthetic_png())
-        asked(capsys, name, tmp_path / "run", *words, "--store", tmp_path / "moved")
 
 
 def test_a_copying_student_is_not_taken_for_a_whole_network(world, place, trained, tmp_path, capsys):
@@ -443,21 +367,3 @@ def test_what_does_not_fit_is_one_clear_message(world, place, copying, student, 
         return
     with pytest.raises(UserError, match=message):
         lesson_of(world, place, copying, student=student)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"copying": {"what": "all"}}, r"copying.what"),
-        ({"copying": {"heads": "mean"}}, r"copying.heads: expected a rule that this loss takes"),
-        ({"copying": {"layers": "first"}}, r"copying.layers: expected last, uniform, first-N, last-N"),
-        ({"copying": {"layers": "first-0"}}, r"copying.layers: expected last, uniform, first-N, last-N"),
-        ({"copying": {"what": "q", "average": "heads"}}, r"average is of maps, and with what=q there are none"),
-        ({"copying": {"wat": "q"}}, r"copying.wat: no such setting"),
-        ({"losses": {"copying": {"method": "attention"}}}, r"copying is a section beside losses"),
-        ({"losses": {"attention": {"what": "k", "reduce_heads": "sum"}}}, r"reduce_heads is of maps"),
-    ],
-)
-def test_slips_in_a_recipe_are_named(content, message):
-    with pytest.raises(UserError, match=message):
-        validate({"losses": {"crossentropy": {}}, **content}, "test")

@@ -1,0 +1,78 @@
+"""Stores and shards that take no time to make: a teacher that only averages pixels, a few images under many keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import onnx
+from PIL import Image
+
+from precompute.tasks import Output, ShardTask
+from storage import banks, records
+from storage.policies import policy
+from storage.store import Store
+
+
+@dataclasses.dataclass(frozen=True)
+class Bare:
+    """A store with a teacher that only averages pixels: `[n, 3, grid, grid]`. Nothing is exported."""
+
+    folder: Path
+    store: Store
+    bank: str
+    graph: str
+    output: Output
+
+    def task(self, url: str, views: int = 2) -> ShardTask:
+        return ShardTask(self.store, url, self.bank, "averages", self.graph, (self.output,), views)
+
+
+def bare(folder: Path, line: str = "deit", size: int = 32, codec: str = "u8") -> Bare:
+    from onnx import TensorProto, helper
+
+    grid = 8
+    side, views = size // grid, policy(line, size)
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", ["images"], ["floats"], to=TensorProto.FLOAT),
+            helper.make_node("Transpose", ["floats"], ["planes"], perm=[0, 3, 1, 2]),
+            helper.make_node("AveragePool", ["planes"], ["maps"], kernel_shape=[side, side], strides=[side, side]),
+        ],
+        "averages",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", size, size, 3])],
+        [helper.make_tensor_value_info("maps", TensorProto.FLOAT, ["n", 3, grid, grid])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.checker.check_model(model)
+    store = Store.create(folder)
+    store.add_bank(views.bank, views.identity, banks.describe(views))
+    store.add_teacher("averages", {"weights": "none"}, {})
+    digest = store.add_graph("averages", model.SerializeToString())
+    identity = {"teacher": "averages", "bank": views.bank, "tap": "activations", "layers": None, "grid": grid,
+                "codec": codec}  # fmt: skip
+    id = f"averages-activations-{codec}-{records.digest_of(identity)[:8]}"
+    about = {"teacher": "averages", "graph": digest, "output": 0, "sample_shape": [3, grid, grid], "maps": 2,
+             "axes": ["map", "y", "x"], "values": "plain"}  # fmt: skip
+    return Bare(folder, store, views.bank, digest, Output.of(store.add_target(id, identity, about)))
+
+
+def tar(path: Path, count: int, images: list[bytes], ending: str = "png") -> str:
+    """A shard of so many samples that takes no time to make: a few images under many keys."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as file:
+        for i in range(count):
+            data = images[i % len(images)]
+            info = tarfile.TarInfo(f"{path.stem}-{i:06d}.{ending}")
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **more: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **more)
+    return buffer.getvalue()

@@ -1,0 +1,51 @@
+"""What several files of this room's tests start from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from distributed import Client
+
+from precompute import session as sessions
+from storage.testing import synthetic_shards
+from tests.conftest import World
+from tests.precompute.clusters import SAMPLES, local, run
+from tests.precompute.stores import Watched, contents
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[list[np.ndarray]], Any]], None]:
+    """Every session from now on calls this with its outputs."""
+
+    def install(act: Callable[[list[np.ndarray]], Any]) -> None:
+        real = sessions.open_session
+        monkeypatch.setattr("precompute.cluster.open_session", lambda *args: Watched(real(*args), act))
+
+    return install
+
+
+@pytest.fixture(scope="session")
+def deit(world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Three small shards and the store that an undisturbed run in this process makes of them under `deit`."""
+    folder = tmp_path_factory.mktemp("deit")
+    shards = synthetic_shards(folder / "data", shards=3, samples=SAMPLES, seed=5)
+    made = dataclasses.replace(world, folder=folder, shards=shards, store=folder / "store", targets={})
+    result, _ = run(made, made.store)
+    assert not result["failures"]
+    return made
+
+
+@pytest.fixture(scope="session")
+def expected(deit: World) -> Any:
+    return contents(deit.store)
+
+
+@pytest.fixture
+def mortal() -> Iterator[Client]:
+    """Two workers of one test, which kills them: whether they come back in time is nobody else's matter."""
+    with local(2) as place, Client(place, set_as_default=False) as connected:
+        yield connected

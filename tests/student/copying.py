@@ -1,0 +1,77 @@
+"""Students that copy attention, batches for them, and what commands answer about them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.cli import main
+from storage.policies import policy
+from storage.store import Store
+from storage.testing import TINY_VIT
+from storage.weights import read_weights
+from student import config
+from student.config import validate
+from student.lesson import Lesson, find_targets
+from student.model import build
+from student.stream import Stream
+from tests.conftest import World
+
+SIZES = {name: TINY_VIT[1][name] for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
+TAPS = {"map": ["attention"], "q": ["q"], "k": ["k"], "v": ["v"], "qk": ["q", "k"]}
+SAME = [f"student.{name}={value}" for name, value in {**SIZES, "model": TINY_VIT[0]}.items()]
+DEPTH, HEADS = SIZES["depth"], SIZES["num_heads"]
+VALIDATION = policy("deit", 32).evaluation
+
+
+def recipe_of(copying: dict[str, Any], **more: Any) -> config.Recipe:
+    student = {"model": TINY_VIT[0], **SIZES, **more.pop("student", {})}
+    content = {"student": student, "losses": {"crossentropy": {}}, "copying": copying, "stream": {"batch_size": 32}}
+    return validate({**content, **more}, "test")
+
+
+BANK = {"stream": {"batch_size": 32, "bank": {"policy": "deit"}}}
+
+
+def lesson_of(
+    world: World, place: Path, copying: dict[str, Any], *, teachers: bool = False, **more: Any
+) -> tuple[Lesson, Stream]:
+    """A student that copies, with new weights or with the teacher's, and batches for it."""
+    recipe = recipe_of(copying, **{**BANK, **more})
+    torch.manual_seed(3)
+    model, _ = build(recipe.student, 3)
+    if teachers:
+        model.load_state_dict(read_weights(world.weights["vit"]))
+    store = Store.open(place)
+    bank, given = find_targets(store, store.shard_ids(), recipe, model)
+    lesson = Lesson(recipe, model, given, (0.5,) * 3, (0.5,) * 3)
+    ids = list(dict.fromkeys(one.id for several in given.values() for one in several))
+    return lesson, Stream(world.shards, batch=32, store=store, targets=ids, bank=bank)
+
+
+def logits_of(lesson: Lesson, stream: Stream) -> torch.Tensor:
+    with torch.no_grad():
+        return lesson.eval()(next(stream.epoch(0)))[0]
+
+
+def asked(capsys: Any, *words: Any, status: int = 0) -> Any:
+    with pytest.raises(SystemExit) as ended:
+        main([*map(str, words), "--json"])
+    said = capsys.readouterr()
+    assert ended.value.code == status, said
+    return json.loads(said.out)
+
+
+def synthetic_png() -> bytes:
+    import io
+
+    from storage.testing import synthetic_image
+    from storage.views import generator
+
+    held = io.BytesIO()
+    synthetic_image(1, generator("copying")).save(held, "PNG")
+    return held.getvalue()
