@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from storage.banks import bank_policy
 from storage.codecs import Codec
-from storage.errors import IdentityError, UserError
-from storage.markers import Kind, Task
+from storage.errors import UserError
 from storage.policies import Policy
 from storage.progress import size_text
-from storage.shards import BLOCK, ShardIndex, cached_index, expand, require_labels
+from storage.shards import BLOCK, ShardIndex, expand, require_labels
 from storage.store import Store
 from student.order import Order, Segment, lanes_of
 from student.reader import Arrays, BlockReader, Part, Source, join
+from student.sources import fresh, refuse_twice, stored, usable_views
 
 
 @dataclass
@@ -205,12 +204,12 @@ class Stream(IterableDataset[Batch]):
             if views is not None or bank is not None:
                 raise UserError("bank and views speak of a store, and none was given")
             self.views: int | None = None
-            self.source, sizes = _fresh(urls, policy, check)
+            self.source, sizes = fresh(urls, policy, check)
             invalid: dict[int, frozenset[int]] = {}
         else:
-            self.source, sizes = _stored(opened, urls, targets, bank, check)
-            self.source, self.views, invalid = _views(self.source, views)
-        _refuse_twice(self.source)
+            self.source, sizes = stored(opened, urls, targets, bank, check)
+            self.source, self.views, invalid = usable_views(self.source, views)
+        refuse_twice(self.source)
         self.source = replace(self.source, permute=permute)
         blocks = []
         for shard, count in enumerate(sizes):
@@ -322,82 +321,3 @@ def _tensors(shares: Any) -> Any:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     return [(convert(arrays), {t: convert(a) for t, a in targets.items()}) for arrays, targets in shares]
-
-
-_Check = Callable[[str, ShardIndex], None]
-
-
-def _fresh(urls: Sequence[str], policy: Policy, check: _Check) -> tuple[Source, list[int]]:
-    ids, sizes = _recognise(urls, cached_index, check)
-    return Source(tuple(urls), tuple(ids), policy), sizes
-
-
-def _recognise(
-    urls: Sequence[str], index_of: Callable[[str], ShardIndex], check: _Check
-) -> tuple[list[str], list[int]]:
-    """Ids and numbers of samples of shards; their indexes, which are large, are read again where they are needed."""
-    ids, sizes = [], []
-    for url in urls:
-        index = index_of(url)
-        check(url, index)
-        ids.append(index.id)
-        sizes.append(len(index))
-    return ids, sizes
-
-
-def _refuse_twice(source: Source) -> None:
-    seen: dict[str, str] = {}
-    for url, shard in zip(source.urls, source.shards, strict=True):
-        if shard in seen:
-            raise UserError(f"{url} holds the same samples as {seen[shard]}; give each shard once")
-        seen[shard] = url
-
-
-def _stored(
-    store: Store, urls: Sequence[str], targets: Sequence[str], bank: str | None, check: _Check
-) -> tuple[Source, list[int]]:
-    known = store.shard_ids()
-    stored: list[bool] = []
-
-    def index_of(url: str) -> ShardIndex:
-        recognised = store.recognise(url, known)
-        stored.append(recognised is not None)
-        return recognised or store.require(url, known)
-
-    ids, sizes = _recognise(urls, index_of, check)
-    manifests = {target: store.target(target) for target in targets}
-    banks = sorted({manifest["identity"]["bank"] for manifest in manifests.values()} | ({bank} if bank else set()))
-    if len(banks) != 1:
-        raise UserError(
-            f"{store.url}: all targets of a training run share one bank, these name {', '.join(banks) or 'none'}"
-        )
-    pixels = sorted(
-        id for id, m in store.targets().items() if (m["identity"]["tap"], m["identity"]["bank"]) == ("pixels", banks[0])
-    )
-    source = Source(
-        tuple(urls), tuple(ids), bank_policy(store, banks[0]), store, banks[0], pixels[0] if pixels else None,
-        {target: Codec.of(manifest) for target, manifest in manifests.items()}, tuple(stored),
-    )  # fmt: skip
-    return source, sizes
-
-
-def _views(source: Source, wanted: int | None) -> tuple[Source, int, dict[int, frozenset[int]]]:
-    """How many views are used, and the invalid samples of each shard; without pixels that do not cover the views."""
-    store, bank = source.store, str(source.bank)
-    assert store is not None
-    done = store.done()
-    each: list[tuple[Kind, str]] = [("target", target) for target in source.targets] or [("bank", bank)]
-    count = min(store.views(kind, id, source.shards, done, wanted) for kind, id in each)
-    if wanted is not None and wanted > count:
-        raise IdentityError(f"{store.url}: bank {bank}", "views of each sample", count, wanted,
-                            words=("the store has", "asked for"))  # fmt: skip
-    count = wanted or count
-    if not count:
-        what = next(iter(source.targets), bank)
-        raise UserError(f"{store.url}: no view of {what} is there for these shards; run precompute over them first")
-    invalid = {n: store.marker(Task("bank", bank, shard, 0)).invalid for n, shard in enumerate(source.shards)}
-    if source.pixels and not all(
-        Task("target", source.pixels, s, view) in done for s in source.shards for view in range(count)
-    ):
-        source = replace(source, pixels=None)
-    return source, count, invalid

@@ -15,10 +15,7 @@ from tests.student.runs import run, u8
 SIZES = [f"student.{name}=null" for name in ("patch_size", "embed_dim", "depth", "num_heads")]
 
 
-LARGE = [
-    pytest.param(name, marks=pytest.mark.slow)
-    for name in ("resnet34", "efficientnet_b1", "convit_tiny", "convit_small")
-]
+LARGE = [pytest.param(name, marks=pytest.mark.long) for name in ("resnet34", "efficientnet_b1", "convit_small")]
 
 
 @pytest.mark.parametrize("model", ["resnet10t", pytest.param("convit_tiny", marks=pytest.mark.slow), *LARGE])

@@ -1,0 +1,98 @@
+"""Where a stream's samples come from: shards by themselves, or with the bank and the targets of a store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from storage.banks import bank_policy
+from storage.codecs import Codec
+from storage.errors import IdentityError, UserError
+from storage.markers import Kind, Task
+from storage.policies import Policy
+from storage.shards import ShardIndex, cached_index
+from storage.store import Store
+from student.reader import Source
+
+Check = Callable[[str, ShardIndex], None]
+
+
+def fresh(urls: Sequence[str], policy: Policy, check: Check) -> tuple[Source, list[int]]:
+    """Shards whose views are drawn afresh, and how many samples each has. `check` sees each shard's index."""
+    ids, sizes = _recognise(urls, cached_index, check)
+    return Source(tuple(urls), tuple(ids), policy), sizes
+
+
+def _recognise(urls: Sequence[str], index_of: Callable[[str], ShardIndex], check: Check) -> tuple[list[str], list[int]]:
+    """Ids and numbers of samples of shards; their indexes, which are large, are read again where they are needed."""
+    ids, sizes = [], []
+    for url in urls:
+        index = index_of(url)
+        check(url, index)
+        ids.append(index.id)
+        sizes.append(len(index))
+    return ids, sizes
+
+
+def refuse_twice(source: Source) -> None:
+    """UserError where two shards hold the same samples."""
+    seen: dict[str, str] = {}
+    for url, shard in zip(source.urls, source.shards, strict=True):
+        if shard in seen:
+            raise UserError(f"{url} holds the same samples as {seen[shard]}; give each shard once")
+        seen[shard] = url
+
+
+def stored(
+    store: Store, urls: Sequence[str], targets: Sequence[str], bank: str | None, check: Check
+) -> tuple[Source, list[int]]:
+    """Shards with a bank and targets of a store, and how many samples each has.
+
+    Raises:
+        UserError: a shard, target or bank that the store does not have, or targets of several banks.
+    """
+    known = store.shard_ids()
+    fits: list[bool] = []
+
+    def index_of(url: str) -> ShardIndex:
+        recognised = store.recognise(url, known)
+        fits.append(recognised is not None)
+        return recognised or store.require(url, known)
+
+    ids, sizes = _recognise(urls, index_of, check)
+    manifests = {target: store.target(target) for target in targets}
+    banks = sorted({manifest["identity"]["bank"] for manifest in manifests.values()} | ({bank} if bank else set()))
+    if len(banks) != 1:
+        raise UserError(
+            f"{store.url}: all targets of a training run share one bank, these name {', '.join(banks) or 'none'}"
+        )
+    pixels = sorted(
+        id for id, m in store.targets().items() if (m["identity"]["tap"], m["identity"]["bank"]) == ("pixels", banks[0])
+    )
+    source = Source(
+        tuple(urls), tuple(ids), bank_policy(store, banks[0]), store, banks[0], pixels[0] if pixels else None,
+        {target: Codec.of(manifest) for target, manifest in manifests.items()}, tuple(fits),
+    )  # fmt: skip
+    return source, sizes
+
+
+def usable_views(source: Source, wanted: int | None) -> tuple[Source, int, dict[int, frozenset[int]]]:
+    """How many views are used, and the invalid samples of each shard; without pixels that do not cover the views."""
+    store, bank = source.store, str(source.bank)
+    assert store is not None
+    done = store.done()
+    each: list[tuple[Kind, str]] = [("target", target) for target in source.targets] or [("bank", bank)]
+    count = min(store.views(kind, id, source.shards, done, wanted) for kind, id in each)
+    if wanted is not None and wanted > count:
+        raise IdentityError(f"{store.url}: bank {bank}", "views of each sample", count, wanted,
+                            words=("the store has", "asked for"))  # fmt: skip
+    count = wanted or count
+    if not count:
+        what = next(iter(source.targets), bank)
+        raise UserError(f"{store.url}: no view of {what} is there for these shards; run precompute over them first")
+    invalid = {n: store.marker(Task("bank", bank, shard, 0)).invalid for n, shard in enumerate(source.shards)}
+    if source.pixels and not all(
+        Task("target", source.pixels, s, view) in done for s in source.shards for view in range(count)
+    ):
+        source = replace(source, pixels=None)
+    return source, count, invalid
