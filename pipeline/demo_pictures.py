@@ -46,7 +46,7 @@ def curves(out: Path, runs: Mapping[str, Sequence[Path]], teachers: Mapping[str,
         style = "--" if name == "cnn" else ":"
         for axes in (left, right):
             axes.axhline(top1, color="0.35", linestyle=style, linewidth=1, label=f"teacher {name}")
-    left.set(xlabel="epoch", ylabel="top-1 on held-out digits, %", title="while they learn")
+    left.set(xlabel="epoch", ylabel="top-1 on held-out digits, %", title="while they learn", ylim=(0, 102))
     right.set(title="in the end", xlim=(-0.6, len(runs) - 0.4))
     right.set_xticks(range(len(runs)), [name.replace("-", "-\n") for name in runs])
     made.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
