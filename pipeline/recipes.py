@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,11 +58,15 @@ def text(recipe: str) -> str:
     whole = path.read_text(encoding="utf-8")
     if path.parent != FOLDER:
         return whole
-    header = "".join(line for line in whole.splitlines(keepends=True) if line.startswith("#"))
     if not recipe.endswith(SMALL):
-        return header + whole[len(header) :].partition("\nsmall:")[0].rstrip() + "\n"
-    said = "".join(line for line in COMMON.read_text(encoding="utf-8").splitlines(True) if line.startswith("#"))
-    return f"{header}#\n{said}{yaml.safe_dump(_content(recipe), sort_keys=False)}"
+        return whole.partition("\nsmall:")[0].rstrip() + "\n"
+    said = f"{_header(whole)}#\n{_header(COMMON.read_text(encoding='utf-8'))}"
+    return said + yaml.safe_dump(_content(recipe), sort_keys=False)
+
+
+def _header(whole: str) -> str:
+    """The comments that a file begins with."""
+    return "".join(takewhile(lambda line: line.startswith("#"), whole.splitlines(keepends=True)))
 
 
 def summary(recipe: str) -> str:
@@ -74,10 +79,10 @@ def _content(recipe: str) -> Any:
     """What a recipe's file says, or its small variant."""
     path = _file(recipe)
     content = read_yaml(path)
-    if not isinstance(content, dict):
+    if path.parent != FOLDER:
         return content
     own = content.pop("small", {})
-    if path.parent == FOLDER and recipe.endswith(SMALL):
+    if recipe.endswith(SMALL):
         for section, settings in (*read_yaml(COMMON).items(), *own.items()):
             put(content, section, settings)
     return content

@@ -167,17 +167,17 @@ class StoredArray:
             DamageError: missing, of another length, or not the bytes that were written.
         """
         key = f"{self.path}/c/{'/'.join([str(number)] + ['0'] * (len(self.shape) - 1))}"
-        name = f"{self.objects.url}/{key}"
         try:
             data = self.objects.get(key)
         except FileNotFoundError:
-            raise DamageError(f"{name}: missing: a chunk that was written is gone") from None
+            raise DamageError(f"{self.objects.url}/{key}: missing: a chunk that was written is gone") from None
         if len(data) != self.lengths[number]:
-            raise DamageError(f"{name}: damaged: {len(data)} bytes, {self.lengths[number]} were written")
+            written = f"{len(data)} bytes, {self.lengths[number]} were written"
+            raise DamageError(f"{self.objects.url}/{key}: damaged: {written}")
         sum_there = int(google_crc32c.value(data[:-4])).to_bytes(4, "little")
         if data[-4:] != self.checksums[number] or sum_there != self.checksums[number]:
             raise DamageError(
-                f"{name}: damaged: its checksum is {sum_there.hex()} (it says {data[-4:].hex()}), "
+                f"{self.objects.url}/{key}: damaged: its checksum is {sum_there.hex()} (it says {data[-4:].hex()}), "
                 f"{self.checksums[number].hex()} was written"
             )
         return data[:-4]
