@@ -15,10 +15,11 @@ from pipeline.training import student_file, teachers_store
 
 if TYPE_CHECKING:
     from student.evaluation.boxes import Convention
+    from student.evaluation.similarity import Tokens
 
 # Options that not every protocol takes: a flag that would do nothing is refused.
 _TAKEN_BY = {
-    "--shards": ("accuracy", "knn", "probe", "boxes"),
+    "--shards": ("accuracy", "knn", "probe", "boxes", "similarity"),
     "--ensemble": ("accuracy",),
     "--bounds": ("accuracy",),
     "--train-shards": ("accuracy", "knn", "probe"),
@@ -27,10 +28,12 @@ _TAKEN_BY = {
     "--seed": ("knn", "probe"),
     "--lr": ("probe",),
     "--box": ("boxes",),
-    "--out": ("boxes",),
-    "--teacher": ("cost",),
+    "--out": ("boxes", "similarity"),
+    "--teacher": ("similarity", "cost"),
+    "--target": ("similarity",),
+    "--tokens": ("similarity",),
     "--batch-size": ("cost",),
-    "--store": ("accuracy",),
+    "--store": ("accuracy", "similarity"),
 }
 
 
@@ -46,8 +49,8 @@ def _bounds(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
 @click.command()
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @shards("--shards", help="Labelled shards; NAME=SHARDS are a set of their own.", required=False)
-@click.option("--protocol", type=click.Choice(["accuracy", "knn", "probe", "boxes", "cost"]), default="accuracy",
-              show_default=True, help="What is asked of the student.")  # fmt: skip
+@click.option("--protocol", type=click.Choice(["accuracy", "knn", "probe", "boxes", "similarity", "cost"]),
+              default="accuracy", show_default=True, help="What is asked of the student.")  # fmt: skip
 @click.option("--ensemble", is_flag=True, help="All RUNs together too: the mean of their probabilities.")
 @shards("--train-shards", help="What knn and probe learn from; for --bounds, where images are counted.", required=False)
 @click.option("--bounds", metavar="LOW,HIGH", callback=_bounds,
@@ -61,9 +64,14 @@ def _bounds(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
 @click.option("--box", "convention", type=click.Choice(["official", "exact"]), default="official", show_default=True,
               help="Whether predicted boxes end one pixel late, as in the benchmark's code.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE",
-              help="A picture of some images, maps and boxes: .png, .svg or .pdf.")  # fmt: skip
+              help="A picture (.png, .svg, .pdf): images with maps and boxes, or similarity by layers.")  # fmt: skip
 @click.option("--teacher", "teachers", multiple=True, metavar="NAME",
-              help="Tell the cost of this teacher too: a short name or a timm name; may be repeated.")  # fmt: skip
+              help="Tell the cost of this teacher too: a short name or a timm name; may be repeated. Of similarity: "
+              "the one in the store.")  # fmt: skip
+@click.option("--target", "targets", multiple=True, metavar="ID",
+              help="Compare with this target, where the store has several of a kind; may be repeated.")  # fmt: skip
+@click.option("--tokens", type=click.Choice(["all", "class", "mean"]), default="all", show_default=True,
+              help="Which tokens of an image are compared: all, the class token, or the mean of patches.")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True,
               help="Images that a forward pass is timed with.")  # fmt: skip
 @click.option("--checkpoint", type=click.Choice(["last", "best", "ema"]), default="last", show_default=True,
@@ -86,6 +94,8 @@ def evaluate(
     convention: Convention,
     out: Path | None,
     teachers: tuple[str, ...],
+    targets: tuple[str, ...],
+    tokens: Tokens,
     batch_size: int,
     checkpoint: str,
     store: str | None,
@@ -104,6 +114,7 @@ def evaluate(
     pipeline evaluate run --protocol knn --shards train-val-000000.tar --train-shards 'train-{000000..000009}.tar'
     pipeline evaluate run --protocol probe --shards train-val-000000.tar --train-shards 'train-{000000..000009}.tar' \\
       --labels 10% --list labelled.csv
+    pipeline evaluate run scratch --protocol similarity --shards train-val-000000.tar --store S --teacher vit_base
     pipeline evaluate run --protocol cost --teacher mobilenetv2
     """
     _require_fitting(protocol, runs, shards)
@@ -122,6 +133,14 @@ def evaluate(
         from pipeline.localising import boxes
 
         result, lines = boxes(paths[0], shards, convention, out, device)
+    elif protocol == "similarity":
+        from pipeline.comparing import similar
+
+        if store is None or len(teachers) > 1:
+            raise click.UsageError(
+                "--protocol similarity is with one teacher in a store: give --store DIR --teacher NAME"
+            )
+        result, lines = similar(paths, shards, store, (*teachers, None)[0], targets, tokens, out, device)
     else:
         if not train_shards:
             raise click.UsageError(f"--protocol {protocol} learns from labelled images: give --train-shards SHARDS")
@@ -150,7 +169,7 @@ def _require_fitting(protocol: str, runs: tuple[Path, ...], shards: tuple[str, .
             raise click.UsageError(f"{flag} is for --protocol {' or '.join(takers)}, not for {protocol}; leave it out")
     if not shards and protocol in _TAKEN_BY["--shards"]:
         raise click.MissingParameter(ctx=click.get_current_context(), param=_option("--shards"))
-    if protocol not in ("accuracy", "cost") and len(runs) > 1:
+    if protocol not in ("accuracy", "similarity", "cost") and len(runs) > 1:
         raise click.UsageError(f"--protocol {protocol} takes one RUN, found {len(runs)}")
     if _said("--ensemble") and len(runs) < 2:
         raise click.UsageError("--ensemble is of two RUNs or more: pipeline evaluate RUN1 RUN2 --ensemble …")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -10,24 +9,16 @@ from pathlib import Path
 
 from torch import nn
 
-from storage.banks import bank_policy
-from storage.codecs import Codec
-from storage.errors import IdentityError, UserError
-from storage.markers import Task
+from storage.errors import IdentityError
 from storage.objects import is_remote
 from storage.policies import Policy, policy
 from storage.records import Record
-from storage.shards import cached_index
 from storage.store import Store
-from storage.weights import READY
-from student import commands
 from student.align import Given, student_shape
 from student.copying import Copied, Copier, copies_of
+from student.evaluation_targets import EvaluationTargets, evaluation_targets
 from student.loss_settings import COPYING, Copying
-from student.matching import ranges
 from student.model import Description
-from student.network import HUB
-from student.reader import Source
 from student.stream import Batch
 
 
@@ -37,29 +28,15 @@ class Lender:
 
     Attributes:
         copier: made for the targets that the student was trained with.
-        store: with the targets of the evaluation views.
-        bank: of these views.
-        targets: ids, otherwise as those of the training.
-        permute: a control: every image gets what belongs to another one.
+        stored: what it copies, of the evaluation views.
     """
 
     copier: Copier
-    store: Store
-    bank: str
-    targets: tuple[str, ...]
-    permute: int | None = None
-
-    def source(self, url: str, shard: str) -> Source:
-        """The samples of a shard with what they copy."""
-        codecs = {target: Codec.of(self.store.target(target)) for target in self.targets}
-        return Source(
-            (url,), (shard,), bank_policy(self.store, self.bank), self.store, self.bank, targets=codecs,
-            stored=(False,), permute=self.permute,
-        )  # fmt: skip
+    stored: EvaluationTargets
 
     def copied(self, batch: Batch) -> Copied:
         """What a batch's images copy."""
-        return self.copier.to(batch.images.device).copied([batch.target(id) for id in self.targets])
+        return self.copier.to(batch.images.device).copied([batch.target(id) for id in self.stored.targets])
 
 
 def lender_of(
@@ -73,54 +50,15 @@ def lender_of(
         given: the targets that it was trained with.
         urls: labelled shards.
         view: the evaluation view.
-        permute: see `Lender`.
+        permute: a control: every image gets what belongs to another one.
 
     Raises:
-        UserError: targets of these images are missing, with the command that makes them; invalid samples.
+        UserError: as `evaluation_targets`.
     """
-    wanted = [{**one.target["identity"], "bank": view.bank} for one in given]
-    by_identity = [next((id for id, m in store.targets().items() if m["identity"] == one), None) for one in wanted]
-    targets = tuple(id for id in by_identity if id is not None)
-    done, shards = store.done(), [cached_index(url).id for url in urls]
-    lacking = [
-        url
-        for url, shard in zip(urls, shards, strict=True)
-        if len(targets) < len(given) or any(Task("target", id, shard, 0) not in done for id in targets)
-    ]
-    if lacking:
-        others = any(task.kind == "bank" and task.shard in shards and task.id != view.bank for task in done)
-        raise UserError(
-            f"{COPYING}: a student that copies its teacher's attention needs it of the images that it is "
-            f"evaluated on, too, and {store.url} has none of {lacking[0]}"
-            f"{f' and {len(lacking) - 1} more' if len(lacking) > 1 else ''} in the view {view.line}; make it:\n"
-            f"  {command(store, given, urls, view, new_bank=others)}"
-        )
-    for url, shard in zip(urls, shards, strict=True):
-        if invalid := store.marker(Task("bank", view.bank, shard, 0)).invalid:
-            raise UserError(
-                f"{url}: {len(invalid)} of its images could not be decoded, and every sample counts in an evaluation; "
-                "mend or remove them and pack again"
-            )
-    return Lender(copier, store, view.bank, targets, permute)
-
-
-def command(store: Store, given: Sequence[Given], urls: Sequence[str], view: Policy, *, new_bank: bool) -> str:
-    """The `pipeline precompute` that makes targets like those given for other shards in another view."""
-    teacher, identity = given[0].teacher, given[0].target["identity"]
-    about = teacher["identity"]
-    ready = about["model"] == READY
-    weights = None if ready or teacher["weights"] == HUB else teacher["weights"]
-    words = commands.precompute(
-        teacher["weights"] if ready else about["model"], teacher["id"], weights, about["arguments"], about["mean"],
-        about["std"], about["input size"], store.url, urls,
-    )  # fmt: skip
-    words += ["--view-policy", view.line, "--view-size", str(view.size), *(["--new-bank"] if new_bank else [])]
-    layers = f",layers={ranges(identity['layers'])}" if identity["layers"] else ""
-    taps = {one.target["identity"]["tap"]: one.target["identity"].get("tensors", ()) for one in given}
-    words += ["--target", f"{','.join(taps)}{layers},codec={identity['codec']}"]
-    return shlex.join(
-        [*words, *(w for tap, names in taps.items() for name in names for w in ("--tap", f"{tap}={name}"))]
+    why = (
+        f"{COPYING}: a student that copies its teacher's attention needs it of the images that it is evaluated on, too"
     )
+    return Lender(copier, evaluation_targets(store, given, urls, view, why, permute))
 
 
 def record_of(copier: Copier, settings: Copying, store: Store, given: Sequence[Given], permute: int | None) -> Record:
@@ -158,10 +96,10 @@ def copier_of(model: nn.Module, about: Description, store: Store) -> tuple[Copie
     return Copier(settings, student_shape(model, attention=False), given), given
 
 
-def lender_to(model: nn.Module) -> Lender | None:
-    """Who lends to a student; None for one that copies nothing, or the same for all images."""
+def lent_to(model: nn.Module) -> EvaluationTargets | None:
+    """What is lent to a student; None for one that copies nothing, or the same for all images."""
     copies = copies_of(model)
-    return copies.lender if copies is not None else None
+    return copies.lender.stored if copies is not None and copies.lender is not None else None
 
 
 def borrowing(model: nn.Module, batch: Batch) -> AbstractContextManager[None]:

@@ -111,7 +111,7 @@ class Matching(nn.Module):
                 )
             pairs = [(n, n) for n in range(1, mine + 1)]
         elif wish == "uniform":
-            pairs = [(n, max(1, int(n * depth / mine + 0.5))) for n in range(1, mine + 1)]
+            pairs = uniform(mine, depth)
         elif isinstance(wish, str):
             end, _, several = wish.partition("-")
             count = int(several or 1)
@@ -267,6 +267,11 @@ class Matching(nn.Module):
         if not isinstance(wish, Mapping):
             return f"heads {said[0]} (student-teacher)"
         return "heads " + "; ".join(f"{text} of layer {own}" for text, (own, _) in zip(said, self.pairs, strict=True))
+
+
+def uniform(mine: int, depth: int) -> list[tuple[int, int]]:
+    """(student's layer, teacher's layer), from 1: the student's l meets the teacher's round(l · N_t / N_s)."""
+    return [(n, max(1, int(n * depth / mine + 0.5))) for n in range(1, mine + 1)]
 
 
 def pick(layer: Tensor, heads: list[int] | None) -> Tensor:

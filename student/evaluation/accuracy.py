@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from storage.errors import UserError
 from storage.policies import Policy
 from storage.shards import cached_index, require_labels
-from student.lending import Lender, borrowing, lender_to
+from student.evaluation_targets import EvaluationTargets
+from student.lending import borrowing, lent_to
 from student.order import Segment
 from student.reader import BlockReader, Part, Source, join
 from student.stream import Batch
@@ -106,7 +107,7 @@ def count(
     """
     model.eval()
     right1 = right5 = samples = few = 0
-    for part in evaluation_batches(urls, policy, batch, rank, ranks, most, lender=lender_to(model)):
+    for part in evaluation_batches(urls, policy, batch, rank, ranks, most, stored=lent_to(model)):
         there = part.to(device)
         with borrowing(model, there):
             logits = model(there.pixels(mean, std))
@@ -149,18 +150,21 @@ def evaluation_batches(
     ranks: int = 1,
     most: int | None = None,
     chosen: Sequence[np.ndarray] | None = None,
-    lender: Lender | None = None,
+    stored: EvaluationTargets | None = None,
+    labelled: bool = True,
 ) -> Iterator[Batch]:
-    """Every sample of labelled shards once, in order, in the one view of a policy without chance.
+    """Every sample of shards once, in order, in the one view of a policy without chance.
 
     With several ranks, one in so many blocks, counted over all shards; with `most`, the first so many blocks alone;
-    with `chosen`, the samples of these indices in each shard alone, sorted; with a lender, the targets that it gives.
+    with `chosen`, the samples of these indices in each shard alone, sorted; with what is `stored` of them beside it.
+    All have labels, unless that is not asked for.
     """
     before = 0  # blocks of earlier shards
     for shard, url in enumerate(urls):
         index = cached_index(url)
-        require_labels(url, index)
-        reader = BlockReader(lender.source(url, index.id) if lender else Source((url,), (index.id,), policy))
+        if labelled:
+            require_labels(url, index)
+        reader = BlockReader(stored.source(url, index.id) if stored else Source((url,), (index.id,), policy))
         held: list[Part] = []
         wanted = np.arange(len(index)) if chosen is None else chosen[shard]
         mine: dict[int, np.ndarray] = {}
@@ -171,12 +175,12 @@ def evaluation_batches(
         before += index.blocks
         mine = {number: samples for number, samples in mine.items() if len(samples)}
         for number, samples in mine.items():
-            arrays, stored = reader.read(Segment(0, number, samples), 0)
+            arrays, targets = reader.read(Segment(0, number, samples), 0)
             arrays["ids"][:, 0] = shard
-            held.append((arrays, stored))
+            held.append((arrays, targets))
             if sum(len(part[0]["labels"]) for part in held) >= batch or number == max(mine):
-                joined, lent = join(held)
+                joined, beside = join(held)
                 tensors = {name: torch.from_numpy(array) for name, array in joined.items()}
-                targets = {id: {n: torch.from_numpy(a) for n, a in arrays.items()} for id, arrays in lent.items()}
-                yield Batch(**tensors, targets=targets, codecs=dict(reader.source.targets))
+                there = {id: {n: torch.from_numpy(a) for n, a in arrays.items()} for id, arrays in beside.items()}
+                yield Batch(**tensors, targets=there, codecs=dict(reader.source.targets))
                 held = []

@@ -12,7 +12,7 @@ from storage.errors import IdentityError, UserError
 from storage.policies import policy
 from storage.shards import classes_of, require_classes
 from student.evaluation.accuracy import evaluation_batches, places_of
-from student.lending import borrowing, lender_to
+from student.lending import borrowing, lent_to
 from student.model import Description
 
 
@@ -77,8 +77,8 @@ def seen(
     places: list[Tensor] = []
     classes = 0
     views = [policy(member.about.evaluation, member.about.img_size) for member in members]
-    feeds = [(view, lender_to(member.model)) for view, member in zip(views, members, strict=True)]
-    readers = {feed: evaluation_batches(urls, feed[0], batch, lender=feed[1]) for feed in feeds}
+    feeds = [(view, lent_to(member.model)) for view, member in zip(views, members, strict=True)]
+    readers = {feed: evaluation_batches(urls, feed[0], batch, stored=feed[1]) for feed in feeds}
     for parts in zip(*readers.values(), strict=True):
         there = {feed: part.to(device) for feed, part in zip(readers, parts, strict=True)}
         own = parts[0].labels.to(device)

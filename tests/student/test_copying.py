@@ -302,7 +302,7 @@ def test_a_control_copies_what_cannot_know_the_image_in_evaluation_too(
     else:
         lend(model, about, None, world.shards)
         lender = copies_of(model).lender
-        assert lender.source(world.shards[0], Store.open(place).shard_ids()[0]).permute == 3
+        assert lender.stored.source(world.shards[0], Store.open(place).shard_ids()[0]).permute == 3
         plain = copies_of(load(trained / "last.safetensors")[0])
         assert plain.lender is None
         assert "is a control" in asked(capsys, "predict", out, image, status=1)["error"]

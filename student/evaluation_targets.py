@@ -1,0 +1,106 @@
+"""Stored targets of evaluation views: what a copying student attends with there, or what one is compared with."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from storage.banks import bank_policy
+from storage.codecs import Codec
+from storage.errors import UserError
+from storage.markers import Task
+from storage.policies import Policy
+from storage.shards import cached_index
+from storage.store import Store
+from storage.weights import READY
+from student import commands
+from student.align import Given
+from student.matching import ranges
+from student.network import HUB
+from student.reader import Source
+
+
+@dataclass(frozen=True)
+class EvaluationTargets:
+    """What a store keeps of the images that are evaluated.
+
+    Attributes:
+        store: with the targets.
+        bank: of the evaluation views.
+        targets: ids.
+        permute: a control: every image gets what belongs to another one.
+    """
+
+    store: Store
+    bank: str
+    targets: tuple[str, ...]
+    permute: int | None = None
+
+    def source(self, url: str, shard: str) -> Source:
+        """The samples of a shard with these targets."""
+        codecs = {target: Codec.of(self.store.target(target)) for target in self.targets}
+        return Source(
+            (url,), (shard,), bank_policy(self.store, self.bank), self.store, self.bank, targets=codecs,
+            stored=(False,), permute=self.permute,
+        )  # fmt: skip
+
+
+def evaluation_targets(
+    store: Store, given: Sequence[Given], urls: Sequence[str], view: Policy, why: str, permute: int | None = None
+) -> EvaluationTargets:
+    """Targets like those given, of the images of shards in the evaluation view.
+
+    Args:
+        store: where they are.
+        given: targets of any bank.
+        urls: the shards.
+        view: the evaluation view.
+        why: they are needed, as an error says it.
+        permute: see `EvaluationTargets`.
+
+    Raises:
+        UserError: targets of these images are missing, with the command that makes them; invalid samples.
+    """
+    wanted = [{**one.target["identity"], "bank": view.bank} for one in given]
+    by_identity = [next((id for id, m in store.targets().items() if m["identity"] == one), None) for one in wanted]
+    targets = tuple(id for id in by_identity if id is not None)
+    done, shards = store.done(), [cached_index(url).id for url in urls]
+    lacking = [
+        url
+        for url, shard in zip(urls, shards, strict=True)
+        if len(targets) < len(given) or any(Task("target", id, shard, 0) not in done for id in targets)
+    ]
+    if lacking:
+        others = any(task.kind == "bank" and task.shard in shards and task.id != view.bank for task in done)
+        raise UserError(
+            f"{why}, and {store.url} has none of {lacking[0]}"
+            f"{f' and {len(lacking) - 1} more' if len(lacking) > 1 else ''} in the view {view.line}; make it:\n"
+            f"  {command(store, given, urls, view, new_bank=others)}"
+        )
+    for url, shard in zip(urls, shards, strict=True):
+        if invalid := store.marker(Task("bank", view.bank, shard, 0)).invalid:
+            raise UserError(
+                f"{url}: {len(invalid)} of its images could not be decoded, and every sample counts in an evaluation; "
+                "mend or remove them and pack again"
+            )
+    return EvaluationTargets(store, view.bank, targets, permute)
+
+
+def command(store: Store, given: Sequence[Given], urls: Sequence[str], view: Policy, *, new_bank: bool) -> str:
+    """The `pipeline precompute` that makes targets like those given for other shards in another view."""
+    teacher, identity = given[0].teacher, given[0].target["identity"]
+    about = teacher["identity"]
+    ready = about["model"] == READY
+    weights = None if ready or teacher["weights"] == HUB else teacher["weights"]
+    words = commands.precompute(
+        teacher["weights"] if ready else about["model"], teacher["id"], weights, about["arguments"], about["mean"],
+        about["std"], about["input size"], store.url, urls,
+    )  # fmt: skip
+    words += ["--view-policy", view.line, "--view-size", str(view.size), *(["--new-bank"] if new_bank else [])]
+    layers = f",layers={ranges(identity['layers'])}" if identity["layers"] else ""
+    taps = {one.target["identity"]["tap"]: one.target["identity"].get("tensors", ()) for one in given}
+    words += ["--target", f"{','.join(taps)}{layers},codec={identity['codec']}"]
+    return shlex.join(
+        [*words, *(w for tap, names in taps.items() for name in names for w in ("--tap", f"{tap}={name}"))]
+    )

@@ -1,0 +1,303 @@
+"""Similarity: known answers of divergence and CKA, a student beside itself, and beside a teacher by other means."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("scipy")
+
+from scipy.spatial.distance import jensenshannon
+
+from precompute.export import live_teacher
+from precompute.taps import Tap, attention_rows
+from storage.policies import policy
+from storage.store import Store
+from storage.testing import synthetic_shards
+from student.evaluation.similarity import Alignment, Divergences, divergence, paired
+from student.model import load
+from student.seen import Seen
+from tests.conftest import World, run_precompute, teacher_of
+from tests.student.copying import SAME, VALIDATION, asked
+from tests.student.runs import run
+
+VIEW = policy("light", 32).evaluation
+
+
+def rows(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).mul(3).softmax(-1)
+
+
+# ---------------------------------------------------------------------------------------------- known answers
+
+
+def test_divergence_is_that_of_scipy_zero_of_equal_rows_and_ln_2_of_rows_that_share_nothing():
+    p, q = rows(2, 5, 7), rows(2, 5, 7).flip(-1)
+    found = divergence(p.double(), q.double()).numpy()
+    assert np.allclose(found, jensenshannon(p.double().numpy(), q.double().numpy(), axis=-1) ** 2)
+    assert torch.equal(divergence(p, p), torch.zeros(2, 5))
+    one = torch.eye(7)
+    assert torch.allclose(divergence(one[0], one[1]), torch.tensor(math.log(2)))
+    assert divergence(one[0], one[0]) == 0, "0 log 0 is 0"
+
+
+def told(mine: torch.Tensor, theirs: torch.Tensor) -> dict[str, Any]:
+    kept = Divergences()
+    for some in (slice(0, 3), slice(3, None)):  # images in pieces
+        kept.add(mine[some], theirs[some])
+    return kept.told()[0]
+
+
+def test_heads_in_another_order_are_the_same_under_all_pairings_but_the_direct_one():
+    mine = rows(8, 1, 6, 5, 5)
+    found = told(mine, mine[:, :, [3, 0, 1, 5, 2, 4]])
+    assert found["direct"] > 0.05
+    assert [found[name] for name in ("bipartite", "min", "averaged")] == pytest.approx([0, 0, 0], abs=1e-7)
+    assert all(value == 0 for value in told(mine, mine).values())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_min_is_below_bipartite_is_below_direct_and_all_below_ln_2(seed):
+    torch.manual_seed(seed)
+    mine, theirs = torch.randn(2, 8, 1, 6, 5, 5).mul(4).softmax(-1)
+    found = told(mine, theirs)
+    assert 0 < found["min"] <= found["bipartite"] <= found["direct"] < math.log(2)
+    assert 0 < found["averaged"] < found["direct"], "divergence is convex"
+
+
+def test_fewer_heads_are_paired_as_far_as_they_go():
+    matrix = torch.tensor([[0.3, 0.1, 0.5], [0.2, 0.15, 0.6]])
+    assert paired(matrix) == pytest.approx({"direct": None, "bipartite": (0.1 + 0.2) / 2, "min": (0.1 + 0.15) / 2})
+    assert paired(matrix.T)["min"] == pytest.approx((0.2 + 0.1 + 0.5) / 3)
+
+
+def aligned(x: torch.Tensor, y: torch.Tensor) -> float | None:
+    kept = Alignment()
+    for some in (slice(0, 17), slice(17, None)):
+        kept.add(x[some], y[some])
+    return kept.value()
+
+
+def test_cka_is_one_for_rotated_shifted_and_scaled_features_and_is_that_of_gram_matrices():
+    torch.manual_seed(0)
+    x, y = torch.randn(60, 9) + 5, torch.randn(60, 4)
+    y = y + x[:, :4]
+    turn = torch.linalg.qr(torch.randn(9, 9)).Q
+    assert aligned(x, x) == pytest.approx(1)
+    assert aligned(x, 3 * x @ turn - 2) == pytest.approx(1, abs=1e-6)
+    assert aligned(x, x * torch.linspace(0.1, 5, 9)) < 0.9, "not for stretched ones"
+    centre = torch.eye(60).double() - 1 / 60
+    k, m = (centre @ (a.double() @ a.double().T) @ centre for a in (x, y))
+    assert aligned(x, y) == pytest.approx(float((k * m).sum() / (k.norm() * m.norm())), rel=1e-5)
+    assert aligned(torch.randn(5000, 3), torch.randn(5000, 3)) < 0.01
+    assert aligned(x, torch.full((60, 3), 0.1)) is None, "what never changes is like nothing"
+
+
+# ---------------------------------------------------------------------------------------------- through a store
+
+
+@pytest.fixture(scope="module")
+def trained(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student of two layers of three heads, 8x8 patches."""
+    out = tmp_path_factory.mktemp("similar") / "run"
+    run(world, out, "scratch", "optim.epochs=1", "student.global_pool=token")
+    return out
+
+
+@pytest.fixture(scope="module")
+def place(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with the tiny teacher (three layers of three heads, 4x4 patches) for the evaluation views of a shard."""
+    place = tmp_path_factory.mktemp("similar") / "store"
+    wishes = ["attention,codec=f32", "q,k,codec=f32", "class_row,codec=f32", "tokens,layers=1:3,codec=f32",
+              "tokens,codec=f32"]  # fmt: skip
+    run_precompute(place, world.shards[:1], teacher_of(world.weights, "vit"), wishes, policy=VIEW, views=1)
+    return place
+
+
+def targets_of(place: Path, tap: str) -> list[str]:
+    return [id for id, m in Store.open(place).targets().items() if m["identity"]["tap"] == tap]
+
+
+def streams_of(place: Path, final: bool = False) -> str:
+    store = Store.open(place)
+    (one,) = (id for id in targets_of(place, "tokens") if (store.target(id)["identity"]["layers"] is None) == final)
+    return one
+
+
+def compared(capsys: Any, out: Path, world: World, store: Path, *words: Any, status: int = 0) -> Any:
+    shards = ["--shards", world.shards[0], "--store", store, "--device", "cpu"]
+    return asked(capsys, "evaluate", out, "--protocol", "similarity", *shards, *words, status=status)
+
+
+def test_a_student_is_its_own_likeness(world, trained, tmp_path, capsys):
+    """Its own file as a teacher, stored as f32, through the command that its card prints."""
+    printed = (trained / "README.md").read_text().partition("It can be a teacher")[2].split("```")[1]
+    words = shlex.split(printed.replace("\\\n", " "))[1:]
+    put = {"SHARDS": world.shards[0], "STORE": str(tmp_path / "store"), "NAME": "itself",
+           "last.safetensors": str(trained / "last.safetensors")}  # fmt: skip
+    views = ["--view-policy", VIEW.line, "--view-size", "32", "--view-count", "1", "--provider", "cpu"]
+    wishes = ["--target", "attention,codec=f32", "--target", "tokens,layers=1:2,codec=f32"]
+    asked(capsys, *(put.get(word, word) for word in words), *views, *wishes)
+    for tokens in ("all", "class", "mean"):
+        found = compared(capsys, trained, world, tmp_path / "store", "--tokens", tokens)
+        assert (found["teacher"], found["samples"]) == ("itself", 150)
+        assert [(row["student"], row["teacher"]) for row in found["attention"]["layers"]] == [(1, 1), (2, 2)]
+        assert all(found["attention"]["mean"][name] == pytest.approx(0, abs=1e-7) for name in ("direct", "averaged"))
+        assert all(row["cka"] == pytest.approx(1, abs=1e-6) for row in found["streams"]["layers"])
+
+
+@pytest.fixture(scope="module")
+def by_hand(world: World, trained: Path) -> dict[str, Any]:
+    """Attention and streams of both networks, by running both."""
+    from student.evaluation.accuracy import evaluation_batches
+
+    model, about = load(trained / "last.safetensors")
+    seen = Seen(model, {"attention", "streams"})
+    taps = [Tap("attention", (1, 2, 3)), Tap("tokens", (1, 2, 3))]
+    teacher = live_teacher(teacher_of(world.weights, "vit"), taps, 32)
+    found: dict[str, list[Any]] = {"attention": [], "streams": [], "their attention": [], "their streams": []}
+    with torch.no_grad():
+        for batch in evaluation_batches(world.shards[:1], policy(about.evaluation, 32), 64):
+            model(batch.pixels(about.mean, about.std))
+            pairs = zip(seen.q, seen.k, seen.scales, strict=True)
+            found["attention"].append(torch.stack([attention_rows(*one) for one in pairs], 1))
+            found["streams"].append(torch.stack(seen.streams, 1))
+            for name, value in zip(("their attention", "their streams"), teacher(batch.images), strict=True):
+                found[name].append(value)
+    return {name: torch.cat(values) for name, values in found.items()}
+
+
+def test_beside_a_teacher_of_another_depth_and_grid_it_is_what_both_networks_give(
+    world, trained, place, by_hand, capsys
+):
+    """Layers 1 and 2 meet 2 and 3; means over patches need no grid, and class rows are the first rows of all."""
+    found = compared(
+        capsys, trained, world, place, "--target", targets_of(place, "class_row")[0], "--target", streams_of(place),
+        "--tokens", "mean",
+    )  # fmt: skip
+    assert [(row["student"], row["teacher"]) for row in found["streams"]["layers"]] == [(1, 2), (2, 3)]
+    assert "8x8" in found["attention"]["rule"]
+    for n, row in enumerate(found["streams"]["layers"]):
+        mine, theirs = by_hand["streams"][:, n, 1:].mean(1), by_hand["their streams"][:, n + 1, 1:].mean(1)
+        assert row["cka"] == pytest.approx(aligned(mine, theirs), rel=1e-4)
+    classes = compared(capsys, trained, world, place, "--target", streams_of(place), "--tokens", "class")
+    assert classes["attention"] is None
+    for n, row in enumerate(classes["streams"]["layers"]):
+        mine, theirs = by_hand["streams"][:, n, 0], by_hand["their streams"][:, n + 1, 0]
+        assert row["cka"] == pytest.approx(aligned(mine, theirs), rel=1e-4)
+
+
+def test_attention_of_a_student_on_the_teacher_s_grid(world, place, by_hand, tmp_path, capsys):
+    """Divergence of all heads with all others, of maps, of q and k alike; of class rows alone too."""
+    run(world, tmp_path / "run", "scratch", *SAME, "student.num_heads=6", "optim.epochs=1", "student.global_pool=token")
+    model, about = load(tmp_path / "run" / "last.safetensors")
+    seen = Seen(model, {"attention"})
+    from student.evaluation.accuracy import evaluation_batches
+
+    matrix, count = torch.zeros(3, 6, 3), 0
+    first, averaged = torch.zeros(3, 6, 3), torch.zeros(3)
+    with torch.no_grad():
+        for batch in evaluation_batches(world.shards[:1], policy(about.evaluation, 32), 64):
+            model(batch.pixels(about.mean, about.std))
+            for n in range(3):
+                mine = attention_rows(seen.q[n], seen.k[n], seen.scales[n])
+                theirs = by_hand["their attention"][count : count + len(mine), n]
+                averaged[n] += divergence(mine.mean(1), theirs.mean(1)).mean(1).sum()
+                for a in range(6):
+                    for b in range(3):
+                        each = divergence(mine[:, a], theirs[:, b])
+                        matrix[n, a, b] += each.mean(1).sum()
+                        first[n, a, b] += each[:, 0].sum()
+            count += len(batch.labels)
+    for taps, expected in ((["attention"], matrix), (["q", "k"], matrix), (["class_row"], first)):
+        chosen = [word for tap in taps for word in ("--target", targets_of(place, tap)[0])]
+        found = compared(capsys, tmp_path / "run", world, place, *chosen)
+        assert found["streams"] is None
+        for n, row in enumerate(found["attention"]["layers"]):
+            assert row["direct"] is None, "six heads beside three"
+            if taps != ["class_row"]:
+                assert row["averaged"] == pytest.approx(float(averaged[n] / count), rel=1e-4)
+            wanted = paired(expected[n] / count)
+            assert [row[k] for k in ("bipartite", "min")] == pytest.approx([wanted["bipartite"], wanted["min"]], 1e-4)
+
+
+def test_several_students_stand_in_one_picture_and_tokens_after_the_norm_are_of_the_last_layer(
+    world, trained, place, tmp_path, capsys
+):
+    out = tmp_path / "beside.svg"
+    final = ["--target", streams_of(place, final=True), "--target", targets_of(place, "attention")[0]]
+    found = compared(capsys, trained, world, place, trained, *final, "--out", out)
+    one, other = found["students"]
+    assert one == other
+    assert one["streams"]["final"]
+    assert [(row["student"], row["teacher"]) for row in one["streams"]["layers"]] == [(2, 3)]
+    picture = out.read_text()
+    assert found["files"] == [str(out)]
+    assert "<svg" in picture
+
+
+# ---------------------------------------------------------------------------------------------- students that copy
+
+
+def test_of_a_copying_student_the_copied_maps_are_left_out_and_its_streams_are_compared(world, place, tmp_path, capsys):
+    store = tmp_path / "store"
+    teacher = teacher_of(world.weights, "vit")
+    wishes = ["attention,codec=f32", "q,k,codec=f32", "tokens,layers=1:3,codec=f32"]
+    run_precompute(store, world.shards, teacher, wishes, policy=policy("deit", 32))
+    run_precompute(store, world.shards, teacher, wishes, policy=VALIDATION, views=1, new_bank=True)
+    for what, of_layers in (("map", [1]), ("qk", [1, 2, 3])):
+        out = tmp_path / what
+        run(
+            world, out, "scratch", *SAME, "optim.epochs=1", f"copying.what={what}", "copying.layers=last-2",
+            "stream.bank.policy=deit", store=Store.open(store),
+        )  # fmt: skip
+        taps = [word for tap in ("attention", "tokens") for word in ("--target", targets_of(store, tap)[0])]
+        found = compared(capsys, out, world, store, *taps)
+        assert [row["student"] for row in found["attention"]["layers"]] == of_layers
+        assert ("copied" in found["left_out"]) == (what == "map")
+        assert found["attention"]["layers"][0]["direct"] > 1e-4
+        if what == "qk":
+            assert found["attention"]["layers"][2]["direct"] == pytest.approx(0, abs=1e-6)
+        assert 0 < found["streams"]["mean"]["cka"] < 1
+
+
+# ---------------------------------------------------------------------------------------------- errors
+
+
+def test_missing_targets_come_with_the_command_that_makes_them_and_labels_are_not_needed(
+    world, trained, tmp_path, capsys, monkeypatch
+):
+    (shard,) = synthetic_shards(tmp_path / "data", shards=1, samples=70, labels=False)
+    words = ["evaluate", trained, "--protocol", "similarity", "--shards", shard, "--device", "cpu"]
+    store = tmp_path / "store"
+    run_precompute(store, world.shards[:1], teacher_of(world.weights, "vit"), ["attention", "tokens,layers=3"])
+    said = asked(capsys, *words, "--store", store, status=1)["error"]
+    assert "compared with vit" in said
+    monkeypatch.chdir(tmp_path)
+    asked(capsys, *shlex.split(said.splitlines()[1].strip())[1:], "--provider", "cpu")
+    found = asked(capsys, *words, "--store", store)
+    assert found["samples"] == 70
+    assert found["attention"]["mean"]["min"] > 0
+
+
+def test_what_cannot_be_compared_is_refused_in_words(world, trained, place, tmp_path, capsys):
+    for words, said in (
+        ([], "2 targets fit"),
+        (["--teacher", "vitt"], "Did you mean 'vit'?"),
+        (["--target", "vit-attentoin"], "Did you mean"),
+        (["--teacher", "vit", "--teacher", "cnn"], "one teacher"),
+    ):
+        status = 2 if "one teacher" in said else 1
+        assert said in json.dumps(compared(capsys, trained, world, place, *words, status=status)), words
+    none = compared(capsys, trained, world, world.store, "--teacher", "cnn", status=1)["error"]
+    assert "activations, logits" in none
+    store = tmp_path / "part"
+    run_precompute(store, world.shards[:1], teacher_of(world.weights, "vit"), ["tokens,layers=1"], policy=VIEW, views=1)
+    assert "precompute some of these" in compared(capsys, trained, world, store, status=1)["error"]
