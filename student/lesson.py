@@ -19,7 +19,7 @@ from student.choose import Need, choose
 from student.config import Recipe
 from student.copying import Copier
 from student.loss_settings import COPYING
-from student.losses import Step, aal, crossentropy, deit, methods
+from student.losses import Step, crossentropy, deit, methods
 from student.queues import Queue
 from student.seen import ELSEWHERE, Reads, Seen
 from student.stream import Batch
@@ -41,14 +41,14 @@ def _shape(recipe: Recipe, model: nn.Module, names: Sequence[str] | None = None)
     attends = bool(reads & {"attention", "values"}) or copies is not None
     values = "values" in reads or (copies is not None and copies.what == "v")
     shape = student_shape(model, names, tokens=bool(reads) or attends, attention=attends, values=values)
-    plain = [name for name, loss in recipe.losses.items() if methods()[loss.method] not in (crossentropy, deit, aal)]
-    for name in [*plain, *([COPYING] if copies else [])]:
-        if shape.each:
-            raise UserError(
-                f"{name}: {type(model).__name__} pools its patches, so its layers have no common heads and grid; such "
-                "a student learns by aal, deit and crossentropy alone; take a plain ViT, such as "
-                "--set student.model=vit_tiny_patch16_224"
-            )
+    pooled = [name for name, module in methods().items() if getattr(module, "POOLED", False)]
+    others = [name for name, loss in recipe.losses.items() if loss.method not in pooled] + [COPYING] * bool(copies)
+    if shape.each and others:
+        raise UserError(
+            f"{others[0]}: {type(model).__name__} pools its patches, so its layers have no common heads and grid; such a "
+            f"student learns by {', '.join(pooled)} alone; take a plain ViT, such as "
+            "--set student.model=vit_tiny_patch16_224"
+        )
     return shape
 
 

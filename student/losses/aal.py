@@ -116,6 +116,9 @@ class AAL(nn.Module):
         return loss / positions if self.reading == "mse" else loss
 
 
+POOLED = True
+
+
 class Settings(Taught):
     """Adaptive attention links.
 

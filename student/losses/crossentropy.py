@@ -32,6 +32,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, others: Tensor, shares: Tensor
     return torch.lerp(own, other, shares.to(own.dtype)).mean()
 
 
+POOLED = True
+
+
 class Settings(Term):
     """Cross-entropy with the labels.
 

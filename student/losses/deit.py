@@ -43,6 +43,9 @@ def hard(logits: Tensor, teacher: Tensor) -> Tensor:
     return F.cross_entropy(logits, teacher.argmax(1))
 
 
+POOLED = True
+
+
 class Settings(Taught):
     """Distillation from logits."""
 
