@@ -45,8 +45,8 @@ def _shape(recipe: Recipe, model: nn.Module, names: Sequence[str] | None = None)
     others = [name for name, loss in recipe.losses.items() if loss.method not in pooled] + [COPYING] * bool(copies)
     if shape.each and others:
         raise UserError(
-            f"{others[0]}: {type(model).__name__} pools its patches, so its layers have no common heads and grid; such a "
-            f"student learns by {', '.join(pooled)} alone; take a plain ViT, such as "
+            f"{others[0]}: {type(model).__name__} pools its patches, so its layers have no common heads and grid; such "
+            f"a student learns by {', '.join(pooled)} alone; take a plain ViT, such as "
             "--set student.model=vit_tiny_patch16_224"
         )
     return shape
