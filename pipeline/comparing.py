@@ -79,7 +79,10 @@ def _lines(answer: dict[str, Any], *, titled: bool) -> list[str]:
             heads = ("CKA",)
         rows = [(f"{row['student']}-{row['teacher']}", *(_number(row[n]) for n in names)) for row in told["layers"]]
         rows.append(("mean", *(_number(told["mean"][name]) for name in names)))
-        lines += [*columns([("layers", *heads), *rows]), f"{', '.join(told['targets'])}: {told['rule']}"]
+        lines += [
+            *columns([("layers", *heads), *rows]),
+            ": ".join(word for word in (", ".join(told["targets"]), told["rule"]) if word),
+        ]
     if answer["left_out"]:
         lines.append(f"left out: {answer['left_out']}")
     lines.append(f"{answer['samples']} images ({answer['view']}), teacher {answer['teacher']}")
@@ -99,8 +102,8 @@ def picture(answers: Sequence[dict[str, Any]]) -> Any:
         for part, name, title in shown
         if any(answer[part] and answer[part]["mean"][name] is not None for answer in answers)
     ]
-    width = 2 * MARGIN + len(shown) * (WIDTH + GAP) + GAP
-    width = max(width, 6.0)
+    apart = GAP + 0.25  # between divergences and CKA, whose numbers are others
+    width = max(MARGIN + len(shown) * (WIDTH + GAP) + apart, 6.0)
     legend = 0.22 * len(answers)
     drawn = figure(width, HEAD + legend + HEIGHT + FOOT)
     write(drawn, MARGIN / 2, 0.15, f"Students beside {shortened(answers[0]['teacher'], 40)}, by layer", weight="bold")
@@ -108,7 +111,7 @@ def picture(answers: Sequence[dict[str, Any]]) -> Any:
         write(drawn, MARGIN / 2, 0.42 + 0.22 * n, shortened(answer["student"], 70), color=COLOURS[n % len(COLOURS)],
               weight="bold")  # fmt: skip
     for at, (part, name, title) in enumerate(shown):
-        left = MARGIN + at * (WIDTH + GAP) + (GAP + 0.25 if part == "streams" and at else 0)
+        left = MARGIN + at * (WIDTH + GAP) + (apart if part == "streams" and at else 0)
         axes = panel(drawn, left, HEAD + legend, WIDTH, HEIGHT)
         axes.set_title(title, fontsize=FONT - 0.5, color=GREY)
         for n, answer in enumerate(answers):

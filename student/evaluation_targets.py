@@ -62,17 +62,10 @@ def evaluation_targets(
     Raises:
         UserError: targets of these images are missing, with the command that makes them; invalid samples.
     """
-    wanted = [{**one.target["identity"], "bank": view.bank} for one in given]
-    by_identity = [next((id for id, m in store.targets().items() if m["identity"] == one), None) for one in wanted]
-    targets = tuple(id for id in by_identity if id is not None)
-    done, shards = store.done(), [cached_index(url).id for url in urls]
-    lacking = [
-        url
-        for url, shard in zip(urls, shards, strict=True)
-        if len(targets) < len(given) or any(Task("target", id, shard, 0) not in done for id in targets)
-    ]
+    targets, lacking = kept_of(store, given, urls, view)
+    shards = [cached_index(url).id for url in urls]
     if lacking:
-        others = any(task.kind == "bank" and task.shard in shards and task.id != view.bank for task in done)
+        others = any(task.kind == "bank" and task.shard in shards and task.id != view.bank for task in store.done())
         raise UserError(
             f"{why}, and {store.url} has none of {lacking[0]}"
             f"{f' and {len(lacking) - 1} more' if len(lacking) > 1 else ''} in the view {view.line}; make it:\n"
@@ -87,9 +80,25 @@ def evaluation_targets(
     return EvaluationTargets(store, view.bank, targets, permute)
 
 
+def kept_of(
+    store: Store, given: Sequence[Given], urls: Sequence[str], view: Policy
+) -> tuple[tuple[str, ...], list[str]]:
+    """Ids of the targets like those given in the evaluation view, and the shards that lack some of them."""
+    wanted = [{**one.target["identity"], "bank": view.bank} for one in given]
+    by_identity = [next((id for id, m in store.targets().items() if m["identity"] == one), None) for one in wanted]
+    targets = tuple(id for id in by_identity if id is not None)
+    done = store.done()
+    lacking = [
+        url
+        for url in urls
+        if len(targets) < len(given) or any(Task("target", id, cached_index(url).id, 0) not in done for id in targets)
+    ]
+    return targets, lacking
+
+
 def command(store: Store, given: Sequence[Given], urls: Sequence[str], view: Policy, *, new_bank: bool) -> str:
     """The `pipeline precompute` that makes targets like those given for other shards in another view."""
-    teacher, identity = given[0].teacher, given[0].target["identity"]
+    teacher = given[0].teacher
     about = teacher["identity"]
     ready = about["model"] == READY
     weights = None if ready or teacher["weights"] == HUB else teacher["weights"]
@@ -98,9 +107,10 @@ def command(store: Store, given: Sequence[Given], urls: Sequence[str], view: Pol
         about["std"], about["input size"], store.url, urls,
     )  # fmt: skip
     words += ["--view-policy", view.line, "--view-size", str(view.size), *(["--new-bank"] if new_bank else [])]
-    layers = f",layers={ranges(identity['layers'])}" if identity["layers"] else ""
-    taps = {one.target["identity"]["tap"]: one.target["identity"].get("tensors", ()) for one in given}
-    words += ["--target", f"{','.join(taps)}{layers},codec={identity['codec']}"]
-    return shlex.join(
-        [*words, *(w for tap, names in taps.items() for name in names for w in ("--tap", f"{tap}={name}"))]
-    )
+    wishes: dict[str, list[str]] = {}  # layers and codec -> taps
+    for one in (one.target["identity"] for one in given):
+        layers = f",layers={ranges(one['layers'])}" if one["layers"] else ""
+        wishes.setdefault(f"{layers},codec={one['codec']}", []).append(one["tap"])
+        for name in one.get("tensors", ()):
+            words += ["--tap", f"{one['tap']}={name}"]
+    return shlex.join([*words, *(w for rest, taps in wishes.items() for w in ("--target", f"{','.join(taps)}{rest}"))])

@@ -24,12 +24,14 @@ class Reference:
         teacher: its name.
         attention: the target of its attention, or of q and k; nothing where there is none.
         tokens: the target of its tokens; nothing where there is none.
+        chosen: whether somebody named these; else what the store lacks of the evaluated images is left out.
     """
 
     store: Store
     teacher: str
     attention: tuple[Given, ...]
     tokens: tuple[Given, ...]
+    chosen: bool = False
 
     @property
     def depth(self) -> int:
@@ -69,7 +71,7 @@ def reference_of(store: Store, teacher: str | None, chosen: Sequence[str], bank:
             f"with its tokens, and {name or 'it'} has {', '.join(there) or 'no targets'}; add some: "
             "pipeline precompute --teacher NAME --target attention --target tokens,layers=1:12 …"
         )
-    return Reference(store, name, attention, tokens)
+    return Reference(store, name, attention, tokens, bool(chosen))
 
 
 def _found(

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from storage.errors import UserError
-from storage.policies import policy
+from storage.policies import Policy, policy
 from student.align import Shape, full, student_shape
 from student.copying import copies_of
 from student.evaluation.accuracy import evaluation_batches
 from student.evaluation.reference import Reference
-from student.evaluation_targets import evaluation_targets
+from student.evaluation_targets import evaluation_targets, kept_of
 from student.lending import borrowing, lent_to
 from student.loss_settings import Meeting
 from student.matching import ranges, uniform
@@ -159,11 +159,12 @@ def similarity(
     """
     view = policy(about.evaluation, about.img_size)
     why = f"{name} is compared with {reference.teacher} on stored images"
-    given = [*reference.attention, *reference.tokens]
-    stored = evaluation_targets(reference.store, given, urls, view, why)
+    reference, missing = _there(reference, urls, view)
+    stored = evaluation_targets(reference.store, [*reference.attention, *reference.tokens], urls, view, why)
     ids = stored.targets
     of_rows, of_tokens = ids[: len(reference.attention)], ids[len(reference.attention) :]
-    sides, left_out = _sides(model, reference, tokens)
+    sides, copied = _sides(model, reference, tokens)
+    left_out = "; ".join(word for word in (missing, copied) if word)
     final = bool(of_tokens) and reference.tokens[0].target["identity"]["layers"] is None
     reads: set[Reads] = {"attention"} if sides.rows else set()
     if sides.vectors:
@@ -198,6 +199,20 @@ def similarity(
             **_told(sides.vectors, of_tokens, [{"cka": a.value()} for a in alignments], ("cka",)),
         },
     }  # fmt: skip
+
+
+def _there(reference: Reference, urls: Sequence[str], view: Policy) -> tuple[Reference, str]:
+    """What the store has of these images, if it has something and nobody chose; in words what it lacks."""
+    lacks = [
+        bool(given) and bool(kept_of(reference.store, given, urls, view)[1])
+        for given in (reference.attention, reference.tokens)
+    ]
+    said = "which the store has not of these images"
+    if reference.chosen or lacks[0] == lacks[1]:
+        return reference, ""
+    if lacks[0]:
+        return (replace(reference, attention=()), f"attention, {said}") if reference.tokens else (reference, "")
+    return (replace(reference, tokens=()), f"tokens, {said}") if reference.attention else (reference, "")
 
 
 def _sides(model: nn.Module, reference: Reference, tokens: Tokens) -> tuple[_Sides, str]:
@@ -285,7 +300,8 @@ def _told(
     """Numbers by layer, with their means."""
     layers = [{"student": own, "teacher": other, **told} for (own, other), told in zip(side.pairs, values, strict=True)]
     mean = {name: _mean([told[name] for told in values]) for name in names}
-    return {"targets": list(ids), "rule": side.row.rule, "layers": layers, "mean": mean}
+    rules = [rule for rule in side.row.rule.split("; ") if not rule.startswith(("layers ", "heads "))]  # told anyway
+    return {"targets": list(ids), "rule": "; ".join(rules), "layers": layers, "mean": mean}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

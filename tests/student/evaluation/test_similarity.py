@@ -277,7 +277,9 @@ def test_missing_targets_come_with_the_command_that_makes_them_and_labels_are_no
     (shard,) = synthetic_shards(tmp_path / "data", shards=1, samples=70, labels=False)
     words = ["evaluate", trained, "--protocol", "similarity", "--shards", shard, "--device", "cpu"]
     store = tmp_path / "store"
-    run_precompute(store, world.shards[:1], teacher_of(world.weights, "vit"), ["attention", "tokens,layers=3"])
+    run_precompute(
+        store, world.shards[:1], teacher_of(world.weights, "vit"), ["attention", "tokens,layers=3,codec=f32"]
+    )
     said = asked(capsys, *words, "--store", store, status=1)["error"]
     assert "compared with vit" in said
     monkeypatch.chdir(tmp_path)
@@ -285,6 +287,18 @@ def test_missing_targets_come_with_the_command_that_makes_them_and_labels_are_no
     found = asked(capsys, *words, "--store", store)
     assert found["samples"] == 70
     assert found["attention"]["mean"]["min"] > 0
+    assert found["streams"]["layers"][0]["cka"] > 0
+
+
+def test_what_the_store_lacks_of_these_images_is_left_out_unless_it_is_asked_for(world, trained, tmp_path, capsys):
+    store, teacher = tmp_path / "store", teacher_of(world.weights, "vit")
+    run_precompute(store, world.shards[:1], teacher, ["attention"], policy=VIEW, views=1)
+    run_precompute(store, world.shards[1:], teacher, ["tokens,layers=3"], policy=VIEW, views=1)
+    found = compared(capsys, trained, world, store)
+    assert (found["streams"], "tokens" in found["left_out"]) == (None, True)
+    assert found["attention"]["mean"]["min"] > 0
+    said = compared(capsys, trained, world, store, "--target", targets_of(store, "tokens")[0], status=1)["error"]
+    assert "--target tokens,layers=3," in said
 
 
 def test_what_cannot_be_compared_is_refused_in_words(world, trained, place, tmp_path, capsys):
