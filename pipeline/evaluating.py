@@ -27,6 +27,7 @@ _TAKEN_BY = {
     "--list": ("knn", "probe"),
     "--seed": ("knn", "probe"),
     "--lr": ("probe",),
+    "--projected": ("knn", "probe"),
     "--box": ("boxes",),
     "--out": ("boxes", "similarity"),
     "--teacher": ("similarity", "cost"),
@@ -61,6 +62,8 @@ def _bounds(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
               help="Write down which samples had labels: a CSV with shard, key and label.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of this part, and of the probe.")
 @click.option("--lr", type=click.FloatRange(0, min_open=True), metavar="R", help="The probe's only learning rate.")
+@click.option("--projected", type=click.IntRange(0), default=0, metavar="N", show_default=True,
+              help="Read features after N linear maps of the projector that the student was trained with.")  # fmt: skip
 @click.option("--box", "convention", type=click.Choice(["official", "exact"]), default="official", show_default=True,
               help="Whether predicted boxes end one pixel late, as in the benchmark's code.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE",
@@ -91,6 +94,7 @@ def evaluate(
     listing: Path | None,
     seed: int,
     lr: float | None,
+    projected: int,
     convention: Convention,
     out: Path | None,
     teachers: tuple[str, ...],
@@ -146,9 +150,9 @@ def evaluate(
             raise click.UsageError(f"--protocol {protocol} learns from labelled images: give --train-shards SHARDS")
         part = evaluations.Part(train_shards, share_of(labels) if labels else 1.0, seed, listing)
         if protocol == "knn":
-            result, lines = evaluations.knn(paths[0], shards, part, device)
+            result, lines = evaluations.knn(paths[0], shards, part, projected, device)
         else:
-            result, lines = evaluations.probe(paths[0], shards, part, lr, device)
+            result, lines = evaluations.probe(paths[0], shards, part, projected, lr, device)
     show(result, lines, as_json)
 
 
@@ -173,5 +177,7 @@ def _require_fitting(protocol: str, runs: tuple[Path, ...], shards: tuple[str, .
         raise click.UsageError(f"--protocol {protocol} takes one RUN, found {len(runs)}")
     if _said("--ensemble") and len(runs) < 2:
         raise click.UsageError("--ensemble is of two RUNs or more: pipeline evaluate RUN1 RUN2 --ensemble …")
+    if _said("--projected") and _said("--checkpoint"):
+        raise click.UsageError("--projected is of the last student, whose projector is kept; leave --checkpoint out")
     if protocol == "accuracy" and _said("--train-shards") and not _said("--bounds"):
         raise click.UsageError("--train-shards counts the images of classes for --bounds LOW,HIGH; 20,100 are usual")

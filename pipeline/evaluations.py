@@ -16,6 +16,7 @@ from storage.errors import UserError
 from storage.shards import cached_index, classes_of, expand
 from student import folder
 from student.device import pick_device
+from student.evaluation import inside
 from student.evaluation import knn as nearest
 from student.evaluation import probe as linear
 from student.evaluation.accuracy import places_of
@@ -194,9 +195,9 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
 # ---------------------------------------------------------------------------------------------- frozen features
 
 
-def knn(path: Path, patterns: Sequence[str], part: Part, device: str) -> Said:
+def knn(path: Path, patterns: Sequence[str], part: Part, projected: int, device: str) -> Said:
     """k-NN accuracies for each k."""
-    bank, asked, classes, result = _features(path, patterns, part, device, class_feature)
+    bank, asked, classes, result = _features(path, patterns, part, device, class_feature, projected)
     result["knn"] = {}
     for k, places in nearest.places(bank, asked, nearest.usable(len(bank.labels)), classes).items():
         told = figures(asked.labels.cpu(), places.cpu(), classes)
@@ -206,9 +207,10 @@ def knn(path: Path, patterns: Sequence[str], part: Part, device: str) -> Said:
     return result, [*columns(rows), _of(result)]
 
 
-def probe(path: Path, patterns: Sequence[str], part: Part, lr: float | None, device: str) -> Said:
+def probe(path: Path, patterns: Sequence[str], part: Part, projected: int, lr: float | None, device: str) -> Said:
     """The accuracy of a linear probe, at the learning rate that is best on held-out training samples."""
-    bank, asked, classes, result = _features(path, patterns, part, device, probe_feature)
+    read = class_feature if projected else probe_feature
+    bank, asked, classes, result = _features(path, patterns, part, device, read, projected)
     console = Console()
     console.start("fitting", linear.EPOCHS * (2 if lr is None else 1))
     try:
@@ -227,7 +229,7 @@ def probe(path: Path, patterns: Sequence[str], part: Part, lr: float | None, dev
 
 
 def _features(
-    path: Path, patterns: Sequence[str], part: Part, device: str, read: Reading
+    path: Path, patterns: Sequence[str], part: Part, device: str, read: Reading, projected: int
 ) -> tuple[Features, Features, int, dict[str, Any]]:
     """Features of the labelled training samples and of the evaluated ones, the number of classes, and what they are."""
     urls, train = only_set_of(patterns), expand(part.shards)
@@ -238,12 +240,22 @@ def _features(
     mine = labelled(train, urls, part.share, part.seed)
     if part.listing is not None:
         mine.write(part.listing)
-    result |= {"features": feature_text(model, read), "train": _train(mine, part)}
+    text, through = feature_text(model, read), nn.Sequential()
+    if projected:
+        through = inside.projected(path, projected).to(where)
+        text += f", through {projected} of the projector's linear maps"
+        inside.require_width(through, model, str(path))
+    result |= {"features": text, "projected": projected, "train": _train(mine, part)}
     _say_labelled(mine, part, console)
     console.start("looking", len(mine.rows) + sum(len(cached_index(url)) for url in urls))
     try:
-        bank = features_of(model, about, train, read, chosen=mine.chosen, device=where, advance=console.advance)
-        asked = features_of(model, about, urls, read, device=where, advance=console.advance)
+        bank, asked = (
+            features_of(
+                model, about, shards, lambda network, pixels: through(read(network, pixels)), chosen=chosen,
+                device=where, advance=console.advance,
+            )
+            for shards, chosen in ((train, mine.chosen), (urls, None))
+        )  # fmt: skip
     finally:
         console.stop()
     highest = int(torch.cat([bank.labels, asked.labels]).max())
