@@ -9,12 +9,14 @@ from typing import Any
 from pipeline.console import Console
 from pipeline.evaluations import Said, columns, only_set_of, opened
 from pipeline.pictures import COLOURS, FONT, GREY, figure, panel, picture_path, save, shortened, write
+from storage.errors import UserError
 from storage.policies import policy
 from storage.shards import cached_index
 from storage.store import Store
 from student.device import pick_device
+from student.evaluation.likeness import PAIRINGS
 from student.evaluation.reference import reference_of
-from student.evaluation.similarity import PAIRINGS, Tokens, similarity
+from student.evaluation.similarity import Comparison, Tokens
 from student.lending import lend
 
 # Inches.
@@ -42,17 +44,18 @@ def similar(
     where, console = pick_device(device), Console()
     place = Store.open(store)
     members, answers = map(list, zip(*(opened(path, where, console) for path in paths), strict=True))
+    comparisons = []
+    for member, answer in zip(members, answers, strict=True):
+        view = policy(member.about.evaluation, member.about.img_size)
+        reference = reference_of(place, teacher, targets, urls, view)
+        answer["teacher"] = reference.teacher
+        if member.about.copying is not None:
+            lend(member.model, member.about, store_of(member.about.copying["store"], store), urls)
+        comparisons.append(Comparison(member.model, member.about, member.name, urls, reference, tokens))
     console.start("comparing", len(members) * sum(len(cached_index(url)) for url in urls))
     try:
-        for member, answer in zip(members, answers, strict=True):
-            view = policy(member.about.evaluation, member.about.img_size)
-            reference = reference_of(place, teacher, targets, view.bank)
-            lend(member.model, member.about, None, urls)
-            answer["teacher"] = reference.teacher
-            answer |= similarity(
-                member.model, member.about, member.name, urls, reference, tokens=tokens, device=where,
-                advance=console.advance,
-            )  # fmt: skip
+        for comparison, answer in zip(comparisons, answers, strict=True):
+            answer |= comparison.run(where, console.advance)
     finally:
         console.stop()
     lines = [line for answer in answers for line in _lines(answer, titled=len(answers) > 1)]
@@ -62,6 +65,14 @@ def similar(
         result["files"] = [str(file)]
         lines.append(f"written: {file}")
     return result, lines
+
+
+def store_of(recorded: str, given: str) -> str:
+    """Where a copying student's teacher is: where it learned or, where no store is any more, the given one."""
+    try:
+        return Store.open(recorded).url
+    except UserError:
+        return given
 
 
 def _lines(answer: dict[str, Any], *, titled: bool) -> list[str]:

@@ -11,7 +11,7 @@ from click.core import ParameterSource
 from pipeline.console import show
 from pipeline.options import common, shards
 from pipeline.project import reads
-from pipeline.training import student_file, teachers_store
+from pipeline.training import student_file
 
 if TYPE_CHECKING:
     from student.evaluation.boxes import Convention
@@ -72,14 +72,15 @@ def _bounds(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
               help="Tell the cost of this teacher too: a short name or a timm name; may be repeated. Of similarity: "
               "the one in the store.")  # fmt: skip
 @click.option("--target", "targets", multiple=True, metavar="ID",
-              help="Compare with this target, where the store has several of a kind; may be repeated.")  # fmt: skip
+              help="The attention or tokens to compare with, of several; may be repeated.")  # fmt: skip
 @click.option("--tokens", type=click.Choice(["all", "class", "mean"]), default="all", show_default=True,
               help="Which tokens of an image are compared: all, the class token, or the mean of patches.")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True,
               help="Images that a forward pass is timed with.")  # fmt: skip
 @click.option("--checkpoint", type=click.Choice(["last", "best", "ema"]), default="last", show_default=True,
               help="Which student; `best` was chosen on the validation shards, `ema` is the average.")  # fmt: skip
-@teachers_store
+@click.option("--store", metavar="DIR", help="Where the teacher of similarity is; of a student that copies "
+              "attention, where its teacher is, if not where it was.")  # fmt: skip
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @reads(shards="val", train_shards="shards", store="store")
 @common
@@ -177,7 +178,5 @@ def _require_fitting(protocol: str, runs: tuple[Path, ...], shards: tuple[str, .
         raise click.UsageError(f"--protocol {protocol} takes one RUN, found {len(runs)}")
     if _said("--ensemble") and len(runs) < 2:
         raise click.UsageError("--ensemble is of two RUNs or more: pipeline evaluate RUN1 RUN2 --ensemble …")
-    if _said("--projected") and _said("--checkpoint"):
-        raise click.UsageError("--projected is of the last student, whose projector is kept; leave --checkpoint out")
     if protocol == "accuracy" and _said("--train-shards") and not _said("--bounds"):
         raise click.UsageError("--train-shards counts the images of classes for --bounds LOW,HIGH; 20,100 are usual")

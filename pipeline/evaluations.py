@@ -209,8 +209,7 @@ def knn(path: Path, patterns: Sequence[str], part: Part, projected: int, device:
 
 def probe(path: Path, patterns: Sequence[str], part: Part, projected: int, lr: float | None, device: str) -> Said:
     """The accuracy of a linear probe, at the learning rate that is best on held-out training samples."""
-    read = class_feature if projected else probe_feature
-    bank, asked, classes, result = _features(path, patterns, part, device, read, projected)
+    bank, asked, classes, result = _features(path, patterns, part, device, probe_feature, projected)
     console = Console()
     console.start("fitting", linear.EPOCHS * (2 if lr is None else 1))
     try:
@@ -237,25 +236,18 @@ def _features(
     where, console = pick_device(device), Console()
     member, result = opened(path, where, console)
     model, about = member.model, member.about
+    text = feature_text(model, read)
+    if projected:
+        read, text = inside.reading(path, model, projected)
     mine = labelled(train, urls, part.share, part.seed)
     if part.listing is not None:
         mine.write(part.listing)
-    text, through = feature_text(model, read), nn.Sequential()
-    if projected:
-        through = inside.projected(path, projected).to(where)
-        text += f", through {projected} of the projector's linear maps"
-        inside.require_width(through, model, str(path))
     result |= {"features": text, "projected": projected, "train": _train(mine, part)}
     _say_labelled(mine, part, console)
     console.start("looking", len(mine.rows) + sum(len(cached_index(url)) for url in urls))
     try:
-        bank, asked = (
-            features_of(
-                model, about, shards, lambda network, pixels: through(read(network, pixels)), chosen=chosen,
-                device=where, advance=console.advance,
-            )
-            for shards, chosen in ((train, mine.chosen), (urls, None))
-        )  # fmt: skip
+        bank = features_of(model, about, train, read, chosen=mine.chosen, device=where, advance=console.advance)
+        asked = features_of(model, about, urls, read, device=where, advance=console.advance)
     finally:
         console.stop()
     highest = int(torch.cat([bank.labels, asked.labels]).max())

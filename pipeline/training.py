@@ -17,12 +17,6 @@ if TYPE_CHECKING:
     from student.config import Recipe
 
 
-teachers_store = click.option(
-    "--store", metavar="DIR",
-    help="Of a student that copies attention: where its teacher is, if not where it was.",
-)  # fmt: skip
-
-
 @click.command()
 @click.option("--recipe", required=True, type=Hinted("`pipeline recipes` lists them."),
               help="A recipe's name (scratch, aal, …) or a YAML file.")  # fmt: skip
@@ -128,7 +122,8 @@ def _require_val(recipe: Recipe, shards: tuple[str, ...], val: tuple[str, ...]) 
 @click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="How many classes of each image.")
 @click.option("--checkpoint", type=click.Choice(["last", "best", "ema"]), default="last", show_default=True,
               help="Which student.")  # fmt: skip
-@teachers_store
+@click.option("--store", metavar="DIR",
+              help="Of a student that copies attention: where its teacher is, if not where it was.")  # fmt: skip
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @reads(store="store")
 @common

@@ -106,14 +106,4 @@ def cut(batch: Batch, count: int) -> list[Batch]:
     if count == 1:
         return [batch]
     size = len(batch.labels) // count
-    pieces = []
-    for start in range(0, size * count, size):
-        part = slice(start, start + size)
-        targets = {id: {name: array[part] for name, array in arrays.items()} for id, arrays in batch.targets.items()}
-        pieces.append(
-            Batch(
-                batch.images[part], batch.labels[part], batch.others[part], batch.shares[part], batch.ids[part],
-                targets, batch.codecs,
-            )
-        )  # fmt: skip
-    return pieces
+    return [batch.part(slice(start, start + size)) for start in range(0, size * count, size)]

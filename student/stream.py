@@ -61,6 +61,14 @@ class Batch:
         images, labels, others, shares = (t.to(device) for t in (self.images, self.labels, self.others, self.shares))
         return Batch(images, labels, others, shares, self.ids, targets, self.codecs)
 
+    def part(self, some: slice) -> Batch:
+        """Some of its samples."""
+        targets = {id: {name: array[some] for name, array in arrays.items()} for id, arrays in self.targets.items()}
+        return Batch(
+            self.images[some], self.labels[some], self.others[some], self.shares[some], self.ids[some], targets,
+            self.codecs,
+        )  # fmt: skip
+
     def target(self, id: str) -> Tensor:
         """A target's decoded values, f32 `[B, …]`."""
         values: Tensor = self.codecs[id].decode(self.targets[id])

@@ -12,11 +12,42 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from precompute.taps import prefix_roles
 from storage.errors import UserError
 from storage.weights import first_line
+from student.evaluation.features import Reading
 
 FILE = "losses.safetensors"
 _NAME = re.compile(r"(?P<loss>.+)\.projector\.(?P<at>[0-9]{1,3})\.(?P<part>weight|bias)")
+
+
+def reading(student: Path, model: nn.Module, layers: int) -> tuple[Reading, str]:
+    """What reads features inside a projector off a student's network, and what they are in words.
+
+    It begins with the class token after the final norm, which projectors are trained on, whatever the classifier reads.
+
+    Args:
+        student: its file.
+        model: itself, on its device.
+        layers: linear maps of the projector, at least one.
+
+    Raises:
+        UserError: as `projected`; a projector of other tokens.
+    """
+    module = projected(student, layers).to(next(model.parameters()).device)
+    first = module[0]
+    assert isinstance(first, nn.LayerNorm)
+    if first.normalized_shape != (int(model.num_features),):  # type: ignore[arg-type]
+        raise UserError(
+            f"{student}: its tokens are {model.num_features} wide, the projector beside it takes {first.weight.numel()}"
+        )
+    at = prefix_roles(model).index("class")
+
+    def read(network: nn.Module, pixels: Tensor) -> Tensor:
+        found: Tensor = module(network.forward_features(pixels)[:, at])  # type: ignore[operator]
+        return found
+
+    return read, f"class token after the final norm, through {layers} of the projector's linear maps"
 
 
 def projected(student: Path, layers: int) -> nn.Sequential:
@@ -31,6 +62,10 @@ def projected(student: Path, layers: int) -> nn.Sequential:
     Raises:
         UserError: no projector there, several, fewer maps, or a file that is not what `train` writes.
     """
+    if student.name != "last.safetensors":
+        raise UserError(
+            f"{student}: the projector that is kept is that of the last student; give the run, or its last one"
+        )
     path = student.with_name(FILE)
     try:
         with safe_open(path, "pt") as file:
@@ -74,13 +109,3 @@ def _module(tensors: dict[tuple[int, str], Tensor], where: str) -> nn.Sequential
         module.load_state_dict({"weight": weight.float(), "bias": bias.float()})
         modules.append(module)
     return nn.Sequential(*modules).requires_grad_(False).eval()
-
-
-def require_width(module: nn.Sequential, student: nn.Module, where: str) -> None:
-    """Refuse a student whose tokens a projector does not take. Raises UserError."""
-    first = module[0]
-    assert isinstance(first, nn.LayerNorm)
-    if first.normalized_shape != (width := int(student.num_features),):  # type: ignore[arg-type]
-        raise UserError(
-            f"{where}: its tokens are {width} wide, the projector beside it takes {first.normalized_shape[0]}"
-        )

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from storage.errors import UserError, nearest
+from storage.policies import Policy
 from storage.records import Record, digest_of
 from storage.store import Store
 from student.align import Given
+from student.evaluation_targets import kept_of
 
-ATTENTION = (("attention",), ("q", "k"), ("class_row",))  # the first that is there
+# Taps that serve, those of one kind together; the first kind that is there is taken.
+ATTENTION = (("attention",), ("q", "k"), ("class_row",))
 TOKENS = (("tokens",),)
+_Found = tuple[Given, ...]
 
 
 @dataclass(frozen=True)
@@ -24,38 +28,34 @@ class Reference:
         teacher: its name.
         attention: the target of its attention, or of q and k; nothing where there is none.
         tokens: the target of its tokens; nothing where there is none.
-        chosen: whether somebody named these; else what the store lacks of the evaluated images is left out.
+        missing: in words, which of the two the store has, but not of the images that are evaluated.
     """
 
     store: Store
     teacher: str
-    attention: tuple[Given, ...]
-    tokens: tuple[Given, ...]
-    chosen: bool = False
-
-    @property
-    def depth(self) -> int:
-        """Its layers."""
-        return int([*self.attention, *self.tokens][0].teacher["layers"])
+    attention: _Found
+    tokens: _Found
+    missing: str = ""
 
 
-def reference_of(store: Store, teacher: str | None, chosen: Sequence[str], bank: str) -> Reference:
-    """What a student is compared with.
+def reference_of(
+    store: Store, teacher: str | None, chosen: Sequence[str], urls: Sequence[str], view: Policy
+) -> Reference:
+    """What a student is compared with: of what the store has, that which it has of the images that are evaluated.
 
     Args:
         store: with targets.
         teacher: its name; None where only one has such targets.
-        chosen: ids of targets, where there are several of a kind, of any bank.
-        bank: id of the evaluation bank; of several targets of a kind, one that is there already is taken.
+        chosen: ids of targets, of any bank, where there are several of a kind.
+        urls: shards that are evaluated.
+        view: in which.
 
     Raises:
         UserError: an unknown name, nothing to compare with, or several and nobody said which.
     """
-    targets = store.targets()
-    for id in chosen:
-        store.target(id)  # says what is near
-    taps = {tap for several in (*ATTENTION, *TOKENS) for tap in several}
-    usable = [m for m in targets.values() if m["identity"]["tap"] in taps]
+    targets = {id: store.target(id) for id in chosen} | store.targets()
+    parts = {tap: part for part in (ATTENTION, TOKENS) for several in part for tap in several}
+    usable = [m for m in targets.values() if m["identity"]["tap"] in parts]
     if teacher is not None and teacher not in (known := store.teachers()):
         raise UserError(f"{store.url}: no teacher is called {teacher!r}. {nearest(teacher, known)}")
     names = sorted({m["teacher"] for m in usable if not chosen or m["id"] in chosen})
@@ -63,37 +63,71 @@ def reference_of(store: Store, teacher: str | None, chosen: Sequence[str], bank:
         raise UserError(f"{store.url} has several teachers: {', '.join(names)}; say which: --teacher {names[0]}")
     name = teacher or (names[0] if names else "")
     mine = [m for m in usable if m["teacher"] == name]
-    attention, tokens = (_found(store, mine, kinds, chosen, bank) for kinds in (ATTENTION, TOKENS))
+    for id in chosen:
+        if id not in {m["id"] for m in mine}:
+            raise UserError(
+                f"--target {id}: {targets[id]['identity']['tap']} of {targets[id]['teacher']}; a student is compared "
+                f"with attention (attention, q and k, or class_row) and tokens of one teacher{name and f', {name}'}"
+            )
+
+    def there(given: _Found) -> bool:
+        return not kept_of(store, given, urls, view)[1]
+
+    wanted = [[id for id in chosen if parts[targets[id]["identity"]["tap"]] is part] for part in (ATTENTION, TOKENS)]
+    attention = _pick(store, mine, ATTENTION, wanted[0], there)
+    tokens = _pick(store, mine, TOKENS, wanted[1], there)
     if not (attention or tokens):
-        there = sorted({m["identity"]["tap"] for m in targets.values() if teacher in (None, m["teacher"])})
+        taps = sorted({m["identity"]["tap"] for m in targets.values() if teacher in (None, m["teacher"])})
         raise UserError(
             f"{store.url}: a student is compared with a teacher's attention (attention, q and k, or class_row) and "
-            f"with its tokens, and {name or 'it'} has {', '.join(there) or 'no targets'}; add some: "
+            f"with its tokens, and {name or teacher or 'it'} has {', '.join(taps) or 'no targets'}; add some: "
             "pipeline precompute --teacher NAME --target attention --target tokens,layers=1:12 …"
         )
-    return Reference(store, name, attention, tokens, bool(chosen))
+    if attention and tokens and there(attention) != there(tokens):
+        missing = "which the store has not of all these images"
+        if there(attention) and not wanted[1]:
+            return Reference(store, name, attention, (), f"tokens, {missing}")
+        if there(tokens) and not wanted[0]:
+            return Reference(store, name, (), tokens, f"attention, {missing}")
+    return Reference(store, name, attention, tokens)
 
 
-def _found(
-    store: Store, mine: Sequence[Record], kinds: Sequence[tuple[str, ...]], chosen: Sequence[str], bank: str
-) -> tuple[Given, ...]:
-    """The targets of the first kind that is there; with a choice, of what is chosen alone."""
-    for taps in kinds:
-        alike: dict[str, list[tuple[Record, ...]]] = {}  # but for their banks
-        for several in itertools.product(*([m for m in mine if m["identity"]["tap"] == tap] for tap in taps)):
-            kept = [{k: v for k, v in m["identity"].items() if k != "bank"} for m in several]
-            if len({m["identity"]["bank"] for m in several}) == 1 and all(
-                k["layers"] == kept[0]["layers"] for k in kept
-            ):
-                alike.setdefault(digest_of(kept), []).append(several)
-        if chosen:
-            alike = {k: v for k, v in alike.items() if any(m["id"] in chosen for several in v for m in several)}
-        if len(alike) > 1:
-            there = {k: v for k, v in alike.items() if any(m["identity"]["bank"] == bank for m in (s[0] for s in v))}
-            alike = there or alike
-        if len(alike) > 1:
-            ids = [str(v[0][0]["id"]) for v in alike.values()]
-            raise UserError(f"{store.url}: {len(alike)} targets fit: {', '.join(ids)}; choose one: --target {ids[0]}")
-        for groups in alike.values():
-            return tuple(Given(m, store.teacher_of(m)) for m in groups[0])
-    return ()
+def _pick(
+    store: Store, mine: Sequence[Record], kinds: Sequence[tuple[str, ...]], wanted: Sequence[str],
+    there: Callable[[_Found], bool],
+) -> _Found:  # fmt: skip
+    """The targets of one part: those wanted, else of the first kind that is there for the images, else in the store."""
+    by_kind = [_alike(mine, taps) for taps in kinds]
+    if wanted:
+        ids = {*wanted}
+        fits = [every for several in by_kind for every in several if ids <= {m["id"] for one in every for m in one}]
+        if not fits:
+            raise UserError(f"{store.url}: {' and '.join(wanted)} are not of one kind and the same layers; name fewer")
+        return _only(store, fits)
+    for several in by_kind:
+        if fits := [every for every in several if there(_given(store, every[0]))]:
+            return _only(store, fits)
+    return next((_only(store, several) for several in by_kind if several), ())
+
+
+def _alike(mine: Sequence[Record], taps: Sequence[str]) -> list[list[tuple[Record, ...]]]:
+    """Targets of these taps that are read together; those that differ in their bank alone stand in one list."""
+    found: dict[str, list[tuple[Record, ...]]] = {}
+    for several in itertools.product(*([m for m in mine if m["identity"]["tap"] == tap] for tap in taps)):
+        kept = [{k: v for k, v in m["identity"].items() if k != "bank"} for m in several]
+        if len({m["identity"]["bank"] for m in several}) == 1 and all(k["layers"] == kept[0]["layers"] for k in kept):
+            found.setdefault(digest_of(kept), []).append(several)
+    return list(found.values())
+
+
+def _only(store: Store, fits: Sequence[Sequence[tuple[Record, ...]]]) -> _Found:
+    """The one that fits. Raises UserError: several do."""
+    if len(fits) > 1:
+        names = [" with ".join(m["id"] for m in every[0]) for every in fits]
+        flags = " ".join(f"--target {m['id']}" for m in fits[0][0])
+        raise UserError(f"{store.url}: {len(fits)} targets fit: {', '.join(names)}; choose one: {flags}")
+    return _given(store, fits[0][0])
+
+
+def _given(store: Store, several: Sequence[Record]) -> _Found:
+    return tuple(Given(m, store.teacher_of(m)) for m in several)

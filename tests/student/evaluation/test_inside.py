@@ -10,13 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from precompute.taps import prefix_roles
 from storage.errors import UserError
-from student.evaluation.features import class_feature, features_of
-from student.evaluation.inside import projected
+from student.evaluation.features import features_of
+from student.evaluation.inside import projected, reading
 from student.evaluation.knn import places
 from student.losses import alignment
 from student.model import load
 from student.projector import projector
+from student.seen import Seen
 from tests.conftest import World
 from tests.student.copying import asked
 from tests.student.runs import run
@@ -67,17 +69,32 @@ def test_k_nn_and_probe_through_the_command(world, trained, capsys):
     model, about = load(trained / "last.safetensors")
     through = projected(trained / "last.safetensors", 3)
     bank, others = (
-        features_of(model, about, [url], lambda network, pixels: through(class_feature(network, pixels)))
+        features_of(model, about, [url], lambda network, pixels: through(network.forward_features(pixels)[:, 0]))
         for url in world.shards
     )
     right = 100 * float((places(bank, others, [20], 3)[20] == 0).float().mean())
     assert found[3]["knn"]["20"]["top1"] == pytest.approx(right, abs=0.01)
     probed = asked(capsys, *words, "--protocol", "probe", "--projected", 1, "--lr", 0.01)
     assert "1 of the projector's linear maps" in probed["features"]
-    assert "leave --checkpoint out" in asked(
-        capsys, *words, "--protocol", "knn", "--projected", 1, "--checkpoint", "last", status=2
-    )["error"]  # fmt: skip
+    shutil.copy(trained / "last.safetensors", trained / "best.safetensors")
+    best = asked(
+        capsys, "evaluate", trained / "best.safetensors", *words[2:], "--protocol", "knn", "--projected", 1, status=1
+    )
+    assert "that of the last student" in best["error"]
     assert "has 4 linear map(s)" in asked(capsys, *words, "--protocol", "knn", "--projected", 5, status=1)["error"]
+
+
+def test_the_class_token_is_projected_whatever_is_pooled(world, tmp_path):
+    """What training gave the projector, for a student whose other features are the mean of its patches."""
+    run(world, tmp_path / "run", "simreg", "optim.epochs=1", "student.global_pool=avg", val=[])
+    model, _ = load(tmp_path / "run" / "last.safetensors")
+    seen = Seen(model, {"tokens"})
+    read, text = reading(tmp_path / "run" / "last.safetensors", model, 4)
+    pixels = torch.randn(3, 3, 32, 32)
+    found = read(model, pixels)
+    assert text.startswith("class token")
+    token = seen.tokens[:, prefix_roles(model).index("class")]
+    assert torch.equal(found, projected(tmp_path / "run" / "last.safetensors", 4)(token))
 
 
 def _none(state: dict[str, torch.Tensor]) -> None:

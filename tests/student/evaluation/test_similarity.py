@@ -6,11 +6,13 @@ import json
 import math
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 pytest.importorskip("scipy")
 
@@ -21,7 +23,10 @@ from precompute.taps import Tap, attention_rows
 from storage.policies import policy
 from storage.store import Store
 from storage.testing import synthetic_shards
-from student.evaluation.similarity import Alignment, Divergences, divergence, paired
+from student.align import Given, Shape
+from student.evaluation.likeness import Alignment, Divergences, divergence, paired
+from student.evaluation.reference import Reference
+from student.evaluation.similarity import _chosen, _rows, _vectors
 from student.model import load
 from student.seen import Seen
 from tests.conftest import World, run_precompute, teacher_of
@@ -98,6 +103,8 @@ def test_cka_is_one_for_rotated_shifted_and_scaled_features_and_is_that_of_gram_
     assert aligned(x, y) == pytest.approx(float((k * m).sum() / (k.norm() * m.norm())), rel=1e-5)
     assert aligned(torch.randn(5000, 3), torch.randn(5000, 3)) < 0.01
     assert aligned(x, torch.full((60, 3), 0.1)) is None, "what never changes is like nothing"
+    little = 1 + 1e-4 * torch.randn(60, 9)
+    assert aligned(little, little) == pytest.approx(1), "however little it changes"
 
 
 # ---------------------------------------------------------------------------------------------- through a store
@@ -159,39 +166,61 @@ def by_hand(world: World, trained: Path) -> dict[str, Any]:
     from student.evaluation.accuracy import evaluation_batches
 
     model, about = load(trained / "last.safetensors")
-    seen = Seen(model, {"attention", "streams"})
-    taps = [Tap("attention", (1, 2, 3)), Tap("tokens", (1, 2, 3))]
+    seen = Seen(model, {"attention", "streams", "tokens"})
+    taps = [Tap("attention", (1, 2, 3)), Tap("tokens", (1, 2, 3)), Tap("tokens")]
     teacher = live_teacher(teacher_of(world.weights, "vit"), taps, 32)
-    found: dict[str, list[Any]] = {"attention": [], "streams": [], "their attention": [], "their streams": []}
+    names = ("attention", "streams", "final")
+    found: dict[str, list[Any]] = {f"{whose}{name}": [] for name in names for whose in ("", "their ")}
     with torch.no_grad():
         for batch in evaluation_batches(world.shards[:1], policy(about.evaluation, 32), 64):
             model(batch.pixels(about.mean, about.std))
             pairs = zip(seen.q, seen.k, seen.scales, strict=True)
             found["attention"].append(torch.stack([attention_rows(*one) for one in pairs], 1))
             found["streams"].append(torch.stack(seen.streams, 1))
-            for name, value in zip(("their attention", "their streams"), teacher(batch.images), strict=True):
-                found[name].append(value)
+            found["final"].append(seen.tokens)
+            for name, value in zip(names, teacher(batch.images), strict=True):
+                found[f"their {name}"].append(value)
     return {name: torch.cat(values) for name, values in found.items()}
 
 
 def test_beside_a_teacher_of_another_depth_and_grid_it_is_what_both_networks_give(
     world, trained, place, by_hand, capsys
 ):
-    """Layers 1 and 2 meet 2 and 3; means over patches need no grid, and class rows are the first rows of all."""
-    found = compared(
-        capsys, trained, world, place, "--target", targets_of(place, "class_row")[0], "--target", streams_of(place),
-        "--tokens", "mean",
-    )  # fmt: skip
+    """Layers 1 and 2 meet 2 and 3; means over patches and class tokens need no grid."""
+    found = compared(capsys, trained, world, place, "--target", streams_of(place), "--tokens", "mean")
     assert [(row["student"], row["teacher"]) for row in found["streams"]["layers"]] == [(1, 2), (2, 3)]
-    assert "8x8" in found["attention"]["rule"]
     for n, row in enumerate(found["streams"]["layers"]):
         mine, theirs = by_hand["streams"][:, n, 1:].mean(1), by_hand["their streams"][:, n + 1, 1:].mean(1)
         assert row["cka"] == pytest.approx(aligned(mine, theirs), rel=1e-4)
     classes = compared(capsys, trained, world, place, "--target", streams_of(place), "--tokens", "class")
-    assert classes["attention"] is None
     for n, row in enumerate(classes["streams"]["layers"]):
         mine, theirs = by_hand["streams"][:, n, 0], by_hand["their streams"][:, n + 1, 0]
         assert row["cka"] == pytest.approx(aligned(mine, theirs), rel=1e-4)
+
+
+def finer(values: torch.Tensor) -> torch.Tensor:
+    """`[…, 1 + 4·4]` with its patches on a grid of 8x8: `[…, 1 + 8·8]`."""
+    lead = values.shape[:-1]
+    patches = values[..., 1:].reshape(1, -1, 4, 4)
+    patches = F.interpolate(patches, size=(8, 8), mode="bicubic", align_corners=False)
+    return torch.cat([values[..., :1], patches.reshape(*lead, 64)], -1)
+
+
+def test_a_coarser_teacher_is_brought_to_the_student_s_grid(world, trained, place, by_hand, capsys):
+    """Keys and queries of its attention, rows keeping their mass; its tokens, patch by patch."""
+    found = compared(capsys, trained, world, place, "--target", streams_of(place))
+    assert "8x8" in found["attention"]["rule"]
+    for n, row in enumerate(found["attention"]["layers"]):
+        coarse = by_hand["their attention"][:, n + 1]
+        rows = finer(coarse).clamp_min(0)
+        mass = coarse[..., 1:].sum(-1, keepdim=True) / rows[..., 1:].sum(-1, keepdim=True)
+        rows = torch.cat([rows[..., :1], rows[..., 1:] * mass], -1)
+        rows = finer(rows.transpose(-1, -2)).transpose(-1, -2).clamp_min(0)
+        rows = rows / rows.sum(-1, keepdim=True)
+        assert row["direct"] == pytest.approx(float(divergence(by_hand["attention"][:, n], rows).mean()), rel=1e-3)
+    for n, row in enumerate(found["streams"]["layers"]):
+        theirs = finer(by_hand["their streams"][:, n + 1].transpose(1, 2)).transpose(1, 2).flatten(0, 1)
+        assert row["cka"] == pytest.approx(aligned(by_hand["streams"][:, n].flatten(0, 1), theirs), rel=1e-3)
 
 
 def test_attention_of_a_student_on_the_teacher_s_grid(world, place, by_hand, tmp_path, capsys):
@@ -218,8 +247,7 @@ def test_attention_of_a_student_on_the_teacher_s_grid(world, place, by_hand, tmp
             count += len(batch.labels)
     for taps, expected in ((["attention"], matrix), (["q", "k"], matrix), (["class_row"], first)):
         chosen = [word for tap in taps for word in ("--target", targets_of(place, tap)[0])]
-        found = compared(capsys, tmp_path / "run", world, place, *chosen)
-        assert found["streams"] is None
+        found = compared(capsys, tmp_path / "run", world, place, *chosen, "--target", streams_of(place))
         for n, row in enumerate(found["attention"]["layers"]):
             assert row["direct"] is None, "six heads beside three"
             if taps != ["class_row"]:
@@ -229,15 +257,17 @@ def test_attention_of_a_student_on_the_teacher_s_grid(world, place, by_hand, tmp
 
 
 def test_several_students_stand_in_one_picture_and_tokens_after_the_norm_are_of_the_last_layer(
-    world, trained, place, tmp_path, capsys
+    world, trained, place, by_hand, tmp_path, capsys
 ):
     out = tmp_path / "beside.svg"
     final = ["--target", streams_of(place, final=True), "--target", targets_of(place, "attention")[0]]
-    found = compared(capsys, trained, world, place, trained, *final, "--out", out)
+    found = compared(capsys, trained, world, place, trained, *final, "--tokens", "mean", "--out", out)
     one, other = found["students"]
     assert one == other
     assert one["streams"]["final"]
     assert [(row["student"], row["teacher"]) for row in one["streams"]["layers"]] == [(2, 3)]
+    means = (by_hand[name].reshape(150, -1, 48)[:, 1:].mean(1) for name in ("final", "their final"))
+    assert one["streams"]["mean"]["cka"] == pytest.approx(aligned(*means), rel=1e-4)
     picture = out.read_text()
     assert found["files"] == [str(out)]
     assert "<svg" in picture
@@ -266,6 +296,67 @@ def test_of_a_copying_student_the_copied_maps_are_left_out_and_its_streams_are_c
         if what == "qk":
             assert found["attention"]["layers"][2]["direct"] == pytest.approx(0, abs=1e-6)
         assert 0 < found["streams"]["mean"]["cka"] < 1
+
+
+# ---------------------------------------------------------------------------------------------- what meets
+
+
+def given(
+    tap: str, layers: list[int] | None, depth: int, shape: list[int], prefix: tuple[str, ...] = ("class",)
+) -> Given:
+    manifest = {"id": f"t-{tap}", "identity": {"tap": tap, "layers": layers}, "sample_shape": shape}
+    return Given(manifest, {"id": "t", "layers": depth, "prefix": list(prefix)})
+
+
+def test_attention_and_tokens_meet_by_the_layers_that_each_target_knows_of():
+    """A ready graph says how many tensors it has of each tap, and these may differ."""
+    student = Shape(12, 3, 4, ("class",), width=6)
+    attention, tokens = (
+        given("attention", [1, 2, 3, 4], 4, [4, 3, 17, 17]),
+        given("tokens", [*range(1, 13)], 12, [12, 17, 6]),
+    )
+    reference = Reference(SimpleNamespace(url="S"), "t", (attention,), (tokens,))
+    rows, heads = _rows(student, reference, [])
+    assert heads == (3, 3)
+    assert rows.pairs[:3] == [(1, 1), (2, 1), (3, 1)]
+    assert rows.pairs[-1] == (12, 4)
+    assert _vectors(student, reference, "all").pairs == [(n, n) for n in range(1, 13)]
+
+
+def test_class_tokens_are_found_among_tokens_that_the_teacher_has_not():
+    student = Shape(2, 3, 4, ("register", "class"), width=6)
+    reference = Reference(SimpleNamespace(url="S"), "t", (), (given("tokens", [1, 2], 2, [2, 17, 6]),))
+    vectors = _vectors(student, reference, "class")
+    tokens = torch.arange(18.0).view(1, 18, 1).expand(2, 18, 6)
+    kept = vectors.student_vectors([tokens, tokens])[:, 0]
+    assert _chosen(kept, vectors, "class").eq(1).all()
+    assert _chosen(kept, vectors, "mean").eq(torch.arange(2.0, 18).mean()).all()
+
+
+# ---------------------------------------------------------------------------------------------- which targets
+
+
+def test_of_several_kinds_the_one_that_is_there_of_the_images_is_taken_and_a_choice_says_its_own_kind(
+    world, trained, tmp_path, capsys
+):
+    store, teacher = tmp_path / "store", teacher_of(world.weights, "vit")
+    run_precompute(store, world.shards[:1], teacher, ["attention"])  # of training views
+    run_precompute(store, world.shards[:1], teacher, ["q,k,codec=f32", "q,k,codec=f16", "tokens,layers=3"], policy=VIEW,
+                   views=1, new_bank=True)  # fmt: skip
+    qs, ks = targets_of(store, "q"), targets_of(store, "k")
+    said = compared(capsys, trained, world, store, status=1)["error"]
+    assert "4 targets fit" in said
+    proposed = said.partition("choose one: ")[2].split()
+    found = compared(capsys, trained, world, store, *proposed)
+    assert set(found["attention"]["targets"]) == set(proposed[1::2]) <= {*qs, *ks}
+    assert found["streams"]["targets"] == targets_of(store, "tokens")
+    assert not found["left_out"]
+    wrong = compared(capsys, trained, world, store, "--target", qs[0], "--target", qs[1], status=1)["error"]
+    assert "not of one kind" in wrong
+    other = compared(capsys, trained, world, store, "--target", targets_of(store, "attention")[0], status=1)["error"]
+    assert "compared with vit on stored images" in other
+    foreign = compared(capsys, trained, world, world.store, "--target", world.targets["logits"], status=1)["error"]
+    assert "logits of cnn; a student is compared with" in foreign
 
 
 # ---------------------------------------------------------------------------------------------- errors
