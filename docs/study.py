@@ -1,6 +1,6 @@
 """The study of docs/study.md: each method beside itself with permuted targets, and beside scratch.
 
-    python docs/study.py --data FOLDER --weights FOLDER --out FOLDER [--seeds 2] [--epochs 30] [--only METHOD …]
+    python docs/study.py --data FOLDER --weights FOLDER --out FOLDER [--seeds 2] [--epochs 20] [--only METHOD …]
 
 FOLDER of data holds cifar10-train-00000{0,1}.tar and cifar10-test-000000.tar, FOLDER of weights
 mobilenetv2_100_tf.safetensors and vit_tiny_patch16_224.safetensors. Everything is an ordinary command of the pipeline,
@@ -272,7 +272,7 @@ def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("data", "weights", "out"):
         words.add_argument(f"--{name}", type=Path, required=True)
-    words.add_argument("--epochs", type=int, default=30)
+    words.add_argument("--epochs", type=int, default=20)
     words.add_argument("--seeds", type=int, default=2)
     words.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     said = words.parse_args()
