@@ -297,7 +297,7 @@ def test_mistakes_are_told(world, trained, boxed, tmp_path, capsys) -> None:
         (["--protocol", "boxes", "--shards", world.shards[0]], 1, "no sample says a bbox in its json"),
         (["--protocol", "boxes", "--shards", f"x={boxed}"], 1, "give the shards alone"),
         (["--protocol", "boxes", "--shards", boxed, "--out", "x.txt"], 1, "a picture's name ends in"),
-        (["--shards", boxed, "--out", "x.png"], 2, "--out is for --protocol boxes, not for accuracy"),
+        (["--shards", boxed, "--out", "x.png"], 2, "--out is for --protocol boxes or similarity, not for accuracy"),
     ):
         with pytest.raises(SystemExit) as ended:
             main(["evaluate", str(trained), *words])

@@ -106,7 +106,11 @@ def test_the_command(trained, capsys) -> None:
             2,
             "--shards is for --protocol accuracy or knn or probe or boxes",
         ),
-        (["--teacher", "resnet10t", "--shards", "x.tar"], 2, "--teacher is for --protocol cost, not for accuracy"),
+        (
+            ["--teacher", "resnet10t", "--shards", "x.tar"],
+            2,
+            "--teacher is for --protocol similarity or cost, not for accuracy",
+        ),
         (["--no-project"], 2, "Missing option '--shards'"),
     ],
 )
