@@ -119,7 +119,6 @@ def evaluate(
     pipeline evaluate run --protocol knn --shards train-val-000000.tar --train-shards 'train-{000000..000009}.tar'
     pipeline evaluate run --protocol probe --shards train-val-000000.tar --train-shards 'train-{000000..000009}.tar' \\
       --labels 10% --list labelled.csv
-    pipeline evaluate run scratch --protocol similarity --shards train-val-000000.tar --store S --teacher vit_base
     pipeline evaluate run --protocol cost --teacher mobilenetv2
     """
     _require_fitting(protocol, runs, shards)
