@@ -16,6 +16,7 @@ from precompute.offers import bare
 from student.align import student_shape
 from student.device import pick_device
 from student.evaluation.cost import cost, links_of
+from student.folder import LOSSES
 
 TURNS = 7
 
@@ -36,7 +37,7 @@ def costs(paths: Sequence[Path], teachers: Sequence[str], batch: int, device: st
     for path in paths:
         member, _ = opened(path, where, console)
         contenders.append(Contender("student", member.name, member.model, _images(member.about.img_size)))
-        for loss, links in links_of(path.with_name("losses.safetensors")).items():
+        for loss, links in links_of(path.with_name(LOSSES)).items():
             maps = torch.zeros(1, int(links.in_channels), student_shape(member.model).grid ** 2)  # type: ignore[arg-type]
             contenders.append(Contender("links", f"{loss} of {member.name}", links.to(where), maps))
     for name in dict.fromkeys(teachers):

@@ -144,7 +144,7 @@ def evaluate(
             raise click.UsageError(
                 "--protocol similarity is with one teacher in a store: give --store DIR --teacher NAME"
             )
-        result, lines = similar(paths, shards, store, (*teachers, None)[0], targets, tokens, out, device)
+        result, lines = similar(paths, shards, store, teachers[0] if teachers else None, targets, tokens, out, device)
     else:
         if not train_shards:
             raise click.UsageError(f"--protocol {protocol} learns from labelled images: give --train-shards SHARDS")

@@ -85,7 +85,8 @@ def kept_of(
 ) -> tuple[tuple[str, ...], list[str]]:
     """Ids of the targets like those given in the evaluation view, and the shards that lack some of them."""
     wanted = [{**one.target["identity"], "bank": view.bank} for one in given]
-    by_identity = [next((id for id, m in store.targets().items() if m["identity"] == one), None) for one in wanted]
+    manifests = store.targets()
+    by_identity = [next((id for id, m in manifests.items() if m["identity"] == one), None) for one in wanted]
     targets = tuple(id for id in by_identity if id is not None)
     done = store.done()
     lacking = [

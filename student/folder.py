@@ -18,9 +18,9 @@ from storage.errors import UserError
 from storage.files import unfinished, written_whole
 
 CHECKPOINT, RESULT, LOG, SMOKE, CARD = "checkpoint.pt", "result.json", "log.jsonl", "SMOKE", "README.md"
-ABOUT = "run.json"
+ABOUT, LOSSES = "run.json", "losses.safetensors"
 _FILES = (
-    ABOUT, LOG, CHECKPOINT, "last.safetensors", "best.safetensors", "ema.safetensors", "losses.safetensors",
+    ABOUT, LOG, CHECKPOINT, "last.safetensors", "best.safetensors", "ema.safetensors", LOSSES,
     "tensorboard", RESULT, CARD,
 )  # fmt: skip
 # What a kill leaves of them counts as nothing. The marks are last: until they go, the folder is a run's.

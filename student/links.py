@@ -29,7 +29,6 @@ TABLE: dict[str, tuple[tuple[int, int], ...]] = {
     "beta": ((1, 2), (1, 5), (3, 5), (4, 6), (4, 7), (6, 10), (7, 10)),
 }
 LAYERS = 12  # of the table's student
-FILE = "losses.safetensors"
 _WHERE = ".aal.links.weight"  # after the loss's name
 
 
@@ -239,7 +238,7 @@ def read(run: str | Path, loss: str | None, where: str = "links") -> Trained:
         UserError: no complete run with links there, several without a word which, or a file that is not what `train`
             writes.
     """
-    path = Path(run).expanduser() / FILE
+    path = Path(run).expanduser() / folder.LOSSES
     known = "the folder of a complete run with an aal loss"
     known = f"{', '.join(('full', *TABLE))}, ranges, or {known}" if where.startswith("losses.") else known
     try:
@@ -256,7 +255,7 @@ def read(run: str | Path, loss: str | None, where: str = "links") -> Trained:
             name = loss or found[0]
             weights = file.get_tensor(name + _WHERE)
     except FileNotFoundError:
-        raise UserError(f"{where}: {run}: no links here ({FILE} is missing); expected {known}") from None
+        raise UserError(f"{where}: {run}: no links here ({folder.LOSSES} is missing); expected {known}") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{where}: {path}: cannot be read: {first_line(error)}") from None
     about = _about(notes.get(name), f"{where}: {path}")

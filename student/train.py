@@ -324,7 +324,7 @@ class _Run:
             extra = self.lesson.learned()
             if extra:
                 notes = {n: json.dumps(loss.about) for n, loss in self.lesson.losses.items() if hasattr(loss, "about")}
-                save_state(out / "losses.safetensors", extra, {"format": "pt", **notes})
+                save_state(out / folder.LOSSES, extra, {"format": "pt", **notes})
             if self.job.smoke:
                 checkpoint.read(out / folder.CHECKPOINT)
                 self.progress.say(f"{out}: the smoke run went through; a run may take the same folder")

@@ -66,12 +66,17 @@ def features_of(
 
 def class_feature(model: nn.Module, pixels: Tensor) -> Tensor:
     """The class token after the final norm, `[B, D]`; what the classifier acts on where it does not read that token."""
-    features = model.forward_features(pixels)  # type: ignore[operator]
     if _has_class_token(model):
-        token: Tensor = features[:, prefix_roles(model).index("class")]
-        return token
+        return class_token(model, pixels)
+    features = model.forward_features(pixels)  # type: ignore[operator]
     pooled: Tensor = model.forward_head(features, pre_logits=True)  # type: ignore[operator]
     return pooled
+
+
+def class_token(model: nn.Module, pixels: Tensor) -> Tensor:
+    """The class token after the final norm, `[B, D]`, whatever the classifier reads."""
+    token: Tensor = model.forward_features(pixels)[:, prefix_roles(model).index("class")]  # type: ignore[operator]
+    return token
 
 
 def probe_feature(model: nn.Module, pixels: Tensor) -> Tensor:

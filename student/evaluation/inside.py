@@ -12,12 +12,11 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from precompute.taps import prefix_roles
 from storage.errors import UserError
 from storage.weights import first_line
-from student.evaluation.features import Reading
+from student.evaluation.features import Reading, class_token
+from student.folder import LOSSES
 
-FILE = "losses.safetensors"
 _NAME = re.compile(r"(?P<loss>.+)\.projector\.(?P<at>[0-9]{1,3})\.(?P<part>weight|bias)")
 
 
@@ -41,13 +40,9 @@ def reading(student: Path, model: nn.Module, layers: int) -> tuple[Reading, str]
         raise UserError(
             f"{student}: its tokens are {model.num_features} wide, the projector beside it takes {first.weight.numel()}"
         )
-    at = prefix_roles(model).index("class")
-
-    def read(network: nn.Module, pixels: Tensor) -> Tensor:
-        found: Tensor = module(network.forward_features(pixels)[:, at])  # type: ignore[operator]
-        return found
-
-    return read, f"class token after the final norm, through {layers} of the projector's linear maps"
+    return lambda network, pixels: module(
+        class_token(network, pixels)
+    ), f"class token after the final norm, through {layers} of the projector's linear maps"
 
 
 def projected(student: Path, layers: int) -> nn.Sequential:
@@ -66,7 +61,7 @@ def projected(student: Path, layers: int) -> nn.Sequential:
         raise UserError(
             f"{student}: the projector that is kept is that of the last student; give the run, or its last one"
         )
-    path = student.with_name(FILE)
+    path = student.with_name(LOSSES)
     try:
         with safe_open(path, "pt") as file:
             found = [m for m in (_NAME.fullmatch(name) for name in file.keys()) if m]  # noqa: SIM118

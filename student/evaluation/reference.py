@@ -83,12 +83,13 @@ def reference_of(
             f"with its tokens, and {name or teacher or 'it'} has {', '.join(taps) or 'no targets'}; add some: "
             "pipeline precompute --teacher NAME --target attention --target tokens,layers=1:12 …"
         )
-    if attention and tokens and there(attention) != there(tokens):
+    if attention and tokens:
         missing = "which the store has not of all these images"
-        if there(attention) and not wanted[1]:
-            return Reference(store, name, attention, (), f"tokens, {missing}")
-        if there(tokens) and not wanted[0]:
-            return Reference(store, name, (), tokens, f"attention, {missing}")
+        match there(attention), there(tokens):
+            case True, False if not wanted[1]:
+                return Reference(store, name, attention, (), f"tokens, {missing}")
+            case False, True if not wanted[0]:
+                return Reference(store, name, (), tokens, f"attention, {missing}")
     return Reference(store, name, attention, tokens)
 
 

@@ -70,11 +70,11 @@ class Comparison:
             raise UserError(f"{name}: nothing is left to compare but {self.left_out}; let the store have tokens, too")
         if self.rows is not None:
             assignment()
-        given = [*reference.attention, *reference.tokens]
+        attention = reference.attention if self.rows is not None else ()  # nothing is read that nothing looks at
+        given = [*attention, *reference.tokens]
         why = f"{name} is compared with {reference.teacher} on stored images"
         self.stored = evaluation_targets(reference.store, given, urls, self.view, why)
-        count = len(reference.attention)
-        self.of_rows, self.of_tokens = self.stored.targets[:count], self.stored.targets[count:]
+        self.of_rows, self.of_tokens = self.stored.targets[: len(attention)], self.stored.targets[len(attention) :]
         self.final = bool(reference.tokens) and reference.tokens[0].target["identity"]["layers"] is None
         self.several = max(1, LARGEST // self._numbers([one.target["sample_shape"] for one in given]))
 
@@ -114,11 +114,11 @@ class Comparison:
         others = evaluation_batches(self.urls, self.view, 1, stored=lent, labelled=False) if lent else None
         samples = 0
         for whole in wholes:
-            borrowed = whole if others is None else next(others)
+            beside = None if others is None else next(others)
             for start in range(0, len(whole.labels), self.several):
                 some = slice(start, start + self.several)
                 part = whole.part(some).to(device)
-                with borrowing(self.model, borrowed.part(some).to(device)):
+                with borrowing(self.model, part if beside is None else beside.part(some).to(device)):
                     self.model(part.pixels(self.about.mean, self.about.std))
                 if self.rows is not None:
                     divergences.add(*self._attention(self.rows, seen, part))
@@ -215,7 +215,9 @@ def _told(
     """Numbers by layer, with their means."""
     layers = [{"student": own, "teacher": other, **told} for (own, other), told in zip(side.pairs, values, strict=True)]
     mean = {name: _mean([told[name] for told in values]) for name in names}
-    rules = [rule for rule in side.row.rule.split("; ") if not rule.startswith(("layers ", "heads "))]  # told anyway
+    grid = side.student.grid
+    rules = [f"the teacher's patches brought to {grid}x{grid} (bicubic)"] if side.resizes else []
+    rules += [f"left out: {', '.join(side.dropped)}"] if side.dropped else []
     return {"targets": list(ids), "rule": "; ".join(rules), "layers": layers, "mean": mean}
 
 

@@ -318,6 +318,13 @@ def test_what_the_store_lacks_of_these_images_is_left_out_unless_it_is_asked_for
     assert "--target tokens,layers=3," in said
 
 
+def test_tokens_are_asked_for_where_there_are_some(world, trained, tmp_path, capsys):
+    run_precompute(tmp_path / "store", world.shards[:1], teacher_of(world.weights, "vit"), ["attention"], policy=VIEW,
+                   views=1)  # fmt: skip
+    said = compared(capsys, trained, world, tmp_path / "store", "--tokens", "mean", status=1)["error"]
+    assert "has no tokens of these images" in said
+
+
 def test_what_cannot_be_compared_is_refused_in_words(world, trained, place, tmp_path, capsys):
     for words, said in (
         ([], "2 targets fit"),
