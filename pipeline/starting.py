@@ -15,10 +15,9 @@ from typing import Any
 import yaml
 
 from storage.errors import UserError
-from storage.files import images_below
 from storage.progress import Progress
 from storage.shards import classes_of, read_samples
-from storage.sources import folders_in, require_classes_alone
+from storage.sources import class_folders, folders_in, shards_in
 from storage.tars import IMAGES
 from storage.views import BadImage, decode, size_in
 
@@ -69,32 +68,34 @@ def look(folder: Path, home: Path, progress: Progress) -> Found:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give one with shards (.tar), or with one folder of images a class")
-    tars = sorted(folder.glob("*.tar"))
-    return _shards(folder, tars, home, progress) if tars else _images(folder)
+    tars, odd = shards_in(folder)
+    if not tars:
+        return _images(folder, progress)
+    for line in odd:
+        progress.say(f"left out: {line}")
+    return _shards(folder, [Path(tar) for tar in tars], home, progress)
 
 
-def _images(folder: Path) -> Found:
-    classes = folders_in(folder)
-    require_classes_alone(folder, classes)
-    by_class = {name: images_below(folder / name) for name in classes}
-    files = [path for several in by_class.values() for path in several]
-    if len(classes) < 2 or not files:
-        one = f" ({classes[0]} is one class alone)" if files else ""
+def _images(folder: Path, progress: Progress) -> Found:
+    names = folders_in(folder)
+    files, classes, odd = class_folders(folder, progress.say) if names else ([], [], [])
+    if len(classes) < 2:
+        one = f" ({classes[0]} is one class alone)" if classes else ""
         raise UserError(
             f"{folder}: neither shards nor images in class folders{one}; expected tars, or {folder}/CLASS/IMAGE."
             f"{{{','.join(IMAGES)}}} for two classes or more"
         )
-    if empty := [name for name, several in by_class.items() if not several]:
-        raise UserError(f"{folder / empty[0]}: a class folder without images; remove it, or convert what is in it")
+    for line in odd:
+        progress.say(f"left out: {line}")
     step = max(1, len(files) // LOOKED_AT)
     sides = []
-    for path in files[::step]:
+    for path, _, _ in files[::step]:
         try:
             sides.append(min(size_in(path)))
         except BadImage:
             continue  # `pack` and `precompute` name what is broken
     if not sides:
-        raise UserError(f"{folder}: none of the images that were looked at can be opened, such as {files[0]}")
+        raise UserError(f"{folder}: none of the images that were looked at can be opened, such as {files[0][0]}")
     count = max(1, round(0.9 * len(files) / PER_SHARD))
     names = "shards/train-000000.tar" if count == 1 else f"shards/train-{{000000..{count - 1:06d}}}.tar"
     side = round(statistics.median(sides))

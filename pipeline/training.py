@@ -146,7 +146,8 @@ def predict(
 
     path = student_file(run, checkpoint)
     model, about = load_classifier(path)
-    console, files = Console(), found_in(images)
+    console = Console()
+    files = found_in(images, console.say)
     model = model.to(pick_device(device))
     lent = beside(model, about, store)
     console.start("looking", len(files))

@@ -21,6 +21,7 @@ from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
 
 from storage.errors import DamageError, UserError, shown
+from storage.litter import is_litter
 
 
 class Objects(Protocol):
@@ -157,16 +158,16 @@ class LocalObjects:
                     os.close(descriptor)
 
     def names(self, folder: str) -> list[str]:
-        """The sorted names directly inside a folder, without hidden ones: what is still being written is hidden."""
+        """The sorted names directly inside a folder, without litter: what is still being written is hidden."""
         path = self.root / folder
-        return sorted(p.name for p in path.iterdir() if not p.name.startswith(".")) if path.is_dir() else []
+        return sorted(p.name for p in path.iterdir() if not is_litter(p.name)) if path.is_dir() else []
 
     def walk(self, folder: str) -> list[str]:
         """The sorted keys of all objects below a folder."""
         found = []
         for path, _, names in os.walk(self.root / folder):
             here = Path(path).relative_to(self.root)
-            found += [(here / name).as_posix() for name in names if not name.startswith(".")]
+            found += [(here / name).as_posix() for name in names if not is_litter(name)]
         return sorted(found)
 
     def remove(self, key: str) -> None:
@@ -235,14 +236,14 @@ class RemoteObjects:
         return True
 
     def names(self, folder: str) -> list[str]:
-        """The sorted names directly inside a folder."""
+        """The sorted names directly inside a folder, without litter."""
         self.files.invalidate_cache()
         try:
             with networked():
                 found = self.files.ls(self._path(folder), detail=False)
         except FileNotFoundError:
             return []
-        return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found)
+        return sorted(name for path in found if not is_litter(name := path.rstrip("/").rsplit("/", 1)[-1]))
 
     def walk(self, folder: str) -> list[str]:
         """The sorted keys of all objects below a folder."""

@@ -26,10 +26,13 @@ from storage.errors import UserError
 from storage.files import kind_of, written_whole
 from storage.objects import is_remote, read_range
 from storage.shards import braces, classes_of, expand
-from storage.sources import Files, class_folders, listed
+from storage.sources import Files, class_folders, listed, shards_in
 from storage.subsets import balanced
 from storage.tars import as_sample, closing_zeros, compression, label_of, members, open_file, size_of
 from storage.views import generator
+
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,11 @@ def pack(
     fraction: float = 1.0,
     seed: int = 0,
     shuffle: bool = True,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = lambda line: None,
 ) -> dict[str, Any]:
-    """Write shards; what was written, as `{"train": [...], "val": [...], "samples": …, "classes": …}`.
+    """Write shards; what was written, as `{"train": [...], "val": [...], "samples": …, "classes": …, "left_out": [...]}`.
+
+    What of the source stays out is said, and listed under `left_out`, one line with a count for each kind of it.
 
     Args:
         source: one folder of class folders, one CSV with the columns `path` and perhaps `label`, or patterns of
@@ -77,9 +82,17 @@ def pack(
         raise UserError(f"--per-shard {per_shard}: expected 1 or more")
     with contextlib.ExitStack() as stack:
         say("looking at the source")
-        sources, classes = _sources([source] if isinstance(source, str) else list(source), stack, say)
+        left_out: list[str] = []
+
+        def leave_out(line: str) -> None:
+            left_out.append(line)
+            say(f"left out: {line}")
+
+        sources, classes = _sources([source] if isinstance(source, str) else list(source), stack, say, leave_out)
         if not sources:
-            raise UserError("there are no samples in the source")
+            raise UserError(
+                "there are no samples in the source" + "".join(f"\n  left out: {line}" for line in left_out)
+            )
         validation, rest = _split(sources, val_fraction, seed, "val", 1) if val_fraction else ([], sources)
         if val_fraction and not validation:
             raise UserError(
@@ -119,6 +132,7 @@ def pack(
         "val": list(lists.get("val", {})),
         "samples": counts,
         "classes": classes,
+        "left_out": left_out,
     }
 
 
@@ -126,7 +140,7 @@ def pack(
 
 
 def _sources(
-    patterns: list[str], stack: contextlib.ExitStack, say: Callable[[str], None]
+    patterns: list[str], stack: contextlib.ExitStack, say: Say, leave_out: Say
 ) -> tuple[list[Source], list[str] | None]:
     folder = Path(patterns[0]).expanduser()
     listing = next((pattern for pattern in patterns if pattern.lower().endswith(".csv")), None)
@@ -136,9 +150,12 @@ def _sources(
         files, names = listed(folder, say)
         return _files(files), names
     if len(patterns) == 1 and folder.is_dir():
-        urls = sorted(map(str, folder.glob("*.tar")))
+        urls, odd = shards_in(folder)
         if not urls:
-            files, classes = class_folders(folder, say)
+            files, classes, odd = class_folders(folder, say)
+        for line in odd:
+            leave_out(line)
+        if not urls:
             return _files(files), classes
     elif len(patterns) == 1 and not folder.exists() and re.fullmatch(r"[^*?\[{:]+(?<!\.tar)", patterns[0]):
         raise UserError(f"{folder}: no such folder, list or shard; give one with one folder of images a class")

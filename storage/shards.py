@@ -26,7 +26,8 @@ import braceexpand
 
 from storage import records
 from storage.errors import DamageError, IdentityError, UserError, nearest
-from storage.files import images_below, is_image
+from storage.files import is_image, listing, tars_in
+from storage.litter import is_litter
 from storage.objects import is_remote, open_objects, read_range
 from storage.tars import (
     Sample,
@@ -156,10 +157,9 @@ def _existing(url: str, pattern: str) -> list[str]:
         if path.suffix.lower() == ".csv":
             raise UserError(f"{path} is a list; shards are tar files. {_pack_hint(path)}")
         return [str(path)]
-    there = sorted(p.name for p in path.parent.glob("*.tar") if p.exists()) if path.parent.is_dir() else []
+    there = [p.name for p in tars_in(path.parent) if p.exists()] if path.parent.is_dir() else []
     if any(c in str(path) for c in "*?["):
-        found = sorted(glob.glob(str(path)))  # noqa: PTH207
-        if found:
+        if found := _matching(str(path)):
             return found
         raise UserError(f"{pattern}: no file matches. {_there(path, there)}")
     names = braces(pattern) if "::" not in pattern else []
@@ -171,16 +171,26 @@ def _existing(url: str, pattern: str) -> list[str]:
     raise UserError(f"{path}: no such shard (asked for by {pattern!r}). {hint}")
 
 
+def _matching(pattern: str) -> list[str]:
+    """The paths that a pattern with wildcards matches, sorted; where a wildcard stands, it matches no litter."""
+    wild = [any(c in part for c in "*?[") for part in Path(pattern).parts]
+    found = sorted(glob.glob(pattern))  # noqa: PTH207
+    return [
+        path
+        for path in found
+        if not any(is_litter(part) for part, open_ in zip(Path(path).parts, wild, strict=True) if open_)
+    ]
+
+
 def _there(path: Path, tars: Sequence[str]) -> str:
     where = "this folder" if path.parent == Path() else path.parent
     return nearest(path.name, tars) if tars else f"There are no tars in {where}."
 
 
 def _folder_hint(path: Path) -> str:
-    tars = sorted(path.glob("*.tar"))
-    if tars:
+    if tars_in(path):
         return f"{path} is a folder of tars; name them: --shards {shlex.quote(f'{path}/*.tar')}"
-    images = images_below(path)
+    images = listing(path).images
     if count := sum(image.parent != path for image in images):
         return f"{path} is a folder of class folders ({count} images); shards are tar files. {_pack_hint(path, count)}"
     if images:

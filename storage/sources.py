@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import IO
 
 from storage.errors import UserError
-from storage.files import files_below, images_below, is_image
+from storage.files import LITTER, counted, is_image, listing, tars_in
+from storage.litter import is_litter
 from storage.shards import classes_of, names_for
 from storage.tars import IMAGES, open_file
 
@@ -21,51 +22,68 @@ _GOOD_LIST = "  path,label\n  cats/1.jpg,cat\n  dogs/2.jpg,dog"
 _PARTS = ("train", "training", "val", "valid", "validation", "test", "testing")  # of a data set
 
 
-def class_folders(folder: Path, say: Callable[[str], None]) -> tuple[Files, list[str]]:
-    """The images in one folder a class, and the classes.
+def class_folders(folder: Path, say: Callable[[str], None]) -> tuple[Files, list[str], list[str]]:
+    """The images in one folder a class, the classes, and a line about each kind of files that stays out.
 
     Raises:
-        UserError: no images, or none in a class folder.
+        UserError: no images, none in a class folder, a link that leads nowhere, or a folder that cannot be read.
     """
     classes = folders_in(folder)
     require_classes_alone(folder, classes)
+    found = listing(folder)
+    if found.lost:
+        raise UserError(
+            f"{folder}: {counted('link(s) lead nowhere', found.lost)}; mend or remove them. All of them: "
+            f"find -L {shlex.quote(str(folder))} -type l"
+        )
     files: Files = []
-    others = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
-    loose = [path for path in others if is_image(path)]
-    for label, name in enumerate(classes):
-        before = len(files)
-        for path in files_below(folder / name):
-            if is_image(path):
-                files.append((path, path.relative_to(folder), label))
-            else:
-                others.append(path)
-        if len(files) == before:
+    others: list[Path] = []
+    loose = 0
+    labels = {name: label for label, name in enumerate(classes)}
+    for path in found.files:
+        inside = path.relative_to(folder)
+        if is_image(path) and len(inside.parts) > 1:
+            files.append((path, inside, labels[inside.parts[0]]))
+        else:
+            others.append(path)
+            loose += is_image(path)
+    filled = {label for _, _, label in files}
+    for name, label in labels.items():
+        if label not in filled:
             odd = next((path for path in others if path.is_relative_to(folder / name)), None)
             do = f"{odd.name} is none of {', '.join(IMAGES)}; convert it" if odd else "remove it or fill it"
             raise UserError(f"{folder / name}: a class folder without images; {do}")
     if not files:
-        where = f"its {len(loose)} images lie in no class folder" if loose else "no images found"
+        where = f"its {loose} images lie in no class folder" if loose else "no images found"
         raise UserError(
             f"{folder}: {where}; expected one folder a class: {folder}/CLASS/IMAGE.{{{','.join(IMAGES)}}}, or a CSV "
             "with the columns path and label"
         )
-    if others:
-        say(f"{len(others)} file(s) are no images in class folders and stay out, such as {others[0]}")
     if len(classes) == 1:
         say(f"{folder}: one class alone, {classes[0]}: a classifier needs two or more")
-    return files, classes
+    odd_ones = [counted("file(s) are no images in class folders", others)] if others else []
+    return files, classes, [*odd_ones, *found.left_out()]
+
+
+def shards_in(folder: Path) -> tuple[list[str], list[str]]:
+    """The shards in a folder, and a line about each kind of what else lies there."""
+    tars = tars_in(folder)
+    others = sorted({path for path in folder.iterdir() if path.name != "classes.json"} - set(tars))
+    litter = [path for path in others if is_litter(path.name)]
+    kinds = {"other file(s) beside the shards": sorted(set(others) - set(litter)), LITTER: litter}
+    return list(map(str, tars)), [counted(kind, paths) for kind, paths in kinds.items() if paths]
 
 
 def folders_in(folder: Path) -> list[str]:
-    """The names of the folders in a folder, sorted, but hidden ones."""
-    return sorted(place.name for place in folder.iterdir() if place.is_dir() and not place.name.startswith("."))
+    """The names of the folders in a folder, linked ones too, sorted; without litter."""
+    return sorted(place.name for place in folder.iterdir() if place.is_dir() and not is_litter(place.name))
 
 
 def require_classes_alone(folder: Path, names: list[str]) -> None:
     """Refuse `train` and `val` for classes. Raises UserError, with the commands that pack them one by one."""
     parts = [name for name in names if folders_in(folder / name)]
     if parts and all(name.lower() in _PARTS for name in names):
-        new = {part: names_for(part, len(images_below(folder / part))) for part in parts}
+        new = {part: names_for(part, len(listing(folder / part).images)) for part in parts}
         commands = (shlex.join(["pipeline", "pack", str(folder / part), name]) for part, name in new.items())
         raise UserError(
             f"{folder}: {', '.join(names)} are parts of a data set and no classes; pack each that has class folders:"

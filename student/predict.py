@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +12,18 @@ import torch
 from torch import nn
 
 from storage.errors import UserError
-from storage.files import images_below
+from storage.files import counted, is_image, listing
 from storage.policies import Policy, policy
 from storage.tars import IMAGES
 from storage.views import BadImage, decode, draw, render
 from student.model import Description
 
 
-def found_in(places: Sequence[Path]) -> list[Path]:
+def found_in(places: Sequence[Path], say: Callable[[str], None] = lambda line: None) -> list[Path]:
     """The images that paths stand for, in their order; a folder stands for those in it, at any depth.
+
+    Links that lead nowhere are among them, as files that cannot be read. `say` gets a line about each kind of other
+    files in the folders.
 
     Raises:
         UserError: nothing is there, or a folder without images.
@@ -27,10 +31,14 @@ def found_in(places: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for place in places:
         if place.is_dir():
-            inside = images_below(place)
-            if not inside:
+            inside = listing(place)
+            if not inside.images and not inside.lost:
                 raise UserError(f"{place}: no images in this folder; expected {', '.join(IMAGES)}")
-            files += inside
+            files += sorted([*inside.images, *inside.lost])
+            others = [path for path in inside.files if not is_image(path)]
+            odd = [counted("file(s) are no images", others)] if others else []
+            for line in (*odd, *replace(inside, lost=[]).left_out()):
+                say(f"left out: {line}")
         elif place.is_file():
             files.append(place)
         else:
