@@ -15,7 +15,7 @@ from precompute.export import CHECKED, export_student
 from storage.errors import UserError
 from storage.files import written_whole
 from storage.policies import policy
-from storage.shards import cached_index, expand
+from storage.shards import cached_index, expand, with_samples
 from student.copying import copies_of
 from student.model import load
 
@@ -40,7 +40,7 @@ def export(path: Path, shards: Sequence[str], out: Path) -> dict[str, Any]:
             "`pipeline predict` runs both"
         )
     view = policy(about.evaluation, about.img_size)
-    url = expand(shards)[0]
+    url = with_samples(expand(shards))[0]
     index = cached_index(url)
     if len(index) < 2:
         raise UserError(f"{url}: one image is too few to check a graph on; give another with --shards")

@@ -13,7 +13,7 @@ from torch import nn
 
 from pipeline.console import Console
 from storage.errors import UserError
-from storage.shards import cached_index, classes_of, expand
+from storage.shards import cached_index, classes_of, expand, with_samples
 from student import folder
 from student.device import pick_device
 from student.evaluation import inside
@@ -56,7 +56,7 @@ def sets_of(patterns: Sequence[str]) -> dict[str, list[str]]:
         if not rest:
             raise UserError(f"--shards {pattern}: a name without shards; expected {name}=SHARDS")
         named.setdefault(name, []).append(rest)
-    return {name: expand(several) for name, several in named.items()}
+    return {name: with_samples(expand(several), Console().say) for name, several in named.items()}
 
 
 def only_set_of(patterns: Sequence[str]) -> list[str]:
@@ -231,7 +231,7 @@ def _features(
     path: Path, patterns: Sequence[str], part: Part, device: str, read: Reading, projected: int
 ) -> tuple[Features, Features, int, dict[str, Any]]:
     """Features of the labelled training samples and of the evaluated ones, the number of classes, and what they are."""
-    urls, train = only_set_of(patterns), expand(part.shards)
+    urls, train = only_set_of(patterns), with_samples(expand(part.shards), Console().say)
     names = classes_of([*train, *urls])  # raises where their lists differ
     where, console = pick_device(device), Console()
     member, result = opened(path, where, console)

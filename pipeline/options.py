@@ -108,7 +108,7 @@ _WANTED = (
     ),
     click.option(
         "--bad-images", type=click.Choice(["fail", "skip"]), default="fail", show_default=True,
-        help="An image that cannot be decoded fails its shard, or is left out of training.",
+        help="An image that cannot be decoded, or a key without an image, fails its shard, or is skipped in training.",
     ),
     click.option(
         "--materialise-views", is_flag=True,

@@ -18,7 +18,7 @@ from storage.errors import UserError
 from storage.progress import Progress
 from storage.shards import classes_of, read_samples
 from storage.sources import class_folders, folders_in, shards_in
-from storage.tars import IMAGES
+from storage.tars import IMAGES, counted_flaws
 from storage.views import BadImage, decode, size_in
 
 LOOKED_AT = 200  # images, spread over the folder, whose sizes are read
@@ -119,18 +119,22 @@ def _shards(folder: Path, tars: Sequence[Path], home: Path, progress: Progress) 
             f"{folder}: {len(tars)} shard(s) leave none for {what}; cut some off: "
             f"pipeline pack {shlex.quote(str(folder))} 'shards/train-{{000000..000009}}.tar' --val-fraction 0.1"
         )
-    shards = counted(None, [str(path) for path in (*train, *held)], progress)
-    index = shards[0].index
-    assert index is not None, "the first of unknown shards is always read"
-    first = read_samples(str(train[0]), index, range(min(64, len(index))))
+    shards = counted(None, [str(path) for path in (*train, *held)], progress, skip=True)
+    for shard in shards:
+        if shard.index and shard.index.left_out:
+            progress.say(
+                f"{shard.url}: {counted_flaws(shard.index.left_out)}: left out by precompute --bad-images skip"
+            )
+    first = next(shard for shard in shards if shard.index)  # of unknown shards, some are always read
+    assert first.index is not None
     sides = []
-    for sample in first:
+    for sample in read_samples(first.url, first.index, range(min(64, len(first.index)))):
         try:
             sides.append(min(decode(sample.image).size))
         except BadImage:
             continue
     if not sides:
-        raise UserError(f"{train[0]}: none of its first images can be decoded")
+        raise UserError(f"{first.url}: none of its first images can be decoded")
     classes = classes_of([str(path) for path in train]) or []
     near, far = ([os.path.relpath(path, home) for path in several] for several in (train, held))
     images, estimated = sum(shard.samples for shard in shards), sum(shard.estimated for shard in shards)

@@ -12,24 +12,34 @@ import numpy as np
 
 from precompute.session import Session
 from precompute.stages import Pass, TooWide
-from precompute.tasks import Outcome, Output, Report, ShardTask
+from precompute.tasks import BadImages, Outcome, Output, Report, ShardTask
 from storage.banks import bank_policy
 from storage.errors import UserError
 from storage.markers import Marker, Task
 from storage.policies import Policy
 from storage.shards import BLOCK, ShardIndex, build_index, read_samples
 from storage.store import Store
+from storage.tars import require_whole
 from storage.views import INVALID, BadImage, decode, draw, mixed, render, settle
 
 BUFFERS = 512 << 20  # bytes of targets in the making; views beyond it wait for another pass over the shard
 
 
-def known_index(store: Store, url: str, known: Sequence[str]) -> ShardIndex:
-    """The index of a shard; made, and kept in the store, where it is none of the `known` ones."""
+def known_index(store: Store, url: str, known: Sequence[str], bad_images: BadImages) -> ShardIndex:
+    """The index of a shard; made, and kept in the store, where it is none of the `known` ones.
+
+    One without samples is not kept: there is nothing in it that a store could know.
+
+    Raises:
+        UserError: as `build_index`; keys make no sample, unless those are skipped.
+    """
     index = store.recognise(url, known)
     if index is None:
         index = build_index(url)
-        store.add_index(index, url)
+        if len(index) and (bad_images == "skip" or not index.left_out):
+            store.add_index(index, url)
+    if bad_images == "fail":
+        require_whole(url, index.left_out)
     return index
 
 
@@ -67,16 +77,20 @@ def run_task(
         report: see `Report`.
 
     Raises:
-        UserError: an image that cannot be rendered (unless they are skipped), a teacher's output that is not finite.
+        UserError: an image that cannot be rendered or a key without one (unless they are skipped), a teacher's output
+            that is not finite.
         IdentityError: the shard, or the pixels of views that a bank has already, are not what they were.
         OSError: reading or writing failed; the task may be tried again.
     """
-    index = known_index(task.store, task.url, task.known)
+    index = known_index(task.store, task.url, task.known, task.bad_images)
+    if not len(index):
+        report(0, 0)
+        return Outcome(index.id, 0, left_out=index.left_out)
     wanted = missing(task, index.id)
     todo = len(wanted) * len(index)
     report(0, todo)
     if not wanted:
-        return Outcome(index.id, len(index))
+        return Outcome(index.id, len(index), left_out=index.left_out)
     runs = any(output.position is not None for outputs in wanted.values() for output in outputs)
     session = open_session() if runs else None
     images = 4 * 2 * 3 * bank_policy(task.store, task.bank).size ** 2 * BLOCK  # four blocks on their way, mixed or not
@@ -94,7 +108,8 @@ def run_task(
             except TooWide as error:  # rare: all is made again, this view of the target with f32 scales
                 wide |= {(error.view, error.target)}
     written = sum(map(len, wanted.values()))
-    return Outcome(index.id, len(index), written, todo, invalid, session.settings if session else {})
+    settings = session.settings if session else {}
+    return Outcome(index.id, len(index), written, todo, invalid, settings, index.left_out)
 
 
 def block_views(url: str, index: ShardIndex, policy: Policy, number: int = 0) -> np.ndarray:

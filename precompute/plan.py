@@ -33,7 +33,7 @@ from storage.policies import Policy
 from storage.progress import Progress, Quiet
 from storage.shards import BLOCK, ShardIndex, build_index, cached_index, classes_of
 from storage.store import Store
-from storage.tars import size_of, stem_of
+from storage.tars import size_of, stem_of, without_samples
 from storage.views import COLUMNS
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def _plan(
     store = _existing(where)
     if store:
         targets.known_teacher(store, wanted.teacher)
-    shards = counted(store, wanted.shards, progress)
+    shards = counted(store, wanted.shards, progress, wanted.bad_images == "skip")
     policy, views = _policy(store, wanted)
     began = time.monotonic()
     with _scratch(where) as scratch:
@@ -167,8 +167,8 @@ def _known(store: Store, job: Job) -> bool:
     return all(store.objects.names(f"targets/{o.target}") for outputs in job.by_graph.values() for o in outputs)
 
 
-def counted(store: Store | None, urls: Sequence[str], progress: Progress) -> list[Shard]:
-    """All shards; those that the store knows and some others are counted, the rest is estimated by their sizes."""
+def counted(store: Store | None, urls: Sequence[str], progress: Progress, skip: bool = False) -> list[Shard]:
+    """The shards with samples: known ones and some others counted, the rest estimated; `skip` as `cached_index`."""
     known = candidates(store, urls) if store else {}
     shards: dict[str, Shard] = {}
     for url in urls:
@@ -179,14 +179,16 @@ def counted(store: Store | None, urls: Sequence[str], progress: Progress) -> lis
     some = others[:: max(1, -(-len(others) // LOOKED_AT))]
     progress.start(f"reading {len(some)} of {len(urls)} shards", len(some))
     for url in some:
-        index = cached_index(url)
+        index = cached_index(url, skip=skip)
         shards[url] = Shard(url, len(index), index=index)
         progress.advance(1)
-    each = sum(size_of(s.url) for s in shards.values()) / sum(s.samples for s in shards.values())
-    for url in others:
-        if url not in shards:
-            shards[url] = Shard(url, max(1, round(size_of(url) / each)), estimated=True)
-    return [shards[url] for url in urls]
+    filled = [shard for shard in shards.values() if shard.samples]
+    if not filled:
+        raise without_samples(list(shards))
+    each = sum(size_of(s.url) for s in filled) / sum(s.samples for s in filled)
+    for url in (url for url in others if url not in shards):
+        shards[url] = Shard(url, max(1, round(size_of(url) / each)), estimated=True)
+    return [shards[url] for url in urls if shards[url].samples]
 
 
 def _policy(store: Store | None, wanted: Wanted) -> tuple[Policy, int]:

@@ -7,13 +7,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from precompute import targets
 from precompute.cluster import Failure, patiently, run_here, run_on, workers
 from precompute.engine import block_views, known_index
 from precompute.session import cores
-from precompute.tasks import Outcome, Output, ShardTask
+from precompute.tasks import BadImages, Outcome, Output, ShardTask
 from precompute.teachers import Teacher
 from storage import banks
 from storage.card import card
@@ -22,7 +22,7 @@ from storage.objects import is_remote
 from storage.policies import Policy
 from storage.progress import Progress
 from storage.store import Store
-from storage.tars import stem_of
+from storage.tars import counted_flaws, stem_of, without_samples
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -40,7 +40,7 @@ class Wanted:
     views: int | None
     new_bank: bool = False
     provider: str = "auto"
-    bad_images: Literal["fail", "skip"] = "fail"
+    bad_images: BadImages = "fail"
     pixels: bool = False  # keep the view images themselves
     workers: int | None = None  # processes on this machine
     dask: str | None = None  # address of a scheduler
@@ -83,10 +83,12 @@ def prepare(store: Store, wanted: Wanted, progress: Progress) -> Job:
         failed: UserError | None = None
         for url in wanted.shards:
             try:
-                return block_views(url, known_index(store, url, known[url]), policy)
+                index = known_index(store, url, known[url], wanted.bad_images)
+                if len(index):
+                    return block_views(url, index, policy)
             except UserError as error:
                 failed = failed or error
-        raise failed or UserError("no shards were given")
+        raise failed or without_samples(wanted.shards)
 
     wishes = [
         replace(wish, grid=wanted.grid) if wish.tap == "activations" and wish.grid is None and wanted.grid else wish
@@ -140,6 +142,8 @@ def _precompute(job: Job, client: Client | None, progress: Progress, began: floa
     shards: dict[str, str] = {}  # id -> url
     failures: dict[str, Failure] = {}
     invalid: dict[str, None] = {}  # a shard comes once for each graph
+    left_out: dict[str, tuple[str, ...]] = {}
+    empty: dict[str, None] = {}
     written = rendered = 0
     settings: dict[str, Any] = {}
     for url, outcome in _outcomes(job, client, progress):
@@ -147,7 +151,11 @@ def _precompute(job: Job, client: Client | None, progress: Progress, began: floa
             failures[url] = outcome
             progress.say(f"failed: {outcome.error.splitlines()[0]}")  # what to do is said once, in the end
             continue
-        if shards.setdefault(outcome.shard, url) != url:
+        if outcome.left_out:
+            left_out[url] = outcome.left_out
+        if not outcome.samples:
+            empty[url] = None
+        elif shards.setdefault(outcome.shard, url) != url:
             text = f"{url} holds the same samples as {shards[outcome.shard]}; give each shard once"
             failures[url] = Failure(text, "data")
         invalid |= dict.fromkeys(f"{url}: {key}" for key in outcome.invalid)
@@ -158,6 +166,10 @@ def _precompute(job: Job, client: Client | None, progress: Progress, began: floa
     outputs = [output.target for several in job.by_graph.values() for output in several]
     for line in invalid:
         progress.say(f"cannot be decoded, so left out of training: {line}")
+    for url, flaws in left_out.items():
+        progress.say(f"{url}: {counted_flaws(flaws)}: left out")
+    for url in empty:
+        progress.say(f"{url}: no samples in it, so there is nothing to do")
     if not rendered and not failures:
         progress.say("all of it was complete already")
     patiently(lambda: store.objects.put("README.md", card(store).encode()))
@@ -174,6 +186,8 @@ def _precompute(job: Job, client: Client | None, progress: Progress, began: floa
         "written": written,
         "view_images": rendered,
         "invalid": list(invalid),
+        "left_out": {url: list(flaws) for url, flaws in left_out.items()},
+        "empty": list(empty),
         "failures": [{"shard": url, "error": f.error, "kind": f.kind} for url, f in failures.items()],
         "session": settings,
         "teacher": teacher,

@@ -11,6 +11,8 @@ from storage.codecs import Codec
 from storage.records import Record
 from storage.store import Store
 
+BadImages = Literal["fail", "skip"]
+
 
 @dataclass(frozen=True)
 class Output:
@@ -38,7 +40,7 @@ class ShardTask:
         graph: digest of the teacher's graph.
         outputs: the targets.
         views: how many, from 0.
-        bad_images: whether an image that cannot be decoded fails the shard or is left out.
+        bad_images: whether an image that cannot be decoded, or a key without one, fails the shard or is left out.
         known: ids of shards with the file's stem that the store knew when the run began.
     """
 
@@ -49,7 +51,7 @@ class ShardTask:
     graph: str
     outputs: tuple[Output, ...]
     views: int
-    bad_images: Literal["fail", "skip"] = "fail"
+    bad_images: BadImages = "fail"
     known: tuple[str, ...] = ()
 
 
@@ -63,6 +65,7 @@ class Outcome:
     rendered: int = 0  # view images that the task had to make
     invalid: tuple[str, ...] = ()
     settings: Record = dataclasses.field(default_factory=dict, hash=False)
+    left_out: tuple[str, ...] = ()  # a word on each key that makes no sample
 
 
 # Told (view images done since the last call, those of the whole task) while it goes on; may raise to stop it.

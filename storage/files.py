@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from pathlib import Path
 from storage.errors import UserError
 from storage.litter import is_litter
 from storage.tars import IMAGES
-
 
 LITTER = "hidden file(s), or what systems leave in folders"
 
@@ -122,3 +122,14 @@ def listing(folder: Path) -> Listing:
 def tars_in(folder: Path) -> list[Path]:
     """The shards that lie directly in a folder, by their names, sorted."""
     return sorted(path for path in folder.glob("*.tar") if not is_litter(path.name))
+
+
+def matching(pattern: str) -> list[str]:
+    """The paths that a pattern with wildcards matches, sorted; where a wildcard stands, it matches no litter."""
+    wild = [any(c in part for c in "*?[") for part in Path(pattern).parts]
+    found = sorted(glob.glob(pattern))  # noqa: PTH207
+    return [
+        path
+        for path in found
+        if not any(is_litter(part) for part, open_ in zip(Path(path).parts, wild, strict=True) if open_)
+    ]

@@ -28,9 +28,19 @@ from storage.objects import is_remote, read_range
 from storage.shards import braces, classes_of, expand
 from storage.sources import Files, class_folders, listed, shards_in
 from storage.subsets import balanced
-from storage.tars import as_sample, closing_zeros, compression, label_of, members, open_file, size_of
+from storage.tars import (
+    Part,
+    as_sample,
+    closing_zeros,
+    compression,
+    counted_flaws,
+    flaw,
+    label_of,
+    members,
+    open_file,
+    size_of,
+)
 from storage.views import generator
-
 
 Say = Callable[[str], None]
 
@@ -55,9 +65,9 @@ def pack(
     shuffle: bool = True,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
-    """Write shards; what was written, as `{"train": [...], "val": [...], "samples": …, "classes": …, "left_out": [...]}`.
+    """Write shards; what was written, as `{"train": [...], "val": [...], "samples": …, "classes": …, "left_out": …}`.
 
-    What of the source stays out is said, and listed under `left_out`, one line with a count for each kind of it.
+    `left_out` lists what of the source stays out, one line with a count for each kind of it.
 
     Args:
         source: one folder of class folders, one CSV with the columns `path` and perhaps `label`, or patterns of
@@ -162,7 +172,10 @@ def _sources(
     else:
         urls = expand(patterns)
     scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pack-")))
-    shards = [_tar(_uncompressed(url, scratch / f"{number}.tar"), url) for number, url in enumerate(urls)]
+    flaws: list[str] = []
+    shards = [_tar(_uncompressed(url, scratch / f"{number}.tar"), url, flaws) for number, url in enumerate(urls)]
+    if flaws:
+        leave_out(counted_flaws(flaws))
     sources = [source for shard in shards for source in shard]
     if len({source.key for source in sources}) < len(sources):
         # shards that count their keys from zero: the shard's number makes them distinct
@@ -219,31 +232,39 @@ def _uncompressed(url: str, scratch: Path) -> str:
     return str(scratch)
 
 
-def _tar(path: str, url: str) -> list[Source]:
-    """The samples of a plain tar, whatever the order of their members is."""
+def _tar(path: str, url: str, flaws: list[str]) -> list[Source]:
+    """The samples of a plain tar, whatever the order of their members is; `flaws` gets a word on each key without."""
     runs: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    labels: dict[str, int | None] = defaultdict(lambda: None)
+    found: dict[str, list[Part]] = defaultdict(list)
     with open_file(path) as file:
         stop = 0
         for key, parts, start, stop in members(file, url, together=False):
             runs[key].append((start, stop))
-            for kind, text in parts:
-                if not kind or kind.startswith("_"):
-                    raise UserError(f"{url}: key {key!r}: WebDataset writes no member called {kind!r}; rename it")
-                if kind == "cls":
-                    labels[key] = label_of(text, f"{url}: key {key!r}")
+            # of the bytes only the label's are kept: a tar may be larger than the memory
+            found[key] += [(kind, data and (data.strip()[:20] if kind == "cls" else b"")) for kind, data in parts]
         if runs:
             closing_zeros(file, stop, url)  # nothing else may follow: tarfile ends at the first damaged header
-    return [Source(key, labels[key], functools.partial(_load_runs, path, url, key, runs[key])) for key in runs]
+    sources = []
+    for key, parts in found.items():
+        if why := flaw(key, parts):
+            flaws.append(f"{url}: {why}")
+            continue
+        for kind, _ in parts:
+            if not kind or kind.startswith("_"):
+                raise UserError(f"{url}: key {key!r}: WebDataset writes no member called {kind!r}; rename it")
+        labels = [label_of(text or b"", f"{url}: key {key!r}") for kind, text in parts if kind == "cls"]
+        label = labels[-1] if labels else None
+        sources.append(Source(key, label, functools.partial(_load_runs, path, url, key, runs[key])))
+    return sources
 
 
 def _load_runs(path: str, url: str, key: str, runs: list[tuple[int, int]]) -> dict[str, bytes]:
-    found: list[tuple[str, bytes]] = []
+    found: list[Part] = []
     for start, stop in runs:
         for _, parts, _, _ in members(io.BytesIO(read_range(path, start, stop)), url, together=False):
             found += parts
     as_sample(key, found, url)  # one image, no member twice, a label that is one
-    return dict(found)
+    return {kind: content for kind, content in found if content is not None}
 
 
 # ---------------------------------------------------------------------------------------------- what goes where

@@ -9,15 +9,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import glob
 import hashlib
 import io
 import itertools
 import json
 import os
-import re
-import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,25 +22,30 @@ from typing import Any
 import braceexpand
 
 from storage import records
-from storage.errors import DamageError, IdentityError, UserError, nearest
-from storage.files import is_image, listing, tars_in
-from storage.litter import is_litter
+from storage.errors import DamageError, IdentityError, UserError
+from storage.files import is_image, matching, tars_in
+from storage.hints import folder_hint, pack_hint, there_are
 from storage.objects import is_remote, open_objects, read_range
 from storage.tars import (
+    RULE,
     Sample,
     as_sample,
     closing_zeros,
     compression,
+    flaw,
     folder_of,
     members,
     open_file,
     repack,
+    require_whole,
     size_of,
     stem_of,
+    without_samples,
 )
 
 BLOCK = 64
 INDEX_FORMAT = 1
+MOST_ZEROS = 1 << 20  # bytes of a tar without members: more than this is a file that was never written
 MANY = 1_000_000  # names that one pattern may stand for
 
 
@@ -71,13 +73,17 @@ class Summary:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where everything in one shard lies: `starts[i]` to `starts[i + 1]` are the tar's bytes of sample i."""
+    """Where everything in one shard lies: `starts[i]` to `starts[i + 1]` are the tar's bytes of sample i.
+
+    `left_out` says of each key that makes no sample why it makes none; its bytes stand between those of the samples.
+    """
 
     summary: Summary
     keys: tuple[str, ...]
     digests: tuple[str, ...]
     labels: tuple[int | None, ...]
     starts: tuple[int, ...]
+    left_out: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -100,6 +106,8 @@ class ShardIndex:
         """The index as a record."""
         summary = dataclasses.asdict(self.summary)
         columns = {"keys": self.keys, "digests": self.digests, "labels": self.labels, "starts": self.starts}
+        if self.left_out:
+            columns["left_out"] = self.left_out
         return records.dump({"format": INDEX_FORMAT, "kind": "index", "block": BLOCK, **summary, **columns})
 
     @classmethod
@@ -108,7 +116,7 @@ class ShardIndex:
         content = records.load(data, name)
         if content.get("kind") != "index" or content.get("format") != INDEX_FORMAT:
             raise DamageError(f"{name}: not a shard index of format {INDEX_FORMAT}")
-        columns = (tuple(content[name]) for name in ("keys", "digests", "labels", "starts"))
+        columns = (tuple(content.get(name, ())) for name in ("keys", "digests", "labels", "starts", "left_out"))
         return cls(Summary.of(content), *columns)
 
 
@@ -150,71 +158,25 @@ def _existing(url: str, pattern: str) -> list[str]:
         return [url]
     path = Path(url.removeprefix("file://")).expanduser()
     if path.is_dir():
-        raise UserError(_folder_hint(path))
+        raise UserError(folder_hint(path))
     if path.exists():
         if is_image(path):
-            raise UserError(f"{path} is an image; shards are tar files. {_pack_hint(path.parent.parent)}")
+            raise UserError(f"{path} is an image; shards are tar files. {pack_hint(path.parent.parent)}")
         if path.suffix.lower() == ".csv":
-            raise UserError(f"{path} is a list; shards are tar files. {_pack_hint(path)}")
+            raise UserError(f"{path} is a list; shards are tar files. {pack_hint(path)}")
         return [str(path)]
     there = [p.name for p in tars_in(path.parent) if p.exists()] if path.parent.is_dir() else []
     if any(c in str(path) for c in "*?["):
-        if found := _matching(str(path)):
+        if found := matching(str(path)):
             return found
-        raise UserError(f"{pattern}: no file matches. {_there(path, there)}")
+        raise UserError(f"{pattern}: no file matches. {there_are(path, there)}")
     names = braces(pattern) if "::" not in pattern else []
     few = [name for name in names if Path(name).name in there]
     end = f"the last is {few[-1]!r}: let the braces end there, or make the others" if few else ""
-    hint = f"{len(few)} of its {len(names)} names are there, {end}." if few else _there(path, there)
+    hint = f"{len(few)} of its {len(names)} names are there, {end}." if few else there_are(path, there)
     if "," in path.name and any(part in there for part in path.name.split(",")):
         hint = "Several shards are joined by ::, or given by a --shards each."
     raise UserError(f"{path}: no such shard (asked for by {pattern!r}). {hint}")
-
-
-def _matching(pattern: str) -> list[str]:
-    """The paths that a pattern with wildcards matches, sorted; where a wildcard stands, it matches no litter."""
-    wild = [any(c in part for c in "*?[") for part in Path(pattern).parts]
-    found = sorted(glob.glob(pattern))  # noqa: PTH207
-    return [
-        path
-        for path in found
-        if not any(is_litter(part) for part, open_ in zip(Path(path).parts, wild, strict=True) if open_)
-    ]
-
-
-def _there(path: Path, tars: Sequence[str]) -> str:
-    where = "this folder" if path.parent == Path() else path.parent
-    return nearest(path.name, tars) if tars else f"There are no tars in {where}."
-
-
-def _folder_hint(path: Path) -> str:
-    if tars_in(path):
-        return f"{path} is a folder of tars; name them: --shards {shlex.quote(f'{path}/*.tar')}"
-    images = listing(path).images
-    if count := sum(image.parent != path for image in images):
-        return f"{path} is a folder of class folders ({count} images); shards are tar files. {_pack_hint(path, count)}"
-    if images:
-        return (
-            f"{path} is a folder of images; shards are tar files, made of one folder a class. Pack the folder that "
-            f"holds the class folders, such as\n  pipeline pack {shlex.quote(str(path.parent))} train-000000.tar"
-        )
-    return f"{path} is a folder, with neither tars nor class folders of images in it; shards are tar files"
-
-
-def _pack_hint(source: Path, images: int = 0) -> str:
-    """The commands that make shards of a folder or a list, and what they are then called."""
-    stem = re.sub(r"[^\w-]", "_", source.resolve().stem) or "train"
-    out = shlex.quote(names_for(stem, images))
-    return (
-        f"Pack it first:\n  pipeline pack {shlex.quote(str(source))} {out} --val-fraction 0.1\n"
-        f"  and then give --shards {out} (and to train --val '{stem}-val-*.tar')"
-    )
-
-
-def names_for(stem: str, images: int) -> str:
-    """What new shards of so many images may be called: a thousand in each."""
-    last = max(0, -(-images // 1000) - 1)
-    return f"{stem}-{f'{{000000..{last:06d}}}' if last else '000000'}.tar"
 
 
 def classes_of(urls: Iterable[str]) -> list[str] | None:
@@ -260,43 +222,66 @@ def _few(names: Sequence[str]) -> str:
 
 
 def build_index(url: str) -> ShardIndex:
-    """Read a whole shard once and index it.
+    """Read a whole shard once and index it. Keys that make no sample are listed in it; see `require_whole`.
+
+    An empty tar gives an index without samples.
 
     Raises:
         UserError: what DESIGN calls refused: compressed, truncated, without closing zero blocks, split or double keys.
     """
-    keys, digests, labels, starts = [], [], [], []
+    keys, digests, labels, starts, left_out = [], [], [], [], []
     with open_file(url) as file:
         if kind := compression(file.read(512)):
             raise UserError(f"{url}: compressed with {kind}; a block cannot be read from the middle\n" + repack(url))
         file.seek(0)
         end = 0
         for key, parts, start, end in members(file, url):  # noqa: B007
+            if why := flaw(key, parts):
+                left_out.append(why)
+                continue
             sample = as_sample(key, parts, url)
             keys.append(key)
             digests.append(_image_digest(sample.image))
             labels.append(sample.label)
             starts.append(start)
-        if not keys:
-            raise UserError(f"{url}: no samples in it")
+        if not end:
+            file.seek(0)
+            if file.read(512).strip(b"\0"):
+                raise UserError(f"{url}: no samples in it; {RULE}")
         zeros = closing_zeros(file, end, url)
     if zeros < 1024:
         raise UserError(
             f"{url}: the closing zero blocks of the tar are missing: it may have been cut off between two samples\n"
             "  If it is known to be whole, pack it again:" + repack(url).partition(":")[2]
         )
+    if not end and zeros > MOST_ZEROS:
+        raise UserError(f"{url}: {zeros:,} bytes of zeros and nothing else; copy or make the file again")
     starts.append(end)
     whole = records.digest_of([keys, digests])
     ranges = []
-    for number in (0, (len(keys) - 1) // BLOCK):
+    for number in (0, max(0, (len(keys) - 1) // BLOCK)):
         low, high = starts[number * BLOCK], starts[min((number + 1) * BLOCK, len(keys))]
-        ranges.append((low, high, hashlib.sha256(read_range(url, low, high)).hexdigest()))
+        data = read_range(url, low, high)
+        ranges.append((low, high, hashlib.sha256(data).hexdigest()))
     stem = stem_of(url)
     summary = Summary(
         id=f"{stem}-{whole[:8]}", stem=stem, bytes=end + zeros, samples=len(keys), labelled=None not in labels,
         first=ranges[0], last=ranges[1],
     )  # fmt: skip
-    return ShardIndex(summary, tuple(keys), tuple(digests), tuple(labels), tuple(starts))
+    return ShardIndex(summary, tuple(keys), tuple(digests), tuple(labels), tuple(starts), tuple(left_out))
+
+
+def with_samples(urls: Sequence[str], say: Callable[[str], None] = lambda line: None) -> list[str]:
+    """The shards that have samples; `say` is told of the others. Raises UserError: none has any; as `cached_index`."""
+    found = []
+    for url in urls:
+        if len(cached_index(url)):
+            found.append(url)
+        else:
+            say(f"{url}: no samples in it")
+    if urls and not found:
+        raise without_samples(urls)
+    return found
 
 
 def _image_digest(image: bytes) -> str:
@@ -310,11 +295,24 @@ def cache_folder() -> Path:
     return Path(os.environ.get("TEACHER_STORE_CACHE") or f"{base}/teacher-store")
 
 
-def cached_index(url: str, *, trust: bool = False) -> ShardIndex:
+def cached_index(url: str, *, trust: bool = False, skip: bool = False) -> ShardIndex:
     """The index of a shard without a store: from the cache folder if the file is still the same, else built.
 
-    With `trust` the first and last block are not looked at again; every sample is compared when it is read anyway.
+    Args:
+        url: of the shard.
+        trust: the first and last block are not looked at again; every sample is compared when it is read anyway.
+        skip: take a shard in which some keys make no sample, too.
+
+    Raises:
+        UserError: as `build_index` and, without `skip`, `require_whole`.
     """
+    index = _cached_index(url, trust)
+    if not skip:
+        require_whole(url, index.left_out)
+    return index
+
+
+def _cached_index(url: str, trust: bool) -> ShardIndex:
     name = hashlib.sha256(_state_of(url).encode()).hexdigest()[:32]
     cache = open_objects(cache_folder())
     try:
@@ -362,14 +360,16 @@ def differences(url: str, known: Summary) -> list[tuple[str, object, object]]:
 
 
 def read_samples(url: str, index: ShardIndex, wanted: range) -> list[Sample]:
-    """Consecutive samples of a shard, by one ranged read, compared with the index.
+    """Consecutive samples of a shard, by one ranged read, compared with the index. Keys that make none are passed over.
 
     Raises:
         IdentityError: a key, an image or a label is not the one that the index knows.
         DamageError: the file ends too early.
     """
     data = read_range(url, index.starts[wanted.start], index.starts[wanted.stop])
-    found = [as_sample(key, parts, url) for key, parts, _, _ in members(io.BytesIO(data), url)]
+    if not data:
+        return []
+    found = [as_sample(key, parts, url) for key, parts, _, _ in members(io.BytesIO(data), url) if not flaw(key, parts)]
     where = f"{url}, samples {wanted.start} to {wanted.stop - 1}"
     again = "The shard changed since it was indexed; targets belong to a shard's exact content."
     if len(found) != len(wanted):
@@ -393,7 +393,7 @@ def require_labels(url: str, index: ShardIndex, classes: int | None = None) -> N
             f"{url}: key {key!r} has no label (.cls), and a loss or an evaluation needs labels: a shard has them for "
             "all of its samples or for none"
         )
-    highest = max(label for label in index.labels if label is not None)
+    highest = max((label for label in index.labels if label is not None), default=-1)
     if classes is not None and highest >= classes:
         key = index.keys[index.labels.index(highest)]
         raise UserError(f"{url}: key {key!r} has label {highest}, there are classes 0 to {classes - 1}")

@@ -12,8 +12,9 @@ from typing import IO
 
 from storage.errors import UserError
 from storage.files import LITTER, counted, is_image, listing, tars_in
+from storage.hints import names_for
 from storage.litter import is_litter
-from storage.shards import classes_of, names_for
+from storage.shards import classes_of
 from storage.tars import IMAGES, open_file
 
 Files = list[tuple[Path, Path, int | None]]  # a file, what its key is made of, its label

@@ -252,12 +252,16 @@ class Store:
     def require(self, url: str, known: Sequence[str]) -> ShardIndex:
         """The index of a file that must be one of the `known` shards, whatever its tar headers are.
 
+        A file without samples belongs to every store.
+
         Raises:
             IdentityError: an unknown shard, or a known name with other content.
         """
         if index := self.recognise(url, known):
             return index
-        own = cached_index(url)
+        own = cached_index(url, skip=True)  # which keys make no sample was decided when the store was made
+        if not len(own):
+            return own
         if own.id in known:  # the same samples in a tar with other headers: its own ranges count
             self._same_labels(own, url)
             return own

@@ -27,6 +27,14 @@ _EXTENDED = (
 )  # fmt: skip
 
 
+RULE = (
+    "a sample is a key with one image, KEY.jpg, .jpeg, .png or .webp, that is a plain file; a key ends at the first "
+    "dot of a file's name"
+)
+Part = tuple[str, bytes | None]  # the extension and the bytes of a member; None for those of a link
+_KEPT = "surrogateescape"  # how names and values that are not UTF-8 are kept: only in names it matters
+
+
 @dataclass(frozen=True)
 class Sample:
     """One image with what belongs to it, as read from a tar."""
@@ -56,25 +64,24 @@ def split_name(name: str) -> tuple[str, str] | None:
     return (match[1], match[2].lower()) if match else None
 
 
-def members(
-    file: IO[bytes], where: str, *, together: bool = True
-) -> Iterator[tuple[str, list[tuple[str, bytes]], int, int]]:
-    """(key, [(extension, bytes)], start, end) of each sample of a tar, in order; start and end in the tar's bytes.
+def members(file: IO[bytes], where: str, *, together: bool = True) -> Iterator[tuple[str, list[Part], int, int]]:
+    """(key, [(extension, bytes)], start, end) of each key of a tar, in order; start and end in the tar's bytes.
 
-    Members without an extension, folders and `__meta__` members are passed over, as WebDataset does. With `together`
-    false a key may come back later, once more with each run of its members.
+    Members without an extension, folders and `__meta__` members are passed over, as WebDataset does. A link, which
+    WebDataset passes over too, has None for its bytes. With `together` false a key may come back later, once more with
+    each run of its members.
 
     Raises:
-        UserError: links, devices, hostile names and sizes, a key whose members do not stand together, a truncated one.
+        UserError: devices, hostile names and sizes, a key whose members do not stand together, a truncated one.
     """
     key: str | None = None
-    parts: list[tuple[str, bytes]] = []
+    parts: list[Part] = []
     seen: set[str] = set()
     start = end = 0
     try:
         length = file.seek(0, io.SEEK_END)
         file.seek(0)
-        tar = tarfile.open(fileobj=file, mode="r:", tarinfo=_Header, encoding="utf-8", errors="strict")  # noqa: SIM115
+        tar = tarfile.open(fileobj=file, mode="r:", tarinfo=_Header, encoding="utf-8", errors=_KEPT)  # noqa: SIM115
         after = 0
         while (info := tar.next()) is not None:
             begin, after = after, tar.offset  # where its headers begin: `info.offset` leaves out a global one
@@ -82,15 +89,18 @@ def members(
             if tar.pax_headers.keys() & {"path", "size"}:  # a range from the middle would not see it
                 raise UserError(f"{where}: a global header names or sizes all members; make the file again")
             sparse = info.issparse() or any(field.startswith("GNU.sparse") for field in info.pax_headers)
-            if not (info.isreg() or info.isdir()) or sparse:
+            link = (info.islnk() or info.issym()) and not info.size
+            if not (info.isreg() or info.isdir() or link) or sparse:
                 raise UserError(f"{where}: {info.name!r} is a link or a device, or sparse; only plain files count")
+            if any("\udc80" <= sign <= "\udcff" for sign in info.name):
+                raise UserError(f"{where}: {info.name!r}: a member's name is not UTF-8; rename it")
             if "\0" in info.name:
                 raise UserError(f"{where}: {info.name!r} has a NUL in its name; rename it")
             if info.name.startswith("/") or ".." in info.name.split("/"):
                 raise UserError(f"{where}: {info.name!r} leads outside of the tar")
             if info.size < 0 or (info.isreg() and info.offset_data + info.size > length):
                 raise UserError(f"{where}: truncated inside {info.name!r}; copy or make the file again")
-            name = split_name(info.name) if info.isreg() else None
+            name = split_name(info.name) if info.isreg() or link else None
             if name is None or re.match(r"__[^/]*__($|/)", info.name):
                 end = end_of_member
                 continue
@@ -106,13 +116,10 @@ def members(
                     )
                 key, parts, start = name[0], [], begin
                 seen.add(key)
-            content = tar.extractfile(info)
-            assert content is not None
-            parts.append((name[1], content.read()))
+            content = None if link else tar.extractfile(info)
+            parts.append((name[1], content.read() if content else None))
             end = end_of_member
             tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: a member's name is not UTF-8 ({error})") from None
     except UserError:
         raise
     except (OSError, MemoryError) as error:
@@ -128,23 +135,38 @@ def members(
         yield key, parts, start, end
 
 
-def as_sample(key: str, parts: Sequence[tuple[str, bytes]], where: str) -> Sample:
+def flaw(key: str, parts: Sequence[Part]) -> str | None:
+    """Why a key's members make no sample; None where they make one, or one that `as_sample` refuses. See `RULE`."""
+    names = [kind for kind, _ in parts]
+    if len(set(names)) < len(names) or any(kind.startswith("__") for kind in names):
+        return None  # WebDataset reads no such tar: `as_sample` refuses it
+    links = [f"{key}.{kind}" for kind, content in parts if content is None]
+    if links:
+        return f"key {key!r}: {links[0]!r} is a link"
+    images = [kind for kind in names if kind in IMAGES]
+    if len(images) == 1:
+        return None
+    kinds = images or sorted(names)
+    found = ", ".join(kind[:40] for kind in kinds[:6]) + ", …" * (len(kinds) > 6)
+    return f"key {key!r} needs one image ({', '.join(IMAGES)}), found {found}"
+
+
+def as_sample(key: str, parts: Sequence[Part], where: str) -> Sample:
     """The sample that a key's members make.
 
     Raises:
-        UserError: no image, several images, the same extension twice, a label that is no integer.
+        UserError: they make none, by `RULE`; the same extension twice, or a label that is no integer.
     """
-    by_kind = dict(parts)
-    images = [kind for kind in by_kind if kind in IMAGES]
+    if why := flaw(key, parts):
+        raise UserError(f"{where}: {why}; {RULE}")
+    by_kind = {kind: content for kind, content in parts if content is not None}
     if len(by_kind) < len(parts):
         raise UserError(f"{where}: key {key!r} has two members of the same kind")
     if kept := next((kind for kind in by_kind if kind.startswith("__")), None):
         raise UserError(f"{where}: key {key!r}: WebDataset keeps members called {kept!r} for itself; rename it")
-    if len(images) != 1:
-        found = ", ".join(images) if images else ", ".join(sorted(by_kind)) or "nothing"
-        raise UserError(f"{where}: key {key!r} needs one image ({', '.join(IMAGES)}), found {found}")
+    image = next(kind for kind in by_kind if kind in IMAGES)
     label = label_of(by_kind["cls"], f"{where}: key {key!r}") if "cls" in by_kind else None
-    return Sample(key, images[0], by_kind[images[0]], label, by_kind.get("json"))
+    return Sample(key, image, by_kind[image], label, by_kind.get("json"))
 
 
 def label_of(text: bytes, where: str) -> int:
@@ -157,6 +179,26 @@ def label_of(text: bytes, where: str) -> int:
 def repack(url: str) -> str:
     """The line that says how a tar becomes a shard."""
     return f"  Pack it again: pipeline pack {shlex.quote(url)} repacked/{stem_of(url)}.tar"
+
+
+def counted_flaws(flaws: Sequence[str]) -> str:
+    """How many keys make no sample, and why the first makes none."""
+    return f"{len(flaws):,} key(s) make no sample, such as {flaws[0]}; {RULE}"
+
+
+def require_whole(url: str, left_out: Sequence[str]) -> None:
+    """UserError where keys of a shard make no sample (`left_out`, the flaw of each), with what leaves them out."""
+    if left_out:
+        more = f" ({len(left_out):,} keys make no sample)" if len(left_out) > 1 else ""
+        raise UserError(
+            f"{url}: {left_out[0]}{more}; {RULE}\n  `pipeline pack` leaves out such keys, and so does `pipeline "
+            f"precompute --bad-images skip`; both count them.\n{repack(url)}"
+        )
+
+
+def without_samples(urls: Sequence[str]) -> UserError:
+    """The error that none of some shards has samples."""
+    return UserError(f"{urls[0]}: no samples in it, nor in another of the {len(urls)} shard(s) that were given")
 
 
 def stem_of(url: str) -> str:

@@ -236,6 +236,9 @@ def _replay(
     except UserError as error:
         report.failures.append(str(error))
         return
+    if not len(index):
+        report.notices.append(f"{url}: no samples in it")
+        return
     count = len(index)
     step = max(1, -(-count // wanted[0])) if wanted else 1
     chosen = range(wanted[1] % step if wanted else 0, count, step)

@@ -13,7 +13,7 @@ from torch import nn
 from storage.errors import IdentityError, UserError
 from storage.policies import Policy, policy
 from storage.progress import Progress
-from storage.shards import cached_index, classes_of, expand, require_classes, require_labels
+from storage.shards import cached_index, classes_of, expand, require_classes, require_labels, with_samples
 from storage.store import Store
 from student.align import Given, table
 from student.config import Recipe
@@ -92,7 +92,7 @@ def prepare(job: Job, progress: Progress, found: dict[str, Any] | None) -> Parts
     """
     recipe = job.recipe
     torch.manual_seed(recipe.seed)
-    urls, val_urls = expand(job.shards), expand(job.val) if job.val else []
+    urls, val_urls = expand(job.shards), with_samples(expand(job.val), progress.say) if job.val else []
     classes, count = _classes(urls, val_urls, recipe) if classifies(recipe) else (None, 0)
     scored = _scored(val_urls, recipe, count, progress)
     model, arguments = build(recipe.student, count)
@@ -176,7 +176,7 @@ def _stream(
     shard_ids = []
     if job.store is not None:
         known = job.store.shard_ids()
-        shard_ids = [job.store.require(url, known).id for url in urls]
+        shard_ids = [index.id for url in urls if len(index := job.store.require(url, known))]
     bank, given = find_targets(job.store, shard_ids, recipe, model)
     fresh: Policy | None = None
     if bank is None:

@@ -12,6 +12,7 @@ from storage.markers import Kind, Task
 from storage.policies import Policy
 from storage.shards import ShardIndex, cached_index
 from storage.store import Store
+from storage.tars import without_samples
 from student.reader import Source
 
 Check = Callable[[str, ShardIndex], None]
@@ -19,19 +20,29 @@ Check = Callable[[str, ShardIndex], None]
 
 def fresh(urls: Sequence[str], policy: Policy, check: Check) -> tuple[Source, list[int]]:
     """Shards whose views are drawn afresh, and how many samples each has. `check` sees each shard's index."""
-    ids, sizes = _recognise(urls, cached_index, check)
-    return Source(tuple(urls), tuple(ids), policy), sizes
+    filled, ids, sizes = _recognise(urls, cached_index, check)
+    return Source(tuple(filled), tuple(ids), policy), sizes
 
 
-def _recognise(urls: Sequence[str], index_of: Callable[[str], ShardIndex], check: Check) -> tuple[list[str], list[int]]:
-    """Ids and numbers of samples of shards; their indexes, which are large, are read again where they are needed."""
-    ids, sizes = [], []
+def _recognise(
+    urls: Sequence[str], index_of: Callable[[str], ShardIndex], check: Check
+) -> tuple[list[str], list[str], list[int]]:
+    """Urls, ids and numbers of samples of the shards that have any; indexes are large, and read again where needed.
+
+    Raises:
+        UserError: no shard has samples.
+    """
+    filled, ids, sizes = [], [], []
     for url in urls:
         index = index_of(url)
         check(url, index)
-        ids.append(index.id)
-        sizes.append(len(index))
-    return ids, sizes
+        if len(index):
+            filled.append(url)
+            ids.append(index.id)
+            sizes.append(len(index))
+    if not filled:
+        raise without_samples(urls)
+    return filled, ids, sizes
 
 
 def refuse_twice(source: Source) -> None:
@@ -52,14 +63,14 @@ def stored(
         UserError: a shard, target or bank that the store does not have, or targets of several banks.
     """
     known = store.shard_ids()
-    fits: list[bool] = []
+    fits: dict[str, bool] = {}
 
     def index_of(url: str) -> ShardIndex:
         recognised = store.recognise(url, known)
-        fits.append(recognised is not None)
+        fits[url] = recognised is not None
         return recognised or store.require(url, known)
 
-    ids, sizes = _recognise(urls, index_of, check)
+    filled, ids, sizes = _recognise(urls, index_of, check)
     manifests = {target: store.target(target) for target in targets}
     banks = sorted({manifest["identity"]["bank"] for manifest in manifests.values()} | ({bank} if bank else set()))
     if len(banks) != 1:
@@ -70,8 +81,8 @@ def stored(
         id for id, m in store.targets().items() if (m["identity"]["tap"], m["identity"]["bank"]) == ("pixels", banks[0])
     )
     source = Source(
-        tuple(urls), tuple(ids), bank_policy(store, banks[0]), store, banks[0], pixels[0] if pixels else None,
-        {target: Codec.of(manifest) for target, manifest in manifests.items()}, tuple(fits),
+        tuple(filled), tuple(ids), bank_policy(store, banks[0]), store, banks[0], pixels[0] if pixels else None,
+        {target: Codec.of(manifest) for target, manifest in manifests.items()}, tuple(fits[url] for url in filled),
     )  # fmt: skip
     return source, sizes
 

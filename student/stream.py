@@ -200,8 +200,11 @@ class Stream(IterableDataset[Batch]):
         urls = expand(shards)
         self.label_counts: Counter[int] = Counter()
         opened = Store.open(store) if isinstance(store, str | Path) else store
+        left_out = 0
 
         def check(url: str, index: ShardIndex) -> None:
+            nonlocal left_out
+            left_out += len(index.left_out)
             if labels:
                 require_labels(url, index, classes)
                 self.label_counts.update(label for label in index.labels if label is not None)
@@ -230,6 +233,10 @@ class Stream(IterableDataset[Batch]):
         self.own = lanes_of(self.order.lanes, rank, ranks)
         self.workers = min(workers, len(self.own))
         self.notices = []
+        if empty := len(urls) - len(self.source.urls):
+            self.notices.append(f"{empty} shard(s) have no samples")
+        if left_out:
+            self.notices.append(f"{left_out:,} key(s) of the shards make no sample and are left out")
         if workers > self.workers:
             self.notices.append(
                 f"stream.workers={workers}: only {self.workers} are started, one for each of stream.lanes"

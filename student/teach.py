@@ -25,7 +25,7 @@ from storage.markers import Task
 from storage.policies import policy
 from storage.progress import Progress, size_text
 from storage.records import Record
-from storage.shards import cached_index, classes_of, expand, require_classes, require_labels
+from storage.shards import cached_index, classes_of, expand, require_classes, require_labels, with_samples
 from storage.store import Store
 from storage.views import COLUMNS
 from storage.weights import digest_of_file, save_state
@@ -72,7 +72,7 @@ def fit_teacher(job: Job, progress: Progress) -> dict[str, Any]:
         raise UserError(f"--out {job.out}: {state}")
     if not job.out.absolute().parent.is_dir():
         raise UserError(f"--out {job.out}: there is no folder {job.out.parent}")
-    urls, val_urls = expand(job.shards), expand(job.val)
+    urls, val_urls = expand(job.shards), with_samples(expand(job.val), progress.say)
     names = _classes(urls, val_urls)
     for url in val_urls:
         require_labels(url, cached_index(url), len(names))

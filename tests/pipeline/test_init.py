@@ -118,7 +118,9 @@ def test_validation_shards_are_told_by_whole_words_in_their_names(tmp_path, caps
 def test_of_many_shards_a_few_are_read(tmp_path, monkeypatch, capsys) -> None:
     synthetic_shards(tmp_path / "data", shards=20, samples=30)
     read = []
-    monkeypatch.setattr("precompute.plan.cached_index", lambda url: (read.append(url), cached_index(url))[1])
+    monkeypatch.setattr(
+        "precompute.plan.cached_index", lambda url, **how: (read.append(url), cached_index(url, **how))[1]
+    )
     out = command(f"pipeline init {tmp_path / 'data'} --out {tmp_path / 'p.yaml'} --json", capsys)
     result = json.loads(out)
     assert len(read) <= 8

@@ -23,6 +23,7 @@ from storage.pack import pack
 from storage.policies import policy
 from storage.shards import ShardIndex, build_index, read_samples
 from storage.store import Store
+from storage.tars import require_whole
 from storage.testing import synthetic_shards
 from storage.views import COLUMNS, draw, render, renderer, signature
 
@@ -239,6 +240,6 @@ def patched(path: str, old: bytes, new: bytes) -> None:
 def refusal(path: str) -> str:
     """The message with which a tar is refused; it must name the file."""
     with pytest.raises(UserError) as error:
-        build_index(path)
+        require_whole(path, build_index(path).left_out)
     assert path in str(error.value)
     return str(error.value)

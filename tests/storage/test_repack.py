@@ -104,8 +104,8 @@ def test_another_class_list_beside_the_new_shards_is_refused(tmp_path, animals):
 
 
 def test_a_failure_leaves_no_half_shard(tmp_path):
-    path = write_tar(tmp_path / "x.tar", [*sample("a", 0), ("b.cls", b"0")])
-    with pytest.raises(UserError, match=r"x\.tar: key 'b' needs one image"):
+    path = write_tar(tmp_path / "x.tar", [*sample("a", 0), *sample("b", 1), *sample("b", 1)])
+    with pytest.raises(UserError, match=r"x\.tar: key 'b' has two members of the same kind"):
         packed([path], tmp_path / "out", "y.tar")
     assert not list((tmp_path / "out").glob("*"))
     assert not list((tmp_path / "out").glob(".*"))
