@@ -25,6 +25,7 @@ from PIL import Image, ImageOps, features
 
 from storage import records
 from storage.errors import UserError
+from storage.metadata import without_metadata
 from storage.operations import OPERATIONS, draw_operations
 from storage.policies import Policy
 
@@ -269,20 +270,23 @@ def size_in(path: Path) -> tuple[int, int]:
     Raises:
         BadImage: no JPEG, PNG or WebP, or one that `decode` refuses for its size.
     """
-    with _bad_images(), _opened(path) as image:
-        return image.size
+    with _bad_images():
+        with contextlib.suppress(PIL.UnidentifiedImageError, ValueError), _opened(path) as image:
+            return image.size
+        # its metadata may be why: only such files are read whole
+        return _opened(io.BytesIO(without_metadata(path.read_bytes()))).size
 
 
 def decode(data: bytes) -> Image.Image:
     """The RGB image in a sample's bytes, turned upright by its EXIF orientation.
 
-    The first frame of an animation; alpha is dropped; 16-bit grey is scaled to 8 bits.
+    The first frame of an animation; alpha is dropped; 16-bit grey is scaled to 8 bits. Other metadata is skipped.
 
     Raises:
         BadImage: not a whole JPEG, PNG or WebP, more pixels than MAX_PIXELS, or a JPEG that would take minutes.
     """
     with _bad_images():
-        image = _opened(io.BytesIO(data))
+        image = _opened(io.BytesIO(without_metadata(data)))
         # A scan is ten bytes of a JPEG at least, and goes over all of its pixels: 5e10 take some 20 seconds.
         scans = data.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 1
         if scans * image.width * image.height > 5e10:

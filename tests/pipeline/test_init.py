@@ -146,8 +146,7 @@ def test_hostile_images_are_passed_over(photos) -> None:
     assert (found.images, found.side) == (120, 40)
     with pytest.raises(BadImage, match="cannot be decoded"):
         size_in(photos / "cat" / "0.png")
-    with pytest.raises(BadImage):
-        size_in(photos / "cat" / "2.png")
+    assert size_in(photos / "cat" / "2.png") == (8, 8)
     assert size_in(photos / "cat" / "1.png") == (10000, 10000)
 
 

@@ -83,7 +83,7 @@ def text_bombs() -> dict[str, bytes]:
 
 
 BOMBS = {
-    **{name: (data, "TEXT") for name, data in text_bombs().items()},
+    **{name: (data, "rendered") for name, data in text_bombs().items()},
     "a canvas over the limit": (webp_canvas(16383, 16383), "pixels"),
     "the largest canvas": (webp_canvas(2**24, 2**24), "pixels"),
     "a long line": (png((MAX_PIXELS, 1), 1, 0, bytes(9)), "178956970x1 pixels, more than"),
