@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from pipeline.cli import main
+from precompute.plan import plan
 from storage.errors import UserError
 from storage.shards import build_index
 from storage.store import Store
-from tests.conftest import World, run_precompute, teacher_of
+from tests.conftest import Quiet, World, run_precompute, teacher_of
 from tests.precompute.stores import CNN, assert_same, contents, failures, of_cnn, seeded
+from tests.precompute.test_plan import wanted_of
 from tests.storage.helpers import by_webdataset, write_tar
 from tests.student.runs import run, same, u8
 
@@ -78,9 +81,18 @@ def test_training_on_them_is_training_without_them(
         run(world, tmp_path / "c", "scratch", shards=disturbed, store=None)
 
 
-def test_plan_and_init_count_the_samples(
-    world: World, disturbed: list[str], tmp_path: Path, monkeypatch, capsys
-) -> None:
+def test_a_plan_counts_the_samples(world: World, disturbed: list[str], tmp_path: Path) -> None:
+    wanted = wanted_of(world, world.shards, CNN)
+    undisturbed = plan(str(tmp_path / "store"), wanted, Quiet(), seconds=0)
+    skipping = dataclasses.replace(wanted, shards=disturbed, bad_images="skip")
+    told = plan(str(tmp_path / "store"), skipping, Quiet(), seconds=0)
+    for name in ("samples", "shards", "targets"):
+        assert told[name] == undisturbed[name]
+    with pytest.raises(UserError, match="key 'lost0' needs one image"):
+        plan(str(tmp_path / "store"), dataclasses.replace(wanted, shards=disturbed), Quiet(), seconds=0)
+
+
+def test_init_counts_the_samples(disturbed: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     folder = Path(disturbed[0]).parent
     with pytest.raises(SystemExit) as ended:

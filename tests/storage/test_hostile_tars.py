@@ -52,7 +52,7 @@ def pax(kind: bytes = b"x", **fields: bytes) -> bytes:
     """An extended header; `GNU_sparse_size` stands for `GNU.sparse.size`."""
     body = b""
     for name, value in fields.items():
-        record = b" %s=%s\n" % (name.replace("_", ".").encode(), value)
+        record = b" %s=%s\n" % ((name if "." in name else name.replace("_", ".")).encode(), value)
         length = next(n for n in range(len(record) + 1, len(record) + 9) if len(b"%d" % n) + len(record) == n)
         body += b"%d" % length + record
     return member(b"PaxHeaders/x", body, kind)
@@ -168,6 +168,11 @@ READ_TARS = {
     "an extended path": (pax(path="ü/long.png".encode()) + B, "ü/long"),
     "an extended size": (pax(size=b"%d" % len(picture(0))) + member(b"b.png", size=b"00000000000\0"), "b"),
     "extended times and owners that are none": (pax(mtime=b"inf", uid=b"x", comment=b"-") + B, "b"),
+    "an extended attribute that is binary": (pax(**{"SCHILY.xattr.user.x": b"\xff\0\n\xfe=1"}) + B, "b"),
+    "an access list of libarchive": (pax(**{"LIBARCHIVE.xattr.system.posix_acl_access": bytes(range(256))}) + B, "b"),
+    "a global attribute that is binary": (pax(b"g", **{"SCHILY.xattr.user.x": b"\xff"}) + B, "b"),
+    "an extended field whose name is binary": (pax(**{"x": b"1"}).replace(b"x=1", b"\xff=1") + B, "b"),
+    "an owner that is not UTF-8": (pax(uname=b"J\xfcrgen", gname=b"\xff") + member(b"b.png", at265=b"J\xfcrgen"), "b"),
     "an extended link's target of a file": (pax(linkpath=b"../x") + B, "b"),
     "a global comment": (pax(b"g", comment=b"0123abc") + B, "b"),
     "a long name": (member(LONG, b"c/d.png\0", b"L") + B, "c/d"),
