@@ -21,7 +21,7 @@ from pipeline.measuring import bench, demo
 from pipeline.options import QUOTES
 from pipeline.recording import init, inspect, pack, plan, precompute, verify
 from pipeline.training import export, fit_teacher, predict, train
-from storage.errors import DamageError, UserError, nearest, shown
+from storage.errors import DamageError, UserError, first_line, nearest, shown
 
 
 class _Commands(click.Group):
@@ -114,12 +114,12 @@ def main(arguments: list[str] | None = None) -> None:
         if debug:
             raise
         where = shown(Path(error.filename)) if isinstance(error.filename, str) else "input or output"
-        what = f"{where}: {error.strerror or error}"
+        what = f"{where}: {first_line(error)}"
         _fail(f"{what}; {_ADVICE.get(error.errno or 0, 'mend it and run the same command again')}", as_json, 1)
     except Exception as error:
         if debug:
             raise
-        text = f"{type(error).__name__}: {error}"
+        text = first_line(error, kind=True)
         _fail(f"this should not happen: {text}\n  Run it again with --debug and report what it shows.", as_json, 1)
 
 

@@ -9,7 +9,7 @@ import yaml
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
-from storage.errors import UserError
+from storage.errors import UserError, first_line
 
 LARGEST = 1 << 20  # bytes
 
@@ -45,7 +45,7 @@ def read_yaml(path: Path) -> Any:
             raise UserError(f"{path}: larger than {LARGEST >> 20} MiB; this is no file of settings")
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not plain YAML: it is not UTF-8 ({error.reason})") from None
     try:
@@ -57,7 +57,7 @@ def read_yaml(path: Path) -> Any:
 def why(error: Exception) -> str:
     """What is no YAML in a text, and where in it."""
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
-        return " ".join(str(error).split())[:400] or type(error).__name__
+        return first_line(error)[:400]
     tab = "; indent with spaces, not with tabs" if "'\\t'" in str(error.problem) else ""
     began = f", {error.context} from {_place(error.context_mark)} on" if error.context_mark and error.context else ""
     return f"{_place(error.problem_mark)}: {error.problem}{began}{tab}"

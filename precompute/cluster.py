@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from precompute.engine import run_task
 from precompute.session import Session, cores, open_session
 from precompute.tasks import Outcome, ShardTask
-from storage.errors import UserError, lasts
+from storage.errors import UserError, first_line, lasts
 from storage.progress import Progress
 
 if TYPE_CHECKING:
@@ -96,11 +96,11 @@ def attempt(task: ShardTask, provider: str, threads: int, report: Callable[[int,
     except UserError as error:
         return Failure(str(error), "data")
     except OSError as error:
-        return Failure(f"{task.url}: {error.filename or 'input or output'}: {error.strerror or error}", "io")
+        return Failure(f"{task.url}: {error.filename or 'input or output'}: {first_line(error)}", "io")
     except _Stopped:
         raise
     except Exception as error:
-        return Failure(f"{task.url}: this should not happen: {type(error).__name__}: {error}", "bug")
+        return Failure(f"{task.url}: this should not happen: {first_line(error, kind=True)}", "bug")
 
 
 class _Tracker:
@@ -210,7 +210,7 @@ def workers(count: int | None, address: str | None, say: Callable[[str], None]) 
             client = Client(place, timeout=10, set_as_default=False)  # type: ignore[no-untyped-call]
         except (OSError, TimeoutError, ValueError) as error:
             raise UserError(
-                f"--dask {address}: no scheduler answers there ({str(error) or type(error).__name__}); start one with "
+                f"--dask {address}: no scheduler answers there ({first_line(error)}); start one with "
                 "`dask scheduler` and workers with `dask worker ADDRESS`"
             ) from None
         with client:
@@ -245,7 +245,7 @@ def _greet(client: Client, address: str | None, say: Callable[[str], None]) -> N
         theirs: dict[str, Any] = client.run(versions)
     except Exception as error:  # whatever importing raises there
         raise UserError(
-            f"--dask {address}: the workers cannot import this package ({type(error).__name__}: {error}); install the "
+            f"--dask {address}: the workers cannot import this package ({first_line(error, kind=True)}); install the "
             "same teacher-store there"
         ) from None
     mine = versions()
@@ -364,7 +364,7 @@ def _result(future: Any, url: str) -> Outcome | Failure:
     except Exception as error:
         if future.cancelled():
             raise UserError(_LOST) from None
-        return Failure(f"{url}: {type(error).__name__}: {error}", "worker")
+        return Failure(f"{url}: {first_line(error, kind=True)}", "worker")
     assert outcome is not None
     return outcome
 

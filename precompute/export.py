@@ -12,7 +12,7 @@ import numpy as np
 from precompute.session import open_session
 from precompute.taps import ATTENTION, TAPS, Tap, TappedTeacher, check_attention
 from precompute.teachers import Teacher, load
-from storage.errors import UserError
+from storage.errors import UserError, first_line
 from storage.records import Record
 
 if TYPE_CHECKING:
@@ -51,7 +51,9 @@ def live_teacher(teacher: Teacher, taps: Sequence[Tap], view_size: int) -> Tappe
         with torch.no_grad():
             model(torch.zeros(1, 3, size, size))
     except Exception as error:  # networks raise anything
-        raise UserError(f"{teacher.name}: {teacher.model} cannot take {size}x{size} RGB images: {error}") from None
+        raise UserError(
+            f"{teacher.name}: {teacher.model} cannot take {size}x{size} RGB images: {first_line(error)}"
+        ) from None
     module = TappedTeacher(model, taps, view_size, teacher.input_size, teacher.mean, teacher.std)
     return module.eval()
 

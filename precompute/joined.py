@@ -21,9 +21,8 @@ from precompute.export import CHECKED, PARITY, Exported, compare, model_of, stri
 from precompute.session import Session, open_session
 from precompute.taps import TAPS, Tap, TappedTeacher, resize_matrix
 from precompute.teachers import Teacher
-from storage.errors import UserError
+from storage.errors import UserError, first_line
 from storage.records import Record
-from storage.weights import first_line
 
 OLDEST = 13  # operators: those that are used here are the same from this version on
 ROWS = 1e-3  # how far the sum of an attention row may be from one

@@ -11,8 +11,7 @@ from precompute.taps import TAPS, attention_layers, cnn_stages, prefix_roles, ta
 from precompute.targets import default_codec
 from precompute.teachers import about_weights, resolve
 from storage.codecs import Codec
-from storage.errors import UserError
-from storage.weights import first_line
+from storage.errors import UserError, first_line
 
 
 def offers_of(name: str, input_size: int | None = None, grid: int = 14) -> dict[str, Any]:

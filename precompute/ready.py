@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storage.errors import UserError, nearest
+from storage.errors import UserError, first_line, nearest
 from storage.records import Record
 from storage.weights import READY
 
@@ -84,7 +84,7 @@ def read(path: str) -> Graph:
             raise UserError(f"{path}: it has {size:,} bytes; one ONNX file holds at most {LARGEST:,}")
         model = parsed(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(f"--teacher {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"--teacher {path}: cannot be read: {first_line(error)}") from None
     except UserError as error:
         raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
     if not model.graph.node:

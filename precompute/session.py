@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from storage.errors import UserError
+from storage.errors import UserError, first_line
 from storage.records import Record
-from storage.weights import first_line
 
 if TYPE_CHECKING:
     from onnx import ModelProto, TensorProto
@@ -101,7 +100,7 @@ def parsed(graph: bytes) -> ModelProto:
     try:
         model = onnx.load_from_string(graph)
     except Exception as error:  # protobuf's decoder has its own errors
-        raise UserError(f"the teacher's graph cannot be run: it is no ONNX file ({error})") from None
+        raise UserError(f"the teacher's graph cannot be run: it is no ONNX file ({first_line(error)})") from None
     outside = [tensor.name for tensor in _tensors(model) if uses_external_data(tensor)]
     if outside:
         raise UserError(

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from precompute.ready import is_ready, read
 from storage import records
-from storage.errors import UserError, nearest
+from storage.errors import UserError, first_line, nearest
 from storage.records import Record
-from storage.weights import READY, classes_in, digest_of_file, digest_of_state, first_line, load_weights
+from storage.weights import READY, classes_in, digest_of_file, digest_of_state, load_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -135,7 +135,9 @@ def find(
     try:
         records.canonical(arguments or {})
     except (TypeError, ValueError) as error:
-        raise UserError(f"--teacher-arg: {error}; expected numbers, words, lists and mappings of these") from None
+        raise UserError(
+            f"--teacher-arg: {first_line(error)}; expected numbers, words, lists and mappings of these"
+        ) from None
     own = (arguments or {}).get("img_size", input_size)
     if input_size not in (None, own):
         raise UserError(f"--input-size {input_size}: --teacher-arg img_size={own} says something else")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -50,6 +51,21 @@ def passes(error: OSError) -> bool:
 def lasts(error: OSError) -> bool:
     """Whether an error is one of a disk or of rights, so that trying again is useless."""
     return isinstance(error, PermissionError) or error.errno in _LASTING
+
+
+def first_line(error: BaseException, *, kind: bool = False) -> str:
+    """What an error of Python or of a library says, on one line; the name of its type where it says nothing.
+
+    Of an error of the system it is what the system says, without the path; a terminal's colors are taken away. `kind`
+    puts the type's name before it.
+    """
+    name = type(error).__name__
+    said = error.strerror if isinstance(error, OSError) and isinstance(error.strerror, str) else str(error)
+    if isinstance(error, SyntaxError) and not error.args:  # Python says "None" of it
+        said = ""
+    lines = (line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", said).splitlines())
+    text = next(filter(None, lines), "")
+    return f"{name}: {text}" if kind and text else text or name
 
 
 def shown(path: Path) -> str:

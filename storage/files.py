@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from storage.errors import UserError
+from storage.errors import UserError, first_line
 from storage.litter import is_litter
 from storage.tars import IMAGES
 
@@ -112,7 +112,7 @@ def listing(folder: Path) -> Listing:
                         (found.special if path.exists() else found.lost).append(path)
         except OSError as error:
             raise UserError(
-                f"{error.filename or place}: cannot be read: {error.strerror or error}; mend or remove it"
+                f"{error.filename or place}: cannot be read: {first_line(error)}; mend or remove it"
             ) from None
     for paths in (found.files, found.lost, found.special, found.litter, found.loops):
         paths.sort()

@@ -20,7 +20,7 @@ from fsspec.core import url_to_fs
 from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
 
-from storage.errors import DamageError, UserError, shown
+from storage.errors import DamageError, UserError, first_line, shown
 from storage.litter import is_litter
 
 
@@ -202,7 +202,7 @@ class RemoteObjects:
         try:
             self.files, root = url_to_fs(self.url)
         except Exception as error:  # each kind of file system has its own, for missing packages and credentials
-            raise UserError(f"{url}: cannot be opened: {error}") from None
+            raise UserError(f"{url}: cannot be opened: {first_line(error)}") from None
         self.root = root.rstrip("/")
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -278,10 +278,10 @@ def networked() -> Iterator[None]:
     except Exception as error:
         if "Credentials" in type(error).__name__:
             raise UserError(
-                f"no credentials for this place: {error}; give them as its service wants them, for s3:// in "
-                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or in ~/.aws"
+                f"no credentials for this place: {first_line(error)}; give them as its service wants them, for s3:// "
+                "in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or in ~/.aws"
             ) from None
-        raise ConnectionError(f"{type(error).__name__}: {error}") from error
+        raise ConnectionError(first_line(error, kind=True)) from error
 
 
 def is_remote(url: str) -> bool:

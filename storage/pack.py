@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from storage.errors import UserError
+from storage.errors import UserError, first_line
 from storage.files import kind_of, written_whole
 from storage.objects import is_remote, read_range
 from storage.shards import braces, classes_of, expand
@@ -206,7 +206,7 @@ def _load_file(path: Path, kind: str, label: int | None) -> dict[str, bytes]:
     try:
         image = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
     return {kind: image} if label is None else {kind: image, "cls": str(label).encode()}
 
 
@@ -228,7 +228,7 @@ def _uncompressed(url: str, scratch: Path) -> str:
                     if copy.tell() > most:
                         raise UserError(f"{url}: more than {most:,} bytes once decompressed; decompress it yourself")
         except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-            raise UserError(f"{url}: cannot be decompressed: {error}") from None
+            raise UserError(f"{url}: cannot be decompressed: {first_line(error)}") from None
     return str(scratch)
 
 

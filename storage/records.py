@@ -10,7 +10,7 @@ import hashlib
 import json
 from typing import Any
 
-from storage.errors import DamageError
+from storage.errors import DamageError, first_line
 
 Record = dict[str, Any]
 
@@ -41,7 +41,7 @@ def load(data: bytes, name: str) -> Record:
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise DamageError(f"{name}: damaged: not JSON ({error})") from None
+        raise DamageError(f"{name}: damaged: not JSON ({first_line(error)})") from None
     if not isinstance(content, dict) or not isinstance(content.get("digest"), str):
         raise DamageError(f"{name}: damaged: it carries no digest of its own")
     try:

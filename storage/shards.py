@@ -22,7 +22,7 @@ from typing import Any
 import braceexpand
 
 from storage import records
-from storage.errors import DamageError, IdentityError, UserError
+from storage.errors import DamageError, IdentityError, UserError, first_line
 from storage.files import is_image, matching, tars_in
 from storage.hints import folder_hint, pack_hint, there_are
 from storage.objects import is_remote, open_objects, read_range
@@ -193,7 +193,7 @@ def classes_of(urls: Iterable[str]) -> list[str] | None:
         except FileNotFoundError:
             continue
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{name}: not JSON: {error}") from None
+            raise UserError(f"{name}: not JSON: {first_line(error)}") from None
         good = isinstance(content, list) and all(isinstance(c, str) for c in content)
         if not good or not content or len(set(content)) < len(content):
             raise UserError(f"{name}: expected a list of distinct class names, in the order of the labels")
@@ -335,7 +335,7 @@ def _state_of(url: str) -> str:
     try:
         state = path.stat()
     except OSError as error:
-        raise UserError(f"{url}: cannot be opened: {error.strerror or error}") from None
+        raise UserError(f"{url}: cannot be opened: {first_line(error)}") from None
     return f"{path} {state.st_size} {state.st_mtime_ns}"
 
 

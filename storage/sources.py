@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from storage.errors import UserError
+from storage.errors import UserError, first_line
 from storage.files import LITTER, counted, is_image, listing, tars_in
 from storage.hints import names_for
 from storage.litter import is_litter
@@ -109,7 +109,7 @@ def listed(listing: Path, say: Callable[[str], None]) -> tuple[Files, list[str] 
         try:
             there = path.is_file()
         except OSError as error:
-            raise UserError(f"{where}: {text[:200]!r} cannot be opened: {error.strerror or error}") from None
+            raise UserError(f"{where}: {text[:200]!r} cannot be opened: {first_line(error)}") from None
         if not there:
             raise UserError(f"{where}: there is no file {path}; paths are relative to the CSV's folder, or absolute")
         within = os.path.relpath(path, listing.parent)
@@ -148,7 +148,7 @@ def _rows(listing: Path, say: Callable[[str], None]) -> list[tuple[int, str, str
                 rows.append((reader.line_num, fields["path"], label))
         except csv.Error as error:
             where = f"{listing}, line {reader.line_num}"
-            raise UserError(f"{where}: not CSV: {error}; expected lines such as\n{_GOOD_LIST}") from None
+            raise UserError(f"{where}: not CSV: {first_line(error)}; expected lines such as\n{_GOOD_LIST}") from None
     if not rows:
         raise UserError(f"{listing}: no images in it; expected lines such as\n{_GOOD_LIST}")
     if others := [name for name in header if name not in ("path", "label")]:

@@ -13,7 +13,7 @@ from typing import IO, Self
 
 import fsspec
 
-from storage.errors import UserError, passes
+from storage.errors import UserError, first_line, passes
 from storage.objects import is_remote, networked, open_objects
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -125,12 +125,11 @@ def members(file: IO[bytes], where: str, *, together: bool = True) -> Iterator[t
     except (OSError, MemoryError) as error:
         if isinstance(error, MemoryError) or passes(error):
             raise
-        raise UserError(f"{where}: cannot be read as a tar: {error}; copy or make the file again") from None
+        raise UserError(f"{where}: cannot be read as a tar: {first_line(error)}; copy or make the file again") from None
     except Exception as error:  # tarfile raises anything on hostile headers: IndexError, RecursionError, …
         if type(error).__module__.partition(".")[0] in _NETWORK:
-            raise ConnectionError(f"{where}: {type(error).__name__}: {error}") from error
-        said = str(error) or type(error).__name__
-        raise UserError(f"{where}: cannot be read as a tar: {said}; copy or make the file again") from None
+            raise ConnectionError(f"{where}: {first_line(error, kind=True)}") from error
+        raise UserError(f"{where}: cannot be read as a tar: {first_line(error)}; copy or make the file again") from None
     if key is not None:
         yield key, parts, start, end
 
@@ -217,7 +216,7 @@ def open_file(url: str) -> IO[bytes]:
     except OSError as error:
         if passes(error):
             raise
-        raise UserError(f"{url}: cannot be opened: {error.strerror or error}") from None
+        raise UserError(f"{url}: cannot be opened: {first_line(error)}") from None
 
 
 def folder_of(url: str) -> tuple[str, str]:
@@ -234,7 +233,7 @@ def size_of(url: str) -> int:
     except OSError as error:
         if passes(error):
             raise
-        raise UserError(f"{url}: cannot be opened: {error.strerror or error}") from None
+        raise UserError(f"{url}: cannot be opened: {first_line(error)}") from None
 
 
 def compression(head: bytes) -> str | None:

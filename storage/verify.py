@@ -17,7 +17,7 @@ import numpy as np
 from storage import records
 from storage.banks import BankView, bank_policy, read_views
 from storage.codecs import Codec
-from storage.errors import DamageError, UserError
+from storage.errors import DamageError, UserError, first_line
 from storage.markers import Marker, Task
 from storage.shards import BLOCK, ShardIndex, read_samples
 from storage.store import Store
@@ -55,7 +55,7 @@ def _collecting(report: Report) -> Iterator[None]:
     except UserError as error:
         report.failures.append(str(error))
     except OSError as error:
-        report.failures.append(f"{error.filename or 'input or output'}: cannot be read: {error.strerror or error}")
+        report.failures.append(f"{error.filename or 'input or output'}: cannot be read: {first_line(error)}")
 
 
 def verify(
@@ -187,7 +187,7 @@ def _metadata(store: Store, path: str, metadata: records.Record) -> None:
     except FileNotFoundError:
         raise DamageError(f"{name}: missing: an array's metadata is gone") from None
     except ValueError as error:
-        raise DamageError(f"{name}: damaged: not JSON ({error})") from None
+        raise DamageError(f"{name}: damaged: not JSON ({first_line(error)})") from None
     if there != metadata:
         raise DamageError(f"{name}: damaged: it differs from what its marker says")
 

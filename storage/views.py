@@ -24,7 +24,7 @@ import PIL
 from PIL import Image, ImageOps, features
 
 from storage import records
-from storage.errors import UserError
+from storage.errors import UserError, first_line
 from storage.metadata import without_metadata
 from storage.operations import OPERATIONS, draw_operations
 from storage.policies import Policy
@@ -252,7 +252,7 @@ def _bad_images() -> Iterator[None]:
     except PIL.UnidentifiedImageError:
         raise BadImage("cannot be decoded: it is no JPEG, PNG or WebP, or its beginning is damaged") from None
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, …
-        raise BadImage(f"cannot be decoded: {error or type(error).__name__}") from None
+        raise BadImage(f"cannot be decoded: {first_line(error)}") from None
 
 
 def _opened(file: io.BytesIO | Path) -> Image.Image:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storage.errors import UserError, shown
+from storage.errors import UserError, first_line, shown
 from storage.files import written_whole
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def digest_of_file(path: str) -> str:
         with Path(path).expanduser().open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"--weights {shown(Path(path))}: cannot be read: {error.strerror or error}") from None
+        raise UserError(f"--weights {shown(Path(path))}: cannot be read: {first_line(error)}") from None
 
 
 def digest_of_state(state: Mapping[str, Tensor]) -> str:
@@ -178,11 +178,6 @@ def read_weights(path: str) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError(f"{where}: expected a state dict of tensors")
     return {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, or its kind."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def save_state(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

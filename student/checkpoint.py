@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from storage.errors import IdentityError, UserError
+from storage.errors import IdentityError, UserError, first_line
 from storage.files import written_whole
-from storage.weights import first_line
 from student.config import Recipe, validate
 
 FORMAT = 2

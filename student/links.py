@@ -18,8 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from storage.errors import UserError, nearest
-from storage.weights import first_line
+from storage.errors import UserError, first_line, nearest
 from student import folder
 from student.loss_settings import AllLinks, Links
 

@@ -13,9 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from precompute.taps import takes_image_size, timm
-from storage.errors import UserError, nearest
+from storage.errors import UserError, first_line, nearest
 from storage.files import written_whole
-from storage.weights import first_line
 from student import config
 from student.copying import COPIED, copies_in, copies_of
 from student.shifted import shift_patches
@@ -152,10 +151,10 @@ def load(path: Path) -> tuple[nn.Module, Description]:
         raise UserError(f"{path}: no student here; `pipeline train` writes one") from None
     except KeyError as error:
         raise UserError(
-            f"{path}: not a student that `pipeline train` wrote: its metadata do not tell {error}"
+            f"{path}: not a student that `pipeline train` wrote: its metadata do not tell {first_line(error)}"
         ) from None
     except (SafetensorError, OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a student that `pipeline train` wrote ({error})") from None
+        raise UserError(f"{path}: not a student that `pipeline train` wrote ({first_line(error)})") from None
     model = create(description.model, description.arguments)
     if description.shifted_patches:
         shift_patches(model)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from precompute.taps import Tap, TappedTeacher, takes_image_size, timm
-from storage.errors import IdentityError, UserError
+from storage.errors import IdentityError, UserError, first_line
 from storage.records import Record
-from storage.weights import READY, digest_of_file, digest_of_state, first_line, load_weights
+from storage.weights import READY, digest_of_file, digest_of_state, load_weights
 from student.head import Head
 from student.reader import BlockReader
 from student.stream import Stream

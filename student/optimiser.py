@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from precompute.taps import timm as _timm  # noqa: F401  made importable there, before timm.optim
-from storage.errors import UserError, nearest
+from storage.errors import UserError, first_line, nearest
 from student.config import Recipe
 from student.lesson import Lesson
 
@@ -43,7 +43,7 @@ def optimiser(recipe: Recipe, lesson: Lesson, steps: int) -> tuple[torch.optim.O
         )
     except (ValueError, AssertionError, RuntimeError, TypeError) as error:
         raise UserError(
-            f"optim.opt: {str(error) or settings.opt}. {nearest(settings.opt, list_optimizers())}"
+            f"optim.opt: {settings.opt}: {first_line(error)}. {nearest(settings.opt, list_optimizers())}"
         ) from None
     if settings.betas is not None and tuple(optimizer.param_groups[0].get("betas", ())) != settings.betas:
         raise UserError(f"optim.betas: {settings.opt} does not take them")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from storage.errors import UserError
+from storage.errors import UserError, first_line
 from storage.files import counted, is_image, listing
 from storage.policies import Policy, policy
 from storage.tars import IMAGES
@@ -103,5 +103,5 @@ def _rendered(file: Path, view: Policy) -> np.ndarray:
     except BadImage as error:
         raise UserError(f"{error}; convert it, or leave it out") from None
     except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror or error}") from None
+        raise UserError(f"cannot be read: {first_line(error)}") from None
     return render(image, draw(view, "", 0, image.size), view.size)

@@ -19,12 +19,12 @@ import torch
 import yaml
 from torch import nn
 
-from storage.errors import UserError
+from storage.errors import UserError, first_line
 from storage.files import written_whole
 from storage.policies import policy
 from storage.progress import Progress, Quiet, size_text
 from storage.shards import BLOCK
-from storage.weights import first_line, save_state
+from storage.weights import save_state
 from student import checkpoint, folder, speed
 from student.card import card
 from student.evaluation.accuracy import Score, evaluate

@@ -10,8 +10,8 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 
 from precompute.taps import timm
-from storage.errors import UserError
-from storage.weights import classes_in, copies_attention, first_line, fitted, misfits, normalisation_in, read_weights
+from storage.errors import UserError, first_line
+from storage.weights import classes_in, copies_attention, fitted, misfits, normalisation_in, read_weights
 from student import config
 from student.copying import COPIED
 

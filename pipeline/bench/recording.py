@@ -19,12 +19,11 @@ from precompute.run import Job, prepare
 from precompute.session import Session, cores, open_session
 from precompute.taps import Tap
 from precompute.tasks import ShardTask
-from storage.errors import UserError
+from storage.errors import UserError, first_line
 from storage.markers import Attempt, Task
 from storage.progress import Progress
 from storage.shards import BLOCK, read_samples
 from storage.views import View, decode, draw, mixed, render, settle, signature
-from storage.weights import first_line
 
 BATCHES = (4, 8, 16, 32, 64)  # of PyTorch; the best one is taken
 

@@ -12,8 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from storage.errors import UserError
-from storage.weights import first_line
+from storage.errors import UserError, first_line
 from student.evaluation.features import Reading, class_token
 from student.folder import LOSSES
 
