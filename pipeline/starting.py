@@ -77,8 +77,8 @@ def look(folder: Path, home: Path, progress: Progress) -> Found:
 
 
 def _images(folder: Path, progress: Progress) -> Found:
-    names = folders_in(folder)
-    files, classes, odd = class_folders(folder, progress.say) if names else ([], [], [])
+    folders = folders_in(folder)
+    files, classes, odd = class_folders(folder, progress.say) if folders else ([], [], [])
     if len(classes) < 2:
         one = f" ({classes[0]} is one class alone)" if classes else ""
         raise UserError(

@@ -101,7 +101,17 @@ PREPARING = [
          "\n  pipeline pack parts/val val-000000.tar"),
     ),
     Mistake("init on the same", "init parts --out new/p.yaml", ("parts: train, val are parts of a data set",)),
-    Mistake("init on photos of a telephone", "init heic --out new/p.yaml", ("heic: neither shards nor images",)),
+    Mistake("init on photos of a telephone", "init heic --out new/p.yaml", ("heic/cat: a class folder without",)),
+    Mistake(
+        "links whose files were moved", "pack linked new/x-000000.tar",
+        ("linked: 1 link(s) lead nowhere, such as linked/cat/moved", "mend or remove them", "find -L linked -type l"),
+    ),
+    Mistake(
+        "a shard with keys that have no image",
+        "precompute @CNN --shards failed/shard-000000.tar --store new/S --view-size 32 --target logits",
+        ("failed/shard-000000.tar: key 'lost' needs one image", "found json, txt", "a sample is a key with one image",
+         "--bad-images skip", "pipeline pack failed/shard-000000.tar"),
+    ),
     Mistake("init on a class without images", "init gap --out new/p.yaml", ("gap/none: a class folder without im",)),
     Mistake("init on one class", "init alone --out new/p.yaml", ("alone: ", "cat is one class alone", "two classes")),
     Mistake("a shard without .tar", "pack photos new/train", ("new/train", "NAME.tar", "'train-{000000..000009}.tar'")),

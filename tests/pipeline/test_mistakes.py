@@ -19,6 +19,7 @@ from storage.testing import TINY_CNN, synthetic_image, synthetic_shards
 from storage.views import generator
 from tests.pipeline.mistakes import AS_TYPED, PREPARING, Mistake
 from tests.pipeline.mistakes_of_training import TRAINING
+from tests.storage.helpers import samples, write_tar
 from tests.student.runs import ROOT, STUDENT
 
 SHORT = {
@@ -58,6 +59,9 @@ def place(world, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("parts/train", "parts/val", "gap"):
         shutil.copytree(home / "photos", home / name)
     (home / "gap" / "none").mkdir()
+    shutil.copytree(home / "photos", home / "linked")
+    (home / "linked" / "cat" / "moved").symlink_to("nowhere")
+    write_tar(home / "failed" / "shard-000000.tar", [*samples(4), ("lost.json", b"{}"), ("lost.txt", b"a cat")])
     shutil.copytree(home / "S", home / "rootless")
     (home / "rootless" / "zarr.json").unlink()
     shutil.copytree(home / "S", home / "damaged")
