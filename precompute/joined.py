@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from precompute import ready
 from precompute.export import CHECKED, PARITY, Exported, compare, model_of, stripped
 from precompute.session import Session, open_session
-from precompute.taps import TAPS, Tap, TappedTeacher, resize_matrix
+from precompute.taps import TAPS, Tap, TappedTeacher
 from precompute.teachers import Teacher
 from storage.errors import UserError, first_line
 from storage.records import Record
@@ -62,12 +62,8 @@ class Output(nn.Module):
         self.names = names_of(taps)
         for tap in taps:
             for name in tap.chosen if tap.name == "activations" else ():
-                if not hasattr(self, self._matrix(name, tap)):
-                    matrix = resize_matrix(sides[name], int(tap.grid or 0), tap.antialias)
-                    self.register_buffer(self._matrix(name, tap), matrix)
-
-    def _matrix(self, name: str, tap: Tap) -> str:
-        return f"grid_{self.sides[name]}_{tap.grid}" + "_antialias" * tap.antialias
+                if not hasattr(self, tap.grid_name(sides[name])):
+                    self.register_buffer(tap.grid_name(sides[name]), tap.grid_matrix(sides[name]))
 
     def forward(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The taps, f32 `[B, …]`, of the file's tensors in the order of `names`."""
@@ -76,7 +72,7 @@ class Output(nn.Module):
         for tap in self.taps:
             layers = [given[name].float() for name in tap.chosen]
             if tap.name == "activations":
-                matrices = [self.get_buffer(self._matrix(name, tap)) for name in tap.chosen]
+                matrices = [self.get_buffer(tap.grid_name(self.sides[name])) for name in tap.chosen]
                 found.append(torch.cat([m @ maps @ m.T for m, maps in zip(matrices, layers, strict=True)], 1))
             else:
                 found.append(torch.stack(layers, 1) if TAPS[tap.name].layered else layers[0].clone())

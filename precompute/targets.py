@@ -247,7 +247,7 @@ def _identity_with(teacher: Teacher, wish: Wish, policy: Policy, layers: list[in
         grid = max(1, policy.size // 16)
     codec = wish.codec or default_codec(wish.tap)
     # Keys that are left out mean what older stores had: their ids stay.
-    variant = {**({"at": wish.at} if wish.at != "norm" else {}), **({"antialias": True} if wish.antialias else {})}
+    variant = {**({"at": wish.at} if wish.at != "norm" else {}), **({"antialias": "all"} if wish.antialias else {})}
     return {
         "teacher": teacher.id, "bank": policy.bank, "tap": wish.tap, "layers": layers, "grid": grid, "codec": codec,
         **variant,
@@ -257,7 +257,7 @@ def _identity_with(teacher: Teacher, wish: Wish, policy: Policy, layers: list[in
 def _id(teacher: Teacher, identity: Record) -> str:
     """`{teacher}-{tap}[-block][-antialias][-g{grid}]-{codec}-{hash8}`."""
     words = [teacher.name, identity["tap"], *([identity["at"]] if "at" in identity else [])]
-    words += ["antialias"] * identity.get("antialias", False)
+    words += ["antialias"] * ("antialias" in identity)
     words += [f"g{identity['grid']}"] if identity["grid"] else []
     return "-".join([*words, identity["codec"], records.digest_of(identity)[:8]])
 

@@ -66,12 +66,17 @@ def _without_shortcuts(block: nn.Module) -> Iterator[nn.Module]:
 
 @functools.lru_cache(maxsize=64)
 def resize_matrix(size_in: int, size_out: int, antialias: bool = False) -> Tensor:
-    """Bicubic resizing of one axis as a matrix f32 `[size_out, size_in]`, equal to `F.interpolate` to 1e-7.
+    """Bicubic resizing of one axis as a matrix f32 `[size_out, size_in]`, with the weights of `F.interpolate`.
 
     Two products with it are a hundred times faster in ONNX Runtime than its Resize.
+
+    Args:
+        size_in: of the axis before.
+        size_out: of the axis after.
+        antialias: as in `F.interpolate`: the kernel widens where the axis shrinks, and is Pillow's (a = −0.5, not
+            −0.75) whether it shrinks or grows.
     """
     # Along the rows of a whole image: with an image of one column, torch's antialiasing gives other weights.
     identity = torch.eye(size_in, dtype=torch.float64)[None, None]
-    antialias = antialias and size_out < size_in
     rows = F.interpolate(identity, (size_in, size_out), mode="bicubic", align_corners=False, antialias=antialias)
     return rows[0, 0].T.contiguous().float()

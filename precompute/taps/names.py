@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
-from precompute.taps.activations import At
+from torch import Tensor
+
+from precompute.taps.activations import At, resize_matrix
 from storage.codecs import Values
 from storage.errors import UserError, nearest
 from storage.records import Record
+
+Antialias = bool | Literal["all"]
 
 
 class About(NamedTuple):
@@ -41,7 +45,8 @@ class Tap:
     """What to read: a tap, with layers (from 1; stages of a CNN) and, for activations, the side of their grid.
 
     Activations are read `at` the last norm of a stage's last block, or after that block's residual sum, and resized
-    with or without `antialias`.
+    with `antialias` as in `F.interpolate` (`all`), without it (False), or with it only where a stage is larger than the
+    grid (True, as targets of older stores were made).
 
     Without layers: all of them; of `tokens`, those after the final norm, else the residual stream after each layer.
     Of a ready graph also the names of its tensors, one a layer of the tap; `layers` chooses among them.
@@ -52,7 +57,7 @@ class Tap:
     grid: int | None = None
     tensors: tuple[str, ...] = ()
     at: At = "norm"
-    antialias: bool = False
+    antialias: Antialias = False
 
     @classmethod
     def of(cls, identity: Record) -> Self:
@@ -62,6 +67,16 @@ class Tap:
             identity["tap"], layers, identity["grid"], tuple(identity.get("tensors", ())), identity.get("at", "norm"),
             identity.get("antialias", False),
         )  # fmt: skip
+
+    def grid_matrix(self, side: int) -> Tensor:
+        """The matrix that brings an axis of activation maps of this side onto the tap's grid (`resize_matrix`)."""
+        grid = int(self.grid or 0)
+        return resize_matrix(side, grid, self.antialias == "all" or (self.antialias and grid < side))
+
+    def grid_name(self, side: int) -> str:
+        """A name for that matrix, the same for all taps that share it."""
+        words = {False: "", True: "_antialias_reduced", "all": "_antialias"}
+        return f"grid_{side}_{self.grid}{words[self.antialias]}"
 
     @property
     def chosen(self) -> tuple[str, ...]:

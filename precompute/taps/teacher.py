@@ -50,7 +50,7 @@ class TappedTeacher(nn.Module):
         self.input_size = input_size
         self.resizes = view_size != input_size
         if self.resizes:
-            self.register_buffer("resize", resize_matrix(view_size, input_size, True))
+            self.register_buffer("resize", resize_matrix(view_size, input_size, view_size > input_size))
         self._stages: dict[At, list[tuple[str, nn.Module]]] = {}
         self._kept: dict[tuple[At, int], Tensor] = {}
         self._shapes: dict[tuple[At, int], tuple[int, int]] = {}  # channels and side of a stage's maps
@@ -96,9 +96,9 @@ class TappedTeacher(nn.Module):
                 raise UserError(f"{type(self.model).__name__}: stage {n} gives {tuple(kept.shape)}, no square maps")
             self._shapes[at, n] = (kept.shape[1], kept.shape[-1])
             for tap in self.taps:
-                name = _matrix(kept.shape[-1], tap)
-                if tap.name == "activations" and tap.at == at and not hasattr(self, name):
-                    self.register_buffer(name, resize_matrix(kept.shape[-1], int(tap.grid or 0), tap.antialias))
+                side = kept.shape[-1]
+                if tap.name == "activations" and tap.at == at and not hasattr(self, tap.grid_name(side)):
+                    self.register_buffer(tap.grid_name(side), tap.grid_matrix(side))
 
     def prepare(self, images: Tensor) -> Tensor:
         """Normalised input `[B, 3, I, I]` from uint8 view images `[B, S, S, 3]`."""
@@ -125,7 +125,7 @@ class TappedTeacher(nn.Module):
         if tap.name == "activations":
             maps = []
             for n in tap.layers or range(1, len(self._stages[tap.at]) + 1):
-                matrix = self.get_buffer(_matrix(self._shapes[tap.at, n][1], tap))
+                matrix = self.get_buffer(tap.grid_name(self._shapes[tap.at, n][1]))
                 maps.append(matrix @ self._kept[tap.at, n] @ matrix.T)
             return torch.cat(maps, 1)
         assert self._attention is not None
@@ -137,11 +137,6 @@ class TappedTeacher(nn.Module):
             return torch.stack([attention_rows(q[i], k[i], scales[i]) for i in chosen], 1)
         read = {"q": q, "k": k}[tap.name] if tap.name != "v" else self._attention.v
         return torch.stack([read[i] for i in chosen], 1)
-
-
-def _matrix(side: int, tap: Tap) -> str:
-    """The name of the matrix that brings maps of a side to a tap's grid."""
-    return f"grid_{side}_{tap.grid}" + "_antialias" * tap.antialias
 
 
 def _keep_copy(kept: dict[Any, Tensor], number: Any, module: nn.Module, args: Any, output: Tensor) -> None:

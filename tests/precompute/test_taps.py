@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
 from precompute.taps import Tap, TappedTeacher, cnn_stages, resize_matrix
+from precompute.taps.names import Antialias
 from storage.errors import UserError
 from tests.precompute.networks import HALF, channels, make, small_vit
 
@@ -75,11 +78,13 @@ def test_activations_are_read_before_the_shortcut_is_added_in_place() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize("antialias", [False, "all", True])
 @pytest.mark.parametrize("name", ["resnet10t", "mobilenetv2_050"])
-def test_block_maps_are_the_stage_s_output_after_the_residual_sum(name: str, antialias: bool) -> None:
+def test_block_maps_are_the_stage_s_output_after_the_residual_sum(name: str, antialias: Antialias) -> None:
+    """On a grid of 3, which the last stage is enlarged to; True is what older stores hold: a stage that is enlarged is
+    not antialiased."""
     model = make(name, num_classes=3)
-    taps = [Tap("activations", None, 2, at="block", antialias=antialias), Tap("activations", (2,), 2)]
+    taps = [Tap("activations", None, 3, at="block", antialias=antialias), Tap("activations", (2,), 3)]
     teacher = TappedTeacher(model, taps, 64, 64, HALF, HALF).eval()
     whole = [m for n, m in model.named_children() if n.startswith("layer")] or list(model.blocks)
     outputs: list[torch.Tensor] = []
@@ -87,8 +92,14 @@ def test_block_maps_are_the_stage_s_output_after_the_residual_sum(name: str, ant
         stage.register_forward_hook(lambda module, args, output: outputs.append(output.clone()))
     with torch.no_grad():
         found, norm = teacher(torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8))
-    resized = [F.interpolate(o, (2, 2), mode="bicubic", align_corners=False,
-                             antialias=antialias and o.shape[-1] > 2) for o in outputs]  # fmt: skip
+    assert (outputs[0].shape[-1], outputs[-1].shape[-1]) in ((16, 2), (32, 2))
+    as_pytorch = {"align_corners": False, "antialias": bool(antialias)}
+    resized = [F.interpolate(o, (3, 3), mode="bicubic", **as_pytorch) for o in outputs]
+    if antialias is True:
+        enlarged = [o.shape[-1] == 2 for o in outputs]
+        plain = [F.interpolate(o, (3, 3), mode="bicubic", align_corners=False) for o in outputs]
+        assert all((a - b).abs().max() > 1e-3 for a, b, one in zip(plain, resized, enlarged, strict=True) if one)
+        resized = [a if one else b for a, b, one in zip(plain, resized, enlarged, strict=True)]
     torch.testing.assert_close(found, torch.cat(resized, 1), rtol=1e-4, atol=1e-5)
     assert [count for _, _, count in teacher.stages(taps[0])] == [o.shape[1] for o in outputs]
     first = outputs[0].shape[1]
@@ -120,16 +131,19 @@ def test_the_activations_tap_is_each_stage_resized_to_the_grid_in_order() -> Non
 
 
 @pytest.mark.parametrize("antialias", [False, True])
-@pytest.mark.parametrize("sizes", [(7, 14), (112, 14), (14, 8), (5, 3), (1, 4), (9, 1), (32, 64), (100, 33)])
+@pytest.mark.parametrize("sizes", [(7, 8), (7, 14), (112, 14), (14, 8), (5, 3), (1, 4), (9, 1), (32, 64), (100, 33)])
 def test_two_matrix_products_are_bicubic_interpolation(sizes: tuple[int, int], antialias: bool) -> None:
     size_in, size_out = sizes
     maps = torch.rand(2, 3, size_in, size_in, generator=torch.Generator().manual_seed(0))
     matrix = resize_matrix(size_in, size_out, antialias)
     assert matrix.shape == (size_out, size_in)
-    antialias = antialias and size_out < size_in
     new = (size_out, size_out)
     expected = F.interpolate(maps.double(), new, mode="bicubic", align_corners=False, antialias=antialias)
     torch.testing.assert_close((matrix @ maps @ matrix.T).double(), expected, rtol=0, atol=1e-6)
+    if antialias:  # Pillow's bicubic always is
+        images = [Image.fromarray(one).resize(new, Image.Resampling.BICUBIC) for one in maps.flatten(0, 1).numpy()]
+        pillow = torch.tensor(np.stack([np.asarray(one) for one in images])).view_as(expected)
+        torch.testing.assert_close(matrix @ maps @ matrix.T, pillow, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("antialias", [False, True])

@@ -158,7 +158,7 @@ def test_of_a_ready_graph_the_tensors_say_where_maps_are_read() -> None:
     ready = {"id": "graph", "network": "onnx", "layers": 0}
     with pytest.raises(UserError, match="at=block: of a ready graph --tap says which tensors are read"):
         identity(Wish("activations", tensors=("relu",), at="block"), ready)
-    assert identity(Wish("activations", tensors=("relu",), antialias=True), ready)["antialias"] is True
+    assert identity(Wish("activations", tensors=("relu",), antialias=True), ready)["antialias"] == "all"
 
 
 def test_two_ways_to_say_the_same_target_are_one_target() -> None:
@@ -184,13 +184,17 @@ def test_variants_of_activations_add_to_the_identity_and_leave_older_ids_as_they
     assert (Tap.of(plain).at, Tap.of(plain).antialias) == ("norm", False)
     for wish, added, named in (
         (Wish("activations", None, 2, at="block"), {"at": "block"}, "cnn-activations-block-g2-u8-"),
-        (Wish("activations", None, 2, antialias=True), {"antialias": True}, "cnn-activations-antialias-g2-u8-"),
+        (Wish("activations", None, 2, antialias=True), {"antialias": "all"}, "cnn-activations-antialias-g2-u8-"),
     ):
         other = identity(wish, CNN)
         assert other == {**plain, **added}
         assert targets._id(teacher, other).startswith(named)
         tap = Tap.of(other)
-        assert (tap.at, tap.antialias) == (wish.at, wish.antialias)
+        assert (tap.at, tap.antialias) == (wish.at, "all" if wish.antialias else False)
+    older = {**plain, "antialias": True}
+    assert targets._id(teacher, older) == "cnn-activations-antialias-g2-u8-d5b1bfb3"
+    assert targets._id(teacher, older) != targets._id(teacher, other), "a stage that is enlarged had other numbers"
+    assert Tap.of(older).antialias is True
 
 
 def test_a_target_of_another_bank_or_teacher_is_another_target() -> None:
