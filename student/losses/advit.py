@@ -16,10 +16,8 @@ from student.align import Given, Shape
 from student.choose import Need
 from student.loss_settings import Heads, Matched
 from student.losses import Step
-from student.rows import FLOOR, Rows, scaled
+from student.rows import Rows, scaled
 from student.seen import Reads
-
-Input = Literal["prob", "log-prob"]
 
 
 def distance(student: Tensor, teacher: Tensor, prefix: int, kind: Literal["l1", "l2"] = "l1") -> Tensor:
@@ -39,39 +37,38 @@ def distance(student: Tensor, teacher: Tensor, prefix: int, kind: Literal["l1", 
 
 
 def divergence(
-    student: Tensor, teacher: Tensor, prefix: int, tau: float = 1.0, on: Input = "prob",
+    student: Tensor, teacher: Tensor, prefix: int, tau: float = 1.0,
     direction: Literal["teacher-first", "student-first"] = "teacher-first",
 ) -> Tensor:  # fmt: skip
     """τ² · KL(ψ(A^t/τ) ‖ ψ(A^s/τ)) over the patch keys, ψ the softmax: the second term of Eq. 4.
 
-    Mean over batch, layers and heads.
+    Mean over batch, layers and heads. As printed, ψ acts on A, which is a softmax already. Given the logarithms of
+    both sides' rows in place of rows, it gives A itself over the patch keys at τ = 1, and the same as scores do, for
+    these differ by a constant a row.
 
     Args:
-        student: class rows `[B, L, H, N]`.
+        student: class rows `[B, L, H, N]`, or their logarithms.
         teacher: likewise.
         prefix: how many of the N tokens are no patches.
         tau: temperature.
-        on: `prob`, as printed: ψ acts on A, which is a softmax already; `log-prob`: on its logarithm, which gives A
-            itself over the patch keys at τ = 1, and the same as scores do, for these differ by a constant a row.
         direction: which comes first in the KL; the paper prints the student.
     """
-    ours, theirs = (_softened(rows[..., prefix:], tau, on) for rows in (student, teacher))
+    ours, theirs = (_softened(values[..., prefix:], tau) for values in (student, teacher))
     first, second = (theirs, ours) if direction == "teacher-first" else (ours, theirs)
     return tau**2 * (first.exp() * (first - second)).sum(-1).mean().to(student.dtype)
 
 
-def cross_entropy(student: Tensor, teacher: Tensor, prefix: int, on: Input = "prob") -> Tensor:
+def cross_entropy(student: Tensor, teacher: Tensor, prefix: int) -> Tensor:
     """−Σ_i A^t_i log ψ(A^s)_i over the patch keys: the first term of Eq. 4 with y read as the teacher's map.
 
-    Mean over batch, layers and heads; arguments as for `divergence`.
+    Mean over batch, layers and heads; arguments as for `divergence`, but that the teacher's are always rows.
     """
-    return -(teacher[..., prefix:] * _softened(student[..., prefix:], 1.0, on)).sum(-1).mean().to(student.dtype)
+    return -(teacher[..., prefix:] * _softened(student[..., prefix:], 1.0)).sum(-1).mean().to(student.dtype)
 
 
-def _softened(patches: Tensor, tau: float, on: Input) -> Tensor:
-    """log ψ(A/τ), or log ψ(log A/τ), in f64: of a softmax of a softmax f32 resolves no KL."""
-    patches = patches.double()
-    return ((patches.clamp_min(FLOOR).log() if on == "log-prob" else patches) / tau).log_softmax(-1)
+def _softened(patches: Tensor, tau: float) -> Tensor:
+    """log ψ(A/τ) in f64: of a softmax of a softmax f32 resolves no KL."""
+    return (patches.double() / tau).log_softmax(-1)
 
 
 class Settings(Matched):
@@ -117,13 +114,19 @@ class Method(nn.Module):
 
     def forward(self, step: Step) -> Tensor:
         """The loss of one step."""
-        mine = self.rows.student_rows(step.student.q, step.student.k, step.student.scales)
-        theirs = self.rows.teacher_rows(step.targets)
         how, prefix = self.settings, self.rows.prefix
+        logs = how.kl_input == "log-prob"  # of the student; of the teacher where it is under ψ, too
+        both = logs and how.distance == "kl"
+        of_student = self.rows.student_logs if logs else self.rows.student_rows
+        mine = of_student(step.student.q, step.student.k, step.student.scales)
+        theirs = (self.rows.teacher_logs if both else self.rows.teacher_rows)(step.targets)
         if how.renorm:
-            mine, theirs, prefix = scaled(mine[..., prefix:]), scaled(theirs[..., prefix:]), 0
+            # Logarithms stay: a factor on a row adds a constant to them, which ψ takes no notice of.
+            mine = mine[..., prefix:] if logs else scaled(mine[..., prefix:])
+            theirs = theirs[..., prefix:] if both else scaled(theirs[..., prefix:])
+            prefix = 0
         if how.distance == "kl":
-            return divergence(mine, theirs, prefix, how.tau, how.kl_input, how.kl_direction)
+            return divergence(mine, theirs, prefix, how.tau, how.kl_direction)
         if how.distance == "ce":
-            return cross_entropy(mine, theirs, prefix, how.kl_input)
+            return cross_entropy(mine, theirs, prefix)
         return distance(mine, theirs, prefix, how.distance)

@@ -18,7 +18,7 @@ from student.align import Given, Shape
 from student.choose import Need
 from student.loss_settings import Average, Matched, What, require_maps, setting
 from student.losses import Step
-from student.rows import EPSILON, Rows, Vectors
+from student.rows import Rows, Vectors
 from student.seen import Reads
 
 
@@ -28,11 +28,11 @@ def distillation(student: Tensor, teacher: Tensor, heads: Literal["mean", "sum"]
     Heads are averaged by default, as in the authors' code, with which λ = 3 was published; the paper prints the sum.
 
     Args:
-        student: `[B, L, H, Q, N]`, rows that sum to one.
-        teacher: likewise.
+        student: logarithms of rows, `[B, L, H, Q, N]`.
+        teacher: rows that sum to one, likewise.
         heads: how heads are reduced.
     """
-    entropy = -(teacher * student.clamp_min(EPSILON).log()).sum(-1)  # [B, L, H, Q]
+    entropy = -(teacher * student).sum(-1)  # [B, L, H, Q]
     by_head = entropy.mean((0, 3))
     reduced = by_head.mean(1) if heads == "mean" else by_head.sum(1)
     return reduced.sum()
@@ -97,7 +97,7 @@ class Method(nn.Module):
         """The loss of one step."""
         seen = step.student
         if self.rows is not None:
-            mine = self.rows.student_rows(seen.q, seen.k, seen.scales)
+            mine = self.rows.student_logs(seen.q, seen.k, seen.scales)
             return distillation(mine, self.rows.teacher_rows(step.targets), self.reduce_heads)
         assert self.vectors is not None
         parts = [

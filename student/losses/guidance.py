@@ -19,7 +19,7 @@ from student.align import Given, Shape
 from student.choose import Need
 from student.loss_settings import Heads, Layers, Matched, Schedule, Weight
 from student.losses import Step
-from student.rows import EPSILON, Rows
+from student.rows import Rows
 from student.seen import Reads
 
 
@@ -27,15 +27,15 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """Σ_h KL(A_t^h ‖ A_s^h) (Eq. 6, 8 and 11), mean over batch and layers.
 
     Args:
-        student: `[B, L, H, N]`, rows that sum to one.
-        teacher: likewise.
+        student: logarithms of rows, `[B, L, H, N]`.
+        teacher: rows that sum to one, likewise.
     """
-    each: Tensor = xlogy(teacher, teacher) - xlogy(teacher, student.clamp_min(EPSILON))
+    each: Tensor = xlogy(teacher, teacher) - teacher * student
     return each.sum((-1, -2)).mean()
 
 
 def squares(student: Tensor, teacher: Tensor) -> Tensor:
-    """The ablation's squared error in place of KL, Σ_h Σ_j (a_t − a_s)², reduced likewise."""
+    """The ablation's squared error in place of KL, Σ_h Σ_j (a_t − a_s)² of rows `[B, L, H, N]`, reduced likewise."""
     return (student - teacher).square().sum((-1, -2)).mean()
 
 
@@ -79,14 +79,14 @@ class Method(nn.Module):
         case = ("d" if merged else "b") if self.rows.resizes else ("c" if merged else "a")
         weighed = "; weighted by the norms of values" if self.values else ""
         self.row = replace(self.rows.row, rule=f"case ({case}): {self.rows.row.rule}{weighed}")
-        self.distance = divergence if settings.loss == "kl" else squares
+        self.loss = settings.loss
 
     def forward(self, step: Step) -> Tensor:
         """The loss of one step."""
-        seen, targets = step.student, step.targets
-        if not self.values:
-            mine, theirs = self.rows.student_rows(seen.q, seen.k, seen.scales), self.rows.teacher_rows(targets)
-        else:
-            mine = self.rows.student_rows(seen.q, seen.k, seen.scales, seen.v)
-            theirs = self.rows.teacher_rows(targets[:-1], targets[-1])
-        return self.distance(mine, theirs)
+        seen, targets, own, stored = step.student, step.targets, None, None
+        if self.values:
+            targets, own, stored = targets[:-1], seen.v, targets[-1]
+        theirs = self.rows.teacher_rows(targets, stored)
+        if self.loss == "kl":
+            return divergence(self.rows.student_logs(seen.q, seen.k, seen.scales, own), theirs)
+        return squares(self.rows.student_rows(seen.q, seen.k, seen.scales, own), theirs)

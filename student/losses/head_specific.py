@@ -14,12 +14,13 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.special import xlogy
 
 from student.align import Given, Shape, align_classes
 from student.choose import Need
 from student.loss_settings import FirstHeads, HeadMap, HeadPairs, Matched
 from student.losses import Step
-from student.rows import FLOOR, Rows
+from student.rows import Rows
 from student.seen import Reads
 
 
@@ -30,16 +31,16 @@ def difference(student: Tensor, teacher: Tensor, kind: Literal["mse", "mse-softm
     (Eq. 2.10). `kl`: Σ_j A^t_j log(A^t_j / A^s_j) (Eq. 2.11).
 
     Args:
-        student: scores, or rows that sum to one, `[B, L, H, Q, N]`.
-        teacher: likewise.
+        student: `[B, L, H, Q, N]`, scores for `mse`, rows for `mse-softmax`, and their logarithms for `ce` and `kl`.
+        teacher: scores for `mse`, else rows that sum to one, likewise.
         kind: of difference.
     """
     if kind in ("mse", "mse-softmax"):
         return (teacher - student).square().flatten(1).mean(1)
-    ratio = -student.clamp_min(FLOOR).log()
+    each = -teacher * student
     if kind == "kl":
-        ratio = ratio + teacher.clamp_min(FLOOR).log()
-    return (teacher * ratio).sum(-1).flatten(1).mean(1)
+        each = each + xlogy(teacher, teacher)
+    return each.sum(-1).flatten(1).mean(1)
 
 
 def rightness(logits: Tensor, labels: Tensor, others: Tensor, shares: Tensor) -> Tensor:
@@ -95,7 +96,8 @@ class Method(nn.Module):
 
     def forward(self, step: Step) -> Tensor:
         """The loss of one step; notes how much of it is kept where samples are weighted."""
-        mine = self.rows.student_rows(step.student.q, step.student.k, step.student.scales)
+        of_student = self.rows.student_logs if self.loss in ("ce", "kl") else self.rows.student_rows
+        mine = of_student(step.student.q, step.student.k, step.student.scales)
         attention = step.targets[:-1] if self.adaptive == "teacher-correct" else step.targets
         each = difference(mine, self.rows.teacher_rows(attention), self.loss)
         if self.adaptive == "none":

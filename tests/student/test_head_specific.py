@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from precompute.taps import attention_rows
 from storage.store import Store
 from storage.testing import TINY_VIT
 from storage.weights import read_weights
@@ -15,7 +16,6 @@ from student.lesson import Lesson, find_targets, given_of
 from student.losses import Step, head_specific
 from student.losses.head_specific import Method, difference, rightness
 from student.model import build
-from student.rows import attention_rows
 from student.seen import Seen
 from student.stream import Batch, Stream
 from tests.conftest import World, run_precompute, teacher_of
@@ -28,12 +28,13 @@ KINDS = ("mse", "mse-softmax", "ce", "kl")
 def test_known_answers():
     teacher, student = values(2, 3, 4, 5, 5).softmax(-1), values(2, 3, 4, 5, 5, seed=1).softmax(-1)
     for kind in ("mse", "mse-softmax", "kl"):
-        assert difference(teacher, teacher, kind).abs().max() < 1e-15
-        assert (difference(student, teacher, kind) > 0).all(), "Eq. 2.11 as printed is negative"
+        same, other = (x.log() if kind == "kl" else x for x in (teacher, student))
+        assert difference(same, teacher, kind).abs().max() < 1e-15
+        assert (difference(other, teacher, kind) > 0).all(), "Eq. 2.11 as printed is negative"
     assert torch.allclose(difference(student, teacher, "mse"), (teacher - student).square().mean((1, 2, 3, 4)))
     own = entropy(teacher).mean((1, 2, 3))
-    assert torch.allclose(difference(teacher, teacher, "ce"), own)
-    ce, kl = difference(student, teacher, "ce"), difference(student, teacher, "kl")
+    assert torch.allclose(difference(teacher.log(), teacher, "ce"), own)
+    ce, kl = difference(student.log(), teacher, "ce"), difference(student.log(), teacher, "kl")
     assert torch.allclose(ce - kl, own), "CE - KL is the teacher's entropy, whatever the student"
     by_hand = (teacher * (teacher / student).log()).sum(-1).mean((1, 2, 3))
     assert torch.allclose(kl, by_hand)
@@ -44,7 +45,8 @@ def test_input_gradients(kind):
     teacher = values(2, 1, 2, 3, 3, seed=1)
     target = teacher if kind == "mse" else teacher.softmax(-1)
     x = values(2, 1, 2, 3, 3).requires_grad_()
-    assert gradcheck(lambda x: difference(x if kind == "mse" else x.softmax(-1), target, kind).sum(), x)
+    read = {"mse": lambda x: x, "mse-softmax": lambda x: x.softmax(-1)}.get(kind, lambda x: x.log_softmax(-1))
+    assert gradcheck(lambda x: difference(read(x), target, kind).sum(), x)
 
 
 def test_a_decision_is_as_right_as_its_class_has_of_the_mixed_label():
@@ -142,7 +144,7 @@ def test_samples_that_are_decided_wrongly_do_not_count(world, kept):
 
     none = torch.zeros(32)
     rows = method.rows.student_rows(seen.q, seen.k, seen.scales)
-    each = difference(rows, method.rows.teacher_rows(targets[:1]), "kl")
+    each = difference(rows.log(), method.rows.teacher_rows(targets[:1]), "kl")
     assert torch.isclose(loss(batch.labels, batch.labels, none), (right * each).mean())
     half = loss(batch.labels, (batch.labels + 1) % 3, none + 0.5)
     other = (targets[1].argmax(1) == (batch.labels + 1) % 3).float()

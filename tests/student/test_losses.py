@@ -62,14 +62,14 @@ def test_hard_distillation_is_cross_entropy_with_the_teacher_s_decision():
 def test_attention_distillation_is_the_teacher_s_entropy_when_matched():
     teacher = values(2, 3, 4, 5, 5).softmax(-1)
     by_layer = entropy(teacher).mean((0, 3))
-    assert torch.isclose(attention_transfer.distillation(teacher, teacher), by_layer.mean(1).sum())
-    assert torch.isclose(attention_transfer.distillation(teacher, teacher, "sum"), by_layer.sum())
+    assert torch.isclose(attention_transfer.distillation(teacher.log(), teacher), by_layer.mean(1).sum())
+    assert torch.isclose(attention_transfer.distillation(teacher.log(), teacher, "sum"), by_layer.sum())
     uniform = torch.full((1, 1, 1, 197, 197), 1 / 197, dtype=F64)
-    assert attention_transfer.distillation(uniform, uniform).item() == pytest.approx(math.log(197))
+    assert attention_transfer.distillation(uniform.log(), uniform).item() == pytest.approx(math.log(197))
     assert math.log(197) == pytest.approx(5.2832, abs=1e-4)
     other = values(2, 3, 4, 5, 5, seed=1).softmax(-1)
     kl = (teacher * (teacher / other).log()).sum(-1).mean((0, 3)).mean(1).sum()
-    found = attention_transfer.distillation(other, teacher)
+    found = attention_transfer.distillation(other.log(), teacher)
     assert torch.isclose(found - kl, by_layer.mean(1).sum()), "CE - KL is the teacher's entropy"
 
 
@@ -96,18 +96,19 @@ def test_distances_of_class_rows():
 def test_known_answers_of_advit_s_kl():
     one_hot, uniform = torch.eye(197, dtype=F64)[None, None, None, 5], torch.full((1, 1, 1, 197), 1 / 196, dtype=F64)
     assert advit.divergence(uniform, one_hot, 1).item() == pytest.approx(0.0050, abs=5e-5), "of a softmax of a softmax"
-    undamped = advit.divergence(uniform, one_hot, 1, on="log-prob").item()
+    undamped = advit.divergence(uniform.log(), one_hot.clamp_min(1e-30).log(), 1).item()
     assert undamped == pytest.approx(math.log(196), abs=0.01), "and of A itself"
     teacher, student = values(2, 3, 2, 10).softmax(-1), values(2, 3, 2, 10, seed=1).softmax(-1)
     for on in ("prob", "log-prob"):
-        assert advit.divergence(teacher, teacher, 1, 2.0, on).abs() < 1e-15
+        theirs, mine = (rows.log() if on == "log-prob" else rows for rows in (teacher, student))
+        assert advit.divergence(theirs, theirs, 1, 2.0).abs() < 1e-15
         for tau in (1.0, 3.0):
-            z = [(rows.log() if on == "log-prob" else rows)[..., 1:] / tau for rows in (teacher, student)]
+            z = [given[..., 1:] / tau for given in (theirs, mine)]
             p, q = (one.softmax(-1) for one in z)
             kl = [tau**2 * (a * (a / b).log()).sum(-1).mean() for a, b in ((p, q), (q, p))]
-            assert torch.isclose(advit.divergence(student, teacher, 1, tau, on), kl[0])
-            assert torch.isclose(advit.divergence(student, teacher, 1, tau, on, "student-first"), kl[1])
-    ours = advit.divergence(values(2, 3, 2, 10, seed=2).softmax(-1), teacher, 1, 3.0, "log-prob")
+            assert torch.isclose(advit.divergence(mine, theirs, 1, tau), kl[0])
+            assert torch.isclose(advit.divergence(mine, theirs, 1, tau, "student-first"), kl[1])
+    ours = advit.divergence(values(2, 3, 2, 10, seed=2).log_softmax(-1), teacher.log(), 1, 3.0)
     p, q = ((z[..., 1:] / 3).softmax(-1) for z in (teacher.log(), values(2, 3, 2, 10, seed=2)))
     assert torch.isclose(ours, 9 * (p * (p / q).log()).sum(-1).mean()), "scores give what logarithms of rows do"
 
@@ -115,10 +116,10 @@ def test_known_answers_of_advit_s_kl():
 def test_the_literal_reading_s_cross_entropy_is_least_at_the_teacher_s_own_map():
     teacher, student = values(2, 3, 2, 10).softmax(-1), values(2, 3, 2, 10, seed=1).softmax(-1)
     patches = teacher[..., 1:] / teacher[..., 1:].sum(-1, keepdim=True)
-    own = advit.cross_entropy(patches, patches, 0, "log-prob")
+    own = advit.cross_entropy(patches.log(), patches, 0)
     assert torch.isclose(own, entropy(patches).mean())
-    difference = advit.cross_entropy(student[..., 1:], patches, 0, "log-prob") - own
-    assert torch.isclose(difference, advit.divergence(student[..., 1:], patches, 0, on="log-prob"))
+    mine = student[..., 1:].log()
+    assert torch.isclose(advit.cross_entropy(mine, patches, 0) - own, advit.divergence(mine, patches.log(), 0))
 
 
 # ---------------------------------------------------------------------------------------------- gradients
@@ -136,14 +137,14 @@ def test_input_gradients_are_those_of_autograd_s_numerical_check():
     target = values(2, 2, 2, 5, seed=1).softmax(-1)
     for kind in ("l1", "l2"):
         assert gradcheck(lambda x, k=kind: advit.distance(x.softmax(-1), target, 1, k), rows)
-    for on in ("prob", "log-prob"):
-        assert gradcheck(lambda x, o=on: advit.divergence(x.softmax(-1), target, 1, 2.0, o), rows)
-        assert gradcheck(lambda x, o=on: advit.cross_entropy(x.softmax(-1), target, 1, o), rows)
+    for read, theirs in ((torch.softmax, target), (torch.log_softmax, target.log())):
+        assert gradcheck(lambda x, r=read, t=theirs: advit.divergence(r(x, -1), t, 1, 2.0), rows)
+        assert gradcheck(lambda x, r=read: advit.cross_entropy(r(x, -1), target, 1), rows)
     assert gradcheck(lambda x: advit.divergence(x.softmax(-1), target, 1, direction="student-first"), rows)
-    assert gradcheck(lambda x: log_mean(x.softmax(-1), 3).square().sum(), rows)
+    assert gradcheck(lambda x: log_mean(x.log_softmax(-1), 3).square().sum(), rows)
     maps, targets = values(2, 2, 2, 3, 3).requires_grad_(), values(2, 2, 2, 3, 3, seed=1).softmax(-1)
     for heads in ("mean", "sum"):
-        assert gradcheck(lambda x, h=heads: attention_transfer.distillation(x.softmax(-1), targets, h), maps)
+        assert gradcheck(lambda x, h=heads: attention_transfer.distillation(x.log_softmax(-1), targets, h), maps)
     assert gradcheck(lambda x: attention_transfer.squares(x, targets), maps)
 
 
@@ -170,9 +171,9 @@ def test_input_gradients_through_heads_grids_and_tokens_that_differ(which):
     q, k = values(1, 2, 6, 3).requires_grad_(), values(1, 2, 6, 3, seed=2).requires_grad_()
 
     def run(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        mine = made.student_rows([q], [k], [3**-0.5])
+        mine = made.student_logs([q], [k], [3**-0.5])
         assert mine.shape == target.shape
-        return (target * mine.log()).sum()
+        return (target * mine).sum()
 
     assert gradcheck(run, (q, k))
 
