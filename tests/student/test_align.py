@@ -163,13 +163,25 @@ def test_rows_on_another_grid_sum_to_one_and_keep_the_prefix(which, theirs, mine
     assert torch.equal(first[..., 0], target[..., 0, 0]), "what the class token gives itself is kept"
 
 
-def test_the_patch_part_is_resized_as_torch_does_it():
-    made = rows("class", Shape(4, 3, 8, ("class",)), given(side=4), grid="bicubic")
+def interpolated(patches: torch.Tensor, side: int) -> torch.Tensor:
+    """The last axis, a square grid of patches, on another grid, as PyTorch does it."""
+    old = round(patches.shape[-1] ** 0.5)
+    grid = F.interpolate(patches.reshape(-1, 1, old, old), (side, side), mode="bicubic", align_corners=False)
+    return grid.reshape(*patches.shape[:-1], side * side)
+
+
+@pytest.mark.parametrize("side", [3, 8])
+@pytest.mark.parametrize("which", ["class", "all"])
+def test_keys_and_queries_are_resized_as_torch_does_it(which, side):
+    made = rows(which, Shape(4, 3, side, ("class",)), given(side=4), grid="bicubic")
     target = random_rows(2, 4, 3, 17, 17)
-    patches = target[..., 0, 1:].reshape(24, 1, 4, 4)
-    resized = F.interpolate(patches, (8, 8), mode="bicubic", align_corners=False).clamp_min(0).flatten(1)
-    resized = resized / resized.sum(1, keepdim=True) * patches.flatten(1).sum(1, keepdim=True)
-    assert torch.allclose(made.teacher_rows([target])[..., 1:].reshape(24, 64), resized, atol=1e-6)
+    keys = interpolated(target[..., 1:], side).clamp_min(0)
+    keys = keys / keys.sum(-1, keepdim=True) * target[..., 1:].sum(-1, keepdim=True)
+    expected = torch.cat([target[..., :1], keys], -1)
+    queries = interpolated(expected[..., 1:, :].transpose(-2, -1), side).transpose(-2, -1).clamp_min(0)
+    expected = torch.cat([expected[..., :1, :], queries / queries.sum(-1, keepdim=True)], -2)
+    found = made.teacher_rows([target])
+    assert torch.allclose(found, expected[..., 0, :] if which == "class" else expected, atol=1e-6)
 
 
 def test_uniform_rows_stay_uniform_on_another_grid():
@@ -318,13 +330,8 @@ def test_scores_on_another_grid_are_resized_over_keys_and_queries_and_nothing_el
     scores = q @ k.transpose(-2, -1) * 8**-0.5
     assert found.shape == (2, 4, 3, 65, 65)
     assert torch.allclose(found[..., 0, 0], scores[..., 0, 0], atol=1e-6)
-
-    def resized(patches: torch.Tensor) -> torch.Tensor:
-        grid = F.interpolate(patches.reshape(-1, 1, 4, 4), (8, 8), mode="bicubic", align_corners=False)
-        return grid.reshape(*patches.shape[:-1], 64)
-
-    assert torch.allclose(found[..., 0, 1:], resized(scores[..., 0, 1:]), atol=1e-5)
-    both = resized(resized(scores[..., 1:, 1:]).transpose(-2, -1)).transpose(-2, -1)
+    assert torch.allclose(found[..., 0, 1:], interpolated(scores[..., 0, 1:], 8), atol=1e-5)
+    both = interpolated(interpolated(scores[..., 1:, 1:], 8).transpose(-2, -1), 8).transpose(-2, -1)
     assert torch.allclose(found[..., 1:, 1:], both, atol=1e-5)
 
 

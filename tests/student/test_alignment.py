@@ -121,11 +121,13 @@ def test_patch_tokens_meet_by_their_place():
 
 
 def test_patches_of_another_grid_are_resized_on_request():
-    plane = torch.full((2, 1, 65, 6), 0.5, dtype=F64)
-    mine = torch.full((2, 18, 6), 0.5, dtype=F64)
+    target, mine = values(2, 1, 65, 6), values(2, 18, 6, seed=1)
     with pytest.raises(UserError, match=r"losses\.it\.grid=bicubic"):
-        loss(alignment.Settings(depth=0, tokens="patches"), tokens(6, side=8), mine, plane)
-    assert loss(alignment.Settings(depth=0, tokens="patches", grid="bicubic"), tokens(6, side=8), mine, plane) < 1e-12
+        loss(alignment.Settings(depth=0, tokens="patches"), tokens(6, side=8), mine, target)
+    images = target[:, 0, 1:].transpose(1, 2).reshape(2, 6, 8, 8)
+    resized = F.interpolate(images, (4, 4), mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+    found = loss(alignment.Settings(depth=0, tokens="patches", grid="bicubic"), tokens(6, side=8), mine, target)
+    assert torch.isclose(found, F.mse_loss(mine[:, 2:], resized))
 
 
 @pytest.mark.parametrize(
