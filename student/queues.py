@@ -1,7 +1,8 @@
 """Queues of embeddings of earlier images, which SEED and CompRess compare each image with.
 
-All ranks hold the same queue: what each of them offers in a step is gathered after the update, whole batches replace
-whole batches, and so one rank and several have the same entries, in whatever order.
+A queue is a ring, as in CompRess's code: entries that do not fit before its end go on at its start, so it holds the last
+`size` images also where that is no multiple of the batch (SEED's and MoCo's code refuse such a size). All ranks hold the
+same queue: what each of them offers in a step is gathered after the update, in the order of the batch.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from student.ranks import rows_of_all
+from student.ranks import rows_of_batch
 
 
 class Queue(nn.Module):
     """A first-in-first-out queue of unit vectors.
 
     Args:
-        size: most entries; as many whole batches as go in.
+        size: most entries; at least a batch.
         width: of each entry.
     """
 
@@ -43,18 +44,18 @@ class Queue(nn.Module):
         """Unit vectors `[B, D]` of the last forward pass, which take their places once the update is made."""
         self.offered = vectors.detach()
 
-    def push(self, pieces: Sequence[Tensor]) -> None:
-        """Take in what all ranks offered in an update, in place of the oldest.
+    def push(self, pieces: Sequence[Tensor], lanes: int = 1) -> None:
+        """Put what all ranks offered in an update in place of the oldest entries.
 
         Args:
-            pieces: what was offered on this rank, `[n, D]` each.
+            pieces: what was offered on this rank, `[n, D]` each; together no more than the queue holds.
+            lanes: `stream.lanes`, which give the order of the batch; read where there are several ranks.
         """
-        vectors = rows_of_all(torch.cat(list(pieces)))
-        if self.next + len(vectors) > len(self.entries):
-            self.next = 0
-        self.entries[self.next : self.next + len(vectors)] = vectors
-        self.next += len(vectors)
-        self.filled = max(self.filled, self.next)
+        vectors, size = rows_of_batch(torch.cat(list(pieces)), lanes), len(self.entries)
+        places = torch.arange(self.next, self.next + len(vectors), device=self.entries.device) % size
+        self.entries[places] = vectors
+        self.filled = min(size, max(self.filled, self.next + len(vectors)))
+        self.next = (self.next + len(vectors)) % size
 
     def get_extra_state(self) -> dict[str, Any]:
         """The entries, and where the next ones go."""

@@ -117,13 +117,19 @@ def gathered(value: T) -> list[T]:
     return held  # type: ignore[return-value]
 
 
-def rows_of_all(values: Tensor) -> Tensor:
-    """The rows `[n, …]` of every rank after another, on every rank; all of them have as many."""
+def rows_of_batch(values: Tensor, lanes: int) -> Tensor:
+    """The rows `[n, …]` of the whole batch on every rank, in the order that one rank alone gives them: lane after lane.
+
+    Args:
+        values: this rank's rows of a batch, its lanes (those ≡ rank mod ranks) one after another; all ranks have as many.
+        lanes: of the stream.
+    """
     if ranks() == 1:
         return values
     held = [torch.empty_like(values) for _ in range(ranks())]
     dist.all_gather(held, values.contiguous())
-    return torch.cat(held)
+    by_lane = torch.stack(held).unflatten(1, (lanes // ranks(), -1))
+    return by_lane.transpose(0, 1).flatten(0, 2)
 
 
 def same_buffers(module: nn.Module) -> None:

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from storage.errors import UserError
 from student.config import Recipe
 from student.lesson import Lesson
+from student.order import default_lanes
 from student.ranks import ranks
 from student.stream import Batch
 
@@ -53,6 +54,7 @@ class Update:
     ) -> None:
         self.settings, self.lesson, self.optimizer, self.average = recipe.optim, lesson, optimizer, average
         self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+        self.lanes = recipe.stream.lanes or default_lanes(recipe.stream.batch_size)
         self.whole: nn.Module = _Whole(lesson)
         if ranks() > 1:
             devices = [device] if device.type == "cuda" else None
@@ -89,7 +91,7 @@ class Update:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         for number, queue in enumerate(self.lesson.queues):
-            queue.push([vectors[number] for vectors in offered])
+            queue.push([vectors[number] for vectors in offered], self.lanes)
         if self.average is not None:
             self.average.update(self.lesson.student)
         return sums
