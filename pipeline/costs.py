@@ -13,7 +13,6 @@ from pipeline.bench.timing import Spread, interleaved, seconds
 from pipeline.console import Console
 from pipeline.evaluations import Said, columns, opened
 from precompute.offers import bare
-from student.align import student_shape
 from student.device import pick_device
 from student.evaluation.cost import cost, links_of
 from student.folder import LOSSES
@@ -37,8 +36,7 @@ def costs(paths: Sequence[Path], teachers: Sequence[str], batch: int, device: st
     for path in paths:
         member, _ = opened(path, where, console)
         contenders.append(Contender("student", member.name, member.model, _images(member.about.img_size)))
-        for loss, links in links_of(path.with_name(LOSSES)).items():
-            maps = torch.zeros(1, int(links.in_channels), student_shape(member.model).grid ** 2)  # type: ignore[arg-type]
+        for loss, (links, maps) in links_of(path.with_name(LOSSES), member.model).items():
             contenders.append(Contender("links", f"{loss} of {member.name}", links.to(where), maps))
     for name in dict.fromkeys(teachers):
         _, size, network = bare(name, device=str(where))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from storage.weights import read_weights
-from student.speed import attention_modules
+from student.align import student_shape
+
+MOST = 1024  # patches along a side are far fewer
 
 
 @dataclass(frozen=True)
@@ -32,28 +35,51 @@ def cost(model: nn.Module, example: Tensor) -> Cost:
         model: in eval mode.
         example: what it is fed, a batch of one.
     """
-    with torch.no_grad(), _countable(model), FlopCounterMode(display=False) as counter:
-        model(example)
+    # The counter hooks each tensor that needs a gradient, and fails on a view of a parameter, as PiT's class token is.
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.requires_grad_(False)
+        # Attention as products of matrices: the fused kernel of a CPU is not counted.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(example)
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)
     return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)
 
 
-@contextmanager
-def _countable(model: nn.Module) -> Iterator[None]:
-    """Attention as products of matrices: the fused kernel of a CPU is not counted."""
-    before = [(module, module.fused_attn) for module in attention_modules(model)]
-    try:
-        for module, _ in before:
-            module.fused_attn = False  # type: ignore[assignment]
-        yield
-    finally:
-        for module, was in before:
-            module.fused_attn = was
+def links_of(losses: Path, student: nn.Module) -> dict[str, tuple[nn.Module, Tensor]]:
+    """Loss -> AAL's links as a run left them, with maps of one image as they take them.
 
+    Links go from class-row maps `[B, M, P]` to activation maps `[B, C, P]`; P is of the grid that the run used, and of
+    the student's own where its file does not say it.
 
-def links_of(losses: Path) -> dict[str, nn.Module]:
-    """Loss -> AAL's links, from class-row maps `[B, M, P]` to activation maps `[B, C, P]`, as a run left them."""
-    found: dict[str, nn.Module] = {}
-    for name, weight in read_weights(str(losses)).items() if losses.is_file() else ():
+    Args:
+        losses: the run's file; no links where it is missing.
+        student: of the run.
+
+    Raises:
+        UserError: the file cannot be read as weights.
+    """
+    found: dict[str, tuple[nn.Module, Tensor]] = {}
+    if not losses.is_file():
+        return found
+    weights = read_weights(str(losses))
+    with safe_open(losses, "pt") as file:
+        notes = file.metadata() or {}
+    for name, weight in weights.items():
         if name.endswith(".links.weight") and weight.ndim == 3 and weight.shape[2] == 1:
-            found[name.partition(".")[0]] = nn.Conv1d(weight.shape[1], weight.shape[0], 1).eval()
+            loss = name.partition(".")[0]
+            side = _grid(notes.get(loss, "")) or student_shape(student).grid
+            links = nn.Conv1d(weight.shape[1], weight.shape[0], 1).eval()
+            found[loss] = links, torch.zeros(1, weight.shape[1], side**2)
     return found
+
+
+def _grid(note: str) -> int | None:
+    """The side of the maps, as a run wrote it beside its links."""
+    try:
+        side = json.loads(note)["grid"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return side if isinstance(side, int) and 0 < side < MOST else None

@@ -164,7 +164,7 @@ class Method(nn.Module):
         count = len(target["identity"].get("tensors", ())) or given[0].teacher["layers"]
         kept = links.kept(name, settings.links, layout, count)
         self.row = align_activations(name, given[0], student, grid, kept.words)
-        self.about = {**asdict(layout), "target": given[0].id}
+        self.about = {**asdict(layout), "target": given[0].id, "grid": grid}
         self.chosen = kept.digest
         choice = None if kept.choice is None else layout.spread(kept.choice)
         self.aal = AAL(student.maps, target["sample_shape"][0], settings.loss, choice)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pipeline.cli import main
 from precompute import teachers
 from precompute.taps import (
     AttentionTaps,
@@ -25,7 +26,7 @@ from student import links
 from student.align import student_shape
 from student.losses import aal
 from student.losses.aal import Method, class_maps
-from tests.student.runs import run, u8
+from tests.student.runs import run, u8, weights
 from tests.student.test_links import B3, given
 
 SMALL = {"img_size": 64, "patch_size": 16, "num_classes": 3}
@@ -136,11 +137,18 @@ PIT = ["student.model=pit_ti_224", "student.patch_size=4", "student.embed_dim=nu
        "student.num_heads=null"]  # fmt: skip
 
 
-def test_a_run_of_pit_with_aal_and_what_it_leaves(world, tmp_path):
+def test_a_run_of_pit_with_aal_and_what_it_leaves(world, tmp_path, capsys):
     run(world, tmp_path / "run", "aal", u8(world), *PIT, "losses.aal.grid=8", "optim.epochs=1")
     found = links.read(tmp_path / "run", None)
     assert found.layout == links.Layout((1, 2, 3, 4), (8, 12, 16, 24), (2, 2, 4, 4, 4, 4, 4, 4, 8, 8, 8, 8))
     assert json.loads((tmp_path / "run" / "result.json").read_text())["samples"] == 300
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", str(tmp_path / "run"), "--protocol", "cost", "--batch-size", "1", "--json"])
+    said = capsys.readouterr()
+    assert ended.value.code == 0, said.err
+    student, joined = json.loads(said.out)["costs"]
+    assert student["parameters"] == sum(t.numel() for name, t in weights(tmp_path / "run").items() if "last" in name)
+    assert joined["macs"] == 60 * 60 * 8 * 8, "on the grid where the maps met"
 
 
 def test_other_losses_refuse_pit_by_name(world, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.cli import main
 from precompute.offers import bare
@@ -24,6 +25,7 @@ from tests.student.runs import run
         ("vit_tiny_patch16_224", 10, 5_526_346), ("vit_small_patch16_224", 10, 21_669_514),
         ("vit_base_patch16_224", 10, 85_806_346), ("deit_tiny_distilled_patch16_224", 10, 5_528_660),
         ("deit_small_distilled_patch16_224", 10, 21_674_132), ("deit_small_distilled_patch16_224", 1000, 22_436_432),
+        ("pit_s_224", 10, 22_890_682),
     ],
 )  # fmt: skip
 def test_parameters_are_those_that_are_printed(name, classes, parameters) -> None:
@@ -47,17 +49,62 @@ def test_multiply_adds_are_those_counted_by_hand() -> None:
         assert cost(teacher, torch.zeros(1, 3, 224, 224)).macs == pytest.approx(0.96e9, rel=0.01)
 
 
-def test_links_are_those_of_the_run(tmp_path) -> None:
-    file = tmp_path / "losses.safetensors"
-    assert links_of(file) == {}
-    save_file({"a.aal.links.weight": torch.zeros(952, 72, 1), "a.aal.links.bias": torch.zeros(952),
-               "b.other.weight": torch.zeros(3, 3)}, file)  # fmt: skip
-    (links,) = links_of(file).values()
-    found = cost(links, torch.zeros(1, 72, 196))
-    assert (found.parameters, found.macs) == (69_496, 952 * 72 * 196)
+def test_multiply_adds_of_pit_are_those_counted_by_hand() -> None:
+    """Patches that overlap; layers of three widths and grids, a depthwise convolution and a wider class token between."""
+    model = timm.create_model("pit_s_224", num_classes=10).eval()
+    expected, before = 27**2 * 3 * 16 * 16 * 144 + 576 * 10, 0
+    for width, depth, grid in ((144, 2, 27), (288, 6, 14), (576, 4, 7)):
+        tokens = grid**2 + 1
+        expected += depth * (tokens * width * width * 12 + 2 * tokens * tokens * width)
+        expected += grid**2 * width * 9 + before * width if before else 0
+        before = width
+    assert cost(model, torch.zeros(1, 3, 224, 224)).macs == expected
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("cait_xxs24_224", 224), ("coat_lite_mini", 224), ("convit_tiny", 224), ("deit_tiny_distilled_patch16_224", 224),
+        ("efficientnet_b0", 64), ("naflexvit_base_patch16_siglip", 384), ("pit_ti_distilled_224", 224),
+        ("swin_tiny_patch4_window7_224", 224), ("xcit_nano_12_p16_224", 224),
+    ],
+)  # fmt: skip
+def test_any_network_can_be_counted_and_is_left_as_it_was(name, size) -> None:
+    """As many multiply-adds as PyTorch's counter finds where no parameter needs a gradient and nothing is fused."""
+    with torch.device("meta"):
+        model, plain, image = (
+            timm.create_model(name).eval(),
+            timm.create_model(name).eval(),
+            torch.zeros(1, 3, size, size),
+        )
+    for module in attention_modules(plain.requires_grad_(False)):
+        module.fused_attn = False
+    with FlopCounterMode(display=False) as counter:
+        plain(image)
+    frozen = list(model.parameters())[-1].requires_grad_(False)
+    before = [(module, module.fused_attn) for module in attention_modules(model)]
+    found = cost(model, image)
+    assert 2 * found.macs == counter.get_total_flops() > 0
+    assert [(module, module.fused_attn) for module in attention_modules(model)] == before
+    assert [parameter for parameter in model.parameters() if not parameter.requires_grad] == [frozen]
+
+
+def test_links_are_those_of_the_run_on_the_grid_of_the_run(tmp_path) -> None:
+    file, student = tmp_path / "losses.safetensors", timm.create_model("deit_tiny_patch16_224").eval()
+    assert links_of(file, student) == {}
+    tensors = {"a.aal.links.weight": torch.zeros(952, 72, 1), "a.aal.links.bias": torch.zeros(952),
+               "b.other.weight": torch.zeros(3, 3)}  # fmt: skip
+    for note, positions in (
+        (None, 196), ({"a": '{"grid": 7}'}, 49), ({"a": "["}, 196), ({"a": '{"grid": 1e9}'}, 196), ({"b": "{}"}, 196),
+    ):  # fmt: skip
+        save_file(tensors, file, note)
+        ((links, maps),) = links_of(file, student).values()
+        found = cost(links, maps)
+        assert (found.parameters, found.macs) == (69_496, 952 * 72 * positions)
     file.write_bytes(b"no weights")
     with pytest.raises(UserError, match="cannot be read as weights"):
-        links_of(file)
+        links_of(file, student)
 
 
 @pytest.fixture(scope="module")
