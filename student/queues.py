@@ -1,8 +1,8 @@
 """Queues of embeddings of earlier images, which SEED and CompRess compare each image with.
 
-A queue is a ring, as in CompRess's code: entries that do not fit before its end go on at its start, so it holds the last
-`size` images also where that is no multiple of the batch (SEED's and MoCo's code refuse such a size). All ranks hold the
-same queue: what each of them offers in a step is gathered after the update, in the order of the batch.
+A queue is a ring, as in CompRess's code: rows that do not fit before its end go to its start, so it holds the last
+`size` images. SEED's and MoCo's code refuse a size that is no multiple of the batch. All ranks hold the same queue:
+what each of them offers in a step is gathered after the update, in the order of the batch.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ def rows_of_batch(values: Tensor, lanes: int) -> Tensor:
     """The rows `[n, …]` of the whole batch on every rank, in the order that one rank alone gives them: lane after lane.
 
     Args:
-        values: this rank's rows of a batch, its lanes (those ≡ rank mod ranks) one after another; all ranks have as many.
+        values: this rank's rows of a batch, its lanes (those ≡ rank mod ranks) one after another; as many on all ranks.
         lanes: of the stream.
     """
     if ranks() == 1:
