@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.pictures import COLOURS, MAP, figure, save
+from pipeline.pictures import COLOURS, MAP, figure, limits, save
 from pipeline.sample_cells import cell
 
 if TYPE_CHECKING:
@@ -87,7 +87,10 @@ def attention(out: Path, store: Store, val: Sequence[str], runs: Mapping[str, Pa
         axes[0, column].imshow(image)
         for row, maps in enumerate(rows.values(), 1):
             side = len(image)
-            axes[row, column].imshow(maps[column], cmap=MAP, extent=(0, side, side, 0), interpolation="nearest")
+            low, high = limits(maps[column].min(), maps[column].max())
+            axes[row, column].imshow(
+                maps[column], cmap=MAP, vmin=low, vmax=high, extent=(0, side, side, 0), interpolation="nearest"
+            )
             axes[row, column].contour(image[..., 0], levels=[128], colors="white", linewidths=0.9)
     for name, one in zip(["held-out\ndigits", *rows], axes[:, 0], strict=True):
         one.set_ylabel(name, rotation=0, ha="right", va="center")

@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from storage.constant import constant
 from storage.errors import UserError
 from storage.files import written_whole
 
@@ -73,6 +74,11 @@ def write(figure: Any, left: float, top: float, text: str, **how: Any) -> Any:
     width, height = figure.get_size_inches()
     look = {"fontsize": FONT, "va": "top", "ha": "left", "linespacing": 1.25, **how}
     return figure.text(left / width, 1 - top / height, text, parse_math=False, **look)
+
+
+def limits(low: float, high: float) -> tuple[float, float]:
+    """Where the colours of a map between these begin and end: one and the same where its values differ by rounding."""
+    return (low, low) if constant(low, high) else (low, high)
 
 
 def shortened(text: str, most: int) -> str:

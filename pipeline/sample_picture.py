@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.pictures import COLOURS, FONT, GREY, MAP, figure, panel, shortened, write
+from pipeline.pictures import COLOURS, FONT, GREY, MAP, figure, limits, panel, shortened, write
 from pipeline.sample import SeenView, StoredSample, shown_box, view_words
 from pipeline.sample_cells import TOP, Cell, cell, meaning
 
@@ -150,7 +150,7 @@ def _map(axes: Any, image: np.ndarray, values: np.ndarray) -> None:
     grey = image @ np.array([0.299, 0.587, 0.114])
     axes.imshow(grey, cmap="gray", vmin=-140, vmax=255)
     size = len(image) - 0.5
-    low, high = np.percentile(values, MIDDLE)
+    low, high = limits(*np.percentile(values, MIDDLE))
     axes.imshow(
         values, cmap=MAP, alpha=0.6, vmin=low, vmax=high, extent=(-0.5, size, size, -0.5), interpolation="nearest"
     )

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from storage.constant import constant
 from storage.errors import UserError, first_line, nearest
 from student import folder
 from student.loss_settings import AllLinks, Links
@@ -143,7 +144,8 @@ def extracted(weights: Tensor, layout: Layout, settings: Links) -> Tensor:
     values = weights.double()
     values = values.abs() if settings.normalise == "abs" else values
     low, high = values.min(), values.max()
-    values = ((values - low) / (high - low).clamp_min(torch.finfo(values.dtype).tiny)).abs()
+    same = constant(float(low), float(high))
+    values = torch.zeros_like(values) if same else ((values - low) / (high - low)).abs()
     means = _by_layer(values, layout.heads)
     if settings.granularity == "block":
         means = torch.cat([part.mean(0).expand(len(part), -1) for part in torch.split(means, list(layout.channels))])

@@ -31,9 +31,12 @@ def overlaps(boxes: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def resized_boxes(boxes: Sequence[Sequence[float]], size: tuple[int, int]) -> np.ndarray:
-    """Boxes in the pixels of an image of (width, height) as they are in its 224×224 pixels: int64 `[m, 4]`, cut off."""
-    scale = np.array([SIDE / size[0], SIDE / size[1]] * 2)
-    found: np.ndarray = (np.array(boxes, np.float64).reshape(-1, 4) * scale).astype(np.int64).clip(0, SIDE - 1)
+    """Boxes in the pixels of an image of (width, height) as they are in its 224×224 pixels: int64 `[m, 4]`.
+
+    As in the authors' code, int(x · 224 / width): the product comes first, as x · (224 / width) may fall just below a
+    whole number. A box that ends at the image's width or height ends at 224.
+    """
+    found: np.ndarray = (np.array(boxes, np.float64).reshape(-1, 4) * SIDE / np.array([*size, *size])).astype(np.int64)
     return found
 
 
@@ -74,7 +77,7 @@ def max_box_acc(best: np.ndarray) -> dict[str, dict[str, float]]:
     for overlap in OVERLAPS:
         right = (best >= overlap).mean(0)
         level = int(right.argmax())
-        found[str(overlap)] = {"accuracy": round(100 * float(right[level]), 3), "threshold": round(level / LEVELS, 3)}
+        found[str(overlap)] = {"accuracy": 100 * float(right[level]), "threshold": level / LEVELS}
     return found
 
 
@@ -88,26 +91,34 @@ def centred(truths: Sequence[np.ndarray]) -> dict[str, dict[str, float]]:
     for overlap in OVERLAPS:
         right = (best >= overlap).mean(0)
         side = int(right.argmax())
-        found[str(overlap)] = {"accuracy": round(100 * float(right[side]), 3), "side": int(sides[side])}
+        found[str(overlap)] = {"accuracy": 100 * float(right[side]), "side": int(sides[side])}
     return found
 
 
 def means(found: dict[str, dict[str, float]]) -> dict[str, float]:
     """Mean accuracies over the first two and over all three δ, as AAL's Table C and V2 have them."""
     first, second, third = (found[str(overlap)]["accuracy"] for overlap in OVERLAPS)
-    return {"0.3,0.5": round((first + second) / 2, 3), "0.3,0.5,0.7": round((first + second + third) / 3, 3)}
+    return {"0.3,0.5": (first + second) / 2, "0.3,0.5,0.7": (first + second + third) / 3}
 
 
 def report(best: np.ndarray, truths: Sequence[np.ndarray]) -> dict[str, Any]:
-    """All figures: of the largest contour (`v1`), of all contours (`v2`), and of the centred box.
+    """All figures: of the largest contour (`v1`), of all contours (`v2`), and of the centred box; to three decimals.
 
     Args:
         best: as `best_overlaps` gives it for each image, f64 `[N, 2, 255]`.
         truths: the true boxes of each image, `[m, 4]`.
     """
     kinds = {"v1": max_box_acc(best[:, 0]), "v2": max_box_acc(best[:, 1]), "centre": centred(truths)}
-    return {
+    found: dict[str, Any] = _rounded({
         "max_box_acc": kinds["v1"]["0.5"]["accuracy"],
         "max_box_acc_v2": means(kinds["v2"])["0.3,0.5,0.7"],
         **{name: {**kind, "means": means(kind)} for name, kind in kinds.items()},
-    }
+    })  # fmt: skip
+    return found
+
+
+def _rounded(value: Any) -> Any:
+    """The figures to three decimals, rounded once: a mean of rounded figures can differ from the rounded mean."""
+    if isinstance(value, dict):
+        return {name: _rounded(one) for name, one in value.items()}
+    return round(value, 3) if isinstance(value, float) else value

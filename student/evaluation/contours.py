@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from storage.constant import constant
 from storage.errors import UserError
 
 LEVELS = 255  # thresholds that a uint8 map of maximum 255 can tell apart: of 0 to 254, strictly greater
@@ -94,9 +95,9 @@ def _area(piece: np.ndarray) -> float:
 
 
 def grey(values: np.ndarray) -> np.ndarray:
-    """A map f32 `[H, W]` from 0 to 255, uint8; zeros where it is constant or no number."""
+    """A map f32 `[H, W]` from 0 to 255, uint8; zeros where it is constant, but for rounding, or no number."""
     low, high = values.min(), values.max()
-    if not (np.isfinite(low) and np.isfinite(high)) or low == high:
+    if not (np.isfinite(low) and np.isfinite(high)) or constant(float(low), float(high)):
         return np.zeros(values.shape, np.uint8)
     shifted = values - low
     scaled: np.ndarray = (shifted / shifted.max() * 255).astype(np.uint8)

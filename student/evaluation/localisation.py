@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from precompute.taps import AttentionTaps, resize_matrix
+from precompute.taps import AttentionTaps
 from storage.errors import UserError
 from storage.shards import cached_index
 from student.align import student_shape
@@ -48,21 +49,22 @@ class Looker:
         self.model, self.taps, self.prefix = model, AttentionTaps(model), len(shape.prefix)
         self.grids, self.count = [grid for _, grid in shape.by_layer], shape.maps
         sides = " and ".join(f"{grid}x{grid}" for grid in dict.fromkeys(self.grids))
-        self.resize = {grid: resize_matrix(grid, SIDE) for grid in dict.fromkeys(self.grids)}
         self.text = f"mean of {shape.maps} class-row maps of {sides}"
 
     @torch.no_grad()
     def maps(self, pixels: Tensor) -> np.ndarray:
-        """Maps f32 `[B, 224, 224]` of normalised images `[B, 3, S, S]`, resized by bicubic interpolation."""
+        """Maps f32 `[B, 224, 224]` of normalised images `[B, 3, S, S]`, resized by bicubic interpolation.
+
+        It is computed in f64, so that what is constant stays so.
+        """
         self.model(pixels)
-        total = torch.zeros(())
-        for grid, matrix in self.resize.items():
+        total = torch.zeros((), dtype=torch.float64)
+        for grid in dict.fromkeys(self.grids):
             mine = [n for n, side in enumerate(self.grids) if side == grid]
             q, k = ([several[n] for n in mine] for several in (self.taps.q, self.taps.k))
-            rows = class_maps(q, k, [self.taps.scales[n] for n in mine], self.prefix, "scaled").sum(1)
-            matrix = matrix.to(rows.device)
-            total = total.to(rows.device) + matrix @ rows.view(-1, grid, grid) @ matrix.T
-        maps: np.ndarray = (total / self.count).cpu().numpy()
+            rows = class_maps(q, k, [self.taps.scales[n] for n in mine], self.prefix, "scaled").sum(1).cpu().double()
+            total = total + F.interpolate(rows.view(-1, 1, grid, grid), (SIDE, SIDE), mode="bicubic")[:, 0]
+        maps: np.ndarray = (total / self.count).float().numpy()
         return maps
 
 

@@ -167,6 +167,23 @@ def test_a_ready_graph_is_drawn_as_its_network_is(world, tmp_path) -> None:
     pictures.save(picture(sample), tmp_path / "s.png")
 
 
+def test_a_map_that_differs_by_rounding_alone_is_of_one_color(mixed) -> None:
+    shards, store, _ = mixed
+    sample = stored_sample(Store.open(store), shards, "shard-000000-00007")
+    (id,) = (id for id, manifest in sample.targets.items() if manifest["identity"]["tap"] == "class_row")
+    noise = np.random.default_rng(0)
+    for seen in sample.views:
+        seen.values[id] = np.float32(1 / 17) * (1 + 1e-7 * noise.random(seen.values[id].shape, np.float32))
+    colors = [
+        len(np.unique(image.to_rgba(image.get_array()).reshape(-1, 4), axis=0))
+        for axes in picture(sample).axes
+        for image in axes.images
+        if image.cmap.name == pictures.MAP
+    ]
+    assert colors.count(1) == len(sample.views), "those of the class rows"
+    assert min(count for count in colors if count > 1) > 8
+
+
 def test_the_box_shows_what_is_seen_of_the_original(world) -> None:
     """Painting over all that a view does not show changes nothing of it."""
     size = 32

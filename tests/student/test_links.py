@@ -146,6 +146,13 @@ def test_algorithm_1_as_printed_keeps_every_link_and_abs_does_not(law):
     assert pruned[400:].float().mean() > 0.8
 
 
+def test_links_that_differ_by_rounding_alone_are_none_above_the_others():
+    even = torch.full((5, 6), 0.1) + 1e-8 * torch.arange(30.0).view(5, 6) % 4e-8
+    assert len(even.unique()) > 1
+    for normalise in ("abs", "printed"):
+        assert not links.extracted(even, SMALL, settings(normalise=normalise)).any()
+
+
 def test_blocks_are_kept_whole_and_give_ranges():
     torch.manual_seed(0)
     trained = 0.01 * torch.randn(5, 6)

@@ -18,7 +18,7 @@ from storage.errors import UserError
 from storage.shards import cached_index
 from storage.tars import Sample
 from student.evaluation.boxed import boxed_images, boxes_in
-from student.evaluation.boxes import best_overlaps, centred, found_boxes, max_box_acc, overlaps, resized_boxes
+from student.evaluation.boxes import best_overlaps, centred, found_boxes, max_box_acc, overlaps, report, resized_boxes
 from student.evaluation.contours import contour_boxes, grey
 from student.evaluation.localisation import Looker, localise
 from student.model import load
@@ -162,19 +162,62 @@ def test_maps_without_values_find_nothing() -> None:
     assert sorted(set(grey(np.array([[-1.0, 0], [1, 3]], np.float32)).ravel())) == [0, 63, 127, 255]
 
 
+@pytest.mark.parametrize(
+    ("name", "flat"),
+    [("deit_tiny_patch16_224", "queries"), ("deit_tiny_patch16_224", "tokens"), ("pit_ti_224", "queries")],
+)
+def test_a_student_that_looks_everywhere_alike_finds_the_first_pixel(name, flat) -> None:
+    """As in the authors' code, where a constant map is zeros: its box is (0, 0, 0, 0) at each threshold."""
+    model = timm.create_model(name, num_classes=3).eval()
+    if flat == "queries":  # all scores are zero
+        for layer in attention_layers(model, pooled=True):
+            layer.qkv.weight.data[: layer.qkv.weight.shape[1]] = 0
+            layer.qkv.bias.data[: layer.qkv.weight.shape[1]] = 0
+    else:  # all patches are the same
+        model.pos_embed.data.zero_()
+    pixels = torch.full((2, 3, 224, 224), 0.3)
+    for values in Looker(model, "x").maps(pixels):
+        level = grey(values)
+        assert not level.any()
+        truth = np.array([[0, 0, 9, 9]])
+        assert (best_overlaps(level, truth, "official") == 0.01).all()
+        assert found_boxes(level, 100, "official").tolist() == [[0, 0, 0, 0]]
+
+
+def test_rounding_is_not_blown_up_and_what_is_more_is() -> None:
+    noise = np.random.default_rng(0).random((8, 8), np.float32)
+    assert not grey(np.float32(0.3) + 1e-7 * noise).any()
+    assert grey(np.float32(0.3) + 1e-5 * noise).max() == 255
+    assert grey(1e-20 * noise).max() == 255, "small is not constant"
+
+
 def test_the_centred_box_is_as_large_as_is_best() -> None:
     truth = [np.array([[62, 62, 161, 161]]), np.array([[62, 62, 161, 161]]), np.array([[0, 0, 20, 20]])]
     found = centred(truth)
-    assert found["0.7"] == {"accuracy": 66.667, "side": 84}  # the smallest of those that are as good
+    assert found["0.7"] == {"accuracy": pytest.approx(200 / 3), "side": 84}  # the smallest of those that are as good
     whole = centred([np.array([[0, 0, 223, 223]])])
     assert whole["0.5"]["accuracy"] == 100.0
+
+
+def test_means_are_rounded_once() -> None:
+    """Of six images four are right at 0.3 and three at 0.5: 58.333, where the mean of 66.667 and 50 is 58.334."""
+    best = np.repeat(np.array([0.8, 0.6, 0.6, 0.4, 0.1, 0.1])[:, None, None], 2, 1).repeat(255, 2)
+    told = report(best, [np.array([[0, 0, 9, 9]])] * 6)
+    for kind in ("v1", "v2"):
+        assert told[kind]["0.3"]["accuracy"] == 66.667
+        assert told[kind]["means"] == {"0.3,0.5": 58.333, "0.3,0.5,0.7": 44.444}
+    assert (told["max_box_acc"], told["max_box_acc_v2"]) == (50.0, 44.444)
 
 
 def test_boxes_are_resized_as_the_images_are() -> None:
     assert resized_boxes([[1, 26, 38, 63]], (64, 64)).tolist() == [[3, 91, 133, 220]]
     assert resized_boxes([[0, 0, 100, 50], [10, 10, 20, 20]], (100, 50)).tolist() == [
-        [0, 0, 223, 223], [22, 44, 44, 89],
+        [0, 0, 224, 224], [22, 44, 44, 89],
     ]  # fmt: skip
+    assert resized_boxes([[180, 0, 320, 10]], (320, 224)).tolist() == [[126, 0, 224, 10]]
+    for width in range(64, 1001):  # exactly, in integers
+        boxes = [[x, 0, x, 0] for x in range(width + 1)]
+        assert resized_boxes(boxes, (width, 50))[:, 0].tolist() == [x * 224 // width for x in range(width + 1)]
     assert resized_boxes([], (64, 64)).shape == (0, 4)
 
 

@@ -50,7 +50,7 @@ def test_multiply_adds_are_those_counted_by_hand() -> None:
 
 
 def test_multiply_adds_of_pit_are_those_counted_by_hand() -> None:
-    """Patches that overlap; layers of three widths and grids, a depthwise convolution and a wider class token between."""
+    """Overlapping patches, layers of three widths and grids; between them a depthwise convolution, a linear layer."""
     model = timm.create_model("pit_s_224", num_classes=10).eval()
     expected, before = 27**2 * 3 * 16 * 16 * 144 + 576 * 10, 0
     for width, depth, grid in ((144, 2, 27), (288, 6, 14), (576, 4, 7)):
@@ -65,9 +65,9 @@ def test_multiply_adds_of_pit_are_those_counted_by_hand() -> None:
 @pytest.mark.parametrize(
     ("name", "size"),
     [
-        ("cait_xxs24_224", 224), ("coat_lite_mini", 224), ("convit_tiny", 224), ("deit_tiny_distilled_patch16_224", 224),
-        ("efficientnet_b0", 64), ("naflexvit_base_patch16_siglip", 384), ("pit_ti_distilled_224", 224),
-        ("swin_tiny_patch4_window7_224", 224), ("xcit_nano_12_p16_224", 224),
+        ("cait_xxs24_224", 224), ("coat_lite_mini", 224), ("convit_tiny", 224),
+        ("deit_tiny_distilled_patch16_224", 224), ("efficientnet_b0", 64), ("naflexvit_base_patch16_siglip", 384),
+        ("pit_ti_distilled_224", 224), ("swin_tiny_patch4_window7_224", 224), ("xcit_nano_12_p16_224", 224),
     ],
 )  # fmt: skip
 def test_any_network_can_be_counted_and_is_left_as_it_was(name, size) -> None:
