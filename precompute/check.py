@@ -90,6 +90,7 @@ class Live:
             for id in ids:
                 codec = Codec.of(self.targets[id])
                 marker = self.store.marker(Task("target", id, task.shard, task.view))
+                marker.require(len(index), codec)
                 first, stop = chosen[0], chosen[-1] + 1
                 rows = [i - first for i in chosen]
                 arrays = {name: array.read(first, stop)[rows] for name, array in marker.arrays.items()}

@@ -43,21 +43,21 @@ def known_index(store: Store, url: str, known: Sequence[str], bad_images: BadIma
     return index
 
 
-def missing(task: ShardTask, shard: str) -> dict[int, list[Output]]:
+def missing(task: ShardTask, index: ShardIndex) -> dict[int, list[Output]]:
     """View -> outputs of a task that have no marker yet.
 
     A damaged marker counts as none. So does one that was made from other views than the bank has now, or from views
     whose own marker is gone: it is removed.
     """
-    store = task.store
+    store, shard, samples = task.store, index.id, len(index)
     wanted: dict[int, list[Output]] = {}
     for view in range(task.views):
         bank: Marker | None = None
         for output in task.outputs:
             target = Task("target", output.target, shard, view)
-            marker = store.find(target)
+            marker = store.find(target, samples, output.codec)
             if marker:  # only now: the bank's marker is there before the target's
-                bank = bank or store.find(Task("bank", task.bank, shard, view))
+                bank = bank or store.find(Task("bank", task.bank, shard, view), samples)
                 if bank and bank.views_digest == marker.content["bank_views"]:
                     continue
                 store.discard(marker)
@@ -86,7 +86,7 @@ def run_task(
     if not len(index):
         report(0, 0)
         return Outcome(index.id, 0, left_out=index.left_out)
-    wanted = missing(task, index.id)
+    wanted = missing(task, index)
     todo = len(wanted) * len(index)
     report(0, todo)
     if not wanted:

@@ -362,7 +362,8 @@ def part_of(job: Job, graph: str, shard: Shard, blocks: int, name: str) -> Shard
     """A task over the first blocks of a shard, under a name of its own in the scratch store."""
     assert shard.index is not None
     index, stop = shard.index, min(blocks * BLOCK, shard.samples)
-    summary = replace(index.summary, id=f"{stem_of(shard.url)}-{name}", samples=stop)
+    labelled = None not in index.labels[:stop]
+    summary = replace(index.summary, id=f"{stem_of(shard.url)}-{name}", samples=stop, labelled=labelled)
     part = ShardIndex(summary, index.keys[:stop], index.digests[:stop], index.labels[:stop], index.starts[: stop + 1])
     patiently(lambda: job.store.add_index(part, shard.url))
     (task,) = job.tasks(graph, [shard.url])

@@ -93,7 +93,7 @@ class Pass:
         store, shard = self.task.store, self.index.id
         for view, outputs in self.wanted.items():
             bank = Task("bank", self.task.bank, shard, view)
-            marker = store.find(bank)
+            marker = store.find(bank, len(self.index))
             if marker:
                 self.known[view] = marker
             else:
@@ -107,7 +107,7 @@ class Pass:
                     attempt.array(name, part.shape, part.dtype, part.axes)
         if self.fresh and not self.known and 0 not in self.fresh:
             # Views that the shard has already are replayed beside the new ones: one bank, one kind of pixels.
-            marker = store.find(Task("bank", self.task.bank, shard, 0))
+            marker = store.find(Task("bank", self.task.bank, shard, 0), len(self.index))
             if marker:
                 self.known[0] = marker
 

@@ -11,15 +11,17 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
 import google_crc32c
 import numpy as np
 import zarr
+from pydantic import Field, model_validator
 from zarr.codecs import Crc32cCodec
 
 from storage.errors import DamageError
 from storage.objects import Objects, ZarrObjects
+from storage.schema import LARGEST, MOST_SAMPLES, Schema, Several
 from storage.shards import BLOCK
 
 SMALL, LARGE = 1 << 20, 16 << 20
@@ -110,6 +112,84 @@ def chunk_keys(path: str, metadata: dict[str, Any]) -> list[str]:
     return [f"{path}/c/{'/'.join([str(i)] + ['0'] * (len(shape) - 1))}" for i in range(count)]
 
 
+_Sizes = Annotated[Several[Annotated[int, Field(ge=1, le=MOST_SAMPLES)]], Field(min_length=1, max_length=8)]
+
+
+class _Chunks(Schema):
+    chunk_shape: _Sizes
+
+
+class _Grid(Schema):
+    name: Literal["regular"]
+    configuration: _Chunks
+
+
+class _Named(Schema):
+    name: str
+    configuration: dict[str, Any] = Field(default_factory=dict)
+
+
+class MetadataRecord(Schema):
+    """An array's `zarr.json`, as far as it is read here."""
+
+    zarr_format: Literal[3]
+    node_type: Literal["array"]
+    shape: _Sizes
+    data_type: Literal["uint8", "uint16", "uint32", "float16", "float32", "float64"]
+    chunk_grid: _Grid
+    chunk_key_encoding: _Named
+    codecs: Several[_Named]
+    storage_transformers: Annotated[Several[Any], Field(max_length=0)] = ()
+
+    @model_validator(mode="after")
+    def _layout(self) -> Self:
+        chunk = self.chunk_grid.configuration.chunk_shape
+        if chunk[1:] != self.shape[1:] or chunk[0] > self.shape[0]:
+            raise ValueError(f"chunk_grid: expected chunks of whole samples of {[*self.shape]}, found {[*chunk]}")
+        if self.chunk_bytes >= LARGEST:
+            raise ValueError(f"chunk_grid: expected chunks below {LARGEST:,} bytes, found {self.chunk_bytes:,}")
+        codecs = [codec.name for codec in self.codecs]
+        if codecs != ["bytes", "crc32c"] or self.codecs[0].configuration.get("endian", "little") != "little":
+            raise ValueError(f"codecs: expected bytes (little endian) and crc32c, found {codecs}")
+        names, separator = self.chunk_key_encoding, self.chunk_key_encoding.configuration.get("separator", "/")
+        if (names.name, separator) != ("default", "/"):
+            raise ValueError(f"chunk_key_encoding: expected default with /, found {names.name} with {separator!r}")
+        return self
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of one chunk with its checksum."""
+        return math.prod(self.chunk_grid.configuration.chunk_shape) * np.dtype(self.data_type).itemsize + 4
+
+
+class ArrayRecord(Schema):
+    """An array's entry in a marker."""
+
+    metadata: MetadataRecord
+    lengths: str
+    checksums: str
+
+    @model_validator(mode="after")
+    def _chunks(self) -> Self:
+        about = self.metadata
+        count = -(-about.shape[0] // about.chunk_grid.configuration.chunk_shape[0])
+        lengths, _ = (_words(name, getattr(self, name), count) for name in ("lengths", "checksums"))
+        if lengths != about.chunk_bytes.to_bytes(4, "little") * count:
+            raise ValueError(f"lengths: expected {about.chunk_bytes} bytes, as its shape says, found others")
+        return self
+
+
+def _words(field: str, text: str, count: int) -> bytes:
+    """The four bytes of each chunk that a text in base64 keeps."""
+    try:
+        data = base64.b64decode(text, validate=True)
+    except ValueError:
+        data = b""
+    if len(data) != 4 * count:
+        raise ValueError(f"{field}: expected base64 of 4 bytes for each of {count} chunks, found {len(data)} bytes")
+    return data
+
+
 @dataclass(frozen=True)
 class StoredArray:
     """An array as its marker describes it; reading opens no `zarr.json`."""
@@ -122,22 +202,12 @@ class StoredArray:
 
     @classmethod
     def of(cls, objects: Objects, path: str, entry: dict[str, Any]) -> StoredArray:
-        """From an array's entry in a marker.
-
-        Raises:
-            DamageError: the entry does not describe an array of this format.
-        """
-        metadata = entry["metadata"]
-        codecs = [codec["name"] for codec in metadata["codecs"]]
-        if codecs != ["bytes", "crc32c"]:
-            raise DamageError(f"{path}: its codecs are {codecs}, this version reads bytes and crc32c")
-        lengths = np.frombuffer(base64.b64decode(entry["lengths"]), "<u4")
+        """From an array's entry in a marker, which is an `ArrayRecord`."""
         sums = base64.b64decode(entry["checksums"])
-        checksums = tuple(sums[i : i + 4] for i in range(0, len(sums), 4))
-        array = cls(objects, path, metadata, lengths, checksums)
-        if not len(lengths) == len(checksums) == len(array.keys):
-            raise DamageError(f"{path}: its marker describes {len(lengths)} chunks, the array has {len(array.keys)}")
-        return array
+        return cls(
+            objects, path, entry["metadata"], np.frombuffer(base64.b64decode(entry["lengths"]), "<u4"),
+            tuple(sums[i : i + 4] for i in range(0, len(sums), 4)),
+        )  # fmt: skip
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -188,7 +258,14 @@ class StoredArray:
         return values[: self.shape[0] - number * self.chunk_shape[0]]
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Samples [start, stop). Raises DamageError."""
+        """Samples [start, stop).
+
+        Raises:
+            DamageError: a chunk is missing or damaged, or there are fewer samples.
+        """
+        if not 0 <= start <= stop <= self.shape[0]:
+            where = f"{self.objects.url}/{self.path}"
+            raise DamageError(f"{where}: samples {start} to {stop - 1} were asked for, its marker has {self.shape[0]}")
         size = self.chunk_shape[0]
         parts = []
         for number in range(start // size, -(-stop // size)):

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from storage import records
 from storage.errors import DamageError, IdentityError, UserError
+from storage.manifests import require_id
 from storage.markers import Marker
+from storage.operations import OPERATIONS
 from storage.policies import OPERATIONS_VERSION, Policy
 from storage.records import Record
+from storage.shards import BLOCK
 from storage.store import Store
 from storage.tars import Sample
 from storage.views import COLUMNS, BadImage, View, render, renderer, signature
@@ -51,6 +53,8 @@ class BankView:
             pixels = render(image, self.view(i), size)
         except BadImage as error:
             raise UserError(f"{where}, key {sample.key}: {error}") from None
+        except ValueError as error:  # Pillow's: a crop box outside of the image
+            raise DamageError(f"{where}, key {sample.key}: damaged: its parameters make no view: {error}") from None
         found, expected = signature(pixels), int(self.signatures[i])
         if found != expected:
             both = ", ".join(
@@ -66,9 +70,37 @@ class BankView:
 
 def read_views(marker: Marker, start: int, stop: int) -> BankView:
     """The views of samples [start, stop) that a bank's marker names. Raises DamageError."""
-    arrays = marker.arrays
-    signatures = arrays["signatures"].read(start, stop)[:, 0]
-    return BankView(arrays["parameters"].read(start, stop), signatures, marker.content["renderer"])
+    signatures = marker.arrays["signatures"].read(start, stop)[:, 0]
+    rows = marker.arrays["parameters"].read(start, stop)
+    if wrong := _beyond(rows, start, marker.samples):
+        raise DamageError(f"{marker.name}: damaged: parameters: {wrong}\n  Its store was not made by `precompute`.")
+    return BankView(rows, signatures, marker.content["renderer"])
+
+
+# Column -> smallest and largest value; others may be anything that is finite.
+_BOUNDS = {
+    **dict.fromkeys(("valid", "flip"), (0, 1)),
+    **dict.fromkeys(("left", "top", "right", "bottom"), (-1e6, 2e6)),
+    **dict.fromkeys(("shift_x", "shift_y"), (-4096, 4096)),
+    **dict.fromkeys(("op1", "op2", "op3", "op4"), (0, len(OPERATIONS))),
+    **dict.fromkeys(("magnitude1", "magnitude2", "magnitude3", "magnitude4"), (-1000, 1000)),
+    **dict.fromkeys(("erase_left", "erase_top", "erase_right", "erase_bottom"), (0, 4096)),
+    "erase_seed": (0, 2**32 - 1), "mix": (0, 2), "amount": (0, 256),
+    **dict.fromkeys(("mix_left", "mix_top", "mix_right", "mix_bottom"), (0, 4096)),
+}  # fmt: skip
+
+
+def _beyond(rows: np.ndarray, start: int, samples: int) -> str:
+    """What is wrong with rows of a bank, those of samples from `start` on of a shard; empty where nothing is."""
+    for name, (low, high) in {**_BOUNDS, "partner": (-1, samples - 1)}.items():
+        column = rows[:, COLUMNS.index(name)]
+        inside = (column >= low) & (column <= high)  # a NaN is not
+        if not inside.all():
+            i = int(np.argmin(inside))
+            return f"{name} of sample {start + i}: expected {low} to {high}, found {column[i]:g}"
+    own, partner = start + np.arange(len(rows)), rows[:, COLUMNS.index("partner")]
+    apart = (rows[:, COLUMNS.index("mix")] > 0) & (partner // BLOCK != own // BLOCK)
+    return f"partner of sample {own[np.argmax(apart)]}: expected one of its block, found none" if apart.any() else ""
 
 
 def bank_policy(store: Store, id: str) -> Policy:
@@ -76,10 +108,10 @@ def bank_policy(store: Store, id: str) -> Policy:
 
     Raises:
         DamageError: the id does not agree with what the manifest says.
+        UserError: a newer version drew its views.
     """
     manifest = store.bank(id)
-    if not id.endswith(records.digest_of(manifest["identity"])[:8]):
-        raise DamageError(f"{store.url}/banks/{id}/manifest.json: damaged: it describes another bank")
+    require_id(f"{store.url}/banks/{id}/manifest.json", manifest)
     if manifest["identity"]["operations"] > OPERATIONS_VERSION:
         raise UserError(f"{store.url}: bank {id}: its views need a newer version of this package; install one")
     return policy_of(manifest)

@@ -17,11 +17,10 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import braceexpand
 
-from storage import records
+from storage import records, schema
 from storage.errors import DamageError, IdentityError, UserError, first_line
 from storage.files import is_image, matching, tars_in
 from storage.hints import folder_hint, pack_hint, there_are
@@ -63,12 +62,6 @@ class Summary:
     labelled: bool
     first: tuple[int, int, str]
     last: tuple[int, int, str]
-
-    @classmethod
-    def of(cls, content: dict[str, Any]) -> Summary:
-        """From a record's content."""
-        fields = {f.name: content[f.name] for f in dataclasses.fields(cls)}
-        return cls(**{**fields, "first": tuple(fields["first"]), "last": tuple(fields["last"])})
 
 
 @dataclass(frozen=True)
@@ -116,8 +109,9 @@ class ShardIndex:
         content = records.load(data, name)
         if content.get("kind") != "index" or content.get("format") != INDEX_FORMAT:
             raise DamageError(f"{name}: not a shard index of format {INDEX_FORMAT}")
-        columns = (tuple(content.get(name, ())) for name in ("keys", "digests", "labels", "starts", "left_out"))
-        return cls(Summary.of(content), *columns)
+        is_so = schema.checked(schema.IndexRecord, content, name, "Copy the file again from where it came from.")
+        summary = Summary(*(getattr(is_so, field.name) for field in dataclasses.fields(Summary)))
+        return cls(summary, is_so.keys, is_so.digests, is_so.labels, is_so.starts, is_so.left_out)
 
 
 # ---------------------------------------------------------------------------------------------- names of shards

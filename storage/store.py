@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from storage import records
+from storage import manifests, records
+from storage.codecs import Codec
 from storage.errors import DamageError, IdentityError, UserError, nearest
 from storage.markers import FORMAT, Kind, Marker, Task
 from storage.objects import Objects, open_objects
 from storage.records import Record
+from storage.schema import require_format
 from storage.shards import ShardIndex, cached_index, differences
 from storage.tars import stem_of
 
@@ -95,21 +97,13 @@ class Store:
 
     # ------------------------------------------------------------------------------------------ records
 
-    def _record(self, key: str, kind: str) -> Record:
-        name = f"{self.url}/{key}"
+    def _manifest(self, kind: str, id: str) -> Record:
+        name = f"{self.url}/{kind}s/{id}/manifest.json"
         try:
-            content = records.load(self.objects.get(key), name)
+            data = self.objects.get(f"{kind}s/{id}/manifest.json")
         except FileNotFoundError:
             raise DamageError(f"{name}: missing: a {kind} that the store refers to is gone") from None
-        if content.get("kind") != kind:
-            raise DamageError(f"{name}: damaged: expected a {kind}, found a {content.get('kind')}")
-        return content
-
-    def _manifest(self, kind: str, id: str) -> Record:
-        content = self._record(f"{kind}s/{id}/manifest.json", kind)
-        if content.get("id") != id:
-            raise DamageError(f"{self.url}/{kind}s/{id}/manifest.json: damaged: it is the one of {content.get('id')}")
-        return content
+        return manifests.load(data, name, kind, id)
 
     def _add(self, kind: str, id: str, identity: Record, about: Record) -> Record:
         """Create a manifest, or find that the one that is there has the same identity."""
@@ -158,7 +152,9 @@ class Store:
         name = target["teacher"]
         if not self.objects.names(f"teachers/{name}"):
             raise DamageError(f"{self.url}/teachers/{name}/manifest.json: missing, and {target['id']} refers to it")
-        return {**self._manifest("teacher", name), **target.get("network", {})}
+        teacher = {**self._manifest("teacher", name), **target.get("network", {})}
+        manifests.require_teacher(f"{self.url}/targets/{target['id']}/manifest.json", target, teacher)
+        return teacher
 
     def add_teacher(self, name: str, identity: Record, about: Record) -> Record:
         """Record a teacher; its manifest.
@@ -315,14 +311,14 @@ class Store:
         said = (content.get("kind"), content.get("id"), content.get("shard"), content.get("view"))
         if said != (task.kind, task.id, task.shard, task.view):
             raise DamageError(f"{name}: damaged: it is the marker of {'.'.join(map(str, said))}")
-        if content.get("format") != FORMAT:
-            raise UserError(f"{name}: format {content.get('format')}, this version reads {FORMAT}; install a newer one")
+        require_format(content, name)
         return Marker(self.objects, task, content)
 
-    def find(self, task: Task) -> Marker | None:
+    def find(self, task: Task, samples: int | None = None, codec: Codec | None = None) -> Marker | None:
         """The marker of a task if it is there and undamaged: a damaged one counts as absent and is removed.
 
-        For writers only. Readers use `marker`, which says what is wrong.
+        For writers only. Readers use `marker`, which says what is wrong, and `Marker.require`, which takes the same
+        `samples` and `codec`.
         """
         key = f"done/{task.name}"
         try:
@@ -330,7 +326,10 @@ class Store:
         except FileNotFoundError:
             return None
         try:
-            return self._marker_in(data, task)
+            marker = self._marker_in(data, task)
+            if samples is not None:
+                marker.require(samples, codec)
+            return marker
         except DamageError:
             self.objects.discard(key, data)
             return None
@@ -368,8 +367,6 @@ class Store:
         """
         import dask.array
 
-        from storage.codecs import Codec
-
         codec = Codec.of(self.target(target))
 
         def load(marker: Marker, start: int, stop: int) -> np.ndarray:
@@ -380,6 +377,7 @@ class Store:
         parts = []
         for task in sorted(task for task in self.done() if task.kind == "target" and task.id == target):
             marker = self.marker(task)
+            marker.require(marker.samples, codec)
             data = marker.arrays["data"]
             for start in range(0, data.shape[0], data.chunk_shape[0]):
                 stop = min(start + data.chunk_shape[0], data.shape[0])

@@ -69,14 +69,16 @@ class BlockReader:
         return index
 
     def _marker(self, task: Task) -> Marker:
-        assert self.source.store is not None
-        marker = self.source.store.marker(task)
+        source = self.source
+        assert source.store is not None
+        marker = source.store.marker(task)
+        codec = Codec("raw", (source.policy.size, source.policy.size, 3), 2) if task.id == source.pixels else None
+        marker.require(len(self.index(source.shards.index(task.shard))), source.targets.get(task.id, codec))
         if task.kind == "target":
-            bank = self.marker(Task("bank", str(self.source.bank), task.shard, task.view))
+            bank = self.marker(Task("bank", str(source.bank), task.shard, task.view))
             if marker.content["bank_views"] != bank.views_digest:
-                name = f"{self.source.store.url}/done/{task.name}"
                 raise IdentityError(
-                    name, "bank_views", bank.views_digest, marker.content["bank_views"],
+                    marker.name, "bank_views", bank.views_digest, marker.content["bank_views"],
                     "These targets were made from other views than the bank has now.",
                 )  # fmt: skip
         return marker

@@ -87,7 +87,9 @@ def stored(
     return source, sizes
 
 
-def usable_views(source: Source, wanted: int | None) -> tuple[Source, int, dict[int, frozenset[int]]]:
+def usable_views(
+    source: Source, sizes: Sequence[int], wanted: int | None
+) -> tuple[Source, int, dict[int, frozenset[int]]]:
     """How many views are used, and the invalid samples of each shard; without pixels that do not cover the views."""
     store, bank = source.store, str(source.bank)
     assert store is not None
@@ -101,7 +103,11 @@ def usable_views(source: Source, wanted: int | None) -> tuple[Source, int, dict[
     if not count:
         what = next(iter(source.targets), bank)
         raise UserError(f"{store.url}: no view of {what} is there for these shards; run precompute over them first")
-    invalid = {n: store.marker(Task("bank", bank, shard, 0)).invalid for n, shard in enumerate(source.shards)}
+    invalid: dict[int, frozenset[int]] = {}
+    for n, (shard, size) in enumerate(zip(source.shards, sizes, strict=True)):
+        marker = store.marker(Task("bank", bank, shard, 0))
+        marker.require(size)
+        invalid[n] = marker.invalid
     if source.pixels and not all(
         Task("target", source.pixels, s, view) in done for s in source.shards for view in range(count)
     ):

@@ -219,7 +219,7 @@ class Stream(IterableDataset[Batch]):
             invalid: dict[int, frozenset[int]] = {}
         else:
             self.source, sizes = stored(opened, urls, targets, bank, check)
-            self.source, self.views, invalid = usable_views(self.source, views)
+            self.source, self.views, invalid = usable_views(self.source, sizes, views)
         refuse_twice(self.source)
         self.source = replace(self.source, permute=permute)
         blocks = []

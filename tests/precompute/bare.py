@@ -50,13 +50,17 @@ def bare(folder: Path, line: str = "deit", size: int = 32, codec: str = "u8") ->
     onnx.checker.check_model(model)
     store = Store.create(folder)
     store.add_bank(views.bank, views.identity, banks.describe(views))
-    store.add_teacher("averages", {"weights": "none"}, {})
+    teacher = {"model": "none", "arguments": {}, "weights sha256": "none", "input size": size, "mean": [0, 0, 0],
+               "std": [1, 1, 1]}  # fmt: skip
+    store.add_teacher("averages", teacher, {"weights": "none", "classes": None, "parameters": 0, "network": "other",
+                                            "layers": 0})  # fmt: skip
     digest = store.add_graph("averages", model.SerializeToString())
-    identity = {"teacher": "averages", "bank": views.bank, "tap": "activations", "layers": None, "grid": grid,
-                "codec": codec}  # fmt: skip
+    identity = {"teacher": records.digest_of(teacher), "bank": views.bank, "tap": "activations", "layers": None,
+                "grid": grid, "codec": codec}  # fmt: skip
     id = f"averages-activations-{codec}-{records.digest_of(identity)[:8]}"
     about = {"teacher": "averages", "graph": digest, "output": 0, "sample_shape": [3, grid, grid], "maps": 2,
-             "axes": ["map", "y", "x"], "values": "plain"}  # fmt: skip
+             "axes": ["map", "y", "x"], "values": "plain", "parity": None,
+             "attention_error": None}  # fmt: skip
     return Bare(folder, store, views.bank, digest, Output.of(store.add_target(id, identity, about)))
 
 

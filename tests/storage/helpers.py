@@ -96,6 +96,9 @@ def by_us(*paths: str) -> list[tuple[str, dict[str, bytes]]]:
     return found
 
 
+MADE = {"bank_views": 64 * "0"}  # what the marker of a target says, of no bank
+
+
 class SmallStore:
     """A store with one bank over small shards, and targets of made-up values, without any teacher."""
 
@@ -122,9 +125,12 @@ class SmallStore:
 
     def add_target(self, id: str, codec: str = "u8", shape: tuple[int, ...] = (3, 4, 4)) -> dict[Task, np.ndarray]:
         """Record a target with values for every shard and view; the values."""
-        identity = {"bank": self.policy.bank, "layers": None, "codec": codec}
+        identity = {
+            "teacher": "none", "bank": self.policy.bank, "tap": "made up", "layers": None, "grid": None, "codec": codec,
+        }  # fmt: skip
         axes = [f"axis{i}" for i in range(len(shape))]
-        self.store.add_target(id, identity, {"sample_shape": list(shape), "axes": axes, "maps": 2})
+        about = {"sample_shape": list(shape), "axes": axes, "maps": 2, "parity": None, "attention_error": None}
+        self.store.add_target(id, identity, {"teacher": "none", "graph": None, "output": None, **about})
         values = {}
         for number, index in enumerate(self.indexes):
             for view in range(self.views):
@@ -132,7 +138,7 @@ class SmallStore:
                 values[task] = (
                     np.random.default_rng([number, view]).normal(size=(len(index), *shape)).astype(np.float32)
                 )
-                self.attempt(task, codec, values[task]).commit({"bank_views": "none"})
+                self.attempt(task, codec, values[task]).commit(MADE)
         return values
 
     def attempt(self, task: Task, codec: str, values: np.ndarray) -> Attempt:

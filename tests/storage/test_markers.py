@@ -16,7 +16,7 @@ from storage.errors import DamageError
 from storage.markers import Task
 from storage.store import Store
 from storage.testing import FaultyObjects
-from tests.storage.helpers import decoded, files_of
+from tests.storage.helpers import MADE, decoded, files_of
 
 names = st.text("abcXYZ019_-", min_size=1, max_size=12)
 
@@ -49,7 +49,7 @@ def test_an_attempt_counts_from_its_commit_on(small):
     assert task not in small.store.done()
     with pytest.raises(DamageError, match=re.escape(task.name)):
         small.store.marker(task)
-    assert attempt.commit({"bank_views": "x"}).content["attempt"] == attempt.name
+    assert attempt.commit(MADE).content["attempt"] == attempt.name
     assert task in small.store.done()
     assert np.array_equal(decoded(small.store, task, "u8"), values)
 
@@ -58,9 +58,9 @@ def test_of_two_attempts_at_one_task_the_first_counts(small):
     task = Task("target", "t", small.indexes[0].id, 2)
     ones = np.ones((10, 3, 4, 4), np.float32)
     first, second = small.attempt(task, "f32", ones), small.attempt(task, "f32", ones * 2)
-    marker = first.commit({"bank_views": "x"})
+    marker = first.commit(MADE)
     before = files_of(small.store.objects.root)
-    assert second.commit({"bank_views": "x"}).content == marker.content
+    assert second.commit(MADE).content == marker.content
     assert small.store.objects.names(task.folder) == [first.name]
     assert {k: v for k, v in files_of(small.store.objects.root).items() if second.name not in k} == {
         k: v for k, v in before.items() if second.name not in k
@@ -77,7 +77,7 @@ def test_of_two_threads_that_commit_one_task_one_counts(small):
         def work(number: int, task=task, values=values, barrier=barrier) -> str:
             attempt = small.attempt(task, "f32", values[number])
             barrier.wait()
-            return attempt.commit({"bank_views": "x"}).content["attempt"]
+            return attempt.commit(MADE).content["attempt"]
 
         with ThreadPoolExecutor(2) as threads:
             counts = list(threads.map(work, range(2)))
@@ -93,7 +93,7 @@ def test_abandoning_removes_only_what_does_not_count(small):
     first, second = small.attempt(task, "f32", ones), small.attempt(task, "f32", ones)
     second.abandon()
     assert small.store.objects.names(task.folder) == [first.name]
-    first.commit({"bank_views": "x"})
+    first.commit(MADE)
     first.abandon()  # a failure of something else, later
     assert np.array_equal(decoded(small.store, task, "f32"), ones)
 
@@ -111,7 +111,7 @@ def test_a_commit_that_fails_and_is_abandoned_leaves_no_hole(small, operation, f
         attempt = small.attempt(task, "f32", ones)
         place.fail_at = place.calls + number
         try:
-            attempt.commit({"bank_views": "x"})
+            attempt.commit(MADE)
         except OSError:
             failing += 1
             attempt.abandon()
@@ -158,7 +158,7 @@ def test_how_many_views_a_target_has(small):
     store, shards = small.store, [index.id for index in small.indexes]
     assert store.views("target", "t", shards, store.done()) == 2
     third = Task("target", "t", shards[0], 2)
-    small.attempt(third, "u8", np.ones((10, 3, 4, 4), np.float32)).commit({"bank_views": "x"})
+    small.attempt(third, "u8", np.ones((10, 3, 4, 4), np.float32)).commit(MADE)
     assert store.views("target", "t", shards[:1], store.done()) == 3
     with pytest.raises(DamageError, match=re.escape(third.name.replace(shards[0], shards[1]))):
         store.views("target", "t", shards, store.done())

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage import records
-from storage.banks import bank_policy, read_views
+from storage.banks import bank_policy, describe, read_views
 from storage.card import card
 from storage.errors import DamageError, IdentityError, UserError, nearest
 from storage.markers import Attempt, Task
@@ -65,7 +65,7 @@ def test_a_bank_whose_views_need_newer_operations_says_so(small):
     line = policy("light", 16)
     identity = {**line.identity, "operations": OPERATIONS_VERSION + 1}
     id = f"light-{records.digest_of(identity)[:8]}"
-    small.store.add_bank(id, identity, {})
+    small.store.add_bank(id, identity, describe(line))
     with pytest.raises(UserError, match=rf"bank {id}: its views need a newer version"):
         bank_policy(small.store, id)
 
@@ -166,16 +166,20 @@ def test_a_store_may_be_in_memory(tmp_path):
 
 # ---------------------------------------------------------------------------------------------- manifests
 
-IDENTITY = {"model": "resnet10t", "arguments": {}, "weights sha256": "a" * 64, "input size": 64}
+IDENTITY = {
+    "model": "resnet10t", "arguments": {}, "weights sha256": "a" * 64, "input size": 64, "mean": [0.5, 0.5, 0.5],
+    "std": [0.5, 0.5, 0.5],
+}  # fmt: skip
+ABOUT = {"weights": "timm hub", "classes": None, "parameters": 1, "network": "cnn", "layers": 4}
 
 
 def test_another_teacher_under_a_known_name_is_refused(small):
-    first = small.store.add_teacher("cnn", IDENTITY, {"layers": 4})
-    assert small.store.add_teacher("cnn", IDENTITY, {"layers": 99}) == first == small.store.teachers()["cnn"]
+    first = small.store.add_teacher("cnn", IDENTITY, ABOUT)
+    assert small.store.add_teacher("cnn", IDENTITY, {**ABOUT, "layers": 99}) == first == small.store.teachers()["cnn"]
     for field, value in (("weights sha256", "b" * 64), ("input size", 32), ("arguments", {"in_chans": 1}), ("new", 1)):
         before = files_of(small.store.objects.root)
         with pytest.raises(IdentityError) as error:
-            small.store.add_teacher("cnn", {**IDENTITY, field: value}, {})
+            small.store.add_teacher("cnn", {**IDENTITY, field: value}, ABOUT)
         assert (error.value.field, error.value.expected, error.value.found) == (field, IDENTITY.get(field), value)
         assert "--as cnn-2" in str(error.value)
         assert "teacher 'cnn'" in str(error.value)
@@ -199,7 +203,7 @@ def test_adding_a_target_or_teacher_touches_nothing_that_is_there(small):
     root = small.store.objects.root
     before = files_of(root)
     small.add_target("another", "f16")
-    small.store.add_teacher("cnn", IDENTITY, {})
+    small.store.add_teacher("cnn", IDENTITY, ABOUT)
     small.store.add_graph("cnn", b"graph")
     small.store.add_index(small.indexes[0], small.shards[0])
     after = files_of(root)
