@@ -92,9 +92,9 @@ def main(arguments: list[str] | None = None) -> None:
             error.show()
             if as_json:
                 print(json.dumps({"error": error.format_message()}))
-        else:  # torchrun's first process says the same, and has to come to it before all are ended
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            time.sleep(1)
+        else:  # torchrun's first process says the same; once it has, torchrun ends this one
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(60)
         raise SystemExit(2) from None
     except (click.Abort, KeyboardInterrupt) as error:
         status = 143 if isinstance(error.__cause__ or error, _Terminated) else 130

@@ -116,6 +116,11 @@ _WANTED = (
     ),
     click.option("--workers", type=click.IntRange(1), metavar="N", help="Worker processes on this machine."),
     click.option("--dask", metavar="ADDRESS", help="A running scheduler, such as tcp://host:8786."),
+    click.option(
+        "--worker-timeout", type=click.IntRange(1), metavar="SECONDS",
+        help="How long to wait for a first worker to start, and for one to come back once all are gone: more where a "
+        "batch system starts them.  [default: 300]",
+    ),
 )  # fmt: skip
 
 
@@ -123,6 +128,7 @@ _WANTED = (
 _SAID = {
     "shards": "shards", "store": "store", "view_policy": "views.policy", "view_size": "views.size",
     "view_count": "views.count", "seed": "views.seed", "provider": "provider", "workers": "workers", "dask": "dask",
+    "worker_timeout": "worker_timeout",
 }  # fmt: skip
 # What is said about one teacher, and never of several at once.
 _OF_ONE = ("target", "tap", "weights", "teacher_arg", "mean", "std", "input_size", "called")
@@ -218,12 +224,14 @@ def _one(
     materialise_views: bool,
     workers: int | None,
     dask: str | None,
+    worker_timeout: int | None,
 ) -> Wanted:
     """What is asked of one teacher; of a project's teacher, what no flag says comes from its entry.
 
     `where` opens the errors of what the project file says.
     """
     from precompute import ready, teachers
+    from precompute.clients import WORKER_TIMEOUT
     from precompute.run import Wanted
     from precompute.targets import parse
     from storage.policies import policy
@@ -264,7 +272,7 @@ def _one(
     given = frozenset(name for name, value in named.items() if value is not None)
     return Wanted(
         urls, found, wishes, views, given, view_count, new_bank, provider, bad_images, materialise_views, workers, dask,
-        project.grid(),
+        project.grid(), worker_timeout or WORKER_TIMEOUT,
     )  # fmt: skip
 
 

@@ -74,6 +74,7 @@ class Settings(_Section):
     provider: Literal["auto", "cpu", "cuda"] | None = None
     workers: int | None = Field(None, ge=1)
     dask: str | None = None
+    worker_timeout: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
     def _one_cluster(self) -> Settings:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import logging
 import random
 import threading
 import time
@@ -19,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from precompute.clients import LOST, WORKER_TIMEOUT, connected, processes
 from precompute.engine import run_task
 from precompute.session import Session, cores, open_session
 from precompute.tasks import Outcome, ShardTask
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 BACKOFF = (1.0, 4.0, 16.0)  # seconds before each new try after an input or output fault, give or take a half
-PATIENCE = 60.0  # seconds that workers have to appear, and to lay down their work
+SAID_AFTER = 10.0  # seconds without any worker before it is said; one that died usually comes back sooner
+STOP_TIMEOUT = 60.0  # seconds that an interrupted run waits for its workers to finish the block that they are at
 
 
 @dataclass(frozen=True)
@@ -177,106 +178,15 @@ def stop(run: str) -> None:
     _stopped.add(run)
 
 
-def versions() -> dict[str, str]:
-    """Runs on every worker: what has to agree between machines."""
-    from importlib.metadata import version
-
-    from storage.views import renderer
-
-    return {"teacher-store": version("teacher-store"), **renderer()}
-
-
-@contextlib.contextmanager
-def workers(count: int | None, address: str | None, say: Callable[[str], None]) -> Iterator[Client]:
-    """A client of `count` worker processes on this machine, or of the scheduler at an address.
-
-    Raises:
-        UserError: no scheduler answers there, it has no workers, or they cannot import this package.
-    """
-    from distributed import Client, LocalCluster
-    from distributed.utils import silence_logging_cmgr
-
-    if address is None:
-        cluster: Any = LocalCluster(  # type: ignore[no-untyped-call]
-            n_workers=count, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0",
-            silence_logs=logging.CRITICAL,
-        )  # fmt: skip
-    else:
-        cluster = contextlib.nullcontext(address)
-    # What dask logs is for its own people: whatever it means for the run is said in the run's own words.
-    with silence_logging_cmgr(logging.CRITICAL), cluster as place:
-        try:
-            # Not the default one: whoever calls this from Python computes dask collections of their own where they did.
-            client = Client(place, timeout=10, set_as_default=False)  # type: ignore[no-untyped-call]
-        except (OSError, TimeoutError, ValueError) as error:
-            raise UserError(
-                f"--dask {address}: no scheduler answers there ({first_line(error)}); start one with "
-                "`dask scheduler` and workers with `dask worker ADDRESS`"
-            ) from None
-        with client:
-            if address is None:
-                _shield(client)
-            _greet(client, address, say)
-            yield client
-
-
-def _shield(client: Client) -> None:
-    """Interrupts that reach all processes of a terminal are for this one alone: it tells the workers to stop."""
-    import signal
-
-    from distributed import WorkerPlugin
-
-    class Shield(WorkerPlugin):
-        def setup(self, worker: Any) -> None:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)
-
-    client.register_plugin(Shield(), name="shield")
-
-
-def _greet(client: Client, address: str | None, say: Callable[[str], None]) -> None:
-    try:
-        client.wait_for_workers(1, timeout=PATIENCE)
-    except TimeoutError:
-        raise UserError(
-            f"--dask {address}: the scheduler has no workers after {PATIENCE:.0f} s; start some: dask worker {address}"
-        ) from None
-    try:
-        theirs: dict[str, Any] = client.run(versions)
-    except Exception as error:  # whatever importing raises there
-        raise UserError(
-            f"--dask {address}: the workers cannot import this package ({first_line(error, kind=True)}); install the "
-            "same teacher-store there"
-        ) from None
-    mine = versions()
-    for worker, found in theirs.items():
-        for name, version in found.items():
-            if version != mine.get(name):
-                say(f"worker {worker} has {name} {version}, this machine {mine.get(name)}; pixels may differ")
-    say(f"{len(theirs)} worker(s); dashboard: {client.dashboard_link}")
-
-
-_LOST = "the connection to the scheduler was lost; the same command goes on"
-
-
-@contextlib.contextmanager
-def _connected() -> Iterator[None]:
-    """Whatever asks the scheduler may be the first to meet a closed connection."""
-    from distributed.client import ClosedClientError
-
-    try:
-        yield
-    except (OSError, ClosedClientError):
-        raise UserError(_LOST) from None
-
-
-def _processes(client: Client) -> int:
-    with _connected():
-        return len(client.nthreads())  # type: ignore[no-untyped-call]
-
-
 def run_on(
-    client: Client, tasks: Iterator[ShardTask], count: int, provider: str, threads: int | None, progress: Progress
+    client: Client,
+    tasks: Iterator[ShardTask],
+    count: int,
+    provider: str,
+    threads: int | None,
+    *,
+    progress: Progress,
+    worker_timeout: float = WORKER_TIMEOUT,
 ) -> Iterator[tuple[str, Outcome | Failure]]:
     """Url and outcome of each task as they come. Tasks are handed over as workers get free, never all at once.
 
@@ -290,6 +200,10 @@ def run_on(
         provider: of the sessions.
         threads: of each session; by default as many as a worker says it has.
         progress: told how far the tasks are.
+        worker_timeout: seconds to wait for one to come back once all workers are gone.
+
+    Raises:
+        UserError: the scheduler is gone, or no worker came back in time.
     """
     from distributed import as_completed
 
@@ -303,20 +217,20 @@ def run_on(
 
     def fill() -> None:
         # One for each process, which runs one at a time: a second one would wait there while another may be free.
-        spare = max(1, _processes(client)) - len(running)
+        spare = max(1, processes(client)) - len(running)
         some = list(itertools.islice(tasks, max(0, spare)))
         if not running and not some and suspects:
             some = [suspects.pop()]
             alone.add(some[0].url)
         for task in some:
-            with _connected():
+            with connected():
                 future: Any = client.submit(work, task, provider, threads, run, pure=False)
             running[future.key] = task
             completed.add(future)
 
     try:
         fill()
-        for future in _as_they_come(client, completed):
+        for future in _as_they_come(client, completed, progress, worker_timeout):
             task = running.pop(future.key)
             outcome = _result(future, task.url)
             suspect = isinstance(outcome, Failure) and outcome.kind == "worker" and task.url not in alone
@@ -333,22 +247,29 @@ def run_on(
             client.unsubscribe_topic(f"precompute-{run}")  # type: ignore[no-untyped-call]
 
 
-def _as_they_come(client: Client, completed: Any) -> Iterator[Any]:
+def _as_they_come(client: Client, completed: Any, progress: Progress, worker_timeout: float) -> Iterator[Any]:
     """Futures that are done, while there are any.
 
     Raises:
-        UserError: the scheduler is gone, or has had no worker for a while.
+        UserError: the scheduler is gone, or has had no worker for `worker_timeout` seconds.
     """
     seen = checked = time.monotonic()
+    said = False
     while completed.count():
         yield from completed.next_batch(block=False)
         now = time.monotonic()
         if now - checked > 1:
             checked = now
-            if _processes(client):
-                seen = now
-            elif now - seen > PATIENCE:
-                raise UserError("all workers are gone and none came back; the same command goes on")
+            if processes(client):
+                seen, said = now, False
+            elif now - seen > worker_timeout:
+                raise UserError(
+                    f"all workers are gone and none came back within {worker_timeout:g} s; run the same command again "
+                    "to resume, with a longer --worker-timeout SECONDS where workers take longer to start"
+                )
+            elif not said and now - seen > SAID_AFTER:
+                said = True
+                progress.say(f"all workers are gone; waiting up to {worker_timeout:g} s for one to come back")
         time.sleep(0.005)
 
 
@@ -363,7 +284,7 @@ def _result(future: Any, url: str) -> Outcome | Failure:
         )
     except Exception as error:
         if future.cancelled():
-            raise UserError(_LOST) from None
+            raise UserError(LOST) from None
         return Failure(f"{url}: {first_line(error, kind=True)}", "worker")
     assert outcome is not None
     return outcome
@@ -375,6 +296,6 @@ def _lay_down(client: Client, run: str, completed: Any) -> None:
 
     futures = list(completed.futures)
     with contextlib.suppress(Exception):  # the scheduler may be what failed
-        client.run(stop, run)
-        wait(futures, timeout=PATIENCE)  # type: ignore[no-untyped-call]
+        if client.run(stop, run):  # there are workers to wait for
+            wait(futures, timeout=STOP_TIMEOUT)  # type: ignore[no-untyped-call]
         client.cancel(futures)  # type: ignore[no-untyped-call]

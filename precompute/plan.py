@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from precompute import targets
-from precompute.cluster import Failure, patiently, run_here, run_on
-from precompute.run import Job, Wanted, candidates, choose_views, prepare, settle, staffed
-from precompute.session import cores
+from precompute.cluster import Failure, patiently, run_here
+from precompute.run import Job, Wanted, candidates, choose_views, prepare, run_elsewhere, settle, staffed
 from precompute.tasks import Output, ShardTask
 from storage.arrays import chunk_samples
 from storage.codecs import Codec, Part, fitting
@@ -324,7 +323,6 @@ def _measure(
     indexing = (time.monotonic() - began) / first.samples
     count = 1 if client is None else max(1, len(client.nthreads()))  # type: ignore[no-untyped-call]
     progress.say(f"measuring for about {seconds:.0f} s on {count} process(es), beside the store")
-    threads = max(1, cores() // wanted.workers) if wanted.workers else None
 
     def run(blocks: int, each: int, number: int) -> tuple[float, int]:
         """Seconds and view images of so many tasks for each process."""
@@ -335,7 +333,7 @@ def _measure(
             outcomes = (
                 run_here(iter(tasks), len(tasks), wanted.provider, Quiet())
                 if client is None
-                else run_on(client, iter(tasks), len(tasks), wanted.provider, threads, Quiet())
+                else run_elsewhere(client, iter(tasks), len(tasks), wanted, Quiet())
             )
             for _, outcome in outcomes:
                 if isinstance(outcome, Failure):

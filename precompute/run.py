@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from precompute import targets
-from precompute.cluster import Failure, patiently, run_here, run_on, workers
+from precompute.clients import WORKER_TIMEOUT, workers
+from precompute.cluster import Failure, patiently, run_here, run_on
 from precompute.engine import block_views, known_index
 from precompute.session import cores
 from precompute.tasks import BadImages, Outcome, Output, ShardTask
@@ -45,6 +46,7 @@ class Wanted:
     workers: int | None = None  # processes on this machine
     dask: str | None = None  # address of a scheduler
     grid: int | None = None  # of activations where a wish says none; None: view size / 16
+    worker_timeout: float = WORKER_TIMEOUT  # seconds to wait for workers to start, and to come back
 
 
 @dataclass
@@ -129,7 +131,7 @@ def staffed(wanted: Wanted, progress: Progress) -> Iterator[tuple[Wanted, Client
         yield wanted, None
         return
     absolute = [url if is_remote(url) else str(Path(url).absolute()) for url in wanted.shards]  # they live elsewhere
-    with workers(wanted.workers, wanted.dask, progress.say) as client:
+    with workers(wanted.workers, wanted.dask, progress.say, wanted.worker_timeout) as client:
         yield replace(wanted, shards=absolute), client
 
 
@@ -204,8 +206,17 @@ def _outcomes(job: Job, client: Client | None, progress: Progress) -> Iterator[t
         if client is None:
             yield from run_here(job.tasks(graph), count, wanted.provider, progress)
         else:
-            threads = max(1, cores() // wanted.workers) if wanted.workers else None
-            yield from run_on(client, job.tasks(graph), count, wanted.provider, threads, progress)
+            yield from run_elsewhere(client, job.tasks(graph), count, wanted, progress)
+
+
+def run_elsewhere(
+    client: Client, tasks: Iterator[ShardTask], count: int, wanted: Wanted, progress: Progress
+) -> Iterator[tuple[str, Outcome | Failure]]:
+    """Url and outcome of each task on a client's workers, as they come."""
+    threads = max(1, cores() // wanted.workers) if wanted.workers else None
+    return run_on(
+        client, tasks, count, wanted.provider, threads, progress=progress, worker_timeout=wanted.worker_timeout
+    )
 
 
 def settle(store: Store, wanted: Wanted) -> tuple[dict[str, list[str]], Policy, int]:

@@ -20,7 +20,8 @@ from storage.errors import UserError
 from student.device import pick_device
 
 T = TypeVar("T")
-GRACE = 1.0  # seconds
+# Seconds that a rank waits to be ended after the one that says what went wrong; an interrupt ends all anyway.
+GRACE, INTERRUPTED = 60.0, 1.0
 
 
 def rank() -> int:
@@ -61,8 +62,9 @@ def joined(device: str) -> Iterator[torch.device]:
         dist.barrier()
     except BaseException as error:
         if not _speaks_first():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends all once one has left: the one that speaks
-            time.sleep(GRACE)  # is given the time to
+            # Leaving no sooner than the one that speaks: torchrun ends all once one has left.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(INTERRUPTED if isinstance(error, KeyboardInterrupt) else GRACE)
             raise SystemExit(1) from None
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
             raise UserError(

@@ -23,6 +23,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED = Path(__file__).parents[2] / "shared"
+HANGS = 1200  # seconds after which what a test waits for is taken to hang: far more than a busy machine needs
 
 
 @pytest.fixture(scope="session", autouse=True)

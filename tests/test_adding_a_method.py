@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import World
+from tests.conftest import HANGS, World
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "adding-a-method.md").read_text()
@@ -38,7 +38,7 @@ def method(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(method: Path, code: str, *words: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", BESIDE + code, str(method / "losses"), *words], cwd=method,
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=HANGS,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stderr

@@ -17,6 +17,7 @@ import pytest
 from pipeline.cli import cli, main
 from storage.testing import TINY_CNN, synthetic_image, synthetic_shards
 from storage.views import generator
+from tests.conftest import HANGS
 from tests.pipeline.mistakes import AS_TYPED, PREPARING, Mistake
 from tests.pipeline.mistakes_of_training import TRAINING
 from tests.storage.helpers import samples, write_tar
@@ -147,7 +148,7 @@ def test_the_same_in_a_process_of_its_own(mistake, place, tmp_path):
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     run = subprocess.run(
         [sys.executable, "-m", "pipeline", *words_of(mistake.typed)], cwd=place, env={**os.environ, **offline},
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=HANGS,
     )  # fmt: skip
     check(mistake, place, before, run.returncode, run.stdout, run.stderr)
 

@@ -178,6 +178,19 @@ def test_a_flag_for_one_teacher_needs_its_name_where_there_are_several(place, ru
     assert "no teacher is called 'vitt'" in run("precompute", "--teacher", "vitt")[2]
 
 
+def test_the_wait_for_workers_is_that_of_the_flag_else_of_the_file_else_five_minutes(place, run, monkeypatch, tmp_path):
+    said = yaml.safe_dump({**yaml.safe_load((place / "pipeline.yaml").read_text()), "worker_timeout": 3600})
+    (place / "patient.yaml").write_text(said)
+    seen = []
+    monkeypatch.setattr("precompute.run.precompute", lambda store, wanted, console: seen.append(wanted) or {
+        "targets": [], "shards": [], "failures": []})  # fmt: skip
+    words = ["precompute", "--store", tmp_path / "S", "--teacher", "vit"]
+    assert run(*words, "--project", place / "pipeline.yaml")[0] == 0
+    assert run(*words, "--project", place / "patient.yaml")[0] == 0
+    assert run(*words, "--project", place / "patient.yaml", "--worker-timeout", 7)[0] == 0
+    assert [one.worker_timeout for one in seen] == [300, 3600, 7]
+
+
 def test_workers_or_dask_of_a_flag_are_not_both_with_those_of_the_file(place, run, monkeypatch, tmp_path):
     import pipeline.options
 
@@ -254,6 +267,7 @@ BAD = {
     "set: {optim: {epoch: 3}}": "set.optim.epoch: a recipe has no 'epoch' there. Did you mean 'epochs'?",
     "provider: gpu": "provider: should be 'auto', 'cpu' or 'cuda'",
     "workers: 0": "workers: should be greater than or equal to 1",
+    "worker_timeout: 0": "worker_timeout: should be greater than or equal to 1",
     "{workers: 2, dask: 'tcp://h:1'}": "give one of them",
     "shards: 5": "shards.0: should be a valid string",
     "store: ''": "store: string should have at least 1 character",

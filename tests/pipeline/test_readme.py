@@ -17,7 +17,7 @@ from storage.codecs import Codec
 from storage.shards import build_index, read_samples
 from storage.store import Store
 from storage.views import COLUMNS
-from tests.conftest import World, run_precompute, teacher_of
+from tests.conftest import HANGS, World, run_precompute, teacher_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,7 +42,7 @@ def test_the_loop_in_the_guide_is_15_lines_and_runs(world, tmp_path):
     (tmp_path / "loop.py").write_text(loop + '    print("seen", *seen.shape, batch.images.dtype)\n')
     run = subprocess.run(
         [sys.executable, "loop.py"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=HANGS,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == ["seen", "32", "60", "8", "8", "torch.uint8"]

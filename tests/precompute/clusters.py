@@ -15,7 +15,7 @@ from typing import Any
 
 import cloudpickle
 import pytest
-from distributed import Client, LocalCluster, WorkerPlugin
+from distributed import Client, WorkerPlugin
 
 from precompute import cluster
 from precompute.run import Wanted, precompute
@@ -24,7 +24,7 @@ from precompute.tasks import Outcome, ShardTask
 from storage.policies import policy
 from storage.store import Store
 from storage.testing import TINY_CNN
-from tests.conftest import Quiet, World, teacher_of
+from tests.conftest import HANGS, Quiet, World, teacher_of
 from tests.precompute.stores import REPOSITORY
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers take hooks of this file without importing it
@@ -32,11 +32,6 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers take hook
 WISHES = ["activations,grid=8,codec=u8", "activations,grid=8,codec=f16"]
 SAMPLES = 70  # two blocks
 SLOW = partial(pytest.param, marks=pytest.mark.slow)
-
-
-def local(count: int) -> LocalCluster:
-    """So many workers of one thread each, and a scheduler in this process."""
-    return LocalCluster(n_workers=count, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs=50)
 
 
 def run(world: World, store: Path, shards: list[str] | None = None, **more: Any) -> tuple[dict[str, Any], list[str]]:
@@ -84,12 +79,12 @@ def end(process: subprocess.Popen[bytes]) -> None:
     for number in processes_of(process.pid):
         with contextlib.suppress(ProcessLookupError):
             os.kill(number, signal.SIGKILL)
-    process.communicate(timeout=30)
+    process.communicate(timeout=HANGS)
 
 
-def until(true: Callable[[], Any], seconds: float = 60, what: str = "") -> Any:
+def until(true: Callable[[], Any], what: str = "") -> Any:
     """What a call gives as soon as that is true."""
-    limit = time.monotonic() + seconds
+    limit = time.monotonic() + HANGS
     while not (found := true()):
         assert time.monotonic() < limit, what or "waited in vain"
         time.sleep(0.02)

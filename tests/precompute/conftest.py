@@ -11,9 +11,10 @@ import pytest
 from distributed import Client
 
 from precompute import session as sessions
+from precompute.clients import local_cluster
 from storage.testing import synthetic_shards
 from tests.conftest import World
-from tests.precompute.clusters import SAMPLES, local, run
+from tests.precompute.clusters import SAMPLES, run
 from tests.precompute.stores import Watched, contents
 
 
@@ -47,5 +48,5 @@ def expected(deit: World) -> Any:
 @pytest.fixture
 def mortal() -> Iterator[Client]:
     """Two workers of one test, which kills them: whether they come back in time is nobody else's matter."""
-    with local(2) as place, Client(place, set_as_default=False) as connected:
+    with local_cluster(2) as place, Client(place, set_as_default=False) as connected:
         yield connected

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -16,12 +18,13 @@ import pytest
 from distributed import Client
 
 from precompute import cluster
+from precompute.clients import local_cluster
 from precompute.tasks import Outcome, ShardTask
 from storage.errors import UserError
 from storage.progress import Quiet as Silent
 from storage.store import Store
 from storage.testing import synthetic_image
-from tests.conftest import World
+from tests.conftest import HANGS, World
 from tests.precompute.bare import Bare, bare, encoded, tar
 from tests.precompute.clusters import (
     SAMPLES,
@@ -29,8 +32,9 @@ from tests.precompute.clusters import (
     begun,
     command,
     copies,
+    end,
     hooked,
-    local,
+    markers,
     processes_of,
     run,
     start,
@@ -42,14 +46,14 @@ from tests.precompute.stores import assert_same, attempts, contents, counted, fa
 @pytest.fixture(scope="module")
 def machines() -> Iterator[Any]:
     """Two workers that many runs join."""
-    with local(2) as place:
+    with local_cluster(2) as place:
         yield place
 
 
 @pytest.fixture
 def client(machines: Any) -> Iterator[Client]:
     with Client(machines.scheduler_address, set_as_default=False) as connected:
-        connected.wait_for_workers(2, timeout=60)
+        connected.wait_for_workers(2, timeout=HANGS)
         yield connected
 
 
@@ -127,14 +131,14 @@ def test_the_command_exits_with_1_and_lists_a_shard_that_failed(deit: World, tmp
     cut.write_bytes(Path(deit.shards[1]).read_bytes()[:100_000])
     more = ["--workers", str(workers)] if workers else []
     process = start(command(deit, place, [str(cut), *deit.shards], "--json", *more))
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=HANGS)
     assert process.returncode == 1, err.decode()
     result = json.loads(out)
     assert [(failure["shard"], failure["kind"]) for failure in result["failures"]] == [(str(cut), "data")]
     assert len(result["shards"]) == 3
     assert b"Traceback" not in err
     assert str(cut) in err.decode()
-    until(lambda: not processes_of(process.pid), 5, "a child process was left")
+    until(lambda: not processes_of(process.pid), "a child process was left")
 
 
 @pytest.mark.parametrize("position", [SLOW(0), 1, SLOW(4)])
@@ -170,10 +174,33 @@ def test_with_one_worker_a_shard_that_kills_it_takes_no_other_with_it(deit: Worl
 
     place = seeded(deit, tmp_path / "store")
     deadly, good = copies(deit.shards, tmp_path / "deadly", 1), copies(deit.shards, tmp_path / "good", 3)
-    with local(1) as alone, Client(alone, set_as_default=False) as client, hooked(client, die):
+    with local_cluster(1) as alone, Client(alone, set_as_default=False) as client, hooked(client, die):
         result, _ = run(deit, place, [*deadly, *good], dask=alone.scheduler_address)
     assert [(failure["shard"], failure["kind"]) for failure in result["failures"]] == [(deadly[0], "worker")]
     assert len(result["shards"]) == 3
+
+
+def test_a_worker_that_comes_back_later_than_dask_waits_for_it_is_not_given_up(
+    deit: World, expected: Any, tmp_path: Path
+) -> None:
+    place = seeded(deit, tmp_path / "store")
+    slow = {**os.environ, "DASK_DISTRIBUTED__DEPLOY__LOST_WORKER_TIMEOUT": "1ms"}  # no process starts as soon as that
+    process = start(command(deit, place, deit.shards, "--workers", "1"), env=slow)
+    try:
+        (worker,) = until(lambda: workers_of(process.pid) or process.poll() is not None, "no worker started")
+        until(lambda: markers(place) or process.poll() is not None, "no work began")
+        os.kill(worker, signal.SIGKILL)
+        _, err = process.communicate(timeout=HANGS)
+    finally:
+        end(process)
+    assert process.returncode == 0, err.decode()
+    assert_same(contents(place), expected)
+
+
+def workers_of(session: int) -> list[int]:
+    """Ids of the processes that a command has spawned for work."""
+    commands = {number: Path(f"/proc/{number}/cmdline") for number in processes_of(session)}
+    return [number for number, path in commands.items() if b"spawn_main" in path.read_bytes()]
 
 
 def test_faults_of_input_and_output_are_tried_again_with_pauses_and_others_are_not(
@@ -293,7 +320,7 @@ def test_two_thousand_shards_cost_little_each_and_are_handed_over_as_workers_get
     assert len(two.store.done()) == 4000
     one = bare(tmp_path / "one", "light")
     with (
-        local(1) as alone,
+        local_cluster(1) as alone,
         Client(alone, set_as_default=False) as single,
     ):
         drive(cluster.run_on(single, tasks(one, shards[:20]), 20, "cpu", 1, Silent()))

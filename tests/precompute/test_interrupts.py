@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import World
+from tests.conftest import HANGS, World
 from tests.precompute.clusters import SLOW, command, copies, end, markers, processes_of, run, start, until
 from tests.precompute.stores import REPOSITORY, assert_same, attempts, contents, counted, failures, seeded
 
@@ -30,13 +30,13 @@ def test_contract_13_an_interrupt_ends_a_run_with_one_message_and_nothing_left_o
             os.killpg(process.pid, number)  # as a terminal does
         else:
             process.send_signal(number)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=HANGS)
         said = err.decode()
         assert process.returncode == 128 + number, said
         assert "Traceback" not in said
         assert said.count("error: ") == 1
         assert said.splitlines()[-1].startswith("error: interrupted; what was complete stays"), said
-        until(lambda: not processes_of(process.pid), 5, "a child process was left")
+        until(lambda: not processes_of(process.pid), "a child process was left")
     finally:
         end(process)
     done = markers(place)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from precompute.tasks import ShardTask
 from storage.testing import synthetic_image
+from tests.conftest import HANGS
 from tests.precompute.bare import bare, encoded, tar
 from tests.precompute.stores import REPOSITORY
 
@@ -45,7 +46,7 @@ def peak(task: ShardTask, folder: Path) -> dict[str, float]:
     path.write_bytes(pickle.dumps(task))
     words = [sys.executable, "-c", MEASURED, str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, env=environment, timeout=300, check=False)
+    done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, env=environment, timeout=HANGS, check=False)
     assert done.returncode == 0, done.stderr.decode()
     found: dict[str, float] = json.loads(done.stdout)
     return found

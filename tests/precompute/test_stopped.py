@@ -17,7 +17,7 @@ import pytest
 from storage.errors import UserError
 from storage.store import Store
 from storage.views import render
-from tests.conftest import World, run_precompute, teacher_of
+from tests.conftest import HANGS, World, run_precompute, teacher_of
 from tests.precompute.stores import (
     CNN,
     F32,
@@ -109,7 +109,7 @@ def child(place: Path, target: str, kill_after: int, shards: list[str]) -> subpr
 def test_contract_3_and_6_after_sigkill_two_processes_at_once_complete_the_store(world: World, tmp_path: Path) -> None:
     place, target = seeded(world, tmp_path / "store"), world.targets["activations f32"]
     killed = child(place, target, 8, world.shards)
-    killed.communicate(timeout=60)
+    killed.communicate(timeout=HANGS)
     assert killed.returncode == -signal.SIGKILL
     done = Store.open(place).done()
     assert {(task.kind, task.view) for task in done} == {("bank", 0), ("bank", 1), ("target", 0), ("target", 1)}
@@ -117,7 +117,7 @@ def test_contract_3_and_6_after_sigkill_two_processes_at_once_complete_the_store
     assert attempts(place) > counted(place), "nobody could remove what the killed run had begun"
     both = [child(place, target, -1, world.shards), child(place, target, -1, world.shards[::-1])]
     for process in both:
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=HANGS)
         assert process.returncode == 0, err.decode()
     mine, theirs = contents(place), contents(world.store)
     assert_same(mine, {t: a for t, a in theirs.items() if t.kind == "bank" or t.id == target})
@@ -126,7 +126,7 @@ def test_contract_3_and_6_after_sigkill_two_processes_at_once_complete_the_store
 
 def test_contract_6_two_runs_at_once_make_one_store(world: World, tmp_path: Path, watch: Any) -> None:
     place = seeded(world, tmp_path / "store")
-    meet = threading.Barrier(2, timeout=30)
+    meet = threading.Barrier(2, timeout=HANGS)
     watch(lambda outputs: meet.wait())  # both render and run every block at the same time, and mark at the same time
     raised: list[BaseException] = []
     written: list[int] = []

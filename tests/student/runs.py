@@ -16,7 +16,7 @@ from pipeline.recipes import load as load_recipe
 from storage.store import Store
 from storage.testing import TINY_VIT
 from student.train import Job, train
-from tests.conftest import Quiet, World
+from tests.conftest import HANGS, Quiet, World
 
 ROOT = Path(__file__).parents[2]
 STUDENT = [
@@ -82,9 +82,9 @@ def start(words: list[str], prefix: list[str] | None = None, **environment: str)
     )  # fmt: skip
 
 
-def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 300) -> None:
+def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
     """Until something is there; fails if the process ends before."""
-    until = time.monotonic() + seconds
+    until = time.monotonic() + HANGS
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < until, "it takes too long"

@@ -19,7 +19,7 @@ from student.config import validate
 from student.evaluation.accuracy import count, evaluate
 from student.model import build
 from student.ranks import joined
-from tests.conftest import Quiet
+from tests.conftest import HANGS, Quiet
 from tests.student.runs import ROOT, command, job, log, run, start, u8, weights
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -138,7 +138,7 @@ def test_every_sample_counts_once_on_any_number_of_ranks(pair, ranks):
 def test_torchrun_trains_with_one_voice(world, tmp_path):
     words = [*command(world, tmp_path / "run", "scratch", "optim.epochs=1"), "--json"]
     process = start(words, [*TORCHRUN, "-m", "pipeline"])
-    told, said = process.communicate(timeout=300)
+    told, said = process.communicate(timeout=HANGS)
     assert process.returncode == 0, said
     assert told.count('"top1"') == 1
     assert said.count("epoch 0: ") == 1
@@ -154,7 +154,7 @@ def test_an_error_on_some_rank_ends_all_with_one_message(world, tmp_path, rank, 
     script.write_text(FAILING.format(root=str(ROOT), rank=rank))
     words = command(world, tmp_path / "run", "scratch", "optim.epochs=50")
     process = start(words, [*TORCHRUN, str(script)])
-    _, text = process.communicate(timeout=300)
+    _, text = process.communicate(timeout=HANGS)
     assert process.returncode != 0
     assert text.count("error: ") == 1, text
     assert f"error: {said}" in text
@@ -163,16 +163,27 @@ def test_an_error_on_some_rank_ends_all_with_one_message(world, tmp_path, rank, 
 @pytest.mark.slow
 def test_a_slip_is_told_once(world, tmp_path):
     process = start(command(world, tmp_path / "run", "scratch", "optim.epohcs=1"), [*TORCHRUN, "-m", "pipeline"])
-    _, text = process.communicate(timeout=300)
+    _, text = process.communicate(timeout=HANGS)
     assert process.returncode != 0
     assert text.count("error: ") == 1, text
     assert "Did you mean 'epochs'?" in text
     assert not (tmp_path / "run").exists()
 
 
+# The rank that speaks takes its time to.
 FAILING = """
-import os, sys
+import os, sys, time
 sys.path.insert(0, {root!r})
+class Slow:
+    def __init__(self, real):
+        self.real = real
+    def write(self, text):
+        if text.startswith("error: "):
+            time.sleep(3)
+        return self.real.write(text)
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+sys.stderr = Slow(sys.stderr)
 from pipeline.cli import main
 from storage.errors import UserError
 from student import train

@@ -14,7 +14,7 @@ import torch
 from storage.errors import IdentityError, UserError
 from student import checkpoint, folder
 from student import train as trainer
-from tests.conftest import Quiet
+from tests.conftest import HANGS, Quiet
 from tests.student.runs import FULL, command, job, log, run, same, start, u8, wait_for
 
 
@@ -114,7 +114,7 @@ def test_a_command_that_is_killed_goes_on_with_loader_workers(world, undisturbed
     process.wait()
     assert not (out / "result.json").exists()
     again = start([*command(world, out, "aal", *settings), "--resume"])
-    _, said = again.communicate(timeout=300)
+    _, said = again.communicate(timeout=HANGS)
     assert again.returncode == 0, said
     assert "goes on in epoch" in said
     assert same(undisturbed[0], out)
@@ -151,7 +151,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_last_one(
     code = KILLED.format(module=module, name=name, number=number, before=before)
     out = tmp_path / "run"
     process = start(command(world, out, "aal", *settings), [sys.executable, "-c", code])
-    process.communicate(timeout=300)
+    process.communicate(timeout=HANGS)
     assert process.returncode == -signal.SIGKILL
     kept = checkpoint.read(out / "checkpoint.pt")
     assert (kept["epoch"], kept["step"]) == (0, 2 * (number - 1))
@@ -165,7 +165,7 @@ def test_a_kill_while_the_first_epochs_weights_are_written_leaves_a_run_that_beg
     before = "open(arguments[1], 'wb').write(b'half')"
     code = KILLED.format(module="student.model", name="save_file", number=1, before=before)
     process = start(command(world, out, "aal", *settings), [sys.executable, "-c", code])
-    process.communicate(timeout=300)
+    process.communicate(timeout=HANGS)
     assert process.returncode == -signal.SIGKILL
     assert (out / ".last.safetensors.part").exists()
     with pytest.raises(UserError, match="a run in this folder already; to go on with it, add --resume"):
@@ -220,7 +220,7 @@ def test_a_terminated_command_says_how_to_go_on(world, tmp_path):
     process = start(command(world, out, "scratch", "optim.epochs=500", "checkpoint_interval=1"))
     wait_for((out / "checkpoint.pt").exists, process)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=300)
+    _, said = process.communicate(timeout=HANGS)
     assert process.returncode == 143
     assert said.count("error: interrupted") == 1
     assert "with --resume" in said

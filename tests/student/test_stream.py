@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -194,17 +194,19 @@ def test_a_mismatch_of_signatures_names_both_sides_decoders(world, monkeypatch):
         next(stream(world).epoch(0))
 
 
-def test_an_error_in_a_worker_arrives_as_itself(world, tmp_path):
-    store = world.copy(tmp_path / "store")
+def test_an_error_in_a_worker_arrives_as_itself_and_the_workers_leave_when_told(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 60.0)  # until a worker is terminated
+    store, others = world.copy(tmp_path / "store"), multiprocessing.active_children()
     s = Stream(world.shards, batch=32, store=store, targets=[world.targets["logits"]], workers=2)
     chunk = next((store / "targets" / world.targets["logits"]).rglob("c/0/0"))
     chunk.unlink()
     with pytest.raises(DamageError, match="missing: a chunk that was written is gone"):
         [batch for epoch in range(2) for batch in s.epoch(epoch)]
-    began = time.monotonic()
+    started = [process for process in multiprocessing.active_children() if process not in others]
+    assert len(started) == 2
     del s
     gc.collect()
-    assert time.monotonic() - began < 4, "workers were not told to stop and were waited for"
+    assert {process.exitcode for process in started} == {0}, "workers were not told to stop and were terminated"
 
 
 def test_evaluation_counts_every_sample_once(world):
