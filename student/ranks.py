@@ -130,7 +130,7 @@ def rows_of_batch(values: Tensor, lanes: int) -> Tensor:
         return values
     held = [torch.empty_like(values) for _ in range(ranks())]
     dist.all_gather(held, values.contiguous())
-    by_lane = torch.stack(held).unflatten(1, (lanes // ranks(), -1))
+    by_lane = torch.stack(held).view(ranks(), lanes // ranks(), -1, *values.shape[1:])
     return by_lane.transpose(0, 1).flatten(0, 2)
 
 
