@@ -68,7 +68,7 @@ def _note(path: str, name: str) -> Any:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(min(length, 100 << 20)))
         return json.loads(header.get("__metadata__", {}).get(name, "null"))
-    except (OSError, ValueError, struct.error, AttributeError, TypeError):
+    except (OSError, ValueError, struct.error, AttributeError, TypeError, RecursionError):
         return None
 
 

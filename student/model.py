@@ -6,8 +6,9 @@ import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
+from pydantic import Field, Strict, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -15,8 +16,11 @@ from torch import nn
 from precompute.taps import takes_image_size, timm
 from storage.errors import UserError, first_line, nearest
 from storage.files import written_whole
+from storage.policies import policy
+from storage.schema import Count, Id, Schema, Several, Sha256, Size, Three, checked
 from student import config
 from student.copying import COPIED, copies_in, copies_of
+from student.loss_settings import Copying
 from student.shifted import shift_patches
 
 _USUAL = "vit_tiny_patch16_224"
@@ -47,6 +51,46 @@ class Description:
     def classifies(self) -> bool:
         """Whether it has a classifier; one that was trained without labels gives features."""
         return self.arguments.get("num_classes") != 0
+
+
+class CopyingRecord(Schema):
+    """What a student's file says of what it copies: `student.lending.record_of`."""
+
+    layers: Annotated[Several[Count], Field(min_length=1)]
+    heads: Size
+    settings: Copying
+    store: str
+    teacher: str
+    targets: Annotated[Several[Id], Field(min_length=1)]
+    graphs: Several[Annotated[tuple[Sha256, Count], Strict(False)]]
+    permute: int | None
+
+    @model_validator(mode="after")
+    def _graphs(self) -> Self:
+        if len(self.graphs) != len(self.targets):
+            raise ValueError(f"graphs: expected one for each of {len(self.targets)} targets, found {len(self.graphs)}")
+        return self
+
+
+class DescriptionRecord(Schema):
+    """What a student's file says: see `Description`."""
+
+    model: str
+    arguments: dict[str, Any]
+    img_size: Annotated[int, Field(ge=1, le=4096)]
+    mean: Three
+    std: Three
+    classes: Several[str] | None
+    evaluation: str
+    copying: CopyingRecord | None
+
+    @model_validator(mode="after")
+    def _evaluation(self) -> Self:
+        try:
+            policy(self.evaluation, self.img_size)
+        except UserError as error:
+            raise ValueError(f"evaluation: expected a view policy, found {error}") from None
+        return self
 
 
 def build(settings: config.Student, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -139,21 +183,22 @@ def load(path: Path) -> tuple[nn.Module, Description]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        classes = json.loads(metadata["classes"])
+        said = {name: json.loads(metadata[name]) for name in ("arguments", "img_size", "mean", "std", "classes")}
+        said |= {name: metadata[name] for name in ("model", "evaluation")}
+        said["copying"] = json.loads(metadata.get("copying", "null"))
+        record = checked(DescriptionRecord, said, str(path), "Give a student that `pipeline train` wrote.")
         description = Description(
-            metadata["model"], json.loads(metadata["arguments"]), int(metadata["img_size"]),
-            tuple(json.loads(metadata["mean"])), tuple(json.loads(metadata["std"])),
-            tuple(classes) if classes else None, metadata["evaluation"], metadata.get("shifted_patches") == "true",
-            json.loads(metadata.get("copying", "null")),
+            record.model, record.arguments, record.img_size, record.mean, record.std, record.classes or None,
+            record.evaluation, metadata.get("shifted_patches") == "true", said["copying"],
         )  # fmt: skip
-        copies = copies_in(description.copying) if description.copying else None
+        copies = copies_in(said["copying"]) if said["copying"] else None
     except FileNotFoundError:
         raise UserError(f"{path}: no student here; `pipeline train` writes one") from None
     except KeyError as error:
         raise UserError(
             f"{path}: not a student that `pipeline train` wrote: its metadata do not tell {first_line(error)}"
         ) from None
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not a student that `pipeline train` wrote ({first_line(error)})") from None
     model = create(description.model, description.arguments)
     if description.shifted_patches:
