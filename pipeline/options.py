@@ -97,6 +97,10 @@ _WANTED = (
     click.option("--seed", type=int, metavar="N", help="Of the views.  [default: 0]"),
     click.option("--new-bank", is_flag=True, help="Make another bank beside the one that these shards have."),
     click.option("--weights", metavar="F", help="A .safetensors or .pth file; without it, timm's hub."),
+    click.option(
+        "--weights-key", metavar="KEY",
+        help="Which of several dictionaries of weights in the file, such as state_dict.  [default: as timm, EMA first]",
+    ),
     click.option("--teacher-arg", multiple=True, metavar="K=V", help="An argument of timm.create_model; repeatable."),
     click.option("--mean", metavar="M", help="Of the teacher's input: one number or three, with commas."),
     click.option("--std", metavar="S", help="Likewise."),
@@ -131,7 +135,7 @@ _SAID = {
     "worker_timeout": "worker_timeout",
 }  # fmt: skip
 # What is said about one teacher, and never of several at once.
-_OF_ONE = ("target", "tap", "weights", "teacher_arg", "mean", "std", "input_size", "called")
+_OF_ONE = ("target", "tap", "weights", "weights_key", "teacher_arg", "mean", "std", "input_size", "called")
 # Where a file of weights may come from that is not there.
 _ADVICE = "`pipeline fit-teacher --teacher NAME --out FILE` makes one from a teacher whose features are stored"
 
@@ -214,6 +218,7 @@ def _one(
     seed: int | None,
     new_bank: bool,
     weights: str | None,
+    weights_key: str | None,
     teacher_arg: tuple[str, ...],
     mean: str | None,
     std: str | None,
@@ -243,6 +248,7 @@ def _one(
     texts, model, tensors = target, teacher, ready.named(tap)
     if entry is not None:
         model, texts = entry.teacher or teacher, target or entry.targets
+        weights_key = weights_key or (None if weights else entry.weights_key)
         weights, called, input_size = weights or entry.weights, called or teacher, input_size or entry.input_size
         tensors = {**entry.taps, **tensors}
         arguments, means, stds = {**entry.args, **arguments}, means or entry.mean, stds or entry.std
@@ -258,6 +264,7 @@ def _one(
             mean=means,
             std=stds,
             called=called,
+            weights_key=weights_key,
             say=lambda line: click.echo(line, err=True),
         )
         if found.ready:

@@ -53,6 +53,7 @@ class Entry(_Section):
 
     teacher: str | None = None
     weights: str | None = None
+    weights_key: str | None = None
     args: dict[str, Any] = {}
     mean: Numbers | None = None
     std: Numbers | None = None

@@ -23,7 +23,7 @@ from storage.records import Record
 from storage.shards import ShardIndex
 from storage.store import Store
 from storage.verify import Report
-from storage.weights import digest_of_file
+from storage.weights import KEY, digest_of_file
 
 if TYPE_CHECKING:
     from precompute.taps import Tap
@@ -202,5 +202,5 @@ def teacher_of(name: str, manifest: Record, weights: str) -> Teacher:
     mean, std = identity["mean"], identity["std"]
     return Teacher(
         name, identity["model"], identity["arguments"], weights, identity["weights sha256"], identity["input size"],
-        (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]),
+        (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]), None, identity.get(KEY),
     )  # fmt: skip

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from precompute.ready import is_ready, read
 from storage import records
+from storage.checkpoints import EARLIER
 from storage.errors import UserError, first_line, nearest
 from storage.records import Record
-from storage.weights import READY, classes_in, digest_of_file, digest_of_state, load_weights
+from storage.weights import KEY, READY, chosen_in, classes_in, digest_of_file, digest_of_state, load_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,6 +54,8 @@ class Teacher:
         input_size: side of the square input.
         mean: of the input, per channel.
         std: of the input, per channel.
+        classes: names, where the file of weights has them.
+        weights_key: of the dictionary that is taken of the file; None for the one that `EARLIER` finds.
     """
 
     name: str
@@ -64,14 +67,17 @@ class Teacher:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     classes: tuple[str, ...] | None = None
+    weights_key: str | None = None
 
     @property
     def identity(self) -> Record:
         """What makes two teachers the same teacher."""
+        key = {} if self.weights_key is None else {KEY: self.weights_key}
         return {
             "model": self.model,
             "arguments": self.arguments,
             "weights sha256": self.digest,
+            **key,
             "input size": self.input_size,
             "mean": list(self.mean),
             "std": list(self.std),
@@ -97,18 +103,22 @@ def find(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     called: str | None = None,
+    weights_key: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Teacher:
     """The teacher of a short name or any timm name; what is not given comes from timm's record of the weights.
 
-    A name that ends in `.onnx` is the file of a ready graph. `say` is told when timm's hub is asked: without a network
-    it tries for most of a minute.
+    A name that ends in `.onnx` is the file of a ready graph. Of a file with several dictionaries of weights that of
+    `weights_key` is taken, else the one that timm takes; `say` is told which. It is also told when timm's hub is asked:
+    without a network it tries for most of a minute.
 
     Raises:
-        UserError: an unknown name, a weights file that is not there, a size, mean/std or argument that makes no sense.
+        UserError: an unknown name, a weights file that is not there or has no weights under this key, a size, mean/std
+            or argument that makes no sense.
     """
     if is_ready(name):
-        for flag, given in (("--weights", weights), ("--teacher-arg", arguments)):
+        given_flags = {"--weights": weights, "--weights-key": weights_key, "--teacher-arg": arguments}
+        for flag, given in given_flags.items():
             if given:
                 raise UserError(f"{flag}: {name} is a ready graph, whose weights and arguments are in it")
         return _find_ready(name, input_size, mean, std, _called(Path(name).stem, called))
@@ -123,7 +133,10 @@ def find(
     called = _called(name, called)
     if weights is not None:
         digest, classes = digest_of_file(weights), classes_in(weights)
+        weights_key = _key(weights, weights_key, say)
     else:
+        if weights_key is not None:
+            raise UserError(f"--weights-key {weights_key}: it chooses in a file of weights: give one by --weights F")
         if "num_classes" in (arguments or {}):
             raise UserError(
                 "--teacher-arg num_classes: timm would give the hub's weights a new, random head; give a file of a "
@@ -144,8 +157,18 @@ def find(
     input_size = own if isinstance(own, int) else input_size
     return Teacher(
         called, model, arguments or {}, weights, digest, int(input_size or size or 224),
-        _three(mean, "mean"), _three(std, "std"), classes,
+        _three(mean, "mean"), _three(std, "std"), classes, weights_key,
     )  # fmt: skip
+
+
+def _key(weights: str, wanted: str | None, say: Callable[[str], None]) -> str | None:
+    """The key of the weights that are taken of a file, said where there are others; None for the one by `EARLIER`."""
+    if weights.endswith(".safetensors") and wanted is None:  # nothing but weights
+        return None
+    chosen = chosen_in(weights, wanted)
+    if chosen.others and wanted is None:
+        say(f"weights of {weights}: {chosen}, as timm chooses; another by --weights-key KEY")
+    return None if chosen.as_earlier else chosen.key
 
 
 def _find_ready(
@@ -244,7 +267,7 @@ def load(teacher: Teacher) -> nn.Module:
         )
     if teacher.weights is not None:
         try:
-            load_weights(model, teacher.weights)
+            load_weights(model, teacher.weights, teacher.weights_key, EARLIER)
         except UserError as error:
             raise UserError(f"teacher {teacher.name}: {error}") from None
     return model.eval().float().requires_grad_(False)

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+import re
 import struct
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from storage.checkpoints import ORDER, Choice, archive_of_another_kind, choose, plain_data, refused_in
 from storage.errors import UserError, first_line, shown
 from storage.files import written_whole
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+# What timm's modules call their conversion of other codes' files.
+_CONVERSIONS = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretrained")
+Shapes = Mapping[str, tuple[int, ...]]
+KEY = "weights key"  # what a teacher's identity calls it; without it, the one by `EARLIER`
+COUNTER = ".num_batches_tracked"  # ends the names of what older files lack and evaluation does not read
 READY = "onnx"  # what a teacher's identity has for its model where its file is a ready graph
 
 
@@ -72,8 +81,14 @@ def _note(path: str, name: str) -> Any:
         return None
 
 
-def load_weights(model: nn.Module, path: str) -> None:
-    """Load a safetensors or `.pth` file, strictly; position embeddings of another grid are resampled as timm does.
+def load_weights(model: nn.Module, path: str, key: str | None = None, order: Sequence[str] = ORDER) -> None:
+    """Load a safetensors or `.pth` file, strictly; what another code wrote is converted as timm does.
+
+    Args:
+        model: a timm network.
+        path: of the file.
+        key: of one of several dictionaries in it, as in `chosen_in`.
+        order: likewise.
 
     Raises:
         UserError: not weights, a pickle that holds more than tensors, names or shapes that do not fit; a student that
@@ -84,34 +99,58 @@ def load_weights(model: nn.Module, path: str) -> None:
             f"{path}: a student that copies its teacher's attention is not whole without it; give one that attends "
             "by itself"
         )
-    state = fitted(model, read_weights(path), path)
-    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in state.items()}
+    chosen, where = chosen_in(path, key, order), shown(Path(path))
+    taken = f"\n  Its weights are {chosen}; another by --weights-key KEY" if chosen.others else ""
+    try:
+        state = fitted(model, as_f32(chosen.state), where)
+    except UserError as error:
+        raise UserError(f"{error}{taken}") from None
+    wanted, found = _shapes(model.state_dict()), _shapes(state)
     if problems := misfits(wanted, found):
         raise UserError(
-            f"{shown(Path(path))}: does not fit {_name_of(model)}: {problems}\n"
-            "  Give this network's own weights, or the arguments that theirs was made with: "
-            f"--teacher-arg {_other_classes(model, wanted, found) or 'NAME=VALUE'}"
+            f"{where}: does not fit {_name_of(model)}: {problems}{taken}\n  {_advice(model, wanted, found)}"
         )
     model.load_state_dict(state, strict=True)
 
 
-def fitted(model: nn.Module, state: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """A state dict as this timm model wants it: names of older files, position embeddings of another grid resampled.
+def fitted(model: nn.Module, state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """A state dict as this timm model wants it, by what timm does with files of other codes.
+
+    Names lose the prefixes of wrappers (DDP, torch.compile). Names of other codes become timm's, and position
+    embeddings of another grid are resampled, by the model's own `checkpoint_filter_fn`, where the rest does not fit.
 
     Raises:
         UserError: timm cannot bring them into shape.
     """
-    resample = getattr(sys.modules.get(type(model).__module__), "checkpoint_filter_fn", None)
-    if resample and "pos_embed" in state:
+    from timm.models import clean_state_dict
+
+    own = model.state_dict()
+    counters = {name: t for name, t in own.items() if name.endswith(COUNTER)}
+    found: dict[str, Tensor] = clean_state_dict(dict(state))
+    convert = _conversion(model)
+    if convert and misfits(_shapes(own), _shapes({**counters, **found})):
         try:
-            state = dict(resample(state, model))
+            found = dict(convert(dict(found)))
         except Exception as error:  # timm reshapes what is there, whatever it is
-            raise UserError(f"{where}: does not fit {_name_of(model)}: {first_line(error)}") from None
-    for name, counter in model.state_dict().items():
-        if name.endswith(".num_batches_tracked"):  # a counter that older files lack and evaluation does not read
-            state.setdefault(name, counter)
-    return state
+            raise UserError(
+                f"{where}: does not fit {_name_of(model)}: {misfits(_shapes(own), _shapes(found))}; timm's conversion "
+                f"of it ends in {type(error).__name__}: {first_line(error)}"
+            ) from None
+    return {**counters, **found}
+
+
+def _conversion(model: nn.Module) -> Callable[[dict[str, Tensor]], dict[str, Tensor]] | None:
+    """timm's conversion of other codes' files to a network's names, as the network's own module has it."""
+    module = sys.modules.get(type(model).__module__)
+    convert = next((getattr(module, name) for name in _CONVERSIONS if hasattr(module, name)), None)
+    if convert is None:
+        return None
+    taken, options = inspect.signature(convert).parameters, dict[str, Any]()
+    if "adapt_layer_scale" in taken:  # DeiT-III's names, which no other file has
+        options["adapt_layer_scale"] = True
+    if "interpolation" in taken and re.search("flexi|radio", _name_of(model)):  # as timm says for these
+        options |= {"interpolation": "bilinear", "antialias": False}
+    return lambda state: convert(state, *([model] if "model" in taken else []), **options)
 
 
 def _name_of(model: nn.Module) -> str:
@@ -120,15 +159,42 @@ def _name_of(model: nn.Module) -> str:
     return str(about.get("architecture") or type(model).__name__)
 
 
-def _other_classes(model: nn.Module, wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> str:
-    """The argument that is missing where the number of classes alone differs, else nothing."""
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _advice(model: nn.Module, wanted: Shapes, found: Shapes) -> str:
+    """What to do about a file that does not fit, by how its names and shapes differ from a network's."""
     head = f"{(getattr(model, 'default_cfg', None) or {}).get('classifier')}."
-    odd = {name for name in {**wanted, **found} if wanted.get(name) != found.get(name)}
-    classes = found.get(f"{head}weight", ())[:1]
-    return f"num_classes={classes[0]}" if classes and all(name.startswith(head) for name in odd) else ""
+    odd = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
+    if all(name.startswith(head) for name in odd):
+        classes = found.get(f"{head}weight", (0,))[0]
+        return f"{'' if classes else 'It has no classifier: '}--teacher-arg num_classes={classes}"
+    if prefix := _prefix(wanted, found):
+        return f"The network's names are there behind {prefix!r}; save the state dict without it."
+    names = [name for name in found if not name.endswith(COUNTER)]
+    if not any(name in wanted for name in names):
+        library = " (they look like those of transformers' models)" if any("encoder.layer" in n for n in names) else ""
+        return (
+            f"None of its {len(names)} names is one of the network's{library}: give this network's own weights, under "
+            "timm's names."
+        )
+    return (
+        "Give this network's own weights, or the arguments that theirs was made with, such as depth or embed_dim: "
+        "--teacher-arg NAME=VALUE"
+    )
 
 
-def misfits(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> str:
+def _prefix(wanted: Shapes, found: Shapes) -> str:
+    """What stands before most of a network's names in a file; nothing where there is no such prefix."""
+    name = next(iter(wanted), "")
+    prefixes = [other.removesuffix(name) for other in found if name and other.endswith(f".{name}")]
+    behind = {prefix: sum(f"{prefix}{one}" in found for one in wanted) for prefix in prefixes}
+    best = max(behind, key=lambda prefix: behind[prefix], default="")
+    return best if 2 * behind.get(best, 0) > len(wanted) else ""
+
+
+def misfits(wanted: Shapes, found: Shapes) -> str:
     """What keeps the tensors found from being those wanted, with a few names; empty where nothing does."""
     shapes = [
         f"{name} has shape {found[name]}, expected {shape}"
@@ -145,39 +211,60 @@ def misfits(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]
     return "; ".join(parts)
 
 
-def read_weights(path: str) -> dict[str, Tensor]:
-    """Name -> tensor f32 of a safetensors file, or of a `.pth` read with `weights_only=True`. Raises UserError."""
+def read_weights(path: str, key: str | None = None, order: Sequence[str] = ORDER) -> dict[str, Tensor]:
+    """Name -> tensor f32 of a file; arguments and errors as `chosen_in`."""
+    return as_f32(chosen_in(path, key, order).state)
+
+
+def as_f32(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with all floating-point numbers in f32."""
+    return {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
+
+
+def chosen_in(path: str, key: str | None = None, order: Sequence[str] = ORDER) -> Choice:
+    """The weights that are taken of a safetensors file, or of a `.pth` read with `weights_only=True`.
+
+    Args:
+        path: of the file.
+        key: of one of several dictionaries in it; None for the first of `order`.
+        order: keys of dictionaries; by default timm's, which prefers averaged weights (EMA).
+
+    Raises:
+        UserError: no file of weights, a pickle that holds more than plain data, no dictionary of tensors.
+    """
+    return choose(_content(path), shown(Path(path)), key, order)
+
+
+def _content(path: str) -> Any:
+    """What a file of weights holds."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    where = shown(Path(path))
+    where, file = shown(Path(path)), Path(path).expanduser()
     try:
-        state: Any
         if path.endswith(".safetensors"):
-            state = load_file(Path(path).expanduser())
-        else:
-            with Path(path).expanduser().open("rb") as file:
-                if file.read(2) not in (b"PK", *(b"\x80" + bytes([protocol]) for protocol in range(1, 6))):
-                    raise UserError(
-                        f"{where}: not a file of weights: neither safetensors nor what torch.save writes; give one"
-                    )
-            state = torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True)
-            for wrapper in ("model", "state_dict"):
-                if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-                    state = state[wrapper]
+            return load_file(file)
+        with file.open("rb") as opened:
+            first = opened.read(2)
+        if first not in (b"PK", *(b"\x80" + bytes([protocol]) for protocol in range(1, 6))):
+            raise UserError(f"{where}: not a file of weights: neither safetensors nor what torch.save writes; give one")
+        if other := archive_of_another_kind(file):
+            raise UserError(f"{where}: not a file of weights: it is {other}")
+        with plain_data(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(file, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except (SafetensorError, OSError, EOFError, RuntimeError) as error:
         raise UserError(f"{where}: cannot be read as weights: {first_line(error)}") from None
     except Exception as error:  # the unpickler names what it refuses
-        raise UserError(
-            f"{where}: refused: it is a pickle with more than tensors in it ({first_line(error)[:200]}); "
-            "save the state dict as safetensors"
-        ) from None
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise UserError(f"{where}: expected a state dict of tensors")
-    return {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
+        if found := refused_in(file, error):
+            raise UserError(
+                f"{where}: refused: it is a pickle with more than tensors in it, which could run code: {found}\n"
+                "  Where you trust it, save its state dict alone, as safetensors: safetensors.torch.save_file"
+            ) from None
+        raise UserError(f"{where}: cannot be read as weights: it is damaged, or no pickle of torch.save") from None
 
 
 def save_state(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from storage.checkpoints import refused_in
 from storage.errors import IdentityError, UserError, first_line
 from storage.files import written_whole
 from student.config import Recipe, validate
@@ -61,7 +62,9 @@ def read(path: Path) -> dict[str, Any]:
             f"{path.parent}: no checkpoint here to go on from; without --resume a new run begins{where}"
         ) from None
     except Exception as error:  # torch and zipfile raise many kinds
-        raise UserError(f"{path}: damaged, or not a checkpoint: {first_line(error)[:200]}\n{advice}") from None
+        held = refused_in(path, error)
+        why = f"it is a pickle with more than plain data in it: {held}" if held else first_line(error)
+        raise UserError(f"{path}: damaged, or not a checkpoint: {why}\n{advice}") from None
     wrong = not isinstance(content, dict) or [
         name for name, kind in _PARTS.items() if not isinstance(content.get(name), kind)
     ]

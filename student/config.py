@@ -36,10 +36,11 @@ class Student(Section):
     """The timm network that is trained, a ViT for most losses; what is None is the model's own default.
 
     `shifted_patches` sees each patch with four shifts of its image (student/shifted.py), which no bare timm model does.
-    `pretrained` takes timm's weights, `weights` a file (safetensors or .pth, also a student's). `init` says which
-    parameters are taken from them, `freeze` which are not trained: shell patterns over the names of a state dict, such
-    as `blocks.*.attn.*`. A head of other classes is always new. Pixels are normalised by `mean` and `std`; None: as the
-    given weights want it (their file's own, or timm's for the model), 0.5 without weights.
+    `pretrained` takes timm's weights, `weights` a file (safetensors or .pth, also a student's), `weights_key` one of
+    several dictionaries of weights in it, by default the one that timm takes. `init` says which parameters are taken
+    from them, `freeze` which are not trained: shell patterns over the names of a state dict, such as `blocks.*.attn.*`.
+    A head of other classes is always new. Pixels are normalised by `mean` and `std`; None: as the given weights want it
+    (their file's own, or timm's for the model), 0.5 without weights.
     """
 
     model: str = "vit_tiny_patch16_224"
@@ -58,6 +59,7 @@ class Student(Section):
     shifted_patches: bool = False
     pretrained: bool = False
     weights: str | None = None
+    weights_key: str | None = None
     init: Patterns = ("*",)
     freeze: Patterns = ()
     mean: Annotated[tuple[float, float, float] | None, BeforeValidator(_three)] = None
@@ -69,6 +71,8 @@ class Student(Section):
             raise ValueError("pretrained and weights are both given; choose one: --set student.pretrained=false")
         if self.init != ("*",) and not (self.pretrained or self.weights):
             raise ValueError("init chooses among given weights: say pretrained=true or weights=FILE")
+        if self.weights_key is not None and not self.weights:
+            raise ValueError("weights_key chooses in a file of weights: say weights=FILE")
         return self
 
 

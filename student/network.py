@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from precompute.taps import Tap, TappedTeacher, takes_image_size, timm
+from storage.checkpoints import EARLIER
 from storage.errors import IdentityError, UserError, first_line
 from storage.records import Record
-from storage.weights import READY, digest_of_file, digest_of_state, load_weights
+from storage.weights import KEY, READY, digest_of_file, digest_of_state, load_weights
 from student.head import Head
 from student.reader import BlockReader
 from student.stream import Stream
@@ -50,7 +51,7 @@ def network_of(recorded: Record, weights: str | None, classes: int) -> nn.Module
         _same_weights(f"{name} from timm's hub", recorded, digest_of_state(given.state_dict()))
     own = _created(name, arguments, pretrained=from_hub)
     if not from_hub:
-        load_weights(own, path)
+        load_weights(own, path, recorded["identity"].get(KEY), EARLIER)
     model = _created(name, {**arguments, "num_classes": classes})
     head = tuple(f"{part}." for part in heads_of(model))
     state = {n: t for n, t in own.state_dict().items() if not n.startswith(head)}

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
 from precompute.taps import timm
 from storage.errors import UserError, first_line
-from storage.weights import classes_in, copies_attention, fitted, misfits, normalisation_in, read_weights
+from storage.weights import (
+    as_f32,
+    chosen_in,
+    classes_in,
+    copies_attention,
+    fitted,
+    misfits,
+    normalisation_in,
+)
 from student import config
 from student.copying import COPIED
 
@@ -36,7 +44,13 @@ def begin_from(
     if not (settings.pretrained or settings.weights):
         return
     where = settings.weights or f"timm's weights of {settings.model}"
-    state = read_weights(settings.weights) if settings.weights else _hub(settings.model)
+    state: Mapping[str, Tensor]
+    if settings.weights:
+        file = chosen_in(settings.weights, settings.weights_key)
+        state = as_f32(file.state)
+        where += f", {file}" if file.others else ""
+    else:
+        state = _hub(settings.model)
     state = {name: tensor for name, tensor in state.items() if not name.startswith(COPIED)}
     known = classes_in(settings.weights) if settings.weights else None
     if settings.shifted_patches:  # timm would bring a convolution's weights into the shape of the one that is not there

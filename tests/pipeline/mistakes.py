@@ -179,7 +179,7 @@ PREPARING = [
     Mistake(
         "weights of another network",
         "precompute --teacher mobilenetv2 --weights vit.safetensors --shards shard-000000.tar --store new/S",
-        ("teacher mobilenetv2: vit.safetensors: does not fit", "262 missing", "--teacher-arg NAME=VALUE"),
+        ("teacher mobilenetv2: vit.safetensors: does not fit", "262 missing", "None of its 44 names is one of"),
     ),
     Mistake(
         "weights that are none",

@@ -52,6 +52,21 @@ def test_all_is_taken_from_a_students_file_and_from_pth(donor, tmp_path):
         assert lines == [f"begins from {path}: {len(state)} of {len(state)} tensors"]
 
 
+def test_of_several_weights_in_a_file_those_are_taken_that_timm_takes_or_a_key_names(donor, tmp_path):
+    first = load_file(donor)
+    second = {name: tensor + 1 for name, tensor in first.items()}
+    torch.save({"state_dict": first, "state_dict_ema": second}, tmp_path / "w.pth")
+    path = f"student.weights={tmp_path / 'w.pth'}"
+    ours, _, lines = taken(path)
+    theirs = timm.models.load_state_dict(str(tmp_path / "w.pth"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert "w.pth, state_dict_ema (it also has state_dict): " in lines[0]
+    ours, _, _ = taken(path, "student.weights_key=state_dict")
+    assert all(torch.equal(ours[name], first[name]) for name in first)
+    with pytest.raises(UserError, match="weights_key chooses in a file of weights"):
+        student("student.weights_key=state_dict")
+
+
 def test_a_head_of_other_classes_is_new_and_said(donor):
     state = load_file(donor)
     ours, fresh, lines = taken(f"student.weights={donor}", classes=5)

@@ -1,0 +1,184 @@
+"""What a file of weights holds: which of its dictionaries is taken, and what it is where it has no weights to take.
+
+A training's checkpoint holds several things: weights, their average (EMA), an optimizer's state, arguments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from storage.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Keys of a checkpoint under which weights lie, the first one first: the order of timm.models.load_state_dict.
+ORDER = ("state_dict_ema", "model_ema", "state_dict", "model")
+# The order of earlier versions, which teachers are recorded by that name no key.
+EARLIER = ("model", "state_dict")
+DEEPEST = 4  # levels of dictionaries that are looked through
+SHOWN = 6  # entries of a dictionary that messages name
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The weights that are taken of a file.
+
+    Attributes:
+        key: their key, with dots between levels; empty where the file is nothing but weights.
+        state: name -> tensor.
+        others: keys of other dictionaries of tensors in the file.
+        as_earlier: whether earlier versions would have taken the same.
+    """
+
+    key: str
+    state: Mapping[str, Tensor]
+    others: tuple[str, ...]
+    as_earlier: bool
+
+    def __str__(self) -> str:
+        also = f" (it also has {', '.join(map(_word, self.others[:SHOWN]))})" if self.others else ""
+        return f"{_word(self.key)}{also}"
+
+
+def choose(content: Any, where: str, key: str | None = None, order: Sequence[str] = ORDER) -> Choice:
+    """The weights of a file's content, by their key or as timm chooses.
+
+    Args:
+        content: what the file holds.
+        where: the file, for errors.
+        key: of the weights, with dots between levels; None for the first of `order` at each level.
+        order: keys to look for.
+
+    Raises:
+        UserError: there is no dictionary of tensors, or none under this key; what the file holds is listed.
+    """
+    taken, state = (key, _at(content, key)) if key is not None else _first(content, order)
+    if not _is_state(state):
+        what = "expected a state dict of tensors" if key is None else f"--weights-key {key}: no state dict of tensors"
+        known = _states(content)
+        advice = f"\n  Choose one of its dictionaries of tensors: --weights-key {_word(known[0])}" if known else ""
+        raise UserError(f"{where}: {what}; it holds {contents(content)}{advice}")
+    others = tuple(name for name in _states(content) if name != taken)
+    return Choice(taken, state, others, _first(content, EARLIER)[0] == taken)
+
+
+def _first(content: Any, order: Sequence[str]) -> tuple[str, Any]:
+    """The first dictionary at each level, down to one of tensors, and its key."""
+    path: list[str] = []
+    while isinstance(content, dict) and not _is_state(content) and len(path) < DEEPEST:
+        name = next((name for name in order if isinstance(content.get(name), dict)), None)
+        if name is None:
+            break
+        path.append(name)
+        content = content[name]
+    return ".".join(path), content
+
+
+def _at(content: Any, key: str) -> Any:
+    """What lies under a key with dots between levels; keys may have dots themselves."""
+    if not isinstance(content, dict):
+        return None
+    if key in content:
+        return content[key]
+    heads = [key[: dot.start()] for dot in re.finditer(r"\.", key)]
+    return next((_at(content[head], key[len(head) + 1 :]) for head in heads if head in content), None)
+
+
+def _is_state(content: Any) -> bool:
+    """Whether something is a dictionary of tensors by their names."""
+    import torch
+
+    return (
+        isinstance(content, dict)
+        and len(content) > 0
+        and all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items())
+    )
+
+
+def _states(content: Any, path: str = "", level: int = 0) -> list[str]:
+    """Keys of all dictionaries of tensors below."""
+    if not isinstance(content, dict) or level >= DEEPEST:
+        return []
+    found = []
+    for name, value in content.items():
+        if isinstance(name, str):
+            below = f"{path}{name}"
+            found += [below] if _is_state(value) else _states(value, f"{below}.", level + 1)
+    return found
+
+
+def contents(content: Any, level: int = 0) -> str:
+    """What a file holds, in words: keys, kinds, and the first names of tensors."""
+    import torch
+
+    if isinstance(content, torch.Tensor):
+        return f"a tensor of shape {list(content.shape)}"
+    if not isinstance(content, dict):
+        return type(content).__name__
+    if not content:
+        return "an empty dictionary"
+    if _is_state(content):
+        return f"{len(content)} tensors ({', '.join(map(_word, list(content)[:3]))}{', …' * (len(content) > 3)})"
+    if level >= DEEPEST:
+        return "a dictionary"
+    named = [f"{_word(name)}: {contents(value, level + 1)}" for name, value in list(content.items())[:SHOWN]]
+    return f"a dictionary {{{'; '.join(named)}{'; …' * (len(content) > SHOWN)}}}"
+
+
+def _word(name: Any) -> str:
+    """A key as messages show it: without control characters, and not too long."""
+    text = name if isinstance(name, str) and name.isprintable() else ascii(name)
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
+@contextlib.contextmanager
+def plain_data() -> Iterator[None]:
+    """Let `torch.load(weights_only=True)` take an argparse.Namespace too, as timm does: it is data and runs nothing."""
+    import argparse
+
+    import torch
+
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        yield
+
+
+def archive_of_another_kind(path: Path) -> str:
+    """What a zip archive is that torch.save did not write, and how weights are made of it; nothing of other files."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return ""
+    if any(name.endswith("/constants.pkl") for name in names):
+        return (
+            "a TorchScript archive, code with weights; where you trust it, save its weights alone: "
+            "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth')"
+        )
+    if names and all(name.endswith(".npy") for name in names):
+        return (
+            "NumPy arrays, as JAX models are published; where timm knows them, save them in its names: "
+            "torch.save(timm.create_model(NAME, checkpoint_path=FILE).state_dict(), 'weights.pth')"
+        )
+    if not any(name.endswith("data.pkl") for name in names):
+        return "a zip archive that torch.save did not write"
+    return ""
+
+
+def refused_in(path: Path, error: Exception) -> str | None:
+    """What of a pickle could run code, by name, so that it was not read; None where that was not the reason."""
+    import torch
+
+    names: list[str] = []
+    with contextlib.suppress(Exception), plain_data():  # it reads pickles of torch.save alone, and runs none
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    names = names or re.findall(r"GLOBAL (\S+) was not an allowed", str(error))
+    if names:
+        return f"{', '.join(map(_word, names[:SHOWN]))}{', …' * (len(names) > SHOWN)}"
+    return "code or objects" if "nsupported" in str(error) else None
