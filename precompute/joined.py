@@ -135,7 +135,7 @@ class Alone:
         if self.output is None:
             by_name = dict(zip(self.names, found, strict=True))
             for tap in self.taps:
-                _require(self.path, tap, by_name)
+                _require(self.graph, tap, by_name)
             self.output = Output(self.taps, {n: v.shape[-1] for n, v in by_name.items() if v.ndim == 4}).eval()
         with torch.no_grad():
             return [tap.numpy() for tap in self.output([torch.from_numpy(values) for values in found])]
@@ -161,8 +161,9 @@ class Alone:
                     )
 
 
-def _require(path: str, tap: Tap, values: Mapping[str, np.ndarray]) -> None:
+def _require(graph: ready.Graph, tap: Tap, values: Mapping[str, np.ndarray]) -> None:
     """Refuse tensors that cannot be those of a tap."""
+    path = graph.path
     shapes = [values[name].shape for name in tap.chosen]
     for name, shape in zip(tap.chosen, shapes, strict=True):
         where = f"{path}: {tap.name}={name}"
@@ -170,16 +171,32 @@ def _require(path: str, tap: Tap, values: Mapping[str, np.ndarray]) -> None:
         square = tap.name not in ("activations", "attention") or shape[-1] == shape[-2]
         if len(shape) != expected.count(",") + 1 or not square:
             raise UserError(f"{where}: expected {expected}, found {list(shape)}")
+        error = float(np.abs(values[name].astype(np.float64).sum(-1) - 1).max())
+        are_rows = error <= ROWS and values[name].min() >= 0
         if TAPS[tap.name].values == "rows":
-            sums = values[name].astype(np.float64).sum(-1)
-            error = float(np.abs(sums - 1).max())
-            if not error <= ROWS or values[name].min() < 0:
+            if not are_rows:
                 raise UserError(
                     f"{where}: its rows are no attention: their sums differ from one by up to {error:.2g} (allowed: "
                     f"{ROWS:g}), the smallest value is {values[name].min():.2g}; name the tensor after the softmax"
                 )
+        else:
+            _refuse_probabilities(graph, tap.name, name, are_rows and shape[-1] > 1)
     if tap.name != "activations" and len(set(shapes)) > 1:
         raise UserError(f"{path}: {tap.name}: its layers differ: {', '.join(str(list(shape)) for shape in shapes)}")
+
+
+def _refuse_probabilities(graph: ready.Graph, tap: str, name: str, are_rows: bool) -> None:
+    """Refuse what a softmax or a sigmoid gives where a tap is something else, and name the tensor before it."""
+    where, before = f"{graph.path}: {tap}={name}", graph.before_squashing(name)
+    advice = "name the tensor before the softmax"
+    if before:
+        advice = f"name the tensor before the {before[0].lower()}: --tap {tap}={before[1]}"
+    if tap != "logits":
+        advice = "name another tensor"
+    if are_rows:
+        raise UserError(f"{where}: these are probabilities: none is negative and each row sums to one; {advice}")
+    if before and tap == "logits":
+        raise UserError(f"{where}: these are probabilities, which a {before[0].lower()} gives; {advice}")
 
 
 def _detail(path: str, tap: Tap, values: Mapping[str, np.ndarray]) -> Record:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -80,7 +81,8 @@ def _shapes(network: nn.Module, size: int, grid: int) -> tuple[dict[str, tuple[i
     except UserError:
         return ends, "other", 0
     prefix = prefix_roles(network)
-    patches = int(network.patch_embed.num_patches)  # type: ignore[union-attr,arg-type]
+    embed: Any = getattr(network, "patch_embed", None) or network.embeds  # what NaFlex calls it
+    patches = math.prod(embed.dynamic_feat_size((size, size)))
     layers, heads, tokens = len(blocks), int(blocks[0].num_heads), len(prefix) + patches  # type: ignore[arg-type]
     dim = int(network.embed_dim)  # type: ignore[arg-type]
     found: dict[str, tuple[int, ...]] = dict.fromkeys(("q", "k", "v"), (layers, heads, tokens, dim // heads))

@@ -6,6 +6,7 @@ Nothing is run here. The file may be anybody's: what it holds is believed only a
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,11 +18,15 @@ from storage.records import Record
 from storage.weights import READY
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, ValueInfoProto
+    from onnx import ModelProto, NodeProto, ValueInfoProto
 
     from precompute.targets import Wish
 
 LARGEST = 2**31 - 1  # bytes; protobuf reads no larger message
+SQUASHED = ("Softmax", "Sigmoid")  # operators whose results are probabilities
+# Operators that leave values what they are, but for their order, precision and shape.
+_SAME = ("Identity", "Cast", "CastLike", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "QuantizeLinear",
+         "DequantizeLinear")  # fmt: skip
 PRECISIONS = ("float32", "float16", "float64")
 
 
@@ -61,6 +66,27 @@ class Graph:
 
         floats = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
         return sum(math.prod(t.dims) for t in self.model.graph.initializer if t.data_type in floats)
+
+    def before_squashing(self, name: str) -> tuple[str, str] | None:
+        """The operator of `SQUASHED` that gives a tensor's values, and the tensor before it; None where none does."""
+        return _before(self._makers, name)
+
+    @functools.cached_property
+    def _makers(self) -> dict[str, NodeProto]:
+        return {name: node for node in self.model.graph.node for name in node.output if name}
+
+
+def _before(makers: Mapping[str, NodeProto], name: str) -> tuple[str, str] | None:
+    for _ in makers:  # no path is longer, whatever the file says
+        node = makers.get(name)
+        if node is None or not node.input:
+            return None
+        if node.op_type in SQUASHED:
+            return node.op_type, node.input[0]
+        if node.op_type not in _SAME:
+            return None
+        name = node.input[0]
+    return None
 
 
 def is_ready(name: str) -> bool:
@@ -174,7 +200,7 @@ def given_tensors(path: str, tensors: Mapping[str, Sequence[str]], wishes: Seque
     if not tensors:
         raise UserError(
             f"{path}: a graph does not say what its tensors mean: name them by --tap TAP=TENSOR, such as "
-            f"--tap logits={(*graph.outputs, 'output')[0]}; its outputs: {outputs}"
+            f"--tap logits={_logits(graph)}; its outputs: {outputs}"
         )
     for tap, names in tensors.items():
         if check_tap(tap) in ("q", "k", "v"):
@@ -194,6 +220,13 @@ def given_tensors(path: str, tensors: Mapping[str, Sequence[str]], wishes: Seque
                 f"{outputs}"
             )
     return [replace(wish, tensors=tuple(tensors[wish.tap])) for wish in wishes]
+
+
+def _logits(graph: Graph) -> str:
+    """The tensor that is likely to be a classifier's: the first output, or what it is the softmax of."""
+    first = (*graph.outputs, "output")[0]
+    found = graph.before_squashing(first)
+    return found[1] if found else first
 
 
 def describe(path: str) -> Record:
@@ -229,10 +262,9 @@ def offers_of(path: str) -> dict[str, Any]:
     except Exception:  # it raises many kinds on what it cannot read; shapes are then unknown
         inferred = graph.model.graph
     shapes = {value.name: _sizes(value) for value in (*inferred.value_info, *inferred.output)}
-    makers = {name: node.op_type for node in graph.model.graph.node for name in node.output}
     tensors: dict[str, list[str]] = {}
     for name in graph.tensors:
-        for tap in _fitting(shapes.get(name, []), makers[name]):
+        for tap in _fitting(shapes.get(name, []), (graph.before_squashing(name) or ("",))[0]):
             tensors.setdefault(tap, []).append(name)
     taken = _sizes(graph.model.graph.input[0])
     return {
@@ -247,15 +279,15 @@ def _sizes(value: ValueInfoProto) -> list[int | str]:
     return [dim.dim_value if dim.dim_value > 0 else dim.dim_param or "?" for dim in value.type.tensor_type.shape.dim]
 
 
-def _fitting(shape: Sequence[int | str], maker: str) -> list[str]:
+def _fitting(shape: Sequence[int | str], squashed: str) -> list[str]:
     """Taps that a tensor of this shape may give: its first axis is the batch, which is open, and the others are not."""
     numbers = [int(size) for size in shape[1:] if isinstance(size, int)]
     if len(numbers) < len(shape) - 1 or isinstance(shape[0] if shape else 0, int):
         return []
     if len(numbers) == 1:
-        return ["logits", "embedding", "class_token"]
+        return [] if squashed else ["logits", "embedding", "class_token"]
     if len(numbers) == 2 and prefix_of(numbers[0]) is not None and numbers[0] > 3:
         return ["tokens"]
     if len(numbers) == 3 and numbers[1] == numbers[2] > 1:
-        return ["attention"] if maker == "Softmax" else ["activations"]
+        return ["attention"] if squashed == "Softmax" else ["activations"]
     return []

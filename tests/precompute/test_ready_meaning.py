@@ -1,0 +1,84 @@
+"""Ready graphs whose tensors are not what they are named for: probabilities are no logits, and no other tap."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from precompute import ready
+from precompute.taps import Tap
+from storage.errors import UserError
+from tests.precompute.graphs import MEANS, node, said, small
+
+FC = [*MEANS[:1], node("Flatten", "pooled", "f"), node("MatMul", "f w", "fc")]
+WEIGHTS = {"w": np.random.default_rng(0).normal(0, 20, (3, 4)).astype(np.float32)}
+ENDS = {
+    "softmax": [node("Softmax", "fc", "y", axis=-1)],
+    "then other operators": [node("Softmax", "fc", "s", axis=-1), node("Identity", "s", "i"),
+                             node("Cast", "i", "c", to=1),
+                             node("Flatten", "c", "y")],
+    "sigmoid": [node("Sigmoid", "fc", "y")],
+}  # fmt: skip
+
+
+def classifier(path: Path, end: str) -> Path:
+    return small(path, [*FC, *ENDS[end]], weights=WEIGHTS)
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_probabilities_are_no_logits_and_the_tensor_before_them_is_named(tmp_path: Path, end: str) -> None:
+    path = classifier(tmp_path / "g.onnx", end)
+    with pytest.raises(UserError, match=r"g\.onnx: logits=y: these are probabilities.*--tap logits=fc$"):
+        said(path)
+    images, values = said(path, Tap("logits", tensors=("fc",)))
+    expected = (images.astype(np.float64).mean((1, 2)) / 127.5 - 1) @ WEIGHTS["w"]
+    assert np.abs(values - expected).max() < 1e-3
+
+
+def test_a_classifier_that_pytorch_exports_with_its_softmax_is_refused(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4), nn.Softmax(-1)).eval()
+    path = tmp_path / "g.onnx"
+    torch.onnx.export(network, (torch.zeros(2, 3, 16, 16),), path, dynamo=True, verbose=False, input_names=["x"],
+                      output_names=["y"], dynamic_shapes=({0: torch.export.Dim("n", min=1, max=99)},))  # fmt: skip
+    (gemm,) = [n.output[0] for n in onnx.load(str(path)).graph.node if n.op_type == "Gemm"]
+    with pytest.raises(UserError, match=rf"--tap logits={gemm}$"):
+        said(path)
+    with pytest.raises(UserError, match=rf"such as --tap logits={gemm}; its outputs: y"):
+        ready.given_tensors(str(path), {}, [])
+    offered = ready.offers_of(str(path))["tensors"]["logits"]
+    assert gemm in offered
+    assert "y" not in offered
+
+
+def test_probabilities_without_an_operator_that_says_so_are_refused_by_their_values(tmp_path: Path) -> None:
+    nodes = [*FC, node("Exp", "fc", "e"), node("ReduceSum", "e axis", "sum"), node("Div", "e sum", "y")]
+    weights: dict[str, Any] = {"w": WEIGHTS["w"] / 20, "axis": np.array([1])}
+    path = small(tmp_path / "g.onnx", nodes, weights=weights)
+    with pytest.raises(UserError, match=r"each row sums to one; name the tensor before the softmax$"):
+        said(path)
+
+
+def test_log_probabilities_are_logits(tmp_path: Path) -> None:
+    path = small(tmp_path / "g.onnx", [*FC, node("LogSoftmax", "fc", "y", axis=-1)], weights=WEIGHTS)
+    logs, plain = (torch.from_numpy(said(path, Tap("logits", tensors=(name,)))[1]) for name in ("y", "fc"))
+    assert torch.allclose(logs.softmax(-1), plain.softmax(-1), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tap", "shape"),
+    [("embedding", (-1, 768)), ("class_token", (-1, 768)), ("tokens", (-1, 16, 48)), ("activations", (-1, 12, 8, 8))],
+)
+def test_rows_that_sum_to_one_are_no_other_tap_either(tmp_path: Path, tap: str, shape: tuple[int, ...]) -> None:
+    nodes = [node("Reshape", "x shape", "r"), node("Softmax", "r", "y", axis=-1)]
+    path = small(tmp_path / "g.onnx", nodes, weights={"shape": np.array(shape)})
+    grid = 4 if tap == "activations" else None
+    with pytest.raises(UserError, match=f"{tap}=y: these are probabilities: .*; name another tensor"):
+        said(path, Tap(tap, None, grid, ("y",)))
+    _, values = said(path, Tap(tap, None, grid, ("r",)))
+    assert values.std() > 0.1
