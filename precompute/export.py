@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,12 +16,18 @@ from precompute.taps import ATTENTION, TAPS, Tap, TappedTeacher, check_attention
 from precompute.teachers import Teacher, load
 from storage.errors import UserError, first_line
 from storage.records import Record
+from storage.weights import first_line
 
 if TYPE_CHECKING:
     from onnx import ModelProto
     from torch import Tensor, nn
 
 CHECKED = 16  # images that PyTorch and the graph are compared on
+# What to do with a teacher that cannot be exported here.
+_ADVICE = (
+    "\n  Export the network by other means, and give that file: --teacher model.onnx --tap TAP=TENSOR\n"
+    "  --debug shows all that the exporter says."
+)
 PARITY = 1e-3  # largest difference of an output ÷ its largest value; 2e-5 is usual on a CPU without TF32
 
 
@@ -71,11 +79,15 @@ def export(
         provider: where the graph is checked, as in `open_session`.
 
     Raises:
-        UserError: the tapped q and k are not the attention that the network uses, or the graph's outputs differ from
-            PyTorch's; with figures.
+        UserError: the network cannot be exported, the tapped q and k are not the attention that it uses, or the graph's
+            outputs differ from PyTorch's; with figures.
     """
     names = [f"tap{i}" for i in range(len(taps))]
-    return _exported(live_teacher(teacher, taps, view_size), images, provider, teacher.name, names)
+    module = live_teacher(teacher, taps, view_size)
+    try:
+        return _exported(module, images, provider, teacher.name, names)
+    except _CannotExport as error:
+        raise UserError(f"{error}{_ADVICE}") from error.__cause__
 
 
 def export_student(
@@ -94,7 +106,7 @@ def export_student(
         name: for errors.
 
     Raises:
-        UserError: what the graph gives differs from PyTorch; with figures.
+        UserError: it cannot be exported, or what the graph gives differs from PyTorch; with figures.
     """
     gives = "logits" if getattr(model, "num_classes", 1) else "embedding"
     module = TappedTeacher(model, [Tap(gives)], size, size, mean, std).eval()
@@ -107,21 +119,44 @@ def _exported(module: TappedTeacher, images: np.ndarray, provider: str, name: st
     taps = module.taps
     views = torch.from_numpy(np.ascontiguousarray(images[:CHECKED]))
     attention_error = None
-    if any(tap.name in ATTENTION for tap in taps):
-        with torch.no_grad():
-            attention_error = check_attention(
-                module.model, module.prepare(views), values=any(tap.name == "v" for tap in taps)
-            )
-    with torch.no_grad():
+    with _told(f"{name}: {', '.join(tap.name for tap in taps)} cannot be read off it"), torch.no_grad():
+        if any(tap.name in ATTENTION for tap in taps):
+            values = any(tap.name == "v" for tap in taps)
+            attention_error = check_attention(module.model, module.prepare(views), values=values)
         expected = [output.numpy() for output in module(views)]
-    graph = _graph(module, views[:2], outputs)
+    with _told(f"{name}: PyTorch cannot export it as an ONNX graph"):
+        graph = _graph(module, views[:2], outputs)
     session = open_session(graph, provider)
-    values = session.run(images)
-    parity = tuple(compare([output[:CHECKED] for output in values], expected, taps, name))
+    found = session.run(images)
+    parity = tuple(compare([output[:CHECKED] for output in found], expected, taps, name))
     return Exported(
         graph, tuple(taps), tuple(output.shape[1:] for output in expected),
-        tuple(_detail(module, tap) for tap in taps), parity, tuple(values), session.settings, attention_error,
+        tuple(_detail(module, tap) for tap in taps), parity, tuple(found), session.settings, attention_error,
     )  # fmt: skip
+
+
+class _CannotExport(UserError):
+    """A network that PyTorch does not run with its taps, or does not export."""
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Whatever networks and the exporter raise or print is one error, with the first of its causes.
+
+    What they printed is a note of the exception, which `--debug` shows.
+    """
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            yield
+    except UserError:
+        raise
+    except Exception as error:  # networks raise anything, the exporter several at once
+        error.add_note(printed.getvalue())
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise _CannotExport(f"{what}: {type(cause).__name__}: {first_line(cause)}") from error
 
 
 def _graph(module: TappedTeacher, views: Tensor, outputs: Sequence[str]) -> bytes:
