@@ -150,9 +150,13 @@ class Control(Section):
 
 
 class Speed(Section):
-    """How the student is computed. `auto` is measured at the start of a run, said, and kept when it is resumed."""
+    """How the student is computed.
 
-    amp: Literal["auto", "none", "bfloat16", "float16"] = "auto"
+    amp: none is float32; `auto` takes what the device computes natively, which is said and kept when it is resumed.
+    attention: `auto` is unfused for bfloat16 on a CPU, else fused.
+    """
+
+    amp: Literal["auto", "none", "bfloat16", "float16"] = "none"
     attention: Literal["auto", "fused", "unfused"] = "auto"
     compile: bool = False
 

@@ -1,16 +1,12 @@
-"""How the student is computed: precision, attention kernel and compilation, measured on a real batch where asked for.
+"""How the student is computed: precision, attention kernel and compilation.
 
-Which is faster depends on the machine: on a CPU bfloat16 with unfused attention can take a third of the time of f32
-with the fused kernel, on a GPU the fused kernel wins.
+Nothing is decided by a stopwatch. A recipe says the precision, float32 unless it says another; `auto`, where it is
+asked for, is a rule on what the device computes natively, is said, and is kept when the run is resumed.
 """
 
 from __future__ import annotations
 
 import shutil
-import statistics
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,30 +15,30 @@ from torch import nn
 
 from storage.errors import UserError
 from student import config
+from student.device import Processor
 from student.lesson import Lesson
-from student.stream import Batch
 
-WORTH = 1.2  # another precision than f32 is chosen where it is at least so many times faster
-CLEAR = 1.05  # likewise unfused attention, beside noise
-ROUNDS = 5
-COST = 4  # a run is at least so many times longer than the measuring, or it is not measured
-PATIENCE = 30.0  # seconds after which no further round is begun
 BACKEND = "inductor"  # of torch.compile
+SLOWER = "10 to 35"  # times: bfloat16 steps of small students on processors with AVX2 alone, measured
 
 _TYPES = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What is used, and the milliseconds of a step that were measured for it: `bfloat16 unfused` -> ms."""
+    """What is used: a precision (none: float32) and an attention kernel."""
 
     amp: str
     attention: str
-    measured: dict[str, float]
 
     def plain(self) -> dict[str, Any]:
         """As plain data."""
         return asdict(self)
+
+    @classmethod
+    def of(cls, plain: dict[str, Any]) -> Choice:
+        """From plain data, also of earlier versions. Raises KeyError."""
+        return cls(plain["amp"], plain["attention"])
 
 
 def check(settings: config.Speed, device: torch.device) -> None:
@@ -79,111 +75,46 @@ def compile_student(lesson: Lesson) -> None:
     lesson.student.compile(backend=BACKEND)
 
 
-def choose(lesson: Lesson, batch: Batch, settings: config.Speed, passes: int) -> Choice:
-    """What `auto` stands for, measured by steps on a batch with losses and gradients, and without a trace of them.
+def choose(settings: config.Speed, device: torch.device, processor: Processor | None = None) -> Choice:
+    """What the settings stand for on a device.
+
+    `amp: auto` is bfloat16 where the device has instructions for it, else float16 on a GPU with tensor cores, else
+    float32. `attention: auto` is the unfused kernel for bfloat16 on a CPU, which takes half the time there, and the
+    fused one everywhere else.
 
     Args:
-        lesson: where it will run.
-        batch: a real one, on the same device, of the size of one backward pass.
         settings: what is not `auto` stays as it is.
-        passes: backward passes of the whole run; for few of them `auto` is f32 with the fused kernel, unmeasured.
+        device: where it will run.
+        processor: the CPU; this machine's by default.
     """
-    device = batch.images.device
-    precisions: list[str] = [settings.amp] if settings.amp != "auto" else ["none", _low(device)]
-    kernels: list[str] = [settings.attention]
-    if settings.attention == "auto":
-        kernels = ["fused", "unfused"] if attention_modules(lesson.student) else ["fused"]
-    ways: list[tuple[str, str]] = [(amp, attention) for amp in precisions for attention in kernels]
-    if len(ways) == 1 or passes < COST * len(ways) * (ROUNDS + 1):
-        return Choice(*ways[0], {})
-    with _traceless(lesson, device):
-        times = _times(lesson, batch, ways)
-    medians = {way: statistics.median(seconds) if seconds else float("inf") for way, seconds in times.items()}
-    best = {amp: min(kernels, key=lambda kernel: medians[amp, kernel]) for amp in precisions}
-    amp = precisions[0]
-    if len(precisions) == 2 and _faster(times[precisions[1], best[precisions[1]]], times[amp, best[amp]], WORTH):
-        amp = precisions[1]
-    attention = kernels[0]
-    if len(kernels) == 2 and _faster(times[amp, "unfused"], times[amp, "fused"], CLEAR):
-        attention = "unfused"
-    return Choice(amp, attention, {f"{p} {k}": round(1000 * medians[p, k], 3) for p, k in ways if times[p, k]})
+    amp: str = settings.amp
+    attention: str = settings.attention
+    if amp == "auto":
+        amp = _native(device, processor or Processor.here())
+    if attention == "auto":
+        attention = "unfused" if amp == "bfloat16" and device.type == "cpu" else "fused"
+    return Choice(amp, attention)
 
 
-def line(choice: Choice, samples: int) -> str:
-    """What was chosen, for people, with the figures."""
-    kind = "f32" if choice.amp == "none" else choice.amp
-    text = f"speed: {kind}, {choice.attention} attention"
-    if choice.measured:
-        each = ", ".join(f"{name.replace('none', 'f32')} {ms:.3g} ms" for name, ms in choice.measured.items())
-        text += f" (measured, a step of {samples}: {each})"
-    return text
+def lines(choice: Choice, device: torch.device, processor: Processor | None = None) -> list[str]:
+    """What is used, human-readable, with a warning where it is slow and a hint where another may be faster."""
+    processor = processor or Processor.here()
+    native = _native(device, processor)
+    text = f"speed: {'f32' if choice.amp == 'none' else choice.amp}, {choice.attention} attention"
+    if choice.amp == "none" and native != "none":
+        text += f"; {native} can be faster on this device: --set speed.amp=auto in a new run"
+    if choice.amp != "bfloat16" or native == "bfloat16":
+        return [text]
+    what = f"this processor ({processor.level}) has no bf16 instructions; steps there took {SLOWER} times as long as"
+    if device.type == "cuda":
+        what = "this GPU has no bf16 instructions, so steps may take longer than"
+    return [text, f"warning: speed.amp=bfloat16: {what} in f32; for f32 begin a new run with --set speed.amp=none"]
 
 
-def _low(device: torch.device) -> str:
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return "float16"
-    return "bfloat16"
-
-
-def _faster(ours: list[float], theirs: list[float], times: float) -> bool:
-    """Whether a way is so many times faster, by its median and by its best step: a busy machine bends either."""
-    if not ours or not theirs:
-        return bool(ours)
-    return all(of(theirs) >= times * of(ours) for of in (statistics.median, min))
-
-
-def _times(lesson: Lesson, batch: Batch, ways: list[tuple[str, str]]) -> dict[tuple[str, str], list[float]]:
-    """Seconds of some steps each way, in turns; none where it takes too much memory."""
-    taken: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
-    failed: set[tuple[str, str]] = set()
-    began = time.monotonic()
-    for round_ in range(ROUNDS + 1):
-        for way in ways:
-            if way in failed:
-                continue
-            try:
-                seconds = _step(lesson, batch, *way)
-            except torch.OutOfMemoryError:
-                failed.add(way)
-                taken[way].clear()
-                continue
-            if round_:  # the first is to warm up
-                taken[way].append(seconds)
-        if round_ and time.monotonic() - began > PATIENCE:
-            break
-    return taken
-
-
-def _step(lesson: Lesson, batch: Batch, amp: str, attention: str) -> float:
-    apply(lesson, amp, attention)
-    cuda = batch.images.device.type == "cuda"
-    if cuda:
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    _, values = lesson(batch)
-    lesson.total(values, 0).backward()  # type: ignore[no-untyped-call]
-    if cuda:
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - began
-    lesson.zero_grad(set_to_none=True)
-    return seconds
-
-
-@contextmanager
-def _traceless(lesson: Lesson, device: torch.device) -> Iterator[None]:
-    """Leaves generators, buffers and settings of a lesson as they were; gradients are None afterwards."""
-    kept: Mapping[str, torch.Tensor] = {name: buffer.clone() for name, buffer in lesson.named_buffers()}
-    fused = [(module, module.fused_attn) for module in attention_modules(lesson.student)]
-    precision = lesson.precision
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, buffer in lesson.named_buffers():
-                    buffer.copy_(kept[name])
-            for module, was in fused:
-                module.fused_attn = was
-            lesson.precision = precision
-            lesson.notes = {}
+def _native(device: torch.device, processor: Processor) -> str:
+    """The lowest precision that a device computes natively."""
+    if device.type == "cpu":
+        return "bfloat16" if processor.bfloat16 else "none"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16"
+    return "float16" if torch.cuda.get_device_capability(device) >= (7, 0) else "none"  # tensor cores

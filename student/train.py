@@ -32,7 +32,7 @@ from student.model import save
 from student.optimiser import optimiser, peak_rate, rate
 from student.prepare import Job, Parts, prepare
 from student.ranks import gathered, means, rank, ranks, same_buffers, shared
-from student.step import Update, cut
+from student.step import Update
 from student.stream import Batch, Stream
 
 __all__ = ["Job", "train"]
@@ -109,8 +109,8 @@ class _Run:
         self.lesson, self.stream, self.average = parts.lesson, parts.stream, parts.average
         self.optimizer, self.scheduler = optimiser(self.recipe, self.lesson, self.stream.order.steps)
         self.place = Place()
-        self.choice: speed.Choice | None = None  # and the update with it: known after the first batch
-        self.update: Update | None = None
+        self.choice: speed.Choice  # and the update: of a new run as its recipe says, else as its checkpoint does
+        self.update: Update
         self.log = folder.Log(None)
         self.epochs = 1 if job.smoke else self.recipe.optim.epochs
         self.steps = min(SMOKE_STEPS, self.stream.order.steps) if job.smoke else self.stream.order.steps
@@ -119,14 +119,19 @@ class _Run:
     # ------------------------------------------------------------------------------------------ beginning
 
     def begin(self) -> None:
-        """A new folder, and generators of this rank's own."""
+        """A new folder, and generators of this rank's own; precision and kernel are the same on all ranks."""
         if rank():
             torch.manual_seed(self.recipe.seed + 1_000_003 * rank())
+        self._compute(shared(speed.choose(self.recipe.speed, self.device)))
+        if rank():
             return
         if folder.never_kept(self.job.out):
             self.progress.say(f"{self.job.out}: the run was cut off before its first checkpoint; it begins again")
         folder.begin(self.job.out, self.job.smoke)
         (self.job.out / "args.yaml").write_text(yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False))
+        about = {**self.parts.identity, "speed": self.choice.plain(), "ranks": ranks(), "device": str(self.device)}
+        counts = {str(label): count for label, count in sorted(self.stream.label_counts.items())}
+        folder.write_json(self.job.out / folder.ABOUT, {**about, "images": counts, "torch": torch.__version__})
         self.log = folder.Log(self.job.out, tensorboard=self.recipe.tensorboard)
 
     def resume(self, found: dict[str, Any]) -> None:
@@ -140,7 +145,7 @@ class _Run:
             self.optimizer.load_state_dict(found["optimizer"])
             if self.average is not None:
                 self.average.module.load_state_dict(found["average"])
-            choice = speed.Choice(**found["speed"])
+            choice = speed.Choice.of(found["speed"])
             self.place = Place(found["epoch"], found["step"], found["sums"], found["scores"], found["seconds"])
             states = found["rng"]
             if len(states) == ranks():
@@ -150,9 +155,9 @@ class _Run:
                 torch.manual_seed(self.recipe.seed + 1_000_003 * (rank() + ranks() * (done + 1)))
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: does not fit this run: {first_line(error)}") from None
-        update = self._compute(choice)
-        if update.scaler.is_enabled() and found["scaler"]:
-            update.scaler.load_state_dict(found["scaler"])
+        self._compute(choice)
+        if self.update.scaler.is_enabled() and found["scaler"]:
+            self.update.scaler.load_state_dict(found["scaler"])
         self.began -= self.place.seconds
         if rank() == 0:
             self.log = folder.Log(
@@ -164,29 +169,17 @@ class _Run:
         if self.place.epoch < self.epochs:
             self.progress.say(f"goes on in epoch {self.place.epoch} after {self.place.step} of {self.steps} steps")
 
-    def _compute(self, choice: speed.Choice) -> Update:
+    def _compute(self, choice: speed.Choice) -> None:
         """Compute in the chosen way from now on, on all ranks together."""
         speed.check(self.recipe.speed.model_copy(update={"amp": choice.amp}), self.device)
+        for line in speed.lines(choice, self.device):
+            self.progress.say(line)
         speed.apply(self.lesson, choice.amp, choice.attention)
         if self.recipe.speed.compile:
             speed.compile_student(self.lesson)
         self.choice = choice
         scaled = choice.amp == "float16"
         self.update = Update(self.recipe, self.lesson, self.optimizer, self.average, self.device, scaled)
-        return self.update
-
-    def _measure(self, batch: Batch) -> Update:
-        """Choose precision and attention on the first batch; the first rank measures for all."""
-        piece = cut(batch, self.recipe.optim.accumulate)[0]
-        passes = self.epochs * self.steps * self.recipe.optim.accumulate
-        chosen = shared(speed.choose(self.lesson, piece, self.recipe.speed, passes) if rank() == 0 else None)
-        assert chosen is not None
-        self.progress.say(speed.line(chosen, len(piece.labels)))
-        if rank() == 0:
-            about = {**self.parts.identity, "speed": chosen.plain(), "ranks": ranks(), "device": str(self.device)}
-            counts = {str(label): count for label, count in sorted(self.stream.label_counts.items())}
-            folder.write_json(self.job.out / folder.ABOUT, {**about, "images": counts, "torch": torch.__version__})
-        return self._compute(chosen)
 
     # ------------------------------------------------------------------------------------------ training
 
@@ -222,10 +215,9 @@ class _Run:
         batches = itertools.islice(_batches(self.stream, epoch, first), self.steps - first)
         for step, cpu_batch in enumerate(batches, first):
             batch = cpu_batch.to(self.device)
-            make = self.update or self._measure(batch)
             number = epoch * self.stream.order.steps + step
             self.scheduler.step_update(number)
-            numbers = make(batch, epoch, step)
+            numbers = self.update(batch, epoch, step)
             for name, value in numbers.items():
                 self.place.sums[name] = self.place.sums.get(name, 0.0) + value
             self.place.step = step + 1
@@ -292,8 +284,6 @@ class _Run:
         sums = means(self.place.sums, self.device)
         if rank():
             return
-        assert self.choice is not None
-        assert self.update is not None
         content = {
             "recipe": self.recipe.model_dump(mode="json"), "identity": self.parts.identity,
             "speed": self.choice.plain(), **asdict(self.place), "sums": sums,
@@ -318,7 +308,7 @@ class _Run:
             "epochs": self.epochs, "steps": self.epochs * self.steps, "targets": self.parts.identity["targets"],
             "bank": self.parts.identity["bank"], "policy": self.parts.identity["policy"],
             "views": self.stream.views, "control": self.parts.identity["control"],
-            "speed": self.choice.plain() if self.choice else None, "seconds": seconds, "smoke": self.job.smoke,
+            "speed": self.choice.plain(), "seconds": seconds, "smoke": self.job.smoke,
         }  # fmt: skip
         if rank() == 0:
             extra = self.lesson.learned()

@@ -15,7 +15,7 @@ from precompute.teachers import Teacher
 from storage.codecs import Codec
 from storage.progress import Progress
 from storage.store import Store
-from student.config import Recipe, validate
+from student.config import Recipe, Speed, validate
 from student.optimiser import optimiser
 from student.prepare import Job, prepare
 from student.speed import Choice, apply, choose
@@ -64,10 +64,6 @@ class _Epochs:
                 shards, batch=recipe.stream.batch_size, store=store, bank=source.bank, window=recipe.stream.window
             )
 
-    def first(self) -> Batch:
-        """A batch to measure on."""
-        return next(self.stream.epoch(0)).to(self.device)
-
     def __call__(self) -> float:
         """Seconds of a step, the mean over an epoch, loader included."""
         self.epoch += 1
@@ -92,7 +88,7 @@ class _Epochs:
 def steps(world: World, cases: list[str], turns: int, live: bool, progress: Progress) -> list[Row]:
     """(3) A step from the store ÷ one with labels alone; (4) with `live`, one with the live teacher ÷ from the store.
 
-    Each in f32, and as `speed: auto` computes here where that is something else.
+    Each in f32, and as `speed.amp: auto` computes here where that is something else.
     """
     rows = []
     for case in cases:
@@ -115,7 +111,7 @@ def steps(world: World, cases: list[str], turns: int, live: bool, progress: Prog
         if live:
             for method in METHODS:
                 made[f"{method}, live"] = _Epochs(world, store, shards, recipes[method], teachers[method])
-        for choice in _choices(made[PLAIN], recipes[PLAIN]):
+        for choice in _choices(torch.device(world.device)):
             how = f"{choice.amp.replace('none', 'float32')}, {choice.attention} attention"
             progress.say(f"training, {case}, {how}")
             for one in made.values():
@@ -145,9 +141,7 @@ def _rows(where: str, found: dict[str, list[float]], beside: dict[str, list[floa
     return rows
 
 
-def _choices(plain: _Epochs, recipe: Recipe) -> list[Choice]:
-    """f32, and what `auto` chooses for the plain student if that is another precision."""
-    batch = plain.first()
-    auto = choose(plain.lesson, batch, recipe.speed, 1_000_000)
-    f32 = choose(plain.lesson, batch, recipe.speed.model_copy(update={"amp": "none"}), 1_000_000)
+def _choices(device: torch.device) -> list[Choice]:
+    """f32, and what `speed.amp: auto` is on this device if that is another precision."""
+    f32, auto = (choose(Speed.model_validate({"amp": amp}), device) for amp in ("none", "auto"))
     return [f32] if auto.amp == "none" else [f32, auto]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -216,13 +215,6 @@ def test_cut_off_a_run_goes_on_with_its_queues(world, recipe, whole, tmp_path, m
     run(world, tmp_path / "run", recipe, *SETTINGS, resume=True)
     assert same(whole, tmp_path / "run")
     assert all(torch.equal(entries, queues(whole)[name]) for name, entries in queues(tmp_path / "run").items())
-
-
-def test_measuring_speed_leaves_queues_alone(world, recipe, tmp_path):
-    made = job(world, tmp_path / "run", recipe, *SETTINGS, "speed.attention=auto", "optim.epochs=6")
-    result = trainer.train(replace(made, smoke=False), Quiet())
-    assert result["speed"]["measured"]
-    assert len(queues(tmp_path / "run")["one.theirs"]) == 64
 
 
 def test_a_batch_goes_into_a_queue(world, recipe, tmp_path):

@@ -1,91 +1,95 @@
-"""Precision, attention kernel and compilation: measured without a trace, used as chosen, refused where impossible."""
+"""Precision, attention kernel and compilation: by rule, never by the clock; kept on resume; refused if impossible."""
 
 from __future__ import annotations
 
 import json
+import runpy
 
 import pytest
 import torch
 
 from storage.errors import UserError
 from student import config, speed
-from student import train as trainer
+from student.device import Processor
 from student.lesson import Lesson
 from student.prepare import prepare
 from tests.conftest import Quiet
-from tests.student.runs import job, log, run, same, u8
+from tests.student.runs import ROOT, command, job, log, run, same, start, u8
 
-AUTO = ["speed.amp=auto", "speed.attention=auto"]
-
-
-@pytest.fixture
-def times(monkeypatch):
-    """Steps that take what a test says: (precision, kernel) -> seconds."""
-    told: dict[tuple[str, str], float] = {}
-
-    def step(lesson, batch, amp, attention):
-        original(lesson, batch, amp, attention)
-        return told[amp, attention]
-
-    original = speed._step
-    monkeypatch.setattr(speed, "COST", 0)  # these runs are short
-    monkeypatch.setattr(speed, "_step", step)
-    return told
+OLD = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}  # as on a processor with AVX2 alone
+HAS = {"avx512_bf16": True, "amx_bf16": False, "avx2": True}
+PROCESSORS = {  # and whether they multiply bfloat16
+    "Zen 4 and later": (Processor("AVX512", HAS, True), True),
+    "Sapphire Rapids": (Processor("AVX512", {"avx512_bf16": True, "amx_bf16": True}, True), True),
+    "AVX-512 without bf16": (Processor("AVX512", {"avx512_f": True, "avx512_bf16": False}, True), False),
+    "AVX2 alone": (Processor("AVX2", {"avx2": True, "avx512_bf16": False}, False), False),
+    "torch held at AVX2": (Processor("AVX2", HAS, True), False),
+    "oneDNN held at AVX2": (Processor("AVX512", HAS, False), False),
+    "ARM with bf16": (Processor("DEFAULT", {"neon": True, "bf16": True}, True), True),
+    "ARM without": (Processor("DEFAULT", {"neon": True, "bf16": False}, False), False),
+    "ARM without oneDNN": (Processor("DEFAULT", {"neon": True, "bf16": True}, False), False),
+}
+CPU = torch.device("cpu")
 
 
 def parts(world, tmp_path, *settings):
     return prepare(job(world, tmp_path / "run", "aal", u8(world), *settings), Quiet(), None)
 
 
-@pytest.mark.parametrize(
-    ("measured", "wanted"),
-    [
-        ((1.0, 0.9, 0.9, 0.4), ("bfloat16", "unfused")),
-        ((1.0, 0.9, 0.8, 0.76), ("none", "unfused")),  # less than 1.2 times faster than the best f32
-        ((1.0, 0.99, 2.0, 2.0), ("none", "fused")),
-        ((1.0, 2.0, 0.5, 0.49), ("bfloat16", "fused")),
-    ],
-)
-def test_another_precision_has_to_be_worth_it(world, tmp_path, times, measured, wanted):
-    ways = [("none", "fused"), ("none", "unfused"), ("bfloat16", "fused"), ("bfloat16", "unfused")]
-    times |= dict(zip(ways, measured, strict=True))
-    made = parts(world, tmp_path)
-    batch = next(made.stream.epoch(0))
-    choice = speed.choose(made.lesson, batch, config.Speed(), 1)
-    assert (choice.amp, choice.attention) == wanted
-    text = speed.line(choice, 32)
-    assert f"{wanted[1]} attention" in text
-    assert "f32 fused 1e+03 ms" in text
-    forced = speed.choose(made.lesson, batch, config.Speed(amp="bfloat16"), 1)
-    assert forced.amp == "bfloat16"
-    assert len(forced.measured) == 2
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_auto_follows_what_the_processor_has(name):
+    processor, native = PROCESSORS[name]
+    auto = speed.choose(config.Speed(amp="auto"), CPU, processor)
+    assert (auto.amp, auto.attention) == (("bfloat16", "unfused") if native else ("none", "fused"))
+    (told,) = speed.lines(auto, CPU, processor)
+    assert told == f"speed: {'bfloat16, unfused' if native else 'f32, fused'} attention"
 
 
-def test_measuring_leaves_no_trace(world, tmp_path, times):
-    times |= dict.fromkeys([(a, k) for a in ("none", "bfloat16") for k in ("fused", "unfused")], 1.0)
-    settings = [u8(world), "student.drop_path_rate=0.2", "student.drop_rate=0.1"]
-    run(world, tmp_path / "told", "aal", *settings)
-    result = run(world, tmp_path / "measured", "aal", *settings, *AUTO)
-    assert len(result["speed"]["measured"]) == 4
-    assert same(tmp_path / "told", tmp_path / "measured")
-    told = json.loads((tmp_path / "measured" / "run.json").read_text())
-    assert told["speed"] == result["speed"]
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_contract_16_no_machine_chooses_what_a_recipe_says(name):
+    processor, native = PROCESSORS[name]
+    plain = speed.choose(config.Speed(), CPU, processor)
+    assert (plain.amp, plain.attention) == ("none", "fused")
+    assert ("speed.amp=auto" in speed.lines(plain, CPU, processor)[0]) == native
+    wish = speed.choose(config.Speed(amp="bfloat16", attention="fused"), CPU, processor)
+    assert (wish.amp, wish.attention) == ("bfloat16", "fused")
+    warnings = speed.lines(wish, CPU, processor)[1:]
+    assert len(warnings) == (not native)
+    for warning in warnings:
+        assert f"this processor ({processor.level}) has no bf16 instructions" in warning
+        assert "10 to 35 times as long as in f32" in warning
+        assert "--set speed.amp=none" in warning
 
 
-def test_a_resumed_run_keeps_what_was_measured(world, tmp_path, times, monkeypatch):
-    times |= {
-        ("none", "fused"): 1.0,
-        ("none", "unfused"): 1.0,
-        ("bfloat16", "fused"): 0.5,
-        ("bfloat16", "unfused"): 0.1,
-    }
-    settings = [u8(world), *AUTO, "checkpoint_interval=1"]
-    monkeypatch.setattr(trainer.folder, "write_json", lambda path, content: None)  # as if killed at the very end
-    whole = run(world, tmp_path / "run", "aal", *settings)
-    monkeypatch.setattr(speed, "choose", None)
-    again = run(world, tmp_path / "run", "aal", *settings, resume=True)
-    assert again["speed"] == whole["speed"]
-    assert (again["speed"]["amp"], again["speed"]["attention"]) == ("bfloat16", "unfused")
+def result_of(out):
+    return json.loads((out / "result.json").read_text())
+
+
+def test_on_a_processor_without_bf16_the_study_computes_in_f32(world, tmp_path):
+    """Its precision, in a process that is held to AVX2: the weights are those of an f32 run there."""
+    said = runpy.run_path(str(ROOT / "docs" / "study.py"))["SAME"]
+    study = [setting for setting in said if setting.startswith("speed.")]
+    for name, settings in (("study", study), ("f32", ["speed.amp=none", "speed.attention=fused"])):
+        process = start(command(world, tmp_path / name, "aal", u8(world), *settings), **OLD)
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        assert "speed: f32, fused attention\n" in errors
+    assert same(tmp_path / "study", tmp_path / "f32")
+    used = {"amp": "none", "attention": "fused"}
+    assert result_of(tmp_path / "study")["speed"] == used
+    assert json.loads((tmp_path / "study" / "run.json").read_text())["speed"] == used
+
+
+def test_a_resumed_run_keeps_its_precision_on_another_processor(world, tmp_path):
+    settings = [u8(world), "optim.epochs=1", "speed.amp=bfloat16", "speed.attention=auto"]
+    run(world, tmp_path / "run", "aal", *settings)
+    begun = result_of(tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()  # as if killed at the very end
+    process = start([*command(world, tmp_path / "run", "aal", *settings), "--resume"], **OLD)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "speed: bfloat16, unfused attention\nwarning: speed.amp=bfloat16: this processor (AVX2) has no" in errors
+    assert result_of(tmp_path / "run")["speed"] == begun["speed"]
 
 
 def test_unfused_bfloat16_gives_about_the_same_losses_and_they_are_f32(world, tmp_path):
