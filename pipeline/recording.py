@@ -151,15 +151,15 @@ def precompute(store: str, wanted: Wanted | dict[str, Wanted], as_json: bool) ->
 @click.command()
 @wanted
 @click.option("--measure", type=click.FloatRange(0), default=60, show_default=True, metavar="SECONDS",
-              help="How long the engine is tried out; 0 for not at all.")  # fmt: skip
+              help="How long the engine is tried out at most; 0 for not at all.")  # fmt: skip
 @click.option("--train-rate", type=click.FloatRange(0, min_open=True), default=1000, show_default=True,
               metavar="N", help="Images a second that a training is to read.")  # fmt: skip
 @common
 def plan(store: str, wanted: Wanted | dict[str, Wanted], measure: float, train_rate: float, as_json: bool) -> None:
     """Say what `precompute` with the same flags would take.
 
-    Bytes, objects, hours, and what would be cheaper. The engine runs for about a minute a teacher beside the store;
-    nothing is left behind.
+    Bytes, objects, hours, and what would be cheaper. For each teacher the engine runs beside the store for at most a
+    minute, and a tenth of the time that it foretells; nothing is left behind.
 
     \b
     pipeline plan --teacher mobilenetv2 --weights mobilenetv2.safetensors --shards 'train-{000000..000009}.tar' \\

@@ -16,7 +16,6 @@ from precompute.taps import ATTENTION, TAPS, Tap, TappedTeacher, check_attention
 from precompute.teachers import Teacher, load
 from storage.errors import UserError, first_line
 from storage.records import Record
-from storage.weights import first_line
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -1,7 +1,7 @@
 """Plan: what a precompute run will take, before anything is spent: bytes, objects, hours, and what would be cheaper.
 
-Sizes are counted from shapes and codecs; hours come from running the real engine for about a minute beside the store,
-reading, rendering, session and writing together. Nothing is left behind.
+Sizes are counted from shapes and codecs; hours come from running the real engine for a while beside the store (see
+`precompute/measuring.py`), reading, rendering, session and writing together. Nothing is left behind.
 """
 
 from __future__ import annotations
@@ -20,19 +20,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from precompute import targets
-from precompute.cluster import Failure, patiently, run_here
-from precompute.run import Job, Wanted, candidates, choose_views, prepare, run_elsewhere, settle, staffed
-from precompute.tasks import Output, ShardTask
+from precompute.measuring import measure
+from precompute.run import Job, Wanted, candidates, choose_views, prepare, settle, staffed
+from precompute.tasks import Output
 from storage.arrays import chunk_samples
 from storage.codecs import Codec, Part, fitting
-from storage.errors import UserError
 from storage.markers import Task
 from storage.objects import is_remote, open_objects
 from storage.policies import Policy
-from storage.progress import Progress, Quiet
-from storage.shards import BLOCK, ShardIndex, build_index, cached_index, classes_of
+from storage.progress import Progress
+from storage.shards import ShardIndex, cached_index, classes_of
 from storage.store import Store
-from storage.tars import size_of, stem_of, without_samples
+from storage.tars import size_of, without_samples
 from storage.views import COLUMNS
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ def plan(where: str, wanted: Wanted, progress: Progress, seconds: float = 60, ra
         where: of the store, which need not be there yet.
         wanted: as for `precompute`.
         progress: for people.
-        seconds: to measure for; 0 leaves the hours out.
+        seconds: to measure for at most, and never for more than about a tenth of the run; 0 leaves the hours out.
         rate: images a second that a training is to read.
 
     Raises:
@@ -84,17 +83,17 @@ def _plan(
         settled = replace(wanted, policy=policy, given=frozenset({"line", "size", "seed"}), views=views, new_bank=True)
         job = prepare(scratch, settled, progress)
         exporting = 0.0 if store and _known(store, job) else time.monotonic() - began
-        measured = _measure(job, shards, client, seconds, progress) if seconds else None
+        outputs = [output for several in job.by_graph.values() for output in several]
+        missing = _missing(store, shards, policy.bank, outputs, views)
+        todo = sum(shard.samples for shard in shards for view in range(views) if missing[shard.url, view] - {"bank"})
+        measured = measure(job, shards, client, todo, seconds, progress) if seconds else None
         manifests = {o.target: scratch.target(o.target) for outputs in job.by_graph.values() for o in outputs}
         overhead, records = _overhead(scratch), _records(scratch)
-    outputs = [output for several in job.by_graph.values() for output in several]
-    missing = _missing(store, shards, policy.bank, outputs, views)
     totals, shared = _sizes(shards, outputs, views, missing, overhead)
     for key, length in records.items():
         for into in (totals, shared) if key.startswith(("banks/", "zarr.json", "README.md")) else (totals,):
             into.add(length, 1, store is None or not _holds(store, key))
     images = sum(shard.samples for shard in shards)
-    todo = sum(shard.samples for shard in shards for view in range(views) if missing[shard.url, view] - {"bank"})
     sample = sum(output.codec.sample_bytes for output in outputs)
     tar_bytes = sum(size_of(shard.url) for shard in shards) / max(images, 1)
     result: dict[str, Any] = {
@@ -306,66 +305,6 @@ def _target(output: Output, manifest: dict[str, Any], images: int) -> dict[str, 
         "error": errors.get(codec.name),
         "cheaper": sorted(cheaper, key=lambda c: c["bytes"]),
     }
-
-
-# ------------------------------------------------------------------------------------------------ hours
-
-
-def _measure(
-    job: Job, shards: Sequence[Shard], client: Client | None, seconds: float, progress: Progress
-) -> dict[str, Any]:
-    """View images a second of the real engine: first a block, to see how many fill the time, then so many."""
-    wanted = job.wanted
-    read = [shard for shard in shards if shard.index]
-    first = max(read, key=lambda shard: shard.samples)
-    began = time.monotonic()
-    build_index(first.url)
-    indexing = (time.monotonic() - began) / first.samples
-    count = 1 if client is None else max(1, len(client.nthreads()))  # type: ignore[no-untyped-call]
-    progress.say(f"measuring for about {seconds:.0f} s on {count} process(es), beside the store")
-
-    def run(blocks: int, each: int, number: int) -> tuple[float, int]:
-        """Seconds and view images of so many tasks for each process."""
-        done, spent = 0, 0.0
-        for graph in job.by_graph:
-            tasks = [part_of(job, graph, read[k % len(read)], blocks, f"{number}x{k}") for k in range(count * each)]
-            start = time.monotonic()
-            outcomes = (
-                run_here(iter(tasks), len(tasks), wanted.provider, Quiet())
-                if client is None
-                else run_elsewhere(client, iter(tasks), len(tasks), wanted, Quiet())
-            )
-            for _, outcome in outcomes:
-                if isinstance(outcome, Failure):
-                    raise UserError(outcome.error)
-                done += outcome.rendered
-            spent += time.monotonic() - start
-        return spent, done // len(job.by_graph)
-
-    run(1, 1, 0)  # opens the sessions
-    once, _ = run(1, 1, 1)
-    most = -(-first.samples // BLOCK)
-    blocks = max(1, int(seconds / max(once, 1e-3)))
-    spent, images = run(min(blocks, most), max(1, min(blocks // most, len(read))), 2)
-    return {
-        "seconds": round(spent, 2),
-        "view_images": images,
-        "view_images_per_second": images / max(spent, 1e-9),
-        "index_seconds_per_image": indexing,
-        "workers": count,
-    }
-
-
-def part_of(job: Job, graph: str, shard: Shard, blocks: int, name: str) -> ShardTask:
-    """A task over the first blocks of a shard, under a name of its own in the scratch store."""
-    assert shard.index is not None
-    index, stop = shard.index, min(blocks * BLOCK, shard.samples)
-    labelled = None not in index.labels[:stop]
-    summary = replace(index.summary, id=f"{stem_of(shard.url)}-{name}", samples=stop, labelled=labelled)
-    part = ShardIndex(summary, index.keys[:stop], index.digests[:stop], index.labels[:stop], index.starts[: stop + 1])
-    patiently(lambda: job.store.add_index(part, shard.url))
-    (task,) = job.tasks(graph, [shard.url])
-    return replace(task, known=(part.id,))
 
 
 # ------------------------------------------------------------------------------------------------ warnings

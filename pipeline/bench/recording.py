@@ -14,7 +14,7 @@ import torch
 from pipeline.bench.timing import Row, Spread, cpu_seconds, interleaved, ratios, seconds
 from pipeline.bench.world import World
 from precompute.engine import run_task
-from precompute.plan import part_of
+from precompute.measuring import part_of
 from precompute.run import Job, prepare
 from precompute.session import Session, cores, open_session
 from precompute.taps import Tap
@@ -62,7 +62,7 @@ class _Case:
 
     def task(self) -> ShardTask:
         """Everything of the shard, under a name that the store does not know yet."""
-        return part_of(self.job, self.graph, self.shard, self.world.blocks, f"turn{next(self.numbers)}")
+        return part_of(self.job, self.graph, self.shard, self.samples, f"turn{next(self.numbers)}")
 
     def engine(self, session: Any) -> float:
         """Seconds that the engine takes with a session; what it wrote is removed again."""

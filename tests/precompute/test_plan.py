@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.cli import main
+from precompute.measuring import growing
 from precompute.plan import plan
 from precompute.run import Wanted, precompute
 from precompute.targets import parse
@@ -58,6 +60,56 @@ def test_contract_8_bytes_and_objects_are_those_of_the_run(world: World, tmp_pat
     assert again["hours"] is None
     assert plan(str(place), wanted, Quiet(), seconds=0.1)["hours"] == 0
     assert taken(place) == (size, objects), "a plan changes nothing in a store"
+
+
+def test_a_tenth_of_the_images_is_measured_at_most(world: World, tmp_path: Path) -> None:
+    told = plan(str(tmp_path / "store"), wanted_of(world, world.shards, ["logits"]), Quiet(), seconds=600)
+    assert told["missing"]["view_images"] == 600
+    assert 0 < told["measured"]["view_images"] <= 60
+
+
+class Engine:
+    """Takes some time to open and then so long for each view image, by a clock of its own."""
+
+    def __init__(self, opening: float, each: float, noise: Sequence[float] = (1,), views: int = 4) -> None:
+        self.opening, self.each, self.noise, self.views = opening, each, noise, views
+        self.rounds: list[float] = []
+
+    def __call__(self, samples: int) -> tuple[float, int]:
+        images = samples * self.views
+        time = images * self.each * self.noise[len(self.rounds) % len(self.noise)]
+        self.rounds.append(time + (0 if self.rounds else self.opening))
+        return self.rounds[-1], images
+
+
+@pytest.mark.parametrize("each", [0.001, 0.01, 0.1, 1.0])  # seconds of a view image
+@pytest.mark.parametrize("todo", [1_000, 10_000, 1_000_000])
+@pytest.mark.parametrize("noise", [(1,), (1, 1.02, 0.99), (1, 1.4, 0.8, 1.2)])
+def test_measuring_takes_a_tenth_of_what_the_run_takes_at_most(each: float, todo: int, noise: Sequence[float]) -> None:
+    engine = Engine(2.0, each, noise)
+    found = growing(engine, todo, 60)
+    assert found.images <= todo / 10
+    assert sum(engine.rounds) == pytest.approx(found.seconds)
+    work = todo * each * max(noise)
+    assert sum(engine.rounds[1:]) <= 0.1 * work
+    assert found.seconds <= 0.1 * (2.0 + work) or len(engine.rounds) <= 2, "opening may take longer than a tenth"
+    assert found.seconds <= max(60 * max(noise) / min(noise), engine.rounds[0])
+    if len(engine.rounds) > 1:
+        assert min(noise) <= 1 / (found.rate * each) <= max(noise)
+
+
+def test_measuring_stops_when_rounds_agree_and_goes_on_while_they_do_not() -> None:
+    steady, shaky = Engine(5.0, 0.01), Engine(5.0, 0.01, (1, 1.4, 0.8, 1.2))
+    assert growing(steady, 10**7, 60).seconds == pytest.approx(5 + 0.01 * 4 * 8 * (1 + 2 + 4 + 8))
+    assert 30 <= growing(shaky, 10**7, 60).seconds <= 90
+    assert len(steady.rounds) == 4
+
+
+def test_of_a_tiny_run_one_round_is_measured() -> None:
+    engine = Engine(5.0, 0.01)
+    found = growing(engine, 40, 60)
+    assert (found.images, found.seconds) == (32, pytest.approx(5.32))
+    assert found.rate == pytest.approx(32 / 5.32)
 
 
 def test_a_target_that_is_added_costs_itself_alone(world: World, tmp_path: Path) -> None:
