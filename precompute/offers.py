@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import timm
 import torch
 from torch import nn
 
-from precompute.taps import TAPS, attention_layers, cnn_stages, prefix_roles, takes_image_size, timm
+from precompute.taps import TAPS, attention_layers, cnn_stages, prefix_roles, takes_image_size
 from precompute.targets import default_codec
 from precompute.teachers import about_weights, resolve
 from storage.codecs import Codec

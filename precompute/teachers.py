@@ -222,7 +222,7 @@ def resolve(name: str) -> tuple[str, int | None]:
 
 def about_weights(model: str, name: str) -> dict[str, Any]:
     """`size`, `mean` and `std` of a timm name's weights. Raises UserError where timm has no such name."""
-    from precompute.taps import timm
+    import timm
 
     if not timm.is_model(model):
         close = difflib.get_close_matches(name, [*SHORT, *timm.list_models()], cutoff=0.5)
@@ -274,7 +274,7 @@ def load(teacher: Teacher) -> nn.Module:
 
 
 def _create(model: str, arguments: dict[str, Any], *, pretrained: bool) -> nn.Module:
-    from precompute.taps import timm
+    import timm
 
     try:
         made: nn.Module = timm.create_model(model, pretrained=pretrained, **arguments)

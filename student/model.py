@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
 
+import timm
 from pydantic import Field, Strict, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from precompute.taps import takes_image_size, timm
+from precompute.taps import takes_image_size
 from storage.errors import UserError, first_line, nearest
 from storage.files import written_whole
 from storage.policies import policy

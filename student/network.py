@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 
-from precompute.taps import Tap, TappedTeacher, takes_image_size, timm
+from precompute.taps import Tap, TappedTeacher, takes_image_size
 from storage.checkpoints import EARLIER
 from storage.errors import IdentityError, UserError, first_line
 from storage.records import Record

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from precompute.taps import timm as _timm  # noqa: F401  made importable there, before timm.optim
 from storage.errors import UserError, first_line, nearest
 from student.config import Recipe
 from student.lesson import Lesson

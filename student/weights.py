@@ -7,9 +7,9 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
+import timm
 from torch import Tensor, nn
 
-from precompute.taps import timm
 from storage.errors import UserError, first_line
 from storage.weights import (
     as_f32,

@@ -121,10 +121,9 @@ class World:
 
 def write_teacher(path: Path, spec: tuple[str, dict[str, Any]], seed: int = 0) -> str:
     """Random weights of a tiny teacher, with statistics that are not the trivial ones."""
+    import timm
     import torch
     from safetensors.torch import save_file
-
-    from precompute.taps import timm
 
     torch.manual_seed(seed)
     model = timm.create_model(spec[0], num_classes=3, **spec[1])

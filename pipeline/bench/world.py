@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -15,7 +16,7 @@ from precompute import teachers
 from precompute.export import live_teacher
 from precompute.plan import Shard
 from precompute.run import Wanted, precompute
-from precompute.taps import Tap, timm
+from precompute.taps import Tap
 from precompute.targets import parse
 from precompute.teachers import Teacher
 from storage.errors import UserError

@@ -14,12 +14,12 @@ from precompute.taps.attention import (
     layer_grids,
     prefix_roles,
 )
-from precompute.taps.backbones import takes_image_size, timm
+from precompute.taps.backbones import takes_image_size
 from precompute.taps.names import ATTENTION, TAPS, VIT, About, Tap, check_tap
 from precompute.taps.teacher import TappedTeacher
 
 __all__ = [
     "ATTENTION", "POSITIONS", "TAPS", "VIT", "About", "At", "AttentionTaps", "Tap", "TappedTeacher", "attention_layers",
     "attention_rows", "attention_scores", "check_attention", "check_tap", "class_row", "class_scores", "cnn_stages",
-    "layer_grids", "prefix_roles", "resize_matrix", "takes_image_size", "timm",
+    "layer_grids", "prefix_roles", "resize_matrix", "takes_image_size",
 ]  # fmt: skip

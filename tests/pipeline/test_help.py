@@ -76,12 +76,12 @@ def test_no_summary_is_cut_off():
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder `photos` of two classes and weights under the names that the examples use."""
     import onnx
+    import timm
     import torch
     from onnx import TensorProto, helper
     from safetensors.torch import save_file
 
     from precompute import teachers
-    from precompute.taps import timm
 
     for name, model in (("mobilenetv2", "test_efficientnet"), ("vit_tiny", "test_vit")):  # quick ones of their kinds
         monkeypatch.setitem(teachers.SHORT, name, (model, 160))

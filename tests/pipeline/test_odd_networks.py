@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 from pipeline.cli import main
 from precompute.export import export_student
 from precompute.offers import bare, offers_of
-from precompute.taps import Tap, TappedTeacher, timm
+from precompute.taps import Tap, TappedTeacher
 from storage.errors import UserError
 from storage.testing import synthetic_shards
 

@@ -71,7 +71,7 @@ def changes(recipe: str, folder: Path) -> dict[str, Any]:
     if recipe == "advit-l1":
         return {"losses.advit.layers": "uniform", "losses.advit.grid": "bicubic"}
     if recipe == "fine-tune":
-        from precompute.taps import timm
+        import timm
 
         sizes = {name.partition(".")[2]: value for name, value in SMALL.items() if name.startswith("student.")}
         network = timm.create_model("vit_base_patch16_224.mae", num_classes=7, **sizes)
@@ -161,9 +161,9 @@ def test_contract_10_logits_of_unknown_classes_need_a_word(world, full, tmp_path
 
 def test_contract_10_logits_of_other_classes_are_refused(world, tmp_path, capsys):
     """A teacher of five classes for a student of three."""
+    import timm
     import torch
 
-    from precompute.taps import timm
     from storage.testing import TINY_CNN
 
     torch.manual_seed(0)
@@ -220,7 +220,7 @@ def test_the_rows_of_aal_s_tables_are_settings_that_a_recipe_takes():
 
 
 def timm_has(model: str) -> bool:
-    from precompute.taps import timm
+    import timm
 
     return bool(timm.is_model(model))
 

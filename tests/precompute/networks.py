@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import timm
 import torch
 from torch import nn
 
-from precompute.taps import attention_layers, timm
+from precompute.taps import attention_layers
 
 SMALL: dict[str, Any] = {"img_size": 32, "depth": 3, "embed_dim": 48, "num_heads": 3, "num_classes": 5}
 HALF = (0.5, 0.5, 0.5)

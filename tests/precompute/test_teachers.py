@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from precompute import teachers
-from precompute.taps import Tap, timm
+from precompute.taps import Tap
 from storage.errors import UserError
 from storage.testing import TINY_CNN, TINY_VIT
 from storage.weights import read_weights

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
 from precompute import teachers
 from precompute.check import teacher_of
-from precompute.taps import timm
 from storage.checkpoints import EARLIER
 from storage.errors import IdentityError, UserError
 from storage.store import Store

@@ -97,7 +97,7 @@ def test_contract_2_what_is_rendered_covers_every_operation(images):
 
 @functools.cache
 def timm_operations():
-    from precompute.taps import timm
+    import timm
 
     return timm.data.auto_augment
 

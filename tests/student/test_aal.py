@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
+import timm
 import torch
 from torch import nn
 
-from precompute.taps import AttentionTaps, timm
+from precompute.taps import AttentionTaps
 from student.losses import aal
 from student.losses.aal import AAL, class_maps
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch.nn import functional as F
 
-from precompute.taps import AttentionTaps, attention_rows, class_row, timm
+from precompute.taps import AttentionTaps, attention_rows, class_row
 from storage.errors import IdentityError, UserError
 from student.align import Given, Shape, align_classes, student_shape
 from student.loss_settings import Matched

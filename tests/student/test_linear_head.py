@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 from precompute import teachers
-from precompute.taps import Tap, TappedTeacher, timm
+from precompute.taps import Tap, TappedTeacher
 from storage.errors import UserError
 from storage.testing import TINY_CNN, TINY_VIT
 from student.head import Examples, Head, fit, held_out, try_strengths

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from precompute.taps import Tap, TappedTeacher, timm
+from precompute.taps import Tap, TappedTeacher
 from storage.errors import IdentityError, UserError
 from student import config, links
 from student.align import Given, Shape

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -19,7 +20,6 @@ from precompute.taps import (
     check_attention,
     layer_grids,
     prefix_roles,
-    timm,
 )
 from storage.errors import UserError
 from student import links

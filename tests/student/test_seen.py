@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import timm
 import torch
 
-from precompute.taps import Tap, TappedTeacher, timm
+from precompute.taps import Tap, TappedTeacher
 from storage.errors import UserError
 from student.align import Given, student_shape
 from student.losses.attention_transfer import Settings

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+import timm
 import torch
 from safetensors import safe_open
 from torch import nn
 
 from pipeline.cli import main
 from pipeline.deploying import export
-from precompute.taps import timm
 from storage.errors import UserError
 from storage.policies import policy
 from storage.weights import load_weights

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from pipeline.cli import main
 from precompute import teachers
 from precompute.export import live_teacher
-from precompute.taps import Tap, timm
+from precompute.taps import Tap
 from storage import records
 from storage.errors import DamageError, IdentityError, UserError
 from storage.policies import policy

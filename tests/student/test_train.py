@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,10 +74,9 @@ def test_the_log_has_every_epoch_with_falling_losses(taught):
 
 
 def test_best_and_last_load_with_bare_timm(world, taught):
+    import timm
     from safetensors import safe_open
     from safetensors.torch import load_file
-
-    from precompute.taps import timm
 
     out, result, _ = taught
     with safe_open(out / "last.safetensors", "pt") as file:
@@ -91,6 +92,16 @@ def test_best_and_last_load_with_bare_timm(world, taught):
     assert score.samples == 300
     best, _ = load(out / "best.safetensors")
     assert evaluate(best, world.shards, policy(about.evaluation, 32), about.mean, about.std).top1 == result["best_top1"]
+
+
+def test_the_card_s_code_runs_in_an_interpreter_that_knows_only_timm(taught, tmp_path):
+    out, _, _ = taught
+    code = (out / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    code += f"import torch\ntorch.save(model(torch.ones(1, 3, 32, 32)), {str(tmp_path / 'logits')!r})\n"
+    subprocess.run([sys.executable, "-I", "-c", code], cwd=out, check=True)
+    ours, _ = load(out / "last.safetensors")
+    logits = torch.load(tmp_path / "logits", weights_only=True)
+    assert torch.equal(logits, ours.eval()(torch.ones(1, 3, 32, 32)))
 
 
 def test_the_same_run_gives_the_same_weights_with_and_without_workers(world, u8, tmp_path):

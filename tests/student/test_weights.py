@@ -5,11 +5,11 @@ from __future__ import annotations
 import pickle
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.recipes import load as load_recipe
-from precompute.taps import timm
 from storage.errors import UserError
 from student import train as trainer
 from student import weights as module

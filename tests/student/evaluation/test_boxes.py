@@ -12,8 +12,10 @@ from torch.nn import functional as F
 
 pytest.importorskip("scipy")
 
+import timm
+
 from pipeline.cli import main
-from precompute.taps import attention_layers, timm
+from precompute.taps import attention_layers
 from storage.errors import UserError
 from storage.shards import cached_index
 from storage.tars import Sample

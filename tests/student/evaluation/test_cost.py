@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.cli import main
 from precompute.offers import bare
-from precompute.taps import timm
 from storage.errors import UserError
 from student.evaluation.cost import cost, links_of
 from student.speed import attention_modules

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 from pipeline.cli import main
-from precompute.taps import timm
 from storage.errors import UserError
 from storage.pack import pack
 from storage.shards import cached_index
