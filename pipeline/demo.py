@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.console import Console
 from storage.errors import UserError
+from storage.memory import out_of_memory
 from storage.progress import Quiet
 
 if TYPE_CHECKING:
@@ -171,7 +173,11 @@ def _trained(out: Path, jobs: Sequence[_Training], console: Console) -> dict[str
     with ProcessPoolExecutor(min(cores(), len(jobs)), multiprocessing.get_context("spawn")) as pool:
         running = {pool.submit(job, out): job.name for job in jobs}
         for future in as_completed(running):
-            found[running[future]] = top1 = future.result()
+            try:
+                found[running[future]] = top1 = future.result()
+            except BrokenProcessPool:
+                advice = "close other programs and run the same command again"
+                raise UserError(f"a process that trained for the demo died: {out_of_memory(advice)}") from None
             console.say(f"   {running[future]}: top-1 {top1:.1f} %")
     return found
 

@@ -23,6 +23,7 @@ from precompute.engine import run_task
 from precompute.session import Session, cores, open_session
 from precompute.tasks import Outcome, ShardTask
 from storage.errors import UserError, first_line, lasts
+from storage.memory import out_of_memory
 from storage.progress import Progress
 
 if TYPE_CHECKING:
@@ -278,10 +279,10 @@ def _result(future: Any, url: str) -> Outcome | Failure:
 
     try:
         outcome: Outcome | Failure | None = future.result()
-    except KilledWorker:
-        return Failure(
-            f"{url}: the workers that had it died, one after another; is the machine out of memory?", "worker"
-        )
+    except KilledWorker as error:
+        what = f"the {error.allowed_failures + 1} workers that had it died, the last at {error.last_worker.address}"
+        advice = "start fewer with --workers N, or give those of --dask more memory, and run the same command again"
+        return Failure(f"{url}: {what}: {out_of_memory(advice)}", "worker")
     except Exception as error:
         if future.cancelled():
             raise UserError(LOST) from None

@@ -10,7 +10,9 @@ import atexit
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from storage.store import Store
 from student.order import Order, Segment, lanes_of
 from student.reader import Arrays, BlockReader, Part, Source, join
 from student.sources import fresh, refuse_twice, stored, usable_views
+from student.workers import started, watched
 
 
 @dataclass
@@ -256,6 +259,7 @@ class Stream(IterableDataset[Batch]):
             persistent_workers=bool(self.workers),
             worker_init_fn=_leave_at_once,
         )
+        self._processes: list[BaseProcess] = []
         self._next_epoch = self._generation = 0
 
     def _check_memory(self, budget: int | None) -> int:
@@ -284,10 +288,19 @@ class Stream(IterableDataset[Batch]):
         return self.epoch(epoch)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch, from batch `start` on."""
+        """The batches of one epoch, from batch `start` on. Raises UserError where a worker dies."""
+        with self.watched():
+            yield from self._epoch(epoch, start)
+
+    def watched(self, advice: str = "start fewer workers") -> AbstractContextManager[None]:
+        """Within it, the death of a worker ends in one UserError, with advice: PyTorch raises it anywhere."""
+        return watched(self._processes, self.memory, advice)
+
+    def _epoch(self, epoch: int, start: int) -> Iterator[Batch]:
         self._place[0], self._place[1] = epoch, start
         generation = self._generation = self._generation + 1
-        parts = iter(self._loader)
+        with started(self._processes):  # once: they persist
+            parts = iter(self._loader)
         workers = max(1, self.workers)
         for _ in range(start, self.order.steps):
             if generation != self._generation:

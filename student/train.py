@@ -80,8 +80,15 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
         run.resume(found)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
-        run.train()
-    return run.finish()
+        with parts.stream.watched(_fewer(job, parts.stream.workers)):
+            run.train()
+            return run.finish()
+
+
+def _fewer(job: Job, workers: int) -> str:
+    """What to do where a loader worker dies."""
+    words = f"--set stream.workers={max(0, workers - 1)}{'' if job.smoke else ' --resume'}"
+    return f"run the same command again with {words}"
 
 
 def _found(job: Job) -> dict[str, Any] | None:

@@ -1,12 +1,16 @@
-"""The demo's table says of each gain whether so few seeds can tell it from chance."""
+"""The demo's table says of each gain whether so few seeds can tell it from chance; a process that dies is told."""
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
-from pipeline.demo import _lines
+from pipeline.console import Console
+from pipeline.demo import _lines, _trained
+from storage.errors import UserError
 
 COUNTS = {"all": 1347, "tenth": 134, "val": 450}
 SCRATCH = [60.0, 62.0, 64.0]
@@ -35,3 +39,18 @@ def verdict(gains: list[float]) -> str:
 def test_a_gain_that_three_seeds_cannot_tell_from_chance_is_called_so(gains: list[float], says: str) -> None:
     pytest.importorskip("scipy")
     assert verdict(gains) == says
+
+
+class Doomed:
+    """A training that the kernel ends."""
+
+    name = "doomed"
+
+    def __call__(self, out: Path) -> float:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return 0.0
+
+
+def test_a_process_of_the_demo_that_is_killed_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^a process that trained for the demo died: .* memory ran out .* again$"):
+        _trained(tmp_path, [Doomed()], Console())  # type: ignore[list-item]

@@ -160,7 +160,10 @@ def test_a_shard_that_kills_its_workers_is_listed_and_the_others_are_finished(
     with hooked(mortal, die, str(tmp_path / "begun")):
         result, _ = run(deit, place, shards, dask=mortal.scheduler.address)
     assert [(failure["shard"], failure["kind"]) for failure in result["failures"]] == [(deadly[0], "worker")]
-    assert "died" in result["failures"][0]["error"]
+    told = result["failures"][0]["error"]
+    assert "workers that had it died, the last at tcp://" in told
+    assert "memory ran out" in told
+    assert "start fewer with --workers N" in told
     assert len(result["shards"]) == 4
     print("begun", {Path(url).parent.name: begun(tmp_path / "begun").count(url) for url in shards})
 

@@ -89,3 +89,9 @@ def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < until, "it takes too long"
         time.sleep(0.01)
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    """Ids of the processes that a process has started with multiprocessing, but for its resource tracker."""
+    found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(id) for id in found if b"spawn_main" in Path(f"/proc/{id}/cmdline").read_bytes()]

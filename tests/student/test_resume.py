@@ -15,7 +15,7 @@ from storage.errors import IdentityError, UserError
 from student import checkpoint, folder
 from student import train as trainer
 from tests.conftest import HANGS, Quiet
-from tests.student.runs import FULL, command, job, log, run, same, start, u8, wait_for
+from tests.student.runs import FULL, children, command, job, log, run, same, start, u8, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +115,28 @@ def test_a_command_that_is_killed_goes_on_with_loader_workers(world, undisturbed
     assert not (out / "result.json").exists()
     again = start([*command(world, out, "aal", *settings), "--resume"])
     _, said = again.communicate(timeout=HANGS)
+    assert again.returncode == 0, said
+    assert "goes on in epoch" in said
+    assert same(undisturbed[0], out)
+
+
+@pytest.mark.slow
+def test_a_command_whose_loader_worker_is_killed_says_so_and_goes_on(world, undisturbed, tmp_path):
+    settings = [u8(world), *FULL, "stream.workers=2", "checkpoint_interval=1"]
+    out = tmp_path / "run"
+    process = start(command(world, out, "aal", *settings))
+    wait_for((out / "checkpoint.pt").exists, process)
+    _, second = sorted(children(process))
+    os.kill(second, signal.SIGKILL)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 1, said
+    assert f"error: loader worker 2 of 2 (process {second}) was killed by SIGKILL: the usual cause is" in said
+    assert "run the same command again with --set stream.workers=1 --resume" in said
+    assert "Traceback" not in said
+    assert "should not happen" not in said
+    assert not (out / "result.json").exists()
+    again = start([*command(world, out, "aal", *settings), "--set", "stream.workers=1", "--resume"])
+    _, said = again.communicate(timeout=300)
     assert again.returncode == 0, said
     assert "goes on in epoch" in said
     assert same(undisturbed[0], out)

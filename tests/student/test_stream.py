@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 
@@ -207,6 +209,34 @@ def test_an_error_in_a_worker_arrives_as_itself_and_the_workers_leave_when_told(
     del s
     gc.collect()
     assert {process.exitcode for process in started} == {0}, "workers were not told to stop and were terminated"
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (signal.SIGKILL, r"was killed by SIGKILL: .*memory ran out .*\d GiB may be taken here.*MiB ahead; start fewer"),
+        (signal.SIGBUS, r"was ended by SIGBUS: .*/dev/shm is full"),
+    ],
+)
+def test_a_worker_that_dies_is_named_with_its_signal_wherever_it_is_noticed(world, number, told):
+    s = stream(world, workers=2)
+    before = set(multiprocessing.active_children())
+    batches = s.epoch(0)
+    next(batches)
+    _, second = sorted(set(multiprocessing.active_children()) - before, key=lambda process: process.pid)
+
+    def killed() -> None:
+        with s.watched():
+            os.kill(second.pid, number)
+            second.join()
+            for _ in range(1_000_000):  # PyTorch raises here, or where the next batch is asked for
+                pass
+            list(batches)
+
+    with pytest.raises(UserError, match=rf"^loader worker 2 of 2 \(process {second.pid}\) {told}"):
+        killed()
+    with pytest.raises(UserError, match="loader worker 2 of 2"):
+        list(s.epoch(1))
 
 
 def test_evaluation_counts_every_sample_once(world):
