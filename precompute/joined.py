@@ -145,6 +145,12 @@ class Alone:
         fixed = self.graph.batch
         why = f"; its batch is fixed at {fixed}" if fixed else ""
         do = "export it again with a free batch (dynamic axis 0), in evaluation mode"
+        mixes = do if fixed else "export it again in evaluation mode: its batch is free, but it mixes the images in it"
+        if any(node.op_type.startswith("DynamicQuantize") for node in self.graph.model.graph.node):
+            mixes = (
+                "it is dynamically quantised, by scales of all images of a batch together; give the file that it was "
+                "before, or one that is quantised statically"
+            )
         try:
             each = [self.tensors(image[None]) for image in images]
             found = self.tensors(images)
@@ -157,7 +163,7 @@ class Alone:
                 if not apart <= PARITY:
                     raise UserError(
                         f"{self.path}: {name} of two images together differs from that of each alone by {apart:.2g} of "
-                        f"the largest value (allowed: {PARITY:g}){why}: {do}"
+                        f"the largest value (allowed: {PARITY:g}){why}\n  {mixes}"
                     )
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 BATCH = {"cpu": 2, "cuda": 16}
 SIDE_BY_SIDE = 16  # runs, at most: each takes memory
 OPTIMISATION = "all"
+# Where the other files lie beside the first; up to 2 GB.
+MERGE = "python -c \"import onnx; onnx.save(onnx.load('model.onnx'), 'whole.onnx')\""
 
 
 class Session:
@@ -105,6 +107,7 @@ def parsed(graph: bytes) -> ModelProto:
     if outside:
         raise UserError(
             f"the teacher's graph keeps {len(outside)} tensor(s) in other files ({outside[0]}); save it as one file"
+            f"\n  {MERGE}"
         )
     return model
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +85,50 @@ def test_rows_that_sum_to_one_are_no_other_tap_either(tmp_path: Path, tap: str, 
         said(path, Tap(tap, None, grid, ("y",)))
     _, values = said(path, Tap(tap, None, grid, ("r",)))
     assert values.std() > 0.1
+
+
+# ---------------------------------------------------------------------------------------------- ways out
+
+
+def test_a_dynamically_quantised_file_is_said_to_be_and_a_statically_quantised_one_is_taken(tmp_path: Path) -> None:
+    quantization = pytest.importorskip("onnxruntime.quantization")
+    weights = {"w": np.random.default_rng(0).normal(0, 1, (3, 64)).astype(np.float32)}
+    plain = small(tmp_path / "plain.onnx", [*FC[:2], node("MatMul", "f w", "y")], weights=weights)
+    quantization.quantize_dynamic(plain, tmp_path / "dynamic.onnx")
+    with pytest.raises(UserError, match=r"differs from that of each .*\n  it is dynamically quantised") as raised:
+        said(tmp_path / "dynamic.onnx")
+    assert "free batch" not in str(raised.value), "it is free"
+
+    class Images(quantization.CalibrationDataReader):  # type: ignore[misc, name-defined]
+        left = iter([{"x": np.random.default_rng(n).uniform(-1, 1, (1, 3, 16, 16)).astype(np.float32)} for n in (1, 2)])
+
+        def get_next(self) -> Any:
+            return next(self.left, None)
+
+    quantization.quantize_static(plain, tmp_path / "static.onnx", Images())
+    assert said(tmp_path / "static.onnx")[1].shape == (5, 64)
+
+
+def test_a_graph_that_mixes_images_of_a_free_batch_is_not_told_to_free_it(tmp_path: Path) -> None:
+    nodes = [
+        *MEANS[:1],
+        node("Flatten", "pooled", "f"),
+        node("ReduceMean", "f", "m", axes=[0]),
+        node("Sub", "f m", "y"),
+    ]
+    with pytest.raises(UserError, match=r"\n  export it again in evaluation mode: its batch is free, but it mixes"):
+        said(small(tmp_path / "g.onnx", nodes))
+
+
+def test_a_file_with_tensors_in_another_is_merged_by_the_command_that_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain = small(Path("plain.onnx"), [*FC[:2], node("MatMul", "f w", "y")], weights=WEIGHTS)
+    onnx.save(onnx.load(str(plain)), "model.onnx", save_as_external_data=True, location="data.bin", size_threshold=0)
+    with pytest.raises(UserError, match=r"keeps 1 tensor\(s\) in other files \(w\); save it as one file\n") as raised:
+        said(Path("model.onnx"))
+    command = shlex.split(str(raised.value).rpartition("\n")[2])
+    assert command.pop(0) == "python"
+    subprocess.run([sys.executable, *command], check=True)
+    assert np.array_equal(said(Path("whole.onnx"))[1], said(plain)[1])
