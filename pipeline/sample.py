@@ -20,6 +20,7 @@ from storage.banks import bank_policy, read_views
 from storage.codecs import Codec
 from storage.errors import IdentityError, UserError
 from storage.markers import Task
+from storage.names import normalized
 from storage.operations import OPERATIONS
 from storage.policies import Policy
 from storage.records import Record
@@ -112,7 +113,9 @@ def stored_sample(store: Store, urls: Sequence[str], key: str) -> StoredSample:
     targets = of_banks[bank]
     shown = {id: manifest for id, manifest in targets.items() if not _is_pixels(manifest)}
     teachers = {id: store.teacher_of(manifest) for id, manifest in shown.items()}
-    i = index.keys.index(key)
+    i = _place(index, key)
+    assert i is not None
+    key = index.keys[i]
     (original,) = read_samples(url, index, range(i, i + 1))
     counts = {id: store.views("target", id, [index.id], done) for id in targets}
     stored = store.views("bank", bank, [index.id], done)
@@ -140,13 +143,13 @@ def _shard_with(
     """The one shard with a key, and its index; shards that precompute has not come to yet are passed over."""
     indexes = {url: index for url in urls if (index := store.recognise(url, known))}
     others = [url for url in urls if url not in indexes]
-    if not any(key in index.keys for index in indexes.values()):
+    if all(_place(index, key) is None for index in indexes.values()):
         stems = {shard.rpartition("-")[0] for shard in {*known, *begun}}
         for url in [url for url in others if stem_of(url) in stems]:  # a store's shard keeps its name
             with contextlib.suppress(IdentityError):
                 indexes[url] = store.require(url, known)
                 others.remove(url)
-    found = [url for url, index in indexes.items() if key in index.keys]
+    found = [url for url, index in indexes.items() if _place(index, key) is not None]
     if len(found) > 1:
         raise UserError(f"key {key!r} is in {found[0]} and in {found[1]}; give one of them with --shards")
     if found:
@@ -160,6 +163,14 @@ def _shard_with(
     raise UserError(
         f"no sample has the key {key!r} in {len(indexes)} shard(s) ({_names(list(indexes))}). {hint}.{more}"
     )
+
+
+def _place(index: ShardIndex, key: str) -> int | None:
+    """Where a key is in a shard, or one that is the same in Unicode's NFC."""
+    if key in index.keys:
+        return index.keys.index(key)
+    wanted = normalized(key)
+    return None if wanted.isascii() else next((i for i, k in enumerate(index.keys) if normalized(k) == wanted), None)
 
 
 def _names(urls: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 from pipeline.plain import number_in
 from precompute.ready import is_ready
 from storage.errors import UserError
-from storage.objects import is_remote
+from storage.urls import is_remote, separate
 from student.config import Recipe, Student, section_of, sentence, suggested
 
 
@@ -181,7 +181,7 @@ def _from_here(settings: Settings, folder: Path) -> Settings:
 
 def located(pattern: str, folder: Path) -> str:
     """What a path, URL or pattern, or several joined by `::`, of a project file in a folder is called from here."""
-    return "::".join(_one(part, folder) for part in pattern.split("::"))
+    return "::".join(_one(part, folder) for part in separate(pattern))
 
 
 def _one(part: str, folder: Path) -> str:

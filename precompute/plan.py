@@ -26,12 +26,13 @@ from precompute.tasks import Output
 from storage.arrays import chunk_samples
 from storage.codecs import Codec, Part, fitting
 from storage.markers import Task
-from storage.objects import is_remote, open_objects
+from storage.objects import open_objects
 from storage.policies import Policy
 from storage.progress import Progress
 from storage.shards import ShardIndex, cached_index, classes_of
 from storage.store import Store
 from storage.tars import size_of, without_samples
+from storage.urls import is_remote
 from storage.views import COLUMNS
 
 if TYPE_CHECKING:

@@ -19,11 +19,11 @@ from precompute.teachers import Teacher
 from storage import banks
 from storage.card import card
 from storage.errors import UserError
-from storage.objects import is_remote
 from storage.policies import Policy
 from storage.progress import Progress
 from storage.store import Store
 from storage.tars import counted_flaws, stem_of, without_samples
+from storage.urls import is_remote
 
 if TYPE_CHECKING:
     from distributed import Client

@@ -11,17 +11,16 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-import fsspec
-from fsspec.core import url_to_fs
 from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
 
-from storage.errors import DamageError, UserError, first_line, shown
+from storage.errors import DamageError, UserError, shown
 from storage.litter import is_litter
+from storage.urls import filesystem_of, is_remote, networked, require_ranges, whole_instead
 
 
 class Objects(Protocol):
@@ -199,10 +198,7 @@ class RemoteObjects:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        try:
-            self.files, root = url_to_fs(self.url)
-        except Exception as error:  # each kind of file system has its own, for missing packages and credentials
-            raise UserError(f"{url}: cannot be opened: {first_line(error)}") from None
+        self.files, root = filesystem_of(self.url)
         self.root = root.rstrip("/")
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -213,23 +209,26 @@ class RemoteObjects:
 
     def get(self, key: str) -> bytes:
         """The bytes of an object."""
-        with networked():
+        with networked(self.url):
             return bytes(self.files.cat_file(self._path(key)))
 
     def size(self, key: str) -> int:
         """The length of an object in bytes."""
-        with networked():
-            return int(self.files.info(self._path(key))["size"])
+        with networked(self.url):
+            size = self.files.info(self._path(key))["size"]
+        if size is None:
+            raise UserError(f"{self.url}/{key}: its server does not tell how long it is; copy it to a local disk")
+        return int(size)
 
     def put(self, key: str, data: bytes) -> None:
         """Write an object whole."""
-        with networked():
+        with networked(self.url):
             self.files.pipe_file(self._path(key), data)
 
     def create(self, key: str, data: bytes) -> bool:
         """Write an object unless there is one (on S3 a conditional put)."""
         try:
-            with networked():
+            with networked(self.url):
                 self.files.pipe_file(self._path(key), data, mode="create")
         except FileExistsError:
             return False
@@ -239,7 +238,7 @@ class RemoteObjects:
         """The sorted names directly inside a folder, without litter."""
         self.files.invalidate_cache()
         try:
-            with networked():
+            with networked(self.url):
                 found = self.files.ls(self._path(folder), detail=False)
         except FileNotFoundError:
             return []
@@ -249,12 +248,12 @@ class RemoteObjects:
         """The sorted keys of all objects below a folder."""
         self.files.invalidate_cache()
         start = len(self.files._strip_protocol(self.root)) + 1
-        with networked():
+        with networked(self.url):
             return sorted(path[start:] for path in self.files.find(self._path(folder)))
 
     def remove(self, key: str) -> None:
         """Remove an object or a folder with all that is in it."""
-        with contextlib.suppress(FileNotFoundError), networked():
+        with contextlib.suppress(FileNotFoundError), networked(self.url):
             self.files.rm(self._path(key), recursive=True)
 
     def discard(self, key: str, data: bytes) -> None:
@@ -262,31 +261,6 @@ class RemoteObjects:
         with contextlib.suppress(FileNotFoundError):
             if self.get(key) == data:
                 self.remove(key)
-
-
-@contextlib.contextmanager
-def networked() -> Iterator[None]:
-    """Faults of networks, which each kind of file system raises in its own way, as OSErrors.
-
-    Raises:
-        UserError: no credentials.
-    """
-    try:
-        yield
-    except (OSError, UserError):
-        raise
-    except Exception as error:
-        if "Credentials" in type(error).__name__:
-            raise UserError(
-                f"no credentials for this place: {first_line(error)}; give them as its service wants them, for s3:// "
-                "in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or in ~/.aws"
-            ) from None
-        raise ConnectionError(first_line(error, kind=True)) from error
-
-
-def is_remote(url: str) -> bool:
-    """Whether a path is an fsspec URL and not a local path."""
-    return "://" in url and not url.startswith("file://")
 
 
 def open_objects(url: str | Path) -> Objects:
@@ -300,11 +274,13 @@ def read_range(url: str, start: int, stop: int) -> bytes:
 
     Raises:
         DamageError: the file is gone or ends before `stop`.
+        UserError: its server sends no parts of files.
     """
     try:
         if is_remote(url):
-            with networked():
-                files, path = fsspec.core.url_to_fs(url)
+            require_ranges(url)
+            files, path = filesystem_of(url)
+            with networked(url):
                 data = bytes(files.cat_file(path, start=start, end=stop))
         else:
             with Path(url.removeprefix("file://")).open("rb") as file:
@@ -312,6 +288,8 @@ def read_range(url: str, start: int, stop: int) -> bytes:
                 data = file.read(stop - start)
     except FileNotFoundError:
         raise DamageError(f"{url}: the file is gone\n  Put it back, or leave it out.") from None
+    if len(data) > stop - start:
+        raise UserError(whole_instead(url))
     if len(data) != stop - start:
         raise DamageError(
             f"{url}: truncated: bytes {start} to {stop} were asked for, it ends after {len(data)} of them\n"

@@ -24,7 +24,8 @@ from typing import IO, Any
 
 from storage.errors import UserError, first_line
 from storage.files import kind_of, written_whole
-from storage.objects import is_remote, read_range
+from storage.names import all_normalized, normalized
+from storage.objects import read_range
 from storage.shards import braces, classes_of, expand
 from storage.sources import Files, class_folders, listed, shards_in
 from storage.subsets import balanced
@@ -40,6 +41,7 @@ from storage.tars import (
     open_file,
     size_of,
 )
+from storage.urls import is_remote
 from storage.views import generator
 
 Say = Callable[[str], None]
@@ -311,12 +313,18 @@ def _refuse_overwriting(names: list[str], classes: list[str] | None) -> None:
             raise UserError(f"{name}: is there already; shards are never overwritten. Give other names, or remove it")
     for folder in {Path(name).parent for name in names}:
         there = classes_of([str(folder / "x.tar")])
-        if there is not None and there != classes:
+        if there is not None and (classes is None or there != all_normalized(classes)):
             raise UserError(
                 f"{folder}/classes.json: is there already with other classes, of other shards; give names in a "
                 f"folder of their own, such as new/{Path(names[0]).name}"
             )
+    seen: dict[str, str] = {}
     for name in classes or []:
+        if (other := seen.setdefault(normalized(name), name)) != name:
+            raise UserError(
+                f"classes {other!a} and {name!a}: one name, written with other signs (Unicode's NFC and NFD); make "
+                "them one class, or give one another name"
+            )
         if any("\ud800" <= sign <= "\udfff" for sign in name):  # how Python keeps bytes that are not UTF-8
             raise UserError(f"class {name!r}: its name is not UTF-8; rename it")
 

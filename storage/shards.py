@@ -24,7 +24,8 @@ from storage import records, schema
 from storage.errors import DamageError, IdentityError, UserError, first_line
 from storage.files import is_image, matching, tars_in
 from storage.hints import folder_hint, pack_hint, there_are
-from storage.objects import is_remote, open_objects, read_range
+from storage.names import all_normalized
+from storage.objects import open_objects, read_range
 from storage.tars import (
     RULE,
     Sample,
@@ -41,6 +42,7 @@ from storage.tars import (
     stem_of,
     without_samples,
 )
+from storage.urls import is_remote, require_readable, separate
 
 BLOCK = 64
 INDEX_FORMAT = 1
@@ -125,7 +127,7 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
     """
     urls: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        for part in str(pattern).split("::"):
+        for part in separate(str(pattern)):
             for url in braces(part):
                 urls += _existing(url, str(pattern))
     if not urls:
@@ -149,6 +151,7 @@ def braces(text: str) -> list[str]:
 
 def _existing(url: str, pattern: str) -> list[str]:
     if is_remote(url):
+        require_readable(url)
         return [url]
     path = Path(url.removeprefix("file://")).expanduser()
     if path.is_dir():
@@ -174,7 +177,7 @@ def _existing(url: str, pattern: str) -> list[str]:
 
 
 def classes_of(urls: Iterable[str]) -> list[str] | None:
-    """The class names in the `classes.json` beside the shards, in order; None where there is none.
+    """The class names in the `classes.json` beside the shards, in order and in NFC; None where there is none.
 
     Raises:
         UserError: shards from several folders whose lists differ, or a file that is no list of distinct names.
@@ -188,10 +191,11 @@ def classes_of(urls: Iterable[str]) -> list[str] | None:
             continue
         except (ValueError, RecursionError) as error:
             raise UserError(f"{name}: not JSON: {first_line(error)}") from None
-        good = isinstance(content, list) and all(isinstance(c, str) for c in content)
-        if not good or not content or len(set(content)) < len(content):
+        good = isinstance(content, list) and content and all(isinstance(c, str) for c in content)
+        names = all_normalized(content) if good else []
+        if not names or len(set(names)) < len(names):
             raise UserError(f"{name}: expected a list of distinct class names, in the order of the labels")
-        found[name] = content
+        found[name] = names
     lists = list(found.values())
     if any(other != lists[0] for other in lists):
         raise UserError(f"the shards' class lists differ: {', '.join(found)}; training needs one list")
@@ -200,8 +204,8 @@ def classes_of(urls: Iterable[str]) -> list[str] | None:
 
 def require_classes(urls: Sequence[str], expected: Sequence[str]) -> None:
     """Refuse shards whose class list is there and is another one. Raises IdentityError."""
-    found = classes_of(urls)
-    if found is None or found == list(expected):
+    found, expected = classes_of(urls), all_normalized(expected)
+    if found is None or found == expected:
         return
     where = f"{folder_of(urls[0])[0].rstrip('/')}/classes.json"
     do = "Give shards of the same classes, such as those that `pipeline pack … --val-fraction 0.1` cuts off."

@@ -14,6 +14,7 @@ from storage.errors import UserError, first_line
 from storage.files import LITTER, counted, is_image, listing, tars_in
 from storage.hints import names_for
 from storage.litter import is_litter
+from storage.names import normalized
 from storage.shards import classes_of
 from storage.tars import IMAGES, open_file
 
@@ -176,6 +177,7 @@ def _labels(
     The names are those of `classes.json` beside the CSV; without it the sorted labels, where they are not the numbers
     0 to K−1 themselves.
     """
+    rows = [(line, path, None if label is None else normalized(label)) for line, path, label in rows]
     texts = {label for _, _, label in rows if label is not None}
     if not texts:
         return [None] * len(rows), None

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Self
 
-import fsspec
-
 from storage.errors import UserError, first_line, passes
-from storage.objects import is_remote, networked, open_objects
+from storage.objects import open_objects
+from storage.urls import filesystem_of, is_remote, networked, require_ranges
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 LARGEST = 1 << 30  # bytes of one member, which is read whole: more than any image has
@@ -128,7 +127,8 @@ def members(file: IO[bytes], where: str, *, together: bool = True) -> Iterator[t
         raise UserError(f"{where}: cannot be read as a tar: {first_line(error)}; copy or make the file again") from None
     except Exception as error:  # tarfile raises anything on hostile headers: IndexError, RecursionError, …
         if type(error).__module__.partition(".")[0] in _NETWORK:
-            raise ConnectionError(f"{where}: {first_line(error, kind=True)}") from error
+            with networked(where):
+                raise
         raise UserError(f"{where}: cannot be read as a tar: {first_line(error)}; copy or make the file again") from None
     if key is not None:
         yield key, parts, start, end
@@ -210,8 +210,10 @@ def open_file(url: str) -> IO[bytes]:
     """A file, local or remote, open for reading. Raises UserError."""
     try:
         if is_remote(url):
-            with networked():
-                return fsspec.open(url, "rb").open()  # type: ignore[no-any-return]
+            require_ranges(url)
+            files, path = filesystem_of(url)
+            with networked(url):
+                return files.open(path, "rb")  # type: ignore[no-any-return]
         return Path(url.removeprefix("file://")).open("rb")
     except OSError as error:
         if passes(error):

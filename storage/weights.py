@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from storage.checkpoints import ORDER, Choice, archive_of_another_kind, choose, plain_data, refused_in
 from storage.errors import UserError, first_line, shown
 from storage.files import written_whole
+from storage.names import all_normalized
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -47,10 +48,10 @@ def digest_of_state(state: Mapping[str, Tensor]) -> str:
 
 
 def classes_in(path: str) -> tuple[str, ...] | None:
-    """The class names that a safetensors file of ours carries."""
+    """The class names that a safetensors file of ours carries, in NFC."""
     found = _note(path, "classes")
     good = isinstance(found, list) and all(isinstance(name, str) for name in found)
-    return tuple(found) if good and found else None
+    return tuple(all_normalized(found)) if good and found else None
 
 
 def normalisation_in(path: str) -> dict[str, tuple[float, float, float]]:

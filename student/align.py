@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from precompute.taps import attention_layers, check_attention, layer_grids, prefix_roles
 from storage.errors import IdentityError, UserError
+from storage.names import all_normalized
 from storage.records import Record
 
 
@@ -189,9 +190,12 @@ def align_classes(loss: str, given: Given, student: Shape, same_classes: bool) -
     if count != student.classes:
         raise IdentityError(where, "number of classes", student.classes, count, do, words)
     if names and student.names:
-        if list(names) != list(student.names):
-            at = next(i for i, (a, b) in enumerate(zip(student.names, names, strict=True)) if a != b)
-            raise IdentityError(where, f"class {at}", student.names[at], names[at], do, words)
+        names, own = all_normalized(names), all_normalized(student.names)
+        if len(names) != len(own):
+            raise IdentityError(where, "names of classes", len(own), len(names), do, words)
+        if names != own:
+            at = next(i for i, (a, b) in enumerate(zip(own, names, strict=True)) if a != b)
+            raise IdentityError(where, f"class {at}", own[at], names[at], do, words)
         said = "the same names"
     elif not same_classes:
         unknown = "the teacher's classes are" if not names else "the student's classes are (no classes.json)"

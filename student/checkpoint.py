@@ -16,6 +16,7 @@ import torch
 from storage.checkpoints import refused_in
 from storage.errors import IdentityError, UserError, first_line
 from storage.files import written_whole
+from storage.names import normalized
 from student.config import Recipe, validate
 
 FORMAT = 2
@@ -103,9 +104,11 @@ def require_same(path: Path, found: Mapping[str, Any], recipe: Recipe, identity:
 
 
 def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
-    """`path.to.field` -> value."""
+    """`path.to.field` -> value; names in lists, such as classes, in NFC."""
     if not isinstance(content, dict) or not content:
-        return {prefix: list(content) if isinstance(content, tuple) else content}
+        if isinstance(content, list | tuple):
+            return {prefix: [normalized(one) if isinstance(one, str) else one for one in content]}
+        return {prefix: content}
     found: dict[str, Any] = {}
     for key, value in content.items():
         found |= _flat(value, f"{prefix}.{key}" if prefix else str(key))

@@ -10,10 +10,10 @@ from pathlib import Path
 from torch import nn
 
 from storage.errors import IdentityError
-from storage.objects import is_remote
 from storage.policies import Policy, policy
 from storage.records import Record
 from storage.store import Store
+from storage.urls import is_remote
 from student.align import Given, student_shape
 from student.copying import Copied, Copier, copies_of
 from student.evaluation_targets import EvaluationTargets, evaluation_targets

@@ -17,6 +17,7 @@ from torch import nn
 from precompute.taps import takes_image_size
 from storage.errors import UserError, first_line, nearest
 from storage.files import written_whole
+from storage.names import all_normalized
 from storage.policies import policy
 from storage.schema import Count, Id, Schema, Several, Sha256, Size, Three, checked
 from student import config
@@ -189,7 +190,8 @@ def load(path: Path) -> tuple[nn.Module, Description]:
         said["copying"] = json.loads(metadata.get("copying", "null"))
         record = checked(DescriptionRecord, said, str(path), "Give a student that `pipeline train` wrote.")
         description = Description(
-            record.model, record.arguments, record.img_size, record.mean, record.std, record.classes or None,
+            record.model, record.arguments, record.img_size, record.mean, record.std,
+            tuple(all_normalized(record.classes or ())) or None,
             record.evaluation, metadata.get("shifted_patches") == "true", said["copying"],
         )  # fmt: skip
         copies = copies_in(said["copying"]) if said["copying"] else None

@@ -282,13 +282,19 @@ class Stream(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         """One epoch after another: epoch 0 the first time it is iterated, then 1, 2, …."""
-        if get_worker_info() is not None:
-            raise UserError("a Stream starts its own workers: give workers=N to it, and none to a DataLoader around it")
         epoch, self._next_epoch = self._next_epoch, self._next_epoch + 1
         return self.epoch(epoch)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch, from batch `start` on. Raises UserError where a worker dies."""
+        """The batches of one epoch, from batch `start` on.
+
+        Raises:
+            UserError: a worker dies; or this is a worker of another DataLoader.
+        """
+        if get_worker_info() is not None:
+            raise UserError(
+                "a Stream loads by itself: Stream(…, workers=N), without a DataLoader with num_workers around it"
+            )
         with self.watched():
             yield from self._epoch(epoch, start)
 

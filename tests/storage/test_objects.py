@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from storage.errors import DamageError, UserError
-from storage.objects import LocalObjects, RemoteObjects, is_remote, open_objects, read_range
+from storage.objects import LocalObjects, RemoteObjects, open_objects, read_range
 from storage.testing import FaultyObjects
+from storage.urls import is_remote
 
 
 @pytest.fixture(params=["local", "memory"])

@@ -1,0 +1,149 @@
+"""URLs: which there are, and what goes wrong on the way to them, said once and tried again only where that may help.
+
+A shard or a store is a local path or a URL of fsspec, alone or behind a cache of fsspec (`simplecache::https://…`).
+Shards are read by ranges, so what is only a stream (`pipe:`) is none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Any
+
+import fsspec
+from fsspec.core import url_to_fs
+from fsspec.registry import known_implementations
+
+from storage.errors import UserError, first_line, nearest
+
+CACHES = ("simplecache", "filecache", "blockcache", "cached")  # of fsspec: they stand before another URL
+_CACHED = {(cache, "::") for cache in CACHES}
+_ARCHIVES = ("zip", "tar", "libarchive")
+_WHAT_IS = "Give a local path or a URL that can be read by ranges, such as s3://, gs:// or https://"
+_PASSING = {408, 425, 429}  # of HTTP's 4xx: trying again may help
+
+
+def is_remote(url: str) -> bool:
+    """Whether a path is a URL of fsspec and not a local path."""
+    return ("://" in url and not url.startswith("file://")) or (url.split("::")[0] in CACHES and "::" in url)
+
+
+def separate(text: str) -> list[str]:
+    """The paths and URLs that `::` joins; a cache of fsspec stays with what it stands before."""
+    found, before = [], ""
+    for part in text.split("::"):
+        if part in CACHES:
+            before += f"{part}::"
+        else:
+            found.append(before + part)
+            before = ""
+    return [*found, before] if before else found
+
+
+def require_readable(url: str) -> None:
+    """Refuse at once what can never be read.
+
+    Raises:
+        UserError: `pipe:`, an unknown kind of URL, an archive in front of another URL, a package that is missing.
+    """
+    if url.startswith("pipe:"):
+        raise UserError(f"{url}: what a command prints cannot be read by ranges. {_WHAT_IS}")
+    for part in url.split("::"):
+        protocol = part if part in CACHES else part.partition("://")[0] if "://" in part else "file"
+        if problem := _problem(protocol):
+            raise UserError(f"{url}: {problem}")
+
+
+@functools.lru_cache(maxsize=64)
+def _problem(protocol: str) -> str:
+    """Why nothing can be read by a protocol; empty where it can."""
+    if protocol in _ARCHIVES:
+        return f"shards inside of another archive ({protocol}) are not read; unpack it"
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except ImportError as error:
+        extra = "http" if protocol == "https" else protocol
+        extras = metadata.metadata("fsspec").get_all("Provides-Extra") or ()
+        return first_line(error) + (f': pip install "fsspec[{extra}]"' if extra in extras else "")
+    except ValueError:
+        hint = nearest(protocol, {*known_implementations, *fsspec.registry})
+        hint = f"{hint} " if hint.endswith("?") else ""
+        return f"no kind of URL is called {protocol!r}. {hint}{_WHAT_IS}"
+    return ""
+
+
+def filesystem_of(url: str) -> tuple[Any, str]:
+    """The file system of a URL, and the path in it.
+
+    Raises:
+        UserError: as `require_readable`, or what the file system says.
+    """
+    require_readable(url)
+    try:
+        return url_to_fs(url)  # type: ignore[no-any-return]
+    except Exception as error:  # each kind of file system has its own
+        raise UserError(f"{url}: cannot be opened: {first_line(error)}") from None
+
+
+@contextlib.contextmanager
+def networked(url: str) -> Iterator[None]:
+    """Faults of networks, which each kind of file system raises in its own way, as OSErrors.
+
+    Raises:
+        UserError: what no waiting mends: no credentials, a server that refuses, a package that is missing.
+    """
+    try:
+        yield
+    except (OSError, UserError):
+        raise
+    except Exception as error:
+        if "Credentials" in type(error).__name__:
+            raise UserError(
+                f"{url}: no credentials for this place: {first_line(error)}; give them as its service wants them, for "
+                "s3:// in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or in ~/.aws"
+            ) from None
+        status = getattr(error, "status", None) or getattr(error, "code", None)
+        if isinstance(status, int) and 400 <= status < 500 and status not in _PASSING:
+            said = getattr(error, "message", None) or error
+            raise UserError(f"{url}: the server refuses: {status} {said}; look at the address and the rights") from None
+        if isinstance(error, ImportError | ValueError | TypeError | NotImplementedError):
+            raise UserError(f"{url}: cannot be read: {first_line(error, kind=True)}") from None
+        raise ConnectionError(first_line(error, kind=True)) from error
+
+
+def require_ranges(url: str) -> None:
+    """UserError where a web server sends whole files, whatever part of them is asked for."""
+    address = url.rpartition("::")[2]
+    if address == url and url.startswith(("http://", "https://")):
+        _ask(address, "/".join(address.split("/")[:3]))
+
+
+_asked: set[str] = set()  # servers that send parts
+
+
+def _ask(url: str, server: str) -> None:
+    if server in _asked:
+        return
+    files, path = filesystem_of(url)
+    with networked(url):
+        file = files.open(path, "rb", cache_type="none")
+        try:
+            file.seek(1)
+            one = file.read(1)
+        except ValueError:  # how fsspec says that a server sends the whole file, or that it does not tell its length
+            raise UserError(whole_instead(url)) from None
+        finally:
+            file.close()
+    if len(one) > 1:
+        raise UserError(whole_instead(url))
+    _asked.add(server)
+
+
+def whole_instead(url: str) -> str:
+    """What to say of a server that sends the whole file where a part was asked for."""
+    return (
+        f"{url}: its server lacks range requests: asked for a part of the file, it sends the whole. Shards are read in "
+        f"parts: use a server that has them, copy the file to a local disk, or let fsspec do so: simplecache::{url}"
+    )
