@@ -86,7 +86,7 @@ def export(
     try:
         return _exported(module, images, provider, teacher.name, names)
     except _CannotExport as error:
-        raise UserError(f"{error}{_ADVICE}") from error.__cause__
+        raise UserError(first_line(error) + _ADVICE) from error.__cause__
 
 
 def export_student(

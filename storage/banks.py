@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from storage.errors import DamageError, IdentityError, UserError
+from storage.errors import DamageError, IdentityError, UserError, first_line
 from storage.manifests import require_id
 from storage.markers import Marker
 from storage.operations import OPERATIONS
@@ -54,7 +54,9 @@ class BankView:
         except BadImage as error:
             raise UserError(f"{where}, key {sample.key}: {error}") from None
         except ValueError as error:  # Pillow's: a crop box outside of the image
-            raise DamageError(f"{where}, key {sample.key}: damaged: its parameters make no view: {error}") from None
+            raise DamageError(
+                f"{where}, key {sample.key}: damaged: its parameters make no view: {first_line(error)}"
+            ) from None
         found, expected = signature(pixels), int(self.signatures[i])
         if found != expected:
             both = ", ".join(
