@@ -246,9 +246,7 @@ class Store:
         return None
 
     def require(self, url: str, known: Sequence[str]) -> ShardIndex:
-        """The index of a file that must be one of the `known` shards, whatever its tar headers are.
-
-        A file without samples belongs to every store.
+        """The index of a file that must be one of the `known` shards, or without samples, whatever its tar headers are.
 
         Raises:
             IdentityError: an unknown shard, or a known name with other content.
