@@ -13,7 +13,7 @@ from typing import IO, Self
 
 from storage.errors import UserError, first_line, passes
 from storage.objects import open_objects
-from storage.urls import filesystem_of, is_remote, networked, require_ranges
+from storage.urls import filesystem_of, is_remote, networked, require_ranges, require_readable
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 LARGEST = 1 << 30  # bytes of one member, which is read whole: more than any image has
@@ -231,6 +231,8 @@ def size_of(url: str) -> int:
     """The length of a file in bytes. Raises UserError."""
     folder, name = folder_of(url)
     try:
+        if is_remote(url):
+            require_readable(url)  # named whole
         return open_objects(folder).size(name)
     except OSError as error:
         if passes(error):

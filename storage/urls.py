@@ -19,15 +19,15 @@ from fsspec.registry import known_implementations
 from storage.errors import UserError, first_line, nearest
 
 CACHES = ("simplecache", "filecache", "blockcache", "cached")  # of fsspec: they stand before another URL
-_CACHED = {(cache, "::") for cache in CACHES}
+_BEGINNINGS = ("pipe:", *(f"{cache}::" for cache in CACHES))
 _ARCHIVES = ("zip", "tar", "libarchive")
 _WHAT_IS = "Give a local path or a URL that can be read by ranges, such as s3://, gs:// or https://"
 _PASSING = {408, 425, 429}  # of HTTP's 4xx: trying again may help
 
 
 def is_remote(url: str) -> bool:
-    """Whether a path is a URL of fsspec and not a local path."""
-    return ("://" in url and not url.startswith("file://")) or (url.split("::")[0] in CACHES and "::" in url)
+    """Whether a path is a URL and not a local path."""
+    return ("://" in url and not url.startswith("file://")) or url.startswith(_BEGINNINGS)
 
 
 def separate(text: str) -> list[str]:
@@ -96,21 +96,38 @@ def networked(url: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, UserError):
+    except UserError:
+        raise
+    except FileNotFoundError as error:  # of HTTP's answers fsspec makes this one, whatever the server said
+        if error.__cause__ is not None and _status(error.__cause__) not in (None, 404, 410):
+            raise _told(url, error.__cause__) from None
+        raise
+    except OSError:
         raise
     except Exception as error:
-        if "Credentials" in type(error).__name__:
-            raise UserError(
-                f"{url}: no credentials for this place: {first_line(error)}; give them as its service wants them, for "
-                "s3:// in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or in ~/.aws"
-            ) from None
-        status = getattr(error, "status", None) or getattr(error, "code", None)
-        if isinstance(status, int) and 400 <= status < 500 and status not in _PASSING:
-            said = getattr(error, "message", None) or error
-            raise UserError(f"{url}: the server refuses: {status} {said}; look at the address and the rights") from None
-        if isinstance(error, ImportError | ValueError | TypeError | NotImplementedError):
-            raise UserError(f"{url}: cannot be read: {first_line(error, kind=True)}") from None
-        raise ConnectionError(first_line(error, kind=True)) from error
+        raise _told(url, error) from error
+
+
+def _status(error: BaseException) -> int | None:
+    """The number that a web server answered with."""
+    status = getattr(error, "status", None) or getattr(error, "code", None)
+    return status if isinstance(status, int) else None
+
+
+def _told(url: str, error: BaseException) -> UserError | ConnectionError:
+    """A fault in our words: a UserError where no waiting mends it."""
+    if "Credentials" in type(error).__name__:
+        return UserError(
+            f"{url}: no credentials for this place: {first_line(error)}; give them as its service wants them, "
+            "for s3:// in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or in ~/.aws"
+        )
+    status = _status(error)
+    if status is not None and 400 <= status < 500 and status not in _PASSING:
+        said = getattr(error, "message", None) or first_line(error)
+        return UserError(f"{url}: the server refuses: {status} {said}; look at the address and the rights")
+    if isinstance(error, ImportError | ValueError | TypeError | NotImplementedError):
+        return UserError(f"{url}: cannot be read: {first_line(error, kind=True)}")
+    return ConnectionError(first_line(error, kind=True))
 
 
 def require_ranges(url: str) -> None:

@@ -17,6 +17,7 @@ from storage.checkpoints import refused_in
 from storage.errors import IdentityError, UserError, first_line
 from storage.files import written_whole
 from storage.names import normalized
+from storage.schema import Schema, Size, Three, checked
 from student.config import Recipe, validate
 
 FORMAT = 2
@@ -27,6 +28,14 @@ _PARTS = {
 }  # fmt: skip
 # What may differ when a run is resumed: none of it changes what is computed.
 FREE = ("stream.workers", "stream.memory", "checkpoint_interval", "val_interval", "tensorboard")
+
+
+class IdentityRecord(Schema):
+    """What a checkpoint's `identity` says that a resumed run reads."""
+
+    mean: Three
+    std: Three
+    views: Size | None
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
@@ -74,6 +83,7 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a checkpoint that `pipeline train` wrote: {what} is missing\n{advice}")
     if content["format"] != FORMAT:
         raise IdentityError(str(path), "format", FORMAT, content["format"], "Another version of the trainer wrote it.")
+    checked(IdentityRecord, content["identity"], str(path), advice.strip())
     return dict(content)
 
 

@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 
 from storage.errors import DamageError, IdentityError, UserError
 from storage.markers import Task
@@ -298,3 +299,22 @@ time.sleep(0.2)
     assert stream(world, workers=1)._loader.worker_init_fn is _leave_at_once
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+class _Wrapped(IterableDataset):
+    """Labels of a stream, for somebody else's DataLoader."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+
+    def __iter__(self):
+        return (batch.labels for batch in self.stream.epoch(0))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_stream_in_a_dataloader_with_workers_says_that_it_loads_by_itself(world, wrapped):
+    stream = Stream(world.shards, batch=20, lanes=4, window=1, policy=policy("light", 16))
+    loader = DataLoader(_Wrapped(stream) if wrapped else stream, batch_size=None, num_workers=2)
+    with pytest.raises(UserError, match="a Stream loads by itself") as error:
+        next(iter(loader))
+    assert "workers=N" in str(error.value)
