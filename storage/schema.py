@@ -22,7 +22,7 @@ _HEADER = 512  # bytes of a tar for each sample, at least
 class Schema(BaseModel):
     """A record or a part of one. Fields that a later version adds are ignored."""
 
-    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False, defer_build=True)
 
 
 T = TypeVar("T")
