@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from precompute.taps.names import VIT
 from storage.progress import size_text
 
 SHOWN = 8  # tensors of a graph
@@ -21,6 +22,18 @@ def lines(found: dict[str, Any]) -> list[str]:
         shape = "x".join(map(str, about["shape"]))
         whole = size_text(about["bytes"] * 1_281_167 * 4)
         text.append(f"{tap:12} {shape:22} {about['codec']:6} {size_text(about['bytes']):>10} {whole:>24}")
+    others = {"cnn": VIT, "vit": ("activations",), "other": ("activations", *VIT)}[
+        found["network"]
+    ]  # of other networks
+    by_reason: dict[str, list[str]] = {}
+    for tap, why in found["refused"].items():
+        if tap not in others:
+            by_reason.setdefault(why, []).append(tap)
+    text += [f"not {', '.join(taps)}: {why}" for why, taps in by_reason.items()]
+    if found["network"] == "other":
+        text.append(
+            "neither a CNN with stages nor a plain ViT, so it gives neither activations nor tokens nor attention"
+        )
     return text
 
 

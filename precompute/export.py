@@ -50,19 +50,49 @@ def live_teacher(teacher: Teacher, taps: Sequence[Tap], view_size: int) -> Tappe
     Raises:
         UserError: the network does not take images of this size, or does not have these taps.
     """
+    model, size = load(teacher), teacher.input_size
+    require_size(model, size, f"{teacher.name}: {teacher.model}")
+    return TappedTeacher(model, taps, view_size, size, teacher.mean, teacher.std).eval()
+
+
+def require_size(model: nn.Module, size: int, name: str) -> None:
+    """That a network takes square RGB images of a size. Raises UserError."""
     import torch
 
-    model = load(teacher)
-    size = teacher.input_size
     try:
         with torch.no_grad():
-            model(torch.zeros(1, 3, size, size))
+            model(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
     except Exception as error:  # networks raise anything
-        raise UserError(
-            f"{teacher.name}: {teacher.model} cannot take {size}x{size} RGB images: {first_line(error)}"
-        ) from None
-    module = TappedTeacher(model, taps, view_size, teacher.input_size, teacher.mean, teacher.std)
-    return module.eval()
+        raise UserError(f"{name} cannot take {size}x{size} RGB images: {first_line(error)}") from None
+
+
+def read_taps(module: TappedTeacher, views: Tensor, name: str) -> tuple[list[Tensor], float | None]:
+    """What a teacher's taps give of view images, and how far attention is from what the network uses, if any is tapped.
+
+    Args:
+        module: the teacher with its taps; on the meta device this gives shapes alone.
+        views: uint8 `[B, S, S, 3]`, on the same device.
+        name: for errors.
+
+    Raises:
+        UserError: the tapped q and k are not the attention that the network uses, or a tap gives tensors of other axes.
+    """
+    import torch
+
+    error = None
+    with _told(f"{name}: {', '.join(tap.name for tap in module.taps)} cannot be read off it"), torch.no_grad():
+        if any(tap.name in ATTENTION for tap in module.taps):
+            values = any(tap.name == "v" for tap in module.taps)
+            error = check_attention(module.model, module.prepare(views), values=values)
+        given = list(module(views))
+    for tap, output in zip(module.taps, given, strict=True):
+        axes = TAPS[tap.name].axes
+        if output.ndim != 1 + len(axes):
+            raise UserError(
+                f"{name}: its {tap.name} has the shape {tuple(output.shape[1:])} for an image; expected "
+                f"[{', '.join(axes)}]"
+            )
+    return given, error
 
 
 def export(
@@ -117,12 +147,8 @@ def _exported(module: TappedTeacher, images: np.ndarray, provider: str, name: st
 
     taps = module.taps
     views = torch.from_numpy(np.ascontiguousarray(images[:CHECKED]))
-    attention_error = None
-    with _told(f"{name}: {', '.join(tap.name for tap in taps)} cannot be read off it"), torch.no_grad():
-        if any(tap.name in ATTENTION for tap in taps):
-            values = any(tap.name == "v" for tap in taps)
-            attention_error = check_attention(module.model, module.prepare(views), values=values)
-        expected = [output.numpy() for output in module(views)]
+    given, attention_error = read_taps(module, views, name)
+    expected = [output.numpy() for output in given]
     with _told(f"{name}: PyTorch cannot export it as an ONNX graph"):
         graph = _graph(module, views[:2], outputs)
     session = open_session(graph, provider)

@@ -1,19 +1,23 @@
-"""What a network could give, without its weights: taps, shapes and bytes, as `pipeline teachers NAME` shows them."""
+"""What a network could give, without its weights: taps, shapes and bytes, as `pipeline teachers NAME` shows them.
+
+Each tap is read as precompute reads it, of a network on the meta device, which takes no memory and no time.
+"""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import timm
 import torch
 from torch import nn
 
-from precompute.taps import TAPS, attention_layers, cnn_stages, prefix_roles, takes_image_size
-from precompute.targets import default_codec
-from precompute.teachers import about_weights, resolve
+from precompute.export import read_taps, require_size
+from precompute.taps import TAPS, Tap, TappedTeacher, takes_image_size
+from precompute.targets import default_codec, require_kind
+from precompute.teachers import about_weights, anatomy, resolve
 from storage.codecs import Codec
 from storage.errors import UserError, first_line
+from storage.records import Record
 
 
 def offers_of(name: str, input_size: int | None = None, grid: int = 14) -> dict[str, Any]:
@@ -25,23 +29,28 @@ def offers_of(name: str, input_size: int | None = None, grid: int = 14) -> dict[
         grid: side of a CNN's activation maps.
 
     Returns:
-        `model`, `input_size`, `mean`, `std`, `parameters`, `network` (`cnn`, `vit`, `other`), `layers`, and `taps`:
-        tap -> `shape` of one sample, default `codec`, `bytes` a view image.
+        `model`, `input_size`, `mean`, `std`, `parameters`, `network` (`cnn`, `vit`, `other`), `layers`; `taps`:
+        tap -> `shape` of one sample, default `codec`, `bytes` a view image; and `refused`: tap -> why precompute
+        would refuse it.
 
     Raises:
         UserError: an unknown name, or a size that the network does not take.
     """
     model, size, network = bare(name, input_size)
-    about = about_weights(model, name)
-    shapes, kind, layers = _shapes(network, size, grid)
-    taps = {}
-    for tap, shape in shapes.items():
-        tapped = TAPS[tap]
+    about, parts = about_weights(model, name), anatomy(network)
+    require_size(network, size, f"{name}: {model}")
+    taps, refused = {}, {}
+    for tap, tapped in TAPS.items():
+        try:
+            shape = _shape(network, parts, Tap(tap, grid=grid if tap == "activations" else None), size, name)
+        except UserError as error:
+            refused[tap] = str(error)
+            continue
         codec = Codec(default_codec(tap), shape, tapped.maps, tapped.axes, tapped.values)
         taps[tap] = {"shape": list(shape), "codec": codec.name, "bytes": codec.sample_bytes}
     return {
         "teacher": name, "model": model, "input_size": size, "mean": list(about["mean"]), "std": list(about["std"]),
-        "parameters": sum(p.numel() for p in network.parameters()), "network": kind, "layers": layers, "taps": taps,
+        **{field: parts[field] for field in ("parameters", "network", "layers")}, "taps": taps, "refused": refused,
     }  # fmt: skip
 
 
@@ -67,31 +76,9 @@ def bare(name: str, input_size: int | None = None, device: str = "meta") -> tupl
     return model, size, network.eval()
 
 
-def _shapes(network: nn.Module, size: int, grid: int) -> tuple[dict[str, tuple[int, ...]], str, int]:
-    """Tap -> shape of one sample, the kind of network, and its layers."""
-    width, classes = int(getattr(network, "head_hidden_size", 0)), int(getattr(network, "num_classes", 0))
-    ends: dict[str, tuple[int, ...]] = {"embedding": (width,)} if width else {}
-    ends |= {"logits": (classes,)} if classes else {}
-    try:
-        channels = [_channels(module) for _, module in cnn_stages(network)]
-        return {"activations": (sum(channels), grid, grid), **ends}, "cnn", len(channels)
-    except UserError:
-        pass
-    try:
-        blocks = attention_layers(network)
-    except UserError:
-        return ends, "other", 0
-    prefix = prefix_roles(network)
-    embed: Any = getattr(network, "patch_embed", None) or network.embeds  # what NaFlex calls it
-    patches = math.prod(embed.dynamic_feat_size((size, size)))
-    layers, heads, tokens = len(blocks), int(blocks[0].num_heads), len(prefix) + patches  # type: ignore[arg-type]
-    dim = int(network.embed_dim)  # type: ignore[arg-type]
-    found: dict[str, tuple[int, ...]] = dict.fromkeys(("q", "k", "v"), (layers, heads, tokens, dim // heads))
-    found |= {"attention": (layers, heads, tokens, tokens), "tokens": (1, tokens, dim)}
-    if "class" in prefix:
-        found = {"class_row": (layers, heads, tokens), "class_token": (dim,), **found}
-    return {**found, **ends}, "vit", layers
-
-
-def _channels(norm: nn.Module) -> int:
-    return int(norm.num_features if isinstance(norm, nn.BatchNorm2d) else norm.num_channels)  # type: ignore[arg-type]
+def _shape(network: nn.Module, parts: Record, tap: Tap, size: int, name: str) -> tuple[int, ...]:
+    """The shape of what a tap gives of one image. Raises UserError where precompute refuses it."""
+    require_kind(name, parts, tap.name)
+    module = TappedTeacher(network, [tap], size, size, (0.5,) * 3, (0.5,) * 3).to("meta").eval()
+    (given,), _ = read_taps(module, torch.zeros(2, size, size, 3, dtype=torch.uint8, device="meta"), name)
+    return tuple(given.shape[1:])

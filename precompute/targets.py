@@ -210,22 +210,32 @@ def _known(store: Store, ids: Iterable[str]) -> dict[str, Record]:
 
 
 def _identity(teacher: Teacher, manifest: Record, wish: Wish, policy: Policy) -> Record:
-    from precompute.taps import TAPS, VIT
+    from precompute.taps import TAPS
 
     layers = None
     if manifest["network"] == READY:
         return _ready_identity(teacher, wish, policy)
-    needs = "vit" if wish.tap in VIT else "cnn" if wish.tap == "activations" else None
-    if needs and not manifest["layers"]:
-        raise UserError(f"teacher {manifest['id']} is neither a CNN with stages nor a plain ViT: no {wish.tap}")
-    if needs and manifest["network"] != needs:
-        raise UserError(
-            f"teacher {manifest['id']} is a {manifest['network']}, {wish.tap} needs a {needs}; "
-            "what each gives: pipeline teachers NAME"
-        )
+    require_kind(manifest["id"], manifest, wish.tap)
     if TAPS[wish.tap].layered and (wish.tap != "tokens" or wish.layers):  # without layers: after the final norm
         layers = list(layer_numbers(wish.layers, manifest["layers"], manifest["id"]))
     return _identity_with(teacher, wish, policy, layers)
+
+
+def require_kind(name: str, anatomy: Record, tap: str) -> None:
+    """Whether a tap is one of this kind of network; what it is made of is looked at when the tap is read.
+
+    Raises:
+        UserError: a teacher that is neither a CNN nor a plain ViT, or the other of the two.
+    """
+    from precompute.taps import VIT
+
+    needs = "vit" if tap in VIT else "cnn" if tap == "activations" else None
+    if needs and not anatomy["layers"]:
+        raise UserError(f"teacher {name} is neither a CNN with stages nor a plain ViT: no {tap}")
+    if needs and anatomy["network"] != needs:
+        raise UserError(
+            f"teacher {name} is a {anatomy['network']}, {tap} needs a {needs}; what each gives: pipeline teachers NAME"
+        )
 
 
 def _ready_identity(teacher: Teacher, wish: Wish, policy: Policy) -> Record:

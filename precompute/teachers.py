@@ -289,15 +289,18 @@ def _create(model: str, arguments: dict[str, Any], *, pretrained: bool) -> nn.Mo
 
 def describe(teacher: Teacher, model: nn.Module) -> Record:
     """What the teacher's manifest says beside its identity: where it came from, and its layers."""
-    from precompute.taps import attention_layers, cnn_stages, prefix_roles
-
-    about: Record = {
+    return {
         "weights": teacher.weights or "timm hub",
         "classes": list(teacher.classes) if teacher.classes else None,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "network": "other",
-        "layers": 0,
+        **anatomy(model),
     }
+
+
+def anatomy(model: nn.Module) -> Record:
+    """`parameters`, `network` (`cnn`, `vit` or `other`) and `layers`; of a ViT also `heads` and `prefix` tokens."""
+    from precompute.taps import attention_layers, cnn_stages, prefix_roles
+
+    about: Record = {"parameters": sum(p.numel() for p in model.parameters()), "network": "other", "layers": 0}
     try:
         stages = cnn_stages(model)
         return {**about, "network": "cnn", "layers": len(stages)}

@@ -12,10 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from precompute.taps import attention_layers, check_attention, layer_grids, prefix_roles
+from precompute.taps import attention_layers, check_attention, layer_grids, prefix_roles, token_blocks
 from storage.errors import IdentityError, UserError
 from storage.names import all_normalized
 from storage.records import Record
+
+# Students that errors propose: with a class token alone, and with none beside the patches.
+WITH_CLASS, WITHOUT = "vit_tiny_patch16_224", "vit_base_patch16_gap_224"
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Shape:
 
     Attributes:
         layers: number of layers; 0 where no loss reads tokens.
-        heads: in each layer.
+        heads: in each layer; 0 where attention cannot be read, and no loss reads it.
         grid: side of the patch grid.
         prefix: role of each prefix token: `class`, `distillation` or `register`.
         classes: how many.
@@ -91,22 +94,54 @@ def student_shape(
     classes, listed = int(getattr(model, "num_classes", 0)), tuple(names) if names else None
     if not tokens:
         return Shape(0, 0, 0, (), classes, listed)
-    layers = attention_layers(model, pooled=True)
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if attention and size is not None:
+    prefix = prefix_roles(model)
+    try:
+        layers = attention_layers(model, pooled=True)
+    except UserError:
+        if attention:
+            raise
+        layers = []
+    blocks = layers or token_blocks(model)
+    if grid is None or grid[0] != grid[1]:
+        raise UserError(f"{type(model).__name__}: its patches make no square grid")
+    side, width = int(grid[0]), int(model.num_features)  # type: ignore[arg-type]
+    if size is not None and (attention or not layers):
         was = model.training
         ramp = torch.linspace(-1, 1, 2 * 3 * size[0] * size[1]).sin().view(2, 3, *size)
-        check_attention(model.eval(), ramp.to(next(model.parameters()).device), values=values)
+        ramp = ramp.to(next(model.parameters()).device)
+        if attention:
+            check_attention(model.eval(), ramp, values=values)
+        else:
+            _require_tokens(model.eval(), blocks, ramp, (len(prefix) + side**2, width))
         model.train(was)
-    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    if grid is None or grid[0] != grid[1]:
-        raise UserError(f"student {type(model).__name__}: its patches make no square grid")
-    sides = layer_grids(model, int(grid[0]))
+    if not layers:
+        return Shape(len(blocks), 0, side, prefix, classes, listed, width)
+    sides = layer_grids(model, side)
     each = tuple((int(layer.num_heads), side) for layer, side in zip(layers, sides, strict=True))  # type: ignore[arg-type]
     heads, side = max(each, key=each.count)
     differs = each if len(set(each)) > 1 else ()
-    width = int(model.num_features)  # type: ignore[arg-type]
-    return Shape(len(layers), heads, side, prefix_roles(model), classes, listed, width, differs)
+    return Shape(len(layers), heads, side, prefix, classes, listed, width, differs)
+
+
+def _require_tokens(model: nn.Module, blocks: Sequence[nn.Module], images: Tensor, expected: tuple[int, int]) -> None:
+    """That each block gives so many tokens of such a width, `[N, D]` of an image. Raises UserError."""
+    found: list[tuple[int, ...]] = []
+    handles = [
+        b.register_forward_hook(lambda module, args, given: found.append(tuple(given.shape[1:]))) for b in blocks
+    ]
+    try:
+        with torch.no_grad():
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if wrong := [shape for shape in found if shape != expected]:
+        raise UserError(
+            f"{type(model).__name__}: a block of it gives {list(wrong[0])} for an image, where a plain ViT gives all "
+            f"{expected[0]} tokens of width {expected[1]}"
+        )
 
 
 @dataclass(frozen=True)
@@ -160,7 +195,7 @@ def align_activations(loss: str, given: Given, student: Shape, wanted: int, link
     if "class" not in student.prefix:
         raise UserError(
             f"{loss}: the student has no class token, so no class rows to link; take one that has, such as "
-            "--set student.model=vit_tiny_patch16_224"
+            f"--set student.model={WITH_CLASS}"
         )
     stages = " + ".join(str(stage["channels"]) for stage in manifest["stages"])
     dropped = ", ".join(student.prefix)

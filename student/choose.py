@@ -41,6 +41,12 @@ class Need:
         """The taps that serve."""
         return ", or ".join(" and ".join(several) for several in self.taps)
 
+    @property
+    def flags(self) -> str:
+        """The same as `precompute` takes it; which of several a teacher can give depends on the teacher."""
+        first, *others = (f"--target {','.join(several)}" for several in self.taps)
+        return first + (f" (or, of a teacher that does not give it, {', or '.join(others)})" if others else "")
+
 
 _WORDS = ("asked for", "the store has")
 Found = tuple[str, ...]  # ids of targets that are read together, in the order of their taps
@@ -143,7 +149,7 @@ def _fitting(store: Store, need: Need, manifests: Mapping[str, Record], banks: S
         there = sorted({manifest["identity"]["tap"] for manifest in manifests.values()})
         raise UserError(
             f"{store.url}: {need.loss} needs stored {need.words}, the store has {', '.join(there) or 'none'}; "
-            f"add them: pipeline precompute --teacher NAME --target {','.join(need.taps[0])} …"
+            f"add them: pipeline precompute --teacher NAME {need.flags} …"
         )
     raise next((error for error in refused if isinstance(error, IdentityError)), refused[0])
 

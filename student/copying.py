@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from precompute.taps import attention_layers
 from storage.errors import UserError
-from student.align import Given, Shape
+from student.align import WITH_CLASS, WITHOUT, Given, Shape
 from student.choose import Need
 from student.loss_settings import COPYING, Copying
 from student.losses.attention_transfer import taps_of
@@ -143,10 +143,14 @@ class Copier(nn.Module):
             self.meets = Vectors(name, settings, student, given)
             self.meets.require_width(f"copy maps, which have none: --set {name}.what=map")
         if self.meets.get_buffer("mine").tolist() != list(range(len(student.prefix) + student.grid**2)):
+            has_class = "class" in given[0].teacher["prefix"]
+            also, proposed = (
+                ("whose only one is the class token", WITH_CLASS) if has_class else ("of patches alone", WITHOUT)
+            )
             lacks = ", ".join(word for word in self.meets.dropped if word.startswith("student"))
             raise UserError(
                 f"{name}: every token of a copied layer needs the teacher's attention, and the teacher lacks the "
-                f"{lacks}; take a student with the teacher's tokens: --set student.model=vit_tiny_patch16_224"
+                f"{lacks}; take a student {also}: --set student.model={proposed}"
             )
         layers = [own for own, _ in self.meets.pairs]
         for n in layers:

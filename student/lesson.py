@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from storage.errors import UserError
 from storage.store import Store
 from student import copying
-from student.align import Given, Row, Shape, full, student_shape
+from student.align import WITH_CLASS, Given, Row, Shape, full, student_shape
 from student.choose import Need, choose
 from student.config import Recipe
 from student.copying import Copier
@@ -40,16 +40,34 @@ def _shape(recipe: Recipe, model: nn.Module, names: Sequence[str] | None = None)
     reads, copies = reads_of(recipe) - ELSEWHERE, recipe.copying
     attends = bool(reads & {"attention", "values"}) or copies is not None
     values = "values" in reads or (copies is not None and copies.what == "v")
-    shape = student_shape(model, names, tokens=bool(reads) or attends, attention=attends, values=values)
+    try:
+        shape = student_shape(model, names, tokens=bool(reads) or attends, attention=attends, values=values)
+    except UserError as error:
+        raise UserError(f"{_refused(recipe, attends)}: {error}; {_PLAIN}") from None
     pooled = [name for name, module in methods().items() if getattr(module, "POOLED", False)]
     others = [name for name, loss in recipe.losses.items() if loss.method not in pooled] + [COPYING] * bool(copies)
     if shape.each and others:
         raise UserError(
             f"{others[0]}: {type(model).__name__} pools its patches, so its layers have no common heads and grid; such "
-            f"a student learns by {', '.join(pooled)} alone; take a plain ViT, such as "
-            "--set student.model=vit_tiny_patch16_224"
+            f"a student learns by {', '.join(pooled)} alone; {_PLAIN}"
         )
     return shape
+
+
+_PLAIN = f"take a plain ViT, such as --set student.model={WITH_CLASS}"
+# What losses read of a student, in words.
+_READ: dict[Reads, str] = {
+    "attention": "attention", "values": "values", "streams": "tokens after its layers", "tokens": "final tokens",
+}  # fmt: skip
+
+
+def _refused(recipe: Recipe, attends: bool) -> str:
+    """The first loss that reads what a student does not have, and what that is."""
+    wanted: set[Reads] = {"attention", "values"} if attends else {"streams", "tokens"}
+    for name, settings in recipe.losses.items():
+        if found := methods()[settings.method].reads(settings) & wanted:
+            return f"{name} reads the student's {' and '.join(_READ[one] for one in sorted(found))}"
+    return f"{COPYING} changes the student's attention"
 
 
 def needs_of(recipe: Recipe, model: nn.Module) -> list[Need]:
@@ -72,8 +90,8 @@ def find_targets(
     if store is None:
         if needs:
             raise UserError(
-                f"{needs[0].loss} needs stored targets ({needs[0].words}): give --store DIR, "
-                f"which `pipeline precompute --teacher NAME --target {needs[0].taps[0][0]} --store DIR …` fills"
+                f"{needs[0].loss} needs stored targets ({needs[0].words}): give --store DIR, which "
+                f"`pipeline precompute --teacher NAME {needs[0].flags} --store DIR …` fills"
             )
         return None, {}
     bank, targets = choose(store, shards, needs, recipe.stream.bank)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 import timm
+import torch
 from pydantic import Field, Strict, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -21,11 +23,11 @@ from storage.names import all_normalized
 from storage.policies import policy
 from storage.schema import Count, Id, Schema, Several, Sha256, Size, Three, checked
 from student import config
+from student.align import WITH_CLASS
 from student.copying import COPIED, copies_in, copies_of
 from student.loss_settings import Copying
 from student.shifted import shift_patches
 
-_USUAL = "vit_tiny_patch16_224"
 _ARGUMENTS = (
     "img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "global_pool", "drop_path_rate",
     "drop_rate", "proj_drop_rate", "attn_drop_rate",
@@ -106,7 +108,7 @@ def build(settings: config.Student, num_classes: int) -> tuple[nn.Module, dict[s
         longer = min((name for name in known if name.startswith(settings.model)), key=len, default=None)
         family = [name for name in known if name.split("_")[0] == settings.model.split("_")[0]]
         close = difflib.get_close_matches(settings.model, family or known, cutoff=0.5)
-        hint = nearest(settings.model, close) if close else f"One that it has: {_USUAL!r}."
+        hint = nearest(settings.model, close) if close else f"One that it has: {WITH_CLASS!r}."
         hint = f"Did you mean {longer!r}?" if longer else hint
         raise UserError(f"student.model: timm has no {settings.model!r}. {hint}")
     arguments = {name: getattr(settings, name) for name in _ARGUMENTS if getattr(settings, name) is not None}
@@ -122,7 +124,10 @@ def build(settings: config.Student, num_classes: int) -> tuple[nn.Module, dict[s
     if settings.shifted_patches:
         shift_patches(model)
     embed = getattr(model, "patch_embed", None)
-    for side, patch in zip(getattr(embed, "img_size", None) or (), getattr(embed, "patch_size", ()), strict=False):
+    sizes, patches = (getattr(embed, name, None) for name in ("img_size", "patch_size"))
+    for side, patch in (
+        zip(sizes, patches, strict=False) if isinstance(sizes, tuple) and isinstance(patches, tuple) else ()
+    ):
         if side % patch:
             raise UserError(
                 f"student: img_size {side} is no multiple of the patch size {patch} of {settings.model}; "
@@ -136,11 +141,30 @@ def create(model: str, arguments: dict[str, Any]) -> nn.Module:
     try:
         made: nn.Module = timm.create_model(model, pretrained=False, **arguments)
     except Exception as error:  # timm raises many kinds
-        raise UserError(
-            f"student {model} {arguments}: cannot be made: {first_line(error)}; a student is a ViT of timm and its "
-            f"sizes, such as --set student.model={_USUAL}"
-        ) from None
+        advice = "change its sizes" if model == WITH_CLASS else f"take a ViT, such as --set student.model={WITH_CLASS}"
+        if unknown := _unknown(model, arguments):
+            words = " ".join(f"--set student.{name}=null" for name in unknown)
+            advice = f"it does not take {', '.join(unknown)}: leave them out ({words}), or {advice}"
+        raise UserError(f"student {model} {arguments}: cannot be made: {first_line(error)}; {advice}") from None
     return made
+
+
+def _unknown(model: str, arguments: dict[str, Any]) -> list[str]:
+    """The arguments without which a model can be made; empty where this is not what is wrong."""
+    left = dict(arguments)
+    unknown: list[str] = []
+    while True:
+        try:
+            with torch.device("meta"):
+                timm.create_model(model, pretrained=False, **left)
+            return unknown
+        except TypeError as error:
+            found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if found is None or left.pop(found[1], None) is None:
+                return []
+            unknown.append(found[1])
+        except Exception:  # timm raises many kinds
+            return []
 
 
 def input_size(model: nn.Module, settings: config.Student) -> int:

@@ -10,7 +10,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from storage.errors import UserError
-from student.align import Given, Row, Shape, full
+from student.align import WITH_CLASS, Given, Row, Shape, full
 from student.loss_settings import Projected
 from student.seen import Seen
 
@@ -72,7 +72,7 @@ class ClassToken(nn.Module):
         if "class" not in student.prefix:
             raise UserError(
                 f"{loss}: the student has no class token to project; take one that has, such as "
-                "--set student.model=vit_tiny_patch16_224"
+                f"--set student.model={WITH_CLASS}"
             )
         target = int(given.target["sample_shape"][-1])
         if not settings.depth and student.width != target and not free:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from precompute.taps import AttentionTaps, attention_layers
+from precompute.taps import AttentionTaps, token_blocks
 from storage.errors import UserError
 
 Reads = Literal["labels", "logits", "attention", "values", "streams", "tokens"]
@@ -37,7 +37,7 @@ class Seen:
         if reads & {"attention", "values"}:
             self._attention = AttentionTaps(model, values="values" in reads)
         if reads & {"streams", "tokens"}:
-            attention_layers(model)  # raises where there is no list of blocks
+            token_blocks(model)  # raises where there are none
         if "streams" in reads:
             for n, block in enumerate(model.blocks, 1):  # type: ignore[arg-type]
                 block.register_forward_hook(functools.partial(_keep, self._streams, n))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from storage.errors import UserError
+from student.align import WITH_CLASS
 
 VIEWS = 5  # the image and its four shifts
 
@@ -63,6 +64,6 @@ def shift_patches(model: nn.Module) -> None:
     if not isinstance(old, nn.Conv2d) or side < 2 or not old.kernel_size == old.stride == (side, side):
         raise UserError(
             f"student.shifted_patches: {type(model).__name__} does not cut images into square patches of two pixels or "
-            "more; take a plain ViT, such as --set student.model=vit_tiny_patch16_224"
+            f"more; take a plain ViT, such as --set student.model={WITH_CLASS}"
         )
     embed.proj = ShiftedPatches(old.in_channels, side, old.out_channels)  # type: ignore[union-attr]

@@ -8,18 +8,19 @@ from precompute.taps.attention import (
     attention_layers,
     attention_rows,
     attention_scores,
-    check_attention,
     class_row,
     class_scores,
     layer_grids,
     prefix_roles,
+    token_blocks,
 )
 from precompute.taps.backbones import takes_image_size
+from precompute.taps.checking import check_attention
 from precompute.taps.names import ATTENTION, TAPS, VIT, About, Tap, check_tap
 from precompute.taps.teacher import TappedTeacher
 
 __all__ = [
     "ATTENTION", "POSITIONS", "TAPS", "VIT", "About", "At", "AttentionTaps", "Tap", "TappedTeacher", "attention_layers",
     "attention_rows", "attention_scores", "check_attention", "check_tap", "class_row", "class_scores", "cnn_stages",
-    "layer_grids", "prefix_roles", "resize_matrix", "takes_image_size",
+    "layer_grids", "prefix_roles", "resize_matrix", "takes_image_size", "token_blocks",
 ]  # fmt: skip

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,6 +45,19 @@ def attention_layers(model: nn.Module, *, pooled: bool = False) -> list[nn.Modul
                 "only plain softmax(q·k/√d) attention can be tapped"
             )
     return layers
+
+
+def token_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a plain ViT, each of which gives all tokens; however it attends.
+
+    Raises:
+        UserError: the network has no such blocks.
+    """
+    blocks = getattr(model, "blocks", None)
+    plain = isinstance(blocks, nn.Sequential | nn.ModuleList) and all(hasattr(block, "attn") for block in blocks)
+    if not plain or not hasattr(model, "patch_embed"):
+        raise UserError(f"{type(model).__name__}: it is no plain ViT, whose blocks keep one token for each patch")
+    return list(blocks)  # type: ignore[arg-type]
 
 
 def _pooled_stages(model: nn.Module) -> list[nn.Module]:
@@ -186,79 +198,3 @@ class AttentionTaps:
 
 def _keep(kept: dict[int, Tensor], number: int, module: nn.Module, args: Any, output: Tensor) -> None:
     kept[number] = output
-
-
-@contextmanager
-def _unfused(layers: Sequence[nn.Module]) -> Iterator[None]:
-    before = [getattr(layer, "fused_attn", None) for layer in layers]
-    for layer in layers:
-        layer.fused_attn = False  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for layer, fused in zip(layers, before, strict=True):
-            layer.fused_attn = fused  # type: ignore[assignment]
-
-
-def check_attention(model: nn.Module, images: Tensor, tolerance: float = 1e-4, *, values: bool = False) -> float:
-    """Contract 12: softmax(q·kᵀ·scale) of the tapped q and k is the attention that the network uses.
-
-    Args:
-        model: in eval mode.
-        images: normalised, `[B, 3, H, W]`.
-        tolerance: largest difference allowed, as a part of the largest attention of the layer.
-        values: check too that this attention over the tapped v is what the layer goes on with.
-
-    Returns:
-        The largest relative difference found over all layers.
-
-    Raises:
-        UserError: they differ: rotary embeddings, relative positions or other biases act after the tap.
-    """
-    layers = attention_layers(model, pooled=True)
-    taps = AttentionTaps(model, values=values)
-    used: dict[int, Tensor] = {}
-    gathered: dict[int, Tensor] = {}
-    handles = []
-    for n, layer in enumerate(layers, 1):
-        handles.append(layer.attn_drop.register_forward_pre_hook(functools.partial(_keep_input, used, n)))  # type: ignore[union-attr]
-        after = layer.norm if isinstance(getattr(layer, "norm", None), nn.Module) else layer.proj
-        handles.append(after.register_forward_pre_hook(functools.partial(_keep_input, gathered, n)))  # type: ignore[union-attr]
-    worst = 0.0
-    try:
-        with torch.no_grad(), _unfused(layers):
-            model(images)
-        for n, (layer, q, k) in enumerate(zip(layers, taps.q, taps.k, strict=True), 1):
-            kind = f"{type(model).__name__}: layer {n} ({type(layer).__module__}.{type(layer).__name__})"
-            if n not in used:
-                raise UserError(f"{kind}: the attention that it uses cannot be seen, so its taps cannot be checked")
-            mine = attention_rows(q, k, taps.scales[n - 1])
-            if mine.shape != used[n].shape:
-                raise UserError(f"{kind}: attention {tuple(used[n].shape)}, from q and k {tuple(mine.shape)}")
-            error = float((mine - used[n]).abs().max() / used[n].abs().max())
-            worst = max(worst, error)
-            if not error <= tolerance:
-                raise UserError(
-                    f"{kind}: the attention recomputed from q and k differs from the one that the network uses by "
-                    f"{error:.2g} of its largest value (allowed: {tolerance:g}); rotary embeddings, relative positions "
-                    "or other biases act after the tap, so its attention cannot be stored"
-                )
-            if values:
-                whole = (used[n] @ taps.v[n - 1]).transpose(1, 2).flatten(2)
-                if n not in gathered or gathered[n].shape != whole.shape:
-                    raise UserError(f"{kind}: what it makes of its values cannot be seen, so they cannot be checked")
-                error = float((whole - gathered[n]).abs().max() / gathered[n].abs().max())
-                if not error <= tolerance:
-                    raise UserError(
-                        f"{kind}: its attention over the tapped values differs from what it goes on with by "
-                        f"{error:.2g} of the largest value (allowed: {tolerance:g}), so its values cannot be stored"
-                    )
-    finally:
-        taps.remove()
-        for handle in handles:
-            handle.remove()
-    return worst
-
-
-def _keep_input(kept: dict[int, Tensor], number: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    kept[number] = args[0]

@@ -90,7 +90,7 @@ class TappedTeacher(nn.Module):
     def _prepare_grids(self) -> None:
         """The matrices that bring each stage's maps to each grid, made outside of `forward` as constants."""
         with torch.no_grad():
-            self.model(torch.zeros(1, 3, self.input_size, self.input_size))
+            self.model(torch.zeros(1, 3, self.input_size, self.input_size, device=next(self.model.parameters()).device))
         for (at, n), kept in self._kept.items():
             if kept.ndim != 4 or kept.shape[-1] != kept.shape[-2]:
                 raise UserError(f"{type(self.model).__name__}: stage {n} gives {tuple(kept.shape)}, no square maps")

@@ -25,7 +25,7 @@ def test_contract_13_an_interrupt_ends_a_run_with_one_message_and_nothing_left_o
     process = start(command(deit, place, shards, *(["--workers", str(workers)] if workers else [])))
     try:
         until(lambda: markers(place) or process.poll() is not None, what="no work began")
-        assert process.poll() is None
+        assert process.poll() is None, process.communicate()[1].decode()
         if number == signal.SIGINT:
             os.killpg(process.pid, number)  # as a terminal does
         else:

@@ -1,0 +1,116 @@
+"""What an error proposes is not refused in turn: each proposal is followed until the run goes through."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from precompute import teachers
+from storage.errors import UserError
+from storage.store import Store
+from tests.conftest import World, run_precompute, write_teacher
+from tests.precompute.stores import seeded
+from tests.student.runs import STUDENT, job, run
+
+SIZES = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3}
+
+
+def refused(world: World, out: Path, recipe: str, *settings: str, **parts: Any) -> str:
+    with pytest.raises(UserError) as error:
+        run(world, out, recipe, *settings, **parts)
+    return str(error.value)
+
+
+def proposed(text: str) -> list[str]:
+    """The settings in an error, in their order."""
+    return re.findall(r"--set ([\w.]+=\w+)", text)
+
+
+@pytest.mark.parametrize("recipe", ["seed", "compress", "simreg"])
+@pytest.mark.parametrize("model", ["resnet10t", "pit_ti_224", "levit_128s"])
+def test_a_student_without_tokens_is_told_what_is_read_and_never_of_attention(
+    world: World, tmp_path: Path, recipe: str, model: str
+) -> None:
+    settings = [f"student.model={model}"]
+    first = refused(world, tmp_path / "run", recipe, *settings)
+    assert "cannot be made" in first
+    *nothing, plain = proposed(first)
+    assert nothing
+    assert all(setting.endswith("=null") for setting in nothing), first
+    second = refused(world, tmp_path / "run", recipe, *settings, *nothing)
+    name = next(iter(job(world, tmp_path, recipe).recipe.losses))
+    assert second.startswith(f"{name} reads the student's final tokens: "), second
+    assert "attention" not in second
+    assert proposed(second) == [plain]
+    assert run(world, tmp_path / "run", recipe, plain, "optim.epochs=1")["samples"]
+
+
+def test_a_cnn_learns_from_labels_and_logits(world: World, tmp_path: Path) -> None:
+    sizes = [f"{setting.partition('=')[0]}=null" for setting in STUDENT if re.search("size=|dim|depth|heads", setting)]
+    sizes = [setting for setting in sizes if setting.startswith("student.")]
+    settings = ["student.model=resnet10t", *sizes, "student.img_size=32", "optim.epochs=1"]
+    assert run(world, tmp_path / "run", "deit-soft", *settings)["samples"]
+
+
+def test_a_loss_on_tokens_trains_a_vit_whose_attention_cannot_be_read(world: World, tmp_path: Path) -> None:
+    beit = "student.model=beit_base_patch16_224"  # its relative positions are a bias on attention
+    assert run(world, tmp_path / "run", "simreg", beit, "optim.epochs=1")["samples"]
+    said = refused(world, tmp_path / "other", "aal", beit)
+    assert said.startswith("aal reads the student's attention: Beit: ")
+    assert proposed(said) == ["student.model=vit_tiny_patch16_224"]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "mine"),
+    [
+        ("vit_base_patch16_gap_224", "vit_tiny_patch16_224"),
+        ("vit_base_patch16_gap_224", "deit_tiny_distilled_patch16_224"),
+        ("vit_base_patch16_siglip_224", "vit_tiny_patch16_224"),
+        ("vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"),
+        ("vit_small_patch14_reg4_dinov2", "deit_tiny_distilled_patch16_224"),
+    ],
+)
+def test_the_student_that_is_proposed_can_copy_from_this_teacher(
+    world: World, tmp_path: Path, theirs: str, mine: str
+) -> None:
+    place = seeded(world, tmp_path / "store")
+    weights = write_teacher(tmp_path / "teacher.safetensors", (theirs, SIZES))
+    teacher = teachers.find(
+        theirs,
+        weights=weights,
+        arguments={**SIZES, "num_classes": 3},
+        input_size=32,
+        mean=(0.5,),
+        std=(0.5,),
+        called="t",
+    )
+    run_precompute(place, world.shards, teacher, ["attention"])
+    settings = ["copying.what=map", "copying.target=null", "optim.epochs=1"]
+    parts = {"store": Store.open(place), "val": world.shards}
+    said = refused(world, tmp_path / "run", "attention-copy", f"student.model={mine}", *settings, **parts)
+    assert "every token of a copied layer needs the teacher's attention" in said
+    (other,) = proposed(said)
+    assert other != f"student.model={mine}"
+    assert run(world, tmp_path / "run", "attention-copy", other, *settings, **parts)["samples"]
+
+
+def test_targets_that_are_missing_are_named_with_what_a_teacher_without_them_gives(
+    world: World, tmp_path: Path
+) -> None:
+    from tests.conftest import teacher_of
+
+    place = seeded(world, tmp_path / "store")
+    cnn = teacher_of(world.weights, "cnn")
+    run_precompute(place, world.shards, cnn, ["logits"])
+    parts = {"store": Store.open(place)}
+    said = refused(world, tmp_path / "run", "seed", **parts)
+    targets = re.findall(r"--target (\w+)", said)
+    assert targets == ["class_token", "embedding"]
+    assert re.findall(r"--target (\w+)", refused(world, tmp_path / "run", "seed", store=None)) == targets
+    with pytest.raises(UserError, match="class_token needs a vit"):
+        run_precompute(place, world.shards, cnn, targets[:1])
+    run_precompute(place, world.shards, cnn, targets[1:])
+    assert run(world, tmp_path / "run", "seed", "optim.epochs=1", **parts)["samples"]
