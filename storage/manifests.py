@@ -90,7 +90,7 @@ class TargetIdentity(Schema):
     grid: Size | None
     codec: Text
     at: Text = "norm"
-    antialias: bool = False
+    antialias: bool | Literal["all"] = False
     tensors: Several[Text] = ()
 
     @model_validator(mode="after")

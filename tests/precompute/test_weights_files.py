@@ -108,12 +108,13 @@ def test_other_weights_of_a_file_are_another_teacher_and_old_identities_stay(tmp
     assert average.id != plain.id
     assert plain.identity.keys() == find(saved(tmp_path / "p.pth", state(0))).identity.keys()
     store = Store.create(tmp_path / "S")
-    store.add_teacher("t", plain.identity, {"weights": path})  # as earlier versions recorded it
+    about = teachers.describe(plain, teachers.load(plain))
+    store.add_teacher("t", plain.identity, about)  # as earlier versions recorded it
     with pytest.raises(IdentityError, match=r"weights key: .*state_dict_ema"):
         store.add_teacher("t", average.identity, {})
     again = teacher_of("t", store.teachers()["t"], path)
     assert equal(teachers.load(again).state_dict(), read_weights(path, order=EARLIER))
-    store.add_teacher("u", average.identity, {"weights": path})
+    store.add_teacher("u", average.identity, about)
     assert equal(teachers.load(teacher_of("u", store.teachers()["u"], path)).state_dict(), state(1))
 
 

@@ -86,5 +86,5 @@ def test_heads_of_vectors_are_never_merged() -> None:
 
 
 def test_a_network_without_tokens_is_refused() -> None:
-    with pytest.raises(UserError, match="no list of attention blocks"):
+    with pytest.raises(UserError, match="no plain ViT, whose blocks keep one token for each patch"):
         Seen(timm.create_model("resnet18"), frozenset({"tokens"}))
