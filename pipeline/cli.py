@@ -14,13 +14,22 @@ from typing import Any
 
 import click
 
-from pipeline.catalogue import recipes, teachers
-from pipeline.evaluating import evaluate
-from pipeline.links import links
-from pipeline.measuring import bench, demo
+from pipeline.commands.bench import bench
+from pipeline.commands.demo import demo
+from pipeline.commands.evaluate import evaluate
+from pipeline.commands.export import export
+from pipeline.commands.fit_teacher import fit_teacher
+from pipeline.commands.init import init
+from pipeline.commands.inspect import inspect
+from pipeline.commands.links import links
+from pipeline.commands.pack import pack
+from pipeline.commands.precompute import plan, precompute
+from pipeline.commands.predict import predict
+from pipeline.commands.recipes import recipes
+from pipeline.commands.teachers import teachers
+from pipeline.commands.train import train
+from pipeline.commands.verify import verify
 from pipeline.options import QUOTES
-from pipeline.recording import init, inspect, pack, plan, precompute, verify
-from pipeline.training import export, fit_teacher, predict, train
 from storage.errors import DamageError, UserError, first_line, nearest, shown
 
 

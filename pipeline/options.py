@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from pipeline import project
+from pipeline.project import context
 from storage.errors import UserError, shown
 
 if TYPE_CHECKING:
-    from pipeline.settings import Entry
-    from precompute.run import Wanted
+    from pipeline.project.schema import Entry
+    from precompute.request import Wanted
 
 
 def common(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -152,7 +152,7 @@ def wanted(command: Callable[..., Any]) -> Callable[..., Any]:
         others = {name: value for name, value in flags.items() if name not in names}
         return command(store=store, wanted=_wanted(**{name: flags[name] for name in names}), **others)
 
-    made: Callable[..., Any] = project.reads(**_SAID)(wrapped)
+    made: Callable[..., Any] = context.reads(**_SAID)(wrapped)
     for option in reversed(_WANTED):
         made = option(made)
     return made
@@ -160,7 +160,7 @@ def wanted(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _wanted(teacher: str | None, **flags: Any) -> Wanted | dict[str, Wanted]:
     """What is asked for: of the teacher that was named, or of each in the project file."""
-    read = project.current()
+    read = context.current()
     entries = read.teachers if read else {}
     if teacher is None and not entries:
         raise click.UsageError("Missing option '--teacher'; a project file may name teachers too.")
@@ -235,17 +235,18 @@ def _one(
 
     `where` opens the errors of what the project file says.
     """
-    from precompute import ready, teachers
-    from precompute.clients import WORKER_TIMEOUT
-    from precompute.run import Wanted
-    from precompute.targets import parse
-    from storage.policies import policy
-    from storage.shards import expand
+    from precompute.engine.dask_client import WORKER_TIMEOUT
+    from precompute.request import Wanted
+    from precompute.taps.target_spec import parse
+    from precompute.teachers import onnx_file
+    from precompute.teachers.teacher import find
+    from storage.shards.patterns import expand
+    from storage.views.policy import policy
 
     urls = expand(shards)
     views = policy("deit" if view_policy is None else view_policy, 224 if view_size is None else view_size, seed or 0)
     arguments, means, stds = _arguments(teacher_arg), _numbers(mean, "--mean"), _numbers(std, "--std")
-    texts, model, tensors = target, teacher, ready.named(tap)
+    texts, model, tensors = target, teacher, onnx_file.named(tap)
     if entry is not None:
         model, texts = entry.teacher or teacher, target or entry.targets
         weights_key = weights_key or (None if weights else entry.weights_key)
@@ -254,9 +255,9 @@ def _one(
         arguments, means, stds = {**entry.args, **arguments}, means or entry.mean, stds or entry.std
     try:
         wishes = [wish for text in texts or tensors for wish in parse(text)]
-        if tensors and not ready.is_ready(model):
+        if tensors and not onnx_file.is_ready(model):
             raise UserError(f"--tap names tensors of a ready model.onnx; {model} has taps of its own: --target TAP")
-        found = teachers.find(
+        found = find(
             model,
             weights=weights,
             arguments=arguments,
@@ -268,7 +269,7 @@ def _one(
             say=lambda line: click.echo(line, err=True),
         )
         if found.ready:
-            wishes = ready.given_tensors(model, tensors, wishes)
+            wishes = onnx_file.given_tensors(model, tensors, wishes)
     except UserError as error:
         if not where:
             raise
@@ -279,14 +280,14 @@ def _one(
     given = frozenset(name for name, value in named.items() if value is not None)
     return Wanted(
         urls, found, wishes, views, given, view_count, new_bank, provider, bad_images, materialise_views, workers, dask,
-        project.grid(), worker_timeout or WORKER_TIMEOUT,
+        context.grid(), worker_timeout or WORKER_TIMEOUT,
     )  # fmt: skip
 
 
 def _arguments(pairs: tuple[str, ...]) -> dict[str, Any]:
     import yaml
 
-    from pipeline.plain import why
+    from pipeline.yaml_io import why
 
     found = {}
     for pair in pairs:

@@ -1,7 +1,7 @@
 """Plan: what a precompute run will take, before anything is spent: bytes, objects, hours, and what would be cheaper.
 
 Sizes are counted from shapes and codecs; hours come from running the real engine for a while beside the store (see
-`precompute/measuring.py`), reading, rendering, session and writing together. Nothing is left behind.
+`precompute/throughput.py`), reading, rendering, session and writing together. Nothing is left behind.
 """
 
 from __future__ import annotations
@@ -19,39 +19,34 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from precompute import targets
-from precompute.measuring import measure
-from precompute.run import Job, Wanted, candidates, choose_views, prepare, settle, staffed
-from precompute.tasks import Output
-from storage.arrays import chunk_samples
-from storage.codecs import Codec, Part, fitting
-from storage.markers import Task
-from storage.objects import open_objects
-from storage.policies import Policy
+from precompute import record_targets
+from precompute.bank_choice import candidates, choose_views, settle
+from precompute.engine.tasks import Output
+from precompute.request import Wanted
+from precompute.run import Job, prepare, staffed
+from precompute.throughput import Shard, measure
+from storage.objects.object_store import open_objects
+from storage.objects.urls import is_remote
 from storage.progress import Progress
-from storage.shards import ShardIndex, cached_index, classes_of
-from storage.store import Store
-from storage.tars import size_of, without_samples
-from storage.urls import is_remote
-from storage.views import COLUMNS
+from storage.shards.classes import classes_of
+from storage.shards.index import cached_index
+from storage.shards.tar import size_of, without_samples
+from storage.store.arrays import chunk_samples
+from storage.store.codecs import Codec, Part, fitting
+from storage.store.markers import Task
+from storage.store.store import Store
+from storage.views.policy import Policy
+from storage.views.view import COLUMNS
 
 if TYPE_CHECKING:
     from distributed import Client
 
+
 LOOKED_AT = 8  # shards that are read whole; the others' samples are estimated from their sizes
+
 _BANK = {"parameters": Part("float64", (len(COLUMNS),), ()), "signatures": Part("uint32", (1,), ())}
+
 _IN_MARKER = 8 * 4 / 3  # bytes that each chunk takes in its marker: length and checksum in base64
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One shard as far as it is known; its samples are estimated where nobody has read it yet."""
-
-    url: str
-    samples: int
-    id: str | None = None  # where the store knows it
-    estimated: bool = False
-    index: ShardIndex | None = None  # of a few: indexes are large
 
 
 def plan(where: str, wanted: Wanted, progress: Progress, seconds: float = 60, rate: float = 1000) -> dict[str, Any]:
@@ -76,7 +71,7 @@ def _plan(
 ) -> dict[str, Any]:
     store = _existing(where)
     if store:
-        targets.known_teacher(store, wanted.teacher)
+        record_targets.known_teacher(store, wanted.teacher)
     shards = counted(store, wanted.shards, progress, wanted.bad_images == "skip")
     policy, views = _policy(store, wanted)
     began = time.monotonic()

@@ -9,44 +9,25 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from precompute import targets
-from precompute.clients import WORKER_TIMEOUT, workers
-from precompute.cluster import Failure, patiently, run_here, run_on
-from precompute.engine import block_views, known_index
-from precompute.session import cores
-from precompute.tasks import BadImages, Outcome, Output, ShardTask
-from precompute.teachers import Teacher
-from storage import banks
-from storage.card import card
+from precompute import record_targets
+from precompute.bank_choice import settle
+from precompute.engine.dask_client import workers
+from precompute.engine.dask_runner import Failure, patiently, run_here, run_on
+from precompute.engine.session import cores
+from precompute.engine.shard import block_views, known_index
+from precompute.engine.tasks import Outcome, Output, ShardTask
+from precompute.request import Wanted
 from storage.errors import UserError
-from storage.policies import Policy
+from storage.objects.urls import is_remote
 from storage.progress import Progress
-from storage.store import Store
-from storage.tars import counted_flaws, stem_of, without_samples
-from storage.urls import is_remote
+from storage.shards.tar import counted_flaws, without_samples
+from storage.store import banks
+from storage.store.card import card
+from storage.store.store import Store
+from storage.views.policy import Policy
 
 if TYPE_CHECKING:
     from distributed import Client
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a run is asked for."""
-
-    shards: Sequence[str]
-    teacher: Teacher
-    wishes: Sequence[targets.Wish]
-    policy: Policy
-    given: frozenset[str]  # which of line, size and seed were said
-    views: int | None
-    new_bank: bool = False
-    provider: str = "auto"
-    bad_images: BadImages = "fail"
-    pixels: bool = False  # keep the view images themselves
-    workers: int | None = None  # processes on this machine
-    dask: str | None = None  # address of a scheduler
-    grid: int | None = None  # of activations where a wish says none; None: view size / 16
-    worker_timeout: float = WORKER_TIMEOUT  # seconds to wait for workers to start, and to come back
 
 
 @dataclass
@@ -77,7 +58,7 @@ def prepare(store: Store, wanted: Wanted, progress: Progress) -> Job:
         UserError: as its parts do.
     """
     known, policy, views = settle(store, wanted)
-    manifest = targets.record_teacher(store, wanted.teacher)
+    manifest = record_targets.record_teacher(store, wanted.teacher)
     store.add_bank(policy.bank, policy.identity, banks.describe(policy))
 
     def images() -> Any:
@@ -94,15 +75,15 @@ def prepare(store: Store, wanted: Wanted, progress: Progress) -> Job:
 
     wishes = [
         replace(wish, grid=wanted.grid) if wish.tap == "activations" and wish.grid is None and wanted.grid else wish
-        for wish in wanted.wishes or targets.defaults(manifest, policy, wanted.grid)
+        for wish in wanted.wishes or record_targets.defaults(manifest, policy, wanted.grid)
     ]
     elsewhere = wanted.workers is not None or wanted.dask is not None  # this machine may have no accelerator
-    by_graph = targets.record_targets(
+    by_graph = record_targets.record_targets(
         store, wanted.teacher, manifest, wishes, policy, images, "auto" if elsewhere else wanted.provider, progress.say
     )
     if wanted.pixels:
         first_graph = next(iter(by_graph))
-        by_graph[first_graph] = (*by_graph[first_graph], targets.record_pixels(store, policy))
+        by_graph[first_graph] = (*by_graph[first_graph], record_targets.record_pixels(store, policy))
     return Job(store, wanted, policy, views, by_graph, known)
 
 
@@ -217,37 +198,3 @@ def run_elsewhere(
     return run_on(
         client, tasks, count, wanted.provider, threads, progress=progress, worker_timeout=wanted.worker_timeout
     )
-
-
-def settle(store: Store, wanted: Wanted) -> tuple[dict[str, list[str]], Policy, int]:
-    """Url -> ids of known shards that it may be; the policy, and the number of views.
-
-    Raises:
-        UserError: as `choose_policy` does, or several views of a policy that leaves nothing to chance.
-    """
-    known = candidates(store, wanted.shards)
-    policy = targets.choose_policy(
-        store, wanted.policy, set(wanted.given), {id for ids in known.values() for id in ids},
-        lambda: {index.id for url, ids in known.items() if (index := store.recognise(url, ids))}, wanted.new_bank,
-    )  # fmt: skip
-    return known, policy, choose_views(store, policy, wanted.views)
-
-
-def candidates(store: Store, urls: Sequence[str]) -> dict[str, list[str]]:
-    """Url -> ids of the shards that the store knows and that may be this one, by their stem."""
-    by_stem: dict[str, list[str]] = {}
-    for shard in store.shard_ids():
-        by_stem.setdefault(shard.rpartition("-")[0], []).append(shard)
-    return {url: by_stem.get(stem_of(url), []) for url in urls}
-
-
-def choose_views(store: Store | None, policy: Policy, wanted: int | None) -> int:
-    """How many views: as said; else as many as the bank has; else four, or one without chance."""
-    if not policy.random:
-        if wanted not in (None, 1):
-            raise UserError(f"--view-count {wanted}: {policy.line} leaves nothing to chance, so it has one view")
-        return 1
-    if wanted is not None:
-        return wanted
-    there = [task.view for task in (store.done() if store else ()) if task.kind == "bank" and task.id == policy.bank]
-    return max(there) + 1 if there else 4

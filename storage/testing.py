@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from storage.objects import LocalObjects
-from storage.views import generator
+from storage.objects.object_store import LocalObjects
+from storage.rng import generator
 
 # timm names with arguments: networks of every kind that count, small enough to export in a second or two.
 TINY_CNN: tuple[str, dict[str, Any]] = ("resnet10t", {"channels": [8, 12, 16, 24], "stem_width": 8})

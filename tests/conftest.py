@@ -29,7 +29,7 @@ HANGS = 1200  # seconds after which what a test waits for is taken to hang: far 
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Shard indexes are cached in a folder of the tests' own, for child processes too."""
-    from storage.shards import cache_folder
+    from storage.shards.index import cache_folder
 
     before = os.environ.get("TEACHER_STORE_CACHE")
     os.environ["TEACHER_STORE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
@@ -55,11 +55,11 @@ def exported_anew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """
     import torch
 
-    import precompute.export
+    import precompute.export.pytorch
 
     folder = of_all_workers(tmp_path_factory) / "graphs"
     folder.mkdir(exist_ok=True)
-    graph = precompute.export._graph
+    graph = precompute.export.pytorch._graph
 
     def once(module: Any, views: torch.Tensor, outputs: Any) -> bytes:
         about = (repr(module), module.taps, module.input_size, tuple(views.shape), tuple(outputs))
@@ -72,9 +72,9 @@ def exported_anew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
                 made.write_bytes(graph(module, views, outputs))
         return made.read_bytes()
 
-    precompute.export._graph = once
+    precompute.export.pytorch._graph = once
     yield graph
-    precompute.export._graph = graph
+    precompute.export.pytorch._graph = graph
 
 
 @pytest.fixture(scope="session")
@@ -141,7 +141,7 @@ def write_teacher(path: Path, spec: tuple[str, dict[str, Any]], seed: int = 0) -
 
 def teacher_of(world_weights: dict[str, str], kind: str, **changes: Any) -> Any:
     """The tiny `cnn` or `vit` teacher."""
-    from precompute import teachers
+    from precompute.teachers import teacher as teachers
     from storage.testing import TINY_CNN, TINY_VIT
 
     name, arguments = TINY_CNN if kind == "cnn" else TINY_VIT
@@ -158,12 +158,13 @@ def teacher_of(world_weights: dict[str, str], kind: str, **changes: Any) -> Any:
 
 def run_precompute(store: Any, shards: list[str], teacher: Any, targets: list[str], **changes: Any) -> dict[str, Any]:
     """Precompute under `light`, size 32, two views."""
-    from precompute import cluster
-    from precompute.run import Wanted, precompute
-    from precompute.targets import parse
+    from precompute.engine import dask_runner
+    from precompute.request import Wanted
+    from precompute.run import precompute
+    from precompute.taps.target_spec import parse
     from storage.errors import UserError
-    from storage.policies import policy
-    from storage.store import Store
+    from storage.store.store import Store
+    from storage.views.policy import policy
 
     settings: dict[str, Any] = {
         "policy": policy("light", 32), "given": frozenset({"line", "size"}), "views": 2, "provider": "cpu",
@@ -171,7 +172,7 @@ def run_precompute(store: Any, shards: list[str], teacher: Any, targets: list[st
     settings.update(changes)
     wishes = settings.pop("wishes", [wish for text in targets for wish in parse(text)])
     place = Store.create(store) if isinstance(store, str | Path) else store
-    cluster._held.clear()  # a test may have put another session in its place
+    dask_runner._held.clear()  # a test may have put another session in its place
     result = precompute(place, Wanted(shards, teacher, wishes, **settings), Quiet())
     if result["failures"]:
         raise UserError("\n".join(failure["error"] for failure in result["failures"]))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.console import Console
 from storage.errors import UserError
-from storage.shards import expand
+from storage.shards.patterns import expand
 
 if TYPE_CHECKING:
     from pipeline.bench.timing import Row
@@ -42,7 +42,7 @@ def bench(
 
     from pipeline.bench import learning, reading, recording
     from pipeline.bench.world import TEACHERS, World
-    from precompute.session import cores
+    from precompute.engine.session import cores
 
     device = _device(device)
     if where is not None and not where.is_dir():
@@ -94,7 +94,7 @@ def _machine(device: str) -> dict[str, Any]:
     import onnxruntime
     import torch
 
-    from precompute.session import cores
+    from precompute.engine.session import cores
 
     cuda = device.startswith("cuda")
     return {

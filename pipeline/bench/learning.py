@@ -11,16 +11,18 @@ import torch
 from pipeline.bench.timing import Row, Spread, interleaved, ratios
 from pipeline.bench.world import World
 from precompute.taps import Tap
-from precompute.teachers import Teacher
-from storage.codecs import Codec
+from precompute.teachers.teacher import Teacher
 from storage.progress import Progress
-from storage.store import Store
-from student.config import Recipe, Speed, validate
-from student.optimiser import optimiser
-from student.prepare import Job, prepare
-from student.speed import Choice, apply, choose
-from student.step import Update
-from student.stream import Batch, Stream
+from storage.store.codecs import Codec
+from storage.store.store import Store
+from student.data.batch import Batch
+from student.data.stream import Stream
+from student.recipe.schema import Recipe, Speed
+from student.recipe.validate import validate
+from student.training.optimizer import optimiser
+from student.training.precision import Choice, apply, choose
+from student.training.setup import Job, prepare
+from student.training.step import Update
 
 GRID = {"layers": "uniform", "grid": "bicubic"}
 # method -> (teacher, its losses)

@@ -9,11 +9,11 @@ import numpy as np
 
 from pipeline.bench.timing import Row, Spread, interleaved, ratios, seconds
 from pipeline.bench.world import World
-from storage.markers import Task
 from storage.progress import Progress
-from student.order import Segment
-from student.reader import BlockReader
-from student.stream import Stream
+from storage.store.markers import Task
+from student.data.block_reader import BlockReader
+from student.data.shuffle import Segment
+from student.data.stream import Stream
 
 # case -> side of the images and views, grid of the maps, samples in each of two shards, batch size
 CASES = {"32x32": (32, 8, 640, 128), "224x224": (224, 14, 128, 32)}

@@ -13,17 +13,22 @@ import torch
 
 from pipeline.bench.timing import Row, Spread, cpu_seconds, interleaved, ratios, seconds
 from pipeline.bench.world import World
-from precompute.engine import run_task
-from precompute.measuring import part_of
+from precompute.engine.session import Session, cores, open_session
+from precompute.engine.shard import run_task
+from precompute.engine.tasks import ShardTask
 from precompute.run import Job, prepare
-from precompute.session import Session, cores, open_session
 from precompute.taps import Tap
-from precompute.tasks import ShardTask
+from precompute.throughput import part_of
+from storage.constants import BLOCK
 from storage.errors import UserError, first_line
-from storage.markers import Attempt, Task
 from storage.progress import Progress
-from storage.shards import BLOCK, read_samples
-from storage.views import View, decode, draw, mixed, render, settle, signature
+from storage.shards.index import read_samples
+from storage.store.attempts import Attempt
+from storage.store.markers import Task
+from storage.views.draw import draw, settle
+from storage.views.mixing import mixed
+from storage.views.render import decode, render, signature
+from storage.views.view import View
 
 BATCHES = (4, 8, 16, 32, 64)  # of PyTorch; the best one is taken
 

@@ -12,19 +12,20 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from precompute import teachers
-from precompute.export import live_teacher
-from precompute.plan import Shard
-from precompute.run import Wanted, precompute
+from precompute.export.pytorch import live_teacher
+from precompute.request import Wanted
+from precompute.run import precompute
 from precompute.taps import Tap
-from precompute.targets import parse
-from precompute.teachers import Teacher
+from precompute.taps.target_spec import parse
+from precompute.teachers.teacher import Teacher, find
+from precompute.throughput import Shard
+from storage.constants import BLOCK
 from storage.errors import UserError
-from storage.policies import policy
 from storage.progress import Quiet
-from storage.shards import BLOCK, ShardIndex, cached_index
-from storage.store import Store
+from storage.shards.index import ShardIndex, cached_index
+from storage.store.store import Store
 from storage.testing import synthetic_shards
+from storage.views.policy import policy
 
 PHOTO = (500, 375)  # pixels; ImageNet's photographs have 400 x 350 on average
 CLASSES = 10
@@ -96,7 +97,7 @@ class World:
             torch.manual_seed(0)
             save_file(timm.create_model(model, **arguments).state_dict(), path)
         called = model.partition("_")[0]
-        return teachers.find(
+        return find(
             model, weights=str(path), arguments=arguments, input_size=size, mean=(0.5,), std=(0.5,), called=called
         )
 

@@ -14,10 +14,10 @@ from precompute.taps.attention import (
     prefix_roles,
     token_blocks,
 )
-from precompute.taps.backbones import takes_image_size
-from precompute.taps.checking import check_attention
-from precompute.taps.names import ATTENTION, TAPS, VIT, About, Tap, check_tap
-from precompute.taps.teacher import TappedTeacher
+from precompute.taps.check_attention import check_attention
+from precompute.taps.registry import ATTENTION, TAPS, VIT, About, Tap, check_tap
+from precompute.taps.tapped_model import TappedTeacher
+from precompute.taps.timm_import import takes_image_size
 
 __all__ = [
     "ATTENTION", "POSITIONS", "TAPS", "VIT", "About", "At", "AttentionTaps", "Tap", "TappedTeacher", "attention_layers",

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from storage.errors import UserError
-from storage.policies import Policy
-from storage.shards import cached_index, require_labels
-from student.evaluation_targets import EvaluationTargets
-from student.lending import borrowing, lent_to
-from student.order import Segment
-from student.reader import BlockReader, Part, Source, join
-from student.stream import Batch
+from storage.shards.index import cached_index
+from storage.views.policy import Policy
+from student.attention_copy.inference import borrowing, lent_to
+from student.evaluation.batches import evaluation_batches
+from student.evaluation.class_metrics import places_of
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ def evaluate(
 ) -> Score:
     """The accuracy of a classifier. Leaves the model in eval mode.
 
-    A student that copies attention gets it from its lender (see student/lending.py).
+    A student that copies attention gets it from its lender (see student/attention_copy/inference.py).
 
     With several ranks each takes its share of the blocks and all get the accuracy over all samples, each counted once.
 
@@ -124,63 +121,3 @@ def count(
         few += classes <= 5
         advance(len(there.labels))
     return torch.tensor([right1, right5, samples, few], device=device)
-
-
-def places_of(scores: Tensor, labels: Tensor) -> Tensor:
-    """How many classes come before the right one: 0 where it is the first. int64 `[B]`.
-
-    Of classes with one score the first counts as the larger. A score that is no number beats nothing, and is beaten
-    by all.
-
-    Args:
-        scores: `[B, K]`.
-        labels: int64 `[B]`.
-    """
-    own = scores.gather(1, labels[:, None])
-    later = torch.arange(scores.shape[1], device=scores.device) > labels[:, None]
-    beaten = (scores < own) | ((scores == own) & later)
-    return scores.shape[1] - 1 - beaten.sum(1)
-
-
-def evaluation_batches(
-    urls: Sequence[str],
-    policy: Policy,
-    batch: int,
-    rank: int = 0,
-    ranks: int = 1,
-    most: int | None = None,
-    chosen: Sequence[np.ndarray] | None = None,
-    stored: EvaluationTargets | None = None,
-    labelled: bool = True,
-) -> Iterator[Batch]:
-    """Every sample of shards once, in order, in the one view of a policy without chance.
-
-    With several ranks, one in so many blocks, counted over all shards; with `most`, the first so many blocks alone;
-    with `chosen`, the samples of these indices in each shard alone, sorted; with what is `stored` of them beside it.
-    All have labels, unless that is not asked for.
-    """
-    before = 0  # blocks of earlier shards
-    for shard, url in enumerate(urls):
-        index = cached_index(url)
-        if labelled:
-            require_labels(url, index)
-        reader = BlockReader(stored.source(url, index.id) if stored else Source((url,), (index.id,), policy))
-        held: list[Part] = []
-        wanted = np.arange(len(index)) if chosen is None else chosen[shard]
-        mine: dict[int, np.ndarray] = {}
-        for number in range(index.blocks):
-            if (before + number) % ranks == rank and (most is None or before + number < most):
-                block = index.block(number)
-                mine[number] = wanted[slice(*np.searchsorted(wanted, (block.start, block.stop)))]
-        before += index.blocks
-        mine = {number: samples for number, samples in mine.items() if len(samples)}
-        for number, samples in mine.items():
-            arrays, targets = reader.read(Segment(0, number, samples), 0)
-            arrays["ids"][:, 0] = shard
-            held.append((arrays, targets))
-            if sum(len(part[0]["labels"]) for part in held) >= batch or number == max(mine):
-                joined, beside = join(held)
-                tensors = {name: torch.from_numpy(array) for name, array in joined.items()}
-                there = {id: {n: torch.from_numpy(a) for n, a in arrays.items()} for id, arrays in beside.items()}
-                yield Batch(**tensors, targets=there, codecs=dict(reader.source.targets))
-                held = []

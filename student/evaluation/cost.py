@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from storage.weights import read_weights
-from student.align import student_shape
+from storage.objects.state_dict import read_weights
+from student.alignment.student_spec import student_shape
 
 MOST = 1024  # patches along a side are far fewer
 

@@ -14,12 +14,14 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
 from precompute.taps import class_scores, resize_matrix
-from student import links
-from student.align import Given, Shape, align_activations, full
-from student.choose import Need
-from student.loss_settings import AllLinks, Schedule, Taught, Weight, _linked
-from student.losses import Step
-from student.seen import Reads
+from student.alignment.rules import align_activations
+from student.alignment.student_spec import Shape, full
+from student.alignment.student_taps import Reads
+from student.losses.base import Step
+from student.losses.parts import aal_links
+from student.settings import AllLinks, Schedule, Taught, Weight, _linked
+from student.targets.requirement import Need
+from student.targets.stored_target import Given
 
 EPSILON = 1e-12
 
@@ -157,12 +159,12 @@ class Method(nn.Module):
         super().__init__()
         target, grid = given[0].target, settings.grid or student.grid
         stages = target["stages"]
-        layout = links.Layout(
+        layout = aal_links.Layout(
             tuple(stage["stage"] for stage in stages), tuple(stage["channels"] for stage in stages),
             tuple(heads for heads, _ in student.by_layer),
         )  # fmt: skip
         count = len(target["identity"].get("tensors", ())) or given[0].teacher["layers"]
-        kept = links.kept(name, settings.links, layout, count)
+        kept = aal_links.kept(name, settings.links, layout, count)
         self.row = align_activations(name, given[0], student, grid, kept.words)
         self.about = {**asdict(layout), "target": given[0].id, "grid": grid}
         self.chosen = kept.digest

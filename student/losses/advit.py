@@ -12,12 +12,13 @@ from typing import Literal
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from student.align import Given, Shape
-from student.choose import Need
-from student.loss_settings import Heads, Matched
-from student.losses import Step
-from student.rows import Rows, scaled
-from student.seen import Reads
+from student.alignment.attention import Rows, scaled
+from student.alignment.student_spec import Shape
+from student.alignment.student_taps import Reads
+from student.losses.base import Step
+from student.settings import Heads, Matched
+from student.targets.requirement import Need
+from student.targets.stored_target import Given
 
 
 def distance(student: Tensor, teacher: Tensor, prefix: int, kind: Literal["l1", "l2"] = "l1") -> Tensor:

@@ -2,7 +2,7 @@
 
 Li et al., "On the Surprising Effectiveness of Attention Transfer for Vision Transformers", section 2.3, with 1/√d; the
 distillation of q is that of section 4.1, its mean squared error the authors' code's. Copying is no loss:
-student/copying.py.
+student/attention_copy/copier.py.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from student.align import Given, Shape
-from student.choose import Need
-from student.loss_settings import Average, Matched, What, require_maps, setting
-from student.losses import Step
-from student.rows import Rows, Vectors
-from student.seen import Reads
+from student.alignment.attention import Rows
+from student.alignment.student_spec import Shape
+from student.alignment.student_taps import Reads
+from student.alignment.tokens import Vectors
+from student.losses.base import Step
+from student.settings import Average, Matched, What, require_maps, setting
+from student.targets.requirement import Need, taps_of
+from student.targets.stored_target import Given
 
 
 def distillation(student: Tensor, teacher: Tensor, heads: Literal["mean", "sum"] = "mean") -> Tensor:
@@ -65,11 +67,6 @@ class Settings(Matched):
 def reads(settings: Settings) -> frozenset[Reads]:
     """The student's attention, or its values."""
     return frozenset({"values" if settings.what == "v" else "attention"})
-
-
-def taps_of(what: What) -> tuple[tuple[str, ...], ...]:
-    """What serves: whole attention maps, or q and k, which give them; or vectors themselves."""
-    return (("attention",), ("q", "k")) if what == "map" else (tuple(what),)
 
 
 def need(name: str, settings: Settings, student: Shape) -> Need:

@@ -15,11 +15,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from student.align import Given, Shape, align_classes
-from student.choose import Need
-from student.loss_settings import Taught
-from student.losses import Step
-from student.seen import Reads
+from student.alignment.rules import align_classes
+from student.alignment.student_spec import Shape
+from student.alignment.student_taps import Reads
+from student.losses.base import Step
+from student.settings import Taught
+from student.targets.requirement import Need
+from student.targets.stored_target import Given
 
 Reduce = Literal["numel", "batch"]
 

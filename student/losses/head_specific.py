@@ -16,12 +16,14 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.special import xlogy
 
-from student.align import Given, Shape, align_classes
-from student.choose import Need
-from student.loss_settings import FirstHeads, HeadMap, HeadPairs, Matched
-from student.losses import Step
-from student.rows import Rows
-from student.seen import Reads
+from student.alignment.attention import Rows
+from student.alignment.rules import align_classes
+from student.alignment.student_spec import Shape
+from student.alignment.student_taps import Reads
+from student.losses.base import Step
+from student.settings import FirstHeads, HeadMap, HeadPairs, Matched
+from student.targets.requirement import Need
+from student.targets.stored_target import Given
 
 
 def difference(student: Tensor, teacher: Tensor, kind: Literal["mse", "mse-softmax", "ce", "kl"]) -> Tensor:

@@ -13,13 +13,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from student.align import Given, Shape, full
-from student.choose import Need
-from student.loss_settings import Projected
-from student.losses import Step
-from student.projector import EMBEDDINGS, ClassToken
-from student.queues import Queue, unit
-from student.seen import Reads
+from student.alignment.student_spec import Shape, full
+from student.alignment.student_taps import Reads
+from student.losses.base import Step
+from student.losses.parts.projector import EMBEDDINGS, ClassToken
+from student.losses.parts.queue import Queue, unit
+from student.settings import Projected
+from student.targets.requirement import Need
+from student.targets.stored_target import Given
 
 
 def cross_entropy(student: Tensor, teacher: Tensor, queue: Tensor, tau_student: float, tau_teacher: float) -> Tensor:

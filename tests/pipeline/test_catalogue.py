@@ -7,11 +7,11 @@ import json
 import pytest
 import yaml
 
-from pipeline import recipes
 from pipeline.cli import main
-from precompute.offers import offers_of
+from pipeline.recipes import loader
+from precompute.capabilities import offers_of
 from storage.errors import UserError
-from storage.store import Store
+from storage.store.store import Store
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -43,11 +43,11 @@ def test_what_is_offered_is_what_a_store_then_keeps(world) -> None:
     teacher = store.teachers()["vit"]
     arguments = teacher["identity"]["arguments"]
     assert set(arguments) >= {"depth", "embed_dim"}, "the tiny teacher is timm's with other sizes"
-    from precompute import offers
+    from precompute import capabilities
 
-    create = offers.timm.create_model
+    create = capabilities.timm.create_model
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(offers.timm, "create_model", lambda name, **more: create(name, **{**more, **arguments}))
+        patched.setattr(capabilities.timm, "create_model", lambda name, **more: create(name, **{**more, **arguments}))
         taps = offers_of("vit_tiny", teacher["identity"]["input size"])["taps"]
     made = {m["identity"]["tap"]: m for m in store.targets().values() if m["teacher"] == "vit"}
     assert len(made.keys() & taps.keys()) >= 4
@@ -80,9 +80,9 @@ def test_teachers_for_people_and_as_json(capsys) -> None:
 def test_recipes_for_people_and_as_json(capsys) -> None:
     code, out, _ = run(capsys, "recipes")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()[:-2]] == recipes.names()
+    assert [line.split()[0] for line in out.splitlines()[:-2]] == loader.names()
     assert "NAME-small" in out
-    for name in (*recipes.names(), "aal-small"):
+    for name in (*loader.names(), "aal-small"):
         code, out, _ = run(capsys, "recipes", name)
         assert out.startswith(f"# {name.removesuffix('-small')}: ")
         assert yaml.safe_load(out)["losses"]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import recipes
 from pipeline.cli import cli, main
+from pipeline.recipes import loader
 from storage.testing import TINY_CNN, synthetic_shards
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,7 @@ def precompute_words(world, store: object, *more: object) -> list[object]:
 
 def test_from_class_folders_to_a_score(run, world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    from storage.shards import cached_index, read_samples
+    from storage.shards.index import cached_index, read_samples
 
     for url in world.shards:
         index = cached_index(url)
@@ -272,11 +272,11 @@ def test_another_weights_file_under_a_recorded_name_is_refused(run, world, tmp_p
 def test_recipes_are_valid_and_open_with_paper_command_and_what_to_expect():
     assert {
         "aal", "advit-l1", "attention-distill", "deit-hard", "deit-soft", "fine-tune", "head-specific", "scratch"
-    } <= {*recipes.names()}  # fmt: skip
-    for name in recipes.names():
-        recipe = recipes.load(name)
+    } <= {*loader.names()}  # fmt: skip
+    for name in loader.names():
+        recipe = loader.load(name)
         assert ("crossentropy" in recipe.losses) == (name not in ("attndistill", "simreg", "seed", "compress"))
-        header = (recipes.FOLDER / f"{name}.yaml").read_text().split("\nstudent:")[0]
+        header = (loader.FOLDER / f"{name}.yaml").read_text().split("\nstudent:")[0]
         assert all(line.startswith("#") for line in header.splitlines())
         assert all(word in header for word in ("Paper:", "Command:", "Expect:"))
 
@@ -284,27 +284,27 @@ def test_recipes_are_valid_and_open_with_paper_command_and_what_to_expect():
 def test_settings_are_laid_over_a_recipe(tmp_path):
     from storage.errors import UserError
 
-    recipe = recipes.load("aal", ["losses.aal.weight=5", "optim.lr=5e-4", "stream.bank.policy=light", "seed=3"])
+    recipe = loader.load("aal", ["losses.aal.weight=5", "optim.lr=5e-4", "stream.bank.policy=light", "seed=3"])
     assert recipe.losses["aal"].weight.at(100) == 5
     assert (recipe.optim.lr, recipe.stream.bank.policy, recipe.seed) == (5e-4, "light", 3)
-    assert recipes.load("scratch", ["losses.aal.weight.start=7"]).losses["aal"].weight.at(0) == 7
+    assert loader.load("scratch", ["losses.aal.weight.start=7"]).losses["aal"].weight.at(0) == 7
     path = tmp_path / "mine.yaml"
     path.write_text("losses: {crossentropy: {weight: 2}}\n")
-    assert recipes.load(str(path)).losses["crossentropy"].weight.at(0) == 2
+    assert loader.load(str(path)).losses["crossentropy"].weight.at(0) == 2
     for text in ("losses: !!python/object/apply:os.system ['echo hacked']", "losses: [", "\x00"):
         path.write_text(text)
         with pytest.raises(UserError, match=r"mine\.yaml: not plain YAML"):
-            recipes.load(str(path))
+            loader.load(str(path))
 
 
 def test_a_clean_interrupt_says_that_work_stays(monkeypatch, run):
-    import pipeline.inspection
+    import pipeline.inspection.store
 
     def interrupted(store):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline.inspection, "inspect", interrupted)
-    monkeypatch.setattr("storage.store.Store.open", lambda place: place)
+    monkeypatch.setattr(pipeline.inspection.store, "inspect", interrupted)
+    monkeypatch.setattr("storage.store.store.Store.open", lambda place: place)
     ended = run("inspect", "--store", "x")
     assert ended.status == 130
     assert "what was complete stays" in ended.err

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.console import Console
-from pipeline.demo import _lines, _trained
+from pipeline.demo.run import _lines, _trained
 from storage.errors import UserError
 
 COUNTS = {"all": 1347, "tenth": 134, "val": 450}

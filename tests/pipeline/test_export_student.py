@@ -14,12 +14,12 @@ import torch
 import yaml
 
 from pipeline.cli import main
-from pipeline.deploying import export
+from pipeline.export_onnx import export
 from storage.errors import UserError
-from storage.policies import policy
 from storage.testing import synthetic_shards
-from student.evaluation.accuracy import evaluation_batches
-from student.model import load
+from storage.views.policy import policy
+from student.evaluation.batches import evaluation_batches
+from student.models.files import load
 from tests.student.runs import run, u8
 
 

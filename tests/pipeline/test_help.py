@@ -13,8 +13,8 @@ import click
 import pytest
 
 from pipeline.cli import cli, main
+from storage.rng import generator
 from storage.testing import synthetic_image
-from storage.views import generator
 from tests.pipeline.test_cli import ROOT
 
 # Minutes long; that their words are understood is enough, `make demo` runs the one, its own test the other.
@@ -81,10 +81,10 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     from onnx import TensorProto, helper
     from safetensors.torch import save_file
 
-    from precompute import teachers
+    from precompute.teachers import teacher
 
     for name, model in (("mobilenetv2", "test_efficientnet"), ("vit_tiny", "test_vit")):  # quick ones of their kinds
-        monkeypatch.setitem(teachers.SHORT, name, (model, 160))
+        monkeypatch.setitem(teacher.SHORT, name, (model, 160))
 
     chance = generator("photos")
     for label, name in enumerate(("cat", "dog")):
@@ -100,7 +100,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     onnx.save(helper.make_model(helper.make_graph([passes_on], "g", [images], [output])), tmp_path / "model.onnx")
     torch.manual_seed(0)
     for name in ("mobilenetv2", "vit_tiny"):
-        save_file(timm.create_model(teachers.resolve(name)[0]).state_dict(), tmp_path / f"{name}.safetensors")
+        save_file(timm.create_model(teacher.resolve(name)[0]).state_dict(), tmp_path / f"{name}.safetensors")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -14,13 +14,13 @@ import yaml
 from PIL import Image
 
 from pipeline.cli import main
-from pipeline.project import load
-from pipeline.starting import init, look, sizes
+from pipeline.project.context import load
+from pipeline.project.init import init, look, sizes
 from storage.errors import UserError
 from storage.progress import Quiet
-from storage.shards import cached_index
+from storage.shards.index import cached_index
 from storage.testing import TINY_VIT, synthetic_shards
-from storage.views import BadImage, size_in
+from storage.views.render import BadImage, size_in
 
 
 @pytest.fixture

@@ -10,21 +10,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import pictures
+from pipeline import plotting
 from pipeline.cli import main
-from pipeline.sample import MOST, facts, shown_box, stored_sample
-from pipeline.sample_cells import Cell, cell, meaning
-from pipeline.sample_picture import picture
-from precompute import ready, teachers
+from pipeline.inspection.cells import Cell, cell, meaning
+from pipeline.inspection.figure import picture
+from pipeline.inspection.sample import MOST, facts, shown_box, stored_sample
 from precompute.taps import TAPS
-from precompute.targets import parse
+from precompute.taps.target_spec import parse
+from precompute.teachers import onnx_file
+from precompute.teachers import teacher as teachers
 from storage.errors import DamageError, IdentityError, UserError
-from storage.policies import policy
-from storage.shards import cached_index
-from storage.store import Store
+from storage.shards.index import cached_index
+from storage.store.store import Store
 from storage.testing import synthetic_shards
-from storage.views import View, decode, draw, render
-from student.stream import Stream
+from storage.views.draw import draw
+from storage.views.policy import policy
+from storage.views.render import decode, render
+from storage.views.view import View
+from student.data.stream import Stream
 from tests.conftest import run_precompute, teacher_of
 from tests.precompute.graphs import HALF, exported, made_by
 
@@ -150,7 +153,7 @@ def test_a_ready_graph_is_drawn_as_its_network_is(world, tmp_path) -> None:
     tensors = {"attention": made_by(path, "Softmax"), "tokens": ["tokens"]}
     taps = [wish for text in ("attention,codec=f32", "tokens,codec=f32") for wish in parse(text)]
     run_precompute(tmp_path / "S", shards, teachers.find(str(path), **HALF), [],
-                   wishes=ready.given_tensors(str(path), tensors, taps))  # fmt: skip
+                   wishes=onnx_file.given_tensors(str(path), tensors, taps))  # fmt: skip
     sample = stored_sample(Store.open(tmp_path / "S"), shards, "shard-000000-00002")
     seen: dict[str, list[Cell]] = {}
     for id, manifest in sample.targets.items():
@@ -164,7 +167,7 @@ def test_a_ready_graph_is_drawn_as_its_network_is(world, tmp_path) -> None:
         assert mine.values.shape == (4, 4)
         np.testing.assert_allclose(mine.values, theirs.values, rtol=1e-3, atol=1e-4)
         assert mine.note == theirs.note
-    pictures.save(picture(sample), tmp_path / "s.png")
+    plotting.save(picture(sample), tmp_path / "s.png")
 
 
 def test_a_map_that_differs_by_rounding_alone_is_of_one_color(mixed) -> None:
@@ -178,7 +181,7 @@ def test_a_map_that_differs_by_rounding_alone_is_of_one_color(mixed) -> None:
         len(np.unique(image.to_rgba(image.get_array()).reshape(-1, 4), axis=0))
         for axes in picture(sample).axes
         for image in axes.images
-        if image.cmap.name == pictures.MAP
+        if image.cmap.name == plotting.MAP
     ]
     assert colors.count(1) == len(sample.views), "those of the class rows"
     assert min(count for count in colors if count > 1) > 8
@@ -213,7 +216,7 @@ def test_an_image_that_is_stored_is_shown_where_it_cannot_be_rendered(world, tmp
     plain = stored_sample(Store.open(tmp_path / "T"), shards, key)
     assert set(plain.targets) == set(without["targets"])
     assert all(np.array_equal(a.image, b.image) for a, b in zip(sample.views, plain.views, strict=True))
-    monkeypatch.setattr("storage.banks.render", lambda *given: np.zeros((32, 32, 3), np.uint8))
+    monkeypatch.setattr("storage.store.banks.render", lambda *given: np.zeros((32, 32, 3), np.uint8))
     assert np.array_equal(stored_sample(store, shards, key).views[0].image, sample.views[0].image)
     with pytest.raises(IdentityError, match="signature of the view's pixels"):
         stored_sample(Store.open(tmp_path / "T"), shards, key)
@@ -348,9 +351,9 @@ def test_names_that_are_no_plain_words_are_drawn(world, tmp_path) -> None:
     sample = stored_sample(Store.open(world.store), world.shards, KEY)
     for name in (r"$\frac{$", "a$b$c", "\x00\n\t", "猫😀", "x" * 5000, " "):
         odd = dataclasses.replace(sample, key=name, name=name)
-        pictures.save(picture(odd), tmp_path / "s.png")
+        plotting.save(picture(odd), tmp_path / "s.png")
         assert Image.open(tmp_path / "s.png").width < 3000
-    assert pictures.shortened("abcdefgh", 5) == "ab…gh"
+    assert plotting.shortened("abcdefgh", 5) == "ab…gh"
 
 
 def test_without_matplotlib_the_command_says_what_to_install(world, capsys, tmp_path, monkeypatch) -> None:

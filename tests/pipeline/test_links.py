@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pipeline.cli import main
-from student import links as of
-from student.loss_settings import Links
+from student.losses.parts import aal_links as of
+from student.settings import Links
 from tests.conftest import World
 from tests.student.runs import run, u8
 
@@ -62,7 +62,7 @@ def test_what_it_says_to_train_with_keeps_what_it_shows(trained, capsys):
     commands = [shlex.split(line.partition(": ")[2]) for line in out.splitlines() if "--set" in line]
     assert len(commands) == 1 + (selection["ranges"] is not None)
     for words in commands:
-        from pipeline.recipes import load
+        from pipeline.recipes.loader import load
 
         settings = [word for word in words if word != "--set"]
         wish = load("aal", settings).losses["aal"].links

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli import cli, main
+from storage.rng import generator
 from storage.testing import TINY_CNN, synthetic_image, synthetic_shards
-from storage.views import generator
 from tests.conftest import HANGS
 from tests.pipeline.mistakes import AS_TYPED, PREPARING, Mistake
 from tests.pipeline.mistakes_of_training import TRAINING

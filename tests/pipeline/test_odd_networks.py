@@ -11,8 +11,8 @@ import timm
 import torch
 
 from pipeline.cli import main
-from precompute.export import export_student
-from precompute.offers import bare, offers_of
+from precompute.capabilities import bare, offers_of
+from precompute.export.pytorch import export_student
 from precompute.taps import Tap, TappedTeacher
 from storage.errors import UserError
 from storage.testing import synthetic_shards

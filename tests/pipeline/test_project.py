@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline import recipes
 from pipeline.cli import cli, main
-from pipeline.inspection import sum_of
-from pipeline.project import load
-from pipeline.settings import located
+from pipeline.inspection.store import sum_of
+from pipeline.project.context import load
+from pipeline.project.schema import located
+from pipeline.recipes import loader
 from storage.errors import UserError
-from storage.pack import pack
-from storage.store import Store
+from storage.shards.pack import pack
+from storage.store.store import Store
 from storage.testing import TINY_CNN, TINY_VIT
 
 ROOT = Path(__file__).parents[2]
@@ -226,27 +226,27 @@ def test_settings_are_laid_over_a_recipe_and_flags_over_them(tmp_path):
         "student: {img_size: 32, weights: init.pth}\nset: {losses.aal.weight: 7, optim.lr: 5e-4, student.depth: 3}\n"
     )
     project = load(tmp_path / "w.yaml")
-    over = recipes.Over(str(project.path), project.settings)
-    recipe = recipes.load("aal", ["student.depth=4", "student.patch_size=4"], over)
+    over = loader.Over(str(project.path), project.settings)
+    recipe = loader.load("aal", ["student.depth=4", "student.patch_size=4"], over)
     assert (recipe.student.img_size, recipe.student.depth, recipe.student.drop_path_rate) == (32, 4, 0.1)
     assert recipe.student.weights == str(tmp_path / "init.pth")
     assert (recipe.losses["aal"].weight.at(9), recipe.optim.lr) == (7, 5e-4)
     (tmp_path / "w.yaml").write_text("set: {losses.aal.wieght: 1}")
     bad = load(tmp_path / "w.yaml")
     with pytest.raises(UserError, match=r"recipe aal with .*w\.yaml laid over it: losses\.aal\.wieght: no such"):
-        recipes.load("aal", ["optim.epohcs=1"], recipes.Over(str(bad.path), bad.settings))
+        loader.load("aal", ["optim.epohcs=1"], loader.Over(str(bad.path), bad.settings))
     with pytest.raises(UserError, match=r"recipe aal with --set: optim\.epohcs: no such .* 'epochs'"):
-        recipes.load("aal", ["optim.epohcs=1"], over)
+        loader.load("aal", ["optim.epohcs=1"], over)
 
 
 def test_a_section_is_laid_over_what_is_there_setting_by_setting(tmp_path):
-    plain = recipes.load("attention-distill")
+    plain = loader.load("attention-distill")
     (tmp_path / "w.yaml").write_text("set: {optim: {epochs: 3, warmup_epochs: 1}, losses: {attention: {heads: mean}}}")
     project = load(tmp_path / "w.yaml")
-    recipe = recipes.load("attention-distill", ["optim={epochs: 4}"], recipes.Over("w", project.settings))
+    recipe = loader.load("attention-distill", ["optim={epochs: 4}"], loader.Over("w", project.settings))
     assert recipe.optim == plain.optim.model_copy(update={"epochs": 4, "warmup_epochs": 1})
     assert recipe.losses["attention"] == plain.losses["attention"].model_copy(update={"heads": "mean"})
-    weight = recipes.load("aal", ["losses.aal.weight={start: 1, shape: linear, end: 0, over: 9}"]).losses["aal"].weight
+    weight = loader.load("aal", ["losses.aal.weight={start: 1, shape: linear, end: 0, over: 9}"]).losses["aal"].weight
     assert (weight.decay, weight.then, weight.at(9)) == (1, {}, 0), "a schedule is one value"
 
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import yaml
 
-from storage.codecs import Codec
-from storage.shards import build_index, read_samples
-from storage.store import Store
-from storage.views import COLUMNS
+from storage.shards.index import build_index, read_samples
+from storage.store.codecs import Codec
+from storage.store.store import Store
+from storage.views.view import COLUMNS
 from tests.conftest import HANGS, World, run_precompute, teacher_of
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +28,7 @@ def python_blocks(name: str) -> list[str]:
 
 def prepare(world: World, folder: Path) -> None:
     """`train-000000.tar`, `train-000001.tar` and a store `S` with one target."""
-    from storage.pack import pack
+    from storage.shards.pack import pack
 
     pack(world.shards, str(folder / "train-{000000..000001}.tar"))
     shards = [str(folder / f"train-{n:06d}.tar") for n in range(2)]

@@ -13,13 +13,14 @@ import yaml
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from pipeline import recipes
 from pipeline.cli import cli, main
-from storage.policies import policy
-from storage.store import Store
-from student import config
-from student.loss_settings import Copying, Links, Schedule
-from student.losses import methods
+from pipeline.recipes import loader
+from storage.store.store import Store
+from storage.views.policy import policy
+from student import settings as config
+from student.losses.registry import methods
+from student.recipe import schema, validate
+from student.settings import Copying, Links, Schedule
 from tests.conftest import World, run_precompute, teacher_of
 
 SMALL = {
@@ -83,24 +84,24 @@ def changes(recipe: str, folder: Path) -> dict[str, Any]:
 
 def test_small_variants_lie_over_their_recipes(tmp_path):
     """What a variant does not change is the recipe's; as a file it is the same, and says that it is small."""
-    for name in recipes.names():
-        whole, small = recipes.load(name), recipes.load(f"{name}-small")
+    for name in loader.names():
+        whole, small = loader.load(name), loader.load(f"{name}-small")
         assert {*small.losses} == {*whole.losses}
         assert (small.copying is None) == (whole.copying is None)
         assert small.stream.batch_size == 128 < whole.stream.batch_size or name == "head-specific"
         assert small.student.model == "vit_tiny_patch16_224"
         for variant in (name, f"{name}-small"):
-            (tmp_path / "file.yaml").write_text(recipes.text(variant))
-            assert recipes.load(str(tmp_path / "file.yaml")) == recipes.load(variant)
-        assert "# The small variant" in recipes.text(f"{name}-small")
-        assert "\nsmall:" not in recipes.text(name)
+            (tmp_path / "file.yaml").write_text(loader.text(variant))
+            assert loader.load(str(tmp_path / "file.yaml")) == loader.load(variant)
+        assert "# The small variant" in loader.text(f"{name}-small")
+        assert "\nsmall:" not in loader.text(name)
 
 
-@pytest.mark.parametrize("recipe", [name for each in recipes.names() for name in (each, f"{each}-small")])
+@pytest.mark.parametrize("recipe", [name for each in loader.names() for name in (each, f"{each}-small")])
 def test_a_recipe_goes_through_its_first_steps(world, full, tmp_path, capsys, recipe):
     store, _ = full
     name = recipe.removesuffix("-small")
-    settings = changes(name, tmp_path) if recipe in recipes.names() or name == "fine-tune" else {}
+    settings = changes(name, tmp_path) if recipe in loader.names() or name == "fine-tune" else {}
     code, result, said = train(world, store, tmp_path / "run", recipe, capsys, "--smoke", "--same-classes", **settings)
     assert code == 0, said
     assert result["smoke"] is True
@@ -212,10 +213,10 @@ def test_the_rows_of_aal_s_tables_are_settings_that_a_recipe_takes():
     assert len(rows) > 20
     for row in rows:
         settings = [word for word in shlex.split(row) if word != "--set"]
-        made = recipes.load("aal", settings)
+        made = loader.load("aal", settings)
         assert ("aal" in made.losses) != ("losses.aal=null" in settings)
         assert timm_has(made.student.model)
-    fixed = recipes.load("aal", ["losses.aal.weight.then={}"]).losses["aal"].weight
+    fixed = loader.load("aal", ["losses.aal.weight.then={}"]).losses["aal"].weight
     assert fixed.at(300) == pytest.approx(2000 * 0.99**300)
 
 
@@ -228,12 +229,12 @@ def timm_has(model: str) -> bool:
 def test_the_documentation_names_every_setting_and_its_example_is_a_recipe():
     text = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
     example = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
-    assert set(config.validate(example, "docs").losses) == {"crossentropy", "aal", "attention", "second"}
-    models = [config.Recipe, config.Student, Schedule, config.Optim, config.Bank, config.StreamSettings]
-    models += [config.Control, config.Speed, Links, Copying, *(module.Settings for module in methods().values())]
+    assert set(validate.validate(example, "docs").losses) == {"crossentropy", "aal", "attention", "second"}
+    models = [schema.Recipe, config.Student, Schedule, schema.Optim, config.Bank, schema.StreamSettings]
+    models += [schema.Control, schema.Speed, Links, Copying, *(module.Settings for module in methods().values())]
     words = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
     said = set(re.findall(r"\w+", " ".join(words)))
     assert not {name for model in models for name in model.model_fields} - said
     assert all(f"`{method}`" in text for method in methods())
     helped = CliRunner().invoke(cli, ["train", "--help"]).output
-    assert all(re.search(rf"\b{name}\b", helped) for name in recipes.names())
+    assert all(re.search(rf"\b{name}\b", helped) for name in loader.names())

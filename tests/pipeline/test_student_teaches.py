@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import recipes
 from pipeline.cli import main
-from storage.store import Store
-from student.model import load
-from student.stream import Stream
+from pipeline.recipes import loader
+from storage.store.store import Store
+from student.data.stream import Stream
+from student.models.files import load
 from tests.conftest import World
 
 SMALL = {
@@ -78,9 +78,9 @@ def test_the_card_s_command_makes_a_student_a_teacher_of_another(world, place, c
 
 def test_the_recipe_s_own_command_gives_the_teacher_that_its_student_expects() -> None:
     """What the header pastes names the sizes that the recipe and its `--set`s make."""
-    header = re.sub(r"\\\n#", " ", recipes.text("head-specific"))
+    header = re.sub(r"\\\n#", " ", loader.text("head-specific"))
     first, second, _ = (shlex.split(words) for words in re.findall(r"pipeline (?:train|precompute) .*", header))
-    made = recipes.load("head-specific", given(first, "--set"))
+    made = loader.load("head-specific", given(first, "--set"))
     assert set(made.losses) == {"crossentropy"}
     sizes = dict(pair.split("=") for pair in given(second, "--teacher-arg"))
     assert sizes.pop("num_classes") == "100"

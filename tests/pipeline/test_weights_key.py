@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.cli import main
-from storage.store import Store
+from storage.store.store import Store
 from storage.testing import TINY_VIT, synthetic_shards
 from tests.conftest import write_teacher
 

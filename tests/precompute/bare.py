@@ -11,10 +11,11 @@ from typing import Any
 import onnx
 from PIL import Image
 
-from precompute.tasks import Output, ShardTask
-from storage import banks, records
-from storage.policies import policy
-from storage.store import Store
+from precompute.engine.tasks import Output, ShardTask
+from storage.objects import json_record
+from storage.store import banks
+from storage.store.store import Store
+from storage.views.policy import policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +56,9 @@ def bare(folder: Path, line: str = "deit", size: int = 32, codec: str = "u8") ->
     store.add_teacher("averages", teacher, {"weights": "none", "classes": None, "parameters": 0, "network": "other",
                                             "layers": 0})  # fmt: skip
     digest = store.add_graph("averages", model.SerializeToString())
-    identity = {"teacher": records.digest_of(teacher), "bank": views.bank, "tap": "activations", "layers": None,
+    identity = {"teacher": json_record.digest_of(teacher), "bank": views.bank, "tap": "activations", "layers": None,
                 "grid": grid, "codec": codec}  # fmt: skip
-    id = f"averages-activations-{codec}-{records.digest_of(identity)[:8]}"
+    id = f"averages-activations-{codec}-{json_record.digest_of(identity)[:8]}"
     about = {"teacher": "averages", "graph": digest, "output": 0, "sample_shape": [3, grid, grid], "maps": 2,
              "axes": ["map", "y", "x"], "values": "plain", "parity": None,
              "attention_error": None}  # fmt: skip

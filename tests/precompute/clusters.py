@@ -17,13 +17,14 @@ import cloudpickle
 import pytest
 from distributed import Client, WorkerPlugin
 
-from precompute import cluster
-from precompute.run import Wanted, precompute
-from precompute.targets import parse
-from precompute.tasks import Outcome, ShardTask
-from storage.policies import policy
-from storage.store import Store
+from precompute.engine import dask_runner
+from precompute.engine.tasks import Outcome, ShardTask
+from precompute.request import Wanted
+from precompute.run import precompute
+from precompute.taps.target_spec import parse
+from storage.store.store import Store
 from storage.testing import TINY_CNN
+from storage.views.policy import policy
 from tests.conftest import HANGS, Quiet, World, teacher_of
 from tests.precompute.stores import REPOSITORY
 
@@ -42,7 +43,7 @@ def run(world: World, store: Path, shards: list[str] | None = None, **more: Any)
         world.shards if shards is None else shards, teacher_of(world.weights, "cnn"), wishes, policy("deit", 32),
         frozenset({"line", "size"}), 2, provider="cpu", **more,
     )  # fmt: skip
-    cluster._held.clear()
+    dask_runner._held.clear()
     return precompute(Store.create(store), wanted, quiet), quiet.lines
 
 
@@ -113,7 +114,7 @@ class Hook(WorkerPlugin):
         self.act, self.arguments = act, arguments
 
     def setup(self, worker: Any) -> None:
-        from precompute import cluster as there
+        from precompute.engine import dask_runner as there
 
         act, arguments, real = self.act, self.arguments, there.run_task
         self.real, self.backoff = real, there.BACKOFF
@@ -126,7 +127,7 @@ class Hook(WorkerPlugin):
         there.run_task = hooked
 
     def teardown(self, worker: Any) -> None:
-        from precompute import cluster as there
+        from precompute.engine import dask_runner as there
 
         there.run_task, there.BACKOFF = self.real, self.backoff
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from distributed import Client
 
-from precompute import session as sessions
-from precompute.clients import local_cluster
+from precompute.engine import session as sessions
+from precompute.engine.dask_client import local_cluster
 from storage.testing import synthetic_shards
 from tests.conftest import World
 from tests.precompute.clusters import SAMPLES, run
@@ -24,7 +24,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[list[np.ndarra
 
     def install(act: Callable[[list[np.ndarray]], Any]) -> None:
         real = sessions.open_session
-        monkeypatch.setattr("precompute.cluster.open_session", lambda *args: Watched(real(*args), act))
+        monkeypatch.setattr("precompute.engine.dask_runner.open_session", lambda *args: Watched(real(*args), act))
 
     return install
 

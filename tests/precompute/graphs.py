@@ -13,10 +13,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from precompute import teachers
-from precompute.joined import export_ready
+from precompute.export.onnx_file import export_ready
 from precompute.taps import Tap, attention_layers, cnn_stages
-from storage.records import digest_of
+from precompute.teachers import teacher as teachers
+from storage.objects.json_record import digest_of
 
 HALF: dict[str, Any] = {"mean": (0.5,), "std": (0.5,)}
 FREE: Sequence[int | str] = ("N", 3, 16, 16)

@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from precompute import session as sessions
-from precompute import targets
-from precompute.run import Wanted, precompute
-from storage.markers import Task
-from storage.policies import policy
-from storage.store import Store
+from precompute.engine import session as sessions
+from precompute.request import Wanted
+from precompute.run import precompute
+from precompute.taps import target_spec
+from storage.store.markers import Task
+from storage.store.store import Store
+from storage.store.verify import verify
 from storage.testing import synthetic_shards
-from storage.verify import verify
+from storage.views.policy import policy
 from tests.conftest import Quiet, World, teacher_of
 
 REPOSITORY = Path(__file__).parents[2]
@@ -122,7 +123,7 @@ def small_shard(folder: Path, samples: int = 10, **more: Any) -> list[str]:
 def told(store: Path, world: World, kind: str, wishes: list[str]) -> tuple[dict[str, Any], list[str]]:
     """As `run_precompute`, and what was said."""
     quiet = Quiet()
-    parsed = [wish for text in wishes for wish in targets.parse(text)]
+    parsed = [wish for text in wishes for wish in target_spec.parse(text)]
     wanted = Wanted(
         world.shards, teacher_of(world.weights, kind), parsed, policy("light", 32), frozenset({"line"}), None,
         provider="cpu",

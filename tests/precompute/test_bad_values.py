@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from storage import codecs
-from storage.banks import read_views
 from storage.errors import UserError
-from storage.markers import Task
-from storage.store import Store
-from storage.views import BadImage, decode
+from storage.store import codecs
+from storage.store.banks import read_views
+from storage.store.markers import Task
+from storage.store.store import Store
+from storage.views.render import BadImage, decode
 from tests.conftest import World, run_precompute, teacher_of
 from tests.precompute.stores import CNN, F32, VIT, attempts, counted, failures, rewritten, seeded, small_shard, told
 
@@ -105,7 +105,7 @@ def test_contract_5_an_image_that_was_invalid_and_is_not_any_more_is_refused(
         except BadImage:
             return Image.new("RGB", (40, 32))
 
-    monkeypatch.setattr("precompute.stages.decode", lenient)
+    monkeypatch.setattr("precompute.engine.stages.decode", lenient)
     with pytest.raises(UserError, match="view 0, key shard-000000-00003: image: expected invalid, found valid"):
         run_precompute(place, [corrupt], teacher_of(world.weights, "vit"), VIT, bad_images="skip")
 

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from precompute import cluster
-from precompute import session as sessions
-from precompute.check import TOLERANCE, Live, differences
-from storage.codecs import Codec
+from precompute.engine import dask_runner
+from precompute.engine import session as sessions
+from precompute.verify_targets import TOLERANCE, Live, differences
 from storage.errors import IdentityError
-from storage.policies import policy
-from storage.store import Store
+from storage.store.codecs import Codec
+from storage.store.store import Store
+from storage.store.verify import Report, verify
 from storage.testing import TINY_CNN, synthetic_shards
-from storage.verify import Report, verify
+from storage.views.policy import policy
 from tests.conftest import World, run_precompute, teacher_of, write_teacher
 
 
@@ -84,7 +84,7 @@ def test_one_sample_that_the_teacher_says_otherwise_is_listed_by_shard_key_and_v
             return outputs
 
     real = sessions.open_session
-    monkeypatch.setattr(cluster, "open_session", lambda *args: Wrong(real(*args)))
+    monkeypatch.setattr(dask_runner, "open_session", lambda *args: Wrong(real(*args)))
     store = made(world, one, tmp_path / "store")
     assert not verify(store).failures
     report = checked(store, one[1], samples=0)

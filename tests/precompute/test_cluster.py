@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 from distributed import Client
 
-from precompute import cluster
-from precompute.clients import local_cluster
-from precompute.tasks import Outcome, ShardTask
+from precompute.engine import dask_runner
+from precompute.engine.dask_client import local_cluster
+from precompute.engine.tasks import Outcome, ShardTask
 from storage.errors import UserError
 from storage.progress import Quiet as Silent
-from storage.store import Store
+from storage.store.store import Store
 from storage.testing import synthetic_image
 from tests.conftest import HANGS, World
 from tests.precompute.bare import Bare, bare, encoded, tar
@@ -84,7 +84,7 @@ def test_workers_are_free_of_torch(deit: World, expected: Any, tmp_path: Path, c
     def heavy() -> list[str]:
         import sys
 
-        assert "precompute.engine" in sys.modules
+        assert "precompute.engine.shard" in sys.modules
         return [name for name in ("torch", "timm", "webdataset", "torchvision") if name in sys.modules]
 
     assert list(client.run(heavy).values()) == [[], []]
@@ -219,24 +219,24 @@ def test_faults_of_input_and_output_are_tried_again_with_pauses_and_others_are_n
             raise raised.pop(0)
         return Outcome("shard", 1)
 
-    monkeypatch.setattr(cluster.time, "sleep", slept.append)
-    monkeypatch.setattr(cluster, "run_task", fail)
+    monkeypatch.setattr(dask_runner.time, "sleep", slept.append)
+    monkeypatch.setattr(dask_runner, "run_task", fail)
     task = ShardTask(Store.open(deit.store), "u.tar", "b", "t", "g", (), 1)
 
     def attempt(*errors: Exception) -> tuple[Any, int, list[float]]:
         slept.clear(), tried.clear()
         raised[:] = errors
-        return cluster.attempt(task, "cpu", 1, lambda done, todo: None), len(tried), list(slept)
+        return dask_runner.attempt(task, "cpu", 1, lambda done, todo: None), len(tried), list(slept)
 
     fault = OSError(errno.EIO, "Input/output error", "/a/file")
     outcome, count, pauses = attempt(fault, fault)
     assert isinstance(outcome, Outcome)
     assert count == 3
-    assert all(0.5 * of <= pause <= 1.5 * of for pause, of in zip(pauses, cluster.BACKOFF, strict=False))
+    assert all(0.5 * of <= pause <= 1.5 * of for pause, of in zip(pauses, dask_runner.BACKOFF, strict=False))
     outcome, count, pauses = attempt(*[fault] * 10)
-    assert outcome == cluster.Failure("u.tar: /a/file: Input/output error", "io")
-    assert count == len(cluster.BACKOFF) + 1
-    assert len(pauses) == len(cluster.BACKOFF)
+    assert outcome == dask_runner.Failure("u.tar: /a/file: Input/output error", "io")
+    assert count == len(dask_runner.BACKOFF) + 1
+    assert len(pauses) == len(dask_runner.BACKOFF)
     kinds = {
         "data": UserError("key 'a': no image"), "io": OSError(errno.ENOSPC, "No space left"), "bug": ValueError("oh"),
     }  # fmt: skip
@@ -296,7 +296,7 @@ def test_two_thousand_shards_cost_little_each_and_are_handed_over_as_workers_get
         return time.monotonic() - began
 
     here = bare(tmp_path / "here", "light")
-    plain = drive(cluster.run_here(tasks(here, shards[:400]), 400, "cpu", Silent())) / 400
+    plain = drive(dask_runner.run_here(tasks(here, shards[:400]), 400, "cpu", Silent())) / 400
     assert early == 1
     two = bare(tmp_path / "two", "light")
     over = threading.Event()
@@ -310,7 +310,7 @@ def test_two_thousand_shards_cost_little_each_and_are_handed_over_as_workers_get
     looker.start()
     before = resident()
     taken = answered = 0
-    each = drive(cluster.run_on(client, tasks(two, shards), 2000, "cpu", 1, Silent())) / 2000
+    each = drive(dask_runner.run_on(client, tasks(two, shards), 2000, "cpu", 1, Silent())) / 2000
     over.set()
     looker.join()
     growth = resident() - before
@@ -326,8 +326,8 @@ def test_two_thousand_shards_cost_little_each_and_are_handed_over_as_workers_get
         local_cluster(1) as alone,
         Client(alone, set_as_default=False) as single,
     ):
-        drive(cluster.run_on(single, tasks(one, shards[:20]), 20, "cpu", 1, Silent()))
-        alone_each = drive(cluster.run_on(single, tasks(one, shards[20:420]), 400, "cpu", 1, Silent())) / 400
+        drive(dask_runner.run_on(single, tasks(one, shards[:20]), 20, "cpu", 1, Silent()))
+        alone_each = drive(dask_runner.run_on(single, tasks(one, shards[20:420]), 400, "cpu", 1, Silent())) / 400
     print(f"{1000 * alone_each:.1f} ms a shard on one worker: two give {alone_each / each:.2f} times as many")
     assert math.isfinite(each)
 

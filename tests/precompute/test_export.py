@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from precompute import export, teachers
-from precompute import session as sessions
+from precompute.engine import session as sessions
+from precompute.export import pytorch
 from precompute.taps import Tap, attention_layers, cnn_stages
+from precompute.teachers import teacher as teachers
 from storage.errors import UserError
-from storage.store import Store
+from storage.store.store import Store
 from storage.testing import TINY_CNN, TINY_VIT, synthetic_shards
 from tests.conftest import run_precompute, teacher_of, write_teacher
 
@@ -39,7 +40,7 @@ class Case:
     teacher: teachers.Teacher
     size: int
     taps: list[Tap]
-    exported: export.Exported
+    exported: pytorch.Exported
     session: sessions.Session
 
     def views(self, count: int) -> np.ndarray:
@@ -72,7 +73,7 @@ def cases(weights: dict[str, str]) -> Any:
         if name not in made:
             kind, size, taps = CASES[name]
             teacher = teacher_of(weights, kind, **COLOURS)
-            exported = export.export(teacher, taps, size, pixels(4, size, seed=9), "cpu")
+            exported = pytorch.export(teacher, taps, size, pixels(4, size, seed=9), "cpu")
             made[name] = Case(teacher, size, taps, exported, sessions.open_session(exported.graph, "cpu"))
         return made[name]
 
@@ -138,7 +139,7 @@ def nothing_is_stored(folder: Path) -> bool:
 @pytest.mark.parametrize("name", ["cnn", "vit"])
 def test_the_graph_gives_what_the_live_teacher_gives_for_any_batch(cases: Any, name: str, count: int) -> None:
     case = cases(name)
-    module = export.live_teacher(case.teacher, case.taps, case.size)
+    module = pytorch.live_teacher(case.teacher, case.taps, case.size)
     with torch.no_grad():
         expected = [output.numpy() for output in module(torch.from_numpy(case.views(count)))]
     assert_close(case.session.run(case.views(count)), expected)
@@ -215,12 +216,12 @@ def test_the_attention_check_was_made_where_there_is_attention(cases: Any) -> No
 def test_exporting_again_from_another_place_gives_the_same_bytes(
     cases: Any, weights: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported_anew: Any
 ) -> None:
-    monkeypatch.setattr(export, "_graph", exported_anew)
+    monkeypatch.setattr(pytorch, "_graph", exported_anew)
     case = cases("vit, views reduced")
     elsewhere = str(shutil.copy(weights["vit"], tmp_path / "w.safetensors"))
     monkeypatch.chdir(tmp_path)
     teacher = teacher_of({"vit": elsewhere}, "vit", called="other", **COLOURS)
-    again = export.export(teacher, case.taps, case.size, pixels(4, case.size, seed=1), "cpu")
+    again = pytorch.export(teacher, case.taps, case.size, pixels(4, case.size, seed=1), "cpu")
     assert again.graph == case.exported.graph
 
 
@@ -243,17 +244,17 @@ def test_a_graph_of_other_weights_is_refused_with_figures(
 ) -> None:
     case = cases("cnn, views enlarged")
     other = write_teacher(tmp_path / "other.safetensors", TINY_CNN, seed=7)
-    monkeypatch.setattr(export, "_graph", lambda module, views, outputs: case.exported.graph)
+    monkeypatch.setattr(pytorch, "_graph", lambda module, views, outputs: case.exported.graph)
     teacher = teacher_of({"cnn": other}, "cnn", **COLOURS)
     with pytest.raises(UserError, match=r"cnn: activations: .* differs from PyTorch by [0-9.e+-]+ .*allowed: 0.001"):
-        export.export(teacher, case.taps, case.size, case.views(4), "cpu")
+        pytorch.export(teacher, case.taps, case.size, case.views(4), "cpu")
 
 
 def test_nothing_is_stored_of_a_graph_that_differs(cases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = cases("cnn, views enlarged")
     shards = synthetic_shards(tmp_path / "data", 1, 6)
-    monkeypatch.setattr(export, "_graph", lambda module, views, outputs: case.exported.graph)
-    monkeypatch.setattr(export, "PARITY", -1.0)
+    monkeypatch.setattr(pytorch, "_graph", lambda module, views, outputs: case.exported.graph)
+    monkeypatch.setattr(pytorch, "PARITY", -1.0)
     with pytest.raises(UserError, match=r"differs from PyTorch by .*allowed: -1\); nothing was stored"):
         run_precompute(tmp_path / "store", shards, case.teacher, ["activations,layers=2+4,grid=3", "logits"])
     assert nothing_is_stored(tmp_path / "store")
@@ -264,7 +265,7 @@ def test_a_difference_that_is_not_a_number_is_refused(cases: Any, monkeypatch: p
     found = case.session.run(case.views(2))
     wrong = [np.full_like(output, np.nan) for output in found]
     with pytest.raises(UserError, match="differs from PyTorch by nan"):
-        export.compare(found, wrong, case.taps, case.teacher.name)
+        pytorch.compare(found, wrong, case.taps, case.teacher.name)
 
 
 def test_contract_12_nothing_is_stored_of_attention_that_is_not_what_the_network_uses(tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from precompute import export, targets
-from precompute import session as sessions
+from precompute import record_targets
+from precompute.engine import session as sessions
+from precompute.export import pytorch
 from storage.errors import UserError
-from storage.markers import Task
-from storage.store import Store
+from storage.store.markers import Task
+from storage.store.store import Store
 from storage.testing import FaultyObjects
 from tests.conftest import World, run_precompute, teacher_of
 from tests.precompute.stores import CNN, assert_same, contents, failures, small_shard
@@ -53,11 +54,13 @@ def faults(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[F
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "export", once(export.export, lambda teacher, taps, *rest: tuple(taps)))
-        patch.setattr(targets, "load", once(targets.load, lambda teacher: teacher.id))
+        patch.setattr(pytorch, "export", once(pytorch.export, lambda teacher, taps, *rest: tuple(taps)))
+        patch.setattr(record_targets, "load", once(record_targets.load, lambda teacher: teacher.id))
         patch.setattr(os, "fsync", lambda descriptor: None)  # no power is lost here, and it takes most of the time
-        patch.setattr("precompute.cluster.open_session", once(sessions.open_session, lambda graph, *rest: graph))
-        patch.setattr("precompute.cluster.BACKOFF", (0.0, 0.0))
+        patch.setattr(
+            "precompute.engine.dask_runner.open_session", once(sessions.open_session, lambda graph, *rest: graph)
+        )
+        patch.setattr("precompute.engine.dask_runner.BACKOFF", (0.0, 0.0))
         yield Faults(world, tmp_path_factory.mktemp("faults"))
 
 

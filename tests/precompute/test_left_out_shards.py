@@ -11,8 +11,8 @@ import pytest
 from pipeline.cli import main
 from precompute.plan import plan
 from storage.errors import UserError
-from storage.shards import build_index
-from storage.store import Store
+from storage.shards.index import build_index
+from storage.store.store import Store
 from tests.conftest import Quiet, World, run_precompute, teacher_of
 from tests.precompute.stores import CNN, assert_same, contents, failures, of_cnn, seeded
 from tests.precompute.test_plan import wanted_of
@@ -104,7 +104,7 @@ def test_init_counts_the_samples(disturbed: list[str], tmp_path: Path, monkeypat
 
 
 def test_the_stream_says_what_it_leaves_out(disturbed: list[str], skipped: tuple[Path, dict]) -> None:
-    from student.stream import Stream
+    from student.data.stream import Stream
 
     target = next(id for id in Store.open(skipped[0]).targets() if id.startswith("cnn-activations"))
     stream = Stream(disturbed, batch=32, store=skipped[0], targets=[target])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from precompute.tasks import ShardTask
+from precompute.engine.tasks import ShardTask
 from storage.testing import synthetic_image
 from tests.conftest import HANGS
 from tests.precompute.bare import bare, encoded, tar

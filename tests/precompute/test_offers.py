@@ -9,12 +9,12 @@ import pytest
 import timm
 import torch
 
-from precompute import teachers
-from precompute.offers import offers_of
+from precompute.capabilities import offers_of
 from precompute.taps import TAPS
-from storage.codecs import Codec
+from precompute.teachers import teacher as teachers
 from storage.errors import UserError
-from storage.store import Store
+from storage.store.codecs import Codec
+from storage.store.store import Store
 from storage.testing import synthetic_shards
 from tests.conftest import run_precompute
 from tests.precompute.clusters import SLOW

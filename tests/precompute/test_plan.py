@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 
 from pipeline.cli import main
-from precompute.measuring import growing
 from precompute.plan import plan
-from precompute.run import Wanted, precompute
-from precompute.targets import parse
+from precompute.request import Wanted
+from precompute.run import precompute
+from precompute.taps.target_spec import parse
+from precompute.throughput import growing
 from storage.errors import IdentityError, UserError
-from storage.pack import pack
-from storage.policies import policy
-from storage.store import Store
+from storage.shards.pack import pack
+from storage.store.store import Store
 from storage.testing import TINY_CNN, synthetic_shards
+from storage.views.policy import policy
 from tests.conftest import Quiet, World, teacher_of, write_teacher
 
 

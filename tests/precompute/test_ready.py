@@ -11,17 +11,19 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from precompute import joined, ready, teachers
-from precompute.check import Live
-from precompute.joined import export_ready
+from precompute.export import onnx_file as joined
+from precompute.export.onnx_file import export_ready
 from precompute.taps import Tap
-from precompute.targets import parse
+from precompute.taps.target_spec import parse
+from precompute.teachers import onnx_file
+from precompute.teachers import teacher as teachers
+from precompute.verify_targets import Live
 from storage.errors import IdentityError, UserError
-from storage.store import Store
+from storage.store.store import Store
+from storage.store.verify import Report, verify
 from storage.testing import synthetic_shards
-from storage.verify import Report, verify
-from student.lesson import given_of
-from student.network import network_of
+from student.fit_teacher.network import network_of
+from student.targets.stored_target import given_of
 from tests.conftest import World, run_precompute, teacher_of
 from tests.precompute.graphs import HALF, MEANS, OUTPUTS, exported, made_by, means, node, said, small
 
@@ -33,7 +35,7 @@ def keep(
 ) -> dict[str, Any]:
     """Precompute of a ready graph, as the command line asks for it; target's tap -> id."""
     wishes = [wish for text in targets for wish in parse(text)]
-    given = ready.given_tensors(str(path), ready.named(taps), wishes)
+    given = onnx_file.given_tensors(str(path), onnx_file.named(taps), wishes)
     teacher = teachers.find(str(path), **{**HALF, **changes})
     result = run_precompute(store, shards, teacher, [], wishes=given)
     return dict(zip([wish.tap for wish in given], result["targets"], strict=True))
@@ -252,4 +254,4 @@ def test_weights_that_old_files_list_among_the_inputs_are_no_inputs(tmp_path: Pa
     onnx.save(model, str(path))
     images, values = said(path)
     assert np.abs(values - 2 * means(images)).max() < 1e-5
-    assert ready.read(str(path)).parameters == 9
+    assert onnx_file.read(str(path)).parameters == 9

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from precompute import ready
+from precompute import capabilities
 from precompute.taps import Tap
+from precompute.teachers import onnx_file
 from storage.errors import UserError
 from tests.precompute.graphs import MEANS, node, said, small
 
@@ -53,8 +54,8 @@ def test_a_classifier_that_pytorch_exports_with_its_softmax_is_refused(tmp_path:
     with pytest.raises(UserError, match=rf"--tap logits={gemm}$"):
         said(path)
     with pytest.raises(UserError, match=rf"such as --tap logits={gemm}; its outputs: y"):
-        ready.given_tensors(str(path), {}, [])
-    offered = ready.offers_of(str(path))["tensors"]["logits"]
+        onnx_file.given_tensors(str(path), {}, [])
+    offered = capabilities.onnx_offers_of(str(path))["tensors"]["logits"]
     assert gemm in offered
     assert "y" not in offered
 

@@ -11,11 +11,13 @@ import onnx
 import pytest
 from onnx import FunctionProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, helper, numpy_helper
 
-from precompute import joined, ready, teachers
-from precompute.joined import export_ready
-from precompute.session import open_session
+from precompute.engine.session import open_session
+from precompute.export import onnx_file as joined
+from precompute.export.onnx_file import export_ready
 from precompute.taps import Tap
-from precompute.targets import parse
+from precompute.taps.target_spec import parse
+from precompute.teachers import onnx_file
+from precompute.teachers import teacher as teachers
 from storage.errors import UserError
 from tests.precompute.graphs import FREE, HALF, node, said, small
 
@@ -193,7 +195,7 @@ def test_taps_that_are_not_there_are_refused(tmp_path: Path, taps: list[str], ta
     nodes = [node("Relu", "image", "stage1"), node("Neg", "image", "stage2"), node("Flatten", "image", "logits")]
     path = small(tmp_path / "cnn-graph.onnx", nodes, inputs=["image"], outputs=["stage1", "stage2", "logits"])
     with pytest.raises(UserError, match=says):
-        ready.given_tensors(str(path), ready.named(taps), [w for text in targets for w in parse(text)])
+        onnx_file.given_tensors(str(path), onnx_file.named(taps), [w for text in targets for w in parse(text)])
 
 
 def shaped(path: Path, *shape: int, softmax: bool = False) -> Path:
@@ -255,7 +257,7 @@ def test_class_rows_and_what_a_network_is_read_off_their_shapes(tmp_path: Path) 
      (3, ["class", "distillation"]), (0, None)],
 )  # fmt: skip
 def test_prefix_tokens_are_what_stands_beside_a_square(tokens: int, prefix: list[str] | None) -> None:
-    assert ready.prefix_of(tokens) == prefix
+    assert onnx_file.prefix_of(tokens) == prefix
 
 
 def test_a_graph_that_joining_changed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

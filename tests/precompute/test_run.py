@@ -15,17 +15,17 @@ import numpy as np
 import pytest
 import torch
 
-from precompute import export
+from precompute.export import pytorch
 from precompute.taps import Tap
-from storage import codecs
-from storage.banks import read_views
 from storage.errors import IdentityError, UserError
-from storage.markers import Task
-from storage.policies import policy
-from storage.shards import read_samples
-from storage.store import Store
+from storage.shards.index import read_samples
+from storage.store import codecs
+from storage.store.banks import read_views
+from storage.store.markers import Task
+from storage.store.store import Store
 from storage.testing import TINY_CNN, synthetic_shards
-from storage.views import render
+from storage.views.policy import policy
+from storage.views.render import render
 from tests.conftest import HANGS, World, run_precompute, teacher_of, write_teacher
 from tests.precompute.stores import (
     CNN,
@@ -97,7 +97,7 @@ def test_contract_11_a_teacher_that_is_added_sees_the_views_that_are_there(
     place = seeded(world, tmp_path / "store")
     run_precompute(place, world.shards, teacher_of(world.weights, "cnn"), F32)
     before = snapshot(place)
-    monkeypatch.setattr("precompute.stages.draw", None)  # views are replayed, never drawn again
+    monkeypatch.setattr("precompute.engine.stages.draw", None)  # views are replayed, never drawn again
     wanted = {"given": frozenset(), "policy": policy("light", 224, 99), "views": None}
     result = run_precompute(place, world.shards, teacher_of(world.weights, "vit"), VIT, **wanted)
     assert (result["bank"], result["views"]) == (next(iter(Store.open(world.store).banks())), 2)
@@ -113,7 +113,7 @@ def test_contract_5_a_teacher_that_would_see_other_pixels_is_refused(
     place = seeded(world, tmp_path / "store")
     run_precompute(place, world.shards, teacher_of(world.weights, "cnn"), F32)
     before = snapshot(place)
-    monkeypatch.setattr("storage.banks.render", lambda image, view, size: render(image, view, size) ^ 1)
+    monkeypatch.setattr("storage.store.banks.render", lambda image, view, size: render(image, view, size) ^ 1)
     with pytest.raises(UserError, match=r"view 0, key shard-000000-00000: signature of the view's pixels"):
         run_precompute(place, world.shards, teacher_of(world.weights, "vit"), VIT)
     assert snapshot(place) == before, "the attempt is gone too"
@@ -131,7 +131,7 @@ def test_contract_1_what_is_stored_is_what_the_live_teacher_gives_on_the_views_o
     wish, codec = manifest["identity"], manifest["identity"]["codec"]
     kind = "cnn" if name.startswith(("act", "log")) else "vit"
     tap = Tap(wish["tap"], tuple(wish["layers"]) if wish["layers"] else None, wish["grid"])
-    module = export.live_teacher(teacher_of(world.weights, kind), [tap], 32)
+    module = pytorch.live_teacher(teacher_of(world.weights, kind), [tap], 32)
     url, view = world.shards[1], 1
     index = store.require(url, store.shard_ids())
     bank = store.marker(Task("bank", wish["bank"], index.id, view))

@@ -17,7 +17,7 @@ import pytest
 from dask.base import get_scheduler
 from distributed import Client
 
-from precompute.tasks import ShardTask
+from precompute.engine.tasks import ShardTask
 from storage.errors import UserError
 from tests.conftest import HANGS, Quiet, World
 from tests.precompute.clusters import SLOW, command, copies, end, hooked, processes_of, run, start, until
@@ -295,7 +295,7 @@ def test_contract_6_a_worker_killed_in_the_middle_of_a_write_is_replaced_and_the
         import signal
         from pathlib import Path
 
-        from storage.objects import LocalObjects
+        from storage.objects.object_store import LocalObjects
 
         killed = Path(folder) / "killed"
         if killed.exists() or getattr(LocalObjects, "deadly", False):

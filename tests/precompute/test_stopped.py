@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from storage.errors import UserError
-from storage.store import Store
-from storage.views import render
+from storage.store.store import Store
+from storage.views.render import render
 from tests.conftest import HANGS, World, run_precompute, teacher_of
 from tests.precompute.stores import (
     CNN,
@@ -159,7 +159,9 @@ def test_contract_6_of_two_runs_that_drew_other_views_the_second_is_refused(
     def meanwhile(outputs: list[np.ndarray]) -> None:
         watch(lambda outputs: None)
         with monkeypatch.context() as other:
-            other.setattr("precompute.stages.render", lambda image, view, side: np.full((side, side, 3), 7, np.uint8))
+            other.setattr(
+                "precompute.engine.stages.render", lambda image, view, side: np.full((side, side, 3), 7, np.uint8)
+            )
             run_precompute(place, shard, teacher_of(world.weights, "cnn"), F32)
 
     watch(meanwhile)
@@ -229,7 +231,7 @@ def test_targets_of_other_views_than_the_bank_has_are_named_and_made_again(
     for view in (0, 1):
         bank_marker(place, view=view).unlink()
     with monkeypatch.context() as other:
-        for module in ("precompute.stages", "storage.banks"):
+        for module in ("precompute.engine.stages", "storage.store.banks"):
             other.setattr(f"{module}.render", lambda image, view, size: 255 - render(image, view, size))
         result = run_precompute(place, shards, teacher_of(world.weights, "cnn"), CNN)
         assert result["written"] == 2 * len(CNN)
@@ -249,7 +251,7 @@ def test_contract_5_views_that_are_added_are_rendered_as_those_that_are_there(
 ) -> None:
     place = world.copy(tmp_path / "store")
     before = snapshot(place)
-    for module in ("precompute.stages", "storage.banks"):
+    for module in ("precompute.engine.stages", "storage.store.banks"):
         monkeypatch.setattr(f"{module}.render", lambda image, view, size: render(image, view, size) ^ 1)
     with pytest.raises(UserError, match="signature of the view's pixels"):
         run_precompute(place, world.shards, teacher_of(world.weights, "cnn"), CNN, views=3)

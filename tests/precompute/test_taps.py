@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from precompute.taps import Tap, TappedTeacher, cnn_stages, resize_matrix
-from precompute.taps.names import Antialias
+from precompute.taps.registry import Antialias
 from storage.errors import UserError
 from tests.precompute.networks import HALF, channels, make, small_vit
 

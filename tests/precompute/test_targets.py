@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 
-from precompute import targets
+from precompute import record_targets
+from precompute.bank_choice import choose_policy
+from precompute.record_targets import defaults
 from precompute.taps import Tap
-from precompute.targets import Wish, choose_policy, defaults, layer_numbers, parse
-from storage import banks
+from precompute.taps.target_spec import Wish, layer_numbers, parse
 from storage.errors import IdentityError, UserError
-from storage.markers import Task
-from storage.policies import Policy, policy
-from storage.store import Store
+from storage.store import banks
+from storage.store.markers import Task
+from storage.store.store import Store
+from storage.views.policy import Policy, policy
 from tests.conftest import World, run_precompute, teacher_of
 
 CNN = {"id": "cnn", "network": "cnn", "layers": 7}
@@ -23,7 +25,7 @@ VIT = {"id": "vit", "network": "vit", "layers": 12, "heads": 3, "prefix": ["clas
 
 def identity(wish: Wish, manifest: dict[str, Any], size: int = 32) -> dict[str, Any]:
     teacher: Any = type("AnyTeacher", (), {"id": "0" * 64, "name": manifest["id"]})
-    return targets._identity(teacher, manifest, wish, policy("light", size))
+    return record_targets._identity(teacher, manifest, wish, policy("light", size))
 
 
 def store_with(folder: Path, *policies: Policy, shard: str = "shard-1") -> Store:
@@ -172,7 +174,7 @@ def test_two_ways_to_say_the_same_target_are_one_target() -> None:
 )
 def test_another_tap_layer_order_or_codec_is_another_target(other: Wish) -> None:
     teacher: Any = type("AnyTeacher", (), {"id": "0" * 64, "name": "vit"})
-    ids = {targets._id(teacher, identity(wish, VIT)) for wish in (Wish("q"), other)}
+    ids = {record_targets._id(teacher, identity(wish, VIT)) for wish in (Wish("q"), other)}
     assert len(ids) == 2
 
 
@@ -180,7 +182,7 @@ def test_variants_of_activations_add_to_the_identity_and_leave_older_ids_as_they
     teacher: Any = type("AnyTeacher", (), {"id": "0" * 64, "name": "cnn"})
     plain = identity(Wish("activations", None, 2), CNN)
     assert set(plain) == {"teacher", "bank", "tap", "layers", "grid", "codec"}, "older stores have no more"
-    assert targets._id(teacher, plain) == "cnn-activations-g2-u8-5683c315"
+    assert record_targets._id(teacher, plain) == "cnn-activations-g2-u8-5683c315"
     assert (Tap.of(plain).at, Tap.of(plain).antialias) == ("norm", False)
     for wish, added, named in (
         (Wish("activations", None, 2, at="block"), {"at": "block"}, "cnn-activations-block-g2-u8-"),
@@ -188,19 +190,21 @@ def test_variants_of_activations_add_to_the_identity_and_leave_older_ids_as_they
     ):
         other = identity(wish, CNN)
         assert other == {**plain, **added}
-        assert targets._id(teacher, other).startswith(named)
+        assert record_targets._id(teacher, other).startswith(named)
         tap = Tap.of(other)
         assert (tap.at, tap.antialias) == (wish.at, "all" if wish.antialias else False)
     older = {**plain, "antialias": True}
-    assert targets._id(teacher, older) == "cnn-activations-antialias-g2-u8-d5b1bfb3"
-    assert targets._id(teacher, older) != targets._id(teacher, other), "a stage that is enlarged had other numbers"
+    assert record_targets._id(teacher, older) == "cnn-activations-antialias-g2-u8-d5b1bfb3"
+    assert record_targets._id(teacher, older) != record_targets._id(teacher, other), (
+        "a stage that is enlarged had other numbers"
+    )
     assert Tap.of(older).antialias is True
 
 
 def test_a_target_of_another_bank_or_teacher_is_another_target() -> None:
     assert identity(Wish("q"), VIT, 32) != identity(Wish("q"), VIT, 64)
     other: Any = type("AnyTeacher", (), {"id": "1" * 64, "name": "vit"})
-    assert targets._identity(other, VIT, Wish("q"), policy("light", 32)) != identity(Wish("q"), VIT)
+    assert record_targets._identity(other, VIT, Wish("q"), policy("light", 32)) != identity(Wish("q"), VIT)
 
 
 def test_target_ids_say_what_they_are_and_manifests_hold_it(world: World) -> None:

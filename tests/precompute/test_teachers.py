@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from precompute import teachers
 from precompute.taps import Tap
+from precompute.teachers import teacher as teachers
 from storage.errors import UserError
+from storage.objects.state_dict import read_weights
 from storage.testing import TINY_CNN, TINY_VIT
-from storage.weights import read_weights
 from tests.conftest import write_teacher
 
 HALF = {"mean": (0.5,), "std": (0.5,)}
@@ -327,7 +327,7 @@ def test_classes_that_are_not_a_list_of_names_are_unknown(tmp_path: Path, classe
 
 
 def test_a_vit_of_another_input_size_has_its_position_embeddings_resampled(vit: str) -> None:
-    from precompute.export import live_teacher
+    from precompute.export.pytorch import live_teacher
 
     arguments = {name: value for name, value in VIT.items() if name != "img_size"}
     teacher = tiny_vit(vit, arguments=arguments, input_size=48)
@@ -341,7 +341,7 @@ def test_a_vit_of_another_input_size_has_its_position_embeddings_resampled(vit: 
 
 
 def test_a_network_that_cannot_take_the_images_is_refused_by_name(tmp_path: Path) -> None:
-    from precompute.export import live_teacher
+    from precompute.export.pytorch import live_teacher
 
     arguments = {**TINY_CNN[1], "in_chans": 1}
     weights = write_teacher(tmp_path / "w.safetensors", (TINY_CNN[0], arguments))

@@ -14,13 +14,13 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from precompute import teachers
-from precompute.check import teacher_of
-from storage.checkpoints import EARLIER
+from precompute.teachers import teacher
+from precompute.verify_targets import teacher_of
 from storage.errors import IdentityError, UserError
-from storage.store import Store
+from storage.objects.checkpoint_file import EARLIER
+from storage.objects.state_dict import read_weights
+from storage.store.store import Store
 from storage.testing import TINY_VIT
-from storage.weights import read_weights
 
 VIT = {**TINY_VIT[1], "num_classes": 3}
 State = dict[str, Tensor]
@@ -36,12 +36,12 @@ def saved(path: Path, content: Any) -> str:
     return str(path)
 
 
-def find(weights: str, name: str = TINY_VIT[0], **changes: Any) -> teachers.Teacher:
-    return teachers.find(name, **{"weights": weights, "arguments": VIT, "mean": (0.5,), "std": (0.5,), **changes})
+def find(weights: str, name: str = TINY_VIT[0], **changes: Any) -> teacher.Teacher:
+    return teacher.find(name, **{"weights": weights, "arguments": VIT, "mean": (0.5,), "std": (0.5,), **changes})
 
 
 def loaded(weights: str, **changes: Any) -> State:
-    return teachers.load(find(weights, **changes)).state_dict()
+    return teacher.load(find(weights, **changes)).state_dict()
 
 
 def equal(one: State, other: State) -> bool:
@@ -97,9 +97,9 @@ def test_a_key_goes_down_several_levels(tmp_path: Path) -> None:
 
 def test_a_key_without_a_file_to_choose_in_is_refused() -> None:
     with pytest.raises(UserError, match="--weights-key x: it chooses in a file of weights"):
-        teachers.find("resnet34", weights_key="x")
+        teacher.find("resnet34", weights_key="x")
     with pytest.raises(UserError, match=r"--weights-key: g\.onnx is a ready graph"):
-        teachers.find("g.onnx", weights_key="x")
+        teacher.find("g.onnx", weights_key="x")
 
 
 def test_other_weights_of_a_file_are_another_teacher_and_old_identities_stay(tmp_path: Path) -> None:
@@ -108,14 +108,14 @@ def test_other_weights_of_a_file_are_another_teacher_and_old_identities_stay(tmp
     assert average.id != plain.id
     assert plain.identity.keys() == find(saved(tmp_path / "p.pth", state(0))).identity.keys()
     store = Store.create(tmp_path / "S")
-    about = teachers.describe(plain, teachers.load(plain))
+    about = teacher.describe(plain, teacher.load(plain))
     store.add_teacher("t", plain.identity, about)  # as earlier versions recorded it
     with pytest.raises(IdentityError, match=r"weights key: .*state_dict_ema"):
         store.add_teacher("t", average.identity, {})
     again = teacher_of("t", store.teachers()["t"], path)
-    assert equal(teachers.load(again).state_dict(), read_weights(path, order=EARLIER))
+    assert equal(teacher.load(again).state_dict(), read_weights(path, order=EARLIER))
     store.add_teacher("u", average.identity, about)
-    assert equal(teachers.load(teacher_of("u", store.teachers()["u"], path)).state_dict(), state(1))
+    assert equal(teacher.load(teacher_of("u", store.teachers()["u"], path)).state_dict(), state(1))
 
 
 # ---------------------------------------------------------------------------------------------- other names

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from storage.store import Store
+from storage.store.store import Store
 from tests.conftest import HANGS
 from tests.storage.helpers import class_folders, small_store
 

@@ -8,8 +8,9 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from storage.policies import policy
-from storage.views import MAX_PIXELS, BadImage, decode, draw, render
+from storage.views.draw import draw
+from storage.views.policy import policy
+from storage.views.render import MAX_PIXELS, BadImage, decode, render
 from tests.storage.helpers import encoded
 
 

@@ -15,17 +15,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from storage.banks import describe, rows_of
-from storage.codecs import Codec
 from storage.errors import UserError
-from storage.markers import Attempt, Marker, Task
-from storage.pack import pack
-from storage.policies import policy
-from storage.shards import ShardIndex, build_index, read_samples
-from storage.store import Store
-from storage.tars import require_whole
+from storage.shards.index import ShardIndex, build_index, read_samples
+from storage.shards.pack import pack
+from storage.shards.tar import require_whole
+from storage.store.attempts import Attempt
+from storage.store.banks import describe, rows_of
+from storage.store.codecs import Codec
+from storage.store.markers import Marker, Task
+from storage.store.store import Store
 from storage.testing import synthetic_shards
-from storage.views import COLUMNS, draw, render, renderer, signature
+from storage.views.draw import draw
+from storage.views.policy import policy
+from storage.views.render import render, renderer, signature
+from storage.views.view import COLUMNS
 
 Members = Sequence[tuple[str, bytes]]
 

@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from storage.operations import OPERATIONS
-from storage.policies import policy
 from storage.testing import synthetic_image
-from storage.views import View, decode, draw, mixed, render
+from storage.views.draw import draw
+from storage.views.mixing import mixed
+from storage.views.policy import policy
+from storage.views.randaugment import OPERATIONS
+from storage.views.render import decode, render
+from storage.views.view import View
 from tests.storage.helpers import encoded, noise, with_orientation
 
 DEIT = policy("deit", 48, 3)

@@ -14,11 +14,11 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.arrays import ArrayWriter, StoredArray, chunk_samples
-from storage.card import card
 from storage.errors import DamageError, UserError
-from storage.objects import LocalObjects
-from storage.store import Store
+from storage.objects.object_store import LocalObjects
+from storage.store.arrays import ArrayWriter, StoredArray, chunk_samples
+from storage.store.card import card
+from storage.store.store import Store
 from tests.storage.helpers import decode, decoded
 
 MIB = 1 << 20

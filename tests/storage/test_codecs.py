@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.codecs import HalfOverflow, check
 from storage.errors import UserError
+from storage.store.codecs import HalfOverflow, check
 from tests.storage.helpers import decode, encode, layout
 from tests.storage.values import CODECS, KINDS, SHAPE, kinds, seeds, values_of
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from storage.errors import DamageError, UserError
-from storage.pack import pack
-from storage.shards import build_index, cached_index, read_samples, require_labels
+from storage.shards.index import build_index, cached_index, read_samples, require_labels
+from storage.shards.pack import pack
 from tests.storage.helpers import (
     by_us,
     by_webdataset,

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from storage.errors import UserError
-from storage.store import Store
-from storage.verify import verify
-from student.choose import Need, choose
-from student.config import Bank
-from student.stream import Stream
+from storage.store.store import Store
+from storage.store.verify import verify
+from student.data.stream import Stream
+from student.settings import Bank
+from student.targets.requirement import Need
+from student.targets.select import choose
 from tests.conftest import World
 
 FLIPS = 200
@@ -199,7 +200,7 @@ def test_a_chunk_that_zarr_reads_as_zeros_is_an_error_here(world, copy):
 
 
 def test_an_image_that_changed_is_named_by_verify(world, copy, tmp_path):
-    from storage.shards import cached_index, read_samples
+    from storage.shards.index import cached_index, read_samples
 
     shard = tmp_path / Path(world.shards[0]).name
     index = cached_index(world.shards[0])

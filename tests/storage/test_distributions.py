@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.codecs import Codec, check, fitting
 from storage.errors import UserError
+from storage.store.codecs import Codec, check, fitting
 from tests.storage.values import seeds, values_of
 
 # ---------------------------------------------------------------------------------------------- log8

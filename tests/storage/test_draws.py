@@ -8,9 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from storage.operations import draw_operations
-from storage.policies import policy
-from storage.views import COLUMNS, CUTMIX, INVALID, MIXUP, TRIES, View, draw, generator, settle
+from storage.rng import generator
+from storage.views.draw import TRIES, draw, settle
+from storage.views.policy import policy
+from storage.views.randaugment import draw_operations
+from storage.views.view import COLUMNS, CUTMIX, INVALID, MIXUP, View
 from tests.storage.operations import DEIT, LINES, NUMBERS
 
 # ---------------------------------------------------------------------------------------------- rows

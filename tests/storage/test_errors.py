@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from storage.errors import first_line
-from storage.views import BadImage, decode, size_in
+from storage.views.render import BadImage, decode, size_in
 
 ROOT = Path(__file__).parents[2]
 OWN = {"UserError", "BadImage", "DamageError", "IdentityError", "click"}  # these have words

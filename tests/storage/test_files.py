@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.files import unfinished, written_whole
+from storage.objects.atomic import unfinished, written_whole
 
 
 def test_a_file_is_there_when_it_is_whole(tmp_path: Path) -> None:

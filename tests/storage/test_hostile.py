@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from storage.pack import pack
-from storage.views import BadImage, View, decode, render
+from storage.shards.pack import pack
+from storage.views.render import BadImage, decode, render
+from storage.views.view import View
 from tests.storage.handmade import (
     BOMBS,
     DEEP,

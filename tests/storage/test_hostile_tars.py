@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 
 from storage.errors import UserError
-from storage.pack import pack
-from storage.shards import build_index, classes_of, read_samples
-from storage.tars import LARGEST, as_sample, members
+from storage.shards.classes import classes_of
+from storage.shards.index import build_index, read_samples
+from storage.shards.pack import pack
+from storage.shards.tar import LARGEST, as_sample, members
 from tests.storage.helpers import by_us, by_webdataset, picture, samples, write_tar
 
 pytestmark = pytest.mark.usefixtures("never_hangs")

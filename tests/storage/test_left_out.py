@@ -10,9 +10,9 @@ import pytest
 import webdataset
 
 from storage.errors import UserError
-from storage.pack import pack
-from storage.shards import ShardIndex, build_index, cached_index, read_samples, with_samples
-from storage.tars import IMAGES, RULE, require_whole
+from storage.shards.index import ShardIndex, build_index, cached_index, read_samples, with_samples
+from storage.shards.pack import pack
+from storage.shards.tar import IMAGES, RULE, require_whole
 from tests.storage.helpers import by_us, by_webdataset, packed, picture, sample, samples, write_tar
 
 PNG = picture(0)

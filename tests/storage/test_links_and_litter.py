@@ -10,16 +10,16 @@ import pytest
 
 import precompute.taps  # noqa: F401  # it makes timm importable
 from pipeline.cli import main
-from pipeline.starting import look
+from pipeline.project.init import look
 from storage.errors import UserError
-from storage.files import listing
-from storage.pack import pack
 from storage.progress import Quiet
-from storage.shards import expand
-from storage.store import Store
+from storage.shards.image_files import listing
+from storage.shards.pack import pack
+from storage.shards.patterns import expand
+from storage.store.store import Store
+from storage.store.verify import verify
 from storage.testing import synthetic_shards
-from storage.verify import verify
-from student.predict import found_in
+from student.evaluation.predict import found_in
 from tests.storage.helpers import by_us, by_webdataset, class_folders, keys_in, packed, picture, samples, write_tar
 
 LITTER = ("._1.png", ".DS_Store", ".ipynb_checkpoints/1.png", "@eaDir/1.png", "__MACOSX/1.png", "Thumbs.db")

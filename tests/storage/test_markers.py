@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage import records
 from storage.errors import DamageError
-from storage.markers import Task
-from storage.store import Store
+from storage.objects import json_record
+from storage.store.markers import Task
+from storage.store.store import Store
 from storage.testing import FaultyObjects
 from tests.storage.helpers import MADE, decoded, files_of
 
@@ -146,7 +146,7 @@ def test_a_marker_that_somebody_put_in_place_of_a_judged_one_stays(small):
     task = min(small.values)
     judged = small.store.marker(task)
     good = small.store.objects.get(f"done/{task.name}")
-    small.store.objects.put(f"done/{task.name}", records.dump({**judged.content, "by": "another run"}))
+    small.store.objects.put(f"done/{task.name}", json_record.dump({**judged.content, "by": "another run"}))
     small.store.discard(judged)
     assert small.store.marker(task).content["by"] == "another run"
     small.store.objects.put(f"done/{task.name}", good)

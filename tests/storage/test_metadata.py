@@ -13,8 +13,8 @@ import pytest
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from storage.metadata import without_metadata
-from storage.views import decode, size_in
+from storage.views.image_metadata import without_metadata
+from storage.views.render import decode, size_in
 from tests.storage.handmade import PALETTE, PIXELS, RGB, ROWS, chunk, exif, orientation, png, text_bombs
 from tests.storage.helpers import encoded
 
@@ -146,7 +146,7 @@ def test_a_webp_with_any_metadata_has_the_pixels_that_it_has_without(name) -> No
 
 
 def test_real_images_keep_their_pixels(shared) -> None:
-    from storage.shards import cached_index, read_samples
+    from storage.shards.index import cached_index, read_samples
 
     url = str(shared / "data" / "photos-000000.tar")
     for sample in read_samples(url, index := cached_index(url), range(min(64, len(index)))):

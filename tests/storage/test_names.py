@@ -11,13 +11,16 @@ import torch
 from safetensors.torch import save_file
 
 from storage.errors import IdentityError, UserError
-from storage.pack import pack
-from storage.shards import classes_of, require_classes
-from storage.weights import classes_in
-from student import config
-from student.align import Given, Shape, align_classes
-from student.evaluation.members import Member, seen
-from student.model import Description, build, load, save
+from storage.objects.state_dict import classes_in
+from storage.shards.classes import classes_of, require_classes
+from storage.shards.pack import pack
+from student import settings as config
+from student.alignment.rules import align_classes
+from student.alignment.student_spec import Shape
+from student.evaluation.ensemble import Member, seen
+from student.models.build import build
+from student.models.files import Description, load, save
+from student.targets.stored_target import Given
 from tests.storage.helpers import by_us, class_folders, picture
 
 NFC = ["br\u00fbl\u00e9e", "cr\u00e8me"]

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from storage.errors import DamageError, UserError
-from storage.objects import LocalObjects, RemoteObjects, open_objects, read_range
+from storage.objects.object_store import LocalObjects, RemoteObjects, open_objects, read_range
+from storage.objects.urls import is_remote
 from storage.testing import FaultyObjects
-from storage.urls import is_remote
 
 
 @pytest.fixture(params=["local", "memory"])

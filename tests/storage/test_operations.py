@@ -17,9 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from storage.operations import FILL, LEVELS, OPERATIONS, _argument
-from storage.policies import policy
-from storage.views import CUTMIX, MIXUP, Mix, View, decode, draw, mixed, render
+from storage.views.draw import draw
+from storage.views.mixing import mixed
+from storage.views.policy import policy
+from storage.views.randaugment import FILL, LEVELS, OPERATIONS, _argument
+from storage.views.render import decode, render
+from storage.views.view import CUTMIX, MIXUP, Mix, View
 from tests.storage.helpers import noise, optional_features
 from tests.storage.operations import ARGUMENTS, NUMBERS, digest, draw_digests, drawn_view, jobs, pictures, pixel_digests
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from storage.errors import UserError
-from storage.shards import build_index
+from storage.shards.index import build_index
 from storage.testing import synthetic_shards
 from tests.storage.helpers import (
     by_us,

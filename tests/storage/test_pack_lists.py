@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from storage.errors import UserError
-from storage.views import generator
+from storage.rng import generator
 from tests.storage.helpers import by_us, by_webdataset, keys_in, labels_in, packed, picture, samples, write_tar
 
 # ---------------------------------------------------------------------------------------------- lists

@@ -13,11 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.banks import describe, policy_of
 from storage.errors import UserError
-from storage.policies import NAMED, OPERATIONS_VERSION, policy
+from storage.rng import generator
+from storage.store.banks import describe, policy_of
 from storage.testing import synthetic_image
-from storage.views import COLUMNS, INVALID, View, decode, draw, generator, render, signature
+from storage.views.draw import draw
+from storage.views.policy import NAMED, OPERATIONS_VERSION, policy
+from storage.views.render import decode, render, signature
+from storage.views.view import COLUMNS, INVALID, View
 from tests.storage.helpers import encoded, optional_features
 
 # ---------------------------------------------------------------------------------------------- policies
@@ -114,7 +117,7 @@ def test_without_chance_the_seed_is_no_part_of_the_bank():
 
 def test_the_bank_changes_with_the_version_of_the_operations(monkeypatch):
     before = policy("light", 32).bank
-    monkeypatch.setattr("storage.policies.OPERATIONS_VERSION", OPERATIONS_VERSION + 1)
+    monkeypatch.setattr("storage.views.policy.OPERATIONS_VERSION", OPERATIONS_VERSION + 1)
     assert policy("light", 32).bank != before
 
 

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from storage.policies import policy
 from storage.testing import synthetic_image
-from storage.views import MAX_PIXELS, BadImage, View, decode, draw, render, signature
+from storage.views.draw import draw
+from storage.views.policy import policy
+from storage.views.render import MAX_PIXELS, BadImage, decode, render, signature
+from storage.views.view import View
 from tests.storage.helpers import encoded, noise, same, with_orientation
 
 BICUBIC = Image.Resampling.BICUBIC

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from storage.errors import UserError
-from storage.shards import build_index, cached_index
+from storage.shards.index import build_index, cached_index
 from tests.storage.helpers import by_us, by_webdataset, class_folders, keys_in, packed, sample, samples, write_tar
 
 # ---------------------------------------------------------------------------------------------- repacking

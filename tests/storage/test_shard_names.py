@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from storage.errors import UserError
-from storage.pack import pack
-from storage.shards import classes_of, expand
+from storage.shards.classes import classes_of
+from storage.shards.pack import pack
+from storage.shards.patterns import expand
 from tests.storage.helpers import by_us, class_folders, command_in, samples, write_tar
 
 # ---------------------------------------------------------------------------------------------- names of shards

@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
 
-from storage import shards
 from storage.errors import IdentityError, UserError
-from storage.shards import ShardIndex, build_index, cached_index, differences, expand, read_samples
-from storage.tars import split_name, stem_of
+from storage.shards import index as shards
+from storage.shards.index import ShardIndex, build_index, cached_index, differences, read_samples
+from storage.shards.patterns import expand
+from storage.shards.tar import split_name, stem_of
 from storage.testing import synthetic_shards
 from tests.storage.helpers import by_us, by_webdataset, patched, picture, sample, samples, write_tar
 

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.inspection import inspect
-from storage import records
-from storage.banks import bank_policy
-from storage.codecs import Codec
+from pipeline.inspection.store import inspect
 from storage.errors import UserError
-from storage.store import Store
-from storage.verify import verify
+from storage.objects import json_record
+from storage.store.banks import bank_policy
+from storage.store.codecs import Codec
+from storage.store.store import Store
+from storage.store.verify import verify
 from tests.conftest import World, run_precompute, teacher_of
 from tests.storage.test_damage import train_reads
 
@@ -123,7 +123,7 @@ def test_every_field_of_every_record_is_held_against_its_type_and_bounds(world, 
     try:
         for at in fields(content):
             for value in senseless(content, at):
-                path.write_bytes(records.dump(changed(content, at, value)))
+                path.write_bytes(json_record.dump(changed(content, at, value)))
                 tried += 1
                 try:
                     load(copied)
@@ -201,7 +201,7 @@ def test_readers_name_a_record_that_makes_no_sense_and_do_not_work_on_it(world, 
     kind, at, value = EVIL[what]
     path = kinds(copied, world)[kind]
     before = path.read_bytes()
-    path.write_bytes(records.dump(changed(json.loads(before), at, value)))
+    path.write_bytes(json_record.dump(changed(json.loads(before), at, value)))
     try:
         if what == "an array that is another's" and reader is inspected:  # it lists and decodes nothing
             reader(copied, world)
@@ -220,7 +220,7 @@ def test_precompute_makes_again_what_a_senseless_marker_speaks_of(world, tmp_pat
         store = world.copy(tmp_path / str(i))
         kind, at, value = EVIL[what]
         path = kinds(store, world)[kind]
-        path.write_bytes(records.dump(changed(json.loads(path.read_bytes()), at, value)))
+        path.write_bytes(json_record.dump(changed(json.loads(path.read_bytes()), at, value)))
         with few_calls():
             run_precompute(store, world.shards, teacher_of(world.weights, "cnn"),
                            ["activations,grid=8,codec=f32", "activations,grid=8,codec=u8", "logits"])  # fmt: skip
@@ -233,7 +233,7 @@ def test_precompute_names_a_senseless_manifest_or_index(world, copied, what):
     kind, at, value = EVIL[what]
     path = kinds(copied, world)[kind]
     before = path.read_bytes()
-    path.write_bytes(records.dump(changed(json.loads(before), at, value)))
+    path.write_bytes(json_record.dump(changed(json.loads(before), at, value)))
     try:
         with few_calls(), pytest.raises(UserError) as error:
             run_precompute(copied, world.shards, teacher_of(world.weights, "cnn"), ["activations,grid=8,codec=u8"])
@@ -248,9 +248,9 @@ def test_precompute_names_a_senseless_manifest_or_index(world, copied, what):
      ("erase_seed", -1), ("partner", 149), ("amount", 1000), ("mix", 7)],
 )  # fmt: skip
 def test_parameters_of_views_are_held_against_their_bounds(world, tmp_path, column, value):
-    from storage.banks import read_views, rows_of
-    from storage.markers import Attempt
-    from storage.views import COLUMNS, View
+    from storage.store.attempts import Attempt
+    from storage.store.banks import read_views, rows_of
+    from storage.views.view import COLUMNS, View
 
     store = Store.open(world.copy(tmp_path / "store"))
     task = min(task for task in store.done() if task.kind == "bank")

@@ -15,16 +15,17 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage import records
-from storage.banks import bank_policy, describe, read_views
-from storage.card import card
 from storage.errors import DamageError, IdentityError, UserError, nearest
-from storage.markers import Attempt, Task
-from storage.objects import LocalObjects, open_objects
-from storage.policies import OPERATIONS_VERSION, policy
-from storage.shards import build_index, read_samples
-from storage.store import Store
-from storage.views import View
+from storage.objects import json_record
+from storage.objects.object_store import LocalObjects, open_objects
+from storage.shards.index import build_index, read_samples
+from storage.store.attempts import Attempt
+from storage.store.banks import bank_policy, describe, read_views
+from storage.store.card import card
+from storage.store.markers import Task
+from storage.store.store import Store
+from storage.views.policy import OPERATIONS_VERSION, policy
+from storage.views.view import View
 from tests.storage.helpers import SmallStore, decoded, files_of, sample, samples, write_tar
 
 # ---------------------------------------------------------------------------------------------- replay
@@ -64,7 +65,7 @@ def test_another_image_or_renderer_is_named_at_replay(kept):
 def test_a_bank_whose_views_need_newer_operations_says_so(small):
     line = policy("light", 16)
     identity = {**line.identity, "operations": OPERATIONS_VERSION + 1}
-    id = f"light-{records.digest_of(identity)[:8]}"
+    id = f"light-{json_record.digest_of(identity)[:8]}"
     small.store.add_bank(id, identity, describe(line))
     with pytest.raises(UserError, match=rf"bank {id}: its views need a newer version"):
         bank_policy(small.store, id)
@@ -73,7 +74,7 @@ def test_a_bank_whose_views_need_newer_operations_says_so(small):
 def test_a_bank_whose_manifest_is_anothers_is_damage(small):
     manifest = small.store.banks()[small.policy.bank]
     other = {**manifest, "identity": {**manifest["identity"], "size": 9}}
-    small.store.objects.put(f"banks/{small.policy.bank}/manifest.json", records.dump(other))
+    small.store.objects.put(f"banks/{small.policy.bank}/manifest.json", json_record.dump(other))
     with pytest.raises(DamageError, match=r"manifest\.json: damaged"):
         bank_policy(small.store, small.policy.bank)
 
@@ -330,13 +331,13 @@ json_values = st.recursive(
 @given(st.dictionaries(st.text().filter(lambda key: key != "digest"), json_values, max_size=4))
 @settings(max_examples=60, deadline=None)
 def test_a_record_is_read_back_and_only_in_its_one_spelling(content):
-    data = records.dump(content)
-    again = records.load(data, "x")
+    data = json_record.dump(content)
+    again = json_record.load(data, "x")
     assert {key: value for key, value in again.items() if key != "digest"} == content
-    assert records.dump(again) == data
+    assert json_record.dump(again) == data
     for other in (data[:-1], data + b"\n", b" " + data, json.dumps(again, indent=1).encode()):
         with pytest.raises(DamageError, match="x: damaged"):
-            records.load(other, "x")
+            json_record.load(other, "x")
 
 
 def test_an_attempt_writes_below_a_name_that_nobody_else_uses(kept):

@@ -17,15 +17,17 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import known_implementations
 
-from pipeline.settings import located
-from precompute.cluster import patiently
+from pipeline.project.schema import located
+from precompute.engine.dask_runner import patiently
 from storage.errors import UserError
-from storage.objects import open_objects, read_range
-from storage.policies import policy
-from storage.shards import build_index, classes_of, expand, read_samples
-from storage.tars import size_of
+from storage.objects.object_store import open_objects, read_range
+from storage.shards.classes import classes_of
+from storage.shards.index import build_index, read_samples
+from storage.shards.patterns import expand
+from storage.shards.tar import size_of
 from storage.testing import synthetic_shards
-from student.stream import Stream
+from storage.views.policy import policy
+from student.data.stream import Stream
 
 
 @pytest.fixture

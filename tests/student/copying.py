@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from pipeline.cli import main
-from storage.policies import policy
-from storage.store import Store
+from storage.objects.state_dict import read_weights
+from storage.store.store import Store
 from storage.testing import TINY_VIT
-from storage.weights import read_weights
-from student import config
-from student.config import validate
-from student.lesson import Lesson, find_targets
-from student.model import build
-from student.stream import Stream
+from storage.views.policy import policy
+from student.data.stream import Stream
+from student.models.build import build
+from student.recipe import schema
+from student.recipe.validate import validate
+from student.training.distiller import Lesson, find_targets
 from tests.conftest import World
 
 SIZES = {name: TINY_VIT[1][name] for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
@@ -28,7 +28,7 @@ DEPTH, HEADS = SIZES["depth"], SIZES["num_heads"]
 VALIDATION = policy("deit", 32).evaluation
 
 
-def recipe_of(copying: dict[str, Any], **more: Any) -> config.Recipe:
+def recipe_of(copying: dict[str, Any], **more: Any) -> schema.Recipe:
     student = {"model": TINY_VIT[0], **SIZES, **more.pop("student", {})}
     content = {"student": student, "losses": {"crossentropy": {}}, "copying": copying, "stream": {"batch_size": 32}}
     return validate({**content, **more}, "test")
@@ -69,8 +69,8 @@ def asked(capsys: Any, *words: Any, status: int = 0) -> Any:
 def synthetic_png() -> bytes:
     import io
 
+    from storage.rng import generator
     from storage.testing import synthetic_image
-    from storage.views import generator
 
     held = io.BytesIO()
     synthetic_image(1, generator("copying")).save(held, "PNG")

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from storage.markers import Task
-from storage.policies import policy
-from storage.store import Store
-from student.stream import Batch
+from storage.store.markers import Task
+from storage.store.store import Store
+from storage.views.policy import policy
+from student.data.batch import Batch
 
 SIDE, SEED, VIEWS = 32, 5, 2
 DEIT = policy("deit", SIDE, SEED)

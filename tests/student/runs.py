@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from pipeline.recipes import load as load_recipe
-from storage.store import Store
+from pipeline.recipes.loader import load as load_recipe
+from storage.store.store import Store
 from storage.testing import TINY_VIT
-from student.train import Job, train
+from student.training.train import Job, train
 from tests.conftest import HANGS, Quiet, World
 
 ROOT = Path(__file__).parents[2]

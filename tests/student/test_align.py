@@ -11,10 +11,12 @@ from torch.nn import functional as F
 
 from precompute.taps import AttentionTaps, attention_rows, class_row
 from storage.errors import IdentityError, UserError
-from student.align import Given, Shape, align_classes, student_shape
-from student.loss_settings import Matched
+from student.alignment.attention import Rows, log_mean
+from student.alignment.rules import align_classes
+from student.alignment.student_spec import Shape, student_shape
 from student.losses import advit, attention_transfer, head_specific
-from student.rows import Rows, log_mean
+from student.settings import Matched
+from student.targets.stored_target import Given
 
 SETTINGS: dict[str, type[Matched]] = {
     "class": advit.Settings, "all": attention_transfer.Settings, "scores": head_specific.Settings,

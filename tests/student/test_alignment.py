@@ -12,10 +12,11 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from storage.errors import UserError
-from student.align import Given, Shape
-from student.losses import alignment, compress
-from student.losses.alignment import distance
-from student.projector import projector
+from student.alignment.student_spec import Shape
+from student.losses import compress, projector_alignment
+from student.losses.parts.projector import projector
+from student.losses.projector_alignment import distance
+from student.targets.stored_target import Given
 
 F64 = torch.float64
 STUDENT = Shape(2, 3, 4, ("class", "distillation"), width=6)
@@ -37,9 +38,13 @@ def tokens(width: int, side: int = 4, layers: list[int] | None = None, prefix: t
 
 
 def loss(
-    settings: alignment.Settings, given: Given, mine: torch.Tensor, target: torch.Tensor, student: Shape = STUDENT
+    settings: projector_alignment.Settings,
+    given: Given,
+    mine: torch.Tensor,
+    target: torch.Tensor,
+    student: Shape = STUDENT,
 ) -> Any:
-    made = alignment.Method("it", settings, student, [given]).double()
+    made = projector_alignment.Method("it", settings, student, [given]).double()
     return made(SimpleNamespace(student=SimpleNamespace(tokens=mine), targets=(target,)))
 
 
@@ -47,28 +52,28 @@ def loss(
 
 
 def test_the_projector_has_the_widths_of_the_authors_code():
-    made = projector(192, 384, alignment.Settings())
+    made = projector(192, 384, projector_alignment.Settings())
     *parts, last = made
     assert sum(p.numel() for part in parts for p in part.parameters()) == 370_368
     assert isinstance(last, nn.LayerNorm)
     assert [m.out_features for m in made if isinstance(m, nn.Linear)] == [384, 192, 384, 384]
     assert sum(isinstance(m, nn.GELU) for m in made) == 3
-    linear = projector(192, 384, alignment.Settings(projector="linear"))
+    linear = projector(192, 384, projector_alignment.Settings(projector="linear"))
     assert not any(isinstance(m, nn.GELU) for m in linear)
 
 
 @pytest.mark.parametrize(("depth", "widths"), [(1, [9]), (2, [12, 9]), (8, [12, 6, 12, 6, 12, 6, 12, 9])])
 def test_other_depths_alternate_likewise(depth, widths):
     assert [
-        m.out_features for m in projector(6, 9, alignment.Settings(depth=depth)) if isinstance(m, nn.Linear)
+        m.out_features for m in projector(6, 9, projector_alignment.Settings(depth=depth)) if isinstance(m, nn.Linear)
     ] == widths
 
 
 def test_depth_zero_is_the_identity_for_one_width_alone():
     same = values(2, 18, 6)
-    assert loss(alignment.Settings(depth=0), token(6), same, same[:, 0]) == 0
+    assert loss(projector_alignment.Settings(depth=0), token(6), same, same[:, 0]) == 0
     with pytest.raises(UserError, match=r"student's tokens are 6 wide, those of target t-class_token 9.*depth=4"):
-        alignment.Method("it", alignment.Settings(depth=0), STUDENT, [token(9)])
+        projector_alignment.Method("it", projector_alignment.Settings(depth=0), STUDENT, [token(9)])
     compress.Method(
         "it", compress.Settings(depth=0, queues=2, queue=4), STUDENT, [token(9)]
     )  # each side has its own queue
@@ -93,7 +98,9 @@ def test_readings_of_the_distance():
 @pytest.mark.parametrize("reading", ["mse", "l2", "sq", "cosine"])
 def test_input_gradients_reach_the_class_token_alone(reading):
     mine, target = values(2, 18, 6).requires_grad_(), values(2, 9, seed=1)
-    made = alignment.Method("it", alignment.Settings(loss=reading, depth=2), STUDENT, [token(9)]).double()
+    made = projector_alignment.Method(
+        "it", projector_alignment.Settings(loss=reading, depth=2), STUDENT, [token(9)]
+    ).double()
 
     def run(x: torch.Tensor) -> torch.Tensor:
         return made(SimpleNamespace(student=SimpleNamespace(tokens=x), targets=(target,)))
@@ -112,21 +119,23 @@ def test_patch_tokens_meet_by_their_place():
     """The student has a distillation token between; its patches are the teacher's, its class token is not."""
     target = values(2, 1, 17, 6)
     mine = torch.cat([values(2, 2, 6, seed=1), target[:, 0, 1:]], 1)
-    assert loss(alignment.Settings(depth=0, tokens="patches"), tokens(6), mine, target).abs() < 1e-12
-    both = loss(alignment.Settings(depth=0, tokens="both"), tokens(6), mine, target)
+    assert loss(projector_alignment.Settings(depth=0, tokens="patches"), tokens(6), mine, target).abs() < 1e-12
+    both = loss(projector_alignment.Settings(depth=0, tokens="both"), tokens(6), mine, target)
     assert torch.isclose(both, F.mse_loss(mine[:, 0], target[:, 0, 0]))
     mine.requires_grad_()
-    loss(alignment.Settings(tokens="patches"), tokens(9), mine, values(2, 1, 17, 9)).backward()
+    loss(projector_alignment.Settings(tokens="patches"), tokens(9), mine, values(2, 1, 17, 9)).backward()
     assert (mine.grad[:, :2] == 0).all()
 
 
 def test_patches_of_another_grid_are_resized_on_request():
     target, mine = values(2, 1, 65, 6), values(2, 18, 6, seed=1)
     with pytest.raises(UserError, match=r"losses\.it\.grid=bicubic"):
-        loss(alignment.Settings(depth=0, tokens="patches"), tokens(6, side=8), mine, target)
+        loss(projector_alignment.Settings(depth=0, tokens="patches"), tokens(6, side=8), mine, target)
     images = target[:, 0, 1:].transpose(1, 2).reshape(2, 6, 8, 8)
     resized = F.interpolate(images, (4, 4), mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
-    found = loss(alignment.Settings(depth=0, tokens="patches", grid="bicubic"), tokens(6, side=8), mine, target)
+    found = loss(
+        projector_alignment.Settings(depth=0, tokens="patches", grid="bicubic"), tokens(6, side=8), mine, target
+    )
     assert torch.isclose(found, F.mse_loss(mine[:, 2:], resized))
 
 
@@ -140,12 +149,14 @@ def test_patches_of_another_grid_are_resized_on_request():
 )
 def test_what_cannot_meet_is_refused(settings, given, student, said):
     with pytest.raises(UserError, match=said):
-        alignment.Method("it", alignment.Settings(**settings), student, [given])
+        projector_alignment.Method("it", projector_alignment.Settings(**settings), student, [given])
 
 
 def test_the_table_says_what_meets():
-    row = alignment.Method("it", alignment.Settings(), STUDENT, [token(9)]).row
+    row = projector_alignment.Method("it", projector_alignment.Settings(), STUDENT, [token(9)]).row
     assert (row.teacher, row.student) == ("class_token, 9 wide", "class token, 6 wide")
     assert row.rule == "projected by 4 mlp layer(s)"
-    patches = alignment.Method("it", alignment.Settings(tokens="patches", projector="linear"), STUDENT, [tokens(9)]).row
+    patches = projector_alignment.Method(
+        "it", projector_alignment.Settings(tokens="patches", projector="linear"), STUDENT, [tokens(9)]
+    ).row
     assert patches.rule.endswith("projected by 4 linear layer(s)")

@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from storage.errors import UserError
-from storage.store import Store
+from storage.store.store import Store
 from storage.testing import synthetic_shards
-from student.config import validate
-from student.control import mean_targets
-from student.lesson import Lesson, given_of
-from student.model import build
-from student.stream import Stream
-from student.train import train
+from student.data.stream import Stream
+from student.models.build import build
+from student.recipe.validate import validate
+from student.targets.stored_target import given_of
+from student.training.controls import mean_targets
+from student.training.distiller import Lesson
+from student.training.train import train
 from tests.conftest import Quiet, run_precompute, teacher_of
 from tests.student.runs import job
 

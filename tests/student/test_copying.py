@@ -10,20 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from precompute.export import live_teacher
+from precompute.export.pytorch import live_teacher
 from precompute.taps import Tap
-from storage.codecs import Codec
 from storage.errors import UserError
-from storage.policies import policy
-from storage.store import Store
-from storage.weights import load_weights, read_weights
-from student import speed
-from student import train as trainer
-from student.config import validate
-from student.copying import copies_of
-from student.lending import lend
-from student.lesson import find_targets
-from student.model import build, load
+from storage.objects.state_dict import load_weights, read_weights
+from storage.store.codecs import Codec
+from storage.store.store import Store
+from storage.views.policy import policy
+from student.attention_copy.inference import lend
+from student.models.attention_copy_hooks import copies_of
+from student.models.build import build
+from student.models.files import load
+from student.recipe.validate import validate
+from student.training import precision
+from student.training import train as trainer
+from student.training.distiller import find_targets
 from tests.conftest import Quiet, World, run_precompute, teacher_of
 from tests.student.copying import (
     BANK,
@@ -61,7 +62,7 @@ def place(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_student_that_is_its_teacher_says_the_same_when_it_copies(world, place, what, fused):
     lesson, stream = lesson_of(world, place, {"what": what}, teachers=True)
-    speed.apply(lesson, "none", "fused" if fused else "unfused")
+    precision.apply(lesson, "none", "fused" if fused else "unfused")
     batch = next(stream.epoch(0))
     assert (batch.shares > 0).any(), "mixed views"
     plain, _ = build(recipe_of({}).student, 3)
@@ -164,12 +165,12 @@ def test_under_autocast_and_compiled_it_copies_alike(world, place, monkeypatch):
     batch = next(stream.epoch(0))
     exact = lesson.eval()(batch)[0]
     for kernel in ("fused", "unfused"):
-        speed.apply(lesson, "bfloat16", kernel)
+        precision.apply(lesson, "bfloat16", kernel)
         assert [block.attn.fused_attn for block in lesson.student.blocks] == [False, False, kernel == "fused"]
         assert torch.allclose(lesson(batch)[0], exact, atol=3e-2)
-    speed.apply(lesson, "none", "fused")
-    monkeypatch.setattr(speed, "BACKEND", "aot_eager")
-    speed.compile_student(lesson)
+    precision.apply(lesson, "none", "fused")
+    monkeypatch.setattr(precision, "BACKEND", "aot_eager")
+    precision.compile_student(lesson)
     for one in (batch, *list(stream.epoch(1))[:2], batch):
         found = lesson(one)[0]
     assert torch.allclose(found, exact, atol=1e-5)
@@ -229,7 +230,7 @@ def test_evaluation_and_prediction_say_what_training_said(world, place, trained,
     for name, field in (("last", "top1"), ("ema", "ema_top1")):
         scored = asked(capsys, "evaluate", trained, *shards, "--checkpoint", name)
         assert (scored["top1"], scored["samples"]) == (told[field], 300)
-    from storage.shards import cached_index, read_samples
+    from storage.shards.index import cached_index, read_samples
 
     right = count = 0
     for url in world.shards:

@@ -7,9 +7,9 @@ import shlex
 import pytest
 
 from storage.errors import UserError
-from storage.policies import policy
-from storage.store import Store
-from student.config import validate
+from storage.store.store import Store
+from storage.views.policy import policy
+from student.recipe.validate import validate
 from tests.conftest import run_precompute, teacher_of
 from tests.student.copying import SAME, asked, synthetic_png
 from tests.student.runs import run

@@ -12,10 +12,11 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from storage.errors import UserError
-from student.align import Given, Shape
-from student.losses import guidance
-from student.losses.guidance import Method, divergence, squares
-from student.rows import weighted
+from student.alignment.attention import weighted
+from student.alignment.student_spec import Shape
+from student.losses import attention_guidance
+from student.losses.attention_guidance import Method, divergence, squares
+from student.targets.stored_target import Given
 from tests.student.test_align import given, random_rows
 
 F64 = torch.float64
@@ -26,7 +27,7 @@ def values(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def method(student: Shape, *several: Given, **settings: Any) -> Method:
-    return Method("it", guidance.Settings(**settings), student, several)
+    return Method("it", attention_guidance.Settings(**settings), student, several)
 
 
 def step(targets: tuple[torch.Tensor, ...], **seen: Any) -> Any:
@@ -131,11 +132,13 @@ def test_both_sides_are_weighed_before_anything_else(taps):
     made = method(Shape(4, 6, 8, ("class",)), *(given(tap, width=4) for tap in taps), value_norm=True)
     assert made.row.rule.startswith("case (d)")
     assert made.row.rule.endswith("weighted by the norms of values")
-    assert guidance.need("it", guidance.Settings(value_norm=True), Shape(4, 6, 8, ("class",))).taps[0] == (
+    assert attention_guidance.need("it", attention_guidance.Settings(value_norm=True), Shape(4, 6, 8, ("class",))).taps[
+        0
+    ] == (
         "class_row",
         "v",
     )
-    assert guidance.reads(guidance.Settings(value_norm=True)) == {"attention", "values"}
+    assert attention_guidance.reads(attention_guidance.Settings(value_norm=True)) == {"attention", "values"}
     q, k, v = (values(2, 4, 3, 17, 4, seed=s) for s in range(3))
     rows = (q[..., :1, :] @ k.transpose(-2, -1) * 0.5).softmax(-1)[..., 0, :]
     targets = {"class_row": rows, "q": q, "k": k, "v": v}

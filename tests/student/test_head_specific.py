@@ -7,17 +7,20 @@ import torch
 from torch.autograd import gradcheck
 
 from precompute.taps import attention_rows
-from storage.store import Store
+from storage.objects.state_dict import read_weights
+from storage.store.store import Store
 from storage.testing import TINY_VIT
-from storage.weights import read_weights
-from student.align import Shape
-from student.config import validate
-from student.lesson import Lesson, find_targets, given_of
-from student.losses import Step, head_specific
+from student.alignment.student_spec import Shape
+from student.alignment.student_taps import Seen
+from student.data.batch import Batch
+from student.data.stream import Stream
+from student.losses import head_specific
+from student.losses.base import Step
 from student.losses.head_specific import Method, difference, rightness
-from student.model import build
-from student.seen import Seen
-from student.stream import Batch, Stream
+from student.models.build import build
+from student.recipe.validate import validate
+from student.targets.stored_target import given_of
+from student.training.distiller import Lesson, find_targets
 from tests.conftest import World, run_precompute, teacher_of
 from tests.student.test_align import given
 from tests.student.test_losses import entropy, values

@@ -7,12 +7,12 @@ import pytest
 import timm
 import torch
 
-from precompute import teachers
 from precompute.taps import Tap, TappedTeacher
+from precompute.teachers import teacher
 from storage.errors import UserError
 from storage.testing import TINY_CNN, TINY_VIT
-from student.head import Examples, Head, fit, held_out, try_strengths
-from student.network import heads_of, network_of, put_in
+from student.fit_teacher.logistic_regression import Examples, Head, fit, held_out, try_strengths
+from student.fit_teacher.network import heads_of, network_of, put_in
 from tests.student.runs import POOLED
 
 
@@ -105,7 +105,7 @@ def test_a_head_on_the_embedding_is_the_classifier_of_any_network(tmp_path, name
     torch.manual_seed(0)
     original = timm.create_model(name, num_classes=7, **arguments)
     save_file(original.state_dict(), tmp_path / "w.safetensors")
-    digest = teachers.digest_of_file(str(tmp_path / "w.safetensors"))
+    digest = teacher.digest_of_file(str(tmp_path / "w.safetensors"))
     identity = {"model": name, "arguments": {**arguments, "num_classes": 7}, "weights sha256": digest, "input size": 32}
     recorded = {"id": "t", "identity": identity, "weights": str(tmp_path / "w.safetensors")}
     model = network_of(recorded, None, 4)

@@ -14,12 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from precompute.taps import Tap, TappedTeacher
 from storage.errors import IdentityError, UserError
-from student import config, links
-from student.align import Given, Shape
-from student.links import Layout
-from student.loss_settings import Links
+from student.alignment.student_spec import Shape
 from student.losses import aal
 from student.losses.aal import AAL, Method
+from student.losses.parts import aal_links
+from student.losses.parts.aal_links import Layout
+from student.recipe import validate
+from student.settings import Links
+from student.targets.stored_target import Given
 from tests.student.runs import run, same, u8
 from tests.student.test_aal import printed
 
@@ -28,8 +30,8 @@ SMALL = Layout((1, 2), (3, 2), (2, 2, 2))
 DEIT_S = Shape(12, 6, 14, ("class", "distillation"))
 
 
-def kept(wish: Any, layout: Layout = B3, stages: int = 7) -> links.Kept:
-    return links.kept("aal", aal.Settings(links=wish).links, layout, stages)
+def kept(wish: Any, layout: Layout = B3, stages: int = 7) -> aal_links.Kept:
+    return aal_links.kept("aal", aal.Settings(links=wish).links, layout, stages)
 
 
 def given(layout: Layout = B3, grid: int = 14) -> Given:
@@ -70,25 +72,25 @@ def test_link_counts_of_the_paper(name: Any, by_stage: list[int]):
 def test_full_links_are_all_of_them():
     assert kept("full").choice is None
     assert "68,544" in Method("aal", aal.Settings(), DEIT_S, [given()]).row.rule.replace("69,496", "68,544")
-    assert links.ranges_of(torch.ones(952, 12, dtype=torch.bool), B3) == [[1, 12]] * 7
+    assert aal_links.ranges_of(torch.ones(952, 12, dtype=torch.bool), B3) == [[1, 12]] * 7
 
 
 def test_ranges_are_the_table_s_and_come_back_as_they_were_said():
-    for name, table in links.TABLE.items():
+    for name, table in aal_links.TABLE.items():
         assert torch.equal(kept([list(pair) for pair in table]).choice, kept(name).choice)
-        assert links.ranges_of(kept(name).choice, B3) == [list(pair) for pair in table]
+        assert aal_links.ranges_of(kept(name).choice, B3) == [list(pair) for pair in table]
     some = kept([[2, 3], None], SMALL, 2).choice
     assert some.tolist() == [[False, True, True]] * 3 + [[False] * 3] * 2
-    assert links.ranges_of(some, SMALL) == [[2, 3], None]
+    assert aal_links.ranges_of(some, SMALL) == [[2, 3], None]
     some[0, 0] = True
-    assert links.ranges_of(some, SMALL) is None, "channels of one stage differ"
-    assert links.ranges_of(torch.tensor([[True, False, True]] * 5), SMALL) is None, "a gap"
+    assert aal_links.ranges_of(some, SMALL) is None, "channels of one stage differ"
+    assert aal_links.ranges_of(torch.tensor([[True, False, True]] * 5), SMALL) is None, "a gap"
 
 
 def test_a_target_of_some_stages_takes_their_rows_of_the_table():
     part = Layout((4, 6), (96, 232), (6,) * 12)
     choice = kept("alpha", part, 7).choice
-    assert links.ranges_of(choice, part) == [[4, 6], [6, 11]]
+    assert aal_links.ranges_of(choice, part) == [[4, 6], [6, 11]]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +131,7 @@ def settings(**changes: Any) -> Links:
 def test_algorithm_1_as_printed(threshold):
     torch.manual_seed(0)
     trained = torch.randn(5, 6)
-    found = links.extracted(trained, SMALL, settings(normalise="printed", threshold=threshold))
+    found = aal_links.extracted(trained, SMALL, settings(normalise="printed", threshold=threshold))
     heads_first = trained.unflatten(1, (3, 2)).transpose(1, 2)
     assert {(c, n) for c, n in found.nonzero().tolist()} == algorithm_1(heads_first.double(), threshold)
 
@@ -141,8 +143,8 @@ def test_algorithm_1_as_printed_keeps_every_link_and_abs_does_not(law):
     trained = torch.randn(shape) if law == "gaussian" else torch.distributions.Laplace(0, 1).sample(shape)
     trained *= 0.02
     trained[:400, :36] *= 1e-3  # links that training let go
-    assert links.extracted(trained, B3, settings(normalise="printed")).all()
-    pruned = links.extracted(trained, B3, settings(normalise="abs"))
+    assert aal_links.extracted(trained, B3, settings(normalise="printed")).all()
+    pruned = aal_links.extracted(trained, B3, settings(normalise="abs"))
     assert not pruned[:400, :6].any()
     assert pruned[400:].float().mean() > 0.8
 
@@ -151,7 +153,7 @@ def test_links_that_differ_by_rounding_alone_are_none_above_the_others():
     even = torch.full((5, 6), 0.1) + 1e-8 * torch.arange(30.0).view(5, 6) % 4e-8
     assert len(even.unique()) > 1
     for normalise in ("abs", "printed"):
-        assert not links.extracted(even, SMALL, settings(normalise=normalise)).any()
+        assert not aal_links.extracted(even, SMALL, settings(normalise=normalise)).any()
 
 
 def test_blocks_are_kept_whole_and_give_ranges():
@@ -159,11 +161,14 @@ def test_blocks_are_kept_whole_and_give_ranges():
     trained = 0.01 * torch.randn(5, 6)
     trained[:3, 2:4] += 1
     trained[3:, :4] += 1
-    by_block = links.extracted(trained, SMALL, settings(granularity="block"))
-    assert links.ranges_of(by_block, SMALL) == [[2, 2], [1, 2]]
+    by_block = aal_links.extracted(trained, SMALL, settings(granularity="block"))
+    assert aal_links.ranges_of(by_block, SMALL) == [[2, 2], [1, 2]]
     trained[3, 0:2] = 0
-    assert links.ranges_of(links.extracted(trained, SMALL, settings()), SMALL) is None
-    assert links.ranges_of(links.extracted(trained, SMALL, settings(granularity="block")), SMALL) == [[2, 2], [1, 2]]
+    assert aal_links.ranges_of(aal_links.extracted(trained, SMALL, settings()), SMALL) is None
+    assert aal_links.ranges_of(aal_links.extracted(trained, SMALL, settings(granularity="block")), SMALL) == [
+        [2, 2],
+        [1, 2],
+    ]
 
 
 def test_the_heat_map_is_the_mean_magnitude_over_channels_and_heads():
@@ -225,7 +230,7 @@ def test_pruned_links_stay_zero_in_a_run_that_is_cut_off_and_resumed(world, tmp_
     full = [u8(world), ranges, "ema=0.9", "checkpoint_interval=3"]
     run(world, tmp_path / "whole", "aal", *full)
     with pytest.MonkeyPatch.context() as patch:
-        from student import train as trainer
+        from student.training import train as trainer
 
         keep = trainer._Run._keep
         patch.setattr(trainer._Run, "_keep", lambda self: (keep(self), (_ for _ in ()).throw(KeyboardInterrupt))[0])
@@ -233,9 +238,9 @@ def test_pruned_links_stay_zero_in_a_run_that_is_cut_off_and_resumed(world, tmp_
             run(world, tmp_path / "cut", "aal", *full)
     run(world, tmp_path / "cut", "aal", *full, resume=True)
     assert same(tmp_path / "whole", tmp_path / "cut")
-    trained = links.read(tmp_path / "cut", None)
+    trained = aal_links.read(tmp_path / "cut", None)
     assert trained.layout == Layout((1, 2, 3, 4), (8, 12, 16, 24), (3, 3))
-    choice = links.ranged([(1, 1), (1, 2), (2, 2), None], trained.layout, "here")
+    choice = aal_links.ranged([(1, 1), (1, 2), (2, 2), None], trained.layout, "here")
     mask = trained.layout.spread(choice).bool()
     assert (trained.weights[~mask] == 0).all()
     assert (trained.weights[mask] != 0).all()
@@ -253,7 +258,7 @@ def trained(world, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_says_what_its_links_join(world, trained):
-    found = links.read(trained, None)
+    found = aal_links.read(trained, None)
     assert found.layout == Layout((1, 2, 3, 4), (8, 12, 16, 24), (3, 3))
     assert (found.loss, found.target) == ("aal", world.targets["activations u8"])
     assert torch.equal(found.weights, load_file(trained / "losses.safetensors")["aal.aal.links.weight"][:, :, 0])
@@ -264,10 +269,10 @@ def test_links_of_a_run_train_another_and_are_part_of_what_it_is(world, trained,
     full, out = copy(trained, tmp_path / "full", state), tmp_path / "selected"
     wish = [u8(world), f"losses.aal.links={full}", "losses.aal.links.threshold=0.3", "optim.epochs=1"]
     run(world, out, "aal", *wish)
-    of = links.read(trained, None)
-    choice = links.extracted(of.weights, of.layout, settings(threshold=0.3))
+    of = aal_links.read(trained, None)
+    choice = aal_links.extracted(of.weights, of.layout, settings(threshold=0.3))
     assert 0 < choice.float().mean() < 1
-    assert torch.equal(links.read(out, None).weights != 0, of.layout.spread(choice).bool())
+    assert torch.equal(aal_links.read(out, None).weights != 0, of.layout.spread(choice).bool())
     assert len(json.loads((out / "run.json").read_text())["links"]["aal"]) == 64
     run(world, out, "aal", *wish, resume=True)
     (full / "losses.safetensors").unlink()
@@ -279,22 +284,22 @@ def test_links_of_a_run_train_another_and_are_part_of_what_it_is(world, trained,
 
 
 def test_printed_says_that_it_keeps_everything(world, trained):
-    found = links.kept("aal", Links(run=str(trained), normalise="printed"), links.read(trained, None).layout, 4)
+    found = aal_links.kept("aal", Links(run=str(trained), normalise="printed"), aal_links.read(trained, None).layout, 4)
     assert found.choice.all()
     assert "360 of 360 weights, all of them (printed puts a weight of 0 near the middle" in found.words
 
 
 def test_another_shape_nothing_kept_and_a_smoke_run_are_refused(world, trained, tmp_path):
-    layout = links.read(trained, None).layout
+    layout = aal_links.read(trained, None).layout
     wish = Links(run=str(trained))
     with pytest.raises(UserError, match=r"join 8 \+ 12 \+ 16 \+ 24 maps and 2 layers of 3 heads; here are 24 \+ 32"):
-        links.kept("aal", wish, B3, 7)
+        aal_links.kept("aal", wish, B3, 7)
     with pytest.raises(UserError, match=r"none is kept; lower --set losses.aal.links.threshold"):
-        links.kept("aal", Links(run=str(trained), threshold=0.999), layout, 4)
+        aal_links.kept("aal", Links(run=str(trained), threshold=0.999), layout, 4)
     smoke = copy(trained, tmp_path / "smoke", load_file(trained / "losses.safetensors"))
     (smoke / "SMOKE").write_text("")
     with pytest.raises(UserError, match="smoke run, whose links have learned nothing"):
-        links.kept("aal", Links(run=str(smoke)), layout, 4)
+        aal_links.kept("aal", Links(run=str(smoke)), layout, 4)
 
 
 def copy(of: Path, to: Path, state: dict[str, torch.Tensor], **notes: str) -> Path:
@@ -321,7 +326,7 @@ def test_what_a_hostile_file_says_of_its_links_ends_in_one_error(trained, tmp_pa
     state = load_file(trained / "losses.safetensors")
     folder = copy(trained, tmp_path / "x", state, aal=note)
     with pytest.raises(UserError, match=r"losses\.safetensors"):
-        links.read(folder, None)
+        aal_links.read(folder, None)
 
 
 def test_hostile_links_end_in_one_error(trained, tmp_path):
@@ -329,28 +334,28 @@ def test_hostile_links_end_in_one_error(trained, tmp_path):
     for i, other in enumerate((state[name] / 0, state[name].half(), state[name][:, :, 0], state[name][:5],
                                state[name].long())):  # fmt: skip
         with pytest.raises(UserError, match=r"expected finite torch.float32"):
-            links.read(copy(trained, tmp_path / str(i), {**state, name: other}), None)
+            aal_links.read(copy(trained, tmp_path / str(i), {**state, name: other}), None)
     for text in (b"", b"\0" * 100, b"\xff" * 8 + b"{}", (trained / "losses.safetensors").read_bytes()[:-9]):
         (tmp_path / "0" / "losses.safetensors").write_bytes(text)
         with pytest.raises(UserError, match="cannot be read"):
-            links.read(tmp_path / "0", None)
+            aal_links.read(tmp_path / "0", None)
     (tmp_path / "0" / "losses.safetensors").unlink()
     (tmp_path / "0" / "losses.safetensors").mkdir()
     for place in (tmp_path / "0", tmp_path / "none", tmp_path / ("x" * 300)):
         with pytest.raises(UserError):
-            links.read(place, None)
+            aal_links.read(place, None)
     with pytest.raises(UserError, match="the run had no aal loss"):
-        links.read(copy(trained, tmp_path / "else", {"other": torch.ones(1)}), None)
+        aal_links.read(copy(trained, tmp_path / "else", {"other": torch.ones(1)}), None)
     two = copy(trained, tmp_path / "two", {**state, "b.aal.links.weight": state[name].clone()})
     with pytest.raises(UserError, match=r"has links of aal, b; say which: --set losses.x.links.loss=NAME"):
-        links.read(two, None, "losses.x.links")
+        aal_links.read(two, None, "losses.x.links")
     with pytest.raises(UserError, match=r"no links of 'all'.*Did you mean 'aal'"):
-        links.read(two, "all")
+        aal_links.read(two, "all")
 
 
 def test_links_are_said_in_many_ways_and_nothing_else_is_taken():
     def of(value: Any) -> Any:
-        return config.validate({"losses": {"aal": {"links": value}}}, "r").losses["aal"].links
+        return validate.validate({"losses": {"aal": {"links": value}}}, "r").losses["aal"].links
 
     assert of("alpha") == "alpha"
     assert of("runs/full") == Links(run="runs/full")
@@ -363,7 +368,7 @@ def test_links_are_said_in_many_ways_and_nothing_else_is_taken():
 
 
 def test_short_forms_of_settings_grow_when_a_part_is_said():
-    from pipeline.recipes import load
+    from pipeline.recipes.loader import load
 
     settings = ["losses.aal.links=runs/full", "losses.aal.links.normalise=printed"]
     found = load("aal", settings).losses["aal"].links

@@ -13,18 +13,19 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from storage.errors import UserError
-from storage.store import Store
+from storage.objects.state_dict import read_weights
+from storage.store.store import Store
 from storage.testing import TINY_VIT
-from storage.weights import read_weights
-from student.align import Shape
-from student.config import validate
-from student.lesson import Lesson, given_of
+from student.alignment.attention import Rows, log_mean
+from student.alignment.student_spec import Shape
+from student.data.stream import Stream
 from student.losses import advit, attention_transfer, deit
 from student.losses.aal import AAL, class_maps
-from student.losses.crossentropy import cross_entropy
-from student.model import build
-from student.rows import Rows, log_mean
-from student.stream import Stream
+from student.losses.cross_entropy import cross_entropy
+from student.models.build import build
+from student.recipe.validate import validate
+from student.targets.stored_target import given_of
+from student.training.distiller import Lesson
 from tests.conftest import run_precompute, teacher_of
 from tests.student.test_align import given
 

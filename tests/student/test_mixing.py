@@ -14,14 +14,15 @@ import torch
 from torch.nn import functional as F
 
 from storage.errors import DamageError, IdentityError, UserError
-from storage.markers import Task
-from storage.policies import policy
-from storage.shards import cached_index, read_samples
-from storage.store import Store
+from storage.shards.index import cached_index, read_samples
+from storage.store.markers import Task
+from storage.store.store import Store
 from storage.testing import TINY_CNN, synthetic_shards
-from student.losses.crossentropy import cross_entropy
-from student.reader import BlockReader
-from student.stream import Batch, Stream
+from storage.views.policy import policy
+from student.data.batch import Batch
+from student.data.block_reader import BlockReader
+from student.data.stream import Stream
+from student.losses.cross_entropy import cross_entropy
 from tests.conftest import run_precompute, teacher_of, write_teacher
 from tests.storage.helpers import write_tar
 from tests.student.mixed import DEIT, SEED, SIDE, VIEWS, Expected, all_same, alone, assert_as, rows_of, same
@@ -263,8 +264,10 @@ def refuse_to_decode(monkeypatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("something was decoded")
 
-    for name in ("storage.banks.render", "storage.views.decode", "student.reader.decode", "student.reader.render",
-                 "student.reader.read_samples", "storage.views.Image.open"):  # fmt: skip
+    for name in (
+        "storage.store.banks.render", "storage.views.render.decode", "student.data.block_reader.decode",
+        "student.data.block_reader.render", "student.data.block_reader.read_samples", "storage.views.render.Image.open",
+    ):  # fmt: skip
         monkeypatch.setattr(name, refuse)
 
 
@@ -306,25 +309,25 @@ def test_with_pixels_the_tars_are_not_read_any_more_once_they_were_recognised(ma
 
 
 def test_with_pixels_other_decoders_do_not_matter(made, epochs, with_pixels, monkeypatch):
-    import storage.banks
+    import storage.store.banks
 
-    real = storage.banks.render
-    monkeypatch.setattr(storage.banks, "render", lambda *arguments: real(*arguments) ^ 1)
+    real = storage.store.banks.render
+    monkeypatch.setattr(storage.store.banks, "render", lambda *arguments: real(*arguments) ^ 1)
     assert all_same(made.stream(store=with_pixels[0]).epoch(0), epochs[0])
 
 
 @pytest.mark.parametrize("flip", [1, 128])
 def test_without_pixels_another_decoder_is_an_error_that_offers_them(made, monkeypatch, flip):
-    import storage.banks
+    import storage.store.banks
 
-    real = storage.banks.render
+    real = storage.store.banks.render
 
     def other(*arguments):
         pixels = real(*arguments)
         pixels[7, 3, 1] ^= flip
         return pixels
 
-    monkeypatch.setattr(storage.banks, "render", other)
+    monkeypatch.setattr(storage.store.banks, "render", other)
     with pytest.raises(
         IdentityError,
         match=r"key \S+: signature of the view's pixels: expected \w{8}, found \w{8}\n.*\n.*store the pixels themselves"

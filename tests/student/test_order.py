@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.errors import UserError
-from student.order import Order, default_lanes, lanes_of
+from student.data.shuffle import Order, default_lanes, lanes_of
 
 
 def blocks_of(*shards: int, bad: dict[int, set[int]] | None = None) -> list[tuple[int, int, np.ndarray]]:

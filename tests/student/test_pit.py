@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipeline.cli import main
-from precompute import teachers
 from precompute.taps import (
     AttentionTaps,
     Tap,
@@ -21,11 +20,12 @@ from precompute.taps import (
     layer_grids,
     prefix_roles,
 )
+from precompute.teachers import teacher
 from storage.errors import UserError
-from student import links
-from student.align import student_shape
+from student.alignment.student_spec import student_shape
 from student.losses import aal
 from student.losses.aal import Method, class_maps
+from student.losses.parts import aal_links
 from tests.student.runs import run, u8, weights
 from tests.student.test_links import B3, given
 
@@ -117,18 +117,18 @@ def test_gradients_reach_every_layer_of_pit():
 
 
 def test_heads_of_each_layer_count_in_links_and_heat():
-    layout = links.Layout(B3.stages, B3.channels, (3, 3, 6, 6, 6, 6, 6, 6, 12, 12, 12, 12))
-    choice = links.kept("aal", "alpha", layout, 7).choice
+    layout = aal_links.Layout(B3.stages, B3.channels, (3, 3, 6, 6, 6, 6, 6, 6, 12, 12, 12, 12))
+    choice = aal_links.kept("aal", "alpha", layout, 7).choice
     assert layout.count(choice) == sum(
         channels * sum(layout.heads[first - 1 : last])
-        for channels, (first, last) in zip(layout.channels, links.TABLE["alpha"], strict=True)
+        for channels, (first, last) in zip(layout.channels, aal_links.TABLE["alpha"], strict=True)
     )
 
 
 def test_pit_is_no_teacher_of_attention_and_says_why():
     with pytest.raises(UserError, match="PoolingVisionTransformer: it pools its patches between layers"):
         TappedTeacher(pit(**SMALL), [Tap("class_row")], 64, 64, (0.5,) * 3, (0.5,) * 3)
-    about = teachers.describe(teachers.Teacher("pit", "pit_s_224", {}, None, "", 64, (0.5,) * 3, (0.5,) * 3),
+    about = teacher.describe(teacher.Teacher("pit", "pit_s_224", {}, None, "", 64, (0.5,) * 3, (0.5,) * 3),
                               pit(**SMALL))  # fmt: skip
     assert about["network"] == "other"
 
@@ -139,8 +139,8 @@ PIT = ["student.model=pit_ti_224", "student.patch_size=4", "student.embed_dim=nu
 
 def test_a_run_of_pit_with_aal_and_what_it_leaves(world, tmp_path, capsys):
     run(world, tmp_path / "run", "aal", u8(world), *PIT, "losses.aal.grid=8", "optim.epochs=1")
-    found = links.read(tmp_path / "run", None)
-    assert found.layout == links.Layout((1, 2, 3, 4), (8, 12, 16, 24), (2, 2, 4, 4, 4, 4, 4, 4, 8, 8, 8, 8))
+    found = aal_links.read(tmp_path / "run", None)
+    assert found.layout == aal_links.Layout((1, 2, 3, 4), (8, 12, 16, 24), (2, 2, 4, 4, 4, 4, 4, 4, 8, 8, 8, 8))
     assert json.loads((tmp_path / "run" / "result.json").read_text())["samples"] == 300
     with pytest.raises(SystemExit) as ended:
         main(["evaluate", str(tmp_path / "run"), "--protocol", "cost", "--batch-size", "1", "--json"])

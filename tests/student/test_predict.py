@@ -11,9 +11,9 @@ import pytest
 
 from pipeline.cli import main
 from storage.errors import UserError
-from storage.shards import cached_index, read_samples
-from student.model import load
-from student.predict import found_in, predict
+from storage.shards.index import cached_index, read_samples
+from student.evaluation.predict import found_in, predict
+from student.models.files import load
 from tests.student.runs import run
 
 

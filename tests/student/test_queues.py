@@ -10,11 +10,12 @@ import torch
 from torch.autograd import gradcheck
 
 from storage.errors import UserError
-from student import checkpoint
-from student import train as trainer
-from student.align import Given, Shape
+from student.alignment.student_spec import Shape
 from student.losses import compress, seed
-from student.queues import Queue, unit
+from student.losses.parts.queue import Queue, unit
+from student.targets.stored_target import Given
+from student.training import checkpoint
+from student.training import train as trainer
 from tests.conftest import Quiet, World
 from tests.student.runs import job, log, run, same, weights
 from tests.student.test_ranks import together
@@ -226,8 +227,8 @@ def test_a_batch_goes_into_a_queue(world, recipe, tmp_path):
 
 def test_the_teacher_may_have_pooled_features_alone():
     """CompRess and SimReg were made for CNNs."""
-    from student.losses import alignment
+    from student.losses import projector_alignment
 
     shape = Shape(2, 3, 4, ("class",), width=6)
-    for module in (seed, compress, alignment):
+    for module in (seed, compress, projector_alignment):
         assert module.need("it", module.Settings(), shape).words == "class_token, or embedding"

@@ -11,14 +11,14 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 
-from storage.policies import policy
 from storage.testing import synthetic_shards
-from student import checkpoint
-from student import train as trainer
-from student.config import validate
+from storage.views.policy import policy
+from student.distributed import joined
 from student.evaluation.accuracy import count, evaluate
-from student.model import build
-from student.ranks import joined
+from student.models.build import build
+from student.recipe.validate import validate
+from student.training import checkpoint
+from student.training import train as trainer
 from tests.conftest import HANGS, Quiet
 from tests.student.runs import ROOT, command, job, log, run, start, u8, weights
 

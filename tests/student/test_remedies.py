@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from precompute import teachers
+from precompute.teachers import teacher as teachers
 from storage.errors import UserError
-from storage.store import Store
+from storage.store.store import Store
 from tests.conftest import World, run_precompute, teacher_of, write_teacher
 from tests.precompute.stores import seeded
 from tests.student.runs import job, run

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from storage.errors import IdentityError, UserError
-from student import checkpoint, folder
-from student import train as trainer
+from student import run_dir
+from student.training import checkpoint
+from student.training import train as trainer
 from tests.conftest import HANGS, Quiet
 from tests.student.runs import FULL, children, command, job, log, run, same, start, u8, wait_for
 
@@ -163,7 +164,7 @@ main(sys.argv[1:])
     ("module", "name", "number", "before"),
     [
         ("torch", "save", 3, "arguments[1].write(b'PK half of a file'); arguments[1].flush()"),
-        ("student.folder", "Log.sync", 4, "pass"),
+        ("student.run_dir", "Log.sync", 4, "pass"),
     ],
 )
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_last_one(
@@ -208,9 +209,9 @@ def test_what_a_kill_leaves_of_any_file_counts_as_nothing(tmp_path, name):
         (out / mark).write_text("")
         (out / f".{name}.part").write_bytes(b"half")
         if mark == "SMOKE":
-            folder.require_free(out)
-        assert folder.never_kept(out) == (mark == "args.yaml")
-        folder.begin(out, smoke=False)
+            run_dir.require_free(out)
+        assert run_dir.never_kept(out) == (mark == "args.yaml")
+        run_dir.begin(out, smoke=False)
         assert not list(out.iterdir())
 
 
@@ -232,9 +233,9 @@ def test_a_folder_that_was_being_emptied_is_still_a_runs(tmp_path, monkeypatch, 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "unlink", cut)
         with pytest.raises(Cut):
-            folder.begin(tmp_path, smoke=False)
-    assert folder.is_smoke(tmp_path) == (mark == "SMOKE")
-    assert folder.is_smoke(tmp_path) or folder.never_kept(tmp_path)
+            run_dir.begin(tmp_path, smoke=False)
+    assert run_dir.is_smoke(tmp_path) == (mark == "SMOKE")
+    assert run_dir.is_smoke(tmp_path) or run_dir.never_kept(tmp_path)
 
 
 def test_a_terminated_command_says_how_to_go_on(world, tmp_path):

@@ -10,10 +10,11 @@ import torch
 
 from precompute.taps import Tap, TappedTeacher
 from storage.errors import UserError
-from student.align import Given, student_shape
+from student.alignment.student_spec import student_shape
+from student.alignment.student_taps import Seen
+from student.alignment.tokens import Vectors
 from student.losses.attention_transfer import Settings
-from student.rows import Vectors
-from student.seen import Seen
+from student.targets.stored_target import Given
 
 READS = frozenset({"attention", "values", "streams", "tokens"})
 LAYERS = (1, 2, 3)

@@ -14,15 +14,16 @@ from safetensors import safe_open
 from torch import nn
 
 from pipeline.cli import main
-from pipeline.deploying import export
+from pipeline.export_onnx import export
 from storage.errors import UserError
-from storage.policies import policy
-from storage.weights import load_weights
-from student.align import student_shape
-from student.config import Student
-from student.evaluation.accuracy import evaluation_batches
-from student.model import build, load
-from student.shifted import ShiftedPatches, shift_patches, shifted
+from storage.objects.state_dict import load_weights
+from storage.views.policy import policy
+from student.alignment.student_spec import student_shape
+from student.evaluation.batches import evaluation_batches
+from student.models.build import build
+from student.models.files import load
+from student.models.shifted_patch import ShiftedPatches, shift_patches, shifted
+from student.settings import Student
 from tests.student.runs import run, u8
 
 

@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from storage.codecs import Codec
-from student.align import Given, Shape
-from student.losses import Step, advit, attention_transfer, guidance, head_specific
-from student.rows import Rows
+from storage.store.codecs import Codec
+from student.alignment.attention import Rows
+from student.alignment.student_spec import Shape
+from student.losses import advit, attention_guidance, attention_transfer, head_specific
+from student.losses.base import Step
+from student.targets.stored_target import Given
 from tests.student.test_align import given
 
 MODULES: dict[str, Any] = {
-    "attention": attention_transfer, "guidance": guidance, "head_specific": head_specific, "advit": advit,
+    "attention": attention_transfer, "guidance": attention_guidance, "head_specific": head_specific, "advit": advit,
 }  # fmt: skip
 ROLES = ("class", "distillation")
 

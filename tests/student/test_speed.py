@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from storage.errors import UserError
-from student import config, speed
-from student.device import Processor
-from student.lesson import Lesson
-from student.prepare import prepare
+from student.alignment import student_taps
+from student.distributed import Processor
+from student.recipe import schema
+from student.training import precision
+from student.training.distiller import Lesson
+from student.training.setup import prepare
 from tests.conftest import Quiet
 from tests.student.runs import ROOT, command, job, log, run, same, start, u8
 
@@ -39,21 +41,21 @@ def parts(world, tmp_path, *settings):
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_auto_follows_what_the_processor_has(name):
     processor, native = PROCESSORS[name]
-    auto = speed.choose(config.Speed(amp="auto"), CPU, processor)
+    auto = precision.choose(schema.Speed(amp="auto"), CPU, processor)
     assert (auto.amp, auto.attention) == (("bfloat16", "unfused") if native else ("none", "fused"))
-    (told,) = speed.lines(auto, CPU, processor)
+    (told,) = precision.lines(auto, CPU, processor)
     assert told == f"speed: {'bfloat16, unfused' if native else 'f32, fused'} attention"
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_contract_16_no_machine_chooses_what_a_recipe_says(name):
     processor, native = PROCESSORS[name]
-    plain = speed.choose(config.Speed(), CPU, processor)
+    plain = precision.choose(schema.Speed(), CPU, processor)
     assert (plain.amp, plain.attention) == ("none", "fused")
-    assert ("speed.amp=auto" in speed.lines(plain, CPU, processor)[0]) == native
-    wish = speed.choose(config.Speed(amp="bfloat16", attention="fused"), CPU, processor)
+    assert ("speed.amp=auto" in precision.lines(plain, CPU, processor)[0]) == native
+    wish = precision.choose(schema.Speed(amp="bfloat16", attention="fused"), CPU, processor)
     assert (wish.amp, wish.attention) == ("bfloat16", "fused")
-    warnings = speed.lines(wish, CPU, processor)[1:]
+    warnings = precision.lines(wish, CPU, processor)[1:]
     assert len(warnings) == (not native)
     for warning in warnings:
         assert f"this processor ({processor.level}) has no bf16 instructions" in warning
@@ -96,21 +98,21 @@ def test_unfused_bfloat16_gives_about_the_same_losses_and_they_are_f32(world, tm
     made = parts(world, tmp_path)
     batch = next(made.stream.epoch(0))
     logits, exact = made.lesson(batch)
-    speed.apply(made.lesson, "bfloat16", "unfused")
-    assert [m.fused_attn for m in speed.attention_modules(made.lesson.student)] == [False, False]
+    precision.apply(made.lesson, "bfloat16", "unfused")
+    assert [m.fused_attn for m in student_taps.attention_modules(made.lesson.student)] == [False, False]
     rounded, values = made.lesson(batch)
     assert {value.dtype for value in values.values()} == {torch.float32}
     assert not torch.equal(rounded, logits)
     for name in exact:
         assert torch.allclose(values[name], exact[name], rtol=2e-2)
-    speed.apply(made.lesson, "none", "unfused")
+    precision.apply(made.lesson, "none", "unfused")
     assert torch.allclose(made.lesson(batch)[0], logits, atol=1e-5)
 
 
 def test_float16_needs_cuda_and_compilation_a_compiler(world, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"speed\.amp=float16 needs CUDA .* use bfloat16, none or auto"):
         run(world, tmp_path / "run", "scratch", "speed.amp=float16")
-    monkeypatch.setattr(speed.shutil, "which", lambda name: None)
+    monkeypatch.setattr(precision.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match=r"torch\.compile needs a C\+\+ compiler and finds none"):
         run(world, tmp_path / "run", "scratch", "speed.compile=true")
 
@@ -127,9 +129,9 @@ def compiled(world, tmp_path, monkeypatch, backend: str) -> None:
         return {n: v.item() for n, v in values.items()}, {n: p.grad.clone() for n, p in lesson.named_parameters()}
 
     plain, slopes = gradients(made.lesson)
-    monkeypatch.setattr(speed, "BACKEND", backend)
+    monkeypatch.setattr(precision, "BACKEND", backend)
     names = list(made.lesson.student.state_dict())
-    speed.compile_student(made.lesson)
+    precision.compile_student(made.lesson)
     assert list(made.lesson.student.state_dict()) == names
     for _ in range(2):
         ours, theirs = gradients(made.lesson)

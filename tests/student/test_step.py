@@ -8,15 +8,16 @@ import json
 import pytest
 import torch
 
-from pipeline.recipes import load as load_recipe
+from pipeline.recipes.loader import load as load_recipe
 from storage.errors import UserError
-from storage.policies import policy
-from student import folder
+from storage.views.policy import policy
+from student import run_dir
 from student.evaluation.accuracy import evaluate
-from student.model import build, load
-from student.optimiser import optimiser, rate
-from student.prepare import prepare
-from student.step import Update
+from student.models.build import build
+from student.models.files import load
+from student.training.optimizer import optimiser, rate
+from student.training.setup import prepare
+from student.training.step import Update
 from tests.conftest import Quiet
 from tests.student.runs import STUDENT, job, log, run, u8, weights
 
@@ -74,7 +75,9 @@ def test_rates_fall_by_layer_and_links_have_the_full_one(world, tmp_path):
     assert rates["student.blocks.1.attn.qkv.weight"] == pytest.approx(2 * rates["student.blocks.0.attn.qkv.weight"])
     assert rates["student.blocks.0.norm1.weight"] == pytest.approx(2 * rates["student.patch_embed.proj.weight"])
     decays = {names[p]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert {decays[n] for n in ("student.pos_embed", "student.cls_token", "student.head.bias")} == {0}
+    assert {
+        decays[n] for n in ("student.pos_embed", "student.cls_token", "student.fit_teacher.logistic_regression.bias")
+    } == {0}
     assert decays["losses.aal.aal.links.weight"] == 0.05
     assert {tuple(group["betas"]) for group in optimizer.param_groups} == {(0.8, 0.9)}
     with pytest.raises(UserError, match=r"optim\.betas: sgd does not take them"):
@@ -121,12 +124,12 @@ def test_tensorboard_that_is_missing_is_said_at_once(world, tmp_path, monkeypatc
 
 
 def test_a_log_is_cut_back_to_where_a_run_goes_on(tmp_path):
-    log = folder.Log(tmp_path)
+    log = run_dir.Log(tmp_path)
     log.write({"epoch": 0, "step": 0}, 0)
     kept = log.sync()
     log.write({"epoch": 0, "step": 50}, 50)
     log.close()
-    again = folder.Log(tmp_path, keep=kept)
+    again = run_dir.Log(tmp_path, keep=kept)
     assert again.sync() == kept
     again.write({"epoch": 0, "step": 50, "again": True}, 50)
     assert again.sync() > kept

@@ -13,19 +13,20 @@ import numpy as np
 import pytest
 import torch
 
-from precompute.export import live_teacher
+from precompute.export.pytorch import live_teacher
 from precompute.taps import Tap
-from precompute.teachers import Teacher
-from storage.codecs import Codec
-from storage.policies import policy
-from storage.store import Store
-from storage.views import COLUMNS
-from student.align import Given
-from student.config import Recipe, validate
-from student.lesson import Lesson, given_of
-from student.model import build
-from student.stream import Stream
-from student.weights import normalisation
+from precompute.teachers.teacher import Teacher
+from storage.store.codecs import Codec
+from storage.store.store import Store
+from storage.views.policy import policy
+from storage.views.view import COLUMNS
+from student.data.stream import Stream
+from student.models.build import build
+from student.models.init import normalisation
+from student.recipe.schema import Recipe
+from student.recipe.validate import validate
+from student.targets.stored_target import Given, given_of
+from student.training.distiller import Lesson
 from tests.conftest import World, run_precompute, teacher_of
 
 STEPS = 20
@@ -285,8 +286,8 @@ def test_contract_1_log8_and_topk_are_near_the_exact_distributions(mixed, record
 @pytest.mark.slow
 def test_real_images_and_weights(shared, tmp_path, record_property):
     """MobileNetV2 on CIFAR-10 at 128, under `deit` at 32x32, mixing on."""
-    from precompute import teachers
-    from storage.pack import pack
+    from precompute.teachers import teacher as teachers
+    from storage.shards.pack import pack
 
     shards = pack(str(shared / "data" / "cifar10-test-000000.tar"), str(tmp_path / "some.tar"), fraction=0.1)["train"]
     teacher = teachers.find(

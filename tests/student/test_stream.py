@@ -15,14 +15,18 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from storage.errors import DamageError, IdentityError, UserError
-from storage.markers import Task
-from storage.policies import policy
-from storage.shards import cached_index, read_samples
-from storage.store import Store
+from storage.shards.index import cached_index, read_samples
+from storage.store.markers import Task
+from storage.store.store import Store
 from storage.testing import synthetic_shards
-from storage.views import View, decode, draw, render
-from student.evaluation.accuracy import evaluation_batches
-from student.stream import Batch, Stream, _leave_at_once
+from storage.views.draw import draw
+from storage.views.policy import policy
+from storage.views.render import decode, render
+from storage.views.view import View
+from student.data.batch import Batch
+from student.data.stream import Stream
+from student.data.workers import _leave_at_once
+from student.evaluation.batches import evaluation_batches
 
 
 def stream(world, **changes) -> Stream:
@@ -188,11 +192,11 @@ def test_a_pixel_changed_after_the_start_is_found_when_it_is_read(world, tmp_pat
 
 
 def test_a_mismatch_of_signatures_names_both_sides_decoders(world, monkeypatch):
-    import storage.banks
+    import storage.store.banks
 
-    real = storage.banks.render
-    monkeypatch.setattr(storage.banks, "render", lambda *args: real(*args) ^ 1)
-    monkeypatch.setattr(storage.banks, "renderer", lambda: {"pillow": "1.2.3"})
+    real = storage.store.banks.render
+    monkeypatch.setattr(storage.store.banks, "render", lambda *args: real(*args) ^ 1)
+    monkeypatch.setattr(storage.store.banks, "renderer", lambda: {"pillow": "1.2.3"})
     with pytest.raises(IdentityError, match=r"signature of the view's pixels: expected \w{8}, found \w{8}\n.*1\.2\.3"):
         next(stream(world).epoch(0))
 

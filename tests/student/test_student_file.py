@@ -10,9 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from storage.errors import UserError
-from storage.weights import classes_in
-from student import config
-from student.model import Description, build, load, save
+from storage.objects.state_dict import classes_in
+from student import settings as config
+from student.models.build import build
+from student.models.files import Description, load, save
 
 ABOUT = {"img_size": 32, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "classes": ("a", "b", "c")}
 COPYING = {

@@ -18,19 +18,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pipeline.cli import main
-from precompute import teachers
-from precompute.export import live_teacher
+from precompute.export.pytorch import live_teacher
 from precompute.taps import Tap
-from storage import records
+from precompute.teachers import teacher as teachers
 from storage.errors import DamageError, IdentityError, UserError
-from storage.policies import policy
-from storage.shards import classes_of
-from storage.store import Store
+from storage.objects import json_record
+from storage.shards.classes import classes_of
+from storage.store.store import Store
 from storage.testing import TINY_VIT, synthetic_shards
-from student.model import load as load_student
-from student.network import network_of
-from student.stream import Stream
-from student.teach import Job, choose_target, fit_teacher, read_examples
+from storage.views.policy import policy
+from student.data.stream import Stream
+from student.fit_teacher.fit import Job, choose_target, fit_teacher, read_examples
+from student.fit_teacher.network import network_of
+from student.models.files import load as load_student
 from tests.conftest import Quiet, run_precompute, teacher_of, write_teacher
 from tests.storage.helpers import write_tar
 from tests.student.runs import POOLED
@@ -135,7 +135,7 @@ def test_features_and_mixed_labels_are_those_of_the_stream(made):
 
 
 def test_no_image_is_read_for_the_fit(made, monkeypatch):
-    monkeypatch.setattr("student.reader.read_samples", lambda *a: pytest.fail("an image was read"))
+    monkeypatch.setattr("student.data.block_reader.read_samples", lambda *a: pytest.fail("an image was read"))
     assert len(read_examples(made.stream("class_token"), made.targets["class_token"], 3).labels) == 598
 
 
@@ -246,9 +246,9 @@ def test_the_same_command_gives_the_same_bytes_and_the_next_one_runs(made, tmp_p
 
 
 def test_any_argument_is_said_in_the_next_command_as_it_is_read_back():
+    from pipeline.commands.fit_teacher import name_of
     from pipeline.options import _arguments
-    from pipeline.teaching import name_of
-    from student.commands import flag
+    from student.targets.hints import flag
 
     values = {"a": "same", "b": 1e-05, "c": [8, 12], "d": True, "e": None, "f": "1", "g": {"x": 0.5}, "h": "a b" * 90}
     assert _arguments(tuple(f"{name}={flag(value)}" for name, value in values.items())) == values
@@ -319,7 +319,7 @@ def test_weights_that_have_moved_are_asked_for(made, tmp_path):
 def test_weights_of_the_hub_are_known_by_their_digest(made, monkeypatch):
     from timm.models.vision_transformer import checkpoint_filter_fn
 
-    from storage.weights import digest_of_state
+    from storage.objects.state_dict import digest_of_state
 
     state = load_file(made.weights["vit"])
     create = timm.create_model
@@ -330,7 +330,7 @@ def test_weights_of_the_hub_are_known_by_their_digest(made, monkeypatch):
             model.load_state_dict(checkpoint_filter_fn(dict(state), model))
         return model
 
-    monkeypatch.setattr("student.network.timm.create_model", hub)
+    monkeypatch.setattr("student.fit_teacher.network.timm.create_model", hub)
     identity = {**made.store.teachers()["vit"]["identity"], "weights sha256": digest_of_state(state)}
     recorded = {"id": "vit", "identity": identity, "weights": "timm hub"}
     model = network_of(recorded, None, 5)
@@ -354,10 +354,10 @@ def test_damage_and_exchanged_views_are_errors_by_name(made, tmp_path, harm):
         path.write_bytes(path.read_bytes()[:-9] + b"x" * 9)
     else:
         path = next((folder / "done").glob(f"target.{target}.*"))
-        content = records.load(path.read_bytes(), "")
+        content = json_record.load(path.read_bytes(), "")
         path.unlink()
         if harm == "other views":
-            path.write_bytes(records.dump({**content, "bank_views": "0" * 64}))
+            path.write_bytes(json_record.dump({**content, "bank_views": "0" * 64}))
     with pytest.raises(IdentityError if harm == "other views" else DamageError) as raised:
         fit_teacher(made.job(tmp_path / "t.safetensors", store=Store.open(folder)), Quiet())
     assert path.name in str(raised.value) or str(path) in str(raised.value)
@@ -365,7 +365,7 @@ def test_damage_and_exchanged_views_are_errors_by_name(made, tmp_path, harm):
 
 def test_features_that_are_not_the_networks_are_refused(made, tmp_path, monkeypatch):
     """As if the store kept what another network said: the head would fit what the network never says."""
-    from student.reader import BlockReader
+    from student.data.block_reader import BlockReader
 
     original = BlockReader.read
 

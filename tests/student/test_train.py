@@ -11,19 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.recipes import load as load_recipe
+from pipeline.recipes.loader import load as load_recipe
 from storage.errors import IdentityError, UserError
-from storage.policies import policy
-from storage.store import Store
+from storage.store.store import Store
 from storage.testing import TINY_CNN, synthetic_shards
-from student.config import Bank, validate
-from student.device import pick_device
+from storage.views.policy import policy
+from student.data.stream import Stream
+from student.distributed import pick_device
 from student.evaluation.accuracy import evaluate
-from student.lesson import Lesson
-from student.model import build, load
-from student.stream import Stream
-from student.train import Job, train
-from student.weights import normalisation
+from student.models.build import build
+from student.models.files import load
+from student.models.init import normalisation
+from student.recipe.validate import validate
+from student.settings import Bank
+from student.training.distiller import Lesson
+from student.training.train import Job, train
 from tests.conftest import Quiet, run_precompute, teacher_of
 
 STUDENT = [

@@ -15,14 +15,14 @@ import yaml
 from PIL import Image
 
 from pipeline.cli import main
-from pipeline.deploying import export
+from pipeline.export_onnx import export
 from storage.errors import UserError
-from storage.policies import policy
 from storage.testing import synthetic_shards
-from student import folder
-from student import train as trainer
-from student.evaluation.accuracy import evaluation_batches
-from student.model import load
+from storage.views.policy import policy
+from student import run_dir
+from student.evaluation.batches import evaluation_batches
+from student.models.files import load
+from student.training import train as trainer
 from tests.conftest import Quiet, World, run_precompute, teacher_of
 from tests.student.runs import FULL, command, job, log, run, same, weights
 from tests.student.test_resume import Cut, cut_after
@@ -64,7 +64,7 @@ def test_neither_labels_nor_classes_nor_validation_shards_are_asked_for(taught) 
     assert epochs[-1]["losses"]["advit"] < epochs[0]["losses"]["advit"]
     assert "top1" not in epochs[0]
     assert json.loads((out / "run.json").read_text())["classes"] == 0
-    assert folder.result(out) == result
+    assert run_dir.result(out) == result
 
 
 def test_shards_with_labels_give_the_same_student(world, bare, taught, tmp_path) -> None:

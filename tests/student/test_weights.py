@@ -9,12 +9,13 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.recipes import load as load_recipe
+from pipeline.recipes.loader import load as load_recipe
 from storage.errors import UserError
-from student import train as trainer
-from student import weights as module
-from student.model import build, load
-from student.weights import begin_from, freeze, normalisation
+from student.models import init as module
+from student.models.build import build
+from student.models.files import load
+from student.models.init import begin_from, freeze, normalisation
+from student.training import train as trainer
 from tests.conftest import Quiet
 from tests.student.runs import STUDENT, job, run, u8, weights
 

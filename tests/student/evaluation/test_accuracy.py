@@ -12,12 +12,12 @@ import torch
 
 from pipeline.cli import main
 from storage.errors import IdentityError, UserError
-from storage.shards import cached_index
+from storage.shards.index import cached_index
 from storage.testing import synthetic_shards
-from student.evaluation.accuracy import evaluation_batches, places_of
-from student.evaluation.figures import figures
-from student.evaluation.members import Member, seen
-from student.model import Description, load
+from student.evaluation.batches import evaluation_batches
+from student.evaluation.class_metrics import figures, places_of
+from student.evaluation.ensemble import Member, seen
+from student.models.files import Description, load
 from tests.student.runs import run
 
 
@@ -65,7 +65,7 @@ def test_a_place_counts_the_classes_before_the_right_one_and_no_number_beats_not
 
 
 def test_chosen_samples_are_those_of_the_whole(world) -> None:
-    from storage.policies import policy
+    from storage.views.policy import policy
 
     chosen = [np.array([0, 5, 63, 64, 149]), np.array([70])]
     view = policy("eval", 32)

@@ -17,13 +17,21 @@ import timm
 from pipeline.cli import main
 from precompute.taps import attention_layers
 from storage.errors import UserError
-from storage.shards import cached_index
-from storage.tars import Sample
-from student.evaluation.boxed import boxed_images, boxes_in
-from student.evaluation.boxes import best_overlaps, centred, found_boxes, max_box_acc, overlaps, report, resized_boxes
-from student.evaluation.contours import contour_boxes, grey
-from student.evaluation.localisation import Looker, localise
-from student.model import load
+from storage.shards.index import cached_index
+from storage.shards.tar import Sample
+from student.evaluation.localization.contours import contour_boxes, grey
+from student.evaluation.localization.dataset import boxed_images, boxes_in
+from student.evaluation.localization.localize import Looker, localise
+from student.evaluation.localization.max_box_acc import (
+    best_overlaps,
+    centred,
+    found_boxes,
+    max_box_acc,
+    overlaps,
+    report,
+    resized_boxes,
+)
+from student.models.files import load
 from tests.student.runs import run
 
 AROUND = [(-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1)]  # clockwise from above

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.cli import main
-from precompute.offers import bare
+from precompute.capabilities import bare
 from storage.errors import UserError
+from student.alignment.student_taps import attention_modules
 from student.evaluation.cost import cost, links_of
-from student.speed import attention_modules
 from tests.student.runs import run
 
 

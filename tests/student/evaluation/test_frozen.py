@@ -13,14 +13,14 @@ import torch
 
 from pipeline.cli import main
 from storage.errors import UserError
-from storage.pack import pack
-from storage.shards import cached_index
+from storage.shards.index import cached_index
+from storage.shards.pack import pack
 from storage.testing import synthetic_shards
-from student.evaluation.features import Features, class_feature, features_of, probe_feature
-from student.evaluation.knn import places, usable, votes
-from student.evaluation.labelled import labelled, share_of
-from student.evaluation.probe import heads, logits_of, try_rates
-from student.model import load
+from student.evaluation.frozen.features import Features, class_feature, features_of, probe_feature
+from student.evaluation.frozen.knn import places, usable, votes
+from student.evaluation.frozen.label_subset import labelled, share_of
+from student.evaluation.frozen.linear_probe import heads, logits_of, try_rates
+from student.models.files import load
 from tests.student.runs import run
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 5, "num_heads": 3, "num_classes": 3}

@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from precompute.taps import prefix_roles
 from storage.errors import UserError
-from student.evaluation.features import features_of
-from student.evaluation.inside import projected, reading
-from student.evaluation.knn import places
-from student.losses import alignment
-from student.model import load
-from student.projector import projector
-from student.seen import Seen
+from student.alignment.student_taps import Seen
+from student.evaluation.frozen.features import features_of
+from student.evaluation.frozen.knn import places
+from student.evaluation.frozen.projector_features import projected, reading
+from student.losses import projector_alignment
+from student.losses.parts.projector import projector
+from student.models.files import load
 from tests.conftest import World
 from tests.student.copying import asked
 from tests.student.runs import run
@@ -33,7 +33,7 @@ def trained(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def kept(folder: Path, settings: alignment.Settings) -> tuple[torch.nn.Module, Path]:
+def kept(folder: Path, settings: projector_alignment.Settings) -> tuple[torch.nn.Module, Path]:
     """A projector with numbers of its own, and a student's file beside what was kept of it."""
     torch.manual_seed(0)
     made = projector(6, 9, settings)
@@ -47,7 +47,7 @@ def kept(folder: Path, settings: alignment.Settings) -> tuple[torch.nn.Module, P
 @pytest.mark.parametrize("kind", ["mlp", "linear"])
 @pytest.mark.parametrize("depth", [1, 2, 4])
 def test_features_after_n_maps_are_those_of_the_projector_itself(tmp_path, kind, depth):
-    made, student = kept(tmp_path, alignment.Settings(projector=kind, depth=depth))
+    made, student = kept(tmp_path, projector_alignment.Settings(projector=kind, depth=depth))
     x = torch.randn(5, 6)
     whole = made(x)
     assert torch.equal(projected(student, depth)(x), whole)
@@ -125,7 +125,7 @@ def _hole(state: dict[str, torch.Tensor]) -> None:
      (None, "cannot be read")],
 )  # fmt: skip
 def test_what_is_no_projector_is_refused(tmp_path, change: Any, said: str):
-    _, student = kept(tmp_path, alignment.Settings())
+    _, student = kept(tmp_path, projector_alignment.Settings())
     path = tmp_path / "losses.safetensors"
     if change is None:
         path.write_bytes(b"hostile" * 9)

@@ -13,7 +13,7 @@ pytest.importorskip("scipy")
 
 from scipy.spatial.distance import jensenshannon
 
-from student.evaluation.likeness import Alignment, Divergences, divergence, paired
+from student.evaluation.similarity.metrics import Alignment, Divergences, divergence, paired
 
 
 def rows(*shape: int) -> torch.Tensor:

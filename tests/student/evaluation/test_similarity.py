@@ -14,17 +14,18 @@ from torch.nn import functional as F
 
 pytest.importorskip("scipy")
 
-from precompute.export import live_teacher
+from precompute.export.pytorch import live_teacher
 from precompute.taps import Tap, attention_rows
-from storage.policies import policy
-from storage.store import Store
+from storage.store.store import Store
 from storage.testing import synthetic_shards
-from student.align import Given, Shape
-from student.evaluation.likeness import divergence, paired
-from student.evaluation.reference import Reference
-from student.evaluation.similarity import _chosen, _rows, _vectors
-from student.model import load
-from student.seen import Seen
+from storage.views.policy import policy
+from student.alignment.student_spec import Shape
+from student.alignment.student_taps import Seen
+from student.evaluation.similarity.compare import _chosen, _rows, _vectors
+from student.evaluation.similarity.metrics import divergence, paired
+from student.evaluation.similarity.teacher_targets import Reference
+from student.models.files import load
+from student.targets.stored_target import Given
 from tests.conftest import World, run_precompute, teacher_of
 from tests.student.copying import SAME, VALIDATION, asked
 from tests.student.evaluation.test_likeness import aligned
@@ -89,7 +90,7 @@ def test_a_student_is_its_own_likeness(world, trained, tmp_path, capsys):
 @pytest.fixture(scope="module")
 def by_hand(world: World, trained: Path) -> dict[str, Any]:
     """Attention and streams of both networks, by running both."""
-    from student.evaluation.accuracy import evaluation_batches
+    from student.evaluation.batches import evaluation_batches
 
     model, about = load(trained / "last.safetensors")
     seen = Seen(model, {"attention", "streams", "tokens"})
@@ -154,7 +155,7 @@ def test_attention_of_a_student_on_the_teacher_s_grid(world, place, by_hand, tmp
     run(world, tmp_path / "run", "scratch", *SAME, "student.num_heads=6", "optim.epochs=1", "student.global_pool=token")
     model, about = load(tmp_path / "run" / "last.safetensors")
     seen = Seen(model, {"attention"})
-    from student.evaluation.accuracy import evaluation_batches
+    from student.evaluation.batches import evaluation_batches
 
     matrix, count = torch.zeros(3, 6, 3), 0
     first, averaged = torch.zeros(3, 6, 3), torch.zeros(3)

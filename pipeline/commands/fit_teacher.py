@@ -1,0 +1,97 @@
+"""`pipeline fit-teacher`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.console import Console, show
+from pipeline.options import common, shards, store
+from pipeline.project.context import reads
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """The result for people."""
+    top5 = f", top-5 {result['top5']:.2f} %" if result["top5"] is not None else ""
+    return [
+        f"top-1 {result['top1']:.2f} %{top5} on {result['samples']} samples: {result['out']}",
+        "its logits can be kept like any other teacher's:",
+        f"  {result['command']}",
+    ]
+
+
+def command(result: dict[str, Any], store: str, shards: tuple[str, ...]) -> str:
+    """The `pipeline precompute` that keeps the logits of a teacher over the shards and views that it was fitted on."""
+    from student.targets import hints
+
+    words = hints.precompute(
+        result["model"], name_of(result["out"]), result["out"], result["arguments"], result["mean"], result["std"],
+        result["input_size"], store, shards,
+    )  # fmt: skip
+    words += ["--view-policy", result["policy"], "--view-size", str(result["view_size"])]
+    return shlex.join([*words, "--seed", str(result["view_seed"]), "--target", "logits"])
+
+
+def name_of(path: str) -> str:
+    """What a store may call the teacher in a file."""
+    name = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in Path(path).stem)[:40]
+    return "fitted_views" if name == "views" else name or "fitted"
+
+
+@click.command("fit-teacher")
+@store
+@click.option("--target", metavar="ID", help="A stored class_token or embedding; `pipeline inspect` lists them.")
+@click.option("--teacher", metavar="NAME", help="Or the recorded teacher, where one such target of it fits.")
+@shards("--shards", help="Labelled training shards that the store has features of.")
+@shards("--val", help="Validation shards.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="F", help="A new .safetensors file.")
+@click.option("--weights", metavar="F", help="The recorded teacher's weights, if not at the recorded path.")
+@click.option("--view-count", type=click.IntRange(1), metavar="N", help="Views of each image.  [default: all]")
+@click.option("--l2", type=click.FloatRange(0), metavar="X",
+              help="Strength of the L2 term; by default chosen on held-out training samples.")  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, help="Of what is held out.")
+@click.option("--device", default="auto", show_default=True, help="Where accuracy is measured: auto, cpu, cuda …")
+@reads(store="store", shards="shards", val="val")
+@common
+def fit_teacher(
+    store: str,
+    target: str | None,
+    teacher: str | None,
+    shards: tuple[str, ...],
+    val: tuple[str, ...],
+    out: Path,
+    weights: str | None,
+    view_count: int | None,
+    l2: float | None,
+    seed: int,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Fit a head for your classes on what a teacher saw.
+
+    The head is linear; network and head are written out as a new teacher. Features and mixed labels come from the
+    store, class names from classes.json beside the shards.
+
+    \b
+    pipeline fit-teacher --store S --teacher vit_tiny --shards 'train-{000000..000009}.tar' \\
+      --val train-val-000000.tar --out vit_tiny-photos.safetensors
+    """
+    from pipeline.commands import fit_teacher as teaching
+    from storage.store.store import Store
+    from student.distributed import pick_device
+    from student.fit_teacher.fit import Job
+    from student.fit_teacher.fit import fit_teacher as run
+
+    console = Console()
+    job = Job(
+        Store.open(store), shards, val, out, target, teacher, weights, view_count, l2, seed, str(pick_device(device))
+    )
+    try:
+        result = run(job, console)
+    finally:
+        console.stop()
+    result["command"] = teaching.command(result, store, shards)
+    show(result, teaching.lines(result), as_json)

@@ -1,0 +1,41 @@
+"""`pipeline init`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import click
+
+from pipeline.console import Console, show
+from pipeline.options import common
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), default=Path("pipeline.yaml"), show_default=True,
+              help="The project file.")  # fmt: skip
+@common
+def init(folder: Path, out: Path, as_json: bool) -> None:
+    """Write a project file for a folder of shards or images.
+
+    It looks at the shards, or at the images in one folder a class, and asks nothing.
+
+    \b
+    pipeline init photos
+    """
+    from pipeline.project.init import init as run
+
+    console = Console()
+    try:
+        result = run(folder, out, console)
+    finally:
+        console.stop()
+    count = f"{len(result['classes'])} classes" if result["classes"] else "classes without names"
+    images = f"{'about ' if result['estimated'] else ''}{result['images']:,} images"
+    held = ", ".join([*map(shlex.quote, result["val"][:3]), *["…"] * (len(result["val"]) > 3)])
+    lines = [
+        f"{result['project']}: {images}, {count}, about {result['side']} pixels",
+        f"for validation: {held} ({result['val_because']}); go on with",
+    ]
+    show(result, [*lines, *(f"  {command}" for command in result["commands"])], as_json)

@@ -1,0 +1,56 @@
+"""`pipeline inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from click.core import ParameterSource
+
+from pipeline.console import show
+from pipeline.options import common, shards, store
+from pipeline.project.context import reads
+
+
+@click.command()
+@store
+@click.option("--sample", metavar="KEY", help="Draw what is stored of this sample of --shards into --out.")
+@shards("--shards", help="Shards among which the sample is.", required=False)
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE",
+              help="The picture of the sample: .png, .svg or .pdf; one that is there is written over.")  # fmt: skip
+@reads(store="store", shards="shards")
+@common
+def inspect(store: str, sample: str | None, shards: tuple[str, ...], out: Path | None, as_json: bool) -> None:
+    """Say what is in a store, or draw a sample of it.
+
+    Teachers, banks, targets, how much of each is complete, and its size.
+
+    With --sample, draw what is stored of one sample: its image with the crops of its views (six at most), each view as
+    the teachers saw it, and each target over it.
+
+    \b
+    pipeline inspect --store S
+    pipeline inspect --store S --shards 'train-{000000..000009}.tar' --sample cat_7 --out cat_7.png
+    """
+    from pipeline.inspection import store as inspection
+    from storage.store.store import Store
+
+    given = click.get_current_context().get_parameter_source("shards")
+    if sample is None and (out is not None or given == ParameterSource.COMMANDLINE):
+        raise click.UsageError("--shards and --out are for the picture of one sample: add --sample KEY, or leave both")
+    if sample is None:
+        result = inspection.inspect(Store.open(store))
+        show(result, inspection.lines(result), as_json)
+        return
+    if not shards or out is None:
+        add = " and ".join(["--shards SHARDS"] * (not shards) + ["--out FILE.png"] * (out is None))
+        raise click.UsageError(f"--sample {sample} is drawn from its shard into a picture: add {add}")
+    from pipeline import plotting
+    from pipeline.inspection import sample as samples
+    from pipeline.inspection.figure import picture
+    from storage.shards.patterns import expand
+
+    file = plotting.picture_path(out)
+    found = samples.stored_sample(Store.open(store), expand(shards), sample)
+    plotting.save(picture(found), file)
+    show({**samples.facts(found), "files": [str(file)]}, [*samples.lines(found), f"written: {file}"], as_json)

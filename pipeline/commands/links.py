@@ -1,0 +1,159 @@
+"""`links`: how strongly a run's student and its CNN teacher are linked, and which links Algorithm 1 would keep."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline.console import show
+from pipeline.options import common
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from student.losses.parts.aal_links import Trained
+    from student.settings import Links
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--loss", metavar="NAME", help="Which of the run's aal losses, where it has several.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="F", help="Also as a picture: .png, .svg or .pdf.")
+@click.option("--normalise", type=click.Choice(["abs", "printed"]), default="abs", show_default=True,
+              help="Of magnitudes, or of signed links, as the paper prints it.")  # fmt: skip
+@click.option("--granularity", type=click.Choice(["channel", "block"]), default="block", show_default=True,
+              help="Choose for each channel, or for each stage whole.")  # fmt: skip
+@click.option("--threshold", type=click.FloatRange(0, 1, max_open=True), default=0.05, show_default=True,
+              help="Of the normalised mean over a layer's heads.")  # fmt: skip
+@common
+def links(
+    run: Path, loss: str | None, out: Path | None, normalise: Any, granularity: Any, threshold: float, as_json: bool
+) -> None:
+    """The links that an aal run ended with.
+
+    The mean |w| between each stage of the teacher and each layer of the student, and what the paper's Algorithm 1 keeps
+    of them; by stages, it is said as ranges that a recipe takes. Nothing is written but the picture.
+
+    \b
+    pipeline links run
+    pipeline links run --out links.png --granularity channel --threshold 0.1
+    """
+    from pipeline.plotting import picture_path
+    from student.losses.parts.aal_links import read
+    from student.run_dir import is_smoke
+    from student.settings import Links
+
+    place = picture_path(out) if out else None
+    trained = read(run, loss)
+    settings = Links(run=str(run), loss=loss, normalise=normalise, granularity=granularity, threshold=threshold)
+    result, heat, kept = _found(trained, settings)
+    if place:
+        picture(place, trained, heat, kept)
+        result["picture"] = str(place)
+    smoke = is_smoke(run)
+    note = [f"{run}: a smoke run, whose links have learned nothing"] if smoke else []
+    show({"run": str(run), "smoke": smoke, **result}, [*note, *_lines(run, result)], as_json)
+
+
+def _found(trained: Trained, settings: Links) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """As plain data; the heat map f64 `[stages, N]`; and the share of each stage's channels that is kept, likewise."""
+    import torch
+
+    from student.losses.parts.aal_links import extracted, ranges_of
+
+    layout = trained.layout
+    heat, choice = layout.heat(trained.weights), extracted(trained.weights, layout, settings)
+    kept = torch.stack([part.double().mean(0) for part in torch.split(choice, list(layout.channels))])
+    selection = {
+        **settings.model_dump(exclude={"run"}), "kept": layout.count(choice), "of": trained.weights.numel(),
+        "by_stage": kept.tolist(), "ranges": ranges_of(choice, layout),
+    }  # fmt: skip
+    stages = [{"stage": n, "channels": c} for n, c in zip(layout.stages, layout.channels, strict=True)]
+    result = {
+        "loss": trained.loss, "target": trained.target, "stages": stages, "heads": list(layout.heads),
+        "heat": heat.tolist(), "selection": selection,
+    }  # fmt: skip
+    return result, heat, kept
+
+
+def _lines(run: Path, result: dict[str, Any]) -> list[str]:
+    """The heat map as a table, what is kept, and the settings that keep it."""
+    heat, selection, stages = result["heat"], result["selection"], result["stages"]
+    lines = [
+        f"{run}: loss {result['loss']}, target {result['target']}",
+        "mean |w| of links, in 1/1000: stages of the teacher down, layers of the student across; * what is kept of all "
+        "its channels, + of some",
+        f"{'stage':>5} {'maps':>5}" + "".join(f"{n:>8}" for n in range(1, len(result["heads"]) + 1)),
+    ]
+    for stage, row, shares in zip(stages, heat, selection["by_stage"], strict=True):
+        cells = (f"{1000 * w:7.2f}{'*' if s == 1 else '+' if s else ' '}" for w, s in zip(row, shares, strict=True))
+        lines.append(f"{stage['stage']:>5} {stage['channels']:>5}" + "".join(cells))
+    how = f"{selection['normalise']}, by {selection['granularity']}, above {selection['threshold']:g}"
+    share = 100 * selection["kept"] / selection["of"]
+    lines.append(f"Algorithm 1 ({how}) keeps {selection['kept']:,} of {selection['of']:,} links, {share:.1f} %")
+    if selection["kept"] == selection["of"]:
+        lines.append(
+            "  printed puts a weight of 0 near the middle of 0 to 1, far above the threshold: --normalise abs prunes"
+            if selection["normalise"] == "printed"
+            else "  that is all of them: a higher --threshold prunes"
+        )
+    elif not selection["kept"]:
+        lines.append("  that is none, so no run can be trained with it: lower --threshold")
+    else:
+        where = f"losses.{result['loss']}.links"
+        defaults = {"loss": None, "normalise": "abs", "granularity": "channel", "threshold": 0.05}
+        changed = [f"{where}.{name}={selection[name]}" for name, usual in defaults.items() if selection[name] != usual]
+        lines.append(f"  to train with them: {_words(f'{where}={run}', *changed)}")
+        if selection["ranges"]:
+            text = str(selection["ranges"]).replace("None", "null")
+            lines.append(f"  or, the same as ranges: {_words(f'{where}={text}')}")
+    return lines
+
+
+def _words(*settings: str) -> str:
+    """Settings as words of a command."""
+    return " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
+
+
+def picture(path: Path, trained: Trained, heat: Tensor, kept: Tensor) -> None:
+    """The paper's Figure 2: stages up, layers to the right, the colour of a cell its mean |w|; kept cells framed.
+
+    Args:
+        path: where it goes.
+        trained: whose links.
+        heat: `[stages, N]`.
+        kept: the share of the stage's channels that is kept, `[stages, N]`.
+    """
+    from matplotlib.patches import Rectangle
+
+    from pipeline import plotting
+
+    rows, columns = heat.shape
+    cell, left, top, bar = 0.42, 1.5, 0.75, 0.18
+    width, height = max(columns * cell, 2.6), rows * cell
+    figure = plotting.figure(left + width + 1.25, top + height + 0.55)
+    axes = plotting.panel(figure, left, top, width, height)
+    image = axes.imshow(heat.numpy(), cmap=plotting.MAP, aspect="auto", origin="lower", vmin=0)
+    layout = trained.layout
+    axes.set_xticks(range(columns), [str(n) for n in range(1, columns + 1)])
+    axes.set_yticks(
+        range(rows), [f"{n} ({count} maps)" for n, count in zip(layout.stages, layout.channels, strict=True)]
+    )
+    axes.set_xlabel("layer of the student", fontsize=plotting.FONT - 1)
+    axes.set_ylabel("stage of the teacher", fontsize=plotting.FONT - 1)
+    for y in range(rows):
+        for x in range(columns):
+            if share := float(kept[y, x]):
+                dash = "solid" if share == 1 else "dotted"
+                frame = Rectangle((x - 0.42, y - 0.42), 0.84, 0.84, fill=False, linewidth=1.2, linestyle=dash)
+                frame.set_edgecolor("white" if float(heat[y, x]) < 0.7 * float(heat.max()) else "black")
+                axes.add_patch(frame)
+    scale = plotting.panel(figure, left + width + 0.2, top, bar, height)
+    figure.colorbar(image, cax=scale).set_label("mean |w| of links", fontsize=plotting.FONT - 1)
+    plotting.write(figure, 0.1, 0.08, "Links between CNN and ViT", weight="bold")
+    about = f"{plotting.shortened(trained.target, 60)}\nframed: kept for all channels; dotted: for some"
+    plotting.write(figure, 0.1, 0.3, about, fontsize=plotting.FONT - 2.5, color=plotting.GREY)
+    plotting.save(figure, path)

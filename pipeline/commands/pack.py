@@ -1,0 +1,77 @@
+"""`pipeline pack`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import click
+
+from pipeline.console import Console, show
+from pipeline.options import QUOTES, Hinted, common
+from pipeline.project.context import FILE, load
+
+
+@click.command()
+@click.argument(
+    "places",
+    nargs=-1,
+    required=True,
+    metavar="SOURCE... [OUT]",
+    type=Hinted("Give a source and the new shards' names: pipeline pack photos train-000000.tar"),
+)
+@click.option("--per-shard", type=click.IntRange(1), help="Samples a shard; by default spread over all names.")
+@click.option("--val-fraction", type=float, metavar="F",
+              help="Part of each class for validation, at least one.  [default: 0; without OUT 0.1]")  # fmt: skip
+@click.option("--fraction", type=float, default=1.0, help="Part of each class that is kept, class-balanced.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the order and of both choices.")
+@click.option("--no-shuffle", is_flag=True, help="Keep the order of the source.")
+@common
+def pack(
+    places: tuple[str, ...],
+    per_shard: int | None,
+    val_fraction: float | None,
+    fraction: float,
+    seed: int,
+    no_shuffle: bool,
+    as_json: bool,
+) -> None:
+    """Make shards from class folders, a CSV or other shards.
+
+    SOURCE is a folder with one folder of images a class, a CSV with the columns path and label, or shards (compressed
+    ones too). OUT names the new shards; without it they get the names that pipeline.yaml has.
+
+    \b
+    pipeline pack photos 'train-{000000..000009}.tar' --val-fraction 0.1
+    pipeline pack list.csv 'listed/train-{000000..000009}.tar'
+    pipeline pack 'train-{000000..000009}.tar' 'tenth/train-000000.tar' --fraction 0.1
+    """
+    from storage.shards.pack import pack as run
+
+    source, out = list(places[:-1]), places[-1]
+    if len(source) > 1 and any(Path(one).is_dir() or one.lower().endswith(".csv") for one in source):
+        raise click.UsageError(f"a folder or a CSV is packed alone, into shards of one name. {QUOTES}")
+    if not source:
+        source, out = [out], _shards_of_project(out)
+        val_fraction = 0.1 if val_fraction is None else val_fraction
+    console = Console()
+    result = run(
+        source if len(source) > 1 else source[0], out, per_shard=per_shard, val_fraction=val_fraction or 0.0,
+        fraction=fraction, seed=seed, shuffle=not no_shuffle, say=console.say,
+    )  # fmt: skip
+    counts = ", ".join(
+        f"{count} samples in {len(result[part])} {part} shard(s)" for part, count in result["samples"].items()
+    )
+    show(result, [counts, *result["train"], *result["val"]], as_json)
+
+
+def _shards_of_project(source: str) -> str:
+    """The one pattern of shards that the project file in this folder has."""
+    path = Path(FILE)
+    said = load(path).said("shards") if path.is_file() else None
+    if not said or len(said) != 1:
+        raise click.UsageError(
+            f"name the new shards, such as: pipeline pack {shlex.quote(source)} 'train-{{000000..000009}}.tar'"
+            + (f"; {path} has no single pattern for them" if path.is_file() else "")
+        )
+    return str(said[0])

@@ -1,0 +1,81 @@
+"""`pipeline precompute` and `pipeline plan`: from shards to targets in a store, and what that will take."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from pipeline.console import Console, show
+from pipeline.options import common, wanted
+
+if TYPE_CHECKING:
+    from precompute.request import Wanted
+
+
+@click.command()
+@wanted
+@common
+def precompute(store: str, wanted: Wanted | dict[str, Wanted], as_json: bool) -> None:
+    """Run a teacher once over shards and keep its targets.
+
+    The same command goes on where it was. Without --teacher, all teachers of the project file, one after another.
+
+    \b
+    pipeline precompute --teacher mobilenetv2 --weights mobilenetv2.safetensors --shards 'train-{000000..000009}.tar' \\
+      --store S --view-policy light --view-size 32 --target activations,grid=8,codec=u8
+    pipeline precompute --teacher vit_tiny --weights vit_tiny.safetensors --shards 'train-{000000..000009}.tar' \\
+      --store S --target embedding
+    """
+    from precompute.run import precompute as run
+    from storage.store.store import Store
+
+    console = Console()
+    results, text = {}, []
+    try:
+        for name, one in wanted.items() if isinstance(wanted, dict) else [("", wanted)]:
+            results[name] = result = run(Store.create(store), one, console)
+            failed = [f"failed: {failure['error']}" for failure in result["failures"]]
+            count = f", {len(failed)} failed: the same command tries them again" if failed else ""
+            done = f"{len(result['targets'])} target(s) over {len(result['shards'])} shard(s){count}: {store}"
+            text += [*failed, f"{name}: {done}" if name else done]
+    finally:
+        console.stop()
+    show({"store": store, "teachers": results} if isinstance(wanted, dict) else results[""], text, as_json)
+    if any(result["failures"] for result in results.values()):
+        raise SystemExit(1)
+
+
+@click.command()
+@wanted
+@click.option("--measure", type=click.FloatRange(0), default=60, show_default=True, metavar="SECONDS",
+              help="How long the engine is tried out at most; 0 for not at all.")  # fmt: skip
+@click.option("--train-rate", type=click.FloatRange(0, min_open=True), default=1000, show_default=True,
+              metavar="N", help="Images a second that a training is to read.")  # fmt: skip
+@common
+def plan(store: str, wanted: Wanted | dict[str, Wanted], measure: float, train_rate: float, as_json: bool) -> None:
+    """Say what `precompute` with the same flags would take.
+
+    Bytes, objects, hours, and what would be cheaper. For each teacher the engine runs beside the store for at most a
+    minute, and a tenth of the time that it foretells; nothing is left behind.
+
+    \b
+    pipeline plan --teacher mobilenetv2 --weights mobilenetv2.safetensors --shards 'train-{000000..000009}.tar' \\
+      --store S --view-policy light --view-size 32 --target activations,grid=8,codec=u8
+    """
+    from pipeline.inspection.store import plan_lines, sum_lines, sum_of
+    from precompute.plan import plan as run
+
+    console = Console()
+    try:
+        if not isinstance(wanted, dict):
+            result = run(store, wanted, console, measure, train_rate)
+            text = plan_lines(result)
+        else:
+            plans = {name: run(store, one, console, measure, train_rate) for name, one in wanted.items()}
+            result = {"teachers": plans, "sum": sum_of(plans)}
+            text = [line for name, one in plans.items() for line in (f"{name}:", *plan_lines(one))]
+            text += sum_lines(result["sum"])
+    finally:
+        console.stop()
+    show(result, text, as_json)

@@ -1,0 +1,66 @@
+"""`pipeline verify`."""
+
+from __future__ import annotations
+
+import click
+
+from pipeline.console import Console, show
+from pipeline.options import common, shards, store
+from pipeline.project.context import reads
+from storage.errors import UserError
+
+SHOWN = 10  # files of a list that are named; --json names all
+
+
+@click.command()
+@store
+@shards("--shards", help="Shards whose views are rendered again and shown to the teacher.", required=False)
+@click.option("--samples", type=click.IntRange(1), default=64, show_default=True,
+              help="Samples of these shards, in all their views, spread evenly.")  # fmt: skip
+@click.option("--full", is_flag=True, help="All samples.")
+@click.option("--weights", multiple=True, metavar="F",
+              help="A recorded teacher's weights, if not at the recorded path; may be repeated.")  # fmt: skip
+@reads(store="store", shards="shards")
+@common
+def verify(
+    store: str, shards: tuple[str, ...], samples: int, full: bool, weights: tuple[str, ...], as_json: bool
+) -> None:
+    """Check every byte of a store, its pixels and targets.
+
+    Shards have to give the pixels and the targets that it holds. Targets are compared with the live PyTorch teacher
+    where its weights are at hand, else with the stored graph. Exit status 1 if anything is wrong; nothing is changed.
+
+    \b
+    pipeline verify --store S --shards 'train-{000000..000009}.tar'
+    """
+    from precompute.verify_targets import Live
+    from storage.shards.patterns import expand
+    from storage.store.store import Store
+    from storage.store.verify import Report
+    from storage.store.verify import verify as run
+
+    urls = expand(shards) if shards else []
+    console = Console()
+    opened, report = Store.open(store), Report()
+    if (weights or full) and not urls:
+        raise UserError("--weights and --full: give the shards whose targets are compared: --shards …")
+    live = Live(opened, report, weights, console.say) if urls else None
+    run(opened, urls, 0 if full else samples, console.say, live, report)
+    result = {
+        "store": store, "ok": not report.failures, "objects": report.objects, "views_rendered": report.views_rendered,
+        "targets_compared": report.targets_compared, "compared_with": report.compared_with,
+        "failures": report.failures, "spoilt": report.spoilt, "notices": report.notices,
+    }  # fmt: skip
+    verdict = "everything is as it was written" if not report.failures else f"{len(report.failures)} failure(s)"
+    rendered = ", no views rendered (give --shards)"
+    if urls:
+        rendered = f", {report.views_rendered:,} views rendered again, {report.targets_compared:,} targets compared"
+    tail = [f"{report.objects:,} checks{rendered}: {verdict}"]
+    if report.spoilt:
+        most = report.spoilt[:SHOWN]
+        more = [f"  and {len(report.spoilt) - SHOWN:,} more: --json names all"] if report.spoilt[SHOWN:] else []
+        tail += ["Delete these files, and the same precompute command makes anew what is damaged:"]
+        tail += [*(f"  {name}" for name in most), *more]
+    show(result, [*report.failures, *report.notices, *tail], as_json)
+    if report.failures:
+        raise SystemExit(1)

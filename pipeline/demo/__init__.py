@@ -1,0 +1,1 @@
+"""The demo: two teachers and their students on handwritten digits."""

@@ -1,0 +1,145 @@
+"""The demo's two pictures: how its students learned, and where teachers and students look."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.inspection.cells import cell
+from pipeline.plotting import COLOURS, MAP, figure, limits, save
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from storage.store.store import Store
+    from student.models.files import Description
+
+MARKERS = ("o", "s", "^", "D")
+DIGITS = 8  # that are looked at
+
+
+def curves(out: Path, runs: Mapping[str, Sequence[Path]], teachers: Mapping[str, float]) -> Path:
+    """Held-out top-1 over the epochs, mean and range of the seeds, beside each seed's last value; the file.
+
+    Args:
+        out: where the PNG goes.
+        runs: recipe -> run folders, a seed each.
+        teachers: name -> top-1.
+    """
+    made = figure(7.5, 4.4)
+    made.set_layout_engine("constrained")
+    left, right = made.subplots(1, 2, width_ratios=[3, 2], sharey=True)
+    for i, (recipe, folders) in enumerate(runs.items()):
+        colour, marker = COLOURS[i], MARKERS[i]
+        learned = [_learned(folder) for folder in folders]
+        epochs, values = learned[0][0], np.array([top1 for _, top1 in learned])
+        left.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.18, linewidth=0)
+        left.plot(epochs, values.mean(0), color=colour, marker=marker, markersize=5, label=recipe)
+        right.plot([i] * len(values), values[:, -1], marker, color=colour, alpha=0.55)
+        right.plot([i - 0.25, i + 0.25], [values[:, -1].mean()] * 2, color=colour, linewidth=2.5)
+    for name, top1 in teachers.items():
+        style = "--" if name == "cnn" else ":"
+        for axes in (left, right):
+            axes.axhline(top1, color="0.35", linestyle=style, linewidth=1, label=f"teacher {name}")
+    left.set(xlabel="epoch", ylabel="top-1 on held-out digits, %", title="while they learn", ylim=(0, 102))
+    right.set(title="in the end", xlim=(-0.6, len(runs) - 0.4))
+    right.set_xticks(range(len(runs)), [name.replace("-", "-\n") for name in runs])
+    made.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    made.suptitle("mean and range of the seeds; teachers saw all labels, students a tenth", fontsize="medium")
+    save(made, out)
+    return out
+
+
+def _learned(run: Path) -> tuple[list[int], list[float]]:
+    """Epochs, counted from 1, and the top-1 after each, where it was measured."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    scored = [line for line in lines if "top1" in line]
+    return [line["epoch"] + 1 for line in scored], [line["top1"] for line in scored]
+
+
+def attention(out: Path, store: Store, val: Sequence[str], runs: Mapping[str, Path]) -> Path:
+    """What teachers and students look at in some held-out digits; the file.
+
+    Of a CNN the magnitudes of its last maps, each divided by its largest; of ViTs the class query's attention
+    in the last layer. Means over maps and heads.
+
+    Args:
+        out: where the PNG goes.
+        store: with the teachers' graphs.
+        val: shards of held-out digits.
+        runs: recipe -> run folder.
+    """
+    from student.models.files import load
+
+    students = {recipe: load(folder / "last.safetensors") for recipe, folder in runs.items()}
+    images = _different(val, next(iter(students.values()))[1])
+    rows = _by_teachers(store, images)
+    rows |= {f"student,\n{recipe}": _by_student(model, about, images) for recipe, (model, about) in students.items()}
+    made = figure(0.75 * DIGITS + 1.3, 0.75 * len(rows) + 1.3)
+    made.set_layout_engine("constrained")
+    axes = made.subplots(len(rows) + 1, DIGITS)
+    for column, image in enumerate(images):
+        axes[0, column].imshow(image)
+        for row, maps in enumerate(rows.values(), 1):
+            side = len(image)
+            low, high = limits(maps[column].min(), maps[column].max())
+            axes[row, column].imshow(
+                maps[column], cmap=MAP, vmin=low, vmax=high, extent=(0, side, side, 0), interpolation="nearest"
+            )
+            axes[row, column].contour(image[..., 0], levels=[128], colors="white", linewidths=0.9)
+    for name, one in zip(["held-out\ndigits", *rows], axes[:, 0], strict=True):
+        one.set_ylabel(name, rotation=0, ha="right", va="center")
+    for one in axes.flat:
+        one.set(xticks=[], yticks=[])
+    made.suptitle("where they look (bright is much; each map on its own scale)")
+    save(made, out)
+    return out
+
+
+def _different(shards: Sequence[str], about: Description) -> np.ndarray:
+    """Images uint8 `[DIGITS, S, S, 3]` of different classes, as a student is evaluated on them."""
+    from storage.views.policy import policy
+    from student.evaluation.batches import evaluation_batches
+
+    (batch,) = evaluation_batches(shards, policy(about.evaluation, about.img_size), 1 << 20)
+    first = {int(label): i for i, label in reversed([*enumerate(batch.labels)])}
+    return batch.images[[first[label] for label in sorted(first)[:DIGITS]]].numpy()
+
+
+def _by_teachers(store: Store, images: np.ndarray) -> dict[str, np.ndarray]:
+    """Teacher -> maps `[n, g, g]` of what it looks at, by its stored graph."""
+    from precompute.engine.session import open_session
+
+    found = {}
+    for manifest in store.targets().values():
+        tap, name = manifest["identity"]["tap"], manifest["teacher"]
+        if tap in ("activations", "attention"):
+            values = open_session(store.graph(name, manifest["graph"]), "cpu").run(images)[manifest["output"]]
+            maps = [cell(manifest, store.teacher_of(manifest), value).values for value in values]
+            found[f"teacher {name},\n{tap}"] = np.stack(maps)
+    return found
+
+
+def _by_student(model: nn.Module, about: Description, images: np.ndarray) -> np.ndarray:
+    """Maps `[n, g, g]` of the class query's attention in a student's last layer."""
+    import torch
+
+    from precompute.taps import AttentionTaps, attention_layers, class_row, prefix_roles
+
+    taps = AttentionTaps(model, [len(attention_layers(model))])
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (about.mean, about.std))
+    with torch.no_grad():
+        model((torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std)
+    rows = class_row(taps.q[0], taps.k[0], taps.scales[0])
+    return _patches(rows.mean(1).numpy(), len(prefix_roles(model)))
+
+
+def _patches(rows: np.ndarray, prefix: int) -> np.ndarray:
+    """The patches of rows `[n, N]` on their grid, `[n, g, g]`."""
+    side = math.isqrt(rows.shape[1] - prefix)
+    return rows[:, prefix:].reshape(-1, side, side)

@@ -1,0 +1,238 @@
+"""The whole path on scikit-learn's handwritten digits, offline, in a few minutes on two cores.
+
+1,797 digits become shards; a small CNN and a small ViT learn all labels and become the teachers; what they see in a
+tenth of the training digits is precomputed; students learn from that tenth, taught and by themselves. What is printed
+was measured in this run, also when a method does not win.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.console import Console
+from storage.errors import UserError
+from storage.memory import out_of_memory
+from storage.progress import Quiet
+
+if TYPE_CHECKING:
+    from storage.store.store import Store
+
+SEEDS = (0, 1, 2)
+VIEWS = 8
+SIZE = 24  # of the view images; patches of 4 make a grid of 6
+CNN_SIZE = 64  # of the CNN's input
+
+_SHORT = ["student.drop_path_rate=0", "optim.lr=0.002", "ema=null"]  # few updates: little to regularise or average
+_VIT = [f"student.img_size={SIZE}", "student.patch_size=4", "student.embed_dim=64", "student.depth=4",
+        "student.num_heads=4"]  # fmt: skip
+_POLICY = "crop(0.125)"  # digits have no mirror images
+_FRESH = f"stream.bank.policy={_POLICY}"
+_TEACHERS = {
+    "cnn": [_FRESH, "student.model=resnet10t", f"student.img_size={CNN_SIZE}", "stream.batch_size=64", "optim.epochs=5",
+            "optim.warmup_epochs=1"],
+    "vit": [_FRESH, "student.model=vit_tiny_patch16_224", *_VIT, "stream.batch_size=64", "optim.epochs=40",
+            "optim.warmup_epochs=5"],
+}  # fmt: skip
+# name -> what it is asked for
+_TARGETS = {"cnn": ["activations,grid=6,codec=u8", "logits,codec=f16"], "vit": ["attention,codec=log8"]}
+_PLAIN = "student.model=vit_tiny_patch16_224"
+_RECIPES = {
+    "scratch": [_PLAIN],
+    "deit-hard": ["student.model=deit_tiny_distilled_patch16_224"],
+    "aal": [_PLAIN],
+    "attention-distill": [
+        _PLAIN,
+        "student.global_pool=token",
+        "losses.attention.layers=uniform",
+        "optim.betas=null",
+        "optim.weight_decay=0.05",
+    ],  # for the rest as the others
+}
+_STUDENT = [*_VIT, "stream.batch_size=32", "optim.epochs=80", "val_interval=8", "optim.warmup_epochs=5"]
+
+
+def demo(out: Path, console: Console) -> dict[str, Any]:
+    """Run it; the table as lines and as numbers.
+
+    Raises:
+        UserError: the extra `demo` is not installed, or the folder is in use.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: there is something in this folder already; give a new one with --out")
+    for package, name in (("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")):
+        if find_spec(package) is None:
+            raise UserError(f"the demo needs {name}: pip install -c constraints.txt -e '.[cpu,demo]'")
+
+    from pipeline.demo import figures
+    from storage.shards.pack import pack
+
+    began = time.monotonic()
+    step = _Steps(console)
+    step(f"digits as class folders in {out}/digits, packed into shards")
+    _write_digits(out / "digits")
+    packed = pack(str(out / "digits"), str(out / "shards" / "digits-{000000..000002}.tar"), val_fraction=0.25)
+    tenth = pack(packed["train"], str(out / "tenth" / "digits-000000.tar"), fraction=0.1)
+    counts = {"all": packed["samples"]["train"], "tenth": tenth["samples"]["train"], "val": packed["samples"]["val"]}
+    console.say(f"   {counts['all']} training digits, {counts['tenth']} of them in the tenth, {counts['val']} held out")
+
+    step("a small CNN and a small ViT learn all training labels; they are the teachers")
+    jobs = [_Training(name, "scratch", more, packed["train"], packed["val"]) for name, more in _TEACHERS.items()]
+    teacher = _trained(out, jobs, console)
+
+    step(f"what they see in {VIEWS} views of the tenth, once, into {out}/store")
+    store = _precomputed(out, tenth["train"], console)
+
+    step("students learn from the tenth: " + ", ".join(_RECIPES))
+    jobs = [
+        _Training(f"{recipe}-{seed}", recipe, [*more, *_STUDENT], tenth["train"], packed["val"], store.url, seed)
+        for seed in SEEDS
+        for recipe, more in _RECIPES.items()
+    ]
+    found = _trained(out, jobs, console)
+    table = {recipe: [found[f"{recipe}-{seed}"] for seed in SEEDS] for recipe in _RECIPES}
+    runs = {recipe: [out / f"{recipe}-{seed}" for seed in SEEDS] for recipe in _RECIPES}
+    pictures = [
+        figures.curves(out / "curves.png", runs, teacher),
+        figures.attention(out / "attention.png", store, packed["val"], {r: several[0] for r, several in runs.items()}),
+    ]
+    seconds = time.monotonic() - began
+    return {
+        "table": _lines(table, teacher, counts, seconds, [*pictures, out / "store"]),
+        "top1": table,
+        "teacher_top1": teacher,
+        "samples": counts,
+        "pictures": [str(picture) for picture in pictures],
+        "seconds": round(seconds, 1),
+    }
+
+
+class _Steps:
+    def __init__(self, console: Console) -> None:
+        self.console, self.number = console, 0
+
+    def __call__(self, text: str) -> None:
+        self.number += 1
+        self.console.say(f"{self.number}. {text}")
+
+
+def _write_digits(folder: Path) -> None:
+    """Scikit-learn's 8×8 digits as PNGs of 24×24, one folder a class."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for i, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        (folder / str(label)).mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray((pixels * 15.9375).astype("uint8")).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+        image.convert("RGB").save(folder / str(label) / f"{i:04d}.png")
+
+
+@dataclass(frozen=True)
+class _Training:
+    """A run, as a process of its own makes it: it has one thread, for small networks gain nothing by a second."""
+
+    name: str
+    recipe: str
+    settings: list[str]
+    shards: list[str]
+    val: list[str]
+    store: str | None = None
+    seed: int = 0
+
+    def __call__(self, out: Path) -> float:
+        """Its top-1."""
+        import torch
+
+        from pipeline.recipes.loader import load
+        from storage.store.store import Store
+        from student.training.train import Job, train
+
+        torch.set_num_threads(1)
+        recipe = load(self.recipe, [*_SHORT, *self.settings, f"seed={self.seed}"])
+        store = Store.open(self.store) if self.store else None
+        top1: float = train(Job(recipe, self.shards, self.val, out / self.name, store), Quiet())["top1"]
+        return top1
+
+
+def _trained(out: Path, jobs: Sequence[_Training], console: Console) -> dict[str, float]:
+    """Name -> top-1, of as many runs at a time as there are cores."""
+    from precompute.engine.session import cores
+
+    found = {}
+    with ProcessPoolExecutor(min(cores(), len(jobs)), multiprocessing.get_context("spawn")) as pool:
+        running = {pool.submit(job, out): job.name for job in jobs}
+        for future in as_completed(running):
+            try:
+                found[running[future]] = top1 = future.result()
+            except BrokenProcessPool:
+                advice = "close other programs and run the same command again"
+                raise UserError(f"a process that trained for the demo died: {out_of_memory(advice)}") from None
+            console.say(f"   {running[future]}: top-1 {top1:.1f} %")
+    return found
+
+
+def _precomputed(out: Path, shards: list[str], console: Console) -> Store:
+    """The store with targets of both teachers."""
+    from precompute.request import Wanted
+    from precompute.run import precompute
+    from precompute.taps.target_spec import parse
+    from precompute.teachers.teacher import find
+    from storage.store.store import Store
+    from storage.views.policy import policy
+    from student.models.files import load
+
+    store = Store.create(out / "store")
+    for name, targets in _TARGETS.items():
+        weights = out / name / "last.safetensors"
+        _, about = load(weights)
+        found = find(
+            about.model, weights=str(weights), arguments=about.arguments, input_size=about.img_size, mean=about.mean,
+            std=about.std, called=name,
+        )  # fmt: skip
+        wishes = [wish for target in targets for wish in parse(target)]
+        views = policy(_POLICY, SIZE)
+        result = precompute(store, Wanted(shards, found, wishes, views, frozenset({"line", "size"}), VIEWS), console)
+        for failure in result["failures"]:
+            raise UserError(failure["error"])
+    return store
+
+
+def _lines(
+    table: dict[str, list[float]],
+    teachers: dict[str, float],
+    counts: dict[str, int],
+    seconds: float,
+    places: list[Path],
+) -> list[str]:
+    from scipy.stats import t
+
+    saw = f"the students saw {counts['tenth']} labelled ones, in {VIEWS} stored views"
+    lines = [
+        "",
+        f"top-1 on {counts['val']} held-out digits; {saw}",
+        f"{'':18} {'mean':>6} {'dev.':>6}   seeds{'':13} over scratch",
+    ]
+    for recipe, values in table.items():
+        each = "  ".join(f"{value:5.1f}" for value in values)
+        line = f"{recipe:18} {statistics.mean(values):6.1f} {statistics.stdev(values):6.1f}   {each}"
+        if recipe != "scratch":
+            gains = [b - a for a, b in zip(table["scratch"], values, strict=True)]
+            gain, error = statistics.mean(gains), statistics.stdev(gains) / len(gains) ** 0.5
+            verdict = "" if abs(gain) > t.ppf(0.975, len(gains) - 1) * error else ": may be chance"
+            line += f"   {gain:+.1f} ± {error:.1f}{verdict}"
+        lines.append(line)
+    lines += [
+        f"{'teacher ' + name:18} {top1:6.1f}          (saw all {counts['all']} labels)"
+        for name, top1 in teachers.items()
+    ]
+    lines += ["", "±: standard error. May be chance: seeds alone would differ so more often than once in twenty times"]
+    return [*lines, "", f"{seconds:.0f} s in all. Look at", *(f"  {place}" for place in places)]

@@ -1,0 +1,1 @@
+"""What `pipeline evaluate` prints and draws, one file a protocol."""

@@ -1,0 +1,73 @@
+"""What all protocols of `pipeline evaluate` share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.console import Console
+from storage.errors import UserError
+from storage.shards.index import with_samples
+from storage.shards.patterns import expand
+from student import run_dir
+from student.evaluation.ensemble import Member
+from student.models.files import Description, load
+
+Said = tuple[dict[str, Any], list[str]]
+
+
+def sets_of(patterns: Sequence[str]) -> dict[str, list[str]]:
+    """Shards by the names of their sets; those without a name are the set ``.
+
+    A name ends at the first `=`, and has no slash in it, as `split=val/000000.tar` may be a path that is there.
+
+    Raises:
+        UserError: as `expand` does; a set's name without shards.
+    """
+    named: dict[str, list[str]] = {}
+    for pattern in patterns:
+        match = re.fullmatch(r"([\w.-]+)=(.*)", pattern)
+        name, rest = (match[1], match[2]) if match and not Path(pattern).exists() else ("", pattern)
+        if not rest:
+            raise UserError(f"--shards {pattern}: a name without shards; expected {name}=SHARDS")
+        named.setdefault(name, []).append(rest)
+    return {name: with_samples(expand(several), Console().say) for name, several in named.items()}
+
+
+def only_set_of(patterns: Sequence[str]) -> list[str]:
+    """Shards of a protocol that takes one set. Raises UserError: one with a name, or as `expand` does."""
+    sets = sets_of(patterns)
+    if named := [name for name in sets if name]:
+        raise UserError(f"--shards {named[0]}=…: sets with names are for --protocol accuracy; give the shards alone")
+    return sets[""]
+
+
+def opened(
+    path: Path, device: torch.device, console: Console, read: Callable[[Path], tuple[nn.Module, Description]] = load
+) -> tuple[Member, dict[str, Any]]:
+    """A student on a device, and which it is; with a word on one that learned nothing."""
+    model, about = read(path)
+    smoke = run_dir.is_smoke(path.parent)
+    if smoke:
+        console.say(f"{path}: of a smoke run, which has learned nothing")
+    member = Member(str(path), model.to(device), about)
+    return member, {"student": member.name, "view": about.evaluation, "smoke": smoke}
+
+
+def percent(value: float | None) -> str:
+    """A figure for people; a dash where there is none."""
+    return "-" if value is None else f"{value:.2f}"
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells below each other: the first column to the left, the others to the right."""
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]

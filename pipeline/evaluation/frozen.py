@@ -1,0 +1,131 @@
+"""k-NN and linear probes, for the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.console import Console
+from pipeline.evaluation.common import Said, columns, only_set_of, opened, percent
+from storage.errors import UserError
+from storage.shards.classes import classes_of
+from storage.shards.index import cached_index, with_samples
+from storage.shards.patterns import expand
+from student.distributed import pick_device
+from student.evaluation.class_metrics import figures, places_of
+from student.evaluation.frozen import knn as nearest
+from student.evaluation.frozen import linear_probe as linear
+from student.evaluation.frozen import projector_features
+from student.evaluation.frozen.features import (
+    Features,
+    Reading,
+    class_feature,
+    feature_text,
+    features_of,
+    probe_feature,
+)
+from student.evaluation.frozen.label_subset import Labelled, labelled
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which samples have labels: patterns of training shards, the part of them, its seed, and where it is listed."""
+
+    shards: Sequence[str]
+    share: float
+    seed: int
+    listing: Path | None
+
+
+# ---------------------------------------------------------------------------------------------- frozen features
+
+
+def knn(path: Path, patterns: Sequence[str], part: Part, projected: int, device: str) -> Said:
+    """k-NN accuracies for each k."""
+    bank, asked, classes, result = _features(path, patterns, part, device, class_feature, projected)
+    result["knn"] = {}
+    for k, places in nearest.places(bank, asked, nearest.usable(len(bank.labels)), classes).items():
+        told = figures(asked.labels.cpu(), places.cpu(), classes)
+        result["knn"][str(k)] = {"top1": told["top1"], "top5": told["top5"]}
+    rows = [("k", "top-1, %", "top-5, %")]
+    rows += [(k, percent(told["top1"]), percent(told["top5"])) for k, told in result["knn"].items()]
+    return result, [*columns(rows), _of(result)]
+
+
+def probe(path: Path, patterns: Sequence[str], part: Part, projected: int, lr: float | None, device: str) -> Said:
+    """The accuracy of a linear probe, at the learning rate that is best on held-out training samples."""
+    bank, asked, classes, result = _features(path, patterns, part, device, probe_feature, projected)
+    console = Console()
+    console.start("fitting", linear.EPOCHS * (2 if lr is None else 1))
+    try:
+        tried = [] if lr else linear.try_rates(bank, classes, seed=part.seed, advance=console.advance)
+        chosen = lr or tried[0].lr
+        head = linear.heads(bank, classes, [chosen], part.seed, advance=console.advance)
+    finally:
+        console.stop()
+    places = places_of(linear.logits_of(head, asked.values), asked.labels)
+    told = figures(asked.labels.cpu(), places.cpu(), classes)
+    result |= {"top1": told["top1"], "top5": told["top5"], "lr": chosen, "epochs": linear.EPOCHS,
+               "tried": [vars(one) for one in tried]}  # fmt: skip
+    lines = [f"lr {one.lr:g}: top-1 {one.top1:.2f} % on held-out training samples" for one in tried]
+    top5 = f", top-5 {told['top5']:.2f} %" if told["top5"] is not None else ""
+    return result, [*lines, f"linear probe, lr {chosen:g}: top-1 {told['top1']:.2f} %{top5}", _of(result)]
+
+
+def _features(
+    path: Path, patterns: Sequence[str], part: Part, device: str, read: Reading, projected: int
+) -> tuple[Features, Features, int, dict[str, Any]]:
+    """Features of the labelled training samples and of the evaluated ones, the number of classes, and what they are."""
+    urls, train = only_set_of(patterns), with_samples(expand(part.shards), Console().say)
+    names = classes_of([*train, *urls])  # raises where their lists differ
+    where, console = pick_device(device), Console()
+    member, result = opened(path, where, console)
+    model, about = member.model, member.about
+    text = feature_text(model, read)
+    if projected:
+        read, text = projector_features.reading(path, model, projected)
+    mine = labelled(train, urls, part.share, part.seed)
+    if part.listing is not None:
+        mine.write(part.listing)
+    result |= {"features": text, "projected": projected, "train": _train(mine, part)}
+    _say_labelled(mine, part, console)
+    console.start("looking", len(mine.rows) + sum(len(cached_index(url)) for url in urls))
+    try:
+        bank = features_of(model, about, train, read, chosen=mine.chosen, device=where, advance=console.advance)
+        asked = features_of(model, about, urls, read, device=where, advance=console.advance)
+    finally:
+        console.stop()
+    highest = int(torch.cat([bank.labels, asked.labels]).max())
+    if names and highest >= len(names):
+        raise UserError(
+            f"there is a label {highest}, and classes.json lists {len(names)} classes; pack the shards again"
+        )
+    result["samples"], result["width"] = len(asked.labels), bank.values.shape[1]
+    return bank, asked, len(names) if names else highest + 1, result
+
+
+def _train(mine: Labelled, part: Part) -> dict[str, Any]:
+    listing = str(part.listing) if part.listing else None
+    return {
+        "samples": len(mine.rows), "part": part.share, "seed": part.seed, "left_out": mine.left_out,
+        "sha256": mine.digest, "list": listing,
+    }  # fmt: skip
+
+
+def _say_labelled(mine: Labelled, part: Part, console: Console) -> None:
+    if mine.left_out:
+        console.say(f"{mine.left_out} training image(s) are evaluated too; they are left out of what is learned from")
+    if part.share < 1:
+        written = part.listing or "not written down (--list F)"
+        console.say(f"{len(mine.rows):,} labelled samples ({100 * part.share:g} %, seed {part.seed}): {written}")
+
+
+def _of(result: Mapping[str, Any]) -> str:
+    return (
+        f"{result['features']}, {result['width']} numbers; {result['train']['samples']} training samples, "
+        f"{result['samples']} evaluated ({result['view']})"
+    )

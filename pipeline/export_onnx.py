@@ -1,0 +1,58 @@
+"""`export`: a student as an ONNX graph that says itself how it is fed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from precompute.engine.shard import block_views
+from precompute.export.pytorch import CHECKED, export_student
+from storage.errors import UserError
+from storage.objects.atomic import written_whole
+from storage.shards.index import cached_index, with_samples
+from storage.shards.patterns import expand
+from storage.views.policy import policy
+from student.models.attention_copy_hooks import copies_of
+from student.models.files import load
+
+
+def export(path: Path, shards: Sequence[str], out: Path) -> dict[str, Any]:
+    """Write the graph of a student's file.
+
+    Args:
+        path: the student.
+        shards: patterns of shards; the graph is checked on the first images of the first one, labelled or not.
+        out: a new file.
+
+    Raises:
+        UserError: no such student, a file that is there, a shard of one image, or a graph that differs from PyTorch.
+    """
+    if out.exists():
+        raise UserError(f"{out}: is there already; give another name with --out, or remove it")
+    model, about = load(path)
+    if (copies := copies_of(model)) and not copies.fixed:
+        raise UserError(
+            f"{path}: this student attends with its teacher's attention, which a graph of it alone does not have; "
+            "`pipeline predict` runs both"
+        )
+    view = policy(about.evaluation, about.img_size)
+    url = with_samples(expand(shards))[0]
+    index = cached_index(url)
+    if len(index) < 2:
+        raise UserError(f"{url}: one image is too few to check a graph on; give another with --shards")
+    images = block_views(url, index, view)[:CHECKED]
+    graph = onnx.load_from_string(
+        export_student(model, about.img_size, about.mean, about.std, np.ascontiguousarray(images), str(path))
+    )
+    told = {"classes": about.classes, "size": about.img_size, "view": about.evaluation, "model": about.model}
+    onnx.helper.set_model_props(graph, {name: json.dumps(value) for name, value in told.items()})
+    data = graph.SerializeToString(deterministic=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(out) as temporary:
+        temporary.write_bytes(data)
+    return {"graph": str(out), "student": str(path), "bytes": len(data), "checked": len(images), **told}

@@ -1,0 +1,1 @@
+"""What `pipeline inspect` and `pipeline teachers` show."""

@@ -1,0 +1,170 @@
+"""The picture of one sample: its image with the stored crops, each view below it, and each target of that view."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+import numpy as np
+
+from pipeline.inspection.cells import TOP, Cell, cell, meaning
+from pipeline.inspection.sample import SeenView, StoredSample, shown_box, view_words
+from pipeline.plotting import COLOURS, FONT, GREY, MAP, figure, limits, panel, shortened, write
+
+# Inches.
+LEFT, SIDE, GAP, MARGIN = 3.1, 2.2, 0.22, 0.25
+BARS, CURVE = 1.4, 1.0  # heights of cells that are no maps
+LINE = FONT / 72 * 1.25
+NOTE = 0.24  # above each cell
+LETTERS = 32  # of FONT that go over SIDE
+LETTERS_LEFT = 44  # over LEFT
+LARGEST = 1200  # pixels of the original's longer side that are drawn
+# Where on its box each view's number stands, across and down: views of one box would hide each other's.
+PLACES = ((0, 0), (1, 0), (1, 1), (0, 1), (0.5, 0), (0.5, 1))
+MIDDLE = (5, 95)  # percentiles of a map where its colours end: a few tokens often take most of an attention
+
+
+def picture(sample: StoredSample) -> Any:
+    """A matplotlib figure: a column a view, below its view image a row a target."""
+    heads = [_wrapped(_words(seen), LETTERS) for seen in sample.views]
+    width = 2 * MARGIN + LEFT + len(heads) * (SIDE + GAP)
+    title = _wrapped(_title(sample), int((LETTERS_LEFT - 4) * (width - 2 * MARGIN) / LEFT))
+    head = MARGIN + (len(title) + 1) * LINE
+    top = head + (1.4 + max(map(len, heads))) * LINE  # of the view images
+    rows = [_Row(sample, id) for id in sample.targets]
+    drawn = figure(width, top + SIDE + GAP + sum(row.height for row in rows) + MARGIN)
+    write(drawn, MARGIN, MARGIN, title[0], weight="bold", fontsize=FONT + 2)
+    write(drawn, MARGIN, MARGIN + 1.2 * LINE, "\n".join(title[1:]), color=GREY)
+    _original(drawn, sample, head, top + SIDE - head)
+    for n, (seen, words) in enumerate(zip(sample.views, heads, strict=True)):
+        write(drawn, _left(n), head, f"view {seen.number}", weight="bold", color=COLOURS[n])
+        write(drawn, _left(n), head + LINE, "\n".join(words))
+        axes = _image_panel(drawn, _left(n), top)
+        axes.imshow(seen.image)
+        for spine in axes.spines.values():
+            spine.set(color=COLOURS[n], linewidth=3)
+    top += SIDE + GAP
+    for row in rows:
+        row.draw(drawn, top)
+        top += row.height
+    return drawn
+
+
+def _left(n: int) -> float:
+    """Where the column of the n-th view begins."""
+    return MARGIN + LEFT + GAP + n * (SIDE + GAP)
+
+
+def _title(sample: StoredSample) -> list[str]:
+    name = f" ({shortened(sample.name, 40)})" if sample.name else ""
+    label = "no label" if sample.label is None else f"label {sample.label}{name}"
+    size = f"{sample.original.width}×{sample.original.height} pixels"
+    more = sample.stored - len(sample.views)
+    count = f"views 0 to {len(sample.views) - 1}; {more} more are stored" if more else f"all {sample.stored} view(s)"
+    low, high = MIDDLE
+    return [
+        shortened(sample.key, 60),
+        f"{label}, {size}, shard {shortened(sample.shard, 60)}",
+        f"bank {sample.bank}: {sample.policy.line}; {count}",
+        f"maps: dark is low, bright is high; colours end at the {low}th and {high}th percentile, ranges are whole",
+    ]
+
+
+def _words(seen: SeenView) -> list[str]:
+    return [shortened(words, 60) for words in view_words(seen)] or ["nothing but the crop"]
+
+
+def _wrapped(lines: list[str], letters: int) -> list[str]:
+    return [part for line in lines for part in textwrap.wrap(line, letters) or [""]]
+
+
+def _image_panel(drawn: Any, left: float, top: float) -> Any:
+    axes = panel(drawn, left, top, SIDE, SIDE)
+    axes.set(xticks=[], yticks=[])
+    return axes
+
+
+def _original(drawn: Any, sample: StoredSample, top: float, most: float) -> None:
+    """The original, as it is, with the part that each view shows."""
+    from matplotlib.patheffects import withStroke
+
+    image = sample.original
+    width, height = image.size
+    scale = min(LEFT / width, most / height)
+    axes = panel(drawn, MARGIN, top, width * scale, height * scale)
+    axes.set(xticks=[], yticks=[])
+    small = image.copy()
+    small.thumbnail((LARGEST, LARGEST))
+    axes.imshow(np.asarray(small), extent=(0, width, height, 0), aspect="auto")
+    for n, seen in enumerate(sample.views):
+        left, upper, right, lower = shown_box(seen.view, sample.policy.size)
+        edge = [withStroke(linewidth=4, foreground="white")]
+        x, y = [left, right, right, left, left], [upper, upper, lower, lower, upper]
+        axes.plot(x, y, color=COLOURS[n], linewidth=2, path_effects=edge, clip_on=False)
+        across, down = PLACES[n]
+        axes.text(
+            left + across * (right - left), upper + down * (lower - upper), str(seen.number), color="white",
+            fontsize=FONT, weight="bold", ha=("left", "center", "right")[int(2 * across)], va=("top", "bottom")[down],
+            bbox={"facecolor": COLOURS[n], "edgecolor": "none", "pad": 2},
+        )  # fmt: skip
+    axes.set(xlim=(0, width), ylim=(height, 0))
+
+
+class _Row:
+    """One target in all views, with its name on the left."""
+
+    def __init__(self, sample: StoredSample, id: str) -> None:
+        target = sample.targets[id]
+        teacher = sample.teachers[id]
+        self.views, self.id = sample.views, id
+        self.name = shortened(f"{target['teacher']}: {target['identity']['tap']}", LETTERS_LEFT - 6)
+        self.about = _wrapped([meaning(target, teacher)], LETTERS_LEFT - 6)
+        self.kept = f"{'×'.join(map(str, target['sample_shape']))}, kept as {target['identity']['codec']}"
+        self.cells = {s.number: cell(target, teacher, s.values[id]) for s in sample.views if id in s.values}
+        first = next(iter(self.cells.values()))
+        self.cell_height = BARS if first.classes else SIDE if first.values.ndim == 2 else CURVE
+        self.height = self.cell_height + NOTE + GAP
+
+    def draw(self, drawn: Any, top: float) -> None:
+        """Draw it from a height on."""
+        top += NOTE
+        write(drawn, MARGIN, top, self.name, weight="bold")
+        write(drawn, MARGIN, top + LINE, "\n".join(self.about))
+        write(drawn, MARGIN, top + (1.3 + len(self.about)) * LINE, self.kept, color=GREY)
+        for n, seen in enumerate(self.views):
+            if seen.number not in self.cells:
+                write(drawn, _left(n), top, "not stored for this view", color=GREY)
+                continue
+            made = self.cells[seen.number]
+            write(drawn, _left(n), top - NOTE, made.note, fontsize=FONT - 1.5, color=GREY)
+            if made.values.ndim == 2:
+                _map(_image_panel(drawn, _left(n), top), seen.image, made.values)
+                continue
+            axes = panel(drawn, _left(n), top, SIDE, self.cell_height)
+            axes.set(xticks=[], yticks=[])
+            _bars(axes, made) if made.classes else _curve(axes, made.values)
+
+
+def _map(axes: Any, image: np.ndarray, values: np.ndarray) -> None:
+    """A map `[g, g]` over the pale grey of its view image."""
+    grey = image @ np.array([0.299, 0.587, 0.114])
+    axes.imshow(grey, cmap="gray", vmin=-140, vmax=255)
+    size = len(image) - 0.5
+    low, high = limits(*np.percentile(values, MIDDLE))
+    axes.imshow(
+        values, cmap=MAP, alpha=0.6, vmin=low, vmax=high, extent=(-0.5, size, size, -0.5), interpolation="nearest"
+    )
+
+
+def _bars(axes: Any, made: Cell) -> None:
+    axes.barh(range(len(made.classes)), made.values, color=COLOURS[5], height=0.8)
+    axes.set(xlim=(0, 1), ylim=(TOP - 0.5, -0.5))
+    for place, (name, share) in enumerate(zip(made.classes, made.values, strict=True)):
+        text = f"{shortened(name, 22)}  {100 * share:.1f} %"
+        axes.text(0.03, place, text, va="center", fontsize=FONT - 0.5, parse_math=False)
+
+
+def _curve(axes: Any, values: np.ndarray) -> None:
+    axes.axhline(0, color=GREY, linewidth=0.7)
+    axes.plot(values, color=COLOURS[1], linewidth=0.7)
+    axes.set_xlim(0, max(len(values) - 1, 1))

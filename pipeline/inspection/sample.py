@@ -1,0 +1,295 @@
+"""What a store holds of one sample: its view images as the teachers saw them, and what was kept of each.
+
+Read by the stream's own reader, so that every image, signature, chunk and digest is compared on the way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from storage.constants import BLOCK
+from storage.errors import IdentityError, UserError
+from storage.objects.json_record import Record
+from storage.shards.classes import classes_of
+from storage.shards.index import ShardIndex, read_samples
+from storage.shards.tar import stem_of
+from storage.store.banks import bank_policy, read_views
+from storage.store.codecs import Codec
+from storage.store.markers import Task
+from storage.store.store import Store
+from storage.unicode_names import normalized
+from storage.views.policy import Policy
+from storage.views.randaugment import OPERATIONS
+from storage.views.render import decode
+from storage.views.view import MIXUP, View
+from student.data.block_reader import BlockReader
+from student.data.shuffle import Segment
+from student.data.source import Source
+
+MOST = 6  # views that are looked at
+SEARCHED = 100_000  # keys among which the nearest to an unknown one are looked for
+
+
+@dataclass(frozen=True)
+class SeenView:
+    """One stored view of a sample.
+
+    Attributes:
+        number: of the view.
+        view: its parameters.
+        partner: key of the sample that it is mixed with.
+        image: uint8 `[S, S, 3]`, what the teachers saw.
+        kept: the image itself is in the store (`--materialise-views`); otherwise it was rendered again.
+        values: target id -> its decoded values, f32.
+    """
+
+    number: int
+    view: View
+    partner: str | None
+    image: np.ndarray
+    kept: bool
+    values: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """What a store holds of one sample in one bank.
+
+    Attributes:
+        key: of the sample.
+        url: its shard.
+        shard: id of the shard.
+        label: None where the shard has none.
+        name: of its class, where `classes.json` is beside the shard.
+        original: its image, upright.
+        bank: id of the bank.
+        policy: of the bank.
+        views: the first of the stored views, at most `MOST`.
+        stored: how many there are.
+        targets: target id -> manifest, of those that have a value of the sample.
+        teachers: target id -> manifest of its teacher, as `Store.teacher_of` gives it.
+        others: ids of other banks with views of it.
+    """
+
+    key: str
+    url: str
+    shard: str
+    label: int | None
+    name: str | None
+    original: Image.Image
+    bank: str
+    policy: Policy
+    views: list[SeenView]
+    stored: int
+    targets: dict[str, Record]
+    teachers: dict[str, Record]
+    others: list[str]
+
+
+def stored_sample(store: Store, urls: Sequence[str], key: str) -> StoredSample:
+    """What a store holds of the sample of a key; of several banks the one with most targets of it.
+
+    Raises:
+        UserError: an unknown key, one in two shards, a sample that is marked invalid, or nothing is stored of it.
+        IdentityError: no shard that the store knows, or an image or view that is not what it was.
+        DamageError: an object of the store is missing or damaged.
+    """
+    known, done = store.shard_ids(), store.done()
+    url, index = _shard_with(store, urls, known, {task.shard for task in done}, key)
+    banks = sorted({task.id for task in done if (task.kind, task.shard) == ("bank", index.id)})
+    if not banks:
+        raise UserError(f"{store.url}: no view of {index.id} is there; run precompute over {url} first")
+    begun = {task.id for task in done if (task.kind, task.shard) == ("target", index.id)}
+    of_banks: dict[str, dict[str, Record]] = {bank: {} for bank in banks}
+    for id, manifest in store.targets().items():
+        if id in begun:
+            of_banks.setdefault(manifest["identity"]["bank"], {})[id] = manifest
+    bank = max(banks, key=lambda id: len(of_banks[id]))
+    targets = of_banks[bank]
+    shown = {id: manifest for id, manifest in targets.items() if not _is_pixels(manifest)}
+    teachers = {id: store.teacher_of(manifest) for id, manifest in shown.items()}
+    i = _place(index, key)
+    assert i is not None
+    key = index.keys[i]
+    (original,) = read_samples(url, index, range(i, i + 1))
+    counts = {id: store.views("target", id, [index.id], done) for id in targets}
+    stored = store.views("bank", bank, [index.id], done)
+    as_indexed = store.recognise(url, known) is not None
+    source = Source((url,), (index.id,), bank_policy(store, bank), store, bank, stored=(as_indexed,))
+    views = []
+    for number in range(min(stored, MOST)):
+        there = {id: manifest for id, manifest in targets.items() if number < counts[id]}
+        views.append(_seen(source, index, url, i, number, there))
+    label, names = index.labels[i], classes_of([url])
+    return StoredSample(
+        key, url, index.id, label, names[label] if names and label is not None and label < len(names) else None,
+        decode(original.image), bank, source.policy, views, stored, shown, teachers,
+        [id for id in banks if id != bank],
+    )  # fmt: skip
+
+
+def _is_pixels(manifest: Record) -> bool:
+    return bool(manifest["identity"]["tap"] == "pixels")
+
+
+def _shard_with(
+    store: Store, urls: Sequence[str], known: Sequence[str], begun: set[str], key: str
+) -> tuple[str, ShardIndex]:
+    """The one shard with a key, and its index; shards that precompute has not come to yet are passed over."""
+    indexes = {url: index for url in urls if (index := store.recognise(url, known))}
+    others = [url for url in urls if url not in indexes]
+    if all(_place(index, key) is None for index in indexes.values()):
+        stems = {shard.rpartition("-")[0] for shard in {*known, *begun}}
+        for url in [url for url in others if stem_of(url) in stems]:  # a store's shard keeps its name
+            with contextlib.suppress(IdentityError):
+                indexes[url] = store.require(url, known)
+                others.remove(url)
+    found = [url for url, index in indexes.items() if _place(index, key) is not None]
+    if len(found) > 1:
+        raise UserError(f"key {key!r} is in {found[0]} and in {found[1]}; give one of them with --shards")
+    if found:
+        return found[0], indexes[found[0]]
+    if not indexes:
+        store.require(urls[0], known)  # says how it differs from those of the store
+    keys = list(itertools.islice(itertools.chain(*(index.keys for index in indexes.values())), SEARCHED))
+    alike = difflib.get_close_matches(key, keys, n=3)
+    hint = f"The nearest: {', '.join(map(repr, alike))}" if alike else f"Keys there are like {keys[0]!r}"
+    more = f" Not in the store, so not looked into: {_names(others)}; run precompute over them." if others else ""
+    raise UserError(
+        f"no sample has the key {key!r} in {len(indexes)} shard(s) ({_names(list(indexes))}). {hint}.{more}"
+    )
+
+
+def _place(index: ShardIndex, key: str) -> int | None:
+    """Where a key is in a shard, or one that is the same in Unicode's NFC."""
+    if key in index.keys:
+        return index.keys.index(key)
+    wanted = normalized(key)
+    return None if wanted.isascii() else next((i for i, k in enumerate(index.keys) if normalized(k) == wanted), None)
+
+
+def _names(urls: Sequence[str]) -> str:
+    return ", ".join([PurePath(url).name for url in urls[:3]] + ["…"] * (len(urls) > 3))
+
+
+def _seen(source: Source, index: ShardIndex, url: str, i: int, number: int, targets: dict[str, Record]) -> SeenView:
+    """View `number` of sample i, with its value of each target."""
+    pixels = next((id for id, manifest in targets.items() if _is_pixels(manifest)), None)
+    codecs = {id: Codec.of(manifest) for id, manifest in targets.items() if id != pixels}
+    reader = BlockReader(replace(source, pixels=pixels, targets=codecs))
+    view = read_views(reader.marker(Task("bank", str(source.bank), index.id, number)), i, i + 1).view(0)
+    if not view.valid:
+        raise UserError(
+            f"{url}: key {index.keys[i]!r} is marked invalid: precompute could not decode its image, and nothing of it "
+            "is used"
+        )
+    seen, arrays = reader.read(Segment(0, i // BLOCK, np.array([i])), number)
+    values = {id: codec.decode(arrays[id])[0] for id, codec in codecs.items()}
+    partner = index.keys[view.mix.partner] if view.mix else None
+    return SeenView(number, view, partner, seen["images"][0], pixels is not None, values)
+
+
+def shown_box(view: View, size: int) -> tuple[float, float, float, float]:
+    """The part of the original that a view of size S shows, (left, top, right, bottom) in the original's pixels."""
+    left, top, right, bottom = view.box
+    across, down = (right - left) / size, (bottom - top) / size
+    x, y = view.shift  # the frame moved right by x: its last x columns left the image
+    return (
+        left + max(0, -x) * across, top + max(0, -y) * down,
+        right - max(0, x) * across, bottom - max(0, y) * down,
+    )  # fmt: skip
+
+
+def view_words(seen: SeenView) -> list[str]:
+    """What was done to a view beside its crop, in the order in which it was done."""
+    view, words = seen.view, []
+    if view.shift != (0, 0):
+        words.append(f"moved by {view.shift[0]}, {view.shift[1]}")
+    if view.flip:
+        words.append("flipped")
+    for number, argument in view.operations:
+        name = OPERATIONS[number][0].replace("_", " ")
+        words.append(f"{name} {argument:.3g}" if argument else name)
+    if view.erased[2] > view.erased[0]:
+        words.append(f"erased {view.erased[2] - view.erased[0]}×{view.erased[3] - view.erased[1]}")
+    if view.mix:
+        kind = "mixup" if view.mix.kind == MIXUP else "cutmix"
+        words.append(f"{kind}: {100 * view.mix.amount / 256:.0f} % {seen.partner}")
+    return words
+
+
+def facts(sample: StoredSample) -> dict[str, Any]:
+    """The same as plain data."""
+    return {
+        "key": sample.key,
+        "shard": sample.shard,
+        "url": sample.url,
+        "label": sample.label,
+        "class": sample.name,
+        "original": {"width": sample.original.width, "height": sample.original.height},
+        "bank": sample.bank,
+        "policy": sample.policy.line,
+        "size": sample.policy.size,
+        "other_banks": sample.others,
+        "views_stored": sample.stored,
+        "views": [_view_facts(seen) for seen in sample.views],
+        "targets": {
+            id: {
+                **{name: manifest["identity"][name] for name in ("tap", "layers", "grid", "codec")},
+                **{name: manifest[name] for name in ("teacher", "axes")},
+                "shape": manifest["sample_shape"],
+            }
+            for id, manifest in sample.targets.items()
+        },
+    }
+
+
+def _view_facts(seen: SeenView) -> dict[str, Any]:
+    view = seen.view
+    mix = None
+    if view.mix:
+        kind = "mixup" if view.mix.kind == MIXUP else "cutmix"
+        mix = {"kind": kind, "partner": seen.partner, "share": view.mix.amount / 256, "box": list(view.mix.box)}
+    return {
+        "view": seen.number,
+        "box": list(view.box),
+        "shift": list(view.shift),
+        "flip": view.flip,
+        "operations": [[OPERATIONS[number][0], argument] for number, argument in view.operations],
+        "erased": list(view.erased) if view.erased[2] > view.erased[0] else None,
+        "mix": mix,
+        "image": "stored" if seen.kept else "rendered",
+        "targets": {
+            id: {"min": float(values.min()), "max": float(values.max()), "mean": float(values.mean(dtype=np.float64))}
+            for id, values in seen.values.items()
+        },
+    }
+
+
+def lines(sample: StoredSample) -> list[str]:
+    """The same for people."""
+    label = "no label" if sample.label is None else f"label {sample.label}"
+    text = [
+        f"sample {sample.key} of {sample.url}: {sample.original.width}x{sample.original.height}, {label}"
+        + (f" ({sample.name})" if sample.name else ""),
+        f"bank {sample.bank}: {sample.policy.line}",
+    ]
+    for seen in sample.views:
+        box = ", ".join(f"{edge:.5g}" for edge in seen.view.box)
+        text.append(f"view {seen.number}: box {box}; {'; '.join(view_words(seen)) or 'nothing else'}")
+    if more := sample.stored - len(sample.views):
+        text.append(f"and {more} more view(s), not looked at")
+    for id, manifest in sample.targets.items():
+        text.append(f"target {id}: {'x'.join(map(str, manifest['sample_shape']))}")
+    if sample.others:
+        text.append(f"not shown, with fewer targets of it: bank {', '.join(sample.others)}")
+    return text

@@ -1,0 +1,51 @@
+"""What a student that copies attention needs when it is asked: its teacher, run over the very images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+from torch import nn
+
+from precompute.engine.session import open_session
+from storage.errors import UserError
+from storage.store.store import Store
+from student.attention_copy.inference import copier_of
+from student.models.attention_copy_hooks import copies_of
+from student.models.files import Description
+
+Beside = Callable[[np.ndarray], AbstractContextManager[None]]
+
+
+def beside(model: nn.Module, about: Description, store: str | None) -> Beside:
+    """What holds while a student looks at images `[n, S, S, 3]`: the attention that it copies, by the stored graphs.
+
+    Args:
+        model: the student, on its device.
+        about: its description.
+        store: where its teacher's graphs are; None: where they were when it was trained.
+
+    Raises:
+        UserError: no store, a control that has no attention of these images.
+    """
+    copies = copies_of(model)
+    if copies is None or copies.fixed or about.copying is None:
+        return lambda images: nullcontext()
+    if about.copying["permute"] is not None:
+        raise UserError("this student is a control: it copies the attention of other images of a block, not of these")
+    opened = Store.open(store or about.copying["store"])
+    copier, given = copier_of(model, about, opened)
+    device = next(model.parameters()).device
+    sessions = {
+        graph: open_session(opened.graph(given[0].teacher["id"], graph))
+        for graph in {one.target["graph"] for one in given}
+    }
+
+    def holds(images: np.ndarray) -> AbstractContextManager[None]:
+        said = {graph: session.run(images) for graph, session in sessions.items()}
+        values = [torch.from_numpy(said[one.target["graph"]][one.target["output"]]) for one in given]
+        return copies.given(copier.to(device).copied([value.to(device) for value in values]))
+
+    return holds

@@ -1,0 +1,111 @@
+"""The project file: what flags would say again and again, once in `pipeline.yaml`. Flags win over it.
+
+`pipeline.yaml` in the current folder is taken unless `--project FILE` names another or `--no-project` none. Relative
+paths in it are relative to its own folder. Unknown keys are refused with the nearest known one.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from pipeline.project.schema import Project
+    from pipeline.recipes.loader import Over
+
+FILE = "pipeline.yaml"
+_META = "teacher-store project"
+
+
+def reads(**options: str) -> Callable[..., Any]:
+    """`--project` and `--no-project` for a command: option -> field of a project that says it where no flag does.
+
+    The options are filled from the file before click asks whether one is missing.
+    """
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        def given(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+            if ctx.resilient_parsing:
+                return
+            if param.name == "no_project":
+                _without(ctx, bool(value))
+            elif value is not None or (_META not in ctx.meta and Path(FILE).is_file()):
+                _with(ctx, Path(value or FILE), options)
+
+        @click.option(
+            "--project",
+            metavar="FILE",
+            is_eager=True,
+            expose_value=False,
+            callback=given,
+            help=f"A project file; {FILE} in this folder by default. Flags win over it.",
+        )
+        @click.option(
+            "--no-project",
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=given,
+            help="Take nothing from a project file.",
+        )
+        @functools.wraps(command)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            return command(*args, **kwargs)
+
+        return wrapped
+
+    return decorate
+
+
+def _without(ctx: click.Context, wanted: bool) -> None:
+    if wanted and ctx.meta.get(_META):
+        raise click.UsageError("--project and --no-project are both given; choose one", ctx)
+    if wanted:
+        ctx.meta[_META] = None
+
+
+def _with(ctx: click.Context, path: Path, options: dict[str, str]) -> None:
+    if _META in ctx.meta:
+        raise click.UsageError("--project and --no-project are both given; choose one", ctx)
+    ctx.meta[_META] = project = load(path)
+    ctx.default_map = {name: value for name, field in options.items() if (value := project.said(field)) is not None}
+    if os.environ.get("RANK", "0") == "0":  # torchrun's other processes say the same
+        print(f"project {path}", file=sys.stderr, flush=True)
+
+
+def current() -> Project | None:
+    """The project that the running command reads; None without one."""
+    ctx = click.get_current_context(silent=True)
+    return ctx.meta.get(_META) if ctx else None
+
+
+def over() -> Over | None:
+    """What the running command's project lays over every recipe, as the loader of recipes takes it; None without."""
+    from pipeline.recipes.loader import Over
+
+    project = current()
+    return Over(str(project.path), project.settings) if project else None
+
+
+def grid() -> int | None:
+    """Patches a side of the running command's project's student, where the file says sizes; else None."""
+    project = current()
+    student = project.content.student if project else None
+    return student.img_size // student.patch_size if student and student.img_size and student.patch_size else None
+
+
+def load(path: Path) -> Project:
+    """A validated project file. Raises UserError: file, key, and the nearest known key or what was expected."""
+    from pipeline.project.schema import validate
+    from pipeline.yaml_io import read_yaml
+    from storage.errors import UserError
+
+    if not path.exists():
+        raise UserError(f"{path}: cannot be read: No such file or directory; one is made by pipeline init FOLDER")
+    return validate(path, read_yaml(path))

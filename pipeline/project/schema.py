@@ -1,0 +1,200 @@
+"""What a project file may say, validated; relative paths in it made into paths from here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from pipeline.yaml_io import number_in
+from precompute.teachers.onnx_file import is_ready
+from storage.errors import UserError
+from storage.objects.urls import is_remote, separate
+from student.recipe.schema import Recipe
+from student.recipe.validate import section_of, sentence, suggested
+from student.settings import Student
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _several(value: Any) -> Any:
+    """One stands for a list of one."""
+    return (value,) if isinstance(value, str | int | float) and not isinstance(value, bool) else value
+
+
+def _nothing(value: Any) -> Any:
+    """A key with nothing behind it is an empty mapping."""
+    return {} if value is None else value
+
+
+def _number(value: Any) -> Any:
+    return [number_in(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+Words = Annotated[tuple[Annotated[str, StringConstraints(min_length=1)], ...], BeforeValidator(_several)]
+Numbers = Annotated[tuple[float, ...], BeforeValidator(_number), BeforeValidator(_several)]
+Name = Annotated[str, StringConstraints(pattern="^[A-Za-z0-9_-]{1,40}$")]
+
+
+class Views(_Section):
+    """Which views are drawn: `--view-policy`, `--view-size`, `--view-count` and `--seed`."""
+
+    policy: str | None = None
+    size: int | None = Field(None, ge=1)
+    count: int | None = Field(None, ge=1)
+    seed: int | None = None
+
+
+class Entry(_Section):
+    """One teacher, called so in the store: what `precompute` takes about it. Without `teacher`, its name says that."""
+
+    teacher: str | None = None
+    weights: str | None = None
+    weights_key: str | None = None
+    args: dict[str, Any] = {}
+    mean: Numbers | None = None
+    std: Numbers | None = None
+    input_size: int | None = Field(None, ge=1)
+    targets: Words = ()
+    taps: dict[str, Words] = {}
+
+
+class Settings(_Section):
+    """A whole project file."""
+
+    shards: Words | None = None
+    val: Words | None = None
+    store: Annotated[str, StringConstraints(min_length=1)] | None = None
+    views: Views = Views()
+    teachers: dict[Name, Annotated[Entry, BeforeValidator(_nothing)]] = {}
+    student: Student | None = None
+    set: dict[str, Any] = {}
+    provider: Literal["auto", "cpu", "cuda"] | None = None
+    workers: int | None = Field(None, ge=1)
+    dask: str | None = None
+    worker_timeout: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_cluster(self) -> Settings:
+        if self.workers and self.dask:
+            raise ValueError("workers starts processes here, dask joins others; give one of them")
+        return self
+
+
+@dataclass(frozen=True)
+class Project:
+    """A project file and what it says, with paths from the current folder."""
+
+    path: Path
+    content: Settings
+
+    @property
+    def teachers(self) -> Mapping[str, Entry]:
+        """Name -> teacher, in the order of the file."""
+        return self.content.teachers
+
+    @property
+    def settings(self) -> Sequence[tuple[str, Any]]:
+        """`path.to.field` of a recipe and value, to be laid over every recipe in this order."""
+        student = self.content.student
+        said = student.model_dump(mode="json", include=student.model_fields_set) if student else {}
+        return [*((f"student.{name}", value) for name, value in said.items()), *self.content.set.items()]
+
+    def said(self, field: str) -> Any:
+        """A field by its name with dots, None where the file does not say it."""
+        value: Any = self.content
+        for part in field.split("."):
+            value = getattr(value, part)
+        return list(value) if isinstance(value, tuple) else value
+
+
+def validate(path: Path, content: Any) -> Project:
+    """The project in parsed YAML.
+
+    Raises:
+        UserError: naming the file, and each wrong key with the nearest known one or what was expected.
+    """
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a mapping with {', '.join(Settings.model_fields)}")
+    try:
+        settings = Settings.model_validate({k: v for k, v in content.items() if v is not None})
+    except ValidationError as error:
+        raise UserError(f"{path}: " + "; ".join(_explain(problem) for problem in error.errors())) from None
+    for name, value in settings.set.items():
+        _require_known(f"{path}: set.", name, value)
+    return Project(path, _from_here(settings, path.parent))
+
+
+def _require_known(where: str, name: str, value: Any) -> None:
+    """Refuse a setting that no recipe has; which ones a loss has is for the recipe to say."""
+    section: Any = Recipe
+    for part in name.split("."):
+        if section is not None and part not in section.model_fields:
+            raise UserError(f"{where}{name}: a recipe has no {part!r} there. {suggested(part, section)}")
+        section = section_of(section, part) if section is not None and part != "losses" else None
+    if section is not None and isinstance(value, Mapping):
+        for below, content in value.items():
+            _require_known(where, f"{name}.{below}", content)
+
+
+def _explain(problem: Any) -> str:
+    parts = [str(part) for part in problem["loc"] if part != "[key]"]
+    section: Any = Settings
+    for i, part in enumerate(parts[:-1]):
+        section = Entry if parts[:i] == ["teachers"] else section and section_of(section, part)
+    if problem["type"] == "extra_forbidden" and section is Settings and "." in suggested(parts[0], Recipe):
+        return f"{parts[0]}: a recipe's setting goes under `set`. {suggested(parts[0], Recipe)}"
+    such = "; right is teachers: {vit_tiny: {}}" if parts == ["teachers"] else ""
+    return sentence(".".join(parts) or "the file", problem, section) + such
+
+
+def _from_here(settings: Settings, folder: Path) -> Settings:
+    """The same with paths that are relative to the file's folder made relative to the current one."""
+
+    def patterns(several: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return several and tuple(located(pattern, folder) for pattern in several)
+
+    def weights(name: str | None) -> str | None:  # recorded in the store, so from anywhere
+        return name and str(Path(located(name, folder)).expanduser().absolute())
+
+    def files(entry: Entry) -> Entry:
+        graph = {"teacher": weights(entry.teacher)} if entry.teacher and is_ready(entry.teacher) else {}
+        return entry.model_copy(update={"weights": weights(entry.weights), **graph})
+
+    teachers = {name: files(entry) for name, entry in settings.teachers.items()}
+    student, more = settings.student, dict(settings.set)
+    if student and student.weights:
+        student = student.model_copy(update={"weights": weights(student.weights)})
+    if isinstance(more.get("student.weights"), str):
+        more["student.weights"] = weights(more["student.weights"])
+    return settings.model_copy(update={
+        "shards": patterns(settings.shards), "val": patterns(settings.val),
+        "store": settings.store and located(settings.store, folder), "teachers": teachers, "student": student,
+        "set": {name: number_in(value) for name, value in more.items()},
+    })  # fmt: skip
+
+
+def located(pattern: str, folder: Path) -> str:
+    """What a path, URL or pattern, or several joined by `::`, of a project file in a folder is called from here."""
+    return "::".join(_one(part, folder) for part in separate(pattern))
+
+
+def _one(part: str, folder: Path) -> str:
+    if part.startswith("{") and "}" in part:  # what its braces stand for may be anything: {/a,b}/0.tar
+        from storage.shards.patterns import braces
+
+        each = braces(part)
+        if any(map(_is_whole, each)):
+            return "::".join(one if _is_whole(one) else str(folder / one) for one in each)
+    return part if _is_whole(part) else str(folder / part)
+
+
+def _is_whole(part: str) -> bool:
+    return is_remote(part) or part.startswith(("/", "~", "file://"))

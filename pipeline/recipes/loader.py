@@ -1,0 +1,154 @@
+"""Recipes: YAML files with a header that says paper, command and what to expect; `--set` changes single settings.
+
+Each of ours has a small variant, NAME-small: over it lies what pipeline/small.yaml says for all of them, and then its
+own section `small`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from pipeline.yaml_io import number_in, read_yaml, why
+from storage.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from student.recipe.schema import Recipe
+
+FOLDER = Path(__file__).parent
+COMMON = Path(__file__).parent.parent / "small.yaml"
+SMALL = "-small"
+_SHORT = {"bank": "id", "links": "run"}  # settings with a short form -> what it says of them; of weights it is `start`
+
+
+@dataclass(frozen=True)
+class Over:
+    """Settings that are laid over every recipe: `path.to.field` and value, and the file that says so."""
+
+    where: str
+    settings: Sequence[tuple[str, Any]]
+
+
+def names() -> list[str]:
+    """The recipes that come along."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def _file(recipe: str) -> Path:
+    """A recipe's file; of a small variant that of the recipe."""
+    path = FOLDER / f"{recipe.removesuffix(SMALL)}.yaml"
+    if recipe.removesuffix(SMALL) not in names():
+        path = Path(recipe)
+    if path.suffix in (".yaml", ".yml") and not path.is_file():
+        raise UserError(f"{path}: no such recipe file; `pipeline recipes aal > {path}` makes one to start from")
+    if not path.is_file():
+        raise UserError(f"no recipe is called {recipe!r}. {nearest(recipe, names())} A YAML file also serves.")
+    return path
+
+
+def text(recipe: str) -> str:
+    """A recipe with its header, as a file that serves as one. Raises UserError: no such recipe."""
+    path = _file(recipe)
+    whole = path.read_text(encoding="utf-8")
+    if path.parent != FOLDER:
+        return whole
+    if not recipe.endswith(SMALL):
+        return whole.partition("\nsmall:")[0].rstrip() + "\n"
+    said = f"{_header(whole)}#\n{_header(COMMON.read_text(encoding='utf-8'))}"
+    return said + yaml.safe_dump(_content(recipe), sort_keys=False)
+
+
+def _header(whole: str) -> str:
+    """The comments that a file begins with."""
+    return "".join(takewhile(lambda line: line.startswith("#"), whole.splitlines(keepends=True)))
+
+
+def summary(recipe: str) -> str:
+    """The first sentence of a recipe's header, without its name."""
+    first = text(recipe).partition("\n")[0].removeprefix("# ")
+    return first.removeprefix(f"{recipe}: ")
+
+
+def _content(recipe: str) -> Any:
+    """What a recipe's file says, or its small variant."""
+    path = _file(recipe)
+    content = read_yaml(path)
+    if path.parent != FOLDER:
+        return content
+    own = content.pop("small", {})
+    if recipe.endswith(SMALL):
+        for section, settings in (*read_yaml(COMMON).items(), *own.items()):
+            put(content, section, settings)
+    return content
+
+
+def load(recipe: str, settings: Sequence[str] = (), over: Over | None = None) -> Recipe:
+    """A recipe by name or by file, with a project's settings laid over it, and `path.to.field=value` over both.
+
+    Raises:
+        UserError: no such recipe, YAML that is none, an unknown field or a value that it does not take.
+    """
+    content = _content(recipe)
+    from student.recipe.validate import validate
+
+    where = f"recipe {recipe}"
+    if not isinstance(content, dict):
+        return validate(content, where)
+    stages = [(where, copy.deepcopy(content))]
+    if over and over.settings:
+        for name, value in over.settings:
+            put(content, name, value)
+        stages.append((f"{where} with {over.where} laid over it", copy.deepcopy(content)))
+    if settings:
+        for setting in settings:
+            _set(content, setting)
+        stages.append((f"{where} with --set", content))
+    try:
+        return validate(content, where)
+    except UserError:
+        for where, stage in stages:  # the first that is wrong is to blame
+            validate(stage, where)
+        raise
+
+
+def put(content: dict[str, Any], path: str, value: Any) -> None:
+    """Set `path.to.field` of a recipe; what is absent on the way is made.
+
+    A mapping for a section (`optim`, `losses.aal`) is laid over what is there, setting by setting; values that are
+    mappings themselves (a weight's schedule, a bank) are replaced.
+    """
+    from student.recipe.schema import Recipe
+    from student.recipe.validate import section_of
+
+    *parents, last = path.split(".")
+    here = content
+    for part in parents:
+        below = here.get(part)
+        if not isinstance(below, dict):  # absent, or a short form such as `weight: 2000`
+            below = here[part] = {} if below is None else {_SHORT.get(part, "start"): below}
+        here = below
+    section = parents == ["losses"] or (not parents and (last == "losses" or section_of(Recipe, last)))
+    if not (section and isinstance(value, Mapping)):
+        here[last] = dict(value) if isinstance(value, Mapping) else value
+        return
+    if not isinstance(here.get(last), dict):
+        here[last] = {}
+    for name, one in value.items():
+        put(content, f"{path}.{name}", one)
+
+
+def _set(content: dict[str, Any], setting: str) -> None:
+    path, equals, text = setting.partition("=")
+    if not equals or not path:
+        raise UserError(f"--set {setting}: expected NAME=VALUE, such as --set optim.epochs=50")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {setting}: the value is not plain YAML: {why(error)}") from None
+    put(content, path, number_in(value))

@@ -1,0 +1,103 @@
+"""Which bank a run writes to: the one that the request asks for, or the store's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from precompute import bank_choice
+from precompute.request import Wanted
+from storage.errors import IdentityError, UserError
+from storage.shards.tar import stem_of
+from storage.store.store import Store
+from storage.views.policy import Policy
+
+
+def choose_policy(
+    store: Store, wanted: Policy, given: set[str], alike: set[str], exactly: Callable[[], set[str]], new_bank: bool
+) -> Policy:
+    """The policy of this run: what is not given comes from the bank that the shards have already.
+
+    Args:
+        store: with its banks.
+        wanted: policy, size and seed, given or by default.
+        given: which of `line`, `size` and `seed` were given.
+        alike: ids of known shards that these may be, by their names.
+        exactly: gives those that they are; it reads every file, so it is called only where it matters.
+        new_bank: another bank beside the one that is there is wanted.
+
+    Raises:
+        IdentityError: the shards have views of another policy, size or seed, and no new bank was asked for.
+    """
+    from storage.store.banks import policy_of
+
+    done = [task for task in store.done() if task.kind == "bank" and task.shard in alike]
+    there = sorted({task.id for task in done})
+    if not there or wanted.bank in there or new_bank:
+        return wanted
+    ids = exactly()
+    there = sorted({task.id for task in done if task.shard in ids})
+    if not there:
+        return wanted
+    found: list[tuple[str, object, object]] = []
+    fitting: list[Policy] = []
+    for id in there:
+        policy = policy_of(store.bank(id))
+        differs: list[tuple[str, object, object]] = [
+            (field, getattr(policy, field), getattr(wanted, field))
+            for field in ("line", "size", "seed")
+            if field in given
+            and getattr(policy, field) != getattr(wanted, field)
+            and (field != "seed" or policy.random)
+        ]
+        if not differs:
+            fitting.append(policy)
+        found = found or differs
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise UserError(
+            f"{store.url}: these shards have views in {len(fitting)} banks: {', '.join(p.bank for p in fitting)}; say "
+            "which one by --view-policy, --view-size and --seed"
+        )
+    names = {"line": "view policy", "size": "view size", "seed": "seed"}
+    field, expected, mine = found[0]
+    raise IdentityError(
+        f"{store.url}: bank {there[0]}", names[field], expected, mine,
+        "All targets of a training run are of the same views, those of one bank. Leave the flag out to use the ones "
+        "that are there, or make others beside them: --new-bank",
+        ("the store has", "asked for"),
+    )  # fmt: skip
+
+
+def settle(store: Store, wanted: Wanted) -> tuple[dict[str, list[str]], Policy, int]:
+    """Url -> ids of known shards that it may be; the policy, and the number of views.
+
+    Raises:
+        UserError: as `choose_policy` does, or several views of a policy that leaves nothing to chance.
+    """
+    known = candidates(store, wanted.shards)
+    policy = bank_choice.choose_policy(
+        store, wanted.policy, set(wanted.given), {id for ids in known.values() for id in ids},
+        lambda: {index.id for url, ids in known.items() if (index := store.recognise(url, ids))}, wanted.new_bank,
+    )  # fmt: skip
+    return known, policy, choose_views(store, policy, wanted.views)
+
+
+def candidates(store: Store, urls: Sequence[str]) -> dict[str, list[str]]:
+    """Url -> ids of the shards that the store knows and that may be this one, by their stem."""
+    by_stem: dict[str, list[str]] = {}
+    for shard in store.shard_ids():
+        by_stem.setdefault(shard.rpartition("-")[0], []).append(shard)
+    return {url: by_stem.get(stem_of(url), []) for url in urls}
+
+
+def choose_views(store: Store | None, policy: Policy, wanted: int | None) -> int:
+    """How many views: as said; else as many as the bank has; else four, or one without chance."""
+    if not policy.random:
+        if wanted not in (None, 1):
+            raise UserError(f"--view-count {wanted}: {policy.line} leaves nothing to chance, so it has one view")
+        return 1
+    if wanted is not None:
+        return wanted
+    there = [task.view for task in (store.done() if store else ()) if task.kind == "bank" and task.id == policy.bank]
+    return max(there) + 1 if there else 4

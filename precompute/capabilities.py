@@ -1,0 +1,132 @@
+"""What a network could give, without its weights: taps, shapes and bytes, as `pipeline teachers NAME` shows them.
+
+Each tap is read as precompute reads it, of a network on the meta device, which takes no memory and no time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from precompute.export.pytorch import read_taps, require_size
+from precompute.record_targets import require_kind
+from precompute.taps import TAPS, Tap, TappedTeacher, takes_image_size
+from precompute.taps.target_spec import default_codec
+from precompute.teachers.onnx_file import _sizes, prefix_of, read
+from precompute.teachers.teacher import about_weights, anatomy, resolve
+from storage.errors import UserError, first_line
+from storage.objects.json_record import Record
+from storage.objects.state_dict import READY
+from storage.store.codecs import Codec
+
+
+def offers_of(name: str, input_size: int | None = None, grid: int = 14) -> dict[str, Any]:
+    """Sizes of a teacher by its short name or any timm name, and what each tap would take.
+
+    Args:
+        name: as `--teacher` takes it.
+        input_size: of its square input; by default that of its weights.
+        grid: side of a CNN's activation maps.
+
+    Returns:
+        `model`, `input_size`, `mean`, `std`, `parameters`, `network` (`cnn`, `vit`, `other`), `layers`; `taps`:
+        tap -> `shape` of one sample, default `codec`, `bytes` a view image; and `refused`: tap -> why precompute
+        would refuse it.
+
+    Raises:
+        UserError: an unknown name, or a size that the network does not take.
+    """
+    model, size, network = bare(name, input_size)
+    about, parts = about_weights(model, name), anatomy(network)
+    require_size(network, size, f"{name}: {model}")
+    taps, refused = {}, {}
+    for tap, tapped in TAPS.items():
+        try:
+            shape = _shape(network, parts, Tap(tap, grid=grid if tap == "activations" else None), size, name)
+        except UserError as error:
+            refused[tap] = str(error)
+            continue
+        codec = Codec(default_codec(tap), shape, tapped.maps, tapped.axes, tapped.values)
+        taps[tap] = {"shape": list(shape), "codec": codec.name, "bytes": codec.sample_bytes}
+    return {
+        "teacher": name, "model": model, "input_size": size, "mean": list(about["mean"]), "std": list(about["std"]),
+        **{field: parts[field] for field in ("parameters", "network", "layers")}, "taps": taps, "refused": refused,
+    }  # fmt: skip
+
+
+def bare(name: str, input_size: int | None = None, device: str = "meta") -> tuple[str, int, nn.Module]:
+    """timm's name, input size and network of a teacher, without its weights.
+
+    Args:
+        name: as `--teacher` takes it.
+        input_size: of its square input; by default that of its weights.
+        device: where its parameters are; on `meta` they take no memory and no time.
+
+    Raises:
+        UserError: an unknown name, or a size that the network does not take.
+    """
+    model, own = resolve(name)
+    size = input_size or own or about_weights(model, name)["size"] or 224
+    arguments = {"img_size": size} if takes_image_size(model) else {}
+    try:
+        with torch.device(device):
+            network: nn.Module = timm.create_model(model, pretrained=False, **arguments)
+    except Exception as error:  # timm raises many kinds
+        raise UserError(f"teacher {name} with an input of {size}: cannot be made: {first_line(error)}") from None
+    return model, size, network.eval()
+
+
+def _shape(network: nn.Module, parts: Record, tap: Tap, size: int, name: str) -> tuple[int, ...]:
+    """The shape of what a tap gives of one image. Raises UserError where precompute refuses it."""
+    require_kind(name, parts, tap.name)
+    module = TappedTeacher(network, [tap], size, size, (0.5,) * 3, (0.5,) * 3).to("meta").eval()
+    (given,), _ = read_taps(module, torch.zeros(2, size, size, 3, dtype=torch.uint8, device="meta"), name)
+    return tuple(given.shape[1:])
+
+
+def onnx_offers_of(path: str) -> dict[str, Any]:
+    """What a ready graph has, by the shapes that its file tells: nothing is run.
+
+    Returns:
+        `teacher`, `model`, `input` (name, shape, precision), `parameters`, `outputs` (name -> shape) and `tensors`:
+        tap -> names of tensors whose shape would fit it, in the order of the graph.
+
+    Raises:
+        UserError: as `read`.
+    """
+    from onnx import shape_inference
+
+    graph = read(path)
+    try:
+        inferred = shape_inference.infer_shapes(graph.model, data_prop=True).graph
+    except Exception:  # it raises many kinds on what it cannot read; shapes are then unknown
+        inferred = graph.model.graph
+    shapes = {value.name: _sizes(value) for value in (*inferred.value_info, *inferred.output)}
+    tensors: dict[str, list[str]] = {}
+    for name in graph.tensors:
+        for tap in _fitting(shapes.get(name, []), (graph.before_squashing(name) or ("",))[0]):
+            tensors.setdefault(tap, []).append(name)
+    taken = _sizes(graph.model.graph.input[0])
+    return {
+        "teacher": path, "model": READY, "input": {"name": graph.input, "shape": taken, "precision": graph.precision},
+        "parameters": graph.parameters, "outputs": {name: shapes.get(name, []) for name in graph.outputs},
+        "tensors": tensors,
+    }  # fmt: skip
+
+
+def _fitting(shape: Sequence[int | str], squashed: str) -> list[str]:
+    """Taps that a tensor of this shape may give: its first axis is the batch, which is open, and the others are not."""
+    numbers = [int(size) for size in shape[1:] if isinstance(size, int)]
+    if len(numbers) < len(shape) - 1 or isinstance(shape[0] if shape else 0, int):
+        return []
+    if len(numbers) == 1:
+        return [] if squashed else ["logits", "embedding", "class_token"]
+    if len(numbers) == 2 and prefix_of(numbers[0]) is not None and numbers[0] > 3:
+        return ["tokens"]
+    if len(numbers) == 3 and numbers[1] == numbers[2] > 1:
+        return ["attention"] if squashed == "Softmax" else ["activations"]
+    return []

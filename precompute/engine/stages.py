@@ -1,0 +1,278 @@
+"""One reading of a shard in overlapping stages: read and render ahead, run, encode and write behind. No torch here.
+
+While the session runs one view, the next blocks are read and rendered and the last one is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from precompute.engine.session import Session
+from precompute.engine.tasks import Output, ShardTask
+from storage.errors import IdentityError, UserError
+from storage.shards.index import ShardIndex, read_samples
+from storage.shards.tar import Sample
+from storage.store import codecs
+from storage.store.attempts import Attempt
+from storage.store.banks import BankView, bank_policy, read_views, rows_of
+from storage.store.markers import Marker, Task
+from storage.views.draw import draw, settle
+from storage.views.mixing import mixed
+from storage.views.policy import Policy
+from storage.views.render import BadImage, decode, render, renderer, signature
+from storage.views.view import COLUMNS, INVALID, View
+
+LARGE_BLOCK = 64 << 20  # bytes of a block's images from which on only one block at a time is read ahead
+WRITES = 2  # views that wait to be written while the session goes on
+
+
+class TooWide(Exception):
+    """A target's scales do not fit f16."""
+
+    def __init__(self, view: int, target: str) -> None:
+        super().__init__(view, target)
+        self.view, self.target = view, target
+
+
+@dataclass
+class _Block:
+    """A block that was read and rendered: what the session sees of each view, and what the bank keeps of new ones."""
+
+    block: range
+    keys: list[str]
+    pixels: dict[int, np.ndarray]  # view -> uint8 [n, S, S, 3], mixed
+    drawn: dict[int, list[View]]
+    signatures: dict[int, np.ndarray]
+    valid: np.ndarray  # bool [n]
+
+
+class Pass:
+    """One reading of a shard that makes several views; (view, target) in `wide` keep their scales in f32.
+
+    Each view by itself: what is made of it must not depend on the views that happen to be made beside it.
+    """
+
+    def __init__(
+        self,
+        task: ShardTask,
+        index: ShardIndex,
+        wanted: dict[int, list[Output]],
+        session: Session | None,
+        threads: int,
+        say: Callable[[int], None],
+        wide: frozenset[tuple[int, str]] = frozenset(),
+    ) -> None:
+        self.wide = wide
+        self.task, self.index, self.wanted, self.session, self.say = task, index, wanted, session, say
+        self.threads = threads
+        self.policy: Policy = bank_policy(task.store, task.bank)
+        self.known: dict[int, Marker] = {}
+        self.fresh: dict[int, Attempt] = {}
+        self.attempts: dict[tuple[int, str], Attempt] = {}
+        self.invalid: set[int] = set()
+
+    def run(self) -> tuple[str, ...]:
+        """Read, render, run, write and mark; the keys of samples that are marked invalid."""
+        try:
+            self._open()
+            self._stages()
+            self._mark()
+        except BaseException:
+            for attempt in (*self.fresh.values(), *self.attempts.values()):
+                with contextlib.suppress(OSError):  # what stays is garbage; the first error is the one to tell
+                    attempt.abandon()
+            raise
+        return tuple(self.index.keys[i] for i in sorted(self.invalid))
+
+    def _open(self) -> None:
+        store, shard = self.task.store, self.index.id
+        for view, outputs in self.wanted.items():
+            bank = Task("bank", self.task.bank, shard, view)
+            marker = store.find(bank, len(self.index))
+            if marker:
+                self.known[view] = marker
+            else:
+                attempt = self.fresh[view] = Attempt(store, bank, len(self.index))
+                attempt.array("parameters", (len(COLUMNS),), "float64", ["column"])
+                attempt.array("signatures", (1,), "uint32", ["column"])
+            for output in outputs:
+                attempt = Attempt(store, Task("target", output.target, shard, view), len(self.index))
+                self.attempts[view, output.target] = attempt
+                for name, part in output.codec.layout(wide=(view, output.target) in self.wide).items():
+                    attempt.array(name, part.shape, part.dtype, part.axes)
+        if self.fresh and not self.known and 0 not in self.fresh:
+            # Views that the shard has already are replayed beside the new ones: one bank, one kind of pixels.
+            marker = store.find(Task("bank", self.task.bank, shard, 0), len(self.index))
+            if marker:
+                self.known[0] = marker
+
+    def _stages(self) -> None:
+        """Blocks are prepared ahead by threads, run here in order, and written by one thread in the same order."""
+        blocks = deque(range(self.index.blocks))
+        mean = self.index.summary.bytes / self.index.blocks
+        ahead = 1 if mean > LARGE_BLOCK else 2
+        with (
+            ThreadPoolExecutor(self.threads, "render") as renderers,
+            ThreadPoolExecutor(ahead, "prepare") as preparers,
+            ThreadPoolExecutor(1, "write") as writer,
+        ):
+            prepared: deque[Future[_Block]] = deque()
+            writing: deque[tuple[Future[None], int]] = deque()
+            try:
+                while blocks or prepared:
+                    while blocks and len(prepared) < ahead:
+                        prepared.append(preparers.submit(self._prepare, blocks.popleft(), renderers))
+                    block = prepared.popleft().result()
+                    if blocks:  # before the session begins, so that it has company
+                        prepared.append(preparers.submit(self._prepare, blocks.popleft(), renderers))
+                    writing.append((writer.submit(self._write_bank, block), 0))
+                    for view, outputs in self.wanted.items():
+                        runs = any(output.position is not None for output in outputs)
+                        values = self.session.run(block.pixels[view]) if runs and self.session else []
+                        writing.append((writer.submit(self._write, view, values, block), len(block.keys)))
+                        while len(writing) > WRITES:
+                            self._wrote(*writing.popleft())
+                while writing:
+                    self._wrote(*writing.popleft())
+            finally:  # after an error nothing new is begun; the pools wait for what is under way
+                for pool in (preparers, renderers, writer):
+                    pool.shutdown(wait=False, cancel_futures=True)
+
+    def _wrote(self, future: Future[None], count: int) -> None:
+        future.result()
+        if count:
+            self.say(count)
+
+    # ---------------------------------------------------------------------------------------- reading and rendering
+
+    def _prepare(self, number: int, renderers: ThreadPoolExecutor) -> _Block:
+        """Read and render a block. Each original is decoded once and dropped: photographs are large."""
+        block = self.index.block(number)
+        samples = read_samples(self.task.url, self.index, block)
+        known = {view: read_views(marker, block.start, block.stop) for view, marker in self.known.items()}
+        jobs = [
+            renderers.submit(self._render, i, sample, known, block)
+            for i, sample in zip(block, samples, strict=True)
+        ]  # fmt: skip
+        rendered = [job.result() for job in jobs]
+        valid = np.array([bool(images) for images, _ in rendered])
+        side = self.policy.size
+        blank = np.zeros((side, side, 3), np.uint8)
+        drawn = {view: settle([views.get(view, INVALID) for _, views in rendered], block) for view in self.fresh}
+        signatures, pixels = {}, {}
+        for view in self.wanted:
+            own = [images.get(view, blank) for images, _ in rendered]
+            if view in self.fresh:
+                sums = [signature(image) if ok else 0 for image, ok in zip(own, valid, strict=True)]
+                signatures[view] = np.array(sums, np.uint32)[:, None]
+            views = drawn[view] if view in drawn else [known[view].view(i) for i in range(len(block))]
+            mixes = [v.mix for v in views]
+            pixels[view] = np.stack([
+                mixed(image, own[mix.partner - block.start], mix) if mix else image
+                for image, mix in zip(own, mixes, strict=True)
+            ])  # fmt: skip
+        return _Block(block, [sample.key for sample in samples], pixels, drawn, signatures, valid)
+
+    def _render(
+        self, i: int, sample: Sample, known: dict[int, BankView], block: range
+    ) -> tuple[dict[int, np.ndarray], dict[int, View]]:
+        """View -> pixels of one sample before mixing, none where it is invalid; view -> what was drawn for new ones."""
+        image = self._decode(sample)
+        pixels: dict[int, np.ndarray] = {}
+        drawn: dict[int, View] = {}
+        for view, there in known.items():
+            replayed = self._replay(view, there, i - block.start, sample, image)
+            if replayed is not None:
+                pixels[view] = replayed
+        if image is not None:
+            for view in self.fresh:
+                drawn[view] = draw(self.policy, sample.key, view, image.size, i, block)
+                pixels[view] = render(image, drawn[view], self.policy.size)
+        return pixels, drawn
+
+    def _replay(
+        self, view: int, there: BankView, i: int, sample: Sample, image: Image.Image | None
+    ) -> np.ndarray | None:
+        where = f"{self.task.url}, view {view}"
+        if there.view(i).valid != (image is not None):
+            said = ("invalid", "valid")
+            raise IdentityError(
+                f"{where}, key {sample.key}", "image", said[there.view(i).valid], said[image is not None]
+            )
+        return there.replay(i, sample, image, self.policy.size, where) if image else None
+
+    def _decode(self, sample: Sample) -> Image.Image | None:
+        try:
+            return decode(sample.image)
+        except BadImage as error:
+            if self.task.bad_images == "fail":
+                raise UserError(
+                    f"{self.task.url}: key {sample.key!r}: {error}\n  Mend or remove the image, or leave such images "
+                    "out of training: --bad-images skip"
+                ) from None
+            return None
+
+    # ------------------------------------------------------------------------------------------------------ writing
+
+    def _write_bank(self, block: _Block) -> None:
+        self.invalid.update(i for i, valid in zip(block.block, block.valid, strict=True) if not valid)
+        for view, attempt in self.fresh.items():
+            attempt.arrays["parameters"].append(rows_of(block.drawn[view]))
+            attempt.arrays["signatures"].append(block.signatures[view])
+
+    def _write(self, view: int, values: list[np.ndarray], block: _Block) -> None:
+        for output in self.wanted[view]:
+            of_view = block.pixels[view] if output.position is None else values[output.position]
+            if output.position is not None:
+                self._check_finite(view, output, of_view, block)
+                if not block.valid.all():  # what a teacher makes of no image means nothing
+                    of_view = np.where(block.valid[(..., *(None,) * (of_view.ndim - 1))], of_view, 0)
+            try:
+                arrays = output.codec.encode(of_view, wide=(view, output.target) in self.wide)
+            except codecs.HalfOverflow:
+                raise TooWide(view, output.target) from None
+            except UserError as error:
+                where = f"{self.task.url}: keys {block.keys[0]!r} to {block.keys[-1]!r}, view {view}"
+                raise UserError(f"{where}: {output.target}: {error}") from None
+            for name, array in arrays.items():
+                self.attempts[view, output.target].arrays[name].append(array)
+
+    def _check_finite(self, view: int, output: Output, values: np.ndarray, block: _Block) -> None:
+        bad = ~np.isfinite(values).reshape(len(values), -1).all(1) & block.valid
+        if bad.any():
+            key = block.keys[int(np.argmax(bad))]
+            raise UserError(
+                f"{self.task.url}: key {key!r}, view {view}: the teacher {self.task.teacher!r} gives values that are "
+                f"not finite in {output.target}; nothing of this shard was kept"
+            )
+
+    def _mark(self) -> None:
+        """The bank's marker first: a target's marker names the digest of its views."""
+        summary = dataclasses.asdict(self.index.summary)
+        for view, attempt in self.fresh.items():
+            mine = attempt.commit({"summary": summary, "invalid": sorted(self.invalid), "renderer": renderer()})
+            if mine.content["attempt"] != attempt.name:
+                self._agree(view, attempt, mine)
+            self.known[view] = mine
+        made: dict[str, Any] = {"renderer": renderer(), **(self.session.settings if self.session else {})}
+        for (view, _), attempt in self.attempts.items():
+            attempt.commit({"bank_views": self.known[view].views_digest, "made": made})
+
+    def _agree(self, view: int, attempt: Attempt, other: Marker) -> None:
+        """Somebody else drew this view at the same time: it must be the same view."""
+        mine = [entry["checksums"] for entry in attempt.entries.values()]
+        theirs = [other.content["arrays"][name]["checksums"] for name in attempt.entries]
+        if mine != theirs:
+            raise IdentityError(
+                f"{self.task.url}, view {view}", "checksums of the bank's parameters and signatures", theirs, mine,
+                "Another run drew other views of this shard at the same time; run precompute again.",
+            )  # fmt: skip

@@ -1,0 +1,72 @@
+"""What a worker is handed and what it gives back: plain data, which any process anywhere can take."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from storage.objects.json_record import Record
+from storage.store.codecs import Codec
+from storage.store.store import Store
+
+BadImages = Literal["fail", "skip"]
+
+
+@dataclass(frozen=True)
+class Output:
+    """A target, and which of the graph's outputs makes it; None where it is the view images themselves."""
+
+    target: str
+    position: int | None
+    codec: Codec
+
+    @classmethod
+    def of(cls, manifest: Record) -> Output:
+        """From a target's manifest."""
+        return cls(manifest["id"], manifest["output"], Codec.of(manifest))
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard and one graph, with all targets of it that are wanted: plain data.
+
+    Attributes:
+        store: where everything is kept.
+        url: of the shard.
+        bank: id of the bank.
+        teacher: name of the teacher, for messages.
+        graph: digest of the teacher's graph.
+        outputs: the targets.
+        views: how many, from 0.
+        bad_images: whether an image that cannot be decoded, or a key without one, fails the shard or is left out.
+        known: ids of shards with the file's stem that the store knew when the run began.
+    """
+
+    store: Store
+    url: str
+    bank: str
+    teacher: str
+    graph: str
+    outputs: tuple[Output, ...]
+    views: int
+    bad_images: BadImages = "fail"
+    known: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a task."""
+
+    shard: str
+    samples: int
+    written: int = 0  # (target, view) pairs
+    rendered: int = 0  # view images that the task had to make
+    invalid: tuple[str, ...] = ()
+    settings: Record = dataclasses.field(default_factory=dict, hash=False)
+    left_out: tuple[str, ...] = ()  # a word on each key that makes no sample
+
+
+# Told (view images done since the last call, those of the whole task) while it goes on; may raise to stop it.
+Report = Callable[[int, int], None]

@@ -1,0 +1,1 @@
+"""Export: a teacher as one ONNX graph, from PyTorch or from an ONNX file."""

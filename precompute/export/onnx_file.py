@@ -1,0 +1,334 @@
+"""A ready graph with its taps as one graph: view images in, taps out, like an exported teacher's.
+
+Before and after the file's own nodes come two small graphs that PyTorch exports: images prepared as for any teacher,
+and maps brought onto their grid. What they give together must be what the file gives by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import onnx
+import torch
+from onnx import ModelProto, compose, helper, version_converter
+from torch import Tensor, nn
+
+from precompute.engine.session import Session, open_session
+from precompute.export.pytorch import CHECKED, PARITY, Exported, compare, model_of, stripped
+from precompute.taps import TAPS, Tap, TappedTeacher
+from precompute.teachers import onnx_file
+from precompute.teachers.teacher import Teacher
+from storage.errors import UserError, first_line
+from storage.objects.json_record import Record
+
+OLDEST = 13  # operators: those that are used here are the same from this version on
+ROWS = 1e-3  # how far the sum of an attention row may be from one
+_SHAPES = {
+    "activations": "[B, C, h, h]", "attention": "[B, H, N, N]", "class_row": "[B, H, N]", "tokens": "[B, N, D]",
+    "class_token": "[B, D]", "embedding": "[B, D]", "logits": "[B, K]",
+}  # fmt: skip
+_INNER = "teacher-store/"  # opens the names of what is put around the file's nodes
+
+
+class Input(nn.Module):
+    """The file's input of view images, prepared as for every teacher."""
+
+    def __init__(self, teacher: Teacher, graph: onnx_file.Graph, view_size: int) -> None:
+        super().__init__()
+        self.views = TappedTeacher(nn.Identity(), (), view_size, teacher.input_size, teacher.mean, teacher.std)
+        self.channels_last = graph.channels_last
+        self.precision: torch.dtype = getattr(torch, graph.precision)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised `[B, 3, I, I]`, or `[B, I, I, 3]`, of uint8 view images `[B, S, S, 3]`."""
+        x = self.views.prepare(images).to(self.precision)
+        return x.permute(0, 2, 3, 1) if self.channels_last else x
+
+
+class Output(nn.Module):
+    """The taps of the file's tensors: maps on their grid, layers stacked, all f32.
+
+    Args:
+        taps: in the order of the outputs.
+        sides: tensor -> side of its maps, for those that are maps.
+    """
+
+    def __init__(self, taps: Sequence[Tap], sides: Mapping[str, int]) -> None:
+        super().__init__()
+        self.taps, self.sides = tuple(taps), dict(sides)
+        self.names = names_of(taps)
+        for tap in taps:
+            for name in tap.chosen if tap.name == "activations" else ():
+                if not hasattr(self, tap.grid_name(sides[name])):
+                    self.register_buffer(tap.grid_name(sides[name]), tap.grid_matrix(sides[name]))
+
+    def forward(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The taps, f32 `[B, …]`, of the file's tensors in the order of `names`."""
+        given = dict(zip(self.names, tensors, strict=True))
+        found = []
+        for tap in self.taps:
+            layers = [given[name].float() for name in tap.chosen]
+            if tap.name == "activations":
+                matrices = [self.get_buffer(tap.grid_name(self.sides[name])) for name in tap.chosen]
+                found.append(torch.cat([m @ maps @ m.T for m, maps in zip(matrices, layers, strict=True)], 1))
+            else:
+                found.append(torch.stack(layers, 1) if TAPS[tap.name].layered else layers[0].clone())
+        return tuple(found)
+
+
+def names_of(taps: Sequence[Tap]) -> tuple[str, ...]:
+    """The names of all tensors that taps read, each once."""
+    return tuple(dict.fromkeys(name for tap in taps for name in tap.chosen))
+
+
+class Alone:
+    """The file run by itself, by ONNX Runtime on the CPU, on images that PyTorch prepared: what it says, unjoined.
+
+    Raises:
+        UserError: the file is not what `ready.read` takes, lacks a tensor, or cannot be run.
+    """
+
+    def __init__(self, teacher: Teacher, taps: Sequence[Tap], view_size: int) -> None:
+        self.path = str(teacher.weights)
+        self.taps, self.names = tuple(taps), names_of(taps)
+        self.graph = onnx_file.read(self.path)
+        onnx_file.require_tensors(self.graph, self.names)
+        self.input = Input(teacher, self.graph, view_size).eval()
+        self.model = ModelProto()
+        self.model.CopyFrom(self.graph.model)
+        del self.model.graph.output[:]
+        self.model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self.names)  # types are inferred
+        with _told(self.path):
+            self.session: Session = open_session(self.model.SerializeToString(), "cpu")
+        self.output: Output | None = None  # made for the shapes that come
+
+    def tensors(self, images: np.ndarray) -> list[np.ndarray]:
+        """The file's tensors, `[n, …]` each, in the order of `names`, of uint8 view images `[n, S, S, 3]`.
+
+        Raises:
+            UserError: the file does not take the images, or gives something else for several of them.
+        """
+        with torch.no_grad():
+            pixels = self.input(torch.from_numpy(np.ascontiguousarray(images))).numpy()
+        try:
+            found = self.session.run(pixels)
+        except Exception as error:  # onnxruntime's exceptions have no common type; numpy's where batches differ
+            shape = [1, *pixels.shape[1:]]
+            raise UserError(f"{self.path}: it cannot be run on {len(pixels)} x {shape}: {first_line(error)}") from None
+        for name, values in zip(self.names, found, strict=True):
+            where, shape = f"{self.path}: its tensor {name}", list(getattr(values, "shape", ()))
+            if not isinstance(values, np.ndarray) or values.dtype.name not in onnx_file.PRECISIONS:
+                kind = values.dtype.name if isinstance(values, np.ndarray) else type(values).__name__
+                raise UserError(f"{where} is {kind}; expected floating-point numbers")
+            if shape[:1] != [len(images)] or not values.size:
+                raise UserError(f"{where} is {shape} for {len(images)} images; expected one row each")
+            if not np.isfinite(values).all():
+                raise UserError(f"{where}: some of its values are not finite numbers")
+        return found
+
+    def __call__(self, images: np.ndarray) -> list[np.ndarray]:
+        """The taps, f32 `[n, …]` each. Raises UserError as `tensors`, or for tensors that are not their taps'."""
+        found = self.tensors(images)
+        if self.output is None:
+            by_name = dict(zip(self.names, found, strict=True))
+            for tap in self.taps:
+                _require(self.graph, tap, by_name)
+            self.output = Output(self.taps, {n: v.shape[-1] for n, v in by_name.items() if v.ndim == 4}).eval()
+        with torch.no_grad():
+            return [tap.numpy() for tap in self.output([torch.from_numpy(values) for values in found])]
+
+    def require_free_batch(self, images: np.ndarray) -> None:
+        """Raise UserError where two images together do not give what each gives by itself."""
+        fixed = self.graph.batch
+        why = f"; its batch is fixed at {fixed}" if fixed else ""
+        do = "export it again with a free batch (dynamic axis 0), in evaluation mode"
+        mixes = do if fixed else "export it again in evaluation mode: its batch is free, but it mixes the images in it"
+        if any(node.op_type.startswith("DynamicQuantize") for node in self.graph.model.graph.node):
+            mixes = (
+                "it is dynamically quantised, by scales of all images of a batch together; give the file that it was "
+                "before, or one that is quantised statically"
+            )
+        try:
+            each = [self.tensors(image[None]) for image in images]
+            found = self.tensors(images)
+        except UserError as error:
+            raise UserError(f"{error}{why}\n  {do}" if fixed else str(error)) from None
+        for i, (name, together) in enumerate(zip(self.names, found, strict=True)):
+            for one, alone in zip(np.split(together, len(images)), (tensors[i] for tensors in each), strict=True):
+                same = one.shape == alone.shape
+                apart = float(np.abs(one - alone).max() / max(np.abs(alone).max(), 1e-12)) if same else math.inf
+                if not apart <= PARITY:
+                    raise UserError(
+                        f"{self.path}: {name} of two images together differs from that of each alone by {apart:.2g} of "
+                        f"the largest value (allowed: {PARITY:g}){why}\n  {mixes}"
+                    )
+
+
+def _require(graph: onnx_file.Graph, tap: Tap, values: Mapping[str, np.ndarray]) -> None:
+    """Refuse tensors that cannot be those of a tap."""
+    path = graph.path
+    shapes = [values[name].shape for name in tap.chosen]
+    for name, shape in zip(tap.chosen, shapes, strict=True):
+        where = f"{path}: {tap.name}={name}"
+        expected = _SHAPES[tap.name]
+        square = tap.name not in ("activations", "attention") or shape[-1] == shape[-2]
+        if len(shape) != expected.count(",") + 1 or not square:
+            raise UserError(f"{where}: expected {expected}, found {list(shape)}")
+        error = float(np.abs(values[name].astype(np.float64).sum(-1) - 1).max())
+        are_rows = error <= ROWS and values[name].min() >= 0
+        if TAPS[tap.name].values == "rows":
+            if not are_rows:
+                raise UserError(
+                    f"{where}: its rows are no attention: their sums differ from one by up to {error:.2g} (allowed: "
+                    f"{ROWS:g}), the smallest value is {values[name].min():.2g}; name the tensor after the softmax"
+                )
+        else:
+            _refuse_probabilities(graph, tap.name, name, are_rows and shape[-1] > 1)
+    if tap.name != "activations" and len(set(shapes)) > 1:
+        raise UserError(f"{path}: {tap.name}: its layers differ: {', '.join(str(list(shape)) for shape in shapes)}")
+
+
+def _refuse_probabilities(graph: onnx_file.Graph, tap: str, name: str, are_rows: bool) -> None:
+    """Refuse what a softmax or a sigmoid gives where a tap is something else, and name the tensor before it."""
+    where, before = f"{graph.path}: {tap}={name}", graph.before_squashing(name)
+    advice = "name the tensor before the softmax"
+    if before:
+        advice = f"name the tensor before the {before[0].lower()}: --tap {tap}={before[1]}"
+    if tap != "logits":
+        advice = "name another tensor"
+    if are_rows:
+        raise UserError(f"{where}: these are probabilities: none is negative and each row sums to one; {advice}")
+    if before and tap == "logits":
+        raise UserError(f"{where}: these are probabilities, which a {before[0].lower()} gives; {advice}")
+
+
+def _detail(path: str, tap: Tap, values: Mapping[str, np.ndarray]) -> Record:
+    """What a target's manifest says beyond its shape; `network` is what other teachers' manifests say of them."""
+    detail: Record = {"axes": list(TAPS[tap.name].axes)}
+    shape = values[tap.chosen[0]].shape
+    if tap.name == "activations":
+        numbers = tap.layers or range(1, len(tap.tensors) + 1)
+        detail["stages"] = [
+            {"stage": n, "tap": name, "channels": values[name].shape[1]}
+            for n, name in zip(numbers, tap.chosen, strict=True)
+        ]
+    if tap.name in ("attention", "class_row", "tokens"):
+        tokens = shape[1] if tap.name == "tokens" else shape[-1]
+        prefix, where = onnx_file.prefix_of(tokens), f"{path}: {tap.name}={tap.chosen[0]}: {tokens} tokens are"
+        if prefix is None:
+            raise UserError(f"{where} no square of patches, nor one behind a class or a class and a distillation token")
+        if tap.name == "class_row" and "class" not in prefix:
+            raise UserError(f"{where} a square of patches without a class token, so there is no class row")
+        heads = {} if tap.name == "tokens" else {"heads": shape[1]}
+        detail["network"] = {"layers": len(tap.tensors), "prefix": prefix, **heads}
+    return detail
+
+
+def export_ready(
+    teacher: Teacher, taps: Sequence[Tap], view_size: int, images: np.ndarray, provider: str = "cpu"
+) -> Exported:
+    """The taps of a ready graph as one graph, checked on real view images; arguments as for `pytorch.export`.
+
+    Raises:
+        UserError: the file cannot be run with any batch, its tensors are not those of their taps, or the joined graph
+            gives something else than the file by itself; with figures.
+    """
+    alone = Alone(teacher, taps, view_size)
+    views = images[:CHECKED]
+    alone.require_free_batch(views[:2])
+    expected = alone(views)
+    values = dict(zip(alone.names, alone.tensors(views[:2]), strict=True))
+    details = tuple(_detail(alone.path, tap, values) for tap in alone.taps)
+    graph = _joined(alone, views[:2])
+    with _told(f"{alone.path}: joined with its taps"):
+        session = open_session(graph, provider)
+        found = session.run(images)
+    parity = tuple(
+        compare([output[:CHECKED] for output in found], expected, taps, teacher.name, "the file run by itself")
+    )
+    return Exported(
+        graph, alone.taps, tuple(output.shape[1:] for output in expected), details, parity, tuple(found),
+        session.settings, None,
+    )  # fmt: skip
+
+
+def _joined(alone: Alone, views: np.ndarray) -> bytes:
+    """The bytes of one graph from `images` to `tap0`, `tap1`, …"""
+    assert alone.output is not None
+    outputs = [f"tap{i}" for i in range(len(alone.taps))]
+    tensors = alone.tensors(views)
+    first = model_of(alone.input, {"images": torch.from_numpy(np.ascontiguousarray(views))}, ["pixels"])
+    last = model_of(alone.output, {"tensors": [torch.from_numpy(values) for values in tensors]}, outputs)
+    with _told(f"{alone.path}: cannot be joined with its taps"):
+        model, version = _modern(alone.model)
+        renamed = {name: f"{_INNER}file/{name}" for name in ("images", *outputs)}
+        _rename(model.graph, renamed)
+        names = [renamed.get(name, name) for name in alone.names]
+        for part in (first, last):  # what they are made of has not changed since OLDEST
+            del part.opset_import[:]
+            part.opset_import.append(helper.make_opsetid("", version))
+        del model.graph.output[:]
+        model.graph.output.extend(
+            helper.make_tensor_value_info(
+                name, helper.np_dtype_to_tensor_dtype(values.dtype), [None, *values.shape[1:]]
+            )
+            for name, values in zip(names, tensors, strict=True)
+        )
+        for part in (first, model, last):
+            part.ir_version = max(first.ir_version, model.ir_version)
+            del part.metadata_props[:]
+        first = compose.add_prefix(first, f"{_INNER}views/", rename_inputs=False)
+        last = compose.add_prefix(last, f"{_INNER}taps/", rename_outputs=False)
+        own = renamed.get(alone.graph.input, alone.graph.input)
+        whole = compose.merge_models(first, model, [(first.graph.output[0].name, own)])
+        pairs = zip(names, (value.name for value in last.graph.input), strict=True)
+        whole = compose.merge_models(whole, last, list(pairs))
+        imports = {entry.domain: entry.version for entry in whole.opset_import}  # joined, it lists some twice
+        del whole.opset_import[:]
+        whole.opset_import.extend(helper.make_opsetid(*entry) for entry in imports.items())
+    whole.graph.name = "teacher"
+    return stripped(whole)
+
+
+def _modern(model: ModelProto) -> tuple[ModelProto, int]:
+    """A copy of a model whose operators are not too old to be joined, and their version."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    for entry in copy.opset_import:
+        entry.domain = "" if entry.domain == "ai.onnx" else entry.domain
+    version = next((int(entry.version) for entry in copy.opset_import if not entry.domain), OLDEST)
+    if version < OLDEST:
+        try:
+            return version_converter.convert_version(copy, OLDEST), OLDEST
+        except Exception as error:  # the converter raises many kinds
+            raise UserError(
+                f"its operators are of version {version} and cannot be brought to {OLDEST} ({first_line(error)}); "
+                f"export it again with opset {OLDEST} or newer"
+            ) from None
+    return copy, version
+
+
+def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
+    """Give values of a graph, and of the graphs in its nodes, other names."""
+    for value in (*graph.input, *graph.output, *graph.initializer):
+        value.name = names.get(value.name, value.name)
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
+                _rename(inner, names)
+
+
+@contextlib.contextmanager
+def _told(where: str) -> Iterator[None]:
+    """Whatever the libraries raise about a file is an error of the file."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    except Exception as error:  # onnx and onnxruntime raise many kinds
+        raise UserError(f"{where}: {first_line(error)}") from None

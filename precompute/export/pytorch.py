@@ -1,0 +1,265 @@
+"""Export: a teacher with its taps as one ONNX graph, checked on real images before anything is stored."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from precompute.engine.session import open_session
+from precompute.taps import ATTENTION, TAPS, Tap, TappedTeacher, check_attention
+from precompute.teachers.teacher import Teacher, load
+from storage.errors import UserError, first_line
+from storage.objects.json_record import Record
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+    from torch import Tensor, nn
+
+CHECKED = 16  # images that PyTorch and the graph are compared on
+# What to do with a teacher that cannot be exported here.
+_ADVICE = (
+    "\n  Export the network by other means, and give that file: --teacher model.onnx --tap TAP=TENSOR\n"
+    "  --debug shows all that the exporter says."
+)
+PARITY = 1e-3  # largest difference of an output ÷ its largest value; 2e-5 is usual on a CPU without TF32
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A graph and what is known of its outputs, which are called after the taps' positions: `tap0`, `tap1`, …"""
+
+    graph: bytes
+    taps: tuple[Tap, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    details: tuple[Record, ...]
+    parity: tuple[float, ...]
+    values: tuple[np.ndarray, ...]  # the graph's, of all images that were given
+    session: Record
+    attention_error: float | None
+
+
+def live_teacher(teacher: Teacher, taps: Sequence[Tap], view_size: int) -> TappedTeacher:
+    """The PyTorch teacher with its taps: what the graph is made of and checked against.
+
+    Raises:
+        UserError: the network does not take images of this size, or does not have these taps.
+    """
+    model, size = load(teacher), teacher.input_size
+    require_size(model, size, f"{teacher.name}: {teacher.model}")
+    return TappedTeacher(model, taps, view_size, size, teacher.mean, teacher.std).eval()
+
+
+def require_size(model: nn.Module, size: int, name: str) -> None:
+    """That a network takes square RGB images of a size. Raises UserError."""
+    import torch
+
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
+    except Exception as error:  # networks raise anything
+        raise UserError(f"{name} cannot take {size}x{size} RGB images: {first_line(error)}") from None
+
+
+def read_taps(module: TappedTeacher, views: Tensor, name: str) -> tuple[list[Tensor], float | None]:
+    """What a teacher's taps give of view images, and how far attention is from what the network uses, if any is tapped.
+
+    Args:
+        module: the teacher with its taps; on the meta device this gives shapes alone.
+        views: uint8 `[B, S, S, 3]`, on the same device.
+        name: for errors.
+
+    Raises:
+        UserError: the tapped q and k are not the attention that the network uses, or a tap gives tensors of other axes.
+    """
+    import torch
+
+    error = None
+    with _told(f"{name}: {', '.join(tap.name for tap in module.taps)} cannot be read off it"), torch.no_grad():
+        if any(tap.name in ATTENTION for tap in module.taps):
+            values = any(tap.name == "v" for tap in module.taps)
+            error = check_attention(module.model, module.prepare(views), values=values)
+        given = list(module(views))
+    for tap, output in zip(module.taps, given, strict=True):
+        axes = TAPS[tap.name].axes
+        if output.ndim != 1 + len(axes):
+            raise UserError(
+                f"{name}: its {tap.name} has the shape {tuple(output.shape[1:])} for an image; expected "
+                f"[{', '.join(axes)}]"
+            )
+    return given, error
+
+
+def export(
+    teacher: Teacher, taps: Sequence[Tap], view_size: int, images: np.ndarray, provider: str = "cpu"
+) -> Exported:
+    """Export the taps of a teacher and check the graph on real view images.
+
+    Args:
+        teacher: which one.
+        taps: what the graph gives, in order.
+        view_size: S.
+        images: uint8 `[n, S, S, 3]`, n >= 2; the graph is checked on the first of them.
+        provider: where the graph is checked, as in `open_session`.
+
+    Raises:
+        UserError: the network cannot be exported, the tapped q and k are not the attention that it uses, or the graph's
+            outputs differ from PyTorch's; with figures.
+    """
+    names = [f"tap{i}" for i in range(len(taps))]
+    module = live_teacher(teacher, taps, view_size)
+    try:
+        return _exported(module, images, provider, teacher.name, names)
+    except _CannotExport as error:
+        raise UserError(first_line(error) + _ADVICE) from error.__cause__
+
+
+def export_student(
+    model: nn.Module, size: int, mean: Sequence[float], std: Sequence[float], images: np.ndarray, name: str
+) -> bytes:
+    """A student as a graph from uint8 view images `images` `[B, S, S, 3]` to `logits` `[B, K]`, checked on the CPU.
+
+    One without a classifier gives its features, `embedding` `[B, D]`.
+
+    Args:
+        model: on the CPU, in eval mode.
+        size: S.
+        mean: of its input.
+        std: of its input.
+        images: uint8 `[n, S, S, 3]`, n >= 2, real ones.
+        name: for errors.
+
+    Raises:
+        UserError: it cannot be exported, or what the graph gives differs from PyTorch; with figures.
+    """
+    gives = "logits" if getattr(model, "num_classes", 1) else "embedding"
+    module = TappedTeacher(model, [Tap(gives)], size, size, mean, std).eval()
+    return _exported(module, images, "cpu", name, [gives]).graph
+
+
+def _exported(module: TappedTeacher, images: np.ndarray, provider: str, name: str, outputs: Sequence[str]) -> Exported:
+    import torch
+
+    taps = module.taps
+    views = torch.from_numpy(np.ascontiguousarray(images[:CHECKED]))
+    given, attention_error = read_taps(module, views, name)
+    expected = [output.numpy() for output in given]
+    with _told(f"{name}: PyTorch cannot export it as an ONNX graph"):
+        graph = _graph(module, views[:2], outputs)
+    session = open_session(graph, provider)
+    found = session.run(images)
+    parity = tuple(compare([output[:CHECKED] for output in found], expected, taps, name))
+    return Exported(
+        graph, tuple(taps), tuple(output.shape[1:] for output in expected),
+        tuple(_detail(module, tap) for tap in taps), parity, tuple(found), session.settings, attention_error,
+    )  # fmt: skip
+
+
+class _CannotExport(UserError):
+    """A network that PyTorch does not run with its taps, or does not export."""
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Whatever networks and the exporter raise or print is one error, with the first of its causes.
+
+    What they printed is a note of the exception, which `--debug` shows.
+    """
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            yield
+    except UserError:
+        raise
+    except Exception as error:  # networks raise anything, the exporter several at once
+        error.add_note(printed.getvalue())
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise _CannotExport(f"{what}: {type(cause).__name__}: {first_line(cause)}") from error
+
+
+def _graph(module: TappedTeacher, views: Tensor, outputs: Sequence[str]) -> bytes:
+    return stripped(model_of(module, {"images": views}, outputs))
+
+
+def model_of(module: nn.Module, inputs: Mapping[str, Tensor | Sequence[Tensor]], outputs: Sequence[str]) -> ModelProto:
+    """A module as an ONNX model of a free batch.
+
+    Args:
+        module: in eval mode.
+        inputs: argument of its forward -> an example of two images or more, or several of them.
+        outputs: names of what it gives.
+    """
+    import torch
+
+    free = {0: torch.export.Dim("batch", min=1, max=65536)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module,
+            tuple(inputs.values()),
+            dynamo=True,
+            verbose=False,
+            input_names=[name for name, value in inputs.items() if isinstance(value, torch.Tensor)],
+            output_names=list(outputs),
+            dynamic_shapes={
+                name: free if isinstance(value, torch.Tensor) else [free] * len(value) for name, value in inputs.items()
+            },
+        )
+    assert program is not None
+    return program.model_proto
+
+
+def stripped(model: ModelProto) -> bytes:
+    """The ONNX file's bytes, without the source paths and the like that exporters leave in them."""
+    model.doc_string = ""
+    del model.metadata_props[:]
+    for part in (model.graph, *model.functions):
+        part.doc_string = ""
+        del part.metadata_props[:]
+        del part.value_info[:]
+        for node in part.node:
+            node.doc_string = ""
+            del node.metadata_props[:]
+    for value in (*model.graph.input, *model.graph.output, *model.graph.initializer):
+        value.doc_string = ""
+        del value.metadata_props[:]
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
+
+
+def compare(
+    values: Sequence[np.ndarray], expected: Sequence[np.ndarray], taps: Sequence[Tap], name: str, other: str = "PyTorch"
+) -> list[float]:
+    """Of each tap the largest difference of what a graph gives from what it should give, ÷ the largest value.
+
+    Raises:
+        UserError: another shape, or more than `PARITY`; `name` and `other` are what errors call the two.
+    """
+    errors = []
+    for tap, mine, theirs in zip(taps, values, expected, strict=True):
+        if mine.shape != theirs.shape:
+            raise UserError(f"{name}: {tap.name}: the graph gives {mine.shape}, {other} {theirs.shape}")
+        errors.append(float(np.abs(mine - theirs).max() / max(np.abs(theirs).max(), 1e-12)))
+        if not errors[-1] <= PARITY:
+            raise UserError(
+                f"{name}: {tap.name}: the exported graph differs from {other} by {errors[-1]:.2g} of the "
+                f"largest value (allowed: {PARITY:g}); nothing was stored"
+            )
+    return errors
+
+
+def _detail(module: TappedTeacher, tap: Tap) -> Record:
+    """What a target's manifest says beyond its shape: which stage each channel comes from, where each map is read."""
+    detail: Record = {"axes": list(TAPS[tap.name].axes)}
+    if tap.name in ("q", "k"):
+        detail["scales"] = module.scales(tap)  # softmax(q·kᵀ·scale) is the layer's attention
+    if tap.name == "activations":
+        detail["stages"] = [{"stage": n, "tap": name, "channels": count} for n, name, count in module.stages(tap)]
+    return detail

@@ -1,0 +1,231 @@
+"""Recording teachers and targets in a store, before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from precompute.engine.tasks import Output
+from precompute.taps.target_spec import Wish, default_codec, layer_numbers
+from precompute.teachers import onnx_file
+from precompute.teachers.teacher import Teacher, describe, load
+from storage.errors import DamageError, UserError
+from storage.objects import json_record
+from storage.objects.json_record import Record
+from storage.objects.state_dict import READY
+from storage.store import codecs
+from storage.store.codecs import Codec
+from storage.store.store import Store
+from storage.views.policy import Policy
+
+if TYPE_CHECKING:
+    from precompute.taps import About
+
+
+def known_teacher(store: Store, teacher: Teacher) -> Record | None:
+    """The teacher's manifest, where the store has it.
+
+    Raises:
+        IdentityError: the store knows another teacher under this name.
+    """
+    if "manifest.json" in store.objects.names(f"teachers/{teacher.name}"):
+        return store.add_teacher(teacher.name, teacher.identity, {})  # compares; what is there stays
+    return None
+
+
+def record_teacher(store: Store, teacher: Teacher) -> Record:
+    """The teacher's manifest; it is loaded and described the first time.
+
+    Raises:
+        IdentityError: the store knows another teacher under this name.
+    """
+    if known := known_teacher(store, teacher):
+        return known
+    about = onnx_file.describe(str(teacher.weights)) if teacher.ready else describe(teacher, load(teacher))
+    return store.add_teacher(teacher.name, teacher.identity, about)
+
+
+def defaults(manifest: Record, policy: Policy, grid: int | None = None) -> list[Wish]:
+    """What a teacher is asked for when nothing is said: activations of a CNN, class rows and token of a ViT."""
+    if manifest["network"] == "cnn":
+        return [Wish("activations", grid=grid or max(1, policy.size // 16))]
+    if manifest["network"] == "vit" and "class" in manifest["prefix"]:
+        return [Wish("class_row"), Wish("class_token")]
+    raise UserError(f"teacher {manifest['id']}: nothing is taken from such a network by default; say --target TAP")
+
+
+def record_targets(
+    store: Store,
+    teacher: Teacher,
+    manifest: Record,
+    wishes: Sequence[Wish],
+    policy: Policy,
+    images: Callable[[], np.ndarray],
+    provider: str,
+    say: Callable[[str], None],
+) -> dict[str, tuple[Output, ...]]:
+    """Graph digest -> outputs, for all wishes; they are exported in one graph unless the store knows all of them.
+
+    Args:
+        store: where they are recorded.
+        teacher: of the targets.
+        manifest: of the teacher.
+        wishes: what is asked for.
+        policy: of the bank.
+        images: gives uint8 view images `[n, S, S, 3]` for the checks of a new graph.
+        provider: where a new graph is checked.
+        say: called with lines for people.
+    """
+    identities = [_identity(teacher, manifest, wish, policy) for wish in wishes]
+    wanted = {_id(teacher, identity): identity for identity in identities}
+    known = _known(store, wanted)
+    if len(known) < len(wanted):
+        # Those that are there are exported again only while nothing was made of them: a run that was killed between
+        # two manifests makes the same graph again, and what is complete is not computed twice.
+        begun = {task.id for task in store.done()}
+        for id in sorted(begun & (wanted.keys() - known.keys())):
+            raise DamageError(f"{store.url}/targets/{id}/manifest.json: missing, and there are markers of this target")
+        _export(store, teacher, {id: wanted[id] for id in wanted if id not in begun}, policy, images, provider, say)
+        known = _known(store, wanted)
+    by_graph: dict[str, tuple[Output, ...]] = {}
+    for id in wanted:
+        output = Output.of(known[id])
+        by_graph[known[id]["graph"]] = (*by_graph.get(known[id]["graph"], ()), output)
+    return by_graph
+
+
+def _known(store: Store, ids: Iterable[str]) -> dict[str, Record]:
+    """Id -> manifest of those that are recorded. Others are not looked at: somebody may just be adding them."""
+    return {id: store.target(id) for id in ids if "manifest.json" in store.objects.names(f"targets/{id}")}
+
+
+def _identity(teacher: Teacher, manifest: Record, wish: Wish, policy: Policy) -> Record:
+    from precompute.taps import TAPS
+
+    layers = None
+    if manifest["network"] == READY:
+        return _ready_identity(teacher, wish, policy)
+    require_kind(manifest["id"], manifest, wish.tap)
+    if TAPS[wish.tap].layered and (wish.tap != "tokens" or wish.layers):  # without layers: after the final norm
+        layers = list(layer_numbers(wish.layers, manifest["layers"], manifest["id"]))
+    return _identity_with(teacher, wish, policy, layers)
+
+
+def require_kind(name: str, anatomy: Record, tap: str) -> None:
+    """Whether a tap is one of this kind of network; what it is made of is looked at when the tap is read.
+
+    Raises:
+        UserError: a teacher that is neither a CNN nor a plain ViT, or the other of the two.
+    """
+    from precompute.taps import VIT
+
+    needs = "vit" if tap in VIT else "cnn" if tap == "activations" else None
+    if needs and not anatomy["layers"]:
+        raise UserError(f"teacher {name} is neither a CNN with stages nor a plain ViT: no {tap}")
+    if needs and anatomy["network"] != needs:
+        raise UserError(
+            f"teacher {name} is a {anatomy['network']}, {tap} needs a {needs}; what each gives: pipeline teachers NAME"
+        )
+
+
+def _ready_identity(teacher: Teacher, wish: Wish, policy: Policy) -> Record:
+    """Of a ready graph: all tensors of the tap too, in order; of which network they are is the teacher's identity."""
+    from precompute.taps import TAPS
+
+    if not wish.tensors:
+        raise UserError(f"teacher {teacher.name}: no tensor of its graph is named for {wish.tap}")
+    if wish.at != "norm":
+        raise UserError(f"teacher {teacher.name}: at={wish.at}: of a ready graph --tap says which tensors are read")
+    layered = TAPS[wish.tap].layered
+    layers = list(layer_numbers(wish.layers, len(wish.tensors), teacher.name)) if layered else None
+    return {**_identity_with(teacher, wish, policy, layers), "tensors": list(wish.tensors)}
+
+
+def _identity_with(teacher: Teacher, wish: Wish, policy: Policy, layers: list[int] | None) -> Record:
+    grid = wish.grid
+    if wish.tap == "activations" and grid is None:
+        grid = max(1, policy.size // 16)
+    codec = wish.codec or default_codec(wish.tap)
+    # Keys that are left out mean what older stores had: their ids stay.
+    variant = {**({"at": wish.at} if wish.at != "norm" else {}), **({"antialias": "all"} if wish.antialias else {})}
+    return {
+        "teacher": teacher.id, "bank": policy.bank, "tap": wish.tap, "layers": layers, "grid": grid, "codec": codec,
+        **variant,
+    }  # fmt: skip
+
+
+def _id(teacher: Teacher, identity: Record) -> str:
+    """`{teacher}-{tap}[-block][-antialias][-g{grid}]-{codec}-{hash8}`."""
+    words = [teacher.name, identity["tap"], *([identity["at"]] if "at" in identity else [])]
+    words += ["antialias"] * ("antialias" in identity)
+    words += [f"g{identity['grid']}"] if identity["grid"] else []
+    return "-".join([*words, identity["codec"], json_record.digest_of(identity)[:8]])
+
+
+def _export(
+    store: Store,
+    teacher: Teacher,
+    wanted: dict[str, Record],
+    policy: Policy,
+    images: Callable[[], np.ndarray],
+    provider: str,
+    say: Callable[[str], None],
+) -> None:
+    from precompute.taps import TAPS, Tap
+
+    taps = {id: Tap.of(identity) for id, identity in wanted.items()}
+    distinct = list(dict.fromkeys(taps.values()))
+    say(f"exporting {teacher.name} ({teacher.model}) with {', '.join(tap.name for tap in distinct)}")
+    if teacher.ready:
+        from precompute.export.onnx_file import export_ready as export
+    else:
+        from precompute.export.pytorch import export
+    other = "the file run by itself" if teacher.ready else "PyTorch"
+    exported = export(teacher, distinct, policy.size, images(), provider)
+    graph = store.add_graph(teacher.name, exported.graph)
+    for tap, parity in zip(distinct, exported.parity, strict=True):
+        say(f"  graph against {other}, {tap.name}: largest difference {parity:.1e} of the largest value")
+    if exported.attention_error is not None:
+        say(f"  attention from the tapped q and k against the network's: {exported.attention_error:.1e}")
+    for id, identity in wanted.items():
+        position = distinct.index(taps[id])
+        tapped = TAPS[identity["tap"]]
+        names = dict.fromkeys([identity["codec"], *codecs.fitting(tapped.values)])
+        about = {
+            "teacher": teacher.name,
+            "graph": graph,
+            "output": position,
+            "sample_shape": list(exported.shapes[position]),
+            "maps": tapped.maps,
+            "values": tapped.values,
+            "parity": exported.parity[position],
+            "attention_error": exported.attention_error,
+            "codec_errors": {name: _codec_error(name, tapped, exported.values[position]) for name in names},
+            "session": exported.session,
+            **exported.details[position],
+        }
+        store.add_target(id, identity, about)
+
+
+def _codec_error(name: str, tap: About, values: np.ndarray) -> dict[str, float] | None:
+    """What a codec costs on a real block; None where it cannot hold the values."""
+    try:
+        return Codec(name, values.shape[1:], tap.maps, tap.axes, tap.values).error(values)
+    except UserError:
+        return None
+
+
+def record_pixels(store: Store, policy: Policy) -> Output:
+    """The target of the view images themselves, of the pseudo-teacher `views`: nothing has to be decoded again."""
+    identity = {
+        "teacher": "views", "bank": policy.bank, "tap": "pixels", "layers": None, "grid": None, "codec": "raw",
+    }  # fmt: skip
+    id = f"views-pixels-raw-{json_record.digest_of(identity)[:8]}"
+    about: Record = {
+        "teacher": "views", "graph": None, "output": None, "sample_shape": [policy.size, policy.size, 3], "maps": 2,
+        "axes": ["y", "x", "channel"], "values": "plain", "parity": None, "attention_error": None, "codec_errors": {},
+        "session": {},
+    }  # fmt: skip
+    return Output.of(store.add_target(id, identity, about))

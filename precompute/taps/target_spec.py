@@ -1,0 +1,132 @@
+"""What a user asks for: `--target TAP,layers=…,grid=…,codec=…`, parsed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from storage.errors import UserError, nearest
+from storage.store import codecs
+
+if TYPE_CHECKING:
+    from precompute.taps import At
+
+
+# tap -> its codec where none is asked for
+_CODECS = {"activations": "u8", "logits": "f32"}
+
+_OPTIONS = ("layers", "grid", "codec", "at", "antialias")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """One `--target`: a tap, with layers as they were written, a grid and a codec; of a ready graph its tensors.
+
+    Activations are read `at` a stage's last norm or its last block, and resized with or without `antialias`.
+    """
+
+    tap: str
+    layers: str | None = None
+    grid: int | None = None
+    codec: str | None = None
+    tensors: tuple[str, ...] = ()
+    at: At = "norm"
+    antialias: bool = False
+
+
+def parse(text: str) -> list[Wish]:
+    """The wishes in `TAP[,TAP…][,layers=last|1:4+8][,grid=G][,codec=C]`, one for each tap.
+
+    Activations also take `at=norm|block` and `antialias=true|false`.
+
+    Raises:
+        UserError: an unknown tap, option or codec, with the nearest known one.
+    """
+    try:
+        return _parse(text)
+    except UserError as error:
+        raise UserError(f"--target {text}: {error}") from None
+
+
+def _parse(text: str) -> list[Wish]:
+    from precompute.taps import TAPS, check_tap
+
+    parts = [part.strip() for part in text.split(",")]
+    taps = [check_tap(part) for part in parts if "=" not in part]
+    options = dict(part.split("=", 1) for part in parts if "=" in part)
+    for option in options:
+        if option not in _OPTIONS:
+            raise UserError(f"no option is called {option!r}. {nearest(option, _OPTIONS)}")
+    if not taps:
+        raise UserError(f"names no tap. {nearest('', TAPS)}")
+    grid, at, antialias = _maps(taps, options)
+    if "layers" in options and not all(TAPS[tap].layered for tap in taps):
+        raise UserError(f"{', '.join(t for t in taps if not TAPS[t].layered)} has no layers to choose")
+    codec = options.get("codec")
+    if codec is not None:
+        for tap in taps:
+            codec = codecs.check(codec, TAPS[tap].values)
+    return [Wish(tap, options.get("layers"), grid, codec, (), at, antialias) for tap in taps]
+
+
+def _maps(taps: Sequence[str], options: Mapping[str, str]) -> tuple[int | None, At, bool]:
+    """What is said of activations alone: `grid`, `at` and `antialias`."""
+    from precompute.taps import POSITIONS
+
+    alone = {"grid": "resized to a grid", "at": "read at a place of their own", "antialias": "resized"}
+    for option, what in alone.items():
+        if option in options and any(tap != "activations" for tap in taps):
+            raise UserError(f"only activations are {what}")
+    grid, place, antialias = options.get("grid"), options.get("at", "norm"), options.get("antialias", "false")
+    if grid is not None and not re.fullmatch(r"[1-9]\d{0,2}", grid):
+        raise UserError(f"grid={grid}: expected a number of patches a side, 1 to 999")
+    at = next((known for known in POSITIONS if known == place), None)
+    if at is None:
+        raise UserError(
+            f"at={place}: expected norm (a stage's last normalisation) or block (its last block, "
+            "after the residual sum)"
+        )
+    if antialias not in ("true", "false"):
+        raise UserError(f"antialias={antialias}: expected true or false")
+    return None if grid is None else int(grid), at, antialias == "true"
+
+
+def default_codec(tap: str) -> str:
+    """The codec of a tap where none is asked for."""
+    return _CODECS.get(tap, "f16")
+
+
+def layer_numbers(text: str | None, count: int, what: str) -> tuple[int, ...]:
+    """The layers that `last`, `3`, `1:4` or `1:4+8` names, from 1, ends included; all without a text.
+
+    Raises:
+        UserError: not such a text, or a layer that is not there.
+    """
+    if text is None:
+        return tuple(range(1, count + 1))
+    numbers: list[int] = []
+    for part in text.split("+"):
+        match = re.fullmatch(r"(\d{1,9})(?::(\d{1,9}))?", part)
+        if part == "last":
+            numbers.append(count)
+        elif match:
+            first, last = int(match[1]), int(match[2] or match[1])
+            numbers += range(first, last + 1) if first <= last <= count else [0]  # 0 is refused below
+        else:
+            raise UserError(f"layers={text}: expected last, a number, a range 1:4, or several joined by +")
+    if not numbers or len(set(numbers)) < len(numbers) or not all(1 <= n <= count for n in numbers):
+        raise UserError(f"layers={text}: {what} has layers 1 to {count}, each named once")
+    return tuple(numbers)
+
+
+def ranges(layers: Sequence[int]) -> str:
+    """`1:4+8`, as `--target` takes it."""
+    runs: list[list[int]] = []
+    for n in layers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return "+".join(str(a) if a == b else f"{a}:{b}" for a, b in runs)

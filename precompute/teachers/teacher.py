@@ -1,0 +1,322 @@
+"""Teachers: a network with its weights, arguments, input size, mean/std and classes. No torch until one is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from precompute.teachers.onnx_file import is_ready, read
+from storage.errors import UserError, first_line, nearest
+from storage.objects import json_record
+from storage.objects.checkpoint_file import EARLIER
+from storage.objects.json_record import Record
+from storage.objects.state_dict import (
+    KEY,
+    READY,
+    chosen_in,
+    classes_in,
+    digest_of_file,
+    digest_of_state,
+    load_weights,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# short name -> (timm name with its tag, input size that the papers use)
+SHORT: dict[str, tuple[str, int]] = {
+    "effnet_b0": ("efficientnet_b0.ra_in1k", 224),
+    "effnet_b3": ("efficientnet_b3.ra2_in1k", 224),
+    "resnet34": ("resnet34.a1_in1k", 224),
+    "resnet50": ("resnet50.a1_in1k", 224),
+    "mobilenetv2": ("mobilenetv2_100.ra_in1k", 224),
+    "regnety_160": ("regnety_160.deit_in1k", 224),
+    "deit_s": ("deit_small_patch16_224.fb_in1k", 224),
+    "deit_b": ("deit_base_patch16_224.fb_in1k", 224),
+    "vit_tiny": ("vit_tiny_patch16_224.augreg_in21k_ft_in1k", 224),
+    "vit_s": ("vit_small_patch16_224.augreg_in21k_ft_in1k", 224),
+    "vit_b": ("vit_base_patch16_224.augreg_in21k_ft_in1k", 224),
+    "vit_l": ("vit_large_patch16_224.augreg_in21k_ft_in1k", 224),
+    "mae_vit_b": ("vit_base_patch16_224.mae", 224),
+    "mae_vit_l": ("vit_large_patch16_224.mae", 224),
+    "dino_vit_s8": ("vit_small_patch8_224.dino", 224),
+    "dino_vit_s16": ("vit_small_patch16_224.dino", 224),
+}
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What names one network exactly.
+
+    Attributes:
+        name: what the store calls it.
+        model: timm's name; `onnx` for a ready graph.
+        arguments: of `timm.create_model`.
+        weights: a file (a ready graph itself), or None for timm's hub.
+        digest: sha256 of the weights file; of all tensors for timm's hub.
+        input_size: side of the square input.
+        mean: of the input, per channel.
+        std: of the input, per channel.
+        classes: names, where the file of weights has them.
+        weights_key: of the dictionary that is taken of the file; None for the one that `EARLIER` finds.
+    """
+
+    name: str
+    model: str
+    arguments: dict[str, Any] = field(hash=False)
+    weights: str | None
+    digest: str
+    input_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    classes: tuple[str, ...] | None = None
+    weights_key: str | None = None
+
+    @property
+    def identity(self) -> Record:
+        """What makes two teachers the same teacher."""
+        key = {} if self.weights_key is None else {KEY: self.weights_key}
+        return {
+            "model": self.model,
+            "arguments": self.arguments,
+            "weights sha256": self.digest,
+            **key,
+            "input size": self.input_size,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is a graph in a file, and no network of timm."""
+        return self.model == READY
+
+    @property
+    def id(self) -> str:
+        """Digest of the identity; part of every target's id."""
+        return json_record.digest_of(self.identity)
+
+
+def find(
+    name: str,
+    *,
+    weights: str | None = None,
+    arguments: dict[str, Any] | None = None,
+    input_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    called: str | None = None,
+    weights_key: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Teacher:
+    """The teacher of a short name or any timm name; what is not given comes from timm's record of the weights.
+
+    A name that ends in `.onnx` is the file of a ready graph. Of a file with several dictionaries of weights that of
+    `weights_key` is taken, else the one that timm takes; `say` is told which. It is also told when timm's hub is asked:
+    without a network it tries for most of a minute.
+
+    Raises:
+        UserError: an unknown name, a weights file that is not there or has no weights under this key, a size, mean/std
+            or argument that makes no sense.
+    """
+    if is_ready(name):
+        given_flags = {"--weights": weights, "--weights-key": weights_key, "--teacher-arg": arguments}
+        for flag, given in given_flags.items():
+            if given:
+                raise UserError(f"{flag}: {name} is a ready graph, whose weights and arguments are in it")
+        return _find_ready(name, input_size, mean, std, _called(Path(name).stem, called))
+    model, size = resolve(name)
+    given_all = name in SHORT and mean is not None and std is not None
+    if not given_all:
+        config = about_weights(model, name)
+        size = size or config["size"]
+        mean, std = mean or config["mean"], std or config["std"]
+    assert mean is not None
+    assert std is not None
+    called = _called(name, called)
+    if weights is not None:
+        digest, classes = digest_of_file(weights), classes_in(weights)
+        weights_key = _key(weights, weights_key, say)
+    else:
+        if weights_key is not None:
+            raise UserError(f"--weights-key {weights_key}: it chooses in a file of weights: give one by --weights F")
+        if "num_classes" in (arguments or {}):
+            raise UserError(
+                "--teacher-arg num_classes: timm would give the hub's weights a new, random head; give a file of a "
+                "network that was trained for these classes: --weights F"
+            )
+        say(f"weights of {model} from timm's hub")
+        digest, classes = _digest_of_hub(model, arguments or {}), None
+    _require_size(input_size)
+    try:
+        json_record.canonical(arguments or {})
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"--teacher-arg: {first_line(error)}; expected numbers, words, lists and mappings of these"
+        ) from None
+    own = (arguments or {}).get("img_size", input_size)
+    if input_size not in (None, own):
+        raise UserError(f"--input-size {input_size}: --teacher-arg img_size={own} says something else")
+    input_size = own if isinstance(own, int) else input_size
+    return Teacher(
+        called, model, arguments or {}, weights, digest, int(input_size or size or 224),
+        _three(mean, "mean"), _three(std, "std"), classes, weights_key,
+    )  # fmt: skip
+
+
+def _key(weights: str, wanted: str | None, say: Callable[[str], None]) -> str | None:
+    """The key of the weights that are taken of a file, said where there are others; None for the one by `EARLIER`."""
+    if weights.endswith(".safetensors") and wanted is None:  # nothing but weights
+        return None
+    chosen = chosen_in(weights, wanted)
+    if chosen.others and wanted is None:
+        say(f"weights of {weights}: {chosen}, as timm chooses; another by --weights-key KEY")
+    return None if chosen.as_earlier else chosen.key
+
+
+def _find_ready(
+    path: str, input_size: int | None, mean: Sequence[float] | None, std: Sequence[float] | None, called: str
+) -> Teacher:
+    """The teacher in a ready graph; a file says nothing of its mean and std, and its input's size only where fixed."""
+    side = read(path).side
+    if mean is None or std is None:
+        raise UserError(
+            f"{path}: a graph does not say how its images are normalised; give --mean and --std, for pixels from 0 to "
+            "1 (usual are 0.5 and 0.5, or 0.485,0.456,0.406 and 0.229,0.224,0.225)"
+        )
+    if side is None and input_size is None:
+        raise UserError(f"{path}: it takes images of any size; say which it was made for: --input-size N")
+    if None not in (side, input_size) and side != input_size:
+        raise UserError(f"--input-size {input_size}: {path} takes images of {side}x{side} alone")
+    size = side or input_size or 0
+    _require_size(size)
+    return Teacher(called, READY, {}, path, digest_of_file(path), size, _three(mean, "mean"), _three(std, "std"))
+
+
+def _called(name: str, called: str | None) -> str:
+    """What the store calls a teacher: as was said, or after its name."""
+    called = called or re.sub(r"[^A-Za-z0-9_-]", "_", name)[:40]
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", called):
+        raise UserError(f"--as {called!r}: a teacher's name has 1 to 40 letters, digits, - and _")
+    if called == "views":
+        raise UserError("--as views: so is called what keeps the view images themselves; take another name")
+    return called
+
+
+def _require_size(input_size: int | None) -> None:
+    if input_size is not None and not 8 <= input_size <= 4096:
+        raise UserError(f"--input-size {input_size}: expected 8 to 4096")
+
+
+def _three(values: Sequence[float], what: str) -> tuple[float, float, float]:
+    several = tuple(float(v) for v in values) * (3 if len(values) == 1 else 1)
+    if len(several) != 3 or not all(map(math.isfinite, several)) or (what == "std" and min(several) <= 0):
+        raise UserError(
+            f"--{what}: expected one number or three, separated by commas{' (above 0)' * (what == 'std')}, "
+            f"found {', '.join(map(str, values))}"
+        )
+    return several
+
+
+def resolve(name: str) -> tuple[str, int | None]:
+    """timm's name and the input size that goes with a short name; another name as it is."""
+    return SHORT.get(name, (name, None))
+
+
+def about_weights(model: str, name: str) -> dict[str, Any]:
+    """`size`, `mean` and `std` of a timm name's weights. Raises UserError where timm has no such name."""
+    import timm
+
+    if not timm.is_model(model):
+        close = difflib.get_close_matches(name, [*SHORT, *timm.list_models()], cutoff=0.5)
+        hint = nearest(name, close or SHORT)
+        raise UserError(
+            f"no teacher is called {name!r}. {hint} `pipeline teachers` lists short names; any of timm.list_models() "
+            "serves, too."
+        )
+    try:
+        config = timm.get_pretrained_cfg(model)
+    except RuntimeError:  # the tag behind the dot
+        known = timm.list_pretrained(f"{model.partition('.')[0]}.*")
+        raise UserError(f"no weights are called {name!r}. {nearest(name, known)}") from None
+    if config is None:
+        return {"size": None, "mean": (0.5,), "std": (0.5,)}
+    return {"size": config.input_size[-1], "mean": config.mean, "std": config.std}
+
+
+def _digest_of_hub(model: str, arguments: dict[str, Any]) -> str:
+    """Sha256 over names, shapes and bytes of all tensors that timm's hub gives now."""
+    return digest_of_state(_create(model, arguments, pretrained=True).state_dict())
+
+
+def load(teacher: Teacher) -> nn.Module:
+    """The network with its weights, f32, in eval mode.
+
+    Raises:
+        UserError: arguments that the model does not take, weights that do not fit it or are not weights.
+    """
+    from precompute.taps import takes_image_size
+
+    arguments = dict(teacher.arguments)
+    if takes_image_size(teacher.model):
+        arguments.setdefault("img_size", teacher.input_size)
+    model = _create(teacher.model, arguments, pretrained=teacher.weights is None)
+    embed = getattr(model, "patch_embed", None)
+    patch = getattr(embed, "patch_size", None)
+    if isinstance(patch, tuple) and any(teacher.input_size % side for side in patch):
+        raise UserError(
+            f"teacher {teacher.name}: an input of {teacher.input_size} pixels is no multiple of its patches of "
+            f"{patch[0]}; say --input-size {patch[0] * max(1, round(teacher.input_size / patch[0]))}"
+        )
+    if teacher.weights is not None:
+        try:
+            load_weights(model, teacher.weights, teacher.weights_key, EARLIER)
+        except UserError as error:
+            raise UserError(f"teacher {teacher.name}: {error}") from None
+    return model.eval().float().requires_grad_(False)
+
+
+def _create(model: str, arguments: dict[str, Any], *, pretrained: bool) -> nn.Module:
+    import timm
+
+    try:
+        made: nn.Module = timm.create_model(model, pretrained=pretrained, **arguments)
+    except Exception as error:  # timm and the hub raise many kinds
+        what = "its weights cannot be had from timm's hub" if pretrained else f"cannot be made with {arguments}"
+        advice = "Change --teacher-arg, or leave it out."
+        if pretrained:
+            advice = "Give a file: --weights F, or in a project file teachers.NAME.weights."
+        raise UserError(f"teacher {model}: {what}: {first_line(error)}\n  {advice}") from None
+    return made
+
+
+def describe(teacher: Teacher, model: nn.Module) -> Record:
+    """What the teacher's manifest says beside its identity: where it came from, and its layers."""
+    return {
+        "weights": teacher.weights or "timm hub",
+        "classes": list(teacher.classes) if teacher.classes else None,
+        **anatomy(model),
+    }
+
+
+def anatomy(model: nn.Module) -> Record:
+    """`parameters`, `network` (`cnn`, `vit` or `other`) and `layers`; of a ViT also `heads` and `prefix` tokens."""
+    from precompute.taps import attention_layers, cnn_stages, prefix_roles
+
+    about: Record = {"parameters": sum(p.numel() for p in model.parameters()), "network": "other", "layers": 0}
+    try:
+        stages = cnn_stages(model)
+        return {**about, "network": "cnn", "layers": len(stages)}
+    except UserError:
+        pass
+    try:
+        layers = attention_layers(model)
+    except UserError:
+        return about
+    prefix = prefix_roles(model)
+    return {**about, "network": "vit", "layers": len(layers), "heads": int(layers[0].num_heads), "prefix": list(prefix)}  # type: ignore[arg-type]

@@ -1,0 +1,140 @@
+"""How fast a run will be: the real engine on growing parts of shards, for at most a tenth of what the run will take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from precompute.engine.dask_runner import Failure, patiently, run_here
+from precompute.engine.tasks import ShardTask
+from precompute.run import Job, run_elsewhere
+from storage.errors import UserError
+from storage.progress import Progress, Quiet
+from storage.shards.index import ShardIndex, build_index
+from storage.shards.tar import stem_of
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+
+FIRST = 8  # samples of the first round, which also opens the sessions
+
+SHARE = 0.1  # of what the run will take, at most
+
+AGREE, WITHIN = 3, 0.05  # so many rounds on end whose rates differ by so little are enough
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds spent, view images made in them, and the rate of the last round, the largest: view images a second."""
+
+    seconds: float
+    images: int
+    rate: float
+
+
+def growing(run: Callable[[int], tuple[float, int]], todo: int, seconds: float) -> Measured:
+    """Measure in rounds, each twice as large as the one before.
+
+    The first round counts alone where the whole run is hardly larger. No further round is begun that would take the
+    time beyond `seconds`, or time or images beyond a tenth of what the whole run takes.
+
+    Args:
+        run: makes about so many samples on each process; gives seconds and view images.
+        todo: view images of the whole run.
+        seconds: to measure for at most.
+    """
+    size, spent, images = FIRST, 0.0, 0
+    rates: list[float] = []
+    while True:
+        taken, made = run(size)
+        spent, images = spent + taken, images + made
+        rates.append(made / max(taken, 1e-9))
+        last = rates[-AGREE:]
+        if len(rates) > AGREE and max(last) - min(last) <= WITHIN * min(last):  # not the first: it opens the sessions
+            break
+        limit = min(seconds, SHARE * todo / rates[-1])
+        if spent + 2 * taken > limit or images + 2 * made > SHARE * todo:
+            break
+        size *= 2
+    return Measured(spent, images, rates[-1])
+
+
+def measure(
+    job: Job, shards: Sequence[Shard], client: Client | None, todo: int, seconds: float, progress: Progress
+) -> dict[str, Any]:
+    """View images a second of the real engine, and seconds that the index of a shard takes for each image.
+
+    Args:
+        job: over a scratch store, which all is written to.
+        shards: of the run; those whose index is known are measured on.
+        client: of the workers; None measures this process.
+        todo: view images that the run has to make.
+        seconds: to measure for at most.
+        progress: told what is measured.
+
+    Raises:
+        UserError: a measured shard fails.
+    """
+    wanted = job.wanted
+    read = sorted((shard for shard in shards if shard.index and shard.samples), key=lambda shard: shard.samples)
+    began = time.monotonic()
+    build_index(read[0].url)
+    indexing = (time.monotonic() - began) / read[0].samples
+    count = 1 if client is None else max(1, len(client.nthreads()))  # type: ignore[no-untyped-call]
+    progress.say(
+        f"measuring on {count} process(es), beside the store, for at most {seconds:.0f} s and a tenth of the run"
+    )
+    most = read[-1].samples
+
+    def run(samples: int) -> tuple[float, int]:
+        done, spent, each = 0, 0.0, max(1, samples // most)
+        for graph in job.by_graph:
+            names = [f"{samples}x{k}" for k in range(count * each)]
+            tasks = [part_of(job, graph, read[-1 - k % len(read)], samples, name) for k, name in enumerate(names)]
+            start = time.monotonic()
+            outcomes = (
+                run_here(iter(tasks), len(tasks), wanted.provider, Quiet())
+                if client is None
+                else run_elsewhere(client, iter(tasks), len(tasks), wanted, Quiet())
+            )
+            for _, outcome in outcomes:
+                if isinstance(outcome, Failure):
+                    raise UserError(outcome.error)
+                done += outcome.rendered
+            spent += time.monotonic() - start
+        return spent, done // len(job.by_graph)
+
+    found = growing(run, todo, seconds)
+    return {
+        "seconds": round(found.seconds, 2),
+        "view_images": found.images,
+        "view_images_per_second": found.rate,
+        "index_seconds_per_image": indexing,
+        "workers": count,
+    }
+
+
+def part_of(job: Job, graph: str, shard: Shard, samples: int, name: str) -> ShardTask:
+    """A task over the first samples of a shard, under a name of its own in the scratch store."""
+    assert shard.index is not None
+    index, stop = shard.index, min(samples, shard.samples)
+    labelled = None not in index.labels[:stop]
+    summary = replace(index.summary, id=f"{stem_of(shard.url)}-{name}", samples=stop, labelled=labelled)
+    part = ShardIndex(summary, index.keys[:stop], index.digests[:stop], index.labels[:stop], index.starts[: stop + 1])
+    patiently(lambda: job.store.add_index(part, shard.url))
+    (task,) = job.tasks(graph, [shard.url])
+    return replace(task, known=(part.id,))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard as far as it is known; its samples are estimated where nobody has read it yet."""
+
+    url: str
+    samples: int
+    id: str | None = None  # where the store knows it
+    estimated: bool = False
+    index: ShardIndex | None = None  # of a few: indexes are large

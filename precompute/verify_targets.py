@@ -1,0 +1,206 @@
+"""Check: do stored targets still say what the teacher says of the same view images?
+
+The teacher is the PyTorch network where its weights are at hand (of a ready graph the file, run by itself), and
+otherwise the stored graph; the report says which.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from precompute.engine.session import open_session
+from precompute.teachers.teacher import Teacher
+from storage.errors import IdentityError
+from storage.objects.json_record import Record
+from storage.objects.state_dict import KEY, digest_of_file
+from storage.shards.index import ShardIndex
+from storage.store.banks import bank_policy
+from storage.store.codecs import Codec
+from storage.store.markers import Task
+from storage.store.store import Store
+from storage.store.verify import Report
+
+if TYPE_CHECKING:
+    from precompute.taps import Tap
+
+# Largest difference that counts as the same, ÷ the largest value of the teacher: what the codec rounds, and what
+# graphs, processors and optimisation levels differ by.
+TOLERANCE = {"f32": 1e-3, "f16": 2e-3, "u8": 6e-3, "log8": 2.5e-2, "topk": 2e-3, "raw": 0.0}
+BATCH = 16
+
+Values = Callable[[np.ndarray], dict[str, np.ndarray]]  # view images uint8 [n, S, S, 3] -> target -> f32 [n, …]
+
+
+class Live:
+    """Compares stored targets with a teacher, sample for sample: a `look` of `storage.store.verify.verify`.
+
+    Args:
+        store: whose targets.
+        report: where failures are listed, by shard, key and view.
+        weights: files of weights; each must be a recorded teacher's.
+        say: called with lines for people.
+
+    Raises:
+        IdentityError: weights that no recorded teacher has.
+    """
+
+    def __init__(
+        self, store: Store, report: Report, weights: tuple[str, ...], say: Callable[[str], None] = lambda line: None
+    ) -> None:
+        self.store, self.report, self.say = store, report, say
+        self.done = store.done()
+        self.teachers, self.targets = store.teachers(), store.targets()
+        self.files: dict[str, str] = {}  # teacher -> file of its weights
+        digests = {name: str(m["identity"]["weights sha256"]) for name, m in self.teachers.items()}
+        for file in weights:
+            digest = digest_of_file(file)
+            names = [name for name, recorded in digests.items() if recorded == digest]
+            if not names:
+                known = " or ".join(f"{digest} ({name})" for name, digest in digests.items())
+                do = "Give the file that precompute was given."
+                raise IdentityError(f"--weights {file}", "sha256", known, digest, do)
+            self.files |= dict.fromkeys(names, file)
+        for name, manifest in self.teachers.items():
+            recorded = str(manifest.get("weights", ""))
+            if (
+                name not in self.files
+                and Path(recorded).expanduser().is_file()
+                and digest_of_file(recorded) == digests[name]
+            ):
+                self.files[name] = recorded
+        self._values: dict[tuple[str, str], Values] = {}
+
+    def __call__(self, url: str, index: ShardIndex, task: Task, pixels: dict[int, np.ndarray]) -> None:
+        """Compare all targets of one bank's view that these samples have."""
+        by_teacher: dict[str, list[str]] = defaultdict(list)
+        for id, manifest in self.targets.items():
+            if manifest["identity"]["bank"] == task.id and Task("target", id, task.shard, task.view) in self.done:
+                by_teacher[manifest["teacher"]].append(id)
+        if not pixels:
+            return
+        chosen = list(pixels)
+        images = np.stack(list(pixels.values()))
+        for teacher, ids in by_teacher.items():
+            live = self._teacher(teacher, task.id)(images)
+            for id in ids:
+                codec = Codec.of(self.targets[id])
+                marker = self.store.marker(Task("target", id, task.shard, task.view))
+                marker.require(len(index), codec)
+                first, stop = chosen[0], chosen[-1] + 1
+                rows = [i - first for i in chosen]
+                arrays = {name: array.read(first, stop)[rows] for name, array in marker.arrays.items()}
+                for i, difference in zip(chosen, differences(codec, arrays, live[id]), strict=True):
+                    self.report.targets_compared += 1
+                    allowed = TOLERANCE[codec.name.rstrip("0123456789") if codec.name[:4] == "topk" else codec.name]
+                    if not difference <= allowed:
+                        self.report.failures.append(
+                            f"{url}, key {index.keys[i]}, view {task.view}, target {id}: it differs from the "
+                            f"{self.report.compared_with[teacher]} by {difference:.2g} of a map's largest value "
+                            f"(allowed for {codec.name}: {allowed:g})"
+                        )
+
+    def _teacher(self, name: str, bank: str) -> Values:
+        """What gives the values of a teacher's targets over a bank; made once."""
+        if (name, bank) not in self._values:
+            ids = {
+                id: m for id, m in self.targets.items() if m["teacher"] == name and m["identity"]["bank"] == bank
+            }  # fmt: skip
+            if all(manifest["graph"] is None for manifest in ids.values()):
+                self.report.compared_with[name] = "view images rendered again"
+                made: Values = lambda images: dict.fromkeys(ids, images)  # noqa: E731
+            elif name in self.files:
+                made = self._live(name, bank, ids)
+            else:
+                made = self._graphs(name, ids)
+            self._values[name, bank] = made
+            self.say(f"{name}: compared with the {self.report.compared_with[name]}")
+        return self._values[name, bank]
+
+    def _live(self, name: str, bank: str, ids: dict[str, Record]) -> Values:
+        from precompute.taps import Tap
+
+        teacher = teacher_of(name, self.teachers[name], self.files[name])
+        taps = {id: Tap.of(manifest["identity"]) for id, manifest in ids.items()}
+        distinct = list(dict.fromkeys(taps.values()))
+        what = "file run by itself" if teacher.ready else "PyTorch teacher"
+        run = (_file if teacher.ready else _network)(teacher, distinct, bank_policy(self.store, bank).size)
+        self.report.compared_with[name] = f"{what} ({self.files[name]})"
+
+        def values(images: np.ndarray) -> dict[str, np.ndarray]:
+            parts = [run(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
+            whole = [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
+            return {id: whole[distinct.index(tap)] for id, tap in taps.items()}
+
+        return values
+
+    def _graphs(self, name: str, ids: dict[str, Record]) -> Values:
+        graphs = {m["graph"]: open_session(self.store.graph(name, m["graph"])) for m in ids.values()}
+        recorded = self.teachers[name].get("weights")
+        why = "its weights came from timm's hub" if recorded == "timm hub" else f"{recorded} not at hand: --weights F"
+        self.report.compared_with[name] = f"stored graph ({why})"
+
+        def values(images: np.ndarray) -> dict[str, np.ndarray]:
+            outputs = {digest: session.run(images) for digest, session in graphs.items()}
+            return {id: outputs[manifest["graph"]][manifest["output"]] for id, manifest in ids.items()}
+
+        return values
+
+
+def _network(teacher: Teacher, taps: Sequence[Tap], view_size: int) -> Callable[[np.ndarray], list[np.ndarray]]:
+    """The PyTorch teacher: the taps, f32 `[n, …]` each, of view images uint8 `[n, S, S, 3]`."""
+    import torch
+
+    from precompute.export.pytorch import live_teacher
+
+    module = live_teacher(teacher, taps, view_size)
+
+    def run(images: np.ndarray) -> list[np.ndarray]:
+        with torch.no_grad():
+            return [output.numpy() for output in module(torch.from_numpy(images))]
+
+    return run
+
+
+def _file(teacher: Teacher, taps: Sequence[Tap], view_size: int) -> Callable[[np.ndarray], list[np.ndarray]]:
+    """A ready graph's file run by itself, likewise."""
+    from precompute.export.onnx_file import Alone
+
+    return Alone(teacher, taps, view_size)
+
+
+def differences(codec: Codec, arrays: dict[str, np.ndarray], live: np.ndarray) -> np.ndarray:
+    """Of each sample the largest difference of a map between what is kept and the live values, f64 [n].
+
+    In each map ÷ its largest value, or a fiftieth of the largest of all where it is smaller: what graphs differ by goes
+    by the values that a layer adds up. Of `topk` the logits that were kept, and the mass of all others, absolutely.
+    """
+    if codec.name.startswith("topk"):
+        index = arrays["index"].astype(np.int64)
+        exact = np.exp(live.astype(np.float64) - live.max(-1, keepdims=True))
+        exact /= exact.sum(-1, keepdims=True)
+        rest = 1 - np.take_along_axis(exact, index, -1).sum(-1)
+        masses = np.abs(rest - arrays["rest"][..., 0]).reshape(len(live), -1).max(1)
+        stored, live = arrays["data"].astype(np.float64), np.take_along_axis(live, index, -1)
+    else:
+        stored, masses = codec.decode(arrays).astype(np.float64), np.zeros(len(live))
+    axes = tuple(range(live.ndim - codec.maps, live.ndim))
+    largest = np.abs(live).max(axes)
+    floor = max(float(largest.max()) / 50, 1e-12)
+    each = np.abs(stored - live).max(axes) / np.maximum(largest, floor)
+    found: np.ndarray = np.maximum(each.reshape(len(live), -1).max(1), masses)
+    return found
+
+
+def teacher_of(name: str, manifest: Record, weights: str) -> Teacher:
+    """A recorded teacher with a file of its weights."""
+    identity: dict[str, Any] = manifest["identity"]
+    mean, std = identity["mean"], identity["std"]
+    return Teacher(
+        name, identity["model"], identity["arguments"], weights, identity["weights sha256"], identity["input size"],
+        (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]), None, identity.get(KEY),
+    )  # fmt: skip

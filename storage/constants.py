@@ -1,0 +1,5 @@
+"""Constants that several modules share."""
+
+from __future__ import annotations
+
+BLOCK = 64

@@ -1,0 +1,294 @@
+"""Named bytes in a folder or below a URL: all reading and writing of a store goes through here.
+
+Two implementations: `LocalObjects` (durable: files and folders are synced before anything is said to be written)
+and `RemoteObjects` (any fsspec URL). `ZarrObjects` lets zarr write through either. Keys are relative paths with `/`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import threading
+import uuid
+from pathlib import Path
+from typing import Any, Protocol
+
+from storage.errors import DamageError, UserError, shown
+from storage.objects.litter import is_litter
+from storage.objects.urls import filesystem_of, is_remote, networked, require_ranges, whole_instead
+
+
+class Objects(Protocol):
+    """What a store needs of the place it lies in."""
+
+    @property
+    def url(self) -> str:
+        """What the place is called from here."""
+        ...
+
+    def get(self, key: str) -> bytes:
+        """The bytes of an object; FileNotFoundError where there is none."""
+        ...
+
+    def size(self, key: str) -> int:
+        """The length of an object in bytes; FileNotFoundError where there is none."""
+        ...
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write an object whole, over what may be there."""
+        ...
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write an object whole unless there is one; whether it was written. What was put before is durable first."""
+        ...
+
+    def names(self, folder: str) -> list[str]:
+        """The sorted names directly inside a folder; none where there is no such folder."""
+        ...
+
+    def walk(self, folder: str) -> list[str]:
+        """The sorted keys of all objects below a folder."""
+        ...
+
+    def remove(self, key: str) -> None:
+        """Remove an object or a folder with all that is in it."""
+        ...
+
+    def discard(self, key: str, data: bytes) -> None:
+        """Remove an object if it still holds these bytes: somebody may have put another in its place."""
+        ...
+
+
+class LocalObjects:
+    """Objects as files. A file is written under a temporary name, synced, and renamed or linked."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.root = Path(folder).expanduser().absolute()
+        self._unsynced: set[Path] = set()
+        self._syncing = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self.root),)  # whoever reads it may stand in another folder
+
+    @property
+    def url(self) -> str:
+        """The folder, as people call it from the current one."""
+        return shown(self.root)
+
+    # The four steps that can fail; the fault-injecting store of storage.testing overrides them.
+    def _read(self, path: Path) -> bytes:
+        return path.read_bytes()
+
+    def _write(self, path: Path, data: bytes) -> None:
+        with path.open("xb") as file:
+            file.write(data)
+            file.flush()
+            self._sync(file.fileno())
+
+    def _sync(self, descriptor: int) -> None:
+        os.fsync(descriptor)
+
+    def _link(self, source: Path, target: Path) -> None:
+        os.link(source, target)
+
+    def get(self, key: str) -> bytes:
+        """The bytes of an object."""
+        return self._read(self.root / key)
+
+    def size(self, key: str) -> int:
+        """The length of an object in bytes."""
+        return (self.root / key).stat().st_size
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write an object whole, over what may be there."""
+        path, temporary = self._temporary(key)
+        try:
+            self._write(temporary, data)
+            temporary.replace(path)
+            self._unsynced.add(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write an object unless there is one: temporary file, sync, hard link, sync of the folder."""
+        path, temporary = self._temporary(key)
+        self._sync_folders()
+        try:
+            self._write(temporary, data)
+            self._link(temporary, path)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+            self._unsynced.add(path.parent)
+            self._sync_folders()
+        return True
+
+    def _temporary(self, key: str) -> tuple[Path, Path]:
+        path = self.root / key
+        folder = path.parent
+        while not folder.exists():  # a new folder is an entry in its parent, which must be synced too
+            self._unsynced.add(folder)
+            folder = folder.parent
+        self._unsynced.add(folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._unsynced.add(path.parent)
+        return path, path.with_name(f".{uuid.uuid4().hex}.part")
+
+    def _sync_folders(self) -> None:
+        with self._syncing:  # nobody says that something is written while another thread still syncs its folder
+            for folder in sorted(self._unsynced):
+                self._unsynced.discard(folder)  # before: what is added while it is synced waits for the next time
+                try:
+                    descriptor = os.open(folder, os.O_RDONLY)
+                except FileNotFoundError:
+                    continue
+                try:
+                    self._sync(descriptor)
+                except OSError:
+                    self._unsynced.add(folder)
+                    raise
+                finally:
+                    os.close(descriptor)
+
+    def names(self, folder: str) -> list[str]:
+        """The sorted names directly inside a folder, without litter: what is still being written is hidden."""
+        path = self.root / folder
+        return sorted(p.name for p in path.iterdir() if not is_litter(p.name)) if path.is_dir() else []
+
+    def walk(self, folder: str) -> list[str]:
+        """The sorted keys of all objects below a folder."""
+        found = []
+        for path, _, names in os.walk(self.root / folder):
+            here = Path(path).relative_to(self.root)
+            found += [(here / name).as_posix() for name in names if not is_litter(name)]
+        return sorted(found)
+
+    def remove(self, key: str) -> None:
+        """Remove a file, or a folder with all that is in it."""
+        path = self.root / key
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    def discard(self, key: str, data: bytes) -> None:
+        """Remove an object if it still holds these bytes; it is taken away first, and put back if it does not."""
+        path = self.root / key
+        aside = path.with_name(f".{uuid.uuid4().hex}.part")
+        try:
+            path.rename(aside)
+        except FileNotFoundError:
+            return
+        try:
+            if aside.read_bytes() != data:
+                with contextlib.suppress(FileExistsError):
+                    os.link(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+class RemoteObjects:
+    """Objects below an fsspec URL (`s3://bucket/folder`, `memory://folder`). A put is whole and durable there."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self.files, root = filesystem_of(self.url)
+        self.root = root.rstrip("/")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.url,)
+
+    def _path(self, key: str) -> str:
+        return f"{self.root}/{key}" if key else self.root
+
+    def get(self, key: str) -> bytes:
+        """The bytes of an object."""
+        with networked(self.url):
+            return bytes(self.files.cat_file(self._path(key)))
+
+    def size(self, key: str) -> int:
+        """The length of an object in bytes."""
+        with networked(self.url):
+            size = self.files.info(self._path(key))["size"]
+        if size is None:
+            raise UserError(f"{self.url}/{key}: its server does not tell how long it is; copy it to a local disk")
+        return int(size)
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write an object whole."""
+        with networked(self.url):
+            self.files.pipe_file(self._path(key), data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write an object unless there is one (on S3 a conditional put)."""
+        try:
+            with networked(self.url):
+                self.files.pipe_file(self._path(key), data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def names(self, folder: str) -> list[str]:
+        """The sorted names directly inside a folder, without litter."""
+        self.files.invalidate_cache()
+        try:
+            with networked(self.url):
+                found = self.files.ls(self._path(folder), detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(name for path in found if not is_litter(name := path.rstrip("/").rsplit("/", 1)[-1]))
+
+    def walk(self, folder: str) -> list[str]:
+        """The sorted keys of all objects below a folder."""
+        self.files.invalidate_cache()
+        start = len(self.files._strip_protocol(self.root)) + 1
+        with networked(self.url):
+            return sorted(path[start:] for path in self.files.find(self._path(folder)))
+
+    def remove(self, key: str) -> None:
+        """Remove an object or a folder with all that is in it."""
+        with contextlib.suppress(FileNotFoundError), networked(self.url):
+            self.files.rm(self._path(key), recursive=True)
+
+    def discard(self, key: str, data: bytes) -> None:
+        """Remove an object if it still holds these bytes. Object stores cannot do both in one step."""
+        with contextlib.suppress(FileNotFoundError):
+            if self.get(key) == data:
+                self.remove(key)
+
+
+def open_objects(url: str | Path) -> Objects:
+    """The objects at a local folder or an fsspec URL; nothing is created yet."""
+    url = str(url)
+    return RemoteObjects(url) if is_remote(url) else LocalObjects(url.removeprefix("file://"))
+
+
+def read_range(url: str, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of one file, local or remote.
+
+    Raises:
+        DamageError: the file is gone or ends before `stop`.
+        UserError: its server sends no parts of files.
+    """
+    try:
+        if is_remote(url):
+            require_ranges(url)
+            files, path = filesystem_of(url)
+            with networked(url):
+                data = bytes(files.cat_file(path, start=start, end=stop))
+        else:
+            with Path(url.removeprefix("file://")).open("rb") as file:
+                file.seek(start)
+                data = file.read(stop - start)
+    except FileNotFoundError:
+        raise DamageError(f"{url}: the file is gone\n  Put it back, or leave it out.") from None
+    if len(data) > stop - start:
+        raise UserError(whole_instead(url))
+    if len(data) != stop - start:
+        raise DamageError(
+            f"{url}: truncated: bytes {start} to {stop} were asked for, it ends after {len(data)} of them\n"
+            "  Copy or make the file again."
+        )
+    return data

@@ -1,0 +1,300 @@
+"""Files of weights: state dicts in safetensors or `.pth`, by their digest, and loaded strictly. No torch at import."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import re
+import struct
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from storage.errors import UserError, first_line, shown
+from storage.objects.atomic import written_whole
+from storage.objects.checkpoint_file import (
+    ORDER,
+    Choice,
+    archive_of_another_kind,
+    choose,
+    plain_data,
+    refused_in,
+)
+from storage.unicode_names import all_normalized
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+# What timm's modules call their conversion of other codes' files.
+_CONVERSIONS = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretrained")
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+KEY = "weights key"  # what a teacher's identity calls it; without it, the one by `EARLIER`
+
+COUNTER = ".num_batches_tracked"  # ends the names of what older files lack and evaluation does not read
+
+READY = "onnx"  # what a teacher's identity has for its model where its file is a ready graph
+
+
+def digest_of_file(path: str) -> str:
+    """Sha256 of a file of weights, in hex. Raises UserError."""
+    try:
+        with Path(path).expanduser().open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"--weights {shown(Path(path))}: cannot be read: {first_line(error)}") from None
+
+
+def digest_of_state(state: Mapping[str, Tensor]) -> str:
+    """Sha256 over names, shapes and bytes of all tensors, in hex: what identifies weights that are no file of ours."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def classes_in(path: str) -> tuple[str, ...] | None:
+    """The class names that a safetensors file of ours carries, in NFC."""
+    found = _note(path, "classes")
+    good = isinstance(found, list) and all(isinstance(name, str) for name in found)
+    return tuple(all_normalized(found)) if good and found else None
+
+
+def normalisation_in(path: str) -> dict[str, tuple[float, float, float]]:
+    """`mean` and `std` of the pixels, three numbers each, as far as a safetensors file of ours carries them."""
+    found = {name: _note(path, name) for name in ("mean", "std")}
+    return {
+        name: (float(value[0]), float(value[1]), float(value[2]))
+        for name, value in found.items()
+        if isinstance(value, list) and len(value) == 3 and all(isinstance(v, int | float) for v in value)
+    }
+
+
+def copies_attention(path: str) -> bool:
+    """Whether a file of ours holds a student that attends with its teacher's attention: alone it is not whole."""
+    return _note(path, "copying") is not None
+
+
+def _note(path: str, name: str) -> Any:
+    """What a safetensors file's metadata say of a name, as JSON; None where it says nothing."""
+    if not path.endswith(".safetensors"):
+        return None
+    try:
+        with Path(path).expanduser().open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(length, 100 << 20)))
+        return json.loads(header.get("__metadata__", {}).get(name, "null"))
+    except (OSError, ValueError, struct.error, AttributeError, TypeError, RecursionError):
+        return None
+
+
+def load_weights(model: nn.Module, path: str, key: str | None = None, order: Sequence[str] = ORDER) -> None:
+    """Load a safetensors or `.pth` file, strictly; what another code wrote is converted as timm does.
+
+    Args:
+        model: a timm network.
+        path: of the file.
+        key: of one of several dictionaries in it, as in `chosen_in`.
+        order: likewise.
+
+    Raises:
+        UserError: not weights, a pickle that holds more than tensors, names or shapes that do not fit; a student that
+            attends with another network's attention.
+    """
+    if copies_attention(path):
+        raise UserError(
+            f"{path}: a student that copies its teacher's attention is not whole without it; give one that attends "
+            "by itself"
+        )
+    chosen, where = chosen_in(path, key, order), shown(Path(path))
+    taken = f"\n  Its weights are {chosen}; another by --weights-key KEY" if chosen.others else ""
+    try:
+        state = fitted(model, as_f32(chosen.state), where)
+    except UserError as error:
+        raise UserError(f"{error}{taken}") from None
+    wanted, found = _shapes(model.state_dict()), _shapes(state)
+    if problems := misfits(wanted, found):
+        raise UserError(
+            f"{where}: does not fit {_name_of(model)}: {problems}{taken}\n  {_advice(model, wanted, found)}"
+        )
+    model.load_state_dict(state, strict=True)
+
+
+def fitted(model: nn.Module, state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """A state dict as this timm model wants it, by what timm does with files of other codes.
+
+    Names lose the prefixes of wrappers (DDP, torch.compile). Names of other codes become timm's, and position
+    embeddings of another grid are resampled, by the model's own `checkpoint_filter_fn`, where the rest does not fit.
+
+    Raises:
+        UserError: timm cannot bring them into shape.
+    """
+    from timm.models import clean_state_dict
+
+    own = model.state_dict()
+    counters = {name: t for name, t in own.items() if name.endswith(COUNTER)}
+    found: dict[str, Tensor] = clean_state_dict(dict(state))
+    convert = _conversion(model)
+    if convert and misfits(_shapes(own), _shapes({**counters, **found})):
+        try:
+            found = dict(convert(dict(found)))
+        except Exception as error:  # timm reshapes what is there, whatever it is
+            raise UserError(
+                f"{where}: does not fit {_name_of(model)}: {misfits(_shapes(own), _shapes(found))}; timm's conversion "
+                f"of it ends in {type(error).__name__}: {first_line(error)}"
+            ) from None
+    return {**counters, **found}
+
+
+def _conversion(model: nn.Module) -> Callable[[dict[str, Tensor]], dict[str, Tensor]] | None:
+    """timm's conversion of other codes' files to a network's names, as the network's own module has it."""
+    module = sys.modules.get(type(model).__module__)
+    convert = next((getattr(module, name) for name in _CONVERSIONS if hasattr(module, name)), None)
+    if convert is None:
+        return None
+    taken, options = inspect.signature(convert).parameters, dict[str, Any]()
+    if "adapt_layer_scale" in taken:  # DeiT-III's names, which no other file has
+        options["adapt_layer_scale"] = True
+    if "interpolation" in taken and re.search("flexi|radio", _name_of(model)):  # as timm says for these
+        options |= {"interpolation": "bilinear", "antialias": False}
+    return lambda state: convert(state, *([model] if "model" in taken else []), **options)
+
+
+def _name_of(model: nn.Module) -> str:
+    """What timm calls a network."""
+    about = getattr(model, "default_cfg", None) or {}
+    return str(about.get("architecture") or type(model).__name__)
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _advice(model: nn.Module, wanted: Shapes, found: Shapes) -> str:
+    """What to do about a file that does not fit, by how its names and shapes differ from a network's."""
+    head = f"{(getattr(model, 'default_cfg', None) or {}).get('classifier')}."
+    odd = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
+    if all(name.startswith(head) for name in odd):
+        classes = found.get(f"{head}weight", (0,))[0]
+        return f"{'' if classes else 'It has no classifier: '}--teacher-arg num_classes={classes}"
+    if prefix := _prefix(wanted, found):
+        return f"The network's names are there behind {prefix!r}; save the state dict without it."
+    names = [name for name in found if not name.endswith(COUNTER)]
+    if not any(name in wanted for name in names):
+        library = " (they look like those of transformers' models)" if any("encoder.layer" in n for n in names) else ""
+        return (
+            f"None of its {len(names)} names is one of the network's{library}: give this network's own weights, under "
+            "timm's names."
+        )
+    return (
+        "Give this network's own weights, or the arguments that theirs was made with, such as depth or embed_dim: "
+        "--teacher-arg NAME=VALUE"
+    )
+
+
+def _prefix(wanted: Shapes, found: Shapes) -> str:
+    """What stands before most of a network's names in a file; nothing where there is no such prefix."""
+    name = next(iter(wanted), "")
+    prefixes = [other.removesuffix(name) for other in found if name and other.endswith(f".{name}")]
+    behind = {prefix: sum(f"{prefix}{one}" in found for one in wanted) for prefix in prefixes}
+    best = max(behind, key=lambda prefix: behind[prefix], default="")
+    return best if 2 * behind.get(best, 0) > len(wanted) else ""
+
+
+def misfits(wanted: Shapes, found: Shapes) -> str:
+    """What keeps the tensors found from being those wanted, with a few names; empty where nothing does."""
+    shapes = [
+        f"{name} has shape {found[name]}, expected {shape}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
+    parts = [*shapes[:2], *([f"{len(shapes) - 2} more of other shapes"] if len(shapes) > 2 else [])]
+    for names, what in (
+        ([n for n in wanted if n not in found], "missing"),
+        ([n for n in found if n not in wanted], "unexpected"),
+    ):
+        if names:
+            parts.append(f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})")
+    return "; ".join(parts)
+
+
+def read_weights(path: str, key: str | None = None, order: Sequence[str] = ORDER) -> dict[str, Tensor]:
+    """Name -> tensor f32 of a file; arguments and errors as `chosen_in`."""
+    return as_f32(chosen_in(path, key, order).state)
+
+
+def as_f32(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with all floating-point numbers in f32."""
+    return {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
+
+
+def chosen_in(path: str, key: str | None = None, order: Sequence[str] = ORDER) -> Choice:
+    """The weights that are taken of a safetensors file, or of a `.pth` read with `weights_only=True`.
+
+    Args:
+        path: of the file.
+        key: of one of several dictionaries in it; None for the first of `order`.
+        order: keys of dictionaries; by default timm's, which prefers averaged weights (EMA).
+
+    Raises:
+        UserError: no file of weights, a pickle that holds more than plain data, no dictionary of tensors.
+    """
+    return choose(_content(path), shown(Path(path)), key, order)
+
+
+def _content(path: str) -> Any:
+    """What a file of weights holds."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    where, file = shown(Path(path)), Path(path).expanduser()
+    try:
+        if path.endswith(".safetensors"):
+            return load_file(file)
+        with file.open("rb") as opened:
+            first = opened.read(2)
+        if first not in (b"PK", *(b"\x80" + bytes([protocol]) for protocol in range(1, 6))):
+            raise UserError(f"{where}: not a file of weights: neither safetensors nor what torch.save writes; give one")
+        if other := archive_of_another_kind(file):
+            raise UserError(f"{where}: not a file of weights: it is {other}")
+        with plain_data(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except (SafetensorError, OSError, EOFError, RuntimeError) as error:
+        raise UserError(f"{where}: cannot be read as weights: {first_line(error)}") from None
+    except Exception as error:  # the unpickler names what it refuses
+        if found := refused_in(file, error):
+            raise UserError(
+                f"{where}: refused: it is a pickle with more than tensors in it, which could run code: {found}\n"
+                "  Where you trust it, save its state dict alone, as safetensors: safetensors.torch.save_file"
+            ) from None
+        raise UserError(f"{where}: cannot be read as weights: it is damaged, or no pickle of torch.save") from None
+
+
+def save_state(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a state dict as safetensors, whole or not at all; the same content gives the same bytes."""
+    from safetensors.torch import save
+
+    data = save({name: t.detach().cpu().contiguous() for name, t in state.items()}, dict(metadata))
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # in the library's order of the moment
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with written_whole(path) as temporary, temporary.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(memoryview(data)[8 + length :])
+
+
+HUB = "timm hub"

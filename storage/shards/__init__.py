@@ -1,0 +1,1 @@
+"""Shards: WebDataset tars, their indexes, and how images become shards."""

@@ -1,0 +1,56 @@
+"""`classes.json`: the names of a dataset's classes, beside its shards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+
+from storage.errors import IdentityError, UserError, first_line
+from storage.objects.object_store import open_objects
+from storage.shards.tar import (
+    folder_of,
+)
+from storage.unicode_names import all_normalized
+
+
+def classes_of(urls: Iterable[str]) -> list[str] | None:
+    """The class names in the `classes.json` beside the shards, in order and in NFC; None where there is none.
+
+    Raises:
+        UserError: shards from several folders whose lists differ, or a file that is no list of distinct names.
+    """
+    found: dict[str, list[str]] = {}
+    for folder in sorted({folder_of(url)[0] for url in urls}):
+        name = f"{folder.rstrip('/')}/classes.json"
+        try:
+            content = json.loads(open_objects(folder).get("classes.json"))
+        except FileNotFoundError:
+            continue
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{name}: not JSON: {first_line(error)}") from None
+        good = isinstance(content, list) and content and all(isinstance(c, str) for c in content)
+        names = all_normalized(content) if good else []
+        if not names or len(set(names)) < len(names):
+            raise UserError(f"{name}: expected a list of distinct class names, in the order of the labels")
+        found[name] = names
+    lists = list(found.values())
+    if any(other != lists[0] for other in lists):
+        raise UserError(f"the shards' class lists differ: {', '.join(found)}; training needs one list")
+    return lists[0] if lists else None
+
+
+def require_classes(urls: Sequence[str], expected: Sequence[str]) -> None:
+    """Refuse shards whose class list is there and is another one. Raises IdentityError."""
+    found, expected = classes_of(urls), all_normalized(expected)
+    if found is None or found == expected:
+        return
+    where = f"{folder_of(urls[0])[0].rstrip('/')}/classes.json"
+    do = "Give shards of the same classes, such as those that `pipeline pack … --val-fraction 0.1` cuts off."
+    if len(found) == len(expected):
+        at = next(i for i, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b)
+        raise IdentityError(where, f"class {at}", repr(expected[at]), repr(found[at]), do)
+    raise IdentityError(where, "classes", _few(expected), _few(found), do)
+
+
+def _few(names: Sequence[str]) -> str:
+    return f"{len(names)} ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})"

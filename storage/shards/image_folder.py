@@ -1,0 +1,204 @@
+"""What is packed into new shards, where it lies as files: one folder a class, or a CSV of paths and labels."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from storage.errors import UserError, first_line
+from storage.objects.litter import is_litter
+from storage.shards.classes import classes_of
+from storage.shards.hints import names_for
+from storage.shards.image_files import LITTER, counted, is_image, listing, tars_in
+from storage.shards.tar import IMAGES, open_file
+from storage.unicode_names import normalized
+
+Files = list[tuple[Path, Path, int | None]]  # a file, what its key is made of, its label
+_GOOD_LIST = "  path,label\n  cats/1.jpg,cat\n  dogs/2.jpg,dog"
+
+_PARTS = ("train", "training", "val", "valid", "validation", "test", "testing")  # of a data set
+
+
+def class_folders(folder: Path, say: Callable[[str], None]) -> tuple[Files, list[str], list[str]]:
+    """The images in one folder a class, the classes, and a line about each kind of files that stays out.
+
+    Raises:
+        UserError: no images, none in a class folder, a link that leads nowhere, or a folder that cannot be read.
+    """
+    classes = folders_in(folder)
+    require_classes_alone(folder, classes)
+    found = listing(folder)
+    if found.lost:
+        raise UserError(
+            f"{folder}: {counted('link(s) lead nowhere', found.lost)}; mend or remove them. All of them: "
+            f"find -L {shlex.quote(str(folder))} -type l"
+        )
+    files: Files = []
+    others: list[Path] = []
+    loose = 0
+    labels = {name: label for label, name in enumerate(classes)}
+    for path in found.files:
+        inside = path.relative_to(folder)
+        if is_image(path) and len(inside.parts) > 1:
+            files.append((path, inside, labels[inside.parts[0]]))
+        else:
+            others.append(path)
+            loose += is_image(path)
+    filled = {label for _, _, label in files}
+    for name, label in labels.items():
+        if label not in filled:
+            odd = next((path for path in others if path.is_relative_to(folder / name)), None)
+            do = f"{odd.name} is none of {', '.join(IMAGES)}; convert it" if odd else "remove it or fill it"
+            raise UserError(f"{folder / name}: a class folder without images; {do}")
+    if not files:
+        where = f"its {loose} images lie in no class folder" if loose else "no images found"
+        raise UserError(
+            f"{folder}: {where}; expected one folder a class: {folder}/CLASS/IMAGE.{{{','.join(IMAGES)}}}, or a CSV "
+            "with the columns path and label"
+        )
+    if len(classes) == 1:
+        say(f"{folder}: one class alone, {classes[0]}: a classifier needs two or more")
+    odd_ones = [counted("file(s) are no images in class folders", others)] if others else []
+    return files, classes, [*odd_ones, *found.left_out()]
+
+
+def shards_in(folder: Path) -> tuple[list[str], list[str]]:
+    """The shards in a folder, and a line about each kind of what else lies there."""
+    tars = tars_in(folder)
+    others = sorted({path for path in folder.iterdir() if path.name != "classes.json"} - set(tars))
+    litter = [path for path in others if is_litter(path.name)]
+    kinds = {"other file(s) beside the shards": sorted(set(others) - set(litter)), LITTER: litter}
+    return list(map(str, tars)), [counted(kind, paths) for kind, paths in kinds.items() if paths]
+
+
+def folders_in(folder: Path) -> list[str]:
+    """The names of the folders in a folder, linked ones too, sorted; without litter."""
+    return sorted(place.name for place in folder.iterdir() if place.is_dir() and not is_litter(place.name))
+
+
+def require_classes_alone(folder: Path, names: list[str]) -> None:
+    """Refuse `train` and `val` for classes. Raises UserError, with the commands that pack them one by one."""
+    parts = [name for name in names if folders_in(folder / name)]
+    if parts and all(name.lower() in _PARTS for name in names):
+        new = {part: names_for(part, len(listing(folder / part).images)) for part in parts}
+        commands = (shlex.join(["pipeline", "pack", str(folder / part), name]) for part, name in new.items())
+        raise UserError(
+            f"{folder}: {', '.join(names)} are parts of a data set and no classes; pack each that has class folders:"
+            + "".join(f"\n  {command}" for command in commands)
+        )
+
+
+def listed(listing: Path, say: Callable[[str], None]) -> tuple[Files, list[str] | None]:
+    """The images that a CSV lists by paths from its own folder or absolute ones, and the classes that labels name.
+
+    Raises:
+        UserError: with the line, where it is no such list or an image is not there.
+    """
+    rows = _rows(listing, say)
+    labels, classes = _labels(listing, rows, say)
+    files: Files = []
+    lines: dict[str, int] = {}
+    for (line, text, _), label in zip(rows, labels, strict=True):
+        where, path = f"{listing}, line {line}", listing.parent / text
+        if not is_image(path):
+            raise UserError(f"{where}: {text[:200]!r} is no image that is read; expected one of {', '.join(IMAGES)}")
+        try:
+            there = path.is_file()
+        except OSError as error:
+            raise UserError(f"{where}: {text[:200]!r} cannot be opened: {first_line(error)}") from None
+        if not there:
+            raise UserError(f"{where}: there is no file {path}; paths are relative to the CSV's folder, or absolute")
+        within = os.path.relpath(path, listing.parent)
+        if within in lines:
+            raise UserError(f"{where}: {text!r} is there already, in line {lines[within]}; remove one of the two")
+        lines[within] = line
+        files.append((path, Path(*(part for part in Path(within).parts if part != "..")), label))
+    return files, classes
+
+
+def _rows(listing: Path, say: Callable[[str], None]) -> list[tuple[int, str, str | None]]:
+    """(line, path, label) of each row of a CSV; no label where there is no such column."""
+    with open_file(str(listing)) as file:
+        reader = csv.reader(_lines(file, listing), strict=True, skipinitialspace=True)
+        rows: list[tuple[int, str, str | None]] = []
+        try:
+            header = [name.strip().lower() for name in next(reader, [])]
+            if header.count("path") != 1 or header.count("label") > 1:
+                found = f"found {','.join(header)[:200]!r}" if reader.line_num else "the file is empty"
+                raise UserError(f"{listing}, line 1: the first line names the columns; {found}, expected\n{_GOOD_LIST}")
+            for row in reader:
+                where = f"{listing}, line {reader.line_num}"
+                if not "".join(row).strip() and len(row) < 2:
+                    continue  # an empty line
+                if len(row) > len(header):
+                    raise UserError(
+                        f"{where}: {len(row)} fields, but the header names {len(header)}; "
+                        'a path or a label with a comma in it goes between "…"'
+                    )
+                fields = dict(zip(header, row, strict=False))
+                label = fields.get("label", "").strip() if "label" in header else None
+                if not fields.get("path"):
+                    raise UserError(f"{where}: no path in it; give one or remove the line")
+                if label == "":
+                    raise UserError(f"{where}: no label in it; label every row, or leave the column out")
+                rows.append((reader.line_num, fields["path"], label))
+        except csv.Error as error:
+            where = f"{listing}, line {reader.line_num}"
+            raise UserError(f"{where}: not CSV: {first_line(error)}; expected lines such as\n{_GOOD_LIST}") from None
+    if not rows:
+        raise UserError(f"{listing}: no images in it; expected lines such as\n{_GOOD_LIST}")
+    if others := [name for name in header if name not in ("path", "label")]:
+        say(f"{listing}: other columns are not packed: {', '.join(others)}")
+    if "label" not in header:
+        say(f"{listing}: no column is called label, so the shards have no labels")
+    return rows
+
+
+def _lines(file: IO[bytes], listing: Path) -> Iterator[str]:
+    for number, line in enumerate(file, 1):
+        if b"\0" in line:
+            raise UserError(f"{listing}, line {number}: a NUL byte in it; save the list as UTF-8 text")
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{listing}, line {number}: not UTF-8 ({error.reason}); save the list as UTF-8") from None
+
+
+def _labels(
+    listing: Path, rows: list[tuple[int, str, str | None]], say: Callable[[str], None]
+) -> tuple[list[int | None], list[str] | None]:
+    """The number of each row's label, and the names of all labels.
+
+    The names are those of `classes.json` beside the CSV; without it the sorted labels, where they are not the numbers
+    0 to K−1 themselves.
+    """
+    rows = [(line, path, None if label is None else normalized(label)) for line, path, label in rows]
+    texts = {label for _, _, label in rows if label is not None}
+    if not texts:
+        return [None] * len(rows), None
+    known = classes_of([str(listing)])
+    places = {name: i for i, name in enumerate(known or sorted(texts))}
+    integers = all(re.fullmatch(r"0|[1-9][0-9]{0,8}", text) for text in texts)
+    if integers and known:
+        if odd := next((text for text in sorted(texts) if places.get(text, int(text)) != int(text)), None):
+            raise UserError(
+                f"{listing}: label {odd} may be the number of a class, or the name of class {places[odd]} in the "
+                "classes.json beside it; give names that are no numbers"
+            )
+        places = {str(i): i for i in range(len(known))}
+    elif integers and {int(text) for text in texts} == set(range(len(texts))):
+        places = {str(i): i for i in range(len(texts))}
+    elif all(re.fullmatch(r"[+-]?[0-9]+", text) for text in texts) and not known:
+        say(f"{listing}: its labels are numbers, but not 0 to {len(texts) - 1}: they count as names, see classes.json")
+    for line, _, label in rows:
+        if label is not None and label not in places:
+            raise UserError(
+                f"{listing}, line {line}: label {label!r} is not in the classes.json beside the CSV, "
+                f"which has {len(places)} classes; mend one of the two"
+            )
+    return [None if label is None else places[label] for _, _, label in rows], known or list(places)

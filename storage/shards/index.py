@@ -1,0 +1,284 @@
+"""The index of a shard: keys, byte ranges, labels and digests, which make reading by ranges possible and safe."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from storage.constants import BLOCK
+from storage.errors import DamageError, IdentityError, UserError, first_line
+from storage.objects import json_record, record_schema
+from storage.objects.object_store import open_objects, read_range
+from storage.objects.urls import is_remote
+from storage.shards.tar import (
+    RULE,
+    Sample,
+    as_sample,
+    closing_zeros,
+    compression,
+    flaw,
+    members,
+    open_file,
+    repack,
+    require_whole,
+    size_of,
+    stem_of,
+    without_samples,
+)
+
+INDEX_FORMAT = 1
+
+MOST_ZEROS = 1 << 20  # bytes of a tar without members: more than this is a file that was never written
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is enough to recognise a shard without reading it: kept in the index and in every bank marker.
+
+    `first` and `last` are (start, stop, sha256) of the bytes of the first and the last block.
+    """
+
+    id: str
+    stem: str
+    bytes: int
+    samples: int
+    labelled: bool
+    first: tuple[int, int, str]
+    last: tuple[int, int, str]
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where everything in one shard lies: `starts[i]` to `starts[i + 1]` are the tar's bytes of sample i.
+
+    `left_out` says of each key that makes no sample why it makes none; its bytes stand between those of the samples.
+    """
+
+    summary: Summary
+    keys: tuple[str, ...]
+    digests: tuple[str, ...]
+    labels: tuple[int | None, ...]
+    starts: tuple[int, ...]
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def id(self) -> str:
+        """`{stem}-{digest8}`: the identity of a shard's content."""
+        return self.summary.id
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks the shard has."""
+        return -(-len(self) // BLOCK)
+
+    def block(self, number: int) -> range:
+        """The indices of a block's samples."""
+        return range(number * BLOCK, min((number + 1) * BLOCK, len(self)))
+
+    def dump(self) -> bytes:
+        """The index as a record."""
+        summary = dataclasses.asdict(self.summary)
+        columns = {"keys": self.keys, "digests": self.digests, "labels": self.labels, "starts": self.starts}
+        if self.left_out:
+            columns["left_out"] = self.left_out
+        return json_record.dump({"format": INDEX_FORMAT, "kind": "index", "block": BLOCK, **summary, **columns})
+
+    @classmethod
+    def load(cls, data: bytes, name: str) -> ShardIndex:
+        """The index in a record's bytes. Raises DamageError."""
+        content = json_record.load(data, name)
+        if content.get("kind") != "index" or content.get("format") != INDEX_FORMAT:
+            raise DamageError(f"{name}: not a shard index of format {INDEX_FORMAT}")
+        is_so = record_schema.checked(
+            record_schema.IndexRecord, content, name, "Copy the file again from where it came from."
+        )
+        summary = Summary(*(getattr(is_so, field.name) for field in dataclasses.fields(Summary)))
+        return cls(summary, is_so.keys, is_so.digests, is_so.labels, is_so.starts, is_so.left_out)
+
+
+def build_index(url: str) -> ShardIndex:
+    """Read a whole shard once and index it. Keys that make no sample are listed in it; see `require_whole`.
+
+    An empty tar gives an index without samples.
+
+    Raises:
+        UserError: what DESIGN calls refused: compressed, truncated, without closing zero blocks, split or double keys.
+    """
+    keys, digests, labels, starts, left_out = [], [], [], [], []
+    with open_file(url) as file:
+        if kind := compression(file.read(512)):
+            raise UserError(f"{url}: compressed with {kind}; a block cannot be read from the middle\n" + repack(url))
+        file.seek(0)
+        end = 0
+        for key, parts, start, end in members(file, url):  # noqa: B007
+            if why := flaw(key, parts):
+                left_out.append(why)
+                continue
+            sample = as_sample(key, parts, url)
+            keys.append(key)
+            digests.append(_image_digest(sample.image))
+            labels.append(sample.label)
+            starts.append(start)
+        if not end:
+            file.seek(0)
+            if file.read(512).strip(b"\0"):
+                raise UserError(f"{url}: no samples in it; {RULE}")
+        zeros = closing_zeros(file, end, url)
+    if zeros < 1024:
+        raise UserError(
+            f"{url}: the closing zero blocks of the tar are missing: it may have been cut off between two samples\n"
+            "  If it is known to be whole, pack it again:" + repack(url).partition(":")[2]
+        )
+    if not end and zeros > MOST_ZEROS:
+        raise UserError(f"{url}: {zeros:,} bytes of zeros and nothing else; copy or make the file again")
+    starts.append(end)
+    whole = json_record.digest_of([keys, digests])
+    ranges = []
+    for number in (0, max(0, (len(keys) - 1) // BLOCK)):
+        low, high = starts[number * BLOCK], starts[min((number + 1) * BLOCK, len(keys))]
+        data = read_range(url, low, high)
+        ranges.append((low, high, hashlib.sha256(data).hexdigest()))
+    stem = stem_of(url)
+    summary = Summary(
+        id=f"{stem}-{whole[:8]}", stem=stem, bytes=end + zeros, samples=len(keys), labelled=None not in labels,
+        first=ranges[0], last=ranges[1],
+    )  # fmt: skip
+    return ShardIndex(summary, tuple(keys), tuple(digests), tuple(labels), tuple(starts), tuple(left_out))
+
+
+def with_samples(urls: Sequence[str], say: Callable[[str], None] = lambda line: None) -> list[str]:
+    """The shards that have samples; `say` is told of the others. Raises UserError: none has any; as `cached_index`."""
+    found = []
+    for url in urls:
+        if len(cached_index(url)):
+            found.append(url)
+        else:
+            say(f"{url}: no samples in it")
+    if urls and not found:
+        raise without_samples(urls)
+    return found
+
+
+def _image_digest(image: bytes) -> str:
+    return hashlib.sha256(image).hexdigest()[:32]
+
+
+@functools.lru_cache(maxsize=1)
+def cache_folder() -> Path:
+    """Where indexes are kept when there is no store: `$TEACHER_STORE_CACHE`, else the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(os.environ.get("TEACHER_STORE_CACHE") or f"{base}/teacher-store")
+
+
+def cached_index(url: str, *, trust: bool = False, skip: bool = False) -> ShardIndex:
+    """The index of a shard without a store: from the cache folder if the file is still the same, else built.
+
+    Args:
+        url: of the shard.
+        trust: the first and last block are not looked at again; every sample is compared when it is read anyway.
+        skip: take a shard in which some keys make no sample, too.
+
+    Raises:
+        UserError: as `build_index` and, without `skip`, `require_whole`.
+    """
+    index = _cached_index(url, trust)
+    if not skip:
+        require_whole(url, index.left_out)
+    return index
+
+
+def _cached_index(url: str, trust: bool) -> ShardIndex:
+    name = hashlib.sha256(_state_of(url).encode()).hexdigest()[:32]
+    cache = open_objects(cache_folder())
+    try:
+        index = ShardIndex.load(cache.get(f"{name}.json"), name)
+        if trust or not differences(url, index.summary):
+            return index
+    except (OSError, DamageError):
+        pass
+    index = build_index(url)
+    with contextlib.suppress(OSError):  # a read-only home is no reason to fail: it only costs time
+        cache.put(f"{name}.json", index.dump())
+    return index
+
+
+def _state_of(url: str) -> str:
+    """A file's place, size and time of change: another state is another entry in the cache."""
+    if is_remote(url):
+        return f"{url} {size_of(url)}"
+    path = Path(url.removeprefix("file://")).resolve()
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise UserError(f"{url}: cannot be opened: {first_line(error)}") from None
+    return f"{path} {state.st_size} {state.st_mtime_ns}"
+
+
+def differences(url: str, known: Summary) -> list[tuple[str, object, object]]:
+    """(field, expected, found) where a file is not the shard that is known: its size, its first and last block.
+
+    Tars are padded to 10 KiB, so one with another sample may be as large: after the last block there is nothing.
+    """
+    size = size_of(url)
+    if size != known.bytes:
+        return [("size in bytes", known.bytes, size)]
+    found: list[tuple[str, object, object]] = []
+    after = b""
+    for name, (start, stop, digest) in (("first", known.first), ("last", known.last)):
+        data = read_range(url, start, min(stop + 512, size))  # and the header of what comes after it
+        there, after = hashlib.sha256(data[: stop - start]).hexdigest(), data[stop - start :]
+        if there != digest:
+            found.append((f"sha256 of the {name} block", digest[:16], there[:16]))
+    if not found and any(after):
+        found.append(("samples", known.samples, "more"))
+    return found
+
+
+def read_samples(url: str, index: ShardIndex, wanted: range) -> list[Sample]:
+    """Consecutive samples of a shard, by one ranged read, compared with the index. Keys that make none are passed over.
+
+    Raises:
+        IdentityError: a key, an image or a label is not the one that the index knows.
+        DamageError: the file ends too early.
+    """
+    data = read_range(url, index.starts[wanted.start], index.starts[wanted.stop])
+    if not data:
+        return []
+    found = [as_sample(key, parts, url) for key, parts, _, _ in members(io.BytesIO(data), url) if not flaw(key, parts)]
+    where = f"{url}, samples {wanted.start} to {wanted.stop - 1}"
+    again = "The shard changed since it was indexed; targets belong to a shard's exact content."
+    if len(found) != len(wanted):
+        raise IdentityError(where, "samples", len(wanted), len(found), again)
+    for i, sample in zip(wanted, found, strict=True):
+        if sample.key != index.keys[i]:
+            raise IdentityError(where, f"key of sample {i}", index.keys[i], sample.key, again)
+        digest = _image_digest(sample.image)
+        if digest != index.digests[i]:
+            raise IdentityError(f"{url}, key {sample.key}", "image digest", index.digests[i], digest, again)
+        if sample.label != index.labels[i]:
+            raise IdentityError(f"{url}, key {sample.key}", "label", index.labels[i], sample.label, again)
+    return found
+
+
+def require_labels(url: str, index: ShardIndex, classes: int | None = None) -> None:
+    """UserError, with a key, where a sample has no label, or one that there is no class for."""
+    if not index.summary.labelled:
+        key = next(k for k, label in zip(index.keys, index.labels, strict=True) if label is None)
+        raise UserError(
+            f"{url}: key {key!r} has no label (.cls), and a loss or an evaluation needs labels: a shard has them for "
+            "all of its samples or for none"
+        )
+    highest = max((label for label in index.labels if label is not None), default=-1)
+    if classes is not None and highest >= classes:
+        key = index.keys[index.labels.index(highest)]
+        raise UserError(f"{url}: key {key!r} has label {highest}, there are classes 0 to {classes - 1}")

@@ -1,0 +1,341 @@
+"""Pack: class folders, a CSV or other shards into new shards, shuffled over everything, readable by WebDataset.
+
+This is also how a tar that cannot be read by ranges (compressed, members apart) becomes a shard.
+"""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import dataclasses
+import functools
+import gzip
+import io
+import json
+import lzma
+import re
+import tempfile
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from storage.errors import UserError, first_line
+from storage.objects.atomic import written_whole
+from storage.objects.object_store import read_range
+from storage.objects.urls import is_remote
+from storage.rng import generator
+from storage.shards.classes import classes_of
+from storage.shards.image_files import kind_of
+from storage.shards.image_folder import Files, class_folders, listed, shards_in
+from storage.shards.patterns import braces, expand
+from storage.shards.stratify import balanced
+from storage.shards.tar import (
+    Part,
+    as_sample,
+    closing_zeros,
+    compression,
+    counted_flaws,
+    flaw,
+    label_of,
+    members,
+    open_file,
+    size_of,
+)
+from storage.unicode_names import all_normalized, normalized
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a sample's bytes are: a file of its own, or parts of a tar."""
+
+    key: str
+    label: int | None
+    load: Callable[[], dict[str, bytes]]
+
+
+def pack(
+    source: str | Sequence[str],
+    out: str,
+    *,
+    per_shard: int | None = None,
+    val_fraction: float = 0.0,
+    fraction: float = 1.0,
+    seed: int = 0,
+    shuffle: bool = True,
+    say: Say = lambda line: None,
+) -> dict[str, Any]:
+    """Write shards; what was written, as `{"train": [...], "val": [...], "samples": …, "classes": …, "left_out": …}`.
+
+    `left_out` lists what of the source stays out, one line with a count for each kind of it.
+
+    Args:
+        source: one folder of class folders, one CSV with the columns `path` and perhaps `label`, or patterns of
+            shards (compressed ones too).
+        out: the new shards' names, as `train-{000000..000009}.tar`; validation shards get `val-` before the digits.
+        per_shard: samples a shard; without it they are spread evenly over all the names.
+        val_fraction: the part of each class that goes to the validation shards: at least one of its samples, and
+            never all of them.
+        fraction: the part of each class that is kept at all, split off after the validation samples.
+        seed: of the order and of both choices.
+        shuffle: over everything; without it the order of the source stays.
+        say: called with lines of progress.
+
+    Raises:
+        UserError: nothing to pack or to hold out, files that would be overwritten, names too few or too many.
+    """
+    if not 0 < fraction <= 1:
+        raise UserError(f"--fraction {fraction:g}: expected more than 0 and at most 1; 0.1 is a tenth")
+    if not 0 <= val_fraction < 1:
+        raise UserError(f"--val-fraction {val_fraction:g}: expected 0 to less than 1; 0.1 is a tenth")
+    if per_shard is not None and per_shard < 1:
+        raise UserError(f"--per-shard {per_shard}: expected 1 or more")
+    with contextlib.ExitStack() as stack:
+        say("looking at the source")
+        left_out: list[str] = []
+
+        def leave_out(line: str) -> None:
+            left_out.append(line)
+            say(f"left out: {line}")
+
+        sources, classes = _sources([source] if isinstance(source, str) else list(source), stack, say, leave_out)
+        if not sources:
+            raise UserError(
+                "there are no samples in the source" + "".join(f"\n  left out: {line}" for line in left_out)
+            )
+        validation, rest = _split(sources, val_fraction, seed, "val", 1) if val_fraction else ([], sources)
+        if val_fraction and not validation:
+            raise UserError(
+                f"--val-fraction {val_fraction:g}: no class has two samples, so none can be held out of training; "
+                "give more images, or leave it out"
+            )
+        train, _ = _split(rest, fraction, seed, "fraction", 0) if fraction < 1 else (rest, [])
+        names = braces(out)
+        if len(set(names)) < len(names):
+            raise UserError(f"{out}: the same shard is named twice")
+        lists = {"train": _cut(train, names, per_shard, seed if shuffle else None)}
+        if validation:
+            val_names = [re.sub(r"(\d+\.tar)$", r"val-\1", name) for name in names]
+            if any(name in names for name in val_names):  # no digits at the end
+                val_names = [re.sub(r"\.tar$", "-val.tar", name) for name in names]
+            count = max(1, round(len(lists["train"]) * len(validation) / len(train)))
+            lists["val"] = _cut(validation, val_names[:count], None, seed if shuffle else None)
+        _refuse_overwriting([name for cut in lists.values() for name in cut], classes)
+        written: list[Path] = []
+        try:
+            for cut in lists.values():
+                for name, samples in cut.items():
+                    say(f"writing {name}: {len(samples)} samples")
+                    _write(name, samples)
+                    written.append(Path(name))
+            for place in sorted({path.with_name("classes.json") for path in written}):
+                if classes is not None and not place.exists():
+                    written.append(place)
+                    place.write_text(json.dumps(classes, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        except BaseException:  # a part of a data set would look like a whole one
+            for path in written:
+                path.unlink(missing_ok=True)
+            raise
+    counts = {part: sum(map(len, cut.values())) for part, cut in lists.items()}
+    return {
+        "train": list(lists["train"]),
+        "val": list(lists.get("val", {})),
+        "samples": counts,
+        "classes": classes,
+        "left_out": left_out,
+    }
+
+
+# ---------------------------------------------------------------------------------------------- sources
+
+
+def _sources(
+    patterns: list[str], stack: contextlib.ExitStack, say: Say, leave_out: Say
+) -> tuple[list[Source], list[str] | None]:
+    folder = Path(patterns[0]).expanduser()
+    listing = next((pattern for pattern in patterns if pattern.lower().endswith(".csv")), None)
+    if listing and not folder.is_dir():
+        if len(patterns) > 1 or is_remote(listing):
+            raise UserError(f"{listing}: a CSV is packed alone, and from a local folder")
+        files, names = listed(folder, say)
+        return _files(files), names
+    if len(patterns) == 1 and folder.is_dir():
+        urls, odd = shards_in(folder)
+        if not urls:
+            files, classes, odd = class_folders(folder, say)
+        for line in odd:
+            leave_out(line)
+        if not urls:
+            return _files(files), classes
+    elif len(patterns) == 1 and not folder.exists() and re.fullmatch(r"[^*?\[{:]+(?<!\.tar)", patterns[0]):
+        raise UserError(f"{folder}: no such folder, list or shard; give one with one folder of images a class")
+    else:
+        urls = expand(patterns)
+    scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pack-")))
+    flaws: list[str] = []
+    shards = [_tar(_uncompressed(url, scratch / f"{number}.tar"), url, flaws) for number, url in enumerate(urls)]
+    if flaws:
+        leave_out(counted_flaws(flaws))
+    sources = [source for shard in shards for source in shard]
+    if len({source.key for source in sources}) < len(sources):
+        # shards that count their keys from zero: the shard's number makes them distinct
+        sources = [
+            dataclasses.replace(source, key=f"{number:06d}_{source.key}")
+            for number, shard in enumerate(shards)
+            for source in shard
+        ]
+    return sources, classes_of(urls)
+
+
+def _files(files: Files) -> list[Source]:
+    """The sources that (file, what its key is made of, label) are."""
+    sources: list[Source] = []
+    taken: set[str] = set()
+    for path, name, label in files:
+        plain = key = re.sub(r"[^\w-]", "_", name.with_suffix("").as_posix())
+        number = 1
+        while key in taken:  # a.b.jpg and a_b.jpg, or a.jpg and a.png, would share a key
+            number += 1
+            key = f"{plain}-{number}"
+        taken.add(key)
+        sources.append(Source(key, label, functools.partial(_load_file, path, kind_of(path), label)))
+    return sources
+
+
+def _load_file(path: Path, kind: str, label: int | None) -> dict[str, bytes]:
+    try:
+        image = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
+    return {kind: image} if label is None else {kind: image, "cls": str(label).encode()}
+
+
+def _uncompressed(url: str, scratch: Path) -> str:
+    """The url itself, or a plain copy of a compressed tar."""
+    openers: dict[str, Callable[[IO[bytes]], Any]] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
+    with open_file(url) as file:
+        kind = compression(file.read(512))
+        file.seek(0)
+        if kind is None:
+            return url
+        if kind not in openers:
+            raise UserError(f"{url}: compressed with {kind}; decompress it first: {kind} -d {url}")
+        most = (64 << 20) + 100 * size_of(url)  # images hardly get smaller: more than this only fills the disk
+        try:
+            with openers[kind](file) as plain, scratch.open("wb") as copy:
+                while chunk := plain.read(1 << 20):
+                    copy.write(chunk)
+                    if copy.tell() > most:
+                        raise UserError(f"{url}: more than {most:,} bytes once decompressed; decompress it yourself")
+        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+            raise UserError(f"{url}: cannot be decompressed: {first_line(error)}") from None
+    return str(scratch)
+
+
+def _tar(path: str, url: str, flaws: list[str]) -> list[Source]:
+    """The samples of a plain tar, whatever the order of their members is; `flaws` gets a word on each key without."""
+    runs: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    found: dict[str, list[Part]] = defaultdict(list)
+    with open_file(path) as file:
+        stop = 0
+        for key, parts, start, stop in members(file, url, together=False):
+            runs[key].append((start, stop))
+            # of the bytes only the label's are kept: a tar may be larger than the memory
+            found[key] += [(kind, data and (data.strip()[:20] if kind == "cls" else b"")) for kind, data in parts]
+        if runs:
+            closing_zeros(file, stop, url)  # nothing else may follow: tarfile ends at the first damaged header
+    sources = []
+    for key, parts in found.items():
+        if why := flaw(key, parts):
+            flaws.append(f"{url}: {why}")
+            continue
+        for kind, _ in parts:
+            if not kind or kind.startswith("_"):
+                raise UserError(f"{url}: key {key!r}: WebDataset writes no member called {kind!r}; rename it")
+        labels = [label_of(text or b"", f"{url}: key {key!r}") for kind, text in parts if kind == "cls"]
+        label = labels[-1] if labels else None
+        sources.append(Source(key, label, functools.partial(_load_runs, path, url, key, runs[key])))
+    return sources
+
+
+def _load_runs(path: str, url: str, key: str, runs: list[tuple[int, int]]) -> dict[str, bytes]:
+    found: list[Part] = []
+    for start, stop in runs:
+        for _, parts, _, _ in members(io.BytesIO(read_range(path, start, stop)), url, together=False):
+            found += parts
+    as_sample(key, found, url)  # one image, no member twice, a label that is one
+    return {kind: content for kind, content in found if content is not None}
+
+
+# ---------------------------------------------------------------------------------------------- what goes where
+
+
+def _split(
+    sources: list[Source], fraction: float, seed: int, what: str, rest: int
+) -> tuple[list[Source], list[Source]]:
+    """A class-balanced part of the samples and the rest, both in their former order.
+
+    At least one of each class is in the part, but at least `rest` (0 or 1) of each are in the rest.
+    """
+    chosen = balanced([source.label for source in sources], fraction, seed, what, rest)
+    return [s for i, s in enumerate(sources) if i in chosen], [s for i, s in enumerate(sources) if i not in chosen]
+
+
+def _cut(sources: list[Source], names: list[str], per_shard: int | None, seed: int | None) -> dict[str, list[Source]]:
+    """Name of each shard -> its samples."""
+    if seed is not None:
+        sources = [sources[int(i)] for i in generator("pack", "order", seed).permutation(len(sources))]
+    count = len(names) if per_shard is None else -(-len(sources) // per_shard)
+    if count > len(names):
+        raise UserError(
+            f"{len(sources)} samples at {per_shard} a shard make {count} shards, {names[0]} … gives {len(names)} "
+            "name(s); widen the braces or raise --per-shard"
+        )
+    if count > len(sources):
+        raise UserError(f"{len(sources)} samples cannot fill {count} shards; give fewer names in the braces")
+    bounds = [
+        len(sources) * i // count if per_shard is None else min(i * per_shard, len(sources)) for i in range(count + 1)
+    ]
+    return {name: sources[a:b] for name, a, b in zip(names, bounds, bounds[1:], strict=False)}
+
+
+def _refuse_overwriting(names: list[str], classes: list[str] | None) -> None:
+    for name in names:
+        if is_remote(name):
+            raise UserError(f"{name}: shards are written to a local folder; copy them from there")
+        if not name.endswith(".tar") or "*" in name:
+            raise UserError(
+                f"{name}: new shards are called NAME.tar, several by braces: 'train-{{000000..000009}}.tar'"
+            )
+        if Path(name).exists():
+            raise UserError(f"{name}: is there already; shards are never overwritten. Give other names, or remove it")
+    for folder in {Path(name).parent for name in names}:
+        there = classes_of([str(folder / "x.tar")])
+        if there is not None and (classes is None or there != all_normalized(classes)):
+            raise UserError(
+                f"{folder}/classes.json: is there already with other classes, of other shards; give names in a "
+                f"folder of their own, such as new/{Path(names[0]).name}"
+            )
+    seen: dict[str, str] = {}
+    for name in classes or []:
+        if (other := seen.setdefault(normalized(name), name)) != name:
+            raise UserError(
+                f"classes {other!a} and {name!a}: one name, written with other signs (Unicode's NFC and NFD); make "
+                "them one class, or give one another name"
+            )
+        if any("\ud800" <= sign <= "\udfff" for sign in name):  # how Python keeps bytes that are not UTF-8
+            raise UserError(f"class {name!r}: its name is not UTF-8; rename it")
+
+
+def _write(name: str, sources: list[Source]) -> None:
+    import webdataset
+
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as temporary, webdataset.TarWriter(str(temporary), mtime=0) as writer:
+        for source in sources:
+            writer.write({"__key__": source.key, **source.load()})

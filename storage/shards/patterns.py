@@ -1,0 +1,76 @@
+"""Shard patterns, such as `train-{000000..000009}.tar`, and the names they stand for."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import braceexpand
+
+from storage.errors import UserError
+from storage.objects.urls import is_remote, require_readable, separate
+from storage.shards.hints import folder_hint, pack_hint, there_are
+from storage.shards.image_files import is_image, matching, tars_in
+
+MANY = 1_000_000  # names that one pattern may stand for
+
+
+# ---------------------------------------------------------------------------------------------- names of shards
+
+
+def expand(patterns: str | Sequence[str]) -> list[str]:
+    """The shards that patterns name, in order: braces (`{000000..000004}`), `*` on local paths, `::` between several.
+
+    Raises:
+        UserError: a file that is not there (with the nearest one that is), a folder, the same shard twice.
+    """
+    urls: list[str] = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        for part in separate(str(pattern)):
+            for url in braces(part):
+                urls += _existing(url, str(pattern))
+    if not urls:
+        raise UserError("no shards were given")
+    twice = sorted({url for url in urls if urls.count(url) > 1}) if len(set(urls)) < len(urls) else []
+    if twice:
+        raise UserError(f"{twice[0]}: the same shard is named twice")
+    return urls
+
+
+def braces(text: str) -> list[str]:
+    """All that a text with braces stands for. Raises UserError."""
+    try:
+        found = list(itertools.islice(braceexpand.braceexpand(text), MANY + 1))
+    except ValueError:
+        raise UserError(f"{text}: its braces do not close; expected something like {{000000..000009}}") from None
+    if len(found) > MANY:
+        raise UserError(f"{text}: its braces stand for more than {MANY:,} names")
+    return found
+
+
+def _existing(url: str, pattern: str) -> list[str]:
+    if is_remote(url):
+        require_readable(url)
+        return [url]
+    path = Path(url.removeprefix("file://")).expanduser()
+    if path.is_dir():
+        raise UserError(folder_hint(path))
+    if path.exists():
+        if is_image(path):
+            raise UserError(f"{path} is an image; shards are tar files. {pack_hint(path.parent.parent)}")
+        if path.suffix.lower() == ".csv":
+            raise UserError(f"{path} is a list; shards are tar files. {pack_hint(path)}")
+        return [str(path)]
+    there = [p.name for p in tars_in(path.parent) if p.exists()] if path.parent.is_dir() else []
+    if any(c in str(path) for c in "*?["):
+        if found := matching(str(path)):
+            return found
+        raise UserError(f"{pattern}: no file matches. {there_are(path, there)}")
+    names = braces(pattern) if "::" not in pattern else []
+    few = [name for name in names if Path(name).name in there]
+    end = f"the last is {few[-1]!r}: let the braces end there, or make the others" if few else ""
+    hint = f"{len(few)} of its {len(names)} names are there, {end}." if few else there_are(path, there)
+    if "," in path.name and any(part in there for part in path.name.split(",")):
+        hint = "Several shards are joined by ::, or given by a --shards each."
+    raise UserError(f"{path}: no such shard (asked for by {pattern!r}). {hint}")

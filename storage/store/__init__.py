@@ -1,0 +1,1 @@
+"""The store: banks, targets and teachers at rest, and what proves that they are complete."""

@@ -1,0 +1,275 @@
+"""Arrays at rest: plain zarr v3, chunked along the samples, each chunk ending in its crc32c.
+
+zarr writes. Reading goes round zarr, because zarr takes a missing chunk for zeros: here every chunk's length and
+trailing checksum are compared with what the marker says was written, and its bytes with the checksum.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+import google_crc32c
+import numpy as np
+import zarr
+from pydantic import Field, model_validator
+from zarr.codecs import Crc32cCodec
+
+from storage.constants import BLOCK
+from storage.errors import DamageError
+from storage.objects.object_store import Objects
+from storage.objects.record_schema import LARGEST, MOST_SAMPLES, Schema, Several
+from storage.objects.zarr_store import ZarrObjects
+
+SMALL, LARGE = 1 << 20, 16 << 20
+
+
+def chunk_samples(sample_bytes: int, samples: int) -> int:
+    """How many samples a chunk holds.
+
+    The largest power of two up to 64 that stays under 16 MiB, at least 1; if 64 give less than 1 MiB, doubled until
+    they do; never more than there are samples.
+    """
+    count = BLOCK
+    while count > 1 and count * sample_bytes > LARGE:
+        count //= 2
+    while count >= BLOCK and count * sample_bytes < SMALL and count < samples:
+        count *= 2
+    return min(count, samples)
+
+
+class ArrayWriter:
+    """One new array `[samples, …]` that is filled from its first sample to its last, whole chunks at a time."""
+
+    def __init__(
+        self,
+        objects: Objects,
+        path: str,
+        samples: int,
+        sample_shape: tuple[int, ...],
+        dtype: str,
+        axes: Sequence[str],
+        attributes: dict[str, Any],
+    ) -> None:
+        kind = np.dtype(dtype)
+        chunk = chunk_samples(kind.itemsize * math.prod(sample_shape), samples)
+        self._store = ZarrObjects(objects, path)
+        self._array = zarr.create_array(
+            self._store,
+            shape=(samples, *sample_shape),
+            dtype=kind,
+            chunks=(chunk, *sample_shape),
+            filters=None,
+            compressors=[Crc32cCodec()],
+            fill_value=0,
+            dimension_names=["sample", *axes],
+            attributes=attributes,
+            config={"write_empty_chunks": True},
+        )
+        self.path = path
+        self.chunk = chunk
+        self._buffer = np.zeros((chunk, *sample_shape), kind)
+        self._filled = self._written = 0
+
+    def append(self, values: np.ndarray) -> None:
+        """Add samples `[n, …]`."""
+        while len(values):
+            part = values[: self.chunk - self._filled]
+            self._buffer[self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            values = values[len(part) :]
+            if self._filled == self.chunk:
+                self._flush()
+
+    def _flush(self) -> None:
+        stop = self._written + self._filled
+        self._array[self._written : stop] = self._buffer[: self._filled]
+        self._written, self._filled = stop, 0
+
+    def finish(self) -> dict[str, Any]:
+        """Write what is left; the array's entry in a marker: metadata, and length and checksum of each chunk."""
+        if self._filled:
+            self._flush()
+        if self._written != self._array.shape[0]:
+            raise RuntimeError(f"{self.path}: {self._written} samples were given for {self._array.shape[0]}")
+        metadata = json.loads(self._store.objects.get(f"{self.path}/zarr.json"))
+        written = [self._store.written[key] for key in chunk_keys(self.path, metadata)]
+        lengths = np.array([length for length, _ in written], "<u4")
+        return {
+            "metadata": metadata,
+            "lengths": base64.b64encode(lengths.tobytes()).decode(),
+            "checksums": base64.b64encode(b"".join(trailer for _, trailer in written)).decode(),
+        }
+
+
+def chunk_keys(path: str, metadata: dict[str, Any]) -> list[str]:
+    """The keys of all chunks of an array that is chunked along its first axis alone, in grid order."""
+    shape = metadata["shape"]
+    count = -(-shape[0] // metadata["chunk_grid"]["configuration"]["chunk_shape"][0])
+    return [f"{path}/c/{'/'.join([str(i)] + ['0'] * (len(shape) - 1))}" for i in range(count)]
+
+
+_Sizes = Annotated[Several[Annotated[int, Field(ge=1, le=MOST_SAMPLES)]], Field(min_length=1, max_length=8)]
+
+
+class _Chunks(Schema):
+    chunk_shape: _Sizes
+
+
+class _Grid(Schema):
+    name: Literal["regular"]
+    configuration: _Chunks
+
+
+class _Named(Schema):
+    name: str
+    configuration: dict[str, Any] = Field(default_factory=dict)
+
+
+class MetadataRecord(Schema):
+    """An array's `zarr.json`, as far as it is read here."""
+
+    zarr_format: Literal[3]
+    node_type: Literal["array"]
+    shape: _Sizes
+    data_type: Literal["uint8", "uint16", "uint32", "float16", "float32", "float64"]
+    chunk_grid: _Grid
+    chunk_key_encoding: _Named
+    codecs: Several[_Named]
+    storage_transformers: Annotated[Several[Any], Field(max_length=0)] = ()
+
+    @model_validator(mode="after")
+    def _layout(self) -> Self:
+        chunk = self.chunk_grid.configuration.chunk_shape
+        if chunk[1:] != self.shape[1:] or chunk[0] > self.shape[0]:
+            raise ValueError(f"chunk_grid: expected chunks of whole samples of {[*self.shape]}, found {[*chunk]}")
+        if self.chunk_bytes >= LARGEST:
+            raise ValueError(f"chunk_grid: expected chunks below {LARGEST:,} bytes, found {self.chunk_bytes:,}")
+        codecs = [codec.name for codec in self.codecs]
+        if codecs != ["bytes", "crc32c"] or self.codecs[0].configuration.get("endian", "little") != "little":
+            raise ValueError(f"codecs: expected bytes (little endian) and crc32c, found {codecs}")
+        names, separator = self.chunk_key_encoding, self.chunk_key_encoding.configuration.get("separator", "/")
+        if (names.name, separator) != ("default", "/"):
+            raise ValueError(f"chunk_key_encoding: expected default with /, found {names.name} with {separator!r}")
+        return self
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of one chunk with its checksum."""
+        return math.prod(self.chunk_grid.configuration.chunk_shape) * np.dtype(self.data_type).itemsize + 4
+
+
+class ArrayRecord(Schema):
+    """An array's entry in a marker."""
+
+    metadata: MetadataRecord
+    lengths: str
+    checksums: str
+
+    @model_validator(mode="after")
+    def _chunks(self) -> Self:
+        about = self.metadata
+        count = -(-about.shape[0] // about.chunk_grid.configuration.chunk_shape[0])
+        lengths, _ = (_words(name, getattr(self, name), count) for name in ("lengths", "checksums"))
+        if lengths != about.chunk_bytes.to_bytes(4, "little") * count:
+            raise ValueError(f"lengths: expected {about.chunk_bytes} bytes, as its shape says, found others")
+        return self
+
+
+def _words(field: str, text: str, count: int) -> bytes:
+    """The four bytes of each chunk that a text in base64 keeps."""
+    try:
+        data = base64.b64decode(text, validate=True)
+    except ValueError:
+        data = b""
+    if len(data) != 4 * count:
+        raise ValueError(f"{field}: expected base64 of 4 bytes for each of {count} chunks, found {len(data)} bytes")
+    return data
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """An array as its marker describes it; reading opens no `zarr.json`."""
+
+    objects: Objects
+    path: str
+    metadata: dict[str, Any]
+    lengths: np.ndarray
+    checksums: tuple[bytes, ...]
+
+    @classmethod
+    def of(cls, objects: Objects, path: str, entry: dict[str, Any]) -> StoredArray:
+        """From an array's entry in a marker, which is an `ArrayRecord`."""
+        sums = base64.b64decode(entry["checksums"])
+        return cls(
+            objects, path, entry["metadata"], np.frombuffer(base64.b64decode(entry["lengths"]), "<u4"),
+            tuple(sums[i : i + 4] for i in range(0, len(sums), 4)),
+        )  # fmt: skip
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole array, `[samples, …]`."""
+        return tuple(self.metadata["shape"])
+
+    @property
+    def chunk_shape(self) -> tuple[int, ...]:
+        """Of one chunk."""
+        return tuple(self.metadata["chunk_grid"]["configuration"]["chunk_shape"])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Little-endian type of the values."""
+        kind: np.dtype[Any] = np.dtype(self.metadata["data_type"]).newbyteorder("<")
+        return kind
+
+    @property
+    def keys(self) -> list[str]:
+        """The chunks' keys in grid order."""
+        return chunk_keys(self.path, self.metadata)
+
+    def check_chunk(self, number: int) -> bytes:
+        """A chunk's bytes without its checksum, compared with the marker.
+
+        Raises:
+            DamageError: missing, of another length, or not the bytes that were written.
+        """
+        key = f"{self.path}/c/{'/'.join([str(number)] + ['0'] * (len(self.shape) - 1))}"
+        try:
+            data = self.objects.get(key)
+        except FileNotFoundError:
+            raise DamageError(f"{self.objects.url}/{key}: missing: a chunk that was written is gone") from None
+        if len(data) != self.lengths[number]:
+            written = f"{len(data)} bytes, {self.lengths[number]} were written"
+            raise DamageError(f"{self.objects.url}/{key}: damaged: {written}")
+        sum_there = int(google_crc32c.value(data[:-4])).to_bytes(4, "little")
+        if data[-4:] != self.checksums[number] or sum_there != self.checksums[number]:
+            raise DamageError(
+                f"{self.objects.url}/{key}: damaged: its checksum is {sum_there.hex()} (it says {data[-4:].hex()}), "
+                f"{self.checksums[number].hex()} was written"
+            )
+        return data[:-4]
+
+    def chunk(self, number: int) -> np.ndarray:
+        """A chunk's samples, without the padding of the last one. Raises DamageError."""
+        values = np.frombuffer(self.check_chunk(number), self.dtype).reshape(self.chunk_shape)
+        return values[: self.shape[0] - number * self.chunk_shape[0]]
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Samples [start, stop).
+
+        Raises:
+            DamageError: a chunk is missing or damaged, or there are fewer samples.
+        """
+        if not 0 <= start <= stop <= self.shape[0]:
+            where = f"{self.objects.url}/{self.path}"
+            raise DamageError(f"{where}: samples {start} to {stop - 1} were asked for, its marker has {self.shape[0]}")
+        size = self.chunk_shape[0]
+        parts = []
+        for number in range(start // size, -(-stop // size)):
+            first = number * size
+            parts.append(self.chunk(number)[max(0, start - first) : stop - first])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -1,0 +1,57 @@
+"""Attempts: the arrays that one try writes, which count only once a marker names them."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from storage.errors import UserError
+from storage.objects import json_record
+from storage.objects.json_record import Record
+from storage.store.arrays import ArrayWriter
+from storage.store.markers import FORMAT, Marker, Task
+from storage.views.view import COLUMNS
+
+if TYPE_CHECKING:
+    from storage.store.store import Store
+
+
+class Attempt:
+    """One try at one task: arrays below a name that nobody else uses, until `commit` makes them count."""
+
+    def __init__(self, store: Store, task: Task, samples: int) -> None:
+        self._store, self.task, self._samples = store, task, samples
+        self.name = uuid.uuid4().hex[:16]
+        self.arrays: dict[str, ArrayWriter] = {}
+        self.entries: dict[str, Record] = {}  # what `commit` said of each array
+
+    def array(self, name: str, sample_shape: tuple[int, ...], dtype: str, axes: Sequence[str]) -> ArrayWriter:
+        """A new array `[samples, *sample_shape]` of this attempt."""
+        path = f"{self.task.folder}/{self.name}/{name}"
+        about = {"id": self.task.id, "shard": self.task.shard, "view": self.task.view}
+        if self.task.kind == "bank":
+            about["columns"] = list(COLUMNS) if name == "parameters" else ["crc32c"]
+        writer = ArrayWriter(self._store.objects, path, self._samples, sample_shape, dtype, axes, about)
+        self.arrays[name] = writer
+        return writer
+
+    def commit(self, content: Record) -> Marker:
+        """Make this attempt count, unless another one does already: the marker that counts."""
+        self.entries = arrays = {name: writer.finish() for name, writer in self.arrays.items()}
+        record = {"format": FORMAT, "kind": self.task.kind, "id": self.task.id, "shard": self.task.shard,
+                  "view": self.task.view, "attempt": self.name, "arrays": arrays, **content}  # fmt: skip
+        self._store.objects.create(f"done/{self.task.name}", json_record.dump(record))
+        marker = self._store.marker(self.task)
+        if marker.content["attempt"] != self.name:  # somebody else was first; who comes second yields
+            self.abandon()
+        return marker
+
+    def abandon(self) -> None:
+        """Remove what was written, unless it counts: a commit may have left its marker and failed after that."""
+        try:
+            counts = self._store.marker(self.task).content["attempt"] == self.name
+        except UserError:
+            counts = False
+        if not counts:
+            self._store.objects.remove(f"{self.task.folder}/{self.name}")

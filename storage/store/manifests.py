@@ -1,0 +1,229 @@
+"""What the manifests of banks, teachers and targets look like, checked when they are read."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from pydantic import Field, StringConstraints, model_validator
+
+from storage.errors import DamageError, UserError
+from storage.objects import json_record
+from storage.objects.json_record import Record
+from storage.objects.record_schema import (
+    LARGEST,
+    Count,
+    Id,
+    Schema,
+    Several,
+    Sha256,
+    Size,
+    Three,
+    checked,
+    require_format,
+)
+from storage.store import codecs
+from storage.views.policy import OPERATIONS_VERSION, policy
+
+Text = Annotated[str, StringConstraints(max_length=10_000)]
+Error = Annotated[float, Field(ge=0)]
+
+
+class Manifest(Schema):
+    """What all manifests say."""
+
+    format: Literal[1]
+    id: Id
+
+
+class BankIdentity(Schema):
+    """What makes two banks the same bank: see `storage.views.view.policy.Policy`."""
+
+    line: Text
+    size: int
+    seed: int | None
+    block: Literal[64]
+    operations: Annotated[int, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def _policy(self) -> Self:
+        if self.operations > OPERATIONS_VERSION:  # a newer version's line; who wants views of it is told so
+            return self
+        try:
+            policy(self.line, self.size, self.seed or 0)
+        except UserError as error:
+            raise ValueError(f"line, size and seed: expected those of a view policy, found {error}") from None
+        return self
+
+
+class BankManifest(Manifest):
+    """A bank's manifest."""
+
+    kind: Literal["bank"]
+    identity: BankIdentity
+    policy: Id
+    columns: Several[Text]
+
+
+class TeacherIdentity(Schema):
+    """What makes two teachers the same teacher."""
+
+    model: Text
+    arguments: dict[str, Any]
+    weights_sha256: Annotated[str, Field(alias="weights sha256", max_length=100)]
+    input_size: Annotated[int, Field(alias="input size", ge=1, le=1 << 16)]
+    mean: Three
+    std: Three
+
+
+class TeacherManifest(Manifest):
+    """A teacher's manifest."""
+
+    kind: Literal["teacher"]
+    identity: TeacherIdentity
+    weights: Text
+    classes: Several[Text] | None
+    parameters: Annotated[int, Field(ge=0)]
+    network: Text
+    layers: Count
+    heads: Size = 1
+    prefix: Several[Text] = ()
+
+
+class TargetIdentity(Schema):
+    """What makes two targets the same target; `at`, `antialias` and `tensors` are there where they say something."""
+
+    teacher: Text
+    bank: Id
+    tap: Text
+    layers: Annotated[Several[Size], Field(min_length=1)] | None
+    grid: Size | None
+    codec: Text
+    at: Text = "norm"
+    antialias: bool | Literal["all"] = False
+    tensors: Several[Text] = ()
+
+    @model_validator(mode="after")
+    def _layers(self) -> Self:
+        if self.layers and len({*self.layers}) < len(self.layers):
+            raise ValueError(f"layers: expected each once, found {[*self.layers]}")
+        if self.tensors and self.layers and max(self.layers) > len(self.tensors):
+            raise ValueError(f"layers: expected at most {len(self.tensors)}, one a tensor, found {max(self.layers)}")
+        return self
+
+
+class Stage(Schema):
+    """A stage of a network whose maps are kept: which, the tensor they come from, and how many there are."""
+
+    stage: Count
+    tap: Text
+    channels: Size
+
+
+class Network(Schema):
+    """What a target of a ready graph says of the network, in place of the teacher's manifest."""
+
+    layers: Count
+    prefix: Several[Text]
+    heads: Size = 1
+
+
+class CodecError(Schema):
+    """What a codec costs on a real block: see `storage.store.codecs.Codec.error`."""
+
+    relative: Error
+    cosine: float
+    kl: float = 0
+
+
+class TargetManifest(Manifest):
+    """A target's manifest."""
+
+    kind: Literal["target"]
+    identity: TargetIdentity
+    teacher: Id
+    graph: Sha256 | None
+    output: Annotated[int, Field(ge=0, lt=1000)] | None
+    sample_shape: Annotated[Several[Size], Field(min_length=1, max_length=6)]
+    maps: Annotated[int, Field(ge=1, le=2)]
+    axes: Several[Text]
+    values: codecs.Values = "plain"
+    parity: Error | None
+    attention_error: Error | None
+    codec_errors: dict[Text, CodecError | None] = Field(default_factory=dict)
+    session: dict[str, Any] = Field(default_factory=dict)
+    scales: Several[float] = ()
+    stages: Several[Stage] = ()
+    network: Network | None = None
+
+    @model_validator(mode="after")
+    def _values(self) -> Self:
+        shape, identity = self.sample_shape, self.identity
+        if len(self.axes) != len(shape) or self.maps > len(shape):
+            raise ValueError(f"axes: expected {len(shape)} and at most as many in maps, found {len(self.axes)}")
+        if math.prod(shape) * np.dtype(np.float32).itemsize >= LARGEST:
+            raise ValueError(f"sample_shape: expected a sample below {LARGEST:,} bytes, found {[*shape]}")
+        if self.axes[0] == "layer" and identity.layers and shape[0] != len(identity.layers):
+            raise ValueError(f"sample_shape.0: expected {len(identity.layers)} layers, found {shape[0]}")
+        if self.stages and shape[0] != sum(stage.channels for stage in self.stages):
+            raise ValueError(f"stages: expected {shape[0]} channels in all, as the shape says, found others")
+        if self.scales and len(self.scales) != shape[0]:
+            raise ValueError(f"scales: expected {shape[0]}, one a layer, found {len(self.scales)}")
+        if identity.grid and self.axes[-2:] == ("y", "x") and shape[-2:] != (identity.grid, identity.grid):
+            raise ValueError(f"sample_shape: expected a grid of {identity.grid}, found {[*shape[-2:]]}")
+        if (self.graph is None) != (self.output is None):
+            raise ValueError(f"output: expected a number where there is a graph and else null, found {self.output}")
+        if identity.codec != "raw":
+            try:
+                codecs.check(identity.codec)
+            except UserError as error:
+                raise ValueError(f"identity.codec: expected a codec, found {identity.codec!r}: {error}") from None
+        return self
+
+
+_MODELS: dict[str, type[Manifest]] = {"bank": BankManifest, "teacher": TeacherManifest, "target": TargetManifest}
+_COPY = "Copy the file again from where the store came from."
+
+
+def load(data: bytes, name: str, kind: str, id: str) -> Record:
+    """The manifest in a record's bytes; `name` is what errors call it.
+
+    Raises:
+        DamageError: it is not the manifest of this bank, teacher or target.
+        UserError: a newer version wrote it.
+    """
+    content = json_record.load(data, name)
+    if (content.get("kind"), content.get("id")) != (kind, id):
+        found = f"{content.get('kind')} {content.get('id')}"
+        raise DamageError(f"{name}: damaged: expected the {kind} {id}, found {reprlib.repr(found)}\n  {_COPY}")
+    require_format(content, name)
+    checked(_MODELS[kind], content, name, _COPY)
+    return content
+
+
+def require_id(name: str, manifest: Record) -> None:
+    """DamageError where the manifest of a bank or a target, `name`, is not the one that its id says."""
+    found = json_record.digest_of(manifest["identity"])[:8]
+    if not manifest["id"].endswith(found):
+        raise DamageError(f"{name}: damaged: identity: expected the one that its id says, found {found}\n  {_COPY}")
+
+
+def require_teacher(name: str, target: Record, teacher: Record) -> None:
+    """DamageError where a target's manifest, `name`, is not the one that its id says or does not fit its teacher's."""
+    require_id(name, target)
+    identity = target["identity"]
+    found = json_record.digest_of(teacher["identity"])
+    wrong = ""
+    if identity["teacher"] != found:
+        there = f"teachers/{target['teacher']}/manifest.json"
+        wrong = f"identity.teacher: expected {found}, that of {there}, found {identity['teacher']}"
+    elif identity["layers"] and "tensors" not in identity and max(identity["layers"]) > teacher["layers"]:
+        wrong = f"identity.layers: expected at most {teacher['layers']}, found {max(identity['layers'])}"
+    elif "token" in target["axes"]:
+        tokens = target["sample_shape"][target["axes"].index("token")]
+        if "prefix" not in teacher or len(teacher["prefix"]) > tokens:
+            wrong = f"teacher: expected one that says which of {tokens} tokens come first, found {target['teacher']}"
+    if wrong:
+        raise DamageError(f"{name}: damaged: {wrong}\n  {_COPY}")

@@ -1,0 +1,161 @@
+"""Markers: what makes one attempt at one task count, and what it wrote.
+
+A task is one view of one shard in a bank or a target. An attempt writes arrays under a name that nobody else uses; its
+marker, created only if absent, names them with the length and checksum of every chunk.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, StringConstraints, model_validator
+
+from storage.errors import DamageError
+from storage.objects import json_record
+from storage.objects.json_record import Record
+from storage.objects.object_store import Objects
+from storage.objects.record_schema import MOST_SAMPLES, Id, Schema, Several, Sha256, SummaryRecord, checked
+from storage.store.arrays import ArrayRecord, StoredArray
+from storage.store.codecs import Codec
+from storage.views.view import COLUMNS
+
+FORMAT = 1
+
+Kind = Literal["bank", "target"]
+
+
+@dataclass(frozen=True, order=True)
+class Task:
+    """What a marker speaks of: one view of one shard in a bank or a target."""
+
+    kind: Kind
+    id: str
+    shard: str
+    view: int
+
+    @property
+    def name(self) -> str:
+        """The marker's name."""
+        return f"{self.kind}.{self.id}.{self.shard}.{self.view}.json"
+
+    @property
+    def folder(self) -> str:
+        """Where the attempts lie."""
+        return f"{self.kind}s/{self.id}/{self.shard}/{self.view}"
+
+    @classmethod
+    def named(cls, name: str) -> Task | None:
+        """The task that a marker's name says, or None."""
+        match = re.fullmatch(r"(bank|target)\.([^.]+)\.([^.]+)\.(\d+)\.json", name)
+        return cls(match[1], match[2], match[3], int(match[4])) if match else None  # type: ignore[arg-type]
+
+
+_Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,100}$")]
+
+
+class MarkerRecord(Schema):
+    """What all markers say."""
+
+    format: Literal[1]
+    id: Id
+    shard: Id
+    view: Annotated[int, Field(ge=0)]
+    attempt: _Name
+    arrays: Annotated[dict[_Name, ArrayRecord], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _samples(self) -> Self:
+        counts = {array.metadata.shape[0] for array in self.arrays.values()}
+        if len(counts) > 1:
+            raise ValueError(f"arrays: expected as many samples in each, found {sorted(counts)}")
+        return self
+
+
+class BankMarkerRecord(MarkerRecord):
+    """A bank's marker."""
+
+    kind: Literal["bank"]
+    summary: SummaryRecord
+    invalid: Several[Annotated[int, Field(ge=0, lt=MOST_SAMPLES)]]
+    renderer: dict[str, str]
+
+    @model_validator(mode="after")
+    def _bank(self) -> Self:
+        samples = self.summary.samples
+        if self.summary.id != self.shard:
+            raise ValueError(f"summary.id: expected {self.shard}, found {self.summary.id}")
+        found = {name: (array.metadata.data_type, array.metadata.shape) for name, array in self.arrays.items()}
+        wanted = {"parameters": ("float64", (samples, len(COLUMNS))), "signatures": ("uint32", (samples, 1))}
+        if found != wanted:
+            raise ValueError(f"arrays: expected {wanted}, found {found}")
+        if self.invalid and max(self.invalid) >= samples:
+            raise ValueError(f"invalid: expected samples below {samples}, found {max(self.invalid)}")
+        return self
+
+
+class TargetMarkerRecord(MarkerRecord):
+    """A target's marker."""
+
+    kind: Literal["target"]
+    bank_views: Sha256
+    made: dict[str, Any] = Field(default_factory=dict)
+
+
+_MARKERS: dict[str, type[MarkerRecord]] = {"bank": BankMarkerRecord, "target": TargetMarkerRecord}
+
+_AGAIN = "Run the same precompute command again to recompute it."
+
+
+class Marker:
+    """What one attempt wrote, and that it counts.
+
+    Raises:
+        DamageError: the content is not that of a marker.
+    """
+
+    def __init__(self, objects: Objects, task: Task, content: Record) -> None:
+        self.task, self.content = task, content
+        self.name = f"{objects.url}/done/{task.name}"
+        checked(_MARKERS[task.kind], content, self.name, _AGAIN)
+        folder = f"{task.folder}/{content['attempt']}"
+        self.arrays = {
+            name: StoredArray.of(objects, f"{folder}/{name}", entry) for name, entry in content["arrays"].items()
+        }
+
+    @property
+    def samples(self) -> int:
+        """How many samples each of its arrays has."""
+        return next(iter(self.arrays.values())).shape[0]
+
+    def require(self, samples: int, codec: Codec | None = None) -> None:
+        """Compare with what other records say.
+
+        Args:
+            samples: of the shard.
+            codec: of a marker of a target.
+
+        Raises:
+            DamageError: other samples, or other arrays than the codec makes.
+        """
+        wrong = f"arrays: expected {samples} samples, found {self.samples}" if self.samples != samples else ""
+        if codec is not None:
+            found = {name: (array.dtype.name, array.shape[1:]) for name, array in self.arrays.items()}
+            layouts = [codec.layout(), codec.layout(wide=True)]
+            wanted = [{name: (part.dtype, part.shape) for name, part in layout.items()} for layout in layouts]
+            if found not in wanted:
+                wrong = f"arrays: expected {wanted[0]}, as the target's manifest says, found {found}"
+        if wrong:
+            raise DamageError(f"{self.name}: damaged: {wrong}\n  {_AGAIN}")
+
+    @property
+    def views_digest(self) -> str:
+        """Of a bank's marker: digest of what its views are, whichever attempt wrote them. Targets name it."""
+        checksums = {name: entry["checksums"] for name, entry in self.content["arrays"].items()}
+        return json_record.digest_of([self.content["summary"], self.content["invalid"], checksums])
+
+    @property
+    def invalid(self) -> frozenset[int]:
+        """Of a bank's marker: indices of samples that cannot be rendered; training leaves them out."""
+        return frozenset(self.content["invalid"])

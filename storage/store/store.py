@@ -1,0 +1,395 @@
+"""The store: one zarr hierarchy with shard indexes, banks of views, teachers and targets (docs/store-format.md)."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from storage.errors import DamageError, IdentityError, UserError, nearest
+from storage.objects import json_record
+from storage.objects.json_record import Record
+from storage.objects.object_store import Objects, open_objects
+from storage.objects.record_schema import require_format
+from storage.shards.index import ShardIndex, cached_index, differences
+from storage.shards.tar import stem_of
+from storage.store import manifests
+from storage.store.codecs import Codec
+from storage.store.markers import FORMAT, Kind, Marker, Task
+
+if TYPE_CHECKING:
+    import dask.array
+
+# The whole content of the root's zarr.json: a constant, so that every changed bit in it is seen.
+_ROOT = json_record.canonical(
+    {"zarr_format": 3, "node_type": "group", "attributes": {"teacher_store": {"format": FORMAT}}}
+)
+_AGAIN = "  This file is the same in all stores: copy it from another one."
+
+
+class Store:
+    """A store at a local folder or an fsspec URL. Cheap to open and to pickle; safe for any number of writers."""
+
+    def __init__(self, objects: Objects) -> None:
+        self.objects = objects
+        self._recognised: dict[str, str] = {}  # url -> shard: its first and last block are read once
+
+    @property
+    def url(self) -> str:
+        """Where the store lies."""
+        return self.objects.url
+
+    @classmethod
+    def create(cls, where: str | Path | Objects) -> Store:
+        """The store at a place; a new one where there is nothing yet.
+
+        Raises:
+            UserError: something else lies there.
+        """
+        store = cls(open_objects(where) if isinstance(where, str | Path) else where)
+        try:
+            store.objects.get("zarr.json")
+        except FileNotFoundError:
+            others = store.objects.names("")
+            if others and not {"done", "zarr.json"} & set(others):  # zarr.json: somebody was faster
+                raise UserError(
+                    f"{store.url}: there is something else in this folder ({others[0]}, …) and it is not a store; "
+                    "give a new folder"
+                ) from None
+            if not others:
+                store.objects.create("zarr.json", _ROOT)
+        except NotADirectoryError:
+            pass  # a file: `open` says so
+        return cls.open(store.objects)
+
+    @classmethod
+    def open(cls, where: str | Path | Objects) -> Store:
+        """The store at a place.
+
+        Raises:
+            UserError: there is none.
+            DamageError: its root is damaged, or a newer version wrote it.
+        """
+        objects = open_objects(where) if isinstance(where, str | Path) else where
+        try:
+            root = objects.get("zarr.json")
+        except FileNotFoundError:
+            if "done" in objects.names(""):
+                raise DamageError(
+                    f"{objects.url}/zarr.json: missing: the root of the store is gone\n{_AGAIN}"
+                ) from None
+            raise UserError(f"{objects.url}: there is no store here; `pipeline precompute` makes one") from None
+        except (NotADirectoryError, IsADirectoryError):
+            raise UserError(f"{objects.url}: not a folder, so not a store; give a folder: --store DIR") from None
+        if root != _ROOT:
+            newer = re.search(rb'"teacher_store":\{"format":(\d+)\}', root)
+            if newer and int(newer[1]) > FORMAT:
+                raise UserError(
+                    f"{objects.url}: store format {int(newer[1])}, this version reads {FORMAT}; install a newer one"
+                )
+            raise DamageError(f"{objects.url}/zarr.json: damaged: it is not the root of a store\n{_AGAIN}")
+        return cls(objects)
+
+    # ------------------------------------------------------------------------------------------ records
+
+    def _manifest(self, kind: str, id: str) -> Record:
+        name = f"{self.url}/{kind}s/{id}/manifest.json"
+        try:
+            data = self.objects.get(f"{kind}s/{id}/manifest.json")
+        except FileNotFoundError:
+            raise DamageError(f"{name}: missing: a {kind} that the store refers to is gone") from None
+        return manifests.load(data, name, kind, id)
+
+    def _add(self, kind: str, id: str, identity: Record, about: Record) -> Record:
+        """Create a manifest, or find that the one that is there has the same identity."""
+        key = f"{kind}s/{id}/manifest.json"
+        content = {"format": FORMAT, "kind": kind, "id": id, "identity": identity, **about}
+        self.objects.create(key, json_record.dump(content))
+        there = self._manifest(kind, id)
+        for field in sorted({*there["identity"], *identity}):
+            expected, found = there["identity"].get(field), identity.get(field)
+            if found != expected:
+                raise IdentityError(f"{self.url}: {kind} {id!r}", field, expected, found)
+        return there
+
+    # ------------------------------------------------------------------------------------ banks, teachers, targets
+
+    def _manifests(self, kind: str) -> dict[str, Record]:
+        """Id -> manifest; a folder that is still empty is somebody's who is just adding it."""
+        ids = [id for id in self.objects.names(f"{kind}s") if self.objects.names(f"{kind}s/{id}")]
+        return {id: self._manifest(kind, id) for id in ids}
+
+    def banks(self) -> dict[str, Record]:
+        """Bank id -> manifest."""
+        return self._manifests("bank")
+
+    def bank(self, id: str) -> Record:
+        """A bank's manifest. Raises UserError for an unknown id."""
+        known = self.objects.names("banks")
+        if id not in known:
+            raise UserError(f"{self.url}: no bank is called {id!r}. {nearest(id, known)}")
+        return self._manifest("bank", id)
+
+    def add_bank(self, id: str, identity: Record, about: Record) -> Record:
+        """Record a bank; its manifest."""
+        return self._add("bank", id, identity, about)
+
+    def teachers(self) -> dict[str, Record]:
+        """Teacher's name -> manifest."""
+        return self._manifests("teacher")
+
+    def teacher_of(self, target: Record) -> Record:
+        """The manifest of a target's teacher; of a ready graph, the target says what it knows of the network.
+
+        Raises:
+            DamageError: the teacher's manifest is missing or damaged.
+        """
+        name = target["teacher"]
+        if not self.objects.names(f"teachers/{name}"):
+            raise DamageError(f"{self.url}/teachers/{name}/manifest.json: missing, and {target['id']} refers to it")
+        teacher = {**self._manifest("teacher", name), **target.get("network", {})}
+        manifests.require_teacher(f"{self.url}/targets/{target['id']}/manifest.json", target, teacher)
+        return teacher
+
+    def add_teacher(self, name: str, identity: Record, about: Record) -> Record:
+        """Record a teacher; its manifest.
+
+        Raises:
+            IdentityError: another teacher is recorded under this name.
+        """
+        try:
+            return self._add("teacher", name, identity, about)
+        except IdentityError as error:
+            do = f"This is another teacher than the recorded one. Add it under a name of its own: --as {name}-2"
+            raise IdentityError(
+                error.where, error.field, error.expected, error.found, do, ("the store has", "asked for")
+            ) from None
+
+    def targets(self) -> dict[str, Record]:
+        """Target id -> manifest."""
+        return self._manifests("target")
+
+    def target(self, id: str) -> Record:
+        """A target's manifest. Raises UserError for an unknown id."""
+        known = self.objects.names("targets")
+        if id not in known:
+            raise UserError(f"{self.url}: no target is called {id!r}. {nearest(id, known)}")
+        return self._manifest("target", id)
+
+    def add_target(self, id: str, identity: Record, about: Record) -> Record:
+        """Record a target; its manifest."""
+        return self._add("target", id, identity, about)
+
+    def add_graph(self, teacher: str, graph: bytes) -> str:
+        """Keep an exported graph; its sha256."""
+        digest = hashlib.sha256(graph).hexdigest()
+        self.objects.create(f"teachers/{teacher}/graphs/{digest}.onnx", graph)
+        return digest
+
+    def graph(self, teacher: str, digest: str) -> bytes:
+        """An exported graph. Raises DamageError."""
+        key = f"teachers/{teacher}/graphs/{digest}.onnx"
+        try:
+            data = self.objects.get(key)
+        except FileNotFoundError:
+            raise DamageError(f"{self.url}/{key}: missing: the graph that made a target is gone") from None
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise DamageError(f"{self.url}/{key}: damaged: its content does not agree with its name")
+        return data
+
+    # ------------------------------------------------------------------------------------------ shards
+
+    def shard_ids(self) -> list[str]:
+        """The ids of all shards that the store knows."""
+        return [name.removesuffix(".json") for name in self.objects.names("shards") if name.endswith(".json")]
+
+    def index(self, shard: str) -> ShardIndex:
+        """The index of a shard. Raises DamageError."""
+        name = f"{self.url}/shards/{shard}.json"
+        try:
+            index = ShardIndex.load(self.objects.get(f"shards/{shard}.json"), name)
+        except FileNotFoundError:
+            raise DamageError(f"{name}: missing: the index of a shard is gone") from None
+        if index.id != shard:
+            raise DamageError(f"{name}: damaged: it is the index of {index.id}")
+        return index
+
+    def add_index(self, index: ShardIndex, url: str) -> None:
+        """Keep a shard's index.
+
+        Raises:
+            IdentityError: the store knows the same images with other labels.
+        """
+        if not self.objects.create(f"shards/{index.id}.json", index.dump()):
+            self._same_labels(index, url)
+
+    def _same_labels(self, own: ShardIndex, url: str) -> None:
+        for key, expected, found in zip(own.keys, self.index(own.id).labels, own.labels, strict=True):
+            if found != expected:
+                do = "The labels changed since precompute. Give the shard as it was, or pack it with other keys."
+                raise IdentityError(url, f"label of key {key}", expected, found, do)
+
+    def recognise(self, url: str, known: Sequence[str]) -> ShardIndex | None:
+        """The index of a file that is one of the `known` shards: same stem, size, first and last block; else None."""
+        stem = stem_of(url)
+        for shard in known:
+            if shard.rpartition("-")[0] == stem:
+                index = self.index(shard)
+                if self._recognised.get(url) == shard or not differences(url, index.summary):
+                    self._recognised[url] = shard
+                    return index
+        return None
+
+    def require(self, url: str, known: Sequence[str]) -> ShardIndex:
+        """The index of a file that must be one of the `known` shards, or without samples, whatever its tar headers are.
+
+        Raises:
+            IdentityError: an unknown shard, or a known name with other content.
+        """
+        if index := self.recognise(url, known):
+            return index
+        own = cached_index(url, skip=True)  # which keys make no sample was decided when the store was made
+        if not len(own):
+            return own
+        if own.id in known:  # the same samples in a tar with other headers: its own ranges count
+            self._same_labels(own, url)
+            return own
+        for shard in sorted({task.shard for task in self.done()} - set(known)):
+            if shard.rpartition("-")[0] == own.summary.stem:
+                raise DamageError(f"{self.url}/shards/{shard}.json: missing: the index of a shard is gone")
+        raise self._unknown(url, own, known)
+
+    def _unknown(self, url: str, own: ShardIndex, known: Sequence[str]) -> IdentityError:
+        indexes = [self.index(shard) for shard in known]
+        elsewhere = {digest for index in indexes for digest in index.digests}
+        shared = sum(digest in elsewhere for digest in own.digests)
+        do = (
+            f"{shared} of its {len(own)} images are known in this store under other shards or positions. Targets "
+            "belong to a shard's exact content: give the shards that were precomputed, or run `pipeline precompute` "
+            "over these."
+        )
+        for index in indexes:
+            if index.summary.stem == own.summary.stem:
+                field, expected, found = _first_difference(index, own)
+                return IdentityError(url, field, expected, found, do)
+        names = ", ".join([*known[:3], *["…"] * (len(known) > 3)]) or "none"
+        return IdentityError(url, "shard", names, own.id, do, (f"the store {self.url} has", "this is"))
+
+    # ------------------------------------------------------------------------------------------ markers
+
+    def done(self) -> set[Task]:
+        """All tasks that are complete, by one listing."""
+        tasks = (Task.named(name) for name in self.objects.names("done"))
+        return {task for task in tasks if task}
+
+    def marker(self, task: Task) -> Marker:
+        """The marker of a task.
+
+        Raises:
+            DamageError: missing, damaged, or another task's.
+        """
+        try:
+            data = self.objects.get(f"done/{task.name}")
+        except FileNotFoundError:
+            name = f"{self.url}/done/{task.name}"
+            raise DamageError(
+                f"{name}: missing: this view was not precomputed, or the file that says so is gone\n"
+                "  The same precompute command makes it anew."
+            ) from None
+        return self._marker_in(data, task)
+
+    def _marker_in(self, data: bytes, task: Task) -> Marker:
+        name = f"{self.url}/done/{task.name}"
+        content = json_record.load(data, name)
+        said = (content.get("kind"), content.get("id"), content.get("shard"), content.get("view"))
+        if said != (task.kind, task.id, task.shard, task.view):
+            raise DamageError(f"{name}: damaged: it is the marker of {'.'.join(map(str, said))}")
+        require_format(content, name)
+        return Marker(self.objects, task, content)
+
+    def find(self, task: Task, samples: int | None = None, codec: Codec | None = None) -> Marker | None:
+        """The marker of a task if it is there and undamaged: a damaged one counts as absent and is removed.
+
+        For writers only. Readers use `marker`, which says what is wrong, and `Marker.require`, which takes the same
+        `samples` and `codec`.
+        """
+        key = f"done/{task.name}"
+        try:
+            data = self.objects.get(key)
+        except FileNotFoundError:
+            return None
+        try:
+            marker = self._marker_in(data, task)
+            if samples is not None:
+                marker.require(samples, codec)
+            return marker
+        except DamageError:
+            self.objects.discard(key, data)
+            return None
+
+    def discard(self, marker: Marker) -> None:
+        """Take away a marker that is worth nothing; not one that somebody has put in its place meanwhile."""
+        self.objects.discard(f"done/{marker.task.name}", json_record.dump(marker.content))
+
+    def views(self, kind: Kind, id: str, shards: Iterable[str], done: set[Task], wanted: int | None = None) -> int:
+        """How many views a bank or a target has over shards: the largest count found, or fewer where they are wanted.
+
+        Raises:
+            DamageError: a marker below this count is missing.
+        """
+        among = set(shards)
+        there = {(t.shard, t.view) for t in done if (t.kind, t.id) == (kind, id) and t.shard in among}
+        count = max((view for _, view in there), default=-1) + 1
+        count = min(count, wanted) if wanted else count
+        for shard in sorted(among):
+            for view in range(count):
+                if (shard, view) not in there:
+                    name = f"{self.url}/done/{Task(kind, id, shard, view).name}"
+                    raise DamageError(
+                        f"{name}: missing: other shards have {count} views of this {kind}; "
+                        "run precompute over all of them, or ask for fewer with stream.views=N"
+                    )
+        return count
+
+    # ------------------------------------------------------------------------------------------ for analyses
+
+    def array(self, target: str) -> dask.array.Array:
+        """A target's decoded values over all shards and views as one lazy dask array `[samples × views, …]`, f32.
+
+        Shards in the order of their ids, within a shard view after view. Raises DamageError when computed.
+        """
+        import dask.array
+
+        codec = Codec.of(self.target(target))
+
+        def load(marker: Marker, start: int, stop: int) -> np.ndarray:
+            arrays = {name: array.read(start, stop) for name, array in marker.arrays.items()}
+            values: np.ndarray = codec.decode(arrays)
+            return values
+
+        parts = []
+        for task in sorted(task for task in self.done() if task.kind == "target" and task.id == target):
+            marker = self.marker(task)
+            marker.require(marker.samples, codec)
+            data = marker.arrays["data"]
+            for start in range(0, data.shape[0], data.chunk_shape[0]):
+                stop = min(start + data.chunk_shape[0], data.shape[0])
+                piece = dask.delayed(load, pure=True)(marker, start, stop)  # type: ignore[attr-defined]
+                parts.append(dask.array.from_delayed(piece, (stop - start, *codec.shape), np.float32))  # type: ignore[no-untyped-call]
+        if not parts:
+            raise UserError(f"{self.url}: target {target} has nothing complete yet")
+        return dask.array.concatenate(parts)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _first_difference(known: ShardIndex, own: ShardIndex) -> tuple[str, object, object]:
+    for i, (a, b) in enumerate(zip(known.keys, own.keys, strict=False)):
+        if a != b:
+            return f"key of sample {i}", a, b
+    for key, a, b in zip(known.keys, known.digests, own.digests, strict=False):
+        if a != b:
+            return f"image digest of key {key}", a, b
+    return "samples", len(known), len(own)

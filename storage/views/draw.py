@@ -1,0 +1,123 @@
+"""Drawing views: their parameters, from policy, seed, key and view number alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from decimal import Context, Decimal
+from typing import Any
+
+import numpy as np
+
+from storage.rng import generator
+from storage.views.policy import Policy
+from storage.views.randaugment import draw_operations
+from storage.views.view import CUTMIX, MIXUP, Mix, View
+
+_DECIMAL = Context(prec=28)
+
+
+def draw(policy: Policy, key: str, view: int, image_size: tuple[int, int], i: int = 0, block: range = range(1)) -> View:
+    """The view of a sample with this number under a policy.
+
+    Chance comes from (line, seed, key, view) alone; the size (width, height) of the image turns it into pixels, and the
+    sample's index `i` and its block, both in the shard, turn it into a partner for mixing. Where the partner turns out
+    to be invalid, `settle` takes the mixing away.
+    """
+    chance = generator("view", policy.line, policy.seed, key, view)
+    width, height = image_size
+    side = policy.size
+    made: dict[str, Any] = {"box": (0.0, 0.0, float(width), float(height))}
+    for name, arguments in policy.operations:
+        if name == "short":  # the short side becomes round(S/f); `center` then keeps the middle S×S of it
+            short = min(width, height) * side / round(side / arguments[0])
+            made["box"] = _middle(width, height, short)
+        elif name == "crop":
+            border = round(arguments[0] * side)
+            made["box"] = _middle(width, height, min(width, height))
+            x, y = (int(n) for n in chance.integers(-border, border, size=2, endpoint=True))
+            made["shift"] = (x, y)
+        elif name == "rrc":
+            made["box"] = _resized_crop(chance, width, height, arguments)
+        elif name == "flip":
+            made["flip"] = bool(chance.integers(2))
+        elif name == "randaug":
+            made["operations"] = draw_operations(chance, *arguments)
+        elif name == "erase" and chance.random() < arguments[0]:
+            made["erased"] = _erased_box(chance, side)
+            made["erase_seed"] = int(chance.integers(2**32))
+        elif name == "mix":
+            made["mix"] = _mix(chance, side, arguments, i, block)
+    return View(**made)
+
+
+def settle(views: Sequence[View], block: range) -> list[View]:
+    """The views of a whole block, without the mixing of those whose partner is invalid."""
+    return [
+        replace(view, mix=None) if view.mix and not views[view.mix.partner - block.start].valid else view
+        for view in views
+    ]
+
+
+TRIES = 10  # boxes that are drawn before the middle is taken (crop), or nothing (erase)
+
+
+def _resized_crop(
+    chance: np.random.Generator, width: int, height: int, scale: Sequence[float]
+) -> tuple[float, float, float, float]:
+    """Inception's crop: a part of the area in `scale`, an aspect ratio from 3/4 to 4/3, log-uniform."""
+    for _ in range(TRIES):
+        area = width * height * chance.uniform(scale[0], scale[1])
+        ratio = _log_uniform(chance, 3 / 4)
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = chance.integers(width - w, endpoint=True), chance.integers(height - h, endpoint=True)
+            return (float(left), float(top), float(left + w), float(top + h))
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    x, y = float((width - w) // 2), float((height - h) // 2)
+    return (x, y, x + w, y + h)
+
+
+def _erased_box(chance: np.random.Generator, side: int) -> tuple[int, int, int, int]:
+    """Random erasing (Zhong et al. 2020) with timm's ranges: 2 % to a third of the area, aspect ratio 0.3 to 1/0.3."""
+    for _ in range(TRIES):
+        area = side * side * chance.uniform(0.02, 1 / 3)
+        ratio = _log_uniform(chance, 0.3)
+        h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w < side and 0 < h < side:
+            top, left = int(chance.integers(side - h, endpoint=True)), int(chance.integers(side - w, endpoint=True))
+            return (left, top, left + w, top + h)
+    return (0, 0, 0, 0)
+
+
+def _log_uniform(chance: np.random.Generator, low: float) -> float:
+    """From `low` to 1/low. Decimal's exponential is rounded correctly on every machine, the C library's is not."""
+    exponent = Decimal(chance.uniform(-1.0, 1.0)) * Decimal(low).ln(_DECIMAL)
+    return float(exponent.exp(_DECIMAL))
+
+
+def _mix(chance: np.random.Generator, side: int, alphas: Sequence[float], i: int, block: range) -> Mix | None:
+    """Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019), each with ½ where both alphas are above 0."""
+    u, which = chance.random(), chance.random()
+    mixup, cutmix = alphas
+    kind = MIXUP if mixup and (not cutmix or which < 0.5) else CUTMIX
+    alpha = mixup if kind == MIXUP else cutmix
+    share = float(chance.beta(alpha, alpha))
+    box = (0, 0, 0, 0)
+    if kind == CUTMIX:
+        cut = int(side * math.sqrt(share))
+        x, y = (int(n) for n in chance.integers(side, size=2))
+        box = (max(x - cut // 2, 0), max(y - cut // 2, 0), min(x + cut // 2, side), min(y + cut // 2, side))
+        share = (box[2] - box[0]) * (box[3] - box[1]) / side**2
+    amount = round(256 * share)
+    if len(block) < 2 or not amount:
+        return None
+    place = int(u * (len(block) - 1))
+    partner = block.start + place + (block.start + place >= i)
+    return Mix(kind, partner, amount, box)
+
+
+def _middle(width: int, height: int, side: float) -> tuple[float, float, float, float]:
+    left, top = (width - side) / 2, (height - side) / 2
+    return (left, top, left + side, top + side)

@@ -1,0 +1,162 @@
+"""Policies: one line of operations that says what views are drawn from, such as `rrc(0.08,1)|flip|mix(0.8,1)`.
+
+A line is one framing (`resize`, `short(f)|center`, `crop(p)` or `rrc(lo,hi)`) and then, each at most once and in this
+order, `flip`, `randaug(m,std)`, `erase(p)` and `mix(mixup,cutmix)`. The normalised line is hashed into every bank made
+with it, so two spellings of one policy are one policy.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from storage.constants import BLOCK
+from storage.errors import UserError, nearest
+from storage.objects import json_record
+
+# Raised when the pixels or the draws of any operation change: banks of another version are other banks.
+OPERATIONS_VERSION = 1
+
+NAMED = {
+    "none": "resize",
+    "eval": "short(0.875)|center",
+    "light": "crop(0.125)|flip",
+    "deit": "rrc(0.08,1)|flip|randaug(9,0.5)|erase(0.25)|mix(0.8,1)",
+}
+
+# name -> number of arguments, and whether it depends on chance
+_OPERATIONS = {
+    "resize": (0, False),
+    "short": (1, False),
+    "center": (0, False),
+    "crop": (1, True),
+    "rrc": (2, True),
+    "flip": (0, True),
+    "randaug": (2, True),
+    "erase": (1, True),
+    "mix": (2, True),
+}
+_AFTER = ("flip", "randaug", "erase", "mix")  # what may follow the framing, in this order
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A normalised line with the side S of its square view images and the seed of its draws."""
+
+    line: str
+    size: int
+    seed: int = 0
+    name: str = "custom"
+
+    @property
+    def operations(self) -> list[tuple[str, tuple[float, ...]]]:
+        """(name, arguments) of each operation."""
+        return _parse(self.line)
+
+    @property
+    def random(self) -> bool:
+        """Whether views differ: a line without chance has one view and no seed in its id."""
+        return any(_OPERATIONS[name][1] for name, _ in self.operations)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether views are mixed with others of their block."""
+        return any(name == "mix" for name, _ in self.operations)
+
+    @property
+    def bank(self) -> str:
+        """The bank's id, `{policy}-{size}-{hash8}`."""
+        return f"{self.name}-{self.size}-{json_record.digest_of(self.identity)[:8]}"
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What makes two banks the same bank."""
+        return {
+            "line": self.line,
+            "size": self.size,
+            "seed": self.seed if self.random else None,
+            "block": BLOCK,
+            "operations": OPERATIONS_VERSION,
+        }
+
+    @property
+    def evaluation(self) -> Policy:
+        """The view that a student trained under this policy is evaluated on."""
+        framings = {name for name, _ in self.operations}
+        line = "short(0.875)|center" if "rrc" in framings else "short(1)|center"
+        return policy(line, self.size)
+
+
+def policy(line: str, size: int, seed: int = 0) -> Policy:
+    """The policy of a name or a line.
+
+    Raises:
+        UserError: an unknown name or operation, arguments out of range, operations in an order that makes no view.
+    """
+    if not 1 <= size <= 4096:
+        raise UserError(f"view size {size}: expected 1 to 4096 pixels")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed {seed}: expected an integer from 0 below 2**63")
+    operations = _parse(NAMED.get(line.strip(), line))
+    names = [name for name, _ in operations]
+    framing = 2 if names[:2] == ["short", "center"] else 1
+    if names[0] not in ("resize", "crop", "rrc") and framing == 1:
+        raise UserError(
+            f"view policy {line!r}: it must begin with what makes a square image: resize, short(f)|center, crop(p) or "
+            "rrc(lo,hi)"
+        )
+    after = [_AFTER.index(name) if name in _AFTER else -1 for name in names[framing:]]
+    if -1 in after or after != sorted(set(after)):
+        raise UserError(
+            f"view policy {line!r}: after {'|'.join(names[:framing])} may follow {', '.join(_AFTER)}, each once and in "
+            "this order"
+        )
+    for name, arguments in operations:
+        _check(line, name, arguments)
+    normal = "|".join(
+        name + (f"({','.join(f'{a + 0:g}' for a in args)})" if args else "")  # + 0: minus zero is zero
+        for name, args in operations
+    )
+    by_line = {value: key for key, value in NAMED.items()}
+    return Policy(normal, size, seed, by_line.get(normal, "custom"))
+
+
+def _check(line: str, name: str, arguments: tuple[float, ...]) -> None:
+    """Refuse arguments that make no sense; a NaN is in no range."""
+    first, second = (*arguments, 0.0, 0.0)[:2]
+    wrong = ""
+    if name == "short" and not 0.1 <= first <= 1:
+        wrong = "short(f) takes the part of the image that is kept, 0.1 to 1"
+    elif name == "crop" and not 0 <= first <= 1:
+        wrong = "crop(p) takes the border as a part of the side, 0 to 1"
+    elif name == "rrc" and not 0 < first <= second <= 1:
+        wrong = "rrc(lo,hi) takes the smallest and the largest part of the area, above 0 up to 1"
+    elif name == "randaug" and not (0 <= first <= 10 and 0 <= second <= 10):
+        wrong = "randaug(m,std) takes a magnitude and its deviation, 0 to 10"
+    elif name == "erase" and not 0 < first <= 1:
+        wrong = "erase(p) takes a probability, above 0 up to 1"
+    elif name == "mix" and not (0 <= first <= 100 and 0 <= second <= 100 and first + second > 0):
+        wrong = "mix(mixup,cutmix) takes the alpha of each, 0 for none of it, at most 100, and not 0 for both"
+    if wrong:
+        raise UserError(f"view policy {line!r}: {wrong}")
+
+
+def _parse(line: str) -> list[tuple[str, tuple[float, ...]]]:
+    operations = []
+    for text in line.split("|"):
+        match = re.fullmatch(r"\s*([a-z]+)\s*(?:\(([^()]*)\))?\s*", text)
+        if not match or match[1] not in _OPERATIONS:
+            word = match[1] if match else text.strip()
+            if word in NAMED:
+                raise UserError(f"view policy {line!r}: {word!r} is a whole policy ({NAMED[word]}), not an operation")
+            known = [*_OPERATIONS, *NAMED]
+            raise UserError(f"view policy {line!r}: no operation is called {word!r}. {nearest(word, known)}")
+        try:
+            arguments = tuple(float(a) for a in match[2].split(",")) if match[2] else ()
+        except ValueError:
+            raise UserError(f"view policy {line!r}: {text.strip()!r}: arguments are numbers") from None
+        wanted = _OPERATIONS[match[1]][0]
+        if len(arguments) != wanted:
+            raise UserError(f"view policy {line!r}: {match[1]} takes {wanted} argument(s), found {len(arguments)}")
+        operations.append((match[1], arguments))
+    return operations

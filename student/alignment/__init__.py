@@ -1,0 +1,1 @@
+"""Alignment: which layers, heads, patches and tokens of teacher and student meet."""

@@ -1,0 +1,221 @@
+"""Attention of teacher and student, as rows or scores, both sides in one shape."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from precompute.taps import attention_scores, class_scores
+from student.alignment.matching import Matching, pick
+from student.alignment.student_spec import Shape, full
+from student.settings import Average, Meeting
+from student.targets.stored_target import Given
+
+EPSILON = 1e-12  # of sums that rows are divided by
+
+# Codec -> the smallest part of a row's largest value that it tells from zero: a stored zero may be anything below it.
+LEAST = {"f16": 2.0**-24, "log8": 2.0**-16, "u8": 2.0**-9}
+
+LEAST_RESIZED = 1e-6  # where bicubic resizing made zeros of what it had made negative
+
+_AXES = {"layers": 1, "heads": 2, "queries": -2}  # that rows are averaged over
+
+
+class Rows(Matching):
+    """Attention of teacher and student, brought together layer by layer, head by head, token by token.
+
+    Both sides come as f32 `[B, L, H, N]` for class rows and `[B, L, H, Q, N]` for all rows; every row sums to one, or
+    to the number of heads where these are added up. `scores` are what all rows are the softmax of, each side's with its
+    own 1/√d. Arguments as for `Matching`: one target (`class_row`, `attention`), or two (`q`, `k`), as scores need; and
+    `average`: over what the teacher's rows are averaged, each then standing for all of them. Over `examples` it is
+    `mean` that stands for all, a buffer `[L, H, …]` that is kept with what losses learn and is still to be filled, by
+    `student.training.controls.fill_means`.
+    """
+
+    def __init__(
+        self, loss: str, settings: Meeting, student: Shape, given: Sequence[Given],
+        which: Literal["class", "all", "scores"], average: Average = "none",
+    ) -> None:  # fmt: skip
+        super().__init__(loss, settings, student, given, which)
+        self.average = average
+        if average != "none":
+            self.row = replace(self.row, rule=f"{self.row.rule}; the teacher's averaged over {average}")
+        if average == "examples":
+            tokens = len(self.get_buffer("mine"))
+            queries = () if which == "class" else (tokens,)
+            self.register_buffer("mean", torch.zeros(len(self.pairs), self.heads, *queries, tokens))
+        first = given[0].target
+        width = first["sample_shape"][-1]
+        self.scales = first.get("scales", [width**-0.5] * len(self.stored)) if self.tap == "q" else []  # of the teacher
+        self.least = 0.0 if self.tap == "q" else LEAST.get(first["identity"].get("codec", "f32"), 0.0)
+        if self.resizes:
+            self.least = LEAST_RESIZED
+
+    def student_rows(
+        self, q: Sequence[Tensor], k: Sequence[Tensor], scales: Sequence[float], v: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """The student's rows, or scores, with gradients, from q and k of all of its layers, `[B, H, N, d]` each.
+
+        With v, likewise, class rows are weighted by the norms of the values that they attend to.
+        """
+        if self.rule == "log":
+            return self.student_logs(q, k, scales, v).exp()
+        layers = self._student_scores(q, k, scales, v)
+        return torch.cat([one if self.which == "scores" else self._merge(one.softmax(-1)) for one in layers], 1)
+
+    def student_logs(
+        self, q: Sequence[Tensor], k: Sequence[Tensor], scales: Sequence[float], v: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """The logarithms of `student_rows`, from the scores: finite, and with gradients, however small a row's entry.
+
+        What a loss takes a logarithm of comes from here: `student_rows().log()` has no gradient below a floor.
+        """
+        layers = self._student_scores(q, k, scales, v)  # one by one: what a layer needs may stay in the cache
+        return torch.cat([self._merge_logs(one.log_softmax(-1)) for one in layers], 1)
+
+    def _merge_logs(self, logs: Tensor) -> Tensor:
+        """`_merge` of logarithms of rows."""
+        if self.head_pairs:
+            return logs
+        match self.rule:
+            case "mean":
+                return log_sum(logs) - math.log(logs.shape[2])
+            case "sum":
+                return log_sum(logs)
+            case "max":
+                return logs.amax(2, keepdim=True).log_softmax(-1)
+            case "min":
+                return logs.amin(2, keepdim=True).log_softmax(-1)
+        return log_mean(logs, self.settings.temperature)
+
+    def _student_scores(
+        self, q: Sequence[Tensor], k: Sequence[Tensor], scales: Sequence[float], v: Sequence[Tensor] | None
+    ) -> Iterator[Tensor]:
+        """Layer by layer, `[B, 1, H, …]`, what the student's rows are the softmax of: before heads are merged."""
+        for n, heads in self.own_heads():
+            queries, keys, scale = pick(q[n - 1], heads), full(pick(k[n - 1], heads)), scales[n - 1]
+            if self.which == "class":
+                at = self.student.prefix.index("class")
+                scores = class_scores(full(queries[:, :, at : at + 1]), keys, scale)  # the others are never converted
+                if v is not None:  # weighting a row by factors adds their logarithms to its scores
+                    norms = full(pick(v[n - 1], heads)).norm(dim=-1)
+                    scores = scores + norms.clamp_min(torch.finfo(norms.dtype).tiny).log()
+            else:
+                scores = attention_scores(full(queries), keys, scale)
+            yield self._keep(scores[:, None], "mine", rescale=False)
+
+    def teacher_rows(self, targets: Sequence[Tensor], v: Tensor | None = None) -> Tensor:
+        """The teacher's rows on the student's grid, averaged as is said, from decoded targets `[B, L, H, …]`.
+
+        v as for the student.
+        """
+        if self.average == "examples":
+            mean = self.get_buffer("mean")
+            return mean.expand(len(targets[0]), *mean.shape)
+        return self.rows_of_each(targets, v)
+
+    def teacher_logs(self, targets: Sequence[Tensor]) -> Tensor:
+        """The logarithms of `teacher_rows`; a stored zero counts as the smallest value that its codec keeps."""
+        return self._logs(self.teacher_rows(targets))
+
+    def rows_of_each(self, targets: Sequence[Tensor], v: Tensor | None = None) -> Tensor:
+        """The same, never averaged over examples."""
+        if self.tap == "q":
+            q, k = (full(self.of_teacher(target)) for target in targets)
+            if self.which == "class":
+                q = q[..., self.class_query : self.class_query + 1, :]
+            scales = q.new_tensor([self.scales[self.stored.index(n)] for _, n in self.pairs]).view(-1, 1, 1, 1)
+            rows = q * scales @ k.transpose(-2, -1)
+            rows = rows if self.which == "scores" else rows.softmax(-1)
+            rows = rows[..., 0, :] if self.which == "class" else rows
+        else:
+            rows = full(self.of_teacher(targets[0]))
+            if self.which == "class" and self.tap == "attention":
+                rows = rows[..., self.class_query, :]
+        if v is not None:
+            rows = weighted(rows, full(self.of_teacher(v)))
+        rows = self._keep(rows, "theirs", rescale=self.which != "scores")
+        if self.resizes:
+            rows = self._resize(rows)
+        if self.average in _AXES:
+            rows = rows.mean(_AXES[self.average], keepdim=True).expand_as(rows)
+        return self._merge(rows)
+
+    def _keep(self, rows: Tensor, side: Literal["mine", "theirs"], rescale: bool) -> Tensor:
+        """The kept tokens in the common order; of all rows, the kept queries too."""
+        if self.which != "class":
+            rows = self.kept(rows, side, -2)
+        kept = self.kept(rows, side, -1)
+        return scaled(kept) if kept.shape[-1] < rows.shape[-1] and rescale else kept
+
+    def _resize(self, rows: Tensor) -> Tensor:
+        """Patch keys, and patch queries, onto the student's grid (PAPERS' Eq. 7 of AttnDistill, generalised)."""
+        matrix = self.get_buffer("resize")
+        if self.which == "scores":  # no masses to keep: as vectors over keys, then over queries
+            for axis in (-1, -2):
+                rows = rows.transpose(axis, -2)
+                rows = torch.cat([rows[..., : self.prefix, :], matrix @ rows[..., self.prefix :, :]], -2)
+                rows = rows.transpose(axis, -2)
+            return rows
+        prefix, patches = rows[..., : self.prefix], rows[..., self.prefix :]
+        mass = patches.sum(-1, keepdim=True)
+        patches = (patches @ matrix.T).clamp_min(0)
+        patches = patches * (mass / patches.sum(-1, keepdim=True).clamp_min(EPSILON))
+        rows = torch.cat([prefix, patches], -1)
+        if self.which == "all":
+            queries = scaled((matrix @ rows[..., self.prefix :, :]).clamp_min(0))
+            rows = torch.cat([rows[..., : self.prefix, :], queries], -2)
+        return rows
+
+    def _merge(self, rows: Tensor) -> Tensor:
+        if self.head_pairs:
+            return rows
+        match self.rule:
+            case "mean":
+                return rows.mean(2, keepdim=True)
+            case "sum":
+                return rows.sum(2, keepdim=True)
+            case "max":
+                return scaled(rows.amax(2, keepdim=True))
+            case "min":
+                return scaled(rows.amin(2, keepdim=True))
+        return log_mean(self._logs(rows), self.settings.temperature).exp()
+
+    def _logs(self, rows: Tensor) -> Tensor:
+        """Logarithms of stored rows."""
+        floor = rows.amax(-1, keepdim=True).mul(self.least).clamp_min(torch.finfo(rows.dtype).tiny)
+        return rows.maximum(floor).log()
+
+
+def scaled(rows: Tensor) -> Tensor:
+    """Rows that sum to one."""
+    return rows / rows.sum(-1, keepdim=True).clamp_min(EPSILON)
+
+
+def log_sum(logs: Tensor) -> Tensor:
+    """log Σ_h a^h of logarithms of rows `[B, L, H, …, N]`, `[B, L, 1, …, N]`: `logsumexp`, with a cheaper gradient."""
+    largest = logs.detach().amax(2, keepdim=True)
+    return (logs - largest).exp().sum(2, keepdim=True).log() + largest
+
+
+def log_mean(logs: Tensor, temperature: float | None = None) -> Tensor:
+    """The logarithm of AttnDistill's aggregation of heads, Eq. 9 to 11: log softmax_j((1/T) Σ_h log a_j^h).
+
+    Args:
+        logs: logarithms of rows, log a, `[B, L, H, …, N]`.
+        temperature: T; by default the number of heads, which gives their geometric mean.
+
+    Returns:
+        `[B, L, 1, …, N]`.
+    """
+    return (logs.sum(2, keepdim=True) / (temperature or logs.shape[2])).log_softmax(-1)
+
+
+def weighted(rows: Tensor, v: Tensor) -> Tensor:
+    """Rows `[…, N]` with each key's attention times the norm of its value `[…, N, d]`, summing to one again."""
+    return scaled(rows * v.norm(dim=-1))

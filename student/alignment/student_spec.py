@@ -1,0 +1,127 @@
+"""What a student offers to be taught: its layers, heads, grid, prefix tokens and classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from precompute.taps import attention_layers, check_attention, layer_grids, prefix_roles, token_blocks
+from storage.errors import UserError
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a student offers to be taught.
+
+    PiT pools its patches: what layers have differs, `each` says it, and `heads` and `grid` are what most layers have.
+
+    Attributes:
+        layers: number of layers; 0 where no loss reads tokens.
+        heads: in each layer; 0 where attention cannot be read, and no loss reads it.
+        grid: side of the patch grid.
+        prefix: role of each prefix token: `class`, `distillation` or `register`.
+        classes: how many.
+        names: of the classes, in order; None where nobody said them.
+        width: of each token.
+        each: (heads, grid) of each layer of a network that pools its patches; empty where all layers are alike.
+    """
+
+    layers: int
+    heads: int
+    grid: int
+    prefix: tuple[str, ...]
+    classes: int = 0
+    names: tuple[str, ...] | None = None
+    width: int = 0
+    each: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def by_layer(self) -> tuple[tuple[int, int], ...]:
+        """(heads, grid) of each layer."""
+        return self.each or ((self.heads, self.grid),) * self.layers
+
+    @property
+    def maps(self) -> int:
+        """Class-row maps, one a layer and head."""
+        return sum(heads for heads, _ in self.by_layer)
+
+
+def student_shape(
+    model: nn.Module,
+    names: Sequence[str] | None = None,
+    *,
+    tokens: bool = True,
+    attention: bool = True,
+    values: bool = False,
+) -> Shape:
+    """The shape of a student.
+
+    Args:
+        model: a plain ViT or PiT; any network where no tokens are read.
+        names: of its classes.
+        tokens: whether some loss reads its tokens, or its attention.
+        attention: whether some loss reads its attention.
+        values: whether some loss reads its values, too.
+
+    Raises:
+        UserError: attention cannot be read off it, or what is read is not what it attends with (contract 12).
+    """
+    classes, listed = int(getattr(model, "num_classes", 0)), tuple(names) if names else None
+    if not tokens:
+        return Shape(0, 0, 0, (), classes, listed)
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    prefix = prefix_roles(model)
+    try:
+        layers = attention_layers(model, pooled=True)
+    except UserError:
+        if attention:
+            raise
+        layers = []
+    blocks = layers or token_blocks(model)
+    if grid is None or grid[0] != grid[1]:
+        raise UserError(f"{type(model).__name__}: its patches make no square grid")
+    side, width = int(grid[0]), int(model.num_features)  # type: ignore[arg-type]
+    if size is not None and (attention or not layers):
+        was = model.training
+        ramp = torch.linspace(-1, 1, 2 * 3 * size[0] * size[1]).sin().view(2, 3, *size)
+        ramp = ramp.to(next(model.parameters()).device)
+        if attention:
+            check_attention(model.eval(), ramp, values=values)
+        else:
+            _require_tokens(model.eval(), blocks, ramp, (len(prefix) + side**2, width))
+        model.train(was)
+    if not layers:
+        return Shape(len(blocks), 0, side, prefix, classes, listed, width)
+    sides = layer_grids(model, side)
+    each = tuple((int(layer.num_heads), side) for layer, side in zip(layers, sides, strict=True))  # type: ignore[arg-type]
+    heads, side = max(each, key=each.count)
+    differs = each if len(set(each)) > 1 else ()
+    return Shape(len(layers), heads, side, prefix, classes, listed, width, differs)
+
+
+def _require_tokens(model: nn.Module, blocks: Sequence[nn.Module], images: Tensor, expected: tuple[int, int]) -> None:
+    """That each block gives so many tokens of such a width, `[N, D]` of an image. Raises UserError."""
+    found: list[tuple[int, ...]] = []
+    handles = [
+        b.register_forward_hook(lambda module, args, given: found.append(tuple(given.shape[1:]))) for b in blocks
+    ]
+    try:
+        with torch.no_grad():
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if wrong := [shape for shape in found if shape != expected]:
+        raise UserError(
+            f"{type(model).__name__}: a block of it gives {list(wrong[0])} for an image, where a plain ViT gives all "
+            f"{expected[0]} tokens of width {expected[1]}"
+        )
+
+
+def full(values: Tensor) -> Tensor:
+    """At least f32: what a student gives under autocast is less, and losses are not computed so."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values

@@ -1,0 +1,103 @@
+"""What losses read of a student beside its logits: queries, keys, values, residual streams and final tokens.
+
+Each loss says what it reads (`reads` in its module), and only that is kept, by hooks that leave the network as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Set
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from precompute.taps import AttentionTaps, token_blocks
+from storage.errors import UserError
+
+Reads = Literal["labels", "logits", "attention", "values", "streams", "tokens"]
+
+ELSEWHERE: frozenset[Reads] = frozenset({"labels", "logits"})  # of the batch, and what the network gives by itself
+
+
+class Seen:
+    """What was seen of a student's last forward pass, with gradients where there are any.
+
+    Args:
+        model: the student.
+        reads: what is kept: `attention` (q and k), `values` (v), `streams` (the residual stream after each block),
+            `tokens` (all tokens after the final norm). `labels` and `logits` are not read here.
+
+    Raises:
+        UserError: something cannot be read off this network.
+    """
+
+    def __init__(self, model: nn.Module, reads: Set[Reads]) -> None:
+        self._attention: AttentionTaps | None = None
+        self._streams: dict[int, Tensor] = {}
+        self._tokens: dict[int, Tensor] = {}
+        if reads & {"attention", "values"}:
+            self._attention = AttentionTaps(model, values="values" in reads)
+        if reads & {"streams", "tokens"}:
+            token_blocks(model)  # raises where there are none
+        if "streams" in reads:
+            for n, block in enumerate(model.blocks, 1):  # type: ignore[arg-type]
+                block.register_forward_hook(functools.partial(_keep, self._streams, n))
+        if "tokens" in reads:
+            if not isinstance(norm := getattr(model, "norm", None), nn.Module):
+                raise UserError(f"student {type(model).__name__}: it has no final norm, so its tokens cannot be read")
+            norm.register_forward_hook(functools.partial(_keep, self._tokens, 0))
+
+    @property
+    def q(self) -> list[Tensor]:
+        """Queries `[B, H, N, d]`, a tensor a layer."""
+        return self._taps.q
+
+    @property
+    def k(self) -> list[Tensor]:
+        """Keys `[B, H, N, d]`, a tensor a layer."""
+        return self._taps.k
+
+    @property
+    def v(self) -> list[Tensor]:
+        """Values `[B, H, N, d]`, a tensor a layer."""
+        return self._taps.v
+
+    @property
+    def scales(self) -> list[float]:
+        """1/√d of each layer."""
+        return self._taps.scales
+
+    @property
+    def streams(self) -> list[Tensor]:
+        """The residual stream `[B, N, D]` after each block."""
+        return [self._streams[n] for n in sorted(self._streams)]
+
+    @property
+    def tokens(self) -> Tensor:
+        """All tokens `[B, N, D]` after the final norm."""
+        return self._tokens[0]
+
+    @property
+    def _taps(self) -> AttentionTaps:
+        assert self._attention is not None, "attention is read by a loss that does not say so"
+        return self._attention
+
+    def clear(self) -> None:
+        """Let go of what the last forward pass left; a compiled network is then not compiled anew for it."""
+        if self._attention is not None:
+            self._attention.clear()
+        self._streams.clear()
+        self._tokens.clear()
+
+
+def _keep(kept: dict[int, Tensor], number: int, module: nn.Module, args: Any, output: Tensor) -> None:
+    kept[number] = output
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """The layers of a student that have both a fused and an unfused attention kernel; copied maps need the latter."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(getattr(module, "fused_attn", None), bool) and not getattr(module, "copies_maps", False)
+    ]

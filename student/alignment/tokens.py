@@ -1,0 +1,56 @@
+"""Token vectors of teacher and student in one shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from storage.errors import UserError
+from student.alignment.matching import MERGED, Matching, pick
+from student.alignment.student_spec import Shape, full
+from student.settings import Meeting, setting
+from student.targets.stored_target import Given
+
+
+class Vectors(Matching):
+    """Vectors of tokens (q, k, v, or tokens of the residual stream), brought together layer by layer, token by token.
+
+    Both sides come as f32 `[B, L, H, N, d]` for q, k and v and `[B, L, N, D]` for tokens, each in its own width.
+    Arguments as for `Matching`: one target, or several taps of one shape.
+
+    Attributes:
+        width: of the teacher's vectors.
+        own: of the student's.
+    """
+
+    def __init__(self, loss: str, settings: Meeting, student: Shape, given: Sequence[Given]) -> None:
+        super().__init__(loss, settings, student, given, "vectors")
+        if self.heads and self.rule in MERGED:
+            raise UserError(
+                f"{loss}: vectors of different heads cannot be merged; say --set {setting(loss)}.heads=first, or null"
+            )
+        self.width = int(given[0].target["sample_shape"][-1])
+        self.own = student.width // student.heads if self.heads else student.width
+
+    def require_width(self, do: str) -> None:
+        """Refuse vectors of other widths. Raises UserError: both widths, and what to do."""
+        if self.width != self.own:
+            what = f"of each head's {self.tap}" if self.heads else "of each token"
+            raise UserError(
+                f"{self.loss}: the width {what} is {self.width} in the teacher, {self.own} in the student; {do}"
+            )
+
+    def student_vectors(self, layers: Sequence[Tensor]) -> Tensor:
+        """The student's vectors, with gradients, from those of all of its layers."""
+        chosen = torch.stack([full(pick(layers[n - 1], heads)) for n, heads in self.own_heads()], 1)
+        return self.kept(chosen, "mine", -2)
+
+    def teacher_vectors(self, target: Tensor) -> Tensor:
+        """The teacher's vectors on the student's grid, from one decoded target."""
+        vectors = self.kept(full(self.of_teacher(target)), "theirs", -2)
+        if self.resizes:
+            matrix = self.get_buffer("resize")
+            vectors = torch.cat([vectors[..., : self.prefix, :], matrix @ vectors[..., self.prefix :, :]], -2)
+        return vectors

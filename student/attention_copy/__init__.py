@@ -1,0 +1,1 @@
+"""Attention copy: a student that attends with its teacher's attention."""

@@ -1,0 +1,1 @@
+"""Data: from shards and stored targets to batches, in a fixed order."""

@@ -1,0 +1,130 @@
+"""The order of an epoch: lanes and windows, a function of (shards, seed, epoch, lanes, window, batch) alone.
+
+The blocks of an epoch are permuted; the line of their samples is cut into L equal lanes; each lane shuffles windows of
+whole blocks; global batch g takes batch/L samples from every lane. Which worker or rank reads a lane changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from storage.errors import UserError
+from storage.rng import generator
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Some consecutive valid samples of one block: `samples` are their indices in the shard, `whole` the block's."""
+
+    shard: int
+    block: int
+    samples: np.ndarray
+    whole: np.ndarray | None = None
+
+
+def default_lanes(batch: int) -> int:
+    """The largest power of two that divides batch/8, within 8 and 128."""
+    lanes = 1
+    while batch % (16 * lanes) == 0 and lanes < 128:
+        lanes *= 2
+    return max(8, lanes)
+
+
+class Order:
+    """The order of a stream's samples.
+
+    Args:
+        blocks: (shard, block, indices of its valid samples in the shard) of every block, invalid samples left out.
+        batch: the global batch size.
+        seed: of the order.
+        lanes: L, a divisor of the batch; by default as `default_lanes`.
+        window: blocks that a lane shuffles together.
+
+    Raises:
+        UserError: fewer samples than a batch, or lanes that do not divide it.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[tuple[int, int, np.ndarray]],
+        batch: int,
+        seed: int = 0,
+        lanes: int | None = None,
+        window: int = 4,
+    ) -> None:
+        if batch < 1 or window < 1:
+            raise UserError(f"batch size {batch} and stream.window {window} are at least 1")
+        lanes = lanes or default_lanes(batch)
+        if batch % lanes:
+            raise UserError(
+                f"batch size {batch} cannot be cut into the {lanes} equal parts of stream.lanes; give a multiple of "
+                f"{lanes}, such as --set stream.batch_size={max(1, round(batch / lanes)) * lanes}, or lanes that "
+                "divide it: --set stream.lanes=N"
+            )
+        self.blocks = [Segment(*block) for block in blocks]
+        self.counts = np.array([len(block.samples) for block in self.blocks], np.int64)
+        self.batch, self.seed, self.lanes, self.window = batch, seed, lanes, window
+        self.samples = int(self.counts.sum())
+        if self.samples < batch:
+            most = 1 << max(self.samples.bit_length() - 1, 0)
+            raise UserError(
+                f"{self.samples} samples are fewer than one batch of {batch}; lower the batch size: "
+                f"--set stream.batch_size={most}"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Batches in an epoch; the samples of less than a batch are left out, other ones in each epoch."""
+        return self.samples // self.batch
+
+    @property
+    def share(self) -> int:
+        """Samples of each batch that come from one lane."""
+        return self.batch // self.lanes
+
+    def lane(self, epoch: int, lane: int, start: int = 0) -> Iterator[tuple[list[Segment], np.ndarray]]:
+        """The windows of one lane: the segments to read, and the order of their samples joined.
+
+        Begins at batch `start`: windows before it are not given, and the first one's order begins where it is needed.
+        """
+        length = self.steps * self.share
+        permuted = generator("blocks", self.seed, epoch).permutation(len(self.blocks))
+        ends = np.cumsum(self.counts[permuted])
+        begin, end = lane * length, (lane + 1) * length
+        segments = []
+        for place in range(int(np.searchsorted(ends, begin, side="right")), len(permuted)):
+            block = self.blocks[permuted[place]]
+            first = int(ends[place]) - len(block.samples)
+            if first >= end:
+                break
+            part = block.samples[max(0, begin - first) : end - first]
+            segments.append(Segment(block.shard, block.block, part, block.samples))
+        skip = start * self.share
+        for number, at in enumerate(range(0, len(segments), self.window)):
+            chosen = segments[at : at + self.window]
+            count = sum(len(segment.samples) for segment in chosen)
+            if skip >= count:
+                skip -= count
+                continue
+            order = generator("window", self.seed, epoch, lane, number).permutation(count)
+            yield chosen, order[skip:]
+            skip = 0
+
+    def view(self, epoch: int, shard: int, block: int, views: int) -> int:
+        """The view of a block in an epoch: each round of `views` epochs goes through all of them, newly permuted."""
+        round_, place = divmod(epoch, views)
+        return int(generator("views", self.seed, shard, block, round_).permutation(views)[place])
+
+
+def lanes_of(lanes: int, rank: int, ranks: int, worker: int = 0, workers: int = 1) -> list[int]:
+    """The lanes of one rank, or of one worker of a rank: those ≡ rank mod ranks, dealt out to its workers.
+
+    Raises:
+        UserError: a number of ranks that does not divide the lanes.
+    """
+    if lanes % ranks:
+        raise UserError(f"{ranks} ranks do not divide {lanes} lanes; give stream.lanes a multiple of {ranks}")
+    return list(range(rank, lanes, ranks))[worker::workers]

@@ -1,0 +1,219 @@
+"""The stream: images, labels and stored targets, joined by shard, sample and view, and checked when they are read.
+
+`Stream` stands alone: anybody's training loop can iterate it. What it yields depends on (shards, seed, epoch, lanes,
+window, batch) alone, not on workers, ranks or where it was started.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from storage.constants import BLOCK
+from storage.errors import UserError
+from storage.progress import size_text
+from storage.shards.index import ShardIndex, require_labels
+from storage.shards.patterns import expand
+from storage.store.store import Store
+from storage.views.policy import Policy
+from student.data.batch import Batch
+from student.data.shuffle import Order, lanes_of
+from student.data.source import fresh, refuse_twice, stored, usable_views
+from student.data.worker_watch import started, watched
+from student.data.workers import _leave_at_once, _Parts, _tensors
+
+
+class Stream(IterableDataset[Batch]):
+    """Batches of images, labels and stored targets, in an order that depends on nothing but its arguments.
+
+    Args:
+        shards: patterns of shards, as `storage.shards.index.expand` takes.
+        batch: the global batch size; with several ranks each yields its share of it.
+        store: a store or its place; without one, views are drawn afresh in each epoch (their number is the epoch).
+        targets: ids of targets of that store.
+        policy: of fresh views; with a store, the bank's counts.
+        bank: id of the store's bank; needed only where there are no targets to tell it.
+        views: how many views of the bank are used; by default all that every target has.
+        seed: of the order.
+        lanes: L; by default the largest power of two that divides batch/8, within 8 and 128.
+        window: blocks that a lane shuffles together.
+        workers: loader processes, at most one a lane; 0 reads in this process.
+        rank: of this process in `torch.distributed`.
+        ranks: how many processes share each batch.
+        labels: whether unlabelled shards are refused.
+        classes: how many classes there are; higher labels are refused.
+        memory: bytes that may be held in lanes; by default half of the machine's, shared by the ranks on it.
+        permute: a control: targets of other images of the same block, by a fixed derangement of this seed.
+
+    Raises:
+        UserError: fewer samples than a batch, lanes that do not fit, too little memory, a missing label.
+        IdentityError: a shard that the store does not know, or knows with other content.
+        DamageError: a view that was not precomputed, or a damaged object.
+    """
+
+    def __init__(
+        self,
+        shards: str | Sequence[str],
+        *,
+        batch: int,
+        store: Store | str | Path | None = None,
+        targets: Sequence[str] = (),
+        policy: Policy | None = None,
+        bank: str | None = None,
+        views: int | None = None,
+        seed: int = 0,
+        lanes: int | None = None,
+        window: int = 4,
+        workers: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+        labels: bool = True,
+        classes: int | None = None,
+        memory: int | None = None,
+        permute: int | None = None,
+    ) -> None:
+        urls = expand(shards)
+        self.label_counts: Counter[int] = Counter()
+        opened = Store.open(store) if isinstance(store, str | Path) else store
+        left_out = 0
+
+        def check(url: str, index: ShardIndex) -> None:
+            nonlocal left_out
+            left_out += len(index.left_out)
+            if labels:
+                require_labels(url, index, classes)
+                self.label_counts.update(label for label in index.labels if label is not None)
+
+        if opened is None:
+            if targets or policy is None:
+                raise UserError("a stream needs a store with targets, or a policy for fresh views")
+            if views is not None or bank is not None:
+                raise UserError("bank and views speak of a store, and none was given")
+            self.views: int | None = None
+            self.source, sizes = fresh(urls, policy, check)
+            invalid: dict[int, frozenset[int]] = {}
+        else:
+            self.source, sizes = stored(opened, urls, targets, bank, check)
+            self.source, self.views, invalid = usable_views(self.source, sizes, views)
+        refuse_twice(self.source)
+        self.source = replace(self.source, permute=permute)
+        blocks = []
+        for shard, count in enumerate(sizes):
+            bad = invalid.get(shard, frozenset())
+            for number, start in enumerate(range(0, count, BLOCK)):
+                samples = np.array([i for i in range(start, min(start + BLOCK, count)) if i not in bad], np.int64)
+                if len(samples):
+                    blocks.append((shard, number, samples))
+        self.order = Order(blocks, batch, seed, lanes, window)
+        self.own = lanes_of(self.order.lanes, rank, ranks)
+        self.workers = min(workers, len(self.own))
+        self.notices = []
+        if empty := len(urls) - len(self.source.urls):
+            self.notices.append(f"{empty} shard(s) have no samples")
+        if left_out:
+            self.notices.append(f"{left_out:,} key(s) of the shards make no sample and are left out")
+        if workers > self.workers:
+            self.notices.append(
+                f"stream.workers={workers}: only {self.workers} are started, one for each of stream.lanes"
+            )
+        alone = sum(len(samples) == 1 for *_, samples in blocks)
+        if permute is not None and alone:
+            self.notices.append(f"{alone} sample(s) are alone in their blocks and keep their own targets")
+        self.memory = self._check_memory(memory)
+        self._place = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        parts = _Parts(self.source, self.order, self.views, rank, ranks, self._place)
+        self._loader = DataLoader(
+            parts,
+            batch_size=None,
+            num_workers=self.workers,
+            collate_fn=_tensors,
+            multiprocessing_context="spawn" if self.workers else None,
+            persistent_workers=bool(self.workers),
+            worker_init_fn=_leave_at_once,
+        )
+        self._processes: list[BaseProcess] = []
+        self._next_epoch = self._generation = 0
+
+    def _check_memory(self, budget: int | None) -> int:
+        """Bytes that full lanes hold at most."""
+        sample = 3 * self.source.policy.size**2
+        sample += sum(codec.sample_bytes for codec in self.source.targets.values())
+        need = len(self.own) * self.order.window * BLOCK * sample
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks share a machine's memory
+        budget = budget or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (2 * here)
+        if need > budget:
+            raise UserError(
+                f"what is read ahead{' in each process' if here > 1 else ''} would take {size_text(need)} "
+                f"({len(self.own)} lanes × {self.order.window} blocks × {BLOCK} samples × {size_text(sample)}), "
+                f"{size_text(budget)} are allowed; lower stream.window or stream.lanes, or raise stream.memory (GiB)"
+            )
+        return need
+
+    def __len__(self) -> int:
+        return self.order.steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        """One epoch after another: epoch 0 the first time it is iterated, then 1, 2, …."""
+        epoch, self._next_epoch = self._next_epoch, self._next_epoch + 1
+        return self.epoch(epoch)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch, from batch `start` on.
+
+        Raises:
+            UserError: a worker dies; or this is a worker of another DataLoader.
+        """
+        if get_worker_info() is not None:
+            raise UserError(
+                "a Stream loads by itself: Stream(…, workers=N), without a DataLoader with num_workers around it"
+            )
+        with self.watched():
+            yield from self._epoch(epoch, start)
+
+    def watched(self, advice: str = "start fewer workers") -> AbstractContextManager[None]:
+        """Within it, the death of a worker ends in one UserError, with advice: PyTorch raises it anywhere."""
+        return watched(self._processes, self.memory, advice)
+
+    def _epoch(self, epoch: int, start: int) -> Iterator[Batch]:
+        self._place[0], self._place[1] = epoch, start
+        generation = self._generation = self._generation + 1
+        with started(self._processes):  # once: they persist
+            parts = iter(self._loader)
+        workers = max(1, self.workers)
+        for _ in range(start, self.order.steps):
+            if generation != self._generation:
+                raise UserError(
+                    f"epoch {epoch} of a stream cannot go on: another epoch was started since; make two streams"
+                )
+            by_lane: dict[int, Any] = {}
+            failed: Exception | None = None
+            for worker in range(workers):  # all of them, also after a failure: none is left in the middle of its start
+                shares = next(parts)
+                if isinstance(shares, UserError | OSError):
+                    failed = failed or shares
+                else:
+                    by_lane.update(zip(self.own[worker::workers], shares, strict=True))
+            if failed is not None:
+                try:
+                    raise failed
+                finally:  # no cycle with its traceback: collecting one ends the workers' queues before the workers
+                    failed = shares = None
+            yield self._batch([by_lane[lane] for lane in self.own])
+
+    def _batch(self, shares: Sequence[Any]) -> Batch:
+        arrays = {name: torch.cat([share[0][name] for share in shares]) for name in shares[0][0]}
+        targets = {
+            t: {name: torch.cat([share[1][t][name] for share in shares]) for name in names}
+            for t, names in shares[0][1].items()
+        }
+        return Batch(**arrays, targets=targets, codecs=dict(self.source.targets))

@@ -1,0 +1,137 @@
+"""Classifiers over sets of shards: the place of each right class, for each classifier and for all together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from storage.errors import IdentityError, UserError
+from storage.shards.classes import classes_of, require_classes
+from storage.views.policy import policy
+from student.attention_copy.inference import borrowing, lent_to
+from student.evaluation.batches import evaluation_batches
+from student.evaluation.class_metrics import places_of
+from student.models.files import Description
+
+
+@dataclass(frozen=True)
+class Member:
+    """A classifier with what it is called, how it is fed and what its classes are."""
+
+    name: str
+    model: nn.Module
+    about: Description
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What classifiers made of a set.
+
+    Attributes:
+        labels: int64 `[N]`, in the set's order of classes.
+        places: int64 `[M, N]`: how many classes each of M classifiers puts before the right one; the last row is all
+            of them together where that was asked for.
+        names: of the set's classes; None where nobody says them.
+        classes: how many there are to choose from.
+    """
+
+    labels: Tensor
+    places: Tensor
+    names: tuple[str, ...] | None
+    classes: int
+
+
+@torch.no_grad()
+def seen(
+    members: Sequence[Member],
+    urls: Sequence[str],
+    *,
+    ensemble: bool = False,
+    device: torch.device | str = "cpu",
+    batch: int = 256,
+    advance: Callable[[int], None] = lambda samples: None,
+) -> Seen:
+    """What each classifier sees in a set, every sample once, on its own evaluation view.
+
+    Where the set lists some of the classes alone (as ImageNet-A and -R do), or in another order, each classifier
+    chooses among these. An ensemble's answer is the mean of its members' probabilities (softmax).
+
+    Args:
+        members: with models on the device, in eval mode.
+        urls: labelled shards.
+        ensemble: whether all together are asked too.
+        device: where the models are.
+        batch: about how many samples at a time.
+        advance: called with the number of samples done.
+
+    Raises:
+        UserError: a label that there is no class for, a missing one, an image that cannot be decoded, classifiers of
+            other classes than each other's.
+        IdentityError: the set has a class that a classifier does not know.
+    """
+    names = classes_of(urls)
+    columns = [_columns(member, names, members[0], urls) for member in members]
+    labels: list[Tensor] = []
+    places: list[Tensor] = []
+    classes = 0
+    views = [policy(member.about.evaluation, member.about.img_size) for member in members]
+    feeds = [(view, lent_to(member.model)) for view, member in zip(views, members, strict=True)]
+    readers = {feed: evaluation_batches(urls, feed[0], batch, stored=feed[1]) for feed in feeds}
+    for parts in zip(*readers.values(), strict=True):
+        there = {feed: part.to(device) for feed, part in zip(readers, parts, strict=True)}
+        own = parts[0].labels.to(device)
+        total: Tensor | None = None
+        rows = []
+        for member, feed, chosen in zip(members, feeds, columns, strict=True):
+            with borrowing(member.model, there[feed]):
+                logits = member.model(there[feed].pixels(member.about.mean, member.about.std)).float()
+            logits = logits if chosen is None else logits[:, chosen.to(logits.device)]
+            classes = logits.shape[1]
+            if int(own.max()) >= classes:
+                url = urls[int(parts[0].ids[int(own.argmax()), 0])]
+                raise UserError(
+                    f"{url}: there is a label {int(own.max())}, {member.name} has classes 0 to {classes - 1}"
+                )
+            rows.append(places_of(logits, own))
+            if ensemble:
+                share = logits.double().softmax(1)
+                if total is not None and total.shape != share.shape:
+                    raise UserError(
+                        f"{member.name} has {classes} classes, {members[0].name} {total.shape[1]}; an ensemble is one "
+                        "of the same classes"
+                    )
+                total = share if total is None else total + share
+        if total is not None:
+            rows.append(places_of(total, own))
+        labels.append(own.cpu())
+        places.append(torch.stack(rows).cpu())
+        advance(len(own))
+    listed = names or members[0].about.classes
+    return Seen(torch.cat(labels), torch.cat(places, 1), tuple(listed) if listed else None, classes)
+
+
+def _columns(member: Member, names: Sequence[str] | None, first: Member, urls: Sequence[str]) -> Tensor | None:
+    """Which of a member's outputs are the set's classes, in its order; None for all as they are."""
+    own = member.about.classes
+    if own is None:
+        return None
+    if names is None:  # labels are the first one's
+        if first.about.classes in (None, own):
+            return None
+        if set(first.about.classes or ()) != set(own):
+            do = "Classifiers of one ensemble or table have the same classes; pack the shards with their classes.json."
+            raise IdentityError(member.name, "classes", _few(first.about.classes or ()), _few(own), do)
+        names = first.about.classes
+    assert names is not None
+    if not set(names) <= set(own):
+        require_classes(urls, own)  # says what differs
+    numbers = {name: i for i, name in enumerate(own)}
+    chosen = [numbers[name] for name in names]
+    return None if chosen == list(range(len(own))) else torch.tensor(chosen)
+
+
+def _few(names: Sequence[str]) -> str:
+    return f"{len(names)} ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})"

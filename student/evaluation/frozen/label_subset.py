@@ -1,0 +1,111 @@
+"""Which training samples have labels in a protocol on frozen features: all, or a class-balanced part of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from storage.errors import UserError
+from storage.objects.atomic import written_whole
+from storage.objects.json_record import digest_of
+from storage.shards.index import cached_index, require_labels
+from storage.shards.stratify import balanced
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Samples with labels.
+
+    Attributes:
+        urls: the shards.
+        chosen: sorted indices of the samples that count, of each shard.
+        rows: (shard id, key, label) of each of them, in order: what is written down.
+        left_out: how many were left out because their images are evaluated too.
+    """
+
+    urls: tuple[str, ...]
+    chosen: tuple[np.ndarray, ...]
+    rows: tuple[tuple[str, str, int], ...]
+    left_out: int
+
+    @property
+    def digest(self) -> str:
+        """Sha256 of the list, in hex."""
+        return digest_of([list(row) for row in self.rows])
+
+    def write(self, path: Path) -> None:
+        """The list as a CSV with the columns shard, key and label, whole or not at all."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerows([("shard", "key", "label"), *self.rows])
+        with written_whole(path) as temporary:
+            temporary.write_text(text.getvalue(), encoding="utf-8")
+
+
+def share_of(text: str) -> float:
+    """The part that `1%`, `10 %` or `0.01` means. Raises UserError."""
+    number, percent, rest = text.strip().partition("%")
+    try:
+        share = float(number) / (100 if percent else 1)
+    except ValueError:
+        share = 0.0
+    if rest.strip() or not 0 < share <= 1:
+        raise UserError(f"--labels {text}: expected a part of the training samples, such as 1% or 0.1")
+    return share
+
+
+def labelled(urls: Sequence[str], evaluated: Sequence[str], share: float = 1.0, seed: int = 0) -> Labelled:
+    """The samples of training shards that have labels.
+
+    A part is class-balanced, and the one that `pipeline pack --fraction` keeps of the same shards by the same seed. An
+    image that is evaluated too never counts, whatever its key is.
+
+    Args:
+        urls: training shards.
+        evaluated: the shards that are evaluated.
+        share: the part of each class, at least one sample.
+        seed: of the choice.
+
+    Raises:
+        UserError: a missing label, or nothing is left.
+    """
+    secret = {digest for url in evaluated for digest in cached_index(url).digests}
+    labels: list[int | None] = []
+    for url in urls:
+        index = cached_index(url)
+        require_labels(url, index)
+        labels += index.labels
+    drawn = balanced(labels, share, seed) if share < 1 else range(len(labels))
+    mask = np.zeros(len(labels), bool)
+    mask[list(drawn)] = True
+    chosen, rows, left_out, before = [], [], 0, 0
+    for url in urls:
+        index = cached_index(url, trust=True)
+        mine = mask[before : before + len(index)].nonzero()[0]
+        before += len(index)
+        kept = [int(i) for i in mine if index.digests[i] not in secret]
+        left_out += len(mine) - len(kept)
+        chosen.append(np.array(kept, np.int64))
+        rows += [(index.id, index.keys[i], int(index.labels[i] or 0)) for i in kept]
+    if not rows:
+        raise UserError(
+            f"{urls[0]}: every labelled image of the training shards is evaluated too, so nothing is left to learn "
+            "from; give the shards that the student was trained on: --train-shards"
+        )
+    return Labelled(tuple(urls), tuple(chosen), tuple(rows), left_out)
+
+
+def images_of_classes(urls: Sequence[str]) -> Counter[int]:
+    """Label -> how many images of shards have it. Raises UserError: a missing label."""
+    found: Counter[int] = Counter()
+    for url in urls:
+        index = cached_index(url)
+        require_labels(url, index)
+        found.update(label for label in index.labels if label is not None)
+    return found

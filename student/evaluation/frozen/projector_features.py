@@ -1,0 +1,105 @@
+"""Features from inside the projector that a student was trained with: AttnDistill's ablation of where to evaluate.
+
+Wang et al., Table 10 (d): features after 0 (the student's own) to all of the projector's linear maps. The projector
+lies in `losses.safetensors` beside the student.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from storage.errors import UserError, first_line
+from student.evaluation.frozen.features import Reading, class_token
+from student.run_dir import LOSSES
+
+_NAME = re.compile(r"(?P<loss>.+)\.projector\.(?P<at>[0-9]{1,3})\.(?P<part>weight|bias)")
+
+
+def reading(student: Path, model: nn.Module, layers: int) -> tuple[Reading, str]:
+    """What reads features inside a projector off a student's network, and what they are in words.
+
+    It begins with the class token after the final norm, which projectors are trained on, whatever the classifier reads.
+
+    Args:
+        student: its file.
+        model: itself, on its device.
+        layers: linear maps of the projector, at least one.
+
+    Raises:
+        UserError: as `projected`; a projector of other tokens.
+    """
+    module = projected(student, layers).to(next(model.parameters()).device)
+    first = module[0]
+    assert isinstance(first, nn.LayerNorm)
+    if first.normalized_shape != (int(model.num_features),):  # type: ignore[arg-type]
+        raise UserError(
+            f"{student}: its tokens are {model.num_features} wide, the projector beside it takes {first.weight.numel()}"
+        )
+    return lambda network, pixels: module(
+        class_token(network, pixels)
+    ), f"class token after the final norm, through {layers} of the projector's linear maps"
+
+
+def projected(student: Path, layers: int) -> nn.Sequential:
+    """The first linear maps of the projector that lies beside a student, from `[…, D]`.
+
+    Each but the last comes with the GELU that follows it, where there is one; the last with the final norm.
+
+    Args:
+        student: its file.
+        layers: how many, at least one.
+
+    Raises:
+        UserError: no projector there, several, fewer maps, or a file that is not what `train` writes.
+    """
+    if student.name != "last.safetensors":
+        raise UserError(
+            f"{student}: the projector that is kept is that of the last student; give the run, or its last one"
+        )
+    path = student.with_name(LOSSES)
+    try:
+        with safe_open(path, "pt") as file:
+            found = [m for m in (_NAME.fullmatch(name) for name in file.keys()) if m]  # noqa: SIM118
+            tensors = {(int(m["at"]), m["part"]): file.get_tensor(m[0]) for m in found}
+    except FileNotFoundError:
+        found = []
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
+    losses = {m["loss"] for m in found}
+    if not losses:
+        raise UserError(
+            f"{student}: was trained without a projector, so there are no features inside one; leave --projected out"
+        )
+    if len(losses) > 1:
+        raise UserError(f"{path}: has projectors of {', '.join(sorted(losses))}; features of one alone can be read")
+    whole = _module(tensors, str(path))
+    ends = [n for n, module in enumerate(whole, 1) if isinstance(module, nn.Linear)]
+    if layers > len(ends):
+        raise UserError(f"--projected {layers}: the projector of {student} has {len(ends)} linear map(s)")
+    return whole if layers == len(ends) else nn.Sequential(*list(whole)[: ends[layers] - 1])
+
+
+def _module(tensors: dict[tuple[int, str], Tensor], where: str) -> nn.Sequential:
+    """The projector whose tensors these are: norm, linear maps with or without GELUs between them, norm."""
+    modules: list[nn.Module] = []
+    width = 0
+    count = max(at for at, _ in tensors) + 1
+    for at in range(count):
+        weight, bias = tensors.get((at, "weight")), tensors.get((at, "bias"))
+        if weight is None and bias is None and modules and isinstance(modules[-1], nn.Linear):
+            modules.append(nn.GELU())
+            continue
+        ends = at in (0, count - 1)
+        if weight is None or bias is None or weight.dim() != (1 if ends else 2) or bias.shape != weight.shape[:1]:
+            raise UserError(f"{where}: its projector is not one that `train` writes, at {at}")
+        if (width and weight.shape[-1] != width) or not (weight.isfinite().all() and bias.isfinite().all()):
+            raise UserError(f"{where}: its projector has tensors that do not fit, or no numbers, at {at}")
+        width = len(bias)
+        module = nn.LayerNorm(width, eps=1e-6) if ends else nn.Linear(weight.shape[1], width)
+        module.load_state_dict({"weight": weight.float(), "bias": bias.float()})
+        modules.append(module)
+    return nn.Sequential(*modules).requires_grad_(False).eval()

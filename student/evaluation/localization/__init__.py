@@ -1,0 +1,1 @@
+"""Localization: how well attention finds the object in a box."""

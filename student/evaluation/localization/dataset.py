@@ -1,0 +1,92 @@
+"""Images with true boxes: read from shards whose samples say `bbox` in their `json`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from storage.errors import UserError
+from storage.shards.index import cached_index, read_samples
+from storage.shards.tar import Sample
+from storage.views.draw import draw
+from storage.views.policy import policy
+from storage.views.render import BadImage, decode, render
+from student.evaluation.localization.max_box_acc import resized_boxes
+
+
+@dataclass(frozen=True)
+class Boxed:
+    """An image with its true boxes.
+
+    Attributes:
+        key: of the sample.
+        pixels: the whole image resized, uint8 `[S, S, 3]`.
+        boxes: int64 `[m, 4]` in 224×224 pixels; none where the sample says none.
+    """
+
+    key: str
+    pixels: np.ndarray
+    boxes: np.ndarray
+
+
+def boxed_images(urls: Sequence[str], size: int) -> Iterator[Boxed]:
+    """Every sample of shards, in order, with the whole image resized to `size`.
+
+    Raises:
+        UserError: an image that cannot be decoded, a `bbox` that is none.
+    """
+    view = policy("resize", size)
+    for url in urls:
+        index = cached_index(url)
+        for number in range(index.blocks):
+            for sample in read_samples(url, index, index.block(number)):
+                where = f"{url}: key {sample.key!r}"
+                try:
+                    image = decode(sample.image)
+                except BadImage as error:
+                    raise UserError(f"{where}: {error}\n  Mend or remove the image and pack again") from None
+                boxes = resized_boxes(boxes_in(sample, image.size, where), image.size)
+                yield Boxed(sample.key, render(image, draw(view, "", 0, image.size), size), boxes)
+
+
+def boxes_in(sample: Sample, size: tuple[int, int], where: str) -> list[list[float]]:
+    """The boxes that a sample's `json` says: `bbox`, one or a list of [left, top, right, bottom] in its image's pixels.
+
+    Raises:
+        UserError: it is no JSON object, or a box is not four numbers within the image, in this order.
+    """
+    if sample.json is None:
+        return []
+    try:
+        content = json.loads(sample.json)
+    except (ValueError, RecursionError):
+        raise UserError(f"{where}: its json cannot be read as JSON; mend it and pack again") from None
+    found = content.get("bbox") if isinstance(content, dict) else None
+    if found is None or found == []:
+        return []
+    several = found if isinstance(found, list) and all(isinstance(one, list) for one in found) else [found]
+    for box in several:
+        if not _is_box(box, size):
+            raise UserError(
+                f"{where}: bbox {str(box)[:80]}: expected [left, top, right, bottom] in the pixels of the image, which "
+                f"is {size[0]}x{size[1]}; mend its json and pack again"
+            )
+    return several
+
+
+def _is_box(box: Any, size: tuple[int, int]) -> bool:
+    if not isinstance(box, list) or len(box) != 4:
+        return False
+    if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in box):
+        return False
+    try:
+        left, top, right, bottom = map(float, box)
+    except OverflowError:
+        return False
+    inside = all(map(math.isfinite, box)) and left >= 0 and top >= 0 and right <= size[0] and bottom <= size[1]
+    return inside and left <= right and top <= bottom

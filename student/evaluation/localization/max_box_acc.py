@@ -1,0 +1,124 @@
+"""MaxBoxAcc and MaxBoxAccV2 (Choe et al. 2020, "Evaluating Weakly Supervised Object Localization Methods Right").
+
+A map is thresholded at 0, 0.001, … 0.999 of its maximum; the box of the largest contour (V2: the best of all contours)
+counts as right where its IoU with a true box is at least δ; what is reported is the accuracy at the threshold that is
+best for the whole set. A map has 256 values, so that 255 thresholds differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from student.evaluation.localization.contours import LEVELS, contour_boxes
+
+SIDE = 224  # images, maps and boxes are brought to this size
+OVERLAPS = (0.3, 0.5, 0.7)
+
+Convention = Literal["official", "exact"]
+
+
+def overlaps(boxes: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """IoU of boxes `[n, 4]` with true ones `[m, 4]`, ends included: f64 `[n, m]`."""
+    low = np.maximum(boxes[:, None, :2], truth[None, :, :2])
+    high = np.minimum(boxes[:, None, 2:], truth[None, :, 2:])
+    both = (high - low + 1).clip(0).prod(-1)
+    areas = [(several[:, 2:] - several[:, :2] + 1).prod(-1) for several in (boxes, truth)]
+    shared: np.ndarray = both / (areas[0][:, None] + areas[1][None] - both)
+    return shared
+
+
+def resized_boxes(boxes: Sequence[Sequence[float]], size: tuple[int, int]) -> np.ndarray:
+    """Boxes in the pixels of an image of (width, height) as they are in its 224×224 pixels: int64 `[m, 4]`.
+
+    As in the authors' code, int(x · 224 / width): the product comes first, as x · (224 / width) may fall just below a
+    whole number. A box that ends at the image's width or height ends at 224.
+    """
+    found: np.ndarray = (np.array(boxes, np.float64).reshape(-1, 4) * SIDE / np.array([*size, *size])).astype(np.int64)
+    return found
+
+
+def found_boxes(image: np.ndarray, level: int, convention: Convention) -> np.ndarray:
+    """Boxes of what is brighter than `level` in a map uint8 `[224, 224]`, the largest contour's first: `[n, 4]`.
+
+    `official` boxes end one pixel later, as in the authors' code, which takes x + width for the last pixel; `exact`
+    ones end where the contour does. Where nothing is brighter, the box is the first pixel.
+    """
+    boxes = contour_boxes(image > level)
+    if not len(boxes):
+        return np.zeros((1, 4), np.int64)
+    if convention == "official":
+        boxes[:, 2:] = np.minimum(boxes[:, 2:] + 1, SIDE - 1)
+    return boxes
+
+
+def best_overlaps(image: np.ndarray, truth: np.ndarray, convention: Convention) -> np.ndarray:
+    """IoU with the best true box at each threshold, of the largest contour and of the best of all: f64 `[2, 255]`."""
+    found = np.zeros((2, LEVELS))
+    occurs = np.bincount(image.ravel(), minlength=LEVELS + 1) > 0
+    for level in range(LEVELS):
+        if level and not occurs[level]:  # the same pixels as before are brighter
+            found[:, level] = found[:, level - 1]
+            continue
+        shared = overlaps(found_boxes(image, level, convention), truth).max(1)
+        found[:, level] = shared[0], shared.max()
+    return found
+
+
+def max_box_acc(best: np.ndarray) -> dict[str, dict[str, float]]:
+    """δ -> accuracy in percent at the best threshold, and this threshold as a part of the maximum.
+
+    Args:
+        best: IoU of each image at each threshold, f64 `[N, 255]`.
+    """
+    found = {}
+    for overlap in OVERLAPS:
+        right = (best >= overlap).mean(0)
+        level = int(right.argmax())
+        found[str(overlap)] = {"accuracy": 100 * float(right[level]), "threshold": level / LEVELS}
+    return found
+
+
+def centred(truths: Sequence[np.ndarray]) -> dict[str, dict[str, float]]:
+    """δ -> what one box in the middle of every image reaches, as large as is best for it: the baseline without maps."""
+    sides = np.arange(1, SIDE + 1)
+    low = (SIDE - sides) // 2
+    boxes = np.stack([low, low, low + sides - 1, low + sides - 1], 1)
+    best = np.stack([overlaps(boxes, truth).max(1) for truth in truths])
+    found = {}
+    for overlap in OVERLAPS:
+        right = (best >= overlap).mean(0)
+        side = int(right.argmax())
+        found[str(overlap)] = {"accuracy": 100 * float(right[side]), "side": int(sides[side])}
+    return found
+
+
+def means(found: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Mean accuracies over the first two and over all three δ, as AAL's Table C and V2 have them."""
+    first, second, third = (found[str(overlap)]["accuracy"] for overlap in OVERLAPS)
+    return {"0.3,0.5": (first + second) / 2, "0.3,0.5,0.7": (first + second + third) / 3}
+
+
+def report(best: np.ndarray, truths: Sequence[np.ndarray]) -> dict[str, Any]:
+    """All figures: of the largest contour (`v1`), of all contours (`v2`), and of the centred box; to three decimals.
+
+    Args:
+        best: as `best_overlaps` gives it for each image, f64 `[N, 2, 255]`.
+        truths: the true boxes of each image, `[m, 4]`.
+    """
+    kinds = {"v1": max_box_acc(best[:, 0]), "v2": max_box_acc(best[:, 1]), "centre": centred(truths)}
+    found: dict[str, Any] = _rounded({
+        "max_box_acc": kinds["v1"]["0.5"]["accuracy"],
+        "max_box_acc_v2": means(kinds["v2"])["0.3,0.5,0.7"],
+        **{name: {**kind, "means": means(kind)} for name, kind in kinds.items()},
+    })  # fmt: skip
+    return found
+
+
+def _rounded(value: Any) -> Any:
+    """The figures to three decimals, rounded once: a mean of rounded figures can differ from the rounded mean."""
+    if isinstance(value, dict):
+        return {name: _rounded(one) for name, one in value.items()}
+    return round(value, 3) if isinstance(value, float) else value

@@ -1,0 +1,1 @@
+"""Similarity of students to a teacher: attention divergence and CKA."""

@@ -1,0 +1,228 @@
+"""A student beside a teacher, layer by layer: their attention by its divergence, their residual streams by CKA.
+
+Li et al., "On the Surprising Effectiveness of Attention Transfer for Vision Transformers": Figures 5 and 7. The teacher
+is what a store keeps of the images that are evaluated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from precompute.taps.target_spec import ranges
+from storage.errors import UserError
+from storage.views.policy import policy
+from student.alignment.attention import Rows
+from student.alignment.matching import uniform
+from student.alignment.student_spec import Shape, full, student_shape
+from student.alignment.student_taps import Reads, Seen
+from student.alignment.tokens import Vectors
+from student.attention_copy.inference import borrowing, lent_to
+from student.data.batch import Batch
+from student.evaluation.batches import evaluation_batches
+from student.evaluation.similarity.metrics import PAIRINGS, Alignment, Divergences, assignment
+from student.evaluation.similarity.teacher_targets import Reference
+from student.models.attention_copy_hooks import copies_of
+from student.models.files import Description
+from student.settings import Meeting
+from student.targets.evaluation_views import evaluation_targets
+
+Tokens = Literal["all", "class", "mean"]
+WHERE = "similarity"  # what errors call this comparison
+LARGEST = 2**25  # numbers of one tensor
+
+
+class Comparison:
+    """What of a student meets what of a teacher; everything that can be refused is refused when it is made.
+
+    Layers meet as `layers: uniform` lets them, as far as the store has the teacher's; tokens that one side lacks are
+    left out, and patches of another grid are resized, as for a loss (docs/papers.md).
+
+    Args:
+        model: the student, in eval mode; what it copies is lent to it.
+        about: how it is fed.
+        name: what errors call it.
+        urls: shards; labels are not read.
+        reference: the teacher's targets.
+        tokens: which rows CKA sees: all tokens of all images, each image's class token, or the mean of its patches.
+
+    Raises:
+        UserError: targets of these images are missing, with the command that makes them; nothing can be compared.
+    """
+
+    def __init__(
+        self, model: nn.Module, about: Description, name: str, urls: Sequence[str], reference: Reference, tokens: Tokens
+    ) -> None:
+        self.model, self.about, self.urls, self.tokens = model, about, urls, tokens
+        self.view = policy(about.evaluation, about.img_size)
+        copies = copies_of(model)
+        shape = student_shape(model, attention=bool(reference.attention) and copies is None)
+        if shape.each:
+            raise UserError(f"{name}: pools its patches, so its layers have no common heads and grid to compare")
+        copied = copies.layers if copies is not None and "map" in copies.parts and reference.attention else ()
+        self.rows, self.heads = _rows(shape, reference, copied)
+        self.vectors = _vectors(shape, reference, tokens)
+        left_out = [f"attention of layer(s) {ranges(copied)}, which is copied"] * bool(copied)
+        self.left_out = "; ".join([*left_out, *([reference.missing] if reference.missing else [])])
+        if self.rows is None and self.vectors is None:
+            raise UserError(f"{name}: nothing is left to compare but {self.left_out}; let the store have tokens, too")
+        if self.rows is not None:
+            assignment()
+        attention = reference.attention if self.rows is not None else ()  # nothing is read that nothing looks at
+        given = [*attention, *reference.tokens]
+        why = f"{name} is compared with {reference.teacher} on stored images"
+        self.stored = evaluation_targets(reference.store, given, urls, self.view, why)
+        self.of_rows, self.of_tokens = self.stored.targets[: len(attention)], self.stored.targets[len(attention) :]
+        self.final = bool(reference.tokens) and reference.tokens[0].target["identity"]["layers"] is None
+        self.several = max(1, LARGEST // self._numbers([one.target["sample_shape"] for one in given]))
+
+    def _numbers(self, shapes: Sequence[Sequence[int]]) -> int:
+        """How many numbers an image takes in the largest tensor."""
+        found = [math.prod(shape) for shape in shapes]
+        if self.rows is not None:
+            side = max(len(self.rows.get_buffer("mine")), len(self.rows.get_buffer("theirs")))
+            found.append(len(self.rows.pairs) * self.rows.heads * side ** (1 if self.rows.which == "class" else 2))
+        return max(found)
+
+    @torch.no_grad()
+    def run(
+        self, device: torch.device | str = "cpu", advance: Callable[[int], None] = lambda n: None
+    ) -> dict[str, Any]:
+        """The comparison over all samples.
+
+        Args:
+            device: where the model is.
+            advance: called with the number of samples done.
+
+        Returns:
+            `attention` and `streams`, None where there is no such target: targets, what was done to bring them
+            together, the numbers by layer, and their means; `left_out`, in words.
+        """
+        reads: set[Reads] = {"attention"} if self.rows is not None else set()
+        if self.vectors is not None:
+            reads.add("tokens" if self.final else "streams")
+        seen = Seen(self.model, reads)
+        for side in (self.rows, self.vectors):
+            if side is not None:
+                side.to(device)
+        divergences = Divergences()
+        alignments = [Alignment() for _ in (self.vectors.pairs if self.vectors is not None else ())]
+        lent = lent_to(self.model)
+        wholes = evaluation_batches(self.urls, self.view, 1, stored=self.stored, labelled=False)
+        others = evaluation_batches(self.urls, self.view, 1, stored=lent, labelled=False) if lent else None
+        samples = 0
+        for whole in wholes:
+            beside = None if others is None else next(others)
+            for start in range(0, len(whole.labels), self.several):
+                some = slice(start, start + self.several)
+                part = whole.part(some).to(device)
+                with borrowing(self.model, part if beside is None else beside.part(some).to(device)):
+                    self.model(part.pixels(self.about.mean, self.about.std))
+                if self.rows is not None:
+                    divergences.add(*self._attention(self.rows, seen, part))
+                if self.vectors is not None:
+                    self._align(self.vectors, seen, part, alignments)
+                seen.clear()
+            samples += len(whole.labels)
+            advance(len(whole.labels))
+        found: dict[str, Any] = {"samples": samples, "left_out": self.left_out, "attention": None, "streams": None}
+        if self.rows is not None:
+            found["attention"] = _told(self.rows, self.of_rows, divergences.told(), PAIRINGS)
+        if self.vectors is not None:
+            values: list[dict[str, float | None]] = [{"cka": alignment.value()} for alignment in alignments]
+            told = _told(self.vectors, self.of_tokens, values, ("cka",))
+            found["streams"] = {"tokens": self.tokens, "final": self.final, **told}
+        return found
+
+    def _attention(self, rows: Rows, seen: Seen, part: Batch) -> tuple[Tensor, Tensor]:
+        """Rows `[B, L, H, Q, N]` of the student and of the teacher."""
+        mine = rows.student_rows(seen.q, seen.k, seen.scales)[:, :, : self.heads[0]]
+        theirs = rows.teacher_rows([part.target(id) for id in self.of_rows])[:, :, : self.heads[1]]
+        return (mine.unsqueeze(-2), theirs.unsqueeze(-2)) if rows.which == "class" else (mine, theirs)
+
+    def _align(self, vectors: Vectors, seen: Seen, part: Batch, alignments: Sequence[Alignment]) -> None:
+        """Take the tokens of some images in."""
+        mine = vectors.student_vectors([seen.tokens] * vectors.student.layers if self.final else seen.streams)
+        target = part.target(self.of_tokens[0])
+        if self.tokens == "all":
+            theirs = vectors.teacher_vectors(target)
+        else:  # no patch meets a patch, so that of another grid none is resized
+            theirs = vectors.kept(full(vectors.of_teacher(target)), "theirs", -2)
+        for n, alignment in enumerate(alignments):
+            alignment.add(*(_chosen(side[:, n], vectors, self.tokens) for side in (mine, theirs)))
+
+
+def _rows(shape: Shape, reference: Reference, copied: Sequence[int]) -> tuple[Rows | None, tuple[int, int]]:
+    """How the attention of all heads meets but in the student's layers that copy it; the heads of both sides."""
+    if not reference.attention:
+        return None, (0, 0)
+    first = reference.attention[0]
+    identity = first.target["identity"]
+    pairs = _pairs(shape, reference, first.teacher["layers"], identity["layers"])
+    pairs = [pair for pair in pairs if pair[0] not in copied]
+    if not pairs:
+        return None, (0, 0)
+    heads = (shape.heads, int(first.target["sample_shape"][1]))
+    every = tuple((n % heads[0] + 1, n % heads[1] + 1) for n in range(max(heads)))  # all of both, some of one twice
+    meeting = Meeting(layers=tuple(pairs), heads=every, grid="bicubic")
+    return Rows(WHERE, meeting, shape, reference.attention, "class" if identity["tap"] == "class_row" else "all"), heads
+
+
+def _vectors(shape: Shape, reference: Reference, tokens: Tokens) -> Vectors | None:
+    """How tokens meet."""
+    if not reference.tokens:
+        if tokens != "all":
+            raise UserError(f"--tokens {tokens}: {reference.teacher} has no tokens of these images in the store")
+        return None
+    (given,) = reference.tokens
+    depth, layers = given.teacher["layers"], given.target["identity"]["layers"]
+    pairs = _pairs(shape, reference, depth, layers) if layers else [(shape.layers, depth)]
+    if tokens == "class" and not {"class"} <= {*shape.prefix} & {*given.teacher["prefix"]}:
+        raise UserError(
+            "--tokens class: class tokens are compared where both sides have one; say --tokens mean, or all"
+        )
+    return Vectors(WHERE, Meeting(layers=tuple(pairs), grid="bicubic"), shape, reference.tokens)
+
+
+def _pairs(shape: Shape, reference: Reference, depth: int, stored: Sequence[int]) -> list[tuple[int, int]]:
+    """Layers that meet, of those that are stored. Raises UserError: none does."""
+    wanted = uniform(shape.layers, depth)
+    pairs = [pair for pair in wanted if pair[1] in stored]
+    if not pairs:
+        raise UserError(
+            f"the student's {shape.layers} layers meet the layers {ranges([b for _, b in wanted])} of "
+            f"{reference.teacher}, and the target has {ranges(stored)}; precompute some of these"
+        )
+    return pairs
+
+
+def _chosen(tokens: Tensor, vectors: Vectors, wish: Tokens) -> Tensor:
+    """What CKA sees of tokens `[B, N, D]`, those beside the patches first."""
+    tokens = full(tokens)
+    if wish == "all":
+        return tokens.flatten(0, 1)
+    if wish == "mean":
+        return tokens[:, vectors.prefix :].mean(1)
+    kept = vectors.get_buffer("mine").tolist()
+    return tokens[:, kept.index(vectors.student.prefix.index("class"))]
+
+
+def _told(
+    side: Rows | Vectors, ids: Sequence[str], values: Sequence[dict[str, float | None]], names: Sequence[str]
+) -> dict[str, Any]:
+    """Numbers by layer, with their means."""
+    layers = [{"student": own, "teacher": other, **told} for (own, other), told in zip(side.pairs, values, strict=True)]
+    mean = {name: _mean([told[name] for told in values]) for name in names}
+    grid = side.student.grid
+    rules = [f"the teacher's patches brought to {grid}x{grid} (bicubic)"] if side.resizes else []
+    rules += [f"left out: {', '.join(side.dropped)}"] if side.dropped else []
+    return {"targets": list(ids), "rule": "; ".join(rules), "layers": layers, "mean": mean}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    return math.fsum(found) / len(found) if found else None

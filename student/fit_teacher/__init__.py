@@ -1,0 +1,1 @@
+"""Fit a class head on a stored teacher, so that it answers in the dataset's classes."""

@@ -1,0 +1,258 @@
+"""Teachers made here: a linear head for the shards' classes, fitted on what a teacher saw and written out with it.
+
+Features and labels come from the store; no image is decoded for them. What comes out is an ordinary file of weights
+with `classes`, whose logits can be precomputed, exported and verified like any other's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from precompute.taps import Tap
+from storage.errors import UserError, nearest
+from storage.objects.json_record import Record
+from storage.objects.state_dict import digest_of_file, save_state
+from storage.progress import Progress, size_text
+from storage.shards.classes import classes_of, require_classes
+from storage.shards.index import cached_index, require_labels, with_samples
+from storage.shards.patterns import expand
+from storage.store.banks import read_views
+from storage.store.markers import Task
+from storage.store.store import Store
+from storage.views.policy import policy
+from storage.views.view import COLUMNS
+from student.data.block_reader import BlockReader
+from student.data.shuffle import Segment
+from student.data.stream import Stream
+from student.evaluation.accuracy import Score, evaluate, tell_of_shared
+from student.fit_teacher.logistic_regression import STRENGTHS, Examples, Tried, fit, try_strengths
+from student.fit_teacher.network import Classifier, arguments_of, check, network_of, put_in, tapped
+
+SERVE = ("class_token", "embedding")  # taps that a linear head can act on
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a fit is asked for; what is None is chosen or found in the store."""
+
+    store: Store
+    shards: Sequence[str]
+    val: Sequence[str]
+    out: Path
+    target: str | None = None
+    teacher: str | None = None
+    weights: str | None = None  # a file, if the recorded one is not there
+    views: int | None = None
+    l2: float | None = None
+    seed: int = 0
+    device: str = "cpu"
+    memory: int | None = None  # bytes that features may take; by default half of the machine's
+
+
+def fit_teacher(job: Job, progress: Progress) -> dict[str, Any]:
+    """Fit a head, put it into the teacher's network, check it on real images and write it; what came out.
+
+    Raises:
+        UserError: no or several targets fit, no class names, too little memory, a network whose classifier does not act
+            on the target, a label without a class, a file that is there already.
+        IdentityError: other shards, classes or weights than the store's.
+        DamageError: a missing or damaged object.
+    """
+    began = time.monotonic()
+    if job.out.suffix != ".safetensors" or job.out.exists():
+        state = "is there already; give a new name" if job.out.exists() else "expected a name ending in .safetensors"
+        raise UserError(f"--out {job.out}: {state}")
+    if not job.out.absolute().parent.is_dir():
+        raise UserError(f"--out {job.out}: there is no folder {job.out.parent}")
+    urls, val_urls = expand(job.shards), with_samples(expand(job.val), progress.say)
+    names = _classes(urls, val_urls)
+    for url in val_urls:
+        require_labels(url, cached_index(url), len(names))
+    target = choose_target(job.store, job.target, job.teacher)
+    manifest = job.store.target(target)
+    recorded = job.store.teachers()[manifest["teacher"]]
+    stream = Stream(urls, batch=1, lanes=1, store=job.store, targets=[target], views=job.views)
+    tell_of_shared(stream.source.shards, val_urls, progress.say)
+    model = network_of(recorded, job.weights, len(names))
+    examples = read_examples(stream, target, len(names), progress.say, job.memory)
+    progress.say(
+        f"{len(examples.labels):,} features of {target}: {stream.order.samples:,} samples, {stream.views} view(s)"
+    )
+    l2, tried = job.l2, []
+    if l2 is None:
+        tried = _strength(examples, len(names), job.seed, progress)
+        l2 = tried[0].l2
+    progress.say(f"fitting on all of them, l2 {l2:g}")
+    head = fit(examples, torch.arange(len(examples.labels)), len(names), l2)
+    put_in(model, head, str(recorded["id"]))
+    errors = check(model, head, stream, target, recorded)
+    progress.say(
+        f"live logits against the head on live features: {errors['head']:.1e} of the largest, on stored ones "
+        f"{errors['stored']:.1e}"
+    )
+    score = _score(model, recorded, stream, val_urls, job.device, progress)
+    _write(job, model, recorded, target, names, l2, stream)
+    identity = recorded["identity"]
+    return {
+        "out": str(job.out), "sha256": digest_of_file(str(job.out)), "teacher": recorded["id"], "target": target,
+        "model": identity["model"], "arguments": {**identity["arguments"], "num_classes": len(names)},
+        "input_size": identity["input size"], "mean": identity["mean"], "std": identity["std"], "classes": list(names),
+        "bank": stream.source.bank, "policy": stream.source.policy.line, "view_size": stream.source.policy.size,
+        "view_seed": stream.source.policy.seed, "views": stream.views, "features": len(examples.labels), "l2": l2,
+        "tried": [vars(one) for one in tried], "errors": errors, "top1": score.top1, "top5": score.top5,
+        "samples": score.samples, "seconds": round(time.monotonic() - began, 2),
+    }  # fmt: skip
+
+
+def _classes(urls: Sequence[str], val_urls: Sequence[str]) -> tuple[str, ...]:
+    """The class names of the shards: contract 10, never guessed from labels."""
+    names = classes_of(urls)
+    if names is None:
+        raise UserError(
+            f"{urls[0]}: no classes.json beside it, so the teacher's classes are not known; write their names there, "
+            "a JSON list in the order of the labels (`pipeline pack` does)"
+        )
+    require_classes(val_urls, names)
+    return tuple(names)
+
+
+def choose_target(store: Store, target: str | None, teacher: str | None) -> str:
+    """The one target that fits: the one of this id, or the only one of this teacher with a tap that serves.
+
+    Raises:
+        UserError: none fits, or several do.
+    """
+    taps = " or ".join(SERVE)
+    if target is not None:
+        tap = store.target(target)["identity"]["tap"]
+        if tap not in SERVE:
+            raise UserError(f"{store.url}: target {target} keeps {tap}; a linear head acts on {taps}")
+        return target
+    manifests = store.targets()
+    teachers = sorted(store.teachers())
+    if teacher is not None and teacher not in teachers:
+        raise UserError(f"{store.url}: no teacher is called {teacher!r}. {nearest(teacher, teachers)}")
+    fitting = [
+        id for id, m in manifests.items() if m["identity"]["tap"] in SERVE and teacher in (None, m["teacher"])
+    ]  # fmt: skip
+    if not fitting:
+        of = f" of {teacher}" if teacher else ""
+        raise UserError(
+            f"{store.url}: no target{of} keeps {taps}; add one: pipeline precompute --teacher {teacher or 'NAME'} "
+            "--target embedding …"
+        )
+    if len(fitting) > 1:
+        raise UserError(f"{store.url}: {len(fitting)} targets fit: {', '.join(fitting)}; say which: --target ID")
+    return fitting[0]
+
+
+def read_examples(
+    stream: Stream, target: str, classes: int, say: Callable[[str], None] = lambda line: None, memory: int | None = None
+) -> Examples:
+    """Stored features of all valid samples in all views, with their mixed labels: shard, view and sample in order.
+
+    Raises:
+        UserError: they need more memory than is allowed, with figures; a label that there is no class for.
+        DamageError: a missing or damaged object.
+    """
+    source, views = stream.source, stream.views or 0
+    codec = source.targets[target]
+    if len(codec.shape) != 1:
+        raise UserError(
+            f"target {target} has values of shape {list(codec.shape)}; a linear head acts on rows of numbers"
+        )
+    count, width = stream.order.samples * views, codec.shape[0]
+    need = count * (4 * width + 28)
+    budget = memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    say(f"features take {size_text(need)} of memory")
+    if need > budget:
+        raise UserError(
+            f"{count:,} features ({stream.order.samples:,} samples × {views} views) of {width} numbers take "
+            f"{size_text(need)}, {size_text(budget)} are allowed; give fewer shards, or fewer views: "
+            "--view-count N"
+        )
+    whole = [torch.empty(count, dtype=torch.int64) for _ in range(3)]
+    examples = Examples(torch.empty(count, width), whole[0], whole[1], torch.empty(count), whole[2])
+    by_shard: dict[int, list[tuple[int, Segment]]] = defaultdict(list)
+    for i, segment in enumerate(stream.order.blocks):
+        by_shard[segment.shard].append((i, segment))
+    reader, at = BlockReader(source), 0
+    kind, partner, amount = (COLUMNS.index(name) for name in ("mix", "partner", "amount"))
+    for number, (url, shard) in enumerate(zip(source.urls, source.shards, strict=True)):
+        if not (mine := by_shard[number]):
+            continue
+        require_labels(url, reader.index(number), classes)
+        labels = torch.tensor(reader.index(number).labels)
+        rows = torch.cat([torch.from_numpy(segment.samples) for _, segment in mine])
+        blocks = torch.cat([torch.full((len(segment.samples),), i) for i, segment in mine])
+        for view in range(views):
+            arrays = reader.marker(Task("target", target, shard, view)).arrays
+            kept = {name: array.read(0, len(labels))[rows.numpy()] for name, array in arrays.items()}
+            drawn = read_views(reader.marker(Task("bank", str(source.bank), shard, view)), 0, len(labels)).rows
+            mixing = torch.tensor(drawn[:, [kind, partner, amount]])[rows]
+            is_mixed, to = mixing[:, 0] > 0, slice(at, at + len(rows))
+            examples.features[to] = torch.from_numpy(codec.decode(kept))
+            examples.labels[to], examples.blocks[to] = labels[rows], blocks
+            examples.others[to] = labels[torch.where(is_mixed, mixing[:, 1].long(), rows)]
+            examples.shares[to] = torch.where(is_mixed, mixing[:, 2] / 256, 0).float()
+            at += len(rows)
+    return examples
+
+
+def _strength(examples: Examples, classes: int, seed: int, progress: Progress) -> list[Tried]:
+    """The λ that were tried on blocks held out of the training shards, best first."""
+    if len(torch.unique(examples.blocks)) < 2:
+        raise UserError(
+            "one block of 64 samples leaves none to choose the strength of the L2 term by; say it: --l2 0.01"
+        )
+    progress.start("choosing l2", len(STRENGTHS))
+    tried = try_strengths(examples, classes, seed, advance=progress.advance)
+    for one in tried:
+        progress.say(f"l2 {one.l2:g}: loss {one.loss:.4f}, top-1 {one.top1:.2f} % on held-out training samples")
+    return tried
+
+
+def _score(
+    model: nn.Module, recorded: Record, stream: Stream, urls: Sequence[str], device: str, progress: Progress
+) -> Score:
+    """The live network's accuracy on the evaluation view, every sample once."""
+    classifier = Classifier(tapped(model, [Tap("logits")], stream, recorded)).to(device)
+    progress.start("evaluating", sum(len(cached_index(url)) for url in urls))
+    bank = stream.source.policy
+    return evaluate(
+        classifier, urls, policy(bank.evaluation.line, bank.size), (0, 0, 0), (1, 1, 1), batch=64, device=device,
+        advance=progress.advance,
+    )  # fmt: skip
+
+
+def _write(
+    job: Job, model: nn.Module, recorded: Record, target: str, names: Sequence[str], l2: float, stream: Stream
+) -> None:
+    """The file of weights: what rebuilds the network, its classes, and where they came from."""
+    identity = recorded["identity"]
+    origin = {
+        "teacher": identity, "target": target, "shards": list(stream.source.shards), "views": stream.views, "l2": l2,
+        "seed": job.seed,
+    }  # fmt: skip
+    metadata = {
+        "format": "pt",
+        "model": identity["model"],
+        "arguments": json.dumps({**arguments_of(recorded), "num_classes": len(names)}, sort_keys=True),
+        "img_size": str(identity["input size"]),
+        "mean": json.dumps(identity["mean"]),
+        "std": json.dumps(identity["std"]),
+        "classes": json.dumps(list(names)),
+        "evaluation": stream.source.policy.evaluation.line,
+        "fitted": json.dumps(origin, sort_keys=True),
+    }
+    save_state(job.out, model.state_dict(), metadata)

@@ -1,0 +1,172 @@
+"""A recorded teacher's network with a head of other classes, checked on real images against what the store keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from precompute.taps import Tap, TappedTeacher, takes_image_size
+from storage.errors import IdentityError, UserError, first_line
+from storage.objects.checkpoint_file import EARLIER
+from storage.objects.json_record import Record
+from storage.objects.state_dict import HUB, KEY, READY, digest_of_file, digest_of_state, load_weights
+from student.data.block_reader import BlockReader
+from student.data.stream import Stream
+from student.fit_teacher.logistic_regression import Head
+
+PARITY = 1e-4  # largest difference of logits ÷ their largest value, from the same features
+
+
+def network_of(recorded: Record, weights: str | None, classes: int) -> nn.Module:
+    """A recorded teacher's network with its weights and a head for so many classes that is still to be filled.
+
+    Args:
+        recorded: the teacher's manifest.
+        weights: a file, if not the recorded one.
+        classes: K.
+
+    Raises:
+        UserError: the teacher is a ready graph, the file is not there, or it does not fit.
+        IdentityError: it is another file than the teacher's.
+    """
+    if recorded["identity"]["model"] == READY:
+        raise UserError(
+            f"teacher {recorded['id']} is a ready graph ({recorded['weights']}), and a head is fitted into a PyTorch "
+            "network; precompute with its timm name and --weights F, then fit that one"
+        )
+    name, arguments = str(recorded["identity"]["model"]), arguments_of(recorded)
+    path = weights or str(recorded["weights"])
+    from_hub = weights is None and path == HUB
+    if not from_hub:
+        if weights is None and not Path(path).expanduser().is_file():
+            raise UserError(f"teacher {recorded['id']}: its weights are no longer at {path}; say where: --weights F")
+        _same_weights(f"--weights {path}", recorded, digest_of_file(path))
+    if from_hub:  # the digest is of what the hub gives, whatever the size that the teacher ran at
+        given = _created(name, recorded["identity"]["arguments"], pretrained=True)
+        _same_weights(f"{name} from timm's hub", recorded, digest_of_state(given.state_dict()))
+    own = _created(name, arguments, pretrained=from_hub)
+    if not from_hub:
+        load_weights(own, path, recorded["identity"].get(KEY), EARLIER)
+    model = _created(name, {**arguments, "num_classes": classes})
+    head = tuple(f"{part}." for part in heads_of(model))
+    state = {n: t for n, t in own.state_dict().items() if not n.startswith(head)}
+    absent = {n: t for n, t in model.state_dict().items() if n.startswith(head)}
+    model.load_state_dict({**state, **absent}, strict=True)
+    return model.eval().float().requires_grad_(False)
+
+
+def arguments_of(recorded: Record) -> dict[str, Any]:
+    """What a recorded teacher's network is made of: its arguments, with the image size where it is made for one."""
+    identity = recorded["identity"]
+    sized = {"img_size": identity["input size"]} if takes_image_size(identity["model"]) else {}
+    return {**sized, **identity["arguments"]}
+
+
+def _same_weights(where: str, recorded: Record, found: str) -> None:
+    expected = recorded["identity"]["weights sha256"]
+    if found != expected:
+        raise IdentityError(
+            where,
+            "weights sha256",
+            expected,
+            found,
+            f"The features are those of the recorded teacher {recorded['id']}.",
+        )
+
+
+def _created(name: str, arguments: dict[str, Any], *, pretrained: bool = False) -> nn.Module:
+    try:
+        made: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
+    except Exception as error:  # timm and the hub raise many kinds
+        raise UserError(f"teacher {name} {arguments}: cannot be made: {first_line(error)}") from None
+    return made
+
+
+def heads_of(model: nn.Module) -> list[str]:
+    """The names of a network's classifiers: one, or two where it has a distillation token."""
+    found = model.get_classifier()  # type: ignore[operator]
+    modules = found if isinstance(found, tuple) else (found,)
+    return [name for name, module in model.named_modules() if any(module is one for one in modules)]
+
+
+def put_in(model: nn.Module, head: Head, teacher: str) -> None:
+    """Fill a network's classifiers with a head; both of them where it has two, whose mean it then is.
+
+    Raises:
+        UserError: the classifier is no linear map of this many features.
+    """
+    for name in heads_of(model):
+        part = model.get_submodule(name)
+        linear = isinstance(part, nn.Linear) or (isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1))
+        weight, bias = getattr(part, "weight", None), getattr(part, "bias", None)
+        shape = tuple(weight.shape[:2]) if isinstance(weight, Tensor) else ()
+        if not linear or shape != tuple(head.weight.shape) or not isinstance(bias, Tensor):
+            raise UserError(
+                f"teacher {teacher}: its classifier {name} is a {type(part).__name__} of shape {list(shape)}; a linear "
+                f"head of {head.weight.shape[0]} classes over {head.weight.shape[1]} features cannot take its place"
+            )
+        weight.copy_(head.weight.reshape(weight.shape))  # type: ignore[union-attr]
+        bias.copy_(head.bias)
+
+
+def check(model: nn.Module, head: Head, stream: Stream, target: str, recorded: Record) -> dict[str, float]:
+    """How far the network's live logits of a real block are from the head on features, ÷ their largest value.
+
+    Returns:
+        head: on features that were read off at the same moment; stored: on those of the store, with its codec's error.
+
+    Raises:
+        UserError: the network's classifier does not act on this tap alone, or what is stored is not what is live.
+    """
+    tap = stream.source.store.target(target)["identity"]["tap"]  # type: ignore[union-attr]
+    module = tapped(model, [Tap(tap), Tap("logits")], stream, recorded)
+    part, arrays = BlockReader(stream.source).read(stream.order.blocks[0], 0)
+    with torch.no_grad():
+        seen, logits = module(torch.from_numpy(part["images"]))
+    codec = stream.source.targets[target]
+    stored = torch.from_numpy(codec.decode(arrays[target]))
+    largest = float(logits.abs().max())
+    off = float((head.logits(seen) - logits).abs().max()) / largest
+    if not off <= PARITY:
+        advice = "it cannot be given a linear head"
+        if tap != "embedding":
+            advice = "take its pooled features: pipeline precompute … --target embedding, then --target of these"
+        raise UserError(
+            f"teacher {recorded['id']}: its logits differ from a linear head on {tap} by {off:.2g} of the largest "
+            f"(allowed: {PARITY:g}): its classifier does not act on {tap} alone; {advice}"
+        )
+    rounded = torch.from_numpy(codec.decode(codec.encode(seen.numpy(), wide=codec.name == "u8")))
+    allowed = 2 * float((rounded - seen).abs().max()) + 1e-3 * float(seen.abs().max())
+    error = float((stored - seen).abs().max())
+    if not error <= allowed:
+        raise UserError(
+            f"target {target}: what is stored of {stream.source.urls[0]} differs from what the network says now by "
+            f"{error:.3g} (allowed for {codec.name}: {allowed:.3g}); `pipeline verify` compares all of it"
+        )
+    return {"head": off, "stored": float((head.logits(stored) - logits).abs().max()) / largest}
+
+
+def tapped(model: nn.Module, taps: Sequence[Tap], stream: Stream, recorded: Record) -> TappedTeacher:
+    """The network from a stream's view images to taps, with the preprocessing of precompute."""
+    identity = recorded["identity"]
+    size = stream.source.policy.size
+    return TappedTeacher(model, taps, size, identity["input size"], identity["mean"], identity["std"]).eval()
+
+
+class Classifier(nn.Module):
+    """A teacher from pixels in [0, 1], `[B, 3, S, S]`, as `evaluate` gives them, to logits `[B, K]`."""
+
+    def __init__(self, teacher: TappedTeacher) -> None:
+        super().__init__()
+        self.teacher = teacher
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """The logits."""
+        images = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+        (logits,) = self.teacher(images)
+        return logits  # type: ignore[no-any-return]

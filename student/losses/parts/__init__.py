@@ -1,0 +1,1 @@
+"""Parts that several losses share: projectors, queues and links."""

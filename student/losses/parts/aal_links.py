@@ -1,0 +1,294 @@
+"""AAL's links: which of them are kept, by the paper's Table 1, by ranges of layers, or by Algorithm 1 from a run's.
+
+A link joins one map of the teacher (a channel of a stage) and one class-row map of the student (a head of a layer).
+They are kept or pruned for all heads of a layer together: a choice is a table of bool `[C, N]`, channels and layers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from storage.errors import UserError, first_line, nearest
+from storage.rounding import constant
+from student import run_dir
+from student.settings import AllLinks, Links
+
+# Table 1: for each of EfficientNet's seven stages the first and last of DeiT-S's twelve layers.
+TABLE: dict[str, tuple[tuple[int, int], ...]] = {
+    "alpha": ((1, 3), (1, 5), (3, 5), (4, 6), (4, 6), (6, 11), (7, 12)),
+    "beta": ((1, 2), (1, 5), (3, 5), (4, 6), (4, 7), (6, 10), (7, 10)),
+}
+LAYERS = 12  # of the table's student
+_WHERE = ".aal.links.weight"  # after the loss's name
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What links join.
+
+    Attributes:
+        stages: numbers of the teacher's stages.
+        channels: of each stage, together C.
+        heads: of each of the student's N layers, together M.
+    """
+
+    stages: tuple[int, ...]
+    channels: tuple[int, ...]
+    heads: tuple[int, ...]
+
+    @property
+    def text(self) -> str:
+        """For errors."""
+        heads = f"{self.heads[0]} heads" if len(set(self.heads)) == 1 else f"{_joined(self.heads)} heads"
+        return f"{_joined(self.channels)} maps and {len(self.heads)} layers of {heads}"
+
+    def spread(self, kept: Tensor) -> Tensor:
+        """A choice `[C, N]` as f32 `[C, M]`, one number a link."""
+        return kept.float().repeat_interleave(torch.tensor(self.heads), 1)
+
+    def count(self, kept: Tensor) -> int:
+        """How many links a choice keeps."""
+        return int(self.spread(kept).sum())
+
+    def heat(self, weights: Tensor) -> Tensor:
+        """The paper's Figure 2: the mean of |w| `[C, M]` over a stage's maps and a layer's heads, f64 `[stages, N]`."""
+        means = _by_layer(weights.double().abs(), self.heads)
+        return torch.stack([stage.mean(0) for stage in torch.split(means, list(self.channels))])
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run's links came to.
+
+    Attributes:
+        where: for errors.
+        loss: the name that the run's recipe gave it.
+        target: id of the target that it was trained with.
+        layout: what the links join.
+        weights: f32 `[C, M]`.
+    """
+
+    where: str
+    loss: str
+    target: str
+    layout: Layout
+    weights: Tensor
+
+
+def ranged(ranges: Sequence[tuple[int, int] | None], layout: Layout, where: str) -> Tensor:
+    """The choice `[C, N]` that links each stage to its layers, from the first to the last; None to none.
+
+    Raises:
+        UserError: not one range a stage, or layers that the student has not.
+    """
+    depth = len(layout.heads)
+    if len(ranges) != len(layout.channels):
+        raise UserError(
+            f"{where}: {len(ranges)} ranges of layers for the target's {len(layout.channels)} stages; give each stage "
+            "its first and last layer, such as [[1, 3], [2, 4]], or null for none"
+        )
+    rows = []
+    for stage, channels, span in zip(layout.stages, layout.channels, ranges, strict=True):
+        first, last = span or (1, 0)
+        if span and not 1 <= first <= last <= depth:
+            raise UserError(f"{where}: stage {stage}: layers {first} to {last}; the student has layers 1 to {depth}")
+        row = torch.tensor([first <= n <= last for n in range(1, depth + 1)])
+        rows.append(row.expand(channels, depth))
+    return torch.cat(rows)
+
+
+def tabled(name: Literal["alpha", "beta"], layout: Layout, stages: int, where: str) -> Tensor:
+    """The choice `[C, N]` of Table 1.
+
+    Args:
+        name: which of its two rows.
+        layout: what the links join.
+        stages: how many the teacher has, kept in the target or not.
+        where: for errors.
+
+    Raises:
+        UserError: another teacher or student than the table speaks of.
+    """
+    ranges = TABLE[name]
+    if stages != len(ranges) or len(layout.heads) != LAYERS:
+        raise UserError(
+            f"{where}={name}: the paper's Table 1 is for a teacher of {len(ranges)} stages and a student of {LAYERS} "
+            f"layers; here are {stages} and {len(layout.heads)}: give each stage its first and last layer, such as "
+            f"[[1, 3], [2, 4]], or take them from a run with full links: --set {where}=RUN"
+        )
+    return ranged([ranges[n - 1] for n in layout.stages], layout, where)
+
+
+def extracted(weights: Tensor, layout: Layout, settings: Links) -> Tensor:
+    """Algorithm 1: the choice `[C, N]` of trained links whose normalised mean over heads is above the threshold.
+
+    `printed`: w ← (w − min w) / (max w − min w), then |·|, which changes nothing: a link of weight 0 lies near 0.5, so
+    this keeps all of Gaussian or Laplacian links. `abs` (default): of |w| likewise. `block` takes the mean over a
+    stage's channels too, so that a stage is linked to whole layers, as Table 1 has it.
+
+    Args:
+        weights: `[C, M]`.
+        layout: what they join.
+        settings: normalisation, granularity and threshold.
+    """
+    values = weights.double()
+    values = values.abs() if settings.normalise == "abs" else values
+    low, high = values.min(), values.max()
+    same = constant(float(low), float(high))
+    values = torch.zeros_like(values) if same else ((values - low) / (high - low)).abs()
+    means = _by_layer(values, layout.heads)
+    if settings.granularity == "block":
+        means = torch.cat([part.mean(0).expand(len(part), -1) for part in torch.split(means, list(layout.channels))])
+    return means > settings.threshold
+
+
+def _by_layer(values: Tensor, heads: Sequence[int]) -> Tensor:
+    """The mean over each layer's heads, `[C, N]` of `[C, M]`."""
+    return torch.stack([part.mean(1) for part in torch.split(values, list(heads), 1)], 1)
+
+
+def ranges_of(kept: Tensor, layout: Layout) -> list[list[int] | None] | None:
+    """A choice as a recipe says it, stage for stage; None where it is no range of whole layers for each."""
+    found: list[list[int] | None] = []
+    for part in torch.split(kept, list(layout.channels)):
+        layers = [n for n, one in enumerate(part[0].tolist(), 1) if one]
+        if not bool((part == part[0]).all()) or (layers and layers[-1] - layers[0] >= len(layers)):
+            return None
+        found.append([layers[0], layers[-1]] if layers else None)
+    return found
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which links a loss trains.
+
+    Attributes:
+        choice: bool `[C, N]`; None keeps all.
+        words: for the printed table.
+        digest: of a choice that was taken from a run, which may change; None of others.
+    """
+
+    choice: Tensor | None
+    words: str
+    digest: str | None = None
+
+
+def kept(loss: str, links: AllLinks, layout: Layout, stages: int) -> Kept:
+    """What a recipe's `links` keep.
+
+    Args:
+        loss: its name.
+        links: as the recipe says them.
+        layout: what the links join.
+        stages: how many the teacher has.
+
+    Raises:
+        UserError: they do not fit teacher and student, keep nothing, or the run has no such links.
+    """
+    channels, maps = sum(layout.channels), sum(layout.heads)
+    if links == "full":
+        return Kept(None, f"full links, {channels * (maps + 1):,} weights")
+    where, digest, note = f"losses.{loss}.links", None, ""
+    if isinstance(links, Links):
+        run = read(links.run, links.loss, where)
+        if run.layout != layout:
+            raise UserError(
+                f"{where}: the links of {run.where} join {run.layout.text}; here are {layout.text}. They serve a "
+                "student and a teacher of the same shape."
+            )
+        if run_dir.is_smoke(Path(links.run).expanduser()):
+            raise UserError(f"{where}: {run.where} is of a smoke run, whose links have learned nothing")
+        choice = extracted(run.weights, layout, links)
+        digest = hashlib.sha256(choice.numpy().tobytes()).hexdigest()
+        name = f"links of {links.run} ({links.normalise}, by {links.granularity}, above {links.threshold:g})"
+        if not choice.any():
+            raise UserError(f"{where}: {name}: none is kept; lower --set {where}.threshold")
+        if choice.all():
+            note = f", all of them{_WHY if links.normalise == 'printed' else ''}"
+    else:
+        name = f"{links} links" if isinstance(links, str) else "links by ranges"
+        choice = tabled(links, layout, stages, where) if isinstance(links, str) else ranged(links, layout, where)
+        if not choice.any():
+            raise UserError(f"{where}: no stage is linked to any layer")
+    count = layout.count(choice)
+    return Kept(choice, f"{name}: {count:,} of {channels * maps:,} weights{note}, {channels:,} biases", digest)
+
+
+_WHY = " (printed puts a weight of 0 near the middle of 0 to 1; abs prunes)"
+
+
+def read(run: str | Path, loss: str | None, where: str = "links") -> Trained:
+    """The links that a run ended with.
+
+    Args:
+        run: its folder.
+        loss: which of its AAL losses; None where it has one.
+        where: opens the errors.
+
+    Raises:
+        UserError: no complete run with links there, several without a word which, or a file that is not what `train`
+            writes.
+    """
+    path = Path(run).expanduser() / run_dir.LOSSES
+    known = "the folder of a complete run with an aal loss"
+    known = f"{', '.join(('full', *TABLE))}, ranges, or {known}" if where.startswith("losses.") else known
+    try:
+        with safe_open(path, "pt") as file:
+            notes, names = file.metadata() or {}, [n for n in file.keys() if n.endswith(_WHERE)]  # noqa: SIM118
+            found = [name.removesuffix("." + _WHERE[1:]) for name in names]
+            if not found:
+                raise UserError(f"{where}: {path}: the run had no aal loss, so there are no links")
+            if loss is None and len(found) > 1:
+                say = f"--set {where}.loss=NAME" if where.startswith("losses.") else "--loss NAME"
+                raise UserError(f"{where}: {path} has links of {', '.join(found)}; say which: {say}")
+            if loss is not None and loss not in found:
+                raise UserError(f"{where}: {path} has no links of {loss!r}. {nearest(loss, found)}")
+            name = loss or found[0]
+            weights = file.get_tensor(name + _WHERE)
+    except FileNotFoundError:
+        raise UserError(f"{where}: {run}: no links here ({run_dir.LOSSES} is missing); expected {known}") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{where}: {path}: cannot be read: {first_line(error)}") from None
+    about = _about(notes.get(name), f"{where}: {path}")
+    layout = Layout(*(tuple(about[part]) for part in _PARTS))
+    expected = (sum(layout.channels), sum(layout.heads), 1)
+    if tuple(weights.shape) != expected or weights.dtype != torch.float32 or not weights.isfinite().all():
+        raise UserError(
+            f"{where}: {path}: links are {weights.dtype} {list(weights.shape)}; expected finite torch.float32 "
+            f"{list(expected)}"
+        )
+    return Trained(str(path), name, str(about["target"]), layout, weights[:, :, 0])
+
+
+_PARTS = ("stages", "channels", "heads")
+_MOST = 100_000  # stages, channels and heads are far fewer
+
+
+def _about(text: str | None, where: str) -> dict[str, Any]:
+    """What `AAL`'s method said of its links when they were written."""
+    if text is None:
+        raise UserError(f"{where}: it does not say what its links join: an older version wrote it; train again")
+    try:
+        about = json.loads(text)
+        lists = [about[part] for part in _PARTS]
+        whole = all(isinstance(n, int) and 0 < n < _MOST for several in lists for n in several)
+        fits = isinstance(about["target"], str) and all(lists) and len(lists[0]) == len(lists[1])
+        if not (whole and fits and math.prod(map(len, lists)) < _MOST**2):
+            raise ValueError("numbers that cannot be")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"{where}: what it says of its links cannot be read: {first_line(error)}") from None
+    return dict(about)
+
+
+def _joined(numbers: Sequence[int]) -> str:
+    return " + ".join(map(str, numbers))

@@ -1,0 +1,1 @@
+"""Models: making, initializing, saving and loading students."""

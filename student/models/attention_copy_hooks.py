@@ -1,0 +1,112 @@
+"""Hooks that replace a network's attention by another's."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from precompute.taps import attention_layers
+from storage.errors import UserError
+from student.settings import Copying
+
+COPIED = "copied."  # what tensors that every image gets are called in a student's file
+
+Copied = Mapping[str, Tensor]  # `map`, `q`, `k` or `v` -> [B, L, h, N, …] of the layers and heads that are copied
+
+
+class AttentionSource(Protocol):
+    """Where images that are evaluated get the attention that they copy: `student.attention_copy.inference`."""
+
+    @property
+    def stored(self) -> Any:
+        """The stored targets of the evaluation views."""
+
+    def copied(self, batch: Any) -> Copied:
+        """The attention that a batch's images copy."""
+
+
+class Copies:
+    """The places of a student where copied attention goes in.
+
+    A student that it is attached to does not run before it is told what to attend with.
+
+    Args:
+        what: `map`, `q`, `k`, `v` or `qk`.
+        layers: of the student, from 1.
+        heads: how many, the first ones; the others go on with their own.
+
+    Attributes:
+        fixed: what every image gets, `[1, L, h, N, …]`; empty where each has its own.
+        lender: where images that are evaluated get theirs from; None until somebody says it.
+    """
+
+    def __init__(self, what: str, layers: Sequence[int], heads: int) -> None:
+        self.parts = (what,) if what == "map" else tuple(what)
+        self.layers, self.heads = tuple(layers), heads
+        self.fixed: Copied = {}
+        self.lender: AttentionSource | None = None
+        self._given: Copied = {}
+
+    def attach(self, model: nn.Module) -> None:
+        """Put the hooks on a plain ViT; whole maps go in where probabilities are, so these layers are unfused."""
+        layers = attention_layers(model)
+        for at, n in enumerate(self.layers):
+            layer: Any = layers[n - 1]
+            if "map" in self.parts:
+                layer.fused_attn, layer.copies_maps = False, True
+                layer.attn_drop.register_forward_pre_hook(functools.partial(self._map, at, layer))
+            for part in {"q", "k"} & {*self.parts}:
+                getattr(layer, f"{part}_norm").register_forward_hook(functools.partial(self._vectors, part, at))
+            if "v" in self.parts:
+                layer.qkv.register_forward_hook(functools.partial(self._values, at, layer.num_heads))
+        model.teacher_copies = self  # type: ignore[assignment]
+
+    @contextmanager
+    def given(self, copied: Copied) -> Iterator[None]:
+        """Attend with this meanwhile."""
+        self._given = copied
+        try:
+            yield
+        finally:
+            self._given = {}
+
+    def _of(self, part: str, at: int, own: Tensor) -> Tensor:
+        """What goes in place of a layer's own `[B, H, N, …]`, its other heads with it."""
+        copied = (self._given or self.fixed).get(part)
+        if copied is None:
+            raise UserError(
+                f"this student attends with its teacher's {'attention' if part == 'map' else part} in "
+                f"{len(self.layers)} layer(s), and nothing gives it here; `pipeline predict` does, and "
+                "`pipeline evaluate` for accuracies"
+            )
+        new = copied[:, at].to(own).expand(len(own), *copied.shape[2:])
+        return new if self.heads == own.shape[1] else torch.cat([new, own[:, self.heads :]], 1)
+
+    def _map(self, at: int, layer: Any, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (self._of("map", at, args[0]),)
+
+    def _vectors(self, part: str, at: int, module: nn.Module, args: Any, own: Tensor) -> Tensor:
+        return self._of(part, at, own)
+
+    def _values(self, at: int, heads: int, module: nn.Module, args: Any, own: Tensor) -> Tensor:
+        """The last third of the joint projection `[B, N, 3·H·d]`."""
+        width = own.shape[-1] // 3
+        values = own[..., 2 * width :].reshape(*own.shape[:2], heads, width // heads).transpose(1, 2)
+        return torch.cat([own[..., : 2 * width], self._of("v", at, values).transpose(1, 2).flatten(2)], -1)
+
+
+def copies_of(model: nn.Module) -> Copies | None:
+    """The copies that are attached to a student."""
+    found = getattr(model, "teacher_copies", None)
+    return found if isinstance(found, Copies) else None
+
+
+def copies_in(record: Mapping[str, Any]) -> Copies:
+    """The places of a recorded student where copied attention goes in. Raises KeyError, ValueError or TypeError."""
+    settings = Copying.model_validate(record["settings"])
+    return Copies(settings.what, [int(n) for n in record["layers"]], int(record["heads"]))

@@ -1,0 +1,145 @@
+"""Building a student: a timm network by name, or by explicit sizes."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Annotated, Any, Self
+
+import timm
+import torch
+from pydantic import Field, Strict, model_validator
+from torch import nn
+
+from precompute.taps import takes_image_size
+from storage.errors import UserError, first_line, nearest
+from storage.objects.record_schema import Count, Id, Schema, Several, Sha256, Size, Three
+from storage.views.policy import policy
+from student.models.shifted_patch import shift_patches
+from student.settings import WITH_CLASS, Copying, Student
+
+_ARGUMENTS = (
+    "img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "global_pool", "drop_path_rate",
+    "drop_rate", "proj_drop_rate", "attn_drop_rate",
+)  # fmt: skip
+
+
+class CopyingRecord(Schema):
+    """What a student's file says of what it copies: `student.attention_copy.inference.record_of`."""
+
+    layers: Annotated[Several[Count], Field(min_length=1)]
+    heads: Size
+    settings: Copying
+    store: str
+    teacher: str
+    targets: Annotated[Several[Id], Field(min_length=1)]
+    graphs: Several[Annotated[tuple[Sha256, Count], Strict(False)]]
+    permute: int | None
+
+    @model_validator(mode="after")
+    def _graphs(self) -> Self:
+        if len(self.graphs) != len(self.targets):
+            raise ValueError(f"graphs: expected one for each of {len(self.targets)} targets, found {len(self.graphs)}")
+        return self
+
+
+class DescriptionRecord(Schema):
+    """What a student's file says: see `Description`."""
+
+    model: str
+    arguments: dict[str, Any]
+    img_size: Annotated[int, Field(ge=1, le=4096)]
+    mean: Three
+    std: Three
+    classes: Several[str] | None
+    evaluation: str
+    copying: CopyingRecord | None
+
+    @model_validator(mode="after")
+    def _evaluation(self) -> Self:
+        try:
+            policy(self.evaluation, self.img_size)
+        except UserError as error:
+            raise ValueError(f"evaluation: expected a view policy, found {error}") from None
+        return self
+
+
+def build(settings: Student, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
+    """A new student and the arguments that `timm.create_model` makes it of.
+
+    Raises:
+        UserError: an unknown model, or sizes that do not go together.
+    """
+    if not timm.is_model(settings.model):
+        known = timm.list_models()
+        longer = min((name for name in known if name.startswith(settings.model)), key=len, default=None)
+        family = [name for name in known if name.split("_")[0] == settings.model.split("_")[0]]
+        close = difflib.get_close_matches(settings.model, family or known, cutoff=0.5)
+        hint = nearest(settings.model, close) if close else f"One that it has: {WITH_CLASS!r}."
+        hint = f"Did you mean {longer!r}?" if longer else hint
+        raise UserError(f"student.model: timm has no {settings.model!r}. {hint}")
+    arguments = {name: getattr(settings, name) for name in _ARGUMENTS if getattr(settings, name) is not None}
+    if settings.embed_dim and settings.num_heads and settings.embed_dim % settings.num_heads:
+        raise UserError(
+            f"student: embed_dim {settings.embed_dim} is no multiple of num_heads {settings.num_heads}; "
+            f"change one of them, such as --set student.embed_dim={settings.num_heads * 64}"
+        )
+    if not takes_image_size(settings.model):
+        arguments.pop("img_size", None)
+    arguments["num_classes"] = num_classes
+    model = create(settings.model, arguments)
+    if settings.shifted_patches:
+        shift_patches(model)
+    embed = getattr(model, "patch_embed", None)
+    sizes, patches = (getattr(embed, name, None) for name in ("img_size", "patch_size"))
+    for side, patch in (
+        zip(sizes, patches, strict=False) if isinstance(sizes, tuple) and isinstance(patches, tuple) else ()
+    ):
+        if side % patch:
+            raise UserError(
+                f"student: img_size {side} is no multiple of the patch size {patch} of {settings.model}; "
+                f"change one of them, such as --set student.img_size={patch * max(1, round(side / patch))}"
+            )
+    return model, arguments
+
+
+def create(model: str, arguments: dict[str, Any]) -> nn.Module:
+    """`timm.create_model` with a message that people understand."""
+    try:
+        made: nn.Module = timm.create_model(model, pretrained=False, **arguments)
+    except Exception as error:  # timm raises many kinds
+        advice = "change its sizes" if model == WITH_CLASS else f"take a ViT, such as --set student.model={WITH_CLASS}"
+        if unknown := _unknown(model, arguments):
+            words = " ".join(f"--set student.{name}=null" for name in unknown)
+            advice = f"it does not take {', '.join(unknown)}: leave them out ({words}), or {advice}"
+        raise UserError(f"student {model} {arguments}: cannot be made: {first_line(error)}; {advice}") from None
+    return made
+
+
+def _unknown(model: str, arguments: dict[str, Any]) -> list[str]:
+    """The arguments without which a model can be made; empty where this is not what is wrong."""
+    left = dict(arguments)
+    unknown: list[str] = []
+    while True:
+        try:
+            with torch.device("meta"):
+                timm.create_model(model, pretrained=False, **left)
+            return unknown
+        except TypeError as error:
+            found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if found is None or left.pop(found[1], None) is None:
+                return []
+            unknown.append(found[1])
+        except Exception:  # timm raises many kinds
+            return []
+
+
+def input_size(model: nn.Module, settings: Student) -> int:
+    """The side of the square images that a student takes."""
+    if settings.img_size:
+        return settings.img_size
+    embed = getattr(model, "patch_embed", None)
+    size = getattr(embed, "img_size", None)
+    if size:
+        return int(size[0])
+    return int(model.default_cfg["input_size"][-1])  # type: ignore[index]

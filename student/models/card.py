@@ -1,0 +1,181 @@
+"""The model card that lies beside a student: what it is, what it learned from, and how to load it.
+
+It is meant to be published: files of weights are named without the folders of the machine that they were on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from student.models.files import Description
+from student.settings import COPYING
+
+_BARE = """```python
+import timm
+from safetensors.torch import load_file
+
+model = timm.create_model({model!r}, **{arguments!r})
+model.load_state_dict(load_file("last.safetensors"))
+model.eval()
+```
+"""
+_SHIFTED = """Its patches are seen with four shifts of the image (shifted patch tokenisation), which timm does not have:
+its weights fit no bare `{model}`.
+
+```python
+from pathlib import Path
+from student.model import load  # of the package teacher-store
+
+model, about = load(Path("last.safetensors"))
+```
+"""
+_FEEDING = """
+Images: RGB, the evaluation view `{evaluation}` at {size}×{size}, scaled to 0 to 1, then (x − mean) / std with mean
+{mean} and std {std}. With this project: {use}.
+"""
+_TEACHING = """
+It can be a teacher, too, with the `--target` that a recipe reads:
+
+```
+pipeline precompute --teacher {model} --weights last.safetensors --as NAME --input-size {size} \\
+  --mean {mean} --std {std} {arguments} --shards SHARDS --store STORE
+```
+"""
+
+
+_COPYING = """It is not whole by itself: in layer(s) {layers} it attends with {source}, in the first {heads} head(s), in
+place of its own (copied is: {what}). A bare `{model}` with these weights attends otherwise, and was never trained to.
+{need}
+
+```python
+from pathlib import Path
+from student.model import load  # of the package teacher-store
+
+model, about = load(Path("last.safetensors"))
+```
+"""
+_OF_EACH = "the attention of teacher {teacher} for the same image"
+_FIXED = "one fixed attention for all images, a mean over the training set"
+_NEEDS_TEACHER = (
+    "`pipeline predict` runs the teacher's graphs in the store that it learned from ({graphs}), `pipeline evaluate` "
+    "reads what that store keeps of the images; elsewhere say `--store`. It cannot be exported."
+)
+_NEEDS_FILE = "That lies in its file beside the weights, and this code puts it in its place."
+
+
+def card(
+    about: Description,
+    result: Mapping[str, Any],
+    identity: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    teachers: Mapping[str, Mapping[str, Any]],
+) -> str:
+    """The card's text, Markdown with the field's YAML header.
+
+    Args:
+        about: how the student is built, fed and read.
+        result: what the run gave.
+        identity: what it was trained with: shards, targets, bank, policy.
+        recipe: as plain data.
+        teachers: target -> manifest of its teacher.
+    """
+    kind = "image-classification" if about.classifies else "image-feature-extraction"
+    header: dict[str, Any] = {
+        "library_name": "timm", "pipeline_tag": kind,
+        "tags": [kind, "timm", *(["knowledge-distillation"] if teachers else [])],
+    }  # fmt: skip
+    smoke, scored = result["smoke"], result["top1"] is not None
+    if scored and not smoke:
+        header["model-index"] = [{"name": about.model, "results": [{
+            "task": {"type": "image-classification"}, "dataset": {"name": "validation shards", "type": "webdataset"},
+            "metrics": [{"type": "accuracy", "name": "top-1", "value": result["top1"]}],
+        }]}]  # fmt: skip
+    lines = ["---", yaml.safe_dump(header, sort_keys=False).rstrip(), "---", "", f"# {about.model}, a student", ""]
+    if smoke:
+        lines += ["**A smoke run, to see that everything works: this student has learned nothing.**", ""]
+    if scored:
+        lines += ["| measured on | samples | top-1, % | top-5, % |", "|---|---|---|---|"]
+        top5 = "" if result["top5"] is None else f"{result['top5']:.2f}"
+        lines.append(f"| last epoch | {result['samples']} | {result['top1']:.2f} | {top5} |")
+    elif about.classifies:
+        lines.append("It was not scored: there were no labelled validation images.")
+    else:
+        lines.append("It was trained without labels and has no classifier: it gives features, and was not scored.")
+        lines.append("`pipeline evaluate RUN --protocol knn` measures them where there are labels.")
+    if "ema_top1" in result:
+        ema5 = "" if result["ema_top5"] is None else f"{result['ema_top5']:.2f}"
+        lines.append(f"| averaged student | {result['samples']} | {result['ema_top1']:.2f} | {ema5} |")
+    lines += ["", "## Learned from", ""]
+    shards = identity["shards"]
+    lines.append(f"- {len(shards)} shard(s): {', '.join(shards[:3])}{', …' if len(shards) > 3 else ''}")
+    views = f"{identity['views']} stored view(s) of each image" if identity["views"] else "views drawn in each epoch"
+    lines.append(f"- views: `{identity['policy']}`, {views}")
+    classes = identity["classes"]
+    if isinstance(classes, list):
+        lines.append(f"- {len(classes)} classes: {', '.join(classes[:10])}{', …' if len(classes) > 10 else ''}")
+    elif classes:
+        lines.append(f"- {classes} classes without names")
+    else:
+        lines.append("- no labels")
+    for loss, targets in identity["targets"].items():
+        for target in targets:
+            teacher = teachers[target]
+            what = "copied attention" if loss == COPYING else f"loss `{loss}`"
+            lines.append(
+                f"- {what}: target {target} of teacher {teacher['id']} ({teacher['identity']['model']}, weights "
+                f"{Path(teacher['weights']).name}, sha256 {teacher['identity']['weights sha256'][:12]})"
+            )
+    if identity["control"]:
+        lines.append(f"- **a control**: {', '.join(f'{k}={v}' for k, v in identity['control'].items())}")
+    losses = "; ".join(
+        f"`{name}` ({loss['method']}, weight {loss['weight']['start']:g} at the start)"
+        for name, loss in recipe["losses"].items()
+    )
+    trained = f"{result['steps']} steps" if smoke else f"{result['epochs']} epochs"
+    lines += [
+        f"- losses: {losses}", f"- {trained} at batch {recipe['stream']['batch_size']}, seed {recipe['seed']}; all "
+        "settings: `args.yaml`", "",
+        "Licences of images and of teachers' weights are those of their sources; none is recorded here.", "",
+    ]  # fmt: skip
+    lines.append("## How to load it\n\n" + _loading(about, identity["control"]))
+    return "\n".join(lines)
+
+
+def _loading(about: Description, control: Mapping[str, Any]) -> str:
+    """How the student is loaded, fed, and made a teacher."""
+    mean, std = _three(about.mean), _three(about.std)
+    if about.copying is not None:
+        own = _copying(about.model, about.copying, control)
+    else:
+        own = (_SHIFTED if about.shifted_patches else _BARE).format(model=about.model, arguments=about.arguments)
+    uses = ["`pipeline predict RUN IMAGE…`"] if about.classifies else []
+    uses += ["`pipeline export RUN` (ONNX)"] if about.copying is None else []
+    text = own + _FEEDING.format(
+        evaluation=about.evaluation, size=about.img_size, mean=mean, std=std, use=", ".join(uses)
+    )
+    if about.shifted_patches or about.copying is not None:
+        return text
+    kept = {n: v for n, v in about.arguments.items() if n != "img_size" and "drop" not in n}  # a teacher drops nothing
+    return text + _TEACHING.format(
+        model=about.model, size=about.img_size, mean=mean.replace(" ", ""), std=std.replace(" ", ""),
+        arguments=" ".join(f"--teacher-arg {name}={value}" for name, value in kept.items()),
+    )  # fmt: skip
+
+
+def _copying(model: str, copying: Mapping[str, Any], control: Mapping[str, Any]) -> str:
+    """What a student needs that copies attention."""
+    graphs = ", ".join(sorted({graph[:12] for graph, _ in copying["graphs"]}))
+    fixed = bool(control.get("mean_targets")) or copying["settings"]["average"] == "examples"
+    return _COPYING.format(
+        model=model, layers=", ".join(map(str, copying["layers"])), heads=copying["heads"],
+        what=copying["settings"]["what"], source=_FIXED if fixed else _OF_EACH.format(teacher=copying["teacher"]),
+        need=_NEEDS_FILE if fixed else _NEEDS_TEACHER.format(graphs=graphs),
+    )  # fmt: skip
+
+
+def _three(values: tuple[float, ...]) -> str:
+    return f"{values[0]:g}" if len(set(values)) == 1 else ", ".join(f"{value:g}" for value in values)

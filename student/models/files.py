@@ -1,0 +1,122 @@
+"""A student's file: a timm state dict in safetensors, with what is needed to build it again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from storage.errors import UserError, first_line
+from storage.objects.atomic import written_whole
+from storage.objects.record_schema import checked
+from storage.unicode_names import all_normalized
+from student.models.attention_copy_hooks import COPIED, copies_in, copies_of
+from student.models.build import DescriptionRecord, create
+from student.models.shifted_patch import shift_patches
+
+
+@dataclass(frozen=True)
+class Description:
+    """What rebuilds a student: `timm.create_model(model, **arguments)`, and how to feed and read it.
+
+    `shifted_patches` says that its patches are made by `student.shifted`, in place of timm's convolution.
+    """
+
+    model: str
+    arguments: dict[str, Any]
+    img_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    classes: tuple[str, ...] | None
+    evaluation: str  # the view policy that it is evaluated on
+    shifted_patches: bool = False
+    copying: dict[str, Any] | None = None  # of a student that copies attention, what it copies from where
+
+    @property
+    def classifies(self) -> bool:
+        """Whether it has a classifier; one that was trained without labels gives features."""
+        return self.arguments.get("num_classes") != 0
+
+
+def save(path: Path, model: nn.Module, description: Description) -> None:
+    """Write the state dict with its description, whole or not at all."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if copies := copies_of(model):
+        state |= {f"{COPIED}{part}": tensor.detach().cpu().contiguous() for part, tensor in copies.fixed.items()}
+    metadata = {
+        "format": "pt",
+        "model": description.model,
+        "arguments": json.dumps(description.arguments),
+        "img_size": str(description.img_size),
+        "mean": json.dumps(description.mean),
+        "std": json.dumps(description.std),
+        "classes": json.dumps(description.classes),
+        "evaluation": description.evaluation,
+        **({"shifted_patches": "true"} if description.shifted_patches else {}),
+        **({"copying": json.dumps(description.copying)} if description.copying else {}),
+    }
+    with written_whole(path) as temporary:
+        save_file(state, temporary, metadata)
+
+
+def load(path: Path) -> tuple[nn.Module, Description]:
+    """A student that `save` wrote, in eval mode.
+
+    Raises:
+        UserError: no such file, or not a student's.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        said = {name: json.loads(metadata[name]) for name in ("arguments", "img_size", "mean", "std", "classes")}
+        said |= {name: metadata[name] for name in ("model", "evaluation")}
+        said["copying"] = json.loads(metadata.get("copying", "null"))
+        record = checked(DescriptionRecord, said, str(path), "Give a student that `pipeline train` wrote.")
+        description = Description(
+            record.model, record.arguments, record.img_size, record.mean, record.std,
+            tuple(all_normalized(record.classes or ())) or None,
+            record.evaluation, metadata.get("shifted_patches") == "true", said["copying"],
+        )  # fmt: skip
+        copies = copies_in(said["copying"]) if said["copying"] else None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no student here; `pipeline train` writes one") from None
+    except KeyError as error:
+        raise UserError(
+            f"{path}: not a student that `pipeline train` wrote: its metadata do not tell {first_line(error)}"
+        ) from None
+    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: not a student that `pipeline train` wrote ({first_line(error)})") from None
+    model = create(description.model, description.arguments)
+    if description.shifted_patches:
+        shift_patches(model)
+    fixed = {name.removeprefix(COPIED): state.pop(name) for name in [*state] if name.startswith(COPIED)}
+    try:
+        model.load_state_dict(state)
+        if copies:
+            copies.fixed = fixed
+            copies.attach(model)
+    except (RuntimeError, IndexError) as error:
+        raise UserError(f"{path}: does not fit {description.model}: {first_line(error)}") from None
+    return model.eval(), description
+
+
+def load_classifier(path: Path) -> tuple[nn.Module, Description]:
+    """Likewise, of a student that answers with classes.
+
+    Raises:
+        UserError: also where it has no classifier.
+    """
+    model, about = load(path)
+    if not about.classifies:
+        raise UserError(
+            f"{path}: this student was trained without labels and has no classifier; its features are measured by "
+            "pipeline evaluate RUN --protocol knn, or probe; labels give it a classifier: pipeline train --recipe "
+            f"fine-tune --set student.model={about.model} --set student.pretrained=false --set student.weights={path} …"
+        )
+    return model, about

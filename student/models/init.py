@@ -1,0 +1,191 @@
+"""Where a student starts from, and what of it is not trained: weights by name patterns, a new head, frozen parts."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import timm
+from torch import Tensor, nn
+
+from storage.errors import UserError, first_line
+from storage.objects.state_dict import (
+    as_f32,
+    chosen_in,
+    classes_in,
+    copies_attention,
+    fitted,
+    misfits,
+    normalisation_in,
+)
+from student.models.attention_copy_hooks import COPIED
+from student.settings import Student
+
+
+def begin_from(model: nn.Module, settings: Student, classes: Sequence[str] | None, say: Callable[[str], None]) -> None:
+    """Give a new student the weights that its settings name, if any; what is taken and what is new is said.
+
+    Position embeddings of another grid are resampled as timm does. A head of other classes stays new; of a student
+    without a classifier it is left out.
+
+    Args:
+        model: the student, with fresh weights.
+        settings: `pretrained`, `weights` and `init`.
+        classes: the names of the run's classes, where they are known.
+        say: told a line.
+
+    Raises:
+        UserError: weights that cannot be had or do not fit, a pattern that matches nothing.
+    """
+    if not (settings.pretrained or settings.weights):
+        return
+    where = settings.weights or f"timm's weights of {settings.model}"
+    state: Mapping[str, Tensor]
+    if settings.weights:
+        file = chosen_in(settings.weights, settings.weights_key)
+        state = as_f32(file.state)
+        where += f", {file}" if file.others else ""
+    else:
+        state = _hub(settings.model)
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(COPIED)}
+    known = classes_in(settings.weights) if settings.weights else None
+    if settings.shifted_patches:  # timm would bring a convolution's weights into the shape of the one that is not there
+        state.pop("patch_embed.proj.weight", None)
+    state = fitted(model, state, where)
+    own = model.state_dict()
+    chosen = matching(settings.init, own, "student.init")
+    others = bool(known and classes and tuple(classes) != known)
+    heads = head_of(model)
+    new = [name for name in chosen if name in heads and (others or _other(own[name], state.get(name)))]
+    norms = [name for name in chosen if name not in state and _twin(name) in state and _twin(name) not in own]
+    new += norms
+    taken = {name: own[name] for name in chosen if name not in new}
+    found = {name: tensor for name, tensor in state.items() if name in taken}
+    unused: list[str] = []
+    if settings.init == ("*",):  # then nothing is left out silently
+        unused = [name for name in state if name not in own and name.rpartition(".")[0] in _classifiers(model)]
+        left = {*unused, *(_twin(name) for name in norms)}
+        found |= {name: tensor for name, tensor in state.items() if name not in own and name not in left}
+    problems = misfits(_shapes(taken), _shapes(found))
+    if problems:
+        raise UserError(f"{where}: does not fit {settings.model}: {problems}{_proposal(own, state)}")
+    model.load_state_dict({**own, **{name: found[name] for name in taken}})
+    text = f"begins from {where}: {len(taken)} of {len(own)} tensors"
+    if new:
+        text += f"; new are {', '.join(new)}"
+        text += f" ({' and '.join(_reasons(new, norms))})"
+    if unused:
+        text += f"; left out is its classifier ({', '.join(sorted(unused))})"
+    if settings.weights and copies_attention(settings.weights):
+        text += "; it copied its teacher's attention, so what it would attend with by itself was never trained"
+    say(text)
+
+
+def normalisation(settings: Student) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and standard deviation of the pixels that a student is fed with, three channels each."""
+    found: dict[str, tuple[float, float, float]] = {}
+    if settings.pretrained or settings.weights:
+        about = timm.get_pretrained_cfg(settings.model)
+        if about is not None:
+            found = {"mean": tuple(about.mean), "std": tuple(about.std)}
+        if settings.weights:
+            found |= normalisation_in(settings.weights)
+    half = (0.5, 0.5, 0.5)
+    return settings.mean or found.get("mean", half), settings.std or found.get("std", half)
+
+
+def freeze(model: nn.Module, patterns: Sequence[str], say: Callable[[str], None]) -> list[nn.Module]:
+    """Take parameters out of the training; their number is said.
+
+    Returns:
+        Modules with frozen running statistics, which are to stay in eval mode.
+
+    Raises:
+        UserError: a pattern that matches nothing, or nothing left to train.
+    """
+    if not patterns:
+        return []
+    frozen = set(matching(patterns, model.state_dict(), "student.freeze"))
+    parameters = dict(model.named_parameters())
+    for name in frozen & set(parameters):
+        parameters[name].requires_grad_(False)
+    count = sum(p.numel() for p in parameters.values() if not p.requires_grad)
+    total = sum(p.numel() for p in parameters.values())
+    if not any(p.requires_grad for p in parameters.values()):
+        raise UserError(f"student.freeze: {', '.join(patterns)} freezes the whole student; nothing is left to train")
+    say(f"frozen: {count:,} of {total:,} parameters ({len(frozen & set(parameters))} tensors)")
+    return [
+        module
+        for name, module in model.named_modules()
+        if any(f"{name}.{buffer}" in frozen for buffer, _ in module.named_buffers(recurse=False))
+    ]
+
+
+def matching(patterns: Iterable[str], names: Iterable[str], setting: str) -> list[str]:
+    """The names that some shell pattern matches, in their order.
+
+    Raises:
+        UserError: a pattern that matches none, with the nearest names.
+    """
+    names = list(names)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = difflib.get_close_matches(pattern, names, 3, 0.0)
+            raise UserError(f"{setting}: {pattern!r} matches no parameter of the student; near: {', '.join(near)}")
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def head_of(model: nn.Module) -> set[str]:
+    """The names of the classifier's tensors; of both heads, where there is a distillation token."""
+    return {name for name in model.state_dict() if name.rpartition(".")[0] in _classifiers(model)}
+
+
+def _classifiers(model: nn.Module) -> tuple[str, ...]:
+    """The names of the classifier's modules, whether the network has it or not."""
+    about = getattr(model, "pretrained_cfg", None) or {}
+    heads = about.get("classifier") or "head"
+    return (heads,) if isinstance(heads, str) else tuple(heads)
+
+
+def _other(own: Tensor, found: Tensor | None) -> bool:
+    """Whether a head's tensor was made for another number of classes, or is not there."""
+    return found is None or found.shape[0] != own.shape[0]
+
+
+def _twin(name: str) -> str:
+    """The final norm's tensor under the other pooling: timm's `norm` before the tokens, `fc_norm` after their mean."""
+    return {"norm": "fc_norm", "fc_norm": "norm"}.get(name.rpartition(".")[0], "") + "." + name.rpartition(".")[2]
+
+
+def _reasons(new: Sequence[str], norms: Sequence[str]) -> list[str]:
+    heads = ["a head of other classes"] if len(new) > len(norms) else []
+    return heads + (["the final norm of another pooling"] if norms else [])
+
+
+def _proposal(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
+    """How to take the parts that fit, as a command's option."""
+    parts: dict[str, bool] = {}
+    for name, tensor in own.items():
+        part = name.partition(".")[0] + ".*" * ("." in name)
+        parts[part] = parts.get(part, True) and name in state and state[name].shape == tensor.shape
+    good = [part for part, fits in parts.items() if fits]
+    if not good:
+        return "; are these weights of this model?"
+    return f"; take what fits, the rest stays new: --set 'student.init=[{', '.join(json.dumps(p) for p in good)}]'"
+
+
+def _hub(model: str) -> dict[str, Tensor]:
+    try:
+        state: dict[str, Tensor] = timm.create_model(model, pretrained=True).state_dict()
+    except Exception as error:  # timm and the hub raise many kinds
+        raise UserError(
+            f"student.pretrained: the weights of {model} cannot be had from timm's hub: {first_line(error)}\n"
+            "  Give a file: --set student.pretrained=false --set student.weights=F"
+        ) from None
+    return state
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}

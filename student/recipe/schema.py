@@ -1,0 +1,112 @@
+"""What a recipe says, validated: student, losses with their targets and weights, optimiser, schedule and stream.
+
+Names are timm's where timm has one. Unknown keys are refused with the nearest known one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+
+from pydantic import BeforeValidator, Discriminator, Field, model_validator
+
+from student.losses.registry import methods
+from student.settings import Bank, Copying, Section, Student, Term
+
+if TYPE_CHECKING:
+    Loss = Term
+else:  # of every method that is there
+    Loss = Union[tuple(module.Settings for module in methods().values())]  # noqa: UP007
+
+
+def _by_name(value: Any) -> Any:
+    """Each loss is of the method that it is called after, unless it names another; one that is null is off."""
+    if not isinstance(value, dict):
+        return value
+    there = {name: settings for name, settings in value.items() if settings is not None}
+    return {name: {"method": name, **s} if isinstance(s, dict) else s for name, s in there.items()}
+
+
+Name = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
+
+Losses = Annotated[dict[Name, Annotated[Loss, Discriminator("method")]], BeforeValidator(_by_name)]
+
+
+class Optim(Section):
+    """timm's optimiser and schedule. `lr`, or `lr_base` for `lr_base_size` samples a batch, scaled linearly."""
+
+    opt: str = "adamw"
+    lr: float | None = Field(None, gt=0)
+    lr_base: float = Field(5e-4, gt=0)
+    lr_base_size: int = Field(512, ge=1)
+    weight_decay: float = Field(0.05, ge=0)
+    sched: Literal["cosine", "step", "multistep", "tanh", "poly"] = "cosine"
+    epochs: int = Field(300, ge=1)
+    warmup_epochs: int = Field(5, ge=0)
+    warmup_lr: float = Field(1e-6, ge=0)
+    min_lr: float = Field(1e-5, ge=0)
+    clip_grad: float | None = Field(None, gt=0)
+    betas: tuple[float, float] | None = None
+    layer_decay: float | None = Field(None, gt=0, le=1)
+    accumulate: int = Field(1, ge=1, description="pieces that each batch is cut into; the batch stays the same")
+
+
+def _by_id(value: Any) -> Any:
+    return {"id": value} if isinstance(value, str) else value
+
+
+class StreamSettings(Section):
+    """Batches and their order."""
+
+    batch_size: int = Field(128, ge=1)
+    workers: int = Field(0, ge=0)
+    lanes: int | None = Field(None, ge=1)
+    window: int = Field(4, ge=1)
+    views: int | None = Field(None, ge=1)
+    memory: float | None = Field(None, gt=0, description="GiB that lanes may hold")
+    bank: Annotated[Bank, BeforeValidator(_by_id)] = Bank()
+
+
+class Control(Section):
+    """Controls of a claim: the same run with targets that cannot know the image. One of them at most.
+
+    permute_targets: targets of other images of the same block, by a fixed derangement of this seed.
+    mean_targets: every image gets the mean target of the training set.
+    """
+
+    permute_targets: int | None = Field(None, ge=0)
+    mean_targets: bool = False
+
+    @model_validator(mode="after")
+    def _one(self) -> Control:
+        if self.permute_targets is not None and self.mean_targets:
+            raise ValueError("permute_targets and mean_targets are both given; choose one")
+        return self
+
+
+class Speed(Section):
+    """How the student is computed.
+
+    amp: none is float32; `auto` takes what the device computes natively, which is said and kept when it is resumed.
+    attention: `auto` is unfused for bfloat16 on a CPU, else fused.
+    """
+
+    amp: Literal["auto", "none", "bfloat16", "float16"] = "none"
+    attention: Literal["auto", "fused", "unfused"] = "auto"
+    compile: bool = False
+
+
+class Recipe(Section):
+    """A whole recipe."""
+
+    student: Student = Student()
+    losses: Losses
+    copying: Copying | None = None
+    optim: Optim = Optim()
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged student; None: none is kept")
+    stream: StreamSettings = StreamSettings()
+    control: Control = Control()
+    speed: Speed = Speed()
+    val_interval: int = Field(1, ge=1, description="epochs between evaluations; the last one is always evaluated")
+    checkpoint_interval: int | None = Field(None, ge=1, description="steps between checkpoints within an epoch")
+    tensorboard: bool = False
+    seed: int = Field(0, ge=0, lt=2**31)

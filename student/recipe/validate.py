@@ -1,0 +1,119 @@
+"""Validation of recipes, with messages that name the nearest known setting."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from storage.errors import UserError, nearest
+from student.losses.registry import methods
+from student.recipe.schema import Recipe
+from student.settings import COPYING
+
+
+def validate(content: Any, where: str) -> Recipe:
+    """The recipe in parsed YAML.
+
+    Raises:
+        UserError: naming each wrong field with the nearest known one or what was expected.
+    """
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: expected a mapping with {', '.join(Recipe.model_fields)}")
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        lines = dict.fromkeys(_explain(problem) for problem in error.errors())
+        raise UserError(f"{where}: " + "; ".join(lines)) from None
+    if COPYING in recipe.losses:
+        raise UserError(f"{where}: losses.copying: copying is a section beside losses; call the loss otherwise")
+    if not recipe.losses:
+        raise UserError(f"{where}: losses: none is on; known: {', '.join(methods())}")
+    return recipe
+
+
+def with_same_classes(recipe: Recipe) -> Recipe:
+    """The recipe with the word that teachers' classes are the student's, where one of the lists is unknown."""
+    losses = {
+        name: loss.model_copy(update={"same_classes": True}) if "same_classes" in type(loss).model_fields else loss
+        for name, loss in recipe.losses.items()
+    }
+    return recipe.model_copy(update={"losses": losses})
+
+
+_EXPECTED = {
+    "heads": "a rule that this loss takes (docs/recipes.md), or pairs such as [[1, 2], [2, 4]] (student's head, "
+    "teacher's head), also as a mapping from the student's layer",
+    "layers": "last, uniform, first-N, last-N, or pairs such as [[1, 2], [2, 4]] (student's layer, teacher's layer)",
+    "target": "a target's id, or a list of ids",
+    "links": "full, alpha, beta, a run's folder (or a mapping with run, loss, normalise: abs or printed, granularity: "
+             "channel or block, threshold from 0 to 1), or the first and last layer of each stage, [[1, 3], [2, 4]]",
+    "weight": "a number, or a mapping with start and shape (exponential, linear, cosine) and what belongs to it",
+    "mean": "one number or three", "std": "one number above 0, or three",
+    "init": "a pattern, or a list of patterns", "freeze": "a pattern, or a list of patterns",
+}  # fmt: skip
+
+
+def _explain(problem: Any) -> str:
+    path = [str(part) for part in problem["loc"]]
+    section: Any = Recipe
+    if path[0] == "losses" and problem["type"] == "union_tag_invalid":
+        known = nearest(str(problem["ctx"]["tag"]), methods())
+        return f"{'.'.join(path)}: no such loss. {known} A second loss of one kind has a name of its own and `method`."
+    below = path[1:] if path[0] != "losses" or len(path) < 3 else path[3:]
+    if path[0] == "losses" and len(path) > 2:
+        module = methods().get(path[2])
+        section = module and module.Settings
+        del path[2]  # pydantic names the method beside the loss
+    elif below:
+        section = section_of(Recipe, path[0])
+    for at, part in enumerate(path):  # what may be several kinds of thing: pydantic tells of each that it tried
+        named = path[0] == "losses" and (
+            at == 1 or section is methods()["crossentropy"].Settings
+        )  # a loss may be called anything
+        if part in _EXPECTED and not named and not (part == "weight" and at + 1 < len(path)):
+            return f"{'.'.join(path[: at + 1])}: expected {_EXPECTED[part]}"
+    name = ".".join(path)
+    for part in below[:-1] if problem["type"] == "extra_forbidden" else ():
+        section = section and section_of(section, part)
+    return sentence(name, problem, section)
+
+
+def sentence(name: str, problem: Any, section: Any) -> str:
+    """One of pydantic's problems in our words: the setting, and the nearest known one or what was expected.
+
+    Args:
+        name: of the setting, with dots.
+        problem: one of `ValidationError.errors()`.
+        section: the model that an unknown setting was found in, if it is known.
+    """
+    if problem["type"] == "extra_forbidden":
+        known = f" {suggested(name.rpartition('.')[2], section)}" if section else ""
+        return f"{name}: no such setting.{known}"
+    message = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    message = re.sub(r", unable to (parse|interpret) .*", "", message)  # what was found says it better
+    settings = "mapping of settings (name: value)"
+    message = re.sub(r"valid dictionary( or (instance of \w+|object to extract fields from))?", settings, message)
+    seen = repr(problem["input"])
+    seen = seen if len(seen) <= 120 else f"{seen[:119]}…"
+    found = "" if problem["type"] in ("missing", "value_error") else f", found {seen}"
+    return f"{name}: {message[0].lower()}{message[1:]}{found}"
+
+
+def suggested(part: str, section: Any) -> str:
+    """`Did you mean …?` for a setting that a section does not have: one like it, or that of its name elsewhere."""
+    sections = {name: section_of(Recipe, name) for name in Recipe.model_fields}
+    homes = [f"{name}.{part}" for name, other in sections.items() if other and part in other.model_fields]
+    if homes and section in (Recipe, *sections.values()):
+        return f"Did you mean {homes[0]!r}?"
+    return nearest(part, section.model_fields)
+
+
+def section_of(section: Any, part: str) -> Any:
+    """The model of a setting's own settings; None where it has none."""
+    field = section.model_fields.get(part)
+    if field is None:
+        return None
+    kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+    return next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)

@@ -1,0 +1,168 @@
+"""A run's folder: who may write into it, its log, and what marks a smoke run.
+
+A run leaves `args.yaml` (the whole recipe), `run.json` (what it was trained with), `log.jsonl` (a line a stretch of
+steps and a line an epoch), `checkpoint.pt`, `last`, `best` and `ema.safetensors` (timm state dicts),
+`losses.safetensors` (links and the like), `tensorboard/`, `result.json` and the model card `README.md`. A smoke run
+leaves `SMOKE` beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from storage.errors import UserError
+from storage.objects.atomic import unfinished, written_whole
+
+CHECKPOINT, RESULT, LOG, SMOKE, CARD = "checkpoint.pt", "result.json", "log.jsonl", "SMOKE", "README.md"
+ABOUT, LOSSES = "run.json", "losses.safetensors"
+_FILES = (
+    ABOUT, LOG, CHECKPOINT, "last.safetensors", "best.safetensors", "ema.safetensors", LOSSES,
+    "tensorboard", RESULT, CARD,
+)  # fmt: skip
+# What a kill leaves of them counts as nothing. The marks are last: until they go, the folder is a run's.
+_LEFT = (*(unfinished(Path(name)).name for name in _FILES), *_FILES, "args.yaml", SMOKE)
+
+
+def is_smoke(out: Path) -> bool:
+    """Whether a smoke run lies in a folder."""
+    return (out / SMOKE).exists()
+
+
+def never_kept(out: Path) -> bool:
+    """Whether a run lies here that was cut off before its first checkpoint, and nothing else."""
+    there = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    return "args.yaml" in there and not there & {CHECKPOINT, RESULT, SMOKE} and there <= {*_LEFT}
+
+
+def require_free(out: Path) -> None:
+    """Refuse a folder that holds anything but a smoke run. Raises UserError."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"{out}: a file, not a folder; give another --out")
+    there = sorted(path.name for path in out.iterdir())
+    if there and not is_smoke(out):
+        if not {"args.yaml", CHECKPOINT, RESULT} & {*there}:
+            raise UserError(f"{out}: there is something else in this folder ({there[0]}, …); give a new one: --out RUN")
+        kept = CHECKPOINT in there or never_kept(out)
+        hint = "; to go on with it, add --resume" if kept else ""
+        raise UserError(
+            f"{out}: there is a run in this folder already{hint}; for another, give a new folder: --out RUN"
+        )
+    foreign = [name for name in there if name not in _LEFT]
+    if foreign:
+        raise UserError(
+            f"{out}: beside a smoke run, which may be overwritten, there is {foreign[0]}; give a new folder"
+        )
+
+
+def begin(out: Path, smoke: bool) -> None:
+    """Make the folder, rid of an earlier smoke run, and mark it if this is one."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in _LEFT:
+        path = out / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    if smoke:
+        (out / SMOKE).write_text(
+            "A smoke run: a few steps, to see that everything works. Its student has learned nothing.\n"
+        )
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """A JSON object for people, whole or not at all."""
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def result(out: Path) -> dict[str, Any] | None:
+    """What a complete run gave; None where it was cut off before it was written."""
+    return _object(out / RESULT)
+
+
+def about(out: Path) -> dict[str, Any]:
+    """What a run was trained with, as far as it is written there; nothing where no run is."""
+    return _object(out / ABOUT) or {}
+
+
+def _object(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+class Log:
+    """`log.jsonl`, and TensorBoard if wanted: records as they come.
+
+    Args:
+        out: the run's folder; None writes nothing, on other ranks than the first.
+        keep: bytes that stay when a run goes on; what came after its checkpoint is cut off, for it comes again.
+        tensorboard: whether scalars go there too.
+        step: the update that a resumed run goes on with.
+    """
+
+    def __init__(self, out: Path | None, keep: int = 0, tensorboard: bool = False, step: int = 0) -> None:
+        self._file, self._board = None, None
+        if out is None:
+            return
+        path = out / LOG
+        self._file = path.open("ab")
+        if self._file.tell() > keep:
+            self._file.seek(self._file.truncate(keep))
+        if tensorboard:
+            writer = board_writer()
+            self._board = writer(str(out / "tensorboard"), purge_step=step or None)
+
+    def write(self, record: dict[str, Any], update: int) -> None:
+        """A line, and its numbers in TensorBoard at an update."""
+        if self._file is not None:
+            self._file.write(json.dumps(record).encode() + b"\n")
+            self._file.flush()
+        if self._board is not None:
+            part = "steps" if "step" in record else "epochs"
+            for name, value in _scalars(record):
+                self._board.add_scalar(f"{part}/{name}", value, update)
+
+    def sync(self) -> int:
+        """Bring everything to the disk; the log's size in bytes."""
+        if self._board is not None:
+            self._board.flush()
+        if self._file is None:
+            return 0
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        """No more records come."""
+        for part in (self._file, self._board):
+            if part is not None:
+                part.close()
+
+
+def board_writer() -> Any:
+    """TensorBoard's writer. Raises UserError where the package is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "tensorboard=true needs the package tensorboard: pip install -c constraints.txt tensorboard"
+        ) from None
+    return SummaryWriter
+
+
+def _scalars(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    found = []
+    for name, value in record.items():
+        if isinstance(value, dict):
+            found += _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and name not in ("epoch", "step"):
+            found.append((f"{prefix}{name}", float(value)))
+    return found

@@ -1,0 +1,268 @@
+"""Settings that recipes share: weights over the epochs, teacher and target, alignment, the student, its bank."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Settings that refuse what they do not know and never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Schedule(Section):
+    """A loss's weight over the 0-based epochs e.
+
+    `exponential` (also a constant): `start · decay^e`, each break point in `then` beginning another decay. AAL's λ is
+    `{start: 2000, decay: 0.99, then: {200: 0.98}}` = 2000 · 0.99^min(e, 200) · 0.98^max(0, e − 200).
+    `linear`, `cosine`: from `start` to `end` over the epochs 0 to `over`, then `end`.
+    Any of them is zero from epoch `until` on.
+    """
+
+    start: float
+    shape: Literal["exponential", "linear", "cosine"] = "exponential"
+    decay: float = Field(1.0, gt=0)
+    then: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(gt=0)]] = {}
+    end: float | None = None
+    over: int | None = Field(None, ge=1)
+    until: int | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _whole(self) -> Schedule:
+        if self.shape == "exponential":
+            if self.end is not None or self.over is not None:
+                raise ValueError("end and over belong to shape: linear or cosine")
+        elif self.end is None or self.over is None:
+            raise ValueError(f"shape {self.shape} needs end and over")
+        elif self.decay != 1 or self.then:
+            raise ValueError("decay and then belong to shape: exponential")
+        return self
+
+    def at(self, epoch: int) -> float:
+        """The weight in an epoch."""
+        if self.until is not None and epoch >= self.until:
+            return 0.0
+        if self.end is not None and self.over is not None:
+            done = min(epoch / self.over, 1.0)
+            if self.shape == "cosine":
+                done = (1 - math.cos(math.pi * done)) / 2
+            return self.start + (self.end - self.start) * done
+        value, since, decay = self.start, 0, self.decay
+        for point in sorted(self.then):
+            if point >= epoch:
+                break
+            value *= decay ** (point - since)
+            since, decay = point, self.then[point]
+        return float(value * decay ** (epoch - since))
+
+
+def _constant(value: Any) -> Any:
+    if isinstance(value, str):  # YAML reads 1e3 as a word
+        try:
+            value = float(value)
+        except ValueError:
+            return value
+    return {"start": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+COPYING = "copying"  # the section, and what its part of a run is called beside the losses
+
+
+def setting(name: str) -> str:
+    """The path of a loss's settings, or of copying's."""
+    return COPYING if name == COPYING else f"losses.{name}"
+
+
+Weight = Annotated[Schedule, BeforeValidator(_constant)]
+
+
+class Term(Section):
+    """What every loss says: its weight over the epochs."""
+
+    weight: Weight = Schedule(start=1.0)
+    method: str = ""
+
+
+class Source(Section):
+    """Which teacher or target, where the store has several."""
+
+    teacher: str | None = None
+    target: str | tuple[str, ...] | None = None
+
+
+class Taught(Source, Term):
+    """What every loss with a teacher says: its weight, and which teacher or target."""
+
+
+def _pairs(value: Any) -> Any:
+    """A layer by itself stands for a pair of the same number."""
+    return [[n, n] if type(n) is int else n for n in value] if isinstance(value, list | tuple) else value
+
+
+Some = Annotated[str, Field(pattern="^(first|last)-[1-9][0-9]{0,2}$")]  # of layers
+
+Layers = Annotated[Literal["last", "uniform"] | Some | tuple[tuple[int, int], ...], BeforeValidator(_pairs)]
+
+FirstHeads = Literal["first"] | Annotated[str, Field(pattern="^first-[1-9][0-9]{0,2}$")]
+
+What = Literal["map", "q", "k", "v", "qk"]
+
+Average = Literal["none", "examples", "layers", "heads", "queries"]
+
+HeadPairs = Annotated[tuple[tuple[int, int], ...], Field(min_length=1)]
+
+HeadMap = Annotated[dict[int, HeadPairs], Field(min_length=1)]  # by the student's layer
+
+Heads = Literal["auto", "mean", "sum", "max", "min", "log"] | FirstHeads | HeadPairs | HeadMap | None
+
+
+class Meeting(Source):
+    """How tokens of another depth, head count and grid meet; unstated mismatches are errors.
+
+    layers: `last`, `uniform`, `first-N`, `last-N`, or pairs [student's layer, teacher's layer], from 1, where a number
+    n stands for [n, n]; None: as many on both sides.
+    heads: `mean`, `sum`, `max`, `min` (these two rescaled) or `log` over the heads of both sides, the `first` that both
+    have, `first-N`, or pairs [student's head, teacher's head], from 1, also as a mapping from the student's layer;
+    None: as many on both sides; `auto`: one to one where both have as many, else `log`.
+    temperature: T of `log`; None: each side's number of heads.
+    grid: `bicubic` resizes the teacher's patch part; None: the same grid on both sides.
+    """
+
+    layers: Layers | None = None
+    heads: Heads = None
+    temperature: float | None = Field(None, gt=0)
+    grid: Literal["bicubic"] | None = None
+
+
+class Matched(Meeting, Taught):
+    """A loss on tokens that meet as `Meeting` says."""
+
+
+class Copying(Meeting):
+    """What the student's layers take from the teacher in place of their own (student/attention_copy/copier.py).
+
+    what: `map`: whole attention; `q`, `k`, `v`; `qk`: q and k, which give the map.
+    average: maps are averaged over this before they are copied.
+    """
+
+    what: What = "map"
+    average: Average = "none"
+    heads: FirstHeads | None = None
+    temperature: None = None
+
+    @model_validator(mode="after")
+    def _of_maps(self) -> Copying:
+        require_maps(self.what, average=self.average != "none")
+        return self
+
+
+def require_maps(what: What, **wished: bool) -> None:
+    """ValueError where something is wished of maps and there are none."""
+    for name, wish in wished.items():
+        if wish and what != "map":
+            raise ValueError(f"{name} is of maps, and with what={what} there are none")
+
+
+class Links(Section):
+    """Links that the paper's Algorithm 1 keeps of those of a trained run (student/losses/parts/aal_links.py).
+
+    `loss` is the name of the run's aal loss, where it has several.
+    """
+
+    run: str
+    loss: str | None = None
+    normalise: Literal["abs", "printed"] = "abs"
+    granularity: Literal["channel", "block"] = "channel"
+    threshold: float = Field(0.05, ge=0, lt=1)
+
+
+def _linked(value: Any) -> Any:
+    return {"run": value} if isinstance(value, str) and value not in ("full", "alpha", "beta") else value
+
+
+AllLinks = Literal["full", "alpha", "beta"] | Links | tuple[tuple[int, int] | None, ...]
+
+
+class Projected(Taught):
+    """What losses on the class token say of the projector to the teacher's width (student/losses/parts/projector.py).
+
+    projector: `mlp`, or `linear` without GELUs.
+    depth: its linear maps; 0: none, for a student as wide as its teacher.
+    """
+
+    projector: Literal["mlp", "linear"] = "mlp"
+    depth: int = Field(4, ge=0, le=16)
+
+
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+def _three(value: Any) -> Any:
+    return (value,) * 3 if isinstance(value, int | float) else value
+
+
+Positive = Annotated[float, Field(gt=0)]
+
+Patterns = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+
+
+class Student(Section):
+    """The timm network that is trained, a ViT for most losses; what is None is the model's own default.
+
+    `shifted_patches` sees each patch with four shifts of its image, which no bare timm model does.
+    `pretrained` takes timm's weights, `weights` a file (safetensors or .pth, also a student's), `weights_key` one of
+    several dictionaries of weights in it, by default the one that timm takes. `init` says which parameters are taken
+    from them, `freeze` which are not trained: shell patterns over the names of a state dict, such as `blocks.*.attn.*`.
+    A head of other classes is always new. Pixels are normalised by `mean` and `std`; None: as the given weights want it
+    (their file's own, or timm's for the model), 0.5 without weights.
+    """
+
+    model: str = "vit_tiny_patch16_224"
+    img_size: int | None = Field(None, ge=4)
+    patch_size: int | None = Field(None, ge=1)
+    embed_dim: int | None = Field(None, ge=1)
+    depth: int | None = Field(None, ge=1)
+    num_heads: int | None = Field(None, ge=1)
+    mlp_ratio: float | None = Field(None, gt=0)
+    num_classes: int | None = Field(None, ge=1)
+    global_pool: Literal["token", "avg", "map"] | None = None
+    drop_path_rate: float | None = Field(None, ge=0, lt=1)
+    drop_rate: float | None = Field(None, ge=0, lt=1)
+    proj_drop_rate: float | None = Field(None, ge=0, lt=1)
+    attn_drop_rate: float | None = Field(None, ge=0, lt=1)
+    shifted_patches: bool = False
+    pretrained: bool = False
+    weights: str | None = None
+    weights_key: str | None = None
+    init: Patterns = ("*",)
+    freeze: Patterns = ()
+    mean: Annotated[tuple[float, float, float] | None, BeforeValidator(_three)] = None
+    std: Annotated[tuple[Positive, Positive, Positive] | None, BeforeValidator(_three)] = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Student:
+        if self.pretrained and self.weights:
+            raise ValueError("pretrained and weights are both given; choose one: --set student.pretrained=false")
+        if self.init != ("*",) and not (self.pretrained or self.weights):
+            raise ValueError("init chooses among given weights: say pretrained=true or weights=FILE")
+        if self.weights_key is not None and not self.weights:
+            raise ValueError("weights_key chooses in a file of weights: say weights=FILE")
+        return self
+
+
+class Bank(Section):
+    """Which bank of the store, or which policy fresh views are drawn from."""
+
+    id: str | None = None
+    policy: str | None = None
+    size: int | None = Field(None, ge=1)
+    seed: int | None = Field(None, ge=0)
+
+
+# Students that errors propose: with a class token alone, and with none beside the patches.
+WITH_CLASS, WITHOUT = "vit_tiny_patch16_224", "vit_base_patch16_gap_224"

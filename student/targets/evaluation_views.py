@@ -1,0 +1,116 @@
+"""Stored targets of evaluation views: what a copying student attends with there, or what one is compared with."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from precompute.taps.target_spec import ranges
+from storage.errors import UserError
+from storage.objects.state_dict import HUB, READY
+from storage.shards.index import cached_index
+from storage.store.banks import bank_policy
+from storage.store.codecs import Codec
+from storage.store.markers import Task
+from storage.store.store import Store
+from storage.views.policy import Policy
+from student.data.source import Source
+from student.targets import hints
+from student.targets.stored_target import Given
+
+
+@dataclass(frozen=True)
+class EvaluationTargets:
+    """What a store keeps of the images that are evaluated.
+
+    Attributes:
+        store: with the targets.
+        bank: of the evaluation views.
+        targets: ids.
+        permute: a control: every image gets what belongs to another one.
+    """
+
+    store: Store
+    bank: str
+    targets: tuple[str, ...]
+    permute: int | None = None
+
+    def source(self, url: str, shard: str) -> Source:
+        """The samples of a shard with these targets."""
+        codecs = {target: Codec.of(self.store.target(target)) for target in self.targets}
+        return Source(
+            (url,), (shard,), bank_policy(self.store, self.bank), self.store, self.bank, targets=codecs,
+            stored=(False,), permute=self.permute,
+        )  # fmt: skip
+
+
+def evaluation_targets(
+    store: Store, given: Sequence[Given], urls: Sequence[str], view: Policy, why: str, permute: int | None = None
+) -> EvaluationTargets:
+    """Targets like those given, of the images of shards in the evaluation view.
+
+    Args:
+        store: where they are.
+        given: targets of any bank.
+        urls: the shards.
+        view: the evaluation view.
+        why: they are needed, as an error says it.
+        permute: see `EvaluationTargets`.
+
+    Raises:
+        UserError: targets of these images are missing, with the command that makes them; invalid samples.
+    """
+    targets, lacking = kept_of(store, given, urls, view)
+    shards = [cached_index(url).id for url in urls]
+    if lacking:
+        others = any(task.kind == "bank" and task.shard in shards and task.id != view.bank for task in store.done())
+        raise UserError(
+            f"{why}, and {store.url} has none of {lacking[0]}"
+            f"{f' and {len(lacking) - 1} more' if len(lacking) > 1 else ''} in the view {view.line}; make it:\n"
+            f"  {command(store, given, urls, view, new_bank=others)}"
+        )
+    for url, shard in zip(urls, shards, strict=True):
+        if invalid := store.marker(Task("bank", view.bank, shard, 0)).invalid:
+            raise UserError(
+                f"{url}: {len(invalid)} of its images could not be decoded, and every sample counts in an evaluation; "
+                "mend or remove them and pack again"
+            )
+    return EvaluationTargets(store, view.bank, targets, permute)
+
+
+def kept_of(
+    store: Store, given: Sequence[Given], urls: Sequence[str], view: Policy
+) -> tuple[tuple[str, ...], list[str]]:
+    """Ids of the targets like those given in the evaluation view, and the shards that lack some of them."""
+    wanted = [{**one.target["identity"], "bank": view.bank} for one in given]
+    manifests = store.targets()
+    by_identity = [next((id for id, m in manifests.items() if m["identity"] == one), None) for one in wanted]
+    targets = tuple(id for id in by_identity if id is not None)
+    done = store.done()
+    lacking = [
+        url
+        for url in urls
+        if len(targets) < len(given) or any(Task("target", id, cached_index(url).id, 0) not in done for id in targets)
+    ]
+    return targets, lacking
+
+
+def command(store: Store, given: Sequence[Given], urls: Sequence[str], view: Policy, *, new_bank: bool) -> str:
+    """The `pipeline precompute` that makes targets like those given for other shards in another view."""
+    teacher = given[0].teacher
+    about = teacher["identity"]
+    ready = about["model"] == READY
+    weights = None if ready or teacher["weights"] == HUB else teacher["weights"]
+    words = hints.precompute(
+        teacher["weights"] if ready else about["model"], teacher["id"], weights, about["arguments"], about["mean"],
+        about["std"], about["input size"], store.url, urls,
+    )  # fmt: skip
+    words += ["--view-policy", view.line, "--view-size", str(view.size), *(["--new-bank"] if new_bank else [])]
+    wishes: dict[str, list[str]] = {}  # layers and codec -> taps
+    for one in (one.target["identity"] for one in given):
+        layers = f",layers={ranges(one['layers'])}" if one["layers"] else ""
+        wishes.setdefault(f"{layers},codec={one['codec']}", []).append(one["tap"])
+        for name in one.get("tensors", ()):
+            words += ["--tap", f"{one['tap']}={name}"]
+    return shlex.join([*words, *(w for rest, taps in wishes.items() for w in ("--target", f"{','.join(taps)}{rest}"))])

@@ -1,0 +1,176 @@
+"""Which bank and which targets of a store a recipe takes: the one that fits, or an error that says what to choose."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from storage.errors import IdentityError, UserError
+from storage.objects.json_record import Record
+from storage.store.banks import policy_of
+from storage.store.store import Store
+from storage.views.policy import policy as make_policy
+from student.settings import setting
+from student.targets.requirement import Need
+
+if TYPE_CHECKING:
+    from student.settings import Bank
+
+
+_WORDS = ("asked for", "the store has")
+
+Found = tuple[str, ...]  # ids of targets that are read together, in the order of their taps
+
+
+def choose(store: Store, shards: Sequence[str], needs: Sequence[Need], bank: Bank) -> tuple[str, dict[str, Found]]:
+    """The bank's id, and loss -> ids of its targets.
+
+    Args:
+        store: with banks and targets.
+        shards: ids of the shards that are trained on.
+        needs: of the losses.
+        bank: the recipe's wish.
+
+    Raises:
+        IdentityError: a wish that the store does not meet, with field, expected and found.
+        UserError: nothing fits, or several do.
+    """
+    manifests = store.targets()
+    banks = _banks(store, shards, bank)
+    fitting = {need.loss: _fitting(store, need, manifests, banks) for need in needs}
+    shared = [b for b in banks if all(any(_bank(manifests[f[0]]) == b for f in fits) for fits in fitting.values())]
+    if not shared:
+        raise UserError(
+            f"{store.url}: no bank (views that targets share) has targets for all of {', '.join(fitting)}; precompute "
+            "them with the same view flags"
+        )
+    if len(shared) > 1:
+        raise UserError(
+            f"{store.url}: {len(shared)} banks fit: {', '.join(shared)}; choose one: --set stream.bank={shared[0]}"
+        )
+    chosen = {}
+    for loss, fits in fitting.items():
+        candidates = [found for found in fits if _bank(manifests[found[0]]) == shared[0]]
+        if len(candidates) > 1:
+            names = [" with ".join(found) for found in candidates]
+            first = candidates[0][0] if len(candidates[0]) == 1 else f"'[{', '.join(candidates[0])}]'"
+            raise UserError(
+                f"{store.url}: {loss}: {len(candidates)} targets fit: {', '.join(names)}; choose one: "
+                f"--set {setting(loss)}.target={first}"
+            )
+        chosen[loss] = candidates[0]
+    return shared[0], chosen
+
+
+def _bank(manifest: Record) -> str:
+    return str(manifest["identity"]["bank"])
+
+
+def _banks(store: Store, shards: Sequence[str], wish: Bank) -> list[str]:
+    """Banks that have views of all the shards and are what the recipe wishes."""
+    views = {(task.id, task.shard) for task in store.done() if task.kind == "bank"}
+    there = {
+        id: policy_of(manifest)
+        for id, manifest in store.banks().items()
+        if all((id, shard) in views for shard in shards)
+    }
+    if not there:
+        raise UserError(
+            f"{store.url}: there are no views of all these shards; run `pipeline precompute` over them first"
+        )
+    where = f"{store.url}: views"
+    do = "A student is trained on the views that its targets were made from."
+    if wish.id is not None:
+        if wish.id not in there:
+            raise IdentityError(where, "stream.bank", wish.id, ", ".join(there), do, _WORDS)
+        there = {wish.id: there[wish.id]}
+    line = make_policy(wish.policy, 32).line if wish.policy is not None else None
+    for field, wanted in (("line", line), ("size", wish.size), ("seed", wish.seed)):
+        if wanted is None:
+            continue
+        kept = {id: policy for id, policy in there.items() if getattr(policy, field) == wanted}
+        if not kept:
+            found = ", ".join(str(getattr(policy, field)) for policy in there.values())
+            name = {"line": "policy"}.get(field, field)
+            raise IdentityError(where, f"stream.bank.{name}", wanted, found, do, _WORDS)
+        there = kept
+    return list(there)
+
+
+def _fitting(store: Store, need: Need, manifests: Mapping[str, Record], banks: Sequence[str]) -> list[Found]:
+    """What serves a need: the first of its alternatives that the store has."""
+    refused: list[UserError] = []
+    for taps in need.taps:
+        try:
+            by_tap = [_of_tap(store, need, tap, manifests, banks) for tap in taps]
+        except UserError as error:
+            refused.append(error)
+            continue
+        found = [several for several in itertools.product(*by_tap) if _together([manifests[id] for id in several])]
+        if found:
+            return found
+        refused.append(IdentityError(
+            f"{store.url}: {need.loss}: {' and '.join(taps)}", "teacher, bank and layers", "the same of both",
+            " and ".join(", ".join(ids) for ids in by_tap),
+            f"Record them together: pipeline precompute --teacher NAME --target {','.join(taps)} …",
+        ))  # fmt: skip
+    several = len(refused) > 1 or len(need.taps[0]) > 1
+    if several and not any(isinstance(error, IdentityError) for error in refused):
+        there = sorted({manifest["identity"]["tap"] for manifest in manifests.values()})
+        raise UserError(
+            f"{store.url}: {need.loss} needs stored {need.words}, the store has {', '.join(there) or 'none'}; "
+            f"add them: pipeline precompute --teacher NAME {need.flags} …"
+        )
+    raise next((error for error in refused if isinstance(error, IdentityError)), refused[0])
+
+
+def _together(manifests: Sequence[Record]) -> bool:
+    """Whether targets are of one teacher and bank, and those of layers of the same ones."""
+    layers = {str(m["identity"]["layers"]) for m in manifests if m["identity"]["layers"]}
+    return len({(m["teacher"], _bank(m)) for m in manifests}) == 1 and len(layers) <= 1
+
+
+def _of_tap(store: Store, need: Need, tap: str, manifests: Mapping[str, Record], banks: Sequence[str]) -> list[str]:
+    """Ids of the targets of a tap that are as the need says."""
+    fits = [id for id, manifest in manifests.items() if manifest["identity"]["tap"] == tap]
+    if not fits:
+        there = sorted({manifest["identity"]["tap"] for manifest in manifests.values()})
+        raise UserError(
+            f"{store.url}: {need.loss} needs stored {tap}, the store has {', '.join(there) or 'none'}; "
+            f"add them: pipeline precompute --teacher NAME --target {tap} …"
+        )
+    wishes: list[tuple[str, object, Callable[[str], object]]] = []
+    if need.target is not None:
+        wanted = (need.target,) if isinstance(need.target, str) else need.target
+        unknown = [id for id in wanted if id not in manifests]
+        if unknown:
+            raise IdentityError(f"{store.url}: stored {tap}", f"{setting(need.loss)}.target", unknown[0],
+                                ", ".join(sorted(fits)), words=_WORDS)  # fmt: skip
+        mine = next((id for id in wanted if id in fits), wanted[0])
+        wishes.append((f"{setting(need.loss)}.target", mine, lambda id: id))
+    if need.teacher is not None:
+        wishes.append((f"{setting(need.loss)}.teacher", need.teacher, lambda id: manifests[id]["teacher"]))
+    if need.grid is not None:
+        wishes.append(("patches a side", need.grid, lambda id: manifests[id]["identity"]["grid"]))
+    for field, wished, of in wishes:
+        kept = [id for id in fits if of(id) == wished]
+        if not kept:
+            there = sorted({str(of(id)) for id in fits})
+            where, words, hint = f"{store.url}: stored {tap}", _WORDS, "Take one of these, or precompute the other."
+            if field == "patches a side":
+                words = ("the student has", "the store has")
+                hint = (
+                    f"Keep them on this grid, too: pipeline precompute … --target {tap},grid={wished}; or let the "
+                    f"student's img_size / patch_size be {' or '.join(there)}: --set student.patch_size=N; or bring "
+                    f"its maps to a stored grid: --set losses.{need.loss}.grid={there[-1]}"
+                )
+            raise IdentityError(where, field, wished, ", ".join(there), hint, words)
+        fits = kept
+    within = [id for id in fits if _bank(manifests[id]) in banks]
+    if not within:
+        found = ", ".join(sorted({_bank(manifests[id]) for id in fits}))
+        do = "Precompute the targets with the view flags of these views, over all the shards."
+        raise IdentityError(f"{store.url}: {', '.join(fits)}", "views", " or ".join(banks), found, do,
+                            ("asked for", "made from"))  # fmt: skip
+    return within

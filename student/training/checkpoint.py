@@ -1,0 +1,141 @@
+"""Checkpoints: one file that holds everything a run needs to go on, and that a kill at any moment leaves whole.
+
+Only tensors and plain data are in it, and it is read with `weights_only=True`: a hostile file runs no code.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from storage.errors import IdentityError, UserError, first_line
+from storage.objects.atomic import written_whole
+from storage.objects.checkpoint_file import refused_in
+from storage.objects.record_schema import Schema, Size, Three, checked
+from storage.unicode_names import normalized
+from student.recipe.schema import Recipe
+from student.recipe.validate import validate
+
+FORMAT = 2
+_PARTS = {
+    "format": int, "recipe": dict, "identity": dict, "speed": dict, "epoch": int, "step": int, "sums": dict,
+    "scores": dict, "seconds": float, "log_bytes": int, "student": dict, "losses": dict, "optimizer": dict,
+    "scaler": dict, "rng": list,
+}  # fmt: skip
+# What may differ when a run is resumed: none of it changes what is computed.
+FREE = ("stream.workers", "stream.memory", "checkpoint_interval", "val_interval", "tensorboard")
+
+
+class IdentityRecord(Schema):
+    """What a checkpoint's `identity` says that a resumed run reads."""
+
+    mean: Three
+    std: Three
+    views: Size | None
+
+
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a checkpoint under a temporary name, sync it and rename it: there is always the old one or the new one."""
+    with written_whole(path) as temporary, temporary.open("wb") as file:
+        torch.save({"format": FORMAT, **content}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint, on the CPU.
+
+    Raises:
+        UserError: there is none, it is damaged, of another kind, or holds more than plain data.
+    """
+    advice = "  Begin again in a new folder: the same command without --resume and with another --out."
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch writes checksums and does not compare them
+            broken = archive.testzip()
+        if broken is not None:
+            raise UserError(f"{path}: damaged: the checksum of {broken} in it does not agree\n{advice}")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except FileNotFoundError:
+        where = " in a new folder: --out RUN" if path.parent.exists() else ""
+        raise UserError(
+            f"{path.parent}: no checkpoint here to go on from; without --resume a new run begins{where}"
+        ) from None
+    except Exception as error:  # torch and zipfile raise many kinds
+        held = refused_in(path, error)
+        why = f"it is a pickle with more than plain data in it: {held}" if held else first_line(error)
+        raise UserError(f"{path}: damaged, or not a checkpoint: {why}\n{advice}") from None
+    wrong = not isinstance(content, dict) or [
+        name for name, kind in _PARTS.items() if not isinstance(content.get(name), kind)
+    ]
+    if wrong:
+        what = ", ".join(wrong) if isinstance(wrong, list) else "everything"
+        raise UserError(f"{path}: not a checkpoint that `pipeline train` wrote: {what} is missing\n{advice}")
+    if content["format"] != FORMAT:
+        raise IdentityError(str(path), "format", FORMAT, content["format"], "Another version of the trainer wrote it.")
+    checked(IdentityRecord, content["identity"], str(path), advice.strip())
+    return dict(content)
+
+
+def require_same(path: Path, found: Mapping[str, Any], recipe: Recipe, identity: Mapping[str, Any] | None) -> None:
+    """Compare what a checkpoint was trained with and what is asked for now.
+
+    Args:
+        path: of the checkpoint.
+        found: its content.
+        recipe: the one that is asked for.
+        identity: shards, bank, targets and views that are asked for; None compares the recipe alone.
+
+    Raises:
+        IdentityError: naming the field, what the checkpoint has and what is asked for.
+    """
+    then = validate(found["recipe"], str(path)).model_dump(mode="json")  # with defaults of settings that are new since
+    was, now = _flat(then), _flat(recipe.model_dump(mode="json"))
+    if identity is not None:
+        was |= _flat(found["identity"])
+        now |= _flat(dict(identity))
+    for field in [*was, *(name for name in now if name not in was)]:
+        if field not in FREE and was.get(field) != now.get(field):
+            raise IdentityError(
+                str(path), field, was.get(field), now.get(field),
+                "A run goes on as it began; for anything else begin a new one in another --out.",
+                ("the run has", "asked for"),
+            )  # fmt: skip
+
+
+def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    """`path.to.field` -> value; names in lists, such as classes, in NFC."""
+    if not isinstance(content, dict) or not content:
+        if isinstance(content, list | tuple):
+            return {prefix: [normalized(one) if isinstance(one, str) else one for one in content]}
+        return {prefix: content}
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        found |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The states of the generators that training draws from."""
+    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Put the generators back; one that was not saved, because the run was on another device, is left as it is."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,61 @@
+"""Means over the training set: a control in place of targets (see `config.Control`), or of a teacher's maps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from storage.progress import Progress
+from student.alignment.attention import Rows
+from student.data.block_reader import BlockReader
+from student.data.stream import Stream
+
+Values = dict[str, Tensor]
+
+
+def mean_targets(stream: Stream, progress: Progress) -> Values:
+    """Target id -> the mean of its decoded values over all samples and views of a stream, f32 of one sample's shape.
+
+    Raises:
+        DamageError: an object of the store is missing or damaged.
+    """
+    return _means(stream, progress, "mean targets", lambda values: values)
+
+
+def fill_means(rows: Mapping[str, tuple[Rows, Sequence[str]]], stream: Stream, progress: Progress) -> None:
+    """Fill the mean of rows that stand for those of all examples: over all samples and views of a stream.
+
+    Args:
+        rows: name -> rows with average over examples, and the ids of their targets.
+        stream: of the training set.
+        progress: for people.
+
+    Raises:
+        DamageError: an object of the store is missing or damaged.
+    """
+
+    def maps(values: Values) -> Values:
+        return {name: one.rows_of_each([values[id] for id in targets]) for name, (one, targets) in rows.items()}
+
+    for name, mean in _means(stream, progress, "mean maps", maps).items():
+        rows[name][0].get_buffer("mean").copy_(mean)
+
+
+def _means(stream: Stream, progress: Progress, what: str, of: Callable[[Values], Values]) -> Values:
+    """Name -> the mean over all samples and views of what is made of a block's decoded targets."""
+    reader, views = BlockReader(stream.source), stream.views or 0
+    sums: Values = {}
+    progress.start(what, len(stream.order.blocks) * views)
+    for segment in stream.order.blocks:
+        for view in range(views):
+            decoded = {}
+            for target, arrays in reader.targets(segment, view).items():
+                codec = stream.source.targets[target]
+                decoded[target] = codec.decode({name: torch.from_numpy(array) for name, array in arrays.items()})
+            for name, values in of(decoded).items():
+                total = values.sum(0, dtype=torch.float64)
+                sums[name] = sums[name] + total if name in sums else total
+            progress.advance(1)
+    return {name: (total / (stream.order.samples * views)).float() for name, total in sums.items()}

@@ -1,0 +1,72 @@
+"""timm's optimiser and schedule: no decay for biases, norms and embeddings, rates by layer where they are asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from storage.errors import UserError, first_line, nearest
+from student.recipe.schema import Recipe
+from student.training.distiller import Lesson
+
+
+def peak_rate(recipe: Recipe) -> float:
+    """The largest learning rate, `lr` or `lr_base` scaled linearly with the batch."""
+    settings = recipe.optim
+    return settings.lr or settings.lr_base * recipe.stream.batch_size / settings.lr_base_size
+
+
+def optimiser(recipe: Recipe, lesson: Lesson, steps: int) -> tuple[torch.optim.Optimizer, Any]:
+    """timm's optimiser over what is not frozen, and its schedule by updates.
+
+    With `layer_decay` the rate of each of the student's layers is `layer_decay` times that of the next one; the losses'
+    own parameters have the full rate.
+
+    Args:
+        recipe: what is wanted.
+        lesson: with the student and the losses' parameters.
+        steps: updates in an epoch.
+
+    Raises:
+        UserError: an unknown optimiser, or settings that it does not take.
+    """
+    from timm.optim import create_optimizer_v2, list_optimizers
+    from timm.scheduler import create_scheduler_v2
+
+    settings = recipe.optim
+    more = {} if settings.betas is None else {"betas": settings.betas}
+    try:
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+            _groups(recipe, lesson), opt=settings.opt, lr=peak_rate(recipe), weight_decay=settings.weight_decay, **more
+        )
+    except (ValueError, AssertionError, RuntimeError, TypeError) as error:
+        raise UserError(
+            f"optim.opt: {settings.opt}: {first_line(error)}. {nearest(settings.opt, list_optimizers())}"
+        ) from None
+    if settings.betas is not None and tuple(optimizer.param_groups[0].get("betas", ())) != settings.betas:
+        raise UserError(f"optim.betas: {settings.opt} does not take them")
+    scheduler, _ = create_scheduler_v2(
+        optimizer, settings.sched, num_epochs=settings.epochs, warmup_epochs=settings.warmup_epochs,
+        warmup_lr=settings.warmup_lr, min_lr=settings.min_lr, step_on_epochs=False, updates_per_epoch=steps,
+    )  # fmt: skip
+    return optimizer, scheduler
+
+
+def _groups(recipe: Recipe, lesson: Lesson) -> list[dict[str, Any]]:
+    from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+
+    decay, scale = recipe.optim.weight_decay, recipe.optim.layer_decay
+    exempt = set(getattr(lesson.student, "no_weight_decay", set)())
+    if scale is None:
+        groups: list[dict[str, Any]] = param_groups_weight_decay(lesson, decay, {f"student.{name}" for name in exempt})
+        return groups
+    layers = param_groups_layer_decay(lesson.student, decay, exempt, layer_decay=scale)
+    own = param_groups_weight_decay(lesson.losses, decay)
+    return [*layers, *({**group, "lr_scale": 1.0} for group in own)]
+
+
+def rate(optimizer: torch.optim.Optimizer) -> float:
+    """The learning rate now, before it is scaled by layer."""
+    group = optimizer.param_groups[0]
+    return float(group["lr"] / group.get("lr_scale", 1.0))

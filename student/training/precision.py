@@ -1,0 +1,112 @@
+"""How the student is computed: precision, attention kernel and compilation.
+
+Nothing is decided by a stopwatch. A recipe says the precision, float32 unless it says another; `auto`, where it is
+asked for, is a rule on what the device computes natively, is said, and is kept when the run is resumed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from storage.errors import UserError
+from student.alignment.student_taps import attention_modules
+from student.distributed import Processor
+from student.recipe import schema
+from student.training.distiller import Lesson
+
+BACKEND = "inductor"  # of torch.compile
+
+SLOWER = "10 to 35"  # times: bfloat16 steps of small students on processors with AVX2 alone, measured
+
+_TYPES = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is used: a precision (none: float32) and an attention kernel."""
+
+    amp: str
+    attention: str
+
+    def plain(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, plain: dict[str, Any]) -> Choice:
+        """From plain data, also of earlier versions. Raises KeyError."""
+        return cls(plain["amp"], plain["attention"])
+
+
+def check(settings: schema.Speed, device: torch.device) -> None:
+    """Refuse what cannot be, before anything is spent. Raises UserError."""
+    if settings.amp == "float16" and device.type != "cuda":
+        raise UserError(
+            f"speed.amp=float16 needs CUDA (its gradients are scaled), this run is on {device}; "
+            "use bfloat16, none or auto"
+        )
+    if settings.compile and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
+        raise UserError(
+            "speed.compile: torch.compile needs a C++ compiler and finds none (g++ or clang++); install one"
+        )
+
+
+def apply(lesson: Lesson, amp: str, attention: str) -> None:
+    """Compute the student in this way from now on."""
+    lesson.precision = _TYPES[amp]
+    for module in attention_modules(lesson.student):
+        module.fused_attn = attention == "fused"  # type: ignore[assignment]
+
+
+def compile_student(lesson: Lesson) -> None:
+    """Compile the student in place; names in its state dict stay as they are."""
+    lesson.student.compile(backend=BACKEND)
+
+
+def choose(settings: schema.Speed, device: torch.device, processor: Processor | None = None) -> Choice:
+    """What the settings stand for on a device.
+
+    `amp: auto` is bfloat16 where the device has instructions for it, else float16 on a GPU with tensor cores, else
+    float32. `attention: auto` is the unfused kernel for bfloat16 on a CPU, which takes half the time there, and the
+    fused one everywhere else.
+
+    Args:
+        settings: what is not `auto` stays as it is.
+        device: where it will run.
+        processor: the CPU; this machine's by default.
+    """
+    amp: str = settings.amp
+    attention: str = settings.attention
+    if amp == "auto":
+        amp = _native(device, processor or Processor.here())
+    if attention == "auto":
+        attention = "unfused" if amp == "bfloat16" and device.type == "cpu" else "fused"
+    return Choice(amp, attention)
+
+
+def lines(choice: Choice, device: torch.device, processor: Processor | None = None) -> list[str]:
+    """What is used, human-readable, with a warning where it is slow and a hint where another may be faster."""
+    processor = processor or Processor.here()
+    native = _native(device, processor)
+    text = f"speed: {'f32' if choice.amp == 'none' else choice.amp}, {choice.attention} attention"
+    if choice.amp == "none" and native != "none":
+        text += f"; {native} can be faster on this device: --set speed.amp=auto in a new run"
+    if choice.amp != "bfloat16" or native == "bfloat16":
+        return [text]
+    what = f"this processor ({processor.level}) has no bf16 instructions; steps there took {SLOWER} times as long as"
+    if device.type == "cuda":
+        what = "this GPU has no bf16 instructions, so steps may take longer than"
+    return [text, f"warning: speed.amp=bfloat16: {what} in f32; for f32 begin a new run with --set speed.amp=none"]
+
+
+def _native(device: torch.device, processor: Processor) -> str:
+    """The lowest precision that a device computes natively."""
+    if device.type == "cpu":
+        return "bfloat16" if processor.bfloat16 else "none"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16"
+    return "float16" if torch.cuda.get_device_capability(device) >= (7, 0) else "none"  # tensor cores

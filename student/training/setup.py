@@ -1,0 +1,289 @@
+"""What a training run is made of, found and checked before anything is spent: classes, student, stream and lesson."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from storage.errors import IdentityError, UserError
+from storage.progress import Progress
+from storage.shards.classes import classes_of, require_classes
+from storage.shards.index import cached_index, require_labels, with_samples
+from storage.shards.patterns import expand
+from storage.store.store import Store
+from storage.views.policy import Policy, policy
+from student.alignment.attention import Rows
+from student.alignment.report import table
+from student.attention_copy.inference import lender_of, record_of
+from student.data.stream import Stream
+from student.distributed import rank, ranks
+from student.evaluation.accuracy import tell_of_shared
+from student.models.build import build, input_size
+from student.models.files import Description
+from student.models.init import begin_from, freeze, normalisation
+from student.recipe.schema import Recipe
+from student.settings import COPYING
+from student.targets.stored_target import Given
+from student.training.controls import fill_means, mean_targets
+from student.training.distiller import Lesson, classifies, find_targets, reads_of
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a training run is asked for.
+
+    Attributes:
+        recipe: the whole of it.
+        shards: patterns of training shards.
+        val: patterns of validation shards; none are needed where no loss reads labels.
+        out: the run's folder.
+        store: with the targets.
+        device: of this process.
+        resume: go on from the folder's checkpoint.
+        smoke: a few steps of each phase only, to see that everything works.
+    """
+
+    recipe: Recipe
+    shards: Sequence[str]
+    val: Sequence[str]
+    out: Path
+    store: Store | None = None
+    device: str = "cpu"
+    resume: bool = False
+    smoke: bool = False
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is trained and on what.
+
+    Attributes:
+        stream: the batches.
+        given: loss, or `copying`, -> what the store gives it.
+        lesson: student and losses, on the device.
+        average: the averaged student, or None.
+        still: modules with frozen running statistics.
+        val_urls: the validation shards that students are scored on; empty where no score can be taken.
+        description: goes with the student's weights.
+        identity: what a resumed run must agree with.
+    """
+
+    stream: Stream
+    given: dict[str, tuple[Given, ...]]
+    lesson: Lesson
+    average: Any
+    still: list[nn.Module]
+    val_urls: list[str]
+    description: Description
+    identity: dict[str, Any]
+
+
+def prepare(job: Job, progress: Progress, found: dict[str, Any] | None) -> Parts:
+    """Everything that a run needs, and a word on what was chosen.
+
+    Args:
+        job: what is asked for.
+        progress: told what was chosen.
+        found: the checkpoint that is gone on from: weights come from there, and it fixes the number of views.
+
+    Raises:
+        UserError: as its parts do.
+    """
+    recipe = job.recipe
+    torch.manual_seed(recipe.seed)
+    urls, val_urls = expand(job.shards), with_samples(expand(job.val), progress.say) if job.val else []
+    classes, count = _classes(urls, val_urls, recipe) if classifies(recipe) else (None, 0)
+    scored = _scored(val_urls, recipe, count, progress)
+    model, arguments = build(recipe.student, count)
+    if found is None:
+        begin_from(model, recipe.student, classes, progress.say)
+    mean, std = normalisation(recipe.student)
+    if found is not None:
+        mean, std = (tuple(found["identity"][name]) for name in ("mean", "std"))
+    elif recipe.student.pretrained or recipe.student.weights:
+        progress.say(f"pixels: mean {_three(mean)}, std {_three(std)}")
+    still = freeze(model, recipe.student.freeze, progress.say)
+    size = input_size(model, recipe.student)
+    average = _average(recipe, model).to(job.device) if recipe.ema else None  # before hooks are on the student
+    stream, given = _stream(job, urls, model, size, count, progress, found["identity"]["views"] if found else None)
+    lesson = Lesson(recipe, model, given, mean, std, classes)
+    if lesson.rows:
+        progress.say(table(lesson.rows))
+    _control(recipe, stream, lesson, progress)
+    if found is None:
+        _average_examples(stream, lesson, progress)
+    lesson.to(job.device)
+    source = stream.source
+    tell_of_shared(source.shards, val_urls, progress.say)
+    copied = _copies(job, given, stream, lesson, average, scored, progress) if lesson.copier else None
+    description = Description(
+        recipe.student.model, arguments, size, mean, std, classes,
+        source.policy.evaluation.line, recipe.student.shifted_patches, copied,
+    )  # fmt: skip
+    identity = {
+        "shards": list(source.shards), "validation shards": [cached_index(url).id for url in val_urls],
+        "classes": list(classes) if classes else count, "bank": source.bank, "policy": source.policy.line,
+        "targets": {name: list(ids) for name, ids in lesson.targets.items()}, "views": stream.views,
+        "control": recipe.control.model_dump(exclude_defaults=True), "mean": list(mean), "std": list(std),
+    }  # fmt: skip
+    if chosen := {name: loss.chosen for name, loss in lesson.losses.items() if getattr(loss, "chosen", None)}:
+        identity["links"] = chosen  # taken from another run, whose folder may change
+    return Parts(stream, given, lesson, average, still, scored, description, identity)
+
+
+def _scored(val_urls: list[str], recipe: Recipe, classes: int, progress: Progress) -> list[str]:
+    """The validation shards that students are scored on; it is said where there are none.
+
+    Raises:
+        UserError: labels are learned, and there are no validation shards, or they have none or others.
+    """
+    labels = "labels" in reads_of(recipe)
+    if labels and not val_urls:
+        raise UserError(
+            "this recipe learns from labels, so its students are scored on others: give --val SHARDS, which "
+            "`pipeline pack … --val-fraction 0.1` cuts off"
+        )
+    if not classes:
+        unused = "" if recipe.student.num_classes is None else " (student.num_classes is not used)"
+        progress.say(f"no loss trains a classifier: the student is made without one{unused}, and no score is taken")
+        return []
+    bare = [] if labels else [url for url in val_urls if not cached_index(url).summary.labelled]
+    if bare or not val_urls:
+        progress.say(f"{f'{bare[0]} has no labels' if bare else 'no validation shards'}: no score is taken")
+        return []
+    for url in val_urls:
+        require_labels(url, cached_index(url), classes)
+    return val_urls
+
+
+def _average(recipe: Recipe, model: nn.Module) -> Any:
+    from timm.utils import ModelEmaV3  # after precompute.taps made it importable
+
+    return ModelEmaV3(model, decay=recipe.ema)
+
+
+def _three(values: Sequence[float]) -> str:
+    """One number for three that are the same."""
+    return ", ".join(f"{value:g}" for value in (values[:1] if len(set(values)) == 1 else values))
+
+
+def _stream(
+    job: Job, urls: list[str], model: nn.Module, size: int, classes: int, progress: Progress, views: int | None
+) -> tuple[Stream, dict[str, tuple[Given, ...]]]:
+    """The stream, and what it gives to each loss."""
+    recipe, settings = job.recipe, job.recipe.stream
+    shard_ids = []
+    if job.store is not None:
+        known = job.store.shard_ids()
+        shard_ids = [index.id for url in urls if len(index := job.store.require(url, known))]
+    bank, given = find_targets(job.store, shard_ids, recipe, model)
+    fresh: Policy | None = None
+    if bank is None:
+        wish = settings.bank
+        if wish.id is not None or settings.views is not None:
+            raise UserError("stream.bank and stream.views speak of a store's bank: give --store DIR")
+        fresh = policy(wish.policy or "light", wish.size or size, wish.seed if wish.seed is not None else recipe.seed)
+    if settings.batch_size % (ranks() * recipe.optim.accumulate):
+        raise UserError(
+            f"stream.batch_size={settings.batch_size} cannot be cut into {ranks()} rank(s) of optim.accumulate="
+            f"{recipe.optim.accumulate} equal pieces each; give a multiple of {ranks() * recipe.optim.accumulate}"
+        )
+    labels = "labels" in reads_of(recipe)
+    memory = int(settings.memory * 2**30) if settings.memory else None
+    stream = Stream(
+        urls, batch=settings.batch_size, store=job.store,
+        targets=list(dict.fromkeys(one.id for several in given.values() for one in several)), policy=fresh,
+        bank=bank, views=settings.views or views, seed=recipe.seed, lanes=settings.lanes, window=settings.window,
+        workers=settings.workers, memory=memory, rank=rank(), ranks=ranks(), labels=labels,
+        classes=classes if labels else None, permute=recipe.control.permute_targets,
+    )  # fmt: skip
+    if stream.source.policy.size != size:
+        raise IdentityError(
+            f"views of {bank or 'stream.bank'}", "size", size, stream.source.policy.size,
+            f"Give the student the size of its views: --set student.img_size={stream.source.policy.size}",
+            ("the student takes", "they have"),
+        )  # fmt: skip
+    if bank is None:
+        progress.say(f"views: drawn afresh, {stream.source.policy.line}, size {size}, seed {stream.source.policy.seed}")
+    else:
+        progress.say(f"views: stored, {stream.source.policy.line}, {stream.views} a sample, bank {bank}")
+    for notice in stream.notices:
+        progress.say(notice)
+    return stream, given
+
+
+def _control(recipe: Recipe, stream: Stream, lesson: Lesson, progress: Progress) -> None:
+    """Targets that cannot know the image, where the recipe asks for a control."""
+    control = recipe.control
+    if control.permute_targets is None and not control.mean_targets:
+        return
+    if not lesson.targets:
+        raise UserError("control speaks of stored targets, and this recipe's losses read none")
+    if control.mean_targets:
+        lesson.means = mean_targets(stream, progress)
+        progress.say("control: every image gets the mean target of the training set")
+    else:
+        progress.say(f"control: targets of other images of the same block, permuted by seed {control.permute_targets}")
+
+
+def _average_examples(stream: Stream, lesson: Lesson, progress: Progress) -> None:
+    """Mean maps over the training set, where they stand for those of all images; a checkpoint brings them back."""
+    parts: dict[str, Any] = {name: getattr(method, "rows", None) for name, method in lesson.losses.items()}
+    if lesson.copier:
+        parts[COPYING] = lesson.copier.meets
+    rows = {name: part for name, part in parts.items() if isinstance(part, Rows) and part.average == "examples"}
+    if rows:
+        fill_means({name: (part, lesson.targets[name]) for name, part in rows.items()}, stream, progress)
+
+
+def _copies(
+    job: Job, given: dict[str, tuple[Given, ...]], stream: Stream, lesson: Lesson, average: Any, scored: list[str],
+    progress: Progress,
+) -> dict[str, Any]:  # fmt: skip
+    """Where copied attention comes from in training and in evaluation: said, and recorded for the student's file.
+
+    Raises:
+        UserError: the store has none of the validation images.
+    """
+    recipe, copier, store = job.recipe, lesson.copier, job.store
+    assert copier is not None
+    assert recipe.copying is not None
+    assert store is not None
+    copies, several, permute = copier.copies, given[COPYING], recipe.control.permute_targets
+    if average is not None:
+        copies.attach(average.module)
+    if lesson.means:
+        copies.fixed = copier.copied([lesson.means[one.id][None].to(job.device) for one in several])
+    elif recipe.copying.average == "examples":
+        copies.fixed = {"map": copier.meets.get_buffer("mean")[None]}
+    elif scored:
+        copies.lender = lender_of(store, copier, several, scored, stream.source.policy.evaluation, permute)
+    if "map" in copies.parts:
+        progress.say(f"copying: {len(copies.layers)} layer(s) run unfused, where whole maps can go in")
+    return record_of(copier, recipe.copying, store, several, permute)
+
+
+def _classes(urls: list[str], val_urls: list[str], recipe: Recipe) -> tuple[tuple[str, ...] | None, int]:
+    """The class names and how many there are; never guessed from labels."""
+    names, val_names = classes_of(urls), classes_of(val_urls)
+    if names:
+        require_classes(val_urls, names)
+    wanted = recipe.student.num_classes
+    names = names or val_names
+    if names is None and wanted is None:
+        raise UserError(
+            f"{urls[0]}: no classes.json beside it, so the number of classes is not known; "
+            "say it: --set student.num_classes=N"
+        )
+    if names is not None and wanted not in (None, len(names)):
+        raise IdentityError(f"{urls[0]}: classes.json", "student.num_classes", len(names), wanted,
+                            "Leave student.num_classes out.", ("the file names", "asked for"))  # fmt: skip
+    count = int(wanted or len(names or ()))
+    if count < 2:
+        raise UserError(f"{urls[0]}: one class alone, so there is nothing to learn; pack a folder for each of several")
+    return (tuple(names) if names else None), count

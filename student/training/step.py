@@ -1,0 +1,111 @@
+"""One update of a student: a batch in pieces, forward and backward, clipping, the optimiser, the average."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from storage.errors import UserError
+from student.data.batch import Batch
+from student.data.shuffle import default_lanes
+from student.distributed import ranks
+from student.recipe.schema import Recipe
+from student.training.distiller import Lesson
+
+
+class _Whole(nn.Module):
+    """A lesson's total as one forward pass, so that DistributedDataParallel sees exactly the graph that is trained."""
+
+    def __init__(self, lesson: Lesson) -> None:
+        super().__init__()
+        self.lesson = lesson
+
+    def forward(self, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """What is minimised, and each loss without its gradient."""
+        _, values = self.lesson(batch)
+        return self.lesson.total(values, epoch), {name: value.detach() for name, value in values.items()}
+
+
+class Update:
+    """Makes updates of a lesson's parameters.
+
+    Args:
+        recipe: with `optim.accumulate` and `optim.clip_grad`.
+        lesson: on its device.
+        optimizer: of its parameters.
+        average: timm's average of the student, or None.
+        device: of the lesson.
+        scaled: whether gradients are scaled, as float16 needs.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        lesson: Lesson,
+        optimizer: torch.optim.Optimizer,
+        average: Any,
+        device: torch.device,
+        scaled: bool,
+    ) -> None:
+        self.settings, self.lesson, self.optimizer, self.average = recipe.optim, lesson, optimizer, average
+        self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+        self.lanes = recipe.stream.lanes or default_lanes(recipe.stream.batch_size)
+        self.whole: nn.Module = _Whole(lesson)
+        if ranks() > 1:
+            devices = [device] if device.type == "cuda" else None
+            self.whole = DistributedDataParallel(self.whole, device_ids=devices, find_unused_parameters=True)
+
+    def __call__(self, batch: Batch, epoch: int, step: int) -> dict[str, float]:
+        """One update; the means over this rank's batch of `loss`, `losses/…` and `notes/…`.
+
+        Raises:
+            UserError: a loss that is not finite.
+        """
+        pieces = cut(batch, self.settings.accumulate)
+        self.optimizer.zero_grad()
+        sums: dict[str, float] = {}
+        offered: list[list[Tensor]] = []
+        for number, piece in enumerate(pieces):
+            waits = isinstance(self.whole, DistributedDataParallel) and number < len(pieces) - 1
+            with self.whole.no_sync() if waits else nullcontext():  # type: ignore[operator]
+                loss, values = self.whole(piece, epoch)
+                numbers = self._numbers(loss, values)
+                if not math.isfinite(numbers["loss"]):
+                    parts = ", ".join(f"{name} {value.item():g}" for name, value in values.items())
+                    raise UserError(
+                        f"epoch {epoch}, step {step}: the loss is not finite ({parts}); lower the learning "
+                        "rate, --set optim.lr=X, or cap the gradients, --set optim.clip_grad=1"
+                    )
+                self.scaler.scale(loss / len(pieces)).backward()
+            offered.append([queue.offered for queue in self.lesson.queues])
+            for name, value in numbers.items():
+                sums[name] = sums.get(name, 0.0) + value / len(pieces)
+        if self.settings.clip_grad:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.lesson.parameters(), self.settings.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        for number, queue in enumerate(self.lesson.queues):
+            queue.push([vectors[number] for vectors in offered], self.lanes)
+        if self.average is not None:
+            self.average.update(self.lesson.student)
+        return sums
+
+    def _numbers(self, loss: Tensor, values: dict[str, Tensor]) -> dict[str, float]:
+        """All that is logged of a step, fetched from the device at once."""
+        named = {"loss": loss.detach(), **{f"losses/{name}": value for name, value in values.items()}}
+        named |= {f"notes/{name}": value.detach() for name, value in self.lesson.notes.items()}
+        return dict(zip(named, torch.stack([value.float() for value in named.values()]).tolist(), strict=True))
+
+
+def cut(batch: Batch, count: int) -> list[Batch]:
+    """A batch in so many equal pieces."""
+    if count == 1:
+        return [batch]
+    size = len(batch.labels) // count
+    return [batch.part(slice(start, start + size)) for start in range(0, size * count, size)]
