@@ -30,7 +30,7 @@ from pipeline.commands.teachers import teachers
 from pipeline.commands.train import train
 from pipeline.commands.verify import verify
 from pipeline.options import QUOTES
-from storage.errors import DamageError, UserError, first_line, nearest, shown
+from storage.errors import DamageError, UserError, did_you_mean, display_path, first_line
 
 
 class _Commands(click.Group):
@@ -39,7 +39,7 @@ class _Commands(click.Group):
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """The command that the first argument names."""
         if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
-            raise click.UsageError(f"no command is called {args[0]!r}. {nearest(args[0], self.commands)}", ctx)
+            raise click.UsageError(f"no command is called {args[0]!r}. {did_you_mean(args[0], self.commands)}", ctx)
         return super().resolve_command(ctx, args)
 
 
@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         if debug:
             raise
-        where = shown(Path(error.filename)) if isinstance(error.filename, str) else "input or output"
+        where = display_path(Path(error.filename)) if isinstance(error.filename, str) else "input or output"
         what = f"{where}: {first_line(error)}"
         _fail(f"{what}; {_ADVICE.get(error.errno or 0, 'mend it and run the same command again')}", as_json, 1)
     except Exception as error:

@@ -13,12 +13,12 @@ import onnx
 from precompute.engine.shard import block_views
 from precompute.export.pytorch import CHECKED, export_student
 from storage.errors import UserError
-from storage.objects.atomic import written_whole
+from storage.objects.atomic import atomic_write
 from storage.shards.index import cached_index, with_samples
 from storage.shards.patterns import expand
 from storage.views.policy import policy
-from student.models.attention_copy_hooks import copies_of
-from student.models.files import load
+from student.models.attention_copy_hooks import attention_copy_hooks
+from student.models.files import load_student
 
 
 def export(path: Path, shards: Sequence[str], out: Path) -> dict[str, Any]:
@@ -34,8 +34,8 @@ def export(path: Path, shards: Sequence[str], out: Path) -> dict[str, Any]:
     """
     if out.exists():
         raise UserError(f"{out}: is there already; give another name with --out, or remove it")
-    model, about = load(path)
-    if (copies := copies_of(model)) and not copies.fixed:
+    model, about = load_student(path)
+    if (copies := attention_copy_hooks(model)) and not copies.fixed:
         raise UserError(
             f"{path}: this student attends with its teacher's attention, which a graph of it alone does not have; "
             "`pipeline predict` runs both"
@@ -53,6 +53,6 @@ def export(path: Path, shards: Sequence[str], out: Path) -> dict[str, Any]:
     onnx.helper.set_model_props(graph, {name: json.dumps(value) for name, value in told.items()})
     data = graph.SerializeToString(deterministic=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(out) as temporary:
+    with atomic_write(out) as temporary:
         temporary.write_bytes(data)
     return {"graph": str(out), "student": str(path), "bytes": len(data), "checked": len(images), **told}

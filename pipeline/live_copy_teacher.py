@@ -13,13 +13,13 @@ from precompute.engine.session import open_session
 from storage.errors import UserError
 from storage.store.store import Store
 from student.attention_copy.inference import copier_of
-from student.models.attention_copy_hooks import copies_of
-from student.models.files import Description
+from student.models.attention_copy_hooks import attention_copy_hooks
+from student.models.files import StudentDescription
 
-Beside = Callable[[np.ndarray], AbstractContextManager[None]]
+LiveCopyTeacher = Callable[[np.ndarray], AbstractContextManager[None]]
 
 
-def beside(model: nn.Module, about: Description, store: str | None) -> Beside:
+def live_copy_teacher(model: nn.Module, about: StudentDescription, store: str | None) -> LiveCopyTeacher:
     """What holds while a student looks at images `[n, S, S, 3]`: the attention that it copies, by the stored graphs.
 
     Args:
@@ -30,7 +30,7 @@ def beside(model: nn.Module, about: Description, store: str | None) -> Beside:
     Raises:
         UserError: no store, a control that has no attention of these images.
     """
-    copies = copies_of(model)
+    copies = attention_copy_hooks(model)
     if copies is None or copies.fixed or about.copying is None:
         return lambda images: nullcontext()
     if about.copying["permute"] is not None:

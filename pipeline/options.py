@@ -12,11 +12,11 @@ import click
 from click.core import ParameterSource
 
 from pipeline.project import context
-from storage.errors import UserError, shown
+from storage.errors import UserError, display_path
 
 if TYPE_CHECKING:
-    from pipeline.project.schema import Entry
-    from precompute.request import Wanted
+    from pipeline.project.schema import TeacherEntry
+    from precompute.request import PrecomputeRequest
 
 
 def common(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -158,7 +158,7 @@ def wanted(command: Callable[..., Any]) -> Callable[..., Any]:
     return made
 
 
-def _wanted(teacher: str | None, **flags: Any) -> Wanted | dict[str, Wanted]:
+def _wanted(teacher: str | None, **flags: Any) -> PrecomputeRequest | dict[str, PrecomputeRequest]:
     """What is asked for: of the teacher that was named, or of each in the project file."""
     read = context.current()
     entries = read.teachers if read else {}
@@ -187,7 +187,7 @@ def _wanted(teacher: str | None, **flags: Any) -> Wanted | dict[str, Wanted]:
     absent = [name for name in chosen if not flags["weights"] and _is_missing(entries[name].weights)]
     if len(absent) < len(chosen):
         for name in absent:
-            file = shown(Path(str(entries[name].weights)))
+            file = display_path(Path(str(entries[name].weights)))
             click.echo(f"{name} is left out: {file} is not there yet; {_ADVICE}", err=True)
         chosen = [name for name in chosen if name not in absent]
     made = {name: _one(name, entries[name], f"{read.path}: teachers.{name}: ", **flags) for name in chosen}
@@ -207,7 +207,7 @@ def _is_missing(file: str | None) -> bool:
 
 def _one(
     teacher: str,
-    entry: Entry | None,
+    entry: TeacherEntry | None,
     where: str,
     shards: tuple[str, ...],
     target: tuple[str, ...],
@@ -230,23 +230,23 @@ def _one(
     workers: int | None,
     dask: str | None,
     worker_timeout: int | None,
-) -> Wanted:
+) -> PrecomputeRequest:
     """What is asked of one teacher; of a project's teacher, what no flag says comes from its entry.
 
     `where` opens the errors of what the project file says.
     """
     from precompute.engine.dask_client import WORKER_TIMEOUT
-    from precompute.request import Wanted
-    from precompute.taps.target_spec import parse
+    from precompute.request import PrecomputeRequest
+    from precompute.taps.target_spec import parse_target
     from precompute.teachers import onnx_file
-    from precompute.teachers.teacher import find
+    from precompute.teachers.teacher import find_teacher
     from storage.shards.patterns import expand
     from storage.views.policy import policy
 
     urls = expand(shards)
     views = policy("deit" if view_policy is None else view_policy, 224 if view_size is None else view_size, seed or 0)
     arguments, means, stds = _arguments(teacher_arg), _numbers(mean, "--mean"), _numbers(std, "--std")
-    texts, model, tensors = target, teacher, onnx_file.named(tap)
+    texts, model, tensors = target, teacher, onnx_file.named_outputs(tap)
     if entry is not None:
         model, texts = entry.teacher or teacher, target or entry.targets
         weights_key = weights_key or (None if weights else entry.weights_key)
@@ -254,10 +254,10 @@ def _one(
         tensors = {**entry.taps, **tensors}
         arguments, means, stds = {**entry.args, **arguments}, means or entry.mean, stds or entry.std
     try:
-        wishes = [wish for text in texts or tensors for wish in parse(text)]
-        if tensors and not onnx_file.is_ready(model):
+        wishes = [wish for text in texts or tensors for wish in parse_target(text)]
+        if tensors and not onnx_file.is_onnx_file(model):
             raise UserError(f"--tap names tensors of a ready model.onnx; {model} has taps of its own: --target TAP")
-        found = find(
+        found = find_teacher(
             model,
             weights=weights,
             arguments=arguments,
@@ -278,7 +278,7 @@ def _one(
         raise UserError(f"{where}{error}{advice}") from None
     named = {"line": view_policy, "size": view_size, "seed": seed}
     given = frozenset(name for name, value in named.items() if value is not None)
-    return Wanted(
+    return PrecomputeRequest(
         urls, found, wishes, views, given, view_count, new_bank, provider, bad_images, materialise_views, workers, dask,
         context.grid(), worker_timeout or WORKER_TIMEOUT,
     )  # fmt: skip

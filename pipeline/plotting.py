@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.errors import UserError
-from storage.objects.atomic import written_whole
+from storage.objects.atomic import atomic_write
 from storage.rounding import constant
 
 # Okabe and Ito's colours (without black and the pale yellow), for lines and bars; perceptual maps for values.
@@ -96,5 +96,5 @@ def save(figure: Any, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font has not: boxes
         figure.savefig(data, format=path.suffix.lower().lstrip("."))
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(data.getvalue())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from precompute import bank_choice
-from precompute.request import Wanted
+from precompute.request import PrecomputeRequest
 from storage.errors import IdentityError, UserError
 from storage.shards.tar import stem_of
 from storage.store.store import Store
@@ -69,7 +69,7 @@ def choose_policy(
     )  # fmt: skip
 
 
-def settle(store: Store, wanted: Wanted) -> tuple[dict[str, list[str]], Policy, int]:
+def settle(store: Store, wanted: PrecomputeRequest) -> tuple[dict[str, list[str]], Policy, int]:
     """Url -> ids of known shards that it may be; the policy, and the number of views.
 
     Raises:

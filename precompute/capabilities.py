@@ -16,11 +16,11 @@ from precompute.export.pytorch import read_taps, require_size
 from precompute.record_targets import require_kind
 from precompute.taps import TAPS, Tap, TappedTeacher, takes_image_size
 from precompute.taps.target_spec import default_codec
-from precompute.teachers.onnx_file import _sizes, prefix_of, read
+from precompute.teachers.onnx_file import _sizes, prefix_of, read_graph
 from precompute.teachers.teacher import about_weights, anatomy, resolve
 from storage.errors import UserError, first_line
 from storage.objects.json_record import Record
-from storage.objects.state_dict import READY
+from storage.objects.state_dict import ONNX_FILE
 from storage.store.codecs import Codec
 
 
@@ -96,11 +96,11 @@ def onnx_offers_of(path: str) -> dict[str, Any]:
         tap -> names of tensors whose shape would fit it, in the order of the graph.
 
     Raises:
-        UserError: as `read`.
+        UserError: as `read_graph`.
     """
     from onnx import shape_inference
 
-    graph = read(path)
+    graph = read_graph(path)
     try:
         inferred = shape_inference.infer_shapes(graph.model, data_prop=True).graph
     except Exception:  # it raises many kinds on what it cannot read; shapes are then unknown
@@ -112,7 +112,8 @@ def onnx_offers_of(path: str) -> dict[str, Any]:
             tensors.setdefault(tap, []).append(name)
     taken = _sizes(graph.model.graph.input[0])
     return {
-        "teacher": path, "model": READY, "input": {"name": graph.input, "shape": taken, "precision": graph.precision},
+        "teacher": path, "model": ONNX_FILE,
+        "input": {"name": graph.input, "shape": taken, "precision": graph.precision},
         "parameters": graph.parameters, "outputs": {name: shapes.get(name, []) for name in graph.outputs},
         "tensors": tensors,
     }  # fmt: skip

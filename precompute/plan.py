@@ -21,18 +21,18 @@ import numpy as np
 
 from precompute import record_targets
 from precompute.bank_choice import candidates, choose_views, settle
-from precompute.engine.tasks import Output
-from precompute.request import Wanted
-from precompute.run import Job, prepare, staffed
-from precompute.throughput import Shard, measure
-from storage.objects.object_store import open_objects
+from precompute.engine.tasks import TargetOutput
+from precompute.request import PrecomputeRequest
+from precompute.run import PrecomputePlan, plan_precompute, staffed
+from precompute.throughput import PlannedShard, measure
+from storage.objects.object_store import open_object_store
 from storage.objects.urls import is_remote
 from storage.progress import Progress
 from storage.shards.classes import classes_of
 from storage.shards.index import cached_index
 from storage.shards.tar import size_of, without_samples
 from storage.store.arrays import chunk_samples
-from storage.store.codecs import Codec, Part, fitting
+from storage.store.codecs import ArraySpec, Codec, codecs_for
 from storage.store.markers import Task
 from storage.store.store import Store
 from storage.views.policy import Policy
@@ -44,12 +44,14 @@ if TYPE_CHECKING:
 
 LOOKED_AT = 8  # shards that are read whole; the others' samples are estimated from their sizes
 
-_BANK = {"parameters": Part("float64", (len(COLUMNS),), ()), "signatures": Part("uint32", (1,), ())}
+_BANK = {"parameters": ArraySpec("float64", (len(COLUMNS),), ()), "signatures": ArraySpec("uint32", (1,), ())}
 
 _IN_MARKER = 8 * 4 / 3  # bytes that each chunk takes in its marker: length and checksum in base64
 
 
-def plan(where: str, wanted: Wanted, progress: Progress, seconds: float = 60, rate: float = 1000) -> dict[str, Any]:
+def plan(
+    where: str, wanted: PrecomputeRequest, progress: Progress, seconds: float = 60, rate: float = 1000
+) -> dict[str, Any]:
     """What a run would take, as plain data.
 
     Args:
@@ -67,7 +69,7 @@ def plan(where: str, wanted: Wanted, progress: Progress, seconds: float = 60, ra
 
 
 def _plan(
-    where: str, wanted: Wanted, client: Client | None, progress: Progress, seconds: float, rate: float
+    where: str, wanted: PrecomputeRequest, client: Client | None, progress: Progress, seconds: float, rate: float
 ) -> dict[str, Any]:
     store = _existing(where)
     if store:
@@ -77,7 +79,7 @@ def _plan(
     began = time.monotonic()
     with _scratch(where) as scratch:
         settled = replace(wanted, policy=policy, given=frozenset({"line", "size", "seed"}), views=views, new_bank=True)
-        job = prepare(scratch, settled, progress)
+        job = plan_precompute(scratch, settled, progress)
         exporting = 0.0 if store and _known(store, job) else time.monotonic() - began
         outputs = [output for several in job.by_graph.values() for output in several]
         missing = _missing(store, shards, policy.bank, outputs, views)
@@ -129,7 +131,7 @@ def _plan(
 
 def _existing(where: str) -> Store | None:
     try:
-        open_objects(where).get("zarr.json")
+        open_object_store(where).get("zarr.json")
     except (FileNotFoundError, NotADirectoryError):
         return None
     return Store.open(where)
@@ -150,42 +152,42 @@ def _scratch(where: str) -> Iterator[Store]:
     try:
         yield Store.create(place)
     finally:
-        open_objects(place).remove("")
+        open_object_store(place).remove("")
         for parent in made:
             with contextlib.suppress(OSError):
                 parent.rmdir()
 
 
-def _known(store: Store, job: Job) -> bool:
+def _known(store: Store, job: PrecomputePlan) -> bool:
     """Whether a store has all targets of a run, so that nothing has to be exported."""
     return all(store.objects.names(f"targets/{o.target}") for outputs in job.by_graph.values() for o in outputs)
 
 
-def counted(store: Store | None, urls: Sequence[str], progress: Progress, skip: bool = False) -> list[Shard]:
+def counted(store: Store | None, urls: Sequence[str], progress: Progress, skip: bool = False) -> list[PlannedShard]:
     """The shards with samples: known ones and some others counted, the rest estimated; `skip` as `cached_index`."""
     known = candidates(store, urls) if store else {}
-    shards: dict[str, Shard] = {}
+    shards: dict[str, PlannedShard] = {}
     for url in urls:
         index = store.recognise(url, known[url]) if store else None
         if index:
-            shards[url] = Shard(url, len(index), index.id, index=index if len(shards) < LOOKED_AT else None)
+            shards[url] = PlannedShard(url, len(index), index.id, index=index if len(shards) < LOOKED_AT else None)
     others = [url for url in urls if url not in shards]
     some = others[:: max(1, -(-len(others) // LOOKED_AT))]
     progress.start(f"reading {len(some)} of {len(urls)} shards", len(some))
     for url in some:
         index = cached_index(url, skip=skip)
-        shards[url] = Shard(url, len(index), index=index)
+        shards[url] = PlannedShard(url, len(index), index=index)
         progress.advance(1)
     filled = [shard for shard in shards.values() if shard.samples]
     if not filled:
         raise without_samples(list(shards))
     each = sum(size_of(s.url) for s in filled) / sum(s.samples for s in filled)
     for url in (url for url in others if url not in shards):
-        shards[url] = Shard(url, max(1, round(size_of(url) / each)), estimated=True)
+        shards[url] = PlannedShard(url, max(1, round(size_of(url) / each)), estimated=True)
     return [shards[url] for url in urls if shards[url].samples]
 
 
-def _policy(store: Store | None, wanted: Wanted) -> tuple[Policy, int]:
+def _policy(store: Store | None, wanted: PrecomputeRequest) -> tuple[Policy, int]:
     """The policy and the number of views that a run would take."""
     if store is None:
         return wanted.policy, choose_views(None, wanted.policy, wanted.views)
@@ -194,7 +196,7 @@ def _policy(store: Store | None, wanted: Wanted) -> tuple[Policy, int]:
 
 
 def _missing(
-    store: Store | None, shards: Sequence[Shard], bank: str, outputs: Sequence[Output], views: int
+    store: Store | None, shards: Sequence[PlannedShard], bank: str, outputs: Sequence[TargetOutput], views: int
 ) -> dict[tuple[str, int], set[str]]:
     """(shard, view) -> ids of targets, and `bank` for the views themselves, that are not there yet."""
     done = store.done() if store else set()
@@ -236,7 +238,7 @@ def _holds(store: Store, key: str) -> bool:
     return name in store.objects.names(folder)
 
 
-def _arrays(parts: dict[str, Part], samples: int) -> tuple[int, int]:
+def _arrays(parts: dict[str, ArraySpec], samples: int) -> tuple[int, int]:
     """Bytes and number of the chunks of some arrays over a shard; the last chunk is padded."""
     size = count = 0
     for part in parts.values():
@@ -260,8 +262,8 @@ def _overhead(scratch: Store) -> dict[str, tuple[float, float]]:
 
 
 def _sizes(
-    shards: Sequence[Shard],
-    outputs: Sequence[Output],
+    shards: Sequence[PlannedShard],
+    outputs: Sequence[TargetOutput],
     views: int,
     missing: dict[tuple[str, int], set[str]],
     overhead: dict[str, tuple[float, float]],
@@ -284,11 +286,11 @@ def _sizes(
     return totals, shared
 
 
-def _target(output: Output, manifest: dict[str, Any], images: int) -> dict[str, Any]:
+def _target(output: TargetOutput, manifest: dict[str, Any], images: int) -> dict[str, Any]:
     """One target: its size, what its codec costs, and cheaper codecs with what they would cost."""
     codec, errors = output.codec, manifest["codec_errors"]
     cheaper = []
-    for name in fitting(codec.values) if errors else []:
+    for name in codecs_for(codec.values) if errors else []:
         other = Codec(name, codec.shape, codec.maps, codec.axes, codec.values)
         if other.sample_bytes < codec.sample_bytes and errors.get(name):
             cheaper.append({"codec": name, "bytes": other.sample_bytes * images, **errors[name]})
@@ -306,7 +308,7 @@ def _target(output: Output, manifest: dict[str, Any], images: int) -> dict[str, 
 # ------------------------------------------------------------------------------------------------ warnings
 
 
-def _warnings(where: str, shards: Sequence[Shard], new_bytes: float) -> list[str]:
+def _warnings(where: str, shards: Sequence[PlannedShard], new_bytes: float) -> list[str]:
     found = []
     read = [shard for shard in shards if shard.index]
     mixes = [

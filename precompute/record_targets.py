@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from precompute.engine.tasks import Output
-from precompute.taps.target_spec import Wish, default_codec, layer_numbers
+from precompute.engine.tasks import TargetOutput
+from precompute.taps.target_spec import TargetSpec, default_codec, layer_numbers
 from precompute.teachers import onnx_file
-from precompute.teachers.teacher import Teacher, describe, load
+from precompute.teachers.teacher import Teacher, describe_teacher, load_teacher
 from storage.errors import DamageError, UserError
 from storage.objects import json_record
 from storage.objects.json_record import Record
-from storage.objects.state_dict import READY
+from storage.objects.state_dict import ONNX_FILE
 from storage.store import codecs
 from storage.store.codecs import Codec
 from storage.store.store import Store
 from storage.views.policy import Policy
 
 if TYPE_CHECKING:
-    from precompute.taps import About
+    from precompute.taps import TapInfo
 
 
 def known_teacher(store: Store, teacher: Teacher) -> Record | None:
@@ -43,16 +43,18 @@ def record_teacher(store: Store, teacher: Teacher) -> Record:
     """
     if known := known_teacher(store, teacher):
         return known
-    about = onnx_file.describe(str(teacher.weights)) if teacher.ready else describe(teacher, load(teacher))
+    about = (
+        onnx_file.describe(str(teacher.weights)) if teacher.ready else describe_teacher(teacher, load_teacher(teacher))
+    )
     return store.add_teacher(teacher.name, teacher.identity, about)
 
 
-def defaults(manifest: Record, policy: Policy, grid: int | None = None) -> list[Wish]:
+def defaults(manifest: Record, policy: Policy, grid: int | None = None) -> list[TargetSpec]:
     """What a teacher is asked for when nothing is said: activations of a CNN, class rows and token of a ViT."""
     if manifest["network"] == "cnn":
-        return [Wish("activations", grid=grid or max(1, policy.size // 16))]
+        return [TargetSpec("activations", grid=grid or max(1, policy.size // 16))]
     if manifest["network"] == "vit" and "class" in manifest["prefix"]:
-        return [Wish("class_row"), Wish("class_token")]
+        return [TargetSpec("class_row"), TargetSpec("class_token")]
     raise UserError(f"teacher {manifest['id']}: nothing is taken from such a network by default; say --target TAP")
 
 
@@ -60,12 +62,12 @@ def record_targets(
     store: Store,
     teacher: Teacher,
     manifest: Record,
-    wishes: Sequence[Wish],
+    wishes: Sequence[TargetSpec],
     policy: Policy,
     images: Callable[[], np.ndarray],
     provider: str,
     say: Callable[[str], None],
-) -> dict[str, tuple[Output, ...]]:
+) -> dict[str, tuple[TargetOutput, ...]]:
     """Graph digest -> outputs, for all wishes; they are exported in one graph unless the store knows all of them.
 
     Args:
@@ -89,9 +91,9 @@ def record_targets(
             raise DamageError(f"{store.url}/targets/{id}/manifest.json: missing, and there are markers of this target")
         _export(store, teacher, {id: wanted[id] for id in wanted if id not in begun}, policy, images, provider, say)
         known = _known(store, wanted)
-    by_graph: dict[str, tuple[Output, ...]] = {}
+    by_graph: dict[str, tuple[TargetOutput, ...]] = {}
     for id in wanted:
-        output = Output.of(known[id])
+        output = TargetOutput.of(known[id])
         by_graph[known[id]["graph"]] = (*by_graph.get(known[id]["graph"], ()), output)
     return by_graph
 
@@ -101,11 +103,11 @@ def _known(store: Store, ids: Iterable[str]) -> dict[str, Record]:
     return {id: store.target(id) for id in ids if "manifest.json" in store.objects.names(f"targets/{id}")}
 
 
-def _identity(teacher: Teacher, manifest: Record, wish: Wish, policy: Policy) -> Record:
+def _identity(teacher: Teacher, manifest: Record, wish: TargetSpec, policy: Policy) -> Record:
     from precompute.taps import TAPS
 
     layers = None
-    if manifest["network"] == READY:
+    if manifest["network"] == ONNX_FILE:
         return _ready_identity(teacher, wish, policy)
     require_kind(manifest["id"], manifest, wish.tap)
     if TAPS[wish.tap].layered and (wish.tap != "tokens" or wish.layers):  # without layers: after the final norm
@@ -130,7 +132,7 @@ def require_kind(name: str, anatomy: Record, tap: str) -> None:
         )
 
 
-def _ready_identity(teacher: Teacher, wish: Wish, policy: Policy) -> Record:
+def _ready_identity(teacher: Teacher, wish: TargetSpec, policy: Policy) -> Record:
     """Of a ready graph: all tensors of the tap too, in order; of which network they are is the teacher's identity."""
     from precompute.taps import TAPS
 
@@ -143,7 +145,7 @@ def _ready_identity(teacher: Teacher, wish: Wish, policy: Policy) -> Record:
     return {**_identity_with(teacher, wish, policy, layers), "tensors": list(wish.tensors)}
 
 
-def _identity_with(teacher: Teacher, wish: Wish, policy: Policy, layers: list[int] | None) -> Record:
+def _identity_with(teacher: Teacher, wish: TargetSpec, policy: Policy, layers: list[int] | None) -> Record:
     grid = wish.grid
     if wish.tap == "activations" and grid is None:
         grid = max(1, policy.size // 16)
@@ -192,7 +194,7 @@ def _export(
     for id, identity in wanted.items():
         position = distinct.index(taps[id])
         tapped = TAPS[identity["tap"]]
-        names = dict.fromkeys([identity["codec"], *codecs.fitting(tapped.values)])
+        names = dict.fromkeys([identity["codec"], *codecs.codecs_for(tapped.values)])
         about = {
             "teacher": teacher.name,
             "graph": graph,
@@ -209,7 +211,7 @@ def _export(
         store.add_target(id, identity, about)
 
 
-def _codec_error(name: str, tap: About, values: np.ndarray) -> dict[str, float] | None:
+def _codec_error(name: str, tap: TapInfo, values: np.ndarray) -> dict[str, float] | None:
     """What a codec costs on a real block; None where it cannot hold the values."""
     try:
         return Codec(name, values.shape[1:], tap.maps, tap.axes, tap.values).error(values)
@@ -217,7 +219,7 @@ def _codec_error(name: str, tap: About, values: np.ndarray) -> dict[str, float] 
         return None
 
 
-def record_pixels(store: Store, policy: Policy) -> Output:
+def record_pixels(store: Store, policy: Policy) -> TargetOutput:
     """The target of the view images themselves, of the pseudo-teacher `views`: nothing has to be decoded again."""
     identity = {
         "teacher": "views", "bank": policy.bank, "tap": "pixels", "layers": None, "grid": None, "codec": "raw",
@@ -228,4 +230,4 @@ def record_pixels(store: Store, policy: Policy) -> Output:
         "axes": ["y", "x", "channel"], "values": "plain", "parity": None, "attention_error": None, "codec_errors": {},
         "session": {},
     }  # fmt: skip
-    return Output.of(store.add_target(id, identity, about))
+    return TargetOutput.of(store.add_target(id, identity, about))

@@ -13,12 +13,12 @@ from storage.views.policy import Policy
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PrecomputeRequest:
     """What a run is asked for."""
 
     shards: Sequence[str]
     teacher: Teacher
-    wishes: Sequence[target_spec.Wish]
+    wishes: Sequence[target_spec.TargetSpec]
     policy: Policy
     given: frozenset[str]  # which of line, size and seed were said
     views: int | None

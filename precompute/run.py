@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from precompute import record_targets
 from precompute.bank_choice import settle
 from precompute.engine.dask_client import workers
-from precompute.engine.dask_runner import Failure, patiently, run_here, run_on
+from precompute.engine.dask_runner import Failure, retry_io, run_in_process, run_on_cluster
 from precompute.engine.session import cores
 from precompute.engine.shard import block_views, known_index
-from precompute.engine.tasks import Outcome, Output, ShardTask
-from precompute.request import Wanted
+from precompute.engine.tasks import Outcome, ShardTask, TargetOutput
+from precompute.request import PrecomputeRequest
 from storage.errors import UserError
 from storage.objects.urls import is_remote
 from storage.progress import Progress
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Job:
+class PrecomputePlan:
     """What a run has to do, once teacher, bank and targets are recorded: graph -> outputs over all shards."""
 
     store: Store
-    wanted: Wanted
+    wanted: PrecomputeRequest
     policy: Policy
     views: int
-    by_graph: dict[str, tuple[Output, ...]]
+    by_graph: dict[str, tuple[TargetOutput, ...]]
     known: dict[str, list[str]]  # url -> ids of shards with its stem that the store knew
 
     def tasks(self, graph: str, shards: Sequence[str] | None = None) -> Iterator[ShardTask]:
@@ -51,7 +51,7 @@ class Job:
             )  # fmt: skip
 
 
-def prepare(store: Store, wanted: Wanted, progress: Progress) -> Job:
+def plan_precompute(store: Store, wanted: PrecomputeRequest, progress: Progress) -> PrecomputePlan:
     """Record the teacher, the bank and the targets; nothing of a shard is made yet.
 
     Raises:
@@ -59,7 +59,7 @@ def prepare(store: Store, wanted: Wanted, progress: Progress) -> Job:
     """
     known, policy, views = settle(store, wanted)
     manifest = record_targets.record_teacher(store, wanted.teacher)
-    store.add_bank(policy.bank, policy.identity, banks.describe(policy))
+    store.add_bank(policy.bank, policy.identity, banks.describe_bank(policy))
 
     def images() -> Any:
         """Of the first shard that has any: one that is broken fails by itself, later."""
@@ -84,10 +84,10 @@ def prepare(store: Store, wanted: Wanted, progress: Progress) -> Job:
     if wanted.pixels:
         first_graph = next(iter(by_graph))
         by_graph[first_graph] = (*by_graph[first_graph], record_targets.record_pixels(store, policy))
-    return Job(store, wanted, policy, views, by_graph, known)
+    return PrecomputePlan(store, wanted, policy, views, by_graph, known)
 
 
-def precompute(store: Store, wanted: Wanted, progress: Progress) -> dict[str, Any]:
+def precompute(store: Store, wanted: PrecomputeRequest, progress: Progress) -> dict[str, Any]:
     """Make everything that is wanted and missing; what was done, as plain data.
 
     A shard that fails is listed under `failures`; the others are finished.
@@ -98,12 +98,12 @@ def precompute(store: Store, wanted: Wanted, progress: Progress) -> dict[str, An
     began = time.monotonic()
     progress.say(f"store {store.url}")
     with staffed(wanted, progress) as (settled, client):
-        job = patiently(lambda: prepare(store, settled, progress))
+        job = retry_io(lambda: plan_precompute(store, settled, progress))
         return _precompute(job, client, progress, began)
 
 
 @contextlib.contextmanager
-def staffed(wanted: Wanted, progress: Progress) -> Iterator[tuple[Wanted, Client | None]]:
+def staffed(wanted: PrecomputeRequest, progress: Progress) -> Iterator[tuple[PrecomputeRequest, Client | None]]:
     """What is wanted, in words that workers understand, and their client; None where this process does it all.
 
     Before anything else: a scheduler that cannot be reached is found out at once.
@@ -116,7 +116,7 @@ def staffed(wanted: Wanted, progress: Progress) -> Iterator[tuple[Wanted, Client
         yield replace(wanted, shards=absolute), client
 
 
-def _precompute(job: Job, client: Client | None, progress: Progress, began: float) -> dict[str, Any]:
+def _precompute(job: PrecomputePlan, client: Client | None, progress: Progress, began: float) -> dict[str, Any]:
     store, wanted = job.store, job.wanted
     policy = job.policy
     progress.say(
@@ -155,7 +155,7 @@ def _precompute(job: Job, client: Client | None, progress: Progress, began: floa
         progress.say(f"{url}: no samples in it, so there is nothing to do")
     if not rendered and not failures:
         progress.say("all of it was complete already")
-    patiently(lambda: store.objects.put("README.md", card(store).encode()))
+    retry_io(lambda: store.objects.put("README.md", card(store).encode()))
     seconds = time.monotonic() - began
     if rendered:
         progress.say(f"{rendered:,} view images in {seconds:.1f} s ({rendered / seconds:.0f}/s)")
@@ -178,23 +178,25 @@ def _precompute(job: Job, client: Client | None, progress: Progress, began: floa
     }
 
 
-def _outcomes(job: Job, client: Client | None, progress: Progress) -> Iterator[tuple[str, Outcome | Failure]]:
+def _outcomes(
+    job: PrecomputePlan, client: Client | None, progress: Progress
+) -> Iterator[tuple[str, Outcome | Failure]]:
     """Url and outcome of every task; one graph after another, so that a process holds one session."""
     wanted, count = job.wanted, len(job.wanted.shards)
     for graph, outputs in job.by_graph.items():
         progress.say(f"{', '.join(output.target for output in outputs)}: {count} shard(s)")
         progress.start(f"{wanted.teacher.name} views", 0)
         if client is None:
-            yield from run_here(job.tasks(graph), count, wanted.provider, progress)
+            yield from run_in_process(job.tasks(graph), count, wanted.provider, progress)
         else:
             yield from run_elsewhere(client, job.tasks(graph), count, wanted, progress)
 
 
 def run_elsewhere(
-    client: Client, tasks: Iterator[ShardTask], count: int, wanted: Wanted, progress: Progress
+    client: Client, tasks: Iterator[ShardTask], count: int, wanted: PrecomputeRequest, progress: Progress
 ) -> Iterator[tuple[str, Outcome | Failure]]:
     """Url and outcome of each task on a client's workers, as they come."""
     threads = max(1, cores() // wanted.workers) if wanted.workers else None
-    return run_on(
+    return run_on_cluster(
         client, tasks, count, wanted.provider, threads, progress=progress, worker_timeout=wanted.worker_timeout
     )

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from precompute.engine.dask_runner import Failure, patiently, run_here
+from precompute.engine.dask_runner import Failure, retry_io, run_in_process
 from precompute.engine.tasks import ShardTask
-from precompute.run import Job, run_elsewhere
+from precompute.run import PrecomputePlan, run_elsewhere
 from storage.errors import UserError
-from storage.progress import Progress, Quiet
+from storage.progress import NoProgress, Progress
 from storage.shards.index import ShardIndex, build_index
 from storage.shards.tar import stem_of
 
@@ -63,7 +63,12 @@ def growing(run: Callable[[int], tuple[float, int]], todo: int, seconds: float) 
 
 
 def measure(
-    job: Job, shards: Sequence[Shard], client: Client | None, todo: int, seconds: float, progress: Progress
+    job: PrecomputePlan,
+    shards: Sequence[PlannedShard],
+    client: Client | None,
+    todo: int,
+    seconds: float,
+    progress: Progress,
 ) -> dict[str, Any]:
     """View images a second of the real engine, and seconds that the index of a shard takes for each image.
 
@@ -96,9 +101,9 @@ def measure(
             tasks = [part_of(job, graph, read[-1 - k % len(read)], samples, name) for k, name in enumerate(names)]
             start = time.monotonic()
             outcomes = (
-                run_here(iter(tasks), len(tasks), wanted.provider, Quiet())
+                run_in_process(iter(tasks), len(tasks), wanted.provider, NoProgress())
                 if client is None
-                else run_elsewhere(client, iter(tasks), len(tasks), wanted, Quiet())
+                else run_elsewhere(client, iter(tasks), len(tasks), wanted, NoProgress())
             )
             for _, outcome in outcomes:
                 if isinstance(outcome, Failure):
@@ -117,20 +122,20 @@ def measure(
     }
 
 
-def part_of(job: Job, graph: str, shard: Shard, samples: int, name: str) -> ShardTask:
+def part_of(job: PrecomputePlan, graph: str, shard: PlannedShard, samples: int, name: str) -> ShardTask:
     """A task over the first samples of a shard, under a name of its own in the scratch store."""
     assert shard.index is not None
     index, stop = shard.index, min(samples, shard.samples)
     labelled = None not in index.labels[:stop]
     summary = replace(index.summary, id=f"{stem_of(shard.url)}-{name}", samples=stop, labelled=labelled)
     part = ShardIndex(summary, index.keys[:stop], index.digests[:stop], index.labels[:stop], index.starts[: stop + 1])
-    patiently(lambda: job.store.add_index(part, shard.url))
+    retry_io(lambda: job.store.add_index(part, shard.url))
     (task,) = job.tasks(graph, [shard.url])
     return replace(task, known=(part.id,))
 
 
 @dataclass(frozen=True)
-class Shard:
+class PlannedShard:
     """One shard as far as it is known; its samples are estimated where nobody has read it yet."""
 
     url: str

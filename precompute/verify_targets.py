@@ -23,7 +23,7 @@ from storage.store.banks import bank_policy
 from storage.store.codecs import Codec
 from storage.store.markers import Task
 from storage.store.store import Store
-from storage.store.verify import Report
+from storage.store.verify import VerifyReport
 
 if TYPE_CHECKING:
     from precompute.taps import Tap
@@ -36,7 +36,7 @@ BATCH = 16
 Values = Callable[[np.ndarray], dict[str, np.ndarray]]  # view images uint8 [n, S, S, 3] -> target -> f32 [n, …]
 
 
-class Live:
+class LiveTargets:
     """Compares stored targets with a teacher, sample for sample: a `look` of `storage.store.verify.verify`.
 
     Args:
@@ -50,7 +50,11 @@ class Live:
     """
 
     def __init__(
-        self, store: Store, report: Report, weights: tuple[str, ...], say: Callable[[str], None] = lambda line: None
+        self,
+        store: Store,
+        report: VerifyReport,
+        weights: tuple[str, ...],
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.store, self.report, self.say = store, report, say
         self.done = store.done()
@@ -168,9 +172,9 @@ def _network(teacher: Teacher, taps: Sequence[Tap], view_size: int) -> Callable[
 
 def _file(teacher: Teacher, taps: Sequence[Tap], view_size: int) -> Callable[[np.ndarray], list[np.ndarray]]:
     """A ready graph's file run by itself, likewise."""
-    from precompute.export.onnx_file import Alone
+    from precompute.export.onnx_file import ReferenceRunner
 
-    return Alone(teacher, taps, view_size)
+    return ReferenceRunner(teacher, taps, view_size)
 
 
 def differences(codec: Codec, arrays: dict[str, np.ndarray], live: np.ndarray) -> np.ndarray:

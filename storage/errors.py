@@ -38,19 +38,19 @@ class DamageError(UserError):
 
 
 # Faults of a disk or of rights, which no waiting mends; and those of a cable or a busy server.
-_LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
-_PASSING = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ESTALE, errno.EREMOTEIO, errno.ENETDOWN,
+_PERMANENT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
+_TRANSIENT = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ESTALE, errno.EREMOTEIO, errno.ENETDOWN,
             errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ETIMEDOUT, errno.ECONNRESET}  # fmt: skip
 
 
-def passes(error: OSError) -> bool:
+def is_transient(error: OSError) -> bool:
     """Whether an error is surely a passing fault of input or output, and says nothing about a file's content."""
-    return isinstance(error, TimeoutError | ConnectionError) or error.errno in _PASSING
+    return isinstance(error, TimeoutError | ConnectionError) or error.errno in _TRANSIENT
 
 
-def lasts(error: OSError) -> bool:
+def is_permanent(error: OSError) -> bool:
     """Whether an error is one of a disk or of rights, so that trying again is useless."""
-    return isinstance(error, PermissionError) or error.errno in _LASTING
+    return isinstance(error, PermissionError) or error.errno in _PERMANENT
 
 
 def first_line(error: BaseException, *, kind: bool = False) -> str:
@@ -68,14 +68,14 @@ def first_line(error: BaseException, *, kind: bool = False) -> str:
     return f"{name}: {text}" if kind and text else text or name
 
 
-def shown(path: Path) -> str:
+def display_path(path: Path) -> str:
     """A path as messages call it: from the current folder on where it lies below it, else whole."""
     with contextlib.suppress(ValueError, OSError):  # elsewhere; or the current folder is gone
         return str(path.relative_to(Path.cwd()))
     return str(path)
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`Did you mean …?` for the known word closest to `word`, or the known words when none is close."""
     known = sorted(known)
     alike = {other: difflib.SequenceMatcher(None, other, word).ratio() for other in known}

@@ -30,7 +30,7 @@ def size_text(count: float) -> str:
     raise AssertionError
 
 
-class Quiet:
+class NoProgress:
     """Says nothing."""
 
     def say(self, line: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from storage.objects.object_store import LocalObjects
+from storage.objects.object_store import LocalObjectStore
 from storage.rng import generator
 
 # timm names with arguments: networks of every kind that count, small enough to export in a second or two.
@@ -76,7 +76,7 @@ def synthetic_shards(
     return paths
 
 
-class FaultyObjects(LocalObjects):
+class FaultyObjectStore(LocalObjectStore):
     """A local place whose `fail_at`-th read, write, sync or link fails: once, or from then on.
 
     Args:
@@ -114,18 +114,18 @@ class FaultyObjects(LocalObjects):
         raise OSError(code, os.strerror(code))
 
     def _read(self, path: Path) -> bytes:
-        data: bytes = self._do("read", lambda: super(FaultyObjects, self)._read(path))
+        data: bytes = self._do("read", lambda: super(FaultyObjectStore, self)._read(path))
         return data
 
     def _write(self, path: Path, data: bytes) -> None:
         self._do(
             "write",
-            lambda: super(FaultyObjects, self)._write(path, data),
+            lambda: super(FaultyObjectStore, self)._write(path, data),
             lambda: path.write_bytes(data[: len(data) // 2]),
         )
 
     def _sync(self, descriptor: int) -> None:
-        self._do("sync", lambda: super(FaultyObjects, self)._sync(descriptor))
+        self._do("sync", lambda: super(FaultyObjectStore, self)._sync(descriptor))
 
     def _link(self, source: Path, target: Path) -> None:
-        self._do("link", lambda: super(FaultyObjects, self)._link(source, target))
+        self._do("link", lambda: super(FaultyObjectStore, self)._link(source, target))

@@ -30,13 +30,13 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def ranks() -> int:
+def world_size() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 @contextmanager
-def joined(device: str) -> Iterator[torch.device]:
+def process_group(device: str) -> Iterator[torch.device]:
     """The device of this process, which torchrun's other processes are connected to meanwhile.
 
     What goes wrong on any rank ends all, and one of them says it: the others leave with status 1 in silence.
@@ -85,59 +85,59 @@ def _speaks_first() -> bool:
         return dist.get_rank() == 0
 
 
-def total(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """The sum over all ranks, on every rank."""
-    if ranks() > 1:
+    if world_size() > 1:
         values = values.clone()
         dist.all_reduce(values)
     return values
 
 
-def means(numbers: dict[str, float], device: torch.device) -> dict[str, float]:
+def all_reduce_mean(numbers: dict[str, float], device: torch.device) -> dict[str, float]:
     """The mean of each number over all ranks; every rank has the same names."""
-    if ranks() == 1 or not numbers:
+    if world_size() == 1 or not numbers:
         return numbers
     kind = torch.float64 if device.type != "mps" else torch.float32
-    values = total(torch.tensor(list(numbers.values()), dtype=kind, device=device)) / ranks()
+    values = all_reduce_sum(torch.tensor(list(numbers.values()), dtype=kind, device=device)) / world_size()
     return dict(zip(numbers, values.tolist(), strict=True))
 
 
-def shared(value: T) -> T:
+def broadcast_object(value: T) -> T:
     """What rank 0 has."""
-    if ranks() > 1:
+    if world_size() > 1:
         held = [value]
         dist.broadcast_object_list(held)
         value = held[0]
     return value
 
 
-def gathered(value: T) -> list[T]:
+def all_gather_objects(value: T) -> list[T]:
     """What every rank has, in the order of the ranks."""
-    if ranks() == 1:
+    if world_size() == 1:
         return [value]
-    held: list[T | None] = [None] * ranks()
+    held: list[T | None] = [None] * world_size()
     dist.all_gather_object(held, value)
     return held  # type: ignore[return-value]
 
 
-def rows_of_batch(values: Tensor, lanes: int) -> Tensor:
+def all_gather_rows(values: Tensor, lanes: int) -> Tensor:
     """The rows `[n, …]` of the whole batch on every rank, in the order that one rank alone gives them: lane after lane.
 
     Args:
         values: this rank's rows of a batch, its lanes (those ≡ rank mod ranks) one after another; as many on all ranks.
         lanes: of the stream.
     """
-    if ranks() == 1:
+    if world_size() == 1:
         return values
-    held = [torch.empty_like(values) for _ in range(ranks())]
+    held = [torch.empty_like(values) for _ in range(world_size())]
     dist.all_gather(held, values.contiguous())
-    by_lane = torch.stack(held).view(ranks(), lanes // ranks(), -1, *values.shape[1:])
+    by_lane = torch.stack(held).view(world_size(), lanes // world_size(), -1, *values.shape[1:])
     return by_lane.transpose(0, 1).flatten(0, 2)
 
 
-def same_buffers(module: nn.Module) -> None:
+def broadcast_buffers(module: nn.Module) -> None:
     """Give every rank the buffers of rank 0, such as running statistics, so that all evaluate one student."""
-    if ranks() > 1:
+    if world_size() > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
 

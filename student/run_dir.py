@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.errors import UserError
-from storage.objects.atomic import unfinished, written_whole
+from storage.objects.atomic import atomic_write, temporary_path
 
 CHECKPOINT, RESULT, LOG, SMOKE, CARD = "checkpoint.pt", "result.json", "log.jsonl", "SMOKE", "README.md"
 ABOUT, LOSSES = "run.json", "losses.safetensors"
@@ -24,7 +24,7 @@ _FILES = (
     "tensorboard", RESULT, CARD,
 )  # fmt: skip
 # What a kill leaves of them counts as nothing. The marks are last: until they go, the folder is a run's.
-_LEFT = (*(unfinished(Path(name)).name for name in _FILES), *_FILES, "args.yaml", SMOKE)
+_LEFT = (*(temporary_path(Path(name)).name for name in _FILES), *_FILES, "args.yaml", SMOKE)
 
 
 def is_smoke(out: Path) -> bool:
@@ -77,7 +77,7 @@ def begin(out: Path, smoke: bool) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """A JSON object for people, whole or not at all."""
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -8,13 +8,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
-class Section(BaseModel):
+class ConfigModel(BaseModel):
     """Settings that refuse what they do not know and never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Schedule(Section):
+class Schedule(ConfigModel):
     """A loss's weight over the 0-based epochs e.
 
     `exponential` (also a constant): `start · decay^e`, each break point in `then` beginning another decay. AAL's λ is
@@ -69,32 +69,32 @@ def _constant(value: Any) -> Any:
     return {"start": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-COPYING = "copying"  # the section, and what its part of a run is called beside the losses
+ATTENTION_COPY = "copying"  # the section, and what its part of a run is called beside the losses
 
 
 def setting(name: str) -> str:
     """The path of a loss's settings, or of copying's."""
-    return COPYING if name == COPYING else f"losses.{name}"
+    return ATTENTION_COPY if name == ATTENTION_COPY else f"losses.{name}"
 
 
 Weight = Annotated[Schedule, BeforeValidator(_constant)]
 
 
-class Term(Section):
+class LossConfig(ConfigModel):
     """What every loss says: its weight over the epochs."""
 
     weight: Weight = Schedule(start=1.0)
     method: str = ""
 
 
-class Source(Section):
+class TargetChoice(ConfigModel):
     """Which teacher or target, where the store has several."""
 
     teacher: str | None = None
     target: str | tuple[str, ...] | None = None
 
 
-class Taught(Source, Term):
+class TeacherLossConfig(TargetChoice, LossConfig):
     """What every loss with a teacher says: its weight, and which teacher or target."""
 
 
@@ -120,7 +120,7 @@ HeadMap = Annotated[dict[int, HeadPairs], Field(min_length=1)]  # by the student
 Heads = Literal["auto", "mean", "sum", "max", "min", "log"] | FirstHeads | HeadPairs | HeadMap | None
 
 
-class Meeting(Source):
+class AlignmentConfig(TargetChoice):
     """How tokens of another depth, head count and grid meet; unstated mismatches are errors.
 
     layers: `last`, `uniform`, `first-N`, `last-N`, or pairs [student's layer, teacher's layer], from 1, where a number
@@ -138,11 +138,11 @@ class Meeting(Source):
     grid: Literal["bicubic"] | None = None
 
 
-class Matched(Meeting, Taught):
-    """A loss on tokens that meet as `Meeting` says."""
+class AlignedLossConfig(AlignmentConfig, TeacherLossConfig):
+    """A loss on tokens that meet as `AlignmentConfig` says."""
 
 
-class Copying(Meeting):
+class AttentionCopyConfig(AlignmentConfig):
     """What the student's layers take from the teacher in place of their own (student/attention_copy/copier.py).
 
     what: `map`: whole attention; `q`, `k`, `v`; `qk`: q and k, which give the map.
@@ -155,7 +155,7 @@ class Copying(Meeting):
     temperature: None = None
 
     @model_validator(mode="after")
-    def _of_maps(self) -> Copying:
+    def _of_maps(self) -> AttentionCopyConfig:
         require_maps(self.what, average=self.average != "none")
         return self
 
@@ -167,7 +167,7 @@ def require_maps(what: What, **wished: bool) -> None:
             raise ValueError(f"{name} is of maps, and with what={what} there are none")
 
 
-class Links(Section):
+class LinksConfig(ConfigModel):
     """Links that the paper's Algorithm 1 keeps of those of a trained run (student/losses/parts/aal_links.py).
 
     `loss` is the name of the run's aal loss, where it has several.
@@ -184,10 +184,10 @@ def _linked(value: Any) -> Any:
     return {"run": value} if isinstance(value, str) and value not in ("full", "alpha", "beta") else value
 
 
-AllLinks = Literal["full", "alpha", "beta"] | Links | tuple[tuple[int, int] | None, ...]
+AllLinks = Literal["full", "alpha", "beta"] | LinksConfig | tuple[tuple[int, int] | None, ...]
 
 
-class Projected(Taught):
+class ProjectorLossConfig(TeacherLossConfig):
     """What losses on the class token say of the projector to the teacher's width (student/losses/parts/projector.py).
 
     projector: `mlp`, or `linear` without GELUs.
@@ -211,7 +211,7 @@ Positive = Annotated[float, Field(gt=0)]
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 
 
-class Student(Section):
+class StudentConfig(ConfigModel):
     """The timm network that is trained, a ViT for most losses; what is None is the model's own default.
 
     `shifted_patches` sees each patch with four shifts of its image, which no bare timm model does.
@@ -245,7 +245,7 @@ class Student(Section):
     std: Annotated[tuple[Positive, Positive, Positive] | None, BeforeValidator(_three)] = None
 
     @model_validator(mode="after")
-    def _one_source(self) -> Student:
+    def _one_source(self) -> StudentConfig:
         if self.pretrained and self.weights:
             raise ValueError("pretrained and weights are both given; choose one: --set student.pretrained=false")
         if self.init != ("*",) and not (self.pretrained or self.weights):
@@ -255,7 +255,7 @@ class Student(Section):
         return self
 
 
-class Bank(Section):
+class BankChoice(ConfigModel):
     """Which bank of the store, or which policy fresh views are drawn from."""
 
     id: str | None = None

@@ -153,15 +153,15 @@ def teacher_of(world_weights: dict[str, str], kind: str, **changes: Any) -> Any:
         "std": (0.5,),
         "called": kind,
     }
-    return teachers.find(name, **{**settings, **changes})
+    return teachers.find_teacher(name, **{**settings, **changes})
 
 
 def run_precompute(store: Any, shards: list[str], teacher: Any, targets: list[str], **changes: Any) -> dict[str, Any]:
     """Precompute under `light`, size 32, two views."""
     from precompute.engine import dask_runner
-    from precompute.request import Wanted
+    from precompute.request import PrecomputeRequest
     from precompute.run import precompute
-    from precompute.taps.target_spec import parse
+    from precompute.taps.target_spec import parse_target
     from storage.errors import UserError
     from storage.store.store import Store
     from storage.views.policy import policy
@@ -170,10 +170,10 @@ def run_precompute(store: Any, shards: list[str], teacher: Any, targets: list[st
         "policy": policy("light", 32), "given": frozenset({"line", "size"}), "views": 2, "provider": "cpu",
     }  # fmt: skip
     settings.update(changes)
-    wishes = settings.pop("wishes", [wish for text in targets for wish in parse(text)])
+    wishes = settings.pop("wishes", [wish for text in targets for wish in parse_target(text)])
     place = Store.create(store) if isinstance(store, str | Path) else store
     dask_runner._held.clear()  # a test may have put another session in its place
-    result = precompute(place, Wanted(shards, teacher, wishes, **settings), Quiet())
+    result = precompute(place, PrecomputeRequest(shards, teacher, wishes, **settings), Quiet())
     if result["failures"]:
         raise UserError("\n".join(failure["error"] for failure in result["failures"]))
     return result

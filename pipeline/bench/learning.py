@@ -17,11 +17,11 @@ from storage.store.codecs import Codec
 from storage.store.store import Store
 from student.data.batch import Batch
 from student.data.stream import Stream
-from student.recipe.schema import Recipe, Speed
+from student.recipe.schema import PrecisionConfig, Recipe
 from student.recipe.validate import validate
-from student.training.optimizer import optimiser
-from student.training.precision import Choice, apply, choose
-from student.training.setup import Job, prepare
+from student.training.optimizer import build_optimizer
+from student.training.precision import PrecisionChoice, apply, choose
+from student.training.setup import TrainConfig, build_run
 from student.training.step import Update
 
 GRID = {"layers": "uniform", "grid": "bicubic"}
@@ -49,10 +49,10 @@ class _Epochs:
     """
 
     def __init__(self, world: World, store: Store, shards: list[str], recipe: Recipe, teacher: Teacher | None) -> None:
-        job = Job(recipe, shards, shards, world.folder / "unused", store, world.device)
-        parts = prepare(job, world.quiet, None)
+        job = TrainConfig(recipe, shards, shards, world.folder / "unused", store, world.device)
+        parts = build_run(job, world.quiet, None)
         self.lesson, self.stream = parts.lesson.train(), parts.stream
-        optimizer, _ = optimiser(recipe, self.lesson, self.stream.order.steps)
+        optimizer, _ = build_optimizer(recipe, self.lesson, self.stream.order.steps)
         self.device = torch.device(world.device)
         self.update = Update(recipe, self.lesson, optimizer, None, self.device, False)
         self.epoch = -1
@@ -143,7 +143,7 @@ def _rows(where: str, found: dict[str, list[float]], beside: dict[str, list[floa
     return rows
 
 
-def _choices(device: torch.device) -> list[Choice]:
+def _choices(device: torch.device) -> list[PrecisionChoice]:
     """f32, and what `speed.amp: auto` is on this device if that is another precision."""
-    f32, auto = (choose(Speed.model_validate({"amp": amp}), device) for amp in ("none", "auto"))
+    f32, auto = (choose(PrecisionConfig.model_validate({"amp": amp}), device) for amp in ("none", "auto"))
     return [f32] if auto.amp == "none" else [f32, auto]

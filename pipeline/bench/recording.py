@@ -16,7 +16,7 @@ from pipeline.bench.world import World
 from precompute.engine.session import Session, cores, open_session
 from precompute.engine.shard import run_task
 from precompute.engine.tasks import ShardTask
-from precompute.run import Job, prepare
+from precompute.run import PrecomputePlan, plan_precompute
 from precompute.taps import Tap
 from precompute.throughput import part_of
 from storage.constants import BLOCK
@@ -25,8 +25,8 @@ from storage.progress import Progress
 from storage.shards.index import read_samples
 from storage.store.attempts import Attempt
 from storage.store.markers import Task
-from storage.views.draw import draw, settle
-from storage.views.mixing import mixed
+from storage.views.draw import draw_view, settle
+from storage.views.mixing import mix_images
 from storage.views.render import decode, render, signature
 from storage.views.view import View
 
@@ -57,7 +57,7 @@ class _Case:
         self.name, self.world = name, world
         self.wanted = world.wanted(name)
         self.store = world.store(f"bench-{name}")
-        self.job: Job = prepare(self.store, self.wanted, world.quiet)
+        self.job: PrecomputePlan = plan_precompute(self.store, self.wanted, world.quiet)
         (self.graph,) = self.job.by_graph
         self.outputs = self.job.by_graph[self.graph]
         self.shard, self.index = world.photos()
@@ -87,7 +87,7 @@ class _Case:
         samples = read_samples(url, index, block)
         images = [decode(sample.image) for sample in samples]
         drawn = [
-            settle([draw(policy, s.key, view, image.size, i, block)
+            settle([draw_view(policy, s.key, view, image.size, i, block)
                     for i, (s, image) in enumerate(zip(samples, images, strict=True))], block)
             for view in range(self.job.views)
         ]  # fmt: skip
@@ -121,7 +121,7 @@ class _Case:
         for image in own:
             signature(image)
         mixes = [view.mix for view in views]
-        return np.stack([mixed(o, own[m.partner], m) if m else o for o, m in zip(own, mixes, strict=True)])
+        return np.stack([mix_images(o, own[m.partner], m) if m else o for o, m in zip(own, mixes, strict=True)])
 
     def _encoded(self, values: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
         found = []

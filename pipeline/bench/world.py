@@ -13,15 +13,15 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from precompute.export.pytorch import live_teacher
-from precompute.request import Wanted
+from precompute.request import PrecomputeRequest
 from precompute.run import precompute
 from precompute.taps import Tap
-from precompute.taps.target_spec import parse
-from precompute.teachers.teacher import Teacher, find
-from precompute.throughput import Shard
+from precompute.taps.target_spec import parse_target
+from precompute.teachers.teacher import Teacher, find_teacher
+from precompute.throughput import PlannedShard
 from storage.constants import BLOCK
 from storage.errors import UserError
-from storage.progress import Quiet
+from storage.progress import NoProgress
 from storage.shards.index import ShardIndex, cached_index
 from storage.store.store import Store
 from storage.testing import synthetic_shards
@@ -60,9 +60,9 @@ class World:
         self.folder, self.given, self.device, self.quick = folder, shards, device, quick
         self.blocks = 2 if quick else 8  # of photographs, at most
         self.provider = "cuda" if device.startswith("cuda") else "cpu"
-        self.quiet = Quiet()
+        self.quiet = NoProgress()
 
-    def photos(self) -> tuple[Shard, ShardIndex]:
+    def photos(self) -> tuple[PlannedShard, ShardIndex]:
         """The first blocks of a shard of photographs, and its index."""
         where = self.folder / "photos"
         if not self.given:
@@ -73,7 +73,7 @@ class World:
         index = cached_index(url)
         if len(index) < 2:
             raise UserError(f"{url}: one sample is too few to measure anything")
-        return Shard(url, min(len(index), self.blocks * BLOCK), index.id, index=index), index
+        return PlannedShard(url, min(len(index), self.blocks * BLOCK), index.id, index=index), index
 
     def small(self, samples: int, size: int) -> list[str]:
         """Two shards of small labelled images."""
@@ -97,7 +97,7 @@ class World:
             torch.manual_seed(0)
             save_file(timm.create_model(model, **arguments).state_dict(), path)
         called = model.partition("_")[0]
-        return find(
+        return find_teacher(
             model, weights=str(path), arguments=arguments, input_size=size, mean=(0.5,), std=(0.5,), called=called
         )
 
@@ -106,12 +106,12 @@ class World:
         module: torch.nn.Module = live_teacher(teacher, taps, size).to(self.device)
         return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
-    def wanted(self, case: str) -> Wanted:
+    def wanted(self, case: str) -> PrecomputeRequest:
         """Four `deit` views of the photographs, as a user would ask for them."""
         model, targets = TEACHERS[case]
-        wishes = [wish for target in targets for wish in parse(target)]
+        wishes = [wish for target in targets for wish in parse_target(target)]
         given = frozenset({"line", "size"})
-        return Wanted(
+        return PrecomputeRequest(
             [self.photos()[0].url], self.teacher(model), wishes, policy("deit", 224), given, 4, provider=self.provider
         )
 
@@ -123,8 +123,8 @@ class World:
         self, store: Store, shards: list[str], teacher: Teacher, targets: list[str], size: int, **more: Any
     ) -> list[str]:
         """Ids of targets over two `deit` views, made by precompute."""
-        wishes = [wish for target in targets for wish in parse(target)]
-        wanted = Wanted(
+        wishes = [wish for target in targets for wish in parse_target(target)]
+        wanted = PrecomputeRequest(
             shards,
             teacher,
             wishes,

@@ -134,21 +134,23 @@ def evaluate(
 
         result, lines = costs(paths, teachers, batch_size, device)
     elif protocol == "boxes":
-        from pipeline.evaluation.localization import boxes
+        from pipeline.evaluation.localization import localize
 
-        result, lines = boxes(paths[0], shards, convention, out, device)
+        result, lines = localize(paths[0], shards, convention, out, device)
     elif protocol == "similarity":
-        from pipeline.evaluation.similarity import similar
+        from pipeline.evaluation.similarity import similarity
 
         if store is None or len(teachers) > 1:
             raise click.UsageError(
                 "--protocol similarity is with one teacher in a store: give --store DIR --teacher NAME"
             )
-        result, lines = similar(paths, shards, store, teachers[0] if teachers else None, targets, tokens, out, device)
+        result, lines = similarity(
+            paths, shards, store, teachers[0] if teachers else None, targets, tokens, out, device
+        )
     else:
         if not train_shards:
             raise click.UsageError(f"--protocol {protocol} learns from labelled images: give --train-shards SHARDS")
-        part = frozen.Part(train_shards, share_of(labels) if labels else 1.0, seed, listing)
+        part = frozen.LabelFraction(train_shards, share_of(labels) if labels else 1.0, seed, listing)
         if protocol == "knn":
             result, lines = frozen.knn(paths[0], shards, part, projected, device)
         else:

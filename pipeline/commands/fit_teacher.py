@@ -82,11 +82,11 @@ def fit_teacher(
     from pipeline.commands import fit_teacher as teaching
     from storage.store.store import Store
     from student.distributed import pick_device
-    from student.fit_teacher.fit import Job
+    from student.fit_teacher.fit import FitTeacherConfig
     from student.fit_teacher.fit import fit_teacher as run
 
     console = Console()
-    job = Job(
+    job = FitTeacherConfig(
         Store.open(store), shards, val, out, target, teacher, weights, view_count, l2, seed, str(pick_device(device))
     )
     try:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from student.losses.parts.aal_links import Trained
-    from student.settings import Links
+    from student.settings import LinksConfig
 
 
 @click.command()
@@ -44,11 +44,11 @@ def links(
     from pipeline.plotting import picture_path
     from student.losses.parts.aal_links import read
     from student.run_dir import is_smoke
-    from student.settings import Links
+    from student.settings import LinksConfig
 
     place = picture_path(out) if out else None
     trained = read(run, loss)
-    settings = Links(run=str(run), loss=loss, normalise=normalise, granularity=granularity, threshold=threshold)
+    settings = LinksConfig(run=str(run), loss=loss, normalise=normalise, granularity=granularity, threshold=threshold)
     result, heat, kept = _found(trained, settings)
     if place:
         picture(place, trained, heat, kept)
@@ -58,7 +58,7 @@ def links(
     show({"run": str(run), "smoke": smoke, **result}, [*note, *_lines(run, result)], as_json)
 
 
-def _found(trained: Trained, settings: Links) -> tuple[dict[str, Any], Tensor, Tensor]:
+def _found(trained: Trained, settings: LinksConfig) -> tuple[dict[str, Any], Tensor, Tensor]:
     """As plain data; the heat map f64 `[stages, N]`; and the share of each stage's channels that is kept, likewise."""
     import torch
 

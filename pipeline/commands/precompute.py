@@ -10,13 +10,13 @@ from pipeline.console import Console, show
 from pipeline.options import common, wanted
 
 if TYPE_CHECKING:
-    from precompute.request import Wanted
+    from precompute.request import PrecomputeRequest
 
 
 @click.command()
 @wanted
 @common
-def precompute(store: str, wanted: Wanted | dict[str, Wanted], as_json: bool) -> None:
+def precompute(store: str, wanted: PrecomputeRequest | dict[str, PrecomputeRequest], as_json: bool) -> None:
     """Run a teacher once over shards and keep its targets.
 
     The same command goes on where it was. Without --teacher, all teachers of the project file, one after another.
@@ -53,7 +53,13 @@ def precompute(store: str, wanted: Wanted | dict[str, Wanted], as_json: bool) ->
 @click.option("--train-rate", type=click.FloatRange(0, min_open=True), default=1000, show_default=True,
               metavar="N", help="Images a second that a training is to read.")  # fmt: skip
 @common
-def plan(store: str, wanted: Wanted | dict[str, Wanted], measure: float, train_rate: float, as_json: bool) -> None:
+def plan(
+    store: str,
+    wanted: PrecomputeRequest | dict[str, PrecomputeRequest],
+    measure: float,
+    train_rate: float,
+    as_json: bool,
+) -> None:
     """Say what `precompute` with the same flags would take.
 
     Bytes, objects, hours, and what would be cheaper. For each teacher the engine runs beside the store for at most a

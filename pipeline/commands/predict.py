@@ -35,7 +35,7 @@ def predict(
     \b
     pipeline predict run photos/cat/1.jpg photos/dog
     """
-    from pipeline.live_copy_teacher import beside
+    from pipeline.live_copy_teacher import live_copy_teacher
     from student.distributed import pick_device
     from student.evaluation.predict import found_in
     from student.evaluation.predict import predict as ask
@@ -46,7 +46,7 @@ def predict(
     console = Console()
     files = found_in(images, console.say)
     model = model.to(pick_device(device))
-    lent = beside(model, about, store)
+    lent = live_copy_teacher(model, about, store)
     console.start("looking", len(files))
     try:
         seen, broken = ask(model, about, files, top, console.advance, beside=lent)

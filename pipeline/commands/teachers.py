@@ -26,17 +26,17 @@ def teachers(name: str | None, input_size: int | None, grid: int | None, as_json
     """
     from precompute import capabilities
     from precompute.teachers import onnx_file
-    from precompute.teachers.teacher import SHORT
+    from precompute.teachers.teacher import SHORT_NAMES
 
-    is_graph = name is not None and onnx_file.is_ready(name)
+    is_graph = name is not None and onnx_file.is_onnx_file(name)
     if (name is None or is_graph) and (grid or input_size):
         flag = "--grid" if grid else "--input-size"
         why = "a model.onnx has its own sizes" if is_graph else "give a teacher's NAME too"
         raise click.UsageError(f"{flag} is for one teacher that is a network of timm: {why}")
     if name is None:
-        width = max(map(len, SHORT))
-        about = {short: {"model": model, "input_size": size} for short, (model, size) in SHORT.items()}
-        lines = [f"{short:{width}}  {model} at {size}" for short, (model, size) in SHORT.items()]
+        width = max(map(len, SHORT_NAMES))
+        about = {short: {"model": model, "input_size": size} for short, (model, size) in SHORT_NAMES.items()}
+        lines = [f"{short:{width}}  {model} at {size}" for short, (model, size) in SHORT_NAMES.items()]
         lines.append("any other timm name also serves; what one gives and takes: pipeline teachers NAME")
         show({"teachers": about}, lines, as_json)
         return

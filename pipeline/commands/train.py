@@ -76,15 +76,15 @@ def train(
         _require_val(asked(), shards, val)  # a slip is told before torch is imported; under torchrun by one rank, below
 
     from storage.store.store import Store
-    from student.distributed import joined, rank
-    from student.training.train import Job
+    from student.distributed import process_group, rank
+    from student.training.setup import TrainConfig
     from student.training.train import train as run
 
-    with joined(device) as where:
+    with process_group(device) as where:
         console = Console()
         opened = Store.open(store) if store else None
         try:
-            result = run(Job(asked(), shards, val, out, opened, str(where), resume, smoke), console)
+            result = run(TrainConfig(asked(), shards, val, out, opened, str(where), resume, smoke), console)
         finally:
             console.stop()
         if rank():
@@ -105,9 +105,9 @@ def _require_val(recipe: Recipe, shards: tuple[str, ...], val: tuple[str, ...]) 
     """
     if val:
         return
-    from student.training.distiller import reads_of
+    from student.training.distiller import student_taps_of
 
-    if "labels" in reads_of(recipe):
+    if "labels" in student_taps_of(recipe):
         from storage.shards.patterns import expand
 
         expand(shards)

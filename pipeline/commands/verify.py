@@ -33,18 +33,18 @@ def verify(
     \b
     pipeline verify --store S --shards 'train-{000000..000009}.tar'
     """
-    from precompute.verify_targets import Live
+    from precompute.verify_targets import LiveTargets
     from storage.shards.patterns import expand
     from storage.store.store import Store
-    from storage.store.verify import Report
+    from storage.store.verify import VerifyReport
     from storage.store.verify import verify as run
 
     urls = expand(shards) if shards else []
     console = Console()
-    opened, report = Store.open(store), Report()
+    opened, report = Store.open(store), VerifyReport()
     if (weights or full) and not urls:
         raise UserError("--weights and --full: give the shards whose targets are compared: --shards …")
-    live = Live(opened, report, weights, console.say) if urls else None
+    live = LiveTargets(opened, report, weights, console.say) if urls else None
     run(opened, urls, 0 if full else samples, console.say, live, report)
     result = {
         "store": store, "ok": not report.failures, "objects": report.objects, "views_rendered": report.views_rendered,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from storage.store.store import Store
-    from student.models.files import Description
+    from student.models.files import StudentDescription
 
 MARKERS = ("o", "s", "^", "D")
 DIGITS = 8  # that are looked at
@@ -74,9 +74,9 @@ def attention(out: Path, store: Store, val: Sequence[str], runs: Mapping[str, Pa
         val: shards of held-out digits.
         runs: recipe -> run folder.
     """
-    from student.models.files import load
+    from student.models.files import load_student
 
-    students = {recipe: load(folder / "last.safetensors") for recipe, folder in runs.items()}
+    students = {recipe: load_student(folder / "last.safetensors") for recipe, folder in runs.items()}
     images = _different(val, next(iter(students.values()))[1])
     rows = _by_teachers(store, images)
     rows |= {f"student,\n{recipe}": _by_student(model, about, images) for recipe, (model, about) in students.items()}
@@ -101,7 +101,7 @@ def attention(out: Path, store: Store, val: Sequence[str], runs: Mapping[str, Pa
     return out
 
 
-def _different(shards: Sequence[str], about: Description) -> np.ndarray:
+def _different(shards: Sequence[str], about: StudentDescription) -> np.ndarray:
     """Images uint8 `[DIGITS, S, S, 3]` of different classes, as a student is evaluated on them."""
     from storage.views.policy import policy
     from student.evaluation.batches import evaluation_batches
@@ -125,7 +125,7 @@ def _by_teachers(store: Store, images: np.ndarray) -> dict[str, np.ndarray]:
     return found
 
 
-def _by_student(model: nn.Module, about: Description, images: np.ndarray) -> np.ndarray:
+def _by_student(model: nn.Module, about: StudentDescription, images: np.ndarray) -> np.ndarray:
     """Maps `[n, g, g]` of the class query's attention in a student's last layer."""
     import torch
 

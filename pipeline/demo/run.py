@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.console import Console
 from storage.errors import UserError
 from storage.memory import out_of_memory
-from storage.progress import Quiet
+from storage.progress import NoProgress
 
 if TYPE_CHECKING:
     from storage.store.store import Store
@@ -154,12 +154,13 @@ class _Training:
 
         from pipeline.recipes.loader import load
         from storage.store.store import Store
-        from student.training.train import Job, train
+        from student.training.setup import TrainConfig
+        from student.training.train import train
 
         torch.set_num_threads(1)
         recipe = load(self.recipe, [*_SHORT, *self.settings, f"seed={self.seed}"])
         store = Store.open(self.store) if self.store else None
-        top1: float = train(Job(recipe, self.shards, self.val, out / self.name, store), Quiet())["top1"]
+        top1: float = train(TrainConfig(recipe, self.shards, self.val, out / self.name, store), NoProgress())["top1"]
         return top1
 
 
@@ -182,25 +183,27 @@ def _trained(out: Path, jobs: Sequence[_Training], console: Console) -> dict[str
 
 def _precomputed(out: Path, shards: list[str], console: Console) -> Store:
     """The store with targets of both teachers."""
-    from precompute.request import Wanted
+    from precompute.request import PrecomputeRequest
     from precompute.run import precompute
-    from precompute.taps.target_spec import parse
-    from precompute.teachers.teacher import find
+    from precompute.taps.target_spec import parse_target
+    from precompute.teachers.teacher import find_teacher
     from storage.store.store import Store
     from storage.views.policy import policy
-    from student.models.files import load
+    from student.models.files import load_student
 
     store = Store.create(out / "store")
     for name, targets in _TARGETS.items():
         weights = out / name / "last.safetensors"
-        _, about = load(weights)
-        found = find(
+        _, about = load_student(weights)
+        found = find_teacher(
             about.model, weights=str(weights), arguments=about.arguments, input_size=about.img_size, mean=about.mean,
             std=about.std, called=name,
         )  # fmt: skip
-        wishes = [wish for target in targets for wish in parse(target)]
+        wishes = [wish for target in targets for wish in parse_target(target)]
         views = policy(_POLICY, SIZE)
-        result = precompute(store, Wanted(shards, found, wishes, views, frozenset({"line", "size"}), VIEWS), console)
+        result = precompute(
+            store, PrecomputeRequest(shards, found, wishes, views, frozenset({"line", "size"}), VIEWS), console
+        )
         for failure in result["failures"]:
             raise UserError(failure["error"])
     return store

@@ -12,10 +12,10 @@ from storage.errors import UserError
 from storage.shards.index import cached_index
 from storage.shards.patterns import expand
 from student import run_dir
-from student.attention_copy.inference import lend
+from student.attention_copy.inference import attach_stored_attention
 from student.distributed import pick_device
-from student.evaluation.class_metrics import BOUNDS, PARTS, figures
-from student.evaluation.ensemble import seen
+from student.evaluation.class_metrics import BOUNDS, PARTS, class_metrics
+from student.evaluation.ensemble import ensemble_predictions
 from student.evaluation.frozen.label_subset import images_of_classes
 from student.models.files import load_classifier
 
@@ -45,11 +45,11 @@ def accuracy(
     try:
         for name, urls in sets.items():
             for member in members:
-                lend(member.model, member.about, store, urls)
-            found = seen(members, urls, ensemble=ensemble, device=where, advance=console.advance)
+                attach_stored_attention(member.model, member.about, store, urls)
+            found = ensemble_predictions(members, urls, ensemble=ensemble, device=where, advance=console.advance)
             counts = images and _counts(images, members[0].about.classes, found.names)
             for answer, places in zip(answers, found.places, strict=True):
-                told = figures(found.labels, places, found.classes, found.names, counts, bounds or BOUNDS)
+                told = class_metrics(found.labels, places, found.classes, found.names, counts, bounds or BOUNDS)
                 if name:
                     answer.setdefault("sets", {})[name] = told
                 else:

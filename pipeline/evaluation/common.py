@@ -15,8 +15,8 @@ from storage.errors import UserError
 from storage.shards.index import with_samples
 from storage.shards.patterns import expand
 from student import run_dir
-from student.evaluation.ensemble import Member
-from student.models.files import Description, load
+from student.evaluation.ensemble import Classifier
+from student.models.files import StudentDescription, load_student
 
 Said = tuple[dict[str, Any], list[str]]
 
@@ -48,14 +48,17 @@ def only_set_of(patterns: Sequence[str]) -> list[str]:
 
 
 def opened(
-    path: Path, device: torch.device, console: Console, read: Callable[[Path], tuple[nn.Module, Description]] = load
-) -> tuple[Member, dict[str, Any]]:
+    path: Path,
+    device: torch.device,
+    console: Console,
+    read: Callable[[Path], tuple[nn.Module, StudentDescription]] = load_student,
+) -> tuple[Classifier, dict[str, Any]]:
     """A student on a device, and which it is; with a word on one that learned nothing."""
     model, about = read(path)
     smoke = run_dir.is_smoke(path.parent)
     if smoke:
         console.say(f"{path}: of a smoke run, which has learned nothing")
-    member = Member(str(path), model.to(device), about)
+    member = Classifier(str(path), model.to(device), about)
     return member, {"student": member.name, "view": about.evaluation, "smoke": smoke}
 
 

@@ -16,7 +16,7 @@ from storage.shards.classes import classes_of
 from storage.shards.index import cached_index, with_samples
 from storage.shards.patterns import expand
 from student.distributed import pick_device
-from student.evaluation.class_metrics import figures, places_of
+from student.evaluation.class_metrics import class_metrics, label_ranks
 from student.evaluation.frozen import knn as nearest
 from student.evaluation.frozen import linear_probe as linear
 from student.evaluation.frozen import projector_features
@@ -28,11 +28,11 @@ from student.evaluation.frozen.features import (
     features_of,
     probe_feature,
 )
-from student.evaluation.frozen.label_subset import Labelled, labelled
+from student.evaluation.frozen.label_subset import LabelSubset, label_subset
 
 
 @dataclass(frozen=True)
-class Part:
+class LabelFraction:
     """Which samples have labels: patterns of training shards, the part of them, its seed, and where it is listed."""
 
     shards: Sequence[str]
@@ -44,31 +44,33 @@ class Part:
 # ---------------------------------------------------------------------------------------------- frozen features
 
 
-def knn(path: Path, patterns: Sequence[str], part: Part, projected: int, device: str) -> Said:
+def knn(path: Path, patterns: Sequence[str], part: LabelFraction, projected: int, device: str) -> Said:
     """k-NN accuracies for each k."""
     bank, asked, classes, result = _features(path, patterns, part, device, class_feature, projected)
     result["knn"] = {}
     for k, places in nearest.places(bank, asked, nearest.usable(len(bank.labels)), classes).items():
-        told = figures(asked.labels.cpu(), places.cpu(), classes)
+        told = class_metrics(asked.labels.cpu(), places.cpu(), classes)
         result["knn"][str(k)] = {"top1": told["top1"], "top5": told["top5"]}
     rows = [("k", "top-1, %", "top-5, %")]
     rows += [(k, percent(told["top1"]), percent(told["top5"])) for k, told in result["knn"].items()]
     return result, [*columns(rows), _of(result)]
 
 
-def probe(path: Path, patterns: Sequence[str], part: Part, projected: int, lr: float | None, device: str) -> Said:
+def probe(
+    path: Path, patterns: Sequence[str], part: LabelFraction, projected: int, lr: float | None, device: str
+) -> Said:
     """The accuracy of a linear probe, at the learning rate that is best on held-out training samples."""
     bank, asked, classes, result = _features(path, patterns, part, device, probe_feature, projected)
     console = Console()
     console.start("fitting", linear.EPOCHS * (2 if lr is None else 1))
     try:
-        tried = [] if lr else linear.try_rates(bank, classes, seed=part.seed, advance=console.advance)
+        tried = [] if lr else linear.search_learning_rate(bank, classes, seed=part.seed, advance=console.advance)
         chosen = lr or tried[0].lr
         head = linear.heads(bank, classes, [chosen], part.seed, advance=console.advance)
     finally:
         console.stop()
-    places = places_of(linear.logits_of(head, asked.values), asked.labels)
-    told = figures(asked.labels.cpu(), places.cpu(), classes)
+    places = label_ranks(linear.logits_of(head, asked.values), asked.labels)
+    told = class_metrics(asked.labels.cpu(), places.cpu(), classes)
     result |= {"top1": told["top1"], "top5": told["top5"], "lr": chosen, "epochs": linear.EPOCHS,
                "tried": [vars(one) for one in tried]}  # fmt: skip
     lines = [f"lr {one.lr:g}: top-1 {one.top1:.2f} % on held-out training samples" for one in tried]
@@ -77,7 +79,7 @@ def probe(path: Path, patterns: Sequence[str], part: Part, projected: int, lr: f
 
 
 def _features(
-    path: Path, patterns: Sequence[str], part: Part, device: str, read: Reading, projected: int
+    path: Path, patterns: Sequence[str], part: LabelFraction, device: str, read: Reading, projected: int
 ) -> tuple[Features, Features, int, dict[str, Any]]:
     """Features of the labelled training samples and of the evaluated ones, the number of classes, and what they are."""
     urls, train = only_set_of(patterns), with_samples(expand(part.shards), Console().say)
@@ -88,7 +90,7 @@ def _features(
     text = feature_text(model, read)
     if projected:
         read, text = projector_features.reading(path, model, projected)
-    mine = labelled(train, urls, part.share, part.seed)
+    mine = label_subset(train, urls, part.share, part.seed)
     if part.listing is not None:
         mine.write(part.listing)
     result |= {"features": text, "projected": projected, "train": _train(mine, part)}
@@ -108,7 +110,7 @@ def _features(
     return bank, asked, len(names) if names else highest + 1, result
 
 
-def _train(mine: Labelled, part: Part) -> dict[str, Any]:
+def _train(mine: LabelSubset, part: LabelFraction) -> dict[str, Any]:
     listing = str(part.listing) if part.listing else None
     return {
         "samples": len(mine.rows), "part": part.share, "seed": part.seed, "left_out": mine.left_out,
@@ -116,7 +118,7 @@ def _train(mine: Labelled, part: Part) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _say_labelled(mine: Labelled, part: Part, console: Console) -> None:
+def _say_labelled(mine: LabelSubset, part: LabelFraction, console: Console) -> None:
     if mine.left_out:
         console.say(f"{mine.left_out} training image(s) are evaluated too; they are left out of what is learned from")
     if part.share < 1:

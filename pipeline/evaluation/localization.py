@@ -11,7 +11,8 @@ from pipeline.evaluation.common import Said, columns, only_set_of, opened, perce
 from pipeline.plotting import COLOURS, FONT, GREY, MAP, figure, panel, picture_path, save, shortened, write
 from storage.shards.index import cached_index
 from student.distributed import pick_device
-from student.evaluation.localization.localize import Looker, Shown, localise
+from student.evaluation.localization import localize as localization
+from student.evaluation.localization.localize import ClassAttention, LocalizedImage
 from student.evaluation.localization.max_box_acc import OVERLAPS, SIDE, Convention
 
 # Inches.
@@ -19,16 +20,16 @@ CELL, GAP, MARGIN, HEAD, NOTE = 1.9, 0.25, 0.3, 0.95, 0.3
 PAIRS = 2  # images in a row, each beside its map
 
 
-def boxes(path: Path, patterns: Sequence[str], convention: Convention, out: Path | None, device: str) -> Said:
+def localize(path: Path, patterns: Sequence[str], convention: Convention, out: Path | None, device: str) -> Said:
     """MaxBoxAcc of one student, and a picture where a place for it is given."""
     file = picture_path(out) if out is not None else None
     urls = only_set_of(patterns)
     where, console = pick_device(device), Console()
     member, result = opened(path, where, console)
-    looker = Looker(member.model, member.name)
+    looker = ClassAttention(member.model, member.name)
     console.start("localising", sum(len(cached_index(url)) for url in urls))
     try:
-        told, shown = localise(
+        told, shown = localization.localize(
             looker, member.about, urls, convention, device=where, shown=file is not None, advance=console.advance
         )
     finally:
@@ -58,7 +59,7 @@ def _lines(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def picture(shown: Sequence[Shown], result: dict[str, Any]) -> Any:
+def picture(shown: Sequence[LocalizedImage], result: dict[str, Any]) -> Any:
     """A matplotlib figure: images with true and predicted boxes, each beside its map."""
     rows = -(-len(shown) // PAIRS)
     width = 2 * MARGIN + PAIRS * (2 * CELL + GAP) + GAP + 0.7

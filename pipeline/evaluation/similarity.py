@@ -13,11 +13,11 @@ from storage.errors import UserError
 from storage.shards.index import cached_index
 from storage.store.store import Store
 from storage.views.policy import policy
-from student.attention_copy.inference import lend
+from student.attention_copy.inference import attach_stored_attention
 from student.distributed import pick_device
-from student.evaluation.similarity.compare import Comparison, Tokens
+from student.evaluation.similarity.compare import SimilarityComparison, Tokens
 from student.evaluation.similarity.metrics import PAIRINGS
-from student.evaluation.similarity.teacher_targets import reference_of
+from student.evaluation.similarity.teacher_targets import find_teacher_targets
 
 # Inches.
 WIDTH, HEIGHT, GAP, MARGIN, HEAD, FOOT = 2.1, 2.0, 0.3, 0.65, 0.95, 0.6
@@ -28,7 +28,7 @@ TITLES = {
 TOKENS = {"all": "all tokens", "class": "class tokens", "mean": "means of patches"}
 
 
-def similar(
+def similarity(
     paths: Sequence[Path],
     patterns: Sequence[str],
     store: str,
@@ -47,11 +47,11 @@ def similar(
     comparisons = []
     for member, answer in zip(members, answers, strict=True):
         view = policy(member.about.evaluation, member.about.img_size)
-        reference = reference_of(place, teacher, targets, urls, view)
+        reference = find_teacher_targets(place, teacher, targets, urls, view)
         answer["teacher"] = reference.teacher
         if member.about.copying is not None:
-            lend(member.model, member.about, store_of(member.about.copying["store"], store), urls)
-        comparisons.append(Comparison(member.model, member.about, member.name, urls, reference, tokens))
+            attach_stored_attention(member.model, member.about, store_of(member.about.copying["store"], store), urls)
+        comparisons.append(SimilarityComparison(member.model, member.about, member.name, urls, reference, tokens))
     console.start("comparing", len(members) * sum(len(cached_index(url)) for url in urls))
     try:
         for comparison, answer in zip(comparisons, answers, strict=True):

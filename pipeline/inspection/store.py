@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from storage.objects.state_dict import READY
+from storage.objects.state_dict import ONNX_FILE
 from storage.progress import size_text
 from storage.store.markers import Task
 from storage.store.store import Store
@@ -62,7 +62,7 @@ def lines(result: dict[str, Any]) -> list[str]:
         network = f"{teacher['network']} with {teacher['layers']} layers"
         text += [
             f"teacher {name}: {teacher['model']}{arguments}, {teacher['parameters']:,} parameters, "
-            f"{'ready graph' if teacher['model'] == READY else network}, input {teacher['input size']}",
+            f"{'ready graph' if teacher['model'] == ONNX_FILE else network}, input {teacher['input size']}",
             f"  weights {teacher['weights']} (sha256 {teacher['weights sha256'][:16]})",
         ]
     for id, bank in result["banks"].items():

@@ -30,7 +30,7 @@ PASSES = 400_000  # images that a student sees in all, where nobody says it: an 
 
 
 @dataclass(frozen=True)
-class Found:
+class ImageSummary:
     """What lies in a folder.
 
     Attributes:
@@ -56,7 +56,7 @@ class Found:
     estimated: int = 0
 
 
-def look(folder: Path, home: Path, progress: Progress) -> Found:
+def look(folder: Path, home: Path, progress: Progress) -> ImageSummary:
     """What lies in a folder: shards, or images in one folder a class.
 
     Args:
@@ -77,7 +77,7 @@ def look(folder: Path, home: Path, progress: Progress) -> Found:
     return _shards(folder, [Path(tar) for tar in tars], home, progress)
 
 
-def _images(folder: Path, progress: Progress) -> Found:
+def _images(folder: Path, progress: Progress) -> ImageSummary:
     folders = folders_in(folder)
     files, classes, odd = class_folders(folder, progress.say) if folders else ([], [], [])
     if len(classes) < 2:
@@ -100,12 +100,12 @@ def _images(folder: Path, progress: Progress) -> Found:
     count = max(1, round(0.9 * len(files) / PER_SHARD))
     names = "shards/train-000000.tar" if count == 1 else f"shards/train-{{000000..{count - 1:06d}}}.tar"
     side = round(statistics.median(sides))
-    return Found(
+    return ImageSummary(
         folder, len(files), classes, side, [names], ["shards/train-val-*.tar"], "`pipeline pack` cuts them off", False
     )
 
 
-def _shards(folder: Path, tars: Sequence[Path], home: Path, progress: Progress) -> Found:
+def _shards(folder: Path, tars: Sequence[Path], home: Path, progress: Progress) -> ImageSummary:
     from precompute.plan import counted
 
     held = [path for path in tars if re.search(HELD_BACK, path.stem, re.IGNORECASE)]
@@ -139,7 +139,7 @@ def _shards(folder: Path, tars: Sequence[Path], home: Path, progress: Progress) 
     classes = classes_of([str(path) for path in train]) or []
     near, far = ([os.path.relpath(path, home) for path in several] for several in (train, held))
     images, estimated = sum(shard.samples for shard in shards), sum(shard.estimated for shard in shards)
-    return Found(folder, images, list(classes), round(statistics.median(sides)), near, far, why, True, estimated)
+    return ImageSummary(folder, images, list(classes), round(statistics.median(sides)), near, far, why, True, estimated)
 
 
 def sizes(side: int) -> tuple[int, int]:
@@ -150,7 +150,7 @@ def sizes(side: int) -> tuple[int, int]:
     return 224, 16
 
 
-def text(found: Found) -> str:
+def text(found: ImageSummary) -> str:
     """The project file."""
     view, patch = sizes(found.side)
     epochs = max(20, min(200, round(PASSES / max(1, found.images))))

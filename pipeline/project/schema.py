@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from pipeline.yaml_io import number_in
-from precompute.teachers.onnx_file import is_ready
+from precompute.teachers.onnx_file import is_onnx_file
 from storage.errors import UserError
 from storage.objects.urls import is_remote, separate
 from student.recipe.schema import Recipe
 from student.recipe.validate import section_of, sentence, suggested
-from student.settings import Student
+from student.settings import StudentConfig
 
 
 class _Section(BaseModel):
@@ -41,7 +41,7 @@ Numbers = Annotated[tuple[float, ...], BeforeValidator(_number), BeforeValidator
 Name = Annotated[str, StringConstraints(pattern="^[A-Za-z0-9_-]{1,40}$")]
 
 
-class Views(_Section):
+class ViewSettings(_Section):
     """Which views are drawn: `--view-policy`, `--view-size`, `--view-count` and `--seed`."""
 
     policy: str | None = None
@@ -50,7 +50,7 @@ class Views(_Section):
     seed: int | None = None
 
 
-class Entry(_Section):
+class TeacherEntry(_Section):
     """One teacher, called so in the store: what `precompute` takes about it. Without `teacher`, its name says that."""
 
     teacher: str | None = None
@@ -64,15 +64,15 @@ class Entry(_Section):
     taps: dict[str, Words] = {}
 
 
-class Settings(_Section):
+class ProjectSettings(_Section):
     """A whole project file."""
 
     shards: Words | None = None
     val: Words | None = None
     store: Annotated[str, StringConstraints(min_length=1)] | None = None
-    views: Views = Views()
-    teachers: dict[Name, Annotated[Entry, BeforeValidator(_nothing)]] = {}
-    student: Student | None = None
+    views: ViewSettings = ViewSettings()
+    teachers: dict[Name, Annotated[TeacherEntry, BeforeValidator(_nothing)]] = {}
+    student: StudentConfig | None = None
     set: dict[str, Any] = {}
     provider: Literal["auto", "cpu", "cuda"] | None = None
     workers: int | None = Field(None, ge=1)
@@ -80,7 +80,7 @@ class Settings(_Section):
     worker_timeout: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
-    def _one_cluster(self) -> Settings:
+    def _one_cluster(self) -> ProjectSettings:
         if self.workers and self.dask:
             raise ValueError("workers starts processes here, dask joins others; give one of them")
         return self
@@ -91,10 +91,10 @@ class Project:
     """A project file and what it says, with paths from the current folder."""
 
     path: Path
-    content: Settings
+    content: ProjectSettings
 
     @property
-    def teachers(self) -> Mapping[str, Entry]:
+    def teachers(self) -> Mapping[str, TeacherEntry]:
         """Name -> teacher, in the order of the file."""
         return self.content.teachers
 
@@ -122,9 +122,9 @@ def validate(path: Path, content: Any) -> Project:
     if content is None:
         content = {}
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a mapping with {', '.join(Settings.model_fields)}")
+        raise UserError(f"{path}: expected a mapping with {', '.join(ProjectSettings.model_fields)}")
     try:
-        settings = Settings.model_validate({k: v for k, v in content.items() if v is not None})
+        settings = ProjectSettings.model_validate({k: v for k, v in content.items() if v is not None})
     except ValidationError as error:
         raise UserError(f"{path}: " + "; ".join(_explain(problem) for problem in error.errors())) from None
     for name, value in settings.set.items():
@@ -146,16 +146,16 @@ def _require_known(where: str, name: str, value: Any) -> None:
 
 def _explain(problem: Any) -> str:
     parts = [str(part) for part in problem["loc"] if part != "[key]"]
-    section: Any = Settings
+    section: Any = ProjectSettings
     for i, part in enumerate(parts[:-1]):
-        section = Entry if parts[:i] == ["teachers"] else section and section_of(section, part)
-    if problem["type"] == "extra_forbidden" and section is Settings and "." in suggested(parts[0], Recipe):
+        section = TeacherEntry if parts[:i] == ["teachers"] else section and section_of(section, part)
+    if problem["type"] == "extra_forbidden" and section is ProjectSettings and "." in suggested(parts[0], Recipe):
         return f"{parts[0]}: a recipe's setting goes under `set`. {suggested(parts[0], Recipe)}"
     such = "; right is teachers: {vit_tiny: {}}" if parts == ["teachers"] else ""
     return sentence(".".join(parts) or "the file", problem, section) + such
 
 
-def _from_here(settings: Settings, folder: Path) -> Settings:
+def _from_here(settings: ProjectSettings, folder: Path) -> ProjectSettings:
     """The same with paths that are relative to the file's folder made relative to the current one."""
 
     def patterns(several: tuple[str, ...] | None) -> tuple[str, ...] | None:
@@ -164,8 +164,8 @@ def _from_here(settings: Settings, folder: Path) -> Settings:
     def weights(name: str | None) -> str | None:  # recorded in the store, so from anywhere
         return name and str(Path(located(name, folder)).expanduser().absolute())
 
-    def files(entry: Entry) -> Entry:
-        graph = {"teacher": weights(entry.teacher)} if entry.teacher and is_ready(entry.teacher) else {}
+    def files(entry: TeacherEntry) -> TeacherEntry:
+        graph = {"teacher": weights(entry.teacher)} if entry.teacher and is_onnx_file(entry.teacher) else {}
         return entry.model_copy(update={"weights": weights(entry.weights), **graph})
 
     teachers = {name: files(entry) for name, entry in settings.teachers.items()}

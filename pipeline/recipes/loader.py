@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from pipeline.yaml_io import number_in, read_yaml, why
-from storage.errors import UserError, nearest
+from storage.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from student.recipe.schema import Recipe
@@ -48,7 +48,7 @@ def _file(recipe: str) -> Path:
     if path.suffix in (".yaml", ".yml") and not path.is_file():
         raise UserError(f"{path}: no such recipe file; `pipeline recipes aal > {path}` makes one to start from")
     if not path.is_file():
-        raise UserError(f"no recipe is called {recipe!r}. {nearest(recipe, names())} A YAML file also serves.")
+        raise UserError(f"no recipe is called {recipe!r}. {did_you_mean(recipe, names())} A YAML file also serves.")
     return path
 
 

@@ -84,7 +84,7 @@ def workers(
             if address is None:
                 _shield(client)
             _wait_for_one(client, address, what, say, timeout)
-            _greet(client, what, say)
+            _check_workers(client, what, say)
             yield client
 
 
@@ -137,7 +137,7 @@ def processes(client: Client) -> int:
         return len(client.nthreads())  # type: ignore[no-untyped-call]
 
 
-def _greet(client: Client, what: str, say: Callable[[str], None]) -> None:
+def _check_workers(client: Client, what: str, say: Callable[[str], None]) -> None:
     """Compare the workers' versions with ours, and say how many there are."""
     try:
         theirs: dict[str, Any] = client.run(versions)

@@ -22,7 +22,7 @@ from precompute.engine.dask_client import LOST, WORKER_TIMEOUT, connected, proce
 from precompute.engine.session import Session, cores, open_session
 from precompute.engine.shard import run_task
 from precompute.engine.tasks import Outcome, ShardTask
-from storage.errors import UserError, first_line, lasts
+from storage.errors import UserError, first_line, is_permanent
 from storage.memory import out_of_memory
 from storage.progress import Progress
 
@@ -65,13 +65,13 @@ def _session(task: ShardTask, provider: str, threads: int) -> Session:
     return _held[key]
 
 
-def patiently(call: Callable[[], T]) -> T:
+def retry_io(call: Callable[[], T]) -> T:
     """What a call gives; after an input or output fault that may pass it is called again, some time later."""
     for pause in BACKOFF:
         try:
             return call()
         except OSError as error:
-            if lasts(error):
+            if is_permanent(error):
                 raise
             time.sleep(pause * random.uniform(0.5, 1.5))
     return call()
@@ -94,7 +94,7 @@ def attempt(task: ShardTask, provider: str, threads: int, report: Callable[[int,
         return run_task(task, functools.partial(_session, task, provider, threads), threads, say)
 
     try:
-        return patiently(once)
+        return retry_io(once)
     except UserError as error:
         return Failure(str(error), "data")
     except OSError as error:
@@ -124,7 +124,7 @@ class _Tracker:
                 self.progress.expect(known + known * (self.shards - len(self.todo)) // len(self.todo))
 
 
-def run_here(
+def run_in_process(
     tasks: Iterator[ShardTask], count: int, provider: str, progress: Progress
 ) -> Iterator[tuple[str, Outcome | Failure]]:
     """Url and outcome of one task after another, in this process.
@@ -179,7 +179,7 @@ def stop(run: str) -> None:
     _stopped.add(run)
 
 
-def run_on(
+def run_on_cluster(
     client: Client,
     tasks: Iterator[ShardTask],
     count: int,
@@ -241,7 +241,7 @@ def run_on(
             if not suspect:
                 yield task.url, outcome
     except BaseException:
-        _lay_down(client, run, completed)
+        _cancel(client, run, completed)
         raise
     finally:
         with contextlib.suppress(Exception):
@@ -291,7 +291,7 @@ def _result(future: Any, url: str) -> Outcome | Failure:
     return outcome
 
 
-def _lay_down(client: Client, run: str, completed: Any) -> None:
+def _cancel(client: Client, run: str, completed: Any) -> None:
     """After an interrupt: what has not begun is cancelled, what goes on is told to stop and waited for."""
     from distributed import wait
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from precompute.engine.session import Session
-from precompute.engine.stages import Pass, TooWide
-from precompute.engine.tasks import BadImages, Outcome, Output, Report, ShardTask
+from precompute.engine.stages import ShardPass, TooWide
+from precompute.engine.tasks import BadImages, Outcome, ReportProgress, ShardTask, TargetOutput
 from storage.constants import BLOCK
 from storage.errors import UserError
 from storage.shards.index import ShardIndex, build_index, read_samples
@@ -20,8 +20,8 @@ from storage.shards.tar import require_whole
 from storage.store.banks import bank_policy
 from storage.store.markers import Marker, Task
 from storage.store.store import Store
-from storage.views.draw import draw, settle
-from storage.views.mixing import mixed
+from storage.views.draw import draw_view, settle
+from storage.views.mixing import mix_images
 from storage.views.policy import Policy
 from storage.views.render import BadImage, decode, render
 from storage.views.view import INVALID
@@ -47,14 +47,14 @@ def known_index(store: Store, url: str, known: Sequence[str], bad_images: BadIma
     return index
 
 
-def missing(task: ShardTask, index: ShardIndex) -> dict[int, list[Output]]:
+def missing(task: ShardTask, index: ShardIndex) -> dict[int, list[TargetOutput]]:
     """View -> outputs of a task that have no marker yet.
 
     A damaged marker counts as none. So does one that was made from other views than the bank has now, or from views
     whose own marker is gone: it is removed.
     """
     store, shard, samples = task.store, index.id, len(index)
-    wanted: dict[int, list[Output]] = {}
+    wanted: dict[int, list[TargetOutput]] = {}
     for view in range(task.views):
         bank: Marker | None = None
         for output in task.outputs:
@@ -70,7 +70,7 @@ def missing(task: ShardTask, index: ShardIndex) -> dict[int, list[Output]]:
 
 
 def run_task(
-    task: ShardTask, open_session: Callable[[], Session], threads: int, report: Report = lambda done, todo: None
+    task: ShardTask, open_session: Callable[[], Session], threads: int, report: ReportProgress = lambda done, todo: None
 ) -> Outcome:
     """Make all missing targets of one shard.
 
@@ -78,7 +78,7 @@ def run_task(
         task: what is wanted.
         open_session: gives a session of the task's graph; called only where something is to be run.
         threads: that decode and render.
-        report: see `Report`.
+        report: see `ReportProgress`.
 
     Raises:
         UserError: an image that cannot be rendered or a key without one (unless they are skipped), a teacher's output
@@ -107,7 +107,7 @@ def run_task(
         wide: frozenset[tuple[int, str]] = frozenset()
         while True:
             try:
-                invalid = Pass(task, index, some, session, threads, lambda n: report(n, todo), wide).run()
+                invalid = ShardPass(task, index, some, session, threads, lambda n: report(n, todo), wide).run()
                 break
             except TooWide as error:  # rare: all is made again, this view of the target with f32 scales
                 wide |= {(error.view, error.target)}
@@ -130,10 +130,10 @@ def block_views(url: str, index: ShardIndex, policy: Policy, number: int = 0) ->
             views.append(INVALID)
             pixels.append(np.zeros(0, np.uint8))
             continue
-        views.append(draw(policy, sample.key, 0, image.size, i, block))
+        views.append(draw_view(policy, sample.key, 0, image.size, i, block))
         pixels.append(render(image, views[-1], policy.size))
     whole = [
-        mixed(own, pixels[view.mix.partner - block.start], view.mix) if view.mix else own
+        mix_images(own, pixels[view.mix.partner - block.start], view.mix) if view.mix else own
         for view, own in zip(settle(views, block), pixels, strict=True)
         if view.valid
     ]

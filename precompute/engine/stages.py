@@ -17,16 +17,16 @@ import numpy as np
 from PIL import Image
 
 from precompute.engine.session import Session
-from precompute.engine.tasks import Output, ShardTask
+from precompute.engine.tasks import ShardTask, TargetOutput
 from storage.errors import IdentityError, UserError
 from storage.shards.index import ShardIndex, read_samples
 from storage.shards.tar import Sample
 from storage.store import codecs
 from storage.store.attempts import Attempt
-from storage.store.banks import BankView, bank_policy, read_views, rows_of
+from storage.store.banks import BankView, bank_policy, read_views, view_rows
 from storage.store.markers import Marker, Task
-from storage.views.draw import draw, settle
-from storage.views.mixing import mixed
+from storage.views.draw import draw_view, settle
+from storage.views.mixing import mix_images
 from storage.views.policy import Policy
 from storage.views.render import BadImage, decode, render, renderer, signature
 from storage.views.view import COLUMNS, INVALID, View
@@ -55,7 +55,7 @@ class _Block:
     valid: np.ndarray  # bool [n]
 
 
-class Pass:
+class ShardPass:
     """One reading of a shard that makes several views; (view, target) in `wide` keep their scales in f32.
 
     Each view by itself: what is made of it must not depend on the views that happen to be made beside it.
@@ -65,7 +65,7 @@ class Pass:
         self,
         task: ShardTask,
         index: ShardIndex,
-        wanted: dict[int, list[Output]],
+        wanted: dict[int, list[TargetOutput]],
         session: Session | None,
         threads: int,
         say: Callable[[int], None],
@@ -177,7 +177,7 @@ class Pass:
             views = drawn[view] if view in drawn else [known[view].view(i) for i in range(len(block))]
             mixes = [v.mix for v in views]
             pixels[view] = np.stack([
-                mixed(image, own[mix.partner - block.start], mix) if mix else image
+                mix_images(image, own[mix.partner - block.start], mix) if mix else image
                 for image, mix in zip(own, mixes, strict=True)
             ])  # fmt: skip
         return _Block(block, [sample.key for sample in samples], pixels, drawn, signatures, valid)
@@ -195,7 +195,7 @@ class Pass:
                 pixels[view] = replayed
         if image is not None:
             for view in self.fresh:
-                drawn[view] = draw(self.policy, sample.key, view, image.size, i, block)
+                drawn[view] = draw_view(self.policy, sample.key, view, image.size, i, block)
                 pixels[view] = render(image, drawn[view], self.policy.size)
         return pixels, drawn
 
@@ -226,7 +226,7 @@ class Pass:
     def _write_bank(self, block: _Block) -> None:
         self.invalid.update(i for i, valid in zip(block.block, block.valid, strict=True) if not valid)
         for view, attempt in self.fresh.items():
-            attempt.arrays["parameters"].append(rows_of(block.drawn[view]))
+            attempt.arrays["parameters"].append(view_rows(block.drawn[view]))
             attempt.arrays["signatures"].append(block.signatures[view])
 
     def _write(self, view: int, values: list[np.ndarray], block: _Block) -> None:
@@ -246,7 +246,7 @@ class Pass:
             for name, array in arrays.items():
                 self.attempts[view, output.target].arrays[name].append(array)
 
-    def _check_finite(self, view: int, output: Output, values: np.ndarray, block: _Block) -> None:
+    def _check_finite(self, view: int, output: TargetOutput, values: np.ndarray, block: _Block) -> None:
         bad = ~np.isfinite(values).reshape(len(values), -1).all(1) & block.valid
         if bad.any():
             key = block.keys[int(np.argmax(bad))]

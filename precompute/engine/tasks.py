@@ -15,7 +15,7 @@ BadImages = Literal["fail", "skip"]
 
 
 @dataclass(frozen=True)
-class Output:
+class TargetOutput:
     """A target, and which of the graph's outputs makes it; None where it is the view images themselves."""
 
     target: str
@@ -23,7 +23,7 @@ class Output:
     codec: Codec
 
     @classmethod
-    def of(cls, manifest: Record) -> Output:
+    def of(cls, manifest: Record) -> TargetOutput:
         """From a target's manifest."""
         return cls(manifest["id"], manifest["output"], Codec.of(manifest))
 
@@ -49,7 +49,7 @@ class ShardTask:
     bank: str
     teacher: str
     graph: str
-    outputs: tuple[Output, ...]
+    outputs: tuple[TargetOutput, ...]
     views: int
     bad_images: BadImages = "fail"
     known: tuple[str, ...] = ()
@@ -69,4 +69,4 @@ class Outcome:
 
 
 # Told (view images done since the last call, those of the whole task) while it goes on; may raise to stop it.
-Report = Callable[[int, int], None]
+ReportProgress = Callable[[int, int], None]

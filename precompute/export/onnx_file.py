@@ -33,10 +33,10 @@ _SHAPES = {
 _INNER = "teacher-store/"  # opens the names of what is put around the file's nodes
 
 
-class Input(nn.Module):
+class InputPreparation(nn.Module):
     """The file's input of view images, prepared as for every teacher."""
 
-    def __init__(self, teacher: Teacher, graph: onnx_file.Graph, view_size: int) -> None:
+    def __init__(self, teacher: Teacher, graph: onnx_file.OnnxGraph, view_size: int) -> None:
         super().__init__()
         self.views = TappedTeacher(nn.Identity(), (), view_size, teacher.input_size, teacher.mean, teacher.std)
         self.channels_last = graph.channels_last
@@ -48,7 +48,7 @@ class Input(nn.Module):
         return x.permute(0, 2, 3, 1) if self.channels_last else x
 
 
-class Output(nn.Module):
+class OutputTaps(nn.Module):
     """The taps of the file's tensors: maps on their grid, layers stacked, all f32.
 
     Args:
@@ -84,7 +84,7 @@ def names_of(taps: Sequence[Tap]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for tap in taps for name in tap.chosen))
 
 
-class Alone:
+class ReferenceRunner:
     """The file run by itself, by ONNX Runtime on the CPU, on images that PyTorch prepared: what it says, unjoined.
 
     Raises:
@@ -94,16 +94,16 @@ class Alone:
     def __init__(self, teacher: Teacher, taps: Sequence[Tap], view_size: int) -> None:
         self.path = str(teacher.weights)
         self.taps, self.names = tuple(taps), names_of(taps)
-        self.graph = onnx_file.read(self.path)
+        self.graph = onnx_file.read_graph(self.path)
         onnx_file.require_tensors(self.graph, self.names)
-        self.input = Input(teacher, self.graph, view_size).eval()
+        self.input = InputPreparation(teacher, self.graph, view_size).eval()
         self.model = ModelProto()
         self.model.CopyFrom(self.graph.model)
         del self.model.graph.output[:]
         self.model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self.names)  # types are inferred
         with _told(self.path):
             self.session: Session = open_session(self.model.SerializeToString(), "cpu")
-        self.output: Output | None = None  # made for the shapes that come
+        self.output: OutputTaps | None = None  # made for the shapes that come
 
     def tensors(self, images: np.ndarray) -> list[np.ndarray]:
         """The file's tensors, `[n, …]` each, in the order of `names`, of uint8 view images `[n, S, S, 3]`.
@@ -136,7 +136,7 @@ class Alone:
             by_name = dict(zip(self.names, found, strict=True))
             for tap in self.taps:
                 _require(self.graph, tap, by_name)
-            self.output = Output(self.taps, {n: v.shape[-1] for n, v in by_name.items() if v.ndim == 4}).eval()
+            self.output = OutputTaps(self.taps, {n: v.shape[-1] for n, v in by_name.items() if v.ndim == 4}).eval()
         with torch.no_grad():
             return [tap.numpy() for tap in self.output([torch.from_numpy(values) for values in found])]
 
@@ -167,7 +167,7 @@ class Alone:
                     )
 
 
-def _require(graph: onnx_file.Graph, tap: Tap, values: Mapping[str, np.ndarray]) -> None:
+def _require(graph: onnx_file.OnnxGraph, tap: Tap, values: Mapping[str, np.ndarray]) -> None:
     """Refuse tensors that cannot be those of a tap."""
     path = graph.path
     shapes = [values[name].shape for name in tap.chosen]
@@ -191,7 +191,7 @@ def _require(graph: onnx_file.Graph, tap: Tap, values: Mapping[str, np.ndarray])
         raise UserError(f"{path}: {tap.name}: its layers differ: {', '.join(str(list(shape)) for shape in shapes)}")
 
 
-def _refuse_probabilities(graph: onnx_file.Graph, tap: str, name: str, are_rows: bool) -> None:
+def _refuse_probabilities(graph: onnx_file.OnnxGraph, tap: str, name: str, are_rows: bool) -> None:
     """Refuse what a softmax or a sigmoid gives where a tap is something else, and name the tensor before it."""
     where, before = f"{graph.path}: {tap}={name}", graph.before_squashing(name)
     advice = "name the tensor before the softmax"
@@ -236,7 +236,7 @@ def export_ready(
         UserError: the file cannot be run with any batch, its tensors are not those of their taps, or the joined graph
             gives something else than the file by itself; with figures.
     """
-    alone = Alone(teacher, taps, view_size)
+    alone = ReferenceRunner(teacher, taps, view_size)
     views = images[:CHECKED]
     alone.require_free_batch(views[:2])
     expected = alone(views)
@@ -255,7 +255,7 @@ def export_ready(
     )  # fmt: skip
 
 
-def _joined(alone: Alone, views: np.ndarray) -> bytes:
+def _joined(alone: ReferenceRunner, views: np.ndarray) -> bytes:
     """The bytes of one graph from `images` to `tap0`, `tap1`, …"""
     assert alone.output is not None
     outputs = [f"tap{i}" for i in range(len(alone.taps))]

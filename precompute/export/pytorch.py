@@ -13,7 +13,7 @@ import numpy as np
 
 from precompute.engine.session import open_session
 from precompute.taps import ATTENTION, TAPS, Tap, TappedTeacher, check_attention
-from precompute.teachers.teacher import Teacher, load
+from precompute.teachers.teacher import Teacher, load_teacher
 from storage.errors import UserError, first_line
 from storage.objects.json_record import Record
 
@@ -50,7 +50,7 @@ def live_teacher(teacher: Teacher, taps: Sequence[Tap], view_size: int) -> Tappe
     Raises:
         UserError: the network does not take images of this size, or does not have these taps.
     """
-    model, size = load(teacher), teacher.input_size
+    model, size = load_teacher(teacher), teacher.input_size
     require_size(model, size, f"{teacher.name}: {teacher.model}")
     return TappedTeacher(model, taps, view_size, size, teacher.mean, teacher.std).eval()
 

@@ -15,12 +15,31 @@ from precompute.taps.attention import (
     token_blocks,
 )
 from precompute.taps.check_attention import check_attention
-from precompute.taps.registry import ATTENTION, TAPS, VIT, About, Tap, check_tap
+from precompute.taps.registry import ATTENTION, TAPS, VIT, Tap, TapInfo, check_tap
 from precompute.taps.tapped_model import TappedTeacher
 from precompute.taps.timm_import import takes_image_size
 
 __all__ = [
-    "ATTENTION", "POSITIONS", "TAPS", "VIT", "About", "At", "AttentionTaps", "Tap", "TappedTeacher", "attention_layers",
-    "attention_rows", "attention_scores", "check_attention", "check_tap", "class_row", "class_scores", "cnn_stages",
-    "layer_grids", "prefix_roles", "resize_matrix", "takes_image_size", "token_blocks",
+    "ATTENTION",
+    "POSITIONS",
+    "TAPS",
+    "VIT",
+    "At",
+    "AttentionTaps",
+    "Tap",
+    "TapInfo",
+    "TappedTeacher",
+    "attention_layers",
+    "attention_rows",
+    "attention_scores",
+    "check_attention",
+    "check_tap",
+    "class_row",
+    "class_scores",
+    "cnn_stages",
+    "layer_grids",
+    "prefix_roles",
+    "resize_matrix",
+    "takes_image_size",
+    "token_blocks",
 ]  # fmt: skip

@@ -8,14 +8,14 @@ from typing import Literal, NamedTuple, Self
 from torch import Tensor
 
 from precompute.taps.activations import At, resize_matrix
-from storage.errors import UserError, nearest
+from storage.errors import UserError, did_you_mean
 from storage.objects.json_record import Record
 from storage.store.codecs import Values
 
 Antialias = bool | Literal["all"]
 
 
-class About(NamedTuple):
+class TapInfo(NamedTuple):
     """What a tap gives: axes of one sample's tensor, how many of the last make a map, whether layers can be chosen."""
 
     axes: tuple[str, ...]
@@ -24,17 +24,17 @@ class About(NamedTuple):
     values: Values = "plain"
 
 
-TAPS: dict[str, About] = {
-    "activations": About(("channel", "y", "x"), 2, True),
-    "q": About(("layer", "head", "token", "width"), 2, True),
-    "k": About(("layer", "head", "token", "width"), 2, True),
-    "v": About(("layer", "head", "token", "width"), 2, True),
-    "class_row": About(("layer", "head", "token"), 1, True, "rows"),
-    "attention": About(("layer", "head", "query", "token"), 1, True, "rows"),
-    "tokens": About(("layer", "token", "width"), 1, True),
-    "class_token": About(("width",), 1, False),
-    "embedding": About(("width",), 1, False),
-    "logits": About(("class",), 1, False, "logits"),
+TAPS: dict[str, TapInfo] = {
+    "activations": TapInfo(("channel", "y", "x"), 2, True),
+    "q": TapInfo(("layer", "head", "token", "width"), 2, True),
+    "k": TapInfo(("layer", "head", "token", "width"), 2, True),
+    "v": TapInfo(("layer", "head", "token", "width"), 2, True),
+    "class_row": TapInfo(("layer", "head", "token"), 1, True, "rows"),
+    "attention": TapInfo(("layer", "head", "query", "token"), 1, True, "rows"),
+    "tokens": TapInfo(("layer", "token", "width"), 1, True),
+    "class_token": TapInfo(("width",), 1, False),
+    "embedding": TapInfo(("width",), 1, False),
+    "logits": TapInfo(("class",), 1, False, "logits"),
 }
 ATTENTION = ("q", "k", "v", "class_row", "attention")  # read off attention layers
 VIT = (*ATTENTION, "tokens", "class_token")
@@ -87,5 +87,5 @@ class Tap:
 def check_tap(name: str) -> str:
     """The tap's name; UserError with the nearest one where there is no such tap."""
     if name not in TAPS:
-        raise UserError(f"no tap is called {name!r}. {nearest(name, TAPS)}")
+        raise UserError(f"no tap is called {name!r}. {did_you_mean(name, TAPS)}")
     return name

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from storage.errors import UserError, nearest
+from storage.errors import UserError, did_you_mean
 from storage.store import codecs
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ _OPTIONS = ("layers", "grid", "codec", "at", "antialias")
 
 
 @dataclass(frozen=True)
-class Wish:
+class TargetSpec:
     """One `--target`: a tap, with layers as they were written, a grid and a codec; of a ready graph its tensors.
 
     Activations are read `at` a stage's last norm or its last block, and resized with or without `antialias`.
@@ -36,7 +36,7 @@ class Wish:
     antialias: bool = False
 
 
-def parse(text: str) -> list[Wish]:
+def parse_target(text: str) -> list[TargetSpec]:
     """The wishes in `TAP[,TAP…][,layers=last|1:4+8][,grid=G][,codec=C]`, one for each tap.
 
     Activations also take `at=norm|block` and `antialias=true|false`.
@@ -50,7 +50,7 @@ def parse(text: str) -> list[Wish]:
         raise UserError(f"--target {text}: {error}") from None
 
 
-def _parse(text: str) -> list[Wish]:
+def _parse(text: str) -> list[TargetSpec]:
     from precompute.taps import TAPS, check_tap
 
     parts = [part.strip() for part in text.split(",")]
@@ -58,17 +58,17 @@ def _parse(text: str) -> list[Wish]:
     options = dict(part.split("=", 1) for part in parts if "=" in part)
     for option in options:
         if option not in _OPTIONS:
-            raise UserError(f"no option is called {option!r}. {nearest(option, _OPTIONS)}")
+            raise UserError(f"no option is called {option!r}. {did_you_mean(option, _OPTIONS)}")
     if not taps:
-        raise UserError(f"names no tap. {nearest('', TAPS)}")
+        raise UserError(f"names no tap. {did_you_mean('', TAPS)}")
     grid, at, antialias = _maps(taps, options)
     if "layers" in options and not all(TAPS[tap].layered for tap in taps):
         raise UserError(f"{', '.join(t for t in taps if not TAPS[t].layered)} has no layers to choose")
     codec = options.get("codec")
     if codec is not None:
         for tap in taps:
-            codec = codecs.check(codec, TAPS[tap].values)
-    return [Wish(tap, options.get("layers"), grid, codec, (), at, antialias) for tap in taps]
+            codec = codecs.check_codec(codec, TAPS[tap].values)
+    return [TargetSpec(tap, options.get("layers"), grid, codec, (), at, antialias) for tap in taps]
 
 
 def _maps(taps: Sequence[str], options: Mapping[str, str]) -> tuple[int | None, At, bool]:
@@ -121,7 +121,7 @@ def layer_numbers(text: str | None, count: int, what: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def ranges(layers: Sequence[int]) -> str:
+def parse_ranges(layers: Sequence[int]) -> str:
     """`1:4+8`, as `--target` takes it."""
     runs: list[list[int]] = []
     for n in layers:

@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from storage.errors import UserError, first_line, nearest
+from storage.errors import UserError, did_you_mean, first_line
 from storage.objects.json_record import Record
-from storage.objects.state_dict import READY
+from storage.objects.state_dict import ONNX_FILE
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, ValueInfoProto
 
-    from precompute.taps.target_spec import Wish
+    from precompute.taps.target_spec import TargetSpec
 
 
 LARGEST = 2**31 - 1  # bytes; protobuf reads no larger message
@@ -36,7 +36,7 @@ PRECISIONS = ("float32", "float16", "float64")
 
 
 @dataclass(frozen=True)
-class Graph:
+class OnnxGraph:
     """A ready graph.
 
     Attributes:
@@ -94,12 +94,12 @@ def _before(makers: Mapping[str, NodeProto], name: str) -> tuple[str, str] | Non
     return None
 
 
-def is_ready(name: str) -> bool:
+def is_onnx_file(name: str) -> bool:
     """Whether `--teacher` names a file with a graph, and no network of timm."""
     return name.endswith(".onnx")
 
 
-def read(path: str) -> Graph:
+def read_graph(path: str) -> OnnxGraph:
     """The graph in a file.
 
     Raises:
@@ -133,7 +133,7 @@ def read(path: str) -> Graph:
     first = model.graph.input[0].type.tensor_type.shape.dim[0]
     first.dim_param = first.dim_param or "batch"
     del model.graph.value_info[:]  # shapes in it may be those of another batch
-    return Graph(path, model, inputs[0].name, batch, last, side, precision, outputs)
+    return OnnxGraph(path, model, inputs[0].name, batch, last, side, precision, outputs)
 
 
 def _input(path: str, value: ValueInfoProto) -> tuple[int | None, int | None, bool, str]:
@@ -161,16 +161,16 @@ def _input(path: str, value: ValueInfoProto) -> tuple[int | None, int | None, bo
     return dims[0], next(iter(sides), None), last, precision
 
 
-def require_tensors(graph: Graph, names: Sequence[str]) -> None:
+def require_tensors(graph: OnnxGraph, names: Sequence[str]) -> None:
     """Raise UserError for a name that no node of the graph gives, with the nearest ones."""
     known = dict.fromkeys(graph.tensors)
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, known, 3, 0.5) or graph.outputs
-            raise UserError(f"{graph.path}: no tensor is called {name!r}. {nearest(name, close)}")
+            raise UserError(f"{graph.path}: no tensor is called {name!r}. {did_you_mean(name, close)}")
 
 
-def named(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
+def named_outputs(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Tap -> names of its tensors, of several `--tap TAP=TENSOR`.
 
     Raises:
@@ -187,7 +187,7 @@ def named(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def given_tensors(path: str, tensors: Mapping[str, Sequence[str]], wishes: Sequence[Wish]) -> list[Wish]:
+def given_tensors(path: str, tensors: Mapping[str, Sequence[str]], wishes: Sequence[TargetSpec]) -> list[TargetSpec]:
     """The wishes with the tensors that give their taps.
 
     Args:
@@ -200,7 +200,7 @@ def given_tensors(path: str, tensors: Mapping[str, Sequence[str]], wishes: Seque
     """
     from precompute.taps import TAPS, check_tap
 
-    graph = read(path)
+    graph = read_graph(path)
     outputs = ", ".join(graph.outputs) or "none"
     if not tensors:
         raise UserError(
@@ -227,7 +227,7 @@ def given_tensors(path: str, tensors: Mapping[str, Sequence[str]], wishes: Seque
     return [replace(wish, tensors=tuple(tensors[wish.tap])) for wish in wishes]
 
 
-def _logits(graph: Graph) -> str:
+def _logits(graph: OnnxGraph) -> str:
     """The tensor that is likely to be a classifier's: the first output, or what it is the softmax of."""
     first = (*graph.outputs, "output")[0]
     found = graph.before_squashing(first)
@@ -236,8 +236,8 @@ def _logits(graph: Graph) -> str:
 
 def describe(path: str) -> Record:
     """What the teacher's manifest says beside its identity: taps say their layers by themselves."""
-    about = {"weights": path, "classes": None, "parameters": read(path).parameters}
-    return {**about, "network": READY, "layers": 0}
+    about = {"weights": path, "classes": None, "parameters": read_graph(path).parameters}
+    return {**about, "network": ONNX_FILE, "layers": 0}
 
 
 def prefix_of(tokens: int) -> list[str] | None:

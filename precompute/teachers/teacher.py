@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from precompute.teachers.onnx_file import is_ready, read
-from storage.errors import UserError, first_line, nearest
+from precompute.teachers.onnx_file import is_onnx_file, read_graph
+from storage.errors import UserError, did_you_mean, first_line
 from storage.objects import json_record
 from storage.objects.checkpoint_file import EARLIER
 from storage.objects.json_record import Record
 from storage.objects.state_dict import (
     KEY,
-    READY,
+    ONNX_FILE,
     chosen_in,
     classes_in,
     digest_of_file,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 # short name -> (timm name with its tag, input size that the papers use)
-SHORT: dict[str, tuple[str, int]] = {
+SHORT_NAMES: dict[str, tuple[str, int]] = {
     "effnet_b0": ("efficientnet_b0.ra_in1k", 224),
     "effnet_b3": ("efficientnet_b3.ra2_in1k", 224),
     "resnet34": ("resnet34.a1_in1k", 224),
@@ -94,7 +94,7 @@ class Teacher:
     @property
     def ready(self) -> bool:
         """Whether it is a graph in a file, and no network of timm."""
-        return self.model == READY
+        return self.model == ONNX_FILE
 
     @property
     def id(self) -> str:
@@ -102,7 +102,7 @@ class Teacher:
         return json_record.digest_of(self.identity)
 
 
-def find(
+def find_teacher(
     name: str,
     *,
     weights: str | None = None,
@@ -124,14 +124,14 @@ def find(
         UserError: an unknown name, a weights file that is not there or has no weights under this key, a size, mean/std
             or argument that makes no sense.
     """
-    if is_ready(name):
+    if is_onnx_file(name):
         given_flags = {"--weights": weights, "--weights-key": weights_key, "--teacher-arg": arguments}
         for flag, given in given_flags.items():
             if given:
                 raise UserError(f"{flag}: {name} is a ready graph, whose weights and arguments are in it")
         return _find_ready(name, input_size, mean, std, _called(Path(name).stem, called))
     model, size = resolve(name)
-    given_all = name in SHORT and mean is not None and std is not None
+    given_all = name in SHORT_NAMES and mean is not None and std is not None
     if not given_all:
         config = about_weights(model, name)
         size = size or config["size"]
@@ -183,7 +183,7 @@ def _find_ready(
     path: str, input_size: int | None, mean: Sequence[float] | None, std: Sequence[float] | None, called: str
 ) -> Teacher:
     """The teacher in a ready graph; a file says nothing of its mean and std, and its input's size only where fixed."""
-    side = read(path).side
+    side = read_graph(path).side
     if mean is None or std is None:
         raise UserError(
             f"{path}: a graph does not say how its images are normalised; give --mean and --std, for pixels from 0 to "
@@ -195,7 +195,7 @@ def _find_ready(
         raise UserError(f"--input-size {input_size}: {path} takes images of {side}x{side} alone")
     size = side or input_size or 0
     _require_size(size)
-    return Teacher(called, READY, {}, path, digest_of_file(path), size, _three(mean, "mean"), _three(std, "std"))
+    return Teacher(called, ONNX_FILE, {}, path, digest_of_file(path), size, _three(mean, "mean"), _three(std, "std"))
 
 
 def _called(name: str, called: str | None) -> str:
@@ -225,7 +225,7 @@ def _three(values: Sequence[float], what: str) -> tuple[float, float, float]:
 
 def resolve(name: str) -> tuple[str, int | None]:
     """timm's name and the input size that goes with a short name; another name as it is."""
-    return SHORT.get(name, (name, None))
+    return SHORT_NAMES.get(name, (name, None))
 
 
 def about_weights(model: str, name: str) -> dict[str, Any]:
@@ -233,8 +233,8 @@ def about_weights(model: str, name: str) -> dict[str, Any]:
     import timm
 
     if not timm.is_model(model):
-        close = difflib.get_close_matches(name, [*SHORT, *timm.list_models()], cutoff=0.5)
-        hint = nearest(name, close or SHORT)
+        close = difflib.get_close_matches(name, [*SHORT_NAMES, *timm.list_models()], cutoff=0.5)
+        hint = did_you_mean(name, close or SHORT_NAMES)
         raise UserError(
             f"no teacher is called {name!r}. {hint} `pipeline teachers` lists short names; any of timm.list_models() "
             "serves, too."
@@ -243,7 +243,7 @@ def about_weights(model: str, name: str) -> dict[str, Any]:
         config = timm.get_pretrained_cfg(model)
     except RuntimeError:  # the tag behind the dot
         known = timm.list_pretrained(f"{model.partition('.')[0]}.*")
-        raise UserError(f"no weights are called {name!r}. {nearest(name, known)}") from None
+        raise UserError(f"no weights are called {name!r}. {did_you_mean(name, known)}") from None
     if config is None:
         return {"size": None, "mean": (0.5,), "std": (0.5,)}
     return {"size": config.input_size[-1], "mean": config.mean, "std": config.std}
@@ -254,7 +254,7 @@ def _digest_of_hub(model: str, arguments: dict[str, Any]) -> str:
     return digest_of_state(_create(model, arguments, pretrained=True).state_dict())
 
 
-def load(teacher: Teacher) -> nn.Module:
+def load_teacher(teacher: Teacher) -> nn.Module:
     """The network with its weights, f32, in eval mode.
 
     Raises:
@@ -295,7 +295,7 @@ def _create(model: str, arguments: dict[str, Any], *, pretrained: bool) -> nn.Mo
     return made
 
 
-def describe(teacher: Teacher, model: nn.Module) -> Record:
+def describe_teacher(teacher: Teacher, model: nn.Module) -> Record:
     """What the teacher's manifest says beside its identity: where it came from, and its layers."""
     return {
         "weights": teacher.weights or "timm hub",

@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def unfinished(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     """What a file is called while it is written; a kill leaves it so, and the next writer writes over it."""
     return path.with_name(f".{path.name}.part")
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """The temporary path to write to: it takes the file's place when the block ends, and is gone after an error."""
-    temporary = unfinished(path)
+    temporary = temporary_path(path)
     try:
         yield temporary
         temporary.replace(path)

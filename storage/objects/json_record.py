@@ -26,13 +26,13 @@ def digest_of(content: Any) -> str:
     return hashlib.sha256(canonical(content)).hexdigest()
 
 
-def dump(content: Record) -> bytes:
+def to_json(content: Record) -> bytes:
     """The bytes of a record: `content` with its digest."""
     body = {key: value for key, value in content.items() if key != "digest"}
     return canonical({**body, "digest": digest_of(body)}) + b"\n"
 
 
-def load(data: bytes, name: str) -> Record:
+def from_json(data: bytes, name: str) -> Record:
     """The record in `data`; `name` is what errors call it.
 
     Raises:
@@ -45,7 +45,7 @@ def load(data: bytes, name: str) -> Record:
     if not isinstance(content, dict) or not isinstance(content.get("digest"), str):
         raise DamageError(f"{name}: damaged: it carries no digest of its own")
     try:
-        whole = dump(content) == data
+        whole = to_json(content) == data
     except ValueError:
         whole = False
     if not whole:

@@ -1,7 +1,7 @@
 """Named bytes in a folder or below a URL: all reading and writing of a store goes through here.
 
-Two implementations: `LocalObjects` (durable: files and folders are synced before anything is said to be written)
-and `RemoteObjects` (any fsspec URL). `ZarrObjects` lets zarr write through either. Keys are relative paths with `/`.
+Two implementations: `LocalObjectStore` (durable: files and folders are synced before anything is said to be written)
+and `RemoteObjectStore` (any fsspec URL). `ZarrStore` lets zarr write through either. Keys are relative paths with `/`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
-from storage.errors import DamageError, UserError, shown
+from storage.errors import DamageError, UserError, display_path
 from storage.objects.litter import is_litter
 from storage.objects.urls import filesystem_of, is_remote, networked, require_ranges, whole_instead
 
 
-class Objects(Protocol):
+class ObjectStore(Protocol):
     """What a store needs of the place it lies in."""
 
     @property
@@ -60,7 +60,7 @@ class Objects(Protocol):
         ...
 
 
-class LocalObjects:
+class LocalObjectStore:
     """Objects as files. A file is written under a temporary name, synced, and renamed or linked."""
 
     def __init__(self, folder: str | Path) -> None:
@@ -74,7 +74,7 @@ class LocalObjects:
     @property
     def url(self) -> str:
         """The folder, as people call it from the current one."""
-        return shown(self.root)
+        return display_path(self.root)
 
     # The four steps that can fail; the fault-injecting store of storage.testing overrides them.
     def _read(self, path: Path) -> bytes:
@@ -189,7 +189,7 @@ class LocalObjects:
             aside.unlink(missing_ok=True)
 
 
-class RemoteObjects:
+class RemoteObjectStore:
     """Objects below an fsspec URL (`s3://bucket/folder`, `memory://folder`). A put is whole and durable there."""
 
     def __init__(self, url: str) -> None:
@@ -259,10 +259,10 @@ class RemoteObjects:
                 self.remove(key)
 
 
-def open_objects(url: str | Path) -> Objects:
+def open_object_store(url: str | Path) -> ObjectStore:
     """The objects at a local folder or an fsspec URL; nothing is created yet."""
     url = str(url)
-    return RemoteObjects(url) if is_remote(url) else LocalObjects(url.removeprefix("file://"))
+    return RemoteObjectStore(url) if is_remote(url) else LocalObjectStore(url.removeprefix("file://"))
 
 
 def read_range(url: str, start: int, stop: int) -> bytes:

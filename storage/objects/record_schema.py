@@ -75,7 +75,7 @@ def _explained(problem: Any) -> str:
 
 
 class SummaryRecord(Schema):
-    """What an index and every marker of a bank say of a shard: see `storage.shards.index.Summary`."""
+    """What an index and every marker of a bank say of a shard: see `storage.shards.index.ShardSummary`."""
 
     id: Id
     stem: str

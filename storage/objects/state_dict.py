@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from storage.errors import UserError, first_line, shown
-from storage.objects.atomic import written_whole
+from storage.errors import UserError, display_path, first_line
+from storage.objects.atomic import atomic_write
 from storage.objects.checkpoint_file import (
     ORDER,
     Choice,
@@ -41,7 +41,7 @@ KEY = "weights key"  # what a teacher's identity calls it; without it, the one b
 
 COUNTER = ".num_batches_tracked"  # ends the names of what older files lack and evaluation does not read
 
-READY = "onnx"  # what a teacher's identity has for its model where its file is a ready graph
+ONNX_FILE = "onnx"  # what a teacher's identity has for its model where its file is a ready graph
 
 
 def digest_of_file(path: str) -> str:
@@ -50,7 +50,7 @@ def digest_of_file(path: str) -> str:
         with Path(path).expanduser().open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"--weights {shown(Path(path))}: cannot be read: {first_line(error)}") from None
+        raise UserError(f"--weights {display_path(Path(path))}: cannot be read: {first_line(error)}") from None
 
 
 def digest_of_state(state: Mapping[str, Tensor]) -> str:
@@ -115,21 +115,21 @@ def load_weights(model: nn.Module, path: str, key: str | None = None, order: Seq
             f"{path}: a student that copies its teacher's attention is not whole without it; give one that attends "
             "by itself"
         )
-    chosen, where = chosen_in(path, key, order), shown(Path(path))
+    chosen, where = chosen_in(path, key, order), display_path(Path(path))
     taken = f"\n  Its weights are {chosen}; another by --weights-key KEY" if chosen.others else ""
     try:
-        state = fitted(model, as_f32(chosen.state), where)
+        state = rename_to_fit(model, as_f32(chosen.state), where)
     except UserError as error:
         raise UserError(f"{error}{taken}") from None
     wanted, found = _shapes(model.state_dict()), _shapes(state)
-    if problems := misfits(wanted, found):
+    if problems := mismatches(wanted, found):
         raise UserError(
             f"{where}: does not fit {_name_of(model)}: {problems}{taken}\n  {_advice(model, wanted, found)}"
         )
     model.load_state_dict(state, strict=True)
 
 
-def fitted(model: nn.Module, state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+def rename_to_fit(model: nn.Module, state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """A state dict as this timm model wants it, by what timm does with files of other codes.
 
     Names lose the prefixes of wrappers (DDP, torch.compile). Names of other codes become timm's, and position
@@ -144,13 +144,13 @@ def fitted(model: nn.Module, state: Mapping[str, Tensor], where: str) -> dict[st
     counters = {name: t for name, t in own.items() if name.endswith(COUNTER)}
     found: dict[str, Tensor] = clean_state_dict(dict(state))
     convert = _conversion(model)
-    if convert and misfits(_shapes(own), _shapes({**counters, **found})):
+    if convert and mismatches(_shapes(own), _shapes({**counters, **found})):
         try:
             found = dict(convert(dict(found)))
         except Exception as error:  # timm reshapes what is there, whatever it is
             raise UserError(
-                f"{where}: does not fit {_name_of(model)}: {misfits(_shapes(own), _shapes(found))}; timm's conversion "
-                f"of it ends in {type(error).__name__}: {first_line(error)}"
+                f"{where}: does not fit {_name_of(model)}: {mismatches(_shapes(own), _shapes(found))}; timm's "
+                f"conversion of it ends in {type(error).__name__}: {first_line(error)}"
             ) from None
     return {**counters, **found}
 
@@ -210,7 +210,7 @@ def _prefix(wanted: Shapes, found: Shapes) -> str:
     return best if 2 * behind.get(best, 0) > len(wanted) else ""
 
 
-def misfits(wanted: Shapes, found: Shapes) -> str:
+def mismatches(wanted: Shapes, found: Shapes) -> str:
     """What keeps the tensors found from being those wanted, with a few names; empty where nothing does."""
     shapes = [
         f"{name} has shape {found[name]}, expected {shape}"
@@ -248,7 +248,7 @@ def chosen_in(path: str, key: str | None = None, order: Sequence[str] = ORDER) -
     Raises:
         UserError: no file of weights, a pickle that holds more than plain data, no dictionary of tensors.
     """
-    return choose(_content(path), shown(Path(path)), key, order)
+    return choose(_content(path), display_path(Path(path)), key, order)
 
 
 def _content(path: str) -> Any:
@@ -256,7 +256,7 @@ def _content(path: str) -> Any:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    where, file = shown(Path(path)), Path(path).expanduser()
+    where, file = display_path(Path(path)), Path(path).expanduser()
     try:
         if path.endswith(".safetensors"):
             return load_file(file)
@@ -292,7 +292,7 @@ def save_state(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, s
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # in the library's order of the moment
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with written_whole(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.write(memoryview(data)[8 + length :])
 

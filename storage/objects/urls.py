@@ -16,7 +16,7 @@ import fsspec
 from fsspec.core import url_to_fs
 from fsspec.registry import known_implementations
 
-from storage.errors import UserError, first_line, nearest
+from storage.errors import UserError, did_you_mean, first_line
 
 CACHES = ("simplecache", "filecache", "blockcache", "cached")  # of fsspec: they stand before another URL
 _BEGINNINGS = ("pipe:", *(f"{cache}::" for cache in CACHES))
@@ -68,7 +68,7 @@ def _problem(protocol: str) -> str:
         extras = metadata.metadata("fsspec").get_all("Provides-Extra") or ()
         return first_line(error) + (f': pip install "fsspec[{extra}]"' if extra in extras else "")
     except ValueError:
-        hint = nearest(protocol, {*known_implementations, *fsspec.registry})
+        hint = did_you_mean(protocol, {*known_implementations, *fsspec.registry})
         hint = f"{hint} " if hint.endswith("?") else ""
         return f"no kind of URL is called {protocol!r}. {hint}{_WHAT_IS}"
     return ""

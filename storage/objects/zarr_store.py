@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator, Iterable
 from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
 
-from storage.objects.object_store import Objects
+from storage.objects.object_store import ObjectStore
 
 
-class ZarrObjects(Store):
-    """The part of zarr's store interface that writing one array needs, over `Objects` below a folder.
+class ZarrStore(Store):
+    """The part of zarr's store interface that writing one array needs, over `ObjectStore` below a folder.
 
     zarr sees the array as a root, so it writes no metadata for groups above it.
     """
@@ -20,13 +20,13 @@ class ZarrObjects(Store):
     supports_deletes = True
     supports_listing = True
 
-    def __init__(self, objects: Objects, folder: str) -> None:
+    def __init__(self, objects: ObjectStore, folder: str) -> None:
         super().__init__(read_only=False)
         self.objects, self.folder = objects, folder
         self.written: dict[str, tuple[int, bytes]] = {}  # key -> length and last four bytes of what was handed over
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, ZarrObjects) and (other.objects.url, other.folder) == (self.objects.url, self.folder)
+        return isinstance(other, ZarrStore) and (other.objects.url, other.folder) == (self.objects.url, self.folder)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """The bytes of an object, or None."""

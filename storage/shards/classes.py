@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 
 from storage.errors import IdentityError, UserError, first_line
-from storage.objects.object_store import open_objects
+from storage.objects.object_store import open_object_store
 from storage.shards.tar import (
     folder_of,
 )
@@ -23,7 +23,7 @@ def classes_of(urls: Iterable[str]) -> list[str] | None:
     for folder in sorted({folder_of(url)[0] for url in urls}):
         name = f"{folder.rstrip('/')}/classes.json"
         try:
-            content = json.loads(open_objects(folder).get("classes.json"))
+            content = json.loads(open_object_store(folder).get("classes.json"))
         except FileNotFoundError:
             continue
         except (ValueError, RecursionError) as error:

@@ -7,14 +7,14 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from storage.errors import nearest
+from storage.errors import did_you_mean
 from storage.shards.image_files import listing, tars_in
 
 
 def there_are(path: Path, tars: Sequence[str]) -> str:
     """Which shard lies there in place of one that does not, of the names of the tars in its folder."""
     where = "this folder" if path.parent == Path() else path.parent
-    return nearest(path.name, tars) if tars else f"There are no tars in {where}."
+    return did_you_mean(path.name, tars) if tars else f"There are no tars in {where}."
 
 
 def folder_hint(path: Path) -> str:

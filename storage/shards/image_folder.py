@@ -18,13 +18,13 @@ from storage.shards.image_files import LITTER, counted, is_image, listing, tars_
 from storage.shards.tar import IMAGES, open_file
 from storage.unicode_names import normalized
 
-Files = list[tuple[Path, Path, int | None]]  # a file, what its key is made of, its label
+ImageSources = list[tuple[Path, Path, int | None]]  # a file, what its key is made of, its label
 _GOOD_LIST = "  path,label\n  cats/1.jpg,cat\n  dogs/2.jpg,dog"
 
 _PARTS = ("train", "training", "val", "valid", "validation", "test", "testing")  # of a data set
 
 
-def class_folders(folder: Path, say: Callable[[str], None]) -> tuple[Files, list[str], list[str]]:
+def class_folders(folder: Path, say: Callable[[str], None]) -> tuple[ImageSources, list[str], list[str]]:
     """The images in one folder a class, the classes, and a line about each kind of files that stays out.
 
     Raises:
@@ -38,7 +38,7 @@ def class_folders(folder: Path, say: Callable[[str], None]) -> tuple[Files, list
             f"{folder}: {counted('link(s) lead nowhere', found.lost)}; mend or remove them. All of them: "
             f"find -L {shlex.quote(str(folder))} -type l"
         )
-    files: Files = []
+    files: ImageSources = []
     others: list[Path] = []
     loose = 0
     labels = {name: label for label, name in enumerate(classes)}
@@ -93,7 +93,7 @@ def require_classes_alone(folder: Path, names: list[str]) -> None:
         )
 
 
-def listed(listing: Path, say: Callable[[str], None]) -> tuple[Files, list[str] | None]:
+def read_listing(listing: Path, say: Callable[[str], None]) -> tuple[ImageSources, list[str] | None]:
     """The images that a CSV lists by paths from its own folder or absolute ones, and the classes that labels name.
 
     Raises:
@@ -101,7 +101,7 @@ def listed(listing: Path, say: Callable[[str], None]) -> tuple[Files, list[str] 
     """
     rows = _rows(listing, say)
     labels, classes = _labels(listing, rows, say)
-    files: Files = []
+    files: ImageSources = []
     lines: dict[str, int] = {}
     for (line, text, _), label in zip(rows, labels, strict=True):
         where, path = f"{listing}, line {line}", listing.parent / text

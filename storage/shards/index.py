@@ -15,21 +15,21 @@ from pathlib import Path
 from storage.constants import BLOCK
 from storage.errors import DamageError, IdentityError, UserError, first_line
 from storage.objects import json_record, record_schema
-from storage.objects.object_store import open_objects, read_range
+from storage.objects.object_store import open_object_store, read_range
 from storage.objects.urls import is_remote
 from storage.shards.tar import (
     RULE,
     Sample,
-    as_sample,
     closing_zeros,
     compression,
     flaw,
-    members,
+    iter_samples,
     open_file,
     repack,
     require_whole,
     size_of,
     stem_of,
+    to_sample,
     without_samples,
 )
 
@@ -39,7 +39,7 @@ MOST_ZEROS = 1 << 20  # bytes of a tar without members: more than this is a file
 
 
 @dataclass(frozen=True)
-class Summary:
+class ShardSummary:
     """What is enough to recognise a shard without reading it: kept in the index and in every bank marker.
 
     `first` and `last` are (start, stop, sha256) of the bytes of the first and the last block.
@@ -61,7 +61,7 @@ class ShardIndex:
     `left_out` says of each key that makes no sample why it makes none; its bytes stand between those of the samples.
     """
 
-    summary: Summary
+    summary: ShardSummary
     keys: tuple[str, ...]
     digests: tuple[str, ...]
     labels: tuple[int | None, ...]
@@ -91,18 +91,18 @@ class ShardIndex:
         columns = {"keys": self.keys, "digests": self.digests, "labels": self.labels, "starts": self.starts}
         if self.left_out:
             columns["left_out"] = self.left_out
-        return json_record.dump({"format": INDEX_FORMAT, "kind": "index", "block": BLOCK, **summary, **columns})
+        return json_record.to_json({"format": INDEX_FORMAT, "kind": "index", "block": BLOCK, **summary, **columns})
 
     @classmethod
     def load(cls, data: bytes, name: str) -> ShardIndex:
         """The index in a record's bytes. Raises DamageError."""
-        content = json_record.load(data, name)
+        content = json_record.from_json(data, name)
         if content.get("kind") != "index" or content.get("format") != INDEX_FORMAT:
             raise DamageError(f"{name}: not a shard index of format {INDEX_FORMAT}")
         is_so = record_schema.checked(
             record_schema.IndexRecord, content, name, "Copy the file again from where it came from."
         )
-        summary = Summary(*(getattr(is_so, field.name) for field in dataclasses.fields(Summary)))
+        summary = ShardSummary(*(getattr(is_so, field.name) for field in dataclasses.fields(ShardSummary)))
         return cls(summary, is_so.keys, is_so.digests, is_so.labels, is_so.starts, is_so.left_out)
 
 
@@ -120,11 +120,11 @@ def build_index(url: str) -> ShardIndex:
             raise UserError(f"{url}: compressed with {kind}; a block cannot be read from the middle\n" + repack(url))
         file.seek(0)
         end = 0
-        for key, parts, start, end in members(file, url):  # noqa: B007
+        for key, parts, start, end in iter_samples(file, url):  # noqa: B007
             if why := flaw(key, parts):
                 left_out.append(why)
                 continue
-            sample = as_sample(key, parts, url)
+            sample = to_sample(key, parts, url)
             keys.append(key)
             digests.append(_image_digest(sample.image))
             labels.append(sample.label)
@@ -149,7 +149,7 @@ def build_index(url: str) -> ShardIndex:
         data = read_range(url, low, high)
         ranges.append((low, high, hashlib.sha256(data).hexdigest()))
     stem = stem_of(url)
-    summary = Summary(
+    summary = ShardSummary(
         id=f"{stem}-{whole[:8]}", stem=stem, bytes=end + zeros, samples=len(keys), labelled=None not in labels,
         first=ranges[0], last=ranges[1],
     )  # fmt: skip
@@ -199,7 +199,7 @@ def cached_index(url: str, *, trust: bool = False, skip: bool = False) -> ShardI
 
 def _cached_index(url: str, trust: bool) -> ShardIndex:
     name = hashlib.sha256(_state_of(url).encode()).hexdigest()[:32]
-    cache = open_objects(cache_folder())
+    cache = open_object_store(cache_folder())
     try:
         index = ShardIndex.load(cache.get(f"{name}.json"), name)
         if trust or not differences(url, index.summary):
@@ -224,7 +224,7 @@ def _state_of(url: str) -> str:
     return f"{path} {state.st_size} {state.st_mtime_ns}"
 
 
-def differences(url: str, known: Summary) -> list[tuple[str, object, object]]:
+def differences(url: str, known: ShardSummary) -> list[tuple[str, object, object]]:
     """(field, expected, found) where a file is not the shard that is known: its size, its first and last block.
 
     Tars are padded to 10 KiB, so one with another sample may be as large: after the last block there is nothing.
@@ -254,7 +254,9 @@ def read_samples(url: str, index: ShardIndex, wanted: range) -> list[Sample]:
     data = read_range(url, index.starts[wanted.start], index.starts[wanted.stop])
     if not data:
         return []
-    found = [as_sample(key, parts, url) for key, parts, _, _ in members(io.BytesIO(data), url) if not flaw(key, parts)]
+    found = [
+        to_sample(key, parts, url) for key, parts, _, _ in iter_samples(io.BytesIO(data), url) if not flaw(key, parts)
+    ]
     where = f"{url}, samples {wanted.start} to {wanted.stop - 1}"
     again = "The shard changed since it was indexed; targets belong to a shard's exact content."
     if len(found) != len(wanted):

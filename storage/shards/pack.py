@@ -23,26 +23,26 @@ from pathlib import Path
 from typing import IO, Any
 
 from storage.errors import UserError, first_line
-from storage.objects.atomic import written_whole
+from storage.objects.atomic import atomic_write
 from storage.objects.object_store import read_range
 from storage.objects.urls import is_remote
 from storage.rng import generator
 from storage.shards.classes import classes_of
 from storage.shards.image_files import kind_of
-from storage.shards.image_folder import Files, class_folders, listed, shards_in
+from storage.shards.image_folder import ImageSources, class_folders, read_listing, shards_in
 from storage.shards.patterns import braces, expand
-from storage.shards.stratify import balanced
+from storage.shards.stratify import stratified_sample
 from storage.shards.tar import (
     Part,
-    as_sample,
     closing_zeros,
     compression,
     counted_flaws,
     flaw,
+    iter_samples,
     label_of,
-    members,
     open_file,
     size_of,
+    to_sample,
 )
 from storage.unicode_names import all_normalized, normalized
 
@@ -50,7 +50,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Source:
+class PackSource:
     """Where a sample's bytes are: a file of its own, or parts of a tar."""
 
     key: str
@@ -155,13 +155,13 @@ def pack(
 
 def _sources(
     patterns: list[str], stack: contextlib.ExitStack, say: Say, leave_out: Say
-) -> tuple[list[Source], list[str] | None]:
+) -> tuple[list[PackSource], list[str] | None]:
     folder = Path(patterns[0]).expanduser()
     listing = next((pattern for pattern in patterns if pattern.lower().endswith(".csv")), None)
     if listing and not folder.is_dir():
         if len(patterns) > 1 or is_remote(listing):
             raise UserError(f"{listing}: a CSV is packed alone, and from a local folder")
-        files, names = listed(folder, say)
+        files, names = read_listing(folder, say)
         return _files(files), names
     if len(patterns) == 1 and folder.is_dir():
         urls, odd = shards_in(folder)
@@ -191,9 +191,9 @@ def _sources(
     return sources, classes_of(urls)
 
 
-def _files(files: Files) -> list[Source]:
+def _files(files: ImageSources) -> list[PackSource]:
     """The sources that (file, what its key is made of, label) are."""
-    sources: list[Source] = []
+    sources: list[PackSource] = []
     taken: set[str] = set()
     for path, name, label in files:
         plain = key = re.sub(r"[^\w-]", "_", name.with_suffix("").as_posix())
@@ -202,7 +202,7 @@ def _files(files: Files) -> list[Source]:
             number += 1
             key = f"{plain}-{number}"
         taken.add(key)
-        sources.append(Source(key, label, functools.partial(_load_file, path, kind_of(path), label)))
+        sources.append(PackSource(key, label, functools.partial(_load_file, path, kind_of(path), label)))
     return sources
 
 
@@ -236,13 +236,13 @@ def _uncompressed(url: str, scratch: Path) -> str:
     return str(scratch)
 
 
-def _tar(path: str, url: str, flaws: list[str]) -> list[Source]:
+def _tar(path: str, url: str, flaws: list[str]) -> list[PackSource]:
     """The samples of a plain tar, whatever the order of their members is; `flaws` gets a word on each key without."""
     runs: dict[str, list[tuple[int, int]]] = defaultdict(list)
     found: dict[str, list[Part]] = defaultdict(list)
     with open_file(path) as file:
         stop = 0
-        for key, parts, start, stop in members(file, url, together=False):
+        for key, parts, start, stop in iter_samples(file, url, together=False):
             runs[key].append((start, stop))
             # of the bytes only the label's are kept: a tar may be larger than the memory
             found[key] += [(kind, data and (data.strip()[:20] if kind == "cls" else b"")) for kind, data in parts]
@@ -258,16 +258,16 @@ def _tar(path: str, url: str, flaws: list[str]) -> list[Source]:
                 raise UserError(f"{url}: key {key!r}: WebDataset writes no member called {kind!r}; rename it")
         labels = [label_of(text or b"", f"{url}: key {key!r}") for kind, text in parts if kind == "cls"]
         label = labels[-1] if labels else None
-        sources.append(Source(key, label, functools.partial(_load_runs, path, url, key, runs[key])))
+        sources.append(PackSource(key, label, functools.partial(_load_runs, path, url, key, runs[key])))
     return sources
 
 
 def _load_runs(path: str, url: str, key: str, runs: list[tuple[int, int]]) -> dict[str, bytes]:
     found: list[Part] = []
     for start, stop in runs:
-        for _, parts, _, _ in members(io.BytesIO(read_range(path, start, stop)), url, together=False):
+        for _, parts, _, _ in iter_samples(io.BytesIO(read_range(path, start, stop)), url, together=False):
             found += parts
-    as_sample(key, found, url)  # one image, no member twice, a label that is one
+    to_sample(key, found, url)  # one image, no member twice, a label that is one
     return {kind: content for kind, content in found if content is not None}
 
 
@@ -275,17 +275,19 @@ def _load_runs(path: str, url: str, key: str, runs: list[tuple[int, int]]) -> di
 
 
 def _split(
-    sources: list[Source], fraction: float, seed: int, what: str, rest: int
-) -> tuple[list[Source], list[Source]]:
+    sources: list[PackSource], fraction: float, seed: int, what: str, rest: int
+) -> tuple[list[PackSource], list[PackSource]]:
     """A class-balanced part of the samples and the rest, both in their former order.
 
     At least one of each class is in the part, but at least `rest` (0 or 1) of each are in the rest.
     """
-    chosen = balanced([source.label for source in sources], fraction, seed, what, rest)
+    chosen = stratified_sample([source.label for source in sources], fraction, seed, what, rest)
     return [s for i, s in enumerate(sources) if i in chosen], [s for i, s in enumerate(sources) if i not in chosen]
 
 
-def _cut(sources: list[Source], names: list[str], per_shard: int | None, seed: int | None) -> dict[str, list[Source]]:
+def _cut(
+    sources: list[PackSource], names: list[str], per_shard: int | None, seed: int | None
+) -> dict[str, list[PackSource]]:
     """Name of each shard -> its samples."""
     if seed is not None:
         sources = [sources[int(i)] for i in generator("pack", "order", seed).permutation(len(sources))]
@@ -331,11 +333,11 @@ def _refuse_overwriting(names: list[str], classes: list[str] | None) -> None:
             raise UserError(f"class {name!r}: its name is not UTF-8; rename it")
 
 
-def _write(name: str, sources: list[Source]) -> None:
+def _write(name: str, sources: list[PackSource]) -> None:
     import webdataset
 
     path = Path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as temporary, webdataset.TarWriter(str(temporary), mtime=0) as writer:
+    with atomic_write(path) as temporary, webdataset.TarWriter(str(temporary), mtime=0) as writer:
         for source in sources:
             writer.write({"__key__": source.key, **source.load()})

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from storage.rng import generator
 
 
-def balanced(
+def stratified_sample(
     labels: Sequence[int | None], fraction: float, seed: int, what: str = "fraction", rest: int = 0
 ) -> set[int]:
     """The indices of a class-balanced part of some samples.

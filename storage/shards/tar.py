@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Self
 
-from storage.errors import UserError, first_line, passes
-from storage.objects.object_store import open_objects
+from storage.errors import UserError, first_line, is_transient
+from storage.objects.object_store import open_object_store
 from storage.objects.urls import filesystem_of, is_remote, networked, require_ranges, require_readable
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
-LARGEST = 1 << 30  # bytes of one member, which is read whole: more than any image has
+MAX_MEMBER_BYTES = 1 << 30  # bytes of one member, which is read whole: more than any image has
 _NETWORK = {"aiohttp", "aiobotocore", "azure", "botocore", "gcsfs", "google", "requests", "s3fs", "urllib3"}
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -63,7 +63,7 @@ def split_name(name: str) -> tuple[str, str] | None:
     return (match[1], match[2].lower()) if match else None
 
 
-def members(file: IO[bytes], where: str, *, together: bool = True) -> Iterator[tuple[str, list[Part], int, int]]:
+def iter_samples(file: IO[bytes], where: str, *, together: bool = True) -> Iterator[tuple[str, list[Part], int, int]]:
     """(key, [(extension, bytes)], start, end) of each key of a tar, in order; start and end in the tar's bytes.
 
     Members without an extension, folders and `__meta__` members are passed over, as WebDataset does. A link, which
@@ -103,8 +103,10 @@ def members(file: IO[bytes], where: str, *, together: bool = True) -> Iterator[t
             if name is None or re.match(r"__[^/]*__($|/)", info.name):
                 end = end_of_member
                 continue
-            if info.size > LARGEST:
-                raise UserError(f"{where}: {info.name!r} has {info.size:,} bytes, more than {LARGEST:,} are refused")
+            if info.size > MAX_MEMBER_BYTES:
+                raise UserError(
+                    f"{where}: {info.name!r} has {info.size:,} bytes, more than {MAX_MEMBER_BYTES:,} are refused"
+                )
             if name[0] != key:
                 if key is not None:
                     yield key, parts, start, begin
@@ -122,7 +124,7 @@ def members(file: IO[bytes], where: str, *, together: bool = True) -> Iterator[t
     except UserError:
         raise
     except (OSError, MemoryError) as error:
-        if isinstance(error, MemoryError) or passes(error):
+        if isinstance(error, MemoryError) or is_transient(error):
             raise
         raise UserError(f"{where}: cannot be read as a tar: {first_line(error)}; copy or make the file again") from None
     except Exception as error:  # tarfile raises anything on hostile headers: IndexError, RecursionError, …
@@ -135,10 +137,10 @@ def members(file: IO[bytes], where: str, *, together: bool = True) -> Iterator[t
 
 
 def flaw(key: str, parts: Sequence[Part]) -> str | None:
-    """Why a key's members make no sample; None where they make one, or one that `as_sample` refuses. See `RULE`."""
+    """Why a key's members make no sample; None where they make one, or one that `to_sample` refuses. See `RULE`."""
     names = [kind for kind, _ in parts]
     if len(set(names)) < len(names) or any(kind.startswith("__") for kind in names):
-        return None  # WebDataset reads no such tar: `as_sample` refuses it
+        return None  # WebDataset reads no such tar: `to_sample` refuses it
     links = [f"{key}.{kind}" for kind, content in parts if content is None]
     if links:
         return f"key {key!r}: {links[0]!r} is a link"
@@ -150,7 +152,7 @@ def flaw(key: str, parts: Sequence[Part]) -> str | None:
     return f"key {key!r} needs one image ({', '.join(IMAGES)}), found {found}"
 
 
-def as_sample(key: str, parts: Sequence[Part], where: str) -> Sample:
+def to_sample(key: str, parts: Sequence[Part], where: str) -> Sample:
     """The sample that a key's members make.
 
     Raises:
@@ -216,7 +218,7 @@ def open_file(url: str) -> IO[bytes]:
                 return files.open(path, "rb")  # type: ignore[no-any-return]
         return Path(url.removeprefix("file://")).open("rb")
     except OSError as error:
-        if passes(error):
+        if is_transient(error):
             raise
         raise UserError(f"{url}: cannot be opened: {first_line(error)}") from None
 
@@ -233,9 +235,9 @@ def size_of(url: str) -> int:
     try:
         if is_remote(url):
             require_readable(url)  # named whole
-        return open_objects(folder).size(name)
+        return open_object_store(folder).size(name)
     except OSError as error:
-        if passes(error):
+        if is_transient(error):
             raise
         raise UserError(f"{url}: cannot be opened: {first_line(error)}") from None
 

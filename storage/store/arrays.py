@@ -21,9 +21,9 @@ from zarr.codecs import Crc32cCodec
 
 from storage.constants import BLOCK
 from storage.errors import DamageError
-from storage.objects.object_store import Objects
+from storage.objects.object_store import ObjectStore
 from storage.objects.record_schema import LARGEST, MOST_SAMPLES, Schema, Several
-from storage.objects.zarr_store import ZarrObjects
+from storage.objects.zarr_store import ZarrStore
 
 SMALL, LARGE = 1 << 20, 16 << 20
 
@@ -47,7 +47,7 @@ class ArrayWriter:
 
     def __init__(
         self,
-        objects: Objects,
+        objects: ObjectStore,
         path: str,
         samples: int,
         sample_shape: tuple[int, ...],
@@ -57,7 +57,7 @@ class ArrayWriter:
     ) -> None:
         kind = np.dtype(dtype)
         chunk = chunk_samples(kind.itemsize * math.prod(sample_shape), samples)
-        self._store = ZarrObjects(objects, path)
+        self._store = ZarrStore(objects, path)
         self._array = zarr.create_array(
             self._store,
             shape=(samples, *sample_shape),
@@ -195,14 +195,14 @@ def _words(field: str, text: str, count: int) -> bytes:
 class StoredArray:
     """An array as its marker describes it; reading opens no `zarr.json`."""
 
-    objects: Objects
+    objects: ObjectStore
     path: str
     metadata: dict[str, Any]
     lengths: np.ndarray
     checksums: tuple[bytes, ...]
 
     @classmethod
-    def of(cls, objects: Objects, path: str, entry: dict[str, Any]) -> StoredArray:
+    def of(cls, objects: ObjectStore, path: str, entry: dict[str, Any]) -> StoredArray:
         """From an array's entry in a marker, which is an `ArrayRecord`."""
         sums = base64.b64decode(entry["checksums"])
         return cls(

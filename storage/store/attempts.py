@@ -41,7 +41,7 @@ class Attempt:
         self.entries = arrays = {name: writer.finish() for name, writer in self.arrays.items()}
         record = {"format": FORMAT, "kind": self.task.kind, "id": self.task.id, "shard": self.task.shard,
                   "view": self.task.view, "attempt": self.name, "arrays": arrays, **content}  # fmt: skip
-        self._store.objects.create(f"done/{self.task.name}", json_record.dump(record))
+        self._store.objects.create(f"done/{self.task.name}", json_record.to_json(record))
         marker = self._store.marker(self.task)
         if marker.content["attempt"] != self.name:  # somebody else was first; who comes second yields
             self.abandon()

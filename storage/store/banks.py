@@ -21,7 +21,7 @@ from storage.views.render import BadImage, render, renderer, signature
 from storage.views.view import COLUMNS, View
 
 
-def describe(policy: Policy) -> Record:
+def describe_bank(policy: Policy) -> Record:
     """What a bank's manifest says beside its identity."""
     return {"policy": policy.name, "columns": list(COLUMNS)}
 
@@ -120,6 +120,6 @@ def bank_policy(store: Store, id: str) -> Policy:
     return policy_of(manifest)
 
 
-def rows_of(views: Sequence[View]) -> np.ndarray:
+def view_rows(views: Sequence[View]) -> np.ndarray:
     """Rows of a bank, f64 `[n, columns]`."""
     return np.stack([view.row() for view in views])

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from storage.errors import UserError, nearest
+from storage.errors import UserError, did_you_mean
 from storage.objects.json_record import Record
 
 CODECS = ("f32", "f16", "u8", "log8", "topk")
@@ -26,7 +26,7 @@ _SLICE = 8  # samples whose error is measured at a time: in f64, they take many 
 _LOG_STEPS, _LOG_ZERO = 16, 255  # of log8: codes for a factor of two, and the code of zero
 
 
-def check(codec: str, values: Values | None = None) -> str:
+def check_codec(codec: str, values: Values | None = None) -> str:
     """The codec's full name (`topk` is `topk20`).
 
     Raises:
@@ -35,22 +35,22 @@ def check(codec: str, values: Values | None = None) -> str:
     match = re.fullmatch(r"topk([1-9]\d{0,4})?", codec)
     kind = "topk" if match else codec
     if kind not in CODECS or (kind == "topk" and not match):
-        raise UserError(f"no codec is called {codec!r}. {nearest(codec, CODECS)}")
+        raise UserError(f"no codec is called {codec!r}. {did_you_mean(codec, CODECS)}")
     if values is not None and kind in _ONLY and _ONLY[kind][0] != values:
         raise UserError(f"codec {codec} {_ONLY[kind][1]}; use f32, f16 or u8")
     return f"topk{match[1] or TOP}" if match else codec
 
 
-def fitting(values: Values) -> list[str]:
+def codecs_for(values: Values) -> list[str]:
     """The codecs that keep such values."""
-    return [check(codec) for codec in CODECS if codec not in _ONLY or _ONLY[codec][0] == values]
+    return [check_codec(codec) for codec in CODECS if codec not in _ONLY or _ONLY[codec][0] == values]
 
 
 class HalfOverflow(UserError):
     """f16 cannot hold a map's scale or offset: all of the array's are kept in f32 (`wide`)."""
 
 
-class Part(NamedTuple):
+class ArraySpec(NamedTuple):
     """One of the arrays that a codec makes: type and shape of one sample, and what its axes are."""
 
     dtype: str
@@ -95,24 +95,24 @@ class Codec:
         """Bytes that one sample takes at rest."""
         return sum(np.dtype(part.dtype).itemsize * math.prod(part.shape) for part in self.layout().values())
 
-    def layout(self, *, wide: bool = False) -> dict[str, Part]:
+    def layout(self, *, wide: bool = False) -> dict[str, ArraySpec]:
         """name -> what each array keeps of one sample."""
         whole, maps = self.shape, self.shape[: len(self.shape) - self.maps]
         if self.name == "raw":
-            return {"data": Part("uint8", self.shape, self.axes)}
+            return {"data": ArraySpec("uint8", self.shape, self.axes)}
         axes = self.axes or tuple(f"axis{i}" for i in range(len(whole)))
         over = axes[: len(maps)]
         if self.name == "u8":
-            scale = Part("float32" if wide else "float16", (*maps, 2), (*over, "scale_offset"))
-            return {"data": Part("uint8", whole, axes), "scale": scale}
+            scale = ArraySpec("float32" if wide else "float16", (*maps, 2), (*over, "scale_offset"))
+            return {"data": ArraySpec("uint8", whole, axes), "scale": scale}
         if self.name == "log8":
-            return {"data": Part("uint8", whole, axes), "largest": Part("float16", whole[:-1], axes[:-1])}
+            return {"data": ArraySpec("uint8", whole, axes), "largest": ArraySpec("float16", whole[:-1], axes[:-1])}
         if self.name.startswith("topk"):
             index = "uint16" if whole[-1] <= 1 << 16 else "uint32"
             top, ranks = (*whole[:-1], self.top), (*axes[:-1], "rank")
-            rest = Part("float32", (*whole[:-1], 1), (*axes[:-1], "mass"))
-            return {"data": Part("float16", top, ranks), "index": Part(index, top, ranks), "rest": rest}
-        return {"data": Part("float32" if self.name == "f32" else "float16", whole, axes)}
+            rest = ArraySpec("float32", (*whole[:-1], 1), (*axes[:-1], "mass"))
+            return {"data": ArraySpec("float16", top, ranks), "index": ArraySpec(index, top, ranks), "rest": rest}
+        return {"data": ArraySpec("float32" if self.name == "f32" else "float16", whole, axes)}
 
     def encode(self, values: np.ndarray, *, wide: bool = False) -> dict[str, np.ndarray]:
         """The arrays that keep `values` f32 `[n, *shape]`.

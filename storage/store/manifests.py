@@ -177,7 +177,7 @@ class TargetManifest(Manifest):
             raise ValueError(f"output: expected a number where there is a graph and else null, found {self.output}")
         if identity.codec != "raw":
             try:
-                codecs.check(identity.codec)
+                codecs.check_codec(identity.codec)
             except UserError as error:
                 raise ValueError(f"identity.codec: expected a codec, found {identity.codec!r}: {error}") from None
         return self
@@ -194,7 +194,7 @@ def load(data: bytes, name: str, kind: str, id: str) -> Record:
         DamageError: it is not the manifest of this bank, teacher or target.
         UserError: a newer version wrote it.
     """
-    content = json_record.load(data, name)
+    content = json_record.from_json(data, name)
     if (content.get("kind"), content.get("id")) != (kind, id):
         found = f"{content.get('kind')} {content.get('id')}"
         raise DamageError(f"{name}: damaged: expected the {kind} {id}, found {reprlib.repr(found)}\n  {_COPY}")

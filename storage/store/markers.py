@@ -15,7 +15,7 @@ from pydantic import Field, StringConstraints, model_validator
 from storage.errors import DamageError
 from storage.objects import json_record
 from storage.objects.json_record import Record
-from storage.objects.object_store import Objects
+from storage.objects.object_store import ObjectStore
 from storage.objects.record_schema import MOST_SAMPLES, Id, Schema, Several, Sha256, SummaryRecord, checked
 from storage.store.arrays import ArrayRecord, StoredArray
 from storage.store.codecs import Codec
@@ -115,7 +115,7 @@ class Marker:
         DamageError: the content is not that of a marker.
     """
 
-    def __init__(self, objects: Objects, task: Task, content: Record) -> None:
+    def __init__(self, objects: ObjectStore, task: Task, content: Record) -> None:
         self.task, self.content = task, content
         self.name = f"{objects.url}/done/{task.name}"
         checked(_MARKERS[task.kind], content, self.name, _AGAIN)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from storage.errors import DamageError, IdentityError, UserError, nearest
+from storage.errors import DamageError, IdentityError, UserError, did_you_mean
 from storage.objects import json_record
 from storage.objects.json_record import Record
-from storage.objects.object_store import Objects, open_objects
+from storage.objects.object_store import ObjectStore, open_object_store
 from storage.objects.record_schema import require_format
 from storage.shards.index import ShardIndex, cached_index, differences
 from storage.shards.tar import stem_of
@@ -34,7 +34,7 @@ _AGAIN = "  This file is the same in all stores: copy it from another one."
 class Store:
     """A store at a local folder or an fsspec URL. Cheap to open and to pickle; safe for any number of writers."""
 
-    def __init__(self, objects: Objects) -> None:
+    def __init__(self, objects: ObjectStore) -> None:
         self.objects = objects
         self._recognised: dict[str, str] = {}  # url -> shard: its first and last block are read once
 
@@ -44,13 +44,13 @@ class Store:
         return self.objects.url
 
     @classmethod
-    def create(cls, where: str | Path | Objects) -> Store:
+    def create(cls, where: str | Path | ObjectStore) -> Store:
         """The store at a place; a new one where there is nothing yet.
 
         Raises:
             UserError: something else lies there.
         """
-        store = cls(open_objects(where) if isinstance(where, str | Path) else where)
+        store = cls(open_object_store(where) if isinstance(where, str | Path) else where)
         try:
             store.objects.get("zarr.json")
         except FileNotFoundError:
@@ -67,14 +67,14 @@ class Store:
         return cls.open(store.objects)
 
     @classmethod
-    def open(cls, where: str | Path | Objects) -> Store:
+    def open(cls, where: str | Path | ObjectStore) -> Store:
         """The store at a place.
 
         Raises:
             UserError: there is none.
             DamageError: its root is damaged, or a newer version wrote it.
         """
-        objects = open_objects(where) if isinstance(where, str | Path) else where
+        objects = open_object_store(where) if isinstance(where, str | Path) else where
         try:
             root = objects.get("zarr.json")
         except FileNotFoundError:
@@ -108,7 +108,7 @@ class Store:
         """Create a manifest, or find that the one that is there has the same identity."""
         key = f"{kind}s/{id}/manifest.json"
         content = {"format": FORMAT, "kind": kind, "id": id, "identity": identity, **about}
-        self.objects.create(key, json_record.dump(content))
+        self.objects.create(key, json_record.to_json(content))
         there = self._manifest(kind, id)
         for field in sorted({*there["identity"], *identity}):
             expected, found = there["identity"].get(field), identity.get(field)
@@ -131,7 +131,7 @@ class Store:
         """A bank's manifest. Raises UserError for an unknown id."""
         known = self.objects.names("banks")
         if id not in known:
-            raise UserError(f"{self.url}: no bank is called {id!r}. {nearest(id, known)}")
+            raise UserError(f"{self.url}: no bank is called {id!r}. {did_you_mean(id, known)}")
         return self._manifest("bank", id)
 
     def add_bank(self, id: str, identity: Record, about: Record) -> Record:
@@ -177,7 +177,7 @@ class Store:
         """A target's manifest. Raises UserError for an unknown id."""
         known = self.objects.names("targets")
         if id not in known:
-            raise UserError(f"{self.url}: no target is called {id!r}. {nearest(id, known)}")
+            raise UserError(f"{self.url}: no target is called {id!r}. {did_you_mean(id, known)}")
         return self._manifest("target", id)
 
     def add_target(self, id: str, identity: Record, about: Record) -> Record:
@@ -304,7 +304,7 @@ class Store:
 
     def _marker_in(self, data: bytes, task: Task) -> Marker:
         name = f"{self.url}/done/{task.name}"
-        content = json_record.load(data, name)
+        content = json_record.from_json(data, name)
         said = (content.get("kind"), content.get("id"), content.get("shard"), content.get("view"))
         if said != (task.kind, task.id, task.shard, task.view):
             raise DamageError(f"{name}: damaged: it is the marker of {'.'.join(map(str, said))}")
@@ -333,7 +333,7 @@ class Store:
 
     def discard(self, marker: Marker) -> None:
         """Take away a marker that is worth nothing; not one that somebody has put in its place meanwhile."""
-        self.objects.discard(f"done/{marker.task.name}", json_record.dump(marker.content))
+        self.objects.discard(f"done/{marker.task.name}", json_record.to_json(marker.content))
 
     def views(self, kind: Kind, id: str, shards: Iterable[str], done: set[Task], wanted: int | None = None) -> int:
         """How many views a bank or a target has over shards: the largest count found, or fewer where they are wanted.

@@ -24,15 +24,15 @@ from storage.store.codecs import Codec
 from storage.store.manifests import require_id
 from storage.store.markers import Marker, Task
 from storage.store.store import Store
-from storage.views.mixing import mixed
+from storage.views.mixing import mix_images
 from storage.views.render import decode
 
 # Given a shard's url and index, a bank's task, and view images by the samples' indices.
-Look = Callable[[str, ShardIndex, Task, dict[int, np.ndarray]], None]
+Check = Callable[[str, ShardIndex, Task, dict[int, np.ndarray]], None]
 
 
 @dataclass
-class Report:
+class VerifyReport:
     """What was looked at, what was wrong, and what is only worth knowing."""
 
     objects: int = 0
@@ -50,7 +50,7 @@ class Report:
 
 
 @contextmanager
-def _collecting(report: Report) -> Iterator[None]:
+def _collecting(report: VerifyReport) -> Iterator[None]:
     """Count a failure instead of raising it."""
     report.objects += 1
     try:
@@ -66,9 +66,9 @@ def verify(
     shards: Sequence[str] = (),
     samples: int = 64,
     say: Callable[[str], None] = lambda line: None,
-    look: Look | None = None,
-    report: Report | None = None,
-) -> Report:
+    look: Check | None = None,
+    report: VerifyReport | None = None,
+) -> VerifyReport:
     """Check a whole store, and some samples of the given shards in each of their banks.
 
     Args:
@@ -79,7 +79,7 @@ def verify(
         look: given the view images that were rendered, uint8 [S, S, 3] by the sample's index, of each bank's task.
         report: where to add what is found.
     """
-    report = Report() if report is None else report
+    report = VerifyReport() if report is None else report
     _manifests(store, report)
     known = store.shard_ids()
     for shard in known:
@@ -94,7 +94,7 @@ def verify(
     return report
 
 
-def _manifests(store: Store, report: Report) -> None:
+def _manifests(store: Store, report: VerifyReport) -> None:
     for kind in ("bank", "teacher", "target"):
         for id in store.objects.names(f"{kind}s"):
             if not store.objects.names(f"{kind}s/{id}"):
@@ -121,7 +121,7 @@ def _index(store: Store, shard: str) -> None:
         raise DamageError(f"{store.url}/shards/{shard}.json: damaged: its keys and images are not those of its id")
 
 
-def _markers(store: Store, report: Report, known: set[str], say: Callable[[str], None]) -> dict[Task, Marker]:
+def _markers(store: Store, report: VerifyReport, known: set[str], say: Callable[[str], None]) -> dict[Task, Marker]:
     markers: dict[Task, Marker] = {}
     for name in store.objects.names("done"):
         task = Task.named(name)
@@ -184,7 +184,7 @@ def _metadata(store: Store, path: str, metadata: json_record.Record) -> None:
         raise DamageError(f"{name}: damaged: it differs from what its marker says")
 
 
-def _unmarked(store: Store, report: Report, markers: dict[Task, Marker]) -> None:
+def _unmarked(store: Store, report: VerifyReport, markers: dict[Task, Marker]) -> None:
     """Attempts without a marker: a run that was killed, or a marker that is gone. Superseded ones are garbage."""
     for kind in ("bank", "target"):
         for id in store.objects.names(f"{kind}s"):
@@ -206,7 +206,7 @@ def _unmarked(store: Store, report: Report, markers: dict[Task, Marker]) -> None
                         report.notices.append(f"{task.folder}: {len(extra)} attempt(s) left over, which nothing reads")
 
 
-def _gaps(store: Store, report: Report, markers: Iterable[Task]) -> None:
+def _gaps(store: Store, report: VerifyReport, markers: Iterable[Task]) -> None:
     done = set(markers)
     for id in {task.id for task in done if task.kind == "target"}:
         shards = {task.shard for task in done if task.id == id}
@@ -215,12 +215,12 @@ def _gaps(store: Store, report: Report, markers: Iterable[Task]) -> None:
 
 def _replay(
     store: Store,
-    report: Report,
+    report: VerifyReport,
     markers: dict[Task, Marker],
     url: str,
     known: Sequence[str],
     wanted: tuple[int, int] | None,
-    look: Look | None,
+    look: Check | None,
 ) -> None:
     """Render views of a shard's samples again, `wanted` (how many, from where on) or all; `look` sees the pixels."""
     try:
@@ -250,7 +250,7 @@ def _replay(
 
 
 def _rendered(
-    report: Report,
+    report: VerifyReport,
     url: str,
     block: range,
     originals: Sequence[Sample],
@@ -280,5 +280,5 @@ def _rendered(
         for i in some:
             mix = views[task].view(i - block.start).mix
             if i in rendered and (mix is None or mix.partner in rendered):
-                images[task][i] = mixed(rendered[i], rendered[mix.partner], mix) if mix else rendered[i]
+                images[task][i] = mix_images(rendered[i], rendered[mix.partner], mix) if mix else rendered[i]
     return images

@@ -18,7 +18,9 @@ from storage.views.view import CUTMIX, MIXUP, Mix, View
 _DECIMAL = Context(prec=28)
 
 
-def draw(policy: Policy, key: str, view: int, image_size: tuple[int, int], i: int = 0, block: range = range(1)) -> View:
+def draw_view(
+    policy: Policy, key: str, view: int, image_size: tuple[int, int], i: int = 0, block: range = range(1)
+) -> View:
     """The view of a sample with this number under a policy.
 
     Chance comes from (line, seed, key, view) alone; the size (width, height) of the image turns it into pixels, and the

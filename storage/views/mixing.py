@@ -7,7 +7,7 @@ import numpy as np
 from storage.views.view import MIXUP, Mix
 
 
-def mixed(own: np.ndarray, partner: np.ndarray, mix: Mix) -> np.ndarray:
+def mix_images(own: np.ndarray, partner: np.ndarray, mix: Mix) -> np.ndarray:
     """A view image mixed with its partner's, both uint8 [S, S, 3] as rendered: uint8 [S, S, 3], in rounded integers."""
     if mix.kind == MIXUP:
         total = own.astype(np.uint16) * (256 - mix.amount) + partner.astype(np.uint16) * mix.amount

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 
 from storage.constants import BLOCK
-from storage.errors import UserError, nearest
+from storage.errors import UserError, did_you_mean
 from storage.objects import json_record
 
 # Raised when the pixels or the draws of any operation change: banks of another version are other banks.
@@ -150,7 +150,7 @@ def _parse(line: str) -> list[tuple[str, tuple[float, ...]]]:
             if word in NAMED:
                 raise UserError(f"view policy {line!r}: {word!r} is a whole policy ({NAMED[word]}), not an operation")
             known = [*_OPERATIONS, *NAMED]
-            raise UserError(f"view policy {line!r}: no operation is called {word!r}. {nearest(word, known)}")
+            raise UserError(f"view policy {line!r}: no operation is called {word!r}. {did_you_mean(word, known)}")
         try:
             arguments = tuple(float(a) for a in match[2].split(",")) if match[2] else ()
         except ValueError:

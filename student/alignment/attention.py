@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from precompute.taps import attention_scores, class_scores
-from student.alignment.matching import Matching, pick
-from student.alignment.student_spec import Shape, full
-from student.settings import Average, Meeting
-from student.targets.stored_target import Given
+from student.alignment.matching import TokenMatching, pick
+from student.alignment.student_spec import StudentSpec, full
+from student.settings import AlignmentConfig, Average
+from student.targets.stored_target import StoredTarget
 
 EPSILON = 1e-12  # of sums that rows are divided by
 
@@ -26,19 +26,19 @@ LEAST_RESIZED = 1e-6  # where bicubic resizing made zeros of what it had made ne
 _AXES = {"layers": 1, "heads": 2, "queries": -2}  # that rows are averaged over
 
 
-class Rows(Matching):
+class AttentionAligner(TokenMatching):
     """Attention of teacher and student, brought together layer by layer, head by head, token by token.
 
     Both sides come as f32 `[B, L, H, N]` for class rows and `[B, L, H, Q, N]` for all rows; every row sums to one, or
     to the number of heads where these are added up. `scores` are what all rows are the softmax of, each side's with its
-    own 1/√d. Arguments as for `Matching`: one target (`class_row`, `attention`), or two (`q`, `k`), as scores need; and
-    `average`: over what the teacher's rows are averaged, each then standing for all of them. Over `examples` it is
-    `mean` that stands for all, a buffer `[L, H, …]` that is kept with what losses learn and is still to be filled, by
+    own 1/√d. Arguments as for `TokenMatching`: one target (`class_row`, `attention`), or two (`q`, `k`), for scores;
+    and `average`: over what the teacher's rows are averaged, each then standing for all of them. Over `examples` it is
+    `mean` that stands for all, a buffer `[L, H, …]` that is kept with what losses learn and is still to be filled by
     `student.training.controls.fill_means`.
     """
 
     def __init__(
-        self, loss: str, settings: Meeting, student: Shape, given: Sequence[Given],
+        self, loss: str, settings: AlignmentConfig, student: StudentSpec, given: Sequence[StoredTarget],
         which: Literal["class", "all", "scores"], average: Average = "none",
     ) -> None:  # fmt: skip
         super().__init__(loss, settings, student, given, which)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from precompute.taps import resize_matrix
-from precompute.taps.target_spec import ranges
+from precompute.taps.target_spec import parse_ranges
 from storage.errors import UserError
-from student.alignment.report import Row
-from student.alignment.student_spec import Shape
-from student.settings import Matched, Meeting, setting
-from student.targets.stored_target import Given
+from student.alignment.report import AlignmentRow
+from student.alignment.student_spec import StudentSpec
+from student.settings import AlignedLossConfig, AlignmentConfig, setting
+from student.targets.stored_target import StoredTarget
 
 Which = Literal["class", "all", "scores", "vectors"]
 
@@ -26,7 +26,7 @@ _AXES = {"class_row": (True, -1), "attention": (True, -1), "q": (True, -2), "k":
          "tokens": (False, -2)}  # fmt: skip
 
 
-class Matching(nn.Module):
+class TokenMatching(nn.Module):
     """Which layers, heads and tokens of a target meet which of the student's.
 
     Args:
@@ -40,7 +40,7 @@ class Matching(nn.Module):
         pairs: (student's layer, teacher's layer), from 1.
         heads: how many are compared; 1 where they are merged, 0 where the tap has none.
         head_pairs: (student's head, teacher's head), from 1, for each pair of layers; empty where they are merged.
-        rule: how heads meet: as `Matched.heads`, with `auto` decided.
+        rule: how heads meet: as `AlignedLossConfig.heads`, with `auto` decided.
         stored: the teacher's layers that the target holds; those of `pairs` are among them.
         mine, theirs: buffers, indices of the tokens that meet: first those beside the patches, in one order of roles.
         prefix: how many of them are no patches.
@@ -53,7 +53,7 @@ class Matching(nn.Module):
     """
 
     def __init__(
-        self, loss: str, settings: Meeting, student: Shape, given: Sequence[Given],
+        self, loss: str, settings: AlignmentConfig, student: StudentSpec, given: Sequence[StoredTarget],
         which: Which,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -109,8 +109,8 @@ class Matching(nn.Module):
                 )
             if self.stored != list(range(1, depth + 1)):
                 raise UserError(
-                    f"{loss}: the target holds the teacher's layers {ranges(self.stored)} of {depth}; say which of "
-                    f"the student's meet them: --set {path}.layers=last, first-N, last-N, or pairs "
+                    f"{loss}: the target holds the teacher's layers {parse_ranges(self.stored)} of {depth}; say which "
+                    f"of the student's meet them: --set {path}.layers=last, first-N, last-N, or pairs "
                     "[[student,teacher],…]"
                 )
             pairs = [(n, n) for n in range(1, mine + 1)]
@@ -139,7 +139,7 @@ class Matching(nn.Module):
             if other not in self.stored:
                 raise UserError(
                     f"{loss}: the student's layer {own} meets the teacher's layer {other}, and the target holds "
-                    f"{ranges(self.stored)}; precompute layers={ranges(sorted({b for _, b in pairs}))}"
+                    f"{parse_ranges(self.stored)}; precompute layers={parse_ranges(sorted({b for _, b in pairs}))}"
                 )
         if not pairs:
             raise UserError(f"{loss}: {path}.layers is empty")
@@ -152,7 +152,7 @@ class Matching(nn.Module):
             return []
         if rule is None and mine != theirs:
             named = ["first", "first-N"]
-            if isinstance(self.settings, Matched):  # else something is copied
+            if isinstance(self.settings, AlignedLossConfig):  # else something is copied
                 merged = MERGED if self.which in ("class", "all") else ()
                 named = [*merged, *named, "pairs [[student,teacher],…]"]
             raise UserError(
@@ -171,8 +171,8 @@ class Matching(nn.Module):
             layers = {own for own, _ in self.pairs}
             if layers != set(rule):
                 raise UserError(
-                    f"{loss}: {path}.heads names the student's layers {ranges(sorted(rule))}, and those that "
-                    f"meet are {ranges(sorted(layers))}; say which with {path}.layers=[[student,teacher],…]"
+                    f"{loss}: {path}.heads names the student's layers {parse_ranges(sorted(rule))}, and those that "
+                    f"meet are {parse_ranges(sorted(layers))}; say which with {path}.layers=[[student,teacher],…]"
                 )
             found = [list(rule[own]) for own, _ in self.pairs]
         else:
@@ -229,7 +229,7 @@ class Matching(nn.Module):
         found = [[i for role in order for i, r in enumerate(roles) if r == role] for roles in (mine, theirs)]
         return found[0], found[1], dropped
 
-    def _row(self, given: Sequence[Given], heads: int, side: int) -> Row:
+    def _row(self, given: Sequence[StoredTarget], heads: int, side: int) -> AlignmentRow:
         student = self.student
         rule = [f"layers {', '.join(f'{a}-{b}' for a, b in self.pairs)} (student-teacher)"]
         if self.heads:
@@ -247,8 +247,8 @@ class Matching(nn.Module):
             "vectors": taps,
         }[self.which]  # fmt: skip
         by_head = f", {heads} heads" if self.heads else ""
-        return Row(
-            self.loss, given[0].id, f"{what}, layers {ranges(self.stored)}{by_head}, {side}x{side} patches",
+        return AlignmentRow(
+            self.loss, given[0].id, f"{what}, layers {parse_ranges(self.stored)}{by_head}, {side}x{side} patches",
             f"{student.layers} layers" + (f" x {student.heads} heads" if self.heads else "")
             + f", {student.grid}x{student.grid} patches",
             "; ".join(rule),

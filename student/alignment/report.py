@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Row:
+class AlignmentRow:
     """One line of the printed table."""
 
     loss: str
@@ -17,7 +17,7 @@ class Row:
     rule: str
 
 
-def table(rows: Sequence[Row]) -> str:
+def alignment_table(rows: Sequence[AlignmentRow]) -> str:
     """The printed table of all that meets."""
     lines = []
     for row in rows:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from storage.errors import IdentityError, UserError
 from storage.unicode_names import all_normalized
-from student.alignment.report import Row
-from student.alignment.student_spec import Shape
+from student.alignment.report import AlignmentRow
+from student.alignment.student_spec import StudentSpec
 from student.settings import WITH_CLASS
-from student.targets.stored_target import Given
+from student.targets.stored_target import StoredTarget
 
 # ---------------------------------------------------------------------------------------------- maps and classes
 
 
-def align_activations(loss: str, given: Given, student: Shape, wanted: int, links: str) -> Row:
+def align_activations(loss: str, given: StoredTarget, student: StudentSpec, wanted: int, links: str) -> AlignmentRow:
     """AAL: every class-row map of the student may be linked to every activation map of the teacher.
 
     Args:
@@ -46,13 +46,13 @@ def align_activations(loss: str, given: Given, student: Shape, wanted: int, link
     sides = " and ".join(f"{side}x{side}" for _, side in kinds)
     rows = f"{counts} = {student.maps} class rows of {sides}"
     rows += f", brought to {grid}x{grid} (bicubic)" * any(side != grid for _, side in kinds)
-    return Row(
+    return AlignmentRow(
         loss, manifest["id"], f"{channels} maps ({stages}) of {grid}x{grid}{how}", rows,
         f"{links}; keys left out: {dropped}",
     )  # fmt: skip
 
 
-def align_classes(loss: str, given: Given, student: Shape, same_classes: bool) -> Row:
+def align_classes(loss: str, given: StoredTarget, student: StudentSpec, same_classes: bool) -> AlignmentRow:
     """Contract 10: logits meet only a student of the same classes in the same order.
 
     Raises:
@@ -81,4 +81,4 @@ def align_classes(loss: str, given: Given, student: Shape, same_classes: bool) -
         )
     else:
         said = "taken as the same (--same-classes)"
-    return Row(loss, given.id, f"{count} logits of {given.teacher['id']}", f"{student.classes} classes", said)
+    return AlignmentRow(loss, given.id, f"{count} logits of {given.teacher['id']}", f"{student.classes} classes", said)

@@ -13,7 +13,7 @@ from storage.errors import UserError
 
 
 @dataclass(frozen=True)
-class Shape:
+class StudentSpec:
     """What a student offers to be taught.
 
     PiT pools its patches: what layers have differs, `each` says it, and `heads` and `grid` are what most layers have.
@@ -49,14 +49,14 @@ class Shape:
         return sum(heads for heads, _ in self.by_layer)
 
 
-def student_shape(
+def student_spec(
     model: nn.Module,
     names: Sequence[str] | None = None,
     *,
     tokens: bool = True,
     attention: bool = True,
     values: bool = False,
-) -> Shape:
+) -> StudentSpec:
     """The shape of a student.
 
     Args:
@@ -71,7 +71,7 @@ def student_shape(
     """
     classes, listed = int(getattr(model, "num_classes", 0)), tuple(names) if names else None
     if not tokens:
-        return Shape(0, 0, 0, (), classes, listed)
+        return StudentSpec(0, 0, 0, (), classes, listed)
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     prefix = prefix_roles(model)
@@ -95,12 +95,12 @@ def student_shape(
             _require_tokens(model.eval(), blocks, ramp, (len(prefix) + side**2, width))
         model.train(was)
     if not layers:
-        return Shape(len(blocks), 0, side, prefix, classes, listed, width)
+        return StudentSpec(len(blocks), 0, side, prefix, classes, listed, width)
     sides = layer_grids(model, side)
     each = tuple((int(layer.num_heads), side) for layer, side in zip(layers, sides, strict=True))  # type: ignore[arg-type]
     heads, side = max(each, key=each.count)
     differs = each if len(set(each)) > 1 else ()
-    return Shape(len(layers), heads, side, prefix, classes, listed, width, differs)
+    return StudentSpec(len(layers), heads, side, prefix, classes, listed, width, differs)
 
 
 def _require_tokens(model: nn.Module, blocks: Sequence[nn.Module], images: Tensor, expected: tuple[int, int]) -> None:

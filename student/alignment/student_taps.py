@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from precompute.taps import AttentionTaps, token_blocks
 from storage.errors import UserError
 
-Reads = Literal["labels", "logits", "attention", "values", "streams", "tokens"]
+StudentTap = Literal["labels", "logits", "attention", "values", "streams", "tokens"]
 
-ELSEWHERE: frozenset[Reads] = frozenset({"labels", "logits"})  # of the batch, and what the network gives by itself
+ELSEWHERE: frozenset[StudentTap] = frozenset({"labels", "logits"})  # of the batch, and what the network gives by itself
 
 
-class Seen:
+class StudentTaps:
     """What was seen of a student's last forward pass, with gradients where there are any.
 
     Args:
@@ -31,7 +31,7 @@ class Seen:
         UserError: something cannot be read off this network.
     """
 
-    def __init__(self, model: nn.Module, reads: Set[Reads]) -> None:
+    def __init__(self, model: nn.Module, reads: Set[StudentTap]) -> None:
         self._attention: AttentionTaps | None = None
         self._streams: dict[int, Tensor] = {}
         self._tokens: dict[int, Tensor] = {}

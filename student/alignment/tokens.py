@@ -8,24 +8,26 @@ import torch
 from torch import Tensor
 
 from storage.errors import UserError
-from student.alignment.matching import MERGED, Matching, pick
-from student.alignment.student_spec import Shape, full
-from student.settings import Meeting, setting
-from student.targets.stored_target import Given
+from student.alignment.matching import MERGED, TokenMatching, pick
+from student.alignment.student_spec import StudentSpec, full
+from student.settings import AlignmentConfig, setting
+from student.targets.stored_target import StoredTarget
 
 
-class Vectors(Matching):
+class TokenAligner(TokenMatching):
     """Vectors of tokens (q, k, v, or tokens of the residual stream), brought together layer by layer, token by token.
 
     Both sides come as f32 `[B, L, H, N, d]` for q, k and v and `[B, L, N, D]` for tokens, each in its own width.
-    Arguments as for `Matching`: one target, or several taps of one shape.
+    Arguments as for `TokenMatching`: one target, or several taps of one shape.
 
     Attributes:
         width: of the teacher's vectors.
         own: of the student's.
     """
 
-    def __init__(self, loss: str, settings: Meeting, student: Shape, given: Sequence[Given]) -> None:
+    def __init__(
+        self, loss: str, settings: AlignmentConfig, student: StudentSpec, given: Sequence[StoredTarget]
+    ) -> None:
         super().__init__(loss, settings, student, given, "vectors")
         if self.heads and self.rule in MERGED:
             raise UserError(

@@ -16,21 +16,21 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from storage.errors import UserError
-from student.alignment.attention import Rows
-from student.alignment.student_spec import Shape
-from student.alignment.tokens import Vectors
-from student.models.attention_copy_hooks import Copied, Copies
-from student.settings import COPYING, WITH_CLASS, WITHOUT, Copying
-from student.targets.requirement import Need, taps_of
-from student.targets.stored_target import Given
+from student.alignment.attention import AttentionAligner
+from student.alignment.student_spec import StudentSpec
+from student.alignment.tokens import TokenAligner
+from student.models.attention_copy_hooks import AttentionCopyHooks, Copied
+from student.settings import ATTENTION_COPY, WITH_CLASS, WITHOUT, AttentionCopyConfig
+from student.targets.requirement import TargetRequirement, taps_of
+from student.targets.stored_target import StoredTarget
 
 
-def need(settings: Copying) -> Need:
+def requirement(settings: AttentionCopyConfig) -> TargetRequirement:
     """What is copied from."""
-    return Need(COPYING, taps_of(settings.what), settings.teacher, settings.target)
+    return TargetRequirement(ATTENTION_COPY, taps_of(settings.what), settings.teacher, settings.target)
 
 
-class Copier(nn.Module):
+class AttentionCopier(nn.Module):
     """Turns the teacher's stored targets into what a student's layers copy.
 
     Args:
@@ -42,14 +42,14 @@ class Copier(nn.Module):
         UserError: what differs and was not stated, tokens of the student that the teacher lacks, other widths.
     """
 
-    def __init__(self, settings: Copying, student: Shape, given: Sequence[Given]) -> None:
+    def __init__(self, settings: AttentionCopyConfig, student: StudentSpec, given: Sequence[StoredTarget]) -> None:
         super().__init__()
-        name, self.what = COPYING, settings.what
-        self.meets: Rows | Vectors
+        name, self.what = ATTENTION_COPY, settings.what
+        self.meets: AttentionAligner | TokenAligner
         if settings.what == "map":
-            self.meets = Rows(name, settings, student, given, "all", settings.average)
+            self.meets = AttentionAligner(name, settings, student, given, "all", settings.average)
         else:
-            self.meets = Vectors(name, settings, student, given)
+            self.meets = TokenAligner(name, settings, student, given)
             self.meets.require_width(f"copy maps, which have none: --set {name}.what=map")
         if self.meets.get_buffer("mine").tolist() != list(range(len(student.prefix) + student.grid**2)):
             has_class = "class" in given[0].teacher["prefix"]
@@ -65,18 +65,18 @@ class Copier(nn.Module):
         for n in layers:
             if layers.count(n) > 1:
                 raise UserError(f"{name}.layers: the student's layer {n} can copy one layer, not {layers.count(n)}")
-        self.copies = Copies(settings.what, layers, self.meets.heads)
+        self.copies = AttentionCopyHooks(settings.what, layers, self.meets.heads)
         self.row = self.meets.row
         # softmax(q·kᵀ·scale) is the teacher's attention; the student's layers scale by 1/√d
         scales = given[0].target.get("scales")
         self.factors: list[float] = []
-        if isinstance(self.meets, Vectors) and settings.what == "qk" and scales:
+        if isinstance(self.meets, TokenAligner) and settings.what == "qk" and scales:
             at = [self.meets.stored.index(other) for _, other in self.meets.pairs]
             self.factors = [scales[i] * self.meets.own**0.5 for i in at]
 
     def copied(self, targets: Sequence[Tensor]) -> Copied:
         """What is copied, from decoded targets `[B, L, H, …]`."""
-        if isinstance(self.meets, Rows):
+        if isinstance(self.meets, AttentionAligner):
             return {"map": self.meets.teacher_rows(targets)}
         found = {part: self.meets.teacher_vectors(target) for part, target in zip(self.what, targets, strict=True)}
         if self.factors:

@@ -14,18 +14,18 @@ from storage.objects.json_record import Record
 from storage.objects.urls import is_remote
 from storage.store.store import Store
 from storage.views.policy import Policy, policy
-from student.alignment.student_spec import student_shape
-from student.attention_copy.copier import Copier
+from student.alignment.student_spec import student_spec
+from student.attention_copy.copier import AttentionCopier
 from student.data.batch import Batch
-from student.models.attention_copy_hooks import Copied, copies_of
-from student.models.files import Description
-from student.settings import COPYING, Copying
+from student.models.attention_copy_hooks import Copied, attention_copy_hooks
+from student.models.files import StudentDescription
+from student.settings import ATTENTION_COPY, AttentionCopyConfig
 from student.targets.evaluation_views import EvaluationTargets, evaluation_targets
-from student.targets.stored_target import Given
+from student.targets.stored_target import StoredTarget
 
 
 @dataclass(frozen=True)
-class Lender:
+class StoredAttention:
     """Gives batches of evaluated images what they copy.
 
     Attributes:
@@ -33,7 +33,7 @@ class Lender:
         stored: what it copies, of the evaluation views.
     """
 
-    copier: Copier
+    copier: AttentionCopier
     stored: EvaluationTargets
 
     def copied(self, batch: Batch) -> Copied:
@@ -41,9 +41,14 @@ class Lender:
         return self.copier.to(batch.images.device).copied([batch.target(id) for id in self.stored.targets])
 
 
-def lender_of(
-    store: Store, copier: Copier, given: Sequence[Given], urls: Sequence[str], view: Policy, permute: int | None = None
-) -> Lender:
+def stored_attention(
+    store: Store,
+    copier: AttentionCopier,
+    given: Sequence[StoredTarget],
+    urls: Sequence[str],
+    view: Policy,
+    permute: int | None = None,
+) -> StoredAttention:
     """Who lends to the images of shards in the evaluation view.
 
     Args:
@@ -58,12 +63,19 @@ def lender_of(
         UserError: as `evaluation_targets`.
     """
     why = (
-        f"{COPYING}: a student that copies its teacher's attention needs it of the images that it is evaluated on, too"
+        f"{ATTENTION_COPY}: a student that copies its teacher's attention needs it of the images that it is evaluated "
+        "on, too"
     )
-    return Lender(copier, evaluation_targets(store, given, urls, view, why, permute))
+    return StoredAttention(copier, evaluation_targets(store, given, urls, view, why, permute))
 
 
-def record_of(copier: Copier, settings: Copying, store: Store, given: Sequence[Given], permute: int | None) -> Record:
+def record_of(
+    copier: AttentionCopier,
+    settings: AttentionCopyConfig,
+    store: Store,
+    given: Sequence[StoredTarget],
+    permute: int | None,
+) -> Record:
     """What has to be known of a student's copies after its training, as plain data."""
     copies = copier.copies
     return {
@@ -79,7 +91,7 @@ def _lasting(url: str) -> str:
     return url if is_remote(url) else str(Path(url).absolute())
 
 
-def copier_of(model: nn.Module, about: Description, store: Store) -> tuple[Copier, list[Given]]:
+def copier_of(model: nn.Module, about: StudentDescription, store: Store) -> tuple[AttentionCopier, list[StoredTarget]]:
     """What turns a teacher's targets into what a loaded student copies, and the targets that it was trained with.
 
     Raises:
@@ -93,29 +105,31 @@ def copier_of(model: nn.Module, about: Description, store: Store) -> tuple[Copie
         manifest = store.target(id)
         if [manifest["graph"], manifest["output"]] != [graph, output]:
             raise IdentityError(f"{store.url}: target {id}", "graph", graph, manifest["graph"])
-        given.append(Given(manifest, store.teacher_of(manifest)))
-    settings = Copying.model_validate(record["settings"])
-    return Copier(settings, student_shape(model, attention=False), given), given
+        given.append(StoredTarget(manifest, store.teacher_of(manifest)))
+    settings = AttentionCopyConfig.model_validate(record["settings"])
+    return AttentionCopier(settings, student_spec(model, attention=False), given), given
 
 
-def lent_to(model: nn.Module) -> EvaluationTargets | None:
+def attached_to(model: nn.Module) -> EvaluationTargets | None:
     """What is lent to a student; None for one that copies nothing, or the same for all images."""
-    copies = copies_of(model)
+    copies = attention_copy_hooks(model)
     stored: EvaluationTargets | None = (
         copies.lender.stored if copies is not None and copies.lender is not None else None
     )
     return stored
 
 
-def borrowing(model: nn.Module, batch: Batch) -> AbstractContextManager[None]:
+def inject_attention(model: nn.Module, batch: Batch) -> AbstractContextManager[None]:
     """What holds while a student looks at a batch: the attention that is lent to it, if any."""
-    copies = copies_of(model)
+    copies = attention_copy_hooks(model)
     if copies is None or copies.lender is None:
         return nullcontext()
     return copies.given(copies.lender.copied(batch))
 
 
-def lend(model: nn.Module, about: Description, store: str | None, urls: Sequence[str]) -> None:
+def attach_stored_attention(
+    model: nn.Module, about: StudentDescription, store: str | None, urls: Sequence[str]
+) -> None:
     """Let a loaded student that copies attention be evaluated on shards; others are left as they are.
 
     Args:
@@ -125,13 +139,13 @@ def lend(model: nn.Module, about: Description, store: str | None, urls: Sequence
         urls: labelled shards.
 
     Raises:
-        UserError: as `lender_of`; no store.
+        UserError: as `stored_attention`; no store.
     """
-    copies = copies_of(model)
+    copies = attention_copy_hooks(model)
     if copies is None or copies.fixed or about.copying is None:
         return
     opened = Store.open(store or about.copying["store"])
     copier, given = copier_of(model, about, opened)
-    copies.lender = lender_of(
+    copies.lender = stored_attention(
         opened, copier, given, urls, policy(about.evaluation, about.img_size), about.copying["permute"]
     )

@@ -13,8 +13,8 @@ from storage.shards.index import ShardIndex, cached_index, read_samples
 from storage.store.banks import BankView, read_views
 from storage.store.codecs import Codec
 from storage.store.markers import Marker, Task
-from storage.views.draw import draw
-from storage.views.mixing import mixed
+from storage.views.draw import draw_view
+from storage.views.mixing import mix_images
 from storage.views.render import BadImage, decode, render
 from storage.views.view import Mix
 from student.data.shuffle import Segment
@@ -24,7 +24,7 @@ Arrays = dict[str, np.ndarray]
 
 _Look = Callable[[int], tuple[Mix | None, np.ndarray]]  # a sample's index -> its mixing, its pixels before that
 
-Part = tuple[Arrays, dict[str, Arrays]]  # images, labels and ids of some samples; target id -> its arrays
+BlockPart = tuple[Arrays, dict[str, Arrays]]  # images, labels and ids of some samples; target id -> its arrays
 
 
 class BlockReader:
@@ -60,7 +60,7 @@ class BlockReader:
                 )  # fmt: skip
         return marker
 
-    def read(self, segment: Segment, view: int) -> Part:
+    def read(self, segment: Segment, view: int) -> BlockPart:
         """The samples of a segment in one view: images, labels and ids, and the arrays of each target.
 
         `others` and `shares` are labels of mixing partners and their share of the image, 0 where nothing is mixed.
@@ -114,7 +114,7 @@ class BlockReader:
         images, mixes = [], []
         for i in segment.samples:
             mix, own = look(int(i))
-            images.append(mixed(own, look(mix.partner)[1], mix) if mix else own)
+            images.append(mix_images(own, look(mix.partner)[1], mix) if mix else own)
             mixes.append(mix)
         return np.stack(images), mixes
 
@@ -152,7 +152,7 @@ class BlockReader:
                 raise UserError(
                     f"{url}: key {sample.key!r}: {error}\n  Mend or remove the image and pack again"
                 ) from None
-            drawn = draw(source.policy, sample.key, view, image.size, i, block)
+            drawn = draw_view(source.policy, sample.key, view, image.size, i, block)
             return drawn.mix, render(image, drawn, source.policy.size)
 
         return look
@@ -168,7 +168,7 @@ def _others(seed: int, shard: str, segment: Segment) -> np.ndarray:
     return others[np.searchsorted(whole, segment.samples)]
 
 
-def join(parts: Sequence[Part]) -> Part:
+def join(parts: Sequence[BlockPart]) -> BlockPart:
     """Samples of several parts after another."""
     first, targets = parts[0]
     arrays = {name: np.concatenate([part[0][name] for part in parts]) for name in first}

@@ -33,7 +33,7 @@ def default_lanes(batch: int) -> int:
     return max(8, lanes)
 
 
-class Order:
+class BlockShuffle:
     """The order of a stream's samples.
 
     Args:

@@ -27,7 +27,7 @@ from storage.shards.patterns import expand
 from storage.store.store import Store
 from storage.views.policy import Policy
 from student.data.batch import Batch
-from student.data.shuffle import Order, lanes_of
+from student.data.shuffle import BlockShuffle, lanes_of
 from student.data.source import fresh, refuse_twice, stored, usable_views
 from student.data.worker_watch import started, watched
 from student.data.workers import _leave_at_once, _Parts, _tensors
@@ -114,7 +114,7 @@ class Stream(IterableDataset[Batch]):
                 samples = np.array([i for i in range(start, min(start + BLOCK, count)) if i not in bad], np.int64)
                 if len(samples):
                     blocks.append((shard, number, samples))
-        self.order = Order(blocks, batch, seed, lanes, window)
+        self.order = BlockShuffle(blocks, batch, seed, lanes, window)
         self.own = lanes_of(self.order.lanes, rank, ranks)
         self.workers = min(workers, len(self.own))
         self.notices = []

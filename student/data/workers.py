@@ -13,24 +13,26 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from storage.errors import UserError
-from student.data.block_reader import Arrays, BlockReader, Part, join
-from student.data.shuffle import Order, Segment, lanes_of
+from student.data.block_reader import Arrays, BlockPart, BlockReader, join
+from student.data.shuffle import BlockShuffle, Segment, lanes_of
 from student.data.source import Source
 
 
 class _Lane:
     """One lane from some batch on: gives its share of batch after batch."""
 
-    def __init__(self, reader: BlockReader, order: Order, views: int | None, epoch: int, lane: int, start: int) -> None:
+    def __init__(
+        self, reader: BlockReader, order: BlockShuffle, views: int | None, epoch: int, lane: int, start: int
+    ) -> None:
         self.reader, self.order, self.views, self.epoch = reader, order, views, epoch
         self.windows = order.lane(epoch, lane, start)
         self.rows = np.zeros(0, np.int64)
         self.arrays: Arrays = {}
         self.targets: dict[str, Arrays] = {}
 
-    def take(self) -> Part:
+    def take(self) -> BlockPart:
         """The lane's share of the next batch."""
-        parts: list[Part] = []
+        parts: list[BlockPart] = []
         need = self.order.share
         while need:
             if not len(self.rows):
@@ -55,10 +57,12 @@ class _Lane:
         self.rows = order
 
 
-class _Parts(IterableDataset[list[Part]]):
+class _Parts(IterableDataset[list[BlockPart]]):
     """What one loader worker yields: for every batch, the shares of its lanes."""
 
-    def __init__(self, source: Source, order: Order, views: int | None, rank: int, ranks: int, place: Tensor) -> None:
+    def __init__(
+        self, source: Source, order: BlockShuffle, views: int | None, rank: int, ranks: int, place: Tensor
+    ) -> None:
         self.source, self.order, self.views, self.rank, self.ranks = source, order, views, rank, ranks
         self.place = place  # shared memory: the epoch and the batch to begin with
         self.reader: BlockReader | None = None

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from storage.errors import UserError
 from storage.shards.index import cached_index
 from storage.views.policy import Policy
-from student.attention_copy.inference import borrowing, lent_to
+from student.attention_copy.inference import attached_to, inject_attention
 from student.evaluation.batches import evaluation_batches
-from student.evaluation.class_metrics import places_of
+from student.evaluation.class_metrics import label_ranks
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,9 @@ def count(
     """
     model.eval()
     right1 = right5 = samples = few = 0
-    for part in evaluation_batches(urls, policy, batch, rank, ranks, most, stored=lent_to(model)):
+    for part in evaluation_batches(urls, policy, batch, rank, ranks, most, stored=attached_to(model)):
         there = part.to(device)
-        with borrowing(model, there):
+        with inject_attention(model, there):
             logits = model(there.pixels(mean, std))
         classes = logits.shape[1]
         if int(there.labels.max()) >= classes:
@@ -114,7 +114,7 @@ def count(
                 f"{urls[int(part.ids[int(part.labels.argmax()), 0])]}: there is a label {int(part.labels.max())}, the "
                 f"student has classes 0 to {classes - 1}"
             )
-        places = places_of(logits, there.labels)
+        places = label_ranks(logits, there.labels)
         right1 += int((places == 0).sum())
         right5 += int((places < 5).sum())
         samples += len(there.labels)

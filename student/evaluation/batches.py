@@ -10,7 +10,7 @@ import torch
 from storage.shards.index import cached_index, require_labels
 from storage.views.policy import Policy
 from student.data.batch import Batch
-from student.data.block_reader import BlockReader, Part, join
+from student.data.block_reader import BlockPart, BlockReader, join
 from student.data.shuffle import Segment
 from student.data.source import Source
 from student.targets.evaluation_views import EvaluationTargets
@@ -39,7 +39,7 @@ def evaluation_batches(
         if labelled:
             require_labels(url, index)
         reader = BlockReader(stored.source(url, index.id) if stored else Source((url,), (index.id,), policy))
-        held: list[Part] = []
+        held: list[BlockPart] = []
         wanted = np.arange(len(index)) if chosen is None else chosen[shard]
         mine: dict[int, np.ndarray] = {}
         for number in range(index.blocks):

@@ -13,7 +13,7 @@ PARTS = ("many", "medium", "few")
 BOUNDS = (20, 100)  # Liu et al. 2019: few-shot classes have fewer than 20 training images, many-shot ones more than 100
 
 
-def figures(
+def class_metrics(
     labels: Tensor,
     places: Tensor,
     classes: int,
@@ -62,7 +62,7 @@ def _percent(right: Tensor) -> float:
     return round(100 * int(right.sum()) / len(right), 3)
 
 
-def places_of(scores: Tensor, labels: Tensor) -> Tensor:
+def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
     """How many classes come before the right one: 0 where it is the first. int64 `[B]`.
 
     Of classes with one score the first counts as the larger. A score that is no number beats nothing, and is beaten

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from storage.objects.state_dict import read_weights
-from student.alignment.student_spec import student_shape
+from student.alignment.student_spec import student_spec
 
 MOST = 1024  # patches along a side are far fewer
 
@@ -70,7 +70,7 @@ def links_of(losses: Path, student: nn.Module) -> dict[str, tuple[nn.Module, Ten
     for name, weight in weights.items():
         if name.endswith(".links.weight") and weight.ndim == 3 and weight.shape[2] == 1:
             loss = name.partition(".")[0]
-            side = _grid(notes.get(loss, "")) or student_shape(student).grid
+            side = _grid(notes.get(loss, "")) or student_spec(student).grid
             links = nn.Conv1d(weight.shape[1], weight.shape[0], 1).eval()
             found[loss] = links, torch.zeros(1, weight.shape[1], side**2)
     return found

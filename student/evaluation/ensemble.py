@@ -11,23 +11,23 @@ from torch import Tensor, nn
 from storage.errors import IdentityError, UserError
 from storage.shards.classes import classes_of, require_classes
 from storage.views.policy import policy
-from student.attention_copy.inference import borrowing, lent_to
+from student.attention_copy.inference import attached_to, inject_attention
 from student.evaluation.batches import evaluation_batches
-from student.evaluation.class_metrics import places_of
-from student.models.files import Description
+from student.evaluation.class_metrics import label_ranks
+from student.models.files import StudentDescription
 
 
 @dataclass(frozen=True)
-class Member:
+class Classifier:
     """A classifier with what it is called, how it is fed and what its classes are."""
 
     name: str
     model: nn.Module
-    about: Description
+    about: StudentDescription
 
 
 @dataclass(frozen=True)
-class Seen:
+class Predictions:
     """What classifiers made of a set.
 
     Attributes:
@@ -45,15 +45,15 @@ class Seen:
 
 
 @torch.no_grad()
-def seen(
-    members: Sequence[Member],
+def ensemble_predictions(
+    members: Sequence[Classifier],
     urls: Sequence[str],
     *,
     ensemble: bool = False,
     device: torch.device | str = "cpu",
     batch: int = 256,
     advance: Callable[[int], None] = lambda samples: None,
-) -> Seen:
+) -> Predictions:
     """What each classifier sees in a set, every sample once, on its own evaluation view.
 
     Where the set lists some of the classes alone (as ImageNet-A and -R do), or in another order, each classifier
@@ -78,7 +78,7 @@ def seen(
     places: list[Tensor] = []
     classes = 0
     views = [policy(member.about.evaluation, member.about.img_size) for member in members]
-    feeds = [(view, lent_to(member.model)) for view, member in zip(views, members, strict=True)]
+    feeds = [(view, attached_to(member.model)) for view, member in zip(views, members, strict=True)]
     readers = {feed: evaluation_batches(urls, feed[0], batch, stored=feed[1]) for feed in feeds}
     for parts in zip(*readers.values(), strict=True):
         there = {feed: part.to(device) for feed, part in zip(readers, parts, strict=True)}
@@ -86,7 +86,7 @@ def seen(
         total: Tensor | None = None
         rows = []
         for member, feed, chosen in zip(members, feeds, columns, strict=True):
-            with borrowing(member.model, there[feed]):
+            with inject_attention(member.model, there[feed]):
                 logits = member.model(there[feed].pixels(member.about.mean, member.about.std)).float()
             logits = logits if chosen is None else logits[:, chosen.to(logits.device)]
             classes = logits.shape[1]
@@ -95,7 +95,7 @@ def seen(
                 raise UserError(
                     f"{url}: there is a label {int(own.max())}, {member.name} has classes 0 to {classes - 1}"
                 )
-            rows.append(places_of(logits, own))
+            rows.append(label_ranks(logits, own))
             if ensemble:
                 share = logits.double().softmax(1)
                 if total is not None and total.shape != share.shape:
@@ -105,15 +105,15 @@ def seen(
                     )
                 total = share if total is None else total + share
         if total is not None:
-            rows.append(places_of(total, own))
+            rows.append(label_ranks(total, own))
         labels.append(own.cpu())
         places.append(torch.stack(rows).cpu())
         advance(len(own))
     listed = names or members[0].about.classes
-    return Seen(torch.cat(labels), torch.cat(places, 1), tuple(listed) if listed else None, classes)
+    return Predictions(torch.cat(labels), torch.cat(places, 1), tuple(listed) if listed else None, classes)
 
 
-def _columns(member: Member, names: Sequence[str] | None, first: Member, urls: Sequence[str]) -> Tensor | None:
+def _columns(member: Classifier, names: Sequence[str] | None, first: Classifier, urls: Sequence[str]) -> Tensor | None:
     """Which of a member's outputs are the set's classes, in its order; None for all as they are."""
     own = member.about.classes
     if own is None:

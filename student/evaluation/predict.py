@@ -14,10 +14,10 @@ from torch import nn
 from storage.errors import UserError, first_line
 from storage.shards.image_files import counted, is_image, listing
 from storage.shards.tar import IMAGES
-from storage.views.draw import draw
+from storage.views.draw import draw_view
 from storage.views.policy import Policy, policy
 from storage.views.render import BadImage, decode, render
-from student.models.files import Description
+from student.models.files import StudentDescription
 
 
 def found_in(places: Sequence[Path], say: Callable[[str], None] = lambda line: None) -> list[Path]:
@@ -50,7 +50,7 @@ def found_in(places: Sequence[Path], say: Callable[[str], None] = lambda line: N
 @torch.no_grad()
 def predict(
     model: nn.Module,
-    about: Description,
+    about: StudentDescription,
     files: Sequence[Path],
     top: int,
     advance: Callable[[int], None] = lambda images: None,
@@ -105,4 +105,4 @@ def _rendered(file: Path, view: Policy) -> np.ndarray:
         raise UserError(f"{error}; convert it, or leave it out") from None
     except OSError as error:
         raise UserError(f"cannot be read: {first_line(error)}") from None
-    return render(image, draw(view, "", 0, image.size), view.size)
+    return render(image, draw_view(view, "", 0, image.size), view.size)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from precompute.taps import Tap
-from storage.errors import UserError, nearest
+from storage.errors import UserError, did_you_mean
 from storage.objects.json_record import Record
 from storage.objects.state_dict import digest_of_file, save_state
 from storage.progress import Progress, size_text
@@ -35,14 +35,14 @@ from student.data.block_reader import BlockReader
 from student.data.shuffle import Segment
 from student.data.stream import Stream
 from student.evaluation.accuracy import Score, evaluate, tell_of_shared
-from student.fit_teacher.logistic_regression import STRENGTHS, Examples, Tried, fit, try_strengths
+from student.fit_teacher.logistic_regression import STRENGTHS, Examples, StrengthTrial, fit, search_strength
 from student.fit_teacher.network import Classifier, arguments_of, check, network_of, put_in, tapped
 
 SERVE = ("class_token", "embedding")  # taps that a linear head can act on
 
 
 @dataclass(frozen=True)
-class Job:
+class FitTeacherConfig:
     """What a fit is asked for; what is None is chosen or found in the store."""
 
     store: Store
@@ -59,7 +59,7 @@ class Job:
     memory: int | None = None  # bytes that features may take; by default half of the machine's
 
 
-def fit_teacher(job: Job, progress: Progress) -> dict[str, Any]:
+def fit_teacher(job: FitTeacherConfig, progress: Progress) -> dict[str, Any]:
     """Fit a head, put it into the teacher's network, check it on real images and write it; what came out.
 
     Raises:
@@ -141,7 +141,7 @@ def choose_target(store: Store, target: str | None, teacher: str | None) -> str:
     manifests = store.targets()
     teachers = sorted(store.teachers())
     if teacher is not None and teacher not in teachers:
-        raise UserError(f"{store.url}: no teacher is called {teacher!r}. {nearest(teacher, teachers)}")
+        raise UserError(f"{store.url}: no teacher is called {teacher!r}. {did_you_mean(teacher, teachers)}")
     fitting = [
         id for id, m in manifests.items() if m["identity"]["tap"] in SERVE and teacher in (None, m["teacher"])
     ]  # fmt: skip
@@ -209,14 +209,14 @@ def read_examples(
     return examples
 
 
-def _strength(examples: Examples, classes: int, seed: int, progress: Progress) -> list[Tried]:
+def _strength(examples: Examples, classes: int, seed: int, progress: Progress) -> list[StrengthTrial]:
     """The λ that were tried on blocks held out of the training shards, best first."""
     if len(torch.unique(examples.blocks)) < 2:
         raise UserError(
             "one block of 64 samples leaves none to choose the strength of the L2 term by; say it: --l2 0.01"
         )
     progress.start("choosing l2", len(STRENGTHS))
-    tried = try_strengths(examples, classes, seed, advance=progress.advance)
+    tried = search_strength(examples, classes, seed, advance=progress.advance)
     for one in tried:
         progress.say(f"l2 {one.l2:g}: loss {one.loss:.4f}, top-1 {one.top1:.2f} % on held-out training samples")
     return tried
@@ -236,7 +236,13 @@ def _score(
 
 
 def _write(
-    job: Job, model: nn.Module, recorded: Record, target: str, names: Sequence[str], l2: float, stream: Stream
+    job: FitTeacherConfig,
+    model: nn.Module,
+    recorded: Record,
+    target: str,
+    names: Sequence[str],
+    l2: float,
+    stream: Stream,
 ) -> None:
     """The file of weights: what rebuilds the network, its classes, and where they came from."""
     identity = recorded["identity"]

@@ -63,7 +63,7 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Tried:
+class StrengthTrial:
     """What one λ gave on the samples that were held out: mean loss, and percent of main labels that were right."""
 
     l2: float
@@ -138,7 +138,7 @@ def held_out(blocks: Tensor, seed: int, part: float = 0.2) -> tuple[Tensor, Tens
     return (~away).nonzero()[:, 0], away.nonzero()[:, 0]
 
 
-def judged(examples: Examples, rows: Tensor, head: Head, l2: float) -> Tried:
+def judged(examples: Examples, rows: Tensor, head: Head, l2: float) -> StrengthTrial:
     """How good a head is on some of the samples."""
     loss, right = 0.0, 0
     for part in torch.split(rows, CHUNK):
@@ -146,16 +146,16 @@ def judged(examples: Examples, rows: Tensor, head: Head, l2: float) -> Tried:
         loss += float(examples.losses(logits, part).sum()) / len(rows)
         main = torch.where(examples.shares[part] > 0.5, examples.others[part], examples.labels[part])
         right += int((logits.argmax(1) == main).sum())
-    return Tried(l2, loss, round(100 * right / len(rows), 3))
+    return StrengthTrial(l2, loss, round(100 * right / len(rows), 3))
 
 
-def try_strengths(
+def search_strength(
     examples: Examples,
     classes: int,
     seed: int,
     strengths: Sequence[float] = STRENGTHS,
     advance: Callable[[int], None] = lambda steps: None,
-) -> list[Tried]:
+) -> list[StrengthTrial]:
     """What each λ gives on blocks that it was not fitted on, best first; of equally good ones the stronger first.
 
     Args:
@@ -167,7 +167,7 @@ def try_strengths(
         advance: called with 1 after each.
     """
     rows, away = held_out(examples.blocks, seed)
-    found: list[Tried] = []
+    found: list[StrengthTrial] = []
     head: Head | None = None
     for l2 in strengths:
         head = fit(examples, rows, classes, l2, head)

@@ -14,7 +14,7 @@ from precompute.taps import Tap, TappedTeacher, takes_image_size
 from storage.errors import IdentityError, UserError, first_line
 from storage.objects.checkpoint_file import EARLIER
 from storage.objects.json_record import Record
-from storage.objects.state_dict import HUB, KEY, READY, digest_of_file, digest_of_state, load_weights
+from storage.objects.state_dict import HUB, KEY, ONNX_FILE, digest_of_file, digest_of_state, load_weights
 from student.data.block_reader import BlockReader
 from student.data.stream import Stream
 from student.fit_teacher.logistic_regression import Head
@@ -34,7 +34,7 @@ def network_of(recorded: Record, weights: str | None, classes: int) -> nn.Module
         UserError: the teacher is a ready graph, the file is not there, or it does not fit.
         IdentityError: it is another file than the teacher's.
     """
-    if recorded["identity"]["model"] == READY:
+    if recorded["identity"]["model"] == ONNX_FILE:
         raise UserError(
             f"teacher {recorded['id']} is a ready graph ({recorded['weights']}), and a head is fitted into a PyTorch "
             "network; precompute with its timm name and --weights F, then fit that one"

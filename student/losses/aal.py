@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from precompute.taps import class_scores, resize_matrix
 from student.alignment.rules import align_activations
-from student.alignment.student_spec import Shape, full
-from student.alignment.student_taps import Reads
-from student.losses.base import Step
+from student.alignment.student_spec import StudentSpec, full
+from student.alignment.student_taps import StudentTap
+from student.losses.base import LossInputs
 from student.losses.parts import aal_links
-from student.settings import AllLinks, Schedule, Taught, Weight, _linked
-from student.targets.requirement import Need
-from student.targets.stored_target import Given
+from student.settings import AllLinks, Schedule, TeacherLossConfig, Weight, _linked
+from student.targets.requirement import TargetRequirement
+from student.targets.stored_target import StoredTarget
 
 EPSILON = 1e-12
 
@@ -121,7 +121,7 @@ class AAL(nn.Module):
 POOLED = True
 
 
-class Settings(Taught):
+class Settings(TeacherLossConfig):
     """Adaptive attention links.
 
     `links`: all (`full`), those of the paper's Table 1 (`alpha`, `beta`), for each stage of the target its first and
@@ -137,14 +137,16 @@ class Settings(Taught):
     grid: int | None = Field(None, ge=1)
 
 
-def reads(settings: Settings) -> frozenset[Reads]:
+def reads(settings: Settings) -> frozenset[StudentTap]:
     """The student's class rows."""
     return frozenset({"attention"})
 
 
-def need(name: str, settings: Settings, student: Shape) -> Need:
+def need(name: str, settings: Settings, student: StudentSpec) -> TargetRequirement:
     """Activations on the student's own grid, or the one that is said."""
-    return Need(name, (("activations",),), settings.teacher, settings.target, settings.grid or student.grid)
+    return TargetRequirement(
+        name, (("activations",),), settings.teacher, settings.target, settings.grid or student.grid
+    )
 
 
 class Method(nn.Module):
@@ -155,7 +157,7 @@ class Method(nn.Module):
         chosen: digest of links that were taken from another run; None of others.
     """
 
-    def __init__(self, name: str, settings: Settings, student: Shape, given: Sequence[Given]) -> None:
+    def __init__(self, name: str, settings: Settings, student: StudentSpec, given: Sequence[StoredTarget]) -> None:
         super().__init__()
         target, grid = given[0].target, settings.grid or student.grid
         stages = target["stages"]
@@ -176,7 +178,7 @@ class Method(nn.Module):
             axis = resize_matrix(side, grid)
             self.register_buffer(f"resize_{side}", torch.kron(axis, axis), persistent=False)
 
-    def forward(self, step: Step) -> Tensor:
+    def forward(self, step: LossInputs) -> Tensor:
         """The loss of one step."""
         seen, resize = step.student, [self.get_buffer(f"resize_{side}") if side else None for side in self.sides]
         maps = class_maps(seen.q, seen.k, seen.scales, self.prefix, self.map, resize)

@@ -12,13 +12,13 @@ from typing import Literal
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from student.alignment.attention import Rows, scaled
-from student.alignment.student_spec import Shape
-from student.alignment.student_taps import Reads
-from student.losses.base import Step
-from student.settings import Heads, Matched
-from student.targets.requirement import Need
-from student.targets.stored_target import Given
+from student.alignment.attention import AttentionAligner, scaled
+from student.alignment.student_spec import StudentSpec
+from student.alignment.student_taps import StudentTap
+from student.losses.base import LossInputs
+from student.settings import AlignedLossConfig, Heads
+from student.targets.requirement import TargetRequirement
+from student.targets.stored_target import StoredTarget
 
 
 def distance(student: Tensor, teacher: Tensor, prefix: int, kind: Literal["l1", "l2"] = "l1") -> Tensor:
@@ -72,7 +72,7 @@ def _softened(patches: Tensor, tau: float) -> Tensor:
     return (patches.double() / tau).log_softmax(-1)
 
 
-class Settings(Matched):
+class Settings(AlignedLossConfig):
     """Class rows by their distance.
 
     `kl_input` says what the softmax of Eq. 4 acts on, for distances kl and ce; the other two belong to kl alone.
@@ -95,25 +95,25 @@ class Settings(Matched):
         return self
 
 
-def reads(settings: Settings) -> frozenset[Reads]:
+def reads(settings: Settings) -> frozenset[StudentTap]:
     """The student's class rows."""
     return frozenset({"attention"})
 
 
-def need(name: str, settings: Settings, student: Shape) -> Need:
+def need(name: str, settings: Settings, student: StudentSpec) -> TargetRequirement:
     """Class rows, or what gives them."""
-    return Need(name, (("class_row",), ("attention",), ("q", "k")), settings.teacher, settings.target)
+    return TargetRequirement(name, (("class_row",), ("attention",), ("q", "k")), settings.teacher, settings.target)
 
 
 class Method(nn.Module):
     """ADViT as a term of the training loss."""
 
-    def __init__(self, name: str, settings: Settings, student: Shape, given: Sequence[Given]) -> None:
+    def __init__(self, name: str, settings: Settings, student: StudentSpec, given: Sequence[StoredTarget]) -> None:
         super().__init__()
-        self.rows = Rows(name, settings, student, given, "class")
+        self.rows = AttentionAligner(name, settings, student, given, "class")
         self.row, self.settings = self.rows.row, settings
 
-    def forward(self, step: Step) -> Tensor:
+    def forward(self, step: LossInputs) -> Tensor:
         """The loss of one step."""
         how, prefix = self.settings, self.rows.prefix
         logs = how.kl_input == "log-prob"  # of the student; of the teacher where it is under ψ, too

@@ -15,13 +15,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.special import xlogy
 
-from student.alignment.attention import Rows
-from student.alignment.student_spec import Shape
-from student.alignment.student_taps import Reads
-from student.losses.base import Step
-from student.settings import Heads, Layers, Matched, Schedule, Weight
-from student.targets.requirement import Need
-from student.targets.stored_target import Given
+from student.alignment.attention import AttentionAligner
+from student.alignment.student_spec import StudentSpec
+from student.alignment.student_taps import StudentTap
+from student.losses.base import LossInputs
+from student.settings import AlignedLossConfig, Heads, Layers, Schedule, Weight
+from student.targets.requirement import TargetRequirement
+from student.targets.stored_target import StoredTarget
 
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def squares(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).square().sum((-1, -2)).mean()
 
 
-class Settings(Matched):
+class Settings(AlignedLossConfig):
     """Class rows by their divergence.
 
     value_norm: each key's attention is weighted by the norm of its value, on both sides.
@@ -56,33 +56,33 @@ class Settings(Matched):
     value_norm: bool = False
 
 
-def reads(settings: Settings) -> frozenset[Reads]:
+def reads(settings: Settings) -> frozenset[StudentTap]:
     """The student's class rows, and the values that they weigh where asked for."""
     return frozenset({"attention", "values"} if settings.value_norm else {"attention"})
 
 
-def need(name: str, settings: Settings, student: Shape) -> Need:
+def need(name: str, settings: Settings, student: StudentSpec) -> TargetRequirement:
     """Class rows, or what gives them; with value norms the values of the same layers."""
     taps: list[tuple[str, ...]] = [("class_row",), ("attention",), ("q", "k")]
     if settings.value_norm:
         taps = [(*several, "v") for several in taps]
-    return Need(name, tuple(taps), settings.teacher, settings.target)
+    return TargetRequirement(name, tuple(taps), settings.teacher, settings.target)
 
 
 class Method(nn.Module):
     """Attention guidance as a term of the training loss."""
 
-    def __init__(self, name: str, settings: Settings, student: Shape, given: Sequence[Given]) -> None:
+    def __init__(self, name: str, settings: Settings, student: StudentSpec, given: Sequence[StoredTarget]) -> None:
         super().__init__()
         self.values = settings.value_norm
-        self.rows = Rows(name, settings, student, given[:-1] if self.values else given, "class")
+        self.rows = AttentionAligner(name, settings, student, given[:-1] if self.values else given, "class")
         merged = not self.rows.head_pairs
         case = ("d" if merged else "b") if self.rows.resizes else ("c" if merged else "a")
         weighed = "; weighted by the norms of values" if self.values else ""
         self.row = replace(self.rows.row, rule=f"case ({case}): {self.rows.row.rule}{weighed}")
         self.loss = settings.loss
 
-    def forward(self, step: Step) -> Tensor:
+    def forward(self, step: LossInputs) -> Tensor:
         """The loss of one step."""
         seen, targets, own, stored = step.student, step.targets, None, None
         if self.values:

@@ -14,14 +14,14 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from student.alignment.attention import Rows
-from student.alignment.student_spec import Shape
-from student.alignment.student_taps import Reads
-from student.alignment.tokens import Vectors
-from student.losses.base import Step
-from student.settings import Average, Matched, What, require_maps, setting
-from student.targets.requirement import Need, taps_of
-from student.targets.stored_target import Given
+from student.alignment.attention import AttentionAligner
+from student.alignment.student_spec import StudentSpec
+from student.alignment.student_taps import StudentTap
+from student.alignment.tokens import TokenAligner
+from student.losses.base import LossInputs
+from student.settings import AlignedLossConfig, Average, What, require_maps, setting
+from student.targets.requirement import TargetRequirement, taps_of
+from student.targets.stored_target import StoredTarget
 
 
 def distillation(student: Tensor, teacher: Tensor, heads: Literal["mean", "sum"] = "mean") -> Tensor:
@@ -50,7 +50,7 @@ def squares(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).square().flatten(2).mean((0, 2)).sum()
 
 
-class Settings(Matched):
+class Settings(AlignedLossConfig):
     """Attention distillation: of maps, or of what makes them."""
 
     method: Literal["attention"] = "attention"
@@ -64,33 +64,33 @@ class Settings(Matched):
         return self
 
 
-def reads(settings: Settings) -> frozenset[Reads]:
+def reads(settings: Settings) -> frozenset[StudentTap]:
     """The student's attention, or its values."""
     return frozenset({"values" if settings.what == "v" else "attention"})
 
 
-def need(name: str, settings: Settings, student: Shape) -> Need:
+def need(name: str, settings: Settings, student: StudentSpec) -> TargetRequirement:
     """Whole attention maps or what gives them, or vectors."""
-    return Need(name, taps_of(settings.what), settings.teacher, settings.target)
+    return TargetRequirement(name, taps_of(settings.what), settings.teacher, settings.target)
 
 
 class Method(nn.Module):
     """Attention distillation as a term of the training loss."""
 
-    def __init__(self, name: str, settings: Settings, student: Shape, given: Sequence[Given]) -> None:
+    def __init__(self, name: str, settings: Settings, student: StudentSpec, given: Sequence[StoredTarget]) -> None:
         super().__init__()
         self.what, self.reduce_heads = settings.what, settings.reduce_heads
-        self.rows: Rows | None = None
-        self.vectors: Vectors | None = None
+        self.rows: AttentionAligner | None = None
+        self.vectors: TokenAligner | None = None
         if settings.what == "map":
-            self.rows = Rows(name, settings, student, given, "all", settings.average)
+            self.rows = AttentionAligner(name, settings, student, given, "all", settings.average)
             self.row = self.rows.row
         else:
-            self.vectors = Vectors(name, settings, student, given)
+            self.vectors = TokenAligner(name, settings, student, given)
             self.vectors.require_width(f"compare maps: --set {setting(name)}.what=map")
             self.row = self.vectors.row
 
-    def forward(self, step: Step) -> Tensor:
+    def forward(self, step: LossInputs) -> Tensor:
         """The loss of one step."""
         seen = step.student
         if self.rows is not None:

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from student.alignment.student_taps import Seen
+from student.alignment.student_taps import StudentTaps
 
 
 @dataclass(frozen=True)
-class Step:
+class LossInputs:
     """What a loss sees of one training step.
 
     Attributes:
@@ -29,12 +29,12 @@ class Step:
     others: Tensor
     shares: Tensor
     distilled: Tensor | None = None
-    seen: Seen | None = None
+    seen: StudentTaps | None = None
     targets: tuple[Tensor, ...] = ()
     notes: dict[str, Tensor] = field(default_factory=dict)
 
     @property
-    def student(self) -> Seen:
+    def student(self) -> StudentTaps:
         """What is read of the student beside its logits."""
         assert self.seen is not None
         return self.seen

@@ -13,14 +13,14 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from student.alignment.student_spec import Shape, full
-from student.alignment.student_taps import Reads
-from student.losses.base import Step
+from student.alignment.student_spec import StudentSpec, full
+from student.alignment.student_taps import StudentTap
+from student.losses.base import LossInputs
 from student.losses.parts.projector import EMBEDDINGS, ClassToken
 from student.losses.parts.queue import Queue, unit
-from student.settings import Projected
-from student.targets.requirement import Need
-from student.targets.stored_target import Given
+from student.settings import ProjectorLossConfig
+from student.targets.requirement import TargetRequirement
+from student.targets.stored_target import StoredTarget
 
 
 def divergence(student: Tensor, teacher: Tensor, queues: tuple[Tensor, Tensor], tau: float) -> Tensor:
@@ -36,7 +36,7 @@ def divergence(student: Tensor, teacher: Tensor, queues: tuple[Tensor, Tensor], 
     return F.kl_div(mine, theirs, reduction="batchmean", log_target=True)
 
 
-class Settings(Projected):
+class Settings(ProjectorLossConfig):
     """Similarities to a queue of embeddings.
 
     queues: 1, the teacher's for both sides, or 2, one of each side's own.
@@ -48,20 +48,20 @@ class Settings(Projected):
     tau: float = Field(0.04, gt=0)
 
 
-def reads(settings: Settings) -> frozenset[Reads]:
+def reads(settings: Settings) -> frozenset[StudentTap]:
     """The student's final tokens."""
     return frozenset({"tokens"})
 
 
-def need(name: str, settings: Settings, student: Shape) -> Need:
+def need(name: str, settings: Settings, student: StudentSpec) -> TargetRequirement:
     """The teacher's class token, or the pooled features of one without."""
-    return Need(name, EMBEDDINGS, settings.teacher, settings.target)
+    return TargetRequirement(name, EMBEDDINGS, settings.teacher, settings.target)
 
 
 class Method(nn.Module):
     """CompRess as a term of the training loss."""
 
-    def __init__(self, name: str, settings: Settings, student: Shape, given: Sequence[Given]) -> None:
+    def __init__(self, name: str, settings: Settings, student: StudentSpec, given: Sequence[StoredTarget]) -> None:
         super().__init__()
         self.tau = settings.tau
         self.token = ClassToken(name, settings, student, given[0], free=settings.queues == 2)
@@ -69,7 +69,7 @@ class Method(nn.Module):
         self.mine = Queue(settings.queue, self.token.width) if settings.queues == 2 else None
         self.row = self.token.row
 
-    def forward(self, step: Step) -> Tensor:
+    def forward(self, step: LossInputs) -> Tensor:
         """The loss of one step; offers the teacher's embeddings to the queue, and the student's to a second one."""
         mine, theirs = unit(self.token(step.student)), unit(full(step.targets[0]))
         self.theirs.offer(theirs)

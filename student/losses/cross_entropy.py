@@ -10,11 +10,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from student.alignment.student_spec import Shape
-from student.alignment.student_taps import Reads
-from student.losses.base import Step
-from student.settings import Schedule, Term, Weight
-from student.targets.stored_target import Given
+from student.alignment.student_spec import StudentSpec
+from student.alignment.student_taps import StudentTap
+from student.losses.base import LossInputs
+from student.settings import LossConfig, Schedule, Weight
+from student.targets.stored_target import StoredTarget
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, others: Tensor, shares: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -36,7 +36,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, others: Tensor, shares: Tensor
 POOLED = True
 
 
-class Settings(Term):
+class Settings(LossConfig):
     """Cross-entropy with the labels.
 
     `heads` is for students with a distillation token: the class head alone, or the mean over both heads; by default
@@ -49,12 +49,12 @@ class Settings(Term):
     heads: Literal["class", "both"] | None = None
 
 
-def reads(settings: Settings) -> frozenset[Reads]:
+def reads(settings: Settings) -> frozenset[StudentTap]:
     """Labels and logits."""
     return frozenset({"labels", "logits"})
 
 
-def need(name: str, settings: Settings, student: Shape) -> None:
+def need(name: str, settings: Settings, student: StudentSpec) -> None:
     """Labels are all it takes."""
     return
 
@@ -64,11 +64,11 @@ class Method(nn.Module):
 
     row = None
 
-    def __init__(self, name: str, settings: Settings, student: Shape, given: Sequence[Given]) -> None:
+    def __init__(self, name: str, settings: Settings, student: StudentSpec, given: Sequence[StoredTarget]) -> None:
         super().__init__()
         self.smoothing, self.both = settings.smoothing, settings.heads != "class"
 
-    def forward(self, step: Step) -> Tensor:
+    def forward(self, step: LossInputs) -> Tensor:
         """The loss of one step."""
         heads = [step.logits, step.distilled] if self.both else [step.logits]
         losses = [

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from student.alignment.rules import align_classes
-from student.alignment.student_spec import Shape
-from student.alignment.student_taps import Reads
-from student.losses.base import Step
-from student.settings import Taught
-from student.targets.requirement import Need
-from student.targets.stored_target import Given
+from student.alignment.student_spec import StudentSpec
+from student.alignment.student_taps import StudentTap
+from student.losses.base import LossInputs
+from student.settings import TeacherLossConfig
+from student.targets.requirement import TargetRequirement
+from student.targets.stored_target import StoredTarget
 
 Reduce = Literal["numel", "batch"]
 
@@ -48,7 +48,7 @@ def hard(logits: Tensor, teacher: Tensor) -> Tensor:
 POOLED = True
 
 
-class Settings(Taught):
+class Settings(TeacherLossConfig):
     """Distillation from logits."""
 
     method: Literal["deit"] = "deit"
@@ -58,25 +58,25 @@ class Settings(Taught):
     same_classes: bool = Field(False, description="both lists of classes are the same, where one is not known")
 
 
-def reads(settings: Settings) -> frozenset[Reads]:
+def reads(settings: Settings) -> frozenset[StudentTap]:
     """Logits."""
     return frozenset({"logits"})
 
 
-def need(name: str, settings: Settings, student: Shape) -> Need:
+def need(name: str, settings: Settings, student: StudentSpec) -> TargetRequirement:
     """The teacher's logits."""
-    return Need(name, (("logits",),), settings.teacher, settings.target)
+    return TargetRequirement(name, (("logits",),), settings.teacher, settings.target)
 
 
 class Method(nn.Module):
     """Distillation from logits as a term of the training loss."""
 
-    def __init__(self, name: str, settings: Settings, student: Shape, given: Sequence[Given]) -> None:
+    def __init__(self, name: str, settings: Settings, student: StudentSpec, given: Sequence[StoredTarget]) -> None:
         super().__init__()
         self.row = align_classes(name, given[0], student, settings.same_classes)
         self.name, self.settings = name, settings
 
-    def forward(self, step: Step) -> Tensor:
+    def forward(self, step: LossInputs) -> Tensor:
         """The loss of one step; notes how often student and teacher decide alike."""
         (teacher,) = step.targets
         logits = step.logits if step.distilled is None else step.distilled

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from storage.errors import UserError
-from student.alignment.student_spec import Shape
-from student.alignment.student_taps import Reads
-from student.alignment.tokens import Vectors
+from student.alignment.student_spec import StudentSpec
+from student.alignment.student_taps import StudentTap
+from student.alignment.tokens import TokenAligner
 from student.losses.attention_transfer import squares
-from student.losses.base import Step
-from student.settings import Layers, Matched, setting
-from student.targets.requirement import Need
-from student.targets.stored_target import Given
+from student.losses.base import LossInputs
+from student.settings import AlignedLossConfig, Layers, setting
+from student.targets.requirement import TargetRequirement
+from student.targets.stored_target import StoredTarget
 
 
-class Settings(Matched):
+class Settings(AlignedLossConfig):
     """Residual streams by their mean squared error."""
 
     method: Literal["features"] = "features"
@@ -33,27 +33,27 @@ class Settings(Matched):
     projection: Literal["linear"] | None = None
 
 
-def reads(settings: Settings) -> frozenset[Reads]:
+def reads(settings: Settings) -> frozenset[StudentTap]:
     """The student's residual streams."""
     return frozenset({"streams"})
 
 
-def need(name: str, settings: Settings, student: Shape) -> Need:
+def need(name: str, settings: Settings, student: StudentSpec) -> TargetRequirement:
     """Tokens of layers."""
-    return Need(name, (("tokens",),), settings.teacher, settings.target)
+    return TargetRequirement(name, (("tokens",),), settings.teacher, settings.target)
 
 
 class Method(nn.Module):
     """Feature distillation as a term of the training loss; a projection is trained with the student."""
 
-    def __init__(self, name: str, settings: Settings, student: Shape, given: Sequence[Given]) -> None:
+    def __init__(self, name: str, settings: Settings, student: StudentSpec, given: Sequence[StoredTarget]) -> None:
         super().__init__()
         if not given[0].target["identity"]["layers"]:
             raise UserError(
                 f"{name}: target {given[0].id} holds tokens after the final norm, and this loss compares residual "
                 "streams; add them: pipeline precompute … --target tokens,layers=last"
             )
-        self.vectors = Vectors(name, settings, student, given)
+        self.vectors = TokenAligner(name, settings, student, given)
         self.row = self.vectors.row
         count = len(self.vectors.pairs)
         self.projections: nn.ModuleList | None = None
@@ -62,7 +62,7 @@ class Method(nn.Module):
         else:
             self.vectors.require_width(f"a trained map between them: --set {setting(name)}.projection=linear")
 
-    def forward(self, step: Step) -> Tensor:
+    def forward(self, step: LossInputs) -> Tensor:
         """The loss of one step."""
         mine, theirs = self.vectors.student_vectors(step.student.streams), self.vectors.teacher_vectors(step.targets[0])
         if self.projections is not None:

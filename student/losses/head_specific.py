@@ -16,14 +16,14 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.special import xlogy
 
-from student.alignment.attention import Rows
+from student.alignment.attention import AttentionAligner
 from student.alignment.rules import align_classes
-from student.alignment.student_spec import Shape
-from student.alignment.student_taps import Reads
-from student.losses.base import Step
-from student.settings import FirstHeads, HeadMap, HeadPairs, Matched
-from student.targets.requirement import Need
-from student.targets.stored_target import Given
+from student.alignment.student_spec import StudentSpec
+from student.alignment.student_taps import StudentTap
+from student.losses.base import LossInputs
+from student.settings import AlignedLossConfig, FirstHeads, HeadMap, HeadPairs
+from student.targets.requirement import TargetRequirement
+from student.targets.stored_target import StoredTarget
 
 
 def difference(student: Tensor, teacher: Tensor, kind: Literal["mse", "mse-softmax", "ce", "kl"]) -> Tensor:
@@ -58,7 +58,7 @@ def rightness(logits: Tensor, labels: Tensor, others: Tensor, shares: Tensor) ->
     return torch.lerp((decided == labels).to(shares), (decided == others).to(shares), shares)
 
 
-class Settings(Matched):
+class Settings(AlignedLossConfig):
     """Attention of chosen heads, one to one."""
 
     method: Literal["head_specific"] = "head_specific"
@@ -68,35 +68,35 @@ class Settings(Matched):
     same_classes: bool = Field(False, description="as for deit; for adaptive: teacher-correct")
 
 
-def reads(settings: Settings) -> frozenset[Reads]:
+def reads(settings: Settings) -> frozenset[StudentTap]:
     """The student's attention, and labels where samples are weighted."""
     return frozenset({"attention"} if settings.adaptive == "none" else {"attention", "labels"})
 
 
-def need(name: str, settings: Settings, student: Shape) -> Need:
+def need(name: str, settings: Settings, student: StudentSpec) -> TargetRequirement:
     """Whole maps, or q and k; scores come from q and k alone, since maps have lost a constant of each row."""
     taps: tuple[tuple[str, ...], ...] = (("q", "k"),) if settings.loss == "mse" else (("attention",), ("q", "k"))
     if settings.adaptive == "teacher-correct":
         taps = tuple((*several, "logits") for several in taps)
-    return Need(name, taps, settings.teacher, settings.target)
+    return TargetRequirement(name, taps, settings.teacher, settings.target)
 
 
 class Method(nn.Module):
     """Head-specific distillation as a term of the training loss."""
 
-    def __init__(self, name: str, settings: Settings, student: Shape, given: Sequence[Given]) -> None:
+    def __init__(self, name: str, settings: Settings, student: StudentSpec, given: Sequence[StoredTarget]) -> None:
         super().__init__()
         self.name, self.loss, self.adaptive = name, settings.loss, settings.adaptive
         classes = None
         if settings.adaptive == "teacher-correct":
             *given, last = given
             classes = align_classes(name, last, student, settings.same_classes)
-        self.rows = Rows(name, settings, student, given, "scores" if settings.loss == "mse" else "all")
+        self.rows = AttentionAligner(name, settings, student, given, "scores" if settings.loss == "mse" else "all")
         self.row = self.rows.row
         if classes is not None:
             self.row = replace(self.row, rule=f"{self.row.rule}; {classes.teacher}: {classes.rule}")
 
-    def forward(self, step: Step) -> Tensor:
+    def forward(self, step: LossInputs) -> Tensor:
         """The loss of one step; notes how much of it is kept where samples are weighted."""
         of_student = self.rows.student_logs if self.loss in ("ce", "kl") else self.rows.student_rows
         mine = of_student(step.student.q, step.student.k, step.student.scales)

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from storage.errors import UserError
-from student.alignment.student_spec import Shape, full
-from student.alignment.student_taps import Reads
-from student.alignment.tokens import Vectors
-from student.losses.base import Step
+from student.alignment.student_spec import StudentSpec, full
+from student.alignment.student_taps import StudentTap
+from student.alignment.tokens import TokenAligner
+from student.losses.base import LossInputs
 from student.losses.parts.projector import EMBEDDINGS, ClassToken, words
-from student.settings import Matched, Projected
-from student.targets.requirement import Need
-from student.targets.stored_target import Given
+from student.settings import AlignedLossConfig, ProjectorLossConfig
+from student.targets.requirement import TargetRequirement
+from student.targets.stored_target import StoredTarget
 
 Reading = Literal["mse", "l2", "sq", "cosine"]
 
@@ -47,7 +47,7 @@ def distance(student: Tensor, teacher: Tensor, reading: Reading = "mse") -> Tens
     return each.mean()
 
 
-class Settings(Projected):
+class Settings(ProjectorLossConfig):
     """The projected class token by its distance.
 
     tokens: the `class` token, the `patches` (which need a `tokens` target), or `both`.
@@ -60,32 +60,32 @@ class Settings(Projected):
     grid: Literal["bicubic"] | None = None
 
 
-def reads(settings: Settings) -> frozenset[Reads]:
+def reads(settings: Settings) -> frozenset[StudentTap]:
     """The student's final tokens."""
     return frozenset({"tokens"})
 
 
-def need(name: str, settings: Settings, student: Shape) -> Need:
+def need(name: str, settings: Settings, student: StudentSpec) -> TargetRequirement:
     """The teacher's class token, or the pooled features of one without; with patches all tokens after the norm."""
     taps = EMBEDDINGS if settings.tokens == "class" else (("tokens",),)
-    return Need(name, taps, settings.teacher, settings.target)
+    return TargetRequirement(name, taps, settings.teacher, settings.target)
 
 
 class Method(nn.Module):
     """Projector alignment as a term of the training loss."""
 
-    def __init__(self, name: str, settings: Settings, student: Shape, given: Sequence[Given]) -> None:
+    def __init__(self, name: str, settings: Settings, student: StudentSpec, given: Sequence[StoredTarget]) -> None:
         super().__init__()
         self.reading, self.tokens = settings.loss, settings.tokens
         self.token = ClassToken(name, settings, student, given[0])
         self.row = self.token.row
-        self.patches: Vectors | None = None
+        self.patches: TokenAligner | None = None
         if self.tokens != "class":
             self.patches = _patches(name, settings, student, given[0])
             self.row = replace(self.patches.row, rule=f"{self.patches.row.rule}; {words(settings)}")
             self.theirs = given[0].teacher["prefix"].index("class") if self.tokens == "both" else 0
 
-    def forward(self, step: Step) -> Tensor:
+    def forward(self, step: LossInputs) -> Tensor:
         """The loss of one step."""
         seen, (target,) = step.student, step.targets
         if self.patches is None:
@@ -99,7 +99,7 @@ class Method(nn.Module):
         return loss + distance(self.token(seen), full(target[:, 0, self.theirs]), self.reading)
 
 
-def _patches(name: str, settings: Settings, student: Shape, given: Given) -> Vectors:
+def _patches(name: str, settings: Settings, student: StudentSpec, given: StoredTarget) -> TokenAligner:
     """How the patch tokens of both sides meet.
 
     Raises:
@@ -114,4 +114,4 @@ def _patches(name: str, settings: Settings, student: Shape, given: Given) -> Vec
         raise UserError(
             f"{name}: the teacher has no class token; align patches alone: --set losses.{name}.tokens=patches"
         )
-    return Vectors(name, Matched(layers="last", grid=settings.grid), student, [given])
+    return TokenAligner(name, AlignedLossConfig(layers="last", grid=settings.grid), student, [given])

@@ -13,14 +13,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from student.alignment.student_spec import Shape, full
-from student.alignment.student_taps import Reads
-from student.losses.base import Step
+from student.alignment.student_spec import StudentSpec, full
+from student.alignment.student_taps import StudentTap
+from student.losses.base import LossInputs
 from student.losses.parts.projector import EMBEDDINGS, ClassToken
 from student.losses.parts.queue import Queue, unit
-from student.settings import Projected
-from student.targets.requirement import Need
-from student.targets.stored_target import Given
+from student.settings import ProjectorLossConfig
+from student.targets.requirement import TargetRequirement
+from student.targets.stored_target import StoredTarget
 
 
 def cross_entropy(student: Tensor, teacher: Tensor, queue: Tensor, tau_student: float, tau_teacher: float) -> Tensor:
@@ -42,7 +42,7 @@ def cross_entropy(student: Tensor, teacher: Tensor, queue: Tensor, tau_student: 
     return -(target * (mine / tau_student).log_softmax(1)).sum(1).mean()
 
 
-class Settings(Projected):
+class Settings(ProjectorLossConfig):
     """Similarities to a queue of the teacher's embeddings and to the sample's own."""
 
     method: Literal["seed"] = "seed"
@@ -51,27 +51,27 @@ class Settings(Projected):
     tau_teacher: float = Field(0.01, gt=0)
 
 
-def reads(settings: Settings) -> frozenset[Reads]:
+def reads(settings: Settings) -> frozenset[StudentTap]:
     """The student's final tokens."""
     return frozenset({"tokens"})
 
 
-def need(name: str, settings: Settings, student: Shape) -> Need:
+def need(name: str, settings: Settings, student: StudentSpec) -> TargetRequirement:
     """The teacher's class token, or the pooled features of one without."""
-    return Need(name, EMBEDDINGS, settings.teacher, settings.target)
+    return TargetRequirement(name, EMBEDDINGS, settings.teacher, settings.target)
 
 
 class Method(nn.Module):
     """SEED as a term of the training loss."""
 
-    def __init__(self, name: str, settings: Settings, student: Shape, given: Sequence[Given]) -> None:
+    def __init__(self, name: str, settings: Settings, student: StudentSpec, given: Sequence[StoredTarget]) -> None:
         super().__init__()
         self.settings = settings
         self.token = ClassToken(name, settings, student, given[0])
         self.queue = Queue(settings.queue, self.token.width)
         self.row = self.token.row
 
-    def forward(self, step: Step) -> Tensor:
+    def forward(self, step: LossInputs) -> Tensor:
         """The loss of one step; offers the teacher's embeddings to the queue."""
         mine, theirs = unit(self.token(step.student)), unit(full(step.targets[0]))
         self.queue.offer(theirs)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from precompute.taps import attention_layers
 from storage.errors import UserError
-from student.settings import Copying
+from student.settings import AttentionCopyConfig
 
 COPIED = "copied."  # what tensors that every image gets are called in a student's file
 
@@ -30,7 +30,7 @@ class AttentionSource(Protocol):
         """The attention that a batch's images copy."""
 
 
-class Copies:
+class AttentionCopyHooks:
     """The places of a student where copied attention goes in.
 
     A student that it is attached to does not run before it is told what to attend with.
@@ -100,13 +100,13 @@ class Copies:
         return torch.cat([own[..., : 2 * width], self._of("v", at, values).transpose(1, 2).flatten(2)], -1)
 
 
-def copies_of(model: nn.Module) -> Copies | None:
+def attention_copy_hooks(model: nn.Module) -> AttentionCopyHooks | None:
     """The copies that are attached to a student."""
     found = getattr(model, "teacher_copies", None)
-    return found if isinstance(found, Copies) else None
+    return found if isinstance(found, AttentionCopyHooks) else None
 
 
-def copies_in(record: Mapping[str, Any]) -> Copies:
+def copies_in(record: Mapping[str, Any]) -> AttentionCopyHooks:
     """The places of a recorded student where copied attention goes in. Raises KeyError, ValueError or TypeError."""
-    settings = Copying.model_validate(record["settings"])
-    return Copies(settings.what, [int(n) for n in record["layers"]], int(record["heads"]))
+    settings = AttentionCopyConfig.model_validate(record["settings"])
+    return AttentionCopyHooks(settings.what, [int(n) for n in record["layers"]], int(record["heads"]))

@@ -12,11 +12,11 @@ from pydantic import Field, Strict, model_validator
 from torch import nn
 
 from precompute.taps import takes_image_size
-from storage.errors import UserError, first_line, nearest
+from storage.errors import UserError, did_you_mean, first_line
 from storage.objects.record_schema import Count, Id, Schema, Several, Sha256, Size, Three
 from storage.views.policy import policy
 from student.models.shifted_patch import shift_patches
-from student.settings import WITH_CLASS, Copying, Student
+from student.settings import WITH_CLASS, AttentionCopyConfig, StudentConfig
 
 _ARGUMENTS = (
     "img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "global_pool", "drop_path_rate",
@@ -29,7 +29,7 @@ class CopyingRecord(Schema):
 
     layers: Annotated[Several[Count], Field(min_length=1)]
     heads: Size
-    settings: Copying
+    settings: AttentionCopyConfig
     store: str
     teacher: str
     targets: Annotated[Several[Id], Field(min_length=1)]
@@ -64,7 +64,7 @@ class DescriptionRecord(Schema):
         return self
 
 
-def build(settings: Student, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
+def build(settings: StudentConfig, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
     """A new student and the arguments that `timm.create_model` makes it of.
 
     Raises:
@@ -75,7 +75,7 @@ def build(settings: Student, num_classes: int) -> tuple[nn.Module, dict[str, Any
         longer = min((name for name in known if name.startswith(settings.model)), key=len, default=None)
         family = [name for name in known if name.split("_")[0] == settings.model.split("_")[0]]
         close = difflib.get_close_matches(settings.model, family or known, cutoff=0.5)
-        hint = nearest(settings.model, close) if close else f"One that it has: {WITH_CLASS!r}."
+        hint = did_you_mean(settings.model, close) if close else f"One that it has: {WITH_CLASS!r}."
         hint = f"Did you mean {longer!r}?" if longer else hint
         raise UserError(f"student.model: timm has no {settings.model!r}. {hint}")
     arguments = {name: getattr(settings, name) for name in _ARGUMENTS if getattr(settings, name) is not None}
@@ -134,7 +134,7 @@ def _unknown(model: str, arguments: dict[str, Any]) -> list[str]:
             return []
 
 
-def input_size(model: nn.Module, settings: Student) -> int:
+def input_size(model: nn.Module, settings: StudentConfig) -> int:
     """The side of the square images that a student takes."""
     if settings.img_size:
         return settings.img_size

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from student.models.files import Description
-from student.settings import COPYING
+from student.models.files import StudentDescription
+from student.settings import ATTENTION_COPY
 
 _BARE = """```python
 import timm
@@ -68,7 +68,7 @@ _NEEDS_FILE = "That lies in its file beside the weights, and this code puts it i
 
 
 def card(
-    about: Description,
+    about: StudentDescription,
     result: Mapping[str, Any],
     identity: Mapping[str, Any],
     recipe: Mapping[str, Any],
@@ -124,7 +124,7 @@ def card(
     for loss, targets in identity["targets"].items():
         for target in targets:
             teacher = teachers[target]
-            what = "copied attention" if loss == COPYING else f"loss `{loss}`"
+            what = "copied attention" if loss == ATTENTION_COPY else f"loss `{loss}`"
             lines.append(
                 f"- {what}: target {target} of teacher {teacher['id']} ({teacher['identity']['model']}, weights "
                 f"{Path(teacher['weights']).name}, sha256 {teacher['identity']['weights sha256'][:12]})"
@@ -145,7 +145,7 @@ def card(
     return "\n".join(lines)
 
 
-def _loading(about: Description, control: Mapping[str, Any]) -> str:
+def _loading(about: StudentDescription, control: Mapping[str, Any]) -> str:
     """How the student is loaded, fed, and made a teacher."""
     mean, std = _three(about.mean), _three(about.std)
     if about.copying is not None:

@@ -12,16 +12,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from storage.errors import UserError, first_line
-from storage.objects.atomic import written_whole
+from storage.objects.atomic import atomic_write
 from storage.objects.record_schema import checked
 from storage.unicode_names import all_normalized
-from student.models.attention_copy_hooks import COPIED, copies_in, copies_of
+from student.models.attention_copy_hooks import COPIED, attention_copy_hooks, copies_in
 from student.models.build import DescriptionRecord, create
 from student.models.shifted_patch import shift_patches
 
 
 @dataclass(frozen=True)
-class Description:
+class StudentDescription:
     """What rebuilds a student: `timm.create_model(model, **arguments)`, and how to feed and read it.
 
     `shifted_patches` says that its patches are made by `student.shifted`, in place of timm's convolution.
@@ -43,10 +43,10 @@ class Description:
         return self.arguments.get("num_classes") != 0
 
 
-def save(path: Path, model: nn.Module, description: Description) -> None:
+def save_student(path: Path, model: nn.Module, description: StudentDescription) -> None:
     """Write the state dict with its description, whole or not at all."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    if copies := copies_of(model):
+    if copies := attention_copy_hooks(model):
         state |= {f"{COPIED}{part}": tensor.detach().cpu().contiguous() for part, tensor in copies.fixed.items()}
     metadata = {
         "format": "pt",
@@ -60,12 +60,12 @@ def save(path: Path, model: nn.Module, description: Description) -> None:
         **({"shifted_patches": "true"} if description.shifted_patches else {}),
         **({"copying": json.dumps(description.copying)} if description.copying else {}),
     }
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file(state, temporary, metadata)
 
 
-def load(path: Path) -> tuple[nn.Module, Description]:
-    """A student that `save` wrote, in eval mode.
+def load_student(path: Path) -> tuple[nn.Module, StudentDescription]:
+    """A student that `save_student` wrote, in eval mode.
 
     Raises:
         UserError: no such file, or not a student's.
@@ -78,7 +78,7 @@ def load(path: Path) -> tuple[nn.Module, Description]:
         said |= {name: metadata[name] for name in ("model", "evaluation")}
         said["copying"] = json.loads(metadata.get("copying", "null"))
         record = checked(DescriptionRecord, said, str(path), "Give a student that `pipeline train` wrote.")
-        description = Description(
+        description = StudentDescription(
             record.model, record.arguments, record.img_size, record.mean, record.std,
             tuple(all_normalized(record.classes or ())) or None,
             record.evaluation, metadata.get("shifted_patches") == "true", said["copying"],
@@ -106,13 +106,13 @@ def load(path: Path) -> tuple[nn.Module, Description]:
     return model.eval(), description
 
 
-def load_classifier(path: Path) -> tuple[nn.Module, Description]:
+def load_classifier(path: Path) -> tuple[nn.Module, StudentDescription]:
     """Likewise, of a student that answers with classes.
 
     Raises:
         UserError: also where it has no classifier.
     """
-    model, about = load(path)
+    model, about = load_student(path)
     if not about.classifies:
         raise UserError(
             f"{path}: this student was trained without labels and has no classifier; its features are measured by "

@@ -16,15 +16,17 @@ from storage.objects.state_dict import (
     chosen_in,
     classes_in,
     copies_attention,
-    fitted,
-    misfits,
+    mismatches,
     normalisation_in,
+    rename_to_fit,
 )
 from student.models.attention_copy_hooks import COPIED
-from student.settings import Student
+from student.settings import StudentConfig
 
 
-def begin_from(model: nn.Module, settings: Student, classes: Sequence[str] | None, say: Callable[[str], None]) -> None:
+def begin_from(
+    model: nn.Module, settings: StudentConfig, classes: Sequence[str] | None, say: Callable[[str], None]
+) -> None:
     """Give a new student the weights that its settings name, if any; what is taken and what is new is said.
 
     Position embeddings of another grid are resampled as timm does. A head of other classes stays new; of a student
@@ -53,7 +55,7 @@ def begin_from(model: nn.Module, settings: Student, classes: Sequence[str] | Non
     known = classes_in(settings.weights) if settings.weights else None
     if settings.shifted_patches:  # timm would bring a convolution's weights into the shape of the one that is not there
         state.pop("patch_embed.proj.weight", None)
-    state = fitted(model, state, where)
+    state = rename_to_fit(model, state, where)
     own = model.state_dict()
     chosen = matching(settings.init, own, "student.init")
     others = bool(known and classes and tuple(classes) != known)
@@ -68,7 +70,7 @@ def begin_from(model: nn.Module, settings: Student, classes: Sequence[str] | Non
         unused = [name for name in state if name not in own and name.rpartition(".")[0] in _classifiers(model)]
         left = {*unused, *(_twin(name) for name in norms)}
         found |= {name: tensor for name, tensor in state.items() if name not in own and name not in left}
-    problems = misfits(_shapes(taken), _shapes(found))
+    problems = mismatches(_shapes(taken), _shapes(found))
     if problems:
         raise UserError(f"{where}: does not fit {settings.model}: {problems}{_proposal(own, state)}")
     model.load_state_dict({**own, **{name: found[name] for name in taken}})
@@ -83,7 +85,7 @@ def begin_from(model: nn.Module, settings: Student, classes: Sequence[str] | Non
     say(text)
 
 
-def normalisation(settings: Student) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+def normalisation(settings: StudentConfig) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Mean and standard deviation of the pixels that a student is fed with, three channels each."""
     found: dict[str, tuple[float, float, float]] = {}
     if settings.pretrained or settings.weights:

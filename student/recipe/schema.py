@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 from pydantic import BeforeValidator, Discriminator, Field, model_validator
 
 from student.losses.registry import methods
-from student.settings import Bank, Copying, Section, Student, Term
+from student.settings import AttentionCopyConfig, BankChoice, ConfigModel, LossConfig, StudentConfig
 
 if TYPE_CHECKING:
-    Loss = Term
+    Loss = LossConfig
 else:  # of every method that is there
     Loss = Union[tuple(module.Settings for module in methods().values())]  # noqa: UP007
 
@@ -31,7 +31,7 @@ Name = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
 Losses = Annotated[dict[Name, Annotated[Loss, Discriminator("method")]], BeforeValidator(_by_name)]
 
 
-class Optim(Section):
+class OptimConfig(ConfigModel):
     """timm's optimiser and schedule. `lr`, or `lr_base` for `lr_base_size` samples a batch, scaled linearly."""
 
     opt: str = "adamw"
@@ -54,7 +54,7 @@ def _by_id(value: Any) -> Any:
     return {"id": value} if isinstance(value, str) else value
 
 
-class StreamSettings(Section):
+class StreamConfig(ConfigModel):
     """Batches and their order."""
 
     batch_size: int = Field(128, ge=1)
@@ -63,10 +63,10 @@ class StreamSettings(Section):
     window: int = Field(4, ge=1)
     views: int | None = Field(None, ge=1)
     memory: float | None = Field(None, gt=0, description="GiB that lanes may hold")
-    bank: Annotated[Bank, BeforeValidator(_by_id)] = Bank()
+    bank: Annotated[BankChoice, BeforeValidator(_by_id)] = BankChoice()
 
 
-class Control(Section):
+class ControlConfig(ConfigModel):
     """Controls of a claim: the same run with targets that cannot know the image. One of them at most.
 
     permute_targets: targets of other images of the same block, by a fixed derangement of this seed.
@@ -77,13 +77,13 @@ class Control(Section):
     mean_targets: bool = False
 
     @model_validator(mode="after")
-    def _one(self) -> Control:
+    def _one(self) -> ControlConfig:
         if self.permute_targets is not None and self.mean_targets:
             raise ValueError("permute_targets and mean_targets are both given; choose one")
         return self
 
 
-class Speed(Section):
+class PrecisionConfig(ConfigModel):
     """How the student is computed.
 
     amp: none is float32; `auto` takes what the device computes natively, which is said and kept when it is resumed.
@@ -95,17 +95,17 @@ class Speed(Section):
     compile: bool = False
 
 
-class Recipe(Section):
+class Recipe(ConfigModel):
     """A whole recipe."""
 
-    student: Student = Student()
+    student: StudentConfig = StudentConfig()
     losses: Losses
-    copying: Copying | None = None
-    optim: Optim = Optim()
+    copying: AttentionCopyConfig | None = None
+    optim: OptimConfig = OptimConfig()
     ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged student; None: none is kept")
-    stream: StreamSettings = StreamSettings()
-    control: Control = Control()
-    speed: Speed = Speed()
+    stream: StreamConfig = StreamConfig()
+    control: ControlConfig = ControlConfig()
+    speed: PrecisionConfig = PrecisionConfig()
     val_interval: int = Field(1, ge=1, description="epochs between evaluations; the last one is always evaluated")
     checkpoint_interval: int | None = Field(None, ge=1, description="steps between checkpoints within an epoch")
     tensorboard: bool = False

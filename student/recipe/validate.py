@@ -7,10 +7,10 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from storage.errors import UserError, nearest
+from storage.errors import UserError, did_you_mean
 from student.losses.registry import methods
 from student.recipe.schema import Recipe
-from student.settings import COPYING
+from student.settings import ATTENTION_COPY
 
 
 def validate(content: Any, where: str) -> Recipe:
@@ -26,7 +26,7 @@ def validate(content: Any, where: str) -> Recipe:
     except ValidationError as error:
         lines = dict.fromkeys(_explain(problem) for problem in error.errors())
         raise UserError(f"{where}: " + "; ".join(lines)) from None
-    if COPYING in recipe.losses:
+    if ATTENTION_COPY in recipe.losses:
         raise UserError(f"{where}: losses.copying: copying is a section beside losses; call the loss otherwise")
     if not recipe.losses:
         raise UserError(f"{where}: losses: none is on; known: {', '.join(methods())}")
@@ -59,7 +59,7 @@ def _explain(problem: Any) -> str:
     path = [str(part) for part in problem["loc"]]
     section: Any = Recipe
     if path[0] == "losses" and problem["type"] == "union_tag_invalid":
-        known = nearest(str(problem["ctx"]["tag"]), methods())
+        known = did_you_mean(str(problem["ctx"]["tag"]), methods())
         return f"{'.'.join(path)}: no such loss. {known} A second loss of one kind has a name of its own and `method`."
     below = path[1:] if path[0] != "losses" or len(path) < 3 else path[3:]
     if path[0] == "losses" and len(path) > 2:
@@ -107,7 +107,7 @@ def suggested(part: str, section: Any) -> str:
     homes = [f"{name}.{part}" for name, other in sections.items() if other and part in other.model_fields]
     if homes and section in (Recipe, *sections.values()):
         return f"Did you mean {homes[0]!r}?"
-    return nearest(part, section.model_fields)
+    return did_you_mean(part, section.model_fields)
 
 
 def section_of(section: Any, part: str) -> Any:

@@ -6,9 +6,9 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from precompute.taps.target_spec import ranges
+from precompute.taps.target_spec import parse_ranges
 from storage.errors import UserError
-from storage.objects.state_dict import HUB, READY
+from storage.objects.state_dict import HUB, ONNX_FILE
 from storage.shards.index import cached_index
 from storage.store.banks import bank_policy
 from storage.store.codecs import Codec
@@ -17,7 +17,7 @@ from storage.store.store import Store
 from storage.views.policy import Policy
 from student.data.source import Source
 from student.targets import hints
-from student.targets.stored_target import Given
+from student.targets.stored_target import StoredTarget
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class EvaluationTargets:
 
 
 def evaluation_targets(
-    store: Store, given: Sequence[Given], urls: Sequence[str], view: Policy, why: str, permute: int | None = None
+    store: Store, given: Sequence[StoredTarget], urls: Sequence[str], view: Policy, why: str, permute: int | None = None
 ) -> EvaluationTargets:
     """Targets like those given, of the images of shards in the evaluation view.
 
@@ -80,7 +80,7 @@ def evaluation_targets(
 
 
 def kept_of(
-    store: Store, given: Sequence[Given], urls: Sequence[str], view: Policy
+    store: Store, given: Sequence[StoredTarget], urls: Sequence[str], view: Policy
 ) -> tuple[tuple[str, ...], list[str]]:
     """Ids of the targets like those given in the evaluation view, and the shards that lack some of them."""
     wanted = [{**one.target["identity"], "bank": view.bank} for one in given]
@@ -96,11 +96,11 @@ def kept_of(
     return targets, lacking
 
 
-def command(store: Store, given: Sequence[Given], urls: Sequence[str], view: Policy, *, new_bank: bool) -> str:
+def command(store: Store, given: Sequence[StoredTarget], urls: Sequence[str], view: Policy, *, new_bank: bool) -> str:
     """The `pipeline precompute` that makes targets like those given for other shards in another view."""
     teacher = given[0].teacher
     about = teacher["identity"]
-    ready = about["model"] == READY
+    ready = about["model"] == ONNX_FILE
     weights = None if ready or teacher["weights"] == HUB else teacher["weights"]
     words = hints.precompute(
         teacher["weights"] if ready else about["model"], teacher["id"], weights, about["arguments"], about["mean"],
@@ -109,7 +109,7 @@ def command(store: Store, given: Sequence[Given], urls: Sequence[str], view: Pol
     words += ["--view-policy", view.line, "--view-size", str(view.size), *(["--new-bank"] if new_bank else [])]
     wishes: dict[str, list[str]] = {}  # layers and codec -> taps
     for one in (one.target["identity"] for one in given):
-        layers = f",layers={ranges(one['layers'])}" if one["layers"] else ""
+        layers = f",layers={parse_ranges(one['layers'])}" if one["layers"] else ""
         wishes.setdefault(f"{layers},codec={one['codec']}", []).append(one["tap"])
         for name in one.get("tensors", ()):
             words += ["--tap", f"{one['tap']}={name}"]

@@ -8,7 +8,7 @@ from student.settings import What
 
 
 @dataclass(frozen=True)
-class Need:
+class TargetRequirement:
     """What a loss wants to read: taps that serve, and what the recipe says of its teacher and target.
 
     Attributes:

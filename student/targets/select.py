@@ -12,10 +12,10 @@ from storage.store.banks import policy_of
 from storage.store.store import Store
 from storage.views.policy import policy as make_policy
 from student.settings import setting
-from student.targets.requirement import Need
+from student.targets.requirement import TargetRequirement
 
 if TYPE_CHECKING:
-    from student.settings import Bank
+    from student.settings import BankChoice
 
 
 _WORDS = ("asked for", "the store has")
@@ -23,7 +23,9 @@ _WORDS = ("asked for", "the store has")
 Found = tuple[str, ...]  # ids of targets that are read together, in the order of their taps
 
 
-def choose(store: Store, shards: Sequence[str], needs: Sequence[Need], bank: Bank) -> tuple[str, dict[str, Found]]:
+def select_targets(
+    store: Store, shards: Sequence[str], needs: Sequence[TargetRequirement], bank: BankChoice
+) -> tuple[str, dict[str, Found]]:
     """The bank's id, and loss -> ids of its targets.
 
     Args:
@@ -67,7 +69,7 @@ def _bank(manifest: Record) -> str:
     return str(manifest["identity"]["bank"])
 
 
-def _banks(store: Store, shards: Sequence[str], wish: Bank) -> list[str]:
+def _banks(store: Store, shards: Sequence[str], wish: BankChoice) -> list[str]:
     """Banks that have views of all the shards and are what the recipe wishes."""
     views = {(task.id, task.shard) for task in store.done() if task.kind == "bank"}
     there = {
@@ -98,7 +100,9 @@ def _banks(store: Store, shards: Sequence[str], wish: Bank) -> list[str]:
     return list(there)
 
 
-def _fitting(store: Store, need: Need, manifests: Mapping[str, Record], banks: Sequence[str]) -> list[Found]:
+def _fitting(
+    store: Store, need: TargetRequirement, manifests: Mapping[str, Record], banks: Sequence[str]
+) -> list[Found]:
     """What serves a need: the first of its alternatives that the store has."""
     refused: list[UserError] = []
     for taps in need.taps:
@@ -131,7 +135,9 @@ def _together(manifests: Sequence[Record]) -> bool:
     return len({(m["teacher"], _bank(m)) for m in manifests}) == 1 and len(layers) <= 1
 
 
-def _of_tap(store: Store, need: Need, tap: str, manifests: Mapping[str, Record], banks: Sequence[str]) -> list[str]:
+def _of_tap(
+    store: Store, need: TargetRequirement, tap: str, manifests: Mapping[str, Record], banks: Sequence[str]
+) -> list[str]:
     """Ids of the targets of a tap that are as the need says."""
     fits = [id for id, manifest in manifests.items() if manifest["identity"]["tap"] == tap]
     if not fits:

@@ -9,7 +9,7 @@ from storage.store.store import Store
 
 
 @dataclass(frozen=True)
-class Given:
+class StoredTarget:
     """What a store gives a loss: the manifest of a target and that of its teacher."""
 
     target: Record
@@ -21,7 +21,7 @@ class Given:
         return str(self.target["id"])
 
 
-def given_of(store: Store, target: str) -> Given:
+def stored_target(store: Store, target: str) -> StoredTarget:
     """The manifests of a target and of its teacher."""
     manifest = store.target(target)
-    return Given(manifest, store.teacher_of(manifest))
+    return StoredTarget(manifest, store.teacher_of(manifest))

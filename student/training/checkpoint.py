@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from storage.errors import IdentityError, UserError, first_line
-from storage.objects.atomic import written_whole
+from storage.objects.atomic import atomic_write
 from storage.objects.checkpoint_file import refused_in
 from storage.objects.record_schema import Schema, Size, Three, checked
 from storage.unicode_names import normalized
@@ -41,7 +41,7 @@ class IdentityRecord(Schema):
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
     """Write a checkpoint under a temporary name, sync it and rename it: there is always the old one or the new one."""
-    with written_whole(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         torch.save({"format": FORMAT, **content}, file)
         file.flush()
         os.fsync(file.fileno())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from storage.progress import Progress
-from student.alignment.attention import Rows
+from student.alignment.attention import AttentionAligner
 from student.data.block_reader import BlockReader
 from student.data.stream import Stream
 
@@ -24,7 +24,7 @@ def mean_targets(stream: Stream, progress: Progress) -> Values:
     return _means(stream, progress, "mean targets", lambda values: values)
 
 
-def fill_means(rows: Mapping[str, tuple[Rows, Sequence[str]]], stream: Stream, progress: Progress) -> None:
+def fill_means(rows: Mapping[str, tuple[AttentionAligner, Sequence[str]]], stream: Stream, progress: Progress) -> None:
     """Fill the mean of rows that stand for those of all examples: over all samples and views of a stream.
 
     Args:

@@ -13,44 +13,46 @@ from torch import Tensor, nn
 
 from storage.errors import UserError
 from storage.store.store import Store
-from student.alignment.report import Row
-from student.alignment.student_spec import Shape, full, student_shape
-from student.alignment.student_taps import ELSEWHERE, Reads, Seen
+from student.alignment.report import AlignmentRow
+from student.alignment.student_spec import StudentSpec, full, student_spec
+from student.alignment.student_taps import ELSEWHERE, StudentTap, StudentTaps
 from student.attention_copy import copier
-from student.attention_copy.copier import Copier
+from student.attention_copy.copier import AttentionCopier
 from student.data.batch import Batch
 from student.losses import cross_entropy, deit
-from student.losses.base import Step
+from student.losses.base import LossInputs
 from student.losses.parts.queue import Queue
 from student.losses.registry import methods
 from student.recipe.schema import Recipe
-from student.settings import COPYING, WITH_CLASS
-from student.targets.requirement import Need
-from student.targets.select import choose
-from student.targets.stored_target import Given, given_of
+from student.settings import ATTENTION_COPY, WITH_CLASS
+from student.targets.requirement import TargetRequirement
+from student.targets.select import select_targets
+from student.targets.stored_target import StoredTarget, stored_target
 
 
-def reads_of(recipe: Recipe) -> frozenset[Reads]:
+def student_taps_of(recipe: Recipe) -> frozenset[StudentTap]:
     """What the recipe's losses read of the student and of the batch, beside stored targets."""
     return frozenset().union(*(methods()[settings.method].reads(settings) for settings in recipe.losses.values()))
 
 
 def classifies(recipe: Recipe) -> bool:
     """Whether some loss trains a classifier; without one the student is made without it."""
-    return bool(reads_of(recipe) & ELSEWHERE)
+    return bool(student_taps_of(recipe) & ELSEWHERE)
 
 
-def _shape(recipe: Recipe, model: nn.Module, names: Sequence[str] | None = None) -> Shape:
+def _shape(recipe: Recipe, model: nn.Module, names: Sequence[str] | None = None) -> StudentSpec:
     """The student's shape; its tokens are looked at only where a loss reads them, so that others train any network."""
-    reads, copies = reads_of(recipe) - ELSEWHERE, recipe.copying
+    reads, copies = student_taps_of(recipe) - ELSEWHERE, recipe.copying
     attends = bool(reads & {"attention", "values"}) or copies is not None
     values = "values" in reads or (copies is not None and copies.what == "v")
     try:
-        shape = student_shape(model, names, tokens=bool(reads) or attends, attention=attends, values=values)
+        shape = student_spec(model, names, tokens=bool(reads) or attends, attention=attends, values=values)
     except UserError as error:
         raise UserError(f"{_refused(recipe, attends)}: {error}; {_PLAIN}") from None
     pooled = [name for name, module in methods().items() if getattr(module, "POOLED", False)]
-    others = [name for name, loss in recipe.losses.items() if loss.method not in pooled] + [COPYING] * bool(copies)
+    others = [name for name, loss in recipe.losses.items() if loss.method not in pooled] + [ATTENTION_COPY] * bool(
+        copies
+    )
     if shape.each and others:
         raise UserError(
             f"{others[0]}: {type(model).__name__} pools its patches, so its layers have no common heads and grid; such "
@@ -62,37 +64,37 @@ def _shape(recipe: Recipe, model: nn.Module, names: Sequence[str] | None = None)
 _PLAIN = f"take a plain ViT, such as --set student.model={WITH_CLASS}"
 
 # What losses read of a student, in words.
-_READ: dict[Reads, str] = {
+_READ: dict[StudentTap, str] = {
     "attention": "attention", "values": "values", "streams": "tokens after its layers", "tokens": "final tokens",
 }  # fmt: skip
 
 
 def _refused(recipe: Recipe, attends: bool) -> str:
     """The first loss that reads what a student does not have, and what that is."""
-    wanted: set[Reads] = {"attention", "values"} if attends else {"streams", "tokens"}
+    wanted: set[StudentTap] = {"attention", "values"} if attends else {"streams", "tokens"}
     for name, settings in recipe.losses.items():
         if found := methods()[settings.method].reads(settings) & wanted:
             return f"{name} reads the student's {' and '.join(_READ[one] for one in sorted(found))}"
-    return f"{COPYING} changes the student's attention"
+    return f"{ATTENTION_COPY} changes the student's attention"
 
 
-def needs_of(recipe: Recipe, model: nn.Module) -> list[Need]:
+def target_requirements(recipe: Recipe, model: nn.Module) -> list[TargetRequirement]:
     """What the recipe's losses, and copying, read from a store."""
     shape = _shape(recipe, model)
-    found = [copier.need(recipe.copying) if recipe.copying else None]
+    found = [copier.requirement(recipe.copying) if recipe.copying else None]
     found += [methods()[settings.method].need(name, settings, shape) for name, settings in recipe.losses.items()]
     return [need for need in found if need is not None]
 
 
 def find_targets(
     store: Store | None, shards: Sequence[str], recipe: Recipe, model: nn.Module
-) -> tuple[str | None, dict[str, tuple[Given, ...]]]:
+) -> tuple[str | None, dict[str, tuple[StoredTarget, ...]]]:
     """The bank's id, and loss (or `copying`) -> what the store gives it.
 
     Raises:
-        UserError: a loss needs targets and there is no store, or what `choose` raises.
+        UserError: a loss needs targets and there is no store, or what `select_targets` raises.
     """
-    needs = needs_of(recipe, model)
+    needs = target_requirements(recipe, model)
     if store is None:
         if needs:
             raise UserError(
@@ -100,11 +102,11 @@ def find_targets(
                 f"`pipeline precompute --teacher NAME {needs[0].flags} --store DIR …` fills"
             )
         return None, {}
-    bank, targets = choose(store, shards, needs, recipe.stream.bank)
-    return bank, {loss: tuple(given_of(store, target) for target in several) for loss, several in targets.items()}
+    bank, targets = select_targets(store, shards, needs, recipe.stream.bank)
+    return bank, {loss: tuple(stored_target(store, target) for target in several) for loss, several in targets.items()}
 
 
-class Lesson(nn.Module):
+class Distiller(nn.Module):
     """Student and losses together: everything that is trained.
 
     Args:
@@ -123,7 +125,7 @@ class Lesson(nn.Module):
         self,
         recipe: Recipe,
         model: nn.Module,
-        given: Mapping[str, Sequence[Given]],
+        given: Mapping[str, Sequence[StoredTarget]],
         mean: Sequence[float],
         std: Sequence[float],
         names: Sequence[str] | None = None,
@@ -142,15 +144,15 @@ class Lesson(nn.Module):
             terms[name] = methods()[settings.method].Method(name, settings, shape, given.get(name, ()))
         self.losses = nn.ModuleDict(terms)
         self.queues = _queues(self.losses, recipe.stream.batch_size)
-        self.rows: list[Row] = [method.row for method in terms.values() if method.row is not None]
-        self.copier: Copier | None = None
+        self.rows: list[AlignmentRow] = [method.row for method in terms.values() if method.row is not None]
+        self.copier: AttentionCopier | None = None
         if recipe.copying is not None:
-            self.copier = Copier(recipe.copying, shape, given[COPYING])
+            self.copier = AttentionCopier(recipe.copying, shape, given[ATTENTION_COPY])
             self.copier.copies.attach(model)  # before what is seen: losses see q, k and v as they are used
             self.rows.insert(0, self.copier.row)
         self.targets = {name: tuple(one.id for one in several) for name, several in given.items()}
-        reads = reads_of(recipe) - ELSEWHERE
-        self.seen = Seen(model, reads) if reads else None
+        reads = student_taps_of(recipe) - ELSEWHERE
+        self.seen = StudentTaps(model, reads) if reads else None
         if hasattr(model, "set_distilled_training"):
             model.set_distilled_training(True)  # type: ignore[operator]  # both heads' logits, while it trains
         self.mean, self.std = tuple(mean), tuple(std)
@@ -175,7 +177,9 @@ class Lesson(nn.Module):
         self.notes = {}
         for name, loss in self.losses.items():
             targets = tuple(decoded[id] for id in self.targets.get(name, ()))
-            step = Step(logits, batch.labels, batch.others, batch.shares, distilled, self.seen, targets, self.notes)
+            step = LossInputs(
+                logits, batch.labels, batch.others, batch.shares, distilled, self.seen, targets, self.notes
+            )
             values[name] = loss(step)
         return logits, values
 
@@ -183,7 +187,7 @@ class Lesson(nn.Module):
         """What the student attends with in place of its own meanwhile; nothing, or what is fixed already."""
         if self.copier is None or self.copier.copies.fixed:
             return nullcontext()
-        copied = self.copier.copied([decoded[id] for id in self.targets[COPYING]])
+        copied = self.copier.copied([decoded[id] for id in self.targets[ATTENTION_COPY]])
         return self.copier.copies.given(copied)
 
     def _target(self, batch: Batch, id: str) -> Tensor:

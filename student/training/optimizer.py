@@ -6,18 +6,18 @@ from typing import Any
 
 import torch
 
-from storage.errors import UserError, first_line, nearest
+from storage.errors import UserError, did_you_mean, first_line
 from student.recipe.schema import Recipe
-from student.training.distiller import Lesson
+from student.training.distiller import Distiller
 
 
-def peak_rate(recipe: Recipe) -> float:
+def peak_learning_rate(recipe: Recipe) -> float:
     """The largest learning rate, `lr` or `lr_base` scaled linearly with the batch."""
     settings = recipe.optim
     return settings.lr or settings.lr_base * recipe.stream.batch_size / settings.lr_base_size
 
 
-def optimiser(recipe: Recipe, lesson: Lesson, steps: int) -> tuple[torch.optim.Optimizer, Any]:
+def build_optimizer(recipe: Recipe, lesson: Distiller, steps: int) -> tuple[torch.optim.Optimizer, Any]:
     """timm's optimiser over what is not frozen, and its schedule by updates.
 
     With `layer_decay` the rate of each of the student's layers is `layer_decay` times that of the next one; the losses'
@@ -38,11 +38,15 @@ def optimiser(recipe: Recipe, lesson: Lesson, steps: int) -> tuple[torch.optim.O
     more = {} if settings.betas is None else {"betas": settings.betas}
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
-            _groups(recipe, lesson), opt=settings.opt, lr=peak_rate(recipe), weight_decay=settings.weight_decay, **more
+            _groups(recipe, lesson),
+            opt=settings.opt,
+            lr=peak_learning_rate(recipe),
+            weight_decay=settings.weight_decay,
+            **more,
         )
     except (ValueError, AssertionError, RuntimeError, TypeError) as error:
         raise UserError(
-            f"optim.opt: {settings.opt}: {first_line(error)}. {nearest(settings.opt, list_optimizers())}"
+            f"optim.opt: {settings.opt}: {first_line(error)}. {did_you_mean(settings.opt, list_optimizers())}"
         ) from None
     if settings.betas is not None and tuple(optimizer.param_groups[0].get("betas", ())) != settings.betas:
         raise UserError(f"optim.betas: {settings.opt} does not take them")
@@ -53,7 +57,7 @@ def optimiser(recipe: Recipe, lesson: Lesson, steps: int) -> tuple[torch.optim.O
     return optimizer, scheduler
 
 
-def _groups(recipe: Recipe, lesson: Lesson) -> list[dict[str, Any]]:
+def _groups(recipe: Recipe, lesson: Distiller) -> list[dict[str, Any]]:
     from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
     decay, scale = recipe.optim.weight_decay, recipe.optim.layer_decay
@@ -66,7 +70,7 @@ def _groups(recipe: Recipe, lesson: Lesson) -> list[dict[str, Any]]:
     return [*layers, *({**group, "lr_scale": 1.0} for group in own)]
 
 
-def rate(optimizer: torch.optim.Optimizer) -> float:
+def learning_rate(optimizer: torch.optim.Optimizer) -> float:
     """The learning rate now, before it is scaled by layer."""
     group = optimizer.param_groups[0]
     return float(group["lr"] / group.get("lr_scale", 1.0))

@@ -16,7 +16,7 @@ from storage.errors import UserError
 from student.alignment.student_taps import attention_modules
 from student.distributed import Processor
 from student.recipe import schema
-from student.training.distiller import Lesson
+from student.training.distiller import Distiller
 
 BACKEND = "inductor"  # of torch.compile
 
@@ -26,7 +26,7 @@ _TYPES = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Choice:
+class PrecisionChoice:
     """What is used: a precision (none: float32) and an attention kernel."""
 
     amp: str
@@ -37,12 +37,12 @@ class Choice:
         return asdict(self)
 
     @classmethod
-    def of(cls, plain: dict[str, Any]) -> Choice:
+    def of(cls, plain: dict[str, Any]) -> PrecisionChoice:
         """From plain data, also of earlier versions. Raises KeyError."""
         return cls(plain["amp"], plain["attention"])
 
 
-def check(settings: schema.Speed, device: torch.device) -> None:
+def check(settings: schema.PrecisionConfig, device: torch.device) -> None:
     """Refuse what cannot be, before anything is spent. Raises UserError."""
     if settings.amp == "float16" and device.type != "cuda":
         raise UserError(
@@ -55,19 +55,21 @@ def check(settings: schema.Speed, device: torch.device) -> None:
         )
 
 
-def apply(lesson: Lesson, amp: str, attention: str) -> None:
+def apply(lesson: Distiller, amp: str, attention: str) -> None:
     """Compute the student in this way from now on."""
     lesson.precision = _TYPES[amp]
     for module in attention_modules(lesson.student):
         module.fused_attn = attention == "fused"  # type: ignore[assignment]
 
 
-def compile_student(lesson: Lesson) -> None:
+def compile_student(lesson: Distiller) -> None:
     """Compile the student in place; names in its state dict stay as they are."""
     lesson.student.compile(backend=BACKEND)
 
 
-def choose(settings: schema.Speed, device: torch.device, processor: Processor | None = None) -> Choice:
+def choose(
+    settings: schema.PrecisionConfig, device: torch.device, processor: Processor | None = None
+) -> PrecisionChoice:
     """What the settings stand for on a device.
 
     `amp: auto` is bfloat16 where the device has instructions for it, else float16 on a GPU with tensor cores, else
@@ -85,10 +87,10 @@ def choose(settings: schema.Speed, device: torch.device, processor: Processor | 
         amp = _native(device, processor or Processor.here())
     if attention == "auto":
         attention = "unfused" if amp == "bfloat16" and device.type == "cpu" else "fused"
-    return Choice(amp, attention)
+    return PrecisionChoice(amp, attention)
 
 
-def lines(choice: Choice, device: torch.device, processor: Processor | None = None) -> list[str]:
+def lines(choice: PrecisionChoice, device: torch.device, processor: Processor | None = None) -> list[str]:
     """What is used, human-readable, with a warning where it is slow and a hint where another may be faster."""
     processor = processor or Processor.here()
     native = _native(device, processor)

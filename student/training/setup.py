@@ -17,24 +17,24 @@ from storage.shards.index import cached_index, require_labels, with_samples
 from storage.shards.patterns import expand
 from storage.store.store import Store
 from storage.views.policy import Policy, policy
-from student.alignment.attention import Rows
-from student.alignment.report import table
-from student.attention_copy.inference import lender_of, record_of
+from student.alignment.attention import AttentionAligner
+from student.alignment.report import alignment_table
+from student.attention_copy.inference import record_of, stored_attention
 from student.data.stream import Stream
-from student.distributed import rank, ranks
+from student.distributed import rank, world_size
 from student.evaluation.accuracy import tell_of_shared
 from student.models.build import build, input_size
-from student.models.files import Description
+from student.models.files import StudentDescription
 from student.models.init import begin_from, freeze, normalisation
 from student.recipe.schema import Recipe
-from student.settings import COPYING
-from student.targets.stored_target import Given
+from student.settings import ATTENTION_COPY
+from student.targets.stored_target import StoredTarget
 from student.training.controls import fill_means, mean_targets
-from student.training.distiller import Lesson, classifies, find_targets, reads_of
+from student.training.distiller import Distiller, classifies, find_targets, student_taps_of
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainConfig:
     """What a training run is asked for.
 
     Attributes:
@@ -59,7 +59,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Parts:
+class TrainingRun:
     """What is trained and on what.
 
     Attributes:
@@ -74,16 +74,16 @@ class Parts:
     """
 
     stream: Stream
-    given: dict[str, tuple[Given, ...]]
-    lesson: Lesson
+    given: dict[str, tuple[StoredTarget, ...]]
+    lesson: Distiller
     average: Any
     still: list[nn.Module]
     val_urls: list[str]
-    description: Description
+    description: StudentDescription
     identity: dict[str, Any]
 
 
-def prepare(job: Job, progress: Progress, found: dict[str, Any] | None) -> Parts:
+def build_run(job: TrainConfig, progress: Progress, found: dict[str, Any] | None) -> TrainingRun:
     """Everything that a run needs, and a word on what was chosen.
 
     Args:
@@ -111,9 +111,9 @@ def prepare(job: Job, progress: Progress, found: dict[str, Any] | None) -> Parts
     size = input_size(model, recipe.student)
     average = _average(recipe, model).to(job.device) if recipe.ema else None  # before hooks are on the student
     stream, given = _stream(job, urls, model, size, count, progress, found["identity"]["views"] if found else None)
-    lesson = Lesson(recipe, model, given, mean, std, classes)
+    lesson = Distiller(recipe, model, given, mean, std, classes)
     if lesson.rows:
-        progress.say(table(lesson.rows))
+        progress.say(alignment_table(lesson.rows))
     _control(recipe, stream, lesson, progress)
     if found is None:
         _average_examples(stream, lesson, progress)
@@ -121,7 +121,7 @@ def prepare(job: Job, progress: Progress, found: dict[str, Any] | None) -> Parts
     source = stream.source
     tell_of_shared(source.shards, val_urls, progress.say)
     copied = _copies(job, given, stream, lesson, average, scored, progress) if lesson.copier else None
-    description = Description(
+    description = StudentDescription(
         recipe.student.model, arguments, size, mean, std, classes,
         source.policy.evaluation.line, recipe.student.shifted_patches, copied,
     )  # fmt: skip
@@ -133,7 +133,7 @@ def prepare(job: Job, progress: Progress, found: dict[str, Any] | None) -> Parts
     }  # fmt: skip
     if chosen := {name: loss.chosen for name, loss in lesson.losses.items() if getattr(loss, "chosen", None)}:
         identity["links"] = chosen  # taken from another run, whose folder may change
-    return Parts(stream, given, lesson, average, still, scored, description, identity)
+    return TrainingRun(stream, given, lesson, average, still, scored, description, identity)
 
 
 def _scored(val_urls: list[str], recipe: Recipe, classes: int, progress: Progress) -> list[str]:
@@ -142,7 +142,7 @@ def _scored(val_urls: list[str], recipe: Recipe, classes: int, progress: Progres
     Raises:
         UserError: labels are learned, and there are no validation shards, or they have none or others.
     """
-    labels = "labels" in reads_of(recipe)
+    labels = "labels" in student_taps_of(recipe)
     if labels and not val_urls:
         raise UserError(
             "this recipe learns from labels, so its students are scored on others: give --val SHARDS, which "
@@ -173,8 +173,8 @@ def _three(values: Sequence[float]) -> str:
 
 
 def _stream(
-    job: Job, urls: list[str], model: nn.Module, size: int, classes: int, progress: Progress, views: int | None
-) -> tuple[Stream, dict[str, tuple[Given, ...]]]:
+    job: TrainConfig, urls: list[str], model: nn.Module, size: int, classes: int, progress: Progress, views: int | None
+) -> tuple[Stream, dict[str, tuple[StoredTarget, ...]]]:
     """The stream, and what it gives to each loss."""
     recipe, settings = job.recipe, job.recipe.stream
     shard_ids = []
@@ -188,18 +188,18 @@ def _stream(
         if wish.id is not None or settings.views is not None:
             raise UserError("stream.bank and stream.views speak of a store's bank: give --store DIR")
         fresh = policy(wish.policy or "light", wish.size or size, wish.seed if wish.seed is not None else recipe.seed)
-    if settings.batch_size % (ranks() * recipe.optim.accumulate):
+    if settings.batch_size % (world_size() * recipe.optim.accumulate):
         raise UserError(
-            f"stream.batch_size={settings.batch_size} cannot be cut into {ranks()} rank(s) of optim.accumulate="
-            f"{recipe.optim.accumulate} equal pieces each; give a multiple of {ranks() * recipe.optim.accumulate}"
+            f"stream.batch_size={settings.batch_size} cannot be cut into {world_size()} rank(s) of optim.accumulate="
+            f"{recipe.optim.accumulate} equal pieces each; give a multiple of {world_size() * recipe.optim.accumulate}"
         )
-    labels = "labels" in reads_of(recipe)
+    labels = "labels" in student_taps_of(recipe)
     memory = int(settings.memory * 2**30) if settings.memory else None
     stream = Stream(
         urls, batch=settings.batch_size, store=job.store,
         targets=list(dict.fromkeys(one.id for several in given.values() for one in several)), policy=fresh,
         bank=bank, views=settings.views or views, seed=recipe.seed, lanes=settings.lanes, window=settings.window,
-        workers=settings.workers, memory=memory, rank=rank(), ranks=ranks(), labels=labels,
+        workers=settings.workers, memory=memory, rank=rank(), ranks=world_size(), labels=labels,
         classes=classes if labels else None, permute=recipe.control.permute_targets,
     )  # fmt: skip
     if stream.source.policy.size != size:
@@ -217,7 +217,7 @@ def _stream(
     return stream, given
 
 
-def _control(recipe: Recipe, stream: Stream, lesson: Lesson, progress: Progress) -> None:
+def _control(recipe: Recipe, stream: Stream, lesson: Distiller, progress: Progress) -> None:
     """Targets that cannot know the image, where the recipe asks for a control."""
     control = recipe.control
     if control.permute_targets is None and not control.mean_targets:
@@ -231,18 +231,25 @@ def _control(recipe: Recipe, stream: Stream, lesson: Lesson, progress: Progress)
         progress.say(f"control: targets of other images of the same block, permuted by seed {control.permute_targets}")
 
 
-def _average_examples(stream: Stream, lesson: Lesson, progress: Progress) -> None:
+def _average_examples(stream: Stream, lesson: Distiller, progress: Progress) -> None:
     """Mean maps over the training set, where they stand for those of all images; a checkpoint brings them back."""
     parts: dict[str, Any] = {name: getattr(method, "rows", None) for name, method in lesson.losses.items()}
     if lesson.copier:
-        parts[COPYING] = lesson.copier.meets
-    rows = {name: part for name, part in parts.items() if isinstance(part, Rows) and part.average == "examples"}
+        parts[ATTENTION_COPY] = lesson.copier.meets
+    rows = {
+        name: part for name, part in parts.items() if isinstance(part, AttentionAligner) and part.average == "examples"
+    }
     if rows:
         fill_means({name: (part, lesson.targets[name]) for name, part in rows.items()}, stream, progress)
 
 
 def _copies(
-    job: Job, given: dict[str, tuple[Given, ...]], stream: Stream, lesson: Lesson, average: Any, scored: list[str],
+    job: TrainConfig,
+    given: dict[str, tuple[StoredTarget, ...]],
+    stream: Stream,
+    lesson: Distiller,
+    average: Any,
+    scored: list[str],
     progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
     """Where copied attention comes from in training and in evaluation: said, and recorded for the student's file.
@@ -254,7 +261,7 @@ def _copies(
     assert copier is not None
     assert recipe.copying is not None
     assert store is not None
-    copies, several, permute = copier.copies, given[COPYING], recipe.control.permute_targets
+    copies, several, permute = copier.copies, given[ATTENTION_COPY], recipe.control.permute_targets
     if average is not None:
         copies.attach(average.module)
     if lesson.means:
@@ -262,7 +269,7 @@ def _copies(
     elif recipe.copying.average == "examples":
         copies.fixed = {"map": copier.meets.get_buffer("mean")[None]}
     elif scored:
-        copies.lender = lender_of(store, copier, several, scored, stream.source.policy.evaluation, permute)
+        copies.lender = stored_attention(store, copier, several, scored, stream.source.policy.evaluation, permute)
     if "map" in copies.parts:
         progress.say(f"copying: {len(copies.layers)} layer(s) run unfused, where whole maps can go in")
     return record_of(copier, recipe.copying, store, several, permute)

@@ -13,15 +13,15 @@ from torch.nn.parallel import DistributedDataParallel
 from storage.errors import UserError
 from student.data.batch import Batch
 from student.data.shuffle import default_lanes
-from student.distributed import ranks
+from student.distributed import world_size
 from student.recipe.schema import Recipe
-from student.training.distiller import Lesson
+from student.training.distiller import Distiller
 
 
 class _Whole(nn.Module):
     """A lesson's total as one forward pass, so that DistributedDataParallel sees exactly the graph that is trained."""
 
-    def __init__(self, lesson: Lesson) -> None:
+    def __init__(self, lesson: Distiller) -> None:
         super().__init__()
         self.lesson = lesson
 
@@ -46,7 +46,7 @@ class Update:
     def __init__(
         self,
         recipe: Recipe,
-        lesson: Lesson,
+        lesson: Distiller,
         optimizer: torch.optim.Optimizer,
         average: Any,
         device: torch.device,
@@ -56,7 +56,7 @@ class Update:
         self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
         self.lanes = recipe.stream.lanes or default_lanes(recipe.stream.batch_size)
         self.whole: nn.Module = _Whole(lesson)
-        if ranks() > 1:
+        if world_size() > 1:
             devices = [device] if device.type == "cuda" else None
             self.whole = DistributedDataParallel(self.whole, device_ids=devices, find_unused_parameters=True)
 
@@ -66,7 +66,7 @@ class Update:
         Raises:
             UserError: a loss that is not finite.
         """
-        pieces = cut(batch, self.settings.accumulate)
+        pieces = split_microbatches(batch, self.settings.accumulate)
         self.optimizer.zero_grad()
         sums: dict[str, float] = {}
         offered: list[list[Tensor]] = []
@@ -103,7 +103,7 @@ class Update:
         return dict(zip(named, torch.stack([value.float() for value in named.values()]).tolist(), strict=True))
 
 
-def cut(batch: Batch, count: int) -> list[Batch]:
+def split_microbatches(batch: Batch, count: int) -> list[Batch]:
     """A batch in so many equal pieces."""
     if count == 1:
         return [batch]

@@ -21,30 +21,37 @@ from torch import nn
 
 from storage.constants import BLOCK
 from storage.errors import UserError, first_line
-from storage.objects.atomic import written_whole
+from storage.objects.atomic import atomic_write
 from storage.objects.state_dict import save_state
-from storage.progress import Progress, Quiet, size_text
+from storage.progress import NoProgress, Progress, size_text
 from storage.views.policy import policy
 from student import run_dir
 from student.data.batch import Batch
 from student.data.stream import Stream
-from student.distributed import gathered, means, rank, ranks, same_buffers, shared
+from student.distributed import (
+    all_gather_objects,
+    all_reduce_mean,
+    broadcast_buffers,
+    broadcast_object,
+    rank,
+    world_size,
+)
 from student.evaluation.accuracy import Score, evaluate
 from student.models.card import card
-from student.models.files import save
+from student.models.files import save_student
 from student.training import checkpoint, precision
-from student.training.optimizer import optimiser, peak_rate, rate
-from student.training.setup import Job, Parts, prepare
+from student.training.optimizer import build_optimizer, learning_rate, peak_learning_rate
+from student.training.setup import TrainConfig, TrainingRun, build_run
 from student.training.step import Update
 
-__all__ = ["Job", "train"]
+__all__ = ["TrainConfig", "train"]
 
 LOG_EVERY = 50  # steps
 SMOKE_STEPS, SMOKE_BLOCKS = 3, 2
 
 
 @dataclass
-class Place:
+class TrainState:
     """How far a run is: an epoch and the steps done in it, the sums of its log so far, and the scores until now."""
 
     epoch: int = 0
@@ -54,7 +61,7 @@ class Place:
     seconds: float = 0.0
 
 
-def train(job: Job, progress: Progress) -> dict[str, Any]:
+def train(job: TrainConfig, progress: Progress) -> dict[str, Any]:
     """Train a student; what came out, as plain data, with None for scores that could not be taken.
 
     All ranks of a torchrun call it; the first one writes and speaks.
@@ -64,18 +71,18 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
         IdentityError: a resumed run that is asked to be another than it was.
     """
     if rank():
-        progress = Quiet()
+        progress = NoProgress()
     found = _found(job)
     precision.check(job.recipe.speed, torch.device(job.device))
     if job.recipe.tensorboard:
         run_dir.board_writer()
-    parts = prepare(job, progress, found)
+    parts = build_run(job, progress, found)
     if found is not None:
         checkpoint.require_same(job.out / run_dir.CHECKPOINT, found, job.recipe, parts.identity)
     if found is not None and found["epoch"] >= job.recipe.optim.epochs and (kept := run_dir.result(job.out)):
         progress.say(f"{job.out}: this run is complete")
         return kept
-    run = _Run(job, parts, progress)
+    run = Trainer(job, parts, progress)
     if found is None:
         run.begin()
     else:
@@ -87,13 +94,13 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
             return run.finish()
 
 
-def _fewer(job: Job, workers: int) -> str:
+def _fewer(job: TrainConfig, workers: int) -> str:
     """What to do where a loader worker dies."""
     words = f"--set stream.workers={max(0, workers - 1)}{'' if job.smoke else ' --resume'}"
     return f"run the same command again with {words}"
 
 
-def _found(job: Job) -> dict[str, Any] | None:
+def _found(job: TrainConfig) -> dict[str, Any] | None:
     """The checkpoint to go on from, or None for a new run."""
     path = job.out / run_dir.CHECKPOINT
     if not job.resume:
@@ -102,23 +109,25 @@ def _found(job: Job) -> dict[str, Any] | None:
         return None
     if run_dir.is_smoke(job.out):
         raise UserError(f"{job.out}: a smoke run lies here, which never goes on; begin anew without --resume")
-    if shared(run_dir.never_kept(job.out) if rank() == 0 else None):  # cut off before its first checkpoint
+    if broadcast_object(run_dir.never_kept(job.out) if rank() == 0 else None):  # cut off before its first checkpoint
         return None
     found = checkpoint.read(path)
     checkpoint.require_same(path, found, job.recipe, None)
     return found
 
 
-class _Run:
+class Trainer:
     """A run and everything that its checkpoint holds."""
 
-    def __init__(self, job: Job, parts: Parts, progress: Progress) -> None:
+    def __init__(self, job: TrainConfig, parts: TrainingRun, progress: Progress) -> None:
         self.job, self.parts, self.progress = job, parts, progress
         self.recipe, self.device = job.recipe, torch.device(job.device)
         self.lesson, self.stream, self.average = parts.lesson, parts.stream, parts.average
-        self.optimizer, self.scheduler = optimiser(self.recipe, self.lesson, self.stream.order.steps)
-        self.place = Place()
-        self.choice: precision.Choice  # and the update: of a new run as its recipe says, else as its checkpoint does
+        self.optimizer, self.scheduler = build_optimizer(self.recipe, self.lesson, self.stream.order.steps)
+        self.place = TrainState()
+        self.choice: (
+            precision.PrecisionChoice
+        )  # and the update: of a new run as its recipe says, else as its checkpoint does
         self.update: Update
         self.log = run_dir.Log(None)
         self.epochs = 1 if job.smoke else self.recipe.optim.epochs
@@ -131,14 +140,14 @@ class _Run:
         """A new folder, and generators of this rank's own; precision and kernel are the same on all ranks."""
         if rank():
             torch.manual_seed(self.recipe.seed + 1_000_003 * rank())
-        self._compute(shared(precision.choose(self.recipe.speed, self.device)))
+        self._compute(broadcast_object(precision.choose(self.recipe.speed, self.device)))
         if rank():
             return
         if run_dir.never_kept(self.job.out):
             self.progress.say(f"{self.job.out}: the run was cut off before its first checkpoint; it begins again")
         run_dir.begin(self.job.out, self.job.smoke)
         (self.job.out / "args.yaml").write_text(yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False))
-        about = {**self.parts.identity, "speed": self.choice.plain(), "ranks": ranks(), "device": str(self.device)}
+        about = {**self.parts.identity, "speed": self.choice.plain(), "ranks": world_size(), "device": str(self.device)}
         counts = {str(label): count for label, count in sorted(self.stream.label_counts.items())}
         run_dir.write_json(self.job.out / run_dir.ABOUT, {**about, "images": counts, "torch": torch.__version__})
         self.log = run_dir.Log(self.job.out, tensorboard=self.recipe.tensorboard)
@@ -154,14 +163,14 @@ class _Run:
             self.optimizer.load_state_dict(found["optimizer"])
             if self.average is not None:
                 self.average.module.load_state_dict(found["average"])
-            choice = precision.Choice.of(found["speed"])
-            self.place = Place(found["epoch"], found["step"], found["sums"], found["scores"], found["seconds"])
+            choice = precision.PrecisionChoice.of(found["speed"])
+            self.place = TrainState(found["epoch"], found["step"], found["sums"], found["scores"], found["seconds"])
             states = found["rng"]
-            if len(states) == ranks():
+            if len(states) == world_size():
                 checkpoint.set_random_state(states[rank()], self.device)
             else:  # as many generators as ranks: new ones, from the place
                 done = self.place.epoch * self.steps + self.place.step
-                torch.manual_seed(self.recipe.seed + 1_000_003 * (rank() + ranks() * (done + 1)))
+                torch.manual_seed(self.recipe.seed + 1_000_003 * (rank() + world_size() * (done + 1)))
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: does not fit this run: {first_line(error)}") from None
         self._compute(choice)
@@ -178,7 +187,7 @@ class _Run:
         if self.place.epoch < self.epochs:
             self.progress.say(f"goes on in epoch {self.place.epoch} after {self.place.step} of {self.steps} steps")
 
-    def _compute(self, choice: precision.Choice) -> None:
+    def _compute(self, choice: precision.PrecisionChoice) -> None:
         """Compute in the chosen way from now on, on all ranks together."""
         precision.check(self.recipe.speed.model_copy(update={"amp": choice.amp}), self.device)
         for line in precision.lines(choice, self.device):
@@ -195,10 +204,10 @@ class _Run:
     def train(self) -> None:
         """The epochs that are left."""
         count = sum(p.numel() for p in self.lesson.student.parameters())
-        order, shared_by = self.stream.order, f" on each of {ranks()} ranks" if ranks() > 1 else ""
+        order, shared_by = self.stream.order, f" on each of {world_size()} ranks" if world_size() > 1 else ""
         self.progress.say(
             f"{count:,} parameters, {order.samples:,} samples, {order.steps} steps of {order.batch} an epoch, "
-            f"lr {peak_rate(self.recipe):g}, on {self.device}{shared_by}, "
+            f"lr {peak_learning_rate(self.recipe):g}, on {self.device}{shared_by}, "
             f"reads at most {size_text(self.stream.memory)} ahead"
         )
         if self.job.smoke:
@@ -231,7 +240,7 @@ class _Run:
                 self.place.sums[name] = self.place.sums.get(name, 0.0) + value
             self.place.step = step + 1
             if step % LOG_EVERY == 0:
-                numbers = means(numbers, self.device)
+                numbers = all_reduce_mean(numbers, self.device)
                 loss = numbers.pop("loss")
                 self.log.write({"epoch": epoch, "step": step, "loss": loss, **_sorted(numbers)}, number)
             if interval and (number + 1) % interval == 0 and step + 1 < self.steps:
@@ -241,20 +250,20 @@ class _Run:
     def _end_of_epoch(self, epoch: int) -> None:
         """Its line in the log, evaluation, weights and checkpoint."""
         student, about, out, scores = self.lesson.student, self.parts.description, self.job.out, self.place.scores
-        same_buffers(self.lesson)
+        broadcast_buffers(self.lesson)
         if self.average is not None:
-            same_buffers(self.average.module)
-        sums = means(self.place.sums, self.device)
+            broadcast_buffers(self.average.module)
+        sums = all_reduce_mean(self.place.sums, self.device)
         numbers = {name: total / self.steps for name, total in sums.items() if name != "loss"}
         record = {
-            "epoch": epoch, "lr": rate(self.optimizer), **_sorted(numbers),
+            "epoch": epoch, "lr": learning_rate(self.optimizer), **_sorted(numbers),
             "weights": {name: s.weight.at(epoch) for name, s in self.lesson.settings.items()},
         }  # fmt: skip
         text = ", ".join(f"{name.partition('/')[2]} {value:.4g}" for name, value in numbers.items())
         students = {"last": student, **({"ema": self.average.module} if self.average is not None else {})}
         for name, one in students.items():
             if rank() == 0:
-                save(out / f"{name}.safetensors", one, about)
+                save_student(out / f"{name}.safetensors", one, about)
         due = (epoch + 1) % self.recipe.val_interval == 0 or epoch + 1 == self.epochs
         if self.parts.val_urls and due:
             score = self._score(student)
@@ -269,7 +278,7 @@ class _Run:
             if "best" not in scores or score.top1 > scores["best"]["top1"]:
                 scores["best"] = asdict(score)
                 if rank() == 0:
-                    save(out / "best.safetensors", student, about)
+                    save_student(out / "best.safetensors", student, about)
         seconds = round(time.monotonic() - self.began, 2)
         self.log.write({**record, "seconds": seconds}, (epoch + 1) * self.stream.order.steps - 1)  # its last update
         self.progress.say(f"epoch {epoch}: {text}")
@@ -282,15 +291,15 @@ class _Run:
         with torch.compiler.set_stance("force_eager") if eager else nullcontext():
             return evaluate(
                 model, self.parts.val_urls, policy(about.evaluation, about.img_size), about.mean, about.std,
-                device=self.device, rank=rank(), ranks=ranks(), most=SMOKE_BLOCKS if self.job.smoke else None,
+                device=self.device, rank=rank(), ranks=world_size(), most=SMOKE_BLOCKS if self.job.smoke else None,
             )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------ keeping
 
     def _keep(self) -> None:
         """Write the checkpoint; all ranks take part, the first one writes."""
-        states = gathered(checkpoint.random_state(self.device))
-        sums = means(self.place.sums, self.device)
+        states = all_gather_objects(checkpoint.random_state(self.device))
+        sums = all_reduce_mean(self.place.sums, self.device)
         if rank():
             return
         content = {
@@ -329,7 +338,7 @@ class _Run:
                 self.progress.say(f"{out}: the smoke run went through; a run may take the same folder")
             teachers = {one.id: one.teacher for given in self.parts.given.values() for one in given}
             text = card(self.parts.description, result, self.parts.identity, self.recipe.model_dump(), teachers)
-            with written_whole(out / run_dir.CARD) as temporary:
+            with atomic_write(out / run_dir.CARD) as temporary:
                 temporary.write_text(text, encoding="utf-8")
             run_dir.write_json(out / run_dir.RESULT, result)
         return result

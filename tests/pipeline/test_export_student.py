@@ -19,7 +19,7 @@ from storage.errors import UserError
 from storage.testing import synthetic_shards
 from storage.views.policy import policy
 from student.evaluation.batches import evaluation_batches
-from student.models.files import load
+from student.models.files import load_student
 from tests.student.runs import run, u8
 
 
@@ -40,7 +40,7 @@ def test_the_graph_gives_the_students_logits_from_bytes(world, taught, tmp_path,
         main(["export", str(taught), *words, "--out", str(tmp_path / "s.onnx"), "--json"])
     assert ended.value.code == 0
     assert json.loads(capsys.readouterr().out)["checked"] == 16
-    model, about = load(taught / "last.safetensors")
+    model, about = load_student(taught / "last.safetensors")
     seen = images(world, about)
     session = onnxruntime.InferenceSession(str(tmp_path / "s.onnx"), providers=["CPUExecutionProvider"])
     assert [i.name for i in session.get_inputs()] == ["images"]
@@ -73,7 +73,7 @@ def test_the_card_says_how_to_load_it_and_that_works(world, taught, monkeypatch)
     monkeypatch.chdir(taught)
     made: dict[str, object] = {}
     exec(code, made)
-    ours, _ = load(taught / "last.safetensors")
+    ours, _ = load_student(taught / "last.safetensors")
     theirs = made["model"].state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.state_dict().items())
 

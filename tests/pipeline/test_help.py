@@ -84,7 +84,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     from precompute.teachers import teacher
 
     for name, model in (("mobilenetv2", "test_efficientnet"), ("vit_tiny", "test_vit")):  # quick ones of their kinds
-        monkeypatch.setitem(teacher.SHORT, name, (model, 160))
+        monkeypatch.setitem(teacher.SHORT_NAMES, name, (model, 160))
 
     chance = generator("photos")
     for label, name in enumerate(("cat", "dog")):

@@ -17,7 +17,7 @@ from pipeline.cli import main
 from pipeline.project.context import load
 from pipeline.project.init import init, look, sizes
 from storage.errors import UserError
-from storage.progress import Quiet
+from storage.progress import NoProgress
 from storage.shards.index import cached_index
 from storage.testing import TINY_VIT, synthetic_shards
 from storage.views.render import BadImage, size_in
@@ -75,7 +75,7 @@ def test_from_class_folders_the_commands_that_it_says_run_as_they_stand(photos, 
 def test_a_project_file_elsewhere_is_named_in_every_command(photos, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     Path("there").mkdir()
-    result = init(photos, Path("there/p.yaml"), Quiet())
+    result = init(photos, Path("there/p.yaml"), NoProgress())
     pack, *others = result["commands"]
     assert all(words.endswith("--project there/p.yaml") for words in others)
     command(pack, capsys)
@@ -88,7 +88,7 @@ def test_a_project_file_elsewhere_is_named_in_every_command(photos, tmp_path, mo
 def test_shards_are_taken_as_they_are(tmp_path, monkeypatch) -> None:
     shards = synthetic_shards(tmp_path / "data", shards=3, samples=20)
     (tmp_path / "home").mkdir()
-    result = init(tmp_path / "data", tmp_path / "home" / "p.yaml", Quiet())
+    result = init(tmp_path / "data", tmp_path / "home" / "p.yaml", NoProgress())
     assert result["images"] == 60
     assert result["commands"][0].startswith("pipeline plan --teacher vit_tiny --project")
     project = load(tmp_path / "home" / "p.yaml")
@@ -103,7 +103,7 @@ def test_validation_shards_are_told_by_whole_words_in_their_names(tmp_path, caps
     stems = {"latest", "carnival", "interval2", "x-val", "Test", "val2", "my-validation", "a_valid_b"}
     for stem in stems:
         synthetic_shards(tmp_path / "data", shards=1, samples=4, stem=stem)
-    held = {Path(path).name for path in look(tmp_path / "data", tmp_path, Quiet()).val}
+    held = {Path(path).name for path in look(tmp_path / "data", tmp_path, NoProgress()).val}
     assert held == {f"{stem}-000000.tar" for stem in stems - {"latest", "carnival", "interval2"}}
     (tmp_path / "data" / "carnival-000000.tar").rename(tmp_path / "carnival")
     out = command(f"pipeline init {tmp_path / 'data'} --out {tmp_path / 'p.yaml'}", capsys)
@@ -112,7 +112,7 @@ def test_validation_shards_are_told_by_whole_words_in_their_names(tmp_path, caps
     for name in ("latest", "interval2"):
         (tmp_path / "data" / f"{name}-000000.tar").unlink()
     with pytest.raises(UserError, match="leave none for training"):
-        look(tmp_path / "data", tmp_path, Quiet())
+        look(tmp_path / "data", tmp_path, NoProgress())
 
 
 def test_of_many_shards_a_few_are_read(tmp_path, monkeypatch, capsys) -> None:
@@ -142,7 +142,7 @@ def test_hostile_images_are_passed_over(photos) -> None:
     for name, data in (("0", png(20000)), ("1", png(10000)), ("2", png(8, text)), ("3", b""), ("4", b"BM" * 99)):
         (photos / "cat" / f"{name}.png").write_bytes(data)
     (photos / "cat" / "._5.png").write_bytes(b"Mac OS X")
-    found = look(photos, photos.parent, Quiet())
+    found = look(photos, photos.parent, NoProgress())
     assert (found.images, found.side) == (120, 40)
     with pytest.raises(BadImage, match="cannot be decoded"):
         size_in(photos / "cat" / "0.png")
@@ -170,14 +170,14 @@ def test_without_a_project_file_pack_asks_for_names(tmp_path, monkeypatch, capsy
 
 def test_what_is_no_data_set_is_refused(tmp_path, photos) -> None:
     with pytest.raises(UserError, match="no such folder"):
-        look(tmp_path / "none", tmp_path, Quiet())
+        look(tmp_path / "none", tmp_path, NoProgress())
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="neither shards nor images in class folders"):
-        look(tmp_path / "empty", tmp_path, Quiet())
+        look(tmp_path / "empty", tmp_path, NoProgress())
     synthetic_shards(tmp_path / "one", shards=1, samples=20)
     with pytest.raises(UserError, match=r"leave none for validation; cut some off: pipeline pack"):
-        look(tmp_path / "one", tmp_path, Quiet())
+        look(tmp_path / "one", tmp_path, NoProgress())
     (tmp_path / "p.yaml").write_text("mine")
     with pytest.raises(UserError, match="is there already"):
-        init(photos, tmp_path / "p.yaml", Quiet())
+        init(photos, tmp_path / "p.yaml", NoProgress())
     assert (tmp_path / "p.yaml").read_text() == "mine"

@@ -16,14 +16,14 @@ from pipeline.inspection.cells import Cell, cell, meaning
 from pipeline.inspection.figure import picture
 from pipeline.inspection.sample import MOST, facts, shown_box, stored_sample
 from precompute.taps import TAPS
-from precompute.taps.target_spec import parse
+from precompute.taps.target_spec import parse_target
 from precompute.teachers import onnx_file
 from precompute.teachers import teacher as teachers
 from storage.errors import DamageError, IdentityError, UserError
 from storage.shards.index import cached_index
 from storage.store.store import Store
 from storage.testing import synthetic_shards
-from storage.views.draw import draw
+from storage.views.draw import draw_view
 from storage.views.policy import policy
 from storage.views.render import decode, render
 from storage.views.view import View
@@ -151,8 +151,8 @@ def test_a_ready_graph_is_drawn_as_its_network_is(world, tmp_path) -> None:
     path = exported(own, "vit", tmp_path / "graph.onnx")
     run_precompute(tmp_path / "S", shards, own, ["attention,codec=f32", "tokens,codec=f32"])
     tensors = {"attention": made_by(path, "Softmax"), "tokens": ["tokens"]}
-    taps = [wish for text in ("attention,codec=f32", "tokens,codec=f32") for wish in parse(text)]
-    run_precompute(tmp_path / "S", shards, teachers.find(str(path), **HALF), [],
+    taps = [wish for text in ("attention,codec=f32", "tokens,codec=f32") for wish in parse_target(text)]
+    run_precompute(tmp_path / "S", shards, teachers.find_teacher(str(path), **HALF), [],
                    wishes=onnx_file.given_tensors(str(path), tensors, taps))  # fmt: skip
     sample = stored_sample(Store.open(tmp_path / "S"), shards, "shard-000000-00002")
     seen: dict[str, list[Cell]] = {}
@@ -191,7 +191,7 @@ def test_the_box_shows_what_is_seen_of_the_original(world) -> None:
     """Painting over all that a view does not show changes nothing of it."""
     size = 32
     original = Image.effect_noise((64, 64), 90).convert("RGB")
-    view = draw(policy("crop(0.125)", size), "a", 1, original.size)
+    view = draw_view(policy("crop(0.125)", size), "a", 1, original.size)
     assert view.shift[0] > 0
     assert view.shift[1] < 0
     left, top, right, bottom = shown_box(view, size)

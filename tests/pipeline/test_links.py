@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from pipeline.cli import main
 from student.losses.parts import aal_links as of
-from student.settings import Links
+from student.settings import LinksConfig
 from tests.conftest import World
 from tests.student.runs import run, u8
 
@@ -117,6 +117,6 @@ def test_mistakes_end_in_one_message(trained, tmp_path, capsys, words, says):
 
 
 def test_defaults_of_the_command_are_those_of_the_setting_but_for_the_granularity():
-    assert Links(run="r").model_dump(exclude={"run", "loss"}) == {
+    assert LinksConfig(run="r").model_dump(exclude={"run", "loss"}) == {
         "normalise": "abs", "granularity": "channel", "threshold": 0.05,
     }  # fmt: skip

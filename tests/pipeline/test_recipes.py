@@ -20,7 +20,7 @@ from storage.views.policy import policy
 from student import settings as config
 from student.losses.registry import methods
 from student.recipe import schema, validate
-from student.settings import Copying, Links, Schedule
+from student.settings import AttentionCopyConfig, LinksConfig, Schedule
 from tests.conftest import World, run_precompute, teacher_of
 
 SMALL = {
@@ -230,8 +230,14 @@ def test_the_documentation_names_every_setting_and_its_example_is_a_recipe():
     text = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
     example = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
     assert set(validate.validate(example, "docs").losses) == {"crossentropy", "aal", "attention", "second"}
-    models = [schema.Recipe, config.Student, Schedule, schema.Optim, config.Bank, schema.StreamSettings]
-    models += [schema.Control, schema.Speed, Links, Copying, *(module.Settings for module in methods().values())]
+    models = [schema.Recipe, config.StudentConfig, Schedule, schema.OptimConfig, config.BankChoice, schema.StreamConfig]
+    models += [
+        schema.ControlConfig,
+        schema.PrecisionConfig,
+        LinksConfig,
+        AttentionCopyConfig,
+        *(module.Settings for module in methods().values()),
+    ]
     words = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
     said = set(re.findall(r"\w+", " ".join(words)))
     assert not {name for model in models for name in model.model_fields} - said

@@ -16,7 +16,7 @@ from pipeline.cli import main
 from pipeline.recipes import loader
 from storage.store.store import Store
 from student.data.stream import Stream
-from student.models.files import load
+from student.models.files import load_student
 from tests.conftest import World
 
 SMALL = {
@@ -60,7 +60,7 @@ def test_the_card_s_command_makes_a_student_a_teacher_of_another(world, place, c
     store = Store.open(place / "store")
     assert {store.target(id)["teacher"] for id in made["targets"]} == {"eight"}
 
-    model, about = load(teacher / "last.safetensors")
+    model, about = load_student(teacher / "last.safetensors")
     *_, logits = made["targets"]
     batch = next(iter(Stream(world.shards, batch=32, store=store, targets=[logits]).epoch(0)))
     with torch.no_grad():

@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 from PIL import Image
 
-from precompute.engine.tasks import Output, ShardTask
+from precompute.engine.tasks import ShardTask, TargetOutput
 from storage.objects import json_record
 from storage.store import banks
 from storage.store.store import Store
@@ -26,7 +26,7 @@ class Bare:
     store: Store
     bank: str
     graph: str
-    output: Output
+    output: TargetOutput
 
     def task(self, url: str, views: int = 2) -> ShardTask:
         return ShardTask(self.store, url, self.bank, "averages", self.graph, (self.output,), views)
@@ -50,7 +50,7 @@ def bare(folder: Path, line: str = "deit", size: int = 32, codec: str = "u8") ->
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     onnx.checker.check_model(model)
     store = Store.create(folder)
-    store.add_bank(views.bank, views.identity, banks.describe(views))
+    store.add_bank(views.bank, views.identity, banks.describe_bank(views))
     teacher = {"model": "none", "arguments": {}, "weights sha256": "none", "input size": size, "mean": [0, 0, 0],
                "std": [1, 1, 1]}  # fmt: skip
     store.add_teacher("averages", teacher, {"weights": "none", "classes": None, "parameters": 0, "network": "other",
@@ -62,7 +62,7 @@ def bare(folder: Path, line: str = "deit", size: int = 32, codec: str = "u8") ->
     about = {"teacher": "averages", "graph": digest, "output": 0, "sample_shape": [3, grid, grid], "maps": 2,
              "axes": ["map", "y", "x"], "values": "plain", "parity": None,
              "attention_error": None}  # fmt: skip
-    return Bare(folder, store, views.bank, digest, Output.of(store.add_target(id, identity, about)))
+    return Bare(folder, store, views.bank, digest, TargetOutput.of(store.add_target(id, identity, about)))
 
 
 def tar(path: Path, count: int, images: list[bytes], ending: str = "png") -> str:

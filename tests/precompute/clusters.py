@@ -19,9 +19,9 @@ from distributed import Client, WorkerPlugin
 
 from precompute.engine import dask_runner
 from precompute.engine.tasks import Outcome, ShardTask
-from precompute.request import Wanted
+from precompute.request import PrecomputeRequest
 from precompute.run import precompute
-from precompute.taps.target_spec import parse
+from precompute.taps.target_spec import parse_target
 from storage.store.store import Store
 from storage.testing import TINY_CNN
 from storage.views.policy import policy
@@ -37,9 +37,9 @@ SLOW = partial(pytest.param, marks=pytest.mark.slow)
 
 def run(world: World, store: Path, shards: list[str] | None = None, **more: Any) -> tuple[dict[str, Any], list[str]]:
     """Precompute under `deit`, two views; what it gives and what it says."""
-    wishes = [wish for text in WISHES for wish in parse(text)]
+    wishes = [wish for text in WISHES for wish in parse_target(text)]
     quiet = Quiet()
-    wanted = Wanted(
+    wanted = PrecomputeRequest(
         world.shards if shards is None else shards, teacher_of(world.weights, "cnn"), wishes, policy("deit", 32),
         frozenset({"line", "size"}), 2, provider="cpu", **more,
     )  # fmt: skip

@@ -56,7 +56,7 @@ def exported(teacher: Any, kind: str, path: Path) -> Path:
 
 
 def _export(teacher: Any, kind: str, path: Path) -> None:
-    module = _Named(teachers.load(teacher), kind).eval()
+    module = _Named(teachers.load_teacher(teacher), kind).eval()
     free = {"image": {0: torch.export.Dim("n", min=1, max=999)}}
     image = torch.zeros(2, 3, teacher.input_size, teacher.input_size)
     with warnings.catch_warnings():
@@ -118,6 +118,6 @@ def means(images: np.ndarray) -> np.ndarray:
 def said(path: Path, tap: Tap | None = None, **changes: Any) -> tuple[np.ndarray, np.ndarray]:
     """Five view images of 16x16, and what a file's graph says of them."""
     images = np.random.default_rng(1).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
-    teacher = teachers.find(str(path), **{**HALF, **changes})
+    teacher = teachers.find_teacher(str(path), **{**HALF, **changes})
     (values,) = export_ready(teacher, [tap or Tap("logits", tensors=("y",))], 16, images).values
     return images, values

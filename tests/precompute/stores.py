@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from precompute.engine import session as sessions
-from precompute.request import Wanted
+from precompute.request import PrecomputeRequest
 from precompute.run import precompute
 from precompute.taps import target_spec
 from storage.store.markers import Task
@@ -123,8 +123,8 @@ def small_shard(folder: Path, samples: int = 10, **more: Any) -> list[str]:
 def told(store: Path, world: World, kind: str, wishes: list[str]) -> tuple[dict[str, Any], list[str]]:
     """As `run_precompute`, and what was said."""
     quiet = Quiet()
-    parsed = [wish for text in wishes for wish in target_spec.parse(text)]
-    wanted = Wanted(
+    parsed = [wish for text in wishes for wish in target_spec.parse_target(text)]
+    wanted = PrecomputeRequest(
         world.shards, teacher_of(world.weights, kind), parsed, policy("light", 32), frozenset({"line"}), None,
         provider="cpu",
     )  # fmt: skip

@@ -11,19 +11,19 @@ import pytest
 
 from precompute.engine import dask_runner
 from precompute.engine import session as sessions
-from precompute.verify_targets import TOLERANCE, Live, differences
+from precompute.verify_targets import TOLERANCE, LiveTargets, differences
 from storage.errors import IdentityError
 from storage.store.codecs import Codec
 from storage.store.store import Store
-from storage.store.verify import Report, verify
+from storage.store.verify import VerifyReport, verify
 from storage.testing import TINY_CNN, synthetic_shards
 from storage.views.policy import policy
 from tests.conftest import World, run_precompute, teacher_of, write_teacher
 
 
-def checked(store: Store, shards: list[str], samples: int = 20, weights: tuple[str, ...] = ()) -> Report:
-    report = Report()
-    return verify(store, shards, samples, look=Live(store, report, weights), report=report)
+def checked(store: Store, shards: list[str], samples: int = 20, weights: tuple[str, ...] = ()) -> VerifyReport:
+    report = VerifyReport()
+    return verify(store, shards, samples, look=LiveTargets(store, report, weights), report=report)
 
 
 def test_targets_of_all_taps_and_codecs_are_what_the_live_teacher_says(world: World) -> None:
@@ -109,7 +109,7 @@ def test_without_the_weights_the_stored_graph_is_asked_and_it_is_said(world: Wor
 def test_contract_5_other_weights_than_the_recorded_are_refused(world: World, tmp_path: Path) -> None:
     other = write_teacher(tmp_path / "other.safetensors", TINY_CNN, seed=9)
     with pytest.raises(IdentityError, match=r"sha256: expected .* or .*, found"):
-        Live(Store.open(world.store), Report(), (other,))
+        LiveTargets(Store.open(world.store), VerifyReport(), (other,))
 
 
 @pytest.mark.parametrize("codec", ["f32", "f16", "u8", "log8", "topk5"])

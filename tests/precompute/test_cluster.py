@@ -21,7 +21,7 @@ from precompute.engine import dask_runner
 from precompute.engine.dask_client import local_cluster
 from precompute.engine.tasks import Outcome, ShardTask
 from storage.errors import UserError
-from storage.progress import Quiet as Silent
+from storage.progress import NoProgress as Silent
 from storage.store.store import Store
 from storage.testing import synthetic_image
 from tests.conftest import HANGS, World
@@ -296,7 +296,7 @@ def test_two_thousand_shards_cost_little_each_and_are_handed_over_as_workers_get
         return time.monotonic() - began
 
     here = bare(tmp_path / "here", "light")
-    plain = drive(dask_runner.run_here(tasks(here, shards[:400]), 400, "cpu", Silent())) / 400
+    plain = drive(dask_runner.run_in_process(tasks(here, shards[:400]), 400, "cpu", Silent())) / 400
     assert early == 1
     two = bare(tmp_path / "two", "light")
     over = threading.Event()
@@ -310,7 +310,7 @@ def test_two_thousand_shards_cost_little_each_and_are_handed_over_as_workers_get
     looker.start()
     before = resident()
     taken = answered = 0
-    each = drive(dask_runner.run_on(client, tasks(two, shards), 2000, "cpu", 1, Silent())) / 2000
+    each = drive(dask_runner.run_on_cluster(client, tasks(two, shards), 2000, "cpu", 1, Silent())) / 2000
     over.set()
     looker.join()
     growth = resident() - before
@@ -326,8 +326,10 @@ def test_two_thousand_shards_cost_little_each_and_are_handed_over_as_workers_get
         local_cluster(1) as alone,
         Client(alone, set_as_default=False) as single,
     ):
-        drive(dask_runner.run_on(single, tasks(one, shards[:20]), 20, "cpu", 1, Silent()))
-        alone_each = drive(dask_runner.run_on(single, tasks(one, shards[20:420]), 400, "cpu", 1, Silent())) / 400
+        drive(dask_runner.run_on_cluster(single, tasks(one, shards[:20]), 20, "cpu", 1, Silent()))
+        alone_each = (
+            drive(dask_runner.run_on_cluster(single, tasks(one, shards[20:420]), 400, "cpu", 1, Silent())) / 400
+        )
     print(f"{1000 * alone_each:.1f} ms a shard on one worker: two give {alone_each / each:.2f} times as many")
     assert math.isfinite(each)
 

@@ -82,7 +82,7 @@ def cases(weights: dict[str, str]) -> Any:
 
 def reference(case: Case, views: np.ndarray) -> list[np.ndarray]:
     """The taps by other means: F.interpolate, the network's forward, its unfused attention, its modules' outputs."""
-    model = teachers.load(case.teacher)
+    model = teachers.load_teacher(case.teacher)
     side = case.teacher.input_size
     x = torch.from_numpy(views).permute(0, 3, 1, 2).float() / 255
     if case.size != side:
@@ -272,7 +272,7 @@ def test_contract_12_nothing_is_stored_of_attention_that_is_not_what_the_network
     arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
     name = "vit_relpos_base_patch16_cls_224"
     weights = write_teacher(tmp_path / "w.safetensors", (name, arguments))
-    teacher = teachers.find(
+    teacher = teachers.find_teacher(
         name, weights=weights, arguments={**arguments, "num_classes": 3}, called="relpos", mean=(0.5,), std=(0.5,)
     )
     shards = synthetic_shards(tmp_path / "data", 1, 6)

@@ -16,7 +16,7 @@ from precompute.export import pytorch
 from storage.errors import UserError
 from storage.store.markers import Task
 from storage.store.store import Store
-from storage.testing import FaultyObjects
+from storage.testing import FaultyObjectStore
 from tests.conftest import World, run_precompute, teacher_of
 from tests.precompute.stores import CNN, assert_same, contents, failures, small_shard
 
@@ -33,8 +33,8 @@ class Faults:
         self.count += 1
         return self.folder / f"store-{self.count}"
 
-    def run(self, place: Path, **fault: Any) -> FaultyObjects:
-        objects = FaultyObjects(place, **fault)
+    def run(self, place: Path, **fault: Any) -> FaultyObjectStore:
+        objects = FaultyObjectStore(place, **fault)
         store = Store.create(objects)
         run_precompute(store, self.shards, teacher_of(self.world.weights, "cnn"), CNN[1:], views=1)
         return objects

@@ -12,9 +12,9 @@ import pytest
 
 from pipeline.cli import main
 from precompute.plan import plan
-from precompute.request import Wanted
+from precompute.request import PrecomputeRequest
 from precompute.run import precompute
-from precompute.taps.target_spec import parse
+from precompute.taps.target_spec import parse_target
 from precompute.throughput import growing
 from storage.errors import IdentityError, UserError
 from storage.shards.pack import pack
@@ -24,10 +24,14 @@ from storage.views.policy import policy
 from tests.conftest import Quiet, World, teacher_of, write_teacher
 
 
-def wanted_of(world: World, shards: list[str], targets: list[str], kind: str = "cnn", **changes: Any) -> Wanted:
-    wishes = [wish for text in targets for wish in parse(text)]
+def wanted_of(
+    world: World, shards: list[str], targets: list[str], kind: str = "cnn", **changes: Any
+) -> PrecomputeRequest:
+    wishes = [wish for text in targets for wish in parse_target(text)]
     given = frozenset({"line", "size"})
-    return Wanted(shards, teacher_of(world.weights, kind), wishes, policy("deit", 32), given, **{"views": 2, **changes})
+    return PrecomputeRequest(
+        shards, teacher_of(world.weights, kind), wishes, policy("deit", 32), given, **{"views": 2, **changes}
+    )
 
 
 def taken(place: Path) -> tuple[int, int]:

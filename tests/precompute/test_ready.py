@@ -14,16 +14,16 @@ from onnx import TensorProto
 from precompute.export import onnx_file as joined
 from precompute.export.onnx_file import export_ready
 from precompute.taps import Tap
-from precompute.taps.target_spec import parse
+from precompute.taps.target_spec import parse_target
 from precompute.teachers import onnx_file
 from precompute.teachers import teacher as teachers
-from precompute.verify_targets import Live
+from precompute.verify_targets import LiveTargets
 from storage.errors import IdentityError, UserError
 from storage.store.store import Store
-from storage.store.verify import Report, verify
+from storage.store.verify import VerifyReport, verify
 from storage.testing import synthetic_shards
 from student.fit_teacher.network import network_of
-from student.targets.stored_target import given_of
+from student.targets.stored_target import stored_target
 from tests.conftest import World, run_precompute, teacher_of
 from tests.precompute.graphs import HALF, MEANS, OUTPUTS, exported, made_by, means, node, said, small
 
@@ -34,9 +34,9 @@ def keep(
     store: Path, shards: list[str], path: Path, taps: list[str], targets: list[str], **changes: Any
 ) -> dict[str, Any]:
     """Precompute of a ready graph, as the command line asks for it; target's tap -> id."""
-    wishes = [wish for text in targets for wish in parse(text)]
-    given = onnx_file.given_tensors(str(path), onnx_file.named(taps), wishes)
-    teacher = teachers.find(str(path), **{**HALF, **changes})
+    wishes = [wish for text in targets for wish in parse_target(text)]
+    given = onnx_file.given_tensors(str(path), onnx_file.named_outputs(taps), wishes)
+    teacher = teachers.find_teacher(str(path), **{**HALF, **changes})
     result = run_precompute(store, shards, teacher, [], wishes=given)
     return dict(zip([wish.tap for wish in given], result["targets"], strict=True))
 
@@ -92,11 +92,11 @@ def test_a_ready_graph_says_what_the_same_network_says_as_a_timm_teacher(kept: A
 
 def test_losses_find_what_they_read_of_other_teachers(kept: Any) -> None:
     store, mine, theirs = kept
-    own, other = (given_of(store, ids["vit"]["attention"]) for ids in (mine, theirs))
+    own, other = (stored_target(store, ids["vit"]["attention"]) for ids in (mine, theirs))
     for field in ("layers", "prefix", "heads", "classes"):
         assert own.teacher[field] == other.teacher[field]
     assert own.target["identity"]["layers"] == other.target["identity"]["layers"]
-    own, other = (given_of(store, ids["cnn"]["activations"]) for ids in (mine, theirs))
+    own, other = (stored_target(store, ids["cnn"]["activations"]) for ids in (mine, theirs))
     for key in ("stage", "channels"):
         assert [stage[key] for stage in own.target["stages"]] == [stage[key] for stage in other.target["stages"]]
     assert [stage["tap"] for stage in own.target["stages"]] == OUTPUTS["cnn"][:4]
@@ -159,7 +159,7 @@ def test_the_same_file_makes_the_same_graph_wherever_it_lies(place: Any, tmp_pat
     graphs = []
     for path in (place[2]["vit"], Path(shutil.copy(place[2]["vit"], tmp_path / "moved.onnx"))):
         taps = [Tap("class_token", tensors=("cls",)), Tap("logits", tensors=("logits",))]
-        graphs.append(export_ready(teachers.find(str(path), **HALF), taps, 32, images).graph)
+        graphs.append(export_ready(teachers.find_teacher(str(path), **HALF), taps, 32, images).graph)
     assert graphs[0] == graphs[1]
     model = onnx.load_from_string(graphs[0])
     onnx.checker.check_model(model)
@@ -178,9 +178,9 @@ def test_verify_asks_the_file_by_itself_or_else_the_stored_graph(place: Any, tmp
     keep(tmp_path / "S", shards, path, [*STAGES, "logits=logits"], ["activations,grid=8", "logits"])
     store = Store.open(tmp_path / "S")
 
-    def checked(*weights: str) -> Report:
-        report = Report()
-        return verify(store, shards, 10, look=Live(store, report, weights), report=report)
+    def checked(*weights: str) -> VerifyReport:
+        report = VerifyReport()
+        return verify(store, shards, 10, look=LiveTargets(store, report, weights), report=report)
 
     report = checked()
     assert not report.failures
@@ -191,7 +191,7 @@ def test_verify_asks_the_file_by_itself_or_else_the_stored_graph(place: Any, tmp
     assert checked(str(tmp_path / "moved.onnx")).compared_with["g"].startswith("file run by itself")
     with pytest.raises(IdentityError, match="sha256: expected"):
         checked(str(paths["vit"]))
-    live = Live(store, Report(), (str(tmp_path / "moved.onnx"),))
+    live = LiveTargets(store, VerifyReport(), (str(tmp_path / "moved.onnx"),))
     live.teachers["g"]["identity"]["mean"] = [0.4, 0.5, 0.5]
     failures = verify(store, shards, 10, look=live, report=live.report).failures
     assert len(failures) == 40
@@ -254,4 +254,4 @@ def test_weights_that_old_files_list_among_the_inputs_are_no_inputs(tmp_path: Pa
     onnx.save(model, str(path))
     images, values = said(path)
     assert np.abs(values - 2 * means(images)).max() < 1e-5
-    assert onnx_file.read(str(path)).parameters == 9
+    assert onnx_file.read_graph(str(path)).parameters == 9

@@ -15,7 +15,7 @@ from precompute.engine.session import open_session
 from precompute.export import onnx_file as joined
 from precompute.export.onnx_file import export_ready
 from precompute.taps import Tap
-from precompute.taps.target_spec import parse
+from precompute.taps.target_spec import parse_target
 from precompute.teachers import onnx_file
 from precompute.teachers import teacher as teachers
 from storage.errors import UserError
@@ -71,7 +71,7 @@ def test_graphs_that_cannot_teach_are_refused(tmp_path: Path, about: dict[str, A
 def test_other_inputs_than_square_images_are_refused(tmp_path: Path, about: dict[str, Any], says: str) -> None:
     path = small(tmp_path / "g.onnx", **about)
     with pytest.raises(UserError, match=says):
-        teachers.find(str(path), **HALF)
+        teachers.find_teacher(str(path), **HALF)
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\x08\x07" * 100, b"\x89PNG\r\n\x1a\n" * 9, None])
@@ -80,21 +80,21 @@ def test_files_that_are_no_graphs_are_refused(tmp_path: Path, content: bytes | N
     whole = small(path).read_bytes()
     path.write_bytes(whole[: len(whole) // 2] if content is None else content)
     with pytest.raises(UserError, match=r"g\.onnx: .*is no ONNX file"):
-        teachers.find(str(path), **HALF)
+        teachers.find_teacher(str(path), **HALF)
 
 
 def test_files_that_cannot_be_read_or_are_too_large_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.onnx: cannot be read: No such file"):
-        teachers.find(str(tmp_path / "nowhere.onnx"), **HALF)
+        teachers.find_teacher(str(tmp_path / "nowhere.onnx"), **HALF)
     (tmp_path / "folder.onnx").mkdir()
     with pytest.raises(UserError, match=r"folder\.onnx: cannot be read: Is a directory"):
-        teachers.find(str(tmp_path / "folder.onnx"), **HALF)
+        teachers.find_teacher(str(tmp_path / "folder.onnx"), **HALF)
     with pytest.raises(UserError, match="cannot be read: embedded null byte"):
-        teachers.find("a\0b.onnx", **HALF)
+        teachers.find_teacher("a\0b.onnx", **HALF)
     with (tmp_path / "huge.onnx").open("wb") as file:
         file.truncate(2**31)
     with pytest.raises(UserError, match=r"huge\.onnx: it has 2,147,483,648 bytes; one ONNX file holds at most"):
-        teachers.find(str(tmp_path / "huge.onnx"), **HALF)
+        teachers.find_teacher(str(tmp_path / "huge.onnx"), **HALF)
 
 
 def outside(name: str, dims: Sequence[int], kind: int = TensorProto.FLOAT) -> TensorProto:
@@ -150,7 +150,7 @@ def test_a_graph_that_reads_other_files_is_refused(tmp_path: Path, place: str) -
     path.write_bytes(model.SerializeToString())
     says = r"g\.onnx: .*keeps [12] tensor\(s\) in other files \([wi]\); save it as one file"
     with pytest.raises(UserError, match=says):
-        teachers.find(str(path), **HALF)
+        teachers.find_teacher(str(path), **HALF)
     with pytest.raises(UserError, match="save it as one file"):
         open_session(path.read_bytes(), "cpu")
 
@@ -169,8 +169,8 @@ def test_a_graph_that_reads_other_files_is_refused(tmp_path: Path, place: str) -
 def test_what_makes_no_sense_of_a_graph_is_refused(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
     path = small(tmp_path / "g.onnx", shape=FREE)
     with pytest.raises(UserError, match=says):
-        teachers.find(str(path), **{**HALF, **changes})
-    assert teachers.find(str(path), **HALF).name == "g"
+        teachers.find_teacher(str(path), **{**HALF, **changes})
+    assert teachers.find_teacher(str(path), **HALF).name == "g"
 
 
 # ---------------------------------------------------------------------------------------------- taps
@@ -195,7 +195,9 @@ def test_taps_that_are_not_there_are_refused(tmp_path: Path, taps: list[str], ta
     nodes = [node("Relu", "image", "stage1"), node("Neg", "image", "stage2"), node("Flatten", "image", "logits")]
     path = small(tmp_path / "cnn-graph.onnx", nodes, inputs=["image"], outputs=["stage1", "stage2", "logits"])
     with pytest.raises(UserError, match=says):
-        onnx_file.given_tensors(str(path), onnx_file.named(taps), [w for text in targets for w in parse(text)])
+        onnx_file.given_tensors(
+            str(path), onnx_file.named_outputs(taps), [w for text in targets for w in parse_target(text)]
+        )
 
 
 def shaped(path: Path, *shape: int, softmax: bool = False) -> Path:
@@ -244,7 +246,7 @@ def test_class_rows_and_what_a_network_is_read_off_their_shapes(tmp_path: Path) 
     cut = np.array([5]), np.array([2])  # 16 values -> the first 5: one class token, 2x2 patches
     small(path, [nodes[0], node("Slice", "r zero five two", "s"), node("Softmax", "s", "y", axis=-1)],
           weights={"shape": np.array([-1, 48, 16]), "zero": np.array([0]), "five": cut[0], "two": cut[1]})  # fmt: skip
-    teacher = teachers.find(str(path), **HALF)
+    teacher = teachers.find_teacher(str(path), **HALF)
     images = np.random.default_rng(1).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
     exported = export_ready(teacher, [Tap("class_row", (1,), None, ("y",))], 16, images)
     assert exported.shapes == ((1, 48, 5),)

@@ -295,13 +295,13 @@ def test_contract_6_a_worker_killed_in_the_middle_of_a_write_is_replaced_and_the
         import signal
         from pathlib import Path
 
-        from storage.objects.object_store import LocalObjects
+        from storage.objects.object_store import LocalObjectStore
 
         killed = Path(folder) / "killed"
-        if killed.exists() or getattr(LocalObjects, "deadly", False):
+        if killed.exists() or getattr(LocalObjectStore, "deadly", False):
             return
-        real = LocalObjects._write
-        LocalObjects.deadly = True  # type: ignore[attr-defined]
+        real = LocalObjectStore._write
+        LocalObjectStore.deadly = True  # type: ignore[attr-defined]
 
         def write(self: Any, path: Path, data: bytes) -> None:
             if "/1/" in str(path) and "targets" in str(path) and not killed.exists():
@@ -310,7 +310,7 @@ def test_contract_6_a_worker_killed_in_the_middle_of_a_write_is_replaced_and_the
                 os.kill(os.getpid(), signal.SIGKILL)
             real(self, path, data)
 
-        LocalObjects._write = write  # type: ignore[method-assign]
+        LocalObjectStore._write = write  # type: ignore[method-assign]
 
     place = seeded(deit, tmp_path / "store")
     with hooked(mortal, kill_in_a_write, str(tmp_path)):

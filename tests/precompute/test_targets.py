@@ -11,7 +11,7 @@ from precompute import record_targets
 from precompute.bank_choice import choose_policy
 from precompute.record_targets import defaults
 from precompute.taps import Tap
-from precompute.taps.target_spec import Wish, layer_numbers, parse
+from precompute.taps.target_spec import TargetSpec, layer_numbers, parse_target
 from storage.errors import IdentityError, UserError
 from storage.store import banks
 from storage.store.markers import Task
@@ -23,7 +23,7 @@ CNN = {"id": "cnn", "network": "cnn", "layers": 7}
 VIT = {"id": "vit", "network": "vit", "layers": 12, "heads": 3, "prefix": ["class"]}
 
 
-def identity(wish: Wish, manifest: dict[str, Any], size: int = 32) -> dict[str, Any]:
+def identity(wish: TargetSpec, manifest: dict[str, Any], size: int = 32) -> dict[str, Any]:
     teacher: Any = type("AnyTeacher", (), {"id": "0" * 64, "name": manifest["id"]})
     return record_targets._identity(teacher, manifest, wish, policy("light", size))
 
@@ -32,7 +32,7 @@ def store_with(folder: Path, *policies: Policy, shard: str = "shard-1") -> Store
     """A store that says of a shard that it has a view under each of these policies."""
     store = Store.create(folder)
     for one in policies:
-        store.add_bank(one.bank, one.identity, banks.describe(one))
+        store.add_bank(one.bank, one.identity, banks.describe_bank(one))
         store.objects.create(f"done/{Task('bank', one.bank, shard, 0).name}", b"{}")
     return store
 
@@ -47,18 +47,18 @@ def chosen(store: Store, wanted: Policy, *given: str, new_bank: bool = False) ->
 @pytest.mark.parametrize(
     ("text", "wishes"),
     [
-        ("activations", [Wish("activations")]),
-        ("activations,grid=8,codec=u8", [Wish("activations", None, 8, "u8")]),
-        ("activations, layers=1:4+7 ,grid=14", [Wish("activations", "1:4+7", 14)]),
-        ("q,k,layers=last", [Wish("q", "last"), Wish("k", "last")]),
-        ("codec=f32,class_row", [Wish("class_row", None, None, "f32")]),
-        ("activations,grid=8,at=block", [Wish("activations", None, 8, at="block")]),
-        ("activations,antialias=true,at=norm", [Wish("activations", antialias=True)]),
-        ("logits,class_token,codec=f16", [Wish("logits", codec="f16"), Wish("class_token", codec="f16")]),
+        ("activations", [TargetSpec("activations")]),
+        ("activations,grid=8,codec=u8", [TargetSpec("activations", None, 8, "u8")]),
+        ("activations, layers=1:4+7 ,grid=14", [TargetSpec("activations", "1:4+7", 14)]),
+        ("q,k,layers=last", [TargetSpec("q", "last"), TargetSpec("k", "last")]),
+        ("codec=f32,class_row", [TargetSpec("class_row", None, None, "f32")]),
+        ("activations,grid=8,at=block", [TargetSpec("activations", None, 8, at="block")]),
+        ("activations,antialias=true,at=norm", [TargetSpec("activations", antialias=True)]),
+        ("logits,class_token,codec=f16", [TargetSpec("logits", codec="f16"), TargetSpec("class_token", codec="f16")]),
     ],
 )
-def test_a_target_is_taps_with_options(text: str, wishes: list[Wish]) -> None:
-    assert parse(text) == wishes
+def test_a_target_is_taps_with_options(text: str, wishes: list[TargetSpec]) -> None:
+    assert parse_target(text) == wishes
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_a_target_is_taps_with_options(text: str, wishes: list[Wish]) -> None:
 )
 def test_what_is_not_a_target_is_refused_with_the_nearest(text: str, says: str) -> None:
     with pytest.raises(UserError) as caught:
-        parse(text)
+        parse_target(text)
     assert says in str(caught.value)
 
 
@@ -123,14 +123,14 @@ def test_what_names_no_layers_is_refused(text: str) -> None:
 
 
 def test_a_cnn_gives_activations_on_a_sixteenth_of_the_view_by_default() -> None:
-    assert defaults(CNN, policy("light", 224)) == [Wish("activations", grid=14)]
-    assert defaults(CNN, policy("light", 8)) == [Wish("activations", grid=1)]
-    assert identity(Wish("activations"), CNN, 224)["codec"] == "u8"
+    assert defaults(CNN, policy("light", 224)) == [TargetSpec("activations", grid=14)]
+    assert defaults(CNN, policy("light", 8)) == [TargetSpec("activations", grid=1)]
+    assert identity(TargetSpec("activations"), CNN, 224)["codec"] == "u8"
 
 
 def test_a_vit_gives_class_rows_and_the_class_token_by_default() -> None:
-    assert defaults(VIT, policy("light", 224)) == [Wish("class_row"), Wish("class_token")]
-    assert identity(Wish("class_row"), VIT)["codec"] == "f16"
+    assert defaults(VIT, policy("light", 224)) == [TargetSpec("class_row"), TargetSpec("class_token")]
+    assert identity(TargetSpec("class_row"), VIT)["codec"] == "f16"
 
 
 @pytest.mark.parametrize("manifest", [{**VIT, "prefix": ["register"]}, {**CNN, "network": "other", "layers": 0}])
@@ -142,15 +142,15 @@ def test_a_network_with_neither_gives_nothing_by_default(manifest: dict[str, Any
 @pytest.mark.parametrize(
     ("wish", "manifest", "says"),
     [
-        (Wish("activations"), VIT, "teacher vit is a vit, activations needs a cnn"),
-        (Wish("q"), CNN, "teacher cnn is a cnn, q needs a vit"),
-        (Wish("class_row"), CNN, "teacher cnn is a cnn, class_row needs a vit"),
-        (Wish("q"), {**CNN, "network": "other", "layers": 0}, "neither a CNN with stages nor a plain ViT: no q"),
-        (Wish("q", "13"), VIT, "vit has layers 1 to 12"),
-        (Wish("activations", "8"), CNN, "cnn has layers 1 to 7"),
+        (TargetSpec("activations"), VIT, "teacher vit is a vit, activations needs a cnn"),
+        (TargetSpec("q"), CNN, "teacher cnn is a cnn, q needs a vit"),
+        (TargetSpec("class_row"), CNN, "teacher cnn is a cnn, class_row needs a vit"),
+        (TargetSpec("q"), {**CNN, "network": "other", "layers": 0}, "neither a CNN with stages nor a plain ViT: no q"),
+        (TargetSpec("q", "13"), VIT, "vit has layers 1 to 12"),
+        (TargetSpec("activations", "8"), CNN, "cnn has layers 1 to 7"),
     ],
 )
-def test_a_teacher_is_not_asked_for_what_it_has_not(wish: Wish, manifest: dict[str, Any], says: str) -> None:
+def test_a_teacher_is_not_asked_for_what_it_has_not(wish: TargetSpec, manifest: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError) as caught:
         identity(wish, manifest)
     assert says in str(caught.value)
@@ -159,34 +159,41 @@ def test_a_teacher_is_not_asked_for_what_it_has_not(wish: Wish, manifest: dict[s
 def test_of_a_ready_graph_the_tensors_say_where_maps_are_read() -> None:
     ready = {"id": "graph", "network": "onnx", "layers": 0}
     with pytest.raises(UserError, match="at=block: of a ready graph --tap says which tensors are read"):
-        identity(Wish("activations", tensors=("relu",), at="block"), ready)
-    assert identity(Wish("activations", tensors=("relu",), antialias=True), ready)["antialias"] == "all"
+        identity(TargetSpec("activations", tensors=("relu",), at="block"), ready)
+    assert identity(TargetSpec("activations", tensors=("relu",), antialias=True), ready)["antialias"] == "all"
 
 
 def test_two_ways_to_say_the_same_target_are_one_target() -> None:
-    assert identity(Wish("q", "last"), VIT) == identity(Wish("q", "12"), VIT)
-    assert identity(Wish("q", "1:12"), VIT) == identity(Wish("q"), VIT)
-    assert identity(Wish("activations", None, 2, "u8"), CNN) == identity(Wish("activations"), CNN)
+    assert identity(TargetSpec("q", "last"), VIT) == identity(TargetSpec("q", "12"), VIT)
+    assert identity(TargetSpec("q", "1:12"), VIT) == identity(TargetSpec("q"), VIT)
+    assert identity(TargetSpec("activations", None, 2, "u8"), CNN) == identity(TargetSpec("activations"), CNN)
 
 
 @pytest.mark.parametrize(
-    "other", [Wish("q", "1"), Wish("k"), Wish("q", codec="f32"), Wish("class_row"), Wish("q", "12+1:11")]
+    "other",
+    [
+        TargetSpec("q", "1"),
+        TargetSpec("k"),
+        TargetSpec("q", codec="f32"),
+        TargetSpec("class_row"),
+        TargetSpec("q", "12+1:11"),
+    ],
 )
-def test_another_tap_layer_order_or_codec_is_another_target(other: Wish) -> None:
+def test_another_tap_layer_order_or_codec_is_another_target(other: TargetSpec) -> None:
     teacher: Any = type("AnyTeacher", (), {"id": "0" * 64, "name": "vit"})
-    ids = {record_targets._id(teacher, identity(wish, VIT)) for wish in (Wish("q"), other)}
+    ids = {record_targets._id(teacher, identity(wish, VIT)) for wish in (TargetSpec("q"), other)}
     assert len(ids) == 2
 
 
 def test_variants_of_activations_add_to_the_identity_and_leave_older_ids_as_they_are() -> None:
     teacher: Any = type("AnyTeacher", (), {"id": "0" * 64, "name": "cnn"})
-    plain = identity(Wish("activations", None, 2), CNN)
+    plain = identity(TargetSpec("activations", None, 2), CNN)
     assert set(plain) == {"teacher", "bank", "tap", "layers", "grid", "codec"}, "older stores have no more"
     assert record_targets._id(teacher, plain) == "cnn-activations-g2-u8-5683c315"
     assert (Tap.of(plain).at, Tap.of(plain).antialias) == ("norm", False)
     for wish, added, named in (
-        (Wish("activations", None, 2, at="block"), {"at": "block"}, "cnn-activations-block-g2-u8-"),
-        (Wish("activations", None, 2, antialias=True), {"antialias": "all"}, "cnn-activations-antialias-g2-u8-"),
+        (TargetSpec("activations", None, 2, at="block"), {"at": "block"}, "cnn-activations-block-g2-u8-"),
+        (TargetSpec("activations", None, 2, antialias=True), {"antialias": "all"}, "cnn-activations-antialias-g2-u8-"),
     ):
         other = identity(wish, CNN)
         assert other == {**plain, **added}
@@ -202,9 +209,9 @@ def test_variants_of_activations_add_to_the_identity_and_leave_older_ids_as_they
 
 
 def test_a_target_of_another_bank_or_teacher_is_another_target() -> None:
-    assert identity(Wish("q"), VIT, 32) != identity(Wish("q"), VIT, 64)
+    assert identity(TargetSpec("q"), VIT, 32) != identity(TargetSpec("q"), VIT, 64)
     other: Any = type("AnyTeacher", (), {"id": "1" * 64, "name": "vit"})
-    assert record_targets._identity(other, VIT, Wish("q"), policy("light", 32)) != identity(Wish("q"), VIT)
+    assert record_targets._identity(other, VIT, TargetSpec("q"), policy("light", 32)) != identity(TargetSpec("q"), VIT)
 
 
 def test_target_ids_say_what_they_are_and_manifests_hold_it(world: World) -> None:

@@ -37,17 +37,17 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def tiny_cnn(weights: str, **changes: Any) -> teachers.Teacher:
     settings = {"weights": weights, "arguments": {**TINY_CNN[1], "num_classes": 3}, "input_size": 64, **HALF}
-    return teachers.find(TINY_CNN[0], **{**settings, **changes})
+    return teachers.find_teacher(TINY_CNN[0], **{**settings, **changes})
 
 
 def tiny_vit(weights: str, **changes: Any) -> teachers.Teacher:
-    return teachers.find(TINY_VIT[0], **{"weights": weights, "arguments": VIT, **HALF, **changes})
+    return teachers.find_teacher(TINY_VIT[0], **{"weights": weights, "arguments": VIT, **HALF, **changes})
 
 
 def named(name: str, **changes: Any) -> teachers.Teacher:
     """A teacher of this name with some file for weights, which is not loaded: nothing is asked of timm's hub."""
     with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
-        return teachers.find(name, weights=file.name, **changes)
+        return teachers.find_teacher(name, weights=file.name, **changes)
 
 
 @pytest.fixture(autouse=True)
@@ -82,9 +82,9 @@ class Hostile:
 # ---------------------------------------------------------------------------------------------- names
 
 
-@pytest.mark.parametrize("name", teachers.SHORT)
+@pytest.mark.parametrize("name", teachers.SHORT_NAMES)
 def test_short_names_are_pinned_to_tags_and_sizes_that_timm_knows(name: str) -> None:
-    tag, size = teachers.SHORT[name]
+    tag, size = teachers.SHORT_NAMES[name]
     assert "." in tag, "a name without a tag is whatever timm makes the default"
     config = timm.get_pretrained_cfg(tag)
     assert config is not None
@@ -165,7 +165,7 @@ def test_an_input_that_patches_do_not_divide_is_refused(vit: str) -> None:
     with pytest.raises(
         UserError, match=r"an input of 30 pixels is no multiple of its patches of \d+; say --input-size"
     ):
-        teachers.load(found)
+        teachers.load_teacher(found)
 
 
 def test_img_size_among_the_arguments_is_the_input_size_and_cannot_differ_from_it(vit: str) -> None:
@@ -182,7 +182,7 @@ def test_arguments_that_cannot_be_recorded_are_refused(value: object) -> None:
 
 def test_an_argument_that_the_network_does_not_take_is_named(cnn: str) -> None:
     with pytest.raises(UserError, match=r"resnet10t: cannot be made with .*: .*no_such"):
-        teachers.load(tiny_cnn(cnn, arguments={"no_such": 1}))
+        teachers.load_teacher(tiny_cnn(cnn, arguments={"no_such": 1}))
 
 
 # ---------------------------------------------------------------------------------------------- identity
@@ -213,22 +213,22 @@ def test_identity_changes_with_one_bit_of_the_weights(cnn: str, tmp_path: Path) 
 
 def test_identity_of_hub_weights_is_what_the_hub_gives_and_not_the_tag(hub: dict[str, int]) -> None:
     name = "resnet10t.c3_in1k"
-    before = teachers.find(name, arguments=TINY_CNN[1])
-    assert teachers.find(name, arguments=TINY_CNN[1]).id == before.id
+    before = teachers.find_teacher(name, arguments=TINY_CNN[1])
+    assert teachers.find_teacher(name, arguments=TINY_CNN[1]).id == before.id
     hub["seed"] = 1
-    assert teachers.find(name, arguments=TINY_CNN[1]).id != before.id
+    assert teachers.find_teacher(name, arguments=TINY_CNN[1]).id != before.id
 
 
 def test_hub_weights_with_a_new_random_head_are_refused() -> None:
     with pytest.raises(UserError, match="--teacher-arg num_classes: "):
-        teachers.find("resnet10t.c3_in1k", arguments={**TINY_CNN[1], "num_classes": 3})
+        teachers.find_teacher("resnet10t.c3_in1k", arguments={**TINY_CNN[1], "num_classes": 3})
 
 
 # ---------------------------------------------------------------------------------------------- weights
 
 
 def test_safetensors_load_as_they_are_in_eval_mode_without_gradients(cnn: str) -> None:
-    model = teachers.load(tiny_cnn(cnn))
+    model = teachers.load_teacher(tiny_cnn(cnn))
     assert same(model, load_file(cnn))
     assert not any(module.training for module in model.modules())
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -238,7 +238,7 @@ def test_safetensors_load_as_they_are_in_eval_mode_without_gradients(cnn: str) -
 def test_pth_files_load_plain_and_wrapped(cnn: str, tmp_path: Path, wrap: Any) -> None:
     path = tmp_path / "weights.pth"
     torch.save(wrap(load_file(cnn)), path)
-    assert same(teachers.load(tiny_cnn(str(path))), load_file(cnn))
+    assert same(teachers.load_teacher(tiny_cnn(str(path))), load_file(cnn))
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -251,7 +251,7 @@ def test_a_hostile_pickle_is_refused_and_not_run(cnn: str, tmp_path: Path, legac
     else:
         torch.save(state, path)
     with pytest.raises(UserError, match="refused: it is a pickle with more than tensors"):
-        teachers.load(tiny_cnn(str(path)))
+        teachers.load_teacher(tiny_cnn(str(path)))
     assert not made.exists()
     pickle.loads(pickle.dumps(Hostile(made))).close()
     assert made.exists(), "the pickle would have done harm"
@@ -273,23 +273,23 @@ def test_a_file_that_is_not_weights_is_refused_by_name(cnn: str, tmp_path: Path,
     whole = path.read_bytes() if ending == "pth" else Path(cnn).read_bytes()
     path.write_bytes({"empty": b"", "garbage": b"garbage!" * 50, "half": whole[: len(whole) // 2]}[damage])
     with pytest.raises(UserError, match=f"w.{ending}: (cannot be read as weights|refused|not a file of weights)"):
-        teachers.load(tiny_cnn(str(path)))
+        teachers.load_teacher(tiny_cnn(str(path)))
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {"model": [1]}])
 def test_a_pth_that_holds_no_state_dict_is_refused(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(UserError, match="expected a state dict of tensors"):
-        teachers.load(tiny_cnn(str(tmp_path / "w.pth")))
+        teachers.load_teacher(tiny_cnn(str(tmp_path / "w.pth")))
 
 
 def test_weights_of_another_shape_are_refused_naming_what_does_not_fit(cnn: str, vit: str) -> None:
     with pytest.raises(UserError, match=r"does not fit resnet10t: fc.weight has shape.*\n.*num_classes=3$"):
-        teachers.load(tiny_cnn(cnn, arguments={**TINY_CNN[1], "num_classes": 5}))
+        teachers.load_teacher(tiny_cnn(cnn, arguments={**TINY_CNN[1], "num_classes": 5}))
     with pytest.raises(UserError, match=r"does not fit resnet10t: .*missing.*\n  None of its 44 names is one of the"):
-        teachers.load(tiny_cnn(vit))
+        teachers.load_teacher(tiny_cnn(vit))
     with pytest.raises(UserError, match=r"does not fit vit_tiny_patch16_224: head.weight has .*\n.*num_classes=3$"):
-        teachers.load(tiny_vit(vit, arguments={**VIT, "num_classes": 5}))
+        teachers.load_teacher(tiny_vit(vit, arguments={**VIT, "num_classes": 5}))
 
 
 @pytest.mark.parametrize(
@@ -298,14 +298,14 @@ def test_weights_of_another_shape_are_refused_naming_what_does_not_fit(cnn: str,
 def test_weights_that_timm_cannot_resample_are_refused(vit: str, tmp_path: Path, name: str, shape: Any) -> None:
     save_file({**load_file(vit), name: torch.zeros(shape)}, tmp_path / "w.safetensors")
     with pytest.raises(UserError, match=r"w.safetensors: does not fit vit_tiny_patch16_224"):
-        teachers.load(tiny_vit(str(tmp_path / "w.safetensors")))
+        teachers.load_teacher(tiny_vit(str(tmp_path / "w.safetensors")))
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
 def test_weights_of_other_precisions_become_f32(cnn: str, tmp_path: Path, kind: torch.dtype) -> None:
     state = {name: t.to(kind) if t.is_floating_point() else t for name, t in load_file(cnn).items()}
     save_file(state, tmp_path / "w.safetensors")
-    model = teachers.load(tiny_cnn(str(tmp_path / "w.safetensors")))
+    model = teachers.load_teacher(tiny_cnn(str(tmp_path / "w.safetensors")))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     read = read_weights(str(tmp_path / "w.safetensors"))
     assert {t.dtype for t in read.values()} == {torch.float32, torch.int64}
@@ -331,7 +331,7 @@ def test_a_vit_of_another_input_size_has_its_position_embeddings_resampled(vit: 
 
     arguments = {name: value for name, value in VIT.items() if name != "img_size"}
     teacher = tiny_vit(vit, arguments=arguments, input_size=48)
-    model = teachers.load(teacher)
+    model = teachers.load_teacher(teacher)
     old, new = load_file(vit)["pos_embed"], model.pos_embed
     assert new.shape == (1, 1 + 36, 48)
     assert torch.equal(new[:, 0], old[:, 0]), "the class token has no place in the grid"
@@ -354,13 +354,13 @@ def test_a_network_that_cannot_take_the_images_is_refused_by_name(tmp_path: Path
 
 
 def test_a_teacher_is_described_by_its_kind_layers_heads_and_prefix(cnn: str, vit: str) -> None:
-    about = teachers.describe(tiny_cnn(cnn), teachers.load(tiny_cnn(cnn)))
+    about = teachers.describe_teacher(tiny_cnn(cnn), teachers.load_teacher(tiny_cnn(cnn)))
     assert (about["network"], about["layers"], about["weights"], about["classes"]) == ("cnn", 4, cnn, None)
-    about = teachers.describe(tiny_vit(vit), teachers.load(tiny_vit(vit)))
+    about = teachers.describe_teacher(tiny_vit(vit), teachers.load_teacher(tiny_vit(vit)))
     assert (about["network"], about["layers"], about["heads"], about["prefix"]) == ("vit", 3, 3, ["class"])
 
 
 def test_a_network_that_is_neither_is_described_as_other(cnn: str) -> None:
     model = timm.create_model("swin_tiny_patch4_window7_224", embed_dim=24, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1))
-    about = teachers.describe(tiny_cnn(cnn), model)
+    about = teachers.describe_teacher(tiny_cnn(cnn), model)
     assert (about["network"], about["layers"]) == ("other", 0)

@@ -37,11 +37,13 @@ def saved(path: Path, content: Any) -> str:
 
 
 def find(weights: str, name: str = TINY_VIT[0], **changes: Any) -> teacher.Teacher:
-    return teacher.find(name, **{"weights": weights, "arguments": VIT, "mean": (0.5,), "std": (0.5,), **changes})
+    return teacher.find_teacher(
+        name, **{"weights": weights, "arguments": VIT, "mean": (0.5,), "std": (0.5,), **changes}
+    )
 
 
 def loaded(weights: str, **changes: Any) -> State:
-    return teacher.load(find(weights, **changes)).state_dict()
+    return teacher.load_teacher(find(weights, **changes)).state_dict()
 
 
 def equal(one: State, other: State) -> bool:
@@ -97,9 +99,9 @@ def test_a_key_goes_down_several_levels(tmp_path: Path) -> None:
 
 def test_a_key_without_a_file_to_choose_in_is_refused() -> None:
     with pytest.raises(UserError, match="--weights-key x: it chooses in a file of weights"):
-        teacher.find("resnet34", weights_key="x")
+        teacher.find_teacher("resnet34", weights_key="x")
     with pytest.raises(UserError, match=r"--weights-key: g\.onnx is a ready graph"):
-        teacher.find("g.onnx", weights_key="x")
+        teacher.find_teacher("g.onnx", weights_key="x")
 
 
 def test_other_weights_of_a_file_are_another_teacher_and_old_identities_stay(tmp_path: Path) -> None:
@@ -108,14 +110,14 @@ def test_other_weights_of_a_file_are_another_teacher_and_old_identities_stay(tmp
     assert average.id != plain.id
     assert plain.identity.keys() == find(saved(tmp_path / "p.pth", state(0))).identity.keys()
     store = Store.create(tmp_path / "S")
-    about = teacher.describe(plain, teacher.load(plain))
+    about = teacher.describe_teacher(plain, teacher.load_teacher(plain))
     store.add_teacher("t", plain.identity, about)  # as earlier versions recorded it
     with pytest.raises(IdentityError, match=r"weights key: .*state_dict_ema"):
         store.add_teacher("t", average.identity, {})
     again = teacher_of("t", store.teachers()["t"], path)
-    assert equal(teacher.load(again).state_dict(), read_weights(path, order=EARLIER))
+    assert equal(teacher.load_teacher(again).state_dict(), read_weights(path, order=EARLIER))
     store.add_teacher("u", average.identity, about)
-    assert equal(teacher.load(teacher_of("u", store.teachers()["u"], path)).state_dict(), state(1))
+    assert equal(teacher.load_teacher(teacher_of("u", store.teachers()["u"], path)).state_dict(), state(1))
 
 
 # ---------------------------------------------------------------------------------------------- other names

@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from storage.views.draw import draw
+from storage.views.draw import draw_view
 from storage.views.policy import policy
 from storage.views.render import MAX_PIXELS, BadImage, decode, render
 from tests.storage.helpers import encoded
@@ -97,7 +97,7 @@ LARGE = png((10000, 9000), 1, 0, bytes(9))  # within our limit, and over the one
 def outcome(data: bytes) -> str:
     try:
         image = decode(data)
-        render(image, draw(policy("eval", 16), "a", 0, image.size), 16)
+        render(image, draw_view(policy("eval", 16), "a", 0, image.size), 16)
     except BadImage as error:
         return str(error)
     return "rendered"

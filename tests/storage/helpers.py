@@ -20,12 +20,12 @@ from storage.shards.index import ShardIndex, build_index, read_samples
 from storage.shards.pack import pack
 from storage.shards.tar import require_whole
 from storage.store.attempts import Attempt
-from storage.store.banks import describe, rows_of
+from storage.store.banks import describe_bank, view_rows
 from storage.store.codecs import Codec
 from storage.store.markers import Marker, Task
 from storage.store.store import Store
 from storage.testing import synthetic_shards
-from storage.views.draw import draw
+from storage.views.draw import draw_view
 from storage.views.policy import policy
 from storage.views.render import render, renderer, signature
 from storage.views.view import COLUMNS
@@ -111,7 +111,7 @@ class SmallStore:
         self.policy = policy("light", 8)
         self.indexes = [build_index(url) for url in shards]
         self.views = views
-        self.store.add_bank(self.policy.bank, self.policy.identity, describe(self.policy))
+        self.store.add_bank(self.policy.bank, self.policy.identity, describe_bank(self.policy))
         for url, index in zip(self.shards, self.indexes, strict=True):
             self.store.add_index(index, url)
             for view in range(views):
@@ -119,10 +119,10 @@ class SmallStore:
 
     def add_bank_view(self, url: str, index: ShardIndex, view: int) -> Marker:
         originals = read_samples(url, index, range(len(index)))
-        drawn = [draw(self.policy, s.key, view, (16, 12)) for s in originals]
+        drawn = [draw_view(self.policy, s.key, view, (16, 12)) for s in originals]
         crcs = [signature(render(s.image, v, self.policy.size)) for s, v in zip(originals, drawn, strict=True)]
         attempt = Attempt(self.store, Task("bank", self.policy.bank, index.id, view), len(index))
-        attempt.array("parameters", (len(COLUMNS),), "float64", ["column"]).append(rows_of(drawn))
+        attempt.array("parameters", (len(COLUMNS),), "float64", ["column"]).append(view_rows(drawn))
         attempt.array("signatures", (1,), "uint32", ["column"]).append(np.array(crcs, np.uint32)[:, None])
         return attempt.commit({"summary": vars(index.summary), "invalid": [], "renderer": renderer()})
 

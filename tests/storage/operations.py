@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from storage.testing import synthetic_image
-from storage.views.draw import draw
-from storage.views.mixing import mixed
+from storage.views.draw import draw_view
+from storage.views.mixing import mix_images
 from storage.views.policy import policy
 from storage.views.randaugment import OPERATIONS
 from storage.views.render import decode, render
@@ -99,7 +99,7 @@ def drawn_view(images: dict[str, bytes], i: int) -> tuple[bytes, View]:
     """One of 200 drawn views, mixed within blocks of eight."""
     data = images[sorted(images)[i % len(images)]]
     block = range(i // 8 * 8, i // 8 * 8 + 8)
-    return data, draw(DEIT, f"key {i}", i % 4, decode(data).size, i, block)
+    return data, draw_view(DEIT, f"key {i}", i % 4, decode(data).size, i, block)
 
 
 def drawn_pixels(images: dict[str, bytes], i: int) -> bytes:
@@ -108,7 +108,7 @@ def drawn_pixels(images: dict[str, bytes], i: int) -> bytes:
     if view.mix is None:
         return own.tobytes()
     other = render(*drawn_view(images, view.mix.partner), DEIT.size)
-    return mixed(own, other, view.mix).tobytes()
+    return mix_images(own, other, view.mix).tobytes()
 
 
 def digest(data: bytes) -> str:
@@ -128,7 +128,7 @@ def draw_digests() -> dict[str, str]:
     sizes = [(500, 375), (32, 32), (1, 1), (3, 900), (61, 47)]
     return {
         f"{line}, seed {seed}, {width}x{height}": digest(b"".join(
-            draw(policy(line, 224, seed), f"key {i}", i % 5, (width, height), i % 64, range(64)).row().tobytes()
+            draw_view(policy(line, 224, seed), f"key {i}", i % 5, (width, height), i % 64, range(64)).row().tobytes()
             for i in range(60)
         ))
         for line in LINES for seed in (0, 2**63 - 1) for width, height in sizes

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.errors import DamageError, UserError
-from storage.objects.object_store import LocalObjects
+from storage.objects.object_store import LocalObjectStore
 from storage.store.arrays import ArrayWriter, StoredArray, chunk_samples
 from storage.store.card import card
 from storage.store.store import Store
@@ -74,7 +74,7 @@ def test_a_chunk_is_as_the_rule_says(sample_bytes, count):
 def test_an_array_is_what_was_appended(tmp_path, shape, dtype, pieces):
     count = 150 if shape != (2, 300, 300) else 15
     values = np.random.default_rng(0).integers(0, 200, (count, *shape)).astype(dtype)
-    objects = LocalObjects(tmp_path)
+    objects = LocalObjectStore(tmp_path)
     writer = ArrayWriter(objects, "a/b", count, shape, dtype, [f"x{i}" for i in range(len(shape))], {"id": "t"})
     start = 0
     for piece in pieces:
@@ -88,7 +88,7 @@ def test_an_array_is_what_was_appended(tmp_path, shape, dtype, pieces):
 
 
 def test_the_last_chunk_is_padded_and_read_without_its_padding(tmp_path):
-    objects = LocalObjects(tmp_path)
+    objects = LocalObjectStore(tmp_path)
     writer = ArrayWriter(objects, "a", 100, (40_000,), "uint8", ["x"], {})
     values = np.random.default_rng(0).integers(0, 256, (100, 40_000), np.uint8)
     writer.append(values)
@@ -101,7 +101,7 @@ def test_the_last_chunk_is_padded_and_read_without_its_padding(tmp_path):
 @pytest.mark.parametrize("given_samples", [0, 9, 11])
 def test_an_array_of_too_few_or_many_samples_is_not_finished(tmp_path, given_samples):
     def write() -> None:
-        writer = ArrayWriter(LocalObjects(tmp_path), "a", 10, (2,), "uint8", ["x"], {})
+        writer = ArrayWriter(LocalObjectStore(tmp_path), "a", 10, (2,), "uint8", ["x"], {})
         writer.append(np.zeros((given_samples, 2), np.uint8))
         writer.finish()
 
@@ -111,13 +111,13 @@ def test_an_array_of_too_few_or_many_samples_is_not_finished(tmp_path, given_sam
 
 @pytest.mark.parametrize("fill", [0, 1])
 def test_an_array_of_zeros_has_all_of_its_chunks(tmp_path, fill):
-    writer = ArrayWriter(LocalObjects(tmp_path), "a", 200, (20_000,), "uint8", ["x"], {})
+    writer = ArrayWriter(LocalObjectStore(tmp_path), "a", 200, (20_000,), "uint8", ["x"], {})
     writer.append(np.full((200, 20_000), fill, np.uint8))
     entry = writer.finish()
     assert sorted(p.relative_to(tmp_path / "a").as_posix() for p in (tmp_path / "a" / "c").rglob("*/0")) == [
         "c/0/0", "c/1/0", "c/2/0", "c/3/0",
     ]  # fmt: skip
-    assert (StoredArray.of(LocalObjects(tmp_path), "a", entry).read(0, 200) == fill).all()
+    assert (StoredArray.of(LocalObjectStore(tmp_path), "a", entry).read(0, 200) == fill).all()
 
 
 def test_a_missing_chunk_is_damage_though_zarr_reads_zeros(small):
@@ -133,7 +133,7 @@ def test_a_missing_chunk_is_damage_though_zarr_reads_zeros(small):
 
 
 def test_chunks_in_exchange_for_each_other_are_damage(kept, tmp_path):
-    objects = LocalObjects(tmp_path)
+    objects = LocalObjectStore(tmp_path)
     writer = ArrayWriter(objects, "a", 128, (20_000,), "uint8", ["x"], {})
     writer.append(np.random.default_rng(0).integers(0, 256, (128, 20_000), np.uint8))
     array = StoredArray.of(objects, "a", writer.finish())

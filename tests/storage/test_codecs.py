@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.errors import UserError
-from storage.store.codecs import HalfOverflow, check
+from storage.store.codecs import HalfOverflow, check_codec
 from tests.storage.helpers import decode, encode, layout
 from tests.storage.values import CODECS, KINDS, SHAPE, kinds, seeds, values_of
 
@@ -182,5 +182,5 @@ def test_samples_are_encoded_one_by_one(codec):
 @pytest.mark.parametrize(("wrong", "near"), [("u16", "f16"), ("f33", "f32"), ("U8", "u8"), ("float32", "f32")])
 def test_an_unknown_codec_names_the_nearest(wrong, near):
     with pytest.raises(UserError, match=f"no codec is called '{wrong}'.*{near}"):
-        check(wrong)
-    assert check(near) == near
+        check_codec(wrong)
+    assert check_codec(near) == near

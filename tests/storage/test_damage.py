@@ -12,9 +12,9 @@ from storage.errors import UserError
 from storage.store.store import Store
 from storage.store.verify import verify
 from student.data.stream import Stream
-from student.settings import Bank
-from student.targets.requirement import Need
-from student.targets.select import choose
+from student.settings import BankChoice
+from student.targets.requirement import TargetRequirement
+from student.targets.select import select_targets
 from tests.conftest import World
 
 FLIPS = 200
@@ -50,7 +50,12 @@ def train_reads(store: Path, world: World, target: str) -> None:
     opened = Store.open(store)
     known = opened.shard_ids()
     ids = [opened.require(url, known).id for url in world.shards]
-    choose(opened, ids, [Need("aal", (("logits" if "logits" in target else "activations",),), target=target)], Bank())
+    select_targets(
+        opened,
+        ids,
+        [TargetRequirement("aal", (("logits" if "logits" in target else "activations",),), target=target)],
+        BankChoice(),
+    )
     stream = Stream(world.shards, batch=20, lanes=5, window=1, store=opened, targets=[target])
     for epoch in range(stream.views or 0):
         for _ in stream.epoch(epoch):

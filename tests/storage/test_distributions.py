@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.errors import UserError
-from storage.store.codecs import Codec, check, fitting
+from storage.store.codecs import Codec, check_codec, codecs_for
 from tests.storage.values import seeds, values_of
 
 # ---------------------------------------------------------------------------------------------- log8
@@ -247,38 +247,38 @@ def test_raw_keeps_view_images_as_they_are():
     assert codec.layout()["data"].dtype == "uint8"
     assert np.array_equal(codec.decode(codec.encode(values)), values)
     with pytest.raises(UserError, match="no codec is called 'raw'"):
-        check("raw")
+        check_codec("raw")
 
 
 @pytest.mark.parametrize("codec", ["log8", "topk", "topk5"])
 @pytest.mark.parametrize("values", ["plain", "rows", "logits"])
 def test_a_codec_for_other_values_is_refused_by_name(codec, values):
     if (codec[:4], values) in (("log8", "rows"), ("topk", "logits")):
-        assert check(codec, values) in fitting(values) or codec == "topk5"
+        assert check_codec(codec, values) in codecs_for(values) or codec == "topk5"
         return
     with pytest.raises(UserError, match=f"codec {codec} keeps .*(attention|logits); use f32, f16 or u8"):
-        check(codec, values)
+        check_codec(codec, values)
 
 
 def test_the_full_name_of_topk_says_how_many():
-    assert check("topk") == "topk20"
-    assert check("topk7", "logits") == "topk7"
-    assert fitting("plain") == ["f32", "f16", "u8"]
-    assert fitting("rows") == ["f32", "f16", "u8", "log8"]
-    assert fitting("logits") == ["f32", "f16", "u8", "topk20"]
+    assert check_codec("topk") == "topk20"
+    assert check_codec("topk7", "logits") == "topk7"
+    assert codecs_for("plain") == ["f32", "f16", "u8"]
+    assert codecs_for("rows") == ["f32", "f16", "u8", "log8"]
+    assert codecs_for("logits") == ["f32", "f16", "u8", "topk20"]
 
 
 @pytest.mark.parametrize("wrong", ["topk0", "topk-1", "topk07", "topk1000000", "top5", "topk5.0", "log", "log16"])
 def test_misspelt_codecs_for_distributions_are_refused(wrong):
     with pytest.raises(UserError, match=f"no codec is called '{wrong}'"):
-        check(wrong)
+        check_codec(wrong)
 
 
 @pytest.mark.parametrize("values", ["rows", "logits"])
 def test_the_error_of_a_distribution_has_a_divergence_and_f32_costs_nothing(values):
     block = rows_of_probabilities(2, 3.0, (6, 2, 30)) if values == "rows" else logits_of(2, 30)
     costs = {}
-    for name in fitting(values):
+    for name in codecs_for(values):
         codec = Codec(name, block.shape[1:], 1, values=values)
         error = costs[name] = codec.error(block)
         assert set(error) == {"relative", "cosine", "kl"}

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from storage.objects.atomic import unfinished, written_whole
+from storage.objects.atomic import atomic_write, temporary_path
 
 
 def test_a_file_is_there_when_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(b"new")
-        assert (temporary, path.read_bytes()) == (unfinished(path), b"old")
+        assert (temporary, path.read_bytes()) == (temporary_path(path), b"old")
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("a.bin", b"new")]
 
 
@@ -23,7 +23,7 @@ def test_after_an_error_the_old_one_is_there_alone(tmp_path: Path) -> None:
     path.write_bytes(b"old")
 
     def fail() -> None:
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_bytes(b"half")
             raise OSError("no space")
 
@@ -34,7 +34,7 @@ def test_after_an_error_the_old_one_is_there_alone(tmp_path: Path) -> None:
 
 def test_what_a_kill_left_is_written_over(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
-    unfinished(path).write_bytes(b"half of a longer one")
-    with written_whole(path) as temporary, temporary.open("wb") as file:
+    temporary_path(path).write_bytes(b"half of a longer one")
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         file.write(b"new")
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("a.bin", b"new")]

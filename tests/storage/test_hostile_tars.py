@@ -22,7 +22,7 @@ from storage.errors import UserError
 from storage.shards.classes import classes_of
 from storage.shards.index import build_index, read_samples
 from storage.shards.pack import pack
-from storage.shards.tar import LARGEST, as_sample, members
+from storage.shards.tar import MAX_MEMBER_BYTES, iter_samples, to_sample
 from tests.storage.helpers import by_us, by_webdataset, picture, samples, write_tar
 
 pytestmark = pytest.mark.usefixtures("never_hangs")
@@ -140,7 +140,7 @@ REFUSED_TARS = {
 
 
 def by_ranges(data: bytes) -> list[str]:
-    return [as_sample(key, parts, "x.tar").key for key, parts, _, _ in members(io.BytesIO(data), "x.tar")]
+    return [to_sample(key, parts, "x.tar").key for key, parts, _, _ in iter_samples(io.BytesIO(data), "x.tar")]
 
 
 @pytest.mark.parametrize("what", REFUSED_TARS)
@@ -213,7 +213,9 @@ def test_members_that_webdataset_cannot_write_are_read_and_not_packed(tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("kind", "size"), [(b"0", LARGEST + 1), (b"0", 50 << 30), (b"L", 50 << 30), (b"x", 50 << 30)])
+@pytest.mark.parametrize(
+    ("kind", "size"), [(b"0", MAX_MEMBER_BYTES + 1), (b"0", 50 << 30), (b"L", 50 << 30), (b"x", 50 << 30)]
+)
 def test_a_member_as_long_as_its_file_takes_no_memory(tmp_path, kind, size):
     path = tmp_path / "x.tar"
     path.write_bytes(member(b"b.png", b"", kind, size=binary(size)))

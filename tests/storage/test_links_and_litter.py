@@ -12,7 +12,7 @@ import precompute.taps  # noqa: F401  # it makes timm importable
 from pipeline.cli import main
 from pipeline.project.init import look
 from storage.errors import UserError
-from storage.progress import Quiet
+from storage.progress import NoProgress
 from storage.shards.image_files import listing
 from storage.shards.pack import pack
 from storage.shards.patterns import expand
@@ -58,7 +58,7 @@ def test_linked_files_and_folders_are_listed_as_timm_lists_them(linked, tmp_path
     assert len(theirs) == 32
     assert [str(path) for path in listing(linked).images] == theirs
     assert [str(path) for path in found_in([linked])] == theirs
-    assert look(linked, tmp_path, Quiet()).images == 32
+    assert look(linked, tmp_path, NoProgress()).images == 32
     made = packed(linked, tmp_path / "out")
     assert made["samples"] == {"train": 32}
     assert made["left_out"] == []
@@ -85,7 +85,7 @@ def test_links_that_lead_back_end_and_are_counted(linked, tmp_path) -> None:
 @pytest.mark.parametrize("name", ["a/lost.png", "a/lost", "lost"])
 def test_links_that_lead_nowhere_are_refused_by_name(linked, tmp_path, name) -> None:
     (linked / name).symlink_to(tmp_path / "nothing")
-    for take in (lambda: pack(str(linked), str(tmp_path / "x.tar")), lambda: look(linked, tmp_path, Quiet())):
+    for take in (lambda: pack(str(linked), str(tmp_path / "x.tar")), lambda: look(linked, tmp_path, NoProgress())):
         with pytest.raises(UserError, match=rf"1 link\(s\) lead nowhere, such as .*/{name}; mend or remove them"):
             take()
     assert not (tmp_path / "x.tar").exists()
@@ -117,14 +117,14 @@ def test_pipes_are_counted_and_nobody_waits_for_them(linked, tmp_path) -> None:
 def test_class_folders_with_litter_give_the_shards_that_they_give_without_it(tmp_path) -> None:
     folder = class_folders(tmp_path / "f", {"a": 3, "b": 2})
     without = packed(folder, tmp_path / "without")
-    seen = look(folder, tmp_path, Quiet())
+    seen = look(folder, tmp_path, NoProgress())
     for place in (folder, folder / "a"):
         scattered(place, picture(99))
     made = packed(folder, tmp_path / "with")
     assert [Path(p).read_bytes() for p in made["train"]] == [Path(p).read_bytes() for p in without["train"]]
     assert made["classes"] == ["a", "b"]
     assert made["left_out"] == [f"12 hidden file(s), or what systems leave in folders, such as {folder}/.DS_Store"]
-    assert look(folder, tmp_path, Quiet()) == seen
+    assert look(folder, tmp_path, NoProgress()) == seen
     said: list[str] = []
     assert len(found_in([folder], said.append)) == 5
     assert said == [f"left out: {made['left_out'][0]}"]
@@ -160,7 +160,7 @@ def test_litter_beside_shards_is_none_of_them(littered, tmp_path) -> None:
     made = packed(folder, tmp_path / "out")
     assert sorted(keys_in(*made["train"])) == sorted(keys_in(*littered))
     assert made["left_out"] == [f"7 hidden file(s), or what systems leave in folders, such as {folder}/.DS_Store"]
-    found = look(folder, tmp_path, Quiet())
+    found = look(folder, tmp_path, NoProgress())
     assert [*found.shards, *found.val] == [os.path.relpath(path, tmp_path) for path in littered]
     with pytest.raises(UserError, match=r"Known: shard-000000\.tar, shard-000001\.tar, shard-000002\.tar"):
         expand(f"{folder}/train.tar")

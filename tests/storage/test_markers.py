@@ -15,7 +15,7 @@ from storage.errors import DamageError
 from storage.objects import json_record
 from storage.store.markers import Task
 from storage.store.store import Store
-from storage.testing import FaultyObjects
+from storage.testing import FaultyObjectStore
 from tests.storage.helpers import MADE, decoded, files_of
 
 names = st.text("abcXYZ019_-", min_size=1, max_size=12)
@@ -106,7 +106,7 @@ def test_a_commit_that_fails_and_is_abandoned_leaves_no_hole(small, operation, f
     ones = np.ones((10, 3, 4, 4), np.float32)
     failing = 0
     for number in range(12):  # each of the steps of a commit
-        place = FaultyObjects(small.store.url, operation, -1, fault)
+        place = FaultyObjectStore(small.store.url, operation, -1, fault)
         small.store = Store(place)
         attempt = small.attempt(task, "f32", ones)
         place.fail_at = place.calls + number
@@ -146,7 +146,7 @@ def test_a_marker_that_somebody_put_in_place_of_a_judged_one_stays(small):
     task = min(small.values)
     judged = small.store.marker(task)
     good = small.store.objects.get(f"done/{task.name}")
-    small.store.objects.put(f"done/{task.name}", json_record.dump({**judged.content, "by": "another run"}))
+    small.store.objects.put(f"done/{task.name}", json_record.to_json({**judged.content, "by": "another run"}))
     small.store.discard(judged)
     assert small.store.marker(task).content["by"] == "another run"
     small.store.objects.put(f"done/{task.name}", good)

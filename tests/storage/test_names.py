@@ -16,11 +16,11 @@ from storage.shards.classes import classes_of, require_classes
 from storage.shards.pack import pack
 from student import settings as config
 from student.alignment.rules import align_classes
-from student.alignment.student_spec import Shape
-from student.evaluation.ensemble import Member, seen
+from student.alignment.student_spec import StudentSpec
+from student.evaluation.ensemble import Classifier, ensemble_predictions
 from student.models.build import build
-from student.models.files import Description, load, save
-from student.targets.stored_target import Given
+from student.models.files import StudentDescription, load_student, save_student
+from student.targets.stored_target import StoredTarget
 from tests.storage.helpers import by_us, class_folders, picture
 
 NFC = ["br\u00fbl\u00e9e", "cr\u00e8me"]
@@ -53,8 +53,8 @@ def test_a_list_with_one_name_in_both_spellings_is_not_distinct(tmp_path):
 
 @pytest.mark.parametrize(("teacher", "student"), [(NFC, NFD), (NFD, NFC)])
 def test_a_teacher_and_a_student_of_two_spellings_meet(teacher, student):
-    given = Given({"id": "t-logits", "sample_shape": [2]}, {"id": "t", "classes": teacher})
-    shape = Shape(1, 1, 1, (), classes=2, names=tuple(student))
+    given = StoredTarget({"id": "t-logits", "sample_shape": [2]}, {"id": "t", "classes": teacher})
+    shape = StudentSpec(1, 1, 1, (), classes=2, names=tuple(student))
     assert "the same names" in str(align_classes("kd", given, shape, same_classes=False))
 
 
@@ -75,12 +75,12 @@ def test_a_student_is_evaluated_on_shards_of_another_spelling(tmp_path):
     folder = class_folders(tmp_path / "images", dict.fromkeys(NFD, 2))
     made = pack(str(folder), str(tmp_path / "x.tar"))["train"]
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 12, "depth": 1, "num_heads": 3}
-    settings = config.Student(model="vit_tiny_patch16_224", **sizes)
+    settings = config.StudentConfig(model="vit_tiny_patch16_224", **sizes)
     model, arguments = build(settings, 2)
     half = (0.5, 0.5, 0.5)
     for names in (NFC, NFD):
-        about = Description(settings.model, arguments, 32, half, half, tuple(names), "short(1)|center")
-        save(tmp_path / "s.safetensors", model, about)
-        loaded, read = load(tmp_path / "s.safetensors")
+        about = StudentDescription(settings.model, arguments, 32, half, half, tuple(names), "short(1)|center")
+        save_student(tmp_path / "s.safetensors", model, about)
+        loaded, read = load_student(tmp_path / "s.safetensors")
         assert read.classes == tuple(NFC)
-        assert sorted(seen([Member("s", loaded, read)], made).labels.tolist()) == [0, 0, 1, 1]
+        assert sorted(ensemble_predictions([Classifier("s", loaded, read)], made).labels.tolist()) == [0, 0, 1, 1]

@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 
 from storage.errors import DamageError, UserError
-from storage.objects.object_store import LocalObjects, RemoteObjects, open_objects, read_range
+from storage.objects.object_store import LocalObjectStore, RemoteObjectStore, open_object_store, read_range
 from storage.objects.urls import is_remote
-from storage.testing import FaultyObjects
+from storage.testing import FaultyObjectStore
 
 
 @pytest.fixture(params=["local", "memory"])
 def place(request, tmp_path):
     """A place that is empty, of either kind."""
-    return open_objects(tmp_path / "place" if request.param == "local" else f"memory://{uuid.uuid4().hex}/place")
+    return open_object_store(tmp_path / "place" if request.param == "local" else f"memory://{uuid.uuid4().hex}/place")
 
 
 # ---------------------------------------------------------------------------------------------- both kinds
@@ -88,14 +88,14 @@ def test_an_object_of_one_opening_is_there_for_another(place):
     place.put("a/b", b"x")
     again = pickle.loads(pickle.dumps(place))
     assert type(again) is type(place)
-    assert again.url == place.url == open_objects(place.url).url
-    assert again.get("a/b") == open_objects(place.url).get("a/b") == b"x"
+    assert again.url == place.url == open_object_store(place.url).url
+    assert again.get("a/b") == open_object_store(place.url).get("a/b") == b"x"
 
 
 def test_a_folder_is_called_as_people_call_it_and_is_the_same_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    place = LocalObjects("~/S")
+    place = LocalObjectStore("~/S")
     place.put("a", b"x")
     assert (tmp_path / "S" / "a").read_bytes() == b"x"
     assert place.url == "S"
@@ -106,7 +106,7 @@ def test_a_folder_is_called_as_people_call_it_and_is_the_same_from_anywhere(tmp_
 
 
 def test_of_threads_that_race_one_creates(tmp_path):
-    count, place = 8, LocalObjects(tmp_path)
+    count, place = 8, LocalObjectStore(tmp_path)
     for turn in range(10):
         barrier = threading.Barrier(count)
 
@@ -128,12 +128,12 @@ def test_urls_are_remote(url):
 @pytest.mark.parametrize("url", ["/a/b", "a", "file:///a/b", "C:/x"])
 def test_paths_are_local(url):
     assert not is_remote(url)
-    assert isinstance(open_objects(url), LocalObjects)
+    assert isinstance(open_object_store(url), LocalObjectStore)
 
 
 def test_an_unknown_kind_of_url_is_a_clear_error():
     with pytest.raises(UserError, match="nonsense://x"):
-        open_objects("nonsense://x")
+        open_object_store("nonsense://x")
 
 
 def test_ranges_of_files_are_exact(place):
@@ -152,7 +152,7 @@ def test_ranges_of_files_are_exact(place):
 # ---------------------------------------------------------------------------------------------- local: durable
 
 
-class Recorded(LocalObjects):
+class Recorded(LocalObjectStore):
     """Keeps what was done in order: ("write" | "link", path) and ("sync", inode)."""
 
     def __init__(self, folder: Path) -> None:
@@ -245,7 +245,7 @@ def test_folders_that_are_synced_are_not_synced_again(tmp_path):
 def test_what_is_still_being_written_is_never_listed(tmp_path):
     seen = []
 
-    class Looking(LocalObjects):
+    class Looking(LocalObjectStore):
         def _write(self, path: Path, data: bytes) -> None:
             super()._write(path, data)
             seen.append((self.names("a"), self.walk(""), [p.name for p in path.parent.iterdir()]))
@@ -260,7 +260,7 @@ def test_what_is_still_being_written_is_never_listed(tmp_path):
 
 
 def test_what_a_killed_writer_left_is_not_listed(tmp_path):
-    place = LocalObjects(tmp_path)
+    place = LocalObjectStore(tmp_path)
     place.put("a/x", b"1")
     (tmp_path / "a" / f".{uuid.uuid4().hex}.part").write_bytes(b"half")
     assert place.names("a") == ["x"]
@@ -268,14 +268,14 @@ def test_what_a_killed_writer_left_is_not_listed(tmp_path):
 
 
 def test_opening_creates_nothing(tmp_path):
-    place = LocalObjects(tmp_path / "a" / "b")
+    place = LocalObjectStore(tmp_path / "a" / "b")
     assert place.names("") == []
     place.remove("x")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_remote_objects_close_the_url(tmp_path):
-    assert RemoteObjects("memory://a/b/").url == "memory://a/b"
+    assert RemoteObjectStore("memory://a/b/").url == "memory://a/b"
 
 
 # ---------------------------------------------------------------------------------------------- faults
@@ -288,8 +288,8 @@ def parts(folder: Path) -> list[str]:
 @pytest.mark.parametrize("operation", ["write", "sync"])
 @pytest.mark.parametrize("fault", ["EIO", "ENOSPC", "short", "lost"])
 def test_a_put_that_fails_leaves_what_was_there(tmp_path, operation, fault):
-    LocalObjects(tmp_path).put("a/x", b"before")
-    place = FaultyObjects(tmp_path, operation, fail_at=0, fault=fault)
+    LocalObjectStore(tmp_path).put("a/x", b"before")
+    place = FaultyObjectStore(tmp_path, operation, fail_at=0, fault=fault)
     with pytest.raises(OSError, match=r"\[Errno") as error:
         place.put("a/x", b"after it")
     assert error.value.errno == (errno.ENOSPC if fault == "ENOSPC" else errno.EIO)
@@ -303,7 +303,7 @@ def test_a_put_that_fails_leaves_what_was_there(tmp_path, operation, fault):
 @pytest.mark.parametrize("operation", ["write", "sync", "link"])
 @pytest.mark.parametrize("fault", ["EIO", "ENOSPC", "short"])
 def test_a_create_that_fails_creates_nothing(tmp_path, operation, fault):
-    place = FaultyObjects(tmp_path, operation, fail_at=0, fault=fault)
+    place = FaultyObjectStore(tmp_path, operation, fail_at=0, fault=fault)
     with pytest.raises(OSError, match=r"\[Errno"):
         place.create("done/x", b"marker")
     assert place.walk("") == []
@@ -312,12 +312,12 @@ def test_a_create_that_fails_creates_nothing(tmp_path, operation, fault):
 
 
 def test_every_sync_of_a_create_counts(tmp_path):
-    counted = FaultyObjects(tmp_path / "count", "sync")
+    counted = FaultyObjectStore(tmp_path / "count", "sync")
     counted.put("a/x", b"")
     counted.create("done/x", b"marker")
     assert counted.calls >= 4
     for number in range(counted.calls):
-        place = FaultyObjects(tmp_path / str(number), "sync", fail_at=number)
+        place = FaultyObjectStore(tmp_path / str(number), "sync", fail_at=number)
         with pytest.raises(OSError, match=r"\[Errno"):
             place.put("a/x", b"") or place.create("done/x", b"marker")
         assert place.calls > number
@@ -325,7 +325,7 @@ def test_every_sync_of_a_create_counts(tmp_path):
 
 
 def test_a_link_that_was_made_though_it_says_it_failed_is_found(tmp_path):
-    place = FaultyObjects(tmp_path, "link", fail_at=0, fault="lost")
+    place = FaultyObjectStore(tmp_path, "link", fail_at=0, fault="lost")
     with pytest.raises(OSError, match=r"\[Errno"):
         place.create("done/x", b"marker")
     assert place.get("done/x") == b"marker"
@@ -333,8 +333,8 @@ def test_a_link_that_was_made_though_it_says_it_failed_is_found(tmp_path):
 
 
 def test_faults_come_where_they_are_asked_for(tmp_path):
-    place = FaultyObjects(tmp_path, "write", fail_at=2)
-    counted = FaultyObjects(tmp_path, "write")
+    place = FaultyObjectStore(tmp_path, "write", fail_at=2)
+    counted = FaultyObjectStore(tmp_path, "write")
     for number in range(5):
         counted.put(f"c{number}", b"x")
         if number == 2:
@@ -347,7 +347,7 @@ def test_faults_come_where_they_are_asked_for(tmp_path):
 
 
 def test_faults_may_last_forever(tmp_path):
-    place = FaultyObjects(tmp_path, "read", fail_at=1, forever=True)
+    place = FaultyObjectStore(tmp_path, "read", fail_at=1, forever=True)
     place.put("x", b"x")
     assert place.get("x") == b"x"
     for _ in range(3):
@@ -358,7 +358,7 @@ def test_faults_may_last_forever(tmp_path):
 def test_a_short_write_leaves_half_where_nobody_looks(tmp_path):
     half = []
 
-    class Watched(FaultyObjects):
+    class Watched(FaultyObjectStore):
         def _write(self, path: Path, data: bytes) -> None:
             try:
                 super()._write(path, data)

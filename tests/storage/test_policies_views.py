@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from storage.errors import UserError
 from storage.rng import generator
-from storage.store.banks import describe, policy_of
+from storage.store.banks import describe_bank, policy_of
 from storage.testing import synthetic_image
-from storage.views.draw import draw
+from storage.views.draw import draw_view
 from storage.views.policy import NAMED, OPERATIONS_VERSION, policy
 from storage.views.render import decode, render, signature
 from storage.views.view import COLUMNS, INVALID, View
@@ -124,7 +124,7 @@ def test_the_bank_changes_with_the_version_of_the_operations(monkeypatch):
 @pytest.mark.parametrize("line", ["light", "eval", "none", "crop(0.3)"])
 def test_the_policy_of_a_bank_is_read_back_from_its_manifest(line):
     drawn_from = policy(line, 48, 9 if policy(line, 48).random else 0)
-    manifest = json.loads(json.dumps({"identity": drawn_from.identity, **describe(drawn_from)}))
+    manifest = json.loads(json.dumps({"identity": drawn_from.identity, **describe_bank(drawn_from)}))
     assert policy_of(manifest) == drawn_from
 
 
@@ -149,24 +149,24 @@ sizes = st.tuples(st.integers(1, 300), st.integers(1, 300))
 )
 @settings(max_examples=60, deadline=None)
 def test_a_draw_depends_on_its_arguments_alone(line, seed, key, view, size):
-    first = draw(policy(line, 24, seed), key, view, size)
+    first = draw_view(policy(line, 24, seed), key, view, size)
     np.random.default_rng().random()
-    draw(policy(line, 24, seed), key, view + 1, size)
-    assert draw(policy(line, 24, seed), key, view, size) == first
+    draw_view(policy(line, 24, seed), key, view + 1, size)
+    assert draw_view(policy(line, 24, seed), key, view, size) == first
 
 
 @given(keys, st.integers(0, 99), sizes)
 @settings(max_examples=40, deadline=None)
 def test_views_without_chance_are_all_the_same(key, view, size):
     for line in ("eval", "none", "short(0.3)|center"):
-        assert draw(policy(line, 24, 1), key, view, size) == draw(policy(line, 24), "other", 0, size)
+        assert draw_view(policy(line, 24, 1), key, view, size) == draw_view(policy(line, 24), "other", 0, size)
 
 
 @given(keys, st.integers(0, 2**63 - 1), sizes)
 @settings(max_examples=60, deadline=None)
 def test_boxes_lie_within_the_image_and_shifts_within_the_border(key, seed, size):
     for line in ("light", "eval", "none", "crop(0.5)", "short(0.1)|center"):
-        drawn = draw(policy(line, 24, seed), key, 0, size)
+        drawn = draw_view(policy(line, 24, seed), key, 0, size)
         left, top, right, bottom = drawn.box
         assert -1e-9 <= left < right <= size[0] + 1e-9
         assert -1e-9 <= top < bottom <= size[1] + 1e-9
@@ -180,9 +180,9 @@ def test_boxes_lie_within_the_image_and_shifts_within_the_border(key, seed, size
 def test_draws_differ_over_keys_views_and_seeds_and_take_all_values():
     light = policy("light", 32)
     over = {
-        "views": [draw(light, "a", view, (40, 40)) for view in range(400)],
-        "keys": [draw(light, f"{i}", 0, (40, 40)) for i in range(400)],
-        "seeds": [draw(policy("light", 32, seed), "a", 0, (40, 40)) for seed in range(400)],
+        "views": [draw_view(light, "a", view, (40, 40)) for view in range(400)],
+        "keys": [draw_view(light, f"{i}", 0, (40, 40)) for i in range(400)],
+        "seeds": [draw_view(policy("light", 32, seed), "a", 0, (40, 40)) for seed in range(400)],
     }
     for views in over.values():
         assert {view.shift[0] for view in views} == {view.shift[1] for view in views} == set(range(-4, 5))
@@ -193,7 +193,7 @@ def test_draws_differ_over_keys_views_and_seeds_and_take_all_values():
 def test_the_size_of_an_image_does_not_change_its_chance():
     light = policy("light", 32)
     for view in range(20):
-        small, large = (draw(light, "a", view, size) for size in ((40, 30), (400, 500)))
+        small, large = (draw_view(light, "a", view, size) for size in ((40, 30), (400, 500)))
         assert (small.shift, small.flip) == (large.shift, large.flip)
 
 
@@ -232,7 +232,7 @@ def test_an_invalid_view_says_so_in_its_row():
 def signatures_of(images: list[bytes]) -> list[int]:
     """Of views of `light` and `eval` of some images."""
     return [
-        signature(render(data, draw(policy(line, 24, 5), f"key {i}", view, decode(data).size), 24))
+        signature(render(data, draw_view(policy(line, 24, 5), f"key {i}", view, decode(data).size), 24))
         for i, data in enumerate(images)
         for line in ("light", "eval")
         for view in range(2)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from storage.testing import synthetic_image
-from storage.views.draw import draw
+from storage.views.draw import draw_view
 from storage.views.policy import policy
 from storage.views.render import MAX_PIXELS, BadImage, decode, render, signature
 from storage.views.view import View
@@ -28,13 +28,13 @@ BICUBIC = Image.Resampling.BICUBIC
 @pytest.mark.parametrize("side", [1, 16, 50])
 def test_resize_is_pillows(size, side):
     image = noise(*size)
-    view = draw(policy("none", side), "a", 0, size)
+    view = draw_view(policy("none", side), "a", 0, size)
     assert same(render(image, view, side), image.resize((side, side), BICUBIC))
 
 
 def test_bytes_and_decoded_images_render_alike():
     data = encoded(noise(40, 32), "PNG")
-    view = draw(policy("light", 24), "a", 3, (40, 32))
+    view = draw_view(policy("light", 24), "a", 3, (40, 32))
     pixels = render(data, view, 24)
     assert same(pixels, render(decode(data), view, 24))
     assert (pixels.shape, pixels.dtype) == ((24, 24, 3), np.uint8)
@@ -77,16 +77,16 @@ def test_short_and_center_are_resize_and_crop(side, f, source):
     short = round(side / f)
     margin = (short - side) // 2
     resized = np.asarray(image.resize((short, short), BICUBIC))
-    view = draw(policy(f"short({f})|center", side), "a", 0, image.size)
+    view = draw_view(policy(f"short({f})|center", side), "a", 0, image.size)
     assert same(render(image, view, side), resized[margin : margin + side, margin : margin + side])
 
 
 def test_short_of_one_is_the_middle_square():
     image = noise(50, 30)
-    view = draw(policy("short(1)|center", 30), "a", 0, image.size)
+    view = draw_view(policy("short(1)|center", 30), "a", 0, image.size)
     assert same(render(image, view, 30), np.asarray(image)[:, 10:40])
     tall = image.transpose(Image.Transpose.TRANSPOSE)
-    view = draw(policy("crop(0)", 30), "a", 0, tall.size)
+    view = draw_view(policy("crop(0)", 30), "a", 0, tall.size)
     assert same(render(tall, view, 30), np.asarray(tall)[10:40])
 
 
@@ -96,7 +96,7 @@ def test_every_shape_of_image_renders(line, size):
     image = Image.new("RGB", size, (200, 100, 50))
     drawn_from = policy(line, 16)
     for view in range(3):
-        pixels = render(image, draw(drawn_from, "a", view, size), 16)
+        pixels = render(image, draw_view(drawn_from, "a", view, size), 16)
         assert {tuple(p) for p in pixels.reshape(-1, 3).tolist()} <= {(200, 100, 50), (0, 0, 0)}
 
 

@@ -123,7 +123,7 @@ def test_every_field_of_every_record_is_held_against_its_type_and_bounds(world, 
     try:
         for at in fields(content):
             for value in senseless(content, at):
-                path.write_bytes(json_record.dump(changed(content, at, value)))
+                path.write_bytes(json_record.to_json(changed(content, at, value)))
                 tried += 1
                 try:
                     load(copied)
@@ -201,7 +201,7 @@ def test_readers_name_a_record_that_makes_no_sense_and_do_not_work_on_it(world, 
     kind, at, value = EVIL[what]
     path = kinds(copied, world)[kind]
     before = path.read_bytes()
-    path.write_bytes(json_record.dump(changed(json.loads(before), at, value)))
+    path.write_bytes(json_record.to_json(changed(json.loads(before), at, value)))
     try:
         if what == "an array that is another's" and reader is inspected:  # it lists and decodes nothing
             reader(copied, world)
@@ -220,7 +220,7 @@ def test_precompute_makes_again_what_a_senseless_marker_speaks_of(world, tmp_pat
         store = world.copy(tmp_path / str(i))
         kind, at, value = EVIL[what]
         path = kinds(store, world)[kind]
-        path.write_bytes(json_record.dump(changed(json.loads(path.read_bytes()), at, value)))
+        path.write_bytes(json_record.to_json(changed(json.loads(path.read_bytes()), at, value)))
         with few_calls():
             run_precompute(store, world.shards, teacher_of(world.weights, "cnn"),
                            ["activations,grid=8,codec=f32", "activations,grid=8,codec=u8", "logits"])  # fmt: skip
@@ -233,7 +233,7 @@ def test_precompute_names_a_senseless_manifest_or_index(world, copied, what):
     kind, at, value = EVIL[what]
     path = kinds(copied, world)[kind]
     before = path.read_bytes()
-    path.write_bytes(json_record.dump(changed(json.loads(before), at, value)))
+    path.write_bytes(json_record.to_json(changed(json.loads(before), at, value)))
     try:
         with few_calls(), pytest.raises(UserError) as error:
             run_precompute(copied, world.shards, teacher_of(world.weights, "cnn"), ["activations,grid=8,codec=u8"])
@@ -249,7 +249,7 @@ def test_precompute_names_a_senseless_manifest_or_index(world, copied, what):
 )  # fmt: skip
 def test_parameters_of_views_are_held_against_their_bounds(world, tmp_path, column, value):
     from storage.store.attempts import Attempt
-    from storage.store.banks import read_views, rows_of
+    from storage.store.banks import read_views, view_rows
     from storage.views.view import COLUMNS, View
 
     store = Store.open(world.copy(tmp_path / "store"))
@@ -257,7 +257,7 @@ def test_parameters_of_views_are_held_against_their_bounds(world, tmp_path, colu
     marker = store.marker(task)
     about = {name: marker.content[name] for name in ("summary", "invalid", "renderer")}
     rows = marker.arrays["parameters"].read(0, marker.samples).copy()
-    assert np.array_equal(rows_of([View.of(row) for row in rows]), rows)
+    assert np.array_equal(view_rows([View.of(row) for row in rows]), rows)
     rows[3, COLUMNS.index(column)] = value
     rows[3, COLUMNS.index("mix")] = value if column == "mix" else 1
     store.discard(marker)

@@ -15,12 +15,12 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.errors import DamageError, IdentityError, UserError, nearest
+from storage.errors import DamageError, IdentityError, UserError, did_you_mean
 from storage.objects import json_record
-from storage.objects.object_store import LocalObjects, open_objects
+from storage.objects.object_store import LocalObjectStore, open_object_store
 from storage.shards.index import build_index, read_samples
 from storage.store.attempts import Attempt
-from storage.store.banks import bank_policy, describe, read_views
+from storage.store.banks import bank_policy, describe_bank, read_views
 from storage.store.card import card
 from storage.store.markers import Task
 from storage.store.store import Store
@@ -66,7 +66,7 @@ def test_a_bank_whose_views_need_newer_operations_says_so(small):
     line = policy("light", 16)
     identity = {**line.identity, "operations": OPERATIONS_VERSION + 1}
     id = f"light-{json_record.digest_of(identity)[:8]}"
-    small.store.add_bank(id, identity, describe(line))
+    small.store.add_bank(id, identity, describe_bank(line))
     with pytest.raises(UserError, match=rf"bank {id}: its views need a newer version"):
         bank_policy(small.store, id)
 
@@ -74,7 +74,7 @@ def test_a_bank_whose_views_need_newer_operations_says_so(small):
 def test_a_bank_whose_manifest_is_anothers_is_damage(small):
     manifest = small.store.banks()[small.policy.bank]
     other = {**manifest, "identity": {**manifest["identity"], "size": 9}}
-    small.store.objects.put(f"banks/{small.policy.bank}/manifest.json", json_record.dump(other))
+    small.store.objects.put(f"banks/{small.policy.bank}/manifest.json", json_record.to_json(other))
     with pytest.raises(DamageError, match=r"manifest\.json: damaged"):
         bank_policy(small.store, small.policy.bank)
 
@@ -131,7 +131,7 @@ def test_a_store_whose_root_is_gone_is_damage(small):
 
 
 def test_two_that_create_a_store_at_once_share_it(tmp_path):
-    class Late(LocalObjects):
+    class Late(LocalObjectStore):
         """Looks just before another process creates the store."""
 
         looked = False
@@ -152,7 +152,7 @@ def test_two_that_create_a_store_at_once_share_it(tmp_path):
 def test_a_store_may_be_in_memory(tmp_path):
     place = f"memory://{uuid.uuid4().hex}"
     shard = f"{place}/data/x.tar"
-    open_objects(f"{place}/data").put("x.tar", Path(write_tar(tmp_path / "x.tar", samples(10))).read_bytes())
+    open_object_store(f"{place}/data").put("x.tar", Path(write_tar(tmp_path / "x.tar", samples(10))).read_bytes())
     small = SmallStore(f"{place}/store", [shard], views=2)
     values = small.add_target("t", "f32")
     again = Store.open(f"{place}/store")
@@ -317,9 +317,9 @@ def test_errors_survive_the_way_from_a_worker():
 
 
 def test_the_nearest_word_is_proposed_or_all_are_listed():
-    assert nearest("resiez", ["resize", "crop"]) == "Did you mean 'resize'?"
-    assert nearest("zzz", ["b", "a"]) == "Known: a, b."
-    assert nearest("zzz", []) == "None is known here."
+    assert did_you_mean("resiez", ["resize", "crop"]) == "Did you mean 'resize'?"
+    assert did_you_mean("zzz", ["b", "a"]) == "Known: a, b."
+    assert did_you_mean("zzz", []) == "None is known here."
 
 
 json_values = st.recursive(
@@ -331,13 +331,13 @@ json_values = st.recursive(
 @given(st.dictionaries(st.text().filter(lambda key: key != "digest"), json_values, max_size=4))
 @settings(max_examples=60, deadline=None)
 def test_a_record_is_read_back_and_only_in_its_one_spelling(content):
-    data = json_record.dump(content)
-    again = json_record.load(data, "x")
+    data = json_record.to_json(content)
+    again = json_record.from_json(data, "x")
     assert {key: value for key, value in again.items() if key != "digest"} == content
-    assert json_record.dump(again) == data
+    assert json_record.to_json(again) == data
     for other in (data[:-1], data + b"\n", b" " + data, json.dumps(again, indent=1).encode()):
         with pytest.raises(DamageError, match="x: damaged"):
-            json_record.load(other, "x")
+            json_record.from_json(other, "x")
 
 
 def test_an_attempt_writes_below_a_name_that_nobody_else_uses(kept):

@@ -18,9 +18,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import known_implementations
 
 from pipeline.project.schema import located
-from precompute.engine.dask_runner import patiently
+from precompute.engine.dask_runner import retry_io
 from storage.errors import UserError
-from storage.objects.object_store import open_objects, read_range
+from storage.objects.object_store import open_object_store, read_range
 from storage.shards.classes import classes_of
 from storage.shards.index import build_index, read_samples
 from storage.shards.patterns import expand
@@ -55,7 +55,7 @@ def refusal(call: Callable[[], object]) -> str:
         return call()
 
     with pytest.raises(UserError) as error:
-        patiently(once)
+        retry_io(once)
     assert calls == 1
     return str(error.value)
 
@@ -72,7 +72,7 @@ def lacking() -> str:
     pytest.skip("all packages that fsspec may use are installed")
 
 
-@pytest.mark.parametrize("read", [build_index, size_of, expand, lambda url: read_range(url, 1, 2), open_objects])
+@pytest.mark.parametrize("read", [build_index, size_of, expand, lambda url: read_range(url, 1, 2), open_object_store])
 def test_what_can_never_be_read_is_refused_at_once(read):
     missing = lacking()
     for url, said in {

@@ -18,7 +18,7 @@ from student.data.stream import Stream
 from student.models.build import build
 from student.recipe import schema
 from student.recipe.validate import validate
-from student.training.distiller import Lesson, find_targets
+from student.training.distiller import Distiller, find_targets
 from tests.conftest import World
 
 SIZES = {name: TINY_VIT[1][name] for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
@@ -39,7 +39,7 @@ BANK = {"stream": {"batch_size": 32, "bank": {"policy": "deit"}}}
 
 def lesson_of(
     world: World, place: Path, copying: dict[str, Any], *, teachers: bool = False, **more: Any
-) -> tuple[Lesson, Stream]:
+) -> tuple[Distiller, Stream]:
     """A student that copies, with new weights or with the teacher's, and batches for it."""
     recipe = recipe_of(copying, **{**BANK, **more})
     torch.manual_seed(3)
@@ -48,12 +48,12 @@ def lesson_of(
         model.load_state_dict(read_weights(world.weights["vit"]))
     store = Store.open(place)
     bank, given = find_targets(store, store.shard_ids(), recipe, model)
-    lesson = Lesson(recipe, model, given, (0.5,) * 3, (0.5,) * 3)
+    lesson = Distiller(recipe, model, given, (0.5,) * 3, (0.5,) * 3)
     ids = list(dict.fromkeys(one.id for several in given.values() for one in several))
     return lesson, Stream(world.shards, batch=32, store=store, targets=ids, bank=bank)
 
 
-def logits_of(lesson: Lesson, stream: Stream) -> torch.Tensor:
+def logits_of(lesson: Distiller, stream: Stream) -> torch.Tensor:
     with torch.no_grad():
         return lesson.eval()(next(stream.epoch(0)))[0]
 

@@ -15,7 +15,8 @@ import torch
 from pipeline.recipes.loader import load as load_recipe
 from storage.store.store import Store
 from storage.testing import TINY_VIT
-from student.training.train import Job, train
+from student.training.setup import TrainConfig
+from student.training.train import train
 from tests.conftest import HANGS, Quiet, World
 
 ROOT = Path(__file__).parents[2]
@@ -29,11 +30,11 @@ POOLED = (TINY_VIT[0], {**TINY_VIT[1], "global_pool": "avg"})
 FULL = ["student.drop_path_rate=0.2", "student.drop_rate=0.1", "ema=0.9", "optim.layer_decay=0.8", "optim.clip_grad=1"]
 
 
-def job(world: World, out: Path, recipe: str, *settings: str, **changes: Any) -> Job:
+def job(world: World, out: Path, recipe: str, *settings: str, **changes: Any) -> TrainConfig:
     """A small run over the world's shards and store."""
     chosen = load_recipe(recipe, [*STUDENT, *settings])
     parts: dict[str, Any] = {"shards": world.shards, "val": world.shards, "store": Store.open(world.store)}
-    return Job(chosen, out=out, **{**parts, **changes})
+    return TrainConfig(chosen, out=out, **{**parts, **changes})
 
 
 def run(world: World, out: Path, recipe: str, *settings: str, **changes: Any) -> dict[str, Any]:

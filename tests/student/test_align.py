@@ -11,14 +11,14 @@ from torch.nn import functional as F
 
 from precompute.taps import AttentionTaps, attention_rows, class_row
 from storage.errors import IdentityError, UserError
-from student.alignment.attention import Rows, log_mean
+from student.alignment.attention import AttentionAligner, log_mean
 from student.alignment.rules import align_classes
-from student.alignment.student_spec import Shape, student_shape
+from student.alignment.student_spec import StudentSpec, student_spec
 from student.losses import advit, attention_transfer, head_specific
-from student.settings import Matched
-from student.targets.stored_target import Given
+from student.settings import AlignedLossConfig
+from student.targets.stored_target import StoredTarget
 
-SETTINGS: dict[str, type[Matched]] = {
+SETTINGS: dict[str, type[AlignedLossConfig]] = {
     "class": advit.Settings, "all": attention_transfer.Settings, "scores": head_specific.Settings,
 }  # fmt: skip
 
@@ -26,19 +26,19 @@ SETTINGS: dict[str, type[Matched]] = {
 def given(
     tap: str = "attention", layers: list[int] | None = None, depth: int = 4, heads: int = 3, side: int = 4,
     prefix: tuple[str, ...] = ("class",), width: int = 8, **about: Any,
-) -> Given:  # fmt: skip
+) -> StoredTarget:  # fmt: skip
     layers = layers or list(range(1, depth + 1))
     tokens = len(prefix) + side * side
     last = {"attention": [tokens, tokens], "class_row": [tokens], "q": [tokens, width], "k": [tokens, width],
             "v": [tokens, width]}[tap]  # fmt: skip
     identity = {"tap": tap, "layers": layers}
     target = {"id": f"t-{tap}", "identity": identity, "sample_shape": [len(layers), heads, *last]}
-    return Given(target, {"id": "t", "layers": depth, "heads": heads, "prefix": list(prefix), **about})
+    return StoredTarget(target, {"id": "t", "layers": depth, "heads": heads, "prefix": list(prefix), **about})
 
 
-def rows(which: str, student: Shape, *several: Given, **settings: Any) -> Rows:
+def rows(which: str, student: StudentSpec, *several: StoredTarget, **settings: Any) -> AttentionAligner:
     base = {"heads": None} if "heads" not in settings else {}
-    return Rows("it", SETTINGS[which](**base, **settings), student, several, which)  # type: ignore[arg-type]
+    return AttentionAligner("it", SETTINGS[which](**base, **settings), student, several, which)  # type: ignore[arg-type]
 
 
 def random_rows(*shape: int) -> torch.Tensor:
@@ -46,7 +46,7 @@ def random_rows(*shape: int) -> torch.Tensor:
     return torch.randn(*shape).mul(2).softmax(-1)
 
 
-STUDENT = Shape(4, 3, 4, ("class",))
+STUDENT = StudentSpec(4, 3, 4, ("class",))
 
 
 @pytest.mark.parametrize("which", ["class", "all"])
@@ -73,7 +73,7 @@ def test_class_rows_come_from_rows_maps_or_q_and_k_alike():
 def test_the_recorded_scale_of_stored_q_and_k_counts():
     q, k = torch.randn(2, 4, 3, 17, 8), torch.randn(2, 4, 3, 17, 8)
     one = given("q")
-    scaled = Given({**one.target, "scales": [0.1, 0.2, 0.3, 0.4]}, one.teacher)
+    scaled = StoredTarget({**one.target, "scales": [0.1, 0.2, 0.3, 0.4]}, one.teacher)
     found = rows("all", STUDENT, scaled, given("k"), layers=((1, 3),)).teacher_rows([q, k])
     assert torch.allclose(found[:, 0], (q[:, 2] @ k[:, 2].transpose(-2, -1) * 0.3).softmax(-1), atol=1e-6)
 
@@ -83,7 +83,7 @@ def test_the_student_s_rows_are_those_that_it_attends_with():
     model = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=2
     )
-    shape = student_shape(model)
+    shape = student_spec(model)
     assert (shape.layers, shape.heads, shape.grid, shape.prefix) == (4, 3, 4, ("class",))
     taps = AttentionTaps(model)
     model(torch.randn(2, 3, 32, 32))
@@ -110,7 +110,7 @@ def test_the_student_s_rows_are_those_that_it_attends_with():
     ],
 )
 def test_layers_meet_as_is_said(depth, student, wish, expected):
-    made = rows("class", Shape(student, 3, 4, ("class",)), given(depth=depth), layers=wish)
+    made = rows("class", StudentSpec(student, 3, 4, ("class",)), given(depth=depth), layers=wish)
     assert made.pairs == expected
     target = random_rows(2, depth, 3, 17, 17)
     found = made.teacher_rows([target])
@@ -118,7 +118,7 @@ def test_layers_meet_as_is_said(depth, student, wish, expected):
 
 
 def test_a_target_of_some_layers_serves_those_that_it_holds():
-    made = rows("class", Shape(2, 3, 4, ("class",)), given(layers=[4, 8], depth=8), layers="uniform")
+    made = rows("class", StudentSpec(2, 3, 4, ("class",)), given(layers=[4, 8], depth=8), layers="uniform")
     target = random_rows(2, 2, 3, 17, 17)
     assert made.pairs == [(1, 4), (2, 8)]
     assert torch.equal(made.teacher_rows([target]), target[..., 0, :])
@@ -127,13 +127,13 @@ def test_a_target_of_some_layers_serves_those_that_it_holds():
 @pytest.mark.parametrize(
     ("student", "one", "settings", "message"),
     [
-        (Shape(6, 3, 4, ("class",)), {}, {}, r"4 layers, the student 6; say which meet.*layers=uniform"),
+        (StudentSpec(6, 3, 4, ("class",)), {}, {}, r"4 layers, the student 6; say which meet.*layers=uniform"),
         (STUDENT, {"layers": [4]}, {}, r"holds the teacher's layers 4 of 4; say which.*layers=last"),
         (STUDENT, {"layers": [1, 2, 4]}, {"layers": "uniform"}, r"layer 3 meets the teacher's layer 3.*holds 1:2\+4"),
         (STUDENT, {}, {"layers": ((5, 1),)}, r"layer 5 meet the teacher's layer 1; the student has layers 1 to 4"),
         (STUDENT, {"heads": 6}, {}, r"6 heads, the student 3; say how they meet: --set losses.it.heads=mean"),
         (STUDENT, {"side": 8}, {}, r"grid of 8x8, the student's patches make 4x4.*grid=bicubic"),
-        (Shape(4, 3, 4, ()), {}, {}, r"the student has no class token"),
+        (StudentSpec(4, 3, 4, ()), {}, {}, r"the student has no class token"),
         (STUDENT, {"prefix": ()}, {}, r"the teacher has no class token"),
         (STUDENT, {}, {"layers": ()}, r"layers is empty"),
         (
@@ -156,7 +156,7 @@ def test_what_is_not_said_and_does_not_fit_is_an_error(student, one, settings, m
 @pytest.mark.parametrize("which", ["class", "all"])
 @pytest.mark.parametrize(("theirs", "mine"), [(14, 8), (4, 8), (2, 7)])
 def test_rows_on_another_grid_sum_to_one_and_keep_the_prefix(which, theirs, mine):
-    made = rows(which, Shape(4, 3, mine, ("class",)), given(side=theirs), grid="bicubic")
+    made = rows(which, StudentSpec(4, 3, mine, ("class",)), given(side=theirs), grid="bicubic")
     target = random_rows(2, 4, 3, theirs**2 + 1, theirs**2 + 1)
     found = made.teacher_rows([target])
     assert found.shape[3:] == ((mine**2 + 1,) if which == "class" else (mine**2 + 1,) * 2)
@@ -176,7 +176,7 @@ def interpolated(patches: torch.Tensor, side: int) -> torch.Tensor:
 @pytest.mark.parametrize("side", [3, 8])
 @pytest.mark.parametrize("which", ["class", "all"])
 def test_keys_and_queries_are_resized_as_torch_does_it(which, side):
-    made = rows(which, Shape(4, 3, side, ("class",)), given(side=4), grid="bicubic")
+    made = rows(which, StudentSpec(4, 3, side, ("class",)), given(side=4), grid="bicubic")
     target = random_rows(2, 4, 3, 17, 17)
     keys = interpolated(target[..., 1:], side).clamp_min(0)
     keys = keys / keys.sum(-1, keepdim=True) * target[..., 1:].sum(-1, keepdim=True)
@@ -188,14 +188,14 @@ def test_keys_and_queries_are_resized_as_torch_does_it(which, side):
 
 
 def test_uniform_rows_stay_uniform_on_another_grid():
-    made = rows("all", Shape(4, 3, 8, ("class",)), given(side=4), grid="bicubic")
+    made = rows("all", StudentSpec(4, 3, 8, ("class",)), given(side=4), grid="bicubic")
     target = torch.full((1, 4, 3, 17, 17), 1 / 17)
     found = made.teacher_rows([target])
     assert torch.allclose(found[..., 1:], torch.tensor(16 / 17 / 64), atol=1e-6)
 
 
 def test_tokens_that_one_side_lacks_are_left_out_and_the_rest_rescaled():
-    student = Shape(4, 3, 4, ("class", "distillation"))
+    student = StudentSpec(4, 3, 4, ("class", "distillation"))
     made = rows("all", student, given(prefix=("class", "register", "register")))
     assert made.dropped == ["student's distillation", "teacher's register (2)"]
     assert "left out" in made.row.rule
@@ -212,7 +212,7 @@ def test_tokens_that_one_side_lacks_are_left_out_and_the_rest_rescaled():
 
 
 def test_tokens_meet_by_their_roles_wherever_they_stand():
-    student = Shape(4, 3, 4, ("class", "distillation"))
+    student = StudentSpec(4, 3, 4, ("class", "distillation"))
     made = rows("all", student, given(prefix=("distillation", "class")))
     target = random_rows(2, 4, 3, 18, 18)
     order = [1, 0, *range(2, 18)]
@@ -224,7 +224,7 @@ def test_tokens_meet_by_their_roles_wherever_they_stand():
 
 
 def test_heads_are_averaged_on_both_sides():
-    made = rows("class", Shape(4, 6, 4, ("class",)), given(), heads="mean")
+    made = rows("class", StudentSpec(4, 6, 4, ("class",)), given(), heads="mean")
     target = random_rows(2, 4, 3, 17, 17)
     assert torch.allclose(made.teacher_rows([target])[:, :, 0], target[..., 0, :].mean(2))
     q, k = [torch.randn(2, 6, 17, 8) for _ in range(4)], [torch.randn(2, 6, 17, 8) for _ in range(4)]
@@ -233,7 +233,7 @@ def test_heads_are_averaged_on_both_sides():
 
 
 def test_the_first_heads_of_both_meet():
-    made = rows("class", Shape(4, 2, 4, ("class",)), given(), heads="first")
+    made = rows("class", StudentSpec(4, 2, 4, ("class",)), given(), heads="first")
     target = random_rows(2, 4, 3, 17, 17)
     assert torch.equal(made.teacher_rows([target]), target[:, :, :2, 0])
     one = rows("class", STUDENT, given(), heads="first-1")
@@ -243,7 +243,7 @@ def test_the_first_heads_of_both_meet():
 
 @pytest.mark.parametrize(("average", "axis"), [("layers", 1), ("heads", 2), ("queries", 3)])
 def test_the_teacher_s_maps_are_averaged_and_then_stand_for_all(average, axis):
-    made = Rows("it", attention_transfer.Settings(layers="last-3"), STUDENT, [given()], "all", average)
+    made = AttentionAligner("it", attention_transfer.Settings(layers="last-3"), STUDENT, [given()], "all", average)
     target = random_rows(2, 4, 3, 17, 17)
     found, own = made.teacher_rows([target]), target[:, 1:]
     assert torch.allclose(found, own.mean(axis, keepdim=True).expand_as(own))
@@ -258,7 +258,7 @@ def test_a_number_stands_for_the_same_layer_on_both_sides():
 @pytest.mark.parametrize(("rule", "total"), [("sum", 3), ("max", 1)])
 def test_heads_are_added_up_or_their_largest_is_taken(rule, total):
     target = random_rows(2, 4, 3, 17, 17)
-    found = rows("class", Shape(4, 6, 4, ("class",)), given(), heads=rule).teacher_rows([target])
+    found = rows("class", StudentSpec(4, 6, 4, ("class",)), given(), heads=rule).teacher_rows([target])
     assert found.shape == (2, 4, 1, 17)
     assert torch.allclose(found.sum(-1), torch.tensor(float(total)))
     merged = target[..., 0, :].sum(2) if rule == "sum" else target[..., 0, :].max(2).values
@@ -277,7 +277,7 @@ PAIRS = [
 def test_heads_meet_by_an_explicit_map(which, wish, expected):
     """Student's layers 2 and 4 with the teacher's 3 and 1, from q and k; None of the other heads gets a gradient."""
     torch.manual_seed(0)
-    student = Shape(4, 6, 4, ("class",))
+    student = StudentSpec(4, 6, 4, ("class",))
     made = rows(which, student, given("q"), given("k"), layers=((2, 3), (4, 1)), heads=wish)
     assert made.head_pairs == [[(a + 1, b + 1) for a, b in pairs] for pairs in expected]
     q, k = ([torch.randn(2, 6, 17, 8, requires_grad=True) for _ in range(4)] for _ in range(2))
@@ -315,18 +315,18 @@ def test_heads_meet_by_an_explicit_map(which, wish, expected):
 )
 def test_a_map_of_heads_that_are_not_there_is_an_error(wish, message):
     with pytest.raises(UserError, match=message):
-        rows("all", Shape(4, 6, 4, ("class",)), given(), layers=((2, 3), (4, 1)), heads=wish)
+        rows("all", StudentSpec(4, 6, 4, ("class",)), given(), layers=((2, 3), (4, 1)), heads=wish)
 
 
 def test_the_table_says_which_heads_meet():
-    student = Shape(4, 6, 4, ("class",))
+    student = StudentSpec(4, 6, 4, ("class",))
     made = rows("all", student, given(), layers=((2, 3), (4, 1)), heads={2: ((1, 3),), 4: ((6, 2),)})
     assert made.row.rule.endswith("heads 1-3 of layer 2; 6-2 of layer 4")
     assert rows("all", student, given(), heads=((2, 1),)).row.rule.endswith("heads 2-1 (student-teacher)")
 
 
 def test_scores_on_another_grid_are_resized_over_keys_and_queries_and_nothing_else():
-    student = Shape(4, 3, 8, ("class", "distillation"))
+    student = StudentSpec(4, 3, 8, ("class", "distillation"))
     made = rows("scores", student, given("q"), given("k"), grid="bicubic")
     q, k = torch.randn(2, 2, 4, 3, 17, 8).unbind(0)
     found = made.teacher_rows([q, k])
@@ -352,7 +352,7 @@ def test_known_answers_of_the_logarithmic_mean():
 
 def test_the_table_says_what_meets():
     made = rows(
-        "class", Shape(6, 4, 8, ("class", "distillation")), given(depth=12, side=14), layers="last", heads="log",
+        "class", StudentSpec(6, 4, 8, ("class", "distillation")), given(depth=12, side=14), layers="last", heads="log",
         temperature=10, grid="bicubic",
     )  # fmt: skip
     assert made.row.teacher == "class rows, layers 1:12, 3 heads, 14x14 patches"
@@ -366,19 +366,19 @@ def test_the_table_says_what_meets():
 # ---------------------------------------------------------------------------------------------- classes
 
 
-def logits(count: int = 3, classes: list[str] | None = None) -> Given:
-    return Given({"id": "t-logits", "identity": {"tap": "logits"}, "sample_shape": [count]},
+def logits(count: int = 3, classes: list[str] | None = None) -> StoredTarget:
+    return StoredTarget({"id": "t-logits", "identity": {"tap": "logits"}, "sample_shape": [count]},
                  {"id": "t", "classes": classes})  # fmt: skip
 
 
 def test_contract_10_logits_meet_the_same_classes_alone():
-    student = Shape(0, 0, 0, (), 3, ("a", "b", "c"))
+    student = StudentSpec(0, 0, 0, (), 3, ("a", "b", "c"))
     assert align_classes("deit", logits(3, ["a", "b", "c"]), student, False).rule == "the same names"
     with pytest.raises(IdentityError, match=r"number of classes: the student has 3, the teacher 1000\n.*fit-teacher"):
         align_classes("deit", logits(1000), student, True)
     with pytest.raises(IdentityError, match="class 1: the student has b, the teacher c"):
         align_classes("deit", logits(3, ["a", "c", "b"]), student, True)
-    for given_, shape in ((logits(3), student), (logits(3, ["a", "b", "c"]), Shape(0, 0, 0, (), 3))):
+    for given_, shape in ((logits(3), student), (logits(3, ["a", "b", "c"]), StudentSpec(0, 0, 0, (), 3))):
         with pytest.raises(UserError, match="--same-classes"):
             align_classes("deit", given_, shape, False)
         assert "--same-classes" in align_classes("deit", given_, shape, True).rule

@@ -12,37 +12,39 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from storage.errors import UserError
-from student.alignment.student_spec import Shape
+from student.alignment.student_spec import StudentSpec
 from student.losses import compress, projector_alignment
 from student.losses.parts.projector import projector
 from student.losses.projector_alignment import distance
-from student.targets.stored_target import Given
+from student.targets.stored_target import StoredTarget
 
 F64 = torch.float64
-STUDENT = Shape(2, 3, 4, ("class", "distillation"), width=6)
+STUDENT = StudentSpec(2, 3, 4, ("class", "distillation"), width=6)
 
 
 def values(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
-def token(width: int) -> Given:
+def token(width: int) -> StoredTarget:
     manifest = {"id": "t-class_token", "identity": {"tap": "class_token", "layers": None}, "sample_shape": [width]}
-    return Given(manifest, {"id": "t"})
+    return StoredTarget(manifest, {"id": "t"})
 
 
-def tokens(width: int, side: int = 4, layers: list[int] | None = None, prefix: tuple[str, ...] = ("class",)) -> Given:
+def tokens(
+    width: int, side: int = 4, layers: list[int] | None = None, prefix: tuple[str, ...] = ("class",)
+) -> StoredTarget:
     shape = [len(layers or [1]), len(prefix) + side * side, width]
     manifest = {"id": "t-tokens", "identity": {"tap": "tokens", "layers": layers}, "sample_shape": shape}
-    return Given(manifest, {"id": "t", "layers": 12, "prefix": list(prefix)})
+    return StoredTarget(manifest, {"id": "t", "layers": 12, "prefix": list(prefix)})
 
 
 def loss(
     settings: projector_alignment.Settings,
-    given: Given,
+    given: StoredTarget,
     mine: torch.Tensor,
     target: torch.Tensor,
-    student: Shape = STUDENT,
+    student: StudentSpec = STUDENT,
 ) -> Any:
     made = projector_alignment.Method("it", settings, student, [given]).double()
     return made(SimpleNamespace(student=SimpleNamespace(tokens=mine), targets=(target,)))
@@ -142,7 +144,7 @@ def test_patches_of_another_grid_are_resized_on_request():
 @pytest.mark.parametrize(
     ("settings", "given", "student", "said"),
     [
-        ({}, token(6), Shape(2, 3, 4, (), width=6), "it: the student has no class token to project"),
+        ({}, token(6), StudentSpec(2, 3, 4, (), width=6), "it: the student has no class token to project"),
         ({"tokens": "both"}, tokens(6, layers=[12]), STUDENT, "holds the residual stream, before the final norm"),
         ({"tokens": "both"}, tokens(6, prefix=()), STUDENT, "the teacher has no class token.*tokens=patches"),
     ],

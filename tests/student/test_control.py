@@ -14,9 +14,9 @@ from storage.testing import synthetic_shards
 from student.data.stream import Stream
 from student.models.build import build
 from student.recipe.validate import validate
-from student.targets.stored_target import given_of
+from student.targets.stored_target import stored_target
 from student.training.controls import mean_targets
-from student.training.distiller import Lesson
+from student.training.distiller import Distiller
 from student.training.train import train
 from tests.conftest import Quiet, run_precompute, teacher_of
 from tests.student.runs import job
@@ -97,7 +97,7 @@ def test_every_image_gets_the_mean(world, target):
     )
     model, _ = build(recipe.student, 3)
     store = Store.open(world.store)
-    lesson = Lesson(recipe, model, {"aal": (given_of(store, target),)}, (0.5,) * 3, (0.5,) * 3)
+    lesson = Distiller(recipe, model, {"aal": (stored_target(store, target),)}, (0.5,) * 3, (0.5,) * 3)
     seen = []
     lesson.losses["aal"].register_forward_pre_hook(lambda module, args: seen.append(args[0].targets[0]))
     made = stream(world, target)

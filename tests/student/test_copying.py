@@ -17,10 +17,10 @@ from storage.objects.state_dict import load_weights, read_weights
 from storage.store.codecs import Codec
 from storage.store.store import Store
 from storage.views.policy import policy
-from student.attention_copy.inference import lend
-from student.models.attention_copy_hooks import copies_of
+from student.attention_copy.inference import attach_stored_attention
+from student.models.attention_copy_hooks import attention_copy_hooks
 from student.models.build import build
-from student.models.files import load
+from student.models.files import load_student
 from student.recipe.validate import validate
 from student.training import precision
 from student.training import train as trainer
@@ -198,8 +198,8 @@ def test_the_mean_over_examples_stands_for_all_and_goes_with_the_student(world, 
     train = {m["identity"]["tap"]: id for id, m in store.targets().items() if "deit" in m["identity"]["bank"]}
     expected = store.array(train["attention"]).compute().mean(0, dtype="f8")
     for name in ("last", "ema"):
-        model, _ = load(tmp_path / "run" / f"{name}.safetensors")
-        (fixed,) = copies_of(model).fixed.values()
+        model, _ = load_student(tmp_path / "run" / f"{name}.safetensors")
+        (fixed,) = attention_copy_hooks(model).fixed.values()
         assert torch.allclose(fixed[0].double(), torch.from_numpy(expected), atol=1e-6)
     scored = asked(capsys, "evaluate", tmp_path / "run", "--shards", world.shards[0], "--shards", world.shards[1])
     assert scored["top1"] == json.loads((tmp_path / "run" / "result.json").read_text())["top1"]
@@ -294,17 +294,17 @@ def test_a_control_copies_what_cannot_know_the_image_in_evaluation_too(
     result = run(world, out, "scratch", *settings, store=Store.open(place))
     shards = [word for shard in world.shards for word in ("--shards", shard)]
     assert asked(capsys, "evaluate", out, *shards)["top1"] == result["top1"]
-    model, about = load(out / "last.safetensors")
+    model, about = load_student(out / "last.safetensors")
     image = tmp_path / "a.png"
     image.write_bytes(synthetic_png())
     if "mean" in control:
-        assert copies_of(model).fixed["map"].shape[:3] == (1, DEPTH, HEADS)
+        assert attention_copy_hooks(model).fixed["map"].shape[:3] == (1, DEPTH, HEADS)
         assert asked(capsys, "predict", out, image)["images"]
     else:
-        lend(model, about, None, world.shards)
-        lender = copies_of(model).lender
+        attach_stored_attention(model, about, None, world.shards)
+        lender = attention_copy_hooks(model).lender
         assert lender.stored.source(world.shards[0], Store.open(place).shard_ids()[0]).permute == 3
-        plain = copies_of(load(trained / "last.safetensors")[0])
+        plain = attention_copy_hooks(load_student(trained / "last.safetensors")[0])
         assert plain.lender is None
         assert "is a control" in asked(capsys, "predict", out, image, status=1)["error"]
 
@@ -326,13 +326,13 @@ def test_a_copying_student_is_not_taken_for_a_whole_network(world, place, traine
     settings = [*SAME, "student.global_pool=avg", f"student.weights={trained / 'last.safetensors'}", "optim.epochs=1"]
     trainer.train(job(world, tmp_path / "run", "scratch", *settings), quiet)
     assert any("what it would attend with by itself was never trained" in line for line in quiet.lines)
-    assert copies_of(load(tmp_path / "run" / "last.safetensors")[0]) is None
+    assert attention_copy_hooks(load_student(tmp_path / "run" / "last.safetensors")[0]) is None
 
 
 def test_a_student_s_file_that_says_nonsense_of_copying_is_refused(trained, tmp_path):
     from safetensors.torch import save_file
 
-    model, about = load(trained / "last.safetensors")
+    model, about = load_student(trained / "last.safetensors")
     for change in ({"layers": [9]}, {"layers": "all"}, {"settings": {"what": "all"}}, {"heads": None}):
         metadata = {
             "model": about.model, "arguments": json.dumps(about.arguments), "img_size": "32", "mean": "[0.5,0.5,0.5]",
@@ -341,7 +341,7 @@ def test_a_student_s_file_that_says_nonsense_of_copying_is_refused(trained, tmp_
         }  # fmt: skip
         save_file(model.state_dict(), tmp_path / "a.safetensors", metadata)
         with pytest.raises(UserError, match=r"a\.safetensors: (damaged: copying|does not fit)"):
-            load(tmp_path / "a.safetensors")
+            load_student(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from storage.errors import UserError
 from student.alignment.attention import weighted
-from student.alignment.student_spec import Shape
+from student.alignment.student_spec import StudentSpec
 from student.losses import attention_guidance
 from student.losses.attention_guidance import Method, divergence, squares
-from student.targets.stored_target import Given
+from student.targets.stored_target import StoredTarget
 from tests.student.test_align import given, random_rows
 
 F64 = torch.float64
@@ -26,7 +26,7 @@ def values(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
-def method(student: Shape, *several: Given, **settings: Any) -> Method:
+def method(student: StudentSpec, *several: StoredTarget, **settings: Any) -> Method:
     return Method("it", attention_guidance.Settings(**settings), student, several)
 
 
@@ -49,7 +49,7 @@ def attending(layers: int, heads: int, tokens: int, seed: int = 0) -> dict[str, 
     [(3, 4, "case (a): layers 4-4"), (3, 8, "case (b)"), (6, 4, "case (c)"), (6, 8, "case (d)")],
 )
 def test_the_case_follows_from_heads_and_grids_and_is_said(heads, side, said):
-    made = method(Shape(4, heads, side, ("class",)), given("class_row"))
+    made = method(StudentSpec(4, heads, side, ("class",)), given("class_row"))
     assert made.row.rule.startswith(said)
     assert ("T = 10" in made.row.rule) == (heads == 6)
     assert ("4x4 to 8x8 (bicubic, mass kept)" in made.row.rule) == (side == 8)
@@ -61,19 +61,19 @@ def test_the_case_follows_from_heads_and_grids_and_is_said(heads, side, said):
 
 def test_heads_may_be_merged_where_there_are_as_many():
     """The ablation's aggregated row of the 12-layer student with six heads."""
-    made = method(Shape(4, 3, 4, ("class",)), given("class_row"), heads="log")
+    made = method(StudentSpec(4, 3, 4, ("class",)), given("class_row"), heads="log")
     assert made.row.rule.startswith("case (c)")
     assert made.rows.teacher_rows([random_rows(2, 4, 3, 17)]).shape == (2, 1, 1, 17)
 
 
 def test_all_layers_are_an_option():
-    made = method(Shape(4, 3, 4, ("class",)), given("class_row"), layers=None)
+    made = method(StudentSpec(4, 3, 4, ("class",)), given("class_row"), layers=None)
     assert made.rows.pairs == [(1, 1), (2, 2), (3, 3), (4, 4)]
 
 
 def test_a_student_without_a_class_token_is_refused_by_name():
     with pytest.raises(UserError, match="it: the student has no class token, so it has no class rows"):
-        method(Shape(4, 3, 4, ()), given("class_row"))
+        method(StudentSpec(4, 3, 4, ()), given("class_row"))
 
 
 # ---------------------------------------------------------------------------------------------- known answers
@@ -100,14 +100,14 @@ def test_six_and_three_identical_heads_differ_at_one_temperature_and_not_at_thei
     q[..., 0] = 1
     seen = {"q": [q] * 4, "k": [k] * 4, "scales": [1.0] * 4}
     for settings, equal in (({}, False), ({"temperature": None}, True), ({"heads": "mean"}, True)):
-        made = method(Shape(4, 3, 4, ("class",)), given("class_row", heads=6), **settings)
+        made = method(StudentSpec(4, 3, 4, ("class",)), given("class_row", heads=6), **settings)
         found = made(step((target,), **seen))
         assert (found.abs() < 1e-12) if equal else (found > 1e-3)
 
 
 @pytest.mark.parametrize(("heads", "of"), [("max", torch.amax), ("min", torch.amin)])
 def test_largest_and_smallest_heads_are_scaled_to_one(heads, of):
-    made = method(Shape(4, 6, 4, ("class",)), given("class_row"), heads=heads)
+    made = method(StudentSpec(4, 6, 4, ("class",)), given("class_row"), heads=heads)
     target = random_rows(2, 4, 3, 17)
     rows = made.rows.teacher_rows([target])
     expected = of(target[:, -1:], 2, keepdim=True)
@@ -129,12 +129,12 @@ def test_values_of_one_norm_weigh_nothing_and_others_do():
 @pytest.mark.parametrize("taps", [("class_row", "v"), ("q", "k", "v")])
 def test_both_sides_are_weighed_before_anything_else(taps):
     """As in the authors' code: where the attention is made, so before grids and heads meet."""
-    made = method(Shape(4, 6, 8, ("class",)), *(given(tap, width=4) for tap in taps), value_norm=True)
+    made = method(StudentSpec(4, 6, 8, ("class",)), *(given(tap, width=4) for tap in taps), value_norm=True)
     assert made.row.rule.startswith("case (d)")
     assert made.row.rule.endswith("weighted by the norms of values")
-    assert attention_guidance.need("it", attention_guidance.Settings(value_norm=True), Shape(4, 6, 8, ("class",))).taps[
-        0
-    ] == (
+    assert attention_guidance.need(
+        "it", attention_guidance.Settings(value_norm=True), StudentSpec(4, 6, 8, ("class",))
+    ).taps[0] == (
         "class_row",
         "v",
     )
@@ -165,8 +165,8 @@ def test_both_sides_are_weighed_before_anything_else(taps):
 @pytest.mark.parametrize("heads", ["auto", "mean", "max", "min"])
 def test_input_gradients_down_to_q_k_and_v_of_the_last_layer_alone(loss, heads):
     settings = {"loss": loss, "heads": heads, "value_norm": True}
-    made = method(Shape(2, 2, 2, ("class", "distillation")), given("class_row", side=3), given("v", side=3, width=4),
-                  **settings).double()  # fmt: skip
+    student = StudentSpec(2, 2, 2, ("class", "distillation"))
+    made = method(student, given("class_row", side=3), given("v", side=3, width=4), **settings).double()
     targets = (values(2, 4, 3, 10).softmax(-1), values(2, 4, 3, 10, 4, seed=1))
     seen = attending(2, 2, 6, seed=2)
     q, k, v = (seen[name][1].requires_grad_() for name in ("q", "k", "v"))
@@ -183,7 +183,7 @@ def test_input_gradients_down_to_q_k_and_v_of_the_last_layer_alone(loss, heads):
 
 
 def test_a_student_that_attends_as_its_teacher_does_is_at_the_minimum():
-    made = method(Shape(2, 3, 4, ("class",)), given("class_row", depth=2), layers=None).double()
+    made = method(StudentSpec(2, 3, 4, ("class",)), given("class_row", depth=2), layers=None).double()
     seen = attending(2, 3, 17)
     rows = [(q[:, :, :1] @ k.transpose(-2, -1) * 0.5).softmax(-1)[:, :, 0] for q, k in
             zip(seen["q"], seen["k"], strict=True)]  # fmt: skip

@@ -10,17 +10,17 @@ from precompute.taps import attention_rows
 from storage.objects.state_dict import read_weights
 from storage.store.store import Store
 from storage.testing import TINY_VIT
-from student.alignment.student_spec import Shape
-from student.alignment.student_taps import Seen
+from student.alignment.student_spec import StudentSpec
+from student.alignment.student_taps import StudentTaps
 from student.data.batch import Batch
 from student.data.stream import Stream
 from student.losses import head_specific
-from student.losses.base import Step
+from student.losses.base import LossInputs
 from student.losses.head_specific import Method, difference, rightness
 from student.models.build import build
 from student.recipe.validate import validate
-from student.targets.stored_target import given_of
-from student.training.distiller import Lesson, find_targets
+from student.targets.stored_target import stored_target
+from student.training.distiller import Distiller, find_targets
 from tests.conftest import World, run_precompute, teacher_of
 from tests.student.test_align import given
 from tests.student.test_losses import entropy, values
@@ -70,7 +70,7 @@ def kept(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Store,
     return Store.open(place), dict(zip(names, made["targets"], strict=True))
 
 
-def lesson_of(world: World, kept, taught: bool = False, **settings) -> tuple[Lesson, Batch]:
+def lesson_of(world: World, kept, taught: bool = False, **settings) -> tuple[Distiller, Batch]:
     """A student of the teacher's sizes, or the teacher itself, and a batch of the store."""
     store, _ = kept
     sizes = {name: TINY_VIT[1][name] for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
@@ -82,7 +82,7 @@ def lesson_of(world: World, kept, taught: bool = False, **settings) -> tuple[Les
         model.load_state_dict(read_weights(world.weights["vit"]))
     shards = [store.require(url, store.shard_ids()).id for url in world.shards]
     _, found = find_targets(store, shards, recipe, model)
-    lesson = Lesson(recipe, model, found, (0.5,) * 3, (0.5,) * 3)
+    lesson = Distiller(recipe, model, found, (0.5,) * 3, (0.5,) * 3)
     stream = Stream(world.shards, batch=32, store=store, targets=list(lesson.targets["it"]))
     return lesson, next(iter(stream.epoch(0)))
 
@@ -119,12 +119,14 @@ def test_only_heads_that_meet_get_gradients(world, kept, kind):
 def test_scores_are_those_of_the_network_before_its_softmax(world, kept):
     """From live q and k; each side's own 1/√d: a student of wider heads with the same map has the same scores."""
     lesson, batch = lesson_of(world, kept, True)
-    seen = Seen(lesson.student, frozenset({"attention"}))
+    seen = StudentTaps(lesson.student, frozenset({"attention"}))
     lesson.student(batch.pixels((0.5,) * 3, (0.5,) * 3))
     scores = lesson.losses["it"].rows.student_rows(seen.q, seen.k, seen.scales)
     assert torch.allclose(scores.softmax(-1)[:, 0], attention_rows(seen.q[0], seen.k[0], seen.scales[0]), atol=1e-6)
     meets = head_specific.Settings(heads=[[1, 1]])
-    wide = Method("it", meets, Shape(4, 2, 4, ("class",)), [given("q"), given("k")])  # width 8 on the teacher's side
+    wide = Method(
+        "it", meets, StudentSpec(4, 2, 4, ("class",)), [given("q"), given("k")]
+    )  # width 8 on the teacher's side
     q, k = torch.randn(2, 2, 4, 2, 17, 8).unbind(0)
     wider = [torch.cat([layer * 2**0.5, torch.zeros_like(layer)], -1) for layer in q.unbind(1)]
     mine = wide.rows.student_rows(wider, [torch.cat([x, x], -1) for x in k.unbind(1)], [16**-0.5] * 4)
@@ -142,8 +144,10 @@ def test_samples_that_are_decided_wrongly_do_not_count(world, kept):
     right = (targets[1].argmax(1) == batch.labels).float()
     assert 0 < right.mean() < 1, "else this tells nothing"
 
-    def loss(labels: torch.Tensor, others: torch.Tensor, shares: torch.Tensor, own: Method = method, **more) -> Step:
-        return own(Step(more.pop("logits", logits), labels, others, shares, seen=seen, targets=targets, **more))
+    def loss(
+        labels: torch.Tensor, others: torch.Tensor, shares: torch.Tensor, own: Method = method, **more
+    ) -> LossInputs:
+        return own(LossInputs(more.pop("logits", logits), labels, others, shares, seen=seen, targets=targets, **more))
 
     none = torch.zeros(32)
     rows = method.rows.student_rows(seen.q, seen.k, seen.scales)
@@ -152,8 +156,9 @@ def test_samples_that_are_decided_wrongly_do_not_count(world, kept):
     half = loss(batch.labels, (batch.labels + 1) % 3, none + 0.5)
     other = (targets[1].argmax(1) == (batch.labels + 1) % 3).float()
     assert torch.isclose(half, ((right + other) / 2 * each).mean())
-    by_student = Method("it", head_specific.Settings(loss="kl", adaptive="student-correct"),
-                        Shape(3, 3, 4, ("class",), 3), [given_of(kept[0], kept[1]["attention"])])  # fmt: skip
+    adaptive = head_specific.Settings(loss="kl", adaptive="student-correct")
+    given = [stored_target(kept[0], kept[1]["attention"])]
+    by_student = Method("it", adaptive, StudentSpec(3, 3, 4, ("class",), 3), given)
     targets = targets[:1]
     decided = torch.nn.functional.one_hot(batch.labels, 3).float().requires_grad_()
     notes: dict[str, torch.Tensor] = {}

@@ -11,7 +11,7 @@ from precompute.taps import Tap, TappedTeacher
 from precompute.teachers import teacher
 from storage.errors import UserError
 from storage.testing import TINY_CNN, TINY_VIT
-from student.fit_teacher.logistic_regression import Examples, Head, fit, held_out, try_strengths
+from student.fit_teacher.logistic_regression import Examples, Head, fit, held_out, search_strength
 from student.fit_teacher.network import heads_of, network_of, put_in
 from tests.student.runs import POOLED
 
@@ -63,7 +63,7 @@ def test_a_head_that_begins_elsewhere_ends_at_the_same_place():
 
 def test_separable_features_are_told_apart_and_weak_regularisation_is_chosen():
     examples = examples_of(gap=30.0, mix=False)
-    tried = try_strengths(examples, 3, seed=0)
+    tried = search_strength(examples, 3, seed=0)
     assert tried[0].top1 == 100
     assert tried[0].l2 < 0.01
     head = fit(examples, torch.arange(600), 3, tried[0].l2)
@@ -77,7 +77,7 @@ def test_the_strength_is_chosen_by_samples_that_were_not_fitted():
         torch.randn(200, 100, generator=chance), torch.arange(200) % 2, torch.arange(200) % 2, torch.zeros(200),
         torch.arange(200) // 20,
     )  # fmt: skip
-    tried = try_strengths(noise, 2, seed=0)
+    tried = search_strength(noise, 2, seed=0)
     assert tried[0].l2 == 1.0
     assert [one.loss for one in tried] == sorted(one.loss for one in tried)
     assert len(tried) == 3, "two that only made it worse are enough"

@@ -14,31 +14,31 @@ from safetensors.torch import load_file, save_file
 
 from precompute.taps import Tap, TappedTeacher
 from storage.errors import IdentityError, UserError
-from student.alignment.student_spec import Shape
+from student.alignment.student_spec import StudentSpec
 from student.losses import aal
 from student.losses.aal import AAL, Method
 from student.losses.parts import aal_links
 from student.losses.parts.aal_links import Layout
 from student.recipe import validate
-from student.settings import Links
-from student.targets.stored_target import Given
+from student.settings import LinksConfig
+from student.targets.stored_target import StoredTarget
 from tests.student.runs import run, same, u8
 from tests.student.test_aal import printed
 
 B3 = Layout(tuple(range(1, 8)), (24, 32, 48, 96, 136, 232, 384), (6,) * 12)
 SMALL = Layout((1, 2), (3, 2), (2, 2, 2))
-DEIT_S = Shape(12, 6, 14, ("class", "distillation"))
+DEIT_S = StudentSpec(12, 6, 14, ("class", "distillation"))
 
 
 def kept(wish: Any, layout: Layout = B3, stages: int = 7) -> aal_links.Kept:
     return aal_links.kept("aal", aal.Settings(links=wish).links, layout, stages)
 
 
-def given(layout: Layout = B3, grid: int = 14) -> Given:
+def given(layout: Layout = B3, grid: int = 14) -> StoredTarget:
     stages = [{"stage": n, "channels": c} for n, c in zip(layout.stages, layout.channels, strict=True)]
     target = {"id": "t", "identity": {"grid": grid}, "sample_shape": [sum(layout.channels), grid, grid],
               "stages": stages}  # fmt: skip
-    return Given(target, {"layers": max(layout.stages)})
+    return StoredTarget(target, {"layers": max(layout.stages)})
 
 
 # ---------------------------------------------------------------------------------------------- Table 1 and ranges
@@ -123,8 +123,8 @@ def algorithm_1(w: torch.Tensor, threshold: float) -> set[tuple[int, int]]:
     }  # fmt: skip
 
 
-def settings(**changes: Any) -> Links:
-    return Links(run="somewhere", **changes)
+def settings(**changes: Any) -> LinksConfig:
+    return LinksConfig(run="somewhere", **changes)
 
 
 @pytest.mark.parametrize("threshold", [0.05, 0.4, 0.5])
@@ -232,8 +232,8 @@ def test_pruned_links_stay_zero_in_a_run_that_is_cut_off_and_resumed(world, tmp_
     with pytest.MonkeyPatch.context() as patch:
         from student.training import train as trainer
 
-        keep = trainer._Run._keep
-        patch.setattr(trainer._Run, "_keep", lambda self: (keep(self), (_ for _ in ()).throw(KeyboardInterrupt))[0])
+        keep = trainer.Trainer._keep
+        patch.setattr(trainer.Trainer, "_keep", lambda self: (keep(self), (_ for _ in ()).throw(KeyboardInterrupt))[0])
         with pytest.raises(KeyboardInterrupt):
             run(world, tmp_path / "cut", "aal", *full)
     run(world, tmp_path / "cut", "aal", *full, resume=True)
@@ -284,22 +284,24 @@ def test_links_of_a_run_train_another_and_are_part_of_what_it_is(world, trained,
 
 
 def test_printed_says_that_it_keeps_everything(world, trained):
-    found = aal_links.kept("aal", Links(run=str(trained), normalise="printed"), aal_links.read(trained, None).layout, 4)
+    found = aal_links.kept(
+        "aal", LinksConfig(run=str(trained), normalise="printed"), aal_links.read(trained, None).layout, 4
+    )
     assert found.choice.all()
     assert "360 of 360 weights, all of them (printed puts a weight of 0 near the middle" in found.words
 
 
 def test_another_shape_nothing_kept_and_a_smoke_run_are_refused(world, trained, tmp_path):
     layout = aal_links.read(trained, None).layout
-    wish = Links(run=str(trained))
+    wish = LinksConfig(run=str(trained))
     with pytest.raises(UserError, match=r"join 8 \+ 12 \+ 16 \+ 24 maps and 2 layers of 3 heads; here are 24 \+ 32"):
         aal_links.kept("aal", wish, B3, 7)
     with pytest.raises(UserError, match=r"none is kept; lower --set losses.aal.links.threshold"):
-        aal_links.kept("aal", Links(run=str(trained), threshold=0.999), layout, 4)
+        aal_links.kept("aal", LinksConfig(run=str(trained), threshold=0.999), layout, 4)
     smoke = copy(trained, tmp_path / "smoke", load_file(trained / "losses.safetensors"))
     (smoke / "SMOKE").write_text("")
     with pytest.raises(UserError, match="smoke run, whose links have learned nothing"):
-        aal_links.kept("aal", Links(run=str(smoke)), layout, 4)
+        aal_links.kept("aal", LinksConfig(run=str(smoke)), layout, 4)
 
 
 def copy(of: Path, to: Path, state: dict[str, torch.Tensor], **notes: str) -> Path:
@@ -358,7 +360,7 @@ def test_links_are_said_in_many_ways_and_nothing_else_is_taken():
         return validate.validate({"losses": {"aal": {"links": value}}}, "r").losses["aal"].links
 
     assert of("alpha") == "alpha"
-    assert of("runs/full") == Links(run="runs/full")
+    assert of("runs/full") == LinksConfig(run="runs/full")
     assert of([[1, 2], None]) == ((1, 2), None)
     assert of({"run": "r", "granularity": "block"}).granularity == "block"
     for wrong in (7, [[1]], [["a", 2]], {"granularity": "block"}, {"run": "r", "normalise": "no"}, [1, 3],
@@ -372,4 +374,4 @@ def test_short_forms_of_settings_grow_when_a_part_is_said():
 
     settings = ["losses.aal.links=runs/full", "losses.aal.links.normalise=printed"]
     found = load("aal", settings).losses["aal"].links
-    assert found == Links(run="runs/full", normalise="printed")
+    assert found == LinksConfig(run="runs/full", normalise="printed")

@@ -16,16 +16,16 @@ from storage.errors import UserError
 from storage.objects.state_dict import read_weights
 from storage.store.store import Store
 from storage.testing import TINY_VIT
-from student.alignment.attention import Rows, log_mean
-from student.alignment.student_spec import Shape
+from student.alignment.attention import AttentionAligner, log_mean
+from student.alignment.student_spec import StudentSpec
 from student.data.stream import Stream
 from student.losses import advit, attention_transfer, deit
 from student.losses.aal import AAL, class_maps
 from student.losses.cross_entropy import cross_entropy
 from student.models.build import build
 from student.recipe.validate import validate
-from student.targets.stored_target import given_of
-from student.training.distiller import Lesson
+from student.targets.stored_target import stored_target
+from student.training.distiller import Distiller
 from tests.conftest import run_precompute, teacher_of
 from tests.student.test_align import given
 
@@ -166,8 +166,10 @@ def test_input_gradients_of_aal_down_to_q_and_k(reading, how):
 @pytest.mark.parametrize("which", ["class", "all"])
 def test_input_gradients_through_heads_grids_and_tokens_that_differ(which):
     settings = attention_transfer.Settings(layers="uniform", heads="log", grid="bicubic")
-    student = Shape(1, 2, 2, ("class", "distillation"))
-    made = Rows("it", settings, student, [given(depth=2, side=3, prefix=("class", "register"))], which).double()
+    student = StudentSpec(1, 2, 2, ("class", "distillation"))
+    made = AttentionAligner(
+        "it", settings, student, [given(depth=2, side=3, prefix=("class", "register"))], which
+    ).double()
     target = made.teacher_rows([values(1, 2, 3, 11, 11, seed=1).softmax(-1)])
     q, k = values(1, 2, 6, 3).requires_grad_(), values(1, 2, 6, 3, seed=2).requires_grad_()
 
@@ -218,7 +220,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(world, same, loss, t
     model, _ = build(recipe.student, 3)
     model.load_state_dict(read_weights(world.weights["vit"]))
     ids = [targets[one] for one in (tap if tap == "qk" else [tap])]
-    lesson = Lesson(recipe, model, {"it": [given_of(store, id) for id in ids]}, (0.5,) * 3, (0.5,) * 3).eval()
+    lesson = Distiller(recipe, model, {"it": [stored_target(store, id) for id in ids]}, (0.5,) * 3, (0.5,) * 3).eval()
     stream = Stream(world.shards, batch=32, store=store, targets=ids)
     for batch in stream.epoch(0):
         lesson.zero_grad()
@@ -242,14 +244,14 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(world, same, loss, t
     assert changed > 1e-4, "and another student has"
 
 
-def of_store(world, same, tap: str, loss: dict[str, Any], **student: Any) -> Lesson:
+def of_store(world, same, tap: str, loss: dict[str, Any], **student: Any) -> Distiller:
     store, targets = same
     sizes = {name: TINY_VIT[1][name] for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
     content = {"student": {"model": TINY_VIT[0], **sizes, **student}, "losses": {"it": loss}}
     recipe = validate(content, "test")
     torch.manual_seed(0)
     model, _ = build(recipe.student, 3)
-    return Lesson(recipe, model, {"it": [given_of(store, targets[tap])]}, (0.5,) * 3, (0.5,) * 3)
+    return Distiller(recipe, model, {"it": [stored_target(store, targets[tap])]}, (0.5,) * 3, (0.5,) * 3)
 
 
 def test_features_of_another_width_meet_by_a_projection_that_is_trained_or_are_refused(world, same):
@@ -317,7 +319,7 @@ def two(losses: dict[str, Any], target: torch.Tensor | None = None) -> dict[str,
     manifest = {"id": "t", "identity": {}, "sample_shape": [3]}
     both = {"deit": (SimpleNamespace(target=manifest, teacher={"id": "t", "classes": None}, id="t"),)}
     torch.manual_seed(0)
-    lesson = Lesson(recipe, TwoHeads(), both if "deit" in losses else {}, (0.5,) * 3, (0.5,) * 3)
+    lesson = Distiller(recipe, TwoHeads(), both if "deit" in losses else {}, (0.5,) * 3, (0.5,) * 3)
     images = torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 1, 2, 1])
     batch = SimpleNamespace(

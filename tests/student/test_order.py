@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.errors import UserError
-from student.data.shuffle import Order, default_lanes, lanes_of
+from student.data.shuffle import BlockShuffle, default_lanes, lanes_of
 
 
 def blocks_of(*shards: int, bad: dict[int, set[int]] | None = None) -> list[tuple[int, int, np.ndarray]]:
@@ -22,7 +22,7 @@ def blocks_of(*shards: int, bad: dict[int, set[int]] | None = None) -> list[tupl
     return found
 
 
-def lane_samples(order: Order, epoch: int, lane: int, start: int = 0) -> list[tuple[int, int]]:
+def lane_samples(order: BlockShuffle, epoch: int, lane: int, start: int = 0) -> list[tuple[int, int]]:
     taken = []
     for segments, rows in order.lane(epoch, lane, start):
         joined = [(s.shard, int(i)) for s in segments for i in s.samples]
@@ -30,7 +30,7 @@ def lane_samples(order: Order, epoch: int, lane: int, start: int = 0) -> list[tu
     return taken
 
 
-def epoch_batches(order: Order, epoch: int, start: int = 0) -> list[list[tuple[int, int]]]:
+def epoch_batches(order: BlockShuffle, epoch: int, start: int = 0) -> list[list[tuple[int, int]]]:
     lanes = [lane_samples(order, epoch, lane, start) for lane in range(order.lanes)]
     steps, share = order.steps - start, order.share
     assert all(len(lane) == steps * share for lane in lanes)
@@ -47,32 +47,32 @@ def epoch_batches(order: Order, epoch: int, start: int = 0) -> list[list[tuple[i
 def test_every_sample_comes_at_most_once_and_less_than_a_batch_is_left_out(sizes, batch, window, seed):
     if sum(sizes) < batch:
         with pytest.raises(UserError, match="fewer than one batch"):
-            Order(blocks_of(*sizes), batch, seed, window=window)
+            BlockShuffle(blocks_of(*sizes), batch, seed, window=window)
         return
-    order = Order(blocks_of(*sizes), batch, seed, window=window)
+    order = BlockShuffle(blocks_of(*sizes), batch, seed, window=window)
     taken = [s for b in epoch_batches(order, 3) for s in b]
     assert len(set(taken)) == len(taken) == sum(sizes) // batch * batch
     assert set(taken) <= {(shard, i) for shard, n in enumerate(sizes) for i in range(n)}
 
 
 def test_starting_at_a_batch_goes_on_where_the_epoch_would_be():
-    order = Order(blocks_of(300, 170, 90), 32, seed=5)
+    order = BlockShuffle(blocks_of(300, 170, 90), 32, seed=5)
     whole = epoch_batches(order, 2)
     for start in (0, 1, 7, order.steps - 1, order.steps):
         assert epoch_batches(order, 2, start) == whole[start:]
 
 
 def test_epochs_and_seeds_differ_and_other_samples_are_left_out():
-    order = Order(blocks_of(300, 170), 64, seed=0)
+    order = BlockShuffle(blocks_of(300, 170), 64, seed=0)
     first, second = epoch_batches(order, 0), epoch_batches(order, 1)
     assert first != second
     assert {s for b in first for s in b} != {s for b in second for s in b}
-    assert epoch_batches(Order(blocks_of(300, 170), 64, seed=1), 0) != first
-    assert epoch_batches(Order(blocks_of(300, 170), 64, seed=0), 0) == first
+    assert epoch_batches(BlockShuffle(blocks_of(300, 170), 64, seed=1), 0) != first
+    assert epoch_batches(BlockShuffle(blocks_of(300, 170), 64, seed=0), 0) == first
 
 
 def test_invalid_samples_are_left_out_first():
-    order = Order(blocks_of(200, bad={0: {3, 64, 199}}), 8)
+    order = BlockShuffle(blocks_of(200, bad={0: {3, 64, 199}}), 8)
     assert order.samples == 197
     for epoch in range(5):
         assert not {(0, 3), (0, 64), (0, 199)} & {s for b in epoch_batches(order, epoch) for s in b}
@@ -85,8 +85,8 @@ def test_lanes_by_default(batch, lanes):
 
 def test_lanes_that_do_not_divide_are_refused():
     with pytest.raises(UserError, match="cannot be cut into the 8 equal parts"):
-        Order(blocks_of(200), 20)
-    assert Order(blocks_of(200), 20, lanes=5).share == 4
+        BlockShuffle(blocks_of(200), 20)
+    assert BlockShuffle(blocks_of(200), 20, lanes=5).share == 4
     with pytest.raises(UserError, match="3 ranks do not divide 8 lanes"):
         lanes_of(8, 0, 3)
 
@@ -99,7 +99,7 @@ def test_ranks_and_workers_deal_out_all_lanes_once():
 
 
 def test_a_large_epoch_reads_blocks_hardly_more_than_once_and_mixes_them():
-    order = Order(blocks_of(*[5000] * 8), 512, seed=1)
+    order = BlockShuffle(blocks_of(*[5000] * 8), 512, seed=1)
     read = [(s.shard, s.block) for lane in range(order.lanes) for segments, _ in order.lane(0, lane) for s in segments]
     assert 1.0 <= len(read) / len(order.blocks) <= 1.3
     for batch in epoch_batches(order, 0)[::10]:
@@ -108,7 +108,7 @@ def test_a_large_epoch_reads_blocks_hardly_more_than_once_and_mixes_them():
 
 
 def test_views_go_round_in_a_new_permutation_each_time():
-    order = Order(blocks_of(640), 64)
+    order = BlockShuffle(blocks_of(640), 64)
     for block in range(10):
         rounds = [[order.view(epoch, 0, block, 4) for epoch in range(r * 4, r * 4 + 4)] for r in range(6)]
         assert all(sorted(views) == [0, 1, 2, 3] for views in rounds)

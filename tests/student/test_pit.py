@@ -22,7 +22,7 @@ from precompute.taps import (
 )
 from precompute.teachers import teacher
 from storage.errors import UserError
-from student.alignment.student_spec import student_shape
+from student.alignment.student_spec import student_spec
 from student.losses import aal
 from student.losses.aal import Method, class_maps
 from student.losses.parts import aal_links
@@ -60,14 +60,14 @@ class Doubled(nn.Module):
 
 
 def test_pit_s_has_90_maps_of_three_grids_and_85_680_links():
-    shape = student_shape(pit(num_classes=3))
+    shape = student_spec(pit(num_classes=3))
     assert shape.by_layer == ((3, 27),) * 2 + ((6, 14),) * 6 + ((12, 7),) * 4
     assert (shape.maps, shape.layers, shape.grid, shape.prefix) == (90, 12, 14, ("class",))
     method = Method("aal", aal.Settings(), shape, [given()])
     assert method.aal.links.weight.numel() == 85_680
     assert "2 layers x 3 heads + 6 layers x 6 heads + 4 layers x 12 heads = 90 class rows" in method.row.student
     assert "27x27 and 14x14 and 7x7, brought to 14x14 (bicubic)" in method.row.student
-    distilled = student_shape(pit("pit_s_distilled_224", **SMALL))
+    distilled = student_spec(pit("pit_s_distilled_224", **SMALL))
     assert distilled.prefix == ("class", "distillation")
     assert distilled.by_layer == ((3, 7),) * 2 + ((6, 4),) * 6 + ((12, 2),) * 4
 
@@ -83,7 +83,7 @@ def test_grids_are_those_of_the_tokens_that_come():
 
 def test_maps_of_each_layer_come_to_the_common_grid_as_an_image_would():
     model = pit(**SMALL)
-    shape = student_shape(model)
+    shape = student_spec(model)
     taps = AttentionTaps(model)
     model(torch.randn(2, 3, 64, 64))
     method = Method("aal", aal.Settings(), shape, [given(grid=4)])
@@ -101,7 +101,7 @@ def test_maps_of_each_layer_come_to_the_common_grid_as_an_image_would():
 
 def test_gradients_reach_every_layer_of_pit():
     model = pit(**SMALL)
-    shape = student_shape(model)
+    shape = student_spec(model)
     taps = AttentionTaps(model)
     pixels = torch.randn(2, 3, 64, 64, requires_grad=True)
     model(pixels)
@@ -128,7 +128,7 @@ def test_heads_of_each_layer_count_in_links_and_heat():
 def test_pit_is_no_teacher_of_attention_and_says_why():
     with pytest.raises(UserError, match="PoolingVisionTransformer: it pools its patches between layers"):
         TappedTeacher(pit(**SMALL), [Tap("class_row")], 64, 64, (0.5,) * 3, (0.5,) * 3)
-    about = teacher.describe(teacher.Teacher("pit", "pit_s_224", {}, None, "", 64, (0.5,) * 3, (0.5,) * 3),
+    about = teacher.describe_teacher(teacher.Teacher("pit", "pit_s_224", {}, None, "", 64, (0.5,) * 3, (0.5,) * 3),
                               pit(**SMALL))  # fmt: skip
     assert about["network"] == "other"
 

@@ -13,7 +13,7 @@ from pipeline.cli import main
 from storage.errors import UserError
 from storage.shards.index import cached_index, read_samples
 from student.evaluation.predict import found_in, predict
-from student.models.files import load
+from student.models.files import load_student
 from tests.student.runs import run
 
 
@@ -38,7 +38,7 @@ def photos(world, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_share_of_right_predictions_is_the_accuracy_that_evaluate_tells(world, trained, photos) -> None:
-    model, about = load(trained / "last.safetensors")
+    model, about = load_student(trained / "last.safetensors")
     files = found_in([photos])
     seen, broken = predict(model, about, files, 3)
     assert broken == []
@@ -52,7 +52,7 @@ def test_the_share_of_right_predictions_is_the_accuracy_that_evaluate_tells(worl
 
 
 def test_batches_change_nothing(trained, photos) -> None:
-    model, about = load(trained / "last.safetensors")
+    model, about = load_student(trained / "last.safetensors")
     files = found_in([photos])[:20]
     one, many = (predict(model, about, files, 2, batch=batch)[0] for batch in (1, 20))
     for (_, a), (_, b) in zip(one, many, strict=True):
@@ -89,7 +89,7 @@ def test_broken_images_are_listed_and_the_others_answered(trained, photos, tmp_p
     result = json.loads(said.out)
     assert [about["image"] for about in result["images"]] == [str(path) for path in good]
     assert [about["image"] for about in result["errors"]] == [str(tmp_path / "1b.png")]
-    model, about = load(trained / "last.safetensors")
+    model, about = load_student(trained / "last.safetensors")
     files = [tmp_path / "1b.png", *map(Path, good), Path(good[0])]
     seen, broken = predict(model, about, files, 1)
     alone, _ = predict(model, about, files[1:], 1)

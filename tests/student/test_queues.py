@@ -10,10 +10,10 @@ import torch
 from torch.autograd import gradcheck
 
 from storage.errors import UserError
-from student.alignment.student_spec import Shape
+from student.alignment.student_spec import StudentSpec
 from student.losses import compress, seed
 from student.losses.parts.queue import Queue, unit
-from student.targets.stored_target import Given
+from student.targets.stored_target import StoredTarget
 from student.training import checkpoint
 from student.training import train as trainer
 from tests.conftest import Quiet, World
@@ -96,8 +96,13 @@ def test_a_queue_is_a_ring_that_holds_the_last_images(size, batch):
 def test_compress_gives_the_losses_of_the_authors_code_where_the_batch_does_not_divide_the_queue(queues, width, known):
     """Theirs in steps 4 to 6, when none of the random entries that their queue begins with is left."""
     settings = compress.Settings(depth=0, queue=20, queues=queues, tau=0.04)
-    shape, target = Shape(2, 3, 4, ("class",), width=6), {"id": "t", "identity": {"tap": "class_token", "layers": None}}
-    method = compress.Method("it", settings, shape, [Given({**target, "sample_shape": [width]}, {"id": "t"})]).double()
+    shape, target = (
+        StudentSpec(2, 3, 4, ("class",), width=6),
+        {"id": "t", "identity": {"tap": "class_token", "layers": None}},
+    )
+    method = compress.Method(
+        "it", settings, shape, [StoredTarget({**target, "sample_shape": [width]}, {"id": "t"})]
+    ).double()
     found = []
     for step in range(6):
         mine, theirs = (
@@ -229,6 +234,6 @@ def test_the_teacher_may_have_pooled_features_alone():
     """CompRess and SimReg were made for CNNs."""
     from student.losses import projector_alignment
 
-    shape = Shape(2, 3, 4, ("class",), width=6)
+    shape = StudentSpec(2, 3, 4, ("class",), width=6)
     for module in (seed, compress, projector_alignment):
         assert module.need("it", module.Settings(), shape).words == "class_token, or embedding"

@@ -13,7 +13,7 @@ import torch.multiprocessing as multiprocessing
 
 from storage.testing import synthetic_shards
 from storage.views.policy import policy
-from student.distributed import joined
+from student.distributed import process_group
 from student.evaluation.accuracy import count, evaluate
 from student.models.build import build
 from student.recipe.validate import validate
@@ -31,7 +31,7 @@ def _rank(number: int, ranks: int, port: int, work, arguments) -> None:
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     torch.set_num_threads(1)
-    with joined("cpu"):
+    with process_group("cpu"):
         work(number, ranks, *arguments)
 
 

@@ -77,7 +77,7 @@ def test_the_student_that_is_proposed_can_copy_from_this_teacher(
 ) -> None:
     place = seeded(world, tmp_path / "store")
     weights = write_teacher(tmp_path / "teacher.safetensors", (theirs, SIZES))
-    teacher = teachers.find(
+    teacher = teachers.find_teacher(
         theirs,
         weights=weights,
         arguments={**SIZES, "num_classes": 3},

@@ -10,11 +10,11 @@ import torch
 
 from precompute.taps import Tap, TappedTeacher
 from storage.errors import UserError
-from student.alignment.student_spec import student_shape
-from student.alignment.student_taps import Seen
-from student.alignment.tokens import Vectors
+from student.alignment.student_spec import student_spec
+from student.alignment.student_taps import StudentTaps
+from student.alignment.tokens import TokenAligner
 from student.losses.attention_transfer import Settings
-from student.targets.stored_target import Given
+from student.targets.stored_target import StoredTarget
 
 READS = frozenset({"attention", "values", "streams", "tokens"})
 LAYERS = (1, 2, 3)
@@ -26,10 +26,10 @@ def network(**more: Any) -> torch.nn.Module:
     return timm.create_model("vit_tiny_patch16_224", **{**sizes, **more}).eval()
 
 
-def given(tap: str, target: torch.Tensor, layers: tuple[int, ...] | None = LAYERS) -> Given:
+def given(tap: str, target: torch.Tensor, layers: tuple[int, ...] | None = LAYERS) -> StoredTarget:
     identity = {"tap": tap, "layers": list(layers) if layers else None}
     manifest: Any = {"id": f"t-{tap}", "identity": identity, "sample_shape": list(target.shape[1:])}
-    return Given(manifest, {"layers": 3, "prefix": ["class"]})
+    return StoredTarget(manifest, {"layers": 3, "prefix": ["class"]})
 
 
 @pytest.mark.parametrize("tap", ["q", "k", "v", "tokens", "final"])
@@ -39,18 +39,18 @@ def test_a_student_that_is_its_teacher_has_the_teacher_s_vectors(tap: str) -> No
     wanted = Tap("tokens") if tap == "final" else Tap(tap, LAYERS)
     teacher = TappedTeacher(network(), [wanted], 32, 32, (0.5,) * 3, (0.5,) * 3).eval()
     (target,) = teacher(images)
-    seen = Seen(model, READS)
+    seen = StudentTaps(model, READS)
     model(teacher.prepare(images)).sum().backward()
     mine = {"q": seen.q, "k": seen.k, "v": seen.v, "tokens": seen.streams, "final": [seen.tokens] * 3}[tap]
     settings = Settings(layers="last" if tap == "final" else None)
-    meeting = Vectors("it", settings, student_shape(model), [given(wanted.name, target, wanted.layers)])
+    meeting = TokenAligner("it", settings, student_spec(model), [given(wanted.name, target, wanted.layers)])
     assert torch.equal(meeting.student_vectors(mine), meeting.teacher_vectors(target))
     assert meeting.student_vectors(mine).requires_grad
 
 
 def test_the_final_tokens_are_the_last_stream_after_the_norm() -> None:
     model = network()
-    seen = Seen(model, READS)
+    seen = StudentTaps(model, READS)
     pixels = torch.randn(2, 3, 32, 32)
     features = model.forward_features(pixels)
     assert torch.equal(seen.tokens, features)
@@ -65,8 +65,8 @@ def test_vectors_of_tokens_meet_by_role_and_place() -> None:
         "deit_tiny_distilled_patch16_224", img_size=32, patch_size=4, embed_dim=48, depth=3, num_heads=3
     ).eval()
     target = torch.randn(2, 3, 3, 17, 16)
-    meeting = Vectors("it", Settings(layers="uniform", grid="bicubic"), student_shape(model), [given("v", target)])
-    seen = Seen(model, frozenset({"values"}))
+    meeting = TokenAligner("it", Settings(layers="uniform", grid="bicubic"), student_spec(model), [given("v", target)])
+    seen = StudentTaps(model, frozenset({"values"}))
     model(torch.randn(2, 3, 32, 32))
     mine, theirs = meeting.student_vectors(seen.v), meeting.teacher_vectors(target)
     assert mine.shape == theirs.shape == (2, 3, 3, 65, 16)
@@ -81,11 +81,11 @@ def test_vectors_of_tokens_meet_by_role_and_place() -> None:
 def test_heads_of_vectors_are_never_merged() -> None:
     target = torch.randn(2, 3, 3, 17, 16)
     with pytest.raises(UserError, match="vectors of different heads cannot be merged"):
-        Vectors("it", Settings(heads="mean"), student_shape(network()), [given("v", target)])
-    first = Vectors("it", Settings(heads="first"), student_shape(network(num_heads=2)), [given("v", target)])
+        TokenAligner("it", Settings(heads="mean"), student_spec(network()), [given("v", target)])
+    first = TokenAligner("it", Settings(heads="first"), student_spec(network(num_heads=2)), [given("v", target)])
     assert first.teacher_vectors(target).shape == (2, 3, 2, 17, 16)
 
 
 def test_a_network_without_tokens_is_refused() -> None:
     with pytest.raises(UserError, match="no plain ViT, whose blocks keep one token for each patch"):
-        Seen(timm.create_model("resnet18"), frozenset({"tokens"}))
+        StudentTaps(timm.create_model("resnet18"), frozenset({"tokens"}))

@@ -18,12 +18,12 @@ from pipeline.export_onnx import export
 from storage.errors import UserError
 from storage.objects.state_dict import load_weights
 from storage.views.policy import policy
-from student.alignment.student_spec import student_shape
+from student.alignment.student_spec import student_spec
 from student.evaluation.batches import evaluation_batches
 from student.models.build import build
-from student.models.files import load
+from student.models.files import load_student
 from student.models.shifted_patch import ShiftedPatches, shift_patches, shifted
-from student.settings import Student
+from student.settings import StudentConfig
 from tests.student.runs import run, u8
 
 
@@ -56,7 +56,7 @@ def test_a_token_is_the_normed_values_of_its_patch_in_all_five_projected() -> No
 
 
 def test_only_the_projection_of_patches_is_another() -> None:
-    settings = Student(img_size=32, patch_size=4, embed_dim=48, depth=2, num_heads=3)
+    settings = StudentConfig(img_size=32, patch_size=4, embed_dim=48, depth=2, num_heads=3)
     torch.manual_seed(0)
     plain, _ = build(settings, 3)
     torch.manual_seed(0)
@@ -65,7 +65,7 @@ def test_only_the_projection_of_patches_is_another() -> None:
     others = [{n: t for n, t in m.state_dict().items() if not n.startswith("patch_embed")} for m in (plain, made)]
     assert all(torch.equal(others[0][name], others[1][name]) for name in others[0])
     assert made.patch_embed.proj.linear.weight.shape == (48, 15 * 16)
-    assert student_shape(made).grid == 8, "its attention can be taught as that of any ViT"
+    assert student_spec(made).grid == 8, "its attention can be taught as that of any ViT"
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_only_the_projection_of_patches_is_another() -> None:
 )
 def test_networks_without_patches_are_refused(settings) -> None:
     with pytest.raises(UserError, match="does not cut images into square patches of two pixels or more"):
-        build(Student(shifted_patches=True, **settings), 3)
+        build(StudentConfig(shifted_patches=True, **settings), 3)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def trained(world, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_is_loaded_evaluated_and_exported_as_it_was_trained(world, trained, tmp_path, capsys) -> None:
-    model, about = load(trained / "last.safetensors")
+    model, about = load_student(trained / "last.safetensors")
     assert about.shifted_patches
     assert isinstance(model.patch_embed.proj, ShiftedPatches)
     with pytest.raises(SystemExit) as ended:
@@ -110,7 +110,7 @@ def test_its_card_says_that_no_bare_network_takes_its_weights(trained, monkeypat
     made: dict[str, object] = {}
     exec(text.partition("```python\n")[2].partition("```")[0], made)
     assert isinstance(made["model"].patch_embed.proj, ShiftedPatches)
-    _, about = load(trained / "last.safetensors")
+    _, about = load_student(trained / "last.safetensors")
     with pytest.raises(UserError, match=r"missing \(patch_embed.proj.weight"):
         load_weights(timm.create_model(about.model, **about.arguments), str(trained / "last.safetensors"))
 
@@ -119,7 +119,7 @@ def test_a_student_without_them_is_kept_as_ever(world, tmp_path) -> None:
     run(world, tmp_path / "run", "scratch", smoke=True)
     with safe_open(tmp_path / "run" / "last.safetensors", "pt") as file:
         assert "shifted_patches" not in file.metadata()
-    assert not load(tmp_path / "run" / "last.safetensors")[1].shifted_patches
+    assert not load_student(tmp_path / "run" / "last.safetensors")[1].shifted_patches
 
 
 def test_weights_of_its_own_kind_and_of_bare_networks(world, trained, tmp_path) -> None:

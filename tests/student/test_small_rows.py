@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from storage.store.codecs import Codec
-from student.alignment.attention import Rows
-from student.alignment.student_spec import Shape
+from student.alignment.attention import AttentionAligner
+from student.alignment.student_spec import StudentSpec
 from student.losses import advit, attention_guidance, attention_transfer, head_specific
-from student.losses.base import Step
-from student.targets.stored_target import Given
+from student.losses.base import LossInputs
+from student.targets.stored_target import StoredTarget
 from tests.student.test_align import given
 
 MODULES: dict[str, Any] = {
@@ -28,10 +28,12 @@ MODULES: dict[str, Any] = {
 ROLES = ("class", "distillation")
 
 
-def loss_of(method: str, student: Shape, several: list[Given], targets: list[Tensor], seen: Any, **settings: Any):
+def loss_of(
+    method: str, student: StudentSpec, several: list[StoredTarget], targets: list[Tensor], seen: Any, **settings: Any
+):
     made = MODULES[method].Method("it", MODULES[method].Settings(**settings), student, several)
     nothing = torch.zeros(0)
-    return made(Step(nothing, nothing, nothing, nothing, seen=seen, targets=tuple(targets)))
+    return made(LossInputs(nothing, nothing, nothing, nothing, seen=seen, targets=tuple(targets)))
 
 
 # ---------------------------------------------------------------------------------------------- known answers
@@ -53,11 +55,11 @@ def loss_of(method: str, student: Shape, several: list[Given], targets: list[Ten
 @pytest.mark.parametrize("gap", [1.0, 40.0, 90.0])
 def test_a_gap_costs_what_it_is_and_is_closed(method, settings, gap):
     """Scores (gap, 0, −gap) of each query, and a teacher that looks at the second key alone."""
-    student = Shape(1, 1, 1, ROLES)  # one patch: three tokens
+    student = StudentSpec(1, 1, 1, ROLES)  # one patch: three tokens
     target = torch.eye(3)[1].expand(1, 1, 1, 3, 3)
     scores = torch.tensor([gap, 0.0, -gap])
     if method == "advit":  # patches alone, so the tokens that are compared are a 2x2 grid
-        student, target = Shape(1, 1, 2, ("class",)), torch.eye(5)[2].expand(1, 1, 1, 5, 5)
+        student, target = StudentSpec(1, 1, 2, ("class",)), torch.eye(5)[2].expand(1, 1, 1, 5, 5)
         scores = torch.tensor([0.0, gap, 0.0, -gap, -gap])
     tokens = len(scores)
     q, k = torch.eye(1).expand(1, 1, tokens, 1).clone().requires_grad_(), scores.view(1, 1, tokens, 1).clone()
@@ -104,7 +106,7 @@ def attending(spread: float, heads: int = 3, tokens: int = 6, width: int = 4) ->
 @pytest.mark.parametrize("which", ["all", "class", "values"])
 def test_losses_and_gradients_are_those_of_plain_rows_in_f64(which, rule, spread):
     """A student with a distillation token that the teacher lacks, other heads, and by `values` weights of keys."""
-    student, method = Shape(1, 3, 2, ROLES), "attention" if which == "all" else "guidance"
+    student, method = StudentSpec(1, 3, 2, ROLES), "attention" if which == "all" else "guidance"
     target = torch.randn(2, 1, 2, 5, 5).softmax(-1)
     several, targets = [given(depth=1, heads=2, side=2)], [target]
     if which == "values":
@@ -144,7 +146,7 @@ def test_losses_and_gradients_are_those_of_plain_rows_in_f64(which, rule, spread
 @pytest.mark.parametrize("rule", ["mean", "max", "min", "log", None])
 @pytest.mark.parametrize("distance", ["kl", "ce"])
 def test_advit_s_reading_of_logarithms_is_that_of_plain_rows_in_f64(distance, rule):
-    parts, student = attending(15, tokens=5), Shape(1, 3, 2, ("class",))
+    parts, student = attending(15, tokens=5), StudentSpec(1, 3, 2, ("class",))
     stored = (torch.randn(2, 1, 3, 5, 5) * 25).softmax(-1)
     settings = {"distance": distance, "kl_input": "log-prob", "heads": rule, "renorm": True}
     settings |= {"tau": 2.0} if distance == "kl" else {}
@@ -176,11 +178,11 @@ def test_a_student_that_is_its_peaked_teacher_has_nothing_to_learn(taps, heads):
     assert 1e-38 < rows.min() < 1e-12
     stored = {"class_row": rows, "q": parts["q"].detach()[:, None], "k": parts["k"].detach()[:, None]}
     one = [given(tap, depth=1, side=2, width=4) for tap in taps]
-    one = [Given({**g.target, "scales": [0.5]}, g.teacher) for g in one]
+    one = [StoredTarget({**g.target, "scales": [0.5]}, g.teacher) for g in one]
     seen = SimpleNamespace(**{name: [part] for name, part in parts.items()}, scales=[0.5])
     for method, settings in (("guidance", {}), ("advit", {"distance": "kl", "kl_input": "log-prob"})):
         found = loss_of(
-            method, Shape(1, 3, 2, ("class",)), one, [stored[t] for t in taps], seen, heads=heads, **settings
+            method, StudentSpec(1, 3, 2, ("class",)), one, [stored[t] for t in taps], seen, heads=heads, **settings
         )
         found.backward(retain_graph=True)
         assert found.abs() < 1e-5
@@ -201,7 +203,7 @@ def test_a_stored_zero_counts_as_the_least_that_its_codec_keeps(codec):
     decoded = stored(rows)
     one = given("class_row", depth=1, side=2)
     one.target["identity"]["codec"] = codec
-    made = Rows("it", advit.Settings(heads=None), Shape(1, 3, 2, ("class",)), [one], "class")
+    made = AttentionAligner("it", advit.Settings(heads=None), StudentSpec(1, 3, 2, ("class",)), [one], "class")
     found, exact = made.teacher_logs([decoded]), rows.log()
     held = decoded > 0
     assert torch.allclose(found[held], exact[held], atol=0.05)
@@ -209,5 +211,5 @@ def test_a_stored_zero_counts_as_the_least_that_its_codec_keeps(codec):
     assert ((found[~held].exp() > least / 2) & (found[~held].exp() < least * 1.001)).all()
     assert torch.allclose(made.teacher_logs([rows]), found, atol=0.05), "live values of such a target meet it likewise"
     one.target["identity"]["codec"] = "f32"
-    whole = Rows("it", advit.Settings(heads=None), Shape(1, 3, 2, ("class",)), [one], "class")
+    whole = AttentionAligner("it", advit.Settings(heads=None), StudentSpec(1, 3, 2, ("class",)), [one], "class")
     assert torch.allclose(whole.teacher_logs([rows]), torch.tensor([60.0, 50, 40, 0, -20]).log_softmax(0))

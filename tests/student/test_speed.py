@@ -13,8 +13,8 @@ from student.alignment import student_taps
 from student.distributed import Processor
 from student.recipe import schema
 from student.training import precision
-from student.training.distiller import Lesson
-from student.training.setup import prepare
+from student.training.distiller import Distiller
+from student.training.setup import build_run
 from tests.conftest import Quiet
 from tests.student.runs import ROOT, command, job, log, run, same, start, u8
 
@@ -35,13 +35,13 @@ CPU = torch.device("cpu")
 
 
 def parts(world, tmp_path, *settings):
-    return prepare(job(world, tmp_path / "run", "aal", u8(world), *settings), Quiet(), None)
+    return build_run(job(world, tmp_path / "run", "aal", u8(world), *settings), Quiet(), None)
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_auto_follows_what_the_processor_has(name):
     processor, native = PROCESSORS[name]
-    auto = precision.choose(schema.Speed(amp="auto"), CPU, processor)
+    auto = precision.choose(schema.PrecisionConfig(amp="auto"), CPU, processor)
     assert (auto.amp, auto.attention) == (("bfloat16", "unfused") if native else ("none", "fused"))
     (told,) = precision.lines(auto, CPU, processor)
     assert told == f"speed: {'bfloat16, unfused' if native else 'f32, fused'} attention"
@@ -50,10 +50,10 @@ def test_auto_follows_what_the_processor_has(name):
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_contract_16_no_machine_chooses_what_a_recipe_says(name):
     processor, native = PROCESSORS[name]
-    plain = precision.choose(schema.Speed(), CPU, processor)
+    plain = precision.choose(schema.PrecisionConfig(), CPU, processor)
     assert (plain.amp, plain.attention) == ("none", "fused")
     assert ("speed.amp=auto" in precision.lines(plain, CPU, processor)[0]) == native
-    wish = precision.choose(schema.Speed(amp="bfloat16", attention="fused"), CPU, processor)
+    wish = precision.choose(schema.PrecisionConfig(amp="bfloat16", attention="fused"), CPU, processor)
     assert (wish.amp, wish.attention) == ("bfloat16", "fused")
     warnings = precision.lines(wish, CPU, processor)[1:]
     assert len(warnings) == (not native)
@@ -122,7 +122,7 @@ def compiled(world, tmp_path, monkeypatch, backend: str) -> None:
     made = parts(world, tmp_path)
     batch = next(made.stream.epoch(0))
 
-    def gradients(lesson: Lesson) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    def gradients(lesson: Distiller) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
         lesson.zero_grad()
         _, values = lesson(batch)
         lesson.total(values, 0).backward()

@@ -14,9 +14,9 @@ from storage.views.policy import policy
 from student import run_dir
 from student.evaluation.accuracy import evaluate
 from student.models.build import build
-from student.models.files import load
-from student.training.optimizer import optimiser, rate
-from student.training.setup import prepare
+from student.models.files import load_student
+from student.training.optimizer import build_optimizer, learning_rate
+from student.training.setup import build_run
 from student.training.step import Update
 from tests.conftest import Quiet
 from tests.student.runs import STUDENT, job, log, run, u8, weights
@@ -26,9 +26,9 @@ CPU = torch.device("cpu")
 
 def gradients(world, tmp_path, *settings):
     """Gradients of the first batch, and the numbers of its step."""
-    made = prepare(job(world, tmp_path / "run", "aal", u8(world), "optim.opt=sgd", *settings), Quiet(), None)
+    made = build_run(job(world, tmp_path / "run", "aal", u8(world), "optim.opt=sgd", *settings), Quiet(), None)
     recipe = job(world, tmp_path / "run", "aal", u8(world), "optim.opt=sgd", *settings).recipe
-    optimizer, _ = optimiser(recipe, made.lesson, 9)
+    optimizer, _ = build_optimizer(recipe, made.lesson, 9)
     update = Update(recipe, made.lesson, optimizer, None, CPU, False)
     numbers = update(next(made.stream.epoch(0)), 0, 0)
     return {name: p.grad for name, p in made.lesson.named_parameters()}, numbers
@@ -54,7 +54,7 @@ def test_the_average_is_evaluated_beside_the_student_and_written(world, tmp_path
     result = run(world, tmp_path / "run", "scratch", "ema=0.5")
     epochs = [r for r in log(tmp_path / "run") if "step" not in r]
     assert result["ema_top1"] == epochs[-1]["ema_top1"]
-    model, about = load(tmp_path / "run" / "ema.safetensors")
+    model, about = load_student(tmp_path / "run" / "ema.safetensors")
     score = evaluate(model, world.shards, policy(about.evaluation, 32), about.mean, about.std)
     assert score.top1 == result["ema_top1"]
     left = weights(tmp_path / "run")
@@ -64,14 +64,14 @@ def test_the_average_is_evaluated_beside_the_student_and_written(world, tmp_path
 
 def test_rates_fall_by_layer_and_links_have_the_full_one(world, tmp_path):
     asked = job(world, tmp_path / "run", "aal", u8(world), "optim.layer_decay=0.5", "optim.betas=[0.8, 0.9]")
-    made = prepare(asked, Quiet(), None)
-    optimizer, scheduler = optimiser(asked.recipe, made.lesson, 9)
+    made = build_run(asked, Quiet(), None)
+    optimizer, scheduler = build_optimizer(asked.recipe, made.lesson, 9)
     scheduler.step_update(0)
     names = {p: name for name, p in made.lesson.named_parameters()}
     rates = {names[p]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert rates.keys() == set(names.values())
     full = rates["losses.aal.aal.links.weight"]
-    assert rates["losses.aal.aal.links.bias"] == full == rate(optimizer) == pytest.approx(0.002)
+    assert rates["losses.aal.aal.links.bias"] == full == learning_rate(optimizer) == pytest.approx(0.002)
     assert rates["student.blocks.1.attn.qkv.weight"] == pytest.approx(2 * rates["student.blocks.0.attn.qkv.weight"])
     assert rates["student.blocks.0.norm1.weight"] == pytest.approx(2 * rates["student.patch_embed.proj.weight"])
     decays = {names[p]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
@@ -81,7 +81,9 @@ def test_rates_fall_by_layer_and_links_have_the_full_one(world, tmp_path):
     assert decays["losses.aal.aal.links.weight"] == 0.05
     assert {tuple(group["betas"]) for group in optimizer.param_groups} == {(0.8, 0.9)}
     with pytest.raises(UserError, match=r"optim\.betas: sgd does not take them"):
-        optimiser(job(world, tmp_path, "scratch", "optim.opt=sgd", "optim.betas=[0.8,0.9]").recipe, made.lesson, 9)
+        build_optimizer(
+            job(world, tmp_path, "scratch", "optim.opt=sgd", "optim.betas=[0.8,0.9]").recipe, made.lesson, 9
+        )
 
 
 def test_dropouts_reach_the_student():

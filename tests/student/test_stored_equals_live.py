@@ -25,8 +25,8 @@ from student.models.build import build
 from student.models.init import normalisation
 from student.recipe.schema import Recipe
 from student.recipe.validate import validate
-from student.targets.stored_target import Given, given_of
-from student.training.distiller import Lesson
+from student.targets.stored_target import StoredTarget, stored_target
+from student.training.distiller import Distiller
 from tests.conftest import World, run_precompute, teacher_of
 
 STEPS = 20
@@ -57,16 +57,16 @@ def live_of(store: Store, targets: Sequence[str], teachers: dict[str, Teacher]) 
     return found
 
 
-def compare(stream: Stream, given: dict[str, tuple[Given, ...]], live: dict, recipe: Recipe, classes: int):
+def compare(stream: Stream, given: dict[str, tuple[StoredTarget, ...]], live: dict, recipe: Recipe, classes: int):
     """Largest relative loss error and smallest gradient cosine over the steps, for the total and each loss."""
     torch.manual_seed(0)
     model, _ = build(recipe.student, classes)
     names = tuple("abcdefghij"[:classes])
     given = {
-        loss: tuple(Given(g.target, {**g.teacher, "classes": names}) for g in several)
+        loss: tuple(StoredTarget(g.target, {**g.teacher, "classes": names}) for g in several)
         for loss, several in given.items()
     }
-    lesson = Lesson(recipe, model, given, *normalisation(recipe.student), names)
+    lesson = Distiller(recipe, model, given, *normalisation(recipe.student), names)
     for queue in lesson.queues:  # empty ones have nothing to say in the first step
         queue.push([torch.nn.functional.normalize(torch.randn(32, queue.entries.shape[1]), dim=1)])
     optimizer = torch.optim.AdamW(lesson.parameters(), 1e-3)
@@ -111,7 +111,7 @@ def of_targets(
     """`compare` over a store's targets, loss -> ids."""
     ids = list(dict.fromkeys(id for several in targets.values() for id in several))
     stream = Stream(shards, batch=32, store=store, targets=ids, seed=1)
-    given = {loss: tuple(given_of(store, id) for id in several) for loss, several in targets.items()}
+    given = {loss: tuple(stored_target(store, id) for id in several) for loss, several in targets.items()}
     return compare(stream, given, live_of(store, ids, teachers), recipe, classes)
 
 
@@ -290,7 +290,7 @@ def test_real_images_and_weights(shared, tmp_path, record_property):
     from storage.shards.pack import pack
 
     shards = pack(str(shared / "data" / "cifar10-test-000000.tar"), str(tmp_path / "some.tar"), fraction=0.1)["train"]
-    teacher = teachers.find(
+    teacher = teachers.find_teacher(
         "mobilenetv2", weights=str(shared / "weights" / "mobilenetv2_100_tf.safetensors"), input_size=128,
         arguments={"pad_type": "same"}, mean=(0.5,), std=(0.5,),
     )  # fmt: skip

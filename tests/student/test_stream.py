@@ -19,7 +19,7 @@ from storage.shards.index import cached_index, read_samples
 from storage.store.markers import Task
 from storage.store.store import Store
 from storage.testing import synthetic_shards
-from storage.views.draw import draw
+from storage.views.draw import draw_view
 from storage.views.policy import policy
 from storage.views.render import decode, render
 from storage.views.view import View
@@ -128,7 +128,7 @@ def test_fresh_views_are_those_of_the_epoch_s_number(world):
             (sample,) = read_samples(world.shards[shard], index, range(i, i + 1))
             image = decode(sample.image)
             assert view == 5
-            assert np.array_equal(batch.images[row], render(image, draw(light, sample.key, 5, image.size), 32))
+            assert np.array_equal(batch.images[row], render(image, draw_view(light, sample.key, 5, image.size), 32))
 
 
 def test_a_bank_without_targets_gives_its_views(world):

@@ -13,7 +13,7 @@ from storage.errors import UserError
 from storage.objects.state_dict import classes_in
 from student import settings as config
 from student.models.build import build
-from student.models.files import Description, load, save
+from student.models.files import StudentDescription, load_student, save_student
 
 ABOUT = {"img_size": 32, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "classes": ("a", "b", "c")}
 COPYING = {
@@ -25,12 +25,12 @@ DEEP = "[" * 100_000
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory) -> Path:
-    settings = config.Student(
+    settings = config.StudentConfig(
         model="vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=12, depth=1, num_heads=3
     )
     model, arguments = build(settings, 3)
     path = tmp_path_factory.mktemp("student") / "last.safetensors"
-    save(path, model, Description(settings.model, arguments, evaluation="short(1)|center", **ABOUT))
+    save_student(path, model, StudentDescription(settings.model, arguments, evaluation="short(1)|center", **ABOUT))
     return path
 
 
@@ -40,7 +40,7 @@ def metadata(path: Path) -> dict[str, str]:
 
 
 def test_what_was_written_is_read(file):
-    _, about = load(file)
+    _, about = load_student(file)
     assert {name: getattr(about, name) for name in ABOUT} == ABOUT
 
 
@@ -62,7 +62,7 @@ def test_what_makes_no_sense_is_named(file, tmp_path, name):
         path = tmp_path / "evil.safetensors"
         save_file(load_file(file), path, {**metadata(file), name: json.dumps(value)})
         with pytest.raises(UserError) as error:
-            load(path)
+            load_student(path)
         assert f"{path}: damaged: {name}" in str(error.value), value
 
 
@@ -71,5 +71,5 @@ def test_what_nests_too_deep_and_a_policy_that_is_none_are_errors(file, tmp_path
         path = tmp_path / "evil.safetensors"
         save_file(load_file(file), path, {**metadata(file), name: text})
         with pytest.raises(UserError, match=str(path)):
-            load(path)
+            load_student(path)
         assert classes_in(str(path)) == (None if name == "classes" else ABOUT["classes"])

@@ -28,9 +28,9 @@ from storage.store.store import Store
 from storage.testing import TINY_VIT, synthetic_shards
 from storage.views.policy import policy
 from student.data.stream import Stream
-from student.fit_teacher.fit import Job, choose_target, fit_teacher, read_examples
+from student.fit_teacher.fit import FitTeacherConfig, choose_target, fit_teacher, read_examples
 from student.fit_teacher.network import network_of
-from student.models.files import load as load_student
+from student.models.files import load_student as load_student
 from tests.conftest import Quiet, run_precompute, teacher_of, write_teacher
 from tests.storage.helpers import write_tar
 from tests.student.runs import POOLED
@@ -52,9 +52,9 @@ class Made:
     def store(self) -> Store:
         return Store.open(self.folder / "store")
 
-    def job(self, out: Path, target: str = "class_token", **changes) -> Job:
+    def job(self, out: Path, target: str = "class_token", **changes) -> FitTeacherConfig:
         whole = {"store": self.store, "shards": self.shards, "val": self.val, "out": out, "l2": 0.01, **changes}
-        return Job(target=self.targets[target], **whole)
+        return FitTeacherConfig(target=self.targets[target], **whole)
 
     def stream(self, target: str, batch: int = 1) -> Stream:
         return Stream(self.shards, batch=batch, lanes=1, store=self.store, targets=[self.targets[target]])
@@ -152,7 +152,7 @@ def test_features_that_do_not_fit_into_memory_are_refused_with_figures(made):
 def live_logits(made: Made, out: Path, stream: Stream) -> tuple[torch.Tensor, torch.Tensor]:
     """Live logits of the written teacher and stored features, of two epochs of the stream's images."""
     arguments = {**TINY_VIT[1], "num_classes": 3}
-    teacher = teachers.find(TINY_VIT[0], weights=str(out), arguments=arguments, mean=(0.5,), std=(0.5,))
+    teacher = teachers.find_teacher(TINY_VIT[0], weights=str(out), arguments=arguments, mean=(0.5,), std=(0.5,))
     assert teacher.classes == ("class0", "class1", "class2")
     module = live_teacher(teacher, [Tap("logits")], 32)
     (target,) = stream.source.targets
@@ -303,7 +303,7 @@ def test_what_cannot_be_is_refused_by_name(made, tmp_path):
 def test_one_block_leaves_nothing_to_choose_by(made, tmp_path):
     small = synthetic_shards(tmp_path / "data", shards=1, samples=30)
     run_precompute(tmp_path / "s", small, teacher_of(made.weights, "vit"), ["class_token"])
-    whole = Job(Store.open(tmp_path / "s"), small, small, tmp_path / "t.safetensors")
+    whole = FitTeacherConfig(Store.open(tmp_path / "s"), small, small, tmp_path / "t.safetensors")
     with pytest.raises(UserError, match=r"one block of 64 samples leaves none .* say it: --l2"):
         fit_teacher(whole, Quiet())
     assert fit_teacher(replace(whole, l2=0.1), Quiet())["samples"] == 30
@@ -354,10 +354,10 @@ def test_damage_and_exchanged_views_are_errors_by_name(made, tmp_path, harm):
         path.write_bytes(path.read_bytes()[:-9] + b"x" * 9)
     else:
         path = next((folder / "done").glob(f"target.{target}.*"))
-        content = json_record.load(path.read_bytes(), "")
+        content = json_record.from_json(path.read_bytes(), "")
         path.unlink()
         if harm == "other views":
-            path.write_bytes(json_record.dump({**content, "bank_views": "0" * 64}))
+            path.write_bytes(json_record.to_json({**content, "bank_views": "0" * 64}))
     with pytest.raises(IdentityError if harm == "other views" else DamageError) as raised:
         fit_teacher(made.job(tmp_path / "t.safetensors", store=Store.open(folder)), Quiet())
     assert path.name in str(raised.value) or str(path) in str(raised.value)

@@ -20,12 +20,13 @@ from student.data.stream import Stream
 from student.distributed import pick_device
 from student.evaluation.accuracy import evaluate
 from student.models.build import build
-from student.models.files import load
+from student.models.files import load_student
 from student.models.init import normalisation
 from student.recipe.validate import validate
-from student.settings import Bank
-from student.training.distiller import Lesson
-from student.training.train import Job, train
+from student.settings import BankChoice
+from student.training.distiller import Distiller
+from student.training.setup import TrainConfig
+from student.training.train import train
 from tests.conftest import Quiet, run_precompute, teacher_of
 
 STUDENT = [
@@ -35,10 +36,10 @@ STUDENT = [
 ]  # fmt: skip
 
 
-def job(world, out: Path, recipe: str, *settings: str, **changes) -> Job:
+def job(world, out: Path, recipe: str, *settings: str, **changes) -> TrainConfig:
     chosen = load_recipe(recipe, [*STUDENT, *settings])
     parts = {"shards": world.shards, "val": world.shards, "store": Store.open(world.store)}
-    return Job(chosen, out=out, **{**parts, **changes})
+    return TrainConfig(chosen, out=out, **{**parts, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +86,14 @@ def test_best_and_last_load_with_bare_timm(world, taught):
         metadata = file.metadata()
     model = timm.create_model(metadata["model"], **json.loads(metadata["arguments"]))
     model.load_state_dict(load_file(out / "last.safetensors"))
-    ours, about = load(out / "last.safetensors")
+    ours, about = load_student(out / "last.safetensors")
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(model.eval()(images), ours(images))
     assert about.classes == ("class0", "class1", "class2")
     score = evaluate(ours, world.shards, policy(about.evaluation, 32), about.mean, about.std)
     assert score.top1 == result["top1"]
     assert score.samples == 300
-    best, _ = load(out / "best.safetensors")
+    best, _ = load_student(out / "best.safetensors")
     assert evaluate(best, world.shards, policy(about.evaluation, 32), about.mean, about.std).top1 == result["best_top1"]
 
 
@@ -101,7 +102,7 @@ def test_the_card_s_code_runs_in_an_interpreter_that_knows_only_timm(taught, tmp
     code = (out / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
     code += f"import torch\ntorch.save(model(torch.ones(1, 3, 32, 32)), {str(tmp_path / 'logits')!r})\n"
     subprocess.run([sys.executable, "-I", "-c", code], cwd=out, check=True)
-    ours, _ = load(out / "last.safetensors")
+    ours, _ = load_student(out / "last.safetensors")
     logits = torch.load(tmp_path / "logits", weights_only=True)
     assert torch.equal(logits, ours.eval()(torch.ones(1, 3, 32, 32)))
 
@@ -135,7 +136,7 @@ def test_cross_entropy_alone_is_untouched_by_hooks(world):
     torch.manual_seed(0)
     model, _ = build(recipe.student, 3)
     batch = next(Stream(world.shards, batch=32, policy=policy("light", 32)).epoch(0))
-    lesson = Lesson(recipe, model, {}, *normalisation(recipe.student))
+    lesson = Distiller(recipe, model, {}, *normalisation(recipe.student))
     logits, values = lesson(batch)
     expected = torch.nn.functional.cross_entropy(
         model(batch.pixels((0.5,) * 3, (0.5,) * 3)), batch.labels, label_smoothing=0.1
@@ -244,7 +245,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(world, tmp_path):
 def test_validation_names_wrong_fields_with_the_nearest():
     good = {"losses": {"crossentropy": {}}}
     assert validate(good, "r").losses["crossentropy"].weight.at(3) == 1
-    assert validate({**good, "stream": {"bank": "x"}}, "r").stream.bank == Bank(id="x")
+    assert validate({**good, "stream": {"bank": "x"}}, "r").stream.bank == BankChoice(id="x")
     for change, message in [
         ({"optim": {"epohcs": 3}}, r"optim\.epohcs: no such setting. Did you mean 'epochs'\?"),
         ({"studnet": {}}, r"studnet: no such setting. Did you mean 'student'\?"),

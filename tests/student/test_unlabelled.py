@@ -21,7 +21,7 @@ from storage.testing import synthetic_shards
 from storage.views.policy import policy
 from student import run_dir
 from student.evaluation.batches import evaluation_batches
-from student.models.files import load
+from student.models.files import load_student
 from student.training import train as trainer
 from tests.conftest import Quiet, World, run_precompute, teacher_of
 from tests.student.runs import FULL, command, job, log, run, same, weights
@@ -55,7 +55,7 @@ def test_neither_labels_nor_classes_nor_validation_shards_are_asked_for(taught) 
     assert (result["top1"], result["best_top1"], result["top5"], result["samples"]) == (None, None, None, None)
     assert result["targets"].keys() == {"advit"}
     assert any("made without one, and no score is taken" in line for line in lines)
-    model, about = load(out / "last.safetensors")
+    model, about = load_student(out / "last.safetensors")
     assert not about.classifies
     assert about.classes is None
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 48), "it gives features"
@@ -121,7 +121,7 @@ def test_its_features_are_measured_where_there_are_labels(world, taught, capsys)
 def test_its_graph_gives_features(bare, taught, tmp_path) -> None:
     out, _, _ = taught
     assert export(out / "last.safetensors", bare.shards, tmp_path / "s.onnx")["checked"] == 16
-    model, about = load(out / "last.safetensors")
+    model, about = load_student(out / "last.safetensors")
     images = synthetic_shards(tmp_path / "seen", shards=1, samples=4)
     batch = next(evaluation_batches(images, policy(about.evaluation, about.img_size), 4))
     session = onnxruntime.InferenceSession(str(tmp_path / "s.onnx"), providers=["CPUExecutionProvider"])
@@ -142,7 +142,7 @@ def test_labels_train_a_new_head_on_it(world, taught, tmp_path) -> None:
     settings = [*ROWS, f"student.weights={tmp_path / 'run' / 'last.safetensors'}", "optim.epochs=1"]
     trainer.train(job(world, tmp_path / "back", "advit-l1", *settings), again)
     assert any("left out is its classifier (head.bias, head.weight)" in line for line in again.lines), again.lines
-    assert load(tmp_path / "back" / "last.safetensors")[1].classifies is False
+    assert load_student(tmp_path / "back" / "last.safetensors")[1].classifies is False
 
 
 def test_cut_off_it_goes_on_to_the_same_weights(bare, tmp_path, monkeypatch) -> None:

@@ -13,7 +13,7 @@ from pipeline.recipes.loader import load as load_recipe
 from storage.errors import UserError
 from student.models import init as module
 from student.models.build import build
-from student.models.files import load
+from student.models.files import load_student
 from student.models.init import begin_from, freeze, normalisation
 from student.training import train as trainer
 from tests.conftest import Quiet
@@ -165,7 +165,7 @@ def test_a_student_s_file_says_how_its_pixels_were_normalised(world, donor, tmp_
     given = f"student.weights={tmp_path / 'first' / 'last.safetensors'}"
     trainer.train(job(world, tmp_path / "second", "scratch", given, "optim.epochs=1"), console)
     assert "pixels: mean 0.4, std 0.2" in console.lines
-    _, about = load(tmp_path / "second" / "last.safetensors")
+    _, about = load_student(tmp_path / "second" / "last.safetensors")
     assert (about.mean, about.std) == ((0.4,) * 3, (0.2,) * 3)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from precompute.taps import prefix_roles
 from storage.views.policy import policy
 from student.evaluation.batches import evaluation_batches
-from student.models.files import Description
+from student.models.files import StudentDescription
 
 WIDE = 768  # width from which on DINO's linear probe reads the last block alone
 BLOCKS = 4  # whose class tokens it reads of a narrower network
@@ -31,7 +31,7 @@ class Features:
 @torch.no_grad()
 def features_of(
     model: nn.Module,
-    about: Description,
+    about: StudentDescription,
     urls: Sequence[str],
     read: Reading,
     *,

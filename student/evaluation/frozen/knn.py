@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from student.evaluation.class_metrics import places_of
+from student.evaluation.class_metrics import label_ranks
 from student.evaluation.frozen.features import Features
 
 NEIGHBOURS = (10, 20, 50, 100, 200)
@@ -46,7 +46,7 @@ def places(bank: Features, asked: Features, ks: Sequence[int], classes: int) -> 
     for by_k, labels in zip(votes(bank, asked.values, ks, classes), torch.split(asked.labels, CHUNK), strict=True):
         for k, got in by_k.items():
             own = got.gather(1, labels[:, None])[:, 0]
-            found[k].append(torch.where(own > 0, places_of(got, labels), classes))
+            found[k].append(torch.where(own > 0, label_ranks(got, labels), classes))
     return {k: torch.cat(parts) for k, parts in found.items()}
 
 

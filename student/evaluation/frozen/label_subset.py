@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from storage.errors import UserError
-from storage.objects.atomic import written_whole
+from storage.objects.atomic import atomic_write
 from storage.objects.json_record import digest_of
 from storage.shards.index import cached_index, require_labels
-from storage.shards.stratify import balanced
+from storage.shards.stratify import stratified_sample
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelSubset:
     """Samples with labels.
 
     Attributes:
@@ -44,7 +44,7 @@ class Labelled:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerows([("shard", "key", "label"), *self.rows])
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(text.getvalue(), encoding="utf-8")
 
 
@@ -60,7 +60,7 @@ def share_of(text: str) -> float:
     return share
 
 
-def labelled(urls: Sequence[str], evaluated: Sequence[str], share: float = 1.0, seed: int = 0) -> Labelled:
+def label_subset(urls: Sequence[str], evaluated: Sequence[str], share: float = 1.0, seed: int = 0) -> LabelSubset:
     """The samples of training shards that have labels.
 
     A part is class-balanced, and the one that `pipeline pack --fraction` keeps of the same shards by the same seed. An
@@ -81,7 +81,7 @@ def labelled(urls: Sequence[str], evaluated: Sequence[str], share: float = 1.0, 
         index = cached_index(url)
         require_labels(url, index)
         labels += index.labels
-    drawn = balanced(labels, share, seed) if share < 1 else range(len(labels))
+    drawn = stratified_sample(labels, share, seed) if share < 1 else range(len(labels))
     mask = np.zeros(len(labels), bool)
     mask[list(drawn)] = True
     chosen, rows, left_out, before = [], [], 0, 0
@@ -98,7 +98,7 @@ def labelled(urls: Sequence[str], evaluated: Sequence[str], share: float = 1.0, 
             f"{urls[0]}: every labelled image of the training shards is evaluated too, so nothing is left to learn "
             "from; give the shards that the student was trained on: --train-shards"
         )
-    return Labelled(tuple(urls), tuple(chosen), tuple(rows), left_out)
+    return LabelSubset(tuple(urls), tuple(chosen), tuple(rows), left_out)
 
 
 def images_of_classes(urls: Sequence[str]) -> Counter[int]:

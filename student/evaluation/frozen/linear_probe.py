@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from storage.errors import UserError
-from storage.shards.stratify import balanced
+from storage.shards.stratify import stratified_sample
 from student.evaluation.frozen.features import Features
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
@@ -24,7 +24,7 @@ HELD_OUT = 0.2  # of the labelled samples
 
 
 @dataclass(frozen=True)
-class Tried:
+class ProbeTrial:
     """What one learning rate gave on held-out training samples: percent right, and mean cross-entropy."""
 
     lr: float
@@ -85,7 +85,7 @@ def logits_of(head: tuple[Tensor, Tensor], values: Tensor) -> Tensor:
     return values @ head[0][0].T + head[1][0]
 
 
-def try_rates(
+def search_learning_rate(
     features: Features,
     classes: int,
     rates: Sequence[float] = RATES,
@@ -93,7 +93,7 @@ def try_rates(
     *,
     epochs: int = EPOCHS,
     advance: Callable[[int], None] = lambda epochs: None,
-) -> list[Tried]:
+) -> list[ProbeTrial]:
     """What each rate gives on a class-balanced fifth of the samples that it was not fitted on, best first.
 
     Of equally many right ones the smaller loss is better.
@@ -102,7 +102,7 @@ def try_rates(
         UserError: no class has two samples, so that none can be held out.
     """
     labels = features.labels.tolist()
-    away = torch.tensor(sorted(balanced(labels, HELD_OUT, seed, "held out", 1)), dtype=torch.int64)
+    away = torch.tensor(sorted(stratified_sample(labels, HELD_OUT, seed, "held out", 1)), dtype=torch.int64)
     if not len(away):
         raise UserError(
             "no class has two labelled samples, so none can be held out to choose the learning rate by; say it, such "
@@ -119,5 +119,5 @@ def try_rates(
         own = features.labels[away]
         right, loss = float((logits.argmax(1) == own).float().mean()), float(F.cross_entropy(logits, own))
         finite = math.isfinite(loss)
-        found.append(Tried(lr, round(100 * right, 3) if finite else 0.0, loss if finite else math.inf))
+        found.append(ProbeTrial(lr, round(100 * right, 3) if finite else 0.0, loss if finite else math.inf))
     return sorted(found, key=lambda tried: (-tried.top1, tried.loss))

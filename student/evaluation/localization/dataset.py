@@ -13,14 +13,14 @@ import numpy as np
 from storage.errors import UserError
 from storage.shards.index import cached_index, read_samples
 from storage.shards.tar import Sample
-from storage.views.draw import draw
+from storage.views.draw import draw_view
 from storage.views.policy import policy
 from storage.views.render import BadImage, decode, render
 from student.evaluation.localization.max_box_acc import resized_boxes
 
 
 @dataclass(frozen=True)
-class Boxed:
+class BoxedImage:
     """An image with its true boxes.
 
     Attributes:
@@ -34,7 +34,7 @@ class Boxed:
     boxes: np.ndarray
 
 
-def boxed_images(urls: Sequence[str], size: int) -> Iterator[Boxed]:
+def boxed_images(urls: Sequence[str], size: int) -> Iterator[BoxedImage]:
     """Every sample of shards, in order, with the whole image resized to `size`.
 
     Raises:
@@ -51,7 +51,7 @@ def boxed_images(urls: Sequence[str], size: int) -> Iterator[Boxed]:
                 except BadImage as error:
                     raise UserError(f"{where}: {error}\n  Mend or remove the image and pack again") from None
                 boxes = resized_boxes(boxes_in(sample, image.size, where), image.size)
-                yield Boxed(sample.key, render(image, draw(view, "", 0, image.size), size), boxes)
+                yield BoxedImage(sample.key, render(image, draw_view(view, "", 0, image.size), size), boxes)
 
 
 def boxes_in(sample: Sample, size: tuple[int, int], where: str) -> list[list[float]]:

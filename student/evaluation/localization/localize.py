@@ -15,27 +15,34 @@ from torch.nn import functional as F
 from precompute.taps import AttentionTaps
 from storage.errors import UserError
 from storage.shards.index import cached_index
-from student.alignment.student_spec import student_shape
+from student.alignment.student_spec import student_spec
 from student.evaluation.localization.contours import LEVELS, grey, scipy_image
-from student.evaluation.localization.dataset import Boxed, boxed_images
-from student.evaluation.localization.max_box_acc import SIDE, Convention, best_overlaps, found_boxes, overlaps, report
+from student.evaluation.localization.dataset import BoxedImage, boxed_images
+from student.evaluation.localization.max_box_acc import (
+    SIDE,
+    Convention,
+    best_overlaps,
+    box_metrics,
+    found_boxes,
+    overlaps,
+)
 from student.losses.aal import class_maps
-from student.models.files import Description
+from student.models.files import StudentDescription
 
 SHOWN = 8  # images of a picture
 
 
 @dataclass(frozen=True)
-class Shown:
+class LocalizedImage:
     """An image of the picture: its map, uint8 `[224, 224]`, and the box that is predicted, `[4]`, with its IoU."""
 
-    image: Boxed
+    image: BoxedImage
     map: np.ndarray
     box: np.ndarray
     overlap: float
 
 
-class Looker:
+class ClassAttention:
     """Where a student looks: the mean of the class token's attention over the patches, of all layers and heads (AAL).
 
     Raises:
@@ -43,7 +50,7 @@ class Looker:
     """
 
     def __init__(self, model: nn.Module, name: str) -> None:
-        shape = student_shape(model)
+        shape = student_spec(model)
         if "class" not in shape.prefix:
             raise UserError(f"{name}: the student has no class token, so it has no class rows to localise by")
         self.model, self.taps, self.prefix = model, AttentionTaps(model), len(shape.prefix)
@@ -68,9 +75,9 @@ class Looker:
         return maps
 
 
-def localise(
-    looker: Looker,
-    about: Description,
+def localize(
+    looker: ClassAttention,
+    about: StudentDescription,
     urls: Sequence[str],
     convention: Convention = "official",
     *,
@@ -78,7 +85,7 @@ def localise(
     batch: int = 64,
     shown: bool = False,
     advance: Callable[[int], None] = lambda samples: None,
-) -> tuple[dict[str, Any], list[Shown]]:
+) -> tuple[dict[str, Any], list[LocalizedImage]]:
     """MaxBoxAcc, V1 and V2, beside a centred box; and some images for a picture, spread over the shards.
 
     The predicted box of a picture is that of the largest contour, at the threshold that is best for IoU 0.5.
@@ -102,7 +109,7 @@ def localise(
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (about.mean, about.std))
     best: list[np.ndarray] = []
     truths: list[np.ndarray] = []
-    kept: list[tuple[Boxed, np.ndarray]] = []
+    kept: list[tuple[BoxedImage, np.ndarray]] = []
     images = enumerate(boxed_images(urls, about.img_size))
     while several := list(islice(images, batch)):
         there = [(number, image) for number, image in several if len(image.boxes)]
@@ -118,11 +125,11 @@ def localise(
         advance(len(several))
     if not best:
         raise UserError(f"{urls[0]}: no sample says a bbox in its json, so there is nothing to localise against")
-    told = {**report(np.stack(best), truths), "samples": len(best), "without_box": total - len(best)}
+    told = {**box_metrics(np.stack(best), truths), "samples": len(best), "without_box": total - len(best)}
     at = round(told["v1"]["0.5"]["threshold"] * LEVELS)
     return told, [_shown(image, level, at, convention) for image, level in kept]
 
 
-def _shown(image: Boxed, level: np.ndarray, at: int, convention: Convention) -> Shown:
+def _shown(image: BoxedImage, level: np.ndarray, at: int, convention: Convention) -> LocalizedImage:
     box = found_boxes(level, at, convention)[:1]
-    return Shown(image, level, box[0], float(overlaps(box, image.boxes).max()))
+    return LocalizedImage(image, level, box[0], float(overlaps(box, image.boxes).max()))

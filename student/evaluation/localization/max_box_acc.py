@@ -101,7 +101,7 @@ def means(found: dict[str, dict[str, float]]) -> dict[str, float]:
     return {"0.3,0.5": (first + second) / 2, "0.3,0.5,0.7": (first + second + third) / 3}
 
 
-def report(best: np.ndarray, truths: Sequence[np.ndarray]) -> dict[str, Any]:
+def box_metrics(best: np.ndarray, truths: Sequence[np.ndarray]) -> dict[str, Any]:
     """All figures: of the largest contour (`v1`), of all contours (`v2`), and of the centred box; to three decimals.
 
     Args:

@@ -13,22 +13,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from precompute.taps.target_spec import ranges
+from precompute.taps.target_spec import parse_ranges
 from storage.errors import UserError
 from storage.views.policy import policy
-from student.alignment.attention import Rows
+from student.alignment.attention import AttentionAligner
 from student.alignment.matching import uniform
-from student.alignment.student_spec import Shape, full, student_shape
-from student.alignment.student_taps import Reads, Seen
-from student.alignment.tokens import Vectors
-from student.attention_copy.inference import borrowing, lent_to
+from student.alignment.student_spec import StudentSpec, full, student_spec
+from student.alignment.student_taps import StudentTap, StudentTaps
+from student.alignment.tokens import TokenAligner
+from student.attention_copy.inference import attached_to, inject_attention
 from student.data.batch import Batch
 from student.evaluation.batches import evaluation_batches
 from student.evaluation.similarity.metrics import PAIRINGS, Alignment, Divergences, assignment
-from student.evaluation.similarity.teacher_targets import Reference
-from student.models.attention_copy_hooks import copies_of
-from student.models.files import Description
-from student.settings import Meeting
+from student.evaluation.similarity.teacher_targets import TeacherTargets
+from student.models.attention_copy_hooks import attention_copy_hooks
+from student.models.files import StudentDescription
+from student.settings import AlignmentConfig
 from student.targets.evaluation_views import evaluation_targets
 
 Tokens = Literal["all", "class", "mean"]
@@ -36,7 +36,7 @@ WHERE = "similarity"  # what errors call this comparison
 LARGEST = 2**25  # numbers of one tensor
 
 
-class Comparison:
+class SimilarityComparison:
     """What of a student meets what of a teacher; everything that can be refused is refused when it is made.
 
     Layers meet as `layers: uniform` lets them, as far as the store has the teacher's; tokens that one side lacks are
@@ -55,18 +55,24 @@ class Comparison:
     """
 
     def __init__(
-        self, model: nn.Module, about: Description, name: str, urls: Sequence[str], reference: Reference, tokens: Tokens
+        self,
+        model: nn.Module,
+        about: StudentDescription,
+        name: str,
+        urls: Sequence[str],
+        reference: TeacherTargets,
+        tokens: Tokens,
     ) -> None:
         self.model, self.about, self.urls, self.tokens = model, about, urls, tokens
         self.view = policy(about.evaluation, about.img_size)
-        copies = copies_of(model)
-        shape = student_shape(model, attention=bool(reference.attention) and copies is None)
+        copies = attention_copy_hooks(model)
+        shape = student_spec(model, attention=bool(reference.attention) and copies is None)
         if shape.each:
             raise UserError(f"{name}: pools its patches, so its layers have no common heads and grid to compare")
         copied = copies.layers if copies is not None and "map" in copies.parts and reference.attention else ()
         self.rows, self.heads = _rows(shape, reference, copied)
         self.vectors = _vectors(shape, reference, tokens)
-        left_out = [f"attention of layer(s) {ranges(copied)}, which is copied"] * bool(copied)
+        left_out = [f"attention of layer(s) {parse_ranges(copied)}, which is copied"] * bool(copied)
         self.left_out = "; ".join([*left_out, *([reference.missing] if reference.missing else [])])
         if self.rows is None and self.vectors is None:
             raise UserError(f"{name}: nothing is left to compare but {self.left_out}; let the store have tokens, too")
@@ -102,16 +108,16 @@ class Comparison:
             `attention` and `streams`, None where there is no such target: targets, what was done to bring them
             together, the numbers by layer, and their means; `left_out`, in words.
         """
-        reads: set[Reads] = {"attention"} if self.rows is not None else set()
+        reads: set[StudentTap] = {"attention"} if self.rows is not None else set()
         if self.vectors is not None:
             reads.add("tokens" if self.final else "streams")
-        seen = Seen(self.model, reads)
+        seen = StudentTaps(self.model, reads)
         for side in (self.rows, self.vectors):
             if side is not None:
                 side.to(device)
         divergences = Divergences()
         alignments = [Alignment() for _ in (self.vectors.pairs if self.vectors is not None else ())]
-        lent = lent_to(self.model)
+        lent = attached_to(self.model)
         wholes = evaluation_batches(self.urls, self.view, 1, stored=self.stored, labelled=False)
         others = evaluation_batches(self.urls, self.view, 1, stored=lent, labelled=False) if lent else None
         samples = 0
@@ -120,7 +126,7 @@ class Comparison:
             for start in range(0, len(whole.labels), self.several):
                 some = slice(start, start + self.several)
                 part = whole.part(some).to(device)
-                with borrowing(self.model, part if beside is None else beside.part(some).to(device)):
+                with inject_attention(self.model, part if beside is None else beside.part(some).to(device)):
                     self.model(part.pixels(self.about.mean, self.about.std))
                 if self.rows is not None:
                     divergences.add(*self._attention(self.rows, seen, part))
@@ -138,13 +144,13 @@ class Comparison:
             found["streams"] = {"tokens": self.tokens, "final": self.final, **told}
         return found
 
-    def _attention(self, rows: Rows, seen: Seen, part: Batch) -> tuple[Tensor, Tensor]:
+    def _attention(self, rows: AttentionAligner, seen: StudentTaps, part: Batch) -> tuple[Tensor, Tensor]:
         """Rows `[B, L, H, Q, N]` of the student and of the teacher."""
         mine = rows.student_rows(seen.q, seen.k, seen.scales)[:, :, : self.heads[0]]
         theirs = rows.teacher_rows([part.target(id) for id in self.of_rows])[:, :, : self.heads[1]]
         return (mine.unsqueeze(-2), theirs.unsqueeze(-2)) if rows.which == "class" else (mine, theirs)
 
-    def _align(self, vectors: Vectors, seen: Seen, part: Batch, alignments: Sequence[Alignment]) -> None:
+    def _align(self, vectors: TokenAligner, seen: StudentTaps, part: Batch, alignments: Sequence[Alignment]) -> None:
         """Take the tokens of some images in."""
         mine = vectors.student_vectors([seen.tokens] * vectors.student.layers if self.final else seen.streams)
         target = part.target(self.of_tokens[0])
@@ -156,7 +162,9 @@ class Comparison:
             alignment.add(*(_chosen(side[:, n], vectors, self.tokens) for side in (mine, theirs)))
 
 
-def _rows(shape: Shape, reference: Reference, copied: Sequence[int]) -> tuple[Rows | None, tuple[int, int]]:
+def _rows(
+    shape: StudentSpec, reference: TeacherTargets, copied: Sequence[int]
+) -> tuple[AttentionAligner | None, tuple[int, int]]:
     """How the attention of all heads meets but in the student's layers that copy it; the heads of both sides."""
     if not reference.attention:
         return None, (0, 0)
@@ -168,11 +176,13 @@ def _rows(shape: Shape, reference: Reference, copied: Sequence[int]) -> tuple[Ro
         return None, (0, 0)
     heads = (shape.heads, int(first.target["sample_shape"][1]))
     every = tuple((n % heads[0] + 1, n % heads[1] + 1) for n in range(max(heads)))  # all of both, some of one twice
-    meeting = Meeting(layers=tuple(pairs), heads=every, grid="bicubic")
-    return Rows(WHERE, meeting, shape, reference.attention, "class" if identity["tap"] == "class_row" else "all"), heads
+    meeting = AlignmentConfig(layers=tuple(pairs), heads=every, grid="bicubic")
+    return AttentionAligner(
+        WHERE, meeting, shape, reference.attention, "class" if identity["tap"] == "class_row" else "all"
+    ), heads
 
 
-def _vectors(shape: Shape, reference: Reference, tokens: Tokens) -> Vectors | None:
+def _vectors(shape: StudentSpec, reference: TeacherTargets, tokens: Tokens) -> TokenAligner | None:
     """How tokens meet."""
     if not reference.tokens:
         if tokens != "all":
@@ -185,22 +195,22 @@ def _vectors(shape: Shape, reference: Reference, tokens: Tokens) -> Vectors | No
         raise UserError(
             "--tokens class: class tokens are compared where both sides have one; say --tokens mean, or all"
         )
-    return Vectors(WHERE, Meeting(layers=tuple(pairs), grid="bicubic"), shape, reference.tokens)
+    return TokenAligner(WHERE, AlignmentConfig(layers=tuple(pairs), grid="bicubic"), shape, reference.tokens)
 
 
-def _pairs(shape: Shape, reference: Reference, depth: int, stored: Sequence[int]) -> list[tuple[int, int]]:
+def _pairs(shape: StudentSpec, reference: TeacherTargets, depth: int, stored: Sequence[int]) -> list[tuple[int, int]]:
     """Layers that meet, of those that are stored. Raises UserError: none does."""
     wanted = uniform(shape.layers, depth)
     pairs = [pair for pair in wanted if pair[1] in stored]
     if not pairs:
         raise UserError(
-            f"the student's {shape.layers} layers meet the layers {ranges([b for _, b in wanted])} of "
-            f"{reference.teacher}, and the target has {ranges(stored)}; precompute some of these"
+            f"the student's {shape.layers} layers meet the layers {parse_ranges([b for _, b in wanted])} of "
+            f"{reference.teacher}, and the target has {parse_ranges(stored)}; precompute some of these"
         )
     return pairs
 
 
-def _chosen(tokens: Tensor, vectors: Vectors, wish: Tokens) -> Tensor:
+def _chosen(tokens: Tensor, vectors: TokenAligner, wish: Tokens) -> Tensor:
     """What CKA sees of tokens `[B, N, D]`, those beside the patches first."""
     tokens = full(tokens)
     if wish == "all":
@@ -212,7 +222,10 @@ def _chosen(tokens: Tensor, vectors: Vectors, wish: Tokens) -> Tensor:
 
 
 def _told(
-    side: Rows | Vectors, ids: Sequence[str], values: Sequence[dict[str, float | None]], names: Sequence[str]
+    side: AttentionAligner | TokenAligner,
+    ids: Sequence[str],
+    values: Sequence[dict[str, float | None]],
+    names: Sequence[str],
 ) -> dict[str, Any]:
     """Numbers by layer, with their means."""
     layers = [{"student": own, "teacher": other, **told} for (own, other), told in zip(side.pairs, values, strict=True)]

@@ -6,21 +6,21 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from storage.errors import UserError, nearest
+from storage.errors import UserError, did_you_mean
 from storage.objects.json_record import Record, digest_of
 from storage.store.store import Store
 from storage.views.policy import Policy
 from student.targets.evaluation_views import kept_of
-from student.targets.stored_target import Given
+from student.targets.stored_target import StoredTarget
 
 # Taps that serve, those of one kind together; the first kind that is there is taken.
 ATTENTION = (("attention",), ("q", "k"), ("class_row",))
 TOKENS = (("tokens",),)
-_Found = tuple[Given, ...]
+_Found = tuple[StoredTarget, ...]
 
 
 @dataclass(frozen=True)
-class Reference:
+class TeacherTargets:
     """A teacher in a store.
 
     Attributes:
@@ -38,9 +38,9 @@ class Reference:
     missing: str = ""
 
 
-def reference_of(
+def find_teacher_targets(
     store: Store, teacher: str | None, chosen: Sequence[str], urls: Sequence[str], view: Policy
-) -> Reference:
+) -> TeacherTargets:
     """What a student is compared with: of what the store has, that which it has of the images that are evaluated.
 
     Args:
@@ -57,7 +57,7 @@ def reference_of(
     parts = {tap: part for part in (ATTENTION, TOKENS) for several in part for tap in several}
     usable = [m for m in targets.values() if m["identity"]["tap"] in parts]
     if teacher is not None and teacher not in (known := store.teachers()):
-        raise UserError(f"{store.url}: no teacher is called {teacher!r}. {nearest(teacher, known)}")
+        raise UserError(f"{store.url}: no teacher is called {teacher!r}. {did_you_mean(teacher, known)}")
     names = sorted({m["teacher"] for m in usable if not chosen or m["id"] in chosen})
     if teacher is None and len(names) > 1:
         raise UserError(f"{store.url} has several teachers: {', '.join(names)}; say which: --teacher {names[0]}")
@@ -87,10 +87,10 @@ def reference_of(
         missing = "which the store has not of all these images"
         match there(attention), there(tokens):
             case True, False if not wanted[1]:
-                return Reference(store, name, attention, (), f"tokens, {missing}")
+                return TeacherTargets(store, name, attention, (), f"tokens, {missing}")
             case False, True if not wanted[0]:
-                return Reference(store, name, (), tokens, f"attention, {missing}")
-    return Reference(store, name, attention, tokens)
+                return TeacherTargets(store, name, (), tokens, f"attention, {missing}")
+    return TeacherTargets(store, name, attention, tokens)
 
 
 def _pick(
@@ -131,4 +131,4 @@ def _only(store: Store, fits: Sequence[Sequence[tuple[Record, ...]]]) -> _Found:
 
 
 def _given(store: Store, several: Sequence[Record]) -> _Found:
-    return tuple(Given(m, store.teacher_of(m)) for m in several)
+    return tuple(StoredTarget(m, store.teacher_of(m)) for m in several)

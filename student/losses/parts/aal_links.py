@@ -18,10 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from storage.errors import UserError, first_line, nearest
+from storage.errors import UserError, did_you_mean, first_line
 from storage.rounding import constant
 from student import run_dir
-from student.settings import AllLinks, Links
+from student.settings import AllLinks, LinksConfig
 
 # Table 1: for each of EfficientNet's seven stages the first and last of DeiT-S's twelve layers.
 TABLE: dict[str, tuple[tuple[int, int], ...]] = {
@@ -129,7 +129,7 @@ def tabled(name: Literal["alpha", "beta"], layout: Layout, stages: int, where: s
     return ranged([ranges[n - 1] for n in layout.stages], layout, where)
 
 
-def extracted(weights: Tensor, layout: Layout, settings: Links) -> Tensor:
+def extracted(weights: Tensor, layout: Layout, settings: LinksConfig) -> Tensor:
     """Algorithm 1: the choice `[C, N]` of trained links whose normalised mean over heads is above the threshold.
 
     `printed`: w ← (w − min w) / (max w − min w), then |·|, which changes nothing: a link of weight 0 lies near 0.5, so
@@ -199,7 +199,7 @@ def kept(loss: str, links: AllLinks, layout: Layout, stages: int) -> Kept:
     if links == "full":
         return Kept(None, f"full links, {channels * (maps + 1):,} weights")
     where, digest, note = f"losses.{loss}.links", None, ""
-    if isinstance(links, Links):
+    if isinstance(links, LinksConfig):
         run = read(links.run, links.loss, where)
         if run.layout != layout:
             raise UserError(
@@ -252,7 +252,7 @@ def read(run: str | Path, loss: str | None, where: str = "links") -> Trained:
                 say = f"--set {where}.loss=NAME" if where.startswith("losses.") else "--loss NAME"
                 raise UserError(f"{where}: {path} has links of {', '.join(found)}; say which: {say}")
             if loss is not None and loss not in found:
-                raise UserError(f"{where}: {path} has no links of {loss!r}. {nearest(loss, found)}")
+                raise UserError(f"{where}: {path} has no links of {loss!r}. {did_you_mean(loss, found)}")
             name = loss or found[0]
             weights = file.get_tensor(name + _WHERE)
     except FileNotFoundError:

@@ -10,14 +10,14 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from storage.errors import UserError
-from student.alignment.report import Row
-from student.alignment.student_spec import Shape, full
-from student.alignment.student_taps import Seen
-from student.settings import WITH_CLASS, Projected
-from student.targets.stored_target import Given
+from student.alignment.report import AlignmentRow
+from student.alignment.student_spec import StudentSpec, full
+from student.alignment.student_taps import StudentTaps
+from student.settings import WITH_CLASS, ProjectorLossConfig
+from student.targets.stored_target import StoredTarget
 
 
-def projector(width: int, target: int, settings: Projected) -> nn.Module:
+def projector(width: int, target: int, settings: ProjectorLossConfig) -> nn.Module:
     """P from `[…, D]` to `[…, D_t]`: LayerNorm, `depth` linear maps D → 2D → D → 2D → … → D_t, LayerNorm.
 
     `mlp` has a GELU between the maps, `linear` none. Depth 0 is the identity.
@@ -45,7 +45,7 @@ def projector(width: int, target: int, settings: Projected) -> nn.Module:
 EMBEDDINGS = (("class_token",), ("embedding",))
 
 
-def words(settings: Projected) -> str:
+def words(settings: ProjectorLossConfig) -> str:
     """What P is, for the printed table."""
     return f"projected by {settings.depth} {settings.projector} layer(s)" if settings.depth else "without a projector"
 
@@ -69,7 +69,9 @@ class ClassToken(nn.Module):
         UserError: the student has no class token, or another width and no projector.
     """
 
-    def __init__(self, loss: str, settings: Projected, student: Shape, given: Given, *, free: bool = False) -> None:
+    def __init__(
+        self, loss: str, settings: ProjectorLossConfig, student: StudentSpec, given: StoredTarget, *, free: bool = False
+    ) -> None:
         super().__init__()
         if "class" not in student.prefix:
             raise UserError(
@@ -85,12 +87,12 @@ class ClassToken(nn.Module):
         self.at = student.prefix.index("class")
         self.width = target if settings.depth else student.width
         self.projector = projector(student.width, target, settings)
-        self.row = Row(
+        self.row = AlignmentRow(
             loss, given.id, f"{given.target['identity']['tap']}, {target} wide", f"class token, {student.width} wide",
             words(settings),
         )  # fmt: skip
 
-    def forward(self, seen: Seen) -> Tensor:
+    def forward(self, seen: StudentTaps) -> Tensor:
         """P of the class token of the student's last forward pass."""
         projected: Tensor = self.projector(full(seen.tokens[:, self.at]))
         return projected

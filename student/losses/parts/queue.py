@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from student.distributed import rows_of_batch
+from student.distributed import all_gather_rows
 
 
 class Queue(nn.Module):
@@ -51,7 +51,7 @@ class Queue(nn.Module):
             pieces: what was offered on this rank, `[n, D]` each; together no more than the queue holds.
             lanes: `stream.lanes`, which give the order of the batch; read where there are several ranks.
         """
-        vectors, size = rows_of_batch(torch.cat(list(pieces)), lanes), len(self.entries)
+        vectors, size = all_gather_rows(torch.cat(list(pieces)), lanes), len(self.entries)
         places = torch.arange(self.next, self.next + len(vectors), device=self.entries.device) % size
         self.entries[places] = vectors
         self.filled = min(size, max(self.filled, self.next + len(vectors)))

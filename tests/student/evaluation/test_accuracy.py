@@ -15,9 +15,9 @@ from storage.errors import IdentityError, UserError
 from storage.shards.index import cached_index
 from storage.testing import synthetic_shards
 from student.evaluation.batches import evaluation_batches
-from student.evaluation.class_metrics import figures, places_of
-from student.evaluation.ensemble import Member, seen
-from student.models.files import Description, load
+from student.evaluation.class_metrics import class_metrics, label_ranks
+from student.evaluation.ensemble import Classifier, ensemble_predictions
+from student.models.files import StudentDescription, load_student
 from tests.student.runs import run
 
 
@@ -54,14 +54,14 @@ class Fixed(torch.nn.Module):
         return self.table[self.at - len(pixels) : self.at]
 
 
-def about(classes: int, names: tuple[str, ...] | None = None) -> Description:
+def about(classes: int, names: tuple[str, ...] | None = None) -> StudentDescription:
     half = (0.5, 0.5, 0.5)
-    return Description("fixed", {"num_classes": classes}, 16, half, half, names, "short(1)|center")
+    return StudentDescription("fixed", {"num_classes": classes}, 16, half, half, names, "short(1)|center")
 
 
 def test_a_place_counts_the_classes_before_the_right_one_and_no_number_beats_nothing() -> None:
     scores = torch.tensor([[3.0, 2, 1], [1, 2, 3], [2, 2, 2], [2, 2, 2], [torch.nan] * 3, [1, torch.nan, 0]])
-    assert places_of(scores, torch.tensor([0, 0, 0, 2, 0, 0])).tolist() == [0, 2, 0, 2, 2, 1]
+    assert label_ranks(scores, torch.tensor([0, 0, 0, 2, 0, 0])).tolist() == [0, 2, 0, 2, 2, 1]
 
 
 def test_chosen_samples_are_those_of_the_whole(world) -> None:
@@ -78,12 +78,14 @@ def test_chosen_samples_are_those_of_the_whole(world) -> None:
 
 
 def test_a_student_with_itself_is_as_good_as_alone(world, trained) -> None:
-    one, described = load(trained[0] / "last.safetensors")
-    two, other = load(trained[1] / "last.safetensors")
-    twice = [Member("a", one, described), Member("b", one, described)]
-    found = seen(twice, world.shards, ensemble=True)
+    one, described = load_student(trained[0] / "last.safetensors")
+    two, other = load_student(trained[1] / "last.safetensors")
+    twice = [Classifier("a", one, described), Classifier("b", one, described)]
+    found = ensemble_predictions(twice, world.shards, ensemble=True)
     assert torch.equal(found.places[0], found.places[2])
-    both = seen([Member("a", one, described), Member("b", two, other)], world.shards, ensemble=True)
+    both = ensemble_predictions(
+        [Classifier("a", one, described), Classifier("b", two, other)], world.shards, ensemble=True
+    )
     assert torch.equal(both.places[0], found.places[0])
     assert not torch.equal(both.places[0], both.places[1])
 
@@ -93,8 +95,8 @@ def test_an_ensemble_averages_probabilities_and_not_logits(world) -> None:
     (url,) = world.shards[:1]
     labels = torch.tensor(cached_index(url).labels)
     right = torch.nn.functional.one_hot(labels, 3).float()
-    members = [Member("sure", Fixed(5 * right), about(3)), Member("wavers", Fixed(50 * (1 - right)), about(3))]
-    found = seen(members, [url], ensemble=True)
+    members = [Classifier("sure", Fixed(5 * right), about(3)), Classifier("wavers", Fixed(50 * (1 - right)), about(3))]
+    found = ensemble_predictions(members, [url], ensemble=True)
     assert [int((places == 0).sum()) for places in found.places] == [150, 0, 150]
 
 
@@ -107,38 +109,38 @@ def test_a_set_of_some_classes_is_answered_among_these(tmp_path) -> None:
     table = torch.zeros(30, 4)
     table[:, [0, 2]] = 9  # classes that the set has not
     table[torch.arange(30), torch.tensor([3, 1])[labels]] = 1
-    found = seen([Member("x", Fixed(table), about(4, names))], [url])
+    found = ensemble_predictions([Classifier("x", Fixed(table), about(4, names))], [url])
     assert (found.classes, found.names) == (2, ("d", "b"))
     assert int((found.places == 0).sum()) == 30
     (tmp_path / "classes.json").write_text('["d", "e"]')
     with pytest.raises(IdentityError, match="classes: expected 4"):
-        seen([Member("x", Fixed(table), about(4, names))], [url])
+        ensemble_predictions([Classifier("x", Fixed(table), about(4, names))], [url])
 
 
 def test_members_of_other_classes_are_refused(world) -> None:
     url = world.shards[:1]
     table = torch.zeros(150, 4)
     with pytest.raises(UserError, match="second has 4 classes, first 3"):
-        seen(
-            [Member("first", Fixed(table[:, :3]), about(3)), Member("second", Fixed(table), about(4))],
+        ensemble_predictions(
+            [Classifier("first", Fixed(table[:, :3]), about(3)), Classifier("second", Fixed(table), about(4))],
             url,
             ensemble=True,
         )
     with pytest.raises(UserError, match="there is a label 2, small has classes 0 to 1"):
-        seen([Member("small", Fixed(table[:, :2]), about(2))], url)
+        ensemble_predictions([Classifier("small", Fixed(table[:, :2]), about(2))], url)
 
 
 def test_parts_by_training_images() -> None:
     labels = torch.tensor([0, 0, 1, 1, 2, 2])
     places = torch.tensor([0, 0, 0, 3, 5, 4])
-    told = figures(labels, places, 6, None, {0: 101, 1: 100, 2: 19, 3: 20})
+    told = class_metrics(labels, places, 6, None, {0: 101, 1: 100, 2: 19, 3: 20})
     assert (told["top1"], told["top5"], told["samples"]) == (50.0, 83.333, 6)
     assert [told[part]["top1"] for part in ("many", "medium", "few")] == [100.0, 50.0, 0.0]
     assert [told[part]["classes"] for part in ("many", "medium", "few")] == [1, 2, 3]
     assert [one["top1"] for one in told["classes"]] == [100.0, 50.0, 0.0]
     weighted = sum(told[part]["top1"] * told[part]["samples"] for part in ("many", "medium", "few")) / 6
     assert weighted == pytest.approx(told["top1"])
-    assert figures(labels, places, 6, None, {0: 101}, (0, 200))["many"]["top1"] is None
+    assert class_metrics(labels, places, 6, None, {0: 101}, (0, 200))["many"]["top1"] is None
 
 
 def test_several_sets_and_parts_through_the_command(world, trained, tell, tmp_path) -> None:

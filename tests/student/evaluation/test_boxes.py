@@ -21,17 +21,17 @@ from storage.shards.index import cached_index
 from storage.shards.tar import Sample
 from student.evaluation.localization.contours import contour_boxes, grey
 from student.evaluation.localization.dataset import boxed_images, boxes_in
-from student.evaluation.localization.localize import Looker, localise
+from student.evaluation.localization.localize import ClassAttention, localize
 from student.evaluation.localization.max_box_acc import (
     best_overlaps,
+    box_metrics,
     centred,
     found_boxes,
     max_box_acc,
     overlaps,
-    report,
     resized_boxes,
 )
-from student.models.files import load
+from student.models.files import load_student
 from tests.student.runs import run
 
 AROUND = [(-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1)]  # clockwise from above
@@ -186,7 +186,7 @@ def test_a_student_that_looks_everywhere_alike_finds_the_first_pixel(name, flat)
     else:  # all patches are the same
         model.pos_embed.data.zero_()
     pixels = torch.full((2, 3, 224, 224), 0.3)
-    for values in Looker(model, "x").maps(pixels):
+    for values in ClassAttention(model, "x").maps(pixels):
         level = grey(values)
         assert not level.any()
         truth = np.array([[0, 0, 9, 9]])
@@ -212,7 +212,7 @@ def test_the_centred_box_is_as_large_as_is_best() -> None:
 def test_means_are_rounded_once() -> None:
     """Of six images four are right at 0.3 and three at 0.5: 58.333, where the mean of 66.667 and 50 is 58.334."""
     best = np.repeat(np.array([0.8, 0.6, 0.6, 0.4, 0.1, 0.1])[:, None, None], 2, 1).repeat(255, 2)
-    told = report(best, [np.array([[0, 0, 9, 9]])] * 6)
+    told = box_metrics(best, [np.array([[0, 0, 9, 9]])] * 6)
     for kind in ("v1", "v2"):
         assert told[kind]["0.3"]["accuracy"] == 66.667
         assert told[kind]["means"] == {"0.3,0.5": 58.333, "0.3,0.5,0.7": 44.444}
@@ -287,8 +287,8 @@ def boxed(tmp_path: Path) -> str:
 
 
 def test_a_map_is_the_mean_of_what_the_class_token_attends_to(trained) -> None:
-    model, about = load(trained / "last.safetensors")
-    looker = Looker(model, "x")
+    model, about = load_student(trained / "last.safetensors")
+    looker = ClassAttention(model, "x")
     pixels = torch.randn(3, 3, about.img_size, about.img_size)
     rows = []
     for layer in attention_layers(model):
@@ -302,7 +302,7 @@ def test_a_map_is_the_mean_of_what_the_class_token_attends_to(trained) -> None:
 
 
 def test_a_student_that_pools_its_patches_is_read_on_each_grid() -> None:
-    looker = Looker(timm.create_model("pit_ti_224", num_classes=3).eval(), "x")
+    looker = ClassAttention(timm.create_model("pit_ti_224", num_classes=3).eval(), "x")
     assert looker.text == "mean of 60 class-row maps of 27x27 and 14x14 and 7x7"
     found = looker.maps(torch.rand(1, 3, 224, 224))
     assert found.shape == (1, 224, 224)
@@ -318,8 +318,8 @@ class Pointer:
 
 
 def test_who_looks_at_the_object_finds_it(trained, boxed) -> None:
-    _, about = load(trained / "last.safetensors")
-    told, shown = localise(Pointer(), about, [boxed], "exact", shown=True)  # type: ignore[arg-type]
+    _, about = load_student(trained / "last.safetensors")
+    told, shown = localize(Pointer(), about, [boxed], "exact", shown=True)  # type: ignore[arg-type]
     assert (told["samples"], told["without_box"]) == (20, 10)
     assert told["max_box_acc"] == told["max_box_acc_v2"] == 100.0
     assert told["v2"]["means"] == {"0.3,0.5": 100.0, "0.3,0.5,0.7": 100.0}
@@ -362,9 +362,9 @@ def test_a_student_without_a_class_token_is_told() -> None:
     small = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
     bare = timm.create_model("vit_tiny_patch16_224", global_pool="avg", class_token=False, **small).eval()
     with pytest.raises(UserError, match="x: the student has no class token"):
-        Looker(bare, "x")
+        ClassAttention(bare, "x")
     with pytest.raises(UserError, match="no attention rows"):
-        Looker(timm.create_model("resnet10t").eval(), "x")
+        ClassAttention(timm.create_model("resnet10t").eval(), "x")
 
 
 def test_real_boxes_are_those_of_the_source(shared) -> None:

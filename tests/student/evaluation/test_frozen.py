@@ -18,9 +18,9 @@ from storage.shards.pack import pack
 from storage.testing import synthetic_shards
 from student.evaluation.frozen.features import Features, class_feature, features_of, probe_feature
 from student.evaluation.frozen.knn import places, usable, votes
-from student.evaluation.frozen.label_subset import labelled, share_of
-from student.evaluation.frozen.linear_probe import heads, logits_of, try_rates
-from student.models.files import load
+from student.evaluation.frozen.label_subset import label_subset, share_of
+from student.evaluation.frozen.linear_probe import heads, logits_of, search_learning_rate
+from student.models.files import load_student
 from tests.student.runs import run
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 5, "num_heads": 3, "num_classes": 3}
@@ -138,14 +138,14 @@ def test_classifiers_side_by_side_are_those_alone_and_those_of_torchs_sgd() -> N
 
 def test_a_probe_finds_what_is_linear_and_takes_the_best_rate() -> None:
     features, asked = clusters(400, 3, noise=0.1), clusters(100, 3, seed=1, noise=0.1)
-    tried = try_rates(features, 3, (1e-9, 0.1), epochs=20)
+    tried = search_learning_rate(features, 3, (1e-9, 0.1), epochs=20)
     assert [one.lr for one in tried] == [0.1, 1e-9]
     head = heads(features, 3, [tried[0].lr], epochs=20)
     assert bool((logits_of(head, asked.values).argmax(1) == asked.labels).all())
-    diverged = try_rates(clusters(400, 3), 3, (3e38, 0.01), epochs=3)
+    diverged = search_learning_rate(clusters(400, 3), 3, (3e38, 0.01), epochs=3)
     assert diverged[0].lr == 0.01
     with pytest.raises(UserError, match="no class has two labelled samples"):
-        try_rates(Features(torch.eye(3), torch.arange(3)), 3)
+        search_learning_rate(Features(torch.eye(3), torch.arange(3)), 3)
 
 
 @pytest.mark.parametrize(("text", "share"), [("1%", 0.01), ("10 %", 0.1), ("0.1", 0.1), ("100%", 1.0)])
@@ -157,7 +157,7 @@ def test_parts_as_people_write_them(text, share) -> None:
 
 
 def test_a_part_is_balanced_the_one_that_pack_keeps_and_written_down(world, others, tmp_path) -> None:
-    mine = labelled(others, world.shards, 0.1, 5)
+    mine = label_subset(others, world.shards, 0.1, 5)
     labels = [label for *_, label in mine.rows]
     whole = [label for url in others for label in cached_index(url).labels]
     assert [labels.count(n) for n in range(3)] == [max(1, round(whole.count(n) / 10)) for n in range(3)]
@@ -169,18 +169,18 @@ def test_a_part_is_balanced_the_one_that_pack_keeps_and_written_down(world, othe
     with (tmp_path / "list.csv").open(newline="") as file:
         rows = list(csv.reader(file))
     assert rows == [["shard", "key", "label"], *[[shard, key, str(n)] for shard, key, n in mine.rows]]
-    assert labelled(others, world.shards, 0.1, 5).digest == mine.digest
-    assert labelled(others, world.shards, 0.1, 6).digest != mine.digest
+    assert label_subset(others, world.shards, 0.1, 5).digest == mine.digest
+    assert label_subset(others, world.shards, 0.1, 6).digest != mine.digest
 
 
 def test_what_is_evaluated_is_not_learned_from(world, others) -> None:
     first, second = world.shards
-    mine = labelled([first, *others], [second], 1.0)
+    mine = label_subset([first, *others], [second], 1.0)
     assert mine.left_out == 0
-    again = labelled([first, *others], [first])
+    again = label_subset([first, *others], [first])
     assert (again.left_out, len(again.rows)) == (150, 180)
     with pytest.raises(UserError, match="nothing is left to learn from"):
-        labelled([first], [second, first])
+        label_subset([first], [second, first])
 
 
 def test_both_protocols_through_the_command(world, others, trained, tell, tmp_path) -> None:
@@ -188,7 +188,7 @@ def test_both_protocols_through_the_command(world, others, trained, tell, tmp_pa
     near, _ = tell(*words, "knn")
     assert set(near["knn"]) == {"10", "20", "50"}
     assert near["samples"] == near["train"]["samples"] == 90
-    model, about = load(trained / "last.safetensors")
+    model, about = load_student(trained / "last.safetensors")
     bank, asked = (features_of(model, about, [url], class_feature) for url in others)
     right = 100 * float((places(bank, asked, [20], 3)[20] == 0).float().mean())
     assert near["knn"]["20"]["top1"] == pytest.approx(right, abs=0.01)

@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from precompute.taps import prefix_roles
 from storage.errors import UserError
-from student.alignment.student_taps import Seen
+from student.alignment.student_taps import StudentTaps
 from student.evaluation.frozen.features import features_of
 from student.evaluation.frozen.knn import places
 from student.evaluation.frozen.projector_features import projected, reading
 from student.losses import projector_alignment
 from student.losses.parts.projector import projector
-from student.models.files import load
+from student.models.files import load_student
 from tests.conftest import World
 from tests.student.copying import asked
 from tests.student.runs import run
@@ -66,7 +66,7 @@ def test_k_nn_and_probe_through_the_command(world, trained, capsys):
     found = {n: asked(capsys, *words, "--protocol", "knn", "--projected", n) for n in range(5)}
     assert found[0] == asked(capsys, *words, "--protocol", "knn")
     assert [found[n]["width"] for n in range(5)] == [WIDTH, 2 * WIDTH, WIDTH, 2 * WIDTH, THEIRS]
-    model, about = load(trained / "last.safetensors")
+    model, about = load_student(trained / "last.safetensors")
     through = projected(trained / "last.safetensors", 3)
     bank, others = (
         features_of(model, about, [url], lambda network, pixels: through(network.forward_features(pixels)[:, 0]))
@@ -87,8 +87,8 @@ def test_k_nn_and_probe_through_the_command(world, trained, capsys):
 def test_the_class_token_is_projected_whatever_is_pooled(world, tmp_path):
     """What training gave the projector, for a student whose other features are the mean of its patches."""
     run(world, tmp_path / "run", "simreg", "optim.epochs=1", "student.global_pool=avg", val=[])
-    model, _ = load(tmp_path / "run" / "last.safetensors")
-    seen = Seen(model, {"tokens"})
+    model, _ = load_student(tmp_path / "run" / "last.safetensors")
+    seen = StudentTaps(model, {"tokens"})
     read, text = reading(tmp_path / "run" / "last.safetensors", model, 4)
     pixels = torch.randn(3, 3, 32, 32)
     found = read(model, pixels)

@@ -19,13 +19,13 @@ from precompute.taps import Tap, attention_rows
 from storage.store.store import Store
 from storage.testing import synthetic_shards
 from storage.views.policy import policy
-from student.alignment.student_spec import Shape
-from student.alignment.student_taps import Seen
+from student.alignment.student_spec import StudentSpec
+from student.alignment.student_taps import StudentTaps
 from student.evaluation.similarity.compare import _chosen, _rows, _vectors
 from student.evaluation.similarity.metrics import divergence, paired
-from student.evaluation.similarity.teacher_targets import Reference
-from student.models.files import load
-from student.targets.stored_target import Given
+from student.evaluation.similarity.teacher_targets import TeacherTargets
+from student.models.files import load_student
+from student.targets.stored_target import StoredTarget
 from tests.conftest import World, run_precompute, teacher_of
 from tests.student.copying import SAME, VALIDATION, asked
 from tests.student.evaluation.test_likeness import aligned
@@ -92,8 +92,8 @@ def by_hand(world: World, trained: Path) -> dict[str, Any]:
     """Attention and streams of both networks, by running both."""
     from student.evaluation.batches import evaluation_batches
 
-    model, about = load(trained / "last.safetensors")
-    seen = Seen(model, {"attention", "streams", "tokens"})
+    model, about = load_student(trained / "last.safetensors")
+    seen = StudentTaps(model, {"attention", "streams", "tokens"})
     taps = [Tap("attention", (1, 2, 3)), Tap("tokens", (1, 2, 3)), Tap("tokens")]
     teacher = live_teacher(teacher_of(world.weights, "vit"), taps, 32)
     names = ("attention", "streams", "final")
@@ -153,8 +153,8 @@ def test_a_coarser_teacher_is_brought_to_the_student_s_grid(world, trained, plac
 def test_attention_of_a_student_on_the_teacher_s_grid(world, place, by_hand, tmp_path, capsys):
     """Divergence of all heads with all others, of maps, of q and k alike; of class rows alone too."""
     run(world, tmp_path / "run", "scratch", *SAME, "student.num_heads=6", "optim.epochs=1", "student.global_pool=token")
-    model, about = load(tmp_path / "run" / "last.safetensors")
-    seen = Seen(model, {"attention"})
+    model, about = load_student(tmp_path / "run" / "last.safetensors")
+    seen = StudentTaps(model, {"attention"})
     from student.evaluation.batches import evaluation_batches
 
     matrix, count = torch.zeros(3, 6, 3), 0
@@ -230,19 +230,19 @@ def test_of_a_copying_student_the_copied_maps_are_left_out_and_its_streams_are_c
 
 def given(
     tap: str, layers: list[int] | None, depth: int, shape: list[int], prefix: tuple[str, ...] = ("class",)
-) -> Given:
+) -> StoredTarget:
     manifest = {"id": f"t-{tap}", "identity": {"tap": tap, "layers": layers}, "sample_shape": shape}
-    return Given(manifest, {"id": "t", "layers": depth, "prefix": list(prefix)})
+    return StoredTarget(manifest, {"id": "t", "layers": depth, "prefix": list(prefix)})
 
 
 def test_attention_and_tokens_meet_by_the_layers_that_each_target_knows_of():
     """A ready graph says how many tensors it has of each tap, and these may differ."""
-    student = Shape(12, 3, 4, ("class",), width=6)
+    student = StudentSpec(12, 3, 4, ("class",), width=6)
     attention, tokens = (
         given("attention", [1, 2, 3, 4], 4, [4, 3, 17, 17]),
         given("tokens", [*range(1, 13)], 12, [12, 17, 6]),
     )
-    reference = Reference(SimpleNamespace(url="S"), "t", (attention,), (tokens,))
+    reference = TeacherTargets(SimpleNamespace(url="S"), "t", (attention,), (tokens,))
     rows, heads = _rows(student, reference, [])
     assert heads == (3, 3)
     assert rows.pairs[:3] == [(1, 1), (2, 1), (3, 1)]
@@ -251,8 +251,8 @@ def test_attention_and_tokens_meet_by_the_layers_that_each_target_knows_of():
 
 
 def test_class_tokens_are_found_among_tokens_that_the_teacher_has_not():
-    student = Shape(2, 3, 4, ("register", "class"), width=6)
-    reference = Reference(SimpleNamespace(url="S"), "t", (), (given("tokens", [1, 2], 2, [2, 17, 6]),))
+    student = StudentSpec(2, 3, 4, ("register", "class"), width=6)
+    reference = TeacherTargets(SimpleNamespace(url="S"), "t", (), (given("tokens", [1, 2], 2, [2, 17, 6]),))
     vectors = _vectors(student, reference, "class")
     tokens = torch.arange(18.0).view(1, 18, 1).expand(2, 18, 6)
     kept = vectors.student_vectors([tokens, tokens])[:, 0]

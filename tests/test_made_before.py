@@ -1,0 +1,76 @@
+"""A store and runs that were made before the code was laid out anew are read, checked and resumed as before."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import HANGS
+
+ROOT = Path(__file__).parents[1]
+CNN = [
+    "--teacher", "resnet10t", "--as", "cnn", "--weights", "cnn.safetensors", "--teacher-arg", "channels=[8,12,16,24]",
+    "--teacher-arg", "stem_width=8", "--teacher-arg", "num_classes=3", "--input-size", "64", "--mean", "0.5",
+    "--std", "0.5", "--view-policy", "light", "--view-size", "32", "--view-count", "2",
+    "--target", "activations,grid=8,codec=u8", "--target", "logits,codec=topk2",
+]  # fmt: skip
+RUN = [
+    "--recipe", "aal", "--val", "shard-000000.tar", "--out", "cut", "--resume", "--set", "checkpoint_interval=1",
+    "--set", "student.model=vit_tiny_patch16_224", "--set", "student.img_size=32", "--set", "student.patch_size=4",
+    "--set", "student.embed_dim=12", "--set", "student.depth=1", "--set", "student.num_heads=2",
+    "--set", "stream.batch_size=8", "--set", "optim.epochs=2", "--set", "optim.warmup_epochs=0", "--set", "ema=0.9",
+]  # fmt: skip
+STORE = ["--shards", "shard-000000.tar", "--store", "store"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("before")
+    with tarfile.open(ROOT / "tests" / "data" / "made_before_layout.tar.gz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "made_before_layout"
+
+
+def answer(made: Path, *words: str) -> dict[str, Any]:
+    """What a command gives as JSON."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", *words, "--json"], cwd=made, capture_output=True, text=True, timeout=HANGS,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_every_object_of_the_store_is_whole(made: Path) -> None:
+    found = answer(made, "verify", *STORE)
+    assert found["failures"] == []
+    assert found["targets_compared"]
+
+
+def test_its_targets_are_those_that_the_same_command_asks_for(made: Path) -> None:
+    before = {path: path.read_bytes() for path in sorted((made / "store").rglob("*")) if path.is_file()}
+    assert answer(made, "precompute", *CNN, *STORE)["written"] == 0
+    assert {path: path.read_bytes() for path in sorted((made / "store").rglob("*")) if path.is_file()} == before
+
+
+def test_its_student_has_the_accuracy_that_it_had(made: Path) -> None:
+    then = json.loads((made / "whole" / "result.json").read_text())
+    assert answer(made, "evaluate", "whole", "--shards", "shard-000000.tar")["top1"] == then["top1"]
+
+
+def test_a_run_that_was_killed_goes_on_to_the_weights_of_the_other(made: Path) -> None:
+    answer(made, "train", *RUN, *STORE)
+    for name in ("last", "ema", "losses"):
+        ours, theirs = (load_file(made / run / f"{name}.safetensors") for run in ("cut", "whole"))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.allclose(ours[key], theirs[key], atol=1e-5) for key in ours), name
