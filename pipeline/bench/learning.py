@@ -51,10 +51,10 @@ class _Epochs:
     def __init__(self, world: World, store: Store, shards: list[str], recipe: Recipe, teacher: Teacher | None) -> None:
         job = TrainConfig(recipe, shards, shards, world.folder / "unused", store, world.device)
         parts = build_run(job, world.quiet, None)
-        self.lesson, self.stream = parts.lesson.train(), parts.stream
-        optimizer, _ = build_optimizer(recipe, self.lesson, self.stream.order.steps)
+        self.distiller, self.stream = parts.distiller.train(), parts.stream
+        optimizer, _ = build_optimizer(recipe, self.distiller, self.stream.order.steps)
         self.device = torch.device(world.device)
-        self.update = Update(recipe, self.lesson, optimizer, None, self.device, False)
+        self.update = Update(recipe, self.distiller, optimizer, None, self.device, False)
         self.epoch = -1
         self.live = {}
         if teacher is not None:
@@ -79,7 +79,7 @@ class _Epochs:
 
     def _taught(self, batch: Batch) -> Batch:
         """The batch with what the live teachers say of it, in the student's precision."""
-        precision = self.lesson.precision
+        precision = self.distiller.precision
         pieces = torch.split(batch.images, PIECE if self.device.type == "cpu" else len(batch.images))
         with torch.no_grad(), torch.autocast(self.device.type, precision, enabled=precision is not None):
             now = {t: torch.cat([teacher(piece)[0].float() for piece in pieces]) for t, teacher in self.live.items()}
@@ -117,7 +117,7 @@ def steps(world: World, cases: list[str], turns: int, live: bool, progress: Prog
             how = f"{choice.amp.replace('none', 'float32')}, {choice.attention} attention"
             progress.say(f"training, {case}, {how}")
             for one in made.values():
-                apply(one.lesson, choice.amp, choice.attention)
+                apply(one.distiller, choice.amp, choice.attention)
             found = interleaved({name: one for name, one in made.items() if name in recipes}, turns)
             beside = interleaved({name: one for name, one in made.items() if name != PLAIN}, LIVE_TURNS) if live else {}
             rows += _rows(f"{case}; {how}", found, beside)

@@ -1,4 +1,4 @@
-"""A lesson: the losses of a recipe, aligned with one student and the targets of one store, as one module.
+"""The distiller: the losses of a recipe, aligned with one student and the targets of one store, as one module.
 
 It is what turns a batch of the stream into the number that is minimised: total = Σ weight(epoch) · loss.
 """

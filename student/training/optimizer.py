@@ -17,7 +17,7 @@ def peak_learning_rate(recipe: Recipe) -> float:
     return settings.lr or settings.lr_base * recipe.stream.batch_size / settings.lr_base_size
 
 
-def build_optimizer(recipe: Recipe, lesson: Distiller, steps: int) -> tuple[torch.optim.Optimizer, Any]:
+def build_optimizer(recipe: Recipe, distiller: Distiller, steps: int) -> tuple[torch.optim.Optimizer, Any]:
     """timm's optimiser over what is not frozen, and its schedule by updates.
 
     With `layer_decay` the rate of each of the student's layers is `layer_decay` times that of the next one; the losses'
@@ -25,7 +25,7 @@ def build_optimizer(recipe: Recipe, lesson: Distiller, steps: int) -> tuple[torc
 
     Args:
         recipe: what is wanted.
-        lesson: with the student and the losses' parameters.
+        distiller: with the student and the losses' parameters.
         steps: updates in an epoch.
 
     Raises:
@@ -38,7 +38,7 @@ def build_optimizer(recipe: Recipe, lesson: Distiller, steps: int) -> tuple[torc
     more = {} if settings.betas is None else {"betas": settings.betas}
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
-            _groups(recipe, lesson),
+            _groups(recipe, distiller),
             opt=settings.opt,
             lr=peak_learning_rate(recipe),
             weight_decay=settings.weight_decay,
@@ -57,16 +57,18 @@ def build_optimizer(recipe: Recipe, lesson: Distiller, steps: int) -> tuple[torc
     return optimizer, scheduler
 
 
-def _groups(recipe: Recipe, lesson: Distiller) -> list[dict[str, Any]]:
+def _groups(recipe: Recipe, distiller: Distiller) -> list[dict[str, Any]]:
     from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
     decay, scale = recipe.optim.weight_decay, recipe.optim.layer_decay
-    exempt = set(getattr(lesson.student, "no_weight_decay", set)())
+    exempt = set(getattr(distiller.student, "no_weight_decay", set)())
     if scale is None:
-        groups: list[dict[str, Any]] = param_groups_weight_decay(lesson, decay, {f"student.{name}" for name in exempt})
+        groups: list[dict[str, Any]] = param_groups_weight_decay(
+            distiller, decay, {f"student.{name}" for name in exempt}
+        )
         return groups
-    layers = param_groups_layer_decay(lesson.student, decay, exempt, layer_decay=scale)
-    own = param_groups_weight_decay(lesson.losses, decay)
+    layers = param_groups_layer_decay(distiller.student, decay, exempt, layer_decay=scale)
+    own = param_groups_weight_decay(distiller.losses, decay)
     return [*layers, *({**group, "lr_scale": 1.0} for group in own)]
 
 

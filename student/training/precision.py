@@ -55,16 +55,16 @@ def check(settings: schema.PrecisionConfig, device: torch.device) -> None:
         )
 
 
-def apply(lesson: Distiller, amp: str, attention: str) -> None:
+def apply(distiller: Distiller, amp: str, attention: str) -> None:
     """Compute the student in this way from now on."""
-    lesson.precision = _TYPES[amp]
-    for module in attention_modules(lesson.student):
+    distiller.precision = _TYPES[amp]
+    for module in attention_modules(distiller.student):
         module.fused_attn = attention == "fused"  # type: ignore[assignment]
 
 
-def compile_student(lesson: Distiller) -> None:
+def compile_student(distiller: Distiller) -> None:
     """Compile the student in place; names in its state dict stay as they are."""
-    lesson.student.compile(backend=BACKEND)
+    distiller.student.compile(backend=BACKEND)
 
 
 def choose(

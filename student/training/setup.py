@@ -1,4 +1,4 @@
-"""What a training run is made of, found and checked before anything is spent: classes, student, stream and lesson."""
+"""What a training run is made of, found and checked before anything is spent: classes, student, stream, distiller."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class TrainingRun:
     Attributes:
         stream: the batches.
         given: loss, or `copying`, -> what the store gives it.
-        lesson: student and losses, on the device.
+        distiller: student and losses, on the device.
         average: the averaged student, or None.
         still: modules with frozen running statistics.
         val_urls: the validation shards that students are scored on; empty where no score can be taken.
@@ -75,7 +75,7 @@ class TrainingRun:
 
     stream: Stream
     given: dict[str, tuple[StoredTarget, ...]]
-    lesson: Distiller
+    distiller: Distiller
     average: Any
     still: list[nn.Module]
     val_urls: list[str]
@@ -111,16 +111,16 @@ def build_run(job: TrainConfig, progress: Progress, found: dict[str, Any] | None
     size = input_size(model, recipe.student)
     average = _average(recipe, model).to(job.device) if recipe.ema else None  # before hooks are on the student
     stream, given = _stream(job, urls, model, size, count, progress, found["identity"]["views"] if found else None)
-    lesson = Distiller(recipe, model, given, mean, std, classes)
-    if lesson.rows:
-        progress.say(alignment_table(lesson.rows))
-    _control(recipe, stream, lesson, progress)
+    distiller = Distiller(recipe, model, given, mean, std, classes)
+    if distiller.rows:
+        progress.say(alignment_table(distiller.rows))
+    _control(recipe, stream, distiller, progress)
     if found is None:
-        _average_examples(stream, lesson, progress)
-    lesson.to(job.device)
+        _average_examples(stream, distiller, progress)
+    distiller.to(job.device)
     source = stream.source
     tell_of_shared(source.shards, val_urls, progress.say)
-    copied = _copies(job, given, stream, lesson, average, scored, progress) if lesson.copier else None
+    copied = _copies(job, given, stream, distiller, average, scored, progress) if distiller.copier else None
     description = StudentDescription(
         recipe.student.model, arguments, size, mean, std, classes,
         source.policy.evaluation.line, recipe.student.shifted_patches, copied,
@@ -128,12 +128,12 @@ def build_run(job: TrainConfig, progress: Progress, found: dict[str, Any] | None
     identity = {
         "shards": list(source.shards), "validation shards": [cached_index(url).id for url in val_urls],
         "classes": list(classes) if classes else count, "bank": source.bank, "policy": source.policy.line,
-        "targets": {name: list(ids) for name, ids in lesson.targets.items()}, "views": stream.views,
+        "targets": {name: list(ids) for name, ids in distiller.targets.items()}, "views": stream.views,
         "control": recipe.control.model_dump(exclude_defaults=True), "mean": list(mean), "std": list(std),
     }  # fmt: skip
-    if chosen := {name: loss.chosen for name, loss in lesson.losses.items() if getattr(loss, "chosen", None)}:
+    if chosen := {name: loss.chosen for name, loss in distiller.losses.items() if getattr(loss, "chosen", None)}:
         identity["links"] = chosen  # taken from another run, whose folder may change
-    return TrainingRun(stream, given, lesson, average, still, scored, description, identity)
+    return TrainingRun(stream, given, distiller, average, still, scored, description, identity)
 
 
 def _scored(val_urls: list[str], recipe: Recipe, classes: int, progress: Progress) -> list[str]:
@@ -217,37 +217,37 @@ def _stream(
     return stream, given
 
 
-def _control(recipe: Recipe, stream: Stream, lesson: Distiller, progress: Progress) -> None:
+def _control(recipe: Recipe, stream: Stream, distiller: Distiller, progress: Progress) -> None:
     """Targets that cannot know the image, where the recipe asks for a control."""
     control = recipe.control
     if control.permute_targets is None and not control.mean_targets:
         return
-    if not lesson.targets:
+    if not distiller.targets:
         raise UserError("control speaks of stored targets, and this recipe's losses read none")
     if control.mean_targets:
-        lesson.means = mean_targets(stream, progress)
+        distiller.means = mean_targets(stream, progress)
         progress.say("control: every image gets the mean target of the training set")
     else:
         progress.say(f"control: targets of other images of the same block, permuted by seed {control.permute_targets}")
 
 
-def _average_examples(stream: Stream, lesson: Distiller, progress: Progress) -> None:
+def _average_examples(stream: Stream, distiller: Distiller, progress: Progress) -> None:
     """Mean maps over the training set, where they stand for those of all images; a checkpoint brings them back."""
-    parts: dict[str, Any] = {name: getattr(method, "rows", None) for name, method in lesson.losses.items()}
-    if lesson.copier:
-        parts[ATTENTION_COPY] = lesson.copier.meets
+    parts: dict[str, Any] = {name: getattr(method, "rows", None) for name, method in distiller.losses.items()}
+    if distiller.copier:
+        parts[ATTENTION_COPY] = distiller.copier.meets
     rows = {
         name: part for name, part in parts.items() if isinstance(part, AttentionAligner) and part.average == "examples"
     }
     if rows:
-        fill_means({name: (part, lesson.targets[name]) for name, part in rows.items()}, stream, progress)
+        fill_means({name: (part, distiller.targets[name]) for name, part in rows.items()}, stream, progress)
 
 
 def _copies(
     job: TrainConfig,
     given: dict[str, tuple[StoredTarget, ...]],
     stream: Stream,
-    lesson: Distiller,
+    distiller: Distiller,
     average: Any,
     scored: list[str],
     progress: Progress,
@@ -257,15 +257,15 @@ def _copies(
     Raises:
         UserError: the store has none of the validation images.
     """
-    recipe, copier, store = job.recipe, lesson.copier, job.store
+    recipe, copier, store = job.recipe, distiller.copier, job.store
     assert copier is not None
     assert recipe.copying is not None
     assert store is not None
     copies, several, permute = copier.copies, given[ATTENTION_COPY], recipe.control.permute_targets
     if average is not None:
         copies.attach(average.module)
-    if lesson.means:
-        copies.fixed = copier.copied([lesson.means[one.id][None].to(job.device) for one in several])
+    if distiller.means:
+        copies.fixed = copier.copied([distiller.means[one.id][None].to(job.device) for one in several])
     elif recipe.copying.average == "examples":
         copies.fixed = {"map": copier.meets.get_buffer("mean")[None]}
     elif scored:

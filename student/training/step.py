@@ -19,43 +19,43 @@ from student.training.distiller import Distiller
 
 
 class _Whole(nn.Module):
-    """A lesson's total as one forward pass, so that DistributedDataParallel sees exactly the graph that is trained."""
+    """The total as one forward pass, so that DistributedDataParallel sees exactly the graph that is trained."""
 
-    def __init__(self, lesson: Distiller) -> None:
+    def __init__(self, distiller: Distiller) -> None:
         super().__init__()
-        self.lesson = lesson
+        self.distiller = distiller
 
     def forward(self, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """What is minimised, and each loss without its gradient."""
-        _, values = self.lesson(batch)
-        return self.lesson.total(values, epoch), {name: value.detach() for name, value in values.items()}
+        _, values = self.distiller(batch)
+        return self.distiller.total(values, epoch), {name: value.detach() for name, value in values.items()}
 
 
 class Update:
-    """Makes updates of a lesson's parameters.
+    """Makes updates of a distiller's parameters.
 
     Args:
         recipe: with `optim.accumulate` and `optim.clip_grad`.
-        lesson: on its device.
+        distiller: on its device.
         optimizer: of its parameters.
         average: timm's average of the student, or None.
-        device: of the lesson.
+        device: of the distiller.
         scaled: whether gradients are scaled, as float16 needs.
     """
 
     def __init__(
         self,
         recipe: Recipe,
-        lesson: Distiller,
+        distiller: Distiller,
         optimizer: torch.optim.Optimizer,
         average: Any,
         device: torch.device,
         scaled: bool,
     ) -> None:
-        self.settings, self.lesson, self.optimizer, self.average = recipe.optim, lesson, optimizer, average
+        self.settings, self.distiller, self.optimizer, self.average = recipe.optim, distiller, optimizer, average
         self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
         self.lanes = recipe.stream.lanes or default_lanes(recipe.stream.batch_size)
-        self.whole: nn.Module = _Whole(lesson)
+        self.whole: nn.Module = _Whole(distiller)
         if world_size() > 1:
             devices = [device] if device.type == "cuda" else None
             self.whole = DistributedDataParallel(self.whole, device_ids=devices, find_unused_parameters=True)
@@ -82,24 +82,24 @@ class Update:
                         "rate, --set optim.lr=X, or cap the gradients, --set optim.clip_grad=1"
                     )
                 self.scaler.scale(loss / len(pieces)).backward()
-            offered.append([queue.offered for queue in self.lesson.queues])
+            offered.append([queue.offered for queue in self.distiller.queues])
             for name, value in numbers.items():
                 sums[name] = sums.get(name, 0.0) + value / len(pieces)
         if self.settings.clip_grad:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.lesson.parameters(), self.settings.clip_grad)
+            nn.utils.clip_grad_norm_(self.distiller.parameters(), self.settings.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        for number, queue in enumerate(self.lesson.queues):
+        for number, queue in enumerate(self.distiller.queues):
             queue.push([vectors[number] for vectors in offered], self.lanes)
         if self.average is not None:
-            self.average.update(self.lesson.student)
+            self.average.update(self.distiller.student)
         return sums
 
     def _numbers(self, loss: Tensor, values: dict[str, Tensor]) -> dict[str, float]:
         """All that is logged of a step, fetched from the device at once."""
         named = {"loss": loss.detach(), **{f"losses/{name}": value for name, value in values.items()}}
-        named |= {f"notes/{name}": value.detach() for name, value in self.lesson.notes.items()}
+        named |= {f"notes/{name}": value.detach() for name, value in self.distiller.notes.items()}
         return dict(zip(named, torch.stack([value.float() for value in named.values()]).tolist(), strict=True))
 
 

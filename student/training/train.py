@@ -122,8 +122,8 @@ class Trainer:
     def __init__(self, job: TrainConfig, parts: TrainingRun, progress: Progress) -> None:
         self.job, self.parts, self.progress = job, parts, progress
         self.recipe, self.device = job.recipe, torch.device(job.device)
-        self.lesson, self.stream, self.average = parts.lesson, parts.stream, parts.average
-        self.optimizer, self.scheduler = build_optimizer(self.recipe, self.lesson, self.stream.order.steps)
+        self.distiller, self.stream, self.average = parts.distiller, parts.stream, parts.average
+        self.optimizer, self.scheduler = build_optimizer(self.recipe, self.distiller, self.stream.order.steps)
         self.place = TrainState()
         self.choice: (
             precision.PrecisionChoice
@@ -156,10 +156,10 @@ class Trainer:
         """Everything as it was when the checkpoint was written."""
         path = self.job.out / run_dir.CHECKPOINT
         try:
-            self.lesson.student.load_state_dict(found["student"])
-            self.lesson.losses.load_state_dict(found["losses"])
-            if self.lesson.copier is not None:
-                self.lesson.copier.load_state_dict(found["copying"])
+            self.distiller.student.load_state_dict(found["student"])
+            self.distiller.losses.load_state_dict(found["losses"])
+            if self.distiller.copier is not None:
+                self.distiller.copier.load_state_dict(found["copying"])
             self.optimizer.load_state_dict(found["optimizer"])
             if self.average is not None:
                 self.average.module.load_state_dict(found["average"])
@@ -192,18 +192,18 @@ class Trainer:
         precision.check(self.recipe.speed.model_copy(update={"amp": choice.amp}), self.device)
         for line in precision.lines(choice, self.device):
             self.progress.say(line)
-        precision.apply(self.lesson, choice.amp, choice.attention)
+        precision.apply(self.distiller, choice.amp, choice.attention)
         if self.recipe.speed.compile:
-            precision.compile_student(self.lesson)
+            precision.compile_student(self.distiller)
         self.choice = choice
         scaled = choice.amp == "float16"
-        self.update = Update(self.recipe, self.lesson, self.optimizer, self.average, self.device, scaled)
+        self.update = Update(self.recipe, self.distiller, self.optimizer, self.average, self.device, scaled)
 
     # ------------------------------------------------------------------------------------------ training
 
     def train(self) -> None:
         """The epochs that are left."""
-        count = sum(p.numel() for p in self.lesson.student.parameters())
+        count = sum(p.numel() for p in self.distiller.student.parameters())
         order, shared_by = self.stream.order, f" on each of {world_size()} ranks" if world_size() > 1 else ""
         self.progress.say(
             f"{count:,} parameters, {order.samples:,} samples, {order.steps} steps of {order.batch} an epoch, "
@@ -225,7 +225,7 @@ class Trainer:
 
     def _epoch(self, epoch: int) -> None:
         """The steps of an epoch that are left."""
-        self.lesson.train()
+        self.distiller.train()
         for module in self.parts.still:
             module.eval()
         interval = self.recipe.checkpoint_interval
@@ -249,15 +249,15 @@ class Trainer:
 
     def _end_of_epoch(self, epoch: int) -> None:
         """Its line in the log, evaluation, weights and checkpoint."""
-        student, about, out, scores = self.lesson.student, self.parts.description, self.job.out, self.place.scores
-        broadcast_buffers(self.lesson)
+        student, about, out, scores = self.distiller.student, self.parts.description, self.job.out, self.place.scores
+        broadcast_buffers(self.distiller)
         if self.average is not None:
             broadcast_buffers(self.average.module)
         sums = all_reduce_mean(self.place.sums, self.device)
         numbers = {name: total / self.steps for name, total in sums.items() if name != "loss"}
         record = {
             "epoch": epoch, "lr": learning_rate(self.optimizer), **_sorted(numbers),
-            "weights": {name: s.weight.at(epoch) for name, s in self.lesson.settings.items()},
+            "weights": {name: s.weight.at(epoch) for name, s in self.distiller.settings.items()},
         }  # fmt: skip
         text = ", ".join(f"{name.partition('/')[2]} {value:.4g}" for name, value in numbers.items())
         students = {"last": student, **({"ema": self.average.module} if self.average is not None else {})}
@@ -306,10 +306,10 @@ class Trainer:
             "recipe": self.recipe.model_dump(mode="json"), "identity": self.parts.identity,
             "speed": self.choice.plain(), **asdict(self.place), "sums": sums,
             "seconds": time.monotonic() - self.began, "log_bytes": self.log.sync(),
-            "student": self.lesson.student.state_dict(), "losses": self.lesson.losses.state_dict(),
+            "student": self.distiller.student.state_dict(), "losses": self.distiller.losses.state_dict(),
             "optimizer": self.optimizer.state_dict(), "scaler": self.update.scaler.state_dict(),
             "average": self.average.module.state_dict() if self.average is not None else None, "rng": states,
-            "copying": self.lesson.copier.state_dict() if self.lesson.copier is not None else None,
+            "copying": self.distiller.copier.state_dict() if self.distiller.copier is not None else None,
         }  # fmt: skip
         checkpoint.write(self.job.out / run_dir.CHECKPOINT, content)
 
@@ -329,9 +329,11 @@ class Trainer:
             "speed": self.choice.plain(), "seconds": seconds, "smoke": self.job.smoke,
         }  # fmt: skip
         if rank() == 0:
-            extra = self.lesson.learned()
+            extra = self.distiller.learned()
             if extra:
-                notes = {n: json.dumps(loss.about) for n, loss in self.lesson.losses.items() if hasattr(loss, "about")}
+                notes = {
+                    n: json.dumps(loss.about) for n, loss in self.distiller.losses.items() if hasattr(loss, "about")
+                }
                 save_state(out / run_dir.LOSSES, extra, {"format": "pt", **notes})
             if self.job.smoke:
                 checkpoint.read(out / run_dir.CHECKPOINT)

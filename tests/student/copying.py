@@ -37,7 +37,7 @@ def recipe_of(copying: dict[str, Any], **more: Any) -> schema.Recipe:
 BANK = {"stream": {"batch_size": 32, "bank": {"policy": "deit"}}}
 
 
-def lesson_of(
+def distiller_of(
     world: World, place: Path, copying: dict[str, Any], *, teachers: bool = False, **more: Any
 ) -> tuple[Distiller, Stream]:
     """A student that copies, with new weights or with the teacher's, and batches for it."""
@@ -48,14 +48,14 @@ def lesson_of(
         model.load_state_dict(read_weights(world.weights["vit"]))
     store = Store.open(place)
     bank, given = find_targets(store, store.shard_ids(), recipe, model)
-    lesson = Distiller(recipe, model, given, (0.5,) * 3, (0.5,) * 3)
+    distiller = Distiller(recipe, model, given, (0.5,) * 3, (0.5,) * 3)
     ids = list(dict.fromkeys(one.id for several in given.values() for one in several))
-    return lesson, Stream(world.shards, batch=32, store=store, targets=ids, bank=bank)
+    return distiller, Stream(world.shards, batch=32, store=store, targets=ids, bank=bank)
 
 
-def logits_of(lesson: Distiller, stream: Stream) -> torch.Tensor:
+def logits_of(distiller: Distiller, stream: Stream) -> torch.Tensor:
     with torch.no_grad():
-        return lesson.eval()(next(stream.epoch(0)))[0]
+        return distiller.eval()(next(stream.epoch(0)))[0]
 
 
 def asked(capsys: Any, *words: Any, status: int = 0) -> Any:

@@ -97,15 +97,15 @@ def test_every_image_gets_the_mean(world, target):
     )
     model, _ = build(recipe.student, 3)
     store = Store.open(world.store)
-    lesson = Distiller(recipe, model, {"aal": (stored_target(store, target),)}, (0.5,) * 3, (0.5,) * 3)
+    distiller = Distiller(recipe, model, {"aal": (stored_target(store, target),)}, (0.5,) * 3, (0.5,) * 3)
     seen = []
-    lesson.losses["aal"].register_forward_pre_hook(lambda module, args: seen.append(args[0].targets[0]))
+    distiller.losses["aal"].register_forward_pre_hook(lambda module, args: seen.append(args[0].targets[0]))
     made = stream(world, target)
-    lesson.means = mean_targets(made, Quiet())
+    distiller.means = mean_targets(made, Quiet())
     batch = next(iter(made.epoch(0)))
-    lesson(batch)
+    distiller(batch)
     assert seen[0].shape == batch.target(target).shape
-    assert torch.equal(seen[0][3], lesson.means[target])
+    assert torch.equal(seen[0][3], distiller.means[target])
 
 
 @pytest.mark.parametrize("control", ["permute_targets=3", "mean_targets=true"])

@@ -35,7 +35,7 @@ from tests.student.copying import (
     TAPS,
     VALIDATION,
     asked,
-    lesson_of,
+    distiller_of,
     logits_of,
     recipe_of,
     synthetic_png,
@@ -61,20 +61,20 @@ def place(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("what", TAPS)
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_student_that_is_its_teacher_says_the_same_when_it_copies(world, place, what, fused):
-    lesson, stream = lesson_of(world, place, {"what": what}, teachers=True)
-    precision.apply(lesson, "none", "fused" if fused else "unfused")
+    distiller, stream = distiller_of(world, place, {"what": what}, teachers=True)
+    precision.apply(distiller, "none", "fused" if fused else "unfused")
     batch = next(stream.epoch(0))
     assert (batch.shares > 0).any(), "mixed views"
     plain, _ = build(recipe_of({}).student, 3)
     plain.load_state_dict(read_weights(world.weights["vit"]))
     with torch.no_grad():
-        copied, _ = lesson.eval()(batch)
+        copied, _ = distiller.eval()(batch)
         expected = plain.eval()(batch.pixels((0.5,) * 3, (0.5,) * 3))
     assert torch.allclose(copied, expected, atol=2e-5)
 
 
 def test_what_is_copied_matters_and_q_with_k_is_the_map(world, place):
-    found = {what: logits_of(*lesson_of(world, place, {"what": what})) for what in TAPS}
+    found = {what: logits_of(*distiller_of(world, place, {"what": what})) for what in TAPS}
     for name, other in itertools.combinations(("map", "q", "k", "v"), 2):
         assert not torch.allclose(found[name], found[other], atol=1e-4)
     assert torch.allclose(found["qk"], found["map"], atol=1e-5)
@@ -84,7 +84,7 @@ def test_the_map_comes_from_q_and_k_alike(world, place):
     store = Store.open(place)
     train = {m["identity"]["tap"]: id for id, m in store.targets().items() if "deit" in m["identity"]["bank"]}
     by_map, by_qk = ({"target": train["attention"]}, {"target": [train["q"], train["k"]]})
-    assert torch.allclose(*(logits_of(*lesson_of(world, place, one)) for one in (by_map, by_qk)), atol=1e-5)
+    assert torch.allclose(*(logits_of(*distiller_of(world, place, one)) for one in (by_map, by_qk)), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -93,28 +93,28 @@ def test_the_map_comes_from_q_and_k_alike(world, place):
      ("v", "last", None), ("qk", [1, 3], None)],
 )  # fmt: skip
 def test_what_is_replaced_gets_no_gradient_and_all_else_does(world, place, what, layers, heads):
-    lesson, stream = lesson_of(world, place, {"what": what, "layers": layers, "heads": heads})
-    _, values = lesson(next(stream.epoch(0)))
+    distiller, stream = distiller_of(world, place, {"what": what, "layers": layers, "heads": heads})
+    _, values = distiller(next(stream.epoch(0)))
     values["crossentropy"].backward()
     copied = {None: range(DEPTH), "last-2": range(DEPTH - 2, DEPTH), "first-1": [0], "last": [DEPTH - 1]}
     at = copied[layers] if not isinstance(layers, list) else [n - 1 for n in layers]
     count = int(heads.partition("-")[2]) if heads else HEADS
     width = SIZES["embed_dim"] // HEADS
     replaced = {"map": "qk", "qk": "qk"}.get(what, what)
-    for n, block in enumerate(lesson.student.blocks):
+    for n, block in enumerate(distiller.student.blocks):
         parts = block.attn.qkv.weight.grad.reshape(3, HEADS, width, -1)
         for part, gradient in zip("qkv", parts, strict=True):
             for head in range(HEADS):
                 zero = n in at and part in replaced and head < count
                 assert (gradient[head].abs().max() == 0) == zero, (n, part, head)
-    others = [p for n, p in lesson.student.named_parameters() if "qkv" not in n]
+    others = [p for n, p in distiller.student.named_parameters() if "qkv" not in n]
     assert all(p.grad.abs().max() > 0 for p in others)
 
 
 def test_contract_1_copied_from_an_f32_store_equals_copied_from_the_teacher_in_the_loop(world, place):
     """Loss and gradients of the same weights over some steps, mixing on; with a distillation loss beside it."""
     for what in TAPS:
-        lesson, stream = lesson_of(
+        distiller, stream = distiller_of(
             world, place, {"what": what, "layers": "last-2", "heads": "first-2"},
             losses={"crossentropy": {}, "attention": {"layers": "first-1"}},
         )  # fmt: skip
@@ -123,7 +123,7 @@ def test_contract_1_copied_from_an_f32_store_equals_copied_from_the_teacher_in_t
         live = {}
         for id in ids:
             live[id] = live_teacher(teacher_of(world.weights, "vit"), [Tap.of(store.target(id)["identity"])], 32)
-        optimizer = torch.optim.AdamW(lesson.parameters(), 1e-3)
+        optimizer = torch.optim.AdamW(distiller.parameters(), 1e-3)
         for batch, _ in zip(stream.epoch(0), range(5), strict=False):
             with torch.no_grad():
                 now = {id: teacher(batch.images)[0] for id, teacher in live.items()}
@@ -135,9 +135,9 @@ def test_contract_1_copied_from_an_f32_store_equals_copied_from_the_teacher_in_t
             both = []
             for source in (at_once, batch):
                 optimizer.zero_grad()
-                loss = lesson.total(lesson(source)[1], 0)
+                loss = distiller.total(distiller(source)[1], 0)
                 loss.backward()
-                slopes = torch.cat([p.grad.flatten() for p in lesson.parameters() if p.grad is not None]).double()
+                slopes = torch.cat([p.grad.flatten() for p in distiller.parameters() if p.grad is not None]).double()
                 both.append((loss.item(), slopes))
             assert both[1][0] == pytest.approx(both[0][0], rel=1e-5)
             assert torch.nn.functional.cosine_similarity(both[0][1], both[1][1], dim=0) >= 1 - 1e-6
@@ -145,34 +145,36 @@ def test_contract_1_copied_from_an_f32_store_equals_copied_from_the_teacher_in_t
 
 
 def test_losses_see_the_q_that_is_used(world, place):
-    lesson, stream = lesson_of(world, place, {"what": "qk"}, losses={"crossentropy": {}, "attention": {"what": "qk"}})
-    _, values = lesson(next(stream.epoch(0)))
+    distiller, stream = distiller_of(
+        world, place, {"what": "qk"}, losses={"crossentropy": {}, "attention": {"what": "qk"}}
+    )
+    _, values = distiller(next(stream.epoch(0)))
     assert values["attention"] < 1e-10
 
 
 def test_without_its_teacher_a_copying_student_does_not_run(world, place):
-    lesson, stream = lesson_of(world, place, {"layers": "last"})
+    distiller, stream = distiller_of(world, place, {"layers": "last"})
     batch = next(stream.epoch(0))
     with pytest.raises(UserError, match=r"attends with its teacher's attention in 1 layer\(s\), and nothing gives it"):
-        lesson.student(batch.pixels((0.5,) * 3, (0.5,) * 3))
-    lesson(batch)
+        distiller.student(batch.pixels((0.5,) * 3, (0.5,) * 3))
+    distiller(batch)
     with pytest.raises(UserError, match="nothing gives it here"):
-        lesson.student(batch.pixels((0.5,) * 3, (0.5,) * 3))
+        distiller.student(batch.pixels((0.5,) * 3, (0.5,) * 3))
 
 
 def test_under_autocast_and_compiled_it_copies_alike(world, place, monkeypatch):
-    lesson, stream = lesson_of(world, place, {"layers": "first-2"})
+    distiller, stream = distiller_of(world, place, {"layers": "first-2"})
     batch = next(stream.epoch(0))
-    exact = lesson.eval()(batch)[0]
+    exact = distiller.eval()(batch)[0]
     for kernel in ("fused", "unfused"):
-        precision.apply(lesson, "bfloat16", kernel)
-        assert [block.attn.fused_attn for block in lesson.student.blocks] == [False, False, kernel == "fused"]
-        assert torch.allclose(lesson(batch)[0], exact, atol=3e-2)
-    precision.apply(lesson, "none", "fused")
+        precision.apply(distiller, "bfloat16", kernel)
+        assert [block.attn.fused_attn for block in distiller.student.blocks] == [False, False, kernel == "fused"]
+        assert torch.allclose(distiller(batch)[0], exact, atol=3e-2)
+    precision.apply(distiller, "none", "fused")
     monkeypatch.setattr(precision, "BACKEND", "aot_eager")
-    precision.compile_student(lesson)
+    precision.compile_student(distiller)
     for one in (batch, *list(stream.epoch(1))[:2], batch):
-        found = lesson(one)[0]
+        found = distiller(one)[0]
     assert torch.allclose(found, exact, atol=1e-5)
 
 
@@ -181,10 +183,10 @@ def test_under_autocast_and_compiled_it_copies_alike(world, place, monkeypatch):
 
 @pytest.mark.parametrize("average", ["layers", "heads", "queries"])
 def test_averaged_maps_are_the_same_along_that_axis_and_sum_to_one(world, place, average):
-    lesson, stream = lesson_of(world, place, {"average": average})
+    distiller, stream = distiller_of(world, place, {"average": average})
     batch = next(stream.epoch(0))
-    target = batch.target(lesson.targets["copying"][0])
-    maps = lesson.copier.copied([target])["map"]
+    target = batch.target(distiller.targets["copying"][0])
+    maps = distiller.copier.copied([target])["map"]
     axis = {"layers": 1, "heads": 2, "queries": 3}[average]
     assert torch.allclose(maps, target.mean(axis, keepdim=True).expand_as(target))
     assert torch.allclose(maps.sum(-1), torch.ones(()), atol=1e-5)
@@ -367,4 +369,4 @@ def test_what_does_not_fit_is_one_clear_message(world, place, copying, student, 
             find_targets(store, store.shard_ids(), recipe, build(recipe.student, 3)[0])
         return
     with pytest.raises(UserError, match=message):
-        lesson_of(world, place, copying, student=student)
+        distiller_of(world, place, copying, student=student)

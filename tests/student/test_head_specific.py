@@ -70,7 +70,7 @@ def kept(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Store,
     return Store.open(place), dict(zip(names, made["targets"], strict=True))
 
 
-def lesson_of(world: World, kept, taught: bool = False, **settings) -> tuple[Distiller, Batch]:
+def distiller_of(world: World, kept, taught: bool = False, **settings) -> tuple[Distiller, Batch]:
     """A student of the teacher's sizes, or the teacher itself, and a batch of the store."""
     store, _ = kept
     sizes = {name: TINY_VIT[1][name] for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
@@ -82,46 +82,46 @@ def lesson_of(world: World, kept, taught: bool = False, **settings) -> tuple[Dis
         model.load_state_dict(read_weights(world.weights["vit"]))
     shards = [store.require(url, store.shard_ids()).id for url in world.shards]
     _, found = find_targets(store, shards, recipe, model)
-    lesson = Distiller(recipe, model, found, (0.5,) * 3, (0.5,) * 3)
-    stream = Stream(world.shards, batch=32, store=store, targets=list(lesson.targets["it"]))
-    return lesson, next(iter(stream.epoch(0)))
+    distiller = Distiller(recipe, model, found, (0.5,) * 3, (0.5,) * 3)
+    stream = Stream(world.shards, batch=32, store=store, targets=list(distiller.targets["it"]))
+    return distiller, next(iter(stream.epoch(0)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(world, kept, kind):
-    lesson, batch = lesson_of(world, kept, True, loss=kind)
-    _, found = lesson(batch)
+    distiller, batch = distiller_of(world, kept, True, loss=kind)
+    _, found = distiller(batch)
     least = 0.0
     if kind == "ce":
-        rows = lesson.losses["it"].rows.teacher_rows([batch.target(id) for id in lesson.targets["it"]])
+        rows = distiller.losses["it"].rows.teacher_rows([batch.target(id) for id in distiller.targets["it"]])
         least = entropy(rows.clamp_min(1e-30)).mean()
     assert (found["it"] - least).abs() < 2e-6
     found["it"].backward()
-    assert max(float(p.grad.abs().max()) for p in lesson.parameters() if p.grad is not None) < 1e-5
+    assert max(float(p.grad.abs().max()) for p in distiller.parameters() if p.grad is not None) < 1e-5
     taps = {"mse": ["q", "k"]}.get(kind, ["attention"])
-    assert lesson.targets["it"] == tuple(kept[1][tap] for tap in taps)
+    assert distiller.targets["it"] == tuple(kept[1][tap] for tap in taps)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_heads_that_meet_get_gradients(world, kept, kind):
     """Head 2 of the first layer: its q and k alone, no v, no later layer; what comes before it learns too."""
-    lesson, batch = lesson_of(world, kept, loss=kind, layers=[[1, 3]], heads=[[2, 1]])
-    _, found = lesson(batch)
+    distiller, batch = distiller_of(world, kept, loss=kind, layers=[[1, 3]], heads=[[2, 1]])
+    _, found = distiller(batch)
     found["it"].backward()
-    first, *later = lesson.student.blocks
+    first, *later = distiller.student.blocks
     moved = first.attn.qkv.weight.grad.unflatten(0, (3, 3, 16)).abs().amax((2, 3)) > 0
     assert moved.tolist() == [[False, True, False], [False, True, False], [False] * 3]
-    after = [first.attn.proj, first.mlp, *later, lesson.student.norm, lesson.student.head]
+    after = [first.attn.proj, first.mlp, *later, distiller.student.norm, distiller.student.head]
     assert all(p.grad is None or not p.grad.any() for module in after for p in module.parameters())
-    assert lesson.student.patch_embed.proj.weight.grad.any()
+    assert distiller.student.patch_embed.proj.weight.grad.any()
 
 
 def test_scores_are_those_of_the_network_before_its_softmax(world, kept):
     """From live q and k; each side's own 1/√d: a student of wider heads with the same map has the same scores."""
-    lesson, batch = lesson_of(world, kept, True)
-    seen = StudentTaps(lesson.student, frozenset({"attention"}))
-    lesson.student(batch.pixels((0.5,) * 3, (0.5,) * 3))
-    scores = lesson.losses["it"].rows.student_rows(seen.q, seen.k, seen.scales)
+    distiller, batch = distiller_of(world, kept, True)
+    seen = StudentTaps(distiller.student, frozenset({"attention"}))
+    distiller.student(batch.pixels((0.5,) * 3, (0.5,) * 3))
+    scores = distiller.losses["it"].rows.student_rows(seen.q, seen.k, seen.scales)
     assert torch.allclose(scores.softmax(-1)[:, 0], attention_rows(seen.q[0], seen.k[0], seen.scales[0]), atol=1e-6)
     meets = head_specific.Settings(heads=[[1, 1]])
     wide = Method(
@@ -134,13 +134,13 @@ def test_scores_are_those_of_the_network_before_its_softmax(world, kept):
 
 
 def test_samples_that_are_decided_wrongly_do_not_count(world, kept):
-    lesson, batch = lesson_of(world, kept, loss="kl", adaptive="teacher-correct")
-    assert lesson.targets["it"] == (kept[1]["attention"], kept[1]["logits"])
-    assert lesson.rows[0].rule.endswith("3 logits of vit: taken as the same (--same-classes)")
-    method = lesson.losses["it"]
-    pixels = batch.pixels(lesson.mean, lesson.std)
-    logits = lesson.student(pixels)
-    seen, targets = lesson.seen, tuple(batch.target(id) for id in lesson.targets["it"])
+    distiller, batch = distiller_of(world, kept, loss="kl", adaptive="teacher-correct")
+    assert distiller.targets["it"] == (kept[1]["attention"], kept[1]["logits"])
+    assert distiller.rows[0].rule.endswith("3 logits of vit: taken as the same (--same-classes)")
+    method = distiller.losses["it"]
+    pixels = batch.pixels(distiller.mean, distiller.std)
+    logits = distiller.student(pixels)
+    seen, targets = distiller.seen, tuple(batch.target(id) for id in distiller.targets["it"])
     right = (targets[1].argmax(1) == batch.labels).float()
     assert 0 < right.mean() < 1, "else this tells nothing"
 

@@ -220,14 +220,16 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(world, same, loss, t
     model, _ = build(recipe.student, 3)
     model.load_state_dict(read_weights(world.weights["vit"]))
     ids = [targets[one] for one in (tap if tap == "qk" else [tap])]
-    lesson = Distiller(recipe, model, {"it": [stored_target(store, id) for id in ids]}, (0.5,) * 3, (0.5,) * 3).eval()
+    distiller = Distiller(
+        recipe, model, {"it": [stored_target(store, id) for id in ids]}, (0.5,) * 3, (0.5,) * 3
+    ).eval()
     stream = Stream(world.shards, batch=32, store=store, targets=ids)
     for batch in stream.epoch(0):
-        lesson.zero_grad()
-        _, found = lesson(batch)
+        distiller.zero_grad()
+        _, found = distiller(batch)
         loss_ = found["it"]
         if tap == "attention":
-            rows = lesson.losses["it"].rows.teacher_rows((batch.target(targets[tap]),))
+            rows = distiller.losses["it"].rows.teacher_rows((batch.target(targets[tap]),))
             loss_ = loss_ - entropy(rows.clamp_min(1e-30)).mean((0, 3)).mean(1).sum()
         assert loss_.abs() < 2e-5
         if loss.get("distance", "") != "" or tap != "class_row":  # |x| has no gradient at zero
@@ -235,11 +237,11 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(world, same, loss, t
             largest = max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None)
             assert largest < 1e-4
     if tap == "logits":
-        assert lesson.notes["it agreement"] == 1
+        assert distiller.notes["it agreement"] == 1
     with torch.no_grad():
         for block in model.blocks[:2]:
             block.attn.qkv.weight.mul_(3)
-        _, found = lesson(batch)
+        _, found = distiller(batch)
     changed = found["it"] - (entropy(rows.clamp_min(1e-30)).mean((0, 3)).mean(1).sum() if tap == "attention" else 0)
     assert changed > 1e-4, "and another student has"
 
@@ -258,14 +260,14 @@ def test_features_of_another_width_meet_by_a_projection_that_is_trained_or_are_r
     loss = {"method": "features", "layers": "first-2"}
     with pytest.raises(UserError, match=r"each token is 48 in the teacher, 24 .*--set losses.it.projection=linear"):
         of_store(world, same, "streams", loss, embed_dim=24)
-    lesson = of_store(world, same, "streams", {**loss, "projection": "linear"}, embed_dim=24)
+    distiller = of_store(world, same, "streams", {**loss, "projection": "linear"}, embed_dim=24)
     batch = next(Stream(world.shards, batch=32, store=same[0], targets=[same[1]["streams"]]).epoch(0))
-    _, found = lesson(batch)
+    _, found = distiller(batch)
     found["it"].backward()
-    projections = [p for n, p in lesson.losses.named_parameters() if "projections" in n]
+    projections = [p for n, p in distiller.losses.named_parameters() if "projections" in n]
     assert [tuple(p.shape) for p in projections] == [(48, 24), (48,)] * 2
     assert all(p.grad.abs().max() > 0 for p in projections)
-    touched = [p.grad is not None and bool(p.grad.abs().max() > 0) for p in lesson.student.blocks.parameters()]
+    touched = [p.grad is not None and bool(p.grad.abs().max() > 0) for p in distiller.student.blocks.parameters()]
     count = len(touched) // 3
     assert all(touched[: 2 * count])
     assert not any(touched[2 * count :]), "the third block's stream is not compared"
@@ -273,15 +275,17 @@ def test_features_of_another_width_meet_by_a_projection_that_is_trained_or_are_r
 
 def test_only_what_is_compared_gets_a_gradient(world, same):
     """Of q alone: nothing of k, v and later layers, and of other heads."""
-    lesson = of_store(world, same, "q", {"method": "attention", "what": "q", "layers": "first-1", "heads": "first-2"})
+    distiller = of_store(
+        world, same, "q", {"method": "attention", "what": "q", "layers": "first-1", "heads": "first-2"}
+    )
     batch = next(Stream(world.shards, batch=32, store=same[0], targets=[same[1]["q"]]).epoch(0))
-    lesson(batch)[1]["it"].backward()
-    slopes = lesson.student.blocks[0].attn.qkv.weight.grad.reshape(3, 3, 16, 48)
+    distiller(batch)[1]["it"].backward()
+    slopes = distiller.student.blocks[0].attn.qkv.weight.grad.reshape(3, 3, 16, 48)
     assert [[bool(s.abs().max() > 0) for s in part] for part in slopes] == [
         [True, True, False], [False] * 3, [False] * 3
     ]  # fmt: skip
-    assert lesson.student.blocks[1].attn.qkv.weight.grad is None
-    assert lesson.student.blocks[0].mlp.fc1.weight.grad is None
+    assert distiller.student.blocks[1].attn.qkv.weight.grad is None
+    assert distiller.student.blocks[0].mlp.fc1.weight.grad is None
 
 
 def test_tokens_after_the_final_norm_are_no_residual_stream(world, same, tmp_path):
@@ -319,15 +323,15 @@ def two(losses: dict[str, Any], target: torch.Tensor | None = None) -> dict[str,
     manifest = {"id": "t", "identity": {}, "sample_shape": [3]}
     both = {"deit": (SimpleNamespace(target=manifest, teacher={"id": "t", "classes": None}, id="t"),)}
     torch.manual_seed(0)
-    lesson = Distiller(recipe, TwoHeads(), both if "deit" in losses else {}, (0.5,) * 3, (0.5,) * 3)
+    distiller = Distiller(recipe, TwoHeads(), both if "deit" in losses else {}, (0.5,) * 3, (0.5,) * 3)
     images = torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 1, 2, 1])
     batch = SimpleNamespace(
         images=images, labels=labels, others=labels, shares=torch.zeros(4), target=lambda id: target,
         pixels=lambda mean, std: images.permute(0, 3, 1, 2).float() / 255,
     )  # fmt: skip
-    _, found = lesson(batch)
-    first, second = lesson.student(batch.pixels(None, None))
+    _, found = distiller(batch)
+    first, second = distiller.student(batch.pixels(None, None))
     return {**found, "first": F.cross_entropy(first, labels), "second": F.cross_entropy(second, labels),
             "second hard": F.cross_entropy(second, target.argmax(1)) if target is not None else first}  # fmt: skip
 

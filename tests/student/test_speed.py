@@ -97,16 +97,16 @@ def test_a_resumed_run_keeps_its_precision_on_another_processor(world, tmp_path)
 def test_unfused_bfloat16_gives_about_the_same_losses_and_they_are_f32(world, tmp_path):
     made = parts(world, tmp_path)
     batch = next(made.stream.epoch(0))
-    logits, exact = made.lesson(batch)
-    precision.apply(made.lesson, "bfloat16", "unfused")
-    assert [m.fused_attn for m in student_taps.attention_modules(made.lesson.student)] == [False, False]
-    rounded, values = made.lesson(batch)
+    logits, exact = made.distiller(batch)
+    precision.apply(made.distiller, "bfloat16", "unfused")
+    assert [m.fused_attn for m in student_taps.attention_modules(made.distiller.student)] == [False, False]
+    rounded, values = made.distiller(batch)
     assert {value.dtype for value in values.values()} == {torch.float32}
     assert not torch.equal(rounded, logits)
     for name in exact:
         assert torch.allclose(values[name], exact[name], rtol=2e-2)
-    precision.apply(made.lesson, "none", "unfused")
-    assert torch.allclose(made.lesson(batch)[0], logits, atol=1e-5)
+    precision.apply(made.distiller, "none", "unfused")
+    assert torch.allclose(made.distiller(batch)[0], logits, atol=1e-5)
 
 
 def test_float16_needs_cuda_and_compilation_a_compiler(world, tmp_path, monkeypatch):
@@ -122,19 +122,19 @@ def compiled(world, tmp_path, monkeypatch, backend: str) -> None:
     made = parts(world, tmp_path)
     batch = next(made.stream.epoch(0))
 
-    def gradients(lesson: Distiller) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-        lesson.zero_grad()
-        _, values = lesson(batch)
-        lesson.total(values, 0).backward()
-        return {n: v.item() for n, v in values.items()}, {n: p.grad.clone() for n, p in lesson.named_parameters()}
+    def gradients(distiller: Distiller) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+        distiller.zero_grad()
+        _, values = distiller(batch)
+        distiller.total(values, 0).backward()
+        return {n: v.item() for n, v in values.items()}, {n: p.grad.clone() for n, p in distiller.named_parameters()}
 
-    plain, slopes = gradients(made.lesson)
+    plain, slopes = gradients(made.distiller)
     monkeypatch.setattr(precision, "BACKEND", backend)
-    names = list(made.lesson.student.state_dict())
-    precision.compile_student(made.lesson)
-    assert list(made.lesson.student.state_dict()) == names
+    names = list(made.distiller.student.state_dict())
+    precision.compile_student(made.distiller)
+    assert list(made.distiller.student.state_dict()) == names
     for _ in range(2):
-        ours, theirs = gradients(made.lesson)
+        ours, theirs = gradients(made.distiller)
         assert ours == pytest.approx(plain, rel=1e-4)
         for name, slope in slopes.items():
             assert torch.allclose(theirs[name], slope, rtol=1e-3, atol=1e-5), name

@@ -28,10 +28,10 @@ def gradients(world, tmp_path, *settings):
     """Gradients of the first batch, and the numbers of its step."""
     made = build_run(job(world, tmp_path / "run", "aal", u8(world), "optim.opt=sgd", *settings), Quiet(), None)
     recipe = job(world, tmp_path / "run", "aal", u8(world), "optim.opt=sgd", *settings).recipe
-    optimizer, _ = build_optimizer(recipe, made.lesson, 9)
-    update = Update(recipe, made.lesson, optimizer, None, CPU, False)
+    optimizer, _ = build_optimizer(recipe, made.distiller, 9)
+    update = Update(recipe, made.distiller, optimizer, None, CPU, False)
     numbers = update(next(made.stream.epoch(0)), 0, 0)
-    return {name: p.grad for name, p in made.lesson.named_parameters()}, numbers
+    return {name: p.grad for name, p in made.distiller.named_parameters()}, numbers
 
 
 @pytest.mark.parametrize("clip", ["null", "0.5"])
@@ -65,9 +65,9 @@ def test_the_average_is_evaluated_beside_the_student_and_written(world, tmp_path
 def test_rates_fall_by_layer_and_links_have_the_full_one(world, tmp_path):
     asked = job(world, tmp_path / "run", "aal", u8(world), "optim.layer_decay=0.5", "optim.betas=[0.8, 0.9]")
     made = build_run(asked, Quiet(), None)
-    optimizer, scheduler = build_optimizer(asked.recipe, made.lesson, 9)
+    optimizer, scheduler = build_optimizer(asked.recipe, made.distiller, 9)
     scheduler.step_update(0)
-    names = {p: name for name, p in made.lesson.named_parameters()}
+    names = {p: name for name, p in made.distiller.named_parameters()}
     rates = {names[p]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert rates.keys() == set(names.values())
     full = rates["losses.aal.aal.links.weight"]
@@ -82,7 +82,7 @@ def test_rates_fall_by_layer_and_links_have_the_full_one(world, tmp_path):
     assert {tuple(group["betas"]) for group in optimizer.param_groups} == {(0.8, 0.9)}
     with pytest.raises(UserError, match=r"optim\.betas: sgd does not take them"):
         build_optimizer(
-            job(world, tmp_path, "scratch", "optim.opt=sgd", "optim.betas=[0.8,0.9]").recipe, made.lesson, 9
+            job(world, tmp_path, "scratch", "optim.opt=sgd", "optim.betas=[0.8,0.9]").recipe, made.distiller, 9
         )
 
 

@@ -66,10 +66,10 @@ def compare(stream: Stream, given: dict[str, tuple[StoredTarget, ...]], live: di
         loss: tuple(StoredTarget(g.target, {**g.teacher, "classes": names}) for g in several)
         for loss, several in given.items()
     }
-    lesson = Distiller(recipe, model, given, *normalisation(recipe.student), names)
-    for queue in lesson.queues:  # empty ones have nothing to say in the first step
+    distiller = Distiller(recipe, model, given, *normalisation(recipe.student), names)
+    for queue in distiller.queues:  # empty ones have nothing to say in the first step
         queue.push([torch.nn.functional.normalize(torch.randn(32, queue.entries.shape[1]), dim=1)])
-    optimizer = torch.optim.AdamW(lesson.parameters(), 1e-3)
+    optimizer = torch.optim.AdamW(distiller.parameters(), 1e-3)
     worst = dict.fromkeys(("total", *given), (0.0, 1.0))
     step = 0
     while step < STEPS:
@@ -80,10 +80,10 @@ def compare(stream: Stream, given: dict[str, tuple[StoredTarget, ...]], live: di
             exact = {target: Codec("f32", tuple(values.shape[1:]), 1) for target, values in now.items()}
             at_once = replace(batch, targets={t: {"data": values} for t, values in now.items()}, codecs=exact)
             both = []
-            parameters = list(lesson.parameters())
+            parameters = list(distiller.parameters())
             for source in (at_once, batch):
-                _, values = lesson(source)
-                terms = {"total": lesson.total(values, 0), **values}
+                _, values = distiller(source)
+                terms = {"total": distiller.total(values, 0), **values}
                 gradients = {}
                 for name in worst:
                     found = torch.autograd.grad(terms[name], parameters, retain_graph=True, allow_unused=True)
@@ -97,7 +97,7 @@ def compare(stream: Stream, given: dict[str, tuple[StoredTarget, ...]], live: di
             optimizer.zero_grad()
             stored["total"].backward()
             optimizer.step()
-            for queue in lesson.queues:
+            for queue in distiller.queues:
                 queue.push([queue.offered])
             step += 1
             if step == STEPS:

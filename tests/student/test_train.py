@@ -136,13 +136,13 @@ def test_cross_entropy_alone_is_untouched_by_hooks(world):
     torch.manual_seed(0)
     model, _ = build(recipe.student, 3)
     batch = next(Stream(world.shards, batch=32, policy=policy("light", 32)).epoch(0))
-    lesson = Distiller(recipe, model, {}, *normalisation(recipe.student))
-    logits, values = lesson(batch)
+    distiller = Distiller(recipe, model, {}, *normalisation(recipe.student))
+    logits, values = distiller(batch)
     expected = torch.nn.functional.cross_entropy(
         model(batch.pixels((0.5,) * 3, (0.5,) * 3)), batch.labels, label_smoothing=0.1
     )
     assert torch.allclose(values["crossentropy"], expected)
-    assert torch.equal(lesson.total(values, 0), values["crossentropy"])
+    assert torch.equal(distiller.total(values, 0), values["crossentropy"])
     assert logits.shape == (32, 3)
 
 
