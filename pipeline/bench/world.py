@@ -104,7 +104,7 @@ class World:
     def live(self, teacher: Teacher, taps: Sequence[Tap], size: int) -> torch.nn.Module:
         """The PyTorch teacher over view images of a size, channels last."""
         module: torch.nn.Module = live_teacher(teacher, taps, size).to(self.device)
-        return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+        return module.to(memory_format=torch.channels_last)
 
     def wanted(self, case: str) -> PrecomputeRequest:
         """Four `deit` views of the photographs, as a user would ask for them."""
