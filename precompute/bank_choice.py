@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from precompute import bank_choice
 from precompute.request import PrecomputeRequest
 from storage.errors import IdentityError, UserError
 from storage.shards.tar import stem_of
@@ -76,7 +75,7 @@ def settle(store: Store, wanted: PrecomputeRequest) -> tuple[dict[str, list[str]
         UserError: as `choose_policy` does, or several views of a policy that leaves nothing to chance.
     """
     known = candidates(store, wanted.shards)
-    policy = bank_choice.choose_policy(
+    policy = choose_policy(
         store, wanted.policy, set(wanted.given), {id for ids in known.values() for id in ids},
         lambda: {index.id for url, ids in known.items() if (index := store.recognise(url, ids))}, wanted.new_bank,
     )  # fmt: skip

@@ -28,9 +28,9 @@ its weights fit no bare `{model}`.
 
 ```python
 from pathlib import Path
-from student.model import load  # of the package teacher-store
+from student.models.files import load_student  # of the package teacher-store
 
-model, about = load(Path("last.safetensors"))
+model, about = load_student(Path("last.safetensors"))
 ```
 """
 _FEEDING = """
@@ -53,9 +53,9 @@ place of its own (copied is: {what}). A bare `{model}` with these weights attend
 
 ```python
 from pathlib import Path
-from student.model import load  # of the package teacher-store
+from student.models.files import load_student  # of the package teacher-store
 
-model, about = load(Path("last.safetensors"))
+model, about = load_student(Path("last.safetensors"))
 ```
 """
 _OF_EACH = "the attention of teacher {teacher} for the same image"

@@ -20,8 +20,8 @@ from tests.precompute.stores import REPOSITORY
 
 MEASURED = """
 import json, pickle, sys
-from precompute.engine import run_task
-from precompute.session import open_session
+from precompute.engine.session import open_session
+from precompute.engine.shard import run_task
 
 with open(sys.argv[1], "rb") as file:
     task = pickle.load(file)

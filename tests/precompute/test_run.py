@@ -97,7 +97,7 @@ def test_contract_11_a_teacher_that_is_added_sees_the_views_that_are_there(
     place = seeded(world, tmp_path / "store")
     run_precompute(place, world.shards, teacher_of(world.weights, "cnn"), F32)
     before = snapshot(place)
-    monkeypatch.setattr("precompute.engine.stages.draw", None)  # views are replayed, never drawn again
+    monkeypatch.setattr("precompute.engine.stages.draw_view", None)  # views are replayed, never drawn again
     wanted = {"given": frozenset(), "policy": policy("light", 224, 99), "views": None}
     result = run_precompute(place, world.shards, teacher_of(world.weights, "vit"), VIT, **wanted)
     assert (result["bank"], result["views"]) == (next(iter(Store.open(world.store).banks())), 2)

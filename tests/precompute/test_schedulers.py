@@ -200,7 +200,7 @@ def test_a_scheduler_that_goes_away_is_a_clear_error_and_the_same_command_goes_o
 STOPS_ITSELF = """
 import os, signal
 from pathlib import Path
-from precompute import cluster, stages
+from precompute.engine import dask_runner, stages
 
 folder, where = Path(os.environ["STOP_FOLDER"]), os.environ["STOP_WHERE"]
 
@@ -232,8 +232,8 @@ def run_task(task, *rest):
 
 if not hasattr(stages, "stops"):  # it is loaded twice
     stages.stops = True
-    real_mark, real_write, real_run = stages.Pass._mark, stages.Pass._write, cluster.run_task
-    stages.Pass._mark, stages.Pass._write, cluster.run_task = mark, write, run_task
+    real_mark, real_write, real_run = stages.ShardPass._mark, stages.ShardPass._write, dask_runner.run_task
+    stages.ShardPass._mark, stages.ShardPass._write, dask_runner.run_task = mark, write, run_task
 """
 
 

@@ -74,10 +74,10 @@ def test_contract_3_a_run_that_stops_leaves_whole_shards_and_goes_on_to_the_same
 
 CHILD = """
 import os, signal, sys
-from precompute.engine import run_task
-from precompute.tasks import Output, ShardTask
-from precompute.session import open_session
-from storage.store import Store
+from precompute.engine.session import open_session
+from precompute.engine.shard import run_task
+from precompute.engine.tasks import ShardTask, TargetOutput
+from storage.store.store import Store
 
 place, target, kill_after, *shards = sys.argv[1:]
 store = Store.open(place)
@@ -93,7 +93,7 @@ def run(images):
     return real(images)
 
 session.run = run
-of_it = manifest["identity"]["bank"], manifest["teacher"], manifest["graph"], (Output.of(manifest),)
+of_it = manifest["identity"]["bank"], manifest["teacher"], manifest["graph"], (TargetOutput.of(manifest),)
 for url in shards:
     run_task(ShardTask(store, url, *of_it, views=2), lambda: session, 1)
 assert "torch" not in sys.modules, "a worker that only runs a graph needs no torch"

@@ -190,7 +190,7 @@ class Slow:
 sys.stderr = Slow(sys.stderr)
 from pipeline.cli import main
 from storage.errors import UserError
-from student import train
+from student.training import train
 original = train.Update.__call__
 def failing(self, batch, epoch, step):
     if os.environ["RANK"] in {rank!r} and step == 3:

@@ -145,7 +145,7 @@ def test_a_command_whose_loader_worker_is_killed_says_so_and_goes_on(world, undi
 
 KILLED = """
 import os, signal, sys
-from student import checkpoint
+from student.training import checkpoint
 from pipeline.cli import main
 import {module} as place
 calls, original = [0], place.{name}
@@ -186,7 +186,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_last_one(
 def test_a_kill_while_the_first_epochs_weights_are_written_leaves_a_run_that_begins_again(world, undisturbed, tmp_path):
     settings, out = [u8(world), *FULL], tmp_path / "run"
     before = "open(arguments[1], 'wb').write(b'half')"
-    code = KILLED.format(module="student.model", name="save_file", number=1, before=before)
+    code = KILLED.format(module="student.models.files", name="save_file", number=1, before=before)
     process = start(command(world, out, "aal", *settings), [sys.executable, "-c", code])
     process.communicate(timeout=HANGS)
     assert process.returncode == -signal.SIGKILL

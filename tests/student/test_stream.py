@@ -289,7 +289,7 @@ def test_ranks_share_the_memory_of_their_machine(world, monkeypatch):
 def test_a_worker_that_is_told_to_stop_while_it_hands_over_does_not_abort(world):
     script = """
 import threading, time, torch
-from student.stream import _leave_at_once
+from student.data.workers import _leave_at_once
 
 def hand_over():
     while True:
