@@ -204,7 +204,7 @@ def test_workers_or_dask_of_a_flag_are_not_both_with_those_of_the_file(place, ru
     assert run(*words, "--dask", "tcp://host:1")[0] == 0
     assert [(one.workers, one.dask) for one in seen] == [(3, None), (None, "tcp://host:1")]
     assert "give one of them" in run(*words, "--dask", "tcp://host:1", "--workers", 2)[2]
-    assert pipeline.options.project.current() is None, "outside of a command there is none"
+    assert pipeline.options.context.current() is None, "outside of a command there is none"
 
 
 def test_paths_are_relative_to_the_file_whatever_they_are():

@@ -265,7 +265,7 @@ def test_killed_and_resumed_it_ends_with_the_weights_of_an_undisturbed_run(world
         assert same(whole, out)
 
 
-def _train(number: int, ranks: int, jobs: list[trainer.Job]) -> None:
+def _train(number: int, ranks: int, jobs: list[trainer.TrainConfig]) -> None:
     trainer.LOG_EVERY = 1
     for one in jobs:
         trainer.train(one, Quiet())

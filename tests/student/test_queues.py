@@ -193,7 +193,7 @@ def test_queues_fill_and_are_kept_with_the_run_and_not_beside_the_student(whole)
     assert not any("entries" in name or "extra_state" in name for name in left)
 
 
-def _train(number: int, ranks: int, one: trainer.Job) -> None:
+def _train(number: int, ranks: int, one: trainer.TrainConfig) -> None:
     trainer.LOG_EVERY = 1
     trainer.train(one, Quiet())
 

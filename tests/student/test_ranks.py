@@ -43,7 +43,7 @@ def together(ranks: int, work, *arguments) -> None:
     multiprocessing.spawn(_rank, (ranks, port, work, arguments), nprocs=ranks)
 
 
-def _train(number: int, ranks: int, jobs: list[trainer.Job], urls: list[str], out: Path) -> None:
+def _train(number: int, ranks: int, jobs: list[trainer.TrainConfig], urls: list[str], out: Path) -> None:
     trainer.LOG_EVERY = 1
     for one in jobs:
         trainer.train(one, Quiet())
@@ -81,7 +81,7 @@ def pair(world, tmp_path_factory):
     finally:
         trainer.Update.__call__ = original
         trainer.LOG_EVERY = every
-    resumed = trainer.Job(**{**jobs["both"].__dict__, "resume": True})
+    resumed = trainer.TrainConfig(**{**jobs["both"].__dict__, "resume": True})
     urls = synthetic_shards(folder / "odd", shards=3, samples=131, classes=7)
     together(2, _train, [jobs["two"], jobs["pieces"], resumed], urls, folder)
     return folder
