@@ -39,7 +39,7 @@ class Manifest(Schema):
 
 
 class BankIdentity(Schema):
-    """What makes two banks the same bank: see `storage.views.view.policy.Policy`."""
+    """What makes two banks the same bank: see `storage.views.policy.Policy`."""
 
     line: Text
     size: int

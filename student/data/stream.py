@@ -37,7 +37,7 @@ class Stream(IterableDataset[Batch]):
     """Batches of images, labels and stored targets, in an order that depends on nothing but its arguments.
 
     Args:
-        shards: patterns of shards, as `storage.shards.index.expand` takes.
+        shards: patterns of shards, as `storage.shards.patterns.expand` takes.
         batch: the global batch size; with several ranks each yields its share of it.
         store: a store or its place; without one, views are drawn afresh in each epoch (their number is the epoch).
         targets: ids of targets of that store.
