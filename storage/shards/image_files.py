@@ -33,7 +33,7 @@ class Listing:
         files: all plain files, sorted.
         lost: links that lead nowhere.
         special: pipes, sockets and devices, which nobody reads.
-        litter: hidden files and folders, and what systems leave (`storage.objects.litter`); nothing inside of them is listed.
+        litter: hidden files and folders, and what systems leave; nothing inside of them is listed.
         loops: links to a folder that they lie in themselves; not followed, as all that is there is listed already.
     """
 
