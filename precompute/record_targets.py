@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from precompute.engine.tasks import TargetOutput
-from precompute.taps.target_spec import TargetSpec, default_codec, layer_numbers
 from precompute.teachers import onnx_file
 from precompute.teachers.teacher import Teacher, describe_teacher, load_teacher
 from storage.errors import DamageError, UserError
@@ -22,6 +21,7 @@ from storage.views.policy import Policy
 
 if TYPE_CHECKING:
     from precompute.taps import TapInfo
+    from precompute.taps.target_spec import TargetSpec
 
 
 def known_teacher(store: Store, teacher: Teacher) -> Record | None:
@@ -51,6 +51,8 @@ def record_teacher(store: Store, teacher: Teacher) -> Record:
 
 def defaults(manifest: Record, policy: Policy, grid: int | None = None) -> list[TargetSpec]:
     """What a teacher is asked for when nothing is said: activations of a CNN, class rows and token of a ViT."""
+    from precompute.taps.target_spec import TargetSpec
+
     if manifest["network"] == "cnn":
         return [TargetSpec("activations", grid=grid or max(1, policy.size // 16))]
     if manifest["network"] == "vit" and "class" in manifest["prefix"]:
@@ -105,6 +107,7 @@ def _known(store: Store, ids: Iterable[str]) -> dict[str, Record]:
 
 def _identity(teacher: Teacher, manifest: Record, wish: TargetSpec, policy: Policy) -> Record:
     from precompute.taps import TAPS
+    from precompute.taps.target_spec import layer_numbers
 
     layers = None
     if manifest["network"] == ONNX_FILE:
@@ -135,6 +138,7 @@ def require_kind(name: str, anatomy: Record, tap: str) -> None:
 def _ready_identity(teacher: Teacher, wish: TargetSpec, policy: Policy) -> Record:
     """Of a ready graph: all tensors of the tap too, in order; of which network they are is the teacher's identity."""
     from precompute.taps import TAPS
+    from precompute.taps.target_spec import layer_numbers
 
     if not wish.tensors:
         raise UserError(f"teacher {teacher.name}: no tensor of its graph is named for {wish.tap}")
@@ -149,6 +153,8 @@ def _identity_with(teacher: Teacher, wish: TargetSpec, policy: Policy, layers: l
     grid = wish.grid
     if wish.tap == "activations" and grid is None:
         grid = max(1, policy.size // 16)
+    from precompute.taps.target_spec import default_codec
+
     codec = wish.codec or default_codec(wish.tap)
     # Keys that are left out mean what older stores had: their ids stay.
     variant = {**({"at": wish.at} if wish.at != "norm" else {}), **({"antialias": "all"} if wish.antialias else {})}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from precompute.engine.dask_client import WORKER_TIMEOUT
 from precompute.engine.tasks import BadImages
-from precompute.taps import target_spec
 from precompute.teachers.teacher import Teacher
 from storage.views.policy import Policy
+
+if TYPE_CHECKING:
+    from precompute.taps.target_spec import TargetSpec
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class PrecomputeRequest:
 
     shards: Sequence[str]
     teacher: Teacher
-    wishes: Sequence[target_spec.TargetSpec]
+    wishes: Sequence[TargetSpec]
     policy: Policy
     given: frozenset[str]  # which of line, size and seed were said
     views: int | None

@@ -13,9 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
 from storage.errors import UserError, display_path, first_line
 from storage.objects.atomic import atomic_write
 from storage.objects.checkpoint_file import (
@@ -253,6 +250,7 @@ def chosen_in(path: str, key: str | None = None, order: Sequence[str] = ORDER) -
 
 def _content(path: str) -> Any:
     """What a file of weights holds."""
+    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -123,7 +123,7 @@ def test_help_answers_without_torch():
 
 
 def test_workers_that_run_onnx_can_stay_free_of_torch():
-    modules = "precompute.engine.dask_runner, precompute.engine.shard, storage.store.verify"
+    modules = "precompute.engine.shard, precompute.run, storage.store.verify"
     code = f"import sys, {modules}\nassert 'torch' not in sys.modules"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
