@@ -22,7 +22,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-SHARED = Path(__file__).parents[2] / "shared"
+ROOT = Path(__file__).parents[1]  # of the repository
+SHARED = ROOT.parent / "shared"
 HANGS = 1200  # seconds after which what a test waits for is taken to hang: far more than a busy machine needs
 
 

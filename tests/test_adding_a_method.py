@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import HANGS, World
+from tests.conftest import HANGS, ROOT, World
 
-ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "adding-a-method.md").read_text()
 
 # The file lies where the package looks for methods, without being put into this checkout.

@@ -14,9 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import HANGS
+from tests.conftest import HANGS, ROOT
 
-ROOT = Path(__file__).parents[1]
 CNN = [
     "--teacher", "resnet10t", "--as", "cnn", "--weights", "cnn.safetensors", "--teacher-arg", "channels=[8,12,16,24]",
     "--teacher-arg", "stem_width=8", "--teacher-arg", "num_classes=3", "--input-size", "64", "--mean", "0.5",

@@ -13,8 +13,8 @@ import pytest
 from pipeline.cli import cli, main
 from pipeline.recipes import loader
 from storage.testing import TINY_CNN, synthetic_shards
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).parents[2]
 SIZES = [
     "student.model=vit_tiny_patch16_224", "student.img_size=32", "student.patch_size=4", "student.embed_dim=48",
     "student.depth=2", "student.num_heads=3", "stream.batch_size=32", "optim.epochs=2", "optim.warmup_epochs=0",

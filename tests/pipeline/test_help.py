@@ -15,7 +15,7 @@ import pytest
 from pipeline.cli import cli, main
 from storage.rng import generator
 from storage.testing import synthetic_image
-from tests.pipeline.test_cli import ROOT
+from tests.conftest import ROOT
 
 # Minutes long; that their words are understood is enough, `make demo` runs the one, its own test the other.
 PARSED_ONLY = ("demo", "bench")

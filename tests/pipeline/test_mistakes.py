@@ -17,11 +17,11 @@ import pytest
 from pipeline.cli import cli, main
 from storage.rng import generator
 from storage.testing import TINY_CNN, synthetic_image, synthetic_shards
-from tests.conftest import HANGS
+from tests.conftest import HANGS, ROOT
 from tests.pipeline.mistakes import AS_TYPED, PREPARING, Mistake
 from tests.pipeline.mistakes_of_training import TRAINING
 from tests.storage.helpers import samples, write_tar
-from tests.student.runs import ROOT, STUDENT
+from tests.student.runs import STUDENT
 
 SHORT = {
     "@DATA": "--shards 'shard-{000000..000001}.tar' --val shard-000001.tar",

@@ -17,9 +17,7 @@ from storage.shards.index import build_index, read_samples
 from storage.store.codecs import Codec
 from storage.store.store import Store
 from storage.views.view import COLUMNS
-from tests.conftest import HANGS, World, run_precompute, teacher_of
-
-ROOT = Path(__file__).parents[2]
+from tests.conftest import HANGS, ROOT, World, run_precompute, teacher_of
 
 
 def python_blocks(name: str) -> list[str]:
@@ -149,7 +147,10 @@ def test_what_a_store_costs_is_what_the_codecs_say():
 
 
 def test_every_relative_link_and_every_file_that_is_named_exists():
-    written = ("student/losses/relational.py", "tests/student/test_relational.py")  # by who follows adding-a-method.md
+    written = (
+        "student/losses/relational.py",
+        "tests/student/losses/test_relational.py",
+    )  # by who follows adding-a-method.md
     for name in ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))):
         text = (ROOT / name).read_text()
         links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]

@@ -14,7 +14,7 @@ from precompute.engine import session as sessions
 from precompute.engine.dask_client import local_cluster
 from storage.testing import synthetic_shards
 from tests.conftest import World
-from tests.precompute.clusters import SAMPLES, run
+from tests.precompute.engine.clusters import SAMPLES, run
 from tests.precompute.stores import Watched, contents
 
 

@@ -23,7 +23,6 @@ from storage.testing import synthetic_shards
 from storage.views.policy import policy
 from tests.conftest import Quiet, World, teacher_of
 
-REPOSITORY = Path(__file__).parents[2]
 CNN = ["activations,grid=8,codec=f32", "activations,grid=8,codec=u8", "logits"]
 VIT = ["class_row", "class_token", "q,k,layers=last"]
 F32 = CNN[:1]

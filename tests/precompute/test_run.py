@@ -26,11 +26,10 @@ from storage.store.store import Store
 from storage.testing import TINY_CNN, synthetic_shards
 from storage.views.policy import policy
 from storage.views.render import render
-from tests.conftest import HANGS, World, run_precompute, teacher_of, write_teacher
+from tests.conftest import HANGS, ROOT, World, run_precompute, teacher_of, write_teacher
 from tests.precompute.stores import (
     CNN,
     F32,
-    REPOSITORY,
     VIT,
     assert_same,
     contents,
@@ -165,7 +164,7 @@ def test_contract_3_another_process_with_the_shards_in_another_order_makes_the_s
         "--view-size", "32", "--view-count", "2", "--provider", "cpu", "--json",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONHASHSEED": "1"}
-    child = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, timeout=HANGS, check=False)
+    child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=HANGS, check=False)
     assert child.returncode == 0, child.stderr.decode()
     assert json.loads(child.stdout)["written"] == 2 * 2 * len(CNN)
     graphs = [[graph.name for graph in folder.glob("teachers/cnn/graphs/*")] for folder in (place, world.store)]

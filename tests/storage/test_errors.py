@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import ast
 import zlib
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from storage.errors import first_line
 from storage.views.render import BadImage, decode, size_in
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).parents[2]
 OWN = {"UserError", "BadImage", "DamageError", "IdentityError", "click"}  # these have words
 
 

@@ -17,9 +17,8 @@ from storage.store.store import Store
 from storage.testing import TINY_VIT
 from student.training.setup import TrainConfig
 from student.training.train import train
-from tests.conftest import HANGS, Quiet, World
+from tests.conftest import HANGS, ROOT, Quiet, World
 
-ROOT = Path(__file__).parents[2]
 STUDENT = [
     "student.model=vit_tiny_patch16_224", "student.img_size=32", "student.patch_size=4", "student.embed_dim=48",
     "student.depth=2", "student.num_heads=3", "student.drop_path_rate=0", "stream.batch_size=32", "optim.epochs=2",

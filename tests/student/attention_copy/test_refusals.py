@@ -1,0 +1,63 @@
+"""Attention Copy: targets that validation images miss, and slips in a recipe: each with the way out."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+
+from storage.errors import UserError
+from storage.store.store import Store
+from storage.views.policy import policy
+from student.recipe.validate import validate
+from tests.conftest import run_precompute, teacher_of
+from tests.student.attention_copy.copying import SAME, asked, synthetic_png
+from tests.student.runs import run
+
+
+def test_targets_of_validation_images_that_are_missing_are_made_by_the_command_that_is_said(
+    world, tmp_path, monkeypatch, capsys
+):
+    """Before anything is trained; pasted, the command makes them, and the same run goes through."""
+    store = tmp_path / "store"
+    teacher = teacher_of(world.weights, "vit")
+    run_precompute(store, world.shards[:1], teacher, ["q,k,layers=2:3"], policy=policy("light", 32), views=1)
+    settings = [*SAME, "copying.layers=last-2", "optim.epochs=1"]
+    parts = {"store": Store.open(store), "shards": world.shards[:1], "val": world.shards[1:]}
+    with pytest.raises(UserError, match=r"needs it of the images that it is evaluated on") as refused:
+        run(world, tmp_path / "run", "scratch", *settings, **parts)
+    assert not (tmp_path / "run").exists()
+    pasted = str(refused.value).splitlines()[-1].strip()
+    assert "--new-bank" not in pasted
+    words = shlex.split(pasted)[1:]
+    asked(capsys, *words)
+    result = run(world, tmp_path / "run", "scratch", *settings, **parts)
+    assert result["samples"] == 150
+    told = asked(capsys, "evaluate", tmp_path / "run", "--shards", world.shards[0], status=1)
+    assert "--new-bank" in told["error"].splitlines()[-1]
+    asked(capsys, *shlex.split(told["error"].splitlines()[-1].strip())[1:])
+    assert asked(capsys, "evaluate", tmp_path / "run", "--shards", world.shards[0])["samples"] == 150
+    store.rename(tmp_path / "moved")
+    assert "no store" in asked(capsys, "evaluate", tmp_path / "run", "--shards", world.shards[0], status=1)["error"]
+    for name in ("evaluate", "predict"):
+        words = ["--shards", world.shards[0]] if name == "evaluate" else [tmp_path / "a.png"]
+        (tmp_path / "a.png").write_bytes(synthetic_png())
+        asked(capsys, name, tmp_path / "run", *words, "--store", tmp_path / "moved")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"copying": {"what": "all"}}, r"copying.what"),
+        ({"copying": {"heads": "mean"}}, r"copying.heads: expected a rule that this loss takes"),
+        ({"copying": {"layers": "first"}}, r"copying.layers: expected last, uniform, first-N, last-N"),
+        ({"copying": {"layers": "first-0"}}, r"copying.layers: expected last, uniform, first-N, last-N"),
+        ({"copying": {"what": "q", "average": "heads"}}, r"average is of maps, and with what=q there are none"),
+        ({"copying": {"wat": "q"}}, r"copying.wat: no such setting"),
+        ({"losses": {"copying": {"method": "attention"}}}, r"copying is a section beside losses"),
+        ({"losses": {"attention": {"what": "k", "reduce_heads": "sum"}}}, r"reduce_heads is of maps"),
+    ],
+)
+def test_slips_in_a_recipe_are_named(content, message):
+    with pytest.raises(UserError, match=message):
+        validate({"losses": {"crossentropy": {}}, **content}, "test")

@@ -1,0 +1,159 @@
+"""Precision, attention kernel and compilation: by rule, never by the clock; kept on resume; refused if impossible."""
+
+from __future__ import annotations
+
+import json
+import runpy
+
+import pytest
+import torch
+
+from storage.errors import UserError
+from student.alignment import student_taps
+from student.distributed import Processor
+from student.recipe import schema
+from student.training import precision
+from student.training.distiller import Distiller
+from student.training.setup import build_run
+from tests.conftest import ROOT, Quiet
+from tests.student.runs import command, job, log, run, same, start, u8
+
+OLD = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}  # as on a processor with AVX2 alone
+HAS = {"avx512_bf16": True, "amx_bf16": False, "avx2": True}
+PROCESSORS = {  # and whether they multiply bfloat16
+    "Zen 4 and later": (Processor("AVX512", HAS, True), True),
+    "Sapphire Rapids": (Processor("AVX512", {"avx512_bf16": True, "amx_bf16": True}, True), True),
+    "AVX-512 without bf16": (Processor("AVX512", {"avx512_f": True, "avx512_bf16": False}, True), False),
+    "AVX2 alone": (Processor("AVX2", {"avx2": True, "avx512_bf16": False}, False), False),
+    "torch held at AVX2": (Processor("AVX2", HAS, True), False),
+    "oneDNN held at AVX2": (Processor("AVX512", HAS, False), False),
+    "ARM with bf16": (Processor("DEFAULT", {"neon": True, "bf16": True}, True), True),
+    "ARM without": (Processor("DEFAULT", {"neon": True, "bf16": False}, False), False),
+    "ARM without oneDNN": (Processor("DEFAULT", {"neon": True, "bf16": True}, False), False),
+}
+CPU = torch.device("cpu")
+
+
+def parts(world, tmp_path, *settings):
+    return build_run(job(world, tmp_path / "run", "aal", u8(world), *settings), Quiet(), None)
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_auto_follows_what_the_processor_has(name):
+    processor, native = PROCESSORS[name]
+    auto = precision.choose(schema.PrecisionConfig(amp="auto"), CPU, processor)
+    assert (auto.amp, auto.attention) == (("bfloat16", "unfused") if native else ("none", "fused"))
+    (told,) = precision.lines(auto, CPU, processor)
+    assert told == f"speed: {'bfloat16, unfused' if native else 'f32, fused'} attention"
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_contract_16_no_machine_chooses_what_a_recipe_says(name):
+    processor, native = PROCESSORS[name]
+    plain = precision.choose(schema.PrecisionConfig(), CPU, processor)
+    assert (plain.amp, plain.attention) == ("none", "fused")
+    assert ("speed.amp=auto" in precision.lines(plain, CPU, processor)[0]) == native
+    wish = precision.choose(schema.PrecisionConfig(amp="bfloat16", attention="fused"), CPU, processor)
+    assert (wish.amp, wish.attention) == ("bfloat16", "fused")
+    warnings = precision.lines(wish, CPU, processor)[1:]
+    assert len(warnings) == (not native)
+    for warning in warnings:
+        assert f"this processor ({processor.level}) has no bf16 instructions" in warning
+        assert "10 to 35 times as long as in f32" in warning
+        assert "--set speed.amp=none" in warning
+
+
+def result_of(out):
+    return json.loads((out / "result.json").read_text())
+
+
+def test_on_a_processor_without_bf16_the_study_computes_in_f32(world, tmp_path):
+    """Its precision, in a process that is held to AVX2: the weights are those of an f32 run there."""
+    said = runpy.run_path(str(ROOT / "docs" / "study.py"))["SAME"]
+    study = [setting for setting in said if setting.startswith("speed.")]
+    for name, settings in (("study", study), ("f32", ["speed.amp=none", "speed.attention=fused"])):
+        process = start(command(world, tmp_path / name, "aal", u8(world), *settings), **OLD)
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        assert "speed: f32, fused attention\n" in errors
+    assert same(tmp_path / "study", tmp_path / "f32")
+    used = {"amp": "none", "attention": "fused"}
+    assert result_of(tmp_path / "study")["speed"] == used
+    assert json.loads((tmp_path / "study" / "run.json").read_text())["speed"] == used
+
+
+def test_a_resumed_run_keeps_its_precision_on_another_processor(world, tmp_path):
+    settings = [u8(world), "optim.epochs=1", "speed.amp=bfloat16", "speed.attention=auto"]
+    run(world, tmp_path / "run", "aal", *settings)
+    begun = result_of(tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()  # as if killed at the very end
+    process = start([*command(world, tmp_path / "run", "aal", *settings), "--resume"], **OLD)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "speed: bfloat16, unfused attention\nwarning: speed.amp=bfloat16: this processor (AVX2) has no" in errors
+    assert result_of(tmp_path / "run")["speed"] == begun["speed"]
+
+
+def test_unfused_bfloat16_gives_about_the_same_losses_and_they_are_f32(world, tmp_path):
+    made = parts(world, tmp_path)
+    batch = next(made.stream.epoch(0))
+    logits, exact = made.distiller(batch)
+    precision.apply(made.distiller, "bfloat16", "unfused")
+    assert [m.fused_attn for m in student_taps.attention_modules(made.distiller.student)] == [False, False]
+    rounded, values = made.distiller(batch)
+    assert {value.dtype for value in values.values()} == {torch.float32}
+    assert not torch.equal(rounded, logits)
+    for name in exact:
+        assert torch.allclose(values[name], exact[name], rtol=2e-2)
+    precision.apply(made.distiller, "none", "unfused")
+    assert torch.allclose(made.distiller(batch)[0], logits, atol=1e-5)
+
+
+def test_float16_needs_cuda_and_compilation_a_compiler(world, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"speed\.amp=float16 needs CUDA .* use bfloat16, none or auto"):
+        run(world, tmp_path / "run", "scratch", "speed.amp=float16")
+    monkeypatch.setattr(precision.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=r"torch\.compile needs a C\+\+ compiler and finds none"):
+        run(world, tmp_path / "run", "scratch", "speed.compile=true")
+
+
+def compiled(world, tmp_path, monkeypatch, backend: str) -> None:
+    """Losses, taps and gradients of a compiled student are those of a plain one."""
+    made = parts(world, tmp_path)
+    batch = next(made.stream.epoch(0))
+
+    def gradients(distiller: Distiller) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+        distiller.zero_grad()
+        _, values = distiller(batch)
+        distiller.total(values, 0).backward()
+        return {n: v.item() for n, v in values.items()}, {n: p.grad.clone() for n, p in distiller.named_parameters()}
+
+    plain, slopes = gradients(made.distiller)
+    monkeypatch.setattr(precision, "BACKEND", backend)
+    names = list(made.distiller.student.state_dict())
+    precision.compile_student(made.distiller)
+    assert list(made.distiller.student.state_dict()) == names
+    for _ in range(2):
+        ours, theirs = gradients(made.distiller)
+        assert ours == pytest.approx(plain, rel=1e-4)
+        for name, slope in slopes.items():
+            assert torch.allclose(theirs[name], slope, rtol=1e-3, atol=1e-5), name
+
+
+def test_a_compiled_student_has_the_same_losses(world, tmp_path, monkeypatch):
+    compiled(world, tmp_path, monkeypatch, "aot_eager")
+
+
+@pytest.mark.long
+def test_a_student_compiled_to_machine_code_has_the_same_losses(world, tmp_path, monkeypatch):
+    compiled(world, tmp_path, monkeypatch, "inductor")
+
+
+@pytest.mark.long
+def test_a_compiled_run_has_the_same_losses(world, tmp_path):
+    settings = [u8(world), "optim.opt=momentum", "optim.lr=0.01", "ema=0.9", "optim.accumulate=2"]
+    plain = run(world, tmp_path / "plain", "aal", *settings)
+    quick = run(world, tmp_path / "quick", "aal", *settings, "speed.compile=true")
+    assert quick["samples"] == plain["samples"]
+    for ours, theirs in zip(log(tmp_path / "plain"), log(tmp_path / "quick"), strict=True):
+        assert theirs["losses"] == pytest.approx(ours["losses"], rel=1e-4)
