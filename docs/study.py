@@ -121,13 +121,23 @@ class Study:
         small = [*vit, "--input-size", 128]  # its patches are the student's
         maps = f"attention,{EVERY_OTHER},codec=log8"
         wanted = [
-            ["--teacher", "mobilenetv2_100", "--as", "mobilenetv2", *cnn, "--target", "activations,grid=8"],
-            ["--teacher", VIT, "--as", "vit", *vit, "--target", f"class_row,{EVERY_OTHER}", "--target", "class_token"],
-            ["--teacher", VIT, "--as", "vit128", *small, "--target", maps],
+            ["--teacher", "mobilenetv2_100", "--teacher-name", "mobilenetv2", *cnn, "--target", "activations,grid=8"],
             [
                 "--teacher",
                 VIT,
-                "--as",
+                "--teacher-name",
+                "vit",
+                *vit,
+                "--target",
+                f"class_row,{EVERY_OTHER}",
+                "--target",
+                "class_token",
+            ],
+            ["--teacher", VIT, "--teacher-name", "vit128", *small, "--target", maps],
+            [
+                "--teacher",
+                VIT,
+                "--teacher-name",
                 "vit128",
                 *small,
                 "--target",
@@ -141,7 +151,7 @@ class Study:
         copied = [
             "--teacher",
             VIT,
-            "--as",
+            "--teacher-name",
             "vit128",
             *small,
             "--target",
@@ -161,7 +171,7 @@ class Study:
                                        "--out", path)  # fmt: skip
                 about.write_text(json.dumps(result))
             fitted[name] = json.loads(about.read_text())
-            self.precompute(["--teacher", VIT, "--as", f"fitted_{name}", "--weights", path,
+            self.precompute(["--teacher", VIT, "--teacher-name", f"fitted_{name}", "--weights", path,
                              "--teacher-arg", "num_classes=10", "--target", "logits"], shards)  # fmt: skip
         return fitted
 
@@ -170,7 +180,7 @@ class Study:
         each = [part for shard in shards for part in ("--shards", shard)]
         print("precompute", *words[1:4], policy, flush=True)
         self.pipeline("precompute", *words, *each, "--store", self.store, "--mean", 0.5, "--std", 0.5, "--view-policy",
-                      policy, "--view-size", 32, "--view-count", count, "--provider", "cpu")  # fmt: skip
+                      policy, "--view-size", 32, "--num-views", count, "--provider", "cpu")  # fmt: skip
 
     # ------------------------------------------------------------------------------------------ runs
 

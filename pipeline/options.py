@@ -85,7 +85,7 @@ _WANTED = (
         "(logits); for activations grid=8, at=block (after the residual sum), antialias=true.",
     ),
     click.option(
-        "--tap", multiple=True, metavar="TAP=TENSOR",
+        "--tap-tensor", "tap", multiple=True, metavar="TAP=TENSOR",
         help="Of a ready model.onnx: which of its tensors gives a tap. Several of one tap are its layers, in order.",
     ),
     click.option(
@@ -93,7 +93,7 @@ _WANTED = (
         help="none, eval, light, deit, or a line such as 'rrc(0.2,1)|flip'.  [default: deit]",
     ),
     click.option("--view-size", type=int, metavar="N", help="Side of the view images.  [default: 224]"),
-    click.option("--view-count", type=click.IntRange(1), metavar="N", help="Views of each image.  [default: 4]"),
+    click.option("--num-views", type=click.IntRange(1), metavar="N", help="Views of each image.  [default: 4]"),
     click.option("--seed", type=int, metavar="N", help="Of the views.  [default: 0]"),
     click.option("--new-bank", is_flag=True, help="Make another bank beside the one that these shards have."),
     click.option("--weights", metavar="F", help="A .safetensors or .pth file; without it, timm's hub."),
@@ -105,17 +105,17 @@ _WANTED = (
     click.option("--mean", metavar="M", help="Of the teacher's input: one number or three, with commas."),
     click.option("--std", metavar="S", help="Likewise."),
     click.option("--input-size", type=int, metavar="N", help="Side of the teacher's input."),
-    click.option("--as", "called", metavar="NAME", help="What the store calls the teacher."),
+    click.option("--teacher-name", metavar="NAME", help="What the store calls the teacher."),
     click.option(
         "--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
         help="Where the teacher runs.",
     ),
     click.option(
-        "--bad-images", type=click.Choice(["fail", "skip"]), default="fail", show_default=True,
+        "--on-decode-error", type=click.Choice(["fail", "skip"]), default="fail", show_default=True,
         help="An image that cannot be decoded, or a key without an image, fails its shard, or is skipped in training.",
     ),
     click.option(
-        "--materialise-views", is_flag=True,
+        "--store-views", is_flag=True,
         help="Keep the view images too: training then decodes nothing, and decoders may change.",
     ),
     click.option("--workers", type=click.IntRange(1), metavar="N", help="Worker processes on this machine."),
@@ -131,11 +131,11 @@ _WANTED = (
 # Options of `precompute` and `plan` -> fields of a project file that say them.
 _SAID = {
     "shards": "shards", "store": "store", "view_policy": "views.policy", "view_size": "views.size",
-    "view_count": "views.count", "seed": "views.seed", "provider": "provider", "workers": "workers", "dask": "dask",
+    "num_views": "views.count", "seed": "views.seed", "provider": "provider", "workers": "workers", "dask": "dask",
     "worker_timeout": "worker_timeout",
 }  # fmt: skip
 # What is said about one teacher, and never of several at once.
-_OF_ONE = ("target", "tap", "weights", "weights_key", "teacher_arg", "mean", "std", "input_size", "called")
+_OF_ONE = ("target", "tap", "weights", "weights_key", "teacher_arg", "mean", "std", "input_size", "teacher_name")
 # Where a file of weights may come from that is not there.
 _ADVICE = "`pipeline fit-teacher --teacher NAME --out FILE` makes one from a teacher whose features are stored"
 
@@ -182,7 +182,7 @@ def _wanted(teacher: str | None, **flags: Any) -> PrecomputeRequest | dict[str, 
     if len(chosen) > 1:
         for name in _OF_ONE:
             if flags[name]:
-                flag = {"called": "as"}.get(name, name.replace("_", "-"))
+                flag = {"tap": "tap-tensor"}.get(name, name.replace("_", "-"))
                 raise UserError(f"--{flag} is for one teacher, {read.path} has {', '.join(chosen)}: say --teacher NAME")
     absent = [name for name in chosen if not flags["weights"] and _is_missing(entries[name].weights)]
     if len(absent) < len(chosen):
@@ -214,7 +214,7 @@ def _one(
     tap: tuple[str, ...],
     view_policy: str | None,
     view_size: int | None,
-    view_count: int | None,
+    num_views: int | None,
     seed: int | None,
     new_bank: bool,
     weights: str | None,
@@ -223,10 +223,10 @@ def _one(
     mean: str | None,
     std: str | None,
     input_size: int | None,
-    called: str | None,
+    teacher_name: str | None,
     provider: str,
-    bad_images: Any,
-    materialise_views: bool,
+    on_decode_error: Any,
+    store_views: bool,
     workers: int | None,
     dask: str | None,
     worker_timeout: int | None,
@@ -250,13 +250,19 @@ def _one(
     if entry is not None:
         model, texts = entry.teacher or teacher, target or entry.targets
         weights_key = weights_key or (None if weights else entry.weights_key)
-        weights, called, input_size = weights or entry.weights, called or teacher, input_size or entry.input_size
-        tensors = {**entry.taps, **tensors}
+        weights, teacher_name, input_size = (
+            weights or entry.weights,
+            teacher_name or teacher,
+            input_size or entry.input_size,
+        )
+        tensors = {**entry.tap_tensors, **tensors}
         arguments, means, stds = {**entry.args, **arguments}, means or entry.mean, stds or entry.std
     try:
         wishes = [wish for text in texts or tensors for wish in parse_target(text)]
         if tensors and not onnx_file.is_onnx_file(model):
-            raise UserError(f"--tap names tensors of a ready model.onnx; {model} has taps of its own: --target TAP")
+            raise UserError(
+                f"--tap-tensor names tensors of a ready model.onnx; {model} has taps of its own: --target TAP"
+            )
         found = find_teacher(
             model,
             weights=weights,
@@ -264,7 +270,7 @@ def _one(
             input_size=input_size,
             mean=means,
             std=stds,
-            called=called,
+            teacher_name=teacher_name,
             weights_key=weights_key,
             say=lambda line: click.echo(line, err=True),
         )
@@ -279,7 +285,7 @@ def _one(
     named = {"line": view_policy, "size": view_size, "seed": seed}
     given = frozenset(name for name, value in named.items() if value is not None)
     return PrecomputeRequest(
-        urls, found, wishes, views, given, view_count, new_bank, provider, bad_images, materialise_views, workers, dask,
+        urls, found, wishes, views, given, num_views, new_bank, provider, on_decode_error, store_views, workers, dask,
         context.grid(), worker_timeout or WORKER_TIMEOUT,
     )  # fmt: skip
 

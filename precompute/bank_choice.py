@@ -94,7 +94,7 @@ def choose_views(store: Store | None, policy: Policy, wanted: int | None) -> int
     """How many views: as said; else as many as the bank has; else four, or one without chance."""
     if not policy.random:
         if wanted not in (None, 1):
-            raise UserError(f"--view-count {wanted}: {policy.line} leaves nothing to chance, so it has one view")
+            raise UserError(f"--num-views {wanted}: {policy.line} leaves nothing to chance, so it has one view")
         return 1
     if wanted is not None:
         return wanted

@@ -74,7 +74,7 @@ def _plan(
     store = _existing(where)
     if store:
         record_targets.known_teacher(store, wanted.teacher)
-    shards = counted(store, wanted.shards, progress, wanted.bad_images == "skip")
+    shards = counted(store, wanted.shards, progress, wanted.on_decode_error == "skip")
     policy, views = _policy(store, wanted)
     began = time.monotonic()
     with _scratch(where) as scratch:

@@ -143,7 +143,9 @@ def _ready_identity(teacher: Teacher, wish: TargetSpec, policy: Policy) -> Recor
     if not wish.tensors:
         raise UserError(f"teacher {teacher.name}: no tensor of its graph is named for {wish.tap}")
     if wish.at != "norm":
-        raise UserError(f"teacher {teacher.name}: at={wish.at}: of a ready graph --tap says which tensors are read")
+        raise UserError(
+            f"teacher {teacher.name}: at={wish.at}: of a ready graph --tap-tensor says which tensors are read"
+        )
     layered = TAPS[wish.tap].layered
     layers = list(layer_numbers(wish.layers, len(wish.tensors), teacher.name)) if layered else None
     return {**_identity_with(teacher, wish, policy, layers), "tensors": list(wish.tensors)}

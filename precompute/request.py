@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from precompute.engine.dask_client import WORKER_TIMEOUT
-from precompute.engine.tasks import BadImages
+from precompute.engine.tasks import OnDecodeError
 from precompute.teachers.teacher import Teacher
 from storage.views.policy import Policy
 
@@ -27,7 +27,7 @@ class PrecomputeRequest:
     views: int | None
     new_bank: bool = False
     provider: str = "auto"
-    bad_images: BadImages = "fail"
+    on_decode_error: OnDecodeError = "fail"
     pixels: bool = False  # keep the view images themselves
     workers: int | None = None  # processes on this machine
     dask: str | None = None  # address of a scheduler

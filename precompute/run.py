@@ -47,7 +47,7 @@ class PrecomputePlan:
         for url in shards or wanted.shards:
             yield ShardTask(
                 self.store, url, self.policy.bank, wanted.teacher.name, graph, self.by_graph[graph], self.views,
-                wanted.bad_images, tuple(self.known[url]),
+                wanted.on_decode_error, tuple(self.known[url]),
             )  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def plan_precompute(store: Store, wanted: PrecomputeRequest, progress: Progress)
         failed: UserError | None = None
         for url in wanted.shards:
             try:
-                index = known_index(store, url, known[url], wanted.bad_images)
+                index = known_index(store, url, known[url], wanted.on_decode_error)
                 if len(index):
                     return block_views(url, index, policy)
             except UserError as error:

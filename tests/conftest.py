@@ -152,7 +152,7 @@ def teacher_of(world_weights: dict[str, str], kind: str, **changes: Any) -> Any:
         "input_size": 64 if kind == "cnn" else 32,
         "mean": (0.5,),
         "std": (0.5,),
-        "called": kind,
+        "teacher_name": kind,
     }
     return teachers.find_teacher(name, **{**settings, **changes})
 

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from tests.conftest import HANGS, ROOT
 
 CNN = [
-    "--teacher", "resnet10t", "--as", "cnn", "--weights", "cnn.safetensors", "--teacher-arg", "channels=[8,12,16,24]",
+    "--teacher", "resnet10t", "--teacher-name", "cnn",
+    "--weights", "cnn.safetensors", "--teacher-arg", "channels=[8,12,16,24]",
     "--teacher-arg", "stem_width=8", "--teacher-arg", "num_classes=3", "--input-size", "64", "--mean", "0.5",
-    "--std", "0.5", "--view-policy", "light", "--view-size", "32", "--view-count", "2",
+    "--std", "0.5", "--view-policy", "light", "--view-size", "32", "--num-views", "2",
     "--target", "activations,grid=8,codec=u8", "--target", "logits,codec=topk2",
 ]  # fmt: skip
 RUN = [

@@ -98,7 +98,7 @@ class World:
             save_file(timm.create_model(model, **arguments).state_dict(), path)
         called = model.partition("_")[0]
         return find_teacher(
-            model, weights=str(path), arguments=arguments, input_size=size, mean=(0.5,), std=(0.5,), called=called
+            model, weights=str(path), arguments=arguments, input_size=size, mean=(0.5,), std=(0.5,), teacher_name=called
         )
 
     def live(self, teacher: Teacher, taps: Sequence[Tap], size: int) -> torch.nn.Module:

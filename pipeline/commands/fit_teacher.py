@@ -49,7 +49,7 @@ def name_of(path: str) -> str:
 @shards("--val", help="Validation shards.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="F", help="A new .safetensors file.")
 @click.option("--weights", metavar="F", help="The recorded teacher's weights, if not at the recorded path.")
-@click.option("--view-count", type=click.IntRange(1), metavar="N", help="Views of each image.  [default: all]")
+@click.option("--num-views", type=click.IntRange(1), metavar="N", help="Views of each image.  [default: all]")
 @click.option("--l2", type=click.FloatRange(0), metavar="X",
               help="Strength of the L2 term; by default chosen on held-out training samples.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Of what is held out.")
@@ -64,7 +64,7 @@ def fit_teacher(
     val: tuple[str, ...],
     out: Path,
     weights: str | None,
-    view_count: int | None,
+    num_views: int | None,
     l2: float | None,
     seed: int,
     device: str,
@@ -87,7 +87,7 @@ def fit_teacher(
 
     console = Console()
     job = FitTeacherConfig(
-        Store.open(store), shards, val, out, target, teacher, weights, view_count, l2, seed, str(pick_device(device))
+        Store.open(store), shards, val, out, target, teacher, weights, num_views, l2, seed, str(pick_device(device))
     )
     try:
         result = run(job, console)

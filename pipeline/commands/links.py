@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--loss", metavar="NAME", help="Which of the run's aal losses, where it has several.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="F", help="Also as a picture: .png, .svg or .pdf.")
-@click.option("--normalise", type=click.Choice(["abs", "printed"]), default="abs", show_default=True,
+@click.option("--normalize", type=click.Choice(["abs", "printed"]), default="abs", show_default=True,
               help="Of magnitudes, or of signed links, as the paper prints it.")  # fmt: skip
 @click.option("--granularity", type=click.Choice(["channel", "block"]), default="block", show_default=True,
               help="Choose for each channel, or for each stage whole.")  # fmt: skip
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
               help="Of the normalised mean over a layer's heads.")  # fmt: skip
 @common
 def links(
-    run: Path, loss: str | None, out: Path | None, normalise: Any, granularity: Any, threshold: float, as_json: bool
+    run: Path, loss: str | None, out: Path | None, normalize: Any, granularity: Any, threshold: float, as_json: bool
 ) -> None:
     """The links that an aal run ended with.
 
@@ -48,7 +48,7 @@ def links(
 
     place = picture_path(out) if out else None
     trained = read(run, loss)
-    settings = LinksConfig(run=str(run), loss=loss, normalise=normalise, granularity=granularity, threshold=threshold)
+    settings = LinksConfig(run=str(run), loss=loss, normalise=normalize, granularity=granularity, threshold=threshold)
     result, heat, kept = _found(trained, settings)
     if place:
         picture(place, trained, heat, kept)
@@ -96,7 +96,7 @@ def _lines(run: Path, result: dict[str, Any]) -> list[str]:
     lines.append(f"Algorithm 1 ({how}) keeps {selection['kept']:,} of {selection['of']:,} links, {share:.1f} %")
     if selection["kept"] == selection["of"]:
         lines.append(
-            "  printed puts a weight of 0 near the middle of 0 to 1, far above the threshold: --normalise abs prunes"
+            "  printed puts a weight of 0 near the middle of 0 to 1, far above the threshold: --normalize abs prunes"
             if selection["normalise"] == "printed"
             else "  that is all of them: a higher --threshold prunes"
         )

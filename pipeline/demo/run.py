@@ -197,7 +197,7 @@ def _precomputed(out: Path, shards: list[str], console: Console) -> Store:
         _, about = load_student(weights)
         found = find_teacher(
             about.model, weights=str(weights), arguments=about.arguments, input_size=about.img_size, mean=about.mean,
-            std=about.std, called=name,
+            std=about.std, teacher_name=name,
         )  # fmt: skip
         wishes = [wish for target in targets for wish in parse_target(target)]
         views = policy(_POLICY, SIZE)

@@ -48,7 +48,7 @@ class SeenView:
         view: its parameters.
         partner: key of the sample that it is mixed with.
         image: uint8 `[S, S, 3]`, what the teachers saw.
-        kept: the image itself is in the store (`--materialise-views`); otherwise it was rendered again.
+        kept: the image itself is in the store (`--store-views`); otherwise it was rendered again.
         values: target id -> its decoded values, f32.
     """
 

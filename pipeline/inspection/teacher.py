@@ -42,7 +42,7 @@ def graph_lines(found: dict[str, Any]) -> list[str]:
     taken = found["input"]
     lines = [f"{found['teacher']}: {found['parameters']:,} parameters, input {taken['name']} {_shape(taken['shape'])}"]
     lines += [f"output {name} {_shape(shape)}" for name, shape in found["outputs"].items()]
-    lines.append("by their shapes, tensors that could give a tap (pipeline precompute … --tap TAP=TENSOR):")
+    lines.append("by their shapes, tensors that could give a tap (pipeline precompute … --tap-tensor TAP=TENSOR):")
     for tap, names in found["tensors"].items():
         more = f"{len(names) - SHOWN} more (--json has them), " if len(names) > SHOWN else ""
         lines.append(f"{tap:12} {more}{', '.join(names[-SHOWN:])}")

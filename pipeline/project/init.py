@@ -124,7 +124,7 @@ def _shards(folder: Path, tars: Sequence[Path], home: Path, progress: Progress) 
     for shard in shards:
         if shard.index and shard.index.left_out:
             progress.say(
-                f"{shard.url}: {counted_flaws(shard.index.left_out)}: left out by precompute --bad-images skip"
+                f"{shard.url}: {counted_flaws(shard.index.left_out)}: left out by precompute --on-decode-error skip"
             )
     first = next(shard for shard in shards if shard.index)  # of unknown shards, some are always read
     assert first.index is not None

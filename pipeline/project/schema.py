@@ -42,7 +42,7 @@ Name = Annotated[str, StringConstraints(pattern="^[A-Za-z0-9_-]{1,40}$")]
 
 
 class ViewSettings(_Section):
-    """Which views are drawn: `--view-policy`, `--view-size`, `--view-count` and `--seed`."""
+    """Which views are drawn: `--view-policy`, `--view-size`, `--num-views` and `--seed`."""
 
     policy: str | None = None
     size: int | None = Field(None, ge=1)
@@ -61,7 +61,7 @@ class TeacherEntry(_Section):
     std: Numbers | None = None
     input_size: int | None = Field(None, ge=1)
     targets: Words = ()
-    taps: dict[str, Words] = {}
+    tap_tensors: dict[str, Words] = {}
 
 
 class ProjectSettings(_Section):

@@ -12,7 +12,7 @@ import numpy as np
 
 from precompute.engine.session import Session
 from precompute.engine.stages import ShardPass, TooWide
-from precompute.engine.tasks import BadImages, Outcome, ReportProgress, ShardTask, TargetOutput
+from precompute.engine.tasks import OnDecodeError, Outcome, ReportProgress, ShardTask, TargetOutput
 from storage.constants import BLOCK
 from storage.errors import UserError
 from storage.shards.index import ShardIndex, build_index, read_samples
@@ -29,7 +29,7 @@ from storage.views.view import INVALID
 BUFFERS = 512 << 20  # bytes of targets in the making; views beyond it wait for another pass over the shard
 
 
-def known_index(store: Store, url: str, known: Sequence[str], bad_images: BadImages) -> ShardIndex:
+def known_index(store: Store, url: str, known: Sequence[str], on_decode_error: OnDecodeError) -> ShardIndex:
     """The index of a shard; made, and kept in the store, where it is none of the `known` ones.
 
     One without samples is not kept: there is nothing in it that a store could know.
@@ -40,9 +40,9 @@ def known_index(store: Store, url: str, known: Sequence[str], bad_images: BadIma
     index = store.recognise(url, known)
     if index is None:
         index = build_index(url)
-        if len(index) and (bad_images == "skip" or not index.left_out):
+        if len(index) and (on_decode_error == "skip" or not index.left_out):
             store.add_index(index, url)
-    if bad_images == "fail":
+    if on_decode_error == "fail":
         require_whole(url, index.left_out)
     return index
 
@@ -86,7 +86,7 @@ def run_task(
         IdentityError: the shard, or the pixels of views that a bank has already, are not what they were.
         OSError: reading or writing failed; the task may be tried again.
     """
-    index = known_index(task.store, task.url, task.known, task.bad_images)
+    index = known_index(task.store, task.url, task.known, task.on_decode_error)
     if not len(index):
         report(0, 0)
         return Outcome(index.id, 0, left_out=index.left_out)

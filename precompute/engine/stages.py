@@ -214,10 +214,10 @@ class ShardPass:
         try:
             return decode(sample.image)
         except BadImage as error:
-            if self.task.bad_images == "fail":
+            if self.task.on_decode_error == "fail":
                 raise UserError(
                     f"{self.task.url}: key {sample.key!r}: {error}\n  Mend or remove the image, or leave such images "
-                    "out of training: --bad-images skip"
+                    "out of training: --on-decode-error skip"
                 ) from None
             return None
 

@@ -11,7 +11,7 @@ from storage.objects.json_record import Record
 from storage.store.codecs import Codec
 from storage.store.store import Store
 
-BadImages = Literal["fail", "skip"]
+OnDecodeError = Literal["fail", "skip"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ShardTask:
         graph: digest of the teacher's graph.
         outputs: the targets.
         views: how many, from 0.
-        bad_images: whether an image that cannot be decoded, or a key without one, fails the shard or is left out.
+        on_decode_error: whether an image that cannot be decoded, or a key without one, fails the shard or is left out.
         known: ids of shards with the file's stem that the store knew when the run began.
     """
 
@@ -51,7 +51,7 @@ class ShardTask:
     graph: str
     outputs: tuple[TargetOutput, ...]
     views: int
-    bad_images: BadImages = "fail"
+    on_decode_error: OnDecodeError = "fail"
     known: tuple[str, ...] = ()
 
 

@@ -196,7 +196,7 @@ def _refuse_probabilities(graph: onnx_file.OnnxGraph, tap: str, name: str, are_r
     where, before = f"{graph.path}: {tap}={name}", graph.before_squashing(name)
     advice = "name the tensor before the softmax"
     if before:
-        advice = f"name the tensor before the {before[0].lower()}: --tap {tap}={before[1]}"
+        advice = f"name the tensor before the {before[0].lower()}: --tap-tensor {tap}={before[1]}"
     if tap != "logits":
         advice = "name another tensor"
     if are_rows:

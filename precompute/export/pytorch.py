@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 CHECKED = 16  # images that PyTorch and the graph are compared on
 # What to do with a teacher that cannot be exported here.
 _ADVICE = (
-    "\n  Export the network by other means, and give that file: --teacher model.onnx --tap TAP=TENSOR\n"
+    "\n  Export the network by other means, and give that file: --teacher model.onnx --tap-tensor TAP=TENSOR\n"
     "  --debug shows all that the exporter says."
 )
 PARITY = 1e-3  # largest difference of an output ÷ its largest value; 2e-5 is usual on a CPU without TF32

@@ -171,7 +171,7 @@ def require_tensors(graph: OnnxGraph, names: Sequence[str]) -> None:
 
 
 def named_outputs(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Tap -> names of its tensors, of several `--tap TAP=TENSOR`.
+    """Tap -> names of its tensors, of several `--tap-tensor TAP=TENSOR`.
 
     Raises:
         UserError: not such a text, or an unknown tap, with the nearest one.
@@ -182,7 +182,7 @@ def named_outputs(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
     for text in texts:
         tap, equals, tensor = text.partition("=")
         if not equals or not tensor:
-            raise UserError(f"--tap {text}: expected TAP=TENSOR, such as logits=output")
+            raise UserError(f"--tap-tensor {text}: expected TAP=TENSOR, such as logits=output")
         found[check_tap(tap)] = (*found.get(tap, ()), tensor)
     return found
 
@@ -204,14 +204,14 @@ def given_tensors(path: str, tensors: Mapping[str, Sequence[str]], wishes: Seque
     outputs = ", ".join(graph.outputs) or "none"
     if not tensors:
         raise UserError(
-            f"{path}: a graph does not say what its tensors mean: name them by --tap TAP=TENSOR, such as "
-            f"--tap logits={_logits(graph)}; its outputs: {outputs}"
+            f"{path}: a graph does not say what its tensors mean: name them by --tap-tensor TAP=TENSOR, such as "
+            f"--tap-tensor logits={_logits(graph)}; its outputs: {outputs}"
         )
     for tap, names in tensors.items():
         if check_tap(tap) in ("q", "k", "v"):
             raise UserError(
                 f"{path}: {tap}: a ready graph gives no q, k and v: nothing tells whether they make the attention that "
-                "the network uses; name its rows instead (after the softmax): --tap attention=TENSOR"
+                "the network uses; name its rows instead (after the softmax): --tap-tensor attention=TENSOR"
             )
         if len(names) > 1 and not TAPS[tap].layered:
             raise UserError(f"{path}: {tap} is one tensor, {len(names)} are named: {', '.join(names)}")
@@ -220,10 +220,7 @@ def given_tensors(path: str, tensors: Mapping[str, Sequence[str]], wishes: Seque
         require_tensors(graph, names)
     for wish in wishes:
         if not tensors.get(wish.tap):
-            raise UserError(
-                f"{path}: {wish.tap} is wanted and no tensor is named for it: --tap {wish.tap}=TENSOR; its outputs: "
-                f"{outputs}"
-            )
+            raise UserError(f"{path}: {wish.tap} has no tensor: --tap-tensor {wish.tap}=TENSOR; its outputs: {outputs}")
     return [replace(wish, tensors=tuple(tensors[wish.tap])) for wish in wishes]
 
 

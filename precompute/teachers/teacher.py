@@ -110,7 +110,7 @@ def find_teacher(
     input_size: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    called: str | None = None,
+    teacher_name: str | None = None,
     weights_key: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Teacher:
@@ -129,7 +129,7 @@ def find_teacher(
         for flag, given in given_flags.items():
             if given:
                 raise UserError(f"{flag}: {name} is a ready graph, whose weights and arguments are in it")
-        return _find_ready(name, input_size, mean, std, _called(Path(name).stem, called))
+        return _find_ready(name, input_size, mean, std, _checked_name(Path(name).stem, teacher_name))
     model, size = resolve(name)
     given_all = name in SHORT_NAMES and mean is not None and std is not None
     if not given_all:
@@ -138,7 +138,7 @@ def find_teacher(
         mean, std = mean or config["mean"], std or config["std"]
     assert mean is not None
     assert std is not None
-    called = _called(name, called)
+    teacher_name = _checked_name(name, teacher_name)
     if weights is not None:
         digest, classes = digest_of_file(weights), classes_in(weights)
         weights_key = _key(weights, weights_key, say)
@@ -164,7 +164,7 @@ def find_teacher(
         raise UserError(f"--input-size {input_size}: --teacher-arg img_size={own} says something else")
     input_size = own if isinstance(own, int) else input_size
     return Teacher(
-        called, model, arguments or {}, weights, digest, int(input_size or size or 224),
+        teacher_name, model, arguments or {}, weights, digest, int(input_size or size or 224),
         _three(mean, "mean"), _three(std, "std"), classes, weights_key,
     )  # fmt: skip
 
@@ -180,7 +180,7 @@ def _key(weights: str, wanted: str | None, say: Callable[[str], None]) -> str | 
 
 
 def _find_ready(
-    path: str, input_size: int | None, mean: Sequence[float] | None, std: Sequence[float] | None, called: str
+    path: str, input_size: int | None, mean: Sequence[float] | None, std: Sequence[float] | None, teacher_name: str
 ) -> Teacher:
     """The teacher in a ready graph; a file says nothing of its mean and std, and its input's size only where fixed."""
     side = read_graph(path).side
@@ -195,17 +195,19 @@ def _find_ready(
         raise UserError(f"--input-size {input_size}: {path} takes images of {side}x{side} alone")
     size = side or input_size or 0
     _require_size(size)
-    return Teacher(called, ONNX_FILE, {}, path, digest_of_file(path), size, _three(mean, "mean"), _three(std, "std"))
+    return Teacher(
+        teacher_name, ONNX_FILE, {}, path, digest_of_file(path), size, _three(mean, "mean"), _three(std, "std")
+    )
 
 
-def _called(name: str, called: str | None) -> str:
+def _checked_name(name: str, teacher_name: str | None) -> str:
     """What the store calls a teacher: as was said, or after its name."""
-    called = called or re.sub(r"[^A-Za-z0-9_-]", "_", name)[:40]
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", called):
-        raise UserError(f"--as {called!r}: a teacher's name has 1 to 40 letters, digits, - and _")
-    if called == "views":
-        raise UserError("--as views: so is called what keeps the view images themselves; take another name")
-    return called
+    teacher_name = teacher_name or re.sub(r"[^A-Za-z0-9_-]", "_", name)[:40]
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", teacher_name):
+        raise UserError(f"--teacher-name {teacher_name!r}: a teacher's name has 1 to 40 letters, digits, - and _")
+    if teacher_name == "views":
+        raise UserError("--teacher-name views: this name is taken by the stored view images; choose another")
+    return teacher_name
 
 
 def _require_size(input_size: int | None) -> None:

@@ -193,7 +193,7 @@ def require_whole(url: str, left_out: Sequence[str]) -> None:
         more = f" ({len(left_out):,} keys make no sample)" if len(left_out) > 1 else ""
         raise UserError(
             f"{url}: {left_out[0]}{more}; {RULE}\n  `pipeline pack` leaves out such keys, and so does `pipeline "
-            f"precompute --bad-images skip`; both count them.\n{repack(url)}"
+            f"precompute --on-decode-error skip`; both count them.\n{repack(url)}"
         )
 
 

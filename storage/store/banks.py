@@ -66,7 +66,7 @@ class BankView:
             raise IdentityError(
                 f"{where}, key {sample.key}", "signature of the view's pixels", f"{expected:08x}", f"{found:08x}",
                 f"The image or the decoders differ from those of precompute ({both or 'same versions'}).\n  Use those "
-                "decoders, or store the pixels themselves where they are in use: --materialise-views",
+                "decoders, or store the pixels themselves where they are in use: --store-views",
             )  # fmt: skip
         return pixels
 

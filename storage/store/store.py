@@ -164,7 +164,7 @@ class Store:
         try:
             return self._add("teacher", name, identity, about)
         except IdentityError as error:
-            do = f"This is another teacher than the recorded one. Add it under a name of its own: --as {name}-2"
+            do = f"It is not the recorded teacher. Give it another name: --teacher-name {name}-2"
             raise IdentityError(
                 error.where, error.field, error.expected, error.found, do, ("the store has", "asked for")
             ) from None

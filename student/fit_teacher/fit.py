@@ -179,7 +179,7 @@ def read_examples(
         raise UserError(
             f"{count:,} features ({stream.order.samples:,} samples × {views} views) of {width} numbers take "
             f"{size_text(need)}, {size_text(budget)} are allowed; give fewer shards, or fewer views: "
-            "--view-count N"
+            "--num-views N"
         )
     whole = [torch.empty(count, dtype=torch.int64) for _ in range(3)]
     examples = Examples(torch.empty(count, width), whole[0], whole[1], torch.empty(count), whole[2])

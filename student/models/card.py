@@ -41,7 +41,7 @@ _TEACHING = """
 It can be a teacher, too, with the `--target` that a recipe reads:
 
 ```
-pipeline precompute --teacher {model} --weights last.safetensors --as NAME --input-size {size} \\
+pipeline precompute --teacher {model} --weights last.safetensors --teacher-name NAME --input-size {size} \\
   --mean {mean} --std {std} {arguments} --shards SHARDS --store STORE
 ```
 """

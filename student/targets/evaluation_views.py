@@ -112,5 +112,5 @@ def command(store: Store, given: Sequence[StoredTarget], urls: Sequence[str], vi
         layers = f",layers={parse_ranges(one['layers'])}" if one["layers"] else ""
         wishes.setdefault(f"{layers},codec={one['codec']}", []).append(one["tap"])
         for name in one.get("tensors", ()):
-            words += ["--tap", f"{one['tap']}={name}"]
+            words += ["--tap-tensor", f"{one['tap']}={name}"]
     return shlex.join([*words, *(w for rest, taps in wishes.items() for w in ("--target", f"{','.join(taps)}{rest}"))])

@@ -22,7 +22,7 @@ def precompute(
 ) -> list[str]:
     """The words that name a teacher, a store and shards; views and targets are still to be said."""
     words = ["pipeline", "precompute", "--teacher", model, *(["--weights", weights] if weights else [])]
-    words += ["--as", called]
+    words += ["--teacher-name", called]
     for name, value in arguments.items():
         words += ["--teacher-arg", f"{name}={flag(value)}"]
     words += ["--mean", _numbers(mean), "--std", _numbers(std), "--input-size", str(input_size), "--store", store]

@@ -110,7 +110,7 @@ PREPARING = [
         "a shard with keys that have no image",
         "precompute @CNN --shards failed/shard-000000.tar --store new/S --view-size 32 --target logits",
         ("failed/shard-000000.tar: key 'lost' needs one image", "found json, txt", "a sample is a key with one image",
-         "--bad-images skip", "pipeline pack failed/shard-000000.tar"),
+         "--on-decode-error skip", "pipeline pack failed/shard-000000.tar"),
     ),
     Mistake("init on a class without images", "init gap --out new/p.yaml", ("gap/none: a class folder without im",)),
     Mistake("init on one class", "init alone --out new/p.yaml", ("alone: ", "cat is one class alone", "two classes")),
@@ -240,13 +240,13 @@ PREPARING = [
         ("other/val-000000.tar: shard: the store S has shard-000000-", "this is val-000000-", "pipeline precompute"),
     ),
     Mistake(
-        "views of another size", "precompute @CNN --shards shard-000000.tar --store S --view-size 64 --as another",
+        "views of another size", "precompute @CNN --shards shard-000000.tar --store S --view-size 64 --teacher-name b",
         ("S: bank light-32-", "view size: the store has 32, asked for 64", "--new-bank"),
     ),
     Mistake(
         "the name of a recorded teacher for another",
-        "precompute @CNN --shards shard-000000.tar --store S --as vit",
-        ("teacher 'vit'", "the store has", "asked for", "--as vit-2"),
+        "precompute @CNN --shards shard-000000.tar --store S --teacher-name vit",
+        ("teacher 'vit'", "the store has", "asked for", "--teacher-name vit-2"),
     ),
     Mistake(
         "a scheduler that does not run", "precompute @CNN --shards shard-000000.tar --store new/S --dask nonsense",

@@ -67,7 +67,7 @@ def test_from_class_folders_to_a_score(run, world, tmp_path, monkeypatch):
     packed = run("pack", "photos", "train-{000000..000001}.tar", "--val-fraction", ".2", "--json")
     assert json.loads(packed.out)["samples"] == {"train": 240, "val": 60}
     shards = ["--shards", "train-{000000..000001}.tar"]
-    views = ["--view-policy", "light", "--view-size", 32, "--view-count", 2]
+    views = ["--view-policy", "light", "--view-size", 32, "--num-views", 2]
     made = run(*precompute_words(world, "S", *shards, *views, "--target", "activations,grid=8", "--json"))
     assert made.status == 0, made.err
     assert json.loads(made.out)["written"] == 4
@@ -181,7 +181,7 @@ def test_workers_that_run_onnx_can_stay_free_of_torch():
         ([*MAKE, "--target", "q,layer=last"], 1, "no option is called 'layer'. Did you mean 'layers'?"),
         ([*MAKE, "--target", "q,codec=u9"], 1, "no codec is called 'u9'. Did you mean 'u8'?"),
         ([*MAKE, "--view-policy", "lite"], 1, "no operation is called 'lite'. Did you mean 'light'?"),
-        ([*MAKE, "--as", "views"], 1, "--as views: so is called what keeps the view images themselves"),
+        ([*MAKE, "--teacher-name", "views"], 1, "--teacher-name views: this name is taken by the stored view images"),
         ([*MAKE, "--weights", "w.safetensors"], 1, "--weights w.safetensors: cannot be read"),
         ([*MAKE, "--mean", "half"], 1, "--mean half: expected one number or three"),
         ([*MAKE, "--teacher-arg", "x"], 1, "expected name=value"),
@@ -250,7 +250,7 @@ def test_bad_shards_are_refused_by_every_command_that_reads_them(run, world, tmp
 @pytest.mark.parametrize("flag", [["--view-policy", "none"], ["--view-size", 64], ["--seed", 3]])
 def test_another_policy_size_or_seed_than_the_store_has_is_refused(run, world, flag):
     before = sorted(p.name for p in (world.store / "banks").iterdir())
-    ended = run(*precompute_words(world, world.store, "--shards", world.shards[0], "--as", "cnn2", *flag))
+    ended = run(*precompute_words(world, world.store, "--shards", world.shards[0], "--teacher-name", "cnn2", *flag))
     assert ended.status == 1
     assert ": the store has " in ended.err
     assert ", asked for " in ended.err
@@ -262,12 +262,12 @@ def test_another_weights_file_under_a_recorded_name_is_refused(run, world, tmp_p
     from tests.conftest import write_teacher
 
     other = write_teacher(tmp_path / "other.safetensors", TINY_CNN, seed=5)
-    words = precompute_words(world, world.store, "--shards", world.shards[0], "--as", "cnn")
+    words = precompute_words(world, world.store, "--shards", world.shards[0], "--teacher-name", "cnn")
     words[words.index(world.weights["cnn"])] = other
     ended = run(*words)
     assert ended.status == 1
     assert "weights sha256: the store has" in ended.err
-    assert "--as cnn-2" in ended.err
+    assert "--teacher-name cnn-2" in ended.err
 
 
 def test_recipes_are_valid_and_open_with_paper_command_and_what_to_expect():

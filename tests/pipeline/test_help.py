@@ -25,7 +25,7 @@ ORDER = ("pack", "teachers", "recipes", "plan", "precompute", "verify", "inspect
 # What makes an example quick for few images, and changes nothing else.
 QUICK = {
     "plan": ["--measure", "0"],
-    "precompute": ["--view-count", "1"],
+    "precompute": ["--num-views", "1"],
     "verify": ["--samples", "4"],
     "train": [word for setting in ("stream.batch_size=16", "optim.epochs=1", "optim.warmup_epochs=0", "speed.amp=none")
               for word in ("--set", setting)],

@@ -150,7 +150,7 @@ def test_every_relative_link_and_every_file_that_is_named_exists():
     written = (
         "student/losses/relational.py",
         "tests/student/losses/test_relational.py",
-    )  # by who follows adding-a-method.md
+    )  # by readers of adding-a-method.md
     for name in ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))):
         text = (ROOT / name).read_text()
         links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]

@@ -18,7 +18,7 @@ SIZES = {
     "student.model": "vit_tiny_patch16_224", "student.img_size": 32, "student.patch_size": 8, "student.embed_dim": 48,
     "student.depth": 3, "student.num_heads": 3, "stream.batch_size": 16, "optim.epochs": 1, "optim.warmup_epochs": 0,
 }  # fmt: skip
-VIEWS = ["--view-policy", "light", "--view-size", 32, "--view-count", 2]
+VIEWS = ["--view-policy", "light", "--view-size", 32, "--num-views", 2]
 HALF = ["--mean", ".5", "--std", ".5"]
 
 
@@ -57,7 +57,7 @@ TRAIN = ["--val", "train-000000.tar", *(w for k, v in SIZES.items() for w in ("-
 @pytest.mark.slow
 def test_from_a_file_to_a_student_that_learns_from_its_activations(here: Path, run: Any, tmp_path: Path) -> None:
     store = tmp_path / "S"
-    taps = [w for name in OUTPUTS["cnn"][:4] for w in ("--tap", f"activations={name}")]
+    taps = [w for name in OUTPUTS["cnn"][:4] for w in ("--tap-tensor", f"activations={name}")]
     words = ["--teacher", "cnn.onnx", *HALF, *taps, *SHARDS, "--store", store, *VIEWS]
     words += ["--target", "activations,layers=2:4,grid=4"]
     status, out, err = run("plan", *words, "--measure", 0, "--json")
@@ -89,7 +89,7 @@ def test_a_project_file_names_taps_and_a_student_learns_from_attention(
     here: Path, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = made_by(here / "vit.onnx", "Softmax")
-    entry = {"teacher": "vit.onnx", "mean": 0.5, "std": 0.5, "taps": {"attention": rows, "logits": "logits"}}
+    entry = {"teacher": "vit.onnx", "mean": 0.5, "std": 0.5, "tap_tensors": {"attention": rows, "logits": "logits"}}
     content = {
         "shards": "train-000000.tar", "val": "train-000000.tar", "store": str(tmp_path / "S"),
         "views": {"policy": "light", "size": 32, "count": 1}, "teachers": {"graph": entry}, "set": SIZES,
@@ -114,7 +114,7 @@ def test_a_project_file_names_taps_and_a_student_learns_from_attention(
     )
     assert status == 0, err
     assert "rows of all queries, layers 1:3, 3 heads, 4x4 patches" in err
-    status, out, err = run("precompute", *project, "--teacher", "graph", "--tap", "class_token=clss")
+    status, out, err = run("precompute", *project, "--teacher", "graph", "--tap-tensor", "class_token=clss")
     assert status == 1
     assert (
         f"{here}/project.yaml: teachers.graph: {here}/vit.onnx: no tensor is called 'clss'. Did you mean 'cls'" in err
@@ -144,13 +144,13 @@ def test_sizes_that_a_file_has_itself_are_not_asked_for(here: Path, run: Any) ->
     ("words", "says"),
     [
         (["--teacher", "cnn.onnx", *HALF], "its outputs: stage1, stage2, stage3, stage4, logits"),
-        (["--teacher", "cnn.onnx", "--tap", "logits=logits"], "give --mean and --std"),
-        (["--teacher", "cnn.onnx", *HALF, "--tap", "logits=logist"], "'logist'. Did you mean 'logits'?"),
-        (["--teacher", "cnn.onnx", *HALF, "--tap", "k=logits"], "k: a ready graph gives no q, k and v"),
-        (["--teacher", "resnet34", "--tap", "logits=y"], "--tap names tensors of a ready model.onnx; resnet34 has"),
-        (["--teacher", "gone.onnx", *HALF, "--tap", "logits=y"], "gone.onnx: cannot be read: No such file"),
+        (["--teacher", "cnn.onnx", "--tap-tensor", "logits=logits"], "give --mean and --std"),
+        (["--teacher", "cnn.onnx", *HALF, "--tap-tensor", "logits=logist"], "'logist'. Did you mean 'logits'?"),
+        (["--teacher", "cnn.onnx", *HALF, "--tap-tensor", "k=logits"], "k: a ready graph gives no q, k and v"),
+        (["--teacher", "resnet34", "--tap-tensor", "logits=y"], "--tap-tensor names tensors of a ready model.onnx"),
+        (["--teacher", "gone.onnx", *HALF, "--tap-tensor", "logits=y"], "gone.onnx: cannot be read: No such file"),
         (["--teacher", "train-000000.tar", *HALF], "no teacher is called 'train-000000.tar'"),
-        (["--teacher", "bad.onnx", *HALF, "--tap", "logits=y"], "bad.onnx: it has 2 inputs (a, b)"),
+        (["--teacher", "bad.onnx", *HALF, "--tap-tensor", "logits=y"], "bad.onnx: it has 2 inputs (a, b)"),
     ],
 )  # fmt: skip
 def test_mistakes_end_with_one_clear_message(here: Path, run: Any, tmp_path: Path, words: list[str], says: str) -> None:
@@ -163,7 +163,17 @@ def test_mistakes_end_with_one_clear_message(here: Path, run: Any, tmp_path: Pat
 
 
 def test_a_head_cannot_be_fitted_into_a_file(here: Path, run: Any, tmp_path: Path) -> None:
-    words = ["--teacher", "vit.onnx", *HALF, "--tap", "class_token=cls", *SHARDS, "--store", tmp_path / "S", *VIEWS]
+    words = [
+        "--teacher",
+        "vit.onnx",
+        *HALF,
+        "--tap-tensor",
+        "class_token=cls",
+        *SHARDS,
+        "--store",
+        tmp_path / "S",
+        *VIEWS,
+    ]
     assert run("precompute", *words)[0] == 0
     status, _, err = run(
         "fit-teacher", "--store", tmp_path / "S", "--teacher", "vit", *SHARDS, "--val", "train-000000.tar", "--out",

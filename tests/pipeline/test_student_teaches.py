@@ -55,7 +55,7 @@ def test_the_card_s_command_makes_a_student_a_teacher_of_another(world, place, c
     shards = " --shards ".join(shlex.quote(shard) for shard in world.shards)
     command = printed.replace("SHARDS", shards).replace("STORE", str(place / "store")).replace("NAME", "eight")
     monkeypatch.chdir(teacher)
-    views = "--view-policy light --view-size 32 --view-count 1 --provider cpu"
+    views = "--view-policy light --view-size 32 --num-views 1 --provider cpu"
     made = run(capsys, *shlex.split(command)[1:], "--target", "q,k,codec=f32", "--target", "logits", *views.split())
     store = Store.open(place / "store")
     assert {store.target(id)["teacher"] for id in made["targets"]} == {"eight"}

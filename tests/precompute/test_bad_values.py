@@ -53,7 +53,7 @@ def corrupt(world: World, tmp_path: Path) -> str:
 
 def test_an_image_that_cannot_be_decoded_fails_its_shard_by_key(world: World, tmp_path: Path, corrupt: str) -> None:
     place = seeded(world, tmp_path / "store")
-    with pytest.raises(UserError, match=r"corrupt-000000.tar: key 'shard-000000-00003'.*\n.*--bad-images skip"):
+    with pytest.raises(UserError, match=r"corrupt-000000.tar: key 'shard-000000-00003'.*\n.*--on-decode-error skip"):
         run_precompute(place, [world.shards[1], corrupt], teacher_of(world.weights, "cnn"), CNN)
     store = Store.open(place)
     assert {task.shard for task in store.done()} == {store.require(world.shards[1], store.shard_ids()).id}
@@ -71,7 +71,7 @@ def test_an_image_that_cannot_be_decoded_in_the_first_shard_stops_no_other(
 
 def test_images_that_cannot_be_decoded_are_left_out_when_asked_for(world: World, tmp_path: Path, corrupt: str) -> None:
     place = seeded(world, tmp_path / "store")
-    result = run_precompute(place, [corrupt], teacher_of(world.weights, "cnn"), CNN, bad_images="skip")
+    result = run_precompute(place, [corrupt], teacher_of(world.weights, "cnn"), CNN, on_decode_error="skip")
     assert result["invalid"] == [f"{corrupt}: shard-000000-00003", f"{corrupt}: shard-000000-00080"]
     store = Store.open(place)
     for view in (0, 1):
@@ -85,10 +85,10 @@ def test_images_that_cannot_be_decoded_are_left_out_when_asked_for(world: World,
 
 def test_a_second_teacher_agrees_which_images_are_invalid(world: World, tmp_path: Path, corrupt: str) -> None:
     place = seeded(world, tmp_path / "store")
-    run_precompute(place, [corrupt], teacher_of(world.weights, "cnn"), CNN, bad_images="skip")
+    run_precompute(place, [corrupt], teacher_of(world.weights, "cnn"), CNN, on_decode_error="skip")
     with pytest.raises(UserError, match="key 'shard-000000-00003'"):
         run_precompute(place, [corrupt], teacher_of(world.weights, "vit"), VIT)
-    result = run_precompute(place, [corrupt], teacher_of(world.weights, "vit"), VIT, bad_images="skip")
+    result = run_precompute(place, [corrupt], teacher_of(world.weights, "vit"), VIT, on_decode_error="skip")
     assert len(result["invalid"]) == 2
     assert not failures(place, [corrupt])
 
@@ -97,7 +97,7 @@ def test_contract_5_an_image_that_was_invalid_and_is_not_any_more_is_refused(
     world: World, tmp_path: Path, corrupt: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = seeded(world, tmp_path / "store")
-    run_precompute(place, [corrupt], teacher_of(world.weights, "cnn"), F32, bad_images="skip")
+    run_precompute(place, [corrupt], teacher_of(world.weights, "cnn"), F32, on_decode_error="skip")
 
     def lenient(data: bytes) -> Image.Image:  # as a newer decoder may be
         try:
@@ -107,7 +107,7 @@ def test_contract_5_an_image_that_was_invalid_and_is_not_any_more_is_refused(
 
     monkeypatch.setattr("precompute.engine.stages.decode", lenient)
     with pytest.raises(UserError, match="view 0, key shard-000000-00003: image: expected invalid, found valid"):
-        run_precompute(place, [corrupt], teacher_of(world.weights, "vit"), VIT, bad_images="skip")
+        run_precompute(place, [corrupt], teacher_of(world.weights, "vit"), VIT, on_decode_error="skip")
 
 
 def test_scales_that_f16_cannot_hold_are_kept_in_f32(world: World, tmp_path: Path, watch: Any) -> None:

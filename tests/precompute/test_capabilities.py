@@ -57,7 +57,7 @@ def test_each_tap_that_is_offered_is_stored_as_it_was_told_and_each_other_is_ref
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)  # biases that begin at zero would hide what they do
     save_file(network.state_dict(), tmp_path / "weights.safetensors")
-    teacher = teachers.find_teacher(name, weights=str(tmp_path / "weights.safetensors"), called="teacher")
+    teacher = teachers.find_teacher(name, weights=str(tmp_path / "weights.safetensors"), teacher_name="teacher")
     shards = synthetic_shards(tmp_path / "data", shards=1, samples=2, classes=2)
 
     def make(taps: list[str]) -> dict[str, Any]:

@@ -188,7 +188,7 @@ def test_the_command_line_tells_the_plan(world: World, tmp_path: Path, capsys: p
     name, arguments = "resnet10t", ["channels=[8,12,16,24]", "stem_width=8", "num_classes=3"]
     flags = [
         "--teacher", name, "--weights", world.weights["cnn"], "--mean", "0.5", "--std", "0.5", "--input-size", "64",
-        "--shards", world.shards[0], "--store", str(tmp_path / "S"), "--view-size", "32", "--view-count", "2",
+        "--shards", world.shards[0], "--store", str(tmp_path / "S"), "--view-size", "32", "--num-views", "2",
     ]  # fmt: skip
     flags += [part for argument in arguments for part in ("--teacher-arg", argument)]
     with pytest.raises(SystemExit) as ended:

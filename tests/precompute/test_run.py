@@ -159,9 +159,10 @@ def test_contract_3_another_process_with_the_shards_in_another_order_makes_the_s
     command = [
         sys.executable, "-m", "pipeline", "precompute", "--teacher", TINY_CNN[0], "--weights", world.weights["cnn"],
         "--teacher-arg", "channels=[8,12,16,24]", "--teacher-arg", "stem_width=8", "--teacher-arg", "num_classes=3",
-        "--input-size", "64", "--mean", "0.5", "--std", "0.5", "--as", "cnn", *(f"--target={wish}" for wish in CNN),
+        "--input-size", "64", "--mean", "0.5", "--std", "0.5", "--teacher-name", "cnn",
+        *(f"--target={wish}" for wish in CNN),
         "--shards", world.shards[1], "--shards", world.shards[0], "--store", str(place), "--view-policy", "light",
-        "--view-size", "32", "--view-count", "2", "--provider", "cpu", "--json",
+        "--view-size", "32", "--num-views", "2", "--provider", "cpu", "--json",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONHASHSEED": "1"}
     child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=HANGS, check=False)
@@ -195,7 +196,7 @@ def test_contract_5_another_teacher_under_a_recorded_name_is_refused_and_changes
     assert (caught.value.field, caught.value.expected, caught.value.found) == (
         field, recorded.identity[field], other.identity[field],
     )  # fmt: skip
-    assert "--as cnn-2" in str(caught.value)
+    assert "--teacher-name cnn-2" in str(caught.value)
     assert snapshot(place) == before
 
 
@@ -243,5 +244,5 @@ def test_more_than_one_view_of_a_policy_without_chance_is_refused(
     world: World, tmp_path: Path, line: str, count: int
 ) -> None:
     wanted = {"policy": policy(line, 32), "views": count}
-    with pytest.raises(UserError, match=f"--view-count {count}: .* leaves nothing to chance"):
+    with pytest.raises(UserError, match=f"--num-views {count}: .* leaves nothing to chance"):
         run_precompute(seeded(world, tmp_path / "s"), world.shards, teacher_of(world.weights, "cnn"), CNN, **wanted)

@@ -39,14 +39,14 @@ def disturbed(world: World, tmp_path_factory: pytest.TempPathFactory) -> list[st
 @pytest.fixture(scope="module")
 def skipped(world: World, disturbed: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     place = seeded(world, tmp_path_factory.mktemp("skipped") / "store")
-    return place, run_precompute(place, disturbed, teacher_of(world.weights, "cnn"), CNN, bad_images="skip")
+    return place, run_precompute(place, disturbed, teacher_of(world.weights, "cnn"), CNN, on_decode_error="skip")
 
 
 def test_they_fail_their_shard_with_the_way_out(world: World, disturbed: list[str], tmp_path: Path) -> None:
     place = seeded(world, tmp_path / "store")
     with pytest.raises(UserError) as error:
         run_precompute(place, disturbed, teacher_of(world.weights, "cnn"), CNN)
-    for text in (disturbed[0], "key 'lost0' needs one image", "found json, txt", "3 keys", "--bad-images skip"):
+    for text in (disturbed[0], "key 'lost0' needs one image", "found json, txt", "3 keys", "--on-decode-error skip"):
         assert text in str(error.value)
     assert {task.shard for task in Store.open(place).done()} == {build_index(disturbed[2]).id}
 
@@ -84,7 +84,7 @@ def test_training_on_them_is_training_without_them(
 def test_a_plan_counts_the_samples(world: World, disturbed: list[str], tmp_path: Path) -> None:
     wanted = wanted_of(world, world.shards, CNN)
     undisturbed = plan(str(tmp_path / "store"), wanted, Quiet(), seconds=0)
-    skipping = dataclasses.replace(wanted, shards=disturbed, bad_images="skip")
+    skipping = dataclasses.replace(wanted, shards=disturbed, on_decode_error="skip")
     told = plan(str(tmp_path / "store"), skipping, Quiet(), seconds=0)
     for name in ("samples", "shards", "targets"):
         assert told[name] == undisturbed[name]

@@ -71,7 +71,7 @@ def test_what_it_says_to_train_with_keeps_what_it_shows(trained, capsys):
 
 
 def test_printed_keeps_every_link_and_it_is_said(trained, capsys):
-    code, out, _ = call(capsys, "links", trained, "--normalise", "printed")
+    code, out, _ = call(capsys, "links", trained, "--normalize", "printed")
     assert code == 0
     assert "keeps 360 of 360 links, 100.0 %\n  printed puts a weight of 0 near the middle of 0 to 1" in out
     assert "--set" not in out

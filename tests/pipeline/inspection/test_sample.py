@@ -329,7 +329,7 @@ def test_a_sample_that_is_marked_invalid_is_said_to_be(world, tmp_path) -> None:
         for i in range(4):
             image = b"no image" if i == 2 else _png(i)
             writer.write({"__key__": f"k{i}", "png": image, "cls": b"0"})
-    run_precompute(tmp_path / "S", [str(shard)], teacher_of(world.weights, "cnn"), ["logits"], bad_images="skip")
+    run_precompute(tmp_path / "S", [str(shard)], teacher_of(world.weights, "cnn"), ["logits"], on_decode_error="skip")
     with pytest.raises(UserError, match="key 'k2' is marked invalid"):
         stored_sample(Store.open(tmp_path / "S"), [str(shard)], "k2")
 

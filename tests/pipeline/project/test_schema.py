@@ -154,7 +154,7 @@ def test_flags_win(place, run, monkeypatch, tmp_path):
     assert run("inspect", "--store", tmp_path / "nowhere")[2].endswith("`pipeline precompute` makes one\n")
     assert "--weights gone.pth: cannot be read" in run("precompute", "--teacher", "vit", "--weights", "gone.pth")[2]
     words = ["precompute", "--teacher", "vit", "--store", tmp_path / "S", "--shards", "train-000000.tar", "--json"]
-    status, out, err = run(*words, "--target", "logits", "--view-count", 1, "--view-size", 24, "--as", "other")
+    status, out, err = run(*words, "--target", "logits", "--num-views", 1, "--view-size", 24, "--teacher-name", "other")
     assert status == 0, err
     made = json.loads(out)
     assert (made["views"], made["shards"], made["bank"][:9]) == (1, made["shards"][:1], "light-24-")
@@ -171,7 +171,7 @@ def test_flags_win(place, run, monkeypatch, tmp_path):
 
 def test_a_flag_for_one_teacher_needs_its_name_where_there_are_several(place, run, monkeypatch):
     monkeypatch.chdir(place)
-    for words in (["--weights", "w"], ["--target", "logits"], ["--as", "x"], ["--teacher-arg", "a=1"]):
+    for words in (["--weights", "w"], ["--target", "logits"], ["--teacher-name", "x"], ["--teacher-arg", "a=1"]):
         status, _, err = run("precompute", *words)
         assert status == 1
         assert f"{words[0]} is for one teacher, pipeline.yaml has cnn, vit: say --teacher NAME" in err

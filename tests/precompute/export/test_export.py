@@ -219,7 +219,7 @@ def test_exporting_again_from_another_place_gives_the_same_bytes(
     case = cases("vit, views reduced")
     elsewhere = str(shutil.copy(weights["vit"], tmp_path / "w.safetensors"))
     monkeypatch.chdir(tmp_path)
-    teacher = teacher_of({"vit": elsewhere}, "vit", called="other", **COLOURS)
+    teacher = teacher_of({"vit": elsewhere}, "vit", teacher_name="other", **COLOURS)
     again = pytorch.export(teacher, case.taps, case.size, pixels(4, case.size, seed=1), "cpu")
     assert again.graph == case.exported.graph
 
@@ -272,7 +272,7 @@ def test_contract_12_nothing_is_stored_of_attention_that_is_not_what_the_network
     name = "vit_relpos_base_patch16_cls_224"
     weights = write_teacher(tmp_path / "w.safetensors", (name, arguments))
     teacher = teachers.find_teacher(
-        name, weights=weights, arguments={**arguments, "num_classes": 3}, called="relpos", mean=(0.5,), std=(0.5,)
+        name, weights=weights, arguments={**arguments, "num_classes": 3}, teacher_name="relpos", mean=(0.5,), std=(0.5,)
     )
     shards = synthetic_shards(tmp_path / "data", 1, 6)
     with pytest.raises(UserError, match=r"VisionTransformerRelPos: layer 1 .*RelPosAttention"):

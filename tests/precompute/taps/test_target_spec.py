@@ -158,7 +158,7 @@ def test_a_teacher_is_not_asked_for_what_it_has_not(wish: TargetSpec, manifest: 
 
 def test_of_a_ready_graph_the_tensors_say_where_maps_are_read() -> None:
     ready = {"id": "graph", "network": "onnx", "layers": 0}
-    with pytest.raises(UserError, match="at=block: of a ready graph --tap says which tensors are read"):
+    with pytest.raises(UserError, match="at=block: of a ready graph --tap-tensor says which tensors are read"):
         identity(TargetSpec("activations", tensors=("relu",), at="block"), ready)
     assert identity(TargetSpec("activations", tensors=("relu",), antialias=True), ready)["antialias"] == "all"
 

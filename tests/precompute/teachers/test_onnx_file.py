@@ -137,7 +137,7 @@ def test_contract_11_another_tap_is_a_target_of_the_same_teacher(place: Any, tmp
 def test_contract_5_another_file_or_normalisation_under_its_name_is_refused(place: Any, tmp_path: Path) -> None:
     path, store, shards = small(tmp_path / "g.onnx"), tmp_path / "S", place[1]
     keep(store, shards, path, ["logits=y"], ["logits"])
-    with pytest.raises(IdentityError, match=r"mean: the store has .*0\.5.*asked for .*0\.4.*\n.*--as g-2"):
+    with pytest.raises(IdentityError, match=r"mean: the store has .*0\.5.*asked for .*0\.4.*\n.*--teacher-name g-2"):
         keep(store, shards, path, ["logits=y"], ["logits"], mean=(0.4,))
     model = onnx.load(str(path))
     model.producer_name = "somebody else"

@@ -38,7 +38,7 @@ def classifier(path: Path, end: str) -> Path:
 @pytest.mark.parametrize("end", ENDS)
 def test_probabilities_are_no_logits_and_the_tensor_before_them_is_named(tmp_path: Path, end: str) -> None:
     path = classifier(tmp_path / "g.onnx", end)
-    with pytest.raises(UserError, match=r"g\.onnx: logits=y: these are probabilities.*--tap logits=fc$"):
+    with pytest.raises(UserError, match=r"g\.onnx: logits=y: these are probabilities.*--tap-tensor logits=fc$"):
         said(path)
     images, values = said(path, Tap("logits", tensors=("fc",)))
     expected = (images.astype(np.float64).mean((1, 2)) / 127.5 - 1) @ WEIGHTS["w"]
@@ -51,9 +51,9 @@ def test_a_classifier_that_pytorch_exports_with_its_softmax_is_refused(tmp_path:
     torch.onnx.export(network, (torch.zeros(2, 3, 16, 16),), path, dynamo=True, verbose=False, input_names=["x"],
                       output_names=["y"], dynamic_shapes=({0: torch.export.Dim("n", min=1, max=99)},))  # fmt: skip
     (gemm,) = [n.output[0] for n in onnx.load(str(path)).graph.node if n.op_type == "Gemm"]
-    with pytest.raises(UserError, match=rf"--tap logits={gemm}$"):
+    with pytest.raises(UserError, match=rf"--tap-tensor logits={gemm}$"):
         said(path)
-    with pytest.raises(UserError, match=rf"such as --tap logits={gemm}; its outputs: y"):
+    with pytest.raises(UserError, match=rf"such as --tap-tensor logits={gemm}; its outputs: y"):
         onnx_file.given_tensors(str(path), {}, [])
     offered = capabilities.onnx_offers_of(str(path))["tensors"]["logits"]
     assert gemm in offered

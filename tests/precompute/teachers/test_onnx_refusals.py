@@ -163,7 +163,7 @@ def test_a_graph_that_reads_other_files_is_refused(tmp_path: Path, place: str) -
         ({"input_size": 32}, r"--input-size 32: .* takes images of 16x16 alone"),
         ({"weights": "w.pth"}, r"--weights: .*g\.onnx is a ready graph, whose weights and arguments are in it"),
         ({"arguments": {"a": 1}}, r"--teacher-arg: .* is a ready graph"),
-        ({"called": "a/b"}, "--as 'a/b': a teacher's name has"),
+        ({"teacher_name": "a/b"}, "--teacher-name 'a/b': a teacher's name has"),
     ],
 )
 def test_what_makes_no_sense_of_a_graph_is_refused(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
@@ -179,13 +179,17 @@ def test_what_makes_no_sense_of_a_graph_is_refused(tmp_path: Path, changes: dict
 @pytest.mark.parametrize(
     ("taps", "targets", "says"),
     [
-        ([], [], r"name them by --tap TAP=TENSOR, such as --tap logits=stage1; its outputs: stage1, stage2"),
-        (["logits"], [], "--tap logits: expected TAP=TENSOR"),
+        (
+            [],
+            [],
+            r"name them by --tap-tensor TAP=TENSOR, such as --tap-tensor logits=stage1; its outputs: stage1, stage2",
+        ),
+        (["logits"], [], "--tap-tensor logits: expected TAP=TENSOR"),
         (["logits="], [], "expected TAP=TENSOR"),
         (["logit=logits"], [], "no tap is called 'logit'. Did you mean 'logits'"),
         (["logits=logit"], [], r"cnn-graph.onnx: no tensor is called 'logit'. Did you mean 'logits'"),
         (["logits=image"], [], "no tensor is called 'image'. "),
-        (["q=logits"], [], "q: a ready graph gives no q, k and v: .*--tap attention=TENSOR"),
+        (["q=logits"], [], "q: a ready graph gives no q, k and v: .*--tap-tensor attention=TENSOR"),
         (["logits=logits", "logits=stage1"], [], "logits is one tensor, 2 are named: logits, stage1"),
         (["activations=stage1", "activations=stage1"], [], "activations: a tensor is named twice"),
         (["logits=logits"], ["activations"], "activations is wanted and no tensor is named for it"),

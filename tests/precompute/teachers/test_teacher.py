@@ -142,11 +142,11 @@ def test_mean_and_std_that_make_no_sense_are_refused(what: str, given: tuple[flo
 @pytest.mark.parametrize("called", ["a b", "x" * 41, "../up", "ö", "a.b"])
 def test_a_name_that_cannot_be_a_folder_is_refused(called: str) -> None:
     with pytest.raises(UserError, match="1 to 40 letters"):
-        named("resnet34", called=called)
+        named("resnet34", teacher_name=called)
 
 
 def test_a_teacher_is_called_as_one_says() -> None:
-    assert named("resnet34", called="my_own-1").name == "my_own-1"
+    assert named("resnet34", teacher_name="my_own-1").name == "my_own-1"
 
 
 def test_a_timm_name_with_its_tag_becomes_a_name_for_the_store() -> None:
@@ -191,7 +191,7 @@ def test_an_argument_that_the_network_does_not_take_is_named(cnn: str) -> None:
 def test_identity_is_what_the_weights_are_and_not_where_they_lie(cnn: str, tmp_path: Path) -> None:
     elsewhere = str(shutil.copy(cnn, tmp_path / "other-name.safetensors"))
     assert tiny_cnn(elsewhere).id == tiny_cnn(cnn).id
-    assert tiny_cnn(elsewhere, called="other").id == tiny_cnn(cnn).id
+    assert tiny_cnn(elsewhere, teacher_name="other").id == tiny_cnn(cnn).id
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ def test_a_network_that_cannot_take_the_images_is_refused_by_name(tmp_path: Path
 
     arguments = {**TINY_CNN[1], "in_chans": 1}
     weights = write_teacher(tmp_path / "w.safetensors", (TINY_CNN[0], arguments))
-    teacher = tiny_cnn(weights, arguments={**arguments, "num_classes": 3}, called="grey")
+    teacher = tiny_cnn(weights, arguments={**arguments, "num_classes": 3}, teacher_name="grey")
     with pytest.raises(UserError, match=r"grey: resnet10t cannot take 64x64 RGB images: .*channels"):
         live_teacher(teacher, [Tap("logits")], 32)
 

@@ -45,7 +45,7 @@ def test_keys_that_make_no_sample_are_refused_by_name_or_left_out_and_counted(tm
     assert len(index.left_out) == 1
     with pytest.raises(UserError) as error:
         cached_index(path)
-    for text in (path, message, RULE, "pipeline pack", "--bad-images skip"):
+    for text in (path, message, RULE, "pipeline pack", "--on-decode-error skip"):
         assert text in str(error.value)
     assert cached_index(path, skip=True) == index == ShardIndex.load(index.dump(), "index")
     assert by_us(path) == samples_of_webdataset(path)

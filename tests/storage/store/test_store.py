@@ -182,7 +182,7 @@ def test_another_teacher_under_a_known_name_is_refused(small):
         with pytest.raises(IdentityError) as error:
             small.store.add_teacher("cnn", {**IDENTITY, field: value}, ABOUT)
         assert (error.value.field, error.value.expected, error.value.found) == (field, IDENTITY.get(field), value)
-        assert "--as cnn-2" in str(error.value)
+        assert "--teacher-name cnn-2" in str(error.value)
         assert "teacher 'cnn'" in str(error.value)
         assert files_of(small.store.objects.root) == before
 

@@ -44,7 +44,7 @@ class Made:
         return Stream(changes.pop("shards", self.shards), **{**settings, **changes})
 
     def run(self, store: Path, **changes) -> dict:
-        options = {"policy": DEIT, "views": VIEWS, "bad_images": "skip", **changes}
+        options = {"policy": DEIT, "views": VIEWS, "on_decode_error": "skip", **changes}
         wishes = ["logits", "logits,codec=topk2"]
         return run_precompute(store, self.shards, teacher_of(self.weights, "cnn"), wishes, **options)
 
@@ -331,7 +331,7 @@ def test_without_pixels_another_decoder_is_an_error_that_offers_them(made, monke
     with pytest.raises(
         IdentityError,
         match=r"key \S+: signature of the view's pixels: expected \w{8}, found \w{8}\n.*\n.*store the pixels themselves"
-        r".*--materialise-views",
+        r".*--store-views",
     ):
         next(made.stream().epoch(0))
 

@@ -73,8 +73,10 @@ def made(tmp_path_factory) -> Made:
         "vit": write_teacher(folder / "vit.safetensors", TINY_VIT, seed=1),
         "pooled": write_teacher(folder / "pooled.safetensors", POOLED, seed=2),
     }
-    pooled = teacher_of({"vit": weights["pooled"]}, "vit", arguments={**POOLED[1], "num_classes": 3}, called="pooled")
-    options = {"policy": policy("deit", 32), "bad_images": "skip"}
+    pooled = teacher_of(
+        {"vit": weights["pooled"]}, "vit", arguments={**POOLED[1], "num_classes": 3}, teacher_name="pooled"
+    )
+    options = {"policy": policy("deit", 32), "on_decode_error": "skip"}
     made = run_precompute(
         folder / "store", shards, teacher_of(weights, "vit"), ["class_token,codec=f32", "embedding,codec=u8", "logits"],
         **options,
@@ -229,7 +231,7 @@ def test_the_same_command_gives_the_same_bytes_and_the_next_one_runs(made, tmp_p
     assert files[0].read_bytes() == files[1].read_bytes()
     store = shutil.copytree(made.folder / "store", tmp_path / "S")
     command = json.loads(out)["command"].replace(str(made.folder / "store"), str(store))
-    status, out, err = call(capsys, *shlex.split(command)[1:], "--bad-images", "skip", "--json")
+    status, out, err = call(capsys, *shlex.split(command)[1:], "--on-decode-error", "skip", "--json")
     assert status == 0, err
     (target,) = json.loads(out)["targets"]
     assert target.startswith("two-logits-")

@@ -84,7 +84,7 @@ def test_the_student_that_is_proposed_can_copy_from_this_teacher(
         input_size=32,
         mean=(0.5,),
         std=(0.5,),
-        called="t",
+        teacher_name="t",
     )
     run_precompute(place, world.shards, teacher, ["attention"])
     settings = ["copying.what=map", "copying.average=examples", "student.global_pool=null", "optim.epochs=1"]

@@ -76,7 +76,7 @@ def test_a_student_is_its_own_likeness(world, trained, tmp_path, capsys):
     words = shlex.split(printed.replace("\\\n", " "))[1:]
     put = {"SHARDS": world.shards[0], "STORE": str(tmp_path / "store"), "NAME": "itself",
            "last.safetensors": str(trained / "last.safetensors")}  # fmt: skip
-    views = ["--view-policy", VIEW.line, "--view-size", "32", "--view-count", "1", "--provider", "cpu"]
+    views = ["--view-policy", VIEW.line, "--view-size", "32", "--num-views", "1", "--provider", "cpu"]
     wishes = ["--target", "attention,codec=f32", "--target", "tokens,layers=1:2,codec=f32"]
     asked(capsys, *(put.get(word, word) for word in words), *views, *wishes)
     for tokens in ("all", "class", "mean"):
