@@ -192,7 +192,7 @@ def test_what_makes_no_sense_of_a_graph_is_refused(tmp_path: Path, changes: dict
         (["q=logits"], [], "q: a ready graph gives no q, k and v: .*--tap-tensor attention=TENSOR"),
         (["logits=logits", "logits=stage1"], [], "logits is one tensor, 2 are named: logits, stage1"),
         (["activations=stage1", "activations=stage1"], [], "activations: a tensor is named twice"),
-        (["logits=logits"], ["activations"], "activations is wanted and no tensor is named for it"),
+        (["logits=logits"], ["activations"], "activations has no tensor"),
     ],
 )
 def test_taps_that_are_not_there_are_refused(tmp_path: Path, taps: list[str], targets: list[str], says: str) -> None:
