@@ -29,6 +29,7 @@ from pipeline.commands.recipes import recipes
 from pipeline.commands.teachers import teachers
 from pipeline.commands.train import train
 from pipeline.commands.verify import verify
+from pipeline.messages import as_flags
 from pipeline.options import QUOTES
 from storage.errors import DamageError, UserError, did_you_mean, display_path, first_line
 
@@ -133,6 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(text: str, as_json: bool, status: int) -> None:
+    text = as_flags(text)
     print(f"error: {text}", file=sys.stderr)
     if as_json:
         print(json.dumps({"error": text}))

@@ -7,6 +7,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from pipeline.messages import as_flags
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -24,6 +26,7 @@ class Console:
 
     def say(self, line: str) -> None:
         """A line."""
+        line = as_flags(line)
         if self._bar is not None:
             self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
@@ -72,4 +75,4 @@ class Console:
 
 def show(result: dict[str, Any], lines: list[str], as_json: bool) -> None:
     """The result on stdout: one JSON object, or lines."""
-    print(json.dumps(result) if as_json else "\n".join(lines))
+    print(json.dumps(result) if as_json else as_flags("\n".join(lines)))

@@ -1,4 +1,4 @@
-"""The one error that people see: what is wrong, where, and what to do. Everything else is a bug."""
+"""The one error that users see: what is wrong, where, and what to do. Every other error is a bug."""
 
 from __future__ import annotations
 
@@ -6,31 +6,50 @@ import contextlib
 import difflib
 import errno
 import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
 
 class UserError(Exception):
-    """An error that a user can cause and mend. The command line prints its text and exits with status 1."""
+    """An error that a user can cause and fix: what is wrong, in which setting, and what to do.
+
+    Its texts mention settings and calls as Python writes them, in backticks (`setting`, `call`). The command line shows
+    them as flags and commands (pipeline/messages.py) and exits with status 1.
+
+    Args:
+        message: what is wrong, and where.
+        setting: the setting that is wrong, as `setting()` writes it.
+        hint: what to do about it.
+    """
+
+    def __init__(self, message: str, *, setting: str = "", hint: str = "") -> None:
+        super().__init__(message)  # the other two travel in __dict__ when it is pickled
+        self.message, self.setting, self.hint = message, setting, hint
+
+    def __str__(self) -> str:
+        text = f"{self.setting}: {self.message}" if self.setting else self.message
+        return f"{text}\n  {self.hint}" if self.hint else text
 
 
 class IdentityError(UserError):
-    """Something is not what the store was made with. Names the field, what was expected and what was found.
+    """Something is not what the store was made with. Names the field, the expected value, and the value found.
 
     Where both sides have a name of their own (what the store has, what was asked for), `words` says them.
     """
 
     def __init__(
-        self, where: str, field: str, expected: object, found: object, do: str = "",
+        self,
+        where: str,
+        field: str,
+        expected: object,
+        found: object,
+        hint: str = "",
         words: tuple[str, str] = ("expected", "found"),
-    ) -> None:  # fmt: skip
+    ) -> None:
+        super().__init__(f"{where}: {field}: {words[0]} {expected}, {words[1]} {found}", hint=hint)
+        self.args = (where, field, expected, found, hint, words)  # what it is made of again when it is unpickled
         self.where, self.field, self.expected, self.found = where, field, expected, found
-        self.do, self.words = do, words
-        super().__init__(where, field, expected, found, do, words)  # the arguments again, so that it can be pickled
-
-    def __str__(self) -> str:
-        text = f"{self.where}: {self.field}: {self.words[0]} {self.expected}, {self.words[1]} {self.found}"
-        return f"{text}\n  {self.do}" if self.do else text
 
 
 class DamageError(UserError):
@@ -39,8 +58,39 @@ class DamageError(UserError):
 
 # Faults of a disk or of rights, which no waiting mends; and those of a cable or a busy server.
 _PERMANENT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
-_TRANSIENT = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ESTALE, errno.EREMOTEIO, errno.ENETDOWN,
-            errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ETIMEDOUT, errno.ECONNRESET}  # fmt: skip
+_TRANSIENT = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ESTALE, errno.EREMOTEIO}
+_TRANSIENT |= {errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ETIMEDOUT, errno.ECONNRESET}
+
+
+def setting(name: str, value: object = None) -> str:
+    """A setting as texts mention it: `` `weights=F` ``, in a recipe by its path: `` `stream.bank=ID` ``.
+
+    The command line shows `--weights F` and `--set stream.bank=ID`; a switch is True: `--new-bank`.
+    """
+    if value is None:
+        return f"`{name}`"
+    text = str(value).replace("`", "'")
+    return f"`{name}={text}`"
+
+
+def call(command: str, *settings: str, **named: object) -> str:
+    """A command as texts mention it, to be pasted: `` `precompute(teacher=NAME, target=logits, …)` ``.
+
+    Args:
+        command: its name.
+        settings: values without a name, and `…` for what the reader adds at the end.
+        named: setting -> value; a list repeats the setting, True is a switch, None leaves it out.
+    """
+    parts = [_word(word) for word in settings if word != "…"]
+    for name, values in named.items():
+        several = values if isinstance(values, list | tuple) else [values]
+        parts += [f"{name}={_word(value)}" for value in several if value is not None]
+    return f"`{command}({', '.join([*parts, *(word for word in settings if word == '…')])})`"
+
+
+def _word(value: object) -> str:
+    """A value as a shell takes it: it can be pasted, and quotes keep its commas together."""
+    return shlex.quote(" ".join(str(value).replace("`", "'").splitlines()))
 
 
 def is_transient(error: OSError) -> bool:
