@@ -26,7 +26,7 @@ from typing import Any
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 # Labels count the same everywhere, and all students classify on the class token.
 LABELLED = ["losses.crossentropy.weight=1", "losses.crossentropy.smoothing=0.1", "student.global_pool=token"]
-SAME = ["optim.betas=null", "optim.weight_decay=0.05", "optim.warmup_lr=1e-6", "optim.min_lr=1e-5",
+SAME = ["optim.opt_betas=null", "optim.weight_decay=0.05", "optim.warmup_lr=1e-6", "optim.min_lr=1e-5",
         "speed.amp=auto", "speed.attention=auto"]  # fmt: skip
 VIT = "vit_tiny_patch16_224"
 EVERY_OTHER = "layers=2+4+6+8+10+12"

@@ -12,7 +12,7 @@ def student_file(run: Path, checkpoint: str) -> Path:
     path = run / f"{checkpoint}.safetensors" if run.is_dir() or not run.suffix else run
     others = [name for name in ("last", "best", "ema") if (run / f"{name}.safetensors").is_file()]
     if others and not path.exists():
-        why = " (an average is kept with --set ema=0.999)" if checkpoint == "ema" else ""
+        why = " (an average is kept with --set model_ema_decay=0.999)" if checkpoint == "ema" else ""
         raise UserError(
             f"{run} has no student {checkpoint!r}{why}; it has {', '.join(others)}: --checkpoint {others[0]}"
         )

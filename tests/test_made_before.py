@@ -27,7 +27,8 @@ RUN = [
     "--recipe", "aal", "--val", "shard-000000.tar", "--out", "cut", "--resume", "--set", "checkpoint_interval=1",
     "--set", "student.model=vit_tiny_patch16_224", "--set", "student.img_size=32", "--set", "student.patch_size=4",
     "--set", "student.embed_dim=12", "--set", "student.depth=1", "--set", "student.num_heads=2",
-    "--set", "stream.batch_size=8", "--set", "optim.epochs=2", "--set", "optim.warmup_epochs=0", "--set", "ema=0.9",
+    "--set", "stream.batch_size=8", "--set", "optim.epochs=2", "--set", "optim.warmup_epochs=0",
+    "--set", "model_ema_decay=0.9",
 ]  # fmt: skip
 STORE = ["--shards", "shard-000000.tar", "--store", "store"]
 

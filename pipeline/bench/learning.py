@@ -104,7 +104,7 @@ def steps(world: World, cases: list[str], turns: int, live: bool, progress: Prog
             world.recorded(store, shards, teachers[method], [target], side)
         recipes = {
             method: validate(
-                {"student": student, "losses": {"crossentropy": {}, **losses}, "ema": None,
+                {"student": student, "losses": {"crossentropy": {}, **losses}, "model_ema_decay": None,
                  "stream": {"batch_size": size, "window": 1}}, "bench",
             )
             for method, (_, losses) in {PLAIN: ("", {}), **METHODS}.items()

@@ -31,7 +31,7 @@ VIEWS = 8
 SIZE = 24  # of the view images; patches of 4 make a grid of 6
 CNN_SIZE = 64  # of the CNN's input
 
-_SHORT = ["student.drop_path_rate=0", "optim.lr=0.002", "ema=null"]  # few updates: little to regularise or average
+_SHORT = ["student.drop_path_rate=0", "optim.lr=0.002", "model_ema_decay=null"]  # few updates
 _VIT = [f"student.img_size={SIZE}", "student.patch_size=4", "student.embed_dim=64", "student.depth=4",
         "student.num_heads=4"]  # fmt: skip
 _POLICY = "crop(0.125)"  # digits have no mirror images
@@ -53,7 +53,7 @@ _RECIPES = {
         _PLAIN,
         "student.global_pool=token",
         "losses.attention.layers=uniform",
-        "optim.betas=null",
+        "optim.opt_betas=null",
         "optim.weight_decay=0.05",
     ],  # for the rest as the others
 }

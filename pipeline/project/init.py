@@ -207,7 +207,7 @@ set:                    # over every recipe
   optim.warmup_epochs: 5
   optim.lr: 0.001
   stream.batch_size: {batch}
-  ema: null             # an average of the weights, as some recipes keep it, is for runs of many thousand steps
+  model_ema_decay: null  # averaged weights, as some recipes keep them, are for runs of many thousand steps
 """
 
 

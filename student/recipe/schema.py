@@ -45,9 +45,9 @@ class OptimConfig(ConfigModel):
     warmup_lr: float = Field(1e-6, ge=0)
     min_lr: float = Field(1e-5, ge=0)
     clip_grad: float | None = Field(None, gt=0)
-    betas: tuple[float, float] | None = None
+    opt_betas: tuple[float, float] | None = None
     layer_decay: float | None = Field(None, gt=0, le=1)
-    accumulate: int = Field(1, ge=1, description="pieces that each batch is cut into; the batch stays the same")
+    grad_accum_steps: int = Field(1, ge=1, description="micro-batches that each batch is split into; its size stays")
 
 
 def _by_id(value: Any) -> Any:
@@ -102,7 +102,7 @@ class Recipe(ConfigModel):
     losses: Losses
     copying: AttentionCopyConfig | None = None
     optim: OptimConfig = OptimConfig()
-    ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged student; None: none is kept")
+    model_ema_decay: float | None = Field(None, gt=0, lt=1, description="of the averaged student; None: none is kept")
     stream: StreamConfig = StreamConfig()
     control: ControlConfig = ControlConfig()
     speed: PrecisionConfig = PrecisionConfig()

@@ -35,7 +35,7 @@ def build_optimizer(recipe: Recipe, distiller: Distiller, steps: int) -> tuple[t
     from timm.scheduler import create_scheduler_v2
 
     settings = recipe.optim
-    more = {} if settings.betas is None else {"betas": settings.betas}
+    more = {} if settings.opt_betas is None else {"betas": settings.opt_betas}
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
             _groups(recipe, distiller),
@@ -48,8 +48,8 @@ def build_optimizer(recipe: Recipe, distiller: Distiller, steps: int) -> tuple[t
         raise UserError(
             f"optim.opt: {settings.opt}: {first_line(error)}. {did_you_mean(settings.opt, list_optimizers())}"
         ) from None
-    if settings.betas is not None and tuple(optimizer.param_groups[0].get("betas", ())) != settings.betas:
-        raise UserError(f"optim.betas: {settings.opt} does not take them")
+    if settings.opt_betas is not None and tuple(optimizer.param_groups[0].get("betas", ())) != settings.opt_betas:
+        raise UserError(f"optim.opt_betas: {settings.opt} does not take them")
     scheduler, _ = create_scheduler_v2(
         optimizer, settings.sched, num_epochs=settings.epochs, warmup_epochs=settings.warmup_epochs,
         warmup_lr=settings.warmup_lr, min_lr=settings.min_lr, step_on_epochs=False, updates_per_epoch=steps,

@@ -109,7 +109,7 @@ def build_run(job: TrainConfig, progress: Progress, found: dict[str, Any] | None
         progress.say(f"pixels: mean {_three(mean)}, std {_three(std)}")
     still = freeze(model, recipe.student.freeze, progress.say)
     size = input_size(model, recipe.student)
-    average = _average(recipe, model).to(job.device) if recipe.ema else None  # before hooks are on the student
+    average = _average(recipe, model).to(job.device) if recipe.model_ema_decay else None  # before hooks are added
     stream, given = _stream(job, urls, model, size, count, progress, found["identity"]["views"] if found else None)
     distiller = Distiller(recipe, model, given, mean, std, classes)
     if distiller.rows:
@@ -164,7 +164,7 @@ def _scored(val_urls: list[str], recipe: Recipe, classes: int, progress: Progres
 def _average(recipe: Recipe, model: nn.Module) -> Any:
     from timm.utils import ModelEmaV3  # after precompute.taps made it importable
 
-    return ModelEmaV3(model, decay=recipe.ema)
+    return ModelEmaV3(model, decay=recipe.model_ema_decay)
 
 
 def _three(values: Sequence[float]) -> str:
@@ -188,10 +188,11 @@ def _stream(
         if wish.id is not None or settings.views is not None:
             raise UserError("stream.bank and stream.views speak of a store's bank: give --store DIR")
         fresh = policy(wish.policy or "light", wish.size or size, wish.seed if wish.seed is not None else recipe.seed)
-    if settings.batch_size % (world_size() * recipe.optim.accumulate):
+    steps = recipe.optim.grad_accum_steps
+    if settings.batch_size % (world_size() * steps):
         raise UserError(
-            f"stream.batch_size={settings.batch_size} cannot be cut into {world_size()} rank(s) of optim.accumulate="
-            f"{recipe.optim.accumulate} equal pieces each; give a multiple of {world_size() * recipe.optim.accumulate}"
+            f"stream.batch_size={settings.batch_size} cannot be split into {world_size()} rank(s) of "
+            f"optim.grad_accum_steps={steps} equal parts each; give a multiple of {world_size() * steps}"
         )
     labels = "labels" in student_taps_of(recipe)
     memory = int(settings.memory * 2**30) if settings.memory else None

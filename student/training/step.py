@@ -35,7 +35,7 @@ class Update:
     """Makes updates of a distiller's parameters.
 
     Args:
-        recipe: with `optim.accumulate` and `optim.clip_grad`.
+        recipe: with `optim.grad_accum_steps` and `optim.clip_grad`.
         distiller: on its device.
         optimizer: of its parameters.
         average: timm's average of the student, or None.
@@ -66,7 +66,7 @@ class Update:
         Raises:
             UserError: a loss that is not finite.
         """
-        pieces = split_microbatches(batch, self.settings.accumulate)
+        pieces = split_microbatches(batch, self.settings.grad_accum_steps)
         self.optimizer.zero_grad()
         sums: dict[str, float] = {}
         offered: list[list[Tensor]] = []

@@ -105,7 +105,7 @@ TRAINING = [
     Mistake("a run that is not there", "evaluate rnu --shards shard-000000.tar", ("rnu", "no student", "`pipeline tr")),
     Mistake(
         "an average that was not kept", "evaluate run --shards shard-000000.tar --checkpoint ema",
-        ("run has no student 'ema'", "--set ema=0.999", "--checkpoint last"),
+        ("run has no student 'ema'", "--set model_ema_decay=0.999", "--checkpoint last"),
     ),
     Mistake(
         "a file that is no student", "evaluate shard-000000.tar --shards shard-000000.tar",

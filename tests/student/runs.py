@@ -26,7 +26,13 @@ STUDENT = [
 ]  # fmt: skip
 POOLED = (TINY_VIT[0], {**TINY_VIT[1], "global_pool": "avg"})
 # Everything that a checkpoint has to bring back.
-FULL = ["student.drop_path_rate=0.2", "student.drop_rate=0.1", "ema=0.9", "optim.layer_decay=0.8", "optim.clip_grad=1"]
+FULL = [
+    "student.drop_path_rate=0.2",
+    "student.drop_rate=0.1",
+    "model_ema_decay=0.9",
+    "optim.layer_decay=0.8",
+    "optim.clip_grad=1",
+]
 
 
 def job(world: World, out: Path, recipe: str, *settings: str, **changes: Any) -> TrainConfig:

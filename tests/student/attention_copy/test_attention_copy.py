@@ -194,7 +194,7 @@ def test_averaged_maps_are_the_same_along_that_axis_and_sum_to_one(world, place,
 
 
 def test_the_mean_over_examples_stands_for_all_and_goes_with_the_student(world, place, tmp_path, capsys):
-    settings = [*SAME, "copying.average=examples", "stream.bank.policy=deit", "ema=0.5", "optim.epochs=1"]
+    settings = [*SAME, "copying.average=examples", "stream.bank.policy=deit", "model_ema_decay=0.5", "optim.epochs=1"]
     store = Store.open(place)
     run(world, tmp_path / "run", "scratch", *settings, store=store)
     train = {m["identity"]["tap"]: id for id, m in store.targets().items() if "deit" in m["identity"]["bank"]}
@@ -214,8 +214,8 @@ def test_the_mean_over_examples_stands_for_all_and_goes_with_the_student(world, 
 # ---------------------------------------------------------------------------------------------- runs
 
 
-RUN = [*SAME, "stream.bank.policy=deit", "student.global_pool=avg", "copying.layers=last-2", "ema=0.9",
-       "optim.layer_decay=0.75", "optim.accumulate=2", "student.drop_path_rate=0.1"]  # fmt: skip
+RUN = [*SAME, "stream.bank.policy=deit", "student.global_pool=avg", "copying.layers=last-2", "model_ema_decay=0.9",
+       "optim.layer_decay=0.75", "optim.grad_accum_steps=2", "student.drop_path_rate=0.1"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +252,13 @@ def test_evaluation_and_prediction_say_what_training_said(world, place, trained,
 @pytest.mark.slow
 def test_killed_and_resumed_it_ends_with_the_weights_of_an_undisturbed_run(world, place, tmp_path):
     for average in ("none", "examples"):
-        settings = [*SAME, "stream.bank.policy=deit", f"copying.average={average}", "ema=0.9", "checkpoint_interval=2"]
+        settings = [
+            *SAME,
+            "stream.bank.policy=deit",
+            f"copying.average={average}",
+            "model_ema_decay=0.9",
+            "checkpoint_interval=2",
+        ]
         store = Store.open(place)
         whole, out = tmp_path / f"whole {average}", tmp_path / f"run {average}"
         run(world, whole, "scratch", *settings, store=store)

@@ -227,7 +227,7 @@ def test_pruned_links_stay_zero_under_decay_and_momentum(opt):
 
 def test_pruned_links_stay_zero_in_a_run_that_is_cut_off_and_resumed(world, tmp_path):
     ranges = "losses.aal.links=[[1, 1], [1, 2], [2, 2], null]"
-    full = [u8(world), ranges, "ema=0.9", "checkpoint_interval=3"]
+    full = [u8(world), ranges, "model_ema_decay=0.9", "checkpoint_interval=3"]
     run(world, tmp_path / "whole", "aal", *full)
     with pytest.MonkeyPatch.context() as patch:
         from student.training import train as trainer

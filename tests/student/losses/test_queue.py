@@ -202,7 +202,7 @@ def _train(number: int, ranks: int, one: trainer.TrainConfig) -> None:
 def test_pieces_and_two_ranks_give_the_losses_and_queues_of_one(world, recipe, whole, tmp_path, monkeypatch):
     together(2, _train, job(world, tmp_path / "two", recipe, *SETTINGS))
     monkeypatch.setattr(trainer, "LOG_EVERY", 1)
-    run(world, tmp_path / "pieces", recipe, *SETTINGS, "optim.accumulate=2")
+    run(world, tmp_path / "pieces", recipe, *SETTINGS, "optim.grad_accum_steps=2")
     ours = log(whole)
     assert len(ours) == 20
     for other in ("two", "pieces"):

@@ -195,7 +195,7 @@ def test_timms_weights_or_a_clear_error_without_the_hub(monkeypatch, donor):
     assert "new are head.weight, head.bias (a head of other classes)" in lines[0]
 
 
-@pytest.mark.parametrize("more", [[], ["optim.layer_decay=0.7", "ema=0.9"]])
+@pytest.mark.parametrize("more", [[], ["optim.layer_decay=0.7", "model_ema_decay=0.9"]])
 def test_fine_tuning_leaves_what_is_frozen_bit_for_bit(world, donor, tmp_path, more):
     console, before = Quiet(), load_file(donor)
     settings = [u8(world), f"student.weights={donor}", 'student.freeze=["patch_embed.*", "blocks.0.*", "pos_embed"]']

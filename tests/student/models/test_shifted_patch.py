@@ -80,7 +80,7 @@ def test_networks_without_patches_are_refused(settings) -> None:
 @pytest.fixture(scope="module")
 def trained(world, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("shifted") / "run"
-    run(world, out, "aal", u8(world), "ema=0.9", "student.shifted_patches=true", "optim.epochs=1")
+    run(world, out, "aal", u8(world), "model_ema_decay=0.9", "student.shifted_patches=true", "optim.epochs=1")
     return out
 
 

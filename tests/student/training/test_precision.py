@@ -151,7 +151,7 @@ def test_a_student_compiled_to_machine_code_has_the_same_losses(world, tmp_path,
 
 @pytest.mark.long
 def test_a_compiled_run_has_the_same_losses(world, tmp_path):
-    settings = [u8(world), "optim.opt=momentum", "optim.lr=0.01", "ema=0.9", "optim.accumulate=2"]
+    settings = [u8(world), "optim.opt=momentum", "optim.lr=0.01", "model_ema_decay=0.9", "optim.grad_accum_steps=2"]
     plain = run(world, tmp_path / "plain", "aal", *settings)
     quick = run(world, tmp_path / "quick", "aal", *settings, "speed.compile=true")
     assert quick["samples"] == plain["samples"]

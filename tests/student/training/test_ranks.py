@@ -61,9 +61,16 @@ def _model() -> torch.nn.Module:
 def pair(world, tmp_path_factory):
     """AAL over 20 steps and more: by one rank, by two, by two in pieces, and by one that two go on with."""
     folder = tmp_path_factory.mktemp("ranks")
-    settings = [u8(world), "optim.epochs=3", "optim.clip_grad=1", "ema=0.9", "optim.opt=momentum", "optim.lr=0.01"]
+    settings = [
+        u8(world),
+        "optim.epochs=3",
+        "optim.clip_grad=1",
+        "model_ema_decay=0.9",
+        "optim.opt=momentum",
+        "optim.lr=0.01",
+    ]
     jobs = {name: job(world, folder / name, "aal", *settings) for name in ("one", "two")}
-    jobs["pieces"] = job(world, folder / "pieces", "aal", *settings, "optim.accumulate=2")
+    jobs["pieces"] = job(world, folder / "pieces", "aal", *settings, "optim.grad_accum_steps=2")
     jobs["both"] = job(world, folder / "both", "aal", *settings, "checkpoint_interval=5")
     every, trainer.LOG_EVERY = trainer.LOG_EVERY, 1
     original = trainer.Update.__call__
@@ -112,7 +119,14 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one(world, pair, tmp_path):
     (tmp_path / "run").mkdir()
     del kept["format"]
     checkpoint.write(tmp_path / "run" / "checkpoint.pt", kept)
-    settings = [u8(world), "optim.epochs=3", "optim.clip_grad=1", "ema=0.9", "optim.opt=momentum", "optim.lr=0.01"]
+    settings = [
+        u8(world),
+        "optim.epochs=3",
+        "optim.clip_grad=1",
+        "model_ema_decay=0.9",
+        "optim.opt=momentum",
+        "optim.lr=0.01",
+    ]
     run(world, tmp_path / "run", "aal", *settings, resume=True)
     assert [r["epoch"] for r in log(tmp_path / "run")] == [2, 2]
     assert len(checkpoint.read(tmp_path / "run" / "checkpoint.pt")["rng"]) == 1

@@ -257,7 +257,7 @@ def test_a_terminated_command_says_how_to_go_on(world, tmp_path):
         ("optim.lr=0.001", "optim.lr", 0.002, 0.001),
         ("losses.aal.weight=5", "losses.aal.weight.start", 2000.0, 5.0),
         ("losses.aal=null", "losses.aal.weight.start", 2000.0, None),
-        ("ema=null", "ema", 0.9, None),
+        ("model_ema_decay=null", "model_ema_decay", 0.9, None),
     ],
 )
 def test_another_recipe_is_refused(world, undisturbed, change, field, expected, found):

@@ -37,7 +37,7 @@ def gradients(world, tmp_path, *settings):
 @pytest.mark.parametrize("clip", ["null", "0.5"])
 def test_a_batch_in_pieces_gives_the_gradients_of_the_whole(world, tmp_path, clip):
     whole, told = gradients(world, tmp_path, f"optim.clip_grad={clip}")
-    pieces, said = gradients(world, tmp_path, f"optim.clip_grad={clip}", "optim.accumulate=4")
+    pieces, said = gradients(world, tmp_path, f"optim.clip_grad={clip}", "optim.grad_accum_steps=4")
     assert said == pytest.approx(told, rel=1e-5)
     norm = torch.cat([g.flatten() for g in whole.values()]).norm()
     for name, gradient in whole.items():
@@ -46,12 +46,14 @@ def test_a_batch_in_pieces_gives_the_gradients_of_the_whole(world, tmp_path, cli
 
 
 def test_pieces_that_do_not_divide_the_batch_are_refused(world, tmp_path):
-    with pytest.raises(UserError, match=r"batch_size=32 cannot be cut into 1 rank\(s\) of optim\.accumulate=5 equal"):
-        run(world, tmp_path / "run", "scratch", "optim.accumulate=5")
+    with pytest.raises(
+        UserError, match=r"batch_size=32 cannot be split into 1 rank\(s\) of optim\.grad_accum_steps=5 equal"
+    ):
+        run(world, tmp_path / "run", "scratch", "optim.grad_accum_steps=5")
 
 
 def test_the_average_is_evaluated_beside_the_student_and_written(world, tmp_path):
-    result = run(world, tmp_path / "run", "scratch", "ema=0.5")
+    result = run(world, tmp_path / "run", "scratch", "model_ema_decay=0.5")
     epochs = [r for r in log(tmp_path / "run") if "step" not in r]
     assert result["ema_top1"] == epochs[-1]["ema_top1"]
     model, about = load_student(tmp_path / "run" / "ema.safetensors")
@@ -63,7 +65,7 @@ def test_the_average_is_evaluated_beside_the_student_and_written(world, tmp_path
 
 
 def test_rates_fall_by_layer_and_links_have_the_full_one(world, tmp_path):
-    asked = job(world, tmp_path / "run", "aal", u8(world), "optim.layer_decay=0.5", "optim.betas=[0.8, 0.9]")
+    asked = job(world, tmp_path / "run", "aal", u8(world), "optim.layer_decay=0.5", "optim.opt_betas=[0.8, 0.9]")
     made = build_run(asked, Quiet(), None)
     optimizer, scheduler = build_optimizer(asked.recipe, made.distiller, 9)
     scheduler.step_update(0)
@@ -78,9 +80,9 @@ def test_rates_fall_by_layer_and_links_have_the_full_one(world, tmp_path):
     assert {decays[n] for n in ("student.pos_embed", "student.cls_token", "student.head.bias")} == {0}
     assert decays["losses.aal.aal.links.weight"] == 0.05
     assert {tuple(group["betas"]) for group in optimizer.param_groups} == {(0.8, 0.9)}
-    with pytest.raises(UserError, match=r"optim\.betas: sgd does not take them"):
+    with pytest.raises(UserError, match=r"optim\.opt_betas: sgd does not take them"):
         build_optimizer(
-            job(world, tmp_path, "scratch", "optim.opt=sgd", "optim.betas=[0.8,0.9]").recipe, made.distiller, 9
+            job(world, tmp_path, "scratch", "optim.opt=sgd", "optim.opt_betas=[0.8,0.9]").recipe, made.distiller, 9
         )
 
 
@@ -98,7 +100,7 @@ def test_notes_and_losses_are_logged_and_shown_in_tensorboard(world, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     settings = ["tensorboard=true", "losses.deit.target=" + world.targets["logits"], "losses.deit.same_classes=true"]
-    run(world, tmp_path / "run", "scratch", *settings, "ema=0.9")
+    run(world, tmp_path / "run", "scratch", *settings, "model_ema_decay=0.9")
     epochs = [r for r in log(tmp_path / "run") if "step" not in r]
     assert 0 <= epochs[-1]["notes"]["deit agreement"] <= 1
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))

@@ -160,7 +160,7 @@ def test_cut_off_it_goes_on_to_the_same_weights(bare, tmp_path, monkeypatch) -> 
 def test_logits_train_a_classifier_without_labels(world, bare, tmp_path) -> None:
     """It is scored where validation shards have labels, and it is said where they have none."""
     settings = ["losses.crossentropy=null", "student.num_classes=3", "losses.deit.same_classes=true"]
-    settings += ["student.model=vit_tiny_patch16_224", "ema=null"]
+    settings += ["student.model=vit_tiny_patch16_224", "model_ema_decay=null"]
     scored = run(bare, tmp_path / "scored", "deit-soft", *settings, val=world.shards)
     assert scored["samples"] == 300
     for val, said in ((bare.shards, "has no labels: no score"), ((), "no validation shards: no score")):
