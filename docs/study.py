@@ -27,7 +27,7 @@ CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 # Labels count the same everywhere, and all students classify on the class token.
 LABELLED = ["losses.crossentropy.weight=1", "losses.crossentropy.smoothing=0.1", "student.global_pool=token"]
 SAME = ["optim.opt_betas=null", "optim.weight_decay=0.05", "optim.warmup_lr=1e-6", "optim.min_lr=1e-5",
-        "speed.amp=auto", "speed.attention=auto"]  # fmt: skip
+        "precision.amp_dtype=auto", "precision.fused_attn=auto"]  # fmt: skip
 VIT = "vit_tiny_patch16_224"
 EVERY_OTHER = "layers=2+4+6+8+10+12"
 PERMUTED = "permuted"
@@ -289,7 +289,7 @@ def main() -> None:
     study = Study(said.data, said.weights, said.out, said.epochs, said.seeds)
     found = study.run(said.only) | {"last": last_losses(study, said.only)}
     (said.out / "study.json").write_text(json.dumps(found, indent=1))
-    amps = {json.loads(path.read_text())["speed"]["amp"] for path in said.out.glob("*/*/result.json")}
+    amps = {json.loads(path.read_text())["precision"]["amp_dtype"] for path in said.out.glob("*/*/result.json")}
     kinds = " and ".join(sorted(amps)).replace("none", "float32")
     machine = platform.processor() or platform.machine()
     print(f"\n{machine}, {os.cpu_count()} cores, {kinds}, {found['hours']:.1f} h\n")

@@ -90,7 +90,7 @@ class _Epochs:
 def steps(world: World, cases: list[str], turns: int, live: bool, progress: Progress) -> list[Row]:
     """(3) A step from the store ÷ one with labels alone; (4) with `live`, one with the live teacher ÷ from the store.
 
-    Each in f32, and as `speed.amp: auto` computes here where that is something else.
+    Each in f32, and as `precision.amp_dtype: auto` computes here where that is something else.
     """
     rows = []
     for case in cases:
@@ -114,10 +114,10 @@ def steps(world: World, cases: list[str], turns: int, live: bool, progress: Prog
             for method in METHODS:
                 made[f"{method}, live"] = _Epochs(world, store, shards, recipes[method], teachers[method])
         for choice in _choices(torch.device(world.device)):
-            how = f"{choice.amp.replace('none', 'float32')}, {choice.attention} attention"
+            how = f"{choice.amp_dtype.replace('none', 'float32')}, {choice.kernel}"
             progress.say(f"training, {case}, {how}")
             for one in made.values():
-                apply(one.distiller, choice.amp, choice.attention)
+                apply(one.distiller, choice)
             found = interleaved({name: one for name, one in made.items() if name in recipes}, turns)
             beside = interleaved({name: one for name, one in made.items() if name != PLAIN}, LIVE_TURNS) if live else {}
             rows += _rows(f"{case}; {how}", found, beside)
@@ -144,6 +144,6 @@ def _rows(where: str, found: dict[str, list[float]], beside: dict[str, list[floa
 
 
 def _choices(device: torch.device) -> list[PrecisionChoice]:
-    """f32, and what `speed.amp: auto` is on this device if that is another precision."""
-    f32, auto = (choose(PrecisionConfig.model_validate({"amp": amp}), device) for amp in ("none", "auto"))
-    return [f32] if auto.amp == "none" else [f32, auto]
+    """f32, and what `precision.amp_dtype: auto` is on this device if that is another precision."""
+    f32, auto = choose(PrecisionConfig(), device), choose(PrecisionConfig(amp_dtype="auto"), device)
+    return [f32] if auto.amp_dtype == "none" else [f32, auto]

@@ -86,13 +86,13 @@ class ControlConfig(ConfigModel):
 class PrecisionConfig(ConfigModel):
     """How the student is computed.
 
-    amp: none is float32; `auto` takes what the device computes natively, which is said and kept when it is resumed.
-    attention: `auto` is unfused for bfloat16 on a CPU, else fused.
+    amp_dtype: `none` is float32; `auto` takes what the device computes natively, and a resumed run keeps it.
+    fused_attn: `auto` is unfused for bfloat16 on a CPU, else fused.
     """
 
-    amp: Literal["auto", "none", "bfloat16", "float16"] = "none"
-    attention: Literal["auto", "fused", "unfused"] = "auto"
-    compile: bool = False
+    amp_dtype: Literal["auto", "none", "bfloat16", "float16"] = "none"
+    fused_attn: Literal["auto"] | bool = "auto"
+    torchcompile: bool = False
 
 
 class Recipe(ConfigModel):
@@ -105,7 +105,7 @@ class Recipe(ConfigModel):
     model_ema_decay: float | None = Field(None, gt=0, lt=1, description="of the averaged student; None: none is kept")
     stream: StreamConfig = StreamConfig()
     control: ControlConfig = ControlConfig()
-    speed: PrecisionConfig = PrecisionConfig()
+    precision: PrecisionConfig = PrecisionConfig()
     val_interval: int = Field(1, ge=1, description="epochs between evaluations; the last one is always evaluated")
     checkpoint_interval: int | None = Field(None, ge=1, description="steps between checkpoints within an epoch")
     tensorboard: bool = False

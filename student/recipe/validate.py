@@ -51,6 +51,7 @@ _EXPECTED = {
              "channel or block, threshold from 0 to 1), or the first and last layer of each stage, [[1, 3], [2, 4]]",
     "weight": "a number, or a mapping with start and shape (exponential, linear, cosine) and what belongs to it",
     "mean": "one number or three", "std": "one number above 0, or three",
+    "fused_attn": "auto, true or false",
     "init": "a pattern, or a list of patterns", "freeze": "a pattern, or a list of patterns",
 }  # fmt: skip
 

@@ -23,7 +23,7 @@ from student.recipe.validate import validate
 
 FORMAT = 2
 _PARTS = {
-    "format": int, "recipe": dict, "identity": dict, "speed": dict, "epoch": int, "step": int, "sums": dict,
+    "format": int, "recipe": dict, "identity": dict, "precision": dict, "epoch": int, "step": int, "sums": dict,
     "scores": dict, "seconds": float, "log_bytes": int, "student": dict, "losses": dict, "optimizer": dict,
     "scaler": dict, "rng": list,
 }  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -25,12 +25,17 @@ SLOWER = "10 to 35"  # times: bfloat16 steps of small students on processors wit
 _TYPES = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PrecisionChoice:
-    """What is used: a precision (none: float32) and an attention kernel."""
+    """What is used: a precision (none: float32), and whether the attention kernel is the fused one."""
 
-    amp: str
-    attention: str
+    amp_dtype: str
+    fused_attn: bool
+
+    @property
+    def kernel(self) -> str:
+        """The attention kernel, human-readable."""
+        return f"{'fused' if self.fused_attn else 'unfused'} attention"
 
     def plain(self) -> dict[str, Any]:
         """As plain data."""
@@ -38,28 +43,28 @@ class PrecisionChoice:
 
     @classmethod
     def of(cls, plain: dict[str, Any]) -> PrecisionChoice:
-        """From plain data, also of earlier versions. Raises KeyError."""
-        return cls(plain["amp"], plain["attention"])
+        """From plain data. Raises KeyError."""
+        return cls(plain["amp_dtype"], plain["fused_attn"])
 
 
 def check(settings: schema.PrecisionConfig, device: torch.device) -> None:
     """Refuse what cannot be, before anything is spent. Raises UserError."""
-    if settings.amp == "float16" and device.type != "cuda":
+    if settings.amp_dtype == "float16" and device.type != "cuda":
         raise UserError(
-            f"speed.amp=float16 needs CUDA (its gradients are scaled), this run is on {device}; "
+            f"precision.amp_dtype=float16 needs CUDA (its gradients are scaled), this run is on {device}; "
             "use bfloat16, none or auto"
         )
-    if settings.compile and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
+    if settings.torchcompile and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
         raise UserError(
-            "speed.compile: torch.compile needs a C++ compiler and finds none (g++ or clang++); install one"
+            "precision.torchcompile: torch.compile needs a C++ compiler and finds none (g++ or clang++); install one"
         )
 
 
-def apply(distiller: Distiller, amp: str, attention: str) -> None:
+def apply(distiller: Distiller, choice: PrecisionChoice) -> None:
     """Compute the student in this way from now on."""
-    distiller.precision = _TYPES[amp]
+    distiller.precision = _TYPES[choice.amp_dtype]
     for module in attention_modules(distiller.student):
-        module.fused_attn = attention == "fused"  # type: ignore[assignment]
+        module.fused_attn = choice.fused_attn  # type: ignore[assignment]
 
 
 def compile_student(distiller: Distiller) -> None:
@@ -72,40 +77,40 @@ def choose(
 ) -> PrecisionChoice:
     """What the settings stand for on a device.
 
-    `amp: auto` is bfloat16 where the device has instructions for it, else float16 on a GPU with tensor cores, else
-    float32. `attention: auto` is the unfused kernel for bfloat16 on a CPU, which takes half the time there, and the
-    fused one everywhere else.
+    `amp_dtype: auto` is bfloat16 where the device has instructions for it, else float16 on a GPU with tensor cores,
+    else float32. `fused_attn: auto` is the unfused kernel for bfloat16 on a CPU, which takes half the time there, and
+    the fused one everywhere else.
 
     Args:
         settings: what is not `auto` stays as it is.
         device: where it will run.
         processor: the CPU; this machine's by default.
     """
-    amp: str = settings.amp
-    attention: str = settings.attention
-    if amp == "auto":
-        amp = _native(device, processor or Processor.here())
-    if attention == "auto":
-        attention = "unfused" if amp == "bfloat16" and device.type == "cpu" else "fused"
-    return PrecisionChoice(amp, attention)
+    amp_dtype, fused_attn = settings.amp_dtype, settings.fused_attn
+    if amp_dtype == "auto":
+        amp_dtype = _native(device, processor or Processor.here())
+    if fused_attn == "auto":
+        fused_attn = amp_dtype != "bfloat16" or device.type != "cpu"
+    return PrecisionChoice(amp_dtype, fused_attn)
 
 
 def lines(choice: PrecisionChoice, device: torch.device, processor: Processor | None = None) -> list[str]:
     """What is used, human-readable, with a warning where it is slow and a hint where another may be faster."""
     processor = processor or Processor.here()
     native = _native(device, processor)
-    text = f"speed: {'f32' if choice.amp == 'none' else choice.amp}, {choice.attention} attention"
-    if choice.amp == "none" and native != "none":
-        text += f"; {native} can be faster on this device: --set speed.amp=auto in a new run"
-    if choice.amp != "bfloat16" or native == "bfloat16":
+    text = f"precision: {'f32' if choice.amp_dtype == 'none' else choice.amp_dtype}, {choice.kernel}"
+    if choice.amp_dtype == "none" and native != "none":
+        text += f"; {native} can be faster on this device: --set precision.amp_dtype=auto in a new run"
+    if choice.amp_dtype != "bfloat16" or native == "bfloat16":
         return [text]
     what = f"this processor ({processor.level}) has no bf16 instructions; steps there took {SLOWER} times as long as"
     if device.type == "cuda":
         what = "this GPU has no bf16 instructions, so steps may take longer than"
-    return [text, f"warning: speed.amp=bfloat16: {what} in f32; for f32 begin a new run with --set speed.amp=none"]
+    remedy = "for f32 begin a new run with --set precision.amp_dtype=none"
+    return [text, f"warning: precision.amp_dtype=bfloat16: {what} in f32; {remedy}"]
 
 
-def _native(device: torch.device, processor: Processor) -> str:
+def _native(device: torch.device, processor: Processor) -> Literal["none", "bfloat16", "float16"]:
     """The lowest precision that a device computes natively."""
     if device.type == "cpu":
         return "bfloat16" if processor.bfloat16 else "none"

@@ -73,7 +73,7 @@ def train(job: TrainConfig, progress: Progress) -> dict[str, Any]:
     if rank():
         progress = NoProgress()
     found = _found(job)
-    precision.check(job.recipe.speed, torch.device(job.device))
+    precision.check(job.recipe.precision, torch.device(job.device))
     if job.recipe.tensorboard:
         run_dir.board_writer()
     parts = build_run(job, progress, found)
@@ -140,14 +140,15 @@ class Trainer:
         """A new folder, and generators of this rank's own; precision and kernel are the same on all ranks."""
         if rank():
             torch.manual_seed(self.recipe.seed + 1_000_003 * rank())
-        self._compute(broadcast_object(precision.choose(self.recipe.speed, self.device)))
+        self._compute(broadcast_object(precision.choose(self.recipe.precision, self.device)))
         if rank():
             return
         if run_dir.never_kept(self.job.out):
             self.progress.say(f"{self.job.out}: the run was cut off before its first checkpoint; it begins again")
         run_dir.begin(self.job.out, self.job.smoke)
         (self.job.out / "args.yaml").write_text(yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False))
-        about = {**self.parts.identity, "speed": self.choice.plain(), "ranks": world_size(), "device": str(self.device)}
+        about = {**self.parts.identity, "precision": self.choice.plain()}
+        about |= {"ranks": world_size(), "device": str(self.device)}
         counts = {str(label): count for label, count in sorted(self.stream.label_counts.items())}
         run_dir.write_json(self.job.out / run_dir.ABOUT, {**about, "images": counts, "torch": torch.__version__})
         self.log = run_dir.Log(self.job.out, tensorboard=self.recipe.tensorboard)
@@ -163,7 +164,7 @@ class Trainer:
             self.optimizer.load_state_dict(found["optimizer"])
             if self.average is not None:
                 self.average.module.load_state_dict(found["average"])
-            choice = precision.PrecisionChoice.of(found["speed"])
+            choice = precision.PrecisionChoice.of(found["precision"])
             self.place = TrainState(found["epoch"], found["step"], found["sums"], found["scores"], found["seconds"])
             states = found["rng"]
             if len(states) == world_size():
@@ -189,14 +190,14 @@ class Trainer:
 
     def _compute(self, choice: precision.PrecisionChoice) -> None:
         """Compute in the chosen way from now on, on all ranks together."""
-        precision.check(self.recipe.speed.model_copy(update={"amp": choice.amp}), self.device)
+        precision.check(self.recipe.precision.model_copy(update={"amp_dtype": choice.amp_dtype}), self.device)
         for line in precision.lines(choice, self.device):
             self.progress.say(line)
-        precision.apply(self.distiller, choice.amp, choice.attention)
-        if self.recipe.speed.compile:
+        precision.apply(self.distiller, choice)
+        if self.recipe.precision.torchcompile:
             precision.compile_student(self.distiller)
         self.choice = choice
-        scaled = choice.amp == "float16"
+        scaled = choice.amp_dtype == "float16"
         self.update = Update(self.recipe, self.distiller, self.optimizer, self.average, self.device, scaled)
 
     # ------------------------------------------------------------------------------------------ training
@@ -287,7 +288,7 @@ class Trainer:
 
     def _score(self, model: nn.Module) -> Score:
         about = self.parts.description
-        eager = self.recipe.speed.compile  # batches of other sizes would be compiled anew
+        eager = self.recipe.precision.torchcompile  # batches of other sizes would be compiled anew
         with torch.compiler.set_stance("force_eager") if eager else nullcontext():
             return evaluate(
                 model, self.parts.val_urls, policy(about.evaluation, about.img_size), about.mean, about.std,
@@ -304,7 +305,7 @@ class Trainer:
             return
         content = {
             "recipe": self.recipe.model_dump(mode="json"), "identity": self.parts.identity,
-            "speed": self.choice.plain(), **asdict(self.place), "sums": sums,
+            "precision": self.choice.plain(), **asdict(self.place), "sums": sums,
             "seconds": time.monotonic() - self.began, "log_bytes": self.log.sync(),
             "student": self.distiller.student.state_dict(), "losses": self.distiller.losses.state_dict(),
             "optimizer": self.optimizer.state_dict(), "scaler": self.update.scaler.state_dict(),
@@ -326,7 +327,7 @@ class Trainer:
             "epochs": self.epochs, "steps": self.epochs * self.steps, "targets": self.parts.identity["targets"],
             "bank": self.parts.identity["bank"], "policy": self.parts.identity["policy"],
             "views": self.stream.views, "control": self.parts.identity["control"],
-            "speed": self.choice.plain(), "seconds": seconds, "smoke": self.job.smoke,
+            "precision": self.choice.plain(), "seconds": seconds, "smoke": self.job.smoke,
         }  # fmt: skip
         if rank() == 0:
             extra = self.distiller.learned()

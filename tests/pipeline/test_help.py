@@ -22,14 +22,14 @@ PARSED_ONLY = ("demo", "bench")
 # An order in which each finds what those before it left; `init` is last, for its project file speaks to all others.
 ORDER = ("pack", "teachers", "recipes", "plan", "precompute", "verify", "inspect", "train", "fit-teacher", "evaluate",
          "predict", "links", "export", "demo", "bench", "init")  # fmt: skip
+SHORT_RUN = ("stream.batch_size=16", "optim.epochs=1", "optim.warmup_epochs=0", "precision.amp_dtype=none")
 # What makes an example quick for few images, and changes nothing else.
 QUICK = {
     "plan": ["--measure", "0"],
     "precompute": ["--num-views", "1"],
     "verify": ["--samples", "4"],
-    "train": [word for setting in ("stream.batch_size=16", "optim.epochs=1", "optim.warmup_epochs=0", "speed.amp=none")
-              for word in ("--set", setting)],
-}  # fmt: skip
+    "train": [word for setting in SHORT_RUN for word in ("--set", setting)],
+}
 
 
 def examples(command: click.Command) -> list[list[str]]:

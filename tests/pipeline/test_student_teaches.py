@@ -21,7 +21,7 @@ from tests.conftest import World
 
 SMALL = {
     "student.embed_dim": 32, "student.depth": 2, "student.mlp_ratio": 2, "stream.batch_size": 32, "optim.epochs": 1,
-    "optim.warmup_epochs": 0, "speed.amp": "none", "speed.attention": "fused",
+    "optim.warmup_epochs": 0, "precision.amp_dtype": "none", "precision.fused_attn": True,
 }  # fmt: skip
 
 

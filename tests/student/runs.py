@@ -22,7 +22,7 @@ from tests.conftest import HANGS, ROOT, Quiet, World
 STUDENT = [
     "student.model=vit_tiny_patch16_224", "student.img_size=32", "student.patch_size=4", "student.embed_dim=48",
     "student.depth=2", "student.num_heads=3", "student.drop_path_rate=0", "stream.batch_size=32", "optim.epochs=2",
-    "optim.warmup_epochs=0", "optim.lr=0.002", "speed.amp=none", "speed.attention=fused",
+    "optim.warmup_epochs=0", "optim.lr=0.002", "precision.amp_dtype=none", "precision.fused_attn=true",
 ]  # fmt: skip
 POOLED = (TINY_VIT[0], {**TINY_VIT[1], "global_pool": "avg"})
 # Everything that a checkpoint has to bring back.

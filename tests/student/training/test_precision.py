@@ -41,26 +41,26 @@ def parts(world, tmp_path, *settings):
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_auto_follows_what_the_processor_has(name):
     processor, native = PROCESSORS[name]
-    auto = precision.choose(schema.PrecisionConfig(amp="auto"), CPU, processor)
-    assert (auto.amp, auto.attention) == (("bfloat16", "unfused") if native else ("none", "fused"))
+    auto = precision.choose(schema.PrecisionConfig(amp_dtype="auto"), CPU, processor)
+    assert (auto.amp_dtype, auto.fused_attn) == (("bfloat16", False) if native else ("none", True))
     (told,) = precision.lines(auto, CPU, processor)
-    assert told == f"speed: {'bfloat16, unfused' if native else 'f32, fused'} attention"
+    assert told == f"precision: {'bfloat16, unfused' if native else 'f32, fused'} attention"
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_contract_16_no_machine_chooses_what_a_recipe_says(name):
     processor, native = PROCESSORS[name]
     plain = precision.choose(schema.PrecisionConfig(), CPU, processor)
-    assert (plain.amp, plain.attention) == ("none", "fused")
-    assert ("speed.amp=auto" in precision.lines(plain, CPU, processor)[0]) == native
-    wish = precision.choose(schema.PrecisionConfig(amp="bfloat16", attention="fused"), CPU, processor)
-    assert (wish.amp, wish.attention) == ("bfloat16", "fused")
+    assert (plain.amp_dtype, plain.fused_attn) == ("none", True)
+    assert ("precision.amp_dtype=auto" in precision.lines(plain, CPU, processor)[0]) == native
+    wish = precision.choose(schema.PrecisionConfig(amp_dtype="bfloat16", fused_attn=True), CPU, processor)
+    assert (wish.amp_dtype, wish.fused_attn) == ("bfloat16", True)
     warnings = precision.lines(wish, CPU, processor)[1:]
     assert len(warnings) == (not native)
     for warning in warnings:
         assert f"this processor ({processor.level}) has no bf16 instructions" in warning
         assert "10 to 35 times as long as in f32" in warning
-        assert "--set speed.amp=none" in warning
+        assert "--set precision.amp_dtype=none" in warning
 
 
 def result_of(out):
@@ -70,51 +70,54 @@ def result_of(out):
 def test_on_a_processor_without_bf16_the_study_computes_in_f32(world, tmp_path):
     """Its precision, in a process that is held to AVX2: the weights are those of an f32 run there."""
     said = runpy.run_path(str(ROOT / "docs" / "study.py"))["SAME"]
-    study = [setting for setting in said if setting.startswith("speed.")]
-    for name, settings in (("study", study), ("f32", ["speed.amp=none", "speed.attention=fused"])):
+    study = [setting for setting in said if setting.startswith("precision.")]
+    for name, settings in (("study", study), ("f32", ["precision.amp_dtype=none", "precision.fused_attn=true"])):
         process = start(command(world, tmp_path / name, "aal", u8(world), *settings), **OLD)
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
-        assert "speed: f32, fused attention\n" in errors
+        assert "precision: f32, fused attention\n" in errors
     assert same(tmp_path / "study", tmp_path / "f32")
-    used = {"amp": "none", "attention": "fused"}
-    assert result_of(tmp_path / "study")["speed"] == used
-    assert json.loads((tmp_path / "study" / "run.json").read_text())["speed"] == used
+    used = {"amp_dtype": "none", "fused_attn": True}
+    assert result_of(tmp_path / "study")["precision"] == used
+    assert json.loads((tmp_path / "study" / "run.json").read_text())["precision"] == used
 
 
 def test_a_resumed_run_keeps_its_precision_on_another_processor(world, tmp_path):
-    settings = [u8(world), "optim.epochs=1", "speed.amp=bfloat16", "speed.attention=auto"]
+    settings = [u8(world), "optim.epochs=1", "precision.amp_dtype=bfloat16", "precision.fused_attn=auto"]
     run(world, tmp_path / "run", "aal", *settings)
     begun = result_of(tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()  # as if killed at the very end
     process = start([*command(world, tmp_path / "run", "aal", *settings), "--resume"], **OLD)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    assert "speed: bfloat16, unfused attention\nwarning: speed.amp=bfloat16: this processor (AVX2) has no" in errors
-    assert result_of(tmp_path / "run")["speed"] == begun["speed"]
+    assert (
+        "precision: bfloat16, unfused attention\nwarning: precision.amp_dtype=bfloat16: this processor (AVX2) has no"
+        in errors
+    )
+    assert result_of(tmp_path / "run")["precision"] == begun["precision"]
 
 
 def test_unfused_bfloat16_gives_about_the_same_losses_and_they_are_f32(world, tmp_path):
     made = parts(world, tmp_path)
     batch = next(made.stream.epoch(0))
     logits, exact = made.distiller(batch)
-    precision.apply(made.distiller, "bfloat16", "unfused")
+    precision.apply(made.distiller, precision.PrecisionChoice("bfloat16", False))
     assert [m.fused_attn for m in student_taps.attention_modules(made.distiller.student)] == [False, False]
     rounded, values = made.distiller(batch)
     assert {value.dtype for value in values.values()} == {torch.float32}
     assert not torch.equal(rounded, logits)
     for name in exact:
         assert torch.allclose(values[name], exact[name], rtol=2e-2)
-    precision.apply(made.distiller, "none", "unfused")
+    precision.apply(made.distiller, precision.PrecisionChoice("none", False))
     assert torch.allclose(made.distiller(batch)[0], logits, atol=1e-5)
 
 
 def test_float16_needs_cuda_and_compilation_a_compiler(world, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"speed\.amp=float16 needs CUDA .* use bfloat16, none or auto"):
-        run(world, tmp_path / "run", "scratch", "speed.amp=float16")
+    with pytest.raises(UserError, match=r"precision\.amp_dtype=float16 needs CUDA .* use bfloat16, none or auto"):
+        run(world, tmp_path / "run", "scratch", "precision.amp_dtype=float16")
     monkeypatch.setattr(precision.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match=r"torch\.compile needs a C\+\+ compiler and finds none"):
-        run(world, tmp_path / "run", "scratch", "speed.compile=true")
+        run(world, tmp_path / "run", "scratch", "precision.torchcompile=true")
 
 
 def compiled(world, tmp_path, monkeypatch, backend: str) -> None:
@@ -153,7 +156,7 @@ def test_a_student_compiled_to_machine_code_has_the_same_losses(world, tmp_path,
 def test_a_compiled_run_has_the_same_losses(world, tmp_path):
     settings = [u8(world), "optim.opt=momentum", "optim.lr=0.01", "model_ema_decay=0.9", "optim.grad_accum_steps=2"]
     plain = run(world, tmp_path / "plain", "aal", *settings)
-    quick = run(world, tmp_path / "quick", "aal", *settings, "speed.compile=true")
+    quick = run(world, tmp_path / "quick", "aal", *settings, "precision.torchcompile=true")
     assert quick["samples"] == plain["samples"]
     for ours, theirs in zip(log(tmp_path / "plain"), log(tmp_path / "quick"), strict=True):
         assert theirs["losses"] == pytest.approx(ours["losses"], rel=1e-4)
