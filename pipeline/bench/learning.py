@@ -63,7 +63,11 @@ class _Epochs:
                 tap = Tap.of(store.target(target)["identity"])
                 self.live[target] = world.live(teacher, [tap], source.policy.size)
             self.stream = Stream(
-                shards, batch=recipe.stream.batch_size, store=store, bank=source.bank, window=recipe.stream.window
+                shards,
+                batch=recipe.stream.batch_size,
+                store=store,
+                bank=source.bank,
+                shuffle_blocks=recipe.stream.shuffle_blocks,
             )
 
     def __call__(self) -> float:
@@ -105,7 +109,7 @@ def steps(world: World, cases: list[str], turns: int, live: bool, progress: Prog
         recipes = {
             method: validate(
                 {"student": student, "losses": {"crossentropy": {}, **losses}, "model_ema_decay": None,
-                 "stream": {"batch_size": size, "window": 1}}, "bench",
+                 "stream": {"batch_size": size, "shuffle_blocks": 1}}, "bench",
             )
             for method, (_, losses) in {PLAIN: ("", {}), **METHODS}.items()
         }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The order of an epoch: lanes and windows, a function of (shards, seed, epoch, lanes, window, batch) alone.
+"""The order of an epoch: lanes and windows, a function of (shards, seed, epoch, lanes, shuffle_blocks, batch) alone.
 
 The blocks of an epoch are permuted; the line of their samples is cut into L equal lanes; each lane shuffles windows of
 whole blocks; global batch g takes batch/L samples from every lane. Which worker or rank reads a lane changes nothing.
@@ -41,7 +41,7 @@ class BlockShuffle:
         batch: the global batch size.
         seed: of the order.
         lanes: L, a divisor of the batch; by default as `default_lanes`.
-        window: blocks that a lane shuffles together.
+        shuffle_blocks: blocks that a lane shuffles together.
 
     Raises:
         UserError: fewer samples than a batch, or lanes that do not divide it.
@@ -53,10 +53,10 @@ class BlockShuffle:
         batch: int,
         seed: int = 0,
         lanes: int | None = None,
-        window: int = 4,
+        shuffle_blocks: int = 4,
     ) -> None:
-        if batch < 1 or window < 1:
-            raise UserError(f"batch size {batch} and stream.window {window} are at least 1")
+        if batch < 1 or shuffle_blocks < 1:
+            raise UserError(f"batch size {batch} and stream.shuffle_blocks {shuffle_blocks} are at least 1")
         lanes = lanes or default_lanes(batch)
         if batch % lanes:
             raise UserError(
@@ -66,7 +66,7 @@ class BlockShuffle:
             )
         self.blocks = [Segment(*block) for block in blocks]
         self.counts = np.array([len(block.samples) for block in self.blocks], np.int64)
-        self.batch, self.seed, self.lanes, self.window = batch, seed, lanes, window
+        self.batch, self.seed, self.lanes, self.shuffle_blocks = batch, seed, lanes, shuffle_blocks
         self.samples = int(self.counts.sum())
         if self.samples < batch:
             most = 1 << max(self.samples.bit_length() - 1, 0)
@@ -103,8 +103,8 @@ class BlockShuffle:
             part = block.samples[max(0, begin - first) : end - first]
             segments.append(Segment(block.shard, block.block, part, block.samples))
         skip = start * self.share
-        for number, at in enumerate(range(0, len(segments), self.window)):
-            chosen = segments[at : at + self.window]
+        for number, at in enumerate(range(0, len(segments), self.shuffle_blocks)):
+            chosen = segments[at : at + self.shuffle_blocks]
             count = sum(len(segment.samples) for segment in chosen)
             if skip >= count:
                 skip -= count

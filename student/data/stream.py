@@ -1,7 +1,7 @@
 """The stream: images, labels and stored targets, joined by shard, sample and view, and checked when they are read.
 
 `Stream` stands alone: anybody's training loop can iterate it. What it yields depends on (shards, seed, epoch, lanes,
-window, batch) alone, not on workers, ranks or where it was started.
+shuffle_blocks, batch) alone, not on workers, ranks or where it was started.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Stream(IterableDataset[Batch]):
         views: how many views of the bank are used; by default all that every target has.
         seed: of the order.
         lanes: L; by default the largest power of two that divides batch/8, within 8 and 128.
-        window: blocks that a lane shuffles together.
+        shuffle_blocks: blocks that a lane shuffles together.
         workers: loader processes, at most one a lane; 0 reads in this process.
         rank: of this process in `torch.distributed`.
         ranks: how many processes share each batch.
@@ -73,7 +73,7 @@ class Stream(IterableDataset[Batch]):
         views: int | None = None,
         seed: int = 0,
         lanes: int | None = None,
-        window: int = 4,
+        shuffle_blocks: int = 4,
         workers: int = 0,
         rank: int = 0,
         ranks: int = 1,
@@ -114,7 +114,7 @@ class Stream(IterableDataset[Batch]):
                 samples = np.array([i for i in range(start, min(start + BLOCK, count)) if i not in bad], np.int64)
                 if len(samples):
                     blocks.append((shard, number, samples))
-        self.order = BlockShuffle(blocks, batch, seed, lanes, window)
+        self.order = BlockShuffle(blocks, batch, seed, lanes, shuffle_blocks)
         self.own = lanes_of(self.order.lanes, rank, ranks)
         self.workers = min(workers, len(self.own))
         self.notices = []
@@ -148,14 +148,15 @@ class Stream(IterableDataset[Batch]):
         """Bytes that full lanes hold at most."""
         sample = 3 * self.source.policy.size**2
         sample += sum(codec.sample_bytes for codec in self.source.targets.values())
-        need = len(self.own) * self.order.window * BLOCK * sample
+        need = len(self.own) * self.order.shuffle_blocks * BLOCK * sample
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks share a machine's memory
         budget = budget or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (2 * here)
         if need > budget:
             raise UserError(
                 f"what is read ahead{' in each process' if here > 1 else ''} would take {size_text(need)} "
-                f"({len(self.own)} lanes × {self.order.window} blocks × {BLOCK} samples × {size_text(sample)}), "
-                f"{size_text(budget)} are allowed; lower stream.window or stream.lanes, or raise stream.memory (GiB)"
+                f"({len(self.own)} lanes × {self.order.shuffle_blocks} blocks × {BLOCK} samples × "
+                f"{size_text(sample)}), {size_text(budget)} are allowed; lower stream.shuffle_blocks or "
+                "stream.lanes, or raise stream.memory (GiB)"
             )
         return need
 

@@ -60,7 +60,7 @@ class StreamConfig(ConfigModel):
     batch_size: int = Field(128, ge=1)
     workers: int = Field(0, ge=0)
     lanes: int | None = Field(None, ge=1)
-    window: int = Field(4, ge=1)
+    shuffle_blocks: int = Field(4, ge=1)
     views: int | None = Field(None, ge=1)
     memory: float | None = Field(None, gt=0, description="GiB that lanes may hold")
     bank: Annotated[BankChoice, BeforeValidator(_by_id)] = BankChoice()

@@ -199,9 +199,9 @@ def _stream(
     stream = Stream(
         urls, batch=settings.batch_size, store=job.store,
         targets=list(dict.fromkeys(one.id for several in given.values() for one in several)), policy=fresh,
-        bank=bank, views=settings.views or views, seed=recipe.seed, lanes=settings.lanes, window=settings.window,
-        workers=settings.workers, memory=memory, rank=rank(), ranks=world_size(), labels=labels,
-        classes=classes if labels else None, permute=recipe.control.permute_targets,
+        bank=bank, views=settings.views or views, seed=recipe.seed, lanes=settings.lanes,
+        shuffle_blocks=settings.shuffle_blocks, workers=settings.workers, memory=memory,
+        rank=rank(), ranks=world_size(), labels=labels, classes=classes if labels else None, permute=recipe.control.permute_targets,
     )  # fmt: skip
     if stream.source.policy.size != size:
         raise IdentityError(

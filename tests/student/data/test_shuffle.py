@@ -1,4 +1,4 @@
-"""Contract 9: the order depends on (shards, seed, epoch, lanes, window, batch) alone."""
+"""Contract 9: the order depends on (shards, seed, epoch, lanes, shuffle_blocks, batch) alone."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ def epoch_batches(order: BlockShuffle, epoch: int, start: int = 0) -> list[list[
 @given(
     sizes=st.lists(st.integers(1, 300), min_size=1, max_size=5),
     batch=st.sampled_from([8, 16, 32, 48]),
-    window=st.integers(1, 5),
+    shuffle_blocks=st.integers(1, 5),
     seed=st.integers(0, 99),
 )
-def test_every_sample_comes_at_most_once_and_less_than_a_batch_is_left_out(sizes, batch, window, seed):
+def test_every_sample_comes_at_most_once_and_less_than_a_batch_is_left_out(sizes, batch, shuffle_blocks, seed):
     if sum(sizes) < batch:
         with pytest.raises(UserError, match="fewer than one batch"):
-            BlockShuffle(blocks_of(*sizes), batch, seed, window=window)
+            BlockShuffle(blocks_of(*sizes), batch, seed, shuffle_blocks=shuffle_blocks)
         return
-    order = BlockShuffle(blocks_of(*sizes), batch, seed, window=window)
+    order = BlockShuffle(blocks_of(*sizes), batch, seed, shuffle_blocks=shuffle_blocks)
     taken = [s for b in epoch_batches(order, 3) for s in b]
     assert len(set(taken)) == len(taken) == sum(sizes) // batch * batch
     assert set(taken) <= {(shard, i) for shard, n in enumerate(sizes) for i in range(n)}

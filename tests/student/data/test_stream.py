@@ -159,7 +159,7 @@ def test_several_targets_of_two_teachers_share_the_bank(world):
 def test_memory_is_told_and_refused_beforehand(world):
     s = stream(world)
     assert s.memory == 8 * 4 * 64 * (3 * 32 * 32 + 60 * 64 + 60 * 4)
-    with pytest.raises(UserError, match=r"8 lanes × 4 blocks × 64 samples × 7.0 KiB.*stream.window"):
+    with pytest.raises(UserError, match=r"8 lanes × 4 blocks × 64 samples × 7.0 KiB.*stream.shuffle_blocks"):
         stream(world, memory=1 << 20)
 
 
@@ -317,7 +317,7 @@ class _Wrapped(IterableDataset):
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_stream_in_a_dataloader_with_workers_says_that_it_loads_by_itself(world, wrapped):
-    stream = Stream(world.shards, batch=20, lanes=4, window=1, policy=policy("light", 16))
+    stream = Stream(world.shards, batch=20, lanes=4, shuffle_blocks=1, policy=policy("light", 16))
     loader = DataLoader(_Wrapped(stream) if wrapped else stream, batch_size=None, num_workers=2)
     with pytest.raises(UserError, match="a Stream loads by itself") as error:
         next(iter(loader))
