@@ -84,7 +84,7 @@ class LossConfig(ConfigModel):
     """What every loss says: its weight over the epochs."""
 
     weight: Weight = Schedule(start=1.0)
-    method: str = ""
+    type: str = ""
 
 
 class TargetChoice(ConfigModel):

@@ -187,7 +187,7 @@ class TokenMatching(nn.Module):
             raise UserError(
                 f"{loss}: {path}.heads gives the layers {', '.join(str(len(pairs)) for pairs in found)} pairs "
                 "of heads; give each as many, at least one, and other layers a loss of their own (another name, with "
-                "`method`)"
+                "`type`)"
             )
         return found
 

@@ -129,7 +129,7 @@ class Settings(TeacherLossConfig):
     maps that meet; None: the student's own.
     """
 
-    method: Literal["aal"] = "aal"
+    type: Literal["aal"] = "aal"
     weight: Weight = Schedule(start=2000.0, decay=0.99, then={200: 0.98})
     map: Literal["scaled", "printed", "full"] = "scaled"
     loss: Literal["mse", "norm", "sq"] = "mse"

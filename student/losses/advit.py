@@ -78,7 +78,7 @@ class Settings(AlignedLossConfig):
     `kl_input` says what the softmax of Eq. 4 acts on, for distances kl and ce; the other two belong to kl alone.
     """
 
-    method: Literal["advit"] = "advit"
+    type: Literal["advit"] = "advit"
     distance: Literal["l1", "l2", "kl", "ce"] = "l1"
     heads: Heads = "mean"
     renorm: bool = Field(False, description="patch keys of each row are scaled to sum to one")

@@ -46,7 +46,7 @@ class Settings(AlignedLossConfig):
     value_norm: each key's attention is weighted by the norm of its value, on both sides.
     """
 
-    method: Literal["guidance"] = "guidance"
+    type: Literal["guidance"] = "guidance"
     weight: Weight = Schedule(start=0.1)
     layers: Layers | None = "last"
     heads: Heads = "auto"

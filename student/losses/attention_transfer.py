@@ -53,7 +53,7 @@ def squares(student: Tensor, teacher: Tensor) -> Tensor:
 class Settings(AlignedLossConfig):
     """Attention distillation: of maps, or of what makes them."""
 
-    method: Literal["attention"] = "attention"
+    type: Literal["attention"] = "attention"
     what: What = "map"
     average: Average = "none"
     reduce_heads: Literal["mean", "sum"] = "mean"

@@ -42,7 +42,7 @@ class Settings(ProjectorLossConfig):
     queues: 1, the teacher's for both sides, or 2, one of each side's own.
     """
 
-    method: Literal["compress"] = "compress"
+    type: Literal["compress"] = "compress"
     queue: int = Field(128000, ge=1)
     queues: Literal[1, 2] = 1
     tau: float = Field(0.04, gt=0)

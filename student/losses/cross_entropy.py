@@ -43,7 +43,7 @@ class Settings(LossConfig):
     both, unless a `deit` loss trains the second one.
     """
 
-    method: Literal["crossentropy"] = "crossentropy"
+    type: Literal["crossentropy"] = "crossentropy"
     weight: Weight = Schedule(start=1.0)
     smoothing: float = Field(0.0, ge=0, lt=1)
     heads: Literal["class", "both"] | None = None

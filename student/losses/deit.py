@@ -51,7 +51,7 @@ POOLED = True
 class Settings(TeacherLossConfig):
     """Distillation from logits."""
 
-    method: Literal["deit"] = "deit"
+    type: Literal["deit"] = "deit"
     kind: Literal["hard", "soft"] = "hard"
     tau: float = Field(1.0, gt=0)
     reduce: Literal["numel", "batch"] = "numel"

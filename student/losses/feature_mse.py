@@ -26,7 +26,7 @@ from student.targets.stored_target import StoredTarget
 class Settings(AlignedLossConfig):
     """Residual streams by their mean squared error."""
 
-    method: Literal["features"] = "features"
+    type: Literal["features"] = "features"
     layers: Layers | None = "last"
     heads: None = None
     temperature: None = None

@@ -61,7 +61,7 @@ def rightness(logits: Tensor, labels: Tensor, others: Tensor, shares: Tensor) ->
 class Settings(AlignedLossConfig):
     """Attention of chosen heads, one to one."""
 
-    method: Literal["head_specific"] = "head_specific"
+    type: Literal["head_specific"] = "head_specific"
     loss: Literal["mse", "mse-softmax", "ce", "kl"] = "mse"
     heads: FirstHeads | HeadPairs | HeadMap | None = "first"
     adaptive: Literal["none", "student-correct", "teacher-correct"] = "none"

@@ -54,7 +54,7 @@ class Settings(ProjectorLossConfig):
     grid: `bicubic` resizes the teacher's patches; None: the same grid on both sides.
     """
 
-    method: Literal["alignment"] = "alignment"
+    type: Literal["alignment"] = "alignment"
     loss: Literal["mse", "l2", "sq", "cosine"] = "mse"
     tokens: Literal["class", "patches", "both"] = "class"
     grid: Literal["bicubic"] | None = None

@@ -15,4 +15,4 @@ def methods() -> dict[str, ModuleType]:
     """Name of a method, as recipes say it -> its module."""
     found_modules = pkgutil.iter_modules(student.losses.__path__)
     modules = [importlib.import_module(f"student.losses.{found.name}") for found in found_modules]
-    return {module.Settings.model_fields["method"].default: module for module in modules if hasattr(module, "Settings")}
+    return {module.Settings.model_fields["type"].default: module for module in modules if hasattr(module, "Settings")}

@@ -45,7 +45,7 @@ def cross_entropy(student: Tensor, teacher: Tensor, queue: Tensor, tau_student: 
 class Settings(ProjectorLossConfig):
     """Similarities to a queue of the teacher's embeddings and to the sample's own."""
 
-    method: Literal["seed"] = "seed"
+    type: Literal["seed"] = "seed"
     queue: int = Field(65536, ge=1)
     tau_student: float = Field(0.2, gt=0)
     tau_teacher: float = Field(0.01, gt=0)

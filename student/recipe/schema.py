@@ -23,12 +23,12 @@ def _by_name(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     there = {name: settings for name, settings in value.items() if settings is not None}
-    return {name: {"method": name, **s} if isinstance(s, dict) else s for name, s in there.items()}
+    return {name: {"type": name, **s} if isinstance(s, dict) else s for name, s in there.items()}
 
 
 Name = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
 
-Losses = Annotated[dict[Name, Annotated[Loss, Discriminator("method")]], BeforeValidator(_by_name)]
+Losses = Annotated[dict[Name, Annotated[Loss, Discriminator("type")]], BeforeValidator(_by_name)]
 
 
 class OptimConfig(ConfigModel):

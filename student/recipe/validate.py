@@ -61,12 +61,12 @@ def _explain(problem: Any) -> str:
     section: Any = Recipe
     if path[0] == "losses" and problem["type"] == "union_tag_invalid":
         known = did_you_mean(str(problem["ctx"]["tag"]), methods())
-        return f"{'.'.join(path)}: no such loss. {known} A second loss of one kind has a name of its own and `method`."
+        return f"{'.'.join(path)}: no such loss. {known} A second loss of one kind has a name of its own and `type`."
     below = path[1:] if path[0] != "losses" or len(path) < 3 else path[3:]
     if path[0] == "losses" and len(path) > 2:
         module = methods().get(path[2])
         section = module and module.Settings
-        del path[2]  # pydantic names the method beside the loss
+        del path[2]  # pydantic names the type beside the loss
     elif below:
         section = section_of(Recipe, path[0])
     for at, part in enumerate(path):  # what may be several kinds of thing: pydantic tells of each that it tried

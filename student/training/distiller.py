@@ -32,7 +32,7 @@ from student.targets.stored_target import StoredTarget, stored_target
 
 def student_taps_of(recipe: Recipe) -> frozenset[StudentTap]:
     """What the recipe's losses read of the student and of the batch, beside stored targets."""
-    return frozenset().union(*(methods()[settings.method].reads(settings) for settings in recipe.losses.values()))
+    return frozenset().union(*(methods()[settings.type].reads(settings) for settings in recipe.losses.values()))
 
 
 def classifies(recipe: Recipe) -> bool:
@@ -50,9 +50,7 @@ def _shape(recipe: Recipe, model: nn.Module, names: Sequence[str] | None = None)
     except UserError as error:
         raise UserError(f"{_refused(recipe, attends)}: {error}; {_PLAIN}") from None
     pooled = [name for name, module in methods().items() if getattr(module, "POOLED", False)]
-    others = [name for name, loss in recipe.losses.items() if loss.method not in pooled] + [ATTENTION_COPY] * bool(
-        copies
-    )
+    others = [name for name, loss in recipe.losses.items() if loss.type not in pooled] + [ATTENTION_COPY] * bool(copies)
     if shape.each and others:
         raise UserError(
             f"{others[0]}: {type(model).__name__} pools its patches, so its layers have no common heads and grid; such "
@@ -73,7 +71,7 @@ def _refused(recipe: Recipe, attends: bool) -> str:
     """The first loss that reads what a student does not have, and what that is."""
     wanted: set[StudentTap] = {"attention", "values"} if attends else {"streams", "tokens"}
     for name, settings in recipe.losses.items():
-        if found := methods()[settings.method].reads(settings) & wanted:
+        if found := methods()[settings.type].reads(settings) & wanted:
             return f"{name} reads the student's {' and '.join(_READ[one] for one in sorted(found))}"
     return f"{ATTENTION_COPY} changes the student's attention"
 
@@ -82,7 +80,7 @@ def target_requirements(recipe: Recipe, model: nn.Module) -> list[TargetRequirem
     """What the recipe's losses, and copying, read from a store."""
     shape = _shape(recipe, model)
     found = [copier.requirement(recipe.copying) if recipe.copying else None]
-    found += [methods()[settings.method].need(name, settings, shape) for name, settings in recipe.losses.items()]
+    found += [methods()[settings.type].need(name, settings, shape) for name, settings in recipe.losses.items()]
     return [need for need in found if need is not None]
 
 
@@ -141,7 +139,7 @@ class Distiller(nn.Module):
                 raise UserError(f"losses.{name}: PyTorch keeps this name for itself; call the loss otherwise")
             if isinstance(settings, cross_entropy.Settings) and settings.heads is None:
                 settings = settings.model_copy(update={"heads": "class" if distils else "both"})
-            terms[name] = methods()[settings.method].Method(name, settings, shape, given.get(name, ()))
+            terms[name] = methods()[settings.type].Method(name, settings, shape, given.get(name, ()))
         self.losses = nn.ModuleDict(terms)
         self.queues = _queues(self.losses, recipe.stream.batch_size)
         self.rows: list[AlignmentRow] = [method.row for method in terms.values() if method.row is not None]

@@ -197,12 +197,24 @@ def _stream(
     labels = "labels" in student_taps_of(recipe)
     memory = int(settings.memory * 2**30) if settings.memory else None
     stream = Stream(
-        urls, batch=settings.batch_size, store=job.store,
-        targets=list(dict.fromkeys(one.id for several in given.values() for one in several)), policy=fresh,
-        bank=bank, views=settings.views or views, seed=recipe.seed, lanes=settings.lanes,
-        shuffle_blocks=settings.shuffle_blocks, workers=settings.workers, memory=memory,
-        rank=rank(), ranks=world_size(), labels=labels, classes=classes if labels else None, permute=recipe.control.permute_targets,
-    )  # fmt: skip
+        urls,
+        batch=settings.batch_size,
+        store=job.store,
+        targets=list(dict.fromkeys(one.id for several in given.values() for one in several)),
+        policy=fresh,
+        bank=bank,
+        views=settings.views or views,
+        seed=recipe.seed,
+        lanes=settings.lanes,
+        shuffle_blocks=settings.shuffle_blocks,
+        workers=settings.workers,
+        memory=memory,
+        rank=rank(),
+        ranks=world_size(),
+        labels=labels,
+        classes=classes if labels else None,
+        permute=recipe.control.permute_targets,
+    )
     if stream.source.policy.size != size:
         raise IdentityError(
             f"views of {bank or 'stream.bank'}", "size", size, stream.source.policy.size,

@@ -123,7 +123,7 @@ def test_two_teachers_teach_one_student(world, full, tmp_path, capsys):
         "  aal: {weight: {start: 100, decay: 0.5}, teacher: cnn}\n"
         "  attention: {weight: {start: 1, shape: cosine, end: 0, over: 2}, teacher: vit, layers: uniform, heads: mean,"
         " grid: bicubic}\n"
-        "  far: {method: advit, weight: {start: 1, until: 1}, layers: [[2, 3]], grid: bicubic}\n"
+        "  far: {type: advit, weight: {start: 1, until: 1}, layers: [[2, 3]], grid: bicubic}\n"
         "optim: {epochs: 2, warmup_epochs: 0}\n"
     )
     code, result, said = train(world, store, tmp_path / "run", str(recipe), capsys)

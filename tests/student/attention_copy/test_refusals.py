@@ -54,7 +54,7 @@ def test_targets_of_validation_images_that_are_missing_are_made_by_the_command_t
         ({"copying": {"layers": "first-0"}}, r"copying.layers: expected last, uniform, first-N, last-N"),
         ({"copying": {"what": "q", "average": "heads"}}, r"average is of maps, and with what=q there are none"),
         ({"copying": {"wat": "q"}}, r"copying.wat: no such setting"),
-        ({"losses": {"copying": {"method": "attention"}}}, r"copying is a section beside losses"),
+        ({"losses": {"copying": {"type": "attention"}}}, r"copying is a section beside losses"),
         ({"losses": {"attention": {"what": "k", "reduce_heads": "sum"}}}, r"reduce_heads is of maps"),
     ],
 )

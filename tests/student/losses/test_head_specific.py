@@ -74,7 +74,7 @@ def distiller_of(world: World, kept, taught: bool = False, **settings) -> tuple[
     """A student of the teacher's sizes, or the teacher itself, and a batch of the store."""
     store, _ = kept
     sizes = {name: TINY_VIT[1][name] for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
-    losses = {"it": {"method": "head_specific", "same_classes": True, **settings}}
+    losses = {"it": {"type": "head_specific", "same_classes": True, **settings}}
     recipe = validate({"student": {"model": TINY_VIT[0], **sizes}, "losses": losses}, "test")
     torch.manual_seed(0)
     model, _ = build(recipe.student, 3)

@@ -198,19 +198,19 @@ def same(world, tmp_path_factory) -> tuple[Store, dict[str, str]]:
 @pytest.mark.parametrize(
     ("loss", "tap"),
     [
-        ({"method": "advit"}, "class_row"),
-        ({"method": "advit", "distance": "l2", "heads": None}, "class_row"),
-        ({"method": "advit", "distance": "kl", "kl_input": "log-prob", "heads": "max", "renorm": True}, "class_row"),
-        ({"method": "attention"}, "attention"),
-        ({"method": "attention", "heads": "log"}, "attention"),
-        ({"method": "deit", "kind": "soft", "same_classes": True}, "logits"),
-        ({"method": "guidance", "layers": None}, "class_row"),
-        ({"method": "guidance", "heads": "log", "temperature": 1, "loss": "mse"}, "class_row"),
-        ({"method": "alignment", "depth": 0}, "class_token"),
-        ({"method": "alignment", "depth": 0, "loss": "cosine", "tokens": "both"}, "tokens"),
-        *[({"method": "attention", "what": what}, what) for what in ("q", "k", "v", "qk")],
-        ({"method": "attention", "what": "q", "heads": "first-2", "layers": "first-1"}, "q"),
-        ({"method": "features", "layers": [1, 3]}, "streams"),
+        ({"type": "advit"}, "class_row"),
+        ({"type": "advit", "distance": "l2", "heads": None}, "class_row"),
+        ({"type": "advit", "distance": "kl", "kl_input": "log-prob", "heads": "max", "renorm": True}, "class_row"),
+        ({"type": "attention"}, "attention"),
+        ({"type": "attention", "heads": "log"}, "attention"),
+        ({"type": "deit", "kind": "soft", "same_classes": True}, "logits"),
+        ({"type": "guidance", "layers": None}, "class_row"),
+        ({"type": "guidance", "heads": "log", "temperature": 1, "loss": "mse"}, "class_row"),
+        ({"type": "alignment", "depth": 0}, "class_token"),
+        ({"type": "alignment", "depth": 0, "loss": "cosine", "tokens": "both"}, "tokens"),
+        *[({"type": "attention", "what": what}, what) for what in ("q", "k", "v", "qk")],
+        ({"type": "attention", "what": "q", "heads": "first-2", "layers": "first-1"}, "q"),
+        ({"type": "features", "layers": [1, 3]}, "streams"),
     ],
 )
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(world, same, loss, tap):
@@ -257,7 +257,7 @@ def of_store(world, same, tap: str, loss: dict[str, Any], **student: Any) -> Dis
 
 
 def test_features_of_another_width_meet_by_a_projection_that_is_trained_or_are_refused(world, same):
-    loss = {"method": "features", "layers": "first-2"}
+    loss = {"type": "features", "layers": "first-2"}
     with pytest.raises(UserError, match=r"each token is 48 in the teacher, 24 .*--set losses.it.projection=linear"):
         of_store(world, same, "streams", loss, embed_dim=24)
     distiller = of_store(world, same, "streams", {**loss, "projection": "linear"}, embed_dim=24)
@@ -275,9 +275,7 @@ def test_features_of_another_width_meet_by_a_projection_that_is_trained_or_are_r
 
 def test_only_what_is_compared_gets_a_gradient(world, same):
     """Of q alone: nothing of k, v and later layers, and of other heads."""
-    distiller = of_store(
-        world, same, "q", {"method": "attention", "what": "q", "layers": "first-1", "heads": "first-2"}
-    )
+    distiller = of_store(world, same, "q", {"type": "attention", "what": "q", "layers": "first-1", "heads": "first-2"})
     batch = next(Stream(world.shards, batch=32, store=same[0], targets=[same[1]["q"]]).epoch(0))
     distiller(batch)[1]["it"].backward()
     slopes = distiller.student.blocks[0].attn.qkv.weight.grad.reshape(3, 3, 16, 48)
@@ -292,12 +290,12 @@ def test_tokens_after_the_final_norm_are_no_residual_stream(world, same, tmp_pat
     made = run_precompute(tmp_path / "store", world.shards, teacher_of(world.weights, "vit"), ["tokens"], views=1)
     store = Store.open(tmp_path / "store")
     with pytest.raises(UserError, match=r"holds tokens after the final norm.*--target tokens,layers=last"):
-        of_store(world, (store, {"tokens": made["targets"][0]}), "tokens", {"method": "features"})
+        of_store(world, (store, {"tokens": made["targets"][0]}), "tokens", {"type": "features"})
 
 
 def test_vectors_of_another_width_are_refused(world, same):
     with pytest.raises(UserError, match=r"each head's v is 16 in the teacher, 32 in the student; compare maps"):
-        of_store(world, same, "v", {"method": "attention", "what": "v"}, embed_dim=96)
+        of_store(world, same, "v", {"type": "attention", "what": "v"}, embed_dim=96)
 
 
 # ---------------------------------------------------------------------------------------------- two heads

@@ -149,8 +149,8 @@ def test_a_queue_comes_back_from_a_checkpoint():
 LOSSES = """
 losses:
   seed: {queue: 100}
-  one: {method: compress, queue: 64}
-  two: {method: compress, queues: 2, queue: 100, weight: 0.5}
+  one: {type: compress, queue: 64}
+  two: {type: compress, queues: 2, queue: 100, weight: 0.5}
   alignment: {loss: cosine}
 """
 SETTINGS = ["optim.opt=momentum", "optim.lr=0.01", "optim.clip_grad=1"]

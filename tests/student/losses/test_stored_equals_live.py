@@ -173,29 +173,29 @@ def test_contract_1_the_views_of_deit_are_mixed_in_both_ways(mixed):
     assert (counts[-2:] > 200).all()
 
 
-SOFT = {"method": "deit", "kind": "soft"}
-VECTORS = {"method": "attention", "grid": "bicubic"}
+SOFT = {"type": "deit", "kind": "soft"}
+VECTORS = {"type": "attention", "grid": "bicubic"}
 # loss -> its settings, its targets, bounds of the loss's error and of 1 - cosine
 EXACT = {
     "aal": ({}, ["f32"]),
-    "aal_block": ({"method": "aal"}, ["block"]),
-    "aal_antialias": ({"method": "aal"}, ["antialias"]),
-    "hard": ({"method": "deit", "kind": "hard"}, ["logits"]),
+    "aal_block": ({"type": "aal"}, ["block"]),
+    "aal_antialias": ({"type": "aal"}, ["antialias"]),
+    "hard": ({"type": "deit", "kind": "hard"}, ["logits"]),
     "soft": ({**SOFT, "tau": 3, "weight": {"start": 1, "shape": "linear", "end": 0, "over": 4}}, ["logits"]),
     "soft_batch": ({**SOFT, "reduce": "batch"}, ["logits"]),
     "advit": (ROWS, ["rows"]),
-    "advit_l2": ({"method": "advit", **ROWS, "distance": "l2"}, ["rows"]),
-    "advit_maps": ({"method": "advit", **ROWS}, ["attention"]),
-    "advit_qk": ({"method": "advit", **ROWS}, ["q", "k"]),
-    "advit_kl": ({"method": "advit", **ROWS, "distance": "kl", "tau": 2}, ["rows"]),
-    "advit_log": ({"method": "advit", **ROWS, "distance": "kl", "kl_input": "log-prob", "heads": "sum"}, ["rows"]),
-    "advit_ce": ({"method": "advit", **ROWS, "distance": "ce", "heads": "max", "renorm": True}, ["rows"]),
-    "heads": ({"method": "head_specific", **ROWS, "heads": [[1, 3], [3, 2]]}, ["q", "k"]),
-    "heads_mse": ({"method": "head_specific", **ROWS, "loss": "mse-softmax"}, ["q", "k"]),
-    "heads_ce": ({"method": "head_specific", **ROWS, "loss": "ce", "adaptive": "student-correct"}, ["attention"]),
+    "advit_l2": ({"type": "advit", **ROWS, "distance": "l2"}, ["rows"]),
+    "advit_maps": ({"type": "advit", **ROWS}, ["attention"]),
+    "advit_qk": ({"type": "advit", **ROWS}, ["q", "k"]),
+    "advit_kl": ({"type": "advit", **ROWS, "distance": "kl", "tau": 2}, ["rows"]),
+    "advit_log": ({"type": "advit", **ROWS, "distance": "kl", "kl_input": "log-prob", "heads": "sum"}, ["rows"]),
+    "advit_ce": ({"type": "advit", **ROWS, "distance": "ce", "heads": "max", "renorm": True}, ["rows"]),
+    "heads": ({"type": "head_specific", **ROWS, "heads": [[1, 3], [3, 2]]}, ["q", "k"]),
+    "heads_mse": ({"type": "head_specific", **ROWS, "loss": "mse-softmax"}, ["q", "k"]),
+    "heads_ce": ({"type": "head_specific", **ROWS, "loss": "ce", "adaptive": "student-correct"}, ["attention"]),
     "heads_kl": (
         {
-            "method": "head_specific",
+            "type": "head_specific",
             "layers": [[1, 1], [3, 2]],
             "grid": "bicubic",
             "loss": "kl",
@@ -210,33 +210,33 @@ EXACT = {
     "v": ({**VECTORS, "what": "v", "heads": "first-2"}, ["v"]),
     "qk": ({**VECTORS, "what": "qk"}, ["q", "k"]),
     "features": ({"grid": "bicubic", "projection": "linear", "layers": "last-2"}, ["streams"]),
-    "attention_mean": ({**MAPS, "method": "attention", "heads": "first", "average": "queries"}, ["attention"]),
-    "attention_qk": ({"method": "attention", **MAPS, "heads": "first", "reduce_heads": "sum"}, ["q", "k"]),
+    "attention_mean": ({**MAPS, "type": "attention", "heads": "first", "average": "queries"}, ["attention"]),
+    "attention_qk": ({"type": "attention", **MAPS, "heads": "first", "reduce_heads": "sum"}, ["q", "k"]),
     "guidance": ({}, ["rows"]),
-    "guidance_all": ({"method": "guidance", "layers": None, "heads": "log", "loss": "mse"}, ["rows"]),
+    "guidance_all": ({"type": "guidance", "layers": None, "heads": "log", "loss": "mse"}, ["rows"]),
     "alignment": ({}, ["class_token"]),
     "alignment_tokens": (
-        {"method": "alignment", "tokens": "both", "loss": "cosine", "depth": 2, "grid": "bicubic"},
+        {"type": "alignment", "tokens": "both", "loss": "cosine", "depth": 2, "grid": "bicubic"},
         ["tokens"],
     ),
     "seed": ({"queue": 64}, ["class_token"]),
     "compress": ({"queue": 64}, ["class_token"]),
-    "compress_two": ({"method": "compress", "queues": 2, "queue": 64}, ["class_token"]),
-    "guidance_values": ({"method": "guidance", "heads": "max", "value_norm": True}, ["q", "k", "v"]),
+    "compress_two": ({"type": "compress", "queues": 2, "queue": 64}, ["class_token"]),
+    "guidance_values": ({"type": "guidance", "heads": "max", "value_norm": True}, ["q", "k", "v"]),
 }
 CODED = {
-    "u8": ({"method": "aal"}, ["u8"], 1e-3, 1e-3),
-    "f16": ({"method": "aal"}, ["f16"], 1e-4, 1e-5),
-    "hard_topk": ({"method": "deit"}, ["topk"], 1e-5, 1e-6),
+    "u8": ({"type": "aal"}, ["u8"], 1e-3, 1e-3),
+    "f16": ({"type": "aal"}, ["f16"], 1e-4, 1e-5),
+    "hard_topk": ({"type": "deit"}, ["topk"], 1e-5, 1e-6),
     "soft_topk": (SOFT, ["topk"], 3e-3, 1e-4),
     # The gradient of |x| is a sign, and near zero rounding turns it.
-    "advit_log8": ({"method": "advit", **ROWS}, ["log8"], 2e-2, 5e-2),
-    "advit_l2_log8": ({"method": "advit", **ROWS, "distance": "l2"}, ["log8"], 2e-2, 1e-2),
+    "advit_log8": ({"type": "advit", **ROWS}, ["log8"], 2e-2, 5e-2),
+    "advit_l2_log8": ({"type": "advit", **ROWS, "distance": "l2"}, ["log8"], 2e-2, 1e-2),
     "q_f16": ({**VECTORS, "what": "q"}, ["q f16"], 1e-4, 1e-5),
-    "attention_log8": ({"method": "attention", **MAPS}, ["attention log8"], 1e-3, 1e-3),
-    "alignment_f16": ({"method": "alignment"}, ["token f16"], 1e-4, 1e-5),
-    "seed_f16": ({"method": "seed", "queue": 64}, ["token f16"], 1e-2, 1e-3),
-    "guidance_log8": ({"method": "guidance"}, ["log8"], 4e-2, 1e-3),
+    "attention_log8": ({"type": "attention", **MAPS}, ["attention log8"], 1e-3, 1e-3),
+    "alignment_f16": ({"type": "alignment"}, ["token f16"], 1e-4, 1e-5),
+    "seed_f16": ({"type": "seed", "queue": 64}, ["token f16"], 1e-2, 1e-3),
+    "guidance_log8": ({"type": "guidance"}, ["log8"], 4e-2, 1e-3),
 }
 
 
@@ -300,7 +300,7 @@ def test_real_images_and_weights(shared, tmp_path, record_property):
     store = Store.open(tmp_path / "store")
     bounds = [(1e-5, 1e-6), (1e-4, 1e-5), (1e-3, 1e-2)]
     names = ["f32", "f16", "u8"]
-    recipe = recipe_of(**{name: {"method": "aal"} for name in names})
+    recipe = recipe_of(**{name: {"type": "aal"} for name in names})
     ids = {name: [target] for name, target in zip(names, targets, strict=True)}
     worst = of_targets(store, shards, {teacher.name: teacher}, recipe, ids, 10)
     print(worst)

@@ -265,7 +265,7 @@ def test_validation_names_wrong_fields_with_the_nearest():
         ),
         ({"losses": {"aal": {"weight": {"strat": 1}}}}, r"losses\.aal\.weight\.strat: no such setting"),
         ({"student": {"freeze": 3}}, r"student\.freeze: expected a pattern, or a list"),
-        ({"losses": {"mean": {"method": "aal", "map": "half"}}}, r"losses\.mean\.map: should be 'scaled'"),
+        ({"losses": {"mean": {"type": "aal", "map": "half"}}}, r"losses\.mean\.map: should be 'scaled'"),
         ({"optim": {"lr": float("nan")}}, r"optim\.lr: should be a finite number"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -286,7 +286,7 @@ def test_a_warm_up_that_is_not_over_is_said(world, tmp_path):
 
 
 def test_a_loss_is_not_called_as_pytorch_s_own(world, tmp_path):
-    settings = ["losses.half={method: crossentropy}"]
+    settings = ["losses.half={type: crossentropy}"]
     with pytest.raises(UserError, match=r"losses\.half: PyTorch keeps this name"):
         train(job(world, tmp_path / "run", "scratch", *settings, store=None), Quiet())
 
