@@ -128,13 +128,13 @@ class AlignmentConfig(TargetChoice):
     heads: `mean`, `sum`, `max`, `min` (these two rescaled) or `log` over the heads of both sides, the `first` that both
     have, `first-N`, or pairs [student's head, teacher's head], from 1, also as a mapping from the student's layer;
     None: as many on both sides; `auto`: one to one where both have as many, else `log`.
-    temperature: T of `log`; None: each side's number of heads.
+    head_temperature: T of `log`; None: each side's number of heads.
     grid: `bicubic` resizes the teacher's patch part; None: the same grid on both sides.
     """
 
     layers: Layers | None = None
     heads: Heads = None
-    temperature: float | None = Field(None, gt=0)
+    head_temperature: float | None = Field(None, gt=0)
     grid: Literal["bicubic"] | None = None
 
 
@@ -152,7 +152,7 @@ class AttentionCopyConfig(AlignmentConfig):
     what: What = "map"
     average: Average = "none"
     heads: FirstHeads | None = None
-    temperature: None = None
+    head_temperature: None = None
 
     @model_validator(mode="after")
     def _of_maps(self) -> AttentionCopyConfig:
@@ -175,7 +175,7 @@ class LinksConfig(ConfigModel):
 
     run: str
     loss: str | None = None
-    normalise: Literal["abs", "printed"] = "abs"
+    normalize: Literal["abs", "printed"] = "abs"
     granularity: Literal["channel", "block"] = "channel"
     threshold: float = Field(0.05, ge=0, lt=1)
 

@@ -48,7 +48,7 @@ def links(
 
     place = picture_path(out) if out else None
     trained = read(run, loss)
-    settings = LinksConfig(run=str(run), loss=loss, normalise=normalize, granularity=granularity, threshold=threshold)
+    settings = LinksConfig(run=str(run), loss=loss, normalize=normalize, granularity=granularity, threshold=threshold)
     result, heat, kept = _found(trained, settings)
     if place:
         picture(place, trained, heat, kept)
@@ -91,20 +91,20 @@ def _lines(run: Path, result: dict[str, Any]) -> list[str]:
     for stage, row, shares in zip(stages, heat, selection["by_stage"], strict=True):
         cells = (f"{1000 * w:7.2f}{'*' if s == 1 else '+' if s else ' '}" for w, s in zip(row, shares, strict=True))
         lines.append(f"{stage['stage']:>5} {stage['channels']:>5}" + "".join(cells))
-    how = f"{selection['normalise']}, by {selection['granularity']}, above {selection['threshold']:g}"
+    how = f"{selection['normalize']}, by {selection['granularity']}, above {selection['threshold']:g}"
     share = 100 * selection["kept"] / selection["of"]
     lines.append(f"Algorithm 1 ({how}) keeps {selection['kept']:,} of {selection['of']:,} links, {share:.1f} %")
     if selection["kept"] == selection["of"]:
         lines.append(
             "  printed puts a weight of 0 near the middle of 0 to 1, far above the threshold: --normalize abs prunes"
-            if selection["normalise"] == "printed"
+            if selection["normalize"] == "printed"
             else "  that is all of them: a higher --threshold prunes"
         )
     elif not selection["kept"]:
         lines.append("  that is none, so no run can be trained with it: lower --threshold")
     else:
         where = f"losses.{result['loss']}.links"
-        defaults = {"loss": None, "normalise": "abs", "granularity": "channel", "threshold": 0.05}
+        defaults = {"loss": None, "normalize": "abs", "granularity": "channel", "threshold": 0.05}
         changed = [f"{where}.{name}={selection[name]}" for name, usual in defaults.items() if selection[name] != usual]
         lines.append(f"  to train with them: {_words(f'{where}={run}', *changed)}")
         if selection["ranges"]:

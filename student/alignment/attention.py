@@ -91,7 +91,7 @@ class AttentionAligner(TokenMatching):
                 return logs.amax(2, keepdim=True).log_softmax(-1)
             case "min":
                 return logs.amin(2, keepdim=True).log_softmax(-1)
-        return log_mean(logs, self.settings.temperature)
+        return log_mean(logs, self.settings.head_temperature)
 
     def _student_scores(
         self, q: Sequence[Tensor], k: Sequence[Tensor], scales: Sequence[float], v: Sequence[Tensor] | None
@@ -184,7 +184,7 @@ class AttentionAligner(TokenMatching):
                 return scaled(rows.amax(2, keepdim=True))
             case "min":
                 return scaled(rows.amin(2, keepdim=True))
-        return log_mean(self._logs(rows), self.settings.temperature).exp()
+        return log_mean(self._logs(rows), self.settings.head_temperature).exp()
 
     def _logs(self, rows: Tensor) -> Tensor:
         """Logarithms of stored rows."""

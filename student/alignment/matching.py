@@ -256,7 +256,7 @@ class TokenMatching(nn.Module):
 
     def _head_rule(self, heads: int) -> str:
         """How heads meet, in words."""
-        wish, given = self.rule, self.settings.temperature
+        wish, given = self.rule, self.settings.head_temperature
         if wish is None:
             return f"{heads} heads one to one"
         if isinstance(wish, str):

@@ -132,7 +132,7 @@ class Settings(TeacherLossConfig):
     type: Literal["aal"] = "aal"
     weight: Weight = Schedule(start=2000.0, decay=0.99, then={200: 0.98})
     map: Literal["scaled", "printed", "full"] = "scaled"
-    loss: Literal["mse", "norm", "sq"] = "mse"
+    distance: Literal["mse", "norm", "sq"] = "mse"
     links: Annotated[AllLinks, BeforeValidator(_linked)] = "full"
     grid: int | None = Field(None, ge=1)
 
@@ -171,7 +171,7 @@ class Method(nn.Module):
         self.about = {**asdict(layout), "target": given[0].id, "grid": grid}
         self.chosen = kept.digest
         choice = None if kept.choice is None else layout.spread(kept.choice)
-        self.aal = AAL(student.maps, target["sample_shape"][0], settings.loss, choice)
+        self.aal = AAL(student.maps, target["sample_shape"][0], settings.distance, choice)
         self.map, self.prefix = settings.map, len(student.prefix)
         self.sides = [side if side != grid else None for _, side in student.by_layer]
         for side in {side for side in self.sides if side}:

@@ -38,7 +38,7 @@ def distance(student: Tensor, teacher: Tensor, prefix: int, kind: Literal["l1", 
 
 
 def divergence(
-    student: Tensor, teacher: Tensor, prefix: int, tau: float = 1.0,
+    student: Tensor, teacher: Tensor, prefix: int, temperature: float = 1.0,
     direction: Literal["teacher-first", "student-first"] = "teacher-first",
 ) -> Tensor:  # fmt: skip
     """τ² · KL(ψ(A^t/τ) ‖ ψ(A^s/τ)) over the patch keys, ψ the softmax: the second term of Eq. 4.
@@ -51,12 +51,12 @@ def divergence(
         student: class rows `[B, L, H, N]`, or their logarithms.
         teacher: likewise.
         prefix: how many of the N tokens are no patches.
-        tau: temperature.
+        temperature: τ.
         direction: which comes first in the KL; the paper prints the student.
     """
-    ours, theirs = (_softened(values[..., prefix:], tau) for values in (student, teacher))
+    ours, theirs = (_softened(values[..., prefix:], temperature) for values in (student, teacher))
     first, second = (theirs, ours) if direction == "teacher-first" else (ours, theirs)
-    return tau**2 * (first.exp() * (first - second)).sum(-1).mean().to(student.dtype)
+    return temperature**2 * (first.exp() * (first - second)).sum(-1).mean().to(student.dtype)
 
 
 def cross_entropy(student: Tensor, teacher: Tensor, prefix: int) -> Tensor:
@@ -67,9 +67,9 @@ def cross_entropy(student: Tensor, teacher: Tensor, prefix: int) -> Tensor:
     return -(teacher[..., prefix:] * _softened(student[..., prefix:], 1.0)).sum(-1).mean().to(student.dtype)
 
 
-def _softened(patches: Tensor, tau: float) -> Tensor:
+def _softened(patches: Tensor, temperature: float) -> Tensor:
     """log ψ(A/τ) in f64: of a softmax of a softmax f32 resolves no KL."""
-    return (patches.double() / tau).log_softmax(-1)
+    return (patches.double() / temperature).log_softmax(-1)
 
 
 class Settings(AlignedLossConfig):
@@ -84,12 +84,12 @@ class Settings(AlignedLossConfig):
     renorm: bool = Field(False, description="patch keys of each row are scaled to sum to one")
     kl_input: Literal["prob", "log-prob"] = "prob"
     kl_direction: Literal["teacher-first", "student-first"] = "teacher-first"
-    tau: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0)
 
     @model_validator(mode="after")
     def _belongs(self) -> Settings:
-        if self.distance != "kl" and (self.tau != 1 or self.kl_direction != "teacher-first"):
-            raise ValueError("tau and kl_direction belong to distance: kl")
+        if self.distance != "kl" and (self.temperature != 1 or self.kl_direction != "teacher-first"):
+            raise ValueError("temperature and kl_direction belong to distance: kl")
         if self.distance not in ("kl", "ce") and self.kl_input != "prob":
             raise ValueError("kl_input belongs to distance: kl or ce")
         return self
@@ -127,7 +127,7 @@ class Method(nn.Module):
             theirs = theirs[..., prefix:] if both else scaled(theirs[..., prefix:])
             prefix = 0
         if how.distance == "kl":
-            return divergence(mine, theirs, prefix, how.tau, how.kl_direction)
+            return divergence(mine, theirs, prefix, how.temperature, how.kl_direction)
         if how.distance == "ce":
             return cross_entropy(mine, theirs, prefix)
         return distance(mine, theirs, prefix, how.distance)

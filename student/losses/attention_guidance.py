@@ -50,9 +50,9 @@ class Settings(AlignedLossConfig):
     weight: Weight = Schedule(start=0.1)
     layers: Layers | None = "last"
     heads: Heads = "auto"
-    temperature: float | None = Field(10.0, gt=0)
+    head_temperature: float | None = Field(10.0, gt=0)
     grid: Literal["bicubic"] | None = "bicubic"
-    loss: Literal["kl", "mse"] = "kl"
+    distance: Literal["kl", "mse"] = "kl"
     value_norm: bool = False
 
 
@@ -80,7 +80,7 @@ class Method(nn.Module):
         case = ("d" if merged else "b") if self.rows.resizes else ("c" if merged else "a")
         weighed = "; weighted by the norms of values" if self.values else ""
         self.row = replace(self.rows.row, rule=f"case ({case}): {self.rows.row.rule}{weighed}")
-        self.loss = settings.loss
+        self.distance = settings.distance
 
     def forward(self, step: LossInputs) -> Tensor:
         """The loss of one step."""
@@ -88,6 +88,6 @@ class Method(nn.Module):
         if self.values:
             targets, own, stored = targets[:-1], seen.v, targets[-1]
         theirs = self.rows.teacher_rows(targets, stored)
-        if self.loss == "kl":
+        if self.distance == "kl":
             return divergence(self.rows.student_logs(seen.q, seen.k, seen.scales, own), theirs)
         return squares(self.rows.student_rows(seen.q, seen.k, seen.scales, own), theirs)

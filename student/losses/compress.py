@@ -23,16 +23,19 @@ from student.targets.requirement import TargetRequirement
 from student.targets.stored_target import StoredTarget
 
 
-def divergence(student: Tensor, teacher: Tensor, queues: tuple[Tensor, Tensor], tau: float) -> Tensor:
+def divergence(student: Tensor, teacher: Tensor, queues: tuple[Tensor, Tensor], temperature: float) -> Tensor:
     """KL(softmax(t·Q_t / τ) ‖ softmax(s·Q_s / τ)), mean over the batch; zero while the queues are empty.
 
     Args:
         student: unit vectors `[B, D]`.
         teacher: unit vectors `[B, D_t]`.
         queues: Q_s `[n, D]` and Q_t `[n, D_t]`, of the same images; one and the same with one queue.
-        tau: temperature.
+        temperature: τ.
     """
-    mine, theirs = (student @ queues[0].T / tau).log_softmax(1), (teacher @ queues[1].T / tau).log_softmax(1)
+    mine, theirs = (
+        (student @ queues[0].T / temperature).log_softmax(1),
+        (teacher @ queues[1].T / temperature).log_softmax(1),
+    )
     return F.kl_div(mine, theirs, reduction="batchmean", log_target=True)
 
 
@@ -45,7 +48,7 @@ class Settings(ProjectorLossConfig):
     type: Literal["compress"] = "compress"
     queue: int = Field(128000, ge=1)
     queues: Literal[1, 2] = 1
-    tau: float = Field(0.04, gt=0)
+    temperature: float = Field(0.04, gt=0)
 
 
 def reads(settings: Settings) -> frozenset[StudentTap]:
@@ -63,7 +66,7 @@ class Method(nn.Module):
 
     def __init__(self, name: str, settings: Settings, student: StudentSpec, given: Sequence[StoredTarget]) -> None:
         super().__init__()
-        self.tau = settings.tau
+        self.temperature = settings.temperature
         self.token = ClassToken(name, settings, student, given[0], free=settings.queues == 2)
         self.theirs = Queue(settings.queue, int(given[0].target["sample_shape"][-1]))
         self.mine = Queue(settings.queue, self.token.width) if settings.queues == 2 else None
@@ -75,4 +78,4 @@ class Method(nn.Module):
         self.theirs.offer(theirs)
         if self.mine is not None:
             self.mine.offer(mine)
-        return divergence(mine, theirs, ((self.mine or self.theirs).held, self.theirs.held), self.tau)
+        return divergence(mine, theirs, ((self.mine or self.theirs).held, self.theirs.held), self.temperature)

@@ -1,7 +1,7 @@
 """DeiT: distillation from a teacher's logits, hard and soft.
 
 Touvron et al., "Training data-efficient image transformers & distillation through attention", section 4 (soft and hard
-distillation); the reduction `numel` is the official code's. It acts on the distillation head where the student has one,
+distillation); the reduction `mean` is the official code's. It acts on the distillation head where the student has one,
 else on its only head. The recipe's weights stand for (1 − α) and α.
 """
 
@@ -23,21 +23,20 @@ from student.settings import TeacherLossConfig
 from student.targets.requirement import TargetRequirement
 from student.targets.stored_target import StoredTarget
 
-Reduce = Literal["numel", "batch"]
+Reduction = Literal["mean", "batchmean"]
 
 
-def soft(logits: Tensor, teacher: Tensor, tau: float = 1.0, reduce: Reduce = "numel") -> Tensor:
-    """τ² · Σ KL(softmax(t/τ) ‖ softmax(s/τ)), divided by B·K (`numel`, the official code) or by B (`batch`).
+def soft(logits: Tensor, teacher: Tensor, temperature: float = 1.0, reduction: Reduction = "mean") -> Tensor:
+    """τ² · Σ KL(softmax(t/τ) ‖ softmax(s/τ)), divided by B·K (`mean`, the official code) or by B (`batchmean`).
 
     Args:
         logits: of the student, `[B, K]`.
         teacher: its logits, `[B, K]`.
-        tau: temperature.
-        reduce: what the sum is divided by.
+        temperature: τ.
+        reduction: what the sum is divided by.
     """
-    ours, theirs = F.log_softmax(logits / tau, 1), F.log_softmax(teacher / tau, 1)
-    total = F.kl_div(ours, theirs, reduction="sum", log_target=True) * tau**2
-    return total / (logits.numel() if reduce == "numel" else len(logits))
+    ours, theirs = F.log_softmax(logits / temperature, 1), F.log_softmax(teacher / temperature, 1)
+    return F.kl_div(ours, theirs, reduction=reduction, log_target=True) * temperature**2
 
 
 def hard(logits: Tensor, teacher: Tensor) -> Tensor:
@@ -49,12 +48,15 @@ POOLED = True
 
 
 class Settings(TeacherLossConfig):
-    """Distillation from logits."""
+    """Distillation from logits.
+
+    `distillation_type` has the name of the official code's flag, since hard and soft are no two distances.
+    """
 
     type: Literal["deit"] = "deit"
-    kind: Literal["hard", "soft"] = "hard"
-    tau: float = Field(1.0, gt=0)
-    reduce: Literal["numel", "batch"] = "numel"
+    distillation_type: Literal["hard", "soft"] = "hard"
+    temperature: float = Field(1.0, gt=0)
+    reduction: Literal["mean", "batchmean"] = "mean"
     same_classes: bool = Field(False, description="both lists of classes are the same, where one is not known")
 
 
@@ -82,6 +84,6 @@ class Method(nn.Module):
         logits = step.logits if step.distilled is None else step.distilled
         with torch.no_grad():
             step.notes[f"{self.name} agreement"] = (logits.argmax(1) == teacher.argmax(1)).float().mean()
-        if self.settings.kind == "hard":
+        if self.settings.distillation_type == "hard":
             return hard(logits, teacher)
-        return soft(logits, teacher, self.settings.tau, self.settings.reduce)
+        return soft(logits, teacher, self.settings.temperature, self.settings.reduction)

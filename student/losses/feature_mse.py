@@ -29,7 +29,7 @@ class Settings(AlignedLossConfig):
     type: Literal["features"] = "features"
     layers: Layers | None = "last"
     heads: None = None
-    temperature: None = None
+    head_temperature: None = None
     projection: Literal["linear"] | None = None
 
 

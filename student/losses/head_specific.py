@@ -62,7 +62,7 @@ class Settings(AlignedLossConfig):
     """Attention of chosen heads, one to one."""
 
     type: Literal["head_specific"] = "head_specific"
-    loss: Literal["mse", "mse-softmax", "ce", "kl"] = "mse"
+    distance: Literal["mse", "mse-softmax", "ce", "kl"] = "mse"
     heads: FirstHeads | HeadPairs | HeadMap | None = "first"
     adaptive: Literal["none", "student-correct", "teacher-correct"] = "none"
     same_classes: bool = Field(False, description="as for deit; for adaptive: teacher-correct")
@@ -75,7 +75,7 @@ def reads(settings: Settings) -> frozenset[StudentTap]:
 
 def need(name: str, settings: Settings, student: StudentSpec) -> TargetRequirement:
     """Whole maps, or q and k; scores come from q and k alone, since maps have lost a constant of each row."""
-    taps: tuple[tuple[str, ...], ...] = (("q", "k"),) if settings.loss == "mse" else (("attention",), ("q", "k"))
+    taps: tuple[tuple[str, ...], ...] = (("q", "k"),) if settings.distance == "mse" else (("attention",), ("q", "k"))
     if settings.adaptive == "teacher-correct":
         taps = tuple((*several, "logits") for several in taps)
     return TargetRequirement(name, taps, settings.teacher, settings.target)
@@ -86,22 +86,22 @@ class Method(nn.Module):
 
     def __init__(self, name: str, settings: Settings, student: StudentSpec, given: Sequence[StoredTarget]) -> None:
         super().__init__()
-        self.name, self.loss, self.adaptive = name, settings.loss, settings.adaptive
+        self.name, self.distance, self.adaptive = name, settings.distance, settings.adaptive
         classes = None
         if settings.adaptive == "teacher-correct":
             *given, last = given
             classes = align_classes(name, last, student, settings.same_classes)
-        self.rows = AttentionAligner(name, settings, student, given, "scores" if settings.loss == "mse" else "all")
+        self.rows = AttentionAligner(name, settings, student, given, "scores" if settings.distance == "mse" else "all")
         self.row = self.rows.row
         if classes is not None:
             self.row = replace(self.row, rule=f"{self.row.rule}; {classes.teacher}: {classes.rule}")
 
     def forward(self, step: LossInputs) -> Tensor:
         """The loss of one step; notes how much of it is kept where samples are weighted."""
-        of_student = self.rows.student_logs if self.loss in ("ce", "kl") else self.rows.student_rows
+        of_student = self.rows.student_logs if self.distance in ("ce", "kl") else self.rows.student_rows
         mine = of_student(step.student.q, step.student.k, step.student.scales)
         attention = step.targets[:-1] if self.adaptive == "teacher-correct" else step.targets
-        each = difference(mine, self.rows.teacher_rows(attention), self.loss)
+        each = difference(mine, self.rows.teacher_rows(attention), self.distance)
         if self.adaptive == "none":
             return each.mean()
         decides = step.targets[-1]

@@ -55,7 +55,7 @@ class Settings(ProjectorLossConfig):
     """
 
     type: Literal["alignment"] = "alignment"
-    loss: Literal["mse", "l2", "sq", "cosine"] = "mse"
+    distance: Literal["mse", "l2", "sq", "cosine"] = "mse"
     tokens: Literal["class", "patches", "both"] = "class"
     grid: Literal["bicubic"] | None = None
 
@@ -76,7 +76,7 @@ class Method(nn.Module):
 
     def __init__(self, name: str, settings: Settings, student: StudentSpec, given: Sequence[StoredTarget]) -> None:
         super().__init__()
-        self.reading, self.tokens = settings.loss, settings.tokens
+        self.reading, self.tokens = settings.distance, settings.tokens
         self.token = ClassToken(name, settings, student, given[0])
         self.row = self.token.row
         self.patches: TokenAligner | None = None

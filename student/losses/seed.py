@@ -23,7 +23,9 @@ from student.targets.requirement import TargetRequirement
 from student.targets.stored_target import StoredTarget
 
 
-def cross_entropy(student: Tensor, teacher: Tensor, queue: Tensor, tau_student: float, tau_teacher: float) -> Tensor:
+def cross_entropy(
+    student: Tensor, teacher: Tensor, queue: Tensor, student_temperature: float, teacher_temperature: float
+) -> Tensor:
     """−Σ_j p^t_j log p^s_j over the sample's own teacher embedding and the queue, mean over the batch.
 
     p^t = softmax(t·[t, queue] / τ_t), p^s = softmax(s·[t, queue] / τ_s).
@@ -32,14 +34,14 @@ def cross_entropy(student: Tensor, teacher: Tensor, queue: Tensor, tau_student: 
         student: unit vectors `[B, D]`.
         teacher: likewise.
         queue: unit vectors `[n, D]` of the teacher.
-        tau_student: τ_s.
-        tau_teacher: τ_t.
+        student_temperature: τ_s.
+        teacher_temperature: τ_t.
     """
     mine, theirs = (
         torch.cat([(vectors * teacher).sum(-1, keepdim=True), vectors @ queue.T], 1) for vectors in (student, teacher)
     )
-    target = (theirs / tau_teacher).softmax(1)
-    return -(target * (mine / tau_student).log_softmax(1)).sum(1).mean()
+    target = (theirs / teacher_temperature).softmax(1)
+    return -(target * (mine / student_temperature).log_softmax(1)).sum(1).mean()
 
 
 class Settings(ProjectorLossConfig):
@@ -47,8 +49,8 @@ class Settings(ProjectorLossConfig):
 
     type: Literal["seed"] = "seed"
     queue: int = Field(65536, ge=1)
-    tau_student: float = Field(0.2, gt=0)
-    tau_teacher: float = Field(0.01, gt=0)
+    student_temperature: float = Field(0.2, gt=0)
+    teacher_temperature: float = Field(0.01, gt=0)
 
 
 def reads(settings: Settings) -> frozenset[StudentTap]:
@@ -75,5 +77,5 @@ class Method(nn.Module):
         """The loss of one step; offers the teacher's embeddings to the queue."""
         mine, theirs = unit(self.token(step.student)), unit(full(step.targets[0]))
         self.queue.offer(theirs)
-        taus = self.settings.tau_student, self.settings.tau_teacher
+        taus = self.settings.student_temperature, self.settings.teacher_temperature
         return cross_entropy(mine, theirs, self.queue.held, *taus)

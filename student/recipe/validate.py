@@ -47,7 +47,7 @@ _EXPECTED = {
     "teacher's head), also as a mapping from the student's layer",
     "layers": "last, uniform, first-N, last-N, or pairs such as [[1, 2], [2, 4]] (student's layer, teacher's layer)",
     "target": "a target's id, or a list of ids",
-    "links": "full, alpha, beta, a run's folder (or a mapping with run, loss, normalise: abs or printed, granularity: "
+    "links": "full, alpha, beta, a run's folder (or a mapping with run, loss, normalize: abs or printed, granularity: "
              "channel or block, threshold from 0 to 1), or the first and last layer of each stage, [[1, 3], [2, 4]]",
     "weight": "a number, or a mapping with start and shape (exponential, linear, cosine) and what belongs to it",
     "mean": "one number or three", "std": "one number above 0, or three",

@@ -142,7 +142,7 @@ def extracted(weights: Tensor, layout: Layout, settings: LinksConfig) -> Tensor:
         settings: normalisation, granularity and threshold.
     """
     values = weights.double()
-    values = values.abs() if settings.normalise == "abs" else values
+    values = values.abs() if settings.normalize == "abs" else values
     low, high = values.min(), values.max()
     same = constant(float(low), float(high))
     values = torch.zeros_like(values) if same else ((values - low) / (high - low)).abs()
@@ -210,11 +210,11 @@ def kept(loss: str, links: AllLinks, layout: Layout, stages: int) -> Kept:
             raise UserError(f"{where}: {run.where} is of a smoke run, whose links have learned nothing")
         choice = extracted(run.weights, layout, links)
         digest = hashlib.sha256(choice.numpy().tobytes()).hexdigest()
-        name = f"links of {links.run} ({links.normalise}, by {links.granularity}, above {links.threshold:g})"
+        name = f"links of {links.run} ({links.normalize}, by {links.granularity}, above {links.threshold:g})"
         if not choice.any():
             raise UserError(f"{where}: {name}: none is kept; lower --set {where}.threshold")
         if choice.all():
-            note = f", all of them{_WHY if links.normalise == 'printed' else ''}"
+            note = f", all of them{_WHY if links.normalize == 'printed' else ''}"
     else:
         name = f"{links} links" if isinstance(links, str) else "links by ranges"
         choice = tabled(links, layout, stages, where) if isinstance(links, str) else ranged(links, layout, where)

@@ -118,5 +118,5 @@ def test_mistakes_end_in_one_message(trained, tmp_path, capsys, words, says):
 
 def test_defaults_of_the_command_are_those_of_the_setting_but_for_the_granularity():
     assert LinksConfig(run="r").model_dump(exclude={"run", "loss"}) == {
-        "normalise": "abs", "granularity": "channel", "threshold": 0.05,
+        "normalize": "abs", "granularity": "channel", "threshold": 0.05,
     }  # fmt: skip

@@ -353,7 +353,7 @@ def test_known_answers_of_the_logarithmic_mean():
 def test_the_table_says_what_meets():
     made = rows(
         "class", StudentSpec(6, 4, 8, ("class", "distillation")), given(depth=12, side=14), layers="last", heads="log",
-        temperature=10, grid="bicubic",
+        head_temperature=10, grid="bicubic",
     )  # fmt: skip
     assert made.row.teacher == "class rows, layers 1:12, 3 heads, 14x14 patches"
     assert made.row.student == "6 layers x 4 heads, 8x8 patches"

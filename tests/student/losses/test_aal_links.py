@@ -131,7 +131,7 @@ def settings(**changes: Any) -> LinksConfig:
 def test_algorithm_1_as_printed(threshold):
     torch.manual_seed(0)
     trained = torch.randn(5, 6)
-    found = aal_links.extracted(trained, SMALL, settings(normalise="printed", threshold=threshold))
+    found = aal_links.extracted(trained, SMALL, settings(normalize="printed", threshold=threshold))
     heads_first = trained.unflatten(1, (3, 2)).transpose(1, 2)
     assert {(c, n) for c, n in found.nonzero().tolist()} == algorithm_1(heads_first.double(), threshold)
 
@@ -143,8 +143,8 @@ def test_algorithm_1_as_printed_keeps_every_link_and_abs_does_not(law):
     trained = torch.randn(shape) if law == "gaussian" else torch.distributions.Laplace(0, 1).sample(shape)
     trained *= 0.02
     trained[:400, :36] *= 1e-3  # links that training let go
-    assert aal_links.extracted(trained, B3, settings(normalise="printed")).all()
-    pruned = aal_links.extracted(trained, B3, settings(normalise="abs"))
+    assert aal_links.extracted(trained, B3, settings(normalize="printed")).all()
+    pruned = aal_links.extracted(trained, B3, settings(normalize="abs"))
     assert not pruned[:400, :6].any()
     assert pruned[400:].float().mean() > 0.8
 
@@ -152,8 +152,8 @@ def test_algorithm_1_as_printed_keeps_every_link_and_abs_does_not(law):
 def test_links_that_differ_by_rounding_alone_are_none_above_the_others():
     even = torch.full((5, 6), 0.1) + 1e-8 * torch.arange(30.0).view(5, 6) % 4e-8
     assert len(even.unique()) > 1
-    for normalise in ("abs", "printed"):
-        assert not aal_links.extracted(even, SMALL, settings(normalise=normalise)).any()
+    for normalize in ("abs", "printed"):
+        assert not aal_links.extracted(even, SMALL, settings(normalize=normalize)).any()
 
 
 def test_blocks_are_kept_whole_and_give_ranges():
@@ -285,7 +285,7 @@ def test_links_of_a_run_train_another_and_are_part_of_what_it_is(world, trained,
 
 def test_printed_says_that_it_keeps_everything(world, trained):
     found = aal_links.kept(
-        "aal", LinksConfig(run=str(trained), normalise="printed"), aal_links.read(trained, None).layout, 4
+        "aal", LinksConfig(run=str(trained), normalize="printed"), aal_links.read(trained, None).layout, 4
     )
     assert found.choice.all()
     assert "360 of 360 weights, all of them (printed puts a weight of 0 near the middle" in found.words
@@ -363,7 +363,7 @@ def test_links_are_said_in_many_ways_and_nothing_else_is_taken():
     assert of("runs/full") == LinksConfig(run="runs/full")
     assert of([[1, 2], None]) == ((1, 2), None)
     assert of({"run": "r", "granularity": "block"}).granularity == "block"
-    for wrong in (7, [[1]], [["a", 2]], {"granularity": "block"}, {"run": "r", "normalise": "no"}, [1, 3],
+    for wrong in (7, [[1]], [["a", 2]], {"granularity": "block"}, {"run": "r", "normalize": "no"}, [1, 3],
                   {"run": "r", "threshold": 1}):  # fmt: skip
         with pytest.raises(UserError, match=r"losses.aal.links: expected full, alpha, beta, a run's folder"):
             of(wrong)
@@ -372,6 +372,6 @@ def test_links_are_said_in_many_ways_and_nothing_else_is_taken():
 def test_short_forms_of_settings_grow_when_a_part_is_said():
     from pipeline.recipes.loader import load
 
-    settings = ["losses.aal.links=runs/full", "losses.aal.links.normalise=printed"]
+    settings = ["losses.aal.links=runs/full", "losses.aal.links.normalize=printed"]
     found = load("aal", settings).losses["aal"].links
-    assert found == LinksConfig(run="runs/full", normalise="printed")
+    assert found == LinksConfig(run="runs/full", normalize="printed")

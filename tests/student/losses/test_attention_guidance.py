@@ -99,7 +99,7 @@ def test_six_and_three_identical_heads_differ_at_one_temperature_and_not_at_thei
     q = torch.zeros_like(k)
     q[..., 0] = 1
     seen = {"q": [q] * 4, "k": [k] * 4, "scales": [1.0] * 4}
-    for settings, equal in (({}, False), ({"temperature": None}, True), ({"heads": "mean"}, True)):
+    for settings, equal in (({}, False), ({"head_temperature": None}, True), ({"heads": "mean"}, True)):
         made = method(StudentSpec(4, 3, 4, ("class",)), given("class_row", heads=6), **settings)
         found = made(step((target,), **seen))
         assert (found.abs() < 1e-12) if equal else (found > 1e-3)
@@ -164,7 +164,7 @@ def test_both_sides_are_weighed_before_anything_else(taps):
 @pytest.mark.parametrize("loss", ["kl", "mse"])
 @pytest.mark.parametrize("heads", ["auto", "mean", "max", "min"])
 def test_input_gradients_down_to_q_k_and_v_of_the_last_layer_alone(loss, heads):
-    settings = {"loss": loss, "heads": heads, "value_norm": True}
+    settings = {"distance": loss, "heads": heads, "value_norm": True}
     student = StudentSpec(2, 2, 2, ("class", "distillation"))
     made = method(student, given("class_row", side=3), given("v", side=3, width=4), **settings).double()
     targets = (values(2, 4, 3, 10).softmax(-1), values(2, 4, 3, 10, 4, seed=1))

@@ -89,7 +89,7 @@ def distiller_of(world: World, kept, taught: bool = False, **settings) -> tuple[
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(world, kept, kind):
-    distiller, batch = distiller_of(world, kept, True, loss=kind)
+    distiller, batch = distiller_of(world, kept, True, distance=kind)
     _, found = distiller(batch)
     least = 0.0
     if kind == "ce":
@@ -105,7 +105,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(world, kept, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_heads_that_meet_get_gradients(world, kept, kind):
     """Head 2 of the first layer: its q and k alone, no v, no later layer; what comes before it learns too."""
-    distiller, batch = distiller_of(world, kept, loss=kind, layers=[[1, 3]], heads=[[2, 1]])
+    distiller, batch = distiller_of(world, kept, distance=kind, layers=[[1, 3]], heads=[[2, 1]])
     _, found = distiller(batch)
     found["it"].backward()
     first, *later = distiller.student.blocks
@@ -134,7 +134,7 @@ def test_scores_are_those_of_the_network_before_its_softmax(world, kept):
 
 
 def test_samples_that_are_decided_wrongly_do_not_count(world, kept):
-    distiller, batch = distiller_of(world, kept, loss="kl", adaptive="teacher-correct")
+    distiller, batch = distiller_of(world, kept, distance="kl", adaptive="teacher-correct")
     assert distiller.targets["it"] == (kept[1]["attention"], kept[1]["logits"])
     assert distiller.rows[0].rule.endswith("3 logits of vit: taken as the same (--same-classes)")
     method = distiller.losses["it"]
@@ -156,7 +156,7 @@ def test_samples_that_are_decided_wrongly_do_not_count(world, kept):
     half = loss(batch.labels, (batch.labels + 1) % 3, none + 0.5)
     other = (targets[1].argmax(1) == (batch.labels + 1) % 3).float()
     assert torch.isclose(half, ((right + other) / 2 * each).mean())
-    adaptive = head_specific.Settings(loss="kl", adaptive="student-correct")
+    adaptive = head_specific.Settings(distance="kl", adaptive="student-correct")
     given = [stored_target(kept[0], kept[1]["attention"])]
     by_student = Method("it", adaptive, StudentSpec(3, 3, 4, ("class",), 3), given)
     targets = targets[:1]

@@ -48,8 +48,8 @@ def test_soft_distillation_in_both_normalisations():
     for tau in (1.0, 3.0):
         p, q = (teacher / tau).softmax(1), (student / tau).softmax(1)
         by_hand = tau**2 * (p * (p / q).log()).sum() / 4
-        assert torch.isclose(deit.soft(student, teacher, tau, "batch"), by_hand)
-        assert torch.isclose(deit.soft(student, teacher, tau, "numel") * 10, by_hand)
+        assert torch.isclose(deit.soft(student, teacher, tau, "batchmean"), by_hand)
+        assert torch.isclose(deit.soft(student, teacher, tau, "mean") * 10, by_hand)
     assert deit.soft(teacher, teacher).abs() < 1e-15
     assert torch.isclose(deit.soft(teacher + 5, teacher), torch.zeros((), dtype=F64), atol=1e-12)
 
@@ -131,8 +131,8 @@ def test_input_gradients_are_those_of_autograd_s_numerical_check():
     labels, others, shares = torch.tensor([0, 1, 4]), torch.tensor([2, 1, 0]), torch.tensor([0.0, 0.3, 0.5]).double()
     logits = values(3, 5).requires_grad_()
     assert gradcheck(lambda x: deit.hard(x, teacher), logits)
-    for reduce in ("numel", "batch"):
-        assert gradcheck(lambda x, r=reduce: deit.soft(x, teacher, 2.0, r), logits)
+    for reduction in ("mean", "batchmean"):
+        assert gradcheck(lambda x, r=reduction: deit.soft(x, teacher, 2.0, r), logits)
     assert gradcheck(lambda x: cross_entropy(x, labels, others, shares, 0.1), logits)
     rows = values(2, 2, 2, 5).requires_grad_()
     target = values(2, 2, 2, 5, seed=1).softmax(-1)
@@ -203,11 +203,11 @@ def same(world, tmp_path_factory) -> tuple[Store, dict[str, str]]:
         ({"type": "advit", "distance": "kl", "kl_input": "log-prob", "heads": "max", "renorm": True}, "class_row"),
         ({"type": "attention"}, "attention"),
         ({"type": "attention", "heads": "log"}, "attention"),
-        ({"type": "deit", "kind": "soft", "same_classes": True}, "logits"),
+        ({"type": "deit", "distillation_type": "soft", "same_classes": True}, "logits"),
         ({"type": "guidance", "layers": None}, "class_row"),
-        ({"type": "guidance", "heads": "log", "temperature": 1, "loss": "mse"}, "class_row"),
+        ({"type": "guidance", "heads": "log", "head_temperature": 1, "distance": "mse"}, "class_row"),
         ({"type": "alignment", "depth": 0}, "class_token"),
-        ({"type": "alignment", "depth": 0, "loss": "cosine", "tokens": "both"}, "tokens"),
+        ({"type": "alignment", "depth": 0, "distance": "cosine", "tokens": "both"}, "tokens"),
         *[({"type": "attention", "what": what}, what) for what in ("q", "k", "v", "qk")],
         ({"type": "attention", "what": "q", "heads": "first-2", "layers": "first-1"}, "q"),
         ({"type": "features", "layers": [1, 3]}, "streams"),

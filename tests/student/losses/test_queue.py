@@ -95,7 +95,7 @@ def test_a_queue_is_a_ring_that_holds_the_last_images(size, batch):
 )
 def test_compress_gives_the_losses_of_the_authors_code_where_the_batch_does_not_divide_the_queue(queues, width, known):
     """Theirs in steps 4 to 6, when none of the random entries that their queue begins with is left."""
-    settings = compress.Settings(depth=0, queue=20, queues=queues, tau=0.04)
+    settings = compress.Settings(depth=0, queue=20, queues=queues, temperature=0.04)
     shape, target = (
         StudentSpec(2, 3, 4, ("class",), width=6),
         {"id": "t", "identity": {"tap": "class_token", "layers": None}},
@@ -151,7 +151,7 @@ losses:
   seed: {queue: 100}
   one: {type: compress, queue: 64}
   two: {type: compress, queues: 2, queue: 100, weight: 0.5}
-  alignment: {loss: cosine}
+  alignment: {distance: cosine}
 """
 SETTINGS = ["optim.opt=momentum", "optim.lr=0.01", "optim.clip_grad=1"]
 

@@ -43,11 +43,11 @@ def loss_of(
     ("method", "settings"),
     [
         ("attention", {}),
-        ("head_specific", {"loss": "ce"}),
-        ("head_specific", {"loss": "kl"}),
+        ("head_specific", {"distance": "ce"}),
+        ("head_specific", {"distance": "kl"}),
         ("guidance", {}),
         *[("guidance", {"heads": rule}) for rule in ("mean", "sum", "max", "min")],
-        ("guidance", {"heads": "log", "temperature": 1}),
+        ("guidance", {"heads": "log", "head_temperature": 1}),
         ("advit", {"distance": "ce", "kl_input": "log-prob", "heads": None}),
         ("advit", {"distance": "kl", "kl_input": "log-prob", "heads": "mean"}),
     ],
@@ -112,7 +112,7 @@ def test_losses_and_gradients_are_those_of_plain_rows_in_f64(which, rule, spread
     if which == "values":
         several.append(given("v", depth=1, heads=2, side=2, width=4))
         targets.append(F.normalize(torch.randn(2, 1, 2, 5, 4), dim=-1))  # of one norm: they weigh nothing
-    settings = {"heads": rule, "temperature": None, **({"value_norm": True} if which == "values" else {})}
+    settings = {"heads": rule, "head_temperature": None, **({"value_norm": True} if which == "values" else {})}
     parts = attending(spread)
     seen = SimpleNamespace(**{name: [part] for name, part in parts.items()}, scales=[0.5])
     found = loss_of(method, student, several, targets, seen, **settings)
@@ -149,14 +149,14 @@ def test_advit_s_reading_of_logarithms_is_that_of_plain_rows_in_f64(distance, ru
     parts, student = attending(15, tokens=5), StudentSpec(1, 3, 2, ("class",))
     stored = (torch.randn(2, 1, 3, 5, 5) * 25).softmax(-1)
     settings = {"distance": distance, "kl_input": "log-prob", "heads": rule, "renorm": True}
-    settings |= {"tau": 2.0} if distance == "kl" else {}
+    settings |= {"temperature": 2.0} if distance == "kl" else {}
     seen = SimpleNamespace(**{name: [part] for name, part in parts.items()}, scales=[0.5])
     found = loss_of("advit", student, [given(depth=1, side=2)], [stored], seen, **settings)
     found.backward()
     q, k = (parts[name].detach().double().requires_grad_() for name in ("q", "k"))
     mine = merged((q[:, :, :1] @ k.transpose(-2, -1) * 0.5).softmax(-1), rule)[..., 1:]
     theirs = merged(stored[:, 0, :, :1].double(), rule)[..., 1:]
-    tau = settings.get("tau", 1.0)
+    tau = settings.get("temperature", 1.0)
     mine, theirs = (rows.pow(1 / tau) / rows.pow(1 / tau).sum(-1, keepdim=True) for rows in (mine, theirs))
     assert mine.min() < 1e-6
     assert theirs.min() < 1e-6

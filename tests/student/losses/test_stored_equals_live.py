@@ -173,32 +173,32 @@ def test_contract_1_the_views_of_deit_are_mixed_in_both_ways(mixed):
     assert (counts[-2:] > 200).all()
 
 
-SOFT = {"type": "deit", "kind": "soft"}
+SOFT = {"type": "deit", "distillation_type": "soft"}
 VECTORS = {"type": "attention", "grid": "bicubic"}
 # loss -> its settings, its targets, bounds of the loss's error and of 1 - cosine
 EXACT = {
     "aal": ({}, ["f32"]),
     "aal_block": ({"type": "aal"}, ["block"]),
     "aal_antialias": ({"type": "aal"}, ["antialias"]),
-    "hard": ({"type": "deit", "kind": "hard"}, ["logits"]),
-    "soft": ({**SOFT, "tau": 3, "weight": {"start": 1, "shape": "linear", "end": 0, "over": 4}}, ["logits"]),
-    "soft_batch": ({**SOFT, "reduce": "batch"}, ["logits"]),
+    "hard": ({"type": "deit", "distillation_type": "hard"}, ["logits"]),
+    "soft": ({**SOFT, "temperature": 3, "weight": {"start": 1, "shape": "linear", "end": 0, "over": 4}}, ["logits"]),
+    "soft_batch": ({**SOFT, "reduction": "batchmean"}, ["logits"]),
     "advit": (ROWS, ["rows"]),
     "advit_l2": ({"type": "advit", **ROWS, "distance": "l2"}, ["rows"]),
     "advit_maps": ({"type": "advit", **ROWS}, ["attention"]),
     "advit_qk": ({"type": "advit", **ROWS}, ["q", "k"]),
-    "advit_kl": ({"type": "advit", **ROWS, "distance": "kl", "tau": 2}, ["rows"]),
+    "advit_kl": ({"type": "advit", **ROWS, "distance": "kl", "temperature": 2}, ["rows"]),
     "advit_log": ({"type": "advit", **ROWS, "distance": "kl", "kl_input": "log-prob", "heads": "sum"}, ["rows"]),
     "advit_ce": ({"type": "advit", **ROWS, "distance": "ce", "heads": "max", "renorm": True}, ["rows"]),
     "heads": ({"type": "head_specific", **ROWS, "heads": [[1, 3], [3, 2]]}, ["q", "k"]),
-    "heads_mse": ({"type": "head_specific", **ROWS, "loss": "mse-softmax"}, ["q", "k"]),
-    "heads_ce": ({"type": "head_specific", **ROWS, "loss": "ce", "adaptive": "student-correct"}, ["attention"]),
+    "heads_mse": ({"type": "head_specific", **ROWS, "distance": "mse-softmax"}, ["q", "k"]),
+    "heads_ce": ({"type": "head_specific", **ROWS, "distance": "ce", "adaptive": "student-correct"}, ["attention"]),
     "heads_kl": (
         {
             "type": "head_specific",
             "layers": [[1, 1], [3, 2]],
             "grid": "bicubic",
-            "loss": "kl",
+            "distance": "kl",
             "heads": {1: [[1, 2]], 3: [[2, 3]]},
             "adaptive": "teacher-correct",
         },
@@ -213,10 +213,10 @@ EXACT = {
     "attention_mean": ({**MAPS, "type": "attention", "heads": "first", "average": "queries"}, ["attention"]),
     "attention_qk": ({"type": "attention", **MAPS, "heads": "first", "reduce_heads": "sum"}, ["q", "k"]),
     "guidance": ({}, ["rows"]),
-    "guidance_all": ({"type": "guidance", "layers": None, "heads": "log", "loss": "mse"}, ["rows"]),
+    "guidance_all": ({"type": "guidance", "layers": None, "heads": "log", "distance": "mse"}, ["rows"]),
     "alignment": ({}, ["class_token"]),
     "alignment_tokens": (
-        {"type": "alignment", "tokens": "both", "loss": "cosine", "depth": 2, "grid": "bicubic"},
+        {"type": "alignment", "tokens": "both", "distance": "cosine", "depth": 2, "grid": "bicubic"},
         ["tokens"],
     ),
     "seed": ({"queue": 64}, ["class_token"]),
