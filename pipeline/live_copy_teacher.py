@@ -31,11 +31,11 @@ def live_copy_teacher(model: nn.Module, about: StudentDescription, store: str | 
         UserError: no store, a control that has no attention of these images.
     """
     copies = attention_copy_hooks(model)
-    if copies is None or copies.fixed or about.copying is None:
+    if copies is None or copies.fixed or about.attention_copy is None:
         return lambda images: nullcontext()
-    if about.copying["permute"] is not None:
+    if about.attention_copy["permute"] is not None:
         raise UserError("this student is a control: it copies the attention of other images of a block, not of these")
-    opened = Store.open(store or about.copying["store"])
+    opened = Store.open(store or about.attention_copy["store"])
     copier, given = copier_of(model, about, opened)
     device = next(model.parameters()).device
     sessions = {

@@ -69,11 +69,11 @@ def _constant(value: Any) -> Any:
     return {"start": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-ATTENTION_COPY = "copying"  # the section, and what its part of a run is called beside the losses
+ATTENTION_COPY = "attention_copy"  # the section, and what its part of a run is called beside the losses
 
 
 def setting(name: str) -> str:
-    """The path of a loss's settings, or of copying's."""
+    """The path of a loss's settings, or of attention copy."""
     return ATTENTION_COPY if name == ATTENTION_COPY else f"losses.{name}"
 
 
@@ -109,7 +109,7 @@ Layers = Annotated[Literal["last", "uniform"] | Some | tuple[tuple[int, int], ..
 
 FirstHeads = Literal["first"] | Annotated[str, Field(pattern="^first-[1-9][0-9]{0,2}$")]
 
-What = Literal["map", "q", "k", "v", "qk"]
+AttentionTensors = Literal["map", "q", "k", "v", "qk"]
 
 Average = Literal["none", "examples", "layers", "heads", "queries"]
 
@@ -145,26 +145,26 @@ class AlignedLossConfig(AlignmentConfig, TeacherLossConfig):
 class AttentionCopyConfig(AlignmentConfig):
     """What the student's layers take from the teacher in place of their own (student/attention_copy/copier.py).
 
-    what: `map`: whole attention; `q`, `k`, `v`; `qk`: q and k, which give the map.
+    tensors: `map`: whole attention; `q`, `k`, `v`; `qk`: q and k, which give the map.
     average: maps are averaged over this before they are copied.
     """
 
-    what: What = "map"
+    tensors: AttentionTensors = "map"
     average: Average = "none"
     heads: FirstHeads | None = None
     head_temperature: None = None
 
     @model_validator(mode="after")
     def _of_maps(self) -> AttentionCopyConfig:
-        require_maps(self.what, average=self.average != "none")
+        require_maps(self.tensors, average=self.average != "none")
         return self
 
 
-def require_maps(what: What, **wished: bool) -> None:
+def require_maps(tensors: AttentionTensors, **wished: bool) -> None:
     """ValueError where something is wished of maps and there are none."""
     for name, wish in wished.items():
-        if wish and what != "map":
-            raise ValueError(f"{name} is of maps, and with what={what} there are none")
+        if wish and tensors != "map":
+            raise ValueError(f"{name} is of maps, and with tensors={tensors} there are none")
 
 
 class LinksConfig(ConfigModel):

@@ -49,8 +49,9 @@ def similarity(
         view = policy(member.about.evaluation, member.about.img_size)
         reference = find_teacher_targets(place, teacher, targets, urls, view)
         answer["teacher"] = reference.teacher
-        if member.about.copying is not None:
-            attach_stored_attention(member.model, member.about, store_of(member.about.copying["store"], store), urls)
+        if member.about.attention_copy is not None:
+            place = store_of(member.about.attention_copy["store"], store)
+            attach_stored_attention(member.model, member.about, place, urls)
         comparisons.append(SimilarityComparison(member.model, member.about, member.name, urls, reference, tokens))
     console.start("comparing", len(members) * sum(len(cached_index(url)) for url in urls))
     try:

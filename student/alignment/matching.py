@@ -30,7 +30,7 @@ class TokenMatching(nn.Module):
     """Which layers, heads and tokens of a target meet which of the student's.
 
     Args:
-        loss: name of the loss, or `copying`, for errors.
+        loss: name of the loss, or `attention_copy`, for errors.
         settings: what the recipe states.
         student: its shape.
         given: one target of some tap with layers, or several of one teacher and the same layers.

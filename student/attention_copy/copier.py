@@ -27,7 +27,7 @@ from student.targets.stored_target import StoredTarget
 
 def requirement(settings: AttentionCopyConfig) -> TargetRequirement:
     """What is copied from."""
-    return TargetRequirement(ATTENTION_COPY, taps_of(settings.what), settings.teacher, settings.target)
+    return TargetRequirement(ATTENTION_COPY, taps_of(settings.tensors), settings.teacher, settings.target)
 
 
 class AttentionCopier(nn.Module):
@@ -44,13 +44,13 @@ class AttentionCopier(nn.Module):
 
     def __init__(self, settings: AttentionCopyConfig, student: StudentSpec, given: Sequence[StoredTarget]) -> None:
         super().__init__()
-        name, self.what = ATTENTION_COPY, settings.what
+        name, self.tensors = ATTENTION_COPY, settings.tensors
         self.meets: AttentionAligner | TokenAligner
-        if settings.what == "map":
+        if settings.tensors == "map":
             self.meets = AttentionAligner(name, settings, student, given, "all", settings.average)
         else:
             self.meets = TokenAligner(name, settings, student, given)
-            self.meets.require_width(f"copy maps, which have none: --set {name}.what=map")
+            self.meets.require_width(f"copy maps, which have none: --set {name}.tensors=map")
         if self.meets.get_buffer("mine").tolist() != list(range(len(student.prefix) + student.grid**2)):
             has_class = "class" in given[0].teacher["prefix"]
             also, proposed = (
@@ -65,12 +65,12 @@ class AttentionCopier(nn.Module):
         for n in layers:
             if layers.count(n) > 1:
                 raise UserError(f"{name}.layers: the student's layer {n} can copy one layer, not {layers.count(n)}")
-        self.copies = AttentionCopyHooks(settings.what, layers, self.meets.heads)
+        self.copies = AttentionCopyHooks(settings.tensors, layers, self.meets.heads)
         self.row = self.meets.row
         # softmax(q·kᵀ·scale) is the teacher's attention; the student's layers scale by 1/√d
         scales = given[0].target.get("scales")
         self.factors: list[float] = []
-        if isinstance(self.meets, TokenAligner) and settings.what == "qk" and scales:
+        if isinstance(self.meets, TokenAligner) and settings.tensors == "qk" and scales:
             at = [self.meets.stored.index(other) for _, other in self.meets.pairs]
             self.factors = [scales[i] * self.meets.own**0.5 for i in at]
 
@@ -78,7 +78,7 @@ class AttentionCopier(nn.Module):
         """What is copied, from decoded targets `[B, L, H, …]`."""
         if isinstance(self.meets, AttentionAligner):
             return {"map": self.meets.teacher_rows(targets)}
-        found = {part: self.meets.teacher_vectors(target) for part, target in zip(self.what, targets, strict=True)}
+        found = {part: self.meets.teacher_vectors(target) for part, target in zip(self.tensors, targets, strict=True)}
         if self.factors:
             found["q"] = found["q"] * found["q"].new_tensor(self.factors).view(-1, 1, 1, 1)
         return found

@@ -98,7 +98,7 @@ def copier_of(model: nn.Module, about: StudentDescription, store: Store) -> tupl
         UserError: the store lacks these targets.
         IdentityError: it has others under their names.
     """
-    record = about.copying
+    record = about.attention_copy
     assert record is not None
     given = []
     for id, (graph, output) in zip(record["targets"], record["graphs"], strict=True):
@@ -142,10 +142,10 @@ def attach_stored_attention(
         UserError: as `stored_attention`; no store.
     """
     copies = attention_copy_hooks(model)
-    if copies is None or copies.fixed or about.copying is None:
+    if copies is None or copies.fixed or about.attention_copy is None:
         return
-    opened = Store.open(store or about.copying["store"])
+    opened = Store.open(store or about.attention_copy["store"])
     copier, given = copier_of(model, about, opened)
     copies.lender = stored_attention(
-        opened, copier, given, urls, policy(about.evaluation, about.img_size), about.copying["permute"]
+        opened, copier, given, urls, policy(about.evaluation, about.img_size), about.attention_copy["permute"]
     )

@@ -19,7 +19,7 @@ from student.alignment.student_spec import StudentSpec
 from student.alignment.student_taps import StudentTap
 from student.alignment.tokens import TokenAligner
 from student.losses.base import LossInputs
-from student.settings import AlignedLossConfig, Average, What, require_maps, setting
+from student.settings import AlignedLossConfig, AttentionTensors, Average, require_maps, setting
 from student.targets.requirement import TargetRequirement, taps_of
 from student.targets.stored_target import StoredTarget
 
@@ -54,24 +54,24 @@ class Settings(AlignedLossConfig):
     """Attention distillation: of maps, or of what makes them."""
 
     type: Literal["attention"] = "attention"
-    what: What = "map"
+    tensors: AttentionTensors = "map"
     average: Average = "none"
     reduce_heads: Literal["mean", "sum"] = "mean"
 
     @model_validator(mode="after")
     def _of_maps(self) -> Settings:
-        require_maps(self.what, average=self.average != "none", reduce_heads=self.reduce_heads != "mean")
+        require_maps(self.tensors, average=self.average != "none", reduce_heads=self.reduce_heads != "mean")
         return self
 
 
 def reads(settings: Settings) -> frozenset[StudentTap]:
     """The student's attention, or its values."""
-    return frozenset({"values" if settings.what == "v" else "attention"})
+    return frozenset({"values" if settings.tensors == "v" else "attention"})
 
 
 def need(name: str, settings: Settings, student: StudentSpec) -> TargetRequirement:
     """Whole attention maps or what gives them, or vectors."""
-    return TargetRequirement(name, taps_of(settings.what), settings.teacher, settings.target)
+    return TargetRequirement(name, taps_of(settings.tensors), settings.teacher, settings.target)
 
 
 class Method(nn.Module):
@@ -79,15 +79,15 @@ class Method(nn.Module):
 
     def __init__(self, name: str, settings: Settings, student: StudentSpec, given: Sequence[StoredTarget]) -> None:
         super().__init__()
-        self.what, self.reduce_heads = settings.what, settings.reduce_heads
+        self.tensors, self.reduce_heads = settings.tensors, settings.reduce_heads
         self.rows: AttentionAligner | None = None
         self.vectors: TokenAligner | None = None
-        if settings.what == "map":
+        if settings.tensors == "map":
             self.rows = AttentionAligner(name, settings, student, given, "all", settings.average)
             self.row = self.rows.row
         else:
             self.vectors = TokenAligner(name, settings, student, given)
-            self.vectors.require_width(f"compare maps: --set {setting(name)}.what=map")
+            self.vectors.require_width(f"compare maps: --set {setting(name)}.tensors=map")
             self.row = self.vectors.row
 
     def forward(self, step: LossInputs) -> Tensor:
@@ -99,6 +99,6 @@ class Method(nn.Module):
         assert self.vectors is not None
         parts = [
             squares(self.vectors.student_vectors(getattr(seen, tap)), self.vectors.teacher_vectors(target))
-            for tap, target in zip(self.what, step.targets, strict=True)
+            for tap, target in zip(self.tensors, step.targets, strict=True)
         ]
         return torch.stack(parts).sum()

@@ -36,7 +36,7 @@ class AttentionCopyHooks:
     A student that it is attached to does not run before it is told what to attend with.
 
     Args:
-        what: `map`, `q`, `k`, `v` or `qk`.
+        tensors: `map`, `q`, `k`, `v` or `qk`.
         layers: of the student, from 1.
         heads: how many, the first ones; the others go on with their own.
 
@@ -45,8 +45,8 @@ class AttentionCopyHooks:
         lender: where images that are evaluated get theirs from; None until somebody says it.
     """
 
-    def __init__(self, what: str, layers: Sequence[int], heads: int) -> None:
-        self.parts = (what,) if what == "map" else tuple(what)
+    def __init__(self, tensors: str, layers: Sequence[int], heads: int) -> None:
+        self.parts = (tensors,) if tensors == "map" else tuple(tensors)
         self.layers, self.heads = tuple(layers), heads
         self.fixed: Copied = {}
         self.lender: AttentionSource | None = None
@@ -109,4 +109,4 @@ def attention_copy_hooks(model: nn.Module) -> AttentionCopyHooks | None:
 def copies_in(record: Mapping[str, Any]) -> AttentionCopyHooks:
     """The places of a recorded student where copied attention goes in. Raises KeyError, ValueError or TypeError."""
     settings = AttentionCopyConfig.model_validate(record["settings"])
-    return AttentionCopyHooks(settings.what, [int(n) for n in record["layers"]], int(record["heads"]))
+    return AttentionCopyHooks(settings.tensors, [int(n) for n in record["layers"]], int(record["heads"]))

@@ -24,7 +24,7 @@ _ARGUMENTS = (
 )  # fmt: skip
 
 
-class CopyingRecord(Schema):
+class AttentionCopyRecord(Schema):
     """What a student's file says of what it copies: `student.attention_copy.inference.record_of`."""
 
     layers: Annotated[Several[Count], Field(min_length=1)]
@@ -53,7 +53,7 @@ class DescriptionRecord(Schema):
     std: Three
     classes: Several[str] | None
     evaluation: str
-    copying: CopyingRecord | None
+    attention_copy: AttentionCopyRecord | None
 
     @model_validator(mode="after")
     def _evaluation(self) -> Self:

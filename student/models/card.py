@@ -48,7 +48,7 @@ pipeline precompute --teacher {model} --weights last.safetensors --teacher-name 
 
 
 _COPYING = """It is not whole by itself: in layer(s) {layers} it attends with {source}, in the first {heads} head(s), in
-place of its own (copied is: {what}). A bare `{model}` with these weights attends otherwise, and was never trained to.
+place of its own (copied: {tensors}). A bare `{model}` with these weights attends otherwise, and was never trained to.
 {need}
 
 ```python
@@ -148,16 +148,16 @@ def card(
 def _loading(about: StudentDescription, control: Mapping[str, Any]) -> str:
     """How the student is loaded, fed, and made a teacher."""
     mean, std = _three(about.mean), _three(about.std)
-    if about.copying is not None:
-        own = _copying(about.model, about.copying, control)
+    if about.attention_copy is not None:
+        own = _copying(about.model, about.attention_copy, control)
     else:
         own = (_SHIFTED if about.shifted_patches else _BARE).format(model=about.model, arguments=about.arguments)
     uses = ["`pipeline predict RUN IMAGE…`"] if about.classifies else []
-    uses += ["`pipeline export RUN` (ONNX)"] if about.copying is None else []
+    uses += ["`pipeline export RUN` (ONNX)"] if about.attention_copy is None else []
     text = own + _FEEDING.format(
         evaluation=about.evaluation, size=about.img_size, mean=mean, std=std, use=", ".join(uses)
     )
-    if about.shifted_patches or about.copying is not None:
+    if about.shifted_patches or about.attention_copy is not None:
         return text
     kept = {n: v for n, v in about.arguments.items() if n != "img_size" and "drop" not in n}  # a teacher drops nothing
     return text + _TEACHING.format(
@@ -166,13 +166,13 @@ def _loading(about: StudentDescription, control: Mapping[str, Any]) -> str:
     )  # fmt: skip
 
 
-def _copying(model: str, copying: Mapping[str, Any], control: Mapping[str, Any]) -> str:
+def _copying(model: str, copied: Mapping[str, Any], control: Mapping[str, Any]) -> str:
     """What a student needs that copies attention."""
-    graphs = ", ".join(sorted({graph[:12] for graph, _ in copying["graphs"]}))
-    fixed = bool(control.get("mean_targets")) or copying["settings"]["average"] == "examples"
+    graphs = ", ".join(sorted({graph[:12] for graph, _ in copied["graphs"]}))
+    fixed = bool(control.get("mean_targets")) or copied["settings"]["average"] == "examples"
     return _COPYING.format(
-        model=model, layers=", ".join(map(str, copying["layers"])), heads=copying["heads"],
-        what=copying["settings"]["what"], source=_FIXED if fixed else _OF_EACH.format(teacher=copying["teacher"]),
+        model=model, layers=", ".join(map(str, copied["layers"])), heads=copied["heads"],
+        tensors=copied["settings"]["tensors"], source=_FIXED if fixed else _OF_EACH.format(teacher=copied["teacher"]),
         need=_NEEDS_FILE if fixed else _NEEDS_TEACHER.format(graphs=graphs),
     )  # fmt: skip
 

@@ -35,7 +35,7 @@ class StudentDescription:
     classes: tuple[str, ...] | None
     evaluation: str  # the view policy that it is evaluated on
     shifted_patches: bool = False
-    copying: dict[str, Any] | None = None  # of a student that copies attention, what it copies from where
+    attention_copy: dict[str, Any] | None = None  # of a student that copies attention, what it copies from where
 
     @property
     def classifies(self) -> bool:
@@ -58,7 +58,7 @@ def save_student(path: Path, model: nn.Module, description: StudentDescription) 
         "classes": json.dumps(description.classes),
         "evaluation": description.evaluation,
         **({"shifted_patches": "true"} if description.shifted_patches else {}),
-        **({"copying": json.dumps(description.copying)} if description.copying else {}),
+        **({"copying": json.dumps(description.attention_copy)} if description.attention_copy else {}),
     }
     with atomic_write(path) as temporary:
         save_file(state, temporary, metadata)
@@ -76,14 +76,14 @@ def load_student(path: Path) -> tuple[nn.Module, StudentDescription]:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         said = {name: json.loads(metadata[name]) for name in ("arguments", "img_size", "mean", "std", "classes")}
         said |= {name: metadata[name] for name in ("model", "evaluation")}
-        said["copying"] = json.loads(metadata.get("copying", "null"))
+        said["attention_copy"] = json.loads(metadata.get("copying", "null"))
         record = checked(DescriptionRecord, said, str(path), "Give a student that `pipeline train` wrote.")
         description = StudentDescription(
             record.model, record.arguments, record.img_size, record.mean, record.std,
             tuple(all_normalized(record.classes or ())) or None,
-            record.evaluation, metadata.get("shifted_patches") == "true", said["copying"],
+            record.evaluation, metadata.get("shifted_patches") == "true", said["attention_copy"],
         )  # fmt: skip
-        copies = copies_in(said["copying"]) if said["copying"] else None
+        copies = copies_in(said["attention_copy"]) if said["attention_copy"] else None
     except FileNotFoundError:
         raise UserError(f"{path}: no student here; `pipeline train` writes one") from None
     except KeyError as error:

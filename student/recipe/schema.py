@@ -100,7 +100,7 @@ class Recipe(ConfigModel):
 
     student: StudentConfig = StudentConfig()
     losses: Losses
-    copying: AttentionCopyConfig | None = None
+    attention_copy: AttentionCopyConfig | None = None
     optim: OptimConfig = OptimConfig()
     model_ema_decay: float | None = Field(None, gt=0, lt=1, description="of the averaged student; None: none is kept")
     stream: StreamConfig = StreamConfig()

@@ -27,7 +27,9 @@ def validate(content: Any, where: str) -> Recipe:
         lines = dict.fromkeys(_explain(problem) for problem in error.errors())
         raise UserError(f"{where}: " + "; ".join(lines)) from None
     if ATTENTION_COPY in recipe.losses:
-        raise UserError(f"{where}: losses.copying: copying is a section beside losses; call the loss otherwise")
+        raise UserError(
+            f"{where}: losses.{ATTENTION_COPY}: {ATTENTION_COPY} is a section beside losses; call the loss otherwise"
+        )
     if not recipe.losses:
         raise UserError(f"{where}: losses: none is on; known: {', '.join(methods())}")
     return recipe

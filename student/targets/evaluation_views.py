@@ -1,4 +1,4 @@
-"""Stored targets of evaluation views: what a copying student attends with there, or what one is compared with."""
+"""Stored targets of evaluation views: what attention copy takes there, or what a student is compared with."""
 
 from __future__ import annotations
 

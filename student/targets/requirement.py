@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from student.settings import What
+from student.settings import AttentionTensors
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,7 @@ class TargetRequirement:
     """What a loss wants to read: taps that serve, and what the recipe says of its teacher and target.
 
     Attributes:
-        loss: its name; `copying` for that section.
+        loss: its name; `attention_copy` for that section.
         taps: alternatives, the first that the store has is taken; the taps of one alternative are read together.
         teacher: name of the wanted teacher.
         target: id of the wanted target, or ids of those that are read together.
@@ -37,6 +37,6 @@ class TargetRequirement:
         return first + (f" (or, of a teacher that does not give it, {', or '.join(others)})" if others else "")
 
 
-def taps_of(what: What) -> tuple[tuple[str, ...], ...]:
+def taps_of(tensors: AttentionTensors) -> tuple[tuple[str, ...], ...]:
     """What serves: whole attention maps, or q and k, which give them; or vectors themselves."""
-    return (("attention",), ("q", "k")) if what == "map" else (tuple(what),)
+    return (("attention",), ("q", "k")) if tensors == "map" else (tuple(tensors),)

@@ -42,9 +42,9 @@ def classifies(recipe: Recipe) -> bool:
 
 def _shape(recipe: Recipe, model: nn.Module, names: Sequence[str] | None = None) -> StudentSpec:
     """The student's shape; its tokens are looked at only where a loss reads them, so that others train any network."""
-    reads, copies = student_taps_of(recipe) - ELSEWHERE, recipe.copying
+    reads, copies = student_taps_of(recipe) - ELSEWHERE, recipe.attention_copy
     attends = bool(reads & {"attention", "values"}) or copies is not None
-    values = "values" in reads or (copies is not None and copies.what == "v")
+    values = "values" in reads or (copies is not None and copies.tensors == "v")
     try:
         shape = student_spec(model, names, tokens=bool(reads) or attends, attention=attends, values=values)
     except UserError as error:
@@ -77,9 +77,9 @@ def _refused(recipe: Recipe, attends: bool) -> str:
 
 
 def target_requirements(recipe: Recipe, model: nn.Module) -> list[TargetRequirement]:
-    """What the recipe's losses, and copying, read from a store."""
+    """What the recipe's losses and attention copy read from a store."""
     shape = _shape(recipe, model)
-    found = [copier.requirement(recipe.copying) if recipe.copying else None]
+    found = [copier.requirement(recipe.attention_copy) if recipe.attention_copy else None]
     found += [methods()[settings.type].need(name, settings, shape) for name, settings in recipe.losses.items()]
     return [need for need in found if need is not None]
 
@@ -87,7 +87,7 @@ def target_requirements(recipe: Recipe, model: nn.Module) -> list[TargetRequirem
 def find_targets(
     store: Store | None, shards: Sequence[str], recipe: Recipe, model: nn.Module
 ) -> tuple[str | None, dict[str, tuple[StoredTarget, ...]]]:
-    """The bank's id, and loss (or `copying`) -> what the store gives it.
+    """The bank's id, and loss (or `attention_copy`) -> what the store gives it.
 
     Raises:
         UserError: a loss needs targets and there is no store, or what `select_targets` raises.
@@ -110,7 +110,7 @@ class Distiller(nn.Module):
     Args:
         recipe: with the losses that are on.
         model: the student.
-        given: loss, or `copying`, -> its targets.
+        given: loss, or `attention_copy`, -> its targets.
         mean: of the student's input.
         std: of the student's input.
         names: of the student's classes, where they are known.
@@ -144,8 +144,8 @@ class Distiller(nn.Module):
         self.queues = _queues(self.losses, recipe.stream.batch_size)
         self.rows: list[AlignmentRow] = [method.row for method in terms.values() if method.row is not None]
         self.copier: AttentionCopier | None = None
-        if recipe.copying is not None:
-            self.copier = AttentionCopier(recipe.copying, shape, given[ATTENTION_COPY])
+        if recipe.attention_copy is not None:
+            self.copier = AttentionCopier(recipe.attention_copy, shape, given[ATTENTION_COPY])
             self.copier.copies.attach(model)  # before what is seen: losses see q, k and v as they are used
             self.rows.insert(0, self.copier.row)
         self.targets = {name: tuple(one.id for one in several) for name, several in given.items()}

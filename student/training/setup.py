@@ -64,7 +64,7 @@ class TrainingRun:
 
     Attributes:
         stream: the batches.
-        given: loss, or `copying`, -> what the store gives it.
+        given: loss, or `attention_copy`, -> what the store gives it.
         distiller: student and losses, on the device.
         average: the averaged student, or None.
         still: modules with frozen running statistics.
@@ -272,20 +272,20 @@ def _copies(
     """
     recipe, copier, store = job.recipe, distiller.copier, job.store
     assert copier is not None
-    assert recipe.copying is not None
+    assert recipe.attention_copy is not None
     assert store is not None
     copies, several, permute = copier.copies, given[ATTENTION_COPY], recipe.control.permute_targets
     if average is not None:
         copies.attach(average.module)
     if distiller.means:
         copies.fixed = copier.copied([distiller.means[one.id][None].to(job.device) for one in several])
-    elif recipe.copying.average == "examples":
+    elif recipe.attention_copy.average == "examples":
         copies.fixed = {"map": copier.meets.get_buffer("mean")[None]}
     elif scored:
         copies.lender = stored_attention(store, copier, several, scored, stream.source.policy.evaluation, permute)
     if "map" in copies.parts:
-        progress.say(f"copying: {len(copies.layers)} layer(s) run unfused, where whole maps can go in")
-    return record_of(copier, recipe.copying, store, several, permute)
+        progress.say(f"{ATTENTION_COPY}: {len(copies.layers)} layer(s) run unfused, where whole maps can go in")
+    return record_of(copier, recipe.attention_copy, store, several, permute)
 
 
 def _classes(urls: list[str], val_urls: list[str], recipe: Recipe) -> tuple[tuple[str, ...] | None, int]:

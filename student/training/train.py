@@ -160,7 +160,7 @@ class Trainer:
             self.distiller.student.load_state_dict(found["student"])
             self.distiller.losses.load_state_dict(found["losses"])
             if self.distiller.copier is not None:
-                self.distiller.copier.load_state_dict(found["copying"])
+                self.distiller.copier.load_state_dict(found["attention_copy"])
             self.optimizer.load_state_dict(found["optimizer"])
             if self.average is not None:
                 self.average.module.load_state_dict(found["average"])
@@ -310,7 +310,7 @@ class Trainer:
             "student": self.distiller.student.state_dict(), "losses": self.distiller.losses.state_dict(),
             "optimizer": self.optimizer.state_dict(), "scaler": self.update.scaler.state_dict(),
             "average": self.average.module.state_dict() if self.average is not None else None, "rng": states,
-            "copying": self.distiller.copier.state_dict() if self.distiller.copier is not None else None,
+            "attention_copy": self.distiller.copier.state_dict() if self.distiller.copier is not None else None,
         }  # fmt: skip
         checkpoint.write(self.job.out / run_dir.CHECKPOINT, content)
 

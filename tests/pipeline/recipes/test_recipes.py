@@ -66,7 +66,7 @@ def changes(recipe: str, folder: Path) -> dict[str, Any]:
     if recipe == "head-specific":
         return {"losses.head_specific.layers": "uniform", "losses.head_specific.grid": "bicubic"}
     if recipe == "attention-copy":
-        return {"copying.layers": "last-2", "copying.grid": "bicubic"}
+        return {"attention_copy.layers": "last-2", "attention_copy.grid": "bicubic"}
     if recipe == "feature-mse":
         return {"losses.features.projection": "linear", "losses.features.grid": "bicubic"}
     if recipe == "advit-l1":
@@ -87,7 +87,7 @@ def test_small_variants_lie_over_their_recipes(tmp_path):
     for name in loader.names():
         whole, small = loader.load(name), loader.load(f"{name}-small")
         assert {*small.losses} == {*whole.losses}
-        assert (small.copying is None) == (whole.copying is None)
+        assert (small.attention_copy is None) == (whole.attention_copy is None)
         assert small.stream.batch_size == 128 < whole.stream.batch_size or name == "head-specific"
         assert small.student.model == "vit_tiny_patch16_224"
         for variant in (name, f"{name}-small"):
@@ -109,7 +109,7 @@ def test_a_recipe_goes_through_its_first_steps(world, full, tmp_path, capsys, re
     expected |= {"deit-hard": {"deit"}, "deit-soft": {"deit"}, "head-specific": {"head_specific"}}
     expected |= {"attndistill": {"alignment", "guidance"}}
     expected |= {"simreg": {"alignment"}, "seed": {"seed"}, "compress": {"compress"}}
-    expected |= {"attention-copy": {"copying"}, "feature-mse": {"features"}}
+    expected |= {"attention-copy": {"attention_copy"}, "feature-mse": {"features"}}
     assert set(result["targets"]) == expected.get(name, set())
 
 

@@ -30,7 +30,12 @@ VALIDATION = policy("deit", 32).evaluation
 
 def recipe_of(copying: dict[str, Any], **more: Any) -> schema.Recipe:
     student = {"model": TINY_VIT[0], **SIZES, **more.pop("student", {})}
-    content = {"student": student, "losses": {"crossentropy": {}}, "copying": copying, "stream": {"batch_size": 32}}
+    content = {
+        "student": student,
+        "losses": {"crossentropy": {}},
+        "attention_copy": copying,
+        "stream": {"batch_size": 32},
+    }
     return validate({**content, **more}, "test")
 
 

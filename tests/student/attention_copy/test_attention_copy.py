@@ -61,7 +61,7 @@ def place(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("what", TAPS)
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_student_that_is_its_teacher_says_the_same_when_it_copies(world, place, what, fused):
-    distiller, stream = distiller_of(world, place, {"what": what}, teachers=True)
+    distiller, stream = distiller_of(world, place, {"tensors": what}, teachers=True)
     precision.apply(distiller, "none", "fused" if fused else "unfused")
     batch = next(stream.epoch(0))
     assert (batch.shares > 0).any(), "mixed views"
@@ -74,7 +74,7 @@ def test_a_student_that_is_its_teacher_says_the_same_when_it_copies(world, place
 
 
 def test_what_is_copied_matters_and_q_with_k_is_the_map(world, place):
-    found = {what: logits_of(*distiller_of(world, place, {"what": what})) for what in TAPS}
+    found = {what: logits_of(*distiller_of(world, place, {"tensors": what})) for what in TAPS}
     for name, other in itertools.combinations(("map", "q", "k", "v"), 2):
         assert not torch.allclose(found[name], found[other], atol=1e-4)
     assert torch.allclose(found["qk"], found["map"], atol=1e-5)
@@ -93,7 +93,7 @@ def test_the_map_comes_from_q_and_k_alike(world, place):
      ("v", "last", None), ("qk", [1, 3], None)],
 )  # fmt: skip
 def test_what_is_replaced_gets_no_gradient_and_all_else_does(world, place, what, layers, heads):
-    distiller, stream = distiller_of(world, place, {"what": what, "layers": layers, "heads": heads})
+    distiller, stream = distiller_of(world, place, {"tensors": what, "layers": layers, "heads": heads})
     _, values = distiller(next(stream.epoch(0)))
     values["crossentropy"].backward()
     copied = {None: range(DEPTH), "last-2": range(DEPTH - 2, DEPTH), "first-1": [0], "last": [DEPTH - 1]}
@@ -115,7 +115,7 @@ def test_contract_1_copied_from_an_f32_store_equals_copied_from_the_teacher_in_t
     """Loss and gradients of the same weights over some steps, mixing on; with a distillation loss beside it."""
     for what in TAPS:
         distiller, stream = distiller_of(
-            world, place, {"what": what, "layers": "last-2", "heads": "first-2"},
+            world, place, {"tensors": what, "layers": "last-2", "heads": "first-2"},
             losses={"crossentropy": {}, "attention": {"layers": "first-1"}},
         )  # fmt: skip
         store = Store.open(place)
@@ -146,7 +146,7 @@ def test_contract_1_copied_from_an_f32_store_equals_copied_from_the_teacher_in_t
 
 def test_losses_see_the_q_that_is_used(world, place):
     distiller, stream = distiller_of(
-        world, place, {"what": "qk"}, losses={"crossentropy": {}, "attention": {"what": "qk"}}
+        world, place, {"tensors": "qk"}, losses={"crossentropy": {}, "attention": {"tensors": "qk"}}
     )
     _, values = distiller(next(stream.epoch(0)))
     assert values["attention"] < 1e-10
@@ -185,7 +185,7 @@ def test_under_autocast_and_compiled_it_copies_alike(world, place, monkeypatch):
 def test_averaged_maps_are_the_same_along_that_axis_and_sum_to_one(world, place, average):
     distiller, stream = distiller_of(world, place, {"average": average})
     batch = next(stream.epoch(0))
-    target = batch.target(distiller.targets["copying"][0])
+    target = batch.target(distiller.targets["attention_copy"][0])
     maps = distiller.copier.copied([target])["map"]
     axis = {"layers": 1, "heads": 2, "queries": 3}[average]
     assert torch.allclose(maps, target.mean(axis, keepdim=True).expand_as(target))
@@ -194,7 +194,13 @@ def test_averaged_maps_are_the_same_along_that_axis_and_sum_to_one(world, place,
 
 
 def test_the_mean_over_examples_stands_for_all_and_goes_with_the_student(world, place, tmp_path, capsys):
-    settings = [*SAME, "copying.average=examples", "stream.bank.policy=deit", "model_ema_decay=0.5", "optim.epochs=1"]
+    settings = [
+        *SAME,
+        "attention_copy.average=examples",
+        "stream.bank.policy=deit",
+        "model_ema_decay=0.5",
+        "optim.epochs=1",
+    ]
     store = Store.open(place)
     run(world, tmp_path / "run", "scratch", *settings, store=store)
     train = {m["identity"]["tap"]: id for id, m in store.targets().items() if "deit" in m["identity"]["bank"]}
@@ -214,8 +220,16 @@ def test_the_mean_over_examples_stands_for_all_and_goes_with_the_student(world, 
 # ---------------------------------------------------------------------------------------------- runs
 
 
-RUN = [*SAME, "stream.bank.policy=deit", "student.global_pool=avg", "copying.layers=last-2", "model_ema_decay=0.9",
-       "optim.layer_decay=0.75", "optim.grad_accum_steps=2", "student.drop_path_rate=0.1"]  # fmt: skip
+RUN = [
+    *SAME,
+    "stream.bank.policy=deit",
+    "student.global_pool=avg",
+    "attention_copy.layers=last-2",
+    "model_ema_decay=0.9",
+    "optim.layer_decay=0.75",
+    "optim.grad_accum_steps=2",
+    "student.drop_path_rate=0.1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +260,7 @@ def test_evaluation_and_prediction_say_what_training_said(world, place, trained,
             count += 1
     assert count == 300
     assert 100 * right / count == pytest.approx(told["top1"], abs=0.01)
-    assert told["targets"]["copying"]
+    assert told["targets"]["attention_copy"]
 
 
 @pytest.mark.slow
@@ -255,7 +269,7 @@ def test_killed_and_resumed_it_ends_with_the_weights_of_an_undisturbed_run(world
         settings = [
             *SAME,
             "stream.bank.policy=deit",
-            f"copying.average={average}",
+            f"attention_copy.average={average}",
             "model_ema_decay=0.9",
             "checkpoint_interval=2",
         ]
@@ -280,7 +294,7 @@ def _train(number: int, ranks: int, jobs: list[trainer.TrainConfig]) -> None:
 @pytest.mark.slow
 def test_two_ranks_copy_as_one_does(world, place, tmp_path):
     settings = [*SAME, "stream.bank.policy=deit", "optim.opt=momentum", "optim.lr=0.01", "optim.epochs=1",
-                "copying.layers=first-2"]  # fmt: skip
+                "attention_copy.layers=first-2"]  # fmt: skip
     jobs = [job(world, tmp_path / name, "scratch", *settings, store=Store.open(place)) for name in ("one", "two")]
     every = trainer.LOG_EVERY
     try:
@@ -298,7 +312,7 @@ def test_a_control_copies_what_cannot_know_the_image_in_evaluation_too(
     world, place, trained, tmp_path, capsys, control
 ):
     out = tmp_path / "run"
-    settings = [*SAME, "stream.bank.policy=deit", f"control.{control}", "optim.epochs=1", "copying.what=map"]
+    settings = [*SAME, "stream.bank.policy=deit", f"control.{control}", "optim.epochs=1", "attention_copy.tensors=map"]
     result = run(world, out, "scratch", *settings, store=Store.open(place))
     shards = [word for shard in world.shards for word in ("--shards", shard)]
     assert asked(capsys, "evaluate", out, *shards)["top1"] == result["top1"]
@@ -341,35 +355,37 @@ def test_a_student_s_file_that_says_nonsense_of_copying_is_refused(trained, tmp_
     from safetensors.torch import save_file
 
     model, about = load_student(trained / "last.safetensors")
-    for change in ({"layers": [9]}, {"layers": "all"}, {"settings": {"what": "all"}}, {"heads": None}):
+    for change in ({"layers": [9]}, {"layers": "all"}, {"settings": {"tensors": "all"}}, {"heads": None}):
         metadata = {
             "model": about.model, "arguments": json.dumps(about.arguments), "img_size": "32", "mean": "[0.5,0.5,0.5]",
             "std": "[0.5,0.5,0.5]", "classes": "null", "evaluation": about.evaluation,
-            "copying": json.dumps({**about.copying, **change}),
+            "copying": json.dumps({**about.attention_copy, **change}),
         }  # fmt: skip
         save_file(model.state_dict(), tmp_path / "a.safetensors", metadata)
-        with pytest.raises(UserError, match=r"a\.safetensors: (damaged: copying|does not fit)"):
+        with pytest.raises(UserError, match=r"a\.safetensors: (damaged: attention_copy|does not fit)"):
             load_student(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize(
     ("copying", "student", "message"),
     [
-        ({}, {"depth": 2}, r"copying: the teacher has 3 layers, the student 2; say which meet: --set copying.layers="),
-        ({}, {"num_heads": 2}, r"3 heads, the student 2; say how they meet: --set copying.heads=first or first-N"),
-        ({}, {"patch_size": 4}, r"say how they meet: --set copying.grid=bicubic"),
-        ({"layers": "last-4"}, {}, r"copying.layers=last-4: the student has 3 layers, the teacher 3; at most last-3"),
-        ({"heads": "first-4"}, {}, r"copying.heads=first-4: the student has 3 heads, the teacher 3; at most first-3"),
-        ({"layers": [[1, 2], [1, 3]]}, {}, r"copying.layers: the student's layer 1 can copy one layer, not 2"),
-        ({"what": "q"}, {"embed_dim": 96}, r"each head's q is 16 in the teacher, 32 in the student; copy maps"),
+        ({}, {"depth": 2}, r"attention_copy: the teacher has 3 layers, the student 2; .* --set attention_copy.layers="),
+        ({}, {"num_heads": 2}, r"3 heads, the student 2; .* --set attention_copy.heads=first or first-N"),
+        ({}, {"patch_size": 4}, r"say how they meet: --set attention_copy.grid=bicubic"),
+        ({"layers": "last-4"}, {}, r"attention_copy.layers=last-4: the student has 3 layers, .*; at most last-3"),
+        ({"heads": "first-4"}, {}, r"attention_copy.heads=first-4: the student has 3 heads, .*; at most first-3"),
+        ({"layers": [[1, 2], [1, 3]]}, {}, r"attention_copy.layers: the student's layer 1 can copy one layer, not 2"),
+        ({"tensors": "q"}, {"embed_dim": 96}, r"each head's q is 16 in the teacher, 32 in the student; copy maps"),
         ({}, {"model": "deit_tiny_distilled_patch16_224"}, r"the teacher lacks the student's distillation"),
-        ({"teacher": "vitt"}, {}, r"copying.teacher: asked for vitt, the store has vit"),
+        ({"teacher": "vitt"}, {}, r"attention_copy.teacher: asked for vitt, the store has vit"),
         ({}, {"model": "resnet18"}, r"no list of attention blocks"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_one_clear_message(world, place, copying, student, message):
     if student.get("model") == "resnet18":
-        recipe = validate({"student": student, "losses": {"crossentropy": {}}, "copying": copying, **BANK}, "test")
+        recipe = validate(
+            {"student": student, "losses": {"crossentropy": {}}, "attention_copy": copying, **BANK}, "test"
+        )
         store = Store.open(place)
         with pytest.raises(UserError, match=message):
             find_targets(store, store.shard_ids(), recipe, build(recipe.student, 3)[0])

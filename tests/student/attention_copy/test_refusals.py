@@ -22,7 +22,7 @@ def test_targets_of_validation_images_that_are_missing_are_made_by_the_command_t
     store = tmp_path / "store"
     teacher = teacher_of(world.weights, "vit")
     run_precompute(store, world.shards[:1], teacher, ["q,k,layers=2:3"], policy=policy("light", 32), views=1)
-    settings = [*SAME, "copying.layers=last-2", "optim.epochs=1"]
+    settings = [*SAME, "attention_copy.layers=last-2", "optim.epochs=1"]
     parts = {"store": Store.open(store), "shards": world.shards[:1], "val": world.shards[1:]}
     with pytest.raises(UserError, match=r"needs it of the images that it is evaluated on") as refused:
         run(world, tmp_path / "run", "scratch", *settings, **parts)
@@ -48,14 +48,17 @@ def test_targets_of_validation_images_that_are_missing_are_made_by_the_command_t
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"copying": {"what": "all"}}, r"copying.what"),
-        ({"copying": {"heads": "mean"}}, r"copying.heads: expected a rule that this loss takes"),
-        ({"copying": {"layers": "first"}}, r"copying.layers: expected last, uniform, first-N, last-N"),
-        ({"copying": {"layers": "first-0"}}, r"copying.layers: expected last, uniform, first-N, last-N"),
-        ({"copying": {"what": "q", "average": "heads"}}, r"average is of maps, and with what=q there are none"),
-        ({"copying": {"wat": "q"}}, r"copying.wat: no such setting"),
-        ({"losses": {"copying": {"type": "attention"}}}, r"copying is a section beside losses"),
-        ({"losses": {"attention": {"what": "k", "reduce_heads": "sum"}}}, r"reduce_heads is of maps"),
+        ({"attention_copy": {"tensors": "all"}}, r"attention_copy.tensors"),
+        ({"attention_copy": {"heads": "mean"}}, r"attention_copy.heads: expected a rule that this loss takes"),
+        ({"attention_copy": {"layers": "first"}}, r"attention_copy.layers: expected last, uniform, first-N, last-N"),
+        ({"attention_copy": {"layers": "first-0"}}, r"attention_copy.layers: expected last, uniform, first-N, last-N"),
+        (
+            {"attention_copy": {"tensors": "q", "average": "heads"}},
+            r"average is of maps, and with tensors=q there are none",
+        ),
+        ({"attention_copy": {"wat": "q"}}, r"attention_copy.wat: no such setting"),
+        ({"losses": {"attention_copy": {"type": "attention"}}}, r"attention_copy is a section beside losses"),
+        ({"losses": {"attention": {"tensors": "k", "reduce_heads": "sum"}}}, r"reduce_heads is of maps"),
     ],
 )
 def test_slips_in_a_recipe_are_named(content, message):

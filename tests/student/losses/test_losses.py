@@ -208,8 +208,8 @@ def same(world, tmp_path_factory) -> tuple[Store, dict[str, str]]:
         ({"type": "guidance", "heads": "log", "head_temperature": 1, "distance": "mse"}, "class_row"),
         ({"type": "alignment", "depth": 0}, "class_token"),
         ({"type": "alignment", "depth": 0, "distance": "cosine", "tokens": "both"}, "tokens"),
-        *[({"type": "attention", "what": what}, what) for what in ("q", "k", "v", "qk")],
-        ({"type": "attention", "what": "q", "heads": "first-2", "layers": "first-1"}, "q"),
+        *[({"type": "attention", "tensors": what}, what) for what in ("q", "k", "v", "qk")],
+        ({"type": "attention", "tensors": "q", "heads": "first-2", "layers": "first-1"}, "q"),
         ({"type": "features", "layers": [1, 3]}, "streams"),
     ],
 )
@@ -275,7 +275,9 @@ def test_features_of_another_width_meet_by_a_projection_that_is_trained_or_are_r
 
 def test_only_what_is_compared_gets_a_gradient(world, same):
     """Of q alone: nothing of k, v and later layers, and of other heads."""
-    distiller = of_store(world, same, "q", {"type": "attention", "what": "q", "layers": "first-1", "heads": "first-2"})
+    distiller = of_store(
+        world, same, "q", {"type": "attention", "tensors": "q", "layers": "first-1", "heads": "first-2"}
+    )
     batch = next(Stream(world.shards, batch=32, store=same[0], targets=[same[1]["q"]]).epoch(0))
     distiller(batch)[1]["it"].backward()
     slopes = distiller.student.blocks[0].attn.qkv.weight.grad.reshape(3, 3, 16, 48)
@@ -295,7 +297,7 @@ def test_tokens_after_the_final_norm_are_no_residual_stream(world, same, tmp_pat
 
 def test_vectors_of_another_width_are_refused(world, same):
     with pytest.raises(UserError, match=r"each head's v is 16 in the teacher, 32 in the student; compare maps"):
-        of_store(world, same, "v", {"type": "attention", "what": "v"}, embed_dim=96)
+        of_store(world, same, "v", {"type": "attention", "tensors": "v"}, embed_dim=96)
 
 
 # ---------------------------------------------------------------------------------------------- two heads

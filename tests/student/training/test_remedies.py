@@ -87,7 +87,12 @@ def test_the_student_that_is_proposed_can_copy_from_this_teacher(
         teacher_name="t",
     )
     run_precompute(place, world.shards, teacher, ["attention"])
-    settings = ["copying.what=map", "copying.average=examples", "student.global_pool=null", "optim.epochs=1"]
+    settings = [
+        "attention_copy.tensors=map",
+        "attention_copy.average=examples",
+        "student.global_pool=null",
+        "optim.epochs=1",
+    ]
     parts = {"store": Store.open(place), "val": world.shards}
     said = refused(world, tmp_path / "run", "attention-copy", f"student.model={mine}", *settings, **parts)
     assert "every token of a copied layer needs the teacher's attention" in said

@@ -212,8 +212,8 @@ def test_of_a_copying_student_the_copied_maps_are_left_out_and_its_streams_are_c
     for what, of_layers in (("map", [1]), ("qk", [1, 2, 3])):
         out = tmp_path / what
         run(
-            world, out, "scratch", *SAME, "optim.epochs=1", f"copying.what={what}", "copying.layers=last-2",
-            "stream.bank.policy=deit", store=Store.open(store),
+            world, out, "scratch", *SAME, "optim.epochs=1", f"attention_copy.tensors={what}",
+            "attention_copy.layers=last-2", "stream.bank.policy=deit", store=Store.open(store),
         )  # fmt: skip
         taps = [word for tap in ("attention", "tokens") for word in ("--target", targets_of(store, tap)[0])]
         found = compared(capsys, out, world, store, *taps)
