@@ -201,7 +201,7 @@ class Study:
             return float(json.loads((out / "result.json").read_text())["top1"])
         if not (out / "knn.json").exists():
             train = [part for shard in shards for part in ("--train-shards", shard)]
-            found = self.pipeline("evaluate", out, "--protocol", "knn", "--shards", val, *train, "--device", "cpu")
+            found = self.pipeline("evaluate", "knn", out, "--shards", val, *train, "--device", "cpu")
             (out / "knn.json").write_text(json.dumps(found))
         return float(json.loads((out / "knn.json").read_text())["knn"]["20"]["top1"])
 

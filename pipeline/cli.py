@@ -10,10 +10,10 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import click
 
+from pipeline.commands.aal_links import aal_links
 from pipeline.commands.bench import bench
 from pipeline.commands.demo import demo
 from pipeline.commands.evaluate import evaluate
@@ -21,7 +21,6 @@ from pipeline.commands.export import export
 from pipeline.commands.fit_teacher import fit_teacher
 from pipeline.commands.init import init
 from pipeline.commands.inspect import inspect
-from pipeline.commands.links import links
 from pipeline.commands.pack import pack
 from pipeline.commands.precompute import plan, precompute
 from pipeline.commands.predict import predict
@@ -30,21 +29,11 @@ from pipeline.commands.teachers import teachers
 from pipeline.commands.train import train
 from pipeline.commands.verify import verify
 from pipeline.messages import as_flags
-from pipeline.options import QUOTES
-from storage.errors import DamageError, UserError, did_you_mean, display_path, first_line
+from pipeline.options import QUOTES, CommandGroup
+from storage.errors import DamageError, UserError, display_path, first_line
 
 
-class _Commands(click.Group):
-    """A group that names the nearest command."""
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        """The command that the first argument names."""
-        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
-            raise click.UsageError(f"no command is called {args[0]!r}. {did_you_mean(args[0], self.commands)}", ctx)
-        return super().resolve_command(ctx, args)
-
-
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="teacher-store")
 def cli() -> None:
     """Run a pretrained teacher once over image shards, keep what it saw, and train students from it.
@@ -54,13 +43,13 @@ def cli() -> None:
     pipeline pack photos
     pipeline precompute --teacher vit_tiny
     pipeline train --recipe advit-l1 --out run
-    pipeline evaluate run
+    pipeline evaluate accuracy run
     """
 
 
 _ALL = (
     init, pack, teachers, recipes, plan, precompute, verify, inspect,
-    fit_teacher, train, evaluate, predict, links, export, demo, bench,
+    fit_teacher, train, evaluate, predict, aal_links, export, demo, bench,
 )  # fmt: skip
 for command in _ALL:
     cli.add_command(command)

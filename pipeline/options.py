@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Options that several commands share, and the group that they stand in."""
 
 from __future__ import annotations
 
@@ -12,11 +12,21 @@ import click
 from click.core import ParameterSource
 
 from pipeline.project import context
-from storage.errors import UserError, display_path
+from storage.errors import UserError, did_you_mean, display_path
 
 if TYPE_CHECKING:
     from pipeline.project.schema import TeacherEntry
     from precompute.request import PrecomputeRequest
+
+
+class CommandGroup(click.Group):
+    """A group that names the nearest command."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """The command that the first argument names. Raises click.UsageError: there is none of this name."""
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            raise click.UsageError(f"no command is called {args[0]!r}. {did_you_mean(args[0], self.commands)}", ctx)
+        return super().resolve_command(ctx, args)
 
 
 def common(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,6 +78,16 @@ store = click.option(
     "--store", required=True, metavar="DIR", callback=_named, help="The store: a folder or an fsspec URL.",
     type=Hinted("It is the folder that `pipeline precompute` makes; a project file may name it too."),
 )  # fmt: skip
+
+
+checkpoint = click.option(
+    "--checkpoint", type=click.Choice(["last", "best", "ema"]), default="last", show_default=True,
+    help="Which student; `best` was chosen on the validation shards, `ema` is the average.",
+)  # fmt: skip
+device = click.option("--device", metavar="D", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+copied_store = click.option(
+    "--store", metavar="DIR", help="The store with the teacher of a student that copies attention, if it was moved."
+)
 
 
 _WANTED = (

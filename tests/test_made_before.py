@@ -66,7 +66,7 @@ def test_its_targets_are_those_that_the_same_command_asks_for(made: Path) -> Non
 
 def test_its_student_has_the_accuracy_that_it_had(made: Path) -> None:
     then = json.loads((made / "whole" / "result.json").read_text())
-    assert answer(made, "evaluate", "whole", "--shards", "shard-000000.tar")["top1"] == then["top1"]
+    assert answer(made, "evaluate", "accuracy", "whole", "--shards", "shard-000000.tar")["top1"] == then["top1"]
 
 
 def test_a_run_that_was_killed_goes_on_to_the_weights_of_the_other(made: Path) -> None:

@@ -1,1 +1,1 @@
-"""What `pipeline evaluate` prints and draws, one file a protocol."""
+"""What `pipeline evaluate` prints and draws, one file for each thing that it measures."""

@@ -1,4 +1,4 @@
-"""`evaluate --protocol accuracy`, as plain data and as lines to print."""
+"""What `pipeline evaluate accuracy` measures, as plain data and as lines to print."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from student.models.files import load_classifier
 FEW = 20  # classes that are still printed one by one
 
 
-def accuracy(
+def measure_accuracy(
     paths: Sequence[Path],
     patterns: Sequence[str],
+    *,
     ensemble: bool,
     bounds: tuple[int, int] | None,
-    counted: Sequence[str],
+    train_shards: Sequence[str],
     store: str | None,
     device: str,
 ) -> Said:
@@ -37,7 +38,7 @@ def accuracy(
     """
     sets = sets_of(patterns)
     where, console = pick_device(device), Console()
-    images = None if bounds is None else _images(paths[0], counted)
+    images = None if bounds is None else _images(paths[0], train_shards)
     members, answers = map(list, zip(*(opened(path, where, console, load_classifier) for path in paths), strict=True))
     if ensemble:
         answers.append({"students": [member.name for member in members]})

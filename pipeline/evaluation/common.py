@@ -1,4 +1,4 @@
-"""What all protocols of `pipeline evaluate` share."""
+"""What all commands of `pipeline evaluate` share."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def sets_of(patterns: Sequence[str]) -> dict[str, list[str]]:
 
 
 def only_set_of(patterns: Sequence[str]) -> list[str]:
-    """Shards of a protocol that takes one set. Raises UserError: one with a name, or as `expand` does."""
+    """Shards of a command that takes one set. Raises UserError: one with a name, or as `expand` does."""
     sets = sets_of(patterns)
     if named := [name for name in sets if name]:
-        raise UserError(f"--shards {named[0]}=…: sets with names are for --protocol accuracy; give the shards alone")
+        raise UserError(f"--shards {named[0]}=…: named sets are for `evaluate accuracy`; give the shards alone")
     return sets[""]
 
 

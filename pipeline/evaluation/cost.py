@@ -1,4 +1,4 @@
-"""`evaluate --protocol cost`: parameters, multiply-adds and forward times of students, links and teachers."""
+"""What `pipeline evaluate cost` measures: parameters, multiply-adds, forward times of students, links, teachers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Contender(NamedTuple):
     example: Tensor
 
 
-def costs(paths: Sequence[Path], teachers: Sequence[str], batch: int, device: str) -> Said:
+def measure_cost(paths: Sequence[Path], teachers: Sequence[str], *, batch_size: int, device: str) -> Said:
     """Of the students of runs, of the links that were trained beside them, and of teachers by their names."""
     where, console = pick_device(device), Console()
     contenders: list[Contender] = []
@@ -43,7 +43,9 @@ def costs(paths: Sequence[Path], teachers: Sequence[str], batch: int, device: st
         contenders.append(Contender("teacher", name, network, _images(size)))
     console.start("timing", (TURNS + 1) * len(contenders))
     try:
-        turns = interleaved({str(n): _timed(one, batch, where, console) for n, one in enumerate(contenders)}, TURNS)
+        turns = interleaved(
+            {str(n): _timed(one, batch_size, where, console) for n, one in enumerate(contenders)}, TURNS
+        )
     finally:
         console.stop()
     told = []
@@ -54,7 +56,7 @@ def costs(paths: Sequence[Path], teachers: Sequence[str], batch: int, device: st
             "flops": 2 * found.macs, "input": list(one.example.shape[1:]),
             "seconds": {"median": spread.median, "low": spread.low, "high": spread.high},
         })  # fmt: skip
-    result = {"batch_size": batch, "device": str(where), "threads": torch.get_num_threads(), "turns": TURNS,
+    result = {"batch_size": batch_size, "device": str(where), "threads": torch.get_num_threads(), "turns": TURNS,
               "costs": told}  # fmt: skip
     return result, _lines(result)
 

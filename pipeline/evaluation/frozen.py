@@ -31,12 +31,12 @@ from student.evaluation.frozen.features import (
 from student.evaluation.frozen.label_subset import LabelSubset, label_subset
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LabelFraction:
-    """Which samples have labels: patterns of training shards, the part of them, its seed, and where it is listed."""
+    """Which training samples are labeled: patterns of shards, the fraction, its seed, and where to list them."""
 
     shards: Sequence[str]
-    share: float
+    fraction: float
     seed: int
     listing: Path | None
 
@@ -44,9 +44,13 @@ class LabelFraction:
 # ---------------------------------------------------------------------------------------------- frozen features
 
 
-def knn(path: Path, patterns: Sequence[str], part: LabelFraction, projected: int, device: str) -> Said:
+def measure_knn(
+    path: Path, patterns: Sequence[str], part: LabelFraction, *, projector_layers: int, device: str
+) -> Said:
     """k-NN accuracies for each k."""
-    bank, asked, classes, result = _features(path, patterns, part, device, class_feature, projected)
+    bank, asked, classes, result = _features(
+        path, patterns, part, class_feature, projector_layers=projector_layers, device=device
+    )
     result["knn"] = {}
     for k, places in nearest.places(bank, asked, nearest.usable(len(bank.labels)), classes).items():
         told = class_metrics(asked.labels.cpu(), places.cpu(), classes)
@@ -56,11 +60,13 @@ def knn(path: Path, patterns: Sequence[str], part: LabelFraction, projected: int
     return result, [*columns(rows), _of(result)]
 
 
-def probe(
-    path: Path, patterns: Sequence[str], part: LabelFraction, projected: int, lr: float | None, device: str
+def measure_linear_probe(
+    path: Path, patterns: Sequence[str], part: LabelFraction, *, lr: float | None, projector_layers: int, device: str
 ) -> Said:
     """The accuracy of a linear probe, at the learning rate that is best on held-out training samples."""
-    bank, asked, classes, result = _features(path, patterns, part, device, probe_feature, projected)
+    bank, asked, classes, result = _features(
+        path, patterns, part, probe_feature, projector_layers=projector_layers, device=device
+    )
     console = Console()
     console.start("fitting", linear.EPOCHS * (2 if lr is None else 1))
     try:
@@ -79,7 +85,7 @@ def probe(
 
 
 def _features(
-    path: Path, patterns: Sequence[str], part: LabelFraction, device: str, read: Reading, projected: int
+    path: Path, patterns: Sequence[str], part: LabelFraction, read: Reading, *, projector_layers: int, device: str
 ) -> tuple[Features, Features, int, dict[str, Any]]:
     """Features of the labelled training samples and of the evaluated ones, the number of classes, and what they are."""
     urls, train = only_set_of(patterns), with_samples(expand(part.shards), Console().say)
@@ -88,12 +94,12 @@ def _features(
     member, result = opened(path, where, console)
     model, about = member.model, member.about
     text = feature_text(model, read)
-    if projected:
-        read, text = projector_features.reading(path, model, projected)
-    mine = label_subset(train, urls, part.share, part.seed)
+    if projector_layers:
+        read, text = projector_features.reading(path, model, projector_layers)
+    mine = label_subset(train, urls, part.fraction, part.seed)
     if part.listing is not None:
         mine.write(part.listing)
-    result |= {"features": text, "projected": projected, "train": _train(mine, part)}
+    result |= {"features": text, "projector_layers": projector_layers, "train": _train(mine, part)}
     _say_labelled(mine, part, console)
     console.start("looking", len(mine.rows) + sum(len(cached_index(url)) for url in urls))
     try:
@@ -113,7 +119,7 @@ def _features(
 def _train(mine: LabelSubset, part: LabelFraction) -> dict[str, Any]:
     listing = str(part.listing) if part.listing else None
     return {
-        "samples": len(mine.rows), "part": part.share, "seed": part.seed, "left_out": mine.left_out,
+        "samples": len(mine.rows), "part": part.fraction, "seed": part.seed, "left_out": mine.left_out,
         "sha256": mine.digest, "list": listing,
     }  # fmt: skip
 
@@ -121,9 +127,9 @@ def _train(mine: LabelSubset, part: LabelFraction) -> dict[str, Any]:
 def _say_labelled(mine: LabelSubset, part: LabelFraction, console: Console) -> None:
     if mine.left_out:
         console.say(f"{mine.left_out} training image(s) are evaluated too; they are left out of what is learned from")
-    if part.share < 1:
+    if part.fraction < 1:
         written = part.listing or "not written down (--list F)"
-        console.say(f"{len(mine.rows):,} labelled samples ({100 * part.share:g} %, seed {part.seed}): {written}")
+        console.say(f"{len(mine.rows):,} labelled samples ({100 * part.fraction:g} %, seed {part.seed}): {written}")
 
 
 def _of(result: Mapping[str, Any]) -> str:

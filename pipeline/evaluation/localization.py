@@ -1,4 +1,4 @@
-"""`evaluate --protocol boxes`: what a student's attention finds, as plain data, as a table, and as a picture."""
+"""What `pipeline evaluate localize` measures: what attention finds, as plain data, as a table, as a picture."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ CELL, GAP, MARGIN, HEAD, NOTE = 1.9, 0.25, 0.3, 0.95, 0.3
 PAIRS = 2  # images in a row, each beside its map
 
 
-def localize(path: Path, patterns: Sequence[str], convention: Convention, out: Path | None, device: str) -> Said:
+def measure_localization(
+    path: Path, patterns: Sequence[str], convention: Convention, *, out: Path | None, device: str
+) -> Said:
     """MaxBoxAcc of one student, and a picture where a place for it is given."""
     file = picture_path(out) if out is not None else None
     urls = only_set_of(patterns)

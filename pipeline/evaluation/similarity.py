@@ -1,4 +1,4 @@
-"""`evaluate --protocol similarity`: students beside a teacher by layers, as plain data, as tables, as a picture."""
+"""What `pipeline evaluate similarity` measures: students beside a teacher, as data, as tables, as a picture."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ TITLES = {
 TOKENS = {"all": "all tokens", "class": "class tokens", "mean": "means of patches"}
 
 
-def similarity(
+def measure_similarity(
     paths: Sequence[Path],
     patterns: Sequence[str],
     store: str,
+    *,
     teacher: str | None,
     targets: Sequence[str],
     tokens: Tokens,

@@ -116,7 +116,7 @@ def load_classifier(path: Path) -> tuple[nn.Module, StudentDescription]:
     if not about.classifies:
         raise UserError(
             f"{path}: this student was trained without labels and has no classifier; its features are measured by "
-            "pipeline evaluate RUN --protocol knn, or probe; labels give it a classifier: pipeline train --recipe "
+            "pipeline evaluate knn RUN, or linear-probe; labels give it a classifier: pipeline train --recipe "
             f"fine-tune --set student.model={about.model} --set student.pretrained=false --set student.weights={path} …"
         )
     return model, about

@@ -37,7 +37,11 @@ AS_TYPED = [
 
 PREPARING = [
     # ---------------------------------------------------------------------------------------- words and flags
-    Mistake("links of what is no run", "links nowhere", ("nowhere: no links here", "a complete run with an aal loss")),
+    Mistake("links of what is no run", "aal-links nowhere", ("nowhere: no links here", "a complete run with an aal")),
+    Mistake(
+        "evaluation without what is measured", "evaluate run --shards shard-000000.tar",
+        ("takes what to measure first: accuracy, knn", "try: pipeline evaluate accuracy run"), 2,
+    ),
     Mistake("a typo in an option", "train --recipie aal", ("'--recipie'", "Did you mean '--recipe'?"), 2),
     Mistake("no recipe", "train", ("'--recipe'", "`pipeline recipes` lists them"), 2),
     Mistake(
@@ -147,7 +151,7 @@ PREPARING = [
         ("shard-000002.tar: no such shard", "2 of its 10 names are there, the last is 'shard-000001.tar': let"),
     ),
     Mistake(
-        "shards with a comma", "evaluate run --shards shard-000000.tar,shard-000001.tar",
+        "shards with a comma", "evaluate accuracy run --shards shard-000000.tar,shard-000001.tar",
         ("shard-000000.tar,shard-000001.tar: no such shard", "joined by ::"),
     ),
     Mistake(
@@ -155,11 +159,11 @@ PREPARING = [
         ("shard-{0..1.tar", "do not close", "{000000..000009}"),
     ),
     Mistake(
-        "an image in place of shards", "evaluate run --shards photos/cat/1.jpg",
+        "an image in place of shards", "evaluate accuracy run --shards photos/cat/1.jpg",
         ("photos/cat/1.jpg is an image", "pipeline pack photos photos-000000.tar"),
     ),
     Mistake(
-        "one class folder in place of shards", "evaluate run --shards photos/cat",
+        "one class folder in place of shards", "evaluate accuracy run --shards photos/cat",
         ("photos/cat is a folder of images", "pipeline pack photos train-000000.tar"),
     ),
     Mistake(

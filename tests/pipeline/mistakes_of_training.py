@@ -102,17 +102,19 @@ TRAINING = [
         ("tabs.yaml: not plain YAML", "line 2", "spaces, not with tabs"),
     ),
     # ---------------------------------------------------------------------------------------- students
-    Mistake("a run that is not there", "evaluate rnu --shards shard-000000.tar", ("rnu", "no student", "`pipeline tr")),
     Mistake(
-        "an average that was not kept", "evaluate run --shards shard-000000.tar --checkpoint ema",
+        "a run that is not there", "evaluate accuracy rnu --shards shard-000000.tar", ("rnu", "no student", "pipeline"),
+    ),
+    Mistake(
+        "an average that was not kept", "evaluate accuracy run --shards shard-000000.tar --checkpoint ema",
         ("run has no student 'ema'", "--set model_ema_decay=0.999", "--checkpoint last"),
     ),
     Mistake(
-        "a file that is no student", "evaluate shard-000000.tar --shards shard-000000.tar",
+        "a file that is no student", "evaluate accuracy shard-000000.tar --shards shard-000000.tar",
         ("shard-000000.tar: not a student", "pipeline train"),
     ),
     Mistake(
-        "evaluation on other classes", "evaluate run --shards other/val-000000.tar",
+        "evaluation on other classes", "evaluate accuracy run --shards other/val-000000.tar",
         ("other/classes.json: classes: expected 3", "found 5", "Give shards of the same classes"),
     ),
     Mistake("prediction of a text", "predict run notes.txt", ("notes.txt: cannot be decoded", "no JPEG, PNG or WebP")),

@@ -8,12 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
-from pipeline.cli import cli, main
+from pipeline.cli import main
 from pipeline.recipes import loader
 from storage.testing import TINY_CNN, synthetic_shards
 from tests.conftest import ROOT
+from tests.pipeline.every_command import every_command
 
 SIZES = [
     "student.model=vit_tiny_patch16_224", "student.img_size=32", "student.patch_size=4", "student.embed_dim=48",
@@ -88,10 +90,10 @@ def test_from_class_folders_to_a_score(run, world, tmp_path, monkeypatch):
     trained = run("train", "--recipe", "aal", "--store", "S", *shards, "--val", "train-val-000000.tar", "--out", "run",
                   *sets, "--json")  # fmt: skip
     assert trained.status == 0, trained.err
-    scored = json.loads(run("evaluate", "run", "--shards", "train-val-000000.tar", "--json").out)
+    scored = json.loads(run("evaluate", "accuracy", "run", "--shards", "train-val-000000.tar", "--json").out)
     assert scored["samples"] == 60
     assert scored["top1"] == json.loads(trained.out)["top1"]
-    assert "top-1" in run("evaluate", "run", "--shards", "train-val-000000.tar", "--checkpoint", "best").out
+    assert "top-1" in run("evaluate", "accuracy", "run", "--shards", "train-val-000000.tar", "--checkpoint", "best").out
 
     chunk = next(Path("S/targets").rglob("data/c/0/0/0/0"))
     chunk.write_bytes(chunk.read_bytes()[:-1])
@@ -106,11 +108,11 @@ def test_from_class_folders_to_a_score(run, world, tmp_path, monkeypatch):
 
 
 def test_help_of_every_command_shows_an_example(run):
-    for name in cli.commands:
-        shown = run(name, "--help")
+    for name, command in every_command().items():
+        shown = run(*name.split(), "--help")
         assert shown.status == 0
         assert f"pipeline {name}" in shown.out.split("Options:")[0].split("\n", 2)[2]
-        assert "--json" in shown.out
+        assert "--json" in shown.out or isinstance(command, click.Group)
 
 
 def test_help_answers_without_torch():
@@ -133,6 +135,14 @@ def test_workers_that_run_onnx_can_stay_free_of_torch():
     ("words", "status", "message"),
     [
         (["precompue"], 2, "no command is called 'precompue'. Did you mean 'precompute'?"),
+        (["evaluate", "acuracy", "run"], 2, "no command is called 'acuracy'. Did you mean 'accuracy'?"),
+        (["evaluate", "run", "--protocol", "knn"], 2, "try: pipeline evaluate accuracy run …"),
+        (
+            ["evaluate", "--shards", "x.tar", "a run"],
+            2,
+            "takes what to measure first: accuracy, knn, linear-probe, loc",
+        ),
+        (["evaluate", "knn", "run", "--label-fracton", "1%"], 2, "Did you mean '--label-fraction'?"),
         (["train", "--recipie", "aal"], 2, "--recipe"),
         (["train"], 2, "Missing option '--recipe'"),
         (["inspect", "--store", ""], 2, "an empty name; give a folder or an fsspec URL"),
@@ -169,8 +179,8 @@ def test_workers_that_run_onnx_can_stay_free_of_torch():
             1,
             "the same shard is named twice",
         ),
-        (["evaluate", "nowhere", "--shards", "{shard}"], 1, "no student here"),
-        (["evaluate", "{shard}", "--shards", "{shard}"], 1, "not a student that `pipeline train` wrote"),
+        (["evaluate", "accuracy", "nowhere", "--shards", "{shard}"], 1, "no student here"),
+        (["evaluate", "accuracy", "{shard}", "--shards", "{shard}"], 1, "not a student that `pipeline train` wrote"),
         (["verify", "--store", "{store}", "--samples", "-1"], 2, "-1 is not in the range"),
         (
             ["precompute", "--teacher", "mobilnetv2", "--shards", "{shard}", "--store", "s"],

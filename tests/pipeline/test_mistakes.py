@@ -18,6 +18,7 @@ from pipeline.cli import cli, main
 from storage.rng import generator
 from storage.testing import TINY_CNN, synthetic_image, synthetic_shards
 from tests.conftest import HANGS, ROOT
+from tests.pipeline.every_command import every_command
 from tests.pipeline.mistakes import AS_TYPED, PREPARING, Mistake
 from tests.pipeline.mistakes_of_training import TRAINING
 from tests.storage.helpers import samples, write_tar
@@ -121,8 +122,9 @@ def check(mistake: Mistake, place: Path, before: dict[str, tuple[int, int]], sta
     assert len(message) < 700
     for line in more:  # a command that stands alone is one to be pasted
         if line.startswith("  pipeline "):
-            command, *rest = shlex.split(line)[1:]
-            assert cli.commands[command].make_context(command, rest)
+            words = shlex.split(line)[1:]
+            name = next(name for name in reversed(every_command()) if words[: len(name.split())] == name.split())
+            assert every_command()[name].make_context(name, words[len(name.split()) :])
     assert out == ""
     assert kept(place) == before
 

@@ -48,18 +48,6 @@ class LabelSubset:
             temporary.write_text(text.getvalue(), encoding="utf-8")
 
 
-def share_of(text: str) -> float:
-    """The part that `1%`, `10 %` or `0.01` means. Raises UserError."""
-    number, percent, rest = text.strip().partition("%")
-    try:
-        share = float(number) / (100 if percent else 1)
-    except ValueError:
-        share = 0.0
-    if rest.strip() or not 0 < share <= 1:
-        raise UserError(f"--labels {text}: expected a part of the training samples, such as 1% or 0.1")
-    return share
-
-
 def label_subset(urls: Sequence[str], evaluated: Sequence[str], share: float = 1.0, seed: int = 0) -> LabelSubset:
     """The samples of training shards that have labels.
 

@@ -71,15 +71,13 @@ def projected(student: Path, layers: int) -> nn.Sequential:
         raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
     losses = {m["loss"] for m in found}
     if not losses:
-        raise UserError(
-            f"{student}: was trained without a projector, so there are no features inside one; leave --projected out"
-        )
+        raise UserError(f"{student}: was trained without a projector, which --projector-layers reads; leave it out")
     if len(losses) > 1:
         raise UserError(f"{path}: has projectors of {', '.join(sorted(losses))}; features of one alone can be read")
     whole = _module(tensors, str(path))
     ends = [n for n, module in enumerate(whole, 1) if isinstance(module, nn.Linear)]
     if layers > len(ends):
-        raise UserError(f"--projected {layers}: the projector of {student} has {len(ends)} linear map(s)")
+        raise UserError(f"--projector-layers {layers}: the projector of {student} has {len(ends)} linear map(s)")
     return whole if layers == len(ends) else nn.Sequential(*list(whole)[: ends[layers] - 1])
 
 

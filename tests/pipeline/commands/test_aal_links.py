@@ -1,4 +1,4 @@
-"""`links`: the heat map of a run's links and what Algorithm 1 keeps, as a table, as JSON and as a picture."""
+"""`aal-links`: the heat map of a run's links and what Algorithm 1 keeps, as a table, as JSON and as a picture."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def call(capsys: Any, *words: object) -> tuple[int, str, str]:
 
 def test_the_heat_map_is_that_of_the_links_and_writes_nothing(trained, capsys):
     before = {path.name: path.stat().st_mtime_ns for path in trained.iterdir()}
-    code, out, _ = call(capsys, "links", trained, "--json")
+    code, out, _ = call(capsys, "aal-links", trained, "--json")
     assert code == 0
     found = json.loads(out)
     weights = load_file(trained / "losses.safetensors")["aal.aal.links.weight"][:, :, 0].double().abs().numpy()
@@ -55,7 +55,7 @@ def test_what_it_says_to_train_with_keeps_what_it_shows(trained, capsys):
     trained_links = of.read(trained, None)
     layout, sizes = trained_links.layout, trained_links.weights.abs().double()
     blocks = (layout.heat(trained_links.weights) - sizes.min()) / (sizes.max() - sizes.min())
-    words = ("links", trained, "--threshold", float(blocks.median()), "--granularity", "block")
+    words = ("aal-links", trained, "--threshold", float(blocks.median()), "--granularity", "block")
     (_, out, _), (_, plain, _) = call(capsys, *words), call(capsys, *words, "--json")
     selection = json.loads(plain)["selection"]
     assert 0 < selection["kept"] < selection["of"]
@@ -71,23 +71,23 @@ def test_what_it_says_to_train_with_keeps_what_it_shows(trained, capsys):
 
 
 def test_printed_keeps_every_link_and_it_is_said(trained, capsys):
-    code, out, _ = call(capsys, "links", trained, "--normalize", "printed")
+    code, out, _ = call(capsys, "aal-links", trained, "--normalize", "printed")
     assert code == 0
     assert "keeps 360 of 360 links, 100.0 %\n  printed puts a weight of 0 near the middle of 0 to 1" in out
     assert "--set" not in out
-    _, out, _ = call(capsys, "links", trained, "--threshold", 0.99)
+    _, out, _ = call(capsys, "aal-links", trained, "--threshold", 0.99)
     assert "keeps 0 of 360 links, 0.0 %\n  that is none" in out
 
 
 def test_links_of_a_smoke_run_are_called_so(world, tmp_path, capsys):
     run(world, tmp_path / "smoke", "aal", u8(world), smoke=True)
-    assert "a smoke run, whose links have learned nothing" in call(capsys, "links", tmp_path / "smoke")[1]
-    assert json.loads(call(capsys, "links", tmp_path / "smoke", "--json")[1])["smoke"] is True
+    assert "a smoke run, whose links have learned nothing" in call(capsys, "aal-links", tmp_path / "smoke")[1]
+    assert json.loads(call(capsys, "aal-links", tmp_path / "smoke", "--json")[1])["smoke"] is True
 
 
 def test_the_picture_is_one_and_never_writes_over_something_else(trained, tmp_path, capsys):
     for name in ("links.png", "links.svg", "links.pdf"):
-        code, out, _ = call(capsys, "links", trained, "--out", tmp_path / name, "--json")
+        code, out, _ = call(capsys, "aal-links", trained, "--out", tmp_path / name, "--json")
         assert (code, json.loads(out)["picture"]) == (0, str(tmp_path / name))
     pixels = np.asarray(Image.open(tmp_path / "links.png").convert("RGB"))
     assert min(pixels.shape[:2]) > 200
@@ -95,7 +95,7 @@ def test_the_picture_is_one_and_never_writes_over_something_else(trained, tmp_pa
     words = re.sub(r"<[^>]+>", " ", (tmp_path / "links.svg").read_text())
     assert "layer of the student" in words or "<!-- layer of the student -->" in (tmp_path / "links.svg").read_text()
     (tmp_path / "notes.png").write_text("mine")
-    code, _, err = call(capsys, "links", trained, "--out", tmp_path / "notes.png")
+    code, _, err = call(capsys, "aal-links", trained, "--out", tmp_path / "notes.png")
     assert (code, (tmp_path / "notes.png").read_text()) == (1, "mine")
     assert "no picture" in err
 
@@ -103,10 +103,10 @@ def test_the_picture_is_one_and_never_writes_over_something_else(trained, tmp_pa
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["links", "{tmp}/none"], "no links here (losses.safetensors is missing)"),
-        (["links", "{run}", "--loss", "all"], "has no links of 'all'"),
-        (["links", "{run}", "--threshold", "1"], "Invalid value for '--threshold'"),
-        (["links", "{run}", "--out", "links.txt"], "a picture's name ends in"),
+        (["aal-links", "{tmp}/none"], "no links here (losses.safetensors is missing)"),
+        (["aal-links", "{run}", "--loss", "all"], "has no links of 'all'"),
+        (["aal-links", "{run}", "--threshold", "1"], "Invalid value for '--threshold'"),
+        (["aal-links", "{run}", "--out", "links.txt"], "a picture's name ends in"),
     ],
 )
 def test_mistakes_end_in_one_message(trained, tmp_path, capsys, words, says):

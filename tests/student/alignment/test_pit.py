@@ -143,7 +143,7 @@ def test_a_run_of_pit_with_aal_and_what_it_leaves(world, tmp_path, capsys):
     assert found.layout == aal_links.Layout((1, 2, 3, 4), (8, 12, 16, 24), (2, 2, 4, 4, 4, 4, 4, 4, 8, 8, 8, 8))
     assert json.loads((tmp_path / "run" / "result.json").read_text())["samples"] == 300
     with pytest.raises(SystemExit) as ended:
-        main(["evaluate", str(tmp_path / "run"), "--protocol", "cost", "--batch-size", "1", "--json"])
+        main(["evaluate", "cost", str(tmp_path / "run"), "--batch-size", "1", "--json"])
     said = capsys.readouterr()
     assert ended.value.code == 0, said.err
     student, joined = json.loads(said.out)["costs"]

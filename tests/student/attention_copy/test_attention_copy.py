@@ -209,7 +209,9 @@ def test_the_mean_over_examples_stands_for_all_and_goes_with_the_student(world, 
         model, _ = load_student(tmp_path / "run" / f"{name}.safetensors")
         (fixed,) = attention_copy_hooks(model).fixed.values()
         assert torch.allclose(fixed[0].double(), torch.from_numpy(expected), atol=1e-6)
-    scored = asked(capsys, "evaluate", tmp_path / "run", "--shards", world.shards[0], "--shards", world.shards[1])
+    scored = asked(
+        capsys, "evaluate", "accuracy", tmp_path / "run", "--shards", world.shards[0], "--shards", world.shards[1]
+    )
     assert scored["top1"] == json.loads((tmp_path / "run" / "result.json").read_text())["top1"]
     assert asked(capsys, "export", tmp_path / "run", "--shards", world.shards[0])["checked"] == 16
     text = (tmp_path / "run" / "README.md").read_text()
@@ -244,7 +246,7 @@ def test_evaluation_and_prediction_say_what_training_said(world, place, trained,
     told = json.loads((trained / "result.json").read_text())
     shards = [word for shard in world.shards for word in ("--shards", shard)]
     for name, field in (("last", "top1"), ("ema", "ema_top1")):
-        scored = asked(capsys, "evaluate", trained, *shards, "--checkpoint", name)
+        scored = asked(capsys, "evaluate", "accuracy", trained, *shards, "--checkpoint", name)
         assert (scored["top1"], scored["samples"]) == (told[field], 300)
     from storage.shards.index import cached_index, read_samples
 
@@ -315,7 +317,7 @@ def test_a_control_copies_what_cannot_know_the_image_in_evaluation_too(
     settings = [*SAME, "stream.bank.policy=deit", f"control.{control}", "optim.epochs=1", "attention_copy.tensors=map"]
     result = run(world, out, "scratch", *settings, store=Store.open(place))
     shards = [word for shard in world.shards for word in ("--shards", shard)]
-    assert asked(capsys, "evaluate", out, *shards)["top1"] == result["top1"]
+    assert asked(capsys, "evaluate", "accuracy", out, *shards)["top1"] == result["top1"]
     model, about = load_student(out / "last.safetensors")
     image = tmp_path / "a.png"
     image.write_bytes(synthetic_png())

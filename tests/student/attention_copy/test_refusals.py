@@ -33,16 +33,17 @@ def test_targets_of_validation_images_that_are_missing_are_made_by_the_command_t
     asked(capsys, *words)
     result = run(world, tmp_path / "run", "scratch", *settings, **parts)
     assert result["samples"] == 150
-    told = asked(capsys, "evaluate", tmp_path / "run", "--shards", world.shards[0], status=1)
+    told = asked(capsys, "evaluate", "accuracy", tmp_path / "run", "--shards", world.shards[0], status=1)
     assert "--new-bank" in told["error"].splitlines()[-1]
     asked(capsys, *shlex.split(told["error"].splitlines()[-1].strip())[1:])
-    assert asked(capsys, "evaluate", tmp_path / "run", "--shards", world.shards[0])["samples"] == 150
+    assert asked(capsys, "evaluate", "accuracy", tmp_path / "run", "--shards", world.shards[0])["samples"] == 150
     store.rename(tmp_path / "moved")
-    assert "no store" in asked(capsys, "evaluate", tmp_path / "run", "--shards", world.shards[0], status=1)["error"]
-    for name in ("evaluate", "predict"):
-        words = ["--shards", world.shards[0]] if name == "evaluate" else [tmp_path / "a.png"]
+    gone = asked(capsys, "evaluate", "accuracy", tmp_path / "run", "--shards", world.shards[0], status=1)
+    assert "no store" in gone["error"]
+    pictured = ["predict"], [tmp_path / "a.png"]
+    for command, words in ((["evaluate", "accuracy"], ["--shards", world.shards[0]]), pictured):
         (tmp_path / "a.png").write_bytes(synthetic_png())
-        asked(capsys, name, tmp_path / "run", *words, "--store", tmp_path / "moved")
+        asked(capsys, *command, tmp_path / "run", *words, "--store", tmp_path / "moved")
 
 
 @pytest.mark.parametrize(

@@ -145,8 +145,10 @@ def test_parts_by_training_images() -> None:
 
 def test_several_sets_and_parts_through_the_command(world, trained, tell, tmp_path) -> None:
     first, second = world.shards
-    result = tell("evaluate", trained[0], "--shards", first, "--shards", f"other={second}", "--bounds", "20,100")
-    alone = [tell("evaluate", trained[0], "--shards", url) for url in (first, second)]
+    result = tell(
+        "evaluate", "accuracy", trained[0], "--shards", first, "--shards", f"other={second}", "--shot-bounds", "20,100"
+    )
+    alone = [tell("evaluate", "accuracy", trained[0], "--shards", url) for url in (first, second)]
     assert result["top1"] == alone[0]["top1"]
     assert result["sets"]["other"]["top1"] == alone[1]["top1"]
     assert result["samples"] == result["sets"]["other"]["samples"] == 150
@@ -155,23 +157,25 @@ def test_several_sets_and_parts_through_the_command(world, trained, tell, tmp_pa
     recorded = json.loads((trained[0] / "run.json").read_text())["images"]
     assert recorded == {str(n): count for n, count in enumerate(counts)}
     assert sum(result[part]["classes"] for part in ("many", "medium", "few")) == 3
-    given = tell("evaluate", trained[0], "--shards", first, "--bounds", "20,100", "--train-shards", first)
+    given = tell(
+        "evaluate", "accuracy", trained[0], "--shards", first, "--shot-bounds", "20,100", "--train-shards", first
+    )
     assert given["medium"]["classes"] == sum(20 <= list(cached_index(first).labels).count(n) <= 100 for n in range(3))
-    whole = tell("evaluate", trained[0], "--shards", f"{first}::{second}")
+    whole = tell("evaluate", "accuracy", trained[0], "--shards", f"{first}::{second}")
     assert whole["top1"] == pytest.approx((alone[0]["top1"] + alone[1]["top1"]) / 2, abs=0.001)
     named = tmp_path / "split=1.tar"  # a path, and no name of a set
     shutil.copy(first, named)
-    assert "sets" not in tell("evaluate", trained[0], "--shards", named)
+    assert "sets" not in tell("evaluate", "accuracy", trained[0], "--shards", named)
 
 
 def test_an_ensemble_through_the_command(world, trained, tell, capsys) -> None:
-    words = ["evaluate", *trained, "--shards", world.shards[0]]
+    words = ["evaluate", "accuracy", *trained, "--shards", world.shards[0]]
     result = tell(*words, "--ensemble")
     assert [one["top1"] for one in result["students"]] == [
-        tell("evaluate", one, "--shards", world.shards[0])["top1"] for one in trained
+        tell("evaluate", "accuracy", one, "--shards", world.shards[0])["top1"] for one in trained
     ]
     assert "ensemble" not in tell(*words)
-    same = tell("evaluate", trained[0], trained[0], "--shards", world.shards[0], "--ensemble")
+    same = tell("evaluate", "accuracy", trained[0], trained[0], "--shards", world.shards[0], "--ensemble")
     assert same["ensemble"]["top1"] == same["students"][0]["top1"]
     with pytest.raises(SystemExit):
         main([str(word) for word in (*words, "--ensemble")])
@@ -182,17 +186,17 @@ def test_an_ensemble_through_the_command(world, trained, tell, capsys) -> None:
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
-        (["--bounds", "100,20"], 2, "expected LOW,HIGH"),
-        (["--bounds", "many"], 2, "expected LOW,HIGH"),
+        (["--shot-bounds", "100,20"], 2, "expected LOW,HIGH"),
+        (["--shot-bounds", "many"], 2, "expected LOW,HIGH"),
         (["--ensemble"], 2, "two RUNs or more"),
-        (["--labels", "1%"], 2, "--labels is for --protocol knn or probe, not for accuracy"),
+        (["--label-fraction", "1%"], 2, "No such option '--label-fraction'"),
         (["--shards", "ood="], 1, "a name without shards"),
         (["--shards", "ood=nowhere.tar"], 1, "nowhere.tar: no such shard"),
     ],
 )
 def test_mistakes_are_told(world, trained, capsys, words, status, message) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["evaluate", str(trained[0]), "--shards", world.shards[0], *words])
+        main(["evaluate", "accuracy", str(trained[0]), "--shards", world.shards[0], *words])
     assert ended.value.code == status
     assert message in capsys.readouterr().err
 
@@ -200,6 +204,6 @@ def test_mistakes_are_told(world, trained, capsys, words, status, message) -> No
 def test_a_run_that_does_not_say_its_images_is_told_how(world, trained, tmp_path, capsys) -> None:
     shutil.copy(trained[0] / "last.safetensors", tmp_path / "last.safetensors")
     with pytest.raises(SystemExit) as ended:
-        main(["evaluate", str(tmp_path), "--shards", world.shards[0], "--bounds", "20,100"])
+        main(["evaluate", "accuracy", str(tmp_path), "--shards", world.shards[0], "--shot-bounds", "20,100"])
     assert ended.value.code == 1
     assert "does not say how many training images" in capsys.readouterr().err

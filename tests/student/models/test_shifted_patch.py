@@ -89,7 +89,15 @@ def test_it_is_loaded_evaluated_and_exported_as_it_was_trained(world, trained, t
     assert about.shifted_patches
     assert isinstance(model.patch_embed.proj, ShiftedPatches)
     with pytest.raises(SystemExit) as ended:
-        main(["evaluate", str(trained), *[part for shard in world.shards for part in ("--shards", shard)], "--json"])
+        main(
+            [
+                "evaluate",
+                "accuracy",
+                str(trained),
+                *[part for shard in world.shards for part in ("--shards", shard)],
+                "--json",
+            ]
+        )
     assert ended.value.code == 0
     result = json.loads((trained / "result.json").read_text())
     assert json.loads(capsys.readouterr().out)["top1"] == result["top1"]

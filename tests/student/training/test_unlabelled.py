@@ -98,7 +98,10 @@ def test_the_card_says_what_it_is_and_how_to_load_it(taught, monkeypatch) -> Non
 def test_what_needs_a_classifier_says_so(world, taught, tmp_path, capsys) -> None:
     out, _, _ = taught
     Image.new("RGB", (32, 32)).save(tmp_path / "x.png")
-    for words in (["evaluate", str(out), "--shards", world.shards[0]], ["predict", str(out), str(tmp_path / "x.png")]):
+    for words in (
+        ["evaluate", "accuracy", str(out), "--shards", world.shards[0]],
+        ["predict", str(out), str(tmp_path / "x.png")],
+    ):
         with pytest.raises(SystemExit) as ended:
             main(words)
         assert ended.value.code == 1
@@ -108,7 +111,7 @@ def test_what_needs_a_classifier_says_so(world, taught, tmp_path, capsys) -> Non
 
 
 def test_its_features_are_measured_where_there_are_labels(world, taught, capsys) -> None:
-    words = ["evaluate", str(taught[0]), "--protocol", "knn", "--shards", world.shards[0]]
+    words = ["evaluate", "knn", str(taught[0]), "--shards", world.shards[0]]
     with pytest.raises(SystemExit) as ended:
         main([*words, "--train-shards", world.shards[1], "--json"])
     said = capsys.readouterr()

@@ -6,19 +6,21 @@ import csv
 import json
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import timm
 import torch
 
 from pipeline.cli import main
+from pipeline.commands.evaluate.options import fraction
 from storage.errors import UserError
 from storage.shards.index import cached_index
 from storage.shards.pack import pack
 from storage.testing import synthetic_shards
 from student.evaluation.frozen.features import Features, class_feature, features_of, probe_feature
 from student.evaluation.frozen.knn import places, usable, votes
-from student.evaluation.frozen.label_subset import label_subset, share_of
+from student.evaluation.frozen.label_subset import label_subset
 from student.evaluation.frozen.linear_probe import heads, logits_of, search_learning_rate
 from student.models.files import load_student
 from tests.student.runs import run
@@ -150,10 +152,10 @@ def test_a_probe_finds_what_is_linear_and_takes_the_best_rate() -> None:
 
 @pytest.mark.parametrize(("text", "share"), [("1%", 0.01), ("10 %", 0.1), ("0.1", 0.1), ("100%", 1.0)])
 def test_parts_as_people_write_them(text, share) -> None:
-    assert share_of(text) == pytest.approx(share)
+    assert fraction(text) == pytest.approx(share)
     for wrong in ("0%", "101%", "some", "nan", "1%%", "-1%", ""):
-        with pytest.raises(UserError, match="expected a part of the training samples"):
-            share_of(wrong)
+        with pytest.raises(click.BadParameter, match="expected a fraction of the training samples"):
+            fraction(wrong)
 
 
 def test_a_part_is_balanced_the_one_that_pack_keeps_and_written_down(world, others, tmp_path) -> None:
@@ -184,24 +186,23 @@ def test_what_is_evaluated_is_not_learned_from(world, others) -> None:
 
 
 def test_both_protocols_through_the_command(world, others, trained, tell, tmp_path) -> None:
-    words = ["evaluate", trained, "--shards", others[1], "--train-shards", others[0], "--protocol"]
-    near, _ = tell(*words, "knn")
+    words = [trained, "--shards", others[1], "--train-shards", others[0]]
+    near, _ = tell("evaluate", "knn", *words)
     assert set(near["knn"]) == {"10", "20", "50"}
     assert near["samples"] == near["train"]["samples"] == 90
     model, about = load_student(trained / "last.safetensors")
     bank, asked = (features_of(model, about, [url], class_feature) for url in others)
     right = 100 * float((places(bank, asked, [20], 3)[20] == 0).float().mean())
     assert near["knn"]["20"]["top1"] == pytest.approx(right, abs=0.01)
-    fitted, _ = tell(*words, "probe", "--labels", "50%", "--list", tmp_path / "l.csv")
+    fitted, _ = tell("evaluate", "linear-probe", *words, "--label-fraction", "50%", "--list", tmp_path / "l.csv")
     assert len(fitted["tried"]) == 8
     assert fitted["lr"] == fitted["tried"][0]["lr"]
     assert fitted["train"]["samples"] == len((tmp_path / "l.csv").read_text().splitlines()) - 1 == 45
-    again, _ = tell(*words, "probe", "--labels", "50%", "--lr", fitted["lr"])
+    again, _ = tell("evaluate", "linear-probe", *words, "--label-fraction", "50%", "--lr", fitted["lr"])
     assert again["tried"] == []
     assert again["top1"] == fitted["top1"]
     assert again["train"]["sha256"] == fitted["train"]["sha256"]
-    leaking, err = tell("evaluate", trained, "--shards", others[1], "--train-shards", others[0], "--train-shards",
-                        others[1], "--protocol", "knn")  # fmt: skip
+    leaking, err = tell("evaluate", "knn", *words, "--train-shards", others[1])
     assert leaking["knn"] == near["knn"]
     assert "90 training image(s) are evaluated too" in err
 
@@ -209,19 +210,20 @@ def test_both_protocols_through_the_command(world, others, trained, tell, tmp_pa
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
-        (["--protocol", "knn"], 2, "give --train-shards SHARDS"),
-        (["--protocol", "knn", "--lr", "1"], 2, "--lr is for --protocol probe"),
-        (["--protocol", "knn", "--train-shards", "{first}"], 1, "nothing is left to learn from"),
-        (["--protocol", "probe", "--train-shards", "{other}", "--labels", "2"], 1, "--labels 2: expected a part"),
-        (["--protocol", "probe", "--train-shards", "{other}", "--labels", "1%"], 1, "--lr 0.001"),
-        (["--protocol", "knn", "--train-shards", "{other}", "--shards", "x={other}"], 1, "give the shards alone"),
-        (["--protocol", "knn", "{run}", "--train-shards", "{other}"], 2, "takes one RUN, found 2"),
-        (["--protocol", "knn", "--train-shards", "{other}", "--list", "no/where.csv"], 1, "no/.where.csv"),
+        (["knn"], 2, "Missing option '--train-shards'"),
+        (["knn", "--lr", "1"], 2, "No such option '--lr'"),
+        (["knn", "--train-shards", "{first}"], 1, "nothing is left to learn from"),
+        (["linear-probe", "--train-shards", "{other}", "--label-fraction", "2"], 2, "'2': expected a fraction"),
+        (["linear-probe", "--train-shards", "{other}", "--label-fraction", "1%"], 1, "--lr 0.001"),
+        (["knn", "--train-shards", "{other}", "--shards", "x={other}"], 1, "give the shards alone"),
+        (["knn", "{run}", "--train-shards", "{other}"], 2, "unexpected extra argument"),
+        (["knn", "--train-shards", "{other}", "--list", "no/where.csv"], 1, "no/.where.csv"),
     ],
 )
 def test_mistakes_are_told(world, others, trained, capsys, words, status, message) -> None:
     fill = {"first": world.shards[0], "other": others[0], "run": trained}
+    command, *more = (word.format(**fill) for word in words)
     with pytest.raises(SystemExit) as ended:
-        main(["evaluate", str(trained), "--shards", world.shards[0], *(word.format(**fill) for word in words)])
+        main(["evaluate", command, str(trained), "--shards", world.shards[0], *more])
     assert ended.value.code == status
     assert message in capsys.readouterr().err

@@ -62,9 +62,9 @@ def test_features_after_n_maps_are_those_of_the_projector_itself(tmp_path, kind,
 
 
 def test_k_nn_and_probe_through_the_command(world, trained, capsys):
-    words = ["evaluate", trained, "--shards", world.shards[1], "--train-shards", world.shards[0], "--device", "cpu"]
-    found = {n: asked(capsys, *words, "--protocol", "knn", "--projected", n) for n in range(5)}
-    assert found[0] == asked(capsys, *words, "--protocol", "knn")
+    words = [trained, "--shards", world.shards[1], "--train-shards", world.shards[0], "--device", "cpu"]
+    found = {n: asked(capsys, "evaluate", "knn", *words, "--projector-layers", n) for n in range(5)}
+    assert found[0] == asked(capsys, "evaluate", "knn", *words)
     assert [found[n]["width"] for n in range(5)] == [WIDTH, 2 * WIDTH, WIDTH, 2 * WIDTH, THEIRS]
     model, about = load_student(trained / "last.safetensors")
     through = projected(trained / "last.safetensors", 3)
@@ -74,14 +74,12 @@ def test_k_nn_and_probe_through_the_command(world, trained, capsys):
     )
     right = 100 * float((places(bank, others, [20], 3)[20] == 0).float().mean())
     assert found[3]["knn"]["20"]["top1"] == pytest.approx(right, abs=0.01)
-    probed = asked(capsys, *words, "--protocol", "probe", "--projected", 1, "--lr", 0.01)
+    probed = asked(capsys, "evaluate", "linear-probe", *words, "--projector-layers", 1, "--lr", 0.01)
     assert "1 of the projector's linear maps" in probed["features"]
     shutil.copy(trained / "last.safetensors", trained / "best.safetensors")
-    best = asked(
-        capsys, "evaluate", trained / "best.safetensors", *words[2:], "--protocol", "knn", "--projected", 1, status=1
-    )
+    best = asked(capsys, "evaluate", "knn", trained / "best.safetensors", *words[1:], "--projector-layers", 1, status=1)
     assert "that of the last student" in best["error"]
-    assert "has 4 linear map(s)" in asked(capsys, *words, "--protocol", "knn", "--projected", 5, status=1)["error"]
+    assert "has 4 linear map(s)" in asked(capsys, "evaluate", "knn", *words, "--projector-layers", 5, status=1)["error"]
 
 
 def test_the_class_token_is_projected_whatever_is_pooled(world, tmp_path):
@@ -139,5 +137,5 @@ def test_what_is_no_projector_is_refused(tmp_path, change: Any, said: str):
 
 def test_a_run_without_a_projector_says_so(trained, tmp_path):
     shutil.copy(trained / "last.safetensors", tmp_path)
-    with pytest.raises(UserError, match="leave --projected out"):
+    with pytest.raises(UserError, match="which --projector-layers reads"):
         projected(tmp_path / "last.safetensors", 1)

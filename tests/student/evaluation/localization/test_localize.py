@@ -332,7 +332,7 @@ def test_the_command_and_its_picture(trained, boxed, tmp_path, capsys) -> None:
     pytest.importorskip("matplotlib")
     out = tmp_path / "seen.png"
     with pytest.raises(SystemExit) as ended:
-        main(["evaluate", str(trained), "--protocol", "boxes", "--shards", boxed, "--out", str(out), "--json"])
+        main(["evaluate", "localize", str(trained), "--shards", boxed, "--out", str(out), "--json"])
     said = capsys.readouterr()
     assert ended.value.code == 0, said.err
     result = json.loads(said.out)
@@ -341,19 +341,19 @@ def test_the_command_and_its_picture(trained, boxed, tmp_path, capsys) -> None:
     assert result["files"] == [str(out)]
     assert out.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit):
-        main(["evaluate", str(trained), "--protocol", "boxes", "--shards", boxed, "--box", "exact"])
+        main(["evaluate", "localize", str(trained), "--shards", boxed, "--box", "exact"])
     assert "centred box" in capsys.readouterr().out
 
 
 def test_mistakes_are_told(world, trained, boxed, tmp_path, capsys) -> None:
     for words, status, message in (
-        (["--protocol", "boxes", "--shards", world.shards[0]], 1, "no sample says a bbox in its json"),
-        (["--protocol", "boxes", "--shards", f"x={boxed}"], 1, "give the shards alone"),
-        (["--protocol", "boxes", "--shards", boxed, "--out", "x.txt"], 1, "a picture's name ends in"),
-        (["--shards", boxed, "--out", "x.png"], 2, "--out is for --protocol boxes or similarity, not for accuracy"),
+        (["localize", "--shards", world.shards[0]], 1, "no sample says a bbox in its json"),
+        (["localize", "--shards", f"x={boxed}"], 1, "give the shards alone"),
+        (["localize", "--shards", boxed, "--out", "x.txt"], 1, "a picture's name ends in"),
+        (["accuracy", "--shards", boxed, "--out", "x.png"], 2, "No such option '--out'"),
     ):
         with pytest.raises(SystemExit) as ended:
-            main(["evaluate", str(trained), *words])
+            main(["evaluate", words[0], str(trained), *words[1:]])
         assert ended.value.code == status
         assert message in capsys.readouterr().err
 

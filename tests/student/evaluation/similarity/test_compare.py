@@ -67,7 +67,7 @@ def streams_of(place: Path, final: bool = False) -> str:
 
 def compared(capsys: Any, out: Path, world: World, store: Path, *words: Any, status: int = 0) -> Any:
     shards = ["--shards", world.shards[0], "--store", store, "--device", "cpu"]
-    return asked(capsys, "evaluate", out, "--protocol", "similarity", *shards, *words, status=status)
+    return asked(capsys, "evaluate", "similarity", out, *shards, *words, status=status)
 
 
 def test_a_student_is_its_own_likeness(world, trained, tmp_path, capsys):
@@ -293,7 +293,7 @@ def test_missing_targets_come_with_the_command_that_makes_them_and_labels_are_no
     world, trained, tmp_path, capsys, monkeypatch
 ):
     (shard,) = synthetic_shards(tmp_path / "data", shards=1, samples=70, labels=False)
-    words = ["evaluate", trained, "--protocol", "similarity", "--shards", shard, "--device", "cpu"]
+    words = ["evaluate", "similarity", trained, "--shards", shard, "--device", "cpu"]
     store = tmp_path / "store"
     run_precompute(
         store, world.shards[:1], teacher_of(world.weights, "vit"), ["attention", "tokens,layers=3,codec=f32"]

@@ -1,4 +1,4 @@
-"""`links`: how strongly a run's student and its CNN teacher are linked, and which links Algorithm 1 would keep."""
+"""`pipeline aal-links`: how strongly a student and its CNN teacher are linked, and which links Algorithm 1 keeps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @click.option("--threshold", type=click.FloatRange(0, 1, max_open=True), default=0.05, show_default=True,
               help="Of the normalised mean over a layer's heads.")  # fmt: skip
 @common
-def links(
+def aal_links(
     run: Path, loss: str | None, out: Path | None, normalize: Any, granularity: Any, threshold: float, as_json: bool
 ) -> None:
     """The links that an aal run ended with.
@@ -38,8 +38,8 @@ def links(
     of them; by stages, it is said as ranges that a recipe takes. Nothing is written but the picture.
 
     \b
-    pipeline links run
-    pipeline links run --out links.png --granularity channel --threshold 0.1
+    pipeline aal-links run
+    pipeline aal-links run --out links.png --granularity channel --threshold 0.1
     """
     from pipeline.plotting import picture_path
     from student.losses.parts.aal_links import read

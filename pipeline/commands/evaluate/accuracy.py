@@ -1,0 +1,77 @@
+"""`pipeline evaluate accuracy`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pipeline.commands.evaluate import options
+from pipeline.console import show
+from pipeline.options import checkpoint, common, copied_store, device, shards
+from pipeline.project.context import reads
+from pipeline.run_paths import student_file
+
+
+def _bounds(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    low, _, high = (part.strip() for part in value.partition(","))
+    if not (low.isdecimal() and high.isdecimal() and int(low) <= int(high)):
+        raise click.BadParameter(f"{value!r}: expected LOW,HIGH, such as 20,100", ctx, param)
+    return int(low), int(high)
+
+
+@click.command()
+@options.runs
+@shards("--shards", help="Labeled shards; NAME=SHARDS is a set with its own results.")
+@click.option("--ensemble", is_flag=True, help="Also evaluate all RUNs together: the mean of their probabilities.")
+@click.option(
+    "--shot-bounds",
+    metavar="LOW,HIGH",
+    callback=_bounds,
+    help="Accuracy of classes with more than HIGH, LOW to HIGH, and fewer than LOW training images; 20,100 is usual.",
+)
+@shards("--train-shards", help="Count training images for --shot-bounds here, not in the run's record.", required=False)
+@checkpoint
+@copied_store
+@device
+@reads(shards="val", store="store")
+@common
+def accuracy(
+    *,
+    runs: tuple[Path, ...],
+    shards: tuple[str, ...],
+    ensemble: bool,
+    shot_bounds: tuple[int, int] | None,
+    train_shards: tuple[str, ...],
+    checkpoint: str,
+    store: str | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Measure top-1 and top-5 accuracy.
+
+    Every sample counts once, on the evaluation view of the policy that the student was trained under.
+
+    \b
+    pipeline evaluate accuracy run --shards train-val-000000.tar
+    pipeline evaluate accuracy run --shards train-val-000000.tar --shards seen=train-000000.tar --shot-bounds 20,100
+    pipeline evaluate accuracy run vit_tiny-photos.safetensors --ensemble --shards train-val-000000.tar
+    """
+    if ensemble and len(runs) < 2:
+        raise click.UsageError("--ensemble needs two RUNs or more: pipeline evaluate accuracy RUN1 RUN2 --ensemble …")
+    if train_shards and shot_bounds is None:
+        raise click.UsageError("--train-shards counts training images for --shot-bounds LOW,HIGH; 20,100 is usual")
+    from pipeline.evaluation.accuracy import measure_accuracy
+
+    result, lines = measure_accuracy(
+        [student_file(run, checkpoint) for run in runs],
+        shards,
+        ensemble=ensemble,
+        bounds=shot_bounds,
+        train_shards=train_shards,
+        store=store,
+        device=device,
+    )
+    show(result, lines, as_json)
