@@ -51,8 +51,8 @@ def measure_similarity(
         reference = find_teacher_targets(place, teacher, targets, urls, view)
         answer["teacher"] = reference.teacher
         if member.about.attention_copy is not None:
-            place = store_of(member.about.attention_copy["store"], store)
-            attach_stored_attention(member.model, member.about, place, urls)
+            copied_from = store_of(member.about.attention_copy["store"], store)
+            attach_stored_attention(member.model, member.about, copied_from, urls)
         comparisons.append(SimilarityComparison(member.model, member.about, member.name, urls, reference, tokens))
     console.start("comparing", len(members) * sum(len(cached_index(url)) for url in urls))
     try:
