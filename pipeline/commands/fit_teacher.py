@@ -79,7 +79,6 @@ def fit_teacher(
     pipeline fit-teacher --store S --teacher vit_tiny --shards 'train-{000000..000009}.tar' \\
       --val train-val-000000.tar --out vit_tiny-photos.safetensors
     """
-    from pipeline.commands import fit_teacher as teaching
     from storage.store.store import Store
     from student.distributed import pick_device
     from student.fit_teacher.fit import FitTeacherConfig
@@ -93,5 +92,5 @@ def fit_teacher(
         result = run(job, console)
     finally:
         console.stop()
-    result["command"] = teaching.command(result, store, shards)
-    show(result, teaching.lines(result), as_json)
+    result["command"] = command(result, store, shards)
+    show(result, lines(result), as_json)
