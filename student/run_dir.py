@@ -16,6 +16,7 @@ from typing import Any
 
 from storage.errors import UserError
 from storage.objects.atomic import atomic_write, temporary_path
+from student.upgrade import upgraded_run
 
 CHECKPOINT, RESULT, LOG, SMOKE, CARD = "checkpoint.pt", "result.json", "log.jsonl", "SMOKE", "README.md"
 ABOUT, LOSSES = "run.json", "losses.safetensors"
@@ -83,7 +84,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def result(out: Path) -> dict[str, Any] | None:
     """What a complete run gave; None where it was cut off before it was written."""
-    return _object(out / RESULT)
+    found: dict[str, Any] | None = upgraded_run(_object(out / RESULT))
+    return found
 
 
 def about(out: Path) -> dict[str, Any]:

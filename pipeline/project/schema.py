@@ -135,9 +135,11 @@ def validate(path: Path, content: Any) -> Project:
 def _require_known(where: str, name: str, value: Any) -> None:
     """Refuse a setting that no recipe has; which ones a loss has is for the recipe to say."""
     section: Any = Recipe
-    for part in name.split("."):
+    parts = name.split(".")
+    for at, part in enumerate(parts):
         if section is not None and part not in section.model_fields:
-            raise UserError(f"{where}{name}: a recipe has no {part!r} there. {suggested(part, section)}")
+            known = suggested(".".join(parts[: at + 1]), section, parts[at + 1 :])
+            raise UserError(f"{where}{name}: a recipe has no {part!r} there. {known}")
         section = section_of(section, part) if section is not None and part != "losses" else None
     if section is not None and isinstance(value, Mapping):
         for below, content in value.items():

@@ -36,7 +36,8 @@ def soft(logits: Tensor, teacher: Tensor, temperature: float = 1.0, reduction: R
         reduction: what the sum is divided by.
     """
     ours, theirs = F.log_softmax(logits / temperature, 1), F.log_softmax(teacher / temperature, 1)
-    return F.kl_div(ours, theirs, reduction=reduction, log_target=True) * temperature**2
+    total = F.kl_div(ours, theirs, reduction="sum", log_target=True) * temperature**2
+    return total / (logits.numel() if reduction == "mean" else len(logits))
 
 
 def hard(logits: Tensor, teacher: Tensor) -> Tensor:

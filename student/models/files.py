@@ -18,6 +18,8 @@ from storage.unicode_names import all_normalized
 from student.models.attention_copy_hooks import COPIED, attention_copy_hooks, copies_in
 from student.models.build import DescriptionRecord, create
 from student.models.shifted_patch import shift_patches
+from student.settings import ATTENTION_COPY
+from student.upgrade import upgraded
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def load_student(path: Path) -> tuple[nn.Module, StudentDescription]:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         said = {name: json.loads(metadata[name]) for name in ("arguments", "img_size", "mean", "std", "classes")}
         said |= {name: metadata[name] for name in ("model", "evaluation")}
-        said["attention_copy"] = json.loads(metadata.get("copying", "null"))
+        said["attention_copy"] = _attention_copy(json.loads(metadata.get("copying", "null")))
         record = checked(DescriptionRecord, said, str(path), "Give a student that `pipeline train` wrote.")
         description = StudentDescription(
             record.model, record.arguments, record.img_size, record.mean, record.std,
@@ -104,6 +106,13 @@ def load_student(path: Path) -> tuple[nn.Module, StudentDescription]:
     except (RuntimeError, IndexError) as error:
         raise UserError(f"{path}: does not fit {description.model}: {first_line(error)}") from None
     return model.eval(), description
+
+
+def _attention_copy(record: Any) -> Any:
+    """What a header says of attention copy, with settings under today's names."""
+    if not isinstance(record, dict) or "settings" not in record:
+        return record
+    return {**record, "settings": upgraded(record["settings"], ATTENTION_COPY)}
 
 
 def load_classifier(path: Path) -> tuple[nn.Module, StudentDescription]:

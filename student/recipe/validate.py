@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -11,6 +12,7 @@ from storage.errors import UserError, did_you_mean
 from student.losses.registry import methods
 from student.recipe.schema import Recipe
 from student.settings import ATTENTION_COPY
+from student.upgrade import renamed
 
 
 def validate(content: Any, where: str) -> Recipe:
@@ -62,8 +64,11 @@ def _explain(problem: Any) -> str:
     path = [str(part) for part in problem["loc"]]
     section: Any = Recipe
     if path[0] == "losses" and problem["type"] == "union_tag_invalid":
+        name = ".".join(path)
+        if "method" in problem["input"]:
+            return f"{name}.method: no such setting. It is now {f'{name}.type'!r}."
         known = did_you_mean(str(problem["ctx"]["tag"]), methods())
-        return f"{'.'.join(path)}: no such loss. {known} A second loss of one kind has a name of its own and `type`."
+        return f"{name}: no such loss. {known} A second loss of one kind has a name of its own and `type`."
     below = path[1:] if path[0] != "losses" or len(path) < 3 else path[3:]
     if path[0] == "losses" and len(path) > 2:
         module = methods().get(path[2])
@@ -92,7 +97,8 @@ def sentence(name: str, problem: Any, section: Any) -> str:
         section: the model that an unknown setting was found in, if it is known.
     """
     if problem["type"] == "extra_forbidden":
-        known = f" {suggested(name.rpartition('.')[2], section)}" if section else ""
+        below = problem["input"] if isinstance(problem["input"], dict) else ()
+        known = f" {suggested(name, section, below)}" if section else ""
         return f"{name}: no such setting.{known}"
     message = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input ")
     message = re.sub(r", unable to (parse|interpret) .*", "", message)  # what was found says it better
@@ -104,8 +110,19 @@ def sentence(name: str, problem: Any, section: Any) -> str:
     return f"{name}: {message[0].lower()}{message[1:]}{found}"
 
 
-def suggested(part: str, section: Any) -> str:
-    """`Did you mean …?` for a setting that a section does not have: one like it, or that of its name elsewhere."""
+def suggested(name: str, section: Any, below: Iterable[str] = ()) -> str:
+    """The setting that an unknown one stands for: its name of today, one like it, or that of its name elsewhere.
+
+    Args:
+        name: of the setting, with dots.
+        section: the model that does not have it.
+        below: what is set of it, where it is a section.
+    """
+    *parents, part = name.split(".")
+    loss = section.model_fields.get("type")
+    if today := renamed(f"losses.{loss.default}" if loss else ".".join(parents)).get(part):
+        now = ".".join([*parents, today])
+        return f"It is now {', '.join(f'{now}.{renamed(now).get(one, one)}' for one in below) or now!r}."
     sections = {name: section_of(Recipe, name) for name in Recipe.model_fields}
     homes = [f"{name}.{part}" for name, other in sections.items() if other and part in other.model_fields]
     if homes and section in (Recipe, *sections.values()):

@@ -20,6 +20,7 @@ from storage.objects.record_schema import Schema, Size, Three, checked
 from storage.unicode_names import normalized
 from student.recipe.schema import Recipe
 from student.recipe.validate import validate
+from student.upgrade import upgraded_run
 
 FORMAT = 2
 _PARTS = {
@@ -64,7 +65,7 @@ def read(path: Path) -> dict[str, Any]:
             broken = archive.testzip()
         if broken is not None:
             raise UserError(f"{path}: damaged: the checksum of {broken} in it does not agree\n{advice}")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = upgraded_run(torch.load(path, map_location="cpu", weights_only=True))
     except UserError:
         raise
     except FileNotFoundError:

@@ -44,6 +44,18 @@ def test_what_was_written_is_read(file):
     assert {name: getattr(about, name) for name in ABOUT} == ABOUT
 
 
+def test_attention_copy_is_read_under_the_names_of_today(file, tmp_path):
+    before, path = (
+        {"what": "q", "average": "none", "layers": None, "temperature": None},
+        tmp_path / "copies.safetensors",
+    )
+    header = {**metadata(file), "copying": json.dumps({**COPYING, "settings": before})}
+    save_file(load_file(file), path, header)
+    _, about = load_student(path)
+    now = {"tensors": "q", "average": "none", "layers": None, "head_temperature": None}
+    assert about.attention_copy == {**COPYING, "settings": now, "graphs": [["a" * 64, 0]]}
+
+
 WRONG = {
     "img_size": [10**12, 0, -1, "32", [32], None],
     "mean": [[0.5], [0.5, 0.5, "x"], 7, None],
@@ -51,7 +63,8 @@ WRONG = {
     "classes": [7, [1, 2, 3], {"a": 1}],
     "arguments": [[], 7, None, "x"],
     "copying": [7, [], {**COPYING, "layers": "x"}, {**COPYING, "heads": 10**12}, {**COPYING, "graphs": [[1, 2, 3]]},
-                {**COPYING, "graphs": []}, {**COPYING, "targets": ["../x"]}, {**COPYING, "settings": {"what": 7}},
+                {**COPYING, "graphs": []}, {**COPYING, "targets": ["../x"]},
+                {**COPYING, "settings": {"tensors": 7}}, {**COPYING, "settings": 7},
                 {k: v for k, v in COPYING.items() if k != "store"}],
 }  # fmt: skip
 
@@ -63,7 +76,7 @@ def test_what_makes_no_sense_is_named(file, tmp_path, name):
         save_file(load_file(file), path, {**metadata(file), name: json.dumps(value)})
         with pytest.raises(UserError) as error:
             load_student(path)
-        assert f"{path}: damaged: {name}" in str(error.value), value
+        assert f"{path}: damaged: {'attention_copy' if name == 'copying' else name}" in str(error.value), value
 
 
 def test_what_nests_too_deep_and_a_policy_that_is_none_are_errors(file, tmp_path):
