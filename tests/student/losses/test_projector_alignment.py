@@ -101,7 +101,7 @@ def test_readings_of_the_distance():
 def test_input_gradients_reach_the_class_token_alone(reading):
     mine, target = values(2, 18, 6).requires_grad_(), values(2, 9, seed=1)
     made = projector_alignment.Method(
-        "it", projector_alignment.Settings(loss=reading, depth=2), STUDENT, [token(9)]
+        "it", projector_alignment.Settings(distance=reading, depth=2), STUDENT, [token(9)]
     ).double()
 
     def run(x: torch.Tensor) -> torch.Tensor:

@@ -123,7 +123,7 @@ def of_world(world: World, codec: str, **aal):
 
 @pytest.mark.parametrize("reading", ["mse", "norm", "sq"])
 def test_aal_from_an_f32_store_equals_aal_with_the_teacher_in_the_loop(world, reading):
-    for error, cosine in of_world(world, "f32", loss=reading).values():
+    for error, cosine in of_world(world, "f32", distance=reading).values():
         assert error <= 1e-5
         assert cosine >= 1 - 1e-6
 
