@@ -2,8 +2,8 @@
 
 A run leaves `args.yaml` (the whole recipe), `run.json` (what it was trained with), `log.jsonl` (a line a stretch of
 steps and a line an epoch), `checkpoint.pt`, `last`, `best` and `ema.safetensors` (timm state dicts),
-`losses.safetensors` (links and the like), `tensorboard/`, `result.json` and the model card `README.md`. A smoke run
-leaves `SMOKE` beside them.
+`losses.safetensors` (links and the like), `tensorboard/`, `result.json`, the model card `README.md`, and for timm
+`config.json` and `model.safetensors`, a link to `last.safetensors`. A smoke run leaves `SMOKE` beside them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from student.upgrade import upgraded_run
 
 CHECKPOINT, RESULT, LOG, SMOKE, CARD = "checkpoint.pt", "result.json", "log.jsonl", "SMOKE", "README.md"
 ABOUT, LOSSES = "run.json", "losses.safetensors"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"  # by timm's names
 _FILES = (
     ABOUT, LOG, CHECKPOINT, "last.safetensors", "best.safetensors", "ema.safetensors", LOSSES,
-    "tensorboard", RESULT, CARD,
+    "tensorboard", RESULT, CARD, CONFIG, WEIGHTS,
 )  # fmt: skip
 # What a kill leaves of them counts as nothing. The marks are last: until they go, the folder is a run's.
 _LEFT = (*(temporary_path(Path(name)).name for name in _FILES), *_FILES, "args.yaml", SMOKE)

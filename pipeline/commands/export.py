@@ -14,22 +14,58 @@ from pipeline.run_paths import student_file
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@shards("--shards", help="Shards with images that the graph is checked on.")
+@shards("--shards", help="Shards with images that the graph is checked on.", required=False)
 @click.option("--out", type=click.Path(path_type=Path), metavar="F", help="The graph.  [default: RUN/student.onnx]")
-@click.option("--checkpoint", type=click.Choice(["last", "best", "ema"]), default="last", show_default=True,
-              help="Which student.")  # fmt: skip
+@click.option(
+    "--checkpoint",
+    type=click.Choice(["last", "best", "ema"]),
+    default="last",
+    show_default=True,
+    help="Which student.",
+)
+@click.option(
+    "--push-to-hub",
+    metavar="USER/NAME",
+    help="Put the student on the Hugging Face Hub in place of writing a graph: weights, config.json, model card.",
+)
+@click.option("--private", is_flag=True, help="Make the repository on the Hub a private one.")
 @reads(shards="val")
 @common
-def export(run: Path, shards: tuple[str, ...], out: Path | None, checkpoint: str, as_json: bool) -> None:
-    """Write a run's student as an ONNX graph.
+def export(
+    run: Path,
+    *,
+    shards: tuple[str, ...],
+    out: Path | None,
+    checkpoint: str,
+    push_to_hub: str | None,
+    private: bool,
+    as_json: bool,
+) -> None:
+    """Write a run's student as an ONNX graph, or put it on the Hugging Face Hub for timm.
 
-    From uint8 images [B, S, S, 3] to logits [B, K], checked on real images; to features, `embedding` [B, D], of a
-    student without a classifier. Class names, view size and evaluation
-    view are in its metadata.
+    The graph: from uint8 images [B, S, S, 3] to logits [B, K], checked on real images; to features, `embedding` [B, D],
+    of a student without a classifier. Class names, view size and evaluation view are in its metadata.
+
+    timm alone loads the run's folder, `timm.create_model("local-dir:run", pretrained=True)`, which is the student of
+    the last epoch, and what was put on the Hub, `hf-hub:USER/NAME`.
 
     \b
     pipeline export run --shards train-val-000000.tar
     """
+    if push_to_hub is not None:
+        if out is not None:
+            raise click.UsageError("--out is for a graph, and --push-to-hub writes none; give one of them")
+        from pipeline.push_to_hub import push_to_hub as push
+
+        result = push(student_file(run, checkpoint), push_to_hub, private=private)
+        loaded = f'timm.create_model("hf-hub:{push_to_hub}", pretrained=True)'
+        show(result, [f"{result['url']}: {sum(result['files'].values()):,} bytes; {loaded} loads it"], as_json)
+        return
+    if private:
+        raise click.UsageError("--private is for a repository on the Hub; add --push-to-hub USER/NAME")
+    if not shards:
+        command = click.get_current_context().command
+        raise click.MissingParameter(param=next(option for option in command.params if option.name == "shards"))
     from pipeline.export_onnx import export as run_
 
     path = student_file(run, checkpoint)

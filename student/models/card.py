@@ -5,26 +5,29 @@ It is meant to be published: files of weights are named without the folders of t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from student.models.files import StudentDescription
 from student.settings import ATTENTION_COPY
 
-_BARE = """```python
+_TIMM = """```python
 import timm
-from safetensors.torch import load_file
 
-model = timm.create_model({model!r}, **{arguments!r})
-model.load_state_dict(load_file("last.safetensors"))
-model.eval()
+model = timm.create_model("{source}", pretrained=True).eval()
 ```
+
+{which}
 """
+_IN_THE_FOLDER = """timm reads `model.safetensors`, a link to `last.safetensors`: the student after the last epoch. Where
+there is `best.safetensors` or `ema.safetensors`, `checkpoint_path=` in place of `pretrained=True` takes it."""
+_ON_THE_HUB = "`model.safetensors` is the run's `{student}.safetensors`."
 _SHIFTED = """Its patches are seen with four shifts of the image (shifted patch tokenisation), which timm does not have:
-its weights fit no bare `{model}`.
+its weights fit no bare `{model}`, and there is no `config.json` for timm.
 
 ```python
 from pathlib import Path
@@ -33,6 +36,7 @@ from student.models.files import load_student  # of the package teacher-store
 model, about = load_student(Path("last.safetensors"))
 ```
 """
+_LOADING = "## How to load it\n\n"
 _FEEDING = """
 Images: RGB, the evaluation view `{evaluation}` at {size}×{size}, scaled to 0 to 1, then (x − mean) / std with mean
 {mean} and std {std}. With this project: {use}.
@@ -41,15 +45,15 @@ _TEACHING = """
 It can be a teacher, too, with the `--target` that a recipe reads:
 
 ```
-pipeline precompute --teacher {model} --weights last.safetensors --teacher-name NAME --input-size {size} \\
+pipeline precompute --teacher {model} --weights {file} --teacher-name NAME --input-size {size} \\
   --mean {mean} --std {std} {arguments} --shards SHARDS --store STORE
 ```
 """
 
 
 _COPYING = """It is not whole by itself: in layer(s) {layers} it attends with {source}, in the first {heads} head(s), in
-place of its own (copied: {tensors}). A bare `{model}` with these weights attends otherwise, and was never trained to.
-{need}
+place of its own (copied: {tensors}). A bare `{model}` with these weights attends otherwise, and was never trained to:
+there is no `config.json` for timm. {need}
 
 ```python
 from pathlib import Path
@@ -84,17 +88,25 @@ def card(
         teachers: target -> manifest of its teacher.
     """
     kind = "image-classification" if about.classifies else "image-feature-extraction"
-    header: dict[str, Any] = {
-        "library_name": "timm", "pipeline_tag": kind,
-        "tags": [kind, "timm", *(["knowledge-distillation"] if teachers else [])],
-    }  # fmt: skip
     smoke, scored = result["smoke"], result["top1"] is not None
+    header = ModelCardData(
+        library_name="timm",
+        pipeline_tag=kind,
+        tags=[kind, "timm", *(["knowledge-distillation"] if teachers else [])],
+    )
     if scored and not smoke:
-        header["model-index"] = [{"name": about.model, "results": [{
-            "task": {"type": "image-classification"}, "dataset": {"name": "validation shards", "type": "webdataset"},
-            "metrics": [{"type": "accuracy", "name": "top-1", "value": result["top1"]}],
-        }]}]  # fmt: skip
-    lines = ["---", yaml.safe_dump(header, sort_keys=False).rstrip(), "---", "", f"# {about.model}, a student", ""]
+        header.model_name = about.model
+        header.eval_results = [
+            EvalResult(
+                task_type="image-classification",
+                dataset_type="webdataset",
+                dataset_name="validation shards",
+                metric_type="accuracy",
+                metric_name="top-1",
+                metric_value=result["top1"],
+            )
+        ]
+    lines = ["---", header.to_yaml(), "---", "", f"# {about.model}, a student", ""]
     if smoke:
         lines += ["**A smoke run, to see that everything works: this student has learned nothing.**", ""]
     if scored:
@@ -105,7 +117,7 @@ def card(
         lines.append("It was not scored: there were no labelled validation images.")
     else:
         lines.append("It was trained without labels and has no classifier: it gives features, and was not scored.")
-        lines.append("`pipeline evaluate knn RUN` measures them where there are labels.")
+        lines.append("`pipeline evaluate RUN --protocol knn` measures them where there are labels.")
     if "ema_top1" in result:
         ema5 = "" if result["ema_top5"] is None else f"{result['ema_top5']:.2f}"
         lines.append(f"| averaged student | {result['samples']} | {result['ema_top1']:.2f} | {ema5} |")
@@ -132,7 +144,7 @@ def card(
     if identity["control"]:
         lines.append(f"- **a control**: {', '.join(f'{k}={v}' for k, v in identity['control'].items())}")
     losses = "; ".join(
-        f"`{name}` ({loss['type']}, weight {loss['weight']['start']:g} at the start)"
+        f"`{name}` ({loss['method']}, weight {loss['weight']['start']:g} at the start)"
         for name, loss in recipe["losses"].items()
     )
     trained = f"{result['steps']} steps" if smoke else f"{result['epochs']} epochs"
@@ -141,27 +153,55 @@ def card(
         "settings: `args.yaml`", "",
         "Licences of images and of teachers' weights are those of their sources; none is recorded here.", "",
     ]  # fmt: skip
-    lines.append("## How to load it\n\n" + _loading(about, identity["control"]))
-    return "\n".join(lines)
-
-
-def _loading(about: StudentDescription, control: Mapping[str, Any]) -> str:
-    """How the student is loaded, fed, and made a teacher."""
-    mean, std = _three(about.mean), _three(about.std)
     if about.attention_copy is not None:
-        own = _copying(about.model, about.attention_copy, control)
+        own = _copying(about.model, about.attention_copy, identity["control"])
+    elif about.shifted_patches:
+        own = _SHIFTED.format(model=about.model)
     else:
-        own = (_SHIFTED if about.shifted_patches else _BARE).format(model=about.model, arguments=about.arguments)
+        own = _TIMM.format(source="local-dir:.", which=_IN_THE_FOLDER)
+    return "\n".join([*lines, _loading(about, own, "last.safetensors")])
+
+
+def hub_card(
+    text: str, about: StudentDescription, repository: str, student: str, scores: Mapping[str, float | None]
+) -> str:
+    """A run's card as it lies on the Hugging Face Hub, beside one student called `model.safetensors`.
+
+    How to load it and the score in the header are of that student; all else stays, also what was added by hand.
+
+    Args:
+        text: the card in the run's folder.
+        about: of a student that timm alone builds.
+        repository: `USER/NAME`.
+        student: `last`, `best` or `ema`.
+        scores: student -> top-1.
+
+    Raises:
+        ValueError: the header is no model card's.
+        yaml.YAMLError: the header is not YAML.
+    """
+    made = ModelCard(text)
+    for result in made.data.get("eval_results", []):
+        if result.metric_value == scores["last"]:
+            result.metric_value = scores[student]
+    own = _TIMM.format(source=f"hf-hub:{repository}", which=_ON_THE_HUB.format(student=student))
+    loading = _loading(about, own, "model.safetensors")
+    made.text = re.sub(rf"(?s){_LOADING}.*?(?=\n## |\Z)", lambda _: loading, made.text)
+    return str(made)
+
+
+def _loading(about: StudentDescription, own: str, file: str) -> str:
+    """The section on how the student is loaded (`own`), fed, and made a teacher by its file."""
+    mean, std = _three(about.mean), _three(about.std)
     uses = ["`pipeline predict RUN IMAGE…`"] if about.classifies else []
     uses += ["`pipeline export RUN` (ONNX)"] if about.attention_copy is None else []
-    text = own + _FEEDING.format(
-        evaluation=about.evaluation, size=about.img_size, mean=mean, std=std, use=", ".join(uses)
-    )
-    if about.shifted_patches or about.attention_copy is not None:
+    feeding = _FEEDING.format(evaluation=about.evaluation, size=about.img_size, mean=mean, std=std, use=", ".join(uses))
+    text = _LOADING + own + feeding
+    if not about.plain_timm:
         return text
     kept = {n: v for n, v in about.arguments.items() if n != "img_size" and "drop" not in n}  # a teacher drops nothing
     return text + _TEACHING.format(
-        model=about.model, size=about.img_size, mean=mean.replace(" ", ""), std=std.replace(" ", ""),
+        model=about.model, file=file, size=about.img_size, mean=mean.replace(" ", ""), std=std.replace(" ", ""),
         arguments=" ".join(f"--teacher-arg {name}={value}" for name, value in kept.items()),
     )  # fmt: skip
 

@@ -44,6 +44,11 @@ class StudentDescription:
         """Whether it has a classifier; one that was trained without labels gives features."""
         return self.arguments.get("num_classes") != 0
 
+    @property
+    def plain_timm(self) -> bool:
+        """Whether `timm.create_model` alone builds it."""
+        return not self.shifted_patches and self.attention_copy is None
+
 
 def save_student(path: Path, model: nn.Module, description: StudentDescription) -> None:
     """Write the state dict with its description, whole or not at all."""

@@ -39,6 +39,7 @@ from student.distributed import (
 from student.evaluation.accuracy import Score, evaluate
 from student.models.card import card
 from student.models.files import save_student
+from student.models.timm_folder import link_for_timm
 from student.training import checkpoint, precision
 from student.training.optimizer import build_optimizer, learning_rate, peak_learning_rate
 from student.training.setup import TrainConfig, TrainingRun, build_run
@@ -343,6 +344,8 @@ class Trainer:
             text = card(self.parts.description, result, self.parts.identity, self.recipe.model_dump(), teachers)
             with atomic_write(out / run_dir.CARD) as temporary:
                 temporary.write_text(text, encoding="utf-8")
+            if self.parts.description.plain_timm:
+                link_for_timm(out, "last.safetensors", self.parts.description)
             run_dir.write_json(out / run_dir.RESULT, result)
         return result
 
