@@ -23,8 +23,8 @@ model = timm.create_model("{source}", pretrained=True).eval()
 
 {which}
 """
-_IN_THE_FOLDER = """timm reads `model.safetensors`, a link to `last.safetensors`: the student after the last epoch. Where
-there is `best.safetensors` or `ema.safetensors`, `checkpoint_path=` in place of `pretrained=True` takes it."""
+_IN_THE_FOLDER = """timm reads `model.safetensors`, a link to `last.safetensors`, of the last epoch. Where there is
+`best.safetensors` or `ema.safetensors`, `checkpoint_path=` in place of `pretrained=True` takes it."""
 _ON_THE_HUB = "`model.safetensors` is the run's `{student}.safetensors`."
 _SHIFTED = """Its patches are seen with four shifts of the image (shifted patch tokenisation), which timm does not have:
 its weights fit no bare `{model}`, and there is no `config.json` for timm.
