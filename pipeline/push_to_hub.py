@@ -16,11 +16,10 @@ from student.models.card import hub_card
 from student.models.files import load_student
 from student.models.timm_folder import save_config
 
-_ADVICE = {
-    401: "log in again with a token that is valid: hf auth login",
-    403: "take a token that may write there (hf auth login), and a USER or organization that is yours",
-    404: "look whether the name is right, and whether your token may see it",
-    429: "wait a while and run the same command again",
+_HINTS = {
+    401: "Log in again with a valid token: `hf auth login`.",
+    403: "The token needs write access (`hf auth login`), and USER must be you or an organization of yours.",
+    404: "Check the name, and that the token may see it.",
 }
 
 
@@ -39,22 +38,22 @@ def push_to_hub(path: Path, repository: str, *, private: bool) -> dict[str, Any]
             no token, or the Hub cannot be reached or refuses.
     """
     if repository.count("/") != 1:
-        raise UserError(f"--push-to-hub {repository}: give USER/NAME, or ORGANIZATION/NAME")
+        raise UserError(f"--push-to-hub {repository}: expected USER/NAME or ORGANIZATION/NAME")
     config, card = _config_and_card(path, repository)
     try:
         if get_token() is None:
-            raise UserError("no token for the Hugging Face Hub; log in with `hf auth login`, or set HF_TOKEN")
+            raise UserError("no token for the Hugging Face Hub", hint="Log in with `hf auth login`, or set HF_TOKEN.")
         api = HfApi(library_name="teacher-store")
         url = api.create_repo(repository, private=private or None, exist_ok=True)
         if private and not api.model_info(repository).private:
-            raise UserError(f"{url} is there and public; make it private in its settings, or give another name")
+            raise UserError(f"{url} already exists and is public", hint="Make it private there, or give another name.")
         files: dict[str, Path | bytes] = {run_dir.CONFIG: config, run_dir.WEIGHTS: path, run_dir.CARD: card}
         additions = [CommitOperationAdd(name, content) for name, content in files.items()]
         commit = api.create_commit(repository, additions, commit_message=f"Add {path.stem} of a teacher-store run")
     except UserError:
         raise
     except Exception as error:  # the client and what it is made of raise many kinds
-        raise UserError(_refusal(repository, error)) from error
+        raise _refusal(repository, error) from error
     sizes = {addition.path_in_repo: addition.upload_info.size for addition in additions}
     return {"repository": repository, "url": str(url), "commit": commit.oid, "student": str(path), "files": sizes}
 
@@ -65,35 +64,35 @@ def _config_and_card(path: Path, repository: str) -> tuple[bytes, bytes]:
     if not about.plain_timm:
         why = "its patches are shifted" if about.shifted_patches else "it attends with its teacher's attention"
         raise UserError(
-            f"{path}: timm alone cannot build this student ({why}), so `hf-hub:{repository}` would not load it; share "
-            "the run's folder, whose card says how it is loaded"
+            f"{path}: timm alone cannot build this student ({why}), so `hf-hub:{repository}` would not load it",
+            hint="Share the run's folder: its card says how the student is loaded.",
         )
     card, result = path.parent / run_dir.CARD, run_dir.result(path.parent)
     if result is None or not card.is_file():
         raise UserError(
-            f"{path.parent}: no complete run with a model card, {run_dir.CARD}; if it was cut off, go on with the same "
-            "`pipeline train` command and --resume"
+            f"{path.parent}: no complete run with a model card ({run_dir.CARD})",
+            hint="If the run was interrupted, resume it: the same `pipeline train` command with --resume.",
         )
     scores = {"last": result.get("top1"), "best": result.get("best_top1"), "ema": result.get("ema_top1")}
     if path.stem not in scores:
-        raise UserError(f"{path}: name the run's folder, and the student by --checkpoint {', '.join(scores)}")
+        raise UserError(f"{path}: give the run's folder, and the student by --checkpoint {', '.join(scores)}")
     try:
         text = hub_card(card.read_text(encoding="utf-8"), about, repository, path.stem, scores)
     except (ValueError, TypeError, yaml.YAMLError) as error:
-        raise UserError(f"{card}: its header is not a model card's: {first_line(error)}; correct it") from None
+        raise UserError(f"{card}: the YAML header is not a model card's: {first_line(error)}") from None
     with tempfile.TemporaryDirectory() as folder:
         save_config(Path(folder) / run_dir.CONFIG, about)
         return (Path(folder) / run_dir.CONFIG).read_bytes(), text.encode()
 
 
-def _refusal(repository: str, error: Exception) -> str:
+def _refusal(repository: str, error: Exception) -> UserError:
     """What the Hub or its client says, and what to do."""
     if isinstance(error, HFValidationError):
-        return f"--push-to-hub {repository}: {first_line(error)}; give another name"
+        return UserError(f"--push-to-hub {repository}: {first_line(error)}")
     while not isinstance(error, HfHubHTTPError) and isinstance(error.__cause__, Exception):  # of a thread that uploads
         error = error.__cause__
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
     said = (isinstance(error, HfHubHTTPError) and error.server_message) or first_line(error)
     where = f"{constants.ENDPOINT} answers {status}" if status else constants.ENDPOINT
-    advice = _ADVICE.get(status, "run the same command again once this is solved")
-    return f"{repository} was not pushed: {where}: {said}; {advice}"
+    hint = _HINTS.get(status, "Run the same command again once this is solved.")
+    return UserError(f"{repository} was not pushed: {where}: {said}", hint=hint)
