@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
         status = cli.main(args=words, prog_name="pipeline", standalone_mode=False)
         raise SystemExit(status if isinstance(status, int) else 0)
     except click.exceptions.NoArgsIsHelpError as error:
-        print(error.ctx.get_help() if error.ctx else error.message)
+        print(error.ctx.get_help())
         raise SystemExit(2) from None
     except click.UsageError as error:
         if error.message.startswith("Got unexpected extra argument") and ".tar" in error.message:

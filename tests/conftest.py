@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from tests.typed import present
+
 # Before torch is imported anywhere: two test workers share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -131,7 +133,7 @@ def write_teacher(path: Path, spec: tuple[str, dict[str, Any]], seed: int = 0) -
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
-                module.running_mean.normal_(0, 0.1)
+                present(module.running_mean).normal_(0, 0.1)
                 module.weight.uniform_(0.5, 1.5)
                 module.bias.normal_(0, 0.2)
             if isinstance(module, torch.nn.Linear):

@@ -44,11 +44,12 @@ def run(capsys):
     return call
 
 
-def precompute_words(world, store: object, *more: object) -> list[object]:
+def precompute_words(world, store: object, *more: object) -> list[str]:
     name, arguments = TINY_CNN
     pairs = [w for k, v in {**arguments, "num_classes": 3}.items() for w in ("--teacher-arg", f"{k}={v}")]
-    return ["precompute", "--teacher", name, "--weights", world.weights["cnn"], *pairs, "--mean", ".5", "--std", ".5",
-            "--input-size", 64, "--store", store, *more]  # fmt: skip
+    words = ["precompute", "--teacher", name, "--weights", world.weights["cnn"], *pairs, "--mean", ".5", "--std", ".5",
+             "--input-size", "64", "--store", store, *more]  # fmt: skip
+    return [str(word) for word in words]
 
 
 def test_from_class_folders_to_a_score(run, world, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def test_the_reader_in_the_docs_needs_the_standard_library_and_numpy_alone(world
     assert imported == {"base64, json, pathlib", "numpy as np"}
     (tmp_path / "S").symlink_to(world.store)
     monkeypatch.chdir(tmp_path)
-    names: dict = {}
+    names: dict[str, Any] = {}
     exec(reader, names)
     store = Store.open(world.store)
     marker = names["marker"]

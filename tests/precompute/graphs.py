@@ -17,6 +17,7 @@ from precompute.export.onnx_file import export_ready
 from precompute.taps import Tap, attention_layers, cnn_stages
 from precompute.teachers import teacher as teachers
 from storage.objects.json_record import digest_of
+from tests.typed import present
 
 HALF: dict[str, Any] = {"mean": (0.5,), "std": (0.5,)}
 FREE: Sequence[int | str] = ("N", 3, 16, 16)
@@ -25,12 +26,14 @@ FREE: Sequence[int | str] = ("N", 3, 16, 16)
 class _Named(nn.Module):
     """A network with what a user may want of it as outputs."""
 
-    def __init__(self, model: nn.Module, kind: str) -> None:
+    def __init__(self, model: Any, kind: str) -> None:
         super().__init__()
-        self.model, self.kept = model, {}
+        self.model = model
+        self.kept: dict[int, Tensor] = {}
         for n, (_, norm) in enumerate(cnn_stages(model) if kind == "cnn" else ()):
             norm.register_forward_hook(lambda m, args, output, n=n: self.kept.__setitem__(n, output.clone()))
-        for layer in attention_layers(model) if kind == "vit" else ():
+        layers: list[Any] = attention_layers(model) if kind == "vit" else []
+        for layer in layers:
             layer.fused_attn = False
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
@@ -70,7 +73,7 @@ def _export(teacher: Any, kind: str, path: Path) -> None:
             output_names=OUTPUTS[kind],
             dynamic_shapes=free,
         )
-    program.save(str(path))
+    present(program).save(str(path))
 
 
 def made_by(path: Path, operator: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,8 @@ from tests.precompute.stores import CNN, assert_same, contents, failures, of_cnn
 from tests.precompute.test_plan import wanted_of
 from tests.storage.helpers import by_webdataset, write_tar
 from tests.student.runs import run, same, u8
+
+Skipped = tuple[Path, dict[str, Any]]  # a store and what its run gave
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,7 @@ def disturbed(world: World, tmp_path_factory: pytest.TempPathFactory) -> list[st
 
 
 @pytest.fixture(scope="module")
-def skipped(world: World, disturbed: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+def skipped(world: World, disturbed: list[str], tmp_path_factory: pytest.TempPathFactory) -> Skipped:
     place = seeded(world, tmp_path_factory.mktemp("skipped") / "store")
     return place, run_precompute(place, disturbed, teacher_of(world.weights, "cnn"), CNN, on_decode_error="skip")
 
@@ -51,7 +54,7 @@ def test_they_fail_their_shard_with_the_way_out(world: World, disturbed: list[st
     assert {task.shard for task in Store.open(place).done()} == {build_index(disturbed[2]).id}
 
 
-def test_the_store_is_the_one_without_them(world: World, disturbed: list[str], skipped: tuple[Path, dict]) -> None:
+def test_the_store_is_the_one_without_them(world: World, disturbed: list[str], skipped: Skipped) -> None:
     place, result = skipped
     assert_same(contents(place), of_cnn(contents(world.store)))
     assert {url: len(flaws) for url, flaws in result["left_out"].items()} == {disturbed[0]: 3}
@@ -61,7 +64,7 @@ def test_the_store_is_the_one_without_them(world: World, disturbed: list[str], s
     assert failures(place, disturbed) == []
 
 
-def test_an_empty_shard_alone_has_nothing_to_do(world: World, disturbed: list[str], skipped: tuple[Path, dict]) -> None:
+def test_an_empty_shard_alone_has_nothing_to_do(world: World, disturbed: list[str], skipped: Skipped) -> None:
     place, _ = skipped
     before = contents(place).keys()
     result = run_precompute(place, [disturbed[1]], teacher_of(world.weights, "cnn"), CNN)
@@ -70,7 +73,7 @@ def test_an_empty_shard_alone_has_nothing_to_do(world: World, disturbed: list[st
 
 
 def test_training_on_them_is_training_without_them(
-    world: World, disturbed: list[str], skipped: tuple[Path, dict], tmp_path: Path
+    world: World, disturbed: list[str], skipped: Skipped, tmp_path: Path
 ) -> None:
     store = Store.open(skipped[0])
     validation = [disturbed[1], *world.shards]
@@ -103,7 +106,7 @@ def test_init_counts_the_samples(disturbed: list[str], tmp_path: Path, monkeypat
     assert "3 key(s) make no sample, such as key 'lost0'" in said.err
 
 
-def test_the_stream_says_what_it_leaves_out(disturbed: list[str], skipped: tuple[Path, dict]) -> None:
+def test_the_stream_says_what_it_leaves_out(disturbed: list[str], skipped: Skipped) -> None:
     from student.data.stream import Stream
 
     target = next(id for id in Store.open(skipped[0]).targets() if id.startswith("cnn-activations"))

@@ -105,6 +105,8 @@ MADE = {"bank_views": 64 * "0"}  # what the marker of a target says, of no bank
 class SmallStore:
     """A store with one bank over small shards, and targets of made-up values, without any teacher."""
 
+    values: dict[Task, np.ndarray]  # of the target that the store was made with, where there is one
+
     def __init__(self, where: Any, shards: Sequence[str], views: int = 2) -> None:
         self.store = Store.create(where)
         self.shards = list(shards)
@@ -177,7 +179,8 @@ def files_of(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 def decoded(store: Store, task: Task, codec: str) -> np.ndarray:
     arrays = store.marker(task).arrays
-    return decode(codec, {name: array.read(0, array.shape[0]) for name, array in arrays.items()})
+    values: np.ndarray = decode(codec, {name: array.read(0, array.shape[0]) for name, array in arrays.items()})
+    return values
 
 
 def noise(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
@@ -206,12 +209,12 @@ def with_orientation(image: Image.Image, orientation: int, kind: str) -> bytes:
 
 def optional_features() -> str:
     """What this processor has of NumPy's dispatched features."""
-    from numpy._core import _multiarray_umath as umath
+    from numpy._core import _multiarray_umath as umath  # type: ignore[attr-defined]  # private, and nothing else tells
 
     return " ".join(name for name in umath.__cpu_dispatch__ if umath.__cpu_features__.get(name))
 
 
-def labels_in(*paths: str) -> Counter:
+def labels_in(*paths: str) -> Counter[int | None]:
     return Counter(label for path in paths for label in build_index(path).labels)
 
 

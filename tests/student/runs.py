@@ -79,11 +79,13 @@ def command(world: World, out: Path, recipe: str, *settings: str) -> list[str]:
     return [*words, *[word for setting in (*STUDENT, *settings) for word in ("--set", setting)]]
 
 
-def start(words: list[str], prefix: list[str] | None = None, **environment: str) -> subprocess.Popen[str]:
+def start(
+    words: list[str], prefix: list[str] | None = None, environment: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
     """The command in a process of its own."""
     launcher = prefix or [sys.executable, "-m", "pipeline"]
     return subprocess.Popen(
-        [*launcher, *words], cwd=ROOT, env={**os.environ, **environment}, text=True,
+        [*launcher, *words], cwd=ROOT, env={**os.environ, **(environment or {})}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 

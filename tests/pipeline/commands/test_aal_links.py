@@ -19,6 +19,7 @@ from student.losses.parts import aal_links as of
 from student.settings import LinksConfig
 from tests.conftest import World
 from tests.student.runs import run, u8
+from tests.typed import present
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +62,13 @@ def test_what_it_says_to_train_with_keeps_what_it_shows(trained, capsys):
     assert 0 < selection["kept"] < selection["of"]
     commands = [shlex.split(line.partition(": ")[2]) for line in out.splitlines() if "--set" in line]
     assert len(commands) == 1 + (selection["ranges"] is not None)
-    for words in commands:
+    for command in commands:
         from pipeline.recipes.loader import load
 
-        settings = [word for word in words if word != "--set"]
-        wish = load("aal", settings).losses["aal"].links
-        kept = of.kept("aal", wish, layout, 4)
-        assert layout.count(kept.choice) == selection["kept"]
+        settings = [word for word in command if word != "--set"]
+        loss: Any = load("aal", settings).losses["aal"]
+        kept = of.kept("aal", loss.links, layout, 4)
+        assert layout.count(present(kept.choice)) == selection["kept"]
 
 
 def test_printed_keeps_every_link_and_it_is_said(trained, capsys):

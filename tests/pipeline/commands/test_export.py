@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -71,7 +72,7 @@ def test_the_card_says_how_to_load_it_and_that_works(world, taught, monkeypatch)
     assert "smoke" not in text
     code = text.partition("```python\n")[2].partition("```")[0]
     monkeypatch.chdir(taught)
-    made: dict[str, object] = {}
+    made: dict[str, Any] = {}
     exec(code, made)
     ours, _ = load_student(taught / "last.safetensors")
     theirs = made["model"].state_dict()

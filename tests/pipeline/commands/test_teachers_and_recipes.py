@@ -43,11 +43,11 @@ def test_what_is_offered_is_what_a_store_then_keeps(world) -> None:
     teacher = store.teachers()["vit"]
     arguments = teacher["identity"]["arguments"]
     assert set(arguments) >= {"depth", "embed_dim"}, "the tiny teacher is timm's with other sizes"
-    from precompute import capabilities
+    import timm
 
-    create = capabilities.timm.create_model
+    create = timm.create_model
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(capabilities.timm, "create_model", lambda name, **more: create(name, **{**more, **arguments}))
+        patched.setattr(timm, "create_model", lambda name, **more: create(name, **{**more, **arguments}))
         taps = offers_of("vit_tiny", teacher["identity"]["input size"])["taps"]
     made = {m["identity"]["tap"]: m for m in store.targets().values() if m["teacher"] == "vit"}
     assert len(made.keys() & taps.keys()) >= 4

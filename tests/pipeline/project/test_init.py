@@ -7,6 +7,7 @@ import shlex
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +19,10 @@ from pipeline.project.context import load
 from pipeline.project.init import init, look, sizes
 from storage.errors import UserError
 from storage.progress import NoProgress
-from storage.shards.index import cached_index
+from storage.shards.index import ShardIndex, cached_index
 from storage.testing import TINY_VIT, synthetic_shards
 from storage.views.render import BadImage, size_in
+from tests.typed import present
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def test_from_class_folders_the_commands_that_it_says_run_as_they_stand(photos, 
     result = json.loads(out)
     assert (result["images"], result["classes"], result["side"]) == (120, ["cat", "dog: wild"], 40)
     project = load(Path("pipeline.yaml"))
-    assert project.content.student.img_size == project.content.views.size == 32
+    assert present(project.content.student).img_size == project.content.views.size == 32
     pack, plan, precompute, fit, logits, scratch, taught = result["commands"]
     assert pack == "pipeline pack 'my photos'"
     command(pack, capsys)
@@ -118,9 +120,12 @@ def test_validation_shards_are_told_by_whole_words_in_their_names(tmp_path, caps
 def test_of_many_shards_a_few_are_read(tmp_path, monkeypatch, capsys) -> None:
     synthetic_shards(tmp_path / "data", shards=20, samples=30)
     read = []
-    monkeypatch.setattr(
-        "precompute.plan.cached_index", lambda url, **how: (read.append(url), cached_index(url, **how))[1]
-    )
+
+    def index(url: str, **how: Any) -> ShardIndex:
+        read.append(url)
+        return cached_index(url, **how)
+
+    monkeypatch.setattr("precompute.plan.cached_index", index)
     out = command(f"pipeline init {tmp_path / 'data'} --out {tmp_path / 'p.yaml'} --json", capsys)
     result = json.loads(out)
     assert len(read) <= 8

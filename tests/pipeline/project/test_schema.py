@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -16,11 +17,12 @@ from pipeline.inspection.store import sum_of
 from pipeline.project.context import load
 from pipeline.project.schema import located
 from pipeline.recipes import loader
+from precompute.request import PrecomputeRequest
 from storage.errors import UserError
 from storage.shards.pack import pack
 from storage.store.store import Store
 from storage.testing import TINY_CNN, TINY_VIT
-from tests.conftest import ROOT
+from tests.conftest import ROOT, World
 from tests.pipeline.every_command import every_command
 
 READERS = ["evaluate accuracy", "fit-teacher", "inspect", "plan", "precompute", "train", "verify"]
@@ -43,9 +45,10 @@ def section() -> str:
     return text.split("## A project file")[1].split("\n## ")[0]
 
 
-def example() -> dict:
+def example() -> dict[str, Any]:
     (block,) = re.findall(r"```yaml\n(.*?)```", section(), re.DOTALL)
-    return yaml.safe_load(block)
+    content: dict[str, Any] = yaml.safe_load(block)
+    return content
 
 
 def commands() -> list[list[str]]:
@@ -54,7 +57,7 @@ def commands() -> list[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def place(world, tmp_path_factory) -> Path:
+def place(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as in the README: its shards, its weights, and its file with tiny networks in place of the real ones."""
     folder = tmp_path_factory.mktemp("project")
     content = example()
@@ -179,12 +182,22 @@ def test_a_flag_for_one_teacher_needs_its_name_where_there_are_several(place, ru
     assert "no teacher is called 'vitt'" in run("precompute", "--teacher", "vitt")[2]
 
 
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[PrecomputeRequest]:
+    """What precompute is asked for from now on; it does nothing."""
+    seen: list[PrecomputeRequest] = []
+
+    def precompute(store: object, wanted: PrecomputeRequest, console: object) -> dict[str, list[Any]]:
+        seen.append(wanted)
+        return {"targets": [], "shards": [], "failures": []}
+
+    monkeypatch.setattr("precompute.run.precompute", precompute)
+    return seen
+
+
 def test_the_wait_for_workers_is_that_of_the_flag_else_of_the_file_else_five_minutes(place, run, monkeypatch, tmp_path):
     said = yaml.safe_dump({**yaml.safe_load((place / "pipeline.yaml").read_text()), "worker_timeout": 3600})
     (place / "patient.yaml").write_text(said)
-    seen = []
-    monkeypatch.setattr("precompute.run.precompute", lambda store, wanted, console: seen.append(wanted) or {
-        "targets": [], "shards": [], "failures": []})  # fmt: skip
+    seen = requests(monkeypatch)
     words = ["precompute", "--store", tmp_path / "S", "--teacher", "vit"]
     assert run(*words, "--project", place / "pipeline.yaml")[0] == 0
     assert run(*words, "--project", place / "patient.yaml")[0] == 0
@@ -193,19 +206,17 @@ def test_the_wait_for_workers_is_that_of_the_flag_else_of_the_file_else_five_min
 
 
 def test_workers_or_dask_of_a_flag_are_not_both_with_those_of_the_file(place, run, monkeypatch, tmp_path):
-    import pipeline.options
+    from pipeline.project import context
 
     content = yaml.safe_load((place / "pipeline.yaml").read_text())
     (place / "other.yaml").write_text(yaml.safe_dump({**content, "workers": 3}))
-    seen = []
-    monkeypatch.setattr("precompute.run.precompute", lambda store, wanted, console: seen.append(wanted) or {
-        "targets": [], "shards": [], "failures": []})  # fmt: skip
+    seen = requests(monkeypatch)
     words = ["precompute", "--project", place / "other.yaml", "--store", tmp_path / "S", "--teacher", "vit"]
     assert run(*words)[0] == 0
     assert run(*words, "--dask", "tcp://host:1")[0] == 0
     assert [(one.workers, one.dask) for one in seen] == [(3, None), (None, "tcp://host:1")]
     assert "give one of them" in run(*words, "--dask", "tcp://host:1", "--workers", 2)[2]
-    assert pipeline.options.context.current() is None, "outside of a command there is none"
+    assert context.current() is None, "outside of a command there is none"
 
 
 def test_paths_are_relative_to_the_file_whatever_they_are():
@@ -376,9 +387,10 @@ def test_help_reads_no_project(run, tmp_path, monkeypatch):
     assert run("pack", "nowhere", "out.tar")[2].count("error: nowhere: no such") == 1
 
 
-def plan_of(bank: str, own: int, shared: int, hours: float | None, made: bool = False) -> dict:
-    common = {"bytes": shared, "objects": 1, "missing": {"bytes": 0 if made else shared, "objects": 0 if made else 1}}
-    missing = {"bytes": own + common["missing"]["bytes"], "objects": 2 + common["missing"]["objects"], "view_images": 7}
+def plan_of(bank: str, own: int, shared: int, hours: float | None, made: bool = False) -> dict[str, Any]:
+    lacking = {"bytes": 0 if made else shared, "objects": 0 if made else 1}
+    common = {"bytes": shared, "objects": 1, "missing": lacking}
+    missing = {"bytes": own + lacking["bytes"], "objects": 2 + lacking["objects"], "view_images": 7}
     return {"bank": bank, "bytes": own + shared, "objects": 3, "missing": missing, "shared": common, "hours": hours}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
+from pydantic import BaseModel
 from safetensors.torch import save_file
 
 from pipeline.cli import cli, main
@@ -230,8 +231,13 @@ def test_the_documentation_names_every_setting_and_its_example_is_a_recipe():
     text = (ROOT / "docs" / "recipes.md").read_text()
     example = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
     assert set(validate.validate(example, "docs").losses) == {"crossentropy", "aal", "attention", "second"}
-    models = [schema.Recipe, config.StudentConfig, Schedule, schema.OptimConfig, config.BankChoice, schema.StreamConfig]
-    models += [
+    models: list[type[BaseModel]] = [
+        schema.Recipe,
+        config.StudentConfig,
+        Schedule,
+        schema.OptimConfig,
+        config.BankChoice,
+        schema.StreamConfig,
         schema.ControlConfig,
         schema.PrecisionConfig,
         LinksConfig,

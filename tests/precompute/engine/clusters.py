@@ -114,22 +114,20 @@ class Hook(WorkerPlugin):
         self.act, self.arguments = act, arguments
 
     def setup(self, worker: Any) -> None:
-        from precompute.engine import dask_runner as there
+        from precompute.engine.shard import run_task
 
-        act, arguments, real = self.act, self.arguments, there.run_task
-        self.real, self.backoff = real, there.BACKOFF
-        there.BACKOFF = (0.01, 0.01, 0.01)
+        act, arguments = self.act, self.arguments
 
         def hooked(task: ShardTask, *rest: Any) -> Outcome:
             act(task, *arguments)
-            return real(task, *rest)
+            return run_task(task, *rest)
 
-        there.run_task = hooked
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr("precompute.engine.dask_runner.run_task", hooked)
+        self.patch.setattr("precompute.engine.dask_runner.BACKOFF", (0.01, 0.01, 0.01))
 
     def teardown(self, worker: Any) -> None:
-        from precompute.engine import dask_runner as there
-
-        there.run_task, there.BACKOFF = self.real, self.backoff
+        self.patch.undo()
 
 
 @contextlib.contextmanager
@@ -139,6 +137,12 @@ def hooked(client: Client, act: Callable[..., None], *arguments: Any) -> Iterato
         yield
     finally:
         client.unregister_worker_plugin("hook")
+
+
+def address_of(client: Client) -> str:
+    """Where a client's scheduler listens."""
+    scheduler: Any = client.scheduler
+    return str(scheduler.address)
 
 
 def begun(path: str | Path) -> list[str]:

@@ -29,6 +29,7 @@ from tests.precompute.bare import Bare, bare, encoded, tar
 from tests.precompute.engine.clusters import (
     SAMPLES,
     SLOW,
+    address_of,
     begun,
     command,
     copies,
@@ -77,7 +78,7 @@ def test_contract_1_any_number_of_workers_makes_the_store_of_one_process_bit_for
 
 def test_workers_are_free_of_torch(deit: World, expected: Any, tmp_path: Path, client: Client) -> None:
     place = seeded(deit, tmp_path / "store")
-    result, _ = run(deit, place, dask=client.scheduler.address)
+    result, _ = run(deit, place, dask=address_of(client))
     assert result["written"] == 12
     assert_same(contents(place), expected)
 
@@ -109,7 +110,7 @@ def test_a_poisoned_shard_is_listed_and_not_tried_again_and_the_others_are_finis
     cut.write_bytes(Path(deit.shards[1]).read_bytes()[:100_000])
     shards = [deit.shards[0], corrupt, str(cut), deit.shards[2]]
     with hooked(client, note, str(tmp_path / "begun")):
-        result, lines = run(deit, place, shards, dask=client.scheduler.address)
+        result, lines = run(deit, place, shards, dask=address_of(client))
     failed = {failure["shard"]: failure for failure in result["failures"]}
     assert failed.keys() == {corrupt, str(cut)}
     assert {failure["kind"] for failure in failed.values()} == {"data"}
@@ -120,7 +121,7 @@ def test_a_poisoned_shard_is_listed_and_not_tried_again_and_the_others_are_finis
     assert sorted(begun(tmp_path / "begun")) == sorted(shards), "each was begun once"
     assert attempts(place) == counted(place)
     assert len(counted(place)) == 2 * 2 * 3
-    run(deit, place, dask=client.scheduler.address)
+    run(deit, place, dask=address_of(client))
     assert_same(contents(place), contents(deit.store))
 
 
@@ -158,7 +159,7 @@ def test_a_shard_that_kills_its_workers_is_listed_and_the_others_are_finished(
     good = copies(deit.shards, tmp_path / "good", 4)
     shards = [*good[:position], *deadly, *good[position:]]
     with hooked(mortal, die, str(tmp_path / "begun")):
-        result, _ = run(deit, place, shards, dask=mortal.scheduler.address)
+        result, _ = run(deit, place, shards, dask=address_of(mortal))
     assert [(failure["shard"], failure["kind"]) for failure in result["failures"]] == [(deadly[0], "worker")]
     told = result["failures"][0]["error"]
     assert "workers that had it died, the last at tcp://" in told
@@ -219,12 +220,13 @@ def test_faults_of_input_and_output_are_tried_again_with_pauses_and_others_are_n
             raise raised.pop(0)
         return Outcome("shard", 1)
 
-    monkeypatch.setattr(dask_runner.time, "sleep", slept.append)
+    monkeypatch.setattr("time.sleep", slept.append)
     monkeypatch.setattr(dask_runner, "run_task", fail)
     task = ShardTask(Store.open(deit.store), "u.tar", "b", "t", "g", (), 1)
 
     def attempt(*errors: Exception) -> tuple[Any, int, list[float]]:
-        slept.clear(), tried.clear()
+        slept.clear()
+        tried.clear()
         raised[:] = errors
         return dask_runner.attempt(task, "cpu", 1, lambda done, todo: None), len(tried), list(slept)
 
@@ -261,7 +263,7 @@ def test_on_workers_faults_of_input_and_output_are_tried_again(
 
     place = seeded(deit, tmp_path / "store")
     with hooked(client, fail, str(tmp_path / "begun")):
-        result, _ = run(deit, place, dask=client.scheduler.address)
+        result, _ = run(deit, place, dask=address_of(client))
     assert not result["failures"]
     assert [begun(tmp_path / "begun").count(url) for url in deit.shards] == [1, 3, 1]
     assert_same(contents(place), expected)
@@ -310,7 +312,7 @@ def test_two_thousand_shards_cost_little_each_and_are_handed_over_as_workers_get
     looker.start()
     before = resident()
     taken = answered = 0
-    each = drive(dask_runner.run_on_cluster(client, tasks(two, shards), 2000, "cpu", 1, Silent())) / 2000
+    each = drive(dask_runner.run_on_cluster(client, tasks(two, shards), 2000, "cpu", 1, progress=Silent())) / 2000
     over.set()
     looker.join()
     growth = resident() - before
@@ -326,10 +328,9 @@ def test_two_thousand_shards_cost_little_each_and_are_handed_over_as_workers_get
         local_cluster(1) as alone,
         Client(alone, set_as_default=False) as single,
     ):
-        drive(dask_runner.run_on_cluster(single, tasks(one, shards[:20]), 20, "cpu", 1, Silent()))
-        alone_each = (
-            drive(dask_runner.run_on_cluster(single, tasks(one, shards[20:420]), 400, "cpu", 1, Silent())) / 400
-        )
+        drive(dask_runner.run_on_cluster(single, tasks(one, shards[:20]), 20, "cpu", 1, progress=Silent()))
+        rest = tasks(one, shards[20:420])
+        alone_each = drive(dask_runner.run_on_cluster(single, rest, 400, "cpu", 1, progress=Silent())) / 400
     print(f"{1000 * alone_each:.1f} ms a shard on one worker: two give {alone_each / each:.2f} times as many")
     assert math.isfinite(each)
 

@@ -20,8 +20,20 @@ from distributed import Client
 from precompute.engine.tasks import ShardTask
 from storage.errors import UserError
 from tests.conftest import HANGS, ROOT, Quiet, World
-from tests.precompute.engine.clusters import SLOW, command, copies, end, hooked, processes_of, run, start, until
+from tests.precompute.engine.clusters import (
+    SLOW,
+    address_of,
+    command,
+    copies,
+    end,
+    hooked,
+    processes_of,
+    run,
+    start,
+    until,
+)
 from tests.precompute.stores import assert_same, attempts, contents, counted, failures, seeded
+from tests.typed import present
 
 # ---------------------------------------------------------------------------------------------- running schedulers
 
@@ -30,7 +42,8 @@ class Scheduler:
     """A scheduler and workers as people start them, each a process of its own."""
 
     def __init__(self, folder: Path, **settings: str) -> None:
-        self.folder, self.processes = folder, []
+        self.folder = folder
+        self.processes: list[subprocess.Popen[bytes]] = []
         self.environment = {**os.environ, "PYTHONPATH": str(ROOT), **settings}
         for part in ("scheduler", "worker"):
             (folder / part).mkdir(parents=True)
@@ -87,7 +100,12 @@ def test_a_running_scheduler_is_joined_and_relative_paths_are_those_of_the_comma
     place = seeded(deit, tmp_path / "store")
     dask = scheduler()
     theirs: list[Any] = []  # where the caller's own dask collections are computed while a run has its workers
-    monkeypatch.setattr(Quiet, "say", lambda self, line: theirs.append(get_scheduler()) or self.lines.append(line))
+
+    def say(self: Quiet, line: str) -> None:
+        theirs.append(get_scheduler())
+        self.lines.append(line)
+
+    monkeypatch.setattr(Quiet, "say", say)
     dask.worker("--no-nanny")
     monkeypatch.chdir(tmp_path)
     shards = [os.path.relpath(shard, tmp_path) for shard in deit.shards]
@@ -109,8 +127,8 @@ def test_a_first_worker_is_waited_for_as_long_as_was_said(deit: World, tmp_path:
         run(deit, place, dask=dask.address, worker_timeout=1)
     process = start(command(deit, place, deit.shards, "--dask", dask.address, "--worker-timeout", str(HANGS)))
     try:
-        assert process.stderr is not None
-        until(lambda: f"waiting up to {HANGS} s for the first" in process.stderr.readline().decode(), "it never waited")
+        said = present(process.stderr)
+        until(lambda: f"waiting up to {HANGS} s for the first" in said.readline().decode(), "it never waited")
         dask.worker("--no-nanny")
         _, err = process.communicate(timeout=HANGS)
     finally:
@@ -153,6 +171,7 @@ def test_a_closed_connection_is_told_the_same_way_whoever_meets_it_first(
     deit: World, tmp_path: Path, scheduler: Any, monkeypatch: pytest.MonkeyPatch, method: str, calls: int
 ) -> None:
     import distributed
+    from distributed.comm.core import CommClosedError
 
     place, shards = seeded(deit, tmp_path / "store"), copies(deit.shards, tmp_path / "data", 3)
     dask = scheduler()
@@ -162,7 +181,7 @@ def test_a_closed_connection_is_told_the_same_way_whoever_meets_it_first(
     def breaking(self: Any, *args: Any, **kwargs: Any) -> Any:
         if next(left, False):
             return working(self, *args, **kwargs)
-        raise distributed.comm.CommClosedError("in <TCP (closed)>: Stream is closed")
+        raise CommClosedError("in <TCP (closed)>: Stream is closed")
 
     monkeypatch.setattr(distributed.Client, method, breaking)
     with pytest.raises(UserError, match="the connection to the scheduler was lost; run the same command again"):
@@ -314,7 +333,7 @@ def test_contract_6_a_worker_killed_in_the_middle_of_a_write_is_replaced_and_the
 
     place = seeded(deit, tmp_path / "store")
     with hooked(mortal, kill_in_a_write, str(tmp_path)):
-        result, _ = run(deit, place, dask=mortal.scheduler.address)
+        result, _ = run(deit, place, dask=address_of(mortal))
     assert (tmp_path / "killed").exists()
     assert not result["failures"]
     assert attempts(place) > counted(place), "nobody could remove what the killed worker had begun"

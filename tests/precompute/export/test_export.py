@@ -21,6 +21,7 @@ from storage.errors import UserError
 from storage.store.store import Store
 from storage.testing import TINY_CNN, TINY_VIT, synthetic_shards
 from tests.conftest import ROOT, run_precompute, teacher_of, write_teacher
+from tests.typed import present
 
 COLOURS = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25)}
 
@@ -81,7 +82,7 @@ def cases(weights: dict[str, str]) -> Any:
 
 def reference(case: Case, views: np.ndarray) -> list[np.ndarray]:
     """The taps by other means: F.interpolate, the network's forward, its unfused attention, its modules' outputs."""
-    model = teachers.load_teacher(case.teacher)
+    model: Any = teachers.load_teacher(case.teacher)
     side = case.teacher.input_size
     x = torch.from_numpy(views).permute(0, 3, 1, 2).float() / 255
     if case.size != side:
@@ -90,7 +91,8 @@ def reference(case: Case, views: np.ndarray) -> list[np.ndarray]:
     kept: dict[str, list[torch.Tensor]] = {"row": [], "q": [], "k": [], "maps": [], "tokens": []}
     if case.teacher.model == TINY_VIT[0]:
         model.norm.register_forward_hook(lambda m, a, output: kept["tokens"].append(output))
-        for layer in attention_layers(model):
+        layers: list[Any] = attention_layers(model)
+        for layer in layers:
             layer.fused_attn = False
             layer.attn_drop.register_forward_pre_hook(lambda m, args: kept["row"].append(args[0][:, :, 0]))
             layer.q_norm.register_forward_hook(lambda m, a, output: kept["q"].append(output))
@@ -108,7 +110,7 @@ def reference(case: Case, views: np.ndarray) -> list[np.ndarray]:
             found.append(kept["tokens"][0][:, 0])
         elif tap.name == "activations":
             chosen = [kept["maps"][n - 1] for n in tap.layers or range(1, 5)]
-            new = (tap.grid, tap.grid)
+            new = (present(tap.grid), present(tap.grid))
             found.append(torch.cat([F.interpolate(maps, new, mode="bicubic") for maps in chosen], 1))
         else:
             chosen = kept["row" if tap.name == "class_row" else tap.name]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -43,7 +45,7 @@ def test_stages_are_read_after_the_last_norm_of_the_last_block(name: str, module
 
 def test_a_downsample_in_the_last_block_is_not_mistaken_for_its_last_norm() -> None:
     model = make("resnet10t")
-    last_blocks = [model.get_submodule(f"layer{i}.0") for i in (2, 3, 4)]
+    last_blocks: list[Any] = [model.get_submodule(f"layer{i}.0") for i in (2, 3, 4)]
     assert all(isinstance(list(block.downsample.modules())[-1], nn.BatchNorm2d) for block in last_blocks)
     assert not any("downsample" in name for name, _ in cnn_stages(model))
 
@@ -69,7 +71,7 @@ def test_activations_are_read_before_the_shortcut_is_added_in_place() -> None:
     model = make("resnet10t", channels=[8, 12, 16, 24], stem_width=8, num_classes=3)
     teacher = TappedTeacher(model, [Tap("activations", (4,), 2)], 64, 64, HALF, HALF).eval()
     norm_input: list[torch.Tensor] = []
-    norm = cnn_stages(model)[3][1]
+    norm: Any = cnn_stages(model)[3][1]
     norm.register_forward_pre_hook(lambda module, args: norm_input.append(args[0].clone()))
     with torch.no_grad():
         found = teacher(torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8))[0]

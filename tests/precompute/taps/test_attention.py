@@ -73,7 +73,7 @@ def test_attention_taps_leave_the_output_unchanged_and_can_be_removed() -> None:
     assert torch.equal(before, after)
     assert q.shape == (2, 3, 17, 16)
     assert not taps._q, "a hook that was not taken off would keep tensors"
-    layers = attention_layers(model)
+    layers: list[Any] = attention_layers(model)
     assert not any(part._forward_hooks for layer in layers for part in (layer.q_norm, layer.k_norm))
 
 
@@ -136,7 +136,7 @@ def test_a_teacher_gives_each_tap_as_the_network_itself_does() -> None:
     with torch.no_grad():
         logits, token, q, k, rows = teacher(pixels)
         matrices = seen_attention(model, batch)
-        close = {"rtol": 1e-4, "atol": 1e-5}
+        close: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
         torch.testing.assert_close(logits, model(batch), **close)
         torch.testing.assert_close(token, model.forward_features(batch)[:, 0], **close)
     torch.testing.assert_close(q, torch.stack([watch.q[2], watch.q[0]], 1), **close)
@@ -186,9 +186,10 @@ def test_contract_12_windowed_attention_is_refused_by_name() -> None:
 
 def test_contract_12_a_difference_in_any_one_layer_is_found() -> None:
     model = small_vit()
-    attention_layers(model)[2].scale *= 1.01
+    layer: Any = attention_layers(model)[2]
+    layer.scale *= 1.01
     assert check_attention(model, images()) <= 1e-6  # the tap uses the layer's own scale
-    attention_layers(model)[2].attn_drop.register_forward_pre_hook(lambda module, args: (args[0] * 1.01,))
+    layer.attn_drop.register_forward_pre_hook(lambda module, args: (args[0] * 1.01,))
     with pytest.raises(UserError, match=r"layer 3 .* differs .* by 0.0099 of its largest value"):
         check_attention(model, images())
 

@@ -11,7 +11,6 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from precompute.export import onnx_file as joined
 from precompute.export.onnx_file import export_ready
 from precompute.taps import Tap
 from precompute.taps.target_spec import parse_target
@@ -241,7 +240,7 @@ def test_operators_that_cannot_be_brought_up_to_date_are_refused(
     def unable(model: Any, version: int) -> Any:
         raise RuntimeError("No Adapter From Version $11 for Scan\nat some line")
 
-    monkeypatch.setattr(joined.version_converter, "convert_version", unable)
+    monkeypatch.setattr("onnx.version_converter.convert_version", unable)
     with pytest.raises(UserError, match=r"of version 11 .* \(No Adapter .* Scan\); export it again with opset 13 or"):
         said(small(tmp_path / "g.onnx", opset=11))
 

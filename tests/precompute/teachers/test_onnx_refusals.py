@@ -122,7 +122,8 @@ def branch(tensor: TensorProto) -> NodeProto:
         [node("Identity", tensor.name, "b")], "b", [], [helper.make_tensor_value_info("b", TensorProto.FLOAT, [4])],
         [tensor],
     )  # fmt: skip
-    return node("If", "yes", "f", then_branch=graph, else_branch=graph)
+    found: NodeProto = node("If", "yes", "f", then_branch=graph, else_branch=graph)
+    return found
 
 
 def function(*nodes: NodeProto) -> FunctionProto:

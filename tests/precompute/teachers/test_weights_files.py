@@ -28,7 +28,8 @@ State = dict[str, Tensor]
 
 def state(seed: int = 0, spec: tuple[str, dict[str, Any]] = TINY_VIT) -> State:
     torch.manual_seed(seed)
-    return timm.create_model(spec[0], num_classes=3, **spec[1]).state_dict()
+    model = timm.create_model(spec[0], num_classes=3, **spec[1])
+    return dict(model.state_dict())
 
 
 def saved(path: Path, content: Any) -> str:
@@ -76,7 +77,8 @@ def test_the_weights_that_timms_own_loader_takes_are_taken(tmp_path: Path, conte
 
 
 def test_which_weights_are_taken_is_said_and_a_key_takes_others(tmp_path: Path) -> None:
-    path, lines = saved(tmp_path / "w.pth", {"state_dict": state(0), "state_dict_ema": state(1)}), []
+    path = saved(tmp_path / "w.pth", {"state_dict": state(0), "state_dict_ema": state(1)})
+    lines: list[str] = []
     find(path, say=lines.append)
     assert lines == [
         f"weights of {path}: state_dict_ema (it also has state_dict), as timm chooses; another by --weights-key KEY"

@@ -62,13 +62,13 @@ def refusal(call: Callable[[], object]) -> str:
 
 def lacking() -> str:
     """A protocol of fsspec whose package is not installed here, and that an extra of fsspec installs."""
-    extras = metadata.metadata("fsspec").get_all("Provides-Extra")
+    extras = metadata.metadata("fsspec").get_all("Provides-Extra") or ()
     for protocol in known_implementations:
         try:
             fsspec.get_filesystem_class(protocol)
         except ImportError:
             if protocol in extras:
-                return protocol
+                return str(protocol)
     pytest.skip("all packages that fsspec may use are installed")
 
 
@@ -90,7 +90,7 @@ def test_what_can_never_be_read_is_refused_at_once(read):
 
 
 def test_a_file_system_that_sends_whole_files_is_named():
-    class Wholes(MemoryFileSystem):
+    class Wholes(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
         protocol = "wholes"
 
         def cat_file(self, path: str, start: Any = None, end: Any = None, **_: Any) -> bytes:

@@ -236,7 +236,7 @@ def test_damaged_long_headers_end_in_a_clear_error_or_in_samples(tmp_path, form)
     for _ in range(300):
         bad = bytearray(data)
         at = int(chance.choice(heads))
-        bad[at + int(chance.choice([124, 134, 156, 482, 483, chance.integers(512)]))] = chance.choice(
+        bad[at + int(chance.choice([124, 134, 156, 482, 483, int(chance.integers(512))]))] = chance.choice(
             [0x80, 255, *b"0LKSxgX"]
         )
         bad[at + 512 + int(chance.integers(40))] = chance.choice([0, 255, *b" =\n0129"])  # in names and records

@@ -266,7 +266,12 @@ def test_differences_name_the_field(tmp_path):
 def test_the_cached_index_is_used_until_the_file_changes(tmp_path, monkeypatch):
     path = write_tar(tmp_path / "x.tar", samples(3))
     built = []
-    monkeypatch.setattr(shards, "build_index", lambda url: built.append(url) or build_index(url))
+
+    def build(url: str) -> ShardIndex:
+        built.append(url)
+        return build_index(url)
+
+    monkeypatch.setattr(shards, "build_index", build)
     first = cached_index(path)
     assert cached_index(path) == first == build_index(path)
     assert built == [path]

@@ -85,7 +85,7 @@ def test_webdataset_yields_what_we_read_of_packed_lists(tmp_path, labelled):
     ids=["plain", "other order", "a mark and CRLF", "white space", "quotes", "other columns"],
 )
 def test_every_spelling_of_a_list_is_the_same_list(tmp_path, text):
-    said = []
+    said: list[str] = []
     listed(tmp_path)
     made = packed(listing(tmp_path, text), tmp_path / "out", shuffle=False, say=said.append)
     expected = [("0", {"png": picture(0), "cls": b"1"}), ("1", {"png": picture(1), "cls": b"0"})]
@@ -96,7 +96,7 @@ def test_every_spelling_of_a_list_is_the_same_list(tmp_path, text):
 
 
 def test_a_list_without_labels_is_said_to_be_one(tmp_path):
-    said = []
+    said: list[str] = []
     listed(tmp_path)
     made = packed(listing(tmp_path, "path,lable\n0.png,a\n"), tmp_path / "out", "x.tar", say=said.append)
     assert any(line.endswith("no column is called label, so the shards have no labels") for line in said)
@@ -130,7 +130,7 @@ def test_paths_are_relative_to_the_list_or_absolute_and_keys_are_as_in_folders(t
 
 def test_labels_from_zero_on_are_the_numbers_themselves(tmp_path):
     rows = [f"{i}.png,{label}" for i, label in enumerate([10, 2, *range(11)])]
-    said = []
+    said: list[str] = []
     made = packed(listed(tmp_path, *rows, count=13), tmp_path / "out", shuffle=False, say=said.append)
     assert [int(members["cls"]) for _, members in by_us(*made["train"])] == [10, 2, *range(11)]
     assert made["classes"] == [str(i) for i in range(11)]  # and not 0, 1, 10, 2, …
@@ -141,7 +141,7 @@ def test_labels_from_zero_on_are_the_numbers_themselves(tmp_path):
     "labels", [["1", "2", "3", "10"], ["0", "1", "3", "7"], ["-1", "0", "1", "2"], ["01", "00", "2", "3"]]
 )
 def test_other_numbers_are_names_and_this_is_said(tmp_path, labels):
-    said = []
+    said: list[str] = []
     made = packed(listed(tmp_path, *(f"{i}.png,{label}" for i, label in enumerate(labels))), tmp_path / "out",
                   shuffle=False, say=said.append)  # fmt: skip
     assert made["classes"] == sorted(labels)
@@ -200,7 +200,7 @@ def test_the_classes_beside_a_list_stay_as_they_are_when_shards_come_beside_it(t
     assert (tmp_path / "classes.json").read_text() == '["a",\n"b"]'
 
 
-BAD_LISTS = {
+BAD_LISTS: dict[str, tuple[str | bytes, str]] = {
     "empty": ("", r"line 1: .* the file is empty, expected\n  path,label\n  cats/1\.jpg,cat"),
     "only a mark": ("\ufeff", r"line 1: "),
     "no header": ("0.png,a\n1.png,b\n", r"line 1: .* names the columns; found '0\.png,a', expected\n  path"),

@@ -7,6 +7,7 @@ import json
 import re
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -125,7 +126,7 @@ def test_a_missing_chunk_is_damage_though_zarr_reads_zeros(small):
     array = small.store.marker(task).arrays["data"]
     path = small.store.objects.root / array.path
     (path / "c" / "0" / "0" / "0" / "0").unlink()
-    assert (zarr.open_array(str(path), mode="r")[:] == 0).all()
+    assert not np.any(zarr.open_array(str(path), mode="r")[:])
     with pytest.raises(DamageError, match=re.escape(f"{array.path}/c/0/0/0/0: missing")):
         array.read(0, 1)
     with pytest.raises(DamageError, match="missing"):
@@ -156,12 +157,11 @@ def test_zarr_alone_reads_a_target(kept, codec):
     for task, expected in values[codec].items():
         marker = small.store.marker(task)
         for name, array in marker.arrays.items():
-            alone = zarr.open_array(
-                str(small.store.objects.root / task.folder / marker.content["attempt"] / name), mode="r"
-            )
+            path = small.store.objects.root / task.folder / marker.content["attempt"] / name
+            alone = zarr.open_array(str(path), mode="r")
             assert np.array_equal(alone[:], array.read(0, array.shape[0]))
             assert alone.attrs.asdict() == {"id": task.id, "shard": task.shard, "view": task.view}
-            assert alone.metadata.dimension_names[0] == "sample"
+            assert json.loads((path / "zarr.json").read_text())["dimension_names"][0] == "sample"
         data = decoded(small.store, task, codec)
         assert np.abs(data - expected).max() <= {"u8": 0.02, "f16": 2e-3, "f32": 0}[codec]
 
@@ -245,7 +245,7 @@ def test_the_card_lists_everything_and_its_example_runs(kept, monkeypatch):
     assert rows["u8"].endswith("| u8 |  | 2 | 4 |")
     assert rows[small.policy.bank].endswith("| 2 | 4 |")
     monkeypatch.chdir(small.store.url)
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
     exec(text.split("```python\n")[1].split("```")[0], found)
     first = min(task for task in small.store.done() if task.kind == "target")
     assert np.array_equal(found["values"], small.store.marker(first).arrays["data"].read(0, 70))

@@ -19,7 +19,8 @@ def rows_of_probabilities(seed: int, sharpness: float, shape: tuple[int, ...] = 
     """Softmax of random scores, f32; the sharper, the more of it is almost or wholly zero."""
     scores = np.random.default_rng(seed).normal(size=shape) * sharpness
     exact = np.exp(scores - scores.max(-1, keepdims=True))
-    return (exact / exact.sum(-1, keepdims=True)).astype(np.float32)
+    probabilities: np.ndarray = exact / exact.sum(-1, keepdims=True)
+    return probabilities.astype(np.float32)
 
 
 def log8(shape: tuple[int, ...]) -> Codec:
@@ -27,7 +28,8 @@ def log8(shape: tuple[int, ...]) -> Codec:
 
 
 def there_and_back(codec: Codec, values: np.ndarray) -> np.ndarray:
-    return codec.decode(codec.encode(values))
+    decoded: np.ndarray = codec.decode(codec.encode(values))
+    return decoded
 
 
 @given(seeds, st.sampled_from([0.0, 0.1, 1.0, 3.0, 10.0, 60.0]))
@@ -90,7 +92,8 @@ def topk(k: int, classes: int) -> Codec:
 
 def softmax(logits: np.ndarray) -> np.ndarray:
     exact = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
-    return exact / exact.sum(-1, keepdims=True)
+    probabilities: np.ndarray = exact / exact.sum(-1, keepdims=True)
+    return probabilities
 
 
 def logits_of(seed: int, classes: int, spread: float = 3.0, count: int = 6) -> np.ndarray:

@@ -77,7 +77,7 @@ def test_of_two_threads_that_commit_one_task_one_counts(small):
         def work(number: int, task=task, values=values, barrier=barrier) -> str:
             attempt = small.attempt(task, "f32", values[number])
             barrier.wait()
-            return attempt.commit(MADE).content["attempt"]
+            return str(attempt.commit(MADE).content["attempt"])
 
         with ThreadPoolExecutor(2) as threads:
             counts = list(threads.map(work, range(2)))

@@ -37,7 +37,7 @@ SIZES = {"shape", "chunk_shape", "samples", "size", "layers", "grid", "sample_sh
 
 
 @pytest.fixture(scope="module")
-def copied(world, tmp_path_factory) -> Path:
+def copied(world: World, tmp_path_factory) -> Path:
     return world.copy(tmp_path_factory.mktemp("signed") / "store")
 
 

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
+from PIL import Image
 
 from storage.testing import synthetic_image
 from storage.views.draw import draw_view
@@ -79,20 +80,25 @@ def framings(width: int, height: int) -> dict[str, View]:
 def jobs(images: dict[str, bytes]) -> Iterator[tuple[str, Callable[[], bytes]]]:
     """Everything that is rendered: its name, and what gives its bytes."""
     for name, data in images.items():
-        yield f"decode {name}", lambda data=data: decode(data).tobytes()
+        yield f"decode {name}", functools.partial(_decoded, data)
         for what, view in framings(*decode(data).size).items():
-            yield f"{what}: {name}", lambda data=data, view=view: render(data, view, 37).tobytes()
+            yield f"{what}: {name}", functools.partial(_rendered, data, view)
     for name in ("photo JPEG", "odd PNG", "very wide WEBP"):
         image = decode(images[name])
         for operation, arguments in ARGUMENTS.items():
             for argument in arguments:
                 view = View((0, 0, image.width, image.height), operations=((NUMBERS[operation], argument),))
-                yield (
-                    f"{operation} {argument}: {name}",
-                    lambda image=image, view=view: render(image, view, 37).tobytes(),
-                )
+                yield f"{operation} {argument}: {name}", functools.partial(_rendered, image, view)
     for i in range(200):
         yield f"deit {i}", functools.partial(drawn_pixels, images, i)
+
+
+def _decoded(data: bytes) -> bytes:
+    return decode(data).tobytes()
+
+
+def _rendered(image: bytes | Image.Image, view: View) -> bytes:
+    return render(image, view, 37).tobytes()
 
 
 def drawn_view(images: dict[str, bytes], i: int) -> tuple[bytes, View]:

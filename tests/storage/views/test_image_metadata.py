@@ -7,6 +7,7 @@ import io
 import struct
 import tracemalloc
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from storage.views.image_metadata import without_metadata
 from storage.views.render import decode, size_in
-from tests.storage.helpers import encoded
+from tests.storage.helpers import encoded, same
 from tests.storage.views.handmade import PALETTE, PIXELS, RGB, ROWS, chunk, exif, orientation, png, text_bombs
 
 pytestmark = pytest.mark.usefixtures("never_hangs")
@@ -48,12 +49,12 @@ DAMAGED = {
 @pytest.mark.parametrize("what", [*TOO_LARGE, *DAMAGED])
 def test_a_png_with_metadata_that_pillow_refuses_has_the_pixels_that_it_has_without(tmp_path, what) -> None:
     data = {**TOO_LARGE, **DAMAGED}[what]
-    assert np.array_equal(decode(png((9, 7), 8, 2, ROWS, data)), PIXELS)
+    assert same(decode(png((9, 7), 8, 2, ROWS, data)), PIXELS)
     if "EXIF" not in what:  # what follows the pixels turns them, whatever its checksum is
-        assert np.array_equal(decode(png((9, 7), 8, 2, ROWS, after=data)), PIXELS)
-    assert np.array_equal(decode(png((9, 7), 8, 2, ROWS, data, chunk(b"eXIf", exif(orientation(6))[6:]))), TURNED)
+        assert same(decode(png((9, 7), 8, 2, ROWS, after=data)), PIXELS)
+    assert same(decode(png((9, 7), 8, 2, ROWS, data, chunk(b"eXIf", exif(orientation(6))[6:]))), TURNED)
     plain = decode(png((4, 1), 8, 3, bytes([0, 0, 1, 0, 1]), PALETTE))
-    assert np.array_equal(decode(png((4, 1), 8, 3, bytes([0, 0, 1, 0, 1]), data, PALETTE)), plain)
+    assert same(decode(png((4, 1), 8, 3, bytes([0, 0, 1, 0, 1]), data, PALETTE)), plain)
     (tmp_path / "x.png").write_bytes(png((9, 7), 8, 2, ROWS, data))
     assert size_in(tmp_path / "x.png") == (9, 7)
 
@@ -64,7 +65,7 @@ def test_bombs_are_not_inflated() -> None:
         pixels = decode(data)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert np.array_equal(pixels, PIXELS), what
+        assert same(pixels, PIXELS), what
         assert peak < (2 << 20) + 3 * len(data), what
 
 
@@ -90,7 +91,10 @@ def turning() -> dict[str, bytes]:
                             chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP.encode())),
     }  # fmt: skip
     for kind in ("JPEG", "WEBP", "MPO"):
-        own = {"WEBP": {"lossless": True}, "MPO": {"save_all": True, "append_images": [RGB]}}.get(kind, {})
+        settings: dict[str, dict[str, Any]] = {
+            "JPEG": {}, "WEBP": {"lossless": True}, "MPO": {"save_all": True, "append_images": [RGB]}
+        }  # fmt: skip
+        own = settings[kind]
         found[f"{kind}: EXIF"] = encoded(RGB, kind, exif=exif(orientation(6)), **own)
         found[f"{kind}: a profile"] = encoded(RGB, kind, icc_profile=b"x" * 200_000, exif=exif(orientation(8)), **own)
     found["JPEG: XMP"] = encoded(RGB, "JPEG", xmp=XMP.encode(), comment=b"c" * 60_000)
@@ -102,11 +106,11 @@ def turning() -> dict[str, bytes]:
 @pytest.mark.parametrize("what", turning())
 def test_what_pillow_reads_is_turned_as_pillow_turns_it(what) -> None:
     data = turning()[what]
-    image = Image.open(io.BytesIO(data))
+    image: Image.Image = Image.open(io.BytesIO(data))
     image.load()
     with contextlib.suppress(ValueError):  # a profile that is none
         image = ImageOps.exif_transpose(image)
-    assert np.array_equal(decode(data), image.convert("RGB"))
+    assert same(decode(data), image.convert("RGB"))
 
 
 def segment(marker: int, content: bytes) -> bytes:
@@ -129,7 +133,7 @@ SEGMENTS = {
 def test_a_jpeg_with_damaged_metadata_has_the_pixels_that_it_has_without(what, settings) -> None:
     plain = encoded(RGB, "JPEG", **settings)
     for at in (2, plain.index(b"\xff\xdb")):  # before all, and after JFIF
-        assert np.array_equal(decode(plain[:at] + SEGMENTS[what] + plain[at:]), decode(plain))
+        assert same(decode(plain[:at] + SEGMENTS[what] + plain[at:]), decode(plain))
 
 
 @pytest.mark.parametrize("name", [b"ICCP", b"EXIF", b"XMP "])
@@ -142,7 +146,7 @@ def test_a_webp_with_any_metadata_has_the_pixels_that_it_has_without(name) -> No
         parts = [about, pixels] if name == b"ICCP" else [pixels, about]
         canvas = b"VP8X" + struct.pack("<IB3x", 10, flag) + b"\x08\0\0\x06\0\0"
         content = b"WEBP" + canvas + b"".join(parts)
-        assert np.array_equal(decode(b"RIFF" + struct.pack("<I", len(content)) + content), PIXELS), length
+        assert same(decode(b"RIFF" + struct.pack("<I", len(content)) + content), PIXELS), length
 
 
 def test_real_images_keep_their_pixels(shared) -> None:
@@ -151,7 +155,7 @@ def test_real_images_keep_their_pixels(shared) -> None:
     url = str(shared / "data" / "photos-000000.tar")
     for sample in read_samples(url, index := cached_index(url), range(min(64, len(index)))):
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(sample.image)))
-        assert np.array_equal(decode(sample.image), image.convert("RGB")), sample.key
+        assert same(decode(sample.image), image.convert("RGB")), sample.key
 
 
 def test_files_without_metadata_are_not_copied() -> None:

@@ -215,7 +215,8 @@ def test_a_row_of_a_bank_is_its_view(box, shift, flip, valid):
     view = View(box, shift, flip, valid)
     row = view.row()
     assert View.of(row) == view
-    assert (row.shape, row.dtype) == ((len(COLUMNS),), np.float64)
+    assert row.shape == (len(COLUMNS),)
+    assert row.dtype == np.float64
     assert dict(zip(COLUMNS, row, strict=True))["flip"] == flip
     assert dict(zip(COLUMNS, row, strict=True))["partner"] == -1
 

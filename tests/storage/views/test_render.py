@@ -37,7 +37,8 @@ def test_bytes_and_decoded_images_render_alike():
     view = draw_view(policy("light", 24), "a", 3, (40, 32))
     pixels = render(data, view, 24)
     assert same(pixels, render(decode(data), view, 24))
-    assert (pixels.shape, pixels.dtype) == ((24, 24, 3), np.uint8)
+    assert pixels.shape == (24, 24, 3)
+    assert pixels.dtype == np.uint8
     assert pixels.flags.writeable
 
 
@@ -190,7 +191,7 @@ def test_the_first_frame_of_an_animation_counts(kind):
     frames = [noise(9, 7, seed=seed) for seed in range(3)]
     lossless = {"lossless": True} if kind == "WEBP" else {}
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=40, **lossless)
-    assert Image.open(io.BytesIO(data)).n_frames == 3
+    assert getattr(Image.open(io.BytesIO(data)), "n_frames", 1) == 3
     assert same(decode(data), frames[0])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import timm
@@ -28,14 +29,16 @@ from student.losses.aal import Method, class_maps
 from student.losses.parts import aal_links
 from tests.student.losses.test_aal_links import B3, given
 from tests.student.runs import run, u8, weights
+from tests.typed import grad, present
 
-SMALL = {"img_size": 64, "patch_size": 16, "num_classes": 3}
+SMALL: dict[str, Any] = {"img_size": 64, "patch_size": 16, "num_classes": 3}
 
 
-def pit(name: str = "pit_s_224", **arguments: object) -> nn.Module:
+def pit(name: str = "pit_s_224", **arguments: Any) -> Any:
     torch.manual_seed(0)
     model = timm.create_model(name, **arguments).eval()
-    for layer in attention_layers(model, pooled=True):
+    layers: list[Any] = attention_layers(model, pooled=True)
+    for layer in layers:
         layer.qkv.weight.data.mul_(6)  # attention that is far from uniform
     return model
 
@@ -109,8 +112,9 @@ def test_gradients_reach_every_layer_of_pit():
     resize = [method.get_buffer(f"resize_{side}") if side else None for side in method.sides]
     loss = method.aal(class_maps(taps.q, taps.k, taps.scales, 1, "scaled", resize), torch.randn(2, 952, 4, 4))
     loss.backward()
-    assert pixels.grad.abs().max() > 0
-    for layer in attention_layers(model, pooled=True):
+    assert grad(pixels).abs().max() > 0
+    layers: list[Any] = attention_layers(model, pooled=True)
+    for layer in layers:
         width = layer.qkv.weight.shape[0] // 3
         assert layer.qkv.weight.grad[: 2 * width].abs().max() > 0
     assert model.head.weight.grad is None
@@ -118,7 +122,7 @@ def test_gradients_reach_every_layer_of_pit():
 
 def test_heads_of_each_layer_count_in_links_and_heat():
     layout = aal_links.Layout(B3.stages, B3.channels, (3, 3, 6, 6, 6, 6, 6, 6, 12, 12, 12, 12))
-    choice = aal_links.kept("aal", "alpha", layout, 7).choice
+    choice = present(aal_links.kept("aal", "alpha", layout, 7).choice)
     assert layout.count(choice) == sum(
         channels * sum(layout.heads[first - 1 : last])
         for channels, (first, last) in zip(layout.channels, aal_links.TABLE["alpha"], strict=True)

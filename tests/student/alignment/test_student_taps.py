@@ -11,16 +11,16 @@ import torch
 from precompute.taps import Tap, TappedTeacher
 from storage.errors import UserError
 from student.alignment.student_spec import student_spec
-from student.alignment.student_taps import StudentTaps
+from student.alignment.student_taps import StudentTap, StudentTaps
 from student.alignment.tokens import TokenAligner
 from student.losses.attention_transfer import Settings
 from student.targets.stored_target import StoredTarget
 
-READS = frozenset({"attention", "values", "streams", "tokens"})
+READS: frozenset[StudentTap] = frozenset({"attention", "values", "streams", "tokens"})
 LAYERS = (1, 2, 3)
 
 
-def network(**more: Any) -> torch.nn.Module:
+def network(**more: Any) -> Any:
     torch.manual_seed(0)
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 2}
     return timm.create_model("vit_tiny_patch16_224", **{**sizes, **more}).eval()

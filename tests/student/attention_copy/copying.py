@@ -60,7 +60,8 @@ def distiller_of(
 
 def logits_of(distiller: Distiller, stream: Stream) -> torch.Tensor:
     with torch.no_grad():
-        return distiller.eval()(next(stream.epoch(0)))[0]
+        logits: torch.Tensor = distiller.eval()(next(stream.epoch(0)))[0]
+    return logits
 
 
 def asked(capsys: Any, *words: Any, status: int = 0) -> Any:

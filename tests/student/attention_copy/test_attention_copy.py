@@ -6,6 +6,7 @@ import itertools
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from storage.store.codecs import Codec
 from storage.store.store import Store
 from storage.views.policy import policy
 from student.attention_copy.inference import attach_stored_attention
+from student.data.batch import Batch
 from student.models.attention_copy_hooks import attention_copy_hooks
 from student.models.build import build
 from student.models.files import load_student
@@ -25,6 +27,7 @@ from student.recipe.validate import validate
 from student.training import precision
 from student.training import train as trainer
 from student.training.distiller import find_targets
+from student.training.precision import PrecisionChoice
 from tests.conftest import Quiet, World, run_precompute, teacher_of
 from tests.student.attention_copy.copying import (
     BANK,
@@ -42,6 +45,7 @@ from tests.student.attention_copy.copying import (
 )
 from tests.student.runs import command, job, log, run, same, start, wait_for
 from tests.student.training.test_ranks import together
+from tests.typed import grad, present
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +66,7 @@ def place(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_student_that_is_its_teacher_says_the_same_when_it_copies(world, place, what, fused):
     distiller, stream = distiller_of(world, place, {"tensors": what}, teachers=True)
-    precision.apply(distiller, "none", "fused" if fused else "unfused")
+    precision.apply(distiller, PrecisionChoice("none", fused))
     batch = next(stream.epoch(0))
     assert (batch.shares > 0).any(), "mixed views"
     plain, _ = build(recipe_of({}).student, 3)
@@ -84,7 +88,8 @@ def test_the_map_comes_from_q_and_k_alike(world, place):
     store = Store.open(place)
     train = {m["identity"]["tap"]: id for id, m in store.targets().items() if "deit" in m["identity"]["bank"]}
     by_map, by_qk = ({"target": train["attention"]}, {"target": [train["q"], train["k"]]})
-    assert torch.allclose(*(logits_of(*distiller_of(world, place, one)) for one in (by_map, by_qk)), atol=1e-5)
+    first, second = (logits_of(*distiller_of(world, place, one)) for one in (by_map, by_qk))
+    assert torch.allclose(first, second, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -101,14 +106,15 @@ def test_what_is_replaced_gets_no_gradient_and_all_else_does(world, place, what,
     count = int(heads.partition("-")[2]) if heads else HEADS
     width = SIZES["embed_dim"] // HEADS
     replaced = {"map": "qk", "qk": "qk"}.get(what, what)
-    for n, block in enumerate(distiller.student.blocks):
+    student: Any = distiller.student
+    for n, block in enumerate(student.blocks):
         parts = block.attn.qkv.weight.grad.reshape(3, HEADS, width, -1)
         for part, gradient in zip("qkv", parts, strict=True):
             for head in range(HEADS):
                 zero = n in at and part in replaced and head < count
                 assert (gradient[head].abs().max() == 0) == zero, (n, part, head)
-    others = [p for n, p in distiller.student.named_parameters() if "qkv" not in n]
-    assert all(p.grad.abs().max() > 0 for p in others)
+    others = [p for n, p in student.named_parameters() if "qkv" not in n]
+    assert all(grad(p).abs().max() > 0 for p in others)
 
 
 def test_contract_1_copied_from_an_f32_store_equals_copied_from_the_teacher_in_the_loop(world, place):
@@ -128,7 +134,7 @@ def test_contract_1_copied_from_an_f32_store_equals_copied_from_the_teacher_in_t
             with torch.no_grad():
                 now = {id: teacher(batch.images)[0] for id, teacher in live.items()}
             codecs = {id: Codec("f32", tuple(v.shape[1:]), 1) for id, v in now.items()}
-            at_once = trainer.Batch(
+            at_once = Batch(
                 batch.images, batch.labels, batch.others, batch.shares, batch.ids,
                 {id: {"data": v} for id, v in now.items()}, codecs,
             )  # fmt: skip
@@ -166,11 +172,12 @@ def test_under_autocast_and_compiled_it_copies_alike(world, place, monkeypatch):
     distiller, stream = distiller_of(world, place, {"layers": "first-2"})
     batch = next(stream.epoch(0))
     exact = distiller.eval()(batch)[0]
-    for kernel in ("fused", "unfused"):
-        precision.apply(distiller, "bfloat16", kernel)
-        assert [block.attn.fused_attn for block in distiller.student.blocks] == [False, False, kernel == "fused"]
+    student: Any = distiller.student
+    for fused in (True, False):
+        precision.apply(distiller, PrecisionChoice("bfloat16", fused))
+        assert [block.attn.fused_attn for block in student.blocks] == [False, False, fused]
         assert torch.allclose(distiller(batch)[0], exact, atol=3e-2)
-    precision.apply(distiller, "none", "fused")
+    precision.apply(distiller, PrecisionChoice("none", True))
     monkeypatch.setattr(precision, "BACKEND", "aot_eager")
     precision.compile_student(distiller)
     for one in (batch, *list(stream.epoch(1))[:2], batch):
@@ -186,7 +193,7 @@ def test_averaged_maps_are_the_same_along_that_axis_and_sum_to_one(world, place,
     distiller, stream = distiller_of(world, place, {"average": average})
     batch = next(stream.epoch(0))
     target = batch.target(distiller.targets["attention_copy"][0])
-    maps = distiller.copier.copied([target])["map"]
+    maps = present(distiller.copier).copied([target])["map"]
     axis = {"layers": 1, "heads": 2, "queries": 3}[average]
     assert torch.allclose(maps, target.mean(axis, keepdim=True).expand_as(target))
     assert torch.allclose(maps.sum(-1), torch.ones(()), atol=1e-5)
@@ -207,7 +214,7 @@ def test_the_mean_over_examples_stands_for_all_and_goes_with_the_student(world, 
     expected = store.array(train["attention"]).compute().mean(0, dtype="f8")
     for name in ("last", "ema"):
         model, _ = load_student(tmp_path / "run" / f"{name}.safetensors")
-        (fixed,) = attention_copy_hooks(model).fixed.values()
+        (fixed,) = present(attention_copy_hooks(model)).fixed.values()
         assert torch.allclose(fixed[0].double(), torch.from_numpy(expected), atol=1e-6)
     scored = asked(
         capsys, "evaluate", "accuracy", tmp_path / "run", "--shards", world.shards[0], "--shards", world.shards[1]
@@ -322,14 +329,14 @@ def test_a_control_copies_what_cannot_know_the_image_in_evaluation_too(
     image = tmp_path / "a.png"
     image.write_bytes(synthetic_png())
     if "mean" in control:
-        assert attention_copy_hooks(model).fixed["map"].shape[:3] == (1, DEPTH, HEADS)
+        assert present(attention_copy_hooks(model)).fixed["map"].shape[:3] == (1, DEPTH, HEADS)
         assert asked(capsys, "predict", out, image)["images"]
     else:
         attach_stored_attention(model, about, None, world.shards)
-        lender = attention_copy_hooks(model).lender
+        lender = present(present(attention_copy_hooks(model)).lender)
         assert lender.stored.source(world.shards[0], Store.open(place).shard_ids()[0]).permute == 3
         plain = attention_copy_hooks(load_student(trained / "last.safetensors")[0])
-        assert plain.lender is None
+        assert present(plain).lender is None
         assert "is a control" in asked(capsys, "predict", out, image, status=1)["error"]
 
 
@@ -361,7 +368,7 @@ def test_a_student_s_file_that_says_nonsense_of_copying_is_refused(trained, tmp_
         metadata = {
             "model": about.model, "arguments": json.dumps(about.arguments), "img_size": "32", "mean": "[0.5,0.5,0.5]",
             "std": "[0.5,0.5,0.5]", "classes": "null", "evaluation": about.evaluation,
-            "copying": json.dumps({**about.attention_copy, **change}),
+            "copying": json.dumps({**present(about.attention_copy), **change}),
         }  # fmt: skip
         save_file(model.state_dict(), tmp_path / "a.safetensors", metadata)
         with pytest.raises(UserError, match=r"a\.safetensors: (damaged: attention_copy|does not fit)"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,8 +28,9 @@ def rows_of(store: Path, shard: str, view: int) -> list[Row]:
 
     marker = Store.open(store).marker(Task("bank", DEIT.bank, shard, view))
     path = f"{marker.task.folder}/{marker.content['attempt']}/parameters"
-    array = zarr.open_group(store, mode="r")[path]
-    return [dict(zip(array.attrs["columns"], row, strict=True)) for row in array[:].tolist()]
+    array = zarr.open_array(store / path, mode="r")
+    columns: Any = array.attrs["columns"]
+    return [dict(zip(columns, row, strict=True)) for row in np.asarray(array[:]).tolist()]
 
 
 def alone(data: bytes, row: Row) -> np.ndarray:
@@ -54,7 +56,9 @@ def alone(data: bytes, row: Row) -> np.ndarray:
 
 def operation(image: Image.Image, number: int, argument: float) -> Image.Image:
     def affine(*matrix: float) -> Image.Image:
-        return image.transform(image.size, Image.AFFINE, matrix, resample=Image.BICUBIC, fillcolor=(124, 116, 104))
+        return image.transform(
+            image.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BICUBIC, fillcolor=(124, 116, 104)
+        )
 
     def brighter(value: int) -> int:
         return min(255, value + int(argument)) if value < 128 else value
@@ -67,7 +71,7 @@ def operation(image: Image.Image, number: int, argument: float) -> Image.Image:
         1: lambda: ImageOps.autocontrast(image),
         2: lambda: ImageOps.equalize(image),
         3: lambda: ImageOps.invert(image),
-        4: lambda: image.rotate(argument, resample=Image.BICUBIC, fillcolor=(124, 116, 104)),
+        4: lambda: image.rotate(argument, resample=Image.Resampling.BICUBIC, fillcolor=(124, 116, 104)),
         5: lambda: ImageOps.posterize(image, int(argument)),
         6: lambda: ImageOps.solarize(image, int(argument)),
         7: lambda: image.point([brighter(value) for value in range(256)] * 3),

@@ -7,6 +7,7 @@ import tarfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from storage.store.markers import Task
 from storage.store.store import Store
 from storage.testing import TINY_CNN, synthetic_shards
 from storage.views.policy import policy
+from storage.views.render import render
 from student.data.batch import Batch
 from student.data.block_reader import BlockReader
 from student.data.stream import Stream
@@ -26,6 +28,7 @@ from student.losses.cross_entropy import cross_entropy
 from tests.conftest import run_precompute, teacher_of, write_teacher
 from tests.storage.helpers import write_tar
 from tests.student.data.mixed import DEIT, SEED, SIDE, VIEWS, Expected, all_same, alone, assert_as, rows_of, same
+from tests.typed import present
 
 BROKEN = 17  # of the first shard: bytes that are no image
 
@@ -43,7 +46,7 @@ class Made:
         settings = {"batch": 32, "store": self.store, "targets": self.targets, "seed": 7}
         return Stream(changes.pop("shards", self.shards), **{**settings, **changes})
 
-    def run(self, store: Path, **changes) -> dict:
+    def run(self, store: Path, **changes) -> dict[str, Any]:
         options = {"policy": DEIT, "views": VIEWS, "on_decode_error": "skip", **changes}
         wishes = ["logits", "logits,codec=topk2"]
         return run_precompute(store, self.shards, teacher_of(self.weights, "cnn"), wishes, **options)
@@ -55,7 +58,7 @@ def made(tmp_path_factory) -> Made:
     (first,) = synthetic_shards(folder / "data", shards=1, samples=150, classes=3, kind="jpg", stem="first")
     (second,) = synthetic_shards(folder / "data", shards=1, samples=65, classes=3, seed=4, stem="second")
     with tarfile.open(first) as tar:
-        members = [(member.name, tar.extractfile(member).read()) for member in tar.getmembers()]
+        members = [(member.name, present(tar.extractfile(member)).read()) for member in tar.getmembers()]
     broken = f"first-000000-{BROKEN:05d}.jpg"
     write_tar(Path(first), [(name, b"no image" if name == broken else data) for name, data in members])
     weights = {"cnn": write_teacher(folder / "cnn.safetensors", TINY_CNN)}
@@ -79,11 +82,10 @@ def expected(made) -> dict[tuple[int, int, int], Expected]:
         samples = read_samples(url, index, range(len(index)))
         for view in range(VIEWS):
             rows = rows_of(made.store, index.id, view)
-            own = [alone(s.image, row) if row["valid"] else None for s, row in zip(samples, rows, strict=True)]
-            for i, row in enumerate(rows):
-                if not row["valid"]:
-                    continue
-                image, partner, amount = own[i], int(row["partner"]), int(row["amount"])
+            own = {i: alone(samples[i].image, row) for i, row in enumerate(rows) if row["valid"]}
+            for i, image in own.items():
+                row = rows[i]
+                partner, amount = int(row["partner"]), int(row["amount"])
                 if row["mix"] == 1:
                     blend = own[i] * (1 - amount / 256) + own[partner] * (amount / 256)  # exact in f64
                     image = np.floor(blend + 0.5).astype(np.uint8)
@@ -92,9 +94,10 @@ def expected(made) -> dict[tuple[int, int, int], Expected]:
                     inside = np.zeros((SIDE, SIDE, 1), bool)
                     inside[top:bottom, left:right] = True
                     image = np.where(inside, own[partner], own[i])
-                other = samples[partner].label if row["mix"] else samples[i].label
+                label = present(samples[i].label)
+                other = present(samples[partner].label) if row["mix"] else label
                 share = amount / 256 if row["mix"] else 0
-                found[shard, i, view] = Expected(image, samples[i].label, other, share, partner)
+                found[shard, i, view] = Expected(image, label, other, share, partner)
     return found
 
 
@@ -201,7 +204,7 @@ def test_targets_of_topk_come_with_their_images(made, epochs):
 
 def test_fresh_views_are_mixed_as_the_stored_ones_of_the_epochs_number_are(made, expected):
     fresh = Stream(made.shards[1], batch=16, policy=DEIT, seed=1)
-    seen = Counter()
+    seen = Counter[bool]()
     for epoch in range(VIEWS):
         for batch in fresh.epoch(epoch):
             for row, (_, i, view) in enumerate(batch.ids.tolist()):
@@ -252,7 +255,7 @@ def contents(store: Path) -> dict[str, tuple[bytes, int]]:
 
 
 @pytest.fixture(scope="module")
-def with_pixels(made, tmp_path_factory) -> tuple[Path, str, dict, dict]:
+def with_pixels(made, tmp_path_factory) -> tuple[Path, str, dict[str, Any], dict[str, Any]]:
     """A copy of the store to which the pixels were added: its place, the target's id, its files before and after."""
     place = shutil.copytree(made.store, tmp_path_factory.mktemp("pixels") / "store")
     before = contents(place)
@@ -309,25 +312,18 @@ def test_with_pixels_the_tars_are_not_read_any_more_once_they_were_recognised(ma
 
 
 def test_with_pixels_other_decoders_do_not_matter(made, epochs, with_pixels, monkeypatch):
-    import storage.store.banks
-
-    real = storage.store.banks.render
-    monkeypatch.setattr(storage.store.banks, "render", lambda *arguments: real(*arguments) ^ 1)
+    monkeypatch.setattr("storage.store.banks.render", lambda *arguments: render(*arguments) ^ 1)
     assert all_same(made.stream(store=with_pixels[0]).epoch(0), epochs[0])
 
 
 @pytest.mark.parametrize("flip", [1, 128])
 def test_without_pixels_another_decoder_is_an_error_that_offers_them(made, monkeypatch, flip):
-    import storage.store.banks
-
-    real = storage.store.banks.render
-
     def other(*arguments):
-        pixels = real(*arguments)
+        pixels = render(*arguments)
         pixels[7, 3, 1] ^= flip
         return pixels
 
-    monkeypatch.setattr(storage.store.banks, "render", other)
+    monkeypatch.setattr("storage.store.banks.render", other)
     with pytest.raises(
         IdentityError,
         match=r"key \S+: signature of the view's pixels: expected \w{8}, found \w{8}\n.*\n.*store the pixels themselves"

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from student.data.batch import Batch
 from student.data.stream import Stream
 from student.data.workers import _leave_at_once
 from student.evaluation.batches import evaluation_batches
+from tests.typed import present
 
 
 def stream(world, **changes) -> Stream:
@@ -64,7 +66,7 @@ def test_samples_come_with_their_own_image_label_and_target(world, epochs):
 
 
 def test_every_view_is_used_and_each_block_in_one_view_an_epoch(epochs):
-    seen = {}
+    seen: dict[tuple[int, int, int], int] = {}
     for epoch, batches in enumerate(epochs[:2]):
         for shard, i, view in torch.cat([b.ids for b in batches]).tolist():
             assert seen.setdefault((epoch, shard, i // 64), view) == view
@@ -100,7 +102,7 @@ def test_started_at_a_batch_it_goes_on_as_undisturbed(world, epochs, start):
 
 def test_stopped_in_the_middle_the_next_epoch_is_whole(world, epochs):
     s = stream(world, workers=2)
-    running = s.epoch(0)
+    running: Any = s.epoch(0)
     next(running)
     running.close()
     assert all(same(a, b) for a, b in zip(s.epoch(1), epochs[1], strict=True))
@@ -192,11 +194,8 @@ def test_a_pixel_changed_after_the_start_is_found_when_it_is_read(world, tmp_pat
 
 
 def test_a_mismatch_of_signatures_names_both_sides_decoders(world, monkeypatch):
-    import storage.store.banks
-
-    real = storage.store.banks.render
-    monkeypatch.setattr(storage.store.banks, "render", lambda *args: real(*args) ^ 1)
-    monkeypatch.setattr(storage.store.banks, "renderer", lambda: {"pillow": "1.2.3"})
+    monkeypatch.setattr("storage.store.banks.render", lambda *args: render(*args) ^ 1)
+    monkeypatch.setattr("storage.store.banks.renderer", lambda: {"pillow": "1.2.3"})
     with pytest.raises(IdentityError, match=r"signature of the view's pixels: expected \w{8}, found \w{8}\n.*1\.2\.3"):
         next(stream(world).epoch(0))
 
@@ -228,11 +227,11 @@ def test_a_worker_that_dies_is_named_with_its_signal_wherever_it_is_noticed(worl
     before = set(multiprocessing.active_children())
     batches = s.epoch(0)
     next(batches)
-    _, second = sorted(set(multiprocessing.active_children()) - before, key=lambda process: process.pid)
+    _, second = sorted(set(multiprocessing.active_children()) - before, key=lambda process: present(process.pid))
 
     def killed() -> None:
         with s.watched():
-            os.kill(second.pid, number)
+            os.kill(present(second.pid), number)
             second.join()
             for _ in range(1_000_000):  # PyTorch raises here, or where the next batch is asked for
                 pass
@@ -305,7 +304,7 @@ time.sleep(0.2)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-class _Wrapped(IterableDataset):
+class _Wrapped(IterableDataset[torch.Tensor]):
     """Labels of a stream, for somebody else's DataLoader."""
 
     def __init__(self, stream: Stream) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ def trained(world, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture
 def tell(capsys):
-    def call(*words: object, status: int = 0) -> dict:
+    def call(*words: object, status: int = 0) -> Any:
         with pytest.raises(SystemExit) as ended:
             main([*map(str, words), "--json"])
         said = capsys.readouterr()

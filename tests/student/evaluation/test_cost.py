@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -78,7 +79,8 @@ def test_any_network_can_be_counted_and_is_left_as_it_was(name, size) -> None:
             timm.create_model(name).eval(),
             torch.zeros(1, 3, size, size),
         )
-    for module in attention_modules(plain.requires_grad_(False)):
+    modules: list[Any] = attention_modules(plain.requires_grad_(False))
+    for module in modules:
         module.fused_attn = False
     with FlopCounterMode(display=False) as counter:
         plain(image)

@@ -34,6 +34,7 @@ from student.models.files import load_student as load_student
 from tests.conftest import Quiet, run_precompute, teacher_of, write_teacher
 from tests.storage.helpers import write_tar
 from tests.student.runs import POOLED
+from tests.typed import present
 
 BROKEN = 17  # of the first shard: bytes that are no image
 
@@ -66,7 +67,7 @@ def made(tmp_path_factory) -> Made:
     shards = synthetic_shards(folder / "data", shards=2, samples=150, classes=3)
     val = synthetic_shards(folder / "data", shards=1, samples=60, classes=3, seed=3, stem="val")
     with tarfile.open(shards[0]) as tar:
-        members = [(member.name, tar.extractfile(member).read()) for member in tar.getmembers()]
+        members = [(member.name, present(tar.extractfile(member)).read()) for member in tar.getmembers()]
     broken = f"shard-000000-{BROKEN:05d}.png"
     write_tar(Path(shards[0]), [(name, b"no image" if name == broken else data) for name, data in members])
     weights = {

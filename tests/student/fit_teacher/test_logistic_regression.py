@@ -8,12 +8,13 @@ import timm
 import torch
 
 from precompute.taps import Tap, TappedTeacher
-from precompute.teachers import teacher
 from storage.errors import UserError
+from storage.objects.state_dict import digest_of_file
 from storage.testing import TINY_CNN, TINY_VIT
 from student.fit_teacher.logistic_regression import Examples, Head, fit, held_out, search_strength
 from student.fit_teacher.network import heads_of, network_of, put_in
 from tests.student.runs import POOLED
+from tests.typed import grad
 
 
 def examples_of(count: int = 600, width: int = 6, classes: int = 3, gap: float = 2.0, mix: bool = True) -> Examples:
@@ -48,8 +49,8 @@ def test_the_head_is_where_the_gradient_of_the_written_loss_vanishes():
     z = (x - x.mean(0)) / deviation
     loss = -(soft * (z @ weight.T + bias).log_softmax(1)).sum(1).mean() + l2 / 2 * weight.square().sum()
     loss.backward()
-    assert weight.grad.abs().max() < 1e-5
-    assert bias.grad.abs().max() < 1e-5
+    assert grad(weight).abs().max() < 1e-5
+    assert grad(bias).abs().max() < 1e-5
     assert weight.abs().max() > 0.1
     assert torch.allclose(head.logits(examples.features[rows]), (z @ weight.T + bias).detach(), atol=1e-9)
 
@@ -105,7 +106,7 @@ def test_a_head_on_the_embedding_is_the_classifier_of_any_network(tmp_path, name
     torch.manual_seed(0)
     original = timm.create_model(name, num_classes=7, **arguments)
     save_file(original.state_dict(), tmp_path / "w.safetensors")
-    digest = teacher.digest_of_file(str(tmp_path / "w.safetensors"))
+    digest = digest_of_file(str(tmp_path / "w.safetensors"))
     identity = {"model": name, "arguments": {**arguments, "num_classes": 7}, "weights sha256": digest, "input size": 32}
     recorded = {"id": "t", "identity": identity, "weights": str(tmp_path / "w.safetensors")}
     model = network_of(recorded, None, 4)

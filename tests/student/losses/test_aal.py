@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import timm
@@ -12,6 +13,7 @@ from torch import nn
 from precompute.taps import AttentionTaps
 from student.losses import aal
 from student.losses.aal import AAL, class_maps
+from tests.typed import present
 
 
 def printed(aal: AAL, maps: torch.Tensor, activations: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -87,7 +89,7 @@ def test_a_map_of_zeros_counts_one_and_gives_no_nan():
 def test_full_links_of_deit_s_and_efficientnet_b3():
     aal = AAL(72, 952)
     assert aal.links.weight.numel() == 68_544
-    assert aal.links.weight.numel() + aal.links.bias.numel() == 69_496
+    assert aal.links.weight.numel() + present(aal.links.bias).numel() == 69_496
 
 
 def test_lambda():
@@ -96,7 +98,7 @@ def test_lambda():
     assert weight.at(1) == 1980
 
 
-def taps_of(name: str, **arguments) -> tuple[nn.Module, AttentionTaps, torch.Tensor, int]:
+def taps_of(name: str, **arguments) -> tuple[Any, AttentionTaps, torch.Tensor, int]:
     torch.manual_seed(0)
     model = timm.create_model(name, img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, **arguments).eval()
     for module in model.modules():
@@ -128,7 +130,7 @@ def test_scaled_and_full_coincide_for_one_map_without_bias():
     activations = torch.randn(2, 5, 4, 4)
     one = [class_maps(taps.q, taps.k, taps.scales, prefix, how)[:, :1] for how in ("scaled", "full")]
     aal = AAL(1, 5)
-    nn.init.zeros_(aal.links.bias)
+    nn.init.zeros_(present(aal.links.bias))
     assert torch.allclose(aal(one[0], activations), aal(one[1], activations), rtol=1e-5)
 
 

@@ -24,6 +24,7 @@ from student.settings import LinksConfig
 from student.targets.stored_target import StoredTarget
 from tests.student.losses.test_aal import printed
 from tests.student.runs import run, same, u8
+from tests.typed import present
 
 B3 = Layout(tuple(range(1, 8)), (24, 32, 48, 96, 136, 232, 384), (6,) * 12)
 SMALL = Layout((1, 2), (3, 2), (2, 2, 2))
@@ -32,6 +33,11 @@ DEIT_S = StudentSpec(12, 6, 14, ("class", "distillation"))
 
 def kept(wish: Any, layout: Layout = B3, stages: int = 7) -> aal_links.Kept:
     return aal_links.kept("aal", aal.Settings(links=wish).links, layout, stages)
+
+
+def chosen(wish: Any, layout: Layout = B3, stages: int = 7) -> torch.Tensor:
+    """Which links are kept, where some are not."""
+    return present(kept(wish, layout, stages).choice)
 
 
 def given(layout: Layout = B3, grid: int = 14) -> StoredTarget:
@@ -59,10 +65,10 @@ def test_efficientnet_b3_is_what_table_1_speaks_of():
     ],
 )
 def test_link_counts_of_the_paper(name: Any, by_stage: list[int]):
-    found = kept(name)
-    counts = [int(part.sum()) for part in torch.split(B3.spread(found.choice), list(B3.channels))]
+    found, choice = kept(name), chosen(name)
+    counts = [int(part.sum()) for part in torch.split(B3.spread(choice), list(B3.channels))]
     assert counts == by_stage
-    assert B3.count(found.choice) == {"alpha": 28_608, "beta": 23_280}[name]
+    assert B3.count(choice) == {"alpha": 28_608, "beta": 23_280}[name]
     assert f"{sum(by_stage):,} of 68,544 weights, 952 biases" in found.words
     method = Method("aal", aal.Settings(links=name), DEIT_S, [given()])
     assert int((method.aal.links.weight != 0).sum()) == sum(by_stage)
@@ -77,9 +83,9 @@ def test_full_links_are_all_of_them():
 
 def test_ranges_are_the_table_s_and_come_back_as_they_were_said():
     for name, table in aal_links.TABLE.items():
-        assert torch.equal(kept([list(pair) for pair in table]).choice, kept(name).choice)
-        assert aal_links.ranges_of(kept(name).choice, B3) == [list(pair) for pair in table]
-    some = kept([[2, 3], None], SMALL, 2).choice
+        assert torch.equal(chosen([list(pair) for pair in table]), chosen(name))
+        assert aal_links.ranges_of(chosen(name), B3) == [list(pair) for pair in table]
+    some = chosen([[2, 3], None], SMALL, 2)
     assert some.tolist() == [[False, True, True]] * 3 + [[False] * 3] * 2
     assert aal_links.ranges_of(some, SMALL) == [[2, 3], None]
     some[0, 0] = True
@@ -89,7 +95,7 @@ def test_ranges_are_the_table_s_and_come_back_as_they_were_said():
 
 def test_a_target_of_some_stages_takes_their_rows_of_the_table():
     part = Layout((4, 6), (96, 232), (6,) * 12)
-    choice = kept("alpha", part, 7).choice
+    choice = chosen("alpha", part, 7)
     assert aal_links.ranges_of(choice, part) == [[4, 6], [6, 11]]
 
 
@@ -192,7 +198,7 @@ def some(choice: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, AAL]:
 
 
 def test_pruned_links_give_the_printed_loss_of_what_is_left_and_gradients_to_it_alone():
-    choice = kept([[1, 2], [2, 3]], SMALL, 2).choice
+    choice = chosen([[1, 2], [2, 3]], SMALL, 2)
     maps, activations, aal = some(choice)
     maps.requires_grad_()
     loss = aal(maps, activations)
@@ -212,7 +218,7 @@ def test_pruned_links_give_the_printed_loss_of_what_is_left_and_gradients_to_it_
 def test_pruned_links_stay_zero_under_decay_and_momentum(opt):
     from timm.optim import create_optimizer_v2
 
-    choice = kept([[1, 2], None], SMALL, 2).choice
+    choice = chosen([[1, 2], None], SMALL, 2)
     maps, activations, aal = some(choice)
     mask = SMALL.spread(choice).bool()[:, :, None]
     optimizer = create_optimizer_v2(aal, opt=opt, lr=0.05, weight_decay=0.1, momentum=0.9)
@@ -287,7 +293,7 @@ def test_printed_says_that_it_keeps_everything(world, trained):
     found = aal_links.kept(
         "aal", LinksConfig(run=str(trained), normalize="printed"), aal_links.read(trained, None).layout, 4
     )
-    assert found.choice.all()
+    assert present(found.choice).all()
     assert "360 of 360 weights, all of them (printed puts a weight of 0 near the middle" in found.words
 
 
@@ -357,7 +363,8 @@ def test_hostile_links_end_in_one_error(trained, tmp_path):
 
 def test_links_are_said_in_many_ways_and_nothing_else_is_taken():
     def of(value: Any) -> Any:
-        return validate.validate({"losses": {"aal": {"links": value}}}, "r").losses["aal"].links
+        losses: dict[str, Any] = validate.validate({"losses": {"aal": {"links": value}}}, "r").losses
+        return losses["aal"].links
 
     assert of("alpha") == "alpha"
     assert of("runs/full") == LinksConfig(run="runs/full")
@@ -373,5 +380,5 @@ def test_short_forms_of_settings_grow_when_a_part_is_said():
     from pipeline.recipes.loader import load
 
     settings = ["losses.aal.links=runs/full", "losses.aal.links.normalize=printed"]
-    found = load("aal", settings).losses["aal"].links
-    assert found == LinksConfig(run="runs/full", normalize="printed")
+    losses: dict[str, Any] = load("aal", settings).losses
+    assert losses["aal"].links == LinksConfig(run="runs/full", normalize="printed")

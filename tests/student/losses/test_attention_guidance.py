@@ -171,7 +171,7 @@ def test_input_gradients_down_to_q_k_and_v_of_the_last_layer_alone(loss, heads):
     seen = attending(2, 2, 6, seed=2)
     q, k, v = (seen[name][1].requires_grad_() for name in ("q", "k", "v"))
 
-    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
         parts = {"q": [seen["q"][0], q], "k": [seen["k"][0], k], "v": [seen["v"][0], v], "scales": seen["scales"]}
         return made(step(targets, **parts))
 

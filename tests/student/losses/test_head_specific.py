@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -24,6 +26,7 @@ from student.training.distiller import Distiller, find_targets
 from tests.conftest import World, run_precompute, teacher_of
 from tests.student.alignment.test_matching import given
 from tests.student.losses.test_losses import entropy, values
+from tests.typed import present
 
 KINDS = ("mse", "mse-softmax", "ce", "kl")
 
@@ -91,9 +94,10 @@ def distiller_of(world: World, kept, taught: bool = False, **settings) -> tuple[
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(world, kept, kind):
     distiller, batch = distiller_of(world, kept, True, distance=kind)
     _, found = distiller(batch)
-    least = 0.0
+    least = torch.zeros(())
     if kind == "ce":
-        rows = distiller.losses["it"].rows.teacher_rows([batch.target(id) for id in distiller.targets["it"]])
+        method: Any = distiller.losses["it"]
+        rows = method.rows.teacher_rows([batch.target(id) for id in distiller.targets["it"]])
         least = entropy(rows.clamp_min(1e-30)).mean()
     assert (found["it"] - least).abs() < 2e-6
     found["it"].backward()
@@ -108,12 +112,13 @@ def test_only_heads_that_meet_get_gradients(world, kept, kind):
     distiller, batch = distiller_of(world, kept, distance=kind, layers=[[1, 3]], heads=[[2, 1]])
     _, found = distiller(batch)
     found["it"].backward()
-    first, *later = distiller.student.blocks
+    student: Any = distiller.student
+    first, *later = student.blocks
     moved = first.attn.qkv.weight.grad.unflatten(0, (3, 3, 16)).abs().amax((2, 3)) > 0
     assert moved.tolist() == [[False, True, False], [False, True, False], [False] * 3]
-    after = [first.attn.proj, first.mlp, *later, distiller.student.norm, distiller.student.head]
+    after = [first.attn.proj, first.mlp, *later, student.norm, student.head]
     assert all(p.grad is None or not p.grad.any() for module in after for p in module.parameters())
-    assert distiller.student.patch_embed.proj.weight.grad.any()
+    assert student.patch_embed.proj.weight.grad.any()
 
 
 def test_scores_are_those_of_the_network_before_its_softmax(world, kept):
@@ -121,7 +126,8 @@ def test_scores_are_those_of_the_network_before_its_softmax(world, kept):
     distiller, batch = distiller_of(world, kept, True)
     seen = StudentTaps(distiller.student, frozenset({"attention"}))
     distiller.student(batch.pixels((0.5,) * 3, (0.5,) * 3))
-    scores = distiller.losses["it"].rows.student_rows(seen.q, seen.k, seen.scales)
+    method: Any = distiller.losses["it"]
+    scores = method.rows.student_rows(seen.q, seen.k, seen.scales)
     assert torch.allclose(scores.softmax(-1)[:, 0], attention_rows(seen.q[0], seen.k[0], seen.scales[0]), atol=1e-6)
     meets = head_specific.Settings(heads=[[1, 1]])
     wide = Method(
@@ -137,16 +143,14 @@ def test_samples_that_are_decided_wrongly_do_not_count(world, kept):
     distiller, batch = distiller_of(world, kept, distance="kl", adaptive="teacher-correct")
     assert distiller.targets["it"] == (kept[1]["attention"], kept[1]["logits"])
     assert distiller.rows[0].rule.endswith("3 logits of vit: taken as the same (--same-classes)")
-    method = distiller.losses["it"]
+    method: Any = distiller.losses["it"]
     pixels = batch.pixels(distiller.mean, distiller.std)
     logits = distiller.student(pixels)
-    seen, targets = distiller.seen, tuple(batch.target(id) for id in distiller.targets["it"])
+    seen, targets = present(distiller.seen), tuple(batch.target(id) for id in distiller.targets["it"])
     right = (targets[1].argmax(1) == batch.labels).float()
     assert 0 < right.mean() < 1, "else this tells nothing"
 
-    def loss(
-        labels: torch.Tensor, others: torch.Tensor, shares: torch.Tensor, own: Method = method, **more
-    ) -> LossInputs:
+    def loss(labels: torch.Tensor, others: torch.Tensor, shares: torch.Tensor, own: Method = method, **more) -> Any:
         return own(LossInputs(more.pop("logits", logits), labels, others, shares, seen=seen, targets=targets, **more))
 
     none = torch.zeros(32)

@@ -28,6 +28,7 @@ from student.targets.stored_target import stored_target
 from student.training.distiller import Distiller
 from tests.conftest import run_precompute, teacher_of
 from tests.student.alignment.test_matching import given
+from tests.typed import grad
 
 F64 = torch.float64
 
@@ -76,7 +77,7 @@ def test_attention_distillation_is_the_teacher_s_entropy_when_matched():
 
 def test_squares_are_the_mean_over_all_but_layers():
     student, teacher = values(2, 3, 4, 5, 6), values(2, 3, 4, 5, 6, seed=1)
-    by_layer = sum(F.mse_loss(student[:, n], teacher[:, n]) for n in range(3))
+    by_layer = torch.stack([F.mse_loss(student[:, n], teacher[:, n]) for n in range(3)]).sum()
     assert torch.isclose(attention_transfer.squares(student, teacher), by_layer)
     assert attention_transfer.squares(teacher, teacher) == 0
 
@@ -157,7 +158,7 @@ def test_input_gradients_of_aal_down_to_q_and_k(reading, how):
     target = values(2, 3, 2, 2, seed=1)
     q, k = ([values(2, 2, 5, 3, seed=s + n).requires_grad_() for n in (0, 1)] for s in (2, 4))
 
-    def run(*tensors: torch.Tensor) -> torch.Tensor:
+    def run(*tensors: torch.Tensor) -> Any:
         return loss(class_maps(tensors[:2], tensors[2:], [3**-0.5] * 2, 1, how), target)
 
     assert gradcheck(run, (*q, *k))
@@ -229,7 +230,8 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(world, same, loss, t
         _, found = distiller(batch)
         loss_ = found["it"]
         if tap == "attention":
-            rows = distiller.losses["it"].rows.teacher_rows((batch.target(targets[tap]),))
+            method: Any = distiller.losses["it"]
+            rows = method.rows.teacher_rows((batch.target(targets[tap]),))
             loss_ = loss_ - entropy(rows.clamp_min(1e-30)).mean((0, 3)).mean(1).sum()
         assert loss_.abs() < 2e-5
         if loss.get("distance", "") != "" or tap != "class_row":  # |x| has no gradient at zero
@@ -239,7 +241,8 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(world, same, loss, t
     if tap == "logits":
         assert distiller.notes["it agreement"] == 1
     with torch.no_grad():
-        for block in model.blocks[:2]:
+        blocks: Any = model.blocks
+        for block in blocks[:2]:
             block.attn.qkv.weight.mul_(3)
         _, found = distiller(batch)
     changed = found["it"] - (entropy(rows.clamp_min(1e-30)).mean((0, 3)).mean(1).sum() if tap == "attention" else 0)
@@ -266,8 +269,9 @@ def test_features_of_another_width_meet_by_a_projection_that_is_trained_or_are_r
     found["it"].backward()
     projections = [p for n, p in distiller.losses.named_parameters() if "projections" in n]
     assert [tuple(p.shape) for p in projections] == [(48, 24), (48,)] * 2
-    assert all(p.grad.abs().max() > 0 for p in projections)
-    touched = [p.grad is not None and bool(p.grad.abs().max() > 0) for p in distiller.student.blocks.parameters()]
+    assert all(grad(p).abs().max() > 0 for p in projections)
+    blocks: Any = distiller.student.blocks
+    touched = [p.grad is not None and bool(p.grad.abs().max() > 0) for p in blocks.parameters()]
     count = len(touched) // 3
     assert all(touched[: 2 * count])
     assert not any(touched[2 * count :]), "the third block's stream is not compared"
@@ -280,12 +284,13 @@ def test_only_what_is_compared_gets_a_gradient(world, same):
     )
     batch = next(Stream(world.shards, batch=32, store=same[0], targets=[same[1]["q"]]).epoch(0))
     distiller(batch)[1]["it"].backward()
-    slopes = distiller.student.blocks[0].attn.qkv.weight.grad.reshape(3, 3, 16, 48)
+    blocks: Any = distiller.student.blocks
+    slopes = blocks[0].attn.qkv.weight.grad.reshape(3, 3, 16, 48)
     assert [[bool(s.abs().max() > 0) for s in part] for part in slopes] == [
         [True, True, False], [False] * 3, [False] * 3
     ]  # fmt: skip
-    assert distiller.student.blocks[1].attn.qkv.weight.grad is None
-    assert distiller.student.blocks[0].mlp.fc1.weight.grad is None
+    assert blocks[1].attn.qkv.weight.grad is None
+    assert blocks[0].mlp.fc1.weight.grad is None
 
 
 def test_tokens_after_the_final_norm_are_no_residual_stream(world, same, tmp_path):
@@ -321,7 +326,7 @@ class TwoHeads(nn.Module):
 def two(losses: dict[str, Any], target: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
     recipe = validate({"losses": losses}, "test")
     manifest = {"id": "t", "identity": {}, "sample_shape": [3]}
-    both = {"deit": (SimpleNamespace(target=manifest, teacher={"id": "t", "classes": None}, id="t"),)}
+    both: dict[str, Any] = {"deit": (SimpleNamespace(target=manifest, teacher={"id": "t", "classes": None}, id="t"),)}
     torch.manual_seed(0)
     distiller = Distiller(recipe, TwoHeads(), both if "deit" in losses else {}, (0.5,) * 3, (0.5,) * 3)
     images = torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

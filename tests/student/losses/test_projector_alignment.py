@@ -17,6 +17,7 @@ from student.losses import compress, projector_alignment
 from student.losses.parts.projector import projector
 from student.losses.projector_alignment import distance
 from student.targets.stored_target import StoredTarget
+from tests.typed import grad
 
 F64 = torch.float64
 STUDENT = StudentSpec(2, 3, 4, ("class", "distillation"), width=6)
@@ -53,22 +54,23 @@ def loss(
 # ---------------------------------------------------------------------------------------------- the projector
 
 
+def maps_of(width: int, target: int, **settings: Any) -> list[nn.Module]:
+    return list(projector(width, target, projector_alignment.Settings(**settings)).children())
+
+
 def test_the_projector_has_the_widths_of_the_authors_code():
-    made = projector(192, 384, projector_alignment.Settings())
+    made = maps_of(192, 384)
     *parts, last = made
     assert sum(p.numel() for part in parts for p in part.parameters()) == 370_368
     assert isinstance(last, nn.LayerNorm)
     assert [m.out_features for m in made if isinstance(m, nn.Linear)] == [384, 192, 384, 384]
     assert sum(isinstance(m, nn.GELU) for m in made) == 3
-    linear = projector(192, 384, projector_alignment.Settings(projector="linear"))
-    assert not any(isinstance(m, nn.GELU) for m in linear)
+    assert not any(isinstance(m, nn.GELU) for m in maps_of(192, 384, projector="linear"))
 
 
 @pytest.mark.parametrize(("depth", "widths"), [(1, [9]), (2, [12, 9]), (8, [12, 6, 12, 6, 12, 6, 12, 9])])
 def test_other_depths_alternate_likewise(depth, widths):
-    assert [
-        m.out_features for m in projector(6, 9, projector_alignment.Settings(depth=depth)) if isinstance(m, nn.Linear)
-    ] == widths
+    assert [m.out_features for m in maps_of(6, 9, depth=depth) if isinstance(m, nn.Linear)] == widths
 
 
 def test_depth_zero_is_the_identity_for_one_width_alone():
@@ -104,13 +106,13 @@ def test_input_gradients_reach_the_class_token_alone(reading):
         "it", projector_alignment.Settings(distance=reading, depth=2), STUDENT, [token(9)]
     ).double()
 
-    def run(x: torch.Tensor) -> torch.Tensor:
+    def run(x: torch.Tensor) -> Any:
         return made(SimpleNamespace(student=SimpleNamespace(tokens=x), targets=(target,)))
 
     assert gradcheck(run, mine)
     run(mine).backward()
-    assert (mine.grad[:, 1:] == 0).all()
-    assert (mine.grad[:, 0] != 0).any()
+    assert (grad(mine)[:, 1:] == 0).all()
+    assert (grad(mine)[:, 0] != 0).any()
     assert all(p.grad is not None for p in made.parameters())
 
 
@@ -126,7 +128,7 @@ def test_patch_tokens_meet_by_their_place():
     assert torch.isclose(both, F.mse_loss(mine[:, 0], target[:, 0, 0]))
     mine.requires_grad_()
     loss(projector_alignment.Settings(tokens="patches"), tokens(9), mine, values(2, 1, 17, 9)).backward()
-    assert (mine.grad[:, :2] == 0).all()
+    assert (grad(mine)[:, :2] == 0).all()
 
 
 def test_patches_of_another_grid_are_resized_on_request():

@@ -20,6 +20,7 @@ from tests.conftest import Quiet, World
 from tests.student.runs import job, log, run, same, weights
 from tests.student.training.test_ranks import together
 from tests.student.training.test_resume import Cut, cut_after
+from tests.typed import grad
 
 F64 = torch.float64
 
@@ -47,7 +48,7 @@ def test_seed_s_minimum_is_the_teacher_s_entropy():
     found = seed.cross_entropy(theirs, theirs.detach(), queue, 0.3, 0.3)
     assert torch.isclose(found, -(own.softmax(1) * own.log_softmax(1)).sum(1).mean())
     found.backward()
-    assert theirs.grad.abs().max() < 1e-12
+    assert grad(theirs).abs().max() < 1e-12
     assert seed.cross_entropy(units(4, 6, seed=7), theirs, queue, 0.3, 0.3) > found
 
 
@@ -64,7 +65,7 @@ def test_compress_is_zero_for_a_student_that_is_its_teacher_with_one_queue_and_t
     nothing = compress.divergence(empty, theirs, (queue[:0], queue[:0]), 0.04)
     nothing.backward()
     assert nothing == 0
-    assert (empty.grad == 0).all()
+    assert (grad(empty) == 0).all()
 
 
 def test_input_gradients():
@@ -79,7 +80,8 @@ def test_input_gradients():
 
 @pytest.mark.parametrize(("size", "batch"), [(20, 8), (10, 4), (8, 8), (13, 5), (9, 1)])
 def test_a_queue_is_a_ring_that_holds_the_last_images(size, batch):
-    queue, slots = Queue(size, 2), {}
+    queue = Queue(size, 2)
+    slots: dict[int, torch.Tensor] = {}
     assert queue.held.shape == (0, 2)
     for step in range(12):
         rows = torch.arange(step * batch, (step + 1) * batch)[:, None] + torch.tensor([0.0, 0.5])

@@ -6,6 +6,7 @@ their logarithms; the code computes logarithms from scores in f32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,7 @@ from student.losses import advit, attention_guidance, attention_transfer, head_s
 from student.losses.base import LossInputs
 from student.targets.stored_target import StoredTarget
 from tests.student.alignment.test_matching import given
+from tests.typed import grad
 
 MODULES: dict[str, Any] = {
     "attention": attention_transfer, "guidance": attention_guidance, "head_specific": head_specific, "advit": advit,
@@ -74,7 +76,7 @@ def test_a_gap_costs_what_it_is_and_is_closed(method, settings, gap):
         assert found.item() == pytest.approx(gap, rel=1e-6)
     found.backward()
     pull = compared.softmax(0) - F.one_hot(torch.tensor(1), len(compared))
-    assert torch.allclose(k.grad.flatten()[-len(compared) :].double(), pull, atol=1e-6)
+    assert torch.allclose(grad(k).flatten()[-len(compared) :].double(), pull, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------- heads, tokens, values
@@ -84,7 +86,8 @@ def merged(rows: Tensor, rule: str | None, temperature: float | None = None) -> 
     """Heads of plain rows `[B, H, …, N]` brought together, in f64 and without logarithms until the end."""
     match rule:
         case "mean" | "sum":
-            return getattr(rows, rule)(1, keepdim=True)
+            merge: Callable[..., Tensor] = getattr(rows, rule)
+            return merge(1, keepdim=True)
         case "max" | "min":
             rows = getattr(rows, f"a{rule}")(1, keepdim=True)
         case "log":
@@ -140,7 +143,8 @@ def test_losses_and_gradients_are_those_of_plain_rows_in_f64(which, rule, spread
     expected.backward()
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     for name, exact in (("q", q), ("k", k)):
-        assert torch.allclose(parts[name].grad.double(), exact.grad, rtol=1e-4, atol=1e-6 * exact.grad.abs().max())
+        largest = float(grad(exact).abs().max())
+        assert torch.allclose(grad(parts[name]).double(), grad(exact), rtol=1e-4, atol=1e-6 * largest)
 
 
 @pytest.mark.parametrize("rule", ["mean", "max", "min", "log", None])
@@ -164,7 +168,8 @@ def test_advit_s_reading_of_logarithms_is_that_of_plain_rows_in_f64(distance, ru
     expected.backward()
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     for name, exact in (("q", q), ("k", k)):
-        assert torch.allclose(parts[name].grad.double(), exact.grad, rtol=1e-4, atol=1e-6 * exact.grad.abs().max())
+        largest = float(grad(exact).abs().max())
+        assert torch.allclose(grad(parts[name]).double(), grad(exact), rtol=1e-4, atol=1e-6 * largest)
 
 
 # ---------------------------------------------------------------------------------------------- the teacher's side
@@ -186,7 +191,7 @@ def test_a_student_that_is_its_peaked_teacher_has_nothing_to_learn(taps, heads):
         )
         found.backward(retain_graph=True)
         assert found.abs() < 1e-5
-        assert parts["q"].grad.abs().max() < 1e-4
+        assert grad(parts["q"]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("codec", ["f16", "log8"])

@@ -46,7 +46,7 @@ def recipe_of(**losses) -> Recipe:
 
 def live_of(store: Store, targets: Sequence[str], teachers: dict[str, Teacher]) -> dict[str, torch.nn.Module]:
     """Target -> the PyTorch teacher with its tap, one and the same for targets that differ by their codec."""
-    made: dict = {}
+    made: dict[tuple[str, Tap], torch.nn.Module] = {}
     found = {}
     for target in targets:
         manifest = store.target(target)
@@ -57,7 +57,13 @@ def live_of(store: Store, targets: Sequence[str], teachers: dict[str, Teacher]) 
     return found
 
 
-def compare(stream: Stream, given: dict[str, tuple[StoredTarget, ...]], live: dict, recipe: Recipe, classes: int):
+def compare(
+    stream: Stream,
+    given: dict[str, tuple[StoredTarget, ...]],
+    live: dict[str, torch.nn.Module],
+    recipe: Recipe,
+    classes: int,
+):
     """Largest relative loss error and smallest gradient cosine over the steps, for the total and each loss."""
     torch.manual_seed(0)
     model, _ = build(recipe.student, classes)

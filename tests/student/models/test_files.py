@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import safe_open
@@ -15,7 +16,7 @@ from student import settings as config
 from student.models.build import build
 from student.models.files import StudentDescription, load_student, save_student
 
-ABOUT = {"img_size": 32, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "classes": ("a", "b", "c")}
+ABOUT: dict[str, Any] = {"img_size": 32, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "classes": ("a", "b", "c")}
 COPYING = {
     "layers": [1], "heads": 3, "settings": {}, "store": "S", "teacher": "t", "targets": ["t-q"],
     "graphs": [["a" * 64, 0]], "permute": None,
@@ -24,7 +25,7 @@ DEEP = "[" * 100_000
 
 
 @pytest.fixture(scope="module")
-def file(tmp_path_factory) -> Path:
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = config.StudentConfig(
         model="vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=12, depth=1, num_heads=3
     )
@@ -36,7 +37,7 @@ def file(tmp_path_factory) -> Path:
 
 def metadata(path: Path) -> dict[str, str]:
     with safe_open(path, "pt") as opened:
-        return opened.metadata()
+        return dict(opened.metadata())
 
 
 def test_what_was_written_is_read(file):
@@ -56,7 +57,7 @@ def test_attention_copy_is_read_under_the_names_of_today(file, tmp_path):
     assert about.attention_copy == {**COPYING, "settings": now, "graphs": [["a" * 64, 0]]}
 
 
-WRONG = {
+WRONG: dict[str, list[Any]] = {
     "img_size": [10**12, 0, -1, "32", [32], None],
     "mean": [[0.5], [0.5, 0.5, "x"], 7, None],
     "std": [{"a": 1}, [1, 2, 3, 4]],

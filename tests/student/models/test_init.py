@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.recipes.loader import load as load_recipe
 from storage.errors import UserError
-from student.models import init as module
 from student.models.build import build
 from student.models.files import load_student
 from student.models.init import begin_from, freeze, normalisation
@@ -186,7 +185,7 @@ def test_timms_weights_or_a_clear_error_without_the_hub(monkeypatch, donor):
         torch.manual_seed(3)
         return create(name, embed_dim=48, depth=2, num_heads=3, img_size=64, patch_size=4)
 
-    monkeypatch.setattr(module.timm, "create_model", hub)
+    monkeypatch.setattr(timm, "create_model", hub)
     with pytest.raises(UserError, match=r"vit_tiny_patch16_224 cannot be had from timm's hub: no connection\n  Give a"):
         taken("student.pretrained=true")
     ours, fresh, lines = taken("student.pretrained=true")  # a thousand classes, 64x64

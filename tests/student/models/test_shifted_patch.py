@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -25,6 +26,7 @@ from student.models.files import load_student
 from student.models.shifted_patch import ShiftedPatches, shift_patches, shifted
 from student.settings import StudentConfig
 from tests.student.runs import run, u8
+from tests.typed import grad
 
 
 def test_an_image_is_shifted_by_half_a_patch_in_four_diagonals() -> None:
@@ -50,7 +52,7 @@ def test_a_token_is_the_normed_values_of_its_patch_in_all_five_projected() -> No
     assert torch.allclose(found[:, :, 1, 0], layer.linear(layer.norm(seen)), atol=1e-6)
     before = images.clone().requires_grad_()
     layer(before)[:, :, 1, 0].sum().backward()
-    touched = before.grad.abs().sum((0, 1)) > 0
+    touched = grad(before).abs().sum((0, 1)) > 0
     assert touched[2:, :6].all(), "half a patch around it is seen, within the image"
     assert touched.sum() == 6 * 6
 
@@ -60,7 +62,8 @@ def test_only_the_projection_of_patches_is_another() -> None:
     torch.manual_seed(0)
     plain, _ = build(settings, 3)
     torch.manual_seed(0)
-    made, arguments = build(settings.model_copy(update={"shifted_patches": True}), 3)
+    changed, arguments = build(settings.model_copy(update={"shifted_patches": True}), 3)
+    made: Any = changed
     assert arguments["patch_size"] == 4
     others = [{n: t for n, t in m.state_dict().items() if not n.startswith("patch_embed")} for m in (plain, made)]
     assert all(torch.equal(others[0][name], others[1][name]) for name in others[0])
@@ -87,7 +90,7 @@ def trained(world, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_is_loaded_evaluated_and_exported_as_it_was_trained(world, trained, tmp_path, capsys) -> None:
     model, about = load_student(trained / "last.safetensors")
     assert about.shifted_patches
-    assert isinstance(model.patch_embed.proj, ShiftedPatches)
+    assert isinstance(model.get_submodule("patch_embed.proj"), ShiftedPatches)
     with pytest.raises(SystemExit) as ended:
         main(
             [
@@ -115,7 +118,7 @@ def test_its_card_says_that_no_bare_network_takes_its_weights(trained, monkeypat
     assert "create_model" not in text
     assert "can be a teacher" not in text
     monkeypatch.chdir(trained)
-    made: dict[str, object] = {}
+    made: dict[str, Any] = {}
     exec(text.partition("```python\n")[2].partition("```")[0], made)
     assert isinstance(made["model"].patch_embed.proj, ShiftedPatches)
     _, about = load_student(trained / "last.safetensors")

@@ -18,12 +18,12 @@ from student.targets.stored_target import stored_target
 from student.training.controls import mean_targets
 from student.training.distiller import Distiller
 from student.training.train import train
-from tests.conftest import Quiet, run_precompute, teacher_of
+from tests.conftest import Quiet, World, run_precompute, teacher_of
 from tests.student.runs import job
 
 
 @pytest.fixture(scope="module")
-def target(world) -> str:
+def target(world: World) -> str:
     return world.targets["activations f32"]
 
 
@@ -131,7 +131,7 @@ def test_a_control_of_a_recipe_without_targets_is_refused(world, tmp_path):
         train(job(world, tmp_path / "run", "scratch", "control.permute_targets=1"), Quiet())
 
 
-def test_the_mean_map_over_examples_is_one_of_maps_also_from_q_and_k_and_is_kept(world, tmp_path):
+def test_the_mean_map_over_examples_is_one_of_maps_also_from_q_and_k_and_is_kept(world, tmp_path, monkeypatch):
     """Not the map of the mean q and the mean k; a resumed run has it from its checkpoint."""
     from safetensors.torch import load_file
 
@@ -148,7 +148,7 @@ def test_the_mean_map_over_examples_is_one_of_maps_also_from_q_and_k_and_is_kept
     assert not torch.allclose(kept, (q.mean(0) / 4 @ k.mean(0).transpose(-2, -1)).softmax(-1), atol=1e-4)
     (tmp_path / "run" / "result.json").unlink()
     quiet = Quiet()
-    quiet.start = lambda what, total: quiet.lines.append(what)
+    monkeypatch.setattr(quiet, "start", lambda what, total: quiet.lines.append(what))
     train(job(world, tmp_path / "run", "scratch", *settings, resume=True), quiet)
     assert "mean maps" not in quiet.lines
     assert torch.equal(load_file(tmp_path / "run" / "losses.safetensors")["attention.rows.mean"], kept)

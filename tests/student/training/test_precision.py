@@ -17,6 +17,7 @@ from student.training.distiller import Distiller
 from student.training.setup import build_run
 from tests.conftest import ROOT, Quiet
 from tests.student.runs import command, job, log, run, same, start, u8
+from tests.typed import grad
 
 OLD = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}  # as on a processor with AVX2 alone
 HAS = {"avx512_bf16": True, "amx_bf16": False, "avx2": True}
@@ -72,7 +73,7 @@ def test_on_a_processor_without_bf16_the_study_computes_in_f32(world, tmp_path):
     said = runpy.run_path(str(ROOT / "docs" / "study.py"))["SAME"]
     study = [setting for setting in said if setting.startswith("precision.")]
     for name, settings in (("study", study), ("f32", ["precision.amp_dtype=none", "precision.fused_attn=true"])):
-        process = start(command(world, tmp_path / name, "aal", u8(world), *settings), **OLD)
+        process = start(command(world, tmp_path / name, "aal", u8(world), *settings), environment=OLD)
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
         assert "precision: f32, fused attention\n" in errors
@@ -87,7 +88,7 @@ def test_a_resumed_run_keeps_its_precision_on_another_processor(world, tmp_path)
     run(world, tmp_path / "run", "aal", *settings)
     begun = result_of(tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()  # as if killed at the very end
-    process = start([*command(world, tmp_path / "run", "aal", *settings), "--resume"], **OLD)
+    process = start([*command(world, tmp_path / "run", "aal", *settings), "--resume"], environment=OLD)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert (
@@ -115,7 +116,7 @@ def test_unfused_bfloat16_gives_about_the_same_losses_and_they_are_f32(world, tm
 def test_float16_needs_cuda_and_compilation_a_compiler(world, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"precision\.amp_dtype=float16 needs CUDA .* use bfloat16, none or auto"):
         run(world, tmp_path / "run", "scratch", "precision.amp_dtype=float16")
-    monkeypatch.setattr(precision.shutil, "which", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(UserError, match=r"torch\.compile needs a C\+\+ compiler and finds none"):
         run(world, tmp_path / "run", "scratch", "precision.torchcompile=true")
 
@@ -129,7 +130,7 @@ def compiled(world, tmp_path, monkeypatch, backend: str) -> None:
         distiller.zero_grad()
         _, values = distiller(batch)
         distiller.total(values, 0).backward()
-        return {n: v.item() for n, v in values.items()}, {n: p.grad.clone() for n, p in distiller.named_parameters()}
+        return {n: v.item() for n, v in values.items()}, {n: grad(p).clone() for n, p in distiller.named_parameters()}
 
     plain, slopes = gradients(made.distiller)
     monkeypatch.setattr(precision, "BACKEND", backend)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
+from torch.multiprocessing.spawn import spawn
 
 from storage.testing import synthetic_shards
 from storage.views.policy import policy
@@ -19,6 +19,7 @@ from student.models.build import build
 from student.recipe.validate import validate
 from student.training import checkpoint
 from student.training import train as trainer
+from student.training.step import Update
 from tests.conftest import HANGS, ROOT, Quiet
 from tests.student.runs import command, job, log, run, start, u8, weights
 
@@ -40,7 +41,7 @@ def together(ranks: int, work, *arguments) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    multiprocessing.spawn(_rank, (ranks, port, work, arguments), nprocs=ranks)
+    spawn(_rank, (ranks, port, work, arguments), nprocs=ranks)
 
 
 def _train(number: int, ranks: int, jobs: list[trainer.TrainConfig], urls: list[str], out: Path) -> None:
@@ -72,22 +73,19 @@ def pair(world, tmp_path_factory):
     jobs = {name: job(world, folder / name, "aal", *settings) for name in ("one", "two")}
     jobs["pieces"] = job(world, folder / "pieces", "aal", *settings, "optim.grad_accum_steps=2")
     jobs["both"] = job(world, folder / "both", "aal", *settings, "checkpoint_interval=5")
-    every, trainer.LOG_EVERY = trainer.LOG_EVERY, 1
-    original = trainer.Update.__call__
+    original = Update.__call__
 
     def cut(self, batch, epoch, step):
         if (epoch, step) == (1, 7):
             raise KeyboardInterrupt
         return original(self, batch, epoch, step)
 
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "LOG_EVERY", 1)
         trainer.train(jobs["one"], Quiet())
-        trainer.Update.__call__ = cut
+        patch.setattr(Update, "__call__", cut)
         with pytest.raises(KeyboardInterrupt):
             trainer.train(jobs["both"], Quiet())
-    finally:
-        trainer.Update.__call__ = original
-        trainer.LOG_EVERY = every
     resumed = trainer.TrainConfig(**{**jobs["both"].__dict__, "resume": True})
     urls = synthetic_shards(folder / "odd", shards=3, samples=131, classes=7)
     together(2, _train, [jobs["two"], jobs["pieces"], resumed], urls, folder)

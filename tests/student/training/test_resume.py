@@ -15,6 +15,7 @@ from storage.errors import IdentityError, UserError
 from student import run_dir
 from student.training import checkpoint
 from student.training import train as trainer
+from student.training.step import Update
 from tests.conftest import HANGS, Quiet
 from tests.student.runs import FULL, children, command, job, log, run, same, start, u8, wait_for
 
@@ -32,7 +33,7 @@ class Cut(Exception):
 def cut_after(monkeypatch, steps: int) -> None:
     """The trainer ends after so many updates in this process."""
     done = [0]
-    original = trainer.Update.__call__
+    original = Update.__call__
 
     def counted(self, *arguments):
         if done[0] == steps:
@@ -40,7 +41,7 @@ def cut_after(monkeypatch, steps: int) -> None:
         done[0] += 1
         return original(self, *arguments)
 
-    monkeypatch.setattr(trainer.Update, "__call__", counted)
+    monkeypatch.setattr(Update, "__call__", counted)
 
 
 @pytest.mark.parametrize(("steps", "interval"), [(4, 3), (9, None), (14, 1)])

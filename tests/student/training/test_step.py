@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -89,7 +90,8 @@ def test_rates_fall_by_layer_and_links_have_the_full_one(world, tmp_path):
 def test_dropouts_reach_the_student():
     settings = ["student.drop_path_rate=0.3", "student.drop_rate=0.4", "student.proj_drop_rate=0.1",
                 "student.attn_drop_rate=0.2", "student.global_pool=avg"]  # fmt: skip
-    model, arguments = build(load_recipe("scratch", [*STUDENT, *settings]).student, 3)
+    built, arguments = build(load_recipe("scratch", [*STUDENT, *settings]).student, 3)
+    model: Any = built
     assert model.blocks[-1].drop_path1.drop_prob == pytest.approx(0.3)
     assert (model.head_drop.p, model.blocks[0].attn.proj_drop.p, model.blocks[0].attn.attn_drop.p) == (0.4, 0.1, 0.2)
     assert (model.global_pool, arguments["global_pool"]) == ("avg", "avg")

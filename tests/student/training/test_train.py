@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -243,10 +244,10 @@ def test_a_loss_that_is_not_finite_ends_the_run(world, tmp_path):
 
 
 def test_validation_names_wrong_fields_with_the_nearest():
-    good = {"losses": {"crossentropy": {}}}
+    good: dict[str, Any] = {"losses": {"crossentropy": {}}}
     assert validate(good, "r").losses["crossentropy"].weight.at(3) == 1
     assert validate({**good, "stream": {"bank": "x"}}, "r").stream.bank == BankChoice(id="x")
-    for change, message in [
+    changes: list[tuple[dict[str, Any], str]] = [
         ({"optim": {"epohcs": 3}}, r"optim\.epohcs: no such setting. Did you mean 'epochs'\?"),
         ({"studnet": {}}, r"studnet: no such setting. Did you mean 'student'\?"),
         ({"losses": {"aal": {"wieght": 1}}}, r"losses\.aal\.wieght: no such setting. Did you mean 'weight'\?"),
@@ -267,7 +268,8 @@ def test_validation_names_wrong_fields_with_the_nearest():
         ({"student": {"freeze": 3}}, r"student\.freeze: expected a pattern, or a list"),
         ({"losses": {"mean": {"type": "aal", "map": "half"}}}, r"losses\.mean\.map: should be 'scaled'"),
         ({"optim": {"lr": float("nan")}}, r"optim\.lr: should be a finite number"),
-    ]:
+    ]
+    for change, message in changes:
         with pytest.raises(UserError, match=message):
             validate({**good, **change}, "r")
     with pytest.raises(UserError, match="expected a mapping"):
@@ -305,14 +307,15 @@ def test_devices_that_are_not_there_are_refused(monkeypatch):
 
 
 def test_sizes_that_do_not_go_together_are_refused():
-    for change, message in [
+    changes: list[tuple[dict[str, Any], str]] = [
         ({"num_heads": 5}, "embed_dim 48 is no multiple of num_heads 5"),
         ({"patch_size": 5}, "img_size 32 is no multiple of the patch size 5"),
         ({"img_size": 100, "patch_size": None}, "img_size 100 is no multiple of the patch size 16 of vit_tiny"),
         ({"model": "vit_tinny_patch16_224"}, "Did you mean 'vit_tiny_patch16_224'"),
         ({"model": "vit_tiny"}, "Did you mean 'vit_tiny_patch16_224'"),
         ({"model": "resnet10t"}, "cannot be made"),
-    ]:
+    ]
+    for change, message in changes:
         sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3, **change}
         recipe = validate({"student": sizes, "losses": {"crossentropy": {}}}, "r")
         with pytest.raises(UserError, match=message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -43,7 +44,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture
 def tell(capsys):
-    def call(*words: object, status: int = 0) -> tuple[dict, str]:
+    def call(*words: object, status: int = 0) -> tuple[dict[str, Any], str]:
         with pytest.raises(SystemExit) as ended:
             main([*map(str, words), "--json"])
         said = capsys.readouterr()

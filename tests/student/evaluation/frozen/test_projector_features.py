@@ -33,10 +33,11 @@ def trained(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def kept(folder: Path, settings: projector_alignment.Settings) -> tuple[torch.nn.Module, Path]:
+def kept(folder: Path, settings: projector_alignment.Settings) -> tuple[torch.nn.Sequential, Path]:
     """A projector with numbers of its own, and a student's file beside what was kept of it."""
     torch.manual_seed(0)
     made = projector(6, 9, settings)
+    assert isinstance(made, torch.nn.Sequential)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(torch.randn_like(parameter))
@@ -68,10 +69,11 @@ def test_k_nn_and_probe_through_the_command(world, trained, capsys):
     assert [found[n]["width"] for n in range(5)] == [WIDTH, 2 * WIDTH, WIDTH, 2 * WIDTH, THEIRS]
     model, about = load_student(trained / "last.safetensors")
     through = projected(trained / "last.safetensors", 3)
-    bank, others = (
-        features_of(model, about, [url], lambda network, pixels: through(network.forward_features(pixels)[:, 0]))
-        for url in world.shards
-    )
+
+    def class_token(network: Any, pixels: torch.Tensor) -> Any:
+        return through(network.forward_features(pixels)[:, 0])
+
+    bank, others = (features_of(model, about, [url], class_token) for url in world.shards)
     right = 100 * float((places(bank, others, [20], 3)[20] == 0).float().mean())
     assert found[3]["knn"]["20"]["top1"] == pytest.approx(right, abs=0.01)
     probed = asked(capsys, "evaluate", "linear-probe", *words, "--projector-layers", 1, "--lr", 0.01)

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 pytest.importorskip("scipy")
 
+from typing import Any
+
 import timm
 
 from pipeline.cli import main
@@ -45,7 +47,7 @@ def walked(piece: np.ndarray) -> tuple[list[int], float]:
         return 0 <= y < piece.shape[0] and 0 <= x < piece.shape[1] and bool(piece[y, x])
 
     border, at, back = [start], start, 6  # came from the left
-    first: tuple | None = None
+    first: tuple[Any, int] | None = None
     while True:
         for turn in range(1, 9):
             way = (back + turn) % 8
@@ -180,7 +182,8 @@ def test_a_student_that_looks_everywhere_alike_finds_the_first_pixel(name, flat)
     """As in the authors' code, where a constant map is zeros: its box is (0, 0, 0, 0) at each threshold."""
     model = timm.create_model(name, num_classes=3).eval()
     if flat == "queries":  # all scores are zero
-        for layer in attention_layers(model, pooled=True):
+        layers: list[Any] = attention_layers(model, pooled=True)
+        for layer in layers:
             layer.qkv.weight.data[: layer.qkv.weight.shape[1]] = 0
             layer.qkv.bias.data[: layer.qkv.weight.shape[1]] = 0
     else:  # all patches are the same
@@ -291,7 +294,8 @@ def test_a_map_is_the_mean_of_what_the_class_token_attends_to(trained) -> None:
     looker = ClassAttention(model, "x")
     pixels = torch.randn(3, 3, about.img_size, about.img_size)
     rows = []
-    for layer in attention_layers(model):
+    layers: list[Any] = attention_layers(model)
+    for layer in layers:
         layer.fused_attn = False
         layer.attn_drop.register_forward_hook(lambda _, __, out: rows.append(out[:, :, 0, 1:]))
     found = looker.maps(pixels)

@@ -30,6 +30,7 @@ from tests.conftest import World, run_precompute, teacher_of
 from tests.student.attention_copy.copying import SAME, VALIDATION, asked
 from tests.student.evaluation.similarity.test_metrics import aligned
 from tests.student.runs import run
+from tests.typed import present
 
 VIEW = policy("light", 32).evaluation
 
@@ -228,6 +229,9 @@ def test_of_a_copying_student_the_copied_maps_are_left_out_and_its_streams_are_c
 # ---------------------------------------------------------------------------------------------- what meets
 
 
+NOWHERE: Any = SimpleNamespace(url="S")  # a store of which nothing but its place is asked
+
+
 def given(
     tap: str, layers: list[int] | None, depth: int, shape: list[int], prefix: tuple[str, ...] = ("class",)
 ) -> StoredTarget:
@@ -242,18 +246,19 @@ def test_attention_and_tokens_meet_by_the_layers_that_each_target_knows_of():
         given("attention", [1, 2, 3, 4], 4, [4, 3, 17, 17]),
         given("tokens", [*range(1, 13)], 12, [12, 17, 6]),
     )
-    reference = TeacherTargets(SimpleNamespace(url="S"), "t", (attention,), (tokens,))
-    rows, heads = _rows(student, reference, [])
+    reference = TeacherTargets(NOWHERE, "t", (attention,), (tokens,))
+    met, heads = _rows(student, reference, [])
+    rows = present(met)
     assert heads == (3, 3)
     assert rows.pairs[:3] == [(1, 1), (2, 1), (3, 1)]
     assert rows.pairs[-1] == (12, 4)
-    assert _vectors(student, reference, "all").pairs == [(n, n) for n in range(1, 13)]
+    assert present(_vectors(student, reference, "all")).pairs == [(n, n) for n in range(1, 13)]
 
 
 def test_class_tokens_are_found_among_tokens_that_the_teacher_has_not():
     student = StudentSpec(2, 3, 4, ("register", "class"), width=6)
-    reference = TeacherTargets(SimpleNamespace(url="S"), "t", (), (given("tokens", [1, 2], 2, [2, 17, 6]),))
-    vectors = _vectors(student, reference, "class")
+    reference = TeacherTargets(NOWHERE, "t", (), (given("tokens", [1, 2], 2, [2, 17, 6]),))
+    vectors = present(_vectors(student, reference, "class"))
     tokens = torch.arange(18.0).view(1, 18, 1).expand(2, 18, 6)
     kept = vectors.student_vectors([tokens, tokens])[:, 0]
     assert _chosen(kept, vectors, "class").eq(1).all()
