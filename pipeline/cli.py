@@ -68,7 +68,7 @@ class _Terminated(KeyboardInterrupt):
     """SIGTERM came: schedulers of clusters send it before they kill."""
 
 
-def _terminate(number: int, frame: object) -> None:
+def _terminate(_number: int, _frame: object) -> None:
     raise _Terminated
 
 

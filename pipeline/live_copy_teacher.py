@@ -32,7 +32,7 @@ def live_copy_teacher(model: nn.Module, about: StudentDescription, store: str | 
     """
     copies = attention_copy_hooks(model)
     if copies is None or copies.fixed or about.attention_copy is None:
-        return lambda images: nullcontext()
+        return lambda _images: nullcontext()
     if about.attention_copy["permute"] is not None:
         raise UserError("this student is a control: it copies the attention of other images of a block, not of these")
     opened = Store.open(store or about.attention_copy["store"])

@@ -35,7 +35,8 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, everything else on stderr.")
     @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
     @functools.wraps(command)
-    def wrapped(*args: Any, debug: bool, **kwargs: Any) -> Any:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("debug")  # `main` reads it
         return command(*args, **kwargs)
 
     return wrapped
@@ -51,12 +52,12 @@ class Hinted(click.types.StringParamType):
     def __init__(self, hint: str) -> None:
         self.hint = hint
 
-    def get_missing_message(self, param: click.Parameter, ctx: click.Context | None) -> str:
+    def get_missing_message(self, param: click.Parameter, ctx: click.Context | None) -> str:  # noqa: ARG002 - click's
         """The hint."""
         return self.hint
 
 
-def shards(*names: str, help: str, required: bool = True) -> Callable[..., Any]:
+def shards(*names: str, help: str, required: bool = True) -> Callable[..., Any]:  # noqa: A002 - as click.option
     """Shards, as many as are given."""
     made = (
         "They are cut off by `pipeline pack … --val-fraction 0.1`" if "--val" in names else "`pipeline pack` makes them"

@@ -54,7 +54,7 @@ class LiveTargets:
         store: Store,
         report: VerifyReport,
         weights: tuple[str, ...],
-        say: Callable[[str], None] = lambda line: None,
+        say: Callable[[str], None] = lambda _line: None,
     ) -> None:
         self.store, self.report, self.say = store, report, say
         self.done = store.done()

@@ -79,7 +79,7 @@ def process_group(device: str) -> Iterator[torch.device]:
 def _speaks_first() -> bool:
     """Whether no other rank has told yet what went wrong."""
     try:
-        store = dist.distributed_c10d._get_default_store()
+        store = dist.distributed_c10d._get_default_store()  # noqa: SLF001 - PyTorch gives it in no other way
         return bool(store.add("teacher-store: told", 1) == 1)
     except Exception:  # whoever kept the store is gone, and has told
         return dist.get_rank() == 0
@@ -179,7 +179,7 @@ class Processor:
         if hasattr(torch.cpu, "get_capabilities"):
             flags = torch.cpu.get_capabilities()
         else:  # torch before 2.11
-            flags = {"avx512_bf16": torch.cpu._is_avx512_bf16_supported()}
+            flags = {"avx512_bf16": torch.cpu._is_avx512_bf16_supported()}  # noqa: SLF001
         supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
         return cls(torch.backends.cpu.get_cpu_capability(), flags, bool(supported and supported()))
 

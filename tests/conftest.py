@@ -62,7 +62,7 @@ def exported_anew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     folder = of_all_workers(tmp_path_factory) / "graphs"
     folder.mkdir(exist_ok=True)
-    graph = precompute.export.pytorch._graph
+    graph = precompute.export.pytorch.graph_of
 
     def once(module: Any, views: torch.Tensor, outputs: Any) -> bytes:
         about = (repr(module), module.taps, module.input_size, tuple(views.shape), tuple(outputs))
@@ -75,9 +75,9 @@ def exported_anew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
                 made.write_bytes(graph(module, views, outputs))
         return made.read_bytes()
 
-    precompute.export.pytorch._graph = once
-    yield graph
-    precompute.export.pytorch._graph = graph
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precompute.export.pytorch, "graph_of", once)
+        yield graph
 
 
 @pytest.fixture(scope="session")
@@ -175,7 +175,7 @@ def run_precompute(store: Any, shards: list[str], teacher: Any, targets: list[st
     settings.update(changes)
     wishes = settings.pop("wishes", [wish for text in targets for wish in parse_target(text)])
     place = Store.create(store) if isinstance(store, str | Path) else store
-    dask_runner._held.clear()  # a test may have put another session in its place
+    dask_runner.held_session.clear()  # a test may have put another session in its place
     result = precompute(place, PrecomputeRequest(shards, teacher, wishes, **settings), Quiet())
     if result["failures"]:
         raise UserError("\n".join(failure["error"] for failure in result["failures"]))

@@ -205,12 +205,12 @@ def against_torch(world: World, names: Sequence[str], turns: int, progress: Prog
             progress.say(f"  torch.compile does not work here: {first_line(error)[:100]}")
         sessions: dict[str, Session | _Torch] = {"engine": case.session, **rivals}
         found = interleaved({n: functools.partial(case.engine, s) for n, s in sessions.items()}, turns)
-        for rival in rivals:
-            rows.append(Row(
-                2, case.name, f"precompute ÷ with {rival}", ratios(found[rival], found["engine"]), turns,
-                {"samples_per_second": {n: round(case.samples / Spread.of(found[n]).median, 2) for n in sessions},
-                 "batch": batch},
-            ))  # fmt: skip
+        speeds = {n: round(case.samples / Spread.of(found[n]).median, 2) for n in sessions}
+        about = {"samples_per_second": speeds, "batch": batch}
+        rows += [
+            Row(2, case.name, f"precompute ÷ with {rival}", ratios(found[rival], found["engine"]), turns, about)
+            for rival in rivals
+        ]
     return rows
 
 

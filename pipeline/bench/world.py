@@ -36,7 +36,7 @@ TEACHERS = {
 }
 
 
-def photo(label: int, rng: np.random.Generator, size: tuple[int, int] = PHOTO) -> Image.Image:
+def photo(_label: int, rng: np.random.Generator, size: tuple[int, int] = PHOTO) -> Image.Image:
     """Noise with the spectrum of photographs, so that JPEG files of it are as large and as slow to decode."""
     image = np.zeros((size[1], size[0], 3), np.float32)
     for octave in range(1, 8):

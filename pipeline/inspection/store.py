@@ -98,8 +98,9 @@ def plan_lines(result: dict[str, Any]) -> list[str]:
             f"target {target['target']}: {size_text(target['bytes_per_view_image'])} a view image, "
             f"{size_text(target['bytes'])} in all{_error(target['error'])}"
         )
-        for other in target["cheaper"]:
-            lines.append(f"  codec={other['codec']}: {size_text(other['bytes'])}{_error(other)}")
+        lines += [
+            f"  codec={other['codec']}: {size_text(other['bytes'])}{_error(other)}" for other in target["cheaper"]
+        ]
     if result["measured"]:
         measured = result["measured"]
         lines.append(

@@ -95,7 +95,7 @@ def _shield(client: Client) -> None:
     from distributed import WorkerPlugin
 
     class Shield(WorkerPlugin):
-        def setup(self, worker: Any) -> None:
+        def setup(self, worker: Any) -> None:  # noqa: ARG002 - distributed names it
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
 

@@ -54,15 +54,15 @@ _one_at_a_time = threading.Lock()
 _stopped: set[str] = set()  # runs whose tasks are to lay down their work
 
 
-_held: dict[tuple[object, ...], Session] = {}  # the one session of this process
+held_session: dict[tuple[object, ...], Session] = {}  # the one session of this process
 
 
 def _session(task: ShardTask, provider: str, threads: int) -> Session:
     key = (task.store.url, task.graph, provider, threads)
-    if key not in _held:
-        _held.clear()
-        _held[key] = open_session(task.store.graph(task.teacher, task.graph), provider, threads)
-    return _held[key]
+    if key not in held_session:
+        held_session.clear()
+        held_session[key] = open_session(task.store.graph(task.teacher, task.graph), provider, threads)
+    return held_session[key]
 
 
 def retry_io(call: Callable[[], T]) -> T:

@@ -70,7 +70,7 @@ def missing(task: ShardTask, index: ShardIndex) -> dict[int, list[TargetOutput]]
 
 
 def run_task(
-    task: ShardTask, open_session: Callable[[], Session], threads: int, report: ReportProgress = lambda done, todo: None
+    task: ShardTask, open_session: Callable[[], Session], threads: int, report: ReportProgress = lambda *_: None
 ) -> Outcome:
     """Make all missing targets of one shard.
 

@@ -150,7 +150,7 @@ def _exported(module: TappedTeacher, images: np.ndarray, provider: str, name: st
     given, attention_error = read_taps(module, views, name)
     expected = [output.numpy() for output in given]
     with _told(f"{name}: PyTorch cannot export it as an ONNX graph"):
-        graph = _graph(module, views[:2], outputs)
+        graph = graph_of(module, views[:2], outputs)
     session = open_session(graph, provider)
     found = session.run(images)
     parity = tuple(compare([output[:CHECKED] for output in found], expected, taps, name))
@@ -184,7 +184,8 @@ def _told(what: str) -> Iterator[None]:
         raise _CannotExport(f"{what}: {type(cause).__name__}: {first_line(cause)}") from error
 
 
-def _graph(module: TappedTeacher, views: Tensor, outputs: Sequence[str]) -> bytes:
+def graph_of(module: TappedTeacher, views: Tensor, outputs: Sequence[str]) -> bytes:
+    """A teacher with its taps as an ONNX file of a free batch, without what its nodes were traced from."""
     return stripped(model_of(module, {"images": views}, outputs))
 
 

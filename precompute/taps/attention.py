@@ -196,5 +196,5 @@ class AttentionTaps:
         self._qkv.clear()
 
 
-def _keep(kept: dict[int, Tensor], number: int, module: nn.Module, args: Any, output: Tensor) -> None:
+def _keep(kept: dict[int, Tensor], number: int, _module: nn.Module, _args: Any, output: Tensor) -> None:
     kept[number] = output

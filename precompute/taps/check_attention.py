@@ -144,5 +144,5 @@ def _largest_difference(
     return worst
 
 
-def _keep_input(kept: dict[int, Tensor], number: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+def _keep_input(kept: dict[int, Tensor], number: int, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
     kept[number] = args[0]

@@ -139,5 +139,5 @@ class TappedTeacher(nn.Module):
         return torch.stack([read[i] for i in chosen], 1)
 
 
-def _keep_copy(kept: dict[Any, Tensor], number: Any, module: nn.Module, args: Any, output: Tensor) -> None:
+def _keep_copy(kept: dict[Any, Tensor], number: Any, _module: nn.Module, _args: Any, output: Tensor) -> None:
     kept[number] = output.clone()  # a ResNet adds the shortcut to it in place

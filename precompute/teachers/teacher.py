@@ -112,7 +112,7 @@ def find_teacher(
     std: Sequence[float] | None = None,
     teacher_name: str | None = None,
     weights_key: str | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] = lambda _line: None,
 ) -> Teacher:
     """The teacher of a short name or any timm name; what is not given comes from timm's record of the weights.
 

@@ -243,7 +243,7 @@ class RemoteObjectStore:
     def walk(self, folder: str) -> list[str]:
         """The sorted keys of all objects below a folder."""
         self.files.invalidate_cache()
-        start = len(self.files._strip_protocol(self.root)) + 1
+        start = len(self.files._strip_protocol(self.root)) + 1  # noqa: SLF001 - what `find` gives begins so
         with networked(self.url):
             return sorted(path[start:] for path in self.files.find(self._path(folder)))
 

@@ -156,7 +156,7 @@ def build_index(url: str) -> ShardIndex:
     return ShardIndex(summary, tuple(keys), tuple(digests), tuple(labels), tuple(starts), tuple(left_out))
 
 
-def with_samples(urls: Sequence[str], say: Callable[[str], None] = lambda line: None) -> list[str]:
+def with_samples(urls: Sequence[str], say: Callable[[str], None] = lambda _line: None) -> list[str]:
     """The shards that have samples; `say` is told of the others. Raises UserError: none has any; as `cached_index`."""
     found = []
     for url in urls:

@@ -67,7 +67,7 @@ def pack(
     fraction: float = 1.0,
     seed: int = 0,
     shuffle: bool = True,
-    say: Say = lambda line: None,
+    say: Say = lambda _line: None,
 ) -> dict[str, Any]:
     """Write shards; what was written, as `{"train": [...], "val": [...], "samples": …, "classes": …, "left_out": …}`.
 

@@ -65,7 +65,7 @@ def verify(
     store: Store,
     shards: Sequence[str] = (),
     samples: int = 64,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] = lambda _line: None,
     look: Check | None = None,
     report: VerifyReport | None = None,
 ) -> VerifyReport:

@@ -107,7 +107,7 @@ def _require_tokens(model: nn.Module, blocks: Sequence[nn.Module], images: Tenso
     """That each block gives so many tokens of such a width, `[N, D]` of an image. Raises UserError."""
     found: list[tuple[int, ...]] = []
     handles = [
-        b.register_forward_hook(lambda module, args, given: found.append(tuple(given.shape[1:]))) for b in blocks
+        b.register_forward_hook(lambda _module, _args, given: found.append(tuple(given.shape[1:]))) for b in blocks
     ]
     try:
         with torch.no_grad():

@@ -90,7 +90,7 @@ class StudentTaps:
         self._tokens.clear()
 
 
-def _keep(kept: dict[int, Tensor], number: int, module: nn.Module, args: Any, output: Tensor) -> None:
+def _keep(kept: dict[int, Tensor], number: int, _module: nn.Module, _args: Any, output: Tensor) -> None:
     kept[number] = output
 
 

@@ -84,7 +84,7 @@ class _Parts(IterableDataset[list[BlockPart]]):
             yield error
 
 
-def _leave_at_once(worker: int) -> None:
+def _leave_at_once(_worker: int) -> None:
     """A worker that is told to stop ends without the interpreter's teardown.
 
     Its queue's thread may be inside PyTorch just then; a thread that the teardown ends inside C++ aborts the

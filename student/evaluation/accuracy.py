@@ -49,7 +49,7 @@ def evaluate(
     std: Sequence[float],
     batch: int = 256,
     device: torch.device | str = "cpu",
-    advance: Callable[[int], None] = lambda samples: None,
+    advance: Callable[[int], None] = lambda _samples: None,
     rank: int = 0,
     ranks: int = 1,
     most: int | None = None,

@@ -52,7 +52,7 @@ def ensemble_predictions(
     ensemble: bool = False,
     device: torch.device | str = "cpu",
     batch: int = 256,
-    advance: Callable[[int], None] = lambda samples: None,
+    advance: Callable[[int], None] = lambda _samples: None,
 ) -> Predictions:
     """What each classifier sees in a set, every sample once, on its own evaluation view.
 

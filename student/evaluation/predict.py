@@ -20,7 +20,7 @@ from storage.views.render import BadImage, decode, render
 from student.models.files import StudentDescription
 
 
-def found_in(places: Sequence[Path], say: Callable[[str], None] = lambda line: None) -> list[Path]:
+def found_in(places: Sequence[Path], say: Callable[[str], None] = lambda _line: None) -> list[Path]:
     """The images that paths stand for, in their order; a folder stands for those in it, at any depth.
 
     Links that lead nowhere are among them, as files that cannot be read. `say` gets a line about each kind of other
@@ -53,9 +53,9 @@ def predict(
     about: StudentDescription,
     files: Sequence[Path],
     top: int,
-    advance: Callable[[int], None] = lambda images: None,
+    advance: Callable[[int], None] = lambda _images: None,
     batch: int = 64,
-    beside: Callable[[np.ndarray], AbstractContextManager[None]] = lambda images: nullcontext(),
+    beside: Callable[[np.ndarray], AbstractContextManager[None]] = lambda _images: nullcontext(),
 ) -> tuple[list[tuple[str, list[tuple[str, float]]]], list[tuple[str, str]]]:
     """(file, its `top` classes with their probabilities, the largest first) for each image; (file, reason) of others.
 

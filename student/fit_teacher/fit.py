@@ -157,7 +157,7 @@ def choose_target(store: Store, target: str | None, teacher: str | None) -> str:
 
 
 def read_examples(
-    stream: Stream, target: str, classes: int, say: Callable[[str], None] = lambda line: None, memory: int | None = None
+    stream: Stream, target: str, classes: int, say: Callable[[str], None] = lambda _: None, memory: int | None = None
 ) -> Examples:
     """Stored features of all valid samples in all views, with their mixed labels: shard, view and sample in order.
 

@@ -154,7 +154,7 @@ def search_strength(
     classes: int,
     seed: int,
     strengths: Sequence[float] = STRENGTHS,
-    advance: Callable[[int], None] = lambda steps: None,
+    advance: Callable[[int], None] = lambda _steps: None,
 ) -> list[StrengthTrial]:
     """What each λ gives on blocks that it was not fitted on, best first; of equally good ones the stronger first.
 

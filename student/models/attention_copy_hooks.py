@@ -87,13 +87,13 @@ class AttentionCopyHooks:
         new = copied[:, at].to(own).expand(len(own), *copied.shape[2:])
         return new if self.heads == own.shape[1] else torch.cat([new, own[:, self.heads :]], 1)
 
-    def _map(self, at: int, layer: Any, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _map(self, at: int, _layer: Any, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (self._of("map", at, args[0]),)
 
-    def _vectors(self, part: str, at: int, module: nn.Module, args: Any, own: Tensor) -> Tensor:
+    def _vectors(self, part: str, at: int, _module: nn.Module, _args: Any, own: Tensor) -> Tensor:
         return self._of(part, at, own)
 
-    def _values(self, at: int, heads: int, module: nn.Module, args: Any, own: Tensor) -> Tensor:
+    def _values(self, at: int, heads: int, _module: nn.Module, _args: Any, own: Tensor) -> Tensor:
         """The last third of the joint projection `[B, N, 3·H·d]`."""
         width = own.shape[-1] // 3
         values = own[..., 2 * width :].reshape(*own.shape[:2], heads, width // heads).transpose(1, 2)

@@ -44,6 +44,11 @@ def channels(module: Any) -> int:
     return int(getattr(module, "num_features", None) or module.num_channels)
 
 
+def with_hooks(model: torch.nn.Module) -> list[str]:
+    """Names of the modules that have hooks. PyTorch lists hooks in no public way."""
+    return [name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]  # noqa: SLF001
+
+
 def seen_attention(model: nn.Module, batch: torch.Tensor) -> list[torch.Tensor]:
     """The attention matrices `[B, H, N, N]` that go into the dropout of each layer's unfused kernel."""
     seen: list[torch.Tensor] = []

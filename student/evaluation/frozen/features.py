@@ -38,7 +38,7 @@ def features_of(
     chosen: Sequence[np.ndarray] | None = None,
     device: torch.device | str = "cpu",
     batch: int = 256,
-    advance: Callable[[int], None] = lambda samples: None,
+    advance: Callable[[int], None] = lambda _samples: None,
 ) -> Features:
     """What a frozen network makes of labelled shards, each sample once, on its evaluation view.
 

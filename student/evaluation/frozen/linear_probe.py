@@ -39,7 +39,7 @@ def heads(
     seed: int = 0,
     *,
     epochs: int = EPOCHS,
-    advance: Callable[[int], None] = lambda epochs: None,
+    advance: Callable[[int], None] = lambda _epochs: None,
 ) -> tuple[Tensor, Tensor]:
     """Linear classifiers, one a learning rate, trained side by side from one start on the same batches.
 
@@ -92,7 +92,7 @@ def search_learning_rate(
     seed: int = 0,
     *,
     epochs: int = EPOCHS,
-    advance: Callable[[int], None] = lambda epochs: None,
+    advance: Callable[[int], None] = lambda _epochs: None,
 ) -> list[ProbeTrial]:
     """What each rate gives on a class-balanced fifth of the samples that it was not fitted on, best first.
 

@@ -84,7 +84,7 @@ def localize(
     device: torch.device | str = "cpu",
     batch: int = 64,
     shown: bool = False,
-    advance: Callable[[int], None] = lambda samples: None,
+    advance: Callable[[int], None] = lambda _samples: None,
 ) -> tuple[dict[str, Any], list[LocalizedImage]]:
     """MaxBoxAcc, V1 and V2, beside a centred box; and some images for a picture, spread over the shards.
 

@@ -96,7 +96,7 @@ class SimilarityComparison:
 
     @torch.no_grad()
     def run(
-        self, device: torch.device | str = "cpu", advance: Callable[[int], None] = lambda n: None
+        self, device: torch.device | str = "cpu", advance: Callable[[int], None] = lambda _n: None
     ) -> dict[str, Any]:
         """The comparison over all samples.
 

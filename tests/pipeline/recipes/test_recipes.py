@@ -244,7 +244,7 @@ def test_the_documentation_names_every_setting_and_its_example_is_a_recipe():
         AttentionCopyConfig,
         *(module.Settings for module in methods().values()),
     ]
-    words = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    words = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     said = set(re.findall(r"\w+", " ".join(words)))
     assert not {name for model in models for name in model.model_fields} - said
     assert all(f"`{method}`" in text for method in methods())

@@ -42,7 +42,7 @@ def run(world: World, store: Path, shards: list[str] | None = None, **more: Any)
         world.shards if shards is None else shards, teacher_of(world.weights, "cnn"), wishes, policy("deit", 32),
         frozenset({"line", "size"}), 2, provider="cpu", **more,
     )  # fmt: skip
-    dask_runner._held.clear()
+    dask_runner.held_session.clear()
     return precompute(Store.create(store), wanted, quiet), quiet.lines
 
 

@@ -314,22 +314,19 @@ def test_contract_6_a_worker_killed_in_the_middle_of_a_write_is_replaced_and_the
         import signal
         from pathlib import Path
 
-        from storage.objects.object_store import LocalObjectStore
-
-        killed = Path(folder) / "killed"
-        if killed.exists() or getattr(LocalObjectStore, "deadly", False):
+        killed, real = Path(folder) / "killed", os.fsync
+        if killed.exists() or real.__name__ == "deadly":
             return
-        real = LocalObjectStore._write
-        LocalObjectStore.deadly = True  # type: ignore[attr-defined]
 
-        def write(self: Any, path: Path, data: bytes) -> None:
-            if "/1/" in str(path) and "targets" in str(path) and not killed.exists():
+        def deadly(descriptor: int) -> None:
+            path = Path(f"/proc/self/fd/{descriptor}").readlink()
+            if {"1", "targets"} <= set(path.parts) and path.is_file() and not killed.exists():
                 killed.touch()
-                path.write_bytes(data[: len(data) // 2])
+                os.truncate(descriptor, os.fstat(descriptor).st_size // 2)
                 os.kill(os.getpid(), signal.SIGKILL)
-            real(self, path, data)
+            real(descriptor)
 
-        LocalObjectStore._write = write  # type: ignore[method-assign]
+        pytest.MonkeyPatch().setattr(os, "fsync", deadly)
 
     place = seeded(deit, tmp_path / "store")
     with hooked(mortal, kill_in_a_write, str(tmp_path)):

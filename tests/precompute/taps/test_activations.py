@@ -177,7 +177,7 @@ def test_the_taps_of_one_network_belong_together() -> None:
         assert torch.allclose(model.head(embedding), logits, atol=1e-6)
         # what the first layer adds to its residual stream, from its attention and values
         x = teacher.prepare(images)
-        begin = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+        begin = model.norm_pre(model._pos_embed(model.patch_embed(x)))  # noqa: SLF001 - timm has it nowhere else
         block = model.blocks[0]
         mixed = begin + block.attn.proj((attention[:, 0] @ v[:, 0]).transpose(1, 2).flatten(2))
         assert torch.allclose(mixed + block.mlp(block.norm2(mixed)), streams[:, 0], atol=1e-5)

@@ -18,7 +18,7 @@ from precompute.taps import (
     prefix_roles,
 )
 from storage.errors import UserError
-from tests.precompute.networks import HALF, SMALL, images, make, seen_attention, sharpened, small_vit
+from tests.precompute.networks import HALF, SMALL, images, make, seen_attention, sharpened, small_vit, with_hooks
 
 # ---------------------------------------------------------------------------------------------- attention
 
@@ -72,9 +72,9 @@ def test_attention_taps_leave_the_output_unchanged_and_can_be_removed() -> None:
     assert torch.equal(before, during)
     assert torch.equal(before, after)
     assert q.shape == (2, 3, 17, 16)
-    assert not taps._q, "a hook that was not taken off would keep tensors"
-    layers: list[Any] = attention_layers(model)
-    assert not any(part._forward_hooks for layer in layers for part in (layer.q_norm, layer.k_norm))
+    with pytest.raises(KeyError):  # a hook that was not taken off would keep tensors
+        taps.q  # noqa: B018
+    assert not with_hooks(model)
 
 
 def test_chosen_layers_are_those_layers() -> None:
@@ -198,8 +198,7 @@ def test_contract_12_leaves_no_hook_behind_when_it_refuses() -> None:
     model = make("vit_relpos_base_patch16_cls_224", **SMALL)
     with pytest.raises(UserError):
         check_attention(model, images())
-    hooks = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
-    assert not hooks
+    assert not with_hooks(model)
 
 
 def test_an_unknown_tap_is_named_with_the_nearest() -> None:

@@ -174,7 +174,7 @@ def test_swapped_objects_of_one_kind_are_found(world, copy):
     target = world.targets["activations u8"]
     pairs = {
         "chunks of one array": sorted(copy.glob(f"targets/{target}/*/0/*/data/c/*/0/0/0"))[:2],
-        "chunks of two views": [sorted(copy.glob(f"targets/{target}/*/{v}/*/data/c/0/0/0/0"))[0] for v in (0, 1)],
+        "chunks of two views": [min(copy.glob(f"targets/{target}/*/{v}/*/data/c/0/0/0/0")) for v in (0, 1)],
         "markers of two views": sorted(copy.glob(f"done/target.{target}.*"))[:2],
         "bank markers of two shards": sorted(copy.glob("done/bank.*.0.json"))[:2],
         "indexes": sorted(copy.glob("shards/*.json"))[:2],
@@ -196,7 +196,7 @@ def test_a_chunk_that_zarr_reads_as_zeros_is_an_error_here(world, copy):
     import zarr
 
     target = world.targets["logits"]
-    chunk = sorted(copy.glob(f"targets/{target}/*/0/*/data/c/0/0"))[0]
+    chunk = min(copy.glob(f"targets/{target}/*/0/*/data/c/0/0"))
     before = chunk.read_bytes()
     chunk.unlink()
     assert not np.any(zarr.open_array(chunk.parents[2], mode="r")[:])
@@ -219,7 +219,7 @@ def test_an_image_that_changed_is_named_by_verify(world, copy, tmp_path):
 
 
 def test_superseded_attempts_are_a_notice_and_lost_markers_a_failure(copy):
-    attempt = sorted(copy.glob("targets/*/*/0/*"))[0]
+    attempt = min(copy.glob("targets/*/*/0/*"))
     (attempt.parent / "feedfacefeedface").mkdir()
     (attempt.parent / "feedfacefeedface" / "x").write_bytes(b"x")
     report = verify(Store.open(copy))

@@ -50,7 +50,7 @@ def kinds(store: Path, world: World) -> dict[str, Path]:
         "keys": f"targets/{world.targets['k']}/manifest.json", "index": "shards/*.json",
         "bank's marker": "done/bank.*.0.json", "target's marker": f"done/target.{u8}.*.0.json",
     }  # fmt: skip
-    return {kind: sorted(store.glob(pattern))[0] for kind, pattern in patterns.items()}
+    return {kind: min(store.glob(pattern)) for kind, pattern in patterns.items()}
 
 
 def fields(content: Any, at: Path_ = ()) -> Iterator[Path_]:

@@ -139,10 +139,10 @@ def test_an_operation_does_what_timms_does(images, name):
 
 def test_the_set_and_its_fill_are_timms_increasing_ones():
     auto_augment = timm_operations()
-    assert sorted(TIMM.values()) == sorted(auto_augment._RAND_INCREASING_TRANSFORMS)
+    assert sorted(TIMM.values()) == sorted(auto_augment._RAND_INCREASING_TRANSFORMS)  # noqa: SLF001 - timm's lists
     mean = timm_operations().__dict__.get("IMAGENET_DEFAULT_MEAN", (0.485, 0.456, 0.406))
     assert tuple(min(255, round(255 * x)) for x in mean) == FILL
-    assert auto_augment._LEVEL_DENOM == LEVELS
+    assert auto_augment._LEVEL_DENOM == LEVELS  # noqa: SLF001
 
 
 @pytest.mark.parametrize("name", TIMM)

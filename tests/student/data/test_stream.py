@@ -201,7 +201,7 @@ def test_a_mismatch_of_signatures_names_both_sides_decoders(world, monkeypatch):
 
 
 def test_an_error_in_a_worker_arrives_as_itself_and_the_workers_leave_when_told(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 60.0)  # until a worker is terminated
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 60.0)  # until a worker is terminated
     store, others = world.copy(tmp_path / "store"), multiprocessing.active_children()
     s = Stream(world.shards, batch=32, store=store, targets=[world.targets["logits"]], workers=2)
     chunk = next((store / "targets" / world.targets["logits"]).rglob("c/0/0"))
@@ -261,7 +261,7 @@ def test_an_iterator_that_another_epoch_overtook_says_so(world):
 def test_fewer_views_can_be_asked_for_where_later_ones_are_missing(world, tmp_path):
     store = world.copy(tmp_path / "store")
     target = world.targets["logits"]
-    sorted((store / "done").glob(f"target.{target}.*.1.json"))[0].unlink()
+    min((store / "done").glob(f"target.{target}.*.1.json")).unlink()
     with pytest.raises(DamageError, match=r"run precompute over all of them, or ask for fewer with stream\.views=N"):
         stream(world, store=store, targets=[target])
     assert {int(v) for b in stream(world, store=store, targets=[target], views=1).epoch(0) for v in b.ids[:, 2]} == {0}
@@ -285,7 +285,7 @@ def test_ranks_share_the_memory_of_their_machine(world, monkeypatch):
         stream(world)
 
 
-def test_a_worker_that_is_told_to_stop_while_it_hands_over_does_not_abort(world):
+def test_a_worker_that_is_told_to_stop_while_it_hands_over_does_not_abort(world, monkeypatch):
     script = """
 import threading, time, torch
 from student.data.workers import _leave_at_once
@@ -299,7 +299,16 @@ for _ in range(4):
     threading.Thread(target=hand_over, daemon=True).start()
 time.sleep(0.2)
 """
-    assert stream(world, workers=1)._loader.worker_init_fn is _leave_at_once
+    told: dict[str, Any] = {}
+
+    class Told(DataLoader[Any]):
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            told.update(settings)
+            super().__init__(*arguments, **settings)
+
+    monkeypatch.setattr("student.data.stream.DataLoader", Told)
+    stream(world, workers=1)
+    assert told["worker_init_fn"] is _leave_at_once
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -24,6 +24,7 @@ from student.settings import LinksConfig
 from student.targets.stored_target import StoredTarget
 from tests.student.losses.test_aal import printed
 from tests.student.runs import run, same, u8
+from tests.student.training.test_resume import Cut, cut_after
 from tests.typed import present
 
 B3 = Layout(tuple(range(1, 8)), (24, 32, 48, 96, 136, 232, 384), (6,) * 12)
@@ -236,11 +237,8 @@ def test_pruned_links_stay_zero_in_a_run_that_is_cut_off_and_resumed(world, tmp_
     full = [u8(world), ranges, "model_ema_decay=0.9", "checkpoint_interval=3"]
     run(world, tmp_path / "whole", "aal", *full)
     with pytest.MonkeyPatch.context() as patch:
-        from student.training import train as trainer
-
-        keep = trainer.Trainer._keep
-        patch.setattr(trainer.Trainer, "_keep", lambda self: (keep(self), (_ for _ in ()).throw(KeyboardInterrupt))[0])
-        with pytest.raises(KeyboardInterrupt):
+        cut_after(patch, 4)  # a checkpoint is kept after three
+        with pytest.raises(Cut):
             run(world, tmp_path / "cut", "aal", *full)
     run(world, tmp_path / "cut", "aal", *full, resume=True)
     assert same(tmp_path / "whole", tmp_path / "cut")
