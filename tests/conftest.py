@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from filelock import FileLock
 
@@ -19,6 +20,10 @@ from tests.typed import present
 
 # Before torch is imported anywhere: two test workers share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# No example of a property has to end within some milliseconds: other processes use the cores too.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 # Where the tests run in the background of a script, interrupts are ignored there and would be by all children.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

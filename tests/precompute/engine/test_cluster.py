@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -273,7 +271,7 @@ def test_on_workers_faults_of_input_and_output_are_tried_again(
 
 
 @pytest.mark.long
-def test_two_thousand_shards_cost_little_each_and_are_handed_over_as_workers_get_free(
+def test_two_thousand_shards_are_handed_over_as_workers_get_free_and_take_little_memory(
     tmp_path: Path, machines: Any, client: Client
 ) -> None:
     rng = np.random.default_rng(0)
@@ -289,16 +287,14 @@ def test_two_thousand_shards_cost_little_each_and_are_handed_over_as_workers_get
             early = max(early, taken - answered)
             yield made.task(url, views=1)
 
-    def drive(outcomes: Iterator[tuple[str, Any]]) -> float:
+    def drive(outcomes: Iterator[tuple[str, Any]]) -> None:
         nonlocal answered
-        began = time.monotonic()
         for url, outcome in outcomes:
             assert isinstance(outcome, Outcome), (url, outcome)
             answered += 1
-        return time.monotonic() - began
 
     here = bare(tmp_path / "here", "light")
-    plain = drive(dask_runner.run_in_process(tasks(here, shards[:400]), 400, "cpu", Silent())) / 400
+    drive(dask_runner.run_in_process(tasks(here, shards[:400]), 400, "cpu", Silent()))
     assert early == 1
     two = bare(tmp_path / "two", "light")
     over = threading.Event()
@@ -312,27 +308,16 @@ def test_two_thousand_shards_cost_little_each_and_are_handed_over_as_workers_get
     looker.start()
     before = resident()
     taken = answered = 0
-    each = drive(dask_runner.run_on_cluster(client, tasks(two, shards), 2000, "cpu", 1, progress=Silent())) / 2000
+    drive(dask_runner.run_on_cluster(client, tasks(two, shards), 2000, "cpu", 1, progress=Silent()))
     over.set()
     looker.join()
     growth = resident() - before
     assert answered == 2000
-    print(f"{1000 * plain:.1f} ms a shard in one process, {1000 * each:.1f} ms on two workers: {each / plain:.2f}; "
-          f"client with scheduler grew by {growth:.0f} MiB; at most {most} tasks known, {early} ahead")  # fmt: skip
+    print(f"client with scheduler grew by {growth:.0f} MiB; at most {most} tasks known, {early} ahead")
     assert most <= 2 * 2 * 2
     assert early <= 2 * 2 + 1
     assert growth < 200
     assert len(two.store.done()) == 4000
-    one = bare(tmp_path / "one", "light")
-    with (
-        local_cluster(1) as alone,
-        Client(alone, set_as_default=False) as single,
-    ):
-        drive(dask_runner.run_on_cluster(single, tasks(one, shards[:20]), 20, "cpu", 1, progress=Silent()))
-        rest = tasks(one, shards[20:420])
-        alone_each = drive(dask_runner.run_on_cluster(single, rest, 400, "cpu", 1, progress=Silent())) / 400
-    print(f"{1000 * alone_each:.1f} ms a shard on one worker: two give {alone_each / each:.2f} times as many")
-    assert math.isfinite(each)
 
 
 def resident() -> float:

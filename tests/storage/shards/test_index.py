@@ -108,7 +108,7 @@ def test_a_file_url_is_a_local_file(long_shard):
 
 
 @given(st.text("aB./_-\n", max_size=12))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_keys_end_where_webdataset_ends_them(name):
     key, kind = base_plus_ext(name)
     assert split_name(name) == (None if key is None else (key, kind.lower()))

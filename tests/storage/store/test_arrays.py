@@ -55,7 +55,7 @@ def test_chunks_hold(sample_bytes, count, expected):
 
 
 @given(st.integers(1, 64 * MIB), st.integers(1, 10**6))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_chunk_is_as_the_rule_says(sample_bytes, count):
     chunk = chunk_samples(sample_bytes, count)
     assert chunk == count or (chunk < count and chunk.bit_count() == 1)

@@ -26,13 +26,13 @@ def assert_within_half_a_step(values: np.ndarray, maps: int) -> None:
 
 
 @given(kinds, seeds, st.sampled_from([1, 2, 3]))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_u8_is_within_half_a_step(kind, seed, maps):
     assert_within_half_a_step(values_of(kind, seed), maps)
 
 
 @given(st.floats(-65504, 65504, width=32), st.lists(st.floats(-65504, 1.6e7, width=32), min_size=5, max_size=5))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_u8_is_within_half_a_step_for_any_numbers(first, others):
     assert_within_half_a_step(np.array([first, *others], np.float32).reshape(1, 6), 1)
 
@@ -80,7 +80,7 @@ def test_u8_keeps_scale_and_offset_in_f32_where_f16_overflows(values):
 
 
 @given(kinds, seeds)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_f32_is_exact(kind, seed):
     values = values_of(kind, seed)
     assert np.array_equal(decode("f32", encode("f32", values, 2)), values)
@@ -92,7 +92,7 @@ def test_f32_keeps_every_bit():
 
 
 @given(seeds)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_f16_is_exact_for_what_f16_holds(seed):
     bits = np.random.default_rng(seed).integers(0, 2**16, SHAPE, np.uint16).view(np.float16)
     values = np.where(np.isfinite(bits), bits, 0).astype(np.float32)
@@ -159,7 +159,7 @@ def test_encoding_leaves_the_values_as_they_were(codec):
 
 
 @given(st.sampled_from(CODECS), kinds, seeds, st.sampled_from([1, 2, 3]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_layout_is_what_encoding_makes(codec, kind, seed, maps):
     values = values_of(kind, seed)
     if codec == "f16":

@@ -33,7 +33,7 @@ def there_and_back(codec: Codec, values: np.ndarray) -> np.ndarray:
 
 
 @given(seeds, st.sampled_from([0.0, 0.1, 1.0, 3.0, 10.0, 60.0]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_log8_is_within_half_a_step_of_each_entry(seed, sharpness):
     values = rows_of_probabilities(seed, sharpness)
     found = there_and_back(log8(values.shape), values).astype(np.float64)
@@ -101,7 +101,7 @@ def logits_of(seed: int, classes: int, spread: float = 3.0, count: int = 6) -> n
 
 
 @given(seeds, st.integers(2, 60), st.integers(1, 70), st.sampled_from([0.01, 1.0, 5.0, 30.0]))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_topk_keeps_its_classes_exactly_and_the_mass_of_all_others(seed, classes, k, spread):
     values = logits_of(seed, classes, spread)
     codec = topk(k, classes)

@@ -22,7 +22,7 @@ names = st.text("abcXYZ019_-", min_size=1, max_size=12)
 
 
 @given(st.sampled_from(["bank", "target"]), names, names, st.integers(0, 10**6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_task_is_read_back_from_its_name(kind, id, shard, view):
     task = Task(kind, id, shard, view)
     assert Task.named(task.name) == task

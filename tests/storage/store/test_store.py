@@ -329,7 +329,7 @@ json_values = st.recursive(
 
 
 @given(st.dictionaries(st.text().filter(lambda key: key != "digest"), json_values, max_size=4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_record_is_read_back_and_only_in_its_one_spelling(content):
     data = json_record.to_json(content)
     again = json_record.from_json(data, "x")

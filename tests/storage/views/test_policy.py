@@ -147,7 +147,7 @@ sizes = st.tuples(st.integers(1, 300), st.integers(1, 300))
     st.integers(0, 99),
     sizes,
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_draw_depends_on_its_arguments_alone(line, seed, key, view, size):
     first = draw_view(policy(line, 24, seed), key, view, size)
     np.random.default_rng().random()
@@ -156,14 +156,14 @@ def test_a_draw_depends_on_its_arguments_alone(line, seed, key, view, size):
 
 
 @given(keys, st.integers(0, 99), sizes)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_views_without_chance_are_all_the_same(key, view, size):
     for line in ("eval", "none", "short(0.3)|center"):
         assert draw_view(policy(line, 24, 1), key, view, size) == draw_view(policy(line, 24), "other", 0, size)
 
 
 @given(keys, st.integers(0, 2**63 - 1), sizes)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_boxes_lie_within_the_image_and_shifts_within_the_border(key, seed, size):
     for line in ("light", "eval", "none", "crop(0.5)", "short(0.1)|center"):
         drawn = draw_view(policy(line, 24, seed), key, 0, size)
@@ -210,7 +210,7 @@ coordinates = st.floats(-1e6, 1e6)
     st.tuples(coordinates, coordinates, coordinates, coordinates),
     st.tuples(st.integers(-4096, 4096), st.integers(-4096, 4096)), st.booleans(), st.booleans(),
 )  # fmt: skip
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_row_of_a_bank_is_its_view(box, shift, flip, valid):
     view = View(box, shift, flip, valid)
     row = view.row()

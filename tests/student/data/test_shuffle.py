@@ -37,7 +37,7 @@ def epoch_batches(order: BlockShuffle, epoch: int, start: int = 0) -> list[list[
     return [[s for lane in lanes for s in lane[g * share : (g + 1) * share]] for g in range(steps)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     sizes=st.lists(st.integers(1, 300), min_size=1, max_size=5),
     batch=st.sampled_from([8, 16, 32, 48]),

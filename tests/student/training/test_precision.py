@@ -15,7 +15,7 @@ from student.recipe import schema
 from student.training import precision
 from student.training.distiller import Distiller
 from student.training.setup import build_run
-from tests.conftest import ROOT, Quiet
+from tests.conftest import HANGS, ROOT, Quiet
 from tests.student.runs import command, job, log, run, same, start, u8
 from tests.typed import grad
 
@@ -74,7 +74,7 @@ def test_on_a_processor_without_bf16_the_study_computes_in_f32(world, tmp_path):
     study = [setting for setting in said if setting.startswith("precision.")]
     for name, settings in (("study", study), ("f32", ["precision.amp_dtype=none", "precision.fused_attn=true"])):
         process = start(command(world, tmp_path / name, "aal", u8(world), *settings), environment=OLD)
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate(timeout=HANGS)
         assert process.returncode == 0, errors
         assert "precision: f32, fused attention\n" in errors
     assert same(tmp_path / "study", tmp_path / "f32")
@@ -89,7 +89,7 @@ def test_a_resumed_run_keeps_its_precision_on_another_processor(world, tmp_path)
     begun = result_of(tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()  # as if killed at the very end
     process = start([*command(world, tmp_path / "run", "aal", *settings), "--resume"], environment=OLD)
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=HANGS)
     assert process.returncode == 0, errors
     assert (
         "precision: bfloat16, unfused attention\nwarning: precision.amp_dtype=bfloat16: this processor (AVX2) has no"

@@ -130,7 +130,7 @@ def test_a_command_whose_loader_worker_is_killed_says_so_and_goes_on(world, undi
     wait_for((out / "checkpoint.pt").exists, process)
     _, second = sorted(children(process))
     os.kill(second, signal.SIGKILL)
-    _, said = process.communicate(timeout=300)
+    _, said = process.communicate(timeout=HANGS)
     assert process.returncode == 1, said
     assert f"error: loader worker 2 of 2 (process {second}) was killed by SIGKILL: the usual cause is" in said
     assert "run the same command again with --set stream.workers=1 --resume" in said
@@ -138,7 +138,7 @@ def test_a_command_whose_loader_worker_is_killed_says_so_and_goes_on(world, undi
     assert "should not happen" not in said
     assert not (out / "result.json").exists()
     again = start([*command(world, out, "aal", *settings), "--set", "stream.workers=1", "--resume"])
-    _, said = again.communicate(timeout=300)
+    _, said = again.communicate(timeout=HANGS)
     assert again.returncode == 0, said
     assert "goes on in epoch" in said
     assert same(undisturbed[0], out)
