@@ -144,7 +144,7 @@ def card(
     if identity["control"]:
         lines.append(f"- **a control**: {', '.join(f'{k}={v}' for k, v in identity['control'].items())}")
     losses = "; ".join(
-        f"`{name}` ({loss['method']}, weight {loss['weight']['start']:g} at the start)"
+        f"`{name}` ({loss['type']}, weight {loss['weight']['start']:g} at the start)"
         for name, loss in recipe["losses"].items()
     )
     trained = f"{result['steps']} steps" if smoke else f"{result['epochs']} epochs"
