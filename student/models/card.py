@@ -117,7 +117,7 @@ def card(
         lines.append("It was not scored: there were no labelled validation images.")
     else:
         lines.append("It was trained without labels and has no classifier: it gives features, and was not scored.")
-        lines.append("`pipeline evaluate RUN --protocol knn` measures them where there are labels.")
+        lines.append("`pipeline evaluate knn RUN` measures them where there are labels.")
     if "ema_top1" in result:
         ema5 = "" if result["ema_top5"] is None else f"{result['ema_top5']:.2f}"
         lines.append(f"| averaged student | {result['samples']} | {result['ema_top1']:.2f} | {ema5} |")
