@@ -82,8 +82,8 @@ def record_targets(
         provider: where a new graph is checked.
         say: called with lines for people.
     """
-    identities = [_identity(teacher, manifest, wish, policy) for wish in wishes]
-    wanted = {_id(teacher, identity): identity for identity in identities}
+    identities = [target_identity(teacher, manifest, wish, policy) for wish in wishes]
+    wanted = {target_id(teacher, identity): identity for identity in identities}
     known = _known(store, wanted)
     if len(known) < len(wanted):
         # Those that are there are exported again only while nothing was made of them: a run that was killed between
@@ -105,7 +105,8 @@ def _known(store: Store, ids: Iterable[str]) -> dict[str, Record]:
     return {id: store.target(id) for id in ids if "manifest.json" in store.objects.names(f"targets/{id}")}
 
 
-def _identity(teacher: Teacher, manifest: Record, wish: TargetSpec, policy: Policy) -> Record:
+def target_identity(teacher: Teacher, manifest: Record, wish: TargetSpec, policy: Policy) -> Record:
+    """What a target is hashed by. Raises UserError for a tap or layers that the teacher does not have."""
     from precompute.taps import TAPS
     from precompute.taps.target_spec import layer_numbers
 
@@ -166,7 +167,7 @@ def _identity_with(teacher: Teacher, wish: TargetSpec, policy: Policy, layers: l
     }  # fmt: skip
 
 
-def _id(teacher: Teacher, identity: Record) -> str:
+def target_id(teacher: Teacher, identity: Record) -> str:
     """`{teacher}-{tap}[-block][-antialias][-g{grid}]-{codec}-{hash8}`."""
     words = [teacher.name, identity["tap"], *([identity["at"]] if "at" in identity else [])]
     words += ["antialias"] * ("antialias" in identity)

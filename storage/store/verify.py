@@ -102,7 +102,7 @@ def _manifests(store: Store, report: VerifyReport) -> None:
                 continue
 
             def check(kind: str = kind, id: str = id) -> None:
-                content = store._manifest(kind, id)
+                content = store._manifest(kind, id)  # noqa: SLF001 - of any kind
                 if kind == "bank":
                     bank_policy(store, id)
                 elif kind == "target":

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from precompute import record_targets
 from precompute.bank_choice import choose_policy
-from precompute.record_targets import defaults
+from precompute.record_targets import defaults, target_id, target_identity
 from precompute.taps import Tap
 from precompute.taps.target_spec import TargetSpec, layer_numbers, parse_target
 from storage.errors import IdentityError, UserError
@@ -25,7 +24,7 @@ VIT = {"id": "vit", "network": "vit", "layers": 12, "heads": 3, "prefix": ["clas
 
 def identity(wish: TargetSpec, manifest: dict[str, Any], size: int = 32) -> dict[str, Any]:
     teacher: Any = type("AnyTeacher", (), {"id": "0" * 64, "name": manifest["id"]})
-    return record_targets._identity(teacher, manifest, wish, policy("light", size))
+    return target_identity(teacher, manifest, wish, policy("light", size))
 
 
 def store_with(folder: Path, *policies: Policy, shard: str = "shard-1") -> Store:
@@ -181,7 +180,7 @@ def test_two_ways_to_say_the_same_target_are_one_target() -> None:
 )
 def test_another_tap_layer_order_or_codec_is_another_target(other: TargetSpec) -> None:
     teacher: Any = type("AnyTeacher", (), {"id": "0" * 64, "name": "vit"})
-    ids = {record_targets._id(teacher, identity(wish, VIT)) for wish in (TargetSpec("q"), other)}
+    ids = {target_id(teacher, identity(wish, VIT)) for wish in (TargetSpec("q"), other)}
     assert len(ids) == 2
 
 
@@ -189,7 +188,7 @@ def test_variants_of_activations_add_to_the_identity_and_leave_older_ids_as_they
     teacher: Any = type("AnyTeacher", (), {"id": "0" * 64, "name": "cnn"})
     plain = identity(TargetSpec("activations", None, 2), CNN)
     assert set(plain) == {"teacher", "bank", "tap", "layers", "grid", "codec"}, "older stores have no more"
-    assert record_targets._id(teacher, plain) == "cnn-activations-g2-u8-5683c315"
+    assert target_id(teacher, plain) == "cnn-activations-g2-u8-5683c315"
     assert (Tap.of(plain).at, Tap.of(plain).antialias) == ("norm", False)
     for wish, added, named in (
         (TargetSpec("activations", None, 2, at="block"), {"at": "block"}, "cnn-activations-block-g2-u8-"),
@@ -197,21 +196,19 @@ def test_variants_of_activations_add_to_the_identity_and_leave_older_ids_as_they
     ):
         other = identity(wish, CNN)
         assert other == {**plain, **added}
-        assert record_targets._id(teacher, other).startswith(named)
+        assert target_id(teacher, other).startswith(named)
         tap = Tap.of(other)
         assert (tap.at, tap.antialias) == (wish.at, "all" if wish.antialias else False)
     older = {**plain, "antialias": True}
-    assert record_targets._id(teacher, older) == "cnn-activations-antialias-g2-u8-d5b1bfb3"
-    assert record_targets._id(teacher, older) != record_targets._id(teacher, other), (
-        "a stage that is enlarged had other numbers"
-    )
+    assert target_id(teacher, older) == "cnn-activations-antialias-g2-u8-d5b1bfb3"
+    assert target_id(teacher, older) != target_id(teacher, other), "a stage that is enlarged had other numbers"
     assert Tap.of(older).antialias is True
 
 
 def test_a_target_of_another_bank_or_teacher_is_another_target() -> None:
     assert identity(TargetSpec("q"), VIT, 32) != identity(TargetSpec("q"), VIT, 64)
     other: Any = type("AnyTeacher", (), {"id": "1" * 64, "name": "vit"})
-    assert record_targets._identity(other, VIT, TargetSpec("q"), policy("light", 32)) != identity(TargetSpec("q"), VIT)
+    assert target_identity(other, VIT, TargetSpec("q"), policy("light", 32)) != identity(TargetSpec("q"), VIT)
 
 
 def test_target_ids_say_what_they_are_and_manifests_hold_it(world: World) -> None:
