@@ -124,7 +124,7 @@ def check(mistake: Mistake, place: Path, before: dict[str, tuple[int, int]], sta
         if line.startswith("  pipeline "):
             words = shlex.split(line)[1:]
             name = next(name for name in reversed(every_command()) if words[: len(name.split())] == name.split())
-            assert every_command()[name].make_context(name, words[len(name.split()) :])
+            every_command()[name].make_context(name, words[len(name.split()) :])  # raises where it cannot be parsed
     assert out == ""
     assert kept(place) == before
 
