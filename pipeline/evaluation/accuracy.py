@@ -1,25 +1,92 @@
-"""What `pipeline evaluate accuracy` measures, as plain data and as lines to print."""
+"""What `pipeline evaluate accuracy` measures and prints."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.console import Console
-from pipeline.evaluation.common import Said, columns, opened, percent, sets_of
+from pipeline.evaluation.common import EvaluatedStudent, columns, named_sets, open_student, percent
 from storage.errors import UserError
 from storage.shards.index import cached_index
 from storage.shards.patterns import expand
 from student import run_dir
 from student.attention_copy.inference import attach_stored_attention
 from student.distributed import pick_device
-from student.evaluation.class_metrics import BOUNDS, PARTS, class_metrics
+from student.evaluation.class_metrics import BOUNDS, ClassMetrics, ShotMetrics, class_metrics
 from student.evaluation.ensemble import ensemble_predictions
 from student.evaluation.frozen.label_subset import images_of_classes
 from student.models.files import load_classifier
 
-FEW = 20  # classes that are still printed one by one
+MAX_LISTED_CLASSES = 20  # more are not printed one by one
+
+BySet = Mapping[str, ClassMetrics]  # the set without a name is ``
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccuracyReport:
+    """Accuracies of students, each over the same sets, and of their ensemble where it was asked for."""
+
+    students: tuple[EvaluatedStudent, ...]
+    by_student: tuple[BySet, ...]
+    ensemble: BySet | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        students = [
+            {**asdict(student), **_sets_json(by_set)}
+            for student, by_set in zip(self.students, self.by_student, strict=True)
+        ]
+        if len(students) == 1:
+            return students[0]
+        if self.ensemble is None:
+            return {"students": students}
+        names = [student.student for student in self.students]
+        return {"students": students, "ensemble": {"students": names, **_sets_json(self.ensemble)}}
+
+    def lines(self) -> list[str]:
+        """One line for one student on one set, else a table; then shots and classes."""
+        results = [(student.student, by_set) for student, by_set in zip(self.students, self.by_student, strict=True)]
+        results += [("ensemble", self.ensemble)] if self.ensemble is not None else []
+        titled = [
+            (", ".join(word for word in (title if len(results) > 1 else "", name) if word), metrics)
+            for title, by_set in results
+            for name, metrics in by_set.items()
+        ]
+        if len(titled) == 1:
+            ((_, metrics),) = titled
+            top5 = f", top-5 {metrics.top5:.2f} %" if metrics.top5 is not None else ""
+            lines = [f"top-1 {metrics.top1:.2f} %{top5} on {metrics.samples} samples ({self.students[0].view})"]
+        else:
+            cells = [(title or "all", str(one.samples), percent(one.top1), percent(one.top5)) for title, one in titled]
+            lines = columns([("", "samples", "top-1, %", "top-5, %"), *cells])
+        for title, metrics in titled:
+            start = f"{title}: " if title else ""
+            lines += [f"{start}{line}" for line in (_shot_lines(metrics.shots) if metrics.shots else [])]
+            if len(metrics.classes) <= MAX_LISTED_CLASSES:
+                each = ", ".join(f"{one.name} {one.top1:.1f}" for one in metrics.classes)
+                lines.append(f"{start}top-1 of each class, %: {each}")
+        return lines
+
+
+def _sets_json(by_set: BySet) -> dict[str, Any]:
+    named = {name: metrics.to_json() for name, metrics in by_set.items() if name}
+    return {**(by_set[""].to_json() if "" in by_set else {}), **({"sets": named} if named else {})}
+
+
+def _shot_lines(shots: ShotMetrics) -> list[str]:
+    low, high = shots.bounds
+    groups = {
+        f"many-shot classes, more than {high}": shots.many,
+        f"medium-shot classes, {low} to {high}": shots.medium,
+        f"few-shot classes, fewer than {low}": shots.few,
+    }
+    return [
+        f"{group} training images: top-1 {percent(one.top1)} % ({one.classes} classes, {one.samples} samples)"
+        for group, one in groups.items()
+    ]
 
 
 def measure_accuracy(
@@ -27,47 +94,57 @@ def measure_accuracy(
     patterns: Sequence[str],
     *,
     ensemble: bool,
-    bounds: tuple[int, int] | None,
+    shot_bounds: tuple[int, int] | None,
     train_shards: Sequence[str],
     store: str | None,
     device: str,
-) -> Said:
+) -> AccuracyReport:
     """Accuracies of students, alone and perhaps together, over one or several sets.
 
-    Those that copy attention find it in `store`, by default where they learned.
+    Args:
+        paths: the students' files.
+        patterns: labeled shards; `NAME=SHARDS` is a set of its own.
+        ensemble: whether all together are evaluated too.
+        shot_bounds: tell classes apart by their number of training images.
+        train_shards: where training images are counted; by default the first run's record says it.
+        store: where students that copy attention find it; by default where they were trained.
+        device: as on the command line.
     """
-    sets = sets_of(patterns)
-    where, console = pick_device(device), Console()
-    images = None if bounds is None else _images(paths[0], train_shards)
-    members, answers = map(list, zip(*(opened(path, where, console, load_classifier) for path in paths), strict=True))
-    if ensemble:
-        answers.append({"students": [member.name for member in members]})
+    sets = named_sets(patterns)
+    torch_device, console = pick_device(device), Console()
+    train_images = None if shot_bounds is None else _train_images(paths[0], train_shards)
+    members, students = zip(
+        *(open_student(path, torch_device, console, load_classifier) for path in paths), strict=True
+    )
+    results: list[dict[str, ClassMetrics]] = [{} for _ in range(len(members) + ensemble)]
     console.start("evaluating", sum(len(cached_index(url)) for urls in sets.values() for url in urls))
     try:
         for name, urls in sets.items():
             for member in members:
                 attach_stored_attention(member.model, member.about, store, urls)
-            found = ensemble_predictions(members, urls, ensemble=ensemble, device=where, advance=console.advance)
-            counts = images and _counts(images, members[0].about.classes, found.names)
-            for answer, places in zip(answers, found.places, strict=True):
-                told = class_metrics(found.labels, places, found.classes, found.names, counts, bounds or BOUNDS)
-                if name:
-                    answer.setdefault("sets", {})[name] = told
-                else:
-                    answer.update(told)
+            predictions = ensemble_predictions(
+                members, urls, ensemble=ensemble, device=torch_device, advance=console.advance
+            )
+            for by_set, ranks in zip(results, predictions.ranks, strict=True):
+                by_set[name] = class_metrics(
+                    predictions.labels,
+                    ranks,
+                    predictions.num_classes,
+                    names=predictions.names,
+                    train_images=train_images
+                    and _by_set_labels(train_images, members[0].about.classes, predictions.names),
+                    bounds=shot_bounds or BOUNDS,
+                )
     finally:
         console.stop()
-    titles = [*map(str, paths), *(["together"] if ensemble else [])]
-    lines = _lines(list(zip(titles, answers, strict=True)))
-    if len(members) == 1:
-        return answers[0], lines
-    return {"students": answers[: len(members)], **({"ensemble": answers[-1]} if ensemble else {})}, lines
+    together = results.pop() if ensemble else None
+    return AccuracyReport(students=students, by_student=tuple(results), ensemble=together)
 
 
-def _images(path: Path, counted: Sequence[str]) -> Mapping[int, int]:
+def _train_images(path: Path, train_shards: Sequence[str]) -> Mapping[int, int]:
     """Label -> training images: of the shards that were given, else as the run's record says. Raises UserError."""
-    if counted:
-        return images_of_classes(expand(counted))
+    if train_shards:
+        return images_of_classes(expand(train_shards))
     recorded = run_dir.about(path.parent).get("images")
     if isinstance(recorded, dict) and all(k.isdecimal() and isinstance(n, int) for k, n in recorded.items()):
         return {int(label): count for label, count in recorded.items()}
@@ -77,46 +154,11 @@ def _images(path: Path, counted: Sequence[str]) -> Mapping[int, int]:
     )
 
 
-def _counts(images: Mapping[int, int], trained: Sequence[str] | None, names: Sequence[str] | None) -> Mapping[int, int]:
+def _by_set_labels(
+    train_images: Mapping[int, int], student_classes: Sequence[str] | None, set_classes: Sequence[str] | None
+) -> Mapping[int, int]:
     """Training images by a set's own labels, which may be some of the student's classes in another order."""
-    if trained is None or names is None:
-        return images
-    numbers = {name: n for n, name in enumerate(trained)}
-    return {n: images.get(numbers[name], 0) for n, name in enumerate(names)}
-
-
-def _lines(answers: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
-    """One line for one student on one set, else a table; then the parts and the classes."""
-    rows = [
-        (title, name, told)
-        for title, answer in answers
-        for name, told in {**({"": answer} if "top1" in answer else {}), **answer.get("sets", {})}.items()
-    ]
-
-    def of(title: str, name: str) -> str:
-        return ", ".join(word for word in (title if len(answers) > 1 else "", name) if word)
-
-    _, _, first = rows[0]
-    if len(rows) == 1:
-        top5 = f", top-5 {first['top5']:.2f} %" if first["top5"] is not None else ""
-        lines = [f"top-1 {first['top1']:.2f} %{top5} on {first['samples']} samples ({answers[0][1]['view']})"]
-    else:
-        cells = [
-            (of(title, name) or "all", str(told["samples"]), percent(told["top1"]), percent(told["top5"]))
-            for title, name, told in rows
-        ]
-        lines = columns([("", "samples", "top-1, %", "top-5, %"), *cells])
-    for title, name, told in rows:
-        begin = f"{of(title, name)}: " if of(title, name) else ""
-        if "bounds" in told:
-            low, high = told["bounds"]
-            texts = (f"more than {high}", f"{low} to {high}", f"fewer than {low}")
-            lines += [
-                f"{begin}{part}-shot classes, {text} training images: top-1 {percent(told[part]['top1'])} % "
-                f"({told[part]['classes']} classes, {told[part]['samples']} samples)"
-                for part, text in zip(PARTS, texts, strict=True)
-            ]
-        if len(told["classes"]) <= FEW:
-            each = ", ".join(f"{one['class']} {one['top1']:.1f}" for one in told["classes"])
-            lines.append(f"{begin}top-1 of each class, %: {each}")
-    return lines
+    if student_classes is None or set_classes is None:
+        return train_images
+    numbers = {name: n for n, name in enumerate(student_classes)}
+    return {n: train_images.get(numbers[name], 0) for n, name in enumerate(set_classes)}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,13 +18,20 @@ from student import run_dir
 from student.evaluation.ensemble import Classifier
 from student.models.files import StudentDescription, load_student
 
-Said = tuple[dict[str, Any], list[str]]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluatedStudent:
+    """Which student was evaluated: its file, its evaluation view, and whether a smoke run made it."""
+
+    student: str
+    view: str
+    smoke: bool
 
 
-def sets_of(patterns: Sequence[str]) -> dict[str, list[str]]:
+def named_sets(patterns: Sequence[str]) -> dict[str, list[str]]:
     """Shards by the names of their sets; those without a name are the set ``.
 
-    A name ends at the first `=`, and has no slash in it, as `split=val/000000.tar` may be a path that is there.
+    A name ends at the first `=`, and has no slash in it, as `split=val/000000.tar` may be an existing path.
 
     Raises:
         UserError: as `expand` does; a set's name without shards.
@@ -36,34 +43,34 @@ def sets_of(patterns: Sequence[str]) -> dict[str, list[str]]:
         if not rest:
             raise UserError(f"--shards {pattern}: a name without shards; expected {name}=SHARDS")
         named.setdefault(name, []).append(rest)
-    return {name: with_samples(expand(several), Console().say) for name, several in named.items()}
+    return {name: with_samples(expand(shards), Console().say) for name, shards in named.items()}
 
 
-def only_set_of(patterns: Sequence[str]) -> list[str]:
+def only_set(patterns: Sequence[str]) -> list[str]:
     """Shards of a command that takes one set. Raises UserError: one with a name, or as `expand` does."""
-    sets = sets_of(patterns)
+    sets = named_sets(patterns)
     if named := [name for name in sets if name]:
         raise UserError(f"--shards {named[0]}=…: named sets are for `evaluate accuracy`; give the shards alone")
     return sets[""]
 
 
-def opened(
+def open_student(
     path: Path,
     device: torch.device,
     console: Console,
-    read: Callable[[Path], tuple[nn.Module, StudentDescription]] = load_student,
-) -> tuple[Classifier, dict[str, Any]]:
-    """A student on a device, and which it is; with a word on one that learned nothing."""
-    model, about = read(path)
+    load: Callable[[Path], tuple[nn.Module, StudentDescription]] = load_student,
+) -> tuple[Classifier, EvaluatedStudent]:
+    """A student on a device, and which it is; the console warns about one that learned nothing."""
+    model, about = load(path)
     smoke = run_dir.is_smoke(path.parent)
     if smoke:
         console.say(f"{path}: of a smoke run, which has learned nothing")
-    member = Classifier(str(path), model.to(device), about)
-    return member, {"student": member.name, "view": about.evaluation, "smoke": smoke}
+    member = Classifier(name=str(path), model=model.to(device), about=about)
+    return member, EvaluatedStudent(student=member.name, view=about.evaluation, smoke=smoke)
 
 
 def percent(value: float | None) -> str:
-    """A figure for people; a dash where there is none."""
+    """A number for a table; a dash where there is none."""
     return "-" if value is None else f"{value:.2f}"
 
 

@@ -1,17 +1,18 @@
-"""What `pipeline evaluate cost` measures: parameters, multiply-adds, forward times of students, links, teachers."""
+"""What `pipeline evaluate cost` measures and prints: parameters, multiply-adds, forward times."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.bench.timing import Spread, interleaved, seconds
 from pipeline.console import Console
-from pipeline.evaluation.common import Said, columns, opened
+from pipeline.evaluation.common import columns, open_student
 from precompute.capabilities import bare
 from student.distributed import pick_device
 from student.evaluation.cost import cost, links_of
@@ -20,7 +21,8 @@ from student.run_dir import LOSSES
 TURNS = 7
 
 
-class Contender(NamedTuple):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contender:
     """A network with one image as it takes it, `[1, …]`."""
 
     kind: str
@@ -29,69 +31,116 @@ class Contender(NamedTuple):
     example: Tensor
 
 
-def measure_cost(paths: Sequence[Path], teachers: Sequence[str], *, batch_size: int, device: str) -> Said:
-    """Of the students of runs, of the links that were trained beside them, and of teachers by their names."""
-    where, console = pick_device(device), Console()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkCost:
+    """What a network costs.
+
+    Attributes:
+        kind: student, links or teacher.
+        name: of the network.
+        parameters: how many.
+        macs: multiply-adds of one image.
+        flops: twice as many.
+        input: shape of one image as it takes it.
+        seconds: of a forward pass of a batch, over all turns.
+    """
+
+    kind: str
+    name: str
+    parameters: int
+    macs: int
+    flops: int
+    input: tuple[int, ...]
+    seconds: Spread
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostReport:
+    """What networks cost, and how forward passes were timed."""
+
+    batch_size: int
+    device: str
+    threads: int
+    turns: int
+    costs: tuple[NetworkCost, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """A table with a row for each network."""
+        rows = [("", "parameters", "G multiply-adds", "G FLOPs", "ms a batch")]
+        for one in self.costs:
+            numbers = (f"{one.macs / 1e9:.3f}", f"{one.flops / 1e9:.3f}", f"{1e3 * one.seconds.median:.1f}")
+            rows.append((f"{one.kind} {one.name}", f"{one.parameters:,}", *numbers))
+        return [
+            *columns(rows),
+            "of one image: multiply-adds of matrix products, convolutions and attention, and twice as many FLOPs; "
+            f"forward passes of {self.batch_size} images on {self.device} with {self.threads} thread(s), medians of "
+            f"{self.turns} turns",
+        ]
+
+
+def measure_cost(paths: Sequence[Path], teachers: Sequence[str], *, batch_size: int, device: str) -> CostReport:
+    """Costs of the students of runs, of the links that were trained beside them, and of teachers by their names."""
+    torch_device, console = pick_device(device), Console()
     contenders: list[Contender] = []
     for path in paths:
-        member, _ = opened(path, where, console)
-        contenders.append(Contender("student", member.name, member.model, _images(member.about.img_size)))
+        member, _ = open_student(path, torch_device, console)
+        image = _image(member.about.img_size)
+        contenders.append(Contender(kind="student", name=member.name, model=member.model, example=image))
         for loss, (links, maps) in links_of(path.with_name(LOSSES), member.model).items():
-            contenders.append(Contender("links", f"{loss} of {member.name}", links.to(where), maps))
+            name = f"{loss} of {member.name}"
+            contenders.append(Contender(kind="links", name=name, model=links.to(torch_device), example=maps))
     for name in dict.fromkeys(teachers):
-        _, size, network = bare(name, device=str(where))
-        contenders.append(Contender("teacher", name, network, _images(size)))
+        _, size, network = bare(name, device=str(torch_device))
+        contenders.append(Contender(kind="teacher", name=name, model=network, example=_image(size)))
     console.start("timing", (TURNS + 1) * len(contenders))
     try:
-        turns = interleaved(
-            {str(n): _timed(one, batch_size, where, console) for n, one in enumerate(contenders)}, TURNS
-        )
+        timed = {str(n): _timed(one, batch_size, torch_device, console) for n, one in enumerate(contenders)}
+        turns = interleaved(timed, TURNS)
     finally:
         console.stop()
-    told = []
-    for one, values in zip(contenders, turns.values(), strict=True):
-        found, spread = cost(one.model, one.example.to(where)), Spread.of(values)
-        told.append({
-            "kind": one.kind, "name": one.name, "parameters": found.parameters, "macs": found.macs,
-            "flops": 2 * found.macs, "input": list(one.example.shape[1:]),
-            "seconds": {"median": spread.median, "low": spread.low, "high": spread.high},
-        })  # fmt: skip
-    result = {"batch_size": batch_size, "device": str(where), "threads": torch.get_num_threads(), "turns": TURNS,
-              "costs": told}  # fmt: skip
-    return result, _lines(result)
+    costs = [_cost(one, values, torch_device) for one, values in zip(contenders, turns.values(), strict=True)]
+    return CostReport(
+        batch_size=batch_size,
+        device=str(torch_device),
+        threads=torch.get_num_threads(),
+        turns=TURNS,
+        costs=tuple(costs),
+    )
 
 
-def _images(size: int) -> Tensor:
+def _cost(one: Contender, times: Sequence[float], device: torch.device) -> NetworkCost:
+    counted = cost(one.model, one.example.to(device))
+    return NetworkCost(
+        kind=one.kind,
+        name=one.name,
+        parameters=counted.parameters,
+        macs=counted.macs,
+        flops=2 * counted.macs,
+        input=tuple(one.example.shape[1:]),
+        seconds=Spread.of(times),
+    )
+
+
+def _image(size: int) -> Tensor:
     return torch.zeros(1, 3, size, size)
 
 
-def _timed(one: Contender, batch: int, where: torch.device, console: Console) -> Callable[[], float]:
+def _timed(one: Contender, batch_size: int, device: torch.device, console: Console) -> Callable[[], float]:
     """What takes the time of a forward pass of a whole batch."""
-    images = torch.randn(batch, *one.example.shape[1:], device=where)
+    images = torch.randn(batch_size, *one.example.shape[1:], device=device)
 
     @torch.inference_mode()
     def forward() -> None:
         one.model(images)
-        if where.type == "cuda":
-            torch.cuda.synchronize(where)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
     def turn() -> float:
         console.advance(1)
         return seconds(forward)
 
     return turn
-
-
-def _lines(result: dict[str, Any]) -> list[str]:
-    rows = [("", "parameters", "G multiply-adds", "G FLOPs", "ms a batch")]
-    rows += [
-        (f"{one['kind']} {one['name']}", f"{one['parameters']:,}", f"{one['macs'] / 1e9:.3f}",
-         f"{one['flops'] / 1e9:.3f}", f"{1e3 * one['seconds']['median']:.1f}")
-        for one in result["costs"]
-    ]  # fmt: skip
-    return [
-        *columns(rows),
-        "of one image: multiply-adds of matrix products, convolutions and attention, and twice as many FLOPs; forward "
-        f"passes of {result['batch_size']} images on {result['device']} with {result['threads']} thread(s), medians of "
-        f"{result['turns']} turns",
-    ]

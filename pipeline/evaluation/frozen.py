@@ -1,25 +1,23 @@
-"""k-NN and linear probes, for the command line."""
+"""What `pipeline evaluate knn` and `linear-probe` measure and print."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline.console import Console
-from pipeline.evaluation.common import Said, columns, only_set_of, opened, percent
+from pipeline.evaluation.common import EvaluatedStudent, columns, only_set, open_student, percent
 from storage.errors import UserError
 from storage.shards.classes import classes_of
 from storage.shards.index import cached_index, with_samples
 from storage.shards.patterns import expand
 from student.distributed import pick_device
 from student.evaluation.class_metrics import class_metrics, label_ranks
-from student.evaluation.frozen import knn as nearest
-from student.evaluation.frozen import linear_probe as linear
-from student.evaluation.frozen import projector_features
+from student.evaluation.frozen import linear_probe, projector_features
 from student.evaluation.frozen.features import (
     Features,
     Reading,
@@ -28,6 +26,7 @@ from student.evaluation.frozen.features import (
     features_of,
     probe_feature,
 )
+from student.evaluation.frozen.knn import knn_ranks, usable
 from student.evaluation.frozen.label_subset import LabelSubset, label_subset
 
 
@@ -41,99 +40,195 @@ class LabelFraction:
     listing: Path | None
 
 
-# ---------------------------------------------------------------------------------------------- frozen features
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSamples:
+    """Labeled training samples: how many, their choice, the sha256 of their list, and its file."""
+
+    samples: int
+    fraction: float
+    seed: int
+    left_out: int
+    sha256: str
+    list: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureReport:
+    """Which features were read of which samples.
+
+    Attributes:
+        student: that was evaluated.
+        features: in words.
+        width: numbers of a sample.
+        projector_layers: linear layers of the projector that they went through.
+        train: samples that have labels.
+        samples: how many are evaluated.
+    """
+
+    student: EvaluatedStudent
+    features: str
+    width: int
+    projector_layers: int
+    train: TrainingSamples
+    samples: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        report = asdict(self)
+        return {**report.pop("student"), **report}
+
+    def line(self) -> str:
+        """One line."""
+        return (
+            f"{self.features}, {self.width} numbers; {self.train.samples} training samples, {self.samples} "
+            f"evaluated ({self.student.view})"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopAccuracy:
+    """Accuracies in percent; top5 is None with five classes or fewer."""
+
+    top1: float
+    top5: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnnReport:
+    """Accuracy of k-NN for each k."""
+
+    features: FeatureReport
+    knn: dict[int, TopAccuracy]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**self.features.to_json(), "knn": {str(k): asdict(accuracy) for k, accuracy in self.knn.items()}}
+
+    def lines(self) -> list[str]:
+        """A table."""
+        rows = [(str(k), percent(accuracy.top1), percent(accuracy.top5)) for k, accuracy in self.knn.items()]
+        return [*columns([("k", "top-1, %", "top-5, %"), *rows]), self.features.line()]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearProbeReport:
+    """Accuracy of a linear probe, its learning rate, and those that were tried on held-out training samples."""
+
+    features: FeatureReport
+    accuracy: TopAccuracy
+    lr: float
+    tried: tuple[linear_probe.ProbeTrial, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        tried = [asdict(trial) for trial in self.tried]
+        fit = {"lr": self.lr, "epochs": linear_probe.EPOCHS, "tried": tried}
+        return {**self.features.to_json(), **asdict(self.accuracy), **fit}
+
+    def lines(self) -> list[str]:
+        """A line for each learning rate that was tried, and the accuracy."""
+        tried = [f"lr {one.lr:g}: top-1 {one.top1:.2f} % on held-out training samples" for one in self.tried]
+        top5 = f", top-5 {self.accuracy.top5:.2f} %" if self.accuracy.top5 is not None else ""
+        return [
+            *tried,
+            f"linear probe, lr {self.lr:g}: top-1 {self.accuracy.top1:.2f} %{top5}",
+            self.features.line(),
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Split:
+    """Features to learn from and features to evaluate."""
+
+    train: Features
+    evaluated: Features
+    num_classes: int
+    report: FeatureReport
+
+    def accuracy(self, ranks: torch.Tensor) -> TopAccuracy:
+        """Accuracy by the ranks of the evaluated samples' labels."""
+        metrics = class_metrics(self.evaluated.labels.cpu(), ranks.cpu(), self.num_classes)
+        return TopAccuracy(top1=metrics.top1, top5=metrics.top5)
 
 
 def measure_knn(
-    path: Path, patterns: Sequence[str], part: LabelFraction, *, projector_layers: int, device: str
-) -> Said:
+    path: Path, patterns: Sequence[str], labels: LabelFraction, *, projector_layers: int, device: str
+) -> KnnReport:
     """k-NN accuracies for each k."""
-    bank, asked, classes, result = _features(
-        path, patterns, part, class_feature, projector_layers=projector_layers, device=device
-    )
-    result["knn"] = {}
-    for k, places in nearest.places(bank, asked, nearest.usable(len(bank.labels)), classes).items():
-        told = class_metrics(asked.labels.cpu(), places.cpu(), classes)
-        result["knn"][str(k)] = {"top1": told["top1"], "top5": told["top5"]}
-    rows = [("k", "top-1, %", "top-5, %")]
-    rows += [(k, percent(told["top1"]), percent(told["top5"])) for k, told in result["knn"].items()]
-    return result, [*columns(rows), _of(result)]
+    split = _features(path, patterns, labels, class_feature, projector_layers=projector_layers, device=device)
+    ranks_by_k = knn_ranks(split.train, split.evaluated, usable(len(split.train.labels)), split.num_classes)
+    return KnnReport(features=split.report, knn={k: split.accuracy(ranks) for k, ranks in ranks_by_k.items()})
 
 
 def measure_linear_probe(
-    path: Path, patterns: Sequence[str], part: LabelFraction, *, lr: float | None, projector_layers: int, device: str
-) -> Said:
-    """The accuracy of a linear probe, at the learning rate that is best on held-out training samples."""
-    bank, asked, classes, result = _features(
-        path, patterns, part, probe_feature, projector_layers=projector_layers, device=device
-    )
+    path: Path, patterns: Sequence[str], labels: LabelFraction, *, lr: float | None, projector_layers: int, device: str
+) -> LinearProbeReport:
+    """The accuracy of a linear probe, by default at the learning rate that is best on held-out training samples."""
+    split = _features(path, patterns, labels, probe_feature, projector_layers=projector_layers, device=device)
     console = Console()
-    console.start("fitting", linear.EPOCHS * (2 if lr is None else 1))
+    console.start("fitting", linear_probe.EPOCHS * (2 if lr is None else 1))
+    train, num_classes, seed, advance = split.train, split.num_classes, labels.seed, console.advance
     try:
-        tried = [] if lr else linear.search_learning_rate(bank, classes, seed=part.seed, advance=console.advance)
+        tried = [] if lr else linear_probe.search_learning_rate(train, num_classes, seed=seed, advance=advance)
         chosen = lr or tried[0].lr
-        head = linear.heads(bank, classes, [chosen], part.seed, advance=console.advance)
+        head = linear_probe.heads(train, num_classes, [chosen], seed=seed, advance=advance)
     finally:
         console.stop()
-    places = label_ranks(linear.logits_of(head, asked.values), asked.labels)
-    told = class_metrics(asked.labels.cpu(), places.cpu(), classes)
-    result |= {"top1": told["top1"], "top5": told["top5"], "lr": chosen, "epochs": linear.EPOCHS,
-               "tried": [vars(one) for one in tried]}  # fmt: skip
-    lines = [f"lr {one.lr:g}: top-1 {one.top1:.2f} % on held-out training samples" for one in tried]
-    top5 = f", top-5 {told['top5']:.2f} %" if told["top5"] is not None else ""
-    return result, [*lines, f"linear probe, lr {chosen:g}: top-1 {told['top1']:.2f} %{top5}", _of(result)]
+    ranks = label_ranks(linear_probe.logits_of(head, split.evaluated.values), split.evaluated.labels)
+    return LinearProbeReport(features=split.report, accuracy=split.accuracy(ranks), lr=chosen, tried=tuple(tried))
 
 
 def _features(
-    path: Path, patterns: Sequence[str], part: LabelFraction, read: Reading, *, projector_layers: int, device: str
-) -> tuple[Features, Features, int, dict[str, Any]]:
-    """Features of the labelled training samples and of the evaluated ones, the number of classes, and what they are."""
-    urls, train = only_set_of(patterns), with_samples(expand(part.shards), Console().say)
-    names = classes_of([*train, *urls])  # raises where their lists differ
-    where, console = pick_device(device), Console()
-    member, result = opened(path, where, console)
-    model, about = member.model, member.about
-    text = feature_text(model, read)
+    path: Path, patterns: Sequence[str], labels: LabelFraction, read: Reading, *, projector_layers: int, device: str
+) -> _Split:
+    """Features of the labeled training samples and of the evaluated ones."""
+    urls, train_urls = only_set(patterns), with_samples(expand(labels.shards), Console().say)
+    names = classes_of([*train_urls, *urls])  # raises where their lists differ
+    torch_device, console = pick_device(device), Console()
+    member, student = open_student(path, torch_device, console)
+    text = feature_text(member.model, read)
     if projector_layers:
-        read, text = projector_features.reading(path, model, projector_layers)
-    mine = label_subset(train, urls, part.fraction, part.seed)
-    if part.listing is not None:
-        mine.write(part.listing)
-    result |= {"features": text, "projector_layers": projector_layers, "train": _train(mine, part)}
-    _say_labelled(mine, part, console)
-    console.start("looking", len(mine.rows) + sum(len(cached_index(url)) for url in urls))
+        read, text = projector_features.projector_reading(path, member.model, projector_layers)
+    subset = label_subset(train_urls, urls, fraction=labels.fraction, seed=labels.seed)
+    if labels.listing is not None:
+        subset.write(labels.listing)
+    _report_subset(subset, labels, console)
+    console.start("reading features", len(subset.rows) + sum(len(cached_index(url)) for url in urls))
+    model, about, advance = member.model, member.about, console.advance
     try:
-        bank = features_of(model, about, train, read, chosen=mine.chosen, device=where, advance=console.advance)
-        asked = features_of(model, about, urls, read, device=where, advance=console.advance)
+        train = features_of(model, about, train_urls, read, chosen=subset.chosen, device=torch_device, advance=advance)
+        evaluated = features_of(model, about, urls, read, device=torch_device, advance=advance)
     finally:
         console.stop()
-    highest = int(torch.cat([bank.labels, asked.labels]).max())
+    highest = int(torch.cat([train.labels, evaluated.labels]).max())
     if names and highest >= len(names):
         raise UserError(
             f"there is a label {highest}, and classes.json lists {len(names)} classes; pack the shards again"
         )
-    result["samples"], result["width"] = len(asked.labels), bank.values.shape[1]
-    return bank, asked, len(names) if names else highest + 1, result
-
-
-def _train(mine: LabelSubset, part: LabelFraction) -> dict[str, Any]:
-    listing = str(part.listing) if part.listing else None
-    return {
-        "samples": len(mine.rows), "part": part.fraction, "seed": part.seed, "left_out": mine.left_out,
-        "sha256": mine.digest, "list": listing,
-    }  # fmt: skip
-
-
-def _say_labelled(mine: LabelSubset, part: LabelFraction, console: Console) -> None:
-    if mine.left_out:
-        console.say(f"{mine.left_out} training image(s) are evaluated too; they are left out of what is learned from")
-    if part.fraction < 1:
-        written = part.listing or "not written down (--list F)"
-        console.say(f"{len(mine.rows):,} labelled samples ({100 * part.fraction:g} %, seed {part.seed}): {written}")
-
-
-def _of(result: Mapping[str, Any]) -> str:
-    return (
-        f"{result['features']}, {result['width']} numbers; {result['train']['samples']} training samples, "
-        f"{result['samples']} evaluated ({result['view']})"
+    report = FeatureReport(
+        student=student,
+        features=text,
+        width=train.values.shape[1],
+        projector_layers=projector_layers,
+        train=TrainingSamples(
+            samples=len(subset.rows),
+            fraction=labels.fraction,
+            seed=labels.seed,
+            left_out=subset.left_out,
+            sha256=subset.digest,
+            list=str(labels.listing) if labels.listing else None,
+        ),
+        samples=len(evaluated.labels),
     )
+    num_classes = len(names) if names else highest + 1
+    return _Split(train=train, evaluated=evaluated, num_classes=num_classes, report=report)
+
+
+def _report_subset(subset: LabelSubset, labels: LabelFraction, console: Console) -> None:
+    if subset.left_out:
+        console.say(f"{subset.left_out} training image(s) are also evaluated; they are skipped in training")
+    if labels.fraction < 1:
+        written = labels.listing or "not written (--list F)"
+        console.say(
+            f"{len(subset.rows):,} labeled samples ({100 * labels.fraction:g} %, seed {labels.seed}): {written}"
+        )

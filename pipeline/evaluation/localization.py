@@ -1,82 +1,123 @@
-"""What `pipeline evaluate localize` measures: what attention finds, as plain data, as a table, as a picture."""
+"""What `pipeline evaluate localize` measures, prints and draws."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.console import Console
-from pipeline.evaluation.common import Said, columns, only_set_of, opened, percent
+from pipeline.evaluation.common import EvaluatedStudent, columns, only_set, open_student, percent
 from pipeline.plotting import COLOURS, FONT, GREY, MAP, figure, panel, picture_path, save, shortened, write
 from storage.shards.index import cached_index
 from student.distributed import pick_device
-from student.evaluation.localization import localize as localization
-from student.evaluation.localization.localize import ClassAttention, LocalizedImage
-from student.evaluation.localization.max_box_acc import OVERLAPS, SIDE, Convention
+from student.evaluation.localization.localize import ClassAttention, Localization, localize
+from student.evaluation.localization.max_box_acc import OVERLAPS, SIDE, BoxAccuracies, Convention, means
 
 # Inches.
 CELL, GAP, MARGIN, HEAD, NOTE = 1.9, 0.25, 0.3, 0.95, 0.3
 PAIRS = 2  # images in a row, each beside its map
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalizationReport:
+    """How well a student's attention finds objects.
+
+    Attributes:
+        student: that was evaluated.
+        maps: in words, which maps its boxes are drawn around.
+        box: where predicted boxes end.
+        localization: the metrics.
+        files: a picture, where one was asked for.
+    """
+
+    student: EvaluatedStudent
+    maps: str
+    box: Convention
+    localization: Localization
+    files: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        found = self.localization
+        return {
+            **asdict(self.student),
+            "view": "resize",
+            "maps": self.maps,
+            "box": self.box,
+            **found.metrics.to_json(),
+            "samples": found.samples,
+            "without_box": found.without_box,
+            **({"files": list(self.files)} if self.files else {}),
+        }
+
+    def lines(self) -> list[str]:
+        """A table of accuracies by IoU."""
+        found = self.localization
+        kinds: dict[str, BoxAccuracies] = {
+            "largest contour (MaxBoxAcc)": found.metrics.v1,
+            "all contours (V2)": found.metrics.v2,
+            "centered box": found.metrics.center,
+        }
+        rows = [("right, %, at IoU", *map(str, OVERLAPS), *(f"[{overlaps}]" for overlaps in means(found.metrics.v1)))]
+        for text, accuracies in kinds.items():
+            each = [accuracies[overlap].accuracy for overlap in OVERLAPS]
+            rows.append((text, *map(percent, [*each, *means(accuracies).values()])))
+        skipped = f", {found.without_box} without a box skipped" if found.without_box else ""
+        return [
+            *columns(rows),
+            f"{self.maps}; {self.box} boxes; each at the threshold, or the size, that is best for the whole set; "
+            f"{found.samples} images{skipped}",
+            *(f"written: {file}" for file in self.files),
+        ]
+
+
 def measure_localization(
     path: Path, patterns: Sequence[str], convention: Convention, *, out: Path | None, device: str
-) -> Said:
+) -> LocalizationReport:
     """MaxBoxAcc of one student, and a picture where a place for it is given."""
     file = picture_path(out) if out is not None else None
-    urls = only_set_of(patterns)
-    where, console = pick_device(device), Console()
-    member, result = opened(path, where, console)
-    looker = ClassAttention(member.model, member.name)
-    console.start("localising", sum(len(cached_index(url)) for url in urls))
+    urls = only_set(patterns)
+    torch_device, console = pick_device(device), Console()
+    member, student = open_student(path, torch_device, console)
+    attention = ClassAttention(member.model, member.name)
+    console.start("localizing", sum(len(cached_index(url)) for url in urls))
     try:
-        told, shown = localization.localize(
-            looker, member.about, urls, convention, device=where, shown=file is not None, advance=console.advance
+        localization = localize(
+            attention,
+            member.about,
+            urls,
+            convention,
+            device=torch_device,
+            keep_images=file is not None,
+            advance=console.advance,
         )
     finally:
         console.stop()
-    result |= {"view": "resize", "maps": looker.text, "box": convention, **told}
-    lines = _lines(result)
     if file is not None:
-        save(picture(shown, result), file)
-        result["files"] = [str(file)]
-        lines.append(f"written: {file}")
-    return result, lines
+        save(picture(member.name, localization), file)
+    files = (str(file),) if file is not None else ()
+    return LocalizationReport(
+        student=student, maps=attention.text, box=convention, localization=localization, files=files
+    )
 
 
-def _lines(result: dict[str, Any]) -> list[str]:
-    names = {"v1": "largest contour (MaxBoxAcc)", "v2": "all contours (V2)", "centre": "centred box"}
-    rows = [("right, %, at IoU", *map(str, OVERLAPS), *(f"[{several}]" for several in result["v1"]["means"]))]
-    rows += [
-        (text, *(percent(result[kind][str(overlap)]["accuracy"]) for overlap in OVERLAPS),
-         *map(percent, result[kind]["means"].values()))
-        for kind, text in names.items()
-    ]  # fmt: skip
-    without = f", {result['without_box']} without a box left out" if result["without_box"] else ""
-    return [
-        *columns(rows),
-        f"{result['maps']}; {result['box']} boxes; each at the threshold, or the size, that is best for the whole set; "
-        f"{result['samples']} images{without}",
-    ]
-
-
-def picture(shown: Sequence[LocalizedImage], result: dict[str, Any]) -> Any:
+def picture(name: str, localization: Localization) -> Any:
     """A matplotlib figure: images with true and predicted boxes, each beside its map."""
-    rows = -(-len(shown) // PAIRS)
+    rows = -(-len(localization.images) // PAIRS)
     width = 2 * MARGIN + PAIRS * (2 * CELL + GAP) + GAP + 0.7
     drawn = figure(width, HEAD + rows * (CELL + NOTE + GAP) - NOTE - GAP + MARGIN)
-    level = result["v1"]["0.5"]["threshold"]
-    write(drawn, MARGIN, MARGIN / 2, f"Where {shortened(result['student'], 60)} looks", weight="bold")
+    level = f"predicted (dashed): map above {localization.metrics.v1[0.5].threshold:.3g} of its maximum"
+    write(drawn, MARGIN, MARGIN / 2, f"Where {shortened(name, 60)} looks", weight="bold")
     write(drawn, MARGIN, MARGIN / 2 + 0.25, "true box", color=COLOURS[4], weight="bold")
-    write(drawn, MARGIN + 1.0, MARGIN / 2 + 0.25, f"predicted (dashed): map above {level:g} of its maximum",
-          color=COLOURS[1], weight="bold")  # fmt: skip
+    write(drawn, MARGIN + 1.0, MARGIN / 2 + 0.25, level, color=COLOURS[1], weight="bold")
     image = None
-    for n, one in enumerate(shown):
+    for n, one in enumerate(localization.images):
         left = MARGIN + (n % PAIRS) * (2 * CELL + 2 * GAP)
         top = HEAD + (n // PAIRS) * (CELL + NOTE + GAP)
-        write(drawn, left, top - NOTE + 0.03, f"{shortened(one.image.key, 28)}, IoU {one.overlap:.2f}", color=GREY,
-              fontsize=FONT - 1)  # fmt: skip
+        caption = f"{shortened(one.image.key, 28)}, IoU {one.overlap:.2f}"
+        write(drawn, left, top - NOTE + 0.03, caption, color=GREY, fontsize=FONT - 1)
         for column in range(2):
             axes = panel(drawn, left + column * CELL, top, CELL - 0.05, CELL - 0.05)
             axes.set_xticks([])

@@ -47,6 +47,7 @@ def stored_attention(
     given: Sequence[StoredTarget],
     urls: Sequence[str],
     view: Policy,
+    *,
     permute: int | None = None,
 ) -> StoredAttention:
     """Who lends to the images of shards in the evaluation view.
@@ -66,7 +67,7 @@ def stored_attention(
         f"{ATTENTION_COPY}: a student that copies its teacher's attention needs it of the images that it is evaluated "
         "on, too"
     )
-    return StoredAttention(copier, evaluation_targets(store, given, urls, view, why, permute))
+    return StoredAttention(copier, evaluation_targets(store, given, urls, view, why=why, permute=permute))
 
 
 def record_of(
@@ -147,5 +148,5 @@ def attach_stored_attention(
     opened = Store.open(store or about.attention_copy["store"])
     copier, given = copier_of(model, about, opened)
     copies.lender = stored_attention(
-        opened, copier, given, urls, policy(about.evaluation, about.img_size), about.attention_copy["permute"]
+        opened, copier, given, urls, policy(about.evaluation, about.img_size), permute=about.attention_copy["permute"]
     )

@@ -1,1 +1,1 @@
-"""Evaluations of a trained student: accuracy, frozen features, localisation, cost. Each by its own module."""
+"""Evaluations of a trained student: accuracy, frozen features, localization, cost. Each by its own module."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +13,12 @@ from storage.errors import UserError
 from storage.shards.index import cached_index
 from storage.views.policy import Policy
 from student.attention_copy.inference import attached_to, inject_attention
+from student.data.batch import Batch
 from student.evaluation.batches import evaluation_batches
 from student.evaluation.class_metrics import label_ranks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
     """Accuracies in percent over a number of samples. top5 is None with five classes or fewer: it would say nothing."""
 
@@ -47,12 +48,13 @@ def evaluate(
     policy: Policy,
     mean: Sequence[float],
     std: Sequence[float],
-    batch: int = 256,
+    *,
+    batch_size: int = 256,
     device: torch.device | str = "cpu",
     advance: Callable[[int], None] = lambda _samples: None,
     rank: int = 0,
-    ranks: int = 1,
-    most: int | None = None,
+    world_size: int = 1,
+    max_blocks: int | None = None,
 ) -> Score:
     """The accuracy of a classifier. Leaves the model in eval mode.
 
@@ -62,62 +64,63 @@ def evaluate(
 
     Args:
         model: from `[B, 3, S, S]` to logits `[B, K]`.
-        urls: labelled shards.
+        urls: labeled shards.
         policy: the evaluation view; its size is the model's input.
         mean: of the model's input.
         std: of the model's input.
-        batch: about how many samples at a time.
+        batch_size: about how many samples at a time.
         device: where the model is.
         advance: called with the number of samples done.
         rank: of this process in `torch.distributed`.
-        ranks: how many processes evaluate together; all of them call this.
-        most: blocks of all shards that are looked at; None for all.
+        world_size: how many processes evaluate together; all of them call this.
+        max_blocks: blocks of all shards that are looked at; None for all.
 
     Raises:
         UserError: a label that the model has no class for, a missing label, an image that cannot be decoded.
     """
-    counts = count(model, urls, policy, mean, std, batch, device, advance, rank, ranks, most)
-    if ranks > 1:
+    stored = attached_to(model)
+    batches = evaluation_batches(
+        urls, policy, batch_size, rank=rank, world_size=world_size, max_blocks=max_blocks, stored=stored
+    )
+    counts = count(model, batches, urls, mean, std, device=device, advance=advance)
+    if world_size > 1:
         dist.all_reduce(counts)
     right1, right5, samples, few = (int(n) for n in counts)
     top5 = None if few else round(100 * right5 / samples, 3)
-    return Score(round(100 * right1 / samples, 3), top5, samples)
+    return Score(top1=round(100 * right1 / samples, 3), top5=top5, samples=samples)
 
 
 @torch.no_grad()
 def count(
     model: nn.Module,
+    batches: Iterable[Batch],
     urls: Sequence[str],
-    policy: Policy,
     mean: Sequence[float],
     std: Sequence[float],
-    batch: int,
-    device: torch.device | str,
-    advance: Callable[[int], None],
-    rank: int,
-    ranks: int,
-    most: int | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    advance: Callable[[int], None] = lambda _samples: None,
 ) -> Tensor:
-    """What one rank counts: right at the first, right among five, samples, and batches of five classes or fewer.
+    """Counts over batches: correct in first place, correct among five, samples, and batches of at most five classes.
 
-    Arguments as for `evaluate`; the sums over the ranks are what counts. int64 `[4]`.
+    Counts of several ranks add up. int64 `[4]`; arguments as for `evaluate`.
     """
     model.eval()
     right1 = right5 = samples = few = 0
-    for part in evaluation_batches(urls, policy, batch, rank, ranks, most, stored=attached_to(model)):
-        there = part.to(device)
-        with inject_attention(model, there):
-            logits = model(there.pixels(mean, std))
-        classes = logits.shape[1]
-        if int(there.labels.max()) >= classes:
+    for on_cpu in batches:
+        batch = on_cpu.to(device)
+        with inject_attention(model, batch):
+            logits = model(batch.pixels(mean, std))
+        num_classes = logits.shape[1]
+        if int(batch.labels.max()) >= num_classes:
+            url = urls[int(batch.ids[int(batch.labels.argmax()), 0])]
             raise UserError(
-                f"{urls[int(part.ids[int(part.labels.argmax()), 0])]}: there is a label {int(part.labels.max())}, the "
-                f"student has classes 0 to {classes - 1}"
+                f"{url}: there is a label {int(batch.labels.max())}, the student has classes 0 to {num_classes - 1}"
             )
-        places = label_ranks(logits, there.labels)
-        right1 += int((places == 0).sum())
-        right5 += int((places < 5).sum())
-        samples += len(there.labels)
-        few += classes <= 5
-        advance(len(there.labels))
+        ranks = label_ranks(logits, batch.labels)
+        right1 += int((ranks == 0).sum())
+        right5 += int((ranks < 5).sum())
+        samples += len(batch.labels)
+        few += num_classes <= 5
+        advance(len(batch.labels))
     return torch.tensor([right1, right5, samples, few], device=device)

@@ -19,42 +19,55 @@ from student.targets.evaluation_views import EvaluationTargets
 def evaluation_batches(
     urls: Sequence[str],
     policy: Policy,
-    batch: int,
+    batch_size: int,
+    *,
     rank: int = 0,
-    ranks: int = 1,
-    most: int | None = None,
+    world_size: int = 1,
+    max_blocks: int | None = None,
     chosen: Sequence[np.ndarray] | None = None,
     stored: EvaluationTargets | None = None,
-    labelled: bool = True,
+    labeled: bool = True,
 ) -> Iterator[Batch]:
     """Every sample of shards once, in order, in the one view of a policy without chance.
 
-    With several ranks, one in so many blocks, counted over all shards; with `most`, the first so many blocks alone;
-    with `chosen`, the samples of these indices in each shard alone, sorted; with what is `stored` of them beside it.
-    All have labels, unless that is not asked for.
+    Args:
+        urls: the shards.
+        policy: the evaluation view.
+        batch_size: about how many samples at a time; a batch ends with its shard.
+        rank: of this process: it takes one in `world_size` blocks, counted over all shards.
+        world_size: how many processes evaluate together.
+        max_blocks: only the first so many blocks of all shards; None for all.
+        chosen: sorted indices of the samples of each shard that are read; None for all.
+        stored: targets that come with the samples.
+        labeled: whether every sample has to have a label.
+
+    Raises:
+        UserError: a missing label, an image that cannot be decoded.
     """
     before = 0  # blocks of earlier shards
     for shard, url in enumerate(urls):
         index = cached_index(url)
-        if labelled:
+        if labeled:
             require_labels(url, index)
         reader = BlockReader(stored.source(url, index.id) if stored else Source((url,), (index.id,), policy))
-        held: list[BlockPart] = []
+        parts: list[BlockPart] = []
         wanted = np.arange(len(index)) if chosen is None else chosen[shard]
-        mine: dict[int, np.ndarray] = {}
+        samples_of: dict[int, np.ndarray] = {}  # of this rank's blocks
         for number in range(index.blocks):
-            if (before + number) % ranks == rank and (most is None or before + number < most):
+            if (before + number) % world_size == rank and (max_blocks is None or before + number < max_blocks):
                 block = index.block(number)
-                mine[number] = wanted[slice(*np.searchsorted(wanted, (block.start, block.stop)))]
+                samples_of[number] = wanted[slice(*np.searchsorted(wanted, (block.start, block.stop)))]
         before += index.blocks
-        mine = {number: samples for number, samples in mine.items() if len(samples)}
-        for number, samples in mine.items():
+        samples_of = {number: samples for number, samples in samples_of.items() if len(samples)}
+        for number, samples in samples_of.items():
             arrays, targets = reader.read(Segment(0, number, samples), 0)
             arrays["ids"][:, 0] = shard
-            held.append((arrays, targets))
-            if sum(len(part[0]["labels"]) for part in held) >= batch or number == max(mine):
-                joined, beside = join(held)
+            parts.append((arrays, targets))
+            if sum(len(part[0]["labels"]) for part in parts) >= batch_size or number == max(samples_of):
+                joined, encoded = join(parts)
                 tensors = {name: torch.from_numpy(array) for name, array in joined.items()}
-                there = {id: {n: torch.from_numpy(a) for n, a in arrays.items()} for id, arrays in beside.items()}
-                yield Batch(**tensors, targets=there, codecs=dict(reader.source.targets))
-                held = []
+                stored_values = {
+                    id: {n: torch.from_numpy(a) for n, a in arrays.items()} for id, arrays in encoded.items()
+                }
+                yield Batch(**tensors, targets=stored_values, codecs=dict(reader.source.targets))
+                parts = []

@@ -3,59 +3,117 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-PARTS = ("many", "medium", "few")
-
 BOUNDS = (20, 100)  # Liu et al. 2019: few-shot classes have fewer than 20 training images, many-shot ones more than 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassAccuracy:
+    """Top-1 accuracy of one class, in percent."""
+
+    name: str
+    samples: int
+    top1: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShotAccuracy:
+    """Top-1 accuracy of classes with a similar number of training images, in percent; None without samples."""
+
+    classes: int
+    samples: int
+    top1: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShotMetrics:
+    """Accuracy of many-, medium- and few-shot classes; medium ones have from `bounds[0]` to `bounds[1]` images."""
+
+    bounds: tuple[int, int]
+    many: ShotAccuracy
+    medium: ShotAccuracy
+    few: ShotAccuracy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassMetrics:
+    """Accuracies over a set, in percent.
+
+    Attributes:
+        top1: of all samples.
+        top5: of all samples; None with five classes or fewer: it would say nothing.
+        samples: how many were evaluated.
+        classes: those that the set has samples of, in the order of their numbers.
+        shots: by the number of training images, where that is known.
+    """
+
+    top1: float
+    top5: float | None
+    samples: int
+    classes: tuple[ClassAccuracy, ...]
+    shots: ShotMetrics | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        classes = [{"class": one.name, "samples": one.samples, "top1": one.top1} for one in self.classes]
+        shots = asdict(self.shots) if self.shots else {}
+        return {"top1": self.top1, "top5": self.top5, "samples": self.samples, "classes": classes, **shots}
 
 
 def class_metrics(
     labels: Tensor,
-    places: Tensor,
-    classes: int,
+    ranks: Tensor,
+    num_classes: int,
+    *,
     names: Sequence[str] | None = None,
-    images: Mapping[int, int] | None = None,
+    train_images: Mapping[int, int] | None = None,
     bounds: tuple[int, int] = BOUNDS,
-) -> dict[str, Any]:
-    """Accuracies in percent, as plain data.
+) -> ClassMetrics:
+    """Accuracies over a set.
 
     Args:
         labels: int64 `[N]`.
-        places: int64 `[N]`: how many classes come before the right one.
-        classes: K; with five or fewer there is no top-5, it would say nothing.
+        ranks: int64 `[N]`, as `label_ranks` gives them.
+        num_classes: K.
         names: of the classes.
-        images: label -> number of its training images; then many-, medium- and few-shot classes are told apart.
+        train_images: label -> number of its training images; then many-, medium- and few-shot classes are told apart.
         bounds: (low, high): medium-shot classes have from `low` to `high` training images.
     """
-    found: dict[str, Any] = {
-        "top1": _percent(places < 1),
-        "top5": None if classes <= 5 else _percent(places < 5),
-        "samples": len(labels),
-    }
-    found["classes"] = [
-        {
-            "class": names[n] if names else str(n),
-            "samples": int((mine := labels == n).sum()),
-            "top1": _percent(places[mine] < 1),
-        }
-        for n in sorted(set(labels.tolist()))
-    ]
-    if images is not None:
-        low, high = bounds
-        count = torch.tensor([images.get(n, 0) for n in range(classes)])
-        masks = {"many": count > high, "medium": (count >= low) & (count <= high), "few": count < low}
-        found["bounds"] = list(bounds)
-        for name, mask in masks.items():
-            mine = mask[labels]
-            found[name] = {
-                "classes": int(mask.sum()), "samples": int(mine.sum()),
-                "top1": _percent(places[mine] < 1) if mine.any() else None,
-            }  # fmt: skip
-    return found
+    masks = {n: labels == n for n in sorted(set(labels.tolist()))}
+    return ClassMetrics(
+        top1=_percent(ranks < 1),
+        top5=None if num_classes <= 5 else _percent(ranks < 5),
+        samples=len(labels),
+        classes=tuple(
+            ClassAccuracy(name=names[n] if names else str(n), samples=int(mask.sum()), top1=_percent(ranks[mask] < 1))
+            for n, mask in masks.items()
+        ),
+        shots=None if train_images is None else _shots(labels, ranks, num_classes, train_images, bounds),
+    )
+
+
+def _shots(
+    labels: Tensor, ranks: Tensor, num_classes: int, train_images: Mapping[int, int], bounds: tuple[int, int]
+) -> ShotMetrics:
+    images = torch.tensor([train_images.get(n, 0) for n in range(num_classes)])
+    low, high = bounds
+
+    def accuracy(classes: Tensor) -> ShotAccuracy:
+        samples = classes[labels]
+        top1 = _percent(ranks[samples] < 1) if samples.any() else None
+        return ShotAccuracy(classes=int(classes.sum()), samples=int(samples.sum()), top1=top1)
+
+    return ShotMetrics(
+        bounds=bounds,
+        many=accuracy(images > high),
+        medium=accuracy((images >= low) & (images <= high)),
+        few=accuracy(images < low),
+    )
 
 
 def _percent(right: Tensor) -> float:

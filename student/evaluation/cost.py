@@ -18,7 +18,7 @@ from student.alignment.student_spec import student_spec
 MOST = 1024  # patches along a side are far fewer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
     """Parameters, and multiply-adds of one image. A FLOP count is twice these, as torch counts; papers often do not."""
 
@@ -45,7 +45,8 @@ def cost(model: nn.Module, example: Tensor) -> Cost:
     finally:
         for parameter in learned:
             parameter.requires_grad_(True)
-    return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)
+    parameters = sum(p.numel() for p in model.parameters())
+    return Cost(parameters=parameters, macs=counter.get_total_flops() // 2)
 
 
 def links_of(losses: Path, student: nn.Module) -> dict[str, tuple[nn.Module, Tensor]]:

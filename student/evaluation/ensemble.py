@@ -1,4 +1,4 @@
-"""Classifiers over sets of shards: the place of each right class, for each classifier and for all together."""
+"""Classifiers over sets of shards: the rank of each right class, for each classifier and for all together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from student.evaluation.class_metrics import label_ranks
 from student.models.files import StudentDescription
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Classifier:
     """A classifier with what it is called, how it is fed and what its classes are."""
 
@@ -26,22 +26,22 @@ class Classifier:
     about: StudentDescription
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Predictions:
     """What classifiers made of a set.
 
     Attributes:
         labels: int64 `[N]`, in the set's order of classes.
-        places: int64 `[M, N]`: how many classes each of M classifiers puts before the right one; the last row is all
-            of them together where that was asked for.
-        names: of the set's classes; None where nobody says them.
-        classes: how many there are to choose from.
+        ranks: int64 `[M, N]`: how many classes each of M classifiers puts before the right one; the last row is the
+            ensemble, where it was asked for.
+        names: of the set's classes; None where they are not known.
+        num_classes: how many there are to choose from.
     """
 
     labels: Tensor
-    places: Tensor
+    ranks: Tensor
     names: tuple[str, ...] | None
-    classes: int
+    num_classes: int
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def ensemble_predictions(
     *,
     ensemble: bool = False,
     device: torch.device | str = "cpu",
-    batch: int = 256,
+    batch_size: int = 256,
     advance: Callable[[int], None] = lambda _samples: None,
 ) -> Predictions:
     """What each classifier sees in a set, every sample once, on its own evaluation view.
@@ -61,10 +61,10 @@ def ensemble_predictions(
 
     Args:
         members: with models on the device, in eval mode.
-        urls: labelled shards.
+        urls: labeled shards.
         ensemble: whether all together are asked too.
         device: where the models are.
-        batch: about how many samples at a time.
+        batch_size: about how many samples at a time.
         advance: called with the number of samples done.
 
     Raises:
@@ -75,42 +75,48 @@ def ensemble_predictions(
     names = classes_of(urls)
     columns = [_columns(member, names, members[0], urls) for member in members]
     labels: list[Tensor] = []
-    places: list[Tensor] = []
-    classes = 0
+    ranks: list[Tensor] = []
+    num_classes = 0
     views = [policy(member.about.evaluation, member.about.img_size) for member in members]
     feeds = [(view, attached_to(member.model)) for view, member in zip(views, members, strict=True)]
-    readers = {feed: evaluation_batches(urls, feed[0], batch, stored=feed[1]) for feed in feeds}
+    readers = {feed: evaluation_batches(urls, feed[0], batch_size, stored=feed[1]) for feed in feeds}
     for parts in zip(*readers.values(), strict=True):
-        there = {feed: part.to(device) for feed, part in zip(readers, parts, strict=True)}
-        own = parts[0].labels.to(device)
+        batches = {feed: part.to(device) for feed, part in zip(readers, parts, strict=True)}
+        batch_labels = parts[0].labels.to(device)
         total: Tensor | None = None
-        rows = []
+        batch_ranks = []
         for member, feed, chosen in zip(members, feeds, columns, strict=True):
-            with inject_attention(member.model, there[feed]):
-                logits = member.model(there[feed].pixels(member.about.mean, member.about.std)).float()
+            with inject_attention(member.model, batches[feed]):
+                logits = member.model(batches[feed].pixels(member.about.mean, member.about.std)).float()
             logits = logits if chosen is None else logits[:, chosen.to(logits.device)]
-            classes = logits.shape[1]
-            if int(own.max()) >= classes:
-                url = urls[int(parts[0].ids[int(own.argmax()), 0])]
+            num_classes = logits.shape[1]
+            if int(batch_labels.max()) >= num_classes:
+                url = urls[int(parts[0].ids[int(batch_labels.argmax()), 0])]
                 raise UserError(
-                    f"{url}: there is a label {int(own.max())}, {member.name} has classes 0 to {classes - 1}"
+                    f"{url}: there is a label {int(batch_labels.max())}, {member.name} has classes 0 to "
+                    f"{num_classes - 1}"
                 )
-            rows.append(label_ranks(logits, own))
+            batch_ranks.append(label_ranks(logits, batch_labels))
             if ensemble:
-                share = logits.double().softmax(1)
-                if total is not None and total.shape != share.shape:
+                probabilities = logits.double().softmax(1)
+                if total is not None and total.shape != probabilities.shape:
                     raise UserError(
-                        f"{member.name} has {classes} classes, {members[0].name} {total.shape[1]}; an ensemble is one "
-                        "of the same classes"
+                        f"{member.name} has {num_classes} classes, {members[0].name} {total.shape[1]}; an ensemble "
+                        "is one of the same classes"
                     )
-                total = share if total is None else total + share
+                total = probabilities if total is None else total + probabilities
         if total is not None:
-            rows.append(label_ranks(total, own))
-        labels.append(own.cpu())
-        places.append(torch.stack(rows).cpu())
-        advance(len(own))
+            batch_ranks.append(label_ranks(total, batch_labels))
+        labels.append(batch_labels.cpu())
+        ranks.append(torch.stack(batch_ranks).cpu())
+        advance(len(batch_labels))
     listed = names or members[0].about.classes
-    return Predictions(torch.cat(labels), torch.cat(places, 1), tuple(listed) if listed else None, classes)
+    return Predictions(
+        labels=torch.cat(labels),
+        ranks=torch.cat(ranks, 1),
+        names=tuple(listed) if listed else None,
+        num_classes=num_classes,
+    )
 
 
 def _columns(member: Classifier, names: Sequence[str] | None, first: Classifier, urls: Sequence[str]) -> Tensor | None:

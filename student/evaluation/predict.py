@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,26 @@ from storage.views.draw import draw_view
 from storage.views.policy import Policy, policy
 from storage.views.render import BadImage, decode, render
 from student.models.files import StudentDescription
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImagePrediction:
+    """An image's likeliest classes with their probabilities, the largest first."""
+
+    image: str
+    classes: tuple[tuple[str, float], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"image": self.image, "classes": [{"class": n, "probability": p} for n, p in self.classes]}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnreadableImage:
+    """An image that could not be read, and why."""
+
+    image: str
+    error: str
 
 
 def found_in(places: Sequence[Path], say: Callable[[str], None] = lambda _line: None) -> list[Path]:
@@ -53,11 +74,12 @@ def predict(
     about: StudentDescription,
     files: Sequence[Path],
     top: int,
+    *,
     advance: Callable[[int], None] = lambda _images: None,
-    batch: int = 64,
-    beside: Callable[[np.ndarray], AbstractContextManager[None]] = lambda _images: nullcontext(),
-) -> tuple[list[tuple[str, list[tuple[str, float]]]], list[tuple[str, str]]]:
-    """(file, its `top` classes with their probabilities, the largest first) for each image; (file, reason) of others.
+    batch_size: int = 64,
+    context: Callable[[np.ndarray], AbstractContextManager[None]] = lambda _images: nullcontext(),
+) -> tuple[list[ImagePrediction], list[UnreadableImage]]:
+    """What a student sees in images, and which images cannot be read.
 
     Args:
         model: the student, in eval mode, on its device.
@@ -65,36 +87,35 @@ def predict(
         files: JPEG, PNG or WebP.
         top: how many classes, at most all.
         advance: called with the number of images done.
-        batch: images at a time.
-        beside: what holds while the model looks at uint8 images `[n, S, S, 3]`, such as the attention that it copies.
+        batch_size: images at a time.
+        context: what holds while the model looks at uint8 images `[n, S, S, 3]`, such as the attention that it copies.
     """
     view = policy(about.evaluation, about.img_size)
     device = next(model.parameters()).device
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (about.mean, about.std))
-    found: list[tuple[str, list[tuple[str, float]]]] = []
-    broken: list[tuple[str, str]] = []
-    for start in range(0, len(files), batch):
-        several = files[start : start + batch]
-        there: list[str] = []
-        rendered: list[np.ndarray] = []
-        for file in several:
+    predictions: list[ImagePrediction] = []
+    unreadable: list[UnreadableImage] = []
+    for start in range(0, len(files), batch_size):
+        rendered: dict[int, np.ndarray] = {}  # by place in the chunk: a file may be named twice
+        chunk = files[start : start + batch_size]
+        for number, file in enumerate(chunk):
             try:
-                rendered.append(_rendered(file, view))
-                there.append(str(file))
+                rendered[number] = _rendered(file, view)
             except UserError as error:
-                broken.append((str(file), str(error)))
-        advance(len(several))
-        if not there:
+                unreadable.append(UnreadableImage(image=str(file), error=str(error)))
+        advance(len(chunk))
+        if not rendered:
             continue
-        images = np.stack(rendered)
+        images = np.stack([*rendered.values()])
         pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255
-        with beside(images):
-            shares = model((pixels - mean) / std).float().softmax(1)
-        values, classes = shares.topk(min(top, shares.shape[1]), 1)
-        for name, ps, ns in zip(there, values.tolist(), classes.tolist(), strict=True):
-            names = [about.classes[n] if about.classes else str(n) for n in ns]
-            found.append((name, list(zip(names, ps, strict=True))))
-    return found, broken
+        with context(images):
+            probabilities = model((pixels - mean) / std).float().softmax(1)
+        values, numbers = probabilities.topk(min(top, probabilities.shape[1]), 1)
+        for number, image_values, image_classes in zip(rendered, values.tolist(), numbers.tolist(), strict=True):
+            names = [about.classes[n] if about.classes else str(n) for n in image_classes]
+            classes = tuple(zip(names, image_values, strict=True))
+            predictions.append(ImagePrediction(image=str(chunk[number]), classes=classes))
+    return predictions, unreadable
 
 
 def _rendered(file: Path, view: Policy) -> np.ndarray:

@@ -230,8 +230,8 @@ def _score(
     progress.start("evaluating", sum(len(cached_index(url)) for url in urls))
     bank = stream.source.policy
     return evaluate(
-        classifier, urls, policy(bank.evaluation.line, bank.size), (0, 0, 0), (1, 1, 1), batch=64, device=device,
-        advance=progress.advance,
+        classifier, urls, policy(bank.evaluation.line, bank.size), (0, 0, 0), (1, 1, 1), batch_size=64,
+        device=device, advance=progress.advance,
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from student.targets import hints
 from student.targets.stored_target import StoredTarget
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationTargets:
     """What a store keeps of the images that are evaluated.
 
@@ -46,7 +46,13 @@ class EvaluationTargets:
 
 
 def evaluation_targets(
-    store: Store, given: Sequence[StoredTarget], urls: Sequence[str], view: Policy, why: str, permute: int | None = None
+    store: Store,
+    given: Sequence[StoredTarget],
+    urls: Sequence[str],
+    view: Policy,
+    *,
+    why: str,
+    permute: int | None = None,
 ) -> EvaluationTargets:
     """Targets like those given, of the images of shards in the evaluation view.
 
@@ -76,7 +82,7 @@ def evaluation_targets(
                 f"{url}: {len(invalid)} of its images could not be decoded, and every sample counts in an evaluation; "
                 "mend or remove them and pack again"
             )
-    return EvaluationTargets(store, view.bank, targets, permute)
+    return EvaluationTargets(store=store, bank=view.bank, targets=targets, permute=permute)
 
 
 def kept_of(

@@ -282,7 +282,9 @@ def _copies(
     elif recipe.attention_copy.average == "examples":
         copies.fixed = {"map": copier.meets.get_buffer("mean")[None]}
     elif scored:
-        copies.lender = stored_attention(store, copier, several, scored, stream.source.policy.evaluation, permute)
+        copies.lender = stored_attention(
+            store, copier, several, scored, stream.source.policy.evaluation, permute=permute
+        )
     if "map" in copies.parts:
         progress.say(f"{ATTENTION_COPY}: {len(copies.layers)} layer(s) run unfused, where whole maps can go in")
     return record_of(copier, recipe.attention_copy, store, several, permute)

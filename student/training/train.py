@@ -293,7 +293,8 @@ class Trainer:
         with torch.compiler.set_stance("force_eager") if eager else nullcontext():
             return evaluate(
                 model, self.parts.val_urls, policy(about.evaluation, about.img_size), about.mean, about.std,
-                device=self.device, rank=rank(), ranks=world_size(), most=SMOKE_BLOCKS if self.job.smoke else None,
+                device=self.device, rank=rank(), world_size=world_size(),
+                max_blocks=SMOKE_BLOCKS if self.job.smoke else None,
             )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------ keeping

@@ -65,13 +65,13 @@ def accuracy(
         raise click.UsageError("--train-shards counts training images for --shot-bounds LOW,HIGH; 20,100 is usual")
     from pipeline.evaluation.accuracy import measure_accuracy
 
-    result, lines = measure_accuracy(
+    report = measure_accuracy(
         [student_file(run, checkpoint) for run in runs],
         shards,
         ensemble=ensemble,
-        bounds=shot_bounds,
+        shot_bounds=shot_bounds,
         train_shards=train_shards,
         store=store,
         device=device,
     )
-    show(result, lines, as_json)
+    show(report.to_json(), report.lines(), as_json)

@@ -46,5 +46,5 @@ def cost(
     from pipeline.evaluation.cost import measure_cost
 
     paths = [student_file(run, checkpoint) for run in runs]
-    result, lines = measure_cost(paths, teachers, batch_size=batch_size, device=device)
-    show(result, lines, as_json)
+    report = measure_cost(paths, teachers, batch_size=batch_size, device=device)
+    show(report.to_json(), report.lines(), as_json)

@@ -44,7 +44,7 @@ def knn(
     """
     from pipeline.evaluation.frozen import LabelFraction, measure_knn
 
-    part = LabelFraction(shards=train_shards, fraction=label_fraction, seed=seed, listing=listing)
+    labels = LabelFraction(shards=train_shards, fraction=label_fraction, seed=seed, listing=listing)
     path = student_file(run, checkpoint)
-    result, lines = measure_knn(path, shards, part, projector_layers=projector_layers, device=device)
-    show(result, lines, as_json)
+    report = measure_knn(path, shards, labels, projector_layers=projector_layers, device=device)
+    show(report.to_json(), report.lines(), as_json)

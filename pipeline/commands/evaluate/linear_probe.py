@@ -57,7 +57,7 @@ def linear_probe(
     """
     from pipeline.evaluation.frozen import LabelFraction, measure_linear_probe
 
-    part = LabelFraction(shards=train_shards, fraction=label_fraction, seed=seed, listing=listing)
+    labels = LabelFraction(shards=train_shards, fraction=label_fraction, seed=seed, listing=listing)
     path = student_file(run, checkpoint)
-    result, lines = measure_linear_probe(path, shards, part, lr=lr, projector_layers=projector_layers, device=device)
-    show(result, lines, as_json)
+    report = measure_linear_probe(path, shards, labels, lr=lr, projector_layers=projector_layers, device=device)
+    show(report.to_json(), report.lines(), as_json)

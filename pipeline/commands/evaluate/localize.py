@@ -54,5 +54,5 @@ def localize(
     from pipeline.evaluation.localization import measure_localization
 
     path = student_file(run, checkpoint)
-    result, lines = measure_localization(path, shards, convention, out=out, device=device)
-    show(result, lines, as_json)
+    report = measure_localization(path, shards, convention, out=out, device=device)
+    show(report.to_json(), report.lines(), as_json)

@@ -60,7 +60,7 @@ def similarity(
     """
     from pipeline.evaluation.similarity import measure_similarity
 
-    result, lines = measure_similarity(
+    report = measure_similarity(
         [student_file(run, checkpoint) for run in runs],
         shards,
         store,
@@ -70,4 +70,4 @@ def similarity(
         out=out,
         device=device,
     )
-    show(result, lines, as_json)
+    show(report.to_json(), report.lines(), as_json)

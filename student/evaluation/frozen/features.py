@@ -1,4 +1,4 @@
-"""Features of a frozen network: what it makes of labelled images, for k-NN and linear probes."""
+"""Features of a frozen network: what it makes of labeled images, for k-NN and linear probes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BLOCKS = 4  # whose class tokens it reads of a narrower network
 Reading = Callable[[nn.Module, Tensor], Tensor]  # network and pixels `[B, 3, S, S]` -> features `[B, D]`
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Features:
     """Features f32 `[N, D]` with their labels, int64 `[N]`, in the order of the shards, on one device."""
 
@@ -37,10 +37,10 @@ def features_of(
     *,
     chosen: Sequence[np.ndarray] | None = None,
     device: torch.device | str = "cpu",
-    batch: int = 256,
+    batch_size: int = 256,
     advance: Callable[[int], None] = lambda _samples: None,
 ) -> Features:
-    """What a frozen network makes of labelled shards, each sample once, on its evaluation view.
+    """What a frozen network makes of labeled shards, each sample once, on its evaluation view.
 
     Args:
         model: on the device, in eval mode.
@@ -49,19 +49,20 @@ def features_of(
         read: `class_feature` or `probe_feature`.
         chosen: sorted indices of the samples of each shard that count; None for all.
         device: where the model is.
-        batch: about how many samples at a time.
+        batch_size: about how many samples at a time.
         advance: called with the number of samples done.
 
     Raises:
         UserError: a missing label, an image that cannot be decoded.
     """
     values, labels = [], []
-    for part in evaluation_batches(urls, policy(about.evaluation, about.img_size), batch, chosen=chosen):
-        there = part.to(device)
-        values.append(read(model, there.pixels(about.mean, about.std)).float())
-        labels.append(there.labels)
-        advance(len(part.labels))
-    return Features(torch.cat(values), torch.cat(labels))
+    view = policy(about.evaluation, about.img_size)
+    for on_cpu in evaluation_batches(urls, view, batch_size, chosen=chosen):
+        batch = on_cpu.to(device)
+        values.append(read(model, batch.pixels(about.mean, about.std)).float())
+        labels.append(batch.labels)
+        advance(len(batch.labels))
+    return Features(values=torch.cat(values), labels=torch.cat(labels))
 
 
 def class_feature(model: nn.Module, pixels: Tensor) -> Tensor:

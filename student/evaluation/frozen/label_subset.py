@@ -1,4 +1,4 @@
-"""Which training samples have labels in a protocol on frozen features: all, or a class-balanced part of them."""
+"""Which training samples have labels where frozen features are evaluated: all, or a class-balanced fraction."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from storage.shards.index import cached_index, require_labels
 from storage.shards.stratify import stratified_sample
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LabelSubset:
     """Samples with labels.
 
@@ -48,37 +48,37 @@ class LabelSubset:
             temporary.write_text(text.getvalue(), encoding="utf-8")
 
 
-def label_subset(urls: Sequence[str], evaluated: Sequence[str], share: float = 1.0, seed: int = 0) -> LabelSubset:
+def label_subset(urls: Sequence[str], evaluated: Sequence[str], *, fraction: float = 1.0, seed: int = 0) -> LabelSubset:
     """The samples of training shards that have labels.
 
-    A part is class-balanced, and the one that `pipeline pack --fraction` keeps of the same shards by the same seed. An
-    image that is evaluated too never counts, whatever its key is.
+    A fraction is class-balanced: the samples that `pipeline pack --fraction` keeps of the same shards with the same
+    seed. An image that is also evaluated never counts, whatever its key is.
 
     Args:
         urls: training shards.
         evaluated: the shards that are evaluated.
-        share: the part of each class, at least one sample.
+        fraction: the part of each class, at least one sample.
         seed: of the choice.
 
     Raises:
         UserError: a missing label, or nothing is left.
     """
-    secret = {digest for url in evaluated for digest in cached_index(url).digests}
+    evaluated_digests = {digest for url in evaluated for digest in cached_index(url).digests}
     labels: list[int | None] = []
     for url in urls:
         index = cached_index(url)
         require_labels(url, index)
         labels += index.labels
-    drawn = stratified_sample(labels, share, seed) if share < 1 else range(len(labels))
+    drawn = stratified_sample(labels, fraction, seed) if fraction < 1 else range(len(labels))
     mask = np.zeros(len(labels), bool)
     mask[list(drawn)] = True
     chosen, rows, left_out, before = [], [], 0, 0
     for url in urls:
         index = cached_index(url, trust=True)
-        mine = mask[before : before + len(index)].nonzero()[0]
+        drawn_here = mask[before : before + len(index)].nonzero()[0]
         before += len(index)
-        kept = [int(i) for i in mine if index.digests[i] not in secret]
-        left_out += len(mine) - len(kept)
+        kept = [int(i) for i in drawn_here if index.digests[i] not in evaluated_digests]
+        left_out += len(drawn_here) - len(kept)
         chosen.append(np.array(kept, np.int64))
         rows += [(index.id, index.keys[i], int(index.labels[i] or 0)) for i in kept]
     if not rows:
@@ -86,14 +86,14 @@ def label_subset(urls: Sequence[str], evaluated: Sequence[str], share: float = 1
             f"{urls[0]}: every labelled image of the training shards is evaluated too, so nothing is left to learn "
             "from; give the shards that the student was trained on: --train-shards"
         )
-    return LabelSubset(tuple(urls), tuple(chosen), tuple(rows), left_out)
+    return LabelSubset(urls=tuple(urls), chosen=tuple(chosen), rows=tuple(rows), left_out=left_out)
 
 
 def images_of_classes(urls: Sequence[str]) -> Counter[int]:
     """Label -> how many images of shards have it. Raises UserError: a missing label."""
-    found: Counter[int] = Counter()
+    images: Counter[int] = Counter()
     for url in urls:
         index = cached_index(url)
         require_labels(url, index)
-        found.update(label for label in index.labels if label is not None)
-    return found
+        images.update(label for label in index.labels if label is not None)
+    return images

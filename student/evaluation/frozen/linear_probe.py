@@ -20,10 +20,10 @@ from student.evaluation.frozen.features import Features
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
 EPOCHS, BATCH = 100, 256
-HELD_OUT = 0.2  # of the labelled samples
+HELD_OUT = 0.2  # of the labeled samples
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeTrial:
     """What one learning rate gave on held-out training samples: percent right, and mean cross-entropy."""
 
@@ -34,10 +34,10 @@ class ProbeTrial:
 
 def heads(
     features: Features,
-    classes: int,
+    num_classes: int,
     rates: Sequence[float],
-    seed: int = 0,
     *,
+    seed: int = 0,
     epochs: int = EPOCHS,
     advance: Callable[[int], None] = lambda _epochs: None,
 ) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,7 @@ def heads(
 
     Args:
         features: of the samples to fit.
-        classes: K.
+        num_classes: K.
         rates: R learning rates for a batch of 256.
         seed: of the start and of the batches.
         epochs: over the features.
@@ -54,23 +54,23 @@ def heads(
     Returns:
         Weights f32 `[R, K, D]` and biases f32 `[R, K]`.
     """
-    chance = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     device, (count, width) = features.values.device, features.values.shape
-    start = torch.randn(classes, width, generator=chance) * 0.01
+    start = torch.randn(num_classes, width, generator=generator) * 0.01
     weight = start.expand(len(rates), -1, -1).contiguous().to(device)
-    bias = torch.zeros(len(rates), classes, device=device)
-    speed = torch.zeros_like(weight), torch.zeros_like(bias)
+    bias = torch.zeros(len(rates), num_classes, device=device)
+    velocity = torch.zeros_like(weight), torch.zeros_like(bias)
     batch = min(BATCH, count)
     scaled = torch.tensor(rates, device=device) * batch / 256
     for epoch in range(epochs):
         step = scaled * (1 + math.cos(math.pi * epoch / epochs)) / 2
-        for rows in torch.split(torch.randperm(count, generator=chance).to(device), batch):
-            x, y = features.values[rows], F.one_hot(features.labels[rows], classes).float()
+        for rows in torch.split(torch.randperm(count, generator=generator).to(device), batch):
+            x, y = features.values[rows], F.one_hot(features.labels[rows], num_classes).float()
             error = (_logits(weight, bias, x).softmax(-1) - y) / len(rows)  # the gradient of the mean cross-entropy
-            speed[0].mul_(0.9).add_(error.transpose(1, 2) @ x)
-            speed[1].mul_(0.9).add_(error.sum(1))
-            weight -= step[:, None, None] * speed[0]
-            bias -= step[:, None] * speed[1]
+            velocity[0].mul_(0.9).add_(error.transpose(1, 2) @ x)
+            velocity[1].mul_(0.9).add_(error.sum(1))
+            weight -= step[:, None, None] * velocity[0]
+            bias -= step[:, None] * velocity[1]
         advance(1)
     return weight, bias
 
@@ -87,10 +87,10 @@ def logits_of(head: tuple[Tensor, Tensor], values: Tensor) -> Tensor:
 
 def search_learning_rate(
     features: Features,
-    classes: int,
+    num_classes: int,
     rates: Sequence[float] = RATES,
-    seed: int = 0,
     *,
+    seed: int = 0,
     epochs: int = EPOCHS,
     advance: Callable[[int], None] = lambda _epochs: None,
 ) -> list[ProbeTrial]:
@@ -102,22 +102,21 @@ def search_learning_rate(
         UserError: no class has two samples, so that none can be held out.
     """
     labels = features.labels.tolist()
-    away = torch.tensor(sorted(stratified_sample(labels, HELD_OUT, seed, "held out", 1)), dtype=torch.int64)
-    if not len(away):
+    held_out = torch.tensor(sorted(stratified_sample(labels, HELD_OUT, seed, "held out", 1)), dtype=torch.int64)
+    if not len(held_out):
         raise UserError(
             "no class has two labelled samples, so none can be held out to choose the learning rate by; say it, such "
             "as DINO's: --lr 0.001"
         )
-    stays = torch.ones(len(labels), dtype=torch.bool)
-    stays[away] = False
-    weight, bias = heads(
-        Features(features.values[stays], features.labels[stays]), classes, rates, seed, epochs=epochs, advance=advance
-    )
-    answers = _logits(weight, bias, features.values[away])
-    found = []
-    for lr, logits in zip(rates, answers, strict=True):
-        own = features.labels[away]
-        right, loss = float((logits.argmax(1) == own).float().mean()), float(F.cross_entropy(logits, own))
+    fitted = torch.ones(len(labels), dtype=torch.bool)
+    fitted[held_out] = False
+    training = Features(values=features.values[fitted], labels=features.labels[fitted])
+    weight, bias = heads(training, num_classes, rates, seed=seed, epochs=epochs, advance=advance)
+    trials = []
+    for lr, logits in zip(rates, _logits(weight, bias, features.values[held_out]), strict=True):
+        truth = features.labels[held_out]
+        right, loss = float((logits.argmax(1) == truth).float().mean()), float(F.cross_entropy(logits, truth))
         finite = math.isfinite(loss)
-        found.append(ProbeTrial(lr, round(100 * right, 3) if finite else 0.0, loss if finite else math.inf))
-    return sorted(found, key=lambda tried: (-tried.top1, tried.loss))
+        top1 = round(100 * right, 3) if finite else 0.0
+        trials.append(ProbeTrial(lr=lr, top1=top1, loss=loss if finite else math.inf))
+    return sorted(trials, key=lambda trial: (-trial.top1, trial.loss))

@@ -19,7 +19,7 @@ from student.run_dir import LOSSES
 _NAME = re.compile(r"(?P<loss>.+)\.projector\.(?P<at>[0-9]{1,3})\.(?P<part>weight|bias)")
 
 
-def reading(student: Path, model: nn.Module, layers: int) -> tuple[Reading, str]:
+def projector_reading(student: Path, model: nn.Module, layers: int) -> tuple[Reading, str]:
     """What reads features inside a projector off a student's network, and what they are in words.
 
     It begins with the class token after the final norm, which projectors are trained on, whatever the classifier reads.
@@ -30,21 +30,20 @@ def reading(student: Path, model: nn.Module, layers: int) -> tuple[Reading, str]
         layers: linear maps of the projector, at least one.
 
     Raises:
-        UserError: as `projected`; a projector of other tokens.
+        UserError: as `projector_layers`; a projector of other tokens.
     """
-    module = projected(student, layers).to(next(model.parameters()).device)
+    module = projector_layers(student, layers).to(next(model.parameters()).device)
     first = module[0]
     assert isinstance(first, nn.LayerNorm)
     if first.normalized_shape != (int(model.num_features),):  # type: ignore[arg-type]
         raise UserError(
             f"{student}: its tokens are {model.num_features} wide, the projector beside it takes {first.weight.numel()}"
         )
-    return lambda network, pixels: module(
-        class_token(network, pixels)
-    ), f"class token after the final norm, through {layers} of the projector's linear maps"
+    text = f"class token after the final norm, through {layers} of the projector's linear maps"
+    return lambda network, pixels: module(class_token(network, pixels)), text
 
 
-def projected(student: Path, layers: int) -> nn.Sequential:
+def projector_layers(student: Path, layers: int) -> nn.Sequential:
     """The first linear maps of the projector that lies beside a student, from `[…, D]`.
 
     Each but the last comes with the GELU that follows it, where there is one; the last with the final norm.
@@ -63,22 +62,22 @@ def projected(student: Path, layers: int) -> nn.Sequential:
     path = student.with_name(LOSSES)
     try:
         with safe_open(path, "pt") as file:
-            found = [m for m in (_NAME.fullmatch(name) for name in file.keys()) if m]  # noqa: SIM118
-            tensors = {(int(m["at"]), m["part"]): file.get_tensor(m[0]) for m in found}
+            matches = [m for m in (_NAME.fullmatch(name) for name in file.keys()) if m]  # noqa: SIM118
+            tensors = {(int(m["at"]), m["part"]): file.get_tensor(m[0]) for m in matches}
     except FileNotFoundError:
-        found = []
+        matches = []
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
-    losses = {m["loss"] for m in found}
+    losses = {m["loss"] for m in matches}
     if not losses:
         raise UserError(f"{student}: was trained without a projector, which --projector-layers reads; leave it out")
     if len(losses) > 1:
         raise UserError(f"{path}: has projectors of {', '.join(sorted(losses))}; features of one alone can be read")
-    whole = _module(tensors, str(path))
-    ends = [n for n, module in enumerate(whole, 1) if isinstance(module, nn.Linear)]
+    projector = _module(tensors, str(path))
+    ends = [n for n, module in enumerate(projector, 1) if isinstance(module, nn.Linear)]
     if layers > len(ends):
         raise UserError(f"--projector-layers {layers}: the projector of {student} has {len(ends)} linear map(s)")
-    return whole if layers == len(ends) else nn.Sequential(*list(whole)[: ends[layers] - 1])
+    return projector if layers == len(ends) else nn.Sequential(*list(projector)[: ends[layers] - 1])
 
 
 def _module(tensors: dict[tuple[int, str], Tensor], where: str) -> nn.Sequential:

@@ -19,7 +19,7 @@ from storage.views.render import BadImage, decode, render
 from student.evaluation.localization.max_box_acc import resized_boxes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BoxedImage:
     """An image with its true boxes.
 
@@ -51,7 +51,8 @@ def boxed_images(urls: Sequence[str], size: int) -> Iterator[BoxedImage]:
                 except BadImage as error:
                     raise UserError(f"{where}: {error}\n  Mend or remove the image and pack again") from None
                 boxes = resized_boxes(boxes_in(sample, image.size, where), image.size)
-                yield BoxedImage(sample.key, render(image, draw_view(view, "", 0, image.size), size), boxes)
+                pixels = render(image, draw_view(view, "", 0, image.size), size)
+                yield BoxedImage(key=sample.key, pixels=pixels, boxes=boxes)
 
 
 def boxes_in(sample: Sample, size: tuple[int, int], where: str) -> list[list[float]]:
@@ -66,17 +67,17 @@ def boxes_in(sample: Sample, size: tuple[int, int], where: str) -> list[list[flo
         content = json.loads(sample.json)
     except (ValueError, RecursionError):
         raise UserError(f"{where}: its json cannot be read as JSON; mend it and pack again") from None
-    found = content.get("bbox") if isinstance(content, dict) else None
-    if found is None or found == []:
+    bbox = content.get("bbox") if isinstance(content, dict) else None
+    if bbox is None or bbox == []:
         return []
-    several = found if isinstance(found, list) and all(isinstance(one, list) for one in found) else [found]
-    for box in several:
+    boxes = bbox if isinstance(bbox, list) and all(isinstance(one, list) for one in bbox) else [bbox]
+    for box in boxes:
         if not _is_box(box, size):
             raise UserError(
                 f"{where}: bbox {str(box)[:80]}: expected [left, top, right, bottom] in the pixels of the image, which "
                 f"is {size[0]}x{size[1]}; mend its json and pack again"
             )
-    return several
+    return boxes
 
 
 def _is_box(box: Any, size: tuple[int, int]) -> bool:

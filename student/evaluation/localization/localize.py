@@ -1,11 +1,10 @@
-"""Localisation without boxes in training: where a student's class token looks, against true boxes."""
+"""Localization without boxes in training: where a student's class token looks, against true boxes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from student.evaluation.localization.contours import LEVELS, grey, scipy_image
 from student.evaluation.localization.dataset import BoxedImage, boxed_images
 from student.evaluation.localization.max_box_acc import (
     SIDE,
+    BoxMetrics,
     Convention,
     best_overlaps,
     box_metrics,
@@ -32,7 +32,7 @@ from student.models.files import StudentDescription
 SHOWN = 8  # images of a picture
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LocalizedImage:
     """An image of the picture: its map, uint8 `[224, 224]`, and the box that is predicted, `[4]`, with its IoU."""
 
@@ -40,6 +40,23 @@ class LocalizedImage:
     map: np.ndarray
     box: np.ndarray
     overlap: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Localization:
+    """How well a student's attention finds objects.
+
+    Attributes:
+        metrics: MaxBoxAcc, V1 and V2, beside a centered box.
+        samples: images with a box.
+        without_box: images that have none and do not count.
+        images: some of them, for a picture.
+    """
+
+    metrics: BoxMetrics
+    samples: int
+    without_box: int
+    images: tuple[LocalizedImage, ...]
 
 
 class ClassAttention:
@@ -52,7 +69,7 @@ class ClassAttention:
     def __init__(self, model: nn.Module, name: str) -> None:
         shape = student_spec(model)
         if "class" not in shape.prefix:
-            raise UserError(f"{name}: the student has no class token, so it has no class rows to localise by")
+            raise UserError(f"{name}: the student has no class token, so it has no class rows to localize by")
         self.model, self.taps, self.prefix = model, AttentionTaps(model), len(shape.prefix)
         self.grids, self.count = [grid for _, grid in shape.by_layer], shape.maps
         sides = " and ".join(f"{grid}x{grid}" for grid in dict.fromkeys(self.grids))
@@ -67,9 +84,9 @@ class ClassAttention:
         self.model(pixels)
         total = torch.zeros((), dtype=torch.float64)
         for grid in dict.fromkeys(self.grids):
-            mine = [n for n, side in enumerate(self.grids) if side == grid]
-            q, k = ([several[n] for n in mine] for several in (self.taps.q, self.taps.k))
-            rows = class_maps(q, k, [self.taps.scales[n] for n in mine], self.prefix, "scaled").sum(1).cpu().double()
+            layers = [n for n, side in enumerate(self.grids) if side == grid]
+            q, k = ([by_layer[n] for n in layers] for by_layer in (self.taps.q, self.taps.k))
+            rows = class_maps(q, k, [self.taps.scales[n] for n in layers], self.prefix, "scaled").sum(1).cpu().double()
             total = total + F.interpolate(rows.view(-1, 1, grid, grid), (SIDE, SIDE), mode="bicubic")[:, 0]
         maps: np.ndarray = (total / self.count).float().numpy()
         return maps
@@ -82,11 +99,11 @@ def localize(
     convention: Convention = "official",
     *,
     device: torch.device | str = "cpu",
-    batch: int = 64,
-    shown: bool = False,
+    batch_size: int = 64,
+    keep_images: bool = False,
     advance: Callable[[int], None] = lambda _samples: None,
-) -> tuple[dict[str, Any], list[LocalizedImage]]:
-    """MaxBoxAcc, V1 and V2, beside a centred box; and some images for a picture, spread over the shards.
+) -> Localization:
+    """MaxBoxAcc, V1 and V2, beside a centered box; and some images for a picture, spread over the shards.
 
     The predicted box of a picture is that of the largest contour, at the threshold that is best for IoU 0.5.
 
@@ -96,8 +113,8 @@ def localize(
         urls: shards with boxes; samples without one do not count.
         convention: of the boxes' ends.
         device: where the student is.
-        batch: images at a time.
-        shown: whether images are kept for a picture.
+        batch_size: images at a time.
+        keep_images: whether images are kept for a picture.
         advance: called with the number of samples done.
 
     Raises:
@@ -105,31 +122,36 @@ def localize(
     """
     scipy_image()  # told before anything is spent
     total = sum(len(cached_index(url)) for url in urls)
-    wanted = set(np.linspace(0, total - 1, min(SHOWN, total)).round().astype(int).tolist()) if shown else set()
+    pictured = set(np.linspace(0, total - 1, min(SHOWN, total)).round().astype(int).tolist()) if keep_images else set()
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (about.mean, about.std))
     best: list[np.ndarray] = []
     truths: list[np.ndarray] = []
     kept: list[tuple[BoxedImage, np.ndarray]] = []
     images = enumerate(boxed_images(urls, about.img_size))
-    while several := list(islice(images, batch)):
-        there = [(number, image) for number, image in several if len(image.boxes)]
-        if there:
-            pixels = torch.from_numpy(np.stack([image.pixels for _, image in there])).to(device)
+    while chunk := list(islice(images, batch_size)):
+        boxed = [(number, image) for number, image in chunk if len(image.boxes)]
+        if boxed:
+            pixels = torch.from_numpy(np.stack([image.pixels for _, image in boxed])).to(device)
             maps = looker.maps((pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std)
-            for (number, image), values in zip(there, maps, strict=True):
+            for (number, image), values in zip(boxed, maps, strict=True):
                 level = grey(values)
                 best.append(best_overlaps(level, image.boxes, convention))
                 truths.append(image.boxes)
-                if number in wanted:
+                if number in pictured:
                     kept.append((image, level))
-        advance(len(several))
+        advance(len(chunk))
     if not best:
-        raise UserError(f"{urls[0]}: no sample says a bbox in its json, so there is nothing to localise against")
-    told = {**box_metrics(np.stack(best), truths), "samples": len(best), "without_box": total - len(best)}
-    at = round(told["v1"]["0.5"]["threshold"] * LEVELS)
-    return told, [_shown(image, level, at, convention) for image, level in kept]
+        raise UserError(f"{urls[0]}: no sample says a bbox in its json, so there is nothing to localize against")
+    metrics = box_metrics(np.stack(best), truths)
+    threshold = round(metrics.v1[0.5].threshold * LEVELS)
+    return Localization(
+        metrics=metrics,
+        samples=len(best),
+        without_box=total - len(best),
+        images=tuple(_localized(image, level, threshold, convention) for image, level in kept),
+    )
 
 
-def _shown(image: BoxedImage, level: np.ndarray, at: int, convention: Convention) -> LocalizedImage:
-    box = found_boxes(level, at, convention)[:1]
-    return LocalizedImage(image, level, box[0], float(overlaps(box, image.boxes).max()))
+def _localized(image: BoxedImage, level: np.ndarray, threshold: int, convention: Convention) -> LocalizedImage:
+    box = found_boxes(level, threshold, convention)[:1]
+    return LocalizedImage(image=image, map=level, box=box[0], overlap=float(overlaps(box, image.boxes).max()))

@@ -7,7 +7,8 @@ best for the whole set. A map has 256 values, so that 255 thresholds differ.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -25,9 +26,9 @@ def overlaps(boxes: np.ndarray, truth: np.ndarray) -> np.ndarray:
     low = np.maximum(boxes[:, None, :2], truth[None, :, :2])
     high = np.minimum(boxes[:, None, 2:], truth[None, :, 2:])
     both = (high - low + 1).clip(0).prod(-1)
-    areas = [(several[:, 2:] - several[:, :2] + 1).prod(-1) for several in (boxes, truth)]
-    shared: np.ndarray = both / (areas[0][:, None] + areas[1][None] - both)
-    return shared
+    areas = [(each[:, 2:] - each[:, :2] + 1).prod(-1) for each in (boxes, truth)]
+    iou: np.ndarray = both / (areas[0][:, None] + areas[1][None] - both)
+    return iou
 
 
 def resized_boxes(boxes: Sequence[Sequence[float]], size: tuple[int, int]) -> np.ndarray:
@@ -36,8 +37,9 @@ def resized_boxes(boxes: Sequence[Sequence[float]], size: tuple[int, int]) -> np
     As in the authors' code, int(x · 224 / width): the product comes first, as x · (224 / width) may fall just below a
     whole number. A box that ends at the image's width or height ends at 224.
     """
-    found: np.ndarray = (np.array(boxes, np.float64).reshape(-1, 4) * SIDE / np.array([*size, *size])).astype(np.int64)
-    return found
+    scaled = np.array(boxes, np.float64).reshape(-1, 4) * SIDE / np.array([*size, *size])
+    whole: np.ndarray = scaled.astype(np.int64)
+    return whole
 
 
 def found_boxes(image: np.ndarray, level: int, convention: Convention) -> np.ndarray:
@@ -56,69 +58,114 @@ def found_boxes(image: np.ndarray, level: int, convention: Convention) -> np.nda
 
 def best_overlaps(image: np.ndarray, truth: np.ndarray, convention: Convention) -> np.ndarray:
     """IoU with the best true box at each threshold, of the largest contour and of the best of all: f64 `[2, 255]`."""
-    found = np.zeros((2, LEVELS))
+    best = np.zeros((2, LEVELS))
     occurs = np.bincount(image.ravel(), minlength=LEVELS + 1) > 0
     for level in range(LEVELS):
         if level and not occurs[level]:  # the same pixels as before are brighter
-            found[:, level] = found[:, level - 1]
+            best[:, level] = best[:, level - 1]
             continue
-        shared = overlaps(found_boxes(image, level, convention), truth).max(1)
-        found[:, level] = shared[0], shared.max()
-    return found
+        iou = overlaps(found_boxes(image, level, convention), truth).max(1)
+        best[:, level] = iou[0], iou.max()
+    return best
 
 
-def max_box_acc(best: np.ndarray) -> dict[str, dict[str, float]]:
-    """δ -> accuracy in percent at the best threshold, and this threshold as a part of the maximum.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoxAccuracy:
+    """Accuracy in percent at the threshold, a part of the map's maximum, that is best for the whole set."""
+
+    accuracy: float
+    threshold: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CenteredBoxAccuracy:
+    """Accuracy in percent of one box in the middle of every image, whose side is best for the whole set."""
+
+    accuracy: float
+    side: int
+
+
+BoxAccuracies = Mapping[float, BoxAccuracy] | Mapping[float, CenteredBoxAccuracy]  # by δ
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoxMetrics:
+    """Accuracies by δ.
+
+    Attributes:
+        v1: of the largest contour.
+        v2: of the best of all contours.
+        center: of a centered box: the baseline without maps.
+    """
+
+    v1: Mapping[float, BoxAccuracy]
+    v2: Mapping[float, BoxAccuracy]
+    center: Mapping[float, CenteredBoxAccuracy]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, with MaxBoxAcc, MaxBoxAccV2 and means.
+
+        Numbers are rounded once, to three decimals: a mean of rounded ones can differ from the rounded mean.
+        """
+        by_kind: dict[str, BoxAccuracies] = {"v1": self.v1, "v2": self.v2, "center": self.center}
+        plain: dict[str, Any] = _rounded(
+            {
+                "max_box_acc": self.v1[0.5].accuracy,
+                "max_box_acc_v2": means(self.v2)["0.3,0.5,0.7"],
+                **{
+                    name: {**{str(overlap): asdict(one) for overlap, one in found.items()}, "means": means(found)}
+                    for name, found in by_kind.items()
+                },
+            }
+        )
+        return plain
+
+
+def max_box_acc(best: np.ndarray) -> dict[float, BoxAccuracy]:
+    """δ -> accuracy at the best threshold.
 
     Args:
         best: IoU of each image at each threshold, f64 `[N, 255]`.
     """
-    found = {}
+    accuracies = {}
     for overlap in OVERLAPS:
         right = (best >= overlap).mean(0)
         level = int(right.argmax())
-        found[str(overlap)] = {"accuracy": 100 * float(right[level]), "threshold": level / LEVELS}
-    return found
+        accuracies[overlap] = BoxAccuracy(accuracy=100 * float(right[level]), threshold=level / LEVELS)
+    return accuracies
 
 
-def centred(truths: Sequence[np.ndarray]) -> dict[str, dict[str, float]]:
+def centered(truths: Sequence[np.ndarray]) -> dict[float, CenteredBoxAccuracy]:
     """δ -> what one box in the middle of every image reaches, as large as is best for it: the baseline without maps."""
     sides = np.arange(1, SIDE + 1)
     low = (SIDE - sides) // 2
     boxes = np.stack([low, low, low + sides - 1, low + sides - 1], 1)
     best = np.stack([overlaps(boxes, truth).max(1) for truth in truths])
-    found = {}
+    accuracies = {}
     for overlap in OVERLAPS:
         right = (best >= overlap).mean(0)
         side = int(right.argmax())
-        found[str(overlap)] = {"accuracy": 100 * float(right[side]), "side": int(sides[side])}
-    return found
+        accuracies[overlap] = CenteredBoxAccuracy(accuracy=100 * float(right[side]), side=int(sides[side]))
+    return accuracies
 
 
-def means(found: dict[str, dict[str, float]]) -> dict[str, float]:
+def means(accuracies: BoxAccuracies) -> dict[str, float]:
     """Mean accuracies over the first two and over all three δ, as AAL's Table C and V2 have them."""
-    first, second, third = (found[str(overlap)]["accuracy"] for overlap in OVERLAPS)
+    first, second, third = (accuracies[overlap].accuracy for overlap in OVERLAPS)
     return {"0.3,0.5": (first + second) / 2, "0.3,0.5,0.7": (first + second + third) / 3}
 
 
-def box_metrics(best: np.ndarray, truths: Sequence[np.ndarray]) -> dict[str, Any]:
-    """All figures: of the largest contour (`v1`), of all contours (`v2`), and of the centred box; to three decimals.
+def box_metrics(best: np.ndarray, truths: Sequence[np.ndarray]) -> BoxMetrics:
+    """Accuracies of the largest contour, of all contours, and of a centered box.
 
     Args:
         best: as `best_overlaps` gives it for each image, f64 `[N, 2, 255]`.
         truths: the true boxes of each image, `[m, 4]`.
     """
-    kinds = {"v1": max_box_acc(best[:, 0]), "v2": max_box_acc(best[:, 1]), "centre": centred(truths)}
-    found: dict[str, Any] = _rounded({
-        "max_box_acc": kinds["v1"]["0.5"]["accuracy"],
-        "max_box_acc_v2": means(kinds["v2"])["0.3,0.5,0.7"],
-        **{name: {**kind, "means": means(kind)} for name, kind in kinds.items()},
-    })  # fmt: skip
-    return found
+    return BoxMetrics(v1=max_box_acc(best[:, 0]), v2=max_box_acc(best[:, 1]), center=centered(truths))
 
 
 def _rounded(value: Any) -> Any:
-    """The figures to three decimals, rounded once: a mean of rounded figures can differ from the rounded mean."""
     if isinstance(value, dict):
         return {name: _rounded(one) for name, one in value.items()}
     return round(value, 3) if isinstance(value, float) else value

@@ -7,7 +7,8 @@ is what a store keeps of the images that are evaluated.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -24,7 +25,7 @@ from student.alignment.tokens import TokenAligner
 from student.attention_copy.inference import attached_to, inject_attention
 from student.data.batch import Batch
 from student.evaluation.batches import evaluation_batches
-from student.evaluation.similarity.metrics import PAIRINGS, Alignment, Divergences, assignment
+from student.evaluation.similarity.metrics import Divergences, LinearCKA, assignment
 from student.evaluation.similarity.teacher_targets import TeacherTargets
 from student.models.attention_copy_hooks import attention_copy_hooks
 from student.models.files import StudentDescription
@@ -34,6 +35,63 @@ from student.targets.evaluation_views import evaluation_targets
 Tokens = Literal["all", "class", "mean"]
 WHERE = "similarity"  # what errors call this comparison
 LARGEST = 2**25  # numbers of one tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSimilarity:
+    """How similar the layers of a student and of a teacher are.
+
+    Attributes:
+        targets: ids of the teacher's targets.
+        rule: in words, what was done to bring both sides together.
+        pairs: layers of student and teacher that meet, counted from 1.
+        values: measure -> value, for each pair; None where it is not defined.
+    """
+
+    targets: tuple[str, ...]
+    rule: str
+    pairs: tuple[tuple[int, int], ...]
+    values: tuple[Mapping[str, float | None], ...]
+
+    @property
+    def mean(self) -> dict[str, float | None]:
+        """Measure -> mean over the pairs where it is defined."""
+        columns = {name: [each[name] for each in self.values] for name in self.values[0]}
+        defined = {name: [value for value in column if value is not None] for name, column in columns.items()}
+        return {name: math.fsum(column) / len(column) if column else None for name, column in defined.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        rows = zip(self.pairs, self.values, strict=True)
+        layers = [{"student": student, "teacher": teacher, **values} for (student, teacher), values in rows]
+        return {"targets": list(self.targets), "rule": self.rule, "layers": layers, "mean": self.mean}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Similarity:
+    """A student beside a teacher.
+
+    Attributes:
+        samples: how many images.
+        left_out: in words, what is not compared.
+        attention: by Jensen-Shannon divergence; None where there is no such target.
+        streams: by linear CKA; None where there is no such target.
+        tokens: which rows CKA sees.
+        final: whether these are tokens after the final norm, and not residual streams.
+    """
+
+    samples: int
+    left_out: str
+    attention: LayerSimilarity | None
+    streams: LayerSimilarity | None
+    tokens: Tokens
+    final: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        streams = self.streams and {"tokens": self.tokens, "final": self.final, **self.streams.to_json()}
+        attention = self.attention and self.attention.to_json()
+        return {"samples": self.samples, "left_out": self.left_out, "attention": attention, "streams": streams}
 
 
 class SimilarityComparison:
@@ -59,6 +117,7 @@ class SimilarityComparison:
         model: nn.Module,
         about: StudentDescription,
         name: str,
+        *,
         urls: Sequence[str],
         reference: TeacherTargets,
         tokens: Tokens,
@@ -81,7 +140,7 @@ class SimilarityComparison:
         attention = reference.attention if self.rows is not None else ()  # nothing is read that nothing looks at
         given = [*attention, *reference.tokens]
         why = f"{name} is compared with {reference.teacher} on stored images"
-        self.stored = evaluation_targets(reference.store, given, urls, self.view, why)
+        self.stored = evaluation_targets(reference.store, given, urls, self.view, why=why)
         self.of_rows, self.of_tokens = self.stored.targets[: len(attention)], self.stored.targets[len(attention) :]
         self.final = bool(reference.tokens) and reference.tokens[0].target["identity"]["layers"] is None
         self.several = max(1, LARGEST // self._numbers([one.target["sample_shape"] for one in given]))
@@ -95,18 +154,12 @@ class SimilarityComparison:
         return max(found)
 
     @torch.no_grad()
-    def run(
-        self, device: torch.device | str = "cpu", advance: Callable[[int], None] = lambda _n: None
-    ) -> dict[str, Any]:
+    def run(self, device: torch.device | str = "cpu", advance: Callable[[int], None] = lambda _n: None) -> Similarity:
         """The comparison over all samples.
 
         Args:
             device: where the model is.
             advance: called with the number of samples done.
-
-        Returns:
-            `attention` and `streams`, None where there is no such target: targets, what was done to bring them
-            together, the numbers by layer, and their means; `left_out`, in words.
         """
         reads: set[StudentTap] = {"attention"} if self.rows is not None else set()
         if self.vectors is not None:
@@ -116,50 +169,55 @@ class SimilarityComparison:
             if side is not None:
                 side.to(device)
         divergences = Divergences()
-        alignments = [Alignment() for _ in (self.vectors.pairs if self.vectors is not None else ())]
-        lent = attached_to(self.model)
-        wholes = evaluation_batches(self.urls, self.view, 1, stored=self.stored, labelled=False)
-        others = evaluation_batches(self.urls, self.view, 1, stored=lent, labelled=False) if lent else None
+        similarities = [LinearCKA() for _ in (self.vectors.pairs if self.vectors is not None else ())]
+        copied = attached_to(self.model)
+        batches = evaluation_batches(self.urls, self.view, 1, stored=self.stored, labeled=False)
+        copied_batches = evaluation_batches(self.urls, self.view, 1, stored=copied, labeled=False) if copied else None
         samples = 0
-        for whole in wholes:
-            beside = None if others is None else next(others)
-            for start in range(0, len(whole.labels), self.several):
-                some = slice(start, start + self.several)
-                part = whole.part(some).to(device)
-                with inject_attention(self.model, part if beside is None else beside.part(some).to(device)):
+        for batch in batches:
+            copied_batch = None if copied_batches is None else next(copied_batches)
+            for start in range(0, len(batch.labels), self.several):
+                rows = slice(start, start + self.several)
+                part = batch.part(rows).to(device)
+                with inject_attention(self.model, copied_batch.part(rows).to(device) if copied_batch else part):
                     self.model(part.pixels(self.about.mean, self.about.std))
                 if self.rows is not None:
                     divergences.add(*self._attention(self.rows, seen, part))
                 if self.vectors is not None:
-                    self._align(self.vectors, seen, part, alignments)
+                    self._align(self.vectors, seen, part, similarities)
                 seen.clear()
-            samples += len(whole.labels)
-            advance(len(whole.labels))
-        found: dict[str, Any] = {"samples": samples, "left_out": self.left_out, "attention": None, "streams": None}
+            samples += len(batch.labels)
+            advance(len(batch.labels))
+        attention = streams = None
         if self.rows is not None:
-            found["attention"] = _told(self.rows, self.of_rows, divergences.told(), PAIRINGS)
+            attention = _by_layer(self.rows, self.of_rows, divergences.by_layer())
         if self.vectors is not None:
-            values: list[dict[str, float | None]] = [{"cka": alignment.value()} for alignment in alignments]
-            told = _told(self.vectors, self.of_tokens, values, ("cka",))
-            found["streams"] = {"tokens": self.tokens, "final": self.final, **told}
-        return found
+            streams = _by_layer(self.vectors, self.of_tokens, [{"cka": one.value()} for one in similarities])
+        return Similarity(
+            samples=samples,
+            left_out=self.left_out,
+            attention=attention,
+            streams=streams,
+            tokens=self.tokens,
+            final=self.final,
+        )
 
     def _attention(self, rows: AttentionAligner, seen: StudentTaps, part: Batch) -> tuple[Tensor, Tensor]:
         """Rows `[B, L, H, Q, N]` of the student and of the teacher."""
-        mine = rows.student_rows(seen.q, seen.k, seen.scales)[:, :, : self.heads[0]]
-        theirs = rows.teacher_rows([part.target(id) for id in self.of_rows])[:, :, : self.heads[1]]
-        return (mine.unsqueeze(-2), theirs.unsqueeze(-2)) if rows.which == "class" else (mine, theirs)
+        student = rows.student_rows(seen.q, seen.k, seen.scales)[:, :, : self.heads[0]]
+        teacher = rows.teacher_rows([part.target(id) for id in self.of_rows])[:, :, : self.heads[1]]
+        return (student.unsqueeze(-2), teacher.unsqueeze(-2)) if rows.which == "class" else (student, teacher)
 
-    def _align(self, vectors: TokenAligner, seen: StudentTaps, part: Batch, alignments: Sequence[Alignment]) -> None:
+    def _align(self, vectors: TokenAligner, seen: StudentTaps, part: Batch, similarities: Sequence[LinearCKA]) -> None:
         """Take the tokens of some images in."""
-        mine = vectors.student_vectors([seen.tokens] * vectors.student.layers if self.final else seen.streams)
+        student = vectors.student_vectors([seen.tokens] * vectors.student.layers if self.final else seen.streams)
         target = part.target(self.of_tokens[0])
         if self.tokens == "all":
-            theirs = vectors.teacher_vectors(target)
+            teacher = vectors.teacher_vectors(target)
         else:  # no patch meets a patch, so that of another grid none is resized
-            theirs = vectors.kept(full(vectors.of_teacher(target)), "theirs", -2)
-        for n, alignment in enumerate(alignments):
-            alignment.add(*(_chosen(side[:, n], vectors, self.tokens) for side in (mine, theirs)))
+            teacher = vectors.kept(full(vectors.of_teacher(target)), "theirs", -2)
+        for n, similarity in enumerate(similarities):
+            similarity.add(*(_chosen(side[:, n], vectors, self.tokens) for side in (student, teacher)))
 
 
 def _rows(
@@ -221,21 +279,10 @@ def _chosen(tokens: Tensor, vectors: TokenAligner, wish: Tokens) -> Tensor:
     return tokens[:, kept.index(vectors.student.prefix.index("class"))]
 
 
-def _told(
-    side: AttentionAligner | TokenAligner,
-    ids: Sequence[str],
-    values: Sequence[dict[str, float | None]],
-    names: Sequence[str],
-) -> dict[str, Any]:
-    """Numbers by layer, with their means."""
-    layers = [{"student": own, "teacher": other, **told} for (own, other), told in zip(side.pairs, values, strict=True)]
-    mean = {name: _mean([told[name] for told in values]) for name in names}
+def _by_layer(
+    side: AttentionAligner | TokenAligner, ids: Sequence[str], values: Sequence[Mapping[str, float | None]]
+) -> LayerSimilarity:
     grid = side.student.grid
     rules = [f"the teacher's patches brought to {grid}x{grid} (bicubic)"] if side.resizes else []
     rules += [f"left out: {', '.join(side.dropped)}"] if side.dropped else []
-    return {"targets": list(ids), "rule": "; ".join(rules), "layers": layers, "mean": mean}
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    found = [value for value in values if value is not None]
-    return math.fsum(found) / len(found) if found else None
+    return LayerSimilarity(targets=tuple(ids), rule="; ".join(rules), pairs=tuple(side.pairs), values=tuple(values))

@@ -31,14 +31,14 @@ class Divergences:
         self.averaged: Tensor | float = 0.0
         self.images = 0
 
-    def add(self, mine: Tensor, theirs: Tensor) -> None:
+    def add(self, student: Tensor, teacher: Tensor) -> None:
         """Take images in: rows `[B, L, H, Q, N]` of the student, with another H of the teacher."""
-        each = [divergence(mine, theirs[:, :, h : h + 1]).mean(-1).sum(0) for h in range(theirs.shape[2])]
+        each = [divergence(student, teacher[:, :, h : h + 1]).mean(-1).sum(0) for h in range(teacher.shape[2])]
         self.heads = self.heads + torch.stack(each, -1).double().cpu()
-        self.averaged = self.averaged + divergence(mine.mean(2), theirs.mean(2)).mean(-1).sum(0).double().cpu()
-        self.images += len(mine)
+        self.averaged = self.averaged + divergence(student.mean(2), teacher.mean(2)).mean(-1).sum(0).double().cpu()
+        self.images += len(student)
 
-    def told(self) -> list[dict[str, float | None]]:
+    def by_layer(self) -> list[dict[str, float | None]]:
         """For each pair of layers the divergence under each pairing of heads; `direct` only of as many heads."""
         assert isinstance(self.heads, Tensor)
         assert isinstance(self.averaged, Tensor)
@@ -76,7 +76,7 @@ def paired(matrix: Tensor) -> dict[str, float | None]:
     }
 
 
-class Alignment:
+class LinearCKA:
     """Linear CKA of two features of the same rows, ‖X̃ᵀỸ‖² / (‖X̃ᵀX̃‖ ‖ỸᵀỸ‖) with centred columns, from sums."""
 
     def __init__(self) -> None:
@@ -93,10 +93,10 @@ class Alignment:
     def value(self) -> float | None:
         """In [0, 1]; None where one side is the same for all rows."""
         x, y, xy, xx, yy = self.sums
-        cross, mine, theirs = (
+        norm_xy, norm_xx, norm_yy = (
             float((product - torch.outer(a, b) / self.rows).norm())
             for product, a, b in ((xy, x, y), (xx, x, x), (yy, y, y))
         )
-        if mine <= ROUNDING * float(xx.norm()) or theirs <= ROUNDING * float(yy.norm()):
+        if norm_xx <= ROUNDING * float(xx.norm()) or norm_yy <= ROUNDING * float(yy.norm()):
             return None
-        return cross**2 / (mine * theirs)
+        return norm_xy**2 / (norm_xx * norm_yy)

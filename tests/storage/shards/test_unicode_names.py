@@ -83,4 +83,9 @@ def test_a_student_is_evaluated_on_shards_of_another_spelling(tmp_path):
         save_student(tmp_path / "s.safetensors", model, about)
         loaded, read = load_student(tmp_path / "s.safetensors")
         assert read.classes == tuple(NFC)
-        assert sorted(ensemble_predictions([Classifier("s", loaded, read)], made).labels.tolist()) == [0, 0, 1, 1]
+        assert sorted(ensemble_predictions([Classifier(name="s", model=loaded, about=read)], made).labels.tolist()) == [
+            0,
+            0,
+            1,
+            1,
+        ]

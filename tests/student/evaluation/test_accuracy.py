@@ -1,4 +1,4 @@
-"""Accuracy: places, sets of some of the classes, ensembles, classes by their number of training images."""
+"""Accuracy: ranks of classes, sets of some of the classes, ensembles, classes by their number of training images."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from student.evaluation.class_metrics import class_metrics, label_ranks
 from student.evaluation.ensemble import Classifier, ensemble_predictions
 from student.models.files import StudentDescription, load_student
 from tests.student.runs import run
+from tests.typed import present
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +82,16 @@ def test_chosen_samples_are_those_of_the_whole(world) -> None:
 def test_a_student_with_itself_is_as_good_as_alone(world, trained) -> None:
     one, described = load_student(trained[0] / "last.safetensors")
     two, other = load_student(trained[1] / "last.safetensors")
-    twice = [Classifier("a", one, described), Classifier("b", one, described)]
+    twice = [Classifier(name="a", model=one, about=described), Classifier(name="b", model=one, about=described)]
     found = ensemble_predictions(twice, world.shards, ensemble=True)
-    assert torch.equal(found.places[0], found.places[2])
+    assert torch.equal(found.ranks[0], found.ranks[2])
     both = ensemble_predictions(
-        [Classifier("a", one, described), Classifier("b", two, other)], world.shards, ensemble=True
+        [Classifier(name="a", model=one, about=described), Classifier(name="b", model=two, about=other)],
+        world.shards,
+        ensemble=True,
     )
-    assert torch.equal(both.places[0], found.places[0])
-    assert not torch.equal(both.places[0], both.places[1])
+    assert torch.equal(both.ranks[0], found.ranks[0])
+    assert not torch.equal(both.ranks[0], both.ranks[1])
 
 
 def test_an_ensemble_averages_probabilities_and_not_logits(world) -> None:
@@ -96,9 +99,12 @@ def test_an_ensemble_averages_probabilities_and_not_logits(world) -> None:
     (url,) = world.shards[:1]
     labels = torch.tensor(cached_index(url).labels)
     right = torch.nn.functional.one_hot(labels, 3).float()
-    members = [Classifier("sure", Fixed(5 * right), about(3)), Classifier("wavers", Fixed(50 * (1 - right)), about(3))]
+    members = [
+        Classifier(name="sure", model=Fixed(5 * right), about=about(3)),
+        Classifier(name="wavers", model=Fixed(50 * (1 - right)), about=about(3)),
+    ]
     found = ensemble_predictions(members, [url], ensemble=True)
-    assert [int((places == 0).sum()) for places in found.places] == [150, 0, 150]
+    assert [int((ranks == 0).sum()) for ranks in found.ranks] == [150, 0, 150]
 
 
 def test_a_set_of_some_classes_is_answered_among_these(tmp_path) -> None:
@@ -110,12 +116,12 @@ def test_a_set_of_some_classes_is_answered_among_these(tmp_path) -> None:
     table = torch.zeros(30, 4)
     table[:, [0, 2]] = 9  # classes that the set has not
     table[torch.arange(30), torch.tensor([3, 1])[labels]] = 1
-    found = ensemble_predictions([Classifier("x", Fixed(table), about(4, names))], [url])
-    assert (found.classes, found.names) == (2, ("d", "b"))
-    assert int((found.places == 0).sum()) == 30
+    found = ensemble_predictions([Classifier(name="x", model=Fixed(table), about=about(4, names))], [url])
+    assert (found.num_classes, found.names) == (2, ("d", "b"))
+    assert int((found.ranks == 0).sum()) == 30
     (tmp_path / "classes.json").write_text('["d", "e"]')
     with pytest.raises(IdentityError, match="classes: expected 4"):
-        ensemble_predictions([Classifier("x", Fixed(table), about(4, names))], [url])
+        ensemble_predictions([Classifier(name="x", model=Fixed(table), about=about(4, names))], [url])
 
 
 def test_members_of_other_classes_are_refused(world) -> None:
@@ -123,25 +129,33 @@ def test_members_of_other_classes_are_refused(world) -> None:
     table = torch.zeros(150, 4)
     with pytest.raises(UserError, match="second has 4 classes, first 3"):
         ensemble_predictions(
-            [Classifier("first", Fixed(table[:, :3]), about(3)), Classifier("second", Fixed(table), about(4))],
+            [
+                Classifier(name="first", model=Fixed(table[:, :3]), about=about(3)),
+                Classifier(name="second", model=Fixed(table), about=about(4)),
+            ],
             url,
             ensemble=True,
         )
     with pytest.raises(UserError, match="there is a label 2, small has classes 0 to 1"):
-        ensemble_predictions([Classifier("small", Fixed(table[:, :2]), about(2))], url)
+        ensemble_predictions([Classifier(name="small", model=Fixed(table[:, :2]), about=about(2))], url)
 
 
 def test_parts_by_training_images() -> None:
     labels = torch.tensor([0, 0, 1, 1, 2, 2])
-    places = torch.tensor([0, 0, 0, 3, 5, 4])
-    told = class_metrics(labels, places, 6, None, {0: 101, 1: 100, 2: 19, 3: 20})
-    assert (told["top1"], told["top5"], told["samples"]) == (50.0, 83.333, 6)
-    assert [told[part]["top1"] for part in ("many", "medium", "few")] == [100.0, 50.0, 0.0]
-    assert [told[part]["classes"] for part in ("many", "medium", "few")] == [1, 2, 3]
-    assert [one["top1"] for one in told["classes"]] == [100.0, 50.0, 0.0]
-    weighted = sum(told[part]["top1"] * told[part]["samples"] for part in ("many", "medium", "few")) / 6
-    assert weighted == pytest.approx(told["top1"])
-    assert class_metrics(labels, places, 6, None, {0: 101}, (0, 200))["many"]["top1"] is None
+    ranks = torch.tensor([0, 0, 0, 3, 5, 4])
+    images = {0: 101, 1: 100, 2: 19, 3: 20}
+    metrics = class_metrics(labels, ranks, 6, train_images=images)
+    assert (metrics.top1, metrics.top5, metrics.samples) == (50.0, 83.333, 6)
+    shots = present(metrics.shots)
+    parts = [shots.many, shots.medium, shots.few]
+    assert [part.top1 for part in parts] == [100.0, 50.0, 0.0]
+    assert [part.classes for part in parts] == [1, 2, 3]
+    assert [one.top1 for one in metrics.classes] == [100.0, 50.0, 0.0]
+    assert sum(present(part.top1) * part.samples for part in parts) / 6 == pytest.approx(metrics.top1)
+    none = present(class_metrics(labels, ranks, 6, train_images={0: 101}, bounds=(0, 200)).shots).many
+    assert none.top1 is None
+    assert metrics.to_json()["few"] == {"classes": 3, "samples": 2, "top1": 0.0}
+    assert "few" not in class_metrics(labels, ranks, 6).to_json()
 
 
 def test_several_sets_and_parts_through_the_command(world, trained, tell, tmp_path) -> None:
@@ -181,7 +195,7 @@ def test_an_ensemble_through_the_command(world, trained, tell, capsys) -> None:
     with pytest.raises(SystemExit):
         main([str(word) for word in (*words, "--ensemble")])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["together", "150", f"{result['ensemble']['top1']:.2f}", "-"] in rows
+    assert ["ensemble", "150", f"{result['ensemble']['top1']:.2f}", "-"] in rows
 
 
 @pytest.mark.parametrize(

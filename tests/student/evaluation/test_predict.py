@@ -42,22 +42,22 @@ def test_the_share_of_right_predictions_is_the_accuracy_that_evaluate_tells(worl
     files = found_in([photos])
     seen, broken = predict(model, about, files, 3)
     assert broken == []
-    assert [file for file, _ in seen] == [str(file) for file in files]
-    right = np.mean([classes[0][0] == Path(file).parent.name for file, classes in seen])
+    assert [one.image for one in seen] == [str(file) for file in files]
+    right = np.mean([one.classes[0][0] == Path(one.image).parent.name for one in seen])
     result = json.loads((trained / "result.json").read_text())
     assert len(files) == result["samples"]
     assert 100 * right == pytest.approx(result["top1"], abs=0.01)
-    assert all(sum(p for _, p in classes) == pytest.approx(1, abs=1e-5) for _, classes in seen)
-    assert all(p == sorted(p, reverse=True) for p in ([p for _, p in classes] for _, classes in seen))
+    assert all(sum(p for _, p in classes) == pytest.approx(1, abs=1e-5) for classes in (one.classes for one in seen))
+    assert all(p == sorted(p, reverse=True) for p in ([p for _, p in one.classes] for one in seen))
 
 
 def test_batches_change_nothing(trained, photos) -> None:
     model, about = load_student(trained / "last.safetensors")
     files = found_in([photos])[:20]
-    one, many = (predict(model, about, files, 2, batch=batch)[0] for batch in (1, 20))
-    for (_, a), (_, b) in zip(one, many, strict=True):
-        assert [name for name, _ in a] == [name for name, _ in b]
-        assert np.allclose([p for _, p in a], [p for _, p in b], atol=1e-6)
+    one, many = (predict(model, about, files, 2, batch_size=size)[0] for size in (1, 20))
+    for a, b in zip(one, many, strict=True):
+        assert [name for name, _ in a.classes] == [name for name, _ in b.classes]
+        assert np.allclose([p for _, p in a.classes], [p for _, p in b.classes], atol=1e-6)
 
 
 def test_the_command_for_people_and_as_json(trained, photos, capsys) -> None:
@@ -94,7 +94,7 @@ def test_broken_images_are_listed_and_the_others_answered(trained, photos, tmp_p
     seen, broken = predict(model, about, files, 1)
     alone, _ = predict(model, about, files[1:], 1)
     assert seen == alone
-    assert [file for file, _ in seen] == [*map(str, good), str(good[0])]
+    assert [one.image for one in seen] == [*map(str, good), str(good[0])]
     assert len(broken) == 1
     assert predict(model, about, files[:1], 1)[0] == []
 

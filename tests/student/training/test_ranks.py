@@ -15,6 +15,7 @@ from storage.testing import synthetic_shards
 from storage.views.policy import policy
 from student.distributed import process_group
 from student.evaluation.accuracy import count, evaluate
+from student.evaluation.batches import evaluation_batches
 from student.models.build import build
 from student.recipe.validate import validate
 from student.training import checkpoint
@@ -48,7 +49,9 @@ def _train(number: int, ranks: int, jobs: list[trainer.TrainConfig], urls: list[
     trainer.LOG_EVERY = 1
     for one in jobs:
         trainer.train(one, Quiet())
-    score = evaluate(_model(), urls, policy("eval", 32), (0.5,) * 3, (0.5,) * 3, 96, rank=number, ranks=ranks)
+    score = evaluate(
+        _model(), urls, policy("eval", 32), (0.5,) * 3, (0.5,) * 3, batch_size=96, rank=number, world_size=ranks
+    )
     (out / f"score-{number}").write_text(repr(score))
 
 
@@ -133,16 +136,21 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one(world, pair, tmp_path):
 @pytest.mark.parametrize("ranks", [1, 2, 3, 9])
 def test_every_sample_counts_once_on_any_number_of_ranks(pair, ranks):
     urls = [str(path) for path in sorted((pair / "odd").glob("*.tar"))]
-    model, about = _model(), (policy("eval", 32), (0.5,) * 3, (0.5,) * 3)
-    whole = count(model, urls, *about, 96, "cpu", lambda n: None, 0, 1)
-    parts = [count(model, urls, *about, 96, "cpu", lambda n: None, r, ranks) for r in range(ranks)]
+    model, view, half = _model(), policy("eval", 32), (0.5,) * 3
+
+    def counts(shards: list[str], rank: int = 0, world_size: int = 1) -> torch.Tensor:
+        batches = evaluation_batches(shards, view, 96, rank=rank, world_size=world_size)
+        return count(model, batches, shards, half, half)
+
+    whole = counts(urls)
+    parts = [counts(urls, rank, ranks) for rank in range(ranks)]
     assert int(whole[2]) == 393
     assert torch.equal(torch.stack(parts).sum(0)[:3], whole[:3])
-    alone = evaluate(model, urls, *about)
+    alone = evaluate(model, urls, view, half, half)
     assert alone.samples == 393
     if ranks == 2:  # and really so
         assert {(pair / f"score-{r}").read_text() for r in range(2)} == {repr(alone)}
-    more = [count(model, urls[:1], *about, 96, "cpu", lambda n: None, r, ranks) for r in range(ranks)]
+    more = [counts(urls[:1], rank, ranks) for rank in range(ranks)]
     assert int(torch.stack(more).sum(0)[2]) == 131
 
 

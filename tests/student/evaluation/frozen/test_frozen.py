@@ -20,7 +20,7 @@ from storage.shards.index import cached_index
 from storage.shards.pack import pack
 from storage.testing import synthetic_shards
 from student.evaluation.frozen.features import Features, class_feature, features_of, probe_feature
-from student.evaluation.frozen.knn import places, usable, votes
+from student.evaluation.frozen.knn import knn_ranks, usable, votes
 from student.evaluation.frozen.label_subset import label_subset
 from student.evaluation.frozen.linear_probe import heads, logits_of, search_learning_rate
 from student.models.files import load_student
@@ -59,7 +59,7 @@ def clusters(count: int, classes: int, width: int = 16, seed: int = 0, noise: fl
     centres = np.random.default_rng(99).normal(size=(classes, width))
     labels = chance.integers(classes, size=count)
     values = centres[labels] + noise * chance.normal(size=(count, width))
-    return Features(torch.tensor(values, dtype=torch.float32), torch.tensor(labels))
+    return Features(values=torch.tensor(values, dtype=torch.float32), labels=torch.tensor(labels))
 
 
 @pytest.mark.parametrize("k", [1, 10, 20, 200])
@@ -71,21 +71,21 @@ def test_k_nn_is_that_of_scikit_learn(k) -> None:
     ).fit(bank.values.double(), bank.labels)
     ours = torch.cat([by_k[k] for by_k in votes(bank, asked.values, [k], 12)])
     assert np.allclose(ours / ours.sum(1, keepdim=True), theirs.predict_proba(asked.values.double()), atol=1e-5)
-    right = float((places(bank, asked, [k], 12)[k] == 0).float().mean())
+    right = float((knn_ranks(bank, asked, [k], 12)[k] == 0).float().mean())
     assert right == pytest.approx(theirs.score(asked.values.double(), asked.labels))
-    together = places(bank, asked, [200, 1, 20, 10], 12)[k]
-    assert torch.equal(together, places(bank, asked, [k], 12)[k])
+    together = knn_ranks(bank, asked, [200, 1, 20, 10], 12)[k]
+    assert torch.equal(together, knn_ranks(bank, asked, [k], 12)[k])
 
 
 def test_one_neighbour_on_its_own_bank_is_always_right() -> None:
     bank = clusters(200, 10, noise=3)
-    assert int((places(bank, bank, [1], 10)[1] == 0).sum()) == 200
+    assert int((knn_ranks(bank, bank, [1], 10)[1] == 0).sum()) == 200
 
 
 def test_a_class_without_a_vote_is_never_among_five() -> None:
-    bank = Features(torch.eye(2), torch.tensor([0, 1]))
-    asked = Features(torch.eye(2)[[0, 0]], torch.tensor([2, 1]))
-    assert places(bank, asked, [2], 8)[2].tolist() == [8, 1]
+    bank = Features(values=torch.eye(2), labels=torch.tensor([0, 1]))
+    asked = Features(values=torch.eye(2)[[0, 0]], labels=torch.tensor([2, 1]))
+    assert knn_ranks(bank, asked, [2], 8)[2].tolist() == [8, 1]
     assert usable(60) == [10, 20, 50]
     assert usable(4) == [4]
 
@@ -119,8 +119,8 @@ def test_class_tokens_are_those_after_the_final_norm() -> None:
 
 def test_classifiers_side_by_side_are_those_alone_and_those_of_torchs_sgd() -> None:
     features = clusters(300, 4)
-    weight, bias = heads(features, 4, [0.01, 0.1], 3, epochs=5)
-    alone = heads(features, 4, [0.1], 3, epochs=5)
+    weight, bias = heads(features, 4, [0.01, 0.1], seed=3, epochs=5)
+    alone = heads(features, 4, [0.1], seed=3, epochs=5)
     assert torch.allclose(weight[1], alone[0][0], atol=1e-6)
     assert torch.allclose(bias[1], alone[1][0], atol=1e-6)
     chance = torch.Generator().manual_seed(3)
@@ -148,7 +148,7 @@ def test_a_probe_finds_what_is_linear_and_takes_the_best_rate() -> None:
     diverged = search_learning_rate(clusters(400, 3), 3, (3e38, 0.01), epochs=3)
     assert diverged[0].lr == 0.01
     with pytest.raises(UserError, match="no class has two labelled samples"):
-        search_learning_rate(Features(torch.eye(3), torch.arange(3)), 3)
+        search_learning_rate(Features(values=torch.eye(3), labels=torch.arange(3)), 3)
 
 
 @pytest.mark.parametrize(("text", "share"), [("1%", 0.01), ("10 %", 0.1), ("0.1", 0.1), ("100%", 1.0)])
@@ -160,7 +160,7 @@ def test_parts_as_people_write_them(text, share) -> None:
 
 
 def test_a_part_is_balanced_the_one_that_pack_keeps_and_written_down(world, others, tmp_path) -> None:
-    mine = label_subset(others, world.shards, 0.1, 5)
+    mine = label_subset(others, world.shards, fraction=0.1, seed=5)
     labels = [label for *_, label in mine.rows]
     whole = [label for url in others for label in cached_index(url).labels]
     assert [labels.count(n) for n in range(3)] == [max(1, round(whole.count(n) / 10)) for n in range(3)]
@@ -172,13 +172,13 @@ def test_a_part_is_balanced_the_one_that_pack_keeps_and_written_down(world, othe
     with (tmp_path / "list.csv").open(newline="") as file:
         rows = list(csv.reader(file))
     assert rows == [["shard", "key", "label"], *[[shard, key, str(n)] for shard, key, n in mine.rows]]
-    assert label_subset(others, world.shards, 0.1, 5).digest == mine.digest
-    assert label_subset(others, world.shards, 0.1, 6).digest != mine.digest
+    assert label_subset(others, world.shards, fraction=0.1, seed=5).digest == mine.digest
+    assert label_subset(others, world.shards, fraction=0.1, seed=6).digest != mine.digest
 
 
 def test_what_is_evaluated_is_not_learned_from(world, others) -> None:
     first, second = world.shards
-    mine = label_subset([first, *others], [second], 1.0)
+    mine = label_subset([first, *others], [second])
     assert mine.left_out == 0
     again = label_subset([first, *others], [first])
     assert (again.left_out, len(again.rows)) == (150, 180)
@@ -193,7 +193,7 @@ def test_both_protocols_through_the_command(world, others, trained, tell, tmp_pa
     assert near["samples"] == near["train"]["samples"] == 90
     model, about = load_student(trained / "last.safetensors")
     bank, asked = (features_of(model, about, [url], class_feature) for url in others)
-    right = 100 * float((places(bank, asked, [20], 3)[20] == 0).float().mean())
+    right = 100 * float((knn_ranks(bank, asked, [20], 3)[20] == 0).float().mean())
     assert near["knn"]["20"]["top1"] == pytest.approx(right, abs=0.01)
     fitted, _ = tell("evaluate", "linear-probe", *words, "--label-fraction", "50%", "--list", tmp_path / "l.csv")
     assert len(fitted["tried"]) == 8
@@ -205,7 +205,7 @@ def test_both_protocols_through_the_command(world, others, trained, tell, tmp_pa
     assert again["train"]["sha256"] == fitted["train"]["sha256"]
     leaking, err = tell("evaluate", "knn", *words, "--train-shards", others[1])
     assert leaking["knn"] == near["knn"]
-    assert "90 training image(s) are evaluated too" in err
+    assert "90 training image(s) are also evaluated" in err
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from precompute.taps import prefix_roles
 from storage.errors import UserError
 from student.alignment.student_taps import StudentTaps
 from student.evaluation.frozen.features import features_of
-from student.evaluation.frozen.knn import places
-from student.evaluation.frozen.projector_features import projected, reading
+from student.evaluation.frozen.knn import knn_ranks
+from student.evaluation.frozen.projector_features import projector_layers, projector_reading
 from student.losses import projector_alignment
 from student.losses.parts.projector import projector
 from student.models.files import load_student
@@ -51,15 +51,15 @@ def test_features_after_n_maps_are_those_of_the_projector_itself(tmp_path, kind,
     made, student = kept(tmp_path, projector_alignment.Settings(projector=kind, depth=depth))
     x = torch.randn(5, 6)
     whole = made(x)
-    assert torch.equal(projected(student, depth)(x), whole)
+    assert torch.equal(projector_layers(student, depth)(x), whole)
     for n in range(1, depth):
-        found = projected(student, n)
+        found = projector_layers(student, n)
         rest = made[len(found) :]
         assert isinstance(rest[0], torch.nn.Linear), "a GELU comes with the map before it"
         assert sum(isinstance(m, torch.nn.Linear) for m in found) == n
         assert torch.equal(rest(found(x)), whole)
     with pytest.raises(UserError, match=rf"has {depth} linear map\(s\)"):
-        projected(student, depth + 1)
+        projector_layers(student, depth + 1)
 
 
 def test_k_nn_and_probe_through_the_command(world, trained, capsys):
@@ -68,13 +68,13 @@ def test_k_nn_and_probe_through_the_command(world, trained, capsys):
     assert found[0] == asked(capsys, "evaluate", "knn", *words)
     assert [found[n]["width"] for n in range(5)] == [WIDTH, 2 * WIDTH, WIDTH, 2 * WIDTH, THEIRS]
     model, about = load_student(trained / "last.safetensors")
-    through = projected(trained / "last.safetensors", 3)
+    through = projector_layers(trained / "last.safetensors", 3)
 
     def class_token(network: Any, pixels: torch.Tensor) -> Any:
         return through(network.forward_features(pixels)[:, 0])
 
     bank, others = (features_of(model, about, [url], class_token) for url in world.shards)
-    right = 100 * float((places(bank, others, [20], 3)[20] == 0).float().mean())
+    right = 100 * float((knn_ranks(bank, others, [20], 3)[20] == 0).float().mean())
     assert found[3]["knn"]["20"]["top1"] == pytest.approx(right, abs=0.01)
     probed = asked(capsys, "evaluate", "linear-probe", *words, "--projector-layers", 1, "--lr", 0.01)
     assert "1 of the projector's linear maps" in probed["features"]
@@ -89,12 +89,12 @@ def test_the_class_token_is_projected_whatever_is_pooled(world, tmp_path):
     run(world, tmp_path / "run", "simreg", "optim.epochs=1", "student.global_pool=avg", val=[])
     model, _ = load_student(tmp_path / "run" / "last.safetensors")
     seen = StudentTaps(model, {"tokens"})
-    read, text = reading(tmp_path / "run" / "last.safetensors", model, 4)
+    read, text = projector_reading(tmp_path / "run" / "last.safetensors", model, 4)
     pixels = torch.randn(3, 3, 32, 32)
     found = read(model, pixels)
     assert text.startswith("class token")
     token = seen.tokens[:, prefix_roles(model).index("class")]
-    assert torch.equal(found, projected(tmp_path / "run" / "last.safetensors", 4)(token))
+    assert torch.equal(found, projector_layers(tmp_path / "run" / "last.safetensors", 4)(token))
 
 
 def _none(state: dict[str, torch.Tensor]) -> None:
@@ -134,10 +134,10 @@ def test_what_is_no_projector_is_refused(tmp_path, change: Any, said: str):
         change(state)
         save_file(state, path)
     with pytest.raises(UserError, match=said):
-        projected(student, 1)
+        projector_layers(student, 1)
 
 
 def test_a_run_without_a_projector_says_so(trained, tmp_path):
     shutil.copy(trained / "last.safetensors", tmp_path)
     with pytest.raises(UserError, match="which --projector-layers reads"):
-        projected(tmp_path / "last.safetensors", 1)
+        projector_layers(tmp_path / "last.safetensors", 1)

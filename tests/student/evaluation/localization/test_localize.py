@@ -27,7 +27,7 @@ from student.evaluation.localization.localize import ClassAttention, localize
 from student.evaluation.localization.max_box_acc import (
     best_overlaps,
     box_metrics,
-    centred,
+    centered,
     found_boxes,
     max_box_acc,
     overlaps,
@@ -163,9 +163,9 @@ def test_each_threshold_is_the_one_of_a_thousand_and_each_overlap_has_its_own_be
     assert set((np.arange(0, 1, 0.001) * 255).astype(int)) == set(range(255))
     several = np.stack([best[0], np.roll(best[0], 40)])
     found = max_box_acc(several)
-    assert found["0.3"]["accuracy"] >= found["0.5"]["accuracy"] >= found["0.7"]["accuracy"]
-    for overlap, told in found.items():
-        assert told["accuracy"] == 100 * (several >= float(overlap)).mean(0).max()
+    assert found[0.3].accuracy >= found[0.5].accuracy >= found[0.7].accuracy
+    for overlap, one in found.items():
+        assert one.accuracy == 100 * (several >= overlap).mean(0).max()
 
 
 def test_maps_without_values_find_nothing() -> None:
@@ -204,18 +204,21 @@ def test_rounding_is_not_blown_up_and_what_is_more_is() -> None:
     assert grey(1e-20 * noise).max() == 255, "small is not constant"
 
 
-def test_the_centred_box_is_as_large_as_is_best() -> None:
+def test_the_centered_box_is_as_large_as_is_best() -> None:
     truth = [np.array([[62, 62, 161, 161]]), np.array([[62, 62, 161, 161]]), np.array([[0, 0, 20, 20]])]
-    found = centred(truth)
-    assert found["0.7"] == {"accuracy": pytest.approx(200 / 3), "side": 84}  # the smallest of those that are as good
-    whole = centred([np.array([[0, 0, 223, 223]])])
-    assert whole["0.5"]["accuracy"] == 100.0
+    found = centered(truth)
+    assert (found[0.7].accuracy, found[0.7].side) == (
+        pytest.approx(200 / 3),
+        84,
+    )  # the smallest of those that are as good
+    whole = centered([np.array([[0, 0, 223, 223]])])
+    assert whole[0.5].accuracy == 100.0
 
 
 def test_means_are_rounded_once() -> None:
     """Of six images four are right at 0.3 and three at 0.5: 58.333, where the mean of 66.667 and 50 is 58.334."""
     best = np.repeat(np.array([0.8, 0.6, 0.6, 0.4, 0.1, 0.1])[:, None, None], 2, 1).repeat(255, 2)
-    told = box_metrics(best, [np.array([[0, 0, 9, 9]])] * 6)
+    told = box_metrics(best, [np.array([[0, 0, 9, 9]])] * 6).to_json()
     for kind in ("v1", "v2"):
         assert told[kind]["0.3"]["accuracy"] == 66.667
         assert told[kind]["means"] == {"0.3,0.5": 58.333, "0.3,0.5,0.7": 44.444}
@@ -323,13 +326,14 @@ class Pointer:
 
 def test_who_looks_at_the_object_finds_it(trained, boxed) -> None:
     _, about = load_student(trained / "last.safetensors")
-    told, shown = localize(Pointer(), about, [boxed], "exact", shown=True)  # type: ignore[arg-type]
-    assert (told["samples"], told["without_box"]) == (20, 10)
+    found = localize(Pointer(), about, [boxed], "exact", keep_images=True)  # type: ignore[arg-type]
+    told = found.metrics.to_json()
+    assert (found.samples, found.without_box) == (20, 10)
     assert told["max_box_acc"] == told["max_box_acc_v2"] == 100.0
     assert told["v2"]["means"] == {"0.3,0.5": 100.0, "0.3,0.5,0.7": 100.0}
-    assert told["centre"]["0.7"]["accuracy"] == 100.0  # the object is in the middle
-    assert all(one.overlap >= 0.5 for one in shown)
-    assert 4 <= len(shown) <= 8
+    assert told["center"]["0.7"]["accuracy"] == 100.0  # the object is in the middle
+    assert all(one.overlap >= 0.5 for one in found.images)
+    assert 4 <= len(found.images) <= 8
 
 
 def test_the_command_and_its_picture(trained, boxed, tmp_path, capsys) -> None:
@@ -346,7 +350,7 @@ def test_the_command_and_its_picture(trained, boxed, tmp_path, capsys) -> None:
     assert out.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit):
         main(["evaluate", "localize", str(trained), "--shards", boxed, "--box", "exact"])
-    assert "centred box" in capsys.readouterr().out
+    assert "centered box" in capsys.readouterr().out
 
 
 def test_mistakes_are_told(world, trained, boxed, tmp_path, capsys) -> None:

@@ -13,7 +13,7 @@ pytest.importorskip("scipy")
 
 from scipy.spatial.distance import jensenshannon
 
-from student.evaluation.similarity.metrics import Alignment, Divergences, divergence, paired
+from student.evaluation.similarity.metrics import Divergences, LinearCKA, divergence, paired
 from tests.typed import present
 
 
@@ -35,7 +35,7 @@ def told(mine: torch.Tensor, theirs: torch.Tensor) -> dict[str, Any]:
     kept = Divergences()
     for some in (slice(0, 3), slice(3, None)):  # images in pieces
         kept.add(mine[some], theirs[some])
-    return kept.told()[0]
+    return kept.by_layer()[0]
 
 
 def test_heads_in_another_order_are_the_same_under_all_pairings_but_the_direct_one():
@@ -62,7 +62,7 @@ def test_fewer_heads_are_paired_as_far_as_they_go():
 
 
 def aligned(x: torch.Tensor, y: torch.Tensor) -> float | None:
-    kept = Alignment()
+    kept = LinearCKA()
     for some in (slice(0, 17), slice(17, None)):
         kept.add(x[some], y[some])
     return kept.value()
