@@ -117,6 +117,8 @@ def test_its_card_says_that_no_bare_network_takes_its_weights(trained, monkeypat
     assert "fit no bare `vit_tiny_patch16_224`" in text
     assert "create_model" not in text
     assert "can be a teacher" not in text
+    assert "there is no `config.json` for timm" in text
+    assert not {"config.json", "model.safetensors"} & {path.name for path in trained.iterdir()}
     monkeypatch.chdir(trained)
     made: dict[str, Any] = {}
     exec(text.partition("```python\n")[2].partition("```")[0], made)
@@ -124,6 +126,13 @@ def test_its_card_says_that_no_bare_network_takes_its_weights(trained, monkeypat
     _, about = load_student(trained / "last.safetensors")
     with pytest.raises(UserError, match=r"missing \(patch_embed.proj.weight"):
         load_weights(timm.create_model(about.model, **about.arguments), str(trained / "last.safetensors"))
+
+
+def test_it_is_not_pushed_to_where_timm_would_load_it(trained, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["export", str(trained), "--push-to-hub", "alice/shifted"])
+    assert ended.value.code == 1
+    assert "timm alone cannot build this student (its patches are shifted)" in capsys.readouterr().err
 
 
 def test_a_student_without_them_is_kept_as_ever(world, tmp_path) -> None:
