@@ -29,7 +29,7 @@ from tests.student.runs import run, u8
 @pytest.fixture(scope="module")
 def taught(world, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("taught") / "run"
-    run(world, out, "aal", u8(world), "ema=0.9")
+    run(world, out, "aal", u8(world), "model_ema_decay=0.9")
     return out
 
 

@@ -223,7 +223,8 @@ def test_the_mean_over_examples_stands_for_all_and_goes_with_the_student(world, 
     assert asked(capsys, "export", tmp_path / "run", "--shards", world.shards[0])["checked"] == 16
     text = (tmp_path / "run" / "README.md").read_text()
     assert "one fixed attention for all images" in text
-    assert "load_state_dict" not in text
+    assert "create_model" not in text
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 # ---------------------------------------------------------------------------------------------- runs
@@ -352,7 +353,11 @@ def test_a_copying_student_is_not_taken_for_a_whole_network(world, place, traine
     text = (trained / "README.md").read_text()
     assert "It is not whole by itself" in text
     assert "- copied attention: target vit-attention" in text
-    assert "load_state_dict" not in text
+    assert "create_model" not in text
+    assert "there is no `config.json` for timm" in text
+    assert not {"config.json", "model.safetensors"} & {path.name for path in trained.iterdir()}
+    told = asked(capsys, "export", trained, "--push-to-hub", "alice/copying", status=1)
+    assert "timm alone cannot build this student (it attends with its teacher's attention)" in told["error"]
     quiet = Quiet()
     settings = [*SAME, "student.global_pool=avg", f"student.weights={trained / 'last.safetensors'}", "optim.epochs=1"]
     trainer.train(job(world, tmp_path / "run", "scratch", *settings), quiet)

@@ -131,7 +131,7 @@ def test_a_link_follows_what_the_file_becomes(world, taught, tmp_path) -> None:
     """A run whose end is written twice, as after a kill between the two."""
     model, about = load_student(taught / "last.safetensors")
     for bias in (1.0, 2.0):
-        torch.nn.init.constant_(model.head.bias, bias)
+        torch.nn.init.constant_(model.get_parameter("head.bias"), bias)
         save_student(tmp_path / "last.safetensors", model, about)
         link_for_timm(tmp_path, "last.safetensors", about)
         theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
@@ -164,4 +164,4 @@ def test_what_timm_alone_cannot_build_is_told_by_its_description(taught) -> None
     _, about = load_student(taught / "last.safetensors")
     assert about.plain_timm
     assert not replace(about, shifted_patches=True).plain_timm
-    assert not replace(about, copying={"layers": [1]}).plain_timm
+    assert not replace(about, attention_copy={"layers": [1]}).plain_timm

@@ -93,6 +93,9 @@ def test_the_card_says_what_it_is_and_how_to_load_it(taught, monkeypatch) -> Non
     made: dict[str, Any] = {}
     exec(text.partition("```python\n")[2].partition("```")[0], made)
     assert made["model"].num_classes == 0
+    ours, _ = load_student(out / "last.safetensors")
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(made["model"](images), ours(images)), "features"
 
 
 def test_what_needs_a_classifier_says_so(world, taught, tmp_path, capsys) -> None:
