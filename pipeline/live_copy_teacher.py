@@ -36,16 +36,14 @@ def live_copy_teacher(model: nn.Module, about: StudentDescription, store: str | 
     if about.attention_copy["permute"] is not None:
         raise UserError("this student is a control: it copies the attention of other images of a block, not of these")
     opened = Store.open(store or about.attention_copy["store"])
-    copier, given = copier_of(model, about, opened)
-    device = next(model.parameters()).device
-    sessions = {
-        graph: open_session(opened.graph(given[0].teacher["id"], graph))
-        for graph in {one.target["graph"] for one in given}
-    }
+    copier, targets = copier_of(model, about, opened)
+    device, made_by = next(model.parameters()).device, [stored.target.graph_output for stored in targets]
+    teacher = targets[0].teacher.id
+    sessions = {graph: open_session(opened.graph(teacher, graph)) for graph in {graph for graph, _ in made_by}}
 
     def holds(images: np.ndarray) -> AbstractContextManager[None]:
-        said = {graph: session.run(images) for graph, session in sessions.items()}
-        values = [torch.from_numpy(said[one.target["graph"]][one.target["output"]]) for one in given]
+        outputs = {graph: session.run(images) for graph, session in sessions.items()}
+        values = [torch.from_numpy(outputs[graph][position]) for graph, position in made_by]
         return copies.given(copier.to(device).copied([value.to(device) for value in values]))
 
     return holds

@@ -19,9 +19,9 @@ from precompute.taps.target_spec import default_codec
 from precompute.teachers.onnx_file import _sizes, prefix_of, read_graph
 from precompute.teachers.teacher import about_weights, anatomy, resolve
 from storage.errors import UserError, first_line
-from storage.objects.json_record import Record
 from storage.objects.state_dict import ONNX_FILE
 from storage.store.codecs import Codec
+from storage.store.manifests import Anatomy
 
 
 def offers_of(name: str, input_size: int | None = None, grid: int = 14) -> dict[str, Any]:
@@ -54,7 +54,8 @@ def offers_of(name: str, input_size: int | None = None, grid: int = 14) -> dict[
         taps[tap] = {"shape": list(shape), "codec": codec.name, "bytes": codec.sample_bytes}
     return {
         "teacher": name, "model": model, "input_size": size, "mean": list(about["mean"]), "std": list(about["std"]),
-        **{field: parts[field] for field in ("parameters", "network", "layers")}, "taps": taps, "refused": refused,
+        "parameters": parts.parameters, "network": parts.network, "layers": parts.layers,
+        "taps": taps, "refused": refused,
     }  # fmt: skip
 
 
@@ -80,7 +81,7 @@ def bare(name: str, input_size: int | None = None, device: str = "meta") -> tupl
     return model, size, network.eval()
 
 
-def _shape(network: nn.Module, parts: Record, tap: Tap, size: int, name: str) -> tuple[int, ...]:
+def _shape(network: nn.Module, parts: Anatomy, tap: Tap, size: int, name: str) -> tuple[int, ...]:
     """The shape of what a tap gives of one image. Raises UserError where precompute refuses it."""
     require_kind(name, parts, tap.name)
     module = TappedTeacher(network, [tap], size, size, (0.5,) * 3, (0.5,) * 3).to("meta").eval()

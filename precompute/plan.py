@@ -33,6 +33,7 @@ from storage.shards.index import cached_index
 from storage.shards.tar import size_of, without_samples
 from storage.store.arrays import chunk_samples
 from storage.store.codecs import ArraySpec, Codec, codecs_for
+from storage.store.manifests import TargetManifest
 from storage.store.markers import Task
 from storage.store.store import Store
 from storage.views.policy import Policy
@@ -254,7 +255,7 @@ def _overhead(scratch: Store) -> dict[str, tuple[float, float]]:
     found: dict[str, tuple[float, float]] = {}
     for task in sorted(scratch.done()):
         marker = scratch.marker(task)
-        chunks = sum(len(array.lengths) for array in marker.arrays.values())
+        chunks = sum(array.metadata.chunks for array in marker.arrays.values())
         size = scratch.objects.size(f"done/{task.name}") - chunks * _IN_MARKER
         metadata = sum(scratch.objects.size(f"{array.path}/zarr.json") for array in marker.arrays.values())
         found["bank" if task.kind == "bank" else task.id] = (size, metadata)
@@ -286,21 +287,21 @@ def _sizes(
     return totals, shared
 
 
-def _target(output: TargetOutput, manifest: dict[str, Any], images: int) -> dict[str, Any]:
+def _target(output: TargetOutput, manifest: TargetManifest, images: int) -> dict[str, Any]:
     """One target: its size, what its codec costs, and cheaper codecs with what they would cost."""
-    codec, errors = output.codec, manifest["codec_errors"]
+    codec, errors = output.codec, manifest.codec_errors
     cheaper = []
     for name in codecs_for(codec.values) if errors else []:
         other = Codec(name, codec.shape, codec.maps, codec.axes, codec.values)
-        if other.sample_bytes < codec.sample_bytes and errors.get(name):
-            cheaper.append({"codec": name, "bytes": other.sample_bytes * images, **errors[name]})
+        if other.sample_bytes < codec.sample_bytes and (error := errors.get(name)):
+            cheaper.append({"codec": name, "bytes": other.sample_bytes * images, **error.plain()})
     return {
         "target": output.target,
         "sample_shape": list(codec.shape),
         "codec": codec.name,
         "bytes_per_view_image": codec.sample_bytes,
         "bytes": codec.sample_bytes * images,
-        "error": errors.get(codec.name),
+        "error": error.plain() if (error := errors.get(codec.name)) else None,
         "cheaper": sorted(cheaper, key=lambda c: c["bytes"]),
     }
 

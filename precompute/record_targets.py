@@ -9,13 +9,13 @@ import numpy as np
 
 from precompute.engine.tasks import TargetOutput
 from precompute.teachers import onnx_file
-from precompute.teachers.teacher import Teacher, describe_teacher, load_teacher
+from precompute.teachers.teacher import Teacher, anatomy, load_teacher
 from storage.errors import DamageError, UserError
-from storage.objects import json_record
-from storage.objects.json_record import Record
 from storage.objects.state_dict import ONNX_FILE
 from storage.store import codecs
-from storage.store.codecs import Codec
+from storage.store.codecs import Codec, CodecError
+from storage.store.manifests import Anatomy, TargetIdentity, TargetManifest, TeacherManifest
+from storage.store.markers import FORMAT
 from storage.store.store import Store
 from storage.views.policy import Policy
 
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
     from precompute.taps.target_spec import TargetSpec
 
 
-def known_teacher(store: Store, teacher: Teacher) -> Record | None:
+def known_teacher(store: Store, teacher: Teacher) -> TeacherManifest | None:
     """The teacher's manifest, where the store has it.
 
     Raises:
         IdentityError: the store knows another teacher under this name.
     """
     if "manifest.json" in store.objects.names(f"teachers/{teacher.name}"):
-        return store.add_teacher(teacher.name, teacher.identity, {})  # compares; what is there stays
+        return store.require_same(TeacherManifest, teacher.name, teacher.identity)
     return None
 
 
-def record_teacher(store: Store, teacher: Teacher) -> Record:
+def record_teacher(store: Store, teacher: Teacher) -> TeacherManifest:
     """The teacher's manifest; it is loaded and described the first time.
 
     Raises:
@@ -43,27 +43,25 @@ def record_teacher(store: Store, teacher: Teacher) -> Record:
     """
     if known := known_teacher(store, teacher):
         return known
-    about = (
-        onnx_file.describe(str(teacher.weights)) if teacher.ready else describe_teacher(teacher, load_teacher(teacher))
-    )
-    return store.add_teacher(teacher.name, teacher.identity, about)
+    parts = onnx_file.anatomy(str(teacher.weights)) if teacher.ready else anatomy(load_teacher(teacher))
+    return store.add(teacher.manifest(parts))
 
 
-def defaults(manifest: Record, policy: Policy, grid: int | None = None) -> list[TargetSpec]:
+def defaults(manifest: TeacherManifest, policy: Policy, grid: int | None = None) -> list[TargetSpec]:
     """What a teacher is asked for when nothing is said: activations of a CNN, class rows and token of a ViT."""
     from precompute.taps.target_spec import TargetSpec
 
-    if manifest["network"] == "cnn":
+    if manifest.network == "cnn":
         return [TargetSpec("activations", grid=grid or max(1, policy.size // 16))]
-    if manifest["network"] == "vit" and "class" in manifest["prefix"]:
+    if manifest.network == "vit" and "class" in manifest.prefix:
         return [TargetSpec("class_row"), TargetSpec("class_token")]
-    raise UserError(f"teacher {manifest['id']}: nothing is taken from such a network by default; say --target TAP")
+    raise UserError(f"teacher {manifest.id}: nothing is taken from such a network by default; say --target TAP")
 
 
 def record_targets(
     store: Store,
     teacher: Teacher,
-    manifest: Record,
+    manifest: TeacherManifest,
     wishes: Sequence[TargetSpec],
     policy: Policy,
     images: Callable[[], np.ndarray],
@@ -95,31 +93,47 @@ def record_targets(
         known = _known(store, wanted)
     by_graph: dict[str, tuple[TargetOutput, ...]] = {}
     for id in wanted:
-        output = TargetOutput.of(known[id])
-        by_graph[known[id]["graph"]] = (*by_graph.get(known[id]["graph"], ()), output)
+        graph, _ = known[id].graph_output
+        by_graph[graph] = (*by_graph.get(graph, ()), TargetOutput.of(known[id]))
     return by_graph
 
 
-def _known(store: Store, ids: Iterable[str]) -> dict[str, Record]:
+def _known(store: Store, ids: Iterable[str]) -> dict[str, TargetManifest]:
     """Id -> manifest of those that are recorded. Others are not looked at: somebody may just be adding them."""
     return {id: store.target(id) for id in ids if "manifest.json" in store.objects.names(f"targets/{id}")}
 
 
-def target_identity(teacher: Teacher, manifest: Record, wish: TargetSpec, policy: Policy) -> Record:
-    """What a target is hashed by. Raises UserError for a tap or layers that the teacher does not have."""
+def target_identity(teacher: Teacher, manifest: TeacherManifest, wish: TargetSpec, policy: Policy) -> TargetIdentity:
+    """What a target is hashed by; of a ready graph, whose teacher says which network it is, its tensors too.
+
+    Raises:
+        UserError: a tap or layers that the teacher does not have.
+    """
     from precompute.taps import TAPS
-    from precompute.taps.target_spec import layer_numbers
+    from precompute.taps.target_spec import default_codec, layer_numbers
 
-    layers = None
-    if manifest["network"] == ONNX_FILE:
-        return _ready_identity(teacher, wish, policy)
-    require_kind(manifest["id"], manifest, wish.tap)
-    if TAPS[wish.tap].layered and (wish.tap != "tokens" or wish.layers):  # without layers: after the final norm
-        layers = list(layer_numbers(wish.layers, manifest["layers"], manifest["id"]))
-    return _identity_with(teacher, wish, policy, layers)
+    if manifest.network != ONNX_FILE:
+        require_kind(manifest.id, manifest, wish.tap)
+    elif not wish.tensors:
+        raise UserError(f"teacher {manifest.id}: no tensor of its graph is named for {wish.tap}")
+    elif wish.at != "norm":
+        raise UserError(
+            f"teacher {manifest.id}: at={wish.at}: of a ready graph --tap-tensor says which tensors are read"
+        )
+    layers, grid = None, wish.grid
+    if TAPS[wish.tap].layered and (wish.tap != "tokens" or wish.layers or wish.tensors):  # else after the final norm
+        layers = layer_numbers(wish.layers, len(wish.tensors) or manifest.layers, manifest.id)
+    if wish.tap == "activations" and grid is None:
+        grid = max(1, policy.size // 16)
+    codec = wish.codec or default_codec(wish.tap)
+    identity = TargetIdentity(teacher=teacher.id, bank=policy.bank, tap=wish.tap, layers=layers, grid=grid, codec=codec)
+    # What is left out means what older stores had: their ids stay.
+    more: dict[str, object] = {"at": wish.at} if wish.at != "norm" else {}
+    more |= {"antialias": "all"} if wish.antialias else {}
+    return identity.model_copy(update=more | ({"tensors": wish.tensors} if wish.tensors else {}))
 
 
-def require_kind(name: str, anatomy: Record, tap: str) -> None:
+def require_kind(name: str, anatomy: Anatomy, tap: str) -> None:
     """Whether a tap is one of this kind of network; what it is made of is looked at when the tap is read.
 
     Raises:
@@ -128,57 +142,26 @@ def require_kind(name: str, anatomy: Record, tap: str) -> None:
     from precompute.taps import VIT
 
     needs = "vit" if tap in VIT else "cnn" if tap == "activations" else None
-    if needs and not anatomy["layers"]:
+    if needs and not anatomy.layers:
         raise UserError(f"teacher {name} is neither a CNN with stages nor a plain ViT: no {tap}")
-    if needs and anatomy["network"] != needs:
+    if needs and anatomy.network != needs:
         raise UserError(
-            f"teacher {name} is a {anatomy['network']}, {tap} needs a {needs}; what each gives: pipeline teachers NAME"
+            f"teacher {name} is a {anatomy.network}, {tap} needs a {needs}; what each gives: pipeline teachers NAME"
         )
 
 
-def _ready_identity(teacher: Teacher, wish: TargetSpec, policy: Policy) -> Record:
-    """Of a ready graph: all tensors of the tap too, in order; of which network they are is the teacher's identity."""
-    from precompute.taps import TAPS
-    from precompute.taps.target_spec import layer_numbers
-
-    if not wish.tensors:
-        raise UserError(f"teacher {teacher.name}: no tensor of its graph is named for {wish.tap}")
-    if wish.at != "norm":
-        raise UserError(
-            f"teacher {teacher.name}: at={wish.at}: of a ready graph --tap-tensor says which tensors are read"
-        )
-    layered = TAPS[wish.tap].layered
-    layers = list(layer_numbers(wish.layers, len(wish.tensors), teacher.name)) if layered else None
-    return {**_identity_with(teacher, wish, policy, layers), "tensors": list(wish.tensors)}
-
-
-def _identity_with(teacher: Teacher, wish: TargetSpec, policy: Policy, layers: list[int] | None) -> Record:
-    grid = wish.grid
-    if wish.tap == "activations" and grid is None:
-        grid = max(1, policy.size // 16)
-    from precompute.taps.target_spec import default_codec
-
-    codec = wish.codec or default_codec(wish.tap)
-    # Keys that are left out mean what older stores had: their ids stay.
-    variant = {**({"at": wish.at} if wish.at != "norm" else {}), **({"antialias": "all"} if wish.antialias else {})}
-    return {
-        "teacher": teacher.id, "bank": policy.bank, "tap": wish.tap, "layers": layers, "grid": grid, "codec": codec,
-        **variant,
-    }  # fmt: skip
-
-
-def target_id(teacher: Teacher, identity: Record) -> str:
+def target_id(teacher: Teacher, identity: TargetIdentity) -> str:
     """`{teacher}-{tap}[-block][-antialias][-g{grid}]-{codec}-{hash8}`."""
-    words = [teacher.name, identity["tap"], *([identity["at"]] if "at" in identity else [])]
-    words += ["antialias"] * ("antialias" in identity)
-    words += [f"g{identity['grid']}"] if identity["grid"] else []
-    return "-".join([*words, identity["codec"], json_record.digest_of(identity)[:8]])
+    words = [teacher.name, identity.tap, *([identity.at] if identity.at != "norm" else [])]
+    words += ["antialias"] if identity.antialias else []
+    words += [f"g{identity.grid}"] if identity.grid else []
+    return "-".join([*words, identity.codec, identity.digest[:8]])
 
 
 def _export(
     store: Store,
     teacher: Teacher,
-    wanted: dict[str, Record],
+    wanted: dict[str, TargetIdentity],
     policy: Policy,
     images: Callable[[], np.ndarray],
     provider: str,
@@ -202,25 +185,30 @@ def _export(
         say(f"  attention from the tapped q and k against the network's: {exported.attention_error:.1e}")
     for id, identity in wanted.items():
         position = distinct.index(taps[id])
-        tapped = TAPS[identity["tap"]]
-        names = dict.fromkeys([identity["codec"], *codecs.codecs_for(tapped.values)])
-        about = {
-            "teacher": teacher.name,
-            "graph": graph,
-            "output": position,
-            "sample_shape": list(exported.shapes[position]),
-            "maps": tapped.maps,
-            "values": tapped.values,
-            "parity": exported.parity[position],
-            "attention_error": exported.attention_error,
-            "codec_errors": {name: _codec_error(name, tapped, exported.values[position]) for name in names},
-            "session": exported.session,
+        tapped = TAPS[identity.tap]
+        names = dict.fromkeys([identity.codec, *codecs.codecs_for(tapped.values)])
+        manifest = TargetManifest(
+            format=FORMAT,
+            kind="target",
+            id=id,
+            identity=identity,
+            teacher=teacher.name,
+            graph=graph,
+            output=position,
+            sample_shape=exported.shapes[position],
+            maps=tapped.maps,
+            axes=tapped.axes,
+            values=tapped.values,
+            parity=exported.parity[position],
+            attention_error=exported.attention_error,
+            codec_errors={name: _codec_error(name, tapped, exported.values[position]) for name in names},
+            session=exported.session,
             **exported.details[position],
-        }
-        store.add_target(id, identity, about)
+        )
+        store.add(manifest)
 
 
-def _codec_error(name: str, tap: TapInfo, values: np.ndarray) -> dict[str, float] | None:
+def _codec_error(name: str, tap: TapInfo, values: np.ndarray) -> CodecError | None:
     """What a codec costs on a real block; None where it cannot hold the values."""
     try:
         return Codec(name, values.shape[1:], tap.maps, tap.axes, tap.values).error(values)
@@ -230,13 +218,22 @@ def _codec_error(name: str, tap: TapInfo, values: np.ndarray) -> dict[str, float
 
 def record_pixels(store: Store, policy: Policy) -> TargetOutput:
     """The target of the view images themselves, of the pseudo-teacher `views`: nothing has to be decoded again."""
-    identity = {
-        "teacher": "views", "bank": policy.bank, "tap": "pixels", "layers": None, "grid": None, "codec": "raw",
-    }  # fmt: skip
-    id = f"views-pixels-raw-{json_record.digest_of(identity)[:8]}"
-    about: Record = {
-        "teacher": "views", "graph": None, "output": None, "sample_shape": [policy.size, policy.size, 3], "maps": 2,
-        "axes": ["y", "x", "channel"], "values": "plain", "parity": None, "attention_error": None, "codec_errors": {},
-        "session": {},
-    }  # fmt: skip
-    return TargetOutput.of(store.add_target(id, identity, about))
+    identity = TargetIdentity(teacher="views", bank=policy.bank, tap="pixels", layers=None, grid=None, codec="raw")
+    manifest = TargetManifest(
+        format=FORMAT,
+        kind="target",
+        id=f"views-pixels-raw-{identity.digest[:8]}",
+        identity=identity,
+        teacher="views",
+        graph=None,
+        output=None,
+        sample_shape=(policy.size, policy.size, 3),
+        maps=2,
+        axes=("y", "x", "channel"),
+        values="plain",
+        parity=None,
+        attention_error=None,
+        codec_errors={},
+        session={},
+    )
+    return TargetOutput.of(store.add(manifest))

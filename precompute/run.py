@@ -59,7 +59,7 @@ def plan_precompute(store: Store, wanted: PrecomputeRequest, progress: Progress)
     """
     known, policy, views = settle(store, wanted)
     manifest = record_targets.record_teacher(store, wanted.teacher)
-    store.add_bank(policy.bank, policy.identity, banks.describe_bank(policy))
+    store.add(banks.bank_manifest(policy))
 
     def images() -> Any:
         """Of the first shard that has any: one that is broken fails by itself, later."""

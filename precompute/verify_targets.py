@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from precompute.engine.session import open_session
 from precompute.teachers.teacher import Teacher
 from storage.errors import IdentityError
-from storage.objects.json_record import Record
-from storage.objects.state_dict import KEY, digest_of_file
+from storage.objects.state_dict import HUB, digest_of_file
 from storage.shards.index import ShardIndex
 from storage.store.banks import bank_policy
 from storage.store.codecs import Codec
+from storage.store.manifests import TargetManifest, TeacherManifest
 from storage.store.markers import Task
 from storage.store.store import Store
 from storage.store.verify import VerifyReport
@@ -60,7 +60,7 @@ class LiveTargets:
         self.done = store.done()
         self.teachers, self.targets = store.teachers(), store.targets()
         self.files: dict[str, str] = {}  # teacher -> file of its weights
-        digests = {name: str(m["identity"]["weights sha256"]) for name, m in self.teachers.items()}
+        digests = {name: manifest.identity.weights_sha256 for name, manifest in self.teachers.items()}
         for file in weights:
             digest = digest_of_file(file)
             names = [name for name, recorded in digests.items() if recorded == digest]
@@ -70,21 +70,17 @@ class LiveTargets:
                 raise IdentityError(f"--weights {file}", "sha256", known, digest, do)
             self.files |= dict.fromkeys(names, file)
         for name, manifest in self.teachers.items():
-            recorded = str(manifest.get("weights", ""))
-            if (
-                name not in self.files
-                and Path(recorded).expanduser().is_file()
-                and digest_of_file(recorded) == digests[name]
-            ):
-                self.files[name] = recorded
+            path = manifest.weights
+            if name not in self.files and Path(path).expanduser().is_file() and digest_of_file(path) == digests[name]:
+                self.files[name] = path
         self._values: dict[tuple[str, str], Values] = {}
 
     def __call__(self, url: str, index: ShardIndex, task: Task, pixels: dict[int, np.ndarray]) -> None:
         """Compare all targets of one bank's view that these samples have."""
         by_teacher: dict[str, list[str]] = defaultdict(list)
         for id, manifest in self.targets.items():
-            if manifest["identity"]["bank"] == task.id and Task("target", id, task.shard, task.view) in self.done:
-                by_teacher[manifest["teacher"]].append(id)
+            if manifest.identity.bank == task.id and Task("target", id, task.shard, task.view) in self.done:
+                by_teacher[manifest.teacher].append(id)
         if not pixels:
             return
         chosen = list(pixels)
@@ -111,25 +107,22 @@ class LiveTargets:
     def _teacher(self, name: str, bank: str) -> Values:
         """What gives the values of a teacher's targets over a bank; made once."""
         if (name, bank) not in self._values:
-            ids = {
-                id: m for id, m in self.targets.items() if m["teacher"] == name and m["identity"]["bank"] == bank
-            }  # fmt: skip
-            if all(manifest["graph"] is None for manifest in ids.values()):
+            targets = {id: m for id, m in self.targets.items() if (m.teacher, m.identity.bank) == (name, bank)}
+            if all(manifest.graph is None for manifest in targets.values()):
                 self.report.compared_with[name] = "view images rendered again"
-                made: Values = lambda images: dict.fromkeys(ids, images)  # noqa: E731
+                self._values[name, bank] = lambda images: dict.fromkeys(targets, images)
             elif name in self.files:
-                made = self._live(name, bank, ids)
+                self._values[name, bank] = self._live(name, bank, targets)
             else:
-                made = self._graphs(name, ids)
-            self._values[name, bank] = made
+                self._values[name, bank] = self._graphs(name, targets)
             self.say(f"{name}: compared with the {self.report.compared_with[name]}")
         return self._values[name, bank]
 
-    def _live(self, name: str, bank: str, ids: dict[str, Record]) -> Values:
+    def _live(self, name: str, bank: str, targets: dict[str, TargetManifest]) -> Values:
         from precompute.taps import Tap
 
         teacher = teacher_of(name, self.teachers[name], self.files[name])
-        taps = {id: Tap.of(manifest["identity"]) for id, manifest in ids.items()}
+        taps = {id: Tap.of(manifest.identity) for id, manifest in targets.items()}
         distinct = list(dict.fromkeys(taps.values()))
         what = "file run by itself" if teacher.ready else "PyTorch teacher"
         run = (_file if teacher.ready else _network)(teacher, distinct, bank_policy(self.store, bank).size)
@@ -142,15 +135,16 @@ class LiveTargets:
 
         return values
 
-    def _graphs(self, name: str, ids: dict[str, Record]) -> Values:
-        graphs = {m["graph"]: open_session(self.store.graph(name, m["graph"])) for m in ids.values()}
-        recorded = self.teachers[name].get("weights")
-        why = "its weights came from timm's hub" if recorded == "timm hub" else f"{recorded} not at hand: --weights F"
+    def _graphs(self, name: str, targets: dict[str, TargetManifest]) -> Values:
+        made_by = {id: manifest.graph_output for id, manifest in targets.items()}
+        graphs = {digest: open_session(self.store.graph(name, digest)) for digest, _ in made_by.values()}
+        weights = self.teachers[name].weights
+        why = "its weights came from timm's hub" if weights == HUB else f"{weights} not at hand: --weights F"
         self.report.compared_with[name] = f"stored graph ({why})"
 
         def values(images: np.ndarray) -> dict[str, np.ndarray]:
             outputs = {digest: session.run(images) for digest, session in graphs.items()}
-            return {id: outputs[manifest["graph"]][manifest["output"]] for id, manifest in ids.items()}
+            return {id: outputs[digest][position] for id, (digest, position) in made_by.items()}
 
         return values
 
@@ -200,11 +194,17 @@ def differences(codec: Codec, arrays: dict[str, np.ndarray], live: np.ndarray) -
     return found
 
 
-def teacher_of(name: str, manifest: Record, weights: str) -> Teacher:
+def teacher_of(name: str, manifest: TeacherManifest, weights: str) -> Teacher:
     """A recorded teacher with a file of its weights."""
-    identity: dict[str, Any] = manifest["identity"]
-    mean, std = identity["mean"], identity["std"]
+    about = manifest.identity
     return Teacher(
-        name, identity["model"], identity["arguments"], weights, identity["weights sha256"], identity["input size"],
-        (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]), None, identity.get(KEY),
-    )  # fmt: skip
+        name=name,
+        model=about.model,
+        arguments=about.arguments,
+        weights=weights,
+        digest=about.weights_sha256,
+        input_size=about.input_size,
+        mean=about.mean,
+        std=about.std,
+        weights_key=about.weights_key,
+    )

@@ -60,7 +60,7 @@ class _Epochs:
         if teacher is not None:
             source = self.stream.source
             for target in source.targets:
-                tap = Tap.of(store.target(target)["identity"])
+                tap = Tap.of(store.target(target).identity)
                 self.live[target] = world.live(teacher, [tap], source.policy.size)
             self.stream = Stream(
                 shards,

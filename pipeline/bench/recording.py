@@ -193,7 +193,7 @@ def against_torch(world: World, names: Sequence[str], turns: int, progress: Prog
     for name in names:
         case = _Case(world, name)
         progress.say(f"precompute against PyTorch, {case.name}")
-        taps = [Tap.of(case.store.target(output.target)["identity"]) for output in case.outputs]
+        taps = [Tap.of(case.store.target(output.target).identity) for output in case.outputs]
         module = world.live(case.wanted.teacher, taps, case.job.policy.size)
         batch = _best(module, case.job.policy.size, world.device)
         rivals: dict[str, _Torch] = {"eager PyTorch": _Torch(module, batch, world.device)}

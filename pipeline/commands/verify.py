@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import click
 
 from pipeline.console import Console, show
@@ -45,12 +47,8 @@ def verify(
     if (weights or full) and not urls:
         raise UserError("--weights and --full: give the shards whose targets are compared: --shards …")
     live = LiveTargets(opened, report, weights, console.say) if urls else None
-    run(opened, urls, 0 if full else samples, console.say, live, report)
-    result = {
-        "store": store, "ok": not report.failures, "objects": report.objects, "views_rendered": report.views_rendered,
-        "targets_compared": report.targets_compared, "compared_with": report.compared_with,
-        "failures": report.failures, "spoilt": report.spoilt, "notices": report.notices,
-    }  # fmt: skip
+    run(opened, urls, samples=0 if full else samples, say=console.say, look=live, report=report)
+    result = {"store": store, "ok": not report.failures, **asdict(report)}
     verdict = "everything is as it was written" if not report.failures else f"{len(report.failures)} failure(s)"
     rendered = ", no views rendered (give --shards)"
     if urls:

@@ -117,9 +117,10 @@ def _by_teachers(store: Store, images: np.ndarray) -> dict[str, np.ndarray]:
 
     found = {}
     for manifest in store.targets().values():
-        tap, name = manifest["identity"]["tap"], manifest["teacher"]
+        tap, name = manifest.identity.tap, manifest.teacher
         if tap in ("activations", "attention"):
-            values = open_session(store.graph(name, manifest["graph"]), "cpu").run(images)[manifest["output"]]
+            graph, output = manifest.graph_output
+            values = open_session(store.graph(name, graph), "cpu").run(images)[output]
             maps = [cell(manifest, store.teacher_of(manifest), value).values for value in values]
             found[f"teacher {name},\n{tap}"] = np.stack(maps)
     return found

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from storage.objects.json_record import Record
+from storage.store.manifests import TargetManifest, TeacherManifest
 
 TOP = 5  # classes that are shown
 
@@ -27,11 +28,11 @@ class Cell:
     classes: list[str] = field(default_factory=list)
 
 
-def cell(target: Record, teacher: Record, values: np.ndarray) -> Cell:
+def cell(target: TargetManifest, teacher: TeacherManifest, values: np.ndarray) -> Cell:
     """What is drawn of one sample's decoded value, f32 of the shape that the target's manifest says."""
-    tap, prefix = target["identity"]["tap"], len(teacher.get("prefix", ()))
+    tap, prefix = target.identity.tap, len(teacher.prefix)
     if tap == "logits":
-        return _classes(values, teacher.get("classes"))
+        return _classes(values, teacher.classes)
     if tap == "activations":
         return _ranged(_mean_map(_last_stage(target, values)))
     if tap in ("class_row", "attention"):
@@ -45,17 +46,16 @@ def cell(target: Record, teacher: Record, values: np.ndarray) -> Cell:
     return _ranged(values.ravel())
 
 
-def meaning(target: Record, teacher: Record) -> str:
+def meaning(target: TargetManifest, teacher: TeacherManifest) -> str:
     """What such a cell shows, in words."""
-    identity, shape = target["identity"], target["sample_shape"]
-    tap, layers = identity["tap"], identity["layers"]
+    tap, layers, shape = target.identity.tap, target.identity.layers, target.sample_shape
     where = f"layer {max(layers)}" if layers else "after the final norm"
     if tap == "logits":
         return "the most probable classes"
     if tap == "activations":
-        last = max(target["stages"], key=lambda stage: int(stage["stage"]))
-        return f"stage {last['stage']}: mean magnitude of its {last['channels']} maps, each ÷ its largest"
-    if tap == "class_row" or (tap == "attention" and "class" in teacher["prefix"]):
+        last = max(target.stages, key=lambda stage: stage.stage)
+        return f"stage {last.stage}: mean magnitude of its {last.channels} maps, each ÷ its largest"
+    if tap == "class_row" or (tap == "attention" and "class" in teacher.prefix):
         return f"{where}: attention of the class token to each patch, mean of {shape[1]} heads"
     if tap == "attention":
         return f"{where}: attention to each patch, mean of {shape[1]} heads and all queries"
@@ -67,21 +67,21 @@ def meaning(target: Record, teacher: Record) -> str:
     return "its values, one after another"
 
 
-def _last(target: Record, values: np.ndarray) -> np.ndarray:
+def _last(target: TargetManifest, values: np.ndarray) -> np.ndarray:
     """The value of the last layer, in whatever order the layers were asked for."""
-    layers = target["identity"]["layers"] or [1]
-    found: np.ndarray = values[layers.index(max(layers))]
-    return found
+    layers = target.identity.layers or (1,)
+    last: np.ndarray = values[layers.index(max(layers))]
+    return last
 
 
-def _last_stage(target: Record, values: np.ndarray) -> np.ndarray:
+def _last_stage(target: TargetManifest, values: np.ndarray) -> np.ndarray:
     """The maps of the last stage, `[c, g, g]`, of those of all stages after another."""
-    start, found = 0, (0, values)
-    for stage in target["stages"]:
-        stop = start + stage["channels"]
-        found = max(found, (int(stage["stage"]), values[start:stop]), key=lambda pair: pair[0])
+    start, last = 0, (0, values)
+    for stage in target.stages:
+        stop = start + stage.channels
+        last = max(last, (stage.stage, values[start:stop]), key=lambda pair: pair[0])
         start = stop
-    return found[1]
+    return last[1]
 
 
 def _mean_map(maps: np.ndarray) -> np.ndarray:
@@ -94,18 +94,18 @@ def _mean_map(maps: np.ndarray) -> np.ndarray:
     return mean
 
 
-def _attention_row(target: Record, teacher: Record, values: np.ndarray) -> np.ndarray:
+def _attention_row(target: TargetManifest, teacher: TeacherManifest, values: np.ndarray) -> np.ndarray:
     """Attention to all tokens `[N]` of the last layer, mean of heads: the class query's, or that of all queries."""
     heads = _last(target, values)  # [H, N] or [H, N, N]
     if heads.ndim == 3:
-        prefix = teacher["prefix"]
+        prefix = teacher.prefix
         heads = heads[:, prefix.index("class")] if "class" in prefix else heads.mean(1)
     row: np.ndarray = heads.mean(0)
     return row
 
 
-def _tokens(teacher: Record) -> str:
-    return "class token" if teacher["prefix"] == ["class"] else f"{len(teacher['prefix'])} prefix tokens"
+def _tokens(teacher: TeacherManifest) -> str:
+    return "class token" if teacher.prefix == ("class",) else f"{len(teacher.prefix)} prefix tokens"
 
 
 def _over_patches(values: np.ndarray, note: str = "") -> Cell:
@@ -118,9 +118,9 @@ def _ranged(values: np.ndarray, note: str = "") -> Cell:
     return Cell(values, f"{note}{values.min():.2g} to {values.max():.2g}")
 
 
-def _classes(logits: np.ndarray, names: list[str] | None) -> Cell:
+def _classes(logits: np.ndarray, names: Sequence[str] | None) -> Cell:
     exact = np.exp(logits.astype(np.float64) - logits.max())
     shares = exact / exact.sum()
     best = np.argsort(-shares, kind="stable")[:TOP]
-    found = [names[n] if names and len(names) == len(shares) else f"class {n}" for n in best]
-    return Cell(shares[best], f"{100 * shares[best].sum():.0f} % on these {len(best)} of {len(shares):,}", found)
+    classes = [names[n] if names and len(names) == len(shares) else f"class {n}" for n in best]
+    return Cell(shares[best], f"{100 * shares[best].sum():.0f} % on these {len(best)} of {len(shares):,}", classes)

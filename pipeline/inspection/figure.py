@@ -117,9 +117,9 @@ class _Row:
         target = sample.targets[id]
         teacher = sample.teachers[id]
         self.views, self.id = sample.views, id
-        self.name = shortened(f"{target['teacher']}: {target['identity']['tap']}", LETTERS_LEFT - 6)
+        self.name = shortened(f"{target.teacher}: {target.identity.tap}", LETTERS_LEFT - 6)
         self.about = _wrapped([meaning(target, teacher)], LETTERS_LEFT - 6)
-        self.kept = f"{'×'.join(map(str, target['sample_shape']))}, kept as {target['identity']['codec']}"
+        self.kept = f"{'×'.join(map(str, target.sample_shape))}, kept as {target.identity.codec}"
         self.cells = {s.number: cell(target, teacher, s.values[id]) for s in sample.views if id in s.values}
         first = next(iter(self.cells.values()))
         self.cell_height = BARS if first.classes else SIDE if first.values.ndim == 2 else CURVE

@@ -18,12 +18,12 @@ from PIL import Image
 
 from storage.constants import BLOCK
 from storage.errors import IdentityError, UserError
-from storage.objects.json_record import Record
 from storage.shards.classes import classes_of
 from storage.shards.index import ShardIndex, read_samples
 from storage.shards.tar import stem_of
 from storage.store.banks import bank_policy, read_views
 from storage.store.codecs import Codec
+from storage.store.manifests import TargetManifest, TeacherManifest
 from storage.store.markers import Task
 from storage.store.store import Store
 from storage.unicode_names import normalized
@@ -90,8 +90,8 @@ class StoredSample:
     policy: Policy
     views: list[SeenView]
     stored: int
-    targets: dict[str, Record]
-    teachers: dict[str, Record]
+    targets: dict[str, TargetManifest]
+    teachers: dict[str, TeacherManifest]
     others: list[str]
 
 
@@ -109,10 +109,10 @@ def stored_sample(store: Store, urls: Sequence[str], key: str) -> StoredSample:
     if not banks:
         raise UserError(f"{store.url}: no view of {index.id} is there; run precompute over {url} first")
     begun = {task.id for task in done if (task.kind, task.shard) == ("target", index.id)}
-    of_banks: dict[str, dict[str, Record]] = {bank: {} for bank in banks}
+    of_banks: dict[str, dict[str, TargetManifest]] = {bank: {} for bank in banks}
     for id, manifest in store.targets().items():
         if id in begun:
-            of_banks.setdefault(manifest["identity"]["bank"], {})[id] = manifest
+            of_banks.setdefault(manifest.identity.bank, {})[id] = manifest
     bank = max(banks, key=lambda id: len(of_banks[id]))
     targets = of_banks[bank]
     shown = {id: manifest for id, manifest in targets.items() if not _is_pixels(manifest)}
@@ -137,8 +137,8 @@ def stored_sample(store: Store, urls: Sequence[str], key: str) -> StoredSample:
     )  # fmt: skip
 
 
-def _is_pixels(manifest: Record) -> bool:
-    return bool(manifest["identity"]["tap"] == "pixels")
+def _is_pixels(manifest: TargetManifest) -> bool:
+    return manifest.identity.tap == "pixels"
 
 
 def _shard_with(
@@ -181,7 +181,9 @@ def _names(urls: Sequence[str]) -> str:
     return ", ".join([PurePath(url).name for url in urls[:3]] + ["…"] * (len(urls) > 3))
 
 
-def _seen(source: Source, index: ShardIndex, url: str, i: int, number: int, targets: dict[str, Record]) -> SeenView:
+def _seen(
+    source: Source, index: ShardIndex, url: str, i: int, number: int, targets: dict[str, TargetManifest]
+) -> SeenView:
     """View `number` of sample i, with its value of each target."""
     pixels = next((id for id, manifest in targets.items() if _is_pixels(manifest)), None)
     codecs = {id: Codec.of(manifest) for id, manifest in targets.items() if id != pixels}
@@ -244,9 +246,8 @@ def facts(sample: StoredSample) -> dict[str, Any]:
         "views": [_view_facts(seen) for seen in sample.views],
         "targets": {
             id: {
-                **{name: manifest["identity"][name] for name in ("tap", "layers", "grid", "codec")},
-                **{name: manifest[name] for name in ("teacher", "axes")},
-                "shape": manifest["sample_shape"],
+                **{name: getattr(manifest.identity, name) for name in ("tap", "layers", "grid", "codec")},
+                **{"teacher": manifest.teacher, "axes": manifest.axes, "shape": manifest.sample_shape},
             }
             for id, manifest in sample.targets.items()
         },
@@ -289,7 +290,7 @@ def lines(sample: StoredSample) -> list[str]:
     if more := sample.stored - len(sample.views):
         text.append(f"and {more} more view(s), not looked at")
     for id, manifest in sample.targets.items():
-        text.append(f"target {id}: {'x'.join(map(str, manifest['sample_shape']))}")
+        text.append(f"target {id}: {'x'.join(map(str, manifest.sample_shape))}")
     if sample.others:
         text.append(f"not shown, with fewer targets of it: bank {', '.join(sample.others)}")
     return text

@@ -22,14 +22,14 @@ def inspect(store: Store) -> dict[str, Any]:
         summary = store.index(shard).summary
         result["shards"][shard] = {"samples": summary.samples, "bytes": summary.bytes, "labelled": summary.labelled}
     for name, manifest in store.teachers().items():
-        about = {key: manifest.get(key) for key in ("weights", "network", "layers", "parameters", "classes")}
-        result["teachers"][name] = {**manifest["identity"], **about}
-    for id, manifest in store.banks().items():
-        result["banks"][id] = {**manifest["identity"], **_complete(store, by_id["bank", id])}
-    for id, manifest in store.targets().items():
-        about = {key: manifest[key] for key in ("teacher", "sample_shape", "axes", "parity")}
-        about["codec_errors"] = manifest.get("codec_errors", {})
-        result["targets"][id] = {**manifest["identity"], **about, **_complete(store, by_id["target", id])}
+        about = {key: getattr(manifest, key) for key in ("weights", "network", "layers", "parameters", "classes")}
+        result["teachers"][name] = {**manifest.identity.plain(), **about}
+    for id, bank in store.banks().items():
+        result["banks"][id] = {**bank.identity.plain(), **_complete(store, by_id["bank", id])}
+    for id, target in store.targets().items():
+        about = {"codec_errors": {}, **target.plain()}
+        about = {key: about[key] for key in ("teacher", "sample_shape", "axes", "parity", "codec_errors")}
+        result["targets"][id] = {**target.identity.plain(), **about, **_complete(store, by_id["target", id])}
     return result
 
 
@@ -38,8 +38,8 @@ def _complete(store: Store, tasks: dict[str, list[Task]]) -> dict[str, Any]:
     for several in tasks.values():
         for task in several:
             marker = store.marker(task)
-            size += sum(int(array.lengths.sum()) for array in marker.arrays.values())
-            samples += next(iter(marker.arrays.values())).shape[0]
+            size += sum(array.size for array in marker.arrays.values())
+            samples += marker.samples
     views = sorted({len(several) for several in tasks.values()})
     return {"shards": len(tasks), "views": views[-1] if views else 0, "fewest_views": views[0] if views else 0,
             "view_images": samples, "bytes": size}  # fmt: skip

@@ -62,7 +62,7 @@ def missing(task: ShardTask, index: ShardIndex) -> dict[int, list[TargetOutput]]
             marker = store.find(target, samples, output.codec)
             if marker:  # only now: the bank's marker is there before the target's
                 bank = bank or store.find(Task("bank", task.bank, shard, view), samples)
-                if bank and bank.views_digest == marker.content["bank_views"]:
+                if bank and bank.bank.views_digest == marker.target.bank_views:
                     continue
                 store.discard(marker)
             wanted.setdefault(view, []).append(output)

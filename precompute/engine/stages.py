@@ -259,20 +259,19 @@ class ShardPass:
         """The bank's marker first: a target's marker names the digest of its views."""
         summary = dataclasses.asdict(self.index.summary)
         for view, attempt in self.fresh.items():
-            mine = attempt.commit({"summary": summary, "invalid": sorted(self.invalid), "renderer": renderer()})
-            if mine.content["attempt"] != attempt.name:
-                self._agree(view, attempt, mine)
-            self.known[view] = mine
+            marker = attempt.commit({"summary": summary, "invalid": sorted(self.invalid), "renderer": renderer()})
+            if marker.record.attempt != attempt.name:
+                self._agree(view, attempt, marker)
+            self.known[view] = marker
         made: dict[str, Any] = {"renderer": renderer(), **(self.session.settings if self.session else {})}
         for (view, _), attempt in self.attempts.items():
-            attempt.commit({"bank_views": self.known[view].views_digest, "made": made})
+            attempt.commit({"bank_views": self.known[view].bank.views_digest, "made": made})
 
     def _agree(self, view: int, attempt: Attempt, other: Marker) -> None:
         """Somebody else drew this view at the same time: it must be the same view."""
-        mine = [entry["checksums"] for entry in attempt.entries.values()]
-        theirs = [other.content["arrays"][name]["checksums"] for name in attempt.entries]
-        if mine != theirs:
-            raise IdentityError(
-                f"{self.task.url}, view {view}", "checksums of the bank's parameters and signatures", theirs, mine,
-                "Another run drew other views of this shard at the same time; run precompute again.",
-            )  # fmt: skip
+        own = [array.checksums for array in attempt.entries.values()]
+        committed = [other.record.arrays[name].checksums for name in attempt.entries]
+        if own != committed:
+            field = "checksums of the bank's parameters and signatures"
+            hint = "Another run drew other views of this shard at the same time; run precompute again."
+            raise IdentityError(f"{self.task.url}, view {view}", field, committed, own, hint)

@@ -9,6 +9,7 @@ from typing import Literal
 
 from storage.objects.json_record import Record
 from storage.store.codecs import Codec
+from storage.store.manifests import TargetManifest
 from storage.store.store import Store
 
 OnDecodeError = Literal["fail", "skip"]
@@ -23,9 +24,9 @@ class TargetOutput:
     codec: Codec
 
     @classmethod
-    def of(cls, manifest: Record) -> TargetOutput:
+    def of(cls, manifest: TargetManifest) -> TargetOutput:
         """From a target's manifest."""
-        return cls(manifest["id"], manifest["output"], Codec.of(manifest))
+        return cls(manifest.id, manifest.output, Codec.of(manifest))
 
 
 @dataclass(frozen=True)

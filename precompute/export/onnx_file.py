@@ -17,12 +17,12 @@ from onnx import ModelProto, compose, helper, version_converter
 from torch import Tensor, nn
 
 from precompute.engine.session import Session, open_session
-from precompute.export.pytorch import CHECKED, PARITY, Exported, compare, model_of, stripped
+from precompute.export.pytorch import CHECKED, PARITY, Exported, TargetDetails, compare, model_of, stripped
 from precompute.taps import TAPS, Tap, TappedTeacher
 from precompute.teachers import onnx_file
 from precompute.teachers.teacher import Teacher
 from storage.errors import UserError, first_line
-from storage.objects.json_record import Record
+from storage.store.manifests import Network, Stage
 
 OLDEST = 13  # operators: those that are used here are the same from this version on
 ROWS = 1e-3  # how far the sum of an attention row may be from one
@@ -205,16 +205,12 @@ def _refuse_probabilities(graph: onnx_file.OnnxGraph, tap: str, name: str, are_r
         raise UserError(f"{where}: these are probabilities, which a {before[0].lower()} gives; {advice}")
 
 
-def _detail(path: str, tap: Tap, values: Mapping[str, np.ndarray]) -> Record:
-    """What a target's manifest says beyond its shape; `network` is what other teachers' manifests say of them."""
-    detail: Record = {"axes": list(TAPS[tap.name].axes)}
+def _details(path: str, tap: Tap, values: Mapping[str, np.ndarray]) -> TargetDetails:
     shape = values[tap.chosen[0]].shape
     if tap.name == "activations":
         numbers = tap.layers or range(1, len(tap.tensors) + 1)
-        detail["stages"] = [
-            {"stage": n, "tap": name, "channels": values[name].shape[1]}
-            for n, name in zip(numbers, tap.chosen, strict=True)
-        ]
+        parts = zip(numbers, tap.chosen, strict=True)
+        return {"stages": tuple(Stage(stage=n, tap=name, channels=values[name].shape[1]) for n, name in parts)}
     if tap.name in ("attention", "class_row", "tokens"):
         tokens = shape[1] if tap.name == "tokens" else shape[-1]
         prefix, where = onnx_file.prefix_of(tokens), f"{path}: {tap.name}={tap.chosen[0]}: {tokens} tokens are"
@@ -223,8 +219,8 @@ def _detail(path: str, tap: Tap, values: Mapping[str, np.ndarray]) -> Record:
         if tap.name == "class_row" and "class" not in prefix:
             raise UserError(f"{where} a square of patches without a class token, so there is no class row")
         heads = {} if tap.name == "tokens" else {"heads": shape[1]}
-        detail["network"] = {"layers": len(tap.tensors), "prefix": prefix, **heads}
-    return detail
+        return {"network": Network(layers=len(tap.tensors), prefix=tuple(prefix), **heads)}
+    return {}
 
 
 def export_ready(
@@ -241,7 +237,7 @@ def export_ready(
     alone.require_free_batch(views[:2])
     expected = alone(views)
     values = dict(zip(alone.names, alone.tensors(views[:2]), strict=True))
-    details = tuple(_detail(alone.path, tap, values) for tap in alone.taps)
+    details = tuple(_details(alone.path, tap, values) for tap in alone.taps)
     graph = _joined(alone, views[:2])
     with _told(f"{alone.path}: joined with its taps"):
         session = open_session(graph, provider)

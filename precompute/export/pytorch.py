@@ -7,7 +7,7 @@ import io
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from precompute.taps import ATTENTION, TAPS, Tap, TappedTeacher, check_attention
 from precompute.teachers.teacher import Teacher, load_teacher
 from storage.errors import UserError, first_line
 from storage.objects.json_record import Record
+from storage.store.manifests import Network, Stage
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -30,6 +31,14 @@ _ADVICE = (
 PARITY = 1e-3  # largest difference of an output ÷ its largest value; 2e-5 is usual on a CPU without TF32
 
 
+class TargetDetails(TypedDict, total=False):
+    """What a target's manifest says of some taps alone."""
+
+    scales: tuple[float, ...]
+    stages: tuple[Stage, ...]
+    network: Network
+
+
 @dataclass(frozen=True)
 class Exported:
     """A graph and what is known of its outputs, which are called after the taps' positions: `tap0`, `tap1`, …"""
@@ -37,7 +46,7 @@ class Exported:
     graph: bytes
     taps: tuple[Tap, ...]
     shapes: tuple[tuple[int, ...], ...]
-    details: tuple[Record, ...]
+    details: tuple[TargetDetails, ...]
     parity: tuple[float, ...]
     values: tuple[np.ndarray, ...]  # the graph's, of all images that were given
     session: Record
@@ -156,7 +165,7 @@ def _exported(module: TappedTeacher, images: np.ndarray, provider: str, name: st
     parity = tuple(compare([output[:CHECKED] for output in found], expected, taps, name))
     return Exported(
         graph, tuple(taps), tuple(output.shape[1:] for output in expected),
-        tuple(_detail(module, tap) for tap in taps), parity, tuple(found), session.settings, attention_error,
+        tuple(_details(module, tap) for tap in taps), parity, tuple(found), session.settings, attention_error,
     )  # fmt: skip
 
 
@@ -256,11 +265,9 @@ def compare(
     return errors
 
 
-def _detail(module: TappedTeacher, tap: Tap) -> Record:
-    """What a target's manifest says beyond its shape: which stage each channel comes from, where each map is read."""
-    detail: Record = {"axes": list(TAPS[tap.name].axes)}
+def _details(module: TappedTeacher, tap: Tap) -> TargetDetails:
     if tap.name in ("q", "k"):
-        detail["scales"] = module.scales(tap)  # softmax(q·kᵀ·scale) is the layer's attention
+        return {"scales": tuple(module.scales(tap))}  # softmax(q·kᵀ·scale) is the layer's attention
     if tap.name == "activations":
-        detail["stages"] = [{"stage": n, "tap": name, "channels": count} for n, name, count in module.stages(tap)]
-    return detail
+        return {"stages": tuple(Stage(stage=n, tap=name, channels=c) for n, name, c in module.stages(tap))}
+    return {}

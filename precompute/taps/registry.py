@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Self
+from typing import NamedTuple, Self, cast
 
 from torch import Tensor
 
 from precompute.taps.activations import At, resize_matrix
 from storage.errors import UserError, did_you_mean
-from storage.objects.json_record import Record
 from storage.store.codecs import Values
-
-Antialias = bool | Literal["all"]
+from storage.store.manifests import Antialias, TargetIdentity
 
 
 class TapInfo(NamedTuple):
@@ -60,13 +58,10 @@ class Tap:
     antialias: Antialias = False
 
     @classmethod
-    def of(cls, identity: Record) -> Self:
-        """What a target's identity says; older ones say nothing of `at` and `antialias`."""
-        layers = tuple(identity["layers"]) if identity["layers"] else None
-        return cls(
-            identity["tap"], layers, identity["grid"], tuple(identity.get("tensors", ())), identity.get("at", "norm"),
-            identity.get("antialias", False),
-        )  # fmt: skip
+    def of(cls, identity: TargetIdentity) -> Self:
+        """What a target's identity says."""
+        at = cast(At, identity.at)
+        return cls(identity.tap, identity.layers, identity.grid, identity.tensors, at, identity.antialias)
 
     def grid_matrix(self, side: int) -> Tensor:
         """The matrix that brings an axis of activation maps of this side onto the tap's grid (`resize_matrix`)."""

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from storage.errors import UserError, did_you_mean, first_line
-from storage.objects.json_record import Record
 from storage.objects.state_dict import ONNX_FILE
+from storage.store.manifests import Anatomy
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, ValueInfoProto
@@ -231,10 +231,9 @@ def _logits(graph: OnnxGraph) -> str:
     return found[1] if found else first
 
 
-def describe(path: str) -> Record:
-    """What the teacher's manifest says beside its identity: taps say their layers by themselves."""
-    about = {"weights": path, "classes": None, "parameters": read_graph(path).parameters}
-    return {**about, "network": ONNX_FILE, "layers": 0}
+def anatomy(path: str) -> Anatomy:
+    """What a ready graph is made of, as a teacher: taps say their layers by themselves."""
+    return Anatomy(parameters=read_graph(path).parameters, network=ONNX_FILE, layers=0)
 
 
 def prefix_of(tokens: int) -> list[str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import re
@@ -14,9 +15,8 @@ from precompute.teachers.onnx_file import is_onnx_file, read_graph
 from storage.errors import UserError, did_you_mean, first_line
 from storage.objects import json_record
 from storage.objects.checkpoint_file import EARLIER
-from storage.objects.json_record import Record
 from storage.objects.state_dict import (
-    KEY,
+    HUB,
     ONNX_FILE,
     chosen_in,
     classes_in,
@@ -24,6 +24,8 @@ from storage.objects.state_dict import (
     digest_of_state,
     load_weights,
 )
+from storage.store.manifests import Anatomy, TeacherIdentity, TeacherManifest
+from storage.store.markers import FORMAT
 
 if TYPE_CHECKING:
     from torch import nn
@@ -78,18 +80,17 @@ class Teacher:
     weights_key: str | None = None
 
     @property
-    def identity(self) -> Record:
+    def identity(self) -> TeacherIdentity:
         """What makes two teachers the same teacher."""
-        key = {} if self.weights_key is None else {KEY: self.weights_key}
-        return {
-            "model": self.model,
-            "arguments": self.arguments,
-            "weights sha256": self.digest,
-            **key,
-            "input size": self.input_size,
-            "mean": list(self.mean),
-            "std": list(self.std),
-        }
+        return TeacherIdentity(
+            model=self.model,
+            arguments=self.arguments,
+            weights_sha256=self.digest,
+            input_size=self.input_size,
+            mean=self.mean,
+            std=self.std,
+            **({} if self.weights_key is None else {"weights_key": self.weights_key}),
+        )
 
     @property
     def ready(self) -> bool:
@@ -99,7 +100,19 @@ class Teacher:
     @property
     def id(self) -> str:
         """Digest of the identity; part of every target's id."""
-        return json_record.digest_of(self.identity)
+        return self.identity.digest
+
+    def manifest(self, anatomy: Anatomy) -> TeacherManifest:
+        """What a store says of it: beside its identity where it came from, and what its network is made of."""
+        return TeacherManifest(
+            format=FORMAT,
+            kind="teacher",
+            id=self.name,
+            identity=self.identity,
+            weights=self.weights or HUB,
+            classes=self.classes or None,
+            **anatomy.plain(),
+        )
 
 
 def find_teacher(
@@ -297,28 +310,16 @@ def _create(model: str, arguments: dict[str, Any], *, pretrained: bool) -> nn.Mo
     return made
 
 
-def describe_teacher(teacher: Teacher, model: nn.Module) -> Record:
-    """What the teacher's manifest says beside its identity: where it came from, and its layers."""
-    return {
-        "weights": teacher.weights or "timm hub",
-        "classes": list(teacher.classes) if teacher.classes else None,
-        **anatomy(model),
-    }
-
-
-def anatomy(model: nn.Module) -> Record:
-    """`parameters`, `network` (`cnn`, `vit` or `other`) and `layers`; of a ViT also `heads` and `prefix` tokens."""
+def anatomy(model: nn.Module) -> Anatomy:
+    """What a network is made of: a `cnn`, a `vit` or an `other`."""
     from precompute.taps import attention_layers, cnn_stages, prefix_roles
 
-    about: Record = {"parameters": sum(p.numel() for p in model.parameters()), "network": "other", "layers": 0}
-    try:
-        stages = cnn_stages(model)
-        return {**about, "network": "cnn", "layers": len(stages)}
-    except UserError:
-        pass
+    parameters = sum(p.numel() for p in model.parameters())
+    with contextlib.suppress(UserError):
+        return Anatomy(parameters=parameters, network="cnn", layers=len(cnn_stages(model)))
     try:
         layers = attention_layers(model)
     except UserError:
-        return about
-    prefix = prefix_roles(model)
-    return {**about, "network": "vit", "layers": len(layers), "heads": int(layers[0].num_heads), "prefix": list(prefix)}  # type: ignore[arg-type]
+        return Anatomy(parameters=parameters, network="other", layers=0)
+    heads, prefix = int(layers[0].num_heads), prefix_roles(model)  # type: ignore[arg-type]
+    return Anatomy(parameters=parameters, network="vit", layers=len(layers), heads=heads, prefix=prefix)

@@ -1,7 +1,7 @@
 """What records look like: types and bounds that are checked before anything is allocated or looped over.
 
-A record's digest tells damage apart, not malice: anybody can make one. The models of this room's records are made of
-what is here; `checked` is the one way to use them, and says what is wrong in the words of all other errors.
+A record's digest tells damage apart, not malice: anybody can make one. Records are read by `checked`, which says what
+is wrong in the words of all other errors, and used as the models that it gives.
 """
 
 from __future__ import annotations
@@ -9,9 +9,19 @@ from __future__ import annotations
 import reprlib
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    Strict,
+    StringConstraints,
+    ValidationError,
+    WrapValidator,
+    model_validator,
+)
 
 from storage.errors import DamageError, UserError
+from storage.objects.json_record import Record
 
 MOST_SAMPLES = 100_000_000  # in one shard: its tar has 100 GB at least
 MOST = 1_000_000  # layers, channels, tokens, classes: more than any network has
@@ -20,9 +30,15 @@ _HEADER = 512  # bytes of a tar for each sample, at least
 
 
 class Schema(BaseModel):
-    """A record or a part of one. Fields that a later version adds are ignored."""
+    """A record or a part of one. Fields that a later version adds are kept and not looked at."""
 
-    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False, defer_build=True)
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="allow", populate_by_name=True, allow_inf_nan=False, defer_build=True
+    )
+
+    def plain(self) -> Record:
+        """What JSON says of it: all that was read or given, and no default."""
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
 T = TypeVar("T")
@@ -33,11 +49,12 @@ Size = Annotated[int, Field(ge=1, le=MOST)]
 Offset = Annotated[int, Field(ge=0, lt=1 << 63)]
 Id = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,250}$")]  # safe as a part of a path
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Three = Annotated[tuple[float, float, float], Strict(False)]
+_AsWritten = WrapValidator(lambda values, check: tuple(values) if check(values) else ())  # 0 is hashed as 0, not 0.0
+Three = Annotated[tuple[float, float, float], Strict(False), _AsWritten]
 Range = Annotated[tuple[Offset, Offset, Sha256], Strict(False)]  # start, stop and sha256 of these bytes
 
 
-def checked(model: type[M], content: dict[str, Any], name: str, do: str) -> M:
+def checked(model: type[M], content: Record, name: str, do: str) -> M:
     """A record's content as its model.
 
     Args:
@@ -56,7 +73,7 @@ def checked(model: type[M], content: dict[str, Any], name: str, do: str) -> M:
         raise DamageError(f"{name}: damaged: {_explained(problem)}\n  {do}") from None
 
 
-def require_format(content: dict[str, Any], name: str, known: int = 1) -> None:
+def require_format(content: Record, name: str, known: int = 1) -> None:
     """UserError where a newer version wrote a record."""
     found = content.get("format")
     if isinstance(found, int) and found > known:

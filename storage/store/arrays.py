@@ -11,12 +11,13 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NotRequired, Self
 
 import google_crc32c
 import numpy as np
 import zarr
 from pydantic import Field, model_validator
+from typing_extensions import TypedDict
 from zarr.codecs import Crc32cCodec
 
 from storage.constants import BLOCK
@@ -51,6 +52,7 @@ class ArrayWriter:
         path: str,
         samples: int,
         sample_shape: tuple[int, ...],
+        *,
         dtype: str,
         axes: Sequence[str],
         attributes: dict[str, Any],
@@ -90,48 +92,44 @@ class ArrayWriter:
         self._array[self._written : stop] = self._buffer[: self._filled]
         self._written, self._filled = stop, 0
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> ArrayRecord:
         """Write what is left; the array's entry in a marker: metadata, and length and checksum of each chunk."""
         if self._filled:
             self._flush()
         if self._written != self._array.shape[0]:
             raise RuntimeError(f"{self.path}: {self._written} samples were given for {self._array.shape[0]}")
-        metadata = json.loads(self._store.objects.get(f"{self.path}/zarr.json"))
-        written = [self._store.written[key] for key in chunk_keys(self.path, metadata)]
+        metadata = ArrayMetadata.model_validate(json.loads(self._store.objects.get(f"{self.path}/zarr.json")))
+        written = [self._store.written[metadata.key(self.path, number)] for number in range(metadata.chunks)]
         lengths = np.array([length for length, _ in written], "<u4")
-        return {
-            "metadata": metadata,
-            "lengths": base64.b64encode(lengths.tobytes()).decode(),
-            "checksums": base64.b64encode(b"".join(trailer for _, trailer in written)).decode(),
-        }
-
-
-def chunk_keys(path: str, metadata: dict[str, Any]) -> list[str]:
-    """The keys of all chunks of an array that is chunked along its first axis alone, in grid order."""
-    shape = metadata["shape"]
-    count = -(-shape[0] // metadata["chunk_grid"]["configuration"]["chunk_shape"][0])
-    return [f"{path}/c/{'/'.join([str(i)] + ['0'] * (len(shape) - 1))}" for i in range(count)]
+        return ArrayRecord(
+            metadata=metadata,
+            lengths=base64.b64encode(lengths.tobytes()).decode(),
+            checksums=base64.b64encode(b"".join(trailer for _, trailer in written)).decode(),
+        )
 
 
 _Sizes = Annotated[Several[Annotated[int, Field(ge=1, le=MOST_SAMPLES)]], Field(min_length=1, max_length=8)]
 
 
-class _Chunks(Schema):
+class _Chunks(TypedDict):  # lighter than a model, and there are several in each marker
+    __pydantic_config__ = Schema.model_config  # type: ignore[misc]
     chunk_shape: _Sizes
 
 
-class _Grid(Schema):
+class _Grid(TypedDict):
+    __pydantic_config__ = Schema.model_config  # type: ignore[misc]
     name: Literal["regular"]
     configuration: _Chunks
 
 
-class _Named(Schema):
+class _Named(TypedDict):
+    __pydantic_config__ = Schema.model_config  # type: ignore[misc]
     name: str
-    configuration: dict[str, Any] = Field(default_factory=dict)
+    configuration: NotRequired[dict[str, Any]]
 
 
-class MetadataRecord(Schema):
-    """An array's `zarr.json`, as far as it is read here."""
+class ArrayMetadata(Schema):
+    """An array's `zarr.json`: chunked along the samples alone."""
 
     zarr_format: Literal[3]
     node_type: Literal["array"]
@@ -144,39 +142,53 @@ class MetadataRecord(Schema):
 
     @model_validator(mode="after")
     def _layout(self) -> Self:
-        chunk = self.chunk_grid.configuration.chunk_shape
+        chunk = self.chunk_shape
         if chunk[1:] != self.shape[1:] or chunk[0] > self.shape[0]:
             raise ValueError(f"chunk_grid: expected chunks of whole samples of {[*self.shape]}, found {[*chunk]}")
         if self.chunk_bytes >= LARGEST:
             raise ValueError(f"chunk_grid: expected chunks below {LARGEST:,} bytes, found {self.chunk_bytes:,}")
-        codecs = [codec.name for codec in self.codecs]
-        if codecs != ["bytes", "crc32c"] or self.codecs[0].configuration.get("endian", "little") != "little":
+        codecs = [codec["name"] for codec in self.codecs]
+        if codecs != ["bytes", "crc32c"] or self.codecs[0].get("configuration", {}).get("endian", "little") != "little":
             raise ValueError(f"codecs: expected bytes (little endian) and crc32c, found {codecs}")
-        names, separator = self.chunk_key_encoding, self.chunk_key_encoding.configuration.get("separator", "/")
-        if (names.name, separator) != ("default", "/"):
-            raise ValueError(f"chunk_key_encoding: expected default with /, found {names.name} with {separator!r}")
+        name = self.chunk_key_encoding["name"]
+        separator = self.chunk_key_encoding.get("configuration", {}).get("separator", "/")
+        if (name, separator) != ("default", "/"):
+            raise ValueError(f"chunk_key_encoding: expected default with /, found {name} with {separator!r}")
         return self
+
+    @property
+    def chunk_shape(self) -> tuple[int, ...]:
+        """Of one chunk."""
+        return self.chunk_grid["configuration"]["chunk_shape"]
 
     @property
     def chunk_bytes(self) -> int:
         """Bytes of one chunk with its checksum."""
-        return math.prod(self.chunk_grid.configuration.chunk_shape) * np.dtype(self.data_type).itemsize + 4
+        return math.prod(self.chunk_shape) * np.dtype(self.data_type).itemsize + 4
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks there are."""
+        return -(-self.shape[0] // self.chunk_shape[0])
+
+    def key(self, path: str, number: int) -> str:
+        """The key of a chunk of the array at a path."""
+        return f"{path}/c/{'/'.join([str(number)] + ['0'] * (len(self.shape) - 1))}"
 
 
 class ArrayRecord(Schema):
     """An array's entry in a marker."""
 
-    metadata: MetadataRecord
+    metadata: ArrayMetadata
     lengths: str
     checksums: str
 
     @model_validator(mode="after")
     def _chunks(self) -> Self:
-        about = self.metadata
-        count = -(-about.shape[0] // about.chunk_grid.configuration.chunk_shape[0])
+        count, size = self.metadata.chunks, self.metadata.chunk_bytes
         lengths, _ = (_words(name, getattr(self, name), count) for name in ("lengths", "checksums"))
-        if lengths != about.chunk_bytes.to_bytes(4, "little") * count:
-            raise ValueError(f"lengths: expected {about.chunk_bytes} bytes, as its shape says, found others")
+        if lengths != size.to_bytes(4, "little") * count:
+            raise ValueError(f"lengths: expected {size} bytes, as its shape says, found others")
         return self
 
 
@@ -191,45 +203,40 @@ def _words(field: str, text: str, count: int) -> bytes:
     return data
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredArray:
     """An array as its marker describes it; reading opens no `zarr.json`."""
 
     objects: ObjectStore
     path: str
-    metadata: dict[str, Any]
-    lengths: np.ndarray
-    checksums: tuple[bytes, ...]
+    metadata: ArrayMetadata
+    checksums: bytes  # four of each chunk
 
     @classmethod
-    def of(cls, objects: ObjectStore, path: str, entry: dict[str, Any]) -> StoredArray:
-        """From an array's entry in a marker, which is an `ArrayRecord`."""
-        sums = base64.b64decode(entry["checksums"])
-        return cls(
-            objects, path, entry["metadata"], np.frombuffer(base64.b64decode(entry["lengths"]), "<u4"),
-            tuple(sums[i : i + 4] for i in range(0, len(sums), 4)),
-        )  # fmt: skip
+    def of(cls, objects: ObjectStore, path: str, record: ArrayRecord) -> StoredArray:
+        """From an array's entry in a marker."""
+        return cls(objects, path, record.metadata, base64.b64decode(record.checksums))
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the whole array, `[samples, …]`."""
-        return tuple(self.metadata["shape"])
-
-    @property
-    def chunk_shape(self) -> tuple[int, ...]:
-        """Of one chunk."""
-        return tuple(self.metadata["chunk_grid"]["configuration"]["chunk_shape"])
+        return self.metadata.shape
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """Little-endian type of the values."""
-        kind: np.dtype[Any] = np.dtype(self.metadata["data_type"]).newbyteorder("<")
+        kind: np.dtype[Any] = np.dtype(self.metadata.data_type).newbyteorder("<")
         return kind
 
     @property
     def keys(self) -> list[str]:
         """The chunks' keys in grid order."""
-        return chunk_keys(self.path, self.metadata)
+        return [self.metadata.key(self.path, number) for number in range(self.metadata.chunks)]
+
+    @property
+    def size(self) -> int:
+        """Bytes of its chunks with their checksums."""
+        return self.metadata.chunks * self.metadata.chunk_bytes
 
     def check_chunk(self, number: int) -> bytes:
         """A chunk's bytes without its checksum, compared with the marker.
@@ -237,26 +244,29 @@ class StoredArray:
         Raises:
             DamageError: missing, of another length, or not the bytes that were written.
         """
-        key = f"{self.path}/c/{'/'.join([str(number)] + ['0'] * (len(self.shape) - 1))}"
+        key = self.metadata.key(self.path, number)
         try:
             data = self.objects.get(key)
         except FileNotFoundError:
             raise DamageError(f"{self.objects.url}/{key}: missing: a chunk that was written is gone") from None
-        if len(data) != self.lengths[number]:
-            written = f"{len(data)} bytes, {self.lengths[number]} were written"
+        if len(data) != self.metadata.chunk_bytes:
+            written = f"{len(data)} bytes, {self.metadata.chunk_bytes} were written"
             raise DamageError(f"{self.objects.url}/{key}: damaged: {written}")
-        sum_there = int(google_crc32c.value(data[:-4])).to_bytes(4, "little")
-        if data[-4:] != self.checksums[number] or sum_there != self.checksums[number]:
+        expected, actual = (
+            self.checksums[4 * number : 4 * number + 4],
+            int(google_crc32c.value(data[:-4])).to_bytes(4, "little"),
+        )
+        if data[-4:] != expected or actual != expected:
             raise DamageError(
-                f"{self.objects.url}/{key}: damaged: its checksum is {sum_there.hex()} (it says {data[-4:].hex()}), "
-                f"{self.checksums[number].hex()} was written"
+                f"{self.objects.url}/{key}: damaged: its checksum is {actual.hex()} (it says {data[-4:].hex()}), "
+                f"{expected.hex()} was written"
             )
         return data[:-4]
 
     def chunk(self, number: int) -> np.ndarray:
         """A chunk's samples, without the padding of the last one. Raises DamageError."""
-        values = np.frombuffer(self.check_chunk(number), self.dtype).reshape(self.chunk_shape)
-        return values[: self.shape[0] - number * self.chunk_shape[0]]
+        values = np.frombuffer(self.check_chunk(number), self.dtype).reshape(self.metadata.chunk_shape)
+        return values[: self.shape[0] - number * self.metadata.chunk_shape[0]]
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Samples [start, stop).
@@ -267,7 +277,7 @@ class StoredArray:
         if not 0 <= start <= stop <= self.shape[0]:
             where = f"{self.objects.url}/{self.path}"
             raise DamageError(f"{where}: samples {start} to {stop - 1} were asked for, its marker has {self.shape[0]}")
-        size = self.chunk_shape[0]
+        size = self.metadata.chunk_shape[0]
         parts = []
         for number in range(start // size, -(-stop // size)):
             first = number * size

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from storage.errors import UserError
 from storage.objects import json_record
 from storage.objects.json_record import Record
-from storage.store.arrays import ArrayWriter
+from storage.store.arrays import ArrayRecord, ArrayWriter
 from storage.store.markers import FORMAT, Marker, Task
 from storage.views.view import COLUMNS
 
@@ -24,7 +25,7 @@ class Attempt:
         self._store, self.task, self._samples = store, task, samples
         self.name = uuid.uuid4().hex[:16]
         self.arrays: dict[str, ArrayWriter] = {}
-        self.entries: dict[str, Record] = {}  # what `commit` said of each array
+        self.entries: dict[str, ArrayRecord] = {}  # what `commit` said of each array
 
     def array(self, name: str, sample_shape: tuple[int, ...], dtype: str, axes: Sequence[str]) -> ArrayWriter:
         """A new array `[samples, *sample_shape]` of this attempt."""
@@ -32,25 +33,27 @@ class Attempt:
         about = {"id": self.task.id, "shard": self.task.shard, "view": self.task.view}
         if self.task.kind == "bank":
             about["columns"] = list(COLUMNS) if name == "parameters" else ["crc32c"]
-        writer = ArrayWriter(self._store.objects, path, self._samples, sample_shape, dtype, axes, about)
+        writer = ArrayWriter(
+            self._store.objects, path, self._samples, sample_shape, dtype=dtype, axes=axes, attributes=about
+        )
         self.arrays[name] = writer
         return writer
 
     def commit(self, content: Record) -> Marker:
         """Make this attempt count, unless another one does already: the marker that counts."""
-        self.entries = arrays = {name: writer.finish() for name, writer in self.arrays.items()}
-        record = {"format": FORMAT, "kind": self.task.kind, "id": self.task.id, "shard": self.task.shard,
-                  "view": self.task.view, "attempt": self.name, "arrays": arrays, **content}  # fmt: skip
+        self.entries = {name: writer.finish() for name, writer in self.arrays.items()}
+        arrays = {name: entry.plain() for name, entry in self.entries.items()}
+        record = {"format": FORMAT, "attempt": self.name, "arrays": arrays, **asdict(self.task), **content}
         self._store.objects.create(f"done/{self.task.name}", json_record.to_json(record))
         marker = self._store.marker(self.task)
-        if marker.content["attempt"] != self.name:  # somebody else was first; who comes second yields
+        if marker.record.attempt != self.name:  # somebody else was first; who comes second yields
             self.abandon()
         return marker
 
     def abandon(self) -> None:
         """Remove what was written, unless it counts: a commit may have left its marker and failed after that."""
         try:
-            counts = self._store.marker(self.task).content["attempt"] == self.name
+            counts = self._store.marker(self.task).record.attempt == self.name
         except UserError:
             counts = False
         if not counts:

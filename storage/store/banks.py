@@ -10,10 +10,9 @@ from PIL import Image
 
 from storage.constants import BLOCK
 from storage.errors import DamageError, IdentityError, UserError, first_line
-from storage.objects.json_record import Record
 from storage.shards.tar import Sample
-from storage.store.manifests import require_id
-from storage.store.markers import Marker
+from storage.store.manifests import BankIdentity, BankManifest, require_id
+from storage.store.markers import FORMAT, Marker
 from storage.store.store import Store
 from storage.views.policy import OPERATIONS_VERSION, Policy
 from storage.views.randaugment import OPERATIONS
@@ -21,24 +20,27 @@ from storage.views.render import BadImage, render, renderer, signature
 from storage.views.view import COLUMNS, View
 
 
-def describe_bank(policy: Policy) -> Record:
-    """What a bank's manifest says beside its identity."""
-    return {"policy": policy.name, "columns": list(COLUMNS)}
+def bank_manifest(policy: Policy) -> BankManifest:
+    """The manifest of the bank that is drawn from a policy."""
+    identity = BankIdentity.model_validate(policy.identity)
+    return BankManifest(
+        format=FORMAT, kind="bank", id=policy.bank, identity=identity, policy=policy.name, columns=COLUMNS
+    )
 
 
-def policy_of(manifest: Record) -> Policy:
+def policy_of(manifest: BankManifest) -> Policy:
     """The policy that a bank was drawn from."""
-    identity = manifest["identity"]
-    return Policy(identity["line"], identity["size"], identity["seed"] or 0, manifest["policy"])
+    identity = manifest.identity
+    return Policy(identity.line, identity.size, identity.seed or 0, manifest.policy)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class BankView:
     """One view of some consecutive samples: rows f64 `[n, columns]`, signatures u32 `[n]`, and what rendered them."""
 
     rows: np.ndarray
     signatures: np.ndarray
-    renderer: Record
+    renderer: dict[str, str]
 
     def view(self, i: int) -> View:
         """The view of sample i of these."""
@@ -77,7 +79,7 @@ def read_views(marker: Marker, start: int, stop: int) -> BankView:
     rows = marker.arrays["parameters"].read(start, stop)
     if wrong := _beyond(rows, start, marker.samples):
         raise DamageError(f"{marker.name}: damaged: parameters: {wrong}\n  Its store was not made by `precompute`.")
-    return BankView(rows, signatures, marker.content["renderer"])
+    return BankView(rows, signatures, marker.bank.renderer)
 
 
 # Column -> smallest and largest value; others may be anything that is finite.
@@ -115,7 +117,7 @@ def bank_policy(store: Store, id: str) -> Policy:
     """
     manifest = store.bank(id)
     require_id(f"{store.url}/banks/{id}/manifest.json", manifest)
-    if manifest["identity"]["operations"] > OPERATIONS_VERSION:
+    if manifest.identity.operations > OPERATIONS_VERSION:
         raise UserError(f"{store.url}: bank {id}: its views need a newer version of this package; install one")
     return policy_of(manifest)
 

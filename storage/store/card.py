@@ -37,19 +37,18 @@ def card(store: Store) -> str:
         "|---|---|---|---|---|---|",
     ]
     for name, manifest in teachers.items():
-        identity = manifest["identity"]
-        arguments = "".join(f" {k}={v}" for k, v in identity["arguments"].items())
+        about = manifest.identity
+        arguments = "".join(f" {k}={v}" for k, v in about.arguments.items())
         lines.append(
-            f"| {name} | {identity['model']}{arguments} | {Path(manifest.get('weights', '')).name} | "
-            f"{identity['weights sha256'][:12]} | {identity['input size']} | {identity['mean']}, {identity['std']} |"
+            f"| {name} | {about.model}{arguments} | {Path(manifest.weights).name} | {about.weights_sha256[:12]} | "
+            f"{about.input_size} | {list(about.mean)}, {list(about.std)} |"
         )
     lines += ["", "Licences of weights and images are those of their sources; none is recorded here.", ""]
     lines += ["## Banks", "", "| bank | policy | size | seed | shards | views in all |", "|---|---|---|---|---|---|"]
-    for id, manifest in banks.items():
-        identity = manifest["identity"]
-        line = identity["line"].replace("|", "\\|")
+    for id, bank in banks.items():
+        line = bank.identity.line.replace("|", "\\|")
         lines.append(
-            f"| {id} | `{line}` | {identity['size']} | {identity['seed']} | {shards[id]} | {views['bank', id]} |"
+            f"| {id} | `{line}` | {bank.identity.size} | {bank.identity.seed} | {shards[id]} | {views['bank', id]} |"
         )
     lines += [
         "",
@@ -58,13 +57,12 @@ def card(store: Store) -> str:
         "| target | one sample | layers | codec | its relative error, cosine | shards | views in all |",
         "|---|---|---|---|---|---|---|",
     ]
-    for id, manifest in targets.items():
-        identity = manifest["identity"]
-        shape = "×".join(map(str, manifest["sample_shape"]))
-        error = manifest.get("codec_errors", {}).get(identity["codec"])
-        cost = f"{error['relative']:.2g}, {error['cosine']:.6f}" if error else ""
+    for id, target in targets.items():
+        shape, layers, codec = "×".join(map(str, target.sample_shape)), target.identity.layers, target.identity.codec
+        error = target.codec_errors.get(codec)
+        cost = f"{error.relative:.2g}, {error.cosine:.6f}" if error else ""
         lines.append(
-            f"| {id} | {shape} ({', '.join(manifest['axes'])}) | {identity['layers'] or ''} | {identity['codec']} | "
+            f"| {id} | {shape} ({', '.join(target.axes)}) | {[*layers] if layers else ''} | {codec} | "
             f"{cost} | {shards[id]} | {views['target', id]} |"
         )
     example = next((task for task in sorted(done) if task.kind == "target"), None)

@@ -6,12 +6,16 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
+from pydantic import Field
 
 from storage.errors import UserError, did_you_mean
-from storage.objects.json_record import Record
+from storage.objects.record_schema import Schema
+
+if TYPE_CHECKING:
+    from storage.store.manifests import TargetManifest
 
 CODECS = ("f32", "f16", "u8", "log8", "topk")
 TOP = 20  # classes that `topk` keeps where no number is said
@@ -50,6 +54,24 @@ class HalfOverflow(UserError):
     """f16 cannot hold a map's scale or offset: all of the array's are kept in f32 (`wide`)."""
 
 
+Error = Annotated[float, Field(ge=0)]
+
+
+class CodecError(Schema):
+    """What keeping values costs.
+
+    Attributes:
+        relative: ‖x − x′‖ ÷ ‖x‖.
+        cosine: the mean over maps, before and after.
+        kl: of distributions, the mean of Σ p·log(p/p′) over rows (of their softmax for logits), p′ made to sum to 1, in
+            nats.
+    """
+
+    relative: Error
+    cosine: float
+    kl: float = 0
+
+
 class ArraySpec(NamedTuple):
     """One of the arrays that a codec makes: type and shape of one sample, and what its axes are."""
 
@@ -78,12 +100,9 @@ class Codec:
     values: Values = "plain"
 
     @classmethod
-    def of(cls, manifest: Record) -> Codec:
+    def of(cls, manifest: TargetManifest) -> Codec:
         """Of a target's manifest."""
-        return cls(
-            manifest["identity"]["codec"], tuple(manifest["sample_shape"]), manifest["maps"], tuple(manifest["axes"]),
-            manifest.get("values", "plain"),
-        )  # fmt: skip
+        return cls(manifest.identity.codec, manifest.sample_shape, manifest.maps, manifest.axes, manifest.values)
 
     @property
     def top(self) -> int:
@@ -159,12 +178,8 @@ class Codec:
         data += pair[..., 1].reshape(shape)
         return data
 
-    def error(self, values: np.ndarray) -> dict[str, float]:
-        """What keeping `values` f32 `[n, *shape]` costs.
-
-        relative: ‖x − x′‖ ÷ ‖x‖; cosine: the mean over maps, before and after; kl: of distributions, the mean of
-        Σ p·log(p/p′) over rows (of their softmax for logits), p′ made to sum to 1, in nats.
-        """
+    def error(self, values: np.ndarray) -> CodecError:
+        """What keeping `values` f32 `[n, *shape]` costs."""
         square = difference = divergence = cosine = 0.0
         maps = rows = 0
         for start in range(0, len(values), _SLICE):
@@ -182,10 +197,9 @@ class Codec:
             if self.values != "plain":
                 each = _kl(before, after, self.values)
                 divergence, rows = divergence + float(each.sum()), rows + each.size
-        found = {"relative": math.sqrt(difference / max(square, 1e-300)), "cosine": cosine / maps if maps else 1.0}
-        if self.values != "plain":
-            found["kl"] = divergence / max(rows, 1)
-        return found
+        relative, kl = math.sqrt(difference / max(square, 1e-300)), divergence / max(rows, 1)
+        about = {"relative": relative, "cosine": cosine / maps if maps else 1.0}
+        return CodecError(**about, **({"kl": kl} if self.values != "plain" else {}))
 
 
 def _kl(before: np.ndarray, after: np.ndarray, values: Values) -> np.ndarray:

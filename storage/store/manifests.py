@@ -1,17 +1,16 @@
-"""What the manifests of banks, teachers and targets look like, checked when they are read."""
+"""Manifests of banks, teachers and targets: checked when they are read, and used as what they are here."""
 
 from __future__ import annotations
 
 import math
 import reprlib
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import numpy as np
 from pydantic import Field, StringConstraints, model_validator
 
 from storage.errors import DamageError, UserError
 from storage.objects import json_record
-from storage.objects.json_record import Record
 from storage.objects.record_schema import (
     LARGEST,
     Count,
@@ -28,17 +27,28 @@ from storage.store import codecs
 from storage.views.policy import OPERATIONS_VERSION, policy
 
 Text = Annotated[str, StringConstraints(max_length=10_000)]
-Error = Annotated[float, Field(ge=0)]
+Antialias = bool | Literal["all"]
+
+
+class Identity(Schema):
+    """What makes two banks, teachers or targets the same one."""
+
+    @property
+    def digest(self) -> str:
+        """Sha256 of it."""
+        return json_record.digest_of(self.plain())
 
 
 class Manifest(Schema):
     """What all manifests say."""
 
+    KIND: ClassVar[str]
     format: Literal[1]
     id: Id
+    identity: Identity
 
 
-class BankIdentity(Schema):
+class BankIdentity(Identity):
     """What makes two banks the same bank: see `storage.views.policy.Policy`."""
 
     line: Text
@@ -61,38 +71,46 @@ class BankIdentity(Schema):
 class BankManifest(Manifest):
     """A bank's manifest."""
 
+    KIND = "bank"
     kind: Literal["bank"]
     identity: BankIdentity
     policy: Id
     columns: Several[Text]
 
 
-class TeacherIdentity(Schema):
+class TeacherIdentity(Identity):
     """What makes two teachers the same teacher."""
 
     model: Text
     arguments: dict[str, Any]
     weights_sha256: Annotated[str, Field(alias="weights sha256", max_length=100)]
+    weights_key: Annotated[Text | None, Field(alias="weights key")] = None
     input_size: Annotated[int, Field(alias="input size", ge=1, le=1 << 16)]
     mean: Three
     std: Three
 
 
-class TeacherManifest(Manifest):
-    """A teacher's manifest."""
+class Anatomy(Schema):
+    """What a network is made of; of a ViT also its heads and the roles of its prefix tokens."""
 
-    kind: Literal["teacher"]
-    identity: TeacherIdentity
-    weights: Text
-    classes: Several[Text] | None
     parameters: Annotated[int, Field(ge=0)]
-    network: Text
+    network: Text  # `cnn`, `vit`, `onnx` or `other`
     layers: Count
     heads: Size = 1
     prefix: Several[Text] = ()
 
 
-class TargetIdentity(Schema):
+class TeacherManifest(Manifest, Anatomy):
+    """A teacher's manifest."""
+
+    KIND = "teacher"
+    kind: Literal["teacher"]
+    identity: TeacherIdentity
+    weights: Text
+    classes: Several[Text] | None
+
+
+class TargetIdentity(Identity):
     """What makes two targets the same target; `at`, `antialias` and `tensors` are there where they say something."""
 
     teacher: Text
@@ -102,7 +120,7 @@ class TargetIdentity(Schema):
     grid: Size | None
     codec: Text
     at: Text = "norm"
-    antialias: bool | Literal["all"] = False
+    antialias: Antialias = False
     tensors: Several[Text] = ()
 
     @model_validator(mode="after")
@@ -130,17 +148,10 @@ class Network(Schema):
     heads: Size = 1
 
 
-class CodecError(Schema):
-    """What a codec costs on a real block: see `storage.store.codecs.Codec.error`."""
-
-    relative: Error
-    cosine: float
-    kl: float = 0
-
-
 class TargetManifest(Manifest):
     """A target's manifest."""
 
+    KIND = "target"
     kind: Literal["target"]
     identity: TargetIdentity
     teacher: Id
@@ -150,13 +161,20 @@ class TargetManifest(Manifest):
     maps: Annotated[int, Field(ge=1, le=2)]
     axes: Several[Text]
     values: codecs.Values = "plain"
-    parity: Error | None
-    attention_error: Error | None
-    codec_errors: dict[Text, CodecError | None] = Field(default_factory=dict)
+    parity: codecs.Error | None
+    attention_error: codecs.Error | None
+    codec_errors: dict[Text, codecs.CodecError | None] = Field(default_factory=dict)
     session: dict[str, Any] = Field(default_factory=dict)
     scales: Several[float] = ()
     stages: Several[Stage] = ()
     network: Network | None = None
+
+    @property
+    def graph_output(self) -> tuple[str, int]:
+        """The graph that makes it, and which of its outputs; no graph makes view images."""
+        assert self.graph is not None
+        assert self.output is not None
+        return self.graph, self.output
 
     @model_validator(mode="after")
     def _values(self) -> Self:
@@ -183,11 +201,11 @@ class TargetManifest(Manifest):
         return self
 
 
-_MODELS: dict[str, type[Manifest]] = {"bank": BankManifest, "teacher": TeacherManifest, "target": TargetManifest}
+M = TypeVar("M", bound=Manifest)
 _COPY = "Copy the file again from where the store came from."
 
 
-def load(data: bytes, name: str, kind: str, id: str) -> Record:
+def load(model: type[M], data: bytes, name: str, id: str) -> M:
     """The manifest in a record's bytes; `name` is what errors call it.
 
     Raises:
@@ -195,35 +213,33 @@ def load(data: bytes, name: str, kind: str, id: str) -> Record:
         UserError: a newer version wrote it.
     """
     content = json_record.from_json(data, name)
-    if (content.get("kind"), content.get("id")) != (kind, id):
+    if (content.get("kind"), content.get("id")) != (model.KIND, id):
         found = f"{content.get('kind')} {content.get('id')}"
-        raise DamageError(f"{name}: damaged: expected the {kind} {id}, found {reprlib.repr(found)}\n  {_COPY}")
+        raise DamageError(f"{name}: damaged: expected the {model.KIND} {id}, found {reprlib.repr(found)}\n  {_COPY}")
     require_format(content, name)
-    checked(_MODELS[kind], content, name, _COPY)
-    return content
+    return checked(model, content, name, _COPY)
 
 
-def require_id(name: str, manifest: Record) -> None:
+def require_id(name: str, manifest: Manifest) -> None:
     """DamageError where the manifest of a bank or a target, `name`, is not the one that its id says."""
-    found = json_record.digest_of(manifest["identity"])[:8]
-    if not manifest["id"].endswith(found):
-        raise DamageError(f"{name}: damaged: identity: expected the one that its id says, found {found}\n  {_COPY}")
+    digest = manifest.identity.digest[:8]
+    if not manifest.id.endswith(digest):
+        raise DamageError(f"{name}: damaged: identity: expected the one that its id says, found {digest}\n  {_COPY}")
 
 
-def require_teacher(name: str, target: Record, teacher: Record) -> None:
+def require_teacher(name: str, target: TargetManifest, teacher: TeacherManifest) -> None:
     """DamageError where a target's manifest, `name`, is not the one that its id says or does not fit its teacher's."""
     require_id(name, target)
-    identity = target["identity"]
-    found = json_record.digest_of(teacher["identity"])
+    identity, digest = target.identity, teacher.identity.digest
     wrong = ""
-    if identity["teacher"] != found:
-        there = f"teachers/{target['teacher']}/manifest.json"
-        wrong = f"identity.teacher: expected {found}, that of {there}, found {identity['teacher']}"
-    elif identity["layers"] and "tensors" not in identity and max(identity["layers"]) > teacher["layers"]:
-        wrong = f"identity.layers: expected at most {teacher['layers']}, found {max(identity['layers'])}"
-    elif "token" in target["axes"]:
-        tokens = target["sample_shape"][target["axes"].index("token")]
-        if "prefix" not in teacher or len(teacher["prefix"]) > tokens:
-            wrong = f"teacher: expected one that says which of {tokens} tokens come first, found {target['teacher']}"
+    if identity.teacher != digest:
+        expected = f"{digest}, that of teachers/{target.teacher}/manifest.json"
+        wrong = f"identity.teacher: expected {expected}, found {identity.teacher}"
+    elif identity.layers and not identity.tensors and max(identity.layers) > teacher.layers:
+        wrong = f"identity.layers: expected at most {teacher.layers}, found {max(identity.layers)}"
+    elif "token" in target.axes:
+        tokens = target.sample_shape[target.axes.index("token")]
+        if "prefix" not in teacher.model_fields_set or len(teacher.prefix) > tokens:
+            wrong = f"teacher: expected one that says which of {tokens} tokens come first, found {target.teacher}"
     if wrong:
         raise DamageError(f"{name}: damaged: {wrong}\n  {_COPY}")

@@ -21,12 +21,12 @@ from storage.store.arrays import ArrayRecord, StoredArray
 from storage.store.codecs import Codec
 from storage.views.view import COLUMNS
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 
 Kind = Literal["bank", "target"]
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, slots=True, order=True)
 class Task:
     """What a marker speaks of: one view of one shard in a bank or a target."""
 
@@ -81,15 +81,21 @@ class BankMarkerRecord(MarkerRecord):
     invalid: Several[Annotated[int, Field(ge=0, lt=MOST_SAMPLES)]]
     renderer: dict[str, str]
 
+    @property
+    def views_digest(self) -> str:
+        """Digest of what its views are, whichever attempt wrote them. Targets name it."""
+        checksums = {name: array.checksums for name, array in self.arrays.items()}
+        return json_record.digest_of([self.summary.plain(), self.invalid, checksums])
+
     @model_validator(mode="after")
     def _bank(self) -> Self:
         samples = self.summary.samples
         if self.summary.id != self.shard:
             raise ValueError(f"summary.id: expected {self.shard}, found {self.summary.id}")
-        found = {name: (array.metadata.data_type, array.metadata.shape) for name, array in self.arrays.items()}
-        wanted = {"parameters": ("float64", (samples, len(COLUMNS))), "signatures": ("uint32", (samples, 1))}
-        if found != wanted:
-            raise ValueError(f"arrays: expected {wanted}, found {found}")
+        arrays = {name: (array.metadata.data_type, array.metadata.shape) for name, array in self.arrays.items()}
+        expected = {"parameters": ("float64", (samples, len(COLUMNS))), "signatures": ("uint32", (samples, 1))}
+        if arrays != expected:
+            raise ValueError(f"arrays: expected {expected}, found {arrays}")
         if self.invalid and max(self.invalid) >= samples:
             raise ValueError(f"invalid: expected samples below {samples}, found {max(self.invalid)}")
         return self
@@ -116,13 +122,24 @@ class Marker:
     """
 
     def __init__(self, objects: ObjectStore, task: Task, content: Record) -> None:
-        self.task, self.content = task, content
-        self.name = f"{objects.url}/done/{task.name}"
-        checked(_MARKERS[task.kind], content, self.name, _AGAIN)
-        folder = f"{task.folder}/{content['attempt']}"
+        self.task, self.name = task, f"{objects.url}/done/{task.name}"
+        self.record = checked(_MARKERS[task.kind], content, self.name, _AGAIN)
+        self.folder = f"{task.folder}/{self.record.attempt}"
         self.arrays = {
-            name: StoredArray.of(objects, f"{folder}/{name}", entry) for name, entry in content["arrays"].items()
+            name: StoredArray.of(objects, f"{self.folder}/{name}", array) for name, array in self.record.arrays.items()
         }
+
+    @property
+    def bank(self) -> BankMarkerRecord:
+        """What the marker of a bank's view says."""
+        assert isinstance(self.record, BankMarkerRecord)
+        return self.record
+
+    @property
+    def target(self) -> TargetMarkerRecord:
+        """What the marker of a target's view says."""
+        assert isinstance(self.record, TargetMarkerRecord)
+        return self.record
 
     @property
     def samples(self) -> int:
@@ -141,21 +158,10 @@ class Marker:
         """
         wrong = f"arrays: expected {samples} samples, found {self.samples}" if self.samples != samples else ""
         if codec is not None:
-            found = {name: (array.dtype.name, array.shape[1:]) for name, array in self.arrays.items()}
+            arrays = {name: (array.dtype.name, array.shape[1:]) for name, array in self.arrays.items()}
             layouts = [codec.layout(), codec.layout(wide=True)]
-            wanted = [{name: (part.dtype, part.shape) for name, part in layout.items()} for layout in layouts]
-            if found not in wanted:
-                wrong = f"arrays: expected {wanted[0]}, as the target's manifest says, found {found}"
+            expected = [{name: (part.dtype, part.shape) for name, part in layout.items()} for layout in layouts]
+            if arrays not in expected:
+                wrong = f"arrays: expected {expected[0]}, as the target's manifest says, found {arrays}"
         if wrong:
             raise DamageError(f"{self.name}: damaged: {wrong}\n  {_AGAIN}")
-
-    @property
-    def views_digest(self) -> str:
-        """Of a bank's marker: digest of what its views are, whichever attempt wrote them. Targets name it."""
-        checksums = {name: entry["checksums"] for name, entry in self.content["arrays"].items()}
-        return json_record.digest_of([self.content["summary"], self.content["invalid"], checksums])
-
-    @property
-    def invalid(self) -> frozenset[int]:
-        """Of a bank's marker: indices of samples that cannot be rendered; training leaves them out."""
-        return frozenset(self.content["invalid"])

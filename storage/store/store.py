@@ -6,19 +6,19 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from storage.errors import DamageError, IdentityError, UserError, did_you_mean
 from storage.objects import json_record
-from storage.objects.json_record import Record
 from storage.objects.object_store import ObjectStore, open_object_store
 from storage.objects.record_schema import require_format
 from storage.shards.index import ShardIndex, cached_index, differences
 from storage.shards.tar import stem_of
 from storage.store import manifests
 from storage.store.codecs import Codec
+from storage.store.manifests import BankManifest, Identity, Manifest, TargetManifest, TeacherManifest
 from storage.store.markers import FORMAT, Kind, Marker, Task
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ _ROOT = json_record.canonical(
     {"zarr_format": 3, "node_type": "group", "attributes": {"teacher_store": {"format": FORMAT}}}
 )
 _AGAIN = "  This file is the same in all stores: copy it from another one."
+M = TypeVar("M", bound=Manifest)
 
 
 class Store:
@@ -94,95 +95,85 @@ class Store:
             raise DamageError(f"{objects.url}/zarr.json: damaged: it is not the root of a store\n{_AGAIN}")
         return cls(objects)
 
-    # ------------------------------------------------------------------------------------------ records
-
-    def _manifest(self, kind: str, id: str) -> Record:
-        name = f"{self.url}/{kind}s/{id}/manifest.json"
-        try:
-            data = self.objects.get(f"{kind}s/{id}/manifest.json")
-        except FileNotFoundError:
-            raise DamageError(f"{name}: missing: a {kind} that the store refers to is gone") from None
-        return manifests.load(data, name, kind, id)
-
-    def _add(self, kind: str, id: str, identity: Record, about: Record) -> Record:
-        """Create a manifest, or find that the one that is there has the same identity."""
-        key = f"{kind}s/{id}/manifest.json"
-        content = {"format": FORMAT, "kind": kind, "id": id, "identity": identity, **about}
-        self.objects.create(key, json_record.to_json(content))
-        there = self._manifest(kind, id)
-        for field in sorted({*there["identity"], *identity}):
-            expected, found = there["identity"].get(field), identity.get(field)
-            if found != expected:
-                raise IdentityError(f"{self.url}: {kind} {id!r}", field, expected, found)
-        return there
-
     # ------------------------------------------------------------------------------------ banks, teachers, targets
 
-    def _manifests(self, kind: str) -> dict[str, Record]:
+    def manifest(self, model: type[M], id: str) -> M:
+        """The manifest of a bank, a teacher or a target. Raises DamageError."""
+        key = f"{model.KIND}s/{id}/manifest.json"
+        try:
+            data = self.objects.get(key)
+        except FileNotFoundError:
+            raise DamageError(f"{self.url}/{key}: missing: a {model.KIND} that the store refers to is gone") from None
+        return manifests.load(model, data, f"{self.url}/{key}", id)
+
+    def _manifests(self, model: type[M]) -> dict[str, M]:
         """Id -> manifest; a folder that is still empty is somebody's who is just adding it."""
-        ids = [id for id in self.objects.names(f"{kind}s") if self.objects.names(f"{kind}s/{id}")]
-        return {id: self._manifest(kind, id) for id in ids}
+        ids = [id for id in self.objects.names(f"{model.KIND}s") if self.objects.names(f"{model.KIND}s/{id}")]
+        return {id: self.manifest(model, id) for id in ids}
 
-    def banks(self) -> dict[str, Record]:
-        """Bank id -> manifest."""
-        return self._manifests("bank")
-
-    def bank(self, id: str) -> Record:
-        """A bank's manifest. Raises UserError for an unknown id."""
-        known = self.objects.names("banks")
+    def _known(self, model: type[M], id: str) -> M:
+        known = self.objects.names(f"{model.KIND}s")
         if id not in known:
-            raise UserError(f"{self.url}: no bank is called {id!r}. {did_you_mean(id, known)}")
-        return self._manifest("bank", id)
+            raise UserError(f"{self.url}: no {model.KIND} is called {id!r}. {did_you_mean(id, known)}")
+        return self.manifest(model, id)
 
-    def add_bank(self, id: str, identity: Record, about: Record) -> Record:
-        """Record a bank; its manifest."""
-        return self._add("bank", id, identity, about)
+    def add(self, manifest: M) -> M:
+        """Record a bank, a teacher or a target; the manifest that is recorded.
 
-    def teachers(self) -> dict[str, Record]:
+        Raises:
+            IdentityError: another one is recorded under this id.
+        """
+        self.objects.create(f"{manifest.KIND}s/{manifest.id}/manifest.json", json_record.to_json(manifest.plain()))
+        return self.require_same(type(manifest), manifest.id, manifest.identity)
+
+    def require_same(self, model: type[M], id: str, identity: Identity) -> M:
+        """The recorded manifest of an id. Raises IdentityError where its identity is another."""
+        manifest = self.manifest(model, id)
+        recorded, asked = manifest.identity.plain(), identity.plain()
+        hint, words = "", ("expected", "found")
+        if model is TeacherManifest:
+            hint = f"It is not the recorded teacher. Give it another name: --teacher-name {id}-2"
+            words = ("the store has", "asked for")
+        for field in sorted({*recorded, *asked}):
+            expected, found = recorded.get(field), asked.get(field)
+            if found != expected:
+                raise IdentityError(f"{self.url}: {model.KIND} {id!r}", field, expected, found, hint, words)
+        return manifest
+
+    def banks(self) -> dict[str, BankManifest]:
+        """Bank id -> manifest."""
+        return self._manifests(BankManifest)
+
+    def bank(self, id: str) -> BankManifest:
+        """A bank's manifest. Raises UserError for an unknown id."""
+        return self._known(BankManifest, id)
+
+    def teachers(self) -> dict[str, TeacherManifest]:
         """Teacher's name -> manifest."""
-        return self._manifests("teacher")
+        return self._manifests(TeacherManifest)
 
-    def teacher_of(self, target: Record) -> Record:
+    def teacher_of(self, target: TargetManifest) -> TeacherManifest:
         """The manifest of a target's teacher; of a ready graph, the target says what it knows of the network.
 
         Raises:
             DamageError: the teacher's manifest is missing or damaged.
         """
-        name = target["teacher"]
+        name = target.teacher
         if not self.objects.names(f"teachers/{name}"):
-            raise DamageError(f"{self.url}/teachers/{name}/manifest.json: missing, and {target['id']} refers to it")
-        teacher = {**self._manifest("teacher", name), **target.get("network", {})}
-        manifests.require_teacher(f"{self.url}/targets/{target['id']}/manifest.json", target, teacher)
+            raise DamageError(f"{self.url}/teachers/{name}/manifest.json: missing, and {target.id} refers to it")
+        teacher = self.manifest(TeacherManifest, name)
+        if target.network:
+            teacher = teacher.model_copy(update=target.network.model_dump(exclude_unset=True))
+        manifests.require_teacher(f"{self.url}/targets/{target.id}/manifest.json", target, teacher)
         return teacher
 
-    def add_teacher(self, name: str, identity: Record, about: Record) -> Record:
-        """Record a teacher; its manifest.
-
-        Raises:
-            IdentityError: another teacher is recorded under this name.
-        """
-        try:
-            return self._add("teacher", name, identity, about)
-        except IdentityError as error:
-            do = f"It is not the recorded teacher. Give it another name: --teacher-name {name}-2"
-            raise IdentityError(
-                error.where, error.field, error.expected, error.found, do, ("the store has", "asked for")
-            ) from None
-
-    def targets(self) -> dict[str, Record]:
+    def targets(self) -> dict[str, TargetManifest]:
         """Target id -> manifest."""
-        return self._manifests("target")
+        return self._manifests(TargetManifest)
 
-    def target(self, id: str) -> Record:
+    def target(self, id: str) -> TargetManifest:
         """A target's manifest. Raises UserError for an unknown id."""
-        known = self.objects.names("targets")
-        if id not in known:
-            raise UserError(f"{self.url}: no target is called {id!r}. {did_you_mean(id, known)}")
-        return self._manifest("target", id)
-
-    def add_target(self, id: str, identity: Record, about: Record) -> Record:
-        """Record a target; its manifest."""
-        return self._add("target", id, identity, about)
+        return self._known(TargetManifest, id)
 
     def add_graph(self, teacher: str, graph: bytes) -> str:
         """Keep an exported graph; its sha256."""
@@ -333,7 +324,7 @@ class Store:
 
     def discard(self, marker: Marker) -> None:
         """Take away a marker that is worth nothing; not one that somebody has put in its place meanwhile."""
-        self.objects.discard(f"done/{marker.task.name}", json_record.to_json(marker.content))
+        self.objects.discard(f"done/{marker.task.name}", json_record.to_json(marker.record.plain()))
 
     def views(self, kind: Kind, id: str, shards: Iterable[str], done: set[Task], wanted: int | None = None) -> int:
         """How many views a bank or a target has over shards: the largest count found, or fewer where they are wanted.
@@ -341,13 +332,13 @@ class Store:
         Raises:
             DamageError: a marker below this count is missing.
         """
-        among = set(shards)
-        there = {(t.shard, t.view) for t in done if (t.kind, t.id) == (kind, id) and t.shard in among}
-        count = max((view for _, view in there), default=-1) + 1
+        ids = set(shards)
+        complete = {(t.shard, t.view) for t in done if (t.kind, t.id) == (kind, id) and t.shard in ids}
+        count = max((view for _, view in complete), default=-1) + 1
         count = min(count, wanted) if wanted else count
-        for shard in sorted(among):
+        for shard in sorted(ids):
             for view in range(count):
-                if (shard, view) not in there:
+                if (shard, view) not in complete:
                     name = f"{self.url}/done/{Task(kind, id, shard, view).name}"
                     raise DamageError(
                         f"{name}: missing: other shards have {count} views of this {kind}; "
@@ -375,9 +366,9 @@ class Store:
         for task in sorted(task for task in self.done() if task.kind == "target" and task.id == target):
             marker = self.marker(task)
             marker.require(marker.samples, codec)
-            data = marker.arrays["data"]
-            for start in range(0, data.shape[0], data.chunk_shape[0]):
-                stop = min(start + data.chunk_shape[0], data.shape[0])
+            step = marker.arrays["data"].metadata.chunk_shape[0]
+            for start in range(0, marker.samples, step):
+                stop = min(start + step, marker.samples)
                 piece = dask.delayed(load, pure=True)(marker, start, stop)  # type: ignore[attr-defined]
                 parts.append(dask.array.from_delayed(piece, (stop - start, *codec.shape), np.float32))  # type: ignore[no-untyped-call]
         if not parts:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -19,9 +19,10 @@ from storage.errors import DamageError, UserError, first_line
 from storage.objects import json_record
 from storage.shards.index import ShardIndex, read_samples
 from storage.shards.tar import Sample
+from storage.store.arrays import StoredArray
 from storage.store.banks import BankView, bank_policy, read_views
 from storage.store.codecs import Codec
-from storage.store.manifests import require_id
+from storage.store.manifests import BankManifest, Manifest, TargetManifest, TeacherManifest, require_id
 from storage.store.markers import Marker, Task
 from storage.store.store import Store
 from storage.views.mixing import mix_images
@@ -31,7 +32,7 @@ from storage.views.render import decode
 Check = Callable[[str, ShardIndex, Task, dict[int, np.ndarray]], None]
 
 
-@dataclass
+@dataclass(slots=True, kw_only=True)
 class VerifyReport:
     """What was looked at, what was wrong, and what is only worth knowing."""
 
@@ -43,27 +44,22 @@ class VerifyReport:
     spoilt: list[str] = field(default_factory=list)  # markers of what is damaged: without them it is made anew
     notices: list[str] = field(default_factory=list)
 
-    def expect(self, call: Callable[[], object]) -> None:
-        """Count a look, and a failure if it raises what a user can understand."""
-        with _collecting(self):
-            call()
-
-
-@contextmanager
-def _collecting(report: VerifyReport) -> Iterator[None]:
-    """Count a failure instead of raising it."""
-    report.objects += 1
-    try:
-        yield
-    except UserError as error:
-        report.failures.append(str(error))
-    except OSError as error:
-        report.failures.append(f"{error.filename or 'input or output'}: cannot be read: {first_line(error)}")
+    @contextmanager
+    def checking(self) -> Iterator[None]:
+        """Count a check, and a failure where it raises what a user can understand."""
+        self.objects += 1
+        try:
+            yield
+        except UserError as error:
+            self.failures.append(str(error))
+        except OSError as error:
+            self.failures.append(f"{error.filename or 'input or output'}: cannot be read: {first_line(error)}")
 
 
 def verify(
     store: Store,
     shards: Sequence[str] = (),
+    *,
     samples: int = 64,
     say: Callable[[str], None] = lambda _line: None,
     look: Check | None = None,
@@ -83,36 +79,38 @@ def verify(
     _manifests(store, report)
     known = store.shard_ids()
     for shard in known:
-        report.expect(lambda shard=shard: _index(store, shard))  # type: ignore[misc]
+        with report.checking():
+            _index(store, shard)
     markers = _markers(store, report, set(known), say)
     _unmarked(store, report, markers)
     _gaps(store, report, markers)
-    some = shards[:: max(1, -(-len(shards) // samples))] if samples else shards
-    for number, url in enumerate(some):
+    chosen = shards[:: max(1, -(-len(shards) // samples))] if samples else shards
+    for number, url in enumerate(chosen):
         say(f"rendering views of {url} again")
-        _replay(store, report, markers, url, known, (-(-samples // len(some)), number) if samples else None, look)
+        wanted = (-(-samples // len(chosen)), number) if samples else None
+        _replay(store, report, markers, url=url, known=known, wanted=wanted, look=look)
     return report
 
 
 def _manifests(store: Store, report: VerifyReport) -> None:
-    for kind in ("bank", "teacher", "target"):
-        for id in store.objects.names(f"{kind}s"):
-            if not store.objects.names(f"{kind}s/{id}"):
-                report.notices.append(f"{kind}s/{id}: an empty folder")
-                continue
+    for model in (BankManifest, TeacherManifest, TargetManifest):
+        for id in store.objects.names(f"{model.KIND}s"):
+            if store.objects.names(f"{model.KIND}s/{id}"):
+                with report.checking():
+                    _manifest(store, model, id)
+            else:
+                report.notices.append(f"{model.KIND}s/{id}: an empty folder")
 
-            def check(kind: str = kind, id: str = id) -> None:
-                content = store._manifest(kind, id)  # noqa: SLF001 - of any kind
-                if kind == "bank":
-                    bank_policy(store, id)
-                elif kind == "target":
-                    require_id(f"{store.url}/targets/{id}/manifest.json", content)
-                    if content["graph"] is None:  # view images, which no teacher made
-                        return
-                    store.graph(content["teacher"], content["graph"])
-                    store.teacher_of(content)
 
-            report.expect(check)
+def _manifest(store: Store, model: type[Manifest], id: str) -> None:
+    manifest = store.manifest(model, id)
+    if isinstance(manifest, BankManifest):
+        bank_policy(store, id)
+    elif isinstance(manifest, TargetManifest):
+        require_id(f"{store.url}/targets/{id}/manifest.json", manifest)
+        if manifest.graph is not None:  # no teacher made view images
+            store.graph(manifest.teacher, manifest.graph)
+            store.teacher_of(manifest)
 
 
 def _index(store: Store, shard: str) -> None:
@@ -130,57 +128,56 @@ def _markers(store: Store, report: VerifyReport, known: set[str], say: Callable[
             continue
         if task.shard not in known:
             report.failures.append(f"{store.url}/shards/{task.shard}.json: missing, and {name} refers to it")
-        report.expect(lambda task=task: markers.update({task: store.marker(task)}))  # type: ignore[misc]
+        with report.checking():
+            markers[task] = store.marker(task)
         if task not in markers:
             report.spoilt.append(f"{store.url}/done/{name}")
     manifest = functools.cache(store.target)  # read once, not for every marker
     samples = functools.cache(lambda shard: store.index(shard).summary.samples)
     for i, (task, marker) in enumerate(sorted(markers.items()), 1):
         say(f"checksums {i}/{len(markers)}: {task.id} {task.shard} view {task.view}")
-        with _collecting(report):
-            _references(store, task, marker, markers, manifest, samples)
+        with report.checking():
+            codec = _codec(store, marker, markers, manifest)
+            marker.require(samples(task.shard), codec)
         before = len(report.failures)
         for array in marker.arrays.values():
-            report.expect(lambda array=array: _metadata(store, array.path, array.metadata))  # type: ignore[misc]
-            for number in range(len(array.lengths)):
-                report.expect(lambda array=array, number=number: array.check_chunk(number))  # type: ignore[misc]
+            with report.checking():
+                _metadata(store, array)
+            for number in range(array.metadata.chunks):
+                with report.checking():
+                    array.check_chunk(number)
         if len(report.failures) > before:
             report.spoilt.append(f"{store.url}/done/{task.name}")
     return markers
 
 
-def _references(
-    store: Store,
-    task: Task,
-    marker: Marker,
-    markers: dict[Task, Marker],
-    manifest_of: Callable[[str], json_record.Record],
-    samples_of: Callable[[str], int],
-) -> None:
-    codec = None
+def _codec(
+    store: Store, marker: Marker, markers: dict[Task, Marker], manifest_of: Callable[[str], TargetManifest]
+) -> Codec | None:
+    """What a marker's arrays are made by: the codec of a target, whose bank is as it names it; nothing of a bank."""
+    task = marker.task
     if task.kind == "bank":
         if task.id not in store.objects.names("banks"):
             raise DamageError(f"{store.url}/banks/{task.id}/manifest.json: missing, and {task.name} refers to it")
-    else:
-        manifest = manifest_of(task.id)
-        codec = Codec.of(manifest)
-        bank = Task("bank", manifest["identity"]["bank"], task.shard, task.view)
-        if bank not in markers:
-            raise DamageError(f"{store.url}/done/{bank.name}: missing or damaged, and {task.name} refers to it")
-        if markers[bank].views_digest != marker.content["bank_views"]:
-            raise DamageError(f"{marker.name}: its targets were made from another bank than {bank.name} names")
-    marker.require(samples_of(task.shard), codec)
+        return None
+    manifest = manifest_of(task.id)
+    bank = replace(task, kind="bank", id=manifest.identity.bank)
+    if bank not in markers:
+        raise DamageError(f"{store.url}/done/{bank.name}: missing or damaged, and {task.name} refers to it")
+    if markers[bank].bank.views_digest != marker.target.bank_views:
+        raise DamageError(f"{marker.name}: its targets were made from another bank than {bank.name} names")
+    return Codec.of(manifest)
 
 
-def _metadata(store: Store, path: str, metadata: json_record.Record) -> None:
-    name = f"{store.url}/{path}/zarr.json"
+def _metadata(store: Store, array: StoredArray) -> None:
+    name = f"{store.url}/{array.path}/zarr.json"
     try:
-        there = json.loads(store.objects.get(f"{path}/zarr.json"))
+        content = json.loads(store.objects.get(f"{array.path}/zarr.json"))
     except FileNotFoundError:
         raise DamageError(f"{name}: missing: an array's metadata is gone") from None
     except (ValueError, RecursionError) as error:
         raise DamageError(f"{name}: damaged: not JSON ({first_line(error)})") from None
-    if there != metadata:
+    if content != array.metadata.plain():
         raise DamageError(f"{name}: damaged: it differs from what its marker says")
 
 
@@ -202,21 +199,22 @@ def _unmarked(store: Store, report: VerifyReport, markers: dict[Task, Marker]) -
                             f"{store.url}/done/{task.name}: missing or damaged, so a view does not count; the same "
                             "precompute command makes it anew"
                         )
-                    elif extra := [a for a in attempts if a != markers[task].content["attempt"]]:
+                    elif extra := [name for name in attempts if name != markers[task].record.attempt]:
                         report.notices.append(f"{task.folder}: {len(extra)} attempt(s) left over, which nothing reads")
 
 
 def _gaps(store: Store, report: VerifyReport, markers: Iterable[Task]) -> None:
     done = set(markers)
     for id in {task.id for task in done if task.kind == "target"}:
-        shards = {task.shard for task in done if task.id == id}
-        report.expect(lambda id=id, shards=shards: store.views("target", id, shards, done))  # type: ignore[misc]
+        with report.checking():
+            store.views("target", id, {task.shard for task in done if task.id == id}, done)
 
 
 def _replay(
     store: Store,
     report: VerifyReport,
     markers: dict[Task, Marker],
+    *,
     url: str,
     known: Sequence[str],
     wanted: tuple[int, int] | None,
@@ -240,44 +238,45 @@ def _replay(
     sizes = {id: bank_policy(store, id).size for id in {task.id for task in tasks}}
     for number in sorted({i // BLOCK for i in chosen}):
         block = index.block(number)
-        some = [i for i in chosen if i in block]
-        with _collecting(report):
-            originals = read_samples(url, index, block)
+        indices = [i for i in chosen if i in block]
+        with report.checking():
+            originals = dict(zip(block, read_samples(url, index, block), strict=True))
             views = {task: read_views(markers[task], block.start, block.stop) for task in tasks}
-            for task, pixels in _rendered(report, url, block, originals, some, views, sizes).items():
+            rendered = _rendered(report, originals, indices, views, url=url, block=block, sizes=sizes)
+            for task, pixels in rendered.items():
                 if look:
                     look(url, index, task, pixels)
 
 
 def _rendered(
     report: VerifyReport,
+    originals: Mapping[int, Sample],
+    indices: Sequence[int],
+    views: dict[Task, BankView],
+    *,
     url: str,
     block: range,
-    originals: Sequence[Sample],
-    some: Sequence[int],
-    views: dict[Task, BankView],
     sizes: dict[str, int],
 ) -> dict[Task, dict[int, np.ndarray]]:
     """Bank's task -> index of a sample -> its view image, mixed. Each original is decoded once, and dropped."""
     wanted: dict[Task, set[int]] = {}
-    for task, there in views.items():
-        valid = [i for i in some if there.view(i - block.start).valid]
-        partners = [mix.partner for i in valid if (mix := there.view(i - block.start).mix)]
+    for task, bank_view in views.items():
+        valid = [i for i in indices if bank_view.view(i - block.start).valid]
+        partners = [mix.partner for i in valid if (mix := bank_view.view(i - block.start).mix)]
         wanted[task] = {*valid, *partners}
     own: dict[Task, dict[int, np.ndarray]] = {task: {} for task in views}
     for i in sorted(set().union(*wanted.values())):
-        sample = originals[i - block.start]
-        with _collecting(report):
-            image = decode(sample.image)
-            for task, there in views.items():
+        with report.checking():
+            image = decode(originals[i].image)
+            for task, bank_view in views.items():
                 if i in wanted[task]:
                     where = f"{url}, bank {task.id}, view {task.view}"
-                    own[task][i] = there.replay(i - block.start, sample, image, sizes[task.id], where)
+                    own[task][i] = bank_view.replay(i - block.start, originals[i], image, sizes[task.id], where)
                     report.views_rendered += 1
     images: dict[Task, dict[int, np.ndarray]] = {}
     for task, rendered in own.items():
         images[task] = {}
-        for i in some:
+        for i in indices:
             mix = views[task].view(i - block.start).mix
             if i in rendered and (mix is None or mix.partner in rendered):
                 images[task][i] = mix_images(rendered[i], rendered[mix.partner], mix) if mix else rendered[i]

@@ -50,9 +50,9 @@ class AttentionAligner(TokenMatching):
             queries = () if which == "class" else (tokens,)
             self.register_buffer("mean", torch.zeros(len(self.pairs), self.heads, *queries, tokens))
         first = given[0].target
-        width = first["sample_shape"][-1]
-        self.scales = first.get("scales", [width**-0.5] * len(self.stored)) if self.tap == "q" else []  # of the teacher
-        self.least = 0.0 if self.tap == "q" else LEAST.get(first["identity"].get("codec", "f32"), 0.0)
+        scales = first.scales or [first.sample_shape[-1] ** -0.5] * len(self.stored)
+        self.scales = [*scales] if self.tap == "q" else []  # of the teacher
+        self.least = 0.0 if self.tap == "q" else LEAST.get(first.identity.codec, 0.0)
         if self.resizes:
             self.least = LEAST_RESIZED
 

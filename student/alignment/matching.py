@@ -60,18 +60,18 @@ class TokenMatching(nn.Module):
         self.loss, self.settings, self.student, self.which = loss, settings, student, which
         self.path = path = setting(loss)
         first = given[0]
-        self.tap = str(first.target["identity"]["tap"])
+        self.tap = first.target.identity.tap
         teacher = first.teacher
-        shape = first.target["sample_shape"]
+        shape = first.target.sample_shape
         has_heads, axis = _AXES[self.tap]
         tokens = int(shape[axis])
         # tokens without layers are those after the final norm
-        self.stored: list[int] = first.target["identity"]["layers"] or [teacher["layers"]]
-        prefix: list[str] = teacher["prefix"]
+        self.stored = [*(first.target.identity.layers or [teacher.layers])]
+        prefix = [*teacher.prefix]
         side = round((tokens - len(prefix)) ** 0.5)
         if side * side != tokens - len(prefix):
             raise UserError(f"{loss}: target {first.id}: {tokens - len(prefix)} patches make no square grid")
-        self.pairs = self._layers(teacher["layers"])
+        self.pairs = self._layers(teacher.layers)
         self.rule = settings.heads
         if settings.heads == "auto":
             self.rule = None if not has_heads or int(shape[1]) == student.heads else "log"
@@ -240,7 +240,7 @@ class TokenMatching(nn.Module):
         if self.dropped:
             rescaled = ", the rest rescaled" if self.which in ("class", "all") else ""
             rule.append(f"left out{rescaled}: {', '.join(self.dropped)}")
-        taps = " and ".join(str(one.target["identity"]["tap"]) for one in given)
+        taps = " and ".join(stored.target.identity.tap for stored in given)
         source = "" if self.tap in ("class_row", "attention") else f" from {taps}"
         what = {
             "class": f"class rows{source}", "all": f"rows of all queries{source}", "scores": f"scores{source}",

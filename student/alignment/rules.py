@@ -25,12 +25,11 @@ def align_activations(loss: str, given: StoredTarget, student: StudentSpec, want
     Raises:
         UserError: the target has another grid (stored maps are never resampled), or no class token.
     """
-    manifest = given.target
-    identity = manifest["identity"]
-    channels, grid = manifest["sample_shape"][0], identity["grid"]
+    manifest, identity = given.target, given.target.identity
+    channels, grid = manifest.sample_shape[0], identity.grid
     if grid != wanted:
         raise UserError(
-            f"{loss}: target {manifest['id']} has a grid of {grid}x{grid}, the student's patches make "
+            f"{loss}: target {manifest.id} has a grid of {grid}x{grid}, the student's patches make "
             f"{wanted}x{wanted}; stored maps are never resampled: precompute with grid={wanted}"
         )
     if "class" not in student.prefix:
@@ -38,16 +37,16 @@ def align_activations(loss: str, given: StoredTarget, student: StudentSpec, want
             f"{loss}: the student has no class token, so no class rows to link; take one that has, such as "
             f"--set student.model={WITH_CLASS}"
         )
-    stages = " + ".join(str(stage["channels"]) for stage in manifest["stages"])
+    stages = " + ".join(str(stage.channels) for stage in manifest.stages)
     dropped = ", ".join(student.prefix)
-    how = ", after the residual sum" * (identity.get("at") == "block") + ", antialiased" * ("antialias" in identity)
+    how = ", after the residual sum" * (identity.at == "block") + ", antialiased" * bool(identity.antialias)
     kinds = dict.fromkeys(student.by_layer)
     counts = " + ".join(f"{student.by_layer.count(kind)} layers x {kind[0]} heads" for kind in kinds)
     sides = " and ".join(f"{side}x{side}" for _, side in kinds)
     rows = f"{counts} = {student.maps} class rows of {sides}"
     rows += f", brought to {grid}x{grid} (bicubic)" * any(side != grid for _, side in kinds)
     return AlignmentRow(
-        loss, manifest["id"], f"{channels} maps ({stages}) of {grid}x{grid}{how}", rows,
+        loss, manifest.id, f"{channels} maps ({stages}) of {grid}x{grid}{how}", rows,
         f"{links}; keys left out: {dropped}",
     )  # fmt: skip
 
@@ -59,19 +58,19 @@ def align_classes(loss: str, given: StoredTarget, student: StudentSpec, same_cla
         IdentityError: another number of classes, or other names.
         UserError: a list of names is not known and nobody said that they are the same.
     """
-    count, names = given.target["sample_shape"][0], given.teacher["classes"]
+    count, names = given.target.sample_shape[0], given.teacher.classes
     where = f"{loss}: target {given.id}"
     words = ("the student has", "the teacher")
     do = "Logits teach only a student of the same classes, in one order. A teacher of these: pipeline fit-teacher"
     if count != student.classes:
         raise IdentityError(where, "number of classes", student.classes, count, do, words)
     if names and student.names:
-        names, own = all_normalized(names), all_normalized(student.names)
-        if len(names) != len(own):
-            raise IdentityError(where, "names of classes", len(own), len(names), do, words)
-        if names != own:
-            at = next(i for i, (a, b) in enumerate(zip(own, names, strict=True)) if a != b)
-            raise IdentityError(where, f"class {at}", own[at], names[at], do, words)
+        own, theirs = all_normalized(student.names), all_normalized(names)
+        if len(theirs) != len(own):
+            raise IdentityError(where, "names of classes", len(own), len(theirs), do, words)
+        if theirs != own:
+            at = next(i for i, (a, b) in enumerate(zip(own, theirs, strict=True)) if a != b)
+            raise IdentityError(where, f"class {at}", own[at], theirs[at], do, words)
         said = "the same names"
     elif not same_classes:
         unknown = "the teacher's classes are" if not names else "the student's classes are (no classes.json)"
@@ -81,4 +80,4 @@ def align_classes(loss: str, given: StoredTarget, student: StudentSpec, same_cla
         )
     else:
         said = "taken as the same (--same-classes)"
-    return AlignmentRow(loss, given.id, f"{count} logits of {given.teacher['id']}", f"{student.classes} classes", said)
+    return AlignmentRow(loss, given.id, f"{count} logits of {given.teacher.id}", f"{student.classes} classes", said)

@@ -33,7 +33,7 @@ class TokenAligner(TokenMatching):
             raise UserError(
                 f"{loss}: vectors of different heads cannot be merged; say --set {setting(loss)}.heads=first, or null"
             )
-        self.width = int(given[0].target["sample_shape"][-1])
+        self.width = int(given[0].target.sample_shape[-1])
         self.own = student.width // student.heads if self.heads else student.width
 
     def require_width(self, do: str) -> None:

@@ -52,7 +52,7 @@ class AttentionCopier(nn.Module):
             self.meets = TokenAligner(name, settings, student, given)
             self.meets.require_width(f"copy maps, which have none: --set {name}.tensors=map")
         if self.meets.get_buffer("mine").tolist() != list(range(len(student.prefix) + student.grid**2)):
-            has_class = "class" in given[0].teacher["prefix"]
+            has_class = "class" in given[0].teacher.prefix
             also, proposed = (
                 ("whose only one is the class token", WITH_CLASS) if has_class else ("of patches alone", WITHOUT)
             )
@@ -68,7 +68,7 @@ class AttentionCopier(nn.Module):
         self.copies = AttentionCopyHooks(settings.tensors, layers, self.meets.heads)
         self.row = self.meets.row
         # softmax(q·kᵀ·scale) is the teacher's attention; the student's layers scale by 1/√d
-        scales = given[0].target.get("scales")
+        scales = given[0].target.scales
         self.factors: list[float] = []
         if isinstance(self.meets, TokenAligner) and settings.tensors == "qk" and scales:
             at = [self.meets.stored.index(other) for _, other in self.meets.pairs]

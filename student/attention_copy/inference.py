@@ -81,9 +81,9 @@ def record_of(
     copies = copier.copies
     return {
         "layers": list(copies.layers), "heads": copies.heads,
-        "settings": settings.model_dump(mode="json"), "store": _lasting(store.url), "teacher": given[0].teacher["id"],
+        "settings": settings.model_dump(mode="json"), "store": _lasting(store.url), "teacher": given[0].teacher.id,
         "targets": [one.id for one in given],
-        "graphs": [[one.target["graph"], one.target["output"]] for one in given], "permute": permute,
+        "graphs": [[*stored.target.graph_output] for stored in given], "permute": permute,
     }  # fmt: skip
 
 
@@ -104,8 +104,8 @@ def copier_of(model: nn.Module, about: StudentDescription, store: Store) -> tupl
     given = []
     for id, (graph, output) in zip(record["targets"], record["graphs"], strict=True):
         manifest = store.target(id)
-        if [manifest["graph"], manifest["output"]] != [graph, output]:
-            raise IdentityError(f"{store.url}: target {id}", "graph", graph, manifest["graph"])
+        if (manifest.graph, manifest.output) != (graph, output):
+            raise IdentityError(f"{store.url}: target {id}", "graph", graph, manifest.graph)
         given.append(StoredTarget(manifest, store.teacher_of(manifest)))
     settings = AttentionCopyConfig.model_validate(record["settings"])
     return AttentionCopier(settings, student_spec(model, attention=False), given), given

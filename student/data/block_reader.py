@@ -53,11 +53,10 @@ class BlockReader:
         marker.require(len(self.index(source.shards.index(task.shard))), source.targets.get(task.id, codec))
         if task.kind == "target":
             bank = self.marker(Task("bank", str(source.bank), task.shard, task.view))
-            if marker.content["bank_views"] != bank.views_digest:
-                raise IdentityError(
-                    marker.name, "bank_views", bank.views_digest, marker.content["bank_views"],
-                    "These targets were made from other views than the bank has now.",
-                )  # fmt: skip
+            digest, recorded = bank.bank.views_digest, marker.target.bank_views
+            if recorded != digest:
+                hint = "These targets were made from other views than the bank has now."
+                raise IdentityError(marker.name, "bank_views", digest, recorded, hint)
         return marker
 
     def read(self, segment: Segment, view: int) -> BlockPart:

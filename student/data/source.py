@@ -71,14 +71,13 @@ def stored(
 
     filled, ids, sizes = _recognise(urls, index_of, check)
     manifests = {target: store.target(target) for target in targets}
-    banks = sorted({manifest["identity"]["bank"] for manifest in manifests.values()} | ({bank} if bank else set()))
+    banks = sorted({manifest.identity.bank for manifest in manifests.values()} | ({bank} if bank else set()))
     if len(banks) != 1:
         raise UserError(
             f"{store.url}: all targets of a training run share one bank, these name {', '.join(banks) or 'none'}"
         )
-    pixels = sorted(
-        id for id, m in store.targets().items() if (m["identity"]["tap"], m["identity"]["bank"]) == ("pixels", banks[0])
-    )
+    about = {id: manifest.identity for id, manifest in store.targets().items()}
+    pixels = sorted(id for id, identity in about.items() if (identity.tap, identity.bank) == ("pixels", banks[0]))
     source = Source(
         tuple(filled), tuple(ids), bank_policy(store, banks[0]), store, banks[0], pixels[0] if pixels else None,
         {target: Codec.of(manifest) for target, manifest in manifests.items()}, tuple(fits[url] for url in filled),
@@ -106,7 +105,7 @@ def usable_views(
     for n, (shard, size) in enumerate(zip(source.shards, sizes, strict=True)):
         marker = store.marker(Task("bank", bank, shard, 0))
         marker.require(size)
-        invalid[n] = marker.invalid
+        invalid[n] = frozenset(marker.bank.invalid)
     if source.pixels and not all(
         Task("target", source.pixels, s, view) in done for s in source.shards for view in range(count)
     ):

@@ -20,13 +20,13 @@ from torch import nn
 
 from precompute.taps import Tap
 from storage.errors import UserError, did_you_mean
-from storage.objects.json_record import Record
 from storage.objects.state_dict import digest_of_file, save_state
 from storage.progress import Progress, size_text
 from storage.shards.classes import classes_of, require_classes
 from storage.shards.index import cached_index, require_labels, with_samples
 from storage.shards.patterns import expand
 from storage.store.banks import read_views
+from storage.store.manifests import TeacherManifest
 from storage.store.markers import Task
 from storage.store.store import Store
 from storage.views.policy import policy
@@ -80,7 +80,7 @@ def fit_teacher(job: FitTeacherConfig, progress: Progress) -> dict[str, Any]:
         require_labels(url, cached_index(url), len(names))
     target = choose_target(job.store, job.target, job.teacher)
     manifest = job.store.target(target)
-    recorded = job.store.teachers()[manifest["teacher"]]
+    recorded = job.store.teachers()[manifest.teacher]
     stream = Stream(urls, batch=1, lanes=1, store=job.store, targets=[target], views=job.views)
     tell_of_shared(stream.source.shards, val_urls, progress.say)
     model = network_of(recorded, job.weights, len(names))
@@ -94,7 +94,7 @@ def fit_teacher(job: FitTeacherConfig, progress: Progress) -> dict[str, Any]:
         l2 = tried[0].l2
     progress.say(f"fitting on all of them, l2 {l2:g}")
     head = fit(examples, torch.arange(len(examples.labels)), len(names), l2)
-    put_in(model, head, str(recorded["id"]))
+    put_in(model, head, recorded.id)
     errors = check(model, head, stream, target, recorded)
     progress.say(
         f"live logits against the head on live features: {errors['head']:.1e} of the largest, on stored ones "
@@ -102,11 +102,11 @@ def fit_teacher(job: FitTeacherConfig, progress: Progress) -> dict[str, Any]:
     )
     score = _score(model, recorded, stream, val_urls, job.device, progress)
     _write(job, model, recorded, target, names, l2, stream)
-    identity = recorded["identity"]
+    identity = recorded.identity
     return {
-        "out": str(job.out), "sha256": digest_of_file(str(job.out)), "teacher": recorded["id"], "target": target,
-        "model": identity["model"], "arguments": {**identity["arguments"], "num_classes": len(names)},
-        "input_size": identity["input size"], "mean": identity["mean"], "std": identity["std"], "classes": list(names),
+        "out": str(job.out), "sha256": digest_of_file(str(job.out)), "teacher": recorded.id, "target": target,
+        "model": identity.model, "arguments": {**identity.arguments, "num_classes": len(names)},
+        "input_size": identity.input_size, "mean": identity.mean, "std": identity.std, "classes": list(names),
         "bank": stream.source.bank, "policy": stream.source.policy.line, "view_size": stream.source.policy.size,
         "view_seed": stream.source.policy.seed, "views": stream.views, "features": len(examples.labels), "l2": l2,
         "tried": [vars(one) for one in tried], "errors": errors, "top1": score.top1, "top5": score.top5,
@@ -134,7 +134,7 @@ def choose_target(store: Store, target: str | None, teacher: str | None) -> str:
     """
     taps = " or ".join(SERVE)
     if target is not None:
-        tap = store.target(target)["identity"]["tap"]
+        tap = store.target(target).identity.tap
         if tap not in SERVE:
             raise UserError(f"{store.url}: target {target} keeps {tap}; a linear head acts on {taps}")
         return target
@@ -142,9 +142,7 @@ def choose_target(store: Store, target: str | None, teacher: str | None) -> str:
     teachers = sorted(store.teachers())
     if teacher is not None and teacher not in teachers:
         raise UserError(f"{store.url}: no teacher is called {teacher!r}. {did_you_mean(teacher, teachers)}")
-    fitting = [
-        id for id, m in manifests.items() if m["identity"]["tap"] in SERVE and teacher in (None, m["teacher"])
-    ]  # fmt: skip
+    fitting = [id for id, m in manifests.items() if m.identity.tap in SERVE and teacher in (None, m.teacher)]
     if not fitting:
         of = f" of {teacher}" if teacher else ""
         raise UserError(
@@ -223,7 +221,7 @@ def _strength(examples: Examples, classes: int, seed: int, progress: Progress) -
 
 
 def _score(
-    model: nn.Module, recorded: Record, stream: Stream, urls: Sequence[str], device: str, progress: Progress
+    model: nn.Module, recorded: TeacherManifest, stream: Stream, urls: Sequence[str], device: str, progress: Progress
 ) -> Score:
     """The live network's accuracy on the evaluation view, every sample once."""
     classifier = Classifier(tapped(model, [Tap("logits")], stream, recorded)).to(device)
@@ -238,25 +236,25 @@ def _score(
 def _write(
     job: FitTeacherConfig,
     model: nn.Module,
-    recorded: Record,
+    recorded: TeacherManifest,
     target: str,
     names: Sequence[str],
     l2: float,
     stream: Stream,
 ) -> None:
     """The file of weights: what rebuilds the network, its classes, and where they came from."""
-    identity = recorded["identity"]
+    identity = recorded.identity
     origin = {
-        "teacher": identity, "target": target, "shards": list(stream.source.shards), "views": stream.views, "l2": l2,
-        "seed": job.seed,
+        "teacher": identity.plain(), "target": target, "shards": list(stream.source.shards), "views": stream.views,
+        "l2": l2, "seed": job.seed,
     }  # fmt: skip
     metadata = {
         "format": "pt",
-        "model": identity["model"],
+        "model": identity.model,
         "arguments": json.dumps({**arguments_of(recorded), "num_classes": len(names)}, sort_keys=True),
-        "img_size": str(identity["input size"]),
-        "mean": json.dumps(identity["mean"]),
-        "std": json.dumps(identity["std"]),
+        "img_size": str(identity.input_size),
+        "mean": json.dumps(identity.mean),
+        "std": json.dumps(identity.std),
         "classes": json.dumps(list(names)),
         "evaluation": stream.source.policy.evaluation.line,
         "fitted": json.dumps(origin, sort_keys=True),

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from precompute.taps import Tap, TappedTeacher, takes_image_size
 from storage.errors import IdentityError, UserError, first_line
 from storage.objects.checkpoint_file import EARLIER
-from storage.objects.json_record import Record
-from storage.objects.state_dict import HUB, KEY, ONNX_FILE, digest_of_file, digest_of_state, load_weights
+from storage.objects.state_dict import HUB, ONNX_FILE, digest_of_file, digest_of_state, load_weights
+from storage.store.manifests import TeacherManifest
 from student.data.block_reader import BlockReader
 from student.data.stream import Stream
 from student.fit_teacher.logistic_regression import Head
@@ -22,7 +22,7 @@ from student.fit_teacher.logistic_regression import Head
 PARITY = 1e-4  # largest difference of logits ÷ their largest value, from the same features
 
 
-def network_of(recorded: Record, weights: str | None, classes: int) -> nn.Module:
+def network_of(recorded: TeacherManifest, weights: str | None, classes: int) -> nn.Module:
     """A recorded teacher's network with its weights and a head for so many classes that is still to be filled.
 
     Args:
@@ -34,24 +34,24 @@ def network_of(recorded: Record, weights: str | None, classes: int) -> nn.Module
         UserError: the teacher is a ready graph, the file is not there, or it does not fit.
         IdentityError: it is another file than the teacher's.
     """
-    if recorded["identity"]["model"] == ONNX_FILE:
+    if recorded.identity.model == ONNX_FILE:
         raise UserError(
-            f"teacher {recorded['id']} is a ready graph ({recorded['weights']}), and a head is fitted into a PyTorch "
+            f"teacher {recorded.id} is a ready graph ({recorded.weights}), and a head is fitted into a PyTorch "
             "network; precompute with its timm name and --weights F, then fit that one"
         )
-    name, arguments = str(recorded["identity"]["model"]), arguments_of(recorded)
-    path = weights or str(recorded["weights"])
+    name, arguments = recorded.identity.model, arguments_of(recorded)
+    path = weights or recorded.weights
     from_hub = weights is None and path == HUB
     if not from_hub:
         if weights is None and not Path(path).expanduser().is_file():
-            raise UserError(f"teacher {recorded['id']}: its weights are no longer at {path}; say where: --weights F")
+            raise UserError(f"teacher {recorded.id}: its weights are no longer at {path}; say where: --weights F")
         _same_weights(f"--weights {path}", recorded, digest_of_file(path))
     if from_hub:  # the digest is of what the hub gives, whatever the size that the teacher ran at
-        given = _created(name, recorded["identity"]["arguments"], pretrained=True)
+        given = _created(name, recorded.identity.arguments, pretrained=True)
         _same_weights(f"{name} from timm's hub", recorded, digest_of_state(given.state_dict()))
     own = _created(name, arguments, pretrained=from_hub)
     if not from_hub:
-        load_weights(own, path, recorded["identity"].get(KEY), EARLIER)
+        load_weights(own, path, recorded.identity.weights_key, EARLIER)
     model = _created(name, {**arguments, "num_classes": classes})
     head = tuple(f"{part}." for part in heads_of(model))
     state = {n: t for n, t in own.state_dict().items() if not n.startswith(head)}
@@ -60,22 +60,22 @@ def network_of(recorded: Record, weights: str | None, classes: int) -> nn.Module
     return model.eval().float().requires_grad_(False)
 
 
-def arguments_of(recorded: Record) -> dict[str, Any]:
+def arguments_of(recorded: TeacherManifest) -> dict[str, Any]:
     """What a recorded teacher's network is made of: its arguments, with the image size where it is made for one."""
-    identity = recorded["identity"]
-    sized = {"img_size": identity["input size"]} if takes_image_size(identity["model"]) else {}
-    return {**sized, **identity["arguments"]}
+    identity = recorded.identity
+    sized = {"img_size": identity.input_size} if takes_image_size(identity.model) else {}
+    return {**sized, **identity.arguments}
 
 
-def _same_weights(where: str, recorded: Record, found: str) -> None:
-    expected = recorded["identity"]["weights sha256"]
+def _same_weights(where: str, recorded: TeacherManifest, found: str) -> None:
+    expected = recorded.identity.weights_sha256
     if found != expected:
         raise IdentityError(
             where,
             "weights sha256",
             expected,
             found,
-            f"The features are those of the recorded teacher {recorded['id']}.",
+            f"The features are those of the recorded teacher {recorded.id}.",
         )
 
 
@@ -114,7 +114,7 @@ def put_in(model: nn.Module, head: Head, teacher: str) -> None:
         bias.copy_(head.bias)
 
 
-def check(model: nn.Module, head: Head, stream: Stream, target: str, recorded: Record) -> dict[str, float]:
+def check(model: nn.Module, head: Head, stream: Stream, target: str, recorded: TeacherManifest) -> dict[str, float]:
     """How far the network's live logits of a real block are from the head on features, ÷ their largest value.
 
     Returns:
@@ -123,7 +123,7 @@ def check(model: nn.Module, head: Head, stream: Stream, target: str, recorded: R
     Raises:
         UserError: the network's classifier does not act on this tap alone, or what is stored is not what is live.
     """
-    tap = stream.source.store.target(target)["identity"]["tap"]  # type: ignore[union-attr]
+    tap = stream.source.store.target(target).identity.tap  # type: ignore[union-attr]
     module = tapped(model, [Tap(tap), Tap("logits")], stream, recorded)
     part, arrays = BlockReader(stream.source).read(stream.order.blocks[0], 0)
     with torch.no_grad():
@@ -137,7 +137,7 @@ def check(model: nn.Module, head: Head, stream: Stream, target: str, recorded: R
         if tap != "embedding":
             advice = "take its pooled features: pipeline precompute … --target embedding, then --target of these"
         raise UserError(
-            f"teacher {recorded['id']}: its logits differ from a linear head on {tap} by {off:.2g} of the largest "
+            f"teacher {recorded.id}: its logits differ from a linear head on {tap} by {off:.2g} of the largest "
             f"(allowed: {PARITY:g}): its classifier does not act on {tap} alone; {advice}"
         )
     rounded = torch.from_numpy(codec.decode(codec.encode(seen.numpy(), wide=codec.name == "u8")))
@@ -151,11 +151,11 @@ def check(model: nn.Module, head: Head, stream: Stream, target: str, recorded: R
     return {"head": off, "stored": float((head.logits(stored) - logits).abs().max()) / largest}
 
 
-def tapped(model: nn.Module, taps: Sequence[Tap], stream: Stream, recorded: Record) -> TappedTeacher:
+def tapped(model: nn.Module, taps: Sequence[Tap], stream: Stream, recorded: TeacherManifest) -> TappedTeacher:
     """The network from a stream's view images to taps, with the preprocessing of precompute."""
-    identity = recorded["identity"]
+    identity = recorded.identity
     size = stream.source.policy.size
-    return TappedTeacher(model, taps, size, identity["input size"], identity["mean"], identity["std"]).eval()
+    return TappedTeacher(model, taps, size, identity.input_size, identity.mean, identity.std).eval()
 
 
 class Classifier(nn.Module):

@@ -160,18 +160,18 @@ class Method(nn.Module):
     def __init__(self, name: str, settings: Settings, student: StudentSpec, given: Sequence[StoredTarget]) -> None:
         super().__init__()
         target, grid = given[0].target, settings.grid or student.grid
-        stages = target["stages"]
+        stages = target.stages
         layout = aal_links.Layout(
-            tuple(stage["stage"] for stage in stages), tuple(stage["channels"] for stage in stages),
+            tuple(stage.stage for stage in stages), tuple(stage.channels for stage in stages),
             tuple(heads for heads, _ in student.by_layer),
         )  # fmt: skip
-        count = len(target["identity"].get("tensors", ())) or given[0].teacher["layers"]
+        count = len(target.identity.tensors) or given[0].teacher.layers
         kept = aal_links.kept(name, settings.links, layout, count)
         self.row = align_activations(name, given[0], student, grid, kept.words)
         self.about = {**asdict(layout), "target": given[0].id, "grid": grid}
         self.chosen = kept.digest
         choice = None if kept.choice is None else layout.spread(kept.choice)
-        self.aal = AAL(student.maps, target["sample_shape"][0], settings.distance, choice)
+        self.aal = AAL(student.maps, target.sample_shape[0], settings.distance, choice)
         self.map, self.prefix = settings.map, len(student.prefix)
         self.sides = [side if side != grid else None for _, side in student.by_layer]
         for side in {side for side in self.sides if side}:

@@ -68,7 +68,7 @@ class Method(nn.Module):
         super().__init__()
         self.temperature = settings.temperature
         self.token = ClassToken(name, settings, student, given[0], free=settings.queues == 2)
-        self.theirs = Queue(settings.queue, int(given[0].target["sample_shape"][-1]))
+        self.theirs = Queue(settings.queue, int(given[0].target.sample_shape[-1]))
         self.mine = Queue(settings.queue, self.token.width) if settings.queues == 2 else None
         self.row = self.token.row
 

@@ -48,7 +48,7 @@ class Method(nn.Module):
 
     def __init__(self, name: str, settings: Settings, student: StudentSpec, given: Sequence[StoredTarget]) -> None:
         super().__init__()
-        if not given[0].target["identity"]["layers"]:
+        if not given[0].target.identity.layers:
             raise UserError(
                 f"{name}: target {given[0].id} holds tokens after the final norm, and this loss compares residual "
                 "streams; add them: pipeline precompute … --target tokens,layers=last"

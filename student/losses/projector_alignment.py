@@ -83,7 +83,7 @@ class Method(nn.Module):
         if self.tokens != "class":
             self.patches = _patches(name, settings, student, given[0])
             self.row = replace(self.patches.row, rule=f"{self.patches.row.rule}; {words(settings)}")
-            self.theirs = given[0].teacher["prefix"].index("class") if self.tokens == "both" else 0
+            self.theirs = given[0].teacher.prefix.index("class") if self.tokens == "both" else 0
 
     def forward(self, step: LossInputs) -> Tensor:
         """The loss of one step."""
@@ -105,12 +105,12 @@ def _patches(name: str, settings: Settings, student: StudentSpec, given: StoredT
     Raises:
         UserError: the target holds tokens before the final norm, or the teacher has no class token that is asked for.
     """
-    if given.target["identity"]["layers"] is not None:
+    if given.target.identity.layers is not None:
         raise UserError(
             f"{name}: target {given.id} holds the residual stream, before the final norm; keep the tokens after it: "
             "pipeline precompute … --target tokens"
         )
-    if settings.tokens == "both" and "class" not in given.teacher["prefix"]:
+    if settings.tokens == "both" and "class" not in given.teacher.prefix:
         raise UserError(
             f"{name}: the teacher has no class token; align patches alone: --set losses.{name}.tokens=patches"
         )

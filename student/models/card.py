@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from storage.store.manifests import TeacherManifest
 from student.models.files import StudentDescription
 from student.settings import ATTENTION_COPY
 
@@ -76,7 +77,7 @@ def card(
     result: Mapping[str, Any],
     identity: Mapping[str, Any],
     recipe: Mapping[str, Any],
-    teachers: Mapping[str, Mapping[str, Any]],
+    teachers: Mapping[str, TeacherManifest],
 ) -> str:
     """The card's text, Markdown with the field's YAML header.
 
@@ -138,8 +139,8 @@ def card(
             teacher = teachers[target]
             what = "copied attention" if loss == ATTENTION_COPY else f"loss `{loss}`"
             lines.append(
-                f"- {what}: target {target} of teacher {teacher['id']} ({teacher['identity']['model']}, weights "
-                f"{Path(teacher['weights']).name}, sha256 {teacher['identity']['weights sha256'][:12]})"
+                f"- {what}: target {target} of teacher {teacher.id} ({teacher.identity.model}, weights "
+                f"{Path(teacher.weights).name}, sha256 {teacher.identity.weights_sha256[:12]})"
             )
     if identity["control"]:
         lines.append(f"- **a control**: {', '.join(f'{k}={v}' for k, v in identity['control'].items())}")

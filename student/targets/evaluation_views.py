@@ -77,7 +77,7 @@ def evaluation_targets(
             f"  {command(store, given, urls, view, new_bank=others)}"
         )
     for url, shard in zip(urls, shards, strict=True):
-        if invalid := store.marker(Task("bank", view.bank, shard, 0)).invalid:
+        if invalid := store.marker(Task("bank", view.bank, shard, 0)).bank.invalid:
             raise UserError(
                 f"{url}: {len(invalid)} of its images could not be decoded, and every sample counts in an evaluation; "
                 "mend or remove them and pack again"
@@ -89,10 +89,9 @@ def kept_of(
     store: Store, given: Sequence[StoredTarget], urls: Sequence[str], view: Policy
 ) -> tuple[tuple[str, ...], list[str]]:
     """Ids of the targets like those given in the evaluation view, and the shards that lack some of them."""
-    wanted = [{**one.target["identity"], "bank": view.bank} for one in given]
-    manifests = store.targets()
-    by_identity = [next((id for id, m in manifests.items() if m["identity"] == one), None) for one in wanted]
-    targets = tuple(id for id in by_identity if id is not None)
+    ids = {manifest.identity.digest: id for id, manifest in reversed(store.targets().items())}  # of two the first
+    wanted = [stored.target.identity.model_copy(update={"bank": view.bank}) for stored in given]
+    targets = tuple(ids[identity.digest] for identity in wanted if identity.digest in ids)
     done = store.done()
     lacking = [
         url
@@ -105,18 +104,18 @@ def kept_of(
 def command(store: Store, given: Sequence[StoredTarget], urls: Sequence[str], view: Policy, *, new_bank: bool) -> str:
     """The `pipeline precompute` that makes targets like those given for other shards in another view."""
     teacher = given[0].teacher
-    about = teacher["identity"]
-    ready = about["model"] == ONNX_FILE
-    weights = None if ready or teacher["weights"] == HUB else teacher["weights"]
+    about = teacher.identity
+    ready = about.model == ONNX_FILE
+    weights = None if ready or teacher.weights == HUB else teacher.weights
     words = hints.precompute(
-        teacher["weights"] if ready else about["model"], teacher["id"], weights, about["arguments"], about["mean"],
-        about["std"], about["input size"], store.url, urls,
+        teacher.weights if ready else about.model, teacher.id, weights, about.arguments, about.mean,
+        about.std, about.input_size, store.url, urls,
     )  # fmt: skip
     words += ["--view-policy", view.line, "--view-size", str(view.size), *(["--new-bank"] if new_bank else [])]
     wishes: dict[str, list[str]] = {}  # layers and codec -> taps
-    for one in (one.target["identity"] for one in given):
-        layers = f",layers={parse_ranges(one['layers'])}" if one["layers"] else ""
-        wishes.setdefault(f"{layers},codec={one['codec']}", []).append(one["tap"])
-        for name in one.get("tensors", ()):
-            words += ["--tap-tensor", f"{one['tap']}={name}"]
+    for identity in (stored.target.identity for stored in given):
+        layers = f",layers={parse_ranges(identity.layers)}" if identity.layers else ""
+        wishes.setdefault(f"{layers},codec={identity.codec}", []).append(identity.tap)
+        for name in identity.tensors:
+            words += ["--tap-tensor", f"{identity.tap}={name}"]
     return shlex.join([*words, *(w for rest, taps in wishes.items() for w in ("--target", f"{','.join(taps)}{rest}"))])

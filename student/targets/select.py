@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from storage.errors import IdentityError, UserError
-from storage.objects.json_record import Record
 from storage.store.banks import policy_of
+from storage.store.manifests import TargetManifest
 from storage.store.store import Store
 from storage.views.policy import policy as make_policy
 from student.settings import setting
@@ -41,7 +41,9 @@ def select_targets(
     manifests = store.targets()
     banks = _banks(store, shards, bank)
     fitting = {need.loss: _fitting(store, need, manifests, banks) for need in needs}
-    shared = [b for b in banks if all(any(_bank(manifests[f[0]]) == b for f in fits) for fits in fitting.values())]
+    shared = [
+        b for b in banks if all(any(manifests[f[0]].identity.bank == b for f in fits) for fits in fitting.values())
+    ]
     if not shared:
         raise UserError(
             f"{store.url}: no bank (views that targets share) has targets for all of {', '.join(fitting)}; precompute "
@@ -53,7 +55,7 @@ def select_targets(
         )
     chosen = {}
     for loss, fits in fitting.items():
-        candidates = [found for found in fits if _bank(manifests[found[0]]) == shared[0]]
+        candidates = [found for found in fits if manifests[found[0]].identity.bank == shared[0]]
         if len(candidates) > 1:
             names = [" with ".join(found) for found in candidates]
             first = candidates[0][0] if len(candidates[0]) == 1 else f"'[{', '.join(candidates[0])}]'"
@@ -63,10 +65,6 @@ def select_targets(
             )
         chosen[loss] = candidates[0]
     return shared[0], chosen
-
-
-def _bank(manifest: Record) -> str:
-    return str(manifest["identity"]["bank"])
 
 
 def _banks(store: Store, shards: Sequence[str], wish: BankChoice) -> list[str]:
@@ -101,7 +99,7 @@ def _banks(store: Store, shards: Sequence[str], wish: BankChoice) -> list[str]:
 
 
 def _fitting(
-    store: Store, need: TargetRequirement, manifests: Mapping[str, Record], banks: Sequence[str]
+    store: Store, need: TargetRequirement, manifests: Mapping[str, TargetManifest], banks: Sequence[str]
 ) -> list[Found]:
     """What serves a need: the first of its alternatives that the store has."""
     refused: list[UserError] = []
@@ -121,7 +119,7 @@ def _fitting(
         ))  # fmt: skip
     several = len(refused) > 1 or len(need.taps[0]) > 1
     if several and not any(isinstance(error, IdentityError) for error in refused):
-        there = sorted({manifest["identity"]["tap"] for manifest in manifests.values()})
+        there = sorted({manifest.identity.tap for manifest in manifests.values()})
         raise UserError(
             f"{store.url}: {need.loss} needs stored {need.words}, the store has {', '.join(there) or 'none'}; "
             f"add them: pipeline precompute --teacher NAME {need.flags} …"
@@ -129,19 +127,19 @@ def _fitting(
     raise next((error for error in refused if isinstance(error, IdentityError)), refused[0])
 
 
-def _together(manifests: Sequence[Record]) -> bool:
+def _together(manifests: Sequence[TargetManifest]) -> bool:
     """Whether targets are of one teacher and bank, and those of layers of the same ones."""
-    layers = {str(m["identity"]["layers"]) for m in manifests if m["identity"]["layers"]}
-    return len({(m["teacher"], _bank(m)) for m in manifests}) == 1 and len(layers) <= 1
+    layers = {manifest.identity.layers for manifest in manifests if manifest.identity.layers}
+    return len({(manifest.teacher, manifest.identity.bank) for manifest in manifests}) == 1 and len(layers) <= 1
 
 
 def _of_tap(
-    store: Store, need: TargetRequirement, tap: str, manifests: Mapping[str, Record], banks: Sequence[str]
+    store: Store, need: TargetRequirement, tap: str, manifests: Mapping[str, TargetManifest], banks: Sequence[str]
 ) -> list[str]:
     """Ids of the targets of a tap that are as the need says."""
-    fits = [id for id, manifest in manifests.items() if manifest["identity"]["tap"] == tap]
+    fits = [id for id, manifest in manifests.items() if manifest.identity.tap == tap]
     if not fits:
-        there = sorted({manifest["identity"]["tap"] for manifest in manifests.values()})
+        there = sorted({manifest.identity.tap for manifest in manifests.values()})
         raise UserError(
             f"{store.url}: {need.loss} needs stored {tap}, the store has {', '.join(there) or 'none'}; "
             f"add them: pipeline precompute --teacher NAME --target {tap} …"
@@ -156,9 +154,9 @@ def _of_tap(
         mine = next((id for id in wanted if id in fits), wanted[0])
         wishes.append((f"{setting(need.loss)}.target", mine, lambda id: id))
     if need.teacher is not None:
-        wishes.append((f"{setting(need.loss)}.teacher", need.teacher, lambda id: manifests[id]["teacher"]))
+        wishes.append((f"{setting(need.loss)}.teacher", need.teacher, lambda id: manifests[id].teacher))
     if need.grid is not None:
-        wishes.append(("patches a side", need.grid, lambda id: manifests[id]["identity"]["grid"]))
+        wishes.append(("patches a side", need.grid, lambda id: manifests[id].identity.grid))
     for field, wished, of in wishes:
         kept = [id for id in fits if of(id) == wished]
         if not kept:
@@ -173,9 +171,9 @@ def _of_tap(
                 )
             raise IdentityError(where, field, wished, ", ".join(there), hint, words)
         fits = kept
-    within = [id for id in fits if _bank(manifests[id]) in banks]
+    within = [id for id in fits if manifests[id].identity.bank in banks]
     if not within:
-        found = ", ".join(sorted({_bank(manifests[id]) for id in fits}))
+        found = ", ".join(sorted({manifests[id].identity.bank for id in fits}))
         do = "Precompute the targets with the view flags of these views, over all the shards."
         raise IdentityError(f"{store.url}: {', '.join(fits)}", "views", " or ".join(banks), found, do,
                             ("asked for", "made from"))  # fmt: skip

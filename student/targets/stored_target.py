@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from storage.objects.json_record import Record
+from storage.store.manifests import TargetManifest, TeacherManifest
 from storage.store.store import Store
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredTarget:
     """What a store gives a loss: the manifest of a target and that of its teacher."""
 
-    target: Record
-    teacher: Record
+    target: TargetManifest
+    teacher: TeacherManifest
 
     @property
     def id(self) -> str:
         """Of the target."""
-        return str(self.target["id"])
+        return self.target.id
 
 
 def stored_target(store: Store, target: str) -> StoredTarget:

@@ -58,7 +58,7 @@ def test_the_card_s_command_makes_a_student_a_teacher_of_another(world, place, c
     views = "--view-policy light --view-size 32 --num-views 1 --provider cpu"
     made = run(capsys, *shlex.split(command)[1:], "--target", "q,k,codec=f32", "--target", "logits", *views.split())
     store = Store.open(place / "store")
-    assert {store.target(id)["teacher"] for id in made["targets"]} == {"eight"}
+    assert {store.target(id).teacher for id in made["targets"]} == {"eight"}
 
     model, about = load_student(teacher / "last.safetensors")
     *_, logits = made["targets"]

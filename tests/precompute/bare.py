@@ -14,8 +14,10 @@ from PIL import Image
 from precompute.engine.tasks import ShardTask, TargetOutput
 from storage.objects import json_record
 from storage.store import banks
+from storage.store.manifests import TargetManifest
 from storage.store.store import Store
 from storage.views.policy import policy
+from tests.manifests import teacher_manifest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,19 +52,19 @@ def bare(folder: Path, line: str = "deit", size: int = 32, codec: str = "u8") ->
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     onnx.checker.check_model(model)
     store = Store.create(folder)
-    store.add_bank(views.bank, views.identity, banks.describe_bank(views))
+    store.add(banks.bank_manifest(views))
     teacher = {"model": "none", "arguments": {}, "weights sha256": "none", "input size": size, "mean": [0, 0, 0],
                "std": [1, 1, 1]}  # fmt: skip
-    store.add_teacher("averages", teacher, {"weights": "none", "classes": None, "parameters": 0, "network": "other",
-                                            "layers": 0})  # fmt: skip
+    store.add(teacher_manifest(teacher, id="averages", network="other", layers=0))
     digest = store.add_graph("averages", model.SerializeToString())
     identity = {"teacher": json_record.digest_of(teacher), "bank": views.bank, "tap": "activations", "layers": None,
                 "grid": grid, "codec": codec}  # fmt: skip
     id = f"averages-activations-{codec}-{json_record.digest_of(identity)[:8]}"
     about = {"teacher": "averages", "graph": digest, "output": 0, "sample_shape": [3, grid, grid], "maps": 2,
-             "axes": ["map", "y", "x"], "values": "plain", "parity": None,
-             "attention_error": None}  # fmt: skip
-    return Bare(folder, store, views.bank, digest, TargetOutput.of(store.add_target(id, identity, about)))
+             "axes": ["map", "y", "x"], "values": "plain", "parity": None, "attention_error": None,
+             "format": 1, "kind": "target", "id": id, "identity": identity}  # fmt: skip
+    target = store.add(TargetManifest.model_validate(about))
+    return Bare(folder, store, views.bank, digest, TargetOutput.of(target))
 
 
 def tar(path: Path, count: int, images: list[bytes], ending: str = "png") -> str:

@@ -67,7 +67,7 @@ def contents(folder: Path) -> dict[Task, dict[str, np.ndarray]]:
         marker = store.marker(task)
         found[task] = {name: array.read(0, array.shape[0]) for name, array in marker.arrays.items()}
         if task.kind == "bank":
-            found[task]["invalid"] = np.array(sorted(marker.invalid))
+            found[task]["invalid"] = np.array(marker.bank.invalid)
     return found
 
 
@@ -97,7 +97,7 @@ def attempts(folder: Path) -> set[str]:
 def counted(folder: Path) -> set[str]:
     """The folders of attempts that markers name."""
     store = Store.open(folder)
-    return {f"{task.folder}/{store.marker(task).content['attempt']}" for task in store.done()}
+    return {f"{task.folder}/{store.marker(task).record.attempt}" for task in store.done()}
 
 
 def rewritten(source: str, to: Path, change: Callable[[int, str, bytes], bytes]) -> str:

@@ -76,7 +76,7 @@ def test_images_that_cannot_be_decoded_are_left_out_when_asked_for(world: World,
     store = Store.open(place)
     for view in (0, 1):
         marker = store.marker(Task("bank", result["bank"], result["shards"][0], view))
-        assert marker.invalid == {3, 80}
+        assert marker.bank.invalid == (3, 80)
         views = read_views(marker, 0, 150)
         assert [i for i in range(150) if not views.view(i).valid] == [3, 80]
         assert [i for i in range(150) if not views.signatures[i]] == [3, 80]

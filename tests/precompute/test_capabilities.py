@@ -71,7 +71,7 @@ def test_each_tap_that_is_offered_is_stored_as_it_was_told_and_each_other_is_ref
     store = Store.open(tmp_path / "store")
     for tap, target in zip(found["taps"], made, strict=True):
         manifest = store.target(target)
-        assert manifest["identity"]["tap"] == tap
+        assert manifest.identity.tap == tap
         codec = Codec.of(manifest)
         told = {"shape": list(codec.shape), "codec": codec.name, "bytes": codec.sample_bytes}
         assert found["taps"][tap] == told

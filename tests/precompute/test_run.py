@@ -127,20 +127,20 @@ def test_contract_1_what_is_stored_is_what_the_live_teacher_gives_on_the_views_o
 ) -> None:
     store = Store.open(world.store)
     manifest = store.target(world.targets[name])
-    wish, codec = manifest["identity"], manifest["identity"]["codec"]
+    codec = manifest.identity.codec
     kind = "cnn" if name.startswith(("act", "log")) else "vit"
-    tap = Tap(wish["tap"], tuple(wish["layers"]) if wish["layers"] else None, wish["grid"])
+    tap = Tap(manifest.identity.tap, manifest.identity.layers, manifest.identity.grid)
     module = pytorch.live_teacher(teacher_of(world.weights, kind), [tap], 32)
     url, view = world.shards[1], 1
     index = store.require(url, store.shard_ids())
-    bank = store.marker(Task("bank", wish["bank"], index.id, view))
+    bank = store.marker(Task("bank", manifest.identity.bank, index.id, view))
     samples = read_samples(url, index, range(50, 90))
     views = read_views(bank, 50, 90)
     pixels = [views.replay(i, sample, sample.image, 32, url) for i, sample in enumerate(samples)]
     with torch.no_grad():
         live = module(torch.from_numpy(np.stack(pixels)))[0].numpy()
     arrays = {
-        key: a.read(50, 90) for key, a in store.marker(Task("target", manifest["id"], index.id, view)).arrays.items()
+        key: a.read(50, 90) for key, a in store.marker(Task("target", manifest.id, index.id, view)).arrays.items()
     }
     error = np.abs(codecs.Codec.of(manifest).decode(arrays) - live)
     allowed = 1e-4 * np.abs(live).max()

@@ -23,7 +23,7 @@ from tests.conftest import World, run_precompute, teacher_of, write_teacher
 
 def checked(store: Store, shards: list[str], samples: int = 20, weights: tuple[str, ...] = ()) -> VerifyReport:
     report = VerifyReport()
-    return verify(store, shards, samples, look=LiveTargets(store, report, weights), report=report)
+    return verify(store, shards, samples=samples, look=LiveTargets(store, report, weights), report=report)
 
 
 def test_targets_of_all_taps_and_codecs_are_what_the_live_teacher_says(world: World) -> None:

@@ -20,8 +20,9 @@ from storage.shards.index import ShardIndex, build_index, read_samples
 from storage.shards.pack import pack
 from storage.shards.tar import require_whole
 from storage.store.attempts import Attempt
-from storage.store.banks import describe_bank, view_rows
+from storage.store.banks import bank_manifest, view_rows
 from storage.store.codecs import Codec
+from storage.store.manifests import TargetManifest
 from storage.store.markers import Marker, Task
 from storage.store.store import Store
 from storage.testing import synthetic_shards
@@ -113,7 +114,7 @@ class SmallStore:
         self.policy = policy("light", 8)
         self.indexes = [build_index(url) for url in shards]
         self.views = views
-        self.store.add_bank(self.policy.bank, self.policy.identity, describe_bank(self.policy))
+        self.store.add(bank_manifest(self.policy))
         for url, index in zip(self.shards, self.indexes, strict=True):
             self.store.add_index(index, url)
             for view in range(views):
@@ -135,7 +136,8 @@ class SmallStore:
         }  # fmt: skip
         axes = [f"axis{i}" for i in range(len(shape))]
         about = {"sample_shape": list(shape), "axes": axes, "maps": 2, "parity": None, "attention_error": None}
-        self.store.add_target(id, identity, {"teacher": "none", "graph": None, "output": None, **about})
+        about |= {"identity": identity, "teacher": "none", "graph": None, "output": None}
+        self.store.add(TargetManifest.model_validate({"format": 1, "kind": "target", "id": id, **about}))
         values = {}
         for number, index in enumerate(self.indexes):
             for view in range(self.views):

@@ -142,8 +142,8 @@ class SimilarityComparison:
         why = f"{name} is compared with {reference.teacher} on stored images"
         self.stored = evaluation_targets(reference.store, given, urls, self.view, why=why)
         self.of_rows, self.of_tokens = self.stored.targets[: len(attention)], self.stored.targets[len(attention) :]
-        self.final = bool(reference.tokens) and reference.tokens[0].target["identity"]["layers"] is None
-        self.several = max(1, LARGEST // self._numbers([one.target["sample_shape"] for one in given]))
+        self.final = bool(reference.tokens) and reference.tokens[0].target.identity.layers is None
+        self.several = max(1, LARGEST // self._numbers([one.target.sample_shape for one in given]))
 
     def _numbers(self, shapes: Sequence[Sequence[int]]) -> int:
         """How many numbers an image takes in the largest tensor."""
@@ -227,16 +227,16 @@ def _rows(
     if not reference.attention:
         return None, (0, 0)
     first = reference.attention[0]
-    identity = first.target["identity"]
-    pairs = _pairs(shape, reference, first.teacher["layers"], identity["layers"])
+    identity = first.target.identity
+    pairs = _pairs(shape, reference, first.teacher.layers, identity.layers or ())
     pairs = [pair for pair in pairs if pair[0] not in copied]
     if not pairs:
         return None, (0, 0)
-    heads = (shape.heads, int(first.target["sample_shape"][1]))
+    heads = (shape.heads, int(first.target.sample_shape[1]))
     every = tuple((n % heads[0] + 1, n % heads[1] + 1) for n in range(max(heads)))  # all of both, some of one twice
     meeting = AlignmentConfig(layers=tuple(pairs), heads=every, grid="bicubic")
     return AttentionAligner(
-        WHERE, meeting, shape, reference.attention, "class" if identity["tap"] == "class_row" else "all"
+        WHERE, meeting, shape, reference.attention, "class" if identity.tap == "class_row" else "all"
     ), heads
 
 
@@ -247,9 +247,9 @@ def _vectors(shape: StudentSpec, reference: TeacherTargets, tokens: Tokens) -> T
             raise UserError(f"--tokens {tokens}: {reference.teacher} has no tokens of these images in the store")
         return None
     (given,) = reference.tokens
-    depth, layers = given.teacher["layers"], given.target["identity"]["layers"]
+    depth, layers = given.teacher.layers, given.target.identity.layers
     pairs = _pairs(shape, reference, depth, layers) if layers else [(shape.layers, depth)]
-    if tokens == "class" and not {"class"} <= {*shape.prefix} & {*given.teacher["prefix"]}:
+    if tokens == "class" and not {"class"} <= {*shape.prefix} & {*given.teacher.prefix}:
         raise UserError(
             "--tokens class: class tokens are compared where both sides have one; say --tokens mean, or all"
         )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from storage.errors import UserError, did_you_mean
-from storage.objects.json_record import Record, digest_of
+from storage.store.manifests import TargetManifest
 from storage.store.store import Store
 from storage.views.policy import Policy
 from student.targets.evaluation_views import kept_of
@@ -16,7 +16,7 @@ from student.targets.stored_target import StoredTarget
 # Taps that serve, those of one kind together; the first kind that is there is taken.
 ATTENTION = (("attention",), ("q", "k"), ("class_row",))
 TOKENS = (("tokens",),)
-_Found = tuple[StoredTarget, ...]
+_Stored = tuple[StoredTarget, ...]
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class TeacherTargets:
 
     store: Store
     teacher: str
-    attention: _Found
-    tokens: _Found
+    attention: _Stored
+    tokens: _Stored
     missing: str = ""
 
 
@@ -55,29 +55,29 @@ def find_teacher_targets(
     """
     targets = {id: store.target(id) for id in chosen} | store.targets()
     parts = {tap: part for part in (ATTENTION, TOKENS) for several in part for tap in several}
-    usable = [m for m in targets.values() if m["identity"]["tap"] in parts]
+    usable = [manifest for manifest in targets.values() if manifest.identity.tap in parts]
     if teacher is not None and teacher not in (known := store.teachers()):
         raise UserError(f"{store.url}: no teacher is called {teacher!r}. {did_you_mean(teacher, known)}")
-    names = sorted({m["teacher"] for m in usable if not chosen or m["id"] in chosen})
+    names = sorted({manifest.teacher for manifest in usable if not chosen or manifest.id in chosen})
     if teacher is None and len(names) > 1:
         raise UserError(f"{store.url} has several teachers: {', '.join(names)}; say which: --teacher {names[0]}")
     name = teacher or (names[0] if names else "")
-    mine = [m for m in usable if m["teacher"] == name]
+    candidates = [manifest for manifest in usable if manifest.teacher == name]
     for id in chosen:
-        if id not in {m["id"] for m in mine}:
+        if id not in {manifest.id for manifest in candidates}:
             raise UserError(
-                f"--target {id}: {targets[id]['identity']['tap']} of {targets[id]['teacher']}; a student is compared "
+                f"--target {id}: {targets[id].identity.tap} of {targets[id].teacher}; a student is compared "
                 f"with attention (attention, q and k, or class_row) and tokens of one teacher{name and f', {name}'}"
             )
 
-    def there(given: _Found) -> bool:
-        return not kept_of(store, given, urls, view)[1]
+    def complete(stored: _Stored) -> bool:
+        return not kept_of(store, stored, urls, view)[1]
 
-    wanted = [[id for id in chosen if parts[targets[id]["identity"]["tap"]] is part] for part in (ATTENTION, TOKENS)]
-    attention = _pick(store, mine, ATTENTION, wanted[0], there)
-    tokens = _pick(store, mine, TOKENS, wanted[1], there)
+    wanted = [[id for id in chosen if parts[targets[id].identity.tap] is part] for part in (ATTENTION, TOKENS)]
+    attention = _pick(store, candidates, ATTENTION, wanted[0], complete)
+    tokens = _pick(store, candidates, TOKENS, wanted[1], complete)
     if not (attention or tokens):
-        taps = sorted({m["identity"]["tap"] for m in targets.values() if teacher in (None, m["teacher"])})
+        taps = sorted({m.identity.tap for m in targets.values() if teacher in (None, m.teacher)})
         raise UserError(
             f"{store.url}: a student is compared with a teacher's attention (attention, q and k, or class_row) and "
             f"with its tokens, and {name or teacher or 'it'} has {', '.join(taps) or 'no targets'}; add some: "
@@ -85,7 +85,7 @@ def find_teacher_targets(
         )
     if attention and tokens:
         missing = "which the store has not of all these images"
-        match there(attention), there(tokens):
+        match complete(attention), complete(tokens):
             case True, False if not wanted[1]:
                 return TeacherTargets(store, name, attention, (), f"tokens, {missing}")
             case False, True if not wanted[0]:
@@ -94,41 +94,45 @@ def find_teacher_targets(
 
 
 def _pick(
-    store: Store, mine: Sequence[Record], kinds: Sequence[tuple[str, ...]], wanted: Sequence[str],
-    there: Callable[[_Found], bool],
-) -> _Found:  # fmt: skip
-    """The targets of one part: those wanted, else of the first kind that is there for the images, else in the store."""
-    by_kind = [_alike(mine, taps) for taps in kinds]
+    store: Store,
+    candidates: Sequence[TargetManifest],
+    kinds: Sequence[tuple[str, ...]],
+    wanted: Sequence[str],
+    complete: Callable[[_Stored], bool],
+) -> _Stored:
+    """The targets of one part: those wanted, else of the first kind that the images have, else that the store has."""
+    by_kind = [_alike(candidates, taps) for taps in kinds]
     if wanted:
         ids = {*wanted}
-        fits = [every for several in by_kind for every in several if ids <= {m["id"] for one in every for m in one}]
+        fits = [banks for kind in by_kind for banks in kind if ids <= {m.id for targets in banks for m in targets}]
         if not fits:
             raise UserError(f"{store.url}: {' and '.join(wanted)} are not of one kind and the same layers; name fewer")
         return _only(store, fits)
-    for several in by_kind:
-        if fits := [every for every in several if there(_given(store, every[0]))]:
+    for kind in by_kind:
+        if fits := [banks for banks in kind if complete(_stored(store, banks[0]))]:
             return _only(store, fits)
-    return next((_only(store, several) for several in by_kind if several), ())
+    return next((_only(store, kind) for kind in by_kind if kind), ())
 
 
-def _alike(mine: Sequence[Record], taps: Sequence[str]) -> list[list[tuple[Record, ...]]]:
+def _alike(candidates: Sequence[TargetManifest], taps: Sequence[str]) -> list[list[tuple[TargetManifest, ...]]]:
     """Targets of these taps that are read together; those that differ in their bank alone stand in one list."""
-    found: dict[str, list[tuple[Record, ...]]] = {}
-    for several in itertools.product(*([m for m in mine if m["identity"]["tap"] == tap] for tap in taps)):
-        kept = [{k: v for k, v in m["identity"].items() if k != "bank"} for m in several]
-        if len({m["identity"]["bank"] for m in several}) == 1 and all(k["layers"] == kept[0]["layers"] for k in kept):
-            found.setdefault(digest_of(kept), []).append(several)
-    return list(found.values())
+    by_identity: dict[tuple[str, ...], list[tuple[TargetManifest, ...]]] = {}
+    for targets in itertools.product(*([m for m in candidates if m.identity.tap == tap] for tap in taps)):
+        identities = [manifest.identity for manifest in targets]
+        if len({(identity.bank, identity.layers) for identity in identities}) == 1:
+            same = tuple(identity.model_copy(update={"bank": ""}).digest for identity in identities)
+            by_identity.setdefault(same, []).append(targets)
+    return list(by_identity.values())
 
 
-def _only(store: Store, fits: Sequence[Sequence[tuple[Record, ...]]]) -> _Found:
+def _only(store: Store, fits: Sequence[Sequence[tuple[TargetManifest, ...]]]) -> _Stored:
     """The one that fits. Raises UserError: several do."""
     if len(fits) > 1:
-        names = [" with ".join(m["id"] for m in every[0]) for every in fits]
-        flags = " ".join(f"--target {m['id']}" for m in fits[0][0])
+        names = [" with ".join(manifest.id for manifest in banks[0]) for banks in fits]
+        flags = " ".join(f"--target {manifest.id}" for manifest in fits[0][0])
         raise UserError(f"{store.url}: {len(fits)} targets fit: {', '.join(names)}; choose one: {flags}")
-    return _given(store, fits[0][0])
+    return _stored(store, fits[0][0])
 
 
-def _given(store: Store, several: Sequence[Record]) -> _Found:
-    return tuple(StoredTarget(m, store.teacher_of(m)) for m in several)
+def _stored(store: Store, targets: Sequence[TargetManifest]) -> _Stored:
+    return tuple(StoredTarget(manifest, store.teacher_of(manifest)) for manifest in targets)

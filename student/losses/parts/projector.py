@@ -78,7 +78,7 @@ class ClassToken(nn.Module):
                 f"{loss}: the student has no class token to project; take one that has, such as "
                 f"--set student.model={WITH_CLASS}"
             )
-        target = int(given.target["sample_shape"][-1])
+        target = int(given.target.sample_shape[-1])
         if not settings.depth and student.width != target and not free:
             raise UserError(
                 f"{loss}: the student's tokens are {student.width} wide, those of target {given.id} {target}; they "
@@ -88,7 +88,7 @@ class ClassToken(nn.Module):
         self.width = target if settings.depth else student.width
         self.projector = projector(student.width, target, settings)
         self.row = AlignmentRow(
-            loss, given.id, f"{given.target['identity']['tap']}, {target} wide", f"class token, {student.width} wide",
+            loss, given.id, f"{given.target.identity.tap}, {target} wide", f"class token, {student.width} wide",
             words(settings),
         )  # fmt: skip
 

@@ -41,20 +41,20 @@ def test_what_is_offered_is_what_a_store_then_keeps(world) -> None:
     """The same shapes and bytes as those of targets that were made."""
     store = Store.open(world.store)
     teacher = store.teachers()["vit"]
-    arguments = teacher["identity"]["arguments"]
+    arguments = teacher.identity.arguments
     assert set(arguments) >= {"depth", "embed_dim"}, "the tiny teacher is timm's with other sizes"
     import timm
 
     create = timm.create_model
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(timm, "create_model", lambda name, **more: create(name, **{**more, **arguments}))
-        taps = offers_of("vit_tiny", teacher["identity"]["input size"])["taps"]
-    made = {m["identity"]["tap"]: m for m in store.targets().values() if m["teacher"] == "vit"}
+        taps = offers_of("vit_tiny", teacher.identity.input_size)["taps"]
+    made = {m.identity.tap: m for m in store.targets().values() if m.teacher == "vit"}
     assert len(made.keys() & taps.keys()) >= 4
     for tap in made.keys() & taps.keys():
-        layers = made[tap]["identity"]["layers"]
+        layers = made[tap].identity.layers
         expected = [len(layers), *taps[tap]["shape"][1:]] if layers else taps[tap]["shape"]
-        assert list(made[tap]["sample_shape"]) == expected, tap
+        assert list(made[tap].sample_shape) == expected, tap
 
 
 def test_another_network_offers_its_ends_alone() -> None:

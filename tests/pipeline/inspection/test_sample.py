@@ -29,6 +29,7 @@ from storage.views.render import decode, render
 from storage.views.view import View
 from student.data.stream import Stream
 from tests.conftest import run_precompute, teacher_of
+from tests.manifests import teacher_manifest
 from tests.precompute.graphs import HALF, exported, made_by
 
 KEY = "shard-000001-00033"
@@ -122,7 +123,7 @@ def test_maps_are_of_the_last_layer_and_stage(mixed) -> None:
     """Layers and stages were asked for as 2+1 and 4+1: the last is not the last in the array."""
     shards, store, _ = mixed
     sample = stored_sample(Store.open(store), shards, "shard-000000-00007")
-    by_tap = {manifest["identity"]["tap"]: id for id, manifest in sample.targets.items()}
+    by_tap = {manifest.identity.tap: id for id, manifest in sample.targets.items()}
 
     def drawn(tap: str) -> tuple[np.ndarray, np.ndarray]:
         manifest = sample.targets[by_tap[tap]]
@@ -134,11 +135,11 @@ def test_maps_are_of_the_last_layer_and_stage(mixed) -> None:
     row, _ = drawn("class_row")
     assert shown.shape == row.shape == (4, 4)
     shown, values = drawn("activations")
-    stage = sample.targets[by_tap["activations"]]["stages"][0]
-    assert stage["stage"] == 4
-    maps = np.abs(values[: stage["channels"]])
+    stage = sample.targets[by_tap["activations"]].stages[0]
+    assert stage.stage == 4
+    maps = np.abs(values[: stage.channels])
     np.testing.assert_allclose(shown, (maps / maps.max((1, 2), keepdims=True)).mean(0), rtol=1e-5)
-    assert "stage 4" in meaning(sample.targets[by_tap["activations"]], {})
+    assert "stage 4" in meaning(sample.targets[by_tap["activations"]], teacher_manifest())
     shown, values = drawn("logits")
     assert shown[0] == pytest.approx(np.exp(values).max() / np.exp(values).sum(), rel=1e-5)
 
@@ -157,10 +158,10 @@ def test_a_ready_graph_is_drawn_as_its_network_is(world, tmp_path) -> None:
     sample = stored_sample(Store.open(tmp_path / "S"), shards, "shard-000000-00002")
     seen: dict[str, list[Cell]] = {}
     for id, manifest in sample.targets.items():
-        seen.setdefault(manifest["identity"]["tap"], []).append(
+        seen.setdefault(manifest.identity.tap, []).append(
             cell(manifest, sample.teachers[id], sample.views[0].values[id])
         )
-        if manifest["identity"]["tap"] == "attention":
+        if manifest.identity.tap == "attention":
             assert meaning(manifest, sample.teachers[id]).startswith("layer 3: attention of the class token")
     assert seen.keys() == {"attention", "tokens"}
     for mine, theirs in seen.values():
@@ -173,7 +174,7 @@ def test_a_ready_graph_is_drawn_as_its_network_is(world, tmp_path) -> None:
 def test_a_map_that_differs_by_rounding_alone_is_of_one_color(mixed) -> None:
     shards, store, _ = mixed
     sample = stored_sample(Store.open(store), shards, "shard-000000-00007")
-    (id,) = (id for id, manifest in sample.targets.items() if manifest["identity"]["tap"] == "class_row")
+    (id,) = (id for id, manifest in sample.targets.items() if manifest.identity.tap == "class_row")
     noise = np.random.default_rng(0)
     for seen in sample.views:
         seen.values[id] = np.float32(1 / 17) * (1 + 1e-7 * noise.random(seen.values[id].shape, np.float32))

@@ -99,10 +99,10 @@ def test_what_the_readme_shows_runs_as_it_stands_there(place, run, monkeypatch):
             assert told["bytes"] == pytest.approx(sum(path.stat().st_size for path in files), rel=0.1)
     planned, made = results["plan"], results["precompute"]["teachers"]
     assert list(made) == list(planned["teachers"]) == ["cnn", "vit"]
-    assert (Store.open("S").teachers()["vit"]["identity"]["mean"]) == [0.5] * 3
+    assert Store.open("S").teachers()["vit"].identity.mean == (0.5,) * 3
     taps = {name: [t.split("-")[1] for t in result["targets"]] for name, result in made.items()}
     assert taps == {"cnn": ["activations"], "vit": ["class_row", "class_token"]}
-    assert Store.open("S").target(made["cnn"]["targets"][0])["identity"]["grid"] == 8, "the student's"
+    assert Store.open("S").target(made["cnn"]["targets"][0]).identity.grid == 8, "the student's"
     assert results["precompute --teacher"]["targets"][0].startswith("vit-logits-")
     assert results["verify"]["targets_compared"] > 0
     assert results["train"]["top1"] == results["evaluate"]["top1"]

@@ -81,7 +81,7 @@ from storage.store.store import Store
 place, target, kill_after, *shards = sys.argv[1:]
 store = Store.open(place)
 manifest = store.target(target)
-session = open_session(store.graph(manifest["teacher"], manifest["graph"]), "cpu", 1)
+session = open_session(store.graph(manifest.teacher, manifest.graph), "cpu", 1)
 real, left = session.run, int(kill_after)
 
 def run(images):
@@ -92,7 +92,7 @@ def run(images):
     return real(images)
 
 session.run = run
-of_it = manifest["identity"]["bank"], manifest["teacher"], manifest["graph"], (TargetOutput.of(manifest),)
+of_it = manifest.identity.bank, manifest.teacher, manifest.graph, (TargetOutput.of(manifest),)
 for url in shards:
     run_task(ShardTask(store, url, *of_it, views=2), lambda: session, 1)
 assert "torch" not in sys.modules, "a worker that only runs a graph needs no torch"

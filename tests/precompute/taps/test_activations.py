@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from precompute.taps import Tap, TappedTeacher, cnn_stages, resize_matrix
-from precompute.taps.registry import Antialias
 from storage.errors import UserError
+from storage.store.manifests import Antialias
 from tests.precompute.networks import HALF, channels, make, small_vit
 
 # ---------------------------------------------------------------------------------------------- CNN stages

@@ -13,17 +13,20 @@ from precompute.taps import Tap
 from precompute.taps.target_spec import TargetSpec, layer_numbers, parse_target
 from storage.errors import IdentityError, UserError
 from storage.store import banks
+from storage.store.manifests import TargetIdentity, TeacherManifest
 from storage.store.markers import Task
 from storage.store.store import Store
 from storage.views.policy import Policy, policy
 from tests.conftest import World, run_precompute, teacher_of
+from tests.manifests import teacher_manifest
 
-CNN = {"id": "cnn", "network": "cnn", "layers": 7}
-VIT = {"id": "vit", "network": "vit", "layers": 12, "heads": 3, "prefix": ["class"]}
+CNN = teacher_manifest(id="cnn", network="cnn", layers=7)
+VIT = teacher_manifest(id="vit", heads=3, prefix=["class"])
+OTHER = teacher_manifest(network="other", layers=0)
 
 
-def identity(wish: TargetSpec, manifest: dict[str, Any], size: int = 32) -> dict[str, Any]:
-    teacher: Any = type("AnyTeacher", (), {"id": "0" * 64, "name": manifest["id"]})
+def identity(wish: TargetSpec, manifest: TeacherManifest, size: int = 32) -> TargetIdentity:
+    teacher: Any = type("AnyTeacher", (), {"id": "0" * 64, "name": manifest.id})
     return target_identity(teacher, manifest, wish, policy("light", size))
 
 
@@ -31,7 +34,7 @@ def store_with(folder: Path, *policies: Policy, shard: str = "shard-1") -> Store
     """A store that says of a shard that it has a view under each of these policies."""
     store = Store.create(folder)
     for one in policies:
-        store.add_bank(one.bank, one.identity, banks.describe_bank(one))
+        store.add(banks.bank_manifest(one))
         store.objects.create(f"done/{Task('bank', one.bank, shard, 0).name}", b"{}")
     return store
 
@@ -124,16 +127,16 @@ def test_what_names_no_layers_is_refused(text: str) -> None:
 def test_a_cnn_gives_activations_on_a_sixteenth_of_the_view_by_default() -> None:
     assert defaults(CNN, policy("light", 224)) == [TargetSpec("activations", grid=14)]
     assert defaults(CNN, policy("light", 8)) == [TargetSpec("activations", grid=1)]
-    assert identity(TargetSpec("activations"), CNN, 224)["codec"] == "u8"
+    assert identity(TargetSpec("activations"), CNN, 224).codec == "u8"
 
 
 def test_a_vit_gives_class_rows_and_the_class_token_by_default() -> None:
     assert defaults(VIT, policy("light", 224)) == [TargetSpec("class_row"), TargetSpec("class_token")]
-    assert identity(TargetSpec("class_row"), VIT)["codec"] == "f16"
+    assert identity(TargetSpec("class_row"), VIT).codec == "f16"
 
 
-@pytest.mark.parametrize("manifest", [{**VIT, "prefix": ["register"]}, {**CNN, "network": "other", "layers": 0}])
-def test_a_network_with_neither_gives_nothing_by_default(manifest: dict[str, Any]) -> None:
+@pytest.mark.parametrize("manifest", [teacher_manifest(prefix=["register"]), OTHER])
+def test_a_network_with_neither_gives_nothing_by_default(manifest: TeacherManifest) -> None:
     with pytest.raises(UserError, match=r"nothing is taken .* say --target"):
         defaults(manifest, policy("light", 224))
 
@@ -144,22 +147,22 @@ def test_a_network_with_neither_gives_nothing_by_default(manifest: dict[str, Any
         (TargetSpec("activations"), VIT, "teacher vit is a vit, activations needs a cnn"),
         (TargetSpec("q"), CNN, "teacher cnn is a cnn, q needs a vit"),
         (TargetSpec("class_row"), CNN, "teacher cnn is a cnn, class_row needs a vit"),
-        (TargetSpec("q"), {**CNN, "network": "other", "layers": 0}, "neither a CNN with stages nor a plain ViT: no q"),
+        (TargetSpec("q"), OTHER, "neither a CNN with stages nor a plain ViT: no q"),
         (TargetSpec("q", "13"), VIT, "vit has layers 1 to 12"),
         (TargetSpec("activations", "8"), CNN, "cnn has layers 1 to 7"),
     ],
 )
-def test_a_teacher_is_not_asked_for_what_it_has_not(wish: TargetSpec, manifest: dict[str, Any], says: str) -> None:
+def test_a_teacher_is_not_asked_for_what_it_has_not(wish: TargetSpec, manifest: TeacherManifest, says: str) -> None:
     with pytest.raises(UserError) as caught:
         identity(wish, manifest)
     assert says in str(caught.value)
 
 
 def test_of_a_ready_graph_the_tensors_say_where_maps_are_read() -> None:
-    ready = {"id": "graph", "network": "onnx", "layers": 0}
+    ready = teacher_manifest(id="graph", network="onnx", layers=0)
     with pytest.raises(UserError, match="at=block: of a ready graph --tap-tensor says which tensors are read"):
         identity(TargetSpec("activations", tensors=("relu",), at="block"), ready)
-    assert identity(TargetSpec("activations", tensors=("relu",), antialias=True), ready)["antialias"] == "all"
+    assert identity(TargetSpec("activations", tensors=("relu",), antialias=True), ready).antialias == "all"
 
 
 def test_two_ways_to_say_the_same_target_are_one_target() -> None:
@@ -187,7 +190,7 @@ def test_another_tap_layer_order_or_codec_is_another_target(other: TargetSpec) -
 def test_variants_of_activations_add_to_the_identity_and_leave_older_ids_as_they_are() -> None:
     teacher: Any = type("AnyTeacher", (), {"id": "0" * 64, "name": "cnn"})
     plain = identity(TargetSpec("activations", None, 2), CNN)
-    assert set(plain) == {"teacher", "bank", "tap", "layers", "grid", "codec"}, "older stores have no more"
+    assert plain.plain().keys() == {"teacher", "bank", "tap", "layers", "grid", "codec"}, "older stores have no more"
     assert target_id(teacher, plain) == "cnn-activations-g2-u8-5683c315"
     assert (Tap.of(plain).at, Tap.of(plain).antialias) == ("norm", False)
     for wish, added, named in (
@@ -195,11 +198,11 @@ def test_variants_of_activations_add_to_the_identity_and_leave_older_ids_as_they
         (TargetSpec("activations", None, 2, antialias=True), {"antialias": "all"}, "cnn-activations-antialias-g2-u8-"),
     ):
         other = identity(wish, CNN)
-        assert other == {**plain, **added}
+        assert other.plain() == {**plain.plain(), **added}
         assert target_id(teacher, other).startswith(named)
         tap = Tap.of(other)
         assert (tap.at, tap.antialias) == (wish.at, "all" if wish.antialias else False)
-    older = {**plain, "antialias": True}
+    older = plain.model_copy(update={"antialias": True})
     assert target_id(teacher, older) == "cnn-activations-antialias-g2-u8-d5b1bfb3"
     assert target_id(teacher, older) != target_id(teacher, other), "a stage that is enlarged had other numbers"
     assert Tap.of(older).antialias is True
@@ -214,39 +217,40 @@ def test_a_target_of_another_bank_or_teacher_is_another_target() -> None:
 def test_target_ids_say_what_they_are_and_manifests_hold_it(world: World) -> None:
     store = Store.open(world.store)
     manifest = store.target(world.targets["activations u8"])
-    assert manifest["id"].startswith("cnn-activations-g8-u8-")
-    assert manifest["identity"] == {
+    assert manifest.id.startswith("cnn-activations-g8-u8-")
+    assert manifest.identity.plain() == {
         "teacher": teacher_of(world.weights, "cnn").id, "bank": next(iter(store.banks())), "tap": "activations",
         "layers": [1, 2, 3, 4], "grid": 8, "codec": "u8",
     }  # fmt: skip
-    assert [stage["channels"] for stage in manifest["stages"]] == [8, 12, 16, 24]
-    assert manifest["sample_shape"] == [60, 8, 8]
-    assert store.target(world.targets["q"])["identity"]["layers"] == [3]
+    assert [stage.channels for stage in manifest.stages] == [8, 12, 16, 24]
+    assert manifest.sample_shape == (60, 8, 8)
+    assert store.target(world.targets["q"]).identity.layers == (3,)
 
 
 def test_manifests_say_how_well_the_codec_keeps_what_the_teacher_gave(world: World) -> None:
     store = Store.open(world.store)
-    errors = {name: store.target(id)["codec_errors"] for name, id in world.targets.items()}
-    assert errors["activations f32"]["f32"] == {"relative": 0, "cosine": pytest.approx(1)}
+    measured = {name: store.target(id).codec_errors for name, id in world.targets.items()}
+    errors = {name: {codec: error for codec, error in known.items() if error} for name, known in measured.items()}
+    assert errors["activations f32"]["f32"].plain() == {"relative": 0, "cosine": pytest.approx(1)}
     assert errors["activations f32"] == errors["activations u8"], "every codec that fits, whichever was taken"
     for name, codec in (("activations u8", "u8"), ("class_row", "f16"), ("q", "f16")):
-        assert 0 < errors[name][codec]["relative"] < 0.01
-        assert errors[name][codec]["cosine"] == pytest.approx(1, abs=1e-4)
-    assert errors["class_row"]["f16"]["relative"] < 2**-11
+        assert 0 < errors[name][codec].relative < 0.01
+        assert errors[name][codec].cosine == pytest.approx(1, abs=1e-4)
+    assert errors["class_row"]["f16"].relative < 2**-11
     assert set(errors["class_row"]) == {"f16", "f32", "u8", "log8"}
     assert set(errors["logits"]) == {"f32", "f16", "u8", "topk20"}
     for name in ("class_row", "logits"):
-        assert errors[name]["f32"]["kl"] == pytest.approx(0, abs=1e-9)
-        assert all(error["kl"] >= -1e-9 for error in errors[name].values())
-    assert 0 < errors["class_row"]["log8"]["kl"] < 1e-3
+        assert errors[name]["f32"].kl == pytest.approx(0, abs=1e-9)
+        assert all(error.kl >= -1e-9 for error in errors[name].values())
+    assert 0 < errors["class_row"]["log8"].kl < 1e-3
 
 
 def test_targets_that_are_asked_for_together_share_one_graph(world: World) -> None:
     store = Store.open(world.store)
-    graphs = {name: store.target(id)["graph"] for name, id in world.targets.items()}
+    graphs = {name: store.target(id).graph for name, id in world.targets.items()}
     assert len({graphs[name] for name in ("activations f32", "activations u8", "logits")}) == 1
     assert len({graphs[name] for name in ("class_row", "class_token", "q", "k")}) == 1
-    outputs = [store.target(world.targets[name])["output"] for name in ("activations f32", "activations u8", "logits")]
+    outputs = [store.target(world.targets[name]).output for name in ("activations f32", "activations u8", "logits")]
     assert outputs == [0, 0, 1], "one tap with two codecs is one output of the graph"
 
 

@@ -93,24 +93,24 @@ def test_losses_find_what_they_read_of_other_teachers(kept: Any) -> None:
     store, mine, theirs = kept
     own, other = (stored_target(store, ids["vit"]["attention"]) for ids in (mine, theirs))
     for field in ("layers", "prefix", "heads", "classes"):
-        assert own.teacher[field] == other.teacher[field]
-    assert own.target["identity"]["layers"] == other.target["identity"]["layers"]
+        assert getattr(own.teacher, field) == getattr(other.teacher, field)
+    assert own.target.identity.layers == other.target.identity.layers
     own, other = (stored_target(store, ids["cnn"]["activations"]) for ids in (mine, theirs))
-    for key in ("stage", "channels"):
-        assert [stage[key] for stage in own.target["stages"]] == [stage[key] for stage in other.target["stages"]]
-    assert [stage["tap"] for stage in own.target["stages"]] == OUTPUTS["cnn"][:4]
-    assert own.target["axes"] == other.target["axes"]
+    stages = [[(stage.stage, stage.channels) for stage in given.target.stages] for given in (own, other)]
+    assert stages[0] == stages[1]
+    assert [stage.tap for stage in own.target.stages] == OUTPUTS["cnn"][:4]
+    assert own.target.axes == other.target.axes
 
 
 def test_layers_and_class_rows_are_chosen_of_the_named_tensors(place: Any, kept: Any, tmp_path: Path) -> None:
     _, shards, paths = place
     store = kept[0]
     chosen = keep(tmp_path / "S", shards, paths["cnn"], STAGES, ["activations,layers=4+2,grid=5,codec=f32"])
-    teacher = teacher_of(dict.fromkeys(["cnn"], store.teachers()["cnn"]["weights"]), "cnn")
+    teacher = teacher_of(dict.fromkeys(["cnn"], store.teachers()["cnn"].weights), "cnn")
     result = run_precompute(tmp_path / "S", shards, teacher, ["activations,layers=4+2,grid=5,codec=f32"])
     other = Store.open(tmp_path / "S")
     manifest = other.target(chosen["activations"])
-    assert [stage["tap"] for stage in manifest["stages"]] == ["stage4", "stage2"]
+    assert [stage.tap for stage in manifest.stages] == ["stage4", "stage2"]
     found, expected = (other.array(id).compute() for id in (chosen["activations"], *result["targets"]))
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
@@ -128,8 +128,8 @@ def test_contract_11_another_tap_is_a_target_of_the_same_teacher(place: Any, tmp
     assert (store / "teachers/g/manifest.json").read_bytes() == before
     manifests = Store.open(store).targets()
     assert len({*first.values(), *second.values(), *third.values()}) == len(manifests) == 3
-    assert len({manifest["identity"]["teacher"] for manifest in manifests.values()}) == 1
-    assert manifests[third["activations"]]["identity"]["tensors"] == ["b"]
+    assert len({manifest.identity.teacher for manifest in manifests.values()}) == 1
+    assert manifests[third["activations"]].identity.tensors == ("b",)
     assert keep(store, shards, path, ["logits=y"], ["logits"]) == first
 
 
@@ -149,8 +149,9 @@ def test_identities_of_timm_targets_are_what_they_were(kept: Any) -> None:
     store, _, theirs = kept
     for ids in theirs.values():
         for id in ids.values():
-            assert set(store.target(id)["identity"]) == {"teacher", "bank", "tap", "layers", "grid", "codec"}
-            assert "network" not in store.target(id)
+            content = store.target(id).plain()
+            assert content["identity"].keys() == {"teacher", "bank", "tap", "layers", "grid", "codec"}
+            assert "network" not in content
 
 
 def test_the_same_file_makes_the_same_graph_wherever_it_lies(place: Any, tmp_path: Path) -> None:
@@ -179,7 +180,7 @@ def test_verify_asks_the_file_by_itself_or_else_the_stored_graph(place: Any, tmp
 
     def checked(*weights: str) -> VerifyReport:
         report = VerifyReport()
-        return verify(store, shards, 10, look=LiveTargets(store, report, weights), report=report)
+        return verify(store, shards, samples=10, look=LiveTargets(store, report, weights), report=report)
 
     report = checked()
     assert not report.failures
@@ -191,8 +192,10 @@ def test_verify_asks_the_file_by_itself_or_else_the_stored_graph(place: Any, tmp
     with pytest.raises(IdentityError, match="sha256: expected"):
         checked(str(paths["vit"]))
     live = LiveTargets(store, VerifyReport(), (str(tmp_path / "moved.onnx"),))
-    live.teachers["g"]["identity"]["mean"] = [0.4, 0.5, 0.5]
-    failures = verify(store, shards, 10, look=live, report=live.report).failures
+    recorded = live.teachers["g"]
+    changed = recorded.identity.model_copy(update={"mean": (0.4, 0.5, 0.5)})
+    live.teachers["g"] = recorded.model_copy(update={"identity": changed})
+    failures = verify(store, shards, samples=10, look=live, report=live.report).failures
     assert len(failures) == 40
     assert "it differs from the file run by itself" in failures[0]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from precompute.verify_targets import teacher_of
 from storage.errors import IdentityError, UserError
 from storage.objects.checkpoint_file import EARLIER
 from storage.objects.state_dict import read_weights
+from storage.store.manifests import TeacherManifest
 from storage.store.store import Store
 from storage.testing import TINY_VIT
 
@@ -110,15 +112,15 @@ def test_other_weights_of_a_file_are_another_teacher_and_old_identities_stay(tmp
     path = saved(tmp_path / "w.pth", {"state_dict": state(0), "state_dict_ema": state(1)})
     average, plain = find(path), find(path, weights_key="state_dict")
     assert average.id != plain.id
-    assert plain.identity.keys() == find(saved(tmp_path / "p.pth", state(0))).identity.keys()
+    assert plain.identity.plain().keys() == find(saved(tmp_path / "p.pth", state(0))).identity.plain().keys()
     store = Store.create(tmp_path / "S")
-    about = teacher.describe_teacher(plain, teacher.load_teacher(plain))
-    store.add_teacher("t", plain.identity, about)  # as earlier versions recorded it
+    parts = teacher.anatomy(teacher.load_teacher(plain))
+    store.add(replace(plain, name="t").manifest(parts))  # as earlier versions recorded it
     with pytest.raises(IdentityError, match=r"weights key: .*state_dict_ema"):
-        store.add_teacher("t", average.identity, {})
+        store.require_same(TeacherManifest, "t", average.identity)
     again = teacher_of("t", store.teachers()["t"], path)
     assert equal(teacher.load_teacher(again).state_dict(), read_weights(path, order=EARLIER))
-    store.add_teacher("u", average.identity, about)
+    store.add(replace(average, name="u").manifest(parts))
     assert equal(teacher.load_teacher(teacher_of("u", store.teachers()["u"], path)).state_dict(), state(1))
 
 

@@ -20,7 +20,7 @@ from student.alignment.student_spec import StudentSpec
 from student.evaluation.ensemble import Classifier, ensemble_predictions
 from student.models.build import build
 from student.models.files import StudentDescription, load_student, save_student
-from student.targets.stored_target import StoredTarget
+from tests.manifests import stored
 from tests.storage.helpers import by_us, class_folders, picture
 
 NFC = ["br\u00fbl\u00e9e", "cr\u00e8me"]
@@ -53,7 +53,7 @@ def test_a_list_with_one_name_in_both_spellings_is_not_distinct(tmp_path):
 
 @pytest.mark.parametrize(("teacher", "student"), [(NFC, NFD), (NFD, NFC)])
 def test_a_teacher_and_a_student_of_two_spellings_meet(teacher, student):
-    given = StoredTarget({"id": "t-logits", "sample_shape": [2]}, {"id": "t", "classes": teacher})
+    given = stored("logits", [2], teacher={"classes": teacher})
     shape = StudentSpec(1, 1, 1, (), classes=2, names=tuple(student))
     assert "the same names" in str(align_classes("kd", given, shape, same_classes=False))
 

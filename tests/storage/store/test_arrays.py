@@ -76,7 +76,9 @@ def test_an_array_is_what_was_appended(tmp_path, shape, dtype, pieces):
     count = 150 if shape != (2, 300, 300) else 15
     values = np.random.default_rng(0).integers(0, 200, (count, *shape)).astype(dtype)
     objects = LocalObjectStore(tmp_path)
-    writer = ArrayWriter(objects, "a/b", count, shape, dtype, [f"x{i}" for i in range(len(shape))], {"id": "t"})
+    writer = ArrayWriter(
+        objects, "a/b", count, shape, dtype=dtype, attributes={"id": "t"}, axes=[f"x{i}" for i in range(len(shape))]
+    )
     start = 0
     for piece in pieces:
         writer.append(values[start : start + piece])
@@ -90,19 +92,19 @@ def test_an_array_is_what_was_appended(tmp_path, shape, dtype, pieces):
 
 def test_the_last_chunk_is_padded_and_read_without_its_padding(tmp_path):
     objects = LocalObjectStore(tmp_path)
-    writer = ArrayWriter(objects, "a", 100, (40_000,), "uint8", ["x"], {})
+    writer = ArrayWriter(objects, "a", 100, (40_000,), dtype="uint8", axes=["x"], attributes={})
     values = np.random.default_rng(0).integers(0, 256, (100, 40_000), np.uint8)
     writer.append(values)
     array = StoredArray.of(objects, "a", writer.finish())
-    assert array.chunk_shape == (64, 40_000)
-    assert len(set(array.lengths)) == 1
+    assert array.metadata.chunk_shape == (64, 40_000)
+    assert array.size == 2 * (64 * 40_000 + 4)
     assert np.array_equal(array.chunk(1), values[64:])
 
 
 @pytest.mark.parametrize("given_samples", [0, 9, 11])
 def test_an_array_of_too_few_or_many_samples_is_not_finished(tmp_path, given_samples):
     def write() -> None:
-        writer = ArrayWriter(LocalObjectStore(tmp_path), "a", 10, (2,), "uint8", ["x"], {})
+        writer = ArrayWriter(LocalObjectStore(tmp_path), "a", 10, (2,), dtype="uint8", axes=["x"], attributes={})
         writer.append(np.zeros((given_samples, 2), np.uint8))
         writer.finish()
 
@@ -112,7 +114,7 @@ def test_an_array_of_too_few_or_many_samples_is_not_finished(tmp_path, given_sam
 
 @pytest.mark.parametrize("fill", [0, 1])
 def test_an_array_of_zeros_has_all_of_its_chunks(tmp_path, fill):
-    writer = ArrayWriter(LocalObjectStore(tmp_path), "a", 200, (20_000,), "uint8", ["x"], {})
+    writer = ArrayWriter(LocalObjectStore(tmp_path), "a", 200, (20_000,), dtype="uint8", axes=["x"], attributes={})
     writer.append(np.full((200, 20_000), fill, np.uint8))
     entry = writer.finish()
     assert sorted(p.relative_to(tmp_path / "a").as_posix() for p in (tmp_path / "a" / "c").rglob("*/0")) == [
@@ -135,7 +137,7 @@ def test_a_missing_chunk_is_damage_though_zarr_reads_zeros(small):
 
 def test_chunks_in_exchange_for_each_other_are_damage(kept, tmp_path):
     objects = LocalObjectStore(tmp_path)
-    writer = ArrayWriter(objects, "a", 128, (20_000,), "uint8", ["x"], {})
+    writer = ArrayWriter(objects, "a", 128, (20_000,), dtype="uint8", axes=["x"], attributes={})
     writer.append(np.random.default_rng(0).integers(0, 256, (128, 20_000), np.uint8))
     array = StoredArray.of(objects, "a", writer.finish())
     one, two = objects.get("a/c/0/0"), objects.get("a/c/1/0")
@@ -157,7 +159,7 @@ def test_zarr_alone_reads_a_target(kept, codec):
     for task, expected in values[codec].items():
         marker = small.store.marker(task)
         for name, array in marker.arrays.items():
-            path = small.store.objects.root / task.folder / marker.content["attempt"] / name
+            path = small.store.objects.root / task.folder / marker.record.attempt / name
             alone = zarr.open_array(str(path), mode="r")
             assert np.array_equal(alone[:], array.read(0, array.shape[0]))
             assert alone.attrs.asdict() == {"id": task.id, "shard": task.shard, "view": task.view}
@@ -231,7 +233,7 @@ def test_real_targets_are_read_by_zarr_and_dask_alike(world):
         assert len(values) == 150 * len(tasks) == 600
         assert np.array_equal(values[150:300], decoded(store, tasks[1], codec))
         marker = store.marker(tasks[0])
-        folder = world.store / tasks[0].folder / marker.content["attempt"]
+        folder = world.store / tasks[0].folder / marker.record.attempt
         arrays = {array: zarr.open_array(str(folder / array), mode="r")[:] for array in marker.arrays}
         assert np.array_equal(decode(codec, arrays), values[:150])
 

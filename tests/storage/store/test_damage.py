@@ -28,7 +28,7 @@ def objects(store: Path) -> list[Path]:
 
 def read_in_training(store: Path, world: World, target: str) -> list[Path]:
     """The objects that a run over this target reads."""
-    bank = Store.open(store).target(target)["identity"]["bank"]
+    bank = Store.open(store).target(target).identity.bank
     found = [store / "zarr.json", store / f"banks/{bank}/manifest.json", *(store / "targets").glob("*/manifest.json")]
     found += [
         *(store / "shards").iterdir(),

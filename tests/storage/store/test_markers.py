@@ -49,7 +49,7 @@ def test_an_attempt_counts_from_its_commit_on(small):
     assert task not in small.store.done()
     with pytest.raises(DamageError, match=re.escape(task.name)):
         small.store.marker(task)
-    assert attempt.commit(MADE).content["attempt"] == attempt.name
+    assert attempt.commit(MADE).record.attempt == attempt.name
     assert task in small.store.done()
     assert np.array_equal(decoded(small.store, task, "u8"), values)
 
@@ -60,7 +60,7 @@ def test_of_two_attempts_at_one_task_the_first_counts(small):
     first, second = small.attempt(task, "f32", ones), small.attempt(task, "f32", ones * 2)
     marker = first.commit(MADE)
     before = files_of(small.store.objects.root)
-    assert second.commit(MADE).content == marker.content
+    assert second.commit(MADE).record == marker.record
     assert small.store.objects.names(task.folder) == [first.name]
     assert {k: v for k, v in files_of(small.store.objects.root).items() if second.name not in k} == {
         k: v for k, v in before.items() if second.name not in k
@@ -77,7 +77,7 @@ def test_of_two_threads_that_commit_one_task_one_counts(small):
         def work(number: int, task=task, values=values, barrier=barrier) -> str:
             attempt = small.attempt(task, "f32", values[number])
             barrier.wait()
-            return str(attempt.commit(MADE).content["attempt"])
+            return str(attempt.commit(MADE).record.attempt)
 
         with ThreadPoolExecutor(2) as threads:
             counts = list(threads.map(work, range(2)))
@@ -146,9 +146,9 @@ def test_a_marker_that_somebody_put_in_place_of_a_judged_one_stays(small):
     task = min(small.values)
     judged = small.store.marker(task)
     good = small.store.objects.get(f"done/{task.name}")
-    small.store.objects.put(f"done/{task.name}", json_record.to_json({**judged.content, "by": "another run"}))
+    small.store.objects.put(f"done/{task.name}", json_record.to_json({**judged.record.plain(), "by": "another run"}))
     small.store.discard(judged)
-    assert small.store.marker(task).content["by"] == "another run"
+    assert small.store.marker(task).record.plain()["by"] == "another run"
     small.store.objects.put(f"done/{task.name}", good)
     small.store.discard(judged)
     assert task not in small.store.done()

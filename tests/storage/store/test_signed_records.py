@@ -255,7 +255,7 @@ def test_parameters_of_views_are_held_against_their_bounds(world, tmp_path, colu
     store = Store.open(world.copy(tmp_path / "store"))
     task = min(task for task in store.done() if task.kind == "bank")
     marker = store.marker(task)
-    about = {name: marker.content[name] for name in ("summary", "invalid", "renderer")}
+    about = {name: marker.record.plain()[name] for name in ("summary", "invalid", "renderer")}
     rows = marker.arrays["parameters"].read(0, marker.samples).copy()
     assert np.array_equal(view_rows([View.of(row) for row in rows]), rows)
     rows[3, COLUMNS.index(column)] = value

@@ -8,6 +8,7 @@ import pickle
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,8 +21,9 @@ from storage.objects import json_record
 from storage.objects.object_store import LocalObjectStore, open_object_store
 from storage.shards.index import build_index, read_samples
 from storage.store.attempts import Attempt
-from storage.store.banks import bank_policy, describe_bank, read_views
+from storage.store.banks import bank_manifest, bank_policy, read_views
 from storage.store.card import card
+from storage.store.manifests import BankIdentity, BankManifest, TargetManifest, TeacherManifest
 from storage.store.markers import Task
 from storage.store.store import Store
 from storage.views.policy import OPERATIONS_VERSION, policy
@@ -64,15 +66,15 @@ def test_another_image_or_renderer_is_named_at_replay(kept):
 
 def test_a_bank_whose_views_need_newer_operations_says_so(small):
     line = policy("light", 16)
-    identity = {**line.identity, "operations": OPERATIONS_VERSION + 1}
-    id = f"light-{json_record.digest_of(identity)[:8]}"
-    small.store.add_bank(id, identity, describe_bank(line))
+    identity = BankIdentity.model_validate({**line.identity, "operations": OPERATIONS_VERSION + 1})
+    id = f"light-{identity.digest[:8]}"
+    small.store.add(bank_manifest(line).model_copy(update={"id": id, "identity": identity}))
     with pytest.raises(UserError, match=rf"bank {id}: its views need a newer version"):
         bank_policy(small.store, id)
 
 
 def test_a_bank_whose_manifest_is_anothers_is_damage(small):
-    manifest = small.store.banks()[small.policy.bank]
+    manifest = small.store.bank(small.policy.bank).plain()
     other = {**manifest, "identity": {**manifest["identity"], "size": 9}}
     small.store.objects.put(f"banks/{small.policy.bank}/manifest.json", json_record.to_json(other))
     with pytest.raises(DamageError, match=r"manifest\.json: damaged"):
@@ -174,13 +176,18 @@ IDENTITY = {
 ABOUT = {"weights": "timm hub", "classes": None, "parameters": 1, "network": "cnn", "layers": 4}
 
 
+def teacher(**changes: Any) -> TeacherManifest:
+    content = {"format": 1, "kind": "teacher", "id": "cnn", "identity": IDENTITY, **ABOUT, **changes}
+    return TeacherManifest.model_validate(content)
+
+
 def test_another_teacher_under_a_known_name_is_refused(small):
-    first = small.store.add_teacher("cnn", IDENTITY, ABOUT)
-    assert small.store.add_teacher("cnn", IDENTITY, {**ABOUT, "layers": 99}) == first == small.store.teachers()["cnn"]
+    first = small.store.add(teacher())
+    assert small.store.add(teacher(layers=99)) == first == small.store.teachers()["cnn"]
     for field, value in (("weights sha256", "b" * 64), ("input size", 32), ("arguments", {"in_chans": 1}), ("new", 1)):
         before = files_of(small.store.objects.root)
         with pytest.raises(IdentityError) as error:
-            small.store.add_teacher("cnn", {**IDENTITY, field: value}, ABOUT)
+            small.store.add(teacher(identity={**IDENTITY, field: value}))
         assert (error.value.field, error.value.expected, error.value.found) == (field, IDENTITY.get(field), value)
         assert "--teacher-name cnn-2" in str(error.value)
         assert "teacher 'cnn'" in str(error.value)
@@ -188,11 +195,13 @@ def test_another_teacher_under_a_known_name_is_refused(small):
 
 
 def test_a_target_or_bank_with_another_identity_under_its_id_is_refused(small):
+    f32 = small.store.target("t").identity.model_copy(update={"codec": "f32"})
     with pytest.raises(IdentityError) as error:
-        small.store.add_target("t", {**small.store.target("t")["identity"], "codec": "f32"}, {})
+        small.store.require_same(TargetManifest, "t", f32)
     assert (error.value.field, error.value.expected, error.value.found) == ("codec", "u8", "f32")
+    seeded = BankIdentity.model_validate({**small.policy.identity, "seed": 1})
     with pytest.raises(IdentityError, match="seed: expected 0, found 1"):
-        small.store.add_bank(small.policy.bank, {**small.policy.identity, "seed": 1}, {})
+        small.store.require_same(BankManifest, small.policy.bank, seeded)
 
 
 def test_an_unknown_target_names_the_nearest(small):
@@ -204,7 +213,7 @@ def test_adding_a_target_or_teacher_touches_nothing_that_is_there(small):
     root = small.store.objects.root
     before = files_of(root)
     small.add_target("another", "f16")
-    small.store.add_teacher("cnn", IDENTITY, ABOUT)
+    small.store.add(teacher())
     small.store.add_graph("cnn", b"graph")
     small.store.add_index(small.indexes[0], small.shards[0])
     after = files_of(root)

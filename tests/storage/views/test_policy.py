@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from storage.errors import UserError
 from storage.rng import generator
-from storage.store.banks import describe_bank, policy_of
+from storage.store.banks import bank_manifest, policy_of
+from storage.store.manifests import BankManifest
 from storage.testing import synthetic_image
 from storage.views.draw import draw_view
 from storage.views.policy import NAMED, OPERATIONS_VERSION, policy
@@ -124,8 +125,8 @@ def test_the_bank_changes_with_the_version_of_the_operations(monkeypatch):
 @pytest.mark.parametrize("line", ["light", "eval", "none", "crop(0.3)"])
 def test_the_policy_of_a_bank_is_read_back_from_its_manifest(line):
     drawn_from = policy(line, 48, 9 if policy(line, 48).random else 0)
-    manifest = json.loads(json.dumps({"identity": drawn_from.identity, **describe_bank(drawn_from)}))
-    assert policy_of(manifest) == drawn_from
+    content = json.loads(json.dumps(bank_manifest(drawn_from).plain()))
+    assert policy_of(BankManifest.model_validate(content)) == drawn_from
 
 
 @pytest.mark.parametrize("line", ["light", "none", "resize|flip", "eval"])

@@ -17,6 +17,7 @@ from student.alignment.student_spec import StudentSpec, student_spec
 from student.losses import advit, attention_transfer, head_specific
 from student.settings import AlignedLossConfig
 from student.targets.stored_target import StoredTarget
+from tests.manifests import stored
 
 SETTINGS: dict[str, type[AlignedLossConfig]] = {
     "class": advit.Settings, "all": attention_transfer.Settings, "scores": head_specific.Settings,
@@ -31,9 +32,8 @@ def given(
     tokens = len(prefix) + side * side
     last = {"attention": [tokens, tokens], "class_row": [tokens], "q": [tokens, width], "k": [tokens, width],
             "v": [tokens, width]}[tap]  # fmt: skip
-    identity = {"tap": tap, "layers": layers}
-    target = {"id": f"t-{tap}", "identity": identity, "sample_shape": [len(layers), heads, *last]}
-    return StoredTarget(target, {"id": "t", "layers": depth, "heads": heads, "prefix": list(prefix), **about})
+    teacher = {"layers": depth, "heads": heads, "prefix": prefix, **about}
+    return stored(tap, [len(layers), heads, *last], layers, teacher)
 
 
 def rows(which: str, student: StudentSpec, *several: StoredTarget, **settings: Any) -> AttentionAligner:
@@ -73,7 +73,7 @@ def test_class_rows_come_from_rows_maps_or_q_and_k_alike():
 def test_the_recorded_scale_of_stored_q_and_k_counts():
     q, k = torch.randn(2, 4, 3, 17, 8), torch.randn(2, 4, 3, 17, 8)
     one = given("q")
-    scaled = StoredTarget({**one.target, "scales": [0.1, 0.2, 0.3, 0.4]}, one.teacher)
+    scaled = StoredTarget(one.target.model_copy(update={"scales": (0.1, 0.2, 0.3, 0.4)}), one.teacher)
     found = rows("all", STUDENT, scaled, given("k"), layers=((1, 3),)).teacher_rows([q, k])
     assert torch.allclose(found[:, 0], (q[:, 2] @ k[:, 2].transpose(-2, -1) * 0.3).softmax(-1), atol=1e-6)
 
@@ -367,8 +367,7 @@ def test_the_table_says_what_meets():
 
 
 def logits(count: int = 3, classes: list[str] | None = None) -> StoredTarget:
-    return StoredTarget({"id": "t-logits", "identity": {"tap": "logits"}, "sample_shape": [count]},
-                 {"id": "t", "classes": classes})  # fmt: skip
+    return stored("logits", [count], teacher={"classes": classes})
 
 
 def test_contract_10_logits_meet_the_same_classes_alone():

@@ -132,9 +132,7 @@ def test_heads_of_each_layer_count_in_links_and_heat():
 def test_pit_is_no_teacher_of_attention_and_says_why():
     with pytest.raises(UserError, match="PoolingVisionTransformer: it pools its patches between layers"):
         TappedTeacher(pit(**SMALL), [Tap("class_row")], 64, 64, (0.5,) * 3, (0.5,) * 3)
-    about = teacher.describe_teacher(teacher.Teacher("pit", "pit_s_224", {}, None, "", 64, (0.5,) * 3, (0.5,) * 3),
-                              pit(**SMALL))  # fmt: skip
-    assert about["network"] == "other"
+    assert teacher.anatomy(pit(**SMALL)).network == "other"
 
 
 PIT = ["student.model=pit_ti_224", "student.patch_size=4", "student.embed_dim=null", "student.depth=null",

@@ -15,6 +15,7 @@ from student.alignment.student_taps import StudentTap, StudentTaps
 from student.alignment.tokens import TokenAligner
 from student.losses.attention_transfer import Settings
 from student.targets.stored_target import StoredTarget
+from tests.manifests import stored
 
 READS: frozenset[StudentTap] = frozenset({"attention", "values", "streams", "tokens"})
 LAYERS = (1, 2, 3)
@@ -27,9 +28,7 @@ def network(**more: Any) -> Any:
 
 
 def given(tap: str, target: torch.Tensor, layers: tuple[int, ...] | None = LAYERS) -> StoredTarget:
-    identity = {"tap": tap, "layers": list(layers) if layers else None}
-    manifest: Any = {"id": f"t-{tap}", "identity": identity, "sample_shape": list(target.shape[1:])}
-    return StoredTarget(manifest, {"layers": 3, "prefix": ["class"]})
+    return stored(tap, target.shape[1:], layers, {"layers": 3, "prefix": ["class"]})
 
 
 @pytest.mark.parametrize("tap", ["q", "k", "v", "tokens", "final"])

@@ -86,7 +86,7 @@ def test_what_is_copied_matters_and_q_with_k_is_the_map(world, place):
 
 def test_the_map_comes_from_q_and_k_alike(world, place):
     store = Store.open(place)
-    train = {m["identity"]["tap"]: id for id, m in store.targets().items() if "deit" in m["identity"]["bank"]}
+    train = {m.identity.tap: id for id, m in store.targets().items() if "deit" in m.identity.bank}
     by_map, by_qk = ({"target": train["attention"]}, {"target": [train["q"], train["k"]]})
     first, second = (logits_of(*distiller_of(world, place, one)) for one in (by_map, by_qk))
     assert torch.allclose(first, second, atol=1e-5)
@@ -128,7 +128,7 @@ def test_contract_1_copied_from_an_f32_store_equals_copied_from_the_teacher_in_t
         ids = list(stream.source.targets)
         live = {}
         for id in ids:
-            live[id] = live_teacher(teacher_of(world.weights, "vit"), [Tap.of(store.target(id)["identity"])], 32)
+            live[id] = live_teacher(teacher_of(world.weights, "vit"), [Tap.of(store.target(id).identity)], 32)
         optimizer = torch.optim.AdamW(distiller.parameters(), 1e-3)
         for batch, _ in zip(stream.epoch(0), range(5), strict=False):
             with torch.no_grad():
@@ -210,7 +210,7 @@ def test_the_mean_over_examples_stands_for_all_and_goes_with_the_student(world, 
     ]
     store = Store.open(place)
     run(world, tmp_path / "run", "scratch", *settings, store=store)
-    train = {m["identity"]["tap"]: id for id, m in store.targets().items() if "deit" in m["identity"]["bank"]}
+    train = {m.identity.tap: id for id, m in store.targets().items() if "deit" in m.identity.bank}
     expected = store.array(train["attention"]).compute().mean(0, dtype="f8")
     for name in ("last", "ema"):
         model, _ = load_student(tmp_path / "run" / f"{name}.safetensors")

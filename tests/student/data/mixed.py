@@ -27,7 +27,7 @@ def rows_of(store: Path, shard: str, view: int) -> list[Row]:
     import zarr
 
     marker = Store.open(store).marker(Task("bank", DEIT.bank, shard, view))
-    path = f"{marker.task.folder}/{marker.content['attempt']}/parameters"
+    path = f"{marker.task.folder}/{marker.record.attempt}/parameters"
     array = zarr.open_array(store / path, mode="r")
     columns: Any = array.attrs["columns"]
     return [dict(zip(columns, row, strict=True)) for row in np.asarray(array[:]).tolist()]

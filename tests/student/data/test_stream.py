@@ -52,7 +52,7 @@ def test_samples_come_with_their_own_image_label_and_target(world, epochs):
     store, target = Store.open(world.store), world.targets["activations u8"]
     indexes = [cached_index(url) for url in world.shards]
     samples = [read_samples(url, ix, range(len(ix))) for url, ix in zip(world.shards, indexes, strict=True)]
-    bank = store.target(target)["identity"]["bank"]
+    bank = store.target(target).identity.bank
     for batch in epochs[0] + epochs[1]:
         for row, (shard, i, view) in enumerate(batch.ids.tolist()):
             marker = store.marker(Task("bank", bank, indexes[shard].id, view))

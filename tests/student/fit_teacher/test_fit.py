@@ -188,7 +188,7 @@ def test_all_but_the_head_is_the_recorded_teacher(made, fitted):
         said = file.metadata()
     assert json.loads(said["classes"]) == classes_of(made.shards)
     origin = json.loads(said["fitted"])
-    assert origin["teacher"] == made.store.teachers()["vit"]["identity"]
+    assert origin["teacher"] == made.store.teachers()["vit"].identity.plain()
     assert (origin["target"], origin["l2"]) == (made.targets["class_token"], result["l2"])
 
 
@@ -240,7 +240,7 @@ def test_the_same_command_gives_the_same_bytes_and_the_next_one_runs(made, tmp_p
     verified = json.loads(out)
     assert (status, verified["ok"]) == (0, True), verified
     assert verified["compared_with"]["two"] == f"PyTorch teacher ({files[1]})"
-    assert Store.open(store).teachers()["two"]["classes"] == ["class0", "class1", "class2"]
+    assert Store.open(store).teachers()["two"].classes == ("class0", "class1", "class2")
     state = load_file(files[1])
     features, logits = (Store.open(store).array(t).compute() for t in (made.targets["class_token"], target))
     expected = features @ state["head.weight"].numpy().T + state["head.bias"].numpy()
@@ -313,7 +313,8 @@ def test_one_block_leaves_nothing_to_choose_by(made, tmp_path):
 
 
 def test_weights_that_have_moved_are_asked_for(made, tmp_path):
-    recorded = {**made.store.teachers()["vit"], "weights": str(tmp_path / "gone.safetensors")}
+    weights = str(tmp_path / "gone.safetensors")
+    recorded = made.store.teachers()["vit"].model_copy(update={"weights": weights})
     with pytest.raises(UserError, match=r"its weights are no longer at .*gone\.safetensors; say where: --weights F"):
         network_of(recorded, None, 3)
     assert network_of(recorded, made.weights["vit"], 3) is not None
@@ -334,14 +335,16 @@ def test_weights_of_the_hub_are_known_by_their_digest(made, monkeypatch):
         return model
 
     monkeypatch.setattr("student.fit_teacher.network.timm.create_model", hub)
-    identity = {**made.store.teachers()["vit"]["identity"], "weights sha256": digest_of_state(state)}
-    recorded = {"id": "vit", "identity": identity, "weights": "timm hub"}
+    teacher = made.store.teachers()["vit"]
+    identity = teacher.identity.model_copy(update={"weights_sha256": digest_of_state(state)})
+    recorded = teacher.model_copy(update={"identity": identity, "weights": "timm hub"})
     model = network_of(recorded, None, 5)
     assert torch.equal(model.state_dict()["cls_token"], state["cls_token"])
     assert model.state_dict()["head.weight"].shape == (5, 48)
-    arguments = {name: value for name, value in identity["arguments"].items() if name != "img_size"}
-    digest = digest_of_state(hub(identity["model"], True, **arguments).state_dict())  # of the hub's size, 224
-    smaller = {**recorded, "identity": {**identity, "arguments": arguments, "weights sha256": digest}}
+    arguments = {name: value for name, value in identity.arguments.items() if name != "img_size"}
+    digest = digest_of_state(hub(identity.model, True, **arguments).state_dict())  # of the hub's size, 224
+    smaller = identity.model_copy(update={"arguments": arguments, "weights_sha256": digest})
+    smaller = recorded.model_copy(update={"identity": smaller})
     assert network_of(smaller, None, 5).state_dict()["pos_embed"].shape == state["pos_embed"].shape
     state["cls_token"] += 1
     with pytest.raises(IdentityError, match="from timm's hub: weights sha256: expected"):

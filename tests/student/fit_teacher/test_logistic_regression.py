@@ -13,6 +13,7 @@ from storage.objects.state_dict import digest_of_file
 from storage.testing import TINY_CNN, TINY_VIT
 from student.fit_teacher.logistic_regression import Examples, Head, fit, held_out, search_strength
 from student.fit_teacher.network import heads_of, network_of, put_in
+from tests.manifests import teacher_manifest
 from tests.student.runs import POOLED
 from tests.typed import grad
 
@@ -107,8 +108,8 @@ def test_a_head_on_the_embedding_is_the_classifier_of_any_network(tmp_path, name
     original = timm.create_model(name, num_classes=7, **arguments)
     save_file(original.state_dict(), tmp_path / "w.safetensors")
     digest = digest_of_file(str(tmp_path / "w.safetensors"))
-    identity = {"model": name, "arguments": {**arguments, "num_classes": 7}, "weights sha256": digest, "input size": 32}
-    recorded = {"id": "t", "identity": identity, "weights": str(tmp_path / "w.safetensors")}
+    identity = {"model": name, "arguments": {**arguments, "num_classes": 7}, "weights sha256": digest}
+    recorded = teacher_manifest(identity, weights=str(tmp_path / "w.safetensors"))
     model = network_of(recorded, None, 4)
     views = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
     module = TappedTeacher(model, [Tap("embedding"), Tap("logits")], 32, 32, [0.5] * 3, [0.5] * 3).eval()

@@ -22,6 +22,7 @@ from student.losses.parts.aal_links import Layout
 from student.recipe import validate
 from student.settings import LinksConfig
 from student.targets.stored_target import StoredTarget
+from tests.manifests import stored
 from tests.student.losses.test_aal import printed
 from tests.student.runs import run, same, u8
 from tests.student.training.test_resume import Cut, cut_after
@@ -42,10 +43,9 @@ def chosen(wish: Any, layout: Layout = B3, stages: int = 7) -> torch.Tensor:
 
 
 def given(layout: Layout = B3, grid: int = 14) -> StoredTarget:
-    stages = [{"stage": n, "channels": c} for n, c in zip(layout.stages, layout.channels, strict=True)]
-    target = {"id": "t", "identity": {"grid": grid}, "sample_shape": [sum(layout.channels), grid, grid],
-              "stages": stages}  # fmt: skip
-    return StoredTarget(target, {"layers": max(layout.stages)})
+    stages = [{"stage": n, "tap": "", "channels": c} for n, c in zip(layout.stages, layout.channels, strict=True)]
+    shape = [sum(layout.channels), grid, grid]
+    return stored("activations", shape, teacher={"layers": max(layout.stages)}, grid=grid, stages=stages)
 
 
 # ---------------------------------------------------------------------------------------------- Table 1 and ranges

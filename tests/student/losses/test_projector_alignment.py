@@ -17,6 +17,7 @@ from student.losses import compress, projector_alignment
 from student.losses.parts.projector import projector
 from student.losses.projector_alignment import distance
 from student.targets.stored_target import StoredTarget
+from tests.manifests import stored
 from tests.typed import grad
 
 F64 = torch.float64
@@ -28,16 +29,14 @@ def values(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def token(width: int) -> StoredTarget:
-    manifest = {"id": "t-class_token", "identity": {"tap": "class_token", "layers": None}, "sample_shape": [width]}
-    return StoredTarget(manifest, {"id": "t"})
+    return stored("class_token", [width])
 
 
 def tokens(
     width: int, side: int = 4, layers: list[int] | None = None, prefix: tuple[str, ...] = ("class",)
 ) -> StoredTarget:
     shape = [len(layers or [1]), len(prefix) + side * side, width]
-    manifest = {"id": "t-tokens", "identity": {"tap": "tokens", "layers": layers}, "sample_shape": shape}
-    return StoredTarget(manifest, {"id": "t", "layers": 12, "prefix": list(prefix)})
+    return stored("tokens", shape, layers, {"prefix": prefix})
 
 
 def loss(

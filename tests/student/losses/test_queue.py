@@ -13,10 +13,10 @@ from storage.errors import UserError
 from student.alignment.student_spec import StudentSpec
 from student.losses import compress, seed
 from student.losses.parts.queue import Queue, unit
-from student.targets.stored_target import StoredTarget
 from student.training import checkpoint
 from student.training import train as trainer
 from tests.conftest import Quiet, World
+from tests.manifests import stored
 from tests.student.runs import job, log, run, same, weights
 from tests.student.training.test_ranks import together
 from tests.student.training.test_resume import Cut, cut_after
@@ -98,13 +98,8 @@ def test_a_queue_is_a_ring_that_holds_the_last_images(size, batch):
 def test_compress_gives_the_losses_of_the_authors_code_where_the_batch_does_not_divide_the_queue(queues, width, known):
     """Theirs in steps 4 to 6, when none of the random entries that their queue begins with is left."""
     settings = compress.Settings(depth=0, queue=20, queues=queues, temperature=0.04)
-    shape, target = (
-        StudentSpec(2, 3, 4, ("class",), width=6),
-        {"id": "t", "identity": {"tap": "class_token", "layers": None}},
-    )
-    method = compress.Method(
-        "it", settings, shape, [StoredTarget({**target, "sample_shape": [width]}, {"id": "t"})]
-    ).double()
+    shape = StudentSpec(2, 3, 4, ("class",), width=6)
+    method = compress.Method("it", settings, shape, [stored("class_token", [width])]).double()
     found = []
     for step in range(6):
         mine, theirs = (

@@ -7,6 +7,7 @@ their logarithms; the code computes logarithms from scores in f32.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -183,7 +184,7 @@ def test_a_student_that_is_its_peaked_teacher_has_nothing_to_learn(taps, heads):
     assert 1e-38 < rows.min() < 1e-12
     stored = {"class_row": rows, "q": parts["q"].detach()[:, None], "k": parts["k"].detach()[:, None]}
     one = [given(tap, depth=1, side=2, width=4) for tap in taps]
-    one = [StoredTarget({**g.target, "scales": [0.5]}, g.teacher) for g in one]
+    one = [StoredTarget(g.target.model_copy(update={"scales": (0.5,)}), g.teacher) for g in one]
     seen = SimpleNamespace(**{name: [part] for name, part in parts.items()}, scales=[0.5])
     for method, settings in (("guidance", {}), ("advit", {"distance": "kl", "kl_input": "log-prob"})):
         found = loss_of(
@@ -198,6 +199,11 @@ def test_a_student_that_is_its_peaked_teacher_has_nothing_to_learn(taps, heads):
 def test_a_stored_zero_counts_as_the_least_that_its_codec_keeps(codec):
     kept = Codec(codec, (1, 3, 5), 1)
 
+    def kept_as(name: str) -> StoredTarget:
+        target = given("class_row", depth=1, side=2)
+        identity = target.target.identity.model_copy(update={"codec": name})
+        return replace(target, target=target.target.model_copy(update={"identity": identity}))
+
     def stored(rows: Tensor) -> Tensor:
         return torch.from_numpy(kept.decode(kept.encode(rows.numpy()))).float()
 
@@ -206,8 +212,7 @@ def test_a_stored_zero_counts_as_the_least_that_its_codec_keeps(codec):
     least = stored(small)[stored(small) > 0].min()
     rows = torch.tensor([60.0, 50, 40, 0, -20]).softmax(0).expand(4, 1, 3, 5)
     decoded = stored(rows)
-    one = given("class_row", depth=1, side=2)
-    one.target["identity"]["codec"] = codec
+    one = kept_as(codec)
     made = AttentionAligner("it", advit.Settings(heads=None), StudentSpec(1, 3, 2, ("class",)), [one], "class")
     found, exact = made.teacher_logs([decoded]), rows.log()
     held = decoded > 0
@@ -215,6 +220,6 @@ def test_a_stored_zero_counts_as_the_least_that_its_codec_keeps(codec):
     assert not held[..., 3:].any()
     assert ((found[~held].exp() > least / 2) & (found[~held].exp() < least * 1.001)).all()
     assert torch.allclose(made.teacher_logs([rows]), found, atol=0.05), "live values of such a target meet it likewise"
-    one.target["identity"]["codec"] = "f32"
+    one = kept_as("f32")
     whole = AttentionAligner("it", advit.Settings(heads=None), StudentSpec(1, 3, 2, ("class",)), [one], "class")
     assert torch.allclose(whole.teacher_logs([rows]), torch.tensor([60.0, 50, 40, 0, -20]).log_softmax(0))

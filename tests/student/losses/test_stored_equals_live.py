@@ -50,7 +50,7 @@ def live_of(store: Store, targets: Sequence[str], teachers: dict[str, Teacher]) 
     found = {}
     for target in targets:
         manifest = store.target(target)
-        key = manifest["teacher"], Tap.of(manifest["identity"])
+        key = manifest.teacher, Tap.of(manifest.identity)
         if key not in made:
             made[key] = live_teacher(teachers[key[0]], [key[1]], 32)
         found[target] = made[key]
@@ -69,7 +69,7 @@ def compare(
     model, _ = build(recipe.student, classes)
     names = tuple("abcdefghij"[:classes])
     given = {
-        loss: tuple(StoredTarget(g.target, {**g.teacher, "classes": names}) for g in several)
+        loss: tuple(StoredTarget(g.target, g.teacher.model_copy(update={"classes": names})) for g in several)
         for loss, several in given.items()
     }
     distiller = Distiller(recipe, model, given, *normalisation(recipe.student), names)
@@ -169,7 +169,7 @@ def mixed(world, tmp_path_factory):
 
 def test_contract_1_the_views_of_deit_are_mixed_in_both_ways(mixed):
     store, targets = mixed
-    bank = store.target(targets["f32"])["identity"]["bank"]
+    bank = store.target(targets["f32"]).identity.bank
     rows = np.concatenate([
         store.marker(task).arrays["parameters"].read(0, 150) for task in store.done() if task.kind == "bank"
     ])  # fmt: skip
@@ -284,9 +284,9 @@ def test_contract_1_log8_and_topk_are_near_the_exact_distributions(mixed, record
         kl = float((true * np.log(np.maximum(true, 1e-12) / near)).sum(-1).mean())
         record_property(coded, kl)
         assert 0 <= kl <= bound
-        recorded = store.target(targets[coded])["codec_errors"]
+        recorded = store.target(targets[coded]).codec_errors
         name = "log8" if coded == "log8" else "topk2"
-        assert kl <= 2 * recorded[name]["kl"] + 1e-9, "what was measured on one block is true of all"
+        assert kl <= 2 * recorded[name].kl + 1e-9, "what was measured on one block is true of all"
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from student.evaluation.similarity.teacher_targets import TeacherTargets
 from student.models.files import load_student
 from student.targets.stored_target import StoredTarget
 from tests.conftest import World, run_precompute, teacher_of
+from tests.manifests import stored
 from tests.student.attention_copy.copying import SAME, VALIDATION, asked
 from tests.student.evaluation.similarity.test_metrics import aligned
 from tests.student.runs import run
@@ -57,12 +58,12 @@ def place(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def targets_of(place: Path, tap: str) -> list[str]:
-    return [id for id, m in Store.open(place).targets().items() if m["identity"]["tap"] == tap]
+    return [id for id, m in Store.open(place).targets().items() if m.identity.tap == tap]
 
 
 def streams_of(place: Path, final: bool = False) -> str:
     store = Store.open(place)
-    (one,) = (id for id in targets_of(place, "tokens") if (store.target(id)["identity"]["layers"] is None) == final)
+    (one,) = (id for id in targets_of(place, "tokens") if (store.target(id).identity.layers is None) == final)
     return one
 
 
@@ -235,8 +236,7 @@ NOWHERE: Any = SimpleNamespace(url="S")  # a store of which nothing but its plac
 def given(
     tap: str, layers: list[int] | None, depth: int, shape: list[int], prefix: tuple[str, ...] = ("class",)
 ) -> StoredTarget:
-    manifest = {"id": f"t-{tap}", "identity": {"tap": tap, "layers": layers}, "sample_shape": shape}
-    return StoredTarget(manifest, {"id": "t", "layers": depth, "prefix": list(prefix)})
+    return stored(tap, shape, layers, {"layers": depth, "prefix": prefix})
 
 
 def test_attention_and_tokens_meet_by_the_layers_that_each_target_knows_of():
