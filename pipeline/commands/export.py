@@ -41,7 +41,7 @@ def export(
     private: bool,
     as_json: bool,
 ) -> None:
-    """Write a run's student as an ONNX graph, or put it on the Hugging Face Hub for timm.
+    """Write a student as ONNX, or push it to the Hugging Face Hub.
 
     The graph: from uint8 images [B, S, S, 3] to logits [B, K], checked on real images; to features, `embedding` [B, D],
     of a student without a classifier. Class names, view size and evaluation view are in its metadata.
