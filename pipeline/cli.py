@@ -73,7 +73,14 @@ def _terminate(_number: int, _frame: object) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command; exit with 0, 1 for what a user can mend, 2 for usage, 130 and 143 after SIGINT and SIGTERM."""
+    """Run a command as the command line does.
+
+    Args:
+        arguments: the words after `pipeline`; None for those of this process.
+
+    Raises:
+        SystemExit: always: with 0, 1 for what a user can fix, 2 for usage, 130 and 143 after SIGINT and SIGTERM.
+    """
     words = sys.argv[1:] if arguments is None else arguments
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)

@@ -16,7 +16,6 @@ from storage.errors import UserError
 from storage.objects.atomic import atomic_write
 from storage.shards.index import cached_index, with_samples
 from storage.shards.patterns import expand
-from storage.views.policy import policy
 from student.models.attention_copy_hooks import attention_copy_hooks
 from student.models.files import load_student
 
@@ -40,7 +39,7 @@ def export(path: Path, shards: Sequence[str], out: Path) -> dict[str, Any]:
             f"{path}: this student attends with its teacher's attention, which a graph of it alone does not have; "
             "`pipeline predict` runs both"
         )
-    view = policy(about.evaluation, about.img_size)
+    view = about.evaluation_policy
     url = with_samples(expand(shards))[0]
     index = cached_index(url)
     if len(index) < 2:

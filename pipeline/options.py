@@ -306,9 +306,21 @@ def _one(
     named = {"line": view_policy, "size": view_size, "seed": seed}
     given = frozenset(name for name, value in named.items() if value is not None)
     return PrecomputeRequest(
-        urls, found, wishes, views, given, num_views, new_bank, provider, on_decode_error, store_views, workers, dask,
-        context.grid(), worker_timeout or WORKER_TIMEOUT,
-    )  # fmt: skip
+        shards=urls,
+        teacher=found,
+        targets=wishes,
+        policy=views,
+        policy_fields=given,
+        num_views=num_views,
+        new_bank=new_bank,
+        provider=provider,
+        on_decode_error=on_decode_error,
+        store_views=store_views,
+        workers=workers,
+        dask=dask,
+        grid=context.grid(),
+        worker_timeout=worker_timeout or WORKER_TIMEOUT,
+    )
 
 
 def _arguments(pairs: tuple[str, ...]) -> dict[str, Any]:

@@ -76,10 +76,10 @@ def settle(store: Store, wanted: PrecomputeRequest) -> tuple[dict[str, list[str]
     """
     known = candidates(store, wanted.shards)
     policy = choose_policy(
-        store, wanted.policy, set(wanted.given), {id for ids in known.values() for id in ids},
+        store, wanted.policy, set(wanted.policy_fields), {id for ids in known.values() for id in ids},
         lambda: {index.id for url, ids in known.items() if (index := store.recognise(url, ids))}, wanted.new_bank,
     )  # fmt: skip
-    return known, policy, choose_views(store, policy, wanted.views)
+    return known, policy, choose_views(store, policy, wanted.num_views)
 
 
 def candidates(store: Store, urls: Sequence[str]) -> dict[str, list[str]]:

@@ -79,7 +79,9 @@ def _plan(
     policy, views = _policy(store, wanted)
     began = time.monotonic()
     with _scratch(where) as scratch:
-        settled = replace(wanted, policy=policy, given=frozenset({"line", "size", "seed"}), views=views, new_bank=True)
+        settled = replace(
+            wanted, policy=policy, policy_fields=frozenset({"line", "size", "seed"}), num_views=views, new_bank=True
+        )
         job = plan_precompute(scratch, settled, progress)
         exporting = 0.0 if store and _known(store, job) else time.monotonic() - began
         outputs = [output for several in job.by_graph.values() for output in several]
@@ -191,7 +193,7 @@ def counted(store: Store | None, urls: Sequence[str], progress: Progress, skip: 
 def _policy(store: Store | None, wanted: PrecomputeRequest) -> tuple[Policy, int]:
     """The policy and the number of views that a run would take."""
     if store is None:
-        return wanted.policy, choose_views(None, wanted.policy, wanted.views)
+        return wanted.policy, choose_views(None, wanted.policy, wanted.num_views)
     _, policy, views = settle(store, wanted)
     return policy, views
 

@@ -19,7 +19,8 @@ from precompute.engine.tasks import Outcome, ShardTask, TargetOutput
 from precompute.request import PrecomputeRequest
 from storage.errors import UserError
 from storage.objects.urls import is_remote
-from storage.progress import Progress
+from storage.progress import NoProgress, Progress
+from storage.shards.patterns import expand
 from storage.shards.tar import counted_flaws, without_samples
 from storage.store import banks
 from storage.store.card import card
@@ -75,29 +76,36 @@ def plan_precompute(store: Store, wanted: PrecomputeRequest, progress: Progress)
 
     wishes = [
         replace(wish, grid=wanted.grid) if wish.tap == "activations" and wish.grid is None and wanted.grid else wish
-        for wish in wanted.wishes or record_targets.defaults(manifest, policy, wanted.grid)
+        for wish in wanted.targets or record_targets.defaults(manifest, policy, wanted.grid)
     ]
     elsewhere = wanted.workers is not None or wanted.dask is not None  # this machine may have no accelerator
     by_graph = record_targets.record_targets(
         store, wanted.teacher, manifest, wishes, policy, images, "auto" if elsewhere else wanted.provider, progress.say
     )
-    if wanted.pixels:
+    if wanted.store_views:
         first_graph = next(iter(by_graph))
         by_graph[first_graph] = (*by_graph[first_graph], record_targets.record_pixels(store, policy))
     return PrecomputePlan(store, wanted, policy, views, by_graph, known)
 
 
-def precompute(store: Store, wanted: PrecomputeRequest, progress: Progress) -> dict[str, Any]:
-    """Make everything that is wanted and missing; what was done, as plain data.
+def precompute(store: Store, request: PrecomputeRequest, progress: Progress | None = None) -> dict[str, Any]:
+    """Compute all targets that are wanted and missing; what was done, as plain data.
 
-    A shard that fails is listed under `failures`; the others are finished.
+    Call it again to resume. `targets` lists the ids of the targets. A shard that fails is listed under `failures`; the
+    others are finished.
+
+    Args:
+        store: where the targets are kept, from `Store.create`.
+        request: shards, teacher, targets and views.
+        progress: told how far the run is; None for silence.
 
     Raises:
-        UserError: as its parts do, before any shard is made. What was complete stays.
+        UserError: the request cannot be met; no shard was begun, and what was complete stays.
     """
+    progress = progress or NoProgress()
     began = time.monotonic()
     progress.say(f"store {store.url}")
-    with staffed(wanted, progress) as (settled, client):
+    with staffed(request, progress) as (settled, client):
         job = retry_io(lambda: plan_precompute(store, settled, progress))
         return _precompute(job, client, progress, began)
 
@@ -108,10 +116,11 @@ def staffed(wanted: PrecomputeRequest, progress: Progress) -> Iterator[tuple[Pre
 
     Before anything else: a scheduler that cannot be reached is found out at once.
     """
+    shards = expand(wanted.shards)
     if wanted.workers is None and wanted.dask is None:
-        yield wanted, None
+        yield replace(wanted, shards=shards), None
         return
-    absolute = [url if is_remote(url) else str(Path(url).absolute()) for url in wanted.shards]  # they live elsewhere
+    absolute = [url if is_remote(url) else str(Path(url).absolute()) for url in shards]  # they live elsewhere
     with workers(wanted.workers, wanted.dask, progress.say, wanted.worker_timeout) as client:
         yield replace(wanted, shards=absolute), client
 

@@ -35,7 +35,13 @@ class UserError(Exception):
 class IdentityError(UserError):
     """Something is not what the store was made with. Names the field, the expected value, and the value found.
 
-    Where both sides have a name of their own (what the store has, what was asked for), `words` says them.
+    Args:
+        where: the file or object.
+        field: what differs.
+        expected: its value in the store.
+        found: its value now.
+        hint: what to do about it.
+        words: what the two values are called.
     """
 
     def __init__(

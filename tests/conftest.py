@@ -164,8 +164,8 @@ def teacher_of(world_weights: dict[str, str], kind: str, **changes: Any) -> Any:
     return teachers.find_teacher(name, **{**settings, **changes})
 
 
-def run_precompute(store: Any, shards: list[str], teacher: Any, targets: list[str], **changes: Any) -> dict[str, Any]:
-    """Precompute under `light`, size 32, two views."""
+def run_precompute(store: Any, shards: list[str], teacher: Any, targets: list[Any], **changes: Any) -> dict[str, Any]:
+    """Precompute under `light`, size 32, two views; targets as text or parsed."""
     from precompute.engine import dask_runner
     from precompute.request import PrecomputeRequest
     from precompute.run import precompute
@@ -175,13 +175,15 @@ def run_precompute(store: Any, shards: list[str], teacher: Any, targets: list[st
     from storage.views.policy import policy
 
     settings: dict[str, Any] = {
-        "policy": policy("light", 32), "given": frozenset({"line", "size"}), "views": 2, "provider": "cpu",
-    }  # fmt: skip
-    settings.update(changes)
-    wishes = settings.pop("wishes", [wish for text in targets for wish in parse_target(text)])
+        "targets": [s for t in targets for s in (parse_target(t) if isinstance(t, str) else [t])],
+        "policy": policy("light", 32),
+        "policy_fields": frozenset({"line", "size"}),
+        "num_views": 2,
+        "provider": "cpu",
+    }
     place = Store.create(store) if isinstance(store, str | Path) else store
     dask_runner.held_session.clear()  # a test may have put another session in its place
-    result = precompute(place, PrecomputeRequest(shards, teacher, wishes, **settings), Quiet())
+    result = precompute(place, PrecomputeRequest(shards=shards, teacher=teacher, **{**settings, **changes}), Quiet())
     if result["failures"]:
         raise UserError("\n".join(failure["error"] for failure in result["failures"]))
     return result

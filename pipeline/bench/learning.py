@@ -49,7 +49,14 @@ class _Epochs:
     """
 
     def __init__(self, world: World, store: Store, shards: list[str], recipe: Recipe, teacher: Teacher | None) -> None:
-        job = TrainConfig(recipe, shards, shards, world.folder / "unused", store, world.device)
+        job = TrainConfig(
+            recipe=recipe,
+            shards=shards,
+            val=shards,
+            out=world.folder / "unused",
+            store=store,
+            device=world.device,
+        )
         parts = build_run(job, world.quiet, None)
         self.distiller, self.stream = parts.distiller.train(), parts.stream
         optimizer, _ = build_optimizer(recipe, self.distiller, self.stream.order.steps)

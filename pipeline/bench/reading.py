@@ -29,7 +29,7 @@ def streams(world: World, cases: list[str], turns: int, progress: Progress) -> l
         model = "resnet10t" if world.quick else "mobilenetv2_100"
         teacher = world.teacher(model)
         (target,) = world.recorded(store, shards, teacher, [f"activations,grid={grid},codec=u8"], side)
-        world.recorded(kept, shards, world.teacher("resnet10t", 64), ["embedding,codec=f16"], side, pixels=True)
+        world.recorded(kept, shards, world.teacher("resnet10t", 64), ["embedding,codec=f16"], side, store_views=True)
         progress.say(f"stream, {case}")
 
         def stream(place: Any, targets: list[str], size: int = size, shards: list[str] = shards) -> Stream:

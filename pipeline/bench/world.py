@@ -109,10 +109,13 @@ class World:
     def wanted(self, case: str) -> PrecomputeRequest:
         """Four `deit` views of the photographs, as a user would ask for them."""
         model, targets = TEACHERS[case]
-        wishes = [wish for target in targets for wish in parse_target(target)]
-        given = frozenset({"line", "size"})
         return PrecomputeRequest(
-            [self.photos()[0].url], self.teacher(model), wishes, policy("deit", 224), given, 4, provider=self.provider
+            shards=[self.photos()[0].url],
+            teacher=self.teacher(model),
+            targets=[spec for target in targets for spec in parse_target(target)],
+            policy=policy("deit", 224),
+            num_views=4,
+            provider=self.provider,
         )
 
     def store(self, name: str) -> Store:
@@ -123,14 +126,12 @@ class World:
         self, store: Store, shards: list[str], teacher: Teacher, targets: list[str], size: int, **more: Any
     ) -> list[str]:
         """Ids of targets over two `deit` views, made by precompute."""
-        wishes = [wish for target in targets for wish in parse_target(target)]
         wanted = PrecomputeRequest(
-            shards,
-            teacher,
-            wishes,
-            policy("deit", size),
-            frozenset({"line", "size"}),
-            2,
+            shards=shards,
+            teacher=teacher,
+            targets=[spec for target in targets for spec in parse_target(target)],
+            policy=policy("deit", size),
+            num_views=2,
             provider=self.provider,
             **more,
         )

@@ -31,5 +31,5 @@ def recipes(name: str | None, as_json: bool) -> None:
         show({"recipes": about}, lines, as_json)
         return
     text = known.text(name)
-    settings = known.load(name).model_dump(mode="json") if as_json else {}
+    settings = known.load_recipe(name).model_dump(mode="json") if as_json else {}
     show({"recipe": name, "text": text, "settings": settings}, [text.rstrip()], as_json)

@@ -64,12 +64,12 @@ def train(
     if resume and smoke:
         raise click.UsageError("--resume and --smoke: a smoke run never goes on; choose one")
 
-    from pipeline.recipes.loader import load
+    from pipeline.recipes.loader import load_recipe
 
     def asked() -> Recipe:
         from student.recipe.validate import with_same_classes
 
-        chosen = load(recipe, settings, over())
+        chosen = load_recipe(recipe, settings, over())
         return with_same_classes(chosen) if same_classes else chosen
 
     if "RANK" not in os.environ:
@@ -84,7 +84,17 @@ def train(
         console = Console()
         opened = Store.open(store) if store else None
         try:
-            result = run(TrainConfig(asked(), shards, val, out, opened, str(where), resume, smoke), console)
+            config = TrainConfig(
+                recipe=asked(),
+                shards=shards,
+                val=val,
+                out=out,
+                store=opened,
+                device=str(where),
+                resume=resume,
+                smoke=smoke,
+            )
+            result = run(config, console)
         finally:
             console.stop()
         if rank():

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 from pipeline.console import Console
 from storage.errors import UserError
 from storage.memory import out_of_memory
-from storage.progress import NoProgress
 
 if TYPE_CHECKING:
     from storage.store.store import Store
@@ -152,15 +151,16 @@ class _Training:
         """Its top-1."""
         import torch
 
-        from pipeline.recipes.loader import load
+        from pipeline.recipes.loader import load_recipe
         from storage.store.store import Store
         from student.training.setup import TrainConfig
         from student.training.train import train
 
         torch.set_num_threads(1)
-        recipe = load(self.recipe, [*_SHORT, *self.settings, f"seed={self.seed}"])
+        recipe = load_recipe(self.recipe, [*_SHORT, *self.settings, f"seed={self.seed}"])
         store = Store.open(self.store) if self.store else None
-        top1: float = train(TrainConfig(recipe, self.shards, self.val, out / self.name, store), NoProgress())["top1"]
+        config = TrainConfig(recipe=recipe, shards=self.shards, val=self.val, out=out / self.name, store=store)
+        top1: float = train(config)["top1"]
         return top1
 
 
@@ -199,11 +199,14 @@ def _precomputed(out: Path, shards: list[str], console: Console) -> Store:
             about.model, weights=str(weights), arguments=about.arguments, input_size=about.img_size, mean=about.mean,
             std=about.std, teacher_name=name,
         )  # fmt: skip
-        wishes = [wish for target in targets for wish in parse_target(target)]
-        views = policy(_POLICY, SIZE)
-        result = precompute(
-            store, PrecomputeRequest(shards, found, wishes, views, frozenset({"line", "size"}), VIEWS), console
+        request = PrecomputeRequest(
+            shards=shards,
+            teacher=found,
+            targets=[spec for target in targets for spec in parse_target(target)],
+            policy=policy(_POLICY, SIZE),
+            num_views=VIEWS,
         )
+        result = precompute(store, request, console)
         for failure in result["failures"]:
             raise UserError(failure["error"])
     return store

@@ -13,7 +13,6 @@ from pipeline.plotting import COLOURS, FONT, GREY, figure, panel, picture_path, 
 from storage.errors import UserError
 from storage.shards.index import cached_index
 from storage.store.store import Store
-from storage.views.policy import policy
 from student.attention_copy.inference import attach_stored_attention
 from student.distributed import pick_device
 from student.evaluation.similarity.compare import LayerSimilarity, Similarity, SimilarityComparison, Tokens
@@ -124,7 +123,7 @@ def measure_similarity(
     comparisons = []
     for path in paths:
         member, student = open_student(path, torch_device, console)
-        view = policy(member.about.evaluation, member.about.img_size)
+        view = member.about.evaluation_policy
         reference = find_teacher_targets(opened, teacher, targets, urls, view)
         if member.about.attention_copy is not None:
             copied_from = store_of(member.about.attention_copy["store"], store)

@@ -88,8 +88,13 @@ def _content(recipe: str) -> Any:
     return content
 
 
-def load(recipe: str, settings: Sequence[str] = (), over: Over | None = None) -> Recipe:
-    """A recipe by name or by file, with a project's settings laid over it, and `path.to.field=value` over both.
+def load_recipe(recipe: str, settings: Sequence[str] = (), over: Over | None = None) -> Recipe:
+    """A recipe by name or by file.
+
+    Args:
+        recipe: a name, such as `aal` or `aal-small`, or a YAML file.
+        settings: `path.to.field=value`, as `--set` takes them, laid over the recipe and a project's settings.
+        over: a project's settings, laid over the recipe.
 
     Raises:
         UserError: no such recipe, YAML that is none, an unknown field or a value that it does not take.

@@ -22,9 +22,16 @@ _OPTIONS = ("layers", "grid", "codec", "at", "antialias")
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """One `--target`: a tap, with layers as they were written, a grid and a codec; of a ready graph its tensors.
+    """One target that a user asks for.
 
-    Activations are read `at` a stage's last norm or its last block, and resized with or without `antialias`.
+    Attributes:
+        tap: what is read, such as `activations`, `class_row` or `logits`.
+        layers: as `1:4+8` or `last`, counted from 1; None for all.
+        grid: side that activations are resized to.
+        codec: how values are kept; None for the tap's usual one.
+        tensors: of a ready `model.onnx`, the tensors that give the tap.
+        at: whether activations are read after a stage's last `norm` or its last `block`.
+        antialias: whether activations are resized with antialiasing.
     """
 
     tap: str
@@ -37,9 +44,11 @@ class TargetSpec:
 
 
 def parse_target(text: str) -> list[TargetSpec]:
-    """The wishes in `TAP[,TAP…][,layers=last|1:4+8][,grid=G][,codec=C]`, one for each tap.
+    """The targets that a text asks for, one for each tap.
 
-    Activations also take `at=norm|block` and `antialias=true|false`.
+    Args:
+        text: `TAP[,TAP…][,layers=last|1:4+8][,grid=G][,codec=C]`, as `--target` takes it; activations also take
+            `at=norm|block` and `antialias=true|false`.
 
     Raises:
         UserError: an unknown tap, option or codec, with the nearest known one.

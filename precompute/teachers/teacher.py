@@ -127,11 +127,19 @@ def find_teacher(
     weights_key: str | None = None,
     say: Callable[[str], None] = lambda _line: None,
 ) -> Teacher:
-    """The teacher of a short name or any timm name; what is not given comes from timm's record of the weights.
+    """The teacher of a name; what is not given comes from timm's record of the weights.
 
-    A name that ends in `.onnx` is the file of a ready graph. Of a file with several dictionaries of weights that of
-    `weights_key` is taken, else the one that timm takes; `say` is told which. It is also told when timm's hub is asked:
-    without a network it tries for most of a minute.
+    Args:
+        name: a short name, any timm name, or a file that ends in `.onnx`, a ready graph.
+        weights: a `.safetensors` or `.pth` file; None for timm's hub, which without a network is tried for most of a
+            minute.
+        arguments: of `timm.create_model`.
+        input_size: side of the square input.
+        mean: of the input, one number or three.
+        std: of the input, one number or three.
+        teacher_name: what the store calls the teacher; None for its name.
+        weights_key: which of several dictionaries of weights in the file is taken; None for the one that timm takes.
+        say: called with lines for people: which weights are taken.
 
     Raises:
         UserError: an unknown name, a weights file that is not there or has no weights under this key, a size, mean/std

@@ -8,8 +8,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
-
 from storage.errors import DamageError, IdentityError, UserError, did_you_mean
 from storage.objects import json_record
 from storage.objects.object_store import ObjectStore, open_object_store
@@ -33,7 +31,13 @@ M = TypeVar("M", bound=Manifest)
 
 
 class Store:
-    """A store at a local folder or an fsspec URL. Cheap to open and to pickle; safe for any number of writers."""
+    """A store at a local folder or an fsspec URL. Cheap to open and to pickle; safe for any number of writers.
+
+    `Store.open` and `Store.create` make one.
+
+    Args:
+        objects: where the objects of the store are read and written.
+    """
 
     def __init__(self, objects: ObjectStore) -> None:
         self.objects = objects
@@ -47,6 +51,9 @@ class Store:
     @classmethod
     def create(cls, where: str | Path | ObjectStore) -> Store:
         """The store at a place; a new one where there is nothing yet.
+
+        Args:
+            where: a local folder or an fsspec URL.
 
         Raises:
             UserError: something else lies there.
@@ -70,6 +77,9 @@ class Store:
     @classmethod
     def open(cls, where: str | Path | ObjectStore) -> Store:
         """The store at a place.
+
+        Args:
+            where: a local folder or an fsspec URL.
 
         Raises:
             UserError: there is none.
@@ -141,15 +151,15 @@ class Store:
         return manifest
 
     def banks(self) -> dict[str, BankManifest]:
-        """Bank id -> manifest."""
+        """The banks of views: id -> manifest."""
         return self._manifests(BankManifest)
 
     def bank(self, id: str) -> BankManifest:
-        """A bank's manifest. Raises UserError for an unknown id."""
+        """The manifest of a bank. Raises UserError for an unknown id."""
         return self._known(BankManifest, id)
 
     def teachers(self) -> dict[str, TeacherManifest]:
-        """Teacher's name -> manifest."""
+        """The teachers: name -> manifest."""
         return self._manifests(TeacherManifest)
 
     def teacher_of(self, target: TargetManifest) -> TeacherManifest:
@@ -168,11 +178,11 @@ class Store:
         return teacher
 
     def targets(self) -> dict[str, TargetManifest]:
-        """Target id -> manifest."""
+        """The targets: id -> manifest."""
         return self._manifests(TargetManifest)
 
     def target(self, id: str) -> TargetManifest:
-        """A target's manifest. Raises UserError for an unknown id."""
+        """The manifest of a target. Raises UserError for an unknown id."""
         return self._known(TargetManifest, id)
 
     def add_graph(self, teacher: str, graph: bytes) -> str:
@@ -199,7 +209,7 @@ class Store:
         return [name.removesuffix(".json") for name in self.objects.names("shards") if name.endswith(".json")]
 
     def index(self, shard: str) -> ShardIndex:
-        """The index of a shard. Raises DamageError."""
+        """The index of a shard: its keys, labels and byte ranges. Raises DamageError."""
         name = f"{self.url}/shards/{shard}.json"
         try:
             index = ShardIndex.load(self.objects.get(f"shards/{shard}.json"), name)
@@ -351,29 +361,22 @@ class Store:
     def array(self, target: str) -> dask.array.Array:
         """A target's decoded values over all shards and views as one lazy dask array `[samples × views, …]`, f32.
 
-        Shards in the order of their ids, within a shard view after view. Raises DamageError when computed.
+        Shards are in the order of their ids, within a shard view after view.
+
+        Args:
+            target: id of the target.
+
+        Raises:
+            UserError: no view of the target is complete.
+            DamageError: an object is missing or damaged, when the array is computed.
         """
-        import dask.array
+        from storage.store.dask_array import dask_array
 
+        tasks = sorted(task for task in self.done() if task.kind == "target" and task.id == target)
         codec = Codec.of(self.target(target))
-
-        def load(marker: Marker, start: int, stop: int) -> np.ndarray:
-            arrays = {name: array.read(start, stop) for name, array in marker.arrays.items()}
-            values: np.ndarray = codec.decode(arrays)
-            return values
-
-        parts = []
-        for task in sorted(task for task in self.done() if task.kind == "target" and task.id == target):
-            marker = self.marker(task)
-            marker.require(marker.samples, codec)
-            step = marker.arrays["data"].metadata.chunk_shape[0]
-            for start in range(0, marker.samples, step):
-                stop = min(start + step, marker.samples)
-                piece = dask.delayed(load, pure=True)(marker, start, stop)  # type: ignore[attr-defined]
-                parts.append(dask.array.from_delayed(piece, (stop - start, *codec.shape), np.float32))  # type: ignore[no-untyped-call]
-        if not parts:
+        if not tasks:
             raise UserError(f"{self.url}: target {target} has nothing complete yet")
-        return dask.array.concatenate(parts)  # type: ignore[no-untyped-call, no-any-return]
+        return dask_array([self.marker(task) for task in tasks], codec)
 
 
 def _first_difference(known: ShardIndex, own: ShardIndex) -> tuple[str, object, object]:

@@ -41,7 +41,14 @@ _AFTER = ("flip", "randaug", "erase", "mix")  # what may follow the framing, in 
 
 @dataclass(frozen=True)
 class Policy:
-    """A normalised line with the side S of its square view images and the seed of its draws."""
+    """What the views of a bank are drawn from; made by `policy`.
+
+    Attributes:
+        line: the normalised line of operations.
+        size: side S of the square view images.
+        seed: of the draws.
+        name: of the line, `custom` where it has none.
+    """
 
     line: str
     size: int
@@ -89,6 +96,11 @@ class Policy:
 
 def policy(line: str, size: int, seed: int = 0) -> Policy:
     """The policy of a name or a line.
+
+    Args:
+        line: `none`, `eval`, `light`, `deit`, or a line of operations such as `rrc(0.2,1)|flip`.
+        size: side of the square view images.
+        seed: of the draws.
 
     Raises:
         UserError: an unknown name or operation, arguments out of range, operations in an order that makes no view.

@@ -13,7 +13,7 @@ from storage.errors import IdentityError
 from storage.objects.json_record import Record
 from storage.objects.urls import is_remote
 from storage.store.store import Store
-from storage.views.policy import Policy, policy
+from storage.views.policy import Policy
 from student.alignment.student_spec import student_spec
 from student.attention_copy.copier import AttentionCopier
 from student.data.batch import Batch
@@ -148,5 +148,5 @@ def attach_stored_attention(
     opened = Store.open(store or about.attention_copy["store"])
     copier, given = copier_of(model, about, opened)
     copies.lender = stored_attention(
-        opened, copier, given, urls, policy(about.evaluation, about.img_size), permute=about.attention_copy["permute"]
+        opened, copier, given, urls, about.evaluation_policy, permute=about.attention_copy["permute"]
     )

@@ -35,7 +35,11 @@ class Batch:
     codecs: dict[str, Codec] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch on a device."""
+        """The batch on a device.
+
+        Args:
+            device: where images, labels and targets go.
+        """
         targets = {
             t: {n: a.to(device, non_blocking=True) for n, a in arrays.items()} for t, arrays in self.targets.items()
         }
@@ -51,17 +55,30 @@ class Batch:
         )  # fmt: skip
 
     def target(self, id: str) -> Tensor:
-        """A target's decoded values, f32 `[B, …]`."""
+        """A target's decoded values, f32 `[B, …]`.
+
+        Args:
+            id: of the target.
+        """
         values: Tensor = self.codecs[id].decode(self.targets[id])
         return values
 
     def soft_labels(self, classes: int) -> Tensor:
-        """Labels mixed as the images are, f32 `[B, K]`."""
+        """Labels mixed as the images are, f32 `[B, K]`.
+
+        Args:
+            classes: K, how many there are.
+        """
         own, other = (F.one_hot(labels, classes).float() for labels in (self.labels, self.others))
         return own + self.shares[:, None] * (other - own)
 
     def pixels(self, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-        """Normalised images f32 `[B, 3, S, S]`, for a network's input."""
+        """Normalised images f32 `[B, 3, S, S]`, for a network's input.
+
+        Args:
+            mean: of the network's input, per channel.
+            std: of the network's input, per channel.
+        """
         x = self.images.permute(0, 3, 1, 2).float() / 255
         shape = (1, 3, 1, 1)
         return (x - x.new_tensor(mean).view(shape)) / x.new_tensor(std).view(shape)

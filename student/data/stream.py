@@ -37,7 +37,7 @@ class Stream(IterableDataset[Batch]):
     """Batches of images, labels and stored targets, in an order that depends on nothing but its arguments.
 
     Args:
-        shards: patterns of shards, as `storage.shards.patterns.expand` takes.
+        shards: patterns of shards, as `train-{000000..000009}.tar`.
         batch: the global batch size; with several ranks each yields its share of it.
         store: a store or its place; without one, views are drawn afresh in each epoch (their number is the epoch).
         targets: ids of targets of that store.
@@ -169,7 +169,11 @@ class Stream(IterableDataset[Batch]):
         return self.epoch(epoch)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch, from batch `start` on.
+        """The batches of one epoch.
+
+        Args:
+            epoch: number of the epoch, from 0.
+            start: number of the batch to begin with.
 
         Raises:
             UserError: a worker dies; or this is a worker of another DataLoader.

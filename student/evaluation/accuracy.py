@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from storage.errors import UserError
 from storage.shards.index import cached_index
+from storage.shards.patterns import expand
 from storage.views.policy import Policy
 from student.attention_copy.inference import attached_to, inject_attention
 from student.data.batch import Batch
@@ -20,7 +21,13 @@ from student.evaluation.class_metrics import label_ranks
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """Accuracies in percent over a number of samples. top5 is None with five classes or fewer: it would say nothing."""
+    """How many samples of shards a classifier gets right.
+
+    Attributes:
+        top1: accuracy in percent.
+        top5: in percent; None with five classes or fewer.
+        samples: how many were counted.
+    """
 
     top1: float
     top5: float | None
@@ -44,7 +51,7 @@ def tell_of_shared(train: Sequence[str], val_urls: Sequence[str], say: Callable[
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    urls: Sequence[str],
+    shards: str | Sequence[str],
     policy: Policy,
     mean: Sequence[float],
     std: Sequence[float],
@@ -64,7 +71,7 @@ def evaluate(
 
     Args:
         model: from `[B, 3, S, S]` to logits `[B, K]`.
-        urls: labeled shards.
+        shards: patterns of labeled shards.
         policy: the evaluation view; its size is the model's input.
         mean: of the model's input.
         std: of the model's input.
@@ -78,7 +85,7 @@ def evaluate(
     Raises:
         UserError: a label that the model has no class for, a missing label, an image that cannot be decoded.
     """
-    stored = attached_to(model)
+    urls, stored = expand(shards), attached_to(model)
     batches = evaluation_batches(
         urls, policy, batch_size, rank=rank, world_size=world_size, max_blocks=max_blocks, stored=stored
     )

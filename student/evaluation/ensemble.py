@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from storage.errors import IdentityError, UserError
 from storage.shards.classes import classes_of, require_classes
-from storage.views.policy import policy
 from student.attention_copy.inference import attached_to, inject_attention
 from student.evaluation.batches import evaluation_batches
 from student.evaluation.class_metrics import label_ranks
@@ -77,7 +76,7 @@ def ensemble_predictions(
     labels: list[Tensor] = []
     ranks: list[Tensor] = []
     num_classes = 0
-    views = [policy(member.about.evaluation, member.about.img_size) for member in members]
+    views = [member.about.evaluation_policy for member in members]
     feeds = [(view, attached_to(member.model)) for view, member in zip(views, members, strict=True)]
     readers = {feed: evaluation_batches(urls, feed[0], batch_size, stored=feed[1]) for feed in feeds}
     for parts in zip(*readers.values(), strict=True):

@@ -16,7 +16,7 @@ from storage.errors import UserError, first_line
 from storage.shards.image_files import counted, is_image, listing
 from storage.shards.tar import IMAGES
 from storage.views.draw import draw_view
-from storage.views.policy import Policy, policy
+from storage.views.policy import Policy
 from storage.views.render import BadImage, decode, render
 from student.models.files import StudentDescription
 
@@ -90,7 +90,7 @@ def predict(
         batch_size: images at a time.
         context: what holds while the model looks at uint8 images `[n, S, S, 3]`, such as the attention that it copies.
     """
-    view = policy(about.evaluation, about.img_size)
+    view = about.evaluation_policy
     device = next(model.parameters()).device
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (about.mean, about.std))
     predictions: list[ImagePrediction] = []

@@ -64,8 +64,12 @@ class DescriptionRecord(Schema):
         return self
 
 
-def build(settings: StudentConfig, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
+def build_student(settings: StudentConfig, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
     """A new student and the arguments that `timm.create_model` makes it of.
+
+    Args:
+        settings: the section `student` of a recipe.
+        num_classes: outputs of the classifier; 0 for none.
 
     Raises:
         UserError: an unknown model, or sizes that do not go together.

@@ -15,6 +15,7 @@ from storage.errors import UserError, first_line
 from storage.objects.atomic import atomic_write
 from storage.objects.record_schema import checked
 from storage.unicode_names import all_normalized
+from storage.views.policy import Policy, policy
 from student.models.attention_copy_hooks import COPIED, attention_copy_hooks, copies_in
 from student.models.build import DescriptionRecord, create
 from student.models.shifted_patch import shift_patches
@@ -24,9 +25,18 @@ from student.upgrade import upgraded
 
 @dataclass(frozen=True)
 class StudentDescription:
-    """What rebuilds a student: `timm.create_model(model, **arguments)`, and how to feed and read it.
+    """What rebuilds a student, and how to feed and read it.
 
-    `shifted_patches` says that its patches are made by `student.shifted`, in place of timm's convolution.
+    Attributes:
+        model: name of the network for `timm.create_model`.
+        arguments: of `timm.create_model`.
+        img_size: side of the square input.
+        mean: of the input, per channel.
+        std: of the input, per channel.
+        classes: names of the classes, None where they are not known.
+        evaluation: line of the view policy that it is evaluated on.
+        shifted_patches: whether patches are made by `student.models.shifted_patch` in place of timm's convolution.
+        attention_copy: what is copied from where, of a student that copies attention.
     """
 
     model: str
@@ -35,9 +45,14 @@ class StudentDescription:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     classes: tuple[str, ...] | None
-    evaluation: str  # the view policy that it is evaluated on
+    evaluation: str
     shifted_patches: bool = False
-    attention_copy: dict[str, Any] | None = None  # of a student that copies attention, what it copies from where
+    attention_copy: dict[str, Any] | None = None
+
+    @property
+    def evaluation_policy(self) -> Policy:
+        """The view policy that it is evaluated on, at its input size."""
+        return policy(self.evaluation, self.img_size)
 
     @property
     def classifies(self) -> bool:
@@ -51,7 +66,16 @@ class StudentDescription:
 
 
 def save_student(path: Path, model: nn.Module, description: StudentDescription) -> None:
-    """Write the state dict with its description, whole or not at all."""
+    """Write a student's state dict with its description; the file is replaced whole or not at all.
+
+    Args:
+        path: of the safetensors file.
+        model: the student.
+        description: what `load_student` needs to rebuild it.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     if copies := attention_copy_hooks(model):
         state |= {f"{COPIED}{part}": tensor.detach().cpu().contiguous() for part, tensor in copies.fixed.items()}
@@ -72,7 +96,10 @@ def save_student(path: Path, model: nn.Module, description: StudentDescription) 
 
 
 def load_student(path: Path) -> tuple[nn.Module, StudentDescription]:
-    """A student that `save_student` wrote, in eval mode.
+    """A student that `save_student` or `pipeline train` wrote, in eval mode.
+
+    Args:
+        path: of the safetensors file, such as `run/last.safetensors`.
 
     Raises:
         UserError: no such file, or not a student's.

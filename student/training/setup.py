@@ -23,7 +23,7 @@ from student.attention_copy.inference import record_of, stored_attention
 from student.data.stream import Stream
 from student.distributed import rank, world_size
 from student.evaluation.accuracy import tell_of_shared
-from student.models.build import build, input_size
+from student.models.build import build_student, input_size
 from student.models.files import StudentDescription
 from student.models.init import begin_from, freeze, normalisation
 from student.recipe.schema import Recipe
@@ -33,7 +33,7 @@ from student.training.controls import fill_means, mean_targets
 from student.training.distiller import Distiller, classifies, find_targets, student_taps_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """What a training run is asked for.
 
@@ -99,7 +99,7 @@ def build_run(job: TrainConfig, progress: Progress, found: dict[str, Any] | None
     urls, val_urls = expand(job.shards), with_samples(expand(job.val), progress.say) if job.val else []
     classes, count = _classes(urls, val_urls, recipe) if classifies(recipe) else (None, 0)
     scored = _scored(val_urls, recipe, count, progress)
-    model, arguments = build(recipe.student, count)
+    model, arguments = build_student(recipe.student, count)
     if found is None:
         begin_from(model, recipe.student, classes, progress.say)
     mean, std = normalisation(recipe.student)

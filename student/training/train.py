@@ -24,7 +24,6 @@ from storage.errors import UserError, first_line
 from storage.objects.atomic import atomic_write
 from storage.objects.state_dict import save_state
 from storage.progress import NoProgress, Progress, size_text
-from storage.views.policy import policy
 from student import run_dir
 from student.data.batch import Batch
 from student.data.stream import Stream
@@ -62,35 +61,38 @@ class TrainState:
     seconds: float = 0.0
 
 
-def train(job: TrainConfig, progress: Progress) -> dict[str, Any]:
+def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, Any]:
     """Train a student; what came out, as plain data, with None for scores that could not be taken.
 
     All ranks of a torchrun call it; the first one writes and speaks.
+
+    Args:
+        config: recipe, shards, store and the run's folder.
+        progress: told how far the run is; None for silence.
 
     Raises:
         UserError: as its parts do; a loss that is not finite; a folder with another run in it.
         IdentityError: a resumed run that is asked to be another than it was.
     """
-    if rank():
-        progress = NoProgress()
-    found = _found(job)
-    precision.check(job.recipe.precision, torch.device(job.device))
-    if job.recipe.tensorboard:
+    progress = NoProgress() if rank() or progress is None else progress
+    found = _found(config)
+    precision.check(config.recipe.precision, torch.device(config.device))
+    if config.recipe.tensorboard:
         run_dir.board_writer()
-    parts = build_run(job, progress, found)
+    parts = build_run(config, progress, found)
     if found is not None:
-        checkpoint.require_same(job.out / run_dir.CHECKPOINT, found, job.recipe, parts.identity)
-    if found is not None and found["epoch"] >= job.recipe.optim.epochs and (kept := run_dir.result(job.out)):
-        progress.say(f"{job.out}: this run is complete")
+        checkpoint.require_same(config.out / run_dir.CHECKPOINT, found, config.recipe, parts.identity)
+    if found is not None and found["epoch"] >= config.recipe.optim.epochs and (kept := run_dir.result(config.out)):
+        progress.say(f"{config.out}: this run is complete")
         return kept
-    run = Trainer(job, parts, progress)
+    run = Trainer(config, parts, progress)
     if found is None:
         run.begin()
     else:
         run.resume(found)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
-        with parts.stream.watched(_fewer(job, parts.stream.workers)):
+        with parts.stream.watched(_fewer(config, parts.stream.workers)):
             run.train()
             return run.finish()
 
@@ -292,7 +294,7 @@ class Trainer:
         eager = self.recipe.precision.torchcompile  # batches of other sizes would be compiled anew
         with torch.compiler.set_stance("force_eager") if eager else nullcontext():
             return evaluate(
-                model, self.parts.val_urls, policy(about.evaluation, about.img_size), about.mean, about.std,
+                model, self.parts.val_urls, about.evaluation_policy, about.mean, about.std,
                 device=self.device, rank=rank(), world_size=world_size(),
                 max_blocks=SMOKE_BLOCKS if self.job.smoke else None,
             )  # fmt: skip

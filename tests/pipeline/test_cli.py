@@ -286,7 +286,7 @@ def test_recipes_are_valid_and_open_with_paper_command_and_what_to_expect():
         "aal", "advit-l1", "attention-distill", "deit-hard", "deit-soft", "fine-tune", "head-specific", "scratch"
     } <= {*loader.names()}  # fmt: skip
     for name in loader.names():
-        recipe = loader.load(name)
+        recipe = loader.load_recipe(name)
         assert ("crossentropy" in recipe.losses) == (name not in ("attndistill", "simreg", "seed", "compress"))
         header = (loader.FOLDER / f"{name}.yaml").read_text().split("\nstudent:")[0]
         assert all(line.startswith("#") for line in header.splitlines())
@@ -296,17 +296,17 @@ def test_recipes_are_valid_and_open_with_paper_command_and_what_to_expect():
 def test_settings_are_laid_over_a_recipe(tmp_path):
     from storage.errors import UserError
 
-    recipe = loader.load("aal", ["losses.aal.weight=5", "optim.lr=5e-4", "stream.bank.policy=light", "seed=3"])
+    recipe = loader.load_recipe("aal", ["losses.aal.weight=5", "optim.lr=5e-4", "stream.bank.policy=light", "seed=3"])
     assert recipe.losses["aal"].weight.at(100) == 5
     assert (recipe.optim.lr, recipe.stream.bank.policy, recipe.seed) == (5e-4, "light", 3)
-    assert loader.load("scratch", ["losses.aal.weight.start=7"]).losses["aal"].weight.at(0) == 7
+    assert loader.load_recipe("scratch", ["losses.aal.weight.start=7"]).losses["aal"].weight.at(0) == 7
     path = tmp_path / "mine.yaml"
     path.write_text("losses: {crossentropy: {weight: 2}}\n")
-    assert loader.load(str(path)).losses["crossentropy"].weight.at(0) == 2
+    assert loader.load_recipe(str(path)).losses["crossentropy"].weight.at(0) == 2
     for text in ("losses: !!python/object/apply:os.system ['echo hacked']", "losses: [", "\x00"):
         path.write_text(text)
         with pytest.raises(UserError, match=r"mine\.yaml: not plain YAML"):
-            loader.load(str(path))
+            loader.load_recipe(str(path))
 
 
 def test_a_clean_interrupt_says_that_work_stays(monkeypatch, run):

@@ -80,7 +80,7 @@ def test_the_recipe_s_own_command_gives_the_teacher_that_its_student_expects() -
     """What the header pastes names the sizes that the recipe and its `--set`s make."""
     header = re.sub(r"\\\n#", " ", loader.text("head-specific"))
     first, second, _ = (shlex.split(words) for words in re.findall(r"pipeline (?:train|precompute) .*", header))
-    made = loader.load("head-specific", given(first, "--set"))
+    made = loader.load_recipe("head-specific", given(first, "--set"))
     assert set(made.losses) == {"crossentropy"}
     sizes = dict(pair.split("=") for pair in given(second, "--teacher-arg"))
     assert sizes.pop("num_classes") == "100"

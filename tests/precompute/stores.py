@@ -124,7 +124,11 @@ def told(store: Path, world: World, kind: str, wishes: list[str]) -> tuple[dict[
     quiet = Quiet()
     parsed = [wish for text in wishes for wish in target_spec.parse_target(text)]
     wanted = PrecomputeRequest(
-        world.shards, teacher_of(world.weights, kind), parsed, policy("light", 32), frozenset({"line"}), None,
+        shards=world.shards,
+        teacher=teacher_of(world.weights, kind),
+        targets=parsed,
+        policy=policy("light", 32),
+        policy_fields=frozenset({"line"}),
         provider="cpu",
-    )  # fmt: skip
+    )
     return precompute(Store.create(store), wanted, quiet), quiet.lines

@@ -118,7 +118,7 @@ def test_scales_that_f16_cannot_hold_are_kept_in_f32(world: World, tmp_path: Pat
     watch(grow)
     shard = world.shards[:1]
     run_precompute(
-        tmp_path / "store", shard, teacher_of(world.weights, "cnn"), ["activations,grid=8,codec=u8"], views=1
+        tmp_path / "store", shard, teacher_of(world.weights, "cnn"), ["activations,grid=8,codec=u8"], num_views=1
     )
     store, original = Store.open(tmp_path / "store"), Store.open(world.store)
     (task,) = [t for t in store.done() if t.kind == "target"]
@@ -134,9 +134,9 @@ def test_scales_that_f16_cannot_hold_are_kept_in_f32(world: World, tmp_path: Pat
 def test_f32_scales_of_one_view_leave_the_others_in_f16(world: World, tmp_path: Path, watch: Any) -> None:
     teacher, wishes = teacher_of(world.weights, "cnn"), ["activations,grid=8,codec=u8"]
     small = small_shard(tmp_path / "data", 70)
-    run_precompute(tmp_path / "store", small, teacher, wishes, views=1)
+    run_precompute(tmp_path / "store", small, teacher, wishes, num_views=1)
     watch(lambda outputs: [np.multiply(output, np.float32(1e7), out=output) for output in outputs])
-    run_precompute(tmp_path / "store", small, teacher, wishes, views=2)
+    run_precompute(tmp_path / "store", small, teacher, wishes, num_views=2)
     store = Store.open(tmp_path / "store")
     kinds = {t.view: store.marker(t).arrays["scale"].dtype for t in store.done() if t.kind == "target"}
     assert kinds == {0: np.float16, 1: np.float32}

@@ -27,11 +27,15 @@ from tests.conftest import Quiet, World, teacher_of, write_teacher
 def wanted_of(
     world: World, shards: list[str], targets: list[str], kind: str = "cnn", **changes: Any
 ) -> PrecomputeRequest:
-    wishes = [wish for text in targets for wish in parse_target(text)]
-    given = frozenset({"line", "size"})
-    return PrecomputeRequest(
-        shards, teacher_of(world.weights, kind), wishes, policy("deit", 32), given, **{"views": 2, **changes}
-    )
+    settings = {
+        "shards": shards,
+        "teacher": teacher_of(world.weights, kind),
+        "policy": policy("deit", 32),
+        "num_views": 2,
+        "targets": [spec for text in targets for spec in parse_target(text)],
+        "policy_fields": frozenset({"line", "size"}),
+    }
+    return PrecomputeRequest(**{**settings, **changes})
 
 
 def taken(place: Path) -> tuple[int, int]:
@@ -42,8 +46,8 @@ def taken(place: Path) -> tuple[int, int]:
 
 CASES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     "u8 and topk": ("cnn", ["activations,grid=8,codec=u8", "logits,codec=topk2"], {}),
-    "f32 with pixels": ("cnn", ["activations,grid=4,codec=f32"], {"pixels": True}),
-    "log8": ("vit", ["class_row,codec=log8", "class_token", "q,k,layers=last"], {"views": 3}),
+    "f32 with pixels": ("cnn", ["activations,grid=4,codec=f32"], {"store_views": True}),
+    "log8": ("vit", ["class_row,codec=log8", "class_token", "q,k,layers=last"], {"num_views": 3}),
 }
 
 
@@ -123,7 +127,7 @@ def test_a_target_that_is_added_costs_itself_alone(world: World, tmp_path: Path)
     first = wanted_of(world, world.shards, ["activations,grid=8,codec=u8"])
     precompute(Store.create(place), first, Quiet())
     before, _ = taken(place)
-    both = wanted_of(world, world.shards, ["activations,grid=8,codec=u8", "logits"], views=None)
+    both = wanted_of(world, world.shards, ["activations,grid=8,codec=u8", "logits"], num_views=None)
     told = plan(str(place), both, Quiet(), seconds=0)
     assert told["views"] == 2, "as many as the bank has"
     precompute(Store.open(place), both, Quiet())

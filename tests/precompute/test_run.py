@@ -70,7 +70,7 @@ def test_the_same_command_again_writes_nothing_and_says_so(world: World, tmp_pat
 def test_contract_11_views_grow_by_those_that_are_missing_alone(world: World, tmp_path: Path) -> None:
     place = world.copy(tmp_path / "store")
     before, done = snapshot(place), Store.open(place).done()
-    result = run_precompute(place, world.shards, teacher_of(world.weights, "cnn"), CNN, views=3)
+    result = run_precompute(place, world.shards, teacher_of(world.weights, "cnn"), CNN, num_views=3)
     assert (result["written"], result["view_images"]) == (2 * len(CNN), 300)
     after = snapshot(place)
     assert {name: after[name] for name in before} == before
@@ -97,7 +97,7 @@ def test_contract_11_a_teacher_that_is_added_sees_the_views_that_are_there(
     run_precompute(place, world.shards, teacher_of(world.weights, "cnn"), F32)
     before = snapshot(place)
     monkeypatch.setattr("precompute.engine.stages.draw_view", None)  # views are replayed, never drawn again
-    wanted = {"given": frozenset(), "policy": policy("light", 224, 99), "views": None}
+    wanted = {"policy_fields": frozenset(), "policy": policy("light", 224, 99), "num_views": None}
     result = run_precompute(place, world.shards, teacher_of(world.weights, "vit"), VIT, **wanted)
     assert (result["bank"], result["views"]) == (next(iter(Store.open(world.store).banks())), 2)
     after = snapshot(place)
@@ -208,7 +208,7 @@ def test_contract_5_a_shard_that_changed_in_its_middle_after_indexing_is_refused
         flipped_in_place(shard, sample, ending)
         before = snapshot(place)
         with pytest.raises(UserError, match=f"key shard-000000-00100: {field}|{field} of key shard-000000-00100"):
-            run_precompute(place, [shard], teacher_of(world.weights, "cnn"), CNN, views=3)
+            run_precompute(place, [shard], teacher_of(world.weights, "cnn"), CNN, num_views=3)
         assert snapshot(place) == before
 
 
@@ -243,6 +243,6 @@ def test_the_same_shard_given_twice_is_refused(world: World, tmp_path: Path) -> 
 def test_more_than_one_view_of_a_policy_without_chance_is_refused(
     world: World, tmp_path: Path, line: str, count: int
 ) -> None:
-    wanted = {"policy": policy(line, 32), "views": count}
+    wanted = {"policy": policy(line, 32), "num_views": count}
     with pytest.raises(UserError, match=f"--num-views {count}: .* leaves nothing to chance"):
         run_precompute(seeded(world, tmp_path / "s"), world.shards, teacher_of(world.weights, "cnn"), CNN, **wanted)

@@ -38,7 +38,7 @@ def test_what_a_vit_gives_besides_is_what_the_live_teacher_says(world: World, tm
     wishes = ["v,layers=last", "attention", "attention,layers=1,codec=log8", "tokens", "tokens,layers=1:2", "embedding",
               "tokens,layers=last,codec=u8"]  # fmt: skip
     shards = synthetic_shards(tmp_path / "data", shards=1, samples=20)
-    run_precompute(tmp_path / "store", shards, teacher_of(world.weights, "vit"), wishes, views=1)
+    run_precompute(tmp_path / "store", shards, teacher_of(world.weights, "vit"), wishes, num_views=1)
     report = checked(Store.open(tmp_path / "store"), shards, samples=0)
     assert not report.failures
     assert report.targets_compared == len(wishes) * 20
@@ -56,7 +56,7 @@ WISHES = ["activations,grid=8,codec=f32", "activations,grid=8,codec=u8", "logits
 
 def made(world: World, one: tuple[Path, list[str]], place: Path, **changes: Any) -> Store:
     teacher = teacher_of({**world.weights, **changes}, "cnn")
-    run_precompute(place, one[1], teacher, WISHES, policy=policy("deit", 32), views=2, pixels=True)
+    run_precompute(place, one[1], teacher, WISHES, policy=policy("deit", 32), num_views=2, store_views=True)
     return Store.open(place)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pipeline.recipes.loader import load as load_recipe
+from pipeline.recipes.loader import load_recipe
 from storage.store.store import Store
 from storage.testing import TINY_VIT
 from student.training.setup import TrainConfig
@@ -39,7 +39,7 @@ def job(world: World, out: Path, recipe: str, *settings: str, **changes: Any) ->
     """A small run over the world's shards and store."""
     chosen = load_recipe(recipe, [*STUDENT, *settings])
     parts: dict[str, Any] = {"shards": world.shards, "val": world.shards, "store": Store.open(world.store)}
-    return TrainConfig(chosen, out=out, **{**parts, **changes})
+    return TrainConfig(recipe=chosen, out=out, **{**parts, **changes})
 
 
 def run(world: World, out: Path, recipe: str, *settings: str, **changes: Any) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def test_a_recipe_recorded_before_is_the_same_recipe_today():
 
 @pytest.mark.parametrize("name", loader.names())
 def test_a_recipe_recorded_today_is_left_as_it_is(name):
-    recorded = loader.load(name).model_dump(mode="json")
+    recorded = loader.load_recipe(name).model_dump(mode="json")
     assert upgraded(recorded) == recorded
 
 

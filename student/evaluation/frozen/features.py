@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from precompute.taps import prefix_roles
-from storage.views.policy import policy
 from student.evaluation.batches import evaluation_batches
 from student.models.files import StudentDescription
 
@@ -56,7 +55,7 @@ def features_of(
         UserError: a missing label, an image that cannot be decoded.
     """
     values, labels = [], []
-    view = policy(about.evaluation, about.img_size)
+    view = about.evaluation_policy
     for on_cpu in evaluation_batches(urls, view, batch_size, chosen=chosen):
         batch = on_cpu.to(device)
         values.append(read(model, batch.pixels(about.mean, about.std)).float())

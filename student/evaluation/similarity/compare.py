@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from precompute.taps.target_spec import parse_ranges
 from storage.errors import UserError
-from storage.views.policy import policy
 from student.alignment.attention import AttentionAligner
 from student.alignment.matching import uniform
 from student.alignment.student_spec import StudentSpec, full, student_spec
@@ -123,7 +122,7 @@ class SimilarityComparison:
         tokens: Tokens,
     ) -> None:
         self.model, self.about, self.urls, self.tokens = model, about, urls, tokens
-        self.view = policy(about.evaluation, about.img_size)
+        self.view = about.evaluation_policy
         copies = attention_copy_hooks(model)
         shape = student_spec(model, attention=bool(reference.attention) and copies is None)
         if shape.each:

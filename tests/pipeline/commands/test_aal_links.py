@@ -63,10 +63,10 @@ def test_what_it_says_to_train_with_keeps_what_it_shows(trained, capsys):
     commands = [shlex.split(line.partition(": ")[2]) for line in out.splitlines() if "--set" in line]
     assert len(commands) == 1 + (selection["ranges"] is not None)
     for command in commands:
-        from pipeline.recipes.loader import load
+        from pipeline.recipes.loader import load_recipe
 
         settings = [word for word in command if word != "--set"]
-        loss: Any = load("aal", settings).losses["aal"]
+        loss: Any = load_recipe("aal", settings).losses["aal"]
         kept = of.kept("aal", loss.links, layout, 4)
         assert layout.count(present(kept.choice)) == selection["kept"]
 

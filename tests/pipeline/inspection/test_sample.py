@@ -42,10 +42,10 @@ def mixed(world, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], P
     shards = synthetic_shards(folder, shards=1, samples=40, classes=3)
     vit = ["class_row,codec=log8", "attention,layers=2+1", "q,k,v,layers=last", "tokens", "class_token", "embedding",
            "logits,codec=topk2"]  # fmt: skip
-    given = {"policy": policy("deit", 32), "views": 8}
+    given = {"policy": policy("deit", 32), "num_views": 8}
     made = run_precompute(folder / "store", shards, teacher_of(world.weights, "vit"), vit, **given)
     cnn = ["activations,grid=8,layers=4+1"]
-    more = run_precompute(folder / "store", shards, teacher_of(world.weights, "cnn"), cnn, **{**given, "views": 2})
+    more = run_precompute(folder / "store", shards, teacher_of(world.weights, "cnn"), cnn, **{**given, "num_views": 2})
     return shards, folder / "store", [*made["targets"], *more["targets"]]
 
 
@@ -153,8 +153,8 @@ def test_a_ready_graph_is_drawn_as_its_network_is(world, tmp_path) -> None:
     run_precompute(tmp_path / "S", shards, own, ["attention,codec=f32", "tokens,codec=f32"])
     tensors = {"attention": made_by(path, "Softmax"), "tokens": ["tokens"]}
     taps = [wish for text in ("attention,codec=f32", "tokens,codec=f32") for wish in parse_target(text)]
-    run_precompute(tmp_path / "S", shards, teachers.find_teacher(str(path), **HALF), [],
-                   wishes=onnx_file.given_tensors(str(path), tensors, taps))  # fmt: skip
+    run_precompute(tmp_path / "S", shards, teachers.find_teacher(str(path), **HALF),
+                   onnx_file.given_tensors(str(path), tensors, taps))  # fmt: skip
     sample = stored_sample(Store.open(tmp_path / "S"), shards, "shard-000000-00002")
     seen: dict[str, list[Cell]] = {}
     for id, manifest in sample.targets.items():
@@ -208,7 +208,7 @@ def test_the_box_shows_what_is_seen_of_the_original(world) -> None:
 def test_an_image_that_is_stored_is_shown_where_it_cannot_be_rendered(world, tmp_path, monkeypatch) -> None:
     shards = synthetic_shards(tmp_path / "data", shards=1, samples=5)
     teacher = teacher_of(world.weights, "cnn")
-    made = run_precompute(tmp_path / "S", shards, teacher, ["logits"], pixels=True)
+    made = run_precompute(tmp_path / "S", shards, teacher, ["logits"], store_views=True)
     store, key = Store.open(tmp_path / "S"), "shard-000000-00003"
     sample = stored_sample(store, shards, key)
     assert all(view["image"] == "stored" for view in facts(sample)["views"])
@@ -226,7 +226,7 @@ def test_an_image_that_is_stored_is_shown_where_it_cannot_be_rendered(world, tmp
 def test_of_two_banks_the_one_with_more_targets_is_shown(world, tmp_path, capsys) -> None:
     store = world.copy(tmp_path / "S")
     run_precompute(store, world.shards, teacher_of(world.weights, "cnn"), ["logits"], policy=policy("none", 32),
-                   views=1, new_bank=True)  # fmt: skip
+                   num_views=1, new_bank=True)  # fmt: skip
     words = ("inspect", "--store", store, "--shards", world.shards[1], "--sample", KEY, "--out", tmp_path / "s.png")
     status, out, _ = run(capsys, *words)
     assert status == 0

@@ -239,26 +239,28 @@ def test_settings_are_laid_over_a_recipe_and_flags_over_them(tmp_path):
     )
     project = load(tmp_path / "w.yaml")
     over = loader.Over(str(project.path), project.settings)
-    recipe = loader.load("aal", ["student.depth=4", "student.patch_size=4"], over)
+    recipe = loader.load_recipe("aal", ["student.depth=4", "student.patch_size=4"], over)
     assert (recipe.student.img_size, recipe.student.depth, recipe.student.drop_path_rate) == (32, 4, 0.1)
     assert recipe.student.weights == str(tmp_path / "init.pth")
     assert (recipe.losses["aal"].weight.at(9), recipe.optim.lr) == (7, 5e-4)
     (tmp_path / "w.yaml").write_text("set: {losses.aal.wieght: 1}")
     bad = load(tmp_path / "w.yaml")
     with pytest.raises(UserError, match=r"recipe aal with .*w\.yaml laid over it: losses\.aal\.wieght: no such"):
-        loader.load("aal", ["optim.epohcs=1"], loader.Over(str(bad.path), bad.settings))
+        loader.load_recipe("aal", ["optim.epohcs=1"], loader.Over(str(bad.path), bad.settings))
     with pytest.raises(UserError, match=r"recipe aal with --set: optim\.epohcs: no such .* 'epochs'"):
-        loader.load("aal", ["optim.epohcs=1"], over)
+        loader.load_recipe("aal", ["optim.epohcs=1"], over)
 
 
 def test_a_section_is_laid_over_what_is_there_setting_by_setting(tmp_path):
-    plain = loader.load("attention-distill")
+    plain = loader.load_recipe("attention-distill")
     (tmp_path / "w.yaml").write_text("set: {optim: {epochs: 3, warmup_epochs: 1}, losses: {attention: {heads: mean}}}")
     project = load(tmp_path / "w.yaml")
-    recipe = loader.load("attention-distill", ["optim={epochs: 4}"], loader.Over("w", project.settings))
+    recipe = loader.load_recipe("attention-distill", ["optim={epochs: 4}"], loader.Over("w", project.settings))
     assert recipe.optim == plain.optim.model_copy(update={"epochs": 4, "warmup_epochs": 1})
     assert recipe.losses["attention"] == plain.losses["attention"].model_copy(update={"heads": "mean"})
-    weight = loader.load("aal", ["losses.aal.weight={start: 1, shape: linear, end: 0, over: 9}"]).losses["aal"].weight
+    weight = (
+        loader.load_recipe("aal", ["losses.aal.weight={start: 1, shape: linear, end: 0, over: 9}"]).losses["aal"].weight
+    )
     assert (weight.decay, weight.then, weight.at(9)) == (1, {}, 0), "a schedule is one value"
 
 

@@ -43,7 +43,7 @@ def full(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
         kind: run_precompute(place, world.shards, teacher_of(world.weights, kind), several)["targets"]
         for kind, several in wishes.items()
     }
-    evaluation = {"policy": policy("light", 32).evaluation, "views": 1, "new_bank": True}
+    evaluation = {"policy": policy("light", 32).evaluation, "num_views": 1, "new_bank": True}
     for wish in wishes["vit"][1:]:
         run_precompute(place, world.shards[:1], teacher_of(world.weights, "vit"), [wish], **evaluation)
     return place, made
@@ -86,14 +86,14 @@ def changes(recipe: str, folder: Path) -> dict[str, Any]:
 def test_small_variants_lie_over_their_recipes(tmp_path):
     """What a variant does not change is the recipe's; as a file it is the same, and says that it is small."""
     for name in loader.names():
-        whole, small = loader.load(name), loader.load(f"{name}-small")
+        whole, small = loader.load_recipe(name), loader.load_recipe(f"{name}-small")
         assert {*small.losses} == {*whole.losses}
         assert (small.attention_copy is None) == (whole.attention_copy is None)
         assert small.stream.batch_size == 128 < whole.stream.batch_size or name == "head-specific"
         assert small.student.model == "vit_tiny_patch16_224"
         for variant in (name, f"{name}-small"):
             (tmp_path / "file.yaml").write_text(loader.text(variant))
-            assert loader.load(str(tmp_path / "file.yaml")) == loader.load(variant)
+            assert loader.load_recipe(str(tmp_path / "file.yaml")) == loader.load_recipe(variant)
         assert "# The small variant" in loader.text(f"{name}-small")
         assert "\nsmall:" not in loader.text(name)
 
@@ -172,7 +172,7 @@ def test_contract_10_logits_of_other_classes_are_refused(world, tmp_path, capsys
     name, arguments = TINY_CNN
     save_file(timm.create_model(name, num_classes=5, **arguments).state_dict(), tmp_path / "five.safetensors")
     teacher = teacher_of({"cnn": str(tmp_path / "five.safetensors")}, "cnn", arguments={**arguments, "num_classes": 5})
-    run_precompute(tmp_path / "store", world.shards, teacher, ["logits"], views=1)
+    run_precompute(tmp_path / "store", world.shards, teacher, ["logits"], num_views=1)
     code, result, _ = train(world, tmp_path / "store", tmp_path / "run", "deit-soft", capsys, "--same-classes")
     assert code == 1
     assert "number of classes: the student has 3, the teacher 5" in result["error"]
@@ -214,10 +214,10 @@ def test_the_rows_of_aal_s_tables_are_settings_that_a_recipe_takes():
     assert len(rows) > 20
     for row in rows:
         settings = [word for word in shlex.split(row) if word != "--set"]
-        made = loader.load("aal", settings)
+        made = loader.load_recipe("aal", settings)
         assert ("aal" in made.losses) != ("losses.aal=null" in settings)
         assert timm_has(made.student.model)
-    fixed = loader.load("aal", ["losses.aal.weight.then={}"]).losses["aal"].weight
+    fixed = loader.load_recipe("aal", ["losses.aal.weight.then={}"]).losses["aal"].weight
     assert fixed.at(300) == pytest.approx(2000 * 0.99**300)
 
 

@@ -39,9 +39,15 @@ def run(world: World, store: Path, shards: list[str] | None = None, **more: Any)
     wishes = [wish for text in WISHES for wish in parse_target(text)]
     quiet = Quiet()
     wanted = PrecomputeRequest(
-        world.shards if shards is None else shards, teacher_of(world.weights, "cnn"), wishes, policy("deit", 32),
-        frozenset({"line", "size"}), 2, provider="cpu", **more,
-    )  # fmt: skip
+        shards=world.shards if shards is None else shards,
+        teacher=teacher_of(world.weights, "cnn"),
+        targets=wishes,
+        policy=policy("deit", 32),
+        policy_fields=frozenset({"line", "size"}),
+        num_views=2,
+        provider="cpu",
+        **more,
+    )
     dask_runner.held_session.clear()
     return precompute(Store.create(store), wanted, quiet), quiet.lines
 

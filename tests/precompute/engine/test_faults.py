@@ -37,7 +37,7 @@ class Faults:
     def run(self, place: Path, **fault: Any) -> FaultyObjectStore:
         objects = FaultyObjectStore(place, **fault)
         store = Store.create(objects)
-        run_precompute(store, self.shards, teacher_of(self.world.weights, "cnn"), CNN[1:], views=1)
+        run_precompute(store, self.shards, teacher_of(self.world.weights, "cnn"), CNN[1:], num_views=1)
         return objects
 
 

@@ -253,7 +253,7 @@ def test_contract_5_views_that_are_added_are_rendered_as_those_that_are_there(
     for module in ("precompute.engine.stages", "storage.store.banks"):
         monkeypatch.setattr(f"{module}.render", lambda image, view, size: render(image, view, size) ^ 1)
     with pytest.raises(UserError, match="signature of the view's pixels"):
-        run_precompute(place, world.shards, teacher_of(world.weights, "cnn"), CNN, views=3)
+        run_precompute(place, world.shards, teacher_of(world.weights, "cnn"), CNN, num_views=3)
     assert snapshot(place) == before
 
 

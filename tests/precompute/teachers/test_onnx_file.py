@@ -36,7 +36,7 @@ def keep(
     wishes = [wish for text in targets for wish in parse_target(text)]
     given = onnx_file.given_tensors(str(path), onnx_file.named_outputs(taps), wishes)
     teacher = teachers.find_teacher(str(path), **{**HALF, **changes})
-    result = run_precompute(store, shards, teacher, [], wishes=given)
+    result = run_precompute(store, shards, teacher, given)
     return dict(zip([wish.tap for wish in given], result["targets"], strict=True))
 
 

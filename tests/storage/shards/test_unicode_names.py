@@ -18,7 +18,7 @@ from student import settings as config
 from student.alignment.rules import align_classes
 from student.alignment.student_spec import StudentSpec
 from student.evaluation.ensemble import Classifier, ensemble_predictions
-from student.models.build import build
+from student.models.build import build_student
 from student.models.files import StudentDescription, load_student, save_student
 from tests.manifests import stored
 from tests.storage.helpers import by_us, class_folders, picture
@@ -76,7 +76,7 @@ def test_a_student_is_evaluated_on_shards_of_another_spelling(tmp_path):
     made = pack(str(folder), str(tmp_path / "x.tar"))["train"]
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 12, "depth": 1, "num_heads": 3}
     settings = config.StudentConfig(model="vit_tiny_patch16_224", **sizes)
-    model, arguments = build(settings, 2)
+    model, arguments = build_student(settings, 2)
     half = (0.5, 0.5, 0.5)
     for names in (NFC, NFD):
         about = StudentDescription(settings.model, arguments, 32, half, half, tuple(names), "short(1)|center")

@@ -15,7 +15,7 @@ from storage.store.store import Store
 from storage.testing import TINY_VIT
 from storage.views.policy import policy
 from student.data.stream import Stream
-from student.models.build import build
+from student.models.build import build_student
 from student.recipe import schema
 from student.recipe.validate import validate
 from student.training.distiller import Distiller, find_targets
@@ -48,7 +48,7 @@ def distiller_of(
     """A student that copies, with new weights or with the teacher's, and batches for it."""
     recipe = recipe_of(copying, **{**BANK, **more})
     torch.manual_seed(3)
-    model, _ = build(recipe.student, 3)
+    model, _ = build_student(recipe.student, 3)
     if teachers:
         model.load_state_dict(read_weights(world.weights["vit"]))
     store = Store.open(place)

@@ -21,7 +21,7 @@ from storage.views.policy import policy
 from student.attention_copy.inference import attach_stored_attention
 from student.data.batch import Batch
 from student.models.attention_copy_hooks import attention_copy_hooks
-from student.models.build import build
+from student.models.build import build_student
 from student.models.files import load_student
 from student.recipe.validate import validate
 from student.training import precision
@@ -55,7 +55,7 @@ def place(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     teacher = teacher_of(world.weights, "vit")
     wishes = ["attention,codec=f32", "q,k,v,codec=f32", "tokens,layers=1:3,codec=f32"]
     run_precompute(place, world.shards, teacher, wishes, policy=policy("deit", 32))
-    run_precompute(place, world.shards, teacher, wishes, policy=VALIDATION, views=1, new_bank=True)
+    run_precompute(place, world.shards, teacher, wishes, policy=VALIDATION, num_views=1, new_bank=True)
     return place
 
 
@@ -69,7 +69,7 @@ def test_a_student_that_is_its_teacher_says_the_same_when_it_copies(world, place
     precision.apply(distiller, PrecisionChoice("none", fused))
     batch = next(stream.epoch(0))
     assert (batch.shares > 0).any(), "mixed views"
-    plain, _ = build(recipe_of({}).student, 3)
+    plain, _ = build_student(recipe_of({}).student, 3)
     plain.load_state_dict(read_weights(world.weights["vit"]))
     with torch.no_grad():
         copied, _ = distiller.eval()(batch)
@@ -347,7 +347,7 @@ def test_a_control_copies_what_cannot_know_the_image_in_evaluation_too(
 def test_a_copying_student_is_not_taken_for_a_whole_network(world, place, trained, tmp_path, capsys):
     told = asked(capsys, "export", trained, "--shards", world.shards[0], status=1)
     assert "attends with its teacher's attention" in told["error"]
-    network, _ = build(recipe_of({}).student, 3)
+    network, _ = build_student(recipe_of({}).student, 3)
     with pytest.raises(UserError, match="copies its teacher's attention is not whole without it"):
         load_weights(network, str(trained / "last.safetensors"))
     text = (trained / "README.md").read_text()
@@ -402,7 +402,7 @@ def test_what_does_not_fit_is_one_clear_message(world, place, copying, student, 
         )
         store = Store.open(place)
         with pytest.raises(UserError, match=message):
-            find_targets(store, store.shard_ids(), recipe, build(recipe.student, 3)[0])
+            find_targets(store, store.shard_ids(), recipe, build_student(recipe.student, 3)[0])
         return
     with pytest.raises(UserError, match=message):
         distiller_of(world, place, copying, student=student)

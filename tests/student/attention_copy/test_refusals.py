@@ -21,7 +21,7 @@ def test_targets_of_validation_images_that_are_missing_are_made_by_the_command_t
     """Before anything is trained; pasted, the command makes them, and the same run goes through."""
     store = tmp_path / "store"
     teacher = teacher_of(world.weights, "vit")
-    run_precompute(store, world.shards[:1], teacher, ["q,k,layers=2:3"], policy=policy("light", 32), views=1)
+    run_precompute(store, world.shards[:1], teacher, ["q,k,layers=2:3"], policy=policy("light", 32), num_views=1)
     settings = [*SAME, "attention_copy.layers=last-2", "optim.epochs=1"]
     parts = {"store": Store.open(store), "shards": world.shards[:1], "val": world.shards[1:]}
     with pytest.raises(UserError, match=r"needs it of the images that it is evaluated on") as refused:

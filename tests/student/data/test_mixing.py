@@ -47,7 +47,7 @@ class Made:
         return Stream(changes.pop("shards", self.shards), **{**settings, **changes})
 
     def run(self, store: Path, **changes) -> dict[str, Any]:
-        options = {"policy": DEIT, "views": VIEWS, "on_decode_error": "skip", **changes}
+        options = {"policy": DEIT, "num_views": VIEWS, "on_decode_error": "skip", **changes}
         wishes = ["logits", "logits,codec=topk2"]
         return run_precompute(store, self.shards, teacher_of(self.weights, "cnn"), wishes, **options)
 
@@ -259,7 +259,7 @@ def with_pixels(made, tmp_path_factory) -> tuple[Path, str, dict[str, Any], dict
     """A copy of the store to which the pixels were added: its place, the target's id, its files before and after."""
     place = shutil.copytree(made.store, tmp_path_factory.mktemp("pixels") / "store")
     before = contents(place)
-    (pixels,) = set(made.run(place, pixels=True)["targets"]) - set(made.targets)
+    (pixels,) = set(made.run(place, store_views=True)["targets"]) - set(made.targets)
     return place, pixels, before, contents(place)
 
 
@@ -334,7 +334,7 @@ def test_without_pixels_another_decoder_is_an_error_that_offers_them(made, monke
 
 def test_pixels_of_fewer_views_than_the_targets_have_are_left_alone(made, epochs, tmp_path):
     place = shutil.copytree(made.store, tmp_path / "store")
-    made.run(place, pixels=True, views=1)
+    made.run(place, store_views=True, num_views=1)
     stream = made.stream(store=place)
     assert (stream.source.pixels, stream.views) == (None, 2)
     assert same(next(stream.epoch(0)), epochs[0][0])
@@ -376,6 +376,6 @@ def test_pixels_alone_can_be_trained_on_without_targets(made, expected, with_pix
 
 def test_pixels_of_views_that_a_new_run_draws_are_those_of_the_bank(made, expected, tmp_path):
     """Everything in one run: the bank's views are drawn while the pixels are written."""
-    made.run(tmp_path / "store", pixels=True)
+    made.run(tmp_path / "store", store_views=True)
     for batch in made.stream(store=tmp_path / "store").epoch(0):
         assert_as(batch, expected)

@@ -375,8 +375,8 @@ def test_links_are_said_in_many_ways_and_nothing_else_is_taken():
 
 
 def test_short_forms_of_settings_grow_when_a_part_is_said():
-    from pipeline.recipes.loader import load
+    from pipeline.recipes.loader import load_recipe
 
     settings = ["losses.aal.links=runs/full", "losses.aal.links.normalize=printed"]
-    losses: dict[str, Any] = load("aal", settings).losses
+    losses: dict[str, Any] = load_recipe("aal", settings).losses
     assert losses["aal"].links == LinksConfig(run="runs/full", normalize="printed")

@@ -19,7 +19,7 @@ from student.data.stream import Stream
 from student.losses import head_specific
 from student.losses.base import LossInputs
 from student.losses.head_specific import Method, difference, rightness
-from student.models.build import build
+from student.models.build import build_student
 from student.recipe.validate import validate
 from student.targets.stored_target import stored_target
 from student.training.distiller import Distiller, find_targets
@@ -69,7 +69,7 @@ def kept(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Store,
     place = tmp_path_factory.mktemp("heads") / "store"
     names = ("attention", "q", "k", "logits")
     wishes = [f"{tap},codec=f32" for tap in names]
-    made = run_precompute(place, world.shards, teacher_of(world.weights, "vit"), wishes, views=1)
+    made = run_precompute(place, world.shards, teacher_of(world.weights, "vit"), wishes, num_views=1)
     return Store.open(place), dict(zip(names, made["targets"], strict=True))
 
 
@@ -80,7 +80,7 @@ def distiller_of(world: World, kept, taught: bool = False, **settings) -> tuple[
     losses = {"it": {"type": "head_specific", "same_classes": True, **settings}}
     recipe = validate({"student": {"model": TINY_VIT[0], **sizes}, "losses": losses}, "test")
     torch.manual_seed(0)
-    model, _ = build(recipe.student, 3)
+    model, _ = build_student(recipe.student, 3)
     if taught:
         model.load_state_dict(read_weights(world.weights["vit"]))
     shards = [store.require(url, store.shard_ids()).id for url in world.shards]

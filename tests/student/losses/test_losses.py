@@ -22,7 +22,7 @@ from student.data.stream import Stream
 from student.losses import advit, attention_transfer, deit
 from student.losses.aal import AAL, class_maps
 from student.losses.cross_entropy import cross_entropy
-from student.models.build import build
+from student.models.build import build_student
 from student.recipe.validate import validate
 from student.targets.stored_target import stored_target
 from student.training.distiller import Distiller
@@ -192,7 +192,7 @@ def same(world, tmp_path_factory) -> tuple[Store, dict[str, str]]:
     taps = {tap: tap for tap in ("class_row", "attention", "logits", "class_token", "tokens", "q", "k", "v")}
     taps["streams"] = "tokens,layers=1:3"
     wishes = [f"{tap},codec=f32" for tap in taps.values()]
-    made = run_precompute(place, world.shards, teacher_of(world.weights, "vit"), wishes, views=1)
+    made = run_precompute(place, world.shards, teacher_of(world.weights, "vit"), wishes, num_views=1)
     return Store.open(place), dict(zip(taps, made["targets"], strict=True))
 
 
@@ -218,7 +218,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(world, same, loss, t
     store, targets = same
     sizes = {name: TINY_VIT[1][name] for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
     recipe = validate({"student": {"model": TINY_VIT[0], **sizes}, "losses": {"it": loss}}, "test")
-    model, _ = build(recipe.student, 3)
+    model, _ = build_student(recipe.student, 3)
     model.load_state_dict(read_weights(world.weights["vit"]))
     ids = [targets[one] for one in (tap if tap == "qk" else [tap])]
     distiller = Distiller(
@@ -255,7 +255,7 @@ def of_store(world, same, tap: str, loss: dict[str, Any], **student: Any) -> Dis
     content = {"student": {"model": TINY_VIT[0], **sizes, **student}, "losses": {"it": loss}}
     recipe = validate(content, "test")
     torch.manual_seed(0)
-    model, _ = build(recipe.student, 3)
+    model, _ = build_student(recipe.student, 3)
     return Distiller(recipe, model, {"it": [stored_target(store, targets[tap])]}, (0.5,) * 3, (0.5,) * 3)
 
 
@@ -294,7 +294,7 @@ def test_only_what_is_compared_gets_a_gradient(world, same):
 
 
 def test_tokens_after_the_final_norm_are_no_residual_stream(world, same, tmp_path):
-    made = run_precompute(tmp_path / "store", world.shards, teacher_of(world.weights, "vit"), ["tokens"], views=1)
+    made = run_precompute(tmp_path / "store", world.shards, teacher_of(world.weights, "vit"), ["tokens"], num_views=1)
     store = Store.open(tmp_path / "store")
     with pytest.raises(UserError, match=r"holds tokens after the final norm.*--target tokens,layers=last"):
         of_store(world, (store, {"tokens": made["targets"][0]}), "tokens", {"type": "features"})

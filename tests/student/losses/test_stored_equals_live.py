@@ -21,7 +21,7 @@ from storage.store.store import Store
 from storage.views.policy import policy
 from storage.views.view import COLUMNS
 from student.data.stream import Stream
-from student.models.build import build
+from student.models.build import build_student
 from student.models.init import normalisation
 from student.recipe.schema import Recipe
 from student.recipe.validate import validate
@@ -66,7 +66,7 @@ def compare(
 ):
     """Largest relative loss error and smallest gradient cosine over the steps, for the total and each loss."""
     torch.manual_seed(0)
-    model, _ = build(recipe.student, classes)
+    model, _ = build_student(recipe.student, classes)
     names = tuple("abcdefghij"[:classes])
     given = {
         loss: tuple(StoredTarget(g.target, g.teacher.model_copy(update={"classes": names})) for g in several)
@@ -146,7 +146,7 @@ def test_aal_from_u8_stays_close_to_the_teacher_in_the_loop(world, record_proper
 def mixed(world, tmp_path_factory):
     """A store of `deit` views, mixup and CutMix on: its folder, and targets by their names."""
     place = tmp_path_factory.mktemp("deit") / "store"
-    options = {"policy": policy("deit", 32), "views": 2}
+    options = {"policy": policy("deit", 32), "num_views": 2}
     wishes = {
         "cnn": [f"activations,grid=8,codec={codec}" for codec in ("f32", "u8", "f16")]
         + ["logits", "logits,codec=topk2"]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from storage.errors import UserError
 from storage.objects.state_dict import classes_in
 from student import settings as config
-from student.models.build import build
+from student.models.build import build_student
 from student.models.files import StudentDescription, load_student, save_student
 
 ABOUT: dict[str, Any] = {"img_size": 32, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "classes": ("a", "b", "c")}
@@ -29,7 +29,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = config.StudentConfig(
         model="vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=12, depth=1, num_heads=3
     )
-    model, arguments = build(settings, 3)
+    model, arguments = build_student(settings, 3)
     path = tmp_path_factory.mktemp("student") / "last.safetensors"
     save_student(path, model, StudentDescription(settings.model, arguments, evaluation="short(1)|center", **ABOUT))
     return path

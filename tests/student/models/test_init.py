@@ -9,9 +9,9 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.recipes.loader import load as load_recipe
+from pipeline.recipes.loader import load_recipe
 from storage.errors import UserError
-from student.models.build import build
+from student.models.build import build_student
 from student.models.files import load_student
 from student.models.init import begin_from, freeze, normalisation
 from student.training import train as trainer
@@ -32,7 +32,7 @@ def donor(world, tmp_path_factory):
 def student(*settings: str, classes: int = 3):
     torch.manual_seed(7)
     recipe = load_recipe("scratch", [*STUDENT, *settings])
-    return build(recipe.student, classes)[0], recipe.student
+    return build_student(recipe.student, classes)[0], recipe.student
 
 
 def taken(*settings: str, classes: int = 3, names=None):

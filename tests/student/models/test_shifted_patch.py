@@ -21,7 +21,7 @@ from storage.objects.state_dict import load_weights
 from storage.views.policy import policy
 from student.alignment.student_spec import student_spec
 from student.evaluation.batches import evaluation_batches
-from student.models.build import build
+from student.models.build import build_student
 from student.models.files import load_student
 from student.models.shifted_patch import ShiftedPatches, shift_patches, shifted
 from student.settings import StudentConfig
@@ -60,9 +60,9 @@ def test_a_token_is_the_normed_values_of_its_patch_in_all_five_projected() -> No
 def test_only_the_projection_of_patches_is_another() -> None:
     settings = StudentConfig(img_size=32, patch_size=4, embed_dim=48, depth=2, num_heads=3)
     torch.manual_seed(0)
-    plain, _ = build(settings, 3)
+    plain, _ = build_student(settings, 3)
     torch.manual_seed(0)
-    changed, arguments = build(settings.model_copy(update={"shifted_patches": True}), 3)
+    changed, arguments = build_student(settings.model_copy(update={"shifted_patches": True}), 3)
     made: Any = changed
     assert arguments["patch_size"] == 4
     others = [{n: t for n, t in m.state_dict().items() if not n.startswith("patch_embed")} for m in (plain, made)]
@@ -77,7 +77,7 @@ def test_only_the_projection_of_patches_is_another() -> None:
 )
 def test_networks_without_patches_are_refused(settings) -> None:
     with pytest.raises(UserError, match="does not cut images into square patches of two pixels or more"):
-        build(StudentConfig(shifted_patches=True, **settings), 3)
+        build_student(StudentConfig(shifted_patches=True, **settings), 3)
 
 
 @pytest.fixture(scope="module")

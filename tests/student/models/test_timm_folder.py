@@ -21,7 +21,7 @@ from storage.views.render import render
 from storage.views.view import View
 from student.data.batch import Batch
 from student.evaluation.batches import evaluation_batches
-from student.models.build import build, input_size
+from student.models.build import build_student, input_size
 from student.models.files import StudentDescription, load_student, save_student
 from student.models.timm_folder import link_for_timm
 from student.settings import StudentConfig
@@ -108,7 +108,7 @@ def test_so_does_every_other_network_that_timm_builds(tmp_path, kind) -> None:
     settings, classes = OTHERS[kind]
     chosen = StudentConfig(**settings)
     torch.manual_seed(0)
-    model, arguments = build(chosen, classes)
+    model, arguments = build_student(chosen, classes)
     side = input_size(model, chosen)
     names = tuple(f"class {n}" for n in range(classes)) or None
     about = StudentDescription(

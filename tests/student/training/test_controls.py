@@ -12,7 +12,7 @@ from storage.errors import UserError
 from storage.store.store import Store
 from storage.testing import synthetic_shards
 from student.data.stream import Stream
-from student.models.build import build
+from student.models.build import build_student
 from student.recipe.validate import validate
 from student.targets.stored_target import stored_target
 from student.training.controls import mean_targets
@@ -75,7 +75,7 @@ def test_another_seed_permutes_otherwise_and_workers_alike(world, target):
 
 def test_a_sample_alone_in_its_block_keeps_its_target_and_it_is_said(world, tmp_path):
     shards = synthetic_shards(tmp_path / "data", shards=1, samples=65)
-    result = run_precompute(tmp_path / "store", shards, teacher_of(world.weights, "cnn"), ["logits"], views=1)
+    result = run_precompute(tmp_path / "store", shards, teacher_of(world.weights, "cnn"), ["logits"], num_views=1)
     made = Stream(shards, batch=8, store=tmp_path / "store", targets=result["targets"], permute=1)
     assert made.notices == ["1 sample(s) are alone in their blocks and keep their own targets"]
 
@@ -95,7 +95,7 @@ def test_every_image_gets_the_mean(world, target):
         },
         "test",
     )
-    model, _ = build(recipe.student, 3)
+    model, _ = build_student(recipe.student, 3)
     store = Store.open(world.store)
     distiller = Distiller(recipe, model, {"aal": (stored_target(store, target),)}, (0.5,) * 3, (0.5,) * 3)
     seen = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 import sys
@@ -16,7 +17,7 @@ from storage.views.policy import policy
 from student.distributed import process_group
 from student.evaluation.accuracy import count, evaluate
 from student.evaluation.batches import evaluation_batches
-from student.models.build import build
+from student.models.build import build_student
 from student.recipe.validate import validate
 from student.training import checkpoint
 from student.training import train as trainer
@@ -58,7 +59,7 @@ def _train(number: int, ranks: int, jobs: list[trainer.TrainConfig], urls: list[
 def _model() -> torch.nn.Module:
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3}
     torch.manual_seed(5)
-    return build(validate({"student": sizes, "losses": {"crossentropy": {}}}, "r").student, 7)[0].eval()
+    return build_student(validate({"student": sizes, "losses": {"crossentropy": {}}}, "r").student, 7)[0].eval()
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def pair(world, tmp_path_factory):
         patch.setattr(Update, "__call__", cut)
         with pytest.raises(KeyboardInterrupt):
             trainer.train(jobs["both"], Quiet())
-    resumed = trainer.TrainConfig(**{**jobs["both"].__dict__, "resume": True})
+    resumed = dataclasses.replace(jobs["both"], resume=True)
     urls = synthetic_shards(folder / "odd", shards=3, samples=131, classes=7)
     together(2, _train, [jobs["two"], jobs["pieces"], resumed], urls, folder)
     return folder

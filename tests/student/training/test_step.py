@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.recipes.loader import load as load_recipe
+from pipeline.recipes.loader import load_recipe
 from storage.errors import UserError
 from storage.views.policy import policy
 from student import run_dir
 from student.evaluation.accuracy import evaluate
-from student.models.build import build
+from student.models.build import build_student
 from student.models.files import load_student
 from student.training.optimizer import build_optimizer, learning_rate
 from student.training.setup import build_run
@@ -90,7 +90,7 @@ def test_rates_fall_by_layer_and_links_have_the_full_one(world, tmp_path):
 def test_dropouts_reach_the_student():
     settings = ["student.drop_path_rate=0.3", "student.drop_rate=0.4", "student.proj_drop_rate=0.1",
                 "student.attn_drop_rate=0.2", "student.global_pool=avg"]  # fmt: skip
-    built, arguments = build(load_recipe("scratch", [*STUDENT, *settings]).student, 3)
+    built, arguments = build_student(load_recipe("scratch", [*STUDENT, *settings]).student, 3)
     model: Any = built
     assert model.blocks[-1].drop_path1.drop_prob == pytest.approx(0.3)
     assert (model.head_drop.p, model.blocks[0].attn.proj_drop.p, model.blocks[0].attn.attn_drop.p) == (0.4, 0.1, 0.2)

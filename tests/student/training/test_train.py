@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.recipes.loader import load as load_recipe
+from pipeline.recipes.loader import load_recipe
 from storage.errors import IdentityError, UserError
 from storage.store.store import Store
 from storage.testing import TINY_CNN, synthetic_shards
@@ -20,7 +20,7 @@ from storage.views.policy import policy
 from student.data.stream import Stream
 from student.distributed import pick_device
 from student.evaluation.accuracy import evaluate
-from student.models.build import build
+from student.models.build import build_student
 from student.models.files import load_student
 from student.models.init import normalisation
 from student.recipe.validate import validate
@@ -40,7 +40,7 @@ STUDENT = [
 def job(world, out: Path, recipe: str, *settings: str, **changes) -> TrainConfig:
     chosen = load_recipe(recipe, [*STUDENT, *settings])
     parts = {"shards": world.shards, "val": world.shards, "store": Store.open(world.store)}
-    return TrainConfig(chosen, out=out, **{**parts, **changes})
+    return TrainConfig(recipe=chosen, out=out, **{**parts, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_scratch_takes_fresh_views_or_a_bank_and_any_network(world, tmp_path):
 def test_cross_entropy_alone_is_untouched_by_hooks(world):
     recipe = load_recipe("scratch", STUDENT)
     torch.manual_seed(0)
-    model, _ = build(recipe.student, 3)
+    model, _ = build_student(recipe.student, 3)
     batch = next(Stream(world.shards, batch=32, policy=policy("light", 32)).epoch(0))
     distiller = Distiller(recipe, model, {}, *normalisation(recipe.student))
     logits, values = distiller(batch)
@@ -187,7 +187,7 @@ def test_several_banks_that_fit_are_refused_with_the_way_to_choose(world, u8, tm
         ["logits"],
         policy=policy("none", 32),
         new_bank=True,
-        views=1,
+        num_views=1,
     )
     with pytest.raises(UserError, match=r"2 banks fit: .*--set stream\.bank="):
         train(job(world, tmp_path / "run", "scratch", store=Store.open(store)), Quiet())
@@ -214,7 +214,7 @@ def test_validation_shards_that_are_trained_on_are_told_by_their_content(world, 
 
 
 def test_a_store_without_the_tap_says_what_it_has(world, tmp_path):
-    run_precompute(tmp_path / "store", world.shards, teacher_of(world.weights, "cnn"), ["logits"], views=1)
+    run_precompute(tmp_path / "store", world.shards, teacher_of(world.weights, "cnn"), ["logits"], num_views=1)
     with pytest.raises(UserError, match="aal needs stored activations, the store has logits"):
         train(job(world, tmp_path / "run", "aal", store=Store.open(tmp_path / "store")), Quiet())
 
@@ -319,7 +319,7 @@ def test_sizes_that_do_not_go_together_are_refused():
         sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3, **change}
         recipe = validate({"student": sizes, "losses": {"crossentropy": {}}}, "r")
         with pytest.raises(UserError, match=message):
-            build(recipe.student, 3)
+            build_student(recipe.student, 3)
 
 
 def test_a_student_whose_attention_is_not_plain_is_refused(world, u8, tmp_path):

@@ -53,7 +53,7 @@ def place(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("similar") / "store"
     wishes = ["attention,codec=f32", "q,k,codec=f32", "class_row,codec=f32", "tokens,layers=1:3,codec=f32",
               "tokens,codec=f32"]  # fmt: skip
-    run_precompute(place, world.shards[:1], teacher_of(world.weights, "vit"), wishes, policy=VIEW, views=1)
+    run_precompute(place, world.shards[:1], teacher_of(world.weights, "vit"), wishes, policy=VIEW, num_views=1)
     return place
 
 
@@ -210,7 +210,7 @@ def test_of_a_copying_student_the_copied_maps_are_left_out_and_its_streams_are_c
     teacher = teacher_of(world.weights, "vit")
     wishes = ["attention,codec=f32", "q,k,codec=f32", "tokens,layers=1:3,codec=f32"]
     run_precompute(store, world.shards, teacher, wishes, policy=policy("deit", 32))
-    run_precompute(store, world.shards, teacher, wishes, policy=VALIDATION, views=1, new_bank=True)
+    run_precompute(store, world.shards, teacher, wishes, policy=VALIDATION, num_views=1, new_bank=True)
     for what, of_layers in (("map", [1]), ("qk", [1, 2, 3])):
         out = tmp_path / what
         run(
@@ -274,7 +274,7 @@ def test_of_several_kinds_the_one_that_is_there_of_the_images_is_taken_and_a_cho
     store, teacher = tmp_path / "store", teacher_of(world.weights, "vit")
     run_precompute(store, world.shards[:1], teacher, ["attention"])  # of training views
     run_precompute(store, world.shards[:1], teacher, ["q,k,codec=f32", "q,k,codec=f16", "tokens,layers=3"], policy=VIEW,
-                   views=1, new_bank=True)  # fmt: skip
+                   num_views=1, new_bank=True)  # fmt: skip
     qs, ks = targets_of(store, "q"), targets_of(store, "k")
     said = compared(capsys, trained, world, store, status=1)["error"]
     assert "4 targets fit" in said
@@ -315,8 +315,8 @@ def test_missing_targets_come_with_the_command_that_makes_them_and_labels_are_no
 
 def test_what_the_store_lacks_of_these_images_is_left_out_unless_it_is_asked_for(world, trained, tmp_path, capsys):
     store, teacher = tmp_path / "store", teacher_of(world.weights, "vit")
-    run_precompute(store, world.shards[:1], teacher, ["attention"], policy=VIEW, views=1)
-    run_precompute(store, world.shards[1:], teacher, ["tokens,layers=3"], policy=VIEW, views=1)
+    run_precompute(store, world.shards[:1], teacher, ["attention"], policy=VIEW, num_views=1)
+    run_precompute(store, world.shards[1:], teacher, ["tokens,layers=3"], policy=VIEW, num_views=1)
     found = compared(capsys, trained, world, store)
     assert (found["streams"], "tokens" in found["left_out"]) == (None, True)
     assert found["attention"]["mean"]["min"] > 0
@@ -326,7 +326,7 @@ def test_what_the_store_lacks_of_these_images_is_left_out_unless_it_is_asked_for
 
 def test_tokens_are_asked_for_where_there_are_some(world, trained, tmp_path, capsys):
     run_precompute(tmp_path / "store", world.shards[:1], teacher_of(world.weights, "vit"), ["attention"], policy=VIEW,
-                   views=1)  # fmt: skip
+                   num_views=1)  # fmt: skip
     said = compared(capsys, trained, world, tmp_path / "store", "--tokens", "mean", status=1)["error"]
     assert "has no tokens of these images" in said
 
@@ -341,5 +341,7 @@ def test_what_cannot_be_compared_is_refused_in_words(world, trained, place, tmp_
     none = compared(capsys, trained, world, world.store, "--teacher", "cnn", status=1)["error"]
     assert "activations, logits" in none
     store = tmp_path / "part"
-    run_precompute(store, world.shards[:1], teacher_of(world.weights, "vit"), ["tokens,layers=1"], policy=VIEW, views=1)
+    run_precompute(
+        store, world.shards[:1], teacher_of(world.weights, "vit"), ["tokens,layers=1"], policy=VIEW, num_views=1
+    )
     assert "precompute some of these" in compared(capsys, trained, world, store, status=1)["error"]
