@@ -1,13 +1,13 @@
 # Everything a fresh machine needs is Python 3.11+ and make: the targets build their own environment.
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= cpu,test,demo
+EXTRAS ?= cpu,test,demo,docs
 DATA ?= data
 WEIGHTS ?= weights
 OUT ?= study-out
 BIN = $(VENV)/bin
 
-.PHONY: install test test-slow test-long lint demo study clean
+.PHONY: install test test-slow test-long lint docs wheel demo study clean
 
 install: $(VENV)/.installed
 
@@ -31,6 +31,14 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The documentation site, into site/.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Sdist and wheel, and the wheel in an environment without this checkout.
+wheel: install
+	tests/check_wheel.sh $(abspath $(BIN))/python
+
 demo: install
 	$(BIN)/pipeline demo --out demo-out
 
@@ -39,4 +47,4 @@ study: install
 	$(BIN)/python -u docs/study.py --data '$(DATA)' --weights '$(WEIGHTS)' --out '$(OUT)'
 
 clean:
-	rm -rf $(VENV) demo-out
+	rm -rf $(VENV) demo-out site
