@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from student.models.build import build_student, input_size
 from student.models.files import StudentDescription, load_student, save_student
 from student.models.timm_folder import link_for_timm
 from student.settings import StudentConfig
-from tests.conftest import World
+from tests.conftest import ROOT, World
 from tests.student.runs import FULL, run, u8
 
 
@@ -66,6 +67,17 @@ def test_the_others_of_the_folder_are_loaded_by_their_names(taught, name) -> Non
     last = load_file(taught / "last.safetensors")
     if name == "ema":
         assert not all(torch.equal(last[key], expected[key]) for key in expected)
+
+
+def test_the_guide_s_lines_run_beside_the_folder(taught, tmp_path, monkeypatch) -> None:
+    guide = (ROOT / "docs" / "guide.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "local-dir" in block)
+    (tmp_path / "run").symlink_to(taught)
+    monkeypatch.chdir(tmp_path)
+    made: dict[str, Any] = {}
+    exec(code, made)
+    theirs, expected = made["model"].state_dict(), load_file(taught / "best.safetensors")
+    assert all(torch.equal(theirs[key], expected[key]) for key in expected)
 
 
 def test_nothing_is_stored_twice(taught) -> None:
