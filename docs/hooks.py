@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 
-def on_startup(**event: Any) -> None:
+def on_startup(**_event: Any) -> None:
     """Help texts as Markdown: examples are code, and pages that they name are links."""
     from pipeline.cli import cli
 
@@ -27,7 +27,7 @@ def _commands(command: click.Command) -> Iterator[click.Command]:
         yield from _commands(child)
 
 
-def on_page_markdown(markdown: str, *, page: Any, **event: Any) -> str:
+def on_page_markdown(markdown: str, *, page: Any, **_event: Any) -> str:
     """Links out of `docs/`: README is the home page; of other files of the repository the text remains."""
 
     def rewrite(link: re.Match[str]) -> str:

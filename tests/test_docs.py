@@ -59,7 +59,7 @@ class Entered:
 
     def __exit__(self, *error: object) -> None:
         sys.setprofile(None)
-        threading.setprofile(None)  # type: ignore[arg-type]
+        threading.setprofile(None)
 
     def note(self, frame: FrameType, event: str, argument: object) -> None:
         code = frame.f_code
