@@ -12,6 +12,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 import pytest
+import yaml
 
 from pipeline.cli import main
 from storage.testing import TINY_CNN, synthetic_shards
@@ -135,6 +136,27 @@ def test_the_picture_shows_what_there_is() -> None:
         folders = {path.parent.name for path in (ROOT / room).glob("*/__init__.py")}
         assert folders <= parts, "each folder is drawn"
         assert parts <= folders | {path.stem for path in (ROOT / room).glob("*.py")}
+
+
+def test_the_tutorial_makes_its_images_and_gives_the_commands_of_the_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`tests/pipeline/test_readme.py` runs these commands."""
+    page = (ROOT / "docs" / "tutorial.md").read_text()
+    readme = (ROOT / "README.md").read_text().partition("## From a folder to a student\n")[2].split("```")[1]
+    commands = [line for line in page.splitlines() if line.startswith("pipeline ")]
+    assert commands == [line.partition("  #")[0].strip() for line in readme.strip().splitlines()]
+    monkeypatch.chdir(tmp_path)
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(program, {})
+    assert len(list(tmp_path.glob("photos/digit ?/*.png"))) == 1797
+    with pytest.raises(SystemExit) as ended:
+        main(commands[0].split()[1:])
+    assert ended.value.code == 0
+    project = yaml.safe_load(Path("pipeline.yaml").read_text())
+    (changes,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    for section, settings in yaml.safe_load(changes).items():
+        assert settings.keys() <= project[section].keys(), "what the tutorial changes is in the file"
 
 
 def test_the_program_of_the_library_page_runs(tmp_path: Path) -> None:

@@ -152,7 +152,8 @@ def test_every_relative_link_and_every_file_that_is_named_exists():
         "student/losses/relational.py",
         "tests/student/losses/test_relational.py",
     )  # by readers of adding-a-method.md
-    for name in ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))):
+    pages = [path.relative_to(ROOT) for path in (ROOT / "docs").rglob("*.md")]
+    for name in ("README.md", "CONTRIBUTING.md", *pages):
         text = (ROOT / name).read_text()
         links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
         files = re.findall(r"`((?:tests|docs|student|storage|precompute|pipeline)/[\w/]+\.(?:py|md))`", text)
