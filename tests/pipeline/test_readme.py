@@ -152,7 +152,7 @@ def test_every_relative_link_and_every_file_that_is_named_exists():
         "student/losses/relational.py",
         "tests/student/losses/test_relational.py",
     )  # by readers of adding-a-method.md
-    pages = [path.relative_to(ROOT) for path in (ROOT / "docs").rglob("*.md")]
+    pages = [str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")]
     for name in ("README.md", "CONTRIBUTING.md", *pages):
         text = (ROOT / name).read_text()
         links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
