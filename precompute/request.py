@@ -37,7 +37,7 @@ class PrecomputeRequest:
         worker_timeout: seconds to wait for workers to start and to come back.
     """
 
-    shards: Sequence[str]
+    shards: str | Sequence[str]
     teacher: Teacher
     targets: Sequence[TargetSpec] = ()
     policy: Policy

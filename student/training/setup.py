@@ -49,8 +49,8 @@ class TrainConfig:
     """
 
     recipe: Recipe
-    shards: Sequence[str]
-    val: Sequence[str]
+    shards: str | Sequence[str]
+    val: str | Sequence[str]
     out: Path
     store: Store | None = None
     device: str = "cpu"
