@@ -47,11 +47,9 @@ def cli() -> None:
     """
 
 
-_ALL = (
-    init, pack, teachers, recipes, plan, precompute, verify, inspect,
-    fit_teacher, train, evaluate, predict, aal_links, export, demo, bench,
-)  # fmt: skip
-for command in _ALL:
+_MAKE = (init, pack, teachers, recipes, plan, precompute, verify, inspect)
+_LEARN = (fit_teacher, train, evaluate, predict, aal_links, export, demo, bench)
+for command in (*_MAKE, *_LEARN):
     cli.add_command(command)
 
 

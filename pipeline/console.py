@@ -41,10 +41,9 @@ class Console:
             from rich.console import Console as Rich
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=Rich(stderr=True), transient=True,
-            )  # fmt: skip
+            columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+            columns += [TextColumn("{task.fields[rate]}"), TimeRemainingColumn()]
+            self._bar = Progress(*columns, console=Rich(stderr=True), transient=True)
             self._task = self._bar.add_task(what, total=total, rate="")
             self._bar.start()
 

@@ -46,7 +46,9 @@ def export(path: Path, shards: Sequence[str], out: Path) -> dict[str, Any]:
         raise UserError(f"{url}: one image is too few to check a graph on; give another with --shards")
     images = block_views(url, index, view)[:CHECKED]
     graph = onnx.load_from_string(
-        export_student(model, about.img_size, about.mean, about.std, np.ascontiguousarray(images), str(path))
+        export_student(
+            model, about.img_size, about.mean, about.std, images=np.ascontiguousarray(images), name=str(path)
+        )
     )
     told = {"classes": about.classes, "size": about.img_size, "view": about.evaluation, "model": about.model}
     onnx.helper.set_model_props(graph, {name: json.dumps(value) for name, value in told.items()})

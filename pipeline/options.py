@@ -63,10 +63,13 @@ def shards(*names: str, help: str, required: bool = True) -> Callable[..., Any]:
         "They are cut off by `pipeline pack … --val-fraction 0.1`" if "--val" in names else "`pipeline pack` makes them"
     )
     return click.option(
-        *names, multiple=True, required=required, metavar="SHARDS",
+        *names,
+        multiple=True,
+        required=required,
+        metavar="SHARDS",
         type=Hinted(f"{made}; a project file may name them too: pipeline init FOLDER"),
         help=f"{help} Braces, * and :: between several; may be repeated.",
-    )  # fmt: skip
+    )
 
 
 def _named(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
@@ -76,85 +79,104 @@ def _named(ctx: click.Context, param: click.Parameter, value: str | None) -> str
 
 
 store = click.option(
-    "--store", required=True, metavar="DIR", callback=_named, help="The store: a folder or an fsspec URL.",
+    "--store",
+    required=True,
+    metavar="DIR",
+    callback=_named,
     type=Hinted("It is the folder that `pipeline precompute` makes; a project file may name it too."),
-)  # fmt: skip
+    help="The store: a folder or an fsspec URL.",
+)
 
 
 checkpoint = click.option(
-    "--checkpoint", type=click.Choice(["last", "best", "ema"]), default="last", show_default=True,
+    "--checkpoint",
+    type=click.Choice(["last", "best", "ema"]),
+    default="last",
+    show_default=True,
     help="Which student; `best` was chosen on the validation shards, `ema` is the average.",
-)  # fmt: skip
+)
 device = click.option("--device", metavar="D", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 copied_store = click.option(
     "--store", metavar="DIR", help="The store with the teacher of a student that copies attention, if it was moved."
 )
 
 
+def _option(flag: str, metavar: str | None, text: str, **settings: Any) -> Callable[..., Any]:
+    return click.option(flag, metavar=metavar, help=text, **settings)
+
+
 _WANTED = (
-    click.option(
-        "--teacher", metavar="NAME",
-        help="A teacher of the project file, a short name (effnet_b3, mobilenetv2, vit_tiny, …), a timm name or a "
-        "ready model.onnx; without it, all of the project file.",
+    _option(
+        "--teacher",
+        "NAME",
+        "A teacher of the project file, a short name (effnet_b3, mobilenetv2, vit_tiny, …), a timm name or a ready "
+        "model.onnx; without it, all of the project file.",
     ),
     shards("--shards", help="The shards."),
     store,
-    click.option(
-        "--target", multiple=True, metavar="TAP[,layers=…][,grid=…][,codec=…]…",
-        help="What to keep: activations, logits, embedding, q, k, v, class_row, attention, class_token or tokens; may "
-        "be repeated. layers=last or 1:4+8, counted from 1; codec=f32, f16, u8, log8 (class_row, attention) or topk20 "
+    _option(
+        "--target",
+        "TAP[,layers=…][,grid=…][,codec=…]…",
+        "What to keep: activations, logits, embedding, q, k, v, class_row, attention, class_token or tokens; may be "
+        "repeated. layers=last or 1:4+8, counted from 1; codec=f32, f16, u8, log8 (class_row, attention) or topk20 "
         "(logits); for activations grid=8, at=block (after the residual sum), antialias=true.",
+        multiple=True,
     ),
-    click.option(
-        "--tap-tensor", "tap", multiple=True, metavar="TAP=TENSOR",
-        help="Of a ready model.onnx: which of its tensors gives a tap. Several of one tap are its layers, in order.",
+    _option(
+        "--tap-tensor",
+        "TAP=TENSOR",
+        "Of a ready model.onnx: which of its tensors gives a tap. Several of one tap are its layers, in order.",
+        multiple=True,
     ),
-    click.option(
-        "--view-policy", metavar="P",
-        help="none, eval, light, deit, or a line such as 'rrc(0.2,1)|flip'.  [default: deit]",
+    _option("--view-policy", "P", "none, eval, light, deit, or a line such as 'rrc(0.2,1)|flip'.  [default: deit]"),
+    _option("--view-size", "N", "Side of the view images.  [default: 224]", type=int),
+    _option("--num-views", "N", "Views of each image.  [default: 4]", type=click.IntRange(1)),
+    _option("--seed", "N", "Seed of the views.  [default: 0]", type=int),
+    _option("--new-bank", None, "Make another bank beside the one that these shards have.", is_flag=True),
+    _option("--weights", "F", "A .safetensors or .pth file; without it, timm's hub."),
+    _option(
+        "--weights-key", "KEY", "Key of the weights in the file, such as state_dict.  [default: as timm, EMA first]"
     ),
-    click.option("--view-size", type=int, metavar="N", help="Side of the view images.  [default: 224]"),
-    click.option("--num-views", type=click.IntRange(1), metavar="N", help="Views of each image.  [default: 4]"),
-    click.option("--seed", type=int, metavar="N", help="Of the views.  [default: 0]"),
-    click.option("--new-bank", is_flag=True, help="Make another bank beside the one that these shards have."),
-    click.option("--weights", metavar="F", help="A .safetensors or .pth file; without it, timm's hub."),
+    _option("--teacher-arg", "K=V", "An argument of timm.create_model; may be repeated.", multiple=True),
+    _option("--mean", "M", "Mean of the teacher's input: one number or three, with commas."),
+    _option("--std", "S", "Standard deviation of the teacher's input: one number or three, with commas."),
+    _option("--input-size", "N", "Side of the teacher's input.", type=int),
+    _option("--teacher-name", "NAME", "What the store calls the teacher."),
     click.option(
-        "--weights-key", metavar="KEY",
-        help="Which of several dictionaries of weights in the file, such as state_dict.  [default: as timm, EMA first]",
-    ),
-    click.option("--teacher-arg", multiple=True, metavar="K=V", help="An argument of timm.create_model; repeatable."),
-    click.option("--mean", metavar="M", help="Of the teacher's input: one number or three, with commas."),
-    click.option("--std", metavar="S", help="Likewise."),
-    click.option("--input-size", type=int, metavar="N", help="Side of the teacher's input."),
-    click.option("--teacher-name", metavar="NAME", help="What the store calls the teacher."),
-    click.option(
-        "--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+        "--provider",
+        type=click.Choice(["auto", "cpu", "cuda"]),
+        default="auto",
+        show_default=True,
         help="Where the teacher runs.",
     ),
     click.option(
-        "--on-decode-error", type=click.Choice(["fail", "skip"]), default="fail", show_default=True,
+        "--on-decode-error",
+        type=click.Choice(["fail", "skip"]),
+        default="fail",
+        show_default=True,
         help="An image that cannot be decoded, or a key without an image, fails its shard, or is skipped in training.",
     ),
-    click.option(
-        "--store-views", is_flag=True,
-        help="Keep the view images too: training then decodes nothing, and decoders may change.",
+    _option(
+        "--store-views",
+        None,
+        "Also store the view images: training decodes nothing, and decoders may change.",
+        is_flag=True,
     ),
-    click.option("--workers", type=click.IntRange(1), metavar="N", help="Worker processes on this machine."),
-    click.option("--dask", metavar="ADDRESS", help="A running scheduler, such as tcp://host:8786."),
-    click.option(
-        "--worker-timeout", type=click.IntRange(1), metavar="SECONDS",
-        help="How long to wait for a first worker to start, and for one to come back once all are gone: more where a "
-        "batch system starts them.  [default: 300]",
+    _option("--workers", "N", "Worker processes on this machine.", type=click.IntRange(1)),
+    _option("--dask", "ADDRESS", "A running scheduler, such as tcp://host:8786."),
+    _option(
+        "--worker-timeout",
+        "SECONDS",
+        "How long to wait for a first worker to start, and for one to come back once all are gone: more where a batch "
+        "system starts them.  [default: 300]",
+        type=click.IntRange(1),
     ),
-)  # fmt: skip
+)
 
 
 # Options of `precompute` and `plan` -> fields of a project file that say them.
-_SAID = {
-    "shards": "shards", "store": "store", "view_policy": "views.policy", "view_size": "views.size",
-    "num_views": "views.count", "seed": "views.seed", "provider": "provider", "workers": "workers", "dask": "dask",
-    "worker_timeout": "worker_timeout",
-}  # fmt: skip
+_VIEWS = {"view_policy": "views.policy", "view_size": "views.size", "num_views": "views.count", "seed": "views.seed"}
+_SAID = {**_VIEWS, **{name: name for name in ("shards", "store", "provider", "workers", "dask", "worker_timeout")}}
 # What is said about one teacher, and never of several at once.
 _OF_ONE = ("target", "tap", "weights", "weights_key", "teacher_arg", "mean", "std", "input_size", "teacher_name")
 # Where a file of weights may come from that is not there.
@@ -230,6 +252,7 @@ def _one(
     teacher: str,
     entry: TeacherEntry | None,
     where: str,
+    *,
     shards: tuple[str, ...],
     target: tuple[str, ...],
     tap: tuple[str, ...],

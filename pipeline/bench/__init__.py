@@ -15,25 +15,31 @@ from storage.errors import UserError
 from storage.shards.patterns import expand
 
 if TYPE_CHECKING:
-    from pipeline.bench.timing import Row
+    from pipeline.bench.timing import Measure
 
 PARTS = ("precompute", "torch", "train", "live", "stream")
 
 
 def bench(
-    parts: Sequence[str], shards: Sequence[str], device: str, turns: int, quick: bool, where: Path | None,
+    parts: Sequence[str],
+    shards: Sequence[str],
     console: Console,
-) -> dict[str, Any]:  # fmt: skip
-    """Measure; what was found, as plain data.
+    *,
+    device: str = "auto",
+    turns: int = 5,
+    quick: bool = False,
+    folder: Path | None = None,
+) -> dict[str, Any]:
+    """Measure speed; the results as plain data.
 
     Args:
         parts: of `PARTS`.
         shards: photographs for `precompute` and `torch`; synthetic ones where none are given.
+        console: told what goes on.
         device: `cpu` or `cuda`, of PyTorch and of the teachers' sessions; `auto` is cuda where both have it.
         turns: of each contender.
         quick: small cases alone.
-        where: a folder in which a temporary one is made; what is measured there is its disk.
-        console: told what goes on.
+        folder: where a temporary one is made; its disk is measured too.
 
     Raises:
         UserError: no such folder, or as the parts do.
@@ -45,14 +51,14 @@ def bench(
     from precompute.engine.session import cores
 
     device = _device(device)
-    if where is not None and not where.is_dir():
-        raise UserError(f"--folder {where}: no such folder; it is where a temporary one is made")
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"--folder {folder}: no such folder; it is where a temporary one is made")
     torch.set_num_threads(cores())
     torch.backends.cudnn.allow_tf32 = False  # as in the sessions
-    folder = Path(tempfile.mkdtemp(prefix="bench-", dir=where))
-    rows: list[Row] = []
+    temporary = Path(tempfile.mkdtemp(prefix="bench-", dir=folder))
+    rows: list[Measure] = []
     try:
-        world = World(folder, expand(shards) if shards else [], device, quick)
+        world = World(temporary, expand(shards) if shards else [], device, quick)
         teachers = list(TEACHERS)
         if "precompute" in parts:
             rows += recording.limits(world, teachers, turns, console)
@@ -66,7 +72,7 @@ def bench(
         if "stream" in parts:
             rows += reading.streams(world, list(reading.CASES)[some], 3 * turns, console)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return {"machine": _machine(device), "measures": [_plain(row) for row in rows]}
 
 
@@ -84,7 +90,7 @@ def _device(name: str) -> str:
     return name
 
 
-def _plain(row: Row) -> dict[str, Any]:
+def _plain(row: Measure) -> dict[str, Any]:
     ratio = {name: round(value, 4) for name, value in asdict(row.ratio).items()}
     return {**asdict(row), "ratio": ratio, "reached": row.reached}
 
@@ -98,9 +104,12 @@ def _machine(device: str) -> dict[str, Any]:
 
     cuda = device.startswith("cuda")
     return {
-        "cores": cores(), "processor": _processor(), "device": torch.cuda.get_device_name(device) if cuda else "cpu",
-        "torch": torch.__version__, "onnxruntime": onnxruntime.__version__,
-    }  # fmt: skip
+        "cores": cores(),
+        "processor": _processor(),
+        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "torch": torch.__version__,
+        "onnxruntime": onnxruntime.__version__,
+    }
 
 
 def _processor() -> str:

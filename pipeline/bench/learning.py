@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from functools import partial
 from typing import Any
 
 import torch
 
-from pipeline.bench.timing import Row, Spread, interleaved, ratios
+from pipeline.bench.timing import Measure, Spread, interleaved, ratios
 from pipeline.bench.world import World
 from precompute.taps import Tap
 from precompute.teachers.teacher import Teacher
@@ -33,13 +34,12 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 PLAIN = "labels alone"
 PIECE = 16  # images that a live teacher sees at a time on a CPU, where whole batches are slower
 LIVE_TURNS = 2
+_SMALL = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4}
 # case -> student, batch size, side of the view images, grid of its patches, samples in each of two shards
 CASES: dict[str, tuple[dict[str, Any], int, int, int, int]] = {
-    "6 layers of 128, 32x32": (
-        {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4}, 128, 32, 8, 640,
-    ),
+    "6 layers of 128, 32x32": (_SMALL, 128, 32, 8, 640),
     "DeiT-Tiny, 224x224": ({"model": "deit_tiny_patch16_224"}, 32, 224, 14, 128),
-}  # fmt: skip
+}
 
 
 class _Epochs:
@@ -49,19 +49,14 @@ class _Epochs:
     """
 
     def __init__(self, world: World, store: Store, shards: list[str], recipe: Recipe, teacher: Teacher | None) -> None:
-        job = TrainConfig(
-            recipe=recipe,
-            shards=shards,
-            val=shards,
-            out=world.folder / "unused",
-            store=store,
-            device=world.device,
+        config = TrainConfig(
+            recipe=recipe, shards=shards, val=shards, out=world.folder / "unused", store=store, device=world.device
         )
-        parts = build_run(job, world.quiet, None)
+        parts = build_run(config, world.quiet, None)
         self.distiller, self.stream = parts.distiller.train(), parts.stream
         optimizer, _ = build_optimizer(recipe, self.distiller, self.stream.order.steps)
         self.device = torch.device(world.device)
-        self.update = Update(recipe, self.distiller, optimizer, None, self.device, False)
+        self.update = Update(recipe, self.distiller, optimizer, average=None, device=self.device, scaled=False)
         self.epoch = -1
         self.live = {}
         if teacher is not None:
@@ -98,7 +93,7 @@ class _Epochs:
         return dataclasses.replace(batch, targets={t: {"data": values} for t, values in now.items()}, codecs=exact)
 
 
-def steps(world: World, cases: list[str], turns: int, live: bool, progress: Progress) -> list[Row]:
+def steps(world: World, cases: list[str], turns: int, live: bool, progress: Progress) -> list[Measure]:
     """(3) A step from the store ÷ one with labels alone; (4) with `live`, one with the live teacher ÷ from the store.
 
     Each in f32, and as `precision.amp_dtype: auto` computes here where that is something else.
@@ -113,13 +108,15 @@ def steps(world: World, cases: list[str], turns: int, live: bool, progress: Prog
             teachers[method] = world.teacher(model)
             target = f"activations,grid={grid},codec=u8" if method == "AAL" else "class_row,codec=f16"
             world.recorded(store, shards, teachers[method], [target], side)
+        common = {
+            "student": student,
+            "model_ema_decay": None,
+            "stream": {"batch_size": size, "shuffle_blocks": 1},
+        }
         recipes = {
-            method: validate(
-                {"student": student, "losses": {"crossentropy": {}, **losses}, "model_ema_decay": None,
-                 "stream": {"batch_size": size, "shuffle_blocks": 1}}, "bench",
-            )
+            method: validate({**common, "losses": {"crossentropy": {}, **losses}}, "bench")
             for method, (_, losses) in {PLAIN: ("", {}), **METHODS}.items()
-        }  # fmt: skip
+        }
         made = {method: _Epochs(world, store, shards, recipe, None) for method, recipe in recipes.items()}
         if live:
             for method in METHODS:
@@ -135,7 +132,7 @@ def steps(world: World, cases: list[str], turns: int, live: bool, progress: Prog
     return rows
 
 
-def _rows(where: str, found: dict[str, list[float]], beside: dict[str, list[float]]) -> list[Row]:
+def _rows(where: str, found: dict[str, list[float]], beside: dict[str, list[float]]) -> list[Measure]:
     """The prices of all methods; `beside` are turns with live teachers, and without them beside those."""
     rows = []
     for values, number in ((found, 3), (beside, 4)):
@@ -143,14 +140,15 @@ def _rows(where: str, found: dict[str, list[float]], beside: dict[str, list[floa
             "ms a step": {name: round(1000 * Spread.of(several).median, 1) for name, several in values.items()}
         }
         for method in METHODS if values else ():
-            case, turns = f"{method}; {where}", len(values[method])
+            measure = partial(Measure, number=number, case=f"{method}; {where}", turns=len(values[method]), about=about)
             if number == 3:
                 price = ratios(values[method], values[PLAIN])
-                rows.append(Row(3, case, "a step from the store ÷ with labels alone", price, turns, about, 1.10, True))
+                rows.append(
+                    measure(words="a step from the store ÷ with labels alone", ratio=price, bar=1.10, most=True)
+                )
             else:
-                words = "a step with the live teacher ÷ from the store"
-                dear = ratios(values[f"{method}, live"], values[method])
-                rows.append(Row(4, case, words, dear, turns, about))
+                price = ratios(values[f"{method}, live"], values[method])
+                rows.append(measure(words="a step with the live teacher ÷ from the store", ratio=price))
     return rows
 
 

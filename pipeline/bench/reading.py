@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline.bench.timing import Row, Spread, interleaved, ratios, seconds
+from pipeline.bench.timing import Measure, Spread, interleaved, ratios, seconds
 from pipeline.bench.world import World
 from storage.progress import Progress
 from storage.store.markers import Task
@@ -19,7 +20,7 @@ from student.data.stream import Stream
 CASES = {"32x32": (32, 8, 640, 128), "224x224": (224, 14, 128, 32)}
 
 
-def streams(world: World, cases: list[str], turns: int, progress: Progress) -> list[Row]:
+def streams(world: World, cases: list[str], turns: int, progress: Progress) -> list[Measure]:
     """(5) Images a second of the joined stream ÷ without targets; of materialised views ÷ of decoded ones. And (6)."""
     rows = []
     for case in cases:
@@ -45,9 +46,10 @@ def streams(world: World, cases: list[str], turns: int, progress: Progress) -> l
         }
         plain, maps = found["without targets"], f"{case}, activations of {model}"
         price, decoded = ratios(plain, found["joined"]), ratios(plain, found["stored pixels"])
+        measure = partial(Measure, number=5, turns=turns, about=about)
         rows += [
-            Row(5, maps, "the joined stream ÷ without targets", price, turns, about, 0.9),
-            Row(5, case, "stored pixels ÷ decoding and rendering", decoded, turns, about),
+            measure(case=maps, words="the joined stream ÷ without targets", ratio=price, bar=0.9),
+            measure(case=case, words="stored pixels ÷ decoding and rendering", ratio=decoded),
             _target(joined, target, turns, maps),
         ]
     return rows
@@ -64,7 +66,7 @@ class _Epochs:
         return seconds(lambda: [batch.labels.sum() for batch in self.stream.epoch(self.epoch)])
 
 
-def _target(stream: Stream, target: str, turns: int, case: str) -> Row:
+def _target(stream: Stream, target: str, turns: int, case: str) -> Measure:
     """(6) Reading a target, checksums compared, ÷ copying the same bytes out of memory-mapped files."""
     source = stream.source
     reader = BlockReader(source)
@@ -89,4 +91,5 @@ def _target(stream: Stream, target: str, turns: int, case: str) -> Row:
         "mb_per_second": {name: round(size / 1e6 / Spread.of(values).median, 1) for name, values in found.items()}
     }
     words = "reading a target ÷ the same bytes memory-mapped"
-    return Row(6, case, words, ratios(found["mapped"], found["read"]), turns, rates)
+    ratio = ratios(found["mapped"], found["read"])
+    return Measure(number=6, case=case, words=words, ratio=ratio, turns=turns, about=rates)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.bench.timing import Row, Spread, cpu_seconds, interleaved, ratios, seconds
+from pipeline.bench.timing import Measure, Spread, cpu_seconds, interleaved, ratios, seconds
 from pipeline.bench.world import World
 from precompute.engine.session import Session, cores, open_session
 from precompute.engine.shard import run_task
@@ -86,11 +86,13 @@ class _Case:
         block = index.block(0)
         samples = read_samples(url, index, block)
         images = [decode(sample.image) for sample in samples]
-        drawn = [
-            settle([draw_view(policy, s.key, view, image.size, i, block)
-                    for i, (s, image) in enumerate(zip(samples, images, strict=True))], block)
-            for view in range(self.job.views)
-        ]  # fmt: skip
+        pairs = list(enumerate(zip(samples, images, strict=True)))
+
+        def draw(view: int) -> list[View]:
+            drawn = [draw_view(policy, s.key, view, image.size, i=i, block=block) for i, (s, image) in pairs]
+            return settle(drawn, block)
+
+        drawn = [draw(view) for view in range(self.job.views)]
         pixels = [self._rendered(images, views) for views in drawn]
         values = [self.session.run(one) for one in pixels]
         arrays = [self._encoded(one) for one in values]
@@ -143,7 +145,7 @@ class _Case:
             attempt.abandon()
 
 
-def limits(world: World, names: Sequence[str], turns: int, progress: Progress) -> list[Row]:
+def limits(world: World, names: Sequence[str], turns: int, progress: Progress) -> list[Measure]:
     """(1) Samples a second of precompute ÷ what the cores allow; on a GPU ÷ the bare session.
 
     The limit is cores ÷ the sum of CPU seconds a sample that each part takes alone: read and decode, render with
@@ -164,13 +166,15 @@ def limits(world: World, names: Sequence[str], turns: int, progress: Progress) -
         least = [sum(found[part][turn] for part in parts) / cores() for turn in range(turns)]
         below = found["bare session"] if alone else least
         rate = 1 / Spread.of(found["engine"]).median
-        rows.append(Row(
-            1, case.name, "precompute ÷ " + ("the bare session" if alone else "what the cores allow"),
-            ratios(below, found["engine"]), turns,
-            {"samples_per_second": round(rate, 2), "limit": round(1 / Spread.of(below).median, 2), "cores": cores(),
-             "cpu_ms_per_sample": {part: round(1000 * value, 2) for part, value in cpu.items()}},
-            None if alone else 0.9,
-        ))  # fmt: skip
+        about: dict[str, object] = {
+            "samples_per_second": round(rate, 2),
+            "limit": round(1 / Spread.of(below).median, 2),
+            "cores": cores(),
+            "cpu_ms_per_sample": {part: round(1000 * value, 2) for part, value in cpu.items()},
+        }
+        words = f"precompute ÷ {'the bare session' if alone else 'what the cores allow'}"
+        ratio, bar = ratios(below, found["engine"]), None if alone else 0.9
+        rows.append(Measure(number=1, case=case.name, words=words, ratio=ratio, turns=turns, about=about, bar=bar))
     return rows
 
 
@@ -186,7 +190,7 @@ def _session_seconds(case: _Case) -> float:
     return seconds(lambda: case.session.run(images)) / BLOCK * case.job.views
 
 
-def against_torch(world: World, names: Sequence[str], turns: int, progress: Progress) -> list[Row]:
+def against_torch(world: World, names: Sequence[str], turns: int, progress: Progress) -> list[Measure]:
     """(2) The same ÷ the engine with eager PyTorch (channels last, its best batch size), and with `torch.compile`."""
     rows = []
     torch.set_num_threads(cores())
@@ -206,10 +210,11 @@ def against_torch(world: World, names: Sequence[str], turns: int, progress: Prog
         sessions: dict[str, Session | _Torch] = {"engine": case.session, **rivals}
         found = interleaved({n: functools.partial(case.engine, s) for n, s in sessions.items()}, turns)
         speeds = {n: round(case.samples / Spread.of(found[n]).median, 2) for n in sessions}
-        about = {"samples_per_second": speeds, "batch": batch}
+        measure = functools.partial(
+            Measure, number=2, case=case.name, turns=turns, about={"samples_per_second": speeds, "batch": batch}
+        )
         rows += [
-            Row(2, case.name, f"precompute ÷ with {rival}", ratios(found[rival], found["engine"]), turns, about)
-            for rival in rivals
+            measure(words=f"precompute ÷ with {rival}", ratio=ratios(found[rival], found["engine"])) for rival in rivals
         ]
     return rows
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 Turns = Mapping[str, Sequence[float]]  # contender -> seconds of each turn
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:
     """A median, and the quartiles around it."""
 
@@ -22,13 +22,13 @@ class Spread:
     def of(cls, values: Sequence[float]) -> Spread:
         """Of some values, one at least."""
         if len(values) == 1:
-            return cls(values[0], values[0], values[0])
+            return cls(median=values[0], low=values[0], high=values[0])
         low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(middle, low, high)
+        return cls(median=middle, low=low, high=high)
 
 
-@dataclass(frozen=True)
-class Row:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measure:
     """One measure: a ratio, the bar that it is to reach on two cores, and what it is made of.
 
     Attributes:

@@ -22,20 +22,35 @@ if TYPE_CHECKING:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--loss", metavar="NAME", help="Which of the run's aal losses, where it has several.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="F", help="Also as a picture: .png, .svg or .pdf.")
-@click.option("--normalize", type=click.Choice(["abs", "printed"]), default="abs", show_default=True,
-              help="Of magnitudes, or of signed links, as the paper prints it.")  # fmt: skip
-@click.option("--granularity", type=click.Choice(["channel", "block"]), default="block", show_default=True,
-              help="Choose for each channel, or for each stage whole.")  # fmt: skip
-@click.option("--threshold", type=click.FloatRange(0, 1, max_open=True), default=0.05, show_default=True,
-              help="Of the normalised mean over a layer's heads.")  # fmt: skip
+@click.option(
+    "--normalize",
+    type=click.Choice(["abs", "printed"]),
+    default="abs",
+    show_default=True,
+    help="Normalize magnitudes, or signed links, as the paper prints it.",
+)
+@click.option(
+    "--granularity",
+    type=click.Choice(["channel", "block"]),
+    default="block",
+    show_default=True,
+    help="Choose for each channel, or for each stage as a whole.",
+)
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.05,
+    show_default=True,
+    help="Keep links whose normalized mean over a layer's heads is above it.",
+)
 @common
 def aal_links(
-    run: Path, loss: str | None, out: Path | None, normalize: Any, granularity: Any, threshold: float, as_json: bool
+    *, run: Path, loss: str | None, out: Path | None, normalize: Any, granularity: Any, threshold: float, as_json: bool
 ) -> None:
-    """The links that an aal run ended with.
+    """Show the links that an aal run ended with.
 
-    The mean |w| between each stage of the teacher and each layer of the student, and what the paper's Algorithm 1 keeps
-    of them; by stages, it is said as ranges that a recipe takes. Nothing is written but the picture.
+    The mean |w| between each stage of the teacher and each layer of the student, and what the paper's Algorithm 1
+    keeps of them; by stages, also as ranges that a recipe takes. Nothing is written but the picture.
 
     \b
     pipeline aal-links run
@@ -46,19 +61,19 @@ def aal_links(
     from student.run_dir import is_smoke
     from student.settings import LinksConfig
 
-    place = picture_path(out) if out else None
+    file = picture_path(out) if out else None
     trained = read(run, loss)
     settings = LinksConfig(run=str(run), loss=loss, normalize=normalize, granularity=granularity, threshold=threshold)
-    result, heat, kept = _found(trained, settings)
-    if place:
-        picture(place, trained, heat, kept)
-        result["picture"] = str(place)
+    result, heat, kept = _selection(trained, settings)
+    if file:
+        picture(file, trained, heat, kept)
+        result["picture"] = str(file)
     smoke = is_smoke(run)
     note = [f"{run}: a smoke run, whose links have learned nothing"] if smoke else []
     show({"run": str(run), "smoke": smoke, **result}, [*note, *_lines(run, result)], as_json)
 
 
-def _found(trained: Trained, settings: LinksConfig) -> tuple[dict[str, Any], Tensor, Tensor]:
+def _selection(trained: Trained, settings: LinksConfig) -> tuple[dict[str, Any], Tensor, Tensor]:
     """As plain data; the heat map f64 `[stages, N]`; and the share of each stage's channels that is kept, likewise."""
     import torch
 
@@ -68,14 +83,21 @@ def _found(trained: Trained, settings: LinksConfig) -> tuple[dict[str, Any], Ten
     heat, choice = layout.heat(trained.weights), extracted(trained.weights, layout, settings)
     kept = torch.stack([part.double().mean(0) for part in torch.split(choice, list(layout.channels))])
     selection = {
-        **settings.model_dump(exclude={"run"}), "kept": layout.count(choice), "of": trained.weights.numel(),
-        "by_stage": kept.tolist(), "ranges": ranges_of(choice, layout),
-    }  # fmt: skip
+        **settings.model_dump(exclude={"run"}),
+        "kept": layout.count(choice),
+        "of": trained.weights.numel(),
+        "by_stage": kept.tolist(),
+        "ranges": ranges_of(choice, layout),
+    }
     stages = [{"stage": n, "channels": c} for n, c in zip(layout.stages, layout.channels, strict=True)]
     result = {
-        "loss": trained.loss, "target": trained.target, "stages": stages, "heads": list(layout.heads),
-        "heat": heat.tolist(), "selection": selection,
-    }  # fmt: skip
+        "loss": trained.loss,
+        "target": trained.target,
+        "stages": stages,
+        "heads": list(layout.heads),
+        "heat": heat.tolist(),
+        "selection": selection,
+    }
     return result, heat, kept
 
 

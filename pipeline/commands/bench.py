@@ -11,19 +11,29 @@ from pipeline.options import common, shards
 
 
 @click.command()
-@click.option("--only", multiple=True, type=click.Choice(["precompute", "torch", "train", "live", "stream"]),
-              help="What is measured; may be repeated.  [default: all]")  # fmt: skip
+@click.option(
+    "--only",
+    multiple=True,
+    type=click.Choice(["precompute", "torch", "train", "live", "stream"]),
+    help="What is measured; may be repeated.  [default: all]",
+)
 @shards("--shards", help="Photographs for `precompute` and `torch`: the first 512 of the first shard.", required=False)
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
-              help="Where teachers and students run.")  # fmt: skip
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where models run."
+)
 @click.option(
     "--turns", type=click.IntRange(1), default=5, show_default=True, help="Of each contender; a live teacher takes two."
 )
 @click.option("--quick", is_flag=True, help="Small cases alone.")
-@click.option("--folder", type=click.Path(path_type=Path), metavar="DIR",
-              help="Where the temporary stores lie: their disk is measured too.  [default: the system's]")  # fmt: skip
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Where temporary stores are made: its disk is measured too.  [default: the system's]",
+)
 @common
 def bench(
+    *,
     only: tuple[str, ...],
     shards: tuple[str, ...],
     device: str,
@@ -44,5 +54,5 @@ def bench(
     from pipeline.bench import bench as run
 
     console = Console()
-    result = run(only or PARTS, shards, device, turns, quick, folder, console)
+    result = run(only or PARTS, shards, console, device=device, turns=turns, quick=quick, folder=folder)
     show(result, lines(result), as_json)

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from pipeline.console import show
-from pipeline.options import common, shards
+from pipeline.options import checkpoint, common, shards
 from pipeline.project.context import reads
 from pipeline.run_paths import student_file
 
@@ -16,13 +16,7 @@ from pipeline.run_paths import student_file
 @click.argument("run", type=click.Path(path_type=Path))
 @shards("--shards", help="Shards with images that the graph is checked on.", required=False)
 @click.option("--out", type=click.Path(path_type=Path), metavar="F", help="The graph.  [default: RUN/student.onnx]")
-@click.option(
-    "--checkpoint",
-    type=click.Choice(["last", "best", "ema"]),
-    default="last",
-    show_default=True,
-    help="Which student.",
-)
+@checkpoint
 @click.option(
     "--push-to-hub",
     metavar="USER/NAME",

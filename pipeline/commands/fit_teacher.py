@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from pipeline.console import Console, show
-from pipeline.options import common, shards, store
+from pipeline.options import common, device, shards, store
 from pipeline.project.context import reads
 
 
@@ -28,9 +28,16 @@ def command(result: dict[str, Any], store: str, shards: tuple[str, ...]) -> str:
     from student.targets import hints
 
     words = hints.precompute(
-        result["model"], name_of(result["out"]), result["out"], result["arguments"], result["mean"], result["std"],
-        result["input_size"], store, shards,
-    )  # fmt: skip
+        model=result["model"],
+        called=name_of(result["out"]),
+        weights=result["out"],
+        arguments=result["arguments"],
+        mean=result["mean"],
+        std=result["std"],
+        input_size=result["input_size"],
+        store=store,
+        shards=shards,
+    )
     words += ["--view-policy", result["policy"], "--view-size", str(result["view_size"])]
     return shlex.join([*words, "--seed", str(result["view_seed"]), "--target", "logits"])
 
@@ -50,13 +57,15 @@ def name_of(path: str) -> str:
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="F", help="A new .safetensors file.")
 @click.option("--weights", metavar="F", help="The recorded teacher's weights, if not at the recorded path.")
 @click.option("--num-views", type=click.IntRange(1), metavar="N", help="Views of each image.  [default: all]")
-@click.option("--l2", type=click.FloatRange(0), metavar="X",
-              help="Strength of the L2 term; by default chosen on held-out training samples.")  # fmt: skip
-@click.option("--seed", type=int, default=0, show_default=True, help="Of what is held out.")
-@click.option("--device", default="auto", show_default=True, help="Where accuracy is measured: auto, cpu, cuda …")
+@click.option(
+    "--l2", type=click.FloatRange(0), metavar="X", help="Strength of the L2 term.  [default: best on held-out]"
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Chooses the held-out samples.")
+@device
 @reads(store="store", shards="shards", val="val")
 @common
 def fit_teacher(
+    *,
     store: str,
     target: str | None,
     teacher: str | None,
@@ -86,7 +95,17 @@ def fit_teacher(
 
     console = Console()
     job = FitTeacherConfig(
-        Store.open(store), shards, val, out, target, teacher, weights, num_views, l2, seed, str(pick_device(device))
+        store=Store.open(store),
+        shards=shards,
+        val=val,
+        out=out,
+        target=target,
+        teacher=teacher,
+        weights=weights,
+        views=num_views,
+        l2=l2,
+        seed=seed,
+        device=str(pick_device(device)),
     )
     try:
         result = run(job, console)

@@ -13,8 +13,9 @@ from pipeline.options import common
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), default=Path("pipeline.yaml"), show_default=True,
-              help="The project file.")  # fmt: skip
+@click.option(
+    "--out", type=click.Path(path_type=Path), default="pipeline.yaml", show_default=True, help="Project file."
+)
 @common
 def init(folder: Path, out: Path, as_json: bool) -> None:
     """Write a project file for a folder of shards or images.

@@ -16,8 +16,7 @@ from pipeline.project.context import reads
 @store
 @click.option("--sample", metavar="KEY", help="Draw what is stored of this sample of --shards into --out.")
 @shards("--shards", help="Shards among which the sample is.", required=False)
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE",
-              help="The picture of the sample: .png, .svg or .pdf; one that is there is written over.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="The picture: .png, .svg or .pdf.")
 @reads(store="store", shards="shards")
 @common
 def inspect(store: str, sample: str | None, shards: tuple[str, ...], out: Path | None, as_json: bool) -> None:

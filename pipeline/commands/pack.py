@@ -21,13 +21,15 @@ from pipeline.project.context import FILE, load
     type=Hinted("Give a source and the new shards' names: pipeline pack photos train-000000.tar"),
 )
 @click.option("--per-shard", type=click.IntRange(1), help="Samples a shard; by default spread over all names.")
-@click.option("--val-fraction", type=float, metavar="F",
-              help="Part of each class for validation, at least one.  [default: 0; without OUT 0.1]")  # fmt: skip
+@click.option(
+    "--val-fraction", type=float, metavar="F", help="Validation part of each class.  [default: 0; 0.1 without OUT]"
+)
 @click.option("--fraction", type=float, default=1.0, help="Part of each class that is kept, class-balanced.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the order and of both choices.")
 @click.option("--no-shuffle", is_flag=True, help="Keep the order of the source.")
 @common
 def pack(
+    *,
     places: tuple[str, ...],
     per_shard: int | None,
     val_fraction: float | None,
@@ -48,17 +50,23 @@ def pack(
     """
     from storage.shards.pack import pack as run
 
-    source, out = list(places[:-1]), places[-1]
-    if len(source) > 1 and any(Path(one).is_dir() or one.lower().endswith(".csv") for one in source):
+    sources, out = list(places[:-1]), places[-1]
+    if len(sources) > 1 and any(Path(source).is_dir() or source.lower().endswith(".csv") for source in sources):
         raise click.UsageError(f"a folder or a CSV is packed alone, into shards of one name. {QUOTES}")
-    if not source:
-        source, out = [out], _shards_of_project(out)
+    if not sources:
+        sources, out = [out], _shards_of_project(out)
         val_fraction = 0.1 if val_fraction is None else val_fraction
     console = Console()
     result = run(
-        source if len(source) > 1 else source[0], out, per_shard=per_shard, val_fraction=val_fraction or 0.0,
-        fraction=fraction, seed=seed, shuffle=not no_shuffle, say=console.say,
-    )  # fmt: skip
+        sources if len(sources) > 1 else sources[0],
+        out,
+        per_shard=per_shard,
+        val_fraction=val_fraction or 0.0,
+        fraction=fraction,
+        seed=seed,
+        shuffle=not no_shuffle,
+        say=console.say,
+    )
     counts = ", ".join(
         f"{count} samples in {len(result[part])} {part} shard(s)" for part, count in result["samples"].items()
     )

@@ -48,10 +48,22 @@ def precompute(store: str, wanted: PrecomputeRequest | dict[str, PrecomputeReque
 
 @click.command()
 @wanted
-@click.option("--measure", type=click.FloatRange(0), default=60, show_default=True, metavar="SECONDS",
-              help="How long the engine is tried out at most; 0 for not at all.")  # fmt: skip
-@click.option("--train-rate", type=click.FloatRange(0, min_open=True), default=1000, show_default=True,
-              metavar="N", help="Images a second that a training is to read.")  # fmt: skip
+@click.option(
+    "--measure",
+    type=click.FloatRange(0),
+    default=60,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to try out the engine at most; 0 for not at all.",
+)
+@click.option(
+    "--train-rate",
+    type=click.FloatRange(0, min_open=True),
+    default=1000,
+    show_default=True,
+    metavar="N",
+    help="Images per second that a training run shall read.",
+)
 @common
 def plan(
     store: str,

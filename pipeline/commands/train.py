@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline.console import Console, show
-from pipeline.options import Hinted, common, shards
+from pipeline.options import Hinted, common, device, shards
 from pipeline.project.context import over, reads
 
 if TYPE_CHECKING:
@@ -17,21 +17,27 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--recipe", required=True, type=Hinted("`pipeline recipes` lists them."),
-              help="A recipe's name (scratch, aal, …) or a YAML file.")  # fmt: skip
+@click.option(
+    "--recipe",
+    required=True,
+    type=Hinted("`pipeline recipes` lists them."),
+    help="A recipe's name (scratch, aal, …) or a YAML file.",
+)
 @shards("--shards", help="Training shards.")
 @shards("--val", required=False, help="Validation shards; recipes that learn without labels need none.")
 @click.option("--store", metavar="DIR", help="The store with the targets; without one, views are drawn afresh.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="RUN", help="A new folder for the run.")
 @click.option("--set", "settings", multiple=True, metavar="PATH=VALUE", help="Change a setting; may be repeated.")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in RUN; everything else stays the same.")
-@click.option("--same-classes", is_flag=True,
-              help="Teacher and student have the same classes in one order, though a list is unknown.")  # fmt: skip
+@click.option(
+    "--same-classes", is_flag=True, help="Teacher and student have the same classes, though a list is unknown."
+)
 @click.option("--smoke", is_flag=True, help="A few steps of each phase, to see that everything works.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@device
 @reads(shards="shards", val="val", store="store")
 @common
 def train(
+    *,
     recipe: str,
     shards: tuple[str, ...],
     val: tuple[str, ...],
@@ -66,34 +72,33 @@ def train(
 
     from pipeline.recipes.loader import load_recipe
 
-    def asked() -> Recipe:
+    def chosen_recipe() -> Recipe:
         from student.recipe.validate import with_same_classes
 
-        chosen = load_recipe(recipe, settings, over())
-        return with_same_classes(chosen) if same_classes else chosen
+        loaded = load_recipe(recipe, settings, over())
+        return with_same_classes(loaded) if same_classes else loaded
 
-    if "RANK" not in os.environ:
-        _require_val(asked(), shards, val)  # a slip is told before torch is imported; under torchrun by one rank, below
+    if "RANK" not in os.environ:  # told before torch is imported; under torchrun one rank tells it, below
+        _require_val(chosen_recipe(), shards, val)
 
     from storage.store.store import Store
     from student.distributed import process_group, rank
     from student.training.setup import TrainConfig
     from student.training.train import train as run
 
-    with process_group(device) as where:
+    with process_group(device) as torch_device:
         console = Console()
-        opened = Store.open(store) if store else None
+        config = TrainConfig(
+            recipe=chosen_recipe(),
+            shards=shards,
+            val=val,
+            out=out,
+            store=Store.open(store) if store else None,
+            device=str(torch_device),
+            resume=resume,
+            smoke=smoke,
+        )
         try:
-            config = TrainConfig(
-                recipe=asked(),
-                shards=shards,
-                val=val,
-                out=out,
-                store=opened,
-                device=str(where),
-                resume=resume,
-                smoke=smoke,
-            )
             result = run(config, console)
         finally:
             console.stop()

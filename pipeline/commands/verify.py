@@ -17,15 +17,15 @@ SHOWN = 10  # files of a list that are named; --json names all
 @click.command()
 @store
 @shards("--shards", help="Shards whose views are rendered again and shown to the teacher.", required=False)
-@click.option("--samples", type=click.IntRange(1), default=64, show_default=True,
-              help="Samples of these shards, in all their views, spread evenly.")  # fmt: skip
-@click.option("--full", is_flag=True, help="All samples.")
-@click.option("--weights", multiple=True, metavar="F",
-              help="A recorded teacher's weights, if not at the recorded path; may be repeated.")  # fmt: skip
+@click.option(
+    "--samples", type=click.IntRange(1), default=64, show_default=True, help="Samples to check, spread evenly."
+)
+@click.option("--full", is_flag=True, help="Check all samples.")
+@click.option("--weights", multiple=True, metavar="F", help="A recorded teacher's weights that moved; may be repeated.")
 @reads(store="store", shards="shards")
 @common
 def verify(
-    store: str, shards: tuple[str, ...], samples: int, full: bool, weights: tuple[str, ...], as_json: bool
+    *, store: str, shards: tuple[str, ...], samples: int, full: bool, weights: tuple[str, ...], as_json: bool
 ) -> None:
     """Check every byte of a store, its pixels and targets.
 

@@ -31,16 +31,16 @@ SIZE = 24  # of the view images; patches of 4 make a grid of 6
 CNN_SIZE = 64  # of the CNN's input
 
 _SHORT = ["student.drop_path_rate=0", "optim.lr=0.002", "model_ema_decay=null"]  # few updates
-_VIT = [f"student.img_size={SIZE}", "student.patch_size=4", "student.embed_dim=64", "student.depth=4",
-        "student.num_heads=4"]  # fmt: skip
+_VIT = [f"student.img_size={SIZE}", "student.patch_size=4", "student.embed_dim=64"]
+_VIT += ["student.depth=4", "student.num_heads=4"]
 _POLICY = "crop(0.125)"  # digits have no mirror images
 _FRESH = f"stream.bank.policy={_POLICY}"
+_BATCH = "stream.batch_size=64"
+_CNN = ["student.model=resnet10t", f"student.img_size={CNN_SIZE}"]
 _TEACHERS = {
-    "cnn": [_FRESH, "student.model=resnet10t", f"student.img_size={CNN_SIZE}", "stream.batch_size=64", "optim.epochs=5",
-            "optim.warmup_epochs=1"],
-    "vit": [_FRESH, "student.model=vit_tiny_patch16_224", *_VIT, "stream.batch_size=64", "optim.epochs=40",
-            "optim.warmup_epochs=5"],
-}  # fmt: skip
+    "cnn": [_FRESH, *_CNN, _BATCH, "optim.epochs=5", "optim.warmup_epochs=1"],
+    "vit": [_FRESH, "student.model=vit_tiny_patch16_224", *_VIT, _BATCH, "optim.epochs=40", "optim.warmup_epochs=5"],
+}
 # name -> what it is asked for
 _TARGETS = {"cnn": ["activations,grid=6,codec=u8", "logits,codec=f16"], "vit": ["attention,codec=log8"]}
 _PLAIN = "student.model=vit_tiny_patch16_224"
@@ -84,20 +84,31 @@ def demo(out: Path, console: Console) -> dict[str, Any]:
     console.say(f"   {counts['all']} training digits, {counts['tenth']} of them in the tenth, {counts['val']} held out")
 
     step("a small CNN and a small ViT learn all training labels; they are the teachers")
-    jobs = [_Training(name, "scratch", more, packed["train"], packed["val"]) for name, more in _TEACHERS.items()]
-    teacher = _trained(out, jobs, console)
+    trainings = [
+        _Training(name=name, recipe="scratch", settings=settings, shards=packed["train"], val=packed["val"])
+        for name, settings in _TEACHERS.items()
+    ]
+    teacher = _trained(out, trainings, console)
 
     step(f"what they see in {VIEWS} views of the tenth, once, into {out}/store")
     store = _precomputed(out, tenth["train"], console)
 
     step("students learn from the tenth: " + ", ".join(_RECIPES))
-    jobs = [
-        _Training(f"{recipe}-{seed}", recipe, [*more, *_STUDENT], tenth["train"], packed["val"], store.url, seed)
+    trainings = [
+        _Training(
+            name=f"{recipe}-{seed}",
+            recipe=recipe,
+            settings=[*settings, *_STUDENT],
+            shards=tenth["train"],
+            val=packed["val"],
+            store=store.url,
+            seed=seed,
+        )
         for seed in SEEDS
-        for recipe, more in _RECIPES.items()
+        for recipe, settings in _RECIPES.items()
     ]
-    found = _trained(out, jobs, console)
-    table = {recipe: [found[f"{recipe}-{seed}"] for seed in SEEDS] for recipe in _RECIPES}
+    top1 = _trained(out, trainings, console)
+    table = {recipe: [top1[f"{recipe}-{seed}"] for seed in SEEDS] for recipe in _RECIPES}
     runs = {recipe: [out / f"{recipe}-{seed}" for seed in SEEDS] for recipe in _RECIPES}
     pictures = [
         figures.curves(out / "curves.png", runs, teacher),
@@ -135,7 +146,7 @@ def _write_digits(folder: Path) -> None:
         image.convert("RGB").save(folder / str(label) / f"{i:04d}.png")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Training:
     """A run, as a process of its own makes it: it has one thread, for small networks gain nothing by a second."""
 
@@ -195,13 +206,18 @@ def _precomputed(out: Path, shards: list[str], console: Console) -> Store:
     for name, targets in _TARGETS.items():
         weights = out / name / "last.safetensors"
         _, about = load_student(weights)
-        found = find_teacher(
-            about.model, weights=str(weights), arguments=about.arguments, input_size=about.img_size, mean=about.mean,
-            std=about.std, teacher_name=name,
-        )  # fmt: skip
+        teacher = find_teacher(
+            about.model,
+            weights=str(weights),
+            arguments=about.arguments,
+            input_size=about.img_size,
+            mean=about.mean,
+            std=about.std,
+            teacher_name=name,
+        )
         request = PrecomputeRequest(
             shards=shards,
-            teacher=found,
+            teacher=teacher,
             targets=[spec for target in targets for spec in parse_target(target)],
             policy=policy(_POLICY, SIZE),
             num_views=VIEWS,

@@ -13,7 +13,7 @@ from storage.store.manifests import TargetManifest, TeacherManifest
 TOP = 5  # classes that are shown
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
     """One picture of a value.
 
@@ -115,7 +115,7 @@ def _over_patches(values: np.ndarray, note: str = "") -> Cell:
 
 
 def _ranged(values: np.ndarray, note: str = "") -> Cell:
-    return Cell(values, f"{note}{values.min():.2g} to {values.max():.2g}")
+    return Cell(values=values, note=f"{note}{values.min():.2g} to {values.max():.2g}")
 
 
 def _classes(logits: np.ndarray, names: Sequence[str] | None) -> Cell:
@@ -123,4 +123,5 @@ def _classes(logits: np.ndarray, names: Sequence[str] | None) -> Cell:
     shares = exact / exact.sum()
     best = np.argsort(-shares, kind="stable")[:TOP]
     classes = [names[n] if names and len(names) == len(shares) else f"class {n}" for n in best]
-    return Cell(shares[best], f"{100 * shares[best].sum():.0f} % on these {len(best)} of {len(shares):,}", classes)
+    note = f"{100 * shares[best].sum():.0f} % on these {len(best)} of {len(shares):,}"
+    return Cell(values=shares[best], note=note, classes=classes)

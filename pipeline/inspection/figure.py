@@ -99,14 +99,13 @@ def _original(drawn: Any, sample: StoredSample, top: float, most: float) -> None
     for n, seen in enumerate(sample.views):
         left, upper, right, lower = shown_box(seen.view, sample.policy.size)
         edge = [withStroke(linewidth=4, foreground="white")]
-        x, y = [left, right, right, left, left], [upper, upper, lower, lower, upper]
-        axes.plot(x, y, color=COLOURS[n], linewidth=2, path_effects=edge, clip_on=False)
+        corners = [left, right, right, left, left], [upper, upper, lower, lower, upper]
+        axes.plot(*corners, color=COLOURS[n], linewidth=2, path_effects=edge, clip_on=False)
         across, down = PLACES[n]
-        axes.text(
-            left + across * (right - left), upper + down * (lower - upper), str(seen.number), color="white",
-            fontsize=FONT, weight="bold", ha=("left", "center", "right")[int(2 * across)], va=("top", "bottom")[down],
-            bbox={"facecolor": COLOURS[n], "edgecolor": "none", "pad": 2},
-        )  # fmt: skip
+        x, y = left + across * (right - left), upper + down * (lower - upper)
+        place = {"ha": ("left", "center", "right")[int(2 * across)], "va": ("top", "bottom")[down]}
+        box = {"facecolor": COLOURS[n], "edgecolor": "none", "pad": 2}
+        axes.text(x, y, str(seen.number), color="white", fontsize=FONT, weight="bold", bbox=box, **place)
     axes.set(xlim=(0, width), ylim=(height, 0))
 
 

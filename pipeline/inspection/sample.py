@@ -39,7 +39,7 @@ MOST = 6  # views that are looked at
 SEARCHED = 100_000  # keys among which the nearest to an unknown one are looked for
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SeenView:
     """One stored view of a sample.
 
@@ -60,7 +60,7 @@ class SeenView:
     values: dict[str, np.ndarray]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StoredSample:
     """What a store holds of one sample in one bank.
 
@@ -117,24 +117,33 @@ def stored_sample(store: Store, urls: Sequence[str], key: str) -> StoredSample:
     targets = of_banks[bank]
     shown = {id: manifest for id, manifest in targets.items() if not _is_pixels(manifest)}
     teachers = {id: store.teacher_of(manifest) for id, manifest in shown.items()}
-    i = _place(index, key)
-    assert i is not None
-    key = index.keys[i]
-    (original,) = read_samples(url, index, range(i, i + 1))
+    position = _position(index, key)
+    assert position is not None
+    (original,) = read_samples(url, index, range(position, position + 1))
     counts = {id: store.views("target", id, [index.id], done) for id in targets}
     stored = store.views("bank", bank, [index.id], done)
     as_indexed = store.recognise(url, known) is not None
     source = Source((url,), (index.id,), bank_policy(store, bank), store, bank, stored=(as_indexed,))
     views = []
     for number in range(min(stored, MOST)):
-        there = {id: manifest for id, manifest in targets.items() if number < counts[id]}
-        views.append(_seen(source, index, url, i, number, there))
-    label, names = index.labels[i], classes_of([url])
+        complete = {id: manifest for id, manifest in targets.items() if number < counts[id]}
+        views.append(_seen_view(source, index, position, number=number, targets=complete))
+    label, names = index.labels[position], classes_of([url])
     return StoredSample(
-        key, url, index.id, label, names[label] if names and label is not None and label < len(names) else None,
-        decode(original.image), bank, source.policy, views, stored, shown, teachers,
-        [id for id in banks if id != bank],
-    )  # fmt: skip
+        key=index.keys[position],
+        url=url,
+        shard=index.id,
+        label=label,
+        name=names[label] if names and label is not None and label < len(names) else None,
+        original=decode(original.image),
+        bank=bank,
+        policy=source.policy,
+        views=views,
+        stored=stored,
+        targets=shown,
+        teachers=teachers,
+        others=[id for id in banks if id != bank],
+    )
 
 
 def _is_pixels(manifest: TargetManifest) -> bool:
@@ -147,13 +156,13 @@ def _shard_with(
     """The one shard with a key, and its index; shards that precompute has not come to yet are passed over."""
     indexes = {url: index for url in urls if (index := store.recognise(url, known))}
     others = [url for url in urls if url not in indexes]
-    if all(_place(index, key) is None for index in indexes.values()):
+    if all(_position(index, key) is None for index in indexes.values()):
         stems = {shard.rpartition("-")[0] for shard in {*known, *begun}}
         for url in [url for url in others if stem_of(url) in stems]:  # a store's shard keeps its name
             with contextlib.suppress(IdentityError):
                 indexes[url] = store.require(url, known)
                 others.remove(url)
-    found = [url for url, index in indexes.items() if _place(index, key) is not None]
+    found = [url for url, index in indexes.items() if _position(index, key) is not None]
     if len(found) > 1:
         raise UserError(f"key {key!r} is in {found[0]} and in {found[1]}; give one of them with --shards")
     if found:
@@ -169,7 +178,7 @@ def _shard_with(
     )
 
 
-def _place(index: ShardIndex, key: str) -> int | None:
+def _position(index: ShardIndex, key: str) -> int | None:
     """Where a key is in a shard, or one that is the same in Unicode's NFC."""
     if key in index.keys:
         return index.keys.index(key)
@@ -181,23 +190,28 @@ def _names(urls: Sequence[str]) -> str:
     return ", ".join([PurePath(url).name for url in urls[:3]] + ["…"] * (len(urls) > 3))
 
 
-def _seen(
-    source: Source, index: ShardIndex, url: str, i: int, number: int, targets: dict[str, TargetManifest]
+def _seen_view(
+    source: Source, index: ShardIndex, position: int, *, number: int, targets: dict[str, TargetManifest]
 ) -> SeenView:
-    """View `number` of sample i, with its value of each target."""
+    """View `number` of the sample at a position of the shard, with its value of each target."""
     pixels = next((id for id, manifest in targets.items() if _is_pixels(manifest)), None)
     codecs = {id: Codec.of(manifest) for id, manifest in targets.items() if id != pixels}
     reader = BlockReader(replace(source, pixels=pixels, targets=codecs))
-    view = read_views(reader.marker(Task("bank", str(source.bank), index.id, number)), i, i + 1).view(0)
+    view = read_views(reader.marker(Task("bank", str(source.bank), index.id, number)), position, position + 1).view(0)
     if not view.valid:
         raise UserError(
-            f"{url}: key {index.keys[i]!r} is marked invalid: precompute could not decode its image, and nothing of it "
-            "is used"
+            f"{source.urls[0]}: key {index.keys[position]!r} is marked invalid: precompute could not decode its image, "
+            "and nothing of it is used"
         )
-    seen, arrays = reader.read(Segment(0, i // BLOCK, np.array([i])), number)
-    values = {id: codec.decode(arrays[id])[0] for id, codec in codecs.items()}
-    partner = index.keys[view.mix.partner] if view.mix else None
-    return SeenView(number, view, partner, seen["images"][0], pixels is not None, values)
+    seen, arrays = reader.read(Segment(0, position // BLOCK, np.array([position])), number)
+    return SeenView(
+        number=number,
+        view=view,
+        partner=index.keys[view.mix.partner] if view.mix else None,
+        image=seen["images"][0],
+        kept=pixels is not None,
+        values={id: codec.decode(arrays[id])[0] for id, codec in codecs.items()},
+    )
 
 
 def shown_box(view: View, size: int) -> tuple[float, float, float, float]:
@@ -205,10 +219,9 @@ def shown_box(view: View, size: int) -> tuple[float, float, float, float]:
     left, top, right, bottom = view.box
     across, down = (right - left) / size, (bottom - top) / size
     x, y = view.shift  # the frame moved right by x: its last x columns left the image
-    return (
-        left + max(0, -x) * across, top + max(0, -y) * down,
-        right - max(0, x) * across, bottom - max(0, y) * down,
-    )  # fmt: skip
+    left, right = left + max(0, -x) * across, right - max(0, x) * across
+    top, bottom = top + max(0, -y) * down, bottom - max(0, y) * down
+    return left, top, right, bottom
 
 
 def view_words(seen: SeenView) -> list[str]:

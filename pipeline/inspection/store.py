@@ -41,8 +41,8 @@ def _complete(store: Store, tasks: dict[str, list[Task]]) -> dict[str, Any]:
             size += sum(array.size for array in marker.arrays.values())
             samples += marker.samples
     views = sorted({len(several) for several in tasks.values()})
-    return {"shards": len(tasks), "views": views[-1] if views else 0, "fewest_views": views[0] if views else 0,
-            "view_images": samples, "bytes": size}  # fmt: skip
+    most, fewest = (views[-1], views[0]) if views else (0, 0)
+    return {"shards": len(tasks), "views": most, "fewest_views": fewest, "view_images": samples, "bytes": size}
 
 
 def error_text(error: dict[str, float] | None) -> str:

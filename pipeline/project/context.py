@@ -90,7 +90,7 @@ def over() -> Over | None:
     from pipeline.recipes.loader import Over
 
     project = current()
-    return Over(str(project.path), project.settings) if project else None
+    return Over(where=str(project.path), settings=project.settings) if project else None
 
 
 def grid() -> int | None:

@@ -29,7 +29,7 @@ HELD_BACK = r"(^|[-_.])(val|valid|validation|test)([-_.]|\d|$)"  # in the names 
 PASSES = 400_000  # images that a student sees in all, where nobody says it: an hour or less for small ones
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ImageSummary:
     """What lies in a folder.
 
@@ -99,9 +99,15 @@ def _images(folder: Path, progress: Progress) -> ImageSummary:
         raise UserError(f"{folder}: none of the images that were looked at can be opened, such as {files[0][0]}")
     count = max(1, round(0.9 * len(files) / PER_SHARD))
     names = "shards/train-000000.tar" if count == 1 else f"shards/train-{{000000..{count - 1:06d}}}.tar"
-    side = round(statistics.median(sides))
     return ImageSummary(
-        folder, len(files), classes, side, [names], ["shards/train-val-*.tar"], "`pipeline pack` cuts them off", False
+        folder=folder,
+        images=len(files),
+        classes=classes,
+        side=round(statistics.median(sides)),
+        shards=[names],
+        val=["shards/train-val-*.tar"],
+        why="`pipeline pack` cuts them off",
+        packed=False,
     )
 
 
@@ -137,9 +143,17 @@ def _shards(folder: Path, tars: Sequence[Path], home: Path, progress: Progress) 
     if not sides:
         raise UserError(f"{first.url}: none of its first images can be decoded")
     classes = classes_of([str(path) for path in train]) or []
-    near, far = ([os.path.relpath(path, home) for path in several] for several in (train, held))
-    images, estimated = sum(shard.samples for shard in shards), sum(shard.estimated for shard in shards)
-    return ImageSummary(folder, images, list(classes), round(statistics.median(sides)), near, far, why, True, estimated)
+    return ImageSummary(
+        folder=folder,
+        images=sum(shard.samples for shard in shards),
+        classes=list(classes),
+        side=round(statistics.median(sides)),
+        shards=[os.path.relpath(path, home) for path in train],
+        val=[os.path.relpath(path, home) for path in held],
+        why=why,
+        packed=True,
+        estimated=sum(shard.estimated for shard in shards),
+    )
 
 
 def sizes(side: int) -> tuple[int, int]:
@@ -169,9 +183,7 @@ def text(found: ImageSummary) -> str:
         f"  args: {{num_classes: {count or 10}}}",
         "  targets: logits",
     ]
-    unknown = "" if found.classes else (
-        "\n  # num_classes: 10   # no classes.json lies beside the shards: say how many classes there are"
-    )  # fmt: skip
+    unknown = "\n  # num_classes: 10   # no classes.json lies beside the shards: say how many classes there are"
     mark = "" if found.classes else "# "
     ours_text = "\n".join(f"  {mark}{line}" for line in ours).lstrip()
     images = f"{'about ' if found.estimated else ''}{found.images:,} images"
@@ -200,7 +212,7 @@ teachers:               # several may stand here; each takes its time and space 
 student:
   model: vit_tiny_patch16_224
   img_size: {view}
-  patch_size: {patch}         # {view // patch}x{view // patch} patches{small}{unknown}
+  patch_size: {patch}         # {view // patch}x{view // patch} patches{small}{"" if found.classes else unknown}
 
 set:                    # over every recipe
   optim.epochs: {epochs}     # more are better, and take as many times longer
@@ -233,12 +245,17 @@ def init(folder: Path, out: Path, progress: Progress) -> dict[str, Any]:
             words[-1],
             ["train", "--recipe", "deit-hard", "--out", "taught"],
         ]
-    words = [[*several, *project] for several in words]
+    words = [[*command, *project] for command in words]
     if not found.packed:
         where = [str(out.parent / found.shards[0]), "--val-fraction", "0.1"] if project else []
         words = [["pack", str(folder), *where], *words]
     return {
-        "project": str(out), "images": found.images, "estimated": found.estimated, "classes": found.classes,
-        "side": found.side, "val": found.val, "val_because": found.why,
-        "commands": [shlex.join(["pipeline", *several]) for several in words],
-    }  # fmt: skip
+        "project": str(out),
+        "images": found.images,
+        "estimated": found.estimated,
+        "classes": found.classes,
+        "side": found.side,
+        "val": found.val,
+        "val_because": found.why,
+        "commands": [shlex.join(["pipeline", *command]) for command in words],
+    }

@@ -86,7 +86,7 @@ class ProjectSettings(_Section):
         return self
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Project:
     """A project file and what it says, with paths from the current folder."""
 
@@ -129,7 +129,7 @@ def validate(path: Path, content: Any) -> Project:
         raise UserError(f"{path}: " + "; ".join(_explain(problem) for problem in error.errors())) from None
     for name, value in settings.set.items():
         _require_known(f"{path}: set.", name, value)
-    return Project(path, _from_here(settings, path.parent))
+    return Project(path=path, content=_from_here(settings, path.parent))
 
 
 def _require_known(where: str, name: str, value: Any) -> None:
@@ -176,11 +176,15 @@ def _from_here(settings: ProjectSettings, folder: Path) -> ProjectSettings:
         student = student.model_copy(update={"weights": weights(student.weights)})
     if isinstance(more.get("student.weights"), str):
         more["student.weights"] = weights(more["student.weights"])
-    return settings.model_copy(update={
-        "shards": patterns(settings.shards), "val": patterns(settings.val),
-        "store": settings.store and located(settings.store, folder), "teachers": teachers, "student": student,
+    located_settings = {
+        "shards": patterns(settings.shards),
+        "val": patterns(settings.val),
+        "store": settings.store and located(settings.store, folder),
+        "teachers": teachers,
+        "student": student,
         "set": {name: number_in(value) for name, value in more.items()},
-    })  # fmt: skip
+    }
+    return settings.model_copy(update=located_settings)
 
 
 def located(pattern: str, folder: Path) -> str:

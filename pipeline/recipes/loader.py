@@ -27,7 +27,7 @@ SMALL = "-small"
 _SHORT = {"bank": "id", "links": "run"}  # settings with a short form -> what it says of them; of weights it is `start`
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Over:
     """Settings that are laid over every recipe: `path.to.field` and value, and the file that says so."""
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -32,15 +33,33 @@ def fraction(text: str) -> float:
 
 def frozen_features(command: Callable[..., Any]) -> Callable[..., Any]:
     """What k-NN and linear probes take: training samples, how many of them are labeled, and which features are read."""
-    options = (
-        shards("--train-shards", help="Labeled shards to learn from."),
-        click.option("--label-fraction", type=fraction, default="100%", metavar="PART", show_default=True,
-                     help="Use labels of this class-balanced fraction of the training samples, such as 1%."),
-        click.option("--list", "listing", type=click.Path(path_type=Path), metavar="FILE",
-                     help="Write the samples whose labels are used: a CSV with shard, key and label."),
-        click.option("--projector-layers", type=click.IntRange(0), default=0, metavar="N", show_default=True,
-                     help="Read features after N linear layers of the projector that the student was trained with."),
-    )  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
+
+    @shards("--train-shards", help="Labeled shards to learn from.")
+    @click.option(
+        "--label-fraction",
+        type=fraction,
+        default="100%",
+        metavar="PART",
+        show_default=True,
+        help="Use labels of this class-balanced fraction of the training samples, such as 1%.",
+    )
+    @click.option(
+        "--list",
+        "listing",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Write the samples whose labels are used: a CSV with shard, key and label.",
+    )
+    @click.option(
+        "--projector-layers",
+        type=click.IntRange(0),
+        default=0,
+        metavar="N",
+        show_default=True,
+        help="Read features after N linear layers of the projector that the student was trained with.",
+    )
+    @functools.wraps(command)
+    def wrapped(**kwargs: Any) -> Any:
+        return command(**kwargs)
+
+    return cast(Callable[..., Any], wrapped)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.bench import PARTS, bench, lines, timing
-from pipeline.bench.timing import Row, Spread, interleaved, ratios
+from pipeline.bench.timing import Measure, Spread, interleaved, ratios
 from pipeline.console import Console
 
 
@@ -27,9 +27,9 @@ def test_turns_are_taken_one_after_another_and_the_first_are_thrown_away() -> No
 
 def test_a_ratio_is_of_turns_that_stood_beside_each_other() -> None:
     slow, fast = [2.0, 20.0, 2.0, 2.0], [1.0, 10.0, 1.0, 1.0]  # the machine was busy in the second turn
-    assert ratios(slow, fast) == Spread(2.0, 2.0, 2.0)
-    assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Spread(3.0, 2.0, 4.0)
-    assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0)
+    assert ratios(slow, fast) == Spread(median=2.0, low=2.0, high=2.0)
+    assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Spread(median=3.0, low=2.0, high=4.0)
+    assert Spread.of([7.0]) == Spread(median=7.0, low=7.0, high=7.0)
 
 
 @pytest.mark.parametrize(("ratio", "bar", "most", "reached"), [
@@ -37,7 +37,9 @@ def test_a_ratio_is_of_turns_that_stood_beside_each_other() -> None:
     (5.0, None, False, None),
 ])  # fmt: skip
 def test_a_bar_is_reached_from_the_right_side(ratio, bar, most, reached) -> None:
-    assert Row(1, "case", "a ÷ b", Spread(ratio, ratio, ratio), 1, {}, bar, most).reached is reached
+    spread = Spread(median=ratio, low=ratio, high=ratio)
+    measure = Measure(number=1, case="case", words="a ÷ b", ratio=spread, turns=1, about={}, bar=bar, most=most)
+    assert measure.reached is reached
 
 
 def test_seconds_of_the_wall_and_of_the_cores() -> None:
@@ -53,7 +55,7 @@ def test_seconds_of_the_wall_and_of_the_cores() -> None:
 
 @pytest.mark.slow
 def test_reading_is_measured_and_nothing_is_left(tmp_path: Path) -> None:
-    result = bench(["stream"], [], "cpu", 1, True, tmp_path, Console())
+    result = bench(["stream"], [], Console(), device="cpu", turns=1, quick=True, folder=tmp_path)
     assert [(row["number"], row["bar"]) for row in result["measures"]] == [(5, 0.9), (5, None), (6, None)]
     for row in result["measures"]:
         assert 0 < row["ratio"]["low"] <= row["ratio"]["median"] <= row["ratio"]["high"]
@@ -66,7 +68,7 @@ def test_reading_is_measured_and_nothing_is_left(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_everything_is_measured(tmp_path: Path) -> None:
-    result = bench(PARTS, [], "cpu", 1, True, tmp_path, Console())
+    result = bench(PARTS, [], Console(), device="cpu", turns=1, quick=True, folder=tmp_path)
     assert {row["number"] for row in result["measures"]} == {1, 2, 3, 4, 5, 6}
     for row in result["measures"]:  # what the ratios are is the machine's matter, and the bars say what is enough
         assert 0 < row["ratio"]["low"] <= row["ratio"]["median"] <= row["ratio"]["high"]
@@ -78,5 +80,7 @@ def test_everything_is_measured_on_a_gpu(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    result = bench(["precompute", "torch", "train", "live"], [], "cuda", 1, True, tmp_path, Console())
+    result = bench(
+        ["precompute", "torch", "train", "live"], [], Console(), device="cuda", turns=1, quick=True, folder=tmp_path
+    )
     assert {row["number"] for row in result["measures"]} == {1, 2, 3, 4}

@@ -238,7 +238,7 @@ def test_settings_are_laid_over_a_recipe_and_flags_over_them(tmp_path):
         "student: {img_size: 32, weights: init.pth}\nset: {losses.aal.weight: 7, optim.lr: 5e-4, student.depth: 3}\n"
     )
     project = load(tmp_path / "w.yaml")
-    over = loader.Over(str(project.path), project.settings)
+    over = loader.Over(where=str(project.path), settings=project.settings)
     recipe = loader.load_recipe("aal", ["student.depth=4", "student.patch_size=4"], over)
     assert (recipe.student.img_size, recipe.student.depth, recipe.student.drop_path_rate) == (32, 4, 0.1)
     assert recipe.student.weights == str(tmp_path / "init.pth")
@@ -246,7 +246,7 @@ def test_settings_are_laid_over_a_recipe_and_flags_over_them(tmp_path):
     (tmp_path / "w.yaml").write_text("set: {losses.aal.wieght: 1}")
     bad = load(tmp_path / "w.yaml")
     with pytest.raises(UserError, match=r"recipe aal with .*w\.yaml laid over it: losses\.aal\.wieght: no such"):
-        loader.load_recipe("aal", ["optim.epohcs=1"], loader.Over(str(bad.path), bad.settings))
+        loader.load_recipe("aal", ["optim.epohcs=1"], loader.Over(where=str(bad.path), settings=bad.settings))
     with pytest.raises(UserError, match=r"recipe aal with --set: optim\.epohcs: no such .* 'epochs'"):
         loader.load_recipe("aal", ["optim.epohcs=1"], over)
 
@@ -255,7 +255,10 @@ def test_a_section_is_laid_over_what_is_there_setting_by_setting(tmp_path):
     plain = loader.load_recipe("attention-distill")
     (tmp_path / "w.yaml").write_text("set: {optim: {epochs: 3, warmup_epochs: 1}, losses: {attention: {heads: mean}}}")
     project = load(tmp_path / "w.yaml")
-    recipe = loader.load_recipe("attention-distill", ["optim={epochs: 4}"], loader.Over("w", project.settings))
+    over = loader.Over(where="w", settings=project.settings)
+    recipe = loader.load_recipe("attention-distill", ["optim={epochs: 4}"], over)
+        "attention-distill", ["optim={epochs: 4}"], loader.Over(where="w", settings=project.settings)
+    )
     assert recipe.optim == plain.optim.model_copy(update={"epochs": 4, "warmup_epochs": 1})
     assert recipe.losses["attention"] == plain.losses["attention"].model_copy(update={"heads": "mean"})
     weight = (
