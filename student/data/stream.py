@@ -1,14 +1,15 @@
 """The stream: images, labels and stored targets, joined by shard, sample and view, and checked when they are read.
 
-`Stream` stands alone: anybody's training loop can iterate it. What it yields depends on (shards, seed, epoch, lanes,
-shuffle_blocks, batch) alone, not on workers, ranks or where it was started.
+`Stream` stands alone: any training loop can iterate it. What it yields depends on (shards, seed, epoch, lanes,
+shuffle_blocks, batch) alone, not on workers, ranks or where it was started. Trainers save and restore it as they do other
+data loaders (torchdata's StatefulDataLoader, streaming, litdata): by `set_epoch`, `state_dict` and `load_state_dict`.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
@@ -20,7 +21,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from storage.constants import BLOCK
-from storage.errors import UserError
+from storage.errors import IdentityError, UserError
+from storage.objects.json_record import digest_of
 from storage.progress import size_text
 from storage.shards.index import ShardIndex, require_labels
 from storage.shards.patterns import expand
@@ -30,7 +32,7 @@ from student.data.batch import Batch
 from student.data.shuffle import BlockShuffle, lanes_of
 from student.data.source import fresh, refuse_twice, stored, usable_views
 from student.data.worker_watch import started, watched
-from student.data.workers import _leave_at_once, _Parts, _tensors
+from student.data.workers import LaneReader, ReadPlan, leave_at_once, to_tensors
 
 
 class Stream(IterableDataset[Batch]):
@@ -130,19 +132,21 @@ class Stream(IterableDataset[Batch]):
         if permute is not None and alone:
             self.notices.append(f"{alone} sample(s) are alone in their blocks and keep their own targets")
         self.memory = self._check_memory(memory)
-        self._place = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
-        parts = _Parts(self.source, self.order, self.views, rank, ranks, self._place)
+        self._start = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        plan = ReadPlan(source=self.source, order=self.order, views=self.views, rank=rank, ranks=ranks)
         self._loader = DataLoader(
-            parts,
+            LaneReader(plan, self._start),
             batch_size=None,
             num_workers=self.workers,
-            collate_fn=_tensors,
+            collate_fn=to_tensors,
             multiprocessing_context="spawn" if self.workers else None,
             persistent_workers=bool(self.workers),
-            worker_init_fn=_leave_at_once,
+            worker_init_fn=leave_at_once,
+            generator=torch.Generator(),  # its own, so that iterating draws nothing from torch's global one
         )
         self._processes: list[BaseProcess] = []
-        self._next_epoch = self._generation = 0
+        self._generation = 0
+        self._next = self._position = (0, 0)  # epoch and step: what is iterated next; what follows the last batch
 
     def _check_memory(self, budget: int | None) -> int:
         """Bytes that full lanes hold at most."""
@@ -164,9 +168,50 @@ class Stream(IterableDataset[Batch]):
         return self.order.steps
 
     def __iter__(self) -> Iterator[Batch]:
-        """One epoch after another: epoch 0 the first time it is iterated, then 1, 2, …."""
-        epoch, self._next_epoch = self._next_epoch, self._next_epoch + 1
-        return self.epoch(epoch)
+        """The epoch that is next: 0, then 1, 2, …, or the one that was set; after `load_state_dict` the rest of it."""
+        return self.epoch(*self._next)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Iterate this epoch next: from its first batch, or from the step of a state of it that was just loaded."""
+        if epoch != self._next[0]:
+            self._next = (epoch, 0)
+        self._position = self._next
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is, as plain data: `epoch` and `step` of the batch after the last one that was yielded.
+
+        The other entries are what the order depends on. All are the same on every rank and with any number of workers.
+        """
+        epoch, step = self._position
+        epoch, step = divmod(epoch * self.order.steps + step, self.order.steps)  # nothing is left: the next epoch
+        return {
+            "epoch": epoch,
+            "step": step,
+            "shards": digest_of(list(self.source.shards)),
+            "bank": self.source.bank or self.source.policy.bank,
+            "views": self.views,
+            "seed": self.order.seed,
+            "batch_size": self.order.batch,
+            "lanes": self.order.lanes,
+            "shuffle_blocks": self.order.shuffle_blocks,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where the stream was that gave this state: the next iteration yields the rest of its epoch.
+
+        Raises:
+            IdentityError: the state is of a stream with another order.
+            UserError: it is not the state of a stream.
+        """
+        for name, own in self.state_dict().items():
+            if name not in state:
+                raise UserError(f"a stream's state has no {name!r}: give what `state_dict` of a Stream returned")
+            if name not in ("epoch", "step") and state[name] != own:
+                raise IdentityError("state of a stream", name, state[name], own, words=("it has", "this stream has"))
+        epoch, step = state["epoch"], state["step"]
+        if not (type(epoch) is int and type(step) is int and epoch >= 0 and 0 <= step < self.order.steps):
+            raise UserError(f"a stream's state has epoch {epoch!r} and step {step!r}; an epoch has {len(self)} steps")
+        self._next = self._position = (epoch, step)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch.
@@ -190,12 +235,13 @@ class Stream(IterableDataset[Batch]):
         return watched(self._processes, self.memory, advice)
 
     def _epoch(self, epoch: int, start: int) -> Iterator[Batch]:
-        self._place[0], self._place[1] = epoch, start
+        self._start[0], self._start[1] = epoch, start
+        self._next, self._position = (epoch + 1, 0), (epoch, start)
         generation = self._generation = self._generation + 1
         with started(self._processes):  # once: they persist
             parts = iter(self._loader)
         workers = max(1, self.workers)
-        for _ in range(start, self.order.steps):
+        for step in range(start, self.order.steps):
             if generation != self._generation:
                 raise UserError(
                     f"epoch {epoch} of a stream cannot go on: another epoch was started since; make two streams"
@@ -213,6 +259,7 @@ class Stream(IterableDataset[Batch]):
                     raise failed
                 finally:  # no cycle with its traceback: collecting one ends the workers' queues before the workers
                     failed = shares = None
+            self._position = (epoch, step + 1)
             yield self._batch([by_lane[lane] for lane in self.own])
 
     def _batch(self, shares: Sequence[Any]) -> Batch:

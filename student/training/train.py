@@ -10,7 +10,6 @@ import itertools
 import json
 import time
 import warnings
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -25,8 +24,6 @@ from storage.objects.atomic import atomic_write
 from storage.objects.state_dict import save_state
 from storage.progress import NoProgress, Progress, size_text
 from student import run_dir
-from student.data.batch import Batch
-from student.data.stream import Stream
 from student.distributed import (
     all_gather_objects,
     all_reduce_mean,
@@ -169,6 +166,8 @@ class Trainer:
                 self.average.module.load_state_dict(found["average"])
             choice = precision.PrecisionChoice.of(found["precision"])
             self.place = TrainState(found["epoch"], found["step"], found["sums"], found["scores"], found["seconds"])
+            place = {"epoch": self.place.epoch, "step": self.place.step}  # of a checkpoint that earlier versions wrote
+            self.stream.load_state_dict(found.get("stream") or {**self.stream.state_dict(), **place})
             states = found["rng"]
             if len(states) == world_size():
                 checkpoint.set_random_state(states[rank()], self.device)
@@ -234,8 +233,8 @@ class Trainer:
             module.eval()
         interval = self.recipe.checkpoint_interval
         first = self.place.step
-        batches = itertools.islice(_batches(self.stream, epoch, first), self.steps - first)
-        for step, cpu_batch in enumerate(batches, first):
+        self.stream.set_epoch(epoch)
+        for step, cpu_batch in enumerate(itertools.islice(self.stream, self.steps - first), first):
             batch = cpu_batch.to(self.device)
             number = epoch * self.stream.order.steps + step
             self.scheduler.step_update(number)
@@ -315,6 +314,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(), "scaler": self.update.scaler.state_dict(),
             "average": self.average.module.state_dict() if self.average is not None else None, "rng": states,
             "attention_copy": self.distiller.copier.state_dict() if self.distiller.copier is not None else None,
+            "stream": self.stream.state_dict(),
         }  # fmt: skip
         checkpoint.write(self.job.out / run_dir.CHECKPOINT, content)
 
@@ -351,19 +351,6 @@ class Trainer:
                 link_for_timm(out, "last.safetensors", self.parts.description)
             run_dir.write_json(out / run_dir.RESULT, result)
         return result
-
-
-def _batches(stream: Stream, epoch: int, start: int) -> Iterator[Batch]:
-    """An epoch from some batch on. The loader draws from torch's generator when it starts: that is undone."""
-    batches = stream.epoch(epoch, start)
-    state = torch.get_rng_state()
-    try:
-        first = next(batches)
-    except StopIteration:
-        return
-    torch.set_rng_state(state)
-    yield first
-    yield from batches
 
 
 def _sorted(numbers: dict[str, float]) -> dict[str, dict[str, float]]:

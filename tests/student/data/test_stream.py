@@ -26,7 +26,7 @@ from storage.views.render import decode, render
 from storage.views.view import View
 from student.data.batch import Batch
 from student.data.stream import Stream
-from student.data.workers import _leave_at_once
+from student.data.workers import leave_at_once
 from student.evaluation.batches import evaluation_batches
 from tests.typed import present
 
@@ -288,13 +288,13 @@ def test_ranks_share_the_memory_of_their_machine(world, monkeypatch):
 def test_a_worker_that_is_told_to_stop_while_it_hands_over_does_not_abort(world, monkeypatch):
     script = """
 import threading, time, torch
-from student.data.workers import _leave_at_once
+from student.data.workers import leave_at_once
 
 def hand_over():
     while True:
         torch.zeros(100_000).share_memory_()
 
-_leave_at_once(0)
+leave_at_once(0)
 for _ in range(4):
     threading.Thread(target=hand_over, daemon=True).start()
 time.sleep(0.2)
@@ -308,7 +308,7 @@ time.sleep(0.2)
 
     monkeypatch.setattr("student.data.stream.DataLoader", Told)
     stream(world, workers=1)
-    assert told["worker_init_fn"] is _leave_at_once
+    assert told["worker_init_fn"] is leave_at_once
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
