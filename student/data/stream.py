@@ -1,8 +1,9 @@
 """The stream: images, labels and stored targets, joined by shard, sample and view, and checked when they are read.
 
 `Stream` stands alone: any training loop can iterate it. What it yields depends on (shards, seed, epoch, lanes,
-shuffle_blocks, batch) alone, not on workers, ranks or where it was started. Trainers save and restore it as they do other
-data loaders (torchdata's StatefulDataLoader, streaming, litdata): by `set_epoch`, `state_dict` and `load_state_dict`.
+shuffle_blocks, batch) alone, not on workers, ranks or where it was started. Trainers save and restore it as they do
+other data loaders (torchdata's StatefulDataLoader, streaming, litdata): by `set_epoch`, `state_dict` and
+`load_state_dict`.
 """
 
 from __future__ import annotations
