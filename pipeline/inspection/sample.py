@@ -197,7 +197,9 @@ def _seen_view(
     pixels = next((id for id, manifest in targets.items() if _is_pixels(manifest)), None)
     codecs = {id: Codec.of(manifest) for id, manifest in targets.items() if id != pixels}
     reader = BlockReader(replace(source, pixels=pixels, targets=codecs))
-    view = read_views(reader.marker(Task("bank", str(source.bank), index.id, number)), position, position + 1).view(0)
+    view = read_views(reader.marker(Task("bank", str(source.bank), index.id, number)), position, position + 1).view(
+        position
+    )
     if not view.valid:
         raise UserError(
             f"{source.urls[0]}: key {index.keys[position]!r} is marked invalid: precompute could not decode its image, "

@@ -174,7 +174,7 @@ class ShardPass:
             if view in self.fresh:
                 sums = [signature(image) if ok else 0 for image, ok in zip(own, valid, strict=True)]
                 signatures[view] = np.array(sums, np.uint32)[:, None]
-            views = drawn[view] if view in drawn else [known[view].view(i) for i in range(len(block))]
+            views = drawn[view] if view in drawn else [known[view].view(i) for i in block]
             mixes = [v.mix for v in views]
             pixels[view] = np.stack([
                 mix_images(image, own[mix.partner - block.start], mix) if mix else image
@@ -190,7 +190,7 @@ class ShardPass:
         pixels: dict[int, np.ndarray] = {}
         drawn: dict[int, View] = {}
         for view, there in known.items():
-            replayed = self._replay(view, there, i - block.start, sample, image)
+            replayed = self._replay(view, there, i, sample, image)
             if replayed is not None:
                 pixels[view] = replayed
         if image is not None:

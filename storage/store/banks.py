@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
@@ -34,20 +34,31 @@ def policy_of(manifest: BankManifest) -> Policy:
     return Policy(identity.line, identity.size, identity.seed or 0, manifest.policy)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BankView:
-    """One view of some consecutive samples: rows f64 `[n, columns]`, signatures u32 `[n]`, and what rendered them."""
+    """One view of consecutive samples of a shard; the view of each sample is parsed once.
 
+    Attributes:
+        start: index of the first sample in the shard.
+        rows: f64 `[n, columns]`.
+        signatures: u32 `[n]`.
+        renderer: versions of what rendered them.
+    """
+
+    start: int
     rows: np.ndarray
     signatures: np.ndarray
     renderer: dict[str, str]
+    _views: dict[int, View] = field(default_factory=dict, init=False, repr=False)
 
     def view(self, i: int) -> View:
-        """The view of sample i of these."""
-        return View.of(self.rows[i])
+        """The view of sample i of the shard."""
+        if i not in self._views:
+            self._views[i] = View.of(self.rows[i - self.start])
+        return self._views[i]
 
     def replay(self, i: int, sample: Sample, image: bytes | Image.Image, size: int, where: str) -> np.ndarray:
-        """Render sample i again, uint8 [S, S, 3].
+        """Render sample i of the shard again, uint8 [S, S, 3].
 
         Raises:
             IdentityError: the pixels are not those that the teacher saw; names both sides' decoders.
@@ -60,7 +71,7 @@ class BankView:
             raise DamageError(
                 f"{where}, key {sample.key}: damaged: its parameters make no view: {first_line(error)}"
             ) from None
-        found, expected = signature(pixels), int(self.signatures[i])
+        found, expected = signature(pixels), int(self.signatures[i - self.start])
         if found != expected:
             both = ", ".join(
                 f"{k} {self.renderer.get(k)}/{v}" for k, v in renderer().items() if self.renderer.get(k) != v
@@ -79,7 +90,7 @@ def read_views(marker: Marker, start: int, stop: int) -> BankView:
     rows = marker.arrays["parameters"].read(start, stop)
     if wrong := _beyond(rows, start, marker.samples):
         raise DamageError(f"{marker.name}: damaged: parameters: {wrong}\n  Its store was not made by `precompute`.")
-    return BankView(rows, signatures, marker.bank.renderer)
+    return BankView(start=start, rows=rows, signatures=signatures, renderer=marker.bank.renderer)
 
 
 # Column -> smallest and largest value; others may be anything that is finite.

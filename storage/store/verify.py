@@ -242,7 +242,7 @@ def _replay(
         with report.checking():
             originals = dict(zip(block, read_samples(url, index, block), strict=True))
             views = {task: read_views(markers[task], block.start, block.stop) for task in tasks}
-            rendered = _rendered(report, originals, indices, views, url=url, block=block, sizes=sizes)
+            rendered = _rendered(report, originals, indices, views, url=url, sizes=sizes)
             for task, pixels in rendered.items():
                 if look:
                     look(url, index, task, pixels)
@@ -255,14 +255,13 @@ def _rendered(
     views: dict[Task, BankView],
     *,
     url: str,
-    block: range,
     sizes: dict[str, int],
 ) -> dict[Task, dict[int, np.ndarray]]:
     """Bank's task -> index of a sample -> its view image, mixed. Each original is decoded once, and dropped."""
     wanted: dict[Task, set[int]] = {}
     for task, bank_view in views.items():
-        valid = [i for i in indices if bank_view.view(i - block.start).valid]
-        partners = [mix.partner for i in valid if (mix := bank_view.view(i - block.start).mix)]
+        valid = [i for i in indices if bank_view.view(i).valid]
+        partners = [mix.partner for i in valid if (mix := bank_view.view(i).mix)]
         wanted[task] = {*valid, *partners}
     own: dict[Task, dict[int, np.ndarray]] = {task: {} for task in views}
     for i in sorted(set().union(*wanted.values())):
@@ -271,13 +270,13 @@ def _rendered(
             for task, bank_view in views.items():
                 if i in wanted[task]:
                     where = f"{url}, bank {task.id}, view {task.view}"
-                    own[task][i] = bank_view.replay(i - block.start, originals[i], image, sizes[task.id], where)
+                    own[task][i] = bank_view.replay(i, originals[i], image, sizes[task.id], where)
                     report.views_rendered += 1
     images: dict[Task, dict[int, np.ndarray]] = {}
     for task, rendered in own.items():
         images[task] = {}
         for i in indices:
-            mix = views[task].view(i - block.start).mix
+            mix = views[task].view(i).mix
             if i in rendered and (mix is None or mix.partner in rendered):
                 images[task][i] = mix_images(rendered[i], rendered[mix.partner], mix) if mix else rendered[i]
     return images

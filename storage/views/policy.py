@@ -7,6 +7,7 @@ with it, so two spellings of one policy are one policy.
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -36,6 +37,7 @@ _OPERATIONS = {
     "erase": (1, True),
     "mix": (2, True),
 }
+Operation = tuple[str, tuple[float, ...]]  # name and arguments
 _AFTER = ("flip", "randaug", "erase", "mix")  # what may follow the framing, in this order
 
 
@@ -56,7 +58,7 @@ class Policy:
     name: str = "custom"
 
     @property
-    def operations(self) -> list[tuple[str, tuple[float, ...]]]:
+    def operations(self) -> tuple[Operation, ...]:
         """(name, arguments) of each operation."""
         return _parse(self.line)
 
@@ -153,7 +155,9 @@ def _check(line: str, name: str, arguments: tuple[float, ...]) -> None:
         raise UserError(f"view policy {line!r}: {wrong}")
 
 
-def _parse(line: str) -> list[tuple[str, tuple[float, ...]]]:
+@functools.lru_cache(maxsize=64)
+def _parse(line: str) -> tuple[Operation, ...]:
+    """The operations of a line; those of the lines in use are kept, because every draw asks for them."""
     operations = []
     for text in line.split("|"):
         match = re.fullmatch(r"\s*([a-z]+)\s*(?:\(([^()]*)\))?\s*", text)
@@ -171,4 +175,4 @@ def _parse(line: str) -> list[tuple[str, tuple[float, ...]]]:
         if len(arguments) != wanted:
             raise UserError(f"view policy {line!r}: {match[1]} takes {wanted} argument(s), found {len(arguments)}")
         operations.append((match[1], arguments))
-    return operations
+    return tuple(operations)

@@ -69,14 +69,15 @@ class View:
     @classmethod
     def of(cls, row: np.ndarray) -> View:
         """The view that a row of a bank says."""
-        left, top, right, bottom = (float(x) for x in row[1:5])
-        whole = [int(x) for x in row]
-        operations = tuple((whole[i], float(row[i + 1])) for i in range(8, 16, 2) if whole[i])
+        values: list[float] = row.tolist()
+        left, top, right, bottom = values[1:5]
+        whole = [int(x) for x in values]
+        operations = tuple((whole[i], values[i + 1]) for i in range(8, 16, 2) if whole[i])
         kind, partner, amount, *mixed = whole[21:28]
         mix = Mix(kind, partner, amount, (mixed[0], mixed[1], mixed[2], mixed[3])) if kind else None
         erased = (whole[16], whole[17], whole[18], whole[19])
         return cls(
-            (left, top, right, bottom), (whole[5], whole[6]), bool(row[7]), bool(row[0]), operations, erased,
+            (left, top, right, bottom), (whole[5], whole[6]), bool(values[7]), bool(values[0]), operations, erased,
             whole[20], mix,
         )  # fmt: skip
 

@@ -107,7 +107,7 @@ class BlockReader:
             if source.pixels is not None:
                 first, stop = int(segment.samples[0]), int(segment.samples[-1]) + 1
                 pixels = self.marker(Task("target", source.pixels, shard, view)).arrays["data"].read(first, stop)
-                mixes = [stored.view(int(i) - block.start).mix for i in segment.samples]
+                mixes = [stored.view(int(i)).mix for i in segment.samples]
                 return pixels[segment.samples - first], mixes
             look = self._replayed(segment, index, view, stored)
         images, mixes = [], []
@@ -119,9 +119,8 @@ class BlockReader:
 
     def _replayed(self, segment: Segment, index: ShardIndex, view: int, stored: BankView) -> _Look:
         """A sample's mixing and its own pixels, rendered again from the stored view; each sample once."""
-        source, start = self.source, index.block(segment.block).start
-        url = source.urls[segment.shard]
-        mixes = {int(i): stored.view(int(i) - start).mix for i in segment.samples}
+        source, url = self.source, self.source.urls[segment.shard]
+        mixes = {int(i): stored.view(int(i)).mix for i in segment.samples}
         needed = {*mixes, *(mix.partner for mix in mixes.values() if mix)}
         span = range(min(needed), max(needed) + 1)
         samples = read_samples(url, index, span)
@@ -130,7 +129,7 @@ class BlockReader:
         @functools.cache
         def look(i: int) -> tuple[Mix | None, np.ndarray]:
             sample = samples[i - span.start]
-            pixels = stored.replay(i - start, sample, sample.image, source.policy.size, where)
+            pixels = stored.replay(i, sample, sample.image, source.policy.size, where)
             return mixes.get(i), pixels
 
         return look

@@ -257,8 +257,6 @@ def test_a_section_is_laid_over_what_is_there_setting_by_setting(tmp_path):
     project = load(tmp_path / "w.yaml")
     over = loader.Over(where="w", settings=project.settings)
     recipe = loader.load_recipe("attention-distill", ["optim={epochs: 4}"], over)
-        "attention-distill", ["optim={epochs: 4}"], loader.Over(where="w", settings=project.settings)
-    )
     assert recipe.optim == plain.optim.model_copy(update={"epochs": 4, "warmup_epochs": 1})
     assert recipe.losses["attention"] == plain.losses["attention"].model_copy(update={"heads": "mean"})
     weight = (
