@@ -16,7 +16,8 @@ import numpy as np
 from precompute.engine.session import open_session
 from precompute.teachers.teacher import Teacher
 from storage.errors import IdentityError
-from storage.objects.state_dict import HUB, digest_of_file
+from storage.objects.state_dict import HUB
+from storage.objects.weights_file import WeightsFile
 from storage.shards.index import ShardIndex
 from storage.store.banks import bank_policy
 from storage.store.codecs import Codec
@@ -62,7 +63,7 @@ class LiveTargets:
         self.files: dict[str, str] = {}  # teacher -> file of its weights
         digests = {name: manifest.identity.weights_sha256 for name, manifest in self.teachers.items()}
         for file in weights:
-            digest = digest_of_file(file)
+            digest = WeightsFile(file).digest
             names = [name for name, recorded in digests.items() if recorded == digest]
             if not names:
                 known = " or ".join(f"{digest} ({name})" for name, digest in digests.items())
@@ -71,7 +72,8 @@ class LiveTargets:
             self.files |= dict.fromkeys(names, file)
         for name, manifest in self.teachers.items():
             path = manifest.weights
-            if name not in self.files and Path(path).expanduser().is_file() and digest_of_file(path) == digests[name]:
+            at_hand = name not in self.files and Path(path).expanduser().is_file()
+            if at_hand and WeightsFile(path).digest == digests[name]:
                 self.files[name] = path
         self._values: dict[tuple[str, str], Values] = {}
 

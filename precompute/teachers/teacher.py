@@ -15,15 +15,8 @@ from precompute.teachers.onnx_file import is_onnx_file, read_graph
 from storage.errors import UserError, did_you_mean, first_line
 from storage.objects import json_record
 from storage.objects.checkpoint_file import EARLIER
-from storage.objects.state_dict import (
-    HUB,
-    ONNX_FILE,
-    chosen_in,
-    classes_in,
-    digest_of_file,
-    digest_of_state,
-    load_weights,
-)
+from storage.objects.state_dict import HUB, ONNX_FILE, digest_of_state, load_weights
+from storage.objects.weights_file import WeightsFile
 from storage.store.manifests import Anatomy, TeacherIdentity, TeacherManifest
 from storage.store.markers import FORMAT
 
@@ -161,8 +154,9 @@ def find_teacher(
     assert std is not None
     teacher_name = _checked_name(name, teacher_name)
     if weights is not None:
-        digest, classes = digest_of_file(weights), classes_in(weights)
-        weights_key = _key(weights, weights_key, say)
+        file = WeightsFile(weights)
+        digest, classes = file.digest, file.classes
+        weights_key = _key(file, weights_key, say)
     else:
         if weights_key is not None:
             raise UserError(f"--weights-key {weights_key}: it chooses in a file of weights: give one by --weights F")
@@ -190,13 +184,13 @@ def find_teacher(
     )  # fmt: skip
 
 
-def _key(weights: str, wanted: str | None, say: Callable[[str], None]) -> str | None:
+def _key(file: WeightsFile, wanted: str | None, say: Callable[[str], None]) -> str | None:
     """The key of the weights that are taken of a file, said where there are others; None for the one by `EARLIER`."""
-    if weights.endswith(".safetensors") and wanted is None:  # nothing but weights
+    if file.path.endswith(".safetensors") and wanted is None:  # nothing but weights
         return None
-    chosen = chosen_in(weights, wanted)
+    chosen = file.weights(wanted)
     if chosen.others and wanted is None:
-        say(f"weights of {weights}: {chosen}, as timm chooses; another by --weights-key KEY")
+        say(f"weights of {file.path}: {chosen}, as timm chooses; another by --weights-key KEY")
     return None if chosen.as_earlier else chosen.key
 
 
@@ -217,7 +211,7 @@ def _find_ready(
     size = side or input_size or 0
     _require_size(size)
     return Teacher(
-        teacher_name, ONNX_FILE, {}, path, digest_of_file(path), size, _three(mean, "mean"), _three(std, "std")
+        teacher_name, ONNX_FILE, {}, path, WeightsFile(path).digest, size, _three(mean, "mean"), _three(std, "std")
     )
 
 
@@ -298,7 +292,7 @@ def load_teacher(teacher: Teacher) -> nn.Module:
         )
     if teacher.weights is not None:
         try:
-            load_weights(model, teacher.weights, teacher.weights_key, EARLIER)
+            load_weights(model, WeightsFile(teacher.weights), teacher.weights_key, EARLIER)
         except UserError as error:
             raise UserError(f"teacher {teacher.name}: {error}") from None
     return model.eval().float().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Files of weights: state dicts in safetensors or `.pth`, by their digest, and loaded strictly. No torch at import."""
+"""State dicts: loaded strictly into timm networks, identified, and written as safetensors. No torch at import."""
 
 from __future__ import annotations
 
@@ -8,22 +8,14 @@ import json
 import re
 import struct
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storage.errors import UserError, display_path, first_line
+from storage.errors import UserError, first_line
 from storage.objects.atomic import atomic_write
-from storage.objects.checkpoint_file import (
-    ORDER,
-    Choice,
-    archive_of_another_kind,
-    choose,
-    plain_data,
-    refused_in,
-)
-from storage.unicode_names import all_normalized
+from storage.objects.checkpoint_file import ORDER
+from storage.objects.weights_file import WeightsFile
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -34,20 +26,9 @@ _CONVERSIONS = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretr
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-KEY = "weights key"  # what a teacher's identity calls it; without it, the one by `EARLIER`
-
 COUNTER = ".num_batches_tracked"  # ends the names of what older files lack and evaluation does not read
 
 ONNX_FILE = "onnx"  # what a teacher's identity has for its model where its file is a ready graph
-
-
-def digest_of_file(path: str) -> str:
-    """Sha256 of a file of weights, in hex. Raises UserError."""
-    try:
-        with Path(path).expanduser().open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"--weights {display_path(Path(path))}: cannot be read: {first_line(error)}") from None
 
 
 def digest_of_state(state: Mapping[str, Tensor]) -> str:
@@ -59,69 +40,34 @@ def digest_of_state(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def classes_in(path: str) -> tuple[str, ...] | None:
-    """The class names that a safetensors file of ours carries, in NFC."""
-    found = _note(path, "classes")
-    good = isinstance(found, list) and all(isinstance(name, str) for name in found)
-    return tuple(all_normalized(found)) if good and found else None
-
-
-def normalisation_in(path: str) -> dict[str, tuple[float, float, float]]:
-    """`mean` and `std` of the pixels, three numbers each, as far as a safetensors file of ours carries them."""
-    found = {name: _note(path, name) for name in ("mean", "std")}
-    return {
-        name: (float(value[0]), float(value[1]), float(value[2]))
-        for name, value in found.items()
-        if isinstance(value, list) and len(value) == 3 and all(isinstance(v, int | float) for v in value)
-    }
-
-
-def copies_attention(path: str) -> bool:
-    """Whether a file of ours holds a student that attends with its teacher's attention: alone it is not whole."""
-    return _note(path, "copying") is not None
-
-
-def _note(path: str, name: str) -> Any:
-    """What a safetensors file's metadata say of a name, as JSON; None where it says nothing."""
-    if not path.endswith(".safetensors"):
-        return None
-    try:
-        with Path(path).expanduser().open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, 100 << 20)))
-        return json.loads(header.get("__metadata__", {}).get(name, "null"))
-    except (OSError, ValueError, struct.error, AttributeError, TypeError, RecursionError):
-        return None
-
-
-def load_weights(model: nn.Module, path: str, key: str | None = None, order: Sequence[str] = ORDER) -> None:
-    """Load a safetensors or `.pth` file, strictly; what another code wrote is converted as timm does.
+def load_weights(model: nn.Module, file: WeightsFile, key: str | None = None, order: Sequence[str] = ORDER) -> None:
+    """Load a file's weights, strictly; what another code wrote is converted as timm does.
 
     Args:
         model: a timm network.
-        path: of the file.
-        key: of one of several dictionaries in it, as in `chosen_in`.
-        order: likewise.
+        file: of the weights.
+        key: of one of several dictionaries in it, as in `WeightsFile.weights`.
+        order: of the keys that are looked for, as there.
 
     Raises:
         UserError: not weights, a pickle that holds more than tensors, names or shapes that do not fit; a student that
             attends with another network's attention.
     """
-    if copies_attention(path):
+    chosen = file.weights(key, order)
+    if file.copies_attention:
         raise UserError(
-            f"{path}: a student that copies its teacher's attention is not whole without it; give one that attends "
-            "by itself"
+            f"{file.path}: a student that copies its teacher's attention is not whole without it; give one that "
+            "attends by itself"
         )
-    chosen, where = chosen_in(path, key, order), display_path(Path(path))
     taken = f"\n  Its weights are {chosen}; another by --weights-key KEY" if chosen.others else ""
     try:
-        state = rename_to_fit(model, as_f32(chosen.state), where)
+        state = rename_to_fit(model, as_f32(chosen.state), file.name)
     except UserError as error:
         raise UserError(f"{error}{taken}") from None
     wanted, found = _shapes(model.state_dict()), _shapes(state)
     if problems := mismatches(wanted, found):
         raise UserError(
-            f"{where}: does not fit {_name_of(model)}: {problems}{taken}\n  {_advice(model, wanted, found)}"
+            f"{file.name}: does not fit {_name_of(model)}: {problems}{taken}\n  {_advice(model, wanted, found)}"
         )
     model.load_state_dict(state, strict=True)
 
@@ -224,60 +170,9 @@ def mismatches(wanted: Shapes, found: Shapes) -> str:
     return "; ".join(parts)
 
 
-def read_weights(path: str, key: str | None = None, order: Sequence[str] = ORDER) -> dict[str, Tensor]:
-    """Name -> tensor f32 of a file; arguments and errors as `chosen_in`."""
-    return as_f32(chosen_in(path, key, order).state)
-
-
 def as_f32(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict with all floating-point numbers in f32."""
     return {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
-
-
-def chosen_in(path: str, key: str | None = None, order: Sequence[str] = ORDER) -> Choice:
-    """The weights that are taken of a safetensors file, or of a `.pth` read with `weights_only=True`.
-
-    Args:
-        path: of the file.
-        key: of one of several dictionaries in it; None for the first of `order`.
-        order: keys of dictionaries; by default timm's, which prefers averaged weights (EMA).
-
-    Raises:
-        UserError: no file of weights, a pickle that holds more than plain data, no dictionary of tensors.
-    """
-    return choose(_content(path), display_path(Path(path)), key, order)
-
-
-def _content(path: str) -> Any:
-    """What a file of weights holds."""
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    where, file = display_path(Path(path)), Path(path).expanduser()
-    try:
-        if path.endswith(".safetensors"):
-            return load_file(file)
-        with file.open("rb") as opened:
-            first = opened.read(2)
-        if first not in (b"PK", *(b"\x80" + bytes([protocol]) for protocol in range(1, 6))):
-            raise UserError(f"{where}: not a file of weights: neither safetensors nor what torch.save writes; give one")
-        if other := archive_of_another_kind(file):
-            raise UserError(f"{where}: not a file of weights: it is {other}")
-        with plain_data(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except (SafetensorError, OSError, EOFError, RuntimeError) as error:
-        raise UserError(f"{where}: cannot be read as weights: {first_line(error)}") from None
-    except Exception as error:  # the unpickler names what it refuses
-        if found := refused_in(file, error):
-            raise UserError(
-                f"{where}: refused: it is a pickle with more than tensors in it, which could run code: {found}\n"
-                "  Where you trust it, save its state dict alone, as safetensors: safetensors.torch.save_file"
-            ) from None
-        raise UserError(f"{where}: cannot be read as weights: it is damaged, or no pickle of torch.save") from None
 
 
 def save_state(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

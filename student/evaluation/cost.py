@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from storage.objects.state_dict import read_weights
+from storage.objects.weights_file import WeightsFile
 from student.alignment.student_spec import student_spec
 
 MOST = 1024  # patches along a side are far fewer
@@ -65,22 +64,17 @@ def links_of(losses: Path, student: nn.Module) -> dict[str, tuple[nn.Module, Ten
     found: dict[str, tuple[nn.Module, Tensor]] = {}
     if not losses.is_file():
         return found
-    weights = read_weights(str(losses))
-    with safe_open(losses, "pt") as file:
-        notes = file.metadata() or {}
-    for name, weight in weights.items():
+    file = WeightsFile(losses)
+    for name, weight in file.weights().state.items():
         if name.endswith(".links.weight") and weight.ndim == 3 and weight.shape[2] == 1:
             loss = name.partition(".")[0]
-            side = _grid(notes.get(loss, "")) or student_spec(student).grid
+            side = _grid(file.note(loss)) or student_spec(student).grid
             links = nn.Conv1d(weight.shape[1], weight.shape[0], 1).eval()
             found[loss] = links, torch.zeros(1, weight.shape[1], side**2)
     return found
 
 
-def _grid(note: str) -> int | None:
+def _grid(note: Any) -> int | None:
     """The side of the maps, as a run wrote it beside its links."""
-    try:
-        side = json.loads(note)["grid"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
+    side = note.get("grid") if isinstance(note, dict) else None
     return side if isinstance(side, int) and 0 < side < MOST else None

@@ -20,7 +20,8 @@ from torch import nn
 
 from precompute.taps import Tap
 from storage.errors import UserError, did_you_mean
-from storage.objects.state_dict import digest_of_file, save_state
+from storage.objects.state_dict import save_state
+from storage.objects.weights_file import WeightsFile
 from storage.progress import Progress, size_text
 from storage.shards.classes import classes_of, require_classes
 from storage.shards.index import cached_index, require_labels, with_samples
@@ -104,7 +105,7 @@ def fit_teacher(job: FitTeacherConfig, progress: Progress) -> dict[str, Any]:
     _write(job, model, recorded, target, names, l2, stream)
     identity = recorded.identity
     return {
-        "out": str(job.out), "sha256": digest_of_file(str(job.out)), "teacher": recorded.id, "target": target,
+        "out": str(job.out), "sha256": WeightsFile(job.out).digest, "teacher": recorded.id, "target": target,
         "model": identity.model, "arguments": {**identity.arguments, "num_classes": len(names)},
         "input_size": identity.input_size, "mean": identity.mean, "std": identity.std, "classes": list(names),
         "bank": stream.source.bank, "policy": stream.source.policy.line, "view_size": stream.source.policy.size,

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from precompute.taps import Tap, TappedTeacher, takes_image_size
 from storage.errors import IdentityError, UserError, first_line
 from storage.objects.checkpoint_file import EARLIER
-from storage.objects.state_dict import HUB, ONNX_FILE, digest_of_file, digest_of_state, load_weights
+from storage.objects.state_dict import HUB, ONNX_FILE, digest_of_state, load_weights
+from storage.objects.weights_file import WeightsFile
 from storage.store.manifests import TeacherManifest
 from student.data.block_reader import BlockReader
 from student.data.stream import Stream
@@ -41,17 +42,18 @@ def network_of(recorded: TeacherManifest, weights: str | None, classes: int) -> 
         )
     name, arguments = recorded.identity.model, arguments_of(recorded)
     path = weights or recorded.weights
+    file = WeightsFile(path)
     from_hub = weights is None and path == HUB
     if not from_hub:
         if weights is None and not Path(path).expanduser().is_file():
             raise UserError(f"teacher {recorded.id}: its weights are no longer at {path}; say where: --weights F")
-        _same_weights(f"--weights {path}", recorded, digest_of_file(path))
-    if from_hub:  # the digest is of what the hub gives, whatever the size that the teacher ran at
+        _same_weights(f"--weights {path}", recorded, file.digest)
+    else:  # the digest is of what the hub gives, whatever the size that the teacher ran at
         given = _created(name, recorded.identity.arguments, pretrained=True)
         _same_weights(f"{name} from timm's hub", recorded, digest_of_state(given.state_dict()))
     own = _created(name, arguments, pretrained=from_hub)
     if not from_hub:
-        load_weights(own, path, recorded.identity.weights_key, EARLIER)
+        load_weights(own, file, recorded.identity.weights_key, EARLIER)
     model = _created(name, {**arguments, "num_classes": classes})
     head = tuple(f"{part}." for part in heads_of(model))
     state = {n: t for n, t in own.state_dict().items() if not n.startswith(head)}

@@ -11,91 +11,91 @@ import timm
 from torch import Tensor, nn
 
 from storage.errors import UserError, first_line
-from storage.objects.state_dict import (
-    as_f32,
-    chosen_in,
-    classes_in,
-    copies_attention,
-    mismatches,
-    normalisation_in,
-    rename_to_fit,
-)
+from storage.objects.state_dict import as_f32, mismatches, rename_to_fit
+from storage.objects.weights_file import WeightsFile
 from student.models.attention_copy_hooks import COPIED
 from student.settings import StudentConfig
 
 
 def begin_from(
-    model: nn.Module, settings: StudentConfig, classes: Sequence[str] | None, say: Callable[[str], None]
+    model: nn.Module,
+    settings: StudentConfig,
+    file: WeightsFile | None,
+    classes: Sequence[str] | None,
+    say: Callable[[str], None],
 ) -> None:
-    """Give a new student the weights that its settings name, if any; what is taken and what is new is said.
+    """Give a new student the weights that its settings name, if any, and say which were taken and which are new.
 
     Position embeddings of another grid are resampled as timm does. A head of other classes stays new; of a student
-    without a classifier it is left out.
+    without a classifier it is skipped.
 
     Args:
         model: the student, with fresh weights.
-        settings: `pretrained`, `weights` and `init`.
+        settings: `pretrained`, `weights_key` and `init`.
+        file: of `weights`.
         classes: the names of the run's classes, where they are known.
-        say: told a line.
+        say: called with a line.
 
     Raises:
-        UserError: weights that cannot be had or do not fit, a pattern that matches nothing.
+        UserError: weights that could not be read or do not fit, a pattern that matches nothing.
     """
-    if not (settings.pretrained or settings.weights):
+    if file is None and not settings.pretrained:
         return
-    where = settings.weights or f"timm's weights of {settings.model}"
+    where = file.path if file else f"timm's weights of {settings.model}"
     state: Mapping[str, Tensor]
-    if settings.weights:
-        file = chosen_in(settings.weights, settings.weights_key)
-        state = as_f32(file.state)
-        where += f", {file}" if file.others else ""
+    if file:
+        chosen = file.weights(settings.weights_key)
+        state = as_f32(chosen.state)
+        where += f", {chosen}" if chosen.others else ""
     else:
         state = _hub(settings.model)
     state = {name: tensor for name, tensor in state.items() if not name.startswith(COPIED)}
-    known = classes_in(settings.weights) if settings.weights else None
+    known = file.classes if file else None
     if settings.shifted_patches:  # timm would bring a convolution's weights into the shape of the one that is not there
         state.pop("patch_embed.proj.weight", None)
     state = rename_to_fit(model, state, where)
     own = model.state_dict()
-    chosen = matching(settings.init, own, "student.init")
-    others = bool(known and classes and tuple(classes) != known)
+    names = matching(settings.init, own, "student.init")
+    other_classes = bool(known and classes and tuple(classes) != known)
     heads = head_of(model)
-    new = [name for name in chosen if name in heads and (others or _other(own[name], state.get(name)))]
-    norms = [name for name in chosen if name not in state and _twin(name) in state and _twin(name) not in own]
+    new = [name for name in names if name in heads and (other_classes or _other(own[name], state.get(name)))]
+    norms = [name for name in names if name not in state and _twin(name) in state and _twin(name) not in own]
     new += norms
-    taken = {name: own[name] for name in chosen if name not in new}
-    found = {name: tensor for name, tensor in state.items() if name in taken}
+    wanted = {name: own[name] for name in names if name not in new}
+    taken = {name: tensor for name, tensor in state.items() if name in wanted}
     unused: list[str] = []
-    if settings.init == ("*",):  # then nothing is left out silently
+    if settings.init == ("*",):  # then nothing is skipped silently
         unused = [name for name in state if name not in own and name.rpartition(".")[0] in _classifiers(model)]
-        left = {*unused, *(_twin(name) for name in norms)}
-        found |= {name: tensor for name, tensor in state.items() if name not in own and name not in left}
-    problems = mismatches(_shapes(taken), _shapes(found))
+        skipped = {*unused, *(_twin(name) for name in norms)}
+        taken |= {name: tensor for name, tensor in state.items() if name not in own and name not in skipped}
+    problems = mismatches(_shapes(wanted), _shapes(taken))
     if problems:
         raise UserError(f"{where}: does not fit {settings.model}: {problems}{_proposal(own, state)}")
-    model.load_state_dict({**own, **{name: found[name] for name in taken}})
-    text = f"begins from {where}: {len(taken)} of {len(own)} tensors"
+    model.load_state_dict({**own, **{name: taken[name] for name in wanted}})
+    text = f"begins from {where}: {len(wanted)} of {len(own)} tensors"
     if new:
         text += f"; new are {', '.join(new)}"
         text += f" ({' and '.join(_reasons(new, norms))})"
     if unused:
         text += f"; left out is its classifier ({', '.join(sorted(unused))})"
-    if settings.weights and copies_attention(settings.weights):
+    if file and file.copies_attention:
         text += "; it copied its teacher's attention, so what it would attend with by itself was never trained"
     say(text)
 
 
-def normalisation(settings: StudentConfig) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+def normalization(
+    settings: StudentConfig, file: WeightsFile | None
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Mean and standard deviation of the pixels that a student is fed with, three channels each."""
-    found: dict[str, tuple[float, float, float]] = {}
-    if settings.pretrained or settings.weights:
+    recorded: dict[str, tuple[float, float, float]] = {}
+    if settings.pretrained or file:
         about = timm.get_pretrained_cfg(settings.model)
         if about is not None:
-            found = {"mean": tuple(about.mean), "std": tuple(about.std)}
-        if settings.weights:
-            found |= normalisation_in(settings.weights)
+            recorded = {"mean": tuple(about.mean), "std": tuple(about.std)}
+        if file:
+            recorded |= file.normalization
     half = (0.5, 0.5, 0.5)
-    return settings.mean or found.get("mean", half), settings.std or found.get("std", half)
+    return settings.mean or recorded.get("mean", half), settings.std or recorded.get("std", half)
 
 
 def freeze(model: nn.Module, patterns: Sequence[str], say: Callable[[str], None]) -> list[nn.Module]:

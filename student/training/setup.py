@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from storage.errors import IdentityError, UserError
+from storage.objects.weights_file import WeightsFile
 from storage.progress import Progress
 from storage.shards.classes import classes_of, require_classes
 from storage.shards.index import cached_index, require_labels, with_samples
@@ -25,7 +26,7 @@ from student.distributed import rank, world_size
 from student.evaluation.accuracy import tell_of_shared
 from student.models.build import build_student, input_size
 from student.models.files import StudentDescription
-from student.models.init import begin_from, freeze, normalisation
+from student.models.init import begin_from, freeze, normalization
 from student.recipe.schema import Recipe
 from student.settings import ATTENTION_COPY
 from student.targets.stored_target import StoredTarget
@@ -100,9 +101,10 @@ def build_run(job: TrainConfig, progress: Progress, found: dict[str, Any] | None
     classes, count = _classes(urls, val_urls, recipe) if classifies(recipe) else (None, 0)
     scored = _scored(val_urls, recipe, count, progress)
     model, arguments = build_student(recipe.student, count)
+    file = WeightsFile(recipe.student.weights) if recipe.student.weights else None
     if found is None:
-        begin_from(model, recipe.student, classes, progress.say)
-    mean, std = normalisation(recipe.student)
+        begin_from(model, recipe.student, file, classes, progress.say)
+    mean, std = normalization(recipe.student, file)
     if found is not None:
         mean, std = (tuple(found["identity"][name]) for name in ("mean", "std"))
     elif recipe.student.pretrained or recipe.student.weights:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from precompute.taps import Tap
 from precompute.teachers import teacher as teachers
 from storage.errors import UserError
-from storage.objects.state_dict import read_weights
+from storage.objects.state_dict import as_f32
 from storage.testing import TINY_CNN, TINY_VIT
 from tests.conftest import write_teacher
 
@@ -307,7 +307,7 @@ def test_weights_of_other_precisions_become_f32(cnn: str, tmp_path: Path, kind: 
     save_file(state, tmp_path / "w.safetensors")
     model = teachers.load_teacher(tiny_cnn(str(tmp_path / "w.safetensors")))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    read = read_weights(str(tmp_path / "w.safetensors"))
+    read = as_f32(load_file(tmp_path / "w.safetensors"))
     assert {t.dtype for t in read.values()} == {torch.float32, torch.int64}
     assert same(model, {name: t.float() if t.is_floating_point() else t for name, t in state.items()})
 

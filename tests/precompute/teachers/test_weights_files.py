@@ -19,7 +19,7 @@ from precompute.teachers import teacher
 from precompute.verify_targets import teacher_of
 from storage.errors import IdentityError, UserError
 from storage.objects.checkpoint_file import EARLIER
-from storage.objects.state_dict import read_weights
+from storage.objects.weights_file import WeightsFile
 from storage.store.manifests import TeacherManifest
 from storage.store.store import Store
 from storage.testing import TINY_VIT
@@ -119,7 +119,7 @@ def test_other_weights_of_a_file_are_another_teacher_and_old_identities_stay(tmp
     with pytest.raises(IdentityError, match=r"weights key: .*state_dict_ema"):
         store.require_same(TeacherManifest, "t", average.identity)
     again = teacher_of("t", store.teachers()["t"], path)
-    assert equal(teacher.load_teacher(again).state_dict(), read_weights(path, order=EARLIER))
+    assert equal(teacher.load_teacher(again).state_dict(), dict(WeightsFile(path).weights(order=EARLIER).state))
     store.add(replace(average, name="u").manifest(parts))
     assert equal(teacher.load_teacher(teacher_of("u", store.teachers()["u"], path)).state_dict(), state(1))
 

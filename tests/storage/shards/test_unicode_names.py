@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from storage.errors import IdentityError, UserError
-from storage.objects.state_dict import classes_in
+from storage.objects.weights_file import WeightsFile
 from storage.shards.classes import classes_of, require_classes
 from storage.shards.pack import pack
 from student import settings as config
@@ -41,7 +41,7 @@ def test_class_lists_in_two_spellings_are_one(tmp_path, here, there):
     assert classes_of([a, b]) == NFC
     require_classes([a], there)
     save_file({"x": torch.zeros(1)}, tmp_path / "w.safetensors", {"classes": json.dumps(here)})
-    assert classes_in(str(tmp_path / "w.safetensors")) == tuple(NFC)
+    assert WeightsFile(tmp_path / "w.safetensors").classes == tuple(NFC)
     with pytest.raises(IdentityError):
         require_classes([a], there[::-1])
 

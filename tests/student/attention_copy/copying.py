@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pipeline.cli import main
-from storage.objects.state_dict import read_weights
 from storage.store.store import Store
 from storage.testing import TINY_VIT
 from storage.views.policy import policy
@@ -50,7 +50,7 @@ def distiller_of(
     torch.manual_seed(3)
     model, _ = build_student(recipe.student, 3)
     if teachers:
-        model.load_state_dict(read_weights(world.weights["vit"]))
+        model.load_state_dict(load_file(world.weights["vit"]))
     store = Store.open(place)
     bank, given = find_targets(store, store.shard_ids(), recipe, model)
     distiller = Distiller(recipe, model, given, (0.5,) * 3, (0.5,) * 3)

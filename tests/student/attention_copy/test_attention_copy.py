@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from precompute.export.pytorch import live_teacher
 from precompute.taps import Tap
 from storage.errors import UserError
-from storage.objects.state_dict import load_weights, read_weights
+from storage.objects.state_dict import load_weights
+from storage.objects.weights_file import WeightsFile
 from storage.store.codecs import Codec
 from storage.store.store import Store
 from storage.views.policy import policy
@@ -70,7 +72,7 @@ def test_a_student_that_is_its_teacher_says_the_same_when_it_copies(world, place
     batch = next(stream.epoch(0))
     assert (batch.shares > 0).any(), "mixed views"
     plain, _ = build_student(recipe_of({}).student, 3)
-    plain.load_state_dict(read_weights(world.weights["vit"]))
+    plain.load_state_dict(load_file(world.weights["vit"]))
     with torch.no_grad():
         copied, _ = distiller.eval()(batch)
         expected = plain.eval()(batch.pixels((0.5,) * 3, (0.5,) * 3))
@@ -349,7 +351,7 @@ def test_a_copying_student_is_not_taken_for_a_whole_network(world, place, traine
     assert "attends with its teacher's attention" in told["error"]
     network, _ = build_student(recipe_of({}).student, 3)
     with pytest.raises(UserError, match="copies its teacher's attention is not whole without it"):
-        load_weights(network, str(trained / "last.safetensors"))
+        load_weights(network, WeightsFile(trained / "last.safetensors"))
     text = (trained / "README.md").read_text()
     assert "It is not whole by itself" in text
     assert "- copied attention: target vit-attention" in text

@@ -9,7 +9,7 @@ import torch
 
 from precompute.taps import Tap, TappedTeacher
 from storage.errors import UserError
-from storage.objects.state_dict import digest_of_file
+from storage.objects.weights_file import WeightsFile
 from storage.testing import TINY_CNN, TINY_VIT
 from student.fit_teacher.logistic_regression import Examples, Head, fit, held_out, search_strength
 from student.fit_teacher.network import heads_of, network_of, put_in
@@ -107,7 +107,7 @@ def test_a_head_on_the_embedding_is_the_classifier_of_any_network(tmp_path, name
     torch.manual_seed(0)
     original = timm.create_model(name, num_classes=7, **arguments)
     save_file(original.state_dict(), tmp_path / "w.safetensors")
-    digest = digest_of_file(str(tmp_path / "w.safetensors"))
+    digest = WeightsFile(tmp_path / "w.safetensors").digest
     identity = {"model": name, "arguments": {**arguments, "num_classes": 7}, "weights sha256": digest}
     recorded = teacher_manifest(identity, weights=str(tmp_path / "w.safetensors"))
     model = network_of(recorded, None, 4)

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.autograd import gradcheck
 
 from precompute.taps import attention_rows
-from storage.objects.state_dict import read_weights
 from storage.store.store import Store
 from storage.testing import TINY_VIT
 from student.alignment.student_spec import StudentSpec
@@ -82,7 +82,7 @@ def distiller_of(world: World, kept, taught: bool = False, **settings) -> tuple[
     torch.manual_seed(0)
     model, _ = build_student(recipe.student, 3)
     if taught:
-        model.load_state_dict(read_weights(world.weights["vit"]))
+        model.load_state_dict(load_file(world.weights["vit"]))
     shards = [store.require(url, store.shard_ids()).id for url in world.shards]
     _, found = find_targets(store, shards, recipe, model)
     distiller = Distiller(recipe, model, found, (0.5,) * 3, (0.5,) * 3)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from storage.errors import UserError
-from storage.objects.state_dict import read_weights
 from storage.store.store import Store
 from storage.testing import TINY_VIT
 from student.alignment.attention import AttentionAligner, log_mean
@@ -219,7 +219,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(world, same, loss, t
     sizes = {name: TINY_VIT[1][name] for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
     recipe = validate({"student": {"model": TINY_VIT[0], **sizes}, "losses": {"it": loss}}, "test")
     model, _ = build_student(recipe.student, 3)
-    model.load_state_dict(read_weights(world.weights["vit"]))
+    model.load_state_dict(load_file(world.weights["vit"]))
     ids = [targets[one] for one in (tap if tap == "qk" else [tap])]
     distiller = Distiller(
         recipe, model, {"it": [stored_target(store, id) for id in ids]}, (0.5,) * 3, (0.5,) * 3

@@ -22,7 +22,7 @@ from storage.views.policy import policy
 from storage.views.view import COLUMNS
 from student.data.stream import Stream
 from student.models.build import build_student
-from student.models.init import normalisation
+from student.models.init import normalization
 from student.recipe.schema import Recipe
 from student.recipe.validate import validate
 from student.targets.stored_target import StoredTarget, stored_target
@@ -72,7 +72,7 @@ def compare(
         loss: tuple(StoredTarget(g.target, g.teacher.model_copy(update={"classes": names})) for g in several)
         for loss, several in given.items()
     }
-    distiller = Distiller(recipe, model, given, *normalisation(recipe.student), names)
+    distiller = Distiller(recipe, model, given, *normalization(recipe.student, None), names)
     for queue in distiller.queues:  # empty ones have nothing to say in the first step
         queue.push([torch.nn.functional.normalize(torch.randn(32, queue.entries.shape[1]), dim=1)])
     optimizer = torch.optim.AdamW(distiller.parameters(), 1e-3)

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from storage.errors import UserError
-from storage.objects.state_dict import classes_in
+from storage.objects.weights_file import WeightsFile
 from student import settings as config
 from student.models.build import build_student
 from student.models.files import StudentDescription, load_student, save_student
@@ -86,4 +86,4 @@ def test_what_nests_too_deep_and_a_policy_that_is_none_are_errors(file, tmp_path
         save_file(load_file(file), path, {**metadata(file), name: text})
         with pytest.raises(UserError, match=str(path)):
             load_student(path)
-        assert classes_in(str(path)) == (None if name == "classes" else ABOUT["classes"])
+        assert WeightsFile(path).classes == (None if name == "classes" else ABOUT["classes"])

@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.recipes.loader import load_recipe
 from storage.errors import UserError
+from storage.objects.weights_file import WeightsFile
 from student.models.build import build_student
 from student.models.files import load_student
-from student.models.init import begin_from, freeze, normalisation
+from student.models.init import begin_from, freeze, normalization
+from student.settings import StudentConfig
 from student.training import train as trainer
 from tests.conftest import Quiet
 from tests.student.runs import STUDENT, job, run, u8, weights
@@ -35,11 +37,15 @@ def student(*settings: str, classes: int = 3):
     return build_student(recipe.student, classes)[0], recipe.student
 
 
+def file_of(settings: StudentConfig) -> WeightsFile | None:
+    return WeightsFile(settings.weights) if settings.weights else None
+
+
 def taken(*settings: str, classes: int = 3, names=None):
     model, chosen = student(*settings, classes=classes)
     fresh = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     lines: list[str] = []
-    begin_from(model, chosen, names, lines.append)
+    begin_from(model, chosen, file_of(chosen), names, lines.append)
     return model.state_dict(), fresh, lines
 
 
@@ -143,7 +149,8 @@ def test_the_final_norm_of_another_pooling_is_new(donor):
 
 def test_pixels_are_normalised_as_the_weights_want_it(donor, tmp_path):
     def found(*settings):
-        return normalisation(load_recipe("scratch", [*STUDENT, *settings]).student)
+        chosen = load_recipe("scratch", [*STUDENT, *settings]).student
+        return normalization(chosen, file_of(chosen))
 
     half, mean, std = (0.5,) * 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     assert found() == found("student.model=vit_base_patch16_224.mae") == (half, half)

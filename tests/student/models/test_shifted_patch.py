@@ -18,6 +18,7 @@ from pipeline.cli import main
 from pipeline.export_onnx import export
 from storage.errors import UserError
 from storage.objects.state_dict import load_weights
+from storage.objects.weights_file import WeightsFile
 from storage.views.policy import policy
 from student.alignment.student_spec import student_spec
 from student.evaluation.batches import evaluation_batches
@@ -125,7 +126,7 @@ def test_its_card_says_that_no_bare_network_takes_its_weights(trained, monkeypat
     assert isinstance(made["model"].patch_embed.proj, ShiftedPatches)
     _, about = load_student(trained / "last.safetensors")
     with pytest.raises(UserError, match=r"missing \(patch_embed.proj.weight"):
-        load_weights(timm.create_model(about.model, **about.arguments), str(trained / "last.safetensors"))
+        load_weights(timm.create_model(about.model, **about.arguments), WeightsFile(trained / "last.safetensors"))
 
 
 def test_it_is_not_pushed_to_where_timm_would_load_it(trained, capsys) -> None:

@@ -22,7 +22,7 @@ from student.distributed import pick_device
 from student.evaluation.accuracy import evaluate
 from student.models.build import build_student
 from student.models.files import load_student
-from student.models.init import normalisation
+from student.models.init import normalization
 from student.recipe.validate import validate
 from student.settings import BankChoice
 from student.training.distiller import Distiller
@@ -137,7 +137,7 @@ def test_cross_entropy_alone_is_untouched_by_hooks(world):
     torch.manual_seed(0)
     model, _ = build_student(recipe.student, 3)
     batch = next(Stream(world.shards, batch=32, policy=policy("light", 32)).epoch(0))
-    distiller = Distiller(recipe, model, {}, *normalisation(recipe.student))
+    distiller = Distiller(recipe, model, {}, *normalization(recipe.student, None))
     logits, values = distiller(batch)
     expected = torch.nn.functional.cross_entropy(
         model(batch.pixels((0.5,) * 3, (0.5,) * 3)), batch.labels, label_smoothing=0.1
