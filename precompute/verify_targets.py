@@ -90,7 +90,7 @@ class LiveTargets:
         for teacher, ids in by_teacher.items():
             live = self._teacher(teacher, task.id)(images)
             for id in ids:
-                codec = Codec.of(self.targets[id])
+                codec = self.targets[id].codec
                 marker = self.store.marker(Task("target", id, task.shard, task.view))
                 marker.require(len(index), codec)
                 first, stop = chosen[0], chosen[-1] + 1

@@ -22,7 +22,6 @@ from storage.shards.classes import classes_of
 from storage.shards.index import ShardIndex, read_samples
 from storage.shards.tar import stem_of
 from storage.store.banks import bank_policy, read_views
-from storage.store.codecs import Codec
 from storage.store.manifests import TargetManifest, TeacherManifest
 from storage.store.markers import Task
 from storage.store.store import Store
@@ -195,7 +194,7 @@ def _seen_view(
 ) -> SeenView:
     """View `number` of the sample at a position of the shard, with its value of each target."""
     pixels = next((id for id, manifest in targets.items() if _is_pixels(manifest)), None)
-    codecs = {id: Codec.of(manifest) for id, manifest in targets.items() if id != pixels}
+    codecs = {id: manifest.codec for id, manifest in targets.items() if id != pixels}
     reader = BlockReader(replace(source, pixels=pixels, targets=codecs))
     view = read_views(reader.marker(Task("bank", str(source.bank), index.id, number)), position, position + 1).view(
         position

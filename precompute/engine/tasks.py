@@ -26,7 +26,7 @@ class TargetOutput:
     @classmethod
     def of(cls, manifest: TargetManifest) -> TargetOutput:
         """From a target's manifest."""
-        return cls(manifest.id, manifest.output, Codec.of(manifest))
+        return cls(manifest.id, manifest.output, manifest.codec)
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,13 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
 
 from storage.errors import UserError, did_you_mean
 from storage.objects.record_schema import Schema
-
-if TYPE_CHECKING:
-    from storage.store.manifests import TargetManifest
 
 CODECS = ("f32", "f16", "u8", "log8", "topk")
 TOP = 20  # classes that `topk` keeps where no number is said
@@ -98,11 +95,6 @@ class Codec:
     maps: int
     axes: tuple[str, ...] = field(default=(), compare=False)
     values: Values = "plain"
-
-    @classmethod
-    def of(cls, manifest: TargetManifest) -> Codec:
-        """Of a target's manifest."""
-        return cls(manifest.identity.codec, manifest.sample_shape, manifest.maps, manifest.axes, manifest.values)
 
     @property
     def top(self) -> int:

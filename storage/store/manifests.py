@@ -170,6 +170,11 @@ class TargetManifest(Manifest):
     network: Network | None = None
 
     @property
+    def codec(self) -> codecs.Codec:
+        """How it is kept."""
+        return codecs.Codec(self.identity.codec, self.sample_shape, self.maps, self.axes, self.values)
+
+    @property
     def graph_output(self) -> tuple[str, int]:
         """The graph that makes it, and which of its outputs; no graph makes view images."""
         assert self.graph is not None

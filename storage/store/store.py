@@ -373,7 +373,7 @@ class Store:
         from storage.store.dask_array import dask_array
 
         tasks = sorted(task for task in self.done() if task.kind == "target" and task.id == target)
-        codec = Codec.of(self.target(target))
+        codec = self.target(target).codec
         if not tasks:
             raise UserError(f"{self.url}: target {target} has nothing complete yet")
         return dask_array([self.marker(task) for task in tasks], codec)

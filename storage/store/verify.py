@@ -166,7 +166,7 @@ def _codec(
         raise DamageError(f"{store.url}/done/{bank.name}: missing or damaged, and {task.name} refers to it")
     if markers[bank].bank.views_digest != marker.target.bank_views:
         raise DamageError(f"{marker.name}: its targets were made from another bank than {bank.name} names")
-    return Codec.of(manifest)
+    return manifest.codec
 
 
 def _metadata(store: Store, array: StoredArray) -> None:

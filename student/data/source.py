@@ -80,7 +80,7 @@ def stored(
     pixels = sorted(id for id, identity in about.items() if (identity.tap, identity.bank) == ("pixels", banks[0]))
     source = Source(
         tuple(filled), tuple(ids), bank_policy(store, banks[0]), store, banks[0], pixels[0] if pixels else None,
-        {target: Codec.of(manifest) for target, manifest in manifests.items()}, tuple(fits[url] for url in filled),
+        {target: manifest.codec for target, manifest in manifests.items()}, tuple(fits[url] for url in filled),
     )  # fmt: skip
     return source, sizes
 

@@ -11,7 +11,6 @@ from storage.errors import UserError
 from storage.objects.state_dict import HUB, ONNX_FILE
 from storage.shards.index import cached_index
 from storage.store.banks import bank_policy
-from storage.store.codecs import Codec
 from storage.store.markers import Task
 from storage.store.store import Store
 from storage.views.policy import Policy
@@ -38,7 +37,7 @@ class EvaluationTargets:
 
     def source(self, url: str, shard: str) -> Source:
         """The samples of a shard with these targets."""
-        codecs = {target: Codec.of(self.store.target(target)) for target in self.targets}
+        codecs = {target: self.store.target(target).codec for target in self.targets}
         return Source(
             (url,), (shard,), bank_policy(self.store, self.bank), self.store, self.bank, targets=codecs,
             stored=(False,), permute=self.permute,

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from precompute.export.onnx_file import export_ready
 from precompute.taps import Tap, attention_layers, cnn_stages
 from precompute.teachers import teacher as teachers
-from storage.objects.json_record import digest_of
 from tests.typed import present
 
 HALF: dict[str, Any] = {"mean": (0.5,), "std": (0.5,)}
@@ -50,7 +49,7 @@ _files: dict[tuple[str, str], bytes] = {}  # made once in a process
 
 def exported(teacher: Any, kind: str, path: Path) -> Path:
     """A timm teacher's network as a file, with `OUTPUTS`; its input is `image`."""
-    key = (digest_of(teacher.identity), kind)
+    key = (teacher.id, kind)
     if key not in _files:
         _export(teacher, kind, path)
         _files[key] = path.read_bytes()

@@ -13,7 +13,6 @@ from precompute.capabilities import offers_of
 from precompute.taps import TAPS
 from precompute.teachers import teacher as teachers
 from storage.errors import UserError
-from storage.store.codecs import Codec
 from storage.store.store import Store
 from storage.testing import synthetic_shards
 from tests.conftest import run_precompute
@@ -72,6 +71,6 @@ def test_each_tap_that_is_offered_is_stored_as_it_was_told_and_each_other_is_ref
     for tap, target in zip(found["taps"], made, strict=True):
         manifest = store.target(target)
         assert manifest.identity.tap == tap
-        codec = Codec.of(manifest)
+        codec = manifest.codec
         told = {"shape": list(codec.shape), "codec": codec.name, "bytes": codec.sample_bytes}
         assert found["taps"][tap] == told

@@ -185,7 +185,7 @@ def test_contract_5_another_teacher_under_a_recorded_name_is_refused(world: Worl
     wanted = wanted_of(world, world.shards, ["logits"])
     precompute(Store.create(place), wanted, Quiet())
     other = teacher_of({**world.weights, "cnn": write_teacher(tmp_path / "o.safetensors", TINY_CNN, seed=9)}, "cnn")
-    with pytest.raises(IdentityError, match="another teacher than the recorded one"):
+    with pytest.raises(IdentityError, match="It is not the recorded teacher"):
         plan(str(place), dataclasses.replace(wanted, teacher=other), Quiet(), seconds=0)
 
 

@@ -19,7 +19,6 @@ from precompute.export import pytorch
 from precompute.taps import Tap
 from storage.errors import IdentityError, UserError
 from storage.shards.index import read_samples
-from storage.store import codecs
 from storage.store.banks import read_views
 from storage.store.markers import Task
 from storage.store.store import Store
@@ -142,7 +141,7 @@ def test_contract_1_what_is_stored_is_what_the_live_teacher_gives_on_the_views_o
     arrays = {
         key: a.read(50, 90) for key, a in store.marker(Task("target", manifest.id, index.id, view)).arrays.items()
     }
-    error = np.abs(codecs.Codec.of(manifest).decode(arrays) - live)
+    error = np.abs(manifest.codec.decode(arrays) - live)
     allowed = 1e-4 * np.abs(live).max()
     if codec == "u8":
         allowed = allowed + arrays["scale"][..., :1, None].astype(np.float32) / 2
@@ -194,7 +193,7 @@ def test_contract_5_another_teacher_under_a_recorded_name_is_refused_and_changes
         run_precompute(place, world.shards, other, CNN)
     recorded = teacher_of(world.weights, "cnn")
     assert (caught.value.field, caught.value.expected, caught.value.found) == (
-        field, recorded.identity[field], other.identity[field],
+        field, recorded.identity.plain()[field], other.identity.plain()[field],
     )  # fmt: skip
     assert "--teacher-name cnn-2" in str(caught.value)
     assert snapshot(place) == before

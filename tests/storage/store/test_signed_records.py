@@ -17,7 +17,6 @@ from pipeline.inspection.store import inspect
 from storage.errors import UserError
 from storage.objects import json_record
 from storage.store.banks import bank_policy
-from storage.store.codecs import Codec
 from storage.store.store import Store
 from storage.store.verify import verify
 from tests.conftest import World, run_precompute, teacher_of
@@ -109,7 +108,7 @@ def load(store: Path) -> None:
     for task in opened.done():
         marker = opened.marker(task)
         if task.kind == "target":
-            marker.require(marker.samples, Codec.of(targets[task.id]))
+            marker.require(marker.samples, targets[task.id].codec)
 
 
 @pytest.mark.parametrize(
