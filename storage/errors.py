@@ -71,7 +71,7 @@ _TRANSIENT |= {errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ETIM
 def setting(name: str, value: object = None) -> str:
     """A setting as texts mention it: `` `weights=F` ``, in a recipe by its path: `` `stream.bank=ID` ``.
 
-    The command line shows `--weights F` and `--set stream.bank=ID`; a switch is True: `--new-bank`.
+    A switch is True: `` `new_bank=True` ``. The command line shows a flag in its place.
     """
     if value is None:
         return f"`{name}`"

@@ -1,4 +1,4 @@
-"""Where long work tells how far it is, and sizes as it says them; `pipeline.console` shows it to people."""
+"""How long work reports its progress, and sizes in words; `pipeline.console` shows them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ class Progress(Protocol):
     """Told by the engine, the trainer and whoever else takes long."""
 
     def say(self, line: str) -> None:
-        """A line for people."""
+        """A human-readable line."""
 
     def start(self, what: str, total: int) -> None:
         """Something with so many steps begins."""
@@ -22,7 +22,7 @@ class Progress(Protocol):
 
 
 def size_text(count: float) -> str:
-    """Bytes as people say them."""
+    """A number of bytes, human-readable."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if count < 1024 or unit == "TiB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

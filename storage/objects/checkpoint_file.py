@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storage.errors import UserError
+from storage.errors import UserError, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,10 +61,12 @@ def choose(content: Any, where: str, key: str | None = None, order: Sequence[str
     """
     taken, state = (key, _at(content, key)) if key is not None else _first(content, order)
     if not _is_state(state):
-        what = "expected a state dict of tensors" if key is None else f"--weights-key {key}: no state dict of tensors"
-        known = _states(content)
-        advice = f"\n  Choose one of its dictionaries of tensors: --weights-key {_word(known[0])}" if known else ""
-        raise UserError(f"{where}: {what}; it holds {contents(content)}{advice}")
+        problem = "expected a state dict of tensors" if key is None else "there is no state dict of tensors at this key"
+        hint = ""
+        if known := _states(content):
+            hint = f"Choose one of its dictionaries of tensors: {setting('weights_key', _word(known[0]))}"
+        asked = "" if key is None else setting("weights_key", key)
+        raise UserError(f"{where}: {problem}; it holds {contents(content)}", setting=asked, hint=hint)
     others = tuple(name for name in _states(content) if name != taken)
     return Choice(taken, state, others, _first(content, EARLIER)[0] == taken)
 
@@ -149,26 +151,27 @@ def plain_data() -> Iterator[None]:
         yield
 
 
-def archive_of_another_kind(path: Path) -> str:
-    """What a zip archive is that torch.save did not write, and how weights are made of it; nothing of other files."""
+def archive_of_another_kind(path: Path) -> tuple[str, str] | None:
+    """What a zip archive is that torch.save did not write, and how to get weights from it; None for other files."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return ""
+        return None
     if any(name.endswith("/constants.pkl") for name in names):
         return (
-            "a TorchScript archive, code with weights; where you trust it, save its weights alone: "
-            "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth')"
+            "a TorchScript archive, code with weights",
+            "If you trust it, save its weights alone: torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth')",
         )
     if names and all(name.endswith(".npy") for name in names):
         return (
-            "NumPy arrays, as JAX models are published; where timm knows them, save them in its names: "
-            "torch.save(timm.create_model(NAME, checkpoint_path=FILE).state_dict(), 'weights.pth')"
+            "NumPy arrays, as JAX models are published",
+            "If timm knows the model, save the weights under its names: "
+            "torch.save(timm.create_model(NAME, checkpoint_path=FILE).state_dict(), 'weights.pth')",
         )
     if not any(name.endswith("data.pkl") for name in names):
-        return "a zip archive that torch.save did not write"
-    return ""
+        return "a zip archive that torch.save did not write", ""
+    return None
 
 
 def refused_in(path: Path, error: Exception) -> str | None:

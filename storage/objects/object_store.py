@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from storage.errors import DamageError, UserError, display_path
 from storage.objects.litter import is_litter
-from storage.objects.urls import filesystem_of, is_remote, networked, require_ranges, whole_instead
+from storage.objects.urls import filesystem_of, is_remote, lacks_ranges, networked, require_ranges
 
 
 class ObjectStore(Protocol):
@@ -73,7 +73,7 @@ class LocalObjectStore:
 
     @property
     def url(self) -> str:
-        """The folder, as people call it from the current one."""
+        """The folder, relative to the current one where it lies below it."""
         return display_path(self.root)
 
     # The four steps that can fail; the fault-injecting store of storage.testing overrides them.
@@ -213,7 +213,8 @@ class RemoteObjectStore:
         with networked(self.url):
             size = self.files.info(self._path(key))["size"]
         if size is None:
-            raise UserError(f"{self.url}/{key}: its server does not tell how long it is; copy it to a local disk")
+            hint = "Copy it to a local disk."
+            raise UserError(f"{self.url}/{key}: the server does not tell the length of the file", hint=hint)
         return int(size)
 
     def put(self, key: str, data: bytes) -> None:
@@ -283,12 +284,12 @@ def read_range(url: str, start: int, stop: int) -> bytes:
                 file.seek(start)
                 data = file.read(stop - start)
     except FileNotFoundError:
-        raise DamageError(f"{url}: the file is gone\n  Put it back, or leave it out.") from None
+        raise DamageError(f"{url}: the file is missing", hint="Put it back, or leave it out.") from None
     if len(data) > stop - start:
-        raise UserError(whole_instead(url))
+        raise lacks_ranges(url)
     if len(data) != stop - start:
         raise DamageError(
-            f"{url}: truncated: bytes {start} to {stop} were asked for, it ends after {len(data)} of them\n"
-            "  Copy or make the file again."
+            f"{url}: truncated: bytes {start} to {stop} were requested, it ends after {len(data)} of them",
+            hint="Copy or create the file again.",
         )
     return data

@@ -54,14 +54,14 @@ Three = Annotated[tuple[float, float, float], Strict(False), _AsWritten]
 Range = Annotated[tuple[Offset, Offset, Sha256], Strict(False)]  # start, stop and sha256 of these bytes
 
 
-def checked(model: type[M], content: Record, name: str, do: str) -> M:
+def checked(model: type[M], content: Record, name: str, hint: str) -> M:
     """A record's content as its model.
 
     Args:
         model: what it should be.
         content: what it is.
         name: what errors call it.
-        do: what to do, a line.
+        hint: what to do, a line.
 
     Raises:
         DamageError: naming the first field that is wrong, what was expected and what was found.
@@ -70,14 +70,15 @@ def checked(model: type[M], content: Record, name: str, do: str) -> M:
         return model.model_validate(content)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        raise DamageError(f"{name}: damaged: {_explained(problem)}\n  {do}") from None
+        raise DamageError(f"{name}: damaged: {_explained(problem)}", hint=hint) from None
 
 
 def require_format(content: Record, name: str, known: int = 1) -> None:
     """UserError where a newer version wrote a record."""
-    found = content.get("format")
-    if isinstance(found, int) and found > known:
-        raise UserError(f"{name}: format {reprlib.repr(found)}, this version reads {known}; install a newer one")
+    version = content.get("format")
+    if isinstance(version, int) and version > known:
+        message = f"{name}: format {reprlib.repr(version)}, this version reads {known}"
+        raise UserError(message, hint="Install a newer version of this package.")
 
 
 def _explained(problem: Any) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storage.errors import UserError, first_line
+from storage.errors import UserError, first_line, setting
 from storage.objects.atomic import atomic_write
 from storage.objects.checkpoint_file import ORDER
 from storage.objects.weights_file import WeightsFile
@@ -56,18 +56,19 @@ def load_weights(model: nn.Module, file: WeightsFile, key: str | None = None, or
     chosen = file.weights(key, order)
     if file.copies_attention:
         raise UserError(
-            f"{file.path}: a student that copies its teacher's attention is not whole without it; give one that "
-            "attends by itself"
+            f"{file.path}: a student that copies its teacher's attention is incomplete without the teacher",
+            hint="Give a student that computes its own attention.",
         )
-    taken = f"\n  Its weights are {chosen}; another by --weights-key KEY" if chosen.others else ""
+    others = f"Its weights are {chosen}; choose others by {setting('weights_key', 'KEY')}" if chosen.others else ""
     try:
         state = rename_to_fit(model, as_f32(chosen.state), file.name)
     except UserError as error:
-        raise UserError(f"{error}{taken}") from None
+        raise UserError(error.message, hint=others) from None
     wanted, found = _shapes(model.state_dict()), _shapes(state)
     if problems := mismatches(wanted, found):
         raise UserError(
-            f"{file.name}: does not fit {_name_of(model)}: {problems}{taken}\n  {_advice(model, wanted, found)}"
+            f"{file.name}: does not fit {_name_of(model)}: {problems}",
+            hint="\n  ".join(filter(None, [others, _hint(model, wanted, found)])),
         )
     model.load_state_dict(state, strict=True)
 
@@ -122,25 +123,26 @@ def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def _advice(model: nn.Module, wanted: Shapes, found: Shapes) -> str:
+def _hint(model: nn.Module, wanted: Shapes, found: Shapes) -> str:
     """What to do about a file that does not fit, by how its names and shapes differ from a network's."""
     head = f"{(getattr(model, 'default_cfg', None) or {}).get('classifier')}."
     odd = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
     if all(name.startswith(head) for name in odd):
         classes = found.get(f"{head}weight", (0,))[0]
-        return f"{'' if classes else 'It has no classifier: '}--teacher-arg num_classes={classes}"
+        fact = f"Its classifier has {classes} classes" if classes else "It has no classifier"
+        return f"{fact}: {setting('teacher_arg', f'num_classes={classes}')}"
     if prefix := _prefix(wanted, found):
-        return f"The network's names are there behind {prefix!r}; save the state dict without it."
+        return f"The network's names are there with the prefix {prefix!r}; save the state dict without it."
     names = [name for name in found if not name.endswith(COUNTER)]
     if not any(name in wanted for name in names):
         library = " (they look like those of transformers' models)" if any("encoder.layer" in n for n in names) else ""
         return (
-            f"None of its {len(names)} names is one of the network's{library}: give this network's own weights, under "
+            f"None of its {len(names)} names is one of the network's{library}: give this network's own weights, with "
             "timm's names."
         )
     return (
         "Give this network's own weights, or the arguments that theirs was made with, such as depth or embed_dim: "
-        "--teacher-arg NAME=VALUE"
+        f"{setting('teacher_arg', 'NAME=VALUE')}"
     )
 
 

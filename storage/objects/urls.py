@@ -21,7 +21,7 @@ from storage.errors import UserError, did_you_mean, first_line
 CACHES = ("simplecache", "filecache", "blockcache", "cached")  # of fsspec: they stand before another URL
 _BEGINNINGS = ("pipe:", *(f"{cache}::" for cache in CACHES))
 _ARCHIVES = ("zip", "tar", "libarchive")
-_WHAT_IS = "Give a local path or a URL that can be read by ranges, such as s3://, gs:// or https://"
+_READABLE = "Give a local path or a URL that can be read by ranges, such as s3://, gs:// or https://"
 _PASSING = {408, 425, 429}  # of HTTP's 4xx: trying again may help
 
 
@@ -49,29 +49,28 @@ def require_readable(url: str) -> None:
         UserError: `pipe:`, an unknown kind of URL, an archive in front of another URL, a package that is missing.
     """
     if url.startswith("pipe:"):
-        raise UserError(f"{url}: what a command prints cannot be read by ranges. {_WHAT_IS}")
+        raise UserError(f"{url}: the output of a command cannot be read by ranges", hint=_READABLE)
     for part in url.split("::"):
         protocol = part if part in CACHES else part.partition("://")[0] if "://" in part else "file"
         if problem := _problem(protocol):
-            raise UserError(f"{url}: {problem}")
+            raise UserError(f"{url}: {problem[0]}", hint=problem[1])
 
 
 @functools.lru_cache(maxsize=64)
-def _problem(protocol: str) -> str:
-    """Why nothing can be read by a protocol; empty where it can."""
+def _problem(protocol: str) -> tuple[str, str] | None:
+    """Why nothing can be read by a protocol, and what to do; None where it can."""
     if protocol in _ARCHIVES:
-        return f"shards inside of another archive ({protocol}) are not read; unpack it"
+        return f"shards inside another archive ({protocol}) cannot be read", "Unpack the archive."
     try:
         fsspec.get_filesystem_class(protocol)
     except ImportError as error:
         extra = "http" if protocol == "https" else protocol
         extras = metadata.metadata("fsspec").get_all("Provides-Extra") or ()
-        return first_line(error) + (f': pip install "fsspec[{extra}]"' if extra in extras else "")
+        return first_line(error), f'pip install "fsspec[{extra}]"' if extra in extras else ""
     except ValueError:
-        hint = did_you_mean(protocol, {*known_implementations, *fsspec.registry})
-        hint = f"{hint} " if hint.endswith("?") else ""
-        return f"no kind of URL is called {protocol!r}. {hint}{_WHAT_IS}"
-    return ""
+        nearest = did_you_mean(protocol, {*known_implementations, *fsspec.registry})
+        return f"no kind of URL is called {protocol!r}", f"{nearest} {_READABLE}" if nearest[-1] == "?" else _READABLE
+    return None
 
 
 def filesystem_of(url: str) -> tuple[Any, str]:
@@ -100,12 +99,12 @@ def networked(url: str) -> Iterator[None]:
         raise
     except FileNotFoundError as error:  # of HTTP's answers fsspec makes this one, whatever the server said
         if error.__cause__ is not None and _status(error.__cause__) not in (None, 404, 410):
-            raise _told(url, error.__cause__) from None
+            raise _network_error(url, error.__cause__) from None
         raise
     except OSError:
         raise
     except Exception as error:
-        raise _told(url, error) from error
+        raise _network_error(url, error) from error
 
 
 def _status(error: BaseException) -> int | None:
@@ -114,17 +113,17 @@ def _status(error: BaseException) -> int | None:
     return status if isinstance(status, int) else None
 
 
-def _told(url: str, error: BaseException) -> UserError | ConnectionError:
-    """A fault in our words: a UserError where no waiting mends it."""
+def _network_error(url: str, error: BaseException) -> UserError | ConnectionError:
+    """A library's error as one of ours: a UserError where trying again is useless."""
     if "Credentials" in type(error).__name__:
         return UserError(
-            f"{url}: no credentials for this place: {first_line(error)}; give them as its service wants them, "
-            "for s3:// in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or in ~/.aws"
+            f"{url}: no credentials for this URL: {first_line(error)}",
+            hint="Give them as the service expects, for s3:// in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or ~/.aws",
         )
     status = _status(error)
     if status is not None and 400 <= status < 500 and status not in _PASSING:
         said = getattr(error, "message", None) or first_line(error)
-        return UserError(f"{url}: the server refuses: {status} {said}; look at the address and the rights")
+        return UserError(f"{url}: the server refuses: {status} {said}", hint="Check the URL and the permissions.")
     if isinstance(error, ImportError | ValueError | TypeError | NotImplementedError):
         return UserError(f"{url}: cannot be read: {first_line(error, kind=True)}")
     return ConnectionError(first_line(error, kind=True))
@@ -150,17 +149,17 @@ def _ask(url: str, server: str) -> None:
             file.seek(1)
             one = file.read(1)
         except ValueError:  # how fsspec says that a server sends the whole file, or that it does not tell its length
-            raise UserError(whole_instead(url)) from None
+            raise lacks_ranges(url) from None
         finally:
             file.close()
     if len(one) > 1:
-        raise UserError(whole_instead(url))
+        raise lacks_ranges(url)
     _asked.add(server)
 
 
-def whole_instead(url: str) -> str:
-    """What to say of a server that sends the whole file where a part was asked for."""
-    return (
-        f"{url}: its server lacks range requests: asked for a part of the file, it sends the whole. Shards are read in "
-        f"parts: use a server that has them, copy the file to a local disk, or let fsspec do so: simplecache::{url}"
+def lacks_ranges(url: str) -> UserError:
+    """The error for a server that sends the whole file when a part is requested."""
+    return UserError(
+        f"{url}: its server does not support range requests, and shards are read in parts",
+        hint=f"Use a server that does, copy the file to a local disk, or let fsspec do so: simplecache::{url}",
     )

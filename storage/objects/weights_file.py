@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from storage.errors import UserError, display_path, first_line
+from storage.errors import UserError, display_path, first_line, setting
 from storage.objects.checkpoint_file import (
     ORDER,
     Choice,
@@ -42,7 +42,8 @@ class WeightsFile:
             with self._file.open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise UserError(f"--weights {self.name}: cannot be read: {first_line(error)}") from None
+            where = setting("weights", self.name)
+            raise UserError(f"cannot be read: {first_line(error)}", setting=where) from None
 
     @functools.cached_property
     def metadata(self) -> Mapping[str, str]:
@@ -110,11 +111,9 @@ class WeightsFile:
             with self._file.open("rb") as file:
                 start = file.read(2)
             if start not in (b"PK", *(b"\x80" + bytes([protocol]) for protocol in range(1, 6))):
-                raise UserError(
-                    f"{self.name}: not a file of weights: neither safetensors nor what torch.save writes; give one"
-                )
+                raise UserError(f"{self.name}: not a file of weights: neither safetensors nor written by torch.save")
             if other := archive_of_another_kind(self._file):
-                raise UserError(f"{self.name}: not a file of weights: it is {other}")
+                raise UserError(f"{self.name}: not a file of weights: it is {other[0]}", hint=other[1])
             with plain_data(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return torch.load(self._file, map_location="cpu", weights_only=True)
@@ -125,10 +124,9 @@ class WeightsFile:
         except Exception as error:  # the unpickler names what it refuses
             if refused := refused_in(self._file, error):
                 raise UserError(
-                    f"{self.name}: refused: it is a pickle with more than tensors in it, which could run code: "
-                    f"{refused}\n  Where you trust it, save its state dict alone, as safetensors: "
-                    "safetensors.torch.save_file"
+                    f"{self.name}: refused: it is a pickle with more than tensors in it, which could run code: {refused}",
+                    hint="If you trust it, save its state dict alone, as safetensors: safetensors.torch.save_file",
                 ) from None
             raise UserError(
-                f"{self.name}: cannot be read as weights: it is damaged, or no pickle of torch.save"
+                f"{self.name}: cannot be read as weights: it is damaged, or not a pickle of torch.save"
             ) from None

@@ -60,7 +60,7 @@ class DescriptionRecord(Schema):
         try:
             policy(self.evaluation, self.img_size)
         except UserError as error:
-            raise ValueError(f"evaluation: expected a view policy, found {error}") from None
+            raise ValueError(f"evaluation: expected a view policy, found {error.message}") from None
         return self
 
 

@@ -145,7 +145,7 @@ def test_ranges_of_files_are_exact(place):
         read_range(url, 150, 201)
     with pytest.raises(DamageError, match="truncated"):
         read_range(url, 300, 301)
-    with pytest.raises(DamageError, match="nowhere: the file is gone"):
+    with pytest.raises(DamageError, match="nowhere: the file is missing"):
         read_range(f"{place.url}/nowhere", 0, 1)
 
 

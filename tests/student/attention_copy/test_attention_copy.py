@@ -350,7 +350,7 @@ def test_a_copying_student_is_not_taken_for_a_whole_network(world, place, traine
     told = asked(capsys, "export", trained, "--shards", world.shards[0], status=1)
     assert "attends with its teacher's attention" in told["error"]
     network, _ = build_student(recipe_of({}).student, 3)
-    with pytest.raises(UserError, match="copies its teacher's attention is not whole without it"):
+    with pytest.raises(UserError, match="copies its teacher's attention is incomplete without the teacher"):
         load_weights(network, WeightsFile(trained / "last.safetensors"))
     text = (trained / "README.md").read_text()
     assert "It is not whole by itself" in text
