@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 
-from storage.errors import IdentityError, UserError, first_line
+from storage.errors import IdentityError, UserError, call, first_line
 from storage.objects.object_store import open_object_store
 from storage.shards.tar import (
     folder_of,
@@ -45,11 +45,11 @@ def require_classes(urls: Sequence[str], expected: Sequence[str]) -> None:
     if found is None or found == expected:
         return
     where = f"{folder_of(urls[0])[0].rstrip('/')}/classes.json"
-    do = "Give shards of the same classes, such as those that `pipeline pack … --val-fraction 0.1` cuts off."
+    hint = f"Give shards of the same classes, such as those that {call('pack', '…', val_fraction=0.1)} splits off."
     if len(found) == len(expected):
         at = next(i for i, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b)
-        raise IdentityError(where, f"class {at}", repr(expected[at]), repr(found[at]), do)
-    raise IdentityError(where, "classes", _few(expected), _few(found), do)
+        raise IdentityError(where, f"class {at}", repr(expected[at]), repr(found[at]), hint)
+    raise IdentityError(where, "classes", _few(expected), _few(found), hint)
 
 
 def _few(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""What to do where the shards that were asked for do not lie: the nearest name, or the command that packs them."""
+"""What to do where there are no such shards: the nearest name, or the command that packs them."""
 
 from __future__ import annotations
 
@@ -7,38 +7,42 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from storage.errors import did_you_mean
+from storage.errors import UserError, call, did_you_mean, setting
 from storage.shards.image_files import listing, tars_in
 
 
-def there_are(path: Path, tars: Sequence[str]) -> str:
-    """Which shard lies there in place of one that does not, of the names of the tars in its folder."""
+def nearest_hint(path: Path, tars: Sequence[str]) -> str:
+    """The shard whose name is nearest to one that does not exist, of the names of the tars in its folder."""
     where = "this folder" if path.parent == Path() else path.parent
     return did_you_mean(path.name, tars) if tars else f"There are no tars in {where}."
 
 
-def folder_hint(path: Path) -> str:
-    """What a folder holds that was given in place of shards, and what to do with it."""
+def folder_error(path: Path) -> UserError:
+    """The error for a folder that was given in place of shards: what it holds, and what to do with it."""
     if tars_in(path):
-        return f"{path} is a folder of tars; name them: --shards {shlex.quote(f'{path}/*.tar')}"
+        pattern = shlex.quote(f"{path}/*.tar")
+        return UserError(f"{path} is a folder of tars", hint=f"Name them: {setting('shards', pattern)}")
     images = listing(path).images
     if count := sum(image.parent != path for image in images):
-        return f"{path} is a folder of class folders ({count} images); shards are tar files. {pack_hint(path, count)}"
+        message = f"{path} is a folder of class folders ({count} images); shards are tar files"
+        return UserError(message, hint=pack_hint(path, count))
     if images:
-        return (
-            f"{path} is a folder of images; shards are tar files, made of one folder a class. Pack the folder that "
-            f"holds the class folders, such as\n  pipeline pack {shlex.quote(str(path.parent))} train-000000.tar"
+        return UserError(
+            f"{path} is a folder of images; shards are tar files, made from one folder per class",
+            hint="Pack the folder that holds the class folders, such as\n"
+            f"  {call('pack', str(path.parent), 'train-000000.tar')}",
         )
-    return f"{path} is a folder, with neither tars nor class folders of images in it; shards are tar files"
+    return UserError(f"{path} is a folder without tars and without class folders of images; shards are tar files")
 
 
 def pack_hint(source: Path, images: int = 0) -> str:
-    """The commands that make shards of a folder or a list, and what they are then called."""
+    """The command that makes shards from a folder or a list, and what the shards are then called."""
     stem = re.sub(r"[^\w-]", "_", source.resolve().stem) or "train"
-    out = shlex.quote(names_for(stem, images))
+    out = names_for(stem, images)
+    training, validation = setting("shards", shlex.quote(out)), setting("val", f"'{stem}-val-*.tar'")
     return (
-        f"Pack it first:\n  pipeline pack {shlex.quote(str(source))} {out} --val-fraction 0.1\n"
-        f"  and then give --shards {out} (and to train --val '{stem}-val-*.tar')"
+        f"Pack it first:\n  {call('pack', str(source), out, val_fraction=0.1)}\n"
+        f"  Then give {training}, and {validation} to {call('train')}."
     )
 
 

@@ -95,7 +95,7 @@ def listing(folder: Path) -> Listing:
                         (found.special if path.exists() else found.lost).append(path)
         except OSError as error:
             raise UserError(
-                f"{error.filename or place}: cannot be read: {first_line(error)}; mend or remove it"
+                f"{error.filename or place}: cannot be read: {first_line(error)}", hint="Fix or remove it."
             ) from None
     for paths in (found.files, found.lost, found.special, found.litter, found.loops):
         paths.sort()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from storage.errors import UserError, first_line
+from storage.errors import UserError, call, first_line
 from storage.objects.litter import is_litter
 from storage.shards.classes import classes_of
 from storage.shards.hints import names_for
@@ -19,7 +19,7 @@ from storage.shards.tar import IMAGES, open_file
 from storage.unicode_names import normalized
 
 ImageSources = list[tuple[Path, Path, int | None]]  # a file, what its key is made of, its label
-_GOOD_LIST = "  path,label\n  cats/1.jpg,cat\n  dogs/2.jpg,dog"
+_EXPECTED = "Expected lines such as\n  path,label\n  cats/1.jpg,cat\n  dogs/2.jpg,dog"
 
 _PARTS = ("train", "training", "val", "valid", "validation", "test", "testing")  # of a data set
 
@@ -35,8 +35,8 @@ def class_folders(folder: Path, say: Callable[[str], None]) -> tuple[ImageSource
     found = listing(folder)
     if found.lost:
         raise UserError(
-            f"{folder}: {counted('link(s) lead nowhere', found.lost)}; mend or remove them. All of them: "
-            f"find -L {shlex.quote(str(folder))} -type l"
+            f"{folder}: {counted('link(s) lead nowhere', found.lost)}",
+            hint=f"Fix or remove them. This lists all of them: find -L {shlex.quote(str(folder))} -type l",
         )
     files: ImageSources = []
     others: list[Path] = []
@@ -53,16 +53,17 @@ def class_folders(folder: Path, say: Callable[[str], None]) -> tuple[ImageSource
     for name, label in labels.items():
         if label not in filled:
             odd = next((path for path in others if path.is_relative_to(folder / name)), None)
-            do = f"{odd.name} is none of {', '.join(IMAGES)}; convert it" if odd else "remove it or fill it"
-            raise UserError(f"{folder / name}: a class folder without images; {do}")
+            hint = f"{odd.name} is none of {', '.join(IMAGES)}; convert it." if odd else "Remove it or fill it."
+            raise UserError(f"{folder / name}: a class folder without images", hint=hint)
     if not files:
-        where = f"its {loose} images lie in no class folder" if loose else "no images found"
+        problem = f"its {loose} images are in no class folder" if loose else "no images found"
         raise UserError(
-            f"{folder}: {where}; expected one folder a class: {folder}/CLASS/IMAGE.{{{','.join(IMAGES)}}}, or a CSV "
-            "with the columns path and label"
+            f"{folder}: {problem}",
+            hint=f"Give one folder per class: {folder}/CLASS/IMAGE.{{{','.join(IMAGES)}}}, or a CSV with the columns "
+            "path and label.",
         )
     if len(classes) == 1:
-        say(f"{folder}: one class alone, {classes[0]}: a classifier needs two or more")
+        say(f"{folder}: only one class, {classes[0]}: a classifier needs two or more")
     odd_ones = [counted("file(s) are no images in class folders", others)] if others else []
     return files, classes, [*odd_ones, *found.left_out()]
 
@@ -86,10 +87,10 @@ def require_classes_alone(folder: Path, names: list[str]) -> None:
     parts = [name for name in names if folders_in(folder / name)]
     if parts and all(name.lower() in _PARTS for name in names):
         new = {part: names_for(part, len(listing(folder / part).images)) for part in parts}
-        commands = (shlex.join(["pipeline", "pack", str(folder / part), name]) for part, name in new.items())
+        commands = (call("pack", str(folder / part), name) for part, name in new.items())
         raise UserError(
-            f"{folder}: {', '.join(names)} are parts of a data set and no classes; pack each that has class folders:"
-            + "".join(f"\n  {command}" for command in commands)
+            f"{folder}: {', '.join(names)} are parts of a data set, not classes",
+            hint="\n  ".join(["Pack each that has class folders:", *commands]),
         )
 
 
@@ -112,10 +113,11 @@ def read_listing(listing: Path, say: Callable[[str], None]) -> tuple[ImageSource
         except OSError as error:
             raise UserError(f"{where}: {text[:200]!r} cannot be opened: {first_line(error)}") from None
         if not there:
-            raise UserError(f"{where}: there is no file {path}; paths are relative to the CSV's folder, or absolute")
+            hint = "Paths are relative to the CSV's folder, or absolute."
+            raise UserError(f"{where}: there is no file {path}", hint=hint)
         within = os.path.relpath(path, listing.parent)
         if within in lines:
-            raise UserError(f"{where}: {text!r} is there already, in line {lines[within]}; remove one of the two")
+            raise UserError(f"{where}: {text!r} is already in line {lines[within]}; remove one of the two")
         lines[within] = line
         files.append((path, Path(*(part for part in Path(within).parts if part != "..")), label))
     return files, classes
@@ -130,15 +132,15 @@ def _rows(listing: Path, say: Callable[[str], None]) -> list[tuple[int, str, str
             header = [name.strip().lower() for name in next(reader, [])]
             if header.count("path") != 1 or header.count("label") > 1:
                 found = f"found {','.join(header)[:200]!r}" if reader.line_num else "the file is empty"
-                raise UserError(f"{listing}, line 1: the first line names the columns; {found}, expected\n{_GOOD_LIST}")
+                raise UserError(f"{listing}, line 1: the first line names the columns; {found}", hint=_EXPECTED)
             for row in reader:
                 where = f"{listing}, line {reader.line_num}"
                 if not "".join(row).strip() and len(row) < 2:
                     continue  # an empty line
                 if len(row) > len(header):
                     raise UserError(
-                        f"{where}: {len(row)} fields, but the header names {len(header)}; "
-                        'a path or a label with a comma in it goes between "…"'
+                        f"{where}: {len(row)} fields, but the header names {len(header)}",
+                        hint='Put a path or a label with a comma in quotes: "…"',
                     )
                 fields = dict(zip(header, row, strict=False))
                 label = fields.get("label", "").strip() if "label" in header else None
@@ -149,9 +151,9 @@ def _rows(listing: Path, say: Callable[[str], None]) -> list[tuple[int, str, str
                 rows.append((reader.line_num, fields["path"], label))
         except csv.Error as error:
             where = f"{listing}, line {reader.line_num}"
-            raise UserError(f"{where}: not CSV: {first_line(error)}; expected lines such as\n{_GOOD_LIST}") from None
+            raise UserError(f"{where}: not CSV: {first_line(error)}", hint=_EXPECTED) from None
     if not rows:
-        raise UserError(f"{listing}: no images in it; expected lines such as\n{_GOOD_LIST}")
+        raise UserError(f"{listing}: no images in it", hint=_EXPECTED)
     if others := [name for name in header if name not in ("path", "label")]:
         say(f"{listing}: other columns are not packed: {', '.join(others)}")
     if "label" not in header:
@@ -188,7 +190,8 @@ def _labels(
         if odd := next((text for text in sorted(texts) if places.get(text, int(text)) != int(text)), None):
             raise UserError(
                 f"{listing}: label {odd} may be the number of a class, or the name of class {places[odd]} in the "
-                "classes.json beside it; give names that are no numbers"
+                "classes.json beside it",
+                hint="Give names that are not numbers.",
             )
         places = {str(i): i for i in range(len(known))}
     elif integers and {int(text) for text in texts} == set(range(len(texts))):
@@ -199,6 +202,6 @@ def _labels(
         if label is not None and label not in places:
             raise UserError(
                 f"{listing}, line {line}: label {label!r} is not in the classes.json beside the CSV, "
-                f"which has {len(places)} classes; mend one of the two"
+                f"which has {len(places)} classes; correct one of the two"
             )
     return [None if label is None else places[label] for _, _, label in rows], known or list(places)

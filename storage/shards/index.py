@@ -117,7 +117,8 @@ def build_index(url: str) -> ShardIndex:
     keys, digests, labels, starts, left_out = [], [], [], [], []
     with open_file(url) as file:
         if kind := compression(file.read(512)):
-            raise UserError(f"{url}: compressed with {kind}; a block cannot be read from the middle\n" + repack(url))
+            message = f"{url}: compressed with {kind}; a block cannot be read from the middle"
+            raise UserError(message, hint=f"Pack it again: {repack(url)}")
         file.seek(0)
         end = 0
         for key, parts, start, end in iter_samples(file, url):  # noqa: B007
@@ -136,11 +137,11 @@ def build_index(url: str) -> ShardIndex:
         zeros = closing_zeros(file, end, url)
     if zeros < 1024:
         raise UserError(
-            f"{url}: the closing zero blocks of the tar are missing: it may have been cut off between two samples\n"
-            "  If it is known to be whole, pack it again:" + repack(url).partition(":")[2]
+            f"{url}: the closing zero blocks of the tar are missing: it may have been cut off between two samples",
+            hint=f"If it is known to be complete, pack it again: {repack(url)}",
         )
     if not end and zeros > MOST_ZEROS:
-        raise UserError(f"{url}: {zeros:,} bytes of zeros and nothing else; copy or make the file again")
+        raise UserError(f"{url}: {zeros:,} bytes of zeros and nothing else", hint="Copy or create the file again.")
     starts.append(end)
     whole = json_record.digest_of([keys, digests])
     ranges = []

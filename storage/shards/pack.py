@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from storage.errors import UserError, first_line
+from storage.errors import UserError, first_line, setting
 from storage.objects.atomic import atomic_write
 from storage.objects.object_store import read_range
 from storage.objects.urls import is_remote
@@ -89,29 +89,31 @@ def pack(
         UserError: nothing to pack or to hold out, files that would be overwritten, names too few or too many.
     """
     if not 0 < fraction <= 1:
-        raise UserError(f"--fraction {fraction:g}: expected more than 0 and at most 1; 0.1 is a tenth")
+        where = setting("fraction", f"{fraction:g}")
+        raise UserError("expected more than 0 and at most 1; 0.1 is a tenth", setting=where)
     if not 0 <= val_fraction < 1:
-        raise UserError(f"--val-fraction {val_fraction:g}: expected 0 to less than 1; 0.1 is a tenth")
+        where = setting("val_fraction", f"{val_fraction:g}")
+        raise UserError("expected 0 to less than 1; 0.1 is a tenth", setting=where)
     if per_shard is not None and per_shard < 1:
-        raise UserError(f"--per-shard {per_shard}: expected 1 or more")
+        raise UserError("expected 1 or more", setting=setting("per_shard", per_shard))
     with contextlib.ExitStack() as stack:
         say("looking at the source")
         left_out: list[str] = []
 
         def leave_out(line: str) -> None:
             left_out.append(line)
-            say(f"left out: {line}")
+            say(f"skipped: {line}")
 
         sources, classes = _sources([source] if isinstance(source, str) else list(source), stack, say, leave_out)
         if not sources:
-            raise UserError(
-                "there are no samples in the source" + "".join(f"\n  left out: {line}" for line in left_out)
-            )
+            hint = "\n  ".join(f"skipped: {line}" for line in left_out)
+            raise UserError("there are no samples in the source", hint=hint)
         validation, rest = _split(sources, val_fraction, seed, "val", 1) if val_fraction else ([], sources)
         if val_fraction and not validation:
             raise UserError(
-                f"--val-fraction {val_fraction:g}: no class has two samples, so none can be held out of training; "
-                "give more images, or leave it out"
+                "no class has two samples, so none can be held out of training",
+                setting=setting("val_fraction", f"{val_fraction:g}"),
+                hint="Give more images, or leave this setting out.",
             )
         train, _ = _split(rest, fraction, seed, "fraction", 0) if fraction < 1 else (rest, [])
         names = braces(out)
@@ -172,7 +174,8 @@ def _sources(
         if not urls:
             return _files(files), classes
     elif len(patterns) == 1 and not folder.exists() and re.fullmatch(r"[^*?\[{:]+(?<!\.tar)", patterns[0]):
-        raise UserError(f"{folder}: no such folder, list or shard; give one with one folder of images a class")
+        hint = "Give a folder with one folder of images per class."
+        raise UserError(f"{folder}: no such folder, list or shard", hint=hint)
     else:
         urls = expand(patterns)
     scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pack-")))
@@ -223,7 +226,7 @@ def _uncompressed(url: str, scratch: Path) -> str:
         if kind is None:
             return url
         if kind not in openers:
-            raise UserError(f"{url}: compressed with {kind}; decompress it first: {kind} -d {url}")
+            raise UserError(f"{url}: compressed with {kind}", hint=f"Decompress it first: {kind} -d {url}")
         most = (64 << 20) + 100 * size_of(url)  # images hardly get smaller: more than this only fills the disk
         try:
             with openers[kind](file) as plain, scratch.open("wb") as copy:
@@ -295,10 +298,12 @@ def _cut(
     if count > len(names):
         raise UserError(
             f"{len(sources)} samples at {per_shard} a shard make {count} shards, {names[0]} … gives {len(names)} "
-            "name(s); widen the braces or raise --per-shard"
+            "name(s)",
+            hint=f"Widen the braces, or give a larger {setting('per_shard', 'N')}",
         )
     if count > len(sources):
-        raise UserError(f"{len(sources)} samples cannot fill {count} shards; give fewer names in the braces")
+        hint = "Give fewer names in the braces."
+        raise UserError(f"{len(sources)} samples cannot fill {count} shards", hint=hint)
     bounds = [
         len(sources) * i // count if per_shard is None else min(i * per_shard, len(sources)) for i in range(count + 1)
     ]
@@ -314,20 +319,21 @@ def _refuse_overwriting(names: list[str], classes: list[str] | None) -> None:
                 f"{name}: new shards are called NAME.tar, several by braces: 'train-{{000000..000009}}.tar'"
             )
         if Path(name).exists():
-            raise UserError(f"{name}: is there already; shards are never overwritten. Give other names, or remove it")
+            hint = "Give other names, or remove it."
+            raise UserError(f"{name}: already exists; shards are never overwritten", hint=hint)
     for folder in {Path(name).parent for name in names}:
         there = classes_of([str(folder / "x.tar")])
         if there is not None and (classes is None or there != all_normalized(classes)):
             raise UserError(
-                f"{folder}/classes.json: is there already with other classes, of other shards; give names in a "
-                f"folder of their own, such as new/{Path(names[0]).name}"
+                f"{folder}/classes.json: already exists with other classes, of other shards",
+                hint=f"Put the new shards in a folder of their own, such as new/{Path(names[0]).name}",
             )
     seen: dict[str, str] = {}
     for name in classes or []:
         if (other := seen.setdefault(normalized(name), name)) != name:
             raise UserError(
-                f"classes {other!a} and {name!a}: one name, written with other signs (Unicode's NFC and NFD); make "
-                "them one class, or give one another name"
+                f"classes {other!a} and {name!a}: the same name in different Unicode forms (NFC and NFD)",
+                hint="Make them one class, or rename one.",
             )
         if any("\ud800" <= sign <= "\udfff" for sign in name):  # how Python keeps bytes that are not UTF-8
             raise UserError(f"class {name!r}: its name is not UTF-8; rename it")

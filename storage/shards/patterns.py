@@ -8,9 +8,9 @@ from pathlib import Path
 
 import braceexpand
 
-from storage.errors import UserError
+from storage.errors import UserError, setting
 from storage.objects.urls import is_remote, require_readable, separate
-from storage.shards.hints import folder_hint, pack_hint, there_are
+from storage.shards.hints import folder_error, nearest_hint, pack_hint
 from storage.shards.image_files import is_image, matching, tars_in
 
 MANY = 1_000_000  # names that one pattern may stand for
@@ -55,22 +55,23 @@ def _existing(url: str, pattern: str) -> list[str]:
         return [url]
     path = Path(url.removeprefix("file://")).expanduser()
     if path.is_dir():
-        raise UserError(folder_hint(path))
+        raise folder_error(path)
     if path.exists():
         if is_image(path):
-            raise UserError(f"{path} is an image; shards are tar files. {pack_hint(path.parent.parent)}")
+            raise UserError(f"{path} is an image; shards are tar files", hint=pack_hint(path.parent.parent))
         if path.suffix.lower() == ".csv":
-            raise UserError(f"{path} is a list; shards are tar files. {pack_hint(path)}")
+            raise UserError(f"{path} is a list; shards are tar files", hint=pack_hint(path))
         return [str(path)]
     there = [p.name for p in tars_in(path.parent) if p.exists()] if path.parent.is_dir() else []
     if any(c in str(path) for c in "*?["):
         if found := matching(str(path)):
             return found
-        raise UserError(f"{pattern}: no file matches. {there_are(path, there)}")
+        raise UserError(f"{pattern}: no file matches", hint=nearest_hint(path, there))
     names = braces(pattern) if "::" not in pattern else []
     few = [name for name in names if Path(name).name in there]
-    end = f"the last is {few[-1]!r}: let the braces end there, or make the others" if few else ""
-    hint = f"{len(few)} of its {len(names)} names are there, {end}." if few else there_are(path, there)
+    hint = nearest_hint(path, there)
+    if few:
+        hint = f"{len(few)} of its {len(names)} names exist, the last is {few[-1]!r}: end the braces there."
     if "," in path.name and any(part in there for part in path.name.split(",")):
-        hint = "Several shards are joined by ::, or given by a --shards each."
-    raise UserError(f"{path}: no such shard (asked for by {pattern!r}). {hint}")
+        hint = f"Join several shards by ::, or give {setting('shards', '…')} for each."
+    raise UserError(f"{path}: no such shard (requested by {pattern!r})", hint=hint)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import re
-import shlex
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Self
 
-from storage.errors import UserError, first_line, is_transient
+from storage.errors import UserError, call, first_line, is_transient
 from storage.objects.object_store import open_object_store
 from storage.objects.urls import filesystem_of, is_remote, networked, require_ranges, require_readable
 
@@ -30,6 +29,7 @@ RULE = (
     "a sample is a key with one image, KEY.jpg, .jpeg, .png or .webp, that is a plain file; a key ends at the first "
     "dot of a file's name"
 )
+_AGAIN = "Copy or create the file again."
 Part = tuple[str, bytes | None]  # the extension and the bytes of a member; None for those of a link
 _KEPT = "surrogateescape"  # how names and values that are not UTF-8 are kept: only in names it matters
 
@@ -86,7 +86,7 @@ def iter_samples(file: IO[bytes], where: str, *, together: bool = True) -> Itera
             begin, after = after, tar.offset  # where its headers begin: `info.offset` leaves out a global one
             end_of_member = info.offset_data + -(-info.size // 512) * 512 if info.isreg() else tar.offset
             if tar.pax_headers.keys() & {"path", "size"}:  # a range from the middle would not see it
-                raise UserError(f"{where}: a global header names or sizes all members; make the file again")
+                raise UserError(f"{where}: a global header sets the name or the size of all members", hint=_AGAIN)
             sparse = info.issparse() or any(field.startswith("GNU.sparse") for field in info.pax_headers)
             link = (info.islnk() or info.issym()) and not info.size
             if not (info.isreg() or info.isdir() or link) or sparse:
@@ -98,7 +98,7 @@ def iter_samples(file: IO[bytes], where: str, *, together: bool = True) -> Itera
             if info.name.startswith("/") or ".." in info.name.split("/"):
                 raise UserError(f"{where}: {info.name!r} leads outside of the tar")
             if info.size < 0 or (info.isreg() and info.offset_data + info.size > length):
-                raise UserError(f"{where}: truncated inside {info.name!r}; copy or make the file again")
+                raise UserError(f"{where}: truncated inside {info.name!r}", hint=_AGAIN)
             name = split_name(info.name) if info.isreg() or link else None
             if name is None or re.match(r"__[^/]*__($|/)", info.name):
                 end = end_of_member
@@ -112,8 +112,8 @@ def iter_samples(file: IO[bytes], where: str, *, together: bool = True) -> Itera
                     yield key, parts, start, begin
                 if together and name[0] in seen:
                     raise UserError(
-                        f"{where}: key {name[0]!r} is there twice, or its members do not stand together\n"
-                        + repack(where)
+                        f"{where}: key {name[0]!r} is there twice, or its members are not next to each other",
+                        hint=f"Pack it again: {repack(where)}",
                     )
                 key, parts, start = name[0], [], begin
                 seen.add(key)
@@ -126,12 +126,12 @@ def iter_samples(file: IO[bytes], where: str, *, together: bool = True) -> Itera
     except (OSError, MemoryError) as error:
         if isinstance(error, MemoryError) or is_transient(error):
             raise
-        raise UserError(f"{where}: cannot be read as a tar: {first_line(error)}; copy or make the file again") from None
+        raise UserError(f"{where}: cannot be read as a tar: {first_line(error)}", hint=_AGAIN) from None
     except Exception as error:  # tarfile raises anything on hostile headers: IndexError, RecursionError, …
         if type(error).__module__.partition(".")[0] in _NETWORK:
             with networked(where):
                 raise
-        raise UserError(f"{where}: cannot be read as a tar: {first_line(error)}; copy or make the file again") from None
+        raise UserError(f"{where}: cannot be read as a tar: {first_line(error)}", hint=_AGAIN) from None
     if key is not None:
         yield key, parts, start, end
 
@@ -178,8 +178,8 @@ def label_of(text: bytes, where: str) -> int:
 
 
 def repack(url: str) -> str:
-    """The line that says how a tar becomes a shard."""
-    return f"  Pack it again: pipeline pack {shlex.quote(url)} repacked/{stem_of(url)}.tar"
+    """The command that makes a shard from a tar."""
+    return call("pack", url, f"repacked/{stem_of(url)}.tar")
 
 
 def counted_flaws(flaws: Sequence[str]) -> str:
@@ -191,15 +191,13 @@ def require_whole(url: str, left_out: Sequence[str]) -> None:
     """UserError where keys of a shard make no sample (`left_out`, the flaw of each), with what leaves them out."""
     if left_out:
         more = f" ({len(left_out):,} keys make no sample)" if len(left_out) > 1 else ""
-        raise UserError(
-            f"{url}: {left_out[0]}{more}; {RULE}\n  `pipeline pack` leaves out such keys, and so does `pipeline "
-            f"precompute --on-decode-error skip`; both count them.\n{repack(url)}"
-        )
+        skipping = f"{call('pack')} and {call('precompute', on_decode_error='skip')} skip and count such keys."
+        raise UserError(f"{url}: {left_out[0]}{more}; {RULE}", hint=f"{skipping}\n  Pack it again: {repack(url)}")
 
 
 def without_samples(urls: Sequence[str]) -> UserError:
     """The error that none of some shards has samples."""
-    return UserError(f"{urls[0]}: no samples in it, nor in another of the {len(urls)} shard(s) that were given")
+    return UserError(f"{urls[0]}: no samples in it, nor in any other of the {len(urls)} shard(s)")
 
 
 def stem_of(url: str) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.messages import as_flags
 from storage.errors import UserError
 from storage.shards.index import ShardIndex, build_index, read_samples
 from storage.shards.pack import pack
@@ -233,9 +234,9 @@ def packed(source, out: Path, name: str = "x-{000000..000001}.tar", **settings):
 
 
 def command_in(message: str) -> list[str]:
-    """The arguments of the `pipeline pack` command that a message tells."""
-    line = next(line for line in message.splitlines() if "pipeline pack" in line)
-    return shlex.split(line[line.index("pipeline pack") :])[2:]
+    """The arguments of the `pipeline pack` command that a message tells on the command line."""
+    line = next(line for line in as_flags(message).splitlines() if "pipeline pack" in line)
+    return shlex.split(line[line.index("pipeline pack") :].rstrip("`"))[2:]
 
 
 def patched(path: str, old: bytes, new: bytes) -> None:

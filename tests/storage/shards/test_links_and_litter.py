@@ -173,7 +173,7 @@ def test_init_on_the_command_line_passes_over_litter(littered, tmp_path, monkeyp
     said = capsys.readouterr()
     assert ended.value.code == 0, said.err
     assert json.loads(said.out)["images"] == 24
-    assert "left out: 7 hidden file(s)" in said.err
+    assert "skipped: 7 hidden file(s)" in said.err
 
 
 def test_a_shard_that_is_named_in_full_is_taken_whatever_it_is_called(tmp_path) -> None:

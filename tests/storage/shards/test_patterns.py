@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.messages import as_flags
 from storage.errors import UserError
 from storage.shards.classes import classes_of
 from storage.shards.pack import pack
@@ -34,10 +35,10 @@ def test_braces_stars_and_colons_name_the_same_shards(three):
 
 def test_a_missing_shard_names_the_nearest_one(three):
     folder = str(Path(three[0]).parent)
-    with pytest.raises(UserError, match=r"trian-000001\.tar: no such shard.*Did you mean 'train-000001\.tar'"):
+    with pytest.raises(UserError, match=r"trian-000001\.tar: no such shard.*\n  Did you mean 'train-000001\.tar'"):
         expand(f"{folder}/trian-000001.tar")
     with pytest.raises(
-        UserError, match=r"-000003\.tar: no such shard .*\{000000\.\.000003\}.*3 of its 4 names are there"
+        UserError, match=r"-000003\.tar: no such shard .*\{000000\.\.000003\}.*\n  3 of its 4 names exist"
     ):
         expand(f"{folder}/train-{{000000..000003}}.tar")
     with pytest.raises(UserError, match="no tars in"):
@@ -70,13 +71,13 @@ def test_a_folder_of_class_folders_answers_with_the_command_that_packs_it(tmp_pa
     folder = class_folders(tmp_path / name, {"cat": 20, "dog": 10})
     with pytest.raises(UserError) as error:
         expand(str(folder))
-    message = str(error.value)
+    message = as_flags(str(error.value))
     assert "30 images" in message
     monkeypatch.chdir(tmp_path)
     source, out, flag, part = command_in(message)
     assert flag == "--val-fraction"
     made = pack(source, out, val_fraction=float(part))
-    words = shlex.split(message.splitlines()[-1].replace("(", " ").replace(")", " "))
+    words = shlex.split(message.splitlines()[-1].replace(",", " "))
     train, val = (words[words.index(name) + 1] for name in ("--shards", "--val"))
     assert expand(train) == made["train"]
     assert expand(val) == made["val"]
@@ -87,12 +88,13 @@ def test_a_folder_of_class_folders_answers_with_the_command_that_packs_it(tmp_pa
 def test_a_folder_of_tars_answers_with_the_pattern_that_names_them(three):
     with pytest.raises(UserError) as error:
         expand(str(Path(three[0]).parent))
-    (pattern,) = shlex.split(str(error.value)[str(error.value).index("--shards") :])[1:]
+    message = as_flags(str(error.value))
+    (pattern,) = shlex.split(message[message.index("--shards") :])[1:]
     assert expand(pattern) == three
 
 
 def test_an_empty_folder_is_said_to_be_one(tmp_path):
-    with pytest.raises(UserError, match="neither tars nor class folders"):
+    with pytest.raises(UserError, match="without tars and without class folders"):
         expand(str(tmp_path))
 
 

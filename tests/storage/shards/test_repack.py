@@ -35,7 +35,7 @@ def test_a_compressed_tar_that_is_cut_off_is_refused(tmp_path):
 
 def test_zstd_is_refused_with_advice(tmp_path):
     (tmp_path / "x.tar.zst").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(100))
-    with pytest.raises(UserError, match=r"decompress it first: zstd -d .*x\.tar\.zst"):
+    with pytest.raises(UserError, match=r"Decompress it first: zstd -d .*x\.tar\.zst"):
         packed([str(tmp_path / "x.tar.zst")], tmp_path / "out")
 
 
@@ -97,7 +97,7 @@ def test_another_class_list_beside_the_new_shards_is_refused(tmp_path, animals):
     packed(animals, tmp_path / "out")
     other = class_folders(tmp_path / "f", {"dog": 2, "cat": 2})
     for source in (other, write_tar(tmp_path / "no classes here" / "x.tar", samples(2))):
-        with pytest.raises(UserError, match=r"classes\.json: is there already"):
+        with pytest.raises(UserError, match=r"classes\.json: already exists"):
             packed([str(source)], tmp_path / "out", "y.tar")
     assert packed(animals, tmp_path / "out", "z-{0..1}.tar")["samples"] == {"train": 31}  # the same list is no conflict
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["cat", "dog", "eel"]
@@ -132,13 +132,13 @@ def test_folders_without_images_are_refused(tmp_path):
     ("name", "settings", "message"),
     [
         ("x.tgz", {}, "NAME.tar"),
-        ("x.tar", {"fraction": 0}, "--fraction"),
-        ("x.tar", {"fraction": 1.01}, "--fraction"),
-        ("x.tar", {"val_fraction": 1}, "--val-fraction"),
-        ("x.tar", {"val_fraction": -0.1}, "--val-fraction"),
-        ("x-{0..2}.tar", {"per_shard": 10}, "widen the braces"),
-        ("x.tar", {"per_shard": 0}, "--per-shard"),
-        ("x.tar", {"per_shard": -1}, "--per-shard"),
+        ("x.tar", {"fraction": 0}, "`fraction=0`"),
+        ("x.tar", {"fraction": 1.01}, "`fraction=1.01`"),
+        ("x.tar", {"val_fraction": 1}, "`val_fraction=1`"),
+        ("x.tar", {"val_fraction": -0.1}, "`val_fraction=-0.1`"),
+        ("x-{0..2}.tar", {"per_shard": 10}, "Widen the braces"),
+        ("x.tar", {"per_shard": 0}, "`per_shard=0`"),
+        ("x.tar", {"per_shard": -1}, "`per_shard=-1`"),
         ("x-{00..99}.tar", {}, "cannot fill 100 shards"),
         ("x-{0..2.tar", {}, "braces"),
         ("x-{0,0}.tar", {}, "twice"),
