@@ -124,7 +124,7 @@ class WeightsFile:
         except Exception as error:  # the unpickler names what it refuses
             if refused := refused_in(self._file, error):
                 raise UserError(
-                    f"{self.name}: refused: it is a pickle with more than tensors in it, which could run code: {refused}",
+                    f"{self.name}: refused: a pickle with more than tensors in it, which could run code: {refused}",
                     hint="If you trust it, save its state dict alone, as safetensors: safetensors.torch.save_file",
                 ) from None
             raise UserError(

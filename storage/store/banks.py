@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from storage.constants import BLOCK
-from storage.errors import DamageError, IdentityError, UserError, first_line
+from storage.errors import DamageError, IdentityError, UserError, call, first_line, setting
 from storage.shards.tar import Sample
 from storage.store.manifests import BankIdentity, BankManifest, require_id
 from storage.store.markers import FORMAT, Marker
@@ -79,7 +79,7 @@ class BankView:
             raise IdentityError(
                 f"{where}, key {sample.key}", "signature of the view's pixels", f"{expected:08x}", f"{found:08x}",
                 f"The image or the decoders differ from those of precompute ({both or 'same versions'}).\n  Use those "
-                "decoders, or store the pixels themselves where they are in use: --store-views",
+                f"decoders, or store the pixels where they are in use: {setting('store_views', True)}",
             )  # fmt: skip
         return pixels
 
@@ -89,7 +89,8 @@ def read_views(marker: Marker, start: int, stop: int) -> BankView:
     signatures = marker.arrays["signatures"].read(start, stop)[:, 0]
     rows = marker.arrays["parameters"].read(start, stop)
     if wrong := _beyond(rows, start, marker.samples):
-        raise DamageError(f"{marker.name}: damaged: parameters: {wrong}\n  Its store was not made by `precompute`.")
+        hint = f"Its store was not made by {call('precompute')}."
+        raise DamageError(f"{marker.name}: damaged: parameters: {wrong}", hint=hint)
     return BankView(start=start, rows=rows, signatures=signatures, renderer=marker.bank.renderer)
 
 

@@ -36,9 +36,9 @@ def check_codec(codec: str, values: Values | None = None) -> str:
     match = re.fullmatch(r"topk([1-9]\d{0,4})?", codec)
     kind = "topk" if match else codec
     if kind not in CODECS or (kind == "topk" and not match):
-        raise UserError(f"no codec is called {codec!r}. {did_you_mean(codec, CODECS)}")
+        raise UserError(f"no codec is called {codec!r}", hint=did_you_mean(codec, CODECS))
     if values is not None and kind in _ONLY and _ONLY[kind][0] != values:
-        raise UserError(f"codec {codec} {_ONLY[kind][1]}; use f32, f16 or u8")
+        raise UserError(f"codec {codec} {_ONLY[kind][1]}", hint="Use f32, f16 or u8.")
     return f"topk{match[1] or TOP}" if match else codec
 
 
@@ -211,7 +211,8 @@ def _half(values: np.ndarray, name: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         data = values.astype(np.float16)
     if not np.isfinite(data).all():
-        raise UserError(f"codec {name} cannot hold values up to {np.abs(values).max():g}; use codec=f32 or codec=u8")
+        message = f"codec {name} cannot hold values up to {np.abs(values).max():g}"
+        raise UserError(message, hint="Use codec=f32 or codec=u8.")
     return data
 
 
@@ -241,7 +242,7 @@ def _round(values: np.ndarray, kind: type[np.floating[Any]], *, up: bool) -> np.
 
 def _encode_log8(values: np.ndarray) -> dict[str, np.ndarray]:
     if values.min(initial=0) < 0:
-        raise UserError(f"codec log8 keeps probabilities, found {values.min():g}; use codec=f16")
+        raise UserError(f"codec log8 keeps probabilities, found {values.min():g}", hint="Use codec=f16.")
     largest = _half(values.max(-1), "log8")
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         codes = np.rint(_LOG_STEPS * np.log2(largest.astype(np.float32)[..., None] / values))

@@ -64,7 +64,7 @@ class BankIdentity(Identity):
         try:
             policy(self.line, self.size, self.seed or 0)
         except UserError as error:
-            raise ValueError(f"line, size and seed: expected those of a view policy, found {error}") from None
+            raise ValueError(f"line, size and seed: expected those of a view policy, found {error.message}") from None
         return self
 
 
@@ -202,7 +202,8 @@ class TargetManifest(Manifest):
             try:
                 codecs.check_codec(identity.codec)
             except UserError as error:
-                raise ValueError(f"identity.codec: expected a codec, found {identity.codec!r}: {error}") from None
+                problem = f"found {identity.codec!r}: {error.message}"
+                raise ValueError(f"identity.codec: expected a codec, {problem}") from None
         return self
 
 
@@ -220,7 +221,7 @@ def load(model: type[M], data: bytes, name: str, id: str) -> M:
     content = json_record.from_json(data, name)
     if (content.get("kind"), content.get("id")) != (model.KIND, id):
         found = f"{content.get('kind')} {content.get('id')}"
-        raise DamageError(f"{name}: damaged: expected the {model.KIND} {id}, found {reprlib.repr(found)}\n  {_COPY}")
+        raise DamageError(f"{name}: damaged: expected the {model.KIND} {id}, found {reprlib.repr(found)}", hint=_COPY)
     require_format(content, name)
     return checked(model, content, name, _COPY)
 
@@ -229,7 +230,7 @@ def require_id(name: str, manifest: Manifest) -> None:
     """DamageError where the manifest of a bank or a target, `name`, is not the one that its id says."""
     digest = manifest.identity.digest[:8]
     if not manifest.id.endswith(digest):
-        raise DamageError(f"{name}: damaged: identity: expected the one that its id says, found {digest}\n  {_COPY}")
+        raise DamageError(f"{name}: damaged: identity: expected the one that its id says, found {digest}", hint=_COPY)
 
 
 def require_teacher(name: str, target: TargetManifest, teacher: TeacherManifest) -> None:
@@ -247,4 +248,4 @@ def require_teacher(name: str, target: TargetManifest, teacher: TeacherManifest)
         if "prefix" not in teacher.model_fields_set or len(teacher.prefix) > tokens:
             wrong = f"teacher: expected one that says which of {tokens} tokens come first, found {target.teacher}"
     if wrong:
-        raise DamageError(f"{name}: damaged: {wrong}\n  {_COPY}")
+        raise DamageError(f"{name}: damaged: {wrong}", hint=_COPY)

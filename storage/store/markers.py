@@ -111,7 +111,7 @@ class TargetMarkerRecord(MarkerRecord):
 
 _MARKERS: dict[str, type[MarkerRecord]] = {"bank": BankMarkerRecord, "target": TargetMarkerRecord}
 
-_AGAIN = "Run the same precompute command again to recompute it."
+RECOMPUTE = "Run the same precompute command again to recompute it."
 
 
 class Marker:
@@ -123,7 +123,7 @@ class Marker:
 
     def __init__(self, objects: ObjectStore, task: Task, content: Record) -> None:
         self.task, self.name = task, f"{objects.url}/done/{task.name}"
-        self.record = checked(_MARKERS[task.kind], content, self.name, _AGAIN)
+        self.record = checked(_MARKERS[task.kind], content, self.name, RECOMPUTE)
         self.folder = f"{task.folder}/{self.record.attempt}"
         self.arrays = {
             name: StoredArray.of(objects, f"{self.folder}/{name}", array) for name, array in self.record.arrays.items()
@@ -164,4 +164,4 @@ class Marker:
             if arrays not in expected:
                 wrong = f"arrays: expected {expected[0]}, as the target's manifest says, found {arrays}"
         if wrong:
-            raise DamageError(f"{self.name}: damaged: {wrong}\n  {_AGAIN}")
+            raise DamageError(f"{self.name}: damaged: {wrong}", hint=RECOMPUTE)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from storage.errors import DamageError, IdentityError, UserError, did_you_mean
+from storage.errors import DamageError, IdentityError, UserError, call, did_you_mean, setting
 from storage.objects import json_record
 from storage.objects.object_store import ObjectStore, open_object_store
 from storage.objects.record_schema import require_format
@@ -17,7 +17,7 @@ from storage.shards.tar import stem_of
 from storage.store import manifests
 from storage.store.codecs import Codec
 from storage.store.manifests import BankManifest, Identity, Manifest, TargetManifest, TeacherManifest
-from storage.store.markers import FORMAT, Kind, Marker, Task
+from storage.store.markers import FORMAT, RECOMPUTE, Kind, Marker, Task
 
 if TYPE_CHECKING:
     import dask.array
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _ROOT = json_record.canonical(
     {"zarr_format": 3, "node_type": "group", "attributes": {"teacher_store": {"format": FORMAT}}}
 )
-_AGAIN = "  This file is the same in all stores: copy it from another one."
+_COPY = "This file is the same in all stores: copy it from another one."
 M = TypeVar("M", bound=Manifest)
 
 
@@ -65,8 +65,8 @@ class Store:
             others = store.objects.names("")
             if others and not {"done", "zarr.json"} & set(others):  # zarr.json: somebody was faster
                 raise UserError(
-                    f"{store.url}: there is something else in this folder ({others[0]}, …) and it is not a store; "
-                    "give a new folder"
+                    f"{store.url}: not a store: this folder has other files ({others[0]}, …)",
+                    hint="Give a new folder.",
                 ) from None
             if not others:
                 store.objects.create("zarr.json", _ROOT)
@@ -90,19 +90,19 @@ class Store:
             root = objects.get("zarr.json")
         except FileNotFoundError:
             if "done" in objects.names(""):
-                raise DamageError(
-                    f"{objects.url}/zarr.json: missing: the root of the store is gone\n{_AGAIN}"
-                ) from None
-            raise UserError(f"{objects.url}: there is no store here; `pipeline precompute` makes one") from None
+                message = f"{objects.url}/zarr.json: missing: the root of the store is gone"
+                raise DamageError(message, hint=_COPY) from None
+            hint = f"{call('precompute')} makes one."
+            raise UserError(f"{objects.url}: there is no store here", hint=hint) from None
         except (NotADirectoryError, IsADirectoryError):
-            raise UserError(f"{objects.url}: not a folder, so not a store; give a folder: --store DIR") from None
+            hint = f"Give a folder: {setting('store', 'DIR')}"
+            raise UserError(f"{objects.url}: not a folder, so not a store", hint=hint) from None
         if root != _ROOT:
             newer = re.search(rb'"teacher_store":\{"format":(\d+)\}', root)
             if newer and int(newer[1]) > FORMAT:
-                raise UserError(
-                    f"{objects.url}: store format {int(newer[1])}, this version reads {FORMAT}; install a newer one"
-                )
-            raise DamageError(f"{objects.url}/zarr.json: damaged: it is not the root of a store\n{_AGAIN}")
+                message = f"{objects.url}: store format {int(newer[1])}, this version reads {FORMAT}"
+                raise UserError(message, hint="Install a newer version of this package.")
+            raise DamageError(f"{objects.url}/zarr.json: damaged: it is not the root of a store", hint=_COPY)
         return cls(objects)
 
     # ------------------------------------------------------------------------------------ banks, teachers, targets
@@ -124,7 +124,7 @@ class Store:
     def _known(self, model: type[M], id: str) -> M:
         known = self.objects.names(f"{model.KIND}s")
         if id not in known:
-            raise UserError(f"{self.url}: no {model.KIND} is called {id!r}. {did_you_mean(id, known)}")
+            raise UserError(f"{self.url}: no {model.KIND} is called {id!r}", hint=did_you_mean(id, known))
         return self.manifest(model, id)
 
     def add(self, manifest: M) -> M:
@@ -142,7 +142,7 @@ class Store:
         recorded, asked = manifest.identity.plain(), identity.plain()
         hint, words = "", ("expected", "found")
         if model is TeacherManifest:
-            hint = f"It is not the recorded teacher. Give it another name: --teacher-name {id}-2"
+            hint = f"It is not the recorded teacher. Give it another name: {setting('teacher_name', f'{id}-2')}"
             words = ("the store has", "asked for")
         for field in sorted({*recorded, *asked}):
             expected, found = recorded.get(field), asked.get(field)
@@ -231,8 +231,8 @@ class Store:
     def _same_labels(self, own: ShardIndex, url: str) -> None:
         for key, expected, found in zip(own.keys, self.index(own.id).labels, own.labels, strict=True):
             if found != expected:
-                do = "The labels changed since precompute. Give the shard as it was, or pack it with other keys."
-                raise IdentityError(url, f"label of key {key}", expected, found, do)
+                hint = "The labels changed since precompute. Give the shard as it was, or pack it with other keys."
+                raise IdentityError(url, f"label of key {key}", expected, found, hint)
 
     def recognise(self, url: str, known: Sequence[str]) -> ShardIndex | None:
         """The index of a file that is one of the `known` shards: same stem, size, first and last block; else None."""
@@ -268,17 +268,17 @@ class Store:
         indexes = [self.index(shard) for shard in known]
         elsewhere = {digest for index in indexes for digest in index.digests}
         shared = sum(digest in elsewhere for digest in own.digests)
-        do = (
+        hint = (
             f"{shared} of its {len(own)} images are known in this store under other shards or positions. Targets "
-            "belong to a shard's exact content: give the shards that were precomputed, or run `pipeline precompute` "
+            f"belong to a shard's exact content: give the shards that were precomputed, or run {call('precompute')} "
             "over these."
         )
         for index in indexes:
             if index.summary.stem == own.summary.stem:
                 field, expected, found = _first_difference(index, own)
-                return IdentityError(url, field, expected, found, do)
+                return IdentityError(url, field, expected, found, hint)
         names = ", ".join([*known[:3], *["…"] * (len(known) > 3)]) or "none"
-        return IdentityError(url, "shard", names, own.id, do, (f"the store {self.url} has", "this is"))
+        return IdentityError(url, "shard", names, own.id, hint, (f"the store {self.url} has", "this is"))
 
     # ------------------------------------------------------------------------------------------ markers
 
@@ -297,10 +297,8 @@ class Store:
             data = self.objects.get(f"done/{task.name}")
         except FileNotFoundError:
             name = f"{self.url}/done/{task.name}"
-            raise DamageError(
-                f"{name}: missing: this view was not precomputed, or the file that says so is gone\n"
-                "  The same precompute command makes it anew."
-            ) from None
+            message = f"{name}: missing: this view was not precomputed, or its marker is gone"
+            raise DamageError(message, hint=RECOMPUTE) from None
         return self._marker_in(data, task)
 
     def _marker_in(self, data: bytes, task: Task) -> Marker:
@@ -350,9 +348,10 @@ class Store:
             for view in range(count):
                 if (shard, view) not in complete:
                     name = f"{self.url}/done/{Task(kind, id, shard, view).name}"
+                    fewer = setting("stream.views", "N")
                     raise DamageError(
-                        f"{name}: missing: other shards have {count} views of this {kind}; "
-                        "run precompute over all of them, or ask for fewer with stream.views=N"
+                        f"{name}: missing: other shards have {count} views of this {kind}",
+                        hint=f"Run {call('precompute')} over all shards, or use fewer views: {fewer}",
                     )
         return count
 

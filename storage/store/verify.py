@@ -23,7 +23,7 @@ from storage.store.arrays import StoredArray
 from storage.store.banks import BankView, bank_policy, read_views
 from storage.store.codecs import Codec
 from storage.store.manifests import BankManifest, Manifest, TargetManifest, TeacherManifest, require_id
-from storage.store.markers import Marker, Task
+from storage.store.markers import RECOMPUTE, Marker, Task
 from storage.store.store import Store
 from storage.views.mixing import mix_images
 from storage.views.render import decode
@@ -41,7 +41,7 @@ class VerifyReport:
     targets_compared: int = 0  # (target, view, sample)
     compared_with: dict[str, str] = field(default_factory=dict)  # teacher -> what its targets were compared with
     failures: list[str] = field(default_factory=list)
-    spoilt: list[str] = field(default_factory=list)  # markers of what is damaged: without them it is made anew
+    spoilt: list[str] = field(default_factory=list)  # markers of what is damaged: without them it is recomputed
     notices: list[str] = field(default_factory=list)
 
     @contextmanager
@@ -71,7 +71,7 @@ def verify(
         store: which one.
         shards: whose views are rendered again.
         samples: how many in all, spread over the shards; 0 for all of them.
-        say: called with lines for people.
+        say: called with progress lines.
         look: given the view images that were rendered, uint8 [S, S, 3] by the sample's index, of each bank's task.
         report: where to add what is found.
     """
@@ -196,8 +196,7 @@ def _unmarked(store: Store, report: VerifyReport, markers: dict[Task, Marker]) -
                     attempts = store.objects.names(task.folder)
                     if task not in markers and attempts:
                         report.failures.append(
-                            f"{store.url}/done/{task.name}: missing or damaged, so a view does not count; the same "
-                            "precompute command makes it anew"
+                            f"{store.url}/done/{task.name}: missing or damaged, so a view does not count\n  {RECOMPUTE}"
                         )
                     elif extra := [name for name in attempts if name != markers[task].record.attempt]:
                         report.notices.append(f"{task.folder}: {len(extra)} attempt(s) left over, which nothing reads")

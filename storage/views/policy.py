@@ -165,8 +165,8 @@ def _parse(line: str) -> tuple[Operation, ...]:
             word = match[1] if match else text.strip()
             if word in NAMED:
                 raise UserError(f"view policy {line!r}: {word!r} is a whole policy ({NAMED[word]}), not an operation")
-            known = [*_OPERATIONS, *NAMED]
-            raise UserError(f"view policy {line!r}: no operation is called {word!r}. {did_you_mean(word, known)}")
+            hint = did_you_mean(word, [*_OPERATIONS, *NAMED])
+            raise UserError(f"view policy {line!r}: no operation is called {word!r}", hint=hint)
         try:
             arguments = tuple(float(a) for a in match[2].split(",")) if match[2] else ()
         except ValueError:

@@ -181,7 +181,7 @@ def test_dask_gives_the_decoded_values_of_all_shards_and_views(kept, codec):
 
 def test_an_array_of_nothing_is_a_clear_error(kept):
     small, _ = kept
-    with pytest.raises(UserError, match=r"no target is called 'f23'\. Did you mean 'f32'"):
+    with pytest.raises(UserError, match=r"no target is called 'f23'\n  Did you mean 'f32'"):
         small.store.array("f23")
 
 

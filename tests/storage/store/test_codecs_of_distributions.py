@@ -76,7 +76,7 @@ def test_log8_takes_largest_values_that_f16_rounds_down_or_up():
 def test_log8_refuses_what_is_no_probability(value):
     values = rows_of_probabilities(0, 1.0)
     values[1, 1, 2, 3] = value
-    with pytest.raises(UserError, match=r"codec log8 keeps probabilities, found -.*codec=f16"):
+    with pytest.raises(UserError, match=r"codec log8 keeps probabilities, found -.*\n  Use codec=f16"):
         log8(values.shape).encode(values)
     values[1, 1, 2, 3] = 7e4
     with pytest.raises(UserError, match="codec log8 cannot hold values up to 70000"):
@@ -174,7 +174,7 @@ def test_topk_numbers_its_classes_in_the_smaller_type_that_holds_them(classes, k
 def test_topk_refuses_logits_that_f16_cannot_hold():
     values = logits_of(0, 8)
     values[2, 3] = 7e4
-    with pytest.raises(UserError, match=r"codec topk.* cannot hold values up to 70000; use codec=f32"):
+    with pytest.raises(UserError, match=r"codec topk.* cannot hold values up to 70000\n  Use codec=f32"):
         topk(2, 8).encode(values)
     values[2, 3] = -7e4
     assert np.isfinite(there_and_back(topk(2, 8), values)).all(), "it is none of the largest"
@@ -259,7 +259,7 @@ def test_a_codec_for_other_values_is_refused_by_name(codec, values):
     if (codec[:4], values) in (("log8", "rows"), ("topk", "logits")):
         assert check_codec(codec, values) in codecs_for(values) or codec == "topk5"
         return
-    with pytest.raises(UserError, match=f"codec {codec} keeps .*(attention|logits); use f32, f16 or u8"):
+    with pytest.raises(UserError, match=rf"codec {codec} keeps .*(attention|logits)\n  Use f32, f16 or u8"):
         check_codec(codec, values)
 
 

@@ -120,7 +120,7 @@ def test_a_newer_format_is_said_to_be_one(tmp_path):
     root = store.objects.get("zarr.json")
     store.objects.put("zarr.json", root.replace(b'"format":1', b'"format":12'))
     for look in (Store.open, Store.create):
-        with pytest.raises(UserError, match="store format 12, this version reads 1; install a newer one") as error:
+        with pytest.raises(UserError, match=r"format 12, this version reads 1\n  Install a newer version") as error:
             look(tmp_path)
         assert not isinstance(error.value, DamageError)
 
@@ -189,7 +189,7 @@ def test_another_teacher_under_a_known_name_is_refused(small):
         with pytest.raises(IdentityError) as error:
             small.store.add(teacher(identity={**IDENTITY, field: value}))
         assert (error.value.field, error.value.expected, error.value.found) == (field, IDENTITY.get(field), value)
-        assert "--teacher-name cnn-2" in str(error.value)
+        assert "`teacher_name=cnn-2`" in str(error.value)
         assert "teacher 'cnn'" in str(error.value)
         assert files_of(small.store.objects.root) == before
 
@@ -205,7 +205,7 @@ def test_a_target_or_bank_with_another_identity_under_its_id_is_refused(small):
 
 
 def test_an_unknown_target_names_the_nearest(small):
-    with pytest.raises(UserError, match=r"no target is called 'tt'\. Did you mean 't'"):
+    with pytest.raises(UserError, match=r"no target is called 'tt'\n  Did you mean 't'"):
         small.store.target("tt")
 
 

@@ -57,8 +57,8 @@ def test_a_normal_line_is_its_own_normal_line(line):
 
 REFUSED = {
     "no operation": ("", "no operation is called ''"),
-    "unknown operation": ("corp(0.1)|flip", "'corp'.*Did you mean 'crop'"),
-    "unknown name": ("ligth", "'ligth'.*Did you mean 'light'"),
+    "unknown operation": ("corp(0.1)|flip", "'corp'\n.*Did you mean 'crop'"),
+    "unknown name": ("ligth", "'ligth'\n.*Did you mean 'light'"),
     "operation in capitals": ("Resize", "Did you mean 'resize'"),
     "not in order": ("resize|erase(0.1)|flip", "each once and in this order"),
     "rrc the wrong way round": ("rrc(1,0.08)", "rrc.lo,hi. takes"),

@@ -326,8 +326,8 @@ def test_without_pixels_another_decoder_is_an_error_that_offers_them(made, monke
     monkeypatch.setattr("storage.store.banks.render", other)
     with pytest.raises(
         IdentityError,
-        match=r"key \S+: signature of the view's pixels: expected \w{8}, found \w{8}\n.*\n.*store the pixels themselves"
-        r".*--store-views",
+        match=r"key \S+: signature of the view's pixels: expected \w{8}, found \w{8}\n.*\n.*store the pixels where"
+        r".*`store_views=True`",
     ):
         next(made.stream().epoch(0))
 

@@ -262,7 +262,7 @@ def test_fewer_views_can_be_asked_for_where_later_ones_are_missing(world, tmp_pa
     store = world.copy(tmp_path / "store")
     target = world.targets["logits"]
     min((store / "done").glob(f"target.{target}.*.1.json")).unlink()
-    with pytest.raises(DamageError, match=r"run precompute over all of them, or ask for fewer with stream\.views=N"):
+    with pytest.raises(DamageError, match=r"over all shards, or use fewer views: `stream\.views=N`"):
         stream(world, store=store, targets=[target])
     assert {int(v) for b in stream(world, store=store, targets=[target], views=1).epoch(0) for v in b.ids[:, 2]} == {0}
 
