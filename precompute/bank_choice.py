@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from precompute.request import PrecomputeRequest
-from storage.errors import IdentityError, UserError
+from storage.errors import IdentityError, UserError, setting
 from storage.shards.tar import stem_of
 from storage.store.store import Store
 from storage.views.policy import Policy
@@ -55,15 +55,15 @@ def choose_policy(
         return fitting[0]
     if fitting:
         raise UserError(
-            f"{store.url}: these shards have views in {len(fitting)} banks: {', '.join(p.bank for p in fitting)}; say "
-            "which one by --view-policy, --view-size and --seed"
+            f"{store.url}: these shards have views in {len(fitting)} banks: {', '.join(p.bank for p in fitting)}",
+            hint=f"Choose one by {setting('view_policy', 'P')}, {setting('view_size', 'N')} and {setting('seed', 'N')}",
         )
     names = {"line": "view policy", "size": "view size", "seed": "seed"}
-    field, expected, mine = found[0]
+    field, expected, asked = found[0]
     raise IdentityError(
-        f"{store.url}: bank {there[0]}", names[field], expected, mine,
-        "All targets of a training run are of the same views, those of one bank. Leave the flag out to use the ones "
-        "that are there, or make others beside them: --new-bank",
+        f"{store.url}: bank {there[0]}", names[field], expected, asked,
+        "All targets of a training run need the same views, those of one bank. Leave the setting out to use the views "
+        f"that exist, or make others beside them: {setting('new_bank', True)}",
         ("the store has", "asked for"),
     )  # fmt: skip
 
@@ -94,7 +94,8 @@ def choose_views(store: Store | None, policy: Policy, wanted: int | None) -> int
     """How many views: as said; else as many as the bank has; else four, or one without chance."""
     if not policy.random:
         if wanted not in (None, 1):
-            raise UserError(f"--num-views {wanted}: {policy.line} leaves nothing to chance, so it has one view")
+            message = f"{policy.line} leaves nothing to chance, so it has one view"
+            raise UserError(message, setting=setting("num_views", wanted))
         return 1
     if wanted is not None:
         return wanted

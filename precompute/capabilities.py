@@ -1,4 +1,4 @@
-"""What a network could give, without its weights: taps, shapes and bytes, as `pipeline teachers NAME` shows them.
+"""What a network could give, without its weights: taps, shapes and bytes, as the command `teachers` shows them.
 
 Each tap is read as precompute reads it, of a network on the meta device, which takes no memory and no time.
 """
@@ -28,7 +28,7 @@ def offers_of(name: str, input_size: int | None = None, grid: int = 14) -> dict[
     """Sizes of a teacher by its short name or any timm name, and what each tap would take.
 
     Args:
-        name: as `--teacher` takes it.
+        name: a short name or any timm name.
         input_size: of its square input; by default that of its weights.
         grid: side of a CNN's activation maps.
 
@@ -48,7 +48,7 @@ def offers_of(name: str, input_size: int | None = None, grid: int = 14) -> dict[
         try:
             shape = _shape(network, parts, Tap(tap, grid=grid if tap == "activations" else None), size, name)
         except UserError as error:
-            refused[tap] = str(error)
+            refused[tap] = error.message
             continue
         codec = Codec(default_codec(tap), shape, tapped.maps, tapped.axes, tapped.values)
         taps[tap] = {"shape": list(shape), "codec": codec.name, "bytes": codec.sample_bytes}
@@ -63,7 +63,7 @@ def bare(name: str, input_size: int | None = None, device: str = "meta") -> tupl
     """timm's name, input size and network of a teacher, without its weights.
 
     Args:
-        name: as `--teacher` takes it.
+        name: a short name or any timm name.
         input_size: of its square input; by default that of its weights.
         device: where its parameters are; on `meta` they take no memory and no time.
 

@@ -25,6 +25,7 @@ from precompute.engine.tasks import TargetOutput
 from precompute.request import PrecomputeRequest
 from precompute.run import PrecomputePlan, plan_precompute, staffed
 from precompute.throughput import PlannedShard, measure
+from storage.errors import call
 from storage.objects.object_store import open_object_store
 from storage.objects.urls import is_remote
 from storage.progress import Progress
@@ -58,7 +59,7 @@ def plan(
     Args:
         where: of the store, which need not be there yet.
         wanted: as for `precompute`.
-        progress: for people.
+        progress: gets human-readable progress.
         seconds: to measure for at most, and never for more than about a tenth of the run; 0 leaves the hours out.
         rate: images a second that a training is to read.
 
@@ -325,9 +326,10 @@ def _warnings(where: str, shards: Sequence[PlannedShard], new_bytes: float) -> l
         seen = {label for shard in read if shard.index for label in shard.index.labels}
         count = len(names) if names else len(seen)
         if median(mixes) < min(8, count / 2):
+            command = call("pack", "SHARDS", "shuffled-{000000..000009}.tar")
             found.append(
                 f"half of the blocks hold {median(mixes):.0f} classes or fewer, of {count}: batches and mixing "
-                "partners will be alike. Shuffle the shards first: pipeline pack SHARDS 'shuffled-{000000..000009}.tar'"
+                f"partners will be alike. Shuffle the shards first: {command}"
             )
     if not is_remote(where):
         path = Path(where.removeprefix("file://")).expanduser().absolute()

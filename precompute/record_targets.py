@@ -10,7 +10,7 @@ import numpy as np
 from precompute.engine.tasks import TargetOutput
 from precompute.teachers import onnx_file
 from precompute.teachers.teacher import Teacher, anatomy, load_teacher
-from storage.errors import DamageError, UserError
+from storage.errors import DamageError, UserError, call, setting
 from storage.objects.state_dict import ONNX_FILE
 from storage.store import codecs
 from storage.store.codecs import Codec, CodecError
@@ -55,7 +55,8 @@ def defaults(manifest: TeacherManifest, policy: Policy, grid: int | None = None)
         return [TargetSpec("activations", grid=grid or max(1, policy.size // 16))]
     if manifest.network == "vit" and "class" in manifest.prefix:
         return [TargetSpec("class_row"), TargetSpec("class_token")]
-    raise UserError(f"teacher {manifest.id}: nothing is taken from such a network by default; say --target TAP")
+    hint = f"Give {setting('target', 'TAP')}"
+    raise UserError(f"teacher {manifest.id}: such a network has no default targets", hint=hint)
 
 
 def record_targets(
@@ -78,7 +79,7 @@ def record_targets(
         policy: of the bank.
         images: gives uint8 view images `[n, S, S, 3]` for the checks of a new graph.
         provider: where a new graph is checked.
-        say: called with lines for people.
+        say: called with progress lines.
     """
     identities = [target_identity(teacher, manifest, wish, policy) for wish in wishes]
     wanted = {target_id(teacher, identity): identity for identity in identities}
@@ -118,7 +119,8 @@ def target_identity(teacher: Teacher, manifest: TeacherManifest, wish: TargetSpe
         raise UserError(f"teacher {manifest.id}: no tensor of its graph is named for {wish.tap}")
     elif wish.at != "norm":
         raise UserError(
-            f"teacher {manifest.id}: at={wish.at}: of a ready graph --tap-tensor says which tensors are read"
+            f"teacher {manifest.id}: at={wish.at}: the tensors of a ready graph are chosen by "
+            f"{setting('tap_tensor', 'TAP=TENSOR')}"
         )
     layers, grid = None, wish.grid
     if TAPS[wish.tap].layered and (wish.tap != "tokens" or wish.layers or wish.tensors):  # else after the final norm
@@ -146,7 +148,8 @@ def require_kind(name: str, anatomy: Anatomy, tap: str) -> None:
         raise UserError(f"teacher {name} is neither a CNN with stages nor a plain ViT: no {tap}")
     if needs and anatomy.network != needs:
         raise UserError(
-            f"teacher {name} is a {anatomy.network}, {tap} needs a {needs}; what each gives: pipeline teachers NAME"
+            f"teacher {name} is a {anatomy.network}, {tap} needs a {needs}",
+            hint=f"{call('teachers', 'NAME')} shows the targets of a teacher.",
         )
 
 

@@ -157,13 +157,13 @@ def _precompute(job: PrecomputePlan, client: Client | None, progress: Progress, 
             progress.say(f"on {settings['provider']}, {settings['precision']}, onnxruntime {settings['onnxruntime']}")
     outputs = [output.target for several in job.by_graph.values() for output in several]
     for line in invalid:
-        progress.say(f"cannot be decoded, so left out of training: {line}")
+        progress.say(f"cannot be decoded, so skipped in training: {line}")
     for url, flaws in left_out.items():
-        progress.say(f"{url}: {counted_flaws(flaws)}: left out")
+        progress.say(f"{url}: {counted_flaws(flaws)}: skipped")
     for url in empty:
         progress.say(f"{url}: no samples in it, so there is nothing to do")
     if not rendered and not failures:
-        progress.say("all of it was complete already")
+        progress.say("everything was already complete")
     retry_io(lambda: store.objects.put("README.md", card(store).encode()))
     seconds = time.monotonic() - began
     if rendered:

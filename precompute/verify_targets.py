@@ -15,7 +15,7 @@ import numpy as np
 
 from precompute.engine.session import open_session
 from precompute.teachers.teacher import Teacher
-from storage.errors import IdentityError
+from storage.errors import IdentityError, setting
 from storage.objects.state_dict import HUB
 from storage.objects.weights_file import WeightsFile
 from storage.shards.index import ShardIndex
@@ -44,7 +44,7 @@ class LiveTargets:
         store: whose targets.
         report: where failures are listed, by shard, key and view.
         weights: files of weights; each must be a recorded teacher's.
-        say: called with lines for people.
+        say: called with progress lines.
 
     Raises:
         IdentityError: weights that no recorded teacher has.
@@ -67,8 +67,8 @@ class LiveTargets:
             names = [name for name, recorded in digests.items() if recorded == digest]
             if not names:
                 known = " or ".join(f"{digest} ({name})" for name, digest in digests.items())
-                do = "Give the file that precompute was given."
-                raise IdentityError(f"--weights {file}", "sha256", known, digest, do)
+                hint = "Give the file that precompute was given."
+                raise IdentityError(setting("weights", file), "sha256", known, digest, hint)
             self.files |= dict.fromkeys(names, file)
         for name, manifest in self.teachers.items():
             path = manifest.weights
@@ -141,7 +141,9 @@ class LiveTargets:
         made_by = {id: manifest.graph_output for id, manifest in targets.items()}
         graphs = {digest: open_session(self.store.graph(name, digest)) for digest, _ in made_by.values()}
         weights = self.teachers[name].weights
-        why = "its weights came from timm's hub" if weights == HUB else f"{weights} not at hand: --weights F"
+        why = f"{weights} not found: {setting('weights', 'F')}"
+        if weights == HUB:
+            why = "its weights came from the timm hub"
         self.report.compared_with[name] = f"stored graph ({why})"
 
         def values(images: np.ndarray) -> dict[str, np.ndarray]:

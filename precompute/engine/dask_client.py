@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from storage.errors import UserError, first_line
+from storage.errors import UserError, first_line, setting
 
 if TYPE_CHECKING:
     from distributed import Client, LocalCluster
@@ -55,7 +55,7 @@ def workers(
     Args:
         count: how many to start here; None where there is an address.
         address: of a running scheduler.
-        say: called with lines for people.
+        say: called with progress lines.
         timeout: seconds to wait for a first worker. How long the scheduler may take to answer is dask's own setting,
             `distributed.comm.timeouts.connect`.
 
@@ -67,8 +67,8 @@ def workers(
     from distributed.utils import silence_logging_cmgr
 
     cluster: Any = local_cluster(count) if address is None else contextlib.nullcontext(address)
-    what = f"--workers {count}" if address is None else f"--dask {address}"
-    # What dask logs is for its own people: whatever it means for the run is said in the run's own words.
+    where = setting("workers", count) if address is None else setting("dask", address)
+    # What dask logs is for its developers: whatever it means for the run is said in the run's own words.
     with silence_logging_cmgr(logging.CRITICAL), cluster as place:
         try:
             if address is not None:
@@ -77,14 +77,15 @@ def workers(
             client = Client(place, set_as_default=False)  # type: ignore[no-untyped-call]
         except (OSError, TimeoutError, ValueError) as error:
             raise UserError(
-                f"{what}: no scheduler answers there ({first_line(error)}); start one with "
-                "`dask scheduler` and workers with `dask worker ADDRESS`"
+                f"no scheduler answers there ({first_line(error)})",
+                setting=where,
+                hint="Start one with `dask scheduler`, and workers with `dask worker ADDRESS`.",
             ) from None
         with client:
             if address is None:
                 _shield(client)
-            _wait_for_one(client, address, what, say, timeout)
-            _check_workers(client, what, say)
+            _wait_for_one(client, address, where, say, timeout)
+            _check_workers(client, where, say)
             yield client
 
 
@@ -102,18 +103,19 @@ def _shield(client: Client) -> None:
     client.register_plugin(Shield(), name="shield")
 
 
-def _wait_for_one(client: Client, address: str | None, what: str, say: Callable[[str], None], timeout: float) -> None:
+def _wait_for_one(client: Client, address: str | None, where: str, say: Callable[[str], None], timeout: float) -> None:
     """Until there is a worker; a batch system may start them late."""
-    advice = f"start some: dask worker {address}" if address else "is the machine out of memory?"
+    hint = f"Start some: dask worker {address}" if address else "Is the machine out of memory?"
     if not processes(client):
-        say(f"{what}: no worker yet; waiting up to {timeout:g} s for the first; {advice}")
+        say(f"{where}: no worker yet; waiting up to {timeout:g} s for the first. {hint}")
     with connected():
         try:
             client.wait_for_workers(1, timeout=timeout)
         except TimeoutError:
             raise UserError(
-                f"{what}: there are no workers after {timeout:g} s; {advice}. Where they take longer to start: "
-                "--worker-timeout SECONDS"
+                f"there are no workers after {timeout:g} s",
+                setting=where,
+                hint=f"{hint}\n  If workers take longer to start: {setting('worker_timeout', 'SECONDS')}",
             ) from None
 
 
@@ -137,18 +139,19 @@ def processes(client: Client) -> int:
         return len(client.nthreads())  # type: ignore[no-untyped-call]
 
 
-def _check_workers(client: Client, what: str, say: Callable[[str], None]) -> None:
+def _check_workers(client: Client, where: str, say: Callable[[str], None]) -> None:
     """Compare the workers' versions with ours, and say how many there are."""
     try:
         theirs: dict[str, Any] = client.run(versions)
     except Exception as error:  # whatever importing raises there
         raise UserError(
-            f"{what}: the workers cannot import this package ({first_line(error, kind=True)}); install the same "
-            "teacher-store there"
+            f"the workers cannot import this package ({first_line(error, kind=True)})",
+            setting=where,
+            hint="Install the same version of teacher-store there.",
         ) from None
-    mine = versions()
-    for worker, found in theirs.items():
-        for name, version in found.items():
-            if version != mine.get(name):
-                say(f"worker {worker} has {name} {version}, this machine {mine.get(name)}; pixels may differ")
+    own = versions()
+    for worker, packages in theirs.items():
+        for name, version in packages.items():
+            if version != own.get(name):
+                say(f"worker {worker} has {name} {version}, this machine {own.get(name)}; pixels may differ")
     say(f"{len(theirs)} worker(s); dashboard: {client.dashboard_link}")

@@ -22,7 +22,7 @@ from precompute.engine.dask_client import LOST, WORKER_TIMEOUT, connected, proce
 from precompute.engine.session import Session, cores, open_session
 from precompute.engine.shard import run_task
 from precompute.engine.tasks import Outcome, ShardTask
-from storage.errors import UserError, first_line, is_permanent
+from storage.errors import UserError, first_line, is_permanent, setting
 from storage.memory import out_of_memory
 from storage.progress import Progress
 
@@ -265,8 +265,9 @@ def _as_they_come(client: Client, completed: Any, progress: Progress, worker_tim
                 seen, said = now, False
             elif now - seen > worker_timeout:
                 raise UserError(
-                    f"all workers are gone and none came back within {worker_timeout:g} s; run the same command again "
-                    "to resume, with a longer --worker-timeout SECONDS where workers take longer to start"
+                    f"all workers are gone and none came back within {worker_timeout:g} s",
+                    hint="Run the same command again to resume; if workers take longer to start, with a longer "
+                    f"{setting('worker_timeout', 'SECONDS')}",
                 )
             elif not said and now - seen > SAID_AFTER:
                 said = True
@@ -280,9 +281,10 @@ def _result(future: Any, url: str) -> Outcome | Failure:
     try:
         outcome: Outcome | Failure | None = future.result()
     except KilledWorker as error:
-        what = f"the {error.allowed_failures + 1} workers that had it died, the last at {error.last_worker.address}"
-        advice = "start fewer with --workers N, or give those of --dask more memory, and run the same command again"
-        return Failure(f"{url}: {what}: {out_of_memory(advice)}", "worker")
+        died = f"the {error.allowed_failures + 1} workers that had it died, the last at {error.last_worker.address}"
+        fewer, scheduler = setting("workers", "N"), setting("dask", "ADDRESS")
+        hint = f"start fewer by {fewer}, or give those of {scheduler} more memory, and run the same command again"
+        return Failure(f"{url}: {died}: {out_of_memory(hint)}", "worker")
     except Exception as error:
         if future.cancelled():
             raise UserError(LOST) from None

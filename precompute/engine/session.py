@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from storage.errors import UserError, first_line
+from storage.errors import UserError, first_line, setting
 from storage.objects.json_record import Record
 
 if TYPE_CHECKING:
@@ -56,12 +56,13 @@ def open_session(graph: bytes, provider: str = "auto", threads: int | None = Non
     On a CPU it takes so many threads, by default one a core.
 
     Raises:
-        UserError: onnxruntime is not installed, the graph is not one, or CUDA was asked for and cannot be had.
+        UserError: onnxruntime is not installed, the graph is not one, or CUDA was requested and is not available.
     """
     try:
         import onnxruntime
     except ImportError:
-        raise UserError("onnxruntime is not installed: install this package with the extra `cpu` or `gpu`") from None
+        hint = "Install this package with the extra `cpu` or `gpu`."
+        raise UserError("onnxruntime is not installed", hint=hint) from None
     parsed(graph)
     onnxruntime.set_default_logger_severity(4)  # what it would say of errors comes with them
     options = onnxruntime.SessionOptions()
@@ -74,8 +75,9 @@ def open_session(graph: bytes, provider: str = "auto", threads: int | None = Non
     have_cuda = names["cuda"] in onnxruntime.get_available_providers()
     if provider == "cuda" and not have_cuda:
         raise UserError(
-            "--provider cuda: this onnxruntime has no CUDA; install this package with the extra `gpu` in place of "
-            "`cpu`, or say --provider auto"
+            "this onnxruntime has no CUDA",
+            setting=setting("provider", "cuda"),
+            hint=f"Install this package with the extra `gpu` in place of `cpu`, or give {setting('provider', 'auto')}",
         )
     wanted: list[Any] = [cuda] if have_cuda and provider in ("cuda", "auto") else []
     try:
@@ -85,7 +87,8 @@ def open_session(graph: bytes, provider: str = "auto", threads: int | None = Non
         raise UserError(f"the teacher's graph cannot be run: {first_line(error)}") from None
     used = "cuda" if session.get_providers()[0] == names["cuda"] else "cpu"
     if provider == "cuda" and used != "cuda":
-        raise UserError("--provider cuda: onnxruntime fell back to the CPU; look at its CUDA libraries, or use auto")
+        hint = f"Check its CUDA libraries, or give {setting('provider', 'auto')}"
+        raise UserError("onnxruntime fell back to the CPU", setting=setting("provider", "cuda"), hint=hint)
     (name, *_) = (value.name for value in session.get_inputs())
     return Session(session, used, onnxruntime.__version__, name, side_by_side if used == "cpu" else 1)
 
@@ -106,8 +109,8 @@ def parsed(graph: bytes) -> ModelProto:
     outside = [tensor.name for tensor in _tensors(model) if uses_external_data(tensor)]
     if outside:
         raise UserError(
-            f"the teacher's graph keeps {len(outside)} tensor(s) in other files ({outside[0]}); save it as one file"
-            f"\n  {MERGE}"
+            f"the teacher's graph keeps {len(outside)} tensor(s) in other files ({outside[0]})",
+            hint=f"Save it as one file:\n  {MERGE}",
         )
     return model
 

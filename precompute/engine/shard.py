@@ -119,7 +119,7 @@ def run_task(
 def block_views(url: str, index: ShardIndex, policy: Policy, number: int = 0) -> np.ndarray:
     """A block's images in view 0, uint8 [n, S, S, 3], n >= 2: what an exported graph is checked on.
 
-    Invalid images are left out, and nothing is mixed with them.
+    Invalid images are skipped, and nothing is mixed with them.
     """
     block = index.block(number)
     views, pixels = [], []

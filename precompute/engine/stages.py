@@ -18,7 +18,7 @@ from PIL import Image
 
 from precompute.engine.session import Session
 from precompute.engine.tasks import ShardTask, TargetOutput
-from storage.errors import IdentityError, UserError
+from storage.errors import IdentityError, UserError, setting
 from storage.shards.index import ShardIndex, read_samples
 from storage.shards.tar import Sample
 from storage.store import codecs
@@ -215,9 +215,10 @@ class ShardPass:
             return decode(sample.image)
         except BadImage as error:
             if self.task.on_decode_error == "fail":
+                skip = setting("on_decode_error", "skip")
                 raise UserError(
-                    f"{self.task.url}: key {sample.key!r}: {error}\n  Mend or remove the image, or leave such images "
-                    "out of training: --on-decode-error skip"
+                    f"{self.task.url}: key {sample.key!r}: {error}",
+                    hint=f"Fix or remove the image, or skip such images in training: {skip}",
                 ) from None
             return None
 
@@ -273,5 +274,5 @@ class ShardPass:
         committed = [other.record.arrays[name].checksums for name in attempt.entries]
         if own != committed:
             field = "checksums of the bank's parameters and signatures"
-            hint = "Another run drew other views of this shard at the same time; run precompute again."
+            hint = "Another run drew other views of this shard at the same time. Run precompute again."
             raise IdentityError(f"{self.task.url}, view {view}", field, committed, own, hint)

@@ -41,7 +41,7 @@ class ShardTask:
         graph: digest of the teacher's graph.
         outputs: the targets.
         views: how many, from 0.
-        on_decode_error: whether an image that cannot be decoded, or a key without one, fails the shard or is left out.
+        on_decode_error: whether an image that cannot be decoded, or a key without one, fails the shard or is skipped.
         known: ids of shards with the file's stem that the store knew when the run began.
     """
 

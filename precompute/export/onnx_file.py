@@ -21,7 +21,7 @@ from precompute.export.pytorch import CHECKED, PARITY, Exported, TargetDetails, 
 from precompute.taps import TAPS, Tap, TappedTeacher
 from precompute.teachers import onnx_file
 from precompute.teachers.teacher import Teacher
-from storage.errors import UserError, first_line
+from storage.errors import UserError, first_line, setting
 from storage.store.manifests import Network, Stage
 
 OLDEST = 13  # operators: those that are used here are the same from this version on
@@ -101,7 +101,7 @@ class ReferenceRunner:
         self.model.CopyFrom(self.graph.model)
         del self.model.graph.output[:]
         self.model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self.names)  # types are inferred
-        with _told(self.path):
+        with _errors_of(self.path):
             self.session: Session = open_session(self.model.SerializeToString(), "cpu")
         self.output: OutputTaps | None = None  # made for the shapes that come
 
@@ -144,18 +144,18 @@ class ReferenceRunner:
         """Raise UserError where two images together do not give what each gives by itself."""
         fixed = self.graph.batch
         why = f"; its batch is fixed at {fixed}" if fixed else ""
-        do = "export it again with a free batch (dynamic axis 0), in evaluation mode"
-        mixes = do if fixed else "export it again in evaluation mode: its batch is free, but it mixes the images in it"
+        hint = "Export it again with a free batch (dynamic axis 0), in evaluation mode."
+        mixing = hint if fixed else "Export it again in evaluation mode: its batch is free, but it mixes the images."
         if any(node.op_type.startswith("DynamicQuantize") for node in self.graph.model.graph.node):
-            mixes = (
-                "it is dynamically quantised, by scales of all images of a batch together; give the file that it was "
-                "before, or one that is quantised statically"
+            mixing = (
+                "It is dynamically quantized, by scales of all images of a batch together: give the file before "
+                "quantization, or one that is quantized statically."
             )
         try:
             each = [self.tensors(image[None]) for image in images]
             found = self.tensors(images)
         except UserError as error:
-            raise UserError(f"{error}{why}\n  {do}" if fixed else str(error)) from None
+            raise UserError(f"{error.message}{why}", hint=hint if fixed else error.hint) from None
         for i, (name, together) in enumerate(zip(self.names, found, strict=True)):
             for one, alone in zip(np.split(together, len(images)), (tensors[i] for tensors in each), strict=True):
                 same = one.shape == alone.shape
@@ -163,7 +163,8 @@ class ReferenceRunner:
                 if not apart <= PARITY:
                     raise UserError(
                         f"{self.path}: {name} of two images together differs from that of each alone by {apart:.2g} of "
-                        f"the largest value (allowed: {PARITY:g}){why}\n  {mixes}"
+                        f"the largest value (allowed: {PARITY:g}){why}",
+                        hint=mixing,
                     )
 
 
@@ -183,7 +184,8 @@ def _require(graph: onnx_file.OnnxGraph, tap: Tap, values: Mapping[str, np.ndarr
             if not are_rows:
                 raise UserError(
                     f"{where}: its rows are no attention: their sums differ from one by up to {error:.2g} (allowed: "
-                    f"{ROWS:g}), the smallest value is {values[name].min():.2g}; name the tensor after the softmax"
+                    f"{ROWS:g}), the smallest value is {values[name].min():.2g}",
+                    hint="Name the tensor after the softmax.",
                 )
         else:
             _refuse_probabilities(graph, tap.name, name, are_rows and shape[-1] > 1)
@@ -194,15 +196,17 @@ def _require(graph: onnx_file.OnnxGraph, tap: Tap, values: Mapping[str, np.ndarr
 def _refuse_probabilities(graph: onnx_file.OnnxGraph, tap: str, name: str, are_rows: bool) -> None:
     """Refuse what a softmax or a sigmoid gives where a tap is something else, and name the tensor before it."""
     where, before = f"{graph.path}: {tap}={name}", graph.before_squashing(name)
-    advice = "name the tensor before the softmax"
+    hint = "Name the tensor before the softmax."
     if before:
-        advice = f"name the tensor before the {before[0].lower()}: --tap-tensor {tap}={before[1]}"
+        tensor = setting("tap_tensor", f"{tap}={before[1]}")
+        hint = f"Name the tensor before the {before[0].lower()}: {tensor}"
     if tap != "logits":
-        advice = "name another tensor"
+        hint = "Name another tensor."
     if are_rows:
-        raise UserError(f"{where}: these are probabilities: none is negative and each row sums to one; {advice}")
+        message = f"{where}: these are probabilities: none is negative and each row sums to one"
+        raise UserError(message, hint=hint)
     if before and tap == "logits":
-        raise UserError(f"{where}: these are probabilities, which a {before[0].lower()} gives; {advice}")
+        raise UserError(f"{where}: these are probabilities, the output of a {before[0].lower()}", hint=hint)
 
 
 def _details(path: str, tap: Tap, values: Mapping[str, np.ndarray]) -> TargetDetails:
@@ -239,7 +243,7 @@ def export_ready(
     values = dict(zip(alone.names, alone.tensors(views[:2]), strict=True))
     details = tuple(_details(alone.path, tap, values) for tap in alone.taps)
     graph = _joined(alone, views[:2])
-    with _told(f"{alone.path}: joined with its taps"):
+    with _errors_of(f"{alone.path}: joined with its taps"):
         session = open_session(graph, provider)
         found = session.run(images)
     parity = tuple(
@@ -258,7 +262,7 @@ def _joined(alone: ReferenceRunner, views: np.ndarray) -> bytes:
     tensors = alone.tensors(views)
     first = model_of(alone.input, {"images": torch.from_numpy(np.ascontiguousarray(views))}, ["pixels"])
     last = model_of(alone.output, {"tensors": [torch.from_numpy(values) for values in tensors]}, outputs)
-    with _told(f"{alone.path}: cannot be joined with its taps"):
+    with _errors_of(f"{alone.path}: cannot be joined with its taps"):
         model, version = _modern(alone.model)
         renamed = {name: f"{_INNER}file/{name}" for name in ("images", *outputs)}
         _rename(model.graph, renamed)
@@ -301,8 +305,8 @@ def _modern(model: ModelProto) -> tuple[ModelProto, int]:
             return version_converter.convert_version(copy, OLDEST), OLDEST
         except Exception as error:  # the converter raises many kinds
             raise UserError(
-                f"its operators are of version {version} and cannot be brought to {OLDEST} ({first_line(error)}); "
-                f"export it again with opset {OLDEST} or newer"
+                f"its operators are of version {version} and cannot be converted to {OLDEST} ({first_line(error)})",
+                hint=f"Export it again with opset {OLDEST} or newer.",
             ) from None
     return copy, version
 
@@ -320,7 +324,7 @@ def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
 
 
 @contextlib.contextmanager
-def _told(where: str) -> Iterator[None]:
+def _errors_of(where: str) -> Iterator[None]:
     """Whatever the libraries raise about a file is an error of the file."""
     try:
         yield

@@ -14,7 +14,7 @@ import numpy as np
 from precompute.engine.session import open_session
 from precompute.taps import ATTENTION, TAPS, Tap, TappedTeacher, check_attention
 from precompute.teachers.teacher import Teacher, load_teacher
-from storage.errors import UserError, first_line
+from storage.errors import UserError, first_line, setting
 from storage.objects.json_record import Record
 from storage.store.manifests import Network, Stage
 
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
 CHECKED = 16  # images that PyTorch and the graph are compared on
 # What to do with a teacher that cannot be exported here.
-_ADVICE = (
-    "\n  Export the network by other means, and give that file: --teacher model.onnx --tap-tensor TAP=TENSOR\n"
-    "  --debug shows all that the exporter says."
+_HINT = (
+    "Export the network by other means, and give that file: "
+    f"{setting('teacher', 'model.onnx')} {setting('tap_tensor', 'TAP=TENSOR')}\n"
+    f"  {setting('debug', True)} shows the exporter's full output."
 )
 PARITY = 1e-3  # largest difference of an output ÷ its largest value; 2e-5 is usual on a CPU without TF32
 
@@ -89,7 +90,7 @@ def read_taps(module: TappedTeacher, views: Tensor, name: str) -> tuple[list[Ten
     import torch
 
     error = None
-    with _told(f"{name}: {', '.join(tap.name for tap in module.taps)} cannot be read off it"), torch.no_grad():
+    with _one_error(f"{name}: {', '.join(tap.name for tap in module.taps)} cannot be read off it"), torch.no_grad():
         if any(tap.name in ATTENTION for tap in module.taps):
             values = any(tap.name == "v" for tap in module.taps)
             error = check_attention(module.model, module.prepare(views), values=values)
@@ -125,7 +126,7 @@ def export(
     try:
         return _exported(module, images, provider, teacher.name, names)
     except _CannotExport as error:
-        raise UserError(first_line(error) + _ADVICE) from error.__cause__
+        raise UserError(first_line(error), hint=_HINT) from error.__cause__
 
 
 def export_student(
@@ -158,7 +159,7 @@ def _exported(module: TappedTeacher, images: np.ndarray, provider: str, name: st
     views = torch.from_numpy(np.ascontiguousarray(images[:CHECKED]))
     given, attention_error = read_taps(module, views, name)
     expected = [output.numpy() for output in given]
-    with _told(f"{name}: PyTorch cannot export it as an ONNX graph"):
+    with _one_error(f"{name}: PyTorch cannot export it as an ONNX graph"):
         graph = graph_of(module, views[:2], outputs)
     session = open_session(graph, provider)
     found = session.run(images)
@@ -174,10 +175,10 @@ class _CannotExport(UserError):
 
 
 @contextlib.contextmanager
-def _told(what: str) -> Iterator[None]:
+def _one_error(what: str) -> Iterator[None]:
     """Whatever networks and the exporter raise or print is one error, with the first of its causes.
 
-    What they printed is a note of the exception, which `--debug` shows.
+    What they printed is a note of the exception, which a traceback shows.
     """
     printed = io.StringIO()
     try:

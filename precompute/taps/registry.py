@@ -82,5 +82,5 @@ class Tap:
 def check_tap(name: str) -> str:
     """The tap's name; UserError with the nearest one where there is no such tap."""
     if name not in TAPS:
-        raise UserError(f"no tap is called {name!r}. {did_you_mean(name, TAPS)}")
+        raise UserError(f"no tap is called {name!r}", hint=did_you_mean(name, TAPS))
     return name

@@ -1,4 +1,4 @@
-"""What a user asks for: `--target TAP,layers=…,grid=…,codec=…`, parsed."""
+"""What a user asks for, parsed: a target as `TAP,layers=…,grid=…,codec=…`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from storage.errors import UserError, did_you_mean
+from storage.errors import UserError, did_you_mean, setting
 from storage.store import codecs
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def parse_target(text: str) -> list[TargetSpec]:
     """The targets that a text asks for, one for each tap.
 
     Args:
-        text: `TAP[,TAP…][,layers=last|1:4+8][,grid=G][,codec=C]`, as `--target` takes it; activations also take
+        text: `TAP[,TAP…][,layers=last|1:4+8][,grid=G][,codec=C]`, as a request writes it; activations also take
             `at=norm|block` and `antialias=true|false`.
 
     Raises:
@@ -56,7 +56,7 @@ def parse_target(text: str) -> list[TargetSpec]:
     try:
         return _parse(text)
     except UserError as error:
-        raise UserError(f"--target {text}: {error}") from None
+        raise UserError(error.message, setting=setting("target", text), hint=error.hint) from None
 
 
 def _parse(text: str) -> list[TargetSpec]:
@@ -67,9 +67,9 @@ def _parse(text: str) -> list[TargetSpec]:
     options = dict(part.split("=", 1) for part in parts if "=" in part)
     for option in options:
         if option not in _OPTIONS:
-            raise UserError(f"no option is called {option!r}. {did_you_mean(option, _OPTIONS)}")
+            raise UserError(f"no option is called {option!r}", hint=did_you_mean(option, _OPTIONS))
     if not taps:
-        raise UserError(f"names no tap. {did_you_mean('', TAPS)}")
+        raise UserError("names no tap", hint=did_you_mean("", TAPS))
     grid, at, antialias = _maps(taps, options)
     if "layers" in options and not all(TAPS[tap].layered for tap in taps):
         raise UserError(f"{', '.join(t for t in taps if not TAPS[t].layered)} has no layers to choose")
@@ -131,7 +131,7 @@ def layer_numbers(text: str | None, count: int, what: str) -> tuple[int, ...]:
 
 
 def parse_ranges(layers: Sequence[int]) -> str:
-    """`1:4+8`, as `--target` takes it."""
+    """Layers as a target's text has them, such as `1:4+8`."""
     runs: list[list[int]] = []
     for n in layers:
         if runs and n == runs[-1][1] + 1:

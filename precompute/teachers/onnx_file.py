@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from storage.errors import UserError, did_you_mean, first_line
+from storage.errors import UserError, did_you_mean, first_line, setting
 from storage.objects.state_dict import ONNX_FILE
 from storage.store.manifests import Anatomy
 
@@ -95,7 +95,7 @@ def _before(makers: Mapping[str, NodeProto], name: str) -> tuple[str, str] | Non
 
 
 def is_onnx_file(name: str) -> bool:
-    """Whether `--teacher` names a file with a graph, and no network of timm."""
+    """Whether a teacher's name is that of a file with a graph, and not of a network of timm."""
     return name.endswith(".onnx")
 
 
@@ -115,9 +115,9 @@ def read_graph(path: str) -> OnnxGraph:
             raise UserError(f"{path}: it has {size:,} bytes; one ONNX file holds at most {LARGEST:,}")
         model = parsed(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(f"--teacher {path}: cannot be read: {first_line(error)}") from None
+        raise UserError(f"cannot be read: {first_line(error)}", setting=setting("teacher", path)) from None
     except UserError as error:
-        raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+        raise UserError(f"{path}: {error.message.removeprefix(f'{path}: ')}", hint=error.hint) from None
     if not model.graph.node:
         raise UserError(f"{path}: it is no ONNX file with a graph in it")
     weights = {tensor.name for tensor in model.graph.initializer}  # old files list them among the inputs
@@ -147,7 +147,7 @@ def _input(path: str, value: ValueInfoProto) -> tuple[int | None, int | None, bo
     if not value.type.HasField("tensor_type") or precision is None:
         known = value.type.HasField("tensor_type") and tensor.elem_type in TensorProto.DataType.values()
         kind = TensorProto.DataType.Name(tensor.elem_type).lower() if known else "no tensor of a known type"
-        raise UserError(f"{where} is {kind}; expected normalised images: {', '.join(PRECISIONS)}")
+        raise UserError(f"{where} is {kind}; expected normalized images: {', '.join(PRECISIONS)}")
     dims = [dim.dim_value if dim.dim_value > 0 else None for dim in tensor.shape.dim]
     said = f"[{', '.join(map(str, _sizes(value)))}]"
     if len(dims) != 4:
@@ -167,11 +167,11 @@ def require_tensors(graph: OnnxGraph, names: Sequence[str]) -> None:
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, known, 3, 0.5) or graph.outputs
-            raise UserError(f"{graph.path}: no tensor is called {name!r}. {did_you_mean(name, close)}")
+            raise UserError(f"{graph.path}: no tensor is called {name!r}", hint=did_you_mean(name, close))
 
 
 def named_outputs(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Tap -> names of its tensors, of several `--tap-tensor TAP=TENSOR`.
+    """Tap -> names of its tensors, from texts such as `TAP=TENSOR`.
 
     Raises:
         UserError: not such a text, or an unknown tap, with the nearest one.
@@ -182,7 +182,7 @@ def named_outputs(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
     for text in texts:
         tap, equals, tensor = text.partition("=")
         if not equals or not tensor:
-            raise UserError(f"--tap-tensor {text}: expected TAP=TENSOR, such as logits=output")
+            raise UserError("expected TAP=TENSOR, such as logits=output", setting=setting("tap_tensor", text))
         found[check_tap(tap)] = (*found.get(tap, ()), tensor)
     return found
 
@@ -196,22 +196,24 @@ def given_tensors(path: str, tensors: Mapping[str, Sequence[str]], wishes: Seque
         wishes: what is asked for.
 
     Raises:
-        UserError: a tap that cannot be had from a ready graph, one without tensors, or tensors that the graph lacks.
+        UserError: a tap that a ready graph cannot give, one without tensors, or tensors that the graph lacks.
     """
     from precompute.taps import TAPS, check_tap
 
     graph = read_graph(path)
-    outputs = ", ".join(graph.outputs) or "none"
+    outputs = f"its outputs: {', '.join(graph.outputs) or 'none'}"
     if not tensors:
+        general, example = setting("tap_tensor", "TAP=TENSOR"), setting("tap_tensor", f"logits={_logits(graph)}")
         raise UserError(
-            f"{path}: a graph does not say what its tensors mean: name them by --tap-tensor TAP=TENSOR, such as "
-            f"--tap-tensor logits={_logits(graph)}; its outputs: {outputs}"
+            f"{path}: a graph does not say what its tensors mean; {outputs}",
+            hint=f"Name them by {general}, such as {example}",
         )
     for tap, names in tensors.items():
         if check_tap(tap) in ("q", "k", "v"):
             raise UserError(
                 f"{path}: {tap}: a ready graph gives no q, k and v: nothing tells whether they make the attention that "
-                "the network uses; name its rows instead (after the softmax): --tap-tensor attention=TENSOR"
+                "the network uses",
+                hint=f"Name its rows instead (after the softmax): {setting('tap_tensor', 'attention=TENSOR')}",
             )
         if len(names) > 1 and not TAPS[tap].layered:
             raise UserError(f"{path}: {tap} is one tensor, {len(names)} are named: {', '.join(names)}")
@@ -220,7 +222,8 @@ def given_tensors(path: str, tensors: Mapping[str, Sequence[str]], wishes: Seque
         require_tensors(graph, names)
     for wish in wishes:
         if not tensors.get(wish.tap):
-            raise UserError(f"{path}: {wish.tap} has no tensor: --tap-tensor {wish.tap}=TENSOR; its outputs: {outputs}")
+            hint = f"Name one by {setting('tap_tensor', f'{wish.tap}=TENSOR')}"
+            raise UserError(f"{path}: {wish.tap} has no tensor; {outputs}", hint=hint)
     return [replace(wish, tensors=tuple(tensors[wish.tap])) for wish in wishes]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from precompute.teachers.onnx_file import is_onnx_file, read_graph
-from storage.errors import UserError, did_you_mean, first_line
+from storage.errors import UserError, call, did_you_mean, first_line, setting
 from storage.objects import json_record
 from storage.objects.checkpoint_file import EARLIER
 from storage.objects.state_dict import HUB, ONNX_FILE, digest_of_state, load_weights
@@ -139,10 +139,11 @@ def find_teacher(
             or argument that makes no sense.
     """
     if is_onnx_file(name):
-        given_flags = {"--weights": weights, "--weights-key": weights_key, "--teacher-arg": arguments}
-        for flag, given in given_flags.items():
-            if given:
-                raise UserError(f"{flag}: {name} is a ready graph, whose weights and arguments are in it")
+        names = ",".join(arguments or {})
+        for option, value in {"weights": weights, "weights_key": weights_key, "teacher_arg": names}.items():
+            if value:
+                message = f"{name} is a ready graph, which holds its own weights and arguments"
+                raise UserError(message, setting=setting(option, value))
         return _find_ready(name, input_size, mean, std, _checked_name(Path(name).stem, teacher_name))
     model, size = resolve(name)
     given_all = name in SHORT_NAMES and mean is not None and std is not None
@@ -159,11 +160,13 @@ def find_teacher(
         weights_key = _key(file, weights_key, say)
     else:
         if weights_key is not None:
-            raise UserError(f"--weights-key {weights_key}: it chooses in a file of weights: give one by --weights F")
+            hint = f"Give one by {setting('weights', 'F')}"
+            raise UserError("there is no file of weights", setting=setting("weights_key", weights_key), hint=hint)
         if "num_classes" in (arguments or {}):
             raise UserError(
-                "--teacher-arg num_classes: timm would give the hub's weights a new, random head; give a file of a "
-                "network that was trained for these classes: --weights F"
+                "timm would give the hub's weights a new, random head",
+                setting=setting("teacher_arg", "num_classes"),
+                hint=f"Give a file of a network that was trained for these classes: {setting('weights', 'F')}",
             )
         say(f"weights of {model} from timm's hub")
         digest, classes = _digest_of_hub(model, arguments or {}), None
@@ -171,12 +174,12 @@ def find_teacher(
     try:
         json_record.canonical(arguments or {})
     except (TypeError, ValueError) as error:
-        raise UserError(
-            f"--teacher-arg: {first_line(error)}; expected numbers, words, lists and mappings of these"
-        ) from None
+        message = f"{first_line(error)}; expected numbers, words, lists and mappings of these"
+        raise UserError(message, setting=setting("teacher_arg", "NAME=VALUE")) from None
     own = (arguments or {}).get("img_size", input_size)
     if input_size not in (None, own):
-        raise UserError(f"--input-size {input_size}: --teacher-arg img_size={own} says something else")
+        other = setting("teacher_arg", f"img_size={own}")
+        raise UserError(f"{other} says something else", setting=setting("input_size", input_size))
     input_size = own if isinstance(own, int) else input_size
     return Teacher(
         teacher_name, model, arguments or {}, weights, digest, int(input_size or size or 224),
@@ -190,7 +193,7 @@ def _key(file: WeightsFile, wanted: str | None, say: Callable[[str], None]) -> s
         return None
     chosen = file.weights(wanted)
     if chosen.others and wanted is None:
-        say(f"weights of {file.path}: {chosen}, as timm chooses; another by --weights-key KEY")
+        say(f"weights of {file.path}: {chosen}, as timm chooses; choose others by {setting('weights_key', 'KEY')}")
     return None if chosen.as_earlier else chosen.key
 
 
@@ -201,13 +204,16 @@ def _find_ready(
     side = read_graph(path).side
     if mean is None or std is None:
         raise UserError(
-            f"{path}: a graph does not say how its images are normalised; give --mean and --std, for pixels from 0 to "
-            "1 (usual are 0.5 and 0.5, or 0.485,0.456,0.406 and 0.229,0.224,0.225)"
+            f"{path}: a graph does not say how its images are normalized",
+            hint=f"Give {setting('mean', 'M')} and {setting('std', 'S')}, for pixels from 0 to 1 (usual are 0.5 "
+            "and 0.5, or 0.485,0.456,0.406 and 0.229,0.224,0.225).",
         )
     if side is None and input_size is None:
-        raise UserError(f"{path}: it takes images of any size; say which it was made for: --input-size N")
+        hint = f"Give the size that it was made for: {setting('input_size', 'N')}"
+        raise UserError(f"{path}: it takes images of any size", hint=hint)
     if None not in (side, input_size) and side != input_size:
-        raise UserError(f"--input-size {input_size}: {path} takes images of {side}x{side} alone")
+        message = f"{path} takes only images of {side}x{side}"
+        raise UserError(message, setting=setting("input_size", input_size))
     size = side or input_size or 0
     _require_size(size)
     return Teacher(
@@ -219,25 +225,27 @@ def _checked_name(name: str, teacher_name: str | None) -> str:
     """What the store calls a teacher: as was said, or after its name."""
     teacher_name = teacher_name or re.sub(r"[^A-Za-z0-9_-]", "_", name)[:40]
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", teacher_name):
-        raise UserError(f"--teacher-name {teacher_name!r}: a teacher's name has 1 to 40 letters, digits, - and _")
+        message = "a teacher's name has 1 to 40 letters, digits, - and _"
+        raise UserError(message, setting=setting("teacher_name", teacher_name))
     if teacher_name == "views":
-        raise UserError("--teacher-name views: this name is taken by the stored view images; choose another")
+        message = "this name is taken by the stored view images; choose another"
+        raise UserError(message, setting=setting("teacher_name", teacher_name))
     return teacher_name
 
 
 def _require_size(input_size: int | None) -> None:
     if input_size is not None and not 8 <= input_size <= 4096:
-        raise UserError(f"--input-size {input_size}: expected 8 to 4096")
+        raise UserError("expected 8 to 4096", setting=setting("input_size", input_size))
 
 
-def _three(values: Sequence[float], what: str) -> tuple[float, float, float]:
-    several = tuple(float(v) for v in values) * (3 if len(values) == 1 else 1)
-    if len(several) != 3 or not all(map(math.isfinite, several)) or (what == "std" and min(several) <= 0):
+def _three(values: Sequence[float], name: str) -> tuple[float, float, float]:
+    numbers = tuple(float(v) for v in values) * (3 if len(values) == 1 else 1)
+    if len(numbers) != 3 or not all(map(math.isfinite, numbers)) or (name == "std" and min(numbers) <= 0):
         raise UserError(
-            f"--{what}: expected one number or three, separated by commas{' (above 0)' * (what == 'std')}, "
-            f"found {', '.join(map(str, values))}"
+            f"expected one number or three, separated by commas{' (above 0)' * (name == 'std')}",
+            setting=setting(name, ",".join(map(str, values))),
         )
-    return several
+    return numbers
 
 
 def resolve(name: str) -> tuple[str, int | None]:
@@ -251,16 +259,16 @@ def about_weights(model: str, name: str) -> dict[str, Any]:
 
     if not timm.is_model(model):
         close = difflib.get_close_matches(name, [*SHORT_NAMES, *timm.list_models()], cutoff=0.5)
-        hint = did_you_mean(name, close or SHORT_NAMES)
         raise UserError(
-            f"no teacher is called {name!r}. {hint} `pipeline teachers` lists short names; any of timm.list_models() "
-            "serves, too."
+            f"no teacher is called {name!r}",
+            hint=f"{did_you_mean(name, close or SHORT_NAMES)} {call('teachers')} lists short names; every name of "
+            "timm.list_models() can be used, too.",
         )
     try:
         config = timm.get_pretrained_cfg(model)
     except RuntimeError:  # the tag behind the dot
         known = timm.list_pretrained(f"{model.partition('.')[0]}.*")
-        raise UserError(f"no weights are called {name!r}. {did_you_mean(name, known)}") from None
+        raise UserError(f"no weights are called {name!r}", hint=did_you_mean(name, known)) from None
     if config is None:
         return {"size": None, "mean": (0.5,), "std": (0.5,)}
     return {"size": config.input_size[-1], "mean": config.mean, "std": config.std}
@@ -286,9 +294,11 @@ def load_teacher(teacher: Teacher) -> nn.Module:
     embed = getattr(model, "patch_embed", None)
     patch = getattr(embed, "patch_size", None)
     if isinstance(patch, tuple) and any(teacher.input_size % side for side in patch):
+        nearest = patch[0] * max(1, round(teacher.input_size / patch[0]))
         raise UserError(
-            f"teacher {teacher.name}: an input of {teacher.input_size} pixels is no multiple of its patches of "
-            f"{patch[0]}; say --input-size {patch[0] * max(1, round(teacher.input_size / patch[0]))}"
+            f"teacher {teacher.name}: an input of {teacher.input_size} pixels is not a multiple of its patches of "
+            f"{patch[0]}",
+            hint=f"Give {setting('input_size', nearest)}",
         )
     if teacher.weights is not None:
         try:
@@ -304,11 +314,12 @@ def _create(model: str, arguments: dict[str, Any], *, pretrained: bool) -> nn.Mo
     try:
         made: nn.Module = timm.create_model(model, pretrained=pretrained, **arguments)
     except Exception as error:  # timm and the hub raise many kinds
-        what = "its weights cannot be had from timm's hub" if pretrained else f"cannot be made with {arguments}"
-        advice = "Change --teacher-arg, or leave it out."
+        problem = f"cannot be made with {arguments}"
+        hint = f"Change {setting('teacher_arg', 'NAME=VALUE')}, or leave it out."
         if pretrained:
-            advice = "Give a file: --weights F, or in a project file teachers.NAME.weights."
-        raise UserError(f"teacher {model}: {what}: {first_line(error)}\n  {advice}") from None
+            problem = "its weights could not be downloaded from the timm hub"
+            hint = f"Give a file: {setting('weights', 'F')}, or in a project file teachers.NAME.weights."
+        raise UserError(f"teacher {model}: {problem}: {first_line(error)}", hint=hint) from None
     return made
 
 

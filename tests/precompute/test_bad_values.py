@@ -53,7 +53,7 @@ def corrupt(world: World, tmp_path: Path) -> str:
 
 def test_an_image_that_cannot_be_decoded_fails_its_shard_by_key(world: World, tmp_path: Path, corrupt: str) -> None:
     place = seeded(world, tmp_path / "store")
-    with pytest.raises(UserError, match=r"corrupt-000000.tar: key 'shard-000000-00003'.*\n.*--on-decode-error skip"):
+    with pytest.raises(UserError, match=r"corrupt-000000.tar: key 'shard-000000-00003'.*\n.*`on_decode_error=skip`"):
         run_precompute(place, [world.shards[1], corrupt], teacher_of(world.weights, "cnn"), CNN)
     store = Store.open(place)
     assert {task.shard for task in store.done()} == {store.require(world.shards[1], store.shard_ids()).id}

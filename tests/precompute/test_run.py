@@ -62,7 +62,7 @@ def test_the_same_command_again_writes_nothing_and_says_so(world: World, tmp_pat
         result, lines = told(place, world, kind, wishes)
         assert (result["written"], result["view_images"], result["views"]) == (0, 0, 2)
         assert any(line.endswith("2 shard(s)") and kind in line for line in lines)
-        assert "all of it was complete already" in lines
+        assert "everything was already complete" in lines
     assert snapshot(place) == before
 
 
@@ -243,5 +243,5 @@ def test_more_than_one_view_of_a_policy_without_chance_is_refused(
     world: World, tmp_path: Path, line: str, count: int
 ) -> None:
     wanted = {"policy": policy(line, 32), "num_views": count}
-    with pytest.raises(UserError, match=f"--num-views {count}: .* leaves nothing to chance"):
+    with pytest.raises(UserError, match=f"`num_views={count}`: .* leaves nothing to chance"):
         run_precompute(seeded(world, tmp_path / "s"), world.shards, teacher_of(world.weights, "cnn"), CNN, **wanted)

@@ -100,7 +100,7 @@ def test_without_the_weights_the_stored_graph_is_asked_and_it_is_said(world: Wor
     Path(weights).unlink()
     report = checked(store, one[1])
     assert not report.failures
-    assert report.compared_with["cnn"] == f"stored graph ({weights} not at hand: --weights F)"
+    assert report.compared_with["cnn"] == f"stored graph ({weights} not found: `weights=F`)"
     report = checked(store, one[1], weights=(world.weights["cnn"],))
     assert not report.failures
     assert report.compared_with["cnn"] == f"PyTorch teacher ({world.weights['cnn']})"

@@ -162,7 +162,7 @@ def test_a_shard_that_kills_its_workers_is_listed_and_the_others_are_finished(
     told = result["failures"][0]["error"]
     assert "workers that had it died, the last at tcp://" in told
     assert "memory ran out" in told
-    assert "start fewer with --workers N" in told
+    assert "start fewer by `workers=N`" in told
     assert len(result["shards"]) == 4
     print("begun", {Path(url).parent.name: begun(tmp_path / "begun").count(url) for url in shards})
 

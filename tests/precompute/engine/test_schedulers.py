@@ -122,7 +122,7 @@ def test_a_running_scheduler_is_joined_and_relative_paths_are_those_of_the_comma
 def test_a_first_worker_is_waited_for_as_long_as_was_said(deit: World, tmp_path: Path, scheduler: Any) -> None:
     place, dask = seeded(deit, tmp_path / "store"), scheduler()
     with pytest.raises(
-        UserError, match=r"there are no workers after 1 s; start some: dask worker tcp://.*--worker-tim"
+        UserError, match=r"there are no workers after 1 s\n  Start some: dask worker tcp://.*\n.*`worker_tim"
     ):
         run(deit, place, dask=dask.address, worker_timeout=1)
     process = start(command(deit, place, deit.shards, "--dask", dask.address, "--worker-timeout", str(HANGS)))
@@ -161,9 +161,10 @@ def test_an_address_without_a_scheduler_is_a_clear_error_as_soon_as_dask_gives_u
     process = start(words, env={**os.environ, "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "2s"})
     _, err = process.communicate(timeout=HANGS)
     assert process.returncode == 1
-    (line,) = [line for line in err.decode().splitlines() if not line.startswith("store ")]
+    line, hint = [line for line in err.decode().splitlines() if not line.startswith("store ")]
     assert line.startswith(f"error: --dask {address}: no scheduler answers there ("), err.decode()
     assert why in line
+    assert hint.startswith("  Start one with `dask scheduler`")
 
 
 @pytest.mark.parametrize(("method", "calls"), [("nthreads", 0), ("nthreads", 1), ("nthreads", 2), ("submit", 1)])

@@ -315,7 +315,7 @@ def test_cuda_that_is_not_there_is_an_error_and_auto_takes_the_cpu(cases: Any, m
 
     graph = cases("vit").exported.graph
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(UserError, match="--provider cuda: this onnxruntime has no CUDA"):
+    with pytest.raises(UserError, match="`provider=cuda`: this onnxruntime has no CUDA"):
         sessions.open_session(graph, "cuda")
     assert sessions.open_session(graph, "auto").settings["provider"] == "cpu"
 

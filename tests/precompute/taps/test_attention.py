@@ -202,7 +202,7 @@ def test_contract_12_leaves_no_hook_behind_when_it_refuses() -> None:
 
 
 def test_an_unknown_tap_is_named_with_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"no tap is called 'activatons'. Did you mean 'activations'"):
+    with pytest.raises(UserError, match=r"no tap is called 'activatons'\n  Did you mean 'activations'"):
         check_tap("activatons")
 
 

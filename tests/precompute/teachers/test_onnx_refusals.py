@@ -36,7 +36,7 @@ MIXES = [
     ("about", "says"),
     [
         ({"nodes": FIXED, "weights": {"shape": np.array([1, 3])}, "shape": (1, 3, 16, 16)},
-         r"cannot be run on 2 x \[1, 3, 16, 16\].*its batch is fixed at 1\n  export it again with a free batch"),
+         r"cannot be run on 2 x \[1, 3, 16, 16\].*its batch is fixed at 1\n  Export it again with a free batch"),
         ({"nodes": FIXED, "weights": {"shape": np.array([1, -1])}, "shape": (1, 3, 16, 16)},
          r"y is \[1, 6\] for 2 images; expected one row each; its batch is fixed at 1"),
         ({"nodes": MIXES}, r"y of two images together differs from that of each alone by .* \(allowed: 0.001\)"),
@@ -59,13 +59,13 @@ def test_graphs_that_cannot_teach_are_refused(tmp_path: Path, about: dict[str, A
     ("about", "says"),
     [
         ({"inputs": ("x", "z")}, r"it has 2 inputs \(x, z\); expected one"),
-        ({"kind": TensorProto.UINT8}, "its input x is uint8; expected normalised images: float32"),
+        ({"kind": TensorProto.UINT8}, "its input x is uint8; expected normalized images: float32"),
         ({"kind": TensorProto.STRING}, "its input x is string"),
         ({"shape": ("N", 3, 16)}, r"its input x is \[N, 3, 16\]; expected a batch of RGB images"),
         ({"shape": ("N", 5, 16, 16)}, r"its input x is \[N, 5, 16, 16\]; expected three channels"),
         ({"shape": ("N", 3, 16, 24)}, r"is \[N, 3, 16, 24\]; only square images"),
-        ({"shape": ("N", 3, 4, 4)}, r"--input-size 4: expected 8 to 4096"),
-        ({"shape": ("N", 3, "H", "W")}, "it takes images of any size; say which it was made for: --input-size N"),
+        ({"shape": ("N", 3, 4, 4)}, r"`input_size=4`: expected 8 to 4096"),
+        ({"shape": ("N", 3, "H", "W")}, r"it takes images of any size\n  Give the size .*: `input_size=N`"),
     ],
 )
 def test_other_inputs_than_square_images_are_refused(tmp_path: Path, about: dict[str, Any], says: str) -> None:
@@ -149,22 +149,22 @@ def test_a_graph_that_reads_other_files_is_refused(tmp_path: Path, place: str) -
     model = onnx.load(str(path))
     HIDDEN[place](model)
     path.write_bytes(model.SerializeToString())
-    says = r"g\.onnx: .*keeps [12] tensor\(s\) in other files \([wi]\); save it as one file"
+    says = r"g\.onnx: .*keeps [12] tensor\(s\) in other files \([wi]\)\n  Save it as one file"
     with pytest.raises(UserError, match=says):
         teachers.find_teacher(str(path), **HALF)
-    with pytest.raises(UserError, match="save it as one file"):
+    with pytest.raises(UserError, match="Save it as one file"):
         open_session(path.read_bytes(), "cpu")
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"mean": None}, "does not say how its images are normalised; give --mean and --std"),
-        ({"std": None}, "does not say how its images are normalised; give --mean and --std"),
-        ({"input_size": 32}, r"--input-size 32: .* takes images of 16x16 alone"),
-        ({"weights": "w.pth"}, r"--weights: .*g\.onnx is a ready graph, whose weights and arguments are in it"),
-        ({"arguments": {"a": 1}}, r"--teacher-arg: .* is a ready graph"),
-        ({"teacher_name": "a/b"}, "--teacher-name 'a/b': a teacher's name has"),
+        ({"mean": None}, r"does not say how its images are normalized\n  Give `mean=M` and `std=S`"),
+        ({"std": None}, r"does not say how its images are normalized\n  Give `mean=M` and `std=S`"),
+        ({"input_size": 32}, r"`input_size=32`: .* takes only images of 16x16"),
+        ({"weights": "w.pth"}, r"`weights=w.pth`: .*g\.onnx is a ready graph, which holds its own"),
+        ({"arguments": {"a": 1}}, r"`teacher_arg=a`: .* is a ready graph"),
+        ({"teacher_name": "a/b"}, "`teacher_name=a/b`: a teacher's name has"),
     ],
 )
 def test_what_makes_no_sense_of_a_graph_is_refused(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
@@ -183,14 +183,14 @@ def test_what_makes_no_sense_of_a_graph_is_refused(tmp_path: Path, changes: dict
         (
             [],
             [],
-            r"name them by --tap-tensor TAP=TENSOR, such as --tap-tensor logits=stage1; its outputs: stage1, stage2",
+            r"its outputs: stage1, stage2.*\n.* by `tap_tensor=TAP=TENSOR`, such as `tap_tensor=logits=stage1`",
         ),
-        (["logits"], [], "--tap-tensor logits: expected TAP=TENSOR"),
+        (["logits"], [], "`tap_tensor=logits`: expected TAP=TENSOR"),
         (["logits="], [], "expected TAP=TENSOR"),
-        (["logit=logits"], [], "no tap is called 'logit'. Did you mean 'logits'"),
-        (["logits=logit"], [], r"cnn-graph.onnx: no tensor is called 'logit'. Did you mean 'logits'"),
-        (["logits=image"], [], "no tensor is called 'image'. "),
-        (["q=logits"], [], "q: a ready graph gives no q, k and v: .*--tap-tensor attention=TENSOR"),
+        (["logit=logits"], [], r"no tap is called 'logit'\n  Did you mean 'logits'"),
+        (["logits=logit"], [], r"cnn-graph.onnx: no tensor is called 'logit'\n  Did you mean 'logits'"),
+        (["logits=image"], [], "no tensor is called 'image'\n"),
+        (["q=logits"], [], "q: a ready graph gives no q, k and v: .*\n.*`tap_tensor=attention=TENSOR`"),
         (["logits=logits", "logits=stage1"], [], "logits is one tensor, 2 are named: logits, stage1"),
         (["activations=stage1", "activations=stage1"], [], "activations: a tensor is named twice"),
         (["logits=logits"], ["activations"], "activations has no tensor"),

@@ -83,7 +83,8 @@ def test_which_weights_are_taken_is_said_and_a_key_takes_others(tmp_path: Path) 
     lines: list[str] = []
     find(path, say=lines.append)
     assert lines == [
-        f"weights of {path}: state_dict_ema (it also has state_dict), as timm chooses; another by --weights-key KEY"
+        f"weights of {path}: state_dict_ema (it also has state_dict), as timm chooses; "
+        "choose others by `weights_key=KEY`"
     ]
     assert equal(loaded(path, weights_key="state_dict"), state(0))
     assert equal(loaded(path, weights_key="state_dict_ema"), state(1))
@@ -95,16 +96,16 @@ def test_a_key_goes_down_several_levels(tmp_path: Path) -> None:
     path = saved(tmp_path / "w.pth", {"a.b": {"c": state(2)}, "teacher": {"net": state(1)}, "state_dict": state(0)})
     assert equal(loaded(path, weights_key="teacher.net"), state(1))
     assert equal(loaded(path, weights_key="a.b.c"), state(2))
-    with pytest.raises(UserError, match=r"--weights-key teacher: no state dict of tensors; it holds a dictionary"):
+    with pytest.raises(UserError, match=r"`weights_key=teacher`: .*no state dict .*; it holds a dictionary"):
         find(path, weights_key="teacher")
-    with pytest.raises(UserError, match=r"--weights-key ema: no .*\n.* dictionaries of tensors: --weights-key a\.b\.c"):
+    with pytest.raises(UserError, match=r"`weights_key=ema`: .*\n.* dictionaries of tensors: `weights_key=a\.b\.c`"):
         find(path, weights_key="ema")
 
 
 def test_a_key_without_a_file_to_choose_in_is_refused() -> None:
-    with pytest.raises(UserError, match="--weights-key x: it chooses in a file of weights"):
+    with pytest.raises(UserError, match="`weights_key=x`: there is no file of weights"):
         teacher.find_teacher("resnet34", weights_key="x")
-    with pytest.raises(UserError, match=r"--weights-key: g\.onnx is a ready graph"):
+    with pytest.raises(UserError, match=r"`weights_key=x`: g\.onnx is a ready graph"):
         teacher.find_teacher("g.onnx", weights_key="x")
 
 
@@ -215,18 +216,18 @@ def test_dictionaries_in_a_file_are_listed_with_their_first_names(tmp_path: Path
     text = refused(path)
     assert "expected a state dict of tensors; it holds a dictionary {teacher: 44 tensors (backbone.cls_token, " in text
     assert "epoch: int; args: Namespace}" in text
-    assert text.endswith("--weights-key teacher")
+    assert text.endswith("`weights_key=teacher`")
     text = refused(path, weights_key="teacher")
     assert "44 missing (cls_token, pos_embed, patch_embed.proj.weight, …); 44 unexpected (backbone.cls_token, " in text
-    assert "Its weights are teacher (it also has student); another by --weights-key KEY" in text
-    assert text.endswith("The network's names are there behind 'backbone.'; save the state dict without it.")
+    assert "Its weights are teacher (it also has student); choose others by `weights_key=KEY`" in text
+    assert text.endswith("The network's names are there with the prefix 'backbone.'; save the state dict without it.")
 
 
 @pytest.mark.parametrize("prefix", ["model.", "backbone.", "encoder.net."])
 def test_a_prefix_is_named(tmp_path: Path, prefix: str) -> None:
     text = refused(saved(tmp_path / "w.pth", behind(prefix, state())))
-    assert f"names are there behind {prefix!r}" in text
-    assert "--teacher-arg" not in text
+    assert f"names are there with the prefix {prefix!r}" in text
+    assert "teacher_arg" not in text
 
 
 def test_names_of_another_library_are_said_to_be(tmp_path: Path) -> None:
@@ -235,13 +236,13 @@ def test_names_of_another_library_are_said_to_be(tmp_path: Path) -> None:
     text = refused(saved(tmp_path / "w.pth", theirs))
     assert "2 unexpected (vit.embeddings.cls_token, vit.encoder.layer.0.attention" in text
     assert "None of its 2 names is one of the network's (they look like those of transformers' models)" in text
-    assert "--teacher-arg" not in text
+    assert "teacher_arg" not in text
 
 
 def test_a_file_without_a_classifier_is_taken_by_a_network_without_one(tmp_path: Path) -> None:
     body = {name: tensor for name, tensor in state().items() if not name.startswith("head.")}
     path = saved(tmp_path / "w.pth", body)
-    assert refused(path).endswith("It has no classifier: --teacher-arg num_classes=0")
+    assert refused(path).endswith("It has no classifier: `teacher_arg=num_classes=0`")
     assert equal(loaded(path, arguments={**VIT, "num_classes": 0}), body)
 
 
@@ -253,7 +254,7 @@ def test_archives_of_other_kinds_are_named_with_a_way_to_weights(tmp_path: Path)
     assert "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth')" in text
     np.savez(tmp_path / "jax.npz", cls=np.zeros(3))
     text = refused(str(tmp_path / "jax.npz"))
-    assert "it is NumPy arrays, as JAX models are published; where timm knows them" in text
+    assert "it is NumPy arrays, as JAX models are published\n  If timm knows the model" in text
 
 
 @pytest.mark.parametrize(
