@@ -59,7 +59,7 @@ _ADVICE = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give a place that you may read and write"),
     **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR), "give another path"),
 }
-_DAMAGED = "\n  `pipeline verify --store DIR` lists all that is damaged, and how it is made anew."
+_DAMAGED = "\n  `pipeline verify --store DIR` lists everything that is damaged, and how to recompute it."
 
 
 class _Terminated(KeyboardInterrupt):
@@ -110,8 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (UserError, click.ClickException) as error:
         if debug:
             raise
-        alone = isinstance(error, DamageError) and "\n" not in str(error)
-        _fail(f"{error}{_DAMAGED if alone else ''}", as_json, 1)
+        _fail(f"{error}{_DAMAGED if isinstance(error, DamageError) and not error.hint else ''}", as_json, 1)
     except BrokenPipeError:
         raise SystemExit(1) from None
     except OSError as error:

@@ -7,7 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from pipeline.messages import as_flags
+from pipeline.messages import as_flags, with_flags
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -74,4 +74,4 @@ class Console:
 
 def show(result: dict[str, Any], lines: list[str], as_json: bool) -> None:
     """The result on stdout: one JSON object, or lines."""
-    print(json.dumps(result) if as_json else as_flags("\n".join(lines)))
+    print(json.dumps(with_flags(result)) if as_json else as_flags("\n".join(lines)))

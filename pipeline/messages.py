@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 # `name=value` and `name(…)`, as storage.errors writes them; nothing else in backticks is touched.
 _MENTION = re.compile(r"`(?P<name>[a-z][a-z0-9_]*(?:\.[A-Za-z0-9_*]+)*)(?:=(?P<value>[^`]*)|\((?P<parts>[^`]*)\))`")
@@ -22,6 +23,15 @@ def as_flags(text: str) -> str:
         alone = _MENTION.fullmatch(line.strip())
         lines.append(_MENTION.sub(lambda match, alone=alone: _shown(match, quoted=alone is None), line))  # type: ignore[misc]
     return "\n".join(lines)
+
+
+def with_flags(result: Any) -> Any:
+    """A result, to be written as JSON, with all its texts as `as_flags` gives them."""
+    if isinstance(result, dict):
+        return {key: with_flags(value) for key, value in result.items()}
+    if isinstance(result, list | tuple):
+        return [with_flags(value) for value in result]
+    return as_flags(result) if isinstance(result, str) else result
 
 
 def _shown(match: re.Match[str], quoted: bool) -> str:

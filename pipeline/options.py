@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from pipeline.console import Console
 from pipeline.project import context
 from storage.errors import UserError, did_you_mean, display_path
 
@@ -219,7 +220,7 @@ def _wanted(teacher: str | None, **flags: Any) -> PrecomputeRequest | dict[str, 
         except UserError as error:
             if read is None or not entries:
                 raise
-            raise UserError(f"{error}\n  {read.path} has teachers {', '.join(entries)}.") from None
+            raise UserError(str(error), hint=f"{read.path} has teachers {', '.join(entries)}.") from None
     assert read is not None
     chosen = list(entries) if teacher is None else [teacher]
     if len(chosen) > 1:
@@ -316,16 +317,15 @@ def _one(
             std=stds,
             teacher_name=teacher_name,
             weights_key=weights_key,
-            say=lambda line: click.echo(line, err=True),
+            say=Console().say,
         )
         if found.ready:
             wishes = onnx_file.given_tensors(model, tensors, wishes)
     except UserError as error:
         if not where:
             raise
-        missing = str(error).startswith("--weights ") and _is_missing(weights)
-        advice = f"\n  {_ADVICE}" if missing else ""
-        raise UserError(f"{where}{error}{advice}") from None
+        missing = error.setting.startswith("`weights=") and _is_missing(weights)
+        raise UserError(f"{where}{error}", hint=_ADVICE if missing else "") from None
     named = {"line": view_policy, "size": view_size, "seed": seed}
     given = frozenset(name for name, value in named.items() if value is not None)
     return PrecomputeRequest(

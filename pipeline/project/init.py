@@ -73,7 +73,7 @@ def look(folder: Path, home: Path, progress: Progress) -> ImageSummary:
     if not tars:
         return _images(folder, progress)
     for line in odd:
-        progress.say(f"left out: {line}")
+        progress.say(f"skipped: {line}")
     return _shards(folder, [Path(tar) for tar in tars], home, progress)
 
 
@@ -87,7 +87,7 @@ def _images(folder: Path, progress: Progress) -> ImageSummary:
             f"{{{','.join(IMAGES)}}} for two classes or more"
         )
     for line in odd:
-        progress.say(f"left out: {line}")
+        progress.say(f"skipped: {line}")
     step = max(1, len(files) // LOOKED_AT)
     sides = []
     for path, _, _ in files[::step]:
@@ -130,7 +130,7 @@ def _shards(folder: Path, tars: Sequence[Path], home: Path, progress: Progress) 
     for shard in shards:
         if shard.index and shard.index.left_out:
             progress.say(
-                f"{shard.url}: {counted_flaws(shard.index.left_out)}: left out by precompute --on-decode-error skip"
+                f"{shard.url}: {counted_flaws(shard.index.left_out)}: skipped by precompute --on-decode-error skip"
             )
     first = next(shard for shard in shards if shard.index)  # of unknown shards, some are always read
     assert first.index is not None

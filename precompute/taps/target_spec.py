@@ -47,7 +47,7 @@ def parse_target(text: str) -> list[TargetSpec]:
     """The targets that a text asks for, one for each tap.
 
     Args:
-        text: `TAP[,TAP…][,layers=last|1:4+8][,grid=G][,codec=C]`, as a request writes it; activations also take
+        text: `TAP[,TAP…][,layers=last|1:4+8][,grid=G][,codec=C]`; activations also take
             `at=norm|block` and `antialias=true|false`.
 
     Raises:

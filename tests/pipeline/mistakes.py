@@ -26,12 +26,12 @@ AS_TYPED = [
     Mistake(
         "no way to timm's hub",
         "precompute --teacher mobilenetv2 --shards shard-000000.tar --store new/S --view-size 32",
-        ("teacher mobilenetv2_100", "cannot be had from timm's hub", "Give a file: --weights F"),
+        ("teacher mobilenetv2_100", "could not be downloaded from the timm hub", "Give a file: --weights F"),
     ),
     Mistake(
         "training before precompute",
         "train --recipe aal @DATA --store new/S --out new/run @SMALL",
-        ("new/S: there is no store here", "`pipeline precompute` makes one"),
+        ("new/S: there is no store here\n  `pipeline precompute` makes one",),
     ),
 ]  # fmt: skip
 
@@ -89,11 +89,11 @@ PREPARING = [
         ("--set optim.epochs", "NAME=VALUE, such as --set optim.epochs=50"),
     ),
     # ---------------------------------------------------------------------------------------- images into shards
-    Mistake("a folder that is not there", "pack fotos new/x-000000.tar", ("fotos: no such folder", "a class")),
+    Mistake("a folder that is not there", "pack fotos new/x-000000.tar", ("fotos: no such folder", "per class")),
     Mistake("an empty folder", "pack empty new/x-000000.tar", ("empty: no images found", "empty/CLASS/IMAGE.{jpg,")),
     Mistake(
         "images without class folders", "pack photos/cat new/x-000000.tar",
-        ("photos/cat: its 6 images lie in no class folder", "photos/cat/CLASS/IMAGE.{jpg,", "or a CSV"),
+        ("photos/cat: its 6 images are in no class folder", "photos/cat/CLASS/IMAGE.{jpg,", "or a CSV"),
     ),
     Mistake(
         "photos of a telephone", "pack heic new/x-000000.tar",
@@ -101,14 +101,14 @@ PREPARING = [
     ),
     Mistake(
         "training and validation images in one folder", "pack parts new/x-000000.tar",
-        ("parts: train, val are parts of a data set and no classes", "\n  pipeline pack parts/train train-000000.tar",
+        ("parts: train, val are parts of a data set, not classes", "\n  pipeline pack parts/train train-000000.tar",
          "\n  pipeline pack parts/val val-000000.tar"),
     ),
     Mistake("init on the same", "init parts --out new/p.yaml", ("parts: train, val are parts of a data set",)),
     Mistake("init on photos of a telephone", "init heic --out new/p.yaml", ("heic/cat: a class folder without",)),
     Mistake(
         "links whose files were moved", "pack linked new/x-000000.tar",
-        ("linked: 1 link(s) lead nowhere, such as linked/cat/moved", "mend or remove them", "find -L linked -type l"),
+        ("linked: 1 link(s) lead nowhere, such as linked/cat/moved", "Fix or remove them", "find -L linked -type l"),
     ),
     Mistake(
         "a shard with keys that have no image",
@@ -128,11 +128,11 @@ PREPARING = [
     ),
     Mistake(
         "a shard that is there", "pack photos shard-000000.tar",
-        ("shard-000000.tar: is there already", "Give other names"),
+        ("shard-000000.tar: already exists", "Give other names"),
     ),
     Mistake(
         "shards of other classes in one folder", "pack photos x-000000.tar",
-        ("./classes.json: is there already with other classes", "such as new/x-000000.tar"),
+        ("./classes.json: already exists with other classes", "such as new/x-000000.tar"),
     ),
     Mistake(
         "a place that cannot be written to", "pack photos shard-000000.tar/x/y-000000.tar",
@@ -148,11 +148,11 @@ PREPARING = [
     Mistake(
         "a pattern for more than there is",
         "train --recipe scratch --shards 'shard-{000000..000009}.tar' --val x.tar --out new/run",
-        ("shard-000002.tar: no such shard", "2 of its 10 names are there, the last is 'shard-000001.tar': let"),
+        ("shard-000002.tar: no such shard", "2 of its 10 names exist, the last is 'shard-000001.tar': end"),
     ),
     Mistake(
         "shards with a comma", "evaluate accuracy run --shards shard-000000.tar,shard-000001.tar",
-        ("shard-000000.tar,shard-000001.tar: no such shard", "joined by ::"),
+        ("shard-000000.tar,shard-000001.tar: no such shard", "Join several shards by ::"),
     ),
     Mistake(
         "braces that do not close", "train --recipe scratch --shards 'shard-{0..1.tar' --val x.tar --out new/run",
@@ -212,7 +212,7 @@ PREPARING = [
     ),
     Mistake(
         "a store that is a folder of photos", "precompute @CNN --shards shard-000000.tar --store photos",
-        ("photos: there is something else in this folder", "give a new folder"),
+        ("photos: not a store: this folder has other files (cat, …)", "Give a new folder"),
     ),
     Mistake(
         "a store that is a file", "precompute @CNN --shards shard-000000.tar --store shard-000000.tar",
@@ -232,7 +232,7 @@ PREPARING = [
     ),
     Mistake(
         "a codec of another tap", "precompute @CNN --target logits,codec=log8 --shards shard-000000.tar --store new/S",
-        ("--target logits,codec=log8:", "class_row, attention; use f32, f16"),
+        ("--target logits,codec=log8:", "class_row, attention\n  Use f32, f16"),
     ),
     Mistake(
         "a store without its root", "inspect --store rootless",

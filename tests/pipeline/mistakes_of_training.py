@@ -65,7 +65,7 @@ TRAINING = [
     ),
     Mistake(
         "a damaged store", "train --recipe deit-soft @DATA --store damaged --out new/run @SMALL --same-classes",
-        ("damaged/targets/cnn-logits-", "damaged:", "`pipeline verify --store DIR` lists all that is damaged"),
+        ("damaged/targets/cnn-logits-", "damaged:", "`pipeline verify --store DIR` lists everything that is damaged"),
     ),
     Mistake(
         "a GPU that is not there", "train --recipe scratch @DATA --out new/run @SMALL --device cuda:99",

@@ -76,7 +76,7 @@ def test_from_class_folders_to_a_score(run, world, tmp_path, monkeypatch):
     assert json.loads(made.out)["written"] == 4
     again = run(*precompute_words(world, "S", *shards, "--target", "activations,grid=8", "--json"))
     assert json.loads(again.out)["written"] == 0
-    assert "complete already" in again.err
+    assert "already complete" in again.err
 
     shown = run("inspect", "--store", "S")
     assert "2 shard(s) x 2 view(s)" in shown.out
@@ -157,7 +157,7 @@ def test_workers_that_run_onnx_can_stay_free_of_torch():
         (
             ["train", "--recipe", "scratch", "--shards", "{data}/shard-00000.tar", "--val", "{shard}", "--out", "r"],
             1,
-            "no such shard (asked for by '{data}/shard-00000.tar'). Did you mean 'shard-000000.tar'?",
+            "no such shard (requested by '{data}/shard-00000.tar')\n  Did you mean 'shard-000000.tar'?",
         ),
         ([*TRAIN, "--set", "optim.epohcs=1"], 1, "optim.epohcs: no such setting. Did you mean 'epochs'?"),
         ([*TRAIN, "--set", "epochs"], 1, "expected NAME=VALUE, such as --set optim.epochs=50"),
@@ -188,16 +188,16 @@ def test_workers_that_run_onnx_can_stay_free_of_torch():
             1,
             "Did you mean 'mobilenetv2'?",
         ),
-        ([*MAKE, "--target", "activation"], 1, "no tap is called 'activation'. Did you mean 'activations'?"),
-        ([*MAKE, "--target", "q,layer=last"], 1, "no option is called 'layer'. Did you mean 'layers'?"),
-        ([*MAKE, "--target", "q,codec=u9"], 1, "no codec is called 'u9'. Did you mean 'u8'?"),
-        ([*MAKE, "--view-policy", "lite"], 1, "no operation is called 'lite'. Did you mean 'light'?"),
+        ([*MAKE, "--target", "activation"], 1, "no tap is called 'activation'\n  Did you mean 'activations'?"),
+        ([*MAKE, "--target", "q,layer=last"], 1, "no option is called 'layer'\n  Did you mean 'layers'?"),
+        ([*MAKE, "--target", "q,codec=u9"], 1, "no codec is called 'u9'\n  Did you mean 'u8'?"),
+        ([*MAKE, "--view-policy", "lite"], 1, "no operation is called 'lite'\n  Did you mean 'light'?"),
         ([*MAKE, "--teacher-name", "views"], 1, "--teacher-name views: this name is taken by the stored view images"),
         ([*MAKE, "--weights", "w.safetensors"], 1, "--weights w.safetensors: cannot be read"),
         ([*MAKE, "--mean", "half"], 1, "--mean half: expected one number or three"),
         ([*MAKE, "--teacher-arg", "x"], 1, "expected name=value"),
         (["pack", "nowhere", "out.tar"], 1, "nowhere: no such"),
-        (["pack", "{data}", "{shard}"], 1, "is there already; shards are never overwritten"),
+        (["pack", "{data}", "{shard}"], 1, "already exists; shards are never overwritten"),
         (["demo", "--out", "{data}"], 1, "there is something in this folder already"),
     ],
 )

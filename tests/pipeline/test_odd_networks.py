@@ -38,6 +38,7 @@ def test_a_network_that_pytorch_cannot_export_is_refused_in_one_message(
     assert len(before.splitlines()) == 2, "what is done, and nothing of the exporter"
     assert "hiera_tiny_224: PyTorch cannot export it as an ONNX graph: AssertionError: only 4D query" in message
     assert "--teacher model.onnx --tap-tensor TAP=TENSOR" in message
+    assert "\n  --debug shows" in message
     assert len(message.splitlines()) == 3
     assert said.out == ""
     with pytest.raises(UserError) as raised:

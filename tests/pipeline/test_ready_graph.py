@@ -117,7 +117,7 @@ def test_a_project_file_names_taps_and_a_student_learns_from_attention(
     status, out, err = run("precompute", *project, "--teacher", "graph", "--tap-tensor", "class_token=clss")
     assert status == 1
     assert (
-        f"{here}/project.yaml: teachers.graph: {here}/vit.onnx: no tensor is called 'clss'. Did you mean 'cls'" in err
+        f"{here}/project.yaml: teachers.graph: {here}/vit.onnx: no tensor is called 'clss'\n  Did you mean 'cls'" in err
     )
 
 
@@ -144,8 +144,8 @@ def test_sizes_that_a_file_has_itself_are_not_asked_for(here: Path, run: Any) ->
     ("words", "says"),
     [
         (["--teacher", "cnn.onnx", *HALF], "its outputs: stage1, stage2, stage3, stage4, logits"),
-        (["--teacher", "cnn.onnx", "--tap-tensor", "logits=logits"], "give --mean and --std"),
-        (["--teacher", "cnn.onnx", *HALF, "--tap-tensor", "logits=logist"], "'logist'. Did you mean 'logits'?"),
+        (["--teacher", "cnn.onnx", "--tap-tensor", "logits=logits"], "Give --mean M and --std S"),
+        (["--teacher", "cnn.onnx", *HALF, "--tap-tensor", "logits=logist"], "'logist'\n  Did you mean 'logits'?"),
         (["--teacher", "cnn.onnx", *HALF, "--tap-tensor", "k=logits"], "k: a ready graph gives no q, k and v"),
         (["--teacher", "resnet34", "--tap-tensor", "logits=y"], "--tap-tensor names tensors of a ready model.onnx"),
         (["--teacher", "gone.onnx", *HALF, "--tap-tensor", "logits=y"], "gone.onnx: cannot be read: No such file"),

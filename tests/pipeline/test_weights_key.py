@@ -47,7 +47,7 @@ def test_a_key_in_a_project_file_or_a_flag_chooses_the_weights(tmp_path: Path, r
     project.write_text(json.dumps(content))
     status, made, err = run("precompute", "--project", project)
     assert status == 0, err
-    assert "w.pth: state_dict_ema (it also has state_dict), as timm chooses; another by --weights-key KEY" in err
+    assert "w.pth: state_dict_ema (it also has state_dict), as timm chooses; choose others by --weights-key KEY" in err
     store = Store.open(tmp_path / "S")
     logits = {name: store.array(made["teachers"][name]["targets"][0]).compute() for name in content["teachers"]}
     assert (logits["timms"] == logits["average"]).all()

@@ -62,7 +62,7 @@ def test_another_network_offers_its_ends_alone() -> None:
 
 
 def test_an_unknown_teacher_is_named_with_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"no teacher is called 'effnet_b33'. Did you mean 'effnet_b3'\?"):
+    with pytest.raises(UserError, match=r"no teacher is called 'effnet_b33'\n  Did you mean 'effnet_b3'\?"):
         offers_of("effnet_b33")
 
 

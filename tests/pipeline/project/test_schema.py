@@ -155,7 +155,7 @@ def test_without_a_project_nothing_is_taken(place, run, monkeypatch):
 
 def test_flags_win(place, run, monkeypatch, tmp_path):
     monkeypatch.chdir(place)
-    assert run("inspect", "--store", tmp_path / "nowhere")[2].endswith("`pipeline precompute` makes one\n")
+    assert run("inspect", "--store", tmp_path / "nowhere")[2].endswith("\n  `pipeline precompute` makes one.\n")
     assert "--weights gone.pth: cannot be read" in run("precompute", "--teacher", "vit", "--weights", "gone.pth")[2]
     words = ["precompute", "--teacher", "vit", "--store", tmp_path / "S", "--shards", "train-000000.tar", "--json"]
     status, out, err = run(*words, "--target", "logits", "--num-views", 1, "--view-size", 24, "--teacher-name", "other")
@@ -338,7 +338,7 @@ def test_what_cannot_be_read_is_said(run, tmp_path, monkeypatch):
 def test_a_mistake_about_a_teacher_names_the_file_and_the_teacher(place, run, monkeypatch):
     monkeypatch.chdir(place)
     for entry, message in (
-        ({"teacher": "mobilnetv2"}, "no teacher is called 'mobilnetv2'. Did you mean 'mobilenetv2'?"),
+        ({"teacher": "mobilnetv2"}, "no teacher is called 'mobilnetv2'\n  Did you mean 'mobilenetv2'?"),
         ({"teacher": "resnet34", "targets": ["activation"]}, "--target activation: no tap is called 'activation'"),
         ({"teacher": "resnet34", "weights": "gone.pth"}, "--weights gone.pth: cannot be read"),
         ({"weights": "vit.safetensors", "mean": [1, 2]}, "no teacher is called 'mine'"),
