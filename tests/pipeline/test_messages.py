@@ -108,7 +108,7 @@ def mentions() -> Iterator[tuple[str, str | None, list[str]]]:
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or not node.args:
                 continue
             first, where = node.args[0], f"{path.relative_to(ROOT)}:{node.lineno}"
-            if not isinstance(first, ast.Constant):
+            if not isinstance(first, ast.Constant) or not isinstance(first.value, str):
                 continue
             if node.func.id == "setting":
                 yield where, None, [first.value]
