@@ -123,8 +123,9 @@ class WeightsFile:
             raise UserError(f"{self.name}: cannot be read as weights: {first_line(error)}") from None
         except Exception as error:  # the unpickler names what it refuses
             if refused := refused_in(self._file, error):
+                message = f"refused: it is a pickle with more than tensors in it, which could run code: {refused}"
                 raise UserError(
-                    f"{self.name}: refused: a pickle with more than tensors in it, which could run code: {refused}",
+                    f"{self.name}: {message}",
                     hint="If you trust it, save its state dict alone, as safetensors: safetensors.torch.save_file",
                 ) from None
             raise UserError(
