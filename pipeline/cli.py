@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (click.Abort, KeyboardInterrupt) as error:
         status = 143 if isinstance(error.__cause__ or error, _Terminated) else 130
         _fail(
-            "interrupted; what was complete stays (precompute: the same command goes on; train: with --resume)",
+            "interrupted; what was complete stays (precompute: run the same command again to resume; train: --resume)",
             as_json,
             status,
         )

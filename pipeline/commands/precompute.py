@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def precompute(store: str, wanted: PrecomputeRequest | dict[str, PrecomputeRequest], as_json: bool) -> None:
     """Run a teacher once over shards and keep its targets.
 
-    The same command goes on where it was. Without --teacher, all teachers of the project file, one after another.
+    Run the same command again to resume. Without --teacher, all teachers of the project file, one after another.
 
     \b
     pipeline precompute --teacher mobilenetv2 --weights mobilenetv2.safetensors --shards 'train-{000000..000009}.tar' \\

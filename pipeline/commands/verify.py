@@ -57,7 +57,7 @@ def verify(
     if report.spoilt:
         most = report.spoilt[:SHOWN]
         more = [f"  and {len(report.spoilt) - SHOWN:,} more: --json names all"] if report.spoilt[SHOWN:] else []
-        tail += ["Delete these files, and the same precompute command makes anew what is damaged:"]
+        tail += ["Delete these files, and the same precompute command recomputes what is damaged:"]
         tail += [*(f"  {name}" for name in most), *more]
     show(result, [*report.failures, *report.notices, *tail], as_json)
     if report.failures:
