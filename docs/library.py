@@ -24,8 +24,8 @@ def main(shards: str, val: str, name: str, weights: str, out: Path) -> None:
         num_views=2,
     )
     result = precompute(Store.create(out / "store"), request)
-    for failure in result["failures"]:
-        raise SystemExit(failure["error"])
+    for failure in result.failures:
+        raise SystemExit(failure.error)
     # --8<-- [end:precompute]
     # --8<-- [start:read]
     store = Store.open(out / "store")

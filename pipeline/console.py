@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.messages import as_flags, with_flags
 
@@ -72,6 +72,11 @@ class Console:
             self._bar = self._task = None
 
 
-def show(result: dict[str, Any], lines: list[str], as_json: bool) -> None:
-    """The result on stdout: one JSON object, or lines."""
-    print(json.dumps(with_flags(result)) if as_json else as_flags("\n".join(lines)))
+def show(result: object, lines: list[str], as_json: bool) -> None:
+    """The result on stdout: one JSON object with the fields of a data class or the keys of a dict, or lines."""
+    from storage.objects.record_schema import plain
+
+    if as_json:
+        print(json.dumps(with_flags(json.loads(json.dumps(result, default=plain)))))
+    else:
+        print(as_flags("\n".join(lines)))

@@ -6,7 +6,6 @@ Each tap is read as precompute reads it, of a network on the meta device, which 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import timm
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 
 from precompute.export.pytorch import read_taps, require_size
 from precompute.record_targets import require_kind
+from precompute.results import GraphInput, GraphOffers, TapOffer, TeacherOffers
 from precompute.taps import TAPS, Tap, TappedTeacher, takes_image_size
 from precompute.taps.target_spec import default_codec
 from precompute.teachers.onnx_file import _sizes, prefix_of, read_graph
@@ -24,18 +24,13 @@ from storage.store.codecs import Codec
 from storage.store.manifests import Anatomy
 
 
-def offers_of(name: str, input_size: int | None = None, grid: int = 14) -> dict[str, Any]:
-    """Sizes of a teacher by its short name or any timm name, and what each tap would take.
+def offers_of(name: str, input_size: int | None = None, grid: int = 14) -> TeacherOffers:
+    """What a teacher, by its short name or any timm name, can give, and what each tap would take.
 
     Args:
         name: a short name or any timm name.
         input_size: of its square input; by default that of its weights.
         grid: side of a CNN's activation maps.
-
-    Returns:
-        `model`, `input_size`, `mean`, `std`, `parameters`, `network` (`cnn`, `vit`, `other`), `layers`; `taps`:
-        tap -> `shape` of one sample, default `codec`, `bytes` a view image; and `refused`: tap -> why precompute
-        would refuse it.
 
     Raises:
         UserError: an unknown name, or a size that the network does not take.
@@ -51,12 +46,19 @@ def offers_of(name: str, input_size: int | None = None, grid: int = 14) -> dict[
             refused[tap] = error.message
             continue
         codec = Codec(default_codec(tap), shape, tapped.maps, tapped.axes, tapped.values)
-        taps[tap] = {"shape": list(shape), "codec": codec.name, "bytes": codec.sample_bytes}
-    return {
-        "teacher": name, "model": model, "input_size": size, "mean": list(about["mean"]), "std": list(about["std"]),
-        "parameters": parts.parameters, "network": parts.network, "layers": parts.layers,
-        "taps": taps, "refused": refused,
-    }  # fmt: skip
+        taps[tap] = TapOffer(shape=shape, codec=codec.name, bytes=codec.sample_bytes)
+    return TeacherOffers(
+        teacher=name,
+        model=model,
+        input_size=size,
+        mean=about.mean,
+        std=about.std,
+        parameters=parts.parameters,
+        network=parts.network,
+        layers=parts.layers,
+        taps=taps,
+        refused=refused,
+    )
 
 
 def bare(name: str, input_size: int | None = None, device: str = "meta") -> tuple[str, int, nn.Module]:
@@ -71,7 +73,7 @@ def bare(name: str, input_size: int | None = None, device: str = "meta") -> tupl
         UserError: an unknown name, or a size that the network does not take.
     """
     model, own = resolve(name)
-    size = input_size or own or about_weights(model, name)["size"] or 224
+    size = input_size or own or about_weights(model, name).size or 224
     arguments = {"img_size": size} if takes_image_size(model) else {}
     try:
         with torch.device(device):
@@ -85,16 +87,12 @@ def _shape(network: nn.Module, parts: Anatomy, tap: Tap, size: int, name: str) -
     """The shape of what a tap gives of one image. Raises UserError where precompute refuses it."""
     require_kind(name, parts, tap.name)
     module = TappedTeacher(network, [tap], size, size, (0.5,) * 3, (0.5,) * 3).to("meta").eval()
-    (given,), _ = read_taps(module, torch.zeros(2, size, size, 3, dtype=torch.uint8, device="meta"), name)
-    return tuple(given.shape[1:])
+    (output,), _ = read_taps(module, torch.zeros(2, size, size, 3, dtype=torch.uint8, device="meta"), name)
+    return tuple(output.shape[1:])
 
 
-def onnx_offers_of(path: str) -> dict[str, Any]:
+def onnx_offers_of(path: str) -> GraphOffers:
     """What a ready graph has, by the shapes that its file tells: nothing is run.
-
-    Returns:
-        `teacher`, `model`, `input` (name, shape, precision), `parameters`, `outputs` (name -> shape) and `tensors`:
-        tap -> names of tensors whose shape would fit it, in the order of the graph.
 
     Raises:
         UserError: as `read_graph`.
@@ -111,13 +109,14 @@ def onnx_offers_of(path: str) -> dict[str, Any]:
     for name in graph.tensors:
         for tap in _fitting(shapes.get(name, []), (graph.before_squashing(name) or ("",))[0]):
             tensors.setdefault(tap, []).append(name)
-    taken = _sizes(graph.model.graph.input[0])
-    return {
-        "teacher": path, "model": ONNX_FILE,
-        "input": {"name": graph.input, "shape": taken, "precision": graph.precision},
-        "parameters": graph.parameters, "outputs": {name: shapes.get(name, []) for name in graph.outputs},
-        "tensors": tensors,
-    }  # fmt: skip
+    return GraphOffers(
+        teacher=path,
+        model=ONNX_FILE,
+        input=GraphInput(name=graph.input, shape=_sizes(graph.model.graph.input[0]), precision=graph.precision),
+        parameters=graph.parameters,
+        outputs={name: shapes.get(name, []) for name in graph.outputs},
+        tensors=tensors,
+    )
 
 
 def _fitting(shape: Sequence[int | str], squashed: str) -> list[str]:

@@ -11,11 +11,11 @@ import math
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,7 +23,8 @@ from precompute import record_targets
 from precompute.bank_choice import candidates, choose_views, settle
 from precompute.engine.tasks import TargetOutput
 from precompute.request import PrecomputeRequest
-from precompute.run import PrecomputePlan, plan_precompute, staffed
+from precompute.results import Amount, CheaperCodec, MissingAmount, Plan, PlannedTarget, SharedAmount, TrainingReads
+from precompute.run import plan_precompute, staffed
 from precompute.throughput import PlannedShard, measure
 from storage.errors import call
 from storage.objects.object_store import open_object_store
@@ -33,8 +34,7 @@ from storage.shards.classes import classes_of
 from storage.shards.index import cached_index
 from storage.shards.tar import size_of, without_samples
 from storage.store.arrays import chunk_samples
-from storage.store.codecs import ArraySpec, Codec, codecs_for
-from storage.store.manifests import TargetManifest
+from storage.store.codecs import ArraySpec, CodecError, codecs_for
 from storage.store.markers import Task
 from storage.store.store import Store
 from storage.views.policy import Policy
@@ -51,10 +51,8 @@ _BANK = {"parameters": ArraySpec("float64", (len(COLUMNS),), ()), "signatures": 
 _IN_MARKER = 8 * 4 / 3  # bytes that each chunk takes in its marker: length and checksum in base64
 
 
-def plan(
-    where: str, wanted: PrecomputeRequest, progress: Progress, seconds: float = 60, rate: float = 1000
-) -> dict[str, Any]:
-    """What a run would take, as plain data.
+def plan(where: str, wanted: PrecomputeRequest, progress: Progress, seconds: float = 60, rate: float = 1000) -> Plan:
+    """What a run would take.
 
     Args:
         where: of the store, which need not be there yet.
@@ -67,12 +65,12 @@ def plan(
         UserError: as a run's preparation does, and where a measured shard fails.
     """
     with staffed(wanted, progress) as (settled, client):
-        return _plan(where, settled, client, progress, seconds, rate)
+        return _plan(where, settled, client, progress=progress, seconds=seconds, rate=rate)
 
 
 def _plan(
-    where: str, wanted: PrecomputeRequest, client: Client | None, progress: Progress, seconds: float, rate: float
-) -> dict[str, Any]:
+    where: str, wanted: PrecomputeRequest, client: Client | None, *, progress: Progress, seconds: float, rate: float
+) -> Plan:
     store = _existing(where)
     if store:
         record_targets.known_teacher(store, wanted.teacher)
@@ -84,12 +82,13 @@ def _plan(
             wanted, policy=policy, policy_fields=frozenset({"line", "size", "seed"}), num_views=views, new_bank=True
         )
         job = plan_precompute(scratch, settled, progress)
-        exporting = 0.0 if store and _known(store, job) else time.monotonic() - began
-        outputs = [output for several in job.by_graph.values() for output in several]
+        outputs = [output for by_graph in job.by_graph.values() for output in by_graph]
+        known = store is not None and all(store.objects.names(f"targets/{output.target}") for output in outputs)
+        exporting = 0.0 if known else time.monotonic() - began  # nothing has to be exported where all are known
         missing = _missing(store, shards, policy.bank, outputs, views)
         todo = sum(shard.samples for shard in shards for view in range(views) if missing[shard.url, view] - {"bank"})
-        measured = measure(job, shards, client, todo, seconds, progress) if seconds else None
-        manifests = {o.target: scratch.target(o.target) for outputs in job.by_graph.values() for o in outputs}
+        measured = measure(job, shards, client, todo=todo, seconds=seconds, progress=progress) if seconds else None
+        errors = {output.target: scratch.target(output.target).codec_errors for output in outputs}
         overhead, records = _overhead(scratch), _records(scratch)
     totals, shared = _sizes(shards, outputs, views, missing, overhead)
     for key, length in records.items():
@@ -98,39 +97,38 @@ def _plan(
     images = sum(shard.samples for shard in shards)
     sample = sum(output.codec.sample_bytes for output in outputs)
     tar_bytes = sum(size_of(shard.url) for shard in shards) / max(images, 1)
-    result: dict[str, Any] = {
-        "store": where,
-        "bank": policy.bank,
-        "policy": {"line": policy.line, "size": policy.size, "seed": policy.seed},
-        "shards": len(shards),
-        "samples": images,
-        "estimated": sum(shard.estimated for shard in shards),
-        "views": views,
-        "bytes": round(totals.bytes),
-        "objects": totals.objects,
-        "graph_bytes": sum(length for key, length in records.items() if key.endswith(".onnx")),
-        "missing": {"bytes": round(totals.new_bytes), "objects": totals.new_objects, "view_images": todo},
-        "shared": {
-            "bytes": round(shared.bytes),
-            "objects": shared.objects,
-            "missing": {"bytes": round(shared.new_bytes), "objects": shared.new_objects},
-        },
-        "targets": [_target(output, manifests[output.target], images * views) for output in outputs],
-        "training": {
-            "images_per_second": rate,
-            "targets_mb_per_second": round(rate * sample / 1e6, 3),
-            "shards_mb_per_second": round(rate * tar_bytes / 1e6, 3),
-        },
-        "measured": None,
-        "hours": None,
-        "warnings": _warnings(where, shards, totals.new_bytes),
-    }
+    hours = None
     if measured:
-        result["measured"] = measured
-        indexing = measured["index_seconds_per_image"] * sum(s.samples for s in shards if not s.id)
-        work = todo / measured["view_images_per_second"] + indexing / measured["workers"]
-        result["hours"] = round((exporting + work) / 3600, 5) if todo else 0.0
-    return result
+        indexing = measured.index_seconds_per_image * sum(shard.samples for shard in shards if not shard.id)
+        work = todo / measured.view_images_per_second + indexing / measured.workers
+        hours = round((exporting + work) / 3600, 5) if todo else 0.0
+    return Plan(
+        store=where,
+        bank=policy.bank,
+        policy=policy,
+        shards=len(shards),
+        samples=images,
+        estimated=sum(shard.estimated for shard in shards),
+        views=views,
+        bytes=round(totals.bytes),
+        objects=totals.objects,
+        graph_bytes=sum(length for key, length in records.items() if key.endswith(".onnx")),
+        missing=MissingAmount(bytes=round(totals.new_bytes), objects=totals.new_objects, view_images=todo),
+        shared=SharedAmount(
+            bytes=round(shared.bytes),
+            objects=shared.objects,
+            missing=Amount(bytes=round(shared.new_bytes), objects=shared.new_objects),
+        ),
+        targets=[_target(output, errors[output.target], images * views) for output in outputs],
+        training=TrainingReads(
+            images_per_second=rate,
+            targets_mb_per_second=round(rate * sample / 1e6, 3),
+            shards_mb_per_second=round(rate * tar_bytes / 1e6, 3),
+        ),
+        measured=measured,
+        hours=hours,
+        warnings=_warnings(where, shards, totals.new_bytes),
+    )
 
 
 def _existing(where: str) -> Store | None:
@@ -160,11 +158,6 @@ def _scratch(where: str) -> Iterator[Store]:
         for parent in made:
             with contextlib.suppress(OSError):
                 parent.rmdir()
-
-
-def _known(store: Store, job: PrecomputePlan) -> bool:
-    """Whether a store has all targets of a run, so that nothing has to be exported."""
-    return all(store.objects.names(f"targets/{o.target}") for outputs in job.by_graph.values() for o in outputs)
 
 
 def counted(store: Store | None, urls: Sequence[str], progress: Progress, skip: bool = False) -> list[PlannedShard]:
@@ -204,19 +197,19 @@ def _missing(
 ) -> dict[tuple[str, int], set[str]]:
     """(shard, view) -> ids of targets, and `bank` for the views themselves, that are not there yet."""
     done = store.done() if store else set()
-    found: dict[tuple[str, int], set[str]] = {}
+    missing: dict[tuple[str, int], set[str]] = {}
     for shard in shards:
         for view in range(views):
             tasks = {"bank": Task("bank", bank, str(shard.id), view)}
             tasks |= {o.target: Task("target", o.target, str(shard.id), view) for o in outputs}
-            found[shard.url, view] = {name for name, task in tasks.items() if task not in done}
-    return found
+            missing[shard.url, view] = {name for name, task in tasks.items() if task not in done}
+    return missing
 
 
 # ------------------------------------------------------------------------------------------------ sizes
 
 
-@dataclass
+@dataclass(slots=True, kw_only=True)
 class _Totals:
     """Bytes and objects of everything, and of what is missing."""
 
@@ -255,14 +248,14 @@ def _arrays(parts: dict[str, ArraySpec], samples: int) -> tuple[int, int]:
 
 def _overhead(scratch: Store) -> dict[str, tuple[float, float]]:
     """Kind or target -> bytes of a marker without its chunks, and of the `zarr.json` of all arrays, as measured."""
-    found: dict[str, tuple[float, float]] = {}
+    overhead: dict[str, tuple[float, float]] = {}
     for task in sorted(scratch.done()):
         marker = scratch.marker(task)
         chunks = sum(array.metadata.chunks for array in marker.arrays.values())
         size = scratch.objects.size(f"done/{task.name}") - chunks * _IN_MARKER
         metadata = sum(scratch.objects.size(f"{array.path}/zarr.json") for array in marker.arrays.values())
-        found["bank" if task.kind == "bank" else task.id] = (size, metadata)
-    return found
+        overhead["bank" if task.kind == "bank" else task.id] = (size, metadata)
+    return overhead
 
 
 def _sizes(
@@ -290,30 +283,28 @@ def _sizes(
     return totals, shared
 
 
-def _target(output: TargetOutput, manifest: TargetManifest, images: int) -> dict[str, Any]:
-    """One target: its size, what its codec costs, and cheaper codecs with what they would cost."""
-    codec, errors = output.codec, manifest.codec_errors
-    cheaper = []
+def _target(output: TargetOutput, errors: Mapping[str, CodecError | None], images: int) -> PlannedTarget:
+    codec, cheaper = output.codec, []
     for name in codecs_for(codec.values) if errors else []:
-        other = Codec(name, codec.shape, codec.maps, codec.axes, codec.values)
-        if other.sample_bytes < codec.sample_bytes and (error := errors.get(name)):
-            cheaper.append({"codec": name, "bytes": other.sample_bytes * images, **error.plain()})
-    return {
-        "target": output.target,
-        "sample_shape": list(codec.shape),
-        "codec": codec.name,
-        "bytes_per_view_image": codec.sample_bytes,
-        "bytes": codec.sample_bytes * images,
-        "error": error.plain() if (error := errors.get(codec.name)) else None,
-        "cheaper": sorted(cheaper, key=lambda c: c["bytes"]),
-    }
+        size = replace(codec, name=name).sample_bytes
+        if size < codec.sample_bytes and (error := errors.get(name)):
+            cheaper.append(CheaperCodec(codec=name, bytes=size * images, **error.plain()))
+    return PlannedTarget(
+        target=output.target,
+        sample_shape=codec.shape,
+        codec=codec.name,
+        bytes_per_view_image=codec.sample_bytes,
+        bytes=codec.sample_bytes * images,
+        error=errors.get(codec.name),
+        cheaper=sorted(cheaper, key=lambda other: other.bytes),
+    )
 
 
 # ------------------------------------------------------------------------------------------------ warnings
 
 
 def _warnings(where: str, shards: Sequence[PlannedShard], new_bytes: float) -> list[str]:
-    found = []
+    warnings = []
     read = [shard for shard in shards if shard.index]
     mixes = [
         len({shard.index.labels[i] for i in shard.index.block(number)})
@@ -327,14 +318,14 @@ def _warnings(where: str, shards: Sequence[PlannedShard], new_bytes: float) -> l
         count = len(names) if names else len(seen)
         if median(mixes) < min(8, count / 2):
             command = call("pack", "SHARDS", "shuffled-{000000..000009}.tar")
-            found.append(
+            warnings.append(
                 f"half of the blocks hold {median(mixes):.0f} classes or fewer, of {count}: batches and mixing "
                 f"partners will be alike. Shuffle the shards first: {command}"
             )
     if not is_remote(where):
         path = Path(where.removeprefix("file://")).expanduser().absolute()
-        there = next(p for p in (path, *path.parents) if p.exists())
-        free = shutil.disk_usage(there).free
+        folder = next(parent for parent in (path, *path.parents) if parent.exists())
+        free = shutil.disk_usage(folder).free
         if free < new_bytes:
-            found.append(f"{there}: {free / 1e9:.1f} GB are free, {new_bytes / 1e9:.1f} GB will be written")
-    return found
+            warnings.append(f"{folder}: {free / 1e9:.1f} GB are free, {new_bytes / 1e9:.1f} GB will be written")
+    return warnings

@@ -205,7 +205,7 @@ def _export(
             parity=exported.parity[position],
             attention_error=exported.attention_error,
             codec_errors={name: _codec_error(name, tapped, exported.values[position]) for name in names},
-            session=exported.session,
+            session={**exported.session},
             **exported.details[position],
         )
         store.add(manifest)

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from precompute import record_targets
 from precompute.bank_choice import settle
 from precompute.engine.dask_client import workers
-from precompute.engine.dask_runner import Failure, retry_io, run_in_process, run_on_cluster
+from precompute.engine.dask_runner import retry_io, run_in_process, run_on_cluster
 from precompute.engine.session import cores
 from precompute.engine.shard import block_views, known_index
-from precompute.engine.tasks import Outcome, ShardTask, TargetOutput
+from precompute.engine.tasks import Failure, Outcome, SessionSettings, ShardTask, TargetOutput
 from precompute.request import PrecomputeRequest
+from precompute.results import PrecomputeResult
 from storage.errors import UserError
 from storage.objects.urls import is_remote
 from storage.progress import NoProgress, Progress
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
 
-@dataclass
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PrecomputePlan:
     """What a run has to do, once teacher, bank and targets are recorded: graph -> outputs over all shards."""
 
@@ -47,9 +48,16 @@ class PrecomputePlan:
         wanted = self.wanted
         for url in shards or wanted.shards:
             yield ShardTask(
-                self.store, url, self.policy.bank, wanted.teacher.name, graph, self.by_graph[graph], self.views,
-                wanted.on_decode_error, tuple(self.known[url]),
-            )  # fmt: skip
+                store=self.store,
+                url=url,
+                bank=self.policy.bank,
+                teacher=wanted.teacher.name,
+                graph=graph,
+                outputs=self.by_graph[graph],
+                views=self.views,
+                on_decode_error=wanted.on_decode_error,
+                known=tuple(self.known[url]),
+            )
 
 
 def plan_precompute(store: Store, wanted: PrecomputeRequest, progress: Progress) -> PrecomputePlan:
@@ -85,10 +93,10 @@ def plan_precompute(store: Store, wanted: PrecomputeRequest, progress: Progress)
     if wanted.store_views:
         first_graph = next(iter(by_graph))
         by_graph[first_graph] = (*by_graph[first_graph], record_targets.record_pixels(store, policy))
-    return PrecomputePlan(store, wanted, policy, views, by_graph, known)
+    return PrecomputePlan(store=store, wanted=wanted, policy=policy, views=views, by_graph=by_graph, known=known)
 
 
-def precompute(store: Store, request: PrecomputeRequest, progress: Progress | None = None) -> dict[str, Any]:
+def precompute(store: Store, request: PrecomputeRequest, progress: Progress | None = None) -> PrecomputeResult:
     """Compute all targets that are wanted and missing; what was done, as plain data.
 
     Call it again to resume. `targets` lists the ids of the targets. A shard that fails is listed under `failures`; the
@@ -125,9 +133,8 @@ def staffed(wanted: PrecomputeRequest, progress: Progress) -> Iterator[tuple[Pre
         yield replace(wanted, shards=absolute), client
 
 
-def _precompute(job: PrecomputePlan, client: Client | None, progress: Progress, began: float) -> dict[str, Any]:
-    store, wanted = job.store, job.wanted
-    policy = job.policy
+def _precompute(job: PrecomputePlan, client: Client | None, progress: Progress, began: float) -> PrecomputeResult:
+    store, wanted, policy = job.store, job.wanted, job.policy
     progress.say(
         f"views: {policy.line}, size {policy.size}, seed {policy.seed}, {job.views} a sample, bank {policy.bank}"
     )
@@ -137,7 +144,7 @@ def _precompute(job: PrecomputePlan, client: Client | None, progress: Progress, 
     left_out: dict[str, tuple[str, ...]] = {}
     empty: dict[str, None] = {}
     written = rendered = 0
-    settings: dict[str, Any] = {}
+    settings: SessionSettings = {}
     for url, outcome in _outcomes(job, client, progress):
         if isinstance(outcome, Failure):
             failures[url] = outcome
@@ -149,13 +156,12 @@ def _precompute(job: PrecomputePlan, client: Client | None, progress: Progress, 
             empty[url] = None
         elif shards.setdefault(outcome.shard, url) != url:
             text = f"{url} holds the same samples as {shards[outcome.shard]}; give each shard once"
-            failures[url] = Failure(text, "data")
+            failures[url] = Failure(shard=url, error=text, kind="data")
         invalid |= dict.fromkeys(f"{url}: {key}" for key in outcome.invalid)
         written, rendered = written + outcome.written, rendered + outcome.rendered
         if outcome.settings and outcome.settings != settings:
             settings = outcome.settings
             progress.say(f"on {settings['provider']}, {settings['precision']}, onnxruntime {settings['onnxruntime']}")
-    outputs = [output.target for several in job.by_graph.values() for output in several]
     for line in invalid:
         progress.say(f"cannot be decoded, so skipped in training: {line}")
     for url, flaws in left_out.items():
@@ -168,23 +174,22 @@ def _precompute(job: PrecomputePlan, client: Client | None, progress: Progress, 
     seconds = time.monotonic() - began
     if rendered:
         progress.say(f"{rendered:,} view images in {seconds:.1f} s ({rendered / seconds:.0f}/s)")
-    teacher = {key: value for key, value in asdict(wanted.teacher).items() if key != "classes"}
-    return {
-        "store": store.url,
-        "bank": policy.bank,
-        "targets": outputs,
-        "shards": list(shards),
-        "views": job.views,
-        "written": written,
-        "view_images": rendered,
-        "invalid": list(invalid),
-        "left_out": {url: list(flaws) for url, flaws in left_out.items()},
-        "empty": list(empty),
-        "failures": [{"shard": url, "error": f.error, "kind": f.kind} for url, f in failures.items()],
-        "session": settings,
-        "teacher": teacher,
-        "seconds": round(seconds, 3),
-    }
+    return PrecomputeResult(
+        store=store.url,
+        bank=policy.bank,
+        targets=[output.target for outputs in job.by_graph.values() for output in outputs],
+        shards=list(shards),
+        views=job.views,
+        written=written,
+        view_images=rendered,
+        invalid=list(invalid),
+        left_out=left_out,
+        empty=list(empty),
+        failures=list(failures.values()),
+        session=settings,
+        teacher={name: value for name, value in asdict(wanted.teacher).items() if name != "classes"},
+        seconds=round(seconds, 3),
+    )
 
 
 def _outcomes(

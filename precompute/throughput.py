@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from precompute.engine.dask_runner import Failure, retry_io, run_in_process
-from precompute.engine.tasks import ShardTask
+from precompute.engine.dask_runner import retry_io, run_in_process
+from precompute.engine.tasks import Failure, ShardTask
+from precompute.results import Throughput
 from precompute.run import PrecomputePlan, run_elsewhere
 from storage.errors import UserError
 from storage.progress import NoProgress, Progress
@@ -26,7 +27,7 @@ SHARE = 0.1  # of what the run will take, at most
 AGREE, WITHIN = 3, 0.05  # so many rounds on end whose rates differ by so little are enough
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Measured:
     """Seconds spent, view images made in them, and the rate of the last round, the largest: view images a second."""
 
@@ -66,10 +67,11 @@ def measure(
     job: PrecomputePlan,
     shards: Sequence[PlannedShard],
     client: Client | None,
+    *,
     todo: int,
     seconds: float,
     progress: Progress,
-) -> dict[str, Any]:
+) -> Throughput:
     """View images a second of the real engine, and seconds that the index of a shard takes for each image.
 
     Args:
@@ -112,14 +114,14 @@ def measure(
             spent += time.monotonic() - start
         return spent, done // len(job.by_graph)
 
-    found = growing(run, todo, seconds)
-    return {
-        "seconds": round(found.seconds, 2),
-        "view_images": found.images,
-        "view_images_per_second": found.rate,
-        "index_seconds_per_image": indexing,
-        "workers": count,
-    }
+    measured = growing(run, todo, seconds)
+    return Throughput(
+        seconds=round(measured.seconds, 2),
+        view_images=measured.images,
+        view_images_per_second=measured.rate,
+        index_seconds_per_image=indexing,
+        workers=count,
+    )
 
 
 def part_of(job: PrecomputePlan, graph: str, shard: PlannedShard, samples: int, name: str) -> ShardTask:
@@ -134,7 +136,7 @@ def part_of(job: PrecomputePlan, graph: str, shard: PlannedShard, samples: int, 
     return replace(task, known=(part.id,))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PlannedShard:
     """One shard as far as it is known; its samples are estimated where nobody has read it yet."""
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -184,9 +184,9 @@ def run_precompute(store: Any, shards: list[str], teacher: Any, targets: list[An
     place = Store.create(store) if isinstance(store, str | Path) else store
     dask_runner.held_session.clear()  # a test may have put another session in its place
     result = precompute(place, PrecomputeRequest(shards=shards, teacher=teacher, **{**settings, **changes}), Quiet())
-    if result["failures"]:
-        raise UserError("\n".join(failure["error"] for failure in result["failures"]))
-    return result
+    if result.failures:
+        raise UserError("\n".join(failure.error for failure in result.failures))
+    return asdict(result)
 
 
 @pytest.fixture(scope="session")

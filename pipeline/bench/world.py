@@ -136,7 +136,6 @@ class World:
             **more,
         )
         result = precompute(store, wanted, self.quiet)
-        for failure in result["failures"]:
-            raise UserError(failure["error"])
-        made: list[str] = result["targets"]
-        return made
+        for failure in result.failures:
+            raise UserError(failure.error)
+        return result.targets

@@ -38,8 +38,8 @@ def inspect(store: str, sample: str | None, shards: tuple[str, ...], out: Path |
     if sample is None and (out is not None or given == ParameterSource.COMMANDLINE):
         raise click.UsageError("--shards and --out are for the picture of one sample: add --sample KEY, or leave both")
     if sample is None:
-        result = inspection.inspect(Store.open(store))
-        show(result, inspection.lines(result), as_json)
+        contents = inspection.inspect(Store.open(store))
+        show(contents.plain(), inspection.lines(contents), as_json)
         return
     if not shards or out is None:
         add = " and ".join(["--shards SHARDS"] * (not shards) + ["--out FILE.png"] * (out is None))

@@ -35,14 +35,14 @@ def precompute(store: str, wanted: PrecomputeRequest | dict[str, PrecomputeReque
     try:
         for name, one in wanted.items() if isinstance(wanted, dict) else [("", wanted)]:
             results[name] = result = run(Store.create(store), one, console)
-            failed = [f"failed: {failure['error']}" for failure in result["failures"]]
+            failed = [f"failed: {failure.error}" for failure in result.failures]
             count = f", {len(failed)} failed: the same command tries them again" if failed else ""
-            done = f"{len(result['targets'])} target(s) over {len(result['shards'])} shard(s){count}: {store}"
+            done = f"{len(result.targets)} target(s) over {len(result.shards)} shard(s){count}: {store}"
             text += [*failed, f"{name}: {done}" if name else done]
     finally:
         console.stop()
     show({"store": store, "teachers": results} if isinstance(wanted, dict) else results[""], text, as_json)
-    if any(result["failures"] for result in results.values()):
+    if any(result.failures for result in results.values()):
         raise SystemExit(1)
 
 
@@ -88,12 +88,11 @@ def plan(
     try:
         if not isinstance(wanted, dict):
             result = run(store, wanted, console, measure, train_rate)
-            text = plan_lines(result)
+            show(result, plan_lines(result), as_json)
         else:
-            plans = {name: run(store, one, console, measure, train_rate) for name, one in wanted.items()}
-            result = {"teachers": plans, "sum": sum_of(plans)}
-            text = [line for name, one in plans.items() for line in (f"{name}:", *plan_lines(one))]
-            text += sum_lines(result["sum"])
+            plans = {name: run(store, request, console, measure, train_rate) for name, request in wanted.items()}
+            total = sum_of(plans)
+            text = [line for name, plan in plans.items() for line in (f"{name}:", *plan_lines(plan))]
+            show({"teachers": plans, "sum": total}, [*text, *sum_lines(total)], as_json)
     finally:
         console.stop()
-    show(result, text, as_json)

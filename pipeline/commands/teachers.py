@@ -48,5 +48,5 @@ def teachers(name: str | None, input_size: int | None, grid: int | None, as_json
         return
     from precompute.capabilities import offers_of
 
-    found = offers_of(name, input_size, grid or 14)
-    show(found, teacher.lines(found), as_json)
+    offers = offers_of(name, input_size, grid or 14)
+    show(offers, teacher.lines(offers), as_json)

@@ -223,8 +223,8 @@ def _precomputed(out: Path, shards: list[str], console: Console) -> Store:
             num_views=VIEWS,
         )
         result = precompute(store, request, console)
-        for failure in result["failures"]:
-            raise UserError(failure["error"])
+        for failure in result.failures:
+            raise UserError(failure.error)
     return store
 
 

@@ -15,13 +15,12 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from precompute.engine.dask_client import LOST, WORKER_TIMEOUT, connected, processes
 from precompute.engine.session import Session, cores, open_session
 from precompute.engine.shard import run_task
-from precompute.engine.tasks import Outcome, ShardTask
+from precompute.engine.tasks import Failure, Outcome, ShardTask
 from storage.errors import UserError, first_line, is_permanent, setting
 from storage.memory import out_of_memory
 from storage.progress import Progress
@@ -34,14 +33,6 @@ T = TypeVar("T")
 BACKOFF = (1.0, 4.0, 16.0)  # seconds before each new try after an input or output fault, give or take a half
 SAID_AFTER = 10.0  # seconds without any worker before it is said; one that died usually comes back sooner
 STOP_TIMEOUT = 60.0  # seconds that an interrupted run waits for its workers to finish the block that they are at
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A shard that could not be made. `kind`: of its data, of input and output, of a worker that died, or a bug."""
-
-    error: str
-    kind: Literal["data", "io", "worker", "bug"]
 
 
 class _Stopped(Exception):
@@ -96,13 +87,15 @@ def attempt(task: ShardTask, provider: str, threads: int, report: Callable[[int,
     try:
         return retry_io(once)
     except UserError as error:
-        return Failure(str(error), "data")
+        return Failure(shard=task.url, error=str(error), kind="data")
     except OSError as error:
-        return Failure(f"{task.url}: {error.filename or 'input or output'}: {first_line(error)}", "io")
+        text = f"{task.url}: {error.filename or 'input or output'}: {first_line(error)}"
+        return Failure(shard=task.url, error=text, kind="io")
     except _Stopped:
         raise
     except Exception as error:
-        return Failure(f"{task.url}: this should not happen: {first_line(error, kind=True)}", "bug")
+        text = f"{task.url}: this should not happen: {first_line(error, kind=True)}"
+        return Failure(shard=task.url, error=text, kind="bug")
 
 
 class _Tracker:
@@ -284,11 +277,11 @@ def _result(future: Any, url: str) -> Outcome | Failure:
         died = f"the {error.allowed_failures + 1} workers that had it died, the last at {error.last_worker.address}"
         fewer, scheduler = setting("workers", "N"), setting("dask", "ADDRESS")
         hint = f"start fewer by {fewer}, or give those of {scheduler} more memory, and run the same command again"
-        return Failure(f"{url}: {died}: {out_of_memory(hint)}", "worker")
+        return Failure(shard=url, error=f"{url}: {died}: {out_of_memory(hint)}", kind="worker")
     except Exception as error:
         if future.cancelled():
             raise UserError(LOST) from None
-        return Failure(f"{url}: {first_line(error, kind=True)}", "worker")
+        return Failure(shard=url, error=f"{url}: {first_line(error, kind=True)}", kind="worker")
     assert outcome is not None
     return outcome
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from precompute.engine.tasks import SessionSettings
 from storage.errors import UserError, first_line, setting
-from storage.objects.json_record import Record
 
 if TYPE_CHECKING:
     from onnx import ModelProto, TensorProto
@@ -34,10 +34,9 @@ class Session:
     ) -> None:
         self._session, self._input, self._batch = session, name, BATCH[provider]
         self._threads = ThreadPoolExecutor(side_by_side, "session") if side_by_side > 1 else None
-        self.settings: Record = {
-            "onnxruntime": version, "provider": provider, "precision": "float32", "optimisation": OPTIMISATION,
-            "tf32": False,
-        }  # fmt: skip
+        self.settings = SessionSettings(
+            onnxruntime=version, provider=provider, precision="float32", optimisation=OPTIMISATION, tf32=False
+        )
 
     def run(self, images: np.ndarray) -> list[np.ndarray]:
         """The outputs, f32 `[n, …]` each, of uint8 images `[n, S, S, 3]`."""

@@ -89,12 +89,12 @@ def run_task(
     index = known_index(task.store, task.url, task.known, task.on_decode_error)
     if not len(index):
         report(0, 0)
-        return Outcome(index.id, 0, left_out=index.left_out)
+        return Outcome(shard=index.id, samples=0, left_out=index.left_out)
     wanted = missing(task, index)
     todo = len(wanted) * len(index)
     report(0, todo)
     if not wanted:
-        return Outcome(index.id, len(index), left_out=index.left_out)
+        return Outcome(shard=index.id, samples=len(index), left_out=index.left_out)
     runs = any(output.position is not None for outputs in wanted.values() for output in outputs)
     session = open_session() if runs else None
     images = 4 * 2 * 3 * bank_policy(task.store, task.bank).size ** 2 * BLOCK  # four blocks on their way, mixed or not
@@ -111,9 +111,15 @@ def run_task(
                 break
             except TooWide as error:  # rare: all is made again, this view of the target with f32 scales
                 wide |= {(error.view, error.target)}
-    written = sum(map(len, wanted.values()))
-    settings = session.settings if session else {}
-    return Outcome(index.id, len(index), written, todo, invalid, settings, index.left_out)
+    return Outcome(
+        shard=index.id,
+        samples=len(index),
+        written=sum(map(len, wanted.values())),
+        rendered=todo,
+        invalid=invalid,
+        settings=session.settings if session else {},
+        left_out=index.left_out,
+    )
 
 
 def block_views(url: str, index: ShardIndex, policy: Policy, number: int = 0) -> np.ndarray:

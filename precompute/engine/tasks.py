@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, TypedDict
 
-from storage.objects.json_record import Record
 from storage.store.codecs import Codec
 from storage.store.manifests import TargetManifest
 from storage.store.store import Store
@@ -15,7 +13,7 @@ from storage.store.store import Store
 OnDecodeError = Literal["fail", "skip"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TargetOutput:
     """A target, and which of the graph's outputs makes it; None where it is the view images themselves."""
 
@@ -29,7 +27,7 @@ class TargetOutput:
         return cls(manifest.id, manifest.output, manifest.codec)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ShardTask:
     """One shard and one graph, with all targets of it that are wanted: plain data.
 
@@ -56,7 +54,17 @@ class ShardTask:
     known: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+class SessionSettings(TypedDict, total=False):
+    """What a session runs on; empty where none ran."""
+
+    onnxruntime: str
+    provider: str
+    precision: str
+    optimisation: str
+    tf32: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """What became of a task."""
 
@@ -65,8 +73,17 @@ class Outcome:
     written: int = 0  # (target, view) pairs
     rendered: int = 0  # view images that the task had to make
     invalid: tuple[str, ...] = ()
-    settings: Record = dataclasses.field(default_factory=dict, hash=False)
+    settings: SessionSettings = field(default_factory=SessionSettings, hash=False)
     left_out: tuple[str, ...] = ()  # a word on each key that makes no sample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """A shard that could not be made. `kind`: of its data, of input and output, of a worker that died, or a bug."""
+
+    shard: str
+    error: str
+    kind: Literal["data", "io", "worker", "bug"]
 
 
 # Told (view images done since the last call, those of the whole task) while it goes on; may raise to stop it.

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, TypedDict
 import numpy as np
 
 from precompute.engine.session import open_session
+from precompute.engine.tasks import SessionSettings
 from precompute.taps import ATTENTION, TAPS, Tap, TappedTeacher, check_attention
 from precompute.teachers.teacher import Teacher, load_teacher
 from storage.errors import UserError, first_line, setting
-from storage.objects.json_record import Record
 from storage.store.manifests import Network, Stage
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Exported:
     details: tuple[TargetDetails, ...]
     parity: tuple[float, ...]
     values: tuple[np.ndarray, ...]  # the graph's, of all images that were given
-    session: Record
+    session: SessionSettings
     attention_error: float | None
 
 

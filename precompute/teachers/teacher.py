@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from precompute.teachers.onnx_file import is_onnx_file, read_graph
 from storage.errors import UserError, call, did_you_mean, first_line, setting
@@ -149,8 +149,8 @@ def find_teacher(
     given_all = name in SHORT_NAMES and mean is not None and std is not None
     if not given_all:
         config = about_weights(model, name)
-        size = size or config["size"]
-        mean, std = mean or config["mean"], std or config["std"]
+        size = size or config.size
+        mean, std = mean or config.mean, std or config.std
     assert mean is not None
     assert std is not None
     teacher_name = _checked_name(name, teacher_name)
@@ -253,8 +253,16 @@ def resolve(name: str) -> tuple[str, int | None]:
     return SHORT_NAMES.get(name, (name, None))
 
 
-def about_weights(model: str, name: str) -> dict[str, Any]:
-    """`size`, `mean` and `std` of a timm name's weights. Raises UserError where timm has no such name."""
+class WeightsConfig(NamedTuple):
+    """The input that weights were trained for."""
+
+    size: int | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def about_weights(model: str, name: str) -> WeightsConfig:
+    """What timm records of the weights of a name. Raises UserError where timm has no such name."""
     import timm
 
     if not timm.is_model(model):
@@ -270,8 +278,8 @@ def about_weights(model: str, name: str) -> dict[str, Any]:
         known = timm.list_pretrained(f"{model.partition('.')[0]}.*")
         raise UserError(f"no weights are called {name!r}", hint=did_you_mean(name, known)) from None
     if config is None:
-        return {"size": None, "mean": (0.5,), "std": (0.5,)}
-    return {"size": config.input_size[-1], "mean": config.mean, "std": config.std}
+        return WeightsConfig(None, (0.5,), (0.5,))
+    return WeightsConfig(config.input_size[-1], config.mean, config.std)
 
 
 def _digest_of_hub(model: str, arguments: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ is wrong in the words of all other errors, and used as the models that it gives.
 from __future__ import annotations
 
 import reprlib
+from dataclasses import fields
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
@@ -39,6 +40,11 @@ class Schema(BaseModel):
     def plain(self) -> Record:
         """What JSON says of it: all that was read or given, and no default."""
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+
+def plain(result: Any) -> Any:
+    """What JSON says of a record or a data class: `default` of `json.dumps`."""
+    return result.plain() if isinstance(result, Schema) else {f.name: getattr(result, f.name) for f in fields(result)}
 
 
 T = TypeVar("T")

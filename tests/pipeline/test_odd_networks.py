@@ -57,7 +57,7 @@ def test_what_a_network_offers_is_what_it_gives(name: str) -> None:
     size = 64 if "flex" in name else 224
     offered, (_, _, network) = offers_of(name, size), bare(name, size, "cpu")
     image = torch.zeros(1, size, size, 3, dtype=torch.uint8)
-    for tap, about in offered["taps"].items():
+    for tap, offer in offered.taps.items():
         module = TappedTeacher(network, [Tap(tap)], size, size, HALF, HALF).eval()
         with torch.no_grad():
-            assert list(module(image)[0].shape[1:]) == about["shape"], tap
+            assert module(image)[0].shape[1:] == offer.shape, tap

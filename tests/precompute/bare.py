@@ -31,7 +31,15 @@ class Bare:
     output: TargetOutput
 
     def task(self, url: str, views: int = 2) -> ShardTask:
-        return ShardTask(self.store, url, self.bank, "averages", self.graph, (self.output,), views)
+        return ShardTask(
+            store=self.store,
+            url=url,
+            bank=self.bank,
+            teacher="averages",
+            graph=self.graph,
+            outputs=(self.output,),
+            views=views,
+        )
 
 
 def bare(folder: Path, line: str = "deit", size: int = 32, codec: str = "u8") -> Bare:

@@ -7,6 +7,7 @@ import io
 import shutil
 import tarfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -131,4 +132,4 @@ def told(store: Path, world: World, kind: str, wishes: list[str]) -> tuple[dict[
         policy_fields=frozenset({"line"}),
         provider="cpu",
     )
-    return precompute(Store.create(store), wanted, quiet), quiet.lines
+    return asdict(precompute(Store.create(store), wanted, quiet)), quiet.lines

@@ -10,6 +10,7 @@ import timm
 import torch
 
 from precompute.capabilities import offers_of
+from precompute.results import TapOffer
 from precompute.taps import TAPS
 from precompute.teachers import teacher as teachers
 from storage.errors import UserError
@@ -40,9 +41,9 @@ HEAVY = ("vit_base_patch16_siglip_224", "beit_base_patch16_224", "vit_small_patc
 @pytest.mark.parametrize("name", NETWORKS)
 def test_taps_that_are_known_to_be_refused_are_not_offered(name: str) -> None:
     found = offers_of(name)
-    assert found["refused"].keys() == NETWORKS[name]
-    assert found["taps"].keys() == TAPS.keys() - NETWORKS[name]
-    assert all(found["refused"].values())
+    assert found.refused.keys() == NETWORKS[name]
+    assert found.taps.keys() == TAPS.keys() - NETWORKS[name]
+    assert all(found.refused.values())
 
 
 @pytest.mark.parametrize("name", [SLOW(name) if name in HEAVY else name for name in NETWORKS])
@@ -63,14 +64,14 @@ def test_each_tap_that_is_offered_is_stored_as_it_was_told_and_each_other_is_ref
         wishes = [f"{tap},grid=8" if tap == "activations" else tap for tap in taps]
         return run_precompute(tmp_path / "store", shards, teacher, wishes)
 
-    for tap in found["refused"]:
+    for tap in found.refused:
         with pytest.raises(UserError):
             make([tap])
-    made = make(list(found["taps"]))["targets"]
+    made = make(list(found.taps))["targets"]
     store = Store.open(tmp_path / "store")
-    for tap, target in zip(found["taps"], made, strict=True):
+    for tap, target in zip(found.taps, made, strict=True):
         manifest = store.target(target)
         assert manifest.identity.tap == tap
         codec = manifest.codec
-        told = {"shape": list(codec.shape), "codec": codec.name, "bytes": codec.sample_bytes}
-        assert found["taps"][tap] == told
+        told = TapOffer(shape=codec.shape, codec=codec.name, bytes=codec.sample_bytes)
+        assert found.taps[tap] == told

@@ -13,6 +13,7 @@ import pytest
 from pipeline.cli import main
 from precompute.plan import plan
 from precompute.request import PrecomputeRequest
+from precompute.results import MissingAmount
 from precompute.run import precompute
 from precompute.taps.target_spec import parse_target
 from precompute.throughput import growing
@@ -60,21 +61,23 @@ def test_contract_8_bytes_and_objects_are_those_of_the_run(world: World, tmp_pat
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
     precompute(Store.create(place), wanted, Quiet())
     size, objects = taken(place)
-    assert told["bytes"] == pytest.approx(size, rel=0.02)
-    assert told["objects"] == told["missing"]["objects"] == objects
-    assert told["measured"]["view_images"] > 0
-    assert told["hours"] > 0
+    assert told.bytes == pytest.approx(size, rel=0.02)
+    assert told.objects == told.missing.objects == objects
+    assert told.measured
+    assert told.measured.view_images > 0
+    assert told.hours
     again = plan(str(place), wanted, Quiet(), seconds=0)
-    assert again["missing"] == {"bytes": 0, "objects": 0, "view_images": 0}
-    assert again["hours"] is None
-    assert plan(str(place), wanted, Quiet(), seconds=0.1)["hours"] == 0
+    assert again.missing == MissingAmount(bytes=0, objects=0, view_images=0)
+    assert again.hours is None
+    assert plan(str(place), wanted, Quiet(), seconds=0.1).hours == 0
     assert taken(place) == (size, objects), "a plan changes nothing in a store"
 
 
 def test_a_tenth_of_the_images_is_measured_at_most(world: World, tmp_path: Path) -> None:
     told = plan(str(tmp_path / "store"), wanted_of(world, world.shards, ["logits"]), Quiet(), seconds=600)
-    assert told["missing"]["view_images"] == 600
-    assert 0 < told["measured"]["view_images"] <= 60
+    assert told.missing.view_images == 600
+    assert told.measured
+    assert 0 < told.measured.view_images <= 60
 
 
 class Engine:
@@ -129,36 +132,37 @@ def test_a_target_that_is_added_costs_itself_alone(world: World, tmp_path: Path)
     before, _ = taken(place)
     both = wanted_of(world, world.shards, ["activations,grid=8,codec=u8", "logits"], num_views=None)
     told = plan(str(place), both, Quiet(), seconds=0)
-    assert told["views"] == 2, "as many as the bank has"
+    assert told.views == 2, "as many as the bank has"
     precompute(Store.open(place), both, Quiet())
     after, _ = taken(place)
-    assert told["bytes"] == pytest.approx(after, rel=0.1)
-    assert told["missing"]["bytes"] == pytest.approx(after - before, rel=0.3, abs=60_000)  # a graph
-    assert told["missing"]["view_images"] == 600
+    assert told.bytes == pytest.approx(after, rel=0.1)
+    assert told.missing.bytes == pytest.approx(after - before, rel=0.3, abs=60_000)  # a graph
+    assert told.missing.view_images == 600
 
 
 def test_many_shards_are_estimated_by_their_sizes(world: World, tmp_path: Path) -> None:
     shards = synthetic_shards(tmp_path / "data", shards=20, samples=30)
     told = plan(str(tmp_path / "store"), wanted_of(world, shards, ["logits"]), Quiet(), seconds=0)
-    assert told["samples"] == pytest.approx(600, rel=0.03)
-    assert told["estimated"] >= 12
+    assert told.samples == pytest.approx(600, rel=0.03)
+    assert told.estimated >= 12
 
 
 def test_cheaper_codecs_are_told_with_their_error(world: World, tmp_path: Path) -> None:
     told = plan(str(tmp_path / "store"), wanted_of(world, world.shards, ["class_row"], "vit"), Quiet(), seconds=0)
-    (target,) = told["targets"]
-    assert target["error"]["kl"] < 1e-5
-    cheaper = {other["codec"]: other for other in target["cheaper"]}
+    (target,) = told.targets
+    assert target.error
+    assert target.error.kl < 1e-5
+    cheaper = {other.codec: other for other in target.cheaper}
     assert set(cheaper) == {"u8", "log8"}
-    assert cheaper["log8"]["bytes"] < target["bytes"]
-    assert cheaper["log8"]["kl"] < 1e-3
+    assert cheaper["log8"].bytes < target.bytes
+    assert cheaper["log8"].kl < 1e-3
 
 
 def test_blocks_of_few_classes_are_warned_of_and_pack_mends_it(world: World, tmp_path: Path) -> None:
     """Sorted by class as a folder is: blocks of 64 hold one or two of ten classes."""
     mixed = synthetic_shards(tmp_path / "data", shards=1, samples=640, classes=10)
     plain = plan(str(tmp_path / "store"), wanted_of(world, mixed, ["logits"]), Quiet(), seconds=0)
-    assert not plain["warnings"]
+    assert not plain.warnings
     folder = tmp_path / "classes"
     import webdataset
 
@@ -167,7 +171,7 @@ def test_blocks_of_few_classes_are_warned_of_and_pack_mends_it(world: World, tmp
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(sample["png"])
     in_order = pack(str(folder), str(tmp_path / "sorted-000000.tar"), shuffle=False)["train"]
-    (warning,) = plan(str(tmp_path / "store"), wanted_of(world, in_order, ["logits"]), Quiet(), seconds=0)["warnings"]
+    (warning,) = plan(str(tmp_path / "store"), wanted_of(world, in_order, ["logits"]), Quiet(), seconds=0).warnings
     assert "half of the blocks hold 1 classes or fewer, of 10" in warning or "hold 2 classes" in warning
     assert "pipeline pack" in warning
 
@@ -200,7 +204,7 @@ def test_the_command_line_tells_the_plan(world: World, tmp_path: Path, capsys: p
         main(["plan", *flags, "--measure", "0.2", "--json"])
     assert ended.value.code == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["measured"]["workers"] == 1
+    assert told.measured.workers == 1
     with pytest.raises(SystemExit) as ended:
         main(["plan", *flags, "--measure", "0.2"])
     text = capsys.readouterr().out

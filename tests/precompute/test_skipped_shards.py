@@ -90,7 +90,7 @@ def test_a_plan_counts_the_samples(world: World, disturbed: list[str], tmp_path:
     skipping = dataclasses.replace(wanted, shards=disturbed, on_decode_error="skip")
     told = plan(str(tmp_path / "store"), skipping, Quiet(), seconds=0)
     for name in ("samples", "shards", "targets"):
-        assert told[name] == undisturbed[name]
+        assert getattr(told, name) == getattr(undisturbed, name)
     with pytest.raises(UserError, match="key 'lost0' needs one image"):
         plan(str(tmp_path / "store"), dataclasses.replace(wanted, shards=disturbed), Quiet(), seconds=0)
 

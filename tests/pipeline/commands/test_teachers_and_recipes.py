@@ -10,6 +10,7 @@ import yaml
 from pipeline.cli import main
 from pipeline.recipes import loader
 from precompute.capabilities import offers_of
+from precompute.results import TapOffer
 from storage.errors import UserError
 from storage.store.store import Store
 
@@ -24,16 +25,16 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]
 @pytest.mark.parametrize(("name", "maps"), [("effnet_b3", 952), ("resnet34", 960), ("mobilenetv2", 712)])
 def test_a_cnn_offers_the_maps_of_its_stages(name: str, maps: int) -> None:
     found = offers_of(name, grid=7)
-    assert found["network"] == "cnn"
-    assert found["taps"]["activations"] == {"shape": [maps, 7, 7], "codec": "u8", "bytes": maps * (49 + 4)}
+    assert found.network == "cnn"
+    assert found.taps["activations"] == TapOffer(shape=(maps, 7, 7), codec="u8", bytes=maps * (49 + 4))
 
 
 def test_a_vit_offers_its_attention_and_no_memory_is_taken_for_it() -> None:
     found = offers_of("vit_l")
-    assert (found["network"], found["layers"], found["parameters"]) == ("vit", 24, 304_326_632)
-    assert found["taps"]["class_row"]["shape"] == [24, 16, 197]
-    assert found["taps"]["class_row"]["bytes"] == 24 * 16 * 197 * 2
-    assert offers_of("vit_tiny", 96)["taps"]["attention"]["shape"] == [12, 3, 37, 37]
+    assert (found.network, found.layers, found.parameters) == ("vit", 24, 304_326_632)
+    assert found.taps["class_row"].shape == (24, 16, 197)
+    assert found.taps["class_row"].bytes == 24 * 16 * 197 * 2
+    assert offers_of("vit_tiny", 96).taps["attention"].shape == (12, 3, 37, 37)
 
 
 @pytest.mark.slow
@@ -48,17 +49,17 @@ def test_what_is_offered_is_what_a_store_then_keeps(world) -> None:
     create = timm.create_model
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(timm, "create_model", lambda name, **more: create(name, **{**more, **arguments}))
-        taps = offers_of("vit_tiny", teacher.identity.input_size)["taps"]
+        taps = offers_of("vit_tiny", teacher.identity.input_size).taps
     made = {m.identity.tap: m for m in store.targets().values() if m.teacher == "vit"}
     assert len(made.keys() & taps.keys()) >= 4
     for tap in made.keys() & taps.keys():
         layers = made[tap].identity.layers
-        expected = [len(layers), *taps[tap]["shape"][1:]] if layers else taps[tap]["shape"]
-        assert list(made[tap].sample_shape) == expected, tap
+        expected = (len(layers), *taps[tap].shape[1:]) if layers else taps[tap].shape
+        assert made[tap].sample_shape == expected, tap
 
 
 def test_another_network_offers_its_ends_alone() -> None:
-    assert set(offers_of("swin_tiny_patch4_window7_224")["taps"]) == {"embedding", "logits"}
+    assert set(offers_of("swin_tiny_patch4_window7_224").taps) == {"embedding", "logits"}
 
 
 def test_an_unknown_teacher_is_named_with_the_nearest() -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from pipeline.project.context import load
 from pipeline.project.schema import located
 from pipeline.recipes import loader
 from precompute.request import PrecomputeRequest
+from precompute.results import Amount, MissingAmount, SharedAmount
 from storage.errors import UserError
 from storage.shards.pack import pack
 from storage.store.store import Store
@@ -390,15 +392,15 @@ def test_help_reads_no_project(run, tmp_path, monkeypatch):
     assert run("pack", "nowhere", "out.tar")[2].count("error: nowhere: no such") == 1
 
 
-def plan_of(bank: str, own: int, shared: int, hours: float | None, made: bool = False) -> dict[str, Any]:
-    lacking = {"bytes": 0 if made else shared, "objects": 0 if made else 1}
-    common = {"bytes": shared, "objects": 1, "missing": lacking}
-    missing = {"bytes": own + lacking["bytes"], "objects": 2 + lacking["objects"], "view_images": 7}
-    return {"bank": bank, "bytes": own + shared, "objects": 3, "missing": missing, "shared": common, "hours": hours}
+def plan_of(bank: str, own: int, shared: int, hours: float | None, made: bool = False) -> Any:
+    lacking = Amount(bytes=0 if made else shared, objects=0 if made else 1)
+    common = SharedAmount(bytes=shared, objects=1, missing=lacking)
+    missing = MissingAmount(bytes=own + lacking.bytes, objects=2 + lacking.objects, view_images=7)
+    return SimpleNamespace(bank=bank, bytes=own + shared, objects=3, missing=missing, shared=common, hours=hours)
 
 
 def test_what_is_shared_counts_once_a_bank():
     total = sum_of({"a": plan_of("x", 10, 5, 1.0), "b": plan_of("x", 20, 5, 0.5), "c": plan_of("y", 1, 3, 0.25, True)})
-    assert (total["bytes"], total["objects"], total["hours"]) == (10 + 20 + 5 + 1 + 3, 8, 1.75)
-    assert total["missing"] == {"bytes": 36, "objects": 7, "view_images": 21}
-    assert sum_of({"a": plan_of("x", 1, 1, None)})["hours"] is None
+    assert (total.bytes, total.objects, total.hours) == (10 + 20 + 5 + 1 + 3, 8, 1.75)
+    assert total.missing == MissingAmount(bytes=36, objects=7, view_images=21)
+    assert sum_of({"a": plan_of("x", 1, 1, None)}).hours is None

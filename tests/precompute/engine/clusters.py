@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def run(world: World, store: Path, shards: list[str] | None = None, **more: Any)
         **more,
     )
     dask_runner.held_session.clear()
-    return precompute(Store.create(store), wanted, quiet), quiet.lines
+    return asdict(precompute(Store.create(store), wanted, quiet)), quiet.lines
 
 
 def command(world: World, store: Path, shards: list[str], *more: str) -> list[str]:

@@ -17,7 +17,7 @@ from distributed import Client
 
 from precompute.engine import dask_runner
 from precompute.engine.dask_client import local_cluster
-from precompute.engine.tasks import Outcome, ShardTask
+from precompute.engine.tasks import Failure, Outcome, ShardTask
 from storage.errors import UserError
 from storage.progress import NoProgress as Silent
 from storage.store.store import Store
@@ -216,11 +216,11 @@ def test_faults_of_input_and_output_are_tried_again_with_pauses_and_others_are_n
         tried.append(1)
         if raised:
             raise raised.pop(0)
-        return Outcome("shard", 1)
+        return Outcome(shard="shard", samples=1)
 
     monkeypatch.setattr("time.sleep", slept.append)
     monkeypatch.setattr(dask_runner, "run_task", fail)
-    task = ShardTask(Store.open(deit.store), "u.tar", "b", "t", "g", (), 1)
+    task = ShardTask(store=Store.open(deit.store), url="u.tar", bank="b", teacher="t", graph="g", outputs=(), views=1)
 
     def attempt(*errors: Exception) -> tuple[Any, int, list[float]]:
         slept.clear()
@@ -234,7 +234,7 @@ def test_faults_of_input_and_output_are_tried_again_with_pauses_and_others_are_n
     assert count == 3
     assert all(0.5 * of <= pause <= 1.5 * of for pause, of in zip(pauses, dask_runner.BACKOFF, strict=False))
     outcome, count, pauses = attempt(*[fault] * 10)
-    assert outcome == dask_runner.Failure("u.tar: /a/file: Input/output error", "io")
+    assert outcome == Failure(shard="u.tar", error="u.tar: /a/file: Input/output error", kind="io")
     assert count == len(dask_runner.BACKOFF) + 1
     assert len(pauses) == len(dask_runner.BACKOFF)
     kinds = {

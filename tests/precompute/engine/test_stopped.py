@@ -92,9 +92,10 @@ def run(images):
     return real(images)
 
 session.run = run
-of_it = manifest.identity.bank, manifest.teacher, manifest.graph, (TargetOutput.of(manifest),)
+outputs, of_it = (TargetOutput.of(manifest),), {"bank": manifest.identity.bank, "teacher": manifest.teacher}
 for url in shards:
-    run_task(ShardTask(store, url, *of_it, views=2), lambda: session, 1)
+    task = ShardTask(store=store, url=url, graph=manifest.graph, outputs=outputs, views=2, **of_it)
+    run_task(task, lambda: session, 1)
 assert "torch" not in sys.modules, "a worker that only runs a graph needs no torch"
 """
 

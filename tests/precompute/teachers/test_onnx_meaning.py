@@ -55,7 +55,7 @@ def test_a_classifier_that_pytorch_exports_with_its_softmax_is_refused(tmp_path:
         said(path)
     with pytest.raises(UserError, match=rf"its outputs: y\n.* such as `tap_tensor=logits={gemm}`"):
         onnx_file.given_tensors(str(path), {}, [])
-    offered = capabilities.onnx_offers_of(str(path))["tensors"]["logits"]
+    offered = capabilities.onnx_offers_of(str(path)).tensors["logits"]
     assert gemm in offered
     assert "y" not in offered
 

@@ -1,0 +1,203 @@
+"""What the commands of this room give; `--json` prints the fields as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from precompute.engine.tasks import Failure, SessionSettings
+from storage.store.codecs import CodecError
+from storage.views.policy import Policy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrecomputeResult:
+    """What a precompute run did.
+
+    Attributes:
+        store: where the targets are.
+        bank: id of their views.
+        targets: ids of the targets.
+        shards: ids of the shards that have them.
+        views: of each sample.
+        written: how many views of a target in a shard were made.
+        view_images: how many were rendered for that.
+        invalid: images that could not be decoded, by shard and key.
+        left_out: shard -> what in it makes no sample.
+        empty: shards without samples.
+        failures: shards that were not made; all others are complete.
+        session: what the teacher ran on; empty where all was complete.
+        teacher: what names the teacher.
+        seconds: that the run took.
+    """
+
+    store: str
+    bank: str
+    targets: list[str]
+    shards: list[str]
+    views: int
+    written: int
+    view_images: int
+    invalid: list[str]
+    left_out: Mapping[str, Sequence[str]]
+    empty: list[str]
+    failures: list[Failure]
+    session: SessionSettings
+    teacher: Mapping[str, Any]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Amount:
+    """Bytes in so many objects."""
+
+    bytes: int
+    objects: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MissingAmount(Amount):
+    """What is still to be made, and the view images that it takes."""
+
+    view_images: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedAmount(Amount):
+    """What all teachers over one bank share, and what of it is still to be made."""
+
+    missing: Amount
+
+
+class CheaperCodec(CodecError):
+    """A codec that takes fewer bytes for all of a target, and what it costs."""
+
+    codec: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedTarget:
+    """What a target takes, what its codec costs, and cheaper codecs, cheapest first."""
+
+    target: str
+    sample_shape: tuple[int, ...]
+    codec: str
+    bytes_per_view_image: int
+    bytes: int
+    error: CodecError | None
+    cheaper: list[CheaperCodec]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingReads:
+    """What a training reads at some rate."""
+
+    images_per_second: float
+    targets_mb_per_second: float
+    shards_mb_per_second: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Throughput:
+    """What the engine made in so many seconds, and how fast."""
+
+    seconds: float
+    view_images: int
+    view_images_per_second: float
+    index_seconds_per_image: float
+    workers: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan(Amount):
+    """What a precompute run takes.
+
+    Attributes:
+        store: where it would be.
+        bank: id of the views.
+        policy: that they are drawn from.
+        shards: how many.
+        samples: how many in all.
+        estimated: of how many shards the samples are estimated.
+        views: of each sample.
+        graph_bytes: of the teacher's graphs.
+        missing: what is still to be made.
+        shared: what other teachers over these views share.
+        targets: each with its size.
+        training: what a training will read.
+        measured: how fast the engine is; None where it was not asked.
+        hours: that the run takes; None likewise.
+        warnings: what is worth a look before the run.
+    """
+
+    store: str
+    bank: str
+    policy: Policy
+    shards: int
+    samples: int
+    estimated: int
+    views: int
+    graph_bytes: int
+    missing: MissingAmount
+    shared: SharedAmount
+    targets: list[PlannedTarget]
+    training: TrainingReads
+    measured: Throughput | None
+    hours: float | None
+    warnings: list[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSum(Amount):
+    """What several plans over one store take together."""
+
+    missing: MissingAmount
+    hours: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TapOffer:
+    """What a tap gives of one view image, in its usual codec."""
+
+    shape: tuple[int, ...]
+    codec: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherOffers:
+    """What a network of timm can give: tap -> what it takes, and tap -> why precompute would refuse it."""
+
+    teacher: str
+    model: str
+    input_size: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    parameters: int
+    network: str
+    layers: int
+    taps: dict[str, TapOffer]
+    refused: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphInput:
+    """The input of a ready graph."""
+
+    name: str
+    shape: list[int | str]
+    precision: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphOffers:
+    """What a ready graph has: name -> shape of its outputs, and tap -> names of the tensors that could give it."""
+
+    teacher: str
+    model: str
+    input: GraphInput
+    parameters: int
+    outputs: dict[str, list[int | str]]
+    tensors: dict[str, list[str]]
