@@ -179,7 +179,7 @@ _WANTED = (
 _VIEWS = {"view_policy": "views.policy", "view_size": "views.size", "num_views": "views.count", "seed": "views.seed"}
 _SAID = {**_VIEWS, **{name: name for name in ("shards", "store", "provider", "workers", "dask", "worker_timeout")}}
 # What is said about one teacher, and never of several at once.
-_OF_ONE = ("target", "tap", "weights", "weights_key", "teacher_arg", "mean", "std", "input_size", "teacher_name")
+_OF_ONE = ("target", "tap_tensor", "weights", "weights_key", "teacher_arg", "mean", "std", "input_size", "teacher_name")
 # Where a file of weights may come from that is not there.
 _ADVICE = "`pipeline fit-teacher --teacher NAME --out FILE` makes one from a teacher whose features are stored"
 
@@ -226,7 +226,7 @@ def _wanted(teacher: str | None, **flags: Any) -> PrecomputeRequest | dict[str, 
     if len(chosen) > 1:
         for name in _OF_ONE:
             if flags[name]:
-                flag = {"tap": "tap-tensor"}.get(name, name.replace("_", "-"))
+                flag = name.replace("_", "-")
                 raise UserError(f"--{flag} is for one teacher, {read.path} has {', '.join(chosen)}: say --teacher NAME")
     absent = [name for name in chosen if not flags["weights"] and _is_missing(entries[name].weights)]
     if len(absent) < len(chosen):
@@ -256,7 +256,7 @@ def _one(
     *,
     shards: tuple[str, ...],
     target: tuple[str, ...],
-    tap: tuple[str, ...],
+    tap_tensor: tuple[str, ...],
     view_policy: str | None,
     view_size: int | None,
     num_views: int | None,
@@ -291,7 +291,7 @@ def _one(
     urls = expand(shards)
     views = policy("deit" if view_policy is None else view_policy, 224 if view_size is None else view_size, seed or 0)
     arguments, means, stds = _arguments(teacher_arg), _numbers(mean, "--mean"), _numbers(std, "--std")
-    texts, model, tensors = target, teacher, onnx_file.named_outputs(tap)
+    texts, model, tensors = target, teacher, onnx_file.named_outputs(tap_tensor)
     if entry is not None:
         model, texts = entry.teacher or teacher, target or entry.targets
         weights_key = weights_key or (None if weights else entry.weights_key)

@@ -40,7 +40,7 @@ def test_views_replay_as_they_were_recorded(world):
         for task in sorted(t for t in store.done() if t.kind == "bank" and t.shard == index.id):
             policy = bank_policy(store, task.id)
             views = read_views(store.marker(task), 60, 75)
-            for i, found in enumerate(read_samples(url, index, range(60, 75))):
+            for i, found in enumerate(read_samples(url, index, range(60, 75)), 60):
                 pixels = views.replay(i, found, found.image, policy.size, url)
                 assert pixels.shape == (32, 32, 3)
 
