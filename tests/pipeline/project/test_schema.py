@@ -188,9 +188,9 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[PrecomputeRequest]:
     """What precompute is asked for from now on; it does nothing."""
     seen: list[PrecomputeRequest] = []
 
-    def precompute(store: object, wanted: PrecomputeRequest, console: object) -> dict[str, list[Any]]:
+    def precompute(store: object, wanted: PrecomputeRequest, console: object) -> SimpleNamespace:
         seen.append(wanted)
-        return {"targets": [], "shards": [], "failures": []}
+        return SimpleNamespace(targets=[], shards=[], failures=[])
 
     monkeypatch.setattr("precompute.run.precompute", precompute)
     return seen
