@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,12 +89,19 @@ store = click.option(
 )
 
 
-checkpoint = click.option(
+PATH = click.Path(path_type=Path)
+picture = click.option("--out", type=PATH, metavar="FILE", help="Also draw a picture: .png, .svg or .pdf.")
+
+
+def choice(*names: str, values: Sequence[str], text: str) -> Callable[..., Any]:
+    """One of several words; the first is the default."""
+    return click.option(*names, type=click.Choice(values), default=values[0], show_default=True, help=text)
+
+
+checkpoint = choice(
     "--checkpoint",
-    type=click.Choice(["last", "best", "ema"]),
-    default="last",
-    show_default=True,
-    help="Which student; `best` was chosen on the validation shards, `ema` is the average.",
+    values=["last", "best", "ema"],
+    text="Which student; `best` was chosen on the validation shards, `ema` is the average.",
 )
 device = click.option("--device", metavar="D", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 copied_store = click.option(
@@ -143,19 +150,11 @@ _WANTED = (
     _option("--std", "S", "Standard deviation of the teacher's input: one number or three, with commas."),
     _option("--input-size", "N", "Side of the teacher's input.", type=int),
     _option("--teacher-name", "NAME", "What the store calls the teacher."),
-    click.option(
-        "--provider",
-        type=click.Choice(["auto", "cpu", "cuda"]),
-        default="auto",
-        show_default=True,
-        help="Where the teacher runs.",
-    ),
-    click.option(
+    choice("--provider", values=["auto", "cpu", "cuda"], text="Where the teacher runs."),
+    choice(
         "--on-decode-error",
-        type=click.Choice(["fail", "skip"]),
-        default="fail",
-        show_default=True,
-        help="An image that cannot be decoded, or a key without an image, fails its shard, or is skipped in training.",
+        values=["fail", "skip"],
+        text="An image that cannot be decoded, or a key without an image, fails its shard, or is skipped in training.",
     ),
     _option(
         "--store-views",

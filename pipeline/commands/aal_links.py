@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.console import show
-from pipeline.options import common
+from pipeline.options import PATH, choice, common, picture
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,23 +19,11 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
 @click.option("--loss", metavar="NAME", help="Which of the run's aal losses, where it has several.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="F", help="Also as a picture: .png, .svg or .pdf.")
-@click.option(
-    "--normalize",
-    type=click.Choice(["abs", "printed"]),
-    default="abs",
-    show_default=True,
-    help="Normalize magnitudes, or signed links, as the paper prints it.",
-)
-@click.option(
-    "--granularity",
-    type=click.Choice(["channel", "block"]),
-    default="block",
-    show_default=True,
-    help="Choose for each channel, or for each stage as a whole.",
-)
+@picture
+@choice("--normalize", values=["abs", "printed"], text="Normalize magnitudes, or signed links, as the paper prints it.")
+@choice("--granularity", values=["block", "channel"], text="Choose for each channel, or for each stage as a whole.")
 @click.option(
     "--threshold",
     type=click.FloatRange(0, 1, max_open=True),
@@ -66,7 +54,7 @@ def aal_links(
     settings = LinksConfig(run=str(run), loss=loss, normalize=normalize, granularity=granularity, threshold=threshold)
     result, heat, kept = _selection(trained, settings)
     if file:
-        picture(file, trained, heat, kept)
+        draw(file, trained, heat, kept)
         result["picture"] = str(file)
     smoke = is_smoke(run)
     note = [f"{run}: a smoke run, whose links have learned nothing"] if smoke else []
@@ -140,7 +128,7 @@ def _words(*settings: str) -> str:
     return " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
 
 
-def picture(path: Path, trained: Trained, heat: Tensor, kept: Tensor) -> None:
+def draw(path: Path, trained: Trained, heat: Tensor, kept: Tensor) -> None:
     """The paper's Figure 2: stages up, layers to the right, the colour of a cell its mean |w|; kept cells framed.
 
     Args:

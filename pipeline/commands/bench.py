@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from pipeline.console import Console, show
-from pipeline.options import common, shards
+from pipeline.options import PATH, choice, common, shards
 
 
 @click.command()
@@ -18,16 +18,14 @@ from pipeline.options import common, shards
     help="What is measured; may be repeated.  [default: all]",
 )
 @shards("--shards", help="Photographs for `precompute` and `torch`: the first 512 of the first shard.", required=False)
-@click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where models run."
-)
+@choice("--device", values=["auto", "cpu", "cuda"], text="Where models run.")
 @click.option(
     "--turns", type=click.IntRange(1), default=5, show_default=True, help="Of each contender; a live teacher takes two."
 )
 @click.option("--quick", is_flag=True, help="Small cases alone.")
 @click.option(
     "--folder",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="DIR",
     help="Where temporary stores are made: its disk is measured too.  [default: the system's]",
 )

@@ -7,13 +7,11 @@ from pathlib import Path
 import click
 
 from pipeline.console import Console, show
-from pipeline.options import common
+from pipeline.options import PATH, common
 
 
 @click.command()
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("demo-out"), show_default=True, help="A new folder."
-)
+@click.option("--out", type=PATH, default="demo-out", show_default=True, help="A new folder.")
 @common
 def demo(out: Path, as_json: bool) -> None:
     """The whole path on handwritten digits, offline.

@@ -7,15 +7,15 @@ from pathlib import Path
 import click
 
 from pipeline.console import show
-from pipeline.options import checkpoint, common, shards
+from pipeline.options import PATH, checkpoint, common, shards
 from pipeline.project.context import reads
 from pipeline.run_paths import student_file
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
 @shards("--shards", help="Shards with images that the graph is checked on.", required=False)
-@click.option("--out", type=click.Path(path_type=Path), metavar="F", help="The graph.  [default: RUN/student.onnx]")
+@click.option("--out", type=PATH, metavar="F", help="The graph.  [default: RUN/student.onnx]")
 @checkpoint
 @click.option(
     "--push-to-hub",

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from pipeline.console import Console, show
-from pipeline.options import common, device, shards, store
+from pipeline.options import PATH, common, device, shards, store
 from pipeline.project.context import reads
 
 
@@ -54,7 +54,7 @@ def name_of(path: str) -> str:
 @click.option("--teacher", metavar="NAME", help="Or the recorded teacher, where one such target of it fits.")
 @shards("--shards", help="Labelled training shards that the store has features of.")
 @shards("--val", help="Validation shards.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="F", help="A new .safetensors file.")
+@click.option("--out", required=True, type=PATH, metavar="F", help="A new .safetensors file.")
 @click.option("--weights", metavar="F", help="The recorded teacher's weights, if not at the recorded path.")
 @click.option("--num-views", type=click.IntRange(1), metavar="N", help="Views of each image.  [default: all]")
 @click.option(

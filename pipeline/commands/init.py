@@ -8,14 +8,12 @@ from pathlib import Path
 import click
 
 from pipeline.console import Console, show
-from pipeline.options import common
+from pipeline.options import PATH, common
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option(
-    "--out", type=click.Path(path_type=Path), default="pipeline.yaml", show_default=True, help="Project file."
-)
+@click.argument("folder", type=PATH)
+@click.option("--out", type=PATH, default="pipeline.yaml", show_default=True, help="Project file.")
 @common
 def init(folder: Path, out: Path, as_json: bool) -> None:
     """Write a project file for a folder of shards or images.

@@ -8,7 +8,7 @@ import click
 from click.core import ParameterSource
 
 from pipeline.console import show
-from pipeline.options import common, shards, store
+from pipeline.options import PATH, common, shards, store
 from pipeline.project.context import reads
 
 
@@ -16,7 +16,7 @@ from pipeline.project.context import reads
 @store
 @click.option("--sample", metavar="KEY", help="Draw what is stored of this sample of --shards into --out.")
 @shards("--shards", help="Shards among which the sample is.", required=False)
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="The picture: .png, .svg or .pdf.")
+@click.option("--out", type=PATH, metavar="FILE", help="The picture: .png, .svg or .pdf.")
 @reads(store="store", shards="shards")
 @common
 def inspect(store: str, sample: str | None, shards: tuple[str, ...], out: Path | None, as_json: bool) -> None:

@@ -8,15 +8,15 @@ from pathlib import Path
 import click
 
 from pipeline.console import Console, show
-from pipeline.options import checkpoint, common, copied_store, device
+from pipeline.options import PATH, checkpoint, common, copied_store, device
 from pipeline.project.context import reads
 from pipeline.run_paths import student_file
 from storage.errors import UserError
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.argument("images", nargs=-1, required=True, metavar="IMAGE...", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...", type=PATH)
 @click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="How many classes of each image.")
 @checkpoint
 @copied_store

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline.console import Console, show
-from pipeline.options import Hinted, common, device, shards
+from pipeline.options import PATH, Hinted, common, device, shards
 from pipeline.project.context import over, reads
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @shards("--shards", help="Training shards.")
 @shards("--val", required=False, help="Validation shards; recipes that learn without labels need none.")
 @click.option("--store", metavar="DIR", help="The store with the targets; without one, views are drawn afresh.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="RUN", help="A new folder for the run.")
+@click.option("--out", required=True, type=PATH, metavar="RUN", help="A new folder for the run.")
 @click.option("--set", "settings", multiple=True, metavar="PATH=VALUE", help="Change a setting; may be repeated.")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in RUN; everything else stays the same.")
 @click.option(

@@ -91,8 +91,8 @@ def _shot_lines(shots: ShotMetrics) -> list[str]:
 
 def measure_accuracy(
     paths: Sequence[Path],
-    patterns: Sequence[str],
     *,
+    shards: Sequence[str],
     ensemble: bool,
     shot_bounds: tuple[int, int] | None,
     train_shards: Sequence[str],
@@ -103,14 +103,14 @@ def measure_accuracy(
 
     Args:
         paths: the students' files.
-        patterns: labeled shards; `NAME=SHARDS` is a set of its own.
+        shards: labeled shards; `NAME=SHARDS` is a set of its own.
         ensemble: whether all together are evaluated too.
         shot_bounds: tell classes apart by their number of training images.
         train_shards: where training images are counted; by default the first run's record says it.
         store: where students that copy attention find it; by default where they were trained.
         device: as on the command line.
     """
-    sets = named_sets(patterns)
+    sets = named_sets(shards)
     torch_device, console = pick_device(device), Console()
     train_images = None if shot_bounds is None else _train_images(paths[0], train_shards)
     members, students = zip(

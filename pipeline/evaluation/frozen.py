@@ -31,13 +31,26 @@ from student.evaluation.frozen.label_subset import LabelSubset, label_subset
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LabelFraction:
-    """Which training samples are labeled: patterns of shards, the fraction, its seed, and where to list them."""
+class FrozenConfig:
+    """What is read of which samples.
+
+    Attributes:
+        shards: patterns of the labeled shards to evaluate on.
+        train_shards: patterns of the labeled shards to learn from.
+        label_fraction: of the training samples, class-balanced.
+        listing: a file for the list of the training samples whose labels are used.
+        projector_layers: linear layers of the projector that features go through; 0 for the student's own features.
+        seed: chooses the labeled samples.
+        device: as on the command line.
+    """
 
     shards: Sequence[str]
-    fraction: float
-    seed: int
+    train_shards: Sequence[str]
+    label_fraction: float
     listing: Path | None
+    projector_layers: int
+    seed: int
+    device: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,23 +164,19 @@ class _Split:
         return TopAccuracy(top1=metrics.top1, top5=metrics.top5)
 
 
-def measure_knn(
-    path: Path, patterns: Sequence[str], labels: LabelFraction, *, projector_layers: int, device: str
-) -> KnnReport:
+def measure_knn(path: Path, config: FrozenConfig) -> KnnReport:
     """k-NN accuracies for each k."""
-    split = _features(path, patterns, labels, class_feature, projector_layers=projector_layers, device=device)
+    split = _features(path, config, class_feature)
     ranks_by_k = knn_ranks(split.train, split.evaluated, usable(len(split.train.labels)), split.num_classes)
     return KnnReport(features=split.report, knn={k: split.accuracy(ranks) for k, ranks in ranks_by_k.items()})
 
 
-def measure_linear_probe(
-    path: Path, patterns: Sequence[str], labels: LabelFraction, *, lr: float | None, projector_layers: int, device: str
-) -> LinearProbeReport:
+def measure_linear_probe(path: Path, config: FrozenConfig, lr: float | None) -> LinearProbeReport:
     """The accuracy of a linear probe, by default at the learning rate that is best on held-out training samples."""
-    split = _features(path, patterns, labels, probe_feature, projector_layers=projector_layers, device=device)
+    split = _features(path, config, probe_feature)
     console = Console()
     console.start("fitting", linear_probe.EPOCHS * (2 if lr is None else 1))
-    train, num_classes, seed, advance = split.train, split.num_classes, labels.seed, console.advance
+    train, num_classes, seed, advance = split.train, split.num_classes, config.seed, console.advance
     try:
         tried = [] if lr else linear_probe.search_learning_rate(train, num_classes, seed=seed, advance=advance)
         chosen = lr or tried[0].lr
@@ -178,21 +187,19 @@ def measure_linear_probe(
     return LinearProbeReport(features=split.report, accuracy=split.accuracy(ranks), lr=chosen, tried=tuple(tried))
 
 
-def _features(
-    path: Path, patterns: Sequence[str], labels: LabelFraction, read: Reading, *, projector_layers: int, device: str
-) -> _Split:
+def _features(path: Path, config: FrozenConfig, read: Reading) -> _Split:
     """Features of the labeled training samples and of the evaluated ones."""
-    urls, train_urls = only_set(patterns), with_samples(expand(labels.shards), Console().say)
+    urls, train_urls = only_set(config.shards), with_samples(expand(config.train_shards), Console().say)
     names = classes_of([*train_urls, *urls])  # raises where their lists differ
-    torch_device, console = pick_device(device), Console()
+    torch_device, console = pick_device(config.device), Console()
     member, student = open_student(path, torch_device, console)
     text = feature_text(member.model, read)
-    if projector_layers:
-        read, text = projector_features.projector_reading(path, member.model, projector_layers)
-    subset = label_subset(train_urls, urls, fraction=labels.fraction, seed=labels.seed)
-    if labels.listing is not None:
-        subset.write(labels.listing)
-    _report_subset(subset, labels, console)
+    if config.projector_layers:
+        read, text = projector_features.projector_reading(path, member.model, config.projector_layers)
+    subset = label_subset(train_urls, urls, fraction=config.label_fraction, seed=config.seed)
+    if config.listing is not None:
+        subset.write(config.listing)
+    _report_subset(subset, config, console)
     console.start("reading features", len(subset.rows) + sum(len(cached_index(url)) for url in urls))
     model, about, advance = member.model, member.about, console.advance
     try:
@@ -209,14 +216,14 @@ def _features(
         student=student,
         features=text,
         width=train.values.shape[1],
-        projector_layers=projector_layers,
+        projector_layers=config.projector_layers,
         train=TrainingSamples(
             samples=len(subset.rows),
-            fraction=labels.fraction,
-            seed=labels.seed,
+            fraction=config.label_fraction,
+            seed=config.seed,
             left_out=subset.left_out,
             sha256=subset.digest,
-            list=str(labels.listing) if labels.listing else None,
+            list=str(config.listing) if config.listing else None,
         ),
         samples=len(evaluated.labels),
     )
@@ -224,11 +231,10 @@ def _features(
     return _Split(train=train, evaluated=evaluated, num_classes=num_classes, report=report)
 
 
-def _report_subset(subset: LabelSubset, labels: LabelFraction, console: Console) -> None:
+def _report_subset(subset: LabelSubset, config: FrozenConfig, console: Console) -> None:
     if subset.left_out:
         console.say(f"{subset.left_out} training image(s) are also evaluated; they are skipped in training")
-    if labels.fraction < 1:
-        written = labels.listing or "not written (--list F)"
-        console.say(
-            f"{len(subset.rows):,} labeled samples ({100 * labels.fraction:g} %, seed {labels.seed}): {written}"
-        )
+    if config.label_fraction < 1:
+        written = config.listing or "not written (--list F)"
+        percent_used = f"{100 * config.label_fraction:g} %"
+        console.say(f"{len(subset.rows):,} labeled samples ({percent_used}, seed {config.seed}): {written}")

@@ -74,11 +74,11 @@ class LocalizationReport:
 
 
 def measure_localization(
-    path: Path, patterns: Sequence[str], convention: Convention, *, out: Path | None, device: str
+    path: Path, *, shards: Sequence[str], convention: Convention, out: Path | None, device: str
 ) -> LocalizationReport:
     """MaxBoxAcc of one student, and a picture where a place for it is given."""
     file = picture_path(out) if out is not None else None
-    urls = only_set(patterns)
+    urls = only_set(shards)
     torch_device, console = pick_device(device), Console()
     member, student = open_student(path, torch_device, console)
     attention = ClassAttention(member.model, member.name)

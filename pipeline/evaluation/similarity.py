@@ -95,9 +95,9 @@ def _number(value: float | None) -> str:
 
 def measure_similarity(
     paths: Sequence[Path],
-    patterns: Sequence[str],
-    store: str,
     *,
+    shards: Sequence[str],
+    store: str,
     teacher: str | None,
     targets: Sequence[str],
     tokens: Tokens,
@@ -108,7 +108,7 @@ def measure_similarity(
 
     Args:
         paths: the students' files.
-        patterns: shards; labels are not read.
+        shards: patterns of them; labels are not read.
         store: with the teacher's targets.
         teacher: its name; None where the store has one.
         targets: ids of the targets to compare with, where several fit.
@@ -117,7 +117,7 @@ def measure_similarity(
         device: as on the command line.
     """
     file = picture_path(out) if out is not None else None
-    urls = only_set(patterns)
+    urls = only_set(shards)
     torch_device, console = pick_device(device), Console()
     opened = Store.open(store)
     comparisons = []

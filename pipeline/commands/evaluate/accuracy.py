@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from pipeline.commands.evaluate import options
-from pipeline.console import show
-from pipeline.options import checkpoint, common, copied_store, device, shards
+from pipeline.options import copied_store, shards
 from pipeline.project.context import reads
-from pipeline.run_paths import student_file
 
 
 def _bounds(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
@@ -33,23 +32,10 @@ def _bounds(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
     help="Accuracy of classes with more than HIGH, LOW to HIGH, and fewer than LOW training images; 20,100 is usual.",
 )
 @shards("--train-shards", help="Count training images for --shot-bounds here, not in the run's record.", required=False)
-@checkpoint
 @copied_store
-@device
 @reads(shards="val", store="store")
-@common
-def accuracy(
-    *,
-    runs: tuple[Path, ...],
-    shards: tuple[str, ...],
-    ensemble: bool,
-    shot_bounds: tuple[int, int] | None,
-    train_shards: tuple[str, ...],
-    checkpoint: str,
-    store: str | None,
-    device: str,
-    as_json: bool,
-) -> None:
+@options.prints_report
+def accuracy(paths: list[Path], **settings: Any) -> options.Report:
     """Measure top-1 and top-5 accuracy.
 
     Every sample counts once, on the evaluation view of the policy that the student was trained under.
@@ -59,19 +45,10 @@ def accuracy(
     pipeline evaluate accuracy run --shards train-val-000000.tar --shards seen=train-000000.tar --shot-bounds 20,100
     pipeline evaluate accuracy run vit_tiny-photos.safetensors --ensemble --shards train-val-000000.tar
     """
-    if ensemble and len(runs) < 2:
+    if settings["ensemble"] and len(paths) < 2:
         raise click.UsageError("--ensemble needs two RUNs or more: pipeline evaluate accuracy RUN1 RUN2 --ensemble …")
-    if train_shards and shot_bounds is None:
+    if settings["train_shards"] and settings["shot_bounds"] is None:
         raise click.UsageError("--train-shards counts training images for --shot-bounds LOW,HIGH; 20,100 is usual")
     from pipeline.evaluation.accuracy import measure_accuracy
 
-    report = measure_accuracy(
-        [student_file(run, checkpoint) for run in runs],
-        shards,
-        ensemble=ensemble,
-        shot_bounds=shot_bounds,
-        train_shards=train_shards,
-        store=store,
-        device=device,
-    )
-    show(report.to_json(), report.lines(), as_json)
+    return measure_accuracy(paths, **settings)

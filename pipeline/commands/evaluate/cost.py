@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from pipeline.commands.evaluate import options
-from pipeline.console import show
-from pipeline.options import checkpoint, common, device
-from pipeline.run_paths import student_file
 
 
 @click.command()
@@ -24,18 +22,8 @@ from pipeline.run_paths import student_file
 @click.option(
     "--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Images in a timed forward pass."
 )
-@checkpoint
-@device
-@common
-def cost(
-    *,
-    runs: tuple[Path, ...],
-    teachers: tuple[str, ...],
-    batch_size: int,
-    checkpoint: str,
-    device: str,
-    as_json: bool,
-) -> None:
+@options.prints_report
+def cost(paths: list[Path], **settings: Any) -> options.Report:
     """Measure parameters, multiply-adds and forward times.
 
     Links that AAL trained beside a student are measured too.
@@ -45,6 +33,4 @@ def cost(
     """
     from pipeline.evaluation.cost import measure_cost
 
-    paths = [student_file(run, checkpoint) for run in runs]
-    report = measure_cost(paths, teachers, batch_size=batch_size, device=device)
-    show(report.to_json(), report.lines(), as_json)
+    return measure_cost(paths, **settings)

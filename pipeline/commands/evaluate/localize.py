@@ -3,46 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
 
 from pipeline.commands.evaluate import options
-from pipeline.console import show
-from pipeline.options import checkpoint, common, device, shards
+from pipeline.options import choice, picture, shards
 from pipeline.project.context import reads
-from pipeline.run_paths import student_file
-
-if TYPE_CHECKING:
-    from student.evaluation.localization.max_box_acc import Convention
 
 
 @click.command()
 @options.run
 @shards("--shards", help="Shards with a `bbox` in the json of their samples.")
-@click.option(
+@choice(
     "--box",
     "convention",
-    type=click.Choice(["official", "exact"]),
-    default="official",
-    show_default=True,
-    help="Whether predicted boxes end one pixel late, as in the benchmark's code.",
+    values=["official", "exact"],
+    text="Whether predicted boxes end one pixel late, as in the benchmark's code.",
 )
-@options.picture
-@checkpoint
-@device
+@picture
 @reads(shards="val")
-@common
-def localize(
-    *,
-    run: Path,
-    shards: tuple[str, ...],
-    convention: Convention,
-    out: Path | None,
-    checkpoint: str,
-    device: str,
-    as_json: bool,
-) -> None:
+@options.prints_report
+def localize(paths: list[Path], **settings: Any) -> options.Report:
     """Measure whether attention finds objects (MaxBoxAcc).
 
     The class token's attention predicts a box, which is compared with the true boxes. The picture shows images, their
@@ -53,6 +35,4 @@ def localize(
     """
     from pipeline.evaluation.localization import measure_localization
 
-    path = student_file(run, checkpoint)
-    report = measure_localization(path, shards, convention, out=out, device=device)
-    show(report.to_json(), report.lines(), as_json)
+    return measure_localization(paths[0], **settings)

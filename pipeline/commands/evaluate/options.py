@@ -1,22 +1,46 @@
-"""Options that several commands of `pipeline evaluate` share."""
+"""What several commands of `pipeline evaluate` share."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import click
 
-from pipeline.options import shards
+from pipeline.console import show
+from pipeline.options import PATH, checkpoint, common, device, shards
+from pipeline.run_paths import student_file
 
-run = click.argument("run", type=click.Path(path_type=Path))
-runs = click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+
+class Report(Protocol):
+    """What a command measured."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+
+    def lines(self) -> list[str]:
+        """Lines to print."""
+
+
+run = click.argument("runs", metavar="RUN", type=PATH, callback=lambda _context, _param, value: (value,))
+runs = click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=PATH)
 labeled_shards = shards("--shards", help="Labeled shards to evaluate on.")
-picture = click.option(
-    "--out", type=click.Path(path_type=Path), metavar="FILE", help="Also draw a picture: .png, .svg or .pdf."
-)
+
+
+def prints_report(measure: Callable[..., Report]) -> Callable[..., None]:
+    """`--checkpoint`, `--device`, `--json` and `--debug`: the function gets the students' files, the command prints."""
+
+    @checkpoint
+    @device
+    @common
+    @functools.wraps(measure)
+    def wrapped(*, runs: tuple[Path, ...], checkpoint: str, as_json: bool, **settings: Any) -> None:
+        report = measure([student_file(run, checkpoint) for run in runs], **settings)
+        show(report.to_json(), report.lines(), as_json)
+
+    return cast(Callable[..., None], wrapped)
 
 
 def fraction(text: str) -> float:
@@ -46,7 +70,7 @@ def frozen_features(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option(
         "--list",
         "listing",
-        type=click.Path(path_type=Path),
+        type=PATH,
         metavar="FILE",
         help="Write the samples whose labels are used: a CSV with shard, key and label.",
     )
@@ -58,8 +82,15 @@ def frozen_features(command: Callable[..., Any]) -> Callable[..., Any]:
         show_default=True,
         help="Read features after N linear layers of the projector that the student was trained with.",
     )
+    @click.option(
+        "--seed",
+        type=click.IntRange(0),
+        default=0,
+        show_default=True,
+        help="Chooses the labeled samples, and starts a linear probe.",
+    )
     @functools.wraps(command)
-    def wrapped(**kwargs: Any) -> Any:
-        return command(**kwargs)
+    def wrapped(**settings: Any) -> Any:
+        return command(**settings)
 
     return cast(Callable[..., Any], wrapped)

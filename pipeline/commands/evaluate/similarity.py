@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
 
 from pipeline.commands.evaluate import options
-from pipeline.console import show
-from pipeline.options import checkpoint, common, device, shards, store
+from pipeline.options import choice, picture, shards, store
 from pipeline.project.context import reads
-from pipeline.run_paths import student_file
-
-if TYPE_CHECKING:
-    from student.evaluation.similarity.compare import Tokens
 
 
 @click.command()
@@ -25,31 +20,15 @@ if TYPE_CHECKING:
 @click.option(
     "--target", "targets", multiple=True, metavar="ID", help="Attention or tokens to compare with; may be repeated."
 )
-@click.option(
+@choice(
     "--tokens",
-    type=click.Choice(["all", "class", "mean"]),
-    default="all",
-    show_default=True,
-    help="Which tokens of an image are compared: all, the class token, or the mean of patches.",
+    values=["all", "class", "mean"],
+    text="Which tokens of an image are compared: all, the class token, or the mean of patches.",
 )
-@options.picture
-@checkpoint
-@device
+@picture
 @reads(shards="val", store="store")
-@common
-def similarity(
-    *,
-    runs: tuple[Path, ...],
-    shards: tuple[str, ...],
-    store: str,
-    teacher: str | None,
-    targets: tuple[str, ...],
-    tokens: Tokens,
-    out: Path | None,
-    checkpoint: str,
-    device: str,
-    as_json: bool,
-) -> None:
+@options.prints_report
+def similarity(paths: list[Path], **settings: Any) -> options.Report:
     """Compare students with a stored teacher, layer by layer.
 
     Attention is compared by Jensen-Shannon divergence, tokens by linear CKA. The teacher is what the store has of these
@@ -60,14 +39,4 @@ def similarity(
     """
     from pipeline.evaluation.similarity import measure_similarity
 
-    report = measure_similarity(
-        [student_file(run, checkpoint) for run in runs],
-        shards,
-        store,
-        teacher=teacher,
-        targets=targets,
-        tokens=tokens,
-        out=out,
-        device=device,
-    )
-    show(report.to_json(), report.lines(), as_json)
+    return measure_similarity(paths, **settings)
