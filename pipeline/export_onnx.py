@@ -14,8 +14,7 @@ from precompute.engine.shard import block_views
 from precompute.export.pytorch import CHECKED, export_student
 from storage.errors import UserError
 from storage.objects.atomic import atomic_write
-from storage.shards.index import cached_index, with_samples
-from storage.shards.patterns import expand
+from storage.shards.shard import open_shards
 from student.models.attention_copy_hooks import attention_copy_hooks
 from student.models.files import load_student
 
@@ -40,11 +39,10 @@ def export(path: Path, shards: Sequence[str], out: Path) -> dict[str, Any]:
             "`pipeline predict` runs both"
         )
     view = about.evaluation_policy
-    url = with_samples(expand(shards))[0]
-    index = cached_index(url)
-    if len(index) < 2:
-        raise UserError(f"{url}: one image is too few to check a graph on; give another with --shards")
-    images = block_views(url, index, view)[:CHECKED]
+    shard = open_shards(shards)[0]
+    if len(shard) < 2:
+        raise UserError(f"{shard.url}: one image is too few to check a graph on; give another with --shards")
+    images = block_views(shard, view)[:CHECKED]
     graph = onnx.load_from_string(
         export_student(
             model, about.img_size, about.mean, about.std, images=np.ascontiguousarray(images), name=str(path)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from precompute.request import PrecomputeRequest
 from storage.errors import IdentityError, UserError, setting
+from storage.shards.shard import Shard
 from storage.shards.tar import stem_of
 from storage.store.store import Store
 from storage.views.policy import Policy
@@ -68,18 +69,30 @@ def choose_policy(
     )  # fmt: skip
 
 
-def settle(store: Store, wanted: PrecomputeRequest) -> tuple[dict[str, list[str]], Policy, int]:
-    """Url -> ids of known shards that it may be; the policy, and the number of views.
+def settle(
+    store: Store, wanted: PrecomputeRequest, known: Mapping[str, Sequence[str]]
+) -> tuple[Policy, int, dict[str, Shard]]:
+    """The policy, the number of views, and url -> shard of those that had to be opened for it.
+
+    Args:
+        store: with its banks.
+        wanted: what was asked for.
+        known: url -> ids of shards that it may be, as `candidates` gives them.
 
     Raises:
         UserError: as `choose_policy` does, or several views of a policy that leaves nothing to chance.
     """
-    known = candidates(store, wanted.shards)
-    policy = choose_policy(
-        store, wanted.policy, set(wanted.policy_fields), {id for ids in known.values() for id in ids},
-        lambda: {index.id for url, ids in known.items() if (index := store.recognise(url, ids))}, wanted.new_bank,
-    )  # fmt: skip
-    return known, policy, choose_views(store, policy, wanted.num_views)
+    opened: dict[str, Shard] = {}
+
+    def recognized() -> set[str]:
+        for url, ids in known.items():
+            if (shard := store.recognize(url, ids)) is not None:
+                opened[url] = shard
+        return {shard.id for shard in opened.values()}
+
+    alike = {id for ids in known.values() for id in ids}
+    policy = choose_policy(store, wanted.policy, set(wanted.policy_fields), alike, recognized, wanted.new_bank)
+    return policy, choose_views(store, policy, wanted.num_views), opened
 
 
 def candidates(store: Store, urls: Sequence[str]) -> dict[str, list[str]]:

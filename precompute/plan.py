@@ -31,7 +31,7 @@ from storage.objects.object_store import open_object_store
 from storage.objects.urls import is_remote
 from storage.progress import Progress
 from storage.shards.classes import classes_of
-from storage.shards.index import cached_index
+from storage.shards.shard import open_shard
 from storage.shards.tar import size_of, without_samples
 from storage.store.arrays import chunk_samples
 from storage.store.codecs import ArraySpec, CodecError, codecs_for
@@ -161,26 +161,27 @@ def _scratch(where: str) -> Iterator[Store]:
 
 
 def counted(store: Store | None, urls: Sequence[str], progress: Progress, skip: bool = False) -> list[PlannedShard]:
-    """The shards with samples: known ones and some others counted, the rest estimated; `skip` as `cached_index`."""
+    """The shards with samples: known ones and some others counted, the rest estimated; `skip` as `open_shard`."""
     known = candidates(store, urls) if store else {}
     shards: dict[str, PlannedShard] = {}
     for url in urls:
-        index = store.recognise(url, known[url]) if store else None
-        if index:
-            shards[url] = PlannedShard(url, len(index), index.id, index=index if len(shards) < LOOKED_AT else None)
+        shard = store.recognize(url, known[url]) if store else None
+        if shard is not None:
+            read = shard if len(shards) < LOOKED_AT else None
+            shards[url] = PlannedShard(url=url, samples=len(shard), id=shard.id, opened=read)
     others = [url for url in urls if url not in shards]
     some = others[:: max(1, -(-len(others) // LOOKED_AT))]
     progress.start(f"reading {len(some)} of {len(urls)} shards", len(some))
     for url in some:
-        index = cached_index(url, skip=skip)
-        shards[url] = PlannedShard(url, len(index), index=index)
+        shard = open_shard(url, skip=skip)
+        shards[url] = PlannedShard(url=url, samples=len(shard), opened=shard)
         progress.advance(1)
     filled = [shard for shard in shards.values() if shard.samples]
     if not filled:
         raise without_samples(list(shards))
     each = sum(size_of(s.url) for s in filled) / sum(s.samples for s in filled)
     for url in (url for url in others if url not in shards):
-        shards[url] = PlannedShard(url, max(1, round(size_of(url) / each)), estimated=True)
+        shards[url] = PlannedShard(url=url, samples=max(1, round(size_of(url) / each)), estimated=True)
     return [shards[url] for url in urls if shards[url].samples]
 
 
@@ -188,7 +189,7 @@ def _policy(store: Store | None, wanted: PrecomputeRequest) -> tuple[Policy, int
     """The policy and the number of views that a run would take."""
     if store is None:
         return wanted.policy, choose_views(None, wanted.policy, wanted.num_views)
-    _, policy, views = settle(store, wanted)
+    policy, views, _ = settle(store, wanted, candidates(store, wanted.shards))
     return policy, views
 
 
@@ -269,7 +270,7 @@ def _sizes(
     mean = sum(o[0] + o[1] for o in overhead.values()) / len(overhead) if overhead else 4096.0
     totals, shared = _Totals(), _Totals()
     for shard in shards:
-        index = len(shard.index.dump()) if shard.index else 90 * shard.samples
+        index = len(shard.opened.index.dump()) if shard.opened is not None else 90 * shard.samples
         for into in (totals, shared):
             into.add(index, 1, shard.id is None)
         for view in range(views):
@@ -305,16 +306,16 @@ def _target(output: TargetOutput, errors: Mapping[str, CodecError | None], image
 
 def _warnings(where: str, shards: Sequence[PlannedShard], new_bytes: float) -> list[str]:
     warnings = []
-    read = [shard for shard in shards if shard.index]
+    indexes = [shard.opened.index for shard in shards if shard.opened is not None]
     mixes = [
-        len({shard.index.labels[i] for i in shard.index.block(number)})
-        for shard in read
-        if shard.index and shard.index.summary.labelled
-        for number in range(shard.index.blocks)
+        len({index.labels[i] for i in index.block(number)})
+        for index in indexes
+        if index.summary.labelled
+        for number in range(index.blocks)
     ]
     if mixes:
         names = classes_of(shard.url for shard in shards)
-        seen = {label for shard in read if shard.index for label in shard.index.labels}
+        seen = {label for index in indexes for label in index.labels}
         count = len(names) if names else len(seen)
         if median(mixes) < min(8, count / 2):
             command = call("pack", "SHARDS", "shuffled-{000000..000009}.tar")

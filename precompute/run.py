@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from precompute import record_targets
-from precompute.bank_choice import settle
+from precompute.bank_choice import candidates, settle
 from precompute.engine.dask_client import workers
 from precompute.engine.dask_runner import retry_io, run_in_process, run_on_cluster
 from precompute.engine.session import cores
-from precompute.engine.shard import block_views, known_index
+from precompute.engine.shard import block_views, open_for_store
 from precompute.engine.tasks import Failure, Outcome, SessionSettings, ShardTask, TargetOutput
 from precompute.request import PrecomputeRequest
 from precompute.results import PrecomputeResult
@@ -22,6 +22,7 @@ from storage.errors import UserError
 from storage.objects.urls import is_remote
 from storage.progress import NoProgress, Progress
 from storage.shards.patterns import expand
+from storage.shards.shard import Shard
 from storage.shards.tar import counted_flaws, without_samples
 from storage.store import banks
 from storage.store.card import card
@@ -42,6 +43,7 @@ class PrecomputePlan:
     views: int
     by_graph: dict[str, tuple[TargetOutput, ...]]
     known: dict[str, list[str]]  # url -> ids of shards with its stem that the store knew
+    opened: dict[str, Shard]  # url -> shard, of those that were opened so far
 
     def tasks(self, graph: str, shards: Sequence[str] | None = None) -> Iterator[ShardTask]:
         """The tasks of one graph, one after another: there may be many."""
@@ -57,6 +59,7 @@ class PrecomputePlan:
                 views=self.views,
                 on_decode_error=wanted.on_decode_error,
                 known=tuple(self.known[url]),
+                shard=self.opened.get(url),
             )
 
 
@@ -66,7 +69,8 @@ def plan_precompute(store: Store, wanted: PrecomputeRequest, progress: Progress)
     Raises:
         UserError: as its parts do.
     """
-    known, policy, views = settle(store, wanted)
+    known = candidates(store, wanted.shards)
+    policy, views, opened = settle(store, wanted, known)
     manifest = record_targets.record_teacher(store, wanted.teacher)
     store.add(banks.bank_manifest(policy))
 
@@ -75,9 +79,9 @@ def plan_precompute(store: Store, wanted: PrecomputeRequest, progress: Progress)
         failed: UserError | None = None
         for url in wanted.shards:
             try:
-                index = known_index(store, url, known[url], wanted.on_decode_error)
-                if len(index):
-                    return block_views(url, index, policy)
+                opened[url] = open_for_store(store, url, known[url], wanted.on_decode_error, opened.get(url))
+                if len(opened[url]):
+                    return block_views(opened[url], policy)
             except UserError as error:
                 failed = failed or error
         raise failed or without_samples(wanted.shards)
@@ -93,7 +97,9 @@ def plan_precompute(store: Store, wanted: PrecomputeRequest, progress: Progress)
     if wanted.store_views:
         first_graph = next(iter(by_graph))
         by_graph[first_graph] = (*by_graph[first_graph], record_targets.record_pixels(store, policy))
-    return PrecomputePlan(store=store, wanted=wanted, policy=policy, views=views, by_graph=by_graph, known=known)
+    return PrecomputePlan(
+        store=store, wanted=wanted, policy=policy, views=views, by_graph=by_graph, known=known, opened=opened
+    )
 
 
 def precompute(store: Store, request: PrecomputeRequest, progress: Progress | None = None) -> PrecomputeResult:
@@ -152,10 +158,11 @@ def _precompute(job: PrecomputePlan, client: Client | None, progress: Progress, 
             continue
         if outcome.left_out:
             left_out[url] = outcome.left_out
-        if not outcome.samples:
+        job.opened[url] = outcome.shard  # another graph's task has it open
+        if not len(outcome.shard):
             empty[url] = None
-        elif shards.setdefault(outcome.shard, url) != url:
-            text = f"{url} holds the same samples as {shards[outcome.shard]}; give each shard once"
+        elif shards.setdefault(outcome.shard.id, url) != url:
+            text = f"{url} holds the same samples as {shards[outcome.shard.id]}; give each shard once"
             failures[url] = Failure(shard=url, error=text, kind="data")
         invalid |= dict.fromkeys(f"{url}: {key}" for key in outcome.invalid)
         written, rendered = written + outcome.written, rendered + outcome.rendered

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from precompute.run import PrecomputePlan, run_elsewhere
 from storage.errors import UserError
 from storage.progress import NoProgress, Progress
 from storage.shards.index import ShardIndex, build_index
+from storage.shards.shard import Shard
 from storage.shards.tar import stem_of
 
 if TYPE_CHECKING:
@@ -86,7 +88,7 @@ def measure(
         UserError: a measured shard fails.
     """
     wanted = job.wanted
-    read = sorted((shard for shard in shards if shard.index and shard.samples), key=lambda shard: shard.samples)
+    read = sorted((one for one in shards if one.opened is not None and one.samples), key=lambda shard: shard.samples)
     began = time.monotonic()
     build_index(read[0].url)
     indexing = (time.monotonic() - began) / read[0].samples
@@ -126,22 +128,30 @@ def measure(
 
 def part_of(job: PrecomputePlan, graph: str, shard: PlannedShard, samples: int, name: str) -> ShardTask:
     """A task over the first samples of a shard, under a name of its own in the scratch store."""
-    assert shard.index is not None
-    index, stop = shard.index, min(samples, shard.samples)
+    assert shard.opened is not None
+    index, stop = shard.opened.index, min(samples, shard.samples)
     labelled = None not in index.labels[:stop]
     summary = replace(index.summary, id=f"{stem_of(shard.url)}-{name}", samples=stop, labelled=labelled)
     part = ShardIndex(summary, index.keys[:stop], index.digests[:stop], index.labels[:stop], index.starts[: stop + 1])
     retry_io(lambda: job.store.add_index(part, shard.url))
     (task,) = job.tasks(graph, [shard.url])
-    return replace(task, known=(part.id,))
+    return replace(task, shard=Shard(shard.url, part, functools.partial(job.store.index, part.id)))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedShard:
-    """One shard as far as it is known; its samples are estimated where nobody has read it yet."""
+    """One shard as far as it is known.
+
+    Attributes:
+        url: of the shard.
+        samples: how many it has, or an estimate.
+        id: where the store knows it.
+        estimated: whether nobody has read it yet.
+        opened: the shard, of a few.
+    """
 
     url: str
     samples: int
-    id: str | None = None  # where the store knows it
+    id: str | None = None
     estimated: bool = False
-    index: ShardIndex | None = None  # of a few: indexes are large
+    opened: Shard | None = None

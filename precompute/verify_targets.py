@@ -18,7 +18,7 @@ from precompute.teachers.teacher import Teacher
 from storage.errors import IdentityError, setting
 from storage.objects.state_dict import HUB
 from storage.objects.weights_file import WeightsFile
-from storage.shards.index import ShardIndex
+from storage.shards.shard import Shard
 from storage.store.banks import bank_policy
 from storage.store.codecs import Codec
 from storage.store.manifests import TargetManifest, TeacherManifest
@@ -77,7 +77,7 @@ class LiveTargets:
                 self.files[name] = path
         self._values: dict[tuple[str, str], Values] = {}
 
-    def __call__(self, url: str, index: ShardIndex, task: Task, pixels: dict[int, np.ndarray]) -> None:
+    def __call__(self, shard: Shard, task: Task, pixels: dict[int, np.ndarray]) -> None:
         """Compare all targets of one bank's view that these samples have."""
         by_teacher: dict[str, list[str]] = defaultdict(list)
         for id, manifest in self.targets.items():
@@ -92,7 +92,7 @@ class LiveTargets:
             for id in ids:
                 codec = self.targets[id].codec
                 marker = self.store.marker(Task("target", id, task.shard, task.view))
-                marker.require(len(index), codec)
+                marker.require(len(shard), codec)
                 first, stop = chosen[0], chosen[-1] + 1
                 rows = [i - first for i in chosen]
                 arrays = {name: array.read(first, stop)[rows] for name, array in marker.arrays.items()}
@@ -101,8 +101,8 @@ class LiveTargets:
                     allowed = TOLERANCE[codec.name.rstrip("0123456789") if codec.name[:4] == "topk" else codec.name]
                     if not difference <= allowed:
                         self.report.failures.append(
-                            f"{url}, key {index.keys[i]}, view {task.view}, target {id}: it differs from the "
-                            f"{self.report.compared_with[teacher]} by {difference:.2g} of a map's largest value "
+                            f"{shard.url}, key {shard.index.keys[i]}, view {task.view}, target {id}: it differs from "
+                            f"the {self.report.compared_with[teacher]} by {difference:.2g} of a map's largest value "
                             f"(allowed for {codec.name}: {allowed:g})"
                         )
 

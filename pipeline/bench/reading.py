@@ -75,7 +75,7 @@ def _target(stream: Stream, target: str, turns: int, case: str) -> Measure:
     store = source.store
     assert store is not None
     for number, shard in enumerate(source.shards):
-        marker = store.marker(Task("target", target, shard, 0))
+        marker = store.marker(Task("target", target, shard.id, 0))
         (samples, *_), *_ = (array.shape for array in marker.arrays.values())
         segments.append(Segment(number, 0, np.arange(samples)))
         files += [Path(store.url) / key for array in marker.arrays.values() for key in array.keys]

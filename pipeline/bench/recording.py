@@ -15,14 +15,13 @@ from pipeline.bench.timing import Measure, Spread, cpu_seconds, interleaved, rat
 from pipeline.bench.world import World
 from precompute.engine.session import Session, cores, open_session
 from precompute.engine.shard import run_task
-from precompute.engine.tasks import ShardTask
+from precompute.engine.tasks import Outcome, ShardTask
 from precompute.run import PrecomputePlan, plan_precompute
 from precompute.taps import Tap
 from precompute.throughput import part_of
 from storage.constants import BLOCK
 from storage.errors import UserError, first_line
 from storage.progress import Progress
-from storage.shards.index import read_samples
 from storage.store.attempts import Attempt
 from storage.store.markers import Task
 from storage.views.draw import draw_view, settle
@@ -60,7 +59,7 @@ class _Case:
         self.job: PrecomputePlan = plan_precompute(self.store, self.wanted, world.quiet)
         (self.graph,) = self.job.by_graph
         self.outputs = self.job.by_graph[self.graph]
-        self.shard, self.index = world.photos()
+        self.shard = world.photos()
         self.samples = self.shard.samples
         self.numbers = itertools.count()
         self.session = open_session(self.store.graph(self.wanted.teacher.name, self.graph), world.provider, cores())
@@ -72,19 +71,21 @@ class _Case:
     def engine(self, session: Any) -> float:
         """Seconds that the engine takes with a session; what it wrote is removed again."""
         task = self.task()
-        taken = seconds(lambda: run_task(task, lambda: session, cores()))
+        outcome: list[Outcome] = []
+        taken = seconds(lambda: outcome.append(run_task(task, lambda: session, cores())))
         for id in (task.bank, *(output.target for output in self.outputs)):
             kind = "banks" if id == task.bank else "targets"
-            self.store.objects.remove(f"{kind}/{id}/{task.known[0]}")
+            self.store.objects.remove(f"{kind}/{id}/{outcome[0].shard.id}")
         return taken
 
     # ------------------------------------------------------------------------------------------ each part alone
 
     def parts(self) -> dict[str, Callable[[], float]]:
         """Part -> what measures its CPU seconds a sample, on the first block."""
-        index, policy, url = self.index, self.job.policy, self.shard.url
-        block = index.block(0)
-        samples = read_samples(url, index, block)
+        assert self.shard.opened is not None
+        shard, policy = self.shard.opened, self.job.policy
+        block = shard.index.block(0)
+        samples = shard.read(block)
         images = [decode(sample.image) for sample in samples]
         pairs = list(enumerate(zip(samples, images, strict=True)))
 
@@ -99,7 +100,7 @@ class _Case:
         threads = ThreadPoolExecutor(cores())
 
         def all_decoded() -> None:
-            again = read_samples(url, index, block)
+            again = shard.read(block)
             list(threads.map(lambda sample: decode(sample.image), again))
 
         def all_rendered() -> None:

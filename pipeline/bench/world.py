@@ -22,7 +22,7 @@ from precompute.throughput import PlannedShard
 from storage.constants import BLOCK
 from storage.errors import UserError
 from storage.progress import NoProgress
-from storage.shards.index import ShardIndex, cached_index
+from storage.shards.shard import open_shard
 from storage.store.store import Store
 from storage.testing import synthetic_shards
 from storage.views.policy import policy
@@ -62,18 +62,18 @@ class World:
         self.provider = "cuda" if device.startswith("cuda") else "cpu"
         self.quiet = NoProgress()
 
-    def photos(self) -> tuple[PlannedShard, ShardIndex]:
-        """The first blocks of a shard of photographs, and its index."""
+    def photos(self) -> PlannedShard:
+        """The first blocks of a shard of photographs."""
         where = self.folder / "photos"
         if not self.given:
             self.given = synthetic_shards(
                 where, shards=1, samples=self.blocks * BLOCK, classes=CLASSES, size=PHOTO, kind="jpg", picture=photo
             )
-        url = self.given[0]
-        index = cached_index(url)
-        if len(index) < 2:
-            raise UserError(f"{url}: one sample is too few to measure anything")
-        return PlannedShard(url, min(len(index), self.blocks * BLOCK), index.id, index=index), index
+        shard = open_shard(self.given[0])
+        if len(shard) < 2:
+            raise UserError(f"{shard.url}: one sample is too few to measure anything")
+        samples = min(len(shard), self.blocks * BLOCK)
+        return PlannedShard(url=shard.url, samples=samples, id=shard.id, opened=shard)
 
     def small(self, samples: int, size: int) -> list[str]:
         """Two shards of small labelled images."""
@@ -110,7 +110,7 @@ class World:
         """Four `deit` views of the photographs, as a user would ask for them."""
         model, targets = TEACHERS[case]
         return PrecomputeRequest(
-            shards=[self.photos()[0].url],
+            shards=[self.photos().url],
             teacher=self.teacher(model),
             targets=[spec for target in targets for spec in parse_target(target)],
             policy=policy("deit", 224),

@@ -103,9 +103,10 @@ def attention(out: Path, store: Store, val: Sequence[str], runs: Mapping[str, Pa
 
 def _different(shards: Sequence[str], about: StudentDescription) -> np.ndarray:
     """Images uint8 `[DIGITS, S, S, 3]` of different classes, as a student is evaluated on them."""
+    from storage.shards.shard import open_shards
     from student.evaluation.batches import evaluation_batches
 
-    (batch,) = evaluation_batches(shards, about.evaluation_policy, 1 << 20)
+    (batch,) = evaluation_batches(open_shards(shards), about.evaluation_policy, 1 << 20)
     first = {int(label): i for i, label in reversed([*enumerate(batch.labels)])}
     return batch.images[[first[label] for label in sorted(first)[:DIGITS]]].numpy()
 

@@ -10,8 +10,7 @@ from typing import Any
 from pipeline.console import Console
 from pipeline.evaluation.common import EvaluatedStudent, columns, named_sets, open_student, percent
 from storage.errors import UserError
-from storage.shards.index import cached_index
-from storage.shards.patterns import expand
+from storage.shards.shard import open_shards
 from student import run_dir
 from student.attention_copy.inference import attach_stored_attention
 from student.distributed import pick_device
@@ -117,13 +116,13 @@ def measure_accuracy(
         *(open_student(path, torch_device, console, load_classifier) for path in paths), strict=True
     )
     results: list[dict[str, ClassMetrics]] = [{} for _ in range(len(members) + ensemble)]
-    console.start("evaluating", sum(len(cached_index(url)) for urls in sets.values() for url in urls))
+    console.start("evaluating", sum(len(shard) for opened in sets.values() for shard in opened))
     try:
-        for name, urls in sets.items():
+        for name, opened in sets.items():
             for member in members:
-                attach_stored_attention(member.model, member.about, store, urls)
+                attach_stored_attention(member.model, member.about, store, opened)
             predictions = ensemble_predictions(
-                members, urls, ensemble=ensemble, device=torch_device, advance=console.advance
+                members, opened, ensemble=ensemble, device=torch_device, advance=console.advance
             )
             for by_set, ranks in zip(results, predictions.ranks, strict=True):
                 by_set[name] = class_metrics(
@@ -144,7 +143,7 @@ def measure_accuracy(
 def _train_images(path: Path, train_shards: Sequence[str]) -> Mapping[int, int]:
     """Label -> training images: of the shards that were given, else as the run's record says. Raises UserError."""
     if train_shards:
-        return images_of_classes(expand(train_shards))
+        return images_of_classes(open_shards(train_shards))
     recorded = run_dir.about(path.parent).get("images")
     if isinstance(recorded, dict) and all(k.isdecimal() and isinstance(n, int) for k, n in recorded.items()):
         return {int(label): count for label, count in recorded.items()}

@@ -12,8 +12,7 @@ from torch import nn
 
 from pipeline.console import Console
 from storage.errors import UserError
-from storage.shards.index import with_samples
-from storage.shards.patterns import expand
+from storage.shards.shard import Shard, open_shards
 from student import run_dir
 from student.evaluation.ensemble import Classifier
 from student.models.files import StudentDescription, load_student
@@ -28,7 +27,7 @@ class EvaluatedStudent:
     smoke: bool
 
 
-def named_sets(patterns: Sequence[str]) -> dict[str, list[str]]:
+def named_sets(patterns: Sequence[str]) -> dict[str, list[Shard]]:
     """Shards by the names of their sets; those without a name are the set ``.
 
     A name ends at the first `=`, and has no slash in it, as `split=val/000000.tar` may be an existing path.
@@ -43,10 +42,10 @@ def named_sets(patterns: Sequence[str]) -> dict[str, list[str]]:
         if not rest:
             raise UserError(f"--shards {pattern}: a name without shards; expected {name}=SHARDS")
         named.setdefault(name, []).append(rest)
-    return {name: with_samples(expand(shards), Console().say) for name, shards in named.items()}
+    return {name: open_shards(shards, Console().say) for name, shards in named.items()}
 
 
-def only_set(patterns: Sequence[str]) -> list[str]:
+def only_set(patterns: Sequence[str]) -> list[Shard]:
     """Shards of a command that takes one set. Raises UserError: one with a name, or as `expand` does."""
     sets = named_sets(patterns)
     if named := [name for name in sets if name]:

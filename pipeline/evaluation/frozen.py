@@ -13,8 +13,7 @@ from pipeline.console import Console
 from pipeline.evaluation.common import EvaluatedStudent, columns, only_set, open_student, percent
 from storage.errors import UserError
 from storage.shards.classes import classes_of
-from storage.shards.index import cached_index, with_samples
-from storage.shards.patterns import expand
+from storage.shards.shard import open_shards
 from student.distributed import pick_device
 from student.evaluation.class_metrics import class_metrics, label_ranks
 from student.evaluation.frozen import linear_probe, projector_features
@@ -189,22 +188,24 @@ def measure_linear_probe(path: Path, config: FrozenConfig, lr: float | None) -> 
 
 def _features(path: Path, config: FrozenConfig, read: Reading) -> _Split:
     """Features of the labeled training samples and of the evaluated ones."""
-    urls, train_urls = only_set(config.shards), with_samples(expand(config.train_shards), Console().say)
-    names = classes_of([*train_urls, *urls])  # raises where their lists differ
+    shards, train_shards = only_set(config.shards), open_shards(config.train_shards, Console().say)
+    names = classes_of([shard.url for shard in (*train_shards, *shards)])  # raises where their lists differ
     torch_device, console = pick_device(config.device), Console()
     member, student = open_student(path, torch_device, console)
     text = feature_text(member.model, read)
     if config.projector_layers:
         read, text = projector_features.projector_reading(path, member.model, config.projector_layers)
-    subset = label_subset(train_urls, urls, fraction=config.label_fraction, seed=config.seed)
+    subset = label_subset(train_shards, shards, fraction=config.label_fraction, seed=config.seed)
     if config.listing is not None:
         subset.write(config.listing)
     _report_subset(subset, config, console)
-    console.start("reading features", len(subset.rows) + sum(len(cached_index(url)) for url in urls))
+    console.start("reading features", len(subset.rows) + sum(map(len, shards)))
     model, about, advance = member.model, member.about, console.advance
     try:
-        train = features_of(model, about, train_urls, read, chosen=subset.chosen, device=torch_device, advance=advance)
-        evaluated = features_of(model, about, urls, read, device=torch_device, advance=advance)
+        train = features_of(
+            model, about, train_shards, read, chosen=subset.chosen, device=torch_device, advance=advance
+        )
+        evaluated = features_of(model, about, shards, read, device=torch_device, advance=advance)
     finally:
         console.stop()
     highest = int(torch.cat([train.labels, evaluated.labels]).max())

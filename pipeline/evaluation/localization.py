@@ -10,7 +10,6 @@ from typing import Any
 from pipeline.console import Console
 from pipeline.evaluation.common import EvaluatedStudent, columns, only_set, open_student, percent
 from pipeline.plotting import COLOURS, FONT, GREY, MAP, figure, panel, picture_path, save, shortened, write
-from storage.shards.index import cached_index
 from student.distributed import pick_device
 from student.evaluation.localization.localize import ClassAttention, Localization, localize
 from student.evaluation.localization.max_box_acc import OVERLAPS, SIDE, BoxAccuracies, Convention, means
@@ -78,16 +77,16 @@ def measure_localization(
 ) -> LocalizationReport:
     """MaxBoxAcc of one student, and a picture where a place for it is given."""
     file = picture_path(out) if out is not None else None
-    urls = only_set(shards)
+    opened_shards = only_set(shards)
     torch_device, console = pick_device(device), Console()
     member, student = open_student(path, torch_device, console)
     attention = ClassAttention(member.model, member.name)
-    console.start("localizing", sum(len(cached_index(url)) for url in urls))
+    console.start("localizing", sum(map(len, opened_shards)))
     try:
         localization = localize(
             attention,
             member.about,
-            urls,
+            opened_shards,
             convention,
             device=torch_device,
             keep_images=file is not None,

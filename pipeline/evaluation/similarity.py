@@ -11,7 +11,6 @@ from pipeline.console import Console
 from pipeline.evaluation.common import EvaluatedStudent, columns, only_set, open_student
 from pipeline.plotting import COLOURS, FONT, GREY, figure, panel, picture_path, save, shortened, write
 from storage.errors import UserError
-from storage.shards.index import cached_index
 from storage.store.store import Store
 from student.attention_copy.inference import attach_stored_attention
 from student.distributed import pick_device
@@ -117,22 +116,22 @@ def measure_similarity(
         device: as on the command line.
     """
     file = picture_path(out) if out is not None else None
-    urls = only_set(shards)
+    opened_shards = only_set(shards)
     torch_device, console = pick_device(device), Console()
     opened = Store.open(store)
     comparisons = []
     for path in paths:
         member, student = open_student(path, torch_device, console)
         view = member.about.evaluation_policy
-        reference = find_teacher_targets(opened, teacher, targets, urls, view)
+        reference = find_teacher_targets(opened, teacher, targets, opened_shards, view)
         if member.about.attention_copy is not None:
             copied_from = store_of(member.about.attention_copy["store"], store)
-            attach_stored_attention(member.model, member.about, copied_from, urls)
+            attach_stored_attention(member.model, member.about, copied_from, opened_shards)
         comparison = SimilarityComparison(
-            member.model, member.about, member.name, urls=urls, reference=reference, tokens=tokens
+            member.model, member.about, member.name, shards=opened_shards, reference=reference, tokens=tokens
         )
         comparisons.append((student, reference.teacher, comparison))
-    console.start("comparing", len(comparisons) * sum(len(cached_index(url)) for url in urls))
+    console.start("comparing", len(comparisons) * sum(map(len, opened_shards)))
     try:
         students = tuple(
             StudentSimilarity(student=student, teacher=name, similarity=comparison.run(torch_device, console.advance))

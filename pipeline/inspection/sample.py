@@ -19,7 +19,8 @@ from PIL import Image
 from storage.constants import BLOCK
 from storage.errors import IdentityError, UserError
 from storage.shards.classes import classes_of
-from storage.shards.index import ShardIndex, read_samples
+from storage.shards.index import ShardIndex
+from storage.shards.shard import Shard
 from storage.shards.tar import stem_of
 from storage.store.banks import bank_policy, read_views
 from storage.store.manifests import TargetManifest, TeacherManifest
@@ -103,11 +104,11 @@ def stored_sample(store: Store, urls: Sequence[str], key: str) -> StoredSample:
         DamageError: an object of the store is missing or damaged.
     """
     known, done = store.shard_ids(), store.done()
-    url, index = _shard_with(store, urls, known, {task.shard for task in done}, key)
-    banks = sorted({task.id for task in done if (task.kind, task.shard) == ("bank", index.id)})
+    shard, position = _shard_with(store, urls, known, {task.shard for task in done}, key)
+    banks = sorted({task.id for task in done if (task.kind, task.shard) == ("bank", shard.id)})
     if not banks:
-        raise UserError(f"{store.url}: no view of {index.id} is there; run precompute over {url} first")
-    begun = {task.id for task in done if (task.kind, task.shard) == ("target", index.id)}
+        raise UserError(f"{store.url}: no view of {shard.id} is there; run precompute over {shard.url} first")
+    begun = {task.id for task in done if (task.kind, task.shard) == ("target", shard.id)}
     of_banks: dict[str, dict[str, TargetManifest]] = {bank: {} for bank in banks}
     for id, manifest in store.targets().items():
         if id in begun:
@@ -116,22 +117,19 @@ def stored_sample(store: Store, urls: Sequence[str], key: str) -> StoredSample:
     targets = of_banks[bank]
     shown = {id: manifest for id, manifest in targets.items() if not _is_pixels(manifest)}
     teachers = {id: store.teacher_of(manifest) for id, manifest in shown.items()}
-    position = _position(index, key)
-    assert position is not None
-    (original,) = read_samples(url, index, range(position, position + 1))
-    counts = {id: store.views("target", id, [index.id], done) for id in targets}
-    stored = store.views("bank", bank, [index.id], done)
-    as_indexed = store.recognise(url, known) is not None
-    source = Source((url,), (index.id,), bank_policy(store, bank), store, bank, stored=(as_indexed,))
+    (original,) = shard.read(range(position, position + 1))
+    counts = {id: store.views("target", id, [shard.id], done) for id in targets}
+    stored = store.views("bank", bank, [shard.id], done)
+    source = Source(shards=(shard,), policy=bank_policy(store, bank), store=store, bank=bank)
     views = []
     for number in range(min(stored, MOST)):
         complete = {id: manifest for id, manifest in targets.items() if number < counts[id]}
-        views.append(_seen_view(source, index, position, number=number, targets=complete))
-    label, names = index.labels[position], classes_of([url])
+        views.append(_seen_view(source, position, number=number, targets=complete))
+    label, names = shard.index.labels[position], classes_of([shard.url])
     return StoredSample(
-        key=index.keys[position],
-        url=url,
-        shard=index.id,
+        key=shard.index.keys[position],
+        url=shard.url,
+        shard=shard.id,
         label=label,
         name=names[label] if names and label is not None and label < len(names) else None,
         original=decode(original.image),
@@ -151,30 +149,30 @@ def _is_pixels(manifest: TargetManifest) -> bool:
 
 def _shard_with(
     store: Store, urls: Sequence[str], known: Sequence[str], begun: set[str], key: str
-) -> tuple[str, ShardIndex]:
-    """The one shard with a key, and its index; shards that precompute has not come to yet are passed over."""
-    indexes = {url: index for url in urls if (index := store.recognise(url, known))}
-    others = [url for url in urls if url not in indexes]
-    if all(_position(index, key) is None for index in indexes.values()):
+) -> tuple[Shard, int]:
+    """The one shard with a key, and where the key is in it; shards that precompute has not come to are passed over."""
+    opened = {url: shard for url in urls if (shard := store.recognize(url, known)) is not None}
+    positions = {url: _position(shard.index, key) for url, shard in opened.items()}
+    if all(position is None for position in positions.values()):
         stems = {shard.rpartition("-")[0] for shard in {*known, *begun}}
-        for url in [url for url in others if stem_of(url) in stems]:  # a store's shard keeps its name
+        for url in [url for url in urls if url not in opened and stem_of(url) in stems]:
             with contextlib.suppress(IdentityError):
-                indexes[url] = store.require(url, known)
-                others.remove(url)
-    found = [url for url, index in indexes.items() if _position(index, key) is not None]
-    if len(found) > 1:
-        raise UserError(f"key {key!r} is in {found[0]} and in {found[1]}; give one of them with --shards")
-    if found:
-        return found[0], indexes[found[0]]
-    if not indexes:
+                opened[url] = store.require(url, known)
+                positions[url] = _position(opened[url].index, key)
+    places = [(url, position) for url, position in positions.items() if position is not None]
+    if len(places) > 1:
+        raise UserError(f"key {key!r} is in {places[0][0]} and in {places[1][0]}; give one of them with --shards")
+    if places:
+        url, position = places[0]
+        return opened[url], position
+    if not opened:
         store.require(urls[0], known)  # says how it differs from those of the store
-    keys = list(itertools.islice(itertools.chain(*(index.keys for index in indexes.values())), SEARCHED))
+    keys = list(itertools.islice(itertools.chain(*(shard.index.keys for shard in opened.values())), SEARCHED))
     alike = difflib.get_close_matches(key, keys, n=3)
     hint = f"The nearest: {', '.join(map(repr, alike))}" if alike else f"Keys there are like {keys[0]!r}"
+    others = [url for url in urls if url not in opened]
     more = f" Not in the store, so not looked into: {_names(others)}; run precompute over them." if others else ""
-    raise UserError(
-        f"no sample has the key {key!r} in {len(indexes)} shard(s) ({_names(list(indexes))}). {hint}.{more}"
-    )
+    raise UserError(f"no sample has the key {key!r} in {len(opened)} shard(s) ({_names(list(opened))}). {hint}.{more}")
 
 
 def _position(index: ShardIndex, key: str) -> int | None:
@@ -189,26 +187,25 @@ def _names(urls: Sequence[str]) -> str:
     return ", ".join([PurePath(url).name for url in urls[:3]] + ["…"] * (len(urls) > 3))
 
 
-def _seen_view(
-    source: Source, index: ShardIndex, position: int, *, number: int, targets: dict[str, TargetManifest]
-) -> SeenView:
+def _seen_view(source: Source, position: int, *, number: int, targets: dict[str, TargetManifest]) -> SeenView:
     """View `number` of the sample at a position of the shard, with its value of each target."""
     pixels = next((id for id, manifest in targets.items() if _is_pixels(manifest)), None)
     codecs = {id: manifest.codec for id, manifest in targets.items() if id != pixels}
     reader = BlockReader(replace(source, pixels=pixels, targets=codecs))
-    view = read_views(reader.marker(Task("bank", str(source.bank), index.id, number)), position, position + 1).view(
-        position
-    )
+    (shard,) = source.shards
+    keys = shard.index.keys
+    marker = reader.marker(Task("bank", str(source.bank), shard.id, number))
+    view = read_views(marker, position, position + 1).view(position)
     if not view.valid:
         raise UserError(
-            f"{source.urls[0]}: key {index.keys[position]!r} is marked invalid: precompute could not decode its image, "
+            f"{shard.url}: key {keys[position]!r} is marked invalid: precompute could not decode its image, "
             "and nothing of it is used"
         )
     seen, arrays = reader.read(Segment(0, position // BLOCK, np.array([position])), number)
     return SeenView(
         number=number,
         view=view,
-        partner=index.keys[view.mix.partner] if view.mix else None,
+        partner=keys[view.mix.partner] if view.mix else None,
         image=seen["images"][0],
         kept=pixels is not None,
         values={id: codec.decode(arrays[id])[0] for id, codec in codecs.items()},

@@ -18,7 +18,6 @@ from storage.errors import UserError
 from storage.progress import Progress
 from storage.shards.classes import classes_of
 from storage.shards.image_folder import class_folders, folders_in, shards_in
-from storage.shards.index import read_samples
 from storage.shards.tar import IMAGES, counted_flaws
 from storage.views.render import BadImage, decode, size_in
 
@@ -128,14 +127,11 @@ def _shards(folder: Path, tars: Sequence[Path], home: Path, progress: Progress) 
         )
     shards = counted(None, [str(path) for path in (*train, *held)], progress, skip=True)
     for shard in shards:
-        if shard.index and shard.index.left_out:
-            progress.say(
-                f"{shard.url}: {counted_flaws(shard.index.left_out)}: skipped by precompute --on-decode-error skip"
-            )
-    first = next(shard for shard in shards if shard.index)  # of unknown shards, some are always read
-    assert first.index is not None
+        if shard.opened is not None and (flaws := shard.opened.index.left_out):
+            progress.say(f"{shard.url}: {counted_flaws(flaws)}: skipped by precompute --on-decode-error skip")
+    first = next(shard.opened for shard in shards if shard.opened is not None)  # some are always read
     sides = []
-    for sample in read_samples(first.url, first.index, range(min(64, len(first.index)))):
+    for sample in first.read(range(min(64, len(first)))):
         try:
             sides.append(min(decode(sample.image).size))
         except BadImage:

@@ -6,6 +6,7 @@ needs nothing but its arguments, so that any process anywhere can run it; the ma
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -15,7 +16,8 @@ from precompute.engine.stages import ShardPass, TooWide
 from precompute.engine.tasks import OnDecodeError, Outcome, ReportProgress, ShardTask, TargetOutput
 from storage.constants import BLOCK
 from storage.errors import UserError
-from storage.shards.index import ShardIndex, build_index, read_samples
+from storage.shards.index import build_index
+from storage.shards.shard import Shard
 from storage.shards.tar import require_whole
 from storage.store.banks import bank_policy
 from storage.store.markers import Marker, Task
@@ -29,39 +31,49 @@ from storage.views.view import INVALID
 BUFFERS = 512 << 20  # bytes of targets in the making; views beyond it wait for another pass over the shard
 
 
-def known_index(store: Store, url: str, known: Sequence[str], on_decode_error: OnDecodeError) -> ShardIndex:
-    """The index of a shard; made, and kept in the store, where it is none of the `known` ones.
+def open_for_store(
+    store: Store, url: str, known: Sequence[str], on_decode_error: OnDecodeError, opened: Shard | None = None
+) -> Shard:
+    """A shard of a store; where it is none of the known ones, it is indexed and the index is kept in the store.
 
-    One without samples is not kept: there is nothing in it that a store could know.
+    The index of a shard without samples is not kept: there is nothing in it that a store could know.
+
+    Args:
+        store: that the shard belongs to.
+        url: of the shard.
+        known: ids of shards of the store that it may be.
+        on_decode_error: whether keys that make no sample fail the shard.
+        opened: the shard, where it was opened before.
 
     Raises:
         UserError: as `build_index`; keys make no sample, unless those are skipped.
     """
-    index = store.recognise(url, known)
-    if index is None:
+    shard = opened if opened is not None else store.recognize(url, known)
+    if shard is None:
         index = build_index(url)
         if len(index) and (on_decode_error == "skip" or not index.left_out):
             store.add_index(index, url)
+        shard = Shard(url, index, functools.partial(store.index, index.id))
     if on_decode_error == "fail":
-        require_whole(url, index.left_out)
-    return index
+        require_whole(url, shard.index.left_out)
+    return shard
 
 
-def missing(task: ShardTask, index: ShardIndex) -> dict[int, list[TargetOutput]]:
+def missing(task: ShardTask, shard: Shard) -> dict[int, list[TargetOutput]]:
     """View -> outputs of a task that have no marker yet.
 
     A damaged marker counts as none. So does one that was made from other views than the bank has now, or from views
     whose own marker is gone: it is removed.
     """
-    store, shard, samples = task.store, index.id, len(index)
+    store, samples = task.store, len(shard)
     wanted: dict[int, list[TargetOutput]] = {}
     for view in range(task.views):
         bank: Marker | None = None
         for output in task.outputs:
-            target = Task("target", output.target, shard, view)
+            target = Task("target", output.target, shard.id, view)
             marker = store.find(target, samples, output.codec)
             if marker:  # only now: the bank's marker is there before the target's
-                bank = bank or store.find(Task("bank", task.bank, shard, view), samples)
+                bank = bank or store.find(Task("bank", task.bank, shard.id, view), samples)
                 if bank and bank.bank.views_digest == marker.target.bank_views:
                     continue
                 store.discard(marker)
@@ -86,15 +98,16 @@ def run_task(
         IdentityError: the shard, or the pixels of views that a bank has already, are not what they were.
         OSError: reading or writing failed; the task may be tried again.
     """
-    index = known_index(task.store, task.url, task.known, task.on_decode_error)
-    if not len(index):
+    shard = open_for_store(task.store, task.url, task.known, task.on_decode_error, task.shard)
+    left_out = shard.index.left_out
+    if not len(shard):
         report(0, 0)
-        return Outcome(shard=index.id, samples=0, left_out=index.left_out)
-    wanted = missing(task, index)
-    todo = len(wanted) * len(index)
+        return Outcome(shard=shard, left_out=left_out)
+    wanted = missing(task, shard)
+    todo = len(wanted) * len(shard)
     report(0, todo)
     if not wanted:
-        return Outcome(shard=index.id, samples=len(index), left_out=index.left_out)
+        return Outcome(shard=shard, left_out=left_out)
     runs = any(output.position is not None for outputs in wanted.values() for output in outputs)
     session = open_session() if runs else None
     images = 4 * 2 * 3 * bank_policy(task.store, task.bank).size ** 2 * BLOCK  # four blocks on their way, mixed or not
@@ -107,29 +120,23 @@ def run_task(
         wide: frozenset[tuple[int, str]] = frozenset()
         while True:
             try:
-                invalid = ShardPass(task, index, some, session, threads, lambda n: report(n, todo), wide).run()
+                invalid = ShardPass(task, shard, some, session, threads, lambda n: report(n, todo), wide).run()
                 break
             except TooWide as error:  # rare: all is made again, this view of the target with f32 scales
                 wide |= {(error.view, error.target)}
-    return Outcome(
-        shard=index.id,
-        samples=len(index),
-        written=sum(map(len, wanted.values())),
-        rendered=todo,
-        invalid=invalid,
-        settings=session.settings if session else {},
-        left_out=index.left_out,
-    )
+    written = sum(map(len, wanted.values()))
+    settings = session.settings if session else {}
+    return Outcome(shard=shard, written=written, rendered=todo, invalid=invalid, settings=settings, left_out=left_out)
 
 
-def block_views(url: str, index: ShardIndex, policy: Policy, number: int = 0) -> np.ndarray:
+def block_views(shard: Shard, policy: Policy, number: int = 0) -> np.ndarray:
     """A block's images in view 0, uint8 [n, S, S, 3], n >= 2: what an exported graph is checked on.
 
     Invalid images are skipped, and nothing is mixed with them.
     """
-    block = index.block(number)
+    block = shard.index.block(number)
     views, pixels = [], []
-    for i, sample in zip(block, read_samples(url, index, block), strict=True):
+    for i, sample in zip(block, shard.read(block), strict=True):
         try:
             image = decode(sample.image)
         except BadImage:
@@ -144,5 +151,5 @@ def block_views(url: str, index: ShardIndex, policy: Policy, number: int = 0) ->
         if view.valid
     ]
     if not whole:
-        raise UserError(f"{url}: none of the {len(block)} images of its block {number} can be decoded")
+        raise UserError(f"{shard.url}: none of the {len(block)} images of its block {number} can be decoded")
     return np.stack(whole if len(whole) > 1 else whole * 2)

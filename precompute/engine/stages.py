@@ -19,7 +19,7 @@ from PIL import Image
 from precompute.engine.session import Session
 from precompute.engine.tasks import ShardTask, TargetOutput
 from storage.errors import IdentityError, UserError, setting
-from storage.shards.index import ShardIndex, read_samples
+from storage.shards.shard import Shard
 from storage.shards.tar import Sample
 from storage.store import codecs
 from storage.store.attempts import Attempt
@@ -64,7 +64,7 @@ class ShardPass:
     def __init__(
         self,
         task: ShardTask,
-        index: ShardIndex,
+        shard: Shard,
         wanted: dict[int, list[TargetOutput]],
         session: Session | None,
         threads: int,
@@ -72,7 +72,7 @@ class ShardPass:
         wide: frozenset[tuple[int, str]] = frozenset(),
     ) -> None:
         self.wide = wide
-        self.task, self.index, self.wanted, self.session, self.say = task, index, wanted, session, say
+        self.task, self.shard, self.wanted, self.session, self.say = task, shard, wanted, session, say
         self.threads = threads
         self.policy: Policy = bank_policy(task.store, task.bank)
         self.known: dict[int, Marker] = {}
@@ -91,34 +91,34 @@ class ShardPass:
                 with contextlib.suppress(OSError):  # what stays is garbage; the first error is the one to tell
                     attempt.abandon()
             raise
-        return tuple(self.index.keys[i] for i in sorted(self.invalid))
+        return tuple(self.shard.index.keys[i] for i in sorted(self.invalid))
 
     def _open(self) -> None:
-        store, shard = self.task.store, self.index.id
+        store, shard, samples = self.task.store, self.shard.id, len(self.shard)
         for view, outputs in self.wanted.items():
             bank = Task("bank", self.task.bank, shard, view)
-            marker = store.find(bank, len(self.index))
+            marker = store.find(bank, samples)
             if marker:
                 self.known[view] = marker
             else:
-                attempt = self.fresh[view] = Attempt(store, bank, len(self.index))
+                attempt = self.fresh[view] = Attempt(store, bank, samples)
                 attempt.array("parameters", (len(COLUMNS),), "float64", ["column"])
                 attempt.array("signatures", (1,), "uint32", ["column"])
             for output in outputs:
-                attempt = Attempt(store, Task("target", output.target, shard, view), len(self.index))
+                attempt = Attempt(store, Task("target", output.target, shard, view), samples)
                 self.attempts[view, output.target] = attempt
                 for name, part in output.codec.layout(wide=(view, output.target) in self.wide).items():
                     attempt.array(name, part.shape, part.dtype, part.axes)
         if self.fresh and not self.known and 0 not in self.fresh:
             # Views that the shard has already are replayed beside the new ones: one bank, one kind of pixels.
-            marker = store.find(Task("bank", self.task.bank, shard, 0), len(self.index))
+            marker = store.find(Task("bank", self.task.bank, shard, 0), samples)
             if marker:
                 self.known[0] = marker
 
     def _stages(self) -> None:
         """Blocks are prepared ahead by threads, run here in order, and written by one thread in the same order."""
-        blocks = deque(range(self.index.blocks))
-        mean = self.index.summary.bytes / self.index.blocks
+        count = self.shard.index.blocks
+        blocks, mean = deque(range(count)), self.shard.summary.bytes / count
         ahead = 1 if mean > LARGE_BLOCK else 2
         with (
             ThreadPoolExecutor(self.threads, "render") as renderers,
@@ -156,8 +156,8 @@ class ShardPass:
 
     def _prepare(self, number: int, renderers: ThreadPoolExecutor) -> _Block:
         """Read and render a block. Each original is decoded once and dropped: photographs are large."""
-        block = self.index.block(number)
-        samples = read_samples(self.task.url, self.index, block)
+        block = self.shard.index.block(number)
+        samples = self.shard.read(block)
         known = {view: read_views(marker, block.start, block.stop) for view, marker in self.known.items()}
         jobs = [
             renderers.submit(self._render, i, sample, known, block)
@@ -258,7 +258,7 @@ class ShardPass:
 
     def _mark(self) -> None:
         """The bank's marker first: a target's marker names the digest of its views."""
-        summary = dataclasses.asdict(self.index.summary)
+        summary = dataclasses.asdict(self.shard.summary)
         for view, attempt in self.fresh.items():
             marker = attempt.commit({"summary": summary, "invalid": sorted(self.invalid), "renderer": renderer()})
             if marker.record.attempt != attempt.name:

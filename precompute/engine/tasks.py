@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
+from storage.shards.shard import Shard
 from storage.store.codecs import Codec
 from storage.store.manifests import TargetManifest
 from storage.store.store import Store
@@ -41,6 +42,7 @@ class ShardTask:
         views: how many, from 0.
         on_decode_error: whether an image that cannot be decoded, or a key without one, fails the shard or is skipped.
         known: ids of shards with the file's stem that the store knew when the run began.
+        shard: the shard, where it was opened already.
     """
 
     store: Store
@@ -52,6 +54,7 @@ class ShardTask:
     views: int
     on_decode_error: OnDecodeError = "fail"
     known: tuple[str, ...] = ()
+    shard: Shard | None = None
 
 
 class SessionSettings(TypedDict, total=False):
@@ -66,15 +69,23 @@ class SessionSettings(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What became of a task."""
+    """What became of a task.
 
-    shard: str
-    samples: int
-    written: int = 0  # (target, view) pairs
-    rendered: int = 0  # view images that the task had to make
+    Attributes:
+        shard: that was computed.
+        written: how many (target, view) pairs.
+        rendered: view images that the task had to make.
+        invalid: keys of images that cannot be decoded.
+        settings: of the session.
+        left_out: why each key that makes no sample makes none.
+    """
+
+    shard: Shard
+    written: int = 0
+    rendered: int = 0
     invalid: tuple[str, ...] = ()
     settings: SessionSettings = field(default_factory=SessionSettings, hash=False)
-    left_out: tuple[str, ...] = ()  # a word on each key that makes no sample
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

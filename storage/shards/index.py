@@ -8,7 +8,6 @@ import functools
 import hashlib
 import io
 import os
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +29,6 @@ from storage.shards.tar import (
     size_of,
     stem_of,
     to_sample,
-    without_samples,
 )
 
 INDEX_FORMAT = 1
@@ -157,19 +155,6 @@ def build_index(url: str) -> ShardIndex:
     return ShardIndex(summary, tuple(keys), tuple(digests), tuple(labels), tuple(starts), tuple(left_out))
 
 
-def with_samples(urls: Sequence[str], say: Callable[[str], None] = lambda _line: None) -> list[str]:
-    """The shards that have samples; `say` is told of the others. Raises UserError: none has any; as `cached_index`."""
-    found = []
-    for url in urls:
-        if len(cached_index(url)):
-            found.append(url)
-        else:
-            say(f"{url}: no samples in it")
-    if urls and not found:
-        raise without_samples(urls)
-    return found
-
-
 def _image_digest(image: bytes) -> str:
     return hashlib.sha256(image).hexdigest()[:32]
 
@@ -271,17 +256,3 @@ def read_samples(url: str, index: ShardIndex, wanted: range) -> list[Sample]:
         if sample.label != index.labels[i]:
             raise IdentityError(f"{url}, key {sample.key}", "label", index.labels[i], sample.label, again)
     return found
-
-
-def require_labels(url: str, index: ShardIndex, classes: int | None = None) -> None:
-    """UserError, with a key, where a sample has no label, or one that there is no class for."""
-    if not index.summary.labelled:
-        key = next(k for k, label in zip(index.keys, index.labels, strict=True) if label is None)
-        raise UserError(
-            f"{url}: key {key!r} has no label (.cls), and a loss or an evaluation needs labels: a shard has them for "
-            "all of its samples or for none"
-        )
-    highest = max((label for label in index.labels if label is not None), default=-1)
-    if classes is not None and highest >= classes:
-        key = index.keys[index.labels.index(highest)]
-        raise UserError(f"{url}: key {key!r} has label {highest}, there are classes 0 to {classes - 1}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
@@ -12,7 +13,8 @@ from storage.errors import DamageError, IdentityError, UserError, call, did_you_
 from storage.objects import json_record
 from storage.objects.object_store import ObjectStore, open_object_store
 from storage.objects.record_schema import require_format
-from storage.shards.index import ShardIndex, cached_index, differences
+from storage.shards.index import ShardIndex, differences
+from storage.shards.shard import Shard, open_shard
 from storage.shards.tar import stem_of
 from storage.store import manifests
 from storage.store.codecs import Codec
@@ -41,7 +43,6 @@ class Store:
 
     def __init__(self, objects: ObjectStore) -> None:
         self.objects = objects
-        self._recognised: dict[str, str] = {}  # url -> shard: its first and last block are read once
 
     @property
     def url(self) -> str:
@@ -234,35 +235,35 @@ class Store:
                 hint = "The labels changed since precompute. Give the shard as it was, or pack it with other keys."
                 raise IdentityError(url, f"label of key {key}", expected, found, hint)
 
-    def recognise(self, url: str, known: Sequence[str]) -> ShardIndex | None:
-        """The index of a file that is one of the `known` shards: same stem, size, first and last block; else None."""
+    def recognize(self, url: str, known: Sequence[str]) -> Shard | None:
+        """The file as one of the `known` shards: same stem, size, first and last block; None if it is none of them."""
         stem = stem_of(url)
-        for shard in known:
-            if shard.rpartition("-")[0] == stem:
-                index = self.index(shard)
-                if self._recognised.get(url) == shard or not differences(url, index.summary):
-                    self._recognised[url] = shard
-                    return index
+        for id in known:
+            if id.rpartition("-")[0] == stem:
+                index = self.index(id)
+                if not differences(url, index.summary):
+                    return Shard(url, index, functools.partial(self.index, id))
         return None
 
-    def require(self, url: str, known: Sequence[str]) -> ShardIndex:
-        """The index of a file that must be one of the `known` shards, or without samples, whatever its tar headers are.
+    def require(self, url: str, known: Sequence[str]) -> Shard:
+        """The file as one of the `known` shards, whatever its tar headers are; or a shard without samples.
 
         Raises:
             IdentityError: an unknown shard, or a known name with other content.
         """
-        if index := self.recognise(url, known):
-            return index
-        own = cached_index(url, skip=True)  # which keys make no sample was decided when the store was made
+        recognized = self.recognize(url, known)
+        if recognized is not None:
+            return recognized
+        own = open_shard(url, skip=True)  # which keys make no sample was decided when the store was made
         if not len(own):
             return own
         if own.id in known:  # the same samples in a tar with other headers: its own ranges count
-            self._same_labels(own, url)
+            self._same_labels(own.index, url)
             return own
-        for shard in sorted({task.shard for task in self.done()} - set(known)):
-            if shard.rpartition("-")[0] == own.summary.stem:
-                raise DamageError(f"{self.url}/shards/{shard}.json: missing: the index of a shard is gone")
-        raise self._unknown(url, own, known)
+        for id in sorted({task.shard for task in self.done()} - set(known)):
+            if id.rpartition("-")[0] == own.summary.stem:
+                raise DamageError(f"{self.url}/shards/{id}.json: missing: the index of a shard is gone")
+        raise self._unknown(url, own.index, known)
 
     def _unknown(self, url: str, own: ShardIndex, known: Sequence[str]) -> IdentityError:
         indexes = [self.index(shard) for shard in known]

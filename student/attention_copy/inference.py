@@ -12,6 +12,7 @@ from torch import nn
 from storage.errors import IdentityError
 from storage.objects.json_record import Record
 from storage.objects.urls import is_remote
+from storage.shards.shard import Shard
 from storage.store.store import Store
 from storage.views.policy import Policy
 from student.alignment.student_spec import student_spec
@@ -45,7 +46,7 @@ def stored_attention(
     store: Store,
     copier: AttentionCopier,
     given: Sequence[StoredTarget],
-    urls: Sequence[str],
+    shards: Sequence[Shard],
     view: Policy,
     *,
     permute: int | None = None,
@@ -56,7 +57,7 @@ def stored_attention(
         store: that the student learned from.
         copier: of the student.
         given: the targets that it was trained with.
-        urls: labelled shards.
+        shards: labeled shards.
         view: the evaluation view.
         permute: a control: every image gets what belongs to another one.
 
@@ -67,7 +68,7 @@ def stored_attention(
         f"{ATTENTION_COPY}: a student that copies its teacher's attention needs it of the images that it is evaluated "
         "on, too"
     )
-    return StoredAttention(copier, evaluation_targets(store, given, urls, view, why=why, permute=permute))
+    return StoredAttention(copier, evaluation_targets(store, given, shards, view, why=why, permute=permute))
 
 
 def record_of(
@@ -129,7 +130,7 @@ def inject_attention(model: nn.Module, batch: Batch) -> AbstractContextManager[N
 
 
 def attach_stored_attention(
-    model: nn.Module, about: StudentDescription, store: str | None, urls: Sequence[str]
+    model: nn.Module, about: StudentDescription, store: str | None, shards: Sequence[Shard]
 ) -> None:
     """Let a loaded student that copies attention be evaluated on shards; others are left as they are.
 
@@ -137,7 +138,7 @@ def attach_stored_attention(
         model: from `student.model.load`.
         about: its description.
         store: where its teacher's targets are; None: where they were when it was trained.
-        urls: labelled shards.
+        shards: labeled shards.
 
     Raises:
         UserError: as `stored_attention`; no store.
@@ -148,5 +149,5 @@ def attach_stored_attention(
     opened = Store.open(store or about.attention_copy["store"])
     copier, given = copier_of(model, about, opened)
     copies.lender = stored_attention(
-        opened, copier, given, urls, about.evaluation_policy, permute=about.attention_copy["permute"]
+        opened, copier, given, shards, about.evaluation_policy, permute=about.attention_copy["permute"]
     )

@@ -25,13 +25,13 @@ from storage.constants import BLOCK
 from storage.errors import IdentityError, UserError
 from storage.objects.json_record import digest_of
 from storage.progress import size_text
-from storage.shards.index import ShardIndex, require_labels
-from storage.shards.patterns import expand
+from storage.shards.shard import Shard, require_labels
+from storage.shards.tar import without_samples
 from storage.store.store import Store
 from storage.views.policy import Policy
 from student.data.batch import Batch
 from student.data.shuffle import BlockShuffle, lanes_of
-from student.data.source import fresh, refuse_twice, stored, usable_views
+from student.data.source import Shards, Source, opened, refuse_twice, stored, usable_views
 from student.data.worker_watch import started, watched
 from student.data.workers import LaneReader, ReadPlan, leave_at_once, to_tensors
 
@@ -66,7 +66,7 @@ class Stream(IterableDataset[Batch]):
 
     def __init__(
         self,
-        shards: str | Sequence[str],
+        shards: Shards,
         *,
         batch: int,
         store: Store | str | Path | None = None,
@@ -85,46 +85,49 @@ class Stream(IterableDataset[Batch]):
         memory: int | None = None,
         permute: int | None = None,
     ) -> None:
-        urls = expand(shards)
+        if isinstance(store, str | Path):
+            store = Store.open(store)
+        if store is None and (targets or policy is None):
+            raise UserError("a stream needs a store with targets, or a policy for fresh views")
+        if store is None and (views is not None or bank is not None):
+            raise UserError("bank and views speak of a store, and none was given")
         self.label_counts: Counter[int] = Counter()
-        opened = Store.open(store) if isinstance(store, str | Path) else store
-        left_out = 0
-
-        def check(url: str, index: ShardIndex) -> None:
-            nonlocal left_out
-            left_out += len(index.left_out)
+        filled: list[Shard] = []
+        empty: list[Shard] = []
+        flaws = 0  # keys that make no sample
+        for shard in opened(shards, store):
+            flaws += len(shard.index.left_out)
             if labels:
-                require_labels(url, index, classes)
-                self.label_counts.update(label for label in index.labels if label is not None)
-
-        if opened is None:
-            if targets or policy is None:
-                raise UserError("a stream needs a store with targets, or a policy for fresh views")
-            if views is not None or bank is not None:
-                raise UserError("bank and views speak of a store, and none was given")
-            self.views: int | None = None
-            self.source, sizes = fresh(urls, policy, check)
-            invalid: dict[int, frozenset[int]] = {}
-        else:
-            self.source, sizes = stored(opened, urls, targets, bank, check)
-            self.source, self.views, invalid = usable_views(self.source, sizes, views)
-        refuse_twice(self.source)
-        self.source = replace(self.source, permute=permute)
+                require_labels(shard, classes)
+                self.label_counts.update(label for label in shard.index.labels if label is not None)
+            (filled if len(shard) else empty).append(shard)
+        if not filled:
+            raise without_samples([shard.url for shard in empty])
+        refuse_twice(filled)
+        self.views: int | None = None
+        invalid: dict[int, frozenset[int]] = {}
+        if store is not None:
+            source = stored(store, filled, targets, bank)
+            source, self.views, invalid = usable_views(source, views)
+        elif policy is not None:
+            source = Source(shards=tuple(filled), policy=policy)
+        self.source = replace(source, permute=permute)
         blocks = []
-        for shard, count in enumerate(sizes):
-            bad = invalid.get(shard, frozenset())
-            for number, start in enumerate(range(0, count, BLOCK)):
-                samples = np.array([i for i in range(start, min(start + BLOCK, count)) if i not in bad], np.int64)
+        for number, shard in enumerate(filled):
+            bad = invalid.get(number, frozenset())
+            for block, start in enumerate(range(0, len(shard), BLOCK)):
+                stop = min(start + BLOCK, len(shard))
+                samples = np.array([i for i in range(start, stop) if i not in bad], np.int64)
                 if len(samples):
-                    blocks.append((shard, number, samples))
+                    blocks.append((number, block, samples))
         self.order = BlockShuffle(blocks, batch, seed, lanes, shuffle_blocks)
         self.own = lanes_of(self.order.lanes, rank, ranks)
         self.workers = min(workers, len(self.own))
         self.notices = []
-        if empty := len(urls) - len(self.source.urls):
-            self.notices.append(f"{empty} shard(s) have no samples")
-        if left_out:
-            self.notices.append(f"{left_out:,} key(s) of the shards make no sample and are left out")
+        if empty:
+            self.notices.append(f"{len(empty)} shard(s) have no samples")
+        if flaws:
+            self.notices.append(f"{flaws:,} key(s) of the shards make no sample and are left out")
         if workers > self.workers:
             self.notices.append(
                 f"stream.workers={workers}: only {self.workers} are started, one for each of stream.lanes"
@@ -188,7 +191,7 @@ class Stream(IterableDataset[Batch]):
         return {
             "epoch": epoch,
             "step": step,
-            "shards": digest_of(list(self.source.shards)),
+            "shards": digest_of(list(self.source.shard_ids)),
             "bank": self.source.bank or self.source.policy.bank,
             "views": self.views,
             "seed": self.order.seed,

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from storage.errors import UserError
-from storage.shards.index import cached_index
-from storage.shards.patterns import expand
+from storage.shards.shard import Shard
 from storage.views.policy import Policy
 from student.attention_copy.inference import attached_to, inject_attention
 from student.data.batch import Batch
+from student.data.source import Shards, opened
 from student.evaluation.batches import evaluation_batches
 from student.evaluation.class_metrics import label_ranks
 
@@ -34,16 +34,16 @@ class Score:
     samples: int
 
 
-def tell_of_shared(train: Sequence[str], val_urls: Sequence[str], say: Callable[[str], None]) -> None:
+def tell_of_shared(train: Sequence[str], val_shards: Sequence[Shard], say: Callable[[str], None]) -> None:
     """Say which validation shards are trained on too, whatever they are called: what they measure is worth nothing.
 
     Args:
         train: ids of the training shards.
-        val_urls: the validation shards.
+        val_shards: the validation shards.
         say: called with a line, if there are any.
     """
     contents = {shard.rpartition("-")[2] for shard in train}
-    shared = [url for url in val_urls if cached_index(url).id.rpartition("-")[2] in contents]
+    shared = [shard.url for shard in val_shards if shard.id.rpartition("-")[2] in contents]
     if shared:
         say(f"warning: {', '.join(shared)}: trained on too, so accuracy on it says nothing about other images")
 
@@ -51,7 +51,7 @@ def tell_of_shared(train: Sequence[str], val_urls: Sequence[str], say: Callable[
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    shards: str | Sequence[str],
+    shards: Shards,
     policy: Policy,
     mean: Sequence[float],
     std: Sequence[float],
@@ -71,7 +71,7 @@ def evaluate(
 
     Args:
         model: from `[B, 3, S, S]` to logits `[B, K]`.
-        shards: patterns of labeled shards.
+        shards: patterns of labeled shards, or shards that are open already.
         policy: the evaluation view; its size is the model's input.
         mean: of the model's input.
         std: of the model's input.
@@ -85,11 +85,11 @@ def evaluate(
     Raises:
         UserError: a label that the model has no class for, a missing label, an image that cannot be decoded.
     """
-    urls, stored = expand(shards), attached_to(model)
+    evaluated, stored = list(opened(shards, None)), attached_to(model)
     batches = evaluation_batches(
-        urls, policy, batch_size, rank=rank, world_size=world_size, max_blocks=max_blocks, stored=stored
+        evaluated, policy, batch_size, rank=rank, world_size=world_size, max_blocks=max_blocks, stored=stored
     )
-    counts = count(model, batches, urls, mean, std, device=device, advance=advance)
+    counts = count(model, batches, evaluated, mean, std, device=device, advance=advance)
     if world_size > 1:
         dist.all_reduce(counts)
     right1, right5, samples, few = (int(n) for n in counts)
@@ -101,7 +101,7 @@ def evaluate(
 def count(
     model: nn.Module,
     batches: Iterable[Batch],
-    urls: Sequence[str],
+    shards: Sequence[Shard],
     mean: Sequence[float],
     std: Sequence[float],
     *,
@@ -120,7 +120,7 @@ def count(
             logits = model(batch.pixels(mean, std))
         num_classes = logits.shape[1]
         if int(batch.labels.max()) >= num_classes:
-            url = urls[int(batch.ids[int(batch.labels.argmax()), 0])]
+            url = shards[int(batch.ids[int(batch.labels.argmax()), 0])].url
             raise UserError(
                 f"{url}: there is a label {int(batch.labels.max())}, the student has classes 0 to {num_classes - 1}"
             )

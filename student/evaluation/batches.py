@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from storage.shards.index import cached_index, require_labels
+from storage.shards.shard import Shard, require_labels
 from storage.views.policy import Policy
 from student.data.batch import Batch
 from student.data.block_reader import BlockPart, BlockReader, join
@@ -17,7 +17,7 @@ from student.targets.evaluation_views import EvaluationTargets
 
 
 def evaluation_batches(
-    urls: Sequence[str],
+    shards: Sequence[Shard],
     policy: Policy,
     batch_size: int,
     *,
@@ -31,7 +31,7 @@ def evaluation_batches(
     """Every sample of shards once, in order, in the one view of a policy without chance.
 
     Args:
-        urls: the shards.
+        shards: to read.
         policy: the evaluation view.
         batch_size: about how many samples at a time; a batch ends with its shard.
         rank: of this process: it takes one in `world_size` blocks, counted over all shards.
@@ -45,13 +45,13 @@ def evaluation_batches(
         UserError: a missing label, an image that cannot be decoded.
     """
     before = 0  # blocks of earlier shards
-    for shard, url in enumerate(urls):
-        index = cached_index(url)
+    for position, shard in enumerate(shards):
         if labeled:
-            require_labels(url, index)
-        reader = BlockReader(stored.source(url, index.id) if stored else Source((url,), (index.id,), policy))
+            require_labels(shard)
+        index = shard.index
+        reader = BlockReader(stored.source(shard) if stored else Source(shards=(shard,), policy=policy))
         parts: list[BlockPart] = []
-        wanted = np.arange(len(index)) if chosen is None else chosen[shard]
+        wanted = np.arange(len(shard)) if chosen is None else chosen[position]
         samples_of: dict[int, np.ndarray] = {}  # of this rank's blocks
         for number in range(index.blocks):
             if (before + number) % world_size == rank and (max_blocks is None or before + number < max_blocks):
@@ -61,7 +61,7 @@ def evaluation_batches(
         samples_of = {number: samples for number, samples in samples_of.items() if len(samples)}
         for number, samples in samples_of.items():
             arrays, targets = reader.read(Segment(0, number, samples), 0)
-            arrays["ids"][:, 0] = shard
+            arrays["ids"][:, 0] = position
             parts.append((arrays, targets))
             if sum(len(part[0]["labels"]) for part in parts) >= batch_size or number == max(samples_of):
                 joined, encoded = join(parts)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from storage.errors import IdentityError, UserError
 from storage.shards.classes import classes_of, require_classes
+from storage.shards.shard import Shard
 from student.attention_copy.inference import attached_to, inject_attention
 from student.evaluation.batches import evaluation_batches
 from student.evaluation.class_metrics import label_ranks
@@ -46,7 +47,7 @@ class Predictions:
 @torch.no_grad()
 def ensemble_predictions(
     members: Sequence[Classifier],
-    urls: Sequence[str],
+    shards: Sequence[Shard],
     *,
     ensemble: bool = False,
     device: torch.device | str = "cpu",
@@ -60,7 +61,7 @@ def ensemble_predictions(
 
     Args:
         members: with models on the device, in eval mode.
-        urls: labeled shards.
+        shards: labeled shards.
         ensemble: whether all together are asked too.
         device: where the models are.
         batch_size: about how many samples at a time.
@@ -71,6 +72,7 @@ def ensemble_predictions(
             other classes than each other's.
         IdentityError: the set has a class that a classifier does not know.
     """
+    urls = [shard.url for shard in shards]
     names = classes_of(urls)
     columns = [_columns(member, names, members[0], urls) for member in members]
     labels: list[Tensor] = []
@@ -78,7 +80,7 @@ def ensemble_predictions(
     num_classes = 0
     views = [member.about.evaluation_policy for member in members]
     feeds = [(view, attached_to(member.model)) for view, member in zip(views, members, strict=True)]
-    readers = {feed: evaluation_batches(urls, feed[0], batch_size, stored=feed[1]) for feed in feeds}
+    readers = {feed: evaluation_batches(shards, feed[0], batch_size, stored=feed[1]) for feed in feeds}
     for parts in zip(*readers.values(), strict=True):
         batches = {feed: part.to(device) for feed, part in zip(readers, parts, strict=True)}
         batch_labels = parts[0].labels.to(device)

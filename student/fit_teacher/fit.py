@@ -24,8 +24,8 @@ from storage.objects.state_dict import save_state
 from storage.objects.weights_file import WeightsFile
 from storage.progress import Progress, size_text
 from storage.shards.classes import classes_of, require_classes
-from storage.shards.index import cached_index, require_labels, with_samples
 from storage.shards.patterns import expand
+from storage.shards.shard import Shard, open_shards, require_labels
 from storage.store.banks import read_views
 from storage.store.manifests import TeacherManifest
 from storage.store.markers import Task
@@ -75,15 +75,15 @@ def fit_teacher(job: FitTeacherConfig, progress: Progress) -> dict[str, Any]:
         raise UserError(f"--out {job.out}: {state}")
     if not job.out.absolute().parent.is_dir():
         raise UserError(f"--out {job.out}: there is no folder {job.out.parent}")
-    urls, val_urls = expand(job.shards), with_samples(expand(job.val), progress.say)
-    names = _classes(urls, val_urls)
-    for url in val_urls:
-        require_labels(url, cached_index(url), len(names))
+    urls, val_shards = expand(job.shards), open_shards(job.val, progress.say)
+    names = _classes(urls, [shard.url for shard in val_shards])
+    for shard in val_shards:
+        require_labels(shard, len(names))
     target = choose_target(job.store, job.target, job.teacher)
     manifest = job.store.target(target)
     recorded = job.store.teachers()[manifest.teacher]
     stream = Stream(urls, batch=1, lanes=1, store=job.store, targets=[target], views=job.views)
-    tell_of_shared(stream.source.shards, val_urls, progress.say)
+    tell_of_shared(stream.source.shard_ids, val_shards, progress.say)
     model = network_of(recorded, job.weights, len(names))
     examples = read_examples(stream, target, len(names), progress.say, job.memory)
     progress.say(
@@ -101,7 +101,7 @@ def fit_teacher(job: FitTeacherConfig, progress: Progress) -> dict[str, Any]:
         f"live logits against the head on live features: {errors['head']:.1e} of the largest, on stored ones "
         f"{errors['stored']:.1e}"
     )
-    score = _score(model, recorded, stream, val_urls, job.device, progress)
+    score = _score(model, recorded, stream, val_shards, job.device, progress)
     _write(job, model, recorded, target, names, l2, stream)
     identity = recorded.identity
     return {
@@ -187,17 +187,17 @@ def read_examples(
         by_shard[segment.shard].append((i, segment))
     reader, at = BlockReader(source), 0
     kind, partner, amount = (COLUMNS.index(name) for name in ("mix", "partner", "amount"))
-    for number, (url, shard) in enumerate(zip(source.urls, source.shards, strict=True)):
-        if not (mine := by_shard[number]):
+    for number, shard in enumerate(source.shards):
+        if not (segments := by_shard[number]):
             continue
-        require_labels(url, reader.index(number), classes)
-        labels = torch.tensor(reader.index(number).labels)
-        rows = torch.cat([torch.from_numpy(segment.samples) for _, segment in mine])
-        blocks = torch.cat([torch.full((len(segment.samples),), i) for i, segment in mine])
+        require_labels(shard, classes)
+        labels = torch.tensor(shard.index.labels)
+        rows = torch.cat([torch.from_numpy(segment.samples) for _, segment in segments])
+        blocks = torch.cat([torch.full((len(segment.samples),), i) for i, segment in segments])
         for view in range(views):
-            arrays = reader.marker(Task("target", target, shard, view)).arrays
+            arrays = reader.marker(Task("target", target, shard.id, view)).arrays
             kept = {name: array.read(0, len(labels))[rows.numpy()] for name, array in arrays.items()}
-            drawn = read_views(reader.marker(Task("bank", str(source.bank), shard, view)), 0, len(labels)).rows
+            drawn = read_views(reader.marker(Task("bank", str(source.bank), shard.id, view)), 0, len(labels)).rows
             mixing = torch.tensor(drawn[:, [kind, partner, amount]])[rows]
             is_mixed, to = mixing[:, 0] > 0, slice(at, at + len(rows))
             examples.features[to] = torch.from_numpy(codec.decode(kept))
@@ -222,14 +222,19 @@ def _strength(examples: Examples, classes: int, seed: int, progress: Progress) -
 
 
 def _score(
-    model: nn.Module, recorded: TeacherManifest, stream: Stream, urls: Sequence[str], device: str, progress: Progress
+    model: nn.Module,
+    recorded: TeacherManifest,
+    stream: Stream,
+    shards: Sequence[Shard],
+    device: str,
+    progress: Progress,
 ) -> Score:
     """The live network's accuracy on the evaluation view, every sample once."""
     classifier = Classifier(tapped(model, [Tap("logits")], stream, recorded)).to(device)
-    progress.start("evaluating", sum(len(cached_index(url)) for url in urls))
+    progress.start("evaluating", sum(map(len, shards)))
     bank = stream.source.policy
     return evaluate(
-        classifier, urls, policy(bank.evaluation.line, bank.size), (0, 0, 0), (1, 1, 1), batch_size=64,
+        classifier, shards, policy(bank.evaluation.line, bank.size), (0, 0, 0), (1, 1, 1), batch_size=64,
         device=device, advance=progress.advance,
     )  # fmt: skip
 
@@ -246,7 +251,7 @@ def _write(
     """The file of weights: what rebuilds the network, its classes, and where they came from."""
     identity = recorded.identity
     origin = {
-        "teacher": identity.plain(), "target": target, "shards": list(stream.source.shards), "views": stream.views,
+        "teacher": identity.plain(), "target": target, "shards": list(stream.source.shard_ids), "views": stream.views,
         "l2": l2, "seed": job.seed,
     }  # fmt: skip
     metadata = {

@@ -147,8 +147,8 @@ def check(model: nn.Module, head: Head, stream: Stream, target: str, recorded: T
     error = float((stored - seen).abs().max())
     if not error <= allowed:
         raise UserError(
-            f"target {target}: what is stored of {stream.source.urls[0]} differs from what the network says now by "
-            f"{error:.3g} (allowed for {codec.name}: {allowed:.3g}); `pipeline verify` compares all of it"
+            f"target {target}: what is stored of {stream.source.shards[0].url} differs from what the network says now "
+            f"by {error:.3g} (allowed for {codec.name}: {allowed:.3g}); `pipeline verify` compares all of it"
         )
     return {"head": off, "stored": float((head.logits(stored) - logits).abs().max()) / largest}
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from precompute.taps.target_spec import parse_ranges
 from storage.errors import UserError
 from storage.objects.state_dict import HUB, ONNX_FILE
-from storage.shards.index import cached_index
+from storage.shards.shard import Shard
 from storage.store.banks import bank_policy
+from storage.store.codecs import Codec
 from storage.store.markers import Task
 from storage.store.store import Store
 from storage.views.policy import Policy
@@ -25,29 +26,37 @@ class EvaluationTargets:
 
     Attributes:
         store: with the targets.
-        bank: of the evaluation views.
-        targets: ids.
+        policy: of the evaluation views.
+        codecs: target id -> codec.
         permute: a control: every image gets what belongs to another one.
     """
 
     store: Store
-    bank: str
-    targets: tuple[str, ...]
+    policy: Policy
+    codecs: Mapping[str, Codec] = field(hash=False)
     permute: int | None = None
 
-    def source(self, url: str, shard: str) -> Source:
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Ids of the targets."""
+        return tuple(self.codecs)
+
+    def source(self, shard: Shard) -> Source:
         """The samples of a shard with these targets."""
-        codecs = {target: self.store.target(target).codec for target in self.targets}
         return Source(
-            (url,), (shard,), bank_policy(self.store, self.bank), self.store, self.bank, targets=codecs,
-            stored=(False,), permute=self.permute,
-        )  # fmt: skip
+            shards=(shard,),
+            policy=self.policy,
+            store=self.store,
+            bank=self.policy.bank,
+            targets=self.codecs,
+            permute=self.permute,
+        )
 
 
 def evaluation_targets(
     store: Store,
     given: Sequence[StoredTarget],
-    urls: Sequence[str],
+    shards: Sequence[Shard],
     view: Policy,
     *,
     why: str,
@@ -58,7 +67,7 @@ def evaluation_targets(
     Args:
         store: where they are.
         given: targets of any bank.
-        urls: the shards.
+        shards: that are evaluated.
         view: the evaluation view.
         why: they are needed, as an error says it.
         permute: see `EvaluationTargets`.
@@ -66,41 +75,44 @@ def evaluation_targets(
     Raises:
         UserError: targets of these images are missing, with the command that makes them; invalid samples.
     """
-    targets, lacking = kept_of(store, given, urls, view)
-    shards = [cached_index(url).id for url in urls]
+    targets, lacking = kept_of(store, given, shards, view)
+    ids = {shard.id for shard in shards}
     if lacking:
-        others = any(task.kind == "bank" and task.shard in shards and task.id != view.bank for task in store.done())
+        other_bank = any(task.kind == "bank" and task.shard in ids and task.id != view.bank for task in store.done())
         raise UserError(
             f"{why}, and {store.url} has none of {lacking[0]}"
             f"{f' and {len(lacking) - 1} more' if len(lacking) > 1 else ''} in the view {view.line}; make it:\n"
-            f"  {command(store, given, urls, view, new_bank=others)}"
+            f"  {command(store, given, shards, view, new_bank=other_bank)}"
         )
-    for url, shard in zip(urls, shards, strict=True):
-        if invalid := store.marker(Task("bank", view.bank, shard, 0)).bank.invalid:
+    for shard in shards:
+        if invalid := store.marker(Task("bank", view.bank, shard.id, 0)).bank.invalid:
             raise UserError(
-                f"{url}: {len(invalid)} of its images could not be decoded, and every sample counts in an evaluation; "
-                "mend or remove them and pack again"
+                f"{shard.url}: {len(invalid)} of its images could not be decoded, and every sample counts in an "
+                "evaluation; mend or remove them and pack again"
             )
-    return EvaluationTargets(store=store, bank=view.bank, targets=targets, permute=permute)
+    codecs = {target: store.target(target).codec for target in targets}
+    return EvaluationTargets(store=store, policy=bank_policy(store, view.bank), codecs=codecs, permute=permute)
 
 
 def kept_of(
-    store: Store, given: Sequence[StoredTarget], urls: Sequence[str], view: Policy
+    store: Store, given: Sequence[StoredTarget], shards: Sequence[Shard], view: Policy
 ) -> tuple[tuple[str, ...], list[str]]:
-    """Ids of the targets like those given in the evaluation view, and the shards that lack some of them."""
+    """Ids of the targets like those given in the evaluation view, and URLs of the shards that lack some of them."""
     ids = {manifest.identity.digest: id for id, manifest in reversed(store.targets().items())}  # of two the first
     wanted = [stored.target.identity.model_copy(update={"bank": view.bank}) for stored in given]
     targets = tuple(ids[identity.digest] for identity in wanted if identity.digest in ids)
     done = store.done()
     lacking = [
-        url
-        for url in urls
-        if len(targets) < len(given) or any(Task("target", id, cached_index(url).id, 0) not in done for id in targets)
+        shard.url
+        for shard in shards
+        if len(targets) < len(given) or any(Task("target", id, shard.id, 0) not in done for id in targets)
     ]
     return targets, lacking
 
 
-def command(store: Store, given: Sequence[StoredTarget], urls: Sequence[str], view: Policy, *, new_bank: bool) -> str:
+def command(
+    store: Store, given: Sequence[StoredTarget], shards: Sequence[Shard], view: Policy, *, new_bank: bool
+) -> str:
     """The `pipeline precompute` that makes targets like those given for other shards in another view."""
     teacher = given[0].teacher
     about = teacher.identity
@@ -108,7 +120,7 @@ def command(store: Store, given: Sequence[StoredTarget], urls: Sequence[str], vi
     weights = None if ready or teacher.weights == HUB else teacher.weights
     words = hints.precompute(
         teacher.weights if ready else about.model, teacher.id, weights, about.arguments, about.mean,
-        about.std, about.input_size, store.url, urls,
+        about.std, about.input_size, store.url, [shard.url for shard in shards],
     )  # fmt: skip
     words += ["--view-policy", view.line, "--view-size", str(view.size), *(["--new-bank"] if new_bank else [])]
     wishes: dict[str, list[str]] = {}  # layers and codec -> taps

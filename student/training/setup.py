@@ -14,13 +14,14 @@ from storage.errors import IdentityError, UserError
 from storage.objects.weights_file import WeightsFile
 from storage.progress import Progress
 from storage.shards.classes import classes_of, require_classes
-from storage.shards.index import cached_index, require_labels, with_samples
 from storage.shards.patterns import expand
+from storage.shards.shard import Shard, open_shards, require_labels
 from storage.store.store import Store
 from storage.views.policy import Policy, policy
 from student.alignment.attention import AttentionAligner
 from student.alignment.report import alignment_table
 from student.attention_copy.inference import record_of, stored_attention
+from student.data.source import opened
 from student.data.stream import Stream
 from student.distributed import rank, world_size
 from student.evaluation.accuracy import tell_of_shared
@@ -69,7 +70,7 @@ class TrainingRun:
         distiller: student and losses, on the device.
         average: the averaged student, or None.
         still: modules with frozen running statistics.
-        val_urls: the validation shards that students are scored on; empty where no score can be taken.
+        val_shards: the validation shards that students are scored on; empty where no score can be taken.
         description: goes with the student's weights.
         identity: what a resumed run must agree with.
     """
@@ -79,7 +80,7 @@ class TrainingRun:
     distiller: Distiller
     average: Any
     still: list[nn.Module]
-    val_urls: list[str]
+    val_shards: list[Shard]
     description: StudentDescription
     identity: dict[str, Any]
 
@@ -97,9 +98,9 @@ def build_run(job: TrainConfig, progress: Progress, found: dict[str, Any] | None
     """
     recipe = job.recipe
     torch.manual_seed(recipe.seed)
-    urls, val_urls = expand(job.shards), with_samples(expand(job.val), progress.say) if job.val else []
-    classes, count = _classes(urls, val_urls, recipe) if classifies(recipe) else (None, 0)
-    scored = _scored(val_urls, recipe, count, progress)
+    urls, val_shards = expand(job.shards), open_shards(job.val, progress.say) if job.val else []
+    classes, count = _classes(urls, [shard.url for shard in val_shards], recipe) if classifies(recipe) else (None, 0)
+    scored = _scored(val_shards, recipe, count, progress)
     model, arguments = build_student(recipe.student, count)
     file = WeightsFile(recipe.student.weights) if recipe.student.weights else None
     if found is None:
@@ -121,14 +122,14 @@ def build_run(job: TrainConfig, progress: Progress, found: dict[str, Any] | None
         _average_examples(stream, distiller, progress)
     distiller.to(job.device)
     source = stream.source
-    tell_of_shared(source.shards, val_urls, progress.say)
+    tell_of_shared(source.shard_ids, val_shards, progress.say)
     copied = _copies(job, given, stream, distiller, average, scored, progress) if distiller.copier else None
     description = StudentDescription(
         recipe.student.model, arguments, size, mean, std, classes,
         source.policy.evaluation.line, recipe.student.shifted_patches, copied,
     )  # fmt: skip
     identity = {
-        "shards": list(source.shards), "validation shards": [cached_index(url).id for url in val_urls],
+        "shards": list(source.shard_ids), "validation shards": [shard.id for shard in val_shards],
         "classes": list(classes) if classes else count, "bank": source.bank, "policy": source.policy.line,
         "targets": {name: list(ids) for name, ids in distiller.targets.items()}, "views": stream.views,
         "control": recipe.control.model_dump(exclude_defaults=True), "mean": list(mean), "std": list(std),
@@ -138,14 +139,14 @@ def build_run(job: TrainConfig, progress: Progress, found: dict[str, Any] | None
     return TrainingRun(stream, given, distiller, average, still, scored, description, identity)
 
 
-def _scored(val_urls: list[str], recipe: Recipe, classes: int, progress: Progress) -> list[str]:
+def _scored(val_shards: list[Shard], recipe: Recipe, classes: int, progress: Progress) -> list[Shard]:
     """The validation shards that students are scored on; it is said where there are none.
 
     Raises:
         UserError: labels are learned, and there are no validation shards, or they have none or others.
     """
     labels = "labels" in student_taps_of(recipe)
-    if labels and not val_urls:
+    if labels and not val_shards:
         raise UserError(
             "this recipe learns from labels, so its students are scored on others: give --val SHARDS, which "
             "`pipeline pack … --val-fraction 0.1` cuts off"
@@ -154,13 +155,13 @@ def _scored(val_urls: list[str], recipe: Recipe, classes: int, progress: Progres
         unused = "" if recipe.student.num_classes is None else " (student.num_classes is not used)"
         progress.say(f"no loss trains a classifier: the student is made without one{unused}, and no score is taken")
         return []
-    bare = [] if labels else [url for url in val_urls if not cached_index(url).summary.labelled]
-    if bare or not val_urls:
+    bare = [] if labels else [shard.url for shard in val_shards if not shard.summary.labelled]
+    if bare or not val_shards:
         progress.say(f"{f'{bare[0]} has no labels' if bare else 'no validation shards'}: no score is taken")
         return []
-    for url in val_urls:
-        require_labels(url, cached_index(url), classes)
-    return val_urls
+    for shard in val_shards:
+        require_labels(shard, classes)
+    return val_shards
 
 
 def _average(recipe: Recipe, model: nn.Module) -> Any:
@@ -179,11 +180,8 @@ def _stream(
 ) -> tuple[Stream, dict[str, tuple[StoredTarget, ...]]]:
     """The stream, and what it gives to each loss."""
     recipe, settings = job.recipe, job.recipe.stream
-    shard_ids = []
-    if job.store is not None:
-        known = job.store.shard_ids()
-        shard_ids = [index.id for url in urls if len(index := job.store.require(url, known))]
-    bank, given = find_targets(job.store, shard_ids, recipe, model)
+    shards = list(opened(urls, job.store)) if job.store is not None else []
+    bank, given = find_targets(job.store, [shard.id for shard in shards if len(shard)], recipe, model)
     fresh: Policy | None = None
     if bank is None:
         wish = settings.bank
@@ -199,7 +197,7 @@ def _stream(
     labels = "labels" in student_taps_of(recipe)
     memory = int(settings.memory * 2**30) if settings.memory else None
     stream = Stream(
-        urls,
+        shards or urls,
         batch=settings.batch_size,
         store=job.store,
         targets=list(dict.fromkeys(one.id for several in given.values() for one in several)),
@@ -264,7 +262,7 @@ def _copies(
     stream: Stream,
     distiller: Distiller,
     average: Any,
-    scored: list[str],
+    scored: list[Shard],
     progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
     """Where copied attention comes from in training and in evaluation: said, and recorded for the student's file.

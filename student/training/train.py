@@ -214,7 +214,7 @@ class Trainer:
             f"reads at most {size_text(self.stream.memory)} ahead"
         )
         if self.job.smoke:
-            scored = f" and an evaluation of at most {SMOKE_BLOCKS * BLOCK} samples" if self.parts.val_urls else ""
+            scored = f" and an evaluation of at most {SMOKE_BLOCKS * BLOCK} samples" if self.parts.val_shards else ""
             self.progress.say(f"a smoke run: {self.steps} step(s){scored}")
         elif self.recipe.optim.warmup_epochs >= self.epochs:
             self.progress.say(
@@ -268,7 +268,7 @@ class Trainer:
             if rank() == 0:
                 save_student(out / f"{name}.safetensors", one, about)
         due = (epoch + 1) % self.recipe.val_interval == 0 or epoch + 1 == self.epochs
-        if self.parts.val_urls and due:
+        if self.parts.val_shards and due:
             score = self._score(student)
             scores["last"] = asdict(score)
             record |= {"top1": score.top1, "top5": score.top5, "samples": score.samples}
@@ -293,7 +293,7 @@ class Trainer:
         eager = self.recipe.precision.torchcompile  # batches of other sizes would be compiled anew
         with torch.compiler.set_stance("force_eager") if eager else nullcontext():
             return evaluate(
-                model, self.parts.val_urls, about.evaluation_policy, about.mean, about.std,
+                model, self.parts.val_shards, about.evaluation_policy, about.mean, about.std,
                 device=self.device, rank=rank(), world_size=world_size(),
                 max_blocks=SMOKE_BLOCKS if self.job.smoke else None,
             )  # fmt: skip

@@ -18,7 +18,6 @@ import torch
 from precompute.export import pytorch
 from precompute.taps import Tap
 from storage.errors import IdentityError, UserError
-from storage.shards.index import read_samples
 from storage.store.banks import read_views
 from storage.store.markers import Task
 from storage.store.store import Store
@@ -131,15 +130,15 @@ def test_contract_1_what_is_stored_is_what_the_live_teacher_gives_on_the_views_o
     tap = Tap(manifest.identity.tap, manifest.identity.layers, manifest.identity.grid)
     module = pytorch.live_teacher(teacher_of(world.weights, kind), [tap], 32)
     url, view = world.shards[1], 1
-    index = store.require(url, store.shard_ids())
-    bank = store.marker(Task("bank", manifest.identity.bank, index.id, view))
-    samples = read_samples(url, index, range(50, 90))
+    shard = store.require(url, store.shard_ids())
+    bank = store.marker(Task("bank", manifest.identity.bank, shard.id, view))
+    samples = shard.read(range(50, 90))
     views = read_views(bank, 50, 90)
-    pixels = [views.replay(i, sample, sample.image, 32, url) for i, sample in enumerate(samples)]
+    pixels = [views.replay(i, sample, sample.image, 32, url) for i, sample in enumerate(samples, 50)]
     with torch.no_grad():
         live = module(torch.from_numpy(np.stack(pixels)))[0].numpy()
     arrays = {
-        key: a.read(50, 90) for key, a in store.marker(Task("target", manifest.id, index.id, view)).arrays.items()
+        key: a.read(50, 90) for key, a in store.marker(Task("target", manifest.id, shard.id, view)).arrays.items()
     }
     error = np.abs(manifest.codec.decode(arrays) - live)
     allowed = 1e-4 * np.abs(live).max()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from precompute.taps import prefix_roles
+from storage.shards.shard import Shard
 from student.evaluation.batches import evaluation_batches
 from student.models.files import StudentDescription
 
@@ -31,7 +32,7 @@ class Features:
 def features_of(
     model: nn.Module,
     about: StudentDescription,
-    urls: Sequence[str],
+    shards: Sequence[Shard],
     read: Reading,
     *,
     chosen: Sequence[np.ndarray] | None = None,
@@ -44,7 +45,7 @@ def features_of(
     Args:
         model: on the device, in eval mode.
         about: how it is fed.
-        urls: the shards.
+        shards: to read.
         read: `class_feature` or `probe_feature`.
         chosen: sorted indices of the samples of each shard that count; None for all.
         device: where the model is.
@@ -56,7 +57,7 @@ def features_of(
     """
     values, labels = [], []
     view = about.evaluation_policy
-    for on_cpu in evaluation_batches(urls, view, batch_size, chosen=chosen):
+    for on_cpu in evaluation_batches(shards, view, batch_size, chosen=chosen):
         batch = on_cpu.to(device)
         values.append(read(model, batch.pixels(about.mean, about.std)).float())
         labels.append(batch.labels)

@@ -14,7 +14,7 @@ import numpy as np
 from storage.errors import UserError
 from storage.objects.atomic import atomic_write
 from storage.objects.json_record import digest_of
-from storage.shards.index import cached_index, require_labels
+from storage.shards.shard import Shard, require_labels
 from storage.shards.stratify import stratified_sample
 
 
@@ -23,13 +23,13 @@ class LabelSubset:
     """Samples with labels.
 
     Attributes:
-        urls: the shards.
+        shards: where they are.
         chosen: sorted indices of the samples that count, of each shard.
         rows: (shard id, key, label) of each of them, in order: what is written down.
         left_out: how many were left out because their images are evaluated too.
     """
 
-    urls: tuple[str, ...]
+    shards: tuple[Shard, ...]
     chosen: tuple[np.ndarray, ...]
     rows: tuple[tuple[str, str, int], ...]
     left_out: int
@@ -48,14 +48,16 @@ class LabelSubset:
             temporary.write_text(text.getvalue(), encoding="utf-8")
 
 
-def label_subset(urls: Sequence[str], evaluated: Sequence[str], *, fraction: float = 1.0, seed: int = 0) -> LabelSubset:
+def label_subset(
+    shards: Sequence[Shard], evaluated: Sequence[Shard], *, fraction: float = 1.0, seed: int = 0
+) -> LabelSubset:
     """The samples of training shards that have labels.
 
     A fraction is class-balanced: the samples that `pipeline pack --fraction` keeps of the same shards with the same
     seed. An image that is also evaluated never counts, whatever its key is.
 
     Args:
-        urls: training shards.
+        shards: training shards.
         evaluated: the shards that are evaluated.
         fraction: the part of each class, at least one sample.
         seed: of the choice.
@@ -63,18 +65,17 @@ def label_subset(urls: Sequence[str], evaluated: Sequence[str], *, fraction: flo
     Raises:
         UserError: a missing label, or nothing is left.
     """
-    evaluated_digests = {digest for url in evaluated for digest in cached_index(url).digests}
+    evaluated_digests = {digest for shard in evaluated for digest in shard.index.digests}
     labels: list[int | None] = []
-    for url in urls:
-        index = cached_index(url)
-        require_labels(url, index)
-        labels += index.labels
+    for shard in shards:
+        require_labels(shard)
+        labels += shard.index.labels
     drawn = stratified_sample(labels, fraction, seed) if fraction < 1 else range(len(labels))
     mask = np.zeros(len(labels), bool)
     mask[list(drawn)] = True
     chosen, rows, left_out, before = [], [], 0, 0
-    for url in urls:
-        index = cached_index(url, trust=True)
+    for shard in shards:
+        index = shard.index
         drawn_here = mask[before : before + len(index)].nonzero()[0]
         before += len(index)
         kept = [int(i) for i in drawn_here if index.digests[i] not in evaluated_digests]
@@ -83,17 +84,16 @@ def label_subset(urls: Sequence[str], evaluated: Sequence[str], *, fraction: flo
         rows += [(index.id, index.keys[i], int(index.labels[i] or 0)) for i in kept]
     if not rows:
         raise UserError(
-            f"{urls[0]}: every labelled image of the training shards is evaluated too, so nothing is left to learn "
-            "from; give the shards that the student was trained on: --train-shards"
+            f"{shards[0].url}: every labelled image of the training shards is evaluated too, so nothing is left to "
+            "learn from; give the shards that the student was trained on: --train-shards"
         )
-    return LabelSubset(urls=tuple(urls), chosen=tuple(chosen), rows=tuple(rows), left_out=left_out)
+    return LabelSubset(shards=tuple(shards), chosen=tuple(chosen), rows=tuple(rows), left_out=left_out)
 
 
-def images_of_classes(urls: Sequence[str]) -> Counter[int]:
+def images_of_classes(shards: Sequence[Shard]) -> Counter[int]:
     """Label -> how many images of shards have it. Raises UserError: a missing label."""
     images: Counter[int] = Counter()
-    for url in urls:
-        index = cached_index(url)
-        require_labels(url, index)
-        images.update(label for label in index.labels if label is not None)
+    for shard in shards:
+        require_labels(shard)
+        images.update(label for label in shard.index.labels if label is not None)
     return images

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from storage.errors import UserError
-from storage.shards.index import cached_index, read_samples
+from storage.shards.shard import Shard
 from storage.shards.tar import Sample
 from storage.views.draw import draw_view
 from storage.views.policy import policy
@@ -34,18 +34,17 @@ class BoxedImage:
     boxes: np.ndarray
 
 
-def boxed_images(urls: Sequence[str], size: int) -> Iterator[BoxedImage]:
+def boxed_images(shards: Sequence[Shard], size: int) -> Iterator[BoxedImage]:
     """Every sample of shards, in order, with the whole image resized to `size`.
 
     Raises:
         UserError: an image that cannot be decoded, a `bbox` that is none.
     """
     view = policy("resize", size)
-    for url in urls:
-        index = cached_index(url)
-        for number in range(index.blocks):
-            for sample in read_samples(url, index, index.block(number)):
-                where = f"{url}: key {sample.key!r}"
+    for shard in shards:
+        for number in range(shard.index.blocks):
+            for sample in shard.read(shard.index.block(number)):
+                where = f"{shard.url}: key {sample.key!r}"
                 try:
                     image = decode(sample.image)
                 except BadImage as error:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from precompute.taps import AttentionTaps
 from storage.errors import UserError
-from storage.shards.index import cached_index
+from storage.shards.shard import Shard
 from student.alignment.student_spec import student_spec
 from student.evaluation.localization.contours import LEVELS, grey, scipy_image
 from student.evaluation.localization.dataset import BoxedImage, boxed_images
@@ -95,7 +95,7 @@ class ClassAttention:
 def localize(
     looker: ClassAttention,
     about: StudentDescription,
-    urls: Sequence[str],
+    shards: Sequence[Shard],
     convention: Convention = "official",
     *,
     device: torch.device | str = "cpu",
@@ -110,7 +110,7 @@ def localize(
     Args:
         looker: at the student, on the device, in eval mode.
         about: how it is fed; the whole image is resized, nothing is cut off.
-        urls: shards with boxes; samples without one do not count.
+        shards: with boxes; samples without one do not count.
         convention: of the boxes' ends.
         device: where the student is.
         batch_size: images at a time.
@@ -121,13 +121,13 @@ def localize(
         UserError: no sample has a box, one that is none, an image that cannot be decoded.
     """
     scipy_image()  # told before anything is spent
-    total = sum(len(cached_index(url)) for url in urls)
+    total = sum(map(len, shards))
     pictured = set(np.linspace(0, total - 1, min(SHOWN, total)).round().astype(int).tolist()) if keep_images else set()
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (about.mean, about.std))
     best: list[np.ndarray] = []
     truths: list[np.ndarray] = []
     kept: list[tuple[BoxedImage, np.ndarray]] = []
-    images = enumerate(boxed_images(urls, about.img_size))
+    images = enumerate(boxed_images(shards, about.img_size))
     while chunk := list(islice(images, batch_size)):
         boxed = [(number, image) for number, image in chunk if len(image.boxes)]
         if boxed:
@@ -141,7 +141,7 @@ def localize(
                     kept.append((image, level))
         advance(len(chunk))
     if not best:
-        raise UserError(f"{urls[0]}: no sample says a bbox in its json, so there is nothing to localize against")
+        raise UserError(f"{shards[0].url}: no sample says a bbox in its json, so there is nothing to localize against")
     metrics = box_metrics(np.stack(best), truths)
     threshold = round(metrics.v1[0.5].threshold * LEVELS)
     return Localization(

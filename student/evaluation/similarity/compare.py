@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from precompute.taps.target_spec import parse_ranges
 from storage.errors import UserError
+from storage.shards.shard import Shard
 from student.alignment.attention import AttentionAligner
 from student.alignment.matching import uniform
 from student.alignment.student_spec import StudentSpec, full, student_spec
@@ -103,7 +104,7 @@ class SimilarityComparison:
         model: the student, in eval mode; what it copies is lent to it.
         about: how it is fed.
         name: what errors call it.
-        urls: shards; labels are not read.
+        shards: to read; labels are not read.
         reference: the teacher's targets.
         tokens: which rows CKA sees: all tokens of all images, each image's class token, or the mean of its patches.
 
@@ -117,11 +118,11 @@ class SimilarityComparison:
         about: StudentDescription,
         name: str,
         *,
-        urls: Sequence[str],
+        shards: Sequence[Shard],
         reference: TeacherTargets,
         tokens: Tokens,
     ) -> None:
-        self.model, self.about, self.urls, self.tokens = model, about, urls, tokens
+        self.model, self.about, self.shards, self.tokens = model, about, shards, tokens
         self.view = about.evaluation_policy
         copies = attention_copy_hooks(model)
         shape = student_spec(model, attention=bool(reference.attention) and copies is None)
@@ -139,7 +140,7 @@ class SimilarityComparison:
         attention = reference.attention if self.rows is not None else ()  # nothing is read that nothing looks at
         given = [*attention, *reference.tokens]
         why = f"{name} is compared with {reference.teacher} on stored images"
-        self.stored = evaluation_targets(reference.store, given, urls, self.view, why=why)
+        self.stored = evaluation_targets(reference.store, given, shards, self.view, why=why)
         self.of_rows, self.of_tokens = self.stored.targets[: len(attention)], self.stored.targets[len(attention) :]
         self.final = bool(reference.tokens) and reference.tokens[0].target.identity.layers is None
         self.several = max(1, LARGEST // self._numbers([one.target.sample_shape for one in given]))
@@ -170,8 +171,8 @@ class SimilarityComparison:
         divergences = Divergences()
         similarities = [LinearCKA() for _ in (self.vectors.pairs if self.vectors is not None else ())]
         copied = attached_to(self.model)
-        batches = evaluation_batches(self.urls, self.view, 1, stored=self.stored, labeled=False)
-        copied_batches = evaluation_batches(self.urls, self.view, 1, stored=copied, labeled=False) if copied else None
+        batches = evaluation_batches(self.shards, self.view, 1, stored=self.stored, labeled=False)
+        copied_batches = evaluation_batches(self.shards, self.view, 1, stored=copied, labeled=False) if copied else None
         samples = 0
         for batch in batches:
             copied_batch = None if copied_batches is None else next(copied_batches)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from storage.errors import UserError, did_you_mean
+from storage.shards.shard import Shard
 from storage.store.manifests import TargetManifest
 from storage.store.store import Store
 from storage.views.policy import Policy
@@ -39,7 +40,7 @@ class TeacherTargets:
 
 
 def find_teacher_targets(
-    store: Store, teacher: str | None, chosen: Sequence[str], urls: Sequence[str], view: Policy
+    store: Store, teacher: str | None, chosen: Sequence[str], shards: Sequence[Shard], view: Policy
 ) -> TeacherTargets:
     """What a student is compared with: of what the store has, that which it has of the images that are evaluated.
 
@@ -47,7 +48,7 @@ def find_teacher_targets(
         store: with targets.
         teacher: its name; None where only one has such targets.
         chosen: ids of targets, of any bank, where there are several of a kind.
-        urls: shards that are evaluated.
+        shards: that are evaluated.
         view: in which.
 
     Raises:
@@ -71,7 +72,7 @@ def find_teacher_targets(
             )
 
     def complete(stored: _Stored) -> bool:
-        return not kept_of(store, stored, urls, view)[1]
+        return not kept_of(store, stored, shards, view)[1]
 
     wanted = [[id for id in chosen if parts[targets[id].identity.tap] is part] for part in (ATTENTION, TOKENS)]
     attention = _pick(store, candidates, ATTENTION, wanted[0], complete)

@@ -17,6 +17,7 @@ import yaml
 from pipeline.cli import main
 from pipeline.export_onnx import export
 from storage.errors import UserError
+from storage.shards.shard import open_shards
 from storage.testing import synthetic_shards
 from storage.views.policy import policy
 from student.evaluation.batches import evaluation_batches
@@ -32,7 +33,9 @@ def taught(world, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def images(world, about) -> np.ndarray:
-    return next(evaluation_batches(world.shards, policy(about.evaluation, about.img_size), 64)).images.numpy()
+    return next(
+        evaluation_batches(open_shards(world.shards), policy(about.evaluation, about.img_size), 64)
+    ).images.numpy()
 
 
 def test_the_graph_gives_the_students_logits_from_bytes(world, taught, tmp_path, capsys) -> None:
@@ -46,7 +49,7 @@ def test_the_graph_gives_the_students_logits_from_bytes(world, taught, tmp_path,
     session = onnxruntime.InferenceSession(str(tmp_path / "s.onnx"), providers=["CPUExecutionProvider"])
     assert [i.name for i in session.get_inputs()] == ["images"]
     (logits,) = session.run(["logits"], {"images": seen})
-    batch = next(evaluation_batches(world.shards, policy(about.evaluation, about.img_size), 64))
+    batch = next(evaluation_batches(open_shards(world.shards), policy(about.evaluation, about.img_size), 64))
     with torch.no_grad():
         expected = model(batch.pixels(about.mean, about.std)).numpy()
     assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()

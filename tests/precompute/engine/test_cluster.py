@@ -20,6 +20,7 @@ from precompute.engine.dask_client import local_cluster
 from precompute.engine.tasks import Failure, Outcome, ShardTask
 from storage.errors import UserError
 from storage.progress import NoProgress as Silent
+from storage.shards.shard import open_shard
 from storage.store.store import Store
 from storage.testing import synthetic_image
 from tests.conftest import HANGS, World
@@ -216,7 +217,7 @@ def test_faults_of_input_and_output_are_tried_again_with_pauses_and_others_are_n
         tried.append(1)
         if raised:
             raise raised.pop(0)
-        return Outcome(shard="shard", samples=1)
+        return Outcome(shard=open_shard(deit.shards[0]))
 
     monkeypatch.setattr("time.sleep", slept.append)
     monkeypatch.setattr(dask_runner, "run_task", fail)

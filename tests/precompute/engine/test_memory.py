@@ -33,7 +33,7 @@ session = open_session(task.store.graph(task.teacher, task.graph), "cpu", 1)
 before = status("VmRSS")
 outcome = run_task(task, lambda: session, 2)
 assert "torch" not in sys.modules
-print(json.dumps({"samples": outcome.samples, "before": before, "peak": status("VmHWM")}))
+print(json.dumps({"samples": len(outcome.shard), "before": before, "peak": status("VmHWM")}))
 """
 
 

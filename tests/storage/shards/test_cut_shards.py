@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from storage.errors import DamageError, UserError
-from storage.shards.index import build_index, cached_index, read_samples, require_labels
+from storage.shards.index import build_index, cached_index, read_samples
 from storage.shards.pack import pack
+from storage.shards.shard import open_shard, require_labels
 from tests.storage.helpers import (
     by_us,
     by_webdataset,
@@ -208,9 +209,9 @@ def test_a_file_that_is_not_there_is_refused(tmp_path):
 
 def test_losses_that_need_labels_are_told_the_first_key_without(tmp_path):
     path = write_tar(tmp_path / "x.tar", [*sample("a", 0), *sample("b", 1, None), *sample("c", 2, None)])
-    index = build_index(path)
-    assert not index.summary.labelled
+    shard = open_shard(path)
+    assert not shard.summary.labelled
     with pytest.raises(UserError, match=r"x\.tar: key 'b' has no label"):
-        require_labels(path, index)
+        require_labels(shard)
     full = write_tar(tmp_path / "y.tar", samples(2))
-    require_labels(full, build_index(full))
+    require_labels(open_shard(full))

@@ -10,8 +10,9 @@ import pytest
 import webdataset
 
 from storage.errors import UserError
-from storage.shards.index import ShardIndex, build_index, cached_index, read_samples, with_samples
+from storage.shards.index import ShardIndex, build_index, cached_index, read_samples
 from storage.shards.pack import pack
+from storage.shards.shard import open_shards
 from storage.shards.tar import IMAGES, RULE, require_whole
 from tests.storage.helpers import by_us, by_webdataset, packed, picture, sample, samples, write_tar
 
@@ -119,11 +120,11 @@ def test_an_empty_tar_is_a_shard_without_samples(tmp_path) -> None:
     assert list(webdataset.WebDataset(empty, shardshuffle=False, empty_check=False)) == []
     assert cached_index(empty) == index  # from the cache: its first and last block are none
     said: list[str] = []
-    assert with_samples([empty, full], said.append) == [full]
+    assert [shard.url for shard in open_shards([empty, full], said.append)] == [full]
     assert said == [f"{empty}: no samples in it"]
     made = packed([empty, full], tmp_path / "out", "y.tar", shuffle=False)
     assert by_us(*made["train"]) == by_us(full)
-    for take in (lambda: with_samples([empty]), lambda: pack(empty, str(tmp_path / "z.tar"))):
+    for take in (lambda: open_shards(empty), lambda: pack(empty, str(tmp_path / "z.tar"))):
         with pytest.raises(UserError, match="no samples in"):
             take()
 

@@ -14,6 +14,7 @@ from storage.errors import IdentityError, UserError
 from storage.objects.weights_file import WeightsFile
 from storage.shards.classes import classes_of, require_classes
 from storage.shards.pack import pack
+from storage.shards.shard import open_shards
 from student import settings as config
 from student.alignment.rules import align_classes
 from student.alignment.student_spec import StudentSpec
@@ -83,9 +84,5 @@ def test_a_student_is_evaluated_on_shards_of_another_spelling(tmp_path):
         save_student(tmp_path / "s.safetensors", model, about)
         loaded, read = load_student(tmp_path / "s.safetensors")
         assert read.classes == tuple(NFC)
-        assert sorted(ensemble_predictions([Classifier(name="s", model=loaded, about=read)], made).labels.tolist()) == [
-            0,
-            0,
-            1,
-            1,
-        ]
+        found = ensemble_predictions([Classifier(name="s", model=loaded, about=read)], open_shards(made))
+        assert sorted(found.labels.tolist()) == [0, 0, 1, 1]

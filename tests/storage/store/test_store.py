@@ -36,11 +36,11 @@ from tests.storage.helpers import SmallStore, decoded, files_of, sample, samples
 def test_views_replay_as_they_were_recorded(world):
     store = Store.open(world.store)
     for url in world.shards:
-        index = store.require(url, store.shard_ids())
-        for task in sorted(t for t in store.done() if t.kind == "bank" and t.shard == index.id):
+        shard = store.require(url, store.shard_ids())
+        for task in sorted(t for t in store.done() if t.kind == "bank" and t.shard == shard.id):
             policy = bank_policy(store, task.id)
             views = read_views(store.marker(task), 60, 75)
-            for i, found in enumerate(read_samples(url, index, range(60, 75)), 60):
+            for i, found in enumerate(shard.read(range(60, 75)), 60):
                 pixels = views.replay(i, found, found.image, policy.size, url)
                 assert pixels.shape == (32, 32, 3)
 
@@ -161,7 +161,7 @@ def test_a_store_may_be_in_memory(tmp_path):
     assert {task for task in again.done() if task.kind == "target"} == set(values)
     for task, expected in values.items():
         assert np.array_equal(decoded(again, task, "f32"), expected)
-    assert again.require(shard, again.shard_ids()) == small.indexes[0]
+    assert again.require(shard, again.shard_ids()).index == small.indexes[0]
     assert np.array_equal(again.array("t").compute(), np.concatenate([values[task] for task in sorted(values)]))
     assert again.views("target", "t", again.shard_ids(), again.done()) == 2
     assert "| t |" in card(again)
@@ -234,11 +234,11 @@ def test_graphs_are_kept_under_their_digest(small):
 # ---------------------------------------------------------------------------------------------- shards
 
 
-def test_a_known_shard_is_recognised_wherever_it_lies(small, tmp_path):
+def test_a_known_shard_is_recognized_wherever_it_lies(small, tmp_path):
     copy = tmp_path / "elsewhere" / Path(small.shards[0]).name
     copy.parent.mkdir()
     copy.write_bytes(Path(small.shards[0]).read_bytes())
-    assert small.store.require(str(copy), small.store.shard_ids()) == small.indexes[0]
+    assert small.store.require(str(copy), small.store.shard_ids()).index == small.indexes[0]
     assert small.store.index(small.indexes[0].id) == small.indexes[0]
 
 
@@ -247,17 +247,17 @@ def test_two_shards_of_one_name_are_told_apart(tmp_path):
     small = SmallStore(tmp_path / "store", paths)
     assert len(small.store.shard_ids()) == 2
     for path, index in zip(paths, small.indexes, strict=True):
-        assert small.store.require(path, small.store.shard_ids()) == index
+        assert small.store.require(path, small.store.shard_ids()).index == index
 
 
 def test_the_same_samples_in_a_tar_with_other_headers_are_known(tmp_path):
     members = samples(5)
     small = SmallStore(tmp_path / "store", [write_tar(tmp_path / "a" / "x.tar", members)])
     other = write_tar(tmp_path / "b" / "x.tar", members, mtime=99)
-    index = small.store.require(other, small.store.shard_ids())
-    assert index == build_index(other)
-    assert index.id == small.indexes[0].id
-    assert [s.key for s in read_samples(other, index, range(5))] == list(small.indexes[0].keys)
+    shard = small.store.require(other, small.store.shard_ids())
+    assert shard.index == build_index(other)
+    assert shard.id == small.indexes[0].id
+    assert [s.key for s in shard.read(range(5))] == list(small.indexes[0].keys)
 
 
 def test_other_labels_than_the_stores_are_refused_whatever_the_headers(tmp_path):

@@ -17,6 +17,7 @@ from precompute.taps import Tap
 from storage.errors import UserError
 from storage.objects.state_dict import load_weights
 from storage.objects.weights_file import WeightsFile
+from storage.shards.shard import open_shards
 from storage.store.codecs import Codec
 from storage.store.store import Store
 from storage.views.policy import policy
@@ -335,7 +336,7 @@ def test_a_control_copies_what_cannot_know_the_image_in_evaluation_too(
         assert present(attention_copy_hooks(model)).fixed["map"].shape[:3] == (1, DEPTH, HEADS)
         assert asked(capsys, "predict", out, image)["images"]
     else:
-        attach_stored_attention(model, about, None, world.shards)
+        attach_stored_attention(model, about, None, open_shards(world.shards))
         lender = present(present(attention_copy_hooks(model)).lender)
         assert lender.stored.source(world.shards[0], Store.open(place).shard_ids()[0]).permute == 3
         plain = attention_copy_hooks(load_student(trained / "last.safetensors")[0])

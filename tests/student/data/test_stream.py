@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from storage.errors import DamageError, IdentityError, UserError
 from storage.shards.index import cached_index, read_samples
+from storage.shards.shard import open_shards
 from storage.store.markers import Task
 from storage.store.store import Store
 from storage.testing import synthetic_shards
@@ -245,7 +246,7 @@ def test_a_worker_that_dies_is_named_with_its_signal_wherever_it_is_noticed(worl
 
 def test_evaluation_counts_every_sample_once(world):
     for batch_size in (7, 64, 1000):
-        ids = torch.cat([b.ids for b in evaluation_batches(world.shards, policy("eval", 32), batch_size)])
+        ids = torch.cat([b.ids for b in evaluation_batches(open_shards(world.shards), policy("eval", 32), batch_size)])
         assert ids[:, :2].tolist() == [[s, i] for s in range(2) for i in range(150)]
 
 

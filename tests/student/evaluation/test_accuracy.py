@@ -14,6 +14,7 @@ import torch
 from pipeline.cli import main
 from storage.errors import IdentityError, UserError
 from storage.shards.index import cached_index
+from storage.shards.shard import open_shards
 from storage.testing import synthetic_shards
 from student.evaluation.batches import evaluation_batches
 from student.evaluation.class_metrics import class_metrics, label_ranks
@@ -71,8 +72,8 @@ def test_chosen_samples_are_those_of_the_whole(world) -> None:
 
     chosen = [np.array([0, 5, 63, 64, 149]), np.array([70])]
     view = policy("eval", 32)
-    whole = list(evaluation_batches(world.shards, view, 64))
-    some = list(evaluation_batches(world.shards, view, 64, chosen=chosen))
+    whole = list(evaluation_batches(open_shards(world.shards), view, 64))
+    some = list(evaluation_batches(open_shards(world.shards), view, 64, chosen=chosen))
     ids = torch.cat([part.ids for part in some])
     assert ids[:, :2].tolist() == [[0, 0], [0, 5], [0, 63], [0, 64], [0, 149], [1, 70]]
     every = torch.cat([part.images for part in whole])
@@ -83,11 +84,11 @@ def test_a_student_with_itself_is_as_good_as_alone(world, trained) -> None:
     one, described = load_student(trained[0] / "last.safetensors")
     two, other = load_student(trained[1] / "last.safetensors")
     twice = [Classifier(name="a", model=one, about=described), Classifier(name="b", model=one, about=described)]
-    found = ensemble_predictions(twice, world.shards, ensemble=True)
+    found = ensemble_predictions(twice, open_shards(world.shards), ensemble=True)
     assert torch.equal(found.ranks[0], found.ranks[2])
     both = ensemble_predictions(
         [Classifier(name="a", model=one, about=described), Classifier(name="b", model=two, about=other)],
-        world.shards,
+        open_shards(world.shards),
         ensemble=True,
     )
     assert torch.equal(both.ranks[0], found.ranks[0])
@@ -103,7 +104,7 @@ def test_an_ensemble_averages_probabilities_and_not_logits(world) -> None:
         Classifier(name="sure", model=Fixed(5 * right), about=about(3)),
         Classifier(name="wavers", model=Fixed(50 * (1 - right)), about=about(3)),
     ]
-    found = ensemble_predictions(members, [url], ensemble=True)
+    found = ensemble_predictions(members, open_shards([url]), ensemble=True)
     assert [int((ranks == 0).sum()) for ranks in found.ranks] == [150, 0, 150]
 
 
@@ -116,16 +117,16 @@ def test_a_set_of_some_classes_is_answered_among_these(tmp_path) -> None:
     table = torch.zeros(30, 4)
     table[:, [0, 2]] = 9  # classes that the set has not
     table[torch.arange(30), torch.tensor([3, 1])[labels]] = 1
-    found = ensemble_predictions([Classifier(name="x", model=Fixed(table), about=about(4, names))], [url])
+    found = ensemble_predictions([Classifier(name="x", model=Fixed(table), about=about(4, names))], open_shards([url]))
     assert (found.num_classes, found.names) == (2, ("d", "b"))
     assert int((found.ranks == 0).sum()) == 30
     (tmp_path / "classes.json").write_text('["d", "e"]')
     with pytest.raises(IdentityError, match="classes: expected 4"):
-        ensemble_predictions([Classifier(name="x", model=Fixed(table), about=about(4, names))], [url])
+        ensemble_predictions([Classifier(name="x", model=Fixed(table), about=about(4, names))], open_shards([url]))
 
 
 def test_members_of_other_classes_are_refused(world) -> None:
-    url = world.shards[:1]
+    shards = open_shards(world.shards[:1])
     table = torch.zeros(150, 4)
     with pytest.raises(UserError, match="second has 4 classes, first 3"):
         ensemble_predictions(
@@ -133,11 +134,11 @@ def test_members_of_other_classes_are_refused(world) -> None:
                 Classifier(name="first", model=Fixed(table[:, :3]), about=about(3)),
                 Classifier(name="second", model=Fixed(table), about=about(4)),
             ],
-            url,
+            shards,
             ensemble=True,
         )
     with pytest.raises(UserError, match="there is a label 2, small has classes 0 to 1"):
-        ensemble_predictions([Classifier(name="small", model=Fixed(table[:, :2]), about=about(2))], url)
+        ensemble_predictions([Classifier(name="small", model=Fixed(table[:, :2]), about=about(2))], shards)
 
 
 def test_parts_by_training_images() -> None:

@@ -19,6 +19,7 @@ from pipeline.export_onnx import export
 from storage.errors import UserError
 from storage.objects.state_dict import load_weights
 from storage.objects.weights_file import WeightsFile
+from storage.shards.shard import open_shards
 from storage.views.policy import policy
 from student.alignment.student_spec import student_spec
 from student.evaluation.batches import evaluation_batches
@@ -106,7 +107,7 @@ def test_it_is_loaded_evaluated_and_exported_as_it_was_trained(world, trained, t
     result = json.loads((trained / "result.json").read_text())
     assert json.loads(capsys.readouterr().out)["top1"] == result["top1"]
     export(trained / "last.safetensors", world.shards, tmp_path / "s.onnx")
-    batch = next(evaluation_batches(world.shards, policy(about.evaluation, about.img_size), 8))
+    batch = next(evaluation_batches(open_shards(world.shards), policy(about.evaluation, about.img_size), 8))
     (logits,) = onnxruntime.InferenceSession(tmp_path / "s.onnx").run(["logits"], {"images": batch.images.numpy()})
     with torch.no_grad():
         expected = model(batch.pixels(about.mean, about.std)).numpy()

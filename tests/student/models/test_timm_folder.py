@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from storage.rng import generator
+from storage.shards.shard import open_shards
 from storage.testing import synthetic_image
 from storage.views.policy import policy
 from storage.views.render import render
@@ -47,7 +48,7 @@ def answers(model: Any, batch: Batch) -> torch.Tensor:
 
 def test_one_line_of_timm_gives_the_logits_of_the_last_epoch(world, taught) -> None:
     ours, about = load_student(taught / "last.safetensors")
-    batch = next(evaluation_batches(world.shards, policy(about.evaluation, about.img_size), 64))
+    batch = next(evaluation_batches(open_shards(world.shards), policy(about.evaluation, about.img_size), 64))
     theirs = timm.create_model(f"local-dir:{taught}", pretrained=True)
     with torch.no_grad():
         assert torch.equal(answers(theirs, batch), ours(batch.pixels(about.mean, about.std)))

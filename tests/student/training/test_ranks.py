@@ -6,12 +6,14 @@ import dataclasses
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from torch.multiprocessing.spawn import spawn
 
+from storage.shards.shard import Shard, open_shards
 from storage.testing import synthetic_shards
 from storage.views.policy import policy
 from student.distributed import process_group
@@ -137,21 +139,22 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one(world, pair, tmp_path):
 @pytest.mark.parametrize("ranks", [1, 2, 3, 9])
 def test_every_sample_counts_once_on_any_number_of_ranks(pair, ranks):
     urls = [str(path) for path in sorted((pair / "odd").glob("*.tar"))]
+    shards = open_shards(urls)
     model, view, half = _model(), policy("eval", 32), (0.5,) * 3
 
-    def counts(shards: list[str], rank: int = 0, world_size: int = 1) -> torch.Tensor:
+    def counts(shards: Sequence[Shard], rank: int = 0, world_size: int = 1) -> torch.Tensor:
         batches = evaluation_batches(shards, view, 96, rank=rank, world_size=world_size)
         return count(model, batches, shards, half, half)
 
-    whole = counts(urls)
-    parts = [counts(urls, rank, ranks) for rank in range(ranks)]
+    whole = counts(shards)
+    parts = [counts(shards, rank, ranks) for rank in range(ranks)]
     assert int(whole[2]) == 393
     assert torch.equal(torch.stack(parts).sum(0)[:3], whole[:3])
     alone = evaluate(model, urls, view, half, half)
     assert alone.samples == 393
     if ranks == 2:  # and really so
         assert {(pair / f"score-{r}").read_text() for r in range(2)} == {repr(alone)}
-    more = [counts(urls[:1], rank, ranks) for rank in range(ranks)]
+    more = [counts(shards[:1], rank, ranks) for rank in range(ranks)]
     assert int(torch.stack(more).sum(0)[2]) == 131
 
 

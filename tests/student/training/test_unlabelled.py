@@ -17,6 +17,7 @@ from PIL import Image
 from pipeline.cli import main
 from pipeline.export_onnx import export
 from storage.errors import UserError
+from storage.shards.shard import open_shards
 from storage.testing import synthetic_shards
 from storage.views.policy import policy
 from student import run_dir
@@ -129,7 +130,7 @@ def test_its_graph_gives_features(bare, taught, tmp_path) -> None:
     assert export(out / "last.safetensors", bare.shards, tmp_path / "s.onnx")["checked"] == 16
     model, about = load_student(out / "last.safetensors")
     images = synthetic_shards(tmp_path / "seen", shards=1, samples=4)
-    batch = next(evaluation_batches(images, policy(about.evaluation, about.img_size), 4))
+    batch = next(evaluation_batches(open_shards(images), policy(about.evaluation, about.img_size), 4))
     session = onnxruntime.InferenceSession(str(tmp_path / "s.onnx"), providers=["CPUExecutionProvider"])
     (features,) = session.run(["embedding"], {"images": batch.images.numpy()})
     with torch.no_grad():

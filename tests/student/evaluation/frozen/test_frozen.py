@@ -18,6 +18,7 @@ from pipeline.commands.evaluate.options import fraction
 from storage.errors import UserError
 from storage.shards.index import cached_index
 from storage.shards.pack import pack
+from storage.shards.shard import open_shards
 from storage.testing import synthetic_shards
 from student.evaluation.frozen.features import Features, class_feature, features_of, probe_feature
 from student.evaluation.frozen.knn import knn_ranks, usable, votes
@@ -160,7 +161,7 @@ def test_parts_as_people_write_them(text, share) -> None:
 
 
 def test_a_part_is_balanced_the_one_that_pack_keeps_and_written_down(world, others, tmp_path) -> None:
-    mine = label_subset(others, world.shards, fraction=0.1, seed=5)
+    mine = label_subset(open_shards(others), open_shards(world.shards), fraction=0.1, seed=5)
     labels = [label for *_, label in mine.rows]
     whole = [label for url in others for label in cached_index(url).labels]
     assert [labels.count(n) for n in range(3)] == [max(1, round(whole.count(n) / 10)) for n in range(3)]
@@ -172,18 +173,18 @@ def test_a_part_is_balanced_the_one_that_pack_keeps_and_written_down(world, othe
     with (tmp_path / "list.csv").open(newline="") as file:
         rows = list(csv.reader(file))
     assert rows == [["shard", "key", "label"], *[[shard, key, str(n)] for shard, key, n in mine.rows]]
-    assert label_subset(others, world.shards, fraction=0.1, seed=5).digest == mine.digest
-    assert label_subset(others, world.shards, fraction=0.1, seed=6).digest != mine.digest
+    assert label_subset(open_shards(others), open_shards(world.shards), fraction=0.1, seed=5).digest == mine.digest
+    assert label_subset(open_shards(others), open_shards(world.shards), fraction=0.1, seed=6).digest != mine.digest
 
 
 def test_what_is_evaluated_is_not_learned_from(world, others) -> None:
     first, second = world.shards
-    mine = label_subset([first, *others], [second])
+    mine = label_subset(open_shards([first, *others]), open_shards(second))
     assert mine.left_out == 0
-    again = label_subset([first, *others], [first])
+    again = label_subset(open_shards([first, *others]), open_shards(first))
     assert (again.left_out, len(again.rows)) == (150, 180)
     with pytest.raises(UserError, match="nothing is left to learn from"):
-        label_subset([first], [second, first])
+        label_subset(open_shards(first), open_shards([second, first]))
 
 
 def test_both_protocols_through_the_command(world, others, trained, tell, tmp_path) -> None:
@@ -192,7 +193,7 @@ def test_both_protocols_through_the_command(world, others, trained, tell, tmp_pa
     assert set(near["knn"]) == {"10", "20", "50"}
     assert near["samples"] == near["train"]["samples"] == 90
     model, about = load_student(trained / "last.safetensors")
-    bank, asked = (features_of(model, about, [url], class_feature) for url in others)
+    bank, asked = (features_of(model, about, open_shards(url), class_feature) for url in others)
     right = 100 * float((knn_ranks(bank, asked, [20], 3)[20] == 0).float().mean())
     assert near["knn"]["20"]["top1"] == pytest.approx(right, abs=0.01)
     fitted, _ = tell("evaluate", "linear-probe", *words, "--label-fraction", "50%", "--list", tmp_path / "l.csv")

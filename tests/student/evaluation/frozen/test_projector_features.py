@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from precompute.taps import prefix_roles
 from storage.errors import UserError
+from storage.shards.shard import open_shards
 from student.alignment.student_taps import StudentTaps
 from student.evaluation.frozen.features import features_of
 from student.evaluation.frozen.knn import knn_ranks
@@ -73,7 +74,7 @@ def test_k_nn_and_probe_through_the_command(world, trained, capsys):
     def class_token(network: Any, pixels: torch.Tensor) -> Any:
         return through(network.forward_features(pixels)[:, 0])
 
-    bank, others = (features_of(model, about, [url], class_token) for url in world.shards)
+    bank, others = (features_of(model, about, open_shards(url), class_token) for url in world.shards)
     right = 100 * float((knn_ranks(bank, others, [20], 3)[20] == 0).float().mean())
     assert found[3]["knn"]["20"]["top1"] == pytest.approx(right, abs=0.01)
     probed = asked(capsys, "evaluate", "linear-probe", *words, "--projector-layers", 1, "--lr", 0.01)

@@ -20,6 +20,7 @@ from pipeline.cli import main
 from precompute.taps import attention_layers
 from storage.errors import UserError
 from storage.shards.index import cached_index
+from storage.shards.shard import open_shards
 from storage.shards.tar import Sample
 from student.evaluation.localization.contours import contour_boxes, grey
 from student.evaluation.localization.dataset import boxed_images, boxes_in
@@ -324,7 +325,7 @@ class Pointer:
 
 def test_who_looks_at_the_object_finds_it(trained, boxed) -> None:
     _, about = load_student(trained / "last.safetensors")
-    found = localize(Pointer(), about, [boxed], "exact", keep_images=True)  # type: ignore[arg-type]
+    found = localize(Pointer(), about, open_shards(boxed), "exact", keep_images=True)  # type: ignore[arg-type]
     told = found.metrics.to_json()
     assert (found.samples, found.without_box) == (20, 10)
     assert told["max_box_acc"] == told["max_box_acc_v2"] == 100.0
@@ -375,7 +376,7 @@ def test_a_student_without_a_class_token_is_told() -> None:
 
 def test_real_boxes_are_those_of_the_source(shared) -> None:
     url = str(shared / "data" / "tinyimagenet-val-000000.tar")
-    images = list(boxed_images([url], 64))
+    images = list(boxed_images(open_shards(url), 64))
     assert len(images) == len(cached_index(url)) == 500
     assert all(len(image.boxes) == 1 for image in images)
     areas = [float((box[2] - box[0] + 1) * (box[3] - box[1] + 1)) / 224**2 for image in images for box in image.boxes]

@@ -16,6 +16,7 @@ pytest.importorskip("scipy")
 
 from precompute.export.pytorch import live_teacher
 from precompute.taps import Tap, attention_rows
+from storage.shards.shard import open_shards
 from storage.store.store import Store
 from storage.testing import synthetic_shards
 from storage.views.policy import policy
@@ -101,7 +102,7 @@ def by_hand(world: World, trained: Path) -> dict[str, Any]:
     names = ("attention", "streams", "final")
     found: dict[str, list[Any]] = {f"{whose}{name}": [] for name in names for whose in ("", "their ")}
     with torch.no_grad():
-        for batch in evaluation_batches(world.shards[:1], policy(about.evaluation, 32), 64):
+        for batch in evaluation_batches(open_shards(world.shards[:1]), policy(about.evaluation, 32), 64):
             model(batch.pixels(about.mean, about.std))
             pairs = zip(seen.q, seen.k, seen.scales, strict=True)
             found["attention"].append(torch.stack([attention_rows(*one) for one in pairs], 1))
@@ -162,7 +163,7 @@ def test_attention_of_a_student_on_the_teacher_s_grid(world, place, by_hand, tmp
     matrix, count = torch.zeros(3, 6, 3), 0
     first, averaged = torch.zeros(3, 6, 3), torch.zeros(3)
     with torch.no_grad():
-        for batch in evaluation_batches(world.shards[:1], policy(about.evaluation, 32), 64):
+        for batch in evaluation_batches(open_shards(world.shards[:1]), policy(about.evaluation, 32), 64):
             model(batch.pixels(about.mean, about.std))
             for n in range(3):
                 mine = attention_rows(seen.q[n], seen.k[n], seen.scales[n])
