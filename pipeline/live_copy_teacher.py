@@ -30,13 +30,13 @@ def live_copy_teacher(model: nn.Module, about: StudentDescription, store: str | 
     Raises:
         UserError: no store, a control that has no attention of these images.
     """
-    copies = attention_copy_hooks(model)
-    if copies is None or copies.fixed or about.attention_copy is None:
+    hooks, record = attention_copy_hooks(model), about.attention_copy
+    if hooks is None or hooks.fixed or record is None:
         return lambda _images: nullcontext()
-    if about.attention_copy["permute"] is not None:
+    if record["permute"] is not None:
         raise UserError("this student is a control: it copies the attention of other images of a block, not of these")
-    opened = Store.open(store or about.attention_copy["store"])
-    copier, targets = copier_of(model, about, opened)
+    opened = Store.open(store or record["store"])
+    copier, targets = copier_of(model, record, opened)
     device, made_by = next(model.parameters()).device, [stored.target.graph_output for stored in targets]
     teacher = targets[0].teacher.id
     sessions = {graph: open_session(opened.graph(teacher, graph)) for graph in {graph for graph, _ in made_by}}
@@ -44,6 +44,6 @@ def live_copy_teacher(model: nn.Module, about: StudentDescription, store: str | 
     def holds(images: np.ndarray) -> AbstractContextManager[None]:
         outputs = {graph: session.run(images) for graph, session in sessions.items()}
         values = [torch.from_numpy(outputs[graph][position]) for graph, position in made_by]
-        return copies.given(copier.to(device).copied([value.to(device) for value in values]))
+        return hooks.attending(copier.to(device).copied([value.to(device) for value in values]))
 
     return holds

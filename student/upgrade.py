@@ -66,6 +66,8 @@ def upgraded_run(record: Any) -> Any:
     result |= {"recipe": upgraded(result["recipe"])} if "recipe" in result else {}
     result |= {"precision": upgraded(result["precision"], "precision")} if "precision" in result else {}
     result |= {"identity": upgraded_run(result["identity"])} if "identity" in result else {}
+    if isinstance(sums := result.get("sums"), Mapping):
+        result["sums"] = {str(name).replace("notes/", "metrics/", 1): value for name, value in sums.items()}
     if isinstance(targets := result.get("targets"), Mapping):
         result["targets"] = {"attention_copy" if name == "copying" else name: ids for name, ids in targets.items()}
     return result

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from precompute.taps import attention_scores, class_scores
-from student.alignment.matching import TokenMatching, pick
+from student.alignment.matching import Side, TokenMatching, pick
 from student.alignment.student_spec import StudentSpec, full
 from student.settings import AlignmentConfig, Average
 from student.targets.stored_target import StoredTarget
@@ -32,24 +32,30 @@ class AttentionAligner(TokenMatching):
     Both sides come as f32 `[B, L, H, N]` for class rows and `[B, L, H, Q, N]` for all rows; every row sums to one, or
     to the number of heads where these are added up. `scores` are what all rows are the softmax of, each side's with its
     own 1/√d. Arguments as for `TokenMatching`: one target (`class_row`, `attention`), or two (`q`, `k`), for scores;
-    and `average`: over what the teacher's rows are averaged, each then standing for all of them. Over `examples` it is
-    `mean` that stands for all, a buffer `[L, H, …]` that is kept with what losses learn and is still to be filled by
-    `student.training.controls.fill_means`.
+    and `average`: over which axis the teacher's rows are averaged, each row then being their mean. Over `examples` all
+    images get `mean`, a buffer `[L, H, …]` that is saved with what losses learn; `student.training.controls.fill_means`
+    fills it.
     """
 
     def __init__(
-        self, loss: str, settings: AlignmentConfig, student: StudentSpec, given: Sequence[StoredTarget],
-        which: Literal["class", "all", "scores"], average: Average = "none",
-    ) -> None:  # fmt: skip
-        super().__init__(loss, settings, student, given, which)
+        self,
+        loss: str,
+        config: AlignmentConfig,
+        student: StudentSpec,
+        targets: Sequence[StoredTarget],
+        which: Literal["class", "all", "scores"],
+        *,
+        average: Average = "none",
+    ) -> None:
+        super().__init__(loss, config, student, targets, which)
         self.average = average
         if average != "none":
             self.row = replace(self.row, rule=f"{self.row.rule}; the teacher's averaged over {average}")
         if average == "examples":
-            tokens = len(self.get_buffer("mine"))
+            tokens = len(self.get_buffer("student_tokens"))
             queries = () if which == "class" else (tokens,)
             self.register_buffer("mean", torch.zeros(len(self.pairs), self.heads, *queries, tokens))
-        first = given[0].target
+        first = targets[0].target
         scales = first.scales or [first.sample_shape[-1] ** -0.5] * len(self.stored)
         self.scales = [*scales] if self.tap == "q" else []  # of the teacher
         self.least = 0.0 if self.tap == "q" else LEAST.get(first.identity.codec, 0.0)
@@ -61,22 +67,22 @@ class AttentionAligner(TokenMatching):
     ) -> Tensor:
         """The student's rows, or scores, with gradients, from q and k of all of its layers, `[B, H, N, d]` each.
 
-        With v, likewise, class rows are weighted by the norms of the values that they attend to.
+        With v of all layers, class rows are weighted by the norms of the values that they attend to.
         """
         if self.rule == "log":
             return self.student_logs(q, k, scales, v).exp()
         layers = self._student_scores(q, k, scales, v)
-        return torch.cat([one if self.which == "scores" else self._merge(one.softmax(-1)) for one in layers], 1)
+        return torch.cat([part if self.which == "scores" else self._merge(part.softmax(-1)) for part in layers], 1)
 
     def student_logs(
         self, q: Sequence[Tensor], k: Sequence[Tensor], scales: Sequence[float], v: Sequence[Tensor] | None = None
     ) -> Tensor:
         """The logarithms of `student_rows`, from the scores: finite, and with gradients, however small a row's entry.
 
-        What a loss takes a logarithm of comes from here: `student_rows().log()` has no gradient below a floor.
+        Losses take logarithms from here: `student_rows().log()` has no gradient below a floor.
         """
-        layers = self._student_scores(q, k, scales, v)  # one by one: what a layer needs may stay in the cache
-        return torch.cat([self._merge_logs(one.log_softmax(-1)) for one in layers], 1)
+        layers = self._student_scores(q, k, scales, v)  # one by one: a layer's tensors may stay in the cache
+        return torch.cat([self._merge_logs(part.log_softmax(-1)) for part in layers], 1)
 
     def _merge_logs(self, logs: Tensor) -> Tensor:
         """`_merge` of logarithms of rows."""
@@ -91,28 +97,28 @@ class AttentionAligner(TokenMatching):
                 return logs.amax(2, keepdim=True).log_softmax(-1)
             case "min":
                 return logs.amin(2, keepdim=True).log_softmax(-1)
-        return log_mean(logs, self.settings.head_temperature)
+        return log_mean(logs, self.config.head_temperature)
 
     def _student_scores(
         self, q: Sequence[Tensor], k: Sequence[Tensor], scales: Sequence[float], v: Sequence[Tensor] | None
     ) -> Iterator[Tensor]:
-        """Layer by layer, `[B, 1, H, …]`, what the student's rows are the softmax of: before heads are merged."""
-        for n, heads in self.own_heads():
+        """Layer by layer, `[B, 1, H, …]`, the scores whose softmax the student's rows are: before heads are merged."""
+        for n, heads in self.student_heads():
             queries, keys, scale = pick(q[n - 1], heads), full(pick(k[n - 1], heads)), scales[n - 1]
             if self.which == "class":
-                at = self.student.prefix.index("class")
-                scores = class_scores(full(queries[:, :, at : at + 1]), keys, scale)  # the others are never converted
+                index = self.student.prefix.index("class")
+                scores = class_scores(full(queries[:, :, index : index + 1]), keys, scale)  # converts this query alone
                 if v is not None:  # weighting a row by factors adds their logarithms to its scores
                     norms = full(pick(v[n - 1], heads)).norm(dim=-1)
                     scores = scores + norms.clamp_min(torch.finfo(norms.dtype).tiny).log()
             else:
                 scores = attention_scores(full(queries), keys, scale)
-            yield self._keep(scores[:, None], "mine", rescale=False)
+            yield self._keep(scores[:, None], "student", rescale=False)
 
     def teacher_rows(self, targets: Sequence[Tensor], v: Tensor | None = None) -> Tensor:
-        """The teacher's rows on the student's grid, averaged as is said, from decoded targets `[B, L, H, …]`.
+        """The teacher's rows on the student's grid, averaged by `average`, from decoded targets `[B, L, H, …]`.
 
-        v as for the student.
+        With v, the decoded values, class rows are weighted by their norms.
         """
         if self.average == "examples":
             mean = self.get_buffer("mean")
@@ -124,7 +130,7 @@ class AttentionAligner(TokenMatching):
         return self._logs(self.teacher_rows(targets))
 
     def rows_of_each(self, targets: Sequence[Tensor], v: Tensor | None = None) -> Tensor:
-        """The same, never averaged over examples."""
+        """The teacher's rows as `teacher_rows` gives them, but never averaged over examples."""
         if self.tap == "q":
             q, k = (full(self.of_teacher(target)) for target in targets)
             if self.which == "class":
@@ -139,14 +145,14 @@ class AttentionAligner(TokenMatching):
                 rows = rows[..., self.class_query, :]
         if v is not None:
             rows = weighted(rows, full(self.of_teacher(v)))
-        rows = self._keep(rows, "theirs", rescale=self.which != "scores")
+        rows = self._keep(rows, "teacher", rescale=self.which != "scores")
         if self.resizes:
             rows = self._resize(rows)
         if self.average in _AXES:
             rows = rows.mean(_AXES[self.average], keepdim=True).expand_as(rows)
         return self._merge(rows)
 
-    def _keep(self, rows: Tensor, side: Literal["mine", "theirs"], rescale: bool) -> Tensor:
+    def _keep(self, rows: Tensor, side: Side, rescale: bool) -> Tensor:
         """The kept tokens in the common order; of all rows, the kept queries too."""
         if self.which != "class":
             rows = self.kept(rows, side, -2)
@@ -184,7 +190,7 @@ class AttentionAligner(TokenMatching):
                 return scaled(rows.amax(2, keepdim=True))
             case "min":
                 return scaled(rows.amin(2, keepdim=True))
-        return log_mean(self._logs(rows), self.settings.head_temperature).exp()
+        return log_mean(self._logs(rows), self.config.head_temperature).exp()
 
     def _logs(self, rows: Tensor) -> Tensor:
         """Logarithms of stored rows."""

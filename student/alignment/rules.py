@@ -9,28 +9,26 @@ from student.alignment.student_spec import StudentSpec
 from student.settings import WITH_CLASS
 from student.targets.stored_target import StoredTarget
 
-# ---------------------------------------------------------------------------------------------- maps and classes
 
-
-def align_activations(loss: str, given: StoredTarget, student: StudentSpec, wanted: int, links: str) -> AlignmentRow:
+def align_activations(loss: str, stored: StoredTarget, student: StudentSpec, grid: int, links: str) -> AlignmentRow:
     """AAL: every class-row map of the student may be linked to every activation map of the teacher.
 
     Args:
-        loss: its name.
-        given: a target of activations.
-        student: its shape.
-        wanted: side of the grid that the student's maps are brought to, where it is not theirs.
-        links: which are trained, in words.
+        loss: name of the loss.
+        stored: a target of activations.
+        student: the student's shape.
+        grid: side of the grid that the student's maps are brought to.
+        links: which links are trained, in words.
 
     Raises:
         UserError: the target has another grid (stored maps are never resampled), or no class token.
     """
-    manifest, identity = given.target, given.target.identity
-    channels, grid = manifest.sample_shape[0], identity.grid
-    if grid != wanted:
+    manifest, identity = stored.target, stored.target.identity
+    channels, stored_grid = manifest.sample_shape[0], identity.grid
+    if stored_grid != grid:
         raise UserError(
-            f"{loss}: target {manifest.id} has a grid of {grid}x{grid}, the student's patches make "
-            f"{wanted}x{wanted}; stored maps are never resampled: precompute with grid={wanted}"
+            f"{loss}: target {manifest.id} has a grid of {stored_grid}x{stored_grid}, the student's patches make "
+            f"{grid}x{grid}; stored maps are never resampled: precompute with grid={grid}"
         )
     if "class" not in student.prefix:
         raise UserError(
@@ -39,39 +37,42 @@ def align_activations(loss: str, given: StoredTarget, student: StudentSpec, want
         )
     stages = " + ".join(str(stage.channels) for stage in manifest.stages)
     dropped = ", ".join(student.prefix)
-    how = ", after the residual sum" * (identity.at == "block") + ", antialiased" * bool(identity.antialias)
+    read = ", after the residual sum" * (identity.at == "block") + ", antialiased" * bool(identity.antialias)
     kinds = dict.fromkeys(student.by_layer)
     counts = " + ".join(f"{student.by_layer.count(kind)} layers x {kind[0]} heads" for kind in kinds)
     sides = " and ".join(f"{side}x{side}" for _, side in kinds)
     rows = f"{counts} = {student.maps} class rows of {sides}"
     rows += f", brought to {grid}x{grid} (bicubic)" * any(side != grid for _, side in kinds)
     return AlignmentRow(
-        loss, manifest.id, f"{channels} maps ({stages}) of {grid}x{grid}{how}", rows,
+        loss,
+        manifest.id,
+        f"{channels} maps ({stages}) of {grid}x{grid}{read}",
+        rows,
         f"{links}; keys left out: {dropped}",
-    )  # fmt: skip
+    )
 
 
-def align_classes(loss: str, given: StoredTarget, student: StudentSpec, same_classes: bool) -> AlignmentRow:
+def align_classes(loss: str, stored: StoredTarget, student: StudentSpec, same_classes: bool) -> AlignmentRow:
     """Contract 10: logits meet only a student of the same classes in the same order.
 
     Raises:
         IdentityError: another number of classes, or other names.
-        UserError: a list of names is not known and nobody said that they are the same.
+        UserError: a list of names is not known, and `same_classes` is not set.
     """
-    count, names = given.target.sample_shape[0], given.teacher.classes
-    where = f"{loss}: target {given.id}"
+    count, names = stored.target.sample_shape[0], stored.teacher.classes
+    where = f"{loss}: target {stored.id}"
     words = ("the student has", "the teacher")
     do = "Logits teach only a student of the same classes, in one order. A teacher of these: pipeline fit-teacher"
     if count != student.classes:
         raise IdentityError(where, "number of classes", student.classes, count, do, words)
     if names and student.names:
-        own, theirs = all_normalized(student.names), all_normalized(names)
-        if len(theirs) != len(own):
-            raise IdentityError(where, "names of classes", len(own), len(theirs), do, words)
-        if theirs != own:
-            at = next(i for i, (a, b) in enumerate(zip(own, theirs, strict=True)) if a != b)
-            raise IdentityError(where, f"class {at}", own[at], theirs[at], do, words)
-        said = "the same names"
+        student_names, teacher_names = all_normalized(student.names), all_normalized(names)
+        if len(teacher_names) != len(student_names):
+            raise IdentityError(where, "names of classes", len(student_names), len(teacher_names), do, words)
+        if teacher_names != student_names:
+            n = next(n for n, pair in enumerate(zip(student_names, teacher_names, strict=True)) if pair[0] != pair[1])
+            raise IdentityError(where, f"class {n}", student_names[n], teacher_names[n], do, words)
+        rule = "the same names"
     elif not same_classes:
         unknown = "the teacher's classes are" if not names else "the student's classes are (no classes.json)"
         raise UserError(
@@ -79,5 +80,6 @@ def align_classes(loss: str, given: StoredTarget, student: StudentSpec, same_cla
             "both lists are the same, in the same order, say --same-classes"
         )
     else:
-        said = "taken as the same (--same-classes)"
-    return AlignmentRow(loss, given.id, f"{count} logits of {given.teacher.id}", f"{student.classes} classes", said)
+        rule = "taken as the same (--same-classes)"
+    teacher = f"{count} logits of {stored.teacher.id}"
+    return AlignmentRow(loss, stored.id, teacher, f"{student.classes} classes", rule)

@@ -1,4 +1,4 @@
-"""What a student offers to be taught: its layers, heads, grid, prefix tokens and classes."""
+"""A student's shape as losses need it: its layers, heads, grid, prefix tokens and classes."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from storage.errors import UserError
 
 @dataclass(frozen=True)
 class StudentSpec:
-    """What a student offers to be taught.
+    """A student's shape as losses need it.
 
-    PiT pools its patches: what layers have differs, `each` says it, and `heads` and `grid` are what most layers have.
+    PiT pools its patches, so its layers differ: `each` has them, and `heads` and `grid` are those of most layers.
 
     Attributes:
         layers: number of layers; 0 where no loss reads tokens.
         heads: in each layer; 0 where attention cannot be read, and no loss reads it.
         grid: side of the patch grid.
         prefix: role of each prefix token: `class`, `distillation` or `register`.
-        classes: how many.
-        names: of the classes, in order; None where nobody said them.
+        classes: number of classes.
+        names: of the classes, in order; None where they are not known.
         width: of each token.
         each: (heads, grid) of each layer of a network that pools its patches; empty where all layers are alike.
     """
@@ -45,7 +45,7 @@ class StudentSpec:
 
     @property
     def maps(self) -> int:
-        """Class-row maps, one a layer and head."""
+        """Number of class-row maps, one for each layer and head."""
         return sum(heads for heads, _ in self.by_layer)
 
 
@@ -67,11 +67,11 @@ def student_spec(
         values: whether some loss reads its values, too.
 
     Raises:
-        UserError: attention cannot be read off it, or what is read is not what it attends with (contract 12).
+        UserError: attention cannot be read, or what is read is not what the student attends with (contract 12).
     """
-    classes, listed = int(getattr(model, "num_classes", 0)), tuple(names) if names else None
+    classes, class_names = int(getattr(model, "num_classes", 0)), tuple(names) if names else None
     if not tokens:
-        return StudentSpec(0, 0, 0, (), classes, listed)
+        return StudentSpec(0, 0, 0, (), classes, class_names)
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     prefix = prefix_roles(model)
@@ -86,28 +86,29 @@ def student_spec(
         raise UserError(f"{type(model).__name__}: its patches make no square grid")
     side, width = int(grid[0]), int(model.num_features)  # type: ignore[arg-type]
     if size is not None and (attention or not layers):
-        was = model.training
+        training = model.training
         ramp = torch.linspace(-1, 1, 2 * 3 * size[0] * size[1]).sin().view(2, 3, *size)
         ramp = ramp.to(next(model.parameters()).device)
         if attention:
             check_attention(model.eval(), ramp, values=values)
         else:
             _require_tokens(model.eval(), blocks, ramp, (len(prefix) + side**2, width))
-        model.train(was)
+        model.train(training)
     if not layers:
-        return StudentSpec(len(blocks), 0, side, prefix, classes, listed, width)
+        return StudentSpec(len(blocks), 0, side, prefix, classes, class_names, width)
     sides = layer_grids(model, side)
     each = tuple((int(layer.num_heads), side) for layer, side in zip(layers, sides, strict=True))  # type: ignore[arg-type]
     heads, side = max(each, key=each.count)
-    differs = each if len(set(each)) > 1 else ()
-    return StudentSpec(len(layers), heads, side, prefix, classes, listed, width, differs)
+    each = each if len(set(each)) > 1 else ()
+    return StudentSpec(len(layers), heads, side, prefix, classes, class_names, width, each)
 
 
 def _require_tokens(model: nn.Module, blocks: Sequence[nn.Module], images: Tensor, expected: tuple[int, int]) -> None:
-    """That each block gives so many tokens of such a width, `[N, D]` of an image. Raises UserError."""
-    found: list[tuple[int, ...]] = []
+    """Require `expected` tokens `[N, D]` of an image from each block. Raises UserError."""
+    shapes: list[tuple[int, ...]] = []
     handles = [
-        b.register_forward_hook(lambda _module, _args, given: found.append(tuple(given.shape[1:]))) for b in blocks
+        block.register_forward_hook(lambda _module, _args, output: shapes.append(tuple(output.shape[1:])))
+        for block in blocks
     ]
     try:
         with torch.no_grad():
@@ -115,7 +116,7 @@ def _require_tokens(model: nn.Module, blocks: Sequence[nn.Module], images: Tenso
     finally:
         for handle in handles:
             handle.remove()
-    if wrong := [shape for shape in found if shape != expected]:
+    if wrong := [shape for shape in shapes if shape != expected]:
         raise UserError(
             f"{type(model).__name__}: a block of it gives {list(wrong[0])} for an image, where a plain ViT gives all "
             f"{expected[0]} tokens of width {expected[1]}"
@@ -123,5 +124,5 @@ def _require_tokens(model: nn.Module, blocks: Sequence[nn.Module], images: Tenso
 
 
 def full(values: Tensor) -> Tensor:
-    """At least f32: what a student gives under autocast is less, and losses are not computed so."""
+    """Values in f32 or more: a student gives less under autocast, and losses are computed in f32."""
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values

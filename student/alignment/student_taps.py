@@ -1,6 +1,6 @@
-"""What losses read of a student beside its logits: queries, keys, values, residual streams and final tokens.
+"""Tensors that losses read of a student beside its logits: queries, keys, values, residual streams and final tokens.
 
-Each loss says what it reads (`reads` in its module), and only that is kept, by hooks that leave the network as it is.
+Each loss names those that it reads (`Loss.student_taps`). Only these are kept, by hooks that do not change the network.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ ELSEWHERE: frozenset[StudentTap] = frozenset({"labels", "logits"})  # of the bat
 
 
 class StudentTaps:
-    """What was seen of a student's last forward pass, with gradients where there are any.
+    """Tensors of a student's last forward pass, with gradients where there are any.
 
     Args:
         model: the student.
-        reads: what is kept: `attention` (q and k), `values` (v), `streams` (the residual stream after each block),
+        taps: which are kept: `attention` (q and k), `values` (v), `streams` (the residual stream after each block),
             `tokens` (all tokens after the final norm). `labels` and `logits` are not read here.
 
     Raises:
-        UserError: something cannot be read off this network.
+        UserError: something cannot be read from this network.
     """
 
-    def __init__(self, model: nn.Module, reads: Set[StudentTap]) -> None:
+    def __init__(self, model: nn.Module, taps: Set[StudentTap]) -> None:
         self._attention: AttentionTaps | None = None
         self._streams: dict[int, Tensor] = {}
         self._tokens: dict[int, Tensor] = {}
-        if reads & {"attention", "values"}:
-            self._attention = AttentionTaps(model, values="values" in reads)
-        if reads & {"streams", "tokens"}:
+        if taps & {"attention", "values"}:
+            self._attention = AttentionTaps(model, values="values" in taps)
+        if taps & {"streams", "tokens"}:
             token_blocks(model)  # raises where there are none
-        if "streams" in reads:
+        if "streams" in taps:
             for n, block in enumerate(model.blocks, 1):  # type: ignore[arg-type]
                 block.register_forward_hook(functools.partial(_keep, self._streams, n))
-        if "tokens" in reads:
+        if "tokens" in taps:
             if not isinstance(norm := getattr(model, "norm", None), nn.Module):
                 raise UserError(f"student {type(model).__name__}: it has no final norm, so its tokens cannot be read")
             norm.register_forward_hook(functools.partial(_keep, self._tokens, 0))
@@ -83,7 +83,7 @@ class StudentTaps:
         return self._attention
 
     def clear(self) -> None:
-        """Let go of what the last forward pass left; a compiled network is then not compiled anew for it."""
+        """Drop the tensors of the last forward pass, so that a compiled network is not compiled again for them."""
         if self._attention is not None:
             self._attention.clear()
         self._streams.clear()
@@ -95,7 +95,7 @@ def _keep(kept: dict[int, Tensor], number: int, _module: nn.Module, _args: Any, 
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
-    """The layers of a student that have both a fused and an unfused attention kernel; copied maps need the latter."""
+    """Layers of a student with a fused and an unfused attention kernel, without those that copied maps keep unfused."""
     return [
         module
         for module in model.modules()

@@ -22,36 +22,37 @@ class TokenAligner(TokenMatching):
 
     Attributes:
         width: of the teacher's vectors.
-        own: of the student's.
+        student_width: of the student's vectors.
     """
 
     def __init__(
-        self, loss: str, settings: AlignmentConfig, student: StudentSpec, given: Sequence[StoredTarget]
+        self, loss: str, config: AlignmentConfig, student: StudentSpec, targets: Sequence[StoredTarget]
     ) -> None:
-        super().__init__(loss, settings, student, given, "vectors")
+        super().__init__(loss, config, student, targets, "vectors")
         if self.heads and self.rule in MERGED:
             raise UserError(
                 f"{loss}: vectors of different heads cannot be merged; say --set {setting(loss)}.heads=first, or null"
             )
-        self.width = int(given[0].target.sample_shape[-1])
-        self.own = student.width // student.heads if self.heads else student.width
+        self.width = int(targets[0].target.sample_shape[-1])
+        self.student_width = student.width // student.heads if self.heads else student.width
 
-    def require_width(self, do: str) -> None:
-        """Refuse vectors of other widths. Raises UserError: both widths, and what to do."""
-        if self.width != self.own:
-            what = f"of each head's {self.tap}" if self.heads else "of each token"
+    def require_width(self, remedy: str) -> None:
+        """Refuse vectors of other widths. Raises UserError: both widths, and the remedy."""
+        if self.width != self.student_width:
+            vector = f"of each head's {self.tap}" if self.heads else "of each token"
             raise UserError(
-                f"{self.loss}: the width {what} is {self.width} in the teacher, {self.own} in the student; {do}"
+                f"{self.loss}: the width {vector} is {self.width} in the teacher, {self.student_width} in the student; "
+                f"{remedy}"
             )
 
     def student_vectors(self, layers: Sequence[Tensor]) -> Tensor:
         """The student's vectors, with gradients, from those of all of its layers."""
-        chosen = torch.stack([full(pick(layers[n - 1], heads)) for n, heads in self.own_heads()], 1)
-        return self.kept(chosen, "mine", -2)
+        chosen = torch.stack([full(pick(layers[n - 1], heads)) for n, heads in self.student_heads()], 1)
+        return self.kept(chosen, "student", -2)
 
     def teacher_vectors(self, target: Tensor) -> Tensor:
         """The teacher's vectors on the student's grid, from one decoded target."""
-        vectors = self.kept(full(self.of_teacher(target)), "theirs", -2)
+        vectors = self.kept(full(self.of_teacher(target)), "teacher", -2)
         if self.resizes:
             matrix = self.get_buffer("resize")
             vectors = torch.cat([vectors[..., : self.prefix, :], matrix @ vectors[..., self.prefix :, :]], -2)

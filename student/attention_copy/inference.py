@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -45,21 +46,21 @@ class StoredAttention:
 def stored_attention(
     store: Store,
     copier: AttentionCopier,
-    given: Sequence[StoredTarget],
+    targets: Sequence[StoredTarget],
     shards: Sequence[Shard],
     view: Policy,
     *,
     permute: int | None = None,
 ) -> StoredAttention:
-    """Who lends to the images of shards in the evaluation view.
+    """The stored attention of the images of shards in the evaluation view.
 
     Args:
         store: that the student learned from.
         copier: of the student.
-        given: the targets that it was trained with.
+        targets: the targets that it was trained with.
         shards: labeled shards.
         view: the evaluation view.
-        permute: a control: every image gets what belongs to another one.
+        permute: a control: every image gets the attention of another one.
 
     Raises:
         UserError: as `evaluation_targets`.
@@ -68,86 +69,82 @@ def stored_attention(
         f"{ATTENTION_COPY}: a student that copies its teacher's attention needs it of the images that it is evaluated "
         "on, too"
     )
-    return StoredAttention(copier, evaluation_targets(store, given, shards, view, why=why, permute=permute))
+    return StoredAttention(copier, evaluation_targets(store, targets, shards, view, why=why, permute=permute))
 
 
-def record_of(
-    copier: AttentionCopier,
-    settings: AttentionCopyConfig,
-    store: Store,
-    given: Sequence[StoredTarget],
-    permute: int | None,
-) -> Record:
-    """What has to be known of a student's copies after its training, as plain data."""
-    copies = copier.copies
+def record_of(copier: AttentionCopier, store: Store, targets: Sequence[StoredTarget], permute: int | None) -> Record:
+    """What a student's file says of its attention copy, as plain data."""
     return {
-        "layers": list(copies.layers), "heads": copies.heads,
-        "settings": settings.model_dump(mode="json"), "store": _lasting(store.url), "teacher": given[0].teacher.id,
-        "targets": [one.id for one in given],
-        "graphs": [[*stored.target.graph_output] for stored in given], "permute": permute,
-    }  # fmt: skip
+        "layers": list(copier.hooks.layers),
+        "heads": copier.hooks.heads,
+        "settings": copier.config.model_dump(mode="json"),
+        "store": _lasting(store.url),
+        "teacher": targets[0].teacher.id,
+        "targets": [stored.id for stored in targets],
+        "graphs": [[*stored.target.graph_output] for stored in targets],
+        "permute": permute,
+    }
 
 
 def _lasting(url: str) -> str:
-    """A store's place as it is said from any folder."""
+    """A store's URL, or its absolute path."""
     return url if is_remote(url) else str(Path(url).absolute())
 
 
-def copier_of(model: nn.Module, about: StudentDescription, store: Store) -> tuple[AttentionCopier, list[StoredTarget]]:
-    """What turns a teacher's targets into what a loaded student copies, and the targets that it was trained with.
+def copier_of(model: nn.Module, record: Mapping[str, Any], store: Store) -> tuple[AttentionCopier, list[StoredTarget]]:
+    """The copier of a loaded student, and the stored targets that the student was trained with.
+
+    Args:
+        model: the student.
+        record: what its file says of its attention copy.
+        store: with its targets.
 
     Raises:
         UserError: the store lacks these targets.
         IdentityError: it has others under their names.
     """
-    record = about.attention_copy
-    assert record is not None
-    given = []
+    targets = []
     for id, (graph, output) in zip(record["targets"], record["graphs"], strict=True):
         manifest = store.target(id)
         if (manifest.graph, manifest.output) != (graph, output):
             raise IdentityError(f"{store.url}: target {id}", "graph", graph, manifest.graph)
-        given.append(StoredTarget(manifest, store.teacher_of(manifest)))
-    settings = AttentionCopyConfig.model_validate(record["settings"])
-    return AttentionCopier(settings, student_spec(model, attention=False), given), given
+        targets.append(StoredTarget(manifest, store.teacher_of(manifest)))
+    config = AttentionCopyConfig.model_validate(record["settings"])
+    return AttentionCopier(ATTENTION_COPY, config, student_spec(model, attention=False), targets), targets
 
 
 def attached_to(model: nn.Module) -> EvaluationTargets | None:
-    """What is lent to a student; None for one that copies nothing, or the same for all images."""
-    copies = attention_copy_hooks(model)
-    stored: EvaluationTargets | None = (
-        copies.lender.stored if copies is not None and copies.lender is not None else None
-    )
+    """The stored targets attached to a student; None for one that copies nothing, or the same for all images."""
+    hooks = attention_copy_hooks(model)
+    stored: EvaluationTargets | None = hooks.source.stored if hooks is not None and hooks.source is not None else None
     return stored
 
 
 def inject_attention(model: nn.Module, batch: Batch) -> AbstractContextManager[None]:
-    """What holds while a student looks at a batch: the attention that is lent to it, if any."""
-    copies = attention_copy_hooks(model)
-    if copies is None or copies.lender is None:
+    """A context in which a student sees a batch with the attention that is attached to it, if any."""
+    hooks = attention_copy_hooks(model)
+    if hooks is None or hooks.source is None:
         return nullcontext()
-    return copies.given(copies.lender.copied(batch))
+    return hooks.attending(hooks.source.copied(batch))
 
 
 def attach_stored_attention(
     model: nn.Module, about: StudentDescription, store: str | None, shards: Sequence[Shard]
 ) -> None:
-    """Let a loaded student that copies attention be evaluated on shards; others are left as they are.
+    """Let a loaded student with attention copy be evaluated on shards; other students are left as they are.
 
     Args:
-        model: from `student.model.load`.
+        model: from `student.models.files.load_student`.
         about: its description.
-        store: where its teacher's targets are; None: where they were when it was trained.
+        store: with its teacher's targets; None: the one that it was trained from.
         shards: labeled shards.
 
     Raises:
         UserError: as `stored_attention`; no store.
     """
-    copies = attention_copy_hooks(model)
-    if copies is None or copies.fixed or about.attention_copy is None:
+    hooks, record = attention_copy_hooks(model), about.attention_copy
+    if hooks is None or hooks.fixed or record is None:
         return
-    opened = Store.open(store or about.attention_copy["store"])
-    copier, given = copier_of(model, about, opened)
-    copies.lender = stored_attention(
-        opened, copier, given, shards, about.evaluation_policy, permute=about.attention_copy["permute"]
-    )
+    opened = Store.open(store or record["store"])
+    copier, targets = copier_of(model, record, opened)
+    hooks.source = stored_attention(opened, copier, targets, shards, about.evaluation_policy, permute=record["permute"])

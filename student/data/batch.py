@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -11,16 +11,18 @@ from torch.nn import functional as F
 
 from storage.store.codecs import Codec
 
+_TENSORS = ("images", "labels", "mix_labels", "mix_weights")
 
-@dataclass
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """Some samples: their view images, labels and stored targets.
 
     Attributes:
         images: uint8 `[B, S, S, 3]`, the pixels that the teacher saw.
         labels: int64 `[B]`; −1 where the shards have none.
-        others: int64 `[B]`: labels of the images that view images were mixed with; their own where nothing was mixed.
-        shares: f32 `[B]`: the others' share of each image and of its label.
+        mix_labels: int64 `[B]`: labels of the images that were mixed in; equal to `labels` where nothing was.
+        mix_weights: f32 `[B]`: share of the mixed-in image in each image, and of its label in each label.
         ids: int64 `[B, 3]`: number of the shard in the stream, index in the shard, view.
         targets: target id -> the codec's arrays, each `[B, …]`.
         codecs: target id -> codec.
@@ -28,8 +30,8 @@ class Batch:
 
     images: Tensor
     labels: Tensor
-    others: Tensor
-    shares: Tensor
+    mix_labels: Tensor
+    mix_weights: Tensor
     ids: Tensor
     targets: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     codecs: dict[str, Codec] = field(default_factory=dict)
@@ -43,16 +45,14 @@ class Batch:
         targets = {
             t: {n: a.to(device, non_blocking=True) for n, a in arrays.items()} for t, arrays in self.targets.items()
         }
-        images, labels, others, shares = (t.to(device) for t in (self.images, self.labels, self.others, self.shares))
-        return Batch(images, labels, others, shares, self.ids, targets, self.codecs)
+        moved = {name: getattr(self, name).to(device) for name in _TENSORS}
+        return replace(self, **moved, targets=targets)
 
-    def part(self, some: slice) -> Batch:
+    def part(self, samples: slice) -> Batch:
         """Some of its samples."""
-        targets = {id: {name: array[some] for name, array in arrays.items()} for id, arrays in self.targets.items()}
-        return Batch(
-            self.images[some], self.labels[some], self.others[some], self.shares[some], self.ids[some], targets,
-            self.codecs,
-        )  # fmt: skip
+        targets = {id: {name: array[samples] for name, array in arrays.items()} for id, arrays in self.targets.items()}
+        parts = {name: getattr(self, name)[samples] for name in (*_TENSORS, "ids")}
+        return replace(self, **parts, targets=targets)
 
     def target(self, id: str) -> Tensor:
         """A target's decoded values, f32 `[B, …]`.
@@ -69,8 +69,8 @@ class Batch:
         Args:
             classes: K, how many there are.
         """
-        own, other = (F.one_hot(labels, classes).float() for labels in (self.labels, self.others))
-        return own + self.shares[:, None] * (other - own)
+        own, mixed_in = (F.one_hot(labels, classes).float() for labels in (self.labels, self.mix_labels))
+        return own + self.mix_weights[:, None] * (mixed_in - own)
 
     def pixels(self, mean: Sequence[float], std: Sequence[float]) -> Tensor:
         """Normalised images f32 `[B, 3, S, S]`, for a network's input.

@@ -55,7 +55,7 @@ class BlockReader:
     def read(self, segment: Segment, view: int) -> BlockPart:
         """The samples of a segment in one view: images, labels and ids, and the arrays of each target.
 
-        `others` and `shares` are labels of mixing partners and their share of the image, 0 where nothing is mixed.
+        `mix_labels` and `mix_weights`: labels of the images that are mixed in, and their share, 0 where none is.
 
         Raises:
             IdentityError: an image, key, label or pixel is not what it was.
@@ -64,13 +64,13 @@ class BlockReader:
         index, samples = self.source.shards[segment.shard].index, segment.samples
         images, mixes = self._images(segment, view)
         labels = [index.labels[i] for i in samples]
-        others = [index.labels[mix.partner] if mix else own for mix, own in zip(mixes, labels, strict=True)]
+        mix_labels = [index.labels[mix.partner] if mix else own for mix, own in zip(mixes, labels, strict=True)]
         ids = [np.full(len(samples), segment.shard), samples, np.full(len(samples), view)]
         arrays = {
             "images": images,
             "labels": np.array([-1 if label is None else label for label in labels], np.int64),
-            "others": np.array([-1 if label is None else label for label in others], np.int64),
-            "shares": np.array([mix.amount / 256 if mix else 0 for mix in mixes], np.float32),
+            "mix_labels": np.array([-1 if label is None else label for label in mix_labels], np.int64),
+            "mix_weights": np.array([mix.amount / 256 if mix else 0 for mix in mixes], np.float32),
             "ids": np.stack(ids, 1, dtype=np.int64),
         }
         return arrays, self.targets(segment, view)

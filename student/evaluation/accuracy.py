@@ -65,7 +65,7 @@ def evaluate(
 ) -> Score:
     """The accuracy of a classifier. Leaves the model in eval mode.
 
-    A student that copies attention gets it from its lender (see student/attention_copy/inference.py).
+    A student that copies attention gets it from its hooks' source (see student/attention_copy/inference.py).
 
     With several ranks each takes its share of the blocks and all get the accuracy over all samples, each counted once.
 

@@ -202,8 +202,8 @@ def read_examples(
             is_mixed, to = mixing[:, 0] > 0, slice(at, at + len(rows))
             examples.features[to] = torch.from_numpy(codec.decode(kept))
             examples.labels[to], examples.blocks[to] = labels[rows], blocks
-            examples.others[to] = labels[torch.where(is_mixed, mixing[:, 1].long(), rows)]
-            examples.shares[to] = torch.where(is_mixed, mixing[:, 2] / 256, 0).float()
+            examples.mix_labels[to] = labels[torch.where(is_mixed, mixing[:, 1].long(), rows)]
+            examples.mix_weights[to] = torch.where(is_mixed, mixing[:, 2] / 256, 0).float()
             at += len(rows)
     return examples
 

@@ -31,23 +31,23 @@ class Examples:
     Attributes:
         features: f32 `[N, D]`.
         labels: int64 `[N]`.
-        others: int64 `[N]`: labels of mixing partners; their own where nothing was mixed.
-        shares: f32 `[N]`: the others' share of each label.
+        mix_labels: int64 `[N]`: labels of the images that were mixed in; equal to `labels` where nothing was.
+        mix_weights: f32 `[N]`: share of the mixed-in image in each label.
         blocks: int64 `[N]`: the block that each is of, from 0; images are mixed within their block alone.
     """
 
     features: Tensor
     labels: Tensor
-    others: Tensor
-    shares: Tensor
+    mix_labels: Tensor
+    mix_weights: Tensor
     blocks: Tensor
 
     def losses(self, logits: Tensor, rows: Tensor) -> Tensor:
         """Cross-entropy of these samples' logits `[n, K]` with their mixed labels, `[n]`."""
         log = logits.log_softmax(1)
-        shares = self.shares[rows].to(log)
-        own, other = (log.gather(1, labels[rows, None])[:, 0] for labels in (self.labels, self.others))
-        return -((1 - shares) * own + shares * other)
+        weights = self.mix_weights[rows].to(log)
+        own, mixed_in = (log.gather(1, labels[rows, None])[:, 0] for labels in (self.labels, self.mix_labels))
+        return -((1 - weights) * own + weights * mixed_in)
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def judged(examples: Examples, rows: Tensor, head: Head, l2: float) -> StrengthT
     for part in torch.split(rows, CHUNK):
         logits = head.logits(examples.features[part])
         loss += float(examples.losses(logits, part).sum()) / len(rows)
-        main = torch.where(examples.shares[part] > 0.5, examples.others[part], examples.labels[part])
+        main = torch.where(examples.mix_weights[part] > 0.5, examples.mix_labels[part], examples.labels[part])
         right += int((logits.argmax(1) == main).sum())
     return StrengthTrial(l2, loss, round(100 * right / len(rows), 3))
 

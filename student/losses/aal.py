@@ -17,7 +17,7 @@ from precompute.taps import class_scores, resize_matrix
 from student.alignment.rules import align_activations
 from student.alignment.student_spec import StudentSpec, full
 from student.alignment.student_taps import StudentTap
-from student.losses.base import LossInputs
+from student.losses.base import Loss, LossInputs
 from student.losses.parts import aal_links
 from student.settings import AllLinks, Schedule, TeacherLossConfig, Weight, _linked
 from student.targets.requirement import TargetRequirement
@@ -26,7 +26,7 @@ from student.targets.stored_target import StoredTarget
 EPSILON = 1e-12
 
 Map = Literal["scaled", "printed", "full"]
-Reading = Literal["mse", "norm", "sq"]
+Distance = Literal["mse", "norm", "sq"]
 
 
 def class_maps(
@@ -34,31 +34,32 @@ def class_maps(
     k: Sequence[Tensor],
     scales: Sequence[float],
     prefix: int,
-    how: Map,
+    reading: Map,
+    *,
     resize: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
     """A_(m,n) of Eq. 3 for all layers n and heads m: the class query's attention over the patch keys.
 
-    `scaled`: softmax over patch keys with 1/√d, as the same paper's Eq. 2 and the model attend (default). `printed`:
-    likewise without 1/√d. `full`: softmax over all keys, then the prefix columns are dropped.
+    `scaled`: softmax over patch keys with 1/√d, as in the paper's Eq. 2 and in the model (default). `printed`: the same
+    without 1/√d. `full`: softmax over all keys, then the prefix columns are dropped.
 
     Args:
         q: queries of each layer, `[B, H, N, d]`; lower precision than f32 is converted where it is used.
-        k: keys of each layer, `[B, H, N, d]`, likewise.
+        k: keys of each layer, `[B, H, N, d]`.
         scales: 1/√d of each layer.
         prefix: how many of the N tokens come before the patches.
-        how: the reading of Eq. 3.
-        resize: of each layer the matrix `[P, its patches]` that brings its maps to the common grid, or None where they
-            are on it; without it all are.
+        reading: of Eq. 3.
+        resize: for each layer the matrix `[P, its patches]` that brings its maps to the common grid, or None where they
+            are on it; None where all layers are.
 
     Returns:
         `[B, M, P]`, M maps of all layers and heads, P patches.
     """
     rows = []
     for queries, keys, scale, matrix in zip(q, k, scales, resize or [None] * len(q), strict=True):
-        scores = class_scores(full(queries[:, :, :1]), full(keys), 1.0 if how == "printed" else scale)
-        # Cut scores: cutting keys would give each layer a gradient of its own size to fill.
-        maps = scores.softmax(-1)[:, :, prefix:] if how == "full" else scores[:, :, prefix:].softmax(-1)
+        scores = class_scores(full(queries[:, :, :1]), full(keys), 1.0 if reading == "printed" else scale)
+        # Scores are cut, not keys: cutting keys would give each layer a gradient of its own size to fill.
+        maps = scores.softmax(-1)[:, :, prefix:] if reading == "full" else scores[:, :, prefix:].softmax(-1)
         rows.append(maps if matrix is None else maps @ matrix.T)
     return torch.cat(rows, 1)
 
@@ -70,20 +71,20 @@ class AAL(nn.Module):
     and B̂ = B/‖B‖₂ over the P positions:
 
     `mse`: mean of (Â − B̂)² over batch, channels and positions (default); `norm`: ‖Â − B̂‖₂, mean over batch and
-    channels; `sq`: its square, mean likewise. Computed as ‖Â‖² + ‖B̂‖² − 2⟨Â, B̂⟩ from inner products, which costs a
-    tenth of the printed form and has the same value.
+    channels; `sq`: its square, mean over batch and channels. Computed as ‖Â‖² + ‖B̂‖² − 2⟨Â, B̂⟩ from inner products,
+    which costs a tenth of the printed form and has the same value.
 
     Args:
         maps: M, layers × heads of the student.
         channels: C of the target.
-        reading: of Eq. 5.
-        kept: `[C, M]`, 1 for each link that is trained and 0 for each that is pruned, which is and stays 0; None: all.
+        distance: reading of Eq. 5.
+        kept: `[C, M]`, 1 for each link that is trained and 0 for each that is pruned, which stays 0; None: all.
     """
 
-    def __init__(self, maps: int, channels: int, reading: Reading = "mse", kept: Tensor | None = None) -> None:
+    def __init__(self, maps: int, channels: int, distance: Distance = "mse", kept: Tensor | None = None) -> None:
         super().__init__()
         self.links = nn.Conv1d(maps, channels, 1)  # the 1×1 convolution of the paper, on flattened maps
-        self.reading = reading
+        self.distance = distance
         self.register_buffer("kept", kept, persistent=False)
         self.kept: Tensor | None
         if kept is not None:
@@ -104,29 +105,26 @@ class AAL(nn.Module):
             weight = weight * self.kept
         bias = self.links.bias
         assert bias is not None
-        across = maps @ targets.transpose(1, 2)
+        cross = maps @ targets.transpose(1, 2)
         # `.T` alone is strided, and the product then takes seven times as long
-        inner = (across * weight.T.contiguous()).sum(1) + bias * targets.sum(-1)
+        inner = (cross * weight.T.contiguous()).sum(1) + bias * targets.sum(-1)
         gram = (maps @ maps.transpose(1, 2)).flatten(1)  # Σ_mn w_cm w_cn G_mn, as one product over the pairs (m, n)
         pairs = (weight.unsqueeze(2) * weight.unsqueeze(1)).flatten(1)
         square = gram @ pairs.T + 2 * bias * (maps.sum(-1) @ weight.T) + positions * bias.square()
-        mine = square.clamp_min(0).add(EPSILON**2).sqrt()
-        theirs = targets.norm(dim=-1)
-        unit = theirs.square() / (theirs + EPSILON).square()  # 1, or 0 for a map of zeros
-        distance = (1 + unit - 2 * inner / (mine * (theirs + EPSILON))).clamp_min(0)
-        loss: Tensor = distance.add(EPSILON).sqrt().mean() if self.reading == "norm" else distance.mean()
-        return loss / positions if self.reading == "mse" else loss
+        student_norm = square.clamp_min(0).add(EPSILON**2).sqrt()
+        teacher_norm = targets.norm(dim=-1)
+        unit = teacher_norm.square() / (teacher_norm + EPSILON).square()  # 1, or 0 for a map of zeros
+        squared = (1 + unit - 2 * inner / (student_norm * (teacher_norm + EPSILON))).clamp_min(0)
+        loss: Tensor = squared.add(EPSILON).sqrt().mean() if self.distance == "norm" else squared.mean()
+        return loss / positions if self.distance == "mse" else loss
 
 
-POOLED = True
-
-
-class Settings(TeacherLossConfig):
-    """Adaptive attention links.
+class AALConfig(TeacherLossConfig):
+    """Settings of adaptive attention links.
 
     `links`: all (`full`), those of the paper's Table 1 (`alpha`, `beta`), for each stage of the target its first and
-    last layer (from 1; null for none), or what Algorithm 1 keeps of a run's (its folder). `grid` is the side of the
-    maps that meet; None: the student's own.
+    last layer (from 1; null for none), or those of a run that Algorithm 1 keeps (its folder). `grid`: side of the maps
+    that are compared; None: the student's own.
     """
 
     type: Literal["aal"] = "aal"
@@ -137,49 +135,48 @@ class Settings(TeacherLossConfig):
     grid: int | None = Field(None, ge=1)
 
 
-def reads(settings: Settings) -> frozenset[StudentTap]:
-    """The student's class rows."""
-    return frozenset({"attention"})
+class AALLoss(Loss[AALConfig]):
+    """AAL as a term of the training loss."""
 
+    Config = AALConfig
+    supports_pooling = True
 
-def need(name: str, settings: Settings, student: StudentSpec) -> TargetRequirement:
-    """Activations on the student's own grid, or the one that is said."""
-    return TargetRequirement(
-        name, (("activations",),), settings.teacher, settings.target, settings.grid or student.grid
-    )
-
-
-class Method(nn.Module):
-    """AAL as a term of the training loss.
-
-    Attributes:
-        about: goes with the trained links, and says what they join.
-        chosen: digest of links that were taken from another run; None of others.
-    """
-
-    def __init__(self, name: str, settings: Settings, student: StudentSpec, given: Sequence[StoredTarget]) -> None:
-        super().__init__()
-        target, grid = given[0].target, settings.grid or student.grid
+    def __init__(self, name: str, config: AALConfig, student: StudentSpec, targets: Sequence[StoredTarget]) -> None:
+        super().__init__(name, config, student, targets)
+        (stored,) = targets
+        target, grid = stored.target, config.grid or student.grid
         stages = target.stages
         layout = aal_links.Layout(
-            tuple(stage.stage for stage in stages), tuple(stage.channels for stage in stages),
+            tuple(stage.stage for stage in stages),
+            tuple(stage.channels for stage in stages),
             tuple(heads for heads, _ in student.by_layer),
-        )  # fmt: skip
-        count = len(target.identity.tensors) or given[0].teacher.layers
-        kept = aal_links.kept(name, settings.links, layout, count)
-        self.row = align_activations(name, given[0], student, grid, kept.words)
-        self.about = {**asdict(layout), "target": given[0].id, "grid": grid}
-        self.chosen = kept.digest
+        )
+        stage_count = len(target.identity.tensors) or stored.teacher.layers
+        kept = aal_links.kept(name, config.links, layout, stage_count)
+        self.row = align_activations(name, stored, student, grid, kept.words)
+        self.metadata = {**asdict(layout), "target": stored.id, "grid": grid}
+        self.source_digest = kept.digest
         choice = None if kept.choice is None else layout.spread(kept.choice)
-        self.aal = AAL(student.maps, target.sample_shape[0], settings.distance, choice)
-        self.map, self.prefix = settings.map, len(student.prefix)
+        self.aal = AAL(student.maps, target.sample_shape[0], config.distance, choice)
+        self.prefix = len(student.prefix)
         self.sides = [side if side != grid else None for _, side in student.by_layer]
         for side in {side for side in self.sides if side}:
             axis = resize_matrix(side, grid)
             self.register_buffer(f"resize_{side}", torch.kron(axis, axis), persistent=False)
 
-    def forward(self, step: LossInputs) -> Tensor:
+    @classmethod
+    def student_taps(cls, config: AALConfig) -> frozenset[StudentTap]:
+        """The student's class rows."""
+        return frozenset({"attention"})
+
+    @classmethod
+    def requirement(cls, name: str, config: AALConfig, student: StudentSpec) -> TargetRequirement:
+        """Activations on the student's own grid, or on the one that the recipe names."""
+        return TargetRequirement(name, (("activations",),), config.teacher, config.target, config.grid or student.grid)
+
+    def forward(self, inputs: LossInputs) -> Tensor:
         """The loss of one step."""
-        seen, resize = step.student, [self.get_buffer(f"resize_{side}") if side else None for side in self.sides]
-        maps = class_maps(seen.q, seen.k, seen.scales, self.prefix, self.map, resize)
-        return self.aal(maps, step.targets[0])  # type: ignore[no-any-return]
+        taps, resize = inputs.student_taps, [self.get_buffer(f"resize_{side}") if side else None for side in self.sides]
+        maps = class_maps(taps.q, taps.k, taps.scales, self.prefix, self.config.map, resize=resize)
+        loss: Tensor = self.aal(maps, inputs.targets[0])
+        return loss

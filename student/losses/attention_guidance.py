@@ -12,13 +12,13 @@ from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.special import xlogy
 
 from student.alignment.attention import AttentionAligner
 from student.alignment.student_spec import StudentSpec
 from student.alignment.student_taps import StudentTap
-from student.losses.base import LossInputs
+from student.losses.base import Loss, LossInputs
 from student.settings import AlignedLossConfig, Heads, Layers, Schedule, Weight
 from student.targets.requirement import TargetRequirement
 from student.targets.stored_target import StoredTarget
@@ -29,19 +29,19 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
 
     Args:
         student: logarithms of rows, `[B, L, H, N]`.
-        teacher: rows that sum to one, likewise.
+        teacher: rows that sum to one, `[B, L, H, N]`.
     """
     each: Tensor = xlogy(teacher, teacher) - teacher * student
     return each.sum((-1, -2)).mean()
 
 
 def squares(student: Tensor, teacher: Tensor) -> Tensor:
-    """The ablation's squared error in place of KL, Σ_h Σ_j (a_t − a_s)² of rows `[B, L, H, N]`, reduced likewise."""
+    """The ablation's squared error in place of KL, Σ_h Σ_j (a_t − a_s)² of rows `[B, L, H, N]`; mean as for KL."""
     return (student - teacher).square().sum((-1, -2)).mean()
 
 
-class Settings(AlignedLossConfig):
-    """Class rows by their divergence.
+class AttentionGuidanceConfig(AlignedLossConfig):
+    """Settings of attention guidance.
 
     value_norm: each key's attention is weighted by the norm of its value, on both sides.
     """
@@ -56,38 +56,39 @@ class Settings(AlignedLossConfig):
     value_norm: bool = False
 
 
-def reads(settings: Settings) -> frozenset[StudentTap]:
-    """The student's class rows, and the values that they weigh where asked for."""
-    return frozenset({"attention", "values"} if settings.value_norm else {"attention"})
-
-
-def need(name: str, settings: Settings, student: StudentSpec) -> TargetRequirement:
-    """Class rows, or what gives them; with value norms the values of the same layers."""
-    taps: list[tuple[str, ...]] = [("class_row",), ("attention",), ("q", "k")]
-    if settings.value_norm:
-        taps = [(*several, "v") for several in taps]
-    return TargetRequirement(name, tuple(taps), settings.teacher, settings.target)
-
-
-class Method(nn.Module):
+class AttentionGuidanceLoss(Loss[AttentionGuidanceConfig]):
     """Attention guidance as a term of the training loss."""
 
-    def __init__(self, name: str, settings: Settings, student: StudentSpec, given: Sequence[StoredTarget]) -> None:
-        super().__init__()
-        self.values = settings.value_norm
-        self.rows = AttentionAligner(name, settings, student, given[:-1] if self.values else given, "class")
+    Config = AttentionGuidanceConfig
+
+    def __init__(
+        self, name: str, config: AttentionGuidanceConfig, student: StudentSpec, targets: Sequence[StoredTarget]
+    ) -> None:
+        super().__init__(name, config, student, targets)
+        self.rows = AttentionAligner(name, config, student, targets[:-1] if config.value_norm else targets, "class")
         merged = not self.rows.head_pairs
         case = ("d" if merged else "b") if self.rows.resizes else ("c" if merged else "a")
-        weighed = "; weighted by the norms of values" if self.values else ""
-        self.row = replace(self.rows.row, rule=f"case ({case}): {self.rows.row.rule}{weighed}")
-        self.distance = settings.distance
+        weighted = "; weighted by the norms of values" if config.value_norm else ""
+        self.row = replace(self.rows.row, rule=f"case ({case}): {self.rows.row.rule}{weighted}")
 
-    def forward(self, step: LossInputs) -> Tensor:
+    @classmethod
+    def student_taps(cls, config: AttentionGuidanceConfig) -> frozenset[StudentTap]:
+        """The student's class rows, with `value_norm` its values too."""
+        return frozenset({"attention", "values"} if config.value_norm else {"attention"})
+
+    @classmethod
+    def requirement(cls, name: str, config: AttentionGuidanceConfig, student: StudentSpec) -> TargetRequirement:
+        """Class rows, or tensors that give them; with `value_norm` the values of the same layers."""
+        rows: list[tuple[str, ...]] = [("class_row",), ("attention",), ("q", "k")]
+        taps = tuple((*alternative, "v") if config.value_norm else alternative for alternative in rows)
+        return TargetRequirement(name, taps, config.teacher, config.target)
+
+    def forward(self, inputs: LossInputs) -> Tensor:
         """The loss of one step."""
-        seen, targets, own, stored = step.student, step.targets, None, None
-        if self.values:
-            targets, own, stored = targets[:-1], seen.v, targets[-1]
-        theirs = self.rows.teacher_rows(targets, stored)
-        if self.distance == "kl":
-            return divergence(self.rows.student_logs(seen.q, seen.k, seen.scales, own), theirs)
-        return squares(self.rows.student_rows(seen.q, seen.k, seen.scales, own), theirs)
+        taps, targets, student_values, teacher_values = inputs.student_taps, inputs.targets, None, None
+        if self.config.value_norm:
+            targets, student_values, teacher_values = targets[:-1], taps.v, targets[-1]
+        teacher = self.rows.teacher_rows(targets, teacher_values)
+        if self.config.distance == "kl":
+            return divergence(self.rows.student_logs(taps.q, taps.k, taps.scales, student_values), teacher)
+        return squares(self.rows.student_rows(taps.q, taps.k, taps.scales, student_values), teacher)

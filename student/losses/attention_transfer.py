@@ -12,13 +12,13 @@ from typing import Literal
 
 import torch
 from pydantic import model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from student.alignment.attention import AttentionAligner
 from student.alignment.student_spec import StudentSpec
 from student.alignment.student_taps import StudentTap
 from student.alignment.tokens import TokenAligner
-from student.losses.base import LossInputs
+from student.losses.base import Loss, LossInputs
 from student.settings import AlignedLossConfig, AttentionTensors, Average, require_maps, setting
 from student.targets.requirement import TargetRequirement, taps_of
 from student.targets.stored_target import StoredTarget
@@ -31,7 +31,7 @@ def distillation(student: Tensor, teacher: Tensor, heads: Literal["mean", "sum"]
 
     Args:
         student: logarithms of rows, `[B, L, H, Q, N]`.
-        teacher: rows that sum to one, likewise.
+        teacher: rows that sum to one, `[B, L, H, Q, N]`.
         heads: how heads are reduced.
     """
     entropy = -(teacher * student).sum(-1)  # [B, L, H, Q]
@@ -45,13 +45,13 @@ def squares(student: Tensor, teacher: Tensor) -> Tensor:
 
     Args:
         student: `[B, L, …]`, such as queries `[B, L, H, N, d]`.
-        teacher: likewise.
+        teacher: `[B, L, …]`.
     """
     return (student - teacher).square().flatten(2).mean((0, 2)).sum()
 
 
-class Settings(AlignedLossConfig):
-    """Attention distillation: of maps, or of what makes them."""
+class AttentionTransferConfig(AlignedLossConfig):
+    """Settings of attention distillation: of maps, or of the tensors that make them."""
 
     type: Literal["attention"] = "attention"
     tensors: AttentionTensors = "map"
@@ -59,46 +59,54 @@ class Settings(AlignedLossConfig):
     reduce_heads: Literal["mean", "sum"] = "mean"
 
     @model_validator(mode="after")
-    def _of_maps(self) -> Settings:
+    def _of_maps(self) -> AttentionTransferConfig:
         require_maps(self.tensors, average=self.average != "none", reduce_heads=self.reduce_heads != "mean")
         return self
 
 
-def reads(settings: Settings) -> frozenset[StudentTap]:
-    """The student's attention, or its values."""
-    return frozenset({"values" if settings.tensors == "v" else "attention"})
+class AttentionTransferLoss(Loss[AttentionTransferConfig]):
+    """Attention distillation as a term of the training loss.
 
+    Attributes:
+        rows: aligns maps; there with `tensors: map` alone.
+        vectors: aligns q, k or v; there with other `tensors` alone.
+    """
 
-def need(name: str, settings: Settings, student: StudentSpec) -> TargetRequirement:
-    """Whole attention maps or what gives them, or vectors."""
-    return TargetRequirement(name, taps_of(settings.tensors), settings.teacher, settings.target)
+    Config = AttentionTransferConfig
+    rows: AttentionAligner
+    vectors: TokenAligner
 
-
-class Method(nn.Module):
-    """Attention distillation as a term of the training loss."""
-
-    def __init__(self, name: str, settings: Settings, student: StudentSpec, given: Sequence[StoredTarget]) -> None:
-        super().__init__()
-        self.tensors, self.reduce_heads = settings.tensors, settings.reduce_heads
-        self.rows: AttentionAligner | None = None
-        self.vectors: TokenAligner | None = None
-        if settings.tensors == "map":
-            self.rows = AttentionAligner(name, settings, student, given, "all", settings.average)
+    def __init__(
+        self, name: str, config: AttentionTransferConfig, student: StudentSpec, targets: Sequence[StoredTarget]
+    ) -> None:
+        super().__init__(name, config, student, targets)
+        if config.tensors == "map":
+            self.rows = AttentionAligner(name, config, student, targets, "all", average=config.average)
             self.row = self.rows.row
         else:
-            self.vectors = TokenAligner(name, settings, student, given)
+            self.vectors = TokenAligner(name, config, student, targets)
             self.vectors.require_width(f"compare maps: --set {setting(name)}.tensors=map")
             self.row = self.vectors.row
 
-    def forward(self, step: LossInputs) -> Tensor:
+    @classmethod
+    def student_taps(cls, config: AttentionTransferConfig) -> frozenset[StudentTap]:
+        """The student's attention, or its values."""
+        return frozenset({"values" if config.tensors == "v" else "attention"})
+
+    @classmethod
+    def requirement(cls, name: str, config: AttentionTransferConfig, student: StudentSpec) -> TargetRequirement:
+        """Whole attention maps or tensors that give them, or vectors."""
+        return TargetRequirement(name, taps_of(config.tensors), config.teacher, config.target)
+
+    def forward(self, inputs: LossInputs) -> Tensor:
         """The loss of one step."""
-        seen = step.student
-        if self.rows is not None:
-            mine = self.rows.student_logs(seen.q, seen.k, seen.scales)
-            return distillation(mine, self.rows.teacher_rows(step.targets), self.reduce_heads)
-        assert self.vectors is not None
+        taps, tensors = inputs.student_taps, self.config.tensors
+        if tensors == "map":
+            student_logs = self.rows.student_logs(taps.q, taps.k, taps.scales)
+            return distillation(student_logs, self.rows.teacher_rows(inputs.targets), self.config.reduce_heads)
+        student_layers = {"q": taps.q, "k": taps.k} if tensors != "v" else {"v": taps.v}
         parts = [
-            squares(self.vectors.student_vectors(getattr(seen, tap)), self.vectors.teacher_vectors(target))
-            for tap, target in zip(self.tensors, step.targets, strict=True)
+            squares(self.vectors.student_vectors(student_layers[tap]), self.vectors.teacher_vectors(target))
+            for tap, target in zip(tensors, inputs.targets, strict=True)
         ]
         return torch.stack(parts).sum()

@@ -1,40 +1,85 @@
-"""What a loss is, and what it sees of a training step."""
+"""The interface of losses, and what a loss gets of a training step."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from student.alignment.student_taps import StudentTaps
+from student.alignment.report import AlignmentRow
+from student.alignment.student_spec import StudentSpec
+from student.alignment.student_taps import StudentTap, StudentTaps
+from student.settings import LossConfig
+from student.targets.requirement import TargetRequirement
+from student.targets.stored_target import StoredTarget
+
+ConfigT = TypeVar("ConfigT", bound=LossConfig)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LossInputs:
-    """What a loss sees of one training step.
+    """What a loss gets of one training step.
 
     Attributes:
         logits: of the student's class head, `[B, K]`; its pooled features for a student without one.
+        distillation_logits: of the student's distillation head, `[B, K]`; None for a student without one.
+        student_taps: all else that losses read of the student.
         labels: int64 `[B]`; −1 where the shards have none.
-        others: int64 `[B]`, labels of the images that these were mixed with.
-        shares: f32 `[B]`, the others' share.
-        distilled: logits of the distillation head, `[B, K]`; None for a student without one.
-        seen: what else the losses read of the student in this step; None where none does.
-        targets: the loss's own targets, decoded, f32 `[B, …]`; empty where it reads none.
-        notes: a loss may leave scalars for people here, such as agreement with the teacher.
+        mix_labels: int64 `[B]`, labels of the images that were mixed in.
+        mix_weights: f32 `[B]`, share of the mixed-in image.
+        targets: the loss's stored targets, decoded, f32 `[B, …]`; empty for a loss that reads none.
+        metrics: a loss may add scalars to be logged, such as agreement with the teacher.
     """
 
     logits: Tensor
+    distillation_logits: Tensor | None = None
+    student_taps: StudentTaps
     labels: Tensor
-    others: Tensor
-    shares: Tensor
-    distilled: Tensor | None = None
-    seen: StudentTaps | None = None
+    mix_labels: Tensor
+    mix_weights: Tensor
     targets: tuple[Tensor, ...] = ()
-    notes: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Tensor] = field(default_factory=dict)
 
-    @property
-    def student(self) -> StudentTaps:
-        """What is read of the student beside its logits."""
-        assert self.seen is not None
-        return self.seen
+
+class Loss(nn.Module, Generic[ConfigT]):
+    """One loss of a recipe, made for one student and its stored targets.
+
+    Args:
+        name: of the loss in the recipe.
+        config: its settings.
+        student: the student's shape.
+        targets: its stored targets, those of one alternative of `requirement`.
+
+    Attributes:
+        Config: class of its settings; the default of `type` there is its name in the registry.
+        supports_pooling: whether students that pool their patches, such as PiT, can learn by it.
+        row: its row of the alignment table; None for a loss without stored targets.
+        metadata: saved with the parameters that it learned, as JSON; None where they need none.
+        source_digest: digest of what it took from another run, which a resumed run must find again; None of others.
+    """
+
+    Config: ClassVar[type[LossConfig]]
+    supports_pooling: ClassVar[bool] = False
+    row: AlignmentRow | None = None
+    metadata: dict[str, Any] | None = None
+    source_digest: str | None = None
+
+    def __init__(self, name: str, config: ConfigT, student: StudentSpec, targets: Sequence[StoredTarget]) -> None:
+        super().__init__()
+        self.name, self.config = name, config
+
+    @classmethod
+    def student_taps(cls, config: ConfigT) -> frozenset[StudentTap]:
+        """What it reads of the student and of the batch, beside stored targets."""
+        raise NotImplementedError
+
+    @classmethod
+    def requirement(cls, name: str, config: ConfigT, student: StudentSpec) -> TargetRequirement | None:
+        """What it reads from a store; None: nothing."""
+        return None
+
+    def forward(self, inputs: LossInputs) -> Tensor:
+        """The loss of one step, a scalar."""
+        raise NotImplementedError

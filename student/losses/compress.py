@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from student.alignment.student_spec import StudentSpec, full
 from student.alignment.student_taps import StudentTap
-from student.losses.base import LossInputs
+from student.losses.base import Loss, LossInputs
 from student.losses.parts.projector import EMBEDDINGS, ClassToken
 from student.losses.parts.queue import Queue, unit
 from student.settings import ProjectorLossConfig
@@ -32,17 +32,16 @@ def divergence(student: Tensor, teacher: Tensor, queues: tuple[Tensor, Tensor], 
         queues: Q_s `[n, D]` and Q_t `[n, D_t]`, of the same images; one and the same with one queue.
         temperature: τ.
     """
-    mine, theirs = (
-        (student @ queues[0].T / temperature).log_softmax(1),
-        (teacher @ queues[1].T / temperature).log_softmax(1),
-    )
-    return F.kl_div(mine, theirs, reduction="batchmean", log_target=True)
+    student_logs = (student @ queues[0].T / temperature).log_softmax(1)
+    teacher_logs = (teacher @ queues[1].T / temperature).log_softmax(1)
+    return F.kl_div(student_logs, teacher_logs, reduction="batchmean", log_target=True)
 
 
-class Settings(ProjectorLossConfig):
-    """Similarities to a queue of embeddings.
+class CompRessConfig(ProjectorLossConfig):
+    """Settings of CompRess.
 
-    queues: 1, the teacher's for both sides, or 2, one of each side's own.
+    queue: entries of each queue.
+    queues: 1, the teacher's for both sides, or 2, each side's own.
     """
 
     type: Literal["compress"] = "compress"
@@ -51,31 +50,42 @@ class Settings(ProjectorLossConfig):
     temperature: float = Field(0.04, gt=0)
 
 
-def reads(settings: Settings) -> frozenset[StudentTap]:
-    """The student's final tokens."""
-    return frozenset({"tokens"})
+class CompRessLoss(Loss[CompRessConfig]):
+    """CompRess as a term of the training loss.
 
+    Attributes:
+        token: the student's class token, projected.
+        theirs: queue of the teacher's embeddings; checkpoints know both queues by these names.
+        mine: queue of the student's embeddings; None with one queue.
+    """
 
-def need(name: str, settings: Settings, student: StudentSpec) -> TargetRequirement:
-    """The teacher's class token, or the pooled features of one without."""
-    return TargetRequirement(name, EMBEDDINGS, settings.teacher, settings.target)
+    Config = CompRessConfig
 
-
-class Method(nn.Module):
-    """CompRess as a term of the training loss."""
-
-    def __init__(self, name: str, settings: Settings, student: StudentSpec, given: Sequence[StoredTarget]) -> None:
-        super().__init__()
-        self.temperature = settings.temperature
-        self.token = ClassToken(name, settings, student, given[0], free=settings.queues == 2)
-        self.theirs = Queue(settings.queue, int(given[0].target.sample_shape[-1]))
-        self.mine = Queue(settings.queue, self.token.width) if settings.queues == 2 else None
+    def __init__(
+        self, name: str, config: CompRessConfig, student: StudentSpec, targets: Sequence[StoredTarget]
+    ) -> None:
+        super().__init__(name, config, student, targets)
+        (stored,) = targets
+        self.token = ClassToken(name, config, student, stored, own_width=config.queues == 2)
+        self.theirs = Queue(config.queue, int(stored.target.sample_shape[-1]))
+        self.mine = Queue(config.queue, self.token.width) if config.queues == 2 else None
         self.row = self.token.row
 
-    def forward(self, step: LossInputs) -> Tensor:
+    @classmethod
+    def student_taps(cls, config: CompRessConfig) -> frozenset[StudentTap]:
+        """The student's final tokens."""
+        return frozenset({"tokens"})
+
+    @classmethod
+    def requirement(cls, name: str, config: CompRessConfig, student: StudentSpec) -> TargetRequirement:
+        """The teacher's class token, or the pooled features of one without."""
+        return TargetRequirement(name, EMBEDDINGS, config.teacher, config.target)
+
+    def forward(self, inputs: LossInputs) -> Tensor:
         """The loss of one step; offers the teacher's embeddings to the queue, and the student's to a second one."""
-        mine, theirs = unit(self.token(step.student)), unit(full(step.targets[0]))
-        self.theirs.offer(theirs)
+        student, teacher = unit(self.token(inputs.student_taps)), unit(full(inputs.targets[0]))
+        self.theirs.offer(teacher)
         if self.mine is not None:
-            self.mine.offer(mine)
-        return divergence(mine, theirs, ((self.mine or self.theirs).held, self.theirs.held), self.temperature)
+            self.mine.offer(student)
+        queues = (self.mine or self.theirs).held, self.theirs.held
+        return divergence(student, teacher, queues, self.config.temperature)

@@ -2,42 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from student.alignment.student_spec import StudentSpec
 from student.alignment.student_taps import StudentTap
-from student.losses.base import LossInputs
+from student.losses.base import Loss, LossInputs
 from student.settings import LossConfig, Schedule, Weight
-from student.targets.stored_target import StoredTarget
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, others: Tensor, shares: Tensor, smoothing: float = 0.0) -> Tensor:
-    """−Σ_k y_k log softmax(logits)_k, y = (1−s)·label + s·other, smoothed towards 1/K; mean over the batch.
+def cross_entropy(
+    logits: Tensor, labels: Tensor, mix_labels: Tensor, mix_weights: Tensor, smoothing: float = 0.0
+) -> Tensor:
+    """−Σ_k y_k log softmax(logits)_k, y = (1−w)·label + w·mix_label, smoothed towards 1/K; mean over the batch.
 
     It is linear in y, so the two labels' terms are mixed and no soft label is built.
 
     Args:
         logits: `[B, K]`.
         labels: int64 `[B]`.
-        others: int64 `[B]`, labels of the mixing partners.
-        shares: f32 `[B]`, s: the partners' shares, 0 where nothing was mixed.
+        mix_labels: int64 `[B]`, labels of the images that were mixed in.
+        mix_weights: f32 `[B]`, w: share of the mixed-in image, 0 where nothing was mixed.
         smoothing: share of the mass that is spread evenly over all classes.
     """
-    own, other = (F.cross_entropy(logits, y, label_smoothing=smoothing, reduction="none") for y in (labels, others))
-    return torch.lerp(own, other, shares.to(own.dtype)).mean()
+    own, mixed_in = (
+        F.cross_entropy(logits, y, label_smoothing=smoothing, reduction="none") for y in (labels, mix_labels)
+    )
+    return torch.lerp(own, mixed_in, mix_weights.to(own.dtype)).mean()
 
 
-POOLED = True
-
-
-class Settings(LossConfig):
-    """Cross-entropy with the labels.
+class CrossEntropyConfig(LossConfig):
+    """Settings of the cross-entropy with the labels.
 
     `heads` is for students with a distillation token: the class head alone, or the mean over both heads; by default
     both, unless a `deit` loss trains the second one.
@@ -49,31 +47,24 @@ class Settings(LossConfig):
     heads: Literal["class", "both"] | None = None
 
 
-def reads(settings: Settings) -> frozenset[StudentTap]:
-    """Labels and logits."""
-    return frozenset({"labels", "logits"})
+class CrossEntropyLoss(Loss[CrossEntropyConfig]):
+    """Cross-entropy as a term of the training loss; for a student with two heads by default the mean over both."""
 
+    Config = CrossEntropyConfig
+    supports_pooling = True
 
-def need(name: str, settings: Settings, student: StudentSpec) -> None:
-    """Labels are all it takes."""
-    return
+    @classmethod
+    def student_taps(cls, config: CrossEntropyConfig) -> frozenset[StudentTap]:
+        """Labels and logits."""
+        return frozenset({"labels", "logits"})
 
-
-class Method(nn.Module):
-    """Cross-entropy as a term of the training loss; for a student with two heads the mean over both, unless told."""
-
-    row = None
-
-    def __init__(self, name: str, settings: Settings, student: StudentSpec, given: Sequence[StoredTarget]) -> None:
-        super().__init__()
-        self.smoothing, self.both = settings.smoothing, settings.heads != "class"
-
-    def forward(self, step: LossInputs) -> Tensor:
+    def forward(self, inputs: LossInputs) -> Tensor:
         """The loss of one step."""
-        heads = [step.logits, step.distilled] if self.both else [step.logits]
+        heads = [inputs.logits]
+        if self.config.heads != "class" and inputs.distillation_logits is not None:
+            heads.append(inputs.distillation_logits)
         losses = [
-            cross_entropy(logits, step.labels, step.others, step.shares, self.smoothing)
+            cross_entropy(logits, inputs.labels, inputs.mix_labels, inputs.mix_weights, self.config.smoothing)
             for logits in heads
-            if logits is not None
         ]
         return torch.stack(losses).mean()

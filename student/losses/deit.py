@@ -12,13 +12,13 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from student.alignment.rules import align_classes
 from student.alignment.student_spec import StudentSpec
 from student.alignment.student_taps import StudentTap
-from student.losses.base import LossInputs
+from student.losses.base import Loss, LossInputs
 from student.settings import TeacherLossConfig
 from student.targets.requirement import TargetRequirement
 from student.targets.stored_target import StoredTarget
@@ -31,12 +31,12 @@ def soft(logits: Tensor, teacher: Tensor, temperature: float = 1.0, reduction: R
 
     Args:
         logits: of the student, `[B, K]`.
-        teacher: its logits, `[B, K]`.
+        teacher: the teacher's logits, `[B, K]`.
         temperature: τ.
-        reduction: what the sum is divided by.
+        reduction: named as in `torch.nn.functional.kl_div`.
     """
-    ours, theirs = F.log_softmax(logits / temperature, 1), F.log_softmax(teacher / temperature, 1)
-    total = F.kl_div(ours, theirs, reduction="sum", log_target=True) * temperature**2
+    student_logs, teacher_logs = F.log_softmax(logits / temperature, 1), F.log_softmax(teacher / temperature, 1)
+    total = F.kl_div(student_logs, teacher_logs, reduction="sum", log_target=True) * temperature**2
     return total / (logits.numel() if reduction == "mean" else len(logits))
 
 
@@ -45,13 +45,10 @@ def hard(logits: Tensor, teacher: Tensor) -> Tensor:
     return F.cross_entropy(logits, teacher.argmax(1))
 
 
-POOLED = True
+class DeiTConfig(TeacherLossConfig):
+    """Settings of the distillation from logits.
 
-
-class Settings(TeacherLossConfig):
-    """Distillation from logits.
-
-    `distillation_type` has the name of the official code's flag, since hard and soft are no two distances.
+    `distillation_type` is the name of the official code's flag; hard and soft are more than two distances.
     """
 
     type: Literal["deit"] = "deit"
@@ -61,30 +58,32 @@ class Settings(TeacherLossConfig):
     same_classes: bool = Field(False, description="both lists of classes are the same, where one is not known")
 
 
-def reads(settings: Settings) -> frozenset[StudentTap]:
-    """Logits."""
-    return frozenset({"logits"})
-
-
-def need(name: str, settings: Settings, student: StudentSpec) -> TargetRequirement:
-    """The teacher's logits."""
-    return TargetRequirement(name, (("logits",),), settings.teacher, settings.target)
-
-
-class Method(nn.Module):
+class DeiTLoss(Loss[DeiTConfig]):
     """Distillation from logits as a term of the training loss."""
 
-    def __init__(self, name: str, settings: Settings, student: StudentSpec, given: Sequence[StoredTarget]) -> None:
-        super().__init__()
-        self.row = align_classes(name, given[0], student, settings.same_classes)
-        self.name, self.settings = name, settings
+    Config = DeiTConfig
+    supports_pooling = True
 
-    def forward(self, step: LossInputs) -> Tensor:
-        """The loss of one step; notes how often student and teacher decide alike."""
-        (teacher,) = step.targets
-        logits = step.logits if step.distilled is None else step.distilled
+    def __init__(self, name: str, config: DeiTConfig, student: StudentSpec, targets: Sequence[StoredTarget]) -> None:
+        super().__init__(name, config, student, targets)
+        self.row = align_classes(name, targets[0], student, config.same_classes)
+
+    @classmethod
+    def student_taps(cls, config: DeiTConfig) -> frozenset[StudentTap]:
+        """Logits."""
+        return frozenset({"logits"})
+
+    @classmethod
+    def requirement(cls, name: str, config: DeiTConfig, student: StudentSpec) -> TargetRequirement:
+        """The teacher's logits."""
+        return TargetRequirement(name, (("logits",),), config.teacher, config.target)
+
+    def forward(self, inputs: LossInputs) -> Tensor:
+        """The loss of one step; logs how often student and teacher agree."""
+        (teacher,) = inputs.targets
+        logits = inputs.logits if inputs.distillation_logits is None else inputs.distillation_logits
         with torch.no_grad():
-            step.notes[f"{self.name} agreement"] = (logits.argmax(1) == teacher.argmax(1)).float().mean()
-        if self.settings.distillation_type == "hard":
+            inputs.metrics[f"{self.name} agreement"] = (logits.argmax(1) == teacher.argmax(1)).float().mean()
+        if self.config.distillation_type == "hard":
             return hard(logits, teacher)
-        return soft(logits, teacher, self.settings.temperature, self.settings.reduction)
+        return soft(logits, teacher, self.config.temperature, self.config.reduction)

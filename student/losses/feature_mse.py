@@ -17,14 +17,14 @@ from student.alignment.student_spec import StudentSpec
 from student.alignment.student_taps import StudentTap
 from student.alignment.tokens import TokenAligner
 from student.losses.attention_transfer import squares
-from student.losses.base import LossInputs
+from student.losses.base import Loss, LossInputs
 from student.settings import AlignedLossConfig, Layers, setting
 from student.targets.requirement import TargetRequirement
 from student.targets.stored_target import StoredTarget
 
 
-class Settings(AlignedLossConfig):
-    """Residual streams by their mean squared error."""
+class FeatureMSEConfig(AlignedLossConfig):
+    """Settings of feature distillation; with `projection` a linear map is trained that brings widths together."""
 
     type: Literal["features"] = "features"
     layers: Layers | None = "last"
@@ -33,38 +33,45 @@ class Settings(AlignedLossConfig):
     projection: Literal["linear"] | None = None
 
 
-def reads(settings: Settings) -> frozenset[StudentTap]:
-    """The student's residual streams."""
-    return frozenset({"streams"})
-
-
-def need(name: str, settings: Settings, student: StudentSpec) -> TargetRequirement:
-    """Tokens of layers."""
-    return TargetRequirement(name, (("tokens",),), settings.teacher, settings.target)
-
-
-class Method(nn.Module):
+class FeatureMSELoss(Loss[FeatureMSEConfig]):
     """Feature distillation as a term of the training loss; a projection is trained with the student."""
 
-    def __init__(self, name: str, settings: Settings, student: StudentSpec, given: Sequence[StoredTarget]) -> None:
-        super().__init__()
-        if not given[0].target.identity.layers:
+    Config = FeatureMSEConfig
+
+    def __init__(
+        self, name: str, config: FeatureMSEConfig, student: StudentSpec, targets: Sequence[StoredTarget]
+    ) -> None:
+        super().__init__(name, config, student, targets)
+        if not targets[0].target.identity.layers:
             raise UserError(
-                f"{name}: target {given[0].id} holds tokens after the final norm, and this loss compares residual "
+                f"{name}: target {targets[0].id} holds tokens after the final norm, and this loss compares residual "
                 "streams; add them: pipeline precompute … --target tokens,layers=last"
             )
-        self.vectors = TokenAligner(name, settings, student, given)
+        self.vectors = TokenAligner(name, config, student, targets)
         self.row = self.vectors.row
         count = len(self.vectors.pairs)
         self.projections: nn.ModuleList | None = None
-        if settings.projection:
-            self.projections = nn.ModuleList(nn.Linear(self.vectors.own, self.vectors.width) for _ in range(count))
+        if config.projection:
+            self.projections = nn.ModuleList(
+                nn.Linear(self.vectors.student_width, self.vectors.width) for _ in range(count)
+            )
         else:
             self.vectors.require_width(f"a trained map between them: --set {setting(name)}.projection=linear")
 
-    def forward(self, step: LossInputs) -> Tensor:
+    @classmethod
+    def student_taps(cls, config: FeatureMSEConfig) -> frozenset[StudentTap]:
+        """The student's residual streams."""
+        return frozenset({"streams"})
+
+    @classmethod
+    def requirement(cls, name: str, config: FeatureMSEConfig, student: StudentSpec) -> TargetRequirement:
+        """The teacher's tokens after layers."""
+        return TargetRequirement(name, (("tokens",),), config.teacher, config.target)
+
+    def forward(self, inputs: LossInputs) -> Tensor:
         """The loss of one step."""
-        mine, theirs = self.vectors.student_vectors(step.student.streams), self.vectors.teacher_vectors(step.targets[0])
+        student = self.vectors.student_vectors(inputs.student_taps.streams)
+        teacher = self.vectors.teacher_vectors(inputs.targets[0])
         if self.projections is not None:
-            mine = torch.stack([project(mine[:, n]) for n, project in enumerate(self.projections)], 1)
-        return squares(mine, theirs)
+            student = torch.stack([project(student[:, n]) for n, project in enumerate(self.projections)], 1)
+        return squares(student, teacher)

@@ -1,18 +1,32 @@
-"""The losses by the name that recipes use."""
+"""The losses by the name that recipes use as `type`."""
 
 from __future__ import annotations
 
-import functools
-import importlib
-import pkgutil
-from types import ModuleType
+from typing import Any
 
-import student.losses
+from student.losses.aal import AALLoss
+from student.losses.advit import ADViTLoss
+from student.losses.attention_guidance import AttentionGuidanceLoss
+from student.losses.attention_transfer import AttentionTransferLoss
+from student.losses.base import Loss
+from student.losses.compress import CompRessLoss
+from student.losses.cross_entropy import CrossEntropyLoss
+from student.losses.deit import DeiTLoss
+from student.losses.feature_mse import FeatureMSELoss
+from student.losses.head_specific import HeadSpecificLoss
+from student.losses.projector_alignment import ProjectorAlignmentLoss
+from student.losses.seed import SEEDLoss
 
-
-@functools.cache
-def methods() -> dict[str, ModuleType]:
-    """Name of a method, as recipes say it -> its module."""
-    found_modules = pkgutil.iter_modules(student.losses.__path__)
-    modules = [importlib.import_module(f"student.losses.{found.name}") for found in found_modules]
-    return {module.Settings.model_fields["type"].default: module for module in modules if hasattr(module, "Settings")}
+LOSSES: dict[str, type[Loss[Any]]] = {
+    "aal": AALLoss,
+    "advit": ADViTLoss,
+    "alignment": ProjectorAlignmentLoss,
+    "attention": AttentionTransferLoss,
+    "compress": CompRessLoss,
+    "crossentropy": CrossEntropyLoss,
+    "deit": DeiTLoss,
+    "features": FeatureMSELoss,
+    "guidance": AttentionGuidanceLoss,
+    "head_specific": HeadSpecificLoss,
+    "seed": SEEDLoss,
+}

@@ -11,11 +11,11 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from student.alignment.student_spec import StudentSpec, full
 from student.alignment.student_taps import StudentTap
-from student.losses.base import LossInputs
+from student.losses.base import Loss, LossInputs
 from student.losses.parts.projector import EMBEDDINGS, ClassToken
 from student.losses.parts.queue import Queue, unit
 from student.settings import ProjectorLossConfig
@@ -32,20 +32,20 @@ def cross_entropy(
 
     Args:
         student: unit vectors `[B, D]`.
-        teacher: likewise.
+        teacher: unit vectors `[B, D]`.
         queue: unit vectors `[n, D]` of the teacher.
         student_temperature: τ_s.
         teacher_temperature: τ_t.
     """
-    mine, theirs = (
+    of_student, of_teacher = (
         torch.cat([(vectors * teacher).sum(-1, keepdim=True), vectors @ queue.T], 1) for vectors in (student, teacher)
     )
-    target = (theirs / teacher_temperature).softmax(1)
-    return -(target * (mine / student_temperature).log_softmax(1)).sum(1).mean()
+    target = (of_teacher / teacher_temperature).softmax(1)
+    return -(target * (of_student / student_temperature).log_softmax(1)).sum(1).mean()
 
 
-class Settings(ProjectorLossConfig):
-    """Similarities to a queue of the teacher's embeddings and to the sample's own."""
+class SEEDConfig(ProjectorLossConfig):
+    """Settings of SEED; `queue`: entries of the queue."""
 
     type: Literal["seed"] = "seed"
     queue: int = Field(65536, ge=1)
@@ -53,29 +53,30 @@ class Settings(ProjectorLossConfig):
     teacher_temperature: float = Field(0.01, gt=0)
 
 
-def reads(settings: Settings) -> frozenset[StudentTap]:
-    """The student's final tokens."""
-    return frozenset({"tokens"})
-
-
-def need(name: str, settings: Settings, student: StudentSpec) -> TargetRequirement:
-    """The teacher's class token, or the pooled features of one without."""
-    return TargetRequirement(name, EMBEDDINGS, settings.teacher, settings.target)
-
-
-class Method(nn.Module):
+class SEEDLoss(Loss[SEEDConfig]):
     """SEED as a term of the training loss."""
 
-    def __init__(self, name: str, settings: Settings, student: StudentSpec, given: Sequence[StoredTarget]) -> None:
-        super().__init__()
-        self.settings = settings
-        self.token = ClassToken(name, settings, student, given[0])
-        self.queue = Queue(settings.queue, self.token.width)
+    Config = SEEDConfig
+
+    def __init__(self, name: str, config: SEEDConfig, student: StudentSpec, targets: Sequence[StoredTarget]) -> None:
+        super().__init__(name, config, student, targets)
+        self.token = ClassToken(name, config, student, targets[0])
+        self.queue = Queue(config.queue, self.token.width)
         self.row = self.token.row
 
-    def forward(self, step: LossInputs) -> Tensor:
+    @classmethod
+    def student_taps(cls, config: SEEDConfig) -> frozenset[StudentTap]:
+        """The student's final tokens."""
+        return frozenset({"tokens"})
+
+    @classmethod
+    def requirement(cls, name: str, config: SEEDConfig, student: StudentSpec) -> TargetRequirement:
+        """The teacher's class token, or the pooled features of one without."""
+        return TargetRequirement(name, EMBEDDINGS, config.teacher, config.target)
+
+    def forward(self, inputs: LossInputs) -> Tensor:
         """The loss of one step; offers the teacher's embeddings to the queue."""
-        mine, theirs = unit(self.token(step.student)), unit(full(step.targets[0]))
-        self.queue.offer(theirs)
-        taus = self.settings.student_temperature, self.settings.teacher_temperature
-        return cross_entropy(mine, theirs, self.queue.held, *taus)
+        student, teacher = unit(self.token(inputs.student_taps)), unit(full(inputs.targets[0]))
+        self.queue.offer(teacher)
+        temperatures = self.config.student_temperature, self.config.teacher_temperature
+        return cross_entropy(student, teacher, self.queue.held, *temperatures)

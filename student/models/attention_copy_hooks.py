@@ -42,15 +42,15 @@ class AttentionCopyHooks:
 
     Attributes:
         fixed: what every image gets, `[1, L, h, N, …]`; empty where each has its own.
-        lender: where images that are evaluated get theirs from; None until somebody says it.
+        source: where images that are evaluated get theirs from; None until it is attached.
     """
 
     def __init__(self, tensors: str, layers: Sequence[int], heads: int) -> None:
         self.parts = (tensors,) if tensors == "map" else tuple(tensors)
         self.layers, self.heads = tuple(layers), heads
         self.fixed: Copied = {}
-        self.lender: AttentionSource | None = None
-        self._given: Copied = {}
+        self.source: AttentionSource | None = None
+        self._current: Copied = {}
 
     def attach(self, model: nn.Module) -> None:
         """Put the hooks on a plain ViT; whole maps go in where probabilities are, so these layers are unfused."""
@@ -67,17 +67,17 @@ class AttentionCopyHooks:
         model.teacher_copies = self  # type: ignore[assignment]
 
     @contextmanager
-    def given(self, copied: Copied) -> Iterator[None]:
-        """Attend with this meanwhile."""
-        self._given = copied
+    def attending(self, copied: Copied) -> Iterator[None]:
+        """Within this context the student attends with `copied`."""
+        self._current = copied
         try:
             yield
         finally:
-            self._given = {}
+            self._current = {}
 
     def _of(self, part: str, at: int, own: Tensor) -> Tensor:
         """What goes in place of a layer's own `[B, H, N, …]`, its other heads with it."""
-        copied = (self._given or self.fixed).get(part)
+        copied = (self._current or self.fixed).get(part)
         if copied is None:
             raise UserError(
                 f"this student attends with its teacher's {'attention' if part == 'map' else part} in "

@@ -9,26 +9,26 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import BeforeValidator, Discriminator, Field, model_validator
 
-from student.losses.registry import methods
+from student.losses.registry import LOSSES
 from student.settings import AttentionCopyConfig, BankChoice, ConfigModel, LossConfig, StudentConfig
 
 if TYPE_CHECKING:
-    Loss = LossConfig
-else:  # of every method that is there
-    Loss = Union[tuple(module.Settings for module in methods().values())]  # noqa: UP007
+    AnyLossConfig = LossConfig
+else:
+    AnyLossConfig = Union[tuple(loss.Config for loss in LOSSES.values())]  # noqa: UP007
 
 
 def _by_name(value: Any) -> Any:
-    """Each loss is of the method that it is called after, unless it names another; one that is null is off."""
+    """A loss's type is its name, unless it says another; a loss that is null is off."""
     if not isinstance(value, dict):
         return value
-    there = {name: settings for name, settings in value.items() if settings is not None}
-    return {name: {"type": name, **s} if isinstance(s, dict) else s for name, s in there.items()}
+    losses = {name: config for name, config in value.items() if config is not None}
+    return {name: {"type": name, **c} if isinstance(c, dict) else c for name, c in losses.items()}
 
 
 Name = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
 
-Losses = Annotated[dict[Name, Annotated[Loss, Discriminator("type")]], BeforeValidator(_by_name)]
+Losses = Annotated[dict[Name, Annotated[AnyLossConfig, Discriminator("type")]], BeforeValidator(_by_name)]
 
 
 class OptimConfig(ConfigModel):

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from storage.errors import UserError, did_you_mean
-from student.losses.registry import methods
+from student.losses.registry import LOSSES
 from student.recipe.schema import Recipe
 from student.settings import ATTENTION_COPY
 from student.upgrade import renamed
@@ -33,7 +33,7 @@ def validate(content: Any, where: str) -> Recipe:
             f"{where}: losses.{ATTENTION_COPY}: {ATTENTION_COPY} is a section beside losses; call the loss otherwise"
         )
     if not recipe.losses:
-        raise UserError(f"{where}: losses: none is on; known: {', '.join(methods())}")
+        raise UserError(f"{where}: losses: none is on; known: {', '.join(LOSSES)}")
     return recipe
 
 
@@ -67,18 +67,17 @@ def _explain(problem: Any) -> str:
         name = ".".join(path)
         if "method" in problem["input"]:
             return f"{name}.method: no such setting. It is now {f'{name}.type'!r}."
-        known = did_you_mean(str(problem["ctx"]["tag"]), methods())
+        known = did_you_mean(str(problem["ctx"]["tag"]), LOSSES)
         return f"{name}: no such loss. {known} A second loss of one kind has a name of its own and `type`."
     below = path[1:] if path[0] != "losses" or len(path) < 3 else path[3:]
     if path[0] == "losses" and len(path) > 2:
-        module = methods().get(path[2])
-        section = module and module.Settings
+        section = LOSSES[path[2]].Config if path[2] in LOSSES else None
         del path[2]  # pydantic names the type beside the loss
     elif below:
         section = section_of(Recipe, path[0])
     for at, part in enumerate(path):  # what may be several kinds of thing: pydantic tells of each that it tried
         named = path[0] == "losses" and (
-            at == 1 or section is methods()["crossentropy"].Settings
+            at == 1 or section is LOSSES["crossentropy"].Config
         )  # a loss may be called anything
         if part in _EXPECTED and not named and not (part == "weight" and at + 1 < len(path)):
             return f"{'.'.join(path[: at + 1])}: expected {_EXPECTED[part]}"

@@ -1,6 +1,6 @@
-"""Checkpoints: one file that holds everything a run needs to go on, and that a kill at any moment leaves whole.
+"""Checkpoints: one file with everything that a resumed run needs, whole even if the run is killed at any moment.
 
-Only tensors and plain data are in it, and it is read with `weights_only=True`: a hostile file runs no code.
+It holds only tensors and plain data, and is read with `weights_only=True`: a hostile file runs no code.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FREE = ("stream.workers", "stream.memory", "checkpoint_interval", "val_interval"
 
 
 class IdentityRecord(Schema):
-    """What a checkpoint's `identity` says that a resumed run reads."""
+    """Fields of a checkpoint's `identity` that a resumed run reads."""
 
     mean: Three
     std: Three
@@ -41,7 +41,7 @@ class IdentityRecord(Schema):
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a checkpoint under a temporary name, sync it and rename it: there is always the old one or the new one."""
+    """Write a checkpoint under a temporary name, sync and rename it: the file is always the old or the new one."""
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         torch.save({"format": FORMAT, **content}, file)
         file.flush()
@@ -57,7 +57,7 @@ def read(path: Path) -> dict[str, Any]:
     """The content of a checkpoint, on the CPU.
 
     Raises:
-        UserError: there is none, it is damaged, of another kind, or holds more than plain data.
+        UserError: no such file, or it is damaged, of another kind, or holds more than plain data.
     """
     advice = "  Begin again in a new folder: the same command without --resume and with another --out."
     try:
@@ -89,22 +89,22 @@ def read(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def require_same(path: Path, found: Mapping[str, Any], recipe: Recipe, identity: Mapping[str, Any] | None) -> None:
-    """Compare what a checkpoint was trained with and what is asked for now.
+def require_same(path: Path, saved: Mapping[str, Any], recipe: Recipe, identity: Mapping[str, Any] | None) -> None:
+    """Require that a resumed run has the settings that its checkpoint was trained with.
 
     Args:
         path: of the checkpoint.
-        found: its content.
-        recipe: the one that is asked for.
-        identity: shards, bank, targets and views that are asked for; None compares the recipe alone.
+        saved: its content.
+        recipe: of the resumed run.
+        identity: shards, bank, targets and views of the resumed run; None compares the recipes alone.
 
     Raises:
-        IdentityError: naming the field, what the checkpoint has and what is asked for.
+        IdentityError: with the field, what the checkpoint has and what is asked for.
     """
-    then = validate(found["recipe"], str(path)).model_dump(mode="json")  # with defaults of settings that are new since
-    was, now = _flat(then), _flat(recipe.model_dump(mode="json"))
+    trained = validate(saved["recipe"], str(path)).model_dump(mode="json")  # with defaults of newer settings
+    was, now = _flat(trained), _flat(recipe.model_dump(mode="json"))
     if identity is not None:
-        was |= _flat(found["identity"])
+        was |= _flat(saved["identity"])
         now |= _flat(dict(identity))
     for field in [*was, *(name for name in now if name not in was)]:
         if field not in FREE and was.get(field) != now.get(field):
@@ -119,12 +119,12 @@ def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
     """`path.to.field` -> value; names in lists, such as classes, in NFC."""
     if not isinstance(content, dict) or not content:
         if isinstance(content, list | tuple):
-            return {prefix: [normalized(one) if isinstance(one, str) else one for one in content]}
+            return {prefix: [normalized(item) if isinstance(item, str) else item for item in content]}
         return {prefix: content}
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in content.items():
-        found |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return found
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Put the generators back; one that was not saved, because the run was on another device, is left as it is."""
+    """Restore the generators; one that was not saved, because the run was on another device, keeps its state."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,4 +1,4 @@
-"""Means over the training set: a control in place of targets (see `config.Control`), or of a teacher's maps."""
+"""Means over the training set: a control in place of targets (`ControlConfig`), or of a teacher's maps."""
 
 from __future__ import annotations
 
@@ -24,37 +24,39 @@ def mean_targets(stream: Stream, progress: Progress) -> Values:
     return _means(stream, progress, "mean targets", lambda values: values)
 
 
-def fill_means(rows: Mapping[str, tuple[AttentionAligner, Sequence[str]]], stream: Stream, progress: Progress) -> None:
-    """Fill the mean of rows that stand for those of all examples: over all samples and views of a stream.
+def fill_means(
+    aligners: Mapping[str, tuple[AttentionAligner, Sequence[str]]], stream: Stream, progress: Progress
+) -> None:
+    """Fill the mean of aligners with `average: examples`, over all samples and views of a stream.
 
     Args:
-        rows: name -> rows with average over examples, and the ids of their targets.
+        aligners: name -> aligner, and the ids of its targets.
         stream: of the training set.
-        progress: for people.
+        progress: for reports.
 
     Raises:
         DamageError: an object of the store is missing or damaged.
     """
 
     def maps(values: Values) -> Values:
-        return {name: one.rows_of_each([values[id] for id in targets]) for name, (one, targets) in rows.items()}
+        return {name: rows.rows_of_each([values[id] for id in ids]) for name, (rows, ids) in aligners.items()}
 
     for name, mean in _means(stream, progress, "mean maps", maps).items():
-        rows[name][0].get_buffer("mean").copy_(mean)
+        aligners[name][0].get_buffer("mean").copy_(mean)
 
 
-def _means(stream: Stream, progress: Progress, what: str, of: Callable[[Values], Values]) -> Values:
-    """Name -> the mean over all samples and views of what is made of a block's decoded targets."""
+def _means(stream: Stream, progress: Progress, title: str, values_of: Callable[[Values], Values]) -> Values:
+    """Name -> the mean over all samples and views of `values_of` a block's decoded targets."""
     reader, views = BlockReader(stream.source), stream.views or 0
     sums: Values = {}
-    progress.start(what, len(stream.order.blocks) * views)
+    progress.start(title, len(stream.order.blocks) * views)
     for segment in stream.order.blocks:
         for view in range(views):
             decoded = {}
             for target, arrays in reader.targets(segment, view).items():
                 codec = stream.source.targets[target]
                 decoded[target] = codec.decode({name: torch.from_numpy(array) for name, array in arrays.items()})
-            for name, values in of(decoded).items():
+            for name, values in values_of(decoded).items():
                 total = values.sum(0, dtype=torch.float64)
                 sums[name] = sums[name] + total if name in sums else total
             progress.advance(1)

@@ -1,12 +1,13 @@
 """The distiller: the losses of a recipe, aligned with one student and the targets of one store, as one module.
 
-It is what turns a batch of the stream into the number that is minimised: total = Σ weight(epoch) · loss.
+It turns a batch of the stream into the number that is minimized: total = Σ weight(epoch) · loss.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,13 @@ from storage.store.store import Store
 from student.alignment.report import AlignmentRow
 from student.alignment.student_spec import StudentSpec, full, student_spec
 from student.alignment.student_taps import ELSEWHERE, StudentTap, StudentTaps
-from student.attention_copy import copier
 from student.attention_copy.copier import AttentionCopier
 from student.data.batch import Batch
-from student.losses import cross_entropy, deit
-from student.losses.base import LossInputs
+from student.losses.base import Loss, LossInputs
+from student.losses.cross_entropy import CrossEntropyConfig
+from student.losses.deit import DeiTConfig
 from student.losses.parts.queue import Queue
-from student.losses.registry import methods
+from student.losses.registry import LOSSES
 from student.recipe.schema import Recipe
 from student.settings import ATTENTION_COPY, WITH_CLASS
 from student.targets.requirement import TargetRequirement
@@ -32,7 +33,7 @@ from student.targets.stored_target import StoredTarget, stored_target
 
 def student_taps_of(recipe: Recipe) -> frozenset[StudentTap]:
     """What the recipe's losses read of the student and of the batch, beside stored targets."""
-    return frozenset().union(*(methods()[settings.type].reads(settings) for settings in recipe.losses.values()))
+    return frozenset().union(*(LOSSES[config.type].student_taps(config) for config in recipe.losses.values()))
 
 
 def classifies(recipe: Recipe) -> bool:
@@ -40,23 +41,25 @@ def classifies(recipe: Recipe) -> bool:
     return bool(student_taps_of(recipe) & ELSEWHERE)
 
 
-def _shape(recipe: Recipe, model: nn.Module, names: Sequence[str] | None = None) -> StudentSpec:
-    """The student's shape; its tokens are looked at only where a loss reads them, so that others train any network."""
-    reads, copies = student_taps_of(recipe) - ELSEWHERE, recipe.attention_copy
-    attends = bool(reads & {"attention", "values"}) or copies is not None
-    values = "values" in reads or (copies is not None and copies.tensors == "v")
+def _student_spec(recipe: Recipe, model: nn.Module, class_names: Sequence[str] | None = None) -> StudentSpec:
+    """The student's shape; its tokens are read only where a loss needs them, so that others train any network."""
+    taps, attention_copy = student_taps_of(recipe) - ELSEWHERE, recipe.attention_copy
+    if attention_copy is not None:
+        taps |= AttentionCopier.student_taps(attention_copy)
+    attention = bool(taps & {"attention", "values"})
     try:
-        shape = student_spec(model, names, tokens=bool(reads) or attends, attention=attends, values=values)
+        spec = student_spec(model, class_names, tokens=bool(taps), attention=attention, values="values" in taps)
     except UserError as error:
-        raise UserError(f"{_refused(recipe, attends)}: {error}; {_PLAIN}") from None
-    pooled = [name for name, module in methods().items() if getattr(module, "POOLED", False)]
-    others = [name for name, loss in recipe.losses.items() if loss.type not in pooled] + [ATTENTION_COPY] * bool(copies)
-    if shape.each and others:
+        raise UserError(f"{_refused(recipe, attention)}: {error}; {_PLAIN}") from None
+    pooling = [name for name, loss in LOSSES.items() if loss.supports_pooling]
+    not_pooling = [name for name, config in recipe.losses.items() if config.type not in pooling]
+    not_pooling += [ATTENTION_COPY] if attention_copy is not None else []
+    if spec.each and not_pooling:
         raise UserError(
-            f"{others[0]}: {type(model).__name__} pools its patches, so its layers have no common heads and grid; such "
-            f"a student learns by {', '.join(pooled)} alone; {_PLAIN}"
+            f"{not_pooling[0]}: {type(model).__name__} pools its patches, so its layers have no common heads and grid; "
+            f"such a student learns by {', '.join(pooling)} alone; {_PLAIN}"
         )
-    return shape
+    return spec
 
 
 _PLAIN = f"take a plain ViT, such as --set student.model={WITH_CLASS}"
@@ -67,41 +70,45 @@ _READ: dict[StudentTap, str] = {
 }  # fmt: skip
 
 
-def _refused(recipe: Recipe, attends: bool) -> str:
+def _refused(recipe: Recipe, attention: bool) -> str:
     """The first loss that reads what a student does not have, and what that is."""
-    wanted: set[StudentTap] = {"attention", "values"} if attends else {"streams", "tokens"}
-    for name, settings in recipe.losses.items():
-        if found := methods()[settings.type].reads(settings) & wanted:
-            return f"{name} reads the student's {' and '.join(_READ[one] for one in sorted(found))}"
+    missing: set[StudentTap] = {"attention", "values"} if attention else {"streams", "tokens"}
+    for name, config in recipe.losses.items():
+        if taps := LOSSES[config.type].student_taps(config) & missing:
+            return f"{name} reads the student's {' and '.join(_READ[tap] for tap in sorted(taps))}"
     return f"{ATTENTION_COPY} changes the student's attention"
 
 
 def target_requirements(recipe: Recipe, model: nn.Module) -> list[TargetRequirement]:
     """What the recipe's losses and attention copy read from a store."""
-    shape = _shape(recipe, model)
-    found = [copier.requirement(recipe.attention_copy) if recipe.attention_copy else None]
-    found += [methods()[settings.type].need(name, settings, shape) for name, settings in recipe.losses.items()]
-    return [need for need in found if need is not None]
+    spec, requirements = _student_spec(recipe, model), list[TargetRequirement]()
+    if recipe.attention_copy is not None:
+        requirements.append(AttentionCopier.requirement(ATTENTION_COPY, recipe.attention_copy))
+    for name, config in recipe.losses.items():
+        if (requirement := LOSSES[config.type].requirement(name, config, spec)) is not None:
+            requirements.append(requirement)
+    return requirements
 
 
 def find_targets(
     store: Store | None, shards: Sequence[str], recipe: Recipe, model: nn.Module
 ) -> tuple[str | None, dict[str, tuple[StoredTarget, ...]]]:
-    """The bank's id, and loss (or `attention_copy`) -> what the store gives it.
+    """The bank's id, and loss (or `attention_copy`) -> its stored targets.
 
     Raises:
         UserError: a loss needs targets and there is no store, or what `select_targets` raises.
     """
-    needs = target_requirements(recipe, model)
+    requirements = target_requirements(recipe, model)
     if store is None:
-        if needs:
+        if requirements:
+            first = requirements[0]
             raise UserError(
-                f"{needs[0].loss} needs stored targets ({needs[0].words}): give --store DIR, which "
-                f"`pipeline precompute --teacher NAME {needs[0].flags} --store DIR …` fills"
+                f"{first.loss} needs stored targets ({first.words}): give --store DIR, which "
+                f"`pipeline precompute --teacher NAME {first.flags} --store DIR …` fills"
             )
         return None, {}
-    bank, targets = select_targets(store, shards, needs, recipe.stream.bank)
-    return bank, {loss: tuple(stored_target(store, target) for target in several) for loss, several in targets.items()}
+    bank, ids = select_targets(store, shards, requirements, recipe.stream.bank)
+    return bank, {loss: tuple(stored_target(store, id) for id in its_ids) for loss, its_ids in ids.items()}
 
 
 class Distiller(nn.Module):
@@ -110,10 +117,17 @@ class Distiller(nn.Module):
     Args:
         recipe: with the losses that are on.
         model: the student.
-        given: loss, or `attention_copy`, -> its targets.
+        targets: loss, or `attention_copy`, -> its stored targets.
         mean: of the student's input.
         std: of the student's input.
-        names: of the student's classes, where they are known.
+        class_names: of the student's classes, where they are known.
+
+    Attributes:
+        terms: the losses by name; `losses` is the same as a module.
+        target_ids: loss, or `attention_copy`, -> ids of its stored targets.
+        precision: of the student's forward pass; None: float32. Losses are computed in float32.
+        means: a control: target id -> what every image gets in its place.
+        metrics: scalars of the last step that losses log, such as agreement with a teacher.
 
     Raises:
         UserError: a target and the student do not go together.
@@ -123,70 +137,72 @@ class Distiller(nn.Module):
         self,
         recipe: Recipe,
         model: nn.Module,
-        given: Mapping[str, Sequence[StoredTarget]],
+        targets: Mapping[str, Sequence[StoredTarget]],
+        *,
         mean: Sequence[float],
         std: Sequence[float],
-        names: Sequence[str] | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        self.student = model
-        self.settings = recipe.losses
-        shape = _shape(recipe, model, names)
-        distils = any(isinstance(settings, deit.Settings) for settings in recipe.losses.values())
-        terms = {}
-        for name, settings in recipe.losses.items():
+        self.student, self.configs = model, recipe.losses
+        spec = _student_spec(recipe, model, class_names)
+        self.terms: dict[str, Loss[Any]] = {}
+        for name, config in _with_heads(recipe).items():
             if hasattr(nn.ModuleDict, name):
                 raise UserError(f"losses.{name}: PyTorch keeps this name for itself; call the loss otherwise")
-            if isinstance(settings, cross_entropy.Settings) and settings.heads is None:
-                settings = settings.model_copy(update={"heads": "class" if distils else "both"})
-            terms[name] = methods()[settings.type].Method(name, settings, shape, given.get(name, ()))
-        self.losses = nn.ModuleDict(terms)
-        self.queues = _queues(self.losses, recipe.stream.batch_size)
-        self.rows: list[AlignmentRow] = [method.row for method in terms.values() if method.row is not None]
+            self.terms[name] = LOSSES[config.type](name, config, spec, targets.get(name, ()))
+        self.losses = nn.ModuleDict(self.terms)
+        self.queues = _queues(self.terms, recipe.stream.batch_size)
+        self.rows: list[AlignmentRow] = [loss.row for loss in self.terms.values() if loss.row is not None]
         self.copier: AttentionCopier | None = None
         if recipe.attention_copy is not None:
-            self.copier = AttentionCopier(recipe.attention_copy, shape, given[ATTENTION_COPY])
-            self.copier.copies.attach(model)  # before what is seen: losses see q, k and v as they are used
+            self.copier = AttentionCopier(ATTENTION_COPY, recipe.attention_copy, spec, targets[ATTENTION_COPY])
+            self.copier.hooks.attach(model)  # before the taps: losses see q, k and v as they are used
             self.rows.insert(0, self.copier.row)
-        self.targets = {name: tuple(one.id for one in several) for name, several in given.items()}
-        reads = student_taps_of(recipe) - ELSEWHERE
-        self.seen = StudentTaps(model, reads) if reads else None
+        self.target_ids = {name: tuple(stored.id for stored in its_targets) for name, its_targets in targets.items()}
+        self.student_taps = StudentTaps(model, student_taps_of(recipe) - ELSEWHERE)
         if hasattr(model, "set_distilled_training"):
             model.set_distilled_training(True)  # type: ignore[operator]  # both heads' logits, while it trains
         self.mean, self.std = tuple(mean), tuple(std)
-        self.precision: torch.dtype | None = None  # of the student's forward pass; losses are computed in f32
-        self.means: dict[str, Tensor] = {}  # a control: target id -> what every image gets in its place
-        self.notes: dict[str, Tensor] = {}  # scalars of the last step for people, such as agreement with a teacher
+        self.precision: torch.dtype | None = None
+        self.means: dict[str, Tensor] = {}
+        self.metrics: dict[str, Tensor] = {}
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits `[B, K]` of a batch (features without a classifier), and loss -> value, unweighted scalars."""
         pixels = batch.pixels(self.mean, self.std)
-        if self.seen is not None:
-            self.seen.clear()
-        decoded = {id: self._target(batch, id) for ids in self.targets.values() for id in ids}
+        self.student_taps.clear()
+        decoded = {id: self._target(batch, id) for ids in self.target_ids.values() for id in ids}
         with (
-            self._copied(decoded),
+            self._attention_copy(decoded),
             torch.autocast(pixels.device.type, self.precision, enabled=self.precision is not None),
         ):
             output = self.student(pixels)
-        logits, distilled = output if isinstance(output, tuple) else (output, None)
-        logits, distilled = full(logits), None if distilled is None else full(distilled)
+        logits, distillation_logits = output if isinstance(output, tuple) else (output, None)
+        logits = full(logits)
+        distillation_logits = None if distillation_logits is None else full(distillation_logits)
         values: dict[str, Tensor] = {}
-        self.notes = {}
-        for name, loss in self.losses.items():
-            targets = tuple(decoded[id] for id in self.targets.get(name, ()))
-            step = LossInputs(
-                logits, batch.labels, batch.others, batch.shares, distilled, self.seen, targets, self.notes
+        self.metrics = {}
+        for name, loss in self.terms.items():
+            inputs = LossInputs(
+                logits=logits,
+                distillation_logits=distillation_logits,
+                student_taps=self.student_taps,
+                labels=batch.labels,
+                mix_labels=batch.mix_labels,
+                mix_weights=batch.mix_weights,
+                targets=tuple(decoded[id] for id in self.target_ids.get(name, ())),
+                metrics=self.metrics,
             )
-            values[name] = loss(step)
+            values[name] = loss(inputs)
         return logits, values
 
-    def _copied(self, decoded: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-        """What the student attends with in place of its own meanwhile; nothing, or what is fixed already."""
-        if self.copier is None or self.copier.copies.fixed:
+    def _attention_copy(self, decoded: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """A context in which the student attends with what it copies, unless that is nothing or fixed."""
+        if self.copier is None or self.copier.hooks.fixed:
             return nullcontext()
-        copied = self.copier.copied([decoded[id] for id in self.targets[ATTENTION_COPY]])
-        return self.copier.copies.given(copied)
+        copied = self.copier.copied([decoded[id] for id in self.target_ids[ATTENTION_COPY]])
+        return self.copier.hooks.attending(copied)
 
     def _target(self, batch: Batch, id: str) -> Tensor:
         if id in self.means:
@@ -194,18 +210,29 @@ class Distiller(nn.Module):
         return batch.target(id)
 
     def learned(self) -> dict[str, Tensor]:
-        """What the losses learned, such as links and projectors, by name; without queues, which only pass by."""
-        passing = [f"{name}." for name, module in self.losses.named_modules() if isinstance(module, Queue)]
-        return {name: t for name, t in self.losses.state_dict().items() if not name.startswith(tuple(passing))}
+        """What the losses learned, such as links and projectors, by name; without the content of queues."""
+        queues = [f"{name}." for name, module in self.losses.named_modules() if isinstance(module, Queue)]
+        return {name: t for name, t in self.losses.state_dict().items() if not name.startswith(tuple(queues))}
 
     def total(self, values: Mapping[str, Tensor], epoch: int) -> Tensor:
         """Σ weight(epoch) · loss."""
-        return torch.stack([self.settings[name].weight.at(epoch) * value for name, value in values.items()]).sum()
+        return torch.stack([self.configs[name].weight.at(epoch) * value for name, value in values.items()]).sum()
 
 
-def _queues(losses: nn.ModuleDict, batch: int) -> list[Queue]:
-    """The losses' queues. Raises UserError: one that a batch does not go into."""
-    found = []
+def _with_heads(recipe: Recipe) -> dict[str, Any]:
+    """The losses' settings; cross-entropy trains both heads of a student, or the class head beside a `deit` loss."""
+    heads = "class" if any(isinstance(config, DeiTConfig) for config in recipe.losses.values()) else "both"
+    return {
+        name: config.model_copy(update={"heads": config.heads or heads})
+        if isinstance(config, CrossEntropyConfig)
+        else config
+        for name, config in recipe.losses.items()
+    }
+
+
+def _queues(losses: Mapping[str, nn.Module], batch: int) -> list[Queue]:
+    """The losses' queues. Raises UserError: one that holds less than a batch."""
+    queues = []
     for name, loss in losses.items():
         for queue in (module for module in loss.modules() if isinstance(module, Queue)):
             if len(queue.entries) < batch:
@@ -213,5 +240,5 @@ def _queues(losses: nn.ModuleDict, batch: int) -> list[Queue]:
                     f"{name}: a batch of {batch} does not go into a queue of {len(queue.entries)}: "
                     f"--set losses.{name}.queue={batch}"
                 )
-            found.append(queue)
-    return found
+            queues.append(queue)
+    return queues

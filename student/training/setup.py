@@ -1,4 +1,4 @@
-"""What a training run is made of, found and checked before anything is spent: classes, student, stream, distiller."""
+"""Builds a training run and checks it before the first step: classes, student, stream, distiller."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ from student.training.distiller import Distiller, classifies, find_targets, stud
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """What a training run is asked for.
+    """Settings and inputs of a training run.
 
     Attributes:
-        recipe: the whole of it.
+        recipe: the whole recipe.
         shards: patterns of training shards.
         val: patterns of validation shards; none are needed where no loss reads labels.
         out: the run's folder.
         store: with the targets.
         device: of this process.
-        resume: go on from the folder's checkpoint.
-        smoke: a few steps of each phase only, to see that everything works.
+        resume: resume from the folder's checkpoint.
+        smoke: run a few steps of each phase only, to see that everything works.
     """
 
     recipe: Recipe
@@ -60,90 +60,102 @@ class TrainConfig:
     smoke: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingRun:
-    """What is trained and on what.
+    """All parts of a training run.
 
     Attributes:
         stream: the batches.
-        given: loss, or `attention_copy`, -> what the store gives it.
+        targets: loss, or `attention_copy`, -> its stored targets.
         distiller: student and losses, on the device.
         average: the averaged student, or None.
-        still: modules with frozen running statistics.
+        frozen_norms: modules with frozen running statistics.
         val_shards: the validation shards that students are scored on; empty where no score can be taken.
-        description: goes with the student's weights.
-        identity: what a resumed run must agree with.
+        description: saved with the student's weights.
+        identity: what must be equal in a resumed run.
     """
 
     stream: Stream
-    given: dict[str, tuple[StoredTarget, ...]]
+    targets: dict[str, tuple[StoredTarget, ...]]
     distiller: Distiller
     average: Any
-    still: list[nn.Module]
+    frozen_norms: list[nn.Module]
     val_shards: list[Shard]
     description: StudentDescription
     identity: dict[str, Any]
 
 
-def build_run(job: TrainConfig, progress: Progress, found: dict[str, Any] | None) -> TrainingRun:
-    """Everything that a run needs, and a word on what was chosen.
+def build_run(config: TrainConfig, progress: Progress, saved: dict[str, Any] | None) -> TrainingRun:
+    """Build a run, and report what was chosen.
 
     Args:
-        job: what is asked for.
-        progress: told what was chosen.
-        found: the checkpoint that is gone on from: weights come from there, and it fixes the number of views.
+        config: settings and inputs.
+        progress: for reports.
+        saved: content of the checkpoint to resume from: it has the weights, and fixes the number of views.
 
     Raises:
         UserError: as its parts do.
     """
-    recipe = job.recipe
+    recipe = config.recipe
     torch.manual_seed(recipe.seed)
-    urls, val_shards = expand(job.shards), open_shards(job.val, progress.say) if job.val else []
+    urls, val_shards = expand(config.shards), open_shards(config.val, progress.say) if config.val else []
     classes, count = _classes(urls, [shard.url for shard in val_shards], recipe) if classifies(recipe) else (None, 0)
     scored = _scored(val_shards, recipe, count, progress)
     model, arguments = build_student(recipe.student, count)
     file = WeightsFile(recipe.student.weights) if recipe.student.weights else None
-    if found is None:
+    if saved is None:
         begin_from(model, recipe.student, file, classes, progress.say)
     mean, std = normalization(recipe.student, file)
-    if found is not None:
-        mean, std = (tuple(found["identity"][name]) for name in ("mean", "std"))
+    if saved is not None:
+        mean, std = (tuple(saved["identity"][name]) for name in ("mean", "std"))
     elif recipe.student.pretrained or recipe.student.weights:
         progress.say(f"pixels: mean {_three(mean)}, std {_three(std)}")
-    still = freeze(model, recipe.student.freeze, progress.say)
+    frozen_norms = freeze(model, recipe.student.freeze, progress.say)
     size = input_size(model, recipe.student)
-    average = _average(recipe, model).to(job.device) if recipe.model_ema_decay else None  # before hooks are added
-    stream, given = _stream(job, urls, model, size, count, progress, found["identity"]["views"] if found else None)
-    distiller = Distiller(recipe, model, given, mean, std, classes)
+    average = _average(recipe, model).to(config.device) if recipe.model_ema_decay else None  # before hooks are added
+    views = saved["identity"]["views"] if saved else None
+    stream, targets = _stream(config, urls, model, progress, size=size, classes=count, views=views)
+    distiller = Distiller(recipe, model, targets, mean=mean, std=std, class_names=classes)
     if distiller.rows:
         progress.say(alignment_table(distiller.rows))
     _control(recipe, stream, distiller, progress)
-    if found is None:
+    if saved is None:
         _average_examples(stream, distiller, progress)
-    distiller.to(job.device)
+    distiller.to(config.device)
     source = stream.source
     tell_of_shared(source.shard_ids, val_shards, progress.say)
-    copied = _copies(job, given, stream, distiller, average, scored, progress) if distiller.copier else None
+    attention_copy = _attention_copy(
+        config, stream, distiller, progress, targets=targets, average=average, scored=scored
+    )
     description = StudentDescription(
         recipe.student.model, arguments, size, mean, std, classes,
-        source.policy.evaluation.line, recipe.student.shifted_patches, copied,
+        source.policy.evaluation.line, recipe.student.shifted_patches, attention_copy,
     )  # fmt: skip
     identity = {
         "shards": list(source.shard_ids), "validation shards": [shard.id for shard in val_shards],
         "classes": list(classes) if classes else count, "bank": source.bank, "policy": source.policy.line,
-        "targets": {name: list(ids) for name, ids in distiller.targets.items()}, "views": stream.views,
+        "targets": {name: list(ids) for name, ids in distiller.target_ids.items()}, "views": stream.views,
         "control": recipe.control.model_dump(exclude_defaults=True), "mean": list(mean), "std": list(std),
     }  # fmt: skip
-    if chosen := {name: loss.chosen for name, loss in distiller.losses.items() if getattr(loss, "chosen", None)}:
-        identity["links"] = chosen  # taken from another run, whose folder may change
-    return TrainingRun(stream, given, distiller, average, still, scored, description, identity)
+    if digests := {name: loss.source_digest for name, loss in distiller.terms.items() if loss.source_digest}:
+        identity["links"] = digests  # taken from another run, whose folder may change
+    return TrainingRun(
+        stream=stream,
+        targets=targets,
+        distiller=distiller,
+        average=average,
+        frozen_norms=frozen_norms,
+        val_shards=scored,
+        description=description,
+        identity=identity,
+    )
 
 
 def _scored(val_shards: list[Shard], recipe: Recipe, classes: int, progress: Progress) -> list[Shard]:
-    """The validation shards that students are scored on; it is said where there are none.
+    """The validation shards that students are scored on; reports where there are none.
 
     Raises:
-        UserError: labels are learned, and there are no validation shards, or they have none or others.
+        UserError: a loss reads labels, and there are no validation shards, or their labels are missing or other ones.
     """
     labels = "labels" in student_taps_of(recipe)
     if labels and not val_shards:
@@ -171,17 +183,24 @@ def _average(recipe: Recipe, model: nn.Module) -> Any:
 
 
 def _three(values: Sequence[float]) -> str:
-    """One number for three that are the same."""
+    """Three numbers, or one where they are equal."""
     return ", ".join(f"{value:g}" for value in (values[:1] if len(set(values)) == 1 else values))
 
 
 def _stream(
-    job: TrainConfig, urls: list[str], model: nn.Module, size: int, classes: int, progress: Progress, views: int | None
+    config: TrainConfig,
+    urls: list[str],
+    model: nn.Module,
+    progress: Progress,
+    *,
+    size: int,
+    classes: int,
+    views: int | None,
 ) -> tuple[Stream, dict[str, tuple[StoredTarget, ...]]]:
-    """The stream, and what it gives to each loss."""
-    recipe, settings = job.recipe, job.recipe.stream
-    shards = list(opened(urls, job.store)) if job.store is not None else []
-    bank, given = find_targets(job.store, [shard.id for shard in shards if len(shard)], recipe, model)
+    """The stream, and each loss's stored targets."""
+    recipe, settings = config.recipe, config.recipe.stream
+    shards = list(opened(urls, config.store)) if config.store is not None else []
+    bank, targets = find_targets(config.store, [shard.id for shard in shards if len(shard)], recipe, model)
     fresh: Policy | None = None
     if bank is None:
         wish = settings.bank
@@ -199,8 +218,8 @@ def _stream(
     stream = Stream(
         shards or urls,
         batch=settings.batch_size,
-        store=job.store,
-        targets=list(dict.fromkeys(one.id for several in given.values() for one in several)),
+        store=config.store,
+        targets=list(dict.fromkeys(stored.id for its_targets in targets.values() for stored in its_targets)),
         policy=fresh,
         bank=bank,
         views=settings.views or views,
@@ -227,15 +246,15 @@ def _stream(
         progress.say(f"views: stored, {stream.source.policy.line}, {stream.views} a sample, bank {bank}")
     for notice in stream.notices:
         progress.say(notice)
-    return stream, given
+    return stream, targets
 
 
 def _control(recipe: Recipe, stream: Stream, distiller: Distiller, progress: Progress) -> None:
-    """Targets that cannot know the image, where the recipe asks for a control."""
+    """Replace targets by those of a control, where the recipe asks for one."""
     control = recipe.control
     if control.permute_targets is None and not control.mean_targets:
         return
-    if not distiller.targets:
+    if not distiller.target_ids:
         raise UserError("control speaks of stored targets, and this recipe's losses read none")
     if control.mean_targets:
         distiller.means = mean_targets(stream, progress)
@@ -245,53 +264,57 @@ def _control(recipe: Recipe, stream: Stream, distiller: Distiller, progress: Pro
 
 
 def _average_examples(stream: Stream, distiller: Distiller, progress: Progress) -> None:
-    """Mean maps over the training set, where they stand for those of all images; a checkpoint brings them back."""
-    parts: dict[str, Any] = {name: getattr(method, "rows", None) for name, method in distiller.losses.items()}
-    if distiller.copier:
-        parts[ATTENTION_COPY] = distiller.copier.meets
-    rows = {
-        name: part for name, part in parts.items() if isinstance(part, AttentionAligner) and part.average == "examples"
+    """Fill mean maps over the training set, where losses read these; a resumed run has them from its checkpoint."""
+    parts: dict[str, nn.Module] = {**distiller.terms}
+    if distiller.copier is not None:
+        parts[ATTENTION_COPY] = distiller.copier
+    aligners = {
+        name: (module, distiller.target_ids[name])
+        for name, part in parts.items()
+        for module in part.modules()
+        if isinstance(module, AttentionAligner) and module.average == "examples"
     }
-    if rows:
-        fill_means({name: (part, distiller.targets[name]) for name, part in rows.items()}, stream, progress)
+    if aligners:
+        fill_means(aligners, stream, progress)
 
 
-def _copies(
-    job: TrainConfig,
-    given: dict[str, tuple[StoredTarget, ...]],
+def _attention_copy(
+    config: TrainConfig,
     stream: Stream,
     distiller: Distiller,
+    progress: Progress,
+    *,
+    targets: dict[str, tuple[StoredTarget, ...]],
     average: Any,
     scored: list[Shard],
-    progress: Progress,
-) -> dict[str, Any]:  # fmt: skip
-    """Where copied attention comes from in training and in evaluation: said, and recorded for the student's file.
+) -> dict[str, Any] | None:
+    """Attach the sources of copied attention for evaluation; the record for the student's file.
+
+    None for a student that copies nothing.
 
     Raises:
         UserError: the store has none of the validation images.
     """
-    recipe, copier, store = job.recipe, distiller.copier, job.store
-    assert copier is not None
-    assert recipe.attention_copy is not None
-    assert store is not None
-    copies, several, permute = copier.copies, given[ATTENTION_COPY], recipe.control.permute_targets
+    copier, store = distiller.copier, config.store
+    if copier is None or store is None:
+        return None
+    hooks, copied_from, permute = copier.hooks, targets[ATTENTION_COPY], config.recipe.control.permute_targets
     if average is not None:
-        copies.attach(average.module)
+        hooks.attach(average.module)
     if distiller.means:
-        copies.fixed = copier.copied([distiller.means[one.id][None].to(job.device) for one in several])
-    elif recipe.attention_copy.average == "examples":
-        copies.fixed = {"map": copier.meets.get_buffer("mean")[None]}
+        hooks.fixed = copier.copied([distiller.means[stored.id][None].to(config.device) for stored in copied_from])
+    elif copier.config.average == "examples":
+        hooks.fixed = {"map": copier.meets.get_buffer("mean")[None]}
     elif scored:
-        copies.lender = stored_attention(
-            store, copier, several, scored, stream.source.policy.evaluation, permute=permute
-        )
-    if "map" in copies.parts:
-        progress.say(f"{ATTENTION_COPY}: {len(copies.layers)} layer(s) run unfused, where whole maps can go in")
-    return record_of(copier, recipe.attention_copy, store, several, permute)
+        view = stream.source.policy.evaluation
+        hooks.source = stored_attention(store, copier, copied_from, scored, view, permute=permute)
+    if "map" in hooks.parts:
+        progress.say(f"{ATTENTION_COPY}: {len(hooks.layers)} layer(s) run unfused, where whole maps can go in")
+    return record_of(copier, store, copied_from, permute)
 
 
 def _classes(urls: list[str], val_urls: list[str], recipe: Recipe) -> tuple[tuple[str, ...] | None, int]:
-    """The class names and how many there are; never guessed from labels."""
+    """The class names and their number, which is never guessed from labels."""
     names, val_names = classes_of(urls), classes_of(val_urls)
     if names:
         require_classes(val_urls, names)

@@ -1,4 +1,4 @@
-"""One update of a student: a batch in pieces, forward and backward, clipping, the optimiser, the average."""
+"""One update of a student: forward and backward over micro-batches, clipping, optimizer, weight average."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Whole(nn.Module):
         self.distiller = distiller
 
     def forward(self, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """What is minimised, and each loss without its gradient."""
+        """The total, and each loss without its gradient."""
         _, values = self.distiller(batch)
         return self.distiller.total(values, epoch), {name: value.detach() for name, value in values.items()}
 
@@ -38,7 +38,7 @@ class Update:
         recipe: with `optim.grad_accum_steps` and `optim.clip_grad`.
         distiller: on its device.
         optimizer: of its parameters.
-        average: timm's average of the student, or None.
+        average: timm's EMA of the student, or None.
         device: of the distiller.
         scaled: whether gradients are scaled, as float16 needs.
     """
@@ -48,6 +48,7 @@ class Update:
         recipe: Recipe,
         distiller: Distiller,
         optimizer: torch.optim.Optimizer,
+        *,
         average: Any,
         device: torch.device,
         scaled: bool,
@@ -61,19 +62,19 @@ class Update:
             self.whole = DistributedDataParallel(self.whole, device_ids=devices, find_unused_parameters=True)
 
     def __call__(self, batch: Batch, epoch: int, step: int) -> dict[str, float]:
-        """One update; the means over this rank's batch of `loss`, `losses/…` and `notes/…`.
+        """One update; the means over this rank's batch of `loss`, `losses/…` and `metrics/…`.
 
         Raises:
             UserError: a loss that is not finite.
         """
-        pieces = split_microbatches(batch, self.settings.grad_accum_steps)
+        micro_batches = split_microbatches(batch, self.settings.grad_accum_steps)
         self.optimizer.zero_grad()
         sums: dict[str, float] = {}
         offered: list[list[Tensor]] = []
-        for number, piece in enumerate(pieces):
-            waits = isinstance(self.whole, DistributedDataParallel) and number < len(pieces) - 1
-            with self.whole.no_sync() if waits else nullcontext():  # type: ignore[operator]
-                loss, values = self.whole(piece, epoch)
+        for number, micro_batch in enumerate(micro_batches):
+            accumulates = isinstance(self.whole, DistributedDataParallel) and number < len(micro_batches) - 1
+            with self.whole.no_sync() if accumulates else nullcontext():  # type: ignore[operator]
+                loss, values = self.whole(micro_batch, epoch)
                 numbers = self._numbers(loss, values)
                 if not math.isfinite(numbers["loss"]):
                     parts = ", ".join(f"{name} {value.item():g}" for name, value in values.items())
@@ -81,10 +82,10 @@ class Update:
                         f"epoch {epoch}, step {step}: the loss is not finite ({parts}); lower the learning "
                         "rate, --set optim.lr=X, or cap the gradients, --set optim.clip_grad=1"
                     )
-                self.scaler.scale(loss / len(pieces)).backward()
+                self.scaler.scale(loss / len(micro_batches)).backward()
             offered.append([queue.offered for queue in self.distiller.queues])
             for name, value in numbers.items():
-                sums[name] = sums.get(name, 0.0) + value / len(pieces)
+                sums[name] = sums.get(name, 0.0) + value / len(micro_batches)
         if self.settings.clip_grad:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.distiller.parameters(), self.settings.clip_grad)
@@ -97,14 +98,14 @@ class Update:
         return sums
 
     def _numbers(self, loss: Tensor, values: dict[str, Tensor]) -> dict[str, float]:
-        """All that is logged of a step, fetched from the device at once."""
+        """The logged scalars of a step, fetched from the device at once."""
         named = {"loss": loss.detach(), **{f"losses/{name}": value for name, value in values.items()}}
-        named |= {f"notes/{name}": value.detach() for name, value in self.distiller.notes.items()}
+        named |= {f"metrics/{name}": value.detach() for name, value in self.distiller.metrics.items()}
         return dict(zip(named, torch.stack([value.float() for value in named.values()]).tolist(), strict=True))
 
 
 def split_microbatches(batch: Batch, count: int) -> list[Batch]:
-    """A batch in so many equal pieces."""
+    """A batch split into `count` equal parts."""
     if count == 1:
         return [batch]
     size = len(batch.labels) // count

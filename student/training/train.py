@@ -1,7 +1,7 @@
-"""The trainer: plain PyTorch with timm's optimisers, schedules and averaging, readable from top to bottom.
+"""The trainer: plain PyTorch with timm's optimizers, schedules and averaging, readable from top to bottom.
 
-Every `checkpoint_interval` steps and at the end of each epoch all is kept in one file; a run that goes on from it
-gives, on a CPU, the weights of an undisturbed one, bit for bit. `student/run_dir.py` says what a run leaves.
+Every `checkpoint_interval` steps and at the end of each epoch the whole state is saved in one file. A run resumed
+from it ends, on a CPU, with the weights of an undisturbed run, bit for bit. `student/run_dir.py` lists its files.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SMOKE_STEPS, SMOKE_BLOCKS = 3, 2
 
 @dataclass
 class TrainState:
-    """How far a run is: an epoch and the steps done in it, the sums of its log so far, and the scores until now."""
+    """Progress of a run: the epoch, steps done in it, sums of logged values in it, scores so far, seconds."""
 
     epoch: int = 0
     step: int = 0
@@ -59,9 +59,9 @@ class TrainState:
 
 
 def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, Any]:
-    """Train a student; what came out, as plain data, with None for scores that could not be taken.
+    """Train a student; the result as plain data, with None for scores that could not be taken.
 
-    All ranks of a torchrun call it; the first one writes and speaks.
+    All ranks of a torchrun call it; rank 0 writes and reports.
 
     Args:
         config: recipe, shards, store and the run's folder.
@@ -69,70 +69,68 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
 
     Raises:
         UserError: as its parts do; a loss that is not finite; a folder with another run in it.
-        IdentityError: a resumed run that is asked to be another than it was.
+        IdentityError: a resumed run with other settings than it had.
     """
     progress = NoProgress() if rank() or progress is None else progress
-    found = _found(config)
+    saved = _saved(config)
     precision.check(config.recipe.precision, torch.device(config.device))
     if config.recipe.tensorboard:
         run_dir.board_writer()
-    parts = build_run(config, progress, found)
-    if found is not None:
-        checkpoint.require_same(config.out / run_dir.CHECKPOINT, found, config.recipe, parts.identity)
-    if found is not None and found["epoch"] >= config.recipe.optim.epochs and (kept := run_dir.result(config.out)):
+    run = build_run(config, progress, saved)
+    if saved is not None:
+        checkpoint.require_same(config.out / run_dir.CHECKPOINT, saved, config.recipe, run.identity)
+    if saved is not None and saved["epoch"] >= config.recipe.optim.epochs and (result := run_dir.result(config.out)):
         progress.say(f"{config.out}: this run is complete")
-        return kept
-    run = Trainer(config, parts, progress)
-    if found is None:
-        run.begin()
+        return result
+    trainer = Trainer(config, run, progress)
+    if saved is None:
+        trainer.begin()
     else:
-        run.resume(found)
+        trainer.resume(saved)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
-        with parts.stream.watched(_fewer(config, parts.stream.workers)):
-            run.train()
-            return run.finish()
+        with run.stream.watched(_with_fewer_workers(config, run.stream.workers)):
+            trainer.train()
+            return trainer.finish()
 
 
-def _fewer(job: TrainConfig, workers: int) -> str:
-    """What to do where a loader worker dies."""
-    words = f"--set stream.workers={max(0, workers - 1)}{'' if job.smoke else ' --resume'}"
+def _with_fewer_workers(config: TrainConfig, workers: int) -> str:
+    """The remedy where a loader worker dies."""
+    words = f"--set stream.workers={max(0, workers - 1)}{'' if config.smoke else ' --resume'}"
     return f"run the same command again with {words}"
 
 
-def _found(job: TrainConfig) -> dict[str, Any] | None:
-    """The checkpoint to go on from, or None for a new run."""
-    path = job.out / run_dir.CHECKPOINT
-    if not job.resume:
+def _saved(config: TrainConfig) -> dict[str, Any] | None:
+    """Content of the checkpoint to resume from; None for a new run."""
+    path = config.out / run_dir.CHECKPOINT
+    if not config.resume:
         if rank() == 0:
-            run_dir.require_free(job.out)
+            run_dir.require_free(config.out)
         return None
-    if run_dir.is_smoke(job.out):
-        raise UserError(f"{job.out}: a smoke run lies here, which never goes on; begin anew without --resume")
-    if broadcast_object(run_dir.never_kept(job.out) if rank() == 0 else None):  # cut off before its first checkpoint
+    if run_dir.is_smoke(config.out):
+        raise UserError(f"{config.out}: a smoke run lies here, which never goes on; begin anew without --resume")
+    if broadcast_object(run_dir.never_kept(config.out) if rank() == 0 else None):  # cut off before its first checkpoint
         return None
-    found = checkpoint.read(path)
-    checkpoint.require_same(path, found, job.recipe, None)
-    return found
+    saved = checkpoint.read(path)
+    checkpoint.require_same(path, saved, config.recipe, None)
+    return saved
 
 
 class Trainer:
-    """A run and everything that its checkpoint holds."""
+    """Trains, logs, evaluates and saves one run."""
 
-    def __init__(self, job: TrainConfig, parts: TrainingRun, progress: Progress) -> None:
-        self.job, self.parts, self.progress = job, parts, progress
-        self.recipe, self.device = job.recipe, torch.device(job.device)
-        self.distiller, self.stream, self.average = parts.distiller, parts.stream, parts.average
+    def __init__(self, config: TrainConfig, run: TrainingRun, progress: Progress) -> None:
+        self.config, self.run, self.progress = config, run, progress
+        self.recipe, self.device = config.recipe, torch.device(config.device)
+        self.distiller, self.stream, self.average = run.distiller, run.stream, run.average
         self.optimizer, self.scheduler = build_optimizer(self.recipe, self.distiller, self.stream.order.steps)
-        self.place = TrainState()
-        self.choice: (
-            precision.PrecisionChoice
-        )  # and the update: of a new run as its recipe says, else as its checkpoint does
+        self.state = TrainState()
+        self.precision: precision.PrecisionChoice  # begin or resume sets it, and the update
         self.update: Update
         self.log = run_dir.Log(None)
-        self.epochs = 1 if job.smoke else self.recipe.optim.epochs
-        self.steps = min(SMOKE_STEPS, self.stream.order.steps) if job.smoke else self.stream.order.steps
-        self.began = time.monotonic()
+        self.epochs = 1 if config.smoke else self.recipe.optim.epochs
+        self.steps = min(SMOKE_STEPS, self.stream.order.steps) if config.smoke else self.stream.order.steps
+        self.started = time.monotonic()
 
     # ------------------------------------------------------------------------------------------ beginning
 
@@ -143,69 +141,74 @@ class Trainer:
         self._compute(broadcast_object(precision.choose(self.recipe.precision, self.device)))
         if rank():
             return
-        if run_dir.never_kept(self.job.out):
-            self.progress.say(f"{self.job.out}: the run was cut off before its first checkpoint; it begins again")
-        run_dir.begin(self.job.out, self.job.smoke)
-        (self.job.out / "args.yaml").write_text(yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False))
-        about = {**self.parts.identity, "precision": self.choice.plain()}
+        if run_dir.never_kept(self.config.out):
+            self.progress.say(f"{self.config.out}: the run was cut off before its first checkpoint; it begins again")
+        run_dir.begin(self.config.out, self.config.smoke)
+        (self.config.out / "args.yaml").write_text(yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False))
+        about = {**self.run.identity, "precision": self.precision.plain()}
         about |= {"ranks": world_size(), "device": str(self.device)}
         counts = {str(label): count for label, count in sorted(self.stream.label_counts.items())}
-        run_dir.write_json(self.job.out / run_dir.ABOUT, {**about, "images": counts, "torch": torch.__version__})
-        self.log = run_dir.Log(self.job.out, tensorboard=self.recipe.tensorboard)
+        run_dir.write_json(self.config.out / run_dir.ABOUT, {**about, "images": counts, "torch": torch.__version__})
+        self.log = run_dir.Log(self.config.out, tensorboard=self.recipe.tensorboard)
 
-    def resume(self, found: dict[str, Any]) -> None:
-        """Everything as it was when the checkpoint was written."""
-        path = self.job.out / run_dir.CHECKPOINT
+    def resume(self, saved: dict[str, Any]) -> None:
+        """Restore everything that a checkpoint holds."""
+        path = self.config.out / run_dir.CHECKPOINT
         try:
-            self.distiller.student.load_state_dict(found["student"])
-            self.distiller.losses.load_state_dict(found["losses"])
+            self.distiller.student.load_state_dict(saved["student"])
+            self.distiller.losses.load_state_dict(saved["losses"])
             if self.distiller.copier is not None:
-                self.distiller.copier.load_state_dict(found["attention_copy"])
-            self.optimizer.load_state_dict(found["optimizer"])
+                self.distiller.copier.load_state_dict(saved["attention_copy"])
+            self.optimizer.load_state_dict(saved["optimizer"])
             if self.average is not None:
-                self.average.module.load_state_dict(found["average"])
-            choice = precision.PrecisionChoice.of(found["precision"])
-            self.place = TrainState(found["epoch"], found["step"], found["sums"], found["scores"], found["seconds"])
-            place = {"epoch": self.place.epoch, "step": self.place.step}  # of a checkpoint that earlier versions wrote
-            self.stream.load_state_dict(found.get("stream") or {**self.stream.state_dict(), **place})
-            states = found["rng"]
+                self.average.module.load_state_dict(saved["average"])
+            choice = precision.PrecisionChoice.of(saved["precision"])
+            self.state = TrainState(saved["epoch"], saved["step"], saved["sums"], saved["scores"], saved["seconds"])
+            position = {
+                "epoch": self.state.epoch,
+                "step": self.state.step,
+            }  # of a checkpoint that earlier versions wrote
+            self.stream.load_state_dict(saved.get("stream") or {**self.stream.state_dict(), **position})
+            states = saved["rng"]
             if len(states) == world_size():
                 checkpoint.set_random_state(states[rank()], self.device)
-            else:  # as many generators as ranks: new ones, from the place
-                done = self.place.epoch * self.steps + self.place.step
+            else:  # another number of ranks: new generators, seeded by the step
+                done = self.state.epoch * self.steps + self.state.step
                 torch.manual_seed(self.recipe.seed + 1_000_003 * (rank() + world_size() * (done + 1)))
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: does not fit this run: {first_line(error)}") from None
         self._compute(choice)
-        if self.update.scaler.is_enabled() and found["scaler"]:
-            self.update.scaler.load_state_dict(found["scaler"])
-        self.began -= self.place.seconds
+        if self.update.scaler.is_enabled() and saved["scaler"]:
+            self.update.scaler.load_state_dict(saved["scaler"])
+        self.started -= self.state.seconds
         if rank() == 0:
             self.log = run_dir.Log(
-                self.job.out,
-                found["log_bytes"],
+                self.config.out,
+                saved["log_bytes"],
                 self.recipe.tensorboard,
-                self.place.epoch * self.steps + self.place.step,
+                self.state.epoch * self.steps + self.state.step,
             )
-        if self.place.epoch < self.epochs:
-            self.progress.say(f"goes on in epoch {self.place.epoch} after {self.place.step} of {self.steps} steps")
+        if self.state.epoch < self.epochs:
+            self.progress.say(f"goes on in epoch {self.state.epoch} after {self.state.step} of {self.steps} steps")
 
     def _compute(self, choice: precision.PrecisionChoice) -> None:
-        """Compute in the chosen way from now on, on all ranks together."""
+        """Compute with this precision and kernel from now on, the same on all ranks."""
         precision.check(self.recipe.precision.model_copy(update={"amp_dtype": choice.amp_dtype}), self.device)
         for line in precision.lines(choice, self.device):
             self.progress.say(line)
         precision.apply(self.distiller, choice)
         if self.recipe.precision.torchcompile:
             precision.compile_student(self.distiller)
-        self.choice = choice
+        self.precision = choice
         scaled = choice.amp_dtype == "float16"
-        self.update = Update(self.recipe, self.distiller, self.optimizer, self.average, self.device, scaled)
+        self.update = Update(
+            self.recipe, self.distiller, self.optimizer, average=self.average, device=self.device, scaled=scaled
+        )
 
     # ------------------------------------------------------------------------------------------ training
 
     def train(self) -> None:
-        """The epochs that are left."""
+        """Train the remaining epochs."""
         count = sum(p.numel() for p in self.distiller.student.parameters())
         order, shared_by = self.stream.order, f" on each of {world_size()} ranks" if world_size() > 1 else ""
         self.progress.say(
@@ -213,26 +216,26 @@ class Trainer:
             f"lr {peak_learning_rate(self.recipe):g}, on {self.device}{shared_by}, "
             f"reads at most {size_text(self.stream.memory)} ahead"
         )
-        if self.job.smoke:
-            scored = f" and an evaluation of at most {SMOKE_BLOCKS * BLOCK} samples" if self.parts.val_shards else ""
+        if self.config.smoke:
+            scored = f" and an evaluation of at most {SMOKE_BLOCKS * BLOCK} samples" if self.run.val_shards else ""
             self.progress.say(f"a smoke run: {self.steps} step(s){scored}")
         elif self.recipe.optim.warmup_epochs >= self.epochs:
             self.progress.say(
                 f"the warm-up takes {self.recipe.optim.warmup_epochs} epochs and the run {self.epochs}: lr never comes "
                 "to its peak; lower --set optim.warmup_epochs=N"
             )
-        self.progress.start("training", (self.epochs - self.place.epoch) * self.steps - self.place.step)
-        for epoch in range(self.place.epoch, self.epochs):
+        self.progress.start("training", (self.epochs - self.state.epoch) * self.steps - self.state.step)
+        for epoch in range(self.state.epoch, self.epochs):
             self._epoch(epoch)
             self._end_of_epoch(epoch)
 
     def _epoch(self, epoch: int) -> None:
-        """The steps of an epoch that are left."""
+        """Train the remaining steps of an epoch."""
         self.distiller.train()
-        for module in self.parts.still:
+        for module in self.run.frozen_norms:
             module.eval()
         interval = self.recipe.checkpoint_interval
-        first = self.place.step
+        first = self.state.step
         self.stream.set_epoch(epoch)
         for step, cpu_batch in enumerate(itertools.islice(self.stream, self.steps - first), first):
             batch = cpu_batch.to(self.device)
@@ -240,35 +243,36 @@ class Trainer:
             self.scheduler.step_update(number)
             numbers = self.update(batch, epoch, step)
             for name, value in numbers.items():
-                self.place.sums[name] = self.place.sums.get(name, 0.0) + value
-            self.place.step = step + 1
+                self.state.sums[name] = self.state.sums.get(name, 0.0) + value
+            self.state.step = step + 1
             if step % LOG_EVERY == 0:
                 numbers = all_reduce_mean(numbers, self.device)
                 loss = numbers.pop("loss")
-                self.log.write({"epoch": epoch, "step": step, "loss": loss, **_sorted(numbers)}, number)
+                self.log.write({"epoch": epoch, "step": step, "loss": loss, **_by_kind(numbers)}, number)
             if interval and (number + 1) % interval == 0 and step + 1 < self.steps:
-                self._keep()
+                self._save_checkpoint()
             self.progress.advance(1)
 
     def _end_of_epoch(self, epoch: int) -> None:
-        """Its line in the log, evaluation, weights and checkpoint."""
-        student, about, out, scores = self.distiller.student, self.parts.description, self.job.out, self.place.scores
+        """Save weights, evaluate, log and save a checkpoint."""
+        student, out, scores = self.distiller.student, self.config.out, self.state.scores
+        description = self.run.description
         broadcast_buffers(self.distiller)
         if self.average is not None:
             broadcast_buffers(self.average.module)
-        sums = all_reduce_mean(self.place.sums, self.device)
+        sums = all_reduce_mean(self.state.sums, self.device)
         numbers = {name: total / self.steps for name, total in sums.items() if name != "loss"}
         record = {
-            "epoch": epoch, "lr": learning_rate(self.optimizer), **_sorted(numbers),
-            "weights": {name: s.weight.at(epoch) for name, s in self.distiller.settings.items()},
+            "epoch": epoch, "lr": learning_rate(self.optimizer), **_by_kind(numbers),
+            "weights": {name: loss.weight.at(epoch) for name, loss in self.distiller.configs.items()},
         }  # fmt: skip
         text = ", ".join(f"{name.partition('/')[2]} {value:.4g}" for name, value in numbers.items())
         students = {"last": student, **({"ema": self.average.module} if self.average is not None else {})}
-        for name, one in students.items():
+        for name, model in students.items():
             if rank() == 0:
-                save_student(out / f"{name}.safetensors", one, about)
+                save_student(out / f"{name}.safetensors", model, description)
         due = (epoch + 1) % self.recipe.val_interval == 0 or epoch + 1 == self.epochs
-        if self.parts.val_shards and due:
+        if self.run.val_shards and due:
             score = self._score(student)
             scores["last"] = asdict(score)
             record |= {"top1": score.top1, "top5": score.top5, "samples": score.samples}
@@ -281,82 +285,80 @@ class Trainer:
             if "best" not in scores or score.top1 > scores["best"]["top1"]:
                 scores["best"] = asdict(score)
                 if rank() == 0:
-                    save_student(out / "best.safetensors", student, about)
-        seconds = round(time.monotonic() - self.began, 2)
+                    save_student(out / "best.safetensors", student, description)
+        seconds = round(time.monotonic() - self.started, 2)
         self.log.write({**record, "seconds": seconds}, (epoch + 1) * self.stream.order.steps - 1)  # its last update
         self.progress.say(f"epoch {epoch}: {text}")
-        self.place.epoch, self.place.step, self.place.sums = epoch + 1, 0, {}
-        self._keep()
+        self.state.epoch, self.state.step, self.state.sums = epoch + 1, 0, {}
+        self._save_checkpoint()
 
     def _score(self, model: nn.Module) -> Score:
-        about = self.parts.description
-        eager = self.recipe.precision.torchcompile  # batches of other sizes would be compiled anew
+        description = self.run.description
+        eager = self.recipe.precision.torchcompile  # batches of other sizes would be compiled again
         with torch.compiler.set_stance("force_eager") if eager else nullcontext():
             return evaluate(
-                model, self.parts.val_shards, about.evaluation_policy, about.mean, about.std,
+                model, self.run.val_shards, description.evaluation_policy, description.mean, description.std,
                 device=self.device, rank=rank(), world_size=world_size(),
-                max_blocks=SMOKE_BLOCKS if self.job.smoke else None,
+                max_blocks=SMOKE_BLOCKS if self.config.smoke else None,
             )  # fmt: skip
 
-    # ------------------------------------------------------------------------------------------ keeping
+    # ------------------------------------------------------------------------------------------ saving
 
-    def _keep(self) -> None:
-        """Write the checkpoint; all ranks take part, the first one writes."""
+    def _save_checkpoint(self) -> None:
+        """Write the checkpoint; all ranks take part, rank 0 writes."""
         states = all_gather_objects(checkpoint.random_state(self.device))
-        sums = all_reduce_mean(self.place.sums, self.device)
+        sums = all_reduce_mean(self.state.sums, self.device)
         if rank():
             return
         content = {
-            "recipe": self.recipe.model_dump(mode="json"), "identity": self.parts.identity,
-            "precision": self.choice.plain(), **asdict(self.place), "sums": sums,
-            "seconds": time.monotonic() - self.began, "log_bytes": self.log.sync(),
+            "recipe": self.recipe.model_dump(mode="json"), "identity": self.run.identity,
+            "precision": self.precision.plain(), **asdict(self.state), "sums": sums,
+            "seconds": time.monotonic() - self.started, "log_bytes": self.log.sync(),
             "student": self.distiller.student.state_dict(), "losses": self.distiller.losses.state_dict(),
             "optimizer": self.optimizer.state_dict(), "scaler": self.update.scaler.state_dict(),
             "average": self.average.module.state_dict() if self.average is not None else None, "rng": states,
             "attention_copy": self.distiller.copier.state_dict() if self.distiller.copier is not None else None,
             "stream": self.stream.state_dict(),
         }  # fmt: skip
-        checkpoint.write(self.job.out / run_dir.CHECKPOINT, content)
+        checkpoint.write(self.config.out / run_dir.CHECKPOINT, content)
 
     def finish(self) -> dict[str, Any]:
-        """What came out, also as a file."""
-        out, scores = self.job.out, self.place.scores
+        """The result, also written as a file."""
+        out, scores = self.config.out, self.state.scores
         self.log.close()
-        seconds = round(time.monotonic() - self.began, 2)
+        seconds = round(time.monotonic() - self.started, 2)
         last, best = (scores.get(name, dict.fromkeys(("top1", "top5", "samples"))) for name in ("last", "best"))
         ema = {"ema_top1": scores["ema"]["top1"], "ema_top5": scores["ema"]["top5"]} if "ema" in scores else {}
         result = {
             "run": str(out), "top1": last["top1"], "top5": last["top5"],
             "best_top1": best["top1"], **ema, "samples": last["samples"],
-            "epochs": self.epochs, "steps": self.epochs * self.steps, "targets": self.parts.identity["targets"],
-            "bank": self.parts.identity["bank"], "policy": self.parts.identity["policy"],
-            "views": self.stream.views, "control": self.parts.identity["control"],
-            "precision": self.choice.plain(), "seconds": seconds, "smoke": self.job.smoke,
+            "epochs": self.epochs, "steps": self.epochs * self.steps, "targets": self.run.identity["targets"],
+            "bank": self.run.identity["bank"], "policy": self.run.identity["policy"],
+            "views": self.stream.views, "control": self.run.identity["control"],
+            "precision": self.precision.plain(), "seconds": seconds, "smoke": self.config.smoke,
         }  # fmt: skip
         if rank() == 0:
-            extra = self.distiller.learned()
-            if extra:
-                notes = {
-                    n: json.dumps(loss.about) for n, loss in self.distiller.losses.items() if hasattr(loss, "about")
-                }
-                save_state(out / run_dir.LOSSES, extra, {"format": "pt", **notes})
-            if self.job.smoke:
+            if learned := self.distiller.learned():
+                terms = self.distiller.terms.items()
+                metadata = {name: json.dumps(loss.metadata) for name, loss in terms if loss.metadata is not None}
+                save_state(out / run_dir.LOSSES, learned, {"format": "pt", **metadata})
+            if self.config.smoke:
                 checkpoint.read(out / run_dir.CHECKPOINT)
                 self.progress.say(f"{out}: the smoke run went through; a run may take the same folder")
-            teachers = {one.id: one.teacher for given in self.parts.given.values() for one in given}
-            text = card(self.parts.description, result, self.parts.identity, self.recipe.model_dump(), teachers)
+            teachers = {stored.id: stored.teacher for targets in self.run.targets.values() for stored in targets}
+            text = card(self.run.description, result, self.run.identity, self.recipe.model_dump(), teachers)
             with atomic_write(out / run_dir.CARD) as temporary:
                 temporary.write_text(text, encoding="utf-8")
-            if self.parts.description.plain_timm:
-                link_for_timm(out, "last.safetensors", self.parts.description)
+            if self.run.description.plain_timm:
+                link_for_timm(out, "last.safetensors", self.run.description)
             run_dir.write_json(out / run_dir.RESULT, result)
         return result
 
 
-def _sorted(numbers: dict[str, float]) -> dict[str, dict[str, float]]:
-    """`losses/aal` -> {"losses": {"aal": …}}; likewise for notes."""
-    found: dict[str, dict[str, float]] = {}
+def _by_kind(numbers: dict[str, float]) -> dict[str, dict[str, float]]:
+    """`losses/aal` -> {"losses": {"aal": …}}; `metrics/…` -> {"metrics": …}."""
+    by_kind: dict[str, dict[str, float]] = {}
     for name, number in numbers.items():
         kind, _, rest = name.partition("/")
-        found.setdefault(kind, {})[rest] = number
-    return found
+        by_kind.setdefault(kind, {})[rest] = number
+    return by_kind

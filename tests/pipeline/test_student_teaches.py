@@ -73,7 +73,7 @@ def test_the_card_s_command_makes_a_student_a_teacher_of_another(world, place, c
     result = train(world, capsys, "--store", str(place / "store"), "--out", str(place / "kl"), **rule)
     assert result["targets"] == {"head_specific": made["targets"]}, "its classes are known: no --same-classes"
     lines = [json.loads(line) for line in (place / "kl" / "log.jsonl").read_text().splitlines()]
-    assert 0 <= lines[0]["notes"]["head_specific kept"] <= 1
+    assert 0 <= lines[0]["metrics"]["head_specific kept"] <= 1
 
 
 def test_the_recipe_s_own_command_gives_the_teacher_that_its_student_expects() -> None:

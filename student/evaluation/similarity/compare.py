@@ -149,7 +149,7 @@ class SimilarityComparison:
         """How many numbers an image takes in the largest tensor."""
         found = [math.prod(shape) for shape in shapes]
         if self.rows is not None:
-            side = max(len(self.rows.get_buffer("mine")), len(self.rows.get_buffer("theirs")))
+            side = max(len(self.rows.get_buffer("student_tokens")), len(self.rows.get_buffer("teacher_tokens")))
             found.append(len(self.rows.pairs) * self.rows.heads * side ** (1 if self.rows.which == "class" else 2))
         return max(found)
 
@@ -215,7 +215,7 @@ class SimilarityComparison:
         if self.tokens == "all":
             teacher = vectors.teacher_vectors(target)
         else:  # no patch meets a patch, so that of another grid none is resized
-            teacher = vectors.kept(full(vectors.of_teacher(target)), "theirs", -2)
+            teacher = vectors.kept(full(vectors.of_teacher(target)), "teacher", -2)
         for n, similarity in enumerate(similarities):
             similarity.add(*(_chosen(side[:, n], vectors, self.tokens) for side in (student, teacher)))
 
@@ -275,7 +275,7 @@ def _chosen(tokens: Tensor, vectors: TokenAligner, wish: Tokens) -> Tensor:
         return tokens.flatten(0, 1)
     if wish == "mean":
         return tokens[:, vectors.prefix :].mean(1)
-    kept = vectors.get_buffer("mine").tolist()
+    kept = vectors.get_buffer("student_tokens").tolist()
     return tokens[:, kept.index(vectors.student.prefix.index("class"))]
 
 

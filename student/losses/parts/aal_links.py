@@ -1,7 +1,7 @@
 """AAL's links: which of them are kept, by the paper's Table 1, by ranges of layers, or by Algorithm 1 from a run's.
 
 A link joins one map of the teacher (a channel of a stage) and one class-row map of the student (a head of a layer).
-They are kept or pruned for all heads of a layer together: a choice is a table of bool `[C, N]`, channels and layers.
+Links are kept or pruned for all heads of a layer together: a choice is a table of bool `[C, N]`, channels and layers.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _WHERE = ".aal.links.weight"  # after the loss's name
 
 @dataclass(frozen=True)
 class Layout:
-    """What links join.
+    """The maps that links join.
 
     Attributes:
         stages: numbers of the teacher's stages.
-        channels: of each stage, together C.
-        heads: of each of the student's N layers, together M.
+        channels: number of channels in each stage, together C.
+        heads: number of heads in each of the student's N layers, together M.
     """
 
     stages: tuple[int, ...]
@@ -68,13 +68,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run's links came to.
+    """The links that a run ended with.
 
     Attributes:
-        where: for errors.
-        loss: the name that the run's recipe gave it.
-        target: id of the target that it was trained with.
-        layout: what the links join.
+        where: path of their file, for errors.
+        loss: name of the loss in the run's recipe.
+        target: id of the target that they were trained with.
+        layout: the maps that they join.
         weights: f32 `[C, M]`.
     """
 
@@ -86,10 +86,10 @@ class Trained:
 
 
 def ranged(ranges: Sequence[tuple[int, int] | None], layout: Layout, where: str) -> Tensor:
-    """The choice `[C, N]` that links each stage to its layers, from the first to the last; None to none.
+    """The choice `[C, N]` that links each stage to its range of layers, ends included; None links it to none.
 
     Raises:
-        UserError: not one range a stage, or layers that the student has not.
+        UserError: not one range for each stage, or layers that the student does not have.
     """
     depth = len(layout.heads)
     if len(ranges) != len(layout.channels):
@@ -112,12 +112,12 @@ def tabled(name: Literal["alpha", "beta"], layout: Layout, stages: int, where: s
 
     Args:
         name: which of its two rows.
-        layout: what the links join.
-        stages: how many the teacher has, kept in the target or not.
+        layout: the maps that links join.
+        stages: number of the teacher's stages, also of those that the target does not hold.
         where: for errors.
 
     Raises:
-        UserError: another teacher or student than the table speaks of.
+        UserError: the table is for another teacher or student.
     """
     ranges = TABLE[name]
     if stages != len(ranges) or len(layout.heads) != LAYERS:
@@ -129,27 +129,27 @@ def tabled(name: Literal["alpha", "beta"], layout: Layout, stages: int, where: s
     return ranged([ranges[n - 1] for n in layout.stages], layout, where)
 
 
-def extracted(weights: Tensor, layout: Layout, settings: LinksConfig) -> Tensor:
-    """Algorithm 1: the choice `[C, N]` of trained links whose normalised mean over heads is above the threshold.
+def extracted(weights: Tensor, layout: Layout, config: LinksConfig) -> Tensor:
+    """Algorithm 1: the choice `[C, N]` of trained links whose normalized mean over heads is above the threshold.
 
     `printed`: w ← (w − min w) / (max w − min w), then |·|, which changes nothing: a link of weight 0 lies near 0.5, so
-    this keeps all of Gaussian or Laplacian links. `abs` (default): of |w| likewise. `block` takes the mean over a
-    stage's channels too, so that a stage is linked to whole layers, as Table 1 has it.
+    this keeps all of Gaussian or Laplacian links. `abs` (default): the same for |w|. `block` takes the mean over a
+    stage's channels too, so that a stage is linked to whole layers, as in Table 1.
 
     Args:
         weights: `[C, M]`.
-        layout: what they join.
-        settings: normalisation, granularity and threshold.
+        layout: the maps that they join.
+        config: normalization, granularity and threshold.
     """
     values = weights.double()
-    values = values.abs() if settings.normalize == "abs" else values
+    values = values.abs() if config.normalize == "abs" else values
     low, high = values.min(), values.max()
     same = constant(float(low), float(high))
     values = torch.zeros_like(values) if same else ((values - low) / (high - low)).abs()
     means = _by_layer(values, layout.heads)
-    if settings.granularity == "block":
+    if config.granularity == "block":
         means = torch.cat([part.mean(0).expand(len(part), -1) for part in torch.split(means, list(layout.channels))])
-    return means > settings.threshold
+    return means > config.threshold
 
 
 def _by_layer(values: Tensor, heads: Sequence[int]) -> Tensor:
@@ -158,14 +158,14 @@ def _by_layer(values: Tensor, heads: Sequence[int]) -> Tensor:
 
 
 def ranges_of(kept: Tensor, layout: Layout) -> list[list[int] | None] | None:
-    """A choice as a recipe says it, stage for stage; None where it is no range of whole layers for each."""
-    found: list[list[int] | None] = []
+    """A choice as a recipe writes it, stage for stage; None where some stage is not linked to a range of layers."""
+    ranges: list[list[int] | None] = []
     for part in torch.split(kept, list(layout.channels)):
-        layers = [n for n, one in enumerate(part[0].tolist(), 1) if one]
+        layers = [n for n, is_kept in enumerate(part[0].tolist(), 1) if is_kept]
         if not bool((part == part[0]).all()) or (layers and layers[-1] - layers[0] >= len(layers)):
             return None
-        found.append([layers[0], layers[-1]] if layers else None)
-    return found
+        ranges.append([layers[0], layers[-1]] if layers else None)
+    return ranges
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,8 @@ class Kept:
 
     Attributes:
         choice: bool `[C, N]`; None keeps all.
-        words: for the printed table.
-        digest: of a choice that was taken from a run, which may change; None of others.
+        words: for the alignment table.
+        digest: of a choice that was taken from a run, which may change; None for other choices.
     """
 
     choice: Tensor | None
@@ -184,13 +184,13 @@ class Kept:
 
 
 def kept(loss: str, links: AllLinks, layout: Layout, stages: int) -> Kept:
-    """What a recipe's `links` keep.
+    """The links that a recipe's `links` keep.
 
     Args:
-        loss: its name.
-        links: as the recipe says them.
-        layout: what the links join.
-        stages: how many the teacher has.
+        loss: name of the loss.
+        links: the setting.
+        layout: the maps that links join.
+        stages: number of the teacher's stages.
 
     Raises:
         UserError: they do not fit teacher and student, keep nothing, or the run has no such links.
@@ -231,35 +231,35 @@ def read(run: str | Path, loss: str | None, where: str = "links") -> Trained:
     """The links that a run ended with.
 
     Args:
-        run: its folder.
+        run: the run's folder.
         loss: which of its AAL losses; None where it has one.
-        where: opens the errors.
+        where: start of errors.
 
     Raises:
-        UserError: no complete run with links there, several without a word which, or a file that is not what `train`
-            writes.
+        UserError: no complete run with links in this folder, several AAL losses and no `loss`, or a file that `train`
+            does not write.
     """
     path = Path(run).expanduser() / run_dir.LOSSES
     known = "the folder of a complete run with an aal loss"
     known = f"{', '.join(('full', *TABLE))}, ranges, or {known}" if where.startswith("losses.") else known
     try:
         with safe_open(path, "pt") as file:
-            notes, names = file.metadata() or {}, [n for n in file.keys() if n.endswith(_WHERE)]  # noqa: SIM118
-            found = [name.removesuffix("." + _WHERE[1:]) for name in names]
-            if not found:
+            metadata, names = file.metadata() or {}, [n for n in file.keys() if n.endswith(_WHERE)]  # noqa: SIM118
+            losses = [name.removesuffix("." + _WHERE[1:]) for name in names]
+            if not losses:
                 raise UserError(f"{where}: {path}: the run had no aal loss, so there are no links")
-            if loss is None and len(found) > 1:
-                say = f"--set {where}.loss=NAME" if where.startswith("losses.") else "--loss NAME"
-                raise UserError(f"{where}: {path} has links of {', '.join(found)}; say which: {say}")
-            if loss is not None and loss not in found:
-                raise UserError(f"{where}: {path} has no links of {loss!r}. {did_you_mean(loss, found)}")
-            name = loss or found[0]
+            if loss is None and len(losses) > 1:
+                flag = f"--set {where}.loss=NAME" if where.startswith("losses.") else "--loss NAME"
+                raise UserError(f"{where}: {path} has links of {', '.join(losses)}; say which: {flag}")
+            if loss is not None and loss not in losses:
+                raise UserError(f"{where}: {path} has no links of {loss!r}. {did_you_mean(loss, losses)}")
+            name = loss or losses[0]
             weights = file.get_tensor(name + _WHERE)
     except FileNotFoundError:
         raise UserError(f"{where}: {run}: no links here ({run_dir.LOSSES} is missing); expected {known}") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{where}: {path}: cannot be read: {first_line(error)}") from None
-    about = _about(notes.get(name), f"{where}: {path}")
+    about = _about(metadata.get(name), f"{where}: {path}")
     layout = Layout(*(tuple(about[part]) for part in _PARTS))
     expected = (sum(layout.channels), sum(layout.heads), 1)
     if tuple(weights.shape) != expected or weights.dtype != torch.float32 or not weights.isfinite().all():
@@ -275,13 +275,13 @@ _MOST = 100_000  # stages, channels and heads are far fewer
 
 
 def _about(text: str | None, where: str) -> dict[str, Any]:
-    """What `AAL`'s method said of its links when they were written."""
+    """The metadata that `AALLoss` wrote beside its links."""
     if text is None:
         raise UserError(f"{where}: it does not say what its links join: an older version wrote it; train again")
     try:
         about = json.loads(text)
         lists = [about[part] for part in _PARTS]
-        whole = all(isinstance(n, int) and 0 < n < _MOST for several in lists for n in several)
+        whole = all(isinstance(n, int) and 0 < n < _MOST for numbers in lists for n in numbers)
         fits = isinstance(about["target"], str) and all(lists) and len(lists[0]) == len(lists[1])
         if not (whole and fits and math.prod(map(len, lists)) < _MOST**2):
             raise ValueError("numbers that cannot be")

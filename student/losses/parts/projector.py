@@ -1,6 +1,6 @@
-"""The projector P that brings a student's tokens into a teacher's width: trained with it, and then dropped.
+"""The projector P from a student's tokens to a teacher's width: trained with the student, and then dropped.
 
-That of AttnDistill's code, shared by all losses on the class token.
+It is that of AttnDistill's code, shared by all losses on the class token.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from student.settings import WITH_CLASS, ProjectorLossConfig
 from student.targets.stored_target import StoredTarget
 
 
-def projector(width: int, target: int, settings: ProjectorLossConfig) -> nn.Module:
+def projector(width: int, target: int, config: ProjectorLossConfig) -> nn.Module:
     """P from `[…, D]` to `[…, D_t]`: LayerNorm, `depth` linear maps D → 2D → D → 2D → … → D_t, LayerNorm.
 
     `mlp` has a GELU between the maps, `linear` none. Depth 0 is the identity.
@@ -25,14 +25,14 @@ def projector(width: int, target: int, settings: ProjectorLossConfig) -> nn.Modu
     Args:
         width: D.
         target: D_t.
-        settings: kind and depth.
+        config: kind and depth.
     """
-    if not settings.depth:
+    if not config.depth:
         return nn.Identity()
-    widths = [width, *(2 * width if n % 2 else width for n in range(1, settings.depth)), target]
+    widths = [width, *(2 * width if n % 2 else width for n in range(1, config.depth)), target]
     layers: list[nn.Module] = [nn.LayerNorm(width, eps=1e-6)]
     for n, (before, after) in enumerate(pairwise(widths)):
-        if n and settings.projector == "mlp":
+        if n and config.projector == "mlp":
             layers.append(nn.GELU())
         linear = nn.Linear(before, after)
         nn.init.trunc_normal_(linear.weight, std=0.02)
@@ -41,36 +41,42 @@ def projector(width: int, target: int, settings: ProjectorLossConfig) -> nn.Modu
     return nn.Sequential(*layers, nn.LayerNorm(target, eps=1e-6))
 
 
-# What they read of the store: the teacher's class token, or the pooled features of one without.
+# Taps that losses on the class token read: the teacher's class token, or the pooled features of one without.
 EMBEDDINGS = (("class_token",), ("embedding",))
 
 
-def words(settings: ProjectorLossConfig) -> str:
-    """What P is, for the printed table."""
-    return f"projected by {settings.depth} {settings.projector} layer(s)" if settings.depth else "without a projector"
+def words(config: ProjectorLossConfig) -> str:
+    """P in words, for the alignment table."""
+    return f"projected by {config.depth} {config.projector} layer(s)" if config.depth else "without a projector"
 
 
 class ClassToken(nn.Module):
     """A student's class token after the final norm, through P, `[B, D_t]`.
 
     Args:
-        loss: name for errors.
-        settings: of the projector.
-        student: its shape.
-        given: the target that it meets, an embedding `[D_t]` or tokens.
-        free: whether it may keep a width of its own where there is no projector.
+        loss: name of the loss, for errors.
+        config: settings of the projector.
+        student: the student's shape.
+        stored: the target that it is compared with, an embedding `[D_t]` or tokens.
+        own_width: without a projector, whether it may be of another width than the target.
 
     Attributes:
-        at: its place among the student's tokens.
+        index: of the class token among the student's tokens.
         width: D_t.
-        row: of the printed table.
+        row: of the alignment table.
 
     Raises:
         UserError: the student has no class token, or another width and no projector.
     """
 
     def __init__(
-        self, loss: str, settings: ProjectorLossConfig, student: StudentSpec, given: StoredTarget, *, free: bool = False
+        self,
+        loss: str,
+        config: ProjectorLossConfig,
+        student: StudentSpec,
+        stored: StoredTarget,
+        *,
+        own_width: bool = False,
     ) -> None:
         super().__init__()
         if "class" not in student.prefix:
@@ -78,21 +84,24 @@ class ClassToken(nn.Module):
                 f"{loss}: the student has no class token to project; take one that has, such as "
                 f"--set student.model={WITH_CLASS}"
             )
-        target = int(given.target.sample_shape[-1])
-        if not settings.depth and student.width != target and not free:
+        target = int(stored.target.sample_shape[-1])
+        if not config.depth and student.width != target and not own_width:
             raise UserError(
-                f"{loss}: the student's tokens are {student.width} wide, those of target {given.id} {target}; they "
+                f"{loss}: the student's tokens are {student.width} wide, those of target {stored.id} {target}; they "
                 f"meet through a projector: --set losses.{loss}.depth=4"
             )
-        self.at = student.prefix.index("class")
-        self.width = target if settings.depth else student.width
-        self.projector = projector(student.width, target, settings)
+        self.index = student.prefix.index("class")
+        self.width = target if config.depth else student.width
+        self.projector = projector(student.width, target, config)
         self.row = AlignmentRow(
-            loss, given.id, f"{given.target.identity.tap}, {target} wide", f"class token, {student.width} wide",
-            words(settings),
-        )  # fmt: skip
+            loss,
+            stored.id,
+            f"{stored.target.identity.tap}, {target} wide",
+            f"class token, {student.width} wide",
+            words(config),
+        )
 
-    def forward(self, seen: StudentTaps) -> Tensor:
+    def forward(self, taps: StudentTaps) -> Tensor:
         """P of the class token of the student's last forward pass."""
-        projected: Tensor = self.projector(full(seen.tokens[:, self.at]))
+        projected: Tensor = self.projector(full(taps.tokens[:, self.index]))
         return projected

@@ -75,10 +75,10 @@ def test_facts_are_what_the_stream_gives(mixed) -> None:
             told = facts(sample)["views"][number]
             largest = float(batch.target(targets[0])[row].max())
             assert told["targets"][targets[0]]["max"] == pytest.approx(largest, rel=1e-6)
-            assert (told["mix"]["share"] if told["mix"] else 0) == pytest.approx(float(batch.shares[row]))
+            assert (told["mix"]["share"] if told["mix"] else 0) == pytest.approx(float(batch.mix_weights[row]))
             if told["mix"]:
                 partner = index.labels[index.keys.index(told["mix"]["partner"])]
-                assert partner == int(batch.others[row])
+                assert partner == int(batch.mix_labels[row])
             compared.add((i, number))
     assert {number for _, number in compared} == {0, 1}, "two views are all that every target has"
 

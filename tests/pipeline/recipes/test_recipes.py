@@ -19,7 +19,7 @@ from pipeline.recipes import loader
 from storage.store.store import Store
 from storage.views.policy import policy
 from student import settings as config
-from student.losses.registry import methods
+from student.losses.registry import LOSSES
 from student.recipe import schema, validate
 from student.settings import AttentionCopyConfig, LinksConfig, Schedule
 from tests.conftest import ROOT, World, run_precompute, teacher_of
@@ -242,11 +242,11 @@ def test_the_documentation_names_every_setting_and_its_example_is_a_recipe():
         schema.PrecisionConfig,
         LinksConfig,
         AttentionCopyConfig,
-        *(module.Settings for module in methods().values()),
+        *(loss.Config for loss in LOSSES.values()),
     ]
     words = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     said = set(re.findall(r"\w+", " ".join(words)))
     assert not {name for model in models for name in model.model_fields} - said
-    assert all(f"`{method}`" in text for method in methods())
+    assert all(f"`{name}`" in text for name in LOSSES)
     helped = CliRunner().invoke(cli, ["train", "--help"]).output
     assert all(re.search(rf"\b{name}\b", helped) for name in loader.names())

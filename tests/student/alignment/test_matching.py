@@ -20,8 +20,10 @@ from student.targets.stored_target import StoredTarget
 from tests.manifests import stored
 
 SETTINGS: dict[str, type[AlignedLossConfig]] = {
-    "class": advit.Settings, "all": attention_transfer.Settings, "scores": head_specific.Settings,
-}  # fmt: skip
+    "class": advit.ADViTConfig,
+    "all": attention_transfer.AttentionTransferConfig,
+    "scores": head_specific.HeadSpecificConfig,
+}
 
 
 def given(
@@ -243,7 +245,9 @@ def test_the_first_heads_of_both_meet():
 
 @pytest.mark.parametrize(("average", "axis"), [("layers", 1), ("heads", 2), ("queries", 3)])
 def test_the_teacher_s_maps_are_averaged_and_then_stand_for_all(average, axis):
-    made = AttentionAligner("it", attention_transfer.Settings(layers="last-3"), STUDENT, [given()], "all", average)
+    made = AttentionAligner(
+        "it", attention_transfer.AttentionTransferConfig(layers="last-3"), STUDENT, [given()], "all", average=average
+    )
     target = random_rows(2, 4, 3, 17, 17)
     found, own = made.teacher_rows([target]), target[:, 1:]
     assert torch.allclose(found, own.mean(axis, keepdim=True).expand_as(own))
@@ -252,7 +256,7 @@ def test_the_teacher_s_maps_are_averaged_and_then_stand_for_all(average, axis):
 
 
 def test_a_number_stands_for_the_same_layer_on_both_sides():
-    assert attention_transfer.Settings(layers=[2, [3, 4]]).layers == ((2, 2), (3, 4))
+    assert attention_transfer.AttentionTransferConfig(layers=[2, [3, 4]]).layers == ((2, 2), (3, 4))
 
 
 @pytest.mark.parametrize(("rule", "total"), [("sum", 3), ("max", 1)])

@@ -24,8 +24,7 @@ from precompute.taps import (
 from precompute.teachers import teacher
 from storage.errors import UserError
 from student.alignment.student_spec import student_spec
-from student.losses import aal
-from student.losses.aal import Method, class_maps
+from student.losses.aal import AALConfig, AALLoss, class_maps
 from student.losses.parts import aal_links
 from tests.student.losses.test_aal_links import B3, given
 from tests.student.runs import run, u8, weights
@@ -66,10 +65,12 @@ def test_pit_s_has_90_maps_of_three_grids_and_85_680_links():
     shape = student_spec(pit(num_classes=3))
     assert shape.by_layer == ((3, 27),) * 2 + ((6, 14),) * 6 + ((12, 7),) * 4
     assert (shape.maps, shape.layers, shape.grid, shape.prefix) == (90, 12, 14, ("class",))
-    method = Method("aal", aal.Settings(), shape, [given()])
+    method = AALLoss("aal", AALConfig(), shape, [given()])
     assert method.aal.links.weight.numel() == 85_680
-    assert "2 layers x 3 heads + 6 layers x 6 heads + 4 layers x 12 heads = 90 class rows" in method.row.student
-    assert "27x27 and 14x14 and 7x7, brought to 14x14 (bicubic)" in method.row.student
+    assert (
+        "2 layers x 3 heads + 6 layers x 6 heads + 4 layers x 12 heads = 90 class rows" in present(method.row).student
+    )
+    assert "27x27 and 14x14 and 7x7, brought to 14x14 (bicubic)" in present(method.row).student
     distilled = student_spec(pit("pit_s_distilled_224", **SMALL))
     assert distilled.prefix == ("class", "distillation")
     assert distilled.by_layer == ((3, 7),) * 2 + ((6, 4),) * 6 + ((12, 2),) * 4
@@ -89,10 +90,10 @@ def test_maps_of_each_layer_come_to_the_common_grid_as_an_image_would():
     shape = student_spec(model)
     taps = AttentionTaps(model)
     model(torch.randn(2, 3, 64, 64))
-    method = Method("aal", aal.Settings(), shape, [given(grid=4)])
+    method = AALLoss("aal", AALConfig(), shape, [given(grid=4)])
     resize = [method.get_buffer(f"resize_{side}") if side else None for side in method.sides]
     assert method.sides == [7, 7, *[None] * 6, 2, 2, 2, 2]
-    found = class_maps(taps.q, taps.k, taps.scales, 1, "scaled", resize)
+    found = class_maps(taps.q, taps.k, taps.scales, 1, "scaled", resize=resize)
     assert found.shape == (2, 90, 16)
     first = 0
     for q, k, scale, (heads, side) in zip(taps.q, taps.k, taps.scales, shape.by_layer, strict=True):
@@ -108,9 +109,9 @@ def test_gradients_reach_every_layer_of_pit():
     taps = AttentionTaps(model)
     pixels = torch.randn(2, 3, 64, 64, requires_grad=True)
     model(pixels)
-    method = Method("aal", aal.Settings(), shape, [given(grid=4)])
+    method = AALLoss("aal", AALConfig(), shape, [given(grid=4)])
     resize = [method.get_buffer(f"resize_{side}") if side else None for side in method.sides]
-    loss = method.aal(class_maps(taps.q, taps.k, taps.scales, 1, "scaled", resize), torch.randn(2, 952, 4, 4))
+    loss = method.aal(class_maps(taps.q, taps.k, taps.scales, 1, "scaled", resize=resize), torch.randn(2, 952, 4, 4))
     loss.backward()
     assert grad(pixels).abs().max() > 0
     layers: list[Any] = attention_layers(model, pooled=True)

@@ -13,7 +13,7 @@ from storage.errors import UserError
 from student.alignment.student_spec import student_spec
 from student.alignment.student_taps import StudentTap, StudentTaps
 from student.alignment.tokens import TokenAligner
-from student.losses.attention_transfer import Settings
+from student.losses.attention_transfer import AttentionTransferConfig
 from student.targets.stored_target import StoredTarget
 from tests.manifests import stored
 
@@ -41,7 +41,7 @@ def test_a_student_that_is_its_teacher_has_the_teacher_s_vectors(tap: str) -> No
     seen = StudentTaps(model, READS)
     model(teacher.prepare(images)).sum().backward()
     mine = {"q": seen.q, "k": seen.k, "v": seen.v, "tokens": seen.streams, "final": [seen.tokens] * 3}[tap]
-    settings = Settings(layers="last" if tap == "final" else None)
+    settings = AttentionTransferConfig(layers="last" if tap == "final" else None)
     meeting = TokenAligner("it", settings, student_spec(model), [given(wanted.name, target, wanted.layers)])
     assert torch.equal(meeting.student_vectors(mine), meeting.teacher_vectors(target))
     assert meeting.student_vectors(mine).requires_grad
@@ -64,7 +64,9 @@ def test_vectors_of_tokens_meet_by_role_and_place() -> None:
         "deit_tiny_distilled_patch16_224", img_size=32, patch_size=4, embed_dim=48, depth=3, num_heads=3
     ).eval()
     target = torch.randn(2, 3, 3, 17, 16)
-    meeting = TokenAligner("it", Settings(layers="uniform", grid="bicubic"), student_spec(model), [given("v", target)])
+    meeting = TokenAligner(
+        "it", AttentionTransferConfig(layers="uniform", grid="bicubic"), student_spec(model), [given("v", target)]
+    )
     seen = StudentTaps(model, frozenset({"values"}))
     model(torch.randn(2, 3, 32, 32))
     mine, theirs = meeting.student_vectors(seen.v), meeting.teacher_vectors(target)
@@ -80,8 +82,10 @@ def test_vectors_of_tokens_meet_by_role_and_place() -> None:
 def test_heads_of_vectors_are_never_merged() -> None:
     target = torch.randn(2, 3, 3, 17, 16)
     with pytest.raises(UserError, match="vectors of different heads cannot be merged"):
-        TokenAligner("it", Settings(heads="mean"), student_spec(network()), [given("v", target)])
-    first = TokenAligner("it", Settings(heads="first"), student_spec(network(num_heads=2)), [given("v", target)])
+        TokenAligner("it", AttentionTransferConfig(heads="mean"), student_spec(network()), [given("v", target)])
+    first = TokenAligner(
+        "it", AttentionTransferConfig(heads="first"), student_spec(network(num_heads=2)), [given("v", target)]
+    )
     assert first.teacher_vectors(target).shape == (2, 3, 2, 17, 16)
 
 

@@ -53,7 +53,7 @@ def distiller_of(
         model.load_state_dict(load_file(world.weights["vit"]))
     store = Store.open(place)
     bank, given = find_targets(store, store.shard_ids(), recipe, model)
-    distiller = Distiller(recipe, model, given, (0.5,) * 3, (0.5,) * 3)
+    distiller = Distiller(recipe, model, given, mean=(0.5,) * 3, std=(0.5,) * 3)
     ids = list(dict.fromkeys(one.id for several in given.values() for one in several))
     return distiller, Stream(world.shards, batch=32, store=store, targets=ids, bank=bank)
 

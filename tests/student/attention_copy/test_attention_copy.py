@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from storage.store.codecs import Codec
 from storage.store.store import Store
 from storage.views.policy import policy
 from student.attention_copy.inference import attach_stored_attention
-from student.data.batch import Batch
 from student.models.attention_copy_hooks import attention_copy_hooks
 from student.models.build import build_student
 from student.models.files import load_student
@@ -71,7 +71,7 @@ def test_a_student_that_is_its_teacher_says_the_same_when_it_copies(world, place
     distiller, stream = distiller_of(world, place, {"tensors": what}, teachers=True)
     precision.apply(distiller, PrecisionChoice("none", fused))
     batch = next(stream.epoch(0))
-    assert (batch.shares > 0).any(), "mixed views"
+    assert (batch.mix_weights > 0).any(), "mixed views"
     plain, _ = build_student(recipe_of({}).student, 3)
     plain.load_state_dict(load_file(world.weights["vit"]))
     with torch.no_grad():
@@ -137,10 +137,7 @@ def test_contract_1_copied_from_an_f32_store_equals_copied_from_the_teacher_in_t
             with torch.no_grad():
                 now = {id: teacher(batch.images)[0] for id, teacher in live.items()}
             codecs = {id: Codec("f32", tuple(v.shape[1:]), 1) for id, v in now.items()}
-            at_once = Batch(
-                batch.images, batch.labels, batch.others, batch.shares, batch.ids,
-                {id: {"data": v} for id, v in now.items()}, codecs,
-            )  # fmt: skip
+            at_once = replace(batch, targets={id: {"data": v} for id, v in now.items()}, codecs=codecs)
             both = []
             for source in (at_once, batch):
                 optimizer.zero_grad()
@@ -195,7 +192,7 @@ def test_under_autocast_and_compiled_it_copies_alike(world, place, monkeypatch):
 def test_averaged_maps_are_the_same_along_that_axis_and_sum_to_one(world, place, average):
     distiller, stream = distiller_of(world, place, {"average": average})
     batch = next(stream.epoch(0))
-    target = batch.target(distiller.targets["attention_copy"][0])
+    target = batch.target(distiller.target_ids["attention_copy"][0])
     maps = present(distiller.copier).copied([target])["map"]
     axis = {"layers": 1, "heads": 2, "queries": 3}[average]
     assert torch.allclose(maps, target.mean(axis, keepdim=True).expand_as(target))
@@ -337,10 +334,10 @@ def test_a_control_copies_what_cannot_know_the_image_in_evaluation_too(
         assert asked(capsys, "predict", out, image)["images"]
     else:
         attach_stored_attention(model, about, None, open_shards(world.shards))
-        lender = present(present(attention_copy_hooks(model)).lender)
-        assert lender.stored.source(world.shards[0], Store.open(place).shard_ids()[0]).permute == 3
+        source = present(present(attention_copy_hooks(model)).source)
+        assert source.stored.source(world.shards[0], Store.open(place).shard_ids()[0]).permute == 3
         plain = attention_copy_hooks(load_student(trained / "last.safetensors")[0])
-        assert present(plain).lender is None
+        assert present(plain).source is None
         assert "is a control" in asked(capsys, "predict", out, image, status=1)["error"]
 
 

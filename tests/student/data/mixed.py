@@ -97,12 +97,12 @@ def assert_as(batch: Batch, expected: dict[tuple[int, int, int], Expected]) -> N
     for row, id in enumerate(batch.ids.tolist()):
         told = expected[tuple(id)]
         assert np.array_equal(batch.images[row], told.image), id
-        assert (int(batch.labels[row]), int(batch.others[row])) == (told.label, told.other), id
-        assert float(batch.shares[row]) == told.share, id
+        assert (int(batch.labels[row]), int(batch.mix_labels[row])) == (told.label, told.other), id
+        assert float(batch.mix_weights[row]) == told.share, id
 
 
 def same(a: Batch, b: Batch) -> bool:
-    arrays = [(getattr(a, n), getattr(b, n)) for n in ("images", "labels", "others", "shares", "ids")]
+    arrays = [(getattr(a, n), getattr(b, n)) for n in ("images", "labels", "mix_labels", "mix_weights", "ids")]
     arrays += [(a.targets[t][n], b.targets[t][n]) for t in a.targets for n in a.targets[t]]
     return a.targets.keys() == b.targets.keys() and all(torch.equal(x, y) for x, y in arrays)
 

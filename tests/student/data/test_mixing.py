@@ -109,7 +109,7 @@ def test_images_labels_and_shares_are_those_that_the_banks_rows_say(epochs, expe
         assert_as(batch, expected)
     ids = {tuple(id) for batches in epochs for batch in batches for id in batch.ids.tolist()}
     assert len(ids) > 300
-    shares = torch.cat([batch.shares for batch in epochs[0]])
+    shares = torch.cat([batch.mix_weights for batch in epochs[0]])
     assert (shares > 0).float().mean() > 0.8
     assert ((shares >= 0) & (shares <= 1)).all()
 
@@ -160,7 +160,7 @@ def test_cross_entropy_is_torchs_of_the_soft_labels(epochs, smoothing):
     torch.manual_seed(0)
     for batch in epochs[0]:
         logits = (torch.randn(32, 3) * 3).requires_grad_()
-        loss = cross_entropy(logits, batch.labels, batch.others, batch.shares, smoothing)
+        loss = cross_entropy(logits, batch.labels, batch.mix_labels, batch.mix_weights, smoothing)
         (gradient,) = torch.autograd.grad(loss, logits)
         theirs = F.cross_entropy(logits, batch.soft_labels(3), label_smoothing=smoothing)
         (expected_gradient,) = torch.autograd.grad(theirs, logits)
@@ -211,7 +211,7 @@ def test_fresh_views_are_mixed_as_the_stored_ones_of_the_epochs_number_are(made,
                 told = expected[1, i, view]
                 assert view == epoch
                 assert np.array_equal(batch.images[row], told.image)
-                assert (int(batch.others[row]), float(batch.shares[row])) == (told.other, told.share)
+                assert (int(batch.mix_labels[row]), float(batch.mix_weights[row])) == (told.other, told.share)
                 seen[told.share > 0] += 1
     assert seen[True] > 80
     other = Stream(made.shards[1], batch=16, policy=policy("deit", SIDE, SEED + 1), seed=1)

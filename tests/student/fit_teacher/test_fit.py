@@ -126,13 +126,13 @@ def test_features_and_mixed_labels_are_those_of_the_stream(made):
         own = torch.tensor([at[tuple(row)] for row in batch.ids.tolist()])
         assert torch.equal(examples.features[own], batch.target(target))
         assert torch.equal(examples.labels[own], batch.labels)
-        assert torch.equal(examples.shares[own], batch.shares)
-        assert torch.equal(examples.others[own], batch.others)
+        assert torch.equal(examples.mix_weights[own], batch.mix_weights)
+        assert torch.equal(examples.mix_labels[own], batch.mix_labels)
         soft = batch.soft_labels(3)
         logits = torch.randn(len(own), 3)
         expected = -(soft * logits.log_softmax(1)).sum(1)
         assert torch.allclose(examples.losses(logits, own), expected, atol=1e-6)
-        seen, mixed = seen + len(own), mixed + int((batch.shares > 0).sum())
+        seen, mixed = seen + len(own), mixed + int((batch.mix_weights > 0).sum())
     assert seen == 2 * 299
     assert mixed > 200
 

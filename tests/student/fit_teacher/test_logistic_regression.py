@@ -42,9 +42,9 @@ def test_the_head_is_where_the_gradient_of_the_written_loss_vanishes():
     deviation[-1] = 7e-3  # it does not move
     soft = torch.zeros(300, 3, dtype=torch.float64)
     for i, row in enumerate(rows.tolist()):
-        share = float(examples.shares[row])
+        share = float(examples.mix_weights[row])
         soft[i, examples.labels[row]] += 1 - share
-        soft[i, examples.others[row]] += share
+        soft[i, examples.mix_labels[row]] += share
     weight = (head.weight * deviation).requires_grad_(True)
     bias = (head.bias + head.weight @ x.mean(0)).requires_grad_(True)
     z = (x - x.mean(0)) / deviation

@@ -36,7 +36,7 @@ def some(b=3, m=6, c=10, g=4, dtype=torch.float64):
 @pytest.mark.parametrize("reading", ["mse", "norm", "sq"])
 def test_inner_products_give_the_printed_loss_and_gradients(reading):
     maps, activations, aal = some()
-    aal.reading = reading
+    aal.distance = reading
     maps.requires_grad_()
     expected = printed(aal, maps, activations)[reading]
     wanted = torch.autograd.grad(expected, [maps, *aal.parameters()])
@@ -59,7 +59,7 @@ def test_random_maps_give_two_over_196():
     aal = AAL(72, 200)
     loss = aal(torch.rand(8, 72, 196), torch.randn(8, 200, 14, 14))
     assert loss.item() == pytest.approx(2 / 196, rel=0.02)
-    aal.reading = "norm"
+    aal.distance = "norm"
     assert aal(torch.rand(8, 72, 196), torch.randn(8, 200, 14, 14)).item() == pytest.approx(math.sqrt(2), rel=0.02)
 
 
@@ -79,7 +79,7 @@ def test_a_map_of_zeros_counts_one_and_gives_no_nan():
     maps, activations, aal = some()
     activations.zero_()
     maps.requires_grad_()
-    aal.reading = "sq"
+    aal.distance = "sq"
     loss = aal(maps, activations)
     loss.backward()
     assert loss.item() == pytest.approx(1, rel=1e-6)
@@ -93,7 +93,7 @@ def test_full_links_of_deit_s_and_efficientnet_b3():
 
 
 def test_lambda():
-    weight = aal.Settings().weight
+    weight = aal.AALConfig().weight
     assert [round(weight.at(e), 2) for e in (0, 200, 299, 300)] == [2000, 267.96, 36.26, 35.54]
     assert weight.at(1) == 1980
 

@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from precompute.taps import Tap, TappedTeacher
 from storage.errors import IdentityError, UserError
 from student.alignment.student_spec import StudentSpec
-from student.losses import aal
-from student.losses.aal import AAL, Method
+from student.losses.aal import AAL, AALConfig, AALLoss
 from student.losses.parts import aal_links
 from student.losses.parts.aal_links import Layout
 from student.recipe import validate
@@ -34,7 +33,7 @@ DEIT_S = StudentSpec(12, 6, 14, ("class", "distillation"))
 
 
 def kept(wish: Any, layout: Layout = B3, stages: int = 7) -> aal_links.Kept:
-    return aal_links.kept("aal", aal.Settings(links=wish).links, layout, stages)
+    return aal_links.kept("aal", AALConfig(links=wish).links, layout, stages)
 
 
 def chosen(wish: Any, layout: Layout = B3, stages: int = 7) -> torch.Tensor:
@@ -71,14 +70,14 @@ def test_link_counts_of_the_paper(name: Any, by_stage: list[int]):
     assert counts == by_stage
     assert B3.count(choice) == {"alpha": 28_608, "beta": 23_280}[name]
     assert f"{sum(by_stage):,} of 68,544 weights, 952 biases" in found.words
-    method = Method("aal", aal.Settings(links=name), DEIT_S, [given()])
+    method = AALLoss("aal", AALConfig(links=name), DEIT_S, [given()])
     assert int((method.aal.links.weight != 0).sum()) == sum(by_stage)
     assert method.aal.links.weight.numel() == 68_544
 
 
 def test_full_links_are_all_of_them():
     assert kept("full").choice is None
-    assert "68,544" in Method("aal", aal.Settings(), DEIT_S, [given()]).row.rule.replace("69,496", "68,544")
+    assert "68,544" in present(AALLoss("aal", AALConfig(), DEIT_S, [given()]).row).rule.replace("69,496", "68,544")
     assert aal_links.ranges_of(torch.ones(952, 12, dtype=torch.bool), B3) == [[1, 12]] * 7
 
 

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from storage.errors import UserError
 from student.alignment.attention import weighted
 from student.alignment.student_spec import StudentSpec
-from student.losses import attention_guidance
-from student.losses.attention_guidance import Method, divergence, squares
+from student.losses.attention_guidance import AttentionGuidanceConfig, AttentionGuidanceLoss, divergence, squares
 from student.targets.stored_target import StoredTarget
 from tests.student.alignment.test_matching import given, random_rows
+from tests.typed import present
 
 F64 = torch.float64
 
@@ -26,12 +26,12 @@ def values(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
-def method(student: StudentSpec, *several: StoredTarget, **settings: Any) -> Method:
-    return Method("it", attention_guidance.Settings(**settings), student, several)
+def method(student: StudentSpec, *several: StoredTarget, **settings: Any) -> AttentionGuidanceLoss:
+    return AttentionGuidanceLoss("it", AttentionGuidanceConfig(**settings), student, several)
 
 
 def step(targets: tuple[torch.Tensor, ...], **seen: Any) -> Any:
-    return SimpleNamespace(student=SimpleNamespace(**seen), targets=targets)
+    return SimpleNamespace(student_taps=SimpleNamespace(**seen), targets=targets)
 
 
 def attending(layers: int, heads: int, tokens: int, seed: int = 0) -> dict[str, Any]:
@@ -50,9 +50,9 @@ def attending(layers: int, heads: int, tokens: int, seed: int = 0) -> dict[str, 
 )
 def test_the_case_follows_from_heads_and_grids_and_is_said(heads, side, said):
     made = method(StudentSpec(4, heads, side, ("class",)), given("class_row"))
-    assert made.row.rule.startswith(said)
-    assert ("T = 10" in made.row.rule) == (heads == 6)
-    assert ("4x4 to 8x8 (bicubic, mass kept)" in made.row.rule) == (side == 8)
+    assert present(made.row).rule.startswith(said)
+    assert ("T = 10" in present(made.row).rule) == (heads == 6)
+    assert ("4x4 to 8x8 (bicubic, mass kept)" in present(made.row).rule) == (side == 8)
     rows = made.rows.teacher_rows([random_rows(2, 4, 3, 17)])
     assert rows.shape == (2, 1, 3 if heads == 3 else 1, 1 + side * side)
     assert (rows >= 0).all()
@@ -62,7 +62,7 @@ def test_the_case_follows_from_heads_and_grids_and_is_said(heads, side, said):
 def test_heads_may_be_merged_where_there_are_as_many():
     """The ablation's aggregated row of the 12-layer student with six heads."""
     made = method(StudentSpec(4, 3, 4, ("class",)), given("class_row"), heads="log")
-    assert made.row.rule.startswith("case (c)")
+    assert present(made.row).rule.startswith("case (c)")
     assert made.rows.teacher_rows([random_rows(2, 4, 3, 17)]).shape == (2, 1, 1, 17)
 
 
@@ -112,7 +112,7 @@ def test_largest_and_smallest_heads_are_scaled_to_one(heads, of):
     rows = made.rows.teacher_rows([target])
     expected = of(target[:, -1:], 2, keepdim=True)
     assert torch.allclose(rows, expected / expected.sum(-1, keepdim=True))
-    assert "over heads on both sides, rescaled" in made.row.rule
+    assert "over heads on both sides, rescaled" in present(made.row).rule
 
 
 def test_values_of_one_norm_weigh_nothing_and_others_do():
@@ -130,15 +130,18 @@ def test_values_of_one_norm_weigh_nothing_and_others_do():
 def test_both_sides_are_weighed_before_anything_else(taps):
     """As in the authors' code: where the attention is made, so before grids and heads meet."""
     made = method(StudentSpec(4, 6, 8, ("class",)), *(given(tap, width=4) for tap in taps), value_norm=True)
-    assert made.row.rule.startswith("case (d)")
-    assert made.row.rule.endswith("weighted by the norms of values")
-    assert attention_guidance.need(
-        "it", attention_guidance.Settings(value_norm=True), StudentSpec(4, 6, 8, ("class",))
+    assert present(made.row).rule.startswith("case (d)")
+    assert present(made.row).rule.endswith("weighted by the norms of values")
+    assert AttentionGuidanceLoss.requirement(
+        "it", AttentionGuidanceConfig(value_norm=True), StudentSpec(4, 6, 8, ("class",))
     ).taps[0] == (
         "class_row",
         "v",
     )
-    assert attention_guidance.reads(attention_guidance.Settings(value_norm=True)) == {"attention", "values"}
+    assert AttentionGuidanceLoss.student_taps(AttentionGuidanceConfig(value_norm=True)) == {
+        "attention",
+        "values",
+    }
     q, k, v = (values(2, 4, 3, 17, 4, seed=s) for s in range(3))
     rows = (q[..., :1, :] @ k.transpose(-2, -1) * 0.5).softmax(-1)[..., 0, :]
     targets = {"class_row": rows, "q": q, "k": k, "v": v}

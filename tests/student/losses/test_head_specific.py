@@ -18,7 +18,7 @@ from student.data.batch import Batch
 from student.data.stream import Stream
 from student.losses import head_specific
 from student.losses.base import LossInputs
-from student.losses.head_specific import Method, difference, rightness
+from student.losses.head_specific import HeadSpecificLoss, correctness, difference
 from student.models.build import build_student
 from student.recipe.validate import validate
 from student.targets.stored_target import stored_target
@@ -26,7 +26,6 @@ from student.training.distiller import Distiller, find_targets
 from tests.conftest import World, run_precompute, teacher_of
 from tests.student.alignment.test_matching import given
 from tests.student.losses.test_losses import entropy, values
-from tests.typed import present
 
 KINDS = ("mse", "mse-softmax", "ce", "kl")
 
@@ -58,7 +57,7 @@ def test_input_gradients(kind):
 def test_a_decision_is_as_right_as_its_class_has_of_the_mixed_label():
     logits = torch.eye(3)[[0, 0, 0, 0, 2]].requires_grad_()
     labels, others = torch.tensor([0, 1, 0, 1, 2]), torch.tensor([0, 1, 1, 0, 2])
-    found = rightness(logits, labels, others, torch.tensor([0.0, 0.0, 0.3, 0.3, 0.4]))
+    found = correctness(logits, labels, others, torch.tensor([0.0, 0.0, 0.3, 0.3, 0.4]))
     assert torch.allclose(found, torch.tensor([1.0, 0.0, 0.7, 0.3, 1.0]))
     assert not found.requires_grad
 
@@ -85,8 +84,8 @@ def distiller_of(world: World, kept, taught: bool = False, **settings) -> tuple[
         model.load_state_dict(load_file(world.weights["vit"]))
     shards = [store.require(url, store.shard_ids()).id for url in world.shards]
     _, found = find_targets(store, shards, recipe, model)
-    distiller = Distiller(recipe, model, found, (0.5,) * 3, (0.5,) * 3)
-    stream = Stream(world.shards, batch=32, store=store, targets=list(distiller.targets["it"]))
+    distiller = Distiller(recipe, model, found, mean=(0.5,) * 3, std=(0.5,) * 3)
+    stream = Stream(world.shards, batch=32, store=store, targets=list(distiller.target_ids["it"]))
     return distiller, next(iter(stream.epoch(0)))
 
 
@@ -97,13 +96,13 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(world, kept, kind):
     least = torch.zeros(())
     if kind == "ce":
         method: Any = distiller.losses["it"]
-        rows = method.rows.teacher_rows([batch.target(id) for id in distiller.targets["it"]])
+        rows = method.rows.teacher_rows([batch.target(id) for id in distiller.target_ids["it"]])
         least = entropy(rows.clamp_min(1e-30)).mean()
     assert (found["it"] - least).abs() < 2e-6
     found["it"].backward()
     assert max(float(p.grad.abs().max()) for p in distiller.parameters() if p.grad is not None) < 1e-5
     taps = {"mse": ["q", "k"]}.get(kind, ["attention"])
-    assert distiller.targets["it"] == tuple(kept[1][tap] for tap in taps)
+    assert distiller.target_ids["it"] == tuple(kept[1][tap] for tap in taps)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -129,8 +128,8 @@ def test_scores_are_those_of_the_network_before_its_softmax(world, kept):
     method: Any = distiller.losses["it"]
     scores = method.rows.student_rows(seen.q, seen.k, seen.scales)
     assert torch.allclose(scores.softmax(-1)[:, 0], attention_rows(seen.q[0], seen.k[0], seen.scales[0]), atol=1e-6)
-    meets = head_specific.Settings(heads=[[1, 1]])
-    wide = Method(
+    meets = head_specific.HeadSpecificConfig(heads=[[1, 1]])
+    wide = HeadSpecificLoss(
         "it", meets, StudentSpec(4, 2, 4, ("class",)), [given("q"), given("k")]
     )  # width 8 on the teacher's side
     q, k = torch.randn(2, 2, 4, 2, 17, 8).unbind(0)
@@ -141,17 +140,20 @@ def test_scores_are_those_of_the_network_before_its_softmax(world, kept):
 
 def test_samples_that_are_decided_wrongly_do_not_count(world, kept):
     distiller, batch = distiller_of(world, kept, distance="kl", adaptive="teacher-correct")
-    assert distiller.targets["it"] == (kept[1]["attention"], kept[1]["logits"])
+    assert distiller.target_ids["it"] == (kept[1]["attention"], kept[1]["logits"])
     assert distiller.rows[0].rule.endswith("3 logits of vit: taken as the same (--same-classes)")
     method: Any = distiller.losses["it"]
     pixels = batch.pixels(distiller.mean, distiller.std)
     logits = distiller.student(pixels)
-    seen, targets = present(distiller.seen), tuple(batch.target(id) for id in distiller.targets["it"])
+    seen, targets = distiller.student_taps, tuple(batch.target(id) for id in distiller.target_ids["it"])
     right = (targets[1].argmax(1) == batch.labels).float()
     assert 0 < right.mean() < 1, "else this tells nothing"
 
-    def loss(labels: torch.Tensor, others: torch.Tensor, shares: torch.Tensor, own: Method = method, **more) -> Any:
-        return own(LossInputs(more.pop("logits", logits), labels, others, shares, seen=seen, targets=targets, **more))
+    def loss(
+        labels: torch.Tensor, mix_labels: torch.Tensor, mix_weights: torch.Tensor, own: Any = method, **more: Any
+    ) -> Any:
+        inputs = {"logits": logits, "student_taps": seen, "labels": labels, "mix_labels": mix_labels}
+        return own(LossInputs(**{**inputs, "mix_weights": mix_weights, "targets": targets, **more}))
 
     none = torch.zeros(32)
     rows = method.rows.student_rows(seen.q, seen.k, seen.scales)
@@ -160,17 +162,19 @@ def test_samples_that_are_decided_wrongly_do_not_count(world, kept):
     half = loss(batch.labels, (batch.labels + 1) % 3, none + 0.5)
     other = (targets[1].argmax(1) == (batch.labels + 1) % 3).float()
     assert torch.isclose(half, ((right + other) / 2 * each).mean())
-    adaptive = head_specific.Settings(distance="kl", adaptive="student-correct")
+    adaptive = head_specific.HeadSpecificConfig(distance="kl", adaptive="student-correct")
     given = [stored_target(kept[0], kept[1]["attention"])]
-    by_student = Method("it", adaptive, StudentSpec(3, 3, 4, ("class",), 3), given)
+    by_student = HeadSpecificLoss("it", adaptive, StudentSpec(3, 3, 4, ("class",), 3), given)
     targets = targets[:1]
     decided = torch.nn.functional.one_hot(batch.labels, 3).float().requires_grad_()
-    notes: dict[str, torch.Tensor] = {}
-    assert torch.isclose(loss(batch.labels, batch.labels, none, by_student, logits=decided, notes=notes), each.mean())
-    assert notes["it kept"] == 1
+    metrics: dict[str, torch.Tensor] = {}
+    assert torch.isclose(
+        loss(batch.labels, batch.labels, none, by_student, logits=decided, metrics=metrics), each.mean()
+    )
+    assert metrics["it kept"] == 1
     wrong = loss(batch.labels, batch.labels, none, by_student, logits=-decided)
     assert wrong == 0
     distilled = -3 * decided  # the mean of both heads decides, as it does in evaluation
-    assert loss(batch.labels, batch.labels, none, by_student, logits=decided, distilled=distilled) == 0
+    assert loss(batch.labels, batch.labels, none, by_student, logits=decided, distillation_logits=distilled) == 0
     loss(batch.labels, batch.labels, none, by_student, logits=decided).backward()
     assert decided.grad is None

@@ -166,7 +166,7 @@ def test_input_gradients_of_aal_down_to_q_and_k(reading, how):
 
 @pytest.mark.parametrize("which", ["class", "all"])
 def test_input_gradients_through_heads_grids_and_tokens_that_differ(which):
-    settings = attention_transfer.Settings(layers="uniform", heads="log", grid="bicubic")
+    settings = attention_transfer.AttentionTransferConfig(layers="uniform", heads="log", grid="bicubic")
     student = StudentSpec(1, 2, 2, ("class", "distillation"))
     made = AttentionAligner(
         "it", settings, student, [given(depth=2, side=3, prefix=("class", "register"))], which
@@ -222,7 +222,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(world, same, loss, t
     model.load_state_dict(load_file(world.weights["vit"]))
     ids = [targets[one] for one in (tap if tap == "qk" else [tap])]
     distiller = Distiller(
-        recipe, model, {"it": [stored_target(store, id) for id in ids]}, (0.5,) * 3, (0.5,) * 3
+        recipe, model, {"it": [stored_target(store, id) for id in ids]}, mean=(0.5,) * 3, std=(0.5,) * 3
     ).eval()
     stream = Stream(world.shards, batch=32, store=store, targets=ids)
     for batch in stream.epoch(0):
@@ -239,7 +239,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(world, same, loss, t
             largest = max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None)
             assert largest < 1e-4
     if tap == "logits":
-        assert distiller.notes["it agreement"] == 1
+        assert distiller.metrics["it agreement"] == 1
     with torch.no_grad():
         blocks: Any = model.blocks
         for block in blocks[:2]:
@@ -256,7 +256,7 @@ def of_store(world, same, tap: str, loss: dict[str, Any], **student: Any) -> Dis
     recipe = validate(content, "test")
     torch.manual_seed(0)
     model, _ = build_student(recipe.student, 3)
-    return Distiller(recipe, model, {"it": [stored_target(store, targets[tap])]}, (0.5,) * 3, (0.5,) * 3)
+    return Distiller(recipe, model, {"it": [stored_target(store, targets[tap])]}, mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
 def test_features_of_another_width_meet_by_a_projection_that_is_trained_or_are_refused(world, same):
@@ -328,11 +328,11 @@ def two(losses: dict[str, Any], target: torch.Tensor | None = None) -> dict[str,
     manifest = {"id": "t", "identity": {}, "sample_shape": [3]}
     both: dict[str, Any] = {"deit": (SimpleNamespace(target=manifest, teacher={"id": "t", "classes": None}, id="t"),)}
     torch.manual_seed(0)
-    distiller = Distiller(recipe, TwoHeads(), both if "deit" in losses else {}, (0.5,) * 3, (0.5,) * 3)
+    distiller = Distiller(recipe, TwoHeads(), both if "deit" in losses else {}, mean=(0.5,) * 3, std=(0.5,) * 3)
     images = torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 1, 2, 1])
     batch = SimpleNamespace(
-        images=images, labels=labels, others=labels, shares=torch.zeros(4), target=lambda id: target,
+        images=images, labels=labels, mix_labels=labels, mix_weights=torch.zeros(4), target=lambda id: target,
         pixels=lambda mean, std: images.permute(0, 3, 1, 2).float() / 255,
     )  # fmt: skip
     _, found = distiller(batch)

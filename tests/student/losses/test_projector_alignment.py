@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 from storage.errors import UserError
 from student.alignment.student_spec import StudentSpec
-from student.losses import compress, projector_alignment
+from student.losses.compress import CompRessConfig, CompRessLoss
 from student.losses.parts.projector import projector
-from student.losses.projector_alignment import distance
+from student.losses.projector_alignment import ProjectorAlignmentConfig, ProjectorAlignmentLoss, mean_distance
 from student.targets.stored_target import StoredTarget
 from tests.manifests import stored
-from tests.typed import grad
+from tests.typed import grad, present
 
 F64 = torch.float64
 STUDENT = StudentSpec(2, 3, 4, ("class", "distillation"), width=6)
@@ -40,21 +40,21 @@ def tokens(
 
 
 def loss(
-    settings: projector_alignment.Settings,
+    settings: ProjectorAlignmentConfig,
     given: StoredTarget,
     mine: torch.Tensor,
     target: torch.Tensor,
     student: StudentSpec = STUDENT,
 ) -> Any:
-    made = projector_alignment.Method("it", settings, student, [given]).double()
-    return made(SimpleNamespace(student=SimpleNamespace(tokens=mine), targets=(target,)))
+    made = ProjectorAlignmentLoss("it", settings, student, [given]).double()
+    return made(SimpleNamespace(student_taps=SimpleNamespace(tokens=mine), targets=(target,)))
 
 
 # ---------------------------------------------------------------------------------------------- the projector
 
 
 def maps_of(width: int, target: int, **settings: Any) -> list[nn.Module]:
-    return list(projector(width, target, projector_alignment.Settings(**settings)).children())
+    return list(projector(width, target, ProjectorAlignmentConfig(**settings)).children())
 
 
 def test_the_projector_has_the_widths_of_the_authors_code():
@@ -74,14 +74,12 @@ def test_other_depths_alternate_likewise(depth, widths):
 
 def test_depth_zero_is_the_identity_for_one_width_alone():
     same = values(2, 18, 6)
-    assert loss(projector_alignment.Settings(depth=0), token(6), same, same[:, 0]) == 0
+    assert loss(ProjectorAlignmentConfig(depth=0), token(6), same, same[:, 0]) == 0
     with pytest.raises(UserError, match=r"student's tokens are 6 wide, those of target t-class_token 9.*depth=4"):
-        projector_alignment.Method("it", projector_alignment.Settings(depth=0), STUDENT, [token(9)])
-    compress.Method(
-        "it", compress.Settings(depth=0, queues=2, queue=4), STUDENT, [token(9)]
-    )  # each side has its own queue
+        ProjectorAlignmentLoss("it", ProjectorAlignmentConfig(depth=0), STUDENT, [token(9)])
+    CompRessLoss("it", CompRessConfig(depth=0, queues=2, queue=4), STUDENT, [token(9)])  # each side has its own queue
     with pytest.raises(UserError, match="depth=4"):
-        compress.Method("it", compress.Settings(depth=0, queue=4), STUDENT, [token(9)])
+        CompRessLoss("it", CompRessConfig(depth=0, queue=4), STUDENT, [token(9)])
 
 
 # ---------------------------------------------------------------------------------------------- the readings
@@ -90,23 +88,23 @@ def test_depth_zero_is_the_identity_for_one_width_alone():
 def test_readings_of_the_distance():
     mine, theirs = values(5, 7), values(5, 7, seed=1)
     for reading in ("mse", "l2", "sq", "cosine"):
-        assert distance(theirs, theirs, reading).abs() < 1e-12
-    assert torch.isclose(distance(mine, theirs, "mse") * 7, distance(mine, theirs, "sq"))
-    assert torch.isclose(distance(mine, theirs, "l2"), (mine - theirs).norm(dim=1).mean())
-    assert torch.isclose(distance(3 * mine, theirs, "cosine"), distance(mine, theirs, "cosine"))
+        assert mean_distance(theirs, theirs, reading).abs() < 1e-12
+    assert torch.isclose(mean_distance(mine, theirs, "mse") * 7, mean_distance(mine, theirs, "sq"))
+    assert torch.isclose(mean_distance(mine, theirs, "l2"), (mine - theirs).norm(dim=1).mean())
+    assert torch.isclose(mean_distance(3 * mine, theirs, "cosine"), mean_distance(mine, theirs, "cosine"))
     units = F.normalize(mine, dim=1), F.normalize(theirs, dim=1)
-    assert torch.isclose(distance(*units, "sq"), distance(mine, theirs, "cosine"))
+    assert torch.isclose(mean_distance(*units, "sq"), mean_distance(mine, theirs, "cosine"))
 
 
 @pytest.mark.parametrize("reading", ["mse", "l2", "sq", "cosine"])
 def test_input_gradients_reach_the_class_token_alone(reading):
     mine, target = values(2, 18, 6).requires_grad_(), values(2, 9, seed=1)
-    made = projector_alignment.Method(
-        "it", projector_alignment.Settings(distance=reading, depth=2), STUDENT, [token(9)]
+    made = ProjectorAlignmentLoss(
+        "it", ProjectorAlignmentConfig(distance=reading, depth=2), STUDENT, [token(9)]
     ).double()
 
     def run(x: torch.Tensor) -> Any:
-        return made(SimpleNamespace(student=SimpleNamespace(tokens=x), targets=(target,)))
+        return made(SimpleNamespace(student_taps=SimpleNamespace(tokens=x), targets=(target,)))
 
     assert gradcheck(run, mine)
     run(mine).backward()
@@ -122,23 +120,21 @@ def test_patch_tokens_meet_by_their_place():
     """The student has a distillation token between; its patches are the teacher's, its class token is not."""
     target = values(2, 1, 17, 6)
     mine = torch.cat([values(2, 2, 6, seed=1), target[:, 0, 1:]], 1)
-    assert loss(projector_alignment.Settings(depth=0, tokens="patches"), tokens(6), mine, target).abs() < 1e-12
-    both = loss(projector_alignment.Settings(depth=0, tokens="both"), tokens(6), mine, target)
+    assert loss(ProjectorAlignmentConfig(depth=0, tokens="patches"), tokens(6), mine, target).abs() < 1e-12
+    both = loss(ProjectorAlignmentConfig(depth=0, tokens="both"), tokens(6), mine, target)
     assert torch.isclose(both, F.mse_loss(mine[:, 0], target[:, 0, 0]))
     mine.requires_grad_()
-    loss(projector_alignment.Settings(tokens="patches"), tokens(9), mine, values(2, 1, 17, 9)).backward()
+    loss(ProjectorAlignmentConfig(tokens="patches"), tokens(9), mine, values(2, 1, 17, 9)).backward()
     assert (grad(mine)[:, :2] == 0).all()
 
 
 def test_patches_of_another_grid_are_resized_on_request():
     target, mine = values(2, 1, 65, 6), values(2, 18, 6, seed=1)
     with pytest.raises(UserError, match=r"losses\.it\.grid=bicubic"):
-        loss(projector_alignment.Settings(depth=0, tokens="patches"), tokens(6, side=8), mine, target)
+        loss(ProjectorAlignmentConfig(depth=0, tokens="patches"), tokens(6, side=8), mine, target)
     images = target[:, 0, 1:].transpose(1, 2).reshape(2, 6, 8, 8)
     resized = F.interpolate(images, (4, 4), mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
-    found = loss(
-        projector_alignment.Settings(depth=0, tokens="patches", grid="bicubic"), tokens(6, side=8), mine, target
-    )
+    found = loss(ProjectorAlignmentConfig(depth=0, tokens="patches", grid="bicubic"), tokens(6, side=8), mine, target)
     assert torch.isclose(found, F.mse_loss(mine[:, 2:], resized))
 
 
@@ -152,14 +148,14 @@ def test_patches_of_another_grid_are_resized_on_request():
 )
 def test_what_cannot_meet_is_refused(settings, given, student, said):
     with pytest.raises(UserError, match=said):
-        projector_alignment.Method("it", projector_alignment.Settings(**settings), student, [given])
+        ProjectorAlignmentLoss("it", ProjectorAlignmentConfig(**settings), student, [given])
 
 
 def test_the_table_says_what_meets():
-    row = projector_alignment.Method("it", projector_alignment.Settings(), STUDENT, [token(9)]).row
+    row = present(ProjectorAlignmentLoss("it", ProjectorAlignmentConfig(), STUDENT, [token(9)]).row)
     assert (row.teacher, row.student) == ("class_token, 9 wide", "class token, 6 wide")
     assert row.rule == "projected by 4 mlp layer(s)"
-    patches = projector_alignment.Method(
-        "it", projector_alignment.Settings(tokens="patches", projector="linear"), STUDENT, [tokens(9)]
+    patches = ProjectorAlignmentLoss(
+        "it", ProjectorAlignmentConfig(tokens="patches", projector="linear"), STUDENT, [tokens(9)]
     ).row
-    assert patches.rule.endswith("projected by 4 linear layer(s)")
+    assert present(patches).rule.endswith("projected by 4 linear layer(s)")

@@ -13,6 +13,7 @@ from storage.errors import UserError
 from student.alignment.student_spec import StudentSpec
 from student.losses import compress, seed
 from student.losses.parts.queue import Queue, unit
+from student.losses.registry import LOSSES
 from student.training import checkpoint
 from student.training import train as trainer
 from tests.conftest import Quiet, World
@@ -20,7 +21,7 @@ from tests.manifests import stored
 from tests.student.runs import job, log, run, same, weights
 from tests.student.training.test_ranks import together
 from tests.student.training.test_resume import Cut, cut_after
-from tests.typed import grad
+from tests.typed import grad, present
 
 F64 = torch.float64
 
@@ -97,16 +98,18 @@ def test_a_queue_is_a_ring_that_holds_the_last_images(size, batch):
 )
 def test_compress_gives_the_losses_of_the_authors_code_where_the_batch_does_not_divide_the_queue(queues, width, known):
     """Theirs in steps 4 to 6, when none of the random entries that their queue begins with is left."""
-    settings = compress.Settings(depth=0, queue=20, queues=queues, temperature=0.04)
+    settings = compress.CompRessConfig(depth=0, queue=20, queues=queues, temperature=0.04)
     shape = StudentSpec(2, 3, 4, ("class",), width=6)
-    method = compress.Method("it", settings, shape, [stored("class_token", [width])]).double()
+    method = compress.CompRessLoss("it", settings, shape, [stored("class_token", [width])]).double()
     found = []
     for step in range(6):
         mine, theirs = (
             torch.sin(torch.arange(8 * w, dtype=F64).view(8, w).square() * phase + step)
             for w, phase in ((6, 0.37), (width, 0.61))
         )
-        found.append(method(SimpleNamespace(student=SimpleNamespace(tokens=mine[:, None]), targets=(theirs,))).item())
+        found.append(
+            method(SimpleNamespace(student_taps=SimpleNamespace(tokens=mine[:, None]), targets=(theirs,))).item()
+        )
         for queue in (method.theirs, method.mine):
             if queue is not None:
                 queue.push([queue.offered])
@@ -143,7 +146,7 @@ def test_a_queue_comes_back_from_a_checkpoint():
 
 # ---------------------------------------------------------------------------------------------- in a run
 
-LOSSES = """
+RECIPE = """
 losses:
   seed: {queue: 100}
   one: {type: compress, queue: 64}
@@ -156,7 +159,7 @@ SETTINGS = ["optim.opt=momentum", "optim.lr=0.01", "optim.clip_grad=1"]
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("recipe") / "queues.yaml"
-    path.write_text(LOSSES)
+    path.write_text(RECIPE)
     return str(path)
 
 
@@ -229,8 +232,7 @@ def test_a_batch_goes_into_a_queue(world, recipe, tmp_path):
 
 def test_the_teacher_may_have_pooled_features_alone():
     """CompRess and SimReg were made for CNNs."""
-    from student.losses import projector_alignment
-
     shape = StudentSpec(2, 3, 4, ("class",), width=6)
-    for module in (seed, compress, projector_alignment):
-        assert module.need("it", module.Settings(), shape).words == "class_token, or embedding"
+    for name in ("seed", "compress", "alignment"):
+        read = LOSSES[name].requirement("it", LOSSES[name].Config(), shape)
+        assert present(read).words == "class_token, or embedding"

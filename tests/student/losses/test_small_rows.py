@@ -19,24 +19,25 @@ from torch.nn import functional as F
 from storage.store.codecs import Codec
 from student.alignment.attention import AttentionAligner
 from student.alignment.student_spec import StudentSpec
-from student.losses import advit, attention_guidance, attention_transfer, head_specific
+from student.losses import advit
 from student.losses.base import LossInputs
+from student.losses.registry import LOSSES
 from student.targets.stored_target import StoredTarget
 from tests.student.alignment.test_matching import given
 from tests.typed import grad
 
-MODULES: dict[str, Any] = {
-    "attention": attention_transfer, "guidance": attention_guidance, "head_specific": head_specific, "advit": advit,
-}  # fmt: skip
 ROLES = ("class", "distillation")
 
 
 def loss_of(
-    method: str, student: StudentSpec, several: list[StoredTarget], targets: list[Tensor], seen: Any, **settings: Any
+    name: str, student: StudentSpec, several: list[StoredTarget], targets: list[Tensor], seen: Any, **settings: Any
 ):
-    made = MODULES[method].Method("it", MODULES[method].Settings(**settings), student, several)
-    nothing = torch.zeros(0)
-    return made(LossInputs(nothing, nothing, nothing, nothing, seen=seen, targets=tuple(targets)))
+    made = LOSSES[name]("it", LOSSES[name].Config(**settings), student, several)
+    none = torch.zeros(0)
+    inputs = LossInputs(
+        logits=none, labels=none, mix_labels=none, mix_weights=none, student_taps=seen, targets=tuple(targets)
+    )
+    return made(inputs)
 
 
 # ---------------------------------------------------------------------------------------------- known answers
@@ -213,7 +214,7 @@ def test_a_stored_zero_counts_as_the_least_that_its_codec_keeps(codec):
     rows = torch.tensor([60.0, 50, 40, 0, -20]).softmax(0).expand(4, 1, 3, 5)
     decoded = stored(rows)
     one = kept_as(codec)
-    made = AttentionAligner("it", advit.Settings(heads=None), StudentSpec(1, 3, 2, ("class",)), [one], "class")
+    made = AttentionAligner("it", advit.ADViTConfig(heads=None), StudentSpec(1, 3, 2, ("class",)), [one], "class")
     found, exact = made.teacher_logs([decoded]), rows.log()
     held = decoded > 0
     assert torch.allclose(found[held], exact[held], atol=0.05)
@@ -221,5 +222,5 @@ def test_a_stored_zero_counts_as_the_least_that_its_codec_keeps(codec):
     assert ((found[~held].exp() > least / 2) & (found[~held].exp() < least * 1.001)).all()
     assert torch.allclose(made.teacher_logs([rows]), found, atol=0.05), "live values of such a target meet it likewise"
     one = kept_as("f32")
-    whole = AttentionAligner("it", advit.Settings(heads=None), StudentSpec(1, 3, 2, ("class",)), [one], "class")
+    whole = AttentionAligner("it", advit.ADViTConfig(heads=None), StudentSpec(1, 3, 2, ("class",)), [one], "class")
     assert torch.allclose(whole.teacher_logs([rows]), torch.tensor([60.0, 50, 40, 0, -20]).log_softmax(0))

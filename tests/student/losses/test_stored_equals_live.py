@@ -72,7 +72,8 @@ def compare(
         loss: tuple(StoredTarget(g.target, g.teacher.model_copy(update={"classes": names})) for g in several)
         for loss, several in given.items()
     }
-    distiller = Distiller(recipe, model, given, *normalization(recipe.student, None), names)
+    mean, std = normalization(recipe.student, None)
+    distiller = Distiller(recipe, model, given, mean=mean, std=std, class_names=names)
     for queue in distiller.queues:  # empty ones have nothing to say in the first step
         queue.push([torch.nn.functional.normalize(torch.randn(32, queue.entries.shape[1]), dim=1)])
     optimizer = torch.optim.AdamW(distiller.parameters(), 1e-3)

@@ -49,7 +49,7 @@ def test_permuted_targets_are_those_of_another_image_of_the_block_and_all_else_i
     for epoch in range(4):
         for a, b in zip(plain.epoch(epoch), permuted.epoch(epoch), strict=True):
             assert all(
-                torch.equal(getattr(a, name), getattr(b, name)) for name in ("images", "labels", "shares", "ids")
+                torch.equal(getattr(a, name), getattr(b, name)) for name in ("images", "labels", "mix_weights", "ids")
             )
             for (shard, sample, view), values in zip(b.ids.tolist(), b.target(target).numpy(), strict=True):
                 block = range(sample // 64 * 64, min(sample // 64 * 64 + 64, 150))
@@ -97,7 +97,7 @@ def test_every_image_gets_the_mean(world, target):
     )
     model, _ = build_student(recipe.student, 3)
     store = Store.open(world.store)
-    distiller = Distiller(recipe, model, {"aal": (stored_target(store, target),)}, (0.5,) * 3, (0.5,) * 3)
+    distiller = Distiller(recipe, model, {"aal": (stored_target(store, target),)}, mean=(0.5,) * 3, std=(0.5,) * 3)
     seen = []
     distiller.losses["aal"].register_forward_pre_hook(lambda module, args: seen.append(args[0].targets[0]))
     made = stream(world, target)

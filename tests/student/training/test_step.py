@@ -30,7 +30,7 @@ def gradients(world, tmp_path, *settings):
     made = build_run(job(world, tmp_path / "run", "aal", u8(world), "optim.opt=sgd", *settings), Quiet(), None)
     recipe = job(world, tmp_path / "run", "aal", u8(world), "optim.opt=sgd", *settings).recipe
     optimizer, _ = build_optimizer(recipe, made.distiller, 9)
-    update = Update(recipe, made.distiller, optimizer, None, CPU, False)
+    update = Update(recipe, made.distiller, optimizer, average=None, device=CPU, scaled=False)
     numbers = update(next(made.stream.epoch(0)), 0, 0)
     return {name: p.grad for name, p in made.distiller.named_parameters()}, numbers
 
@@ -97,18 +97,18 @@ def test_dropouts_reach_the_student():
     assert (model.global_pool, arguments["global_pool"]) == ("avg", "avg")
 
 
-def test_notes_and_losses_are_logged_and_shown_in_tensorboard(world, tmp_path):
+def test_metrics_and_losses_are_logged_and_shown_in_tensorboard(world, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     settings = ["tensorboard=true", "losses.deit.target=" + world.targets["logits"], "losses.deit.same_classes=true"]
     run(world, tmp_path / "run", "scratch", *settings, "model_ema_decay=0.9")
     epochs = [r for r in log(tmp_path / "run") if "step" not in r]
-    assert 0 <= epochs[-1]["notes"]["deit agreement"] <= 1
+    assert 0 <= epochs[-1]["metrics"]["deit agreement"] <= 1
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     board.Reload()
     assert [e.step for e in board.Scalars("epochs/top1")] == [8, 17]
-    for name in ("epochs/losses/deit", "epochs/notes/deit agreement", "epochs/ema_top1", "epochs/lr", "steps/loss"):
+    for name in ("epochs/losses/deit", "epochs/metrics/deit agreement", "epochs/ema_top1", "epochs/lr", "steps/loss"):
         assert name in board.Tags()["scalars"]
     assert board.Scalars("epochs/losses/deit")[-1].value == pytest.approx(epochs[-1]["losses"]["deit"])
 

@@ -137,7 +137,8 @@ def test_cross_entropy_alone_is_untouched_by_hooks(world):
     torch.manual_seed(0)
     model, _ = build_student(recipe.student, 3)
     batch = next(Stream(world.shards, batch=32, policy=policy("light", 32)).epoch(0))
-    distiller = Distiller(recipe, model, {}, *normalization(recipe.student, None))
+    mean, std = normalization(recipe.student, None)
+    distiller = Distiller(recipe, model, {}, mean=mean, std=std)
     logits, values = distiller(batch)
     expected = torch.nn.functional.cross_entropy(
         model(batch.pixels((0.5,) * 3, (0.5,) * 3)), batch.labels, label_smoothing=0.1

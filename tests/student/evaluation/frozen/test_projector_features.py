@@ -34,7 +34,7 @@ def trained(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def kept(folder: Path, settings: projector_alignment.Settings) -> tuple[torch.nn.Sequential, Path]:
+def kept(folder: Path, settings: projector_alignment.ProjectorAlignmentConfig) -> tuple[torch.nn.Sequential, Path]:
     """A projector with numbers of its own, and a student's file beside what was kept of it."""
     torch.manual_seed(0)
     made = projector(6, 9, settings)
@@ -49,7 +49,7 @@ def kept(folder: Path, settings: projector_alignment.Settings) -> tuple[torch.nn
 @pytest.mark.parametrize("kind", ["mlp", "linear"])
 @pytest.mark.parametrize("depth", [1, 2, 4])
 def test_features_after_n_maps_are_those_of_the_projector_itself(tmp_path, kind, depth):
-    made, student = kept(tmp_path, projector_alignment.Settings(projector=kind, depth=depth))
+    made, student = kept(tmp_path, projector_alignment.ProjectorAlignmentConfig(projector=kind, depth=depth))
     x = torch.randn(5, 6)
     whole = made(x)
     assert torch.equal(projector_layers(student, depth)(x), whole)
@@ -126,7 +126,7 @@ def _hole(state: dict[str, torch.Tensor]) -> None:
      (None, "cannot be read")],
 )  # fmt: skip
 def test_what_is_no_projector_is_refused(tmp_path, change: Any, said: str):
-    _, student = kept(tmp_path, projector_alignment.Settings())
+    _, student = kept(tmp_path, projector_alignment.ProjectorAlignmentConfig())
     path = tmp_path / "losses.safetensors"
     if change is None:
         path.write_bytes(b"hostile" * 9)
