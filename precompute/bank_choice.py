@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from precompute.request import PrecomputeRequest
 from storage.errors import IdentityError, UserError, setting
@@ -13,16 +13,22 @@ from storage.views.policy import Policy
 
 
 def choose_policy(
-    store: Store, wanted: Policy, given: set[str], alike: set[str], exactly: Callable[[], set[str]], new_bank: bool
+    store: Store,
+    wanted: Policy,
+    *,
+    fields: Collection[str],
+    candidates: Collection[str],
+    recognize: Callable[[], set[str]],
+    new_bank: bool,
 ) -> Policy:
-    """The policy of this run: what is not given comes from the bank that the shards have already.
+    """The policy of this run: what was not said comes from the bank that the shards have already.
 
     Args:
         store: with its banks.
-        wanted: policy, size and seed, given or by default.
-        given: which of `line`, `size` and `seed` were given.
-        alike: ids of known shards that these may be, by their names.
-        exactly: gives those that they are; it reads every file, so it is called only where it matters.
+        wanted: policy, size and seed, said or by default.
+        fields: which of `line`, `size` and `seed` were said.
+        candidates: ids of known shards that these may be, by their names.
+        recognize: gives those that they are; it reads every file, so it is called only where it matters.
         new_bank: another bank beside the one that is there is wanted.
 
     Raises:
@@ -30,28 +36,15 @@ def choose_policy(
     """
     from storage.store.banks import policy_of
 
-    done = [task for task in store.done() if task.kind == "bank" and task.shard in alike]
-    there = sorted({task.id for task in done})
-    if not there or wanted.bank in there or new_bank:
+    done = [task for task in store.done() if task.kind == "bank" and task.shard in candidates]
+    banks = sorted({task.id for task in done})
+    if not banks or wanted.bank in banks or new_bank:
         return wanted
-    ids = exactly()
-    there = sorted({task.id for task in done if task.shard in ids})
-    if not there:
+    shards = recognize()
+    policies = [policy_of(store.bank(id)) for id in sorted({task.id for task in done if task.shard in shards})]
+    if not policies:
         return wanted
-    found: list[tuple[str, object, object]] = []
-    fitting: list[Policy] = []
-    for id in there:
-        policy = policy_of(store.bank(id))
-        differs: list[tuple[str, object, object]] = [
-            (field, getattr(policy, field), getattr(wanted, field))
-            for field in ("line", "size", "seed")
-            if field in given
-            and getattr(policy, field) != getattr(wanted, field)
-            and (field != "seed" or policy.random)
-        ]
-        if not differs:
-            fitting.append(policy)
-        found = found or differs
+    fitting = [policy for policy in policies if not _differing(policy, wanted, fields)]
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
@@ -59,14 +52,22 @@ def choose_policy(
             f"{store.url}: these shards have views in {len(fitting)} banks: {', '.join(p.bank for p in fitting)}",
             hint=f"Choose one by {setting('view_policy', 'P')}, {setting('view_size', 'N')} and {setting('seed', 'N')}",
         )
-    names = {"line": "view policy", "size": "view size", "seed": "seed"}
-    field, expected, asked = found[0]
-    raise IdentityError(
-        f"{store.url}: bank {there[0]}", names[field], expected, asked,
+    policy, name = policies[0], _differing(policies[0], wanted, fields)[0]
+    what = {"line": "view policy", "size": "view size", "seed": "seed"}[name]
+    hint = (
         "All targets of a training run need the same views, those of one bank. Leave the setting out to use the views "
-        f"that exist, or make others beside them: {setting('new_bank', True)}",
-        ("the store has", "asked for"),
-    )  # fmt: skip
+        f"that exist, or make others beside them: {setting('new_bank', True)}"
+    )
+    words = ("the store has", "asked for")
+    raise IdentityError(
+        f"{store.url}: bank {policy.bank}", what, getattr(policy, name), getattr(wanted, name), hint, words
+    )
+
+
+def _differing(policy: Policy, wanted: Policy, fields: Collection[str]) -> list[str]:
+    """Which of the fields that were said differ; a policy without chance has no seed."""
+    names = [name for name in ("line", "size", "seed") if name in fields and (name != "seed" or policy.random)]
+    return [name for name in names if getattr(policy, name) != getattr(wanted, name)]
 
 
 def settle(
@@ -90,8 +91,14 @@ def settle(
                 opened[url] = shard
         return {shard.id for shard in opened.values()}
 
-    alike = {id for ids in known.values() for id in ids}
-    policy = choose_policy(store, wanted.policy, set(wanted.policy_fields), alike, recognized, wanted.new_bank)
+    policy = choose_policy(
+        store,
+        wanted.policy,
+        fields=wanted.policy_fields,
+        candidates={id for ids in known.values() for id in ids},
+        recognize=recognized,
+        new_bank=wanted.new_bank,
+    )
     return policy, choose_views(store, policy, wanted.num_views), opened
 
 
@@ -112,5 +119,5 @@ def choose_views(store: Store | None, policy: Policy, wanted: int | None) -> int
         return 1
     if wanted is not None:
         return wanted
-    there = [task.view for task in (store.done() if store else ()) if task.kind == "bank" and task.id == policy.bank]
-    return max(there) + 1 if there else 4
+    views = [task.view for task in (store.done() if store else ()) if task.kind == "bank" and task.id == policy.bank]
+    return max(views) + 1 if views else 4

@@ -45,7 +45,7 @@ def offers_of(name: str, input_size: int | None = None, grid: int = 14) -> Teach
         except UserError as error:
             refused[tap] = error.message
             continue
-        codec = Codec(default_codec(tap), shape, tapped.maps, tapped.axes, tapped.values)
+        codec = Codec(default_codec(tap), shape, tapped.maps, axes=tapped.axes, values=tapped.values)
         taps[tap] = TapOffer(shape=shape, codec=codec.name, bytes=codec.sample_bytes)
     return TeacherOffers(
         teacher=name,

@@ -214,7 +214,7 @@ def _export(
 def _codec_error(name: str, tap: TapInfo, values: np.ndarray) -> CodecError | None:
     """What a codec costs on a real block; None where it cannot hold the values."""
     try:
-        return Codec(name, values.shape[1:], tap.maps, tap.axes, tap.values).error(values)
+        return Codec(name, values.shape[1:], tap.maps, axes=tap.axes, values=tap.values).error(values)
     except UserError:
         return None
 

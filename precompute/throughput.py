@@ -29,7 +29,7 @@ SHARE = 0.1  # of what the run will take, at most
 AGREE, WITHIN = 3, 0.05  # so many rounds on end whose rates differ by so little are enough
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     """Seconds spent, view images made in them, and the rate of the last round, the largest: view images a second."""
 
@@ -62,7 +62,7 @@ def growing(run: Callable[[int], tuple[float, int]], todo: int, seconds: float) 
         if spent + 2 * taken > limit or images + 2 * made > SHARE * todo:
             break
         size *= 2
-    return Measured(spent, images, rates[-1])
+    return Measured(seconds=spent, images=images, rate=rates[-1])
 
 
 def measure(

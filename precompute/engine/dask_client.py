@@ -36,13 +36,11 @@ def local_cluster(count: int | None) -> Iterator[LocalCluster]:
     import dask.config
     from distributed import LocalCluster
 
+    settings = {"threads_per_worker": 1, "processes": True, "dashboard_address": "127.0.0.1:0"}
     with (
         dask.config.set({"distributed.deploy.lost-worker-timeout": _NEVER}),
-        LocalCluster(  # type: ignore[no-untyped-call]
-            n_workers=count, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0",
-            silence_logs=logging.CRITICAL,
-        ) as cluster,
-    ):  # fmt: skip
+        LocalCluster(n_workers=count, silence_logs=logging.CRITICAL, **settings) as cluster,  # type: ignore[no-untyped-call]
+    ):
         yield cluster
 
 

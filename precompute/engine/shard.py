@@ -143,7 +143,7 @@ def block_views(shard: Shard, policy: Policy, number: int = 0) -> np.ndarray:
             views.append(INVALID)
             pixels.append(np.zeros(0, np.uint8))
             continue
-        views.append(draw_view(policy, sample.key, 0, image.size, i, block))
+        views.append(draw_view(policy, sample.key, 0, image.size, i=i, block=block))
         pixels.append(render(image, views[-1], policy.size))
     whole = [
         mix_images(own, pixels[view.mix.partner - block.start], view.mix) if view.mix else own

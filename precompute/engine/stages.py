@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,7 +44,7 @@ class TooWide(Exception):
         self.view, self.target = view, target
 
 
-@dataclass
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Block:
     """A block that was read and rendered: what the session sees of each view, and what the bank keeps of new ones."""
 
@@ -159,11 +160,7 @@ class ShardPass:
         block = self.shard.index.block(number)
         samples = self.shard.read(block)
         known = {view: read_views(marker, block.start, block.stop) for view, marker in self.known.items()}
-        jobs = [
-            renderers.submit(self._render, i, sample, known, block)
-            for i, sample in zip(block, samples, strict=True)
-        ]  # fmt: skip
-        rendered = [job.result() for job in jobs]
+        rendered = [*renderers.map(functools.partial(self._render, known, block), block, samples)]
         valid = np.array([bool(images) for images, _ in rendered])
         side = self.policy.size
         blank = np.zeros((side, side, 3), np.uint8)
@@ -175,15 +172,20 @@ class ShardPass:
                 sums = [signature(image) if ok else 0 for image, ok in zip(own, valid, strict=True)]
                 signatures[view] = np.array(sums, np.uint32)[:, None]
             views = drawn[view] if view in drawn else [known[view].view(i) for i in block]
-            mixes = [v.mix for v in views]
-            pixels[view] = np.stack([
-                mix_images(image, own[mix.partner - block.start], mix) if mix else image
-                for image, mix in zip(own, mixes, strict=True)
-            ])  # fmt: skip
-        return _Block(block, [sample.key for sample in samples], pixels, drawn, signatures, valid)
+            pairs = zip(own, (drawn_view.mix for drawn_view in views), strict=True)
+            mixed = [mix_images(image, own[mix.partner - block.start], mix) if mix else image for image, mix in pairs]
+            pixels[view] = np.stack(mixed)
+        return _Block(
+            block=block,
+            keys=[sample.key for sample in samples],
+            pixels=pixels,
+            drawn=drawn,
+            signatures=signatures,
+            valid=valid,
+        )
 
     def _render(
-        self, i: int, sample: Sample, known: dict[int, BankView], block: range
+        self, known: dict[int, BankView], block: range, i: int, sample: Sample
     ) -> tuple[dict[int, np.ndarray], dict[int, View]]:
         """View -> pixels of one sample before mixing, none where it is invalid; view -> what was drawn for new ones."""
         image = self._decode(sample)
@@ -195,7 +197,7 @@ class ShardPass:
                 pixels[view] = replayed
         if image is not None:
             for view in self.fresh:
-                drawn[view] = draw_view(self.policy, sample.key, view, image.size, i, block)
+                drawn[view] = draw_view(self.policy, sample.key, view, image.size, i=i, block=block)
                 pixels[view] = render(image, drawn[view], self.policy.size)
         return pixels, drawn
 

@@ -14,7 +14,7 @@ from storage.store.store import Store
 OnDecodeError = Literal["fail", "skip"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TargetOutput:
     """A target, and which of the graph's outputs makes it; None where it is the view images themselves."""
 
@@ -25,7 +25,7 @@ class TargetOutput:
     @classmethod
     def of(cls, manifest: TargetManifest) -> TargetOutput:
         """From a target's manifest."""
-        return cls(manifest.id, manifest.output, manifest.codec)
+        return cls(target=manifest.id, position=manifest.output, codec=manifest.codec)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -250,9 +250,15 @@ def export_ready(
         compare([output[:CHECKED] for output in found], expected, taps, teacher.name, "the file run by itself")
     )
     return Exported(
-        graph, alone.taps, tuple(output.shape[1:] for output in expected), details, parity, tuple(found),
-        session.settings, None,
-    )  # fmt: skip
+        graph=graph,
+        taps=alone.taps,
+        shapes=tuple(output.shape[1:] for output in expected),
+        details=details,
+        parity=parity,
+        values=tuple(found),
+        session=session.settings,
+        attention_error=None,
+    )
 
 
 def _joined(alone: ReferenceRunner, views: np.ndarray) -> bytes:

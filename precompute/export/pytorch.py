@@ -40,7 +40,7 @@ class TargetDetails(TypedDict, total=False):
     network: Network
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
     """A graph and what is known of its outputs, which are called after the taps' positions: `tap0`, `tap1`, …"""
 
@@ -157,17 +157,23 @@ def _exported(module: TappedTeacher, images: np.ndarray, provider: str, name: st
 
     taps = module.taps
     views = torch.from_numpy(np.ascontiguousarray(images[:CHECKED]))
-    given, attention_error = read_taps(module, views, name)
-    expected = [output.numpy() for output in given]
+    tensors, attention_error = read_taps(module, views, name)
+    expected = [tensor.numpy() for tensor in tensors]
     with _one_error(f"{name}: PyTorch cannot export it as an ONNX graph"):
         graph = graph_of(module, views[:2], outputs)
     session = open_session(graph, provider)
-    found = session.run(images)
-    parity = tuple(compare([output[:CHECKED] for output in found], expected, taps, name))
+    values = session.run(images)
+    parity = tuple(compare([output[:CHECKED] for output in values], expected, taps, name))
     return Exported(
-        graph, tuple(taps), tuple(output.shape[1:] for output in expected),
-        tuple(_details(module, tap) for tap in taps), parity, tuple(found), session.settings, attention_error,
-    )  # fmt: skip
+        graph=graph,
+        taps=taps,
+        shapes=tuple(output.shape[1:] for output in expected),
+        details=tuple(_details(module, tap) for tap in taps),
+        parity=parity,
+        values=tuple(values),
+        session=session.settings,
+        attention_error=attention_error,
+    )
 
 
 class _CannotExport(UserError):

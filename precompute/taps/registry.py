@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple, Self, cast
 
 from torch import Tensor
@@ -38,7 +38,7 @@ ATTENTION = ("q", "k", "v", "class_row", "attention")  # read off attention laye
 VIT = (*ATTENTION, "tokens", "class_token")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Tap:
     """What to read: a tap, with layers (from 1; stages of a CNN) and, for activations, the side of their grid.
 
@@ -51,6 +51,7 @@ class Tap:
     """
 
     name: str
+    _: KW_ONLY
     layers: tuple[int, ...] | None = None
     grid: int | None = None
     tensors: tuple[str, ...] = ()
@@ -60,8 +61,14 @@ class Tap:
     @classmethod
     def of(cls, identity: TargetIdentity) -> Self:
         """What a target's identity says."""
-        at = cast(At, identity.at)
-        return cls(identity.tap, identity.layers, identity.grid, identity.tensors, at, identity.antialias)
+        return cls(
+            identity.tap,
+            layers=identity.layers,
+            grid=identity.grid,
+            tensors=identity.tensors,
+            at=cast(At, identity.at),
+            antialias=identity.antialias,
+        )
 
     def grid_matrix(self, side: int) -> Tensor:
         """The matrix that brings an axis of activation maps of this side onto the tap's grid (`resize_matrix`)."""

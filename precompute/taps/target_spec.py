@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING
 
 from storage.errors import UserError, did_you_mean, setting
@@ -20,7 +20,7 @@ _CODECS = {"activations": "u8", "logits": "f32"}
 _OPTIONS = ("layers", "grid", "codec", "at", "antialias")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TargetSpec:
     """One target that a user asks for.
 
@@ -35,6 +35,7 @@ class TargetSpec:
     """
 
     tap: str
+    _: KW_ONLY
     layers: str | None = None
     grid: int | None = None
     codec: str | None = None
@@ -77,7 +78,10 @@ def _parse(text: str) -> list[TargetSpec]:
     if codec is not None:
         for tap in taps:
             codec = codecs.check_codec(codec, TAPS[tap].values)
-    return [TargetSpec(tap, options.get("layers"), grid, codec, (), at, antialias) for tap in taps]
+    return [
+        TargetSpec(tap, layers=options.get("layers"), grid=grid, codec=codec, tensors=(), at=at, antialias=antialias)
+        for tap in taps
+    ]
 
 
 def _maps(taps: Sequence[str], options: Mapping[str, str]) -> tuple[int | None, At, bool]:

@@ -29,13 +29,13 @@ LARGEST = 2**31 - 1  # bytes; protobuf reads no larger message
 SQUASHED = ("Softmax", "Sigmoid")  # operators whose results are probabilities
 
 # Operators that leave values what they are, but for their order, precision and shape.
-_SAME = ("Identity", "Cast", "CastLike", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "QuantizeLinear",
-         "DequantizeLinear")  # fmt: skip
+_SAME = {"Identity", "Cast", "CastLike", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"}
+_SAME |= {"QuantizeLinear", "DequantizeLinear"}
 
 PRECISIONS = ("float32", "float16", "float64")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: it caches
 class OnnxGraph:
     """A ready graph.
 
@@ -133,7 +133,16 @@ def read_graph(path: str) -> OnnxGraph:
     first = model.graph.input[0].type.tensor_type.shape.dim[0]
     first.dim_param = first.dim_param or "batch"
     del model.graph.value_info[:]  # shapes in it may be those of another batch
-    return OnnxGraph(path, model, inputs[0].name, batch, last, side, precision, outputs)
+    return OnnxGraph(
+        path=path,
+        model=model,
+        input=inputs[0].name,
+        batch=batch,
+        channels_last=last,
+        side=side,
+        precision=precision,
+        outputs=outputs,
+    )
 
 
 def _input(path: str, value: ValueInfoProto) -> tuple[int | None, int | None, bool, str]:

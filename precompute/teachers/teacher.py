@@ -44,7 +44,7 @@ SHORT_NAMES: dict[str, tuple[str, int]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Teacher:
     """What names one network exactly.
 
@@ -182,9 +182,17 @@ def find_teacher(
         raise UserError(f"{other} says something else", setting=setting("input_size", input_size))
     input_size = own if isinstance(own, int) else input_size
     return Teacher(
-        teacher_name, model, arguments or {}, weights, digest, int(input_size or size or 224),
-        _three(mean, "mean"), _three(std, "std"), classes, weights_key,
-    )  # fmt: skip
+        name=teacher_name,
+        model=model,
+        arguments=arguments or {},
+        weights=weights,
+        digest=digest,
+        input_size=int(input_size or size or 224),
+        mean=_three(mean, "mean"),
+        std=_three(std, "std"),
+        classes=classes,
+        weights_key=weights_key,
+    )
 
 
 def _key(file: WeightsFile, wanted: str | None, say: Callable[[str], None]) -> str | None:
@@ -217,7 +225,14 @@ def _find_ready(
     size = side or input_size or 0
     _require_size(size)
     return Teacher(
-        teacher_name, ONNX_FILE, {}, path, WeightsFile(path).digest, size, _three(mean, "mean"), _three(std, "std")
+        name=teacher_name,
+        model=ONNX_FILE,
+        arguments={},
+        weights=path,
+        digest=WeightsFile(path).digest,
+        input_size=size,
+        mean=_three(mean, "mean"),
+        std=_three(std, "std"),
     )
 
 

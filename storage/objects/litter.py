@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 # macOS, Synology and Windows; `._*`, `.DS_Store` and `.ipynb_checkpoints` are hidden anyway. In small letters.
-_KNOWN = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found",
-          "thumbs.db", "ehthumbs.db", "desktop.ini"}  # fmt: skip
+_KNOWN = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"}
+_KNOWN |= {"thumbs.db", "ehthumbs.db", "desktop.ini"}
 
 
 def is_litter(name: str) -> bool:

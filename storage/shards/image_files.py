@@ -25,7 +25,7 @@ def is_image(path: Path) -> bool:
     return kind_of(path) in IMAGES
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Listing:
     """What lies below a folder, at any depth. Links are followed, so files of linked folders are listed too.
 
@@ -70,7 +70,7 @@ def listing(folder: Path) -> Listing:
     Raises:
         UserError: a folder in it cannot be read.
     """
-    found = Listing([], [], [], [], [])
+    found = Listing(files=[], lost=[], special=[], litter=[], loops=[])
     waiting: list[tuple[Path, frozenset[tuple[int, int]]]] = [(folder, frozenset())]
     while waiting:
         place, above = waiting.pop()

@@ -38,7 +38,7 @@ MOST_ZEROS = 1 << 20  # bytes of a tar without members: more than this is a file
 
 @dataclass(frozen=True)
 class ShardSummary:
-    """What is enough to recognise a shard without reading it: kept in the index and in every bank marker.
+    """What is enough to recognize a shard without reading it: kept in the index and in every bank marker.
 
     `first` and `last` are (start, stop, sha256) of the bytes of the first and the last block.
     """
@@ -149,9 +149,14 @@ def build_index(url: str) -> ShardIndex:
         ranges.append((low, high, hashlib.sha256(data).hexdigest()))
     stem = stem_of(url)
     summary = ShardSummary(
-        id=f"{stem}-{whole[:8]}", stem=stem, bytes=end + zeros, samples=len(keys), labelled=None not in labels,
-        first=ranges[0], last=ranges[1],
-    )  # fmt: skip
+        id=f"{stem}-{whole[:8]}",
+        stem=stem,
+        bytes=end + zeros,
+        samples=len(keys),
+        labelled=None not in labels,
+        first=ranges[0],
+        last=ranges[1],
+    )
     return ShardIndex(summary, tuple(keys), tuple(digests), tuple(labels), tuple(starts), tuple(left_out))
 
 

@@ -49,7 +49,7 @@ from storage.unicode_names import all_normalized, normalized
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PackSource:
     """Where a sample's bytes are: a file of its own, or parts of a tar."""
 
@@ -205,7 +205,7 @@ def _files(files: ImageSources) -> list[PackSource]:
             number += 1
             key = f"{plain}-{number}"
         taken.add(key)
-        sources.append(PackSource(key, label, functools.partial(_load_file, path, kind_of(path), label)))
+        sources.append(PackSource(key=key, label=label, load=functools.partial(_load_file, path, kind_of(path), label)))
     return sources
 
 
@@ -261,7 +261,7 @@ def _tar(path: str, url: str, flaws: list[str]) -> list[PackSource]:
                 raise UserError(f"{url}: key {key!r}: WebDataset writes no member called {kind!r}; rename it")
         labels = [label_of(text or b"", f"{url}: key {key!r}") for kind, text in parts if kind == "cls"]
         label = labels[-1] if labels else None
-        sources.append(PackSource(key, label, functools.partial(_load_runs, path, url, key, runs[key])))
+        sources.append(PackSource(key=key, label=label, load=functools.partial(_load_runs, path, url, key, runs[key])))
     return sources
 
 

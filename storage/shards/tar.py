@@ -20,10 +20,8 @@ _NETWORK = {"aiohttp", "aiobotocore", "azure", "botocore", "gcsfs", "google", "r
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 # headers that name or describe the member after them
-_EXTENDED = (
-    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
-)  # fmt: skip
-
+_EXTENDED = {tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE}
+_EXTENDED |= {tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
 
 RULE = (
     "a sample is a key with one image, KEY.jpg, .jpeg, .png or .webp, that is a plain file; a key ends at the first "
@@ -34,7 +32,7 @@ Part = tuple[str, bytes | None]  # the extension and the bytes of a member; None
 _KEPT = "surrogateescape"  # how names and values that are not UTF-8 are kept: only in names it matters
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """One image with what belongs to it, as read from a tar."""
 
@@ -167,7 +165,7 @@ def to_sample(key: str, parts: Sequence[Part], where: str) -> Sample:
         raise UserError(f"{where}: key {key!r}: WebDataset keeps members called {kept!r} for itself; rename it")
     image = next(kind for kind in by_kind if kind in IMAGES)
     label = label_of(by_kind["cls"], f"{where}: key {key!r}") if "cls" in by_kind else None
-    return Sample(key, image, by_kind[image], label, by_kind.get("json"))
+    return Sample(key=key, kind=image, image=by_kind[image], label=label, json=by_kind.get("json"))
 
 
 def label_of(text: bytes, where: str) -> int:

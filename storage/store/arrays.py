@@ -203,7 +203,7 @@ def _words(field: str, text: str, count: int) -> bytes:
     return data
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StoredArray:
     """An array as its marker describes it; reading opens no `zarr.json`."""
 
@@ -215,7 +215,8 @@ class StoredArray:
     @classmethod
     def of(cls, objects: ObjectStore, path: str, record: ArrayRecord) -> StoredArray:
         """From an array's entry in a marker."""
-        return cls(objects, path, record.metadata, base64.b64decode(record.checksums))
+        checksums = base64.b64decode(record.checksums)
+        return cls(objects=objects, path=path, metadata=record.metadata, checksums=checksums)
 
     @property
     def shape(self) -> tuple[int, ...]:

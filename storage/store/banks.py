@@ -31,7 +31,7 @@ def bank_manifest(policy: Policy) -> BankManifest:
 def policy_of(manifest: BankManifest) -> Policy:
     """The policy that a bank was drawn from."""
     identity = manifest.identity
-    return Policy(identity.line, identity.size, identity.seed or 0, manifest.policy)
+    return Policy(line=identity.line, size=identity.size, seed=identity.seed or 0, name=manifest.policy)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,16 +71,15 @@ class BankView:
             raise DamageError(
                 f"{where}, key {sample.key}: damaged: its parameters make no view: {first_line(error)}"
             ) from None
-        found, expected = signature(pixels), int(self.signatures[i - self.start])
+        found, expected = f"{signature(pixels):08x}", f"{int(self.signatures[i - self.start]):08x}"
         if found != expected:
-            both = ", ".join(
-                f"{k} {self.renderer.get(k)}/{v}" for k, v in renderer().items() if self.renderer.get(k) != v
-            )
-            raise IdentityError(
-                f"{where}, key {sample.key}", "signature of the view's pixels", f"{expected:08x}", f"{found:08x}",
+            then = self.renderer
+            both = ", ".join(f"{name} {then.get(name)}/{v}" for name, v in renderer().items() if then.get(name) != v)
+            hint = (
                 f"The image or the decoders differ from those of precompute ({both or 'same versions'}).\n  Use those "
-                f"decoders, or store the pixels where they are in use: {setting('store_views', True)}",
-            )  # fmt: skip
+                f"decoders, or store the pixels where they are in use: {setting('store_views', True)}"
+            )
+            raise IdentityError(f"{where}, key {sample.key}", "signature of the view's pixels", expected, found, hint)
         return pixels
 
 
@@ -102,9 +101,9 @@ _BOUNDS = {
     **dict.fromkeys(("op1", "op2", "op3", "op4"), (0, len(OPERATIONS))),
     **dict.fromkeys(("magnitude1", "magnitude2", "magnitude3", "magnitude4"), (-1000, 1000)),
     **dict.fromkeys(("erase_left", "erase_top", "erase_right", "erase_bottom"), (0, 4096)),
-    "erase_seed": (0, 2**32 - 1), "mix": (0, 2), "amount": (0, 256),
     **dict.fromkeys(("mix_left", "mix_top", "mix_right", "mix_bottom"), (0, 4096)),
-}  # fmt: skip
+    **{"erase_seed": (0, 2**32 - 1), "mix": (0, 2), "amount": (0, 256)},
+}
 
 
 def _beyond(rows: np.ndarray, start: int, samples: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -77,7 +77,7 @@ class ArraySpec(NamedTuple):
     axes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Codec:
     """How one target is kept.
 
@@ -93,6 +93,7 @@ class Codec:
     name: str
     shape: tuple[int, ...]
     maps: int
+    _: KW_ONLY
     axes: tuple[str, ...] = field(default=(), compare=False)
     values: Values = "plain"
 

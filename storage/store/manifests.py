@@ -172,7 +172,7 @@ class TargetManifest(Manifest):
     @property
     def codec(self) -> codecs.Codec:
         """How it is kept."""
-        return codecs.Codec(self.identity.codec, self.sample_shape, self.maps, self.axes, self.values)
+        return codecs.Codec(self.identity.codec, self.sample_shape, self.maps, axes=self.axes, values=self.values)
 
     @property
     def graph_output(self) -> tuple[str, int]:

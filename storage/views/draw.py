@@ -19,7 +19,7 @@ _DECIMAL = Context(prec=28)
 
 
 def draw_view(
-    policy: Policy, key: str, view: int, image_size: tuple[int, int], i: int = 0, block: range = range(1)
+    policy: Policy, key: str, view: int, image_size: tuple[int, int], *, i: int = 0, block: range = range(1)
 ) -> View:
     """The view of a sample with this number under a policy.
 
@@ -117,7 +117,7 @@ def _mix(chance: np.random.Generator, side: int, alphas: Sequence[float], i: int
         return None
     place = int(u * (len(block) - 1))
     partner = block.start + place + (block.start + place >= i)
-    return Mix(kind, partner, amount, box)
+    return Mix(kind=kind, partner=partner, amount=amount, box=box)
 
 
 def _middle(width: int, height: int, side: float) -> tuple[float, float, float, float]:

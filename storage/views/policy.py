@@ -41,7 +41,7 @@ Operation = tuple[str, tuple[float, ...]]  # name and arguments
 _AFTER = ("flip", "randaug", "erase", "mix")  # what may follow the framing, in this order
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     """What the views of a bank are drawn from; made by `policy`.
 
@@ -132,7 +132,7 @@ def policy(line: str, size: int, seed: int = 0) -> Policy:
         for name, args in operations
     )
     by_line = {value: key for key, value in NAMED.items()}
-    return Policy(normal, size, seed, by_line.get(normal, "custom"))
+    return Policy(line=normal, size=size, seed=seed, name=by_line.get(normal, "custom"))
 
 
 def _check(line: str, name: str, arguments: tuple[float, ...]) -> None:

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 
 # The columns of a bank.
 COLUMNS = (
     "valid",
-    "left", "top", "right", "bottom",  # crop box in the source image's pixels, resized to S×S (bicubic)
-    "shift_x", "shift_y",  # the S×S frame is moved by whole pixels; what comes in is black
+    *("left", "top", "right", "bottom"),  # crop box in the source image's pixels, resized to S×S (bicubic)
+    *("shift_x", "shift_y"),  # the S×S frame is moved by whole pixels; what comes in is black
     "flip",
-    "op1", "magnitude1", "op2", "magnitude2", "op3", "magnitude3", "op4", "magnitude4",
-    "erase_left", "erase_top", "erase_right", "erase_bottom", "erase_seed",
-    "mix", "partner", "amount", "mix_left", "mix_top", "mix_right", "mix_bottom",
-)  # fmt: skip
+    *("op1", "magnitude1", "op2", "magnitude2", "op3", "magnitude3", "op4", "magnitude4"),
+    *("erase_left", "erase_top", "erase_right", "erase_bottom", "erase_seed"),
+    *("mix", "partner", "amount", "mix_left", "mix_top", "mix_right", "mix_bottom"),
+)
 
 
 MIXUP, CUTMIX = 1, 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Mix:
     """How a view image is mixed with its partner's, after both were rendered.
 
@@ -38,11 +38,12 @@ class Mix:
     box: tuple[int, int, int, int] = (0, 0, 0, 0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class View:
     """The parameters of one view image. Boxes are (left, top, right, bottom)."""
 
     box: tuple[float, float, float, float]
+    _: KW_ONLY
     shift: tuple[int, int] = (0, 0)
     flip: bool = False
     valid: bool = True
@@ -74,12 +75,17 @@ class View:
         whole = [int(x) for x in values]
         operations = tuple((whole[i], values[i + 1]) for i in range(8, 16, 2) if whole[i])
         kind, partner, amount, *mixed = whole[21:28]
-        mix = Mix(kind, partner, amount, (mixed[0], mixed[1], mixed[2], mixed[3])) if kind else None
-        erased = (whole[16], whole[17], whole[18], whole[19])
+        box = (mixed[0], mixed[1], mixed[2], mixed[3])
         return cls(
-            (left, top, right, bottom), (whole[5], whole[6]), bool(values[7]), bool(values[0]), operations, erased,
-            whole[20], mix,
-        )  # fmt: skip
+            (left, top, right, bottom),
+            shift=(whole[5], whole[6]),
+            flip=bool(values[7]),
+            valid=bool(values[0]),
+            operations=operations,
+            erased=(whole[16], whole[17], whole[18], whole[19]),
+            erase_seed=whole[20],
+            mix=Mix(kind=kind, partner=partner, amount=amount, box=box) if kind else None,
+        )
 
 
 INVALID = View((0, 0, 0, 0), valid=False)

@@ -127,7 +127,7 @@ def test_contract_1_what_is_stored_is_what_the_live_teacher_gives_on_the_views_o
     manifest = store.target(world.targets[name])
     codec = manifest.identity.codec
     kind = "cnn" if name.startswith(("act", "log")) else "vit"
-    tap = Tap(manifest.identity.tap, manifest.identity.layers, manifest.identity.grid)
+    tap = Tap(manifest.identity.tap, layers=manifest.identity.layers, grid=manifest.identity.grid)
     module = pytorch.live_teacher(teacher_of(world.weights, kind), [tap], 32)
     url, view = world.shards[1], 1
     shard = store.require(url, store.shard_ids())

@@ -118,7 +118,7 @@ def test_the_tolerance_allows_what_the_codec_rounds_and_little_more(codec: str) 
     logits = rng.normal(size=(200, 10)).astype(np.float32) * 4
     rows = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     values = rows if codec == "log8" else logits
-    kept = Codec(codec, (10,), 1, ("class",), {"log8": "rows", "topk5": "logits"}.get(codec, "plain"))  # type: ignore[arg-type]
+    kept = Codec(codec, (10,), 1, axes=("class",), values={"log8": "rows", "topk5": "logits"}.get(codec, "plain"))  # type: ignore[arg-type]
     allowed = TOLERANCE[codec.rstrip("5") if codec == "topk5" else codec]
     assert (differences(kept, kept.encode(values), values) <= allowed).all()
     assert (differences(kept, kept.encode(values), np.roll(values, 1, 0)) > allowed).mean() > 0.95

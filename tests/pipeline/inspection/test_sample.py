@@ -90,7 +90,7 @@ def test_the_parameters_give_the_image_again(world) -> None:
     assert told["url"] == world.shards[1]
     assert set(told["targets"]) == set(world.targets.values())
     for view, seen in zip(told["views"], sample.views, strict=True):
-        again = View(tuple(view["box"]), tuple(view["shift"]), view["flip"])
+        again = View(tuple(view["box"]), shift=tuple(view["shift"]), flip=view["flip"])
         assert np.array_equal(render(sample.original, again, told["size"]), seen.image)
 
 

@@ -27,11 +27,15 @@ COLOURS = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25)}
 
 # name -> kind of teacher, view size, taps. The teachers' inputs are 64 (cnn) and 32 (vit) pixels wide.
 CASES: dict[str, tuple[str, int, list[Tap]]] = {
-    "cnn": ("cnn", 64, [Tap("activations", None, 8), Tap("logits")]),
-    "cnn, views enlarged": ("cnn", 32, [Tap("activations", (2, 4), 3), Tap("logits")]),
-    "cnn, views reduced": ("cnn", 96, [Tap("logits"), Tap("activations", (1,), 5)]),
-    "vit": ("vit", 32, [Tap("class_row"), Tap("class_token"), Tap("q", (3,)), Tap("k", (1, 2)), Tap("logits")]),
-    "vit, views reduced": ("vit", 50, [Tap("class_row", (3, 1)), Tap("logits")]),
+    "cnn": ("cnn", 64, [Tap("activations", layers=None, grid=8), Tap("logits")]),
+    "cnn, views enlarged": ("cnn", 32, [Tap("activations", layers=(2, 4), grid=3), Tap("logits")]),
+    "cnn, views reduced": ("cnn", 96, [Tap("logits"), Tap("activations", layers=(1,), grid=5)]),
+    "vit": (
+        "vit",
+        32,
+        [Tap("class_row"), Tap("class_token"), Tap("q", layers=(3,)), Tap("k", layers=(1, 2)), Tap("logits")],
+    ),
+    "vit, views reduced": ("vit", 50, [Tap("class_row", layers=(3, 1)), Tap("logits")]),
 }
 
 

@@ -127,7 +127,13 @@ def test_logits_of_a_network_without_a_classifier_are_refused() -> None:
 
 def test_a_teacher_gives_each_tap_as_the_network_itself_does() -> None:
     model = small_vit()
-    taps = [Tap("logits"), Tap("class_token"), Tap("q", (3, 1)), Tap("k", (2,)), Tap("class_row", (2, 3))]
+    taps = [
+        Tap("logits"),
+        Tap("class_token"),
+        Tap("q", layers=(3, 1)),
+        Tap("k", layers=(2,)),
+        Tap("class_row", layers=(2, 3)),
+    ]
     teacher = TappedTeacher(model, taps, 32, 32, [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]).eval()
     pixels = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
     mean, std = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)

@@ -40,7 +40,10 @@ def store_with(folder: Path, *policies: Policy, shard: str = "shard-1") -> Store
 
 
 def chosen(store: Store, wanted: Policy, *given: str, new_bank: bool = False) -> Policy:
-    return choose_policy(store, wanted, set(given), {"shard-1", "shard-2"}, lambda: {"shard-1"}, new_bank)
+    shards = {"shard-1", "shard-2"}
+    return choose_policy(
+        store, wanted, fields=given, candidates=shards, recognise=lambda: {"shard-1"}, new_bank=new_bank
+    )
 
 
 # ---------------------------------------------------------------------------------------------- wishes
@@ -50,11 +53,11 @@ def chosen(store: Store, wanted: Policy, *given: str, new_bank: bool = False) ->
     ("text", "wishes"),
     [
         ("activations", [TargetSpec("activations")]),
-        ("activations,grid=8,codec=u8", [TargetSpec("activations", None, 8, "u8")]),
-        ("activations, layers=1:4+7 ,grid=14", [TargetSpec("activations", "1:4+7", 14)]),
-        ("q,k,layers=last", [TargetSpec("q", "last"), TargetSpec("k", "last")]),
-        ("codec=f32,class_row", [TargetSpec("class_row", None, None, "f32")]),
-        ("activations,grid=8,at=block", [TargetSpec("activations", None, 8, at="block")]),
+        ("activations,grid=8,codec=u8", [TargetSpec("activations", layers=None, grid=8, codec="u8")]),
+        ("activations, layers=1:4+7 ,grid=14", [TargetSpec("activations", layers="1:4+7", grid=14)]),
+        ("q,k,layers=last", [TargetSpec("q", layers="last"), TargetSpec("k", layers="last")]),
+        ("codec=f32,class_row", [TargetSpec("class_row", layers=None, grid=None, codec="f32")]),
+        ("activations,grid=8,at=block", [TargetSpec("activations", layers=None, grid=8, at="block")]),
         ("activations,antialias=true,at=norm", [TargetSpec("activations", antialias=True)]),
         ("logits,class_token,codec=f16", [TargetSpec("logits", codec="f16"), TargetSpec("class_token", codec="f16")]),
     ],
@@ -148,8 +151,8 @@ def test_a_network_with_neither_gives_nothing_by_default(manifest: TeacherManife
         (TargetSpec("q"), CNN, "teacher cnn is a cnn, q needs a vit"),
         (TargetSpec("class_row"), CNN, "teacher cnn is a cnn, class_row needs a vit"),
         (TargetSpec("q"), OTHER, "neither a CNN with stages nor a plain ViT: no q"),
-        (TargetSpec("q", "13"), VIT, "vit has layers 1 to 12"),
-        (TargetSpec("activations", "8"), CNN, "cnn has layers 1 to 7"),
+        (TargetSpec("q", layers="13"), VIT, "vit has layers 1 to 12"),
+        (TargetSpec("activations", layers="8"), CNN, "cnn has layers 1 to 7"),
     ],
 )
 def test_a_teacher_is_not_asked_for_what_it_has_not(wish: TargetSpec, manifest: TeacherManifest, says: str) -> None:
@@ -166,19 +169,21 @@ def test_of_a_ready_graph_the_tensors_say_where_maps_are_read() -> None:
 
 
 def test_two_ways_to_say_the_same_target_are_one_target() -> None:
-    assert identity(TargetSpec("q", "last"), VIT) == identity(TargetSpec("q", "12"), VIT)
-    assert identity(TargetSpec("q", "1:12"), VIT) == identity(TargetSpec("q"), VIT)
-    assert identity(TargetSpec("activations", None, 2, "u8"), CNN) == identity(TargetSpec("activations"), CNN)
+    assert identity(TargetSpec("q", layers="last"), VIT) == identity(TargetSpec("q", layers="12"), VIT)
+    assert identity(TargetSpec("q", layers="1:12"), VIT) == identity(TargetSpec("q"), VIT)
+    assert identity(TargetSpec("activations", layers=None, grid=2, codec="u8"), CNN) == identity(
+        TargetSpec("activations"), CNN
+    )
 
 
 @pytest.mark.parametrize(
     "other",
     [
-        TargetSpec("q", "1"),
+        TargetSpec("q", layers="1"),
         TargetSpec("k"),
         TargetSpec("q", codec="f32"),
         TargetSpec("class_row"),
-        TargetSpec("q", "12+1:11"),
+        TargetSpec("q", layers="12+1:11"),
     ],
 )
 def test_another_tap_layer_order_or_codec_is_another_target(other: TargetSpec) -> None:
@@ -189,13 +194,17 @@ def test_another_tap_layer_order_or_codec_is_another_target(other: TargetSpec) -
 
 def test_variants_of_activations_add_to_the_identity_and_leave_older_ids_as_they_are() -> None:
     teacher: Any = type("AnyTeacher", (), {"id": "0" * 64, "name": "cnn"})
-    plain = identity(TargetSpec("activations", None, 2), CNN)
+    plain = identity(TargetSpec("activations", layers=None, grid=2), CNN)
     assert plain.plain().keys() == {"teacher", "bank", "tap", "layers", "grid", "codec"}, "older stores have no more"
     assert target_id(teacher, plain) == "cnn-activations-g2-u8-5683c315"
     assert (Tap.of(plain).at, Tap.of(plain).antialias) == ("norm", False)
     for wish, added, named in (
-        (TargetSpec("activations", None, 2, at="block"), {"at": "block"}, "cnn-activations-block-g2-u8-"),
-        (TargetSpec("activations", None, 2, antialias=True), {"antialias": "all"}, "cnn-activations-antialias-g2-u8-"),
+        (TargetSpec("activations", layers=None, grid=2, at="block"), {"at": "block"}, "cnn-activations-block-g2-u8-"),
+        (
+            TargetSpec("activations", layers=None, grid=2, antialias=True),
+            {"antialias": "all"},
+            "cnn-activations-antialias-g2-u8-",
+        ),
     ):
         other = identity(wish, CNN)
         assert other.plain() == {**plain.plain(), **added}

@@ -83,8 +83,8 @@ def test_rows_that_sum_to_one_are_no_other_tap_either(tmp_path: Path, tap: str, 
     path = small(tmp_path / "g.onnx", nodes, weights={"shape": np.array(shape)})
     grid = 4 if tap == "activations" else None
     with pytest.raises(UserError, match=rf"{tap}=y: these are probabilities: .*\n  Name another tensor"):
-        said(path, Tap(tap, None, grid, ("y",)))
-    _, values = said(path, Tap(tap, None, grid, ("r",)))
+        said(path, Tap(tap, layers=None, grid=grid, tensors=("y",)))
+    _, values = said(path, Tap(tap, layers=None, grid=grid, tensors=("r",)))
     assert values.std() > 0.1
 
 

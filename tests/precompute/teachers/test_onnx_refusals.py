@@ -235,14 +235,14 @@ def test_contract_12_tensors_that_are_not_their_taps_are_refused(
 ) -> None:
     path = shaped(tmp_path / "g.onnx", *shape, softmax=softmax)
     with pytest.raises(UserError, match=says):
-        said(path, Tap(tap, None, 4 if tap == "activations" else None, ("y",)))
+        said(path, Tap(tap, layers=None, grid=4 if tap == "activations" else None, tensors=("y",)))
 
 
 def test_layers_of_one_tap_are_alike(tmp_path: Path) -> None:
     nodes = [node("Reshape", "x a", "y"), node("Reshape", "x b", "z")]
     path = small(tmp_path / "g.onnx", nodes, weights={"a": np.array([-1, 16, 48]), "b": np.array([-1, 4, 192])})
     with pytest.raises(UserError, match=r"tokens: its layers differ: \[5, 16, 48\], \[5, 4, 192\]"):
-        said(path, Tap("tokens", None, None, ("y", "z")))
+        said(path, Tap("tokens", layers=None, grid=None, tensors=("y", "z")))
 
 
 def test_class_rows_and_what_a_network_is_read_off_their_shapes(tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_class_rows_and_what_a_network_is_read_off_their_shapes(tmp_path: Path) 
           weights={"shape": np.array([-1, 48, 16]), "zero": np.array([0]), "five": cut[0], "two": cut[1]})  # fmt: skip
     teacher = teachers.find_teacher(str(path), **HALF)
     images = np.random.default_rng(1).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
-    exported = export_ready(teacher, [Tap("class_row", (1,), None, ("y",))], 16, images)
+    exported = export_ready(teacher, [Tap("class_row", layers=(1,), grid=None, tensors=("y",))], 16, images)
     assert exported.shapes == ((1, 48, 5),)
     assert exported.details[0]["network"].plain() == {"layers": 1, "prefix": ["class"], "heads": 48}
 

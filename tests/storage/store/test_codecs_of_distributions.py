@@ -24,7 +24,7 @@ def rows_of_probabilities(seed: int, sharpness: float, shape: tuple[int, ...] = 
 
 
 def log8(shape: tuple[int, ...]) -> Codec:
-    return Codec("log8", shape[1:], 1, tuple(f"axis{i}" for i in range(len(shape) - 1)), "rows")
+    return Codec("log8", shape[1:], 1, axes=tuple(f"axis{i}" for i in range(len(shape) - 1)), values="rows")
 
 
 def there_and_back(codec: Codec, values: np.ndarray) -> np.ndarray:
@@ -87,7 +87,7 @@ def test_log8_refuses_what_is_no_probability(value):
 
 
 def topk(k: int, classes: int) -> Codec:
-    return Codec(f"topk{k}", (classes,), 1, ("class",), "logits")
+    return Codec(f"topk{k}", (classes,), 1, axes=("class",), values="logits")
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -105,7 +105,7 @@ def drawn_view(images: dict[str, bytes], i: int) -> tuple[bytes, View]:
     """One of 200 drawn views, mixed within blocks of eight."""
     data = images[sorted(images)[i % len(images)]]
     block = range(i // 8 * 8, i // 8 * 8 + 8)
-    return data, draw_view(DEIT, f"key {i}", i % 4, decode(data).size, i, block)
+    return data, draw_view(DEIT, f"key {i}", i % 4, decode(data).size, i=i, block=block)
 
 
 def drawn_pixels(images: dict[str, bytes], i: int) -> bytes:
@@ -134,7 +134,7 @@ def draw_digests() -> dict[str, str]:
     sizes = [(500, 375), (32, 32), (1, 1), (3, 900), (61, 47)]
     return {
         f"{line}, seed {seed}, {width}x{height}": digest(b"".join(
-            draw_view(policy(line, 224, seed), f"key {i}", i % 5, (width, height), i % 64, range(64)).row().tobytes()
+            draw_view(policy(line, 224, seed), f"key {i}", i % 5, (width, height), i=i, block=range(64)).row().tobytes()
             for i in range(60)
         ))
         for line in LINES for seed in (0, 2**63 - 1) for width, height in sizes

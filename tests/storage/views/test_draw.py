@@ -20,7 +20,9 @@ from tests.storage.views.operations import DEIT, LINES, NUMBERS
 
 def test_a_drawn_view_is_the_row_that_it_makes():
     for i, line in enumerate(LINES * 150):
-        view = draw_view(policy(line, 64, i), f"{i}", i % 9, (1 + i * 7 % 400, 1 + i * 13 % 300), i % 22, range(22))
+        view = draw_view(
+            policy(line, 64, i), f"{i}", i % 9, (1 + i * 7 % 400, 1 + i * 13 % 300), i=i % 22, block=range(22)
+        )
         row = view.row()
         assert View.of(row) == view
         assert View.of(np.frombuffer(row.tobytes(), "<f8")) == view
@@ -43,7 +45,7 @@ def test_all_that_is_drawn_for_mixing_and_erasing_is_whole_numbers():
 
 def views_of(line: str, count: int, side: int = 224, size: tuple[int, int] = (500, 375), n: int = 64) -> list[View]:
     drawn_from = policy(line, side, 11)
-    return [draw_view(drawn_from, f"{i}", 0, size, i % n, range(n)) for i in range(count)]
+    return [draw_view(drawn_from, f"{i}", 0, size, i=i % n, block=range(n)) for i in range(count)]
 
 
 @pytest.mark.parametrize("size", [(500, 375), (32, 32), (64, 90)])
@@ -145,7 +147,7 @@ def test_partners_are_others_of_the_block_and_all_of_them_alike(start, n):
     drawn_from, chosen = policy("resize|mix(1,0)", 8), np.zeros((n, n))
     for number in range(3000):
         i = start + number % n
-        mix = draw_view(drawn_from, f"{number}", 0, (8, 8), i, block).mix
+        mix = draw_view(drawn_from, f"{number}", 0, (8, 8), i=i, block=block).mix
         if mix:
             assert mix.partner in block
             assert mix.partner != i
@@ -158,9 +160,9 @@ def test_partners_are_others_of_the_block_and_all_of_them_alike(start, n):
 
 def test_a_block_of_one_mixes_nothing_and_the_rest_of_the_view_does_not_depend_on_the_block():
     for i in range(100):
-        alone = draw_view(DEIT, f"{i}", 0, (90, 70), 64, range(64, 65))
-        among = draw_view(DEIT, f"{i}", 0, (90, 70), 64, range(64, 128))
-        last = draw_view(DEIT, f"{i}", 0, (90, 70), 127, range(64, 128))
+        alone = draw_view(DEIT, f"{i}", 0, (90, 70), i=64, block=range(64, 65))
+        among = draw_view(DEIT, f"{i}", 0, (90, 70), i=64, block=range(64, 128))
+        last = draw_view(DEIT, f"{i}", 0, (90, 70), i=127, block=range(64, 128))
         assert alone.mix is None
         assert replace(among, mix=None) == alone == replace(last, mix=None)
         if among.mix and last.mix:
@@ -171,7 +173,7 @@ def test_a_block_of_one_mixes_nothing_and_the_rest_of_the_view_does_not_depend_o
 def test_an_invalid_partner_takes_the_mixing_away_and_nothing_else():
     block, touched = range(64, 84), 0
     for number in range(5):
-        views = [draw_view(DEIT, f"{i}", number, (90, 70), i, block) for i in block]
+        views = [draw_view(DEIT, f"{i}", number, (90, 70), i=i, block=block) for i in block]
         views[5] = views[11] = INVALID
         settled = settle(views, block)
         for before, after in zip(views, settled, strict=True):

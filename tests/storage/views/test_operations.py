@@ -167,36 +167,37 @@ OWN, OTHER = (np.repeat(grid[..., None], 3, -1) for grid in np.meshgrid(every, e
 
 def test_mixup_rounds_the_exact_blend_of_all_pairs_of_values():
     for amount in range(257):
-        found = mix_images(OWN, OTHER, Mix(MIXUP, 0, amount))
+        found = mix_images(OWN, OTHER, Mix(kind=MIXUP, partner=0, amount=amount))
         exact = (OWN[..., 0].astype(np.float64) * (256 - amount) + OTHER[..., 0] * float(amount)) / 256
         assert found.dtype == np.uint8
         assert np.array_equal(found[..., 0], np.floor(exact + 0.5))
 
 
 def test_mixup_of_all_is_the_partner_and_of_nothing_the_own_image():
-    assert np.array_equal(mix_images(OWN, OTHER, Mix(MIXUP, 0, 0)), OWN)
-    assert np.array_equal(mix_images(OWN, OTHER, Mix(MIXUP, 0, 256)), OTHER)
-    assert np.array_equal(mix_images(OWN, OWN, Mix(MIXUP, 0, 77)), OWN)
+    assert np.array_equal(mix_images(OWN, OTHER, Mix(kind=MIXUP, partner=0, amount=0)), OWN)
+    assert np.array_equal(mix_images(OWN, OTHER, Mix(kind=MIXUP, partner=0, amount=256)), OTHER)
+    assert np.array_equal(mix_images(OWN, OWN, Mix(kind=MIXUP, partner=0, amount=77)), OWN)
 
 
 def test_mixup_from_either_side_is_the_same():
     for amount in (0, 1, 77, 128, 200, 255, 256):
         assert np.array_equal(
-            mix_images(OWN, OTHER, Mix(MIXUP, 0, amount)), mix_images(OTHER, OWN, Mix(MIXUP, 0, 256 - amount))
+            mix_images(OWN, OTHER, Mix(kind=MIXUP, partner=0, amount=amount)),
+            mix_images(OTHER, OWN, Mix(kind=MIXUP, partner=0, amount=256 - amount)),
         )
 
 
 def test_cutmix_takes_the_box_from_the_partner_and_leaves_both_as_they_were():
     own, other = (np.array(noise(16, 16, seed=seed)) for seed in (1, 2))
     before = own.tobytes(), other.tobytes()
-    found = mix_images(own, other, Mix(CUTMIX, 0, 77, (3, 0, 9, 16)))
+    found = mix_images(own, other, Mix(kind=CUTMIX, partner=0, amount=77, box=(3, 0, 9, 16)))
     inside = np.zeros((16, 16), bool)
     inside[0:16, 3:9] = True
     assert np.array_equal(found[inside], other[inside])
     assert np.array_equal(found[~inside], own[~inside])
     found[:] = 0
     assert (own.tobytes(), other.tobytes()) == before
-    assert np.array_equal(mix_images(own, other, Mix(CUTMIX, 0, 256, (0, 0, 16, 16))), other)
+    assert np.array_equal(mix_images(own, other, Mix(kind=CUTMIX, partner=0, amount=256, box=(0, 0, 16, 16))), other)
 
 
 # ---------------------------------------------------------------------------------------------- rendering
@@ -224,5 +225,5 @@ def test_every_drawn_view_of_deit_renders_whatever_the_image_is():
         noise(*size).save(buffer, "PNG")
         for side in (1, 2, 9):
             for i in range(40):
-                view = draw_view(policy("deit", side, 1), f"{i}", 0, size, i, range(64))
+                view = draw_view(policy("deit", side, 1), f"{i}", 0, size, i=i, block=range(64))
                 assert render(buffer.getvalue(), view, side).shape == (side, side, 3)

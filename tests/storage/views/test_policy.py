@@ -213,7 +213,7 @@ coordinates = st.floats(-1e6, 1e6)
 )  # fmt: skip
 @settings(max_examples=60)
 def test_a_row_of_a_bank_is_its_view(box, shift, flip, valid):
-    view = View(box, shift, flip, valid)
+    view = View(box, shift=shift, flip=flip, valid=valid)
     row = view.row()
     assert View.of(row) == view
     assert row.shape == (len(COLUMNS),)

@@ -45,7 +45,7 @@ def test_bytes_and_decoded_images_render_alike():
 def test_rendering_leaves_the_image_as_it_was():
     image = noise(16, 16)
     before = image.tobytes()
-    render(image, View((0, 0, 16, 16), (2, -3), True), 16)[:] = 0
+    render(image, View((0, 0, 16, 16), shift=(2, -3), flip=True), 16)[:] = 0
     assert image.tobytes() == before
 
 
@@ -59,15 +59,15 @@ def test_flipping_mirrors_the_columns_and_twice_is_nothing():
 @pytest.mark.parametrize("shift", [(0, 0), (3, 0), (0, -3), (-4, 4), (19, 19), (20, 0), (0, -25)])
 def test_a_shift_moves_the_content_and_fills_with_black(shift):
     pixels = np.asarray(noise(20, 20)) | 1  # nothing black in it
-    found = render(Image.fromarray(pixels), View((0, 0, 20, 20), shift), 20)
+    found = render(Image.fromarray(pixels), View((0, 0, 20, 20), shift=shift), 20)
     padded = np.pad(pixels, ((30, 30), (30, 30), (0, 0)))
     assert same(found, padded[30 - shift[1] : 50 - shift[1], 30 - shift[0] : 50 - shift[0]])
 
 
 def test_a_flip_comes_after_the_shift():
     image = noise(20, 20)
-    plain = render(image, View((0, 0, 20, 20), (5, 2)), 20)
-    assert same(render(image, View((0, 0, 20, 20), (5, 2), True), 20), plain[:, ::-1])
+    plain = render(image, View((0, 0, 20, 20), shift=(5, 2)), 20)
+    assert same(render(image, View((0, 0, 20, 20), shift=(5, 2), flip=True), 20), plain[:, ::-1])
 
 
 @pytest.mark.parametrize(

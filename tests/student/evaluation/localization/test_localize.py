@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -246,17 +247,17 @@ def test_boxes_are_resized_as_the_images_are() -> None:
     ],
 )  # fmt: skip
 def test_boxes_that_are_none_are_named(text) -> None:
-    sample = Sample("k", "png", b"", 0, text.encode())
+    sample = Sample(key="k", kind="png", image=b"", label=0, json=text.encode())
     with pytest.raises(UserError, match=r"x\.tar: key 'k': (its json|bbox).*pack again"):
         boxes_in(sample, (40, 32), "x.tar: key 'k'")
 
 
 @pytest.mark.parametrize("text", [None, "{}", "[]", '{"bbox": null}', '{"bbox": []}'])
 def test_samples_may_have_none(text) -> None:
-    assert boxes_in(Sample("k", "png", b"", 0, text and text.encode()), (40, 32), "x") == []
-    assert boxes_in(Sample("k", "png", b"", 0, b'{"bbox": [[1, 2, 3, 4], [0, 0, 40, 32]]}'), (40, 32), "x") == [
-        [1, 2, 3, 4], [0, 0, 40, 32],
-    ]  # fmt: skip
+    sample = Sample(key="k", kind="png", image=b"", label=0, json=text and text.encode())
+    assert boxes_in(sample, (40, 32), "x") == []
+    two = replace(sample, json=b'{"bbox": [[1, 2, 3, 4], [0, 0, 40, 32]]}')
+    assert boxes_in(two, (40, 32), "x") == [[1, 2, 3, 4], [0, 0, 40, 32]]
 
 
 # ---------------------------------------------------------------------------------------------- students

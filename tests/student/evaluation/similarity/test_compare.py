@@ -97,7 +97,7 @@ def by_hand(world: World, trained: Path) -> dict[str, Any]:
 
     model, about = load_student(trained / "last.safetensors")
     seen = StudentTaps(model, {"attention", "streams", "tokens"})
-    taps = [Tap("attention", (1, 2, 3)), Tap("tokens", (1, 2, 3)), Tap("tokens")]
+    taps = [Tap("attention", layers=(1, 2, 3)), Tap("tokens", layers=(1, 2, 3)), Tap("tokens")]
     teacher = live_teacher(teacher_of(world.weights, "vit"), taps, 32)
     names = ("attention", "streams", "final")
     found: dict[str, list[Any]] = {f"{whose}{name}": [] for name in names for whose in ("", "their ")}
