@@ -45,7 +45,7 @@ def export(path: Path, shards: Sequence[str], out: Path) -> dict[str, Any]:
     images = block_views(shard, view)[:CHECKED]
     graph = onnx.load_from_string(
         export_student(
-            model, about.img_size, about.mean, about.std, images=np.ascontiguousarray(images), name=str(path)
+            model, about.img_size, mean=about.mean, std=about.std, images=np.ascontiguousarray(images), name=str(path)
         )
     )
     told = {"classes": about.classes, "size": about.img_size, "view": about.evaluation, "model": about.model}

@@ -15,7 +15,6 @@ from precompute.export.pytorch import read_taps, require_size
 from precompute.record_targets import require_kind
 from precompute.results import GraphInput, GraphOffers, TapOffer, TeacherOffers
 from precompute.taps import TAPS, Tap, TappedTeacher, takes_image_size
-from precompute.taps.target_spec import default_codec
 from precompute.teachers.onnx_file import _sizes, prefix_of, read_graph
 from precompute.teachers.teacher import about_weights, anatomy, resolve
 from storage.errors import UserError, first_line
@@ -39,13 +38,13 @@ def offers_of(name: str, input_size: int | None = None, grid: int = 14) -> Teach
     about, parts = about_weights(model, name), anatomy(network)
     require_size(network, size, f"{name}: {model}")
     taps, refused = {}, {}
-    for tap, tapped in TAPS.items():
+    for tap, info in TAPS.items():
         try:
-            shape = _shape(network, parts, Tap(tap, grid=grid if tap == "activations" else None), size, name)
+            shape = _shape(network, parts, Tap(tap, grid=grid if info.gridded else None), size, name)
         except UserError as error:
             refused[tap] = error.message
             continue
-        codec = Codec(default_codec(tap), shape, tapped.maps, axes=tapped.axes, values=tapped.values)
+        codec = Codec(info.codec, shape, info.maps, axes=info.axes, values=info.values)
         taps[tap] = TapOffer(shape=shape, codec=codec.name, bytes=codec.sample_bytes)
     return TeacherOffers(
         teacher=name,
@@ -86,7 +85,7 @@ def bare(name: str, input_size: int | None = None, device: str = "meta") -> tupl
 def _shape(network: nn.Module, parts: Anatomy, tap: Tap, size: int, name: str) -> tuple[int, ...]:
     """The shape of what a tap gives of one image. Raises UserError where precompute refuses it."""
     require_kind(name, parts, tap.name)
-    module = TappedTeacher(network, [tap], size, size, (0.5,) * 3, (0.5,) * 3).to("meta").eval()
+    module = TappedTeacher(network, [tap], size, input_size=size, mean=(0.5,) * 3, std=(0.5,) * 3).to("meta").eval()
     (output,), _ = read_taps(module, torch.zeros(2, size, size, 3, dtype=torch.uint8, device="meta"), name)
     return tuple(output.shape[1:])
 

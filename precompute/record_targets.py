@@ -47,14 +47,14 @@ def record_teacher(store: Store, teacher: Teacher) -> TeacherManifest:
     return store.add(teacher.manifest(parts))
 
 
-def defaults(manifest: TeacherManifest, policy: Policy, grid: int | None = None) -> list[TargetSpec]:
+def defaults(manifest: TeacherManifest) -> list[TargetSpec]:
     """What a teacher is asked for when nothing is said: activations of a CNN, class rows and token of a ViT."""
+    from precompute.taps import TAPS
     from precompute.taps.target_spec import TargetSpec
 
-    if manifest.network == "cnn":
-        return [TargetSpec("activations", grid=grid or max(1, policy.size // 16))]
-    if manifest.network == "vit" and "class" in manifest.prefix:
-        return [TargetSpec("class_row"), TargetSpec("class_token")]
+    usual = [tap for tap, info in TAPS.items() if info.usual and info.network == manifest.network]
+    if usual and (manifest.network != "vit" or "class" in manifest.prefix):
+        return [TargetSpec(tap) for tap in usual]
     hint = f"Give {setting('target', 'TAP')}"
     raise UserError(f"teacher {manifest.id}: such a network has no default targets", hint=hint)
 
@@ -63,25 +63,26 @@ def record_targets(
     store: Store,
     teacher: Teacher,
     manifest: TeacherManifest,
-    wishes: Sequence[TargetSpec],
+    specs: Sequence[TargetSpec],
     policy: Policy,
+    *,
     images: Callable[[], np.ndarray],
     provider: str,
     say: Callable[[str], None],
 ) -> dict[str, tuple[TargetOutput, ...]]:
-    """Graph digest -> outputs, for all wishes; they are exported in one graph unless the store knows all of them.
+    """Graph digest -> outputs, for all targets; they are exported in one graph unless the store knows all of them.
 
     Args:
         store: where they are recorded.
         teacher: of the targets.
         manifest: of the teacher.
-        wishes: what is asked for.
+        specs: what is asked for.
         policy: of the bank.
         images: gives uint8 view images `[n, S, S, 3]` for the checks of a new graph.
         provider: where a new graph is checked.
         say: called with progress lines.
     """
-    identities = [target_identity(teacher, manifest, wish, policy) for wish in wishes]
+    identities = [target_identity(teacher, manifest, spec, policy) for spec in specs]
     wanted = {target_id(teacher, identity): identity for identity in identities}
     known = _known(store, wanted)
     if len(known) < len(wanted):
@@ -90,7 +91,8 @@ def record_targets(
         begun = {task.id for task in store.done()}
         for id in sorted(begun & (wanted.keys() - known.keys())):
             raise DamageError(f"{store.url}/targets/{id}/manifest.json: missing, and there are markers of this target")
-        _export(store, teacher, {id: wanted[id] for id in wanted if id not in begun}, policy, images, provider, say)
+        missing = {id: identity for id, identity in wanted.items() if id not in begun}
+        _export(store, teacher, missing, policy, images=images, provider=provider, say=say)
         known = _known(store, wanted)
     by_graph: dict[str, tuple[TargetOutput, ...]] = {}
     for id in wanted:
@@ -104,35 +106,36 @@ def _known(store: Store, ids: Iterable[str]) -> dict[str, TargetManifest]:
     return {id: store.target(id) for id in ids if "manifest.json" in store.objects.names(f"targets/{id}")}
 
 
-def target_identity(teacher: Teacher, manifest: TeacherManifest, wish: TargetSpec, policy: Policy) -> TargetIdentity:
+def target_identity(teacher: Teacher, manifest: TeacherManifest, spec: TargetSpec, policy: Policy) -> TargetIdentity:
     """What a target is hashed by; of a ready graph, whose teacher says which network it is, its tensors too.
 
     Raises:
         UserError: a tap or layers that the teacher does not have.
     """
     from precompute.taps import TAPS
-    from precompute.taps.target_spec import default_codec, layer_numbers
+    from precompute.taps.target_spec import layer_numbers
 
+    info = TAPS[spec.tap]
     if manifest.network != ONNX_FILE:
-        require_kind(manifest.id, manifest, wish.tap)
-    elif not wish.tensors:
-        raise UserError(f"teacher {manifest.id}: no tensor of its graph is named for {wish.tap}")
-    elif wish.at != "norm":
+        require_kind(manifest.id, manifest, spec.tap)
+    elif not spec.tensors:
+        raise UserError(f"teacher {manifest.id}: no tensor of its graph is named for {spec.tap}")
+    elif spec.at != "norm":
         raise UserError(
-            f"teacher {manifest.id}: at={wish.at}: the tensors of a ready graph are chosen by "
+            f"teacher {manifest.id}: at={spec.at}: the tensors of a ready graph are chosen by "
             f"{setting('tap_tensor', 'TAP=TENSOR')}"
         )
-    layers, grid = None, wish.grid
-    if TAPS[wish.tap].layered and (wish.tap != "tokens" or wish.layers or wish.tensors):  # else after the final norm
-        layers = layer_numbers(wish.layers, len(wish.tensors) or manifest.layers, manifest.id)
-    if wish.tap == "activations" and grid is None:
+    layers, grid = None, spec.grid
+    if info.layered and (spec.tap != "tokens" or spec.layers or spec.tensors):  # else after the final norm
+        layers = layer_numbers(spec.layers, len(spec.tensors) or manifest.layers, manifest.id)
+    if info.gridded and grid is None:
         grid = max(1, policy.size // 16)
-    codec = wish.codec or default_codec(wish.tap)
-    identity = TargetIdentity(teacher=teacher.id, bank=policy.bank, tap=wish.tap, layers=layers, grid=grid, codec=codec)
+    codec = spec.codec or info.codec
+    identity = TargetIdentity(teacher=teacher.id, bank=policy.bank, tap=spec.tap, layers=layers, grid=grid, codec=codec)
     # What is left out means what older stores had: their ids stay.
-    more: dict[str, object] = {"at": wish.at} if wish.at != "norm" else {}
-    more |= {"antialias": "all"} if wish.antialias else {}
-    return identity.model_copy(update=more | ({"tensors": wish.tensors} if wish.tensors else {}))
+    more: dict[str, object] = {"at": spec.at} if spec.at != "norm" else {}
+    more |= {"antialias": "all"} if spec.antialias else {}
+    return identity.model_copy(update=more | ({"tensors": spec.tensors} if spec.tensors else {}))
 
 
 def require_kind(name: str, anatomy: Anatomy, tap: str) -> None:
@@ -141,9 +144,9 @@ def require_kind(name: str, anatomy: Anatomy, tap: str) -> None:
     Raises:
         UserError: a teacher that is neither a CNN nor a plain ViT, or the other of the two.
     """
-    from precompute.taps import VIT
+    from precompute.taps import TAPS
 
-    needs = "vit" if tap in VIT else "cnn" if tap == "activations" else None
+    needs = TAPS[tap].network
     if needs and not anatomy.layers:
         raise UserError(f"teacher {name} is neither a CNN with stages nor a plain ViT: no {tap}")
     if needs and anatomy.network != needs:
@@ -166,6 +169,7 @@ def _export(
     teacher: Teacher,
     wanted: dict[str, TargetIdentity],
     policy: Policy,
+    *,
     images: Callable[[], np.ndarray],
     provider: str,
     say: Callable[[str], None],

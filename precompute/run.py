@@ -1,4 +1,4 @@
-"""Precompute as one call: from shards, a teacher and wishes to complete targets in a store."""
+"""Precompute as one call: from shards, a teacher and what is asked of it to complete targets in a store."""
 
 from __future__ import annotations
 
@@ -86,13 +86,22 @@ def plan_precompute(store: Store, wanted: PrecomputeRequest, progress: Progress)
                 failed = failed or error
         raise failed or without_samples(wanted.shards)
 
-    wishes = [
-        replace(wish, grid=wanted.grid) if wish.tap == "activations" and wish.grid is None and wanted.grid else wish
-        for wish in wanted.targets or record_targets.defaults(manifest, policy, wanted.grid)
+    from precompute.taps import TAPS
+
+    specs = [
+        replace(spec, grid=wanted.grid) if TAPS[spec.tap].gridded and spec.grid is None else spec
+        for spec in wanted.targets or record_targets.defaults(manifest)
     ]
     elsewhere = wanted.workers is not None or wanted.dask is not None  # this machine may have no accelerator
     by_graph = record_targets.record_targets(
-        store, wanted.teacher, manifest, wishes, policy, images, "auto" if elsewhere else wanted.provider, progress.say
+        store,
+        wanted.teacher,
+        manifest,
+        specs,
+        policy,
+        images=images,
+        provider="auto" if elsewhere else wanted.provider,
+        say=progress.say,
     )
     if wanted.store_views:
         first_graph = next(iter(by_graph))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from precompute.results import GraphOffers, TeacherOffers
-from precompute.taps.registry import VIT
+from precompute.taps.registry import TAPS
 from storage.progress import size_text
 
 SHOWN = 8  # tensors of a graph
@@ -23,7 +23,7 @@ def lines(offers: TeacherOffers) -> list[str]:
         shape = "x".join(map(str, offer.shape))
         whole = size_text(offer.bytes * 1_281_167 * 4)
         text.append(f"{tap:12} {shape:22} {offer.codec:6} {size_text(offer.bytes):>10} {whole:>24}")
-    others = {"cnn": VIT, "vit": ("activations",)}.get(offers.network, ("activations", *VIT))  # of other networks
+    others = [tap for tap, info in TAPS.items() if info.network not in (None, offers.network)]  # of other networks
     by_reason: dict[str, list[str]] = {}
     for tap, why in offers.refused.items():
         if tap not in others:

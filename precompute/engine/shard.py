@@ -120,7 +120,10 @@ def run_task(
         wide: frozenset[tuple[int, str]] = frozenset()
         while True:
             try:
-                invalid = ShardPass(task, shard, some, session, threads, lambda n: report(n, todo), wide).run()
+                shard_pass = ShardPass(
+                    task, shard, some, session=session, threads=threads, say=lambda n: report(n, todo), wide=wide
+                )
+                invalid = shard_pass.run()
                 break
             except TooWide as error:  # rare: all is made again, this view of the target with f32 scales
                 wide |= {(error.view, error.target)}

@@ -67,6 +67,7 @@ class ShardPass:
         task: ShardTask,
         shard: Shard,
         wanted: dict[int, list[TargetOutput]],
+        *,
         session: Session | None,
         threads: int,
         say: Callable[[int], None],

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from precompute.engine.session import Session, open_session
 from precompute.export.pytorch import CHECKED, PARITY, Exported, TargetDetails, compare, model_of, stripped
-from precompute.taps import TAPS, Tap, TappedTeacher
+from precompute.taps import Tap, TappedTeacher
+from precompute.taps.registry import OF_CLASS_TOKEN
 from precompute.teachers import onnx_file
 from precompute.teachers.teacher import Teacher
 from storage.errors import UserError, first_line, setting
@@ -26,10 +27,6 @@ from storage.store.manifests import Network, Stage
 
 OLDEST = 13  # operators: those that are used here are the same from this version on
 ROWS = 1e-3  # how far the sum of an attention row may be from one
-_SHAPES = {
-    "activations": "[B, C, h, h]", "attention": "[B, H, N, N]", "class_row": "[B, H, N]", "tokens": "[B, N, D]",
-    "class_token": "[B, D]", "embedding": "[B, D]", "logits": "[B, K]",
-}  # fmt: skip
 _INNER = "teacher-store/"  # opens the names of what is put around the file's nodes
 
 
@@ -38,7 +35,9 @@ class InputPreparation(nn.Module):
 
     def __init__(self, teacher: Teacher, graph: onnx_file.OnnxGraph, view_size: int) -> None:
         super().__init__()
-        self.views = TappedTeacher(nn.Identity(), (), view_size, teacher.input_size, teacher.mean, teacher.std)
+        self.views = TappedTeacher(
+            nn.Identity(), (), view_size, input_size=teacher.input_size, mean=teacher.mean, std=teacher.std
+        )
         self.channels_last = graph.channels_last
         self.precision: torch.dtype = getattr(torch, graph.precision)
 
@@ -61,7 +60,7 @@ class OutputTaps(nn.Module):
         self.taps, self.sides = tuple(taps), dict(sides)
         self.names = names_of(taps)
         for tap in taps:
-            for name in tap.chosen if tap.name == "activations" else ():
+            for name in tap.chosen if tap.info.gridded else ():
                 if not hasattr(self, tap.grid_name(sides[name])):
                     self.register_buffer(tap.grid_name(sides[name]), tap.grid_matrix(sides[name]))
 
@@ -71,11 +70,11 @@ class OutputTaps(nn.Module):
         found = []
         for tap in self.taps:
             layers = [given[name].float() for name in tap.chosen]
-            if tap.name == "activations":
+            if tap.info.gridded:
                 matrices = [self.get_buffer(tap.grid_name(self.sides[name])) for name in tap.chosen]
                 found.append(torch.cat([m @ maps @ m.T for m, maps in zip(matrices, layers, strict=True)], 1))
             else:
-                found.append(torch.stack(layers, 1) if TAPS[tap.name].layered else layers[0].clone())
+                found.append(torch.stack(layers, 1) if tap.info.layered else layers[0].clone())
         return tuple(found)
 
 
@@ -174,13 +173,13 @@ def _require(graph: onnx_file.OnnxGraph, tap: Tap, values: Mapping[str, np.ndarr
     shapes = [values[name].shape for name in tap.chosen]
     for name, shape in zip(tap.chosen, shapes, strict=True):
         where = f"{path}: {tap.name}={name}"
-        expected = _SHAPES[tap.name]
-        square = tap.name not in ("activations", "attention") or shape[-1] == shape[-2]
-        if len(shape) != expected.count(",") + 1 or not square:
-            raise UserError(f"{where}: expected {expected}, found {list(shape)}")
+        axes = tap.info.graph
+        square = axes[-1] != axes[-2] or shape[-1] == shape[-2]
+        if len(shape) != len(axes) or not square:
+            raise UserError(f"{where}: expected [{', '.join(axes)}], found {list(shape)}")
         error = float(np.abs(values[name].astype(np.float64).sum(-1) - 1).max())
         are_rows = error <= ROWS and values[name].min() >= 0
-        if TAPS[tap.name].values == "rows":
+        if tap.info.values == "rows":
             if not are_rows:
                 raise UserError(
                     f"{where}: its rows are no attention: their sums differ from one by up to {error:.2g} (allowed: "
@@ -189,7 +188,7 @@ def _require(graph: onnx_file.OnnxGraph, tap: Tap, values: Mapping[str, np.ndarr
                 )
         else:
             _refuse_probabilities(graph, tap.name, name, are_rows and shape[-1] > 1)
-    if tap.name != "activations" and len(set(shapes)) > 1:
+    if not tap.info.gridded and len(set(shapes)) > 1:
         raise UserError(f"{path}: {tap.name}: its layers differ: {', '.join(str(list(shape)) for shape in shapes)}")
 
 
@@ -211,18 +210,19 @@ def _refuse_probabilities(graph: onnx_file.OnnxGraph, tap: str, name: str, are_r
 
 def _details(path: str, tap: Tap, values: Mapping[str, np.ndarray]) -> TargetDetails:
     shape = values[tap.chosen[0]].shape
-    if tap.name == "activations":
+    if tap.info.gridded:
         numbers = tap.layers or range(1, len(tap.tensors) + 1)
         parts = zip(numbers, tap.chosen, strict=True)
         return {"stages": tuple(Stage(stage=n, tap=name, channels=values[name].shape[1]) for n, name in parts)}
-    if tap.name in ("attention", "class_row", "tokens"):
-        tokens = shape[1] if tap.name == "tokens" else shape[-1]
+    axes = tap.info.graph
+    if "N" in axes:
+        tokens = shape[axes.index("N")]
         prefix, where = onnx_file.prefix_of(tokens), f"{path}: {tap.name}={tap.chosen[0]}: {tokens} tokens are"
         if prefix is None:
             raise UserError(f"{where} no square of patches, nor one behind a class or a class and a distillation token")
-        if tap.name == "class_row" and "class" not in prefix:
+        if tap.name in OF_CLASS_TOKEN and "class" not in prefix:
             raise UserError(f"{where} a square of patches without a class token, so there is no class row")
-        heads = {} if tap.name == "tokens" else {"heads": shape[1]}
+        heads = {"heads": shape[1]} if "H" in axes else {}
         return {"network": Network(layers=len(tap.tensors), prefix=tuple(prefix), **heads)}
     return {}
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from precompute.engine.session import open_session
 from precompute.engine.tasks import SessionSettings
-from precompute.taps import ATTENTION, TAPS, Tap, TappedTeacher, check_attention
+from precompute.taps import ATTENTION, Tap, TappedTeacher, check_attention
 from precompute.teachers.teacher import Teacher, load_teacher
 from storage.errors import UserError, first_line, setting
 from storage.store.manifests import Network, Stage
@@ -62,7 +62,7 @@ def live_teacher(teacher: Teacher, taps: Sequence[Tap], view_size: int) -> Tappe
     """
     model, size = load_teacher(teacher), teacher.input_size
     require_size(model, size, f"{teacher.name}: {teacher.model}")
-    return TappedTeacher(model, taps, view_size, size, teacher.mean, teacher.std).eval()
+    return TappedTeacher(model, taps, view_size, input_size=size, mean=teacher.mean, std=teacher.std).eval()
 
 
 def require_size(model: nn.Module, size: int, name: str) -> None:
@@ -96,7 +96,7 @@ def read_taps(module: TappedTeacher, views: Tensor, name: str) -> tuple[list[Ten
             error = check_attention(module.model, module.prepare(views), values=values)
         given = list(module(views))
     for tap, output in zip(module.taps, given, strict=True):
-        axes = TAPS[tap.name].axes
+        axes = tap.info.axes
         if output.ndim != 1 + len(axes):
             raise UserError(
                 f"{name}: its {tap.name} has the shape {tuple(output.shape[1:])} for an image; expected "
@@ -130,7 +130,7 @@ def export(
 
 
 def export_student(
-    model: nn.Module, size: int, mean: Sequence[float], std: Sequence[float], images: np.ndarray, name: str
+    model: nn.Module, size: int, *, mean: Sequence[float], std: Sequence[float], images: np.ndarray, name: str
 ) -> bytes:
     """A student as a graph from uint8 view images `images` `[B, S, S, 3]` to `logits` `[B, K]`, checked on the CPU.
 
@@ -148,7 +148,7 @@ def export_student(
         UserError: it cannot be exported, or what the graph gives differs from PyTorch; with figures.
     """
     gives = "logits" if getattr(model, "num_classes", 1) else "embedding"
-    module = TappedTeacher(model, [Tap(gives)], size, size, mean, std).eval()
+    module = TappedTeacher(model, [Tap(gives)], size, input_size=size, mean=mean, std=std).eval()
     return _exported(module, images, "cpu", name, [gives]).graph
 
 
@@ -275,6 +275,6 @@ def compare(
 def _details(module: TappedTeacher, tap: Tap) -> TargetDetails:
     if tap.name in ("q", "k"):
         return {"scales": tuple(module.scales(tap))}  # softmax(q·kᵀ·scale) is the layer's attention
-    if tap.name == "activations":
+    if tap.info.gridded:
         return {"stages": tuple(Stage(stage=n, tap=name, channels=c) for n, name, c in module.stages(tap))}
     return {}

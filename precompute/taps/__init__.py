@@ -15,7 +15,7 @@ from precompute.taps.attention import (
     token_blocks,
 )
 from precompute.taps.check_attention import check_attention
-from precompute.taps.registry import ATTENTION, TAPS, VIT, Tap, TapInfo, check_tap
+from precompute.taps.registry import ATTENTION, TAPS, Tap, TapInfo, check_tap
 from precompute.taps.tapped_model import TappedTeacher
 from precompute.taps.timm_import import takes_image_size
 
@@ -23,7 +23,6 @@ __all__ = [
     "ATTENTION",
     "POSITIONS",
     "TAPS",
-    "VIT",
     "At",
     "AttentionTaps",
     "Tap",
@@ -42,4 +41,4 @@ __all__ = [
     "resize_matrix",
     "takes_image_size",
     "token_blocks",
-]  # fmt: skip
+]

@@ -48,7 +48,9 @@ def check_attention(model: nn.Module, images: Tensor, tolerance: float = 1e-4, *
     layers = attention_layers(model, pooled=True)
     taps = AttentionTaps(model, values=values)
     try:
-        worst = 0.0 if images.is_meta else _largest_difference(model, images, layers, taps, tolerance, values)
+        worst = 0.0  # of tensors without values
+        if not images.is_meta:
+            worst = _largest_difference(model, images, layers, taps, tolerance=tolerance, values=values)
         _require_tapped_kernel(model, images, layers, taps)
         return worst
     finally:
@@ -100,7 +102,13 @@ def _require_tapped_kernel(model: nn.Module, images: Tensor, layers: Sequence[nn
 
 
 def _largest_difference(
-    model: nn.Module, images: Tensor, layers: Sequence[nn.Module], taps: AttentionTaps, tolerance: float, values: bool
+    model: nn.Module,
+    images: Tensor,
+    layers: Sequence[nn.Module],
+    taps: AttentionTaps,
+    *,
+    tolerance: float,
+    values: bool,
 ) -> float:
     """Of the attention that is recomputed from q and k and that which the unfused kernel uses; as `check_attention`."""
     used: dict[int, Tensor] = {}
@@ -118,10 +126,10 @@ def _largest_difference(
             kind = _kind(model, n, layer)
             if n not in used:
                 raise UserError(f"{kind}: the attention that it uses cannot be seen, so its taps cannot be checked")
-            mine = attention_rows(q, k, taps.scales[n - 1])
-            if mine.shape != used[n].shape:
-                raise UserError(f"{kind}: attention {tuple(used[n].shape)}, from q and k {tuple(mine.shape)}")
-            error = float((mine - used[n]).abs().max() / used[n].abs().max())
+            rows = attention_rows(q, k, taps.scales[n - 1])
+            if rows.shape != used[n].shape:
+                raise UserError(f"{kind}: attention {tuple(used[n].shape)}, from q and k {tuple(rows.shape)}")
+            error = float((rows - used[n]).abs().max() / used[n].abs().max())
             worst = max(worst, error)
             if not error <= tolerance:
                 raise UserError(

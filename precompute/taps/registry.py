@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
-from typing import NamedTuple, Self, cast
+from typing import Literal, NamedTuple, Self, cast
 
 from torch import Tensor
 
@@ -14,28 +14,52 @@ from storage.store.manifests import Antialias, TargetIdentity
 
 
 class TapInfo(NamedTuple):
-    """What a tap gives: axes of one sample's tensor, how many of the last make a map, whether layers can be chosen."""
+    """What a tap gives, and what gives it.
+
+    Attributes:
+        axes: of one sample's tensor.
+        maps: how many of the last axes make one map.
+        network: the only kind of network that has it; None where any has.
+        values: what they are.
+        codec: how they are kept where nothing is said.
+        graph: axes of the tensor of a ready graph that may give it; empty where none may.
+        usual: whether it is kept of such a network where nothing is said.
+    """
 
     axes: tuple[str, ...]
     maps: int
-    layered: bool
+    network: Literal["cnn", "vit"] | None = None
     values: Values = "plain"
+    codec: str = "f16"
+    graph: tuple[str, ...] = ()
+    usual: bool = False
+
+    @property
+    def layered(self) -> bool:
+        """Whether it is of layers or stages, which can be chosen."""
+        return self.axes[0] in ("layer", "channel")
+
+    @property
+    def gridded(self) -> bool:
+        """Whether its maps are resized to a grid."""
+        return self.axes[-2:] == ("y", "x")
 
 
+_VECTORS, _ROWS = ("layer", "head", "token", "width"), ("layer", "head", "token")
 TAPS: dict[str, TapInfo] = {
-    "activations": TapInfo(("channel", "y", "x"), 2, True),
-    "q": TapInfo(("layer", "head", "token", "width"), 2, True),
-    "k": TapInfo(("layer", "head", "token", "width"), 2, True),
-    "v": TapInfo(("layer", "head", "token", "width"), 2, True),
-    "class_row": TapInfo(("layer", "head", "token"), 1, True, "rows"),
-    "attention": TapInfo(("layer", "head", "query", "token"), 1, True, "rows"),
-    "tokens": TapInfo(("layer", "token", "width"), 1, True),
-    "class_token": TapInfo(("width",), 1, False),
-    "embedding": TapInfo(("width",), 1, False),
-    "logits": TapInfo(("class",), 1, False, "logits"),
+    "activations": TapInfo(("channel", "y", "x"), 2, "cnn", codec="u8", graph=("B", "C", "h", "h"), usual=True),
+    "q": TapInfo(_VECTORS, 2, "vit"),
+    "k": TapInfo(_VECTORS, 2, "vit"),
+    "v": TapInfo(_VECTORS, 2, "vit"),
+    "class_row": TapInfo(_ROWS, 1, "vit", "rows", graph=("B", "H", "N"), usual=True),
+    "attention": TapInfo(("layer", "head", "query", "token"), 1, "vit", "rows", graph=("B", "H", "N", "N")),
+    "tokens": TapInfo(("layer", "token", "width"), 1, "vit", graph=("B", "N", "D")),
+    "class_token": TapInfo(("width",), 1, "vit", graph=("B", "D"), usual=True),
+    "embedding": TapInfo(("width",), 1, graph=("B", "D")),
+    "logits": TapInfo(("class",), 1, None, "logits", codec="f32", graph=("B", "K")),
 }
-ATTENTION = ("q", "k", "v", "class_row", "attention")  # read off attention layers
-VIT = (*ATTENTION, "tokens", "class_token")
+ATTENTION = tuple(name for name, info in TAPS.items() if "head" in info.axes)  # read off attention layers
+OF_CLASS_TOKEN = ("class_row", "class_token")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +93,11 @@ class Tap:
             at=cast(At, identity.at),
             antialias=identity.antialias,
         )
+
+    @property
+    def info(self) -> TapInfo:
+        """What the tap gives."""
+        return TAPS[self.name]
 
     def grid_matrix(self, side: int) -> Tensor:
         """The matrix that brings an axis of activation maps of this side onto the tap's grid (`resize_matrix`)."""

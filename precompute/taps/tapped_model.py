@@ -17,7 +17,7 @@ from precompute.taps.attention import (
     class_row,
     prefix_roles,
 )
-from precompute.taps.registry import ATTENTION, Tap
+from precompute.taps.registry import ATTENTION, OF_CLASS_TOKEN, Tap
 from storage.errors import UserError
 
 
@@ -38,6 +38,7 @@ class TappedTeacher(nn.Module):
         model: nn.Module,
         taps: Sequence[Tap],
         view_size: int,
+        *,
         input_size: int,
         mean: Sequence[float],
         std: Sequence[float],
@@ -61,7 +62,7 @@ class TappedTeacher(nn.Module):
             everything = range(1, len(attention_layers(model)) + 1)
             wanted = {n for tap in self.taps if tap.name in ATTENTION for n in tap.layers or everything}
             self._attention = AttentionTaps(model, sorted(wanted), values="v" in names)
-        if names & {"class_row", "class_token"} and "class" not in prefix_roles(model):
+        if names & {*OF_CLASS_TOKEN} and "class" not in prefix_roles(model):
             raise UserError(f"{kind}: it has no class token, so it has no class row")
         if "logits" in names and not getattr(model, "num_classes", 1):
             raise UserError(f"{kind}: it has no classifier, so it has no logits")
@@ -69,7 +70,7 @@ class TappedTeacher(nn.Module):
             attention_layers(model)  # raises where there is no list of blocks
             for n in {n for tap in self.taps if tap.name == "tokens" for n in tap.layers or ()}:
                 model.blocks[n - 1].register_forward_hook(functools.partial(_keep_copy, self._streams, n))  # type: ignore[index,union-attr]
-        for at in dict.fromkeys(tap.at for tap in self.taps if tap.name == "activations"):
+        for at in dict.fromkeys(tap.at for tap in self.taps if tap.info.gridded):
             self._stages[at] = cnn_stages(model, at)
             for n, (_, module) in enumerate(self._stages[at], 1):
                 module.register_forward_hook(functools.partial(_keep_copy, self._kept, (at, n)))
@@ -97,7 +98,7 @@ class TappedTeacher(nn.Module):
             self._shapes[at, n] = (kept.shape[1], kept.shape[-1])
             for tap in self.taps:
                 side = kept.shape[-1]
-                if tap.name == "activations" and tap.at == at and not hasattr(self, tap.grid_name(side)):
+                if tap.info.gridded and tap.at == at and not hasattr(self, tap.grid_name(side)):
                     self.register_buffer(tap.grid_name(side), tap.grid_matrix(side))
 
     def prepare(self, images: Tensor) -> Tensor:

@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from precompute.taps import At
 
 
-# tap -> its codec where none is asked for
-_CODECS = {"activations": "u8", "logits": "f32"}
-
 _OPTIONS = ("layers", "grid", "codec", "at", "antialias")
 
 
@@ -79,18 +76,18 @@ def _parse(text: str) -> list[TargetSpec]:
         for tap in taps:
             codec = codecs.check_codec(codec, TAPS[tap].values)
     return [
-        TargetSpec(tap, layers=options.get("layers"), grid=grid, codec=codec, tensors=(), at=at, antialias=antialias)
+        TargetSpec(tap, layers=options.get("layers"), grid=grid, codec=codec, at=at, antialias=antialias)
         for tap in taps
     ]
 
 
 def _maps(taps: Sequence[str], options: Mapping[str, str]) -> tuple[int | None, At, bool]:
     """What is said of activations alone: `grid`, `at` and `antialias`."""
-    from precompute.taps import POSITIONS
+    from precompute.taps import POSITIONS, TAPS
 
     alone = {"grid": "resized to a grid", "at": "read at a place of their own", "antialias": "resized"}
     for option, what in alone.items():
-        if option in options and any(tap != "activations" for tap in taps):
+        if option in options and not all(TAPS[tap].gridded for tap in taps):
             raise UserError(f"only activations are {what}")
     grid, place, antialias = options.get("grid"), options.get("at", "norm"), options.get("antialias", "false")
     if grid is not None and not re.fullmatch(r"[1-9]\d{0,2}", grid):
@@ -104,11 +101,6 @@ def _maps(taps: Sequence[str], options: Mapping[str, str]) -> tuple[int | None, 
     if antialias not in ("true", "false"):
         raise UserError(f"antialias={antialias}: expected true or false")
     return None if grid is None else int(grid), at, antialias == "true"
-
-
-def default_codec(tap: str) -> str:
-    """The codec of a tap where none is asked for."""
-    return _CODECS.get(tap, "f16")
 
 
 def layer_numbers(text: str | None, count: int, what: str) -> tuple[int, ...]:

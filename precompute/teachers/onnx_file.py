@@ -218,7 +218,7 @@ def given_tensors(path: str, tensors: Mapping[str, Sequence[str]], wishes: Seque
             hint=f"Name them by {general}, such as {example}",
         )
     for tap, names in tensors.items():
-        if check_tap(tap) in ("q", "k", "v"):
+        if not TAPS[check_tap(tap)].graph:
             raise UserError(
                 f"{path}: {tap}: a ready graph gives no q, k and v: nothing tells whether they make the attention that "
                 "the network uses",

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from precompute.taps import resize_matrix
+from precompute.taps import TAPS, resize_matrix
 from precompute.taps.target_spec import parse_ranges
 from storage.errors import UserError
 from student.alignment.report import AlignmentRow
@@ -21,10 +21,6 @@ Which = Literal["class", "all", "scores", "vectors"]
 Side = Literal["student", "teacher"]
 
 MERGED = ("mean", "sum", "max", "min", "log")  # rules by which all heads of a side become one
-
-# of a sample's tensor: whether it has heads, and the axis of its tokens
-_AXES = {"class_row": (True, -1), "attention": (True, -1), "q": (True, -2), "k": (True, -2), "v": (True, -2),
-         "tokens": (False, -2)}  # fmt: skip
 
 
 class TokenMatching(nn.Module):
@@ -69,8 +65,8 @@ class TokenMatching(nn.Module):
         self.tap = first.target.identity.tap
         teacher = first.teacher
         shape = first.target.sample_shape
-        has_heads, axis = _AXES[self.tap]
-        tokens = int(shape[axis])
+        axes = TAPS[self.tap].axes
+        has_heads, tokens = "head" in axes, shape[axes.index("token")]
         # tokens without layers are those after the final norm
         self.stored = [*(first.target.identity.layers or [teacher.layers])]
         prefix = [*teacher.prefix]
@@ -258,7 +254,7 @@ class TokenMatching(nn.Module):
             rescaled = ", the rest rescaled" if self.which in ("class", "all") else ""
             rule.append(f"left out{rescaled}: {', '.join(self.dropped)}")
         taps = " and ".join(stored.target.identity.tap for stored in targets)
-        source = "" if self.tap in ("class_row", "attention") else f" from {taps}"
+        source = "" if TAPS[self.tap].values == "rows" else f" from {taps}"
         tensors = {
             "class": f"class rows{source}",
             "all": f"rows of all queries{source}",

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from precompute.taps import Tap
+from precompute.taps import TAPS, Tap
 from storage.errors import UserError, did_you_mean
 from storage.objects.state_dict import save_state
 from storage.objects.weights_file import WeightsFile
@@ -39,7 +39,7 @@ from student.evaluation.accuracy import Score, evaluate, tell_of_shared
 from student.fit_teacher.logistic_regression import STRENGTHS, Examples, StrengthTrial, fit, search_strength
 from student.fit_teacher.network import Classifier, arguments_of, check, network_of, put_in, tapped
 
-SERVE = ("class_token", "embedding")  # taps that a linear head can act on
+SERVE = [tap for tap, info in TAPS.items() if info.axes == ("width",)]  # taps that a linear head can act on
 
 
 @dataclass(frozen=True)

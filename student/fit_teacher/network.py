@@ -157,7 +157,7 @@ def tapped(model: nn.Module, taps: Sequence[Tap], stream: Stream, recorded: Teac
     """The network from a stream's view images to taps, with the preprocessing of precompute."""
     identity = recorded.identity
     size = stream.source.policy.size
-    return TappedTeacher(model, taps, size, identity.input_size, identity.mean, identity.std).eval()
+    return TappedTeacher(model, taps, size, input_size=identity.input_size, mean=identity.mean, std=identity.std).eval()
 
 
 class Classifier(nn.Module):

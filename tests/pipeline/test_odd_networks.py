@@ -49,7 +49,7 @@ def test_a_network_that_pytorch_cannot_export_is_refused_in_one_message(
 def test_a_student_that_pytorch_cannot_export_is_refused_too() -> None:
     model = timm.create_model("hiera_tiny_224", **HIERA).eval()
     with pytest.raises(UserError, match=r"^mine: PyTorch cannot export it as an ONNX graph: .*4D query[^\n]*$"):
-        export_student(model, 64, HALF, HALF, np.zeros((2, 64, 64, 3), np.uint8), "mine")
+        export_student(model, 64, mean=HALF, std=HALF, images=np.zeros((2, 64, 64, 3), np.uint8), name="mine")
 
 
 @pytest.mark.parametrize("name", ["naflexvit_base_patch16_gap", "vit_tiny_patch16_224", "pit_ti_224"])
@@ -58,6 +58,6 @@ def test_what_a_network_offers_is_what_it_gives(name: str) -> None:
     offered, (_, _, network) = offers_of(name, size), bare(name, size, "cpu")
     image = torch.zeros(1, size, size, 3, dtype=torch.uint8)
     for tap, offer in offered.taps.items():
-        module = TappedTeacher(network, [Tap(tap)], size, size, HALF, HALF).eval()
+        module = TappedTeacher(network, [Tap(tap)], size, input_size=size, mean=HALF, std=HALF).eval()
         with torch.no_grad():
             assert module(image)[0].shape[1:] == offer.shape, tap

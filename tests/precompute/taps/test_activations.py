@@ -69,7 +69,9 @@ def test_networks_without_normed_maps_are_refused_by_name_as_activation_teachers
 
 def test_activations_are_read_before_the_shortcut_is_added_in_place() -> None:
     model = make("resnet10t", channels=[8, 12, 16, 24], stem_width=8, num_classes=3)
-    teacher = TappedTeacher(model, [Tap("activations", layers=(4,), grid=2)], 64, 64, HALF, HALF).eval()
+    teacher = TappedTeacher(
+        model, [Tap("activations", layers=(4,), grid=2)], 64, input_size=64, mean=HALF, std=HALF
+    ).eval()
     norm_input: list[torch.Tensor] = []
     norm: Any = cnn_stages(model)[3][1]
     norm.register_forward_pre_hook(lambda module, args: norm_input.append(args[0].clone()))
@@ -90,7 +92,7 @@ def test_block_maps_are_the_stage_s_output_after_the_residual_sum(name: str, ant
         Tap("activations", layers=None, grid=3, at="block", antialias=antialias),
         Tap("activations", layers=(2,), grid=3),
     ]
-    teacher = TappedTeacher(model, taps, 64, 64, HALF, HALF).eval()
+    teacher = TappedTeacher(model, taps, 64, input_size=64, mean=HALF, std=HALF).eval()
     whole = [m for n, m in model.named_children() if n.startswith("layer")] or list(model.blocks)
     outputs: list[torch.Tensor] = []
     for stage in whole:
@@ -113,14 +115,18 @@ def test_block_maps_are_the_stage_s_output_after_the_residual_sum(name: str, ant
 
 def test_block_maps_of_the_paper_s_teachers_are_as_many() -> None:
     for name, maps in (("efficientnet_b3", [24, 32, 48, 96, 136, 232, 384]), ("resnet34", [64, 128, 256, 512])):
-        teacher = TappedTeacher(make(name), [Tap("activations", layers=None, grid=2, at="block")], 64, 64, HALF, HALF)
+        teacher = TappedTeacher(
+            make(name), [Tap("activations", layers=None, grid=2, at="block")], 64, input_size=64, mean=HALF, std=HALF
+        )
         assert [count for _, _, count in teacher.stages(teacher.taps[0])] == maps
         assert sum(maps) == {"efficientnet_b3": 952, "resnet34": 960}[name]
 
 
 def test_the_activations_tap_is_each_stage_resized_to_the_grid_in_order() -> None:
     model = make("resnet10t", channels=[8, 12, 16, 24], stem_width=8, num_classes=3)
-    teacher = TappedTeacher(model, [Tap("activations", layers=(4, 1), grid=3)], 64, 64, HALF, HALF).eval()
+    teacher = TappedTeacher(
+        model, [Tap("activations", layers=(4, 1), grid=3)], 64, input_size=64, mean=HALF, std=HALF
+    ).eval()
     pixels = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
     maps: dict[str, torch.Tensor] = {}
     for name, norm in cnn_stages(model):
@@ -164,7 +170,7 @@ def test_the_taps_of_one_network_belong_together() -> None:
     model = small_vit()
     taps = [Tap(name) for name in ("q", "k", "v", "class_row", "attention", "tokens", "class_token", "embedding")]
     taps += [Tap("tokens", layers=(1, 3)), Tap("attention", layers=(2,)), Tap("logits")]
-    teacher = TappedTeacher(model, taps, 32, 32, HALF, HALF).eval()
+    teacher = TappedTeacher(model, taps, 32, input_size=32, mean=HALF, std=HALF).eval()
     images = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
     with torch.no_grad():
         q, k, v, row, attention, tokens, token, embedding, streams, second, logits = teacher(images)
@@ -190,7 +196,7 @@ def test_the_taps_of_one_network_belong_together() -> None:
 def test_an_embedding_is_what_the_classifier_is_given(name: str) -> None:
     sizes = {"img_size": 32, "patch_size": 8, "depth": 2} if "patch" in name else {}
     model = make(name, num_classes=5, **sizes)
-    teacher = TappedTeacher(model, [Tap("embedding"), Tap("logits")], 32, 32, HALF, HALF).eval()
+    teacher = TappedTeacher(model, [Tap("embedding"), Tap("logits")], 32, input_size=32, mean=HALF, std=HALF).eval()
     embedding, logits = teacher(torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8))
     if "distilled" in name:  # the mean of two tokens has no classifier of its own
         assert embedding.shape == (3, model.num_features)

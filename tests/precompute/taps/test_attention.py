@@ -117,12 +117,12 @@ def test_prefix_tokens_have_roles_in_the_order_of_the_sequence(
 def test_a_network_without_a_class_token_has_no_class_row_and_no_class_token(tap: str) -> None:
     model = make("vit_medium_patch16_reg4_gap_256", **SMALL)
     with pytest.raises(UserError, match="VisionTransformer: it has no class token"):
-        TappedTeacher(model, [Tap(tap)], 32, 32, HALF, HALF)
+        TappedTeacher(model, [Tap(tap)], 32, input_size=32, mean=HALF, std=HALF)
 
 
 def test_logits_of_a_network_without_a_classifier_are_refused() -> None:
     with pytest.raises(UserError, match="VisionTransformer: it has no classifier"):
-        TappedTeacher(small_vit(num_classes=0), [Tap("logits")], 32, 32, HALF, HALF)
+        TappedTeacher(small_vit(num_classes=0), [Tap("logits")], 32, input_size=32, mean=HALF, std=HALF)
 
 
 def test_a_teacher_gives_each_tap_as_the_network_itself_does() -> None:
@@ -134,7 +134,7 @@ def test_a_teacher_gives_each_tap_as_the_network_itself_does() -> None:
         Tap("k", layers=(2,)),
         Tap("class_row", layers=(2, 3)),
     ]
-    teacher = TappedTeacher(model, taps, 32, 32, [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]).eval()
+    teacher = TappedTeacher(model, taps, 32, input_size=32, mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.4]).eval()
     pixels = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
     mean, std = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
     batch = (pixels.permute(0, 3, 1, 2) / 255 - mean) / std
@@ -223,4 +223,4 @@ def test_contract_12_values_that_the_layer_does_not_use_are_refused() -> None:
 
 def test_tokens_need_a_vit() -> None:
     with pytest.raises(UserError, match="no attention rows"):
-        TappedTeacher(make("resnet10t"), [Tap("tokens")], 32, 32, HALF, HALF)
+        TappedTeacher(make("resnet10t"), [Tap("tokens")], 32, input_size=32, mean=HALF, std=HALF)

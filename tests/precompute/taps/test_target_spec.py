@@ -42,7 +42,7 @@ def store_with(folder: Path, *policies: Policy, shard: str = "shard-1") -> Store
 def chosen(store: Store, wanted: Policy, *given: str, new_bank: bool = False) -> Policy:
     shards = {"shard-1", "shard-2"}
     return choose_policy(
-        store, wanted, fields=given, candidates=shards, recognise=lambda: {"shard-1"}, new_bank=new_bank
+        store, wanted, fields=given, candidates=shards, recognize=lambda: {"shard-1"}, new_bank=new_bank
     )
 
 
@@ -128,20 +128,20 @@ def test_what_names_no_layers_is_refused(text: str) -> None:
 
 
 def test_a_cnn_gives_activations_on_a_sixteenth_of_the_view_by_default() -> None:
-    assert defaults(CNN, policy("light", 224)) == [TargetSpec("activations", grid=14)]
-    assert defaults(CNN, policy("light", 8)) == [TargetSpec("activations", grid=1)]
+    assert defaults(CNN) == [TargetSpec("activations")]
+    assert [identity(TargetSpec("activations"), CNN, size).grid for size in (224, 8)] == [14, 1]
     assert identity(TargetSpec("activations"), CNN, 224).codec == "u8"
 
 
 def test_a_vit_gives_class_rows_and_the_class_token_by_default() -> None:
-    assert defaults(VIT, policy("light", 224)) == [TargetSpec("class_row"), TargetSpec("class_token")]
+    assert defaults(VIT) == [TargetSpec("class_row"), TargetSpec("class_token")]
     assert identity(TargetSpec("class_row"), VIT).codec == "f16"
 
 
 @pytest.mark.parametrize("manifest", [teacher_manifest(prefix=["register"]), OTHER])
 def test_a_network_with_neither_gives_nothing_by_default(manifest: TeacherManifest) -> None:
     with pytest.raises(UserError, match=r"has no default targets\n  Give `target=TAP`"):
-        defaults(manifest, policy("light", 224))
+        defaults(manifest)
 
 
 @pytest.mark.parametrize(

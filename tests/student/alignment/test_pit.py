@@ -132,7 +132,7 @@ def test_heads_of_each_layer_count_in_links_and_heat():
 
 def test_pit_is_no_teacher_of_attention_and_says_why():
     with pytest.raises(UserError, match="PoolingVisionTransformer: it pools its patches between layers"):
-        TappedTeacher(pit(**SMALL), [Tap("class_row")], 64, 64, (0.5,) * 3, (0.5,) * 3)
+        TappedTeacher(pit(**SMALL), [Tap("class_row")], 64, input_size=64, mean=(0.5,) * 3, std=(0.5,) * 3)
     assert teacher.anatomy(pit(**SMALL)).network == "other"
 
 

@@ -36,7 +36,7 @@ def test_a_student_that_is_its_teacher_has_the_teacher_s_vectors(tap: str) -> No
     model = network()
     images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
     wanted = Tap("tokens") if tap == "final" else Tap(tap, layers=LAYERS)
-    teacher = TappedTeacher(network(), [wanted], 32, 32, (0.5,) * 3, (0.5,) * 3).eval()
+    teacher = TappedTeacher(network(), [wanted], 32, input_size=32, mean=(0.5,) * 3, std=(0.5,) * 3).eval()
     (target,) = teacher(images)
     seen = StudentTaps(model, READS)
     model(teacher.prepare(images)).sum().backward()

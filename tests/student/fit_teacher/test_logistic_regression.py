@@ -112,8 +112,10 @@ def test_a_head_on_the_embedding_is_the_classifier_of_any_network(tmp_path, name
     recorded = teacher_manifest(identity, weights=str(tmp_path / "w.safetensors"))
     model = network_of(recorded, None, 4)
     views = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
-    module = TappedTeacher(model, [Tap("embedding"), Tap("logits")], 32, 32, [0.5] * 3, [0.5] * 3).eval()
-    old = TappedTeacher(original.eval(), [Tap("embedding")], 32, 32, [0.5] * 3, [0.5] * 3).eval()
+    module = TappedTeacher(
+        model, [Tap("embedding"), Tap("logits")], 32, input_size=32, mean=[0.5] * 3, std=[0.5] * 3
+    ).eval()
+    old = TappedTeacher(original.eval(), [Tap("embedding")], 32, input_size=32, mean=[0.5] * 3, std=[0.5] * 3).eval()
     with torch.no_grad():
         features, _ = module(views)
         assert torch.equal(features, old(views)[0]), "all but the head is the recorded network"
