@@ -9,7 +9,7 @@ import numpy as np
 
 from precompute.engine.tasks import TargetOutput
 from precompute.teachers import onnx_file
-from precompute.teachers.teacher import Teacher, anatomy, load_teacher
+from precompute.teachers.teacher import Teacher, anatomy
 from storage.errors import DamageError, UserError, call, setting
 from storage.objects.state_dict import ONNX_FILE
 from storage.store import codecs
@@ -20,6 +20,8 @@ from storage.store.store import Store
 from storage.views.policy import Policy
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from precompute.taps import TapInfo
     from precompute.taps.target_spec import TargetSpec
 
@@ -35,15 +37,15 @@ def known_teacher(store: Store, teacher: Teacher) -> TeacherManifest | None:
     return None
 
 
-def record_teacher(store: Store, teacher: Teacher) -> TeacherManifest:
-    """The teacher's manifest; it is loaded and described the first time.
+def record_teacher(store: Store, teacher: Teacher, network: Callable[[], nn.Module]) -> TeacherManifest:
+    """The teacher's manifest; its network, as `load_teacher` gives it, is looked at the first time.
 
     Raises:
         IdentityError: the store knows another teacher under this name.
     """
     if known := known_teacher(store, teacher):
         return known
-    parts = onnx_file.anatomy(str(teacher.weights)) if teacher.ready else anatomy(load_teacher(teacher))
+    parts = onnx_file.anatomy(str(teacher.weights)) if teacher.ready else anatomy(network())
     return store.add(teacher.manifest(parts))
 
 
@@ -66,6 +68,7 @@ def record_targets(
     specs: Sequence[TargetSpec],
     policy: Policy,
     *,
+    network: Callable[[], nn.Module],
     images: Callable[[], np.ndarray],
     provider: str,
     say: Callable[[str], None],
@@ -78,6 +81,7 @@ def record_targets(
         manifest: of the teacher.
         specs: what is asked for.
         policy: of the bank.
+        network: gives the teacher's network, as `load_teacher` does.
         images: gives uint8 view images `[n, S, S, 3]` for the checks of a new graph.
         provider: where a new graph is checked.
         say: called with progress lines.
@@ -92,7 +96,7 @@ def record_targets(
         for id in sorted(begun & (wanted.keys() - known.keys())):
             raise DamageError(f"{store.url}/targets/{id}/manifest.json: missing, and there are markers of this target")
         missing = {id: identity for id, identity in wanted.items() if id not in begun}
-        _export(store, teacher, missing, policy, images=images, provider=provider, say=say)
+        _export(store, teacher, missing, policy, network=network, images=images, provider=provider, say=say)
         known = _known(store, wanted)
     by_graph: dict[str, tuple[TargetOutput, ...]] = {}
     for id in wanted:
@@ -170,6 +174,7 @@ def _export(
     wanted: dict[str, TargetIdentity],
     policy: Policy,
     *,
+    network: Callable[[], nn.Module],
     images: Callable[[], np.ndarray],
     provider: str,
     say: Callable[[str], None],
@@ -180,11 +185,14 @@ def _export(
     distinct = list(dict.fromkeys(taps.values()))
     say(f"exporting {teacher.name} ({teacher.model}) with {', '.join(tap.name for tap in distinct)}")
     if teacher.ready:
-        from precompute.export.onnx_file import export_ready as export
+        from precompute.export.onnx_file import export_ready
+
+        exported = export_ready(teacher, distinct, policy.size, images(), provider)
     else:
         from precompute.export.pytorch import export
+
+        exported = export(teacher, distinct, policy.size, images(), provider, network=network())
     other = "the file run by itself" if teacher.ready else "PyTorch"
-    exported = export(teacher, distinct, policy.size, images(), provider)
     graph = store.add_graph(teacher.name, exported.graph)
     for tap, parity in zip(distinct, exported.parity, strict=True):
         say(f"  graph against {other}, {tap.name}: largest difference {parity:.1e} of the largest value")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +19,7 @@ from precompute.engine.shard import block_views, open_for_store
 from precompute.engine.tasks import Failure, Outcome, SessionSettings, ShardTask, TargetOutput
 from precompute.request import PrecomputeRequest
 from precompute.results import PrecomputeResult
+from precompute.teachers.teacher import load_teacher
 from storage.errors import UserError
 from storage.objects.urls import is_remote
 from storage.progress import NoProgress, Progress
@@ -52,7 +54,7 @@ class PrecomputePlan:
             yield ShardTask(
                 store=self.store,
                 url=url,
-                bank=self.policy.bank,
+                policy=self.policy,
                 teacher=wanted.teacher.name,
                 graph=graph,
                 outputs=self.by_graph[graph],
@@ -71,7 +73,8 @@ def plan_precompute(store: Store, wanted: PrecomputeRequest, progress: Progress)
     """
     known = candidates(store, wanted.shards)
     policy, views, opened = settle(store, wanted, known)
-    manifest = record_targets.record_teacher(store, wanted.teacher)
+    network = functools.cache(functools.partial(load_teacher, wanted.teacher))
+    manifest = record_targets.record_teacher(store, wanted.teacher, network)
     store.add(banks.bank_manifest(policy))
 
     def images() -> Any:
@@ -99,6 +102,7 @@ def plan_precompute(store: Store, wanted: PrecomputeRequest, progress: Progress)
         manifest,
         specs,
         policy,
+        network=network,
         images=images,
         provider="auto" if elsewhere else wanted.provider,
         say=progress.say,

@@ -73,8 +73,8 @@ class _Case:
         task = self.task()
         outcome: list[Outcome] = []
         taken = seconds(lambda: outcome.append(run_task(task, lambda: session, cores())))
-        for id in (task.bank, *(output.target for output in self.outputs)):
-            kind = "banks" if id == task.bank else "targets"
+        for id in (task.policy.bank, *(output.target for output in self.outputs)):
+            kind = "banks" if id == task.policy.bank else "targets"
             self.store.objects.remove(f"{kind}/{id}/{outcome[0].shard.id}")
         return taken
 

@@ -19,7 +19,6 @@ from storage.errors import UserError
 from storage.shards.index import build_index
 from storage.shards.shard import Shard
 from storage.shards.tar import require_whole
-from storage.store.banks import bank_policy
 from storage.store.markers import Marker, Task
 from storage.store.store import Store
 from storage.views.draw import draw_view, settle
@@ -73,7 +72,7 @@ def missing(task: ShardTask, shard: Shard) -> dict[int, list[TargetOutput]]:
             target = Task("target", output.target, shard.id, view)
             marker = store.find(target, samples, output.codec)
             if marker:  # only now: the bank's marker is there before the target's
-                bank = bank or store.find(Task("bank", task.bank, shard.id, view), samples)
+                bank = bank or store.find(Task("bank", task.policy.bank, shard.id, view), samples)
                 if bank and bank.bank.views_digest == marker.target.bank_views:
                     continue
                 store.discard(marker)
@@ -110,7 +109,7 @@ def run_task(
         return Outcome(shard=shard, left_out=left_out)
     runs = any(output.position is not None for outputs in wanted.values() for output in outputs)
     session = open_session() if runs else None
-    images = 4 * 2 * 3 * bank_policy(task.store, task.bank).size ** 2 * BLOCK  # four blocks on their way, mixed or not
+    images = 4 * 2 * 3 * task.policy.size**2 * BLOCK  # four blocks on their way, mixed or not
     a_view = images + sum(max(output.codec.sample_bytes * BLOCK, 16 << 20) for output in task.outputs)
     views = sorted(wanted)
     step = max(1, BUFFERS // a_view)

@@ -24,11 +24,10 @@ from storage.shards.shard import Shard
 from storage.shards.tar import Sample
 from storage.store import codecs
 from storage.store.attempts import Attempt
-from storage.store.banks import BankView, bank_policy, read_views, view_rows
+from storage.store.banks import BankView, read_views, view_rows
 from storage.store.markers import Marker, Task
 from storage.views.draw import draw_view, settle
 from storage.views.mixing import mix_images
-from storage.views.policy import Policy
 from storage.views.render import BadImage, decode, render, renderer, signature
 from storage.views.view import COLUMNS, INVALID, View
 
@@ -76,7 +75,7 @@ class ShardPass:
         self.wide = wide
         self.task, self.shard, self.wanted, self.session, self.say = task, shard, wanted, session, say
         self.threads = threads
-        self.policy: Policy = bank_policy(task.store, task.bank)
+        self.policy = task.policy
         self.known: dict[int, Marker] = {}
         self.fresh: dict[int, Attempt] = {}
         self.attempts: dict[tuple[int, str], Attempt] = {}
@@ -98,7 +97,7 @@ class ShardPass:
     def _open(self) -> None:
         store, shard, samples = self.task.store, self.shard.id, len(self.shard)
         for view, outputs in self.wanted.items():
-            bank = Task("bank", self.task.bank, shard, view)
+            bank = Task("bank", self.policy.bank, shard, view)
             marker = store.find(bank, samples)
             if marker:
                 self.known[view] = marker
@@ -113,7 +112,7 @@ class ShardPass:
                     attempt.array(name, part.shape, part.dtype, part.axes)
         if self.fresh and not self.known and 0 not in self.fresh:
             # Views that the shard has already are replayed beside the new ones: one bank, one kind of pixels.
-            marker = store.find(Task("bank", self.task.bank, shard, 0), samples)
+            marker = store.find(Task("bank", self.policy.bank, shard, 0), samples)
             if marker:
                 self.known[0] = marker
 

@@ -10,6 +10,7 @@ from storage.shards.shard import Shard
 from storage.store.codecs import Codec
 from storage.store.manifests import TargetManifest
 from storage.store.store import Store
+from storage.views.policy import Policy
 
 OnDecodeError = Literal["fail", "skip"]
 
@@ -35,7 +36,7 @@ class ShardTask:
     Attributes:
         store: where everything is kept.
         url: of the shard.
-        bank: id of the bank.
+        policy: of the bank.
         teacher: name of the teacher, for messages.
         graph: digest of the teacher's graph.
         outputs: the targets.
@@ -47,7 +48,7 @@ class ShardTask:
 
     store: Store
     url: str
-    bank: str
+    policy: Policy
     teacher: str
     graph: str
     outputs: tuple[TargetOutput, ...]

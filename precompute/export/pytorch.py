@@ -54,13 +54,21 @@ class Exported:
     attention_error: float | None
 
 
-def live_teacher(teacher: Teacher, taps: Sequence[Tap], view_size: int) -> TappedTeacher:
+def live_teacher(
+    teacher: Teacher, taps: Sequence[Tap], view_size: int, network: nn.Module | None = None
+) -> TappedTeacher:
     """The PyTorch teacher with its taps: what the graph is made of and checked against.
+
+    Args:
+        teacher: which one.
+        taps: what is read, in order.
+        view_size: S.
+        network: of the teacher, where it is loaded already and nothing reads it yet.
 
     Raises:
         UserError: the network does not take images of this size, or does not have these taps.
     """
-    model, size = load_teacher(teacher), teacher.input_size
+    model, size = network if network is not None else load_teacher(teacher), teacher.input_size
     require_size(model, size, f"{teacher.name}: {teacher.model}")
     return TappedTeacher(model, taps, view_size, input_size=size, mean=teacher.mean, std=teacher.std).eval()
 
@@ -106,7 +114,13 @@ def read_taps(module: TappedTeacher, views: Tensor, name: str) -> tuple[list[Ten
 
 
 def export(
-    teacher: Teacher, taps: Sequence[Tap], view_size: int, images: np.ndarray, provider: str = "cpu"
+    teacher: Teacher,
+    taps: Sequence[Tap],
+    view_size: int,
+    images: np.ndarray,
+    provider: str = "cpu",
+    *,
+    network: nn.Module | None = None,
 ) -> Exported:
     """Export the taps of a teacher and check the graph on real view images.
 
@@ -116,13 +130,14 @@ def export(
         view_size: S.
         images: uint8 `[n, S, S, 3]`, n >= 2; the graph is checked on the first of them.
         provider: where the graph is checked, as in `open_session`.
+        network: of the teacher, as in `live_teacher`.
 
     Raises:
         UserError: the network cannot be exported, the tapped q and k are not the attention that it uses, or the graph's
             outputs differ from PyTorch's; with figures.
     """
     names = [f"tap{i}" for i in range(len(taps))]
-    module = live_teacher(teacher, taps, view_size)
+    module = live_teacher(teacher, taps, view_size, network)
     try:
         return _exported(module, images, provider, teacher.name, names)
     except _CannotExport as error:

@@ -16,7 +16,7 @@ from storage.objects import json_record
 from storage.store import banks
 from storage.store.manifests import TargetManifest
 from storage.store.store import Store
-from storage.views.policy import policy
+from storage.views.policy import Policy, policy
 from tests.manifests import teacher_manifest
 
 
@@ -26,7 +26,7 @@ class Bare:
 
     folder: Path
     store: Store
-    bank: str
+    policy: Policy
     graph: str
     output: TargetOutput
 
@@ -34,7 +34,7 @@ class Bare:
         return ShardTask(
             store=self.store,
             url=url,
-            bank=self.bank,
+            policy=self.policy,
             teacher="averages",
             graph=self.graph,
             outputs=(self.output,),
@@ -72,7 +72,7 @@ def bare(folder: Path, line: str = "deit", size: int = 32, codec: str = "u8") ->
              "axes": ["map", "y", "x"], "values": "plain", "parity": None, "attention_error": None,
              "format": 1, "kind": "target", "id": id, "identity": identity}  # fmt: skip
     target = store.add(TargetManifest.model_validate(about))
-    return Bare(folder, store, views.bank, digest, TargetOutput.of(target))
+    return Bare(folder, store, views, digest, TargetOutput.of(target))
 
 
 def tar(path: Path, count: int, images: list[bytes], ending: str = "png") -> str:

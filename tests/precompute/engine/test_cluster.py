@@ -23,6 +23,7 @@ from storage.progress import NoProgress as Silent
 from storage.shards.shard import open_shard
 from storage.store.store import Store
 from storage.testing import synthetic_image
+from storage.views.policy import policy
 from tests.conftest import HANGS, World
 from tests.precompute.bare import Bare, bare, encoded, tar
 from tests.precompute.engine.clusters import (
@@ -221,7 +222,15 @@ def test_faults_of_input_and_output_are_tried_again_with_pauses_and_others_are_n
 
     monkeypatch.setattr("time.sleep", slept.append)
     monkeypatch.setattr(dask_runner, "run_task", fail)
-    task = ShardTask(store=Store.open(deit.store), url="u.tar", bank="b", teacher="t", graph="g", outputs=(), views=1)
+    task = ShardTask(
+        store=Store.open(deit.store),
+        url="u.tar",
+        policy=policy("light", 32),
+        teacher="t",
+        graph="g",
+        outputs=(),
+        views=1,
+    )
 
     def attempt(*errors: Exception) -> tuple[Any, int, list[float]]:
         slept.clear()

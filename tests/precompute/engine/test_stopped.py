@@ -76,6 +76,7 @@ import os, signal, sys
 from precompute.engine.session import open_session
 from precompute.engine.shard import run_task
 from precompute.engine.tasks import ShardTask, TargetOutput
+from storage.store.banks import bank_policy
 from storage.store.store import Store
 
 place, target, kill_after, *shards = sys.argv[1:]
@@ -92,10 +93,10 @@ def run(images):
     return real(images)
 
 session.run = run
-outputs, of_it = (TargetOutput.of(manifest),), {"bank": manifest.identity.bank, "teacher": manifest.teacher}
+outputs, policy = (TargetOutput.of(manifest),), bank_policy(store, manifest.identity.bank)
 for url in shards:
-    task = ShardTask(store=store, url=url, graph=manifest.graph, outputs=outputs, views=2, **of_it)
-    run_task(task, lambda: session, 1)
+    of_it = {"policy": policy, "teacher": manifest.teacher, "graph": manifest.graph, "outputs": outputs}
+    run_task(ShardTask(store=store, url=url, views=2, **of_it), lambda: session, 1)
 assert "torch" not in sys.modules, "a worker that only runs a graph needs no torch"
 """
 
