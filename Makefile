@@ -30,6 +30,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell *.md *.toml *.yml Makefile docs pipeline precompute storage student tests
 
 # The documentation site, into site/.
 docs: install

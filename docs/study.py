@@ -25,7 +25,7 @@ from typing import Any
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 # Labels count the same everywhere, and all students classify on the class token.
-LABELLED = ["losses.crossentropy.weight=1", "losses.crossentropy.smoothing=0.1", "student.global_pool=token"]
+LABELED = ["losses.crossentropy.weight=1", "losses.crossentropy.smoothing=0.1", "student.global_pool=token"]
 SAME = ["optim.opt_betas=null", "optim.weight_decay=0.05", "optim.warmup_lr=1e-6", "optim.min_lr=1e-5",
         "precision.amp_dtype=auto", "precision.fused_attn=auto"]  # fmt: skip
 VIT = "vit_tiny_patch16_224"
@@ -191,7 +191,7 @@ class Study:
         words = [part for shard in shards for part in ("--shards", shard)]
         if not (out / "result.json").exists():
             every = [*SAME, f"optim.epochs={self.epochs}", f"val_interval={self.epochs}", f"seed={seed}"]
-            every += [*(LABELLED if run.labels else ()), *run.settings]
+            every += [*(LABELED if run.labels else ()), *run.settings]
             also = [part for setting in every for part in ("--set", setting)] + (["--val", val] if run.labels else [])
             also += ["--resume"] if (out / "checkpoint.pt").exists() else []
             began = time.monotonic()

@@ -24,7 +24,7 @@ def export(path: Path, shards: Sequence[str], out: Path) -> dict[str, Any]:
 
     Args:
         path: the student.
-        shards: patterns of shards; the graph is checked on the first images of the first one, labelled or not.
+        shards: patterns of shards; the graph is checked on the first images of the first one, labeled or not.
         out: a new file.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What all pictures share: sizes in inches, colours that colour-blind people can tell apart, files that are whole.
+"""What all pictures share: sizes in inches, colors that color-blind people can tell apart, files that are whole.
 
 Matplotlib's Figure is used directly: no pyplot, no backend or style of the process is touched.
 """
@@ -14,10 +14,10 @@ from storage.errors import UserError
 from storage.objects.atomic import atomic_write
 from storage.rounding import constant
 
-# Okabe and Ito's colours (without black and the pale yellow), for lines and bars; perceptual maps for values.
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Okabe and Ito's colors (without black and the pale yellow), for lines and bars; perceptual maps for values.
+COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MAP = "viridis"
-GREY = "#555555"
+GRAY = "#555555"
 FONT = 10.5  # points; at half size it can still be read
 DPI = 160
 
@@ -63,9 +63,9 @@ def panel(figure: Any, left: float, top: float, width: float, height: float) -> 
     whole_width, whole_height = figure.get_size_inches()
     bottom = whole_height - top - height
     axes = figure.add_axes((left / whole_width, bottom / whole_height, width / whole_width, height / whole_height))
-    axes.tick_params(labelsize=FONT - 2, colors=GREY)
+    axes.tick_params(labelsize=FONT - 2, colors=GRAY)
     for spine in axes.spines.values():
-        spine.set_color(GREY)
+        spine.set_color(GRAY)
     return axes
 
 
@@ -77,7 +77,7 @@ def write(figure: Any, left: float, top: float, text: str, **how: Any) -> Any:
 
 
 def limits(low: float, high: float) -> tuple[float, float]:
-    """Where the colours of a map between these begin and end: one and the same where its values differ by rounding."""
+    """Where the colors of a map between these begin and end: one and the same where its values differ by rounding."""
     return (low, low) if constant(low, high) else (low, high)
 
 

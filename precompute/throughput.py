@@ -130,8 +130,8 @@ def part_of(job: PrecomputePlan, graph: str, shard: PlannedShard, samples: int, 
     """A task over the first samples of a shard, under a name of its own in the scratch store."""
     assert shard.opened is not None
     index, stop = shard.opened.index, min(samples, shard.samples)
-    labelled = None not in index.labels[:stop]
-    summary = replace(index.summary, id=f"{stem_of(shard.url)}-{name}", samples=stop, labelled=labelled)
+    labeled = None not in index.labels[:stop]
+    summary = replace(index.summary, id=f"{stem_of(shard.url)}-{name}", samples=stop, labelled=labeled)
     part = ShardIndex(summary, index.keys[:stop], index.digests[:stop], index.labels[:stop], index.starts[: stop + 1])
     retry_io(lambda: job.store.add_index(part, shard.url))
     (task,) = job.tasks(graph, [shard.url])

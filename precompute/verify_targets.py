@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from precompute.taps import Tap
 
 # Largest difference that counts as the same, ÷ the largest value of the teacher: what the codec rounds, and what
-# graphs, processors and optimisation levels differ by.
+# graphs, processors and optimization levels differ by.
 TOLERANCE = {"f32": 1e-3, "f16": 2e-3, "u8": 6e-3, "log8": 2.5e-2, "topk": 2e-3, "raw": 0.0}
 BATCH = 16
 

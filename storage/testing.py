@@ -31,8 +31,8 @@ def synthetic_image(label: int, rng: np.random.Generator, size: tuple[int, int] 
     cx = width * (0.25 + 0.5 * ((label * 0.37) % 1)) + rng.normal(0, 1)
     cy = height * (0.25 + 0.5 * ((label * 0.61) % 1)) + rng.normal(0, 1)
     blob = np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / (2 * (min(size) / 6) ** 2))
-    colour = 128 + 100 * np.cos(2 * np.pi * (label / 5 + np.array([0.0, 1 / 3, 2 / 3])))
-    pixels = rng.integers(0, 90, (height, width, 3)) + blob[..., None] * colour
+    color = 128 + 100 * np.cos(2 * np.pi * (label / 5 + np.array([0.0, 1 / 3, 2 / 3])))
+    pixels = rng.integers(0, 90, (height, width, 3)) + blob[..., None] * color
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 

@@ -218,7 +218,7 @@ class StudentConfig(ConfigModel):
     `pretrained` takes timm's weights, `weights` a file (safetensors or .pth, also a student's), `weights_key` one of
     several dictionaries of weights in it, by default the one that timm takes. `init` says which parameters are taken
     from them, `freeze` which are not trained: shell patterns over the names of a state dict, such as `blocks.*.attn.*`.
-    A head of other classes is always new. Pixels are normalised by `mean` and `std`; None: as the given weights want it
+    A head of other classes is always new. Pixels are normalized by `mean` and `std`; None: as the given weights want it
     (their file's own, or timm's for the model), 0.5 without weights.
     """
 

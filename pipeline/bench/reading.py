@@ -21,7 +21,7 @@ CASES = {"32x32": (32, 8, 640, 128), "224x224": (224, 14, 128, 32)}
 
 
 def streams(world: World, cases: list[str], turns: int, progress: Progress) -> list[Measure]:
-    """(5) Images a second of the joined stream ÷ without targets; of materialised views ÷ of decoded ones. And (6)."""
+    """(5) Images a second of the joined stream ÷ without targets; of stored view images ÷ of decoded ones. And (6)."""
     rows = []
     for case in cases:
         side, grid, samples, size = CASES[case]

@@ -76,7 +76,7 @@ class World:
         return PlannedShard(url=shard.url, samples=samples, id=shard.id, opened=shard)
 
     def small(self, samples: int, size: int) -> list[str]:
-        """Two shards of small labelled images."""
+        """Two shards of small labeled images."""
         where, samples = self.folder / f"small-{size}", samples // 4 if self.quick else samples
         if not where.exists():
             synthetic_shards(

@@ -129,7 +129,7 @@ def _words(*settings: str) -> str:
 
 
 def draw(path: Path, trained: Trained, heat: Tensor, kept: Tensor) -> None:
-    """The paper's Figure 2: stages up, layers to the right, the colour of a cell its mean |w|; kept cells framed.
+    """The paper's Figure 2: stages up, layers to the right, the color of a cell its mean |w|; kept cells framed.
 
     Args:
         path: where it goes.
@@ -165,5 +165,5 @@ def draw(path: Path, trained: Trained, heat: Tensor, kept: Tensor) -> None:
     figure.colorbar(image, cax=scale).set_label("mean |w| of links", fontsize=plotting.FONT - 1)
     plotting.write(figure, 0.1, 0.08, "Links between CNN and ViT", weight="bold")
     about = f"{plotting.shortened(trained.target, 60)}\nframed: kept for all channels; dotted: for some"
-    plotting.write(figure, 0.1, 0.3, about, fontsize=plotting.FONT - 2.5, color=plotting.GREY)
+    plotting.write(figure, 0.1, 0.3, about, fontsize=plotting.FONT - 2.5, color=plotting.GRAY)
     plotting.save(figure, path)

@@ -52,7 +52,7 @@ def name_of(path: str) -> str:
 @store
 @click.option("--target", metavar="ID", help="A stored class_token or embedding; `pipeline inspect` lists them.")
 @click.option("--teacher", metavar="NAME", help="Or the recorded teacher, where one such target of it fits.")
-@shards("--shards", help="Labelled training shards that the store has features of.")
+@shards("--shards", help="Labeled training shards that the store has features of.")
 @shards("--val", help="Validation shards.")
 @click.option("--out", required=True, type=PATH, metavar="F", help="A new .safetensors file.")
 @click.option("--weights", metavar="F", help="The recorded teacher's weights, if not at the recorded path.")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.inspection.cells import cell
-from pipeline.plotting import COLOURS, MAP, figure, limits, save
+from pipeline.plotting import COLORS, MAP, figure, limits, save
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,13 +35,13 @@ def curves(out: Path, runs: Mapping[str, Sequence[Path]], teachers: Mapping[str,
     made.set_layout_engine("constrained")
     left, right = made.subplots(1, 2, width_ratios=[3, 2], sharey=True)
     for i, (recipe, folders) in enumerate(runs.items()):
-        colour, marker = COLOURS[i], MARKERS[i]
+        color, marker = COLORS[i], MARKERS[i]
         learned = [_learned(folder) for folder in folders]
         epochs, values = learned[0][0], np.array([top1 for _, top1 in learned])
-        left.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.18, linewidth=0)
-        left.plot(epochs, values.mean(0), color=colour, marker=marker, markersize=5, label=recipe)
-        right.plot([i] * len(values), values[:, -1], marker, color=colour, alpha=0.55)
-        right.plot([i - 0.25, i + 0.25], [values[:, -1].mean()] * 2, color=colour, linewidth=2.5)
+        left.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.18, linewidth=0)
+        left.plot(epochs, values.mean(0), color=color, marker=marker, markersize=5, label=recipe)
+        right.plot([i] * len(values), values[:, -1], marker, color=color, alpha=0.55)
+        right.plot([i - 0.25, i + 0.25], [values[:, -1].mean()] * 2, color=color, linewidth=2.5)
     for name, top1 in teachers.items():
         style = "--" if name == "cnn" else ":"
         for axes in (left, right):

@@ -237,7 +237,7 @@ def _lines(
 ) -> list[str]:
     from scipy.stats import t
 
-    saw = f"the students saw {counts['tenth']} labelled ones, in {VIEWS} stored views"
+    saw = f"the students saw {counts['tenth']} labeled ones, in {VIEWS} stored views"
     lines = [
         "",
         f"top-1 on {counts['val']} held-out digits; {saw}",

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.console import Console
 from pipeline.evaluation.common import EvaluatedStudent, columns, only_set, open_student, percent
-from pipeline.plotting import COLOURS, FONT, GREY, MAP, figure, panel, picture_path, save, shortened, write
+from pipeline.plotting import COLORS, FONT, GRAY, MAP, figure, panel, picture_path, save, shortened, write
 from student.distributed import pick_device
 from student.evaluation.localization.localize import ClassAttention, Localization, localize
 from student.evaluation.localization.max_box_acc import OVERLAPS, SIDE, BoxAccuracies, Convention, means
@@ -109,14 +109,14 @@ def picture(name: str, localization: Localization) -> Any:
     drawn = figure(width, HEAD + rows * (CELL + NOTE + GAP) - NOTE - GAP + MARGIN)
     level = f"predicted (dashed): map above {localization.metrics.v1[0.5].threshold:.3g} of its maximum"
     write(drawn, MARGIN, MARGIN / 2, f"Where {shortened(name, 60)} looks", weight="bold")
-    write(drawn, MARGIN, MARGIN / 2 + 0.25, "true box", color=COLOURS[4], weight="bold")
-    write(drawn, MARGIN + 1.0, MARGIN / 2 + 0.25, level, color=COLOURS[1], weight="bold")
+    write(drawn, MARGIN, MARGIN / 2 + 0.25, "true box", color=COLORS[4], weight="bold")
+    write(drawn, MARGIN + 1.0, MARGIN / 2 + 0.25, level, color=COLORS[1], weight="bold")
     image = None
     for n, one in enumerate(localization.images):
         left = MARGIN + (n % PAIRS) * (2 * CELL + 2 * GAP)
         top = HEAD + (n // PAIRS) * (CELL + NOTE + GAP)
         caption = f"{shortened(one.image.key, 28)}, IoU {one.overlap:.2f}"
-        write(drawn, left, top - NOTE + 0.03, caption, color=GREY, fontsize=FONT - 1)
+        write(drawn, left, top - NOTE + 0.03, caption, color=GRAY, fontsize=FONT - 1)
         for column in range(2):
             axes = panel(drawn, left + column * CELL, top, CELL - 0.05, CELL - 0.05)
             axes.set_xticks([])
@@ -126,16 +126,16 @@ def picture(name: str, localization: Localization) -> Any:
             else:
                 axes.imshow(one.image.pixels, extent=(-0.5, SIDE - 0.5, SIDE - 0.5, -0.5))
             for box in one.image.boxes:
-                _draw(axes, box, COLOURS[4], "-")
-            _draw(axes, one.box, COLOURS[1], "--")
+                _draw(axes, box, COLORS[4], "-")
+            _draw(axes, one.box, COLORS[1], "--")
     bar = panel(drawn, width - MARGIN - 0.65, HEAD, 0.15, CELL - 0.05)
-    drawn.colorbar(image, cax=bar).set_label("attention, of its maximum", color=GREY, fontsize=FONT - 1)
+    drawn.colorbar(image, cax=bar).set_label("attention, of its maximum", color=GRAY, fontsize=FONT - 1)
     return drawn
 
 
-def _draw(axes: Any, box: Any, colour: str, style: str) -> None:
+def _draw(axes: Any, box: Any, color: str, style: str) -> None:
     """A box around its first and last pixels, on a white line that shows on any ground."""
     left, top, right, bottom = box
     corners = ([left, right, right, left, left], [top, top, bottom, bottom, top])
     axes.plot(*corners, color="white", linewidth=3.2, scalex=False, scaley=False)
-    axes.plot(*corners, color=colour, linewidth=1.8, linestyle=style, scalex=False, scaley=False)
+    axes.plot(*corners, color=color, linewidth=1.8, linestyle=style, scalex=False, scaley=False)

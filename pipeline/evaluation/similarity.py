@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.console import Console
 from pipeline.evaluation.common import EvaluatedStudent, columns, only_set, open_student
-from pipeline.plotting import COLOURS, FONT, GREY, figure, panel, picture_path, save, shortened, write
+from pipeline.plotting import COLORS, FONT, GRAY, figure, panel, picture_path, save, shortened, write
 from storage.errors import UserError
 from storage.store.store import Store
 from student.attention_copy.inference import attach_stored_attention
@@ -167,21 +167,21 @@ def picture(students: Sequence[StudentSimilarity]) -> Any:
     legend = 0.22 * len(students)
     drawn = figure(width, HEAD + legend + HEIGHT + FOOT)
     write(drawn, MARGIN / 2, 0.15, f"Students beside {shortened(students[0].teacher, 40)}, by layer", weight="bold")
-    colors = [COLOURS[n % len(COLOURS)] for n in range(len(students))]
+    colors = [COLORS[n % len(COLORS)] for n in range(len(students))]
     for n, one in enumerate(students):
         name = shortened(one.student.student, 70)
         write(drawn, MARGIN / 2, 0.42 + 0.22 * n, name, color=colors[n], weight="bold")
     for at, ((part, title), lines) in enumerate(curves.items()):
         left = MARGIN + at * (WIDTH + GAP) + (apart if part == "streams" and at else 0)
         axes = panel(drawn, left, HEAD + legend, WIDTH, HEIGHT)
-        axes.set_title(title, fontsize=FONT - 0.5, color=GREY)
+        axes.set_title(title, fontsize=FONT - 0.5, color=GRAY)
         for color, (layers, values) in zip(colors, lines, strict=True):
             axes.plot(layers, values, "o-", markersize=4, color=color)
-        axes.set_xlabel("student's layer", fontsize=FONT - 1, color=GREY)
+        axes.set_xlabel("student's layer", fontsize=FONT - 1, color=GRAY)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylim(0, 0.7 if part == "attention" else 1.02)
         if at == 0 and part == "attention":
-            axes.set_ylabel("JS divergence", fontsize=FONT - 1, color=GREY)
+            axes.set_ylabel("JS divergence", fontsize=FONT - 1, color=GRAY)
         elif part == "attention":
             axes.set_yticklabels([])
     return drawn

@@ -87,7 +87,7 @@ def _last_stage(target: TargetManifest, values: np.ndarray) -> np.ndarray:
 def _mean_map(maps: np.ndarray) -> np.ndarray:
     """Mean `[g, g]` of the magnitudes of maps `[c, g, g]`, each divided by its largest, so that none drowns the others.
 
-    Of the magnitudes: maps are read after a normalisation, where a strong answer may well be a negative one.
+    Of the magnitudes: maps are read after a normalization, where a strong answer may well be a negative one.
     """
     sizes = np.abs(maps)
     mean: np.ndarray = (sizes / np.maximum(sizes.max((1, 2), keepdims=True), 1e-12)).mean(0)

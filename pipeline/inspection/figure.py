@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.inspection.cells import TOP, Cell, cell, meaning
 from pipeline.inspection.sample import SeenView, StoredSample, shown_box, view_words
-from pipeline.plotting import COLOURS, FONT, GREY, MAP, figure, limits, panel, shortened, write
+from pipeline.plotting import COLORS, FONT, GRAY, MAP, figure, limits, panel, shortened, write
 
 # Inches.
 LEFT, SIDE, GAP, MARGIN = 3.1, 2.2, 0.22, 0.25
@@ -21,7 +21,7 @@ LETTERS_LEFT = 44  # over LEFT
 LARGEST = 1200  # pixels of the original's longer side that are drawn
 # Where on its box each view's number stands, across and down: views of one box would hide each other's.
 PLACES = ((0, 0), (1, 0), (1, 1), (0, 1), (0.5, 0), (0.5, 1))
-MIDDLE = (5, 95)  # percentiles of a map where its colours end: a few tokens often take most of an attention
+MIDDLE = (5, 95)  # percentiles of a map where its colors end: a few tokens often take most of an attention
 
 
 def picture(sample: StoredSample) -> Any:
@@ -34,15 +34,15 @@ def picture(sample: StoredSample) -> Any:
     rows = [_Row(sample, id) for id in sample.targets]
     drawn = figure(width, top + SIDE + GAP + sum(row.height for row in rows) + MARGIN)
     write(drawn, MARGIN, MARGIN, title[0], weight="bold", fontsize=FONT + 2)
-    write(drawn, MARGIN, MARGIN + 1.2 * LINE, "\n".join(title[1:]), color=GREY)
+    write(drawn, MARGIN, MARGIN + 1.2 * LINE, "\n".join(title[1:]), color=GRAY)
     _original(drawn, sample, head, top + SIDE - head)
     for n, (seen, words) in enumerate(zip(sample.views, heads, strict=True)):
-        write(drawn, _left(n), head, f"view {seen.number}", weight="bold", color=COLOURS[n])
+        write(drawn, _left(n), head, f"view {seen.number}", weight="bold", color=COLORS[n])
         write(drawn, _left(n), head + LINE, "\n".join(words))
         axes = _image_panel(drawn, _left(n), top)
         axes.imshow(seen.image)
         for spine in axes.spines.values():
-            spine.set(color=COLOURS[n], linewidth=3)
+            spine.set(color=COLORS[n], linewidth=3)
     top += SIDE + GAP
     for row in rows:
         row.draw(drawn, top)
@@ -66,7 +66,7 @@ def _title(sample: StoredSample) -> list[str]:
         shortened(sample.key, 60),
         f"{label}, {size}, shard {shortened(sample.shard, 60)}",
         f"bank {sample.bank}: {sample.policy.line}; {count}",
-        f"maps: dark is low, bright is high; colours end at the {low}th and {high}th percentile, ranges are whole",
+        f"maps: dark is low, bright is high; colors end at the {low}th and {high}th percentile, ranges are whole",
     ]
 
 
@@ -100,11 +100,11 @@ def _original(drawn: Any, sample: StoredSample, top: float, most: float) -> None
         left, upper, right, lower = shown_box(seen.view, sample.policy.size)
         edge = [withStroke(linewidth=4, foreground="white")]
         corners = [left, right, right, left, left], [upper, upper, lower, lower, upper]
-        axes.plot(*corners, color=COLOURS[n], linewidth=2, path_effects=edge, clip_on=False)
+        axes.plot(*corners, color=COLORS[n], linewidth=2, path_effects=edge, clip_on=False)
         across, down = PLACES[n]
         x, y = left + across * (right - left), upper + down * (lower - upper)
         place = {"ha": ("left", "center", "right")[int(2 * across)], "va": ("top", "bottom")[down]}
-        box = {"facecolor": COLOURS[n], "edgecolor": "none", "pad": 2}
+        box = {"facecolor": COLORS[n], "edgecolor": "none", "pad": 2}
         axes.text(x, y, str(seen.number), color="white", fontsize=FONT, weight="bold", bbox=box, **place)
     axes.set(xlim=(0, width), ylim=(height, 0))
 
@@ -129,13 +129,13 @@ class _Row:
         top += NOTE
         write(drawn, MARGIN, top, self.name, weight="bold")
         write(drawn, MARGIN, top + LINE, "\n".join(self.about))
-        write(drawn, MARGIN, top + (1.3 + len(self.about)) * LINE, self.kept, color=GREY)
+        write(drawn, MARGIN, top + (1.3 + len(self.about)) * LINE, self.kept, color=GRAY)
         for n, seen in enumerate(self.views):
             if seen.number not in self.cells:
-                write(drawn, _left(n), top, "not stored for this view", color=GREY)
+                write(drawn, _left(n), top, "not stored for this view", color=GRAY)
                 continue
             made = self.cells[seen.number]
-            write(drawn, _left(n), top - NOTE, made.note, fontsize=FONT - 1.5, color=GREY)
+            write(drawn, _left(n), top - NOTE, made.note, fontsize=FONT - 1.5, color=GRAY)
             if made.values.ndim == 2:
                 _map(_image_panel(drawn, _left(n), top), seen.image, made.values)
                 continue
@@ -145,9 +145,9 @@ class _Row:
 
 
 def _map(axes: Any, image: np.ndarray, values: np.ndarray) -> None:
-    """A map `[g, g]` over the pale grey of its view image."""
-    grey = image @ np.array([0.299, 0.587, 0.114])
-    axes.imshow(grey, cmap="gray", vmin=-140, vmax=255)
+    """A map `[g, g]` over the pale gray of its view image."""
+    gray = image @ np.array([0.299, 0.587, 0.114])
+    axes.imshow(gray, cmap="gray", vmin=-140, vmax=255)
     size = len(image) - 0.5
     low, high = limits(*np.percentile(values, MIDDLE))
     axes.imshow(
@@ -156,7 +156,7 @@ def _map(axes: Any, image: np.ndarray, values: np.ndarray) -> None:
 
 
 def _bars(axes: Any, made: Cell) -> None:
-    axes.barh(range(len(made.classes)), made.values, color=COLOURS[5], height=0.8)
+    axes.barh(range(len(made.classes)), made.values, color=COLORS[5], height=0.8)
     axes.set(xlim=(0, 1), ylim=(TOP - 0.5, -0.5))
     for place, (name, share) in enumerate(zip(made.classes, made.values, strict=True)):
         text = f"{shortened(name, 22)}  {100 * share:.1f} %"
@@ -164,6 +164,6 @@ def _bars(axes: Any, made: Cell) -> None:
 
 
 def _curve(axes: Any, values: np.ndarray) -> None:
-    axes.axhline(0, color=GREY, linewidth=0.7)
-    axes.plot(values, color=COLOURS[1], linewidth=0.7)
+    axes.axhline(0, color=GRAY, linewidth=0.7)
+    axes.plot(values, color=COLORS[1], linewidth=0.7)
     axes.set_xlim(0, max(len(values) - 1, 1))

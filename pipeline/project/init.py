@@ -193,9 +193,9 @@ val: {several(found.val)}
 store: store            # what the teachers saw; any number of students learn from it
 
 views:                  # drawn once, stored, and replayed for every student
-  policy: deit          # crops, flips, colours, erasing, mixing; light: crops and flips
+  policy: deit          # crops, flips, colors, erasing, mixing; light: crops and flips
   size: {view}
-  count: {VIEWS}              # more views cost more space and generalise better: pipeline plan tells both
+  count: {VIEWS}              # more views cost more space and generalize better: pipeline plan tells both
 
 teachers:               # several may stand here; each takes its time and space once
   vit_tiny:             # a ViT with ImageNet's weights, from timm's hub; `pipeline teachers` lists others

@@ -287,7 +287,7 @@ def _result(future: Any, url: str) -> Outcome | Failure:
 
 
 def _cancel(client: Client, run: str, completed: Any) -> None:
-    """After an interrupt: what has not begun is cancelled, what goes on is told to stop and waited for."""
+    """After an interrupt: what has not begun is canceled, what goes on is told to stop and waited for."""
     from distributed import wait
 
     futures = list(completed.futures)

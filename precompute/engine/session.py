@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # to 1.6 times as fast as larger ones, one after another, on all threads: what they work on stays in the core's cache.
 BATCH = {"cpu": 2, "cuda": 16}
 SIDE_BY_SIDE = 16  # runs, at most: each takes memory
-OPTIMISATION = "all"
+OPTIMIZATION = "all"
 # Where the other files lie beside the first; up to 2 GB.
 MERGE = "python -c \"import onnx; onnx.save(onnx.load('model.onnx'), 'whole.onnx')\""
 
@@ -35,7 +35,7 @@ class Session:
         self._session, self._input, self._batch = session, name, BATCH[provider]
         self._threads = ThreadPoolExecutor(side_by_side, "session") if side_by_side > 1 else None
         self.settings = SessionSettings(
-            onnxruntime=version, provider=provider, precision="float32", optimisation=OPTIMISATION, tf32=False
+            onnxruntime=version, provider=provider, precision="float32", optimisation=OPTIMIZATION, tf32=False
         )
 
     def run(self, images: np.ndarray) -> list[np.ndarray]:

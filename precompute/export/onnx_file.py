@@ -42,7 +42,7 @@ class InputPreparation(nn.Module):
         self.precision: torch.dtype = getattr(torch, graph.precision)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised `[B, 3, I, I]`, or `[B, I, I, 3]`, of uint8 view images `[B, S, S, 3]`."""
+        """Normalized `[B, 3, I, I]`, or `[B, I, I, 3]`, of uint8 view images `[B, S, S, 3]`."""
         x = self.views.prepare(images).to(self.precision)
         return x.permute(0, 2, 3, 1) if self.channels_last else x
 

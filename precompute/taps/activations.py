@@ -23,11 +23,11 @@ def cnn_stages(model: nn.Module, at: At = "norm") -> list[tuple[str, nn.Module]]
 
     Args:
         model: a CNN.
-        at: `norm`, the last normalisation in the stage's last block, before the residual sum; or `block`, that block
+        at: `norm`, the last normalization in the stage's last block, before the residual sum; or `block`, that block
             itself, after the sum and the activation function that may follow it.
 
     Raises:
-        UserError: the network has no stages that are known here, or a stage without a normalisation over maps.
+        UserError: the network has no stages that are known here, or a stage without a normalization over maps.
     """
     names = {module: name for name, module in model.named_modules()}
     found: list[tuple[str, nn.Module]] = []
@@ -37,7 +37,7 @@ def cnn_stages(model: nn.Module, at: At = "norm") -> list[tuple[str, nn.Module]]
         norms = [m for m in _without_shortcuts(last) if isinstance(m, nn.BatchNorm2d | nn.GroupNorm)]
         if not norms:
             raise UserError(
-                f"{type(model).__name__}: stage {names[stage]} has no batch or group normalisation to read maps after"
+                f"{type(model).__name__}: stage {names[stage]} has no batch or group normalization to read maps after"
             )
         found.append((names[norms[-1]], norms[-1]) if at == "norm" else (names[last], last))
     return found

@@ -35,7 +35,7 @@ def check_attention(model: nn.Module, images: Tensor, tolerance: float = 1e-4, *
 
     Args:
         model: in eval mode.
-        images: normalised, `[B, 3, H, W]`, on the model's device.
+        images: normalized, `[B, 3, H, W]`, on the model's device.
         tolerance: largest difference allowed, as a part of the largest attention of the layer.
         values: check too that this attention over the tapped v is what the layer goes on with.
 

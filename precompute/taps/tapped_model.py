@@ -22,7 +22,7 @@ from storage.errors import UserError
 
 
 class TappedTeacher(nn.Module):
-    """A teacher from view images to its taps: resizing, normalisation, network and taps in one graph.
+    """A teacher from view images to its taps: resizing, normalization, network and taps in one graph.
 
     Args:
         model: a timm network, in eval mode.
@@ -102,7 +102,7 @@ class TappedTeacher(nn.Module):
                     self.register_buffer(tap.grid_name(side), tap.grid_matrix(side))
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Normalised input `[B, 3, I, I]` from uint8 view images `[B, S, S, 3]`."""
+        """Normalized input `[B, 3, I, I]` from uint8 view images `[B, S, S, 3]`."""
         x = images.permute(0, 3, 1, 2).float() / 255
         if self.resizes:
             matrix = self.get_buffer("resize")

@@ -95,7 +95,7 @@ def _maps(taps: Sequence[str], options: Mapping[str, str]) -> tuple[int | None, 
     at = next((known for known in POSITIONS if known == place), None)
     if at is None:
         raise UserError(
-            f"at={place}: expected norm (a stage's last normalisation) or block (its last block, "
+            f"at={place}: expected norm (a stage's last normalization) or block (its last block, "
             "after the residual sum)"
         )
     if antialias not in ("true", "false"):

@@ -66,7 +66,7 @@ class OnnxGraph:
 
     @property
     def parameters(self) -> int:
-        """How many numbers of its initialisers are trained ones, as far as their types tell."""
+        """How many numbers of its initializers are trained ones, as far as their types tell."""
         from onnx import TensorProto
 
         floats = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)

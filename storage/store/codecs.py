@@ -129,7 +129,7 @@ class Codec:
     def encode(self, values: np.ndarray, *, wide: bool = False) -> dict[str, np.ndarray]:
         """The arrays that keep `values` f32 `[n, *shape]`.
 
-        `u8`: per map, code = round((x − offset)/scale), quantised against the offset and scale as they are kept (f16,
+        `u8`: per map, code = round((x − offset)/scale), quantized against the offset and scale as they are kept (f16,
         or f32 with `wide`; offset rounded down and scale up, so that every value lies within the codes' range). Error
         at most scale/2.
         `log8`: per row, code = clip(round(16·log2(max/p)), 0, 255) with 255 for zero, against the row's largest value
@@ -235,7 +235,7 @@ def _encode_u8(values: np.ndarray, maps: int, wide: bool) -> dict[str, np.ndarra
 
 
 def _round(values: np.ndarray, kind: type[np.floating[Any]], *, up: bool) -> np.ndarray:
-    """The neighbour of each value in a float type that does not lie below it (`up`) or above it."""
+    """The neighbor of each value in a float type that does not lie below it (`up`) or above it."""
     near = values.astype(kind)
     wrong = near < values if up else near > values
     return np.where(wrong, np.nextafter(near, kind(np.inf if up else -np.inf)), near)

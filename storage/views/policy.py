@@ -1,7 +1,7 @@
 """Policies: one line of operations that says what views are drawn from, such as `rrc(0.08,1)|flip|mix(0.8,1)`.
 
 A line is one framing (`resize`, `short(f)|center`, `crop(p)` or `rrc(lo,hi)`) and then, each at most once and in this
-order, `flip`, `randaug(m,std)`, `erase(p)` and `mix(mixup,cutmix)`. The normalised line is hashed into every bank made
+order, `flip`, `randaug(m,std)`, `erase(p)` and `mix(mixup,cutmix)`. The normalized line is hashed into every bank made
 with it, so two spellings of one policy are one policy.
 """
 
@@ -46,7 +46,7 @@ class Policy:
     """What the views of a bank are drawn from; made by `policy`.
 
     Attributes:
-        line: the normalised line of operations.
+        line: the normalized line of operations.
         size: side S of the square view images.
         seed: of the draws.
         name: of the line, `custom` where it has none.

@@ -70,7 +70,7 @@ def size_in(path: Path) -> tuple[int, int]:
 def decode(data: bytes) -> Image.Image:
     """The RGB image in a sample's bytes, turned upright by its EXIF orientation.
 
-    The first frame of an animation; alpha is dropped; 16-bit grey is scaled to 8 bits. Other metadata is skipped.
+    The first frame of an animation; alpha is dropped; 16-bit gray is scaled to 8 bits. Other metadata is skipped.
 
     Raises:
         BadImage: not a whole JPEG, PNG or WebP, more pixels than MAX_PIXELS, or a JPEG that would take minutes.
@@ -87,9 +87,9 @@ def decode(data: bytes) -> Image.Image:
     except Exception:  # the pixels are whole: metadata that cannot be read turns nothing
         upright = image
     upright.info.pop("transparency", None)  # a text chunk can call itself so, and then `convert` fails
-    if upright.mode.startswith("I"):  # Pillow would clip 16-bit grey to white
-        grey = np.asarray(upright).astype(np.uint32) >> 8
-        upright = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+    if upright.mode.startswith("I"):  # Pillow would clip 16-bit gray to white
+        gray = np.asarray(upright).astype(np.uint32) >> 8
+        upright = Image.fromarray(gray.clip(0, 255).astype(np.uint8))
     return upright if upright.mode == "RGB" else upright.convert("RGB")
 
 

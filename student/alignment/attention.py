@@ -160,7 +160,7 @@ class AttentionAligner(TokenMatching):
         return scaled(kept) if kept.shape[-1] < rows.shape[-1] and rescale else kept
 
     def _resize(self, rows: Tensor) -> Tensor:
-        """Patch keys, and patch queries, onto the student's grid (PAPERS' Eq. 7 of AttnDistill, generalised)."""
+        """Patch keys, and patch queries, onto the student's grid (PAPERS' Eq. 7 of AttnDistill, generalized)."""
         matrix = self.get_buffer("resize")
         if self.which == "scores":  # no masses to keep: as vectors over keys, then over queries
             for axis in (-1, -2):

@@ -73,7 +73,7 @@ class Batch:
         return own + self.mix_weights[:, None] * (mixed_in - own)
 
     def pixels(self, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-        """Normalised images f32 `[B, 3, S, S]`, for a network's input.
+        """Normalized images f32 `[B, 3, S, S]`, for a network's input.
 
         Args:
             mean: of the network's input, per channel.

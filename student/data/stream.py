@@ -53,7 +53,7 @@ class Stream(IterableDataset[Batch]):
         workers: loader processes, at most one a lane; 0 reads in this process.
         rank: of this process in `torch.distributed`.
         ranks: how many processes share each batch.
-        labels: whether unlabelled shards are refused.
+        labels: whether unlabeled shards are refused.
         classes: how many classes there are; higher labels are refused.
         memory: bytes that may be held in lanes; by default half of the machine's, shared by the ranks on it.
         permute: a control: targets of other images of the same block, by a fixed derangement of this seed.

@@ -1,10 +1,10 @@
 """A linear head on stored features: multinomial logistic regression with mixed labels and an L2 term, by L-BFGS.
 
-For features x `[N, D]` standardised to z, labels y and o of an image and of its mixing partner, and its share s of it:
+For features x `[N, D]` standardized to z, labels y and o of an image and of its mixing partner, and its share s of it:
 
     loss = 1/N Σ −[(1 − s) log p(y | z) + s log p(o | z)] + λ/2 ‖W‖²,   p = softmax(W z + b)
 
-Standardising is folded into weight and bias afterwards, so that the head acts on x itself.
+Standardizing is folded into weight and bias afterward, so that the head acts on x itself.
 """
 
 from __future__ import annotations

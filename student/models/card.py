@@ -27,7 +27,7 @@ model = timm.create_model("{source}", pretrained=True).eval()
 _IN_THE_FOLDER = """timm reads `model.safetensors`, a link to `last.safetensors`, of the last epoch. Where there is
 `best.safetensors` or `ema.safetensors`, `checkpoint_path=` in place of `pretrained=True` takes it."""
 _ON_THE_HUB = "`model.safetensors` is the run's `{student}.safetensors`."
-_SHIFTED = """Its patches are seen with four shifts of the image (shifted patch tokenisation), which timm does not have:
+_SHIFTED = """Its patches are seen with four shifts of the image (shifted patch tokenization), which timm does not have:
 its weights fit no bare `{model}`, and there is no `config.json` for timm.
 
 ```python
@@ -115,7 +115,7 @@ def card(
         top5 = "" if result["top5"] is None else f"{result['top5']:.2f}"
         lines.append(f"| last epoch | {result['samples']} | {result['top1']:.2f} | {top5} |")
     elif about.classifies:
-        lines.append("It was not scored: there were no labelled validation images.")
+        lines.append("It was not scored: there were no labeled validation images.")
     else:
         lines.append("It was trained without labels and has no classifier: it gives features, and was not scored.")
         lines.append("`pipeline evaluate knn RUN` measures them where there are labels.")
@@ -152,7 +152,7 @@ def card(
     lines += [
         f"- losses: {losses}", f"- {trained} at batch {recipe['stream']['batch_size']}, seed {recipe['seed']}; all "
         "settings: `args.yaml`", "",
-        "Licences of images and of teachers' weights are those of their sources; none is recorded here.", "",
+        "Licenses of images and of teachers' weights are those of their sources; none is recorded here.", "",
     ]  # fmt: skip
     if about.attention_copy is not None:
         own = _copying(about.model, about.attention_copy, identity["control"])

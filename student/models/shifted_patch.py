@@ -1,4 +1,4 @@
-"""Shifted patch tokenisation: each patch is seen together with four diagonally shifted views of its image.
+"""Shifted patch tokenization: each patch is seen together with four diagonally shifted views of its image.
 
 Lee et al., "Vision Transformer for Small-Size Datasets", section 3.1. A student with it is timm's network but for the
 projection of its patches, so its state dict fits no bare timm model.

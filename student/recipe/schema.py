@@ -1,4 +1,4 @@
-"""What a recipe says, validated: student, losses with their targets and weights, optimiser, schedule and stream.
+"""What a recipe says, validated: student, losses with their targets and weights, optimizer, schedule and stream.
 
 Names are timm's where timm has one. Unknown keys are refused with the nearest known one.
 """
@@ -32,7 +32,7 @@ Losses = Annotated[dict[Name, Annotated[AnyLossConfig, Discriminator("type")]], 
 
 
 class OptimConfig(ConfigModel):
-    """timm's optimiser and schedule. `lr`, or `lr_base` for `lr_base_size` samples a batch, scaled linearly."""
+    """timm's optimizer and schedule. `lr`, or `lr_base` for `lr_base_size` samples a batch, scaled linearly."""
 
     opt: str = "adamw"
     lr: float | None = Field(None, gt=0)

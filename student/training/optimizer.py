@@ -1,4 +1,4 @@
-"""timm's optimiser and schedule: no decay for biases, norms and embeddings, rates by layer where they are asked for."""
+"""timm's optimizer and schedule: no decay for biases, norms and embeddings, rates by layer where they are asked for."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def peak_learning_rate(recipe: Recipe) -> float:
 
 
 def build_optimizer(recipe: Recipe, distiller: Distiller, steps: int) -> tuple[torch.optim.Optimizer, Any]:
-    """timm's optimiser over what is not frozen, and its schedule by updates.
+    """timm's optimizer over what is not frozen, and its schedule by updates.
 
     With `layer_decay` the rate of each of the student's layers is `layer_decay` times that of the next one; the losses'
     own parameters have the full rate.
@@ -29,7 +29,7 @@ def build_optimizer(recipe: Recipe, distiller: Distiller, steps: int) -> tuple[t
         steps: updates in an epoch.
 
     Raises:
-        UserError: an unknown optimiser, or settings that it does not take.
+        UserError: an unknown optimizer, or settings that it does not take.
     """
     from timm.optim import create_optimizer_v2, list_optimizers
     from timm.scheduler import create_scheduler_v2

@@ -229,10 +229,10 @@ def test_debug_shows_the_traceback():
     assert "Traceback" in ended.stderr
 
 
-@pytest.mark.parametrize("harm", ["truncated", "compressed", "unlabelled", "no closing blocks"])
+@pytest.mark.parametrize("harm", ["truncated", "compressed", "unlabeled", "no closing blocks"])
 def test_bad_shards_are_refused_by_every_command_that_reads_them(run, world, tmp_path, monkeypatch, harm):
     monkeypatch.chdir(tmp_path)
-    (good,) = synthetic_shards(tmp_path, shards=1, samples=40, labels=harm != "unlabelled", stem=harm.replace(" ", "-"))
+    (good,) = synthetic_shards(tmp_path, shards=1, samples=40, labels=harm != "unlabeled", stem=harm.replace(" ", "-"))
     path = Path(good)
     data = path.read_bytes()
     if harm == "truncated":
@@ -242,12 +242,12 @@ def test_bad_shards_are_refused_by_every_command_that_reads_them(run, world, tmp
     elif harm == "no closing blocks":
         path.write_bytes(data.rstrip(b"\0") + b"\0" * (-len(data.rstrip(b"\0")) % 512))
     message = {
-        "truncated": "truncated", "compressed": "compressed with gzip", "unlabelled": "has no label (.cls)",
+        "truncated": "truncated", "compressed": "compressed with gzip", "unlabeled": "has no label (.cls)",
         "no closing blocks": "closing zero blocks",
     }[harm]  # fmt: skip
     sets = [w for s in SIZES for w in ("--set", s)]
     commands = [["train", "--recipe", "scratch", "--shards", good, "--val", good, "--out", "r", *sets]]
-    if harm != "unlabelled":  # activations need no labels
+    if harm != "unlabeled":  # activations need no labels
         commands.append(precompute_words(world, "S", "--shards", good, "--view-size", 32))
     for words in commands:
         ended = run(*words)

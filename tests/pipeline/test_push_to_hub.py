@@ -1,4 +1,4 @@
-"""`export --push-to-hub` against a stand-in of the Hub: what lies there afterwards, and what timm makes of it."""
+"""`export --push-to-hub` against a stand-in of the Hub: what lies there afterward, and what timm makes of it."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def label_subset(
         rows += [(index.id, index.keys[i], int(index.labels[i] or 0)) for i in kept]
     if not rows:
         raise UserError(
-            f"{shards[0].url}: every labelled image of the training shards is evaluated too, so nothing is left to "
+            f"{shards[0].url}: every labeled image of the training shards is evaluated too, so nothing is left to "
             "learn from; give the shards that the student was trained on: --train-shards"
         )
     return LabelSubset(shards=tuple(shards), chosen=tuple(chosen), rows=tuple(rows), left_out=left_out)

@@ -105,7 +105,7 @@ def search_learning_rate(
     held_out = torch.tensor(sorted(stratified_sample(labels, HELD_OUT, seed, "held out", 1)), dtype=torch.int64)
     if not len(held_out):
         raise UserError(
-            "no class has two labelled samples, so none can be held out to choose the learning rate by; say it, such "
+            "no class has two labeled samples, so none can be held out to choose the learning rate by; say it, such "
             "as DINO's: --lr 0.001"
         )
     fitted = torch.ones(len(labels), dtype=torch.bool)

@@ -62,7 +62,7 @@ def _extents(slices: Any) -> np.ndarray:
 def _has_holes(ground: np.ndarray, pieces: int) -> bool:
     """Whether there is ground that does not reach the edge, by Euler's formula: a fifth of the time of looking for it.
 
-    Pixels − pairs of neighbours + squares of four are the parts of the ground minus the pieces that it goes around.
+    Pixels − pairs of neighbors + squares of four are the parts of the ground minus the pieces that it goes around.
     """
     pairs, below = ground[:, :-1] & ground[:, 1:], ground[:-1] & ground[1:]
     squares = pairs[:-1] & pairs[1:]
@@ -94,7 +94,7 @@ def _area(piece: np.ndarray) -> float:
     return float(np.count_nonzero(inside == 4) + np.count_nonzero(inside == 3) / 2)
 
 
-def grey(values: np.ndarray) -> np.ndarray:
+def gray(values: np.ndarray) -> np.ndarray:
     """A map f32 `[H, W]` from 0 to 255, uint8; zeros where it is constant, but for rounding, or no number."""
     low, high = values.min(), values.max()
     if not (np.isfinite(low) and np.isfinite(high)) or constant(float(low), float(high)):

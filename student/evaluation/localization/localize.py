@@ -15,7 +15,7 @@ from precompute.taps import AttentionTaps
 from storage.errors import UserError
 from storage.shards.shard import Shard
 from student.alignment.student_spec import student_spec
-from student.evaluation.localization.contours import LEVELS, grey, scipy_image
+from student.evaluation.localization.contours import LEVELS, gray, scipy_image
 from student.evaluation.localization.dataset import BoxedImage, boxed_images
 from student.evaluation.localization.max_box_acc import (
     SIDE,
@@ -77,7 +77,7 @@ class ClassAttention:
 
     @torch.no_grad()
     def maps(self, pixels: Tensor) -> np.ndarray:
-        """Maps f32 `[B, 224, 224]` of normalised images `[B, 3, S, S]`, resized by bicubic interpolation.
+        """Maps f32 `[B, 224, 224]` of normalized images `[B, 3, S, S]`, resized by bicubic interpolation.
 
         It is computed in f64, so that what is constant stays so.
         """
@@ -134,7 +134,7 @@ def localize(
             pixels = torch.from_numpy(np.stack([image.pixels for _, image in boxed])).to(device)
             maps = looker.maps((pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std)
             for (number, image), values in zip(boxed, maps, strict=True):
-                level = grey(values)
+                level = gray(values)
                 best.append(best_overlaps(level, image.boxes, convention))
                 truths.append(image.boxes)
                 if number in pictured:

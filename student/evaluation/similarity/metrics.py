@@ -77,7 +77,7 @@ def paired(matrix: Tensor) -> dict[str, float | None]:
 
 
 class LinearCKA:
-    """Linear CKA of two features of the same rows, ‖X̃ᵀỸ‖² / (‖X̃ᵀX̃‖ ‖ỸᵀỸ‖) with centred columns, from sums."""
+    """Linear CKA of two features of the same rows, ‖X̃ᵀỸ‖² / (‖X̃ᵀX̃‖ ‖ỸᵀỸ‖) with centered columns, from sums."""
 
     def __init__(self) -> None:
         self.rows = 0

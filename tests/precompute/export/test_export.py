@@ -23,7 +23,7 @@ from storage.testing import TINY_CNN, TINY_VIT, synthetic_shards
 from tests.conftest import ROOT, run_precompute, teacher_of, write_teacher
 from tests.typed import present
 
-COLOURS = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25)}
+COLORS = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25)}
 
 # name -> kind of teacher, view size, taps. The teachers' inputs are 64 (cnn) and 32 (vit) pixels wide.
 CASES: dict[str, tuple[str, int, list[Tap]]] = {
@@ -76,7 +76,7 @@ def cases(weights: dict[str, str]) -> Any:
     def case(name: str) -> Case:
         if name not in made:
             kind, size, taps = CASES[name]
-            teacher = teacher_of(weights, kind, **COLOURS)
+            teacher = teacher_of(weights, kind, **COLORS)
             exported = pytorch.export(teacher, taps, size, pixels(4, size, seed=9), "cpu")
             made[name] = Case(teacher, size, taps, exported, sessions.open_session(exported.graph, "cpu"))
         return made[name]
@@ -91,7 +91,7 @@ def reference(case: Case, views: np.ndarray) -> list[np.ndarray]:
     x = torch.from_numpy(views).permute(0, 3, 1, 2).float() / 255
     if case.size != side:
         x = F.interpolate(x, (side, side), mode="bicubic", align_corners=False, antialias=case.size > side).clamp(0, 1)
-    mean, std = (torch.tensor(COLOURS[name]).view(3, 1, 1) for name in ("mean", "std"))
+    mean, std = (torch.tensor(COLORS[name]).view(3, 1, 1) for name in ("mean", "std"))
     kept: dict[str, list[torch.Tensor]] = {"row": [], "q": [], "k": [], "maps": [], "tokens": []}
     if case.teacher.model == TINY_VIT[0]:
         model.norm.register_forward_hook(lambda m, a, output: kept["tokens"].append(output))
@@ -151,7 +151,7 @@ def test_the_graph_gives_what_the_live_teacher_gives_for_any_batch(cases: Any, n
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_graph_gives_what_the_network_itself_gives_on_resized_normalised_images(cases: Any, name: str) -> None:
+def test_the_graph_gives_what_the_network_itself_gives_on_resized_normalized_images(cases: Any, name: str) -> None:
     case = cases(name)
     assert_close(case.session.run(case.views(5)), reference(case, case.views(5)))
 
@@ -227,7 +227,7 @@ def test_exporting_again_from_another_place_gives_the_same_bytes(
     case = cases("vit, views reduced")
     elsewhere = str(shutil.copy(weights["vit"], tmp_path / "w.safetensors"))
     monkeypatch.chdir(tmp_path)
-    teacher = teacher_of({"vit": elsewhere}, "vit", teacher_name="other", **COLOURS)
+    teacher = teacher_of({"vit": elsewhere}, "vit", teacher_name="other", **COLORS)
     again = pytorch.export(teacher, case.taps, case.size, pixels(4, case.size, seed=1), "cpu")
     assert again.graph == case.exported.graph
 
@@ -252,7 +252,7 @@ def test_a_graph_of_other_weights_is_refused_with_figures(
     case = cases("cnn, views enlarged")
     other = write_teacher(tmp_path / "other.safetensors", TINY_CNN, seed=7)
     monkeypatch.setattr(pytorch, "graph_of", lambda module, views, outputs: case.exported.graph)
-    teacher = teacher_of({"cnn": other}, "cnn", **COLOURS)
+    teacher = teacher_of({"cnn": other}, "cnn", **COLORS)
     with pytest.raises(UserError, match=r"cnn: activations: .* differs from PyTorch by [0-9.e+-]+ .*allowed: 0.001"):
         pytorch.export(teacher, case.taps, case.size, case.views(4), "cpu")
 

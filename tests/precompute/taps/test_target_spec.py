@@ -82,7 +82,7 @@ def test_a_target_is_taps_with_options(text: str, wishes: list[TargetSpec]) -> N
         ("activations,grid=-3", "grid=-3"),
         ("activations,grid=8x8", "grid=8x8"),
         ("activations,grid=1000", "grid=1000"),
-        ("activations,at=blok", "at=blok: expected norm (a stage's last normalisation) or block"),
+        ("activations,at=blok", "at=blok: expected norm (a stage's last normalization) or block"),
         ("activations,antialias=yes", "antialias=yes: expected true or false"),
         ("class_row,at=block", "only activations are read at a place of their own"),
         ("q,antialias=true", "only activations are resized"),

@@ -133,7 +133,7 @@ def test_contract_11_another_tap_is_a_target_of_the_same_teacher(place: Any, tmp
     assert keep(store, shards, path, ["logits=y"], ["logits"]) == first
 
 
-def test_contract_5_another_file_or_normalisation_under_its_name_is_refused(place: Any, tmp_path: Path) -> None:
+def test_contract_5_another_file_or_normalization_under_its_name_is_refused(place: Any, tmp_path: Path) -> None:
     path, store, shards = small(tmp_path / "g.onnx"), tmp_path / "S", place[1]
     keep(store, shards, path, ["logits=y"], ["logits"])
     with pytest.raises(IdentityError, match=r"mean: the store has .*0\.5.*asked for .*0\.4.*\n.*`teacher_name=g-2`"):

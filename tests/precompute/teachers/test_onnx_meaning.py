@@ -91,7 +91,7 @@ def test_rows_that_sum_to_one_are_no_other_tap_either(tmp_path: Path, tap: str, 
 # ---------------------------------------------------------------------------------------------- ways out
 
 
-def test_a_dynamically_quantised_file_is_said_to_be_and_a_statically_quantised_one_is_taken(tmp_path: Path) -> None:
+def test_a_dynamically_quantized_file_is_said_to_be_and_a_statically_quantized_one_is_taken(tmp_path: Path) -> None:
     quantization = pytest.importorskip("onnxruntime.quantization")
     weights = {"w": np.random.default_rng(0).normal(0, 1, (3, 64)).astype(np.float32)}
     plain = small(tmp_path / "plain.onnx", [*FC[:2], node("MatMul", "f w", "y")], weights=weights)

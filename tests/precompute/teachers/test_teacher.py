@@ -345,8 +345,8 @@ def test_a_network_that_cannot_take_the_images_is_refused_by_name(tmp_path: Path
 
     arguments = {**TINY_CNN[1], "in_chans": 1}
     weights = write_teacher(tmp_path / "w.safetensors", (TINY_CNN[0], arguments))
-    teacher = tiny_cnn(weights, arguments={**arguments, "num_classes": 3}, teacher_name="grey")
-    with pytest.raises(UserError, match=r"grey: resnet10t cannot take 64x64 RGB images: .*channels"):
+    teacher = tiny_cnn(weights, arguments={**arguments, "num_classes": 3}, teacher_name="gray")
+    with pytest.raises(UserError, match=r"gray: resnet10t cannot take 64x64 RGB images: .*channels"):
         live_teacher(teacher, [Tap("logits")], 32)
 
 

@@ -47,9 +47,9 @@ def test_webdataset_yields_what_we_read_without_labels(tmp_path):
 
 
 def test_json_members_come_along(tmp_path):
-    path = write_tar(tmp_path / "x.tar", [("a.json", b'{"licence": "none"}'), *sample("a", 0), *sample("b", 1)])
+    path = write_tar(tmp_path / "x.tar", [("a.json", b'{"license": "none"}'), *sample("a", 0), *sample("b", 1)])
     assert by_us(path) == by_webdataset(path)
-    assert read_samples(path, build_index(path), range(1))[0].json == b'{"licence": "none"}'
+    assert read_samples(path, build_index(path), range(1))[0].json == b'{"license": "none"}'
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -157,8 +157,8 @@ def test_folders_in_a_tar_are_passed_over(tmp_path):
 
 def test_the_id_is_of_keys_and_images_alone(tmp_path):
     one = build_index(write_tar(tmp_path / "a" / "x.tar", samples(5)))
-    relabelled = [(name, b"9" if name.endswith("cls") else data) for name, data in samples(5)]
-    for number, members in enumerate([samples(5), relabelled, [("README", b"x"), *samples(5)]]):
+    relabeled = [(name, b"9" if name.endswith("cls") else data) for name, data in samples(5)]
+    for number, members in enumerate([samples(5), relabeled, [("README", b"x"), *samples(5)]]):
         other = build_index(write_tar(tmp_path / str(number) / "x.tar", members, mtime=1234567))
         assert one.summary.first != other.summary.first
         assert one.id == other.id

@@ -53,7 +53,7 @@ def test_other_members_and_odd_labels_stay_as_they_are(tmp_path):
     assert by_webdataset(*made["train"]) == by_webdataset(path)
 
 
-def test_unlabelled_shards_stay_unlabelled(tmp_path):
+def test_unlabeled_shards_stay_unlabeled(tmp_path):
     made = packed(synthetic_shards(tmp_path / "in", samples=5, size=(8, 8), labels=False), tmp_path / "out")
     assert labels_in(*made["train"]) == {None: 10}
 

@@ -56,19 +56,19 @@ def test_a_list_of_class_folders_gives_the_shards_that_the_folders_give(tmp_path
     assert by_us(*two["train"], *two["val"]) == by_webdataset(*two["train"], *two["val"])
 
 
-@pytest.mark.parametrize("labelled", [True, False])
-def test_webdataset_yields_what_we_read_of_packed_lists(tmp_path, labelled):
+@pytest.mark.parametrize("labeled", [True, False])
+def test_webdataset_yields_what_we_read_of_packed_lists(tmp_path, labeled):
     formats = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP", "JPG": "JPEG"}
     rows = []
     for number, (kind, name) in enumerate(formats.items()):
         (tmp_path / f"{number}.{kind}").write_bytes(picture(number, name))
-        rows.append(f"{number}.{kind},{number % 2}" if labelled else f"{number}.{kind}")
-    source = listing(tmp_path, "\n".join(["path,label" if labelled else "path", *rows]))
+        rows.append(f"{number}.{kind},{number % 2}" if labeled else f"{number}.{kind}")
+    source = listing(tmp_path, "\n".join(["path,label" if labeled else "path", *rows]))
     made = packed(source, tmp_path / "out")
     assert by_us(*made["train"]) == by_webdataset(*made["train"])
-    assert labels_in(*made["train"]) == ({0: 3, 1: 2} if labelled else {None: 5})
+    assert labels_in(*made["train"]) == ({0: 3, 1: 2} if labeled else {None: 5})
     assert {kind for _, members in by_us(*made["train"]) for kind in members} == {
-        "png", "jpg", "jpeg", "webp", *(["cls"] if labelled else [])
+        "png", "jpg", "jpeg", "webp", *(["cls"] if labeled else [])
     }  # fmt: skip
 
 

@@ -89,7 +89,7 @@ def test_links_are_left_out_with_their_keys(tmp_path, kind, name) -> None:
     assert made["left_out"][0].startswith(f"{len(index.left_out)} key(s) make no sample")
 
 
-def test_an_index_of_a_shard_without_such_keys_is_spelt_as_it_always_was(tmp_path) -> None:
+def test_an_index_of_a_shard_without_such_keys_is_spelled_as_it_always_was(tmp_path) -> None:
     index = build_index(write_tar(tmp_path / "x.tar", samples(3)))
     assert b"left_out" not in index.dump()
 

@@ -272,7 +272,7 @@ def test_the_full_name_of_topk_says_how_many():
 
 
 @pytest.mark.parametrize("wrong", ["topk0", "topk-1", "topk07", "topk1000000", "top5", "topk5.0", "log", "log16"])
-def test_misspelt_codecs_for_distributions_are_refused(wrong):
+def test_misspelled_codecs_for_distributions_are_refused(wrong):
     with pytest.raises(UserError, match=f"no codec is called '{wrong}'"):
         check_codec(wrong)
 

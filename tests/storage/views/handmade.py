@@ -18,9 +18,9 @@ def chunk(name: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
 
-def png(size: tuple[int, int], bits: int, colour: int, rows: bytes, *chunks: bytes, after: bytes = b"") -> bytes:
+def png(size: tuple[int, int], bits: int, color: int, rows: bytes, *chunks: bytes, after: bytes = b"") -> bytes:
     """A PNG with any header; `rows` begin with their filter's number. Pillow writes only some of these."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, bits, colour, 0, 0, 0))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, bits, color, 0, 0, 0))
     return b"".join(
         [b"\x89PNG\r\n\x1a\n", header, *chunks, chunk(b"IDAT", zlib.compress(rows)), after, chunk(b"IEND", b"")]
     )

@@ -54,7 +54,7 @@ REFUSED_IMAGES = {
     "a JPEG without height": (claiming(encoded(RGB, "JPEG"), 0, 9), "no JPEG"),
     "a JPEG without width": (claiming(encoded(RGB, "JPEG"), 7, 0), "no JPEG"),
     "a depth that is none": (png((9, 7), 3, 2, ROWS), "no JPEG"),
-    "a colour type that is none": (png((9, 7), 8, 5, ROWS), "no JPEG"),
+    "a color type that is none": (png((9, 7), 8, 5, ROWS), "no JPEG"),
     "a filter that is none": (png((9, 7), 8, 2, b"\x09" + ROWS[1:]), "cannot be decoded"),
     "a palette too long": (png((8, 1), 8, 3, bytes(9), chunk(b"PLTE", bytes(900))), "palette"),
     "a frame outside of the picture": (
@@ -141,23 +141,23 @@ def test_any_of_our_formats_is_read_under_any_of_our_names():
 
 
 @pytest.mark.parametrize(
-    ("colour", "channels", "shown"), [(0, 1, [0, 0, 0]), (4, 2, [0, 0, 0]), (2, 3, [0, 1, 2]), (6, 4, [0, 1, 2])]
+    ("color", "channels", "shown"), [(0, 1, [0, 0, 0]), (4, 2, [0, 0, 0]), (2, 3, [0, 1, 2]), (6, 4, [0, 1, 2])]
 )
-def test_16_bits_keep_their_high_byte(colour, channels, shown):
+def test_16_bits_keep_their_high_byte(color, channels, shown):
     pixels = DEEP[..., :channels]
-    assert same(decode(png((4, 3), 16, colour, rows_of(pixels))), pixels[..., shown] >> 8)
+    assert same(decode(png((4, 3), 16, color, rows_of(pixels))), pixels[..., shown] >> 8)
 
 
 @pytest.mark.parametrize(
     ("bits", "byte", "shown"),
     [(1, 0b10100000, [255, 0, 255, 0]), (2, 0b00011011, [0, 85, 170, 255]), (4, 0x0F, [0, 255]), (4, 0x5A, [85, 170])],
 )
-def test_few_bits_of_grey_go_from_black_to_white(bits, byte, shown):
+def test_few_bits_of_gray_go_from_black_to_white(bits, byte, shown):
     found = np.asarray(decode(png((len(shown), 1), bits, 0, bytes([0, byte]))))
     assert found.tolist() == [[[value] * 3 for value in shown]]
 
 
-def test_palettes_of_any_length_and_alpha_give_their_colours():
+def test_palettes_of_any_length_and_alpha_give_their_colors():
     first, second, black = [10, 20, 30], [200, 100, 50], [0, 0, 0]
     indices = bytes([0, 0, 1, 2, 255])
     with warnings.catch_warnings():
@@ -170,10 +170,10 @@ def test_palettes_of_any_length_and_alpha_give_their_colours():
         assert not np.asarray(decode(png((4, 1), 8, 3, indices))).any()  # no palette: black
 
 
-def test_a_transparent_colour_is_a_colour():
+def test_a_transparent_color_is_a_color():
     assert same(decode(png((9, 7), 8, 2, ROWS, chunk(b"tRNS", struct.pack(">HHH", *PIXELS[0, 0])))), PIXELS)
-    grey = png((4, 1), 8, 0, bytes([0, 1, 2, 3, 4]), chunk(b"tRNS", b"\xff\xff"))
-    assert np.asarray(decode(grey))[0, :, 0].tolist() == [1, 2, 3, 4]
+    gray = png((4, 1), 8, 0, bytes([0, 1, 2, 3, 4]), chunk(b"tRNS", b"\xff\xff"))
+    assert np.asarray(decode(gray))[0, :, 0].tolist() == [1, 2, 3, 4]
     deep = png((4, 3), 16, 0, rows_of(DEEP[..., :1]), chunk(b"tRNS", DEEP[0, 0, 0].tobytes()))
     assert same(np.asarray(decode(deep))[..., :1], DEEP[..., :1] >> 8)
 
@@ -183,15 +183,15 @@ def test_a_transparent_colour_is_a_colour():
 )
 def test_text_that_calls_itself_like_metadata_is_text(name):
     text = chunk(b"tEXt", name.encode() + b"\0(1, x")
-    for size, bits, colour, rows, chunks in (
+    for size, bits, color, rows, chunks in (
         ((9, 7), 8, 2, ROWS, []), ((4, 1), 8, 3, bytes(5), [PALETTE]), ((4, 1), 8, 0, bytes(5), []),
         ((2, 1), 8, 4, bytes(5), []), ((4, 3), 16, 0, rows_of(DEEP[..., :1]), []),
     ):  # fmt: skip
-        plain = decode(png(size, bits, colour, rows, *chunks))
-        assert same(decode(png(size, bits, colour, rows, *chunks, text)), plain)
+        plain = decode(png(size, bits, color, rows, *chunks))
+        assert same(decode(png(size, bits, color, rows, *chunks, text)), plain)
 
 
-def test_a_lossless_webp_keeps_the_colours_under_its_alpha():
+def test_a_lossless_webp_keeps_the_colors_under_its_alpha():
     pixels = np.dstack([PIXELS, PIXELS[..., 0]])
     data = encoded(Image.fromarray(pixels), "WEBP", lossless=True, exact=True)
     assert Image.open(io.BytesIO(data)).mode == "RGBA"
@@ -208,8 +208,8 @@ def test_a_cmyk_jpeg_without_adobes_mark_is_not_inverted():
     assert np.abs(np.asarray(decode(without)).astype(int) - expected * (255 - inverted[..., 3:]) // 255).max() <= 3
 
 
-CORNERS = np.kron(np.array([[0, 1, 2], [3, 4, 5]]), np.ones((16, 16), int))  # six fields, each of its own colour
-COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [255, 255, 0]], np.uint8)
+CORNERS = np.kron(np.array([[0, 1, 2], [3, 4, 5]]), np.ones((16, 16), int))  # six fields, each of its own color
+COLORS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [255, 255, 0]], np.uint8)
 TURNED = {
     1: [[0, 1, 2], [3, 4, 5]], 2: [[2, 1, 0], [5, 4, 3]], 3: [[5, 4, 3], [2, 1, 0]], 4: [[3, 4, 5], [0, 1, 2]],
     5: [[0, 3], [1, 4], [2, 5]], 6: [[3, 0], [4, 1], [5, 2]], 7: [[5, 2], [4, 1], [3, 0]], 8: [[2, 5], [1, 4], [0, 3]],
@@ -220,10 +220,10 @@ TURNED = {
 @pytest.mark.parametrize("number", TURNED)
 def test_all_eight_orientations_show_the_same_picture_upright(kind, number):
     settings: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}, "PNG": {}}
-    data = encoded(Image.fromarray(COLOURS[CORNERS]), kind, exif=exif(orientation(number)), **settings[kind])
+    data = encoded(Image.fromarray(COLORS[CORNERS]), kind, exif=exif(orientation(number)), **settings[kind])
     found = np.asarray(decode(data))
     middles = found[8::16, 8::16].astype(int)
-    assert np.abs(middles - COLOURS[np.array(TURNED[number])]).max() <= 8
+    assert np.abs(middles - COLORS[np.array(TURNED[number])]).max() <= 8
 
 
 ODD_EXIF = {

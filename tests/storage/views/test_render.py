@@ -132,7 +132,7 @@ def test_other_modes_become_rgb_and_alpha_is_dropped(mode):
 
 
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")
-def test_a_palette_with_alpha_keeps_its_colours():
+def test_a_palette_with_alpha_keeps_its_colors():
     image = Image.new("P", (2, 2))
     image.putpalette([10, 20, 30, 200, 100, 50])
     image.putdata([0, 1, 1, 0])
@@ -149,7 +149,7 @@ def test_a_cmyk_jpeg_becomes_rgb():
     assert np.abs(np.asarray(found).astype(int) - (255, 0, 0)).max() <= 3
 
 
-def test_16_bit_grey_keeps_its_high_byte():
+def test_16_bit_gray_keeps_its_high_byte():
     values = np.array([[0, 255, 256], [32768, 65279, 65535]], np.uint16)
     found = np.asarray(decode(encoded(Image.fromarray(values), "PNG")))
     assert same(found, (values >> 8)[..., None].repeat(3, -1))
@@ -174,7 +174,7 @@ def test_a_jpeg_is_turned_upright():
     assert same(turned, np.rot90(np.asarray(plain), -1))
 
 
-def test_16_bit_grey_is_turned_upright_too():
+def test_16_bit_gray_is_turned_upright_too():
     values = np.arange(6, dtype=np.uint16).reshape(2, 3) * 1000
     found = decode(with_orientation(Image.fromarray(values), 6, "PNG"))
     assert same(np.asarray(found)[..., 0], np.rot90(values >> 8, -1))

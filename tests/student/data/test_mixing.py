@@ -301,7 +301,7 @@ def test_with_pixels_loader_workers_give_the_same(made, epochs, with_pixels):
     assert all_same(made.stream(store=with_pixels[0], workers=1).epoch(1), epochs[1])
 
 
-def test_with_pixels_the_tars_are_not_read_any_more_once_they_were_recognised(made, epochs, with_pixels, tmp_path):
+def test_with_pixels_the_tars_are_not_read_any_more_once_they_were_recognized(made, epochs, with_pixels, tmp_path):
     copies = [shutil.copy(url, tmp_path) for url in made.shards]
     stream = made.stream(shards=copies, store=with_pixels[0])
     for copy in copies:

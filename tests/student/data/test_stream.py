@@ -176,10 +176,10 @@ def test_what_does_not_fit_is_refused(world, tmp_path):
     others = synthetic_shards(tmp_path / "other", shards=1, samples=150, seed=9)
     with pytest.raises(IdentityError, match=r"image digest of key .*: expected \w+, found \w+\n.* 0 of its 150 images"):
         Stream(others, batch=32, store=world.store, targets=[world.targets["logits"]])
-    unlabelled = synthetic_shards(tmp_path / "none", shards=1, samples=64, labels=False)
+    unlabeled = synthetic_shards(tmp_path / "none", shards=1, samples=64, labels=False)
     with pytest.raises(UserError, match="key 'shard-000000-00000' has no label"):
-        Stream(unlabelled, batch=32, policy=policy("light", 32))
-    assert int(next(Stream(unlabelled, batch=32, policy=policy("light", 32), labels=False).epoch(0)).labels[0]) == -1
+        Stream(unlabeled, batch=32, policy=policy("light", 32))
+    assert int(next(Stream(unlabeled, batch=32, policy=policy("light", 32), labels=False).epoch(0)).labels[0]) == -1
 
 
 def test_a_pixel_changed_after_the_start_is_found_when_it_is_read(world, tmp_path):

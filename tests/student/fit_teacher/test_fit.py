@@ -1,4 +1,4 @@
-"""fit-teacher: a head on stored features is the network's own classifier afterwards, the file an ordinary teacher."""
+"""fit-teacher: a head on stored features is the network's own classifier afterward, the file an ordinary teacher."""
 
 from __future__ import annotations
 

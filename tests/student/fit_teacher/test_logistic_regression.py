@@ -23,8 +23,8 @@ def examples_of(count: int = 600, width: int = 6, classes: int = 3, gap: float =
     chance = np.random.default_rng(0)
     labels, others = chance.integers(0, classes, (2, count))
     shares = np.where(chance.random(count) < 0.5, 0, chance.random(count)) * mix
-    centres = gap * chance.normal(size=(classes, width))
-    x = (1 - shares)[:, None] * centres[labels] + shares[:, None] * centres[others] + chance.normal(size=(count, width))
+    centers = gap * chance.normal(size=(classes, width))
+    x = (1 - shares)[:, None] * centers[labels] + shares[:, None] * centers[others] + chance.normal(size=(count, width))
     x = np.concatenate([x * 10.0 ** np.arange(-2, width - 2) + 5, np.full((count, 1), 7.0)], 1)
     return Examples(
         torch.tensor(x, dtype=torch.float32), torch.tensor(labels), torch.tensor(others),
@@ -33,7 +33,7 @@ def examples_of(count: int = 600, width: int = 6, classes: int = 3, gap: float =
 
 
 def test_the_head_is_where_the_gradient_of_the_written_loss_vanishes():
-    """By autograd over one-hot labels mixed by hand: L2 is on the weights of standardised features, not on biases."""
+    """By autograd over one-hot labels mixed by hand: L2 is on the weights of standardized features, not on biases."""
     examples, l2 = examples_of(), 0.03
     rows = torch.arange(0, 600, 2)
     head = fit(examples, rows, 3, l2)
@@ -63,7 +63,7 @@ def test_a_head_that_begins_elsewhere_ends_at_the_same_place():
     assert torch.allclose(near.logits(examples.features), other.logits(examples.features), atol=1e-3)
 
 
-def test_separable_features_are_told_apart_and_weak_regularisation_is_chosen():
+def test_separable_features_are_told_apart_and_weak_regularization_is_chosen():
     examples = examples_of(gap=30.0, mix=False)
     tried = search_strength(examples, 3, seed=0)
     assert tried[0].top1 == 100

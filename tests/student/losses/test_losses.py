@@ -44,7 +44,7 @@ def entropy(rows: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------- known answers
 
 
-def test_soft_distillation_in_both_normalisations():
+def test_soft_distillation_in_both_normalizations():
     student, teacher = values(4, 10), values(4, 10, seed=1)
     for tau in (1.0, 3.0):
         p, q = (teacher / tau).softmax(1), (student / tau).softmax(1)

@@ -147,7 +147,7 @@ def test_the_final_norm_of_another_pooling_is_new(donor):
     assert lines[0].endswith("(a head of other classes and the final norm of another pooling)")
 
 
-def test_pixels_are_normalised_as_the_weights_want_it(donor, tmp_path):
+def test_pixels_are_normalized_as_the_weights_want_it(donor, tmp_path):
     def found(*settings):
         chosen = load_recipe("scratch", [*STUDENT, *settings]).student
         return normalization(chosen, file_of(chosen))
@@ -164,7 +164,7 @@ def test_pixels_are_normalised_as_the_weights_want_it(donor, tmp_path):
     assert found("student.model=vit_base_patch16_224.mae", bare) == (mean, std)
 
 
-def test_a_student_s_file_says_how_its_pixels_were_normalised(world, donor, tmp_path):
+def test_a_student_s_file_says_how_its_pixels_were_normalized(world, donor, tmp_path):
     first = ["student.mean=[0.4,0.4,0.4]", "student.std=[0.2,0.2,0.2]", "optim.epochs=1"]
     run(world, tmp_path / "first", "scratch", *first)
     console = Quiet()

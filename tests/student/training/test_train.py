@@ -330,9 +330,9 @@ def test_a_student_whose_attention_is_not_plain_is_refused(world, u8, tmp_path):
 
 
 def test_slips_are_found_before_the_first_epoch(world, u8, tmp_path):
-    unlabelled = synthetic_shards(tmp_path / "none", shards=1, samples=64, labels=False)
+    unlabeled = synthetic_shards(tmp_path / "none", shards=1, samples=64, labels=False)
     with pytest.raises(UserError, match="has no label"):
-        train(job(world, tmp_path / "run", "aal", u8, val=unlabelled), Quiet())
+        train(job(world, tmp_path / "run", "aal", u8, val=unlabeled), Quiet())
     with pytest.raises(UserError, match=r"optim\.opt.*Did you mean 'adamw'"):
         train(job(world, tmp_path / "run", "aal", u8, "optim.opt=adamww"), Quiet())
     with pytest.raises(UserError, match=r"speak of a store's bank: give --store DIR"):

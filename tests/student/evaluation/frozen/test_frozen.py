@@ -1,4 +1,4 @@
-"""Frozen features: k-NN against scikit-learn, the probe, labelled parts; what is evaluated is never learned from."""
+"""Frozen features: k-NN against scikit-learn, the probe, labeled parts; what is evaluated is never learned from."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def tell(capsys):
 
 def clusters(count: int, classes: int, width: int = 16, seed: int = 0, noise: float = 1.0) -> Features:
     chance = np.random.default_rng(seed)
-    centres = np.random.default_rng(99).normal(size=(classes, width))
+    centers = np.random.default_rng(99).normal(size=(classes, width))
     labels = chance.integers(classes, size=count)
-    values = centres[labels] + noise * chance.normal(size=(count, width))
+    values = centers[labels] + noise * chance.normal(size=(count, width))
     return Features(values=torch.tensor(values, dtype=torch.float32), labels=torch.tensor(labels))
 
 
@@ -78,7 +78,7 @@ def test_k_nn_is_that_of_scikit_learn(k) -> None:
     assert torch.equal(together, knn_ranks(bank, asked, [k], 12)[k])
 
 
-def test_one_neighbour_on_its_own_bank_is_always_right() -> None:
+def test_one_neighbor_on_its_own_bank_is_always_right() -> None:
     bank = clusters(200, 10, noise=3)
     assert int((knn_ranks(bank, bank, [1], 10)[1] == 0).sum()) == 200
 
@@ -148,7 +148,7 @@ def test_a_probe_finds_what_is_linear_and_takes_the_best_rate() -> None:
     assert bool((logits_of(head, asked.values).argmax(1) == asked.labels).all())
     diverged = search_learning_rate(clusters(400, 3), 3, (3e38, 0.01), epochs=3)
     assert diverged[0].lr == 0.01
-    with pytest.raises(UserError, match="no class has two labelled samples"):
+    with pytest.raises(UserError, match="no class has two labeled samples"):
         search_learning_rate(Features(values=torch.eye(3), labels=torch.arange(3)), 3)
 
 

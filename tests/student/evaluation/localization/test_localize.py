@@ -1,4 +1,4 @@
-"""Localisation: contours against a border that is walked pixel by pixel, MaxBoxAcc's known answers, hostile boxes."""
+"""Localization: contours against a border that is walked pixel by pixel, MaxBoxAcc's known answers, hostile boxes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from storage.errors import UserError
 from storage.shards.index import cached_index
 from storage.shards.shard import open_shards
 from storage.shards.tar import Sample
-from student.evaluation.localization.contours import contour_boxes, grey
+from student.evaluation.localization.contours import contour_boxes, gray
 from student.evaluation.localization.dataset import boxed_images, boxes_in
 from student.evaluation.localization.localize import ClassAttention, localize
 from student.evaluation.localization.max_box_acc import (
@@ -42,7 +42,7 @@ AROUND = [(-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1)] 
 
 
 def walked(piece: np.ndarray) -> tuple[list[int], float]:
-    """Box and polygon area of a piece's outer border, walked clockwise from its first pixel (Moore's neighbours)."""
+    """Box and polygon area of a piece's outer border, walked clockwise from its first pixel (Moore's neighbors)."""
     start = tuple(np.argwhere(piece)[0])
 
     def inside(y: int, x: int) -> bool:
@@ -154,7 +154,7 @@ def test_all_contours_find_what_the_largest_hides() -> None:
 def test_each_threshold_is_the_one_of_a_thousand_and_each_overlap_has_its_own_best() -> None:
     """Equal to cutting the map at 0, 0.001, … 0.999 of its maximum, one after another."""
     ramp = np.abs(np.arange(224)[None] - 111.5) + np.abs(np.arange(224)[:, None] - 90)
-    image = grey((300 - ramp).astype(np.float32))
+    image = gray((300 - ramp).astype(np.float32))
     truth = np.array([[80, 60, 140, 120]])
     best = best_overlaps(image, truth, "official")
     printed = [
@@ -171,9 +171,9 @@ def test_each_threshold_is_the_one_of_a_thousand_and_each_overlap_has_its_own_be
 
 
 def test_maps_without_values_find_nothing() -> None:
-    assert not grey(np.full((4, 4), 3.0, np.float32)).any()
-    assert not grey(np.full((4, 4), np.nan, np.float32)).any()
-    assert sorted(set(grey(np.array([[-1.0, 0], [1, 3]], np.float32)).ravel())) == [0, 63, 127, 255]
+    assert not gray(np.full((4, 4), 3.0, np.float32)).any()
+    assert not gray(np.full((4, 4), np.nan, np.float32)).any()
+    assert sorted(set(gray(np.array([[-1.0, 0], [1, 3]], np.float32)).ravel())) == [0, 63, 127, 255]
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_a_student_that_looks_everywhere_alike_finds_the_first_pixel(name, flat)
         model.pos_embed.data.zero_()
     pixels = torch.full((2, 3, 224, 224), 0.3)
     for values in ClassAttention(model, "x").maps(pixels):
-        level = grey(values)
+        level = gray(values)
         assert not level.any()
         truth = np.array([[0, 0, 9, 9]])
         assert (best_overlaps(level, truth, "official") == 0.01).all()
@@ -201,9 +201,9 @@ def test_a_student_that_looks_everywhere_alike_finds_the_first_pixel(name, flat)
 
 def test_rounding_is_not_blown_up_and_what_is_more_is() -> None:
     noise = np.random.default_rng(0).random((8, 8), np.float32)
-    assert not grey(np.float32(0.3) + 1e-7 * noise).any()
-    assert grey(np.float32(0.3) + 1e-5 * noise).max() == 255
-    assert grey(1e-20 * noise).max() == 255, "small is not constant"
+    assert not gray(np.float32(0.3) + 1e-7 * noise).any()
+    assert gray(np.float32(0.3) + 1e-5 * noise).max() == 255
+    assert gray(1e-20 * noise).max() == 255, "small is not constant"
 
 
 def test_the_centered_box_is_as_large_as_is_best() -> None:

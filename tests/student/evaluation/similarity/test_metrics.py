@@ -76,8 +76,8 @@ def test_cka_is_one_for_rotated_shifted_and_scaled_features_and_is_that_of_gram_
     assert aligned(x, x) == pytest.approx(1)
     assert aligned(x, 3 * x @ turn - 2) == pytest.approx(1, abs=1e-6)
     assert present(aligned(x, x * torch.linspace(0.1, 5, 9))) < 0.9, "not for stretched ones"
-    centre = torch.eye(60).double() - 1 / 60
-    k, m = (centre @ (a.double() @ a.double().T) @ centre for a in (x, y))
+    center = torch.eye(60).double() - 1 / 60
+    k, m = (center @ (a.double() @ a.double().T) @ center for a in (x, y))
     assert aligned(x, y) == pytest.approx(float((k * m).sum() / (k.norm() * m.norm())), rel=1e-5)
     assert present(aligned(torch.randn(5000, 3), torch.randn(5000, 3))) < 0.01
     assert aligned(x, torch.full((60, 3), 0.1)) is None, "what never changes is like nothing"

@@ -70,9 +70,9 @@ def test_neither_labels_nor_classes_nor_validation_shards_are_asked_for(taught) 
 
 def test_shards_with_labels_give_the_same_student(world, bare, taught, tmp_path) -> None:
     """Labels that nobody reads change nothing."""
-    labelled = synthetic_shards(tmp_path / "data", shards=2, samples=150, classes=3, seed=5)
-    run_precompute(tmp_path / "store", labelled, teacher_of(world.weights, "vit"), ["class_row", "class_token"])
-    other = replace(bare, shards=labelled, store=tmp_path / "store")
+    labeled = synthetic_shards(tmp_path / "data", shards=2, samples=150, classes=3, seed=5)
+    run_precompute(tmp_path / "store", labeled, teacher_of(world.weights, "vit"), ["class_row", "class_token"])
+    other = replace(bare, shards=labeled, store=tmp_path / "store")
     console = Quiet()
     made = job(other, tmp_path / "run", "advit-l1", *ROWS, "student.num_classes=3", val=world.shards)
     result = trainer.train(made, console)
