@@ -13,38 +13,21 @@ from storage.views.policy import Policy
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrecomputeResult:
-    """What a precompute run did.
-
-    Attributes:
-        store: where the targets are.
-        bank: id of their views.
-        targets: ids of the targets.
-        shards: ids of the shards that have them.
-        views: of each sample.
-        written: how many views of a target in a shard were made.
-        view_images: how many were rendered for that.
-        invalid: images that could not be decoded, by shard and key.
-        left_out: shard -> what in it makes no sample.
-        empty: shards without samples.
-        failures: shards that were not made; all others are complete.
-        session: what the teacher ran on; empty where all was complete.
-        teacher: what names the teacher.
-        seconds: that the run took.
-    """
+    """What a precompute run did."""
 
     store: str
     bank: str
     targets: list[str]
     shards: list[str]
     views: int
-    written: int
-    view_images: int
-    invalid: list[str]
-    left_out: Mapping[str, Sequence[str]]
-    empty: list[str]
-    failures: list[Failure]
+    written: int  # views of a target in a shard
+    view_images: int  # that were rendered for them
+    invalid: list[str]  # shard and key of images that cannot be decoded
+    left_out: Mapping[str, Sequence[str]]  # shard -> what in it makes no sample
+    empty: list[str]  # shards without samples
+    failures: list[Failure]  # all other shards are complete
     session: SessionSettings
-    teacher: Mapping[str, Any]
+    teacher: Mapping[str, Any]  # what names it
     seconds: float
 
 
@@ -112,39 +95,21 @@ class Throughput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan(Amount):
-    """What a precompute run takes.
-
-    Attributes:
-        store: where it would be.
-        bank: id of the views.
-        policy: that they are drawn from.
-        shards: how many.
-        samples: how many in all.
-        estimated: of how many shards the samples are estimated.
-        views: of each sample.
-        graph_bytes: of the teacher's graphs.
-        missing: what is still to be made.
-        shared: what other teachers over these views share.
-        targets: each with its size.
-        training: what a training will read.
-        measured: how fast the engine is; None where it was not asked.
-        hours: that the run takes; None likewise.
-        warnings: what is worth a look before the run.
-    """
+    """What a precompute run takes."""
 
     store: str
     bank: str
     policy: Policy
     shards: int
     samples: int
-    estimated: int
+    estimated: int  # shards whose samples are estimated
     views: int
     graph_bytes: int
     missing: MissingAmount
     shared: SharedAmount
     targets: list[PlannedTarget]
     training: TrainingReads
-    measured: Throughput | None
+    measured: Throughput | None  # none where nobody asked for hours
     hours: float | None
     warnings: list[str]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,34 +13,37 @@ from pipeline.console import Console, show
 from pipeline.options import PATH, common, device, shards, store
 from pipeline.project.context import reads
 
+if TYPE_CHECKING:
+    from student.fit_teacher.fit import FitTeacherResult
 
-def lines(result: dict[str, Any]) -> list[str]:
-    """The result for people."""
-    top5 = f", top-5 {result['top5']:.2f} %" if result["top5"] is not None else ""
+
+def lines(result: FitTeacherResult, command: str) -> list[str]:
+    """The result for people, with the command that keeps its logits."""
+    top5 = f", top-5 {result.top5:.2f} %" if result.top5 is not None else ""
     return [
-        f"top-1 {result['top1']:.2f} %{top5} on {result['samples']} samples: {result['out']}",
+        f"top-1 {result.top1:.2f} %{top5} on {result.samples} samples: {result.out}",
         "its logits can be kept like any other teacher's:",
-        f"  {result['command']}",
+        f"  {command}",
     ]
 
 
-def command(result: dict[str, Any], store: str, shards: tuple[str, ...]) -> str:
+def command(result: FitTeacherResult, store: str, shards: tuple[str, ...]) -> str:
     """The `pipeline precompute` that keeps the logits of a teacher over the shards and views that it was fitted on."""
     from student.targets import hints
 
     words = hints.precompute(
-        model=result["model"],
-        called=name_of(result["out"]),
-        weights=result["out"],
-        arguments=result["arguments"],
-        mean=result["mean"],
-        std=result["std"],
-        input_size=result["input_size"],
+        model=result.model,
+        called=name_of(result.out),
+        weights=result.out,
+        arguments=result.arguments,
+        mean=result.mean,
+        std=result.std,
+        input_size=result.input_size,
         store=store,
         shards=shards,
     )
-    words += ["--view-policy", result["policy"], "--view-size", str(result["view_size"])]
-    return shlex.join([*words, "--seed", str(result["view_seed"]), "--target", "logits"])
+    words += ["--view-policy", result.policy, "--view-size", str(result.view_size)]
+    return shlex.join([*words, "--seed", str(result.view_seed), "--target", "logits"])
 
 
 def name_of(path: str) -> str:
@@ -111,5 +115,5 @@ def fit_teacher(
         result = run(job, console)
     finally:
         console.stop()
-    result["command"] = command(result, store, shards)
-    show(result, lines(result), as_json)
+    keep = command(result, store, shards)
+    show({**asdict(result), "command": keep}, lines(result, keep), as_json)

@@ -67,10 +67,9 @@ def pack(
         shuffle=not no_shuffle,
         say=console.say,
     )
-    counts = ", ".join(
-        f"{count} samples in {len(result[part])} {part} shard(s)" for part, count in result["samples"].items()
-    )
-    show(result, [counts, *result["train"], *result["val"]], as_json)
+    shards = {"train": result.train, "val": result.val}
+    counts = [f"{count} samples in {len(shards[part])} {part} shard(s)" for part, count in result.samples.items()]
+    show(result, [", ".join(counts), *result.train, *result.val], as_json)
 
 
 def _shards_of_project(source: str) -> str:

@@ -79,19 +79,19 @@ def demo(out: Path, console: Console) -> dict[str, Any]:
     step(f"digits as class folders in {out}/digits, packed into shards")
     _write_digits(out / "digits")
     packed = pack(str(out / "digits"), str(out / "shards" / "digits-{000000..000002}.tar"), val_fraction=0.25)
-    tenth = pack(packed["train"], str(out / "tenth" / "digits-000000.tar"), fraction=0.1)
-    counts = {"all": packed["samples"]["train"], "tenth": tenth["samples"]["train"], "val": packed["samples"]["val"]}
+    tenth = pack(packed.train, str(out / "tenth" / "digits-000000.tar"), fraction=0.1)
+    counts = {"all": packed.samples["train"], "tenth": tenth.samples["train"], "val": packed.samples["val"]}
     console.say(f"   {counts['all']} training digits, {counts['tenth']} of them in the tenth, {counts['val']} held out")
 
     step("a small CNN and a small ViT learn all training labels; they are the teachers")
     trainings = [
-        _Training(name=name, recipe="scratch", settings=settings, shards=packed["train"], val=packed["val"])
+        _Training(name=name, recipe="scratch", settings=settings, shards=packed.train, val=packed.val)
         for name, settings in _TEACHERS.items()
     ]
     teacher = _trained(out, trainings, console)
 
     step(f"what they see in {VIEWS} views of the tenth, once, into {out}/store")
-    store = _precomputed(out, tenth["train"], console)
+    store = _precomputed(out, tenth.train, console)
 
     step("students learn from the tenth: " + ", ".join(_RECIPES))
     trainings = [
@@ -99,8 +99,8 @@ def demo(out: Path, console: Console) -> dict[str, Any]:
             name=f"{recipe}-{seed}",
             recipe=recipe,
             settings=[*settings, *_STUDENT],
-            shards=tenth["train"],
-            val=packed["val"],
+            shards=tenth.train,
+            val=packed.val,
             store=store.url,
             seed=seed,
         )
@@ -112,7 +112,7 @@ def demo(out: Path, console: Console) -> dict[str, Any]:
     runs = {recipe: [out / f"{recipe}-{seed}" for seed in SEEDS] for recipe in _RECIPES}
     pictures = [
         figures.curves(out / "curves.png", runs, teacher),
-        figures.attention(out / "attention.png", store, packed["val"], {r: several[0] for r, several in runs.items()}),
+        figures.attention(out / "attention.png", store, packed.val, {r: several[0] for r, several in runs.items()}),
     ]
     seconds = time.monotonic() - began
     return {

@@ -58,6 +58,17 @@ class PackSource:
     load: Callable[[], dict[str, bytes]]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackResult:
+    """The shards that were written, how many samples each part has, and what of the source is skipped."""
+
+    train: list[str]
+    val: list[str]
+    samples: dict[str, int]
+    classes: list[str] | None
+    left_out: list[str]  # a line with a count for each kind of it
+
+
 def pack(
     source: str | Sequence[str],
     out: str,
@@ -68,10 +79,8 @@ def pack(
     seed: int = 0,
     shuffle: bool = True,
     say: Say = lambda _line: None,
-) -> dict[str, Any]:
-    """Write shards; what was written, as `{"train": [...], "val": [...], "samples": …, "classes": …, "left_out": …}`.
-
-    `left_out` lists what of the source stays out, one line with a count for each kind of it.
+) -> PackResult:
+    """Write shards.
 
     Args:
         source: one folder of class folders, one CSV with the columns `path` and perhaps `label`, or patterns of
@@ -143,13 +152,8 @@ def pack(
                 path.unlink(missing_ok=True)
             raise
     counts = {part: sum(map(len, cut.values())) for part, cut in lists.items()}
-    return {
-        "train": list(lists["train"]),
-        "val": list(lists.get("val", {})),
-        "samples": counts,
-        "classes": classes,
-        "left_out": left_out,
-    }
+    train_urls, val_urls = list(lists["train"]), list(lists.get("val", {}))
+    return PackResult(train=train_urls, val=val_urls, samples=counts, classes=classes, left_out=left_out)
 
 
 # ---------------------------------------------------------------------------------------------- sources

@@ -60,7 +60,36 @@ class FitTeacherConfig:
     memory: int | None = None  # bytes that features may take; by default half of the machine's
 
 
-def fit_teacher(job: FitTeacherConfig, progress: Progress) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitTeacherResult:
+    """The new teacher, what it was fitted on, and how good it is."""
+
+    out: str
+    sha256: str
+    teacher: str  # the recorded one, whose network it is
+    target: str  # the features
+    model: str
+    arguments: dict[str, Any]
+    input_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: tuple[str, ...]
+    bank: str | None
+    policy: str
+    view_size: int
+    view_seed: int
+    views: int | None
+    features: int  # that the head was fitted on
+    l2: float
+    tried: list[StrengthTrial]
+    errors: dict[str, float]  # as `student.fit_teacher.network.check` gives them
+    top1: float  # percent of the validation samples
+    top5: float | None
+    samples: int
+    seconds: float
+
+
+def fit_teacher(job: FitTeacherConfig, progress: Progress) -> FitTeacherResult:
     """Fit a head, put it into the teacher's network, check it on real images and write it; what came out.
 
     Raises:
@@ -101,18 +130,34 @@ def fit_teacher(job: FitTeacherConfig, progress: Progress) -> dict[str, Any]:
         f"live logits against the head on live features: {errors['head']:.1e} of the largest, on stored ones "
         f"{errors['stored']:.1e}"
     )
-    score = _score(model, recorded, stream, val_shards, job.device, progress)
-    _write(job, model, recorded, target, names, l2, stream)
-    identity = recorded.identity
-    return {
-        "out": str(job.out), "sha256": WeightsFile(job.out).digest, "teacher": recorded.id, "target": target,
-        "model": identity.model, "arguments": {**identity.arguments, "num_classes": len(names)},
-        "input_size": identity.input_size, "mean": identity.mean, "std": identity.std, "classes": list(names),
-        "bank": stream.source.bank, "policy": stream.source.policy.line, "view_size": stream.source.policy.size,
-        "view_seed": stream.source.policy.seed, "views": stream.views, "features": len(examples.labels), "l2": l2,
-        "tried": [vars(one) for one in tried], "errors": errors, "top1": score.top1, "top5": score.top5,
-        "samples": score.samples, "seconds": round(time.monotonic() - began, 2),
-    }  # fmt: skip
+    score = _score(model, recorded, stream, val_shards, device=job.device, progress=progress)
+    _write(job, model, recorded, target=target, names=names, l2=l2, stream=stream)
+    identity, views = recorded.identity, stream.source.policy
+    return FitTeacherResult(
+        out=str(job.out),
+        sha256=WeightsFile(job.out).digest,
+        teacher=recorded.id,
+        target=target,
+        model=identity.model,
+        arguments={**identity.arguments, "num_classes": len(names)},
+        input_size=identity.input_size,
+        mean=identity.mean,
+        std=identity.std,
+        classes=names,
+        bank=stream.source.bank,
+        policy=views.line,
+        view_size=views.size,
+        view_seed=views.seed,
+        views=stream.views,
+        features=len(examples.labels),
+        l2=l2,
+        tried=tried,
+        errors=errors,
+        top1=score.top1,
+        top5=score.top5,
+        samples=score.samples,
+        seconds=round(time.monotonic() - began, 2),
+    )
 
 
 def _classes(urls: Sequence[str], val_urls: Sequence[str]) -> tuple[str, ...]:
@@ -216,8 +261,8 @@ def _strength(examples: Examples, classes: int, seed: int, progress: Progress) -
         )
     progress.start("choosing l2", len(STRENGTHS))
     tried = search_strength(examples, classes, seed, advance=progress.advance)
-    for one in tried:
-        progress.say(f"l2 {one.l2:g}: loss {one.loss:.4f}, top-1 {one.top1:.2f} % on held-out training samples")
+    for trial in tried:
+        progress.say(f"l2 {trial.l2:g}: loss {trial.loss:.4f}, top-1 {trial.top1:.2f} % on held-out training samples")
     return tried
 
 
@@ -226,6 +271,7 @@ def _score(
     recorded: TeacherManifest,
     stream: Stream,
     shards: Sequence[Shard],
+    *,
     device: str,
     progress: Progress,
 ) -> Score:
@@ -233,16 +279,16 @@ def _score(
     classifier = Classifier(tapped(model, [Tap("logits")], stream, recorded)).to(device)
     progress.start("evaluating", sum(map(len, shards)))
     bank = stream.source.policy
-    return evaluate(
-        classifier, shards, policy(bank.evaluation.line, bank.size), (0, 0, 0), (1, 1, 1), batch_size=64,
-        device=device, advance=progress.advance,
-    )  # fmt: skip
+    view = policy(bank.evaluation.line, bank.size)
+    zero, one = (0, 0, 0), (1, 1, 1)
+    return evaluate(classifier, shards, view, zero, one, batch_size=64, device=device, advance=progress.advance)
 
 
 def _write(
     job: FitTeacherConfig,
     model: nn.Module,
     recorded: TeacherManifest,
+    *,
     target: str,
     names: Sequence[str],
     l2: float,
@@ -250,10 +296,8 @@ def _write(
 ) -> None:
     """The file of weights: what rebuilds the network, its classes, and where they came from."""
     identity = recorded.identity
-    origin = {
-        "teacher": identity.plain(), "target": target, "shards": list(stream.source.shard_ids), "views": stream.views,
-        "l2": l2, "seed": job.seed,
-    }  # fmt: skip
+    fitted_on = {"target": target, "shards": list(stream.source.shard_ids), "views": stream.views}
+    origin = {"teacher": identity.plain(), **fitted_on, "l2": l2, "seed": job.seed}
     metadata = {
         "format": "pt",
         "model": identity.model,

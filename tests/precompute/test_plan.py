@@ -170,7 +170,7 @@ def test_blocks_of_few_classes_are_warned_of_and_pack_mends_it(world: World, tmp
         path = folder / f"class{int(sample['cls'])}" / f"{sample['__key__']}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(sample["png"])
-    in_order = pack(str(folder), str(tmp_path / "sorted-000000.tar"), shuffle=False)["train"]
+    in_order = pack(str(folder), str(tmp_path / "sorted-000000.tar"), shuffle=False).train
     (warning,) = plan(str(tmp_path / "store"), wanted_of(world, in_order, ["logits"]), Quiet(), seconds=0).warnings
     assert "half of the blocks hold 1 classes or fewer, of 10" in warning or "hold 2 classes" in warning
     assert "pipeline pack" in warning

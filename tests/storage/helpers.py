@@ -18,7 +18,7 @@ from PIL import Image
 from pipeline.messages import as_flags
 from storage.errors import UserError
 from storage.shards.index import ShardIndex, build_index, read_samples
-from storage.shards.pack import pack
+from storage.shards.pack import PackResult, pack
 from storage.shards.tar import require_whole
 from storage.store.attempts import Attempt
 from storage.store.banks import bank_manifest, view_rows
@@ -229,7 +229,7 @@ def keys_in(*paths: str) -> list[str]:
     return [key for path in paths for key in build_index(path).keys]
 
 
-def packed(source, out: Path, name: str = "x-{000000..000001}.tar", **settings):
+def packed(source: Any, out: Path, name: str = "x-{000000..000001}.tar", **settings: Any) -> PackResult:
     return pack(source if isinstance(source, list) else str(source), str(out / name), **settings)
 
 

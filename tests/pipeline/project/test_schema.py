@@ -66,7 +66,7 @@ def place(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert content["shards"] == "train-{000000..000009}.tar"
     content["shards"] = ["train-{000000..000001}.tar"]
     packed = pack(world.shards, str(folder / content["shards"][0]), val_fraction=0.1)
-    assert packed["val"] == [str(folder / content["val"])]
+    assert packed.val == [str(folder / content["val"])]
     tiny = {"cnn": (TINY_CNN, 64), "vit": (TINY_VIT, 32)}
     assert content["teachers"].keys() == tiny.keys()
     for name, entry in content["teachers"].items():

@@ -64,7 +64,7 @@ def test_missing_closing_blocks_are_told_with_the_command_that_repacks(tmp_path,
     message = refusal(str(path))
     assert "closing zero blocks" in message
     monkeypatch.chdir(tmp_path)
-    made = pack(*command_in(message), shuffle=False)["train"]
+    made = pack(*command_in(message), shuffle=False).train
     assert by_us(*made) == by_webdataset(*made) == by_webdataset(str(path))
 
 
@@ -122,7 +122,7 @@ def test_compressed_tars_are_refused_with_the_command_that_repacks(tmp_path, mon
     message = refusal(path)
     assert kind in message
     monkeypatch.chdir(tmp_path)
-    made = pack(*command_in(message), shuffle=False)["train"]
+    made = pack(*command_in(message), shuffle=False).train
     assert by_us(*made) == by_webdataset(path)
 
 
@@ -141,7 +141,7 @@ def test_members_of_one_key_apart_are_refused_with_the_command_that_repacks(tmp_
     message = refusal(path)
     assert "'s000'" in message
     monkeypatch.chdir(tmp_path)
-    made = pack(*command_in(message), shuffle=False)["train"]
+    made = pack(*command_in(message), shuffle=False).train
     assert by_us(*made) == by_us(write_tar(tmp_path / "sorted.tar", samples(3)))
 
 

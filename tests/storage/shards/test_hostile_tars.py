@@ -199,7 +199,7 @@ def test_tars_that_are_odd_are_read_and_packed_as_webdataset_reads_them(tmp_path
     assert index.keys == ("a", key, "z")
     assert by_us(str(path)) == by_webdataset(str(path))
     assert [read_samples(str(path), index, range(i, i + 1))[0].key for i in range(3)] == list(index.keys)
-    (made,) = pack(str(path), str(tmp_path / "out" / "y.tar"), shuffle=False)["train"]
+    (made,) = pack(str(path), str(tmp_path / "out" / "y.tar"), shuffle=False).train
     assert by_us(made) == by_webdataset(made) == by_us(str(path))
 
 
@@ -281,7 +281,7 @@ def test_names_of_classes_that_are_not_utf8_are_refused_before_anything_is_writt
         pack(str(tmp_path / "f"), str(tmp_path / "out" / "y.tar"))
     (tmp_path / "f" / os.fsdecode(b"caf\xe9")).rename(tmp_path / "f" / "cafe")
     made = pack(str(tmp_path / "f"), str(tmp_path / "out" / "y.tar"))
-    assert by_us(*made["train"]) == by_webdataset(*made["train"]) == [("cafe__", {"png": picture(0), "cls": b"0"})]
+    assert by_us(*made.train) == by_webdataset(*made.train) == [("cafe__", {"png": picture(0), "cls": b"0"})]
 
 
 CLASS_LISTS = {
@@ -312,5 +312,5 @@ def test_a_long_class_list_is_a_class_list(tmp_path):
     names = [f"class {i} ü" for i in range(100_000)]
     (tmp_path / "classes.json").write_text(json.dumps(names))
     path = write_tar(tmp_path / "x.tar", samples(2))
-    assert pack(path, str(tmp_path / "out" / "y.tar"))["classes"] == names
+    assert pack(path, str(tmp_path / "out" / "y.tar")).classes == names
     assert classes_of([str(tmp_path / "out" / "y.tar")]) == names

@@ -60,10 +60,10 @@ def test_linked_files_and_folders_are_listed_as_timm_lists_them(linked, tmp_path
     assert [str(path) for path in found_in([linked])] == theirs
     assert look(linked, tmp_path, NoProgress()).images == 32
     made = packed(linked, tmp_path / "out")
-    assert made["samples"] == {"train": 32}
-    assert made["left_out"] == []
-    read = by_us(*made["train"])
-    assert read == by_webdataset(*made["train"])
+    assert made.samples == {"train": 32}
+    assert made.left_out == []
+    read = by_us(*made.train)
+    assert read == by_webdataset(*made.train)
     assert sorted(members["png"] for _, members in read) == sorted(Path(path).read_bytes() for path in theirs)
 
 
@@ -78,8 +78,8 @@ def test_links_that_lead_back_end_and_are_counted(linked, tmp_path) -> None:
     (linked / "b" / "other").symlink_to(linked / "a", target_is_directory=True)  # both ways: an end after one round
     assert len(listing(linked).images) == 32 + 16 + 16
     made = packed(linked, tmp_path / "out")
-    assert made["samples"] == {"train": 64}
-    assert any("lead back to a folder" in line for line in made["left_out"])
+    assert made.samples == {"train": 64}
+    assert any("lead back to a folder" in line for line in made.left_out)
 
 
 @pytest.mark.parametrize("name", ["a/lost.png", "a/lost", "lost"])
@@ -107,8 +107,8 @@ def test_a_folder_that_cannot_be_read_is_refused(linked) -> None:
 def test_pipes_are_counted_and_nobody_waits_for_them(linked, tmp_path) -> None:
     os.mkfifo(linked / "a" / "pipe.png")
     made = packed(linked, tmp_path / "out")
-    assert made["left_out"] == [f"1 pipe(s), socket(s) or device(s), such as {linked}/a/pipe.png"]
-    assert made["samples"] == {"train": 32}
+    assert made.left_out == [f"1 pipe(s), socket(s) or device(s), such as {linked}/a/pipe.png"]
+    assert made.samples == {"train": 32}
 
 
 # ---------------------------------------------------------------------------------------------- litter
@@ -121,13 +121,13 @@ def test_class_folders_with_litter_give_the_shards_that_they_give_without_it(tmp
     for place in (folder, folder / "a"):
         scattered(place, picture(99))
     made = packed(folder, tmp_path / "with")
-    assert [Path(p).read_bytes() for p in made["train"]] == [Path(p).read_bytes() for p in without["train"]]
-    assert made["classes"] == ["a", "b"]
-    assert made["left_out"] == [f"12 hidden file(s), or what systems leave in folders, such as {folder}/.DS_Store"]
+    assert [Path(p).read_bytes() for p in made.train] == [Path(p).read_bytes() for p in without.train]
+    assert made.classes == ["a", "b"]
+    assert made.left_out == [f"12 hidden file(s), or what systems leave in folders, such as {folder}/.DS_Store"]
     assert look(folder, tmp_path, NoProgress()) == seen
     said: list[str] = []
     assert len(found_in([folder], said.append)) == 5
-    assert said == [f"left out: {made['left_out'][0]}"]
+    assert said == [f"left out: {made.left_out[0]}"]
 
 
 def test_files_that_are_no_images_are_counted(tmp_path) -> None:
@@ -136,7 +136,7 @@ def test_files_that_are_no_images_are_counted(tmp_path) -> None:
     said: list[str] = []
     found_in([folder], said.append)
     assert said == [f"left out: 1 file(s) are no images, such as {folder}/a/1.gif"]
-    assert packed(folder, tmp_path / "out")["left_out"] == [
+    assert packed(folder, tmp_path / "out").left_out == [
         f"1 file(s) are no images in class folders, such as {folder}/a/1.gif"
     ]
 
@@ -158,8 +158,8 @@ def test_litter_beside_shards_is_none_of_them(littered, tmp_path) -> None:
     with pytest.raises(UserError, match="no file matches"):
         expand(f"{folder}/._*.tar")
     made = packed(folder, tmp_path / "out")
-    assert sorted(keys_in(*made["train"])) == sorted(keys_in(*littered))
-    assert made["left_out"] == [f"7 hidden file(s), or what systems leave in folders, such as {folder}/.DS_Store"]
+    assert sorted(keys_in(*made.train)) == sorted(keys_in(*littered))
+    assert made.left_out == [f"7 hidden file(s), or what systems leave in folders, such as {folder}/.DS_Store"]
     found = look(folder, tmp_path, NoProgress())
     assert [*found.shards, *found.val] == [os.path.relpath(path, tmp_path) for path in littered]
     with pytest.raises(UserError, match=r"Known: shard-000000\.tar, shard-000001\.tar, shard-000002\.tar"):
@@ -185,7 +185,7 @@ def test_other_files_beside_shards_are_counted(tmp_path) -> None:
     synthetic_shards(tmp_path / "d", shards=1, samples=4)
     (tmp_path / "d" / "shard-000001.tar.gz").write_bytes(b"x")
     made = packed(tmp_path / "d", tmp_path / "out")
-    assert made["left_out"] == [f"1 other file(s) beside the shards, such as {tmp_path}/d/shard-000001.tar.gz"]
+    assert made.left_out == [f"1 other file(s) beside the shards, such as {tmp_path}/d/shard-000001.tar.gz"]
 
 
 def test_litter_in_a_store_is_no_part_of_it(small) -> None:

@@ -50,10 +50,10 @@ def animals_csv(animals):
 )
 def test_a_list_of_class_folders_gives_the_shards_that_the_folders_give(tmp_path, animals, animals_csv, settings):
     one, two = (packed(source, tmp_path / source.name, **settings) for source in (animals, animals_csv))
-    for part in ("train", "val"):
-        assert [Path(p).read_bytes() for p in one[part]] == [Path(p).read_bytes() for p in two[part]]
-    assert (one["samples"], one["classes"]) == (two["samples"], two["classes"])
-    assert by_us(*two["train"], *two["val"]) == by_webdataset(*two["train"], *two["val"])
+    for ours, theirs in ((one.train, two.train), (one.val, two.val)):
+        assert [Path(p).read_bytes() for p in ours] == [Path(p).read_bytes() for p in theirs]
+    assert (one.samples, one.classes) == (two.samples, two.classes)
+    assert by_us(*two.train, *two.val) == by_webdataset(*two.train, *two.val)
 
 
 @pytest.mark.parametrize("labeled", [True, False])
@@ -65,9 +65,9 @@ def test_webdataset_yields_what_we_read_of_packed_lists(tmp_path, labeled):
         rows.append(f"{number}.{kind},{number % 2}" if labeled else f"{number}.{kind}")
     source = listing(tmp_path, "\n".join(["path,label" if labeled else "path", *rows]))
     made = packed(source, tmp_path / "out")
-    assert by_us(*made["train"]) == by_webdataset(*made["train"])
-    assert labels_in(*made["train"]) == ({0: 3, 1: 2} if labeled else {None: 5})
-    assert {kind for _, members in by_us(*made["train"]) for kind in members} == {
+    assert by_us(*made.train) == by_webdataset(*made.train)
+    assert labels_in(*made.train) == ({0: 3, 1: 2} if labeled else {None: 5})
+    assert {kind for _, members in by_us(*made.train) for kind in members} == {
         "png", "jpg", "jpeg", "webp", *(["cls"] if labeled else [])
     }  # fmt: skip
 
@@ -89,8 +89,8 @@ def test_every_spelling_of_a_list_is_the_same_list(tmp_path, text):
     listed(tmp_path)
     made = packed(listing(tmp_path, text), tmp_path / "out", shuffle=False, say=said.append)
     expected = [("0", {"png": picture(0), "cls": b"1"}), ("1", {"png": picture(1), "cls": b"0"})]
-    assert by_us(*made["train"]) == [*expected, ("2", {"png": picture(2), "cls": b"1"})]
-    assert made["classes"] == ["a", "b"]
+    assert by_us(*made.train) == [*expected, ("2", {"png": picture(2), "cls": b"1"})]
+    assert made.classes == ["a", "b"]
     notes = [line for line in said if "other columns" in line]
     assert [note.rpartition(": ")[2] for note in notes] == (["id, split, note"] if "split" in text else [])
 
@@ -100,7 +100,7 @@ def test_a_list_without_labels_is_said_to_be_one(tmp_path):
     listed(tmp_path)
     made = packed(listing(tmp_path, "path,lable\n0.png,a\n"), tmp_path / "out", "x.tar", say=said.append)
     assert any(line.endswith("no column is called label, so the shards have no labels") for line in said)
-    assert made["classes"] is None
+    assert made.classes is None
 
 
 def test_odd_names_and_labels_go_between_quotes(tmp_path):
@@ -108,9 +108,9 @@ def test_odd_names_and_labels_go_between_quotes(tmp_path):
         (tmp_path / name).write_bytes(picture(number))
     text = 'path,label\n"a,""b"".png","cat, ""wild"""\nü ö.png,"dog"\n" x.png",ü\n'
     made = packed(listing(tmp_path, text), tmp_path / "out", "x.tar", shuffle=False)
-    assert made["classes"] == ['cat, "wild"', "dog", "ü"]
-    assert [members["png"] for _, members in by_us(*made["train"])] == [picture(i) for i in range(3)]
-    assert by_us(*made["train"]) == by_webdataset(*made["train"])
+    assert made.classes == ['cat, "wild"', "dog", "ü"]
+    assert [members["png"] for _, members in by_us(*made.train)] == [picture(i) for i in range(3)]
+    assert by_us(*made.train) == by_webdataset(*made.train)
 
 
 def test_paths_are_relative_to_the_list_or_absolute_and_keys_are_as_in_folders(tmp_path, monkeypatch):
@@ -121,19 +121,19 @@ def test_paths_are_relative_to_the_list_or_absolute_and_keys_are_as_in_folders(t
     rows = ["sub/a.png", f"{tmp_path}/l/sub/a.b.png", "./sub//a_b.png", "../other/c.png", ".d.png"]
     source = listing(tmp_path / "l", "\n".join(["path", *rows]))
     made = packed(source, tmp_path / "out", "x.tar", shuffle=False)
-    assert keys_in(*made["train"]) == ["sub_a", "sub_a_b", "sub_a_b-2", "other_c", "_d"]
-    assert [members["png"] for _, members in by_us(*made["train"])] == [picture(i) for i in range(5)]
+    assert keys_in(*made.train) == ["sub_a", "sub_a_b", "sub_a_b-2", "other_c", "_d"]
+    assert [members["png"] for _, members in by_us(*made.train)] == [picture(i) for i in range(5)]
     monkeypatch.chdir(tmp_path / "l")
     again = packed("list.csv", tmp_path / "again", "x.tar", shuffle=False)
-    assert Path(again["train"][0]).read_bytes() == Path(made["train"][0]).read_bytes()
+    assert Path(again.train[0]).read_bytes() == Path(made.train[0]).read_bytes()
 
 
 def test_labels_from_zero_on_are_the_numbers_themselves(tmp_path):
     rows = [f"{i}.png,{label}" for i, label in enumerate([10, 2, *range(11)])]
     said: list[str] = []
     made = packed(listed(tmp_path, *rows, count=13), tmp_path / "out", shuffle=False, say=said.append)
-    assert [int(members["cls"]) for _, members in by_us(*made["train"])] == [10, 2, *range(11)]
-    assert made["classes"] == [str(i) for i in range(11)]  # and not 0, 1, 10, 2, …
+    assert [int(members["cls"]) for _, members in by_us(*made.train)] == [10, 2, *range(11)]
+    assert made.classes == [str(i) for i in range(11)]  # and not 0, 1, 10, 2, …
     assert not any("names" in line for line in said)
 
 
@@ -144,8 +144,8 @@ def test_other_numbers_are_names_and_this_is_said(tmp_path, labels):
     said: list[str] = []
     made = packed(listed(tmp_path, *(f"{i}.png,{label}" for i, label in enumerate(labels))), tmp_path / "out",
                   shuffle=False, say=said.append)  # fmt: skip
-    assert made["classes"] == sorted(labels)
-    assert [made["classes"][int(members["cls"])] for _, members in by_us(*made["train"])] == labels
+    assert made.classes == sorted(labels)
+    assert [made.classes[int(members["cls"])] for _, members in by_us(*made.train)] == labels
     assert any("they count as names" in line for line in said)
 
 
@@ -153,17 +153,17 @@ def test_classes_beside_a_list_name_its_numbers(tmp_path):
     source = listed(tmp_path, "0.png,2", "1.png,0", "2.png,2")
     (tmp_path / "classes.json").write_text('["cat", "dog", "eel", "fox"]')
     made = packed(source, tmp_path / "out", "x.tar", shuffle=False)
-    assert made["classes"] == ["cat", "dog", "eel", "fox"]
-    assert [int(members["cls"]) for _, members in by_us(*made["train"])] == [2, 0, 2]
-    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == made["classes"]
+    assert made.classes == ["cat", "dog", "eel", "fox"]
+    assert [int(members["cls"]) for _, members in by_us(*made.train)] == [2, 0, 2]
+    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == made.classes
 
 
 def test_classes_beside_a_list_number_its_names(tmp_path):
     source = listed(tmp_path, "0.png,eel", "1.png,cat")
     (tmp_path / "classes.json").write_text('["eel", "dog", "cat"]')
     made = packed(source, tmp_path / "out", "x.tar", shuffle=False)
-    assert made["classes"] == ["eel", "dog", "cat"]
-    assert [int(members["cls"]) for _, members in by_us(*made["train"])] == [0, 2]
+    assert made.classes == ["eel", "dog", "cat"]
+    assert [int(members["cls"]) for _, members in by_us(*made.train)] == [0, 2]
 
 
 @pytest.mark.parametrize(
@@ -187,9 +187,9 @@ def test_a_list_without_labels_makes_shards_without_labels(tmp_path):
     source = listed(tmp_path, *(f"{i}.png" for i in range(4)), header="path")
     (tmp_path / "classes.json").write_text('["cat", "dog"]')
     made = packed(source, tmp_path / "out", val_fraction=0.5)
-    assert made["classes"] is None
-    assert made["samples"] == {"train": 2, "val": 2}
-    assert labels_in(*made["train"], *made["val"]) == {None: 4}
+    assert made.classes is None
+    assert made.samples == {"train": 2, "val": 2}
+    assert labels_in(*made.train, *made.val) == {None: 4}
     assert not (tmp_path / "out" / "classes.json").exists()
 
 
@@ -278,7 +278,7 @@ def test_images_are_never_all_in_memory(tmp_path, kind):
     source = tmp_path / {"folder": "f", "list": "list.csv", "tar": "x.tar", "compressed": "x.tar.gz"}[kind]
     tracemalloc.start()
     try:
-        assert packed(source, tmp_path / "out")["samples"] == {"train": 24}
+        assert packed(source, tmp_path / "out").samples == {"train": 24}
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
         tracemalloc.stop()

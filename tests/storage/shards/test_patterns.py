@@ -79,10 +79,10 @@ def test_a_folder_of_class_folders_answers_with_the_command_that_packs_it(tmp_pa
     made = pack(source, out, val_fraction=float(part))
     words = shlex.split(message.splitlines()[-1].replace(",", " "))
     train, val = (words[words.index(name) + 1] for name in ("--shards", "--val"))
-    assert expand(train) == made["train"]
-    assert expand(val) == made["val"]
-    assert made["samples"] == {"train": 27, "val": 3}
-    assert len(by_us(*made["train"], *made["val"])) == 30
+    assert expand(train) == made.train
+    assert expand(val) == made.val
+    assert made.samples == {"train": 27, "val": 3}
+    assert len(by_us(*made.train, *made.val)) == 30
 
 
 def test_a_folder_of_tars_answers_with_the_pattern_that_names_them(three):

@@ -19,7 +19,7 @@ from tests.storage.helpers import by_us, by_webdataset, class_folders, keys_in, 
 def test_compressed_tars_are_repacked(tmp_path, mode):
     path = write_tar(tmp_path / "x.tar.z", samples(9), mode=mode)
     made = packed([path], tmp_path / "out", shuffle=False)
-    assert by_us(*made["train"]) == by_webdataset(path) == by_webdataset(*made["train"])
+    assert by_us(*made.train) == by_webdataset(path) == by_webdataset(*made.train)
 
 
 def test_a_compressed_tar_that_is_cut_off_is_refused(tmp_path):
@@ -43,13 +43,13 @@ def test_members_that_stand_apart_are_brought_together(tmp_path):
     members = samples(5)
     apart = [m for m in members if m[0].endswith("cls")] + [m for m in members if m[0].endswith("png")]
     made = packed([write_tar(tmp_path / "x.tar", apart)], tmp_path / "out", shuffle=False)
-    assert by_us(*made["train"]) == by_us(write_tar(tmp_path / "y.tar", members))
+    assert by_us(*made.train) == by_us(write_tar(tmp_path / "y.tar", members))
 
 
 def test_a_folder_of_tars_is_packed_too(tmp_path):
     shards = [write_tar(tmp_path / "my [x] {y}" / f"{i}.tar", samples(3, first=3 * i)) for i in range(2)]
     made = packed(tmp_path / "my [x] {y}", tmp_path / "out", shuffle=False)
-    assert keys_in(*made["train"]) == keys_in(*shards)
+    assert keys_in(*made.train) == keys_in(*shards)
 
 
 def test_a_folder_beside_other_sources_is_refused_or_packed_with_them(tmp_path):
@@ -59,7 +59,7 @@ def test_a_folder_beside_other_sources_is_refused_or_packed_with_them(tmp_path):
     except UserError as error:
         assert "folder" in str(error)  # noqa: PT017
     else:
-        assert keys_in(*made["train"]) == keys_in(*shards)
+        assert keys_in(*made.train) == keys_in(*shards)
 
 
 def test_two_tars_in_one_file_are_not_silently_one(tmp_path):
@@ -84,7 +84,7 @@ def test_a_damaged_header_does_not_end_a_source_silently(tmp_path):
 def test_shards_are_never_overwritten(tmp_path, animals):
     made = packed(animals, tmp_path, val_fraction=0.2)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    for there in [*made["train"], *made["val"]]:
+    for there in [*made.train, *made.val]:
         name = Path(there).name
         with pytest.raises(UserError, match=rf"{name}: is there already"):
             packed(animals, tmp_path, val_fraction=0.2, seed=1)
@@ -99,7 +99,7 @@ def test_another_class_list_beside_the_new_shards_is_refused(tmp_path, animals):
     for source in (other, write_tar(tmp_path / "no classes here" / "x.tar", samples(2))):
         with pytest.raises(UserError, match=r"classes\.json: already exists"):
             packed([str(source)], tmp_path / "out", "y.tar")
-    assert packed(animals, tmp_path / "out", "z-{0..1}.tar")["samples"] == {"train": 31}  # the same list is no conflict
+    assert packed(animals, tmp_path / "out", "z-{0..1}.tar").samples == {"train": 31}  # the same list is no conflict
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["cat", "dog", "eel"]
 
 
@@ -152,7 +152,7 @@ def test_refused(tmp_path, animals, name, settings, message):
 
 def test_what_was_packed_can_be_packed_again(tmp_path, animals):
     once = packed(animals, tmp_path / "a")
-    again = packed(once["train"], tmp_path / "b", "y-{0..2}.tar", seed=5)
-    assert sorted(by_us(*again["train"])) == sorted(by_us(*once["train"]))
-    assert again["classes"] == once["classes"]
-    assert cached_index(again["train"][0]) == build_index(again["train"][0])
+    again = packed(once.train, tmp_path / "b", "y-{0..2}.tar", seed=5)
+    assert sorted(by_us(*again.train)) == sorted(by_us(*once.train))
+    assert again.classes == once.classes
+    assert cached_index(again.train[0]) == build_index(again.train[0])

@@ -54,8 +54,8 @@ def test_keys_that_make_no_sample_are_refused_by_name_or_left_out_and_counted(tm
     whole = build_index(write_tar(tmp_path / "whole" / "x.tar", samples(2)))
     assert index.id == whole.id
     made = packed([path], tmp_path / "out", "y.tar", shuffle=False)
-    assert by_us(*made["train"]) == by_webdataset(*made["train"]) == by_us(path)
-    (said,) = made["left_out"]
+    assert by_us(*made.train) == by_webdataset(*made.train) == by_us(path)
+    (said,) = made.left_out
     assert said.startswith("1 key(s) make no sample, such as ")
     assert message in said
 
@@ -85,8 +85,8 @@ def test_links_are_left_out_with_their_keys(tmp_path, kind, name) -> None:
     with pytest.raises(UserError, match=r"Pack it again: `pack\("):
         require_whole(path, index.left_out)
     made = packed([path], tmp_path / "out", "y.tar", shuffle=False)
-    assert by_us(*made["train"]) == by_us(path)
-    assert made["left_out"][0].startswith(f"{len(index.left_out)} key(s) make no sample")
+    assert by_us(*made.train) == by_us(path)
+    assert made.left_out[0].startswith(f"{len(index.left_out)} key(s) make no sample")
 
 
 def test_an_index_of_a_shard_without_such_keys_is_spelled_as_it_always_was(tmp_path) -> None:
@@ -99,7 +99,7 @@ def test_many_such_keys_are_counted_and_one_is_named(tmp_path) -> None:
     path = write_tar(tmp_path / "x.tar", members)
     with pytest.raises(UserError, match=r"key 'b0' needs one image .* \(50 keys make no sample\)"):
         cached_index(path)
-    assert packed([path], tmp_path / "out", "y.tar")["left_out"][0].startswith("50 key(s) make no sample")
+    assert packed([path], tmp_path / "out", "y.tar").left_out[0].startswith("50 key(s) make no sample")
 
 
 def test_a_source_of_nothing_but_such_keys_says_so(tmp_path) -> None:
@@ -123,7 +123,7 @@ def test_an_empty_tar_is_a_shard_without_samples(tmp_path) -> None:
     assert [shard.url for shard in open_shards([empty, full], said.append)] == [full]
     assert said == [f"{empty}: no samples in it"]
     made = packed([empty, full], tmp_path / "out", "y.tar", shuffle=False)
-    assert by_us(*made["train"]) == by_us(full)
+    assert by_us(*made.train) == by_us(full)
     for take in (lambda: open_shards(empty), lambda: pack(empty, str(tmp_path / "z.tar"))):
         with pytest.raises(UserError, match="no samples in"):
             take()

@@ -63,7 +63,7 @@ def test_pack_takes_a_list_in_another_spelling_and_refuses_two_spellings_of_a_cl
     (tmp_path / "classes.json").write_text(json.dumps(NFC))
     (tmp_path / "i.png").write_bytes(picture(0))
     (tmp_path / "list.csv").write_text(f"path,label\ni.png,{NFD[1]}\n")
-    made = pack(str(tmp_path / "list.csv"), str(tmp_path / "out" / "x.tar"))["train"]
+    made = pack(str(tmp_path / "list.csv"), str(tmp_path / "out" / "x.tar")).train
     ((_, members),) = by_us(*made)
     assert members["cls"] == b"1"
     both = class_folders(tmp_path / "both", {NFC[0]: 1, NFD[0]: 1})
@@ -74,7 +74,7 @@ def test_pack_takes_a_list_in_another_spelling_and_refuses_two_spellings_of_a_cl
 
 def test_a_student_is_evaluated_on_shards_of_another_spelling(tmp_path):
     folder = class_folders(tmp_path / "images", dict.fromkeys(NFD, 2))
-    made = pack(str(folder), str(tmp_path / "x.tar"))["train"]
+    made = pack(str(folder), str(tmp_path / "x.tar")).train
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 12, "depth": 1, "num_heads": 3}
     settings = config.StudentConfig(model="vit_tiny_patch16_224", **sizes)
     model, arguments = build_student(settings, 2)

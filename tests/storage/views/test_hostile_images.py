@@ -122,7 +122,7 @@ def test_the_content_and_not_the_name_is_the_format_and_nothing_is_executed(tmp_
 
     (tmp_path / "f" / "a").mkdir(parents=True)
     (tmp_path / "f" / "a" / f"x.{ending}").write_bytes(FOREIGN[kind])
-    made = pack(str(tmp_path / "f"), str(tmp_path / "x.tar"))["train"]
+    made = pack(str(tmp_path / "f"), str(tmp_path / "x.tar")).train
     for name in ("Popen", "run", "call", "check_call", "check_output"):
         monkeypatch.setattr(subprocess, name, refuse)
     monkeypatch.setattr(os, "system", refuse)
@@ -303,7 +303,7 @@ def test_an_image_that_is_bad_is_packed_and_refused_when_it_is_rendered(tmp_path
         "zero": REFUSED_IMAGES["no width"][0],
     }.items():
         (tmp_path / "f" / "a" / f"{name}.png").write_bytes(data)
-    made = pack(str(tmp_path / "f"), str(tmp_path / "x.tar"))["train"]
+    made = pack(str(tmp_path / "f"), str(tmp_path / "x.tar")).train
     assert by_us(*made) == by_webdataset(*made)
     for _, found in by_us(*made):
         with pytest.raises(BadImage):

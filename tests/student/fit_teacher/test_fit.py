@@ -173,8 +173,8 @@ def test_the_head_on_stored_features_gives_the_live_logits(made, fitted):
     state = load_file(out)
     expected = features @ state["head.weight"].T + state["head.bias"]
     assert float((live - expected).abs().max() / live.abs().max()) <= 1e-5
-    assert max(result["errors"].values()) <= 1e-5
-    assert result["l2"] == result["tried"][0]["l2"]
+    assert max(result.errors.values()) <= 1e-5
+    assert result.l2 == result.tried[0].l2
     assert any(line.startswith("features take") for line in lines)
 
 
@@ -189,26 +189,26 @@ def test_all_but_the_head_is_the_recorded_teacher(made, fitted):
     assert json.loads(said["classes"]) == classes_of(made.shards)
     origin = json.loads(said["fitted"])
     assert origin["teacher"] == made.store.teachers()["vit"].identity.plain()
-    assert (origin["target"], origin["l2"]) == (made.targets["class_token"], result["l2"])
+    assert (origin["target"], origin["l2"]) == (made.targets["class_token"], result.l2)
 
 
 def test_it_learns_and_is_scored_on_every_validation_sample(made, fitted):
     from student.evaluation.accuracy import evaluate
 
     out, result, _ = fitted
-    assert result["samples"] == 60
-    assert result["top1"] > 80
+    assert result.samples == 60
+    assert result.top1 > 80
     student, about = load_student(out)
     view = policy(about.evaluation, about.img_size)
-    assert evaluate(student, made.val, view, about.mean, about.std).top1 == result["top1"]
+    assert evaluate(student, made.val, view, about.mean, about.std).top1 == result.top1
 
 
 @pytest.mark.parametrize("target", ["embedding", "pooled embedding"])
 def test_pooled_features_serve_too_within_their_codecs_error(made, tmp_path, target):
     result = fit_teacher(made.job(tmp_path / "t.safetensors", target), Quiet())
-    assert result["errors"]["head"] <= 1e-5
-    assert 1e-5 < result["errors"]["stored"] <= 0.1
-    assert result["top1"] > 80
+    assert result.errors["head"] <= 1e-5
+    assert 1e-5 < result.errors["stored"] <= 0.1
+    assert result.top1 > 80
 
 
 def test_a_class_token_that_the_classifier_does_not_act_on_is_refused(made, tmp_path):
@@ -309,7 +309,7 @@ def test_one_block_leaves_nothing_to_choose_by(made, tmp_path):
     whole = FitTeacherConfig(Store.open(tmp_path / "s"), small, small, tmp_path / "t.safetensors")
     with pytest.raises(UserError, match=r"one block of 64 samples leaves none .* say it: --l2"):
         fit_teacher(whole, Quiet())
-    assert fit_teacher(replace(whole, l2=0.1), Quiet())["samples"] == 30
+    assert fit_teacher(replace(whole, l2=0.1), Quiet()).samples == 30
 
 
 def test_weights_that_have_moved_are_asked_for(made, tmp_path):

@@ -296,7 +296,7 @@ def test_real_images_and_weights(shared, tmp_path, record_property):
     from precompute.teachers import teacher as teachers
     from storage.shards.pack import pack
 
-    shards = pack(str(shared / "data" / "cifar10-test-000000.tar"), str(tmp_path / "some.tar"), fraction=0.1)["train"]
+    shards = pack(str(shared / "data" / "cifar10-test-000000.tar"), str(tmp_path / "some.tar"), fraction=0.1).train
     teacher = teachers.find_teacher(
         "mobilenetv2", weights=str(shared / "weights" / "mobilenetv2_100_tf.safetensors"), input_size=128,
         arguments={"pad_type": "same"}, mean=(0.5,), std=(0.5,),

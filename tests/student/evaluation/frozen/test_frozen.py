@@ -166,7 +166,7 @@ def test_a_part_is_balanced_the_one_that_pack_keeps_and_written_down(world, othe
     whole = [label for url in others for label in cached_index(url).labels]
     assert [labels.count(n) for n in range(3)] == [max(1, round(whole.count(n) / 10)) for n in range(3)]
     packed = pack(others, str(tmp_path / "part-000000.tar"), fraction=0.1, seed=5, shuffle=False)
-    kept = [digest for url in packed["train"] for digest in cached_index(url).digests]
+    kept = [digest for url in packed.train for digest in cached_index(url).digests]
     chosen = zip(others, mine.chosen, strict=True)
     assert kept == [cached_index(url).digests[i] for url, rows in chosen for i in rows]
     mine.write(tmp_path / "list.csv")
