@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dask.system import CPU_COUNT
+
 from precompute import record_targets
 from precompute.bank_choice import candidates, settle
 from precompute.engine.dask_client import workers
 from precompute.engine.dask_runner import retry_io, run_in_process, run_on_cluster
-from precompute.engine.session import cores
 from precompute.engine.shard import block_views, open_for_store
 from precompute.engine.tasks import Failure, Outcome, SessionSettings, ShardTask, TargetOutput
 from precompute.request import PrecomputeRequest
@@ -230,7 +231,7 @@ def run_elsewhere(
     client: Client, tasks: Iterator[ShardTask], count: int, wanted: PrecomputeRequest, progress: Progress
 ) -> Iterator[tuple[str, Outcome | Failure]]:
     """Url and outcome of each task on a client's workers, as they come."""
-    threads = max(1, cores() // wanted.workers) if wanted.workers else None
+    threads = max(1, CPU_COUNT // wanted.workers) if wanted.workers else None
     return run_on_cluster(
         client, tasks, count, wanted.provider, threads, progress=progress, worker_timeout=wanted.worker_timeout
     )

@@ -45,15 +45,15 @@ def bench(
         UserError: no such folder, or as the parts do.
     """
     import torch
+    from dask.system import CPU_COUNT
 
     from pipeline.bench import learning, reading, recording
     from pipeline.bench.world import TEACHERS, World
-    from precompute.engine.session import cores
 
     device = _device(device)
     if folder is not None and not folder.is_dir():
         raise UserError(f"--folder {folder}: no such folder; it is where a temporary one is made")
-    torch.set_num_threads(cores())
+    torch.set_num_threads(CPU_COUNT)
     torch.backends.cudnn.allow_tf32 = False  # as in the sessions
     temporary = Path(tempfile.mkdtemp(prefix="bench-", dir=folder))
     rows: list[Measure] = []
@@ -99,12 +99,11 @@ def _machine(device: str) -> dict[str, Any]:
     """Where it was measured."""
     import onnxruntime
     import torch
-
-    from precompute.engine.session import cores
+    from dask.system import CPU_COUNT
 
     cuda = device.startswith("cuda")
     return {
-        "cores": cores(),
+        "cores": CPU_COUNT,
         "processor": _processor(),
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "torch": torch.__version__,

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from dask.system import CPU_COUNT
 
 from pipeline.bench.timing import Measure, Spread, cpu_seconds, interleaved, ratios, seconds
 from pipeline.bench.world import World
-from precompute.engine.session import Session, cores, open_session
+from precompute.engine.session import Session, open_session
 from precompute.engine.shard import run_task
 from precompute.engine.tasks import Outcome, ShardTask
 from precompute.run import PrecomputePlan, plan_precompute
@@ -62,7 +63,7 @@ class _Case:
         self.shard = world.photos()
         self.samples = self.shard.samples
         self.numbers = itertools.count()
-        self.session = open_session(self.store.graph(self.wanted.teacher.name, self.graph), world.provider, cores())
+        self.session = open_session(self.store.graph(self.wanted.teacher.name, self.graph), world.provider, CPU_COUNT)
 
     def task(self) -> ShardTask:
         """Everything of the shard, under a name that the store does not know yet."""
@@ -72,7 +73,7 @@ class _Case:
         """Seconds that the engine takes with a session; what it wrote is removed again."""
         task = self.task()
         outcome: list[Outcome] = []
-        taken = seconds(lambda: outcome.append(run_task(task, lambda: session, cores())))
+        taken = seconds(lambda: outcome.append(run_task(task, lambda: session, CPU_COUNT)))
         for id in (task.policy.bank, *(output.target for output in self.outputs)):
             kind = "banks" if id == task.policy.bank else "targets"
             self.store.objects.remove(f"{kind}/{id}/{outcome[0].shard.id}")
@@ -97,7 +98,7 @@ class _Case:
         pixels = [self._rendered(images, views) for views in drawn]
         values = [self.session.run(one) for one in pixels]
         arrays = [self._encoded(one) for one in values]
-        threads = ThreadPoolExecutor(cores())
+        threads = ThreadPoolExecutor(CPU_COUNT)
 
         def all_decoded() -> None:
             again = shard.read(block)
@@ -164,13 +165,13 @@ def limits(world: World, names: Sequence[str], turns: int, progress: Progress) -
             contenders["bare session"] = alone
         found = interleaved(contenders, turns)
         cpu = {part: Spread.of(found[part]).median for part in parts}
-        least = [sum(found[part][turn] for part in parts) / cores() for turn in range(turns)]
+        least = [sum(found[part][turn] for part in parts) / CPU_COUNT for turn in range(turns)]
         below = found["bare session"] if alone else least
         rate = 1 / Spread.of(found["engine"]).median
         about: dict[str, object] = {
             "samples_per_second": round(rate, 2),
             "limit": round(1 / Spread.of(below).median, 2),
-            "cores": cores(),
+            "cores": CPU_COUNT,
             "cpu_ms_per_sample": {part: round(1000 * value, 2) for part, value in cpu.items()},
         }
         words = f"precompute ÷ {'the bare session' if alone else 'what the cores allow'}"
@@ -194,7 +195,7 @@ def _session_seconds(case: _Case) -> float:
 def against_torch(world: World, names: Sequence[str], turns: int, progress: Progress) -> list[Measure]:
     """(2) The same ÷ the engine with eager PyTorch (channels last, its best batch size), and with `torch.compile`."""
     rows = []
-    torch.set_num_threads(cores())
+    torch.set_num_threads(CPU_COUNT)
     for name in names:
         case = _Case(world, name)
         progress.say(f"precompute against PyTorch, {case.name}")

@@ -177,10 +177,10 @@ class _Training:
 
 def _trained(out: Path, jobs: Sequence[_Training], console: Console) -> dict[str, float]:
     """Name -> top-1, of as many runs at a time as there are cores."""
-    from precompute.engine.session import cores
+    from dask.system import CPU_COUNT
 
     found = {}
-    with ProcessPoolExecutor(min(cores(), len(jobs)), multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(CPU_COUNT, len(jobs)), multiprocessing.get_context("spawn")) as pool:
         running = {pool.submit(job, out): job.name for job in jobs}
         for future in as_completed(running):
             try:

@@ -17,8 +17,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from dask.system import CPU_COUNT
+
 from precompute.engine.dask_client import LOST, WORKER_TIMEOUT, connected, processes
-from precompute.engine.session import Session, cores, open_session
+from precompute.engine.session import Session, open_session
 from precompute.engine.shard import run_task
 from precompute.engine.tasks import Failure, Outcome, ShardTask
 from storage.errors import UserError, first_line, is_permanent, setting
@@ -135,7 +137,7 @@ def run_in_process(
 
     with ThreadPoolExecutor(1, "task") as thread:
         for task in tasks:
-            future = thread.submit(attempt, task, provider, cores(), functools.partial(report, task.url))
+            future = thread.submit(attempt, task, provider, CPU_COUNT, functools.partial(report, task.url))
             try:
                 outcome = future.result()
             except BaseException:

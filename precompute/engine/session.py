@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from dask.system import CPU_COUNT  # that this process may use: honors affinity and the limits of containers
 
 from precompute.engine.tasks import SessionSettings
 from storage.errors import UserError, first_line, setting
@@ -65,7 +65,7 @@ def open_session(graph: bytes, provider: str = "auto", threads: int | None = Non
     parsed(graph)
     onnxruntime.set_default_logger_severity(4)  # what it would say of errors comes with them
     options = onnxruntime.SessionOptions()
-    threads = threads or cores()
+    threads = threads or CPU_COUNT
     side_by_side = min(threads, SIDE_BY_SIDE)
     options.intra_op_num_threads = threads - side_by_side + 1  # a pool that the runs share, each caller beside it
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -127,10 +127,3 @@ def _tensors(model: ModelProto) -> Iterator[TensorProto]:
         for field, value in message.ListFields():
             if field.message_type is not None:
                 left.extend([value] if hasattr(value, "ListFields") else value)
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

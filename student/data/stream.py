@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from storage.constants import BLOCK
 from storage.errors import IdentityError, UserError
+from storage.memory import memory_limit
 from storage.objects.json_record import digest_of
 from storage.progress import size_text
 from storage.shards.shard import Shard, require_labels
@@ -158,7 +159,7 @@ class Stream(IterableDataset[Batch]):
         sample += sum(codec.sample_bytes for codec in self.source.targets.values())
         need = len(self.own) * self.order.shuffle_blocks * BLOCK * sample
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks share a machine's memory
-        budget = budget or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (2 * here)
+        budget = budget or memory_limit() // (2 * here)
         if need > budget:
             raise UserError(
                 f"what is read ahead{' in each process' if here > 1 else ''} would take {size_text(need)} "

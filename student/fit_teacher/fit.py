@@ -7,7 +7,6 @@ with `classes`, whose logits can be precomputed, exported and verified like any 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from torch import nn
 
 from precompute.taps import TAPS, Tap
 from storage.errors import UserError, did_you_mean
+from storage.memory import memory_limit
 from storage.objects.state_dict import save_state
 from storage.objects.weights_file import WeightsFile
 from storage.progress import Progress, size_text
@@ -217,7 +217,7 @@ def read_examples(
         )
     count, width = stream.order.samples * views, codec.shape[0]
     need = count * (4 * width + 28)
-    budget = memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    budget = memory or memory_limit() // 2
     say(f"features take {size_text(need)} of memory")
     if need > budget:
         raise UserError(

@@ -279,7 +279,7 @@ def test_the_same_samples_under_two_paths_are_refused(world, tmp_path):
 
 def test_ranks_share_the_memory_of_their_machine(world, monkeypatch):
     machine = 2 * stream(world).memory
-    monkeypatch.setattr("os.sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else machine)
+    monkeypatch.setattr("distributed.system.MEMORY_LIMIT", machine)
     stream(world)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(UserError, match="what is read ahead in each process would take"):
