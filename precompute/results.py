@@ -1,4 +1,4 @@
-"""What the commands of this room give; `--json` prints the fields as they are."""
+"""What the commands of this room give; their JSON results have these fields."""
 
 from __future__ import annotations
 
