@@ -53,14 +53,14 @@ def choose_policy(
             hint=f"Choose one by {setting('view_policy', 'P')}, {setting('view_size', 'N')} and {setting('seed', 'N')}",
         )
     policy, name = policies[0], _differing(policies[0], wanted, fields)[0]
-    what = {"line": "view policy", "size": "view size", "seed": "seed"}[name]
+    field = {"line": "view policy", "size": "view size", "seed": "seed"}[name]
     hint = (
         "All targets of a training run need the same views, those of one bank. Leave the setting out to use the views "
         f"that exist, or make others beside them: {setting('new_bank', True)}"
     )
     words = ("the store has", "asked for")
     raise IdentityError(
-        f"{store.url}: bank {policy.bank}", what, getattr(policy, name), getattr(wanted, name), hint, words
+        f"{store.url}: bank {policy.bank}", field, getattr(policy, name), getattr(wanted, name), hint, words
     )
 
 

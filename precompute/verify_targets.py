@@ -126,9 +126,9 @@ class LiveTargets:
         teacher = teacher_of(name, self.teachers[name], self.files[name])
         taps = {id: Tap.of(manifest.identity) for id, manifest in targets.items()}
         distinct = list(dict.fromkeys(taps.values()))
-        what = "file run by itself" if teacher.ready else "PyTorch teacher"
+        reference = "file run by itself" if teacher.ready else "PyTorch teacher"
         run = (_file if teacher.ready else _network)(teacher, distinct, bank_policy(self.store, bank).size)
-        self.report.compared_with[name] = f"{what} ({self.files[name]})"
+        self.report.compared_with[name] = f"{reference} ({self.files[name]})"
 
         def values(images: np.ndarray) -> dict[str, np.ndarray]:
             parts = [run(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
@@ -141,10 +141,10 @@ class LiveTargets:
         made_by = {id: manifest.graph_output for id, manifest in targets.items()}
         graphs = {digest: open_session(self.store.graph(name, digest)) for digest, _ in made_by.values()}
         weights = self.teachers[name].weights
-        why = f"{weights} not found: {setting('weights', 'F')}"
+        reason = f"{weights} not found: {setting('weights', 'F')}"
         if weights == HUB:
-            why = "its weights came from the timm hub"
-        self.report.compared_with[name] = f"stored graph ({why})"
+            reason = "its weights came from the timm hub"
+        self.report.compared_with[name] = f"stored graph ({reason})"
 
         def values(images: np.ndarray) -> dict[str, np.ndarray]:
             outputs = {digest: session.run(images) for digest, session in graphs.items()}

@@ -19,7 +19,7 @@ def classes_of(urls: Iterable[str]) -> list[str] | None:
     Raises:
         UserError: shards from several folders whose lists differ, or a file that is no list of distinct names.
     """
-    found: dict[str, list[str]] = {}
+    by_file: dict[str, list[str]] = {}
     for folder in sorted({folder_of(url)[0] for url in urls}):
         name = f"{folder.rstrip('/')}/classes.json"
         try:
@@ -32,10 +32,10 @@ def classes_of(urls: Iterable[str]) -> list[str] | None:
         names = all_normalized(content) if good else []
         if not names or len(set(names)) < len(names):
             raise UserError(f"{name}: expected a list of distinct class names, in the order of the labels")
-        found[name] = names
-    lists = list(found.values())
+        by_file[name] = names
+    lists = list(by_file.values())
     if any(other != lists[0] for other in lists):
-        raise UserError(f"the shards' class lists differ: {', '.join(found)}; training needs one list")
+        raise UserError(f"the shards' class lists differ: {', '.join(by_file)}; training needs one list")
     return lists[0] if lists else None
 
 

@@ -131,8 +131,8 @@ def _rows(listing: Path, say: Callable[[str], None]) -> list[tuple[int, str, str
         try:
             header = [name.strip().lower() for name in next(reader, [])]
             if header.count("path") != 1 or header.count("label") > 1:
-                found = f"found {','.join(header)[:200]!r}" if reader.line_num else "the file is empty"
-                raise UserError(f"{listing}, line 1: the first line names the columns; {found}", hint=_EXPECTED)
+                problem = f"found {','.join(header)[:200]!r}" if reader.line_num else "the file is empty"
+                raise UserError(f"{listing}, line 1: the first line names the columns; {problem}", hint=_EXPECTED)
             for row in reader:
                 where = f"{listing}, line {reader.line_num}"
                 if not "".join(row).strip() and len(row) < 2:

@@ -41,12 +41,12 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
 def braces(text: str) -> list[str]:
     """All that a text with braces stands for. Raises UserError."""
     try:
-        found = list(itertools.islice(braceexpand.braceexpand(text), MANY + 1))
+        names = list(itertools.islice(braceexpand.braceexpand(text), MANY + 1))
     except ValueError:
         raise UserError(f"{text}: its braces do not close; expected something like {{000000..000009}}") from None
-    if len(found) > MANY:
+    if len(names) > MANY:
         raise UserError(f"{text}: its braces stand for more than {MANY:,} names")
-    return found
+    return names
 
 
 def _existing(url: str, pattern: str) -> list[str]:

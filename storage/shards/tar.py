@@ -146,8 +146,8 @@ def flaw(key: str, parts: Sequence[Part]) -> str | None:
     if len(images) == 1:
         return None
     kinds = images or sorted(names)
-    found = ", ".join(kind[:40] for kind in kinds[:6]) + ", …" * (len(kinds) > 6)
-    return f"key {key!r} needs one image ({', '.join(IMAGES)}), found {found}"
+    listed = ", ".join(kind[:40] for kind in kinds[:6]) + ", …" * (len(kinds) > 6)
+    return f"key {key!r} needs one image ({', '.join(IMAGES)}), found {listed}"
 
 
 def to_sample(key: str, parts: Sequence[Part], where: str) -> Sample:

@@ -220,8 +220,8 @@ def load(model: type[M], data: bytes, name: str, id: str) -> M:
     """
     content = json_record.from_json(data, name)
     if (content.get("kind"), content.get("id")) != (model.KIND, id):
-        found = f"{content.get('kind')} {content.get('id')}"
-        raise DamageError(f"{name}: damaged: expected the {model.KIND} {id}, found {reprlib.repr(found)}", hint=_COPY)
+        named = f"{content.get('kind')} {content.get('id')}"
+        raise DamageError(f"{name}: damaged: expected the {model.KIND} {id}, found {reprlib.repr(named)}", hint=_COPY)
     require_format(content, name)
     return checked(model, content, name, _COPY)
 
