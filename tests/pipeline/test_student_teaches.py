@@ -69,7 +69,7 @@ def test_the_card_s_command_makes_a_student_a_teacher_of_another(world, place, c
 
     result = train(world, capsys, "--store", str(place / "store"), "--out", str(place / "heads"))
     assert result["targets"] == {"head_specific": made["targets"][:2]}
-    rule = {"losses.head_specific.loss": "kl", "losses.head_specific.adaptive": "teacher-correct"}
+    rule = {"losses.head_specific.distance": "kl", "losses.head_specific.adaptive": "teacher-correct"}
     result = train(world, capsys, "--store", str(place / "store"), "--out", str(place / "kl"), **rule)
     assert result["targets"] == {"head_specific": made["targets"]}, "its classes are known: no --same-classes"
     lines = [json.loads(line) for line in (place / "kl" / "log.jsonl").read_text().splitlines()]

@@ -197,7 +197,7 @@ def test_contract_10_logits_of_other_classes_are_refused(world, tmp_path, capsys
             {"losses.advit.teacher": "vitt", "losses.advit.layers": "last"},
             "losses.advit.teacher: asked for vit",
         ),
-        ("aal", {"losses.deit.kind": "hrad"}, "losses.deit.kind"),
+        ("aal", {"losses.deit.distillation_type": "hrad"}, "losses.deit.distillation_type: should be 'hard'"),
         ("aal", {"losses.aal.weight.until": -1}, "losses.aal.weight.until"),
     ],
 )
