@@ -194,7 +194,7 @@ def test_contract_5_another_teacher_under_a_recorded_name_is_refused_and_changes
     assert (caught.value.field, caught.value.expected, caught.value.found) == (
         field, recorded.identity.plain()[field], other.identity.plain()[field],
     )  # fmt: skip
-    assert "--teacher-name cnn-2" in str(caught.value)
+    assert "`teacher_name=cnn-2`" in str(caught.value)
     assert snapshot(place) == before
 
 

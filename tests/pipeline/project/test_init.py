@@ -19,7 +19,7 @@ from pipeline.project.context import load
 from pipeline.project.init import init, look, sizes
 from storage.errors import UserError
 from storage.progress import NoProgress
-from storage.shards.index import ShardIndex, cached_index
+from storage.shards.shard import Shard, open_shard
 from storage.testing import TINY_VIT, synthetic_shards
 from storage.views.render import BadImage, size_in
 from tests.typed import present
@@ -121,11 +121,11 @@ def test_of_many_shards_a_few_are_read(tmp_path, monkeypatch, capsys) -> None:
     synthetic_shards(tmp_path / "data", shards=20, samples=30)
     read = []
 
-    def index(url: str, **how: Any) -> ShardIndex:
+    def counted(url: str, **how: Any) -> Shard:
         read.append(url)
-        return cached_index(url, **how)
+        return open_shard(url, **how)
 
-    monkeypatch.setattr("precompute.plan.cached_index", index)
+    monkeypatch.setattr("precompute.plan.open_shard", counted)
     out = command(f"pipeline init {tmp_path / 'data'} --out {tmp_path / 'p.yaml'} --json", capsys)
     result = json.loads(out)
     assert len(read) <= 8

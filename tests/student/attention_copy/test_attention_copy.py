@@ -335,7 +335,7 @@ def test_a_control_copies_what_cannot_know_the_image_in_evaluation_too(
     else:
         attach_stored_attention(model, about, None, open_shards(world.shards))
         source = present(present(attention_copy_hooks(model)).source)
-        assert source.stored.source(world.shards[0], Store.open(place).shard_ids()[0]).permute == 3
+        assert source.stored.source(open_shards(world.shards)[0]).permute == 3
         plain = attention_copy_hooks(load_student(trained / "last.safetensors")[0])
         assert present(plain).source is None
         assert "is a control" in asked(capsys, "predict", out, image, status=1)["error"]

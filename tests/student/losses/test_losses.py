@@ -325,8 +325,8 @@ class TwoHeads(nn.Module):
 
 def two(losses: dict[str, Any], target: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
     recipe = validate({"losses": losses}, "test")
-    manifest = {"id": "t", "identity": {}, "sample_shape": [3]}
-    both: dict[str, Any] = {"deit": (SimpleNamespace(target=manifest, teacher={"id": "t", "classes": None}, id="t"),)}
+    manifest, teacher = SimpleNamespace(id="t", sample_shape=[3]), SimpleNamespace(id="t", classes=None)
+    both: dict[str, Any] = {"deit": (SimpleNamespace(target=manifest, teacher=teacher, id="t"),)}
     torch.manual_seed(0)
     distiller = Distiller(recipe, TwoHeads(), both if "deit" in losses else {}, mean=(0.5,) * 3, std=(0.5,) * 3)
     images = torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
