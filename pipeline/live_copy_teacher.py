@@ -33,9 +33,9 @@ def live_copy_teacher(model: nn.Module, about: StudentDescription, store: str | 
     hooks, record = attention_copy_hooks(model), about.attention_copy
     if hooks is None or hooks.fixed or record is None:
         return lambda _images: nullcontext()
-    if record["permute"] is not None:
+    if record.permute is not None:
         raise UserError("this student is a control: it copies the attention of other images of a block, not of these")
-    opened = Store.open(store or record["store"])
+    opened = Store.open(store or record.store)
     copier, targets = copier_of(model, record, opened)
     device, made_by = next(model.parameters()).device, [stored.target.graph_output for stored in targets]
     teacher = targets[0].teacher.id

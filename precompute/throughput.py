@@ -88,7 +88,9 @@ def measure(
         UserError: a measured shard fails.
     """
     wanted = job.wanted
-    read = sorted((one for one in shards if one.opened is not None and one.samples), key=lambda shard: shard.samples)
+    read = sorted(
+        (known for known in shards if known.opened is not None and known.samples), key=lambda shard: shard.samples
+    )
     began = time.monotonic()
     build_index(read[0].url)
     indexing = (time.monotonic() - began) / read[0].samples

@@ -194,8 +194,8 @@ def differences(codec: Codec, arrays: dict[str, np.ndarray], live: np.ndarray) -
     largest = np.abs(live).max(axes)
     floor = max(float(largest.max()) / 50, 1e-12)
     each = np.abs(stored - live).max(axes) / np.maximum(largest, floor)
-    found: np.ndarray = np.maximum(each.reshape(len(live), -1).max(1), masses)
-    return found
+    largest_of_each: np.ndarray = np.maximum(each.reshape(len(live), -1).max(1), masses)
+    return largest_of_each
 
 
 def teacher_of(name: str, manifest: TeacherManifest, weights: str) -> Teacher:

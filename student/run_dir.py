@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 from storage.errors import UserError
 from storage.objects.atomic import atomic_write, temporary_path
@@ -29,6 +30,28 @@ _FILES = (
 _LEFT = (*(temporary_path(Path(name)).name for name in _FILES), *_FILES, "args.yaml", SMOKE)
 
 
+class TrainResult(TypedDict):
+    """What a run gave; scores are percent, and None where they could not be taken."""
+
+    run: str
+    top1: float | None
+    top5: float | None
+    best_top1: float | None
+    ema_top1: NotRequired[float]
+    ema_top5: NotRequired[float | None]
+    samples: int | None
+    epochs: int
+    steps: int
+    targets: dict[str, list[str]]
+    bank: str | None
+    policy: str
+    views: int | None
+    control: dict[str, Any]
+    precision: dict[str, Any]
+    seconds: float
+    smoke: bool
+
+
 def is_smoke(out: Path) -> bool:
     """Whether a smoke run lies in a folder."""
     return (out / SMOKE).exists()
@@ -36,8 +59,8 @@ def is_smoke(out: Path) -> bool:
 
 def never_kept(out: Path) -> bool:
     """Whether a run lies here that was cut off before its first checkpoint, and nothing else."""
-    there = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    return "args.yaml" in there and not there & {CHECKPOINT, RESULT, SMOKE} and there <= {*_LEFT}
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    return "args.yaml" in names and not names & {CHECKPOINT, RESULT, SMOKE} and names <= {*_LEFT}
 
 
 def require_free(out: Path) -> None:
@@ -77,16 +100,15 @@ def begin(out: Path, smoke: bool) -> None:
         )
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """A JSON object for people, whole or not at all."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def result(out: Path) -> dict[str, Any] | None:
+def result(out: Path) -> TrainResult | None:
     """What a complete run gave; None where it was cut off before it was written."""
-    found: dict[str, Any] | None = upgraded_run(_object(out / RESULT))
-    return found
+    return cast("TrainResult | None", upgraded_run(_object(out / RESULT)))
 
 
 def about(out: Path) -> dict[str, Any]:

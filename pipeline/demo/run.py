@@ -171,8 +171,7 @@ class _Training:
         recipe = load_recipe(self.recipe, [*_SHORT, *self.settings, f"seed={self.seed}"])
         store = Store.open(self.store) if self.store else None
         config = TrainConfig(recipe=recipe, shards=self.shards, val=self.val, out=out / self.name, store=store)
-        top1: float = train(config)["top1"]
-        return top1
+        return train(config)["top1"] or 0.0
 
 
 def _trained(out: Path, jobs: Sequence[_Training], console: Console) -> dict[str, float]:

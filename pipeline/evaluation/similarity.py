@@ -125,7 +125,7 @@ def measure_similarity(
         view = member.about.evaluation_policy
         reference = find_teacher_targets(opened, teacher, targets, opened_shards, view)
         if member.about.attention_copy is not None:
-            copied_from = store_of(member.about.attention_copy["store"], store)
+            copied_from = store_of(member.about.attention_copy.store, store)
             attach_stored_attention(member.model, member.about, copied_from, opened_shards)
         comparison = SimilarityComparison(
             member.model, member.about, member.name, shards=opened_shards, reference=reference, tokens=tokens

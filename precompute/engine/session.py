@@ -45,8 +45,8 @@ class Session:
         return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
 
     def _run(self, images: np.ndarray) -> list[np.ndarray]:
-        found: list[np.ndarray] = self._session.run(None, {self._input: images})
-        return found
+        outputs: list[np.ndarray] = self._session.run(None, {self._input: images})
+        return outputs
 
 
 def open_session(graph: bytes, provider: str = "auto", threads: int | None = None) -> Session:

@@ -191,8 +191,8 @@ class ShardPass:
         image = self._decode(sample)
         pixels: dict[int, np.ndarray] = {}
         drawn: dict[int, View] = {}
-        for view, there in known.items():
-            replayed = self._replay(view, there, i, sample, image)
+        for view, bank_view in known.items():
+            replayed = self._replay(view, bank_view, i, sample, image)
             if replayed is not None:
                 pixels[view] = replayed
         if image is not None:
@@ -202,15 +202,15 @@ class ShardPass:
         return pixels, drawn
 
     def _replay(
-        self, view: int, there: BankView, i: int, sample: Sample, image: Image.Image | None
+        self, view: int, bank_view: BankView, i: int, sample: Sample, image: Image.Image | None
     ) -> np.ndarray | None:
         where = f"{self.task.url}, view {view}"
-        if there.view(i).valid != (image is not None):
+        if bank_view.view(i).valid != (image is not None):
             said = ("invalid", "valid")
             raise IdentityError(
-                f"{where}, key {sample.key}", "image", said[there.view(i).valid], said[image is not None]
+                f"{where}, key {sample.key}", "image", said[bank_view.view(i).valid], said[image is not None]
             )
-        return there.replay(i, sample, image, self.policy.size, where) if image else None
+        return bank_view.replay(i, sample, image, self.policy.size, where) if image else None
 
     def _decode(self, sample: Sample) -> Image.Image | None:
         try:

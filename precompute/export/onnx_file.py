@@ -66,16 +66,16 @@ class OutputTaps(nn.Module):
 
     def forward(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The taps, f32 `[B, …]`, of the file's tensors in the order of `names`."""
-        given = dict(zip(self.names, tensors, strict=True))
-        found = []
+        by_name = dict(zip(self.names, tensors, strict=True))
+        outputs = []
         for tap in self.taps:
-            layers = [given[name].float() for name in tap.chosen]
+            layers = [by_name[name].float() for name in tap.chosen]
             if tap.info.gridded:
                 matrices = [self.get_buffer(tap.grid_name(self.sides[name])) for name in tap.chosen]
-                found.append(torch.cat([m @ maps @ m.T for m, maps in zip(matrices, layers, strict=True)], 1))
+                outputs.append(torch.cat([m @ maps @ m.T for m, maps in zip(matrices, layers, strict=True)], 1))
             else:
-                found.append(torch.stack(layers, 1) if tap.info.layered else layers[0].clone())
-        return tuple(found)
+                outputs.append(torch.stack(layers, 1) if tap.info.layered else layers[0].clone())
+        return tuple(outputs)
 
 
 def names_of(taps: Sequence[Tap]) -> tuple[str, ...]:
@@ -113,11 +113,11 @@ class ReferenceRunner:
         with torch.no_grad():
             pixels = self.input(torch.from_numpy(np.ascontiguousarray(images))).numpy()
         try:
-            found = self.session.run(pixels)
+            arrays = self.session.run(pixels)
         except Exception as error:  # onnxruntime's exceptions have no common type; numpy's where batches differ
             shape = [1, *pixels.shape[1:]]
             raise UserError(f"{self.path}: it cannot be run on {len(pixels)} x {shape}: {first_line(error)}") from None
-        for name, values in zip(self.names, found, strict=True):
+        for name, values in zip(self.names, arrays, strict=True):
             where, shape = f"{self.path}: its tensor {name}", list(getattr(values, "shape", ()))
             if not isinstance(values, np.ndarray) or values.dtype.name not in onnx_file.PRECISIONS:
                 kind = values.dtype.name if isinstance(values, np.ndarray) else type(values).__name__
@@ -126,18 +126,18 @@ class ReferenceRunner:
                 raise UserError(f"{where} is {shape} for {len(images)} images; expected one row each")
             if not np.isfinite(values).all():
                 raise UserError(f"{where}: some of its values are not finite numbers")
-        return found
+        return arrays
 
     def __call__(self, images: np.ndarray) -> list[np.ndarray]:
         """The taps, f32 `[n, …]` each. Raises UserError as `tensors`, or for tensors that are not their taps'."""
-        found = self.tensors(images)
+        tensors = self.tensors(images)
         if self.output is None:
-            by_name = dict(zip(self.names, found, strict=True))
+            by_name = dict(zip(self.names, tensors, strict=True))
             for tap in self.taps:
                 _require(self.graph, tap, by_name)
             self.output = OutputTaps(self.taps, {n: v.shape[-1] for n, v in by_name.items() if v.ndim == 4}).eval()
         with torch.no_grad():
-            return [tap.numpy() for tap in self.output([torch.from_numpy(values) for values in found])]
+            return [tap.numpy() for tap in self.output([torch.from_numpy(values) for values in tensors])]
 
     def require_free_batch(self, images: np.ndarray) -> None:
         """Raise UserError where two images together do not give what each gives by itself."""
@@ -152,13 +152,13 @@ class ReferenceRunner:
             )
         try:
             each = [self.tensors(image[None]) for image in images]
-            found = self.tensors(images)
+            arrays = self.tensors(images)
         except UserError as error:
             raise UserError(f"{error.message}{why}", hint=hint if fixed else error.hint) from None
-        for i, (name, together) in enumerate(zip(self.names, found, strict=True)):
-            for one, alone in zip(np.split(together, len(images)), (tensors[i] for tensors in each), strict=True):
-                same = one.shape == alone.shape
-                apart = float(np.abs(one - alone).max() / max(np.abs(alone).max(), 1e-12)) if same else math.inf
+        for i, (name, together) in enumerate(zip(self.names, arrays, strict=True)):
+            for part, alone in zip(np.split(together, len(images)), (tensors[i] for tensors in each), strict=True):
+                same = part.shape == alone.shape
+                apart = float(np.abs(part - alone).max() / max(np.abs(alone).max(), 1e-12)) if same else math.inf
                 if not apart <= PARITY:
                     raise UserError(
                         f"{self.path}: {name} of two images together differs from that of each alone by {apart:.2g} of "
@@ -245,9 +245,9 @@ def export_ready(
     graph = _joined(alone, views[:2])
     with _errors_of(f"{alone.path}: joined with its taps"):
         session = open_session(graph, provider)
-        found = session.run(images)
+        outputs = session.run(images)
     parity = tuple(
-        compare([output[:CHECKED] for output in found], expected, taps, teacher.name, "the file run by itself")
+        compare([output[:CHECKED] for output in outputs], expected, taps, teacher.name, "the file run by itself")
     )
     return Exported(
         graph=graph,
@@ -255,7 +255,7 @@ def export_ready(
         shapes=tuple(output.shape[1:] for output in expected),
         details=details,
         parity=parity,
-        values=tuple(found),
+        values=tuple(outputs),
         session=session.settings,
         attention_error=None,
     )

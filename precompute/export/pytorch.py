@@ -102,15 +102,15 @@ def read_taps(module: TappedTeacher, views: Tensor, name: str) -> tuple[list[Ten
         if any(tap.name in ATTENTION for tap in module.taps):
             values = any(tap.name == "v" for tap in module.taps)
             error = check_attention(module.model, module.prepare(views), values=values)
-        given = list(module(views))
-    for tap, output in zip(module.taps, given, strict=True):
+        outputs = list(module(views))
+    for tap, output in zip(module.taps, outputs, strict=True):
         axes = tap.info.axes
         if output.ndim != 1 + len(axes):
             raise UserError(
                 f"{name}: its {tap.name} has the shape {tuple(output.shape[1:])} for an image; expected "
                 f"[{', '.join(axes)}]"
             )
-    return given, error
+    return outputs, error
 
 
 def export(
@@ -275,10 +275,10 @@ def compare(
         UserError: another shape, or more than `PARITY`; `name` and `other` are what errors call the two.
     """
     errors = []
-    for tap, mine, theirs in zip(taps, values, expected, strict=True):
-        if mine.shape != theirs.shape:
-            raise UserError(f"{name}: {tap.name}: the graph gives {mine.shape}, {other} {theirs.shape}")
-        errors.append(float(np.abs(mine - theirs).max() / max(np.abs(theirs).max(), 1e-12)))
+    for tap, ours, theirs in zip(taps, values, expected, strict=True):
+        if ours.shape != theirs.shape:
+            raise UserError(f"{name}: {tap.name}: the graph gives {ours.shape}, {other} {theirs.shape}")
+        errors.append(float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-12)))
         if not errors[-1] <= PARITY:
             raise UserError(
                 f"{name}: {tap.name}: the exported graph differs from {other} by {errors[-1]:.2g} of the "

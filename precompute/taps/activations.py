@@ -30,7 +30,7 @@ def cnn_stages(model: nn.Module, at: At = "norm") -> list[tuple[str, nn.Module]]
         UserError: the network has no stages that are known here, or a stage without a normalization over maps.
     """
     names = {module: name for name, module in model.named_modules()}
-    found: list[tuple[str, nn.Module]] = []
+    stages: list[tuple[str, nn.Module]] = []
     for stage in _stages(model):
         blocks = getattr(stage, "blocks", stage)
         last = list(blocks.children())[-1]
@@ -39,8 +39,8 @@ def cnn_stages(model: nn.Module, at: At = "norm") -> list[tuple[str, nn.Module]]
             raise UserError(
                 f"{type(model).__name__}: stage {names[stage]} has no batch or group normalization to read maps after"
             )
-        found.append((names[norms[-1]], norms[-1]) if at == "norm" else (names[last], last))
-    return found
+        stages.append((names[norms[-1]], norms[-1]) if at == "norm" else (names[last], last))
+    return stages
 
 
 def _stages(model: nn.Module) -> list[nn.Module]:

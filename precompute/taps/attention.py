@@ -177,11 +177,11 @@ class AttentionTaps:
     @property
     def v(self) -> list[Tensor]:
         """Values of the last forward pass, a tensor a layer: the last third of the joint projection."""
-        found = []
+        values = []
         for n, heads in zip(self.layers, self.heads, strict=True):
             batch, tokens, width = self._qkv[n].shape
-            found.append(self._qkv[n].reshape(batch, tokens, 3, heads, width // (3 * heads))[:, :, 2].transpose(1, 2))
-        return found
+            values.append(self._qkv[n].reshape(batch, tokens, 3, heads, width // (3 * heads))[:, :, 2].transpose(1, 2))
+        return values
 
     def remove(self) -> None:
         """Take the hooks off."""

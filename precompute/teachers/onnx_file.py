@@ -187,13 +187,13 @@ def named_outputs(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """
     from precompute.taps import check_tap
 
-    found: dict[str, tuple[str, ...]] = {}
+    tensors: dict[str, tuple[str, ...]] = {}
     for text in texts:
         tap, equals, tensor = text.partition("=")
         if not equals or not tensor:
             raise UserError("expected TAP=TENSOR, such as logits=output", setting=setting("tap_tensor", text))
-        found[check_tap(tap)] = (*found.get(tap, ()), tensor)
-    return found
+        tensors[check_tap(tap)] = (*tensors.get(tap, ()), tensor)
+    return tensors
 
 
 def given_tensors(path: str, tensors: Mapping[str, Sequence[str]], wishes: Sequence[TargetSpec]) -> list[TargetSpec]:
@@ -239,8 +239,8 @@ def given_tensors(path: str, tensors: Mapping[str, Sequence[str]], wishes: Seque
 def _logits(graph: OnnxGraph) -> str:
     """The tensor that is likely to be a classifier's: the first output, or what it is the softmax of."""
     first = (*graph.outputs, "output")[0]
-    found = graph.before_squashing(first)
-    return found[1] if found else first
+    before = graph.before_squashing(first)
+    return before[1] if before else first
 
 
 def anatomy(path: str) -> Anatomy:

@@ -159,11 +159,11 @@ class LocalObjectStore:
 
     def walk(self, folder: str) -> list[str]:
         """The sorted keys of all objects below a folder."""
-        found = []
+        keys = []
         for path, _, names in os.walk(self.root / folder):
             here = Path(path).relative_to(self.root)
-            found += [(here / name).as_posix() for name in names if not is_litter(name)]
-        return sorted(found)
+            keys += [(here / name).as_posix() for name in names if not is_litter(name)]
+        return sorted(keys)
 
     def remove(self, key: str) -> None:
         """Remove a file, or a folder with all that is in it."""
@@ -236,10 +236,10 @@ class RemoteObjectStore:
         self.files.invalidate_cache()
         try:
             with networked(self.url):
-                found = self.files.ls(self._path(folder), detail=False)
+                paths = self.files.ls(self._path(folder), detail=False)
         except FileNotFoundError:
             return []
-        return sorted(name for path in found if not is_litter(name := path.rstrip("/").rsplit("/", 1)[-1]))
+        return sorted(name for path in paths if not is_litter(name := path.rstrip("/").rsplit("/", 1)[-1]))
 
     def walk(self, folder: str) -> list[str]:
         """The sorted keys of all objects below a folder."""

@@ -70,7 +70,7 @@ def listing(folder: Path) -> Listing:
     Raises:
         UserError: a folder in it cannot be read.
     """
-    found = Listing(files=[], lost=[], special=[], litter=[], loops=[])
+    below = Listing(files=[], lost=[], special=[], litter=[], loops=[])
     waiting: list[tuple[Path, frozenset[tuple[int, int]]]] = [(folder, frozenset())]
     while waiting:
         place, above = waiting.pop()
@@ -78,28 +78,28 @@ def listing(folder: Path) -> Listing:
             state = place.stat()
             here = (state.st_dev, state.st_ino)
             if here in above:
-                found.loops.append(place)
+                below.loops.append(place)
                 continue
             with os.scandir(place) as entries:
                 for entry in entries:
                     path = place / entry.name
                     if is_litter(entry.name):
-                        found.litter.append(path)
+                        below.litter.append(path)
                         continue
                     about = path if entry.is_symlink() else entry  # an entry fails where a link leads to itself
                     if about.is_dir():
                         waiting.append((path, above | {here}))
                     elif about.is_file():
-                        found.files.append(path)
+                        below.files.append(path)
                     else:
-                        (found.special if path.exists() else found.lost).append(path)
+                        (below.special if path.exists() else below.lost).append(path)
         except OSError as error:
             raise UserError(
                 f"{error.filename or place}: cannot be read: {first_line(error)}", hint="Fix or remove it."
             ) from None
-    for paths in (found.files, found.lost, found.special, found.litter, found.loops):
+    for paths in (below.files, below.lost, below.special, below.litter, below.loops):
         paths.sort()
-    return found
+    return below
 
 
 def tars_in(folder: Path) -> list[Path]:
@@ -110,9 +110,9 @@ def tars_in(folder: Path) -> list[Path]:
 def matching(pattern: str) -> list[str]:
     """The paths that a pattern with wildcards matches, sorted; where a wildcard stands, it matches no litter."""
     wild = [any(c in part for c in "*?[") for part in Path(pattern).parts]
-    found = sorted(glob.glob(pattern))  # noqa: PTH207
+    paths = sorted(glob.glob(pattern))  # noqa: PTH207
     return [
         path
-        for path in found
+        for path in paths
         if not any(is_litter(part) for part, open_ in zip(Path(path).parts, wild, strict=True) if open_)
     ]

@@ -32,17 +32,17 @@ def class_folders(folder: Path, say: Callable[[str], None]) -> tuple[ImageSource
     """
     classes = folders_in(folder)
     require_classes_alone(folder, classes)
-    found = listing(folder)
-    if found.lost:
+    below = listing(folder)
+    if below.lost:
         raise UserError(
-            f"{folder}: {counted('link(s) lead nowhere', found.lost)}",
+            f"{folder}: {counted('link(s) lead nowhere', below.lost)}",
             hint=f"Fix or remove them. This lists all of them: find -L {shlex.quote(str(folder))} -type l",
         )
     files: ImageSources = []
     others: list[Path] = []
     loose = 0
     labels = {name: label for label, name in enumerate(classes)}
-    for path in found.files:
+    for path in below.files:
         inside = path.relative_to(folder)
         if is_image(path) and len(inside.parts) > 1:
             files.append((path, inside, labels[inside.parts[0]]))
@@ -65,7 +65,7 @@ def class_folders(folder: Path, say: Callable[[str], None]) -> tuple[ImageSource
     if len(classes) == 1:
         say(f"{folder}: only one class, {classes[0]}: a classifier needs two or more")
     odd_ones = [counted("file(s) are no images in class folders", others)] if others else []
-    return files, classes, [*odd_ones, *found.left_out()]
+    return files, classes, [*odd_ones, *below.left_out()]
 
 
 def shards_in(folder: Path) -> tuple[list[str], list[str]]:
@@ -109,10 +109,10 @@ def read_listing(listing: Path, say: Callable[[str], None]) -> tuple[ImageSource
         if not is_image(path):
             raise UserError(f"{where}: {text[:200]!r} is no image that is read; expected one of {', '.join(IMAGES)}")
         try:
-            there = path.is_file()
+            exists = path.is_file()
         except OSError as error:
             raise UserError(f"{where}: {text[:200]!r} cannot be opened: {first_line(error)}") from None
-        if not there:
+        if not exists:
             hint = "Paths are relative to the CSV's folder, or absolute."
             raise UserError(f"{where}: there is no file {path}", hint=hint)
         within = os.path.relpath(path, listing.parent)

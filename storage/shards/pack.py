@@ -246,17 +246,19 @@ def _uncompressed(url: str, scratch: Path) -> str:
 def _tar(path: str, url: str, flaws: list[str]) -> list[PackSource]:
     """The samples of a plain tar, whatever the order of their members is; `flaws` gets a word on each key without."""
     runs: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    found: dict[str, list[Part]] = defaultdict(list)
+    parts_by_key: dict[str, list[Part]] = defaultdict(list)
     with open_file(path) as file:
         stop = 0
         for key, parts, start, stop in iter_samples(file, url, together=False):
             runs[key].append((start, stop))
             # of the bytes only the label's are kept: a tar may be larger than the memory
-            found[key] += [(kind, data and (data.strip()[:20] if kind == "cls" else b"")) for kind, data in parts]
+            parts_by_key[key] += [
+                (kind, data and (data.strip()[:20] if kind == "cls" else b"")) for kind, data in parts
+            ]
         if runs:
             closing_zeros(file, stop, url)  # nothing else may follow: tarfile ends at the first damaged header
     sources = []
-    for key, parts in found.items():
+    for key, parts in parts_by_key.items():
         if why := flaw(key, parts):
             flaws.append(f"{url}: {why}")
             continue
@@ -270,12 +272,12 @@ def _tar(path: str, url: str, flaws: list[str]) -> list[PackSource]:
 
 
 def _load_runs(path: str, url: str, key: str, runs: list[tuple[int, int]]) -> dict[str, bytes]:
-    found: list[Part] = []
+    loaded: list[Part] = []
     for start, stop in runs:
         for _, parts, _, _ in iter_samples(io.BytesIO(read_range(path, start, stop)), url, together=False):
-            found += parts
-    to_sample(key, found, url)  # one image, no member twice, a label that is one
-    return {kind: content for kind, content in found if content is not None}
+            loaded += parts
+    to_sample(key, loaded, url)  # one image, no member twice, a label that is one
+    return {kind: content for kind, content in loaded if content is not None}
 
 
 # ---------------------------------------------------------------------------------------------- what goes where
@@ -326,8 +328,8 @@ def _refuse_overwriting(names: list[str], classes: list[str] | None) -> None:
             hint = "Give other names, or remove it."
             raise UserError(f"{name}: already exists; shards are never overwritten", hint=hint)
     for folder in {Path(name).parent for name in names}:
-        there = classes_of([str(folder / "x.tar")])
-        if there is not None and (classes is None or there != all_normalized(classes)):
+        listed = classes_of([str(folder / "x.tar")])
+        if listed is not None and (classes is None or listed != all_normalized(classes)):
             raise UserError(
                 f"{folder}/classes.json: already exists with other classes, of other shards",
                 hint=f"Put the new shards in a folder of their own, such as new/{Path(names[0]).name}",

@@ -62,16 +62,16 @@ def _existing(url: str, pattern: str) -> list[str]:
         if path.suffix.lower() == ".csv":
             raise UserError(f"{path} is a list; shards are tar files", hint=pack_hint(path))
         return [str(path)]
-    there = [p.name for p in tars_in(path.parent) if p.exists()] if path.parent.is_dir() else []
+    tars = [p.name for p in tars_in(path.parent) if p.exists()] if path.parent.is_dir() else []
     if any(c in str(path) for c in "*?["):
-        if found := matching(str(path)):
-            return found
-        raise UserError(f"{pattern}: no file matches", hint=nearest_hint(path, there))
+        if matches := matching(str(path)):
+            return matches
+        raise UserError(f"{pattern}: no file matches", hint=nearest_hint(path, tars))
     names = braces(pattern) if "::" not in pattern else []
-    few = [name for name in names if Path(name).name in there]
-    hint = nearest_hint(path, there)
+    few = [name for name in names if Path(name).name in tars]
+    hint = nearest_hint(path, tars)
     if few:
         hint = f"{len(few)} of its {len(names)} names exist, the last is {few[-1]!r}: end the braces there."
-    if "," in path.name and any(part in there for part in path.name.split(",")):
+    if "," in path.name and any(part in tars for part in path.name.split(",")):
         hint = f"Join several shards by ::, or give {setting('shards', '…')} for each."
     raise UserError(f"{path}: no such shard (requested by {pattern!r})", hint=hint)

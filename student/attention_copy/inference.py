@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from storage.errors import IdentityError
-from storage.objects.json_record import Record
 from storage.objects.urls import is_remote
 from storage.shards.shard import Shard
 from storage.store.store import Store
@@ -19,7 +17,7 @@ from storage.views.policy import Policy
 from student.alignment.student_spec import student_spec
 from student.attention_copy.copier import AttentionCopier
 from student.data.batch import Batch
-from student.models.attention_copy_hooks import Copied, attention_copy_hooks
+from student.models.attention_copy_hooks import AttentionCopyRecord, Copied, attention_copy_hooks
 from student.models.files import StudentDescription
 from student.settings import ATTENTION_COPY, AttentionCopyConfig
 from student.targets.evaluation_views import EvaluationTargets, evaluation_targets
@@ -72,18 +70,20 @@ def stored_attention(
     return StoredAttention(copier, evaluation_targets(store, targets, shards, view, why=why, permute=permute))
 
 
-def record_of(copier: AttentionCopier, store: Store, targets: Sequence[StoredTarget], permute: int | None) -> Record:
-    """What a student's file says of its attention copy, as plain data."""
-    return {
-        "layers": list(copier.hooks.layers),
-        "heads": copier.hooks.heads,
-        "settings": copier.config.model_dump(mode="json"),
-        "store": _lasting(store.url),
-        "teacher": targets[0].teacher.id,
-        "targets": [stored.id for stored in targets],
-        "graphs": [[*stored.target.graph_output] for stored in targets],
-        "permute": permute,
-    }
+def record_of(
+    copier: AttentionCopier, store: Store, targets: Sequence[StoredTarget], permute: int | None
+) -> AttentionCopyRecord:
+    """What a student's file says of its attention copy."""
+    return AttentionCopyRecord(
+        layers=tuple(copier.hooks.layers),
+        heads=copier.hooks.heads,
+        settings=AttentionCopyConfig.model_validate(copier.config.model_dump(mode="json")),  # defaults are written too
+        store=_lasting(store.url),
+        teacher=targets[0].teacher.id,
+        targets=tuple(stored.id for stored in targets),
+        graphs=tuple(stored.target.graph_output for stored in targets),
+        permute=permute,
+    )
 
 
 def _lasting(url: str) -> str:
@@ -91,7 +91,9 @@ def _lasting(url: str) -> str:
     return url if is_remote(url) else str(Path(url).absolute())
 
 
-def copier_of(model: nn.Module, record: Mapping[str, Any], store: Store) -> tuple[AttentionCopier, list[StoredTarget]]:
+def copier_of(
+    model: nn.Module, record: AttentionCopyRecord, store: Store
+) -> tuple[AttentionCopier, list[StoredTarget]]:
     """The copier of a loaded student, and the stored targets that the student was trained with.
 
     Args:
@@ -104,13 +106,13 @@ def copier_of(model: nn.Module, record: Mapping[str, Any], store: Store) -> tupl
         IdentityError: it has others under their names.
     """
     targets = []
-    for id, (graph, output) in zip(record["targets"], record["graphs"], strict=True):
+    for id, (graph, output) in zip(record.targets, record.graphs, strict=True):
         manifest = store.target(id)
         if (manifest.graph, manifest.output) != (graph, output):
             raise IdentityError(f"{store.url}: target {id}", "graph", graph, manifest.graph)
         targets.append(StoredTarget(manifest, store.teacher_of(manifest)))
-    config = AttentionCopyConfig.model_validate(record["settings"])
-    return AttentionCopier(ATTENTION_COPY, config, student_spec(model, attention=False), targets), targets
+    spec = student_spec(model, attention=False)
+    return AttentionCopier(ATTENTION_COPY, record.settings, spec, targets), targets
 
 
 def attached_to(model: nn.Module) -> EvaluationTargets | None:
@@ -145,6 +147,6 @@ def attach_stored_attention(
     hooks, record = attention_copy_hooks(model), about.attention_copy
     if hooks is None or hooks.fixed or record is None:
         return
-    opened = Store.open(store or record["store"])
+    opened = Store.open(store or record.store)
     copier, targets = copier_of(model, record, opened)
-    hooks.source = stored_attention(opened, copier, targets, shards, about.evaluation_policy, permute=record["permute"])
+    hooks.source = stored_attention(opened, copier, targets, shards, about.evaluation_policy, permute=record.permute)

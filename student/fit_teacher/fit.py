@@ -280,8 +280,8 @@ def _score(
     progress.start("evaluating", sum(map(len, shards)))
     bank = stream.source.policy
     view = policy(bank.evaluation.line, bank.size)
-    zero, one = (0, 0, 0), (1, 1, 1)
-    return evaluate(classifier, shards, view, zero, one, batch_size=64, device=device, advance=progress.advance)
+    mean, std = (0, 0, 0), (1, 1, 1)
+    return evaluate(classifier, shards, view, mean, std, batch_size=64, device=device, advance=progress.advance)
 
 
 def _write(

@@ -167,12 +167,12 @@ def search_strength(
         advance: called with 1 after each.
     """
     rows, away = held_out(examples.blocks, seed)
-    found: list[StrengthTrial] = []
+    trials: list[StrengthTrial] = []
     head: Head | None = None
     for l2 in strengths:
         head = fit(examples, rows, classes, l2, head)
-        found.append(judged(examples, away, head, l2))
+        trials.append(judged(examples, away, head, l2))
         advance(1)
-        if len(found) > 2 and found[-1].loss > found[-2].loss > found[-3].loss:
+        if len(trials) > 2 and trials[-1].loss > trials[-2].loss > trials[-3].loss:
             break
-    return sorted(found, key=lambda tried: (tried.loss, -tried.l2))
+    return sorted(trials, key=lambda tried: (tried.loss, -tried.l2))

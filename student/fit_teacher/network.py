@@ -49,8 +49,8 @@ def network_of(recorded: TeacherManifest, weights: str | None, classes: int) -> 
             raise UserError(f"teacher {recorded.id}: its weights are no longer at {path}; say where: --weights F")
         _same_weights(f"--weights {path}", recorded, file.digest)
     else:  # the digest is of what the hub gives, whatever the size that the teacher ran at
-        given = _created(name, recorded.identity.arguments, pretrained=True)
-        _same_weights(f"{name} from timm's hub", recorded, digest_of_state(given.state_dict()))
+        from_timm = _created(name, recorded.identity.arguments, pretrained=True)
+        _same_weights(f"{name} from timm's hub", recorded, digest_of_state(from_timm.state_dict()))
     own = _created(name, arguments, pretrained=from_hub)
     if not from_hub:
         load_weights(own, file, recorded.identity.weights_key, EARLIER)
@@ -91,9 +91,9 @@ def _created(name: str, arguments: dict[str, Any], *, pretrained: bool = False) 
 
 def heads_of(model: nn.Module) -> list[str]:
     """The names of a network's classifiers: one, or two where it has a distillation token."""
-    found = model.get_classifier()  # type: ignore[operator]
-    modules = found if isinstance(found, tuple) else (found,)
-    return [name for name, module in model.named_modules() if any(module is one for one in modules)]
+    classifier = model.get_classifier()  # type: ignore[operator]
+    modules = classifier if isinstance(classifier, tuple) else (classifier,)
+    return [name for name, module in model.named_modules() if any(module is head for head in modules)]
 
 
 def put_in(model: nn.Module, head: Head, teacher: str) -> None:

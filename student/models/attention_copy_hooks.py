@@ -5,18 +5,39 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol, Self
 
 import torch
+from pydantic import Field, Strict, model_validator
 from torch import Tensor, nn
 
 from precompute.taps import attention_layers
 from storage.errors import UserError
+from storage.objects.record_schema import Count, Id, Schema, Several, Sha256, Size
 from student.settings import AttentionCopyConfig
 
 COPIED = "copied."  # what tensors that every image gets are called in a student's file
 
 Copied = Mapping[str, Tensor]  # `map`, `q`, `k` or `v` -> [B, L, h, N, …] of the layers and heads that are copied
+
+
+class AttentionCopyRecord(Schema):
+    """What a student's file says of what it copies: `student.attention_copy.inference.record_of`."""
+
+    layers: Annotated[Several[Count], Field(min_length=1)]
+    heads: Size
+    settings: AttentionCopyConfig
+    store: str
+    teacher: str
+    targets: Annotated[Several[Id], Field(min_length=1)]
+    graphs: Several[Annotated[tuple[Sha256, Count], Strict(False)]]
+    permute: int | None
+
+    @model_validator(mode="after")
+    def _graphs(self) -> Self:
+        if len(self.graphs) != len(self.targets):
+            raise ValueError(f"graphs: expected one for each of {len(self.targets)} targets, found {len(self.graphs)}")
+        return self
 
 
 class AttentionSource(Protocol):
@@ -106,7 +127,6 @@ def attention_copy_hooks(model: nn.Module) -> AttentionCopyHooks | None:
     return found if isinstance(found, AttentionCopyHooks) else None
 
 
-def copies_in(record: Mapping[str, Any]) -> AttentionCopyHooks:
-    """The places of a recorded student where copied attention goes in. Raises KeyError, ValueError or TypeError."""
-    settings = AttentionCopyConfig.model_validate(record["settings"])
-    return AttentionCopyHooks(settings.tensors, [int(n) for n in record["layers"]], int(record["heads"]))
+def copies_in(record: AttentionCopyRecord) -> AttentionCopyHooks:
+    """The places of a recorded student where copied attention goes in."""
+    return AttentionCopyHooks(record.settings.tensors, record.layers, record.heads)

@@ -8,39 +8,21 @@ from typing import Annotated, Any, Self
 
 import timm
 import torch
-from pydantic import Field, Strict, model_validator
+from pydantic import Field, model_validator
 from torch import nn
 
 from precompute.taps import takes_image_size
 from storage.errors import UserError, did_you_mean, first_line
-from storage.objects.record_schema import Count, Id, Schema, Several, Sha256, Size, Three
+from storage.objects.record_schema import Schema, Several, Three
 from storage.views.policy import policy
+from student.models.attention_copy_hooks import AttentionCopyRecord
 from student.models.shifted_patch import shift_patches
-from student.settings import WITH_CLASS, AttentionCopyConfig, StudentConfig
+from student.settings import WITH_CLASS, StudentConfig
 
 _ARGUMENTS = (
     "img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "global_pool", "drop_path_rate",
     "drop_rate", "proj_drop_rate", "attn_drop_rate",
 )  # fmt: skip
-
-
-class AttentionCopyRecord(Schema):
-    """What a student's file says of what it copies: `student.attention_copy.inference.record_of`."""
-
-    layers: Annotated[Several[Count], Field(min_length=1)]
-    heads: Size
-    settings: AttentionCopyConfig
-    store: str
-    teacher: str
-    targets: Annotated[Several[Id], Field(min_length=1)]
-    graphs: Several[Annotated[tuple[Sha256, Count], Strict(False)]]
-    permute: int | None
-
-    @model_validator(mode="after")
-    def _graphs(self) -> Self:
-        if len(self.graphs) != len(self.targets):
-            raise ValueError(f"graphs: expected one for each of {len(self.targets)} targets, found {len(self.graphs)}")
-        return self
 
 
 class DescriptionRecord(Schema):

@@ -13,7 +13,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from storage.store.manifests import TeacherManifest
+from student.models.attention_copy_hooks import AttentionCopyRecord
 from student.models.files import StudentDescription
+from student.run_dir import TrainResult
 from student.settings import ATTENTION_COPY
 
 _TIMM = """```python
@@ -74,7 +76,7 @@ _NEEDS_FILE = "That lies in its file beside the weights, and this code puts it i
 
 def card(
     about: StudentDescription,
-    result: Mapping[str, Any],
+    result: TrainResult,
     identity: Mapping[str, Any],
     recipe: Mapping[str, Any],
     teachers: Mapping[str, TeacherManifest],
@@ -207,15 +209,18 @@ def _loading(about: StudentDescription, own: str, file: str) -> str:
     )  # fmt: skip
 
 
-def _copying(model: str, copied: Mapping[str, Any], control: Mapping[str, Any]) -> str:
+def _copying(model: str, copied: AttentionCopyRecord, control: Mapping[str, Any]) -> str:
     """What a student needs that copies attention."""
-    graphs = ", ".join(sorted({graph[:12] for graph, _ in copied["graphs"]}))
-    fixed = bool(control.get("mean_targets")) or copied["settings"]["average"] == "examples"
+    graphs = ", ".join(sorted({graph[:12] for graph, _ in copied.graphs}))
+    fixed = bool(control.get("mean_targets")) or copied.settings.average == "examples"
     return _COPYING.format(
-        model=model, layers=", ".join(map(str, copied["layers"])), heads=copied["heads"],
-        tensors=copied["settings"]["tensors"], source=_FIXED if fixed else _OF_EACH.format(teacher=copied["teacher"]),
+        model=model,
+        layers=", ".join(map(str, copied.layers)),
+        heads=copied.heads,
+        tensors=copied.settings.tensors,
+        source=_FIXED if fixed else _OF_EACH.format(teacher=copied.teacher),
         need=_NEEDS_FILE if fixed else _NEEDS_TEACHER.format(graphs=graphs),
-    )  # fmt: skip
+    )
 
 
 def _three(values: tuple[float, ...]) -> str:

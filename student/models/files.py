@@ -16,7 +16,7 @@ from storage.objects.atomic import atomic_write
 from storage.objects.record_schema import checked
 from storage.unicode_names import all_normalized
 from storage.views.policy import Policy, policy
-from student.models.attention_copy_hooks import COPIED, attention_copy_hooks, copies_in
+from student.models.attention_copy_hooks import COPIED, AttentionCopyRecord, attention_copy_hooks, copies_in
 from student.models.build import DescriptionRecord, create
 from student.models.shifted_patch import shift_patches
 from student.settings import ATTENTION_COPY
@@ -47,7 +47,7 @@ class StudentDescription:
     classes: tuple[str, ...] | None
     evaluation: str
     shifted_patches: bool = False
-    attention_copy: dict[str, Any] | None = None
+    attention_copy: AttentionCopyRecord | None = None
 
     @property
     def evaluation_policy(self) -> Policy:
@@ -89,7 +89,7 @@ def save_student(path: Path, model: nn.Module, description: StudentDescription) 
         "classes": json.dumps(description.classes),
         "evaluation": description.evaluation,
         **({"shifted_patches": "true"} if description.shifted_patches else {}),
-        **({"copying": json.dumps(description.attention_copy)} if description.attention_copy else {}),
+        **({"copying": json.dumps(description.attention_copy.plain())} if description.attention_copy else {}),
     }
     with atomic_write(path) as temporary:
         save_file(state, temporary, metadata)
@@ -115,9 +115,9 @@ def load_student(path: Path) -> tuple[nn.Module, StudentDescription]:
         description = StudentDescription(
             record.model, record.arguments, record.img_size, record.mean, record.std,
             tuple(all_normalized(record.classes or ())) or None,
-            record.evaluation, metadata.get("shifted_patches") == "true", said["attention_copy"],
+            record.evaluation, metadata.get("shifted_patches") == "true", record.attention_copy,
         )  # fmt: skip
-        copies = copies_in(said["attention_copy"]) if said["attention_copy"] else None
+        copies = copies_in(record.attention_copy) if record.attention_copy else None
     except FileNotFoundError:
         raise UserError(f"{path}: no student here; `pipeline train` writes one") from None
     except KeyError as error:

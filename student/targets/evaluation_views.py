@@ -55,7 +55,7 @@ class EvaluationTargets:
 
 def evaluation_targets(
     store: Store,
-    given: Sequence[StoredTarget],
+    stored: Sequence[StoredTarget],
     shards: Sequence[Shard],
     view: Policy,
     *,
@@ -66,7 +66,7 @@ def evaluation_targets(
 
     Args:
         store: where they are.
-        given: targets of any bank.
+        stored: targets of any bank.
         shards: that are evaluated.
         view: the evaluation view.
         why: they are needed, as an error says it.
@@ -75,14 +75,14 @@ def evaluation_targets(
     Raises:
         UserError: targets of these images are missing, with the command that makes them; invalid samples.
     """
-    targets, lacking = kept_of(store, given, shards, view)
+    targets, lacking = kept_of(store, stored, shards, view)
     ids = {shard.id for shard in shards}
     if lacking:
         other_bank = any(task.kind == "bank" and task.shard in ids and task.id != view.bank for task in store.done())
         raise UserError(
             f"{why}, and {store.url} has none of {lacking[0]}"
             f"{f' and {len(lacking) - 1} more' if len(lacking) > 1 else ''} in the view {view.line}; make it:\n"
-            f"  {command(store, given, shards, view, new_bank=other_bank)}"
+            f"  {command(store, stored, shards, view, new_bank=other_bank)}"
         )
     for shard in shards:
         if invalid := store.marker(Task("bank", view.bank, shard.id, 0)).bank.invalid:
@@ -95,26 +95,26 @@ def evaluation_targets(
 
 
 def kept_of(
-    store: Store, given: Sequence[StoredTarget], shards: Sequence[Shard], view: Policy
+    store: Store, stored_targets: Sequence[StoredTarget], shards: Sequence[Shard], view: Policy
 ) -> tuple[tuple[str, ...], list[str]]:
     """Ids of the targets like those given in the evaluation view, and URLs of the shards that lack some of them."""
     ids = {manifest.identity.digest: id for id, manifest in reversed(store.targets().items())}  # of two the first
-    wanted = [stored.target.identity.model_copy(update={"bank": view.bank}) for stored in given]
+    wanted = [stored.target.identity.model_copy(update={"bank": view.bank}) for stored in stored_targets]
     targets = tuple(ids[identity.digest] for identity in wanted if identity.digest in ids)
     done = store.done()
     lacking = [
         shard.url
         for shard in shards
-        if len(targets) < len(given) or any(Task("target", id, shard.id, 0) not in done for id in targets)
+        if len(targets) < len(stored_targets) or any(Task("target", id, shard.id, 0) not in done for id in targets)
     ]
     return targets, lacking
 
 
 def command(
-    store: Store, given: Sequence[StoredTarget], shards: Sequence[Shard], view: Policy, *, new_bank: bool
+    store: Store, stored_targets: Sequence[StoredTarget], shards: Sequence[Shard], view: Policy, *, new_bank: bool
 ) -> str:
     """The `pipeline precompute` that makes targets like those given for other shards in another view."""
-    teacher = given[0].teacher
+    teacher = stored_targets[0].teacher
     about = teacher.identity
     ready = about.model == ONNX_FILE
     weights = None if ready or teacher.weights == HUB else teacher.weights
@@ -124,7 +124,7 @@ def command(
     )  # fmt: skip
     words += ["--view-policy", view.line, "--view-size", str(view.size), *(["--new-bank"] if new_bank else [])]
     wishes: dict[str, list[str]] = {}  # layers and codec -> taps
-    for identity in (stored.target.identity for stored in given):
+    for identity in (stored.target.identity for stored in stored_targets):
         layers = f",layers={parse_ranges(identity.layers)}" if identity.layers else ""
         wishes.setdefault(f"{layers},codec={identity.codec}", []).append(identity.tap)
         for name in identity.tensors:

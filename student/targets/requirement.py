@@ -28,12 +28,12 @@ class TargetRequirement:
     @property
     def words(self) -> str:
         """The taps that serve."""
-        return ", or ".join(" and ".join(several) for several in self.taps)
+        return ", or ".join(" and ".join(taps) for taps in self.taps)
 
     @property
     def flags(self) -> str:
         """The same as `precompute` takes it; which of several a teacher can give depends on the teacher."""
-        first, *others = (f"--target {','.join(several)}" for several in self.taps)
+        first, *others = (f"--target {','.join(taps)}" for taps in self.taps)
         return first + (f" (or, of a teacher that does not give it, {', or '.join(others)})" if others else "")
 
 

@@ -55,9 +55,9 @@ def select_targets(
         )
     chosen = {}
     for loss, fits in fitting.items():
-        candidates = [found for found in fits if manifests[found[0]].identity.bank == shared[0]]
+        candidates = [ids for ids in fits if manifests[ids[0]].identity.bank == shared[0]]
         if len(candidates) > 1:
-            names = [" with ".join(found) for found in candidates]
+            names = [" with ".join(ids) for ids in candidates]
             first = candidates[0][0] if len(candidates[0]) == 1 else f"'[{', '.join(candidates[0])}]'"
             raise UserError(
                 f"{store.url}: {loss}: {len(candidates)} targets fit: {', '.join(names)}; choose one: "
@@ -70,32 +70,32 @@ def select_targets(
 def _banks(store: Store, shards: Sequence[str], wish: BankChoice) -> list[str]:
     """Banks that have views of all the shards and are what the recipe wishes."""
     views = {(task.id, task.shard) for task in store.done() if task.kind == "bank"}
-    there = {
+    policies = {
         id: policy_of(manifest)
         for id, manifest in store.banks().items()
         if all((id, shard) in views for shard in shards)
     }
-    if not there:
+    if not policies:
         raise UserError(
             f"{store.url}: there are no views of all these shards; run `pipeline precompute` over them first"
         )
     where = f"{store.url}: views"
     do = "A student is trained on the views that its targets were made from."
     if wish.id is not None:
-        if wish.id not in there:
-            raise IdentityError(where, "stream.bank", wish.id, ", ".join(there), do, _WORDS)
-        there = {wish.id: there[wish.id]}
+        if wish.id not in policies:
+            raise IdentityError(where, "stream.bank", wish.id, ", ".join(policies), do, _WORDS)
+        policies = {wish.id: policies[wish.id]}
     line = make_policy(wish.policy, 32).line if wish.policy is not None else None
     for field, wanted in (("line", line), ("size", wish.size), ("seed", wish.seed)):
         if wanted is None:
             continue
-        kept = {id: policy for id, policy in there.items() if getattr(policy, field) == wanted}
+        kept = {id: policy for id, policy in policies.items() if getattr(policy, field) == wanted}
         if not kept:
-            found = ", ".join(str(getattr(policy, field)) for policy in there.values())
+            found = ", ".join(str(getattr(policy, field)) for policy in policies.values())
             name = {"line": "policy"}.get(field, field)
             raise IdentityError(where, f"stream.bank.{name}", wanted, found, do, _WORDS)
-        there = kept
-    return list(there)
+        policies = kept
+    return list(policies)
 
 
 def _fitting(
@@ -109,19 +109,19 @@ def _fitting(
         except UserError as error:
             refused.append(error)
             continue
-        found = [several for several in itertools.product(*by_tap) if _together([manifests[id] for id in several])]
-        if found:
-            return found
+        groups = [ids for ids in itertools.product(*by_tap) if _together([manifests[id] for id in ids])]
+        if groups:
+            return groups
         refused.append(IdentityError(
             f"{store.url}: {need.loss}: {' and '.join(taps)}", "teacher, bank and layers", "the same of both",
             " and ".join(", ".join(ids) for ids in by_tap),
             f"Record them together: pipeline precompute --teacher NAME --target {','.join(taps)} …",
         ))  # fmt: skip
-    several = len(refused) > 1 or len(need.taps[0]) > 1
-    if several and not any(isinstance(error, IdentityError) for error in refused):
-        there = sorted({manifest.identity.tap for manifest in manifests.values()})
+    many = len(refused) > 1 or len(need.taps[0]) > 1
+    if many and not any(isinstance(error, IdentityError) for error in refused):
+        in_store = sorted({manifest.identity.tap for manifest in manifests.values()})
         raise UserError(
-            f"{store.url}: {need.loss} needs stored {need.words}, the store has {', '.join(there) or 'none'}; "
+            f"{store.url}: {need.loss} needs stored {need.words}, the store has {', '.join(in_store) or 'none'}; "
             f"add them: pipeline precompute --teacher NAME {need.flags} …"
         )
     raise next((error for error in refused if isinstance(error, IdentityError)), refused[0])
@@ -139,9 +139,9 @@ def _of_tap(
     """Ids of the targets of a tap that are as the need says."""
     fits = [id for id, manifest in manifests.items() if manifest.identity.tap == tap]
     if not fits:
-        there = sorted({manifest.identity.tap for manifest in manifests.values()})
+        in_store = sorted({manifest.identity.tap for manifest in manifests.values()})
         raise UserError(
-            f"{store.url}: {need.loss} needs stored {tap}, the store has {', '.join(there) or 'none'}; "
+            f"{store.url}: {need.loss} needs stored {tap}, the store has {', '.join(in_store) or 'none'}; "
             f"add them: pipeline precompute --teacher NAME --target {tap} …"
         )
     wishes: list[tuple[str, object, Callable[[str], object]]] = []
@@ -151,8 +151,8 @@ def _of_tap(
         if unknown:
             raise IdentityError(f"{store.url}: stored {tap}", f"{setting(need.loss)}.target", unknown[0],
                                 ", ".join(sorted(fits)), words=_WORDS)  # fmt: skip
-        mine = next((id for id in wanted if id in fits), wanted[0])
-        wishes.append((f"{setting(need.loss)}.target", mine, lambda id: id))
+        own = next((id for id in wanted if id in fits), wanted[0])
+        wishes.append((f"{setting(need.loss)}.target", own, lambda id: id))
     if need.teacher is not None:
         wishes.append((f"{setting(need.loss)}.teacher", need.teacher, lambda id: manifests[id].teacher))
     if need.grid is not None:
@@ -160,16 +160,16 @@ def _of_tap(
     for field, wished, of in wishes:
         kept = [id for id in fits if of(id) == wished]
         if not kept:
-            there = sorted({str(of(id)) for id in fits})
+            in_store = sorted({str(of(id)) for id in fits})
             where, words, hint = f"{store.url}: stored {tap}", _WORDS, "Take one of these, or precompute the other."
             if field == "patches a side":
                 words = ("the student has", "the store has")
                 hint = (
                     f"Keep them on this grid, too: pipeline precompute … --target {tap},grid={wished}; or let the "
-                    f"student's img_size / patch_size be {' or '.join(there)}: --set student.patch_size=N; or bring "
-                    f"its maps to a stored grid: --set losses.{need.loss}.grid={there[-1]}"
+                    f"student's img_size / patch_size be {' or '.join(in_store)}: --set student.patch_size=N; or bring "
+                    f"its maps to a stored grid: --set losses.{need.loss}.grid={in_store[-1]}"
                 )
-            raise IdentityError(where, field, wished, ", ".join(there), hint, words)
+            raise IdentityError(where, field, wished, ", ".join(in_store), hint, words)
         fits = kept
     within = [id for id in fits if manifests[id].identity.bank in banks]
     if not within:

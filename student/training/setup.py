@@ -25,6 +25,7 @@ from student.data.source import opened
 from student.data.stream import Stream
 from student.distributed import rank, world_size
 from student.evaluation.accuracy import tell_of_shared
+from student.models.attention_copy_hooks import AttentionCopyRecord
 from student.models.build import build_student, input_size
 from student.models.files import StudentDescription
 from student.models.init import begin_from, freeze, normalization
@@ -287,7 +288,7 @@ def _attention_copy(
     targets: dict[str, tuple[StoredTarget, ...]],
     average: Any,
     scored: list[Shard],
-) -> dict[str, Any] | None:
+) -> AttentionCopyRecord | None:
     """Attach the sources of copied attention for evaluation; the record for the student's file.
 
     None for a student that copies nothing.

@@ -36,6 +36,7 @@ from student.evaluation.accuracy import Score, evaluate
 from student.models.card import card
 from student.models.files import save_student
 from student.models.timm_folder import link_for_timm
+from student.run_dir import TrainResult
 from student.training import checkpoint, precision
 from student.training.optimizer import build_optimizer, learning_rate, peak_learning_rate
 from student.training.setup import TrainConfig, TrainingRun, build_run
@@ -58,8 +59,8 @@ class TrainState:
     seconds: float = 0.0
 
 
-def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, Any]:
-    """Train a student; the result as plain data, with None for scores that could not be taken.
+def train(config: TrainConfig, progress: Progress | None = None) -> TrainResult:
+    """Train a student.
 
     All ranks of a torchrun call it; rank 0 writes and reports.
 
@@ -322,21 +323,31 @@ class Trainer:
         }  # fmt: skip
         checkpoint.write(self.config.out / run_dir.CHECKPOINT, content)
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> TrainResult:
         """The result, also written as a file."""
         out, scores = self.config.out, self.state.scores
         self.log.close()
         seconds = round(time.monotonic() - self.started, 2)
         last, best = (scores.get(name, dict.fromkeys(("top1", "top5", "samples"))) for name in ("last", "best"))
-        ema = {"ema_top1": scores["ema"]["top1"], "ema_top5": scores["ema"]["top5"]} if "ema" in scores else {}
-        result = {
-            "run": str(out), "top1": last["top1"], "top5": last["top5"],
-            "best_top1": best["top1"], **ema, "samples": last["samples"],
-            "epochs": self.epochs, "steps": self.epochs * self.steps, "targets": self.run.identity["targets"],
-            "bank": self.run.identity["bank"], "policy": self.run.identity["policy"],
-            "views": self.stream.views, "control": self.run.identity["control"],
-            "precision": self.precision.plain(), "seconds": seconds, "smoke": self.config.smoke,
-        }  # fmt: skip
+        result: TrainResult = {
+            "run": str(out),
+            "top1": last["top1"],
+            "top5": last["top5"],
+            "best_top1": best["top1"],
+            "samples": last["samples"],
+            "epochs": self.epochs,
+            "steps": self.epochs * self.steps,
+            "targets": self.run.identity["targets"],
+            "bank": self.run.identity["bank"],
+            "policy": self.run.identity["policy"],
+            "views": self.stream.views,
+            "control": self.run.identity["control"],
+            "precision": self.precision.plain(),
+            "seconds": seconds,
+            "smoke": self.config.smoke,
+        }
+        if "ema" in scores:
+            result |= {"ema_top1": scores["ema"]["top1"], "ema_top5": scores["ema"]["top5"]}
         if rank() == 0:
             if learned := self.distiller.learned():
                 terms = self.distiller.terms.items()

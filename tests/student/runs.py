@@ -44,7 +44,7 @@ def job(world: World, out: Path, recipe: str, *settings: str, **changes: Any) ->
 
 def run(world: World, out: Path, recipe: str, *settings: str, **changes: Any) -> dict[str, Any]:
     """What the run gave."""
-    return train(job(world, out, recipe, *settings, **changes), Quiet())
+    return {**train(job(world, out, recipe, *settings, **changes), Quiet())}
 
 
 def u8(world: World) -> str:

@@ -373,7 +373,7 @@ def test_a_student_s_file_that_says_nonsense_of_copying_is_refused(trained, tmp_
         metadata = {
             "model": about.model, "arguments": json.dumps(about.arguments), "img_size": "32", "mean": "[0.5,0.5,0.5]",
             "std": "[0.5,0.5,0.5]", "classes": "null", "evaluation": about.evaluation,
-            "copying": json.dumps({**present(about.attention_copy), **change}),
+            "copying": json.dumps({**present(about.attention_copy).plain(), **change}),
         }  # fmt: skip
         save_file(model.state_dict(), tmp_path / "a.safetensors", metadata)
         with pytest.raises(UserError, match=r"a\.safetensors: (damaged: attention_copy|does not fit)"):

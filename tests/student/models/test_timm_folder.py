@@ -23,6 +23,7 @@ from storage.views.render import render
 from storage.views.view import View
 from student.data.batch import Batch
 from student.evaluation.batches import evaluation_batches
+from student.models.attention_copy_hooks import AttentionCopyRecord
 from student.models.build import build_student, input_size
 from student.models.files import StudentDescription, load_student, save_student
 from student.models.timm_folder import link_for_timm
@@ -177,4 +178,6 @@ def test_what_timm_alone_cannot_build_is_told_by_its_description(taught) -> None
     _, about = load_student(taught / "last.safetensors")
     assert about.plain_timm
     assert not replace(about, shifted_patches=True).plain_timm
-    assert not replace(about, attention_copy={"layers": [1]}).plain_timm
+    copies = {"layers": [1], "heads": 1, "settings": {"tensors": "map"}, "store": "s", "teacher": "t", "permute": None}
+    copies |= {"targets": ["id"], "graphs": [["0" * 64, 0]]}
+    assert not replace(about, attention_copy=AttentionCopyRecord.model_validate(copies)).plain_timm

@@ -23,6 +23,7 @@ from storage.views.policy import policy
 from student import run_dir
 from student.evaluation.batches import evaluation_batches
 from student.models.files import load_student
+from student.run_dir import TrainResult
 from student.training import train as trainer
 from tests.conftest import Quiet, World, run_precompute, teacher_of
 from tests.student.runs import FULL, command, job, log, run, same, weights
@@ -45,7 +46,7 @@ def bare(world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture(scope="module")
-def taught(bare: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], list[str]]:
+def taught(bare: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainResult, list[str]]:
     out = tmp_path_factory.mktemp("taught") / "run"
     console = Quiet()
     return out, trainer.train(job(bare, out, "advit-l1", *ROWS, val=()), console), console.lines
