@@ -43,11 +43,7 @@ def card(store: Store) -> str:
             f"| {name} | {about.model}{arguments} | {Path(manifest.weights).name} | {about.weights_sha256[:12]} | "
             f"{about.input_size} | {list(about.mean)}, {list(about.std)} |"
         )
-    lines += [
-        "",
-        "Licences of weights and images are those of their sources; none is recorded here.",
-        "",
-    ]  # codespell:ignore
+    lines += ["", "Licences of weights and images are those of their sources; none is recorded here.", ""]
     lines += ["## Banks", "", "| bank | policy | size | seed | shards | views in all |", "|---|---|---|---|---|---|"]
     for id, bank in banks.items():
         line = bank.identity.line.replace("|", "\\|")
