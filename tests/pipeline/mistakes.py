@@ -169,7 +169,7 @@ PREPARING = [
     Mistake(
         "validation shards of other classes",
         "train --recipe scratch --shards shard-000000.tar --val other/val-000000.tar --out new/run @SMALL",
-        ("other/classes.json: classes: expected 3 (class0,", "found 5 (class0,", "pipeline pack … --val-fraction"),
+        ("other/classes.json: classes: expected 3 (class0,", "found 5 (class0,", "pipeline pack --val-fraction 0.1 …"),
     ),
     Mistake(
         "one class alone", "train --recipe scratch --shards one/one.tar --val one/one.tar --out new/run @SMALL",

@@ -269,7 +269,7 @@ def refuse_to_decode(monkeypatch) -> None:
 
     for name in (
         "storage.store.banks.render", "storage.views.render.decode", "student.data.block_reader.decode",
-        "student.data.block_reader.render", "student.data.block_reader.read_samples", "storage.views.render.Image.open",
+        "student.data.block_reader.render", "storage.shards.shard.read_samples", "storage.views.render.Image.open",
     ):  # fmt: skip
         monkeypatch.setattr(name, refuse)
 

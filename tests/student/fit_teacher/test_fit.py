@@ -138,7 +138,7 @@ def test_features_and_mixed_labels_are_those_of_the_stream(made):
 
 
 def test_no_image_is_read_for_the_fit(made, monkeypatch):
-    monkeypatch.setattr("student.data.block_reader.read_samples", lambda *a: pytest.fail("an image was read"))
+    monkeypatch.setattr("storage.shards.shard.read_samples", lambda *a: pytest.fail("an image was read"))
     assert len(read_examples(made.stream("class_token"), made.targets["class_token"], 3).labels) == 598
 
 
