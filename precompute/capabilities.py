@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import timm
 import torch
 from torch import nn
 
 from precompute.export.pytorch import read_taps, require_size
 from precompute.record_targets import require_kind
 from precompute.results import GraphInput, GraphOffers, TapOffer, TeacherOffers
-from precompute.taps import TAPS, Tap, TappedTeacher, takes_image_size
+from precompute.taps import TAPS, Tap, TappedTeacher, create_timm_model, takes_image_size
 from precompute.teachers.onnx_file import _sizes, prefix_of, read_graph
 from precompute.teachers.teacher import about_weights, anatomy, resolve
-from storage.errors import UserError, first_line
+from storage.errors import UserError
 from storage.objects.state_dict import ONNX_FILE
 from storage.store.codecs import Codec
 from storage.store.manifests import Anatomy
@@ -74,11 +73,8 @@ def bare(name: str, input_size: int | None = None, device: str = "meta") -> tupl
     model, own = resolve(name)
     size = input_size or own or about_weights(model, name).size or 224
     arguments = {"img_size": size} if takes_image_size(model) else {}
-    try:
-        with torch.device(device):
-            network: nn.Module = timm.create_model(model, pretrained=False, **arguments)
-    except Exception as error:  # timm raises many kinds
-        raise UserError(f"teacher {name} with an input of {size}: cannot be made: {first_line(error)}") from None
+    with torch.device(device):
+        network = create_timm_model(model, arguments, owner=f"teacher {name}")
     return model, size, network.eval()
 
 

@@ -17,7 +17,7 @@ from precompute.taps.attention import (
 from precompute.taps.check_attention import check_attention
 from precompute.taps.registry import ATTENTION, TAPS, Tap, TapInfo, check_tap
 from precompute.taps.tapped_model import TappedTeacher
-from precompute.taps.timm_import import takes_image_size
+from precompute.taps.timm_import import create_timm_model, takes_image_size
 
 __all__ = [
     "ATTENTION",
@@ -36,6 +36,7 @@ __all__ = [
     "class_row",
     "class_scores",
     "cnn_stages",
+    "create_timm_model",
     "layer_grids",
     "prefix_roles",
     "resize_matrix",

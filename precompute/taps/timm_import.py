@@ -1,8 +1,36 @@
-"""What timm says of its models before they are made."""
+"""timm's networks: made by name, with errors that say what to change; and what timm says of them before."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import timm
+from torch import nn
+
+from storage.errors import UserError, first_line
+
+
+def create_timm_model(
+    name: str, arguments: Mapping[str, Any], *, owner: str, hint: str = "", pretrained: bool = False
+) -> nn.Module:
+    """`timm.create_model`, whose errors are UserErrors.
+
+    Args:
+        name: of the network.
+        arguments: of `timm.create_model`.
+        owner: opens the message, such as `teacher resnet34`.
+        hint: what to do where the network cannot be made.
+        pretrained: whether it gets the weights of the timm hub.
+    """
+    try:
+        network: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
+    except Exception as error:  # timm and the hub raise many kinds
+        problem = f"cannot be made with {dict(arguments)}"
+        if pretrained:
+            problem = f"the weights of {name} could not be downloaded from the timm hub"
+        raise UserError(f"{owner}: {problem}: {first_line(error)}", hint=hint) from None
+    return network
 
 
 def takes_image_size(model: str) -> bool:

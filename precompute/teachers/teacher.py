@@ -332,18 +332,12 @@ def load_teacher(teacher: Teacher) -> nn.Module:
 
 
 def _create(model: str, arguments: dict[str, Any], *, pretrained: bool) -> nn.Module:
-    import timm
+    from precompute.taps import create_timm_model
 
-    try:
-        made: nn.Module = timm.create_model(model, pretrained=pretrained, **arguments)
-    except Exception as error:  # timm and the hub raise many kinds
-        problem = f"cannot be made with {arguments}"
-        hint = f"Change {setting('teacher_arg', 'NAME=VALUE')}, or leave it out."
-        if pretrained:
-            problem = "its weights could not be downloaded from the timm hub"
-            hint = f"Give a file: {setting('weights', 'F')}, or in a project file teachers.NAME.weights."
-        raise UserError(f"teacher {model}: {problem}: {first_line(error)}", hint=hint) from None
-    return made
+    hint = f"Change {setting('teacher_arg', 'NAME=VALUE')}, or leave it out."
+    if pretrained:
+        hint = f"Give a file: {setting('weights', 'F')}, or in a project file teachers.NAME.weights."
+    return create_timm_model(model, arguments, owner=f"teacher {model}", hint=hint, pretrained=pretrained)
 
 
 def anatomy(model: nn.Module) -> Anatomy:

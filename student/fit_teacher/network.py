@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
-from precompute.taps import Tap, TappedTeacher, takes_image_size
-from storage.errors import IdentityError, UserError, first_line
+from precompute.taps import Tap, TappedTeacher, create_timm_model, takes_image_size
+from storage.errors import IdentityError, UserError
 from storage.objects.checkpoint_file import EARLIER
 from storage.objects.state_dict import HUB, ONNX_FILE, digest_of_state, load_weights
 from storage.objects.weights_file import WeightsFile
@@ -40,7 +39,7 @@ def network_of(recorded: TeacherManifest, weights: str | None, classes: int) -> 
             f"teacher {recorded.id} is a ready graph ({recorded.weights}), and a head is fitted into a PyTorch "
             "network; precompute with its timm name and --weights F, then fit that one"
         )
-    name, arguments = recorded.identity.model, arguments_of(recorded)
+    name, arguments, owner = recorded.identity.model, arguments_of(recorded), f"teacher {recorded.id}"
     path = weights or recorded.weights
     file = WeightsFile(path)
     from_hub = weights is None and path == HUB
@@ -49,12 +48,12 @@ def network_of(recorded: TeacherManifest, weights: str | None, classes: int) -> 
             raise UserError(f"teacher {recorded.id}: its weights are no longer at {path}; say where: --weights F")
         _same_weights(f"--weights {path}", recorded, file.digest)
     else:  # the digest is of what the hub gives, whatever the size that the teacher ran at
-        from_timm = _created(name, recorded.identity.arguments, pretrained=True)
+        from_timm = create_timm_model(name, recorded.identity.arguments, owner=owner, pretrained=True)
         _same_weights(f"{name} from timm's hub", recorded, digest_of_state(from_timm.state_dict()))
-    own = _created(name, arguments, pretrained=from_hub)
+    own = create_timm_model(name, arguments, owner=owner, pretrained=from_hub)
     if not from_hub:
         load_weights(own, file, recorded.identity.weights_key, EARLIER)
-    model = _created(name, {**arguments, "num_classes": classes})
+    model = create_timm_model(name, {**arguments, "num_classes": classes}, owner=owner)
     head = tuple(f"{part}." for part in heads_of(model))
     state = {n: t for n, t in own.state_dict().items() if not n.startswith(head)}
     absent = {n: t for n, t in model.state_dict().items() if n.startswith(head)}
@@ -79,14 +78,6 @@ def _same_weights(where: str, recorded: TeacherManifest, found: str) -> None:
             found,
             f"The features are those of the recorded teacher {recorded.id}.",
         )
-
-
-def _created(name: str, arguments: dict[str, Any], *, pretrained: bool = False) -> nn.Module:
-    try:
-        made: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
-    except Exception as error:  # timm and the hub raise many kinds
-        raise UserError(f"teacher {name} {arguments}: cannot be made: {first_line(error)}") from None
-    return made
 
 
 def heads_of(model: nn.Module) -> list[str]:

@@ -11,8 +11,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from precompute.taps import takes_image_size
-from storage.errors import UserError, did_you_mean, first_line
+from precompute.taps import create_timm_model, takes_image_size
+from storage.errors import UserError, did_you_mean
 from storage.objects.record_schema import Schema, Several, Three
 from storage.views.policy import policy
 from student.models.attention_copy_hooks import AttentionCopyRecord
@@ -90,16 +90,15 @@ def build_student(settings: StudentConfig, num_classes: int) -> tuple[nn.Module,
 
 
 def create(model: str, arguments: dict[str, Any]) -> nn.Module:
-    """`timm.create_model` with a message that people understand."""
+    """A student's network. Raises UserError: timm does not make it, with what to change."""
     try:
-        made: nn.Module = timm.create_model(model, pretrained=False, **arguments)
-    except Exception as error:  # timm raises many kinds
-        advice = "change its sizes" if model == WITH_CLASS else f"take a ViT, such as --set student.model={WITH_CLASS}"
+        return create_timm_model(model, arguments, owner=f"student {model}")
+    except UserError as error:
+        hint = "Change its sizes" if model == WITH_CLASS else f"Take a ViT, such as --set student.model={WITH_CLASS}"
         if unknown := _unknown(model, arguments):
             words = " ".join(f"--set student.{name}=null" for name in unknown)
-            advice = f"it does not take {', '.join(unknown)}: leave them out ({words}), or {advice}"
-        raise UserError(f"student {model} {arguments}: cannot be made: {first_line(error)}; {advice}") from None
-    return made
+            hint = f"It does not take {', '.join(unknown)}: leave them out ({words}), or {hint[0].lower()}{hint[1:]}"
+        raise UserError(error.message, hint=hint) from None
 
 
 def _unknown(model: str, arguments: dict[str, Any]) -> list[str]:

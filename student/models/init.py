@@ -10,7 +10,8 @@ from fnmatch import fnmatchcase
 import timm
 from torch import Tensor, nn
 
-from storage.errors import UserError, first_line
+from precompute.taps import create_timm_model
+from storage.errors import UserError
 from storage.objects.state_dict import as_f32, mismatches, rename_to_fit
 from storage.objects.weights_file import WeightsFile
 from student.models.attention_copy_hooks import COPIED
@@ -48,7 +49,8 @@ def begin_from(
         state = as_f32(chosen.state)
         where += f", {chosen}" if chosen.others else ""
     else:
-        state = _hub(settings.model)
+        hint = "Give a file: --set student.pretrained=false --set student.weights=F"
+        state = create_timm_model(settings.model, {}, owner="student", hint=hint, pretrained=True).state_dict()
     state = {name: tensor for name, tensor in state.items() if not name.startswith(COPIED)}
     known = file.classes if file else None
     if settings.shifted_patches:  # timm would bring a convolution's weights into the shape of the one that is not there
@@ -176,17 +178,6 @@ def _proposal(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
     if not good:
         return "; are these weights of this model?"
     return f"; take what fits, the rest stays new: --set 'student.init=[{', '.join(json.dumps(p) for p in good)}]'"
-
-
-def _hub(model: str) -> dict[str, Tensor]:
-    try:
-        state: dict[str, Tensor] = timm.create_model(model, pretrained=True).state_dict()
-    except Exception as error:  # timm and the hub raise many kinds
-        raise UserError(
-            f"student.pretrained: the weights of {model} cannot be had from timm's hub: {first_line(error)}\n"
-            "  Give a file: --set student.pretrained=false --set student.weights=F"
-        ) from None
-    return state
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -193,7 +193,7 @@ def test_timms_weights_or_a_clear_error_without_the_hub(monkeypatch, donor):
         return create(name, embed_dim=48, depth=2, num_heads=3, img_size=64, patch_size=4)
 
     monkeypatch.setattr(timm, "create_model", hub)
-    with pytest.raises(UserError, match=r"vit_tiny_patch16_224 cannot be had from timm's hub: no connection\n  Give a"):
+    with pytest.raises(UserError, match=r"vit_tiny_patch16_224 could not be .*: no connection\n  Give a"):
         taken("student.pretrained=true")
     ours, fresh, lines = taken("student.pretrained=true")  # a thousand classes, 64x64
     assert not torch.equal(ours["blocks.0.attn.qkv.weight"], fresh["blocks.0.attn.qkv.weight"])
