@@ -131,11 +131,11 @@ def _by_student(model: nn.Module, about: StudentDescription, images: np.ndarray)
     import torch
 
     from precompute.taps import AttentionTaps, attention_layers, class_row, prefix_roles
+    from storage.views.normalize import normalize
 
     taps = AttentionTaps(model, [len(attention_layers(model))])
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (about.mean, about.std))
     with torch.no_grad():
-        model((torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std)
+        model(normalize(torch.from_numpy(images), about.mean, about.std))
     rows = class_row(taps.q[0], taps.k[0], taps.scales[0])
     return _patches(rows.mean(1).numpy(), len(prefix_roles(model)))
 

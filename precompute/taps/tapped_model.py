@@ -19,6 +19,7 @@ from precompute.taps.attention import (
 )
 from precompute.taps.registry import ATTENTION, OF_CLASS_TOKEN, Tap
 from storage.errors import UserError
+from storage.views.normalize import normalize
 
 
 class TappedTeacher(nn.Module):
@@ -103,11 +104,12 @@ class TappedTeacher(nn.Module):
 
     def prepare(self, images: Tensor) -> Tensor:
         """Normalized input `[B, 3, I, I]` from uint8 view images `[B, S, S, 3]`."""
-        x = images.permute(0, 3, 1, 2).float() / 255
-        if self.resizes:
-            matrix = self.get_buffer("resize")
-            x = (matrix @ x @ matrix.T).clamp(0, 1)
-        return (x - self.get_buffer("mean")) / self.get_buffer("std")
+        resize = self._resized if self.resizes else None
+        return normalize(images, self.get_buffer("mean"), self.get_buffer("std"), resize)
+
+    def _resized(self, x: Tensor) -> Tensor:
+        matrix = self.get_buffer("resize")
+        return (matrix @ x @ matrix.T).clamp(0, 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """The taps' tensors, f32 `[B, …]`, of uint8 view images `[B, S, S, 3]`."""

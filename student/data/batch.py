@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from storage.store.codecs import Codec
+from storage.views.normalize import normalize
 
 _TENSORS = ("images", "labels", "mix_labels", "mix_weights")
 
@@ -79,6 +80,4 @@ class Batch:
             mean: of the network's input, per channel.
             std: of the network's input, per channel.
         """
-        x = self.images.permute(0, 3, 1, 2).float() / 255
-        shape = (1, 3, 1, 1)
-        return (x - x.new_tensor(mean).view(shape)) / x.new_tensor(std).view(shape)
+        return normalize(self.images, mean, std)

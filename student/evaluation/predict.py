@@ -16,6 +16,7 @@ from storage.errors import UserError, first_line
 from storage.shards.image_files import counted, is_image, listing
 from storage.shards.tar import IMAGES
 from storage.views.draw import draw_view
+from storage.views.normalize import normalize
 from storage.views.policy import Policy
 from storage.views.render import BadImage, decode, render
 from student.models.files import StudentDescription
@@ -92,7 +93,6 @@ def predict(
     """
     view = about.evaluation_policy
     device = next(model.parameters()).device
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (about.mean, about.std))
     predictions: list[ImagePrediction] = []
     unreadable: list[UnreadableImage] = []
     for start in range(0, len(files), batch_size):
@@ -107,9 +107,9 @@ def predict(
         if not rendered:
             continue
         images = np.stack([*rendered.values()])
-        pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255
+        pixels = normalize(torch.from_numpy(images).to(device), about.mean, about.std)
         with context(images):
-            probabilities = model((pixels - mean) / std).float().softmax(1)
+            probabilities = model(pixels).float().softmax(1)
         values, numbers = probabilities.topk(min(top, probabilities.shape[1]), 1)
         for number, image_values, image_classes in zip(rendered, values.tolist(), numbers.tolist(), strict=True):
             names = [about.classes[n] if about.classes else str(n) for n in image_classes]

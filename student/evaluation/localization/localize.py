@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from precompute.taps import AttentionTaps
 from storage.errors import UserError
 from storage.shards.shard import Shard
+from storage.views.normalize import normalize
 from student.alignment.student_spec import student_spec
 from student.evaluation.localization.contours import LEVELS, gray, scipy_image
 from student.evaluation.localization.dataset import BoxedImage, boxed_images
@@ -123,7 +124,6 @@ def localize(
     scipy_image()  # told before anything is spent
     total = sum(map(len, shards))
     pictured = set(np.linspace(0, total - 1, min(SHOWN, total)).round().astype(int).tolist()) if keep_images else set()
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (about.mean, about.std))
     best: list[np.ndarray] = []
     truths: list[np.ndarray] = []
     kept: list[tuple[BoxedImage, np.ndarray]] = []
@@ -132,7 +132,7 @@ def localize(
         boxed = [(number, image) for number, image in chunk if len(image.boxes)]
         if boxed:
             pixels = torch.from_numpy(np.stack([image.pixels for _, image in boxed])).to(device)
-            maps = looker.maps((pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std)
+            maps = looker.maps(normalize(pixels, about.mean, about.std))
             for (number, image), values in zip(boxed, maps, strict=True):
                 level = gray(values)
                 best.append(best_overlaps(level, image.boxes, convention))
