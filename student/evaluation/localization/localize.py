@@ -16,7 +16,7 @@ from storage.errors import UserError
 from storage.shards.shard import Shard
 from storage.views.normalize import normalize
 from student.alignment.student_spec import student_spec
-from student.evaluation.localization.contours import LEVELS, gray, scipy_image
+from student.evaluation.localization.contours import LEVELS, gray, opencv
 from student.evaluation.localization.dataset import BoxedImage, boxed_images
 from student.evaluation.localization.max_box_acc import (
     SIDE,
@@ -121,7 +121,7 @@ def localize(
     Raises:
         UserError: no sample has a box, one that is none, an image that cannot be decoded.
     """
-    scipy_image()  # told before anything is spent
+    opencv()  # told before anything is spent
     total = sum(map(len, shards))
     pictured = set(np.linspace(0, total - 1, min(SHOWN, total)).round().astype(int).tolist()) if keep_images else set()
     best: list[np.ndarray] = []

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+pytest.importorskip("cv2")
 pytest.importorskip("scipy")
 
 from typing import Any
