@@ -159,7 +159,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Processor:
     """What torch uses of a CPU.
 
@@ -181,7 +181,8 @@ class Processor:
         else:  # torch before 2.11
             flags = {"avx512_bf16": torch.cpu._is_avx512_bf16_supported()}  # noqa: SLF001
         supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-        return cls(torch.backends.cpu.get_cpu_capability(), flags, bool(supported and supported()))
+        level = torch.backends.cpu.get_cpu_capability()
+        return cls(level=level, flags=flags, onednn=bool(supported and supported()))
 
     @property
     def bfloat16(self) -> bool:

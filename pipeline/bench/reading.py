@@ -77,7 +77,7 @@ def _target(stream: Stream, target: str, turns: int, case: str) -> Measure:
     for number, shard in enumerate(source.shards):
         marker = store.marker(Task("target", target, shard.id, 0))
         (samples, *_), *_ = (array.shape for array in marker.arrays.values())
-        segments.append(Segment(number, 0, np.arange(samples)))
+        segments.append(Segment(shard=number, block=0, samples=np.arange(samples)))
         files += [Path(store.url) / key for array in marker.arrays.values() for key in array.keys]
     size = sum(path.stat().st_size for path in files)
     found = interleaved(

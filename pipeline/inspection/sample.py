@@ -201,7 +201,7 @@ def _seen_view(source: Source, position: int, *, number: int, targets: dict[str,
             f"{shard.url}: key {keys[position]!r} is marked invalid: precompute could not decode its image, "
             "and nothing of it is used"
         )
-    seen, arrays = reader.read(Segment(0, position // BLOCK, np.array([position])), number)
+    seen, arrays = reader.read(Segment(shard=0, block=position // BLOCK, samples=np.array([position])), number)
     return SeenView(
         number=number,
         view=view,

@@ -15,9 +15,16 @@ from storage.errors import UserError
 from storage.rng import generator
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """Some consecutive valid samples of one block: `samples` are their indices in the shard, `whole` the block's."""
+    """Consecutive valid samples of one block.
+
+    Attributes:
+        shard: its number in the stream.
+        block: its number in the shard.
+        samples: their indices in the shard.
+        whole: indices of all valid samples of the block; None where `samples` are all.
+    """
 
     shard: int
     block: int
@@ -64,7 +71,7 @@ class BlockShuffle:
                 f"{lanes}, such as --set stream.batch_size={max(1, round(batch / lanes)) * lanes}, or lanes that "
                 "divide it: --set stream.lanes=N"
             )
-        self.blocks = [Segment(*block) for block in blocks]
+        self.blocks = [Segment(shard=shard, block=block, samples=samples) for shard, block, samples in blocks]
         self.counts = np.array([len(block.samples) for block in self.blocks], np.int64)
         self.batch, self.seed, self.lanes, self.shuffle_blocks = batch, seed, lanes, shuffle_blocks
         self.samples = int(self.counts.sum())
@@ -101,7 +108,7 @@ class BlockShuffle:
             if first >= end:
                 break
             part = block.samples[max(0, begin - first) : end - first]
-            segments.append(Segment(block.shard, block.block, part, block.samples))
+            segments.append(Segment(shard=block.shard, block=block.block, samples=part, whole=block.samples))
         skip = start * self.share
         for number, at in enumerate(range(0, len(segments), self.shuffle_blocks)):
             chosen = segments[at : at + self.shuffle_blocks]

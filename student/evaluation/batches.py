@@ -60,7 +60,7 @@ def evaluation_batches(
         before += index.blocks
         samples_of = {number: samples for number, samples in samples_of.items() if len(samples)}
         for number, samples in samples_of.items():
-            arrays, targets = reader.read(Segment(0, number, samples), 0)
+            arrays, targets = reader.read(Segment(shard=0, block=number, samples=samples), 0)
             arrays["ids"][:, 0] = position
             parts.append((arrays, targets))
             if sum(len(part[0]["labels"]) for part in parts) >= batch_size or number == max(samples_of):

@@ -22,15 +22,18 @@ from tests.typed import grad
 OLD = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}  # as on a processor with AVX2 alone
 HAS = {"avx512_bf16": True, "amx_bf16": False, "avx2": True}
 PROCESSORS = {  # and whether they multiply bfloat16
-    "Zen 4 and later": (Processor("AVX512", HAS, True), True),
-    "Sapphire Rapids": (Processor("AVX512", {"avx512_bf16": True, "amx_bf16": True}, True), True),
-    "AVX-512 without bf16": (Processor("AVX512", {"avx512_f": True, "avx512_bf16": False}, True), False),
-    "AVX2 alone": (Processor("AVX2", {"avx2": True, "avx512_bf16": False}, False), False),
-    "torch held at AVX2": (Processor("AVX2", HAS, True), False),
-    "oneDNN held at AVX2": (Processor("AVX512", HAS, False), False),
-    "ARM with bf16": (Processor("DEFAULT", {"neon": True, "bf16": True}, True), True),
-    "ARM without": (Processor("DEFAULT", {"neon": True, "bf16": False}, False), False),
-    "ARM without oneDNN": (Processor("DEFAULT", {"neon": True, "bf16": True}, False), False),
+    "Zen 4 and later": (Processor(level="AVX512", flags=HAS, onednn=True), True),
+    "Sapphire Rapids": (Processor(level="AVX512", flags={"avx512_bf16": True, "amx_bf16": True}, onednn=True), True),
+    "AVX-512 without bf16": (
+        Processor(level="AVX512", flags={"avx512_f": True, "avx512_bf16": False}, onednn=True),
+        False,
+    ),
+    "AVX2 alone": (Processor(level="AVX2", flags={"avx2": True, "avx512_bf16": False}, onednn=False), False),
+    "torch held at AVX2": (Processor(level="AVX2", flags=HAS, onednn=True), False),
+    "oneDNN held at AVX2": (Processor(level="AVX512", flags=HAS, onednn=False), False),
+    "ARM with bf16": (Processor(level="DEFAULT", flags={"neon": True, "bf16": True}, onednn=True), True),
+    "ARM without": (Processor(level="DEFAULT", flags={"neon": True, "bf16": False}, onednn=False), False),
+    "ARM without oneDNN": (Processor(level="DEFAULT", flags={"neon": True, "bf16": True}, onednn=False), False),
 }
 CPU = torch.device("cpu")
 
