@@ -23,9 +23,19 @@ CHECKPOINT, RESULT, LOG, SMOKE, CARD = "checkpoint.pt", "result.json", "log.json
 ABOUT, LOSSES = "run.json", "losses.safetensors"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"  # by timm's names
 _FILES = (
-    ABOUT, LOG, CHECKPOINT, "last.safetensors", "best.safetensors", "ema.safetensors", LOSSES,
-    "tensorboard", RESULT, CARD, CONFIG, WEIGHTS,
-)  # fmt: skip
+    ABOUT,
+    LOG,
+    CHECKPOINT,
+    "last.safetensors",
+    "best.safetensors",
+    "ema.safetensors",
+    LOSSES,
+    "tensorboard",
+    RESULT,
+    CARD,
+    CONFIG,
+    WEIGHTS,
+)
 # What a kill leaves of them counts as nothing. The marks are last: until they go, the folder is a run's.
 _LEFT = (*(temporary_path(Path(name)).name for name in _FILES), *_FILES, "args.yaml", SMOKE)
 

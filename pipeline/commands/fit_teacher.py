@@ -33,7 +33,7 @@ def command(result: FitTeacherResult, store: str, shards: tuple[str, ...]) -> st
 
     words = hints.precompute(
         model=result.model,
-        called=name_of(result.out),
+        teacher_name=name_of(result.out),
         weights=result.out,
         arguments=result.arguments,
         mean=result.mean,

@@ -20,9 +20,18 @@ from student.models.shifted_patch import shift_patches
 from student.settings import WITH_CLASS, StudentConfig
 
 _ARGUMENTS = (
-    "img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "global_pool", "drop_path_rate",
-    "drop_rate", "proj_drop_rate", "attn_drop_rate",
-)  # fmt: skip
+    "img_size",
+    "patch_size",
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "mlp_ratio",
+    "global_pool",
+    "drop_path_rate",
+    "drop_rate",
+    "proj_drop_rate",
+    "attn_drop_rate",
+)
 
 
 class DescriptionRecord(Schema):

@@ -152,10 +152,12 @@ def card(
     )
     trained = f"{result['steps']} steps" if smoke else f"{result['epochs']} epochs"
     lines += [
-        f"- losses: {losses}", f"- {trained} at batch {recipe['stream']['batch_size']}, seed {recipe['seed']}; all "
-        "settings: `args.yaml`", "",
-        "Licenses of images and of teachers' weights are those of their sources; none is recorded here.", "",
-    ]  # fmt: skip
+        f"- losses: {losses}",
+        f"- {trained} at batch {recipe['stream']['batch_size']}, seed {recipe['seed']}; all settings: `args.yaml`",
+        "",
+        "Licenses of images and of teachers' weights are those of their sources; none is recorded here.",
+        "",
+    ]
     if about.attention_copy is not None:
         own = _copying(about.model, about.attention_copy, identity["control"])
     elif about.shifted_patches:
@@ -204,9 +206,13 @@ def _loading(about: StudentDescription, own: str, file: str) -> str:
         return text
     kept = {n: v for n, v in about.arguments.items() if n != "img_size" and "drop" not in n}  # a teacher drops nothing
     return text + _TEACHING.format(
-        model=about.model, file=file, size=about.img_size, mean=mean.replace(" ", ""), std=std.replace(" ", ""),
+        model=about.model,
+        file=file,
+        size=about.img_size,
+        mean=mean.replace(" ", ""),
+        std=std.replace(" ", ""),
         arguments=" ".join(f"--teacher-arg {name}={value}" for name, value in kept.items()),
-    )  # fmt: skip
+    )
 
 
 def _copying(model: str, copied: AttentionCopyRecord, control: Mapping[str, Any]) -> str:

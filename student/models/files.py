@@ -113,7 +113,11 @@ def load_student(path: Path) -> tuple[nn.Module, StudentDescription]:
         said["attention_copy"] = _attention_copy(json.loads(metadata.get("copying", "null")))
         record = checked(DescriptionRecord, said, str(path), "Give a student that `pipeline train` wrote.")
         description = StudentDescription(
-            record.model, record.arguments, record.img_size, record.mean, record.std,
+            record.model,
+            record.arguments,
+            record.img_size,
+            record.mean,
+            record.std,
             tuple(all_normalized(record.classes or ())) or None,
             record.evaluation, metadata.get("shifted_patches") == "true", record.attention_copy,
         )  # fmt: skip

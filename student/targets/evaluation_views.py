@@ -119,9 +119,16 @@ def command(
     ready = about.model == ONNX_FILE
     weights = None if ready or teacher.weights == HUB else teacher.weights
     words = hints.precompute(
-        teacher.weights if ready else about.model, teacher.id, weights, about.arguments, about.mean,
-        about.std, about.input_size, store.url, [shard.url for shard in shards],
-    )  # fmt: skip
+        teacher.weights if ready else about.model,
+        teacher_name=teacher.id,
+        weights=weights,
+        arguments=about.arguments,
+        mean=about.mean,
+        std=about.std,
+        input_size=about.input_size,
+        store=store.url,
+        shards=[shard.url for shard in shards],
+    )
     words += ["--view-policy", view.line, "--view-size", str(view.size), *(["--new-bank"] if new_bank else [])]
     wishes: dict[str, list[str]] = {}  # layers and codec -> taps
     for identity in (stored.target.identity for stored in stored_targets):

@@ -11,7 +11,8 @@ import yaml
 
 def precompute(
     model: str,
-    called: str,
+    *,
+    teacher_name: str,
     weights: str | None,
     arguments: Mapping[str, Any],
     mean: Sequence[float],
@@ -22,7 +23,7 @@ def precompute(
 ) -> list[str]:
     """The words that name a teacher, a store and shards; views and targets are still to be said."""
     words = ["pipeline", "precompute", "--teacher", model, *(["--weights", weights] if weights else [])]
-    words += ["--teacher-name", called]
+    words += ["--teacher-name", teacher_name]
     for name, value in arguments.items():
         words += ["--teacher-arg", f"{name}={flag(value)}"]
     words += ["--mean", _numbers(mean), "--std", _numbers(std), "--input-size", str(input_size), "--store", store]

@@ -175,6 +175,7 @@ def _of_tap(
     if not within:
         found = ", ".join(sorted({manifests[id].identity.bank for id in fits}))
         do = "Precompute the targets with the view flags of these views, over all the shards."
-        raise IdentityError(f"{store.url}: {', '.join(fits)}", "views", " or ".join(banks), found, do,
-                            ("asked for", "made from"))  # fmt: skip
+        raise IdentityError(
+            f"{store.url}: {', '.join(fits)}", "views", " or ".join(banks), found, do, ("asked for", "made from")
+        )
     return within
