@@ -86,7 +86,7 @@ def test_shards_are_never_overwritten(tmp_path, animals):
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     for there in [*made.train, *made.val]:
         name = Path(there).name
-        with pytest.raises(UserError, match=rf"{name}: is there already"):
+        with pytest.raises(UserError, match=rf"{name}: already exists"):
             packed(animals, tmp_path, val_fraction=0.2, seed=1)
         (tmp_path / name).unlink()
         del before[tmp_path / name]
