@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from storage.errors import UserError
+from storage.errors import UserError, setting
 
 T = TypeVar("T")
 
@@ -52,8 +52,8 @@ def process_group(device: str) -> Iterator[torch.device]:
         local = int(os.environ.get("LOCAL_RANK", 0)) if where.index is None else where.index
         if local >= torch.cuda.device_count():
             raise UserError(
-                f"rank {os.environ['RANK']}: there are {torch.cuda.device_count()} CUDA device(s) here; "
-                "give torchrun --nproc-per-node no more than that"
+                f"rank {os.environ['RANK']}: there are {torch.cuda.device_count()} CUDA device(s) here",
+                hint="Start no more processes on each node than that (torchrun's option nproc-per-node).",
             )
         where = torch.device("cuda", local)
         torch.cuda.set_device(where)
@@ -69,8 +69,8 @@ def process_group(device: str) -> Iterator[torch.device]:
             raise SystemExit(1) from None
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
             raise UserError(
-                f"rank {dist.get_rank()}: another rank ended without a word (killed, or out of memory?); "
-                "the same command with --resume goes on from the last checkpoint"
+                f"rank {dist.get_rank()}: another rank ended without a word (killed, or out of memory?)",
+                hint=f"Run the same command again with {setting('resume', True)} to resume from the last checkpoint.",
             ) from None
         raise
     dist.destroy_process_group()  # not after an error: it could wait for those that are gone
@@ -151,11 +151,11 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda") or name.startswith("cpu:"):
-        raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+        raise UserError("expected auto, cpu, cuda or cuda:N", setting=setting("device", name))
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     if (device.index or 0) >= count:
         seen = f"{count} CUDA device(s), counted from 0" if count else "no CUDA device; use cpu or auto"
-        raise UserError(f"--device {name}: this torch sees {seen}")
+        raise UserError(f"this torch sees {seen}", setting=setting("device", name))
     return device
 
 

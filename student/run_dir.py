@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
-from storage.errors import UserError
+from storage.errors import UserError, setting
 from storage.objects.atomic import atomic_write, temporary_path
 from student.upgrade import upgraded_run
 
@@ -78,16 +78,16 @@ def require_free(out: Path) -> None:
     if not out.exists():
         return
     if not out.is_dir():
-        raise UserError(f"{out}: a file, not a folder; give another --out")
+        raise UserError("a file, not a folder", setting=setting("out", out), hint="Give another folder.")
     there = sorted(path.name for path in out.iterdir())
     if there and not is_smoke(out):
         if not {"args.yaml", CHECKPOINT, RESULT} & {*there}:
-            raise UserError(f"{out}: there is something else in this folder ({there[0]}, …); give a new one: --out RUN")
-        kept = CHECKPOINT in there or never_kept(out)
-        hint = "; to go on with it, add --resume" if kept else ""
-        raise UserError(
-            f"{out}: there is a run in this folder already{hint}; for another, give a new folder: --out RUN"
-        )
+            hint = f"Give a new folder: {setting('out', 'RUN')}"
+            raise UserError(f"{out}: there is something else in this folder ({there[0]}, …)", hint=hint)
+        hint = f"For another run, give a new folder: {setting('out', 'RUN')}"
+        if CHECKPOINT in there or never_kept(out):
+            hint = f"To resume it, add {setting('resume', True)}\n  {hint}"
+        raise UserError(f"{out}: there is a run in this folder already", hint=hint)
     foreign = [name for name in there if name not in _LEFT]
     if foreign:
         raise UserError(

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from storage.errors import setting
+
 
 class ConfigModel(BaseModel):
     """Settings that refuse what they do not know and never change."""
@@ -72,7 +74,7 @@ def _constant(value: Any) -> Any:
 ATTENTION_COPY = "attention_copy"  # the section, and what its part of a run is called beside the losses
 
 
-def setting(name: str) -> str:
+def settings_path(name: str) -> str:
     """The path of a loss's settings, or of attention copy."""
     return ATTENTION_COPY if name == ATTENTION_COPY else f"losses.{name}"
 
@@ -247,7 +249,8 @@ class StudentConfig(ConfigModel):
     @model_validator(mode="after")
     def _one_source(self) -> StudentConfig:
         if self.pretrained and self.weights:
-            raise ValueError("pretrained and weights are both given; choose one: --set student.pretrained=false")
+            no_hub = setting("student.pretrained", "false")
+            raise ValueError(f"pretrained and weights are both given; choose one: {no_hub}")
         if self.init != ("*",) and not (self.pretrained or self.weights):
             raise ValueError("init chooses among given weights: say pretrained=true or weights=FILE")
         if self.weights_key is not None and not self.weights:

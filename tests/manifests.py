@@ -32,4 +32,6 @@ def stored(
     content = {"format": 1, "kind": "target", "id": f"t-{tap}", "identity": identity, "teacher": "t", "graph": None,
                "output": None, "sample_shape": shape, "maps": 1, "axes": [f"axis{i}" for i in range(len(shape))],
                "parity": None, "attention_error": None}  # fmt: skip
-    return StoredTarget(TargetManifest.model_validate({**content, **about}), teacher_manifest(**(teacher or {})))
+    return StoredTarget(
+        target=TargetManifest.model_validate({**content, **about}), teacher=teacher_manifest(**(teacher or {}))
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,8 +30,8 @@ def command(result: FitTeacherResult, store: str, shards: tuple[str, ...]) -> st
     """The `pipeline precompute` that keeps the logits of a teacher over the shards and views that it was fitted on."""
     from student.targets import hints
 
-    words = hints.precompute(
-        model=result.model,
+    return hints.precompute(
+        teacher=result.model,
         teacher_name=name_of(result.out),
         weights=result.out,
         arguments=result.arguments,
@@ -41,9 +40,11 @@ def command(result: FitTeacherResult, store: str, shards: tuple[str, ...]) -> st
         input_size=result.input_size,
         store=store,
         shards=shards,
+        view_policy=result.policy,
+        view_size=result.view_size,
+        seed=result.view_seed,
+        target="logits",
     )
-    words += ["--view-policy", result.policy, "--view-size", str(result.view_size)]
-    return shlex.join([*words, "--seed", str(result.view_seed), "--target", "logits"])
 
 
 def name_of(path: str) -> str:

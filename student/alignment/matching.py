@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from precompute.taps import TAPS, resize_matrix
 from precompute.taps.target_spec import parse_ranges
-from storage.errors import UserError
+from storage.errors import UserError, setting
 from student.alignment.report import AlignmentRow
 from student.alignment.student_spec import StudentSpec
-from student.settings import AlignedLossConfig, AlignmentConfig, setting
+from student.settings import AlignedLossConfig, AlignmentConfig, settings_path
 from student.targets.stored_target import StoredTarget
 
 Which = Literal["class", "all", "scores", "vectors"]
@@ -60,7 +60,7 @@ class TokenMatching(nn.Module):
     ) -> None:
         super().__init__()
         self.loss, self.config, self.student, self.which = loss, config, student, which
-        self.path = path = setting(loss)
+        self.path = path = settings_path(loss)
         first = targets[0]
         self.tap = first.target.identity.tap
         teacher = first.teacher
@@ -96,7 +96,8 @@ class TokenMatching(nn.Module):
             if config.grid is None:
                 raise UserError(
                     f"{loss}: target {first.id} has a grid of {side}x{side}, the student's patches make "
-                    f"{student.grid}x{student.grid}; say how they meet: --set {path}.grid=bicubic"
+                    f"{student.grid}x{student.grid}",
+                    hint=f"Resize the teacher's: {setting(f'{path}.grid', 'bicubic')}",
                 )
             matrix = resize_matrix(side, student.grid)
             self._constant("resize", torch.kron(matrix, matrix))
@@ -112,14 +113,15 @@ class TokenMatching(nn.Module):
         if layers is None:
             if student_depth != teacher_depth:
                 raise UserError(
-                    f"{loss}: the teacher has {teacher_depth} layers, the student {student_depth}; say which meet: "
-                    f"--set {path}.layers=uniform, last, first-N, last-N, or pairs [[1,2],[2,4]]"
+                    f"{loss}: the teacher has {teacher_depth} layers, the student {student_depth}",
+                    hint=f"Choose which layers meet: {setting(f'{path}.layers', 'uniform')}, last, first-N, last-N, or "
+                    "pairs [[1,2],[2,4]]",
                 )
             if self.stored != list(range(1, teacher_depth + 1)):
                 raise UserError(
-                    f"{loss}: the target holds the teacher's layers {parse_ranges(self.stored)} of {teacher_depth}; "
-                    f"say which of the student's meet them: --set {path}.layers=last, first-N, last-N, or pairs "
-                    "[[student,teacher],…]"
+                    f"{loss}: the target holds the teacher's layers {parse_ranges(self.stored)} of {teacher_depth}",
+                    hint=f"Choose which of the student's layers meet them: {setting(f'{path}.layers', 'last')}, "
+                    "first-N, last-N, or pairs [[student,teacher],…]",
                 )
             pairs = [(n, n) for n in range(1, student_depth + 1)]
         elif layers == "uniform":
@@ -140,8 +142,8 @@ class TokenMatching(nn.Module):
             if not (1 <= student_layer <= student_depth and 1 <= teacher_layer <= teacher_depth):
                 raise UserError(
                     f"{loss}: {path}.layers lets the student's layer {student_layer} meet the teacher's layer "
-                    f"{teacher_layer}; the student has layers 1 to {student_depth}, the teacher 1 to {teacher_depth}: "
-                    f"--set {path}.layers=uniform, last, or other pairs"
+                    f"{teacher_layer}; the student has layers 1 to {student_depth}, the teacher 1 to {teacher_depth}",
+                    hint=f"Give {setting(f'{path}.layers', 'uniform')}, last, or other pairs",
                 )
         for student_layer, teacher_layer in pairs:
             if teacher_layer not in self.stored:
@@ -165,8 +167,8 @@ class TokenMatching(nn.Module):
                 merged = MERGED if self.which in ("class", "all") else ()
                 named = [*merged, *named, "pairs [[student,teacher],…]"]
             raise UserError(
-                f"{loss}: the teacher has {teacher_heads} heads, the student {student_heads}; say how they meet: "
-                f"--set {path}.heads={', '.join(named[:-1])} or {named[-1]}"
+                f"{loss}: the teacher has {teacher_heads} heads, the student {student_heads}",
+                hint=f"Choose how they meet: {setting(f'{path}.heads', named[0])}, {', '.join(named[1:])}",
             )
         if rule is None or isinstance(rule, str):
             count = int((rule or "").partition("-")[2] or min(student_heads, teacher_heads))
@@ -190,8 +192,8 @@ class TokenMatching(nn.Module):
             if not (1 <= student_head <= student_heads and 1 <= teacher_head <= teacher_heads):
                 raise UserError(
                     f"{loss}: {path}.heads lets the student's head {student_head} meet the teacher's head "
-                    f"{teacher_head}; the student has heads 1 to {student_heads}, the teacher 1 to {teacher_heads}: "
-                    f"--set {path}.heads=[[1,1]]"
+                    f"{teacher_head}; the student has heads 1 to {student_heads}, the teacher 1 to {teacher_heads}",
+                    hint=f"Give others, such as {setting(f'{path}.heads', '[[1,1]]')}",
                 )
         if not head_pairs[0] or len({len(pairs) for pairs in head_pairs}) > 1:
             raise UserError(

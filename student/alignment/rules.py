@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from storage.errors import IdentityError, UserError
+from storage.errors import IdentityError, UserError, call, setting
 from storage.unicode_names import all_normalized
 from student.alignment.report import AlignmentRow
 from student.alignment.student_spec import StudentSpec
@@ -32,8 +32,8 @@ def align_activations(loss: str, stored: StoredTarget, student: StudentSpec, gri
         )
     if "class" not in student.prefix:
         raise UserError(
-            f"{loss}: the student has no class token, so no class rows to link; take one that has, such as "
-            f"--set student.model={WITH_CLASS}"
+            f"{loss}: the student has no class token, so no class rows to link",
+            hint=f"Take one that has a class token, such as {setting('student.model', WITH_CLASS)}",
         )
     stages = " + ".join(str(stage.channels) for stage in manifest.stages)
     dropped = ", ".join(student.prefix)
@@ -62,24 +62,26 @@ def align_classes(loss: str, stored: StoredTarget, student: StudentSpec, same_cl
     count, names = stored.target.sample_shape[0], stored.teacher.classes
     where = f"{loss}: target {stored.id}"
     words = ("the student has", "the teacher")
-    do = "Logits teach only a student of the same classes, in one order. A teacher of these: pipeline fit-teacher"
+    hint = (
+        f"Logits teach only a student of the same classes, in one order. Make a teacher of these: {call('fit_teacher')}"
+    )
     if count != student.classes:
-        raise IdentityError(where, "number of classes", student.classes, count, do, words)
+        raise IdentityError(where, "number of classes", student.classes, count, hint, words)
     if names and student.names:
         student_names, teacher_names = all_normalized(student.names), all_normalized(names)
         if len(teacher_names) != len(student_names):
-            raise IdentityError(where, "names of classes", len(student_names), len(teacher_names), do, words)
+            raise IdentityError(where, "names of classes", len(student_names), len(teacher_names), hint, words)
         if teacher_names != student_names:
             n = next(n for n, pair in enumerate(zip(student_names, teacher_names, strict=True)) if pair[0] != pair[1])
-            raise IdentityError(where, f"class {n}", student_names[n], teacher_names[n], do, words)
+            raise IdentityError(where, f"class {n}", student_names[n], teacher_names[n], hint, words)
         rule = "the same names"
     elif not same_classes:
         unknown = "the teacher's classes are" if not names else "the student's classes are (no classes.json)"
         raise UserError(
-            f"{where}: {unknown} not known by name, so nobody can tell whether class 3 is class 3; if you know that "
-            "both lists are the same, in the same order, say --same-classes"
+            f"{where}: {unknown} not known by name, so nobody can tell whether class 3 is class 3",
+            hint=f"If you know that both lists are the same, in the same order, give {setting('same_classes', True)}",
         )
     else:
-        rule = "taken as the same (--same-classes)"
+        rule = f"taken as the same ({setting('same_classes', True)})"
     teacher = f"{count} logits of {stored.teacher.id}"
     return AlignmentRow(loss, stored.id, teacher, f"{student.classes} classes", rule)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from storage.errors import UserError
+from storage.errors import UserError, setting
 from student.alignment.matching import MERGED, TokenMatching, pick
 from student.alignment.student_spec import StudentSpec, full
-from student.settings import AlignmentConfig, setting
+from student.settings import AlignmentConfig, settings_path
 from student.targets.stored_target import StoredTarget
 
 
@@ -30,19 +30,18 @@ class TokenAligner(TokenMatching):
     ) -> None:
         super().__init__(loss, config, student, targets, "vectors")
         if self.heads and self.rule in MERGED:
-            raise UserError(
-                f"{loss}: vectors of different heads cannot be merged; say --set {setting(loss)}.heads=first, or null"
-            )
+            hint = f"Give {setting(f'{settings_path(loss)}.heads', 'first')}, or null"
+            raise UserError(f"{loss}: vectors of different heads cannot be merged", hint=hint)
         self.width = int(targets[0].target.sample_shape[-1])
         self.student_width = student.width // student.heads if self.heads else student.width
 
-    def require_width(self, remedy: str) -> None:
-        """Refuse vectors of other widths. Raises UserError: both widths, and the remedy."""
+    def require_width(self, hint: str) -> None:
+        """Refuse vectors of other widths. Raises UserError: both widths, and the hint."""
         if self.width != self.student_width:
             vector = f"of each head's {self.tap}" if self.heads else "of each token"
             raise UserError(
-                f"{self.loss}: the width {vector} is {self.width} in the teacher, {self.student_width} in the student; "
-                f"{remedy}"
+                f"{self.loss}: the width {vector} is {self.width} in the teacher, {self.student_width} in the student",
+                hint=hint,
             )
 
     def student_vectors(self, layers: Sequence[Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from storage.errors import UserError
+from storage.errors import UserError, setting
 from student.alignment.attention import AttentionAligner
 from student.alignment.student_spec import StudentSpec
 from student.alignment.student_taps import StudentTap
@@ -58,7 +58,7 @@ class AttentionCopier(nn.Module):
             self.meets = AttentionAligner(name, config, student, targets, "all", average=config.average)
         else:
             self.meets = TokenAligner(name, config, student, targets)
-            self.meets.require_width(f"copy maps, which have none: --set {name}.tensors=map")
+            self.meets.require_width(f"Copy maps, which have none: {setting(f'{name}.tensors', 'map')}")
         if self.meets.get_buffer("student_tokens").tolist() != list(range(len(student.prefix) + student.grid**2)):
             has_class = "class" in targets[0].teacher.prefix
             also, proposed = (
@@ -67,7 +67,8 @@ class AttentionCopier(nn.Module):
             lacks = ", ".join(word for word in self.meets.dropped if word.startswith("student"))
             raise UserError(
                 f"{name}: every token of a copied layer needs the teacher's attention, and the teacher lacks the "
-                f"{lacks}; take a student {also}: --set student.model={proposed}"
+                f"{lacks}",
+                hint=f"Take a student {also}: {setting('student.model', proposed)}",
             )
         layers = [student_layer for student_layer, _ in self.meets.pairs]
         for n in layers:
@@ -90,7 +91,7 @@ class AttentionCopier(nn.Module):
     @classmethod
     def requirement(cls, name: str, config: AttentionCopyConfig) -> TargetRequirement:
         """Whole attention maps or tensors that give them, or vectors."""
-        return TargetRequirement(name, taps_of(config.tensors), config.teacher, config.target)
+        return TargetRequirement(loss=name, taps=taps_of(config.tensors), teacher=config.teacher, target=config.target)
 
     def copied(self, targets: Sequence[Tensor]) -> Copied:
         """What is copied, from decoded targets `[B, L, H, …]`."""

@@ -110,7 +110,7 @@ def copier_of(
         manifest = store.target(id)
         if (manifest.graph, manifest.output) != (graph, output):
             raise IdentityError(f"{store.url}: target {id}", "graph", graph, manifest.graph)
-        targets.append(StoredTarget(manifest, store.teacher_of(manifest)))
+        targets.append(StoredTarget(target=manifest, teacher=store.teacher_of(manifest)))
     spec = student_spec(model, attention=False)
     return AttentionCopier(ATTENTION_COPY, record.settings, spec, targets), targets
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from storage.errors import UserError
+from storage.errors import UserError, setting
 from storage.rng import generator
 
 
@@ -66,10 +66,11 @@ class BlockShuffle:
             raise UserError(f"batch size {batch} and stream.shuffle_blocks {shuffle_blocks} are at least 1")
         lanes = lanes or default_lanes(batch)
         if batch % lanes:
+            multiple = setting("stream.batch_size", max(1, round(batch / lanes)) * lanes)
             raise UserError(
-                f"batch size {batch} cannot be cut into the {lanes} equal parts of stream.lanes; give a multiple of "
-                f"{lanes}, such as --set stream.batch_size={max(1, round(batch / lanes)) * lanes}, or lanes that "
-                "divide it: --set stream.lanes=N"
+                f"batch size {batch} cannot be cut into the {lanes} equal parts of stream.lanes",
+                hint=f"Give a multiple of {lanes}, such as {multiple}, or lanes that divide it: "
+                f"{setting('stream.lanes', 'N')}",
             )
         self.blocks = [Segment(shard=shard, block=block, samples=samples) for shard, block, samples in blocks]
         self.counts = np.array([len(block.samples) for block in self.blocks], np.int64)
@@ -77,10 +78,8 @@ class BlockShuffle:
         self.samples = int(self.counts.sum())
         if self.samples < batch:
             most = 1 << max(self.samples.bit_length() - 1, 0)
-            raise UserError(
-                f"{self.samples} samples are fewer than one batch of {batch}; lower the batch size: "
-                f"--set stream.batch_size={most}"
-            )
+            hint = f"Lower the batch size: {setting('stream.batch_size', most)}"
+            raise UserError(f"{self.samples} samples are fewer than one batch of {batch}", hint=hint)
 
     @property
     def steps(self) -> int:

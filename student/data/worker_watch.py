@@ -59,5 +59,6 @@ def _end(code: int, held: int, advice: str) -> str:
     if -code == signal.SIGKILL:
         return f"was killed by {name}: {out_of_memory(f'workers read up to {size_text(held)} ahead; {advice}')}"
     if -code == signal.SIGBUS:
-        return f"was ended by {name}: the usual cause is that /dev/shm is full (docker run --shm-size=8g); {advice}"
+        full = "the usual cause is that /dev/shm is full (Docker's option shm-size, such as 8g)"
+        return f"was ended by {name}: {full}; {advice}"
     return f"was ended by {name}; {advice}"

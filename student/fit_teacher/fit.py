@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from precompute.taps import TAPS, Tap
-from storage.errors import UserError, did_you_mean
+from storage.errors import UserError, call, did_you_mean, setting
 from storage.memory import memory_limit
 from storage.objects.state_dict import save_state
 from storage.objects.weights_file import WeightsFile
@@ -100,10 +100,10 @@ def fit_teacher(job: FitTeacherConfig, progress: Progress) -> FitTeacherResult:
     """
     began = time.monotonic()
     if job.out.suffix != ".safetensors" or job.out.exists():
-        state = "is there already; give a new name" if job.out.exists() else "expected a name ending in .safetensors"
-        raise UserError(f"--out {job.out}: {state}")
+        problem = "already exists; give a new name" if job.out.exists() else "expected a name ending in .safetensors"
+        raise UserError(problem, setting=setting("out", job.out))
     if not job.out.absolute().parent.is_dir():
-        raise UserError(f"--out {job.out}: there is no folder {job.out.parent}")
+        raise UserError(f"there is no folder {job.out.parent}", setting=setting("out", job.out))
     urls, val_shards = expand(job.shards), open_shards(job.val, progress.say)
     names = _classes(urls, [shard.url for shard in val_shards])
     for shard in val_shards:
@@ -165,8 +165,8 @@ def _classes(urls: Sequence[str], val_urls: Sequence[str]) -> tuple[str, ...]:
     names = classes_of(urls)
     if names is None:
         raise UserError(
-            f"{urls[0]}: no classes.json beside it, so the teacher's classes are not known; write their names there, "
-            "a JSON list in the order of the labels (`pipeline pack` does)"
+            f"{urls[0]}: no classes.json beside it, so the teacher's classes are not known",
+            hint=f"Write their names there, a JSON list in the order of the labels, as {call('pack')} does.",
         )
     require_classes(val_urls, names)
     return tuple(names)
@@ -192,11 +192,12 @@ def choose_target(store: Store, target: str | None, teacher: str | None) -> str:
     if not fitting:
         of = f" of {teacher}" if teacher else ""
         raise UserError(
-            f"{store.url}: no target{of} keeps {taps}; add one: pipeline precompute --teacher {teacher or 'NAME'} "
-            "--target embedding …"
+            f"{store.url}: no target{of} keeps {taps}",
+            hint=f"Add one: {call('precompute', '…', teacher=teacher or 'NAME', target='embedding')}",
         )
     if len(fitting) > 1:
-        raise UserError(f"{store.url}: {len(fitting)} targets fit: {', '.join(fitting)}; say which: --target ID")
+        hint = f"Choose one: {setting('target', 'ID')}"
+        raise UserError(f"{store.url}: {len(fitting)} targets fit: {', '.join(fitting)}", hint=hint)
     return fitting[0]
 
 
@@ -222,8 +223,8 @@ def read_examples(
     if need > budget:
         raise UserError(
             f"{count:,} features ({stream.order.samples:,} samples × {views} views) of {width} numbers take "
-            f"{size_text(need)}, {size_text(budget)} are allowed; give fewer shards, or fewer views: "
-            "--num-views N"
+            f"{size_text(need)}, {size_text(budget)} are allowed",
+            hint=f"Give fewer shards, or fewer views: {setting('num_views', 'N')}",
         )
     whole = [torch.empty(count, dtype=torch.int64) for _ in range(3)]
     examples = Examples(torch.empty(count, width), whole[0], whole[1], torch.empty(count), whole[2])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from precompute.taps import Tap, TappedTeacher, create_timm_model, takes_image_size
-from storage.errors import IdentityError, UserError
+from storage.errors import IdentityError, UserError, call, setting
 from storage.objects.checkpoint_file import EARLIER
 from storage.objects.state_dict import HUB, ONNX_FILE, digest_of_state, load_weights
 from storage.objects.weights_file import WeightsFile
@@ -36,8 +36,8 @@ def network_of(recorded: TeacherManifest, weights: str | None, classes: int) -> 
     """
     if recorded.identity.model == ONNX_FILE:
         raise UserError(
-            f"teacher {recorded.id} is a ready graph ({recorded.weights}), and a head is fitted into a PyTorch "
-            "network; precompute with its timm name and --weights F, then fit that one"
+            f"teacher {recorded.id} is a ready graph ({recorded.weights}), and a head is fitted into a PyTorch network",
+            hint=f"Precompute with its timm name and {setting('weights', 'F')}, then fit that one.",
         )
     name, arguments, owner = recorded.identity.model, arguments_of(recorded), f"teacher {recorded.id}"
     path = weights or recorded.weights
@@ -45,8 +45,9 @@ def network_of(recorded: TeacherManifest, weights: str | None, classes: int) -> 
     from_hub = weights is None and path == HUB
     if not from_hub:
         if weights is None and not Path(path).expanduser().is_file():
-            raise UserError(f"teacher {recorded.id}: its weights are no longer at {path}; say where: --weights F")
-        _same_weights(f"--weights {path}", recorded, file.digest)
+            hint = f"Give them: {setting('weights', 'F')}"
+            raise UserError(f"teacher {recorded.id}: its weights are no longer at {path}", hint=hint)
+        _same_weights(setting("weights", path), recorded, file.digest)
     else:  # the digest is of what the hub gives, whatever the size that the teacher ran at
         from_timm = create_timm_model(name, recorded.identity.arguments, owner=owner, pretrained=True)
         _same_weights(f"{name} from timm's hub", recorded, digest_of_state(from_timm.state_dict()))
@@ -126,12 +127,14 @@ def check(model: nn.Module, head: Head, stream: Stream, target: str, recorded: T
     largest = float(logits.abs().max())
     off = float((head.logits(seen) - logits).abs().max()) / largest
     if not off <= PARITY:
-        advice = "it cannot be given a linear head"
+        hint = "This teacher cannot be given a linear head."
         if tap != "embedding":
-            advice = "take its pooled features: pipeline precompute … --target embedding, then --target of these"
+            pooled = call("precompute", "…", target="embedding")
+            hint = f"Take its pooled features: {pooled}, then {setting('target', 'ID')} of these"
         raise UserError(
             f"teacher {recorded.id}: its logits differ from a linear head on {tap} by {off:.2g} of the largest "
-            f"(allowed: {PARITY:g}): its classifier does not act on {tap} alone; {advice}"
+            f"(allowed: {PARITY:g}): its classifier does not act on {tap} alone",
+            hint=hint,
         )
     rounded = torch.from_numpy(codec.decode(codec.encode(seen.numpy(), wide=codec.name == "u8")))
     allowed = 2 * float((rounded - seen).abs().max()) + 1e-3 * float(seen.abs().max())
@@ -139,7 +142,8 @@ def check(model: nn.Module, head: Head, stream: Stream, target: str, recorded: T
     if not error <= allowed:
         raise UserError(
             f"target {target}: what is stored of {stream.source.shards[0].url} differs from what the network says now "
-            f"by {error:.3g} (allowed for {codec.name}: {allowed:.3g}); `pipeline verify` compares all of it"
+            f"by {error:.3g} (allowed for {codec.name}: {allowed:.3g})",
+            hint=f"{call('verify')} compares all of it.",
         )
     return {"head": off, "stored": float((head.logits(stored) - logits).abs().max()) / largest}
 

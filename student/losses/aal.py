@@ -172,7 +172,13 @@ class AALLoss(Loss[AALConfig]):
     @classmethod
     def requirement(cls, name: str, config: AALConfig, student: StudentSpec) -> TargetRequirement:
         """Activations on the student's own grid, or on the one that the recipe names."""
-        return TargetRequirement(name, (("activations",),), config.teacher, config.target, config.grid or student.grid)
+        return TargetRequirement(
+            loss=name,
+            taps=(("activations",),),
+            teacher=config.teacher,
+            target=config.target,
+            grid=config.grid or student.grid,
+        )
 
     def forward(self, inputs: LossInputs) -> Tensor:
         """The loss of one step."""

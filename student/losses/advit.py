@@ -118,7 +118,9 @@ class ADViTLoss(Loss[ADViTConfig]):
     @classmethod
     def requirement(cls, name: str, config: ADViTConfig, student: StudentSpec) -> TargetRequirement:
         """Class rows, or tensors that give them."""
-        return TargetRequirement(name, (("class_row",), ("attention",), ("q", "k")), config.teacher, config.target)
+        return TargetRequirement(
+            loss=name, taps=(("class_row",), ("attention",), ("q", "k")), teacher=config.teacher, target=config.target
+        )
 
     def forward(self, inputs: LossInputs) -> Tensor:
         """The loss of one step."""

@@ -81,7 +81,7 @@ class AttentionGuidanceLoss(Loss[AttentionGuidanceConfig]):
         """Class rows, or tensors that give them; with `value_norm` the values of the same layers."""
         rows: list[tuple[str, ...]] = [("class_row",), ("attention",), ("q", "k")]
         taps = tuple((*alternative, "v") if config.value_norm else alternative for alternative in rows)
-        return TargetRequirement(name, taps, config.teacher, config.target)
+        return TargetRequirement(loss=name, taps=taps, teacher=config.teacher, target=config.target)
 
     def forward(self, inputs: LossInputs) -> Tensor:
         """The loss of one step."""

@@ -14,12 +14,13 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
+from storage.errors import setting
 from student.alignment.attention import AttentionAligner
 from student.alignment.student_spec import StudentSpec
 from student.alignment.student_taps import StudentTap
 from student.alignment.tokens import TokenAligner
 from student.losses.base import Loss, LossInputs
-from student.settings import AlignedLossConfig, AttentionTensors, Average, require_maps, setting
+from student.settings import AlignedLossConfig, AttentionTensors, Average, require_maps, settings_path
 from student.targets.requirement import TargetRequirement, taps_of
 from student.targets.stored_target import StoredTarget
 
@@ -85,7 +86,7 @@ class AttentionTransferLoss(Loss[AttentionTransferConfig]):
             self.row = self.rows.row
         else:
             self.vectors = TokenAligner(name, config, student, targets)
-            self.vectors.require_width(f"compare maps: --set {setting(name)}.tensors=map")
+            self.vectors.require_width(f"Compare maps: {setting(f'{settings_path(name)}.tensors', 'map')}")
             self.row = self.vectors.row
 
     @classmethod
@@ -96,7 +97,7 @@ class AttentionTransferLoss(Loss[AttentionTransferConfig]):
     @classmethod
     def requirement(cls, name: str, config: AttentionTransferConfig, student: StudentSpec) -> TargetRequirement:
         """Whole attention maps or tensors that give them, or vectors."""
-        return TargetRequirement(name, taps_of(config.tensors), config.teacher, config.target)
+        return TargetRequirement(loss=name, taps=taps_of(config.tensors), teacher=config.teacher, target=config.target)
 
     def forward(self, inputs: LossInputs) -> Tensor:
         """The loss of one step."""

@@ -79,7 +79,7 @@ class CompRessLoss(Loss[CompRessConfig]):
     @classmethod
     def requirement(cls, name: str, config: CompRessConfig, student: StudentSpec) -> TargetRequirement:
         """The teacher's class token, or the pooled features of one without."""
-        return TargetRequirement(name, EMBEDDINGS, config.teacher, config.target)
+        return TargetRequirement(loss=name, taps=EMBEDDINGS, teacher=config.teacher, target=config.target)
 
     def forward(self, inputs: LossInputs) -> Tensor:
         """The loss of one step; offers the teacher's embeddings to the queue, and the student's to a second one."""

@@ -76,7 +76,7 @@ class DeiTLoss(Loss[DeiTConfig]):
     @classmethod
     def requirement(cls, name: str, config: DeiTConfig, student: StudentSpec) -> TargetRequirement:
         """The teacher's logits."""
-        return TargetRequirement(name, (("logits",),), config.teacher, config.target)
+        return TargetRequirement(loss=name, taps=(("logits",),), teacher=config.teacher, target=config.target)
 
     def forward(self, inputs: LossInputs) -> Tensor:
         """The loss of one step; logs how often student and teacher agree."""

@@ -12,13 +12,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from storage.errors import UserError
+from storage.errors import UserError, call, setting
 from student.alignment.student_spec import StudentSpec
 from student.alignment.student_taps import StudentTap
 from student.alignment.tokens import TokenAligner
 from student.losses.attention_transfer import squares
 from student.losses.base import Loss, LossInputs
-from student.settings import AlignedLossConfig, Layers, setting
+from student.settings import AlignedLossConfig, Layers, settings_path
 from student.targets.requirement import TargetRequirement
 from student.targets.stored_target import StoredTarget
 
@@ -45,7 +45,8 @@ class FeatureMSELoss(Loss[FeatureMSEConfig]):
         if not targets[0].target.identity.layers:
             raise UserError(
                 f"{name}: target {targets[0].id} holds tokens after the final norm, and this loss compares residual "
-                "streams; add them: pipeline precompute … --target tokens,layers=last"
+                "streams",
+                hint=f"Add them: {call('precompute', '…', target='tokens,layers=last')}",
             )
         self.vectors = TokenAligner(name, config, student, targets)
         self.row = self.vectors.row
@@ -56,7 +57,8 @@ class FeatureMSELoss(Loss[FeatureMSEConfig]):
                 nn.Linear(self.vectors.student_width, self.vectors.width) for _ in range(count)
             )
         else:
-            self.vectors.require_width(f"a trained map between them: --set {setting(name)}.projection=linear")
+            projection = setting(f"{settings_path(name)}.projection", "linear")
+            self.vectors.require_width(f"Put a trained map between them: {projection}")
 
     @classmethod
     def student_taps(cls, config: FeatureMSEConfig) -> frozenset[StudentTap]:
@@ -66,7 +68,7 @@ class FeatureMSELoss(Loss[FeatureMSEConfig]):
     @classmethod
     def requirement(cls, name: str, config: FeatureMSEConfig, student: StudentSpec) -> TargetRequirement:
         """The teacher's tokens after layers."""
-        return TargetRequirement(name, (("tokens",),), config.teacher, config.target)
+        return TargetRequirement(loss=name, taps=(("tokens",),), teacher=config.teacher, target=config.target)
 
     def forward(self, inputs: LossInputs) -> Tensor:
         """The loss of one step."""

@@ -100,7 +100,7 @@ class HeadSpecificLoss(Loss[HeadSpecificConfig]):
         taps: tuple[tuple[str, ...], ...] = (("q", "k"),) if config.distance == "mse" else (("attention",), ("q", "k"))
         if config.adaptive == "teacher-correct":
             taps = tuple((*alternative, "logits") for alternative in taps)
-        return TargetRequirement(name, taps, config.teacher, config.target)
+        return TargetRequirement(loss=name, taps=taps, teacher=config.teacher, target=config.target)
 
     def forward(self, inputs: LossInputs) -> Tensor:
         """The loss of one step; logs how much of it is kept where samples are weighted."""

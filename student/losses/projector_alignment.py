@@ -14,7 +14,7 @@ from typing import Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from storage.errors import UserError
+from storage.errors import UserError, call, setting
 from student.alignment.student_spec import StudentSpec, full
 from student.alignment.student_taps import StudentTap
 from student.alignment.tokens import TokenAligner
@@ -92,7 +92,7 @@ class ProjectorAlignmentLoss(Loss[ProjectorAlignmentConfig]):
     def requirement(cls, name: str, config: ProjectorAlignmentConfig, student: StudentSpec) -> TargetRequirement:
         """The teacher's class token, or the pooled features of one without; with patches all tokens after the norm."""
         taps = EMBEDDINGS if config.tokens == "class" else (("tokens",),)
-        return TargetRequirement(name, taps, config.teacher, config.target)
+        return TargetRequirement(loss=name, taps=taps, teacher=config.teacher, target=config.target)
 
     def forward(self, inputs: LossInputs) -> Tensor:
         """The loss of one step."""
@@ -118,11 +118,10 @@ def _align_patches(
     """
     if stored.target.identity.layers is not None:
         raise UserError(
-            f"{name}: target {stored.id} holds the residual stream, before the final norm; keep the tokens after it: "
-            "pipeline precompute … --target tokens"
+            f"{name}: target {stored.id} holds the residual stream, before the final norm",
+            hint=f"Keep the tokens after it: {call('precompute', '…', target='tokens')}",
         )
     if config.tokens == "both" and "class" not in stored.teacher.prefix:
-        raise UserError(
-            f"{name}: the teacher has no class token; align patches alone: --set losses.{name}.tokens=patches"
-        )
+        hint = f"Align patches alone: {setting(f'losses.{name}.tokens', 'patches')}"
+        raise UserError(f"{name}: the teacher has no class token", hint=hint)
     return TokenAligner(name, AlignedLossConfig(layers="last", grid=config.grid), student, [stored])

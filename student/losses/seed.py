@@ -72,7 +72,7 @@ class SEEDLoss(Loss[SEEDConfig]):
     @classmethod
     def requirement(cls, name: str, config: SEEDConfig, student: StudentSpec) -> TargetRequirement:
         """The teacher's class token, or the pooled features of one without."""
-        return TargetRequirement(name, EMBEDDINGS, config.teacher, config.target)
+        return TargetRequirement(loss=name, taps=EMBEDDINGS, teacher=config.teacher, target=config.target)
 
     def forward(self, inputs: LossInputs) -> Tensor:
         """The loss of one step; offers the teacher's embeddings to the queue."""

@@ -12,7 +12,7 @@ from pydantic import Field, Strict, model_validator
 from torch import Tensor, nn
 
 from precompute.taps import attention_layers
-from storage.errors import UserError
+from storage.errors import UserError, call
 from storage.objects.record_schema import Count, Id, Schema, Several, Sha256, Size
 from student.settings import AttentionCopyConfig
 
@@ -102,8 +102,8 @@ class AttentionCopyHooks:
         if copied is None:
             raise UserError(
                 f"this student attends with its teacher's {'attention' if part == 'map' else part} in "
-                f"{len(self.layers)} layer(s), and nothing gives it here; `pipeline predict` does, and "
-                "`pipeline evaluate` for accuracies"
+                f"{len(self.layers)} layer(s), and nothing gives it here",
+                hint=f"{call('predict')} gives it, and {call('evaluate')} for accuracies.",
             )
         new = copied[:, at].to(own).expand(len(own), *copied.shape[2:])
         return new if self.heads == own.shape[1] else torch.cat([new, own[:, self.heads :]], 1)

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from precompute.taps import create_timm_model, takes_image_size
-from storage.errors import UserError, did_you_mean
+from storage.errors import UserError, did_you_mean, setting
 from storage.objects.record_schema import Schema, Several, Three
 from storage.views.policy import policy
 from student.models.attention_copy_hooks import AttentionCopyRecord
@@ -76,8 +76,8 @@ def build_student(settings: StudentConfig, num_classes: int) -> tuple[nn.Module,
     arguments = {name: getattr(settings, name) for name in _ARGUMENTS if getattr(settings, name) is not None}
     if settings.embed_dim and settings.num_heads and settings.embed_dim % settings.num_heads:
         raise UserError(
-            f"student: embed_dim {settings.embed_dim} is no multiple of num_heads {settings.num_heads}; "
-            f"change one of them, such as --set student.embed_dim={settings.num_heads * 64}"
+            f"student: embed_dim {settings.embed_dim} is no multiple of num_heads {settings.num_heads}",
+            hint=f"Change one of them, such as {setting('student.embed_dim', settings.num_heads * 64)}",
         )
     if not takes_image_size(settings.model):
         arguments.pop("img_size", None)
@@ -91,9 +91,10 @@ def build_student(settings: StudentConfig, num_classes: int) -> tuple[nn.Module,
         zip(sizes, patches, strict=False) if isinstance(sizes, tuple) and isinstance(patches, tuple) else ()
     ):
         if side % patch:
+            multiple = setting("student.img_size", patch * max(1, round(side / patch)))
             raise UserError(
-                f"student: img_size {side} is no multiple of the patch size {patch} of {settings.model}; "
-                f"change one of them, such as --set student.img_size={patch * max(1, round(side / patch))}"
+                f"student: img_size {side} is no multiple of the patch size {patch} of {settings.model}",
+                hint=f"Change one of them, such as {multiple}",
             )
     return model, arguments
 
@@ -103,10 +104,12 @@ def create(model: str, arguments: dict[str, Any]) -> nn.Module:
     try:
         return create_timm_model(model, arguments, owner=f"student {model}")
     except UserError as error:
-        hint = "Change its sizes" if model == WITH_CLASS else f"Take a ViT, such as --set student.model={WITH_CLASS}"
+        hint = f"Take a ViT, such as {setting('student.model', WITH_CLASS)}"
+        if model == WITH_CLASS:
+            hint = "Change its sizes."
         if unknown := _unknown(model, arguments):
-            words = " ".join(f"--set student.{name}=null" for name in unknown)
-            hint = f"It does not take {', '.join(unknown)}: leave them out ({words}), or {hint[0].lower()}{hint[1:]}"
+            nulls = " ".join(setting(f"student.{name}", "null") for name in unknown)
+            hint = f"It does not take {', '.join(unknown)}. Leave them out: {nulls}\n  Or {hint[0].lower()}{hint[1:]}"
         raise UserError(error.message, hint=hint) from None
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from storage.errors import UserError, first_line
+from storage.errors import UserError, call, first_line
 from storage.objects.atomic import atomic_write
 from storage.objects.record_schema import checked
 from storage.unicode_names import all_normalized
@@ -96,7 +96,7 @@ def save_student(path: Path, model: nn.Module, description: StudentDescription) 
 
 
 def load_student(path: Path) -> tuple[nn.Module, StudentDescription]:
-    """A student that `save_student` or `pipeline train` wrote, in eval mode.
+    """A student that `save_student` wrote, in eval mode.
 
     Args:
         path: of the safetensors file, such as `run/last.safetensors`.
@@ -111,7 +111,7 @@ def load_student(path: Path) -> tuple[nn.Module, StudentDescription]:
         said = {name: json.loads(metadata[name]) for name in ("arguments", "img_size", "mean", "std", "classes")}
         said |= {name: metadata[name] for name in ("model", "evaluation")}
         said["attention_copy"] = _attention_copy(json.loads(metadata.get("copying", "null")))
-        record = checked(DescriptionRecord, said, str(path), "Give a student that `pipeline train` wrote.")
+        record = checked(DescriptionRecord, said, str(path), f"Give a student that {call('train')} wrote.")
         description = StudentDescription(
             record.model,
             record.arguments,
@@ -123,13 +123,13 @@ def load_student(path: Path) -> tuple[nn.Module, StudentDescription]:
         )  # fmt: skip
         copies = copies_in(record.attention_copy) if record.attention_copy else None
     except FileNotFoundError:
-        raise UserError(f"{path}: no student here; `pipeline train` writes one") from None
+        raise UserError(f"{path}: no student here", hint=f"{call('train')} writes one.") from None
     except KeyError as error:
         raise UserError(
-            f"{path}: not a student that `pipeline train` wrote: its metadata do not tell {first_line(error)}"
+            f"{path}: not a student that {call('train')} wrote: its metadata do not tell {first_line(error)}"
         ) from None
     except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: not a student that `pipeline train` wrote ({first_line(error)})") from None
+        raise UserError(f"{path}: not a student that {call('train')} wrote ({first_line(error)})") from None
     model = create(description.model, description.arguments)
     if description.shifted_patches:
         shift_patches(model)
@@ -159,9 +159,10 @@ def load_classifier(path: Path) -> tuple[nn.Module, StudentDescription]:
     """
     model, about = load_student(path)
     if not about.classifies:
+        student = {"student.model": about.model, "student.pretrained": "false", "student.weights": path}
         raise UserError(
-            f"{path}: this student was trained without labels and has no classifier; its features are measured by "
-            "pipeline evaluate knn RUN, or linear-probe; labels give it a classifier: pipeline train --recipe "
-            f"fine-tune --set student.model={about.model} --set student.pretrained=false --set student.weights={path} …"
+            f"{path}: this student was trained without labels and has no classifier",
+            hint=f"Measure its features: {call('evaluate', 'knn', 'RUN')}, or linear-probe.\n"
+            f"  Train a classifier on labels: {call('train', '…', recipe='fine-tune', **student)}",
         )
     return model, about

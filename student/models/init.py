@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -11,7 +12,7 @@ import timm
 from torch import Tensor, nn
 
 from precompute.taps import create_timm_model
-from storage.errors import UserError
+from storage.errors import UserError, setting
 from storage.objects.state_dict import as_f32, mismatches, rename_to_fit
 from storage.objects.weights_file import WeightsFile
 from student.models.attention_copy_hooks import COPIED
@@ -49,7 +50,7 @@ def begin_from(
         state = as_f32(chosen.state)
         where += f", {chosen}" if chosen.others else ""
     else:
-        hint = "Give a file: --set student.pretrained=false --set student.weights=F"
+        hint = f"Give a file: {setting('student.pretrained', 'false')} {setting('student.weights', 'F')}"
         state = create_timm_model(settings.model, {}, owner="student", hint=hint, pretrained=True).state_dict()
     state = {name: tensor for name, tensor in state.items() if not name.startswith(COPIED)}
     known = file.classes if file else None
@@ -72,7 +73,7 @@ def begin_from(
         taken |= {name: tensor for name, tensor in state.items() if name not in own and name not in skipped}
     problems = mismatches(_shapes(wanted), _shapes(taken))
     if problems:
-        raise UserError(f"{where}: does not fit {settings.model}: {problems}{_proposal(own, state)}")
+        raise UserError(f"{where}: does not fit {settings.model}: {problems}", hint=_hint(own, state))
     model.load_state_dict({**own, **{name: taken[name] for name in wanted}})
     text = f"begins from {where}: {len(wanted)} of {len(own)} tensors"
     if new:
@@ -127,7 +128,7 @@ def freeze(model: nn.Module, patterns: Sequence[str], say: Callable[[str], None]
     ]
 
 
-def matching(patterns: Iterable[str], names: Iterable[str], setting: str) -> list[str]:
+def matching(patterns: Iterable[str], names: Iterable[str], where: str) -> list[str]:
     """The names that some shell pattern matches, in their order.
 
     Raises:
@@ -137,7 +138,7 @@ def matching(patterns: Iterable[str], names: Iterable[str], setting: str) -> lis
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             near = difflib.get_close_matches(pattern, names, 3, 0.0)
-            raise UserError(f"{setting}: {pattern!r} matches no parameter of the student; near: {', '.join(near)}")
+            raise UserError(f"{where}: {pattern!r} matches no parameter of the student; near: {', '.join(near)}")
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
@@ -168,16 +169,16 @@ def _reasons(new: Sequence[str], norms: Sequence[str]) -> list[str]:
     return heads + (["the final norm of another pooling"] if norms else [])
 
 
-def _proposal(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
-    """How to take the parts that fit, as a command's option."""
+def _hint(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
+    """How to take the parts that fit."""
     parts: dict[str, bool] = {}
     for name, tensor in own.items():
         part = name.partition(".")[0] + ".*" * ("." in name)
         parts[part] = parts.get(part, True) and name in state and state[name].shape == tensor.shape
     good = [part for part, fits in parts.items() if fits]
     if not good:
-        return "; are these weights of this model?"
-    return f"; take what fits, the rest stays new: --set 'student.init=[{', '.join(json.dumps(p) for p in good)}]'"
+        return "Are these weights of this model?"
+    return f"Take what fits, the rest stays new: {setting('student.init', shlex.quote(json.dumps(good)))}"
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from storage.errors import UserError
+from storage.errors import UserError, setting
 from student.settings import WITH_CLASS
 
 VIEWS = 5  # the image and its four shifts
@@ -64,6 +64,7 @@ def shift_patches(model: nn.Module) -> None:
     if not isinstance(old, nn.Conv2d) or side < 2 or not old.kernel_size == old.stride == (side, side):
         raise UserError(
             f"student.shifted_patches: {type(model).__name__} does not cut images into square patches of two pixels or "
-            f"more; take a plain ViT, such as --set student.model={WITH_CLASS}"
+            "more",
+            hint=f"Take a plain ViT, such as {setting('student.model', WITH_CLASS)}",
         )
     embed.proj = ShiftedPatches(old.in_channels, side, old.out_channels)  # type: ignore[union-attr]

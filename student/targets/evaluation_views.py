@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -81,14 +80,15 @@ def evaluation_targets(
         other_bank = any(task.kind == "bank" and task.shard in ids and task.id != view.bank for task in store.done())
         raise UserError(
             f"{why}, and {store.url} has none of {lacking[0]}"
-            f"{f' and {len(lacking) - 1} more' if len(lacking) > 1 else ''} in the view {view.line}; make it:\n"
-            f"  {command(store, stored, shards, view, new_bank=other_bank)}"
+            f"{f' and {len(lacking) - 1} more' if len(lacking) > 1 else ''} in the view {view.line}",
+            hint=f"Make it:\n  {command(store, stored, shards, view, new_bank=other_bank)}",
         )
     for shard in shards:
         if invalid := store.marker(Task("bank", view.bank, shard.id, 0)).bank.invalid:
             raise UserError(
                 f"{shard.url}: {len(invalid)} of its images could not be decoded, and every sample counts in an "
-                "evaluation; mend or remove them and pack again"
+                "evaluation",
+                hint="Fix or remove them and pack again.",
             )
     codecs = {target: store.target(target).codec for target in targets}
     return EvaluationTargets(store=store, policy=bank_policy(store, view.bank), codecs=codecs, permute=permute)
@@ -113,13 +113,18 @@ def kept_of(
 def command(
     store: Store, stored_targets: Sequence[StoredTarget], shards: Sequence[Shard], view: Policy, *, new_bank: bool
 ) -> str:
-    """The `pipeline precompute` that makes targets like those given for other shards in another view."""
+    """The `precompute` command that makes targets like those stored_targets for other shards in another view."""
     teacher = stored_targets[0].teacher
     about = teacher.identity
     ready = about.model == ONNX_FILE
     weights = None if ready or teacher.weights == HUB else teacher.weights
-    words = hints.precompute(
-        teacher.weights if ready else about.model,
+    identities = [stored.target.identity for stored in stored_targets]
+    taps: dict[str, list[str]] = {}  # by layers and codec
+    for identity in identities:
+        layers = f",layers={parse_ranges(identity.layers)}" if identity.layers else ""
+        taps.setdefault(f"{layers},codec={identity.codec}", []).append(identity.tap)
+    return hints.precompute(
+        teacher=teacher.weights if ready else about.model,
         teacher_name=teacher.id,
         weights=weights,
         arguments=about.arguments,
@@ -128,12 +133,9 @@ def command(
         input_size=about.input_size,
         store=store.url,
         shards=[shard.url for shard in shards],
+        view_policy=view.line,
+        view_size=view.size,
+        new_bank=new_bank or None,
+        tap_tensor=[f"{identity.tap}={name}" for identity in identities for name in identity.tensors],
+        target=[f"{','.join(several)}{rest}" for rest, several in taps.items()],
     )
-    words += ["--view-policy", view.line, "--view-size", str(view.size), *(["--new-bank"] if new_bank else [])]
-    wishes: dict[str, list[str]] = {}  # layers and codec -> taps
-    for identity in (stored.target.identity for stored in stored_targets):
-        layers = f",layers={parse_ranges(identity.layers)}" if identity.layers else ""
-        wishes.setdefault(f"{layers},codec={identity.codec}", []).append(identity.tap)
-        for name in identity.tensors:
-            words += ["--tap-tensor", f"{identity.tap}={name}"]
-    return shlex.join([*words, *(w for rest, taps in wishes.items() for w in ("--target", f"{','.join(taps)}{rest}"))])

@@ -1,4 +1,4 @@
-"""Commands that errors and results propose: `pipeline precompute` in the words that it reads back."""
+"""Commands that errors and results propose: `precompute` in the words that it reads back."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 
 import yaml
 
+from storage.errors import call
+
 
 def precompute(
-    model: str,
     *,
+    teacher: str,
     teacher_name: str,
     weights: str | None,
     arguments: Mapping[str, Any],
@@ -20,18 +22,26 @@ def precompute(
     input_size: int,
     store: str,
     shards: Sequence[str],
-) -> list[str]:
-    """The words that name a teacher, a store and shards; views and targets are still to be said."""
-    words = ["pipeline", "precompute", "--teacher", model, *(["--weights", weights] if weights else [])]
-    words += ["--teacher-name", teacher_name]
-    for name, value in arguments.items():
-        words += ["--teacher-arg", f"{name}={flag(value)}"]
-    words += ["--mean", _numbers(mean), "--std", _numbers(std), "--input-size", str(input_size), "--store", store]
-    return [*words, *(word for pattern in shards for word in ("--shards", pattern))]
+    **views_and_targets: object,
+) -> str:
+    """The command that runs a teacher over shards, as `storage.errors.call` writes it."""
+    return call(
+        "precompute",
+        teacher=teacher,
+        weights=weights,
+        teacher_name=teacher_name,
+        teacher_arg=[f"{name}={argument(value)}" for name, value in arguments.items()],
+        mean=_numbers(mean),
+        std=_numbers(std),
+        input_size=input_size,
+        store=store,
+        shards=list(shards),
+        **views_and_targets,
+    )
 
 
-def flag(value: object) -> str:
-    """A value as `--teacher-arg` reads it back."""
+def argument(value: object) -> str:
+    """A value of a teacher's argument, as `precompute` reads it back."""
     return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
 
 

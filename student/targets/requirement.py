@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from storage.errors import call, setting
 from student.settings import AttentionTensors
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TargetRequirement:
     """What a loss wants to read: taps that serve, and what the recipe says of its teacher and target.
 
@@ -30,11 +31,12 @@ class TargetRequirement:
         """The taps that serve."""
         return ", or ".join(" and ".join(taps) for taps in self.taps)
 
-    @property
-    def flags(self) -> str:
-        """The same as `precompute` takes it; which of several a teacher can give depends on the teacher."""
-        first, *others = (f"--target {','.join(taps)}" for taps in self.taps)
-        return first + (f" (or, of a teacher that does not give it, {', or '.join(others)})" if others else "")
+    def precompute(self, **settings: object) -> str:
+        """The command that keeps the first alternative, and the targets of a teacher that cannot give it."""
+        first, *others = (",".join(taps) for taps in self.taps)
+        targets = ", or ".join(setting("target", taps) for taps in others)
+        command = call("precompute", "…", teacher="NAME", target=first, **settings)
+        return command + (f" (or, of a teacher that does not give it, {targets})" if others else "")
 
 
 def taps_of(tensors: AttentionTensors) -> tuple[tuple[str, ...], ...]:

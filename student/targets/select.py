@@ -6,12 +6,12 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from storage.errors import IdentityError, UserError
+from storage.errors import IdentityError, UserError, call, setting
 from storage.store.banks import policy_of
 from storage.store.manifests import TargetManifest
 from storage.store.store import Store
 from storage.views.policy import policy as make_policy
-from student.settings import setting
+from student.settings import settings_path
 from student.targets.requirement import TargetRequirement
 
 if TYPE_CHECKING:
@@ -46,13 +46,12 @@ def select_targets(
     ]
     if not shared:
         raise UserError(
-            f"{store.url}: no bank (views that targets share) has targets for all of {', '.join(fitting)}; precompute "
-            "them with the same view flags"
+            f"{store.url}: no bank (views that targets share) has targets for all of {', '.join(fitting)}",
+            hint="Precompute them with the same settings of views.",
         )
     if len(shared) > 1:
-        raise UserError(
-            f"{store.url}: {len(shared)} banks fit: {', '.join(shared)}; choose one: --set stream.bank={shared[0]}"
-        )
+        hint = f"Choose one: {setting('stream.bank', shared[0])}"
+        raise UserError(f"{store.url}: {len(shared)} banks fit: {', '.join(shared)}", hint=hint)
     chosen = {}
     for loss, fits in fitting.items():
         candidates = [ids for ids in fits if manifests[ids[0]].identity.bank == shared[0]]
@@ -60,8 +59,8 @@ def select_targets(
             names = [" with ".join(ids) for ids in candidates]
             first = candidates[0][0] if len(candidates[0]) == 1 else f"'[{', '.join(candidates[0])}]'"
             raise UserError(
-                f"{store.url}: {loss}: {len(candidates)} targets fit: {', '.join(names)}; choose one: "
-                f"--set {setting(loss)}.target={first}"
+                f"{store.url}: {loss}: {len(candidates)} targets fit: {', '.join(names)}",
+                hint=f"Choose one: {setting(f'{settings_path(loss)}.target', first)}",
             )
         chosen[loss] = candidates[0]
     return shared[0], chosen
@@ -76,9 +75,8 @@ def _banks(store: Store, shards: Sequence[str], wish: BankChoice) -> list[str]:
         if all((id, shard) in views for shard in shards)
     }
     if not policies:
-        raise UserError(
-            f"{store.url}: there are no views of all these shards; run `pipeline precompute` over them first"
-        )
+        hint = f"Run {call('precompute')} over them first."
+        raise UserError(f"{store.url}: there are no views of all these shards", hint=hint)
     where = f"{store.url}: views"
     do = "A student is trained on the views that its targets were made from."
     if wish.id is not None:
@@ -115,14 +113,14 @@ def _fitting(
         refused.append(IdentityError(
             f"{store.url}: {need.loss}: {' and '.join(taps)}", "teacher, bank and layers", "the same of both",
             " and ".join(", ".join(ids) for ids in by_tap),
-            f"Record them together: pipeline precompute --teacher NAME --target {','.join(taps)} …",
+            f"Record them together: {call('precompute', '…', teacher='NAME', target=','.join(taps))}",
         ))  # fmt: skip
     many = len(refused) > 1 or len(need.taps[0]) > 1
     if many and not any(isinstance(error, IdentityError) for error in refused):
         in_store = sorted({manifest.identity.tap for manifest in manifests.values()})
         raise UserError(
-            f"{store.url}: {need.loss} needs stored {need.words}, the store has {', '.join(in_store) or 'none'}; "
-            f"add them: pipeline precompute --teacher NAME {need.flags} …"
+            f"{store.url}: {need.loss} needs stored {need.words}, the store has {', '.join(in_store) or 'none'}",
+            hint=f"Add them: {need.precompute()}",
         )
     raise next((error for error in refused if isinstance(error, IdentityError)), refused[0])
 
@@ -141,20 +139,20 @@ def _of_tap(
     if not fits:
         in_store = sorted({manifest.identity.tap for manifest in manifests.values()})
         raise UserError(
-            f"{store.url}: {need.loss} needs stored {tap}, the store has {', '.join(in_store) or 'none'}; "
-            f"add them: pipeline precompute --teacher NAME --target {tap} …"
+            f"{store.url}: {need.loss} needs stored {tap}, the store has {', '.join(in_store) or 'none'}",
+            hint=f"Add them: {call('precompute', '…', teacher='NAME', target=tap)}",
         )
     wishes: list[tuple[str, object, Callable[[str], object]]] = []
     if need.target is not None:
         wanted = (need.target,) if isinstance(need.target, str) else need.target
         unknown = [id for id in wanted if id not in manifests]
         if unknown:
-            raise IdentityError(f"{store.url}: stored {tap}", f"{setting(need.loss)}.target", unknown[0],
+            raise IdentityError(f"{store.url}: stored {tap}", f"{settings_path(need.loss)}.target", unknown[0],
                                 ", ".join(sorted(fits)), words=_WORDS)  # fmt: skip
         own = next((id for id in wanted if id in fits), wanted[0])
-        wishes.append((f"{setting(need.loss)}.target", own, lambda id: id))
+        wishes.append((f"{settings_path(need.loss)}.target", own, lambda id: id))
     if need.teacher is not None:
-        wishes.append((f"{setting(need.loss)}.teacher", need.teacher, lambda id: manifests[id].teacher))
+        wishes.append((f"{settings_path(need.loss)}.teacher", need.teacher, lambda id: manifests[id].teacher))
     if need.grid is not None:
         wishes.append(("patches a side", need.grid, lambda id: manifests[id].identity.grid))
     for field, wished, of in wishes:
@@ -165,17 +163,17 @@ def _of_tap(
             if field == "patches a side":
                 words = ("the student has", "the store has")
                 hint = (
-                    f"Keep them on this grid, too: pipeline precompute … --target {tap},grid={wished}; or let the "
-                    f"student's img_size / patch_size be {' or '.join(in_store)}: --set student.patch_size=N; or bring "
-                    f"its maps to a stored grid: --set losses.{need.loss}.grid={in_store[-1]}"
+                    f"Keep them on this grid, too: {call('precompute', '…', target=f'{tap},grid={wished}')}\n"
+                    f"  Or let the student's img_size / patch_size be {' or '.join(in_store)}: "
+                    f"{setting('student.patch_size', 'N')}\n"
+                    f"  Or bring its maps to a stored grid: {setting(f'losses.{need.loss}.grid', in_store[-1])}"
                 )
             raise IdentityError(where, field, wished, ", ".join(in_store), hint, words)
         fits = kept
     within = [id for id in fits if manifests[id].identity.bank in banks]
     if not within:
         found = ", ".join(sorted({manifests[id].identity.bank for id in fits}))
-        do = "Precompute the targets with the view flags of these views, over all the shards."
-        raise IdentityError(
-            f"{store.url}: {', '.join(fits)}", "views", " or ".join(banks), found, do, ("asked for", "made from")
-        )
+        do = "Precompute the targets with the settings of these views, over all the shards."
+        raise IdentityError(f"{store.url}: {', '.join(fits)}", "views", " or ".join(banks), found, do,
+                            ("asked for", "made from"))  # fmt: skip
     return within

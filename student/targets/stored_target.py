@@ -8,7 +8,7 @@ from storage.store.manifests import TargetManifest, TeacherManifest
 from storage.store.store import Store
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTarget:
     """What a store gives a loss: the manifest of a target and that of its teacher."""
 
@@ -24,4 +24,4 @@ class StoredTarget:
 def stored_target(store: Store, target: str) -> StoredTarget:
     """The manifests of a target and of its teacher."""
     manifest = store.target(target)
-    return StoredTarget(manifest, store.teacher_of(manifest))
+    return StoredTarget(target=manifest, teacher=store.teacher_of(manifest))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from storage.errors import IdentityError, UserError, first_line
+from storage.errors import IdentityError, UserError, call, first_line, setting
 from storage.objects.atomic import atomic_write
 from storage.objects.checkpoint_file import refused_in
 from storage.objects.record_schema import Schema, Size, Three, checked
@@ -59,33 +59,34 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, or it is damaged, of another kind, or holds more than plain data.
     """
-    advice = "  Begin again in a new folder: the same command without --resume and with another --out."
+    resume, out = setting("resume", True), setting("out", "RUN")
+    hint = f"Begin again in a new folder: run the same command without {resume} and with another {out}"
     try:
         with zipfile.ZipFile(path) as archive:  # torch writes checksums and does not compare them
             broken = archive.testzip()
         if broken is not None:
-            raise UserError(f"{path}: damaged: the checksum of {broken} in it does not agree\n{advice}")
+            raise UserError(f"{path}: damaged: the checksum of {broken} in it does not agree", hint=hint)
         content = upgraded_run(torch.load(path, map_location="cpu", weights_only=True))
     except UserError:
         raise
     except FileNotFoundError:
-        where = " in a new folder: --out RUN" if path.parent.exists() else ""
+        where = f" in a new folder: {out}" if path.parent.exists() else ""
         raise UserError(
-            f"{path.parent}: no checkpoint here to go on from; without --resume a new run begins{where}"
+            f"{path.parent}: no checkpoint here to resume from", hint=f"Without {resume} a new run begins{where}"
         ) from None
     except Exception as error:  # torch and zipfile raise many kinds
         held = refused_in(path, error)
         why = f"it is a pickle with more than plain data in it: {held}" if held else first_line(error)
-        raise UserError(f"{path}: damaged, or not a checkpoint: {why}\n{advice}") from None
+        raise UserError(f"{path}: damaged, or not a checkpoint: {why}", hint=hint) from None
     wrong = not isinstance(content, dict) or [
         name for name, kind in _PARTS.items() if not isinstance(content.get(name), kind)
     ]
     if wrong:
         what = ", ".join(wrong) if isinstance(wrong, list) else "everything"
-        raise UserError(f"{path}: not a checkpoint that `pipeline train` wrote: {what} is missing\n{advice}")
+        raise UserError(f"{path}: not a checkpoint that {call('train')} wrote: {what} is missing", hint=hint)
     if content["format"] != FORMAT:
         raise IdentityError(str(path), "format", FORMAT, content["format"], "Another version of the trainer wrote it.")
-    checked(IdentityRecord, content["identity"], str(path), advice.strip())
+    checked(IdentityRecord, content["identity"], str(path), hint)
     return dict(content)
 
 
@@ -110,7 +111,7 @@ def require_same(path: Path, saved: Mapping[str, Any], recipe: Recipe, identity:
         if field not in FREE and was.get(field) != now.get(field):
             raise IdentityError(
                 str(path), field, was.get(field), now.get(field),
-                "A run goes on as it began; for anything else begin a new one in another --out.",
+                f"A run is resumed as it began. For anything else begin a new one: {setting('out', 'RUN')}",
                 ("the run has", "asked for"),
             )  # fmt: skip
 

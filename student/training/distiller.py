@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from storage.errors import UserError
+from storage.errors import UserError, setting
 from storage.store.store import Store
 from student.alignment.report import AlignmentRow
 from student.alignment.student_spec import StudentSpec, full, student_spec
@@ -50,19 +50,20 @@ def _student_spec(recipe: Recipe, model: nn.Module, class_names: Sequence[str] |
     try:
         spec = student_spec(model, class_names, tokens=bool(taps), attention=attention, values="values" in taps)
     except UserError as error:
-        raise UserError(f"{_refused(recipe, attention)}: {error}; {_PLAIN}") from None
+        raise UserError(f"{_refused(recipe, attention)}: {error.message}", hint=_PLAIN) from None
     pooling = [name for name, loss in LOSSES.items() if loss.supports_pooling]
     not_pooling = [name for name, config in recipe.losses.items() if config.type not in pooling]
     not_pooling += [ATTENTION_COPY] if attention_copy is not None else []
     if spec.each and not_pooling:
         raise UserError(
             f"{not_pooling[0]}: {type(model).__name__} pools its patches, so its layers have no common heads and grid; "
-            f"such a student learns by {', '.join(pooling)} alone; {_PLAIN}"
+            f"such a student learns by {', '.join(pooling)} alone",
+            hint=_PLAIN,
         )
     return spec
 
 
-_PLAIN = f"take a plain ViT, such as --set student.model={WITH_CLASS}"
+_PLAIN = f"Take a plain ViT, such as {setting('student.model', WITH_CLASS)}"
 
 # What losses read of a student, in words.
 _READ: dict[StudentTap, str] = {
@@ -103,8 +104,8 @@ def find_targets(
         if requirements:
             first = requirements[0]
             raise UserError(
-                f"{first.loss} needs stored targets ({first.words}): give --store DIR, which "
-                f"`pipeline precompute --teacher NAME {first.flags} --store DIR …` fills"
+                f"{first.loss} needs stored targets ({first.words})",
+                hint=f"Give {setting('store', 'DIR')}, which {first.precompute(store='DIR')} fills.",
             )
         return None, {}
     bank, ids = select_targets(store, shards, requirements, recipe.stream.bank)
@@ -237,8 +238,8 @@ def _queues(losses: Mapping[str, nn.Module], batch: int) -> list[Queue]:
         for queue in (module for module in loss.modules() if isinstance(module, Queue)):
             if len(queue.entries) < batch:
                 raise UserError(
-                    f"{name}: a batch of {batch} does not go into a queue of {len(queue.entries)}: "
-                    f"--set losses.{name}.queue={batch}"
+                    f"{name}: a batch of {batch} does not fit into a queue of {len(queue.entries)}",
+                    hint=f"Give a longer queue: {setting(f'losses.{name}.queue', batch)}",
                 )
             queues.append(queue)
     return queues

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from storage.errors import UserError
+from storage.errors import UserError, setting
 from student.alignment.student_taps import attention_modules
 from student.distributed import Processor
 from student.recipe import schema
@@ -100,14 +100,14 @@ def lines(choice: PrecisionChoice, device: torch.device, processor: Processor | 
     native = _native(device, processor)
     text = f"precision: {'f32' if choice.amp_dtype == 'none' else choice.amp_dtype}, {choice.kernel}"
     if choice.amp_dtype == "none" and native != "none":
-        text += f"; {native} can be faster on this device: --set precision.amp_dtype=auto in a new run"
+        text += f"; {native} can be faster on this device: {setting('precision.amp_dtype', 'auto')} in a new run"
     if choice.amp_dtype != "bfloat16" or native == "bfloat16":
         return [text]
     what = f"this processor ({processor.level}) has no bf16 instructions; steps there took {SLOWER} times as long as"
     if device.type == "cuda":
         what = "this GPU has no bf16 instructions, so steps may take longer than"
-    remedy = "for f32 begin a new run with --set precision.amp_dtype=none"
-    return [text, f"warning: precision.amp_dtype=bfloat16: {what} in f32; {remedy}"]
+    hint = f"for f32 begin a new run with {setting('precision.amp_dtype', 'none')}"
+    return [text, f"warning: precision.amp_dtype=bfloat16: {what} in f32; {hint}"]
 
 
 def _native(device: torch.device, processor: Processor) -> Literal["none", "bfloat16", "float16"]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from storage.errors import IdentityError, UserError
+from storage.errors import IdentityError, UserError, call, setting
 from storage.objects.weights_file import WeightsFile
 from storage.progress import Progress
 from storage.shards.classes import classes_of, require_classes
@@ -161,8 +161,8 @@ def _scored(val_shards: list[Shard], recipe: Recipe, classes: int, progress: Pro
     labels = "labels" in student_taps_of(recipe)
     if labels and not val_shards:
         raise UserError(
-            "this recipe learns from labels, so its students are scored on others: give --val SHARDS, which "
-            "`pipeline pack … --val-fraction 0.1` cuts off"
+            "this recipe learns from labels, so its students are scored on others",
+            hint=f"Give {setting('val', 'SHARDS')}, which {call('pack', '…', val_fraction=0.1)} cuts off.",
         )
     if not classes:
         unused = "" if recipe.student.num_classes is None else " (student.num_classes is not used)"
@@ -206,7 +206,8 @@ def _stream(
     if bank is None:
         wish = settings.bank
         if wish.id is not None or settings.views is not None:
-            raise UserError("stream.bank and stream.views speak of a store's bank: give --store DIR")
+            hint = f"Give {setting('store', 'DIR')}"
+            raise UserError("stream.bank and stream.views are about a store's bank", hint=hint)
         fresh = policy(wish.policy or "light", wish.size or size, wish.seed if wish.seed is not None else recipe.seed)
     steps = recipe.optim.grad_accum_steps
     if settings.batch_size % (world_size() * steps):
@@ -238,7 +239,7 @@ def _stream(
     if stream.source.policy.size != size:
         raise IdentityError(
             f"views of {bank or 'stream.bank'}", "size", size, stream.source.policy.size,
-            f"Give the student the size of its views: --set student.img_size={stream.source.policy.size}",
+            f"Give the student the size of its views: {setting('student.img_size', stream.source.policy.size)}",
             ("the student takes", "they have"),
         )  # fmt: skip
     if bank is None:
@@ -323,8 +324,8 @@ def _classes(urls: list[str], val_urls: list[str], recipe: Recipe) -> tuple[tupl
     names = names or val_names
     if names is None and wanted is None:
         raise UserError(
-            f"{urls[0]}: no classes.json beside it, so the number of classes is not known; "
-            "say it: --set student.num_classes=N"
+            f"{urls[0]}: no classes.json beside it, so the number of classes is not known",
+            hint=f"Give it: {setting('student.num_classes', 'N')}",
         )
     if names is not None and wanted not in (None, len(names)):
         raise IdentityError(f"{urls[0]}: classes.json", "student.num_classes", len(names), wanted,

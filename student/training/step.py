@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from storage.errors import UserError
+from storage.errors import UserError, setting
 from student.data.batch import Batch
 from student.data.shuffle import default_lanes
 from student.distributed import world_size
@@ -79,8 +79,9 @@ class Update:
                 if not math.isfinite(numbers["loss"]):
                     parts = ", ".join(f"{name} {value.item():g}" for name, value in values.items())
                     raise UserError(
-                        f"epoch {epoch}, step {step}: the loss is not finite ({parts}); lower the learning "
-                        "rate, --set optim.lr=X, or cap the gradients, --set optim.clip_grad=1"
+                        f"epoch {epoch}, step {step}: the loss is not finite ({parts})",
+                        hint=f"Lower the learning rate, {setting('optim.lr', 'X')}, or cap the gradients, "
+                        f"{setting('optim.clip_grad', 1)}",
                     )
                 self.scaler.scale(loss / len(micro_batches)).backward()
             offered.append([queue.offered for queue in self.distiller.queues])

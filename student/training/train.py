@@ -19,7 +19,7 @@ import yaml
 from torch import nn
 
 from storage.constants import BLOCK
-from storage.errors import UserError, first_line
+from storage.errors import UserError, first_line, setting
 from storage.objects.atomic import atomic_write
 from storage.objects.state_dict import save_state
 from storage.progress import NoProgress, Progress, size_text
@@ -96,9 +96,9 @@ def train(config: TrainConfig, progress: Progress | None = None) -> TrainResult:
 
 
 def _with_fewer_workers(config: TrainConfig, workers: int) -> str:
-    """The remedy where a loader worker dies."""
-    words = f"--set stream.workers={max(0, workers - 1)}{'' if config.smoke else ' --resume'}"
-    return f"run the same command again with {words}"
+    """What to do where a loader worker dies."""
+    fewer = setting("stream.workers", max(0, workers - 1))
+    return f"run the same command again with {fewer}{'' if config.smoke else ' ' + setting('resume', True)}"
 
 
 def _saved(config: TrainConfig) -> dict[str, Any] | None:
@@ -109,7 +109,8 @@ def _saved(config: TrainConfig) -> dict[str, Any] | None:
             run_dir.require_free(config.out)
         return None
     if run_dir.is_smoke(config.out):
-        raise UserError(f"{config.out}: a smoke run lies here, which never goes on; begin anew without --resume")
+        hint = f"Begin a new run, without {setting('resume', True)}"
+        raise UserError(f"{config.out}: a smoke run lies here, which cannot be resumed", hint=hint)
     if broadcast_object(run_dir.never_kept(config.out) if rank() == 0 else None):  # cut off before its first checkpoint
         return None
     saved = checkpoint.read(path)
@@ -222,8 +223,8 @@ class Trainer:
             self.progress.say(f"a smoke run: {self.steps} step(s){scored}")
         elif self.recipe.optim.warmup_epochs >= self.epochs:
             self.progress.say(
-                f"the warm-up takes {self.recipe.optim.warmup_epochs} epochs and the run {self.epochs}: lr never comes "
-                "to its peak; lower --set optim.warmup_epochs=N"
+                f"the warm-up takes {self.recipe.optim.warmup_epochs} epochs and the run {self.epochs}: lr never "
+                f"reaches its peak; lower {setting('optim.warmup_epochs', 'N')}"
             )
         self.progress.start("training", (self.epochs - self.state.epoch) * self.steps - self.state.step)
         for epoch in range(self.state.epoch, self.epochs):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from storage.errors import UserError
+from storage.errors import UserError, setting
 from storage.objects.atomic import atomic_write
 from storage.objects.json_record import digest_of
 from storage.shards.shard import Shard, require_labels
@@ -53,7 +53,7 @@ def label_subset(
 ) -> LabelSubset:
     """The samples of training shards that have labels.
 
-    A fraction is class-balanced: the samples that `pipeline pack --fraction` keeps of the same shards with the same
+    A fraction is class-balanced: the samples that `pack` keeps of the same shards with the same fraction and
     seed. An image that is also evaluated never counts, whatever its key is.
 
     Args:
@@ -85,7 +85,8 @@ def label_subset(
     if not rows:
         raise UserError(
             f"{shards[0].url}: every labeled image of the training shards is evaluated too, so nothing is left to "
-            "learn from; give the shards that the student was trained on: --train-shards"
+            "learn from",
+            hint=f"Give the shards that the student was trained on: {setting('train_shards', 'SHARDS')}",
         )
     return LabelSubset(shards=tuple(shards), chosen=tuple(chosen), rows=tuple(rows), left_out=left_out)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from storage.errors import UserError
+from storage.errors import UserError, setting
 from storage.shards.stratify import stratified_sample
 from student.evaluation.frozen.features import Features
 
@@ -105,8 +105,8 @@ def search_learning_rate(
     held_out = torch.tensor(sorted(stratified_sample(labels, HELD_OUT, seed, "held out", 1)), dtype=torch.int64)
     if not len(held_out):
         raise UserError(
-            "no class has two labeled samples, so none can be held out to choose the learning rate by; say it, such "
-            "as DINO's: --lr 0.001"
+            "no class has two labeled samples, so none can be held out to choose the learning rate by",
+            hint=f"Give a learning rate, such as DINO's: {setting('lr', 0.001)}",
         )
     fitted = torch.ones(len(labels), dtype=torch.bool)
     fitted[held_out] = False

@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from storage.errors import UserError, first_line
+from storage.errors import UserError, first_line, setting
 from student.evaluation.frozen.features import Reading, class_token
 from student.run_dir import LOSSES
 
@@ -70,13 +70,15 @@ def projector_layers(student: Path, layers: int) -> nn.Sequential:
         raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
     losses = {m["loss"] for m in matches}
     if not losses:
-        raise UserError(f"{student}: was trained without a projector, which --projector-layers reads; leave it out")
+        where = setting("projector_layers", layers)
+        raise UserError(f"{student} was trained without a projector", setting=where, hint="Leave the setting out.")
     if len(losses) > 1:
         raise UserError(f"{path}: has projectors of {', '.join(sorted(losses))}; features of one alone can be read")
     projector = _module(tensors, str(path))
     ends = [n for n, module in enumerate(projector, 1) if isinstance(module, nn.Linear)]
     if layers > len(ends):
-        raise UserError(f"--projector-layers {layers}: the projector of {student} has {len(ends)} linear map(s)")
+        message = f"the projector of {student} has {len(ends)} linear map(s)"
+        raise UserError(message, setting=setting("projector_layers", layers))
     return projector if layers == len(ends) else nn.Sequential(*list(projector)[: ends[layers] - 1])
 
 

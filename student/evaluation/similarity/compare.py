@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from precompute.taps.target_spec import parse_ranges
-from storage.errors import UserError
+from storage.errors import UserError, setting
 from storage.shards.shard import Shard
 from student.alignment.attention import AttentionAligner
 from student.alignment.matching import uniform
@@ -244,14 +244,17 @@ def _vectors(shape: StudentSpec, reference: TeacherTargets, tokens: Tokens) -> T
     """How tokens meet."""
     if not reference.tokens:
         if tokens != "all":
-            raise UserError(f"--tokens {tokens}: {reference.teacher} has no tokens of these images in the store")
+            message = f"{reference.teacher} has no tokens of these images in the store"
+            raise UserError(message, setting=setting("tokens", tokens))
         return None
     (given,) = reference.tokens
     depth, layers = given.teacher.layers, given.target.identity.layers
     pairs = _pairs(shape, reference, depth, layers) if layers else [(shape.layers, depth)]
     if tokens == "class" and not {"class"} <= {*shape.prefix} & {*given.teacher.prefix}:
         raise UserError(
-            "--tokens class: class tokens are compared where both sides have one; say --tokens mean, or all"
+            "class tokens are compared where both sides have one",
+            setting=setting("tokens", "class"),
+            hint=f"Give {setting('tokens', 'mean')}, or all",
         )
     return TokenAligner(WHERE, AlignmentConfig(layers=tuple(pairs), grid="bicubic"), shape, reference.tokens)
 

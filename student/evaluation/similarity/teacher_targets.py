@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from storage.errors import UserError, did_you_mean
+from storage.errors import UserError, call, did_you_mean, setting
 from storage.shards.shard import Shard
 from storage.store.manifests import TargetManifest
 from storage.store.store import Store
@@ -61,14 +61,16 @@ def find_teacher_targets(
         raise UserError(f"{store.url}: no teacher is called {teacher!r}. {did_you_mean(teacher, known)}")
     names = sorted({manifest.teacher for manifest in usable if not chosen or manifest.id in chosen})
     if teacher is None and len(names) > 1:
-        raise UserError(f"{store.url} has several teachers: {', '.join(names)}; say which: --teacher {names[0]}")
+        hint = f"Choose one: {setting('teacher', names[0])}"
+        raise UserError(f"{store.url} has several teachers: {', '.join(names)}", hint=hint)
     name = teacher or (names[0] if names else "")
     candidates = [manifest for manifest in usable if manifest.teacher == name]
     for id in chosen:
         if id not in {manifest.id for manifest in candidates}:
             raise UserError(
-                f"--target {id}: {targets[id].identity.tap} of {targets[id].teacher}; a student is compared "
-                f"with attention (attention, q and k, or class_row) and tokens of one teacher{name and f', {name}'}"
+                f"{targets[id].identity.tap} of {targets[id].teacher}; a student is compared with attention "
+                f"(attention, q and k, or class_row) and tokens of one teacher{name and f', {name}'}",
+                setting=setting("target", id),
             )
 
     def complete(stored: _Stored) -> bool:
@@ -81,8 +83,8 @@ def find_teacher_targets(
         taps = sorted({m.identity.tap for m in targets.values() if teacher in (None, m.teacher)})
         raise UserError(
             f"{store.url}: a student is compared with a teacher's attention (attention, q and k, or class_row) and "
-            f"with its tokens, and {name or teacher or 'it'} has {', '.join(taps) or 'no targets'}; add some: "
-            "pipeline precompute --teacher NAME --target attention --target tokens,layers=1:12 …"
+            f"with its tokens, and {name or teacher or 'it'} has {', '.join(taps) or 'no targets'}",
+            hint=f"Add some: {call('precompute', '…', teacher='NAME', target=['attention', 'tokens,layers=1:12'])}",
         )
     if attention and tokens:
         missing = "which the store has not of all these images"
@@ -130,10 +132,10 @@ def _only(store: Store, fits: Sequence[Sequence[tuple[TargetManifest, ...]]]) ->
     """The one that fits. Raises UserError: several do."""
     if len(fits) > 1:
         names = [" with ".join(manifest.id for manifest in banks[0]) for banks in fits]
-        flags = " ".join(f"--target {manifest.id}" for manifest in fits[0][0])
-        raise UserError(f"{store.url}: {len(fits)} targets fit: {', '.join(names)}; choose one: {flags}")
+        hint = f"Choose one: {' '.join(setting('target', manifest.id) for manifest in fits[0][0])}"
+        raise UserError(f"{store.url}: {len(fits)} targets fit: {', '.join(names)}", hint=hint)
     return _stored(store, fits[0][0])
 
 
 def _stored(store: Store, targets: Sequence[TargetManifest]) -> _Stored:
-    return tuple(StoredTarget(manifest, store.teacher_of(manifest)) for manifest in targets)
+    return tuple(StoredTarget(target=manifest, teacher=store.teacher_of(manifest)) for manifest in targets)

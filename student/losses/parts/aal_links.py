@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from storage.errors import UserError, did_you_mean, first_line
+from storage.errors import UserError, did_you_mean, first_line, setting
 from storage.rounding import constant
 from student import run_dir
 from student.settings import AllLinks, LinksConfig
@@ -123,8 +123,9 @@ def tabled(name: Literal["alpha", "beta"], layout: Layout, stages: int, where: s
     if stages != len(ranges) or len(layout.heads) != LAYERS:
         raise UserError(
             f"{where}={name}: the paper's Table 1 is for a teacher of {len(ranges)} stages and a student of {LAYERS} "
-            f"layers; here are {stages} and {len(layout.heads)}: give each stage its first and last layer, such as "
-            f"[[1, 3], [2, 4]], or take them from a run with full links: --set {where}=RUN"
+            f"layers; here are {stages} and {len(layout.heads)}",
+            hint="Give each stage its first and last layer, such as [[1, 3], [2, 4]], or take them from a run with "
+            f"full links: {setting(where, 'RUN')}",
         )
     return ranged([ranges[n - 1] for n in layout.stages], layout, where)
 
@@ -212,7 +213,8 @@ def kept(loss: str, links: AllLinks, layout: Layout, stages: int) -> Kept:
         digest = hashlib.sha256(choice.numpy().tobytes()).hexdigest()
         name = f"links of {links.run} ({links.normalize}, by {links.granularity}, above {links.threshold:g})"
         if not choice.any():
-            raise UserError(f"{where}: {name}: none is kept; lower --set {where}.threshold")
+            hint = f"Lower the threshold: {setting(f'{where}.threshold', 'X')}"
+            raise UserError(f"{where}: {name}: none is kept", hint=hint)
         if choice.all():
             note = f", all of them{_WHY if links.normalize == 'printed' else ''}"
     else:
@@ -249,8 +251,8 @@ def read(run: str | Path, loss: str | None, where: str = "links") -> Trained:
             if not losses:
                 raise UserError(f"{where}: {path}: the run had no aal loss, so there are no links")
             if loss is None and len(losses) > 1:
-                flag = f"--set {where}.loss=NAME" if where.startswith("losses.") else "--loss NAME"
-                raise UserError(f"{where}: {path} has links of {', '.join(losses)}; say which: {flag}")
+                hint = f"Choose one: {setting(f'{where}.loss' if where.startswith('losses.') else 'loss', 'NAME')}"
+                raise UserError(f"{where}: {path} has links of {', '.join(losses)}", hint=hint)
             if loss is not None and loss not in losses:
                 raise UserError(f"{where}: {path} has no links of {loss!r}. {did_you_mean(loss, losses)}")
             name = loss or losses[0]

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from storage.errors import UserError
+from storage.errors import UserError, setting
 from student.alignment.report import AlignmentRow
 from student.alignment.student_spec import StudentSpec, full
 from student.alignment.student_taps import StudentTaps
@@ -80,15 +80,13 @@ class ClassToken(nn.Module):
     ) -> None:
         super().__init__()
         if "class" not in student.prefix:
-            raise UserError(
-                f"{loss}: the student has no class token to project; take one that has, such as "
-                f"--set student.model={WITH_CLASS}"
-            )
+            hint = f"Take one that has a class token, such as {setting('student.model', WITH_CLASS)}"
+            raise UserError(f"{loss}: the student has no class token to project", hint=hint)
         target = int(stored.target.sample_shape[-1])
         if not config.depth and student.width != target and not own_width:
             raise UserError(
-                f"{loss}: the student's tokens are {student.width} wide, those of target {stored.id} {target}; they "
-                f"meet through a projector: --set losses.{loss}.depth=4"
+                f"{loss}: the student's tokens are {student.width} wide, those of target {stored.id} {target}",
+                hint=f"Put a projector between them: {setting(f'losses.{loss}.depth', 4)}",
             )
         self.index = student.prefix.index("class")
         self.width = target if config.depth else student.width

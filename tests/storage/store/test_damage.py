@@ -54,7 +54,7 @@ def train_reads(store: Path, world: World, target: str) -> None:
     select_targets(
         opened,
         ids,
-        [TargetRequirement("aal", (("logits" if "logits" in target else "activations",),), target=target)],
+        [TargetRequirement(loss="aal", taps=(("logits" if "logits" in target else "activations",),), target=target)],
         BankChoice(),
     )
     stream = Stream(world.shards, batch=20, lanes=5, shuffle_blocks=1, store=opened, targets=[target])

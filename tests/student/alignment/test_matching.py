@@ -75,7 +75,7 @@ def test_class_rows_come_from_rows_maps_or_q_and_k_alike():
 def test_the_recorded_scale_of_stored_q_and_k_counts():
     q, k = torch.randn(2, 4, 3, 17, 8), torch.randn(2, 4, 3, 17, 8)
     one = given("q")
-    scaled = StoredTarget(one.target.model_copy(update={"scales": (0.1, 0.2, 0.3, 0.4)}), one.teacher)
+    scaled = StoredTarget(target=one.target.model_copy(update={"scales": (0.1, 0.2, 0.3, 0.4)}), teacher=one.teacher)
     found = rows("all", STUDENT, scaled, given("k"), layers=((1, 3),)).teacher_rows([q, k])
     assert torch.allclose(found[:, 0], (q[:, 2] @ k[:, 2].transpose(-2, -1) * 0.3).softmax(-1), atol=1e-6)
 

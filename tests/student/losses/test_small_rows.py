@@ -185,7 +185,7 @@ def test_a_student_that_is_its_peaked_teacher_has_nothing_to_learn(taps, heads):
     assert 1e-38 < rows.min() < 1e-12
     stored = {"class_row": rows, "q": parts["q"].detach()[:, None], "k": parts["k"].detach()[:, None]}
     one = [given(tap, depth=1, side=2, width=4) for tap in taps]
-    one = [StoredTarget(g.target.model_copy(update={"scales": (0.5,)}), g.teacher) for g in one]
+    one = [StoredTarget(target=g.target.model_copy(update={"scales": (0.5,)}), teacher=g.teacher) for g in one]
     seen = SimpleNamespace(**{name: [part] for name, part in parts.items()}, scales=[0.5])
     for method, settings in (("guidance", {}), ("advit", {"distance": "kl", "kl_input": "log-prob"})):
         found = loss_of(

@@ -69,7 +69,9 @@ def compare(
     model, _ = build_student(recipe.student, classes)
     names = tuple("abcdefghij"[:classes])
     given = {
-        loss: tuple(StoredTarget(g.target, g.teacher.model_copy(update={"classes": names})) for g in several)
+        loss: tuple(
+            StoredTarget(target=g.target, teacher=g.teacher.model_copy(update={"classes": names})) for g in several
+        )
         for loss, several in given.items()
     }
     mean, std = normalization(recipe.student, None)
