@@ -82,6 +82,6 @@ def align_classes(loss: str, stored: StoredTarget, student: StudentSpec, same_cl
             hint=f"If you know that both lists are the same, in the same order, give {setting('same_classes', True)}",
         )
     else:
-        rule = f"taken as the same ({setting('same_classes', True)})"
+        rule = "taken as the same (same_classes)"
     teacher = f"{count} logits of {stored.teacher.id}"
     return AlignmentRow(loss, stored.id, teacher, f"{student.classes} classes", rule)

@@ -258,7 +258,8 @@ def _strength(examples: Examples, classes: int, seed: int, progress: Progress) -
     """The λ that were tried on blocks held out of the training shards, best first."""
     if len(torch.unique(examples.blocks)) < 2:
         raise UserError(
-            "one block of 64 samples leaves none to choose the strength of the L2 term by; say it: --l2 0.01"
+            "one block of 64 samples leaves none to choose the strength of the L2 term by",
+            hint=f"Give it: {setting('l2', 0.01)}",
         )
     progress.start("choosing l2", len(STRENGTHS))
     tried = search_strength(examples, classes, seed, advance=progress.advance)

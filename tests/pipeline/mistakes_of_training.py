@@ -35,7 +35,7 @@ TRAINING = [
         "a student without a class token", "train --recipe advit-l1 @DATA --store S --out new/run @SMALL "
         "--set losses.advit.layers=last --set student.model=vit_base_patch16_siglip_gap_224 "
         "--set student.global_pool=avg",
-        ("advit: the student has no class token", "take one that has"),
+        ("advit: the student has no class token", "Take one that has"),
     ),
     Mistake(
         "a typo in the student", "train --recipe scratch @DATA --out new/run @SMALL --set student.model=vit_tiny",
@@ -43,7 +43,7 @@ TRAINING = [
     ),
     Mistake(
         "a CNN for a student", "train --recipe scratch @DATA --out new/run @SMALL --set student.model=resnet18",
-        ("student resnet18", "cannot be made", "--set student.model=vit_tiny_patch16_224"),
+        ("student resnet18", "cannot be created", "--set student.model=vit_tiny_patch16_224"),
     ),
     Mistake(
         "an image size that is no multiple of the patches",
@@ -91,11 +91,11 @@ TRAINING = [
     ),
     Mistake(
         "--resume where nothing is", "train --recipe scratch @DATA --out new/none @SMALL --resume",
-        ("new/none: no checkpoint here", "without --resume a new run begins"),
+        ("new/none: no checkpoint here", "Without --resume a new run begins"),
     ),
     Mistake(
         "a recipe that was edited, then --resume", "train --recipe edited.yaml @DATA --out run @SMALL --resume",
-        ("run/checkpoint.pt: seed: the run has 0, asked for 1", "begin a new one in another --out"),
+        ("run/checkpoint.pt: seed: the run has 0, asked for 1", "begin a new one: --out RUN"),
     ),
     Mistake(
         "a recipe with tabs", "train --recipe tabs.yaml @DATA --out new/run",

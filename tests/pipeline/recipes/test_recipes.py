@@ -158,7 +158,7 @@ def test_contract_10_logits_of_unknown_classes_need_a_word(world, full, tmp_path
     store, _ = full
     code, result, _ = train(world, store, tmp_path / "run", "deit-hard", capsys, "--smoke")
     assert code == 1
-    assert "say --same-classes" in result["error"]
+    assert "give --same-classes" in result["error"]
 
 
 def test_contract_10_logits_of_other_classes_are_refused(world, tmp_path, capsys):

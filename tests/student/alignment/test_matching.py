@@ -129,12 +129,17 @@ def test_a_target_of_some_layers_serves_those_that_it_holds():
 @pytest.mark.parametrize(
     ("student", "one", "settings", "message"),
     [
-        (StudentSpec(6, 3, 4, ("class",)), {}, {}, r"4 layers, the student 6; say which meet.*layers=uniform"),
-        (STUDENT, {"layers": [4]}, {}, r"holds the teacher's layers 4 of 4; say which.*layers=last"),
+        (
+            StudentSpec(6, 3, 4, ("class",)),
+            {},
+            {},
+            r"4 layers, the student 6\n  Choose which layers meet: .*layers=uniform",
+        ),
+        (STUDENT, {"layers": [4]}, {}, r"holds the teacher's layers 4 of 4\n  Choose which .*layers=last"),
         (STUDENT, {"layers": [1, 2, 4]}, {"layers": "uniform"}, r"layer 3 meets the teacher's layer 3.*holds 1:2\+4"),
         (STUDENT, {}, {"layers": ((5, 1),)}, r"layer 5 meet the teacher's layer 1; the student has layers 1 to 4"),
-        (STUDENT, {"heads": 6}, {}, r"6 heads, the student 3; say how they meet: --set losses.it.heads=mean"),
-        (STUDENT, {"side": 8}, {}, r"grid of 8x8, the student's patches make 4x4.*grid=bicubic"),
+        (STUDENT, {"heads": 6}, {}, r"6 heads, the student 3\n  Choose how they meet: `losses.it.heads=mean`"),
+        (STUDENT, {"side": 8}, {}, r"grid of 8x8, the student's patches make 4x4\n.*grid=bicubic"),
         (StudentSpec(4, 3, 4, ()), {}, {}, r"the student has no class token"),
         (STUDENT, {"prefix": ()}, {}, r"the teacher has no class token"),
         (STUDENT, {}, {"layers": ()}, r"layers is empty"),
@@ -382,6 +387,6 @@ def test_contract_10_logits_meet_the_same_classes_alone():
     with pytest.raises(IdentityError, match="class 1: the student has b, the teacher c"):
         align_classes("deit", logits(3, ["a", "c", "b"]), student, True)
     for given_, shape in ((logits(3), student), (logits(3, ["a", "b", "c"]), StudentSpec(0, 0, 0, (), 3))):
-        with pytest.raises(UserError, match="--same-classes"):
+        with pytest.raises(UserError, match="`same_classes=True`"):
             align_classes("deit", given_, shape, False)
-        assert "--same-classes" in align_classes("deit", given_, shape, True).rule
+        assert "same_classes" in align_classes("deit", given_, shape, True).rule

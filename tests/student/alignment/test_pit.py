@@ -159,5 +159,5 @@ def test_other_losses_refuse_pit_by_name(world, tmp_path):
     for recipe, loss in (("advit-l1", "advit"), ("attention-distill", "attention")):
         with pytest.raises(UserError, match=f"^{loss}: PoolingVisionTransformer pools its patches, so its layers"):
             run(world, tmp_path / recipe, recipe, *PIT, *more[recipe])
-    with pytest.raises(UserError, match=r"--target activations,grid=2; or .*--set losses.aal.grid=8"):
+    with pytest.raises(UserError, match=r"target=activations,grid=2, …(?s:.*)`losses.aal.grid=8`"):
         run(world, tmp_path / "aal", "aal", u8(world), *PIT)

@@ -383,13 +383,13 @@ def test_a_student_s_file_that_says_nonsense_of_copying_is_refused(trained, tmp_
 @pytest.mark.parametrize(
     ("copying", "student", "message"),
     [
-        ({}, {"depth": 2}, r"attention_copy: the teacher has 3 layers, the student 2; .* --set attention_copy.layers="),
-        ({}, {"num_heads": 2}, r"3 heads, the student 2; .* --set attention_copy.heads=first or first-N"),
-        ({}, {"patch_size": 4}, r"say how they meet: --set attention_copy.grid=bicubic"),
+        ({}, {"depth": 2}, r"attention_copy: the teacher has 3 layers, the student 2\n.* `attention_copy.layers="),
+        ({}, {"num_heads": 2}, r"3 heads, the student 2\n.* `attention_copy.heads=first`, first-N"),
+        ({}, {"patch_size": 4}, r"Resize the teacher's: `attention_copy.grid=bicubic`"),
         ({"layers": "last-4"}, {}, r"attention_copy.layers=last-4: the student has 3 layers, .*; at most last-3"),
         ({"heads": "first-4"}, {}, r"attention_copy.heads=first-4: the student has 3 heads, .*; at most first-3"),
         ({"layers": [[1, 2], [1, 3]]}, {}, r"attention_copy.layers: the student's layer 1 can copy one layer, not 2"),
-        ({"tensors": "q"}, {"embed_dim": 96}, r"each head's q is 16 in the teacher, 32 in the student; copy maps"),
+        ({"tensors": "q"}, {"embed_dim": 96}, r"each head's q is 16 in the teacher, 32 in the student\n  Copy maps"),
         ({}, {"model": "deit_tiny_distilled_patch16_224"}, r"the teacher lacks the student's distillation"),
         ({"teacher": "vitt"}, {}, r"attention_copy.teacher: asked for vitt, the store has vit"),
         ({}, {"model": "resnet18"}, r"no list of attention blocks"),

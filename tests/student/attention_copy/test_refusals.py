@@ -6,6 +6,7 @@ import shlex
 
 import pytest
 
+from pipeline.messages import as_flags
 from storage.errors import UserError
 from storage.store.store import Store
 from storage.views.policy import policy
@@ -27,7 +28,7 @@ def test_targets_of_validation_images_that_are_missing_are_made_by_the_command_t
     with pytest.raises(UserError, match=r"needs it of the images that it is evaluated on") as refused:
         run(world, tmp_path / "run", "scratch", *settings, **parts)
     assert not (tmp_path / "run").exists()
-    pasted = str(refused.value).splitlines()[-1].strip()
+    pasted = as_flags(str(refused.value)).splitlines()[-1].strip()
     assert "--new-bank" not in pasted
     words = shlex.split(pasted)[1:]
     asked(capsys, *words)

@@ -212,7 +212,7 @@ def test_pooled_features_serve_too_within_their_codecs_error(made, tmp_path, tar
 
 
 def test_a_class_token_that_the_classifier_does_not_act_on_is_refused(made, tmp_path):
-    with pytest.raises(UserError, match=r"differ from a linear head on class_token by .*--target embedding"):
+    with pytest.raises(UserError, match=r"differ from a linear head on class_token by .*\n.*target=embedding"):
         fit_teacher(made.job(tmp_path / "t.safetensors", "pooled class_token"), Quiet())
     assert not list(tmp_path.iterdir())
 
@@ -259,7 +259,7 @@ def test_any_argument_is_said_in_the_next_command_as_it_is_read_back():
 
 
 def test_the_teacher_is_enough_where_one_target_fits(made):
-    with pytest.raises(UserError, match=r"2 targets fit: .*say which: --target ID"):
+    with pytest.raises(UserError, match=r"2 targets fit: .*\n  Choose one: `target=ID`"):
         choose_target(made.store, None, "pooled")
     with pytest.raises(UserError, match=r"4 targets fit"):
         choose_target(made.store, None, None)
@@ -270,7 +270,7 @@ def test_the_teacher_is_enough_where_one_target_fits(made):
 def test_one_target_of_a_teacher_is_found(world):
     assert choose_target(Store.open(world.store), None, "vit") == world.targets["class_token"]
     assert choose_target(Store.open(world.store), None, None) == world.targets["class_token"]
-    with pytest.raises(UserError, match="no target of cnn keeps class_token or embedding; add one"):
+    with pytest.raises(UserError, match=r"no target of cnn keeps class_token or embedding\n  Add one"):
         choose_target(Store.open(world.store), None, "cnn")
 
 
@@ -288,7 +288,7 @@ def test_what_cannot_be_is_refused_by_name(made, tmp_path):
     assert "there is no folder" in refused(made, tmp_path, out=tmp_path / "no" / "t.safetensors")
     assert "expected a name ending in .safetensors" in refused(made, tmp_path, out=tmp_path / "t.pth")
     (tmp_path / "there.safetensors").write_bytes(b"mine")
-    assert "is there already" in refused(made, tmp_path, out=tmp_path / "there.safetensors")
+    assert "already exists" in refused(made, tmp_path, out=tmp_path / "there.safetensors")
     assert "views of each sample: the store has 2, asked for 3" in refused(made, tmp_path, views=3)
     others = synthetic_shards(tmp_path / "others", shards=1, samples=70, seed=9)
     assert re.search(r"known in this store under other shards", refused(made, tmp_path, shards=others))
@@ -307,7 +307,7 @@ def test_one_block_leaves_nothing_to_choose_by(made, tmp_path):
     small = synthetic_shards(tmp_path / "data", shards=1, samples=30)
     run_precompute(tmp_path / "s", small, teacher_of(made.weights, "vit"), ["class_token"])
     whole = FitTeacherConfig(Store.open(tmp_path / "s"), small, small, tmp_path / "t.safetensors")
-    with pytest.raises(UserError, match=r"one block of 64 samples leaves none .* say it: --l2"):
+    with pytest.raises(UserError, match=r"one block of 64 samples leaves none .*\n  Give it: `l2=0.01`"):
         fit_teacher(whole, Quiet())
     assert fit_teacher(replace(whole, l2=0.1), Quiet()).samples == 30
 
@@ -315,7 +315,7 @@ def test_one_block_leaves_nothing_to_choose_by(made, tmp_path):
 def test_weights_that_have_moved_are_asked_for(made, tmp_path):
     weights = str(tmp_path / "gone.safetensors")
     recorded = made.store.teachers()["vit"].model_copy(update={"weights": weights})
-    with pytest.raises(UserError, match=r"its weights are no longer at .*gone\.safetensors; say where: --weights F"):
+    with pytest.raises(UserError, match=r"its weights are no longer at .*gone\.safetensors\n  Give them: `weights=F`"):
         network_of(recorded, None, 3)
     assert network_of(recorded, made.weights["vit"], 3) is not None
 

@@ -299,7 +299,7 @@ def test_another_shape_nothing_kept_and_a_smoke_run_are_refused(world, trained, 
     wish = LinksConfig(run=str(trained))
     with pytest.raises(UserError, match=r"join 8 \+ 12 \+ 16 \+ 24 maps and 2 layers of 3 heads; here are 24 \+ 32"):
         aal_links.kept("aal", wish, B3, 7)
-    with pytest.raises(UserError, match=r"none is kept; lower --set losses.aal.links.threshold"):
+    with pytest.raises(UserError, match=r"none is kept\n.*`losses.aal.links.threshold"):
         aal_links.kept("aal", LinksConfig(run=str(trained), threshold=0.999), layout, 4)
     smoke = copy(trained, tmp_path / "smoke", load_file(trained / "losses.safetensors"))
     (smoke / "SMOKE").write_text("")
@@ -352,7 +352,7 @@ def test_hostile_links_end_in_one_error(trained, tmp_path):
     with pytest.raises(UserError, match="the run had no aal loss"):
         aal_links.read(copy(trained, tmp_path / "else", {"other": torch.ones(1)}), None)
     two = copy(trained, tmp_path / "two", {**state, "b.aal.links.weight": state[name].clone()})
-    with pytest.raises(UserError, match=r"has links of aal, b; say which: --set losses.x.links.loss=NAME"):
+    with pytest.raises(UserError, match=r"has links of aal, b\n  Choose one: `losses.x.links.loss=NAME`"):
         aal_links.read(two, None, "losses.x.links")
     with pytest.raises(UserError, match=r"no links of 'all'.*Did you mean 'aal'"):
         aal_links.read(two, "all")

@@ -141,7 +141,7 @@ def test_scores_are_those_of_the_network_before_its_softmax(world, kept):
 def test_samples_that_are_decided_wrongly_do_not_count(world, kept):
     distiller, batch = distiller_of(world, kept, distance="kl", adaptive="teacher-correct")
     assert distiller.target_ids["it"] == (kept[1]["attention"], kept[1]["logits"])
-    assert distiller.rows[0].rule.endswith("3 logits of vit: taken as the same (--same-classes)")
+    assert distiller.rows[0].rule.endswith("3 logits of vit: taken as the same (same_classes)")
     method: Any = distiller.losses["it"]
     pixels = batch.pixels(distiller.mean, distiller.std)
     logits = distiller.student(pixels)

@@ -261,7 +261,7 @@ def of_store(world, same, tap: str, loss: dict[str, Any], **student: Any) -> Dis
 
 def test_features_of_another_width_meet_by_a_projection_that_is_trained_or_are_refused(world, same):
     loss = {"type": "features", "layers": "first-2"}
-    with pytest.raises(UserError, match=r"each token is 48 in the teacher, 24 .*--set losses.it.projection=linear"):
+    with pytest.raises(UserError, match=r"each token is 48 in the teacher, 24 .*\n.*`losses.it.projection=linear`"):
         of_store(world, same, "streams", loss, embed_dim=24)
     distiller = of_store(world, same, "streams", {**loss, "projection": "linear"}, embed_dim=24)
     batch = next(Stream(world.shards, batch=32, store=same[0], targets=[same[1]["streams"]]).epoch(0))
@@ -296,12 +296,12 @@ def test_only_what_is_compared_gets_a_gradient(world, same):
 def test_tokens_after_the_final_norm_are_no_residual_stream(world, same, tmp_path):
     made = run_precompute(tmp_path / "store", world.shards, teacher_of(world.weights, "vit"), ["tokens"], num_views=1)
     store = Store.open(tmp_path / "store")
-    with pytest.raises(UserError, match=r"holds tokens after the final norm.*--target tokens,layers=last"):
+    with pytest.raises(UserError, match=r"holds tokens after the final norm.*\n.*target=tokens,layers=last"):
         of_store(world, (store, {"tokens": made["targets"][0]}), "tokens", {"type": "features"})
 
 
 def test_vectors_of_another_width_are_refused(world, same):
-    with pytest.raises(UserError, match=r"each head's v is 16 in the teacher, 32 in the student; compare maps"):
+    with pytest.raises(UserError, match=r"each head's v is 16 in the teacher, 32 in the student\n  Compare maps"):
         of_store(world, same, "v", {"type": "attention", "tensors": "v"}, embed_dim=96)
 
 

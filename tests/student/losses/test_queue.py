@@ -225,7 +225,7 @@ def test_cut_off_a_run_goes_on_with_its_queues(world, recipe, whole, tmp_path, m
 
 def test_a_batch_goes_into_a_queue(world, recipe, tmp_path):
     with pytest.raises(
-        UserError, match=r"one: a batch of 32 does not go into a queue of 20: --set losses\.one\.queue=32"
+        UserError, match=r"one: a batch of 32 does not fit into a queue of 20\n.*`losses\.one\.queue=32`"
     ):
         run(world, tmp_path / "run", recipe, "losses.one.queue=20")
 

@@ -149,7 +149,7 @@ def test_weights_of_its_own_kind_and_of_bare_networks(world, trained, tmp_path) 
     run(world, tmp_path / "own", "scratch", own, "student.shifted_patches=true", smoke=True)
     run(world, tmp_path / "bare", "scratch", smoke=True)
     bare = f"student.weights={tmp_path / 'bare' / 'last.safetensors'}"
-    with pytest.raises(UserError, match=r"missing \(patch_embed.proj.norm.weight.*take what fits.*student.init="):
+    with pytest.raises(UserError, match=r"missing \(patch_embed.proj.norm.weight.*\n  Take what fits.*student.init="):
         run(world, tmp_path / "other", "scratch", bare, "student.shifted_patches=true", smoke=True)
     fits = 'student.init=["cls_token", "pos_embed", "blocks.*", "norm.*", "head.*"]'
     run(world, tmp_path / "other", "scratch", bare, "student.shifted_patches=true", fits, smoke=True)

@@ -64,7 +64,7 @@ def test_contract_16_no_machine_chooses_what_a_recipe_says(name):
     for warning in warnings:
         assert f"this processor ({processor.level}) has no bf16 instructions" in warning
         assert "10 to 35 times as long as in f32" in warning
-        assert "--set precision.amp_dtype=none" in warning
+        assert "`precision.amp_dtype=none`" in warning
 
 
 def result_of(out):

@@ -26,7 +26,7 @@ def refused(world: World, out: Path, recipe: str, *settings: str, **parts: Any) 
 
 def proposed(text: str) -> list[str]:
     """The settings in an error, in their order."""
-    return re.findall(r"--set ([\w.]+=\w+)", text)
+    return re.findall(r"`([\w.]+=\w+)`", text)
 
 
 @pytest.mark.parametrize("recipe", ["seed", "compress", "simreg"])
@@ -36,7 +36,7 @@ def test_a_student_without_tokens_is_told_what_is_read_and_never_of_attention(
 ) -> None:
     settings = [f"student.model={model}"]
     first = refused(world, tmp_path / "run", recipe, *settings)
-    assert "cannot be made" in first
+    assert "cannot be created" in first
     *nothing, plain = proposed(first)
     assert nothing
     assert all(setting.endswith("=null") for setting in nothing), first
@@ -109,9 +109,9 @@ def test_targets_that_are_missing_are_named_with_what_a_teacher_without_them_giv
     run_precompute(place, world.shards, cnn, ["logits"])
     parts = {"store": Store.open(place)}
     said = refused(world, tmp_path / "run", "seed", **parts)
-    targets = re.findall(r"--target (\w+)", said)
+    targets = re.findall(r"target=(\w+)", said)
     assert targets == ["class_token", "embedding"], said
-    assert re.findall(r"--target (\w+)", refused(world, tmp_path / "run", "seed", store=None)) == targets
+    assert re.findall(r"target=(\w+)", refused(world, tmp_path / "run", "seed", store=None)) == targets
     with pytest.raises(UserError, match="class_token needs a vit"):
         run_precompute(place, world.shards, cnn, targets[:1])
     run_precompute(place, world.shards, cnn, targets[1:])

@@ -66,14 +66,14 @@ def test_cut_off_before_its_first_checkpoint_a_run_begins_again(world, undisturb
         cut_after(patched, 4)
         with pytest.raises(Cut):
             run(world, out, "aal", *settings)
-    with pytest.raises(UserError, match="a run in this folder already; to go on with it, add --resume"):
+    with pytest.raises(UserError, match="a run in this folder already\n  To resume it, add `resume=True`"):
         run(world, out, "aal", *settings)
     console = Quiet()
     trainer.train(job(world, out, "aal", *settings, resume=True), console)
     assert f"{out}: the run was cut off before its first checkpoint; it begins again" in console.lines
     assert same(undisturbed[0], out)
     (out / "checkpoint.pt").unlink()
-    with pytest.raises(UserError, match="no checkpoint here to go on from"):  # a complete run is never begun again
+    with pytest.raises(UserError, match="no checkpoint here to resume from"):  # a complete run is never begun again
         run(world, out, "aal", *settings, resume=True)
 
 
@@ -192,7 +192,7 @@ def test_a_kill_while_the_first_epochs_weights_are_written_leaves_a_run_that_beg
     process.communicate(timeout=HANGS)
     assert process.returncode == -signal.SIGKILL
     assert (out / ".last.safetensors.part").exists()
-    with pytest.raises(UserError, match="a run in this folder already; to go on with it, add --resume"):
+    with pytest.raises(UserError, match="a run in this folder already\n  To resume it, add `resume=True`"):
         run(world, out, "aal", *settings)
     run(world, out, "aal", *settings, resume=True)
     assert same(undisturbed[0], out)
@@ -281,11 +281,11 @@ def test_other_shards_or_views_are_refused_and_loaders_may_change(world, undistu
 
 
 def test_a_folder_without_a_checkpoint_says_so(world, tmp_path):
-    with pytest.raises(UserError, match="no checkpoint here to go on from; without --resume a new run begins"):
+    with pytest.raises(UserError, match="no checkpoint here to resume from\n  Without `resume=True` a new run begins"):
         run(world, tmp_path / "none", "scratch", resume=True)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoint.pt").write_bytes(b"")
-    with pytest.raises(UserError, match="there is a run in this folder already; to go on with it, add --resume"):
+    with pytest.raises(UserError, match="there is a run in this folder already\n  To resume it, add `resume=True`"):
         run(world, tmp_path / "run", "scratch")
 
 
@@ -314,7 +314,7 @@ def test_damaged_and_hostile_checkpoints_are_refused(undisturbed, tmp_path, monk
         checkpoint.read(path)
     assert not Path("ran").exists()
     torch.save({"format": 1, "student": {}}, path)
-    with pytest.raises(UserError, match=r"not a checkpoint that `pipeline train` wrote: recipe, .* is missing"):
+    with pytest.raises(UserError, match=r"not a checkpoint that `train\(\)` wrote: recipe, .* is missing"):
         checkpoint.read(path)
 
 
@@ -324,7 +324,7 @@ def test_a_smoke_run_is_marked_and_makes_way(world, undisturbed, tmp_path):
     assert (result["smoke"], result["steps"], result["samples"]) == (True, 3, 128)
     assert checkpoint.read(out / "checkpoint.pt")["epoch"] == 1
     assert any("smoke run" in line for line in console.lines)
-    with pytest.raises(UserError, match="a smoke run lies here, which never goes on"):
+    with pytest.raises(UserError, match="a smoke run lies here, which cannot be resumed"):
         run(world, out, "aal", u8(world), *FULL, resume=True)
     (out / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"there is notes\.txt; give a new folder"):

@@ -175,7 +175,7 @@ def test_a_student_of_another_size_than_the_bank_is_refused(world, tmp_path):
 
 
 def test_several_targets_that_fit_are_refused_with_the_way_to_choose(world, tmp_path):
-    with pytest.raises(UserError, match=r"2 targets fit: .*--set losses\.aal\.target=cnn-activations-g8-f32"):
+    with pytest.raises(UserError, match=r"2 targets fit: .*\n.*`losses\.aal\.target=cnn-activations-g8-f32"):
         train(job(world, tmp_path / "run", "aal"), Quiet())
 
 
@@ -190,7 +190,7 @@ def test_several_banks_that_fit_are_refused_with_the_way_to_choose(world, u8, tm
         new_bank=True,
         num_views=1,
     )
-    with pytest.raises(UserError, match=r"2 banks fit: .*--set stream\.bank="):
+    with pytest.raises(UserError, match=r"2 banks fit: .*\n.*`stream\.bank="):
         train(job(world, tmp_path / "run", "scratch", store=Store.open(store)), Quiet())
     bank = next(b for b in Store.open(store).banks() if b.startswith("none"))
     result = train(job(world, tmp_path / "run", "scratch", f"stream.bank={bank}", store=Store.open(store)), Quiet())
@@ -198,7 +198,7 @@ def test_several_banks_that_fit_are_refused_with_the_way_to_choose(world, u8, tm
 
 
 def test_a_recipe_that_needs_targets_says_so_without_a_store(world, tmp_path):
-    with pytest.raises(UserError, match=r"aal needs stored targets \(activations\): give --store DIR"):
+    with pytest.raises(UserError, match=r"aal needs stored targets \(activations\)\n  Give `store=DIR`"):
         train(job(world, tmp_path / "run", "aal", store=None), Quiet())
 
 
@@ -223,7 +223,7 @@ def test_a_store_without_the_tap_says_what_it_has(world, tmp_path):
 def test_classes_are_never_guessed(world, tmp_path):
     shards = synthetic_shards(tmp_path / "data", shards=1, samples=64, classes=3)
     (tmp_path / "data" / "classes.json").unlink()
-    with pytest.raises(UserError, match=r"the number of classes is not known; say it: --set student\.num_classes=N"):
+    with pytest.raises(UserError, match=r"the number of classes is not known\n  Give it: `student\.num_classes=N`"):
         train(job(world, tmp_path / "run", "scratch", store=None, shards=shards, val=shards), Quiet())
     with pytest.raises(UserError, match="has label 2, there are classes 0 to 1"):
         train(
@@ -285,7 +285,7 @@ def test_yaml_s_words_that_are_numbers_are_numbers():
 def test_a_warm_up_that_is_not_over_is_said(world, tmp_path):
     console = Quiet()
     train(job(world, tmp_path / "run", "scratch", "optim.epochs=1", "optim.warmup_epochs=3", store=None), console)
-    assert any("the warm-up takes 3 epochs and the run 1: lr never comes to its peak" in line for line in console.lines)
+    assert any("the warm-up takes 3 epochs and the run 1: lr never reaches its peak" in line for line in console.lines)
 
 
 def test_a_loss_is_not_called_as_pytorch_s_own(world, tmp_path):
@@ -314,7 +314,7 @@ def test_sizes_that_do_not_go_together_are_refused():
         ({"img_size": 100, "patch_size": None}, "img_size 100 is no multiple of the patch size 16 of vit_tiny"),
         ({"model": "vit_tinny_patch16_224"}, "Did you mean 'vit_tiny_patch16_224'"),
         ({"model": "vit_tiny"}, "Did you mean 'vit_tiny_patch16_224'"),
-        ({"model": "resnet10t"}, "cannot be made"),
+        ({"model": "resnet10t"}, "cannot be created"),
     ]
     for change, message in changes:
         sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3, **change}
@@ -335,6 +335,6 @@ def test_slips_are_found_before_the_first_epoch(world, u8, tmp_path):
         train(job(world, tmp_path / "run", "aal", u8, val=unlabeled), Quiet())
     with pytest.raises(UserError, match=r"optim\.opt.*Did you mean 'adamw'"):
         train(job(world, tmp_path / "run", "aal", u8, "optim.opt=adamww"), Quiet())
-    with pytest.raises(UserError, match=r"speak of a store's bank: give --store DIR"):
+    with pytest.raises(UserError, match=r"are about a store's bank\n  Give `store=DIR`"):
         train(job(world, tmp_path / "run", "scratch", "stream.views=2", store=None), Quiet())
     assert not (tmp_path / "run").exists()

@@ -180,7 +180,7 @@ def test_logits_train_a_classifier_without_labels(world, bare, tmp_path) -> None
 
 
 def test_recipes_with_labels_still_ask_for_them(world, bare, tmp_path, capsys) -> None:
-    with pytest.raises(UserError, match="give --val SHARDS"):
+    with pytest.raises(UserError, match="Give `val=SHARDS`"):
         run(world, tmp_path / "run", "scratch", val=())
     with pytest.raises(UserError, match="has no label"):
         run(bare, tmp_path / "run", "scratch", "student.num_classes=3")

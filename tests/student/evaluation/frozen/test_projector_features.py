@@ -140,5 +140,5 @@ def test_what_is_no_projector_is_refused(tmp_path, change: Any, said: str):
 
 def test_a_run_without_a_projector_says_so(trained, tmp_path):
     shutil.copy(trained / "last.safetensors", tmp_path)
-    with pytest.raises(UserError, match="which --projector-layers reads"):
+    with pytest.raises(UserError, match=r"^`projector_layers=\d`: .* was trained without a projector"):
         projector_layers(tmp_path / "last.safetensors", 1)

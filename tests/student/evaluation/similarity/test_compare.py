@@ -279,7 +279,7 @@ def test_of_several_kinds_the_one_that_is_there_of_the_images_is_taken_and_a_cho
     qs, ks = targets_of(store, "q"), targets_of(store, "k")
     said = compared(capsys, trained, world, store, status=1)["error"]
     assert "4 targets fit" in said
-    proposed = said.partition("choose one: ")[2].split()
+    proposed = said.partition("Choose one: ")[2].split()
     found = compared(capsys, trained, world, store, *proposed)
     assert set(found["attention"]["targets"]) == set(proposed[1::2]) <= {*qs, *ks}
     assert found["streams"]["targets"] == targets_of(store, "tokens")
