@@ -1,4 +1,4 @@
-"""`pipeline aal-links`: how strongly a student and its CNN teacher are linked, and which links Algorithm 1 keeps."""
+"""`pipeline aal-links`: the links between a student and its CNN teacher, and those that Algorithm 1 keeps."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("run", type=PATH)
-@click.option("--loss", metavar="NAME", help="Which of the run's aal losses, where it has several.")
+@click.option("--loss", metavar="NAME", help="The aal loss to read, if the run has several.")
 @picture
-@choice("--normalize", values=["abs", "printed"], text="Normalize magnitudes, or signed links, as the paper prints it.")
-@choice("--granularity", values=["block", "channel"], text="Choose for each channel, or for each stage as a whole.")
+@choice("--normalize", values=["abs", "printed"], text="abs: normalize magnitudes; printed: signed links, as in the paper.")
+@choice("--granularity", values=["block", "channel"], text="Prune each channel separately, or each stage as a whole.")
 @click.option(
     "--threshold",
     type=click.FloatRange(0, 1, max_open=True),
     default=0.05,
     show_default=True,
-    help="Keep links whose normalized mean over a layer's heads is above it.",
+    help="Keep links whose normalized mean over a layer's heads is above this value.",
 )
 @common
 def aal_links(
     *, run: Path, loss: str | None, out: Path | None, normalize: Any, granularity: Any, threshold: float, as_json: bool
 ) -> None:
-    """Show the links that an aal run ended with.
+    """Show the trained links of an aal run.
 
-    The mean |w| between each stage of the teacher and each layer of the student, and what the paper's Algorithm 1
-    keeps of them; by stages, also as ranges that a recipe takes. Nothing is written but the picture.
+    Prints the mean |w| between each stage of the teacher and each layer of the student, and the links that the paper's
+    Algorithm 1 keeps. If it keeps whole stages, they are also printed as ranges for a recipe. Writes only the picture.
 
     \b
     pipeline aal-links run
@@ -62,7 +62,7 @@ def aal_links(
 
 
 def _selection(trained: Trained, settings: LinksConfig) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """As plain data; the heat map f64 `[stages, N]`; and the share of each stage's channels that is kept, likewise."""
+    """Plain data; the heat map f64 `[stages, N]`; the share of each stage's channels that is kept, `[stages, N]`."""
     import torch
 
     from student.losses.parts.aal_links import extracted, ranges_of
@@ -90,7 +90,7 @@ def _selection(trained: Trained, settings: LinksConfig) -> tuple[dict[str, Any],
 
 
 def _lines(run: Path, result: dict[str, Any]) -> list[str]:
-    """The heat map as a table, what is kept, and the settings that keep it."""
+    """The heat map as a table, the kept links, and the settings that select them."""
     heat, selection, stages = result["heat"], result["selection"], result["stages"]
     lines = [
         f"{run}: loss {result['loss']}, target {result['target']}",
@@ -124,16 +124,16 @@ def _lines(run: Path, result: dict[str, Any]) -> list[str]:
 
 
 def _words(*settings: str) -> str:
-    """Settings as words of a command."""
+    """Settings as command-line arguments."""
     return " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
 
 
 def draw(path: Path, trained: Trained, heat: Tensor, kept: Tensor) -> None:
-    """The paper's Figure 2: stages up, layers to the right, the color of a cell its mean |w|; kept cells framed.
+    """Draw the paper's Figure 2: rows are stages, columns are layers, colors are the mean |w|, frames mark kept cells.
 
     Args:
-        path: where it goes.
-        trained: whose links.
+        path: file of the picture.
+        trained: the trained links.
         heat: `[stages, N]`.
         kept: the share of the stage's channels that is kept, `[stages, N]`.
     """

@@ -1,4 +1,4 @@
-"""`pipeline bench`: speed against its limits on this machine."""
+"""`pipeline bench`: speed compared with the limits of this machine."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from pipeline.options import PATH, choice, common, shards
     "--only",
     multiple=True,
     type=click.Choice(["precompute", "torch", "train", "live", "stream"]),
-    help="What is measured; may be repeated.  [default: all]",
+    help="Run only this benchmark; may be repeated.  [default: all]",
 )
-@shards("--shards", help="Photographs for `precompute` and `torch`: the first 512 of the first shard.", required=False)
-@choice("--device", values=["auto", "cpu", "cuda"], text="Where models run.")
+@shards("--shards", help="Photographs for `precompute` and `torch`: the first 512 images of the first shard are used.", required=False)
+@choice("--device", values=["auto", "cpu", "cuda"], text="Device of the models.")
 @click.option(
-    "--turns", type=click.IntRange(1), default=5, show_default=True, help="Of each contender; a live teacher takes two."
+    "--turns", type=click.IntRange(1), default=5, show_default=True, help="Turns per variant; a live teacher runs two."
 )
-@click.option("--quick", is_flag=True, help="Small cases alone.")
+@click.option("--quick", is_flag=True, help="Run only small cases.")
 @click.option(
     "--folder",
     type=PATH,
     metavar="DIR",
-    help="Where temporary stores are made: its disk is measured too.  [default: the system's]",
+    help="Folder for temporary stores; its disk is measured, too.  [default: the system's]",
 )
 @common
 def bench(
@@ -40,10 +40,10 @@ def bench(
     folder: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure speed against its physical limits.
+    """Compare speed with the limits of this machine.
 
-    Precompute against what the cores allow and against PyTorch, training steps against steps with labels alone and
-    with a live teacher, reading against decoding and memory maps. Ten to twenty minutes; contenders take turns.
+    Compares precompute with the CPU limit and with PyTorch, training steps with steps on labels only and with a live
+    teacher, and reading with decoding and memory maps. Takes ten to twenty minutes; variants run in alternating turns.
 
     \b
     pipeline bench --only train --quick

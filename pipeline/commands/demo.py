@@ -14,9 +14,9 @@ from pipeline.options import PATH, common
 @click.option("--out", type=PATH, default="demo-out", show_default=True, help="A new folder.")
 @common
 def demo(out: Path, as_json: bool) -> None:
-    """The whole path on handwritten digits, offline.
+    """Run all steps on handwritten digits, offline.
 
-    Pack, two teachers, precompute, twelve students, a table and two pictures.
+    Packs images, trains two teachers, runs precompute, trains twelve students, and writes a table and two pictures.
 
     \b
     pipeline demo --out demo-out

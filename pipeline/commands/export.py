@@ -14,15 +14,15 @@ from pipeline.run_paths import student_file
 
 @click.command()
 @click.argument("run", type=PATH)
-@shards("--shards", help="Shards with images that the graph is checked on.", required=False)
-@click.option("--out", type=PATH, metavar="F", help="The graph.  [default: RUN/student.onnx]")
+@shards("--shards", help="Shards with images to check the graph on.", required=False)
+@click.option("--out", type=PATH, metavar="F", help="File of the graph.  [default: RUN/student.onnx]")
 @checkpoint
 @click.option(
     "--push-to-hub",
     metavar="USER/NAME",
-    help="Put the student on the Hugging Face Hub in place of writing a graph: weights, config.json, model card.",
+    help="Upload weights, config.json and model card to the Hugging Face Hub; writes no graph.",
 )
-@click.option("--private", is_flag=True, help="Make the repository on the Hub a private one.")
+@click.option("--private", is_flag=True, help="Create a private repository on the Hub.")
 @reads(shards="val")
 @common
 def export(
@@ -37,11 +37,11 @@ def export(
 ) -> None:
     """Write a student as ONNX, or push it to the Hugging Face Hub.
 
-    The graph: from uint8 images [B, S, S, 3] to logits [B, K], checked on real images; to features, `embedding` [B, D],
-    of a student without a classifier. Class names, view size and evaluation view are in its metadata.
+    The graph takes uint8 images [B, S, S, 3] and returns logits [B, K], or features `embedding` [B, D] if the student
+    has no classifier. It is checked on real images. Its metadata has class names, view size and evaluation view.
 
-    timm alone loads the run's folder, `timm.create_model("local-dir:run", pretrained=True)`, which is the student of
-    the last epoch, and what was put on the Hub, `hf-hub:USER/NAME`.
+    timm loads the run folder directly with `timm.create_model("local-dir:run", pretrained=True)` (the student of the
+    last epoch), and an uploaded student with `hf-hub:USER/NAME`.
 
     \b
     pipeline export run --shards train-val-000000.tar

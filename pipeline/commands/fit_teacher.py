@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def lines(result: FitTeacherResult, command: str) -> list[str]:
-    """The result for people, with the command that keeps its logits."""
+    """The human-readable result, with the command that stores the logits."""
     top5 = f", top-5 {result.top5:.2f} %" if result.top5 is not None else ""
     return [
         f"top-1 {result.top1:.2f} %{top5} on {result.samples} samples: {result.out}",
@@ -27,7 +27,7 @@ def lines(result: FitTeacherResult, command: str) -> list[str]:
 
 
 def command(result: FitTeacherResult, store: str, shards: tuple[str, ...]) -> str:
-    """The `pipeline precompute` that keeps the logits of a teacher over the shards and views that it was fitted on."""
+    """The `pipeline precompute` command that stores the logits for the shards and views that the head was fitted on."""
     from student.targets import hints
 
     return hints.precompute(
@@ -48,7 +48,7 @@ def command(result: FitTeacherResult, store: str, shards: tuple[str, ...]) -> st
 
 
 def name_of(path: str) -> str:
-    """What a store may call the teacher in a file."""
+    """A valid teacher name for a store, from the file name."""
     name = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in Path(path).stem)[:40]
     return "fitted_views" if name == "views" else name or "fitted"
 
@@ -56,16 +56,16 @@ def name_of(path: str) -> str:
 @click.command("fit-teacher")
 @store
 @click.option("--target", metavar="ID", help="A stored class_token or embedding; `pipeline inspect` lists them.")
-@click.option("--teacher", metavar="NAME", help="Or the recorded teacher, where one such target of it fits.")
-@shards("--shards", help="Labeled training shards that the store has features of.")
+@click.option("--teacher", metavar="NAME", help="Instead of --target: a teacher in the store, if exactly one of its targets fits.")
+@shards("--shards", help="Labeled training shards whose features are in the store.")
 @shards("--val", help="Validation shards.")
 @click.option("--out", required=True, type=PATH, metavar="F", help="A new .safetensors file.")
-@click.option("--weights", metavar="F", help="The recorded teacher's weights, if not at the recorded path.")
-@click.option("--num-views", type=click.IntRange(1), metavar="N", help="Views of each image.  [default: all]")
+@click.option("--weights", metavar="F", help="The teacher's weights, if they are not at the recorded path.")
+@click.option("--num-views", type=click.IntRange(1), metavar="N", help="Number of views to use per image.  [default: all]")
 @click.option(
-    "--l2", type=click.FloatRange(0), metavar="X", help="Strength of the L2 term.  [default: best on held-out]"
+    "--l2", type=click.FloatRange(0), metavar="X", help="Strength of the L2 penalty.  [default: best on held-out]"
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Chooses the held-out samples.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Selects the held-out samples.")
 @device
 @reads(store="store", shards="shards", val="val")
 @common
@@ -84,10 +84,10 @@ def fit_teacher(
     device: str,
     as_json: bool,
 ) -> None:
-    """Fit a head for your classes on what a teacher saw.
+    """Fit a head for your classes to stored features.
 
-    The head is linear; network and head are written out as a new teacher. Features and mixed labels come from the
-    store, class names from classes.json beside the shards.
+    The head is linear. Network and head are written to a file as a new teacher. Features and mixed labels are read from
+    the store, class names from classes.json beside the shards.
 
     \b
     pipeline fit-teacher --store S --teacher vit_tiny --shards 'train-{000000..000009}.tar' \\

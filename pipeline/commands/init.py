@@ -18,7 +18,7 @@ from pipeline.options import PATH, common
 def init(folder: Path, out: Path, as_json: bool) -> None:
     """Write a project file for a folder of shards or images.
 
-    It looks at the shards, or at the images in one folder a class, and asks nothing.
+    Inspects the shards, or the images in one folder per class. Asks no questions.
 
     \b
     pipeline init photos

@@ -14,18 +14,18 @@ from pipeline.project.context import reads
 
 @click.command()
 @store
-@click.option("--sample", metavar="KEY", help="Draw what is stored of this sample of --shards into --out.")
-@shards("--shards", help="Shards among which the sample is.", required=False)
+@click.option("--sample", metavar="KEY", help="Draw the stored views and targets of this sample of --shards to --out.")
+@shards("--shards", help="Shards that contain the sample.", required=False)
 @click.option("--out", type=PATH, metavar="FILE", help="The picture: .png, .svg or .pdf.")
 @reads(store="store", shards="shards")
 @common
 def inspect(store: str, sample: str | None, shards: tuple[str, ...], out: Path | None, as_json: bool) -> None:
-    """Say what is in a store, or draw a sample of it.
+    """Show the contents of a store, or draw a sample of it.
 
-    Teachers, banks, targets, how much of each is complete, and its size.
+    Lists teachers, banks (stored views) and targets, how much of each is complete, and its size.
 
-    With --sample, draw what is stored of one sample: its image with the crops of its views (six at most), each view as
-    the teachers saw it, and each target over it.
+    With --sample, draws one sample: its image with the crops of its views (at most six), each view as the teachers see
+    it, and each target on top of it.
 
     \b
     pipeline inspect --store S

@@ -20,12 +20,12 @@ from pipeline.project.context import FILE, load
     metavar="SOURCE... [OUT]",
     type=Hinted("Give a source and the new shards' names: pipeline pack photos train-000000.tar"),
 )
-@click.option("--per-shard", type=click.IntRange(1), help="Samples a shard; by default spread over all names.")
+@click.option("--per-shard", type=click.IntRange(1), help="Samples per shard.  [default: spread over all names]")
 @click.option(
-    "--val-fraction", type=float, metavar="F", help="Validation part of each class.  [default: 0; 0.1 without OUT]"
+    "--val-fraction", type=float, metavar="F", help="Fraction of each class for validation.  [default: 0; 0.1 without OUT]"
 )
-@click.option("--fraction", type=float, default=1.0, help="Part of each class that is kept, class-balanced.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the order and of both choices.")
+@click.option("--fraction", type=float, default=1.0, help="Fraction of each class to keep.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the order and of both fractions.")
 @click.option("--no-shuffle", is_flag=True, help="Keep the order of the source.")
 @common
 def pack(
@@ -38,10 +38,10 @@ def pack(
     no_shuffle: bool,
     as_json: bool,
 ) -> None:
-    """Make shards from class folders, a CSV or other shards.
+    """Write shards from class folders, a CSV or other shards.
 
-    SOURCE is a folder with one folder of images a class, a CSV with the columns path and label, or shards (compressed
-    ones too). OUT names the new shards; without it they get the names that pipeline.yaml has.
+    SOURCE is a folder with one folder of images per class, a CSV with the columns path and label, or shards (also
+    compressed). OUT names the new shards; without it, the names come from pipeline.yaml.
 
     \b
     pipeline pack photos 'train-{000000..000009}.tar' --val-fraction 0.1
@@ -73,7 +73,7 @@ def pack(
 
 
 def _shards_of_project(source: str) -> str:
-    """The one pattern of shards that the project file in this folder has."""
+    """The single shard pattern in the project file of this folder."""
     path = Path(FILE)
     said = load(path).said("shards") if path.is_file() else None
     if not said or len(said) != 1:

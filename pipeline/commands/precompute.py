@@ -1,4 +1,4 @@
-"""`pipeline precompute` and `pipeline plan`: from shards to targets in a store, and what that will take."""
+"""`pipeline precompute` and `pipeline plan`: compute targets for shards into a store, and estimate the cost."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 @wanted
 @common
 def precompute(store: str, wanted: PrecomputeRequest | dict[str, PrecomputeRequest], as_json: bool) -> None:
-    """Run a teacher once over shards and keep its targets.
+    """Run a teacher once over shards and store its targets.
 
-    Run the same command again to resume. Without --teacher, all teachers of the project file, one after another.
+    Run the same command again to resume. Without --teacher, all teachers of the project file run, one after another.
 
     \b
     pipeline precompute --teacher mobilenetv2 --weights mobilenetv2.safetensors --shards 'train-{000000..000009}.tar' \\
@@ -54,7 +54,7 @@ def precompute(store: str, wanted: PrecomputeRequest | dict[str, PrecomputeReque
     default=60,
     show_default=True,
     metavar="SECONDS",
-    help="How long to try out the engine at most; 0 for not at all.",
+    help="Maximum time of the trial run; 0 skips it.",
 )
 @click.option(
     "--train-rate",
@@ -62,7 +62,7 @@ def precompute(store: str, wanted: PrecomputeRequest | dict[str, PrecomputeReque
     default=1000,
     show_default=True,
     metavar="N",
-    help="Images per second that a training run shall read.",
+    help="Images per second that training should read.",
 )
 @common
 def plan(
@@ -72,10 +72,10 @@ def plan(
     train_rate: float,
     as_json: bool,
 ) -> None:
-    """Say what `precompute` with the same flags would take.
+    """Estimate the cost of `precompute` with the same flags.
 
-    Bytes, objects, hours, and what would be cheaper. For each teacher the engine runs beside the store for at most a
-    minute, and a tenth of the time that it foretells; nothing is left behind.
+    Prints bytes, objects, hours, and cheaper codecs. For each teacher, the engine runs next to the store for at most a
+    minute, and at most a tenth of the estimated time. Temporary files are removed.
 
     \b
     pipeline plan --teacher mobilenetv2 --weights mobilenetv2.safetensors --shards 'train-{000000..000009}.tar' \\

@@ -17,7 +17,7 @@ from storage.errors import UserError
 @click.command()
 @click.argument("run", type=PATH)
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...", type=PATH)
-@click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="How many classes of each image.")
+@click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="Number of classes per image.")
 @checkpoint
 @copied_store
 @device
@@ -28,7 +28,7 @@ def predict(
 ) -> None:
     """Predict classes of images.
 
-    Prints class names and probabilities; a folder stands for the images in it. An image that cannot be read is named on
+    Prints class names and probabilities. A folder means all images in it. Images that cannot be read are listed on
     stderr, the others are predicted, and the exit status is 1.
 
     \b

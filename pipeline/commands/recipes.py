@@ -12,9 +12,9 @@ from pipeline.options import common
 @click.argument("name", required=False)
 @common
 def recipes(name: str | None, as_json: bool) -> None:
-    """The recipes that come along, or one of them whole.
+    """List the built-in recipes, or show one in full.
 
-    Whole: paper, command, what to expect, settings.
+    In full: paper, command, expected results, settings.
 
     \b
     pipeline recipes

@@ -1,4 +1,4 @@
-"""`pipeline teachers`: which teachers there are, and what one of them can give."""
+"""`pipeline teachers`: lists teachers, or shows the targets of one."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pipeline.options import common
 @click.command()
 @click.argument("name", required=False)
 @click.option("--input-size", type=click.IntRange(8, 4096), metavar="N", help="Side of the teacher's input.")
-@click.option("--grid", type=click.IntRange(1), help="Of a CNN's activation maps.  [default: 14]")
+@click.option("--grid", type=click.IntRange(1), help="Grid of a CNN's activation maps.  [default: 14]")
 @common
 def teachers(name: str | None, input_size: int | None, grid: int | None, as_json: bool) -> None:
-    """Teachers by their short names, or what one can give.
+    """List teachers by short name, or show the targets of one.
 
-    Any timm name serves, and a model.onnx; what its targets take is said too. Nothing is fetched: sizes are those of
-    the network, whatever its weights.
+    NAME can also be any timm name or a model.onnx. The sizes of the targets are shown, too. Nothing is downloaded: sizes
+    depend on the network only, not on its weights.
 
     \b
     pipeline teachers

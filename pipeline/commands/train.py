@@ -1,4 +1,4 @@
-"""`pipeline train`: from a store to a student."""
+"""`pipeline train`: trains a student, from a store or on labels only."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     help="A recipe's name (scratch, aal, …) or a YAML file.",
 )
 @shards("--shards", help="Training shards.")
-@shards("--val", required=False, help="Validation shards; recipes that learn without labels need none.")
-@click.option("--store", metavar="DIR", help="The store with the targets; without one, views are drawn afresh.")
+@shards("--val", required=False, help="Validation shards; not needed for recipes without labels.")
+@click.option("--store", metavar="DIR", help="The store with the targets; without it, images are augmented during training.")
 @click.option("--out", required=True, type=PATH, metavar="RUN", help="A new folder for the run.")
-@click.option("--set", "settings", multiple=True, metavar="PATH=VALUE", help="Change a setting; may be repeated.")
-@click.option("--resume", is_flag=True, help="Go on from the checkpoint in RUN; everything else stays the same.")
+@click.option("--set", "settings", multiple=True, metavar="PATH=VALUE", help="Override a setting; may be repeated.")
+@click.option("--resume", is_flag=True, help="Resume from the checkpoint in RUN; give the same options otherwise.")
 @click.option(
-    "--same-classes", is_flag=True, help="Teacher and student have the same classes, though a list is unknown."
+    "--same-classes", is_flag=True, help="Assume that teacher and student have the same classes if a list is unknown."
 )
-@click.option("--smoke", is_flag=True, help="A few steps of each phase, to see that everything works.")
+@click.option("--smoke", is_flag=True, help="Run only a few steps of each phase, as a test.")
 @device
 @reads(shards="shards", val="val", store="store")
 @common
@@ -50,17 +50,17 @@ def train(
     device: str,
     as_json: bool,
 ) -> None:
-    """Train a student by a recipe.
+    """Train a student with a recipe.
 
-    Targets come from a store where the recipe needs them. What recipes can say is in docs/recipes.md; there are
-    (NAME-small is for small images and minutes)
+    If the recipe needs targets, they are read from the store. docs/recipes.md lists all settings. The built-in recipes
+    are below; each has a small variant, NAME-small, that trains on small images in minutes:
 
     \b
     aal, advit-l1, attention-copy, attention-distill, attndistill, compress,
     deit-hard, deit-soft, feature-mse, fine-tune, head-specific, scratch, seed,
     simreg
 
-    The same command with --resume goes on where a run was cut off. On several GPUs or processes:
+    To resume a killed run, add --resume to the same command. For several GPUs or processes:
     torchrun --nproc-per-node N -m pipeline train …
 
     \b

@@ -16,12 +16,12 @@ SHOWN = 10  # files of a list that are named; --json names all
 
 @click.command()
 @store
-@shards("--shards", help="Shards whose views are rendered again and shown to the teacher.", required=False)
+@shards("--shards", help="Shards to render again and to run the teacher on.", required=False)
 @click.option(
-    "--samples", type=click.IntRange(1), default=64, show_default=True, help="Samples to check, spread evenly."
+    "--samples", type=click.IntRange(1), default=64, show_default=True, help="Number of samples to check, evenly spaced."
 )
 @click.option("--full", is_flag=True, help="Check all samples.")
-@click.option("--weights", multiple=True, metavar="F", help="A recorded teacher's weights that moved; may be repeated.")
+@click.option("--weights", multiple=True, metavar="F", help="Weights of a teacher, if they are not at the recorded path; may be repeated.")
 @reads(store="store", shards="shards")
 @common
 def verify(
@@ -29,8 +29,8 @@ def verify(
 ) -> None:
     """Check every byte of a store, its pixels and targets.
 
-    Shards have to give the pixels and the targets that it holds. Targets are compared with the live PyTorch teacher
-    where its weights are at hand, else with the stored graph. Exit status 1 if anything is wrong; nothing is changed.
+    With --shards, views are rendered again and compared, and targets are compared with the live PyTorch teacher if its
+    weights are available, else with the stored graph. The exit status is 1 if anything is wrong. Changes nothing.
 
     \b
     pipeline verify --store S --shards 'train-{000000..000009}.tar'

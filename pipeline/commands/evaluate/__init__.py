@@ -1,4 +1,4 @@
-"""`pipeline evaluate`: a group with one command, in a file of its own, for each thing that is measured."""
+"""`pipeline evaluate`: a group with one command per measurement, each in its own file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.options import CommandGroup
 
 
 class _EvaluateGroup(CommandGroup):
-    """Explains what comes first where a run or an option does."""
+    """A group that explains the missing command if a run or an option comes first."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Raises click.UsageError: the first word is neither a command nor close to one."""
@@ -35,10 +35,9 @@ class _EvaluateGroup(CommandGroup):
 
 @click.group(cls=_EvaluateGroup)
 def evaluate() -> None:
-    """Measure how good trained students are.
+    """Evaluate trained students.
 
-    Each command measures one thing. A file that `fit-teacher` wrote may take the place of a run. Details:
-    docs/evaluation.md.
+    There is one command per measurement. RUN can also be a file written by `fit-teacher`. Details: docs/evaluation.md.
 
     \b
     pipeline evaluate accuracy run --shards train-val-000000.tar

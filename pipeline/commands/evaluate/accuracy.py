@@ -23,22 +23,22 @@ def _bounds(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
 
 @click.command()
 @options.runs
-@shards("--shards", help="Labeled shards; NAME=SHARDS is a set with its own results.")
-@click.option("--ensemble", is_flag=True, help="Also evaluate all RUNs together: the mean of their probabilities.")
+@shards("--shards", help="Labeled shards; NAME=SHARDS is a named set with its own results.")
+@click.option("--ensemble", is_flag=True, help="Also evaluate the mean of the probabilities of all RUNs.")
 @click.option(
     "--shot-bounds",
     metavar="LOW,HIGH",
     callback=_bounds,
-    help="Accuracy of classes with more than HIGH, LOW to HIGH, and fewer than LOW training images; 20,100 is usual.",
+    help="Report classes with more than HIGH, LOW to HIGH, and fewer than LOW training images; usually 20,100.",
 )
-@shards("--train-shards", help="Count training images for --shot-bounds here, not in the run's record.", required=False)
+@shards("--train-shards", help="Count the training images for --shot-bounds in these shards.", required=False)
 @copied_store
 @reads(shards="val", store="store")
 @options.prints_report
 def accuracy(paths: list[Path], **settings: Any) -> options.Report:
     """Measure top-1 and top-5 accuracy.
 
-    Every sample counts once, on the evaluation view of the policy that the student was trained under.
+    Every sample counts once, on the evaluation view of the augmentation policy that the student was trained with.
 
     \b
     pipeline evaluate accuracy run --shards train-val-000000.tar

@@ -17,7 +17,7 @@ from pipeline.commands.evaluate import options
     "teachers",
     multiple=True,
     metavar="NAME",
-    help="Also measure this teacher: a short name or a timm name; may be repeated.",
+    help="Also measure this teacher (short name or timm name); may be repeated.",
 )
 @click.option(
     "--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Images in a timed forward pass."
@@ -26,7 +26,7 @@ from pipeline.commands.evaluate import options
 def cost(paths: list[Path], **settings: Any) -> options.Report:
     """Measure parameters, multiply-adds and forward times.
 
-    Links that AAL trained beside a student are measured too.
+    Links that AAL trained together with a student are measured, too.
 
     \b
     pipeline evaluate cost run --teacher mobilenetv2

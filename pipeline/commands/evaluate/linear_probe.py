@@ -23,7 +23,7 @@ from pipeline.project.context import reads
 def linear_probe(paths: list[Path], *, lr: float | None, **settings: Any) -> options.Report:
     """Fit a linear classifier on frozen features.
 
-    Without --lr, held-out training samples choose the learning rate. A training image that is also evaluated is
+    Without --lr, the learning rate is selected on held-out training samples. A training image that is also evaluated is
     skipped.
 
     \b

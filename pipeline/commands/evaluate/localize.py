@@ -14,12 +14,12 @@ from pipeline.project.context import reads
 
 @click.command()
 @options.run
-@shards("--shards", help="Shards with a `bbox` in the json of their samples.")
+@shards("--shards", help="Shards whose samples have a `bbox` in their json.")
 @choice(
     "--box",
     "convention",
     values=["official", "exact"],
-    text="Whether predicted boxes end one pixel late, as in the benchmark's code.",
+    text="official: predicted boxes end one pixel late, as in the benchmark's code.",
 )
 @picture
 @reads(shards="val")
@@ -27,8 +27,8 @@ from pipeline.project.context import reads
 def localize(paths: list[Path], **settings: Any) -> options.Report:
     """Measure whether attention finds objects (MaxBoxAcc).
 
-    The class token's attention predicts a box, which is compared with the true boxes. The picture shows images, their
-    maps and both boxes.
+    A box is predicted from the attention of the class token and compared with the ground-truth boxes. The picture shows
+    images, their maps and both boxes.
 
     \b
     pipeline evaluate localize run --shards boxed-000000.tar --out boxes.png

@@ -1,4 +1,4 @@
-"""What several commands of `pipeline evaluate` share."""
+"""Options that the commands of `pipeline evaluate` share."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pipeline.run_paths import student_file
 
 
 class Report(Protocol):
-    """What a command measured."""
+    """The result of a command."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """The result as plain data."""
 
     def lines(self) -> list[str]:
-        """Lines to print."""
+        """The result as lines to print."""
 
 
 run = click.argument("runs", metavar="RUN", type=PATH, callback=lambda _context, _param, value: (value,))
@@ -30,7 +30,7 @@ labeled_shards = shards("--shards", help="Labeled shards to evaluate on.")
 
 
 def prints_report(measure: Callable[..., Report]) -> Callable[..., None]:
-    """`--checkpoint`, `--device`, `--json` and `--debug`: the function gets the students' files, the command prints."""
+    """Add `--checkpoint`, `--device`, `--json` and `--debug`; pass the student files to the function; print its report."""
 
     @checkpoint
     @device
@@ -56,23 +56,23 @@ def fraction(text: str) -> float:
 
 
 def frozen_features(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What k-NN and linear probes take: training samples, how many of them are labeled, and which features are read."""
+    """Add the options of k-NN and linear probes: training samples, the fraction with labels, and the features to read."""
 
-    @shards("--train-shards", help="Labeled shards to learn from.")
+    @shards("--train-shards", help="Labeled training shards.")
     @click.option(
         "--label-fraction",
         type=fraction,
         default="100%",
         metavar="PART",
         show_default=True,
-        help="Use labels of this class-balanced fraction of the training samples, such as 1%.",
+        help="Use only this class-balanced fraction of the training samples, such as 1%.",
     )
     @click.option(
         "--list",
         "listing",
         type=PATH,
         metavar="FILE",
-        help="Write the samples whose labels are used: a CSV with shard, key and label.",
+        help="Write the selected training samples to a CSV with shard, key and label.",
     )
     @click.option(
         "--projector-layers",
@@ -87,7 +87,7 @@ def frozen_features(command: Callable[..., Any]) -> Callable[..., Any]:
         type=click.IntRange(0),
         default=0,
         show_default=True,
-        help="Chooses the labeled samples, and starts a linear probe.",
+        help="Seed of the label fraction and of the linear probe.",
     )
     @functools.wraps(command)
     def wrapped(**settings: Any) -> Any:

@@ -16,14 +16,14 @@ from pipeline.project.context import reads
 @options.runs
 @shards("--shards", help="Shards to compare on; labels are not read.")
 @store
-@click.option("--teacher", metavar="NAME", help="The teacher in the store, where it has several.")
+@click.option("--teacher", metavar="NAME", help="The teacher to compare with, if the store has several.")
 @click.option(
-    "--target", "targets", multiple=True, metavar="ID", help="Attention or tokens to compare with; may be repeated."
+    "--target", "targets", multiple=True, metavar="ID", help="Id of stored attention or tokens to compare with; may be repeated."
 )
 @choice(
     "--tokens",
     values=["all", "class", "mean"],
-    text="Which tokens of an image are compared: all, the class token, or the mean of patches.",
+    text="Tokens to compare: all, the class token, or the mean of the patches.",
 )
 @picture
 @reads(shards="val", store="store")
@@ -31,8 +31,8 @@ from pipeline.project.context import reads
 def similarity(paths: list[Path], **settings: Any) -> options.Report:
     """Compare students with a stored teacher, layer by layer.
 
-    Attention is compared by Jensen-Shannon divergence, tokens by linear CKA. The teacher is what the store has of these
-    images under the evaluation view.
+    Attention is compared by Jensen-Shannon divergence, tokens by linear CKA. The store must have the teacher's attention
+    or tokens for these images in the evaluation view.
 
     \b
     pipeline evaluate similarity run --shards train-val-000000.tar --store S
