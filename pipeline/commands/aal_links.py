@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.argument("run", type=PATH)
 @click.option("--loss", metavar="NAME", help="The aal loss to read, if the run has several.")
 @picture
-@choice("--normalize", values=["abs", "printed"], text="abs: normalize magnitudes; printed: signed links, as in the paper.")
+@choice("--normalize", values=["abs", "printed"], text="Normalize magnitudes, or signed links as printed in the paper.")
 @choice("--granularity", values=["block", "channel"], text="Prune each channel separately, or each stage as a whole.")
 @click.option(
     "--threshold",
@@ -38,7 +38,7 @@ def aal_links(
     """Show the trained links of an aal run.
 
     Prints the mean |w| between each stage of the teacher and each layer of the student, and the links that the paper's
-    Algorithm 1 keeps. If it keeps whole stages, they are also printed as ranges for a recipe. Writes only the picture.
+    Algorithm 1 keeps. If they form ranges of layers, also prints the ranges for a recipe. Writes only the picture.
 
     \b
     pipeline aal-links run

@@ -17,7 +17,7 @@ from pipeline.options import PATH, choice, common, shards
     type=click.Choice(["precompute", "torch", "train", "live", "stream"]),
     help="Run only this benchmark; may be repeated.  [default: all]",
 )
-@shards("--shards", help="Photographs for `precompute` and `torch`: the first 512 images of the first shard are used.", required=False)
+@shards("--shards", help="Photographs for `precompute` and `torch`: the first 512 of the first shard.", required=False)
 @choice("--device", values=["auto", "cpu", "cuda"], text="Device of the models.")
 @click.option(
     "--turns", type=click.IntRange(1), default=5, show_default=True, help="Turns per variant; a live teacher runs two."

@@ -56,12 +56,12 @@ def name_of(path: str) -> str:
 @click.command("fit-teacher")
 @store
 @click.option("--target", metavar="ID", help="A stored class_token or embedding; `pipeline inspect` lists them.")
-@click.option("--teacher", metavar="NAME", help="Instead of --target: a teacher in the store, if exactly one of its targets fits.")
+@click.option("--teacher", metavar="NAME", help="Or a teacher in the store, if exactly one of its targets fits.")
 @shards("--shards", help="Labeled training shards whose features are in the store.")
 @shards("--val", help="Validation shards.")
 @click.option("--out", required=True, type=PATH, metavar="F", help="A new .safetensors file.")
 @click.option("--weights", metavar="F", help="The teacher's weights, if they are not at the recorded path.")
-@click.option("--num-views", type=click.IntRange(1), metavar="N", help="Number of views to use per image.  [default: all]")
+@click.option("--num-views", type=click.IntRange(1), metavar="N", help="Views to use per image.  [default: all]")
 @click.option(
     "--l2", type=click.FloatRange(0), metavar="X", help="Strength of the L2 penalty.  [default: best on held-out]"
 )

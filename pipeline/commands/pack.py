@@ -22,7 +22,7 @@ from pipeline.project.context import FILE, load
 )
 @click.option("--per-shard", type=click.IntRange(1), help="Samples per shard.  [default: spread over all names]")
 @click.option(
-    "--val-fraction", type=float, metavar="F", help="Fraction of each class for validation.  [default: 0; 0.1 without OUT]"
+    "--val-fraction", type=float, metavar="F", help="Validation fraction of each class.  [default: 0; 0.1 without OUT]"
 )
 @click.option("--fraction", type=float, default=1.0, help="Fraction of each class to keep.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the order and of both fractions.")

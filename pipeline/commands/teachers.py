@@ -16,8 +16,8 @@ from pipeline.options import common
 def teachers(name: str | None, input_size: int | None, grid: int | None, as_json: bool) -> None:
     """List teachers by short name, or show the targets of one.
 
-    NAME can also be any timm name or a model.onnx. The sizes of the targets are shown, too. Nothing is downloaded: sizes
-    depend on the network only, not on its weights.
+    NAME can also be any timm name or a model.onnx. The sizes of the targets are shown, too. Nothing is downloaded:
+    sizes depend on the network only, not on its weights.
 
     \b
     pipeline teachers

@@ -18,10 +18,10 @@ SHOWN = 10  # files of a list that are named; --json names all
 @store
 @shards("--shards", help="Shards to render again and to run the teacher on.", required=False)
 @click.option(
-    "--samples", type=click.IntRange(1), default=64, show_default=True, help="Number of samples to check, evenly spaced."
+    "--samples", type=click.IntRange(1), default=64, show_default=True, help="Samples to check, evenly spaced."
 )
 @click.option("--full", is_flag=True, help="Check all samples.")
-@click.option("--weights", multiple=True, metavar="F", help="Weights of a teacher, if they are not at the recorded path; may be repeated.")
+@click.option("--weights", multiple=True, metavar="F", help="A teacher's weights, if they were moved; may be repeated.")
 @reads(store="store", shards="shards")
 @common
 def verify(

@@ -30,7 +30,7 @@ labeled_shards = shards("--shards", help="Labeled shards to evaluate on.")
 
 
 def prints_report(measure: Callable[..., Report]) -> Callable[..., None]:
-    """Add `--checkpoint`, `--device`, `--json` and `--debug`; pass the student files to the function; print its report."""
+    """Add `--checkpoint`, `--device`, `--json` and `--debug`; pass on the student files, and print the report."""
 
     @checkpoint
     @device
@@ -56,7 +56,7 @@ def fraction(text: str) -> float:
 
 
 def frozen_features(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of k-NN and linear probes: training samples, the fraction with labels, and the features to read."""
+    """Add the options of k-NN and linear probes: training samples, the labeled fraction, the features to read."""
 
     @shards("--train-shards", help="Labeled training shards.")
     @click.option(

@@ -18,7 +18,7 @@ from pipeline.project.context import reads
 @store
 @click.option("--teacher", metavar="NAME", help="The teacher to compare with, if the store has several.")
 @click.option(
-    "--target", "targets", multiple=True, metavar="ID", help="Id of stored attention or tokens to compare with; may be repeated."
+    "--target", "targets", multiple=True, metavar="ID", help="Stored attention or tokens to compare with; may be repeated."
 )
 @choice(
     "--tokens",
@@ -31,8 +31,8 @@ from pipeline.project.context import reads
 def similarity(paths: list[Path], **settings: Any) -> options.Report:
     """Compare students with a stored teacher, layer by layer.
 
-    Attention is compared by Jensen-Shannon divergence, tokens by linear CKA. The store must have the teacher's attention
-    or tokens for these images in the evaluation view.
+    Attention is compared by Jensen-Shannon divergence, tokens by linear CKA. The store must have the teacher's
+    attention or tokens for these images in the evaluation view.
 
     \b
     pipeline evaluate similarity run --shards train-val-000000.tar --store S
