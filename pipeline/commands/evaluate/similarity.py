@@ -18,7 +18,7 @@ from pipeline.project.context import reads
 @store
 @click.option("--teacher", metavar="NAME", help="The teacher to compare with, if the store has several.")
 @click.option(
-    "--target", "targets", multiple=True, metavar="ID", help="Stored attention or tokens to compare with; may be repeated."
+    "--target", "targets", multiple=True, metavar="ID", help="Stored attention or tokens to compare with; repeatable."
 )
 @choice(
     "--tokens",
