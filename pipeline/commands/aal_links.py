@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.option("--loss", metavar="NAME", help="The aal loss to read, if the run has several.")
 @picture
 @choice("--normalize", values=["abs", "printed"], text="Normalize magnitudes, or signed links as printed in the paper.")
-@choice("--granularity", values=["block", "channel"], text="Prune each channel separately, or each stage as a whole.")
+@choice("--granularity", values=["block", "channel"], text="Prune each stage as a whole, or each channel separately.")
 @click.option(
     "--threshold",
     type=click.FloatRange(0, 1, max_open=True),

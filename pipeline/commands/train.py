@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 )
 @shards("--shards", help="Training shards.")
 @shards("--val", required=False, help="Validation shards; not needed for recipes without labels.")
-@click.option("--store", metavar="DIR", help="The store with the targets; without it, views are sampled in training.")
+@click.option("--store", metavar="DIR", help="The store with the targets; without it, images are augmented on the fly.")
 @click.option("--out", required=True, type=PATH, metavar="RUN", help="A new folder for the run.")
 @click.option("--set", "settings", multiple=True, metavar="PATH=VALUE", help="Override a setting; may be repeated.")
 @click.option("--resume", is_flag=True, help="Resume from the checkpoint in RUN; give the same options otherwise.")

@@ -16,7 +16,7 @@ SHOWN = 10  # files of a list that are named; --json names all
 
 @click.command()
 @store
-@shards("--shards", help="Shards to render again and to run the teacher on.", required=False)
+@shards("--shards", help="Shards to check views and targets against.", required=False)
 @click.option(
     "--samples", type=click.IntRange(1), default=64, show_default=True, help="Samples to check, evenly spaced."
 )
