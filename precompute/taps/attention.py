@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from storage.errors import UserError
@@ -97,32 +98,34 @@ def prefix_roles(model: nn.Module) -> tuple[str, ...]:
     return (*roles, *["register"] * (count - len(roles)))
 
 
-def class_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """What the class query's attention is the softmax of: q₀·kᵀ·scale, `[B, H, N]`; arguments as for `class_row`."""
+def class_scores(q: Float[Tensor, "B H _Q d"], k: Float[Tensor, "B H N d"], scale: float) -> Float[Tensor, "B H N"]:
+    """What the class query's attention is the softmax of: q₀·kᵀ·scale; arguments as for `class_row`."""
     return torch.einsum("bhd,bhnd->bhn", q[:, :, 0] * scale, k)
 
 
-def class_row(q: Tensor, k: Tensor, scale: float) -> Tensor:
+def class_row(q: Float[Tensor, "B H _Q d"], k: Float[Tensor, "B H N d"], scale: float) -> Float[Tensor, "B H N"]:
     """The class query's attention over all tokens, softmax(q₀·kᵀ·scale).
 
     Args:
-        q: queries after their norm, `[B, H, N, d]`; token 0 is the class token, and no other is looked at.
-        k: keys after their norm, `[B, H, N, d]`.
+        q: queries after their norm; token 0 is the class token, and no other is looked at.
+        k: keys after their norm.
         scale: 1/√d of the layer.
 
     Returns:
-        `[B, H, N]`, each row sums to one.
+        Each row sums to one.
     """
     return class_scores(q, k, scale).softmax(-1)
 
 
-def attention_rows(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Every query's attention over all tokens, softmax(q·kᵀ·scale), `[B, H, N, N]`; arguments as for `class_row`."""
+def attention_rows(q: Float[Tensor, "B H Q d"], k: Float[Tensor, "B H N d"], scale: float) -> Float[Tensor, "B H Q N"]:
+    """Every query's attention over all tokens, softmax(q·kᵀ·scale); arguments as for `class_row`."""
     return attention_scores(q, k, scale).softmax(-1)
 
 
-def attention_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """What these rows are the softmax of: q·kᵀ·scale, `[B, H, N, N]`; arguments as for `class_row`."""
+def attention_scores(
+    q: Float[Tensor, "B H Q d"], k: Float[Tensor, "B H N d"], scale: float
+) -> Float[Tensor, "B H Q N"]:
+    """What these rows are the softmax of: q·kᵀ·scale; arguments as for `class_row`."""
     return q * scale @ k.transpose(-2, -1)
 
 

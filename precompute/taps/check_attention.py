@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -28,14 +29,16 @@ def _with_fused(layers: Sequence[nn.Module], fused: bool) -> Iterator[None]:
             layer.fused_attn = was  # type: ignore[assignment]
 
 
-def check_attention(model: nn.Module, images: Tensor, tolerance: float = 1e-4, *, values: bool = False) -> float:
+def check_attention(
+    model: nn.Module, images: Float[Tensor, "B 3 H W"], tolerance: float = 1e-4, *, values: bool = False
+) -> float:
     """Contract 12: softmax(q·kᵀ·scale) of the tapped q and k is the attention that the network uses.
 
     On the meta device, where tensors have no values, only what the fused kernel is given is looked at.
 
     Args:
         model: in eval mode.
-        images: normalized, `[B, 3, H, W]`, on the model's device.
+        images: normalized, on the model's device.
         tolerance: largest difference allowed, as a part of the largest attention of the layer.
         values: check too that this attention over the tapped v is what the layer goes on with.
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float, Float32, UInt8
 from torch import Tensor, nn
 
 from precompute.taps.activations import At, cnn_stages, resize_matrix
@@ -102,8 +103,8 @@ class TappedTeacher(nn.Module):
                 if tap.info.gridded and tap.at == at and not hasattr(self, tap.grid_name(side)):
                     self.register_buffer(tap.grid_name(side), tap.grid_matrix(side))
 
-    def prepare(self, images: Tensor) -> Tensor:
-        """Normalized input `[B, 3, I, I]` from uint8 view images `[B, S, S, 3]`."""
+    def prepare(self, images: UInt8[Tensor, "B S S 3"]) -> Float32[Tensor, "B 3 I I"]:
+        """Normalized input from view images."""
         resize = self._resized if self.resizes else None
         return normalize(images, self.get_buffer("mean"), self.get_buffer("std"), resize)
 
@@ -111,8 +112,8 @@ class TappedTeacher(nn.Module):
         matrix = self.get_buffer("resize")
         return (matrix @ x @ matrix.T).clamp(0, 1)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The taps' tensors, f32 `[B, …]`, of uint8 view images `[B, S, S, 3]`."""
+    def forward(self, images: UInt8[Tensor, "B S S 3"]) -> tuple[Float[Tensor, "B ..."], ...]:
+        """The taps' tensors of view images."""
         features = self.model.forward_features(self.prepare(images))  # type: ignore[operator]
         return tuple(self._read(tap, features) for tap in self.taps)
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from precompute.taps import attention_scores, class_scores
@@ -22,6 +23,8 @@ EPSILON = 1e-12  # of sums that rows are divided by
 LEAST = {"f16": 2.0**-24, "log8": 2.0**-16, "u8": 2.0**-9}
 
 LEAST_RESIZED = 1e-6  # where bicubic resizing made zeros of what it had made negative
+
+LayerVectors = Sequence[Float[Tensor, "B H N d"]]  # q, k or v of all layers of a student
 
 _AXES = {"layers": 1, "heads": 2, "queries": -2}  # that rows are averaged over
 
@@ -63,9 +66,9 @@ class AttentionAligner(TokenMatching):
             self.least = LEAST_RESIZED
 
     def student_rows(
-        self, q: Sequence[Tensor], k: Sequence[Tensor], scales: Sequence[float], v: Sequence[Tensor] | None = None
-    ) -> Tensor:
-        """The student's rows, or scores, with gradients, from q and k of all of its layers, `[B, H, N, d]` each.
+        self, q: LayerVectors, k: LayerVectors, scales: Sequence[float], v: LayerVectors | None = None
+    ) -> Float[Tensor, "B _L _H ... _N"]:
+        """The student's rows, or scores, with gradients, from q and k of all of its layers.
 
         With v of all layers, class rows are weighted by the norms of the values that they attend to.
         """
@@ -75,8 +78,8 @@ class AttentionAligner(TokenMatching):
         return torch.cat([part if self.which == "scores" else self._merge(part.softmax(-1)) for part in layers], 1)
 
     def student_logs(
-        self, q: Sequence[Tensor], k: Sequence[Tensor], scales: Sequence[float], v: Sequence[Tensor] | None = None
-    ) -> Tensor:
+        self, q: LayerVectors, k: LayerVectors, scales: Sequence[float], v: LayerVectors | None = None
+    ) -> Float[Tensor, "B _L _H ... _N"]:
         """The logarithms of `student_rows`, from the scores: finite, and with gradients, however small a row's entry.
 
         Losses take logarithms from here: `student_rows().log()` has no gradient below a floor.
@@ -100,9 +103,9 @@ class AttentionAligner(TokenMatching):
         return log_mean(logs, self.config.head_temperature)
 
     def _student_scores(
-        self, q: Sequence[Tensor], k: Sequence[Tensor], scales: Sequence[float], v: Sequence[Tensor] | None
-    ) -> Iterator[Tensor]:
-        """Layer by layer, `[B, 1, H, …]`, the scores whose softmax the student's rows are: before heads are merged."""
+        self, q: LayerVectors, k: LayerVectors, scales: Sequence[float], v: LayerVectors | None
+    ) -> Iterator[Float[Tensor, "B 1 _H ..."]]:
+        """Layer by layer, the scores whose softmax the student's rows are: before heads are merged."""
         for n, heads in self.student_heads():
             queries, keys, scale = pick(q[n - 1], heads), full(pick(k[n - 1], heads)), scales[n - 1]
             if self.which == "class":
@@ -115,8 +118,10 @@ class AttentionAligner(TokenMatching):
                 scores = attention_scores(full(queries), keys, scale)
             yield self._keep(scores[:, None], "student", rescale=False)
 
-    def teacher_rows(self, targets: Sequence[Tensor], v: Tensor | None = None) -> Tensor:
-        """The teacher's rows on the student's grid, averaged by `average`, from decoded targets `[B, L, H, …]`.
+    def teacher_rows(
+        self, targets: Sequence[Float[Tensor, "B L H ..."]], v: Float[Tensor, "B L H _N d"] | None = None
+    ) -> Float[Tensor, "B _L _H ... _N"]:
+        """The teacher's rows on the student's grid, averaged by `average`, from decoded targets.
 
         With v, the decoded values, class rows are weighted by their norms.
         """
@@ -125,11 +130,13 @@ class AttentionAligner(TokenMatching):
             return mean.expand(len(targets[0]), *mean.shape)
         return self.rows_of_each(targets, v)
 
-    def teacher_logs(self, targets: Sequence[Tensor]) -> Tensor:
+    def teacher_logs(self, targets: Sequence[Float[Tensor, "B L H ..."]]) -> Float[Tensor, "B _L _H ... _N"]:
         """The logarithms of `teacher_rows`; a stored zero counts as the smallest value that its codec keeps."""
         return self._logs(self.teacher_rows(targets))
 
-    def rows_of_each(self, targets: Sequence[Tensor], v: Tensor | None = None) -> Tensor:
+    def rows_of_each(
+        self, targets: Sequence[Float[Tensor, "B L H ..."]], v: Float[Tensor, "B L H _N d"] | None = None
+    ) -> Float[Tensor, "B _L _H ... _N"]:
         """The teacher's rows as `teacher_rows` gives them, but never averaged over examples."""
         if self.tap == "q":
             q, k = (full(self.of_teacher(target)) for target in targets)
@@ -198,30 +205,27 @@ class AttentionAligner(TokenMatching):
         return rows.maximum(floor).log()
 
 
-def scaled(rows: Tensor) -> Tensor:
+def scaled(rows: Float[Tensor, "*axes N"]) -> Float[Tensor, "*axes N"]:
     """Rows that sum to one."""
     return rows / rows.sum(-1, keepdim=True).clamp_min(EPSILON)
 
 
-def log_sum(logs: Tensor) -> Tensor:
-    """log Σ_h a^h of logarithms of rows `[B, L, H, …, N]`, `[B, L, 1, …, N]`: `logsumexp`, with a cheaper gradient."""
+def log_sum(logs: Float[Tensor, "B L H *Q N"]) -> Float[Tensor, "B L 1 *Q N"]:
+    """log Σ_h a^h of logarithms of rows: `logsumexp`, with a cheaper gradient."""
     largest = logs.detach().amax(2, keepdim=True)
     return (logs - largest).exp().sum(2, keepdim=True).log() + largest
 
 
-def log_mean(logs: Tensor, temperature: float | None = None) -> Tensor:
+def log_mean(logs: Float[Tensor, "B L H *Q N"], temperature: float | None = None) -> Float[Tensor, "B L 1 *Q N"]:
     """The logarithm of AttnDistill's aggregation of heads, Eq. 9 to 11: log softmax_j((1/T) Σ_h log a_j^h).
 
     Args:
-        logs: logarithms of rows, log a, `[B, L, H, …, N]`.
+        logs: logarithms of rows, log a.
         temperature: T; by default the number of heads, which gives their geometric mean.
-
-    Returns:
-        `[B, L, 1, …, N]`.
     """
     return (logs.sum(2, keepdim=True) / (temperature or logs.shape[2])).log_softmax(-1)
 
 
-def weighted(rows: Tensor, v: Tensor) -> Tensor:
-    """Rows `[…, N]` with each key's attention times the norm of its value `[…, N, d]`, summing to one again."""
+def weighted(rows: Float[Tensor, "*axes N"], v: Float[Tensor, "*axes N d"]) -> Float[Tensor, "*axes N"]:
+    """Rows with each key's attention times the norm of its value, summing to one again."""
     return scaled(rows * v.norm(dim=-1))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from precompute.taps import TAPS, resize_matrix
@@ -210,7 +211,7 @@ class TokenMatching(nn.Module):
         pairs = zip(self.pairs, self.head_pairs, strict=True)
         return [(layer, [head - 1 for head, _ in heads]) for (layer, _), heads in pairs]
 
-    def of_teacher(self, target: Tensor) -> Tensor:
+    def of_teacher(self, target: Float[Tensor, "B _L ..."]) -> Float[Tensor, "B L ..."]:
         """The teacher's layers and heads that are compared, `[B, L, H, …]`, from a decoded target."""
         layers = [self.stored.index(layer) for _, layer in self.pairs]
         heads = [[head - 1 for _, head in pairs] for pairs in self.head_pairs]
@@ -301,7 +302,7 @@ def uniform(student_depth: int, teacher_depth: int) -> list[tuple[int, int]]:
     return [(n, max(1, int(n * teacher_depth / student_depth + 0.5))) for n in range(1, student_depth + 1)]
 
 
-def pick(layer: Tensor, heads: list[int] | None) -> Tensor:
+def pick(layer: Float[Tensor, "B _H *rest"], heads: list[int] | None) -> Float[Tensor, "B _heads *rest"]:
     """Some heads of `[B, H, …]`, from 0; all of them as they are."""
     if heads is None or heads == list(range(layer.shape[1])):
         return layer

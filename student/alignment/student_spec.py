@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from precompute.taps import attention_layers, check_attention, layer_grids, prefix_roles, token_blocks
@@ -123,6 +124,6 @@ def _require_tokens(model: nn.Module, blocks: Sequence[nn.Module], images: Tenso
         )
 
 
-def full(values: Tensor) -> Tensor:
+def full(values: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
     """Values in f32 or more: a student gives less under autocast, and losses are computed in f32."""
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Set
 from typing import Any, Literal
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from precompute.taps import AttentionTaps, token_blocks
@@ -48,18 +49,18 @@ class StudentTaps:
             norm.register_forward_hook(functools.partial(_keep, self._tokens, 0))
 
     @property
-    def q(self) -> list[Tensor]:
-        """Queries `[B, H, N, d]`, a tensor a layer."""
+    def q(self) -> list[Float[Tensor, "B _H _N _d"]]:
+        """Queries, a tensor a layer."""
         return self._taps.q
 
     @property
-    def k(self) -> list[Tensor]:
-        """Keys `[B, H, N, d]`, a tensor a layer."""
+    def k(self) -> list[Float[Tensor, "B _H _N _d"]]:
+        """Keys, a tensor a layer."""
         return self._taps.k
 
     @property
-    def v(self) -> list[Tensor]:
-        """Values `[B, H, N, d]`, a tensor a layer."""
+    def v(self) -> list[Float[Tensor, "B _H _N _d"]]:
+        """Values, a tensor a layer."""
         return self._taps.v
 
     @property
@@ -68,13 +69,13 @@ class StudentTaps:
         return self._taps.scales
 
     @property
-    def streams(self) -> list[Tensor]:
-        """The residual stream `[B, N, D]` after each block."""
+    def streams(self) -> list[Float[Tensor, "B N D"]]:
+        """The residual stream after each block."""
         return [self._streams[n] for n in sorted(self._streams)]
 
     @property
-    def tokens(self) -> Tensor:
-        """All tokens `[B, N, D]` after the final norm."""
+    def tokens(self) -> Float[Tensor, "B N D"]:
+        """All tokens after the final norm."""
         return self._tokens[0]
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from storage.errors import UserError, setting
@@ -44,12 +45,12 @@ class TokenAligner(TokenMatching):
                 hint=hint,
             )
 
-    def student_vectors(self, layers: Sequence[Tensor]) -> Tensor:
+    def student_vectors(self, layers: Sequence[Float[Tensor, "B ... _N d"]]) -> Float[Tensor, "B L ... _N d"]:
         """The student's vectors, with gradients, from those of all of its layers."""
         chosen = torch.stack([full(pick(layers[n - 1], heads)) for n, heads in self.student_heads()], 1)
         return self.kept(chosen, "student", -2)
 
-    def teacher_vectors(self, target: Tensor) -> Tensor:
+    def teacher_vectors(self, target: Float[Tensor, "B _L ... _N d"]) -> Float[Tensor, "B L ... _N d"]:
         """The teacher's vectors on the student's grid, from one decoded target."""
         vectors = self.kept(full(self.of_teacher(target)), "teacher", -2)
         if self.resizes:

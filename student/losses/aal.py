@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Annotated, Literal
 
 import torch
+from jaxtyping import Float
 from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
@@ -30,30 +31,30 @@ Distance = Literal["mse", "norm", "sq"]
 
 
 def class_maps(
-    q: Sequence[Tensor],
-    k: Sequence[Tensor],
+    q: Sequence[Float[Tensor, "B _H _N _d"]],
+    k: Sequence[Float[Tensor, "B _H _N _d"]],
     scales: Sequence[float],
     prefix: int,
     reading: Map,
     *,
-    resize: Sequence[Tensor | None] | None = None,
-) -> Tensor:
+    resize: Sequence[Float[Tensor, "P _patches"] | None] | None = None,
+) -> Float[Tensor, "B M P"]:
     """A_(m,n) of Eq. 3 for all layers n and heads m: the class query's attention over the patch keys.
 
     `scaled`: softmax over patch keys with 1/√d, as in the paper's Eq. 2 and in the model (default). `printed`: the same
     without 1/√d. `full`: softmax over all keys, then the prefix columns are dropped.
 
     Args:
-        q: queries of each layer, `[B, H, N, d]`; lower precision than f32 is converted where it is used.
-        k: keys of each layer, `[B, H, N, d]`.
+        q: queries of each layer; lower precision than f32 is converted where it is used.
+        k: keys of each layer.
         scales: 1/√d of each layer.
         prefix: how many of the N tokens come before the patches.
         reading: of Eq. 3.
-        resize: for each layer the matrix `[P, its patches]` that brings its maps to the common grid, or None where they
+        resize: for each layer the matrix that brings its maps to the common grid, or None where they
             are on it; None where all layers are.
 
     Returns:
-        `[B, M, P]`, M maps of all layers and heads, P patches.
+        M maps of all layers and heads, P patches.
     """
     rows = []
     for queries, keys, scale, matrix in zip(q, k, scales, resize or [None] * len(q), strict=True):
@@ -78,10 +79,12 @@ class AAL(nn.Module):
         maps: M, layers × heads of the student.
         channels: C of the target.
         distance: reading of Eq. 5.
-        kept: `[C, M]`, 1 for each link that is trained and 0 for each that is pruned, which stays 0; None: all.
+        kept: 1 for each link that is trained and 0 for each that is pruned, which stays 0; None: all.
     """
 
-    def __init__(self, maps: int, channels: int, distance: Distance = "mse", kept: Tensor | None = None) -> None:
+    def __init__(
+        self, maps: int, channels: int, distance: Distance = "mse", kept: Float[Tensor, "C M"] | None = None
+    ) -> None:
         super().__init__()
         self.links = nn.Conv1d(maps, channels, 1)  # the 1×1 convolution of the paper, on flattened maps
         self.distance = distance
@@ -91,12 +94,12 @@ class AAL(nn.Module):
             with torch.no_grad():
                 self.links.weight *= kept[:, :, None]
 
-    def forward(self, maps: Tensor, activations: Tensor) -> Tensor:
-        """The loss, a scalar.
+    def forward(self, maps: Float[Tensor, "B M P"], activations: Float[Tensor, "B C g g"]) -> Float[Tensor, ""]:
+        """The loss.
 
         Args:
-            maps: the student's A, `[B, M, P]`.
-            activations: the teacher's B, `[B, C, g, g]` with g·g = P.
+            maps: the student's A.
+            activations: the teacher's B, with g·g = P.
         """
         targets = activations.flatten(2)
         positions = maps.shape[-1]
@@ -180,7 +183,7 @@ class AALLoss(Loss[AALConfig]):
             grid=config.grid or student.grid,
         )
 
-    def forward(self, inputs: LossInputs) -> Tensor:
+    def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
         """The loss of one step."""
         taps, resize = inputs.student_taps, [self.get_buffer(f"resize_{side}") if side else None for side in self.sides]
         maps = class_maps(taps.q, taps.k, taps.scales, self.prefix, self.config.map, resize=resize)

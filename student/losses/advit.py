@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -21,14 +22,19 @@ from student.targets.requirement import TargetRequirement
 from student.targets.stored_target import StoredTarget
 
 
-def distance(student: Tensor, teacher: Tensor, prefix: int, norm: Literal["l1", "l2"] = "l1") -> Tensor:
+def distance(
+    student: Float[Tensor, "B L H N"],
+    teacher: Float[Tensor, "B L H N"],
+    prefix: int,
+    norm: Literal["l1", "l2"] = "l1",
+) -> Float[Tensor, ""]:
     """Σ_i |A^s_i − A^t_i| (Eq. 5) or Σ_i (A^s_i − A^t_i)² (Eq. 6) over the patch keys i.
 
     Mean over batch, layers and heads.
 
     Args:
-        student: class rows `[B, L, H, N]`.
-        teacher: class rows `[B, L, H, N]`.
+        student: class rows.
+        teacher: class rows.
         prefix: how many of the N tokens are no patches.
         norm: L1 or L2.
     """
@@ -38,12 +44,12 @@ def distance(student: Tensor, teacher: Tensor, prefix: int, norm: Literal["l1", 
 
 
 def divergence(
-    student: Tensor,
-    teacher: Tensor,
+    student: Float[Tensor, "B L H N"],
+    teacher: Float[Tensor, "B L H N"],
     prefix: int,
     temperature: float = 1.0,
     direction: Literal["teacher-first", "student-first"] = "teacher-first",
-) -> Tensor:
+) -> Float[Tensor, ""]:
     """τ² · KL(ψ(A^t/τ) ‖ ψ(A^s/τ)) over the patch keys, ψ the softmax: the second term of Eq. 4.
 
     Mean over batch, layers and heads. As printed, ψ acts on A, which is a softmax already. With the logarithms of both
@@ -51,7 +57,7 @@ def divergence(
     differ from logarithms by a constant a row.
 
     Args:
-        student: class rows `[B, L, H, N]`, or their logarithms.
+        student: class rows, or their logarithms.
         teacher: rows or logarithms, like the student's.
         prefix: how many of the N tokens are no patches.
         temperature: τ.
@@ -63,7 +69,9 @@ def divergence(
     return temperature**2 * (first.exp() * (first - second)).sum(-1).mean().to(student.dtype)
 
 
-def cross_entropy(student: Tensor, teacher: Tensor, prefix: int) -> Tensor:
+def cross_entropy(
+    student: Float[Tensor, "B L H N"], teacher: Float[Tensor, "B L H N"], prefix: int
+) -> Float[Tensor, ""]:
     """−Σ_i A^t_i log ψ(A^s)_i over the patch keys: the first term of Eq. 4 with y read as the teacher's map.
 
     Mean over batch, layers and heads; arguments as for `divergence`, except that the teacher's are always rows.
@@ -122,7 +130,7 @@ class ADViTLoss(Loss[ADViTConfig]):
             loss=name, taps=(("class_row",), ("attention",), ("q", "k")), teacher=config.teacher, target=config.target
         )
 
-    def forward(self, inputs: LossInputs) -> Tensor:
+    def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
         """The loss of one step."""
         config, prefix, taps = self.config, self.rows.prefix, inputs.student_taps
         student_logs = config.kl_input == "log-prob"

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 from torch.special import xlogy
@@ -24,19 +25,19 @@ from student.targets.requirement import TargetRequirement
 from student.targets.stored_target import StoredTarget
 
 
-def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+def divergence(student: Float[Tensor, "B L H N"], teacher: Float[Tensor, "B L H N"]) -> Float[Tensor, ""]:
     """Σ_h KL(A_t^h ‖ A_s^h) (Eq. 6, 8 and 11), mean over batch and layers.
 
     Args:
-        student: logarithms of rows, `[B, L, H, N]`.
-        teacher: rows that sum to one, `[B, L, H, N]`.
+        student: logarithms of rows.
+        teacher: rows that sum to one.
     """
     each: Tensor = xlogy(teacher, teacher) - teacher * student
     return each.sum((-1, -2)).mean()
 
 
-def squares(student: Tensor, teacher: Tensor) -> Tensor:
-    """The ablation's squared error in place of KL, Σ_h Σ_j (a_t − a_s)² of rows `[B, L, H, N]`; mean as for KL."""
+def squares(student: Float[Tensor, "B L H N"], teacher: Float[Tensor, "B L H N"]) -> Float[Tensor, ""]:
+    """The ablation's squared error in place of KL, Σ_h Σ_j (a_t − a_s)² of rows; mean as for KL."""
     return (student - teacher).square().sum((-1, -2)).mean()
 
 
@@ -83,7 +84,7 @@ class AttentionGuidanceLoss(Loss[AttentionGuidanceConfig]):
         taps = tuple((*alternative, "v") if config.value_norm else alternative for alternative in rows)
         return TargetRequirement(loss=name, taps=taps, teacher=config.teacher, target=config.target)
 
-    def forward(self, inputs: LossInputs) -> Tensor:
+    def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
         """The loss of one step."""
         taps, targets, student_values, teacher_values = inputs.student_taps, inputs.targets, None, None
         if self.config.value_norm:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from pydantic import model_validator
 from torch import Tensor
 
@@ -25,14 +26,18 @@ from student.targets.requirement import TargetRequirement, taps_of
 from student.targets.stored_target import StoredTarget
 
 
-def distillation(student: Tensor, teacher: Tensor, heads: Literal["mean", "sum"] = "mean") -> Tensor:
+def distillation(
+    student: Float[Tensor, "B L H Q N"],
+    teacher: Float[Tensor, "B L H Q N"],
+    heads: Literal["mean", "sum"] = "mean",
+) -> Float[Tensor, ""]:
     """−Σ_j A^t_ij log A^s_ij, mean over batch and queries i, summed over layers; over heads the mean or the sum.
 
     Heads are averaged by default, as in the authors' code, with which λ = 3 was published; the paper prints the sum.
 
     Args:
-        student: logarithms of rows, `[B, L, H, Q, N]`.
-        teacher: rows that sum to one, `[B, L, H, Q, N]`.
+        student: logarithms of rows.
+        teacher: rows that sum to one.
         heads: how heads are reduced.
     """
     entropy = -(teacher * student).sum(-1)  # [B, L, H, Q]
@@ -41,12 +46,12 @@ def distillation(student: Tensor, teacher: Tensor, heads: Literal["mean", "sum"]
     return reduced.sum()
 
 
-def squares(student: Tensor, teacher: Tensor) -> Tensor:
+def squares(student: Float[Tensor, "B L *rest"], teacher: Float[Tensor, "B L *rest"]) -> Float[Tensor, ""]:
     """(x^s − x^t)², mean over batch, heads, tokens and width, summed over layers.
 
     Args:
-        student: `[B, L, …]`, such as queries `[B, L, H, N, d]`.
-        teacher: `[B, L, …]`.
+        student: such as queries `[B, L, H, N, d]`.
+        teacher: such as queries, too.
     """
     return (student - teacher).square().flatten(2).mean((0, 2)).sum()
 
@@ -99,7 +104,7 @@ class AttentionTransferLoss(Loss[AttentionTransferConfig]):
         """Whole attention maps or tensors that give them, or vectors."""
         return TargetRequirement(loss=name, taps=taps_of(config.tensors), teacher=config.teacher, target=config.target)
 
-    def forward(self, inputs: LossInputs) -> Tensor:
+    def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
         """The loss of one step."""
         taps, tensors = inputs.student_taps, self.config.tensors
         if tensors == "map":

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
 from student.alignment.report import AlignmentRow
@@ -23,24 +24,24 @@ class LossInputs:
     """What a loss gets of one training step.
 
     Attributes:
-        logits: of the student's class head, `[B, K]`; its pooled features for a student without one.
-        distillation_logits: of the student's distillation head, `[B, K]`; None for a student without one.
+        logits: of the student's class head; its pooled features for a student without one.
+        distillation_logits: of the student's distillation head; None for a student without one.
         student_taps: all else that losses read of the student.
-        labels: int64 `[B]`; −1 where the shards have none.
-        mix_labels: int64 `[B]`, labels of the images that were mixed in.
-        mix_weights: f32 `[B]`, share of the mixed-in image.
-        targets: the loss's stored targets, decoded, f32 `[B, …]`; empty for a loss that reads none.
+        labels: −1 where the shards have none.
+        mix_labels: labels of the images that were mixed in.
+        mix_weights: share of the mixed-in image.
+        targets: the loss's stored targets, decoded; empty for a loss that reads none.
         metrics: a loss may add scalars to be logged, such as agreement with the teacher.
     """
 
-    logits: Tensor
-    distillation_logits: Tensor | None = None
+    logits: Float[Tensor, "B K"]
+    distillation_logits: Float[Tensor, "B K"] | None = None
     student_taps: StudentTaps
-    labels: Tensor
-    mix_labels: Tensor
-    mix_weights: Tensor
-    targets: tuple[Tensor, ...] = ()
-    metrics: dict[str, Tensor] = field(default_factory=dict)
+    labels: Int64[Tensor, " B"]
+    mix_labels: Int64[Tensor, " B"]
+    mix_weights: Float32[Tensor, " B"]
+    targets: tuple[Float32[Tensor, "B ..."], ...] = ()
+    metrics: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
 
 
 class Loss(nn.Module, Generic[ConfigT]):
@@ -80,6 +81,6 @@ class Loss(nn.Module, Generic[ConfigT]):
         """What it reads from a store; None: nothing."""
         return None
 
-    def forward(self, inputs: LossInputs) -> Tensor:
-        """The loss of one step, a scalar."""
+    def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
+        """The loss of one step."""
         raise NotImplementedError

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,13 +24,18 @@ from student.targets.requirement import TargetRequirement
 from student.targets.stored_target import StoredTarget
 
 
-def divergence(student: Tensor, teacher: Tensor, queues: tuple[Tensor, Tensor], temperature: float) -> Tensor:
+def divergence(
+    student: Float[Tensor, "B D"],
+    teacher: Float[Tensor, "B D_t"],
+    queues: tuple[Float[Tensor, "n D"], Float[Tensor, "n D_t"]],
+    temperature: float,
+) -> Float[Tensor, ""]:
     """KL(softmax(t·Q_t / τ) ‖ softmax(s·Q_s / τ)), mean over the batch; zero while the queues are empty.
 
     Args:
-        student: unit vectors `[B, D]`.
-        teacher: unit vectors `[B, D_t]`.
-        queues: Q_s `[n, D]` and Q_t `[n, D_t]`, of the same images; one and the same with one queue.
+        student: unit vectors.
+        teacher: unit vectors.
+        queues: Q_s and Q_t, of the same images; one and the same with one queue.
         temperature: τ.
     """
     student_logs = (student @ queues[0].T / temperature).log_softmax(1)
@@ -81,7 +87,7 @@ class CompRessLoss(Loss[CompRessConfig]):
         """The teacher's class token, or the pooled features of one without."""
         return TargetRequirement(loss=name, taps=EMBEDDINGS, teacher=config.teacher, target=config.target)
 
-    def forward(self, inputs: LossInputs) -> Tensor:
+    def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
         """The loss of one step; offers the teacher's embeddings to the queue, and the student's to a second one."""
         student, teacher = unit(self.token(inputs.student_taps)), unit(full(inputs.targets[0]))
         self.theirs.offer(teacher)

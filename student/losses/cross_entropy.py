@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from jaxtyping import Float, Float32, Int64
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,17 +16,21 @@ from student.settings import LossConfig, Schedule, Weight
 
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, mix_labels: Tensor, mix_weights: Tensor, smoothing: float = 0.0
-) -> Tensor:
+    logits: Float[Tensor, "B K"],
+    labels: Int64[Tensor, " B"],
+    mix_labels: Int64[Tensor, " B"],
+    mix_weights: Float32[Tensor, " B"],
+    smoothing: float = 0.0,
+) -> Float[Tensor, ""]:
     """−Σ_k y_k log softmax(logits)_k, y = (1−w)·label + w·mix_label, smoothed towards 1/K; mean over the batch.
 
     It is linear in y, so the two labels' terms are mixed and no soft label is built.
 
     Args:
-        logits: `[B, K]`.
-        labels: int64 `[B]`.
-        mix_labels: int64 `[B]`, labels of the images that were mixed in.
-        mix_weights: f32 `[B]`, w: share of the mixed-in image, 0 where nothing was mixed.
+        logits: of the student.
+        labels: of the images.
+        mix_labels: labels of the images that were mixed in.
+        mix_weights: w, share of the mixed-in image, 0 where nothing was mixed.
         smoothing: share of the mass that is spread evenly over all classes.
     """
     own, mixed_in = (
@@ -58,7 +63,7 @@ class CrossEntropyLoss(Loss[CrossEntropyConfig]):
         """Labels and logits."""
         return frozenset({"labels", "logits"})
 
-    def forward(self, inputs: LossInputs) -> Tensor:
+    def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
         """The loss of one step."""
         heads = [inputs.logits]
         if self.config.heads != "class" and inputs.distillation_logits is not None:

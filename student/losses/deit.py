@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,12 +27,17 @@ from student.targets.stored_target import StoredTarget
 Reduction = Literal["mean", "batchmean"]
 
 
-def soft(logits: Tensor, teacher: Tensor, temperature: float = 1.0, reduction: Reduction = "mean") -> Tensor:
+def soft(
+    logits: Float[Tensor, "B K"],
+    teacher: Float[Tensor, "B K"],
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+) -> Float[Tensor, ""]:
     """τ² · Σ KL(softmax(t/τ) ‖ softmax(s/τ)), divided by B·K (`mean`, the official code) or by B (`batchmean`).
 
     Args:
-        logits: of the student, `[B, K]`.
-        teacher: the teacher's logits, `[B, K]`.
+        logits: of the student.
+        teacher: the teacher's logits.
         temperature: τ.
         reduction: named as in `torch.nn.functional.kl_div`.
     """
@@ -40,7 +46,7 @@ def soft(logits: Tensor, teacher: Tensor, temperature: float = 1.0, reduction: R
     return total / (logits.numel() if reduction == "mean" else len(logits))
 
 
-def hard(logits: Tensor, teacher: Tensor) -> Tensor:
+def hard(logits: Float[Tensor, "B K"], teacher: Float[Tensor, "B K"]) -> Float[Tensor, ""]:
     """Cross-entropy with the teacher's decision, argmax_k t_k; mean over the batch."""
     return F.cross_entropy(logits, teacher.argmax(1))
 
@@ -78,7 +84,7 @@ class DeiTLoss(Loss[DeiTConfig]):
         """The teacher's logits."""
         return TargetRequirement(loss=name, taps=(("logits",),), teacher=config.teacher, target=config.target)
 
-    def forward(self, inputs: LossInputs) -> Tensor:
+    def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
         """The loss of one step; logs how often student and teacher agree."""
         (teacher,) = inputs.targets
         logits = inputs.logits if inputs.distillation_logits is None else inputs.distillation_logits

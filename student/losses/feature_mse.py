@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from storage.errors import UserError, call, setting
@@ -70,7 +71,7 @@ class FeatureMSELoss(Loss[FeatureMSEConfig]):
         """The teacher's tokens after layers."""
         return TargetRequirement(loss=name, taps=(("tokens",),), teacher=config.teacher, target=config.target)
 
-    def forward(self, inputs: LossInputs) -> Tensor:
+    def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
         """The loss of one step."""
         student = self.vectors.student_vectors(inputs.student_taps.streams)
         teacher = self.vectors.teacher_vectors(inputs.targets[0])

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
+from jaxtyping import Float, Float32, Int64
 from pydantic import Field
 from torch import Tensor
 from torch.special import xlogy
@@ -28,15 +29,17 @@ from student.targets.stored_target import StoredTarget
 Distance = Literal["mse", "mse-softmax", "ce", "kl"]
 
 
-def difference(student: Tensor, teacher: Tensor, distance: Distance) -> Tensor:
-    """How far each sample's attention is from its teacher's, `[B]`; mean over layers, heads and queries.
+def difference(
+    student: Float[Tensor, "B L H Q N"], teacher: Float[Tensor, "B L H Q N"], distance: Distance
+) -> Float[Tensor, " B"]:
+    """How far each sample's attention is from its teacher's; mean over layers, heads and queries.
 
     `mse`, `mse-softmax`: (a^t − a^s)² (Eq. 2.9), mean over keys too, of scores or of rows. `ce`: −Σ_j A^t_j log A^s_j
     (Eq. 2.10). `kl`: Σ_j A^t_j log(A^t_j / A^s_j) (Eq. 2.11).
 
     Args:
-        student: `[B, L, H, Q, N]`, scores for `mse`, rows for `mse-softmax`, and their logarithms for `ce` and `kl`.
-        teacher: `[B, L, H, Q, N]`, scores for `mse`, else rows that sum to one.
+        student: scores for `mse`, rows for `mse-softmax`, and their logarithms for `ce` and `kl`.
+        teacher: scores for `mse`, else rows that sum to one.
         distance: reading.
     """
     if distance in ("mse", "mse-softmax"):
@@ -47,14 +50,19 @@ def difference(student: Tensor, teacher: Tensor, distance: Distance) -> Tensor:
     return each.sum(-1).flatten(1).mean(1)
 
 
-def correctness(logits: Tensor, labels: Tensor, mix_labels: Tensor, mix_weights: Tensor) -> Tensor:
-    """How right a prediction is, `[B]` in [0, 1], no gradient: share of the predicted class in the (mixed) label.
+def correctness(
+    logits: Float[Tensor, "B K"],
+    labels: Int64[Tensor, " B"],
+    mix_labels: Int64[Tensor, " B"],
+    mix_weights: Float32[Tensor, " B"],
+) -> Float32[Tensor, " B"]:
+    """How right a prediction is, in [0, 1], no gradient: share of the predicted class in the (mixed) label.
 
     Args:
-        logits: of the student or the teacher, `[B, K]`.
-        labels: int64 `[B]`.
-        mix_labels: int64 `[B]`, labels of the images that were mixed in.
-        mix_weights: f32 `[B]`, share of the mixed-in image.
+        logits: of the student or the teacher.
+        labels: of the images.
+        mix_labels: labels of the images that were mixed in.
+        mix_weights: share of the mixed-in image.
     """
     predicted = logits.detach().argmax(1)
     own, mixed_in = ((predicted == label).to(mix_weights) for label in (labels, mix_labels))
@@ -102,7 +110,7 @@ class HeadSpecificLoss(Loss[HeadSpecificConfig]):
             taps = tuple((*alternative, "logits") for alternative in taps)
         return TargetRequirement(loss=name, taps=taps, teacher=config.teacher, target=config.target)
 
-    def forward(self, inputs: LossInputs) -> Tensor:
+    def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
         """The loss of one step; logs how much of it is kept where samples are weighted."""
         config, taps, targets = self.config, inputs.student_taps, inputs.targets
         student_rows = self.rows.student_logs if config.distance in ("ce", "kl") else self.rows.student_rows

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,15 +28,17 @@ from student.targets.stored_target import StoredTarget
 Distance = Literal["mse", "l2", "sq", "cosine"]
 
 
-def mean_distance(student: Tensor, teacher: Tensor, distance: Distance = "mse") -> Tensor:
+def mean_distance(
+    student: Float[Tensor, "*axes D_t"], teacher: Float[Tensor, "*axes D_t"], distance: Distance = "mse"
+) -> Float[Tensor, ""]:
     """Distance between the vectors of student and teacher, mean over all of them.
 
     `mse`: mean squared difference over the width (default, the authors' code); `l2`: ‖E_t − P(E_s)‖₂, as Eq. 5 prints;
     `sq`: its square; `cosine`: the square for vectors of norm one, 2 − 2 cos (SimReg).
 
     Args:
-        student: `[…, D_t]`.
-        teacher: `[…, D_t]`.
+        student: P(E_s).
+        teacher: E_t.
         distance: reading of Eq. 5.
     """
     if distance == "mse":
@@ -94,7 +97,7 @@ class ProjectorAlignmentLoss(Loss[ProjectorAlignmentConfig]):
         taps = EMBEDDINGS if config.tokens == "class" else (("tokens",),)
         return TargetRequirement(loss=name, taps=taps, teacher=config.teacher, target=config.target)
 
-    def forward(self, inputs: LossInputs) -> Tensor:
+    def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
         """The loss of one step."""
         config, taps, (target,) = self.config, inputs.student_taps, inputs.targets
         if config.tokens == "class":

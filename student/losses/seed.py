@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
@@ -24,16 +25,20 @@ from student.targets.stored_target import StoredTarget
 
 
 def cross_entropy(
-    student: Tensor, teacher: Tensor, queue: Tensor, student_temperature: float, teacher_temperature: float
-) -> Tensor:
+    student: Float[Tensor, "B D"],
+    teacher: Float[Tensor, "B D"],
+    queue: Float[Tensor, "n D"],
+    student_temperature: float,
+    teacher_temperature: float,
+) -> Float[Tensor, ""]:
     """−Σ_j p^t_j log p^s_j over the sample's own teacher embedding and the queue, mean over the batch.
 
     p^t = softmax(t·[t, queue] / τ_t), p^s = softmax(s·[t, queue] / τ_s).
 
     Args:
-        student: unit vectors `[B, D]`.
-        teacher: unit vectors `[B, D]`.
-        queue: unit vectors `[n, D]` of the teacher.
+        student: unit vectors.
+        teacher: unit vectors.
+        queue: unit vectors of the teacher.
         student_temperature: τ_s.
         teacher_temperature: τ_t.
     """
@@ -74,7 +79,7 @@ class SEEDLoss(Loss[SEEDConfig]):
         """The teacher's class token, or the pooled features of one without."""
         return TargetRequirement(loss=name, taps=EMBEDDINGS, teacher=config.teacher, target=config.target)
 
-    def forward(self, inputs: LossInputs) -> Tensor:
+    def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
         """The loss of one step; offers the teacher's embeddings to the queue."""
         student, teacher = unit(self.token(inputs.student_taps)), unit(full(inputs.targets[0]))
         self.queue.offer(teacher)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Bool, Float, Float32, Float64
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -52,16 +53,16 @@ class Layout:
         heads = f"{self.heads[0]} heads" if len(set(self.heads)) == 1 else f"{_joined(self.heads)} heads"
         return f"{_joined(self.channels)} maps and {len(self.heads)} layers of {heads}"
 
-    def spread(self, kept: Tensor) -> Tensor:
-        """A choice `[C, N]` as f32 `[C, M]`, one number a link."""
+    def spread(self, kept: Bool[Tensor, "C N"]) -> Float32[Tensor, "C M"]:
+        """A choice as one number a link, 0 or 1."""
         return kept.float().repeat_interleave(torch.tensor(self.heads), 1)
 
-    def count(self, kept: Tensor) -> int:
+    def count(self, kept: Bool[Tensor, "C N"]) -> int:
         """How many links a choice keeps."""
         return int(self.spread(kept).sum())
 
-    def heat(self, weights: Tensor) -> Tensor:
-        """The paper's Figure 2: the mean of |w| `[C, M]` over a stage's maps and a layer's heads, f64 `[stages, N]`."""
+    def heat(self, weights: Float[Tensor, "C M"]) -> Float64[Tensor, "stages N"]:
+        """The paper's Figure 2: the mean of |w| over a stage's maps and a layer's heads."""
         means = _by_layer(weights.double().abs(), self.heads)
         return torch.stack([stage.mean(0) for stage in torch.split(means, list(self.channels))])
 
@@ -75,18 +76,18 @@ class Trained:
         loss: name of the loss in the run's recipe.
         target: id of the target that they were trained with.
         layout: the maps that they join.
-        weights: f32 `[C, M]`.
+        weights: w of each link.
     """
 
     where: str
     loss: str
     target: str
     layout: Layout
-    weights: Tensor
+    weights: Float32[Tensor, "C M"]
 
 
-def ranged(ranges: Sequence[tuple[int, int] | None], layout: Layout, where: str) -> Tensor:
-    """The choice `[C, N]` that links each stage to its range of layers, ends included; None links it to none.
+def ranged(ranges: Sequence[tuple[int, int] | None], layout: Layout, where: str) -> Bool[Tensor, "C N"]:
+    """The choice that links each stage to its range of layers, ends included; None links it to none.
 
     Raises:
         UserError: not one range for each stage, or layers that the student does not have.
@@ -107,8 +108,8 @@ def ranged(ranges: Sequence[tuple[int, int] | None], layout: Layout, where: str)
     return torch.cat(rows)
 
 
-def tabled(name: Literal["alpha", "beta"], layout: Layout, stages: int, where: str) -> Tensor:
-    """The choice `[C, N]` of Table 1.
+def tabled(name: Literal["alpha", "beta"], layout: Layout, stages: int, where: str) -> Bool[Tensor, "C N"]:
+    """The choice of Table 1.
 
     Args:
         name: which of its two rows.
@@ -130,15 +131,15 @@ def tabled(name: Literal["alpha", "beta"], layout: Layout, stages: int, where: s
     return ranged([ranges[n - 1] for n in layout.stages], layout, where)
 
 
-def extracted(weights: Tensor, layout: Layout, config: LinksConfig) -> Tensor:
-    """Algorithm 1: the choice `[C, N]` of trained links whose normalized mean over heads is above the threshold.
+def extracted(weights: Float[Tensor, "C M"], layout: Layout, config: LinksConfig) -> Bool[Tensor, "C N"]:
+    """Algorithm 1: the choice of trained links whose normalized mean over heads is above the threshold.
 
     `printed`: w ← (w − min w) / (max w − min w), then |·|, which changes nothing: a link of weight 0 lies near 0.5, so
     this keeps all of Gaussian or Laplacian links. `abs` (default): the same for |w|. `block` takes the mean over a
     stage's channels too, so that a stage is linked to whole layers, as in Table 1.
 
     Args:
-        weights: `[C, M]`.
+        weights: w of each link.
         layout: the maps that they join.
         config: normalization, granularity and threshold.
     """
@@ -153,12 +154,12 @@ def extracted(weights: Tensor, layout: Layout, config: LinksConfig) -> Tensor:
     return means > config.threshold
 
 
-def _by_layer(values: Tensor, heads: Sequence[int]) -> Tensor:
-    """The mean over each layer's heads, `[C, N]` of `[C, M]`."""
+def _by_layer(values: Float64[Tensor, "C M"], heads: Sequence[int]) -> Float64[Tensor, "C N"]:
+    """The mean over each layer's heads."""
     return torch.stack([part.mean(1) for part in torch.split(values, list(heads), 1)], 1)
 
 
-def ranges_of(kept: Tensor, layout: Layout) -> list[list[int] | None] | None:
+def ranges_of(kept: Bool[Tensor, "C N"], layout: Layout) -> list[list[int] | None] | None:
     """A choice as a recipe writes it, stage for stage; None where some stage is not linked to a range of layers."""
     ranges: list[list[int] | None] = []
     for part in torch.split(kept, list(layout.channels)):
@@ -174,12 +175,12 @@ class Kept:
     """Which links a loss trains.
 
     Attributes:
-        choice: bool `[C, N]`; None keeps all.
+        choice: the links that are kept; None keeps all.
         words: for the alignment table.
         digest: of a choice that was taken from a run, which may change; None for other choices.
     """
 
-    choice: Tensor | None
+    choice: Bool[Tensor, "C N"] | None
     words: str
     digest: str | None = None
 

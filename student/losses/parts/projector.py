@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from storage.errors import UserError, setting
@@ -51,7 +52,7 @@ def words(config: ProjectorLossConfig) -> str:
 
 
 class ClassToken(nn.Module):
-    """A student's class token after the final norm, through P, `[B, D_t]`.
+    """A student's class token after the final norm, through P.
 
     Args:
         loss: name of the loss, for errors.
@@ -99,7 +100,7 @@ class ClassToken(nn.Module):
             words(config),
         )
 
-    def forward(self, taps: StudentTaps) -> Tensor:
+    def forward(self, taps: StudentTaps) -> Float[Tensor, "B D_t"]:
         """P of the class token of the student's last forward pass."""
         projected: Tensor = self.projector(full(taps.tokens[:, self.index]))
         return projected

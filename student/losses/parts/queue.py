@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
+from jaxtyping import Float, Float32
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -36,19 +37,19 @@ class Queue(nn.Module):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]
 
     @property
-    def held(self) -> Tensor:
-        """The entries that are there, f32 `[n, D]`."""
+    def held(self) -> Float32[Tensor, "n D"]:
+        """The entries that are there."""
         return self.entries[: self.filled]
 
-    def offer(self, vectors: Tensor) -> None:
-        """Unit vectors `[B, D]` of the last forward pass, which take their places once the update is made."""
+    def offer(self, vectors: Float[Tensor, "B D"]) -> None:
+        """Unit vectors of the last forward pass, which take their places once the update is made."""
         self.offered = vectors.detach()
 
-    def push(self, pieces: Sequence[Tensor], lanes: int = 1) -> None:
+    def push(self, pieces: Sequence[Float[Tensor, "_n D"]], lanes: int = 1) -> None:
         """Put what all ranks offered in an update in place of the oldest entries.
 
         Args:
-            pieces: what was offered on this rank, `[n, D]` each; together no more than the queue holds.
+            pieces: what was offered on this rank; together no more than the queue holds.
             lanes: `stream.lanes`, which give the order of the batch; read where there are several ranks.
         """
         vectors, size = all_gather_rows(torch.cat(list(pieces)), lanes), len(self.entries)
@@ -67,6 +68,6 @@ class Queue(nn.Module):
         self.entries[: self.filled] = state["entries"].to(self.entries)
 
 
-def unit(vectors: Tensor) -> Tensor:
-    """Vectors `[…, D]` of norm one."""
+def unit(vectors: Float[Tensor, "*axes D"]) -> Float[Tensor, "*axes D"]:
+    """Vectors of norm one."""
     return F.normalize(vectors, dim=-1)
