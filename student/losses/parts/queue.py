@@ -8,7 +8,7 @@ what each of them offers in a step is gathered after the update, in the order of
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float32
@@ -32,7 +32,7 @@ class Queue(nn.Module):
         self.filled = self.next = 0
         self.offered = self.entries[:0]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Queue:
         self.entries = fn(self.entries)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]
 
