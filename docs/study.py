@@ -26,8 +26,14 @@ from typing import Any
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 # Labels count the same everywhere, and all students classify on the class token.
 LABELED = ["losses.crossentropy.weight=1", "losses.crossentropy.smoothing=0.1", "student.global_pool=token"]
-SAME = ["optim.opt_betas=null", "optim.weight_decay=0.05", "optim.warmup_lr=1e-6", "optim.min_lr=1e-5",
-        "precision.amp_dtype=auto", "precision.fused_attn=auto"]  # fmt: skip
+SAME = [
+    "optim.opt_betas=null",
+    "optim.weight_decay=0.05",
+    "optim.warmup_lr=1e-6",
+    "optim.min_lr=1e-5",
+    "precision.amp_dtype=auto",
+    "precision.fused_attn=auto",
+]
 VIT = "vit_tiny_patch16_224"
 EVERY_OTHER = "layers=2+4+6+8+10+12"
 PERMUTED = "permuted"
@@ -115,8 +121,14 @@ class Study:
         (self.test.parent / "classes.json").write_text(json.dumps(CLASSES))
         if not self.tune.exists():  # a fifth of the training images chooses the losses' weights
             self.pipeline("pack", self.out / "data" / "cifar10-train-*.tar", self.tune, "--val-fraction", 0.2)
-        cnn = ["--weights", self.weights / "mobilenetv2_100_tf.safetensors", "--teacher-arg", "pad_type=same",
-               "--input-size", 128]  # fmt: skip
+        cnn = [
+            "--weights",
+            self.weights / "mobilenetv2_100_tf.safetensors",
+            "--teacher-arg",
+            "pad_type=same",
+            "--input-size",
+            128,
+        ]
         vit = ["--weights", self.weights / "vit_tiny_patch16_224.safetensors"]
         small = [*vit, "--input-size", 128]  # its patches are the student's
         maps = f"attention,{EVERY_OTHER},codec=log8"
@@ -167,20 +179,51 @@ class Study:
                     t for t in self.pipeline("inspect", "--store", self.store)["targets"] if "class_token" in t
                 )
                 words = [part for shard in shards for part in ("--shards", shard)]
-                result = self.pipeline("fit-teacher", "--store", self.store, "--target", token, *words, "--val", val,
-                                       "--out", path)  # fmt: skip
+                result = self.pipeline(
+                    "fit-teacher", "--store", self.store, "--target", token, *words, "--val", val, "--out", path
+                )
                 about.write_text(json.dumps(result))
             fitted[name] = json.loads(about.read_text())
-            self.precompute(["--teacher", VIT, "--teacher-name", f"fitted_{name}", "--weights", path,
-                             "--teacher-arg", "num_classes=10", "--target", "logits"], shards)  # fmt: skip
+            self.precompute(
+                [
+                    "--teacher",
+                    VIT,
+                    "--teacher-name",
+                    f"fitted_{name}",
+                    "--weights",
+                    path,
+                    "--teacher-arg",
+                    "num_classes=10",
+                    "--target",
+                    "logits",
+                ],
+                shards,
+            )
         return fitted
 
     def precompute(self, words: list[object], shards: list[Path], policy: str = "deit", count: int = 4) -> None:
         """The targets that are missing."""
         each = [part for shard in shards for part in ("--shards", shard)]
         print("precompute", *words[1:4], policy, flush=True)
-        self.pipeline("precompute", *words, *each, "--store", self.store, "--mean", 0.5, "--std", 0.5, "--view-policy",
-                      policy, "--view-size", 32, "--num-views", count, "--provider", "cpu")  # fmt: skip
+        self.pipeline(
+            "precompute",
+            *words,
+            *each,
+            "--store",
+            self.store,
+            "--mean",
+            0.5,
+            "--std",
+            0.5,
+            "--view-policy",
+            policy,
+            "--view-size",
+            32,
+            "--num-views",
+            count,
+            "--provider",
+            "cpu",
+        )
 
     # ------------------------------------------------------------------------------------------ runs
 
@@ -233,8 +276,13 @@ class Study:
         many = list(BASES)
         many += [self.of(n, control, best.get(n)) for n in names for control in ("", PERMUTED)]
         scores = self.scores(many, range(self.seeds))
-        return {"fitted": fitted, "tuned": tuned, "best": best, "scores": scores,
-                "hours": (time.monotonic() - began) / 3600}  # fmt: skip
+        return {
+            "fitted": fitted,
+            "tuned": tuned,
+            "best": best,
+            "scores": scores,
+            "hours": (time.monotonic() - began) / 3600,
+        }
 
 
 def last_losses(study: Study, names: list[str]) -> dict[str, tuple[float, float]]:
@@ -262,8 +310,10 @@ def table(found: dict[str, Any], labels: bool) -> str:
     """The methods that need labels, or those that need none, as Markdown."""
     scores = found["scores"]
     base = BASES[0 if labels else 1].name
-    lines = [f"| method | weight | {'top-1' if labels else 'k-NN'}, % | permuted | − {base} | − permuted |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        f"| method | weight | {'top-1' if labels else 'k-NN'}, % | permuted | − {base} | − permuted |",
+        "|---|---|---|---|---|---|",
+    ]
 
     def spread(values: list[float]) -> str:
         return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"

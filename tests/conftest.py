@@ -214,9 +214,11 @@ def _make_world(folder: Path) -> dict[str, Any]:
         "vit": write_teacher(folder / "vit.safetensors", TINY_VIT, seed=1),
     }
     cnn = run_precompute(
-        folder / "store", shards, teacher_of(weights, "cnn"),
+        folder / "store",
+        shards,
+        teacher_of(weights, "cnn"),
         ["activations,grid=8,codec=f32", "activations,grid=8,codec=u8", "logits"],
-    )  # fmt: skip
+    )
     vit = run_precompute(
         folder / "store", shards, teacher_of(weights, "vit"), ["class_row", "class_token", "q,k,layers=last"]
     )

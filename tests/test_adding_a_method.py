@@ -45,9 +45,13 @@ def method(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(method: Path, code: str, *words: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", BEFORE + code, str(method / "losses"), *words], cwd=method,
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=HANGS,
-    )  # fmt: skip
+        [sys.executable, "-c", BEFORE + code, str(method / "losses"), *words],
+        cwd=method,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=HANGS,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stderr
 

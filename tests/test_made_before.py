@@ -17,19 +17,66 @@ from safetensors.torch import load_file
 from tests.conftest import HANGS, ROOT
 
 CNN = [
-    "--teacher", "resnet10t", "--teacher-name", "cnn",
-    "--weights", "cnn.safetensors", "--teacher-arg", "channels=[8,12,16,24]",
-    "--teacher-arg", "stem_width=8", "--teacher-arg", "num_classes=3", "--input-size", "64", "--mean", "0.5",
-    "--std", "0.5", "--view-policy", "light", "--view-size", "32", "--num-views", "2",
-    "--target", "activations,grid=8,codec=u8", "--target", "logits,codec=topk2",
-]  # fmt: skip
+    "--teacher",
+    "resnet10t",
+    "--teacher-name",
+    "cnn",
+    "--weights",
+    "cnn.safetensors",
+    "--teacher-arg",
+    "channels=[8,12,16,24]",
+    "--teacher-arg",
+    "stem_width=8",
+    "--teacher-arg",
+    "num_classes=3",
+    "--input-size",
+    "64",
+    "--mean",
+    "0.5",
+    "--std",
+    "0.5",
+    "--view-policy",
+    "light",
+    "--view-size",
+    "32",
+    "--num-views",
+    "2",
+    "--target",
+    "activations,grid=8,codec=u8",
+    "--target",
+    "logits,codec=topk2",
+]
 RUN = [
-    "--recipe", "aal", "--val", "shard-000000.tar", "--out", "cut", "--resume", "--set", "checkpoint_interval=1",
-    "--set", "student.model=vit_tiny_patch16_224", "--set", "student.img_size=32", "--set", "student.patch_size=4",
-    "--set", "student.embed_dim=12", "--set", "student.depth=1", "--set", "student.num_heads=2",
-    "--set", "stream.batch_size=8", "--set", "optim.epochs=2", "--set", "optim.warmup_epochs=0",
-    "--set", "model_ema_decay=0.9",
-]  # fmt: skip
+    "--recipe",
+    "aal",
+    "--val",
+    "shard-000000.tar",
+    "--out",
+    "cut",
+    "--resume",
+    "--set",
+    "checkpoint_interval=1",
+    "--set",
+    "student.model=vit_tiny_patch16_224",
+    "--set",
+    "student.img_size=32",
+    "--set",
+    "student.patch_size=4",
+    "--set",
+    "student.embed_dim=12",
+    "--set",
+    "student.depth=1",
+    "--set",
+    "student.num_heads=2",
+    "--set",
+    "stream.batch_size=8",
+    "--set",
+    "optim.epochs=2",
+    "--set",
+    "optim.warmup_epochs=0",
+    "--set",
+    "model_ema_decay=0.9",
+]
 STORE = ["--shards", "shard-000000.tar", "--store", "store"]
 
 
@@ -44,9 +91,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def answer(made: Path, *words: str) -> dict[str, Any]:
     """What a command gives as JSON."""
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline", *words, "--json"], cwd=made, capture_output=True, text=True, timeout=HANGS,
+        [sys.executable, "-m", "pipeline", *words, "--json"],
+        cwd=made,
+        capture_output=True,
+        text=True,
+        timeout=HANGS,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found

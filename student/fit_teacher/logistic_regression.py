@@ -90,9 +90,13 @@ def fit(examples: Examples, rows: Tensor, classes: int, l2: float, start: Head |
     weight.requires_grad_(True)
     bias.requires_grad_(True)
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=MOST, history_size=HISTORY, tolerance_grad=1e-6, tolerance_change=1e-10,
+        [weight, bias],
+        max_iter=MOST,
+        history_size=HISTORY,
+        tolerance_grad=1e-6,
+        tolerance_change=1e-10,
         line_search_fn="strong_wolfe",
-    )  # fmt: skip
+    )
 
     def objective() -> float:
         optimizer.zero_grad()

@@ -119,8 +119,10 @@ def load_student(path: Path) -> tuple[nn.Module, StudentDescription]:
             record.mean,
             record.std,
             tuple(all_normalized(record.classes or ())) or None,
-            record.evaluation, metadata.get("shifted_patches") == "true", record.attention_copy,
-        )  # fmt: skip
+            record.evaluation,
+            metadata.get("shifted_patches") == "true",
+            record.attention_copy,
+        )
         copies = copies_in(record.attention_copy) if record.attention_copy else None
     except FileNotFoundError:
         raise UserError(f"{path}: no student here", hint=f"{call('train')} writes one.") from None

@@ -52,12 +52,14 @@ _EXPECTED = {
     "layers": "last, uniform, first-N, last-N, or pairs such as [[1, 2], [2, 4]] (student's layer, teacher's layer)",
     "target": "a target's id, or a list of ids",
     "links": "full, alpha, beta, a run's folder (or a mapping with run, loss, normalize: abs or printed, granularity: "
-             "channel or block, threshold from 0 to 1), or the first and last layer of each stage, [[1, 3], [2, 4]]",
+    "channel or block, threshold from 0 to 1), or the first and last layer of each stage, [[1, 3], [2, 4]]",
     "weight": "a number, or a mapping with start and shape (exponential, linear, cosine) and what belongs to it",
-    "mean": "one number or three", "std": "one number above 0, or three",
+    "mean": "one number or three",
+    "std": "one number above 0, or three",
     "fused_attn": "auto, true or false",
-    "init": "a pattern, or a list of patterns", "freeze": "a pattern, or a list of patterns",
-}  # fmt: skip
+    "init": "a pattern, or a list of patterns",
+    "freeze": "a pattern, or a list of patterns",
+}
 
 
 def _explain(problem: Any) -> str:

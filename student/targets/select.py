@@ -110,11 +110,15 @@ def _fitting(
         groups = [ids for ids in itertools.product(*by_tap) if _together([manifests[id] for id in ids])]
         if groups:
             return groups
-        refused.append(IdentityError(
-            f"{store.url}: {need.loss}: {' and '.join(taps)}", "teacher, bank and layers", "the same of both",
-            " and ".join(", ".join(ids) for ids in by_tap),
-            f"Record them together: {call('precompute', '…', teacher='NAME', target=','.join(taps))}",
-        ))  # fmt: skip
+        refused.append(
+            IdentityError(
+                f"{store.url}: {need.loss}: {' and '.join(taps)}",
+                "teacher, bank and layers",
+                "the same of both",
+                " and ".join(", ".join(ids) for ids in by_tap),
+                f"Record them together: {call('precompute', '…', teacher='NAME', target=','.join(taps))}",
+            )
+        )
     many = len(refused) > 1 or len(need.taps[0]) > 1
     if many and not any(isinstance(error, IdentityError) for error in refused):
         in_store = sorted({manifest.identity.tap for manifest in manifests.values()})
@@ -147,8 +151,13 @@ def _of_tap(
         wanted = (need.target,) if isinstance(need.target, str) else need.target
         unknown = [id for id in wanted if id not in manifests]
         if unknown:
-            raise IdentityError(f"{store.url}: stored {tap}", f"{settings_path(need.loss)}.target", unknown[0],
-                                ", ".join(sorted(fits)), words=_WORDS)  # fmt: skip
+            raise IdentityError(
+                f"{store.url}: stored {tap}",
+                f"{settings_path(need.loss)}.target",
+                unknown[0],
+                ", ".join(sorted(fits)),
+                words=_WORDS,
+            )
         own = next((id for id in wanted if id in fits), wanted[0])
         wishes.append((f"{settings_path(need.loss)}.target", own, lambda id: id))
     if need.teacher is not None:
@@ -174,6 +183,7 @@ def _of_tap(
     if not within:
         found = ", ".join(sorted({manifests[id].identity.bank for id in fits}))
         do = "Precompute the targets with the settings of these views, over all the shards."
-        raise IdentityError(f"{store.url}: {', '.join(fits)}", "views", " or ".join(banks), found, do,
-                            ("asked for", "made from"))  # fmt: skip
+        raise IdentityError(
+            f"{store.url}: {', '.join(fits)}", "views", " or ".join(banks), found, do, ("asked for", "made from")
+        )
     return within

@@ -24,10 +24,22 @@ from student.upgrade import upgraded_run
 
 FORMAT = 2
 _PARTS = {
-    "format": int, "recipe": dict, "identity": dict, "precision": dict, "epoch": int, "step": int, "sums": dict,
-    "scores": dict, "seconds": float, "log_bytes": int, "student": dict, "losses": dict, "optimizer": dict,
-    "scaler": dict, "rng": list,
-}  # fmt: skip
+    "format": int,
+    "recipe": dict,
+    "identity": dict,
+    "precision": dict,
+    "epoch": int,
+    "step": int,
+    "sums": dict,
+    "scores": dict,
+    "seconds": float,
+    "log_bytes": int,
+    "student": dict,
+    "losses": dict,
+    "optimizer": dict,
+    "scaler": dict,
+    "rng": list,
+}
 # What may differ when a run is resumed: none of it changes what is computed.
 FREE = ("stream.workers", "stream.memory", "checkpoint_interval", "val_interval", "tensorboard")
 
@@ -110,10 +122,13 @@ def require_same(path: Path, saved: Mapping[str, Any], recipe: Recipe, identity:
     for field in [*was, *(name for name in now if name not in was)]:
         if field not in FREE and was.get(field) != now.get(field):
             raise IdentityError(
-                str(path), field, was.get(field), now.get(field),
+                str(path),
+                field,
+                was.get(field),
+                now.get(field),
                 f"A run is resumed as it began. For anything else begin a new one: {setting('out', 'RUN')}",
                 ("the run has", "asked for"),
-            )  # fmt: skip
+            )
 
 
 def _flat(content: Any, prefix: str = "") -> dict[str, Any]:

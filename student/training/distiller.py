@@ -67,8 +67,11 @@ _PLAIN = f"Take a plain ViT, such as {setting('student.model', WITH_CLASS)}"
 
 # What losses read of a student, in words.
 _READ: dict[StudentTap, str] = {
-    "attention": "attention", "values": "values", "streams": "tokens after its layers", "tokens": "final tokens",
-}  # fmt: skip
+    "attention": "attention",
+    "values": "values",
+    "streams": "tokens after its layers",
+    "tokens": "final tokens",
+}
 
 
 def _refused(recipe: Recipe, attention: bool) -> str:

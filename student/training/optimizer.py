@@ -51,9 +51,15 @@ def build_optimizer(recipe: Recipe, distiller: Distiller, steps: int) -> tuple[t
     if settings.opt_betas is not None and tuple(optimizer.param_groups[0].get("betas", ())) != settings.opt_betas:
         raise UserError(f"optim.opt_betas: {settings.opt} does not take them")
     scheduler, _ = create_scheduler_v2(
-        optimizer, settings.sched, num_epochs=settings.epochs, warmup_epochs=settings.warmup_epochs,
-        warmup_lr=settings.warmup_lr, min_lr=settings.min_lr, step_on_epochs=False, updates_per_epoch=steps,
-    )  # fmt: skip
+        optimizer,
+        settings.sched,
+        num_epochs=settings.epochs,
+        warmup_epochs=settings.warmup_epochs,
+        warmup_lr=settings.warmup_lr,
+        min_lr=settings.min_lr,
+        step_on_epochs=False,
+        updates_per_epoch=steps,
+    )
     return optimizer, scheduler
 
 

@@ -129,15 +129,28 @@ def build_run(config: TrainConfig, progress: Progress, saved: dict[str, Any] | N
         config, stream, distiller, progress, targets=targets, average=average, scored=scored
     )
     description = StudentDescription(
-        recipe.student.model, arguments, size, mean, std, classes,
-        source.policy.evaluation.line, recipe.student.shifted_patches, attention_copy,
-    )  # fmt: skip
+        recipe.student.model,
+        arguments,
+        size,
+        mean,
+        std,
+        classes,
+        source.policy.evaluation.line,
+        recipe.student.shifted_patches,
+        attention_copy,
+    )
     identity = {
-        "shards": list(source.shard_ids), "validation shards": [shard.id for shard in val_shards],
-        "classes": list(classes) if classes else count, "bank": source.bank, "policy": source.policy.line,
-        "targets": {name: list(ids) for name, ids in distiller.target_ids.items()}, "views": stream.views,
-        "control": recipe.control.model_dump(exclude_defaults=True), "mean": list(mean), "std": list(std),
-    }  # fmt: skip
+        "shards": list(source.shard_ids),
+        "validation shards": [shard.id for shard in val_shards],
+        "classes": list(classes) if classes else count,
+        "bank": source.bank,
+        "policy": source.policy.line,
+        "targets": {name: list(ids) for name, ids in distiller.target_ids.items()},
+        "views": stream.views,
+        "control": recipe.control.model_dump(exclude_defaults=True),
+        "mean": list(mean),
+        "std": list(std),
+    }
     if digests := {name: loss.source_digest for name, loss in distiller.terms.items() if loss.source_digest}:
         identity["links"] = digests  # taken from another run, whose folder may change
     return TrainingRun(
@@ -238,10 +251,13 @@ def _stream(
     )
     if stream.source.policy.size != size:
         raise IdentityError(
-            f"views of {bank or 'stream.bank'}", "size", size, stream.source.policy.size,
+            f"views of {bank or 'stream.bank'}",
+            "size",
+            size,
+            stream.source.policy.size,
             f"Give the student the size of its views: {setting('student.img_size', stream.source.policy.size)}",
             ("the student takes", "they have"),
-        )  # fmt: skip
+        )
     if bank is None:
         progress.say(f"views: drawn afresh, {stream.source.policy.line}, size {size}, seed {stream.source.policy.seed}")
     else:
@@ -328,8 +344,14 @@ def _classes(urls: list[str], val_urls: list[str], recipe: Recipe) -> tuple[tupl
             hint=f"Give it: {setting('student.num_classes', 'N')}",
         )
     if names is not None and wanted not in (None, len(names)):
-        raise IdentityError(f"{urls[0]}: classes.json", "student.num_classes", len(names), wanted,
-                            "Leave student.num_classes out.", ("the file names", "asked for"))  # fmt: skip
+        raise IdentityError(
+            f"{urls[0]}: classes.json",
+            "student.num_classes",
+            len(names),
+            wanted,
+            "Leave student.num_classes out.",
+            ("the file names", "asked for"),
+        )
     count = int(wanted or len(names or ()))
     if count < 2:
         raise UserError(f"{urls[0]}: one class alone, so there is nothing to learn; pack a folder for each of several")

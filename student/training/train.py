@@ -265,9 +265,11 @@ class Trainer:
         sums = all_reduce_mean(self.state.sums, self.device)
         numbers = {name: total / self.steps for name, total in sums.items() if name != "loss"}
         record = {
-            "epoch": epoch, "lr": learning_rate(self.optimizer), **_by_kind(numbers),
+            "epoch": epoch,
+            "lr": learning_rate(self.optimizer),
+            **_by_kind(numbers),
             "weights": {name: loss.weight.at(epoch) for name, loss in self.distiller.configs.items()},
-        }  # fmt: skip
+        }
         text = ", ".join(f"{name.partition('/')[2]} {value:.4g}" for name, value in numbers.items())
         students = {"last": student, **({"ema": self.average.module} if self.average is not None else {})}
         for name, model in students.items():
@@ -299,10 +301,16 @@ class Trainer:
         eager = self.recipe.precision.torchcompile  # batches of other sizes would be compiled again
         with torch.compiler.set_stance("force_eager") if eager else nullcontext():
             return evaluate(
-                model, self.run.val_shards, description.evaluation_policy, description.mean, description.std,
-                device=self.device, rank=rank(), world_size=world_size(),
+                model,
+                self.run.val_shards,
+                description.evaluation_policy,
+                description.mean,
+                description.std,
+                device=self.device,
+                rank=rank(),
+                world_size=world_size(),
                 max_blocks=SMOKE_BLOCKS if self.config.smoke else None,
-            )  # fmt: skip
+            )
 
     # ------------------------------------------------------------------------------------------ saving
 
@@ -313,15 +321,22 @@ class Trainer:
         if rank():
             return
         content = {
-            "recipe": self.recipe.model_dump(mode="json"), "identity": self.run.identity,
-            "precision": self.precision.plain(), **asdict(self.state), "sums": sums,
-            "seconds": time.monotonic() - self.started, "log_bytes": self.log.sync(),
-            "student": self.distiller.student.state_dict(), "losses": self.distiller.losses.state_dict(),
-            "optimizer": self.optimizer.state_dict(), "scaler": self.update.scaler.state_dict(),
-            "average": self.average.module.state_dict() if self.average is not None else None, "rng": states,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "identity": self.run.identity,
+            "precision": self.precision.plain(),
+            **asdict(self.state),
+            "sums": sums,
+            "seconds": time.monotonic() - self.started,
+            "log_bytes": self.log.sync(),
+            "student": self.distiller.student.state_dict(),
+            "losses": self.distiller.losses.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.update.scaler.state_dict(),
+            "average": self.average.module.state_dict() if self.average is not None else None,
+            "rng": states,
             "attention_copy": self.distiller.copier.state_dict() if self.distiller.copier is not None else None,
             "stream": self.stream.state_dict(),
-        }  # fmt: skip
+        }
         checkpoint.write(self.config.out / run_dir.CHECKPOINT, content)
 
     def finish(self) -> TrainResult:

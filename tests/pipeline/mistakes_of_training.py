@@ -7,7 +7,8 @@ from tests.pipeline.mistakes import Mistake
 TRAINING = [
     # ---------------------------------------------------------------------------------------- training
     Mistake(
-        "targets without a store", "train --recipe aal @DATA --out new/run @SMALL",
+        "targets without a store",
+        "train --recipe aal @DATA --out new/run @SMALL",
         ("aal needs stored targets (activations)", "--store DIR", "`pipeline precompute --teacher NAME --target"),
     ),
     Mistake(
@@ -21,8 +22,8 @@ TRAINING = [
         ("patches a side: the student has 4, the store has 8", "activations,grid=4", "--set student.patch_size"),
     ),
     Mistake(
-        "shards that have changed since", "train --recipe aal --shards changed/shard-000001.tar --val shard-000001.tar "
-        "--store S --out new/run @SMALL",
+        "shards that have changed since",
+        "train --recipe aal --shards changed/shard-000001.tar --val shard-000001.tar --store S --out new/run @SMALL",
         ("changed/shard-000001.tar", "are known in this store under other shards", "run `pipeline precompute`"),
     ),
     Mistake(
@@ -32,17 +33,20 @@ TRAINING = [
         ("number of classes: the student has 5, the teacher 3", "pipeline fit-teacher"),
     ),
     Mistake(
-        "a student without a class token", "train --recipe advit-l1 @DATA --store S --out new/run @SMALL "
+        "a student without a class token",
+        "train --recipe advit-l1 @DATA --store S --out new/run @SMALL "
         "--set losses.advit.layers=last --set student.model=vit_base_patch16_siglip_gap_224 "
         "--set student.global_pool=avg",
         ("advit: the student has no class token", "Take one that has"),
     ),
     Mistake(
-        "a typo in the student", "train --recipe scratch @DATA --out new/run @SMALL --set student.model=vit_tiny",
+        "a typo in the student",
+        "train --recipe scratch @DATA --out new/run @SMALL --set student.model=vit_tiny",
         ("timm has no 'vit_tiny'", "Did you mean 'vit_tiny_patch16_224'?"),
     ),
     Mistake(
-        "a CNN for a student", "train --recipe scratch @DATA --out new/run @SMALL --set student.model=resnet18",
+        "a CNN for a student",
+        "train --recipe scratch @DATA --out new/run @SMALL --set student.model=resnet18",
         ("student resnet18", "cannot be created", "--set student.model=vit_tiny_patch16_224"),
     ),
     Mistake(
@@ -56,19 +60,23 @@ TRAINING = [
         ("300 samples are fewer than one batch of 1024", "--set stream.batch_size=256"),
     ),
     Mistake(
-        "a batch that cannot be cut", "train --recipe scratch @DATA --out new/run @SMALL --set stream.batch_size=30",
+        "a batch that cannot be cut",
+        "train --recipe scratch @DATA --out new/run @SMALL --set stream.batch_size=30",
         ("batch size 30", "stream.lanes", "--set stream.batch_size=32"),
     ),
     Mistake(
-        "too large a learning rate", "train --recipe scratch @DATA --out new/run @SMALL --set optim.lr=1000",
+        "too large a learning rate",
+        "train --recipe scratch @DATA --out new/run @SMALL --set optim.lr=1000",
         ("the loss is not finite", "--set optim.lr=X", "--set optim.clip_grad=1"),
     ),
     Mistake(
-        "a damaged store", "train --recipe deit-soft @DATA --store damaged --out new/run @SMALL --same-classes",
+        "a damaged store",
+        "train --recipe deit-soft @DATA --store damaged --out new/run @SMALL --same-classes",
         ("damaged/targets/cnn-logits-", "damaged:", "`pipeline verify --store DIR` lists everything that is damaged"),
     ),
     Mistake(
-        "a GPU that is not there", "train --recipe scratch @DATA --out new/run @SMALL --device cuda:99",
+        "a GPU that is not there",
+        "train --recipe scratch @DATA --out new/run @SMALL --device cuda:99",
         ("--device cuda:99", "CUDA device"),
     ),
     Mistake(
@@ -77,44 +85,55 @@ TRAINING = [
         ("pretrained and weights are both given", "--set student.pretrained=false"),
     ),
     Mistake(
-        "an image that is broken", "train --recipe scratch --shards broken/shard.tar --val broken/shard.tar "
+        "an image that is broken",
+        "train --recipe scratch --shards broken/shard.tar --val broken/shard.tar "
         "--out new/broken @SMALL --set stream.batch_size=8",
         ("broken/shard.tar: key 'cat_9': cannot be decoded", "remove the image and pack again"),
     ),
     Mistake(
-        "a run over another one", "train --recipe scratch @DATA --out run @SMALL",
+        "a run over another one",
+        "train --recipe scratch @DATA --out run @SMALL",
         ("run: there is a run in this folder already", "add --resume", "--out RUN"),
     ),
     Mistake(
-        "a run into a folder of photos", "train --recipe scratch @DATA --out photos @SMALL",
+        "a run into a folder of photos",
+        "train --recipe scratch @DATA --out photos @SMALL",
         ("photos: there is something else in this folder (cat, …)", "--out RUN"),
     ),
     Mistake(
-        "--resume where nothing is", "train --recipe scratch @DATA --out new/none @SMALL --resume",
+        "--resume where nothing is",
+        "train --recipe scratch @DATA --out new/none @SMALL --resume",
         ("new/none: no checkpoint here", "Without --resume a new run begins"),
     ),
     Mistake(
-        "a recipe that was edited, then --resume", "train --recipe edited.yaml @DATA --out run @SMALL --resume",
+        "a recipe that was edited, then --resume",
+        "train --recipe edited.yaml @DATA --out run @SMALL --resume",
         ("run/checkpoint.pt: seed: the run has 0, asked for 1", "begin a new one: --out RUN"),
     ),
     Mistake(
-        "a recipe with tabs", "train --recipe tabs.yaml @DATA --out new/run",
+        "a recipe with tabs",
+        "train --recipe tabs.yaml @DATA --out new/run",
         ("tabs.yaml: not plain YAML", "line 2", "spaces, not with tabs"),
     ),
     # ---------------------------------------------------------------------------------------- students
     Mistake(
-        "a run that is not there", "evaluate accuracy rnu --shards shard-000000.tar", ("rnu", "no student", "pipeline"),
+        "a run that is not there",
+        "evaluate accuracy rnu --shards shard-000000.tar",
+        ("rnu", "no student", "pipeline"),
     ),
     Mistake(
-        "an average that was not kept", "evaluate accuracy run --shards shard-000000.tar --checkpoint ema",
+        "an average that was not kept",
+        "evaluate accuracy run --shards shard-000000.tar --checkpoint ema",
         ("run has no student 'ema'", "--set model_ema_decay=0.999", "--checkpoint last"),
     ),
     Mistake(
-        "a file that is no student", "evaluate accuracy shard-000000.tar --shards shard-000000.tar",
+        "a file that is no student",
+        "evaluate accuracy shard-000000.tar --shards shard-000000.tar",
         ("shard-000000.tar: not a student", "pipeline train"),
     ),
     Mistake(
-        "evaluation on other classes", "evaluate accuracy run --shards other/val-000000.tar",
+        "evaluation on other classes",
+        "evaluate accuracy run --shards other/val-000000.tar",
         ("other/classes.json: classes: expected 3", "found 5", "Give shards of the same classes"),
     ),
     Mistake("prediction of a text", "predict run notes.txt", ("notes.txt: cannot be decoded", "no JPEG, PNG or WebP")),
@@ -127,18 +146,21 @@ TRAINING = [
     # ---------------------------------------------------------------------------------------- the project file
     Mistake("teachers as a list", "plan --project list.yaml", ("list.yaml: teachers:", "teachers: {vit_tiny: {}}")),
     Mistake(
-        "a recipe's setting in a project file", "plan --project epochs.yaml",
+        "a recipe's setting in a project file",
+        "plan --project epochs.yaml",
         ("epochs.yaml: epochs: a recipe's setting goes under `set`", "'optim.epochs'"),
     ),
     Mistake(
-        "weights of a project that are not there", "precompute --project gone.yaml",
+        "weights of a project that are not there",
+        "precompute --project gone.yaml",
         ("gone.yaml: teachers.vit_tiny: --weights gone.pth: cannot be read", "pipeline fit-teacher"),
     ),
     Mistake("a project file that is not there", "plan --project p.yaml", ("p.yaml", "No such file", "pipeline init")),
     Mistake("tabs in the project file", "plan --project tabs.yaml", ("tabs.yaml", "line 2", "spaces, not with tabs")),
     Mistake("a typo in the project file", "plan --project typo.yaml", ("typo.yaml: shard:", "Did you mean 'shards'?")),
     Mistake(
-        "a typo in the project's teacher", "plan --project teacher.yaml",
+        "a typo in the project's teacher",
+        "plan --project teacher.yaml",
         ("teacher.yaml: teachers.mobilnet:", "Did you mean 'mobilenetv2'?"),
     ),
-]  # fmt: skip
+]

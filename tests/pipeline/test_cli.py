@@ -18,9 +18,16 @@ from tests.conftest import ROOT
 from tests.pipeline.every_command import every_command
 
 SIZES = [
-    "student.model=vit_tiny_patch16_224", "student.img_size=32", "student.patch_size=4", "student.embed_dim=48",
-    "student.depth=2", "student.num_heads=3", "stream.batch_size=32", "optim.epochs=2", "optim.warmup_epochs=0",
-]  # fmt: skip
+    "student.model=vit_tiny_patch16_224",
+    "student.img_size=32",
+    "student.patch_size=4",
+    "student.embed_dim=48",
+    "student.depth=2",
+    "student.num_heads=3",
+    "stream.batch_size=32",
+    "optim.epochs=2",
+    "optim.warmup_epochs=0",
+]
 
 TRAIN = ["train", "--recipe", "scratch", "--shards", "{shard}", "--val", "{shard}", "--out", "r"]
 MAKE = ["precompute", "--teacher", "resnet34", "--shards", "{shard}", "--store", "s"]
@@ -47,8 +54,23 @@ def run(capsys):
 def precompute_words(world, store: object, *more: object) -> list[str]:
     name, arguments = TINY_CNN
     pairs = [w for k, v in {**arguments, "num_classes": 3}.items() for w in ("--teacher-arg", f"{k}={v}")]
-    words = ["precompute", "--teacher", name, "--weights", world.weights["cnn"], *pairs, "--mean", ".5", "--std", ".5",
-             "--input-size", "64", "--store", store, *more]  # fmt: skip
+    words = [
+        "precompute",
+        "--teacher",
+        name,
+        "--weights",
+        world.weights["cnn"],
+        *pairs,
+        "--mean",
+        ".5",
+        "--std",
+        ".5",
+        "--input-size",
+        "64",
+        "--store",
+        store,
+        *more,
+    ]
     return [str(word) for word in words]
 
 
@@ -88,8 +110,20 @@ def test_from_class_folders_to_a_score(run, world, tmp_path, monkeypatch):
     assert (checked["ok"], checked["views_rendered"]) == (True, 480)
 
     sets = [w for s in SIZES for w in ("--set", s)]
-    trained = run("train", "--recipe", "aal", "--store", "S", *shards, "--val", "train-val-000000.tar", "--out", "run",
-                  *sets, "--json")  # fmt: skip
+    trained = run(
+        "train",
+        "--recipe",
+        "aal",
+        "--store",
+        "S",
+        *shards,
+        "--val",
+        "train-val-000000.tar",
+        "--out",
+        "run",
+        *sets,
+        "--json",
+    )
     assert trained.status == 0, trained.err
     scored = json.loads(run("evaluate", "accuracy", "run", "--shards", "train-val-000000.tar", "--json").out)
     assert scored["samples"] == 60
@@ -242,9 +276,11 @@ def test_bad_shards_are_refused_by_every_command_that_reads_them(run, world, tmp
     elif harm == "no closing blocks":
         path.write_bytes(data.rstrip(b"\0") + b"\0" * (-len(data.rstrip(b"\0")) % 512))
     message = {
-        "truncated": "truncated", "compressed": "compressed with gzip", "unlabeled": "has no label (.cls)",
+        "truncated": "truncated",
+        "compressed": "compressed with gzip",
+        "unlabeled": "has no label (.cls)",
         "no closing blocks": "closing zero blocks",
-    }[harm]  # fmt: skip
+    }[harm]
     sets = [w for s in SIZES for w in ("--set", s)]
     commands = [["train", "--recipe", "scratch", "--shards", good, "--val", good, "--out", "r", *sets]]
     if harm != "unlabeled":  # activations need no labels
@@ -283,8 +319,15 @@ def test_another_weights_file_under_a_recorded_name_is_refused(run, world, tmp_p
 
 def test_recipes_are_valid_and_open_with_paper_command_and_what_to_expect():
     assert {
-        "aal", "advit-l1", "attention-distill", "deit-hard", "deit-soft", "fine-tune", "head-specific", "scratch"
-    } <= {*loader.names()}  # fmt: skip
+        "aal",
+        "advit-l1",
+        "attention-distill",
+        "deit-hard",
+        "deit-soft",
+        "fine-tune",
+        "head-specific",
+        "scratch",
+    } <= {*loader.names()}
     for name in loader.names():
         recipe = loader.load_recipe(name)
         assert ("crossentropy" in recipe.losses) == (name not in ("attndistill", "simreg", "seed", "compress"))

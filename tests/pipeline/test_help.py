@@ -25,10 +25,29 @@ from tests.storage.helpers import write_tar
 PARSED_ONLY = ("demo", "bench")
 # An order in which each finds what those before it left; `init` is last, for its project file speaks to all others.
 ORDER = (
-    "pack", "teachers", "recipes", "plan", "precompute", "verify", "inspect", "train", "fit-teacher",
-    "evaluate", "evaluate accuracy", "evaluate knn", "evaluate linear-probe", "evaluate localize",
-    "evaluate similarity", "evaluate cost", "predict", "aal-links", "export", "demo", "bench", "init",
-)  # fmt: skip
+    "pack",
+    "teachers",
+    "recipes",
+    "plan",
+    "precompute",
+    "verify",
+    "inspect",
+    "train",
+    "fit-teacher",
+    "evaluate",
+    "evaluate accuracy",
+    "evaluate knn",
+    "evaluate linear-probe",
+    "evaluate localize",
+    "evaluate similarity",
+    "evaluate cost",
+    "predict",
+    "aal-links",
+    "export",
+    "demo",
+    "bench",
+    "init",
+)
 SHORT_RUN = ("stream.batch_size=16", "optim.epochs=1", "optim.warmup_epochs=0", "precision.amp_dtype=none")
 # What makes an example quick for few images, and changes nothing else.
 QUICK = {
@@ -42,10 +61,23 @@ QUICK = {
 # What an example finds in the folder beside what those before it left.
 BEFORE = {
     "evaluate similarity": [
-        "precompute", "--teacher", "vit_tiny", "--weights", "vit_tiny.safetensors", "--shards", "train-val-000000.tar",
-        "--store", "S", "--view-policy", "short(1)|center", "--view-size", "32", "--target", "attention",
+        "precompute",
+        "--teacher",
+        "vit_tiny",
+        "--weights",
+        "vit_tiny.safetensors",
+        "--shards",
+        "train-val-000000.tar",
+        "--store",
+        "S",
+        "--view-policy",
+        "short(1)|center",
+        "--view-size",
+        "32",
+        "--target",
+        "attention",
     ],
-}  # fmt: skip
+}
 
 
 def examples(command: click.Command) -> list[list[str]]:
@@ -82,9 +114,13 @@ def test_help_answers_at_once_because_it_imports_click_alone(words):
 def test_no_summary_is_cut_off(group):
     words = [] if group is cli else [group.name]
     run = subprocess.run(
-        [sys.executable, "-m", "pipeline", *words, "--help"], cwd=ROOT, env={**os.environ, "COLUMNS": "80"},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "pipeline", *words, "--help"],
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "80"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     listed = run.stdout.partition("Commands:\n")[2].splitlines()
     assert [line.split()[0] for line in listed] == sorted(group.commands)
     assert not [line for line in listed if line.endswith("...")]

@@ -87,8 +87,10 @@ def place(world, tmp_path_factory: pytest.TempPathFactory) -> Path:
             Path(f"worse/cat/{i}.jpg").write_bytes(Path("photos/cat/1.jpg").read_bytes()[: 300 if i == 9 else None])
         shutil.copytree("photos/cat", "alone/cat")
         for typed in (
-            "pack worse broken/shard.tar", "pack alone one/one.tar", "train --recipe mine.yaml @DATA --out run @SMALL",
-        ):  # fmt: skip
+            "pack worse broken/shard.tar",
+            "pack alone one/one.tar",
+            "train --recipe mine.yaml @DATA --out run @SMALL",
+        ):
             with pytest.raises(SystemExit) as ended:
                 main(words_of(typed))
             assert ended.value.code == 0
@@ -149,9 +151,13 @@ def test_the_same_in_a_process_of_its_own(mistake, place, tmp_path):
     before = kept(place)
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     run = subprocess.run(
-        [sys.executable, "-m", "pipeline", *words_of(mistake.typed)], cwd=place, env={**os.environ, **offline},
-        capture_output=True, text=True, timeout=HANGS,
-    )  # fmt: skip
+        [sys.executable, "-m", "pipeline", *words_of(mistake.typed)],
+        cwd=place,
+        env={**os.environ, **offline},
+        capture_output=True,
+        text=True,
+        timeout=HANGS,
+    )
     check(mistake, place, before, run.returncode, run.stdout, run.stderr)
 
 

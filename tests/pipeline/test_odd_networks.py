@@ -27,9 +27,24 @@ def test_a_network_that_pytorch_cannot_export_is_refused_in_one_message(
     monkeypatch.chdir(tmp_path)
     torch.save(timm.create_model("hiera_tiny_224", **HIERA).state_dict(), "w.pth")
     synthetic_shards(tmp_path, shards=1, samples=4, stem="train")
-    words = ["precompute", "--teacher", "hiera_tiny_224", "--weights", "w.pth", "--shards", "train-000000.tar",
-             "--store", "S", "--view-policy", "eval", "--view-size", "64", "--target", "logits",
-             *(w for k, v in HIERA.items() for w in ("--teacher-arg", f"{k}={v}"))]  # fmt: skip
+    words = [
+        "precompute",
+        "--teacher",
+        "hiera_tiny_224",
+        "--weights",
+        "w.pth",
+        "--shards",
+        "train-000000.tar",
+        "--store",
+        "S",
+        "--view-policy",
+        "eval",
+        "--view-size",
+        "64",
+        "--target",
+        "logits",
+        *(w for k, v in HIERA.items() for w in ("--teacher-arg", f"{k}={v}")),
+    ]
     with pytest.raises(SystemExit) as ended:
         main(words)
     assert ended.value.code == 1

@@ -58,9 +58,12 @@ def python(words: list[str], home: Path, address: str) -> str:
     own = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
     others = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     done = subprocess.run(
-        [sys.executable, *words], cwd=home, env={**others, "PYTHONPATH": str(ROOT), **own},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, *words],
+        cwd=home,
+        env={**others, "PYTHONPATH": str(ROOT), **own},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -93,8 +96,9 @@ def test_the_card_is_of_the_student_that_was_chosen(taught, hub, tmp_path, capsy
     card.write_text(card.read_text().replace("library_name: timm", "license: mit\nlibrary_name: timm"))
     card.write_text(f"{card.read_text()}\n## Thanks\n\nTo all.\n")
     result = {**json.loads((copy / "result.json").read_text()), "top1": 40.0, "best_top1": 41.0, "ema_top1": 42.0}
-    card.write_text(card.read_text().replace(f"value: {json.loads((taught / 'result.json').read_text())['top1']}",
-                                             "value: 40.0"))  # fmt: skip
+    card.write_text(
+        card.read_text().replace(f"value: {json.loads((taught / 'result.json').read_text())['top1']}", "value: 40.0")
+    )
     (copy / "result.json").write_text(json.dumps(result))
     for name, top1 in (("last", 40.0), ("best", 41.0), ("ema", 42.0)):
         status, out, err = pushed(capsys, copy, "--checkpoint", name, "--push-to-hub", f"lab/{name}")

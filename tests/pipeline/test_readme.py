@@ -40,9 +40,13 @@ def test_the_loop_in_the_guide_is_15_lines_and_runs(world, tmp_path):
     prepare(world, tmp_path)
     (tmp_path / "loop.py").write_text(loop + '    print("seen", *seen.shape, batch.images.dtype)\n')
     run = subprocess.run(
-        [sys.executable, "loop.py"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=HANGS,
-    )  # fmt: skip
+        [sys.executable, "loop.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=HANGS,
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == ["seen", "32", "60", "8", "8", "torch.uint8"]
 
@@ -106,8 +110,11 @@ def test_the_lines_from_a_folder_to_a_student_run_as_they_stand(shared, tmp_path
     weights = shared / "weights" / "vit_tiny_patch16_224.safetensors"
     in_timms_cache(tmp_path / "hub", "vit_tiny_patch16_224.augreg_in21k_ft_in1k", weights)
     environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "HF_HUB_OFFLINE": "1",
+    }
 
     def said(*lines: str) -> list[tuple[int, str]]:
         """Status and stderr of each line, one process for all: importing torch eleven times takes a minute."""
@@ -136,9 +143,13 @@ def test_what_a_store_costs_is_what_the_codecs_say():
     """The table's figures: bytes of a view image, and of ImageNet-1k in four views."""
     grid, tokens = (14, 14), 14 * 14 + 1
     codecs = [
-        Codec("topk20", (1000,), 1), Codec("f16", (384,), 1), Codec("log8", (12, 6, tokens), 1),
-        Codec("u8", (712, *grid), 2), Codec("u8", (952, *grid), 2), Codec("log8", (1, 6, tokens, tokens), 1),
-    ]  # fmt: skip
+        Codec("topk20", (1000,), 1),
+        Codec("f16", (384,), 1),
+        Codec("log8", (12, 6, tokens), 1),
+        Codec("u8", (712, *grid), 2),
+        Codec("u8", (952, *grid), 2),
+        Codec("log8", (1, 6, tokens, tokens), 1),
+    ]
     view, pixels = 8 * len(COLUMNS) + 4, 3 * 224**2
     each = [view, *(codec.sample_bytes for codec in codecs), pixels]
     text = (ROOT / "README.md").read_text().partition("## What a store costs\n")[2]

@@ -15,9 +15,16 @@ from tests.conftest import teacher_of
 from tests.precompute.graphs import OUTPUTS, exported, made_by, small
 
 SIZES = {
-    "student.model": "vit_tiny_patch16_224", "student.img_size": 32, "student.patch_size": 8, "student.embed_dim": 48,
-    "student.depth": 3, "student.num_heads": 3, "stream.batch_size": 16, "optim.epochs": 1, "optim.warmup_epochs": 0,
-}  # fmt: skip
+    "student.model": "vit_tiny_patch16_224",
+    "student.img_size": 32,
+    "student.patch_size": 8,
+    "student.embed_dim": 48,
+    "student.depth": 3,
+    "student.num_heads": 3,
+    "stream.batch_size": 16,
+    "optim.epochs": 1,
+    "optim.warmup_epochs": 0,
+}
 VIEWS = ["--view-policy", "light", "--view-size", 32, "--num-views", 2]
 HALF = ["--mean", ".5", "--std", ".5"]
 
@@ -91,9 +98,13 @@ def test_a_project_file_names_taps_and_a_student_learns_from_attention(
     rows = made_by(here / "vit.onnx", "Softmax")
     entry = {"teacher": "vit.onnx", "mean": 0.5, "std": 0.5, "tap_tensors": {"attention": rows, "logits": "logits"}}
     content = {
-        "shards": "train-000000.tar", "val": "train-000000.tar", "store": str(tmp_path / "S"),
-        "views": {"policy": "light", "size": 32, "count": 1}, "teachers": {"graph": entry}, "set": SIZES,
-    }  # fmt: skip
+        "shards": "train-000000.tar",
+        "val": "train-000000.tar",
+        "store": str(tmp_path / "S"),
+        "views": {"policy": "light", "size": 32, "count": 1},
+        "teachers": {"graph": entry},
+        "set": SIZES,
+    }
     (here / "project.yaml").write_text(yaml.safe_dump(content))
     monkeypatch.chdir(tmp_path)  # paths are relative to the file
     project = ["--project", here / "project.yaml"]
@@ -152,7 +163,7 @@ def test_sizes_that_a_file_has_itself_are_not_asked_for(here: Path, run: Any) ->
         (["--teacher", "train-000000.tar", *HALF], "no teacher is called 'train-000000.tar'"),
         (["--teacher", "bad.onnx", *HALF, "--tap-tensor", "logits=y"], "bad.onnx: it has 2 inputs (a, b)"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_end_with_one_clear_message(here: Path, run: Any, tmp_path: Path, words: list[str], says: str) -> None:
     small(here / "bad.onnx", inputs=("a", "b"))
     status, out, err = run("precompute", *words, *SHARDS, "--store", tmp_path / "S", *VIEWS)
@@ -176,8 +187,16 @@ def test_a_head_cannot_be_fitted_into_a_file(here: Path, run: Any, tmp_path: Pat
     ]
     assert run("precompute", *words)[0] == 0
     status, _, err = run(
-        "fit-teacher", "--store", tmp_path / "S", "--teacher", "vit", *SHARDS, "--val", "train-000000.tar", "--out",
+        "fit-teacher",
+        "--store",
+        tmp_path / "S",
+        "--teacher",
+        "vit",
+        *SHARDS,
+        "--val",
+        "train-000000.tar",
+        "--out",
         tmp_path / "w.safetensors",
-    )  # fmt: skip
+    )
     assert status == 1
     assert "teacher vit is a ready graph (vit.onnx), and a head is fitted into a PyTorch network" in err

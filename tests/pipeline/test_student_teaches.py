@@ -20,9 +20,15 @@ from student.models.files import load_student
 from tests.conftest import World
 
 SMALL = {
-    "student.embed_dim": 32, "student.depth": 2, "student.mlp_ratio": 2, "stream.batch_size": 32, "optim.epochs": 1,
-    "optim.warmup_epochs": 0, "precision.amp_dtype": "none", "precision.fused_attn": True,
-}  # fmt: skip
+    "student.embed_dim": 32,
+    "student.depth": 2,
+    "student.mlp_ratio": 2,
+    "stream.batch_size": 32,
+    "optim.epochs": 1,
+    "optim.warmup_epochs": 0,
+    "precision.amp_dtype": "none",
+    "precision.fused_attn": True,
+}
 
 
 def run(capsys: Any, *words: str) -> dict[str, Any]:
@@ -47,9 +53,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_card_s_command_makes_a_student_a_teacher_of_another(world, place, capsys, monkeypatch) -> None:
     """Eight heads and a wide MLP teach four: section 5, its teacher trained here."""
     teacher = place / "teacher"
-    train(world, capsys, "--out", str(teacher), **{
-        "losses.head_specific": "null", "losses.crossentropy.weight": 1, "student.num_heads": 8, "student.mlp_ratio": 4,
-    })  # fmt: skip
+    train(
+        world,
+        capsys,
+        "--out",
+        str(teacher),
+        **{
+            "losses.head_specific": "null",
+            "losses.crossentropy.weight": 1,
+            "student.num_heads": 8,
+            "student.mlp_ratio": 4,
+        },
+    )
     card = (teacher / "README.md").read_text()
     printed = card.partition("It can be a teacher")[2].split("```")[1].replace("\\\n", " ")
     shards = " --shards ".join(shlex.quote(shard) for shard in world.shards)

@@ -36,13 +36,16 @@ def test_a_key_in_a_project_file_or_a_flag_chooses_the_weights(tmp_path: Path, r
     torch.save({"state_dict": load_file(plain), "state_dict_ema": load_file(average)}, tmp_path / "w.pth")
     common = {"teacher": TINY_VIT[0], "args": ARGUMENTS, "targets": "logits", **HALF}
     content = {
-        "shards": "train-000000.tar", "store": "S", "views": {"policy": "light", "size": 32, "count": 1},
+        "shards": "train-000000.tar",
+        "store": "S",
+        "views": {"policy": "light", "size": 32, "count": 1},
         "teachers": {
             "timms": {**common, "weights": "w.pth"},
             "named": {**common, "weights": "w.pth", "weights_key": "state_dict"},
-            "plain": {**common, "weights": plain}, "average": {**common, "weights": average},
+            "plain": {**common, "weights": plain},
+            "average": {**common, "weights": average},
         },
-    }  # fmt: skip
+    }
     project = tmp_path / "p.yaml"
     project.write_text(json.dumps(content))
     status, made, err = run("precompute", "--project", project)

@@ -61,16 +61,40 @@ def bare(folder: Path, line: str = "deit", size: int = 32, codec: str = "u8") ->
     onnx.checker.check_model(model)
     store = Store.create(folder)
     store.add(banks.bank_manifest(views))
-    teacher = {"model": "none", "arguments": {}, "weights sha256": "none", "input size": size, "mean": [0, 0, 0],
-               "std": [1, 1, 1]}  # fmt: skip
+    teacher = {
+        "model": "none",
+        "arguments": {},
+        "weights sha256": "none",
+        "input size": size,
+        "mean": [0, 0, 0],
+        "std": [1, 1, 1],
+    }
     store.add(teacher_manifest(teacher, id="averages", network="other", layers=0))
     digest = store.add_graph("averages", model.SerializeToString())
-    identity = {"teacher": json_record.digest_of(teacher), "bank": views.bank, "tap": "activations", "layers": None,
-                "grid": grid, "codec": codec}  # fmt: skip
+    identity = {
+        "teacher": json_record.digest_of(teacher),
+        "bank": views.bank,
+        "tap": "activations",
+        "layers": None,
+        "grid": grid,
+        "codec": codec,
+    }
     id = f"averages-activations-{codec}-{json_record.digest_of(identity)[:8]}"
-    about = {"teacher": "averages", "graph": digest, "output": 0, "sample_shape": [3, grid, grid], "maps": 2,
-             "axes": ["map", "y", "x"], "values": "plain", "parity": None, "attention_error": None,
-             "format": 1, "kind": "target", "id": id, "identity": identity}  # fmt: skip
+    about = {
+        "teacher": "averages",
+        "graph": digest,
+        "output": 0,
+        "sample_shape": [3, grid, grid],
+        "maps": 2,
+        "axes": ["map", "y", "x"],
+        "values": "plain",
+        "parity": None,
+        "attention_error": None,
+        "format": 1,
+        "kind": "target",
+        "id": id,
+        "identity": identity,
+    }
     target = store.add(TargetManifest.model_validate(about))
     return Bare(folder, store, views, digest, TargetOutput.of(target))
 

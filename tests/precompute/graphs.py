@@ -95,10 +95,12 @@ def small(
     """A file of a few nodes; by default from `x` to `y`, the means of its channels `[N, 3]`."""
     nodes = nodes or [node("GlobalAveragePool", inputs[0], "pooled"), node("Flatten", "pooled", outputs[0])]
     graph = helper.make_graph(
-        nodes, "g", [helper.make_tensor_value_info(name, kind, shape) for name in inputs],
+        nodes,
+        "g",
+        [helper.make_tensor_value_info(name, kind, shape) for name in inputs],
         [helper.make_tensor_value_info(name, kind, None) for name in outputs],
         [numpy_helper.from_array(value, name) for name, value in (weights or {}).items()],
-    )  # fmt: skip
+    )
     imports = [helper.make_opsetid("", opset), *(helper.make_opsetid(domain, 1) for domain in domains)]
     path.write_bytes(helper.make_model(graph, opset_imports=imports, ir_version=8).SerializeToString())
     return path

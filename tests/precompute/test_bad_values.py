@@ -46,9 +46,10 @@ def corrupt(world: World, tmp_path: Path) -> str:
     """A shard of 150 samples with two images that cannot be decoded: numbers 3 and 80."""
     damage = {3: lambda data: data[: len(data) // 2], 80: lambda data: b"not an image"}
     return rewritten(
-        world.shards[0], tmp_path / "corrupt" / "corrupt-000000.tar",
+        world.shards[0],
+        tmp_path / "corrupt" / "corrupt-000000.tar",
         lambda number, ending, data: damage[number](data) if ending == "png" and number in damage else data,
-    )  # fmt: skip
+    )
 
 
 def test_an_image_that_cannot_be_decoded_fails_its_shard_by_key(world: World, tmp_path: Path, corrupt: str) -> None:

@@ -34,8 +34,16 @@ NETWORKS = {
     "test_resnet": {*ATTENDS, "tokens", "class_token"},
     "test_convnext": {"activations", *ATTENDS, "tokens", "class_token"},  # its stages end in layer norms
 }
-HEAVY = ("vit_base_patch16_siglip_224", "beit_base_patch16_224", "vit_small_patch16_dinov3", "eva02_tiny_patch14_224",
-         "vit_wee_patch16_reg1_gap_256", "deit_tiny_distilled_patch16_224", "pit_ti_224", "test_convnext")  # fmt: skip
+HEAVY = (
+    "vit_base_patch16_siglip_224",
+    "beit_base_patch16_224",
+    "vit_small_patch16_dinov3",
+    "eva02_tiny_patch14_224",
+    "vit_wee_patch16_reg1_gap_256",
+    "deit_tiny_distilled_patch16_224",
+    "pit_ti_224",
+    "test_convnext",
+)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

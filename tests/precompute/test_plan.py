@@ -196,9 +196,25 @@ def test_contract_5_another_teacher_under_a_recorded_name_is_refused(world: Worl
 def test_the_command_line_tells_the_plan(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name, arguments = "resnet10t", ["channels=[8,12,16,24]", "stem_width=8", "num_classes=3"]
     flags = [
-        "--teacher", name, "--weights", world.weights["cnn"], "--mean", "0.5", "--std", "0.5", "--input-size", "64",
-        "--shards", world.shards[0], "--store", str(tmp_path / "S"), "--view-size", "32", "--num-views", "2",
-    ]  # fmt: skip
+        "--teacher",
+        name,
+        "--weights",
+        world.weights["cnn"],
+        "--mean",
+        "0.5",
+        "--std",
+        "0.5",
+        "--input-size",
+        "64",
+        "--shards",
+        world.shards[0],
+        "--store",
+        str(tmp_path / "S"),
+        "--view-size",
+        "32",
+        "--num-views",
+        "2",
+    ]
     flags += [part for argument in arguments for part in ("--teacher-arg", argument)]
     with pytest.raises(SystemExit) as ended:
         main(["plan", *flags, "--measure", "0.2", "--json"])

@@ -155,13 +155,45 @@ def test_contract_3_another_process_with_the_shards_in_another_order_makes_the_s
 ) -> None:
     place = tmp_path / "store"
     command = [
-        sys.executable, "-m", "pipeline", "precompute", "--teacher", TINY_CNN[0], "--weights", world.weights["cnn"],
-        "--teacher-arg", "channels=[8,12,16,24]", "--teacher-arg", "stem_width=8", "--teacher-arg", "num_classes=3",
-        "--input-size", "64", "--mean", "0.5", "--std", "0.5", "--teacher-name", "cnn",
+        sys.executable,
+        "-m",
+        "pipeline",
+        "precompute",
+        "--teacher",
+        TINY_CNN[0],
+        "--weights",
+        world.weights["cnn"],
+        "--teacher-arg",
+        "channels=[8,12,16,24]",
+        "--teacher-arg",
+        "stem_width=8",
+        "--teacher-arg",
+        "num_classes=3",
+        "--input-size",
+        "64",
+        "--mean",
+        "0.5",
+        "--std",
+        "0.5",
+        "--teacher-name",
+        "cnn",
         *(f"--target={wish}" for wish in CNN),
-        "--shards", world.shards[1], "--shards", world.shards[0], "--store", str(place), "--view-policy", "light",
-        "--view-size", "32", "--num-views", "2", "--provider", "cpu", "--json",
-    ]  # fmt: skip
+        "--shards",
+        world.shards[1],
+        "--shards",
+        world.shards[0],
+        "--store",
+        str(place),
+        "--view-policy",
+        "light",
+        "--view-size",
+        "32",
+        "--num-views",
+        "2",
+        "--provider",
+        "cpu",
+        "--json",
+    ]
     environment = {**os.environ, "PYTHONHASHSEED": "1"}
     child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=HANGS, check=False)
     assert child.returncode == 0, child.stderr.decode()
@@ -177,9 +209,13 @@ def test_contract_3_another_process_with_the_shards_in_another_order_makes_the_s
 
 @pytest.mark.parametrize(
     ("changes", "field"),
-    [({"weights": "other"}, "weights sha256"), ({"mean": (0.4,)}, "mean"), ({"input_size": 96}, "input size"),
-     ({"arguments": {**TINY_CNN[1], "num_classes": 3, "drop_rate": 0.1}}, "arguments")],
-)  # fmt: skip
+    [
+        ({"weights": "other"}, "weights sha256"),
+        ({"mean": (0.4,)}, "mean"),
+        ({"input_size": 96}, "input size"),
+        ({"arguments": {**TINY_CNN[1], "num_classes": 3, "drop_rate": 0.1}}, "arguments"),
+    ],
+)
 def test_contract_5_another_teacher_under_a_recorded_name_is_refused_and_changes_nothing(
     world: World, tmp_path: Path, changes: dict[str, Any], field: str
 ) -> None:
@@ -192,8 +228,10 @@ def test_contract_5_another_teacher_under_a_recorded_name_is_refused_and_changes
         run_precompute(place, world.shards, other, CNN)
     recorded = teacher_of(world.weights, "cnn")
     assert (caught.value.field, caught.value.expected, caught.value.found) == (
-        field, recorded.identity.plain()[field], other.identity.plain()[field],
-    )  # fmt: skip
+        field,
+        recorded.identity.plain()[field],
+        other.identity.plain()[field],
+    )
     assert "`teacher_name=cnn-2`" in str(caught.value)
     assert snapshot(place) == before
 
@@ -218,9 +256,10 @@ def test_a_shard_with_another_first_image_is_another_shard(world: World, tmp_pat
         member = next(m for m in tar.getmembers() if m.name.endswith(".png"))
         image = tar.extractfile(member).read()  # type: ignore[union-attr]
     shard = rewritten(
-        world.shards[0], tmp_path / "data" / Path(world.shards[0]).name,
+        world.shards[0],
+        tmp_path / "data" / Path(world.shards[0]).name,
         lambda number, ending, data: image if number == 0 and ending == "png" else data,
-    )  # fmt: skip
+    )
     result = run_precompute(place, [shard], teacher_of(world.weights, "cnn"), F32)
     assert result["shards"][0] not in Store.open(world.store).shard_ids()
     after = snapshot(place)

@@ -35,8 +35,15 @@ def test_targets_of_all_taps_and_codecs_are_what_the_live_teacher_says(world: Wo
 
 
 def test_what_a_vit_gives_besides_is_what_the_live_teacher_says(world: World, tmp_path: Path) -> None:
-    wishes = ["v,layers=last", "attention", "attention,layers=1,codec=log8", "tokens", "tokens,layers=1:2", "embedding",
-              "tokens,layers=last,codec=u8"]  # fmt: skip
+    wishes = [
+        "v,layers=last",
+        "attention",
+        "attention,layers=1,codec=log8",
+        "tokens",
+        "tokens,layers=1:2",
+        "embedding",
+        "tokens,layers=last,codec=u8",
+    ]
     shards = synthetic_shards(tmp_path / "data", shards=1, samples=20)
     run_precompute(tmp_path / "store", shards, teacher_of(world.weights, "vit"), wishes, num_views=1)
     report = checked(Store.open(tmp_path / "store"), shards, samples=0)

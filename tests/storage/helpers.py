@@ -133,8 +133,13 @@ class SmallStore:
     def add_target(self, id: str, codec: str = "u8", shape: tuple[int, ...] = (3, 4, 4)) -> dict[Task, np.ndarray]:
         """Record a target with values for every shard and view; the values."""
         identity = {
-            "teacher": "none", "bank": self.policy.bank, "tap": "made up", "layers": None, "grid": None, "codec": codec,
-        }  # fmt: skip
+            "teacher": "none",
+            "bank": self.policy.bank,
+            "tap": "made up",
+            "layers": None,
+            "grid": None,
+            "codec": codec,
+        }
         axes = [f"axis{i}" for i in range(len(shape))]
         about = {"sample_shape": list(shape), "axes": axes, "maps": 2, "parity": None, "attention_error": None}
         about |= {"identity": identity, "teacher": "none", "graph": None, "output": None}

@@ -20,10 +20,20 @@ from student.training.train import train
 from tests.conftest import HANGS, ROOT, Quiet, World
 
 STUDENT = [
-    "student.model=vit_tiny_patch16_224", "student.img_size=32", "student.patch_size=4", "student.embed_dim=48",
-    "student.depth=2", "student.num_heads=3", "student.drop_path_rate=0", "stream.batch_size=32", "optim.epochs=2",
-    "optim.warmup_epochs=0", "optim.lr=0.002", "precision.amp_dtype=none", "precision.fused_attn=true",
-]  # fmt: skip
+    "student.model=vit_tiny_patch16_224",
+    "student.img_size=32",
+    "student.patch_size=4",
+    "student.embed_dim=48",
+    "student.depth=2",
+    "student.num_heads=3",
+    "student.drop_path_rate=0",
+    "stream.batch_size=32",
+    "optim.epochs=2",
+    "optim.warmup_epochs=0",
+    "optim.lr=0.002",
+    "precision.amp_dtype=none",
+    "precision.fused_attn=true",
+]
 POOLED = (TINY_VIT[0], {**TINY_VIT[1], "global_pool": "avg"})
 # Everything that a checkpoint has to bring back.
 FULL = [
@@ -85,9 +95,13 @@ def start(
     """The command in a process of its own."""
     launcher = prefix or [sys.executable, "-m", "pipeline"]
     return subprocess.Popen(
-        [*launcher, *words], cwd=ROOT, env={**os.environ, **(environment or {})}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [*launcher, *words],
+        cwd=ROOT,
+        env={**os.environ, **(environment or {})},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:

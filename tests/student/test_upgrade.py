@@ -76,8 +76,15 @@ def test_a_recipe_of_all_losses_recorded_today_is_left_as_it_is():
 def test_what_a_run_recorded_has_today_s_names_and_losses_keep_theirs():
     targets = {"copying": ["a"], "speed": ["b"]}  # attention copy, and a loss that somebody called so
     state = {"meets.mine": 1}
-    now = upgraded_run({"recipe": BEFORE, "speed": {"amp": "none", "attention": "fused"}, "copying": state,
-                        "identity": {"targets": targets, "views": 2}, "targets": targets})  # fmt: skip
+    now = upgraded_run(
+        {
+            "recipe": BEFORE,
+            "speed": {"amp": "none", "attention": "fused"},
+            "copying": state,
+            "identity": {"targets": targets, "views": 2},
+            "targets": targets,
+        }
+    )
     assert now["recipe"] == TODAY
     assert now["precision"] == {"amp_dtype": "none", "fused_attn": True}
     assert now["attention_copy"] == state

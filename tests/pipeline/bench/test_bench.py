@@ -32,10 +32,16 @@ def test_a_ratio_is_of_turns_that_stood_beside_each_other() -> None:
     assert Spread.of([7.0]) == Spread(median=7.0, low=7.0, high=7.0)
 
 
-@pytest.mark.parametrize(("ratio", "bar", "most", "reached"), [
-    (0.91, 0.9, False, True), (0.89, 0.9, False, False), (1.09, 1.1, True, True), (1.11, 1.1, True, False),
-    (5.0, None, False, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ratio", "bar", "most", "reached"),
+    [
+        (0.91, 0.9, False, True),
+        (0.89, 0.9, False, False),
+        (1.09, 1.1, True, True),
+        (1.11, 1.1, True, False),
+        (5.0, None, False, None),
+    ],
+)
 def test_a_bar_is_reached_from_the_right_side(ratio, bar, most, reached) -> None:
     spread = Spread(median=ratio, low=ratio, high=ratio)
     measure = Measure(number=1, case="case", words="a ÷ b", ratio=spread, turns=1, about={}, bar=bar, most=most)

@@ -44,8 +44,7 @@ def test_the_heat_map_is_that_of_the_links_and_writes_nothing(trained, capsys):
     found = json.loads(out)
     weights = load_file(trained / "losses.safetensors")["aal.aal.links.weight"][:, :, 0].double().abs().numpy()
     ends = np.cumsum([0, 8, 12, 16, 24])
-    expected = [[weights[a:b, 3 * n : 3 * n + 3].mean() for n in range(2)]
-                for a, b in itertools.pairwise(ends)]  # fmt: skip
+    expected = [[weights[a:b, 3 * n : 3 * n + 3].mean() for n in range(2)] for a, b in itertools.pairwise(ends)]
     assert np.allclose(found["heat"], expected)
     assert [stage["channels"] for stage in found["stages"]] == [8, 12, 16, 24]
     assert found["heads"] == [3, 3]
@@ -119,5 +118,7 @@ def test_mistakes_end_in_one_message(trained, tmp_path, capsys, words, says):
 
 def test_defaults_of_the_command_are_those_of_the_setting_but_for_the_granularity():
     assert LinksConfig(run="r").model_dump(exclude={"run", "loss"}) == {
-        "normalize": "abs", "granularity": "channel", "threshold": 0.05,
-    }  # fmt: skip
+        "normalize": "abs",
+        "granularity": "channel",
+        "threshold": 0.05,
+    }

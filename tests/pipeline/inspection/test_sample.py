@@ -40,8 +40,15 @@ def mixed(world, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], P
     """A shard of 40 samples under `deit`: eight views of all taps of the ViT, two of the CNN's activations."""
     folder = tmp_path_factory.mktemp("mixed")
     shards = synthetic_shards(folder, shards=1, samples=40, classes=3)
-    vit = ["class_row,codec=log8", "attention,layers=2+1", "q,k,v,layers=last", "tokens", "class_token", "embedding",
-           "logits,codec=topk2"]  # fmt: skip
+    vit = [
+        "class_row,codec=log8",
+        "attention,layers=2+1",
+        "q,k,v,layers=last",
+        "tokens",
+        "class_token",
+        "embedding",
+        "logits,codec=topk2",
+    ]
     given = {"policy": policy("deit", 32), "num_views": 8}
     made = run_precompute(folder / "store", shards, teacher_of(world.weights, "vit"), vit, **given)
     cnn = ["activations,grid=8,layers=4+1"]
@@ -153,8 +160,12 @@ def test_a_ready_graph_is_drawn_as_its_network_is(world, tmp_path) -> None:
     run_precompute(tmp_path / "S", shards, own, ["attention,codec=f32", "tokens,codec=f32"])
     tensors = {"attention": made_by(path, "Softmax"), "tokens": ["tokens"]}
     taps = [wish for text in ("attention,codec=f32", "tokens,codec=f32") for wish in parse_target(text)]
-    run_precompute(tmp_path / "S", shards, teachers.find_teacher(str(path), **HALF),
-                   onnx_file.given_tensors(str(path), tensors, taps))  # fmt: skip
+    run_precompute(
+        tmp_path / "S",
+        shards,
+        teachers.find_teacher(str(path), **HALF),
+        onnx_file.given_tensors(str(path), tensors, taps),
+    )
     sample = stored_sample(Store.open(tmp_path / "S"), shards, "shard-000000-00002")
     seen: dict[str, list[Cell]] = {}
     for id, manifest in sample.targets.items():
@@ -225,8 +236,15 @@ def test_an_image_that_is_stored_is_shown_where_it_cannot_be_rendered(world, tmp
 
 def test_of_two_banks_the_one_with_more_targets_is_shown(world, tmp_path, capsys) -> None:
     store = world.copy(tmp_path / "S")
-    run_precompute(store, world.shards, teacher_of(world.weights, "cnn"), ["logits"], policy=policy("none", 32),
-                   num_views=1, new_bank=True)  # fmt: skip
+    run_precompute(
+        store,
+        world.shards,
+        teacher_of(world.weights, "cnn"),
+        ["logits"],
+        policy=policy("none", 32),
+        num_views=1,
+        new_bank=True,
+    )
     words = ("inspect", "--store", store, "--shards", world.shards[1], "--sample", KEY, "--out", tmp_path / "s.png")
     status, out, _ = run(capsys, *words)
     assert status == 0

@@ -85,8 +85,14 @@ def test_what_the_readme_shows_runs_as_it_stands_there(place, run, monkeypatch):
     monkeypatch.chdir(place)
     said = commands()
     assert [words[0] for words in said] == [
-        "plan", "precompute", "precompute", "verify", "train", "evaluate", "fit-teacher",
-    ]  # fmt: skip
+        "plan",
+        "precompute",
+        "precompute",
+        "verify",
+        "train",
+        "evaluate",
+        "fit-teacher",
+    ]
     results = {}
     for words in said:
         more = {"plan": ["--measure", 0], "fit-teacher": ["--l2", 0.01]}.get(words[0], [])
@@ -121,8 +127,9 @@ def test_a_plan_of_what_is_there_has_nothing_left_to_make(place, run, monkeypatc
     status, out, err = run("plan", "--measure", 0)
     assert status == 0, err
     assert [line for line in out.splitlines() if line.endswith(":")] == ["cnn:", "vit:"]
-    assert re.match(r"all of them: .* in .* objects; still to be made: 0 B in 0 objects, 0 view images$",
-                    out.splitlines()[-1])  # fmt: skip
+    assert re.match(
+        r"all of them: .* in .* objects; still to be made: 0 B in 0 objects, 0 view images$", out.splitlines()[-1]
+    )
 
 
 def test_from_another_folder_it_means_the_same(place, run, monkeypatch, tmp_path):
@@ -166,8 +173,20 @@ def test_flags_win(place, run, monkeypatch, tmp_path):
     assert (made["views"], made["shards"], made["bank"][:9]) == (1, made["shards"][:1], "light-24-")
     (target,) = made["targets"]
     assert target.startswith("other-logits-")
-    status, out, err = run("train", "--recipe", "scratch", "--store", "", "--out", tmp_path / "r", "--set",
-                           "student.depth=1", "--set", "stream.bank.policy=none", "--json")  # fmt: skip
+    status, out, err = run(
+        "train",
+        "--recipe",
+        "scratch",
+        "--store",
+        "",
+        "--out",
+        tmp_path / "r",
+        "--set",
+        "student.depth=1",
+        "--set",
+        "stream.bank.policy=none",
+        "--json",
+    )
     assert status == 0, err
     assert json.loads(out)["bank"] is None, "an empty --store is none"
     recipe = yaml.safe_load((tmp_path / "r" / "args.yaml").read_text())
@@ -308,7 +327,7 @@ BAD = {
     "set: {seed: " + "[" * 60 + "]" * 60 + "}": None,
     "store: " + "S" * 5000 + "\nviews: {size: " + "x" * 5000 + "}": "views.size",
     "#" * (1 << 20) + "\n": "larger than 1 MiB",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("text", "message"), BAD.items(), ids=[text[:30] for text in BAD])

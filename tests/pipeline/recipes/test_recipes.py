@@ -25,9 +25,15 @@ from student.settings import AttentionCopyConfig, LinksConfig, Schedule
 from tests.conftest import ROOT, World, run_precompute, teacher_of
 
 SMALL = {
-    "student.img_size": 32, "student.patch_size": 4, "student.embed_dim": 48, "student.depth": 2,
-    "student.num_heads": 3, "stream.batch_size": 32, "precision.amp_dtype": "none", "precision.fused_attn": True,
-}  # fmt: skip
+    "student.img_size": 32,
+    "student.patch_size": 4,
+    "student.embed_dim": 48,
+    "student.depth": 2,
+    "student.num_heads": 3,
+    "stream.batch_size": 32,
+    "precision.amp_dtype": "none",
+    "precision.fused_attn": True,
+}
 MATCH = {"layers": "uniform", "heads": "mean", "grid": "bicubic"}
 
 

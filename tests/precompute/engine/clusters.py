@@ -56,13 +56,42 @@ def run(world: World, store: Path, shards: list[str] | None = None, **more: Any)
 def command(world: World, store: Path, shards: list[str], *more: str) -> list[str]:
     """The same as `run`, as people type it."""
     return [
-        sys.executable, "-m", "pipeline", "precompute", "--teacher", TINY_CNN[0], "--weights", world.weights["cnn"],
-        "--teacher-arg", "channels=[8,12,16,24]", "--teacher-arg", "stem_width=8", "--teacher-arg", "num_classes=3",
-        "--input-size", "64", "--mean", "0.5", "--std", "0.5", "--teacher-name", "cnn",
+        sys.executable,
+        "-m",
+        "pipeline",
+        "precompute",
+        "--teacher",
+        TINY_CNN[0],
+        "--weights",
+        world.weights["cnn"],
+        "--teacher-arg",
+        "channels=[8,12,16,24]",
+        "--teacher-arg",
+        "stem_width=8",
+        "--teacher-arg",
+        "num_classes=3",
+        "--input-size",
+        "64",
+        "--mean",
+        "0.5",
+        "--std",
+        "0.5",
+        "--teacher-name",
+        "cnn",
         *(f"--target={wish}" for wish in WISHES),
-        *(f"--shards={shard}" for shard in shards), "--store", str(store), "--view-policy", "deit",
-        "--view-size", "32", "--num-views", "2", "--provider", "cpu", *more,
-    ]  # fmt: skip
+        *(f"--shards={shard}" for shard in shards),
+        "--store",
+        str(store),
+        "--view-policy",
+        "deit",
+        "--view-size",
+        "32",
+        "--num-views",
+        "2",
+        "--provider",
+        "cpu",
+        *more,
+    ]
 
 
 def start(words: list[str], **more: Any) -> subprocess.Popen[bytes]:

@@ -103,9 +103,10 @@ def test_a_poisoned_shard_is_listed_and_not_tried_again_and_the_others_are_finis
 
     place = seeded(deit, tmp_path / "store")
     corrupt = rewritten(
-        deit.shards[1], tmp_path / "corrupt-000000.tar",
+        deit.shards[1],
+        tmp_path / "corrupt-000000.tar",
         lambda number, ending, data: data[:50] if (number, ending) == (66, "png") else data,
-    )  # fmt: skip
+    )
     cut = tmp_path / "cut-000000.tar"
     cut.write_bytes(Path(deit.shards[1]).read_bytes()[:100_000])
     shards = [deit.shards[0], corrupt, str(cut), deit.shards[2]]
@@ -248,8 +249,10 @@ def test_faults_of_input_and_output_are_tried_again_with_pauses_and_others_are_n
     assert count == len(dask_runner.BACKOFF) + 1
     assert len(pauses) == len(dask_runner.BACKOFF)
     kinds = {
-        "data": UserError("key 'a': no image"), "io": OSError(errno.ENOSPC, "No space left"), "bug": ValueError("oh"),
-    }  # fmt: skip
+        "data": UserError("key 'a': no image"),
+        "io": OSError(errno.ENOSPC, "No space left"),
+        "bug": ValueError("oh"),
+    }
     for kind, error in kinds.items():
         outcome, count, pauses = attempt(error)
         assert (outcome.kind, count, pauses) == (kind, 1, [])

@@ -74,9 +74,16 @@ def undisturbed(faults: Faults) -> dict[Task, dict[str, np.ndarray]]:
 
 
 SWEEP = [
-    ("write", "EIO", 1), ("write", "short", 3), ("write", "ENOSPC", 3), ("write", "lost", 3), ("link", "EIO", 1),
-    ("link", "lost", 1), ("sync", "EIO", 5), ("sync", "lost", 11), ("read", "EIO", 3),
-]  # fmt: skip
+    ("write", "EIO", 1),
+    ("write", "short", 3),
+    ("write", "ENOSPC", 3),
+    ("write", "lost", 3),
+    ("link", "EIO", 1),
+    ("link", "lost", 1),
+    ("sync", "EIO", 5),
+    ("sync", "lost", 11),
+    ("read", "EIO", 3),
+]
 
 
 @pytest.mark.parametrize("forever", [False, True], ids=["once", "from then on"])

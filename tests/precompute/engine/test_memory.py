@@ -59,8 +59,10 @@ def test_contract_7_the_peak_of_memory_does_not_depend_on_the_length_of_the_shar
     short, long = (peak(made.task(tar(tmp_path / f"{n}.tar", n, images)), tmp_path) for n in (500, 5000))
     assert (short["samples"], long["samples"]) == (500, 5000)
     ratio = long["peak"] / short["peak"]
-    print(f"peak {short['peak']:.0f} MiB for 500, {long['peak']:.0f} MiB for 5,000 samples: {ratio:.3f}; "
-          f"{short['before']:.0f} MiB before")  # fmt: skip
+    print(
+        f"peak {short['peak']:.0f} MiB for 500, {long['peak']:.0f} MiB for 5,000 samples: {ratio:.3f}; "
+        f"{short['before']:.0f} MiB before"
+    )
     assert ratio <= 1.15
 
 

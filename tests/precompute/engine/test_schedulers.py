@@ -48,8 +48,17 @@ class Scheduler:
         for part in ("scheduler", "worker"):
             (folder / part).mkdir(parents=True)
         file = folder / "scheduler.json"
-        self._start("scheduler", "--port", "0", "--dashboard-address", "127.0.0.1:0", "--host", "127.0.0.1",
-                    "--scheduler-file", str(file))  # fmt: skip
+        self._start(
+            "scheduler",
+            "--port",
+            "0",
+            "--dashboard-address",
+            "127.0.0.1:0",
+            "--host",
+            "127.0.0.1",
+            "--scheduler-file",
+            str(file),
+        )
 
         def address() -> str | None:
             with contextlib.suppress(OSError, ValueError):
@@ -61,17 +70,28 @@ class Scheduler:
     def _start(self, part: str, *words: str, **environment: str) -> subprocess.Popen[bytes]:
         with (self.folder / f"{part}-{len(self.processes)}.log").open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "dask", part, *words], cwd=self.folder / part, stdout=log, stderr=log,
-                env={**self.environment, **environment}, start_new_session=True,
-            )  # fmt: skip
+                [sys.executable, "-m", "dask", part, *words],
+                cwd=self.folder / part,
+                stdout=log,
+                stderr=log,
+                env={**self.environment, **environment},
+                start_new_session=True,
+            )
         self.processes.append(process)
         return process
 
     def worker(self, *words: str, **environment: str) -> subprocess.Popen[bytes]:
         return self._start(
-            "worker", self.address, "--nthreads", "1", "--no-dashboard", "--local-directory", str(self.folder), *words,
+            "worker",
+            self.address,
+            "--nthreads",
+            "1",
+            "--no-dashboard",
+            "--local-directory",
+            str(self.folder),
+            *words,
             **environment,
-        )  # fmt: skip
+        )
 
     def log(self) -> str:
         return "\n".join(path.read_text() for path in sorted(self.folder.glob("*.log")))

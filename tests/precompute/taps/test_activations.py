@@ -22,9 +22,14 @@ from tests.precompute.networks import HALF, channels, make, small_vit
 def test_efficientnet_b3_has_the_seven_stages_and_952_maps_of_the_paper() -> None:
     stages = cnn_stages(make("efficientnet_b3"))
     assert [name for name, _ in stages] == [
-        "blocks.0.1.bn2", "blocks.1.2.bn3", "blocks.2.2.bn3", "blocks.3.4.bn3", "blocks.4.4.bn3", "blocks.5.5.bn3",
+        "blocks.0.1.bn2",
+        "blocks.1.2.bn3",
+        "blocks.2.2.bn3",
+        "blocks.3.4.bn3",
+        "blocks.4.4.bn3",
+        "blocks.5.5.bn3",
         "blocks.6.1.bn3",
-    ]  # fmt: skip
+    ]
     assert [channels(norm) for _, norm in stages] == [24, 32, 48, 96, 136, 232, 384]
     assert sum(channels(norm) for _, norm in stages) == 952
 
@@ -58,9 +63,12 @@ def test_mobilenetv2_has_712_maps() -> None:
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("convnext_atto", "ConvNeXt"), ("vit_tiny_patch16_224", "VisionTransformer"),
-     ("swin_tiny_patch4_window7_224", "SwinTransformer")],
-)  # fmt: skip
+    [
+        ("convnext_atto", "ConvNeXt"),
+        ("vit_tiny_patch16_224", "VisionTransformer"),
+        ("swin_tiny_patch4_window7_224", "SwinTransformer"),
+    ],
+)
 def test_networks_without_normed_maps_are_refused_by_name_as_activation_teachers(name: str, says: str) -> None:
     small = {"embed_dim": 24} if "vit" in name or "swin" in name else {}
     with pytest.raises(UserError, match=f"^{says}: "):

@@ -228,9 +228,13 @@ def test_target_ids_say_what_they_are_and_manifests_hold_it(world: World) -> Non
     manifest = store.target(world.targets["activations u8"])
     assert manifest.id.startswith("cnn-activations-g8-u8-")
     assert manifest.identity.plain() == {
-        "teacher": teacher_of(world.weights, "cnn").id, "bank": next(iter(store.banks())), "tap": "activations",
-        "layers": [1, 2, 3, 4], "grid": 8, "codec": "u8",
-    }  # fmt: skip
+        "teacher": teacher_of(world.weights, "cnn").id,
+        "bank": next(iter(store.banks())),
+        "tap": "activations",
+        "layers": [1, 2, 3, 4],
+        "grid": 8,
+        "codec": "u8",
+    }
     assert [stage.channels for stage in manifest.stages] == [8, 12, 16, 24]
     assert manifest.sample_shape == (60, 8, 8)
     assert store.target(world.targets["q"]).identity.layers == (3,)

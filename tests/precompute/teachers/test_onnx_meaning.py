@@ -24,11 +24,14 @@ FC = [*MEANS[:1], node("Flatten", "pooled", "f"), node("MatMul", "f w", "fc")]
 WEIGHTS = {"w": np.random.default_rng(0).normal(0, 20, (3, 4)).astype(np.float32)}
 ENDS = {
     "softmax": [node("Softmax", "fc", "y", axis=-1)],
-    "then other operators": [node("Softmax", "fc", "s", axis=-1), node("Identity", "s", "i"),
-                             node("Cast", "i", "c", to=1),
-                             node("Flatten", "c", "y")],
+    "then other operators": [
+        node("Softmax", "fc", "s", axis=-1),
+        node("Identity", "s", "i"),
+        node("Cast", "i", "c", to=1),
+        node("Flatten", "c", "y"),
+    ],
     "sigmoid": [node("Sigmoid", "fc", "y")],
-}  # fmt: skip
+}
 
 
 def classifier(path: Path, end: str) -> Path:
@@ -48,8 +51,16 @@ def test_probabilities_are_no_logits_and_the_tensor_before_them_is_named(tmp_pat
 def test_a_classifier_that_pytorch_exports_with_its_softmax_is_refused(tmp_path: Path) -> None:
     network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4), nn.Softmax(-1)).eval()
     path = tmp_path / "g.onnx"
-    torch.onnx.export(network, (torch.zeros(2, 3, 16, 16),), path, dynamo=True, verbose=False, input_names=["x"],
-                      output_names=["y"], dynamic_shapes=({0: torch.export.Dim("n", min=1, max=99)},))  # fmt: skip
+    torch.onnx.export(
+        network,
+        (torch.zeros(2, 3, 16, 16),),
+        path,
+        dynamo=True,
+        verbose=False,
+        input_names=["x"],
+        output_names=["y"],
+        dynamic_shapes=({0: torch.export.Dim("n", min=1, max=99)},),
+    )
     (gemm,) = [n.output[0] for n in onnx.load(str(path)).graph.node if n.op_type == "Gemm"]
     with pytest.raises(UserError, match=rf"`tap_tensor=logits={gemm}`$"):
         said(path)

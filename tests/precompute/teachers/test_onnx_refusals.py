@@ -24,30 +24,39 @@ from tests.precompute.graphs import FREE, HALF, node, said, small
 # ---------------------------------------------------------------------------------------------- files
 
 FIXED = [
-    node("GlobalAveragePool", "x", "p"), node("Reshape", "p shape", "y"),
-]  # fmt: skip
+    node("GlobalAveragePool", "x", "p"),
+    node("Reshape", "p shape", "y"),
+]
 MIXES = [
-    node("GlobalAveragePool", "x", "p"), node("Flatten", "p", "f"), node("ReduceMean", "f", "m", axes=[0]),
+    node("GlobalAveragePool", "x", "p"),
+    node("Flatten", "p", "f"),
+    node("ReduceMean", "f", "m", axes=[0]),
     node("Sub", "f m", "y"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
     ("about", "says"),
     [
-        ({"nodes": FIXED, "weights": {"shape": np.array([1, 3])}, "shape": (1, 3, 16, 16)},
-         r"cannot be run on 2 x \[1, 3, 16, 16\].*its batch is fixed at 1\n  Export it again with a free batch"),
-        ({"nodes": FIXED, "weights": {"shape": np.array([1, -1])}, "shape": (1, 3, 16, 16)},
-         r"y is \[1, 6\] for 2 images; expected one row each; its batch is fixed at 1"),
+        (
+            {"nodes": FIXED, "weights": {"shape": np.array([1, 3])}, "shape": (1, 3, 16, 16)},
+            r"cannot be run on 2 x \[1, 3, 16, 16\].*its batch is fixed at 1\n  Export it again with a free batch",
+        ),
+        (
+            {"nodes": FIXED, "weights": {"shape": np.array([1, -1])}, "shape": (1, 3, 16, 16)},
+            r"y is \[1, 6\] for 2 images; expected one row each; its batch is fixed at 1",
+        ),
         ({"nodes": MIXES}, r"y of two images together differs from that of each alone by .* \(allowed: 0.001\)"),
         ({"nodes": [node("Magic", "x", "y", domain="mine")], "domains": ["mine"]}, r"g.onnx: .*cannot be run: .*Magic"),
-        ({"nodes": [node("Log", "x", "l"), node("GlobalAveragePool", "l", "p"), node("Flatten", "p", "y")]},
-         "y: some of its values are not finite numbers"),
+        (
+            {"nodes": [node("Log", "x", "l"), node("GlobalAveragePool", "l", "p"), node("Flatten", "p", "y")]},
+            "y: some of its values are not finite numbers",
+        ),
         ({"nodes": [node("Shape", "x", "y")]}, "y is int64; expected floating-point numbers"),
         ({"nodes": [node("Relu", "x", "y")]}, r"logits=y: expected \[B, K\], found \[5, 3, 16, 16\]"),
     ],
     ids=["fixed reshape", "silent reshape", "mixes images", "unknown operator", "not finite", "integers", "rank"],
-)  # fmt: skip
+)
 def test_graphs_that_cannot_teach_are_refused(tmp_path: Path, about: dict[str, Any], says: str) -> None:
     path = small(tmp_path / "g.onnx", **about)
     with pytest.raises(UserError, match=says) as caught:
@@ -119,9 +128,12 @@ def sparse(part: str) -> SparseTensorProto:
 def branch(tensor: TensorProto) -> NodeProto:
     """An `If` with a tensor in its branch."""
     graph = helper.make_graph(
-        [node("Identity", tensor.name, "b")], "b", [], [helper.make_tensor_value_info("b", TensorProto.FLOAT, [4])],
+        [node("Identity", tensor.name, "b")],
+        "b",
+        [],
+        [helper.make_tensor_value_info("b", TensorProto.FLOAT, [4])],
         [tensor],
-    )  # fmt: skip
+    )
     found: NodeProto = node("If", "yes", "f", then_branch=graph, else_branch=graph)
     return found
 
@@ -140,7 +152,7 @@ HIDDEN: dict[str, Callable[[ModelProto], Any]] = {
     "branch": lambda m: m.graph.node.append(branch(outside("w", [4]))),
     "function": lambda m: m.functions.append(function(node("Constant", "", "f", value=outside("w", [4])))),
     "branch of a function": lambda m: m.functions.append(function(branch(outside("w", [4])))),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("place", HIDDEN)
@@ -249,8 +261,11 @@ def test_class_rows_and_what_a_network_is_read_off_their_shapes(tmp_path: Path) 
     path = shaped(tmp_path / "g.onnx", 48, 16, softmax=True)
     nodes = onnx.load(str(path)).graph.node
     cut = np.array([5]), np.array([2])  # 16 values -> the first 5: one class token, 2x2 patches
-    small(path, [nodes[0], node("Slice", "r zero five two", "s"), node("Softmax", "s", "y", axis=-1)],
-          weights={"shape": np.array([-1, 48, 16]), "zero": np.array([0]), "five": cut[0], "two": cut[1]})  # fmt: skip
+    small(
+        path,
+        [nodes[0], node("Slice", "r zero five two", "s"), node("Softmax", "s", "y", axis=-1)],
+        weights={"shape": np.array([-1, 48, 16]), "zero": np.array([0]), "five": cut[0], "two": cut[1]},
+    )
     teacher = teachers.find_teacher(str(path), **HALF)
     images = np.random.default_rng(1).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
     exported = export_ready(teacher, [Tap("class_row", layers=(1,), grid=None, tensors=("y",))], 16, images)
@@ -260,17 +275,32 @@ def test_class_rows_and_what_a_network_is_read_off_their_shapes(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("tokens", "prefix"),
-    [(196, []), (197, ["class"]), (198, ["class", "distillation"]), (199, None), (1, []), (2, ["class"]),
-     (3, ["class", "distillation"]), (0, None)],
-)  # fmt: skip
+    [
+        (196, []),
+        (197, ["class"]),
+        (198, ["class", "distillation"]),
+        (199, None),
+        (1, []),
+        (2, ["class"]),
+        (3, ["class", "distillation"]),
+        (0, None),
+    ],
+)
 def test_prefix_tokens_are_what_stands_beside_a_square(tokens: int, prefix: list[str] | None) -> None:
     assert onnx_file.prefix_of(tokens) == prefix
 
 
 def test_a_graph_that_joining_changed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = small(tmp_path / "other.onnx", shape=("N", 16, 16, 3), kind=TensorProto.UINT8, inputs=("images",), nodes=[
-        node("Cast", "images", "c", to=TensorProto.FLOAT), node("ReduceMean", "c", "y", axes=[1, 2], keepdims=0),
-    ])  # fmt: skip
+    other = small(
+        tmp_path / "other.onnx",
+        shape=("N", 16, 16, 3),
+        kind=TensorProto.UINT8,
+        inputs=("images",),
+        nodes=[
+            node("Cast", "images", "c", to=TensorProto.FLOAT),
+            node("ReduceMean", "c", "y", axes=[1, 2], keepdims=0),
+        ],
+    )
     model = onnx.load(str(other))
     model.graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT
     monkeypatch.setattr(joined, "_joined", lambda alone, views: model.SerializeToString())

@@ -131,9 +131,16 @@ def test_one_number_of_mean_or_std_stands_for_three(given: tuple[float, ...], fo
 
 @pytest.mark.parametrize(
     ("what", "given"),
-    [("mean", (0.1, 0.2)), ("std", (1, 1, 1, 1)), ("std", (0,)), ("std", (1, 1, -1)), ("mean", (float("nan"),)),
-     ("std", (float("inf"),)), ("std", (float("nan"),))],
-)  # fmt: skip
+    [
+        ("mean", (0.1, 0.2)),
+        ("std", (1, 1, 1, 1)),
+        ("std", (0,)),
+        ("std", (1, 1, -1)),
+        ("mean", (float("nan"),)),
+        ("std", (float("inf"),)),
+        ("std", (float("nan"),)),
+    ],
+)
 def test_mean_and_std_that_make_no_sense_are_refused(what: str, given: tuple[float, ...]) -> None:
     with pytest.raises(UserError, match=f"`{what}=.*`: expected one number or three"):
         named("resnet34", **{"mean": (0.5,), "std": (0.5,), what: given})
@@ -196,9 +203,14 @@ def test_identity_is_what_the_weights_are_and_not_where_they_lie(cnn: str, tmp_p
 
 @pytest.mark.parametrize(
     "changes",
-    [{"input_size": 96}, {"mean": (0.4,)}, {"std": (0.4,)}, {"mean": (0.5, 0.5, 0.4)},
-     {"arguments": {**TINY_CNN[1], "num_classes": 4}}],
-)  # fmt: skip
+    [
+        {"input_size": 96},
+        {"mean": (0.4,)},
+        {"std": (0.4,)},
+        {"mean": (0.5, 0.5, 0.4)},
+        {"arguments": {**TINY_CNN[1], "num_classes": 4}},
+    ],
+)
 def test_identity_changes_with_size_mean_std_and_arguments(cnn: str, changes: dict[str, Any]) -> None:
     assert tiny_cnn(cnn, **changes).id != tiny_cnn(cnn).id
 

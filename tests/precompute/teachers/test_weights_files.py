@@ -131,13 +131,20 @@ def test_other_weights_of_a_file_are_another_teacher_and_old_identities_stay(tmp
 def openai(given: State) -> State:
     """A CLIP's state dict under OpenAI's names."""
     names = {
-        "cls_token": "class_embedding", "pos_embed": "positional_embedding", "patch_embed.proj.weight": "conv1.weight",
-    }  # fmt: skip
+        "cls_token": "class_embedding",
+        "pos_embed": "positional_embedding",
+        "patch_embed.proj.weight": "conv1.weight",
+    }
     words = [
-        ("norm_pre", "ln_pre"), (r"^norm\.", "ln_post."), (r"^blocks", "transformer.resblocks"),
-        (r"norm(\d)", r"ln_\1"), (r"qkv\.", "in_proj_"), (r"attn\.proj", "attn.out_proj"),
-        ("fc1", "c_fc"), ("fc2", "c_proj"),
-    ]  # fmt: skip
+        ("norm_pre", "ln_pre"),
+        (r"^norm\.", "ln_post."),
+        (r"^blocks", "transformer.resblocks"),
+        (r"norm(\d)", r"ln_\1"),
+        (r"qkv\.", "in_proj_"),
+        (r"attn\.proj", "attn.out_proj"),
+        ("fc1", "c_fc"),
+        ("fc2", "c_proj"),
+    ]
     found = {}
     for name, tensor in given.items():
         if name.startswith("head."):
@@ -153,10 +160,14 @@ def openai(given: State) -> State:
 def facebook(given: State) -> State:
     """A ConvNeXt's state dict under the names of its authors."""
     words = [
-        (r"^stem\.", "downsample_layers.0."), (r"stages\.(\d)\.downsample", r"downsample_layers.\1"),
-        (r"stages\.(\d)\.blocks\.", r"stages.\1."), ("conv_dw", "dwconv"), (r"mlp\.fc", "pwconv"),
-        (r"head\.norm", "norm"), (r"head\.fc", "head"),
-    ]  # fmt: skip
+        (r"^stem\.", "downsample_layers.0."),
+        (r"stages\.(\d)\.downsample", r"downsample_layers.\1"),
+        (r"stages\.(\d)\.blocks\.", r"stages.\1."),
+        ("conv_dw", "dwconv"),
+        (r"mlp\.fc", "pwconv"),
+        (r"head\.norm", "norm"),
+        (r"head\.fc", "head"),
+    ]
     found = {}
     for name, tensor in given.items():
         for pattern, word in words:
@@ -172,10 +183,13 @@ CONVNEXT = ("convnext_tiny", {"dims": (8, 12, 16, 24), "depths": (1, 1, 1, 1)})
 
 @pytest.mark.parametrize(
     ("spec", "rename"),
-    [(CLIP, openai), (DEIT3, lambda s: {re.sub(r"ls(\d)\.gamma", r"gamma_\1", n): t for n, t in s.items()}),
-     (CONVNEXT, facebook)],
+    [
+        (CLIP, openai),
+        (DEIT3, lambda s: {re.sub(r"ls(\d)\.gamma", r"gamma_\1", n): t for n, t in s.items()}),
+        (CONVNEXT, facebook),
+    ],
     ids=["openai", "deit3", "convnext"],
-)  # fmt: skip
+)
 def test_names_that_timm_converts_are_converted_by_it(
     tmp_path: Path, spec: tuple[str, dict[str, Any]], rename: Callable[[State], State]
 ) -> None:
@@ -231,8 +245,10 @@ def test_a_prefix_is_named(tmp_path: Path, prefix: str) -> None:
 
 
 def test_names_of_another_library_are_said_to_be(tmp_path: Path) -> None:
-    theirs = {"vit.embeddings.cls_token": torch.zeros(1, 1, 48),
-              "vit.encoder.layer.0.attention.attention.query.weight": torch.zeros(48, 48)}  # fmt: skip
+    theirs = {
+        "vit.embeddings.cls_token": torch.zeros(1, 1, 48),
+        "vit.encoder.layer.0.attention.attention.query.weight": torch.zeros(48, 48),
+    }
     text = refused(saved(tmp_path / "w.pth", theirs))
     assert "2 unexpected (vit.embeddings.cls_token, vit.encoder.layer.0.attention" in text
     assert "None of its 2 names is one of the network's (they look like those of transformers' models)" in text
@@ -259,10 +275,12 @@ def test_archives_of_other_kinds_are_named_with_a_way_to_weights(tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("content", "found"),
-    [(nn.Linear(2, 2), r"torch\.nn\.modules\.linear\.Linear"),
-     ({"state_dict": {}, "best": np.float64(0.5)}, r"numpy\..*scalar"),
-     ({"args": Path("a")}, "pathlib")],
-)  # fmt: skip
+    [
+        (nn.Linear(2, 2), r"torch\.nn\.modules\.linear\.Linear"),
+        ({"state_dict": {}, "best": np.float64(0.5)}, r"numpy\..*scalar"),
+        ({"args": Path("a")}, "pathlib"),
+    ],
+)
 def test_what_of_a_pickle_could_run_code_is_named(tmp_path: Path, content: Any, found: str) -> None:
     text = refused(saved(tmp_path / "w.pth", content))
     assert re.search(rf"refused: it is a pickle with more than tensors in it, which could run code: .*{found}", text)

@@ -38,10 +38,16 @@ def member(
     header = bytearray(512)
     places = {"link": 157, "prefix": 345}
     content = {
-        0: name, 100: b"0000644\0", 108: b"0000000\0", 116: b"0000000\0", 136: b"00000000000\0", 156: kind,
-        124: b"%011o\0" % len(data) if size is None else size, 257: b"ustar\x0000",
+        0: name,
+        100: b"0000644\0",
+        108: b"0000000\0",
+        116: b"0000000\0",
+        136: b"00000000000\0",
+        156: kind,
+        124: b"%011o\0" % len(data) if size is None else size,
+        257: b"ustar\x0000",
         **{places.get(field) or int(field[2:]): value for field, value in fields.items()},
-    }  # fmt: skip
+    }
     for at, value in content.items():
         header[at : at + len(value)] = value
     header[148:156] = b" " * 8
@@ -122,8 +128,15 @@ REFUSED_TARS = {
         f"{size} bytes for {what}": (member(b"b.png", kind=kind, size=binary(size)), "claims -|link or a device")
         for size in (-512, -256, -(2**40))
         for what, kind in {
-            "a file": b"0", "a folder": b"5", "a long name": b"L", "a long link": b"K", "a header": b"x",
-            "a global header": b"g", "a volume": b"V", "a sparse file": b"S", "a type that is none": b"Z",
+            "a file": b"0",
+            "a folder": b"5",
+            "a long name": b"L",
+            "a long link": b"K",
+            "a header": b"x",
+            "a global header": b"g",
+            "a volume": b"V",
+            "a sparse file": b"S",
+            "a type that is none": b"Z",
         }.items()
     },
     "WebDataset's key": (member(b"b.__key__", b"x") + B, "key 'b': WebDataset (keeps|writes)"),
@@ -136,7 +149,7 @@ REFUSED_TARS = {
     "a label in wide digits": (member(b"b.cls", "１".encode()) + B, "key 'b': the label"),
     "a label in hexadecimal digits": (member(b"b.cls", b"0x1") + B, "key 'b': the label"),
     "two labels": (member(b"b.cls", b"1\n2") + B, "key 'b': the label"),
-}  # fmt: skip
+}
 
 
 def by_ranges(data: bytes) -> list[str]:
@@ -295,7 +308,7 @@ CLASS_LISTS = {
     "half of a sign": b'["\\ud800"]',
     "a name among numbers": b'["a", 1]',
     "an object that looks like a list": b'{"0": "a"}',
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", CLASS_LISTS)

@@ -182,10 +182,14 @@ def test_other_content_or_order_or_name_is_another_id(tmp_path):
 @pytest.mark.parametrize(
     ("name", "stem"),
     [
-        ("a/x-0001.tar", "x-0001"), ("x.tar.gz", "x"), ("x.tgz", "x"), ("s3://b/ü.v1.tar", "__v1"),
-        ("x", "x"), ("a" * 99 + ".tar", "a" * 80),
+        ("a/x-0001.tar", "x-0001"),
+        ("x.tar.gz", "x"),
+        ("x.tgz", "x"),
+        ("s3://b/ü.v1.tar", "__v1"),
+        ("x", "x"),
+        ("a" * 99 + ".tar", "a" * 80),
     ],
-)  # fmt: skip
+)
 def test_stems_have_no_other_signs(name, stem):
     assert stem_of(name) == stem
 

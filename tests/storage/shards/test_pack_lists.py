@@ -68,8 +68,12 @@ def test_webdataset_yields_what_we_read_of_packed_lists(tmp_path, labeled):
     assert by_us(*made.train) == by_webdataset(*made.train)
     assert labels_in(*made.train) == ({0: 3, 1: 2} if labeled else {None: 5})
     assert {kind for _, members in by_us(*made.train) for kind in members} == {
-        "png", "jpg", "jpeg", "webp", *(["cls"] if labeled else [])
-    }  # fmt: skip
+        "png",
+        "jpg",
+        "jpeg",
+        "webp",
+        *(["cls"] if labeled else []),
+    }
 
 
 @pytest.mark.parametrize(
@@ -142,8 +146,12 @@ def test_labels_from_zero_on_are_the_numbers_themselves(tmp_path):
 )
 def test_other_numbers_are_names_and_this_is_said(tmp_path, labels):
     said: list[str] = []
-    made = packed(listed(tmp_path, *(f"{i}.png,{label}" for i, label in enumerate(labels))), tmp_path / "out",
-                  shuffle=False, say=said.append)  # fmt: skip
+    made = packed(
+        listed(tmp_path, *(f"{i}.png,{label}" for i, label in enumerate(labels))),
+        tmp_path / "out",
+        shuffle=False,
+        say=said.append,
+    )
     assert made.classes == sorted(labels)
     assert [made.classes[int(members["cls"])] for _, members in by_us(*made.train)] == labels
     assert any("they count as names" in line for line in said)
@@ -224,7 +232,7 @@ BAD_LISTS: dict[str, tuple[str | bytes, str]] = {
     "text after a quote": ('path,label\n"0.png"x,a\n', r"line 2: not CSV: "),
     "a field too long": ("path,label\n0.png," + "a" * 200_000, r"line 2: not CSV: .*field limit"),
     "lines of old Macs": ("path,label\r0.png,a\r1.png,b\r", r"line 1: not CSV: "),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", BAD_LISTS)

@@ -49,7 +49,7 @@ MIB = 1 << 20
         (4, 3, 3),
         (20 * MIB, 1, 1),
     ],
-)  # fmt: skip
+)
 def test_chunks_hold(sample_bytes, count, expected):
     assert chunk_samples(sample_bytes, count) == expected
 
@@ -118,8 +118,11 @@ def test_an_array_of_zeros_has_all_of_its_chunks(tmp_path, fill):
     writer.append(np.full((200, 20_000), fill, np.uint8))
     entry = writer.finish()
     assert sorted(p.relative_to(tmp_path / "a").as_posix() for p in (tmp_path / "a" / "c").rglob("*/0")) == [
-        "c/0/0", "c/1/0", "c/2/0", "c/3/0",
-    ]  # fmt: skip
+        "c/0/0",
+        "c/1/0",
+        "c/2/0",
+        "c/3/0",
+    ]
     assert (StoredArray.of(LocalObjectStore(tmp_path), "a", entry).read(0, 200) == fill).all()
 
 

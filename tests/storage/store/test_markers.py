@@ -29,9 +29,19 @@ def test_a_task_is_read_back_from_its_name(kind, id, shard, view):
 
 
 @pytest.mark.parametrize(
-    "name", ["", "x.json", "target.a.b.json", "target.a.b.1.json.part", "teacher.a.b.1.json", "target.a.b.c.1.json",
-             "target.a.b.-1.json", ".DS_Store", "target.a.b.1.jsonx"],
-)  # fmt: skip
+    "name",
+    [
+        "",
+        "x.json",
+        "target.a.b.json",
+        "target.a.b.1.json.part",
+        "teacher.a.b.1.json",
+        "target.a.b.c.1.json",
+        "target.a.b.-1.json",
+        ".DS_Store",
+        "target.a.b.1.jsonx",
+    ],
+)
 def test_other_names_are_no_tasks(name):
     assert Task.named(name) is None
 

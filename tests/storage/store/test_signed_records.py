@@ -28,11 +28,45 @@ GONE = object()
 FREE = {"attributes", "dimension_names", "fill_value", "made", "session", "digest", "arguments"}
 # What older stores lack, or have where it says something.
 OPTIONAL = {
-    "values", "codec_errors", "f16", "f32", "u8", "log8", "kl", "stages", "scales", "heads", "prefix", "separator",
-    "configuration", "endian", "storage_transformers", "pillow", "libjpeg", "libjpeg_turbo", "zlib", "webp",
-}  # fmt: skip
-SIZES = {"shape", "chunk_shape", "samples", "size", "layers", "grid", "sample_shape", "maps", "output", "input size",
-         "starts", "labels", "channels", "stage", "heads", "block"}  # fmt: skip
+    "values",
+    "codec_errors",
+    "f16",
+    "f32",
+    "u8",
+    "log8",
+    "kl",
+    "stages",
+    "scales",
+    "heads",
+    "prefix",
+    "separator",
+    "configuration",
+    "endian",
+    "storage_transformers",
+    "pillow",
+    "libjpeg",
+    "libjpeg_turbo",
+    "zlib",
+    "webp",
+}
+SIZES = {
+    "shape",
+    "chunk_shape",
+    "samples",
+    "size",
+    "layers",
+    "grid",
+    "sample_shape",
+    "maps",
+    "output",
+    "input size",
+    "starts",
+    "labels",
+    "channels",
+    "stage",
+    "heads",
+    "block",
+}
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +78,16 @@ def kinds(store: Path, world: World) -> dict[str, Path]:
     """One record of each kind."""
     u8 = world.targets["activations u8"]
     patterns = {
-        "bank": "banks/*/manifest.json", "CNN": "teachers/cnn/manifest.json", "ViT": "teachers/vit/manifest.json",
-        "target": f"targets/{u8}/manifest.json", "class row": "targets/*class_row*/manifest.json",
-        "keys": f"targets/{world.targets['k']}/manifest.json", "index": "shards/*.json",
-        "bank's marker": "done/bank.*.0.json", "target's marker": f"done/target.{u8}.*.0.json",
-    }  # fmt: skip
+        "bank": "banks/*/manifest.json",
+        "CNN": "teachers/cnn/manifest.json",
+        "ViT": "teachers/vit/manifest.json",
+        "target": f"targets/{u8}/manifest.json",
+        "class row": "targets/*class_row*/manifest.json",
+        "keys": f"targets/{world.targets['k']}/manifest.json",
+        "index": "shards/*.json",
+        "bank's marker": "done/bank.*.0.json",
+        "target's marker": f"done/target.{u8}.*.0.json",
+    }
     return {kind: min(store.glob(pattern)) for kind, pattern in patterns.items()}
 
 
@@ -144,7 +183,9 @@ EVIL: dict[str, tuple[str, Path_, Any]] = {
     "an array that is another's": ("target's marker", ("arrays", "scale"), GONE),
     "10^12 samples": ("target's marker", ("arrays", "data", "metadata", "shape", 0), 10**12),
     "a chunk of 10^9": (
-        "target's marker", ("arrays", "data", "metadata", "chunk_grid", "configuration", "chunk_shape", 0), 10**9,
+        "target's marker",
+        ("arrays", "data", "metadata", "chunk_grid", "configuration", "chunk_shape", 0),
+        10**9,
     ),
     "a bank's marker of 10^12": ("bank's marker", ("arrays", "parameters", "metadata", "shape", 0), 10**12),
     "an invalid sample that is not there": ("bank's marker", ("invalid",), [10**9]),
@@ -157,7 +198,7 @@ EVIL: dict[str, tuple[str, Path_, Any]] = {
     "an index that ends before it begins": ("index", ("starts", 1), 10**15),
     "a bank of huge views": ("bank", ("identity", "size"), 10**9),
     "a bank of no policy": ("bank", ("identity", "line"), "rm -rf"),
-}  # fmt: skip
+}
 CALLS = 3_000_000  # of functions: ten times what reading the whole store takes
 
 
@@ -221,8 +262,12 @@ def test_precompute_makes_again_what_a_senseless_marker_speaks_of(world, tmp_pat
         path = kinds(store, world)[kind]
         path.write_bytes(json_record.to_json(changed(json.loads(path.read_bytes()), at, value)))
         with few_calls():
-            run_precompute(store, world.shards, teacher_of(world.weights, "cnn"),
-                           ["activations,grid=8,codec=f32", "activations,grid=8,codec=u8", "logits"])  # fmt: skip
+            run_precompute(
+                store,
+                world.shards,
+                teacher_of(world.weights, "cnn"),
+                ["activations,grid=8,codec=f32", "activations,grid=8,codec=u8", "logits"],
+            )
         verified(store, world)
         assert np.array_equal(Store.open(store).array(world.targets["activations u8"]).compute(), undisturbed), what
 
@@ -243,9 +288,19 @@ def test_precompute_names_a_senseless_manifest_or_index(world, copied, what):
 
 @pytest.mark.parametrize(
     ("column", "value"),
-    [("left", np.nan), ("right", 1e300), ("op1", 99), ("op1", -1), ("shift_x", 1e9), ("erase_bottom", 1e6),
-     ("erase_seed", -1), ("partner", 149), ("amount", 1000), ("mix", 7)],
-)  # fmt: skip
+    [
+        ("left", np.nan),
+        ("right", 1e300),
+        ("op1", 99),
+        ("op1", -1),
+        ("shift_x", 1e9),
+        ("erase_bottom", 1e6),
+        ("erase_seed", -1),
+        ("partner", 149),
+        ("amount", 1000),
+        ("mix", 7),
+    ],
+)
 def test_parameters_of_views_are_held_against_their_bounds(world, tmp_path, column, value):
     from storage.store.attempts import Attempt
     from storage.store.banks import read_views, view_rows

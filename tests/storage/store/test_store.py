@@ -102,8 +102,13 @@ def test_what_is_no_store_is_a_clear_error(tmp_path):
     (tmp_path / "other" / "photo.png").write_text("x")
     (tmp_path / "zarr").mkdir()
     zarr.create_group(str(tmp_path / "zarr"))
-    for name, message in (("empty", "no store here"), ("other", "no store here"), ("nowhere", "no store here"),
-                          ("file", "not a folder"), ("zarr", "not the root of a store")):  # fmt: skip
+    for name, message in (
+        ("empty", "no store here"),
+        ("other", "no store here"),
+        ("nowhere", "no store here"),
+        ("file", "not a folder"),
+        ("zarr", "not the root of a store"),
+    ):
         with pytest.raises(UserError, match=message) as error:
             Store.open(tmp_path / name)
         assert str(tmp_path / name) in str(error.value)
@@ -170,9 +175,13 @@ def test_a_store_may_be_in_memory(tmp_path):
 # ---------------------------------------------------------------------------------------------- manifests
 
 IDENTITY = {
-    "model": "resnet10t", "arguments": {}, "weights sha256": "a" * 64, "input size": 64, "mean": [0.5, 0.5, 0.5],
+    "model": "resnet10t",
+    "arguments": {},
+    "weights sha256": "a" * 64,
+    "input size": 64,
+    "mean": [0.5, 0.5, 0.5],
     "std": [0.5, 0.5, 0.5],
-}  # fmt: skip
+}
 ABOUT = {"weights": "timm hub", "classes": None, "parameters": 1, "network": "cnn", "layers": 4}
 
 
@@ -262,10 +271,12 @@ def test_the_same_samples_in_a_tar_with_other_headers_are_known(tmp_path):
 
 def test_other_labels_than_the_stores_are_refused_whatever_the_headers(tmp_path):
     small = SmallStore(tmp_path / "store", [write_tar(tmp_path / "a" / "x.tar", samples(5))])
-    for number, members in enumerate([
-        [(n, b"8") if n == "s002.cls" else (n, d) for n, d in samples(5)],
-        [(n, d) for n, d in samples(5) if n != "s002.cls"],
-    ]):  # fmt: skip
+    for number, members in enumerate(
+        [
+            [(n, b"8") if n == "s002.cls" else (n, d) for n, d in samples(5)],
+            [(n, d) for n, d in samples(5) if n != "s002.cls"],
+        ]
+    ):
         other = write_tar(tmp_path / str(number) / "x.tar", members, mtime=99)
         with pytest.raises(IdentityError) as error:
             small.store.require(other, small.store.shard_ids())
@@ -290,12 +301,14 @@ def test_a_known_name_with_other_content_names_the_first_difference(tmp_path):
     known = small.indexes[0]
     other_key = [(n.replace("s003", "t003"), d) for n, d in members]
     other_image = [*members[:6], *sample("s003", 77), *members[8:]]
-    for number, (changed, field, expected) in enumerate([
-        (other_key, "key of sample 3", "s003"),
-        (other_image, "image digest of key s003", known.digests[3]),
-        (members[:6], "samples", 5),
-        (members[2:], "key of sample 0", "s000"),
-    ]):  # fmt: skip
+    for number, (changed, field, expected) in enumerate(
+        [
+            (other_key, "key of sample 3", "s003"),
+            (other_image, "image digest of key s003", known.digests[3]),
+            (members[:6], "samples", 5),
+            (members[2:], "key of sample 0", "s000"),
+        ]
+    ):
         path = write_tar(tmp_path / str(number) / "x.tar", changed)
         with pytest.raises(IdentityError, match=r"\d of its \d images are known") as error:
             small.store.require(path, small.store.shard_ids())
@@ -333,8 +346,9 @@ def test_the_nearest_word_is_proposed_or_all_are_listed():
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=6,
-)  # fmt: skip
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
 
 
 @given(st.dictionaries(st.text().filter(lambda key: key != "digest"), json_values, max_size=4))

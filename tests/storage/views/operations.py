@@ -23,7 +23,9 @@ NUMBERS = {name: number for number, (name, _) in OPERATIONS.items()}
 
 # Small and large arguments of each operation.
 ARGUMENTS: dict[str, tuple[float, ...]] = {
-    "auto_contrast": (0,), "equalize": (0,), "invert": (0,),
+    "auto_contrast": (0,),
+    "equalize": (0,),
+    "invert": (0,),
     "rotate": (-30, -0.37, 0.001, 17.3, 30),
     "posterize": (1, 2, 4, 8),
     "solarize": (0, 26, 128, 256),
@@ -31,7 +33,7 @@ ARGUMENTS: dict[str, tuple[float, ...]] = {
     **dict.fromkeys(["color", "contrast", "brightness", "sharpness"], (0.1, 0.73, 1.0, 1.0001, 1.37, 1.9)),
     **dict.fromkeys(["shear_x", "shear_y"], (-0.3, -0.013, 0.0007, 0.3)),
     **dict.fromkeys(["translate_x", "translate_y"], (-0.45, -0.003, 0.1234567, 0.45)),
-}  # fmt: skip
+}
 
 
 def pictures() -> dict[str, bytes]:
@@ -71,10 +73,13 @@ def framings(width: int, height: int) -> dict[str, View]:
         "moved": View(whole, shift=(5, -3), flip=True),
         "erased": View(middle, erased=(3, 5, 30, 33), erase_seed=2**32 - 1),
         "all of it": View(
-            corner, flip=True, operations=((NUMBERS["rotate"], 13.7), (NUMBERS["color"], 1.81)),
-            erased=(0, 0, 20, 36), erase_seed=1,
+            corner,
+            flip=True,
+            operations=((NUMBERS["rotate"], 13.7), (NUMBERS["color"], 1.81)),
+            erased=(0, 0, 20, 36),
+            erase_seed=1,
         ),
-    }  # fmt: skip
+    }
 
 
 def jobs(images: dict[str, bytes]) -> Iterator[tuple[str, Callable[[], bytes]]]:
@@ -133,9 +138,15 @@ def draw_digests() -> dict[str, str]:
     """Name -> digest of the rows of drawn views: every bit of every parameter."""
     sizes = [(500, 375), (32, 32), (1, 1), (3, 900), (61, 47)]
     return {
-        f"{line}, seed {seed}, {width}x{height}": digest(b"".join(
-            draw_view(policy(line, 224, seed), f"key {i}", i % 5, (width, height), i=i, block=range(64)).row().tobytes()
-            for i in range(60)
-        ))
-        for line in LINES for seed in (0, 2**63 - 1) for width, height in sizes
-    }  # fmt: skip
+        f"{line}, seed {seed}, {width}x{height}": digest(
+            b"".join(
+                draw_view(policy(line, 224, seed), f"key {i}", i % 5, (width, height), i=i, block=range(64))
+                .row()
+                .tobytes()
+                for i in range(60)
+            )
+        )
+        for line in LINES
+        for seed in (0, 2**63 - 1)
+        for width, height in sizes
+    }

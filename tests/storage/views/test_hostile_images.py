@@ -58,11 +58,17 @@ REFUSED_IMAGES = {
     "a filter that is none": (png((9, 7), 8, 2, b"\x09" + ROWS[1:]), "cannot be decoded"),
     "a palette too long": (png((8, 1), 8, 3, bytes(9), chunk(b"PLTE", bytes(900))), "palette"),
     "a frame outside of the picture": (
-        png((9, 7), 8, 2, ROWS, chunk(b"acTL", bytes([0, 0, 0, 1]) + bytes(4)),
-            chunk(b"fcTL", struct.pack(">IIIIIHHBB", 0, 9, 7, 2**31, 0, 1, 1, 0, 0))),
+        png(
+            (9, 7),
+            8,
+            2,
+            ROWS,
+            chunk(b"acTL", bytes([0, 0, 0, 1]) + bytes(4)),
+            chunk(b"fcTL", struct.pack(">IIIIIHHBB", 0, 9, 7, 2**31, 0, 1, 1, 0, 0)),
+        ),
         "cannot be decoded",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", REFUSED_IMAGES)
@@ -184,9 +190,12 @@ def test_a_transparent_color_is_a_color():
 def test_text_that_calls_itself_like_metadata_is_text(name):
     text = chunk(b"tEXt", name.encode() + b"\0(1, x")
     for size, bits, color, rows, chunks in (
-        ((9, 7), 8, 2, ROWS, []), ((4, 1), 8, 3, bytes(5), [PALETTE]), ((4, 1), 8, 0, bytes(5), []),
-        ((2, 1), 8, 4, bytes(5), []), ((4, 3), 16, 0, rows_of(DEEP[..., :1]), []),
-    ):  # fmt: skip
+        ((9, 7), 8, 2, ROWS, []),
+        ((4, 1), 8, 3, bytes(5), [PALETTE]),
+        ((4, 1), 8, 0, bytes(5), []),
+        ((2, 1), 8, 4, bytes(5), []),
+        ((4, 3), 16, 0, rows_of(DEEP[..., :1]), []),
+    ):
         plain = decode(png(size, bits, color, rows, *chunks))
         assert same(decode(png(size, bits, color, rows, *chunks, text)), plain)
 
@@ -211,9 +220,15 @@ def test_a_cmyk_jpeg_without_adobes_mark_is_not_inverted():
 CORNERS = np.kron(np.array([[0, 1, 2], [3, 4, 5]]), np.ones((16, 16), int))  # six fields, each of its own color
 COLORS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [255, 255, 0]], np.uint8)
 TURNED = {
-    1: [[0, 1, 2], [3, 4, 5]], 2: [[2, 1, 0], [5, 4, 3]], 3: [[5, 4, 3], [2, 1, 0]], 4: [[3, 4, 5], [0, 1, 2]],
-    5: [[0, 3], [1, 4], [2, 5]], 6: [[3, 0], [4, 1], [5, 2]], 7: [[5, 2], [4, 1], [3, 0]], 8: [[2, 5], [1, 4], [0, 3]],
-}  # fmt: skip
+    1: [[0, 1, 2], [3, 4, 5]],
+    2: [[2, 1, 0], [5, 4, 3]],
+    3: [[5, 4, 3], [2, 1, 0]],
+    4: [[3, 4, 5], [0, 1, 2]],
+    5: [[0, 3], [1, 4], [2, 5]],
+    6: [[3, 0], [4, 1], [5, 2]],
+    7: [[5, 2], [4, 1], [3, 0]],
+    8: [[2, 5], [1, 4], [0, 3]],
+}
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])

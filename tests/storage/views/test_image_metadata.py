@@ -87,13 +87,21 @@ def turning() -> dict[str, bytes]:
         "a profile that is none": png_with("Raw profile type exif", "\nexif\n 9\nzz"),
         "a comment": png_with("Comment", XMP),
         "EXIF after the pixels": png((9, 7), 8, 2, ROWS, after=chunk(b"eXIf", exif(orientation(6))[6:])),
-        "EXIF and XMP": png((9, 7), 8, 2, ROWS, chunk(b"eXIf", exif(orientation(3))[6:]),
-                            chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP.encode())),
-    }  # fmt: skip
+        "EXIF and XMP": png(
+            (9, 7),
+            8,
+            2,
+            ROWS,
+            chunk(b"eXIf", exif(orientation(3))[6:]),
+            chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP.encode()),
+        ),
+    }
     for kind in ("JPEG", "WEBP", "MPO"):
         settings: dict[str, dict[str, Any]] = {
-            "JPEG": {}, "WEBP": {"lossless": True}, "MPO": {"save_all": True, "append_images": [RGB]}
-        }  # fmt: skip
+            "JPEG": {},
+            "WEBP": {"lossless": True},
+            "MPO": {"save_all": True, "append_images": [RGB]},
+        }
         own = settings[kind]
         found[f"{kind}: EXIF"] = encoded(RGB, kind, exif=exif(orientation(6)), **own)
         found[f"{kind}: a profile"] = encoded(RGB, kind, icc_profile=b"x" * 200_000, exif=exif(orientation(8)), **own)

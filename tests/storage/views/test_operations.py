@@ -66,9 +66,10 @@ SETTINGS: dict[str, dict[str, str]] = {
     "a math library for old processors": {"GLIBC_TUNABLES": NO_AVX},
 }
 SETTINGS["all of them, and memory that is never zero"] = {
-    "MALLOC_PERTURB_": "165", "PYTHONHASHSEED": "1",
+    "MALLOC_PERTURB_": "165",
+    "PYTHONHASHSEED": "1",
     **{name: value for setting in SETTINGS.values() for name, value in setting.items()},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -77,9 +78,13 @@ def test_contract_2_every_operation_of_deit_gives_the_same_bytes_in_another_proc
     if "ATEN_CPU_CAPABILITY" in SETTINGS[setting]:  # it counts, if at all, where torch is there
         program = "import torch; torch.set_flush_denormal(True); torch.ones(9).exp().sum(); " + program
     child = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env={**os.environ, **SETTINGS[setting]},
-        input=json.dumps({name: data.hex() for name, data in images.items()}), capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**os.environ, **SETTINGS[setting]},
+        input=json.dumps({name: data.hex() for name, data in images.items()}),
+        capture_output=True,
+        text=True,
+    )
     assert not child.returncode, child.stderr
     pixels, draws = json.loads(child.stdout)
     assert {name for name in here[0] if pixels.get(name) != here[0][name]} == set(), "pixels differ"
@@ -115,12 +120,22 @@ def timm_operations():
 
 
 TIMM = {
-    "rotate": "Rotate", "shear_x": "ShearX", "shear_y": "ShearY", "translate_x": "TranslateXRel",
-    "translate_y": "TranslateYRel", "posterize": "PosterizeIncreasing", "solarize": "SolarizeIncreasing",
-    "solarize_add": "SolarizeAdd", "color": "ColorIncreasing", "contrast": "ContrastIncreasing",
-    "brightness": "BrightnessIncreasing", "sharpness": "SharpnessIncreasing", "auto_contrast": "AutoContrast",
-    "equalize": "Equalize", "invert": "Invert",
-}  # fmt: skip
+    "rotate": "Rotate",
+    "shear_x": "ShearX",
+    "shear_y": "ShearY",
+    "translate_x": "TranslateXRel",
+    "translate_y": "TranslateYRel",
+    "posterize": "PosterizeIncreasing",
+    "solarize": "SolarizeIncreasing",
+    "solarize_add": "SolarizeAdd",
+    "color": "ColorIncreasing",
+    "contrast": "ContrastIncreasing",
+    "brightness": "BrightnessIncreasing",
+    "sharpness": "SharpnessIncreasing",
+    "auto_contrast": "AutoContrast",
+    "equalize": "Equalize",
+    "invert": "Invert",
+}
 
 
 @pytest.mark.parametrize("name", TIMM)

@@ -209,8 +209,10 @@ coordinates = st.floats(-1e6, 1e6)
 
 @given(
     st.tuples(coordinates, coordinates, coordinates, coordinates),
-    st.tuples(st.integers(-4096, 4096), st.integers(-4096, 4096)), st.booleans(), st.booleans(),
-)  # fmt: skip
+    st.tuples(st.integers(-4096, 4096), st.integers(-4096, 4096)),
+    st.booleans(),
+    st.booleans(),
+)
 @settings(max_examples=60)
 def test_a_row_of_a_bank_is_its_view(box, shift, flip, valid):
     view = View(box, shift=shift, flip=flip, valid=valid)
@@ -258,7 +260,11 @@ def test_replay_equals_record_in_another_process(tmp_path, setting):
     )
     child = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path / "images.json")],
-        cwd=ROOT, env={**os.environ, setting: value}, capture_output=True, check=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, setting: value},
+        capture_output=True,
+        check=True,
+        text=True,
+    )
     assert json.loads(child.stdout) == signatures_of(images)
     assert len(set(signatures_of(images))) > 20

@@ -159,10 +159,15 @@ def test_16_bit_gray_keeps_its_high_byte():
 @pytest.mark.parametrize(
     ("orientation", "turned"),
     [
-        (1, lambda x: x), (2, lambda x: x[:, ::-1]), (3, lambda x: x[::-1, ::-1]), (4, lambda x: x[::-1]),
-        (5, lambda x: x.transpose(1, 0, 2)), (6, lambda x: np.rot90(x, -1)), (8, lambda x: np.rot90(x)),
+        (1, lambda x: x),
+        (2, lambda x: x[:, ::-1]),
+        (3, lambda x: x[::-1, ::-1]),
+        (4, lambda x: x[::-1]),
+        (5, lambda x: x.transpose(1, 0, 2)),
+        (6, lambda x: np.rot90(x, -1)),
+        (8, lambda x: np.rot90(x)),
     ],
-)  # fmt: skip
+)
 def test_images_are_turned_upright(kind, orientation, turned):
     image = noise(9, 7)
     assert same(decode(with_orientation(image, orientation, kind)), turned(np.asarray(image)))
@@ -215,10 +220,18 @@ def test_every_cut_of_an_image_is_bad_or_still_all_of_its_pixels(kind):
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"\0" * 100, b"hello", encoded(Image.new("RGB", (4, 4)), "GIF"), encoded(Image.new("RGB", (4, 4)), "BMP"),
-     encoded(Image.new("RGB", (4, 4)), "TIFF"), b"\xff\xd8\xff\xe0", b"%!PS-Adobe-3.0 EPSF-3.0\n"],
+    [
+        b"",
+        b"\0" * 100,
+        b"hello",
+        encoded(Image.new("RGB", (4, 4)), "GIF"),
+        encoded(Image.new("RGB", (4, 4)), "BMP"),
+        encoded(Image.new("RGB", (4, 4)), "TIFF"),
+        b"\xff\xd8\xff\xe0",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n",
+    ],
     ids=["empty", "zeros", "text", "gif", "bmp", "tiff", "jpeg's beginning", "eps"],
-)  # fmt: skip
+)
 def test_bytes_that_are_no_image_of_ours_are_bad(data):
     with pytest.raises(BadImage):
         decode(data)

@@ -27,13 +27,24 @@ SETTINGS: dict[str, type[AlignedLossConfig]] = {
 
 
 def given(
-    tap: str = "attention", layers: list[int] | None = None, depth: int = 4, heads: int = 3, side: int = 4,
-    prefix: tuple[str, ...] = ("class",), width: int = 8, **about: Any,
-) -> StoredTarget:  # fmt: skip
+    tap: str = "attention",
+    layers: list[int] | None = None,
+    depth: int = 4,
+    heads: int = 3,
+    side: int = 4,
+    prefix: tuple[str, ...] = ("class",),
+    width: int = 8,
+    **about: Any,
+) -> StoredTarget:
     layers = layers or list(range(1, depth + 1))
     tokens = len(prefix) + side * side
-    last = {"attention": [tokens, tokens], "class_row": [tokens], "q": [tokens, width], "k": [tokens, width],
-            "v": [tokens, width]}[tap]  # fmt: skip
+    last = {
+        "attention": [tokens, tokens],
+        "class_row": [tokens],
+        "q": [tokens, width],
+        "k": [tokens, width],
+        "v": [tokens, width],
+    }[tap]
     teacher = {"layers": depth, "heads": heads, "prefix": prefix, **about}
     return stored(tap, [len(layers), heads, *last], layers, teacher)
 
@@ -296,8 +307,10 @@ def test_heads_meet_by_an_explicit_map(which, wish, expected):
     assert mine.shape == theirs.shape
     for at, (own, other) in enumerate(((2, 3), (4, 1))):
         for place, (a, b) in enumerate(expected[at]):
-            for queries, keys, found in ((q[own - 1][:, a], k[own - 1][:, a], mine),
-                                         (stored[0][:, other - 1, b], stored[1][:, other - 1, b], theirs)):  # fmt: skip
+            for queries, keys, found in (
+                (q[own - 1][:, a], k[own - 1][:, a], mine),
+                (stored[0][:, other - 1, b], stored[1][:, other - 1, b], theirs),
+            ):
                 scores = queries @ keys.transpose(-2, -1) * 8**-0.5
                 whole = scores if which == "scores" else scores.softmax(-1)
                 assert torch.allclose(found[:, at, place], whole[:, 0] if which == "class" else whole, atol=1e-5)
@@ -361,9 +374,14 @@ def test_known_answers_of_the_logarithmic_mean():
 
 def test_the_table_says_what_meets():
     made = rows(
-        "class", StudentSpec(6, 4, 8, ("class", "distillation")), given(depth=12, side=14), layers="last", heads="log",
-        head_temperature=10, grid="bicubic",
-    )  # fmt: skip
+        "class",
+        StudentSpec(6, 4, 8, ("class", "distillation")),
+        given(depth=12, side=14),
+        layers="last",
+        heads="log",
+        head_temperature=10,
+        grid="bicubic",
+    )
     assert made.row.teacher == "class rows, layers 1:12, 3 heads, 14x14 patches"
     assert made.row.student == "6 layers x 4 heads, 8x8 patches"
     assert made.row.rule == (

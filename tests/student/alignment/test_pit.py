@@ -136,8 +136,13 @@ def test_pit_is_no_teacher_of_attention_and_says_why():
     assert teacher.anatomy(pit(**SMALL)).network == "other"
 
 
-PIT = ["student.model=pit_ti_224", "student.patch_size=4", "student.embed_dim=null", "student.depth=null",
-       "student.num_heads=null"]  # fmt: skip
+PIT = [
+    "student.model=pit_ti_224",
+    "student.patch_size=4",
+    "student.embed_dim=null",
+    "student.depth=null",
+    "student.num_heads=null",
+]
 
 
 def test_a_run_of_pit_with_aal_and_what_it_leaves(world, tmp_path, capsys):

@@ -97,9 +97,15 @@ def test_the_map_comes_from_q_and_k_alike(world, place):
 
 @pytest.mark.parametrize(
     ("what", "layers", "heads"),
-    [("map", None, None), ("map", "last-2", "first-2"), ("q", "first-1", None), ("k", [2], "first-1"),
-     ("v", "last", None), ("qk", [1, 3], None)],
-)  # fmt: skip
+    [
+        ("map", None, None),
+        ("map", "last-2", "first-2"),
+        ("q", "first-1", None),
+        ("k", [2], "first-1"),
+        ("v", "last", None),
+        ("qk", [1, 3], None),
+    ],
+)
 def test_what_is_replaced_gets_no_gradient_and_all_else_does(world, place, what, layers, heads):
     distiller, stream = distiller_of(world, place, {"tensors": what, "layers": layers, "heads": heads})
     _, values = distiller(next(stream.epoch(0)))
@@ -124,9 +130,11 @@ def test_contract_1_copied_from_an_f32_store_equals_copied_from_the_teacher_in_t
     """Loss and gradients of the same weights over some steps, mixing on; with a distillation loss beside it."""
     for what in TAPS:
         distiller, stream = distiller_of(
-            world, place, {"tensors": what, "layers": "last-2", "heads": "first-2"},
+            world,
+            place,
+            {"tensors": what, "layers": "last-2", "heads": "first-2"},
             losses={"crossentropy": {}, "attention": {"layers": "first-1"}},
-        )  # fmt: skip
+        )
         store = Store.open(place)
         ids = list(stream.source.targets)
         live = {}
@@ -245,8 +253,15 @@ RUN = [
 @pytest.fixture(scope="module")
 def trained(world: World, place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("trained") / "run"
-    run(world, out, "scratch", *RUN, f"student.weights={world.weights['vit']}", 'student.init=["blocks.*"]',
-        store=Store.open(place))  # fmt: skip
+    run(
+        world,
+        out,
+        "scratch",
+        *RUN,
+        f"student.weights={world.weights['vit']}",
+        'student.init=["blocks.*"]',
+        store=Store.open(place),
+    )
     return out
 
 
@@ -303,8 +318,14 @@ def _train(number: int, ranks: int, jobs: list[trainer.TrainConfig]) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_copy_as_one_does(world, place, tmp_path):
-    settings = [*SAME, "stream.bank.policy=deit", "optim.opt=momentum", "optim.lr=0.01", "optim.epochs=1",
-                "attention_copy.layers=first-2"]  # fmt: skip
+    settings = [
+        *SAME,
+        "stream.bank.policy=deit",
+        "optim.opt=momentum",
+        "optim.lr=0.01",
+        "optim.epochs=1",
+        "attention_copy.layers=first-2",
+    ]
     jobs = [job(world, tmp_path / name, "scratch", *settings, store=Store.open(place)) for name in ("one", "two")]
     every = trainer.LOG_EVERY
     try:
@@ -371,10 +392,15 @@ def test_a_student_s_file_that_says_nonsense_of_copying_is_refused(trained, tmp_
     model, about = load_student(trained / "last.safetensors")
     for change in ({"layers": [9]}, {"layers": "all"}, {"settings": {"tensors": "all"}}, {"heads": None}):
         metadata = {
-            "model": about.model, "arguments": json.dumps(about.arguments), "img_size": "32", "mean": "[0.5,0.5,0.5]",
-            "std": "[0.5,0.5,0.5]", "classes": "null", "evaluation": about.evaluation,
+            "model": about.model,
+            "arguments": json.dumps(about.arguments),
+            "img_size": "32",
+            "mean": "[0.5,0.5,0.5]",
+            "std": "[0.5,0.5,0.5]",
+            "classes": "null",
+            "evaluation": about.evaluation,
             "copying": json.dumps({**present(about.attention_copy).plain(), **change}),
-        }  # fmt: skip
+        }
         save_file(model.state_dict(), tmp_path / "a.safetensors", metadata)
         with pytest.raises(UserError, match=r"a\.safetensors: (damaged: attention_copy|does not fit)"):
             load_student(tmp_path / "a.safetensors")
@@ -394,7 +420,7 @@ def test_a_student_s_file_that_says_nonsense_of_copying_is_refused(trained, tmp_
         ({"teacher": "vitt"}, {}, r"attention_copy.teacher: asked for vitt, the store has vit"),
         ({}, {"model": "resnet18"}, r"no list of attention blocks"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_one_clear_message(world, place, copying, student, message):
     if student.get("model") == "resnet18":
         recipe = validate(

@@ -268,9 +268,13 @@ def refuse_to_decode(monkeypatch) -> None:
         raise AssertionError("something was decoded")
 
     for name in (
-        "storage.store.banks.render", "storage.views.render.decode", "student.data.block_reader.decode",
-        "student.data.block_reader.render", "storage.shards.shard.read_samples", "storage.views.render.Image.open",
-    ):  # fmt: skip
+        "storage.store.banks.render",
+        "storage.views.render.decode",
+        "student.data.block_reader.decode",
+        "student.data.block_reader.render",
+        "storage.shards.shard.read_samples",
+        "storage.views.render.Image.open",
+    ):
         monkeypatch.setattr(name, refuse)
 
 

@@ -144,8 +144,11 @@ def test_a_bank_without_targets_gives_its_views(world):
 
 def test_any_subset_of_shards_is_taken(world):
     for url in world.shards:
-        assert {int(s) for b in Stream(url, batch=32, store=world.store, targets=[world.targets["logits"]]).epoch(0)
-                for s in b.ids[:, 0]} == {0}  # fmt: skip
+        assert {
+            int(s)
+            for b in Stream(url, batch=32, store=world.store, targets=[world.targets["logits"]]).epoch(0)
+            for s in b.ids[:, 0]
+        } == {0}
 
 
 def test_several_targets_of_two_teachers_share_the_bank(world):
@@ -273,8 +276,11 @@ def test_the_same_samples_under_two_paths_are_refused(world, tmp_path):
 
     copy = shutil.copy(world.shards[0], tmp_path / "other-name.tar")
     with pytest.raises(UserError, match="holds the same samples"):
-        Stream([world.shards[0], copy, world.shards[0].replace("/data/", "/data/../data/")], batch=32,
-               policy=policy("light", 32))  # fmt: skip
+        Stream(
+            [world.shards[0], copy, world.shards[0].replace("/data/", "/data/../data/")],
+            batch=32,
+            policy=policy("light", 32),
+        )
 
 
 def test_ranks_share_the_memory_of_their_machine(world, monkeypatch):

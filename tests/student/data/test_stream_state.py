@@ -96,9 +96,14 @@ def test_ranks_go_on_from_the_state_of_one_rank(world, epochs):
 
 @pytest.mark.parametrize(
     ("field", "changes"),
-    [("seed", {"seed": 8}), ("batch_size", {"batch": 16, "lanes": 8}), ("lanes", {"lanes": 16}),
-     ("shuffle_blocks", {"shuffle_blocks": 2}), ("views", {"views": 1})],
-)  # fmt: skip
+    [
+        ("seed", {"seed": 8}),
+        ("batch_size", {"batch": 16, "lanes": 8}),
+        ("lanes", {"lanes": 16}),
+        ("shuffle_blocks", {"shuffle_blocks": 2}),
+        ("views", {"views": 1}),
+    ],
+)
 def test_a_state_of_another_order_is_refused_by_name(world, field, changes):
     with pytest.raises(IdentityError) as refused:
         stream(world, **changes).load_state_dict(stream(world).state_dict())

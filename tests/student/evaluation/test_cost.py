@@ -23,12 +23,15 @@ from tests.student.runs import run
 @pytest.mark.parametrize(
     ("name", "classes", "parameters"),
     [
-        ("vit_tiny_patch16_224", 10, 5_526_346), ("vit_small_patch16_224", 10, 21_669_514),
-        ("vit_base_patch16_224", 10, 85_806_346), ("deit_tiny_distilled_patch16_224", 10, 5_528_660),
-        ("deit_small_distilled_patch16_224", 10, 21_674_132), ("deit_small_distilled_patch16_224", 1000, 22_436_432),
+        ("vit_tiny_patch16_224", 10, 5_526_346),
+        ("vit_small_patch16_224", 10, 21_669_514),
+        ("vit_base_patch16_224", 10, 85_806_346),
+        ("deit_tiny_distilled_patch16_224", 10, 5_528_660),
+        ("deit_small_distilled_patch16_224", 10, 21_674_132),
+        ("deit_small_distilled_patch16_224", 1000, 22_436_432),
         ("pit_s_224", 10, 22_890_682),
     ],
-)  # fmt: skip
+)
 def test_parameters_are_those_that_are_printed(name, classes, parameters) -> None:
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=classes).eval()
@@ -66,11 +69,17 @@ def test_multiply_adds_of_pit_are_those_counted_by_hand() -> None:
 @pytest.mark.parametrize(
     ("name", "size"),
     [
-        ("cait_xxs24_224", 224), ("coat_lite_mini", 224), ("convit_tiny", 224),
-        ("deit_tiny_distilled_patch16_224", 224), ("efficientnet_b0", 64), ("naflexvit_base_patch16_siglip", 384),
-        ("pit_ti_distilled_224", 224), ("swin_tiny_patch4_window7_224", 224), ("xcit_nano_12_p16_224", 224),
+        ("cait_xxs24_224", 224),
+        ("coat_lite_mini", 224),
+        ("convit_tiny", 224),
+        ("deit_tiny_distilled_patch16_224", 224),
+        ("efficientnet_b0", 64),
+        ("naflexvit_base_patch16_siglip", 384),
+        ("pit_ti_distilled_224", 224),
+        ("swin_tiny_patch4_window7_224", 224),
+        ("xcit_nano_12_p16_224", 224),
     ],
-)  # fmt: skip
+)
 def test_any_network_can_be_counted_and_is_left_as_it_was(name, size) -> None:
     """As many multiply-adds as PyTorch's counter finds where no parameter needs a gradient and nothing is fused."""
     with torch.device("meta"):
@@ -95,11 +104,18 @@ def test_any_network_can_be_counted_and_is_left_as_it_was(name, size) -> None:
 def test_links_are_those_of_the_run_on_the_grid_of_the_run(tmp_path) -> None:
     file, student = tmp_path / "losses.safetensors", timm.create_model("deit_tiny_patch16_224").eval()
     assert links_of(file, student) == {}
-    tensors = {"a.aal.links.weight": torch.zeros(952, 72, 1), "a.aal.links.bias": torch.zeros(952),
-               "b.other.weight": torch.zeros(3, 3)}  # fmt: skip
+    tensors = {
+        "a.aal.links.weight": torch.zeros(952, 72, 1),
+        "a.aal.links.bias": torch.zeros(952),
+        "b.other.weight": torch.zeros(3, 3),
+    }
     for note, positions in (
-        (None, 196), ({"a": '{"grid": 7}'}, 49), ({"a": "["}, 196), ({"a": '{"grid": 1e9}'}, 196), ({"b": "{}"}, 196),
-    ):  # fmt: skip
+        (None, 196),
+        ({"a": '{"grid": 7}'}, 49),
+        ({"a": "["}, 196),
+        ({"a": '{"grid": 1e9}'}, 196),
+        ({"b": "{}"}, 196),
+    ):
         save_file(tensors, file, note)
         ((links, maps),) = links_of(file, student).values()
         found = cost(links, maps)

@@ -79,9 +79,12 @@ def made(tmp_path_factory) -> Made:
     )
     options = {"policy": policy("deit", 32), "on_decode_error": "skip"}
     made = run_precompute(
-        folder / "store", shards, teacher_of(weights, "vit"), ["class_token,codec=f32", "embedding,codec=u8", "logits"],
+        folder / "store",
+        shards,
+        teacher_of(weights, "vit"),
+        ["class_token,codec=f32", "embedding,codec=u8", "logits"],
         **options,
-    )  # fmt: skip
+    )
     more = run_precompute(folder / "store", shards, pooled, ["class_token", "embedding"], **options)
     names = ["class_token", "embedding", "logits", "pooled class_token", "pooled embedding"]
     return Made(folder, shards, val, weights, dict(zip(names, [*made["targets"], *more["targets"]], strict=True)))
@@ -223,8 +226,19 @@ def test_a_class_token_that_the_classifier_does_not_act_on_is_refused(made, tmp_
 def test_the_same_command_gives_the_same_bytes_and_the_next_one_runs(made, tmp_path, capsys):
     """And what it writes is a teacher as any other: its logits are precomputed, verified, and the head's."""
     shards = [word for url in made.shards for word in ("--shards", url)]
-    words = ["fit-teacher", "--store", made.folder / "store", "--target", made.targets["class_token"], *shards, "--val",
-             made.val[0], "--l2", 0.01, "--json"]  # fmt: skip
+    words = [
+        "fit-teacher",
+        "--store",
+        made.folder / "store",
+        "--target",
+        made.targets["class_token"],
+        *shards,
+        "--val",
+        made.val[0],
+        "--l2",
+        0.01,
+        "--json",
+    ]
     files = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
     for file in files:
         status, out, err = call(capsys, *words, "--out", file)

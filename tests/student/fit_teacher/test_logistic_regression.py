@@ -27,9 +27,12 @@ def examples_of(count: int = 600, width: int = 6, classes: int = 3, gap: float =
     x = (1 - shares)[:, None] * centers[labels] + shares[:, None] * centers[others] + chance.normal(size=(count, width))
     x = np.concatenate([x * 10.0 ** np.arange(-2, width - 2) + 5, np.full((count, 1), 7.0)], 1)
     return Examples(
-        torch.tensor(x, dtype=torch.float32), torch.tensor(labels), torch.tensor(others),
-        torch.tensor(shares, dtype=torch.float32), torch.arange(count) // 30,
-    )  # fmt: skip
+        torch.tensor(x, dtype=torch.float32),
+        torch.tensor(labels),
+        torch.tensor(others),
+        torch.tensor(shares, dtype=torch.float32),
+        torch.arange(count) // 30,
+    )
 
 
 def test_the_head_is_where_the_gradient_of_the_written_loss_vanishes():
@@ -76,9 +79,12 @@ def test_the_strength_is_chosen_by_samples_that_were_not_fitted():
     """Features that say nothing: the strongest is best, though the weakest fits its own samples best."""
     chance = torch.Generator().manual_seed(0)
     noise = Examples(
-        torch.randn(200, 100, generator=chance), torch.arange(200) % 2, torch.arange(200) % 2, torch.zeros(200),
+        torch.randn(200, 100, generator=chance),
+        torch.arange(200) % 2,
+        torch.arange(200) % 2,
+        torch.zeros(200),
         torch.arange(200) // 20,
-    )  # fmt: skip
+    )
     tried = search_strength(noise, 2, seed=0)
     assert tried[0].l2 == 1.0
     assert [one.loss for one in tried] == sorted(one.loss for one in tried)
@@ -95,9 +101,13 @@ def test_whole_blocks_are_held_out():
 
 
 NETWORKS = [
-    TINY_CNN, TINY_VIT, POOLED, ("mobilenetv2_050", {"pad_type": "same"}), ("convnext_atto", {"depths": [1, 1, 1, 1]}),
+    TINY_CNN,
+    TINY_VIT,
+    POOLED,
+    ("mobilenetv2_050", {"pad_type": "same"}),
+    ("convnext_atto", {"depths": [1, 1, 1, 1]}),
     ("deit_tiny_distilled_patch16_224", {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "arguments"), NETWORKS, ids=[name for name, _ in NETWORKS])

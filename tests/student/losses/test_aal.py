@@ -49,9 +49,10 @@ def test_inner_products_give_the_printed_loss_and_gradients(reading):
 def test_input_gradients_against_the_numerical_ones():
     maps, activations, aal = some(b=2, m=3, c=4, g=3)
     maps.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, w, b: torch.func.functional_call(
-        aal, {"links.weight": w, "links.bias": b}, (x, activations)),
-        (maps, aal.links.weight, aal.links.bias))  # fmt: skip
+    assert torch.autograd.gradcheck(
+        lambda x, w, b: torch.func.functional_call(aal, {"links.weight": w, "links.bias": b}, (x, activations)),
+        (maps, aal.links.weight, aal.links.bias),
+    )
 
 
 def test_random_maps_give_two_over_196():

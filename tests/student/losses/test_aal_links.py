@@ -124,9 +124,7 @@ def algorithm_1(w: torch.Tensor, threshold: float) -> set[tuple[int, int]]:
     """As it is printed, with loops, on w[c, m, n]."""
     low, high = w.min(), w.max()
     w = (w - low) / (high - low)
-    return {
-        (c, n) for c in range(w.shape[0]) for n in range(w.shape[2]) if w[c, :, n].abs().mean() > threshold
-    }  # fmt: skip
+    return {(c, n) for c in range(w.shape[0]) for n in range(w.shape[2]) if w[c, :, n].abs().mean() > threshold}
 
 
 def settings(**changes: Any) -> LinksConfig:
@@ -321,12 +319,24 @@ GOOD = {"stages": [1], "channels": [60], "heads": [3, 3], "target": "t"}
 
 @pytest.mark.parametrize(
     "note",
-    ["", "[", "7", "[]", "{}", json.dumps({**GOOD, "heads": [3, 2]}), json.dumps({**GOOD, "heads": "33"}),
-     json.dumps({**GOOD, "channels": [10**9]}), json.dumps({**GOOD, "channels": [-60]}),
-     json.dumps({**GOOD, "stages": [1, 2]}), json.dumps({**GOOD, "target": 7}), json.dumps({**GOOD, "heads": []}),
-     "[" * 100_000, json.dumps({**GOOD, "channels": [60.0]})],
+    [
+        "",
+        "[",
+        "7",
+        "[]",
+        "{}",
+        json.dumps({**GOOD, "heads": [3, 2]}),
+        json.dumps({**GOOD, "heads": "33"}),
+        json.dumps({**GOOD, "channels": [10**9]}),
+        json.dumps({**GOOD, "channels": [-60]}),
+        json.dumps({**GOOD, "stages": [1, 2]}),
+        json.dumps({**GOOD, "target": 7}),
+        json.dumps({**GOOD, "heads": []}),
+        "[" * 100_000,
+        json.dumps({**GOOD, "channels": [60.0]}),
+    ],
     ids=range(14),
-)  # fmt: skip
+)
 def test_what_a_hostile_file_says_of_its_links_ends_in_one_error(trained, tmp_path, note):
     state = load_file(trained / "losses.safetensors")
     folder = copy(trained, tmp_path / "x", state, aal=note)
@@ -336,8 +346,9 @@ def test_what_a_hostile_file_says_of_its_links_ends_in_one_error(trained, tmp_pa
 
 def test_hostile_links_end_in_one_error(trained, tmp_path):
     name, state = "aal.aal.links.weight", load_file(trained / "losses.safetensors")
-    for i, other in enumerate((state[name] / 0, state[name].half(), state[name][:, :, 0], state[name][:5],
-                               state[name].long())):  # fmt: skip
+    for i, other in enumerate(
+        (state[name] / 0, state[name].half(), state[name][:, :, 0], state[name][:5], state[name].long())
+    ):
         with pytest.raises(UserError, match=r"expected finite torch.float32"):
             aal_links.read(copy(trained, tmp_path / str(i), {**state, name: other}), None)
     for text in (b"", b"\0" * 100, b"\xff" * 8 + b"{}", (trained / "losses.safetensors").read_bytes()[:-9]):
@@ -367,8 +378,15 @@ def test_links_are_said_in_many_ways_and_nothing_else_is_taken():
     assert of("runs/full") == LinksConfig(run="runs/full")
     assert of([[1, 2], None]) == ((1, 2), None)
     assert of({"run": "r", "granularity": "block"}).granularity == "block"
-    for wrong in (7, [[1]], [["a", 2]], {"granularity": "block"}, {"run": "r", "normalize": "no"}, [1, 3],
-                  {"run": "r", "threshold": 1}):  # fmt: skip
+    for wrong in (
+        7,
+        [[1]],
+        [["a", 2]],
+        {"granularity": "block"},
+        {"run": "r", "normalize": "no"},
+        [1, 3],
+        {"run": "r", "threshold": 1},
+    ):
         with pytest.raises(UserError, match=r"losses.aal.links: expected full, alpha, beta, a run's folder"):
             of(wrong)
 

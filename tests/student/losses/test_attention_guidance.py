@@ -36,8 +36,10 @@ def step(targets: tuple[torch.Tensor, ...], **seen: Any) -> Any:
 
 def attending(layers: int, heads: int, tokens: int, seed: int = 0) -> dict[str, Any]:
     """q, k and v of a student's layers."""
-    parts = {name: [values(2, heads, tokens, 4, seed=seed + 10 * i + n) for n in range(layers)]
-             for i, name in enumerate(("q", "k", "v"))}  # fmt: skip
+    parts = {
+        name: [values(2, heads, tokens, 4, seed=seed + 10 * i + n) for n in range(layers)]
+        for i, name in enumerate(("q", "k", "v"))
+    }
     return {**parts, "scales": [0.5] * layers}
 
 
@@ -188,8 +190,10 @@ def test_input_gradients_down_to_q_k_and_v_of_the_last_layer_alone(loss, heads):
 def test_a_student_that_attends_as_its_teacher_does_is_at_the_minimum():
     made = method(StudentSpec(2, 3, 4, ("class",)), given("class_row", depth=2), layers=None).double()
     seen = attending(2, 3, 17)
-    rows = [(q[:, :, :1] @ k.transpose(-2, -1) * 0.5).softmax(-1)[:, :, 0] for q, k in
-            zip(seen["q"], seen["k"], strict=True)]  # fmt: skip
+    rows = [
+        (q[:, :, :1] @ k.transpose(-2, -1) * 0.5).softmax(-1)[:, :, 0]
+        for q, k in zip(seen["q"], seen["k"], strict=True)
+    ]
     q = seen["q"][1].requires_grad_()
     loss = made(step((torch.stack(rows, 1),), **seen))
     loss.backward()

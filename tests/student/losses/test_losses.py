@@ -287,8 +287,10 @@ def test_only_what_is_compared_gets_a_gradient(world, same):
     blocks: Any = distiller.student.blocks
     slopes = blocks[0].attn.qkv.weight.grad.reshape(3, 3, 16, 48)
     assert [[bool(s.abs().max() > 0) for s in part] for part in slopes] == [
-        [True, True, False], [False] * 3, [False] * 3
-    ]  # fmt: skip
+        [True, True, False],
+        [False] * 3,
+        [False] * 3,
+    ]
     assert blocks[1].attn.qkv.weight.grad is None
     assert blocks[0].mlp.fc1.weight.grad is None
 
@@ -332,13 +334,21 @@ def two(losses: dict[str, Any], target: torch.Tensor | None = None) -> dict[str,
     images = torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 1, 2, 1])
     batch = SimpleNamespace(
-        images=images, labels=labels, mix_labels=labels, mix_weights=torch.zeros(4), target=lambda id: target,
+        images=images,
+        labels=labels,
+        mix_labels=labels,
+        mix_weights=torch.zeros(4),
+        target=lambda id: target,
         pixels=lambda mean, std: images.permute(0, 3, 1, 2).float() / 255,
-    )  # fmt: skip
+    )
     _, found = distiller(batch)
     first, second = distiller.student(batch.pixels(None, None))
-    return {**found, "first": F.cross_entropy(first, labels), "second": F.cross_entropy(second, labels),
-            "second hard": F.cross_entropy(second, target.argmax(1)) if target is not None else first}  # fmt: skip
+    return {
+        **found,
+        "first": F.cross_entropy(first, labels),
+        "second": F.cross_entropy(second, labels),
+        "second hard": F.cross_entropy(second, target.argmax(1)) if target is not None else first,
+    }
 
 
 def test_a_distillation_head_learns_from_the_teacher_else_from_the_labels():

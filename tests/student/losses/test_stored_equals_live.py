@@ -160,9 +160,22 @@ def mixed(world, tmp_path_factory):
     }
     names = {
         "cnn": ["f32", "u8", "f16", "logits", "topk", "block", "antialias"],
-        "vit": ["rows", "log8", "attention", "attention log8", "vit logits", "token f16", "q", "k", "v", "class_token",
-                "tokens", "streams", "q f16"],
-    }  # fmt: skip
+        "vit": [
+            "rows",
+            "log8",
+            "attention",
+            "attention log8",
+            "vit logits",
+            "token f16",
+            "q",
+            "k",
+            "v",
+            "class_token",
+            "tokens",
+            "streams",
+            "q f16",
+        ],
+    }
     targets: dict[str, str] = {}
     for kind, several in wishes.items():
         made = run_precompute(place, world.shards, teacher_of(world.weights, kind), several, **options)
@@ -173,9 +186,9 @@ def mixed(world, tmp_path_factory):
 def test_contract_1_the_views_of_deit_are_mixed_in_both_ways(mixed):
     store, targets = mixed
     bank = store.target(targets["f32"]).identity.bank
-    rows = np.concatenate([
-        store.marker(task).arrays["parameters"].read(0, 150) for task in store.done() if task.kind == "bank"
-    ])  # fmt: skip
+    rows = np.concatenate(
+        [store.marker(task).arrays["parameters"].read(0, 150) for task in store.done() if task.kind == "bank"]
+    )
     assert bank.startswith("deit-32-")
     kinds, counts = np.unique(rows[:, COLUMNS.index("mix")], return_counts=True)
     assert list(kinds[-2:]) == [1, 2]
@@ -300,9 +313,13 @@ def test_real_images_and_weights(shared, tmp_path, record_property):
 
     shards = pack(str(shared / "data" / "cifar10-test-000000.tar"), str(tmp_path / "some.tar"), fraction=0.1).train
     teacher = teachers.find_teacher(
-        "mobilenetv2", weights=str(shared / "weights" / "mobilenetv2_100_tf.safetensors"), input_size=128,
-        arguments={"pad_type": "same"}, mean=(0.5,), std=(0.5,),
-    )  # fmt: skip
+        "mobilenetv2",
+        weights=str(shared / "weights" / "mobilenetv2_100_tf.safetensors"),
+        input_size=128,
+        arguments={"pad_type": "same"},
+        mean=(0.5,),
+        std=(0.5,),
+    )
     wishes = [f"activations,grid=8,codec={codec}" for codec in ("f32", "f16", "u8")]
     place = tmp_path / "store"
     targets = run_precompute(place, shards, teacher, wishes, policy=policy("deit", 32))["targets"]

@@ -26,8 +26,11 @@ def test_a_baseline_is_trained_evaluated_asked_and_exported(world, tmp_path, cap
     assert result["samples"] > 0
     Image.new("RGB", (40, 32), (200, 30, 30)).save(tmp_path / "red.png")
     val = ["--shards", world.shards[0]]
-    for words in (["evaluate", "accuracy", str(out), *val], ["predict", str(out), str(tmp_path / "red.png")],
-                  ["export", str(out), *val]):  # fmt: skip
+    for words in (
+        ["evaluate", "accuracy", str(out), *val],
+        ["predict", str(out), str(tmp_path / "red.png")],
+        ["export", str(out), *val],
+    ):
         with pytest.raises(SystemExit) as ended:
             main([*words, "--json"])
         said = json.loads(capsys.readouterr().out)

@@ -18,9 +18,15 @@ from student.models.files import StudentDescription, load_student, save_student
 
 ABOUT: dict[str, Any] = {"img_size": 32, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "classes": ("a", "b", "c")}
 COPYING = {
-    "layers": [1], "heads": 3, "settings": {}, "store": "S", "teacher": "t", "targets": ["t-q"],
-    "graphs": [["a" * 64, 0]], "permute": None,
-}  # fmt: skip
+    "layers": [1],
+    "heads": 3,
+    "settings": {},
+    "store": "S",
+    "teacher": "t",
+    "targets": ["t-q"],
+    "graphs": [["a" * 64, 0]],
+    "permute": None,
+}
 DEEP = "[" * 100_000
 
 
@@ -64,11 +70,19 @@ WRONG: dict[str, list[Any]] = {
     "std": [{"a": 1}, [1, 2, 3, 4]],
     "classes": [7, [1, 2, 3], {"a": 1}],
     "arguments": [[], 7, None, "x"],
-    "copying": [7, [], {**COPYING, "layers": "x"}, {**COPYING, "heads": 10**12}, {**COPYING, "graphs": [[1, 2, 3]]},
-                {**COPYING, "graphs": []}, {**COPYING, "targets": ["../x"]},
-                {**COPYING, "settings": {"tensors": 7}}, {**COPYING, "settings": 7},
-                {k: v for k, v in COPYING.items() if k != "store"}],
-}  # fmt: skip
+    "copying": [
+        7,
+        [],
+        {**COPYING, "layers": "x"},
+        {**COPYING, "heads": 10**12},
+        {**COPYING, "graphs": [[1, 2, 3]]},
+        {**COPYING, "graphs": []},
+        {**COPYING, "targets": ["../x"]},
+        {**COPYING, "settings": {"tensors": 7}},
+        {**COPYING, "settings": 7},
+        {k: v for k, v in COPYING.items() if k != "store"},
+    ],
+}
 
 
 @pytest.mark.parametrize("name", WRONG)

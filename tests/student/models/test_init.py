@@ -156,8 +156,10 @@ def test_pixels_are_normalized_as_the_weights_want_it(donor, tmp_path):
     assert found() == found("student.model=vit_base_patch16_224.mae") == (half, half)
     assert found("student.model=vit_base_patch16_224.mae", "student.pretrained=true") == (mean, std)
     assert found("student.model=vit_base_patch16_224.mae", "student.pretrained=true", "student.mean=[0,0,0]")[0] == (
-        0, 0, 0,
-    )  # fmt: skip
+        0,
+        0,
+        0,
+    )
     assert found("student.model=vit_base_patch16_224.mae", f"student.weights={donor}") == (half, half)
     save_file(load_file(donor), tmp_path / "bare.safetensors")
     bare = f"student.weights={tmp_path / 'bare.safetensors'}"
@@ -221,8 +223,14 @@ def test_frozen_running_statistics_stay_and_frozen_everything_is_refused(world, 
         freeze(model, ["*"], print)
     with pytest.raises(UserError, match=r"student\.freeze: 'block\.\*' matches no parameter"):
         freeze(model, ["block.*"], print)
-    cnn = ["student.model=resnet10t", "student.patch_size=null", "student.embed_dim=null", "student.depth=null",
-           "student.num_heads=null", "optim.epochs=1"]  # fmt: skip
+    cnn = [
+        "student.model=resnet10t",
+        "student.patch_size=null",
+        "student.embed_dim=null",
+        "student.depth=null",
+        "student.num_heads=null",
+        "optim.epochs=1",
+    ]
     run(world, tmp_path / "a", "scratch", *cnn, store=None)
     start = f"student.weights={tmp_path / 'a' / 'last.safetensors'}"
     run(world, tmp_path / "b", "scratch", *cnn, start, 'student.freeze=["conv1.*", "bn1.*", "layer1.*"]', store=None)

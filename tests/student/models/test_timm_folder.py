@@ -94,9 +94,12 @@ def test_timm_prepares_a_photograph_as_the_evaluation_view_does(taught) -> None:
     config = json.loads((taught / "config.json").read_text())["pretrained_cfg"]
     photo = synthetic_image(1, generator("photo"), (400, 320))
     transform = timm.data.create_transform(
-        (3, 224, 224), mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=0.875,
+        (3, 224, 224),
+        mean=(0.0,) * 3,
+        std=(1.0,) * 3,
+        crop_pct=0.875,
         **{name: config[name] for name in ("interpolation", "crop_mode")},
-    )  # fmt: skip
+    )
     seen = (transform(photo).permute(1, 2, 0) * 255).round().numpy()
     short = 320 * 0.875
     box = ((400 - short) / 2, (320 - short) / 2, (400 + short) / 2, (320 + short) / 2)
@@ -127,7 +130,7 @@ def test_so_does_every_other_network_that_timm_builds(tmp_path, kind) -> None:
     names = tuple(f"class {n}" for n in range(classes)) or None
     about = StudentDescription(
         chosen.model, arguments, side, (0.5, 0.4, 0.3), (0.2, 0.3, 0.25), names, "short(1)|center"
-    )  # fmt: skip
+    )
     save_student(tmp_path / "last.safetensors", model, about)
     link_for_timm(tmp_path, "last.safetensors", about)
     ours, _ = load_student(tmp_path / "last.safetensors")

@@ -137,9 +137,12 @@ def test_the_mean_map_over_examples_is_one_of_maps_also_from_q_and_k_and_is_kept
 
     store = Store.open(world.store)
     settings = [
-        "losses.attention.average=examples", "losses.attention.layers=last", "losses.attention.grid=bicubic",
-        "student.patch_size=8", "optim.epochs=1",
-    ]  # fmt: skip
+        "losses.attention.average=examples",
+        "losses.attention.layers=last",
+        "losses.attention.grid=bicubic",
+        "student.patch_size=8",
+        "optim.epochs=1",
+    ]
     train(job(world, tmp_path / "run", "scratch", *settings), Quiet())
     q, k = (torch.from_numpy(store.array(world.targets[name]).compute()) for name in ("q", "k"))
     expected = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1).mean(0)

@@ -32,9 +32,12 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "
 
 def _rank(number: int, ranks: int, port: int, work, arguments) -> None:
     os.environ |= {
-        "RANK": str(number), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(number),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
+        "RANK": str(number),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_RANK": str(number),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     torch.set_num_threads(1)
     with process_group("cpu"):
         work(number, ranks, *arguments)

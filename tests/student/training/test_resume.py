@@ -200,9 +200,18 @@ def test_a_kill_while_the_first_epochs_weights_are_written_leaves_a_run_that_beg
 
 
 @pytest.mark.parametrize(
-    "name", ["last.safetensors", "ema.safetensors", "best.safetensors", "losses.safetensors", "run.json",
-             "result.json", "checkpoint.pt", "README.md"],
-)  # fmt: skip
+    "name",
+    [
+        "last.safetensors",
+        "ema.safetensors",
+        "best.safetensors",
+        "losses.safetensors",
+        "run.json",
+        "result.json",
+        "checkpoint.pt",
+        "README.md",
+    ],
+)
 def test_what_a_kill_leaves_of_any_file_counts_as_nothing(tmp_path, name):
     for mark in ("args.yaml", "SMOKE"):
         out = tmp_path / mark

@@ -88,8 +88,13 @@ def test_rates_fall_by_layer_and_links_have_the_full_one(world, tmp_path):
 
 
 def test_dropouts_reach_the_student():
-    settings = ["student.drop_path_rate=0.3", "student.drop_rate=0.4", "student.proj_drop_rate=0.1",
-                "student.attn_drop_rate=0.2", "student.global_pool=avg"]  # fmt: skip
+    settings = [
+        "student.drop_path_rate=0.3",
+        "student.drop_rate=0.4",
+        "student.proj_drop_rate=0.1",
+        "student.attn_drop_rate=0.2",
+        "student.global_pool=avg",
+    ]
     built, arguments = build_student(load_recipe("scratch", [*STUDENT, *settings]).student, 3)
     model: Any = built
     assert model.blocks[-1].drop_path1.drop_prob == pytest.approx(0.3)

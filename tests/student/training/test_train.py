@@ -31,10 +31,20 @@ from student.training.train import train
 from tests.conftest import Quiet, run_precompute, teacher_of
 
 STUDENT = [
-    "student.model=vit_tiny_patch16_224", "student.img_size=32", "student.patch_size=4", "student.embed_dim=48",
-    "student.depth=2", "student.num_heads=3", "student.drop_path_rate=0", "stream.batch_size=32", "optim.epochs=2",
-    "optim.warmup_epochs=0", "optim.lr=0.002", "precision.amp_dtype=none", "precision.fused_attn=true",
-]  # fmt: skip
+    "student.model=vit_tiny_patch16_224",
+    "student.img_size=32",
+    "student.patch_size=4",
+    "student.embed_dim=48",
+    "student.depth=2",
+    "student.num_heads=3",
+    "student.drop_path_rate=0",
+    "stream.batch_size=32",
+    "optim.epochs=2",
+    "optim.warmup_epochs=0",
+    "optim.lr=0.002",
+    "precision.amp_dtype=none",
+    "precision.fused_attn=true",
+]
 
 
 def job(world, out: Path, recipe: str, *settings: str, **changes) -> TrainConfig:
@@ -128,8 +138,19 @@ def test_scratch_takes_fresh_views_or_a_bank_and_any_network(world, tmp_path):
     assert banked["bank"] is not None
     assert banked["views"] == 2
     name, _ = TINY_CNN
-    train(job(world, tmp_path / "cnn", "scratch", f"student.model={name}", "student.patch_size=null",
-              "student.embed_dim=null", "student.depth=null", "student.num_heads=null"), Quiet())  # fmt: skip
+    train(
+        job(
+            world,
+            tmp_path / "cnn",
+            "scratch",
+            f"student.model={name}",
+            "student.patch_size=null",
+            "student.embed_dim=null",
+            "student.depth=null",
+            "student.num_heads=null",
+        ),
+        Quiet(),
+    )
 
 
 def test_cross_entropy_alone_is_untouched_by_hooks(world):
@@ -296,9 +317,11 @@ def test_a_loss_is_not_called_as_pytorch_s_own(world, tmp_path):
 
 def test_devices_that_are_not_there_are_refused(monkeypatch):
     for name, message in [
-        ("mps", "expected auto, cpu, cuda or cuda:N"), ("gpu", "expected auto"), ("cpu:3", "expected auto"),
+        ("mps", "expected auto, cpu, cuda or cuda:N"),
+        ("gpu", "expected auto"),
+        ("cpu:3", "expected auto"),
         ("cuda:7", "sees 1 CUDA device"),
-    ]:  # fmt: skip
+    ]:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         with pytest.raises(UserError, match=message):
             pick_device(name)

@@ -121,10 +121,15 @@ def _hole(state: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [(_none, "trained without a projector"), (_two, "projectors of it.token, other.token"),
-     (_other_width, "do not fit, or no numbers, at 3"), (_no_numbers, "no numbers, at 3"), (_hole, "at 0"),
-     (None, "cannot be read")],
-)  # fmt: skip
+    [
+        (_none, "trained without a projector"),
+        (_two, "projectors of it.token, other.token"),
+        (_other_width, "do not fit, or no numbers, at 3"),
+        (_no_numbers, "no numbers, at 3"),
+        (_hole, "at 0"),
+        (None, "cannot be read"),
+    ],
+)
 def test_what_is_no_projector_is_refused(tmp_path, change: Any, said: str):
     _, student = kept(tmp_path, projector_alignment.ProjectorAlignmentConfig())
     path = tmp_path / "losses.safetensors"

@@ -229,8 +229,9 @@ def test_means_are_rounded_once() -> None:
 def test_boxes_are_resized_as_the_images_are() -> None:
     assert resized_boxes([[1, 26, 38, 63]], (64, 64)).tolist() == [[3, 91, 133, 220]]
     assert resized_boxes([[0, 0, 100, 50], [10, 10, 20, 20]], (100, 50)).tolist() == [
-        [0, 0, 224, 224], [22, 44, 44, 89],
-    ]  # fmt: skip
+        [0, 0, 224, 224],
+        [22, 44, 44, 89],
+    ]
     assert resized_boxes([[180, 0, 320, 10]], (320, 224)).tolist() == [[126, 0, 224, 10]]
     for width in range(64, 1001):  # exactly, in integers
         boxes = [[x, 0, x, 0] for x in range(width + 1)]
@@ -241,12 +242,23 @@ def test_boxes_are_resized_as_the_images_are() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "{", "[" * 100_000, '{"bbox": 3}', '{"bbox": [1, 2, 3]}', '{"bbox": [1, 2, 3, 99]}', '{"bbox": [5, 2, 3, 9]}',
-        '{"bbox": ["1", 2, 3, 4]}', '{"bbox": [NaN, 2, 3, 4]}', '{"bbox": [-1, 2, 3, 4]}', '{"bbox": {"x": 1}}',
-        '{"bbox": [true, 2, 3, 4]}', '{"bbox": [[1, 2, 3, 4], [1]]}', '{"bbox": [0, 0, 1e400, 1]}',
-        '{"bbox": [0, 0, 1' + "0" * 400 + ", 1]}", '{"bbox": [[[1, 2, 3, 4]]]}',
+        "{",
+        "[" * 100_000,
+        '{"bbox": 3}',
+        '{"bbox": [1, 2, 3]}',
+        '{"bbox": [1, 2, 3, 99]}',
+        '{"bbox": [5, 2, 3, 9]}',
+        '{"bbox": ["1", 2, 3, 4]}',
+        '{"bbox": [NaN, 2, 3, 4]}',
+        '{"bbox": [-1, 2, 3, 4]}',
+        '{"bbox": {"x": 1}}',
+        '{"bbox": [true, 2, 3, 4]}',
+        '{"bbox": [[1, 2, 3, 4], [1]]}',
+        '{"bbox": [0, 0, 1e400, 1]}',
+        '{"bbox": [0, 0, 1' + "0" * 400 + ", 1]}",
+        '{"bbox": [[[1, 2, 3, 4]]]}',
     ],
-)  # fmt: skip
+)
 def test_boxes_that_are_none_are_named(text) -> None:
     sample = Sample(key="k", kind="png", image=b"", label=0, json=text.encode())
     with pytest.raises(UserError, match=r"x\.tar: key 'k': (its json|bbox).*pack again"):

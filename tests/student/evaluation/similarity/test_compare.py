@@ -52,8 +52,13 @@ def trained(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def place(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with the tiny teacher (three layers of three heads, 4x4 patches) for the evaluation views of a shard."""
     place = tmp_path_factory.mktemp("similar") / "store"
-    wishes = ["attention,codec=f32", "q,k,codec=f32", "class_row,codec=f32", "tokens,layers=1:3,codec=f32",
-              "tokens,codec=f32"]  # fmt: skip
+    wishes = [
+        "attention,codec=f32",
+        "q,k,codec=f32",
+        "class_row,codec=f32",
+        "tokens,layers=1:3,codec=f32",
+        "tokens,codec=f32",
+    ]
     run_precompute(place, world.shards[:1], teacher_of(world.weights, "vit"), wishes, policy=VIEW, num_views=1)
     return place
 
@@ -77,8 +82,12 @@ def test_a_student_is_its_own_likeness(world, trained, tmp_path, capsys):
     """Its own file as a teacher, stored as f32, through the command that its card prints."""
     printed = (trained / "README.md").read_text().partition("It can be a teacher")[2].split("```")[1]
     words = shlex.split(printed.replace("\\\n", " "))[1:]
-    put = {"SHARDS": world.shards[0], "STORE": str(tmp_path / "store"), "NAME": "itself",
-           "last.safetensors": str(trained / "last.safetensors")}  # fmt: skip
+    put = {
+        "SHARDS": world.shards[0],
+        "STORE": str(tmp_path / "store"),
+        "NAME": "itself",
+        "last.safetensors": str(trained / "last.safetensors"),
+    }
     views = ["--view-policy", VIEW.line, "--view-size", "32", "--num-views", "1", "--provider", "cpu"]
     wishes = ["--target", "attention,codec=f32", "--target", "tokens,layers=1:2,codec=f32"]
     asked(capsys, *(put.get(word, word) for word in words), *views, *wishes)
@@ -215,9 +224,16 @@ def test_of_a_copying_student_the_copied_maps_are_left_out_and_its_streams_are_c
     for what, of_layers in (("map", [1]), ("qk", [1, 2, 3])):
         out = tmp_path / what
         run(
-            world, out, "scratch", *SAME, "optim.epochs=1", f"attention_copy.tensors={what}",
-            "attention_copy.layers=last-2", "stream.bank.policy=deit", store=Store.open(store),
-        )  # fmt: skip
+            world,
+            out,
+            "scratch",
+            *SAME,
+            "optim.epochs=1",
+            f"attention_copy.tensors={what}",
+            "attention_copy.layers=last-2",
+            "stream.bank.policy=deit",
+            store=Store.open(store),
+        )
         taps = [word for tap in ("attention", "tokens") for word in ("--target", targets_of(store, tap)[0])]
         found = compared(capsys, out, world, store, *taps)
         assert [row["student"] for row in found["attention"]["layers"]] == of_layers
@@ -274,8 +290,15 @@ def test_of_several_kinds_the_one_that_is_there_of_the_images_is_taken_and_a_cho
 ):
     store, teacher = tmp_path / "store", teacher_of(world.weights, "vit")
     run_precompute(store, world.shards[:1], teacher, ["attention"])  # of training views
-    run_precompute(store, world.shards[:1], teacher, ["q,k,codec=f32", "q,k,codec=f16", "tokens,layers=3"], policy=VIEW,
-                   num_views=1, new_bank=True)  # fmt: skip
+    run_precompute(
+        store,
+        world.shards[:1],
+        teacher,
+        ["q,k,codec=f32", "q,k,codec=f16", "tokens,layers=3"],
+        policy=VIEW,
+        num_views=1,
+        new_bank=True,
+    )
     qs, ks = targets_of(store, "q"), targets_of(store, "k")
     said = compared(capsys, trained, world, store, status=1)["error"]
     assert "4 targets fit" in said
@@ -326,8 +349,9 @@ def test_what_the_store_lacks_of_these_images_is_left_out_unless_it_is_asked_for
 
 
 def test_tokens_are_asked_for_where_there_are_some(world, trained, tmp_path, capsys):
-    run_precompute(tmp_path / "store", world.shards[:1], teacher_of(world.weights, "vit"), ["attention"], policy=VIEW,
-                   num_views=1)  # fmt: skip
+    run_precompute(
+        tmp_path / "store", world.shards[:1], teacher_of(world.weights, "vit"), ["attention"], policy=VIEW, num_views=1
+    )
     said = compared(capsys, trained, world, tmp_path / "store", "--tokens", "mean", status=1)["error"]
     assert "has no tokens of these images" in said
 
