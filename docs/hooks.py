@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import posixpath
 import re
-from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import click
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import click
 
 
 def on_startup(**_event: Any) -> None:

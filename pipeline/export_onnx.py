@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -17,6 +15,10 @@ from storage.objects.atomic import atomic_write
 from storage.shards.shard import open_shards
 from student.models.attention_copy_hooks import attention_copy_hooks
 from student.models.files import load_student
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
 
 def export(path: Path, shards: Sequence[str], out: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,7 +15,9 @@ from storage.errors import UserError
 from storage.store.store import Store
 from student.attention_copy.inference import copier_of
 from student.models.attention_copy_hooks import attention_copy_hooks
-from student.models.files import StudentDescription
+
+if TYPE_CHECKING:
+    from student.models.files import StudentDescription
 
 LiveCopyTeacher = Callable[[np.ndarray], AbstractContextManager[None]]
 

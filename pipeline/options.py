@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,8 @@ from pipeline.project import context
 from storage.errors import UserError, did_you_mean, display_path
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from pipeline.project.schema import TeacherEntry
     from precompute.request import PrecomputeRequest
 

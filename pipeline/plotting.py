@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import io
 import warnings
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from storage.errors import UserError
 from storage.objects.atomic import atomic_write
 from storage.rounding import constant
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # Okabe and Ito's colors (without black and the pale yellow), for lines and bars; perceptual maps for values.
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

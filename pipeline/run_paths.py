@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from storage.errors import UserError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def student_file(run: Path, checkpoint: str) -> Path:

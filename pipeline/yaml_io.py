@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
 from storage.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 LARGEST = 1 << 20  # bytes
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from precompute.request import PrecomputeRequest
 from storage.errors import IdentityError, UserError, setting
-from storage.shards.shard import Shard
 from storage.shards.tar import stem_of
-from storage.store.store import Store
-from storage.views.policy import Policy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping, Sequence
+
+    from precompute.request import PrecomputeRequest
+    from storage.shards.shard import Shard
+    from storage.store.store import Store
+    from storage.views.policy import Policy
 
 
 def choose_policy(

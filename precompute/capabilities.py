@@ -5,7 +5,7 @@ Each tap is read as precompute reads it, of a network on the meta device, which 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -19,7 +19,11 @@ from precompute.teachers.teacher import about_weights, anatomy, resolve
 from storage.errors import UserError
 from storage.objects.state_dict import ONNX_FILE
 from storage.store.codecs import Codec
-from storage.store.manifests import Anatomy
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from storage.store.manifests import Anatomy
 
 
 def offers_of(name: str, input_size: int | None = None, grid: int = 14) -> TeacherOffers:

@@ -11,7 +11,6 @@ import math
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -21,15 +20,12 @@ import numpy as np
 
 from precompute import record_targets
 from precompute.bank_choice import candidates, choose_views, settle
-from precompute.engine.tasks import TargetOutput
-from precompute.request import PrecomputeRequest
 from precompute.results import Amount, CheaperCodec, MissingAmount, Plan, PlannedTarget, SharedAmount, TrainingReads
 from precompute.run import plan_precompute, staffed
 from precompute.throughput import PlannedShard, measure
 from storage.errors import call
 from storage.objects.object_store import open_object_store
 from storage.objects.urls import is_remote
-from storage.progress import Progress
 from storage.shards.classes import classes_of
 from storage.shards.shard import open_shard
 from storage.shards.tar import size_of, without_samples
@@ -37,11 +33,17 @@ from storage.store.arrays import chunk_samples
 from storage.store.codecs import ArraySpec, CodecError, codecs_for
 from storage.store.markers import Task
 from storage.store.store import Store
-from storage.views.policy import Policy
 from storage.views.view import COLUMNS
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
     from distributed import Client
+
+    from precompute.engine.tasks import TargetOutput
+    from precompute.request import PrecomputeRequest
+    from storage.progress import Progress
+    from storage.views.policy import Policy
 
 
 LOOKED_AT = 8  # shards that are read whole; the others' samples are estimated from their sizes

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from precompute.engine.tasks import TargetOutput
 from precompute.teachers import onnx_file
@@ -16,14 +13,17 @@ from storage.store import codecs
 from storage.store.codecs import Codec, CodecError
 from storage.store.manifests import Anatomy, TargetIdentity, TargetManifest, TeacherManifest
 from storage.store.markers import FORMAT
-from storage.store.store import Store
-from storage.views.policy import Policy
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    import numpy as np
     from torch import nn
 
     from precompute.taps import TapInfo
     from precompute.taps.target_spec import TargetSpec
+    from storage.store.store import Store
+    from storage.views.policy import Policy
 
 
 def known_teacher(store: Store, teacher: Teacher) -> TeacherManifest | None:

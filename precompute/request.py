@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from precompute.engine.dask_client import WORKER_TIMEOUT
-from precompute.engine.tasks import OnDecodeError
-from precompute.teachers.teacher import Teacher
-from storage.views.policy import Policy
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from precompute.engine.tasks import OnDecodeError
     from precompute.taps.target_spec import TargetSpec
+    from precompute.teachers.teacher import Teacher
+    from storage.views.policy import Policy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from precompute.engine.tasks import Failure, SessionSettings
 from storage.store.codecs import CodecError
-from storage.views.policy import Policy
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from precompute.engine.tasks import Failure, SessionSettings
+    from storage.views.policy import Policy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,22 +17,25 @@ from precompute.engine.dask_client import workers
 from precompute.engine.dask_runner import retry_io, run_in_process, run_on_cluster
 from precompute.engine.shard import block_views, open_for_store
 from precompute.engine.tasks import Failure, Outcome, SessionSettings, ShardTask, TargetOutput
-from precompute.request import PrecomputeRequest
 from precompute.results import PrecomputeResult
 from precompute.teachers.teacher import load_teacher
 from storage.errors import UserError
 from storage.objects.urls import is_remote
 from storage.progress import NoProgress, Progress
 from storage.shards.patterns import expand
-from storage.shards.shard import Shard
 from storage.shards.tar import counted_flaws, without_samples
 from storage.store import banks
 from storage.store.card import card
-from storage.store.store import Store
-from storage.views.policy import Policy
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from distributed import Client
+
+    from precompute.request import PrecomputeRequest
+    from storage.shards.shard import Shard
+    from storage.store.store import Store
+    from storage.views.policy import Policy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,8 @@ from storage.shards.shard import Shard
 from storage.shards.tar import stem_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from distributed import Client
 
 

@@ -18,16 +18,16 @@ from precompute.teachers.teacher import Teacher
 from storage.errors import IdentityError, setting
 from storage.objects.state_dict import HUB
 from storage.objects.weights_file import WeightsFile
-from storage.shards.shard import Shard
 from storage.store.banks import bank_policy
-from storage.store.codecs import Codec
-from storage.store.manifests import TargetManifest, TeacherManifest
 from storage.store.markers import Task
-from storage.store.store import Store
-from storage.store.verify import VerifyReport
 
 if TYPE_CHECKING:
     from precompute.taps import Tap
+    from storage.shards.shard import Shard
+    from storage.store.codecs import Codec
+    from storage.store.manifests import TargetManifest, TeacherManifest
+    from storage.store.store import Store
+    from storage.store.verify import VerifyReport
 
 # Largest difference that counts as the same, ÷ the largest value of the teacher: what the codec rounds, and what
 # graphs, processors and optimization levels differ by.

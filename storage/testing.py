@@ -6,15 +6,17 @@ import errno
 import io
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from storage.objects.object_store import LocalObjectStore
 from storage.rng import generator
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # timm names with arguments: networks of every kind that count, small enough to export in a second or two.
 TINY_CNN: tuple[str, dict[str, Any]] = ("resnet10t", {"channels": [8, 12, 16, 24], "stem_width": 8})

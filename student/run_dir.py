@@ -11,13 +11,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 
 from storage.errors import UserError, setting
 from storage.objects.atomic import atomic_write, temporary_path
 from student.upgrade import upgraded_run
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 CHECKPOINT, RESULT, LOG, SMOKE, CARD = "checkpoint.pt", "result.json", "log.jsonl", "SMOKE", "README.md"
 ABOUT, LOSSES = "run.json", "losses.safetensors"

@@ -7,10 +7,9 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import jaxtyping
@@ -18,6 +17,11 @@ import pytest
 from filelock import FileLock
 
 from tests.typed import present
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
 
 # Before torch is imported anywhere: two test workers share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -65,7 +69,6 @@ def exported_anew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     Gives what makes one anyway. All commands in processes of their own make theirs.
     """
-    import torch
 
     import precompute.export.pytorch
 

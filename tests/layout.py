@@ -8,12 +8,15 @@ from __future__ import annotations
 import ast
 import sys
 from collections import Counter
-from collections.abc import Mapping, Set
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grimp
 from importlinter.cli import lint_imports
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Set
 
 ROOT = Path(__file__).parents[1]  # of the repository
 PACKAGES = ("pipeline", "precompute", "storage", "student")

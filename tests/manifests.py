@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from storage.store.manifests import TargetManifest, TeacherManifest
 from student.targets.stored_target import StoredTarget
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 HALF = [0.5, 0.5, 0.5]
 

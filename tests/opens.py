@@ -7,11 +7,14 @@ import os
 import struct
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 OPEN, CLOSE_NOWRITE, OVERFLOW = 0x20, 0x10, 0x4000
 EVENT = struct.Struct("iIII")

@@ -8,8 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import CodeType, FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
@@ -17,6 +16,9 @@ import yaml
 from pipeline.cli import main
 from storage.testing import TINY_CNN, synthetic_shards
 from tests.conftest import HANGS, World
+
+if TYPE_CHECKING:
+    from types import CodeType, FrameType
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "architecture.md").read_text()

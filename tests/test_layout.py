@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tests.layout import MAX_FILES, ROOT, file_imports, folder_sizes, import_circles
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def test_no_files_import_each_other_in_a_circle():

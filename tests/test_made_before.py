@@ -7,14 +7,16 @@ import os
 import subprocess
 import sys
 import tarfile
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.conftest import HANGS, ROOT
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 CNN = [
     "--teacher",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from safetensors.torch import load_file
@@ -22,6 +22,9 @@ from student.evaluation.batches import evaluation_batches
 from tests.conftest import run_precompute, teacher_of
 from tests.opens import counted_opens
 from tests.student.runs import run, u8
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def once(folder: Path) -> Counter[str]:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import platform
 import shutil
 import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.console import Console
 from storage.errors import UserError
 from storage.shards.patterns import expand
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pipeline.bench.timing import Measure
+    from pipeline.console import Console
 
 PARTS = ("precompute", "torch", "train", "live", "stream")
 

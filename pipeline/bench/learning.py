@@ -5,18 +5,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pipeline.bench.timing import Measure, Spread, interleaved, ratios
-from pipeline.bench.world import World
 from precompute.taps import Tap
-from precompute.teachers.teacher import Teacher
-from storage.progress import Progress
 from storage.store.codecs import Codec
-from storage.store.store import Store
-from student.data.batch import Batch
 from student.data.stream import Stream
 from student.recipe.schema import PrecisionConfig, Recipe
 from student.recipe.validate import validate
@@ -24,6 +19,13 @@ from student.training.optimizer import build_optimizer
 from student.training.precision import PrecisionChoice, apply, choose
 from student.training.setup import TrainConfig, build_run
 from student.training.step import Update
+
+if TYPE_CHECKING:
+    from pipeline.bench.world import World
+    from precompute.teachers.teacher import Teacher
+    from storage.progress import Progress
+    from storage.store.store import Store
+    from student.data.batch import Batch
 
 GRID = {"layers": "uniform", "grid": "bicubic"}
 # method -> (teacher, its losses)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.bench.timing import Measure, Spread, interleaved, ratios, seconds
-from pipeline.bench.world import World
-from storage.progress import Progress
 from storage.store.markers import Task
 from student.data.block_reader import BlockReader
 from student.data.shuffle import Segment
 from student.data.stream import Stream
+
+if TYPE_CHECKING:
+    from pipeline.bench.world import World
+    from storage.progress import Progress
 
 # case -> side of the images and views, grid of the maps, samples in each of two shards, batch size
 CASES = {"32x32": (32, 8, 640, 128), "224x224": (224, 14, 128, 32)}

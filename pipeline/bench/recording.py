@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from dask.system import CPU_COUNT
 
 from pipeline.bench.timing import Measure, Spread, cpu_seconds, interleaved, ratios, seconds
-from pipeline.bench.world import World
 from precompute.engine.session import Session, open_session
 from precompute.engine.shard import run_task
-from precompute.engine.tasks import Outcome, ShardTask
 from precompute.run import PrecomputePlan, plan_precompute
 from precompute.taps import Tap
 from precompute.throughput import part_of
 from storage.constants import BLOCK
 from storage.errors import UserError, first_line
-from storage.progress import Progress
 from storage.store.attempts import Attempt
 from storage.store.markers import Task
 from storage.views.draw import draw_view, settle
 from storage.views.mixing import mix_images
 from storage.views.render import decode, render, signature
-from storage.views.view import View
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from pipeline.bench.world import World
+    from precompute.engine.tasks import Outcome, ShardTask
+    from storage.progress import Progress
+    from storage.views.view import View
 
 BATCHES = (4, 8, 16, 32, 64)  # of PyTorch; the best one is taken
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import timm
@@ -15,7 +13,6 @@ from safetensors.torch import save_file
 from precompute.export.pytorch import live_teacher
 from precompute.request import PrecomputeRequest
 from precompute.run import precompute
-from precompute.taps import Tap
 from precompute.taps.target_spec import parse_target
 from precompute.teachers.teacher import Teacher, find_teacher
 from precompute.throughput import PlannedShard
@@ -26,6 +23,12 @@ from storage.shards.shard import open_shard
 from storage.store.store import Store
 from storage.testing import synthetic_shards
 from storage.views.policy import policy
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from precompute.taps import Tap
 
 PHOTO = (500, 375)  # pixels; ImageNet's photographs have 400 x 350 on average
 CLASSES = 10

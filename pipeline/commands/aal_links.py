@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,6 +11,8 @@ from pipeline.console import show
 from pipeline.options import PATH, choice, common, picture
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from student.losses.parts.aal_links import Trained

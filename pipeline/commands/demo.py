@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from pipeline.console import Console, show
 from pipeline.options import PATH, common
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @click.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,6 +10,9 @@ from pipeline.console import show
 from pipeline.options import PATH, checkpoint, common, shards
 from pipeline.project.context import reads
 from pipeline.run_paths import student_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @click.command()

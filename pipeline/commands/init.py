@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from pipeline.console import Console, show
 from pipeline.options import PATH, common
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @click.command()

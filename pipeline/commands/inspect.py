@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
@@ -10,6 +10,9 @@ from click.core import ParameterSource
 from pipeline.console import show
 from pipeline.options import PATH, common, shards, store
 from pipeline.project.context import reads
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @click.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,6 +12,9 @@ from pipeline.options import PATH, checkpoint, common, copied_store, device
 from pipeline.project.context import reads
 from pipeline.run_paths import student_file
 from storage.errors import UserError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @click.command()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -13,6 +12,8 @@ from pipeline.options import PATH, Hinted, common, device, shards
 from pipeline.project.context import over, reads
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from student.recipe.schema import Recipe
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +12,9 @@ from pipeline.inspection.cells import cell
 from pipeline.plotting import COLORS, MAP, figure, limits, save
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
     from torch import nn
 
     from storage.store.store import Store

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.console import Console
 from pipeline.evaluation.common import EvaluatedStudent, columns, named_sets, open_student, percent
@@ -18,6 +17,9 @@ from student.evaluation.class_metrics import BOUNDS, ClassMetrics, ShotMetrics, 
 from student.evaluation.ensemble import ensemble_predictions
 from student.evaluation.frozen.label_subset import images_of_classes
 from student.models.files import load_classifier
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MAX_LISTED_CLASSES = 20  # more are not printed one by one
 

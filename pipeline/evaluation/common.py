@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from pipeline.console import Console
 from storage.errors import UserError
@@ -16,6 +13,12 @@ from storage.shards.shard import Shard, open_shards
 from student import run_dir
 from student.evaluation.ensemble import Classifier
 from student.models.files import StudentDescription, load_student
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+    from torch import nn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,6 +25,10 @@ from student.evaluation.frozen.features import (
 )
 from student.evaluation.frozen.knn import knn_ranks, usable
 from student.evaluation.frozen.label_subset import LabelSubset, label_subset
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

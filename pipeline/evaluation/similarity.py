@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.console import Console
 from pipeline.evaluation.common import EvaluatedStudent, columns, only_set, open_student
@@ -16,6 +14,10 @@ from student.attention_copy.inference import attach_stored_attention
 from student.distributed import pick_device
 from student.evaluation.similarity.compare import LayerSimilarity, Similarity, SimilarityComparison, Tokens
 from student.evaluation.similarity.teacher_targets import find_teacher_targets
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
 # Inches.
 WIDTH, HEIGHT, GAP, MARGIN, HEAD, FOOT = 2.1, 2.0, 0.3, 0.65, 0.95, 0.6

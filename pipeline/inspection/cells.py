@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from storage.store.manifests import TargetManifest, TeacherManifest
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from storage.store.manifests import TargetManifest, TeacherManifest
 
 TOP = 5  # classes that are shown
 

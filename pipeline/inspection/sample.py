@@ -8,32 +8,36 @@ from __future__ import annotations
 import contextlib
 import difflib
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 from storage.constants import BLOCK
 from storage.errors import IdentityError, UserError
 from storage.shards.classes import classes_of
-from storage.shards.index import ShardIndex
-from storage.shards.shard import Shard
 from storage.shards.tar import stem_of
 from storage.store.banks import bank_policy, read_views
-from storage.store.manifests import TargetManifest, TeacherManifest
 from storage.store.markers import Task
-from storage.store.store import Store
 from storage.unicode_names import normalized
-from storage.views.policy import Policy
 from storage.views.randaugment import OPERATIONS
 from storage.views.render import decode
 from storage.views.view import MIXUP, View
 from student.data.block_reader import BlockReader
 from student.data.shuffle import Segment
 from student.data.source import Source
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from PIL import Image
+
+    from storage.shards.index import ShardIndex
+    from storage.shards.shard import Shard
+    from storage.store.manifests import TargetManifest, TeacherManifest
+    from storage.store.store import Store
+    from storage.views.policy import Policy
 
 MOST = 6  # views that are looked at
 SEARCHED = 100_000  # keys among which the nearest to an unknown one are looked for

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from precompute.results import MissingAmount, Plan, PlanSum, SharedAmount
-from storage.objects.json_record import Record
 from storage.objects.state_dict import ONNX_FILE
 from storage.progress import size_text
-from storage.shards.index import ShardSummary
-from storage.store.codecs import CodecError
-from storage.store.manifests import BankManifest, TargetManifest, TeacherManifest
-from storage.store.markers import Task
-from storage.store.store import Store
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from storage.objects.json_record import Record
+    from storage.shards.index import ShardSummary
+    from storage.store.codecs import CodecError
+    from storage.store.manifests import BankManifest, TargetManifest, TeacherManifest
+    from storage.store.markers import Task
+    from storage.store.store import Store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from precompute.results import GraphOffers, TeacherOffers
 from precompute.taps.registry import TAPS
 from storage.progress import size_text
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from precompute.results import GraphOffers, TeacherOffers
 
 SHOWN = 8  # tensors of a graph
 

@@ -7,19 +7,22 @@ import os
 import re
 import shlex
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from storage.errors import UserError
-from storage.progress import Progress
 from storage.shards.classes import classes_of
 from storage.shards.image_folder import class_folders, folders_in, shards_in
 from storage.shards.tar import IMAGES, counted_flaws
 from storage.views.render import BadImage, decode, size_in
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from storage.progress import Progress
 
 LOOKED_AT = 200  # images, spread over the folder, whose sizes are read
 PER_SHARD = 1000  # samples

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from storage.errors import UserError, first_line, setting
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from distributed import Client, LocalCluster
 
 WORKER_TIMEOUT = 300.0  # seconds to wait for a first worker, and for one to come back once all are gone

@@ -13,7 +13,6 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,10 +24,13 @@ from precompute.engine.shard import run_task
 from precompute.engine.tasks import Failure, Outcome, ShardTask
 from storage.errors import UserError, first_line, is_permanent, setting
 from storage.memory import out_of_memory
-from storage.progress import Progress
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from distributed import Client
+
+    from storage.progress import Progress
 
 T = TypeVar("T")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,8 @@ from precompute.engine.tasks import SessionSettings
 from storage.errors import UserError, first_line, setting
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from onnx import ModelProto, TensorProto
 
 # Images of one run; outputs do not depend on it. On a CPU small runs side by side, each on a thread of its own, are up

@@ -7,11 +7,10 @@ needs nothing but its arguments, so that any process anywhere can run it; the ma
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from precompute.engine.session import Session
 from precompute.engine.stages import ShardPass, TooWide
 from precompute.engine.tasks import OnDecodeError, Outcome, ReportProgress, ShardTask, TargetOutput
 from storage.constants import BLOCK
@@ -20,12 +19,17 @@ from storage.shards.index import build_index
 from storage.shards.shard import Shard
 from storage.shards.tar import require_whole
 from storage.store.markers import Marker, Task
-from storage.store.store import Store
 from storage.views.draw import draw_view, settle
 from storage.views.mixing import mix_images
-from storage.views.policy import Policy
 from storage.views.render import BadImage, decode, render
 from storage.views.view import INVALID
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from precompute.engine.session import Session
+    from storage.store.store import Store
+    from storage.views.policy import Policy
 
 BUFFERS = 512 << 20  # bytes of targets in the making; views beyond it wait for another pass over the shard
 

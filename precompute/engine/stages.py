@@ -9,19 +9,13 @@ import contextlib
 import dataclasses
 import functools
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
-from precompute.engine.session import Session
-from precompute.engine.tasks import ShardTask, TargetOutput
 from storage.errors import IdentityError, UserError, setting
-from storage.shards.shard import Shard
-from storage.shards.tar import Sample
 from storage.store import codecs
 from storage.store.attempts import Attempt
 from storage.store.banks import BankView, read_views, view_rows
@@ -30,6 +24,16 @@ from storage.views.draw import draw_view, settle
 from storage.views.mixing import mix_images
 from storage.views.render import BadImage, decode, render, renderer, signature
 from storage.views.view import COLUMNS, INVALID, View
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from PIL import Image
+
+    from precompute.engine.session import Session
+    from precompute.engine.tasks import ShardTask, TargetOutput
+    from storage.shards.shard import Shard
+    from storage.shards.tar import Sample
 
 LARGE_BLOCK = 64 << 20  # bytes of a block's images from which on only one block at a time is read ahead
 WRITES = 2  # views that wait to be written while the session goes on

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
 
-from storage.shards.shard import Shard
-from storage.store.codecs import Codec
-from storage.store.manifests import TargetManifest
-from storage.store.store import Store
-from storage.views.policy import Policy
+if TYPE_CHECKING:
+    from storage.shards.shard import Shard
+    from storage.store.codecs import Codec
+    from storage.store.manifests import TargetManifest
+    from storage.store.store import Store
+    from storage.views.policy import Policy
 
 OnDecodeError = Literal["fail", "skip"]
 

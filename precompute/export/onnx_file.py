@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -21,9 +21,13 @@ from precompute.export.pytorch import CHECKED, PARITY, Exported, TargetDetails, 
 from precompute.taps import Tap, TappedTeacher
 from precompute.taps.registry import OF_CLASS_TOKEN
 from precompute.teachers import onnx_file
-from precompute.teachers.teacher import Teacher
 from storage.errors import UserError, first_line, setting
 from storage.store.manifests import Network, Stage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from precompute.teachers.teacher import Teacher
 
 OLDEST = 13  # operators: those that are used here are the same from this version on
 ROWS = 1e-3  # how far the sum of an attention row may be from one

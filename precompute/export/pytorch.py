@@ -5,22 +5,24 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
 from precompute.engine.session import open_session
-from precompute.engine.tasks import SessionSettings
 from precompute.taps import ATTENTION, Tap, TappedTeacher, check_attention
 from precompute.teachers.teacher import Teacher, load_teacher
 from storage.errors import UserError, first_line, setting
 from storage.store.manifests import Network, Stage
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
     from onnx import ModelProto
     from torch import Tensor, nn
+
+    from precompute.engine.tasks import SessionSettings
 
 CHECKED = 16  # images that PyTorch and the graph are compared on
 # What to do with a teacher that cannot be exported here.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import functools
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +18,8 @@ from storage.objects.state_dict import ONNX_FILE
 from storage.store.manifests import Anatomy
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from onnx import ModelProto, NodeProto, ValueInfoProto
 
     from precompute.taps.target_spec import TargetSpec

@@ -6,7 +6,6 @@ import contextlib
 import difflib
 import math
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +20,8 @@ from storage.store.manifests import Anatomy, TeacherIdentity, TeacherManifest
 from storage.store.markers import FORMAT
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from torch import nn
 
 # short name -> (timm name with its tag, input size that the papers use)

@@ -9,16 +9,18 @@ import re
 import struct
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from storage.errors import UserError, first_line, setting
 from storage.objects.atomic import atomic_write
 from storage.objects.checkpoint_file import ORDER
-from storage.objects.weights_file import WeightsFile
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
+
+    from storage.objects.weights_file import WeightsFile
 
 
 # What timm's modules call their conversion of other codes' files.

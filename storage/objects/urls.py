@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 from fsspec.core import url_to_fs
 from fsspec.registry import known_implementations
 
 from storage.errors import UserError, did_you_mean, first_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 CACHES = ("simplecache", "filecache", "blockcache", "cached")  # of fsspec: they stand before another URL
 _BEGINNINGS = ("pipe:", *(f"{cache}::" for cache in CACHES))

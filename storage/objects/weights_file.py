@@ -6,9 +6,8 @@ import functools
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from storage.errors import UserError, display_path, first_line, setting
 from storage.objects.checkpoint_file import (
@@ -20,6 +19,9 @@ from storage.objects.checkpoint_file import (
     refused_in,
 )
 from storage.unicode_names import all_normalized
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 
 class WeightsFile:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from storage.errors import IdentityError, UserError, call, first_line
 from storage.objects.object_store import open_object_store
@@ -11,6 +11,9 @@ from storage.shards.tar import (
     folder_of,
 )
 from storage.unicode_names import all_normalized
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 
 def classes_of(urls: Iterable[str]) -> list[str] | None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from storage.errors import UserError, call, did_you_mean, setting
 from storage.shards.image_files import listing, tars_in
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def nearest_hint(path: Path, tars: Sequence[str]) -> str:

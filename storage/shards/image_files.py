@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from storage.errors import UserError, first_line
 from storage.objects.litter import is_litter
 from storage.shards.tar import IMAGES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 LITTER = "hidden file(s), or what systems leave in folders"
 

@@ -6,9 +6,8 @@ import csv
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from storage.errors import UserError, call, first_line
 from storage.objects.litter import is_litter
@@ -17,6 +16,9 @@ from storage.shards.hints import names_for
 from storage.shards.image_files import LITTER, counted, is_image, listing, tars_in
 from storage.shards.tar import IMAGES, open_file
 from storage.unicode_names import normalized
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 ImageSources = list[tuple[Path, Path, int | None]]  # a file, what its key is made of, its label
 _EXPECTED = "Expected lines such as\n  path,label\n  cats/1.jpg,cat\n  dogs/2.jpg,dog"

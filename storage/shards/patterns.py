@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import braceexpand
 
@@ -12,6 +12,9 @@ from storage.errors import UserError, setting
 from storage.objects.urls import is_remote, require_readable, separate
 from storage.shards.hints import folder_error, nearest_hint, pack_hint
 from storage.shards.image_files import is_image, matching, tars_in
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 MANY = 1_000_000  # names that one pattern may stand for
 

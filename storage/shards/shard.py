@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from storage.errors import IdentityError, UserError
 from storage.shards.index import ShardIndex, cached_index, read_samples
 from storage.shards.patterns import expand
 from storage.shards.tar import Sample, without_samples
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 OPEN_INDEXES = 256  # of a process: an index takes some hundred bytes a sample
 

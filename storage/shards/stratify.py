@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from storage.rng import generator
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def stratified_sample(

@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Self
+from typing import IO, TYPE_CHECKING, Self
 
 from storage.errors import UserError, call, first_line, is_transient
 from storage.objects.object_store import open_object_store
 from storage.objects.urls import filesystem_of, is_remote, networked, require_ranges, require_readable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 MAX_MEMBER_BYTES = 1 << 30  # bytes of one member, which is read whole: more than any image has

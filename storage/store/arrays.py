@@ -9,9 +9,8 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NotRequired, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, Self
 
 import google_crc32c
 import numpy as np
@@ -22,9 +21,13 @@ from zarr.codecs import Crc32cCodec
 
 from storage.constants import BLOCK
 from storage.errors import DamageError
-from storage.objects.object_store import ObjectStore
 from storage.objects.record_schema import LARGEST, MOST_SAMPLES, Schema, Several
 from storage.objects.zarr_store import ZarrStore
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from storage.objects.object_store import ObjectStore
 
 SMALL, LARGE = 1 << 20, 16 << 20
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from storage.errors import UserError
 from storage.objects import json_record
-from storage.objects.json_record import Record
 from storage.store.arrays import ArrayRecord, ArrayWriter
 from storage.store.markers import FORMAT, Marker, Task
 from storage.views.view import COLUMNS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from storage.objects.json_record import Record
     from storage.store.store import Store
 
 

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from storage.constants import BLOCK
 from storage.errors import DamageError, IdentityError, UserError, call, first_line, setting
-from storage.shards.tar import Sample
 from storage.store.manifests import BankIdentity, BankManifest, require_id
 from storage.store.markers import FORMAT, Marker
-from storage.store.store import Store
 from storage.views.policy import OPERATIONS_VERSION, Policy
 from storage.views.randaugment import OPERATIONS
 from storage.views.render import BadImage, render, renderer, signature
 from storage.views.view import COLUMNS, View
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from PIL import Image
+
+    from storage.shards.tar import Sample
+    from storage.store.store import Store
 
 
 def bank_manifest(policy: Policy) -> BankManifest:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from storage.store.store import Store
+if TYPE_CHECKING:
+    from storage.store.store import Store
 
 _READING = """## How to read it
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import dask
 import dask.array
 import numpy as np
 
-from storage.store.codecs import Codec
-from storage.store.markers import Marker
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from storage.store.codecs import Codec
+    from storage.store.markers import Marker
 
 
 def dask_array(markers: Sequence[Marker], codec: Codec) -> dask.array.Array:

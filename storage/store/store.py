@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -17,12 +16,15 @@ from storage.shards.index import ShardIndex, differences
 from storage.shards.shard import Shard, open_shard
 from storage.shards.tar import stem_of
 from storage.store import manifests
-from storage.store.codecs import Codec
 from storage.store.manifests import BankManifest, Identity, Manifest, TargetManifest, TeacherManifest
 from storage.store.markers import FORMAT, RECOMPUTE, Kind, Marker, Task
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     import dask.array
+
+    from storage.store.codecs import Codec
 
 # The whole content of the root's zarr.json: a constant, so that every changed bit in it is seen.
 _ROOT = json_record.canonical(

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,15 +19,17 @@ from storage.constants import BLOCK
 from storage.errors import DamageError, UserError, first_line
 from storage.objects import json_record
 from storage.shards.shard import Shard
-from storage.shards.tar import Sample
-from storage.store.arrays import StoredArray
 from storage.store.banks import BankView, bank_policy, read_views
-from storage.store.codecs import Codec
 from storage.store.manifests import BankManifest, Manifest, TargetManifest, TeacherManifest, require_id
 from storage.store.markers import RECOMPUTE, Marker, Task
-from storage.store.store import Store
 from storage.views.mixing import mix_images
 from storage.views.render import decode
+
+if TYPE_CHECKING:
+    from storage.shards.tar import Sample
+    from storage.store.arrays import StoredArray
+    from storage.store.codecs import Codec
+    from storage.store.store import Store
 
 # Given a shard, a bank's task, and view images by the samples' indices.
 Check = Callable[[Shard, Task, dict[int, np.ndarray]], None]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from decimal import Context, Decimal
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from storage.rng import generator
-from storage.views.policy import Policy
 from storage.views.randaugment import draw_operations
 from storage.views.view import CUTMIX, MIXUP, Mix, View
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+
+    from storage.views.policy import Policy
 
 _DECIMAL = Context(prec=28)
 

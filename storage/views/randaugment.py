@@ -5,10 +5,14 @@ An operation is stored as its number here and one argument that is final: degree
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
 
 FILL = (124, 116, 104)  # the mean of ImageNet, which the field's recipes fill with
 LEVELS = 10.0  # a magnitude runs from 0 to 10

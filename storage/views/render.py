@@ -6,8 +6,7 @@ import contextlib
 import functools
 import io
 import warnings
-from collections.abc import Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import google_crc32c
 import numpy as np
@@ -17,7 +16,12 @@ from PIL import Image, ImageOps, features
 from storage.errors import UserError, first_line
 from storage.views.image_metadata import without_metadata
 from storage.views.randaugment import OPERATIONS
-from storage.views.view import View
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from storage.views.view import View
 
 # More pixels than any photograph has; fewer than make a machine swap. Pillow's own limit only warns at half of it.
 MAX_PIXELS = 178_956_970

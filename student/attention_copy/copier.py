@@ -11,19 +11,23 @@ What is replaced gets no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from storage.errors import UserError, setting
 from student.alignment.attention import AttentionAligner
-from student.alignment.student_spec import StudentSpec
-from student.alignment.student_taps import StudentTap
 from student.alignment.tokens import TokenAligner
 from student.models.attention_copy_hooks import AttentionCopyHooks, Copied
 from student.settings import WITH_CLASS, WITHOUT, AttentionCopyConfig
 from student.targets.requirement import TargetRequirement, taps_of
-from student.targets.stored_target import StoredTarget
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from student.alignment.student_spec import StudentSpec
+    from student.alignment.student_taps import StudentTap
+    from student.targets.stored_target import StoredTarget
 
 
 class AttentionCopier(nn.Module):

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from storage.errors import IdentityError
 from storage.objects.urls import is_remote
-from storage.shards.shard import Shard
 from storage.store.store import Store
-from storage.views.policy import Policy
 from student.alignment.student_spec import student_spec
 from student.attention_copy.copier import AttentionCopier
-from student.data.batch import Batch
 from student.models.attention_copy_hooks import AttentionCopyRecord, Copied, attention_copy_hooks
-from student.models.files import StudentDescription
 from student.settings import ATTENTION_COPY, AttentionCopyConfig
 from student.targets.evaluation_views import EvaluationTargets, evaluation_targets
 from student.targets.stored_target import StoredTarget
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+    from storage.shards.shard import Shard
+    from storage.views.policy import Policy
+    from student.data.batch import Batch
+    from student.models.files import StudentDescription
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
 from torch.nn import functional as F
 
-from storage.store.codecs import Codec
 from storage.views.normalize import normalize
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from torch import Tensor
+
+    from storage.store.codecs import Codec
 
 _TENSORS = ("images", "labels", "mix_labels", "mix_weights")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,8 +17,10 @@ from storage.views.draw import draw_view
 from storage.views.mixing import mix_images
 from storage.views.render import BadImage, decode, render
 from storage.views.view import Mix
-from student.data.shuffle import Segment
-from student.data.source import Source
+
+if TYPE_CHECKING:
+    from student.data.shuffle import Segment
+    from student.data.source import Source
 
 Arrays = dict[str, np.ndarray]
 

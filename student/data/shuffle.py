@@ -6,13 +6,16 @@ whole blocks; global batch g takes batch/L samples from every lane. Which worker
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from storage.errors import UserError, setting
 from storage.rng import generator
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from storage.errors import IdentityError, UserError
 from storage.shards.patterns import expand
 from storage.shards.shard import Shard, open_shard
 from storage.store.banks import bank_policy
-from storage.store.codecs import Codec
 from storage.store.markers import Kind, Task
-from storage.store.store import Store
-from storage.views.policy import Policy
+
+if TYPE_CHECKING:
+    from storage.store.codecs import Codec
+    from storage.store.store import Store
+    from storage.views.policy import Policy
 
 Shards = str | Sequence[str] | Sequence[Shard]  # patterns, or shards that are open already
 

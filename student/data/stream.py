@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,12 +26,18 @@ from storage.progress import size_text
 from storage.shards.shard import Shard, require_labels
 from storage.shards.tar import without_samples
 from storage.store.store import Store
-from storage.views.policy import Policy
 from student.data.batch import Batch
 from student.data.shuffle import BlockShuffle, lanes_of
 from student.data.source import Shards, Source, opened, refuse_twice, stored, usable_views
 from student.data.worker_watch import started, watched
 from student.data.workers import LaneReader, ReadPlan, leave_at_once, to_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
+    from multiprocessing.process import BaseProcess
+
+    from storage.views.policy import Policy
 
 
 class Stream(IterableDataset[Batch]):

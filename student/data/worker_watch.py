@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import active_children
 from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
+from typing import TYPE_CHECKING
 
 from storage.errors import UserError
 from storage.memory import out_of_memory
 from storage.progress import size_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from multiprocessing.process import BaseProcess
 
 GRACE = 1.0  # seconds
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,7 +15,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 from storage.errors import UserError
 from student.data.block_reader import Arrays, BlockPart, BlockReader, join
 from student.data.shuffle import BlockShuffle, Segment, lanes_of
-from student.data.source import Source
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from student.data.source import Source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from storage.errors import UserError
-from storage.shards.shard import Shard
-from storage.views.policy import Policy
 from student.attention_copy.inference import attached_to, inject_attention
-from student.data.batch import Batch
 from student.data.source import Shards, opened
 from student.evaluation.batches import evaluation_batches
 from student.evaluation.class_metrics import label_ranks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from storage.shards.shard import Shard
+    from storage.views.policy import Policy
+    from student.data.batch import Batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

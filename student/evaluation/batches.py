@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from storage.shards.shard import Shard, require_labels
-from storage.views.policy import Policy
 from student.data.batch import Batch
 from student.data.block_reader import BlockPart, BlockReader, join
 from student.data.shuffle import Segment
 from student.data.source import Source
-from student.targets.evaluation_views import EvaluationTargets
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from storage.views.policy import Policy
+    from student.targets.evaluation_views import EvaluationTargets
 
 
 def evaluation_batches(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 BOUNDS = (20, 100)  # Liu et al. 2019: few-shot classes have fewer than 20 training images, many-shot ones more than 100
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from storage.objects.weights_file import WeightsFile
 from student.alignment.student_spec import student_spec
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MOST = 1024  # patches along a side are far fewer
 

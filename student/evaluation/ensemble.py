@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from storage.errors import IdentityError, UserError
 from storage.shards.classes import classes_of, require_classes
-from storage.shards.shard import Shard
 from student.attention_copy.inference import attached_to, inject_attention
 from student.evaluation.batches import evaluation_batches
 from student.evaluation.class_metrics import label_ranks
-from student.models.files import StudentDescription
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from storage.shards.shard import Shard
+    from student.models.files import StudentDescription
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

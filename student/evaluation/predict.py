@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,9 +15,14 @@ from storage.shards.image_files import counted, is_image, listing
 from storage.shards.tar import IMAGES
 from storage.views.draw import draw_view
 from storage.views.normalize import normalize
-from storage.views.policy import Policy
 from storage.views.render import BadImage, decode, render
-from student.models.files import StudentDescription
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from storage.views.policy import Policy
+    from student.models.files import StudentDescription
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,10 +9,8 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -27,17 +25,22 @@ from storage.shards.classes import classes_of, require_classes
 from storage.shards.patterns import expand
 from storage.shards.shard import Shard, open_shards, require_labels
 from storage.store.banks import read_views
-from storage.store.manifests import TeacherManifest
 from storage.store.markers import Task
-from storage.store.store import Store
 from storage.views.policy import policy
 from storage.views.view import COLUMNS
 from student.data.block_reader import BlockReader
-from student.data.shuffle import Segment
 from student.data.stream import Stream
 from student.evaluation.accuracy import Score, evaluate, tell_of_shared
 from student.fit_teacher.logistic_regression import STRENGTHS, Examples, StrengthTrial, fit, search_strength
 from student.fit_teacher.network import Classifier, arguments_of, check, network_of, put_in, tapped
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from storage.store.manifests import TeacherManifest
+    from storage.store.store import Store
+    from student.data.shuffle import Segment
 
 SERVE = [tap for tap, info in TAPS.items() if info.axes == ("width",)]  # taps that a linear head can act on
 

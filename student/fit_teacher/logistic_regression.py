@@ -9,13 +9,16 @@ Standardizing is folded into weight and bias afterward, so that the head acts on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from storage.rng import generator
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 CHUNK = 4096  # samples that are looked at together
 MOST = 300  # iterations of L-BFGS

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +13,14 @@ from storage.errors import IdentityError, UserError, call, setting
 from storage.objects.checkpoint_file import EARLIER
 from storage.objects.state_dict import HUB, ONNX_FILE, digest_of_state, load_weights
 from storage.objects.weights_file import WeightsFile
-from storage.store.manifests import TeacherManifest
 from student.data.block_reader import BlockReader
-from student.data.stream import Stream
-from student.fit_teacher.logistic_regression import Head
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from storage.store.manifests import TeacherManifest
+    from student.data.stream import Stream
+    from student.fit_teacher.logistic_regression import Head
 
 PARITY = 1e-4  # largest difference of logits ÷ their largest value, from the same features
 

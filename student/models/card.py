@@ -6,17 +6,20 @@ It is meant to be published: files of weights are named without the folders of t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from storage.store.manifests import TeacherManifest
-from student.models.attention_copy_hooks import AttentionCopyRecord
-from student.models.files import StudentDescription
-from student.run_dir import TrainResult
 from student.settings import ATTENTION_COPY
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from storage.store.manifests import TeacherManifest
+    from student.models.attention_copy_hooks import AttentionCopyRecord
+    from student.models.files import StudentDescription
+    from student.run_dir import TrainResult
 
 _TIMM = """```python
 import timm

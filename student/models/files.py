@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from storage.errors import UserError, call, first_line
 from storage.objects.atomic import atomic_write
@@ -21,6 +19,11 @@ from student.models.build import DescriptionRecord, create
 from student.models.shifted_patch import shift_patches
 from student.settings import ATTENTION_COPY
 from student.upgrade import upgraded
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
 
 
 @dataclass(frozen=True)

@@ -5,18 +5,23 @@ from __future__ import annotations
 import difflib
 import json
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 import timm
-from torch import Tensor, nn
 
 from precompute.taps import create_timm_model
 from storage.errors import UserError, setting
 from storage.objects.state_dict import as_f32, mismatches, rename_to_fit
-from storage.objects.weights_file import WeightsFile
 from student.models.attention_copy_hooks import COPIED
-from student.settings import StudentConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from torch import Tensor, nn
+
+    from storage.objects.weights_file import WeightsFile
+    from student.settings import StudentConfig
 
 
 def begin_from(

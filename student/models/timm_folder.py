@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from timm.models._hub import save_config_for_hf
 
 from storage.objects.atomic import atomic_write
 from storage.views.policy import policy
 from student.models.build import create
-from student.models.files import StudentDescription
 from student.run_dir import CONFIG, WEIGHTS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from student.models.files import StudentDescription
 
 # What timm's record of a model says of the network; the rest of it is about weights that timm has.
 _OF_THE_NETWORK = ("architecture", "fixed_input_size", "min_input_size", "first_conv", "classifier")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
@@ -13,6 +12,9 @@ from student.losses.registry import LOSSES
 from student.recipe.schema import Recipe
 from student.settings import ATTENTION_COPY
 from student.upgrade import renamed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 def validate(content: Any, where: str) -> Recipe:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from precompute.taps.target_spec import parse_ranges
 from storage.errors import UserError
 from storage.objects.state_dict import HUB, ONNX_FILE
-from storage.shards.shard import Shard
 from storage.store.banks import bank_policy
-from storage.store.codecs import Codec
 from storage.store.markers import Task
-from storage.store.store import Store
-from storage.views.policy import Policy
 from student.data.source import Source
 from student.targets import hints
-from student.targets.stored_target import StoredTarget
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from storage.shards.shard import Shard
+    from storage.store.codecs import Codec
+    from storage.store.store import Store
+    from storage.views.policy import Policy
+    from student.targets.stored_target import StoredTarget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

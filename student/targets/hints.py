@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from storage.errors import call
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 
 def precompute(

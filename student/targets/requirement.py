@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from storage.errors import call, setting
-from student.settings import AttentionTensors
+
+if TYPE_CHECKING:
+    from student.settings import AttentionTensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

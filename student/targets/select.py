@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from storage.errors import IdentityError, UserError, call, setting
 from storage.store.banks import policy_of
-from storage.store.manifests import TargetManifest
-from storage.store.store import Store
 from storage.views.policy import policy as make_policy
 from student.settings import settings_path
-from student.targets.requirement import TargetRequirement
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from storage.store.manifests import TargetManifest
+    from storage.store.store import Store
     from student.settings import BankChoice
+    from student.targets.requirement import TargetRequirement
 
 
 _WORDS = ("asked for", "the store has")

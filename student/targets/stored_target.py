@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from storage.store.manifests import TargetManifest, TeacherManifest
-from storage.store.store import Store
+if TYPE_CHECKING:
+    from storage.store.manifests import TargetManifest, TeacherManifest
+    from storage.store.store import Store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

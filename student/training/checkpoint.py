@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,9 +16,14 @@ from storage.objects.atomic import atomic_write
 from storage.objects.checkpoint_file import refused_in
 from storage.objects.record_schema import Schema, Size, Three, checked
 from storage.unicode_names import normalized
-from student.recipe.schema import Recipe
 from student.recipe.validate import validate
 from student.upgrade import upgraded_run
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from student.recipe.schema import Recipe
 
 FORMAT = 2
 _PARTS = {

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from storage.progress import Progress
-from student.alignment.attention import AttentionAligner
 from student.data.block_reader import BlockReader
-from student.data.stream import Stream
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from storage.progress import Progress
+    from student.alignment.attention import AttentionAligner
+    from student.data.stream import Stream
 
 Values = dict[str, Tensor]
 

@@ -5,30 +5,33 @@ It turns a batch of the stream into the number that is minimized: total = Σ wei
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from storage.errors import UserError, setting
-from storage.store.store import Store
-from student.alignment.report import AlignmentRow
 from student.alignment.student_spec import StudentSpec, full, student_spec
 from student.alignment.student_taps import ELSEWHERE, StudentTap, StudentTaps
 from student.attention_copy.copier import AttentionCopier
-from student.data.batch import Batch
 from student.losses.base import Loss, LossInputs
 from student.losses.cross_entropy import CrossEntropyConfig
 from student.losses.deit import DeiTConfig
 from student.losses.parts.queue import Queue
 from student.losses.registry import LOSSES
-from student.recipe.schema import Recipe
 from student.settings import ATTENTION_COPY, WITH_CLASS
 from student.targets.requirement import TargetRequirement
 from student.targets.select import select_targets
 from student.targets.stored_target import StoredTarget, stored_target
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from storage.store.store import Store
+    from student.alignment.report import AlignmentRow
+    from student.data.batch import Batch
+    from student.recipe.schema import Recipe
 
 
 def student_taps_of(recipe: Recipe) -> frozenset[StudentTap]:

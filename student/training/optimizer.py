@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from storage.errors import UserError, did_you_mean, first_line
-from student.recipe.schema import Recipe
-from student.training.distiller import Distiller
+
+if TYPE_CHECKING:
+    import torch
+
+    from student.recipe.schema import Recipe
+    from student.training.distiller import Distiller
 
 
 def peak_learning_rate(recipe: Recipe) -> float:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from storage.errors import UserError, setting
 from student.alignment.student_taps import attention_modules
 from student.distributed import Processor
-from student.recipe import schema
-from student.training.distiller import Distiller
+
+if TYPE_CHECKING:
+    from student.recipe import schema
+    from student.training.distiller import Distiller
 
 BACKEND = "inductor"  # of torch.compile
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from storage.errors import IdentityError, UserError, call, setting
 from storage.objects.weights_file import WeightsFile
-from storage.progress import Progress
 from storage.shards.classes import classes_of, require_classes
 from storage.shards.patterns import expand
 from storage.shards.shard import Shard, open_shards, require_labels
-from storage.store.store import Store
 from storage.views.policy import Policy, policy
 from student.alignment.attention import AttentionAligner
 from student.alignment.report import alignment_table
@@ -25,15 +21,22 @@ from student.data.source import opened
 from student.data.stream import Stream
 from student.distributed import rank, world_size
 from student.evaluation.accuracy import tell_of_shared
-from student.models.attention_copy_hooks import AttentionCopyRecord
 from student.models.build import build_student, input_size
 from student.models.files import StudentDescription
 from student.models.init import begin_from, freeze, normalization
-from student.recipe.schema import Recipe
 from student.settings import ATTENTION_COPY
-from student.targets.stored_target import StoredTarget
 from student.training.controls import fill_means, mean_targets
 from student.training.distiller import Distiller, classifies, find_targets, student_taps_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from storage.progress import Progress
+    from storage.store.store import Store
+    from student.models.attention_copy_hooks import AttentionCopyRecord
+    from student.recipe.schema import Recipe
+    from student.targets.stored_target import StoredTarget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

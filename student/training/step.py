@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from storage.errors import UserError, setting
-from student.data.batch import Batch
 from student.data.shuffle import default_lanes
 from student.distributed import world_size
-from student.recipe.schema import Recipe
-from student.training.distiller import Distiller
+
+if TYPE_CHECKING:
+    from student.data.batch import Batch
+    from student.recipe.schema import Recipe
+    from student.training.distiller import Distiller
 
 
 class _Whole(nn.Module):

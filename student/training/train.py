@@ -12,7 +12,7 @@ import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -36,11 +36,13 @@ from student.evaluation.accuracy import Score, evaluate
 from student.models.card import card
 from student.models.files import save_student
 from student.models.timm_folder import link_for_timm
-from student.run_dir import TrainResult
 from student.training import checkpoint, precision
 from student.training.optimizer import build_optimizer, learning_rate, peak_learning_rate
 from student.training.setup import TrainConfig, TrainingRun, build_run
 from student.training.step import Update
+
+if TYPE_CHECKING:
+    from student.run_dir import TrainResult
 
 __all__ = ["TrainConfig", "train"]
 

@@ -9,9 +9,8 @@ import os
 import shlex
 import subprocess
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import click
 import pytest
 
 from pipeline.cli import cli, main
@@ -20,6 +19,11 @@ from storage.testing import synthetic_image
 from tests.conftest import ROOT
 from tests.pipeline.every_command import every_command
 from tests.storage.helpers import write_tar
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import click
 
 # Minutes long; that their words are understood is enough, `make demo` runs the one, its own test the other.
 PARSED_ONLY = ("demo", "bench")

@@ -7,8 +7,7 @@ import json
 import pickle
 import re
 import shlex
-from collections.abc import Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import pytest
@@ -22,6 +21,10 @@ from storage.errors import DamageError, IdentityError, UserError, call, setting
 from student.recipe.schema import Recipe
 from student.recipe.validate import section_of
 from tests.conftest import ROOT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 ROOMS = ("storage", "precompute", "student")  # whose texts mention settings and calls
 AT_REST = (  # documents that are written into stores and runs show commands

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -16,6 +15,9 @@ from precompute.export.pytorch import export_student
 from precompute.taps import Tap, TappedTeacher
 from storage.errors import UserError
 from storage.testing import synthetic_shards
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 HIERA = {"embed_dim": 16, "stages": [1, 1, 1, 1], "num_classes": 3, "img_size": 64}
 HALF = (0.5, 0.5, 0.5)

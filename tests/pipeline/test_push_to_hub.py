@@ -8,9 +8,8 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import timm
@@ -24,6 +23,9 @@ from student.models.files import load_student
 from tests.conftest import ROOT
 from tests.pipeline.hub import TOKEN, Hub, running
 from tests.student.runs import run, u8
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 @pytest.fixture(scope="module")

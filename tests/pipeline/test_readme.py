@@ -7,8 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -19,6 +18,9 @@ from storage.store.codecs import Codec
 from storage.store.store import Store
 from storage.views.view import COLUMNS
 from tests.conftest import HANGS, ROOT, World, run_precompute, teacher_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def python_blocks(name: str) -> list[str]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
@@ -13,6 +12,9 @@ from pipeline.cli import main
 from storage.testing import synthetic_shards
 from tests.conftest import teacher_of
 from tests.precompute.graphs import OUTPUTS, exported, made_by, small
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SIZES = {
     "student.model": "vit_tiny_patch16_224",

@@ -6,8 +6,7 @@ import itertools
 import json
 import re
 import shlex
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -17,7 +16,11 @@ from pipeline.recipes import loader
 from storage.store.store import Store
 from student.data.stream import Stream
 from student.models.files import load_student
-from tests.conftest import World
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.conftest import World
 
 SMALL = {
     "student.embed_dim": 32,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -14,6 +13,9 @@ from pipeline.cli import main
 from storage.store.store import Store
 from storage.testing import TINY_VIT, synthetic_shards
 from tests.conftest import write_teacher
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 HALF = {"mean": 0.5, "std": 0.5}
 ARGUMENTS = {**TINY_VIT[1], "num_classes": 3}

@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import tarfile
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx
-from PIL import Image
 
 from precompute.engine.tasks import ShardTask, TargetOutput
 from storage.objects import json_record
@@ -18,6 +16,11 @@ from storage.store.manifests import TargetManifest
 from storage.store.store import Store
 from storage.views.policy import Policy, policy
 from tests.manifests import teacher_manifest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from PIL import Image
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 from distributed import Client
 
 from precompute.engine import session as sessions
 from precompute.engine.dask_client import local_cluster
 from storage.testing import synthetic_shards
-from tests.conftest import World
 from tests.precompute.engine.clusters import SAMPLES, run
 from tests.precompute.stores import Watched, contents
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import numpy as np
+
+    from tests.conftest import World
 
 
 @pytest.fixture

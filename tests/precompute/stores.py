@@ -6,23 +6,26 @@ import hashlib
 import io
 import shutil
 import tarfile
-from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from precompute.engine import session as sessions
 from precompute.request import PrecomputeRequest
 from precompute.run import precompute
 from precompute.taps import target_spec
-from storage.store.markers import Task
 from storage.store.store import Store
 from storage.store.verify import verify
 from storage.testing import synthetic_shards
 from storage.views.policy import policy
 from tests.conftest import Quiet, World, teacher_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from precompute.engine import session as sessions
+    from storage.store.markers import Task
 
 CNN = ["activations,grid=8,codec=f32", "activations,grid=8,codec=u8", "logits"]
 VIT = ["class_row", "class_token", "q,k,layers=last"]

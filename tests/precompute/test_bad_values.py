@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -18,6 +17,9 @@ from storage.store.store import Store
 from storage.views.render import BadImage, decode
 from tests.conftest import World, run_precompute, teacher_of
 from tests.precompute.stores import CNN, F32, VIT, attempts, counted, failures, rewritten, seeded, small_shard, told
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import timm
@@ -18,6 +17,9 @@ from storage.store.store import Store
 from storage.testing import synthetic_shards
 from tests.conftest import run_precompute
 from tests.precompute.engine.clusters import SLOW
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # timm name -> taps that are known to be refused; the rest is offered.
 ATTENDS = ("q", "k", "v", "class_row", "attention")

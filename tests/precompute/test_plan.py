@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -23,6 +22,9 @@ from storage.store.store import Store
 from storage.testing import TINY_CNN, synthetic_shards
 from storage.views.policy import policy
 from tests.conftest import Quiet, World, teacher_of, write_teacher
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def wanted_of(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline.commands.evaluate import options
 from pipeline.options import copied_store, shards
 from pipeline.project.context import reads
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def _bounds(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline.commands.evaluate import options
 from pipeline.project.context import reads
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @click.command()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline.commands.evaluate import options
 from pipeline.options import choice, picture, shards
 from pipeline.project.context import reads
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @click.command()

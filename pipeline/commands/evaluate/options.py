@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import click
 
 from pipeline.console import show
 from pipeline.options import PATH, checkpoint, common, device, shards
 from pipeline.run_paths import student_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 
 class Report(Protocol):
@@ -40,7 +42,7 @@ def prints_report(measure: Callable[..., Report]) -> Callable[..., None]:
         report = measure([student_file(run, checkpoint) for run in runs], **settings)
         show(report.to_json(), report.lines(), as_json)
 
-    return cast(Callable[..., None], wrapped)
+    return cast("Callable[..., None]", wrapped)
 
 
 def fraction(text: str) -> float:
@@ -93,4 +95,4 @@ def frozen_features(command: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(**settings: Any) -> Any:
         return command(**settings)
 
-    return cast(Callable[..., Any], wrapped)
+    return cast("Callable[..., Any]", wrapped)

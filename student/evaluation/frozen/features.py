@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from precompute.taps import prefix_roles
-from storage.shards.shard import Shard
 from student.evaluation.batches import evaluation_batches
-from student.models.files import StudentDescription
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from storage.shards.shard import Shard
+    from student.models.files import StudentDescription
 
 WIDE = 768  # width from which on DINO's linear probe reads the last block alone
 BLOCKS = 4  # whose class tokens it reads of a narrower network

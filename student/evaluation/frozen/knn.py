@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from student.evaluation.class_metrics import label_ranks
-from student.evaluation.frozen.features import Features
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from student.evaluation.frozen.features import Features
 
 NEIGHBORS = (10, 20, 50, 100, 200)
 TEMPERATURE = 0.07

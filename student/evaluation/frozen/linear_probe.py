@@ -7,8 +7,8 @@ batch. Features are computed once, on the evaluation view: no augmentation, whic
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from torch.nn import functional as F
 from storage.errors import UserError, setting
 from storage.shards.stratify import stratified_sample
 from student.evaluation.frozen.features import Features
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
 EPOCHS, BATCH = 100, 256

@@ -7,7 +7,7 @@ lies in `losses.safetensors` beside the student.
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from storage.errors import UserError, first_line, setting
 from student.evaluation.frozen.features import Reading, class_token
 from student.run_dir import LOSSES
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _NAME = re.compile(r"(?P<loss>.+)\.projector\.(?P<at>[0-9]{1,3})\.(?P<part>weight|bias)")
 

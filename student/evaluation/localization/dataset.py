@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from storage.errors import UserError
-from storage.shards.shard import Shard
-from storage.shards.tar import Sample
 from storage.views.draw import draw_view
 from storage.views.policy import policy
 from storage.views.render import BadImage, decode, render
 from student.evaluation.localization.max_box_acc import resized_boxes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import numpy as np
+
+    from storage.shards.shard import Shard
+    from storage.shards.tar import Sample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

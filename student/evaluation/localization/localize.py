@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from precompute.taps import AttentionTaps
 from storage.errors import UserError
-from storage.shards.shard import Shard
 from storage.views.normalize import normalize
 from student.alignment.student_spec import student_spec
 from student.evaluation.localization.contours import LEVELS, gray, opencv
@@ -28,7 +27,12 @@ from student.evaluation.localization.max_box_acc import (
     overlaps,
 )
 from student.losses.aal import class_maps
-from student.models.files import StudentDescription
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from storage.shards.shard import Shard
+    from student.models.files import StudentDescription
 
 SHOWN = 8  # images of a picture
 

@@ -7,30 +7,33 @@ is what a store keeps of the images that are evaluated.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from precompute.taps.target_spec import parse_ranges
 from storage.errors import UserError, setting
-from storage.shards.shard import Shard
 from student.alignment.attention import AttentionAligner
 from student.alignment.matching import uniform
 from student.alignment.student_spec import StudentSpec, full, student_spec
 from student.alignment.student_taps import StudentTap, StudentTaps
 from student.alignment.tokens import TokenAligner
 from student.attention_copy.inference import attached_to, inject_attention
-from student.data.batch import Batch
 from student.evaluation.batches import evaluation_batches
 from student.evaluation.similarity.metrics import Divergences, LinearCKA, assignment
-from student.evaluation.similarity.teacher_targets import TeacherTargets
 from student.models.attention_copy_hooks import attention_copy_hooks
-from student.models.files import StudentDescription
 from student.settings import AlignmentConfig
 from student.targets.evaluation_views import evaluation_targets
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from storage.shards.shard import Shard
+    from student.data.batch import Batch
+    from student.evaluation.similarity.teacher_targets import TeacherTargets
+    from student.models.files import StudentDescription
 
 Tokens = Literal["all", "class", "mean"]
 WHERE = "similarity"  # what errors call this comparison

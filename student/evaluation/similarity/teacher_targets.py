@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from storage.errors import UserError, call, did_you_mean, setting
-from storage.shards.shard import Shard
-from storage.store.manifests import TargetManifest
-from storage.store.store import Store
-from storage.views.policy import Policy
 from student.targets.evaluation_views import kept_of
 from student.targets.stored_target import StoredTarget
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from storage.shards.shard import Shard
+    from storage.store.manifests import TargetManifest
+    from storage.store.store import Store
+    from storage.views.policy import Policy
 
 # Taps that serve, those of one kind together; the first kind that is there is taken.
 ATTENTION = (("attention",), ("q", "k"), ("class_row",))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from pipeline.bench import PARTS, bench, lines, timing
 from pipeline.bench.timing import Measure, Spread, interleaved, ratios
 from pipeline.console import Console
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def test_turns_are_taken_one_after_another_and_the_first_are_thrown_away() -> None:

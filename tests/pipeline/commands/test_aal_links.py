@@ -6,8 +6,7 @@ import itertools
 import json
 import re
 import shlex
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -17,9 +16,13 @@ from safetensors.torch import load_file
 from pipeline.cli import main
 from student.losses.parts import aal_links as of
 from student.settings import LinksConfig
-from tests.conftest import World
 from tests.student.runs import run, u8
 from tests.typed import present
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.conftest import World
 
 
 @pytest.fixture(scope="module")

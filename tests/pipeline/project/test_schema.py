@@ -8,7 +8,7 @@ import re
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
@@ -18,7 +18,6 @@ from pipeline.inspection.store import sum_of
 from pipeline.project.context import load
 from pipeline.project.schema import located
 from pipeline.recipes import loader
-from precompute.request import PrecomputeRequest
 from precompute.results import Amount, MissingAmount, SharedAmount
 from storage.errors import UserError
 from storage.shards.pack import pack
@@ -26,6 +25,9 @@ from storage.store.store import Store
 from storage.testing import TINY_CNN, TINY_VIT
 from tests.conftest import ROOT, World
 from tests.pipeline.every_command import every_command
+
+if TYPE_CHECKING:
+    from precompute.request import PrecomputeRequest
 
 READERS = ["evaluate accuracy", "fit-teacher", "inspect", "plan", "precompute", "train", "verify"]
 

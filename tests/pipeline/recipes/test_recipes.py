@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
 from click.testing import CliRunner
-from pydantic import BaseModel
 from safetensors.torch import save_file
 
 from pipeline.cli import cli, main
@@ -23,6 +21,11 @@ from student.losses.registry import LOSSES
 from student.recipe import schema, validate
 from student.settings import AttentionCopyConfig, LinksConfig, Schedule
 from tests.conftest import ROOT, World, run_precompute, teacher_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pydantic import BaseModel
 
 SMALL = {
     "student.img_size": 32,

@@ -8,18 +8,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 import pytest
 from distributed import Client, WorkerPlugin
 
 from precompute.engine import dask_runner
-from precompute.engine.tasks import Outcome, ShardTask
 from precompute.request import PrecomputeRequest
 from precompute.run import precompute
 from precompute.taps.target_spec import parse_target
@@ -27,6 +25,11 @@ from storage.store.store import Store
 from storage.testing import TINY_CNN
 from storage.views.policy import policy
 from tests.conftest import HANGS, ROOT, Quiet, World, teacher_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from precompute.engine.tasks import Outcome, ShardTask
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers take hooks of this file without importing it
 

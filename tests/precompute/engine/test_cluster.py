@@ -7,9 +7,8 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -42,6 +41,9 @@ from tests.precompute.engine.clusters import (
     until,
 )
 from tests.precompute.stores import assert_same, attempts, contents, counted, failures, rewritten, seeded
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 @pytest.fixture(scope="module")

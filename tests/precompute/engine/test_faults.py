@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 
 from precompute import record_targets
@@ -15,11 +12,18 @@ from precompute.engine import session as sessions
 from precompute.export import pytorch
 from precompute.teachers import teacher as teachers
 from storage.errors import UserError
-from storage.store.markers import Task
 from storage.store.store import Store
 from storage.testing import FaultyObjectStore
 from tests.conftest import World, run_precompute, teacher_of
 from tests.precompute.stores import CNN, assert_same, contents, failures, small_shard
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    import numpy as np
+
+    from storage.store.markers import Task
 
 
 class Faults:

@@ -7,13 +7,16 @@ import random
 import signal
 import subprocess
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.conftest import HANGS, ROOT, World
 from tests.precompute.engine.clusters import SLOW, command, copies, end, markers, processes_of, run, start, until
 from tests.precompute.stores import assert_same, attempts, contents, counted, failures, seeded
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.mark.parametrize("workers", [0, SLOW(2)], ids=["in one process", "on workers"])

@@ -6,16 +6,20 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from precompute.engine.tasks import ShardTask
 from storage.testing import synthetic_image
 from tests.conftest import HANGS, ROOT
 from tests.precompute.bare import bare, encoded, tar
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from precompute.engine.tasks import ShardTask
 
 MEASURED = """
 import json, pickle, sys

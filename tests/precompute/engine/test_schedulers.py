@@ -9,15 +9,13 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from dask.base import get_scheduler
 from distributed import Client
 
-from precompute.engine.tasks import ShardTask
 from storage.errors import UserError
 from tests.conftest import HANGS, ROOT, Quiet, World
 from tests.precompute.engine.clusters import (
@@ -34,6 +32,11 @@ from tests.precompute.engine.clusters import (
 )
 from tests.precompute.stores import assert_same, attempts, contents, counted, failures, seeded
 from tests.typed import present
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from precompute.engine.tasks import ShardTask
 
 # ---------------------------------------------------------------------------------------------- running schedulers
 

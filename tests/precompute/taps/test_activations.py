@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -13,8 +13,10 @@ from torch.nn import functional as F
 
 from precompute.taps import Tap, TappedTeacher, cnn_stages, resize_matrix
 from storage.errors import UserError
-from storage.store.manifests import Antialias
 from tests.precompute.networks import HALF, channels, make, small_vit
+
+if TYPE_CHECKING:
+    from storage.store.manifests import Antialias
 
 # ---------------------------------------------------------------------------------------------- CNN stages
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -13,12 +12,16 @@ from precompute.taps import Tap
 from precompute.taps.target_spec import TargetSpec, layer_numbers, parse_target
 from storage.errors import IdentityError, UserError
 from storage.store import banks
-from storage.store.manifests import TargetIdentity, TeacherManifest
 from storage.store.markers import Task
 from storage.store.store import Store
 from storage.views.policy import Policy, policy
 from tests.conftest import World, run_precompute, teacher_of
 from tests.manifests import teacher_manifest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from storage.store.manifests import TargetIdentity, TeacherManifest
 
 CNN = teacher_manifest(id="cnn", network="cnn", layers=7)
 VIT = teacher_manifest(id="vit", heads=3, prefix=["class"])

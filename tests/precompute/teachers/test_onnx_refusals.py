@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -20,6 +18,10 @@ from precompute.teachers import onnx_file
 from precompute.teachers import teacher as teachers
 from storage.errors import UserError
 from tests.precompute.graphs import FREE, HALF, node, said, small
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
 
 # ---------------------------------------------------------------------------------------------- files
 

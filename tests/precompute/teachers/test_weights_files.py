@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -23,6 +22,9 @@ from storage.objects.weights_file import WeightsFile
 from storage.store.manifests import TeacherManifest
 from storage.store.store import Store
 from storage.testing import TINY_VIT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 VIT = {**TINY_VIT[1], "num_classes": 3}
 State = dict[str, Tensor]

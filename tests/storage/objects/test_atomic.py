@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from storage.objects.atomic import atomic_write, temporary_path
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def test_a_file_is_there_when_it_is_whole(tmp_path: Path) -> None:

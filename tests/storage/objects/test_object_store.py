@@ -9,7 +9,7 @@ import stat
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -17,6 +17,9 @@ from storage.errors import DamageError, UserError
 from storage.objects.object_store import LocalObjectStore, RemoteObjectStore, open_object_store, read_range
 from storage.objects.urls import is_remote
 from storage.testing import FaultyObjectStore
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.fixture(params=["local", "memory"])

@@ -5,11 +5,10 @@ from __future__ import annotations
 import http.server
 import re
 import threading
-from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 import numpy as np
@@ -28,6 +27,9 @@ from storage.shards.tar import size_of
 from storage.testing import synthetic_shards
 from storage.views.policy import policy
 from student.data.stream import Stream
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 
 @pytest.fixture

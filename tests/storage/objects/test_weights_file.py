@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -15,6 +14,9 @@ from safetensors.torch import load_file, save_file
 from storage.errors import UserError
 from storage.objects.weights_file import WeightsFile
 from tests.opens import counted_opens
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 STATE = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
 NOTES = {"classes": '["cat", "dog"]', "mean": "[0.1, 0.2, 0.3]", "std": "[1, 2, 3]", "copying": '{"layers": [1]}'}

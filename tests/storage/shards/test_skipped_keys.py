@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import webdataset
@@ -15,6 +15,9 @@ from storage.shards.pack import pack
 from storage.shards.shard import open_shards
 from storage.shards.tar import IMAGES, RULE, require_whole
 from tests.storage.helpers import by_us, by_webdataset, packed, picture, sample, samples, write_tar
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 PNG = picture(0)
 NO_SAMPLES = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -23,6 +23,9 @@ from student.models.build import build_student
 from student.models.files import StudentDescription, load_student, save_student
 from tests.manifests import stored
 from tests.storage.helpers import by_us, class_folders, picture
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 NFC = ["br\u00fbl\u00e9e", "cr\u00e8me"]
 NFD = [unicodedata.normalize("NFD", name) for name in NFC]

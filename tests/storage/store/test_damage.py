@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -16,7 +16,11 @@ from student.data.stream import Stream
 from student.settings import BankChoice
 from student.targets.requirement import TargetRequirement
 from student.targets.select import select_targets
-from tests.conftest import World
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.conftest import World
 
 FLIPS = 200
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import sys
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -21,6 +19,10 @@ from storage.store.store import Store
 from storage.store.verify import verify
 from tests.conftest import World, run_precompute, teacher_of
 from tests.storage.store.test_damage import train_reads
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 Path_ = tuple[str | int, ...]  # where something is in a record
 GONE = object()

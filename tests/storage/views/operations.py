@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from storage.testing import synthetic_image
 from storage.views.draw import draw_view
@@ -17,6 +16,11 @@ from storage.views.randaugment import OPERATIONS
 from storage.views.render import decode, render
 from storage.views.view import View
 from tests.storage.helpers import encoded, noise, with_orientation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from PIL import Image
 
 DEIT = policy("deit", 48, 3)
 NUMBERS = {name: number for number, (name, _) in OPERATIONS.items()}

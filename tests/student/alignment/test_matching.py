@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import timm
@@ -15,9 +15,11 @@ from student.alignment.attention import AttentionAligner, log_mean
 from student.alignment.rules import align_classes
 from student.alignment.student_spec import StudentSpec, student_spec
 from student.losses import advit, attention_transfer, head_specific
-from student.settings import AlignedLossConfig
 from student.targets.stored_target import StoredTarget
 from tests.manifests import stored
+
+if TYPE_CHECKING:
+    from student.settings import AlignedLossConfig
 
 SETTINGS: dict[str, type[AlignedLossConfig]] = {
     "class": advit.ADViTConfig,

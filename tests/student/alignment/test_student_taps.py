@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import timm
@@ -14,8 +14,10 @@ from student.alignment.student_spec import student_spec
 from student.alignment.student_taps import StudentTap, StudentTaps
 from student.alignment.tokens import TokenAligner
 from student.losses.attention_transfer import AttentionTransferConfig
-from student.targets.stored_target import StoredTarget
 from tests.manifests import stored
+
+if TYPE_CHECKING:
+    from student.targets.stored_target import StoredTarget
 
 READS: frozenset[StudentTap] = frozenset({"attention", "values", "streams", "tokens"})
 LAYERS = (1, 2, 3)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -16,10 +15,14 @@ from storage.testing import TINY_VIT
 from storage.views.policy import policy
 from student.data.stream import Stream
 from student.models.build import build_student
-from student.recipe import schema
 from student.recipe.validate import validate
 from student.training.distiller import Distiller, find_targets
-from tests.conftest import World
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from student.recipe import schema
+    from tests.conftest import World
 
 SIZES = {name: TINY_VIT[1][name] for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
 TAPS = {"map": ["attention"], "q": ["q"], "k": ["k"], "v": ["v"], "qk": ["q", "k"]}

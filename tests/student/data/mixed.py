@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,7 +13,11 @@ from PIL import Image, ImageEnhance, ImageOps
 from storage.store.markers import Task
 from storage.store.store import Store
 from storage.views.policy import policy
-from student.data.batch import Batch
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from student.data.batch import Batch
 
 SIDE, SEED, VIEWS = 32, 5, 2
 DEIT = policy("deit", SIDE, SEED)

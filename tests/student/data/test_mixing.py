@@ -7,7 +7,7 @@ import tarfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -21,7 +21,6 @@ from storage.store.store import Store
 from storage.testing import TINY_CNN, synthetic_shards
 from storage.views.policy import policy
 from storage.views.render import render
-from student.data.batch import Batch
 from student.data.block_reader import BlockReader
 from student.data.stream import Stream
 from student.losses.cross_entropy import cross_entropy
@@ -29,6 +28,9 @@ from tests.conftest import run_precompute, teacher_of, write_teacher
 from tests.storage.helpers import write_tar
 from tests.student.data.mixed import DEIT, SEED, SIDE, VIEWS, Expected, all_same, alone, assert_as, rows_of, same
 from tests.typed import present
+
+if TYPE_CHECKING:
+    from student.data.batch import Batch
 
 BROKEN = 17  # of the first shard: bytes that are no image
 

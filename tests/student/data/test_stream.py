@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -25,11 +25,13 @@ from storage.views.draw import draw_view
 from storage.views.policy import policy
 from storage.views.render import decode, render
 from storage.views.view import View
-from student.data.batch import Batch
 from student.data.stream import Stream
 from student.data.workers import leave_at_once
 from student.evaluation.batches import evaluation_batches
 from tests.typed import present
+
+if TYPE_CHECKING:
+    from student.data.batch import Batch
 
 
 def stream(world, **changes) -> Stream:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import timm
@@ -18,6 +17,9 @@ from storage.errors import UserError
 from student.alignment.student_taps import attention_modules
 from student.evaluation.cost import cost, links_of
 from tests.student.runs import run
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.mark.parametrize(

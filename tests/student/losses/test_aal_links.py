@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import timm
@@ -20,12 +19,16 @@ from student.losses.parts import aal_links
 from student.losses.parts.aal_links import Layout
 from student.recipe import validate
 from student.settings import LinksConfig
-from student.targets.stored_target import StoredTarget
 from tests.manifests import stored
 from tests.student.losses.test_aal import printed
 from tests.student.runs import run, same, u8
 from tests.student.training.test_resume import Cut, cut_after
 from tests.typed import present
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from student.targets.stored_target import StoredTarget
 
 B3 = Layout(tuple(range(1, 8)), (24, 32, 48, 96, 136, 232, 384), (6,) * 12)
 SMALL = Layout((1, 2), (3, 2), (2, 2, 2))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -15,9 +15,11 @@ from storage.errors import UserError
 from student.alignment.attention import weighted
 from student.alignment.student_spec import StudentSpec
 from student.losses.attention_guidance import AttentionGuidanceConfig, AttentionGuidanceLoss, divergence, squares
-from student.targets.stored_target import StoredTarget
 from tests.student.alignment.test_matching import given, random_rows
 from tests.typed import present
+
+if TYPE_CHECKING:
+    from student.targets.stored_target import StoredTarget
 
 F64 = torch.float64
 

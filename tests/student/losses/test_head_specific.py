@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -14,7 +14,6 @@ from storage.store.store import Store
 from storage.testing import TINY_VIT
 from student.alignment.student_spec import StudentSpec
 from student.alignment.student_taps import StudentTaps
-from student.data.batch import Batch
 from student.data.stream import Stream
 from student.losses import head_specific
 from student.losses.base import LossInputs
@@ -26,6 +25,9 @@ from student.training.distiller import Distiller, find_targets
 from tests.conftest import World, run_precompute, teacher_of
 from tests.student.alignment.test_matching import given
 from tests.student.losses.test_losses import entropy, values
+
+if TYPE_CHECKING:
+    from student.data.batch import Batch
 
 KINDS = ("mse", "mse-softmax", "ce", "kl")
 

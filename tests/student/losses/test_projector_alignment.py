@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -16,9 +16,11 @@ from student.alignment.student_spec import StudentSpec
 from student.losses.compress import CompRessConfig, CompRessLoss
 from student.losses.parts.projector import projector
 from student.losses.projector_alignment import ProjectorAlignmentConfig, ProjectorAlignmentLoss, mean_distance
-from student.targets.stored_target import StoredTarget
 from tests.manifests import stored
 from tests.typed import grad, present
+
+if TYPE_CHECKING:
+    from student.targets.stored_target import StoredTarget
 
 F64 = torch.float64
 STUDENT = StudentSpec(2, 3, 4, ("class", "distillation"), width=6)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -22,6 +22,9 @@ from tests.student.runs import job, log, run, same, weights
 from tests.student.training.test_ranks import together
 from tests.student.training.test_resume import Cut, cut_after
 from tests.typed import grad, present
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 F64 = torch.float64
 

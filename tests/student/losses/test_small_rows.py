@@ -6,10 +6,9 @@ their logarithms; the code computes logarithms from scores in f32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -25,6 +24,9 @@ from student.losses.registry import LOSSES
 from student.targets.stored_target import StoredTarget
 from tests.student.alignment.test_matching import given
 from tests.typed import grad
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ROLES = ("class", "distillation")
 

@@ -6,8 +6,8 @@ target, once with what the PyTorch teacher says of the batch's images at that mo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -15,7 +15,6 @@ import torch
 
 from precompute.export.pytorch import live_teacher
 from precompute.taps import Tap
-from precompute.teachers.teacher import Teacher
 from storage.store.codecs import Codec
 from storage.store.store import Store
 from storage.views.policy import policy
@@ -23,11 +22,16 @@ from storage.views.view import COLUMNS
 from student.data.stream import Stream
 from student.models.build import build_student
 from student.models.init import normalization
-from student.recipe.schema import Recipe
 from student.recipe.validate import validate
 from student.targets.stored_target import StoredTarget, stored_target
 from student.training.distiller import Distiller
 from tests.conftest import World, run_precompute, teacher_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from precompute.teachers.teacher import Teacher
+    from student.recipe.schema import Recipe
 
 STEPS = 20
 # The teacher has 3 layers of 3 heads, as the student, and 4x4 patches.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from safetensors import safe_open
@@ -15,6 +14,9 @@ from storage.objects.weights_file import WeightsFile
 from student import settings as config
 from student.models.build import build_student
 from student.models.files import StudentDescription, load_student, save_student
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 ABOUT: dict[str, Any] = {"img_size": 32, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "classes": ("a", "b", "c")}
 COPYING = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from typing import TYPE_CHECKING
 
 import pytest
 import timm
@@ -15,10 +16,12 @@ from storage.objects.weights_file import WeightsFile
 from student.models.build import build_student
 from student.models.files import load_student
 from student.models.init import begin_from, freeze, normalization
-from student.settings import StudentConfig
 from student.training import train as trainer
 from tests.conftest import Quiet
 from tests.student.runs import STUDENT, job, run, u8, weights
+
+if TYPE_CHECKING:
+    from student.settings import StudentConfig
 
 BODY = "blocks.*"
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime
@@ -29,6 +28,9 @@ from student.models.shifted_patch import ShiftedPatches, shift_patches, shifted
 from student.settings import StudentConfig
 from tests.student.runs import run, u8
 from tests.typed import grad
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def test_an_image_is_shifted_by_half_a_patch_in_four_diagonals() -> None:

@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -21,7 +21,6 @@ from storage.testing import synthetic_image
 from storage.views.policy import policy
 from storage.views.render import render
 from storage.views.view import View
-from student.data.batch import Batch
 from student.evaluation.batches import evaluation_batches
 from student.models.attention_copy_hooks import AttentionCopyRecord
 from student.models.build import build_student, input_size
@@ -30,6 +29,9 @@ from student.models.timm_folder import link_for_timm
 from student.settings import StudentConfig
 from tests.conftest import ROOT, World
 from tests.student.runs import FULL, run, u8
+
+if TYPE_CHECKING:
+    from student.data.batch import Batch
 
 
 @pytest.fixture(scope="module")

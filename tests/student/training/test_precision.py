@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ from student.alignment import student_taps
 from student.distributed import Processor
 from student.recipe import schema
 from student.training import precision
-from student.training.distiller import Distiller
 from student.training.setup import build_run
 from tests.conftest import HANGS, ROOT, Quiet
 from tests.student.runs import command, job, log, run, same, start, u8
 from tests.typed import grad
+
+if TYPE_CHECKING:
+    from student.training.distiller import Distiller
 
 OLD = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}  # as on a processor with AVX2 alone
 HAS = {"avx512_bf16": True, "amx_bf16": False, "avx2": True}

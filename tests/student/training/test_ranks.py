@@ -6,8 +6,7 @@ import dataclasses
 import os
 import socket
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -26,6 +25,10 @@ from student.training import train as trainer
 from student.training.step import Update
 from tests.conftest import HANGS, ROOT, Quiet
 from tests.student.runs import command, job, log, run, start, u8, weights
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -14,6 +13,9 @@ from storage.store.store import Store
 from tests.conftest import World, run_precompute, teacher_of, write_teacher
 from tests.precompute.stores import seeded
 from tests.student.runs import job, run
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SIZES = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3}
 

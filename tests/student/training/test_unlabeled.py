@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime
@@ -23,11 +22,15 @@ from storage.views.policy import policy
 from student import run_dir
 from student.evaluation.batches import evaluation_batches
 from student.models.files import load_student
-from student.run_dir import TrainResult
 from student.training import train as trainer
 from tests.conftest import Quiet, World, run_precompute, teacher_of
 from tests.student.runs import FULL, command, job, log, run, same, weights
 from tests.student.training.test_resume import Cut, cut_after
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from student.run_dir import TrainResult
 
 # class rows alone: a recipe that no label is read in
 ROWS = ["losses.crossentropy=null", "losses.advit.layers=uniform", "losses.advit.grid=bicubic"]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
@@ -26,6 +25,9 @@ from student.evaluation.frozen.label_subset import label_subset
 from student.evaluation.frozen.linear_probe import heads, logits_of, search_learning_rate
 from student.models.files import load_student
 from tests.student.runs import run
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 5, "num_heads": 3, "num_classes": 3}
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -20,9 +19,13 @@ from student.evaluation.frozen.projector_features import projector_layers, proje
 from student.losses import projector_alignment
 from student.losses.parts.projector import projector
 from student.models.files import load_student
-from tests.conftest import World
 from tests.student.attention_copy.copying import asked
 from tests.student.runs import run
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.conftest import World
 
 WIDTH, THEIRS = 48, 48
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 pytest.importorskip("cv2")
 pytest.importorskip("scipy")
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 
@@ -38,6 +37,9 @@ from student.evaluation.localization.max_box_acc import (
 )
 from student.models.files import load_student
 from tests.student.runs import run
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 AROUND = [(-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1)]  # clockwise from above
 

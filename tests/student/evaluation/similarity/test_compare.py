@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -26,13 +25,17 @@ from student.evaluation.similarity.compare import _chosen, _rows, _vectors
 from student.evaluation.similarity.metrics import divergence, paired
 from student.evaluation.similarity.teacher_targets import TeacherTargets
 from student.models.files import load_student
-from student.targets.stored_target import StoredTarget
 from tests.conftest import World, run_precompute, teacher_of
 from tests.manifests import stored
 from tests.student.attention_copy.copying import SAME, VALIDATION, asked
 from tests.student.evaluation.similarity.test_metrics import aligned
 from tests.student.runs import run
 from tests.typed import present
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from student.targets.stored_target import StoredTarget
 
 VIEW = policy("light", 32).evaluation
 
