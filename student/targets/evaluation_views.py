@@ -117,7 +117,7 @@ def kept_of(
 def command(
     store: Store, stored_targets: Sequence[StoredTarget], shards: Sequence[Shard], view: Policy, *, new_bank: bool
 ) -> str:
-    """The `precompute` command that makes targets like those stored_targets for other shards in another view."""
+    """The `precompute` command that makes targets like the stored ones for other shards in another view."""
     teacher = stored_targets[0].teacher
     about = teacher.identity
     ready = about.model == ONNX_FILE

@@ -47,7 +47,7 @@ TRAINING = [
     Mistake(
         "a CNN for a student",
         "train --recipe scratch @DATA --out new/run @SMALL --set student.model=resnet18",
-        ("student resnet18", "cannot be created", "--set student.model=vit_tiny_patch16_224"),
+        ("student resnet18", "cannot be made", "--set student.model=vit_tiny_patch16_224"),
     ),
     Mistake(
         "an image size that is no multiple of the patches",

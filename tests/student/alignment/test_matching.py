@@ -402,7 +402,7 @@ def logits(count: int = 3, classes: list[str] | None = None) -> StoredTarget:
 def test_contract_10_logits_meet_the_same_classes_alone():
     student = StudentSpec(0, 0, 0, (), 3, ("a", "b", "c"))
     assert align_classes("deit", logits(3, ["a", "b", "c"]), student, False).rule == "the same names"
-    with pytest.raises(IdentityError, match=r"number of classes: the student has 3, the teacher 1000\n.*fit-teacher"):
+    with pytest.raises(IdentityError, match=r"number of classes: the student has 3, the teacher 1000\n.*fit_teacher"):
         align_classes("deit", logits(1000), student, True)
     with pytest.raises(IdentityError, match="class 1: the student has b, the teacher c"):
         align_classes("deit", logits(3, ["a", "c", "b"]), student, True)

@@ -38,7 +38,7 @@ def test_a_student_without_tokens_is_told_what_is_read_and_never_of_attention(
 ) -> None:
     settings = [f"student.model={model}"]
     first = refused(world, tmp_path / "run", recipe, *settings)
-    assert "cannot be created" in first
+    assert "cannot be made" in first
     *nothing, plain = proposed(first)
     assert nothing
     assert all(setting.endswith("=null") for setting in nothing), first

@@ -337,7 +337,7 @@ def test_sizes_that_do_not_go_together_are_refused():
         ({"img_size": 100, "patch_size": None}, "img_size 100 is no multiple of the patch size 16 of vit_tiny"),
         ({"model": "vit_tinny_patch16_224"}, "Did you mean 'vit_tiny_patch16_224'"),
         ({"model": "vit_tiny"}, "Did you mean 'vit_tiny_patch16_224'"),
-        ({"model": "resnet10t"}, "cannot be created"),
+        ({"model": "resnet10t"}, "cannot be made"),
     ]
     for change, message in changes:
         sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3, **change}
