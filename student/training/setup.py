@@ -132,15 +132,15 @@ def build_run(config: TrainConfig, progress: Progress, saved: dict[str, Any] | N
         config, stream, distiller, progress, targets=targets, average=average, scored=scored
     )
     description = StudentDescription(
-        recipe.student.model,
-        arguments,
-        size,
-        mean,
-        std,
-        classes,
-        source.policy.evaluation.line,
-        recipe.student.shifted_patches,
-        attention_copy,
+        model=recipe.student.model,
+        arguments=arguments,
+        img_size=size,
+        mean=mean,
+        std=std,
+        classes=classes,
+        evaluation=source.policy.evaluation.line,
+        shifted_patches=recipe.student.shifted_patches,
+        attention_copy=attention_copy,
     )
     identity = {
         "shards": list(source.shard_ids),

@@ -83,7 +83,15 @@ def test_a_student_is_evaluated_on_shards_of_another_spelling(tmp_path):
     model, arguments = build_student(settings, 2)
     half = (0.5, 0.5, 0.5)
     for names in (NFC, NFD):
-        about = StudentDescription(settings.model, arguments, 32, half, half, tuple(names), "short(1)|center")
+        about = StudentDescription(
+            model=settings.model,
+            arguments=arguments,
+            img_size=32,
+            mean=half,
+            std=half,
+            classes=tuple(names),
+            evaluation="short(1)|center",
+        )
         save_student(tmp_path / "s.safetensors", model, about)
         loaded, read = load_student(tmp_path / "s.safetensors")
         assert read.classes == tuple(NFC)

@@ -61,7 +61,15 @@ class Fixed(torch.nn.Module):
 
 def about(classes: int, names: tuple[str, ...] | None = None) -> StudentDescription:
     half = (0.5, 0.5, 0.5)
-    return StudentDescription("fixed", {"num_classes": classes}, 16, half, half, names, "short(1)|center")
+    return StudentDescription(
+        model="fixed",
+        arguments={"num_classes": classes},
+        img_size=16,
+        mean=half,
+        std=half,
+        classes=names,
+        evaluation="short(1)|center",
+    )
 
 
 def test_a_place_counts_the_classes_before_the_right_one_and_no_number_beats_nothing() -> None:

@@ -39,7 +39,8 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     model, arguments = build_student(settings, 3)
     path = tmp_path_factory.mktemp("student") / "last.safetensors"
-    save_student(path, model, StudentDescription(settings.model, arguments, evaluation="short(1)|center", **ABOUT))
+    about = StudentDescription(model=settings.model, arguments=arguments, evaluation="short(1)|center", **ABOUT)
+    save_student(path, model, about)
     return path
 
 

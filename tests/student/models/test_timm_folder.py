@@ -131,7 +131,13 @@ def test_so_does_every_other_network_that_timm_builds(tmp_path, kind) -> None:
     side = input_size(model, chosen)
     names = tuple(f"class {n}" for n in range(classes)) or None
     about = StudentDescription(
-        chosen.model, arguments, side, (0.5, 0.4, 0.3), (0.2, 0.3, 0.25), names, "short(1)|center"
+        model=chosen.model,
+        arguments=arguments,
+        img_size=side,
+        mean=(0.5, 0.4, 0.3),
+        std=(0.2, 0.3, 0.25),
+        classes=names,
+        evaluation="short(1)|center",
     )
     save_student(tmp_path / "last.safetensors", model, about)
     link_for_timm(tmp_path, "last.safetensors", about)
