@@ -34,7 +34,7 @@ def main(shards: str, val: str, name: str, weights: str, out: Path) -> None:
     print(target, *values.shape, f"deviation {values.std().compute():.3f}")
     # --8<-- [end:read]
     # --8<-- [start:stream]
-    stream = Stream(shards, store=store, targets=[target], batch=32)
+    stream = Stream(shards, store=store, targets=[target], batch_size=32)
     sizes = {"img_size": 32, "patch_size": 4, "depth": 2, "num_classes": values.shape[1]}
     model = timm.create_model("vit_tiny_patch16_224", **sizes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)

@@ -53,7 +53,7 @@ def test_a_training_opens_each_index_once(world, val, tmp_path) -> None:
 def test_each_loader_worker_opens_an_index_once_more_at_most(world, tmp_path) -> None:
     store = world.copy(tmp_path / "store")
     with counted_opens(store / "shards") as opens:
-        stream = Stream(world.shards, batch=32, store=store, targets=[world.targets["logits"]], workers=2)
+        stream = Stream(world.shards, batch_size=32, store=store, targets=[world.targets["logits"]], workers=2)
         for _ in range(3):
             list(stream)
         del stream
@@ -100,6 +100,6 @@ def test_each_stored_view_is_parsed_once(world, monkeypatch) -> None:
         return parsed[-1]
 
     monkeypatch.setattr(View, "of", counted)
-    stream = Stream(world.shards, batch=30, lanes=1, store=world.store, targets=[world.targets["logits"]])
+    stream = Stream(world.shards, batch_size=30, lanes=1, store=world.store, targets=[world.targets["logits"]])
     assert sum(len(batch.labels) for batch in stream) == 300
     assert len(parsed) == 300

@@ -68,7 +68,7 @@ class _Epochs:
                 self.live[target] = world.live(teacher, [tap], source.policy.size)
             self.stream = Stream(
                 shards,
-                batch=recipe.stream.batch_size,
+                batch_size=recipe.stream.batch_size,
                 store=store,
                 bank=source.bank,
                 shuffle_blocks=recipe.stream.shuffle_blocks,

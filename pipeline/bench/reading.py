@@ -37,7 +37,7 @@ def streams(world: World, cases: list[str], turns: int, progress: Progress) -> l
 
         def stream(place: Any, targets: list[str], size: int = size, shards: list[str] = shards) -> Stream:
             bank = next(iter(place.banks()))
-            return Stream(shards, batch=size, store=place, targets=targets, bank=bank, shuffle_blocks=1)
+            return Stream(shards, batch_size=size, store=place, targets=targets, bank=bank, shuffle_blocks=1)
 
         joined = stream(store, [target])
         several = {"joined": joined, "without targets": stream(store, []), "stored pixels": stream(kept, [])}

@@ -1,4 +1,4 @@
-"""The order of an epoch: lanes and windows, a function of (shards, seed, epoch, lanes, shuffle_blocks, batch) alone.
+"""The order of an epoch: lanes and windows, a function of (shards, seed, epoch, lanes, shuffle_blocks, batch_size).
 
 The blocks of an epoch are permuted; the line of their samples is cut into L equal lanes; each lane shuffles windows of
 whole blocks; global batch g takes batch/L samples from every lane. Which worker or rank reads a lane changes nothing.
@@ -48,7 +48,7 @@ class BlockShuffle:
 
     Args:
         blocks: (shard, block, indices of its valid samples in the shard) of every block, invalid samples left out.
-        batch: the global batch size.
+        batch_size: of all ranks together.
         seed: of the order.
         lanes: L, a divisor of the batch; by default as `default_lanes`.
         shuffle_blocks: blocks that a lane shuffles together.
@@ -60,39 +60,39 @@ class BlockShuffle:
     def __init__(
         self,
         blocks: Sequence[tuple[int, int, np.ndarray]],
-        batch: int,
+        batch_size: int,
         seed: int = 0,
         lanes: int | None = None,
         shuffle_blocks: int = 4,
     ) -> None:
-        if batch < 1 or shuffle_blocks < 1:
-            raise UserError(f"batch size {batch} and stream.shuffle_blocks {shuffle_blocks} are at least 1")
-        lanes = lanes or default_lanes(batch)
-        if batch % lanes:
-            multiple = setting("stream.batch_size", max(1, round(batch / lanes)) * lanes)
+        if batch_size < 1 or shuffle_blocks < 1:
+            raise UserError(f"batch size {batch_size} and stream.shuffle_blocks {shuffle_blocks} are at least 1")
+        lanes = lanes or default_lanes(batch_size)
+        if batch_size % lanes:
+            multiple = setting("stream.batch_size", max(1, round(batch_size / lanes)) * lanes)
             raise UserError(
-                f"batch size {batch} cannot be cut into the {lanes} equal parts of stream.lanes",
+                f"batch size {batch_size} cannot be cut into the {lanes} equal parts of stream.lanes",
                 hint=f"Give a multiple of {lanes}, such as {multiple}, or lanes that divide it: "
                 f"{setting('stream.lanes', 'N')}",
             )
         self.blocks = [Segment(shard=shard, block=block, samples=samples) for shard, block, samples in blocks]
         self.counts = np.array([len(block.samples) for block in self.blocks], np.int64)
-        self.batch, self.seed, self.lanes, self.shuffle_blocks = batch, seed, lanes, shuffle_blocks
+        self.batch_size, self.seed, self.lanes, self.shuffle_blocks = batch_size, seed, lanes, shuffle_blocks
         self.samples = int(self.counts.sum())
-        if self.samples < batch:
+        if self.samples < batch_size:
             most = 1 << max(self.samples.bit_length() - 1, 0)
             hint = f"Lower the batch size: {setting('stream.batch_size', most)}"
-            raise UserError(f"{self.samples} samples are fewer than one batch of {batch}", hint=hint)
+            raise UserError(f"{self.samples} samples are fewer than one batch of {batch_size}", hint=hint)
 
     @property
     def steps(self) -> int:
         """Batches in an epoch; the samples of less than a batch are left out, other ones in each epoch."""
-        return self.samples // self.batch
+        return self.samples // self.batch_size
 
     @property
     def share(self) -> int:
         """Samples of each batch that come from one lane."""
-        return self.batch // self.lanes
+        return self.batch_size // self.lanes
 
     def lane(self, epoch: int, lane: int, start: int = 0) -> Iterator[tuple[list[Segment], np.ndarray]]:
         """The windows of one lane: the segments to read, and the order of their samples joined.

@@ -1,8 +1,8 @@
 """The stream: images, labels and stored targets, joined by shard, sample and view, and checked when they are read.
 
 `Stream` stands alone: any training loop can iterate it. What it yields depends on (shards, seed, epoch, lanes,
-shuffle_blocks, batch) alone, not on workers, ranks or where it was started. Trainers save and restore it as they do
-other data loaders (torchdata's StatefulDataLoader, streaming, litdata): by `set_epoch`, `state_dict` and
+shuffle_blocks, batch_size) alone, not on workers, ranks or where it was started. Trainers save and restore it as they
+do other data loaders (torchdata's StatefulDataLoader, streaming, litdata): by `set_epoch`, `state_dict` and
 `load_state_dict`.
 """
 
@@ -45,7 +45,7 @@ class Stream(IterableDataset[Batch]):
 
     Args:
         shards: patterns of shards, as `train-{000000..000009}.tar`.
-        batch: the global batch size; with several ranks each yields its share of it.
+        batch_size: of all ranks together; each rank yields its share of it.
         store: a store or its place; without one, views are drawn afresh in each epoch (their number is the epoch).
         targets: ids of targets of that store.
         policy: of fresh views; with a store, the bank's counts.
@@ -56,7 +56,7 @@ class Stream(IterableDataset[Batch]):
         shuffle_blocks: blocks that a lane shuffles together.
         workers: loader processes, at most one a lane; 0 reads in this process.
         rank: of this process in `torch.distributed`.
-        ranks: how many processes share each batch.
+        world_size: how many processes share each batch.
         labels: whether unlabeled shards are refused.
         classes: how many classes there are; higher labels are refused.
         memory: bytes that may be held in lanes; by default half of the machine's, shared by the ranks on it.
@@ -72,7 +72,7 @@ class Stream(IterableDataset[Batch]):
         self,
         shards: Shards,
         *,
-        batch: int,
+        batch_size: int,
         store: Store | str | Path | None = None,
         targets: Sequence[str] = (),
         policy: Policy | None = None,
@@ -83,7 +83,7 @@ class Stream(IterableDataset[Batch]):
         shuffle_blocks: int = 4,
         workers: int = 0,
         rank: int = 0,
-        ranks: int = 1,
+        world_size: int = 1,
         labels: bool = True,
         classes: int | None = None,
         memory: int | None = None,
@@ -124,8 +124,8 @@ class Stream(IterableDataset[Batch]):
                 samples = np.array([i for i in range(start, stop) if i not in bad], np.int64)
                 if len(samples):
                     blocks.append((number, block, samples))
-        self.order = BlockShuffle(blocks, batch, seed, lanes, shuffle_blocks)
-        self.own = lanes_of(self.order.lanes, rank, ranks)
+        self.order = BlockShuffle(blocks, batch_size, seed, lanes, shuffle_blocks)
+        self.own = lanes_of(self.order.lanes, rank, world_size)
         self.workers = min(workers, len(self.own))
         self.notices = []
         if empty:
@@ -141,7 +141,7 @@ class Stream(IterableDataset[Batch]):
             self.notices.append(f"{alone} sample(s) are alone in their blocks and keep their own targets")
         self.memory = self._check_memory(memory)
         self._start = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
-        plan = ReadPlan(source=self.source, order=self.order, views=self.views, rank=rank, ranks=ranks)
+        plan = ReadPlan(source=self.source, order=self.order, views=self.views, rank=rank, world_size=world_size)
         self._loader = DataLoader(
             LaneReader(plan, self._start),
             batch_size=None,
@@ -199,7 +199,7 @@ class Stream(IterableDataset[Batch]):
             "bank": self.source.bank or self.source.policy.bank,
             "views": self.views,
             "seed": self.order.seed,
-            "batch_size": self.order.batch,
+            "batch_size": self.order.batch_size,
             "lanes": self.order.lanes,
             "shuffle_blocks": self.order.shuffle_blocks,
         }

@@ -31,14 +31,14 @@ class ReadPlan:
         order: the order of all ranks' samples.
         views: how many views of the bank are used; None for fresh views.
         rank: of this process.
-        ranks: how many processes share each batch.
+        world_size: how many processes share each batch.
     """
 
     source: Source
     order: BlockShuffle
     views: int | None
     rank: int
-    ranks: int
+    world_size: int
 
     def view(self, epoch: int, segment: Segment) -> int:
         """The view of a segment's block in an epoch."""
@@ -100,7 +100,7 @@ class LaneReader(IterableDataset[list[BlockPart]]):
         plan, order = self.plan, self.plan.order
         self.reader = self.reader or BlockReader(plan.source)
         try:
-            numbers = lanes_of(order.lanes, plan.rank, plan.ranks, worker, workers)
+            numbers = lanes_of(order.lanes, plan.rank, plan.world_size, worker, workers)
             lanes = [_Lane(self.reader, plan, epoch, number, start) for number in numbers]
             for _ in range(start, order.steps):
                 yield [lane.take() for lane in lanes]

@@ -114,7 +114,7 @@ def fit_teacher(job: FitTeacherConfig, progress: Progress) -> FitTeacherResult:
     target = choose_target(job.store, job.target, job.teacher)
     manifest = job.store.target(target)
     recorded = job.store.teachers()[manifest.teacher]
-    stream = Stream(urls, batch=1, lanes=1, store=job.store, targets=[target], views=job.views)
+    stream = Stream(urls, batch_size=1, lanes=1, store=job.store, targets=[target], views=job.views)
     tell_of_shared(stream.source.shard_ids, val_shards, progress.say)
     model = network_of(recorded, job.weights, len(names))
     examples = read_examples(stream, target, len(names), progress.say, job.memory)

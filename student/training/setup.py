@@ -235,7 +235,7 @@ def _stream(
     memory = int(settings.memory * 2**30) if settings.memory else None
     stream = Stream(
         shards or urls,
-        batch=settings.batch_size,
+        batch_size=settings.batch_size,
         store=config.store,
         targets=list(dict.fromkeys(stored.id for its_targets in targets.values() for stored in its_targets)),
         policy=fresh,
@@ -247,7 +247,7 @@ def _stream(
         workers=settings.workers,
         memory=memory,
         rank=rank(),
-        ranks=world_size(),
+        world_size=world_size(),
         labels=labels,
         classes=classes if labels else None,
         permute=recipe.control.permute_targets,

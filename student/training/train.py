@@ -216,7 +216,7 @@ class Trainer:
         count = sum(p.numel() for p in self.distiller.student.parameters())
         order, shared_by = self.stream.order, f" on each of {world_size()} ranks" if world_size() > 1 else ""
         self.progress.say(
-            f"{count:,} parameters, {order.samples:,} samples, {order.steps} steps of {order.batch} an epoch, "
+            f"{count:,} parameters, {order.samples:,} samples, {order.steps} steps of {order.batch_size} an epoch, "
             f"lr {peak_learning_rate(self.recipe):g}, on {self.device}{shared_by}, "
             f"reads at most {size_text(self.stream.memory)} ahead"
         )

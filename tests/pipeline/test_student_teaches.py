@@ -80,7 +80,7 @@ def test_the_card_s_command_makes_a_student_a_teacher_of_another(world, place, c
 
     model, about = load_student(teacher / "last.safetensors")
     *_, logits = made["targets"]
-    batch = next(iter(Stream(world.shards, batch=32, store=store, targets=[logits]).epoch(0)))
+    batch = next(iter(Stream(world.shards, batch_size=32, store=store, targets=[logits]).epoch(0)))
     with torch.no_grad():
         live = model(batch.pixels(about.mean, about.std))
     assert torch.allclose(batch.target(logits), live, atol=1e-4)

@@ -110,6 +110,6 @@ def test_the_stream_says_what_it_leaves_out(disturbed: list[str], skipped: Skipp
     from student.data.stream import Stream
 
     target = next(id for id in Store.open(skipped[0]).targets() if id.startswith("cnn-activations"))
-    stream = Stream(disturbed, batch=32, store=skipped[0], targets=[target])
+    stream = Stream(disturbed, batch_size=32, store=skipped[0], targets=[target])
     assert stream.order.samples == 300
     assert stream.notices == ["1 shard(s) have no samples", "3 key(s) of the shards make no sample and are left out"]

@@ -68,7 +68,7 @@ def test_facts_are_what_the_stream_gives(mixed) -> None:
     """The identity: image and every value, of each sample that a stream yields, bit for bit."""
     shards, store, targets = mixed
     index = cached_index(shards[0])
-    stream = Stream(shards, batch=16, store=store, targets=targets)
+    stream = Stream(shards, batch_size=16, store=store, targets=targets)
     compared = set()
     for batch in (batch for epoch in range(2) for batch in stream.epoch(epoch)):
         for row, (_, i, number) in list(enumerate(batch.ids.tolist()))[::4]:

@@ -180,7 +180,8 @@ def test_a_cache_of_fsspec_stands_before_a_url(in_memory, shards, tmp_path):
     assert [build_index(url) for url in urls] == [build_index(path) for path in shards]
     assert classes_of(urls) == classes_of(shards)
     streams = [
-        Stream(several, batch=20, lanes=5, shuffle_blocks=1, policy=policy("light", 16)) for several in (urls, shards)
+        Stream(several, batch_size=20, lanes=5, shuffle_blocks=1, policy=policy("light", 16))
+        for several in (urls, shards)
     ]
     for mine, theirs in zip(*(stream.epoch(0) for stream in streams), strict=True):
         assert np.array_equal(mine.images, theirs.images)

@@ -61,7 +61,7 @@ def train_reads(store: Path, world: World, target: str) -> None:
         [TargetRequirement(loss="aal", taps=(("logits" if "logits" in target else "activations",),), target=target)],
         BankChoice(),
     )
-    stream = Stream(world.shards, batch=20, lanes=5, shuffle_blocks=1, store=opened, targets=[target])
+    stream = Stream(world.shards, batch_size=20, lanes=5, shuffle_blocks=1, store=opened, targets=[target])
     for epoch in range(stream.views or 0):
         for _ in stream.epoch(epoch):
             pass

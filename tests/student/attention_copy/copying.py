@@ -58,7 +58,7 @@ def distiller_of(
     bank, given = find_targets(store, store.shard_ids(), recipe, model)
     distiller = Distiller(recipe, model, given, mean=(0.5,) * 3, std=(0.5,) * 3)
     ids = list(dict.fromkeys(one.id for several in given.values() for one in several))
-    return distiller, Stream(world.shards, batch=32, store=store, targets=ids, bank=bank)
+    return distiller, Stream(world.shards, batch_size=32, store=store, targets=ids, bank=bank)
 
 
 def logits_of(distiller: Distiller, stream: Stream) -> torch.Tensor:

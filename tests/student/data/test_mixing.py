@@ -45,7 +45,7 @@ class Made:
     targets: list[str]
 
     def stream(self, **changes) -> Stream:
-        settings = {"batch": 32, "store": self.store, "targets": self.targets, "seed": 7}
+        settings = {"batch_size": 32, "store": self.store, "targets": self.targets, "seed": 7}
         return Stream(changes.pop("shards", self.shards), **{**settings, **changes})
 
     def run(self, store: Path, **changes) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def test_targets_of_topk_come_with_their_images(made, epochs):
 
 
 def test_fresh_views_are_mixed_as_the_stored_ones_of_the_epochs_number_are(made, expected):
-    fresh = Stream(made.shards[1], batch=16, policy=DEIT, seed=1)
+    fresh = Stream(made.shards[1], batch_size=16, policy=DEIT, seed=1)
     seen = Counter[bool]()
     for epoch in range(VIEWS):
         for batch in fresh.epoch(epoch):
@@ -216,20 +216,20 @@ def test_fresh_views_are_mixed_as_the_stored_ones_of_the_epochs_number_are(made,
                 assert (int(batch.mix_labels[row]), float(batch.mix_weights[row])) == (told.other, told.share)
                 seen[told.share > 0] += 1
     assert seen[True] > 80
-    other = Stream(made.shards[1], batch=16, policy=policy("deit", SIDE, SEED + 1), seed=1)
+    other = Stream(made.shards[1], batch_size=16, policy=policy("deit", SIDE, SEED + 1), seed=1)
     assert not same(next(other.epoch(0)), next(fresh.epoch(0)))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_fresh_mixed_views_do_not_depend_on_workers_lanes_or_start(made, workers):
-    plain = Stream(made.shards[1], batch=16, policy=DEIT)
-    there = Stream(made.shards[1], batch=16, policy=DEIT, workers=workers)
+    plain = Stream(made.shards[1], batch_size=16, policy=DEIT)
+    there = Stream(made.shards[1], batch_size=16, policy=DEIT, workers=workers)
     epoch = list(plain.epoch(4))
     assert all_same(there.epoch(4), epoch)
     assert all_same(there.epoch(4, start=2), epoch[2:])
     by_id = {
         tuple(id): image
-        for batch in Stream(made.shards[1], batch=16, policy=DEIT, lanes=2).epoch(4)
+        for batch in Stream(made.shards[1], batch_size=16, policy=DEIT, lanes=2).epoch(4)
         for id, image in zip(batch.ids.tolist(), batch.images, strict=True)
     }
     common = [
@@ -240,7 +240,7 @@ def test_fresh_mixed_views_do_not_depend_on_workers_lanes_or_start(made, workers
 
 
 def test_a_fresh_view_of_a_broken_image_names_it(made):
-    stream = Stream(made.shards, batch=32, policy=DEIT)
+    stream = Stream(made.shards, batch_size=32, policy=DEIT)
     with pytest.raises(UserError, match=f"key 'first-000000-{BROKEN:05d}': cannot be decoded"):
         list(stream.epoch(0))
 
@@ -349,7 +349,7 @@ def test_pixels_of_fewer_views_than_the_targets_have_are_left_alone(made, epochs
     (marker,) = (place / "done").glob(f"target.views-pixels-raw-*.{shard}.0.json")
     marker.unlink()
     assert made.stream(store=place, views=1).source.pixels is None
-    assert made.stream(store=place, views=1, shards=made.shards[1], batch=16).source.pixels is not None
+    assert made.stream(store=place, views=1, shards=made.shards[1], batch_size=16).source.pixels is not None
 
 
 @pytest.mark.parametrize("damage", ["flipped", "gone", "cut", "empty", "of another view"])

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def stream(world, **changes) -> Stream:
-    settings = {"batch": 32, "store": world.store, "targets": [world.targets["activations u8"]], "seed": 7}
+    settings = {"batch_size": 32, "store": world.store, "targets": [world.targets["activations u8"]], "seed": 7}
     return Stream(world.shards, **{**settings, **changes})
 
 
@@ -88,7 +88,7 @@ def test_the_same_batches_with_loader_workers(world, epochs, workers):
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_shares_of_ranks_joined_in_lane_order_are_the_batch(world, epochs, ranks):
-    parts = [list(stream(world, rank=r, ranks=ranks).epoch(1)) for r in range(ranks)]
+    parts = [list(stream(world, rank=r, world_size=ranks).epoch(1)) for r in range(ranks)]
     share, lanes = 32 // 8, 8
     for g, whole in enumerate(epochs[1]):
         for lane in range(lanes):
@@ -126,7 +126,7 @@ def test_more_workers_than_lanes_are_not_started_and_it_is_said(world):
 
 def test_fresh_views_are_those_of_the_epoch_s_number(world):
     light = policy("light", 32, seed=3)
-    s = Stream(world.shards, batch=32, policy=light)
+    s = Stream(world.shards, batch_size=32, policy=light)
     for batch in s.epoch(5):
         for row, (shard, i, view) in enumerate(batch.ids.tolist()[:4]):
             index = cached_index(world.shards[shard])
@@ -138,7 +138,7 @@ def test_fresh_views_are_those_of_the_epoch_s_number(world):
 
 def test_a_bank_without_targets_gives_its_views(world):
     bank = next(iter(Store.open(world.store).banks()))
-    plain = Stream(world.shards, batch=32, store=world.store, bank=bank, seed=7)
+    plain = Stream(world.shards, batch_size=32, store=world.store, bank=bank, seed=7)
     for a, b in zip(plain.epoch(0), stream(world).epoch(0), strict=True):
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.labels, b.labels)
@@ -146,11 +146,8 @@ def test_a_bank_without_targets_gives_its_views(world):
 
 def test_any_subset_of_shards_is_taken(world):
     for url in world.shards:
-        assert {
-            int(s)
-            for b in Stream(url, batch=32, store=world.store, targets=[world.targets["logits"]]).epoch(0)
-            for s in b.ids[:, 0]
-        } == {0}
+        one = Stream(url, batch_size=32, store=world.store, targets=[world.targets["logits"]])
+        assert {int(shard) for batch in one for shard in batch.ids[:, 0]} == {0}
 
 
 def test_several_targets_of_two_teachers_share_the_bank(world):
@@ -173,23 +170,25 @@ def test_memory_is_told_and_refused_beforehand(world):
 
 def test_what_does_not_fit_is_refused(world, tmp_path):
     with pytest.raises(UserError, match="300 samples are fewer than one batch of 512"):
-        stream(world, batch=512)
+        stream(world, batch_size=512)
     with pytest.raises(IdentityError, match="views of each sample: the store has 2, asked for 3"):
         stream(world, views=3)
     with pytest.raises(UserError, match="no target is called 'nonsense'"):
         stream(world, targets=["nonsense"])
     others = synthetic_shards(tmp_path / "other", shards=1, samples=150, seed=9)
     with pytest.raises(IdentityError, match=r"image digest of key .*: expected \w+, found \w+\n.* 0 of its 150 images"):
-        Stream(others, batch=32, store=world.store, targets=[world.targets["logits"]])
+        Stream(others, batch_size=32, store=world.store, targets=[world.targets["logits"]])
     unlabeled = synthetic_shards(tmp_path / "none", shards=1, samples=64, labels=False)
     with pytest.raises(UserError, match="key 'shard-000000-00000' has no label"):
-        Stream(unlabeled, batch=32, policy=policy("light", 32))
-    assert int(next(Stream(unlabeled, batch=32, policy=policy("light", 32), labels=False).epoch(0)).labels[0]) == -1
+        Stream(unlabeled, batch_size=32, policy=policy("light", 32))
+    assert (
+        int(next(Stream(unlabeled, batch_size=32, policy=policy("light", 32), labels=False).epoch(0)).labels[0]) == -1
+    )
 
 
 def test_a_pixel_changed_after_the_start_is_found_when_it_is_read(world, tmp_path):
     (copy,) = synthetic_shards(tmp_path / "data", shards=1, samples=150, classes=3)
-    s = Stream(copy, batch=32, store=world.store, targets=[world.targets["logits"]])
+    s = Stream(copy, batch_size=32, store=world.store, targets=[world.targets["logits"]])
     path = tmp_path / "data" / "shard-000000.tar"
     index = cached_index(copy)
     data = bytearray(path.read_bytes())
@@ -209,7 +208,7 @@ def test_a_mismatch_of_signatures_names_both_sides_decoders(world, monkeypatch):
 def test_an_error_in_a_worker_arrives_as_itself_and_the_workers_leave_when_told(world, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 60.0)  # until a worker is terminated
     store, others = world.copy(tmp_path / "store"), multiprocessing.active_children()
-    s = Stream(world.shards, batch=32, store=store, targets=[world.targets["logits"]], workers=2)
+    s = Stream(world.shards, batch_size=32, store=store, targets=[world.targets["logits"]], workers=2)
     chunk = next((store / "targets" / world.targets["logits"]).rglob("c/0/0"))
     chunk.unlink()
     with pytest.raises(DamageError, match="missing: a chunk that was written is gone"):
@@ -280,7 +279,7 @@ def test_the_same_samples_under_two_paths_are_refused(world, tmp_path):
     with pytest.raises(UserError, match="holds the same samples"):
         Stream(
             [world.shards[0], copy, world.shards[0].replace("/data/", "/data/../data/")],
-            batch=32,
+            batch_size=32,
             policy=policy("light", 32),
         )
 
@@ -334,7 +333,7 @@ class _Wrapped(IterableDataset[torch.Tensor]):
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_stream_in_a_dataloader_with_workers_says_that_it_loads_by_itself(world, wrapped):
-    stream = Stream(world.shards, batch=20, lanes=4, shuffle_blocks=1, policy=policy("light", 16))
+    stream = Stream(world.shards, batch_size=20, lanes=4, shuffle_blocks=1, policy=policy("light", 16))
     loader = DataLoader(_Wrapped(stream) if wrapped else stream, batch_size=None, num_workers=2)
     with pytest.raises(UserError, match="a Stream loads by itself") as error:
         next(iter(loader))

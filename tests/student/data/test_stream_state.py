@@ -85,7 +85,7 @@ def test_set_epoch_keeps_the_place_of_a_state_of_this_epoch_alone(world, epochs)
 
 
 def test_ranks_go_on_from_the_state_of_one_rank(world, epochs):
-    ranks = [stream(world, rank=rank, ranks=2) for rank in range(2)]
+    ranks = [stream(world, rank=rank, world_size=2) for rank in range(2)]
     for one in ranks:
         one.load_state_dict({**stream(world).state_dict(), "step": 5})
     for whole, *parts in zip(epochs[0][5:], *ranks, strict=True):
@@ -98,7 +98,7 @@ def test_ranks_go_on_from_the_state_of_one_rank(world, epochs):
     ("field", "changes"),
     [
         ("seed", {"seed": 8}),
-        ("batch_size", {"batch": 16, "lanes": 8}),
+        ("batch_size", {"batch_size": 16, "lanes": 8}),
         ("lanes", {"lanes": 16}),
         ("shuffle_blocks", {"shuffle_blocks": 2}),
         ("views", {"views": 1}),
@@ -111,11 +111,11 @@ def test_a_state_of_another_order_is_refused_by_name(world, field, changes):
 
 
 def test_a_state_of_other_shards_or_views_is_refused_by_name(world):
-    state = Stream(world.shards, batch=32, policy=policy("light", 32)).state_dict()
+    state = Stream(world.shards, batch_size=32, policy=policy("light", 32)).state_dict()
     with pytest.raises(IdentityError, match="shards"):
-        Stream(world.shards[:1], batch=32, policy=policy("light", 32)).load_state_dict(state)
+        Stream(world.shards[:1], batch_size=32, policy=policy("light", 32)).load_state_dict(state)
     with pytest.raises(IdentityError, match=r"bank: it has light-32-\w+, this stream has light-32-\w+"):
-        Stream(world.shards, batch=32, policy=policy("light", 32, seed=1)).load_state_dict(state)
+        Stream(world.shards, batch_size=32, policy=policy("light", 32, seed=1)).load_state_dict(state)
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ class Made:
         return FitTeacherConfig(target=self.targets[target], **whole)
 
     def stream(self, target: str, batch: int = 1) -> Stream:
-        return Stream(self.shards, batch=batch, lanes=1, store=self.store, targets=[self.targets[target]])
+        return Stream(self.shards, batch_size=batch, lanes=1, store=self.store, targets=[self.targets[target]])
 
 
 @pytest.fixture(scope="module")

@@ -87,7 +87,7 @@ def distiller_of(world: World, kept, taught: bool = False, **settings) -> tuple[
     shards = [store.require(url, store.shard_ids()).id for url in world.shards]
     _, found = find_targets(store, shards, recipe, model)
     distiller = Distiller(recipe, model, found, mean=(0.5,) * 3, std=(0.5,) * 3)
-    stream = Stream(world.shards, batch=32, store=store, targets=list(distiller.target_ids["it"]))
+    stream = Stream(world.shards, batch_size=32, store=store, targets=list(distiller.target_ids["it"]))
     return distiller, next(iter(stream.epoch(0)))
 
 

@@ -224,7 +224,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(world, same, loss, t
     distiller = Distiller(
         recipe, model, {"it": [stored_target(store, id) for id in ids]}, mean=(0.5,) * 3, std=(0.5,) * 3
     ).eval()
-    stream = Stream(world.shards, batch=32, store=store, targets=ids)
+    stream = Stream(world.shards, batch_size=32, store=store, targets=ids)
     for batch in stream.epoch(0):
         distiller.zero_grad()
         _, found = distiller(batch)
@@ -264,7 +264,7 @@ def test_features_of_another_width_meet_by_a_projection_that_is_trained_or_are_r
     with pytest.raises(UserError, match=r"each token is 48 in the teacher, 24 .*\n.*`losses.it.projection=linear`"):
         of_store(world, same, "streams", loss, embed_dim=24)
     distiller = of_store(world, same, "streams", {**loss, "projection": "linear"}, embed_dim=24)
-    batch = next(Stream(world.shards, batch=32, store=same[0], targets=[same[1]["streams"]]).epoch(0))
+    batch = next(Stream(world.shards, batch_size=32, store=same[0], targets=[same[1]["streams"]]).epoch(0))
     _, found = distiller(batch)
     found["it"].backward()
     projections = [p for n, p in distiller.losses.named_parameters() if "projections" in n]
@@ -282,7 +282,7 @@ def test_only_what_is_compared_gets_a_gradient(world, same):
     distiller = of_store(
         world, same, "q", {"type": "attention", "tensors": "q", "layers": "first-1", "heads": "first-2"}
     )
-    batch = next(Stream(world.shards, batch=32, store=same[0], targets=[same[1]["q"]]).epoch(0))
+    batch = next(Stream(world.shards, batch_size=32, store=same[0], targets=[same[1]["q"]]).epoch(0))
     distiller(batch)[1]["it"].backward()
     blocks: Any = distiller.student.blocks
     slopes = blocks[0].attn.qkv.weight.grad.reshape(3, 3, 16, 48)

@@ -123,7 +123,7 @@ def of_targets(
 ):
     """`compare` over a store's targets, loss -> ids."""
     ids = list(dict.fromkeys(id for several in targets.values() for id in several))
-    stream = Stream(shards, batch=32, store=store, targets=ids, seed=1)
+    stream = Stream(shards, batch_size=32, store=store, targets=ids, seed=1)
     given = {loss: tuple(stored_target(store, id) for id in several) for loss, several in targets.items()}
     return compare(stream, given, live_of(store, ids, teachers), recipe, classes)
 

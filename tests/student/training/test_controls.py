@@ -28,7 +28,7 @@ def target(world: World) -> str:
 
 
 def stream(world, target, **more) -> Stream:
-    return Stream(world.shards, batch=32, store=world.store, targets=[target], seed=2, **more)
+    return Stream(world.shards, batch_size=32, store=world.store, targets=[target], seed=2, **more)
 
 
 def stored(world, target) -> dict[tuple[int, int, int], np.ndarray]:
@@ -76,7 +76,7 @@ def test_another_seed_permutes_otherwise_and_workers_alike(world, target):
 def test_a_sample_alone_in_its_block_keeps_its_target_and_it_is_said(world, tmp_path):
     shards = synthetic_shards(tmp_path / "data", shards=1, samples=65)
     result = run_precompute(tmp_path / "store", shards, teacher_of(world.weights, "cnn"), ["logits"], num_views=1)
-    made = Stream(shards, batch=8, store=tmp_path / "store", targets=result["targets"], permute=1)
+    made = Stream(shards, batch_size=8, store=tmp_path / "store", targets=result["targets"], permute=1)
     assert made.notices == ["1 sample(s) are alone in their blocks and keep their own targets"]
 
 

@@ -157,7 +157,7 @@ def test_cross_entropy_alone_is_untouched_by_hooks(world):
     recipe = load_recipe("scratch", STUDENT)
     torch.manual_seed(0)
     model, _ = build_student(recipe.student, 3)
-    batch = next(Stream(world.shards, batch=32, policy=policy("light", 32)).epoch(0))
+    batch = next(Stream(world.shards, batch_size=32, policy=policy("light", 32)).epoch(0))
     mean, std = normalization(recipe.student, None)
     distiller = Distiller(recipe, model, {}, mean=mean, std=std)
     logits, values = distiller(batch)
