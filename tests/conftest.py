@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hypothesis
-import jaxtyping
 import pytest
 from filelock import FileLock
 
@@ -25,9 +24,6 @@ if TYPE_CHECKING:
 
 # Before torch is imported anywhere: two test workers share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-# Before these packages are imported: their functions check the shapes that they state.
-jaxtyping.install_import_hook(["student.alignment", "student.losses"], "beartype.beartype")
 
 # No example of a property has to end within some milliseconds: other processes use the cores too.
 hypothesis.settings.register_profile("no deadline", deadline=None)
