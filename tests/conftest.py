@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hypothesis
+import jaxtyping
 import pytest
 from filelock import FileLock
 
+from tests import shapes
 from tests.typed import present
 
 if TYPE_CHECKING:
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 
 # Before torch is imported anywhere: two test workers share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Before these packages are imported: their functions check the shapes that they state.
+jaxtyping.install_import_hook(["student.alignment", "student.losses"], f"{shapes.__name__}.check_shapes")
 
 # No example of a property has to end within some milliseconds: other processes use the cores too.
 hypothesis.settings.register_profile("no deadline", deadline=None)
