@@ -314,7 +314,7 @@ def test_contract_5_another_policy_size_or_seed_is_refused_by_name(
     with pytest.raises(IdentityError) as caught:
         chosen(store, wanted, given)
     assert (caught.value.field, caught.value.expected, caught.value.found) == (field, expected, found)
-    assert "--new-bank" in str(caught.value)
+    assert "`new_bank=True`" in str(caught.value)
     assert chosen(store, wanted, given, new_bank=True) == wanted
     assert chosen(store, wanted) == policy("light", 48, 7), "what was not said is no wish"
 

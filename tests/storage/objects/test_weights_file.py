@@ -104,7 +104,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     for name in ("none.safetensors", "none.pth"):
         file = WeightsFile(tmp_path / name)
         assert file.metadata == {}
-        with pytest.raises(UserError, match=rf"--weights .*{name}: cannot be read: No such file"):
+        with pytest.raises(UserError, match=rf"`weights=.*{name}`: cannot be read: No such file"):
             _ = file.digest
         with pytest.raises(UserError, match=rf"{name}: cannot be read as weights"):
             file.weights()

@@ -86,7 +86,7 @@ def test_links_that_lead_back_end_and_are_counted(linked, tmp_path) -> None:
 def test_links_that_lead_nowhere_are_refused_by_name(linked, tmp_path, name) -> None:
     (linked / name).symlink_to(tmp_path / "nothing")
     for take in (lambda: pack(str(linked), str(tmp_path / "x.tar")), lambda: look(linked, tmp_path, NoProgress())):
-        with pytest.raises(UserError, match=rf"1 link\(s\) lead nowhere, such as .*/{name}; mend or remove them"):
+        with pytest.raises(UserError, match=rf"1 link\(s\) lead nowhere, such as .*/{name}\n  Fix or remove them"):
             take()
     assert not (tmp_path / "x.tar").exists()
     assert linked / name in found_in([linked])  # and its error is that of a file that cannot be read

@@ -180,7 +180,7 @@ def test_small_classes_are_validated_too(tmp_path):
 
 def test_a_validation_part_without_samples_is_refused(tmp_path):
     folder = class_folders(tmp_path / "f", {"a": 1, "b": 1})
-    with pytest.raises(UserError, match=r"--val-fraction 0\.1: no class has two samples"):
+    with pytest.raises(UserError, match=r"`val_fraction=0\.1`: no class has two samples"):
         packed(folder, tmp_path / "out", val_fraction=0.1)
     assert not (tmp_path / "out").exists()
 
