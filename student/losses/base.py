@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from student.alignment.report import AlignmentRow
@@ -39,8 +39,8 @@ class LossInputs:
     student_taps: StudentTaps
     labels: Int64[Tensor, " B"]
     mix_labels: Int64[Tensor, " B"]
-    mix_weights: Float32[Tensor, " B"]
-    targets: tuple[Float32[Tensor, "B ..."], ...] = ()
+    mix_weights: Float[Tensor, " B"]
+    targets: tuple[Float[Tensor, "B ..."], ...] = ()
     metrics: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
 
 

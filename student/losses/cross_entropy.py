@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,7 +19,7 @@ def cross_entropy(
     logits: Float[Tensor, "B K"],
     labels: Int64[Tensor, " B"],
     mix_labels: Int64[Tensor, " B"],
-    mix_weights: Float32[Tensor, " B"],
+    mix_weights: Float[Tensor, " B"],
     smoothing: float = 0.0,
 ) -> Float[Tensor, ""]:
     """−Σ_k y_k log softmax(logits)_k, y = (1−w)·label + w·mix_label, smoothed towards 1/K; mean over the batch.

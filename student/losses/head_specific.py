@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor
 from torch.special import xlogy
@@ -54,8 +54,8 @@ def correctness(
     logits: Float[Tensor, "B K"],
     labels: Int64[Tensor, " B"],
     mix_labels: Int64[Tensor, " B"],
-    mix_weights: Float32[Tensor, " B"],
-) -> Float32[Tensor, " B"]:
+    mix_weights: Float[Tensor, " B"],
+) -> Float[Tensor, " B"]:
     """How right a prediction is, in [0, 1], no gradient: share of the predicted class in the (mixed) label.
 
     Args:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Float32, Float64
+from jaxtyping import Bool, Float, Float64
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -53,7 +53,7 @@ class Layout:
         heads = f"{self.heads[0]} heads" if len(set(self.heads)) == 1 else f"{_joined(self.heads)} heads"
         return f"{_joined(self.channels)} maps and {len(self.heads)} layers of {heads}"
 
-    def spread(self, kept: Bool[Tensor, "C N"]) -> Float32[Tensor, "C M"]:
+    def spread(self, kept: Bool[Tensor, "C N"]) -> Float[Tensor, "C M"]:
         """A choice as one number a link, 0 or 1."""
         return kept.float().repeat_interleave(torch.tensor(self.heads), 1)
 
@@ -83,7 +83,7 @@ class Trained:
     loss: str
     target: str
     layout: Layout
-    weights: Float32[Tensor, "C M"]
+    weights: Float[Tensor, "C M"]
 
 
 def ranged(ranges: Sequence[tuple[int, int] | None], layout: Layout, where: str) -> Bool[Tensor, "C N"]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,7 +37,7 @@ class Queue(nn.Module):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]
 
     @property
-    def held(self) -> Float32[Tensor, "n D"]:
+    def held(self) -> Float[Tensor, "n D"]:
         """The entries that are there."""
         return self.entries[: self.filled]
 

@@ -77,7 +77,7 @@ def test_other_depths_alternate_likewise(depth, widths):
 def test_depth_zero_is_the_identity_for_one_width_alone():
     same = values(2, 18, 6)
     assert loss(ProjectorAlignmentConfig(depth=0), token(6), same, same[:, 0]) == 0
-    with pytest.raises(UserError, match=r"student's tokens are 6 wide, those of target t-class_token 9.*depth=4"):
+    with pytest.raises(UserError, match=r"student's tokens are 6 wide, those of target t-class_token 9\n.*depth=4"):
         ProjectorAlignmentLoss("it", ProjectorAlignmentConfig(depth=0), STUDENT, [token(9)])
     CompRessLoss("it", CompRessConfig(depth=0, queues=2, queue=4), STUDENT, [token(9)])  # each side has its own queue
     with pytest.raises(UserError, match="depth=4"):
@@ -145,7 +145,7 @@ def test_patches_of_another_grid_are_resized_on_request():
     [
         ({}, token(6), StudentSpec(2, 3, 4, (), width=6), "it: the student has no class token to project"),
         ({"tokens": "both"}, tokens(6, layers=[12]), STUDENT, "holds the residual stream, before the final norm"),
-        ({"tokens": "both"}, tokens(6, prefix=()), STUDENT, "the teacher has no class token.*tokens=patches"),
+        ({"tokens": "both"}, tokens(6, prefix=()), STUDENT, "the teacher has no class token\n.*tokens=patches"),
     ],
 )
 def test_what_cannot_meet_is_refused(settings, given, student, said):

@@ -35,9 +35,15 @@ def loss_of(
     name: str, student: StudentSpec, several: list[StoredTarget], targets: list[Tensor], seen: Any, **settings: Any
 ):
     made = LOSSES[name]("it", LOSSES[name].Config(**settings), student, several)
-    none = torch.zeros(0)
+    batch = len(targets[0])
+    labels = torch.zeros(batch, dtype=torch.int64)  # these losses read none
     inputs = LossInputs(
-        logits=none, labels=none, mix_labels=none, mix_weights=none, student_taps=seen, targets=tuple(targets)
+        logits=torch.zeros(batch, 1),
+        labels=labels,
+        mix_labels=labels,
+        mix_weights=torch.zeros(batch),
+        student_taps=seen,
+        targets=tuple(targets),
     )
     return made(inputs)
 
