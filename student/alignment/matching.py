@@ -228,9 +228,8 @@ class TokenMatching(nn.Module):
         if self.which == "class":
             for side, roles in (("student", student), ("teacher", teacher)):
                 if "class" not in roles:
-                    raise UserError(
-                        f"{self.loss}: the {side} has no class token, so it has no class rows; take one that has"
-                    )
+                    problem = f"{self.loss}: the {side} has no class token, so it has no class rows"
+                    raise UserError(problem, hint=f"Take a {side} that has one.")
         student_counts, teacher_counts = Counter(student), Counter(teacher)
         kept = {role for role, count in student_counts.items() if teacher_counts[role] == count}  # registers: as many
         dropped = [

@@ -37,7 +37,7 @@ TRAINING = [
         "train --recipe advit-l1 @DATA --store S --out new/run @SMALL "
         "--set losses.advit.layers=last --set student.model=vit_base_patch16_siglip_gap_224 "
         "--set student.global_pool=avg",
-        ("advit: the student has no class token", "Take one that has"),
+        ("advit: the student has no class token", "Take a student that has one"),
     ),
     Mistake(
         "a typo in the student",

@@ -196,7 +196,7 @@ def test_workers_that_run_onnx_can_stay_free_of_torch():
         ([*TRAIN, "--set", "optim.epohcs=1"], 1, "optim.epohcs: no such setting. Did you mean 'epochs'?"),
         ([*TRAIN, "--set", "epochs"], 1, "expected NAME=VALUE, such as --set optim.epochs=50"),
         ([*TRAIN, "--device", "gpu"], 1, "expected auto, cpu, cuda or cuda:N"),
-        (["train", "--recipe", "aal", "--shards", "{shard}", "--val", "{shard}", "--out", "r"], 1, "give --store DIR"),
+        (["train", "--recipe", "aal", "--shards", "{shard}", "--val", "{shard}", "--out", "r"], 1, "Give --store DIR"),
         (
             [
                 "train",

@@ -49,7 +49,13 @@ def test_they_fail_their_shard_with_the_way_out(world: World, disturbed: list[st
     place = seeded(world, tmp_path / "store")
     with pytest.raises(UserError) as error:
         run_precompute(place, disturbed, teacher_of(world.weights, "cnn"), CNN)
-    for text in (disturbed[0], "key 'lost0' needs one image", "found json, txt", "3 keys", "--on-decode-error skip"):
+    for text in (
+        disturbed[0],
+        "key 'lost0' needs one image",
+        "found json, txt",
+        "3 keys",
+        "`precompute(on_decode_error=skip)`",
+    ):
         assert text in str(error.value)
     assert {task.shard for task in Store.open(place).done()} == {build_index(disturbed[2]).id}
 

@@ -206,10 +206,10 @@ def test_outputs_are_described_as_they_are(cases: Any, name: str) -> None:
     assert case.exported.taps == tuple(case.taps)
     assert all(0 <= parity <= 1e-4 for parity in case.exported.parity)
     for tap, detail, output in zip(case.taps, case.exported.details, outputs, strict=True):
-        assert len(detail["axes"]) == output.ndim - 1
+        assert len(tap.info.axes) == output.ndim - 1
         if tap.name == "activations":
-            assert [stage["stage"] for stage in detail["stages"]] == list(tap.layers or (1, 2, 3, 4))
-            assert sum(stage["channels"] for stage in detail["stages"]) == output.shape[1]
+            assert [stage.stage for stage in detail["stages"]] == list(tap.layers or (1, 2, 3, 4))
+            assert sum(stage.channels for stage in detail["stages"]) == output.shape[1]
 
 
 def test_the_attention_check_was_made_where_there_is_attention(cases: Any) -> None:

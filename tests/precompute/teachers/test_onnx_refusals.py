@@ -95,10 +95,10 @@ def test_files_that_are_no_graphs_are_refused(tmp_path: Path, content: bytes | N
 
 
 def test_files_that_cannot_be_read_or_are_too_large_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere\.onnx: cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"nowhere\.onnx`: cannot be read: No such file"):
         teachers.find_teacher(str(tmp_path / "nowhere.onnx"), **HALF)
     (tmp_path / "folder.onnx").mkdir()
-    with pytest.raises(UserError, match=r"folder\.onnx: cannot be read: Is a directory"):
+    with pytest.raises(UserError, match=r"folder\.onnx`: cannot be read: Is a directory"):
         teachers.find_teacher(str(tmp_path / "folder.onnx"), **HALF)
     with pytest.raises(UserError, match="cannot be read: embedded null byte"):
         teachers.find_teacher("a\0b.onnx", **HALF)

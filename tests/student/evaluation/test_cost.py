@@ -157,7 +157,7 @@ def test_the_command(trained, capsys) -> None:
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
-        (["cost", "--teacher", "resnet10"], 1, "no teacher is called 'resnet10'. Did you mean"),
+        (["cost", "--teacher", "resnet10"], 1, "no teacher is called 'resnet10'\n  Did you mean"),
         (["cost", "--shards", "x.tar"], 2, "No such option '--shards'"),
         (["accuracy", "--teacher", "resnet10t", "--shards", "x.tar"], 2, "No such option '--teacher'"),
         (["accuracy", "--no-project"], 2, "Missing option '--shards'"),

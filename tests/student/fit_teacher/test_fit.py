@@ -348,7 +348,7 @@ def test_weights_of_the_hub_are_known_by_their_digest(made, monkeypatch):
             model.load_state_dict(checkpoint_filter_fn(dict(state), model))
         return model
 
-    monkeypatch.setattr("student.fit_teacher.network.timm.create_model", hub)
+    monkeypatch.setattr(timm, "create_model", hub)
     teacher = made.store.teachers()["vit"]
     identity = teacher.identity.model_copy(update={"weights_sha256": digest_of_state(state)})
     recorded = teacher.model_copy(update={"identity": identity, "weights": "timm hub"})

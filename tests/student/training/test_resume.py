@@ -256,7 +256,7 @@ def test_a_terminated_command_says_how_to_go_on(world, tmp_path):
     _, said = process.communicate(timeout=HANGS)
     assert process.returncode == 143
     assert said.count("error: interrupted") == 1
-    assert "with --resume" in said
+    assert "train: --resume" in said
     checkpoint.read(out / "checkpoint.pt")
 
 
