@@ -36,7 +36,7 @@ from storage.errors import DamageError, UserError, display_path, first_line
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="teacher-store")
 def cli() -> None:
-    """Run a pretrained teacher once over image shards, keep what it saw, and train students from it.
+    """Run a pretrained teacher once over image shards, store its outputs, and train students from them.
 
     \b
     pipeline init photos

@@ -70,7 +70,7 @@ def shards(*names: str, help: str, required: bool = True) -> Callable[..., Any]:
         required=required,
         metavar="SHARDS",
         type=Hinted(f"{made}; a project file may name them too: pipeline init FOLDER"),
-        help=f"{help} Braces, * and :: between several; may be repeated.",
+        help=f"{help} Patterns with braces and *; separate several with ::, or repeat the option.",
     )
 
 
@@ -126,7 +126,7 @@ _WANTED = (
     _option(
         "--target",
         "TAP[,layers=…][,grid=…][,codec=…]…",
-        "What to keep: activations, logits, embedding, q, k, v, class_row, attention, class_token or tokens; may be "
+        "Targets to store: activations, logits, embedding, q, k, v, class_row, attention, class_token or tokens; may be "
         "repeated. layers=last or 1:4+8, counted from 1; codec=f32, f16, u8, log8 (class_row, attention) or topk20 "
         "(logits); for activations grid=8, at=block (after the residual sum), antialias=true.",
         multiple=True,
@@ -134,14 +134,14 @@ _WANTED = (
     _option(
         "--tap-tensor",
         "TAP=TENSOR",
-        "Of a ready model.onnx: which of its tensors gives a tap. Several of one tap are its layers, in order.",
+        "For a model.onnx: the tensor of a tap. Several tensors of one tap are its layers, in order.",
         multiple=True,
     ),
     _option("--view-policy", "P", "none, eval, light, deit, or a line such as 'rrc(0.2,1)|flip'.  [default: deit]"),
     _option("--view-size", "N", "Side of the view images.  [default: 224]", type=int),
     _option("--num-views", "N", "Views of each image.  [default: 4]", type=click.IntRange(1)),
     _option("--seed", "N", "Seed of the views.  [default: 0]", type=int),
-    _option("--new-bank", None, "Make another bank beside the one that these shards have.", is_flag=True),
+    _option("--new-bank", None, "Create a second bank for these shards.", is_flag=True),
     _option("--weights", "F", "A .safetensors or .pth file; without it, timm's hub."),
     _option(
         "--weights-key", "KEY", "Key of the weights in the file, such as state_dict.  [default: as timm, EMA first]"
@@ -150,7 +150,7 @@ _WANTED = (
     _option("--mean", "M", "Mean of the teacher's input: one number or three, with commas."),
     _option("--std", "S", "Standard deviation of the teacher's input: one number or three, with commas."),
     _option("--input-size", "N", "Side of the teacher's input.", type=int),
-    _option("--teacher-name", "NAME", "What the store calls the teacher."),
+    _option("--teacher-name", "NAME", "Name of the teacher in the store."),
     choice("--provider", values=["auto", "cpu", "cuda"], text="Where the teacher runs."),
     choice(
         "--on-decode-error",

@@ -21,6 +21,6 @@ def student_file(run: Path, checkpoint: str) -> Path:
         )
     if not path.exists() and not run.suffix:
         begun = (run / "args.yaml").exists()
-        do = "go on with the same `pipeline train` command and --resume" if begun else "`pipeline train` writes one"
+        do = "run the same `pipeline train` command with --resume" if begun else "`pipeline train` writes one"
         raise UserError(f"{run}: {'no student here yet' if begun else 'no student here'}; {do}")
     return path

@@ -38,6 +38,6 @@ def init(folder: Path, out: Path, as_json: bool) -> None:
     held = ", ".join([*map(shlex.quote, result["val"][:3]), *["…"] * (len(result["val"]) > 3)])
     lines = [
         f"{result['project']}: {images}, {count}, about {result['side']} pixels",
-        f"for validation: {held} ({result['val_because']}); go on with",
+        f"for validation: {held} ({result['val_because']}). Next:",
     ]
     show(result, [*lines, *(f"  {command}" for command in result["commands"])], as_json)

@@ -36,7 +36,7 @@ def precompute(store: str, wanted: PrecomputeRequest | dict[str, PrecomputeReque
         for name, one in wanted.items() if isinstance(wanted, dict) else [("", wanted)]:
             results[name] = result = run(Store.create(store), one, console)
             failed = [f"failed: {failure.error}" for failure in result.failures]
-            count = f", {len(failed)} failed: the same command tries them again" if failed else ""
+            count = f", {len(failed)} failed: run the same command again to retry" if failed else ""
             done = f"{len(result.targets)} target(s) over {len(result.shards)} shard(s){count}: {store}"
             text += [*failed, f"{name}: {done}" if name else done]
     finally:

@@ -27,7 +27,7 @@ def recipes(name: str | None, as_json: bool) -> None:
         width = max(map(len, about))
         lines = [f"{recipe:{width}}  {text}" for recipe, text in about.items()]
         lines.append("each has a small variant that trains in minutes: NAME-small, such as aal-small")
-        lines.append("one of them whole: pipeline recipes NAME; settings: docs/recipes.md")
+        lines.append("one recipe in full: pipeline recipes NAME; settings: docs/recipes.md")
         show({"recipes": about}, lines, as_json)
         return
     text = known.text(name)

@@ -1,4 +1,4 @@
-"""The project file: what flags would say again and again, once in `pipeline.yaml`. Flags win over it.
+"""The project file: settings that all commands share, in `pipeline.yaml`. Flags override it.
 
 `pipeline.yaml` in the current folder is taken unless `--project FILE` names another or `--no-project` none. Relative
 paths in it are relative to its own folder. Unknown keys are refused with the nearest known one.
@@ -45,7 +45,7 @@ def reads(**options: str) -> Callable[..., Any]:
             is_eager=True,
             expose_value=False,
             callback=given,
-            help=f"A project file; {FILE} in this folder by default. Flags win over it.",
+            help=f"A project file; {FILE} in this folder by default. Flags override it.",
         )
         @click.option(
             "--no-project",
@@ -53,7 +53,7 @@ def reads(**options: str) -> Callable[..., Any]:
             is_eager=True,
             expose_value=False,
             callback=given,
-            help="Take nothing from a project file.",
+            help="Ignore project files.",
         )
         @functools.wraps(command)
         def wrapped(*args: Any, **kwargs: Any) -> Any:

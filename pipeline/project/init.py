@@ -188,7 +188,7 @@ def text(found: ImageSummary) -> str:
     images = f"{'about ' if found.estimated else ''}{found.images:,} images"
     return f"""\
 # {images}, {count or "unnamed"} classes, about {found.side} pixels on the shorter side.
-# Flags win over this file. All settings: docs/recipes.md; teachers: pipeline teachers; recipes: pipeline recipes.
+# Flags override this file. All settings: docs/recipes.md; teachers: pipeline teachers; recipes: pipeline recipes.
 
 shards: {several(found.shards)}
 # For validation: {found.why}.
