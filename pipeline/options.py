@@ -303,7 +303,7 @@ def _one(
         tensors = {**entry.tap_tensors, **tensors}
         arguments, means, stds = {**entry.args, **arguments}, means or entry.mean, stds or entry.std
     try:
-        wishes = [wish for text in texts or tensors for wish in parse_target(text)]
+        specs = [spec for text in texts or tensors for spec in parse_target(text)]
         if tensors and not onnx_file.is_onnx_file(model):
             raise UserError(
                 f"--tap-tensor names tensors of a ready model.onnx; {model} has taps of its own: --target TAP"
@@ -320,7 +320,7 @@ def _one(
             say=Console().say,
         )
         if found.ready:
-            wishes = onnx_file.given_tensors(model, tensors, wishes)
+            specs = onnx_file.given_tensors(model, tensors, specs)
     except UserError as error:
         if not where:
             raise
@@ -331,7 +331,7 @@ def _one(
     return PrecomputeRequest(
         shards=urls,
         teacher=found,
-        targets=wishes,
+        targets=specs,
         policy=views,
         policy_fields=given,
         num_views=num_views,

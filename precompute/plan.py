@@ -268,7 +268,7 @@ def _sizes(
     missing: dict[tuple[str, int], set[str]],
     overhead: dict[str, tuple[float, float]],
 ) -> tuple[_Totals, _Totals]:
-    """Of indexes, arrays and markers; and of those among them that any other teacher over this bank shares."""
+    """Bytes and objects of indexes, arrays and markers, and of those that other teachers over this bank share."""
     mean = sum(o[0] + o[1] for o in overhead.values()) / len(overhead) if overhead else 4096.0
     totals, shared = _Totals(), _Totals()
     for shard in shards:

@@ -81,7 +81,7 @@ def plan_precompute(store: Store, wanted: PrecomputeRequest, progress: Progress)
     store.add(banks.bank_manifest(policy))
 
     def images() -> Any:
-        """Of the first shard that has any: one that is broken fails by itself, later."""
+        """Images of the first shard that has any. A broken shard fails by itself, later."""
         failed: UserError | None = None
         for url in wanted.shards:
             try:

@@ -176,7 +176,7 @@ def _file(teacher: Teacher, taps: Sequence[Tap], view_size: int) -> Callable[[np
 
 
 def differences(codec: Codec, arrays: dict[str, np.ndarray], live: np.ndarray) -> np.ndarray:
-    """Of each sample the largest difference of a map between what is kept and the live values, f64 [n].
+    """Largest difference of a map between stored and live values, for each sample, f64 [n].
 
     In each map ÷ its largest value, or a fiftieth of the largest of all where it is smaller: what graphs differ by goes
     by the values that a layer adds up. Of `topk` the logits that were kept, and the mass of all others, absolutely.

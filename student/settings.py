@@ -164,8 +164,8 @@ class AttentionCopyConfig(AlignmentConfig):
 
 def require_maps(tensors: AttentionTensors, **wished: bool) -> None:
     """ValueError where something is wished of maps and there are none."""
-    for name, wish in wished.items():
-        if wish and tensors != "map":
+    for name, value in wished.items():
+        if value and tensors != "map":
             raise ValueError(f"{name} is of maps, and with tensors={tensors} there are none")
 
 

@@ -122,7 +122,7 @@ def _processor() -> str:
 
 
 def lines(result: dict[str, Any]) -> list[str]:
-    """The same for people."""
+    """The figures, human-readable."""
     machine = result["machine"]
     text = [
         f"{machine['processor']}, {machine['cores']} cores, {machine['device']}; torch {machine['torch']}, "

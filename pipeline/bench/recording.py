@@ -184,12 +184,12 @@ def limits(world: World, names: Sequence[str], turns: int, progress: Progress) -
 
 
 def _engine_seconds(case: _Case) -> float:
-    """Of the engine, a sample."""
+    """Seconds of the engine for one sample."""
     return case.engine(case.session) / case.samples
 
 
 def _session_seconds(case: _Case) -> float:
-    """Of the bare session over as many images as a sample has views."""
+    """Seconds of the bare session over as many images as a sample has views."""
     side = case.job.policy.size
     images = np.random.default_rng(0).integers(0, 256, (BLOCK, side, side, 3), np.uint8)
     return seconds(lambda: case.session.run(images)) / BLOCK * case.job.views

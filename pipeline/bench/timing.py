@@ -20,7 +20,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of some values, one at least."""
+        """Median and quartiles of at least one value."""
         if len(values) == 1:
             return cls(median=values[0], low=values[0], high=values[0])
         low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -85,5 +85,5 @@ def interleaved(contenders: Mapping[str, Callable[[], float]], turns: int, warm:
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> Spread:
-    """Of turns that stood beside each other."""
+    """Ratios of adjacent turns."""
     return Spread.of([a / b for a, b in zip(above, below, strict=True)])

@@ -245,7 +245,7 @@ def view_words(seen: SeenView) -> list[str]:
 
 
 def facts(sample: StoredSample) -> dict[str, Any]:
-    """The same as plain data."""
+    """The facts as plain data."""
     return {
         "key": sample.key,
         "shard": sample.shard,
@@ -292,7 +292,7 @@ def _view_facts(seen: SeenView) -> dict[str, Any]:
 
 
 def lines(sample: StoredSample) -> list[str]:
-    """The same for people."""
+    """The facts, human-readable."""
     label = "no label" if sample.label is None else f"label {sample.label}"
     text = [
         f"sample {sample.key} of {sample.url}: {sample.original.width}x{sample.original.height}, {label}"

@@ -158,7 +158,7 @@ def _explain(problem: Any) -> str:
 
 
 def _from_here(settings: ProjectSettings, folder: Path) -> ProjectSettings:
-    """The same with paths that are relative to the file's folder made relative to the current one."""
+    """The settings, with paths relative to the current folder instead of the file's."""
 
     def patterns(several: tuple[str, ...] | None) -> tuple[str, ...] | None:
         return several and tuple(located(pattern, folder) for pattern in several)

@@ -271,7 +271,7 @@ def stripped(model: ModelProto) -> bytes:
 def compare(
     values: Sequence[np.ndarray], expected: Sequence[np.ndarray], taps: Sequence[Tap], name: str, other: str = "PyTorch"
 ) -> list[float]:
-    """Of each tap the largest difference of what a graph gives from what it should give, ÷ the largest value.
+    """Largest difference between a graph's output and the expected one ÷ the largest value, for each tap.
 
     Raises:
         UserError: another shape, or more than `PARITY`; `name` and `other` are what errors call the two.

@@ -113,7 +113,7 @@ def _largest_difference(
     tolerance: float,
     values: bool,
 ) -> float:
-    """Of the attention that is recomputed from q and k and that which the unfused kernel uses; as `check_attention`."""
+    """Largest difference between attention recomputed from q and k and the unfused kernel's; as `check_attention`."""
     used: dict[int, Tensor] = {}
     gathered: dict[int, Tensor] = {}
     handles = []

@@ -197,13 +197,13 @@ def named_outputs(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
     return tensors
 
 
-def given_tensors(path: str, tensors: Mapping[str, Sequence[str]], wishes: Sequence[TargetSpec]) -> list[TargetSpec]:
-    """The wishes with the tensors that give their taps.
+def given_tensors(path: str, tensors: Mapping[str, Sequence[str]], specs: Sequence[TargetSpec]) -> list[TargetSpec]:
+    """The targets with the tensors that give their taps.
 
     Args:
         path: of the ready graph.
         tensors: tap -> names of its tensors, a layer each.
-        wishes: what is asked for.
+        specs: what is asked for.
 
     Raises:
         UserError: a tap that a ready graph cannot give, one without tensors, or tensors that the graph lacks.
@@ -230,11 +230,11 @@ def given_tensors(path: str, tensors: Mapping[str, Sequence[str]], wishes: Seque
         if len(set(names)) < len(names):
             raise UserError(f"{path}: {tap}: a tensor is named twice: {', '.join(names)}")
         require_tensors(graph, names)
-    for wish in wishes:
-        if not tensors.get(wish.tap):
-            hint = f"Name one by {setting('tap_tensor', f'{wish.tap}=TENSOR')}"
-            raise UserError(f"{path}: {wish.tap} has no tensor; {outputs}", hint=hint)
-    return [replace(wish, tensors=tuple(tensors[wish.tap])) for wish in wishes]
+    for spec in specs:
+        if not tensors.get(spec.tap):
+            hint = f"Name one by {setting('tap_tensor', f'{spec.tap}=TENSOR')}"
+            raise UserError(f"{path}: {spec.tap} has no tensor; {outputs}", hint=hint)
+    return [replace(spec, tensors=tuple(tensors[spec.tap])) for spec in specs]
 
 
 def _logits(graph: OnnxGraph) -> str:

@@ -161,7 +161,7 @@ class ArrayMetadata(Schema):
 
     @property
     def chunk_shape(self) -> tuple[int, ...]:
-        """Of one chunk."""
+        """Shape of one chunk."""
         return self.chunk_grid["configuration"]["chunk_shape"]
 
     @property
@@ -223,7 +223,7 @@ class StoredArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole array, `[samples, …]`."""
+        """Shape of the whole array, `[samples, …]`."""
         return self.metadata.shape
 
     @property

@@ -99,7 +99,7 @@ class Codec:
 
     @property
     def top(self) -> int:
-        """Of `topk`: how many classes are kept."""
+        """How many classes `topk` keeps."""
         return min(int(self.name.removeprefix("topk")), self.shape[-1])
 
     @property

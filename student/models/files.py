@@ -157,7 +157,7 @@ def _attention_copy(record: Any) -> Any:
 
 
 def load_classifier(path: Path) -> tuple[nn.Module, StudentDescription]:
-    """Likewise, of a student that answers with classes.
+    """A student with a classifier, from its file; arguments and errors as `load_student`.
 
     Raises:
         UserError: also where it has no classifier.

@@ -33,10 +33,10 @@ def select_targets(
         store: with banks and targets.
         shards: ids of the shards that are trained on.
         needs: of the losses.
-        bank: the recipe's wish.
+        bank: the recipe's choice of a bank.
 
     Raises:
-        IdentityError: a wish that the store does not meet, with field, expected and found.
+        IdentityError: something that the store does not have, with field, expected and found.
         UserError: nothing fits, or several do.
     """
     manifests = store.targets()
@@ -67,8 +67,8 @@ def select_targets(
     return shared[0], chosen
 
 
-def _banks(store: Store, shards: Sequence[str], wish: BankChoice) -> list[str]:
-    """Banks that have views of all the shards and are what the recipe wishes."""
+def _banks(store: Store, shards: Sequence[str], choice: BankChoice) -> list[str]:
+    """Banks that have views of all the shards and are what the recipe asks for."""
     views = {(task.id, task.shard) for task in store.done() if task.kind == "bank"}
     policies = {
         id: policy_of(manifest)
@@ -80,12 +80,12 @@ def _banks(store: Store, shards: Sequence[str], wish: BankChoice) -> list[str]:
         raise UserError(f"{store.url}: there are no views of all these shards", hint=hint)
     where = f"{store.url}: views"
     do = "A student is trained on the views that its targets were made from."
-    if wish.id is not None:
-        if wish.id not in policies:
-            raise IdentityError(where, "stream.bank", wish.id, ", ".join(policies), do, _WORDS)
-        policies = {wish.id: policies[wish.id]}
-    line = make_policy(wish.policy, 32).line if wish.policy is not None else None
-    for field, wanted in (("line", line), ("size", wish.size), ("seed", wish.seed)):
+    if choice.id is not None:
+        if choice.id not in policies:
+            raise IdentityError(where, "stream.bank", choice.id, ", ".join(policies), do, _WORDS)
+        policies = {choice.id: policies[choice.id]}
+    line = make_policy(choice.policy, 32).line if choice.policy is not None else None
+    for field, wanted in (("line", line), ("size", choice.size), ("seed", choice.seed)):
         if wanted is None:
             continue
         kept = {id: policy for id, policy in policies.items() if getattr(policy, field) == wanted}
@@ -147,7 +147,7 @@ def _of_tap(
             f"{store.url}: {need.loss} needs stored {tap}, the store has {', '.join(in_store) or 'none'}",
             hint=f"Add them: {call('precompute', '…', teacher='NAME', target=tap)}",
         )
-    wishes: list[tuple[str, object, Callable[[str], object]]] = []
+    conditions: list[tuple[str, object, Callable[[str], object]]] = []
     if need.target is not None:
         wanted = (need.target,) if isinstance(need.target, str) else need.target
         unknown = [id for id in wanted if id not in manifests]
@@ -160,25 +160,25 @@ def _of_tap(
                 words=_WORDS,
             )
         own = next((id for id in wanted if id in fits), wanted[0])
-        wishes.append((f"{settings_path(need.loss)}.target", own, lambda id: id))
+        conditions.append((f"{settings_path(need.loss)}.target", own, lambda id: id))
     if need.teacher is not None:
-        wishes.append((f"{settings_path(need.loss)}.teacher", need.teacher, lambda id: manifests[id].teacher))
+        conditions.append((f"{settings_path(need.loss)}.teacher", need.teacher, lambda id: manifests[id].teacher))
     if need.grid is not None:
-        wishes.append(("patches a side", need.grid, lambda id: manifests[id].identity.grid))
-    for field, wished, of in wishes:
-        kept = [id for id in fits if of(id) == wished]
+        conditions.append(("patches a side", need.grid, lambda id: manifests[id].identity.grid))
+    for field, wanted_value, of in conditions:
+        kept = [id for id in fits if of(id) == wanted_value]
         if not kept:
             in_store = sorted({str(of(id)) for id in fits})
             where, words, hint = f"{store.url}: stored {tap}", _WORDS, "Take one of these, or precompute the other."
             if field == "patches a side":
                 words = ("the student has", "the store has")
                 hint = (
-                    f"Keep them on this grid, too: {call('precompute', '…', target=f'{tap},grid={wished}')}\n"
+                    f"Keep them on this grid, too: {call('precompute', '…', target=f'{tap},grid={wanted_value}')}\n"
                     f"  Or let the student's img_size / patch_size be {' or '.join(in_store)}: "
                     f"{setting('student.patch_size', 'N')}\n"
                     f"  Or bring its maps to a stored grid: {setting(f'losses.{need.loss}.grid', in_store[-1])}"
                 )
-            raise IdentityError(where, field, wished, ", ".join(in_store), hint, words)
+            raise IdentityError(where, field, wanted_value, ", ".join(in_store), hint, words)
         fits = kept
     within = [id for id in fits if manifests[id].identity.bank in banks]
     if not within:

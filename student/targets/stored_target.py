@@ -19,7 +19,7 @@ class StoredTarget:
 
     @property
     def id(self) -> str:
-        """Of the target."""
+        """Target id."""
         return self.target.id
 
 

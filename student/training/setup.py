@@ -220,11 +220,13 @@ def _stream(
     bank, targets = find_targets(config.store, [shard.id for shard in shards if len(shard)], recipe, model)
     fresh: Policy | None = None
     if bank is None:
-        wish = settings.bank
-        if wish.id is not None or settings.views is not None:
+        choice = settings.bank
+        if choice.id is not None or settings.views is not None:
             hint = f"Give {setting('store', 'DIR')}"
             raise UserError("stream.bank and stream.views are about a store's bank", hint=hint)
-        fresh = policy(wish.policy or "light", wish.size or size, wish.seed if wish.seed is not None else recipe.seed)
+        fresh = policy(
+            choice.policy or "light", choice.size or size, choice.seed if choice.seed is not None else recipe.seed
+        )
     steps = recipe.optim.grad_accum_steps
     if settings.batch_size % (world_size() * steps):
         raise UserError(

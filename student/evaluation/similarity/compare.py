@@ -274,12 +274,12 @@ def _pairs(shape: StudentSpec, reference: TeacherTargets, depth: int, stored: Se
     return pairs
 
 
-def _chosen(tokens: Tensor, vectors: TokenAligner, wish: Tokens) -> Tensor:
+def _chosen(tokens: Tensor, vectors: TokenAligner, which: Tokens) -> Tensor:
     """What CKA sees of tokens `[B, N, D]`, those beside the patches first."""
     tokens = full(tokens)
-    if wish == "all":
+    if which == "all":
         return tokens.flatten(0, 1)
-    if wish == "mean":
+    if which == "mean":
         return tokens[:, vectors.prefix :].mean(1)
     kept = vectors.get_buffer("student_tokens").tolist()
     return tokens[:, kept.index(vectors.student.prefix.index("class"))]

@@ -63,7 +63,7 @@ class Queue(nn.Module):
         return {"entries": self.held.cpu().clone(), "next": self.next}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Likewise, from a checkpoint."""
+        """Restore the entries from a checkpoint."""
         self.filled, self.next = len(state["entries"]), int(state["next"])
         self.entries[: self.filled] = state["entries"].to(self.entries)
 
