@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -39,3 +40,16 @@ def test_a_docstring_alone_makes_no_code_file(tmp_path: Path):
     (folder / "a.py").write_text("")
     (folder / "b.py").write_text("")
     assert folder_sizes(tmp_path) == [("storage/inner", 2), ("storage", 1)]
+
+
+def test_docstrings_can_be_read_alone():
+    """None leans on the one before it."""
+    leaning = [
+        f"{path.relative_to(ROOT)}:{node.body[0].lineno}"
+        for room in ("storage", "precompute", "student", "pipeline")
+        for path in (ROOT / room).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and (ast.get_docstring(node) or "").startswith(("Of ", "The same ", "Likewise"))
+    ]
+    assert leaning == []
