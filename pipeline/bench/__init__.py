@@ -54,6 +54,7 @@ def bench(
     device = _device(device)
     if folder is not None and not folder.is_dir():
         raise UserError(f"--folder {folder}: no such folder; it is where a temporary one is made")
+    threads, tf32 = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
     torch.set_num_threads(CPU_COUNT)
     torch.backends.cudnn.allow_tf32 = False  # as in the sessions
     temporary = Path(tempfile.mkdtemp(prefix="bench-", dir=folder))
@@ -74,6 +75,8 @@ def bench(
             rows += reading.streams(world, list(reading.CASES)[some], 3 * turns, console)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        torch.set_num_threads(threads)  # as the process had them
+        torch.backends.cudnn.allow_tf32 = tf32
     return {"machine": _machine(device), "measures": [_plain(row) for row in rows]}
 
 

@@ -198,7 +198,6 @@ def _session_seconds(case: _Case) -> float:
 def against_torch(world: World, names: Sequence[str], turns: int, progress: Progress) -> list[Measure]:
     """(2) The same ÷ the engine with eager PyTorch (channels last, its best batch size), and with `torch.compile`."""
     rows = []
-    torch.set_num_threads(CPU_COUNT)
     for name in names:
         case = _Case(world, name)
         progress.say(f"precompute against PyTorch, {case.name}")

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from pipeline.bench import PARTS, bench, lines, timing
 from pipeline.bench.timing import Measure, Spread, interleaved, ratios
@@ -64,7 +65,9 @@ def test_seconds_of_the_wall_and_of_the_cores() -> None:
 
 @pytest.mark.slow
 def test_reading_is_measured_and_nothing_is_left(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
     result = bench(["stream"], [], Console(), device="cpu", turns=1, quick=True, folder=tmp_path)
+    assert torch.get_num_threads() == threads, "what computes next in this process computes as before"
     assert [(row["number"], row["bar"]) for row in result["measures"]] == [(5, 0.9), (5, None), (6, None)]
     for row in result["measures"]:
         assert 0 < row["ratio"]["low"] <= row["ratio"]["median"] <= row["ratio"]["high"]
