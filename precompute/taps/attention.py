@@ -193,7 +193,7 @@ class AttentionTaps:
         self.clear()
 
     def clear(self) -> None:
-        """Let go of what the last forward pass left; a compiled network is then not compiled anew for it."""
+        """Let go of what the last forward pass left; a compiled network is then not compiled again for it."""
         self._q.clear()
         self._k.clear()
         self._qkv.clear()

@@ -40,7 +40,7 @@ class PrecisionChoice:
         return f"{'fused' if self.fused_attn else 'unfused'} attention"
 
     def plain(self) -> dict[str, Any]:
-        """As plain data."""
+        """The choice as plain data, as checkpoints and `run.json` hold it."""
         return asdict(self)
 
     @classmethod

@@ -168,10 +168,7 @@ class Trainer:
                 self.average.module.load_state_dict(saved["average"])
             choice = precision.PrecisionChoice.of(saved["precision"])
             self.state = TrainState(saved["epoch"], saved["step"], saved["sums"], saved["scores"], saved["seconds"])
-            position = {
-                "epoch": self.state.epoch,
-                "step": self.state.step,
-            }  # of a checkpoint that earlier versions wrote
+            position = {"epoch": self.state.epoch, "step": self.state.step}  # earlier versions kept no stream state
             self.stream.load_state_dict(saved.get("stream") or {**self.stream.state_dict(), **position})
             states = saved["rng"]
             if len(states) == world_size():

@@ -29,22 +29,7 @@ from student.training.distiller import Distiller
 from student.training.setup import TrainConfig
 from student.training.train import train
 from tests.conftest import Quiet, run_precompute, teacher_of
-
-STUDENT = [
-    "student.model=vit_tiny_patch16_224",
-    "student.img_size=32",
-    "student.patch_size=4",
-    "student.embed_dim=48",
-    "student.depth=2",
-    "student.num_heads=3",
-    "student.drop_path_rate=0",
-    "stream.batch_size=32",
-    "optim.epochs=2",
-    "optim.warmup_epochs=0",
-    "optim.lr=0.002",
-    "precision.amp_dtype=none",
-    "precision.fused_attn=true",
-]
+from tests.student.runs import STUDENT
 
 
 def job(world, out: Path, recipe: str, *settings: str, **changes) -> TrainConfig:
