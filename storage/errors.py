@@ -35,6 +35,9 @@ class UserError(Exception):
         return f"{text}\n  {self.hint}" if self.hint else text
 
 
+_WORDS = ("expected", "found")
+
+
 class IdentityError(UserError):
     """Something is not what the store was made with. Names the field, the expected value, and the value found.
 
@@ -48,13 +51,7 @@ class IdentityError(UserError):
     """
 
     def __init__(
-        self,
-        where: str,
-        field: str,
-        expected: object,
-        found: object,
-        hint: str = "",
-        words: tuple[str, str] = ("expected", "found"),
+        self, where: str, field: str, expected: object, found: object, hint: str = "", words: tuple[str, str] = _WORDS
     ) -> None:
         super().__init__(f"{where}: {field}: {words[0]} {expected}, {words[1]} {found}", hint=hint)
         self.args = (where, field, expected, found, hint, words)  # what it is made of again when it is unpickled
@@ -92,8 +89,8 @@ def call(command: str, *settings: str, **named: object) -> str:
     """
     parts = [_word(word) for word in settings if word != "…"]
     for name, values in named.items():
-        several = values if isinstance(values, list | tuple) else [values]
-        parts += [f"{name}={_word(value)}" for value in several if value is not None]
+        values = values if isinstance(values, list | tuple) else [values]
+        parts += [f"{name}={_word(value)}" for value in values if value is not None]
     return f"`{command}({', '.join([*parts, *(word for word in settings if word == '…')])})`"
 
 
@@ -119,11 +116,10 @@ def first_line(error: BaseException, *, kind: bool = False) -> str:
     puts the type's name before it.
     """
     name = type(error).__name__
-    said = error.strerror if isinstance(error, OSError) and isinstance(error.strerror, str) else str(error)
+    message = error.strerror if isinstance(error, OSError) and isinstance(error.strerror, str) else str(error)
     if isinstance(error, SyntaxError) and not error.args:  # Python says "None" of it
-        said = ""
-    lines = (line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", said).splitlines())
-    text = next(filter(None, lines), "")
+        message = ""
+    text = next(iter(re.sub(r"\x1b\[[0-9;]*m", "", message).strip().splitlines()), "").rstrip()
     return f"{name}: {text}" if kind and text else text or name
 
 

@@ -67,12 +67,9 @@ def synthetic_shards(
             for i in range(samples):
                 label = i % classes
                 buffer = io.BytesIO()
-                formats = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
-                picture(label, rng, size).save(buffer, formats[kind])
-                members: dict[str, Any] = {kind: buffer.getvalue()}
-                if labels:
-                    members["cls"] = str(label).encode()
-                writer.write({"__key__": f"{stem}-{number:06d}-{i:05d}", **members})
+                picture(label, rng, size).save(buffer, {"jpg": "jpeg"}.get(kind, kind))
+                members = {"cls": str(label).encode()} if labels else {}
+                writer.write({"__key__": f"{stem}-{number:06d}-{i:05d}", kind: buffer.getvalue(), **members})
         paths.append(str(path))
     (folder / "classes.json").write_text(json.dumps([f"class{c}" for c in range(classes)]))
     return paths
@@ -90,12 +87,7 @@ class FaultyObjectStore(LocalObjectStore):
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        operation: str = "write",
-        fail_at: int = -1,
-        fault: str = "EIO",
-        forever: bool = False,
+        self, folder: str | Path, operation: str = "write", fail_at: int = -1, fault: str = "EIO", forever: bool = False
     ) -> None:
         super().__init__(folder)
         self.operation, self.fail_at, self.fault, self.forever = operation, fail_at, fault, forever
@@ -104,9 +96,9 @@ class FaultyObjectStore(LocalObjectStore):
     def _do(self, operation: str, act: Callable[[], Any], half: Callable[[], Any] | None = None) -> Any:
         if operation != self.operation:
             return act()
-        number, self.calls = self.calls, self.calls + 1
-        fails = self.fail_at >= 0 and (number == self.fail_at or (self.forever and number > self.fail_at))
-        if not fails:
+        self.calls += 1
+        number = self.calls - 1
+        if not (number == self.fail_at or (self.forever and 0 <= self.fail_at < number)):
             return act()
         if self.fault == "lost":
             act()
@@ -116,8 +108,7 @@ class FaultyObjectStore(LocalObjectStore):
         raise OSError(code, os.strerror(code))
 
     def _read(self, path: Path) -> bytes:
-        data: bytes = self._do("read", lambda: super(FaultyObjectStore, self)._read(path))
-        return data
+        return bytes(self._do("read", lambda: super(FaultyObjectStore, self)._read(path)))
 
     def _write(self, path: Path, data: bytes) -> None:
         self._do(

@@ -5,7 +5,9 @@ A training's checkpoint holds several things: weights, their average (EMA), an o
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import itertools
 import re
 import zipfile
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from storage.errors import UserError, setting
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -60,16 +62,15 @@ def choose(content: Any, where: str, key: str | None = None, order: Sequence[str
     Raises:
         UserError: there is no dictionary of tensors, or none under this key; what the file holds is listed.
     """
-    taken, state = (key, _at(content, key)) if key is not None else _first(content, order)
+    chosen, state = _first(content, order) if key is None else (key, _at(content, key))
+    known = _states(content)
     if not _is_state(state):
         problem = "expected a state dict of tensors" if key is None else "there is no state dict of tensors at this key"
-        hint = ""
-        if known := _states(content):
-            hint = f"Choose one of its dictionaries of tensors: {setting('weights_key', _word(known[0]))}"
-        asked = "" if key is None else setting("weights_key", key)
-        raise UserError(f"{where}: {problem}; it holds {contents(content)}", setting=asked, hint=hint)
-    others = tuple(name for name in _states(content) if name != taken)
-    return Choice(taken, state, others, _first(content, EARLIER)[0] == taken)
+        hint = f"Choose one of its dictionaries of tensors: {setting('weights_key', _word(known[0]))}" if known else ""
+        at_setting = "" if key is None else setting("weights_key", key)
+        raise UserError(f"{where}: {problem}; it holds {contents(content)}", setting=at_setting, hint=hint)
+    others = tuple(name for name in known if name != chosen)
+    return Choice(chosen, state, others, _first(content, EARLIER)[0] == chosen)
 
 
 def _first(content: Any, order: Sequence[str]) -> tuple[str, Any]:
@@ -109,12 +110,9 @@ def _states(content: Any, path: str = "", level: int = 0) -> list[str]:
     """Keys of all dictionaries of tensors below."""
     if not isinstance(content, dict) or level >= DEEPEST:
         return []
-    found = []
-    for name, value in content.items():
-        if isinstance(name, str):
-            below = f"{path}{name}"
-            found += [below] if _is_state(value) else _states(value, f"{below}.", level + 1)
-    return found
+    entries = {f"{path}{name}": value for name, value in content.items() if isinstance(name, str)}
+    states = ([key] if _is_state(value) else _states(value, f"{key}.", level + 1) for key, value in entries.items())
+    return list(itertools.chain.from_iterable(states))
 
 
 def contents(content: Any, level: int = 0) -> str:
@@ -141,15 +139,11 @@ def _word(name: Any) -> str:
     return text if len(text) <= 60 else f"{text[:59]}…"
 
 
-@contextlib.contextmanager
-def plain_data() -> Iterator[None]:
+def plain_data() -> contextlib.AbstractContextManager[None]:
     """Let `torch.load(weights_only=True)` take an argparse.Namespace too, as timm does: it is data and runs nothing."""
-    import argparse
-
     import torch
 
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        yield
+    return torch.serialization.safe_globals([argparse.Namespace])
 
 
 def archive_of_another_kind(path: Path) -> tuple[str, str] | None:

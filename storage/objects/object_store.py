@@ -18,6 +18,8 @@ from storage.errors import DamageError, UserError, display_path
 from storage.objects.litter import is_litter
 from storage.objects.urls import filesystem_of, is_remote, lacks_ranges, networked, require_ranges
 
+COPY_AGAIN = "Copy or create the file again."
+
 
 class ObjectStore(Protocol):
     """What a store needs of the place it lies in."""
@@ -25,39 +27,30 @@ class ObjectStore(Protocol):
     @property
     def url(self) -> str:
         """What the place is called from here."""
-        ...
 
     def get(self, key: str) -> bytes:
         """The bytes of an object; FileNotFoundError where there is none."""
-        ...
 
     def size(self, key: str) -> int:
         """The length of an object in bytes; FileNotFoundError where there is none."""
-        ...
 
     def put(self, key: str, data: bytes) -> None:
         """Write an object whole, over what may be there."""
-        ...
 
     def create(self, key: str, data: bytes) -> bool:
         """Write an object whole unless there is one; whether it was written. What was put before is durable first."""
-        ...
 
     def names(self, folder: str) -> list[str]:
         """The sorted names directly inside a folder; none where there is no such folder."""
-        ...
 
     def walk(self, folder: str) -> list[str]:
         """The sorted keys of all objects below a folder."""
-        ...
 
     def remove(self, key: str) -> None:
         """Remove an object or a folder with all that is in it."""
-        ...
 
     def discard(self, key: str, data: bytes) -> None:
         """Remove an object if it still holds these bytes: somebody may have put another in its place."""
-        ...
 
 
 class LocalObjectStore:
@@ -213,8 +206,8 @@ class RemoteObjectStore:
         with networked(self.url):
             size = self.files.info(self._path(key))["size"]
         if size is None:
-            hint = "Copy it to a local disk."
-            raise UserError(f"{self.url}/{key}: the server does not tell the length of the file", hint=hint)
+            message = f"{self.url}/{key}: the server does not tell the length of the file"
+            raise UserError(message, hint="Copy it to a local disk.")
         return int(size)
 
     def put(self, key: str, data: bytes) -> None:
@@ -288,8 +281,6 @@ def read_range(url: str, start: int, stop: int) -> bytes:
     if len(data) > stop - start:
         raise lacks_ranges(url)
     if len(data) != stop - start:
-        raise DamageError(
-            f"{url}: truncated: bytes {start} to {stop} were requested, it ends after {len(data)} of them",
-            hint="Copy or create the file again.",
-        )
+        message = f"{url}: truncated: bytes {start} to {stop} were requested, it ends after {len(data)} of them"
+        raise DamageError(message, hint=COPY_AGAIN)
     return data

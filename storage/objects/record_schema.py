@@ -10,16 +10,7 @@ import reprlib
 from dataclasses import fields
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    Strict,
-    StringConstraints,
-    ValidationError,
-    WrapValidator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, WrapValidator, model_validator
 
 from storage.errors import DamageError, UserError
 from storage.objects.json_record import Record
@@ -53,8 +44,8 @@ Several = Annotated[tuple[T, ...], Strict(False)]  # JSON has lists alone
 Count = Annotated[int, Field(ge=0, le=MOST)]
 Size = Annotated[int, Field(ge=1, le=MOST)]
 Offset = Annotated[int, Field(ge=0, lt=1 << 63)]
-Id = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,250}$")]  # safe as a part of a path
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,250}$")]  # safe as a part of a path
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _AsWritten = WrapValidator(lambda values, check: tuple(values) if check(values) else ())  # 0 is hashed as 0, not 0.0
 Three = Annotated[tuple[float, float, float], Strict(False), _AsWritten]
 Range = Annotated[tuple[Offset, Offset, Sha256], Strict(False)]  # start, stop and sha256 of these bytes
@@ -126,7 +117,7 @@ class IndexRecord(SummaryRecord):
     kind: Literal["index"]
     block: Literal[64]
     keys: Several[str]
-    digests: Several[Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]]
+    digests: Several[Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]]
     labels: Several[Annotated[int, Field(ge=0, lt=1_000_000_000)] | None]
     starts: Several[Offset]
     left_out: Several[str] = ()

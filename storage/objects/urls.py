@@ -34,14 +34,14 @@ def is_remote(url: str) -> bool:
 
 def separate(text: str) -> list[str]:
     """The paths and URLs that `::` joins; a cache of fsspec stays with what it stands before."""
-    found, before = [], ""
+    urls, caches = [], ""
     for part in text.split("::"):
         if part in CACHES:
-            before += f"{part}::"
+            caches += f"{part}::"
         else:
-            found.append(before + part)
-            before = ""
-    return [*found, before] if before else found
+            urls.append(caches + part)
+            caches = ""
+    return [*urls, caches] if caches else urls
 
 
 def require_readable(url: str) -> None:
@@ -97,13 +97,11 @@ def networked(url: str) -> Iterator[None]:
     """
     try:
         yield
-    except UserError:
-        raise
     except FileNotFoundError as error:  # of HTTP's answers fsspec makes this one, whatever the server said
         if error.__cause__ is not None and _status(error.__cause__) not in (None, 404, 410):
             raise _network_error(url, error.__cause__) from None
         raise
-    except OSError:
+    except (UserError, OSError):
         raise
     except Exception as error:
         raise _network_error(url, error) from error
@@ -124,39 +122,31 @@ def _network_error(url: str, error: BaseException) -> UserError | ConnectionErro
         )
     status = _status(error)
     if status is not None and 400 <= status < 500 and status not in _PASSING:
-        said = getattr(error, "message", None) or first_line(error)
-        return UserError(f"{url}: the server refuses: {status} {said}", hint="Check the URL and the permissions.")
+        reason = getattr(error, "message", None) or first_line(error)
+        return UserError(f"{url}: the server refuses: {status} {reason}", hint="Check the URL and the permissions.")
     if isinstance(error, ImportError | ValueError | TypeError | NotImplementedError):
         return UserError(f"{url}: cannot be read: {first_line(error, kind=True)}")
     return ConnectionError(first_line(error, kind=True))
 
 
+_range_servers: set[str] = set()  # web servers that were seen to send parts of files
+
+
 def require_ranges(url: str) -> None:
     """UserError where a web server sends whole files, whatever part of them is asked for."""
-    address = url.rpartition("::")[2]
-    if address == url and url.startswith(("http://", "https://")):
-        _ask(address, "/".join(address.split("/")[:3]))
-
-
-_asked: set[str] = set()  # servers that send parts
-
-
-def _ask(url: str, server: str) -> None:
-    if server in _asked:
+    server = "/".join(url.split("/")[:3])
+    if "::" in url or not url.startswith(("http://", "https://")) or server in _range_servers:
         return
     files, path = filesystem_of(url)
-    with networked(url):
-        file = files.open(path, "rb", cache_type="none")
+    with networked(url), files.open(path, "rb", cache_type="none") as file:
         try:
             file.seek(1)
-            one = file.read(1)
+            part = file.read(1)
         except ValueError:  # how fsspec says that a server sends the whole file, or that it does not tell its length
             raise lacks_ranges(url) from None
-        finally:
-            file.close()
-    if len(one) > 1:
+    if len(part) > 1:
         raise lacks_ranges(url)
-    _asked.add(server)
+    _range_servers.add(server)
 
 
 def lacks_ranges(url: str) -> UserError:

@@ -10,14 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from storage.errors import UserError, display_path, first_line, setting
-from storage.objects.checkpoint_file import (
-    ORDER,
-    Choice,
-    archive_of_another_kind,
-    choose,
-    plain_data,
-    refused_in,
-)
+from storage.objects.checkpoint_file import ORDER, Choice, archive_of_another_kind, choose, plain_data, refused_in
 from storage.unicode_names import all_normalized
 
 if TYPE_CHECKING:
@@ -126,10 +119,7 @@ class WeightsFile:
         except Exception as error:  # the unpickler names what it refuses
             if refused := refused_in(self._file, error):
                 message = f"refused: it is a pickle with more than tensors in it, which could run code: {refused}"
-                raise UserError(
-                    f"{self.name}: {message}",
-                    hint="If you trust it, save its state dict alone, as safetensors: safetensors.torch.save_file",
-                ) from None
-            raise UserError(
-                f"{self.name}: cannot be read as weights: it is damaged, or not a pickle of torch.save"
-            ) from None
+                hint = "If you trust it, save its state dict alone, as safetensors: safetensors.torch.save_file"
+                raise UserError(f"{self.name}: {message}", hint=hint) from None
+            message = "cannot be read as weights: it is damaged, or not a pickle of torch.save"
+            raise UserError(f"{self.name}: {message}") from None
