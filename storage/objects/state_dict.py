@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
@@ -30,6 +31,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 COUNTER = ".num_batches_tracked"  # ends the names of what older files lack and evaluation does not read
 
+HUB = "timm hub"  # what it has for its weights where timm downloaded them
 ONNX_FILE = "onnx"  # what a teacher's identity has for its model where its file is a ready graph
 
 
@@ -66,12 +68,10 @@ def load_weights(model: nn.Module, file: WeightsFile, key: str | None = None, or
         state = rename_to_fit(model, as_f32(chosen.state), file.name)
     except UserError as error:
         raise UserError(error.message, hint=others) from None
-    wanted, found = _shapes(model.state_dict()), _shapes(state)
-    if problems := mismatches(wanted, found):
-        raise UserError(
-            f"{file.name}: does not fit {_name_of(model)}: {problems}",
-            hint="\n  ".join(filter(None, [others, _hint(model, wanted, found)])),
-        )
+    expected, actual = _shapes(model.state_dict()), _shapes(state)
+    if problems := mismatches(expected, actual):
+        hint = "\n  ".join(filter(None, [others, _hint(model, expected, actual)]))
+        raise UserError(f"{file.name}: does not fit {_name_of(model)}: {problems}", hint=hint)
     model.load_state_dict(state, strict=True)
 
 
@@ -88,17 +88,17 @@ def rename_to_fit(model: nn.Module, state: Mapping[str, Tensor], where: str) -> 
 
     own = model.state_dict()
     counters = {name: t for name, t in own.items() if name.endswith(COUNTER)}
-    found: dict[str, Tensor] = clean_state_dict(dict(state))
+    renamed: dict[str, Tensor] = clean_state_dict(dict(state))
     convert = _conversion(model)
-    if convert and mismatches(_shapes(own), _shapes({**counters, **found})):
+    if convert and mismatches(_shapes(own), _shapes({**counters, **renamed})):
         try:
-            found = dict(convert(dict(found)))
+            renamed = dict(convert(dict(renamed)))
         except Exception as error:  # timm reshapes what is there, whatever it is
             raise UserError(
-                f"{where}: does not fit {_name_of(model)}: {mismatches(_shapes(own), _shapes(found))}; timm's "
+                f"{where}: does not fit {_name_of(model)}: {mismatches(_shapes(own), _shapes(renamed))}; timm's "
                 f"conversion of it ends in {type(error).__name__}: {first_line(error)}"
             ) from None
-    return {**counters, **found}
+    return {**counters, **renamed}
 
 
 def _conversion(model: nn.Module) -> Callable[[dict[str, Tensor]], dict[str, Tensor]] | None:
@@ -107,12 +107,13 @@ def _conversion(model: nn.Module) -> Callable[[dict[str, Tensor]], dict[str, Ten
     convert = next((getattr(module, name) for name in _CONVERSIONS if hasattr(module, name)), None)
     if convert is None:
         return None
-    taken, options = inspect.signature(convert).parameters, dict[str, Any]()
-    if "adapt_layer_scale" in taken:  # DeiT-III's names, which no other file has
+    parameters = inspect.signature(convert).parameters
+    options: dict[str, Any] = {"model": model} if "model" in parameters else {}
+    if "adapt_layer_scale" in parameters:  # DeiT-III's names, which no other file has
         options["adapt_layer_scale"] = True
-    if "interpolation" in taken and re.search("flexi|radio", _name_of(model)):  # as timm says for these
+    if "interpolation" in parameters and re.search("flexi|radio", _name_of(model)):  # as timm says for these
         options |= {"interpolation": "bilinear", "antialias": False}
-    return lambda state: convert(state, *([model] if "model" in taken else []), **options)
+    return functools.partial(convert, **options)
 
 
 def _name_of(model: nn.Module) -> str:
@@ -125,18 +126,18 @@ def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def _hint(model: nn.Module, wanted: Shapes, found: Shapes) -> str:
+def _hint(model: nn.Module, expected: Shapes, actual: Shapes) -> str:
     """What to do about a file that does not fit, by how its names and shapes differ from a network's."""
     head = f"{(getattr(model, 'default_cfg', None) or {}).get('classifier')}."
-    odd = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
+    odd = [name for name in {**expected, **actual} if expected.get(name) != actual.get(name)]
     if all(name.startswith(head) for name in odd):
-        classes = found.get(f"{head}weight", (0,))[0]
+        classes = actual.get(f"{head}weight", (0,))[0]
         fact = f"Its classifier has {classes} classes" if classes else "It has no classifier"
         return f"{fact}: {setting('teacher_arg', f'num_classes={classes}')}"
-    if prefix := _prefix(wanted, found):
+    if prefix := _prefix(expected, actual):
         return f"The network's names are there with the prefix {prefix!r}; save the state dict without it."
-    names = [name for name in found if not name.endswith(COUNTER)]
-    if not any(name in wanted for name in names):
+    names = [name for name in actual if not name.endswith(COUNTER)]
+    if expected.keys().isdisjoint(names):
         library = " (they look like those of transformers' models)" if any("encoder.layer" in n for n in names) else ""
         return (
             f"None of its {len(names)} names is one of the network's{library}: give this network's own weights, with "
@@ -148,28 +149,25 @@ def _hint(model: nn.Module, wanted: Shapes, found: Shapes) -> str:
     )
 
 
-def _prefix(wanted: Shapes, found: Shapes) -> str:
+def _prefix(expected: Shapes, actual: Shapes) -> str:
     """What stands before most of a network's names in a file; nothing where there is no such prefix."""
-    name = next(iter(wanted), "")
-    prefixes = [other.removesuffix(name) for other in found if name and other.endswith(f".{name}")]
-    behind = {prefix: sum(f"{prefix}{one}" in found for one in wanted) for prefix in prefixes}
-    best = max(behind, key=lambda prefix: behind[prefix], default="")
-    return best if 2 * behind.get(best, 0) > len(wanted) else ""
+    name = next(iter(expected), "")
+    prefixes = [other.removesuffix(name) for other in actual if name and other.endswith(f".{name}")]
+    counts = {prefix: sum(f"{prefix}{one}" in actual for one in expected) for prefix in prefixes}
+    best = max(counts, key=counts.__getitem__, default="")
+    return best if 2 * counts.get(best, 0) > len(expected) else ""
 
 
-def mismatches(wanted: Shapes, found: Shapes) -> str:
-    """What keeps the tensors found from being those wanted, with a few names; empty where nothing does."""
+def mismatches(expected: Shapes, actual: Shapes) -> str:
+    """How some tensors differ from those that are expected, with a few names; empty where they do not."""
     shapes = [
-        f"{name} has shape {found[name]}, expected {shape}"
-        for name, shape in wanted.items()
-        if name in found and found[name] != shape
+        f"{name} has shape {actual[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if actual.get(name, shape) != shape
     ]
     parts = [*shapes[:2], *([f"{len(shapes) - 2} more of other shapes"] if len(shapes) > 2 else [])]
-    for names, what in (
-        ([n for n in wanted if n not in found], "missing"),
-        ([n for n in found if n not in wanted], "unexpected"),
-    ):
-        if names:
+    for what, one, other in (("missing", expected, actual), ("unexpected", actual, expected)):
+        if names := [name for name in one if name not in other]:
             parts.append(f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})")
     return "; ".join(parts)
 
@@ -192,6 +190,3 @@ def save_state(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, s
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.write(memoryview(data)[8 + length :])
-
-
-HUB = "timm hub"
