@@ -65,10 +65,9 @@ class ZarrStore(Store):
         """Remove an object."""
         self.objects.remove(f"{self.folder}/{key}")
 
-    async def list(self) -> AsyncIterator[str]:
+    def list(self) -> AsyncIterator[str]:
         """All keys."""
-        for key in self.objects.walk(self.folder):
-            yield key.removeprefix(f"{self.folder}/")
+        return self.list_prefix("")
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
         """All keys below a prefix."""

@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING
 
 from storage.errors import IdentityError, UserError, call, first_line
 from storage.objects.object_store import open_object_store
-from storage.shards.tar import (
-    folder_of,
-)
+from storage.shards.tar import folder_of
 from storage.unicode_names import all_normalized
 
 if TYPE_CHECKING:
@@ -31,8 +29,8 @@ def classes_of(urls: Iterable[str]) -> list[str] | None:
             continue
         except (ValueError, RecursionError) as error:
             raise UserError(f"{name}: not JSON: {first_line(error)}") from None
-        good = isinstance(content, list) and content and all(isinstance(c, str) for c in content)
-        names = all_normalized(content) if good else []
+        is_names = isinstance(content, list) and all(isinstance(c, str) for c in content)
+        names = all_normalized(content) if is_names else []
         if not names or len(set(names)) < len(names):
             raise UserError(f"{name}: expected a list of distinct class names, in the order of the labels")
         by_file[name] = names
@@ -44,15 +42,15 @@ def classes_of(urls: Iterable[str]) -> list[str] | None:
 
 def require_classes(urls: Sequence[str], expected: Sequence[str]) -> None:
     """Refuse shards whose class list is there and is another one. Raises IdentityError."""
-    found, expected = classes_of(urls), all_normalized(expected)
-    if found is None or found == expected:
+    actual, expected = classes_of(urls), all_normalized(expected)
+    if actual is None or actual == expected:
         return
     where = f"{folder_of(urls[0])[0].rstrip('/')}/classes.json"
     hint = f"Give shards of the same classes, such as those that {call('pack', '…', val_fraction=0.1)} splits off."
-    if len(found) == len(expected):
-        at = next(i for i, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b)
-        raise IdentityError(where, f"class {at}", repr(expected[at]), repr(found[at]), hint)
-    raise IdentityError(where, "classes", _few(expected), _few(found), hint)
+    if len(actual) == len(expected):
+        at = next(i for i, (a, b) in enumerate(zip(expected, actual, strict=True)) if a != b)
+        raise IdentityError(where, f"class {at}", repr(expected[at]), repr(actual[at]), hint)
+    raise IdentityError(where, "classes", _few(expected), _few(actual), hint)
 
 
 def _few(names: Sequence[str]) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,11 +41,11 @@ class Listing:
         loops: links to a folder that they lie in themselves; not followed, as all that is there is listed already.
     """
 
-    files: list[Path]
-    lost: list[Path]
-    special: list[Path]
-    litter: list[Path]
-    loops: list[Path]
+    files: list[Path] = field(default_factory=list)
+    lost: list[Path] = field(default_factory=list)
+    special: list[Path] = field(default_factory=list)
+    litter: list[Path] = field(default_factory=list)
+    loops: list[Path] = field(default_factory=list)
 
     @property
     def images(self) -> list[Path]:
@@ -73,7 +74,7 @@ def listing(folder: Path) -> Listing:
     Raises:
         UserError: a folder in it cannot be read.
     """
-    below = Listing(files=[], lost=[], special=[], litter=[], loops=[])
+    below = Listing()
     waiting: list[tuple[Path, frozenset[tuple[int, int]]]] = [(folder, frozenset())]
     while waiting:
         place, above = waiting.pop()
@@ -97,9 +98,8 @@ def listing(folder: Path) -> Listing:
                     else:
                         (below.special if path.exists() else below.lost).append(path)
         except OSError as error:
-            raise UserError(
-                f"{error.filename or place}: cannot be read: {first_line(error)}", hint="Fix or remove it."
-            ) from None
+            message = f"{error.filename or place}: cannot be read: {first_line(error)}"
+            raise UserError(message, hint="Fix or remove it.") from None
     for paths in (below.files, below.lost, below.special, below.litter, below.loops):
         paths.sort()
     return below
@@ -113,9 +113,8 @@ def tars_in(folder: Path) -> list[Path]:
 def matching(pattern: str) -> list[str]:
     """The paths that a pattern with wildcards matches, sorted; where a wildcard stands, it matches no litter."""
     wild = [any(c in part for c in "*?[") for part in Path(pattern).parts]
-    paths = sorted(glob.glob(pattern))  # noqa: PTH207
     return [
         path
-        for path in paths
-        if not any(is_litter(part) for part, open_ in zip(Path(path).parts, wild, strict=True) if open_)
+        for path in sorted(glob.glob(pattern))  # noqa: PTH207
+        if not any(map(is_litter, itertools.compress(Path(path).parts, wild)))
     ]

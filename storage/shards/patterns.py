@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,16 +29,13 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
     Raises:
         UserError: a file that is not there (with the nearest one that is), a folder, the same shard twice.
     """
-    urls: list[str] = []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        for part in separate(str(pattern)):
-            for url in braces(part):
-                urls += _existing(url, str(pattern))
+    texts = [patterns] if isinstance(patterns, str) else map(str, patterns)
+    named = ((url, text) for text in texts for part in separate(text) for url in braces(part))
+    urls = [existing for url, text in named for existing in _existing(url, text)]
     if not urls:
         raise UserError("no shards were given")
-    twice = sorted({url for url in urls if urls.count(url) > 1}) if len(set(urls)) < len(urls) else []
-    if twice:
-        raise UserError(f"{twice[0]}: the same shard is named twice")
+    if twice := [url for url, count in Counter(urls).items() if count > 1]:
+        raise UserError(f"{min(twice)}: the same shard is named twice")
     return urls
 
 

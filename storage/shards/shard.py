@@ -61,9 +61,9 @@ class Shard:
         _keep(self, index)
         return index
 
-    def read(self, wanted: range) -> list[Sample]:
+    def read(self, indices: range) -> list[Sample]:
         """Consecutive samples, by one ranged read, compared with the index; errors as `read_samples`."""
-        return read_samples(self.url, self.index, wanted)
+        return read_samples(self.url, self.index, indices)
 
 
 _lock = threading.Lock()
@@ -94,10 +94,10 @@ def open_shards(
     Raises:
         UserError: no shard has samples; as `expand` and `cached_index`.
     """
-    given = [shards] if isinstance(shards, str) else shards
-    opened = [shard for shard in given if isinstance(shard, Shard)]
-    if len(opened) < len(given):
-        opened = [open_shard(url) for url in expand([pattern for pattern in given if isinstance(pattern, str)])]
+    items = [shards] if isinstance(shards, str) else shards
+    opened = [item for item in items if isinstance(item, Shard)]
+    if len(opened) < len(items):
+        opened = [open_shard(url) for url in expand([item for item in items if isinstance(item, str)])]
     for shard in opened:
         if not len(shard):
             say(f"{shard.url}: no samples in it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import tarfile
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Self
 
 from storage.errors import UserError, call, first_line, is_transient
-from storage.objects.object_store import open_object_store
+from storage.objects.object_store import COPY_AGAIN, open_object_store
 from storage.objects.urls import filesystem_of, is_remote, networked, require_ranges, require_readable
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ RULE = (
     "a sample is a key with one image, KEY.jpg, .jpeg, .png or .webp, that is a plain file; a key ends at the first "
     "dot of a file's name"
 )
-_AGAIN = "Copy or create the file again."
 Part = tuple[str, bytes | None]  # the extension and the bytes of a member; None for those of a link
 _KEPT = "surrogateescape"  # how names and values that are not UTF-8 are kept: only in names it matters
 
@@ -86,7 +86,7 @@ def iter_samples(file: IO[bytes], where: str, *, together: bool = True) -> Itera
             begin, after = after, tar.offset  # where its headers begin: `info.offset` leaves out a global one
             end_of_member = info.offset_data + -(-info.size // 512) * 512 if info.isreg() else tar.offset
             if tar.pax_headers.keys() & {"path", "size"}:  # a range from the middle would not see it
-                raise UserError(f"{where}: a global header sets the name or the size of all members", hint=_AGAIN)
+                raise UserError(f"{where}: a global header sets the name or the size of all members", hint=COPY_AGAIN)
             sparse = info.issparse() or any(field.startswith("GNU.sparse") for field in info.pax_headers)
             link = (info.islnk() or info.issym()) and not info.size
             if not (info.isreg() or info.isdir() or link) or sparse:
@@ -98,7 +98,7 @@ def iter_samples(file: IO[bytes], where: str, *, together: bool = True) -> Itera
             if info.name.startswith("/") or ".." in info.name.split("/"):
                 raise UserError(f"{where}: {info.name!r} leads outside of the tar")
             if info.size < 0 or (info.isreg() and info.offset_data + info.size > length):
-                raise UserError(f"{where}: truncated inside {info.name!r}", hint=_AGAIN)
+                raise UserError(f"{where}: truncated inside {info.name!r}", hint=COPY_AGAIN)
             name = split_name(info.name) if info.isreg() or link else None
             if name is None or re.match(r"__[^/]*__($|/)", info.name):
                 end = end_of_member
@@ -121,17 +121,16 @@ def iter_samples(file: IO[bytes], where: str, *, together: bool = True) -> Itera
             parts.append((name[1], content.read() if content else None))
             end = end_of_member
             tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
-    except UserError:
+    except (UserError, MemoryError):
         raise
-    except (OSError, MemoryError) as error:
-        if isinstance(error, MemoryError) or is_transient(error):
-            raise
-        raise UserError(f"{where}: cannot be read as a tar: {first_line(error)}", hint=_AGAIN) from None
     except Exception as error:  # tarfile raises anything on hostile headers: IndexError, RecursionError, …
-        if type(error).__module__.partition(".")[0] in _NETWORK:
+        if isinstance(error, OSError):
+            if is_transient(error):
+                raise
+        elif type(error).__module__.partition(".")[0] in _NETWORK:
             with networked(where):
                 raise
-        raise UserError(f"{where}: cannot be read as a tar: {first_line(error)}", hint=_AGAIN) from None
+        raise UserError(f"{where}: cannot be read as a tar: {first_line(error)}", hint=COPY_AGAIN) from None
     if key is not None:
         yield key, parts, start, end
 
@@ -163,8 +162,8 @@ def to_sample(key: str, parts: Sequence[Part], where: str) -> Sample:
     by_kind = {kind: content for kind, content in parts if content is not None}
     if len(by_kind) < len(parts):
         raise UserError(f"{where}: key {key!r} has two members of the same kind")
-    if kept := next((kind for kind in by_kind if kind.startswith("__")), None):
-        raise UserError(f"{where}: key {key!r}: WebDataset keeps members called {kept!r} for itself; rename it")
+    if reserved := next((kind for kind in by_kind if kind.startswith("__")), None):
+        raise UserError(f"{where}: key {key!r}: WebDataset keeps members called {reserved!r} for itself; rename it")
     image = next(kind for kind in by_kind if kind in IMAGES)
     label = label_of(by_kind["cls"], f"{where}: key {key!r}") if "cls" in by_kind else None
     return Sample(key=key, kind=image, image=by_kind[image], label=label, json=by_kind.get("json"))
@@ -206,19 +205,26 @@ def stem_of(url: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "_", re.sub(r"\.tar(\.\w+)?$|\.tgz$", "", name))[:80]
 
 
-def open_file(url: str) -> IO[bytes]:
-    """A file, local or remote, open for reading. Raises UserError."""
+@contextlib.contextmanager
+def _opening(url: str) -> Iterator[None]:
+    """Faults that do not pass, as UserErrors."""
     try:
-        if is_remote(url):
-            require_ranges(url)
-            files, path = filesystem_of(url)
-            with networked(url):
-                return files.open(path, "rb")  # type: ignore[no-any-return]
-        return Path(url.removeprefix("file://")).open("rb")
+        yield
     except OSError as error:
         if is_transient(error):
             raise
         raise UserError(f"{url}: cannot be opened: {first_line(error)}") from None
+
+
+def open_file(url: str) -> IO[bytes]:
+    """A file, local or remote, open for reading. Raises UserError."""
+    with _opening(url):
+        if not is_remote(url):
+            return Path(url.removeprefix("file://")).open("rb")
+        require_ranges(url)
+        files, path = filesystem_of(url)
+        with networked(url):
+            return files.open(path, "rb")  # type: ignore[no-any-return]
 
 
 def folder_of(url: str) -> tuple[str, str]:
@@ -230,14 +236,10 @@ def folder_of(url: str) -> tuple[str, str]:
 def size_of(url: str) -> int:
     """The length of a file in bytes. Raises UserError."""
     folder, name = folder_of(url)
-    try:
+    with _opening(url):
         if is_remote(url):
             require_readable(url)  # named whole
         return open_object_store(folder).size(name)
-    except OSError as error:
-        if is_transient(error):
-            raise
-        raise UserError(f"{url}: cannot be opened: {first_line(error)}") from None
 
 
 def compression(head: bytes) -> str | None:
