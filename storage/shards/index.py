@@ -13,23 +13,11 @@ from pathlib import Path
 
 from storage.constants import BLOCK
 from storage.errors import DamageError, IdentityError, UserError, first_line
-from storage.objects import json_record, record_schema
-from storage.objects.object_store import open_object_store, read_range
+from storage.objects import json_record
+from storage.objects.object_store import COPY_AGAIN, open_object_store, read_range
+from storage.objects.record_schema import IndexRecord, checked
 from storage.objects.urls import is_remote
-from storage.shards.tar import (
-    RULE,
-    Sample,
-    closing_zeros,
-    compression,
-    flaw,
-    iter_samples,
-    open_file,
-    repack,
-    require_whole,
-    size_of,
-    stem_of,
-    to_sample,
-)
+from storage.shards import tar
 
 INDEX_FORMAT = 1
 
@@ -97,11 +85,9 @@ class ShardIndex:
         content = json_record.from_json(data, name)
         if content.get("kind") != "index" or content.get("format") != INDEX_FORMAT:
             raise DamageError(f"{name}: not a shard index of format {INDEX_FORMAT}")
-        is_so = record_schema.checked(
-            record_schema.IndexRecord, content, name, "Copy the file again from where it came from."
-        )
-        summary = ShardSummary(*(getattr(is_so, field.name) for field in dataclasses.fields(ShardSummary)))
-        return cls(summary, is_so.keys, is_so.digests, is_so.labels, is_so.starts, is_so.left_out)
+        record = checked(IndexRecord, content, name, "Copy the file again from where it came from.")
+        summary = ShardSummary(*(getattr(record, field.name) for field in dataclasses.fields(ShardSummary)))
+        return cls(summary, record.keys, record.digests, record.labels, record.starts, record.left_out)
 
 
 def build_index(url: str) -> ShardIndex:
@@ -113,17 +99,17 @@ def build_index(url: str) -> ShardIndex:
         UserError: what DESIGN calls refused: compressed, truncated, without closing zero blocks, split or double keys.
     """
     keys, digests, labels, starts, left_out = [], [], [], [], []
-    with open_file(url) as file:
-        if kind := compression(file.read(512)):
+    with tar.open_file(url) as file:
+        if kind := tar.compression(file.read(512)):
             message = f"{url}: compressed with {kind}; a block cannot be read from the middle"
-            raise UserError(message, hint=f"Pack it again: {repack(url)}")
+            raise UserError(message, hint=f"Pack it again: {tar.repack(url)}")
         file.seek(0)
         end = 0
-        for key, parts, start, end in iter_samples(file, url):  # noqa: B007
-            if why := flaw(key, parts):
+        for key, parts, start, end in tar.iter_samples(file, url):  # noqa: B007
+            if why := tar.flaw(key, parts):
                 left_out.append(why)
                 continue
-            sample = to_sample(key, parts, url)
+            sample = tar.to_sample(key, parts, url)
             keys.append(key)
             digests.append(_image_digest(sample.image))
             labels.append(sample.label)
@@ -131,31 +117,28 @@ def build_index(url: str) -> ShardIndex:
         if not end:
             file.seek(0)
             if file.read(512).strip(b"\0"):
-                raise UserError(f"{url}: no samples in it; {RULE}")
-        zeros = closing_zeros(file, end, url)
+                raise UserError(f"{url}: no samples in it; {tar.RULE}")
+        zeros = tar.closing_zeros(file, end, url)
     if zeros < 1024:
         raise UserError(
             f"{url}: the closing zero blocks of the tar are missing: it may have been cut off between two samples",
-            hint=f"If it is known to be complete, pack it again: {repack(url)}",
+            hint=f"If it is known to be complete, pack it again: {tar.repack(url)}",
         )
     if not end and zeros > MOST_ZEROS:
-        raise UserError(f"{url}: {zeros:,} bytes of zeros and nothing else", hint="Copy or create the file again.")
+        raise UserError(f"{url}: {zeros:,} bytes of zeros and nothing else", hint=COPY_AGAIN)
     starts.append(end)
-    whole = json_record.digest_of([keys, digests])
-    ranges = []
-    for number in (0, max(0, (len(keys) - 1) // BLOCK)):
-        low, high = starts[number * BLOCK], starts[min((number + 1) * BLOCK, len(keys))]
-        data = read_range(url, low, high)
-        ranges.append((low, high, hashlib.sha256(data).hexdigest()))
-    stem = stem_of(url)
+    last = max(0, (len(keys) - 1) // BLOCK)
+    bounds = [(starts[n * BLOCK], starts[min((n + 1) * BLOCK, len(keys))]) for n in (0, last)]
+    blocks = [(low, high, hashlib.sha256(read_range(url, low, high)).hexdigest()) for low, high in bounds]
+    stem = tar.stem_of(url)
     summary = ShardSummary(
-        id=f"{stem}-{whole[:8]}",
+        id=f"{stem}-{json_record.digest_of([keys, digests])[:8]}",
         stem=stem,
         bytes=end + zeros,
         samples=len(keys),
         labelled=None not in labels,
-        first=ranges[0],
-        last=ranges[1],
+        first=blocks[0],
+        last=blocks[1],
     )
     return ShardIndex(summary, tuple(keys), tuple(digests), tuple(labels), tuple(starts), tuple(left_out))
 
@@ -182,31 +165,26 @@ def cached_index(url: str, *, trust: bool = False, skip: bool = False) -> ShardI
     Raises:
         UserError: as `build_index` and, without `skip`, `require_whole`.
     """
-    index = _cached_index(url, trust)
-    if not skip:
-        require_whole(url, index.left_out)
-    return index
-
-
-def _cached_index(url: str, trust: bool) -> ShardIndex:
     name = hashlib.sha256(_state_of(url).encode()).hexdigest()[:32]
     cache = open_object_store(cache_folder())
     try:
         index = ShardIndex.load(cache.get(f"{name}.json"), name)
-        if trust or not differences(url, index.summary):
-            return index
+        is_current = trust or not differences(url, index.summary)
     except (OSError, DamageError):
-        pass
-    index = build_index(url)
-    with contextlib.suppress(OSError):  # a read-only home is no reason to fail: it only costs time
-        cache.put(f"{name}.json", index.dump())
+        is_current = False
+    if not is_current:
+        index = build_index(url)
+        with contextlib.suppress(OSError):  # a read-only home is no reason to fail: it only costs time
+            cache.put(f"{name}.json", index.dump())
+    if not skip:
+        tar.require_whole(url, index.left_out)
     return index
 
 
 def _state_of(url: str) -> str:
     """A file's place, size and time of change: another state is another entry in the cache."""
     if is_remote(url):
-        return f"{url} {size_of(url)}"
+        return f"{url} {tar.size_of(url)}"
     path = Path(url.removeprefix("file://")).resolve()
     try:
         state = path.stat()
@@ -220,44 +198,43 @@ def differences(url: str, known: ShardSummary) -> list[tuple[str, object, object
 
     Tars are padded to 10 KiB, so one with another sample may be as large: after the last block there is nothing.
     """
-    size = size_of(url)
+    size = tar.size_of(url)
     if size != known.bytes:
         return [("size in bytes", known.bytes, size)]
-    found: list[tuple[str, object, object]] = []
+    changes: list[tuple[str, object, object]] = []
     after = b""
     for name, (start, stop, digest) in (("first", known.first), ("last", known.last)):
         data = read_range(url, start, min(stop + 512, size))  # and the header of what comes after it
-        there, after = hashlib.sha256(data[: stop - start]).hexdigest(), data[stop - start :]
-        if there != digest:
-            found.append((f"sha256 of the {name} block", digest[:16], there[:16]))
-    if not found and any(after):
-        found.append(("samples", known.samples, "more"))
-    return found
+        actual, after = hashlib.sha256(data[: stop - start]).hexdigest(), data[stop - start :]
+        if actual != digest:
+            changes.append((f"sha256 of the {name} block", digest[:16], actual[:16]))
+    if not changes and any(after):
+        changes.append(("samples", known.samples, "more"))
+    return changes
 
 
-def read_samples(url: str, index: ShardIndex, wanted: range) -> list[Sample]:
+def read_samples(url: str, index: ShardIndex, indices: range) -> list[tar.Sample]:
     """Consecutive samples of a shard, by one ranged read, compared with the index. Keys that make none are passed over.
 
     Raises:
         IdentityError: a key, an image or a label is not the one that the index knows.
         DamageError: the file ends too early.
     """
-    data = read_range(url, index.starts[wanted.start], index.starts[wanted.stop])
+    data = read_range(url, index.starts[indices.start], index.starts[indices.stop])
     if not data:
         return []
-    found = [
-        to_sample(key, parts, url) for key, parts, _, _ in iter_samples(io.BytesIO(data), url) if not flaw(key, parts)
-    ]
-    where = f"{url}, samples {wanted.start} to {wanted.stop - 1}"
-    again = "The shard changed since it was indexed; targets belong to a shard's exact content."
-    if len(found) != len(wanted):
-        raise IdentityError(where, "samples", len(wanted), len(found), again)
-    for i, sample in zip(wanted, found, strict=True):
+    members = ((key, parts) for key, parts, _, _ in tar.iter_samples(io.BytesIO(data), url))
+    samples = [tar.to_sample(key, parts, url) for key, parts in members if not tar.flaw(key, parts)]
+    where = f"{url}, samples {indices.start} to {indices.stop - 1}"
+    hint = "The shard changed since it was indexed; targets belong to a shard's exact content."
+    if len(samples) != len(indices):
+        raise IdentityError(where, "samples", len(indices), len(samples), hint)
+    for i, sample in zip(indices, samples, strict=True):
         if sample.key != index.keys[i]:
-            raise IdentityError(where, f"key of sample {i}", index.keys[i], sample.key, again)
+            raise IdentityError(where, f"key of sample {i}", index.keys[i], sample.key, hint)
         digest = _image_digest(sample.image)
         if digest != index.digests[i]:
-            raise IdentityError(f"{url}, key {sample.key}", "image digest", index.digests[i], digest, again)
+            raise IdentityError(f"{url}, key {sample.key}", "image digest", index.digests[i], digest, hint)
         if sample.label != index.labels[i]:
-            raise IdentityError(f"{url}, key {sample.key}", "label", index.labels[i], sample.label, again)
-    return found
+            raise IdentityError(f"{url}, key {sample.key}", "label", index.labels[i], sample.label, hint)
+    return samples
