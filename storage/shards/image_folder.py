@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 ImageSources = list[tuple[Path, Path, int | None]]  # a file, what its key is made of, its label
+Row = tuple[int, str, str | None]  # line, path and label of a row of a CSV
 _EXPECTED = "Expected lines such as\n  path,label\n  cats/1.jpg,cat\n  dogs/2.jpg,dog"
 
 _PARTS = ("train", "training", "val", "valid", "validation", "test", "testing")  # of a data set
@@ -42,7 +43,6 @@ def class_folders(folder: Path, say: Callable[[str], None]) -> tuple[ImageSource
         )
     files: ImageSources = []
     others: list[Path] = []
-    loose = 0
     labels = {name: label for label, name in enumerate(classes)}
     for path in below.files:
         inside = path.relative_to(folder)
@@ -50,7 +50,6 @@ def class_folders(folder: Path, say: Callable[[str], None]) -> tuple[ImageSource
             files.append((path, inside, labels[inside.parts[0]]))
         else:
             others.append(path)
-            loose += is_image(path)
     filled = {label for _, _, label in files}
     for name, label in labels.items():
         if label not in filled:
@@ -58,6 +57,7 @@ def class_folders(folder: Path, say: Callable[[str], None]) -> tuple[ImageSource
             hint = f"{odd.name} is none of {', '.join(IMAGES)}; convert it." if odd else "Remove it or fill it."
             raise UserError(f"{folder / name}: a class folder without images", hint=hint)
     if not files:
+        loose = sum(map(is_image, others))
         problem = f"its {loose} images are in no class folder" if loose else "no images found"
         raise UserError(
             f"{folder}: {problem}",
@@ -66,16 +66,17 @@ def class_folders(folder: Path, say: Callable[[str], None]) -> tuple[ImageSource
         )
     if len(classes) == 1:
         say(f"{folder}: only one class, {classes[0]}: a classifier needs two or more")
-    odd_ones = [counted("file(s) are no images in class folders", others)] if others else []
-    return files, classes, [*odd_ones, *below.left_out()]
+    not_images = [counted("file(s) are no images in class folders", others)] if others else []
+    return files, classes, [*not_images, *below.left_out()]
 
 
 def shards_in(folder: Path) -> tuple[list[str], list[str]]:
     """The shards in a folder, and a line about each kind of what else lies there."""
     tars = tars_in(folder)
-    others = sorted({path for path in folder.iterdir() if path.name != "classes.json"} - set(tars))
+    others = sorted({*folder.iterdir()} - {*tars, folder / "classes.json"})
     litter = [path for path in others if is_litter(path.name)]
-    kinds = {"other file(s) beside the shards": sorted(set(others) - set(litter)), LITTER: litter}
+    plain = [path for path in others if not is_litter(path.name)]
+    kinds = {"other file(s) beside the shards": plain, LITTER: litter}
     return list(map(str, tars)), [counted(kind, paths) for kind, paths in kinds.items() if paths]
 
 
@@ -125,11 +126,11 @@ def read_listing(listing: Path, say: Callable[[str], None]) -> tuple[ImageSource
     return files, classes
 
 
-def _rows(listing: Path, say: Callable[[str], None]) -> list[tuple[int, str, str | None]]:
-    """(line, path, label) of each row of a CSV; no label where there is no such column."""
+def _rows(listing: Path, say: Callable[[str], None]) -> list[Row]:
+    """The rows of a CSV; without labels where there is no such column."""
     with open_file(str(listing)) as file:
         reader = csv.reader(_lines(file, listing), strict=True, skipinitialspace=True)
-        rows: list[tuple[int, str, str | None]] = []
+        rows: list[Row] = []
         try:
             header = [name.strip().lower() for name in next(reader, [])]
             if header.count("path") != 1 or header.count("label") > 1:
@@ -173,37 +174,35 @@ def _lines(file: IO[bytes], listing: Path) -> Iterator[str]:
             raise UserError(f"{listing}, line {number}: not UTF-8 ({error.reason}); save the list as UTF-8") from None
 
 
-def _labels(
-    listing: Path, rows: list[tuple[int, str, str | None]], say: Callable[[str], None]
-) -> tuple[list[int | None], list[str] | None]:
+def _labels(listing: Path, rows: list[Row], say: Callable[[str], None]) -> tuple[list[int | None], list[str] | None]:
     """The number of each row's label, and the names of all labels.
 
     The names are those of `classes.json` beside the CSV; without it the sorted labels, where they are not the numbers
     0 to K−1 themselves.
     """
-    rows = [(line, path, None if label is None else normalized(label)) for line, path, label in rows]
-    texts = {label for _, _, label in rows if label is not None}
-    if not texts:
+    labels = [normalized(label) for _, _, label in rows if label is not None]  # all have one, or none
+    if not labels:
         return [None] * len(rows), None
+    texts = set(labels)
     known = classes_of([str(listing)])
     places = {name: i for i, name in enumerate(known or sorted(texts))}
     integers = all(re.fullmatch(r"0|[1-9][0-9]{0,8}", text) for text in texts)
-    if integers and known:
-        if odd := next((text for text in sorted(texts) if places.get(text, int(text)) != int(text)), None):
-            raise UserError(
-                f"{listing}: label {odd} may be the number of a class, or the name of class {places[odd]} in the "
-                "classes.json beside it",
-                hint="Give names that are not numbers.",
-            )
-        places = {str(i): i for i in range(len(known))}
-    elif integers and {int(text) for text in texts} == set(range(len(texts))):
-        places = {str(i): i for i in range(len(texts))}
+    as_numbers = sorted(texts) if integers and known else []
+    if odd := next((text for text in as_numbers if places.get(text, int(text)) != int(text)), None):
+        raise UserError(
+            f"{listing}: label {odd} may be the number of a class, or the name of class {places[odd]} in the "
+            "classes.json beside it",
+            hint="Give names that are not numbers.",
+        )
+    numbers = {str(i): i for i in range(len(places))}
+    if integers and (known or texts == numbers.keys()):
+        places = numbers
     elif all(re.fullmatch(r"[+-]?[0-9]+", text) for text in texts) and not known:
         say(f"{listing}: its labels are numbers, but not 0 to {len(texts) - 1}: they count as names, see classes.json")
-    for line, _, label in rows:
-        if label is not None and label not in places:
+    for (line, _, _), label in zip(rows, labels, strict=True):
+        if label not in places:
             raise UserError(
                 f"{listing}, line {line}: label {label!r} is not in the classes.json beside the CSV, "
                 f"which has {len(places)} classes; correct one of the two"
             )
-    return [None if label is None else places[label] for _, _, label in rows], known or list(places)
+    return [places[label] for label in labels], known or list(places)

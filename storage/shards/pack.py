@@ -6,7 +6,6 @@ This is also how a tar that cannot be read by ranges (compressed, members apart)
 from __future__ import annotations
 
 import bz2
-import contextlib
 import dataclasses
 import functools
 import gzip
@@ -27,23 +26,12 @@ from storage.objects.atomic import atomic_write
 from storage.objects.object_store import read_range
 from storage.objects.urls import is_remote
 from storage.rng import generator
+from storage.shards import tar
 from storage.shards.classes import classes_of
 from storage.shards.image_files import kind_of
 from storage.shards.image_folder import ImageSources, class_folders, read_listing, shards_in
 from storage.shards.patterns import braces, expand
 from storage.shards.stratify import stratified_sample
-from storage.shards.tar import (
-    Part,
-    closing_zeros,
-    compression,
-    counted_flaws,
-    flaw,
-    iter_samples,
-    label_of,
-    open_file,
-    size_of,
-    to_sample,
-)
 from storage.unicode_names import all_normalized, normalized
 
 Say = Callable[[str], None]
@@ -105,7 +93,7 @@ def pack(
         raise UserError("expected 0 to less than 1; 0.1 is a tenth", setting=where)
     if per_shard is not None and per_shard < 1:
         raise UserError("expected 1 or more", setting=setting("per_shard", per_shard))
-    with contextlib.ExitStack() as stack:
+    with tempfile.TemporaryDirectory(prefix="pack-") as scratch:
         say("looking at the source")
         left_out: list[str] = []
 
@@ -113,28 +101,28 @@ def pack(
             left_out.append(line)
             say(f"skipped: {line}")
 
-        sources, classes = _sources([source] if isinstance(source, str) else list(source), stack, say, leave_out)
+        patterns = [source] if isinstance(source, str) else list(source)
+        sources, classes = _sources(patterns, Path(scratch), say, leave_out)
         if not sources:
             hint = "\n  ".join(f"skipped: {line}" for line in left_out)
             raise UserError("there are no samples in the source", hint=hint)
         validation, rest = _split(sources, val_fraction, seed, "val", 1) if val_fraction else ([], sources)
         if val_fraction and not validation:
-            raise UserError(
-                "no class has two samples, so none can be held out of training",
-                setting=setting("val_fraction", f"{val_fraction:g}"),
-                hint="Give more images, or leave this setting out.",
-            )
-        train, _ = _split(rest, fraction, seed, "fraction", 0) if fraction < 1 else (rest, [])
+            message = "no class has two samples, so none can be held out of training"
+            hint = "Give more images, or leave this setting out."
+            raise UserError(message, setting=setting("val_fraction", f"{val_fraction:g}"), hint=hint)
+        train, _ = _split(rest, fraction, seed, "fraction", 0)
         names = braces(out)
         if len(set(names)) < len(names):
             raise UserError(f"{out}: the same shard is named twice")
-        lists = {"train": _cut(train, names, per_shard, seed if shuffle else None)}
+        order_seed = seed if shuffle else None
+        lists = {"train": _cut(train, names, per_shard, order_seed)}
         if validation:
             val_names = [re.sub(r"(\d+\.tar)$", r"val-\1", name) for name in names]
             if any(name in names for name in val_names):  # no digits at the end
                 val_names = [re.sub(r"\.tar$", "-val.tar", name) for name in names]
             count = max(1, round(len(lists["train"]) * len(validation) / len(train)))
-            lists["val"] = _cut(validation, val_names[:count], None, seed if shuffle else None)
+            lists["val"] = _cut(validation, val_names[:count], None, order_seed)
         _refuse_overwriting([name for cut in lists.values() for name in cut], classes)
         written: list[Path] = []
         try:
@@ -159,9 +147,7 @@ def pack(
 # ---------------------------------------------------------------------------------------------- sources
 
 
-def _sources(
-    patterns: list[str], stack: contextlib.ExitStack, say: Say, leave_out: Say
-) -> tuple[list[PackSource], list[str] | None]:
+def _sources(patterns: list[str], scratch: Path, say: Say, leave_out: Say) -> tuple[list[PackSource], list[str] | None]:
     folder = Path(patterns[0]).expanduser()
     listing = next((pattern for pattern in patterns if pattern.lower().endswith(".csv")), None)
     if listing and not folder.is_dir():
@@ -182,56 +168,49 @@ def _sources(
         raise UserError(f"{folder}: no such folder, list or shard", hint=hint)
     else:
         urls = expand(patterns)
-    scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pack-")))
     flaws: list[str] = []
     shards = [_tar(_uncompressed(url, scratch / f"{number}.tar"), url, flaws) for number, url in enumerate(urls)]
     if flaws:
-        leave_out(counted_flaws(flaws))
-    sources = [source for shard in shards for source in shard]
-    if len({source.key for source in sources}) < len(sources):
-        # shards that count their keys from zero: the shard's number makes them distinct
-        sources = [
-            dataclasses.replace(source, key=f"{number:06d}_{source.key}")
-            for number, shard in enumerate(shards)
-            for source in shard
-        ]
-    return sources, classes_of(urls)
+        leave_out(tar.counted_flaws(flaws))
+    sources = [(number, source) for number, shard in enumerate(shards) for source in shard]
+    if len({source.key for _, source in sources}) == len(sources):
+        return [source for _, source in sources], classes_of(urls)
+    # shards that count their keys from zero: the shard's number makes them distinct
+    return [dataclasses.replace(s, key=f"{number:06d}_{s.key}") for number, s in sources], classes_of(urls)
 
 
 def _files(files: ImageSources) -> list[PackSource]:
     """The sources that (file, what its key is made of, label) are."""
-    sources: list[PackSource] = []
-    taken: set[str] = set()
+    sources: dict[str, PackSource] = {}
     for path, name, label in files:
         plain = key = re.sub(r"[^\w-]", "_", name.with_suffix("").as_posix())
         number = 1
-        while key in taken:  # a.b.jpg and a_b.jpg, or a.jpg and a.png, would share a key
+        while key in sources:  # a.b.jpg and a_b.jpg, or a.jpg and a.png, would share a key
             number += 1
             key = f"{plain}-{number}"
-        taken.add(key)
-        sources.append(PackSource(key=key, label=label, load=functools.partial(_load_file, path, kind_of(path), label)))
-    return sources
+        sources[key] = PackSource(key=key, label=label, load=functools.partial(_load_file, path, label))
+    return list(sources.values())
 
 
-def _load_file(path: Path, kind: str, label: int | None) -> dict[str, bytes]:
+def _load_file(path: Path, label: int | None) -> dict[str, bytes]:
     try:
-        image = path.read_bytes()
+        image = {kind_of(path): path.read_bytes()}
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
-    return {kind: image} if label is None else {kind: image, "cls": str(label).encode()}
+    return image if label is None else {**image, "cls": str(label).encode()}
 
 
 def _uncompressed(url: str, scratch: Path) -> str:
     """The url itself, or a plain copy of a compressed tar."""
     openers: dict[str, Callable[[IO[bytes]], Any]] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
-    with open_file(url) as file:
-        kind = compression(file.read(512))
-        file.seek(0)
+    with tar.open_file(url) as file:
+        kind = tar.compression(file.read(512))
         if kind is None:
             return url
+        file.seek(0)
         if kind not in openers:
             raise UserError(f"{url}: compressed with {kind}", hint=f"Decompress it first: {kind} -d {url}")
-        most = (64 << 20) + 100 * size_of(url)  # images hardly get smaller: more than this only fills the disk
+        most = (64 << 20) + 100 * tar.size_of(url)  # images hardly get smaller: more than this only fills the disk
         try:
             with openers[kind](file) as plain, scratch.open("wb") as copy:
                 while chunk := plain.read(1 << 20):
@@ -246,37 +225,35 @@ def _uncompressed(url: str, scratch: Path) -> str:
 def _tar(path: str, url: str, flaws: list[str]) -> list[PackSource]:
     """The samples of a plain tar, whatever the order of their members is; `flaws` gets a word on each key without."""
     runs: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    parts_by_key: dict[str, list[Part]] = defaultdict(list)
-    with open_file(path) as file:
+    members: dict[str, list[tar.Part]] = defaultdict(list)
+    with tar.open_file(path) as file:
         stop = 0
-        for key, parts, start, stop in iter_samples(file, url, together=False):
+        for key, parts, start, stop in tar.iter_samples(file, url, together=False):
             runs[key].append((start, stop))
             # of the bytes only the label's are kept: a tar may be larger than the memory
-            parts_by_key[key] += [
-                (kind, data and (data.strip()[:20] if kind == "cls" else b"")) for kind, data in parts
-            ]
+            members[key] += [(kind, data and (data.strip()[:20] if kind == "cls" else b"")) for kind, data in parts]
         if runs:
-            closing_zeros(file, stop, url)  # nothing else may follow: tarfile ends at the first damaged header
+            tar.closing_zeros(file, stop, url)  # nothing else may follow: tarfile ends at the first damaged header
     sources = []
-    for key, parts in parts_by_key.items():
-        if why := flaw(key, parts):
+    for key, parts in members.items():
+        if why := tar.flaw(key, parts):
             flaws.append(f"{url}: {why}")
             continue
         for kind, _ in parts:
             if not kind or kind.startswith("_"):
                 raise UserError(f"{url}: key {key!r}: WebDataset writes no member called {kind!r}; rename it")
-        labels = [label_of(text or b"", f"{url}: key {key!r}") for kind, text in parts if kind == "cls"]
+        labels = [tar.label_of(text or b"", f"{url}: key {key!r}") for kind, text in parts if kind == "cls"]
         label = labels[-1] if labels else None
         sources.append(PackSource(key=key, label=label, load=functools.partial(_load_runs, path, url, key, runs[key])))
     return sources
 
 
 def _load_runs(path: str, url: str, key: str, runs: list[tuple[int, int]]) -> dict[str, bytes]:
-    loaded: list[Part] = []
+    loaded: list[tar.Part] = []
     for start, stop in runs:
-        for _, parts, _, _ in iter_samples(io.BytesIO(read_range(path, start, stop)), url, together=False):
+        for _, parts, _, _ in tar.iter_samples(io.BytesIO(read_range(path, start, stop)), url, together=False):
             loaded += parts
-    to_sample(key, loaded, url)  # one image, no member twice, a label that is one
+    tar.to_sample(key, loaded, url)  # one image, no member twice, a label that is one
     return {kind: content for kind, content in loaded if content is not None}
 
 
@@ -300,19 +277,15 @@ def _cut(
     """Name of each shard -> its samples."""
     if seed is not None:
         sources = [sources[int(i)] for i in generator("pack", "order", seed).permutation(len(sources))]
-    count = len(names) if per_shard is None else -(-len(sources) // per_shard)
+    total = len(sources)
+    count = len(names) if per_shard is None else -(-total // per_shard)
     if count > len(names):
-        raise UserError(
-            f"{len(sources)} samples at {per_shard} a shard make {count} shards, {names[0]} … gives {len(names)} "
-            "name(s)",
-            hint=f"Widen the braces, or give a larger {setting('per_shard', 'N')}",
-        )
-    if count > len(sources):
+        message = f"{total} samples at {per_shard} a shard make {count} shards, {names[0]} … gives {len(names)} name(s)"
+        raise UserError(message, hint=f"Widen the braces, or give a larger {setting('per_shard', 'N')}")
+    if count > total:
         hint = "Give fewer names in the braces."
-        raise UserError(f"{len(sources)} samples cannot fill {count} shards", hint=hint)
-    bounds = [
-        len(sources) * i // count if per_shard is None else min(i * per_shard, len(sources)) for i in range(count + 1)
-    ]
+        raise UserError(f"{total} samples cannot fill {count} shards", hint=hint)
+    bounds = [total * i // count if per_shard is None else min(i * per_shard, total) for i in range(count + 1)]
     return {name: sources[a:b] for name, a, b in zip(names, bounds, bounds[1:], strict=False)}
 
 
@@ -321,9 +294,8 @@ def _refuse_overwriting(names: list[str], classes: list[str] | None) -> None:
         if is_remote(name):
             raise UserError(f"{name}: shards are written to a local folder; copy them from there")
         if not name.endswith(".tar") or "*" in name:
-            raise UserError(
-                f"{name}: new shards are called NAME.tar, several by braces: 'train-{{000000..000009}}.tar'"
-            )
+            pattern = "'train-{000000..000009}.tar'"
+            raise UserError(f"{name}: new shards are called NAME.tar, several by braces: {pattern}")
         if Path(name).exists():
             hint = "Give other names, or remove it."
             raise UserError(f"{name}: already exists; shards are never overwritten", hint=hint)
