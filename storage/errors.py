@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
@@ -121,6 +121,11 @@ def first_line(error: BaseException, *, kind: bool = False) -> str:
         message = ""
     text = next(iter(re.sub(r"\x1b\[[0-9;]*m", "", message).strip().splitlines()), "").rstrip()
     return f"{name}: {text}" if kind and text else text or name
+
+
+def first_few(names: Sequence[str], most: int) -> str:
+    """The first names of some, and `…` where there are more."""
+    return ", ".join([*names[:most], *["…"] * (len(names) > most)])
 
 
 def display_path(path: Path) -> str:

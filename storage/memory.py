@@ -14,7 +14,5 @@ def memory_limit() -> int:
 
 def out_of_memory(advice: str) -> str:
     """The usual cause of a process that was killed, with the memory that processes may take here, and what to do."""
-    return (
-        "the usual cause is that memory ran out and the kernel killed it "
-        f"({size_text(memory_limit())} may be taken here); {advice}"
-    )
+    limit = size_text(memory_limit())
+    return f"the usual cause is that memory ran out and the kernel killed it ({limit} may be taken here); {advice}"

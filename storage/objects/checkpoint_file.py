@@ -13,7 +13,7 @@ import zipfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from storage.errors import UserError, setting
+from storage.errors import UserError, first_few, setting
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -126,7 +126,7 @@ def contents(content: Any, level: int = 0) -> str:
     if not content:
         return "an empty dictionary"
     if _is_state(content):
-        return f"{len(content)} tensors ({', '.join(map(_word, list(content)[:3]))}{', …' * (len(content) > 3)})"
+        return f"{len(content)} tensors ({first_few([_word(name) for name in content], 3)})"
     if level >= DEEPEST:
         return "a dictionary"
     named = [f"{_word(name)}: {contents(value, level + 1)}" for name, value in list(content.items())[:SHOWN]]
@@ -178,5 +178,5 @@ def refused_in(path: Path, error: Exception) -> str | None:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     names = names or re.findall(r"GLOBAL (\S+) was not an allowed", str(error))
     if names:
-        return f"{', '.join(map(_word, names[:SHOWN]))}{', …' * (len(names) > SHOWN)}"
+        return first_few([_word(name) for name in names], SHOWN)
     return "code or objects" if "nsupported" in str(error) else None

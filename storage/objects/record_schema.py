@@ -70,11 +70,11 @@ def checked(model: type[M], content: Record, name: str, hint: str) -> M:
         raise DamageError(f"{name}: damaged: {_explained(problem)}", hint=hint) from None
 
 
-def require_format(content: Record, name: str, known: int = 1) -> None:
+def require_format(content: Record, name: str) -> None:
     """UserError where a newer version wrote a record."""
     version = content.get("format")
-    if isinstance(version, int) and version > known:
-        message = f"{name}: format {reprlib.repr(version)}, this version reads {known}"
+    if isinstance(version, int) and version > 1:
+        message = f"{name}: format {reprlib.repr(version)}, this version reads 1"
         raise UserError(message, hint="Install a newer version of this package.")
 
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from storage.errors import UserError, first_line, setting
+from storage.errors import UserError, first_few, first_line, setting
 from storage.objects.atomic import atomic_write
 from storage.objects.checkpoint_file import ORDER
 
@@ -59,10 +59,8 @@ def load_weights(model: nn.Module, file: WeightsFile, key: str | None = None, or
     """
     chosen = file.weights(key, order)
     if file.copies_attention:
-        raise UserError(
-            f"{file.path}: a student that copies its teacher's attention is incomplete without the teacher",
-            hint="Give a student that computes its own attention.",
-        )
+        message = f"{file.path}: a student that copies its teacher's attention is incomplete without the teacher"
+        raise UserError(message, hint="Give a student that computes its own attention.")
     others = f"Its weights are {chosen}; choose others by {setting('weights_key', 'KEY')}" if chosen.others else ""
     try:
         state = rename_to_fit(model, as_f32(chosen.state), file.name)
@@ -160,15 +158,11 @@ def _prefix(expected: Shapes, actual: Shapes) -> str:
 
 def mismatches(expected: Shapes, actual: Shapes) -> str:
     """How some tensors differ from those that are expected, with a few names; empty where they do not."""
-    shapes = [
-        f"{name} has shape {actual[name]}, expected {shape}"
-        for name, shape in expected.items()
-        if actual.get(name, shape) != shape
-    ]
+    shapes = [f"{n} has shape {actual[n]}, expected {s}" for n, s in expected.items() if actual.get(n, s) != s]
     parts = [*shapes[:2], *([f"{len(shapes) - 2} more of other shapes"] if len(shapes) > 2 else [])]
     for what, one, other in (("missing", expected, actual), ("unexpected", actual, expected)):
         if names := [name for name in one if name not in other]:
-            parts.append(f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})")
+            parts.append(f"{len(names)} {what} ({first_few(names, 3)})")
     return "; ".join(parts)
 
 

@@ -116,10 +116,8 @@ def _status(error: BaseException) -> int | None:
 def _network_error(url: str, error: BaseException) -> UserError | ConnectionError:
     """A library's error as one of ours: a UserError where trying again is useless."""
     if "Credentials" in type(error).__name__:
-        return UserError(
-            f"{url}: no credentials for this URL: {first_line(error)}",
-            hint="Give them as the service expects, for s3:// in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or ~/.aws",
-        )
+        hint = "Give them as the service expects, for s3:// in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or ~/.aws"
+        return UserError(f"{url}: no credentials for this URL: {first_line(error)}", hint=hint)
     status = _status(error)
     if status is not None and 400 <= status < 500 and status not in _PASSING:
         reason = getattr(error, "message", None) or first_line(error)
@@ -151,7 +149,5 @@ def require_ranges(url: str) -> None:
 
 def lacks_ranges(url: str) -> UserError:
     """The error for a server that sends the whole file when a part is requested."""
-    return UserError(
-        f"{url}: its server does not support range requests, and shards are read in parts",
-        hint=f"Use a server that does, copy the file to a local disk, or let fsspec do so: simplecache::{url}",
-    )
+    hint = f"Use a server that does, copy the file to a local disk, or let fsspec do so: simplecache::{url}"
+    return UserError(f"{url}: its server does not support range requests, and shards are read in parts", hint=hint)

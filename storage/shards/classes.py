@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from storage.errors import IdentityError, UserError, call, first_line
+from storage.errors import IdentityError, UserError, call, first_few, first_line
 from storage.objects.object_store import open_object_store
 from storage.shards.tar import folder_of
 from storage.unicode_names import all_normalized
@@ -54,4 +54,4 @@ def require_classes(urls: Sequence[str], expected: Sequence[str]) -> None:
 
 
 def _few(names: Sequence[str]) -> str:
-    return f"{len(names)} ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})"
+    return f"{len(names)} ({first_few(names, 4)})"

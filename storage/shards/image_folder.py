@@ -37,10 +37,8 @@ def class_folders(folder: Path, say: Callable[[str], None]) -> tuple[ImageSource
     require_classes_alone(folder, classes)
     below = listing(folder)
     if below.lost:
-        raise UserError(
-            f"{folder}: {counted('link(s) lead nowhere', below.lost)}",
-            hint=f"Fix or remove them. This lists all of them: find -L {shlex.quote(str(folder))} -type l",
-        )
+        hint = f"Fix or remove them. This lists all of them: find -L {shlex.quote(str(folder))} -type l"
+        raise UserError(f"{folder}: {counted('link(s) lead nowhere', below.lost)}", hint=hint)
     files: ImageSources = []
     others: list[Path] = []
     labels = {name: label for label, name in enumerate(classes)}
@@ -59,11 +57,9 @@ def class_folders(folder: Path, say: Callable[[str], None]) -> tuple[ImageSource
     if not files:
         loose = sum(map(is_image, others))
         problem = f"its {loose} images are in no class folder" if loose else "no images found"
-        raise UserError(
-            f"{folder}: {problem}",
-            hint=f"Give one folder per class: {folder}/CLASS/IMAGE.{{{','.join(IMAGES)}}}, or a CSV with the columns "
-            "path and label.",
-        )
+        images = f"{folder}/CLASS/IMAGE.{{{','.join(IMAGES)}}}"
+        hint = f"Give one folder per class: {images}, or a CSV with the columns path and label."
+        raise UserError(f"{folder}: {problem}", hint=hint)
     if len(classes) == 1:
         say(f"{folder}: only one class, {classes[0]}: a classifier needs two or more")
     not_images = [counted("file(s) are no images in class folders", others)] if others else []
@@ -91,10 +87,8 @@ def require_classes_alone(folder: Path, names: list[str]) -> None:
     if parts and all(name.lower() in _PARTS for name in names):
         new = {part: names_for(part, len(listing(folder / part).images)) for part in parts}
         commands = (call("pack", str(folder / part), name) for part, name in new.items())
-        raise UserError(
-            f"{folder}: {', '.join(names)} are parts of a data set, not classes",
-            hint="\n  ".join(["Pack each that has class folders:", *commands]),
-        )
+        hint = "\n  ".join(["Pack each that has class folders:", *commands])
+        raise UserError(f"{folder}: {', '.join(names)} are parts of a data set, not classes", hint=hint)
 
 
 def read_listing(listing: Path, say: Callable[[str], None]) -> tuple[ImageSources, list[str] | None]:
@@ -141,10 +135,8 @@ def _rows(listing: Path, say: Callable[[str], None]) -> list[Row]:
                 if not "".join(row).strip() and len(row) < 2:
                     continue  # an empty line
                 if len(row) > len(header):
-                    raise UserError(
-                        f"{where}: {len(row)} fields, but the header names {len(header)}",
-                        hint='Put a path or a label with a comma in quotes: "…"',
-                    )
+                    hint = 'Put a path or a label with a comma in quotes: "…"'
+                    raise UserError(f"{where}: {len(row)} fields, but the header names {len(header)}", hint=hint)
                 fields = dict(zip(header, row, strict=False))
                 label = fields.get("label", "").strip() if "label" in header else None
                 if not fields.get("path"):
@@ -189,11 +181,8 @@ def _labels(listing: Path, rows: list[Row], say: Callable[[str], None]) -> tuple
     integers = all(re.fullmatch(r"0|[1-9][0-9]{0,8}", text) for text in texts)
     as_numbers = sorted(texts) if integers and known else []
     if odd := next((text for text in as_numbers if places.get(text, int(text)) != int(text)), None):
-        raise UserError(
-            f"{listing}: label {odd} may be the number of a class, or the name of class {places[odd]} in the "
-            "classes.json beside it",
-            hint="Give names that are not numbers.",
-        )
+        meanings = f"the number of a class, or the name of class {places[odd]} in the classes.json beside it"
+        raise UserError(f"{listing}: label {odd} may be {meanings}", hint="Give names that are not numbers.")
     numbers = {str(i): i for i in range(len(places))}
     if integers and (known or texts == numbers.keys()):
         places = numbers
@@ -201,8 +190,6 @@ def _labels(listing: Path, rows: list[Row], say: Callable[[str], None]) -> tuple
         say(f"{listing}: its labels are numbers, but not 0 to {len(texts) - 1}: they count as names, see classes.json")
     for (line, _, _), label in zip(rows, labels, strict=True):
         if label not in places:
-            raise UserError(
-                f"{listing}, line {line}: label {label!r} is not in the classes.json beside the CSV, "
-                f"which has {len(places)} classes; correct one of the two"
-            )
+            where = f"the classes.json beside the CSV, which has {len(places)} classes"
+            raise UserError(f"{listing}, line {line}: label {label!r} is not in {where}; correct one of the two")
     return [places[label] for label in labels], known or list(places)

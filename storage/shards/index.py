@@ -120,10 +120,8 @@ def build_index(url: str) -> ShardIndex:
                 raise UserError(f"{url}: no samples in it; {tar.RULE}")
         zeros = tar.closing_zeros(file, end, url)
     if zeros < 1024:
-        raise UserError(
-            f"{url}: the closing zero blocks of the tar are missing: it may have been cut off between two samples",
-            hint=f"If it is known to be complete, pack it again: {tar.repack(url)}",
-        )
+        message = f"{url}: the closing zero blocks of the tar are missing: it may have been cut off between two samples"
+        raise UserError(message, hint=f"If it is known to be complete, pack it again: {tar.repack(url)}")
     if not end and zeros > MOST_ZEROS:
         raise UserError(f"{url}: {zeros:,} bytes of zeros and nothing else", hint=COPY_AGAIN)
     starts.append(end)

@@ -302,17 +302,13 @@ def _refuse_overwriting(names: list[str], classes: list[str] | None) -> None:
     for folder in {Path(name).parent for name in names}:
         listed = classes_of([str(folder / "x.tar")])
         if listed is not None and (classes is None or listed != all_normalized(classes)):
-            raise UserError(
-                f"{folder}/classes.json: already exists with other classes, of other shards",
-                hint=f"Put the new shards in a folder of their own, such as new/{Path(names[0]).name}",
-            )
+            hint = f"Put the new shards in a folder of their own, such as new/{Path(names[0]).name}"
+            raise UserError(f"{folder}/classes.json: already exists with other classes, of other shards", hint=hint)
     seen: dict[str, str] = {}
     for name in classes or []:
         if (other := seen.setdefault(normalized(name), name)) != name:
-            raise UserError(
-                f"classes {other!a} and {name!a}: the same name in different Unicode forms (NFC and NFD)",
-                hint="Make them one class, or rename one.",
-            )
+            message = f"classes {other!a} and {name!a}: the same name in different Unicode forms (NFC and NFD)"
+            raise UserError(message, hint="Make them one class, or rename one.")
         if any("\ud800" <= sign <= "\udfff" for sign in name):  # how Python keeps bytes that are not UTF-8
             raise UserError(f"class {name!r}: its name is not UTF-8; rename it")
 

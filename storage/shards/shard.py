@@ -111,11 +111,9 @@ def require_labels(shard: Shard, classes: int | None = None) -> None:
     """UserError, with a key, where a sample has no label, or one that there is no class for."""
     url, index = shard.url, shard.index
     if not index.summary.labelled:
-        key = next(k for k, label in zip(index.keys, index.labels, strict=True) if label is None)
-        raise UserError(
-            f"{url}: key {key!r} has no label (.cls), and a loss or an evaluation needs labels: a shard has them for "
-            "all of its samples or for none"
-        )
+        key = index.keys[index.labels.index(None)]
+        needed = "a loss or an evaluation needs labels: a shard has them for all of its samples or for none"
+        raise UserError(f"{url}: key {key!r} has no label (.cls), and {needed}")
     highest = max((label for label in index.labels if label is not None), default=-1)
     if classes is not None and highest >= classes:
         key = index.keys[index.labels.index(highest)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Self
 
-from storage.errors import UserError, call, first_line, is_transient
+from storage.errors import UserError, call, first_few, first_line, is_transient
 from storage.objects.object_store import COPY_AGAIN, open_object_store
 from storage.objects.urls import filesystem_of, is_remote, networked, require_ranges, require_readable
 
@@ -104,17 +104,14 @@ def iter_samples(file: IO[bytes], where: str, *, together: bool = True) -> Itera
                 end = end_of_member
                 continue
             if info.size > MAX_MEMBER_BYTES:
-                raise UserError(
-                    f"{where}: {info.name!r} has {info.size:,} bytes, more than {MAX_MEMBER_BYTES:,} are refused"
-                )
+                size = f"{info.size:,} bytes, more than {MAX_MEMBER_BYTES:,} are refused"
+                raise UserError(f"{where}: {info.name!r} has {size}")
             if name[0] != key:
                 if key is not None:
                     yield key, parts, start, begin
                 if together and name[0] in seen:
-                    raise UserError(
-                        f"{where}: key {name[0]!r} is there twice, or its members are not next to each other",
-                        hint=f"Pack it again: {repack(where)}",
-                    )
+                    message = f"{where}: key {name[0]!r} is there twice, or its members are not next to each other"
+                    raise UserError(message, hint=f"Pack it again: {repack(where)}")
                 key, parts, start = name[0], [], begin
                 seen.add(key)
             content = None if link else tar.extractfile(info)
@@ -146,9 +143,8 @@ def flaw(key: str, parts: Sequence[Part]) -> str | None:
     images = [kind for kind in names if kind in IMAGES]
     if len(images) == 1:
         return None
-    kinds = images or sorted(names)
-    listed = ", ".join(kind[:40] for kind in kinds[:6]) + ", …" * (len(kinds) > 6)
-    return f"key {key!r} needs one image ({', '.join(IMAGES)}), found {listed}"
+    kinds = first_few([kind[:40] for kind in images or sorted(names)], 6)
+    return f"key {key!r} needs one image ({', '.join(IMAGES)}), found {kinds}"
 
 
 def to_sample(key: str, parts: Sequence[Part], where: str) -> Sample:
