@@ -73,10 +73,8 @@ def setting(name: str, value: object = None) -> str:
 
     A switch is True: `` `new_bank=True` ``. The command line shows a flag in its place.
     """
-    if value is None:
-        return f"`{name}`"
-    text = str(value).replace("`", "'")
-    return f"`{name}={text}`"
+    text = "" if value is None else "=" + str(value).replace("`", "'")
+    return f"`{name}{text}`"
 
 
 def call(command: str, *settings: str, **named: object) -> str:

@@ -33,14 +33,7 @@ def size_text(count: float) -> str:
 class NoProgress:
     """Says nothing."""
 
-    def say(self, line: str) -> None:
-        """Nothing."""
+    def _ignore(self, *arguments: object, **named: object) -> None:
+        pass
 
-    def start(self, what: str, total: int) -> None:
-        """Nothing."""
-
-    def advance(self, steps: int) -> None:
-        """Nothing."""
-
-    def expect(self, total: int) -> None:
-        """Nothing."""
+    say = start = advance = expect = _ignore

@@ -93,32 +93,30 @@ class FaultyObjectStore(LocalObjectStore):
         self.operation, self.fail_at, self.fault, self.forever = operation, fail_at, fault, forever
         self.calls = 0
 
-    def _do(self, operation: str, act: Callable[[], Any], half: Callable[[], Any] | None = None) -> Any:
+    def _do(
+        self, operation: str, act: Callable[..., Any], *arguments: Any, half: Callable[[], Any] | None = None
+    ) -> Any:
         if operation != self.operation:
-            return act()
+            return act(*arguments)
         self.calls += 1
         number = self.calls - 1
         if not (number == self.fail_at or (self.forever and 0 <= self.fail_at < number)):
-            return act()
+            return act(*arguments)
         if self.fault == "lost":
-            act()
+            act(*arguments)
         elif self.fault == "short" and half is not None:
             half()
         code = errno.ENOSPC if self.fault == "ENOSPC" else errno.EIO
         raise OSError(code, os.strerror(code))
 
     def _read(self, path: Path) -> bytes:
-        return bytes(self._do("read", lambda: super(FaultyObjectStore, self)._read(path)))
+        return bytes(self._do("read", super()._read, path))
 
     def _write(self, path: Path, data: bytes) -> None:
-        self._do(
-            "write",
-            lambda: super(FaultyObjectStore, self)._write(path, data),
-            lambda: path.write_bytes(data[: len(data) // 2]),
-        )
+        self._do("write", super()._write, path, data, half=lambda: path.write_bytes(data[: len(data) // 2]))
 
     def _sync(self, descriptor: int) -> None:
-        self._do("sync", lambda: super(FaultyObjectStore, self)._sync(descriptor))
+        self._do("sync", super()._sync, descriptor)
 
     def _link(self, source: Path, target: Path) -> None:
-        self._do("link", lambda: super(FaultyObjectStore, self)._link(source, target))
+        self._do("link", super()._link, source, target)

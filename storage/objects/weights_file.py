@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -45,13 +46,11 @@ class WeightsFile:
         """The texts in the header of a safetensors file; none of another file, or of one that cannot be read."""
         from safetensors import SafetensorError, safe_open
 
-        try:
-            if not self._is_safetensors:
-                return {}
-            with safe_open(self._file, "np") as file:  # it refuses headers that are too long, or are none
-                return file.metadata() or {}
-        except (SafetensorError, OSError, ValueError):
-            return {}
+        with contextlib.suppress(SafetensorError, OSError, ValueError):
+            if self._is_safetensors:
+                with safe_open(self._file, "np") as file:  # it refuses headers that are too long, or are none
+                    return file.metadata() or {}
+        return {}
 
     def note(self, name: str) -> Any:
         """An entry of the metadata that is JSON; None where there is none."""
@@ -64,8 +63,8 @@ class WeightsFile:
     def classes(self) -> tuple[str, ...] | None:
         """The class names that a file of ours carries, in NFC."""
         names = self.note("classes")
-        good = isinstance(names, list) and all(isinstance(name, str) for name in names)
-        return tuple(all_normalized(names)) if good and names else None
+        is_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        return tuple(all_normalized(names)) if is_names and names else None
 
     @property
     def normalization(self) -> dict[str, tuple[float, float, float]]:

@@ -85,8 +85,8 @@ def require_classes_alone(folder: Path, names: list[str]) -> None:
     """Refuse `train` and `val` for classes. Raises UserError, with the commands that pack them one by one."""
     parts = [name for name in names if folders_in(folder / name)]
     if parts and all(name.lower() in _PARTS for name in names):
-        new = {part: names_for(part, len(listing(folder / part).images)) for part in parts}
-        commands = (call("pack", str(folder / part), name) for part, name in new.items())
+        counts = {part: len(listing(folder / part).images) for part in parts}
+        commands = (call("pack", str(folder / part), names_for(part, count)) for part, count in counts.items())
         hint = "\n  ".join(["Pack each that has class folders:", *commands])
         raise UserError(f"{folder}: {', '.join(names)} are parts of a data set, not classes", hint=hint)
 

@@ -88,9 +88,9 @@ def pack(
     if not 0 < fraction <= 1:
         where = setting("fraction", f"{fraction:g}")
         raise UserError("expected more than 0 and at most 1; 0.1 is a tenth", setting=where)
+    val_setting = setting("val_fraction", f"{val_fraction:g}")
     if not 0 <= val_fraction < 1:
-        where = setting("val_fraction", f"{val_fraction:g}")
-        raise UserError("expected 0 to less than 1; 0.1 is a tenth", setting=where)
+        raise UserError("expected 0 to less than 1; 0.1 is a tenth", setting=val_setting)
     if per_shard is not None and per_shard < 1:
         raise UserError("expected 1 or more", setting=setting("per_shard", per_shard))
     with tempfile.TemporaryDirectory(prefix="pack-") as scratch:
@@ -109,8 +109,7 @@ def pack(
         validation, rest = _split(sources, val_fraction, seed, "val", 1) if val_fraction else ([], sources)
         if val_fraction and not validation:
             message = "no class has two samples, so none can be held out of training"
-            hint = "Give more images, or leave this setting out."
-            raise UserError(message, setting=setting("val_fraction", f"{val_fraction:g}"), hint=hint)
+            raise UserError(message, setting=val_setting, hint="Give more images, or leave this setting out.")
         train, _ = _split(rest, fraction, seed, "fraction", 0)
         names = braces(out)
         if len(set(names)) < len(names):
@@ -123,14 +122,14 @@ def pack(
                 val_names = [re.sub(r"\.tar$", "-val.tar", name) for name in names]
             count = max(1, round(len(lists["train"]) * len(validation) / len(train)))
             lists["val"] = _cut(validation, val_names[:count], None, order_seed)
-        _refuse_overwriting([name for cut in lists.values() for name in cut], classes)
+        shards = {name: samples for cut in lists.values() for name, samples in cut.items()}
+        _refuse_overwriting(list(shards), classes)
         written: list[Path] = []
         try:
-            for cut in lists.values():
-                for name, samples in cut.items():
-                    say(f"writing {name}: {len(samples)} samples")
-                    _write(name, samples)
-                    written.append(Path(name))
+            for name, samples in shards.items():
+                say(f"writing {name}: {len(samples)} samples")
+                _write(name, samples)
+                written.append(Path(name))
             for place in sorted({path.with_name("classes.json") for path in written}):
                 if classes is not None and not place.exists():
                     written.append(place)

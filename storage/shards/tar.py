@@ -31,7 +31,6 @@ RULE = (
     "dot of a file's name"
 )
 Part = tuple[str, bytes | None]  # the extension and the bytes of a member; None for those of a link
-_KEPT = "surrogateescape"  # how names and values that are not UTF-8 are kept: only in names it matters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +79,8 @@ def iter_samples(file: IO[bytes], where: str, *, together: bool = True) -> Itera
     try:
         length = file.seek(0, io.SEEK_END)
         file.seek(0)
-        tar = tarfile.open(fileobj=file, mode="r:", tarinfo=_Header, encoding="utf-8", errors=_KEPT)  # noqa: SIM115
+        # names and values that are not UTF-8 are kept: only in names it matters
+        tar = tarfile.open(fileobj=file, mode="r:", tarinfo=_Header, encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
         after = 0
         while (info := tar.next()) is not None:
             begin, after = after, tar.offset  # where its headers begin: `info.offset` leaves out a global one
