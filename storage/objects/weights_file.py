@@ -38,8 +38,7 @@ class WeightsFile:
             with self._file.open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            where = setting("weights", self.name)
-            raise UserError(f"cannot be read: {first_line(error)}", setting=where) from None
+            raise UserError(f"cannot be read: {first_line(error)}", setting=setting("weights", self.name)) from None
 
     @functools.cached_property
     def metadata(self) -> Mapping[str, str]:

@@ -39,29 +39,25 @@ def class_folders(folder: Path, say: Callable[[str], None]) -> tuple[ImageSource
     if below.lost:
         hint = f"Fix or remove them. This lists all of them: find -L {shlex.quote(str(folder))} -type l"
         raise UserError(f"{folder}: {counted('link(s) lead nowhere', below.lost)}", hint=hint)
-    files: ImageSources = []
-    others: list[Path] = []
-    labels = {name: label for label, name in enumerate(classes)}
-    for path in below.files:
-        inside = path.relative_to(folder)
-        if is_image(path) and len(inside.parts) > 1:
-            files.append((path, inside, labels[inside.parts[0]]))
-        else:
-            others.append(path)
-    filled = {label for _, _, label in files}
-    for name, label in labels.items():
-        if label not in filled:
+    paths = [path.relative_to(folder) for path in below.files]
+    images = {path: path.parts[0] for path in paths if is_image(path) and len(path.parts) > 1}
+    others = [folder / path for path in paths if path not in images]
+    filled = set(images.values())
+    for name in classes:
+        if name not in filled:
             odd = next((path for path in others if path.is_relative_to(folder / name)), None)
             hint = f"{odd.name} is none of {', '.join(IMAGES)}; convert it." if odd else "Remove it or fill it."
             raise UserError(f"{folder / name}: a class folder without images", hint=hint)
-    if not files:
+    if not images:
         loose = sum(map(is_image, others))
         problem = f"its {loose} images are in no class folder" if loose else "no images found"
-        images = f"{folder}/CLASS/IMAGE.{{{','.join(IMAGES)}}}"
-        hint = f"Give one folder per class: {images}, or a CSV with the columns path and label."
+        expected = f"{folder}/CLASS/IMAGE.{{{','.join(IMAGES)}}}"
+        hint = f"Give one folder per class: {expected}, or a CSV with the columns path and label."
         raise UserError(f"{folder}: {problem}", hint=hint)
     if len(classes) == 1:
         say(f"{folder}: only one class, {classes[0]}: a classifier needs two or more")
+    labels = {name: label for label, name in enumerate(classes)}
+    files: ImageSources = [(folder / path, path, labels[name]) for path, name in images.items()]
     not_images = [counted("file(s) are no images in class folders", others)] if others else []
     return files, classes, [*not_images, *below.left_out()]
 

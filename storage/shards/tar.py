@@ -84,7 +84,7 @@ def iter_samples(file: IO[bytes], where: str, *, together: bool = True) -> Itera
         after = 0
         while (info := tar.next()) is not None:
             begin, after = after, tar.offset  # where its headers begin: `info.offset` leaves out a global one
-            end_of_member = info.offset_data + -(-info.size // 512) * 512 if info.isreg() else tar.offset
+            end = info.offset_data + -(-info.size // 512) * 512 if info.isreg() else tar.offset
             if tar.pax_headers.keys() & {"path", "size"}:  # a range from the middle would not see it
                 raise UserError(f"{where}: a global header sets the name or the size of all members", hint=COPY_AGAIN)
             sparse = info.issparse() or any(field.startswith("GNU.sparse") for field in info.pax_headers)
@@ -101,7 +101,6 @@ def iter_samples(file: IO[bytes], where: str, *, together: bool = True) -> Itera
                 raise UserError(f"{where}: truncated inside {info.name!r}", hint=COPY_AGAIN)
             name = split_name(info.name) if info.isreg() or link else None
             if name is None or re.match(r"__[^/]*__($|/)", info.name):
-                end = end_of_member
                 continue
             if info.size > MAX_MEMBER_BYTES:
                 size = f"{info.size:,} bytes, more than {MAX_MEMBER_BYTES:,} are refused"
@@ -116,7 +115,6 @@ def iter_samples(file: IO[bytes], where: str, *, together: bool = True) -> Itera
                 seen.add(key)
             content = None if link else tar.extractfile(info)
             parts.append((name[1], content.read() if content else None))
-            end = end_of_member
             tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
     except (UserError, MemoryError):
         raise
