@@ -32,6 +32,14 @@ if TYPE_CHECKING:
 SMALL, LARGE = 1 << 20, 16 << 20
 
 
+def read_written(objects: ObjectStore, key: str, loss: str, hint: str = "") -> bytes:
+    """The bytes of an object that was written. Raises DamageError, with what its `loss` means, where it is missing."""
+    try:
+        return objects.get(key)
+    except FileNotFoundError:
+        raise DamageError(f"{objects.url}/{key}: missing: {loss}", hint=hint) from None
+
+
 def chunk_samples(sample_bytes: int, samples: int) -> int:
     """How many samples a chunk holds.
 
@@ -103,12 +111,9 @@ class ArrayWriter:
             raise RuntimeError(f"{self.path}: {self._written} samples were given for {self._array.shape[0]}")
         metadata = ArrayMetadata.model_validate(json.loads(self._store.objects.get(f"{self.path}/zarr.json")))
         written = [self._store.written[metadata.key(self.path, number)] for number in range(metadata.chunks)]
-        lengths = np.array([length for length, _ in written], "<u4")
-        return ArrayRecord(
-            metadata=metadata,
-            lengths=base64.b64encode(lengths.tobytes()).decode(),
-            checksums=base64.b64encode(b"".join(trailer for _, trailer in written)).decode(),
-        )
+        lengths = base64.b64encode(np.array([length for length, _ in written], "<u4").tobytes()).decode()
+        checksums = base64.b64encode(b"".join(trailer for _, trailer in written)).decode()
+        return ArrayRecord(metadata=metadata, lengths=lengths, checksums=checksums)
 
 
 _Sizes = Annotated[Several[Annotated[int, Field(ge=1, le=MOST_SAMPLES)]], Field(min_length=1, max_length=8)]
@@ -249,23 +254,16 @@ class StoredArray:
             DamageError: missing, of another length, or not the bytes that were written.
         """
         key = self.metadata.key(self.path, number)
-        try:
-            data = self.objects.get(key)
-        except FileNotFoundError:
-            raise DamageError(f"{self.objects.url}/{key}: missing: a chunk that was written is gone") from None
-        if len(data) != self.metadata.chunk_bytes:
-            written = f"{len(data)} bytes, {self.metadata.chunk_bytes} were written"
-            raise DamageError(f"{self.objects.url}/{key}: damaged: {written}")
-        expected, actual = (
-            self.checksums[4 * number : 4 * number + 4],
-            int(google_crc32c.value(data[:-4])).to_bytes(4, "little"),
-        )
-        if data[-4:] != expected or actual != expected:
-            raise DamageError(
-                f"{self.objects.url}/{key}: damaged: its checksum is {actual.hex()} (it says {data[-4:].hex()}), "
-                f"{expected.hex()} was written"
-            )
-        return data[:-4]
+        data, size = read_written(self.objects, key, "a chunk that was written is gone"), self.metadata.chunk_bytes
+        damaged = f"{self.objects.url}/{key}: damaged:"
+        if len(data) != size:
+            raise DamageError(f"{damaged} {len(data)} bytes, {size} were written")
+        values, stated, expected = data[:-4], data[-4:], self.checksums[4 * number : 4 * number + 4]
+        actual = int(google_crc32c.value(values)).to_bytes(4, "little")
+        if not stated == actual == expected:
+            checksum = f"its checksum is {actual.hex()} (it says {stated.hex()})"
+            raise DamageError(f"{damaged} {checksum}, {expected.hex()} was written")
+        return values
 
     def chunk(self, number: int) -> np.ndarray:
         """A chunk's samples, without the padding of the last one. Raises DamageError."""
@@ -282,8 +280,6 @@ class StoredArray:
             where = f"{self.objects.url}/{self.path}"
             raise DamageError(f"{where}: samples {start} to {stop - 1} were asked for, its marker has {self.shape[0]}")
         size = self.metadata.chunk_shape[0]
-        parts = []
-        for number in range(start // size, -(-stop // size)):
-            first = number * size
-            parts.append(self.chunk(number)[max(0, start - first) : stop - first])
+        numbers = range(start // size, -(-stop // size))
+        parts = [self.chunk(number)[max(0, start - number * size) : stop - number * size] for number in numbers]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import re
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -16,6 +18,7 @@ from storage.shards.index import ShardIndex, differences
 from storage.shards.shard import Shard, open_shard
 from storage.shards.tar import stem_of
 from storage.store import manifests
+from storage.store.arrays import read_written
 from storage.store.manifests import BankManifest, Identity, Manifest, TargetManifest, TeacherManifest
 from storage.store.markers import FORMAT, RECOMPUTE, Kind, Marker, Task
 
@@ -61,21 +64,19 @@ class Store:
         Raises:
             UserError: something else lies there.
         """
-        store = cls(open_object_store(where) if isinstance(where, str | Path) else where)
+        objects = open_object_store(where) if isinstance(where, str | Path) else where
         try:
-            store.objects.get("zarr.json")
+            objects.get("zarr.json")
         except FileNotFoundError:
-            others = store.objects.names("")
-            if others and not {"done", "zarr.json"} & set(others):  # zarr.json: somebody was faster
-                raise UserError(
-                    f"{store.url}: not a store: this folder has other files ({others[0]}, …)",
-                    hint="Give a new folder.",
-                ) from None
+            others = objects.names("")
             if not others:
-                store.objects.create("zarr.json", _ROOT)
+                objects.create("zarr.json", _ROOT)
+            elif not {"done", "zarr.json"} & set(others):  # zarr.json: somebody was faster
+                message = f"{objects.url}: not a store: this folder has other files ({others[0]}, …)"
+                raise UserError(message, hint="Give a new folder.") from None
         except NotADirectoryError:
             pass  # a file: `open` says so
-        return cls.open(store.objects)
+        return cls.open(objects)
 
     @classmethod
     def open(cls, where: str | Path | ObjectStore) -> Store:
@@ -113,16 +114,13 @@ class Store:
     def manifest(self, model: type[M], id: str) -> M:
         """The manifest of a bank, a teacher or a target. Raises DamageError."""
         key = f"{model.KIND}s/{id}/manifest.json"
-        try:
-            data = self.objects.get(key)
-        except FileNotFoundError:
-            raise DamageError(f"{self.url}/{key}: missing: a {model.KIND} that the store refers to is gone") from None
+        data = read_written(self.objects, key, f"a {model.KIND} that the store refers to is gone")
         return manifests.load(model, data, f"{self.url}/{key}", id)
 
     def _manifests(self, model: type[M]) -> dict[str, M]:
         """Id -> manifest; a folder that is still empty is somebody's who is just adding it."""
-        ids = [id for id in self.objects.names(f"{model.KIND}s") if self.objects.names(f"{model.KIND}s/{id}")]
-        return {id: self.manifest(model, id) for id in ids}
+        names, folder = self.objects.names, f"{model.KIND}s"
+        return {id: self.manifest(model, id) for id in names(folder) if names(f"{folder}/{id}")}
 
     def _known(self, model: type[M], id: str) -> M:
         known = self.objects.names(f"{model.KIND}s")
@@ -142,13 +140,13 @@ class Store:
     def require_same(self, model: type[M], id: str, identity: Identity) -> M:
         """The recorded manifest of an id. Raises IdentityError where its identity is another."""
         manifest = self.manifest(model, id)
-        recorded, asked = manifest.identity.plain(), identity.plain()
+        recorded, requested = manifest.identity.plain(), identity.plain()
         hint, words = "", ("expected", "found")
         if model is TeacherManifest:
             hint = f"It is not the recorded teacher. Give it another name: {setting('teacher_name', f'{id}-2')}"
             words = ("the store has", "asked for")
-        for field in sorted({*recorded, *asked}):
-            expected, found = recorded.get(field), asked.get(field)
+        for field in sorted({*recorded, *requested}):
+            expected, found = recorded.get(field), requested.get(field)
             if found != expected:
                 raise IdentityError(f"{self.url}: {model.KIND} {id!r}", field, expected, found, hint, words)
         return manifest
@@ -197,10 +195,7 @@ class Store:
     def graph(self, teacher: str, digest: str) -> bytes:
         """An exported graph. Raises DamageError."""
         key = f"teachers/{teacher}/graphs/{digest}.onnx"
-        try:
-            data = self.objects.get(key)
-        except FileNotFoundError:
-            raise DamageError(f"{self.url}/{key}: missing: the graph that made a target is gone") from None
+        data = read_written(self.objects, key, "the graph that made a target is gone")
         if hashlib.sha256(data).hexdigest() != digest:
             raise DamageError(f"{self.url}/{key}: damaged: its content does not agree with its name")
         return data
@@ -213,11 +208,9 @@ class Store:
 
     def index(self, shard: str) -> ShardIndex:
         """The index of a shard: its keys, labels and byte ranges. Raises DamageError."""
-        name = f"{self.url}/shards/{shard}.json"
-        try:
-            index = ShardIndex.load(self.objects.get(f"shards/{shard}.json"), name)
-        except FileNotFoundError:
-            raise DamageError(f"{name}: missing: the index of a shard is gone") from None
+        key = f"shards/{shard}.json"
+        name = f"{self.url}/{key}"
+        index = ShardIndex.load(read_written(self.objects, key, "the index of a shard is gone"), name)
         if index.id != shard:
             raise DamageError(f"{name}: damaged: it is the index of {index.id}")
         return index
@@ -253,8 +246,7 @@ class Store:
         Raises:
             IdentityError: an unknown shard, or a known name with other content.
         """
-        recognized = self.recognize(url, known)
-        if recognized is not None:
+        if (recognized := self.recognize(url, known)) is not None:
             return recognized
         own = open_shard(url, skip=True)  # which keys make no sample was decided when the store was made
         if not len(own):
@@ -278,8 +270,7 @@ class Store:
         )
         for index in indexes:
             if index.summary.stem == own.summary.stem:
-                field, expected, found = _first_difference(index, own)
-                return IdentityError(url, field, expected, found, hint)
+                return IdentityError(url, *_first_difference(index, own), hint)
         names = ", ".join([*known[:3], *["…"] * (len(known) > 3)]) or "none"
         return IdentityError(url, "shard", names, own.id, hint, (f"the store {self.url} has", "this is"))
 
@@ -296,20 +287,15 @@ class Store:
         Raises:
             DamageError: missing, damaged, or another task's.
         """
-        try:
-            data = self.objects.get(f"done/{task.name}")
-        except FileNotFoundError:
-            name = f"{self.url}/done/{task.name}"
-            message = f"{name}: missing: this view was not precomputed, or its marker is gone"
-            raise DamageError(message, hint=RECOMPUTE) from None
-        return self._marker_in(data, task)
+        loss = "this view was not precomputed, or its marker is gone"
+        return self._marker_in(read_written(self.objects, f"done/{task.name}", loss, RECOMPUTE), task)
 
     def _marker_in(self, data: bytes, task: Task) -> Marker:
         name = f"{self.url}/done/{task.name}"
         content = json_record.from_json(data, name)
-        said = (content.get("kind"), content.get("id"), content.get("shard"), content.get("view"))
-        if said != (task.kind, task.id, task.shard, task.view):
-            raise DamageError(f"{name}: damaged: it is the marker of {'.'.join(map(str, said))}")
+        stated = tuple(map(content.get, ("kind", "id", "shard", "view")))
+        if stated != astuple(task):
+            raise DamageError(f"{name}: damaged: it is the marker of {'.'.join(map(str, stated))}")
         require_format(content, name)
         return Marker(self.objects, task, content)
 
@@ -347,15 +333,10 @@ class Store:
         complete = {(t.shard, t.view) for t in done if (t.kind, t.id) == (kind, id) and t.shard in ids}
         count = max((view for _, view in complete), default=-1) + 1
         count = min(count, wanted) if wanted else count
-        for shard in sorted(ids):
-            for view in range(count):
-                if (shard, view) not in complete:
-                    name = f"{self.url}/done/{Task(kind, id, shard, view).name}"
-                    fewer = setting("stream.views", "N")
-                    raise DamageError(
-                        f"{name}: missing: other shards have {count} views of this {kind}",
-                        hint=f"Run {call('precompute')} over all shards, or use fewer views: {fewer}",
-                    )
+        if missing := sorted(set(itertools.product(ids, range(count))) - complete):
+            name = f"{self.url}/done/{Task(kind, id, *missing[0]).name}"
+            hint = f"Run {call('precompute')} over all shards, or use fewer views: {setting('stream.views', 'N')}"
+            raise DamageError(f"{name}: missing: other shards have {count} views of this {kind}", hint=hint)
         return count
 
     # ------------------------------------------------------------------------------------------ for analyses
@@ -382,10 +363,10 @@ class Store:
 
 
 def _first_difference(known: ShardIndex, own: ShardIndex) -> tuple[str, object, object]:
-    for i, (a, b) in enumerate(zip(known.keys, own.keys, strict=False)):
-        if a != b:
-            return f"key of sample {i}", a, b
-    for key, a, b in zip(known.keys, known.digests, own.digests, strict=False):
-        if a != b:
-            return f"image digest of key {key}", a, b
+    for i, (expected, found) in enumerate(zip(known.keys, own.keys, strict=False)):
+        if found != expected:
+            return f"key of sample {i}", expected, found
+    for key, expected, found in zip(known.keys, known.digests, own.digests, strict=False):
+        if found != expected:
+            return f"image digest of key {key}", expected, found
     return "samples", len(known), len(own)
