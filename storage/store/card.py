@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from storage.store.store import Store
 
 _READING = """## How to read it
@@ -32,42 +34,34 @@ def card(store: Store) -> str:
     views = Counter((task.kind, task.id) for task in done)
     shards = {id: len({task.shard for task in done if task.id == id}) for id in (*banks, *targets)}
     lines = ["# A teacher store", "", "Targets of pretrained teachers over stored views of image shards.", ""]
-    lines += [
-        "## Teachers",
-        "",
-        "| name | network | weights | sha256 | input | mean, std |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, manifest in teachers.items():
-        about = manifest.identity
-        arguments = "".join(f" {k}={v}" for k, v in about.arguments.items())
-        lines.append(
-            f"| {name} | {about.model}{arguments} | {Path(manifest.weights).name} | {about.weights_sha256[:12]} | "
-            f"{about.input_size} | {list(about.mean)}, {list(about.std)} |"
-        )
-    lines += ["", "Licences of weights and images are those of their sources; none is recorded here.", ""]
-    lines += ["## Banks", "", "| bank | policy | size | seed | shards | views in all |", "|---|---|---|---|---|---|"]
+    rows: list[Sequence[object]] = []
+    for name, teacher in teachers.items():
+        identity, weights = teacher.identity, Path(teacher.weights).name
+        network = " ".join([identity.model, *(f"{k}={v}" for k, v in identity.arguments.items())])
+        mean_std = f"{list(identity.mean)}, {list(identity.std)}"
+        rows.append((name, network, weights, identity.weights_sha256[:12], identity.input_size, mean_std))
+    lines += _table("Teachers", ["name", "network", "weights", "sha256", "input", "mean, std"], rows)
+    lines += ["Licences of weights and images are those of their sources; none is recorded here.", ""]
+    rows = []
     for id, bank in banks.items():
-        line = bank.identity.line.replace("|", "\\|")
-        lines.append(
-            f"| {id} | `{line}` | {bank.identity.size} | {bank.identity.seed} | {shards[id]} | {views['bank', id]} |"
-        )
-    lines += [
-        "",
-        "## Targets",
-        "",
-        "| target | one sample | layers | codec | its relative error, cosine | shards | views in all |",
-        "|---|---|---|---|---|---|---|",
-    ]
+        policy = f"`{bank.identity.line}`".replace("|", "\\|")
+        rows.append((id, policy, bank.identity.size, bank.identity.seed, shards[id], views["bank", id]))
+    lines += _table("Banks", ["bank", "policy", "size", "seed", "shards", "views in all"], rows)
+    rows = []
     for id, target in targets.items():
-        shape, layers, codec = "×".join(map(str, target.sample_shape)), target.identity.layers, target.identity.codec
+        sample = f"{'×'.join(map(str, target.sample_shape))} ({', '.join(target.axes)})"
+        layers, codec = list(target.identity.layers or ()) or "", target.identity.codec
         error = target.codec_errors.get(codec)
         cost = f"{error.relative:.2g}, {error.cosine:.6f}" if error else ""
-        lines.append(
-            f"| {id} | {shape} ({', '.join(target.axes)}) | {[*layers] if layers else ''} | {codec} | "
-            f"{cost} | {shards[id]} | {views['target', id]} |"
-        )
-    example = next((task for task in sorted(done) if task.kind == "target"), None)
-    if example:
-        lines += ["", _READING.format(marker=example.name, folder=example.folder)]
-    return "\n".join(lines) + "\n"
+        rows.append((id, sample, layers, codec, cost, shards[id], views["target", id]))
+    columns = ["target", "one sample", "layers", "codec", "its relative error, cosine", "shards", "views in all"]
+    lines += _table("Targets", columns, rows)
+    if example := next((task for task in sorted(done) if task.kind == "target"), None):
+        lines += [_READING.format(marker=example.name, folder=example.folder), ""]
+    return "\n".join(lines)
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """The lines of a section that holds a table, with an empty one at its end."""
+    head, *body = (f"| {' | '.join(map(str, row))} |" for row in (columns, *rows))
+    return [f"## {title}", "", head, "|---" * len(columns) + "|", *body, ""]
