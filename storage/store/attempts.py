@@ -30,13 +30,11 @@ class Attempt:
 
     def array(self, name: str, sample_shape: tuple[int, ...], dtype: str, axes: Sequence[str]) -> ArrayWriter:
         """A new array `[samples, *sample_shape]` of this attempt."""
-        path = f"{self.task.folder}/{self.name}/{name}"
+        objects, path = self._store.objects, f"{self.task.folder}/{self.name}/{name}"
         about = {"id": self.task.id, "shard": self.task.shard, "view": self.task.view}
         if self.task.kind == "bank":
             about["columns"] = list(COLUMNS) if name == "parameters" else ["crc32c"]
-        writer = ArrayWriter(
-            self._store.objects, path, self._samples, sample_shape, dtype=dtype, axes=axes, attributes=about
-        )
+        writer = ArrayWriter(objects, path, self._samples, sample_shape, dtype=dtype, axes=axes, attributes=about)
         self.arrays[name] = writer
         return writer
 

@@ -68,14 +68,13 @@ class BankView:
         Raises:
             IdentityError: the pixels are not those that the teacher saw; names both sides' decoders.
         """
+        where = f"{where}, key {sample.key}"
         try:
             pixels = render(image, self.view(i), size)
         except BadImage as error:
-            raise UserError(f"{where}, key {sample.key}: {error}") from None
+            raise UserError(f"{where}: {error}") from None
         except ValueError as error:  # Pillow's: a crop box outside of the image
-            raise DamageError(
-                f"{where}, key {sample.key}: damaged: its parameters make no view: {first_line(error)}"
-            ) from None
+            raise DamageError(f"{where}: damaged: its parameters make no view: {first_line(error)}") from None
         found, expected = f"{signature(pixels):08x}", f"{int(self.signatures[i - self.start]):08x}"
         if found != expected:
             then = self.renderer
@@ -84,7 +83,7 @@ class BankView:
                 f"The image or the decoders differ from those of precompute ({both or 'same versions'}).\n  Use those "
                 f"decoders, or store the pixels where they are in use: {setting('store_views', True)}"
             )
-            raise IdentityError(f"{where}, key {sample.key}", "signature of the view's pixels", expected, found, hint)
+            raise IdentityError(where, "signature of the view's pixels", expected, found, hint)
         return pixels
 
 

@@ -109,22 +109,22 @@ class Codec:
 
     def layout(self, *, wide: bool = False) -> dict[str, ArraySpec]:
         """name -> what each array keeps of one sample."""
-        whole, maps = self.shape, self.shape[: len(self.shape) - self.maps]
+        shape = self.shape
         if self.name == "raw":
-            return {"data": ArraySpec("uint8", self.shape, self.axes)}
-        axes = self.axes or tuple(f"axis{i}" for i in range(len(whole)))
-        over = axes[: len(maps)]
+            return {"data": ArraySpec("uint8", shape, self.axes)}
+        axes = self.axes or tuple(f"axis{i}" for i in range(len(shape)))
         if self.name == "u8":
-            scale = ArraySpec("float32" if wide else "float16", (*maps, 2), (*over, "scale_offset"))
-            return {"data": ArraySpec("uint8", whole, axes), "scale": scale}
+            maps = len(shape) - self.maps  # axes that count maps
+            scale = ArraySpec("float32" if wide else "float16", (*shape[:maps], 2), (*axes[:maps], "scale_offset"))
+            return {"data": ArraySpec("uint8", shape, axes), "scale": scale}
         if self.name == "log8":
-            return {"data": ArraySpec("uint8", whole, axes), "largest": ArraySpec("float16", whole[:-1], axes[:-1])}
+            return {"data": ArraySpec("uint8", shape, axes), "largest": ArraySpec("float16", shape[:-1], axes[:-1])}
         if self.name.startswith("topk"):
-            index = "uint16" if whole[-1] <= 1 << 16 else "uint32"
-            top, ranks = (*whole[:-1], self.top), (*axes[:-1], "rank")
-            rest = ArraySpec("float32", (*whole[:-1], 1), (*axes[:-1], "mass"))
+            index = "uint16" if shape[-1] <= 1 << 16 else "uint32"
+            top, ranks = (*shape[:-1], self.top), (*axes[:-1], "rank")
+            rest = ArraySpec("float32", (*shape[:-1], 1), (*axes[:-1], "mass"))
             return {"data": ArraySpec("float16", top, ranks), "index": ArraySpec(index, top, ranks), "rest": rest}
-        return {"data": ArraySpec("float32" if self.name == "f32" else "float16", whole, axes)}
+        return {"data": ArraySpec("float32" if self.name == "f32" else "float16", shape, axes)}
 
     def encode(self, values: np.ndarray, *, wide: bool = False) -> dict[str, np.ndarray]:
         """The arrays that keep `values` f32 `[n, *shape]`.
@@ -178,11 +178,11 @@ class Codec:
         for start in range(0, len(values), _SLICE):
             part = values[start : start + _SLICE]
             try:
-                kept = self.encode(part)
+                arrays = self.encode(part)
             except HalfOverflow:
-                kept = self.encode(part, wide=True)
+                arrays = self.encode(part, wide=True)
             before = part.astype(np.float64).reshape(*part.shape[: part.ndim - self.maps], -1)
-            after = self.decode(kept).astype(np.float64).reshape(before.shape)
+            after = self.decode(arrays).astype(np.float64).reshape(before.shape)
             norms = np.linalg.norm(before, axis=-1) * np.linalg.norm(after, axis=-1)
             cosines = (before * after).sum(-1)[norms > 0] / norms[norms > 0]
             cosine, maps = cosine + float(cosines.sum()), maps + cosines.size
@@ -190,9 +190,9 @@ class Codec:
             if self.values != "plain":
                 each = _kl(before, after, self.values)
                 divergence, rows = divergence + float(each.sum()), rows + each.size
-        relative, kl = math.sqrt(difference / max(square, 1e-300)), divergence / max(rows, 1)
-        about = {"relative": relative, "cosine": cosine / maps if maps else 1.0}
-        return CodecError(**about, **({"kl": kl} if self.values != "plain" else {}))
+        relative = math.sqrt(difference / max(square, 1e-300))
+        error = CodecError(relative=relative, cosine=cosine / maps if maps else 1.0)
+        return error if self.values == "plain" else error.model_copy(update={"kl": divergence / max(rows, 1)})
 
 
 def _kl(before: np.ndarray, after: np.ndarray, values: Values) -> np.ndarray:
@@ -201,9 +201,8 @@ def _kl(before: np.ndarray, after: np.ndarray, values: Values) -> np.ndarray:
         logs = [x - x.max(-1, keepdims=True) for x in (before, after)]
         logs = [x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in logs]
     else:
-        tiny = 1e-12  # a probability that a codec made zero costs something finite
-        sums = [np.maximum(x, tiny) for x in (before, after)]
-        logs = [np.log(x / x.sum(-1, keepdims=True)) for x in sums]
+        rows = [np.maximum(x, 1e-12) for x in (before, after)]  # what a codec made zero costs something finite
+        logs = [np.log(x / x.sum(-1, keepdims=True)) for x in rows]
     divergence: np.ndarray = (np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1)
     return divergence
 
@@ -277,9 +276,9 @@ def _decode_topk(arrays: Mapping[str, Any], classes: int) -> Any:
     ratio, largest = rest / (1 - rest) / others, data[..., :1]  # the largest comes first
     if isinstance(data, np.ndarray):
         level = largest + np.log(np.exp(data - largest).sum(-1, keepdims=True) * ratio)
-        whole = np.repeat(level, classes, -1)
-        np.put_along_axis(whole, index.astype(np.int64), data, -1)
-        return whole
+        logits = np.repeat(level, classes, -1)
+        np.put_along_axis(logits, index.astype(np.int64), data, -1)
+        return logits
     level = largest + ((data - largest).exp().sum(-1, keepdim=True) * ratio).log()
     return level.expand(*level.shape[:-1], classes).clone().scatter_(-1, index.long(), data)
 

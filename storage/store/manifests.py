@@ -10,19 +10,8 @@ import numpy as np
 from pydantic import Field, StringConstraints, model_validator
 
 from storage.errors import DamageError, UserError
-from storage.objects import json_record
-from storage.objects.record_schema import (
-    LARGEST,
-    Count,
-    Id,
-    Schema,
-    Several,
-    Sha256,
-    Size,
-    Three,
-    checked,
-    require_format,
-)
+from storage.objects import json_record, record_schema
+from storage.objects.record_schema import LARGEST, Count, Id, Schema, Several, Sha256, Size, Three
 from storage.store import codecs
 from storage.views.policy import OPERATIONS_VERSION, policy
 
@@ -222,8 +211,8 @@ def load(model: type[M], data: bytes, name: str, id: str) -> M:
     if (content.get("kind"), content.get("id")) != (model.KIND, id):
         named = f"{content.get('kind')} {content.get('id')}"
         raise DamageError(f"{name}: damaged: expected the {model.KIND} {id}, found {reprlib.repr(named)}", hint=_COPY)
-    require_format(content, name)
-    return checked(model, content, name, _COPY)
+    record_schema.require_format(content, name)
+    return record_schema.checked(model, content, name, _COPY)
 
 
 def require_id(name: str, manifest: Manifest) -> None:

@@ -36,13 +36,11 @@ def draw_view(
     made: dict[str, Any] = {"box": (0.0, 0.0, float(width), float(height))}
     for name, arguments in policy.operations:
         if name == "short":  # the short side becomes round(S/f); `center` then keeps the middle S×S of it
-            short = min(width, height) * side / round(side / arguments[0])
-            made["box"] = _middle(width, height, short)
+            made["box"] = _middle(width, height, min(width, height) * side / round(side / arguments[0]))
         elif name == "crop":
             border = round(arguments[0] * side)
             made["box"] = _middle(width, height, min(width, height))
-            x, y = (int(n) for n in chance.integers(-border, border, size=2, endpoint=True))
-            made["shift"] = (x, y)
+            made["shift"] = tuple(chance.integers(-border, border, size=2, endpoint=True).tolist())
         elif name == "rrc":
             made["box"] = _resized_crop(chance, width, height, arguments)
         elif name == "flip":

@@ -24,7 +24,7 @@ def without_metadata(data: bytes) -> bytes:
 
 
 def _png(data: bytes) -> bytes:
-    kept: list[bytes] = []
+    pieces: list[bytes] = []
     begin, at, texts, image = 0, len(_PNG), 0, False
     while at + 12 <= len(data):
         length, name = struct.unpack_from(">I4s", data, at)
@@ -34,15 +34,15 @@ def _png(data: bytes) -> bytes:
         image = image or name == b"IDAT"
         if name[:1].islower() and name not in _PIXELS:
             content = data[at + 8 : stop - 4]
-            whole = image or zlib.crc32(name + content).to_bytes(4, "big") == data[stop - 4 : stop]
+            intact = image or zlib.crc32(name + content).to_bytes(4, "big") == data[stop - 4 : stop]
             size = 0 if name == b"eXIf" else _turning_text(name, content)
-            if not whole or size is None or texts + size > _MOST_TEXTS:
-                kept.append(data[begin:at])
+            if not intact or size is None or texts + size > _MOST_TEXTS:
+                pieces.append(data[begin:at])
                 begin = stop
             else:
                 texts += size
         at = stop
-    return b"".join([*kept, data[begin:]]) if kept else data
+    return b"".join([*pieces, data[begin:]]) if pieces else data
 
 
 def _turning_text(name: bytes, content: bytes) -> int | None:
@@ -71,7 +71,7 @@ def _inflated(text: bytes) -> int | None:
 
 def _jpeg(data: bytes) -> bytes:
     """The segments before the first scan but for APP2 to APP13, APP15 and comments, and APP0 and APP14 cut short."""
-    kept: list[bytes] = []
+    pieces: list[bytes] = []
     begin, at = 0, 2
     while at + 4 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
@@ -86,7 +86,7 @@ def _jpeg(data: bytes) -> bytes:
             marker == 0xEE and data[at + 4 : at + 9] == b"Adobe" and stop - at - 4 < 12
         )
         if short or 0xE2 <= marker <= 0xED or marker in (0xEF, 0xFE):
-            kept.append(data[begin:at])
+            pieces.append(data[begin:at])
             begin = stop
         at = stop
-    return b"".join([*kept, data[begin:]]) if kept else data
+    return b"".join([*pieces, data[begin:]]) if pieces else data

@@ -25,18 +25,9 @@ NAMED = {
     "deit": "rrc(0.08,1)|flip|randaug(9,0.5)|erase(0.25)|mix(0.8,1)",
 }
 
-# name -> number of arguments, and whether it depends on chance
-_OPERATIONS = {
-    "resize": (0, False),
-    "short": (1, False),
-    "center": (0, False),
-    "crop": (1, True),
-    "rrc": (2, True),
-    "flip": (0, True),
-    "randaug": (2, True),
-    "erase": (1, True),
-    "mix": (2, True),
-}
+# name -> number of arguments
+_OPERATIONS = {"resize": 0, "short": 1, "center": 0, "crop": 1, "rrc": 2, "flip": 0, "randaug": 2, "erase": 1, "mix": 2}
+_WITHOUT_CHANCE = {"resize", "short", "center"}
 Operation = tuple[str, tuple[float, ...]]  # name and arguments
 _AFTER = ("flip", "randaug", "erase", "mix")  # what may follow the framing, in this order
 
@@ -65,7 +56,7 @@ class Policy:
     @property
     def random(self) -> bool:
         """Whether views differ: a line without chance has one view and no seed in its id."""
-        return any(_OPERATIONS[name][1] for name, _ in self.operations)
+        return any(name not in _WITHOUT_CHANCE for name, _ in self.operations)
 
     @property
     def mixes(self) -> bool:
@@ -91,9 +82,8 @@ class Policy:
     @property
     def evaluation(self) -> Policy:
         """The view that a student trained under this policy is evaluated on."""
-        framings = {name for name, _ in self.operations}
-        line = "short(0.875)|center" if "rrc" in framings else "short(1)|center"
-        return policy(line, self.size)
+        cropped = any(name == "rrc" for name, _ in self.operations)
+        return policy("short(0.875)|center" if cropped else "short(1)|center", self.size)
 
 
 def policy(line: str, size: int, seed: int = 0) -> Policy:
@@ -137,22 +127,21 @@ def policy(line: str, size: int, seed: int = 0) -> Policy:
 
 def _check(line: str, name: str, arguments: tuple[float, ...]) -> None:
     """Refuse arguments that make no sense; a NaN is in no range."""
-    first, second = (*arguments, 0.0, 0.0)[:2]
-    wrong = ""
-    if name == "short" and not 0.1 <= first <= 1:
-        wrong = "short(f) takes the part of the image that is kept, 0.1 to 1"
-    elif name == "crop" and not 0 <= first <= 1:
-        wrong = "crop(p) takes the border as a part of the side, 0 to 1"
-    elif name == "rrc" and not 0 < first <= second <= 1:
-        wrong = "rrc(lo,hi) takes the smallest and the largest part of the area, above 0 up to 1"
-    elif name == "randaug" and not (0 <= first <= 10 and 0 <= second <= 10):
-        wrong = "randaug(m,std) takes a magnitude and its deviation, 0 to 10"
-    elif name == "erase" and not 0 < first <= 1:
-        wrong = "erase(p) takes a probability, above 0 up to 1"
-    elif name == "mix" and not (0 <= first <= 100 and 0 <= second <= 100 and first + second > 0):
-        wrong = "mix(mixup,cutmix) takes the alpha of each, 0 for none of it, at most 100, and not 0 for both"
-    if wrong:
-        raise UserError(f"view policy {line!r}: {wrong}")
+    a, b = (*arguments, 0.0, 0.0)[:2]
+    rules = {
+        "short": (0.1 <= a <= 1, "(f) takes the part of the image that is kept, 0.1 to 1"),
+        "crop": (0 <= a <= 1, "(p) takes the border as a part of the side, 0 to 1"),
+        "rrc": (0 < a <= b <= 1, "(lo,hi) takes the smallest and the largest part of the area, above 0 up to 1"),
+        "randaug": (0 <= a <= 10 and 0 <= b <= 10, "(m,std) takes a magnitude and its deviation, 0 to 10"),
+        "erase": (0 < a <= 1, "(p) takes a probability, above 0 up to 1"),
+        "mix": (
+            0 <= a <= 100 and 0 <= b <= 100 and a + b > 0,
+            "(mixup,cutmix) takes the alpha of each, 0 for none of it, at most 100, and not 0 for both",
+        ),
+    }
+    valid, rule = rules.get(name, (True, ""))
+    if not valid:
+        raise UserError(f"view policy {line!r}: {name}{rule}")
 
 
 @functools.lru_cache(maxsize=64)
@@ -171,8 +160,8 @@ def _parse(line: str) -> tuple[Operation, ...]:
             arguments = tuple(float(a) for a in match[2].split(",")) if match[2] else ()
         except ValueError:
             raise UserError(f"view policy {line!r}: {text.strip()!r}: arguments are numbers") from None
-        wanted = _OPERATIONS[match[1]][0]
-        if len(arguments) != wanted:
-            raise UserError(f"view policy {line!r}: {match[1]} takes {wanted} argument(s), found {len(arguments)}")
+        count = _OPERATIONS[match[1]]
+        if len(arguments) != count:
+            raise UserError(f"view policy {line!r}: {match[1]} takes {count} argument(s), found {len(arguments)}")
         operations.append((match[1], arguments))
     return tuple(operations)

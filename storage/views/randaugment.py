@@ -22,9 +22,7 @@ _ADDED_BELOW = 128  # SolarizeAdd brightens what is darker than this
 
 
 def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
-    return image.transform(
-        image.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BICUBIC, fillcolor=FILL
-    )
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=FILL)
 
 
 def _rotate(image: Image.Image, degrees: float) -> Image.Image:
