@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, Self
 
 import google_crc32c
@@ -25,9 +24,9 @@ from storage.objects.record_schema import LARGEST, MOST_SAMPLES, Schema, Several
 from storage.objects.zarr_store import ZarrStore
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
+    from storage.objects.json_record import Record
     from storage.objects.object_store import ObjectStore
+    from storage.store.codecs import ArraySpec
 
 SMALL, LARGE = 1 << 20, 16 << 20
 
@@ -57,35 +56,24 @@ def chunk_samples(sample_bytes: int, samples: int) -> int:
 class ArrayWriter:
     """One new array `[samples, …]` that is filled from its first sample to its last, whole chunks at a time."""
 
-    def __init__(
-        self,
-        objects: ObjectStore,
-        path: str,
-        samples: int,
-        sample_shape: tuple[int, ...],
-        *,
-        dtype: str,
-        axes: Sequence[str],
-        attributes: dict[str, Any],
-    ) -> None:
-        kind = np.dtype(dtype)
-        chunk = chunk_samples(kind.itemsize * math.prod(sample_shape), samples)
+    def __init__(self, objects: ObjectStore, path: str, samples: int, spec: ArraySpec, attributes: Record) -> None:
+        dtype = np.dtype(spec.dtype)
+        chunk = chunk_samples(dtype.itemsize * math.prod(spec.shape), samples)
         self._store = ZarrStore(objects, path)
         self._array = zarr.create_array(
             self._store,
-            shape=(samples, *sample_shape),
-            dtype=kind,
-            chunks=(chunk, *sample_shape),
+            shape=(samples, *spec.shape),
+            dtype=dtype,
+            chunks=(chunk, *spec.shape),
             filters=None,
             compressors=[Crc32cCodec()],
             fill_value=0,
-            dimension_names=["sample", *axes],
+            dimension_names=["sample", *spec.axes],
             attributes=attributes,
             config={"write_empty_chunks": True},
         )
-        self.path = path
-        self.chunk = chunk
-        self._buffer = np.zeros((chunk, *sample_shape), kind)
+        self.path, self.chunk = path, chunk
+        self._buffer = np.zeros((chunk, *spec.shape), dtype)
         self._filled = self._written = 0
 
     def append(self, values: np.ndarray) -> None:
@@ -211,20 +199,12 @@ def _words(field: str, text: str, count: int) -> bytes:
     return data
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class StoredArray:
-    """An array as its marker describes it; reading opens no `zarr.json`."""
+    """An array as its entry in a marker describes it; reading opens no `zarr.json`."""
 
-    objects: ObjectStore
-    path: str
-    metadata: ArrayMetadata
-    checksums: bytes  # four of each chunk
-
-    @classmethod
-    def of(cls, objects: ObjectStore, path: str, record: ArrayRecord) -> StoredArray:
-        """From an array's entry in a marker."""
-        checksums = base64.b64decode(record.checksums)
-        return cls(objects=objects, path=path, metadata=record.metadata, checksums=checksums)
+    def __init__(self, objects: ObjectStore, path: str, record: ArrayRecord) -> None:
+        self.objects, self.path, self.metadata = objects, path, record.metadata
+        self._checksums = base64.b64decode(record.checksums)  # four bytes of each chunk
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -258,7 +238,7 @@ class StoredArray:
         damaged = f"{self.objects.url}/{key}: damaged:"
         if len(data) != size:
             raise DamageError(f"{damaged} {len(data)} bytes, {size} were written")
-        values, stated, expected = data[:-4], data[-4:], self.checksums[4 * number : 4 * number + 4]
+        values, stated, expected = data[:-4], data[-4:], self._checksums[4 * number : 4 * number + 4]
         actual = int(google_crc32c.value(values)).to_bytes(4, "little")
         if not stated == actual == expected:
             checksum = f"its checksum is {actual.hex()} (it says {stated.hex()})"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from storage.errors import UserError
 from storage.objects import json_record
 from storage.store.arrays import ArrayRecord, ArrayWriter
+from storage.store.codecs import ArraySpec
 from storage.store.markers import FORMAT, Marker, Task
 from storage.views.view import COLUMNS
 
@@ -30,13 +31,12 @@ class Attempt:
 
     def array(self, name: str, sample_shape: tuple[int, ...], dtype: str, axes: Sequence[str]) -> ArrayWriter:
         """A new array `[samples, *sample_shape]` of this attempt."""
-        objects, path = self._store.objects, f"{self.task.folder}/{self.name}/{name}"
         about = {"id": self.task.id, "shard": self.task.shard, "view": self.task.view}
         if self.task.kind == "bank":
             about["columns"] = list(COLUMNS) if name == "parameters" else ["crc32c"]
-        writer = ArrayWriter(objects, path, self._samples, sample_shape, dtype=dtype, axes=axes, attributes=about)
-        self.arrays[name] = writer
-        return writer
+        path, spec = f"{self.task.folder}/{self.name}/{name}", ArraySpec(dtype, sample_shape, tuple(axes))
+        self.arrays[name] = ArrayWriter(self._store.objects, path, self._samples, spec, about)
+        return self.arrays[name]
 
     def commit(self, content: Record) -> Marker:
         """Make this attempt count, unless another one does already: the marker that counts."""

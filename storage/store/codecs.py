@@ -35,7 +35,7 @@ def check_codec(codec: str, values: Values | None = None) -> str:
     """
     match = re.fullmatch(r"topk([1-9]\d{0,4})?", codec)
     kind = "topk" if match else codec
-    if kind not in CODECS or (kind == "topk" and not match):
+    if kind not in CODECS:
         raise UserError(f"no codec is called {codec!r}", hint=did_you_mean(codec, CODECS))
     if values is not None and kind in _ONLY and _ONLY[kind][0] != values:
         raise UserError(f"codec {codec} {_ONLY[kind][1]}", hint="Use f32, f16 or u8.")

@@ -125,9 +125,8 @@ class Marker:
         self.task, self.name = task, f"{objects.url}/done/{task.name}"
         self.record = checked(_MARKERS[task.kind], content, self.name, RECOMPUTE)
         self.folder = f"{task.folder}/{self.record.attempt}"
-        self.arrays = {
-            name: StoredArray.of(objects, f"{self.folder}/{name}", array) for name, array in self.record.arrays.items()
-        }
+        records = self.record.arrays
+        self.arrays = {name: StoredArray(objects, f"{self.folder}/{name}", records[name]) for name in records}
 
     @property
     def bank(self) -> BankMarkerRecord:

@@ -12,7 +12,7 @@ from storage.views.randaugment import draw_operations
 from storage.views.view import CUTMIX, MIXUP, Mix, View
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import numpy as np
 
@@ -70,10 +70,7 @@ def _resized_crop(
     chance: np.random.Generator, width: int, height: int, scale: Sequence[float]
 ) -> tuple[float, float, float, float]:
     """Inception's crop: a part of the area in `scale`, an aspect ratio from 3/4 to 4/3, log-uniform."""
-    for _ in range(TRIES):
-        area = width * height * chance.uniform(scale[0], scale[1])
-        ratio = _log_uniform(chance, 3 / 4)
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+    for w, h in _sides(chance, width * height, scale, 3 / 4):
         if 0 < w <= width and 0 < h <= height:
             left, top = chance.integers(width - w, endpoint=True), chance.integers(height - h, endpoint=True)
             return (float(left), float(top), float(left + w), float(top + h))
@@ -84,20 +81,23 @@ def _resized_crop(
 
 def _erased_box(chance: np.random.Generator, side: int) -> tuple[int, int, int, int]:
     """Random erasing (Zhong et al. 2020) with timm's ranges: 2 % to a third of the area, aspect ratio 0.3 to 1/0.3."""
-    for _ in range(TRIES):
-        area = side * side * chance.uniform(0.02, 1 / 3)
-        ratio = _log_uniform(chance, 0.3)
-        h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+    for h, w in _sides(chance, side * side, (0.02, 1 / 3), 0.3):
         if 0 < w < side and 0 < h < side:
             top, left = int(chance.integers(side - h, endpoint=True)), int(chance.integers(side - w, endpoint=True))
             return (left, top, left + w, top + h)
     return (0, 0, 0, 0)
 
 
-def _log_uniform(chance: np.random.Generator, low: float) -> float:
-    """From `low` to 1/low. Decimal's exponential is rounded correctly on every machine, the C library's is not."""
-    exponent = Decimal(chance.uniform(-1.0, 1.0)) * Decimal(low).ln(_DECIMAL)
-    return float(exponent.exp(_DECIMAL))
+def _sides(chance: np.random.Generator, area: int, scale: Sequence[float], low: float) -> Iterator[tuple[int, int]]:
+    """Sides of boxes that are tried: a part of the area in `scale`, a ratio from `low` to 1/low, log-uniform.
+
+    Decimal's exponential is rounded correctly on every machine, the C library's is not.
+    """
+    for _ in range(TRIES):
+        part = area * chance.uniform(scale[0], scale[1])
+        exponent = Decimal(chance.uniform(-1.0, 1.0)) * Decimal(low).ln(_DECIMAL)
+        ratio = float(exponent.exp(_DECIMAL))
+        yield round(math.sqrt(part * ratio)), round(math.sqrt(part / ratio))
 
 
 def _mix(chance: np.random.Generator, side: int, alphas: Sequence[float], i: int, block: range) -> Mix | None:

@@ -19,6 +19,7 @@ from storage.errors import DamageError, UserError
 from storage.objects.object_store import LocalObjectStore
 from storage.store.arrays import ArrayWriter, StoredArray, chunk_samples
 from storage.store.card import card
+from storage.store.codecs import ArraySpec
 from storage.store.store import Store
 from tests.storage.helpers import decode, decoded
 
@@ -76,14 +77,13 @@ def test_an_array_is_what_was_appended(tmp_path, shape, dtype, pieces):
     count = 150 if shape != (2, 300, 300) else 15
     values = np.random.default_rng(0).integers(0, 200, (count, *shape)).astype(dtype)
     objects = LocalObjectStore(tmp_path)
-    writer = ArrayWriter(
-        objects, "a/b", count, shape, dtype=dtype, attributes={"id": "t"}, axes=[f"x{i}" for i in range(len(shape))]
-    )
+    spec = ArraySpec(dtype, shape, tuple(f"x{i}" for i in range(len(shape))))
+    writer = ArrayWriter(objects, "a/b", count, spec, {"id": "t"})
     start = 0
     for piece in pieces:
         writer.append(values[start : start + piece])
         start += piece
-    array = StoredArray.of(objects, "a/b", writer.finish())
+    array = StoredArray(objects, "a/b", writer.finish())
     assert (array.shape, array.dtype) == (values.shape, values.dtype)
     for low, high in [(0, count), (0, 1), (count - 1, count), (3, 11), (count // 2, count)]:
         assert array.read(low, high).tobytes() == values[low:high].tobytes()
@@ -92,10 +92,10 @@ def test_an_array_is_what_was_appended(tmp_path, shape, dtype, pieces):
 
 def test_the_last_chunk_is_padded_and_read_without_its_padding(tmp_path):
     objects = LocalObjectStore(tmp_path)
-    writer = ArrayWriter(objects, "a", 100, (40_000,), dtype="uint8", axes=["x"], attributes={})
+    writer = ArrayWriter(objects, "a", 100, ArraySpec("uint8", (40_000,), ("x",)), {})
     values = np.random.default_rng(0).integers(0, 256, (100, 40_000), np.uint8)
     writer.append(values)
-    array = StoredArray.of(objects, "a", writer.finish())
+    array = StoredArray(objects, "a", writer.finish())
     assert array.metadata.chunk_shape == (64, 40_000)
     assert array.size == 2 * (64 * 40_000 + 4)
     assert np.array_equal(array.chunk(1), values[64:])
@@ -104,7 +104,7 @@ def test_the_last_chunk_is_padded_and_read_without_its_padding(tmp_path):
 @pytest.mark.parametrize("given_samples", [0, 9, 11])
 def test_an_array_of_too_few_or_many_samples_is_not_finished(tmp_path, given_samples):
     def write() -> None:
-        writer = ArrayWriter(LocalObjectStore(tmp_path), "a", 10, (2,), dtype="uint8", axes=["x"], attributes={})
+        writer = ArrayWriter(LocalObjectStore(tmp_path), "a", 10, ArraySpec("uint8", (2,), ("x",)), {})
         writer.append(np.zeros((given_samples, 2), np.uint8))
         writer.finish()
 
@@ -114,7 +114,7 @@ def test_an_array_of_too_few_or_many_samples_is_not_finished(tmp_path, given_sam
 
 @pytest.mark.parametrize("fill", [0, 1])
 def test_an_array_of_zeros_has_all_of_its_chunks(tmp_path, fill):
-    writer = ArrayWriter(LocalObjectStore(tmp_path), "a", 200, (20_000,), dtype="uint8", axes=["x"], attributes={})
+    writer = ArrayWriter(LocalObjectStore(tmp_path), "a", 200, ArraySpec("uint8", (20_000,), ("x",)), {})
     writer.append(np.full((200, 20_000), fill, np.uint8))
     entry = writer.finish()
     assert sorted(p.relative_to(tmp_path / "a").as_posix() for p in (tmp_path / "a" / "c").rglob("*/0")) == [
@@ -123,7 +123,7 @@ def test_an_array_of_zeros_has_all_of_its_chunks(tmp_path, fill):
         "c/2/0",
         "c/3/0",
     ]
-    assert (StoredArray.of(LocalObjectStore(tmp_path), "a", entry).read(0, 200) == fill).all()
+    assert (StoredArray(LocalObjectStore(tmp_path), "a", entry).read(0, 200) == fill).all()
 
 
 def test_a_missing_chunk_is_damage_though_zarr_reads_zeros(small):
@@ -140,9 +140,9 @@ def test_a_missing_chunk_is_damage_though_zarr_reads_zeros(small):
 
 def test_chunks_in_exchange_for_each_other_are_damage(kept, tmp_path):
     objects = LocalObjectStore(tmp_path)
-    writer = ArrayWriter(objects, "a", 128, (20_000,), dtype="uint8", axes=["x"], attributes={})
+    writer = ArrayWriter(objects, "a", 128, ArraySpec("uint8", (20_000,), ("x",)), {})
     writer.append(np.random.default_rng(0).integers(0, 256, (128, 20_000), np.uint8))
-    array = StoredArray.of(objects, "a", writer.finish())
+    array = StoredArray(objects, "a", writer.finish())
     one, two = objects.get("a/c/0/0"), objects.get("a/c/1/0")
     objects.put("a/c/0/0", two)
     objects.put("a/c/1/0", one)
