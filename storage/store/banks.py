@@ -17,8 +17,6 @@ from storage.views.render import BadImage, render, renderer, signature
 from storage.views.view import COLUMNS, View
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from PIL import Image
 
     from storage.shards.tar import Sample
@@ -137,6 +135,6 @@ def bank_policy(store: Store, id: str) -> Policy:
     return policy_of(manifest)
 
 
-def view_rows(views: Sequence[View]) -> np.ndarray:
+def view_rows(views: list[View]) -> np.ndarray:
     """Rows of a bank, f64 `[n, columns]`."""
     return np.stack([view.row() for view in views])

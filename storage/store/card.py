@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from storage.store.store import Store
 
 _READING = """## How to read it
@@ -34,7 +32,7 @@ def card(store: Store) -> str:
     views = Counter((task.kind, task.id) for task in done)
     shards = {id: len({task.shard for task in done if task.id == id}) for id in (*banks, *targets)}
     lines = ["# A teacher store", "", "Targets of pretrained teachers over stored views of image shards.", ""]
-    rows: list[Sequence[object]] = []
+    rows: list[tuple[object, ...]] = []
     for name, teacher in teachers.items():
         identity, weights = teacher.identity, Path(teacher.weights).name
         network = " ".join([identity.model, *(f"{k}={v}" for k, v in identity.arguments.items())])
@@ -61,7 +59,7 @@ def card(store: Store) -> str:
     return "\n".join(lines)
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+def _table(title: str, columns: list[str], rows: list[tuple[object, ...]]) -> list[str]:
     """The lines of a section that holds a table, with an empty one at its end."""
     head, *body = (f"| {' | '.join(map(str, row))} |" for row in (columns, *rows))
     return [f"## {title}", "", head, "|---" * len(columns) + "|", *body, ""]

@@ -8,7 +8,9 @@ import itertools
 import re
 from dataclasses import astuple
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from storage.errors import DamageError, IdentityError, UserError, call, did_you_mean, setting
 from storage.objects import json_record
@@ -19,7 +21,7 @@ from storage.shards.shard import Shard, open_shard
 from storage.shards.tar import stem_of
 from storage.store import manifests
 from storage.store.arrays import read_written
-from storage.store.manifests import BankManifest, Identity, Manifest, TargetManifest, TeacherManifest
+from storage.store.manifests import BankManifest, Identity, M, TargetManifest, TeacherManifest
 from storage.store.markers import FORMAT, RECOMPUTE, Kind, Marker, Task
 
 if TYPE_CHECKING:
@@ -34,7 +36,6 @@ _ROOT = json_record.canonical(
     {"zarr_format": 3, "node_type": "group", "attributes": {"teacher_store": {"format": FORMAT}}}
 )
 _COPY = "This file is the same in all stores: copy it from another one."
-M = TypeVar("M", bound=Manifest)
 
 
 class Store:
@@ -90,23 +91,22 @@ class Store:
             DamageError: its root is damaged, or a newer version wrote it.
         """
         objects = open_object_store(where) if isinstance(where, str | Path) else where
+        url = objects.url
         try:
             root = objects.get("zarr.json")
         except FileNotFoundError:
             if "done" in objects.names(""):
-                message = f"{objects.url}/zarr.json: missing: the root of the store is gone"
-                raise DamageError(message, hint=_COPY) from None
-            hint = f"{call('precompute')} makes one."
-            raise UserError(f"{objects.url}: there is no store here", hint=hint) from None
+                raise DamageError(f"{url}/zarr.json: missing: the root of the store is gone", hint=_COPY) from None
+            raise UserError(f"{url}: there is no store here", hint=f"{call('precompute')} makes one.") from None
         except (NotADirectoryError, IsADirectoryError):
             hint = f"Give a folder: {setting('store', 'DIR')}"
-            raise UserError(f"{objects.url}: not a folder, so not a store", hint=hint) from None
+            raise UserError(f"{url}: not a folder, so not a store", hint=hint) from None
         if root != _ROOT:
             newer = re.search(rb'"teacher_store":\{"format":(\d+)\}', root)
             if newer and int(newer[1]) > FORMAT:
-                message = f"{objects.url}: store format {int(newer[1])}, this version reads {FORMAT}"
+                message = f"{url}: store format {int(newer[1])}, this version reads {FORMAT}"
                 raise UserError(message, hint="Install a newer version of this package.")
-            raise DamageError(f"{objects.url}/zarr.json: damaged: it is not the root of a store", hint=_COPY)
+            raise DamageError(f"{url}/zarr.json: damaged: it is not the root of a store", hint=_COPY)
         return cls(objects)
 
     # ------------------------------------------------------------------------------------ banks, teachers, targets
@@ -344,22 +344,34 @@ class Store:
     def array(self, target: str) -> dask.array.Array:
         """A target's decoded values over all shards and views as one lazy dask array `[samples × views, …]`, f32.
 
-        Shards are in the order of their ids, within a shard view after view.
+        Shards are in the order of their ids, within a shard view after view. Nothing is read before it is computed.
 
         Args:
             target: id of the target.
 
         Raises:
             UserError: no view of the target is complete.
-            DamageError: an object is missing or damaged, when the array is computed.
+            DamageError: an object is missing or damaged; of a chunk when the array is computed.
         """
-        from storage.store.dask_array import dask_array
+        import dask.array
+
+        def load(marker: Marker, start: int, stop: int) -> np.ndarray:
+            values: np.ndarray = codec.decode({name: array.read(start, stop) for name, array in marker.arrays.items()})
+            return values
 
         tasks = sorted(task for task in self.done() if task.kind == "target" and task.id == target)
         codec = self.target(target).codec
         if not tasks:
             raise UserError(f"{self.url}: target {target} has nothing complete yet")
-        return dask_array([self.marker(task) for task in tasks], codec)
+        pieces = []
+        for marker in [self.marker(task) for task in tasks]:
+            marker.require(marker.samples, codec)
+            step = marker.arrays["data"].metadata.chunk_shape[0]
+            for start in range(0, marker.samples, step):
+                stop = min(start + step, marker.samples)
+                piece = dask.delayed(load, pure=True)(marker, start, stop)  # type: ignore[attr-defined]
+                pieces.append(dask.array.from_delayed(piece, (stop - start, *codec.shape), np.float32))  # type: ignore[no-untyped-call]
+        return dask.array.concatenate(pieces)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _first_difference(known: ShardIndex, own: ShardIndex) -> tuple[str, object, object]:

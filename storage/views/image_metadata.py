@@ -47,10 +47,8 @@ def _png(data: bytes) -> bytes:
 
 def _turning_text(name: bytes, content: bytes) -> int | None:
     """How many bytes a chunk's text may take; None where it is no text that turns, or one that Pillow would refuse."""
-    if name not in (b"tEXt", b"zTXt", b"iTXt"):
-        return None
     key, _, text = content.partition(b"\0")
-    if key not in _TURNING:
+    if name not in (b"tEXt", b"zTXt", b"iTXt") or key not in _TURNING:
         return None
     if name == b"zTXt":
         return _inflated(text[1:]) if text[:1] in (b"", b"\0") else None

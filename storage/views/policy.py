@@ -66,13 +66,8 @@ class Policy:
     @property
     def identity(self) -> dict[str, object]:
         """What makes two banks the same bank."""
-        return {
-            "line": self.line,
-            "size": self.size,
-            "seed": self.seed if self.random else None,
-            "block": BLOCK,
-            "operations": OPERATIONS_VERSION,
-        }
+        drawn_from = {"line": self.line, "size": self.size, "seed": self.seed if self.random else None}
+        return {**drawn_from, "block": BLOCK, "operations": OPERATIONS_VERSION}
 
     @property
     def evaluation(self) -> Policy:
@@ -100,16 +95,12 @@ def policy(line: str, size: int, seed: int = 0) -> Policy:
     names = [name for name, _ in operations]
     framing = 2 if names[:2] == ["short", "center"] else 1
     if names[0] not in ("resize", "crop", "rrc") and framing == 1:
-        raise UserError(
-            f"view policy {line!r}: it must begin with what makes a square image: resize, short(f)|center, crop(p) or "
-            "rrc(lo,hi)"
-        )
+        square = "resize, short(f)|center, crop(p) or rrc(lo,hi)"
+        raise UserError(f"view policy {line!r}: it must begin with what makes a square image: {square}")
     after = [_AFTER.index(name) if name in _AFTER else -1 for name in names[framing:]]
     if -1 in after or after != sorted(set(after)):
-        raise UserError(
-            f"view policy {line!r}: after {'|'.join(names[:framing])} may follow {', '.join(_AFTER)}, each once and in "
-            "this order"
-        )
+        first, later = "|".join(names[:framing]), ", ".join(_AFTER)
+        raise UserError(f"view policy {line!r}: after {first} may follow {later}, each once and in this order")
     for name, arguments in operations:
         _check(line, name, arguments)
     normal = "|".join(

@@ -57,6 +57,9 @@ OPERATIONS: dict[int, tuple[str, Callable[[Image.Image, float], Image.Image]]] =
     15: ("translate_y", lambda image, part: _affine(image, (1, 0, 0, 0, 1, part * image.height))),
 }
 
+# Degrees or parts of the side at the highest level, in either direction.
+_SIGNED = {"rotate": 30.0, "shear_x": 0.3, "shear_y": 0.3, "translate_x": 0.45, "translate_y": 0.45}
+
 
 def draw_operations(chance: np.random.Generator, magnitude: float, deviation: float) -> tuple[tuple[int, float], ...]:
     """RandAugment's choice for one image: two operations, each done with probability ½, magnitude N(m, σ) in 0 to 10.
@@ -76,9 +79,9 @@ def draw_operations(chance: np.random.Generator, magnitude: float, deviation: fl
 
 def _argument(name: str, level: float, sign: float) -> float:
     """The argument of an operation at a level 0 to 1."""
+    if name in _SIGNED:
+        return sign * _SIGNED[name] * level
     match name:
-        case "rotate":
-            return sign * 30.0 * level
         case "posterize":
             return max(1, 4 - int(level * 4))  # Pillow refuses to keep no bit at all
         case "solarize":
@@ -87,9 +90,5 @@ def _argument(name: str, level: float, sign: float) -> float:
             return min(128, int(level * 110))
         case "color" | "contrast" | "brightness" | "sharpness":
             return max(0.1, 1.0 + sign * 0.9 * level)
-        case "shear_x" | "shear_y":
-            return sign * 0.3 * level
-        case "translate_x" | "translate_y":
-            return sign * 0.45 * level
         case _:
             return 0.0
