@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -51,9 +52,7 @@ class Attempt:
 
     def abandon(self) -> None:
         """Remove what was written, unless it counts: a commit may have left its marker and failed after that."""
-        try:
-            counts = self._store.marker(self.task).record.attempt == self.name
-        except UserError:
-            counts = False
-        if not counts:
-            self._store.objects.remove(f"{self.task.folder}/{self.name}")
+        with contextlib.suppress(UserError):
+            if self._store.marker(self.task).record.attempt == self.name:
+                return
+        self._store.objects.remove(f"{self.task.folder}/{self.name}")

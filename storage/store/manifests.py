@@ -191,8 +191,8 @@ class TargetManifest(Manifest):
             try:
                 codecs.check_codec(identity.codec)
             except UserError as error:
-                problem = f"found {identity.codec!r}: {error.message}"
-                raise ValueError(f"identity.codec: expected a codec, {problem}") from None
+                message = f"identity.codec: expected a codec, found {identity.codec!r}: {error.message}"
+                raise ValueError(message) from None
         return self
 
 

@@ -323,8 +323,8 @@ class Store:
         """Take away a marker that is worth nothing; not one that somebody has put in its place meanwhile."""
         self.objects.discard(f"done/{marker.task.name}", json_record.to_json(marker.record.plain()))
 
-    def views(self, kind: Kind, id: str, shards: Iterable[str], done: set[Task], wanted: int | None = None) -> int:
-        """How many views a bank or a target has over shards: the largest count found, or fewer where they are wanted.
+    def views(self, kind: Kind, id: str, shards: Iterable[str], done: set[Task], most: int | None = None) -> int:
+        """How many views a bank or a target has over shards: the largest count found, but at most `most`.
 
         Raises:
             DamageError: a marker below this count is missing.
@@ -332,7 +332,7 @@ class Store:
         ids = set(shards)
         complete = {(t.shard, t.view) for t in done if (t.kind, t.id) == (kind, id) and t.shard in ids}
         count = max((view for _, view in complete), default=-1) + 1
-        count = min(count, wanted) if wanted else count
+        count = min(count, most) if most else count
         if missing := sorted(set(itertools.product(ids, range(count))) - complete):
             name = f"{self.url}/done/{Task(kind, id, *missing[0]).name}"
             hint = f"Run {call('precompute')} over all shards, or use fewer views: {setting('stream.views', 'N')}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, get_args
@@ -27,7 +27,6 @@ from storage.views.mixing import mix_images
 from storage.views.render import decode
 
 if TYPE_CHECKING:
-    from storage.shards.tar import Sample
     from storage.store.codecs import Codec
     from storage.store.store import Store
 
@@ -226,43 +225,37 @@ class _Verification:
         tasks = sorted(task for task in self.markers if task.kind == "bank" and task.shard == shard.id)
         if not tasks:
             self.report.failures.append(f"{url}: no bank of this store has views of {shard.id}")
-        sizes = {id: bank_policy(self.store, id).size for id in {task.id for task in tasks}}
+        sizes = {task: bank_policy(self.store, task.id).size for task in tasks}
         for block in map(shard.index.block, sorted({i // BLOCK for i in chosen})):
-            indices = [i for i in chosen if i in block]
             with self.report.checking():
-                originals = dict(zip(block, shard.read(block), strict=True))
-                views = {task: read_views(self.markers[task], block.start, block.stop) for task in tasks}
-                rendered = self._rendered(url, originals, indices, views, sizes)
+                images = self._images(shard, block, [i for i in chosen if i in block], sizes)
                 if look:
-                    for task, pixels in rendered.items():
-                        look(shard, task, _mixed(pixels, indices, views[task]))
+                    for task, pixels in images.items():
+                        look(shard, task, pixels)
 
-    def _rendered(
-        self,
-        url: str,
-        samples: dict[int, Sample],
-        chosen: list[int],
-        views: dict[Task, BankView],
-        sizes: dict[str, int],
+    def _images(
+        self, shard: Shard, block: range, indices: list[int], sizes: dict[Task, int]
     ) -> dict[Task, dict[int, np.ndarray]]:
-        """Bank's task -> index -> rendered image, with the partners'. Each original is decoded once, and dropped."""
+        """Bank's task -> index of a sample -> its view image, mixed. Each original is decoded once, and dropped."""
+        originals = dict(zip(block, shard.read(block), strict=True))
+        views = {task: read_views(self.markers[task], block.start, block.stop) for task in sizes}
         needed: dict[Task, set[int]] = {}
         for task, bank_view in views.items():
-            valid = [i for i in chosen if bank_view.view(i).valid]
+            valid = [i for i in indices if bank_view.view(i).valid]
             needed[task] = {*valid, *(mix.partner for i in valid if (mix := bank_view.view(i).mix))}
         rendered: dict[Task, dict[int, np.ndarray]] = {task: {} for task in views}
         for i in sorted(set().union(*needed.values())):
             with self.report.checking():
-                image = decode(samples[i].image)
+                image = decode(originals[i].image)
                 for task, bank_view in views.items():
                     if i in needed[task]:
-                        where = f"{url}, bank {task.id}, view {task.view}"
-                        rendered[task][i] = bank_view.replay(i, samples[i], image, sizes[task.id], where)
+                        where = f"{shard.url}, bank {task.id}, view {task.view}"
+                        rendered[task][i] = bank_view.replay(i, originals[i], image, sizes[task], where)
                         self.report.views_rendered += 1
-        return rendered
+        return {task: _mixed(rendered[task], indices, bank_view) for task, bank_view in views.items()}
 
 
-def _mixed(rendered: Mapping[int, np.ndarray], indices: Sequence[int], bank_view: BankView) -> dict[int, np.ndarray]:
+def _mixed(rendered: dict[int, np.ndarray], indices: list[int], bank_view: BankView) -> dict[int, np.ndarray]:
     """Index of a sample -> its view image, mixed; without those whose own or partner's image could not be rendered."""
     mixes = {i: bank_view.view(i).mix for i in indices if i in rendered}
     return {

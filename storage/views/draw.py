@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from storage.rng import generator
 from storage.views.randaugment import draw_operations
-from storage.views.view import CUTMIX, MIXUP, Mix, View
+from storage.views.view import CUTMIX, MIXUP, Box, Mix, View
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -66,9 +66,7 @@ def settle(views: Sequence[View], block: range) -> list[View]:
 TRIES = 10  # boxes that are drawn before the middle is taken (crop), or nothing (erase)
 
 
-def _resized_crop(
-    chance: np.random.Generator, width: int, height: int, scale: Sequence[float]
-) -> tuple[float, float, float, float]:
+def _resized_crop(chance: np.random.Generator, width: int, height: int, scale: Sequence[float]) -> Box:
     """Inception's crop: a part of the area in `scale`, an aspect ratio from 3/4 to 4/3, log-uniform."""
     for w, h in _sides(chance, width * height, scale, 3 / 4):
         if 0 < w <= width and 0 < h <= height:
@@ -121,6 +119,6 @@ def _mix(chance: np.random.Generator, side: int, alphas: Sequence[float], i: int
     return Mix(kind=kind, partner=partner, amount=amount, box=box)
 
 
-def _middle(width: int, height: int, side: float) -> tuple[float, float, float, float]:
+def _middle(width: int, height: int, side: float) -> Box:
     left, top = (width - side) / 2, (height - side) / 2
     return (left, top, left + side, top + side)

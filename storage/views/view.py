@@ -19,6 +19,7 @@ COLUMNS = (
 
 
 MIXUP, CUTMIX = 1, 2
+Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +43,7 @@ class Mix:
 class View:
     """The parameters of one view image. Boxes are (left, top, right, bottom)."""
 
-    box: tuple[float, float, float, float]
+    box: Box
     _: KW_ONLY
     shift: tuple[int, int] = (0, 0)
     flip: bool = False
@@ -72,18 +73,18 @@ class View:
         """The view that a row of a bank says."""
         values: list[float] = row.tolist()
         left, top, right, bottom = values[1:5]
-        whole = [int(x) for x in values]
-        operations = tuple((whole[i], values[i + 1]) for i in range(8, 16, 2) if whole[i])
-        kind, partner, amount, *mixed = whole[21:28]
+        integers = [int(x) for x in values]
+        operations = tuple((integers[i], values[i + 1]) for i in range(8, 16, 2) if integers[i])
+        kind, partner, amount, *mixed = integers[21:28]
         box = (mixed[0], mixed[1], mixed[2], mixed[3])
         return cls(
             (left, top, right, bottom),
-            shift=(whole[5], whole[6]),
+            shift=(integers[5], integers[6]),
             flip=bool(values[7]),
             valid=bool(values[0]),
             operations=operations,
-            erased=(whole[16], whole[17], whole[18], whole[19]),
-            erase_seed=whole[20],
+            erased=(integers[16], integers[17], integers[18], integers[19]),
+            erase_seed=integers[20],
             mix=Mix(kind=kind, partner=partner, amount=amount, box=box) if kind else None,
         )
 

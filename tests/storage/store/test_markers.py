@@ -172,7 +172,7 @@ def test_how_many_views_a_target_has(small):
     assert store.views("target", "t", shards[:1], store.done()) == 3
     with pytest.raises(DamageError, match=re.escape(third.name.replace(shards[0], shards[1]))):
         store.views("target", "t", shards, store.done())
-    assert store.views("target", "t", shards, store.done(), wanted=2) == 2
+    assert store.views("target", "t", shards, store.done(), most=2) == 2
     assert store.views("target", "t", shards[1:], store.done()) == 2
     assert store.views("target", "nothing", shards, store.done()) == 0
 
