@@ -24,7 +24,6 @@ from storage.objects.record_schema import LARGEST, MOST_SAMPLES, Schema, Several
 from storage.objects.zarr_store import ZarrStore
 
 if TYPE_CHECKING:
-    from storage.objects.json_record import Record
     from storage.objects.object_store import ObjectStore
     from storage.store.codecs import ArraySpec
 
@@ -56,7 +55,9 @@ def chunk_samples(sample_bytes: int, samples: int) -> int:
 class ArrayWriter:
     """One new array `[samples, …]` that is filled from its first sample to its last, whole chunks at a time."""
 
-    def __init__(self, objects: ObjectStore, path: str, samples: int, spec: ArraySpec, attributes: Record) -> None:
+    def __init__(
+        self, objects: ObjectStore, path: str, samples: int, spec: ArraySpec, attributes: dict[str, Any]
+    ) -> None:
         dtype = np.dtype(spec.dtype)
         chunk = chunk_samples(dtype.itemsize * math.prod(spec.shape), samples)
         self._store = ZarrStore(objects, path)

@@ -17,7 +17,6 @@ from storage.views.view import COLUMNS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from storage.objects.json_record import Record
     from storage.store.store import Store
 
 
@@ -32,14 +31,14 @@ class Attempt:
 
     def array(self, name: str, sample_shape: tuple[int, ...], dtype: str, axes: Sequence[str]) -> ArrayWriter:
         """A new array `[samples, *sample_shape]` of this attempt."""
-        about = {"id": self.task.id, "shard": self.task.shard, "view": self.task.view}
+        attributes = {"id": self.task.id, "shard": self.task.shard, "view": self.task.view}
         if self.task.kind == "bank":
-            about["columns"] = list(COLUMNS) if name == "parameters" else ["crc32c"]
+            attributes["columns"] = list(COLUMNS) if name == "parameters" else ["crc32c"]
         path, spec = f"{self.task.folder}/{self.name}/{name}", ArraySpec(dtype, sample_shape, tuple(axes))
-        self.arrays[name] = ArrayWriter(self._store.objects, path, self._samples, spec, about)
+        self.arrays[name] = ArrayWriter(self._store.objects, path, self._samples, spec, attributes)
         return self.arrays[name]
 
-    def commit(self, content: Record) -> Marker:
+    def commit(self, content: json_record.Record) -> Marker:
         """Make this attempt count, unless another one does already: the marker that counts."""
         self.entries = {name: writer.finish() for name, writer in self.arrays.items()}
         arrays = {name: entry.plain() for name, entry in self.entries.items()}

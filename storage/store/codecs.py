@@ -173,8 +173,7 @@ class Codec:
 
     def error(self, values: np.ndarray) -> CodecError:
         """What keeping `values` f32 `[n, *shape]` costs."""
-        square = difference = divergence = cosine = 0.0
-        maps = rows = 0
+        totals = np.zeros(6)
         for start in range(0, len(values), _SLICE):
             part = values[start : start + _SLICE]
             try:
@@ -185,11 +184,10 @@ class Codec:
             after = self.decode(arrays).astype(np.float64).reshape(before.shape)
             norms = np.linalg.norm(before, axis=-1) * np.linalg.norm(after, axis=-1)
             cosines = (before * after).sum(-1)[norms > 0] / norms[norms > 0]
-            cosine, maps = cosine + float(cosines.sum()), maps + cosines.size
-            square, difference = square + float((before**2).sum()), difference + float(((before - after) ** 2).sum())
-            if self.values != "plain":
-                each = _kl(before, after, self.values)
-                divergence, rows = divergence + float(each.sum()), rows + each.size
+            kl = np.zeros(0) if self.values == "plain" else _kl(before, after, self.values)
+            squares, differences = (before**2).sum(), ((before - after) ** 2).sum()
+            totals += [cosines.sum(), cosines.size, squares, differences, kl.sum(), kl.size]
+        cosine, maps, square, difference, divergence, rows = totals.tolist()
         relative = math.sqrt(difference / max(square, 1e-300))
         error = CodecError(relative=relative, cosine=cosine / maps if maps else 1.0)
         return error if self.values == "plain" else error.model_copy(update={"kl": divergence / max(rows, 1)})

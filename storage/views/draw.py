@@ -33,26 +33,26 @@ def draw_view(
     chance = generator("view", policy.line, policy.seed, key, view)
     width, height = image_size
     side = policy.size
-    made: dict[str, Any] = {"box": (0.0, 0.0, float(width), float(height))}
+    parameters: dict[str, Any] = {"box": (0.0, 0.0, float(width), float(height))}
     for name, arguments in policy.operations:
         if name == "short":  # the short side becomes round(S/f); `center` then keeps the middle S×S of it
-            made["box"] = _middle(width, height, min(width, height) * side / round(side / arguments[0]))
+            parameters["box"] = _middle(width, height, min(width, height) * side / round(side / arguments[0]))
         elif name == "crop":
             border = round(arguments[0] * side)
-            made["box"] = _middle(width, height, min(width, height))
-            made["shift"] = tuple(chance.integers(-border, border, size=2, endpoint=True).tolist())
+            parameters["box"] = _middle(width, height, min(width, height))
+            parameters["shift"] = tuple(chance.integers(-border, border, size=2, endpoint=True).tolist())
         elif name == "rrc":
-            made["box"] = _resized_crop(chance, width, height, arguments)
+            parameters["box"] = _resized_crop(chance, width, height, arguments)
         elif name == "flip":
-            made["flip"] = bool(chance.integers(2))
+            parameters["flip"] = bool(chance.integers(2))
         elif name == "randaug":
-            made["operations"] = draw_operations(chance, *arguments)
+            parameters["operations"] = draw_operations(chance, *arguments)
         elif name == "erase" and chance.random() < arguments[0]:
-            made["erased"] = _erased_box(chance, side)
-            made["erase_seed"] = int(chance.integers(2**32))
+            parameters["erased"] = _erased_box(chance, side)
+            parameters["erase_seed"] = int(chance.integers(2**32))
         elif name == "mix":
-            made["mix"] = _mix(chance, side, arguments, i, block)
-    return View(**made)
+            parameters["mix"] = _mix(chance, side, arguments, i, block)
+    return View(**parameters)
 
 
 def settle(views: Sequence[View], block: range) -> list[View]:
