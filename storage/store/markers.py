@@ -7,16 +7,15 @@ marker, created only if absent, names them with the length and checksum of every
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
 from storage.errors import DamageError
-from storage.objects import json_record
-from storage.objects.json_record import Record
+from storage.objects import json_record, record_schema
 from storage.objects.object_store import ObjectStore
-from storage.objects.record_schema import MOST_SAMPLES, Id, Schema, Several, Sha256, SummaryRecord, checked
+from storage.objects.record_schema import MOST_SAMPLES, Id, Schema, Several, Sha256, SummaryRecord
 from storage.store.arrays import ArrayRecord, StoredArray
 from storage.store.codecs import Codec
 from storage.views.view import COLUMNS
@@ -117,13 +116,24 @@ RECOMPUTE = "Run the same precompute command again to recompute it."
 class Marker:
     """What one attempt wrote, and that it counts.
 
+    Args:
+        objects: where its arrays lie.
+        task: whose marker it is.
+        data: the marker's bytes.
+
     Raises:
-        DamageError: the content is not that of a marker.
+        DamageError: they are damaged, or another task's marker.
+        UserError: a newer version wrote it.
     """
 
-    def __init__(self, objects: ObjectStore, task: Task, content: Record) -> None:
+    def __init__(self, objects: ObjectStore, task: Task, data: bytes) -> None:
         self.task, self.name = task, f"{objects.url}/done/{task.name}"
-        self.record = checked(_MARKERS[task.kind], content, self.name, RECOMPUTE)
+        content = json_record.from_json(data, self.name)
+        stated = tuple(map(content.get, ("kind", "id", "shard", "view")))
+        if stated != astuple(task):
+            raise DamageError(f"{self.name}: damaged: it is the marker of {'.'.join(map(str, stated))}")
+        record_schema.require_format(content, self.name)
+        self.record = record_schema.checked(_MARKERS[task.kind], content, self.name, RECOMPUTE)
         self.folder = f"{task.folder}/{self.record.attempt}"
         records = self.record.arrays
         self.arrays = {name: StoredArray(objects, f"{self.folder}/{name}", records[name]) for name in records}

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import itertools
 import re
-from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,6 @@ import numpy as np
 from storage.errors import DamageError, IdentityError, UserError, call, did_you_mean, setting
 from storage.objects import json_record
 from storage.objects.object_store import ObjectStore, open_object_store
-from storage.objects.record_schema import require_format
 from storage.shards.index import ShardIndex, differences
 from storage.shards.shard import Shard, open_shard
 from storage.shards.tar import stem_of
@@ -288,18 +286,9 @@ class Store:
             DamageError: missing, damaged, or another task's.
         """
         loss = "this view was not precomputed, or its marker is gone"
-        return self._marker_in(read_written(self.objects, f"done/{task.name}", loss, RECOMPUTE), task)
+        return Marker(self.objects, task, read_written(self.objects, f"done/{task.name}", loss, RECOMPUTE))
 
-    def _marker_in(self, data: bytes, task: Task) -> Marker:
-        name = f"{self.url}/done/{task.name}"
-        content = json_record.from_json(data, name)
-        stated = tuple(map(content.get, ("kind", "id", "shard", "view")))
-        if stated != astuple(task):
-            raise DamageError(f"{name}: damaged: it is the marker of {'.'.join(map(str, stated))}")
-        require_format(content, name)
-        return Marker(self.objects, task, content)
-
-    def find(self, task: Task, samples: int | None = None, codec: Codec | None = None) -> Marker | None:
+    def find(self, task: Task, samples: int, codec: Codec | None = None) -> Marker | None:
         """The marker of a task if it is there and undamaged: a damaged one counts as absent and is removed.
 
         For writers only. Readers use `marker`, which says what is wrong, and `Marker.require`, which takes the same
@@ -311,9 +300,8 @@ class Store:
         except FileNotFoundError:
             return None
         try:
-            marker = self._marker_in(data, task)
-            if samples is not None:
-                marker.require(samples, codec)
+            marker = Marker(self.objects, task, data)
+            marker.require(samples, codec)
             return marker
         except DamageError:
             self.objects.discard(key, data)
