@@ -231,12 +231,9 @@ class Store:
     def recognize(self, url: str, known: Sequence[str]) -> Shard | None:
         """The file as one of the `known` shards: same stem, size, first and last block; None if it is none of them."""
         stem = stem_of(url)
-        for id in known:
-            if id.rpartition("-")[0] == stem:
-                index = self.index(id)
-                if not differences(url, index.summary):
-                    return Shard(url, index, functools.partial(self.index, id))
-        return None
+        alike = (self.index(id) for id in known if id.rpartition("-")[0] == stem)
+        index = next((index for index in alike if not differences(url, index.summary)), None)
+        return None if index is None else Shard(url, index, functools.partial(self.index, index.id))
 
     def require(self, url: str, known: Sequence[str]) -> Shard:
         """The file as one of the `known` shards, whatever its tar headers are; or a shard without samples.
@@ -276,8 +273,7 @@ class Store:
 
     def done(self) -> set[Task]:
         """All tasks that are complete, by one listing."""
-        tasks = (Task.named(name) for name in self.objects.names("done"))
-        return {task for task in tasks if task}
+        return {task for name in self.objects.names("done") if (task := Task.named(name))}
 
     def marker(self, task: Task) -> Marker:
         """The marker of a task.

@@ -60,8 +60,7 @@ class View:
         row[1:5] = self.box
         row[5:7] = self.shift
         row[7] = self.flip
-        for i, (number, argument) in enumerate(self.operations):
-            row[8 + 2 * i : 10 + 2 * i] = number, argument
+        row[8 : 8 + 2 * len(self.operations)] = np.ravel(self.operations)
         row[16:20], row[20] = self.erased, self.erase_seed
         row[22] = -1
         if self.mix:
@@ -75,8 +74,7 @@ class View:
         left, top, right, bottom = values[1:5]
         integers = [int(x) for x in values]
         operations = tuple((integers[i], values[i + 1]) for i in range(8, 16, 2) if integers[i])
-        kind, partner, amount, *mixed = integers[21:28]
-        box = (mixed[0], mixed[1], mixed[2], mixed[3])
+        kind, partner, amount, x, y, x2, y2 = integers[21:28]
         return cls(
             (left, top, right, bottom),
             shift=(integers[5], integers[6]),
@@ -85,7 +83,7 @@ class View:
             operations=operations,
             erased=(integers[16], integers[17], integers[18], integers[19]),
             erase_seed=integers[20],
-            mix=Mix(kind=kind, partner=partner, amount=amount, box=box) if kind else None,
+            mix=Mix(kind=kind, partner=partner, amount=amount, box=(x, y, x2, y2)) if kind else None,
         )
 
 
