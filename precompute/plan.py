@@ -7,19 +7,20 @@ Sizes are counted from shapes and codecs; hours come from running the real engin
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import shutil
 import time
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from precompute import record_targets
-from precompute.bank_choice import candidates, choose_views, settle
+from precompute.bank_choice import candidates, settle
+from precompute.record_targets import known_teacher
 from precompute.results import Amount, CheaperCodec, MissingAmount, Plan, PlannedTarget, SharedAmount, TrainingReads
 from precompute.run import plan_precompute, staffed
 from precompute.throughput import PlannedShard, measure
@@ -30,20 +31,18 @@ from storage.shards.classes import classes_of
 from storage.shards.shard import open_shard
 from storage.shards.tar import size_of, without_samples
 from storage.store.arrays import chunk_samples
-from storage.store.codecs import ArraySpec, CodecError, codecs_for
+from storage.store.codecs import ArraySpec, codecs_for
 from storage.store.markers import Task
 from storage.store.store import Store
 from storage.views.view import COLUMNS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-    from distributed import Client
-
-    from precompute.engine.tasks import TargetOutput
     from precompute.request import PrecomputeRequest
+    from precompute.run import PrecomputePlan
     from storage.progress import Progress
-    from storage.views.policy import Policy
+    from storage.store.manifests import TargetManifest
 
 
 LOOKED_AT = 8  # shards that are read whole; the others' samples are estimated from their sizes
@@ -53,12 +52,12 @@ _BANK = {"parameters": ArraySpec("float64", (len(COLUMNS),), ()), "signatures": 
 _IN_MARKER = 8 * 4 / 3  # bytes that each chunk takes in its marker: length and checksum in base64
 
 
-def plan(where: str, wanted: PrecomputeRequest, progress: Progress, seconds: float = 60, rate: float = 1000) -> Plan:
+def plan(where: str, request: PrecomputeRequest, progress: Progress, seconds: float = 60, rate: float = 1000) -> Plan:
     """What a run would take.
 
     Args:
         where: of the store, which need not be there yet.
-        wanted: as for `precompute`.
+        request: as for `precompute`.
         progress: gets human-readable progress.
         seconds: to measure for at most, and never for more than about a tenth of the run; 0 leaves the hours out.
         rate: images a second that a training is to read.
@@ -66,45 +65,43 @@ def plan(where: str, wanted: PrecomputeRequest, progress: Progress, seconds: flo
     Raises:
         UserError: as a run's preparation does, and where a measured shard fails.
     """
-    with staffed(wanted, progress) as (settled, client):
-        return _plan(where, settled, client, progress=progress, seconds=seconds, rate=rate)
-
-
-def _plan(
-    where: str, wanted: PrecomputeRequest, client: Client | None, *, progress: Progress, seconds: float, rate: float
-) -> Plan:
-    store = _existing(where)
-    if store:
-        record_targets.known_teacher(store, wanted.teacher)
-    shards = counted(store, wanted.shards, progress, wanted.on_decode_error == "skip")
-    policy, views = _policy(store, wanted)
-    began = time.monotonic()
-    with _scratch(where) as scratch:
-        settled = replace(
-            wanted, policy=policy, policy_fields=frozenset({"line", "size", "seed"}), num_views=views, new_bank=True
-        )
-        job = plan_precompute(scratch, settled, progress)
-        outputs = [output for by_graph in job.by_graph.values() for output in by_graph]
-        known = store is not None and all(store.objects.names(f"targets/{output.target}") for output in outputs)
-        exporting = 0.0 if known else time.monotonic() - began  # nothing has to be exported where all are known
-        missing = _missing(store, shards, policy.bank, outputs, views)
-        todo = sum(shard.samples for shard in shards for view in range(views) if missing[shard.url, view] - {"bank"})
-        measured = measure(job, shards, client, todo=todo, seconds=seconds, progress=progress) if seconds else None
-        errors = {output.target: scratch.target(output.target).codec_errors for output in outputs}
-        overhead, records = _overhead(scratch), _records(scratch)
-    totals, shared = _sizes(shards, outputs, views, missing, overhead)
-    for key, length in records.items():
-        for into in (totals, shared) if key.startswith(("banks/", "zarr.json", "README.md")) else (totals,):
-            into.add(length, 1, store is None or not _holds(store, key))
-    images = sum(shard.samples for shard in shards)
-    sample = sum(output.codec.sample_bytes for output in outputs)
-    tar_bytes = sum(size_of(shard.url) for shard in shards) / max(images, 1)
+    with staffed(request, progress) as (request, client):
+        store = _existing(where)
+        if store:
+            known_teacher(store, request.teacher)
+        shards = counted(store, request.shards, progress, request.on_decode_error == "skip")
+        images = sum(shard.samples for shard in shards)
+        with _scratch(where) as scratch:
+            policy, views, _ = settle(store or scratch, request, candidates(store or scratch, request.shards))
+            began = time.monotonic()
+            run = plan_precompute(scratch, replace(request, policy=policy, num_views=views), progress)
+            known = store is not None and all(store.objects.names(f"targets/{o.target}") for o in run.outputs)
+            exporting = 0.0 if known else time.monotonic() - began  # nothing has to be exported where all are known
+            done = store.done() if store else set()
+            todo = sum(
+                shard.samples
+                for shard in shards
+                for view in range(views)
+                if any(task.kind == "target" and task not in done for task in _tasks(run, shard, view))
+            )
+            measured = measure(run, shards, client, todo=todo, seconds=seconds, progress=progress) if seconds else None
+            targets = [_target(scratch.target(output.target), images * views) for output in run.outputs]
+            overhead, records = _overhead(scratch), _records(scratch)
+    parts = [*_parts(run, shards, done, overhead)]
+    for key, size in records.items():
+        shared = key.startswith(("banks/", "zarr.json", "README.md"))
+        parts.append(_Part(size, 1, new=store is None or not _holds(store, key), shared=shared))
+    common = [part for part in parts if part.shared]
+    missing = MissingAmount(**_sum(part for part in parts if part.new), view_images=todo)
     hours = None
     if measured:
         indexing = measured.index_seconds_per_image * sum(shard.samples for shard in shards if not shard.id)
         work = todo / measured.view_images_per_second + indexing / measured.workers
         hours = round((exporting + work) / 3600, 5) if todo else 0.0
+    sample = sum(target.bytes_per_view_image for target in targets)
+    tar_bytes = sum(size_of(shard.url) for shard in shards) / max(images, 1)
     return Plan(
+        **_sum(parts),
         store=where,
         bank=policy.bank,
         policy=policy,
@@ -112,16 +109,10 @@ def _plan(
         samples=images,
         estimated=sum(shard.estimated for shard in shards),
         views=views,
-        bytes=round(totals.bytes),
-        objects=totals.objects,
-        graph_bytes=sum(length for key, length in records.items() if key.endswith(".onnx")),
-        missing=MissingAmount(bytes=round(totals.new_bytes), objects=totals.new_objects, view_images=todo),
-        shared=SharedAmount(
-            bytes=round(shared.bytes),
-            objects=shared.objects,
-            missing=Amount(bytes=round(shared.new_bytes), objects=shared.new_objects),
-        ),
-        targets=[_target(output, errors[output.target], images * views) for output in outputs],
+        graph_bytes=sum(size for key, size in records.items() if key.endswith(".onnx")),
+        missing=missing,
+        shared=SharedAmount(**_sum(common), missing=Amount(**_sum(part for part in common if part.new))),
+        targets=targets,
         training=TrainingReads(
             images_per_second=rate,
             targets_mb_per_second=round(rate * sample / 1e6, 3),
@@ -129,7 +120,7 @@ def _plan(
         ),
         measured=measured,
         hours=hours,
-        warnings=_warnings(where, shards, totals.new_bytes),
+        warnings=_warnings(where, shards, missing.bytes),
     )
 
 
@@ -164,13 +155,11 @@ def _scratch(where: str) -> Iterator[Store]:
 
 def counted(store: Store | None, urls: Sequence[str], progress: Progress, skip: bool = False) -> list[PlannedShard]:
     """The shards with samples: known ones and some others counted, the rest estimated; `skip` as `open_shard`."""
-    known = candidates(store, urls) if store else {}
     shards: dict[str, PlannedShard] = {}
-    for url in urls:
-        shard = store.recognize(url, known[url]) if store else None
-        if shard is not None:
-            read = shard if len(shards) < LOOKED_AT else None
-            shards[url] = PlannedShard(url=url, samples=len(shard), id=shard.id, opened=read)
+    for url, ids in candidates(store, urls).items() if store else ():
+        if store and (shard := store.recognize(url, ids)) is not None:
+            opened = shard if len(shards) < LOOKED_AT else None
+            shards[url] = PlannedShard(url=url, samples=len(shard), id=shard.id, opened=opened)
     others = [url for url in urls if url not in shards]
     some = others[:: max(1, -(-len(others) // LOOKED_AT))]
     progress.start(f"reading {len(some)} of {len(urls)} shards", len(some))
@@ -181,50 +170,52 @@ def counted(store: Store | None, urls: Sequence[str], progress: Progress, skip: 
     filled = [shard for shard in shards.values() if shard.samples]
     if not filled:
         raise without_samples(list(shards))
-    each = sum(size_of(s.url) for s in filled) / sum(s.samples for s in filled)
-    for url in (url for url in others if url not in shards):
-        shards[url] = PlannedShard(url=url, samples=max(1, round(size_of(url) / each)), estimated=True)
+    each = sum(size_of(shard.url) for shard in filled) / sum(shard.samples for shard in filled)
+    for url in urls:
+        if url not in shards:
+            shards[url] = PlannedShard(url=url, samples=max(1, round(size_of(url) / each)), estimated=True)
     return [shards[url] for url in urls if shards[url].samples]
-
-
-def _policy(store: Store | None, wanted: PrecomputeRequest) -> tuple[Policy, int]:
-    """The policy and the number of views that a run would take."""
-    if store is None:
-        return wanted.policy, choose_views(None, wanted.policy, wanted.num_views)
-    policy, views, _ = settle(store, wanted, candidates(store, wanted.shards))
-    return policy, views
-
-
-def _missing(
-    store: Store | None, shards: Sequence[PlannedShard], bank: str, outputs: Sequence[TargetOutput], views: int
-) -> dict[tuple[str, int], set[str]]:
-    """(shard, view) -> ids of targets, and `bank` for the views themselves, that are not there yet."""
-    done = store.done() if store else set()
-    missing: dict[tuple[str, int], set[str]] = {}
-    for shard in shards:
-        for view in range(views):
-            tasks = {"bank": Task("bank", bank, str(shard.id), view)}
-            tasks |= {o.target: Task("target", o.target, str(shard.id), view) for o in outputs}
-            missing[shard.url, view] = {name for name, task in tasks.items() if task not in done}
-    return missing
 
 
 # ------------------------------------------------------------------------------------------------ sizes
 
 
-@dataclass(slots=True, kw_only=True)
-class _Totals:
-    """Bytes and objects of everything, and of what is missing."""
+class _Part(NamedTuple):
+    """Bytes in so many objects; whether they are still to be made, and whether all teachers over a bank share them."""
 
-    bytes: float = 0
-    objects: int = 0
-    new_bytes: float = 0
-    new_objects: int = 0
+    bytes: float
+    objects: int
+    new: bool
+    shared: bool
 
-    def add(self, size: float, objects: int, new: bool) -> None:
-        self.bytes, self.objects = self.bytes + size, self.objects + objects
-        if new:
-            self.new_bytes, self.new_objects = self.new_bytes + size, self.new_objects + objects
+
+def _sum(parts: Iterable[_Part]) -> dict[str, int]:
+    """The fields of an `Amount`."""
+    parts = list(parts)
+    return {"bytes": round(sum(part.bytes for part in parts)), "objects": sum(part.objects for part in parts)}
+
+
+def _tasks(run: PrecomputePlan, shard: PlannedShard, view: int) -> dict[Task, dict[str, ArraySpec]]:
+    """Task -> its arrays, of the bank and of each target over one view of a shard."""
+    targets = {Task("target", o.target, str(shard.id), view): o.codec.layout() for o in run.outputs}
+    return {Task("bank", run.policy.bank, str(shard.id), view): _BANK, **targets}
+
+
+def _parts(
+    run: PrecomputePlan, shards: Sequence[PlannedShard], done: Collection[Task], overhead: Mapping[str, float]
+) -> Iterator[_Part]:
+    """Indexes, and for each task its marker and arrays; the last chunk of an array is padded."""
+    for shard in shards:
+        index = len(shard.opened.index.dump()) if shard.opened is not None else 90 * shard.samples
+        yield _Part(index, 1, new=shard.id is None, shared=True)
+        for task, arrays in itertools.chain(*(_tasks(run, shard, view).items() for view in range(run.views))):
+            size, objects = overhead.get(task.id, 4096.0), 1 + len(arrays)
+            for array in arrays.values():
+                each = np.dtype(array.dtype).itemsize * math.prod(array.shape)
+                chunk = chunk_samples(each, shard.samples)
+                chunks = -(-shard.samples // chunk)
+                size, objects = size + chunks * (chunk * each + 4 + _IN_MARKER), objects + chunks
+            yield _Part(size, objects, new=task not in done, shared=task.kind == "bank")
 
 
 def _records(scratch: Store) -> dict[str, int]:
@@ -238,62 +229,26 @@ def _holds(store: Store, key: str) -> bool:
     return name in store.objects.names(folder)
 
 
-def _arrays(parts: dict[str, ArraySpec], samples: int) -> tuple[int, int]:
-    """Bytes and number of the chunks of some arrays over a shard; the last chunk is padded."""
-    size = count = 0
-    for part in parts.values():
-        each = np.dtype(part.dtype).itemsize * math.prod(part.shape)
-        chunk = chunk_samples(each, samples)
-        chunks = -(-samples // chunk)
-        size, count = size + chunks * (chunk * each + 4), count + chunks
-    return size, count
-
-
-def _overhead(scratch: Store) -> dict[str, tuple[float, float]]:
-    """Kind or target -> bytes of a marker without its chunks, and of the `zarr.json` of all arrays, as measured."""
-    overhead: dict[str, tuple[float, float]] = {}
+def _overhead(scratch: Store) -> dict[str, float]:
+    """Bank or target -> bytes of a marker without its chunks and of the `zarr.json` of all arrays, as measured."""
+    overhead: dict[str, float] = {}
     for task in sorted(scratch.done()):
-        marker = scratch.marker(task)
-        chunks = sum(array.metadata.chunks for array in marker.arrays.values())
-        size = scratch.objects.size(f"done/{task.name}") - chunks * _IN_MARKER
-        metadata = sum(scratch.objects.size(f"{array.path}/zarr.json") for array in marker.arrays.values())
-        overhead["bank" if task.kind == "bank" else task.id] = (size, metadata)
+        arrays = scratch.marker(task).arrays.values()
+        keys = [f"done/{task.name}", *(f"{array.path}/zarr.json" for array in arrays)]
+        chunks = sum(array.metadata.chunks for array in arrays)
+        overhead[task.id] = sum(map(scratch.objects.size, keys)) - chunks * _IN_MARKER
     return overhead
 
 
-def _sizes(
-    shards: Sequence[PlannedShard],
-    outputs: Sequence[TargetOutput],
-    views: int,
-    missing: dict[tuple[str, int], set[str]],
-    overhead: dict[str, tuple[float, float]],
-) -> tuple[_Totals, _Totals]:
-    """Bytes and objects of indexes, arrays and markers, and of those that other teachers over this bank share."""
-    mean = sum(o[0] + o[1] for o in overhead.values()) / len(overhead) if overhead else 4096.0
-    totals, shared = _Totals(), _Totals()
-    for shard in shards:
-        index = len(shard.opened.index.dump()) if shard.opened is not None else 90 * shard.samples
-        for into in (totals, shared):
-            into.add(index, 1, shard.id is None)
-        for view in range(views):
-            for name, parts in (("bank", _BANK), *((o.target, o.codec.layout()) for o in outputs)):
-                size, chunks = _arrays(parts, shard.samples)
-                own = sum(overhead[name]) if name in overhead else mean
-                for into in (totals, shared) if name == "bank" else (totals,):
-                    into.add(
-                        size + own + chunks * _IN_MARKER, chunks + len(parts) + 1, name in missing[shard.url, view]
-                    )
-    return totals, shared
-
-
-def _target(output: TargetOutput, errors: Mapping[str, CodecError | None], images: int) -> PlannedTarget:
-    codec, cheaper = output.codec, []
-    for name in codecs_for(codec.values) if errors else []:
-        size = replace(codec, name=name).sample_bytes
-        if size < codec.sample_bytes and (error := errors.get(name)):
-            cheaper.append(CheaperCodec(codec=name, bytes=size * images, **error.plain()))
+def _target(manifest: TargetManifest, images: int) -> PlannedTarget:
+    codec, errors = manifest.codec, manifest.codec_errors
+    cheaper = [
+        CheaperCodec(codec=name, bytes=size * images, **error.plain())
+        for name in codecs_for(codec.values)
+        if (error := errors.get(name)) and (size := replace(codec, name=name).sample_bytes) < codec.sample_bytes
+    ]
     return PlannedTarget(
-        target=output.target,
+        target=manifest.id,
         sample_shape=codec.shape,
         codec=codec.name,
         bytes_per_view_image=codec.sample_bytes,
@@ -309,16 +264,10 @@ def _target(output: TargetOutput, errors: Mapping[str, CodecError | None], image
 def _warnings(where: str, shards: Sequence[PlannedShard], new_bytes: float) -> list[str]:
     warnings = []
     indexes = [shard.opened.index for shard in shards if shard.opened is not None]
-    mixes = [
-        len({index.labels[i] for i in index.block(number)})
-        for index in indexes
-        if index.summary.labelled
-        for number in range(index.blocks)
-    ]
+    blocks = [(index, index.block(n)) for index in indexes if index.summary.labelled for n in range(index.blocks)]
+    mixes = [len({index.labels[i] for i in block}) for index, block in blocks]
     if mixes:
-        names = classes_of(shard.url for shard in shards)
-        seen = {label for index in indexes for label in index.labels}
-        count = len(names) if names else len(seen)
+        count = len(classes_of(shard.url for shard in shards) or {label for index in indexes for label in index.labels})
         if median(mixes) < min(8, count / 2):
             command = call("pack", "SHARDS", "shuffled-{000000..000009}.tar")
             warnings.append(

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from precompute.engine.tasks import TargetOutput
 from precompute.teachers import onnx_file
-from precompute.teachers.teacher import Teacher, anatomy
+from precompute.teachers.teacher import anatomy, load_teacher
 from storage.errors import DamageError, UserError, call, setting
 from storage.objects.state_dict import ONNX_FILE
-from storage.store import codecs
-from storage.store.codecs import Codec, CodecError
+from storage.store.banks import bank_manifest
+from storage.store.codecs import Codec, CodecError, codecs_for
 from storage.store.manifests import Anatomy, TargetIdentity, TargetManifest, TeacherManifest
 from storage.store.markers import FORMAT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable
 
     import numpy as np
     from torch import nn
 
+    from precompute.request import PrecomputeRequest
     from precompute.taps import TapInfo
     from precompute.taps.target_spec import TargetSpec
+    from precompute.teachers.teacher import Teacher
     from storage.store.store import Store
     from storage.views.policy import Policy
 
@@ -35,18 +38,6 @@ def known_teacher(store: Store, teacher: Teacher) -> TeacherManifest | None:
     if "manifest.json" in store.objects.names(f"teachers/{teacher.name}"):
         return store.require_same(TeacherManifest, teacher.name, teacher.identity)
     return None
-
-
-def record_teacher(store: Store, teacher: Teacher, network: Callable[[], nn.Module]) -> TeacherManifest:
-    """The teacher's manifest; its network, as `load_teacher` gives it, is looked at the first time.
-
-    Raises:
-        IdentityError: the store knows another teacher under this name.
-    """
-    if known := known_teacher(store, teacher):
-        return known
-    parts = onnx_file.anatomy(str(teacher.weights)) if teacher.ready else anatomy(network())
-    return store.add(teacher.manifest(parts))
 
 
 def defaults(manifest: TeacherManifest) -> list[TargetSpec]:
@@ -63,45 +54,53 @@ def defaults(manifest: TeacherManifest) -> list[TargetSpec]:
 
 def record_targets(
     store: Store,
-    teacher: Teacher,
-    manifest: TeacherManifest,
-    specs: Sequence[TargetSpec],
+    request: PrecomputeRequest,
     policy: Policy,
-    *,
-    network: Callable[[], nn.Module],
     images: Callable[[], np.ndarray],
-    provider: str,
     say: Callable[[str], None],
 ) -> dict[str, tuple[TargetOutput, ...]]:
-    """Graph digest -> outputs, for all targets; they are exported in one graph unless the store knows all of them.
+    """Record teacher, bank and targets: graph digest -> outputs.
+
+    All targets are exported in one graph unless the store knows all of them.
 
     Args:
         store: where they are recorded.
-        teacher: of the targets.
-        manifest: of the teacher.
-        specs: what is asked for.
+        request: teacher, targets, and where a new graph is checked.
         policy: of the bank.
-        network: gives the teacher's network, as `load_teacher` does.
         images: gives uint8 view images `[n, S, S, 3]` for the checks of a new graph.
-        provider: where a new graph is checked.
         say: called with progress lines.
+
+    Raises:
+        IdentityError: the store knows another teacher under this name.
+        UserError: a target that the teacher cannot give, or a graph that differs from the teacher.
     """
-    identities = [target_identity(teacher, manifest, spec, policy) for spec in specs]
-    wanted = {target_id(teacher, identity): identity for identity in identities}
-    known = _known(store, wanted)
-    if len(known) < len(wanted):
+    teacher = request.teacher
+    network = functools.cache(functools.partial(load_teacher, teacher))
+    manifest = known_teacher(store, teacher)
+    if manifest is None:
+        parts = onnx_file.anatomy(str(teacher.weights)) if teacher.ready else anatomy(network())
+        manifest = store.add(teacher.manifest(parts))
+    store.add(bank_manifest(policy))
+    specs = request.targets or defaults(manifest)
+    identities = [target_identity(teacher, manifest, spec, policy, request.grid) for spec in specs]
+    targets = {target_id(teacher, identity): identity for identity in identities}
+    known = _known(store, targets)
+    if len(known) < len(targets):
         # Those that are there are exported again only while nothing was made of them: a run that was killed between
         # two manifests makes the same graph again, and what is complete is not computed twice.
         begun = {task.id for task in store.done()}
-        for id in sorted(begun & (wanted.keys() - known.keys())):
+        for id in sorted(begun & (targets.keys() - known.keys())):
             raise DamageError(f"{store.url}/targets/{id}/manifest.json: missing, and there are markers of this target")
-        missing = {id: identity for id, identity in wanted.items() if id not in begun}
-        _export(store, teacher, missing, policy, network=network, images=images, provider=provider, say=say)
-        known = _known(store, wanted)
+        missing = {id: identity for id, identity in targets.items() if id not in begun}
+        _export(store, request, missing, policy, network=network, images=images, say=say)
+        known = _known(store, targets)
     by_graph: dict[str, tuple[TargetOutput, ...]] = {}
-    for id in wanted:
+    for id in targets:
         graph, _ = known[id].graph_output
         by_graph[graph] = (*by_graph.get(graph, ()), TargetOutput.of(known[id]))
+    if request.store_views:
+        first = next(iter(by_graph))
+        by_graph[first] = (*by_graph[first], _record_pixels(store, policy))
     return by_graph
 
 
@@ -110,8 +109,17 @@ def _known(store: Store, ids: Iterable[str]) -> dict[str, TargetManifest]:
     return {id: store.target(id) for id in ids if "manifest.json" in store.objects.names(f"targets/{id}")}
 
 
-def target_identity(teacher: Teacher, manifest: TeacherManifest, spec: TargetSpec, policy: Policy) -> TargetIdentity:
+def target_identity(
+    teacher: Teacher, manifest: TeacherManifest, spec: TargetSpec, policy: Policy, grid: int | None = None
+) -> TargetIdentity:
     """What a target is hashed by; of a ready graph, whose teacher says which network it is, its tensors too.
+
+    Args:
+        teacher: of the target.
+        manifest: of the teacher.
+        spec: what is asked for.
+        policy: of the bank.
+        grid: side of activations where the spec says none; None for view size / 16.
 
     Raises:
         UserError: a tap or layers that the teacher does not have.
@@ -125,15 +133,13 @@ def target_identity(teacher: Teacher, manifest: TeacherManifest, spec: TargetSpe
     elif not spec.tensors:
         raise UserError(f"teacher {manifest.id}: no tensor of its graph is named for {spec.tap}")
     elif spec.at != "norm":
-        raise UserError(
-            f"teacher {manifest.id}: at={spec.at}: the tensors of a ready graph are chosen by "
-            f"{setting('tap_tensor', 'TAP=TENSOR')}"
-        )
-    layers, grid = None, spec.grid
+        chosen = f"the tensors of a ready graph are chosen by {setting('tap_tensor', 'TAP=TENSOR')}"
+        raise UserError(f"teacher {manifest.id}: at={spec.at}: {chosen}")
+    layers = None
     if info.layered and (spec.tap != "tokens" or spec.layers or spec.tensors):  # else after the final norm
         layers = layer_numbers(spec.layers, len(spec.tensors) or manifest.layers, manifest.id)
-    if info.gridded and grid is None:
-        grid = max(1, policy.size // 16)
+    default = max(1, policy.size // 16) if grid is None else grid
+    grid = default if info.gridded and spec.grid is None else spec.grid
     codec = spec.codec or info.codec
     identity = TargetIdentity(teacher=teacher.id, bank=policy.bank, tap=spec.tap, layers=layers, grid=grid, codec=codec)
     # What is left out means what older stores had: their ids stay.
@@ -170,38 +176,39 @@ def target_id(teacher: Teacher, identity: TargetIdentity) -> str:
 
 def _export(
     store: Store,
-    teacher: Teacher,
-    wanted: dict[str, TargetIdentity],
+    request: PrecomputeRequest,
+    targets: dict[str, TargetIdentity],
     policy: Policy,
     *,
     network: Callable[[], nn.Module],
     images: Callable[[], np.ndarray],
-    provider: str,
     say: Callable[[str], None],
 ) -> None:
-    from precompute.taps import TAPS, Tap
+    from precompute.taps import Tap
 
-    taps = {id: Tap.of(identity) for id, identity in wanted.items()}
+    teacher = request.teacher
+    elsewhere = request.workers is not None or request.dask is not None  # this machine may have no accelerator
+    provider = "auto" if elsewhere else request.provider
+    taps = {id: Tap.of(identity) for id, identity in targets.items()}
     distinct = list(dict.fromkeys(taps.values()))
     say(f"exporting {teacher.name} ({teacher.model}) with {', '.join(tap.name for tap in distinct)}")
     if teacher.ready:
         from precompute.export.onnx_file import export_ready
 
-        exported = export_ready(teacher, distinct, policy.size, images(), provider)
+        other, exported = "the file run by itself", export_ready(teacher, distinct, policy.size, images(), provider)
     else:
         from precompute.export.pytorch import export
 
+        other = "PyTorch"
         exported = export(teacher, distinct, policy.size, images(), provider, network=network())
-    other = "the file run by itself" if teacher.ready else "PyTorch"
     graph = store.add_graph(teacher.name, exported.graph)
     for tap, parity in zip(distinct, exported.parity, strict=True):
         say(f"  graph against {other}, {tap.name}: largest difference {parity:.1e} of the largest value")
     if exported.attention_error is not None:
         say(f"  attention from the tapped q and k against the network's: {exported.attention_error:.1e}")
-    for id, identity in wanted.items():
-        position = distinct.index(taps[id])
-        tapped = TAPS[identity.tap]
-        names = dict.fromkeys([identity.codec, *codecs.codecs_for(tapped.values)])
+    for id, identity in targets.items():
+        position, info = distinct.index(taps[id]), taps[id].info
+        names = dict.fromkeys([identity.codec, *codecs_for(info.values)])
         manifest = TargetManifest(
             format=FORMAT,
             kind="target",
@@ -211,12 +218,12 @@ def _export(
             graph=graph,
             output=position,
             sample_shape=exported.shapes[position],
-            maps=tapped.maps,
-            axes=tapped.axes,
-            values=tapped.values,
+            maps=info.maps,
+            axes=info.axes,
+            values=info.values,
             parity=exported.parity[position],
             attention_error=exported.attention_error,
-            codec_errors={name: _codec_error(name, tapped, exported.values[position]) for name in names},
+            codec_errors={name: _codec_error(name, info, exported.values[position]) for name in names},
             session={**exported.session},
             **exported.details[position],
         )
@@ -231,7 +238,7 @@ def _codec_error(name: str, tap: TapInfo, values: np.ndarray) -> CodecError | No
         return None
 
 
-def record_pixels(store: Store, policy: Policy) -> TargetOutput:
+def _record_pixels(store: Store, policy: Policy) -> TargetOutput:
     """The target of the view images themselves, of the pseudo-teacher `views`: nothing has to be decoded again."""
     identity = TargetIdentity(teacher="views", bank=policy.bank, tap="pixels", layers=None, grid=None, codec="raw")
     manifest = TargetManifest(

@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dask.system import CPU_COUNT
 
-from precompute import record_targets
 from precompute.bank_choice import candidates, settle
 from precompute.engine.dask_client import workers
 from precompute.engine.dask_runner import retry_io, run_in_process, run_on_cluster
 from precompute.engine.shard import block_views, open_for_store
 from precompute.engine.tasks import Failure, Outcome, SessionSettings, ShardTask, TargetOutput
+from precompute.record_targets import record_targets
 from precompute.results import PrecomputeResult
-from precompute.teachers.teacher import load_teacher
 from storage.errors import UserError
 from storage.objects.urls import is_remote
 from storage.progress import NoProgress, Progress
 from storage.shards.patterns import expand
 from storage.shards.tar import counted_flaws, without_samples
-from storage.store import banks
 from storage.store.card import card
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
+    import numpy as np
     from distributed import Client
 
     from precompute.request import PrecomputeRequest
@@ -43,78 +41,58 @@ class PrecomputePlan:
     """What a run has to do, once teacher, bank and targets are recorded: graph -> outputs over all shards."""
 
     store: Store
-    wanted: PrecomputeRequest
+    request: PrecomputeRequest
     policy: Policy
     views: int
     by_graph: dict[str, tuple[TargetOutput, ...]]
     known: dict[str, list[str]]  # url -> ids of shards with its stem that the store knew
     opened: dict[str, Shard]  # url -> shard, of those that were opened so far
 
-    def tasks(self, graph: str, shards: Sequence[str] | None = None) -> Iterator[ShardTask]:
-        """The tasks of one graph, one after another: there may be many."""
-        wanted = self.wanted
-        for url in shards or wanted.shards:
-            yield ShardTask(
-                store=self.store,
-                url=url,
-                policy=self.policy,
-                teacher=wanted.teacher.name,
-                graph=graph,
-                outputs=self.by_graph[graph],
-                views=self.views,
-                on_decode_error=wanted.on_decode_error,
-                known=tuple(self.known[url]),
-                shard=self.opened.get(url),
-            )
+    @property
+    def outputs(self) -> list[TargetOutput]:
+        """The outputs of all graphs."""
+        return [output for outputs in self.by_graph.values() for output in outputs]
+
+    def task(self, graph: str, url: str) -> ShardTask:
+        """What is to be done for one graph over one shard."""
+        return ShardTask(
+            store=self.store,
+            url=url,
+            policy=self.policy,
+            teacher=self.request.teacher.name,
+            graph=graph,
+            outputs=self.by_graph[graph],
+            views=self.views,
+            on_decode_error=self.request.on_decode_error,
+            known=tuple(self.known[url]),
+            shard=self.opened.get(url),
+        )
 
 
-def plan_precompute(store: Store, wanted: PrecomputeRequest, progress: Progress) -> PrecomputePlan:
+def plan_precompute(store: Store, request: PrecomputeRequest, progress: Progress) -> PrecomputePlan:
     """Record the teacher, the bank and the targets; nothing of a shard is made yet.
 
     Raises:
         UserError: as its parts do.
     """
-    known = candidates(store, wanted.shards)
-    policy, views, opened = settle(store, wanted, known)
-    network = functools.cache(functools.partial(load_teacher, wanted.teacher))
-    manifest = record_targets.record_teacher(store, wanted.teacher, network)
-    store.add(banks.bank_manifest(policy))
+    known = candidates(store, request.shards)
+    policy, views, opened = settle(store, request, known)
 
-    def images() -> Any:
+    def images() -> np.ndarray:
         """Images of the first shard that has any. A broken shard fails by itself, later."""
         failed: UserError | None = None
-        for url in wanted.shards:
+        for url in request.shards:
             try:
-                opened[url] = open_for_store(store, url, known[url], wanted.on_decode_error, opened.get(url))
+                opened[url] = open_for_store(store, url, known[url], request.on_decode_error, opened.get(url))
                 if len(opened[url]):
                     return block_views(opened[url], policy)
             except UserError as error:
                 failed = failed or error
-        raise failed or without_samples(wanted.shards)
+        raise failed or without_samples(request.shards)
 
-    from precompute.taps import TAPS
-
-    specs = [
-        replace(spec, grid=wanted.grid) if TAPS[spec.tap].gridded and spec.grid is None else spec
-        for spec in wanted.targets or record_targets.defaults(manifest)
-    ]
-    elsewhere = wanted.workers is not None or wanted.dask is not None  # this machine may have no accelerator
-    by_graph = record_targets.record_targets(
-        store,
-        wanted.teacher,
-        manifest,
-        specs,
-        policy,
-        network=network,
-        images=images,
-        provider="auto" if elsewhere else wanted.provider,
-        say=progress.say,
-    )
-    if wanted.store_views:
-        first_graph = next(iter(by_graph))
-        by_graph[first_graph] = (*by_graph[first_graph], record_targets.record_pixels(store, policy))
+    by_graph = record_targets(store, request, policy, images, progress.say)
     return PrecomputePlan(
-        store=store, wanted=wanted, policy=policy, views=views, by_graph=by_graph, known=known, opened=opened
+        store=store, request=request, policy=policy, views=views, by_graph=by_graph, known=known, opened=opened
     )
 
 
@@ -135,105 +113,99 @@ def precompute(store: Store, request: PrecomputeRequest, progress: Progress | No
     progress = progress or NoProgress()
     began = time.monotonic()
     progress.say(f"store {store.url}")
-    with staffed(request, progress) as (settled, client):
-        job = retry_io(lambda: plan_precompute(store, settled, progress))
-        return _precompute(job, client, progress, began)
+    with staffed(request, progress) as (request, client):
+        plan = retry_io(lambda: plan_precompute(store, request, progress))
+        return _precompute(plan, client, progress, began)
 
 
 @contextlib.contextmanager
-def staffed(wanted: PrecomputeRequest, progress: Progress) -> Iterator[tuple[PrecomputeRequest, Client | None]]:
-    """What is wanted, in words that workers understand, and their client; None where this process does it all.
+def staffed(request: PrecomputeRequest, progress: Progress) -> Iterator[tuple[PrecomputeRequest, Client | None]]:
+    """A request in words that workers understand, and their client; None where this process does it all.
 
     Before anything else: a scheduler that cannot be reached is found out at once.
     """
-    shards = expand(wanted.shards)
-    if wanted.workers is None and wanted.dask is None:
-        yield replace(wanted, shards=shards), None
+    shards = expand(request.shards)
+    if request.workers is None and request.dask is None:
+        yield replace(request, shards=shards), None
         return
     absolute = [url if is_remote(url) else str(Path(url).absolute()) for url in shards]  # they live elsewhere
-    with workers(wanted.workers, wanted.dask, progress.say, wanted.worker_timeout) as client:
-        yield replace(wanted, shards=absolute), client
+    with workers(request.workers, request.dask, progress.say, request.worker_timeout) as client:
+        yield replace(request, shards=absolute), client
 
 
-def _precompute(job: PrecomputePlan, client: Client | None, progress: Progress, began: float) -> PrecomputeResult:
-    store, wanted, policy = job.store, job.wanted, job.policy
-    progress.say(
-        f"views: {policy.line}, size {policy.size}, seed {policy.seed}, {job.views} a sample, bank {policy.bank}"
-    )
+def _precompute(plan: PrecomputePlan, client: Client | None, progress: Progress, began: float) -> PrecomputeResult:
+    store, policy, say = plan.store, plan.policy, progress.say
+    say(f"views: {policy.line}, size {policy.size}, seed {policy.seed}, {plan.views} a sample, bank {policy.bank}")
+    outcomes: list[tuple[str, Outcome]] = []  # a shard comes once for each graph
     shards: dict[str, str] = {}  # id -> url
     failures: dict[str, Failure] = {}
-    invalid: dict[str, None] = {}  # a shard comes once for each graph
-    left_out: dict[str, tuple[str, ...]] = {}
-    empty: dict[str, None] = {}
-    written = rendered = 0
     settings: SessionSettings = {}
-    for url, outcome in _outcomes(job, client, progress):
+    for url, outcome in _outcomes(plan, client, progress):
         if isinstance(outcome, Failure):
             failures[url] = outcome
-            progress.say(f"failed: {outcome.error.splitlines()[0]}")  # what to do is said once, in the end
+            say(f"failed: {outcome.error.splitlines()[0]}")  # what to do is said once, in the end
             continue
-        if outcome.left_out:
-            left_out[url] = outcome.left_out
-        job.opened[url] = outcome.shard  # another graph's task has it open
-        if not len(outcome.shard):
-            empty[url] = None
-        elif shards.setdefault(outcome.shard.id, url) != url:
+        outcomes.append((url, outcome))
+        plan.opened[url] = outcome.shard  # another graph's task has it open
+        if len(outcome.shard) and shards.setdefault(outcome.shard.id, url) != url:
             text = f"{url} holds the same samples as {shards[outcome.shard.id]}; give each shard once"
             failures[url] = Failure(shard=url, error=text, kind="data")
-        invalid |= dict.fromkeys(f"{url}: {key}" for key in outcome.invalid)
-        written, rendered = written + outcome.written, rendered + outcome.rendered
         if outcome.settings and outcome.settings != settings:
             settings = outcome.settings
-            progress.say(f"on {settings['provider']}, {settings['precision']}, onnxruntime {settings['onnxruntime']}")
+            say(f"on {settings['provider']}, {settings['precision']}, onnxruntime {settings['onnxruntime']}")
+    invalid = list(dict.fromkeys(f"{url}: {key}" for url, outcome in outcomes for key in outcome.invalid))
+    left_out = {url: outcome.left_out for url, outcome in outcomes if outcome.left_out}
+    empty = list(dict.fromkeys(url for url, outcome in outcomes if not len(outcome.shard)))
+    rendered = sum(outcome.rendered for _, outcome in outcomes)
     for line in invalid:
-        progress.say(f"cannot be decoded, so skipped in training: {line}")
+        say(f"cannot be decoded, so skipped in training: {line}")
     for url, flaws in left_out.items():
-        progress.say(f"{url}: {counted_flaws(flaws)}: skipped")
+        say(f"{url}: {counted_flaws(flaws)}: skipped")
     for url in empty:
-        progress.say(f"{url}: no samples in it, so there is nothing to do")
+        say(f"{url}: no samples in it, so there is nothing to do")
     if not rendered and not failures:
-        progress.say("everything was already complete")
+        say("everything was already complete")
     retry_io(lambda: store.objects.put("README.md", card(store).encode()))
     seconds = time.monotonic() - began
     if rendered:
-        progress.say(f"{rendered:,} view images in {seconds:.1f} s ({rendered / seconds:.0f}/s)")
+        say(f"{rendered:,} view images in {seconds:.1f} s ({rendered / seconds:.0f}/s)")
     return PrecomputeResult(
         store=store.url,
         bank=policy.bank,
-        targets=[output.target for outputs in job.by_graph.values() for output in outputs],
+        targets=[output.target for output in plan.outputs],
         shards=list(shards),
-        views=job.views,
-        written=written,
+        views=plan.views,
+        written=sum(outcome.written for _, outcome in outcomes),
         view_images=rendered,
-        invalid=list(invalid),
+        invalid=invalid,
         left_out=left_out,
-        empty=list(empty),
+        empty=empty,
         failures=list(failures.values()),
         session=settings,
-        teacher={name: value for name, value in asdict(wanted.teacher).items() if name != "classes"},
+        teacher={name: value for name, value in asdict(plan.request.teacher).items() if name != "classes"},
         seconds=round(seconds, 3),
     )
 
 
 def _outcomes(
-    job: PrecomputePlan, client: Client | None, progress: Progress
+    plan: PrecomputePlan, client: Client | None, progress: Progress
 ) -> Iterator[tuple[str, Outcome | Failure]]:
     """Url and outcome of every task; one graph after another, so that a process holds one session."""
-    wanted, count = job.wanted, len(job.wanted.shards)
-    for graph, outputs in job.by_graph.items():
-        progress.say(f"{', '.join(output.target for output in outputs)}: {count} shard(s)")
-        progress.start(f"{wanted.teacher.name} views", 0)
-        if client is None:
-            yield from run_in_process(job.tasks(graph), count, wanted.provider, progress)
-        else:
-            yield from run_elsewhere(client, job.tasks(graph), count, wanted, progress)
+    shards = plan.request.shards
+    for graph, outputs in plan.by_graph.items():
+        progress.say(f"{', '.join(output.target for output in outputs)}: {len(shards)} shard(s)")
+        progress.start(f"{plan.request.teacher.name} views", 0)
+        tasks = (plan.task(graph, url) for url in shards)  # there may be many
+        yield from run_tasks(tasks, len(shards), plan.request, client, progress)
 
 
-def run_elsewhere(
-    client: Client, tasks: Iterator[ShardTask], count: int, wanted: PrecomputeRequest, progress: Progress
+def run_tasks(
+    tasks: Iterator[ShardTask], count: int, request: PrecomputeRequest, client: Client | None, progress: Progress
 ) -> Iterator[tuple[str, Outcome | Failure]]:
-    """Url and outcome of each task on a client's workers, as they come."""
-    threads = max(1, CPU_COUNT // wanted.workers) if wanted.workers else None
+    """Url and outcome of each task as they come: of a client's workers, or without one of this process."""
+    if client is None:
+        return run_in_process(tasks, count, request.provider, progress)
+    threads = max(1, CPU_COUNT // request.workers) if request.workers else None
     return run_on_cluster(
-        client, tasks, count, wanted.provider, threads, progress=progress, worker_timeout=wanted.worker_timeout
+        client, tasks, count, request.provider, threads, progress=progress, worker_timeout=request.worker_timeout
     )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from precompute.engine.dask_runner import retry_io, run_in_process
+from precompute.engine.dask_runner import retry_io
 from precompute.engine.tasks import Failure, ShardTask
 from precompute.results import Throughput
-from precompute.run import PrecomputePlan, run_elsewhere
+from precompute.run import PrecomputePlan, run_tasks
 from storage.errors import UserError
 from storage.progress import NoProgress, Progress
 from storage.shards.index import ShardIndex, build_index
@@ -30,8 +30,7 @@ SHARE = 0.1  # of what the run will take, at most
 AGREE, WITHIN = 3, 0.05  # so many rounds on end whose rates differ by so little are enough
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
+class Measured(NamedTuple):
     """Seconds spent, view images made in them, and the rate of the last round, the largest: view images a second."""
 
     seconds: float
@@ -67,7 +66,7 @@ def growing(run: Callable[[int], tuple[float, int]], todo: int, seconds: float) 
 
 
 def measure(
-    job: PrecomputePlan,
+    plan: PrecomputePlan,
     shards: Sequence[PlannedShard],
     client: Client | None,
     *,
@@ -78,7 +77,7 @@ def measure(
     """View images a second of the real engine, and seconds that the index of a shard takes for each image.
 
     Args:
-        job: over a scratch store, which all is written to.
+        plan: over a scratch store, which all is written to.
         shards: of the run; those whose index is known are measured on.
         client: of the workers; None measures this process.
         todo: view images that the run has to make.
@@ -88,36 +87,28 @@ def measure(
     Raises:
         UserError: a measured shard fails.
     """
-    wanted = job.wanted
-    read = sorted(
-        (known for known in shards if known.opened is not None and known.samples), key=lambda shard: shard.samples
-    )
+    opened = sorted((shard for shard in shards if shard.opened is not None), key=lambda shard: shard.samples)
     began = time.monotonic()
-    build_index(read[0].url)
-    indexing = (time.monotonic() - began) / read[0].samples
+    build_index(opened[0].url)
+    indexing = (time.monotonic() - began) / opened[0].samples
     count = 1 if client is None else max(1, len(client.nthreads()))  # type: ignore[no-untyped-call]
     progress.say(
         f"measuring on {count} process(es), beside the store, for at most {seconds:.0f} s and a tenth of the run"
     )
-    most = read[-1].samples
 
     def run(samples: int) -> tuple[float, int]:
-        done, spent, each = 0, 0.0, max(1, samples // most)
-        for graph in job.by_graph:
-            names = [f"{samples}x{k}" for k in range(count * each)]
-            tasks = [part_of(job, graph, read[-1 - k % len(read)], samples, name) for k, name in enumerate(names)]
+        done, spent, number = 0, 0.0, count * max(1, samples // opened[-1].samples)
+        for graph in plan.by_graph:
+            tasks = [
+                part_of(plan, graph, opened[-1 - k % len(opened)], samples, f"{samples}x{k}") for k in range(number)
+            ]
             start = time.monotonic()
-            outcomes = (
-                run_in_process(iter(tasks), len(tasks), wanted.provider, NoProgress())
-                if client is None
-                else run_elsewhere(client, iter(tasks), len(tasks), wanted, NoProgress())
-            )
-            for _, outcome in outcomes:
+            for _, outcome in run_tasks(iter(tasks), number, plan.request, client, NoProgress()):
                 if isinstance(outcome, Failure):
                     raise UserError(outcome.error)
                 done += outcome.rendered
             spent += time.monotonic() - start
-        return spent, done // len(job.by_graph)
+        return spent, done // len(plan.by_graph)
 
     measured = growing(run, todo, seconds)
     return Throughput(
@@ -129,16 +120,16 @@ def measure(
     )
 
 
-def part_of(job: PrecomputePlan, graph: str, shard: PlannedShard, samples: int, name: str) -> ShardTask:
+def part_of(plan: PrecomputePlan, graph: str, shard: PlannedShard, samples: int, name: str) -> ShardTask:
     """A task over the first samples of a shard, under a name of its own in the scratch store."""
     assert shard.opened is not None
     index, stop = shard.opened.index, min(samples, shard.samples)
-    labeled = None not in index.labels[:stop]
-    summary = replace(index.summary, id=f"{stem_of(shard.url)}-{name}", samples=stop, labelled=labeled)
-    part = ShardIndex(summary, index.keys[:stop], index.digests[:stop], index.labels[:stop], index.starts[: stop + 1])
-    retry_io(lambda: job.store.add_index(part, shard.url))
-    (task,) = job.tasks(graph, [shard.url])
-    return replace(task, shard=Shard(shard.url, part, functools.partial(job.store.index, part.id)))
+    keys, labels = index.keys[:stop], index.labels[:stop]
+    summary = replace(index.summary, id=f"{stem_of(shard.url)}-{name}", samples=stop, labelled=None not in labels)
+    part = ShardIndex(summary, keys, index.digests[:stop], labels, index.starts[: stop + 1])
+    retry_io(lambda: plan.store.add_index(part, shard.url))
+    opened = Shard(shard.url, part, functools.partial(plan.store.index, part.id))
+    return replace(plan.task(graph, shard.url), shard=opened)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,6 @@ otherwise the stored graph; the report says which.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,12 +53,11 @@ class LiveTargets:
         self,
         store: Store,
         report: VerifyReport,
-        weights: tuple[str, ...],
+        weights: Sequence[str],
         say: Callable[[str], None] = lambda _line: None,
     ) -> None:
         self.store, self.report, self.say = store, report, say
-        self.done = store.done()
-        self.teachers, self.targets = store.teachers(), store.targets()
+        self.done, self.teachers, self.targets = store.done(), store.teachers(), store.targets()
         self.files: dict[str, str] = {}  # teacher -> file of its weights
         digests = {name: manifest.identity.weights_sha256 for name, manifest in self.teachers.items()}
         for file in weights:
@@ -70,41 +68,38 @@ class LiveTargets:
                 hint = "Give the file that precompute was given."
                 raise IdentityError(setting("weights", file), "sha256", known, digest, hint)
             self.files |= dict.fromkeys(names, file)
-        for name, manifest in self.teachers.items():
-            path = manifest.weights
-            at_hand = name not in self.files and Path(path).expanduser().is_file()
-            if at_hand and WeightsFile(path).digest == digests[name]:
+        for name in self.teachers.keys() - self.files.keys():
+            path = self.teachers[name].weights
+            if Path(path).expanduser().is_file() and WeightsFile(path).digest == digests[name]:
                 self.files[name] = path
         self._values: dict[tuple[str, str], Values] = {}
 
     def __call__(self, shard: Shard, task: Task, pixels: dict[int, np.ndarray]) -> None:
         """Compare all targets of one bank's view that these samples have."""
-        by_teacher: dict[str, list[str]] = defaultdict(list)
-        for id, manifest in self.targets.items():
-            if manifest.identity.bank == task.id and Task("target", id, task.shard, task.view) in self.done:
-                by_teacher[manifest.teacher].append(id)
         if not pixels:
             return
-        chosen = list(pixels)
-        images = np.stack(list(pixels.values()))
-        for teacher, ids in by_teacher.items():
-            live = self._teacher(teacher, task.id)(images)
-            for id in ids:
-                codec = self.targets[id].codec
-                marker = self.store.marker(Task("target", id, task.shard, task.view))
-                marker.require(len(shard), codec)
-                first, stop = chosen[0], chosen[-1] + 1
-                rows = [i - first for i in chosen]
-                arrays = {name: array.read(first, stop)[rows] for name, array in marker.arrays.items()}
-                for i, difference in zip(chosen, differences(codec, arrays, live[id]), strict=True):
-                    self.report.targets_compared += 1
-                    allowed = TOLERANCE[codec.name.rstrip("0123456789") if codec.name[:4] == "topk" else codec.name]
-                    if not difference <= allowed:
-                        self.report.failures.append(
-                            f"{shard.url}, key {shard.index.keys[i]}, view {task.view}, target {id}: it differs from "
-                            f"the {self.report.compared_with[teacher]} by {difference:.2g} of a map's largest value "
-                            f"(allowed for {codec.name}: {allowed:g})"
-                        )
+        tasks = {id: Task("target", id, task.shard, task.view) for id in self.targets}
+        ids = [id for id, m in self.targets.items() if m.identity.bank == task.id and tasks[id] in self.done]
+        images, live = np.stack(list(pixels.values())), {}
+        for teacher in dict.fromkeys(self.targets[id].teacher for id in ids):
+            live |= self._teacher(teacher, task.id)(images)
+        samples = list(pixels)
+        first, stop = samples[0], samples[-1] + 1
+        for id in ids:
+            codec, compared_with = self.targets[id].codec, self.report.compared_with[self.targets[id].teacher]
+            marker = self.store.marker(tasks[id])
+            marker.require(len(shard), codec)
+            rows = [i - first for i in samples]
+            arrays = {name: array.read(first, stop)[rows] for name, array in marker.arrays.items()}
+            allowed = TOLERANCE["topk" if codec.name.startswith("topk") else codec.name]
+            self.report.targets_compared += len(samples)
+            for i, difference in zip(samples, differences(codec, arrays, live[id]), strict=True):
+                if not difference <= allowed:
+                    self.report.failures.append(
+                        f"{shard.url}, key {shard.index.keys[i]}, view {task.view}, target {id}: it differs from the "
+                        f"{compared_with} by {difference:.2g} of a map's largest value (allowed for {codec.name}: "
+                        f"{allowed:g})"
+                    )
 
     def _teacher(self, name: str, bank: str) -> Values:
         """What gives the values of a teacher's targets over a bank; made once."""
@@ -127,34 +122,37 @@ class LiveTargets:
         taps = {id: Tap.of(manifest.identity) for id, manifest in targets.items()}
         distinct = list(dict.fromkeys(taps.values()))
         reference = "file run by itself" if teacher.ready else "PyTorch teacher"
-        run = (_file if teacher.ready else _network)(teacher, distinct, bank_policy(self.store, bank).size)
+        run = _reference(teacher, distinct, bank_policy(self.store, bank).size)
         self.report.compared_with[name] = f"{reference} ({self.files[name]})"
 
         def values(images: np.ndarray) -> dict[str, np.ndarray]:
             parts = [run(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
-            whole = [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
-            return {id: whole[distinct.index(tap)] for id, tap in taps.items()}
+            outputs = dict(zip(distinct, map(np.concatenate, zip(*parts, strict=True)), strict=True))
+            return {id: outputs[tap] for id, tap in taps.items()}
 
         return values
 
     def _graphs(self, name: str, targets: dict[str, TargetManifest]) -> Values:
         made_by = {id: manifest.graph_output for id, manifest in targets.items()}
-        graphs = {digest: open_session(self.store.graph(name, digest)) for digest, _ in made_by.values()}
+        sessions = {digest: open_session(self.store.graph(name, digest)) for digest, _ in made_by.values()}
         weights = self.teachers[name].weights
-        reason = f"{weights} not found: {setting('weights', 'F')}"
-        if weights == HUB:
-            reason = "its weights came from the timm hub"
+        not_found = f"{weights} not found: {setting('weights', 'F')}"
+        reason = "its weights came from the timm hub" if weights == HUB else not_found
         self.report.compared_with[name] = f"stored graph ({reason})"
 
         def values(images: np.ndarray) -> dict[str, np.ndarray]:
-            outputs = {digest: session.run(images) for digest, session in graphs.items()}
+            outputs = {digest: session.run(images) for digest, session in sessions.items()}
             return {id: outputs[digest][position] for id, (digest, position) in made_by.items()}
 
         return values
 
 
-def _network(teacher: Teacher, taps: Sequence[Tap], view_size: int) -> Callable[[np.ndarray], list[np.ndarray]]:
-    """The PyTorch teacher: the taps, f32 `[n, …]` each, of view images uint8 `[n, S, S, 3]`."""
+def _reference(teacher: Teacher, taps: Sequence[Tap], view_size: int) -> Callable[[np.ndarray], list[np.ndarray]]:
+    """Gives the taps, f32 `[n, …]` each, of view images uint8 `[n, S, S, 3]`: in PyTorch, or by a ready graph's file."""
+    if teacher.ready:
+        from precompute.export.onnx_file import ReferenceRunner
+
+        return ReferenceRunner(teacher, taps, view_size)
     import torch
 
     from precompute.export.pytorch import live_teacher
@@ -166,13 +164,6 @@ def _network(teacher: Teacher, taps: Sequence[Tap], view_size: int) -> Callable[
             return [output.numpy() for output in module(torch.from_numpy(images))]
 
     return run
-
-
-def _file(teacher: Teacher, taps: Sequence[Tap], view_size: int) -> Callable[[np.ndarray], list[np.ndarray]]:
-    """A ready graph's file run by itself, likewise."""
-    from precompute.export.onnx_file import ReferenceRunner
-
-    return ReferenceRunner(teacher, taps, view_size)
 
 
 def differences(codec: Codec, arrays: dict[str, np.ndarray], live: np.ndarray) -> np.ndarray:

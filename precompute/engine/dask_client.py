@@ -75,11 +75,8 @@ def workers(
             # Not the default one: whoever calls this from Python computes dask collections of their own where they did.
             client = Client(place, set_as_default=False)  # type: ignore[no-untyped-call]
         except (OSError, TimeoutError, ValueError) as error:
-            raise UserError(
-                f"no scheduler answers there ({first_line(error)})",
-                setting=where,
-                hint="Start one with `dask scheduler`, and workers with `dask worker ADDRESS`.",
-            ) from None
+            hint = "Start one with `dask scheduler`, and workers with `dask worker ADDRESS`."
+            raise UserError(f"no scheduler answers there ({first_line(error)})", setting=where, hint=hint) from None
         with client:
             if address is None:
                 _shield(client)
@@ -111,11 +108,8 @@ def _wait_for_one(client: Client, address: str | None, where: str, say: Callable
         try:
             client.wait_for_workers(1, timeout=timeout)
         except TimeoutError:
-            raise UserError(
-                f"there are no workers after {timeout:g} s",
-                setting=where,
-                hint=f"{hint}\n  If workers take longer to start: {setting('worker_timeout', 'SECONDS')}",
-            ) from None
+            hint = f"{hint}\n  If workers take longer to start: {setting('worker_timeout', 'SECONDS')}"
+            raise UserError(f"there are no workers after {timeout:g} s", setting=where, hint=hint) from None
 
 
 LOST = "the connection to the scheduler was lost; run the same command again to resume"
@@ -143,11 +137,9 @@ def _check_workers(client: Client, where: str, say: Callable[[str], None]) -> No
     try:
         theirs: dict[str, Any] = client.run(versions)
     except Exception as error:  # whatever importing raises there
-        raise UserError(
-            f"the workers cannot import this package ({first_line(error, kind=True)})",
-            setting=where,
-            hint="Install the same version of teacher-store there.",
-        ) from None
+        message = f"the workers cannot import this package ({first_line(error, kind=True)})"
+        hint = "Install the same version of teacher-store there."
+        raise UserError(message, setting=where, hint=hint) from None
     own = versions()
     for worker, packages in theirs.items():
         for name, version in packages.items():

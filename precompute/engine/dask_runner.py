@@ -21,7 +21,7 @@ from dask.system import CPU_COUNT
 from precompute.engine.dask_client import LOST, WORKER_TIMEOUT, connected, processes
 from precompute.engine.session import Session, open_session
 from precompute.engine.shard import run_task
-from precompute.engine.tasks import Failure, Outcome, ShardTask
+from precompute.engine.tasks import Failure, Outcome, ReportProgress, ShardTask
 from storage.errors import UserError, first_line, is_permanent, setting
 from storage.memory import out_of_memory
 
@@ -72,44 +72,30 @@ def retry_io(call: Callable[[], T]) -> T:
     return call()
 
 
-def attempt(task: ShardTask, provider: str, threads: int, report: Callable[[int, int], None]) -> Outcome | Failure:
-    """Run a task; input and output faults are tried again after a while, faults of the data are not.
-
-    `report(done, todo)` is told how many view images of this try are done.
-    """
-
-    def once() -> Outcome:
-        done = 0
-
-        def say(more: int, todo: int) -> None:
-            nonlocal done
-            done += more
-            report(done, todo)
-
-        return run_task(task, functools.partial(_session, task, provider, threads), threads, say)
-
+def attempt(task: ShardTask, provider: str, threads: int, report: ReportProgress) -> Outcome | Failure:
+    """Run a task; input and output faults are tried again after a while, faults of the data are not."""
+    session = functools.partial(_session, task, provider, threads)
     try:
-        return retry_io(once)
+        return retry_io(lambda: run_task(task, session, threads, report))
     except UserError as error:
         return Failure(shard=task.url, error=str(error), kind="data")
     except OSError as error:
-        text = f"{task.url}: {error.filename or 'input or output'}: {first_line(error)}"
-        return Failure(shard=task.url, error=text, kind="io")
+        reason = f"{error.filename or 'input or output'}: {first_line(error)}"
+        return Failure(shard=task.url, error=f"{task.url}: {reason}", kind="io")
     except _Stopped:
         raise
     except Exception as error:
-        text = f"{task.url}: this should not happen: {first_line(error, kind=True)}"
-        return Failure(shard=task.url, error=text, kind="bug")
+        reason = f"this should not happen: {first_line(error, kind=True)}"
+        return Failure(shard=task.url, error=f"{task.url}: {reason}", kind="bug")
 
 
 class _Tracker:
     """Adds up what the tasks report; shards that have not begun are taken to be as long as the others."""
 
     def __init__(self, progress: Progress, shards: int) -> None:
-        self.progress, self.shards = progress, shards
+        self.progress, self.shards, self._lock = progress, shards, threading.Lock()
         self.done: dict[str, int] = {}
         self.todo: dict[str, int] = {}
-        self._lock = threading.Lock()
 
     def __call__(self, url: str, done: int, todo: int) -> None:
         with self._lock:
@@ -129,8 +115,7 @@ def run_in_process(
     Each runs in a thread of its own: an interrupt, which comes to the main thread, tears nothing out of its hands. The
     task is told, and lays down its work after the block that it is at.
     """
-    tracker = _Tracker(progress, count)
-    interrupted = threading.Event()
+    tracker, interrupted = _Tracker(progress, count), threading.Event()
 
     def report(url: str, done: int, todo: int) -> None:
         if interrupted.is_set():
@@ -205,8 +190,7 @@ def run_on_cluster(
     """
     from distributed import as_completed
 
-    run = uuid.uuid4().hex[:8]
-    tracker = _Tracker(progress, count)
+    run, tracker = uuid.uuid4().hex[:8], _Tracker(progress, count)
     client.subscribe_topic(f"precompute-{run}", lambda event: tracker(*event[1]))  # type: ignore[no-untyped-call]
     running: dict[str, ShardTask] = {}  # by the future's key
     suspects: list[ShardTask] = []  # what the workers that died had; with several, only one of them may be to blame
@@ -216,11 +200,11 @@ def run_on_cluster(
     def fill() -> None:
         # One for each process, which runs one at a time: a second one would wait there while another may be free.
         spare = max(1, processes(client)) - len(running)
-        some = list(itertools.islice(tasks, max(0, spare)))
-        if not running and not some and suspects:
-            some = [suspects.pop()]
-            alone.add(some[0].url)
-        for task in some:
+        begun = list(itertools.islice(tasks, max(0, spare)))
+        if not running and not begun and suspects:
+            begun = [suspects.pop()]
+            alone.add(begun[0].url)
+        for task in begun:
             with connected():
                 future: Any = client.submit(work, task, provider, threads, run, pure=False)
             running[future.key] = task
@@ -261,11 +245,9 @@ def _as_they_come(client: Client, completed: Any, progress: Progress, worker_tim
             if processes(client):
                 seen, said = now, False
             elif now - seen > worker_timeout:
-                raise UserError(
-                    f"all workers are gone and none came back within {worker_timeout:g} s",
-                    hint="Run the same command again to resume; if workers take longer to start, with a longer "
-                    f"{setting('worker_timeout', 'SECONDS')}",
-                )
+                longer = f"if workers take longer to start, with a longer {setting('worker_timeout', 'SECONDS')}"
+                message = f"all workers are gone and none came back within {worker_timeout:g} s"
+                raise UserError(message, hint=f"Run the same command again to resume; {longer}")
             elif not said and now - seen > SAID_AFTER:
                 said = True
                 progress.say(f"all workers are gone; waiting up to {worker_timeout:g} s for one to come back")

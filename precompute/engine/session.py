@@ -70,26 +70,22 @@ def open_session(graph: bytes, provider: str = "auto", threads: int | None = Non
     side_by_side = min(threads, SIDE_BY_SIDE)
     options.intra_op_num_threads = threads - side_by_side + 1  # a pool that the runs share, each caller beside it
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    names = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-    cuda = (names["cuda"], {"use_tf32": "0"})
-    have_cuda = names["cuda"] in onnxruntime.get_available_providers()
+    cpu, cuda = "CPUExecutionProvider", "CUDAExecutionProvider"
+    have_cuda = cuda in onnxruntime.get_available_providers()
     if provider == "cuda" and not have_cuda:
-        raise UserError(
-            "this onnxruntime has no CUDA",
-            setting=setting("provider", "cuda"),
-            hint=f"Install this package with the extra `gpu` in place of `cpu`, or give {setting('provider', 'auto')}",
-        )
-    wanted: list[Any] = [cuda] if have_cuda and provider in ("cuda", "auto") else []
+        hint = f"Install this package with the extra `gpu` in place of `cpu`, or give {setting('provider', 'auto')}"
+        raise UserError("this onnxruntime has no CUDA", setting=setting("provider", "cuda"), hint=hint)
+    first = [(cuda, {"use_tf32": "0"})] if have_cuda and provider in ("cuda", "auto") else []
     try:
         with contextlib.redirect_stdout(sys.stderr):  # where it prints that it falls back; stdout may be for JSON
-            session = onnxruntime.InferenceSession(graph, options, providers=[*wanted, names["cpu"]])
+            session = onnxruntime.InferenceSession(graph, options, providers=[*first, cpu])
     except Exception as error:  # onnxruntime's exceptions have no common type
         raise UserError(f"the teacher's graph cannot be run: {first_line(error)}") from None
-    used = "cuda" if session.get_providers()[0] == names["cuda"] else "cpu"
+    used = "cuda" if session.get_providers()[0] == cuda else "cpu"
     if provider == "cuda" and used != "cuda":
         hint = f"Check its CUDA libraries, or give {setting('provider', 'auto')}"
         raise UserError("onnxruntime fell back to the CPU", setting=setting("provider", "cuda"), hint=hint)
-    (name, *_) = (value.name for value in session.get_inputs())
+    name = session.get_inputs()[0].name
     return Session(session, used, onnxruntime.__version__, name, side_by_side if used == "cpu" else 1)
 
 
@@ -108,10 +104,8 @@ def parsed(graph: bytes) -> ModelProto:
         raise UserError(f"the teacher's graph cannot be run: it is no ONNX file ({first_line(error)})") from None
     outside = [tensor.name for tensor in _tensors(model) if uses_external_data(tensor)]
     if outside:
-        raise UserError(
-            f"the teacher's graph keeps {len(outside)} tensor(s) in other files ({outside[0]})",
-            hint=f"Save it as one file:\n  {MERGE}",
-        )
+        message = f"the teacher's graph keeps {len(outside)} tensor(s) in other files ({outside[0]})"
+        raise UserError(message, hint=f"Save it as one file:\n  {MERGE}")
     return model
 
 

@@ -62,26 +62,25 @@ def open_for_store(
     return shard
 
 
-def missing(task: ShardTask, shard: Shard) -> dict[int, list[TargetOutput]]:
+def _missing(task: ShardTask, shard: Shard) -> dict[int, list[TargetOutput]]:
     """View -> outputs of a task that have no marker yet.
 
     A damaged marker counts as none. So does one that was made from other views than the bank has now, or from views
     whose own marker is gone: it is removed.
     """
     store, samples = task.store, len(shard)
-    wanted: dict[int, list[TargetOutput]] = {}
+    missing: dict[int, list[TargetOutput]] = {}
     for view in range(task.views):
         bank: Marker | None = None
         for output in task.outputs:
-            target = Task("target", output.target, shard.id, view)
-            marker = store.find(target, samples, output.codec)
+            marker = store.find(Task("target", output.target, shard.id, view), samples, output.codec)
             if marker:  # only now: the bank's marker is there before the target's
                 bank = bank or store.find(Task("bank", task.policy.bank, shard.id, view), samples)
                 if bank and bank.bank.views_digest == marker.target.bank_views:
                     continue
                 store.discard(marker)
-            wanted.setdefault(view, []).append(output)
-    return wanted
+            missing.setdefault(view, []).append(output)
+    return missing
 
 
 def run_task(
@@ -103,34 +102,34 @@ def run_task(
     """
     shard = open_for_store(task.store, task.url, task.known, task.on_decode_error, task.shard)
     left_out = shard.index.left_out
-    if not len(shard):
-        report(0, 0)
-        return Outcome(shard=shard, left_out=left_out)
-    wanted = missing(task, shard)
-    todo = len(wanted) * len(shard)
+    targets = _missing(task, shard) if len(shard) else {}
+    todo = len(targets) * len(shard)
     report(0, todo)
-    if not wanted:
+    if not targets:
         return Outcome(shard=shard, left_out=left_out)
-    runs = any(output.position is not None for outputs in wanted.values() for output in outputs)
+    runs = any(output.position is not None for outputs in targets.values() for output in outputs)
     session = open_session() if runs else None
     images = 4 * 2 * 3 * task.policy.size**2 * BLOCK  # four blocks on their way, mixed or not
     a_view = images + sum(max(output.codec.sample_bytes * BLOCK, 16 << 20) for output in task.outputs)
-    views = sorted(wanted)
-    step = max(1, BUFFERS // a_view)
+    done = 0
+
+    def say(samples: int) -> None:
+        nonlocal done
+        done += samples
+        report(done, todo)
+
+    views, step = sorted(targets), max(1, BUFFERS // a_view)
     invalid: tuple[str, ...] = ()
     for start in range(0, len(views), step):
-        some = {view: wanted[view] for view in views[start : start + step]}
+        chosen = {view: targets[view] for view in views[start : start + step]}
         wide: frozenset[tuple[int, str]] = frozenset()
         while True:
             try:
-                shard_pass = ShardPass(
-                    task, shard, some, session=session, threads=threads, say=lambda n: report(n, todo), wide=wide
-                )
-                invalid = shard_pass.run()
+                invalid = ShardPass(task, shard, chosen, session, threads=threads, say=say, wide=wide).run()
                 break
             except TooWide as error:  # rare: all is made again, this view of the target with f32 scales
                 wide |= {(error.view, error.target)}
-    written = sum(map(len, wanted.values()))
+    written = sum(map(len, targets.values()))
     settings = session.settings if session else {}
     return Outcome(shard=shard, written=written, rendered=todo, invalid=invalid, settings=settings, left_out=left_out)
 
@@ -151,11 +150,11 @@ def block_views(shard: Shard, policy: Policy, number: int = 0) -> np.ndarray:
             continue
         views.append(draw_view(policy, sample.key, 0, image.size, i=i, block=block))
         pixels.append(render(image, views[-1], policy.size))
-    whole = [
+    mixed = [
         mix_images(own, pixels[view.mix.partner - block.start], view.mix) if view.mix else own
         for view, own in zip(settle(views, block), pixels, strict=True)
         if view.valid
     ]
-    if not whole:
+    if not mixed:
         raise UserError(f"{shard.url}: none of the {len(block)} images of its block {number} can be decoded")
-    return np.stack(whole if len(whole) > 1 else whole * 2)
+    return np.stack(mixed if len(mixed) > 1 else mixed * 2)

@@ -6,11 +6,11 @@ While the session runs one view, the next blocks are read and rendered and the l
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
+import itertools
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,31 +59,25 @@ class _Block:
     valid: np.ndarray  # bool [n]
 
 
+@dataclass(slots=True)
 class ShardPass:
     """One reading of a shard that makes several views; (view, target) in `wide` keep their scales in f32.
 
     Each view by itself: what is made of it must not depend on the views that happen to be made beside it.
     """
 
-    def __init__(
-        self,
-        task: ShardTask,
-        shard: Shard,
-        wanted: dict[int, list[TargetOutput]],
-        *,
-        session: Session | None,
-        threads: int,
-        say: Callable[[int], None],
-        wide: frozenset[tuple[int, str]] = frozenset(),
-    ) -> None:
-        self.wide = wide
-        self.task, self.shard, self.wanted, self.session, self.say = task, shard, wanted, session, say
-        self.threads = threads
-        self.policy = task.policy
-        self.known: dict[int, Marker] = {}
-        self.fresh: dict[int, Attempt] = {}
-        self.attempts: dict[tuple[int, str], Attempt] = {}
-        self.invalid: set[int] = set()
+    task: ShardTask
+    shard: Shard
+    targets: dict[int, list[TargetOutput]]  # by view
+    session: Session | None
+    _: KW_ONLY
+    threads: int
+    say: Callable[[int], None]
+    wide: frozenset[tuple[int, str]]
+    known: dict[int, Marker] = field(default_factory=dict, init=False)
+    fresh: dict[int, Attempt] = field(default_factory=dict, init=False)
+    attempts: dict[tuple[int, str], Attempt] = field(default_factory=dict, init=False)
+    invalid: set[int] = field(default_factory=set, init=False)
 
     def run(self) -> tuple[str, ...]:
         """Read, render, run, write and mark; the keys of samples that are marked invalid."""
@@ -100,10 +94,9 @@ class ShardPass:
 
     def _open(self) -> None:
         store, shard, samples = self.task.store, self.shard.id, len(self.shard)
-        for view, outputs in self.wanted.items():
-            bank = Task("bank", self.policy.bank, shard, view)
-            marker = store.find(bank, samples)
-            if marker:
+        for view, outputs in self.targets.items():
+            bank = Task("bank", self.task.policy.bank, shard, view)
+            if marker := store.find(bank, samples):
                 self.known[view] = marker
             else:
                 attempt = self.fresh[view] = Attempt(store, bank, samples)
@@ -114,48 +107,49 @@ class ShardPass:
                 self.attempts[view, output.target] = attempt
                 for name, part in output.codec.layout(wide=(view, output.target) in self.wide).items():
                     attempt.array(name, part.shape, part.dtype, part.axes)
-        if self.fresh and not self.known and 0 not in self.fresh:
-            # Views that the shard has already are replayed beside the new ones: one bank, one kind of pixels.
-            marker = store.find(Task("bank", self.policy.bank, shard, 0), samples)
-            if marker:
-                self.known[0] = marker
+        first = Task("bank", self.task.policy.bank, shard, 0)
+        # Views that the shard has already are replayed beside the new ones: one bank, one kind of pixels.
+        if self.fresh and not self.known and 0 not in self.fresh and (marker := store.find(first, samples)):
+            self.known[0] = marker
 
     def _stages(self) -> None:
         """Blocks are prepared ahead by threads, run here in order, and written by one thread in the same order."""
         count = self.shard.index.blocks
-        blocks, mean = deque(range(count)), self.shard.summary.bytes / count
-        ahead = 1 if mean > LARGE_BLOCK else 2
+        ahead = 1 if self.shard.summary.bytes / count > LARGE_BLOCK else 2
         with (
             ThreadPoolExecutor(self.threads, "render") as renderers,
             ThreadPoolExecutor(ahead, "prepare") as preparers,
             ThreadPoolExecutor(1, "write") as writer,
         ):
+            blocks = iter(range(count))
             prepared: deque[Future[_Block]] = deque()
-            writing: deque[tuple[Future[None], int]] = deque()
+            writing: deque[Future[int]] = deque()
+
+            def prepare(more: int) -> None:
+                for number in itertools.islice(blocks, more):
+                    prepared.append(preparers.submit(self._prepare, number, renderers))
+
             try:
-                while blocks or prepared:
-                    while blocks and len(prepared) < ahead:
-                        prepared.append(preparers.submit(self._prepare, blocks.popleft(), renderers))
+                prepare(ahead)
+                while prepared:
                     block = prepared.popleft().result()
-                    if blocks:  # before the session begins, so that it has company
-                        prepared.append(preparers.submit(self._prepare, blocks.popleft(), renderers))
-                    writing.append((writer.submit(self._write_bank, block), 0))
-                    for view, outputs in self.wanted.items():
+                    prepare(1)  # before the session begins, so that it has company
+                    writing.append(writer.submit(self._write_bank, block))
+                    for view, outputs in self.targets.items():
                         runs = any(output.position is not None for output in outputs)
                         values = self.session.run(block.pixels[view]) if runs and self.session else []
-                        writing.append((writer.submit(self._write, view, values, block), len(block.keys)))
-                        while len(writing) > WRITES:
-                            self._wrote(*writing.popleft())
-                while writing:
-                    self._wrote(*writing.popleft())
+                        writing.append(writer.submit(self._write, view, values, block))
+                        self._wait(writing, WRITES)
+                self._wait(writing, 0)
             finally:  # after an error nothing new is begun; the pools wait for what is under way
                 for pool in (preparers, renderers, writer):
                     pool.shutdown(wait=False, cancel_futures=True)
 
-    def _wrote(self, future: Future[None], count: int) -> None:
-        future.result()
-        if count:
-            self.say(count)
+    def _wait(self, writing: deque[Future[int]], left: int) -> None:
+        """Until so many views are left to be written."""
+        while len(writing) > left:
+            if samples := writing.popleft().result():
+                self.say(samples)
 
     # ---------------------------------------------------------------------------------------- reading and rendering
 
@@ -166,11 +160,10 @@ class ShardPass:
         known = {view: read_views(marker, block.start, block.stop) for view, marker in self.known.items()}
         rendered = [*renderers.map(functools.partial(self._render, known, block), block, samples)]
         valid = np.array([bool(images) for images, _ in rendered])
-        side = self.policy.size
-        blank = np.zeros((side, side, 3), np.uint8)
+        blank = np.zeros((self.task.policy.size, self.task.policy.size, 3), np.uint8)
         drawn = {view: settle([views.get(view, INVALID) for _, views in rendered], block) for view in self.fresh}
         signatures, pixels = {}, {}
-        for view in self.wanted:
+        for view in self.targets:
             own = [images.get(view, blank) for images, _ in rendered]
             if view in self.fresh:
                 sums = [signature(image) if ok else 0 for image, ok in zip(own, valid, strict=True)]
@@ -179,42 +172,23 @@ class ShardPass:
             pairs = zip(own, (drawn_view.mix for drawn_view in views), strict=True)
             mixed = [mix_images(image, own[mix.partner - block.start], mix) if mix else image for image, mix in pairs]
             pixels[view] = np.stack(mixed)
-        return _Block(
-            block=block,
-            keys=[sample.key for sample in samples],
-            pixels=pixels,
-            drawn=drawn,
-            signatures=signatures,
-            valid=valid,
-        )
+        keys = [sample.key for sample in samples]
+        return _Block(block=block, keys=keys, pixels=pixels, drawn=drawn, signatures=signatures, valid=valid)
 
     def _render(
         self, known: dict[int, BankView], block: range, i: int, sample: Sample
     ) -> tuple[dict[int, np.ndarray], dict[int, View]]:
         """View -> pixels of one sample before mixing, none where it is invalid; view -> what was drawn for new ones."""
-        image = self._decode(sample)
-        pixels: dict[int, np.ndarray] = {}
-        drawn: dict[int, View] = {}
-        for view, bank_view in known.items():
-            replayed = self._replay(view, bank_view, i, sample, image)
-            if replayed is not None:
-                pixels[view] = replayed
-        if image is not None:
-            for view in self.fresh:
-                drawn[view] = draw_view(self.policy, sample.key, view, image.size, i=i, block=block)
-                pixels[view] = render(image, drawn[view], self.policy.size)
-        return pixels, drawn
-
-    def _replay(
-        self, view: int, bank_view: BankView, i: int, sample: Sample, image: Image.Image | None
-    ) -> np.ndarray | None:
-        where = f"{self.task.url}, view {view}"
-        if bank_view.view(i).valid != (image is not None):
-            said = ("invalid", "valid")
-            raise IdentityError(
-                f"{where}, key {sample.key}", "image", said[bank_view.view(i).valid], said[image is not None]
-            )
-        return bank_view.replay(i, sample, image, self.policy.size, where) if image else None
+        image, policy, where = self._decode(sample), self.task.policy, f"{self.task.url}, view"
+        for view, stored in known.items():
+            if stored.view(i).valid == (image is None):
+                expected, found = ("valid", "invalid") if image is None else ("invalid", "valid")
+                raise IdentityError(f"{where} {view}, key {sample.key}", "image", expected, found)
+        if image is None:
+            return {}, {}
+        replayed = {v: stored.replay(i, sample, image, policy.size, f"{where} {v}") for v, stored in known.items()}
+        drawn = {v: draw_view(policy, sample.key, v, image.size, i=i, block=block) for v in self.fresh}
+        return replayed | {v: render(image, view, policy.size) for v, view in drawn.items()}, drawn
 
     def _decode(self, sample: Sample) -> Image.Image | None:
         try:
@@ -222,24 +196,26 @@ class ShardPass:
         except BadImage as error:
             if self.task.on_decode_error == "fail":
                 skip = setting("on_decode_error", "skip")
-                raise UserError(
-                    f"{self.task.url}: key {sample.key!r}: {error}",
-                    hint=f"Fix or remove the image, or skip such images in training: {skip}",
-                ) from None
+                hint = f"Fix or remove the image, or skip such images in training: {skip}"
+                raise UserError(f"{self.task.url}: key {sample.key!r}: {error}", hint=hint) from None
             return None
 
     # ------------------------------------------------------------------------------------------------------ writing
 
-    def _write_bank(self, block: _Block) -> None:
+    def _write_bank(self, block: _Block) -> int:
         self.invalid.update(i for i, valid in zip(block.block, block.valid, strict=True) if not valid)
         for view, attempt in self.fresh.items():
             attempt.arrays["parameters"].append(view_rows(block.drawn[view]))
             attempt.arrays["signatures"].append(block.signatures[view])
+        return 0
 
-    def _write(self, view: int, values: list[np.ndarray], block: _Block) -> None:
-        for output in self.wanted[view]:
-            of_view = block.pixels[view] if output.position is None else values[output.position]
-            if output.position is not None:
+    def _write(self, view: int, values: list[np.ndarray], block: _Block) -> int:
+        """Write a view's targets; how many samples were written."""
+        for output in self.targets[view]:
+            if output.position is None:
+                of_view = block.pixels[view]
+            else:
+                of_view = values[output.position]
                 self._check_finite(view, output, of_view, block)
                 if not block.valid.all():  # what a teacher makes of no image means nothing
                     of_view = np.where(block.valid[(..., *(None,) * (of_view.ndim - 1))], of_view, 0)
@@ -252,6 +228,7 @@ class ShardPass:
                 raise UserError(f"{where}: {output.target}: {error}") from None
             for name, array in arrays.items():
                 self.attempts[view, output.target].arrays[name].append(array)
+        return len(block.keys)
 
     def _check_finite(self, view: int, output: TargetOutput, values: np.ndarray, block: _Block) -> None:
         bad = ~np.isfinite(values).reshape(len(values), -1).all(1) & block.valid
@@ -264,7 +241,7 @@ class ShardPass:
 
     def _mark(self) -> None:
         """The bank's marker first: a target's marker names the digest of its views."""
-        summary = dataclasses.asdict(self.shard.summary)
+        summary = asdict(self.shard.summary)
         for view, attempt in self.fresh.items():
             marker = attempt.commit({"summary": summary, "invalid": sorted(self.invalid), "renderer": renderer()})
             if marker.record.attempt != attempt.name:
@@ -279,6 +256,6 @@ class ShardPass:
         own = [array.checksums for array in attempt.entries.values()]
         committed = [other.record.arrays[name].checksums for name in attempt.entries]
         if own != committed:
-            field = "checksums of the bank's parameters and signatures"
+            what = "checksums of the bank's parameters and signatures"
             hint = "Another run drew other views of this shard at the same time. Run precompute again."
-            raise IdentityError(f"{self.task.url}, view {view}", field, committed, own, hint)
+            raise IdentityError(f"{self.task.url}, view {view}", what, committed, own, hint)

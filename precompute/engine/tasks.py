@@ -99,5 +99,5 @@ class Failure:
     kind: Literal["data", "io", "worker", "bug"]
 
 
-# Told (view images done since the last call, those of the whole task) while it goes on; may raise to stop it.
+# Told (view images done so far, those of the whole task) while it goes on; may raise to stop it.
 ReportProgress = Callable[[int, int], None]

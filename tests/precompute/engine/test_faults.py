@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from precompute import run
+from precompute import record_targets
 from precompute.engine import session as sessions
 from precompute.export import pytorch
 from precompute.teachers import teacher as teachers
@@ -60,7 +60,7 @@ def faults(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[F
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pytorch, "export", once(pytorch.export, lambda teacher, taps, *rest: tuple(taps)))
-        patch.setattr(run, "load_teacher", once(teachers.load_teacher, lambda teacher: teacher.id))
+        patch.setattr(record_targets, "load_teacher", once(teachers.load_teacher, lambda teacher: teacher.id))
         patch.setattr(os, "fsync", lambda descriptor: None)  # no power is lost here, and it takes most of the time
         patch.setattr(
             "precompute.engine.dask_runner.open_session", once(sessions.open_session, lambda graph, *rest: graph)

@@ -263,7 +263,7 @@ def mark(self):
 def write(self, view, values, block):
     if where == "write" and view == 1:
         stop(self)
-    real_write(self, view, values, block)
+    return real_write(self, view, values, block)
 
 def run_task(task, *rest):
     try:
