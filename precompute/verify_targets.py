@@ -50,11 +50,7 @@ class LiveTargets:
     """
 
     def __init__(
-        self,
-        store: Store,
-        report: VerifyReport,
-        weights: Sequence[str],
-        say: Callable[[str], None] = lambda _line: None,
+        self, store: Store, report: VerifyReport, weights: Sequence[str], say: Callable[[str], None] = lambda _: None
     ) -> None:
         self.store, self.report, self.say = store, report, say
         self.done, self.teachers, self.targets = store.done(), store.teachers(), store.targets()
@@ -68,7 +64,7 @@ class LiveTargets:
                 hint = "Give the file that precompute was given."
                 raise IdentityError(setting("weights", file), "sha256", known, digest, hint)
             self.files |= dict.fromkeys(names, file)
-        for name in self.teachers.keys() - self.files.keys():
+        for name in sorted(self.teachers.keys() - self.files.keys()):
             path = self.teachers[name].weights
             if Path(path).expanduser().is_file() and WeightsFile(path).digest == digests[name]:
                 self.files[name] = path
@@ -80,16 +76,17 @@ class LiveTargets:
             return
         tasks = {id: Task("target", id, task.shard, task.view) for id in self.targets}
         ids = [id for id, m in self.targets.items() if m.identity.bank == task.id and tasks[id] in self.done]
-        images, live = np.stack(list(pixels.values())), {}
+        images = np.stack(list(pixels.values()))
+        live: dict[str, np.ndarray] = {}
         for teacher in dict.fromkeys(self.targets[id].teacher for id in ids):
             live |= self._teacher(teacher, task.id)(images)
         samples = list(pixels)
         first, stop = samples[0], samples[-1] + 1
+        rows = [i - first for i in samples]
         for id in ids:
             codec, compared_with = self.targets[id].codec, self.report.compared_with[self.targets[id].teacher]
             marker = self.store.marker(tasks[id])
             marker.require(len(shard), codec)
-            rows = [i - first for i in samples]
             arrays = {name: array.read(first, stop)[rows] for name, array in marker.arrays.items()}
             allowed = TOLERANCE["topk" if codec.name.startswith("topk") else codec.name]
             self.report.targets_compared += len(samples)
@@ -148,7 +145,7 @@ class LiveTargets:
 
 
 def _reference(teacher: Teacher, taps: Sequence[Tap], view_size: int) -> Callable[[np.ndarray], list[np.ndarray]]:
-    """Gives the taps, f32 `[n, …]` each, of view images uint8 `[n, S, S, 3]`: in PyTorch, or by a ready graph's file."""
+    """Gives the taps, f32 `[n, …]` each, of view images uint8 `[n, S, S, 3]`: by PyTorch, or a ready graph's file."""
     if teacher.ready:
         from precompute.export.onnx_file import ReferenceRunner
 
