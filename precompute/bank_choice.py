@@ -9,7 +9,7 @@ from storage.shards.tar import stem_of
 from storage.store.banks import policy_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from precompute.request import PrecomputeRequest
     from storage.shards.shard import Shard
@@ -72,19 +72,15 @@ def _differing(policy: Policy, requested: Policy, fields: Collection[str]) -> li
     return [name for name in names if getattr(policy, name) != getattr(requested, name)]
 
 
-def settle(
-    store: Store, request: PrecomputeRequest, known: Mapping[str, Sequence[str]]
-) -> tuple[Policy, int, dict[str, Shard]]:
-    """The policy, the number of views, and url -> shard of those that had to be opened for it.
+def settle(store: Store, request: PrecomputeRequest) -> tuple[Policy, int, dict[str, list[str]], dict[str, Shard]]:
+    """The policy and the number of views of a run.
 
-    Args:
-        store: with its banks.
-        request: what was asked for.
-        known: url -> ids of shards that it may be, as `candidates` gives them.
+    Also url -> ids of shards that it may be, and url -> shard of those that had to be opened.
 
     Raises:
         UserError: as `choose_policy` does, or several views of a policy that leaves nothing to chance.
     """
+    known = candidates(store, request.shards)
     opened: dict[str, Shard] = {}
 
     def recognize() -> set[str]:
@@ -97,7 +93,7 @@ def settle(
     policy = choose_policy(
         store, request.policy, fields=said, candidates=ids, recognize=recognize, new_bank=request.new_bank
     )
-    return policy, _choose_views(store, policy, request.num_views), opened
+    return policy, _choose_views(store, policy, request.num_views), known, opened
 
 
 def candidates(store: Store, urls: Sequence[str]) -> dict[str, list[str]]:

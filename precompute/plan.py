@@ -72,7 +72,7 @@ def plan(where: str, request: PrecomputeRequest, progress: Progress, seconds: fl
         shards = counted(store, request.shards, progress, request.on_decode_error == "skip")
         images = sum(shard.samples for shard in shards)
         with _scratch(where) as scratch:
-            policy, views, _ = settle(store or scratch, request, candidates(store or scratch, request.shards))
+            policy, views, *_ = settle(store or scratch, request)
             began = time.monotonic()
             run = plan_precompute(scratch, replace(request, policy=policy, num_views=views), progress)
             known = store is not None and all(store.objects.names(f"targets/{o.target}") for o in run.outputs)

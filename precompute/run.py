@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from dask.system import CPU_COUNT
 
-from precompute.bank_choice import candidates, settle
+from precompute.bank_choice import settle
 from precompute.engine.dask_client import workers
 from precompute.engine.dask_runner import retry_io, run_in_process, run_on_cluster
 from precompute.engine.shard import block_views, open_for_store
-from precompute.engine.tasks import Failure, Outcome, SessionSettings, ShardTask, TargetOutput
+from precompute.engine.tasks import Failure, Outcome, Outcomes, SessionSettings, ShardTask, TargetOutput
 from precompute.record_targets import record_targets
 from precompute.results import PrecomputeResult
 from storage.errors import UserError
@@ -75,8 +75,7 @@ def plan_precompute(store: Store, request: PrecomputeRequest, progress: Progress
     Raises:
         UserError: as its parts do.
     """
-    known = candidates(store, request.shards)
-    policy, views, opened = settle(store, request, known)
+    policy, views, known, opened = settle(store, request)
 
     def images() -> np.ndarray:
         """Images of the first shard that has any. A broken shard fails by itself, later."""
@@ -187,9 +186,7 @@ def _precompute(plan: PrecomputePlan, client: Client | None, progress: Progress,
     )
 
 
-def _outcomes(
-    plan: PrecomputePlan, client: Client | None, progress: Progress
-) -> Iterator[tuple[str, Outcome | Failure]]:
+def _outcomes(plan: PrecomputePlan, client: Client | None, progress: Progress) -> Outcomes:
     """Url and outcome of every task; one graph after another, so that a process holds one session."""
     shards = plan.request.shards
     for graph, outputs in plan.by_graph.items():
@@ -201,7 +198,7 @@ def _outcomes(
 
 def run_tasks(
     tasks: Iterator[ShardTask], count: int, request: PrecomputeRequest, client: Client | None, progress: Progress
-) -> Iterator[tuple[str, Outcome | Failure]]:
+) -> Outcomes:
     """Url and outcome of each task as they come: of a client's workers, or without one of this process."""
     if client is None:
         return run_in_process(tasks, count, request.provider, progress)

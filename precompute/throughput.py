@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from precompute.engine.dask_client import processes
 from precompute.engine.dask_runner import retry_io
 from precompute.engine.tasks import Failure, ShardTask
 from precompute.results import Throughput
@@ -49,20 +50,17 @@ def growing(run: Callable[[int], tuple[float, int]], todo: int, seconds: float) 
         todo: view images of the whole run.
         seconds: to measure for at most.
     """
-    size, spent, images = FIRST, 0.0, 0
+    spent, images = 0.0, 0
     rates: list[float] = []
     while True:
-        taken, made = run(size)
+        taken, made = run(FIRST * 2 ** len(rates))
         spent, images = spent + taken, images + made
         rates.append(made / max(taken, 1e-9))
         last = rates[-AGREE:]
-        if len(rates) > AGREE and max(last) - min(last) <= WITHIN * min(last):  # not the first: it opens the sessions
-            break
+        agree = len(rates) > AGREE and max(last) - min(last) <= WITHIN * min(last)  # the first opens the sessions
         limit = min(seconds, SHARE * todo / rates[-1])
-        if spent + 2 * taken > limit or images + 2 * made > SHARE * todo:
-            break
-        size *= 2
-    return Measured(seconds=spent, images=images, rate=rates[-1])
+        if agree or spent + 2 * taken > limit or images + 2 * made > SHARE * todo:
+            return Measured(seconds=spent, images=images, rate=rates[-1])
 
 
 def measure(
@@ -91,17 +89,15 @@ def measure(
     began = time.monotonic()
     build_index(opened[0].url)
     indexing = (time.monotonic() - began) / opened[0].samples
-    count = 1 if client is None else max(1, len(client.nthreads()))  # type: ignore[no-untyped-call]
-    progress.say(
-        f"measuring on {count} process(es), beside the store, for at most {seconds:.0f} s and a tenth of the run"
-    )
+    count = 1 if client is None else max(1, processes(client))
+    limits = f"for at most {seconds:.0f} s and a tenth of the run"
+    progress.say(f"measuring on {count} process(es), beside the store, {limits}")
 
     def run(samples: int) -> tuple[float, int]:
         done, spent, number = 0, 0.0, count * max(1, samples // opened[-1].samples)
         for graph in plan.by_graph:
-            tasks = [
-                part_of(plan, graph, opened[-1 - k % len(opened)], samples, f"{samples}x{k}") for k in range(number)
-            ]
+            shards_of = [opened[-1 - k % len(opened)] for k in range(number)]
+            tasks = [part_of(plan, graph, shard, samples, f"{samples}x{k}") for k, shard in enumerate(shards_of)]
             start = time.monotonic()
             for _, outcome in run_tasks(iter(tasks), number, plan.request, client, NoProgress()):
                 if isinstance(outcome, Failure):

@@ -21,7 +21,7 @@ from dask.system import CPU_COUNT
 from precompute.engine.dask_client import LOST, WORKER_TIMEOUT, connected, processes
 from precompute.engine.session import Session, open_session
 from precompute.engine.shard import run_task
-from precompute.engine.tasks import Failure, Outcome, ReportProgress, ShardTask
+from precompute.engine.tasks import Failure, Outcome, Outcomes, ReportProgress, ShardTask
 from storage.errors import UserError, first_line, is_permanent, setting
 from storage.memory import out_of_memory
 
@@ -39,8 +39,8 @@ SAID_AFTER = 10.0  # seconds without any worker before it is said; one that died
 STOP_TIMEOUT = 60.0  # seconds that an interrupted run waits for its workers to finish the block that they are at
 
 
-class _Stopped(Exception):
-    """The run was interrupted."""
+class _Stopped(BaseException):
+    """The run was interrupted: no fault of a task."""
 
 
 # ------------------------------------------------------------------------------------------------ in one process
@@ -82,8 +82,6 @@ def attempt(task: ShardTask, provider: str, threads: int, report: ReportProgress
     except OSError as error:
         reason = f"{error.filename or 'input or output'}: {first_line(error)}"
         return Failure(shard=task.url, error=f"{task.url}: {reason}", kind="io")
-    except _Stopped:
-        raise
     except Exception as error:
         reason = f"this should not happen: {first_line(error, kind=True)}"
         return Failure(shard=task.url, error=f"{task.url}: {reason}", kind="bug")
@@ -107,9 +105,7 @@ class _Tracker:
                 self.progress.expect(known + known * (self.shards - len(self.todo)) // len(self.todo))
 
 
-def run_in_process(
-    tasks: Iterator[ShardTask], count: int, provider: str, progress: Progress
-) -> Iterator[tuple[str, Outcome | Failure]]:
+def run_in_process(tasks: Iterator[ShardTask], count: int, provider: str, progress: Progress) -> Outcomes:
     """Url and outcome of one task after another, in this process.
 
     Each runs in a thread of its own: an interrupt, which comes to the main thread, tears nothing out of its hands. The
@@ -170,7 +166,7 @@ def run_on_cluster(
     *,
     progress: Progress,
     worker_timeout: float = WORKER_TIMEOUT,
-) -> Iterator[tuple[str, Outcome | Failure]]:
+) -> Outcomes:
     """Url and outcome of each task as they come. Tasks are handed over as workers get free, never all at once.
 
     The scheduler blames a worker's death on all tasks that it had. Those that it gives up are tried once more at the

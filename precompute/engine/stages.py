@@ -51,8 +51,7 @@ class TooWide(Exception):
 class _Block:
     """A block that was read and rendered: what the session sees of each view, and what the bank keeps of new ones."""
 
-    block: range
-    keys: list[str]
+    samples: range
     pixels: dict[int, np.ndarray]  # view -> uint8 [n, S, S, 3], mixed
     drawn: dict[int, list[View]]
     signatures: dict[int, np.ndarray]
@@ -172,8 +171,7 @@ class ShardPass:
             pairs = zip(own, (drawn_view.mix for drawn_view in views), strict=True)
             mixed = [mix_images(image, own[mix.partner - block.start], mix) if mix else image for image, mix in pairs]
             pixels[view] = np.stack(mixed)
-        keys = [sample.key for sample in samples]
-        return _Block(block=block, keys=keys, pixels=pixels, drawn=drawn, signatures=signatures, valid=valid)
+        return _Block(samples=block, pixels=pixels, drawn=drawn, signatures=signatures, valid=valid)
 
     def _render(
         self, known: dict[int, BankView], block: range, i: int, sample: Sample
@@ -203,7 +201,7 @@ class ShardPass:
     # ------------------------------------------------------------------------------------------------------ writing
 
     def _write_bank(self, block: _Block) -> int:
-        self.invalid.update(i for i, valid in zip(block.block, block.valid, strict=True) if not valid)
+        self.invalid.update(i for i, valid in zip(block.samples, block.valid, strict=True) if not valid)
         for view, attempt in self.fresh.items():
             attempt.arrays["parameters"].append(view_rows(block.drawn[view]))
             attempt.arrays["signatures"].append(block.signatures[view])
@@ -224,16 +222,17 @@ class ShardPass:
             except codecs.HalfOverflow:
                 raise TooWide(view, output.target) from None
             except UserError as error:
-                where = f"{self.task.url}: keys {block.keys[0]!r} to {block.keys[-1]!r}, view {view}"
+                first, last = (self.shard.index.keys[i] for i in (block.samples[0], block.samples[-1]))
+                where = f"{self.task.url}: keys {first!r} to {last!r}, view {view}"
                 raise UserError(f"{where}: {output.target}: {error}") from None
             for name, array in arrays.items():
                 self.attempts[view, output.target].arrays[name].append(array)
-        return len(block.keys)
+        return len(block.samples)
 
     def _check_finite(self, view: int, output: TargetOutput, values: np.ndarray, block: _Block) -> None:
         bad = ~np.isfinite(values).reshape(len(values), -1).all(1) & block.valid
         if bad.any():
-            key = block.keys[int(np.argmax(bad))]
+            key = self.shard.index.keys[block.samples[int(np.argmax(bad))]]
             raise UserError(
                 f"{self.task.url}: key {key!r}, view {view}: the teacher {self.task.teacher!r} gives values that are "
                 f"not finite in {output.target}; nothing of this shard was kept"

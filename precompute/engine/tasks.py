@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypedDict
 
@@ -101,3 +101,5 @@ class Failure:
 
 # Told (view images done so far, those of the whole task) while it goes on; may raise to stop it.
 ReportProgress = Callable[[int, int], None]
+
+Outcomes = Iterator[tuple[str, Outcome | Failure]]  # url of a shard, and what became of its task
