@@ -9,7 +9,7 @@ from storage.shards.tar import stem_of
 from storage.store.banks import policy_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Sequence
 
     from precompute.request import PrecomputeRequest
     from storage.shards.shard import Shard
@@ -20,80 +20,55 @@ if TYPE_CHECKING:
 _FIELDS = {"line": "view policy", "size": "view size", "seed": "seed"}  # of a policy -> what messages call it
 
 
-def choose_policy(
-    store: Store,
-    requested: Policy,
-    *,
-    fields: Collection[str],
-    candidates: Collection[str],
-    recognize: Callable[[], set[str]],
-    new_bank: bool,
-) -> Policy:
-    """The policy of this run: what was not said comes from the bank that the shards have already.
+def settle(store: Store, request: PrecomputeRequest) -> tuple[Policy, int, dict[str, list[str]], dict[str, Shard]]:
+    """The policy and the number of views of a run: what was not said comes from the bank that the shards have already.
 
-    Args:
-        store: with its banks.
-        requested: policy, size and seed, said or by default.
-        fields: which of `line`, `size` and `seed` were said.
-        candidates: ids of known shards that these may be, by their names.
-        recognize: gives those that they are; it reads every file, so it is called only where it matters.
-        new_bank: another bank beside the one that is there is wanted.
+    Also url -> ids of shards that it may be, and url -> shard of those that had to be opened, which reads every file.
 
     Raises:
         IdentityError: the shards have views of another policy, size or seed, and no new bank was asked for.
+        UserError: several banks fit, or several views of a policy that leaves nothing to chance.
     """
-    done = [task for task in store.done() if task.kind == "bank" and task.shard in candidates]
-    if new_bank or not done or any(task.id == requested.bank for task in done):
-        return requested
-    shards = recognize()
-    policies = [policy_of(store.bank(id)) for id in sorted({task.id for task in done if task.shard in shards})]
-    if not policies:
-        return requested
-    fitting = [policy for policy in policies if not _differing(policy, requested, fields)]
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
+    known, policy = candidates(store, request.shards), request.policy
+    opened: dict[str, Shard] = {}
+    ids = {id for ids in known.values() for id in ids}
+    done = [task for task in store.done() if task.kind == "bank" and task.shard in ids]
+    if done and not request.new_bank and policy.bank not in {task.id for task in done}:
+        for url in known:
+            if (shard := store.recognize(url, known[url])) is not None:
+                opened[url] = shard
+        shards = {shard.id for shard in opened.values()}
+        banks = sorted({task.id for task in done if task.shard in shards})
+        if banks:
+            policy = _fitting(store, [policy_of(store.bank(id)) for id in banks], request)
+    return policy, _choose_views(store, policy, request.num_views), known, opened
+
+
+def _fitting(store: Store, policies: Sequence[Policy], request: PrecomputeRequest) -> Policy:
+    """The one of the policies that agrees with what was said."""
+    differing = [_differing(policy, request) for policy in policies]
+    fitting = [policy for policy, names in zip(policies, differing, strict=True) if not names]
+    if len(fitting) > 1:
         raise UserError(
             f"{store.url}: these shards have views in {len(fitting)} banks: {', '.join(p.bank for p in fitting)}",
             hint=f"Choose one by {setting('view_policy', 'P')}, {setting('view_size', 'N')} and {setting('seed', 'N')}",
         )
-    policy, name = policies[0], _differing(policies[0], requested, fields)[0]
-    hint = (
-        "All targets of a training run need the same views, those of one bank. Leave the setting out to use the views "
-        f"that exist, or make others beside them: {setting('new_bank', True)}"
-    )
-    where, words = f"{store.url}: bank {policy.bank}", ("the store has", "asked for")
-    raise IdentityError(where, _FIELDS[name], getattr(policy, name), getattr(requested, name), hint, words)
+    if not fitting:
+        policy, name = policies[0], differing[0][0]
+        hint = (
+            "All targets of a training run need the same views, those of one bank. Leave the setting out to use the "
+            f"views that exist, or make others beside them: {setting('new_bank', True)}"
+        )
+        where, words = f"{store.url}: bank {policy.bank}", ("the store has", "asked for")
+        expected, found = getattr(policy, name), getattr(request.policy, name)
+        raise IdentityError(where, _FIELDS[name], expected, found, hint, words)
+    return fitting[0]
 
 
-def _differing(policy: Policy, requested: Policy, fields: Collection[str]) -> list[str]:
+def _differing(policy: Policy, request: PrecomputeRequest) -> list[str]:
     """Which of the fields that were said differ; a policy without chance has no seed."""
-    names = [name for name in _FIELDS if name in fields and (name != "seed" or policy.random)]
-    return [name for name in names if getattr(policy, name) != getattr(requested, name)]
-
-
-def settle(store: Store, request: PrecomputeRequest) -> tuple[Policy, int, dict[str, list[str]], dict[str, Shard]]:
-    """The policy and the number of views of a run.
-
-    Also url -> ids of shards that it may be, and url -> shard of those that had to be opened.
-
-    Raises:
-        UserError: as `choose_policy` does, or several views of a policy that leaves nothing to chance.
-    """
-    known = candidates(store, request.shards)
-    opened: dict[str, Shard] = {}
-
-    def recognize() -> set[str]:
-        for url, ids in known.items():
-            if (shard := store.recognize(url, ids)) is not None:
-                opened[url] = shard
-        return {shard.id for shard in opened.values()}
-
-    said, ids = request.policy_fields, {id for ids in known.values() for id in ids}
-    policy = choose_policy(
-        store, request.policy, fields=said, candidates=ids, recognize=recognize, new_bank=request.new_bank
-    )
-    return policy, _choose_views(store, policy, request.num_views), known, opened
+    names = [name for name in _FIELDS if name in request.policy_fields and (name != "seed" or policy.random)]
+    return [name for name in names if getattr(policy, name) != getattr(request.policy, name)]
 
 
 def candidates(store: Store, urls: Sequence[str]) -> dict[str, list[str]]:

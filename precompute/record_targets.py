@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from precompute.taps import TapInfo
     from precompute.taps.target_spec import TargetSpec
     from precompute.teachers.teacher import Teacher
+    from storage.progress import Progress
     from storage.store.store import Store
     from storage.views.policy import Policy
 
@@ -53,11 +54,7 @@ def defaults(manifest: TeacherManifest) -> list[TargetSpec]:
 
 
 def record_targets(
-    store: Store,
-    request: PrecomputeRequest,
-    policy: Policy,
-    images: Callable[[], np.ndarray],
-    say: Callable[[str], None],
+    store: Store, request: PrecomputeRequest, policy: Policy, images: Callable[[], np.ndarray], progress: Progress
 ) -> dict[str, tuple[TargetOutput, ...]]:
     """Record teacher, bank and targets: graph digest -> outputs.
 
@@ -68,7 +65,7 @@ def record_targets(
         request: teacher, targets, and where a new graph is checked.
         policy: of the bank.
         images: gives uint8 view images `[n, S, S, 3]` for the checks of a new graph.
-        say: called with progress lines.
+        progress: told what is exported.
 
     Raises:
         IdentityError: the store knows another teacher under this name.
@@ -92,7 +89,7 @@ def record_targets(
         for id in sorted(begun & (targets.keys() - known.keys())):
             raise DamageError(f"{store.url}/targets/{id}/manifest.json: missing, and there are markers of this target")
         missing = {id: identity for id, identity in targets.items() if id not in begun}
-        _export(store, request, missing, policy, network=network, images=images, say=say)
+        _export(store, request, missing, policy, network=network, images=images, say=progress.say)
         known = _known(store, targets)
     by_graph: dict[str, tuple[TargetOutput, ...]] = {}
     for id in targets:

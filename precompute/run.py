@@ -89,7 +89,7 @@ def plan_precompute(store: Store, request: PrecomputeRequest, progress: Progress
                 failed = failed or error
         raise failed or without_samples(request.shards)
 
-    by_graph = record_targets(store, request, policy, images, progress.say)
+    by_graph = record_targets(store, request, policy, images, progress)
     return PrecomputePlan(
         store=store, request=request, policy=policy, views=views, by_graph=by_graph, known=known, opened=opened
     )

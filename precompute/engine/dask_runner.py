@@ -143,13 +143,10 @@ def work(task: ShardTask, provider: str, threads: int | None, run: str) -> Outco
             raise _Stopped
         worker.log_event(f"precompute-{run}", (task.url, done, todo))
 
-    with _one_at_a_time:
-        if run in _stopped:
-            return None
-        try:
+    with _one_at_a_time, contextlib.suppress(_Stopped):
+        if run not in _stopped:
             return attempt(task, provider, threads or worker.state.nthreads, report)
-        except _Stopped:
-            return None
+    return None
 
 
 def stop(run: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -41,13 +42,10 @@ class Session:
 
     def run(self, images: np.ndarray) -> list[np.ndarray]:
         """The outputs, f32 `[n, …]` each, of uint8 images `[n, S, S, 3]`."""
-        pieces = [images[i : i + self._batch] for i in range(0, len(images), self._batch)]
-        parts = self._threads.map(self._run, pieces) if self._threads else map(self._run, pieces)
+        pieces = [{self._input: images[i : i + self._batch]} for i in range(0, len(images), self._batch)]
+        run = functools.partial(self._session.run, None)
+        parts = self._threads.map(run, pieces) if self._threads else map(run, pieces)
         return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
-
-    def _run(self, images: np.ndarray) -> list[np.ndarray]:
-        outputs: list[np.ndarray] = self._session.run(None, {self._input: images})
-        return outputs
 
 
 def open_session(graph: bytes, provider: str = "auto", threads: int | None = None) -> Session:

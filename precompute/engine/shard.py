@@ -140,19 +140,17 @@ def block_views(shard: Shard, policy: Policy, number: int = 0) -> np.ndarray:
     Invalid images are skipped, and nothing is mixed with them.
     """
     block = shard.index.block(number)
-    views, pixels = [], []
+    views, pixels = dict.fromkeys(block, INVALID), {}
     for i, sample in zip(block, shard.read(block), strict=True):
         try:
             image = decode(sample.image)
         except BadImage:
-            views.append(INVALID)
-            pixels.append(np.zeros(0, np.uint8))
             continue
-        views.append(draw_view(policy, sample.key, 0, image.size, i=i, block=block))
-        pixels.append(render(image, views[-1], policy.size))
+        views[i] = draw_view(policy, sample.key, 0, image.size, i=i, block=block)
+        pixels[i] = render(image, views[i], policy.size)
     mixed = [
-        mix_images(own, pixels[view.mix.partner - block.start], view.mix) if view.mix else own
-        for view, own in zip(settle(views, block), pixels, strict=True)
+        mix_images(pixels[i], pixels[view.mix.partner], view.mix) if view.mix else pixels[i]
+        for i, view in zip(block, settle(list(views.values()), block), strict=True)
         if view.valid
     ]
     if not mixed:

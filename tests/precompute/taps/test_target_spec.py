@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from precompute.bank_choice import choose_policy
+from precompute.bank_choice import settle
 from precompute.record_targets import defaults, target_id, target_identity
+from precompute.request import PrecomputeRequest
 from precompute.taps import Tap
 from precompute.taps.target_spec import TargetSpec, layer_numbers, parse_target
 from storage.errors import IdentityError, UserError
@@ -19,6 +21,7 @@ from tests.conftest import World, run_precompute, teacher_of
 from tests.manifests import teacher_manifest
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from storage.store.manifests import TargetIdentity, TeacherManifest
@@ -33,9 +36,19 @@ def identity(wish: TargetSpec, manifest: TeacherManifest, size: int = 32) -> Tar
     return target_identity(teacher, manifest, wish, policy("light", size))
 
 
+class TwoShards(Store):
+    """A store that knows two shards, and takes every file for the first one."""
+
+    def shard_ids(self) -> list[str]:
+        return ["shard-1", "shard-2"]
+
+    def recognize(self, url: str, known: Sequence[str]) -> Any:
+        return SimpleNamespace(id="shard-1")
+
+
 def store_with(folder: Path, *policies: Policy, shard: str = "shard-1") -> Store:
     """A store that says of a shard that it has a view under each of these policies."""
-    store = Store.create(folder)
+    store = TwoShards.create(folder)
     for one in policies:
         store.add(banks.bank_manifest(one))
         store.objects.create(f"done/{Task('bank', one.bank, shard, 0).name}", b"{}")
@@ -43,10 +56,15 @@ def store_with(folder: Path, *policies: Policy, shard: str = "shard-1") -> Store
 
 
 def chosen(store: Store, wanted: Policy, *given: str, new_bank: bool = False) -> Policy:
-    shards = {"shard-1", "shard-2"}
-    return choose_policy(
-        store, wanted, fields=given, candidates=shards, recognize=lambda: {"shard-1"}, new_bank=new_bank
+    teacher: Any = None
+    fields = frozenset(given)
+    policy, *_ = settle(
+        store,
+        PrecomputeRequest(
+            shards=["shard.tar"], teacher=teacher, policy=wanted, policy_fields=fields, new_bank=new_bank
+        ),
     )
+    return policy
 
 
 # ---------------------------------------------------------------------------------------------- wishes
