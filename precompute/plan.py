@@ -74,7 +74,7 @@ def plan(where: str, request: PrecomputeRequest, progress: Progress, seconds: fl
         with _scratch(where) as scratch:
             policy, views, *_ = settle(store or scratch, request)
             began = time.monotonic()
-            run = plan_precompute(scratch, replace(request, policy=policy, num_views=views), progress)
+            run = plan_precompute(scratch, replace(request, policy=policy, num_views=views), progress, client)
             known = store is not None and all(store.objects.names(f"targets/{o.target}") for o in run.outputs)
             exporting = 0.0 if known else time.monotonic() - began  # nothing has to be exported where all are known
             done = store.done() if store else set()
@@ -84,7 +84,7 @@ def plan(where: str, request: PrecomputeRequest, progress: Progress, seconds: fl
                 for view in range(views)
                 if any(task.kind == "target" and task not in done for task in _tasks(run, shard, view))
             )
-            measured = measure(run, shards, client, todo=todo, seconds=seconds, progress=progress) if seconds else None
+            measured = measure(run, shards, todo=todo, seconds=seconds, progress=progress) if seconds else None
             targets = [_target(scratch.target(output.target), images * views) for output in run.outputs]
             overhead, records = _overhead(scratch), _records(scratch)
     parts = [*_parts(run, shards, done, overhead)]
@@ -161,9 +161,9 @@ def counted(store: Store | None, urls: Sequence[str], progress: Progress, skip: 
             opened = shard if len(shards) < LOOKED_AT else None
             shards[url] = PlannedShard(url=url, samples=len(shard), id=shard.id, opened=opened)
     others = [url for url in urls if url not in shards]
-    some = others[:: max(1, -(-len(others) // LOOKED_AT))]
-    progress.start(f"reading {len(some)} of {len(urls)} shards", len(some))
-    for url in some:
+    chosen = others[:: max(1, -(-len(others) // LOOKED_AT))]
+    progress.start(f"reading {len(chosen)} of {len(urls)} shards", len(chosen))
+    for url in chosen:
         shard = open_shard(url, skip=skip)
         shards[url] = PlannedShard(url=url, samples=len(shard), opened=shard)
         progress.advance(1)

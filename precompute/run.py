@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from storage.views.policy import Policy
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class PrecomputePlan:
     """What a run has to do, once teacher, bank and targets are recorded: graph -> outputs over all shards."""
 
@@ -47,6 +47,7 @@ class PrecomputePlan:
     by_graph: dict[str, tuple[TargetOutput, ...]]
     known: dict[str, list[str]]  # url -> ids of shards with its stem that the store knew
     opened: dict[str, Shard]  # url -> shard, of those that were opened so far
+    client: Client | None  # of the workers; None where this process does it all
 
     @property
     def outputs(self) -> list[TargetOutput]:
@@ -68,8 +69,18 @@ class PrecomputePlan:
             shard=self.opened.get(url),
         )
 
+    def run(self, tasks: Iterator[ShardTask], count: int, progress: Progress) -> Outcomes:
+        """Url and outcome of each task as they come: of the workers, or of this process."""
+        provider, workers, timeout = self.request.provider, self.request.workers, self.request.worker_timeout
+        if self.client is None:
+            return run_in_process(tasks, count, provider, progress)
+        threads = max(1, CPU_COUNT // workers) if workers else None
+        return run_on_cluster(self.client, tasks, count, provider, threads, progress=progress, worker_timeout=timeout)
 
-def plan_precompute(store: Store, request: PrecomputeRequest, progress: Progress) -> PrecomputePlan:
+
+def plan_precompute(
+    store: Store, request: PrecomputeRequest, progress: Progress, client: Client | None = None
+) -> PrecomputePlan:
     """Record the teacher, the bank and the targets; nothing of a shard is made yet.
 
     Raises:
@@ -91,7 +102,7 @@ def plan_precompute(store: Store, request: PrecomputeRequest, progress: Progress
 
     by_graph = record_targets(store, request, policy, images, progress)
     return PrecomputePlan(
-        store=store, request=request, policy=policy, views=views, by_graph=by_graph, known=known, opened=opened
+        store, request, policy, views=views, by_graph=by_graph, known=known, opened=opened, client=client
     )
 
 
@@ -113,8 +124,8 @@ def precompute(store: Store, request: PrecomputeRequest, progress: Progress | No
     began = time.monotonic()
     progress.say(f"store {store.url}")
     with staffed(request, progress) as (request, client):
-        plan = retry_io(lambda: plan_precompute(store, request, progress))
-        return _precompute(plan, client, progress, began)
+        plan = retry_io(lambda: plan_precompute(store, request, progress, client))
+        return _precompute(plan, progress, began)
 
 
 @contextlib.contextmanager
@@ -132,14 +143,14 @@ def staffed(request: PrecomputeRequest, progress: Progress) -> Iterator[tuple[Pr
         yield replace(request, shards=absolute), client
 
 
-def _precompute(plan: PrecomputePlan, client: Client | None, progress: Progress, began: float) -> PrecomputeResult:
+def _precompute(plan: PrecomputePlan, progress: Progress, began: float) -> PrecomputeResult:
     store, policy, say = plan.store, plan.policy, progress.say
     say(f"views: {policy.line}, size {policy.size}, seed {policy.seed}, {plan.views} a sample, bank {policy.bank}")
     outcomes: list[tuple[str, Outcome]] = []  # a shard comes once for each graph
     shards: dict[str, str] = {}  # id -> url
     failures: dict[str, Failure] = {}
     settings: SessionSettings = {}
-    for url, outcome in _outcomes(plan, client, progress):
+    for url, outcome in _outcomes(plan, progress):
         if isinstance(outcome, Failure):
             failures[url] = outcome
             say(f"failed: {outcome.error.splitlines()[0]}")  # what to do is said once, in the end
@@ -186,23 +197,11 @@ def _precompute(plan: PrecomputePlan, client: Client | None, progress: Progress,
     )
 
 
-def _outcomes(plan: PrecomputePlan, client: Client | None, progress: Progress) -> Outcomes:
+def _outcomes(plan: PrecomputePlan, progress: Progress) -> Outcomes:
     """Url and outcome of every task; one graph after another, so that a process holds one session."""
     shards = plan.request.shards
     for graph, outputs in plan.by_graph.items():
         progress.say(f"{', '.join(output.target for output in outputs)}: {len(shards)} shard(s)")
         progress.start(f"{plan.request.teacher.name} views", 0)
         tasks = (plan.task(graph, url) for url in shards)  # there may be many
-        yield from run_tasks(tasks, len(shards), plan.request, client, progress)
-
-
-def run_tasks(
-    tasks: Iterator[ShardTask], count: int, request: PrecomputeRequest, client: Client | None, progress: Progress
-) -> Outcomes:
-    """Url and outcome of each task as they come: of a client's workers, or without one of this process."""
-    if client is None:
-        return run_in_process(tasks, count, request.provider, progress)
-    threads = max(1, CPU_COUNT // request.workers) if request.workers else None
-    return run_on_cluster(
-        client, tasks, count, request.provider, threads, progress=progress, worker_timeout=request.worker_timeout
-    )
+        yield from plan.run(tasks, len(shards), progress)

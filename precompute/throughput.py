@@ -11,7 +11,6 @@ from precompute.engine.dask_client import processes
 from precompute.engine.dask_runner import retry_io
 from precompute.engine.tasks import Failure, ShardTask
 from precompute.results import Throughput
-from precompute.run import PrecomputePlan, run_tasks
 from storage.errors import UserError
 from storage.progress import NoProgress, Progress
 from storage.shards.index import ShardIndex, build_index
@@ -21,7 +20,7 @@ from storage.shards.tar import stem_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from distributed import Client
+    from precompute.run import PrecomputePlan
 
 
 FIRST = 8  # samples of the first round, which also opens the sessions
@@ -64,20 +63,13 @@ def growing(run: Callable[[int], tuple[float, int]], todo: int, seconds: float) 
 
 
 def measure(
-    plan: PrecomputePlan,
-    shards: Sequence[PlannedShard],
-    client: Client | None,
-    *,
-    todo: int,
-    seconds: float,
-    progress: Progress,
+    plan: PrecomputePlan, shards: Sequence[PlannedShard], *, todo: int, seconds: float, progress: Progress
 ) -> Throughput:
     """View images a second of the real engine, and seconds that the index of a shard takes for each image.
 
     Args:
         plan: over a scratch store, which all is written to.
         shards: of the run; those whose index is known are measured on.
-        client: of the workers; None measures this process.
         todo: view images that the run has to make.
         seconds: to measure for at most.
         progress: told what is measured.
@@ -89,7 +81,7 @@ def measure(
     began = time.monotonic()
     build_index(opened[0].url)
     indexing = (time.monotonic() - began) / opened[0].samples
-    count = 1 if client is None else max(1, processes(client))
+    count = max(1, processes(plan.client)) if plan.client else 1
     limits = f"for at most {seconds:.0f} s and a tenth of the run"
     progress.say(f"measuring on {count} process(es), beside the store, {limits}")
 
@@ -99,7 +91,7 @@ def measure(
             shards_of = [opened[-1 - k % len(opened)] for k in range(number)]
             tasks = [part_of(plan, graph, shard, samples, f"{samples}x{k}") for k, shard in enumerate(shards_of)]
             start = time.monotonic()
-            for _, outcome in run_tasks(iter(tasks), number, plan.request, client, NoProgress()):
+            for _, outcome in plan.run(iter(tasks), number, NoProgress()):
                 if isinstance(outcome, Failure):
                     raise UserError(outcome.error)
                 done += outcome.rendered

@@ -142,7 +142,6 @@ def _check_workers(client: Client, where: str, say: Callable[[str], None]) -> No
         raise UserError(message, setting=where, hint=hint) from None
     own = versions()
     for worker, packages in theirs.items():
-        for name, version in packages.items():
-            if version != own.get(name):
-                say(f"worker {worker} has {name} {version}, this machine {own.get(name)}; pixels may differ")
+        for name, version in sorted(packages.items() - own.items()):
+            say(f"worker {worker} has {name} {version}, this machine {own.get(name)}; pixels may differ")
     say(f"{len(theirs)} worker(s); dashboard: {client.dashboard_link}")
