@@ -181,8 +181,9 @@ def differences(codec: Codec, arrays: dict[str, np.ndarray], live: np.ndarray) -
     axes = tuple(range(live.ndim - codec.maps, live.ndim))
     largest = np.abs(live).max(axes)
     floor = max(float(largest.max()) / 50, 1e-12)
-    each: np.ndarray = np.abs(stored - live).max(axes) / np.maximum(largest, floor)
-    return np.maximum(each.reshape(len(live), -1).max(1), masses)
+    each = np.abs(stored - live).max(axes) / np.maximum(largest, floor)
+    largest_of_each: np.ndarray = np.maximum(each.reshape(len(live), -1).max(1), masses)
+    return largest_of_each
 
 
 def teacher_of(name: str, manifest: TeacherManifest, weights: str) -> Teacher:
