@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
 
 from torch.nn import functional as F
 
 from storage.views.normalize import normalize
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import torch
     from torch import Tensor
 
     from storage.store.codecs import Codec
 
-_TENSORS = ("images", "labels", "mix_labels", "mix_weights")
+_ON_DEVICE = ("images", "labels", "mix_labels", "mix_weights", "targets")
+
+
+def map_arrays(function: Callable[..., Any], *trees: Any) -> Any:
+    """`function` of each array in a nested mapping, or of the arrays of the same name in several."""
+    if isinstance(trees[0], Mapping):
+        return {name: map_arrays(function, *(tree[name] for tree in trees)) for name in trees[0]}
+    return function(*trees)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,17 +57,14 @@ class Batch:
         Args:
             device: where images, labels and targets go.
         """
-        targets = {
-            t: {n: a.to(device, non_blocking=True) for n, a in arrays.items()} for t, arrays in self.targets.items()
-        }
-        moved = {name: getattr(self, name).to(device) for name in _TENSORS}
-        return replace(self, **moved, targets=targets)
+        return self._with(lambda tensor: tensor.to(device), _ON_DEVICE)
 
     def part(self, samples: slice) -> Batch:
         """Some of its samples."""
-        targets = {id: {name: array[samples] for name, array in arrays.items()} for id, arrays in self.targets.items()}
-        parts = {name: getattr(self, name)[samples] for name in (*_TENSORS, "ids")}
-        return replace(self, **parts, targets=targets)
+        return self._with(itemgetter(samples), (*_ON_DEVICE, "ids"))
+
+    def _with(self, function: Callable[[Tensor], Tensor], names: Sequence[str]) -> Batch:
+        return replace(self, **map_arrays(function, {name: getattr(self, name) for name in names}))
 
     def target(self, id: str) -> Tensor:
         """A target's decoded values, f32 `[B, …]`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 Arrays = dict[str, np.ndarray]
 
 _Look = Callable[[int], tuple[Mix | None, np.ndarray]]  # a sample's index -> its mixing, its pixels before that
-
-BlockPart = tuple[Arrays, dict[str, Arrays]]  # images, labels and ids of some samples; target id -> its arrays
 
 
 class BlockReader:
@@ -55,7 +53,7 @@ class BlockReader:
                 raise IdentityError(marker.name, "bank_views", digest, recorded, hint)
         return marker
 
-    def read(self, segment: Segment, view: int) -> BlockPart:
+    def read(self, segment: Segment, view: int) -> tuple[Arrays, dict[str, Arrays]]:
         """The samples of a segment in one view: images, labels and ids, and the arrays of each target.
 
         `mix_labels` and `mix_weights`: labels of the images that are mixed in, and their share, 0 where none is.
@@ -66,15 +64,14 @@ class BlockReader:
         """
         index, samples = self.source.shards[segment.shard].index, segment.samples
         images, mixes = self._images(segment, view)
-        labels = [index.labels[i] for i in samples]
-        mix_labels = [index.labels[mix.partner] if mix else own for mix, own in zip(mixes, labels, strict=True)]
-        ids = [np.full(len(samples), segment.shard), samples, np.full(len(samples), view)]
+        partners = [mix.partner if mix else i for mix, i in zip(mixes, samples, strict=True)]
+        labels, mix_labels = ([index.labels[i] for i in numbers] for numbers in (samples, partners))
         arrays = {
             "images": images,
             "labels": np.array([-1 if label is None else label for label in labels], np.int64),
             "mix_labels": np.array([-1 if label is None else label for label in mix_labels], np.int64),
             "mix_weights": np.array([mix.amount / 256 if mix else 0 for mix in mixes], np.float32),
-            "ids": np.stack(ids, 1, dtype=np.int64),
+            "ids": np.stack(np.broadcast_arrays(segment.shard, samples, view), 1, dtype=np.int64),
         }
         return arrays, self.targets(segment, view)
 
@@ -149,20 +146,9 @@ class BlockReader:
 
 def _permuted(seed: int, shard: str, segment: Segment) -> np.ndarray:
     """For each sample of a segment another valid one of its block, by a fixed derangement; its own if it is alone."""
-    whole = segment.samples if segment.whole is None else segment.whole
-    permuted, chance = whole.copy(), generator("permuted targets", seed, shard, segment.block)
+    valid = segment.samples if segment.valid is None else segment.valid
+    permuted, chance = valid.copy(), generator("permuted targets", seed, shard, segment.block)
     for i in range(len(permuted) - 1, 0, -1):  # Sattolo's algorithm: one cycle through all, so nobody stays
         j = int(chance.integers(i))
         permuted[i], permuted[j] = permuted[j], permuted[i]
-    return permuted[np.searchsorted(whole, segment.samples)]
-
-
-def join(parts: Sequence[BlockPart]) -> BlockPart:
-    """Samples of several parts after another."""
-    first, targets = parts[0]
-    arrays = {name: np.concatenate([part[0][name] for part in parts]) for name in first}
-    joined = {
-        t: {name: np.concatenate([part[1][t][name] for part in parts]) for name in names}
-        for t, names in targets.items()
-    }
-    return arrays, joined
+    return permuted[np.searchsorted(valid, segment.samples)]

@@ -6,7 +6,8 @@ whole blocks; global batch g takes batch/L samples from every lane. Which worker
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,21 +27,18 @@ class Segment:
         shard: its number in the stream.
         block: its number in the shard.
         samples: their indices in the shard.
-        whole: indices of all valid samples of the block; None where `samples` are all.
+        valid: indices of all valid samples of the block; None where `samples` are all.
     """
 
     shard: int
     block: int
     samples: np.ndarray
-    whole: np.ndarray | None = None
+    valid: np.ndarray | None = None
 
 
 def default_lanes(batch: int) -> int:
     """The largest power of two that divides batch/8, within 8 and 128."""
-    lanes = 1
-    while batch % (16 * lanes) == 0 and lanes < 128:
-        lanes *= 2
-    return max(8, lanes)
+    return max(8, math.gcd(batch, 8 * 128) // 8)
 
 
 class BlockShuffle:
@@ -70,10 +68,10 @@ class BlockShuffle:
         lanes = lanes or default_lanes(batch_size)
         if batch_size % lanes:
             multiple = setting("stream.batch_size", max(1, round(batch_size / lanes)) * lanes)
+            hint = f"Give a multiple of {lanes}, such as {multiple}, or lanes that divide it: "
             raise UserError(
                 f"batch size {batch_size} cannot be cut into the {lanes} equal parts of stream.lanes",
-                hint=f"Give a multiple of {lanes}, such as {multiple}, or lanes that divide it: "
-                f"{setting('stream.lanes', 'N')}",
+                hint=hint + setting("stream.lanes", "N"),
             )
         self.blocks = [Segment(shard=shard, block=block, samples=samples) for shard, block, samples in blocks]
         self.counts = np.array([len(block.samples) for block in self.blocks], np.int64)
@@ -110,7 +108,7 @@ class BlockShuffle:
             if first >= end:
                 break
             part = block.samples[max(0, begin - first) : end - first]
-            segments.append(Segment(shard=block.shard, block=block.block, samples=part, whole=block.samples))
+            segments.append(replace(block, samples=part, valid=block.samples))
         skip = start * self.share
         for number, at in enumerate(range(0, len(segments), self.shuffle_blocks)):
             chosen = segments[at : at + self.shuffle_blocks]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from storage.errors import IdentityError, UserError
@@ -55,12 +55,12 @@ def opened(shards: Shards, store: Store | None) -> Iterator[Shard]:
         UserError: as `expand` and `open_shard`.
         IdentityError: a shard that the store does not know, or knows with other content.
     """
-    if not isinstance(shards, str) and (handles := [shard for shard in shards if isinstance(shard, Shard)]):
+    listed = [shards] if isinstance(shards, str) else shards
+    if handles := [shard for shard in listed if isinstance(shard, Shard)]:
         yield from handles
         return
-    urls = expand([shard for shard in ([shards] if isinstance(shards, str) else shards) if isinstance(shard, str)])
     known = store.shard_ids() if store is not None else []
-    for url in urls:
+    for url in expand([pattern for pattern in listed if isinstance(pattern, str)]):
         yield store.require(url, known) if store is not None else open_shard(url)
 
 
@@ -73,11 +73,15 @@ def refuse_twice(shards: Sequence[Shard]) -> None:
         urls[shard.id] = shard.url
 
 
-def stored(store: Store, shards: Sequence[Shard], targets: Sequence[str], bank: str | None) -> Source:
-    """Shards with a bank and targets of a store.
+def stored(
+    store: Store, shards: Sequence[Shard], targets: Sequence[str], bank: str | None, views: int | None
+) -> tuple[Source, int, list[list[int]]]:
+    """Shards with a bank and targets of a store; how many views are used, and the invalid samples of each shard.
 
     Raises:
         UserError: a target or bank that the store does not have, or targets of several banks.
+        IdentityError: fewer views than were asked for, or a shard that the bank does not have as it is.
+        DamageError: a marker is missing or damaged.
     """
     manifests = {target: store.target(target) for target in targets}
     banks = sorted({manifest.identity.bank for manifest in manifests.values()} | ({bank} if bank else set()))
@@ -85,44 +89,28 @@ def stored(store: Store, shards: Sequence[Shard], targets: Sequence[str], bank: 
         raise UserError(
             f"{store.url}: all targets of a training run share one bank, these name {', '.join(banks) or 'none'}"
         )
-    identities = {id: manifest.identity for id, manifest in store.targets().items()}
-    pixels = sorted(id for id, identity in identities.items() if (identity.tap, identity.bank) == ("pixels", banks[0]))
-    return Source(
+    (bank,) = banks
+    policy, ids, done = bank_policy(store, bank), [shard.id for shard in shards], store.done()
+    kinds: list[tuple[Kind, str]] = [("target", target) for target in targets] or [("bank", bank)]
+    count = min(store.views(kind, id, ids, done, views) for kind, id in kinds)
+    if views is not None and views > count:
+        words = ("the store has", "asked for")
+        raise IdentityError(f"{store.url}: bank {bank}", "views of each sample", count, views, words=words)
+    if not count:
+        first = next(iter(targets), bank)
+        raise UserError(f"{store.url}: no view of {first} is there for these shards; run precompute over them first")
+    markers = [store.marker(Task("bank", bank, id, 0)) for id in ids]
+    for marker, shard in zip(markers, shards, strict=True):
+        marker.require(len(shard))
+    known = {id: manifest.identity for id, manifest in store.targets().items()}
+    pixels = min((id for id, target in known.items() if (target.tap, target.bank) == ("pixels", bank)), default="")
+    covered = {Task("target", pixels, id, view) for id in ids for view in range(count)} <= done
+    source = Source(
         shards=tuple(shards),
-        policy=bank_policy(store, banks[0]),
+        policy=policy,
         store=store,
-        bank=banks[0],
-        pixels=pixels[0] if pixels else None,
+        bank=bank,
+        pixels=pixels if covered else None,
         targets={target: manifest.codec for target, manifest in manifests.items()},
     )
-
-
-def usable_views(source: Source, wanted: int | None) -> tuple[Source, int, dict[int, frozenset[int]]]:
-    """How many views are used, and shard's number -> its invalid samples.
-
-    The source comes back without `pixels` where these do not cover the views.
-    """
-    store, bank = source.store, source.bank
-    assert store is not None
-    assert bank is not None
-    done = store.done()
-    kinds: list[tuple[Kind, str]] = [("target", target) for target in source.targets] or [("bank", bank)]
-    count = min(store.views(kind, id, source.shard_ids, done, wanted) for kind, id in kinds)
-    if wanted is not None and wanted > count:
-        raise IdentityError(
-            f"{store.url}: bank {bank}", "views of each sample", count, wanted, words=("the store has", "asked for")
-        )
-    count = wanted or count
-    if not count:
-        first = next(iter(source.targets), bank)
-        raise UserError(f"{store.url}: no view of {first} is there for these shards; run precompute over them first")
-    invalid: dict[int, frozenset[int]] = {}
-    for number, shard in enumerate(source.shards):
-        marker = store.marker(Task("bank", bank, shard.id, 0))
-        marker.require(len(shard))
-        invalid[number] = frozenset(marker.bank.invalid)
-    if source.pixels and not all(
-        Task("target", source.pixels, id, view) in done for id in source.shard_ids for view in range(count)
-    ):
-        source = replace(source, pixels=None)
-    return source, count, invalid
+    return source, count, [marker.bank.invalid for marker in markers]

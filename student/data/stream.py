@@ -26,11 +26,11 @@ from storage.progress import size_text
 from storage.shards.shard import Shard, require_labels
 from storage.shards.tar import without_samples
 from storage.store.store import Store
-from student.data.batch import Batch
+from student.data.batch import Batch, map_arrays
 from student.data.shuffle import BlockShuffle, lanes_of
-from student.data.source import Shards, Source, opened, refuse_twice, stored, usable_views
+from student.data.source import Shards, Source, opened, refuse_twice, stored
 from student.data.worker_watch import started, watched
-from student.data.workers import LaneReader, ReadPlan, leave_at_once, to_tensors
+from student.data.workers import LaneReader, ReadPlan, leave_at_once
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -96,8 +96,7 @@ class Stream(IterableDataset[Batch]):
         if store is None and (views is not None or bank is not None):
             raise UserError("bank and views speak of a store, and none was given")
         self.label_counts: Counter[int] = Counter()
-        filled: list[Shard] = []
-        empty: list[Shard] = []
+        filled, empty = list[Shard](), list[Shard]()
         flaws = 0  # keys that make no sample
         for shard in opened(shards, store):
             flaws += len(shard.index.left_out)
@@ -109,36 +108,30 @@ class Stream(IterableDataset[Batch]):
             raise without_samples([shard.url for shard in empty])
         refuse_twice(filled)
         self.views: int | None = None
-        invalid: dict[int, frozenset[int]] = {}
+        invalid: Sequence[Sequence[int]] = [[]] * len(filled)
         if store is not None:
-            source = stored(store, filled, targets, bank)
-            source, self.views, invalid = usable_views(source, views)
+            source, self.views, invalid = stored(store, filled, targets, bank, views)
         elif policy is not None:
             source = Source(shards=tuple(filled), policy=policy)
         self.source = replace(source, permute=permute)
         blocks = []
         for number, shard in enumerate(filled):
-            bad = invalid.get(number, frozenset())
             for block, start in enumerate(range(0, len(shard), BLOCK)):
-                stop = min(start + BLOCK, len(shard))
-                samples = np.array([i for i in range(start, stop) if i not in bad], np.int64)
+                samples = np.setdiff1d(np.arange(start, min(start + BLOCK, len(shard))), invalid[number])
                 if len(samples):
                     blocks.append((number, block, samples))
         self.order = BlockShuffle(blocks, batch_size, seed, lanes, shuffle_blocks)
         self.own = lanes_of(self.order.lanes, rank, world_size)
         self.workers = min(workers, len(self.own))
-        self.notices = []
-        if empty:
-            self.notices.append(f"{len(empty)} shard(s) have no samples")
-        if flaws:
-            self.notices.append(f"{flaws:,} key(s) of the shards make no sample and are left out")
-        if workers > self.workers:
-            self.notices.append(
-                f"stream.workers={workers}: only {self.workers} are started, one for each of stream.lanes"
-            )
-        alone = sum(len(samples) == 1 for *_, samples in blocks)
-        if permute is not None and alone:
-            self.notices.append(f"{alone} sample(s) are alone in their blocks and keep their own targets")
+        alone = sum(len(samples) == 1 for *_, samples in blocks) if permute is not None else 0
+        started_only = f"stream.workers={workers}: only {self.workers} are started, one for each of stream.lanes"
+        notices = {
+            f"{len(empty)} shard(s) have no samples": empty,
+            f"{flaws:,} key(s) of the shards make no sample and are left out": flaws,
+            started_only: workers > self.workers,
+            f"{alone} sample(s) are alone in their blocks and keep their own targets": alone,
+        }
+        self.notices = [notice for notice, holds in notices.items() if holds]
         self.memory = self._check_memory(memory)
         self._start = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         plan = ReadPlan(source=self.source, order=self.order, views=self.views, rank=rank, world_size=world_size)
@@ -146,7 +139,6 @@ class Stream(IterableDataset[Batch]):
             LaneReader(plan, self._start),
             batch_size=None,
             num_workers=self.workers,
-            collate_fn=to_tensors,
             multiprocessing_context="spawn" if self.workers else None,
             persistent_workers=bool(self.workers),
             worker_init_fn=leave_at_once,
@@ -198,10 +190,7 @@ class Stream(IterableDataset[Batch]):
             "shards": digest_of(list(self.source.shard_ids)),
             "bank": self.source.bank or self.source.policy.bank,
             "views": self.views,
-            "seed": self.order.seed,
-            "batch_size": self.order.batch_size,
-            "lanes": self.order.lanes,
-            "shuffle_blocks": self.order.shuffle_blocks,
+            **{name: getattr(self.order, name) for name in ("seed", "batch_size", "lanes", "shuffle_blocks")},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -232,9 +221,8 @@ class Stream(IterableDataset[Batch]):
             UserError: a worker dies; or this is a worker of another DataLoader.
         """
         if get_worker_info() is not None:
-            raise UserError(
-                "a Stream loads by itself: Stream(…, workers=N), without a DataLoader with num_workers around it"
-            )
+            own = "a Stream loads by itself: Stream(…, workers=N)"
+            raise UserError(f"{own}, without a DataLoader with num_workers around it")
         with self.watched():
             yield from self._epoch(epoch, start)
 
@@ -268,12 +256,5 @@ class Stream(IterableDataset[Batch]):
                 finally:  # no cycle with its traceback: collecting one ends the workers' queues before the workers
                     failed = shares = None
             self._position = (epoch, step + 1)
-            yield self._batch([by_lane[lane] for lane in self.own])
-
-    def _batch(self, shares: Sequence[Any]) -> Batch:
-        arrays = {name: torch.cat([share[0][name] for share in shares]) for name in shares[0][0]}
-        targets = {
-            t: {name: torch.cat([share[1][t][name] for share in shares]) for name in names}
-            for t, names in shares[0][1].items()
-        }
-        return Batch(**arrays, targets=targets, codecs=dict(self.source.targets))
+            batch = map_arrays(lambda *shares: torch.cat(shares), *(by_lane[lane] for lane in self.own))
+            yield Batch(**batch, codecs=dict(self.source.targets))

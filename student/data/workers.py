@@ -5,19 +5,21 @@ from __future__ import annotations
 import atexit
 import os
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from storage.errors import UserError
-from student.data.block_reader import Arrays, BlockPart, BlockReader, join
+from student.data.batch import map_arrays
+from student.data.block_reader import BlockReader
 from student.data.shuffle import BlockShuffle, Segment, lanes_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from torch import Tensor
 
     from student.data.source import Source
 
@@ -47,38 +49,29 @@ class ReadPlan:
         return self.order.view(epoch, segment.shard, segment.block, self.views)
 
 
-class _Lane:
-    """One lane from some batch on: gives its share of batch after batch."""
-
-    def __init__(self, reader: BlockReader, plan: ReadPlan, epoch: int, lane: int, start: int) -> None:
-        self.reader, self.plan, self.epoch = reader, plan, epoch
-        self.windows = plan.order.lane(epoch, lane, start)
-        self.rows = np.zeros(0, np.int64)  # of the window that is held, in the order in which they are taken
-        self.arrays: Arrays = {}
-        self.targets: dict[str, Arrays] = {}
-
-    def take(self) -> BlockPart:
-        """The lane's share of the next batch."""
-        parts: list[BlockPart] = []
-        missing = self.plan.order.share
-        while missing:
-            if not len(self.rows):
-                self._load(*next(self.windows))
-            rows, self.rows = self.rows[:missing], self.rows[missing:]
+def lane_shares(plan: ReadPlan, reader: BlockReader, lane: int, epoch: int, start: int) -> Iterator[dict[str, Any]]:
+    """A lane's share of each batch from `start` on: arrays by the names of `Batch`."""
+    parts: list[Any] = []
+    missing = plan.order.share
+    for segments, order in plan.order.lane(epoch, lane, start):
+        window: Any = None  # free the last one before the next one is read
+        blocks = (reader.read(segment, plan.view(epoch, segment)) for segment in segments)
+        window = _joined([{**arrays, "targets": targets} for arrays, targets in blocks])
+        while len(order):
+            rows, order = order[:missing], order[missing:]
+            parts.append(map_arrays(itemgetter(rows), window))
             missing -= len(rows)
-            arrays = {name: array[rows] for name, array in self.arrays.items()}
-            targets = {id: {name: array[rows] for name, array in ones.items()} for id, ones in self.targets.items()}
-            parts.append((arrays, targets))
-        return parts[0] if len(parts) == 1 else join(parts)
-
-    def _load(self, segments: list[Segment], rows: np.ndarray) -> None:
-        self.arrays, self.targets = {}, {}  # free the last window before the next one is read
-        parts = [self.reader.read(segment, self.plan.view(self.epoch, segment)) for segment in segments]
-        self.arrays, self.targets = join(parts)
-        self.rows = rows
+            if not missing:
+                yield _joined(parts)
+                parts, missing = [], plan.order.share
 
 
-class LaneReader(IterableDataset[list[BlockPart]]):
+def _joined(parts: list[Any]) -> Any:
+    """Samples of several parts after another."""
+    return parts[0] if len(parts) == 1 else map_arrays(lambda *arrays: np.concatenate(arrays), *parts)
+
+
+class LaneReader(IterableDataset[list[dict[str, Any]]]):
     """What one loader worker yields: for every batch, the shares of its lanes.
 
     Args:
@@ -99,11 +92,11 @@ class LaneReader(IterableDataset[list[BlockPart]]):
         epoch, start = (int(n) for n in self.start)
         plan, order = self.plan, self.plan.order
         self.reader = self.reader or BlockReader(plan.source)
+        lanes = lanes_of(order.lanes, plan.rank, plan.world_size, worker, workers)
+        shares = [lane_shares(plan, self.reader, lane, epoch, start) for lane in lanes]
         try:
-            numbers = lanes_of(order.lanes, plan.rank, plan.world_size, worker, workers)
-            lanes = [_Lane(self.reader, plan, epoch, number, start) for number in numbers]
             for _ in range(start, order.steps):
-                yield [lane.take() for lane in lanes]
+                yield [next(lane) for lane in shares]
         except (UserError, OSError) as error:  # torch would turn it into a traceback in a string
             yield error
 
@@ -115,14 +108,3 @@ def leave_at_once(_worker: int) -> None:
     process, and the parent reports a worker that was killed. By then all is handed over, or no longer wanted.
     """
     atexit.register(os._exit, 0)
-
-
-def to_tensors(shares: Any) -> Any:
-    """Arrays as tensors, so that workers hand them over in shared memory."""
-    if isinstance(shares, UserError | OSError):
-        return shares
-
-    def convert(arrays: Arrays) -> dict[str, Tensor]:
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-    return [(convert(arrays), {id: convert(ones) for id, ones in targets.items()}) for arrays, targets in shares]
