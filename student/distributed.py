@@ -46,10 +46,10 @@ def process_group(device: str) -> Iterator[torch.device]:
     Args:
         device: as `pick_device` takes; `cuda` is the GPU of this process's number on its machine.
     """
-    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ):
-        yield pick_device(device)
-        return
     where = pick_device(device)
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+        yield where
+        return
     if where.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", 0)) if where.index is None else where.index
         if local >= torch.cuda.device_count():
@@ -106,20 +106,19 @@ def all_reduce_mean(numbers: dict[str, float], device: torch.device) -> dict[str
 
 def broadcast_object(value: T) -> T:
     """What rank 0 has."""
+    values = [value]
     if world_size() > 1:
-        held = [value]
-        dist.broadcast_object_list(held)
-        value = held[0]
-    return value
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 def all_gather_objects(value: T) -> list[T]:
     """What every rank has, in the order of the ranks."""
     if world_size() == 1:
         return [value]
-    held: list[T | None] = [None] * world_size()
-    dist.all_gather_object(held, value)
-    return held  # type: ignore[return-value]
+    gathered = [value] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def all_gather_rows(values: Tensor, lanes: int) -> Tensor:
@@ -131,9 +130,9 @@ def all_gather_rows(values: Tensor, lanes: int) -> Tensor:
     """
     if world_size() == 1:
         return values
-    held = [torch.empty_like(values) for _ in range(world_size())]
-    dist.all_gather(held, values.contiguous())
-    by_lane = torch.stack(held).view(world_size(), lanes // world_size(), -1, *values.shape[1:])
+    gathered = [torch.empty_like(values) for _ in range(world_size())]
+    dist.all_gather(gathered, values.contiguous())
+    by_lane = torch.stack(gathered).view(world_size(), lanes // world_size(), -1, *values.shape[1:])
     return by_lane.transpose(0, 1).flatten(0, 2)
 
 
@@ -182,16 +181,13 @@ class Processor:
             flags = torch.cpu.get_capabilities()
         else:  # torch before 2.11
             flags = {"avx512_bf16": torch.cpu._is_avx512_bf16_supported()}  # noqa: SLF001
-        supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-        level = torch.backends.cpu.get_cpu_capability()
-        return cls(level=level, flags=flags, onednn=bool(supported and supported()))
+        supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+        return cls(level=torch.backends.cpu.get_cpu_capability(), flags=flags, onednn=supported())
 
     @property
     def bfloat16(self) -> bool:
         """Whether it has instructions that multiply bfloat16. oneDNN takes it without them, too, but slowly."""
-        if not self.onednn:
-            return False
-        if self.flags.get("bf16"):  # ARM
-            return True
-        wide = self.level.startswith(("AVX512", "AVX10"))
-        return wide and any(self.flags.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+        names = ["bf16"]  # of ARM
+        if self.level.startswith(("AVX512", "AVX10")):
+            names += ["avx512_bf16", "amx_bf16"]
+        return self.onednn and any(self.flags.get(name) for name in names)

@@ -19,25 +19,14 @@ from storage.objects.atomic import atomic_write, temporary_path
 from student.upgrade import upgraded_run
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 CHECKPOINT, RESULT, LOG, SMOKE, CARD = "checkpoint.pt", "result.json", "log.jsonl", "SMOKE", "README.md"
 ABOUT, LOSSES = "run.json", "losses.safetensors"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"  # by timm's names
-_FILES = (
-    ABOUT,
-    LOG,
-    CHECKPOINT,
-    "last.safetensors",
-    "best.safetensors",
-    "ema.safetensors",
-    LOSSES,
-    "tensorboard",
-    RESULT,
-    CARD,
-    CONFIG,
-    WEIGHTS,
-)
+LAST, BEST, EMA = "last.safetensors", "best.safetensors", "ema.safetensors"
+_BOARD = "tensorboard"
+_FILES = (ABOUT, LOG, CHECKPOINT, LAST, BEST, EMA, LOSSES, _BOARD, RESULT, CARD, CONFIG, WEIGHTS)
 # What a kill leaves of them counts as nothing. The marks are last: until they go, the folder is a run's.
 _LEFT = (*(temporary_path(Path(name)).name for name in _FILES), *_FILES, "args.yaml", SMOKE)
 
@@ -81,20 +70,19 @@ def require_free(out: Path) -> None:
         return
     if not out.is_dir():
         raise UserError("a file, not a folder", setting=setting("out", out), hint="Give another folder.")
-    there = sorted(path.name for path in out.iterdir())
-    if there and not is_smoke(out):
-        if not {"args.yaml", CHECKPOINT, RESULT} & {*there}:
+    names = sorted(path.name for path in out.iterdir())
+    if names and not is_smoke(out):
+        if not {"args.yaml", CHECKPOINT, RESULT} & {*names}:
             hint = f"Give a new folder: {setting('out', 'RUN')}"
-            raise UserError(f"{out}: there is something else in this folder ({there[0]}, …)", hint=hint)
+            raise UserError(f"{out}: there is something else in this folder ({names[0]}, …)", hint=hint)
         hint = f"For another run, give a new folder: {setting('out', 'RUN')}"
-        if CHECKPOINT in there or never_kept(out):
+        if CHECKPOINT in names or never_kept(out):
             hint = f"To resume it, add {setting('resume', True)}\n  {hint}"
         raise UserError(f"{out}: there is a run in this folder already", hint=hint)
-    foreign = [name for name in there if name not in _LEFT]
-    if foreign:
-        raise UserError(
-            f"{out}: beside a smoke run, which may be overwritten, there is {foreign[0]}; give a new folder"
-        )
+    for name in names:
+        if name not in _LEFT:
+            text = f"beside a smoke run, which may be overwritten, there is {name}; give a new folder"
+            raise UserError(f"{out}: {text}")
 
 
 def begin(out: Path, smoke: bool) -> None:
@@ -107,9 +95,8 @@ def begin(out: Path, smoke: bool) -> None:
         else:
             path.unlink(missing_ok=True)
     if smoke:
-        (out / SMOKE).write_text(
-            "A smoke run: a few steps, to see that everything works. Its student has learned nothing.\n"
-        )
+        text = "A smoke run: a few steps, to see that everything works. Its student has learned nothing.\n"
+        (out / SMOKE).write_text(text)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -150,13 +137,11 @@ class Log:
         self._file, self._board = None, None
         if out is None:
             return
-        path = out / LOG
-        self._file = path.open("ab")
+        self._file = (out / LOG).open("ab")
         if self._file.tell() > keep:
             self._file.seek(self._file.truncate(keep))
         if tensorboard:
-            writer = board_writer()
-            self._board = writer(str(out / "tensorboard"), purge_step=step or None)
+            self._board = board_writer()(str(out / _BOARD), purge_step=step or None)
 
     def write(self, record: dict[str, Any], update: int) -> None:
         """A line, and its numbers in TensorBoard at an update."""
@@ -189,17 +174,14 @@ def board_writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError(
-            "tensorboard=true needs the package tensorboard: pip install -c constraints.txt tensorboard"
-        ) from None
+        missing = "tensorboard=true needs the package tensorboard: pip install -c constraints.txt tensorboard"
+        raise UserError(missing) from None
     return SummaryWriter
 
 
-def _scalars(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    found = []
+def _scalars(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     for name, value in record.items():
         if isinstance(value, dict):
-            found += _scalars(value, f"{prefix}{name}/")
+            yield from _scalars(value, f"{prefix}{name}/")
         elif isinstance(value, int | float) and name not in ("epoch", "step"):
-            found.append((f"{prefix}{name}", float(value)))
-    return found
+            yield f"{prefix}{name}", float(value)
