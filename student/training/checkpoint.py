@@ -26,23 +26,9 @@ if TYPE_CHECKING:
     from student.recipe.schema import Recipe
 
 FORMAT = 2
-_PARTS = {
-    "format": int,
-    "recipe": dict,
-    "identity": dict,
-    "precision": dict,
-    "epoch": int,
-    "step": int,
-    "sums": dict,
-    "scores": dict,
-    "seconds": float,
-    "log_bytes": int,
-    "student": dict,
-    "losses": dict,
-    "optimizer": dict,
-    "scaler": dict,
-    "rng": list,
-}
+_DICTS = ("recipe", "identity", "precision", "sums", "scores", "student", "losses", "optimizer", "scaler")
+_COUNTS = ("format", "epoch", "step", "log_bytes")
+_PARTS = {**dict.fromkeys(_DICTS, dict), **dict.fromkeys(_COUNTS, int), "seconds": float, "rng": list}
 # What may differ when a run is resumed: none of it changes what is computed.
 FREE = ("stream.workers", "stream.memory", "checkpoint_interval", "val_interval", "tensorboard")
 
@@ -85,20 +71,18 @@ def read(path: Path) -> dict[str, Any]:
     except UserError:
         raise
     except FileNotFoundError:
-        where = f" in a new folder: {out}" if path.parent.exists() else ""
-        raise UserError(
-            f"{path.parent}: no checkpoint here to resume from", hint=f"Without {resume} a new run begins{where}"
-        ) from None
+        hint = f"Without {resume} a new run begins{f' in a new folder: {out}' if path.parent.exists() else ''}"
+        raise UserError(f"{path.parent}: no checkpoint here to resume from", hint=hint) from None
     except Exception as error:  # torch and zipfile raise many kinds
-        held = refused_in(path, error)
-        why = f"it is a pickle with more than plain data in it: {held}" if held else first_line(error)
+        refused = refused_in(path, error)
+        why = f"it is a pickle with more than plain data in it: {refused}" if refused else first_line(error)
         raise UserError(f"{path}: damaged, or not a checkpoint: {why}", hint=hint) from None
-    wrong = not isinstance(content, dict) or [
-        name for name, kind in _PARTS.items() if not isinstance(content.get(name), kind)
-    ]
-    if wrong:
-        what = ", ".join(wrong) if isinstance(wrong, list) else "everything"
-        raise UserError(f"{path}: not a checkpoint that {call('train')} wrote: {what} is missing", hint=hint)
+    missing = ["everything"]
+    if isinstance(content, dict):
+        missing = [name for name, kind in _PARTS.items() if not isinstance(content.get(name), kind)]
+    if missing:
+        message = f"{path}: not a checkpoint that {call('train')} wrote: {', '.join(missing)} is missing"
+        raise UserError(message, hint=hint)
     if content["format"] != FORMAT:
         raise IdentityError(str(path), "format", FORMAT, content["format"], "Another version of the trainer wrote it.")
     checked(IdentityRecord, content["identity"], str(path), hint)
@@ -122,16 +106,11 @@ def require_same(path: Path, saved: Mapping[str, Any], recipe: Recipe, identity:
     if identity is not None:
         was |= _flat(saved["identity"])
         now |= _flat(dict(identity))
-    for field in [*was, *(name for name in now if name not in was)]:
-        if field not in FREE and was.get(field) != now.get(field):
-            raise IdentityError(
-                str(path),
-                field,
-                was.get(field),
-                now.get(field),
-                f"A run is resumed as it began. For anything else begin a new one: {setting('out', 'RUN')}",
-                ("the run has", "asked for"),
-            )
+    for field in {**was, **now}:
+        before, asked = was.get(field), now.get(field)
+        if field not in FREE and before != asked:
+            hint = f"A run is resumed as it began. For anything else begin a new one: {setting('out', 'RUN')}"
+            raise IdentityError(str(path), field, before, asked, hint, ("the run has", "asked for"))
 
 
 def _flat(content: Any, prefix: str = "") -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from student.data.batch import map_arrays
 from student.data.block_reader import BlockReader
 
 if TYPE_CHECKING:
@@ -56,10 +57,8 @@ def _means(stream: Stream, progress: Progress, title: str, values_of: Callable[[
     progress.start(title, len(stream.order.blocks) * views)
     for segment in stream.order.blocks:
         for view in range(views):
-            decoded = {}
-            for target, arrays in reader.targets(segment, view).items():
-                codec = stream.source.targets[target]
-                decoded[target] = codec.decode({name: torch.from_numpy(array) for name, array in arrays.items()})
+            arrays = map_arrays(torch.from_numpy, reader.targets(segment, view))
+            decoded = {id: codec.decode(arrays[id]) for id, codec in stream.source.targets.items()}
             for name, values in values_of(decoded).items():
                 total = values.sum(0, dtype=torch.float64)
                 sums[name] = sums[name] + total if name in sums else total

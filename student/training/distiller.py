@@ -6,6 +6,7 @@ It turns a batch of the stream into the number that is minimized: total = Σ wei
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,11 +59,9 @@ def _student_spec(recipe: Recipe, model: nn.Module, class_names: Sequence[str] |
     not_pooling = [name for name, config in recipe.losses.items() if config.type not in pooling]
     not_pooling += [ATTENTION_COPY] if attention_copy is not None else []
     if spec.each and not_pooling:
-        raise UserError(
-            f"{not_pooling[0]}: {type(model).__name__} pools its patches, so its layers have no common heads and grid; "
-            f"such a student learns by {', '.join(pooling)} alone",
-            hint=_PLAIN,
-        )
+        pools = f"{type(model).__name__} pools its patches, so its layers have no common heads and grid"
+        learns = f"such a student learns by {', '.join(pooling)} alone"
+        raise UserError(f"{not_pooling[0]}: {pools}; {learns}", hint=_PLAIN)
     return spec
 
 
@@ -86,17 +85,6 @@ def _refused(recipe: Recipe, attention: bool) -> str:
     return f"{ATTENTION_COPY} changes the student's attention"
 
 
-def target_requirements(recipe: Recipe, model: nn.Module) -> list[TargetRequirement]:
-    """What the recipe's losses and attention copy read from a store."""
-    spec, requirements = _student_spec(recipe, model), list[TargetRequirement]()
-    if recipe.attention_copy is not None:
-        requirements.append(AttentionCopier.requirement(ATTENTION_COPY, recipe.attention_copy))
-    for name, config in recipe.losses.items():
-        if (requirement := LOSSES[config.type].requirement(name, config, spec)) is not None:
-            requirements.append(requirement)
-    return requirements
-
-
 def find_targets(
     store: Store | None, shards: Sequence[str], recipe: Recipe, model: nn.Module
 ) -> tuple[str | None, dict[str, tuple[StoredTarget, ...]]]:
@@ -105,14 +93,17 @@ def find_targets(
     Raises:
         UserError: a loss needs targets and there is no store, or what `select_targets` raises.
     """
-    requirements = target_requirements(recipe, model)
+    spec, requirements = _student_spec(recipe, model), list[TargetRequirement]()
+    if recipe.attention_copy is not None:
+        requirements.append(AttentionCopier.requirement(ATTENTION_COPY, recipe.attention_copy))
+    for name, config in recipe.losses.items():
+        if (requirement := LOSSES[config.type].requirement(name, config, spec)) is not None:
+            requirements.append(requirement)
+    if store is None and requirements:
+        first = requirements[0]
+        hint = f"Give {setting('store', 'DIR')}, which {first.precompute(store='DIR')} fills."
+        raise UserError(f"{first.loss} needs stored targets ({first.words})", hint=hint)
     if store is None:
-        if requirements:
-            first = requirements[0]
-            raise UserError(
-                f"{first.loss} needs stored targets ({first.words})",
-                hint=f"Give {setting('store', 'DIR')}, which {first.precompute(store='DIR')} fills.",
-            )
         return None, {}
     bank, ids = select_targets(store, shards, requirements, recipe.stream.bank)
     return bank, {loss: tuple(stored_target(store, id) for id in its_ids) for loss, its_ids in ids.items()}
@@ -131,7 +122,7 @@ class Distiller(nn.Module):
 
     Attributes:
         terms: the losses by name; `losses` is the same as a module.
-        target_ids: loss, or `attention_copy`, -> ids of its stored targets.
+        targets: loss, or `attention_copy`, -> its stored targets; `target_ids` the same with their ids.
         precision: of the student's forward pass; None: float32. Losses are computed in float32.
         means: a control: target id -> what every image gets in its place.
         metrics: scalars of the last step that losses log, such as agreement with a teacher.
@@ -154,9 +145,12 @@ class Distiller(nn.Module):
         self.student, self.configs = model, recipe.losses
         spec = _student_spec(recipe, model, class_names)
         self.terms: dict[str, Loss[Any]] = {}
-        for name, config in _with_heads(recipe).items():
+        both_heads = not any(isinstance(config, DeiTConfig) for config in recipe.losses.values())
+        for name, config in recipe.losses.items():
             if hasattr(nn.ModuleDict, name):
                 raise UserError(f"losses.{name}: PyTorch keeps this name for itself; call the loss otherwise")
+            if isinstance(config, CrossEntropyConfig) and config.heads is None:
+                config = config.model_copy(update={"heads": "both" if both_heads else "class"})
             self.terms[name] = LOSSES[config.type](name, config, spec, targets.get(name, ()))
         self.losses = nn.ModuleDict(self.terms)
         self.queues = _queues(self.terms, recipe.stream.batch_size)
@@ -166,6 +160,7 @@ class Distiller(nn.Module):
             self.copier = AttentionCopier(ATTENTION_COPY, recipe.attention_copy, spec, targets[ATTENTION_COPY])
             self.copier.hooks.attach(model)  # before the taps: losses see q, k and v as they are used
             self.rows.insert(0, self.copier.row)
+        self.targets = targets
         self.target_ids = {name: tuple(stored.id for stored in its_targets) for name, its_targets in targets.items()}
         self.student_taps = StudentTaps(model, student_taps_of(recipe) - ELSEWHERE)
         if hasattr(model, "set_distilled_training"):
@@ -187,22 +182,18 @@ class Distiller(nn.Module):
             output = self.student(pixels)
         logits, distillation_logits = output if isinstance(output, tuple) else (output, None)
         logits = full(logits)
-        distillation_logits = None if distillation_logits is None else full(distillation_logits)
-        values: dict[str, Tensor] = {}
         self.metrics = {}
-        for name, loss in self.terms.items():
-            inputs = LossInputs(
-                logits=logits,
-                distillation_logits=distillation_logits,
-                student_taps=self.student_taps,
-                labels=batch.labels,
-                mix_labels=batch.mix_labels,
-                mix_weights=batch.mix_weights,
-                targets=tuple(decoded[id] for id in self.target_ids.get(name, ())),
-                metrics=self.metrics,
-            )
-            values[name] = loss(inputs)
-        return logits, values
+        inputs = LossInputs(
+            logits=logits,
+            distillation_logits=None if distillation_logits is None else full(distillation_logits),
+            student_taps=self.student_taps,
+            labels=batch.labels,
+            mix_labels=batch.mix_labels,
+            mix_weights=batch.mix_weights,
+            metrics=self.metrics,
+        )
+        targets = {name: tuple(decoded[id] for id in self.target_ids.get(name, ())) for name in self.terms}
+        return logits, {name: loss(replace(inputs, targets=targets[name])) for name, loss in self.terms.items()}
 
     def _attention_copy(self, decoded: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """A context in which the student attends with what it copies, unless that is nothing or fixed."""
@@ -218,23 +209,12 @@ class Distiller(nn.Module):
 
     def learned(self) -> dict[str, Tensor]:
         """What the losses learned, such as links and projectors, by name; without the content of queues."""
-        queues = [f"{name}." for name, module in self.losses.named_modules() if isinstance(module, Queue)]
-        return {name: t for name, t in self.losses.state_dict().items() if not name.startswith(tuple(queues))}
+        queues = tuple(f"{name}." for name, module in self.losses.named_modules() if isinstance(module, Queue))
+        return {name: tensor for name, tensor in self.losses.state_dict().items() if not name.startswith(queues)}
 
     def total(self, values: Mapping[str, Tensor], epoch: int) -> Tensor:
         """Σ weight(epoch) · loss."""
         return torch.stack([self.configs[name].weight.at(epoch) * value for name, value in values.items()]).sum()
-
-
-def _with_heads(recipe: Recipe) -> dict[str, Any]:
-    """The losses' settings; cross-entropy trains both heads of a student, or the class head beside a `deit` loss."""
-    heads = "class" if any(isinstance(config, DeiTConfig) for config in recipe.losses.values()) else "both"
-    return {
-        name: config.model_copy(update={"heads": config.heads or heads})
-        if isinstance(config, CrossEntropyConfig)
-        else config
-        for name, config in recipe.losses.items()
-    }
 
 
 def _queues(losses: Mapping[str, nn.Module], batch: int) -> list[Queue]:
@@ -243,9 +223,7 @@ def _queues(losses: Mapping[str, nn.Module], batch: int) -> list[Queue]:
     for name, loss in losses.items():
         for queue in (module for module in loss.modules() if isinstance(module, Queue)):
             if len(queue.entries) < batch:
-                raise UserError(
-                    f"{name}: a batch of {batch} does not fit into a queue of {len(queue.entries)}",
-                    hint=f"Give a longer queue: {setting(f'losses.{name}.queue', batch)}",
-                )
+                message = f"{name}: a batch of {batch} does not fit into a queue of {len(queue.entries)}"
+                raise UserError(message, hint=f"Give a longer queue: {setting(f'losses.{name}.queue', batch)}")
             queues.append(queue)
     return queues

@@ -37,19 +37,16 @@ def build_optimizer(recipe: Recipe, distiller: Distiller, steps: int) -> tuple[t
     from timm.scheduler import create_scheduler_v2
 
     settings = recipe.optim
-    more = {} if settings.opt_betas is None else {"betas": settings.opt_betas}
+    arguments: dict[str, Any] = {"lr": peak_learning_rate(recipe), "weight_decay": settings.weight_decay}
+    if settings.opt_betas is not None:
+        arguments["betas"] = settings.opt_betas
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
-            _groups(recipe, distiller),
-            opt=settings.opt,
-            lr=peak_learning_rate(recipe),
-            weight_decay=settings.weight_decay,
-            **more,
+            _groups(recipe, distiller), opt=settings.opt, **arguments
         )
     except (ValueError, AssertionError, RuntimeError, TypeError) as error:
-        raise UserError(
-            f"optim.opt: {settings.opt}: {first_line(error)}. {did_you_mean(settings.opt, list_optimizers())}"
-        ) from None
+        known = did_you_mean(settings.opt, list_optimizers())
+        raise UserError(f"optim.opt: {settings.opt}: {first_line(error)}. {known}") from None
     if settings.opt_betas is not None and tuple(optimizer.param_groups[0].get("betas", ())) != settings.opt_betas:
         raise UserError(f"optim.opt_betas: {settings.opt} does not take them")
     scheduler, _ = create_scheduler_v2(
@@ -71,10 +68,7 @@ def _groups(recipe: Recipe, distiller: Distiller) -> list[dict[str, Any]]:
     decay, scale = recipe.optim.weight_decay, recipe.optim.layer_decay
     exempt = set(getattr(distiller.student, "no_weight_decay", set)())
     if scale is None:
-        groups: list[dict[str, Any]] = param_groups_weight_decay(
-            distiller, decay, {f"student.{name}" for name in exempt}
-        )
-        return groups
+        return list(param_groups_weight_decay(distiller, decay, {f"student.{name}" for name in exempt}))
     layers = param_groups_layer_decay(distiller.student, decay, exempt, layer_decay=scale)
     own = param_groups_weight_decay(distiller.losses, decay)
     return [*layers, *({**group, "lr_scale": 1.0} for group in own)]

@@ -70,7 +70,6 @@ class TrainingRun:
 
     Attributes:
         stream: the batches.
-        targets: loss, or `attention_copy`, -> its stored targets.
         distiller: student and losses, on the device.
         average: the averaged student, or None.
         frozen_norms: modules with frozen running statistics.
@@ -80,7 +79,6 @@ class TrainingRun:
     """
 
     stream: Stream
-    targets: dict[str, tuple[StoredTarget, ...]]
     distiller: Distiller
     average: Any
     frozen_norms: list[nn.Module]
@@ -100,6 +98,8 @@ def build_run(config: TrainConfig, progress: Progress, saved: dict[str, Any] | N
     Raises:
         UserError: as its parts do.
     """
+    from timm.utils import ModelEmaV3  # after precompute.taps made it importable
+
     recipe = config.recipe
     torch.manual_seed(recipe.seed)
     urls, val_shards = expand(config.shards), open_shards(config.val, progress.say) if config.val else []
@@ -116,9 +116,13 @@ def build_run(config: TrainConfig, progress: Progress, saved: dict[str, Any] | N
         progress.say(f"pixels: mean {_three(mean)}, std {_three(std)}")
     frozen_norms = freeze(model, recipe.student.freeze, progress.say)
     size = input_size(model, recipe.student)
-    average = _average(recipe, model).to(config.device) if recipe.model_ema_decay else None  # before hooks are added
+    average = None
+    if recipe.model_ema_decay:  # before hooks are added
+        average = ModelEmaV3(model, decay=recipe.model_ema_decay).to(config.device)
     views = saved["identity"]["views"] if saved else None
-    stream, targets = _stream(config, urls, model, progress, size=size, classes=count, views=views)
+    stream, targets = _stream(config, urls, model, size=size, classes=count, views=views)
+    for line in (_views_text(stream), *stream.notices):
+        progress.say(line)
     distiller = Distiller(recipe, model, targets, mean=mean, std=std, class_names=classes)
     if distiller.rows:
         progress.say(alignment_table(distiller.rows))
@@ -128,9 +132,7 @@ def build_run(config: TrainConfig, progress: Progress, saved: dict[str, Any] | N
     distiller.to(config.device)
     source = stream.source
     tell_of_shared(source.shard_ids, val_shards, progress.say)
-    attention_copy = _attention_copy(
-        config, stream, distiller, progress, targets=targets, average=average, scored=scored
-    )
+    attention_copy = _attention_copy(config, stream, distiller, progress, average=average, scored=scored)
     description = StudentDescription(
         model=recipe.student.model,
         arguments=arguments,
@@ -158,7 +160,6 @@ def build_run(config: TrainConfig, progress: Progress, saved: dict[str, Any] | N
         identity["links"] = digests  # taken from another run, whose folder may change
     return TrainingRun(
         stream=stream,
-        targets=targets,
         distiller=distiller,
         average=average,
         frozen_norms=frozen_norms,
@@ -193,26 +194,13 @@ def _scored(val_shards: list[Shard], recipe: Recipe, classes: int, progress: Pro
     return val_shards
 
 
-def _average(recipe: Recipe, model: nn.Module) -> Any:
-    from timm.utils import ModelEmaV3  # after precompute.taps made it importable
-
-    return ModelEmaV3(model, decay=recipe.model_ema_decay)
-
-
 def _three(values: Sequence[float]) -> str:
     """Three numbers, or one where they are equal."""
     return ", ".join(f"{value:g}" for value in (values[:1] if len(set(values)) == 1 else values))
 
 
 def _stream(
-    config: TrainConfig,
-    urls: list[str],
-    model: nn.Module,
-    progress: Progress,
-    *,
-    size: int,
-    classes: int,
-    views: int | None,
+    config: TrainConfig, urls: list[str], model: nn.Module, *, size: int, classes: int, views: int | None
 ) -> tuple[Stream, dict[str, tuple[StoredTarget, ...]]]:
     """The stream, and each loss's stored targets."""
     recipe, settings = config.recipe, config.recipe.stream
@@ -224,52 +212,44 @@ def _stream(
         if choice.id is not None or settings.views is not None:
             hint = f"Give {setting('store', 'DIR')}"
             raise UserError("stream.bank and stream.views are about a store's bank", hint=hint)
-        fresh = policy(
-            choice.policy or "light", choice.size or size, choice.seed if choice.seed is not None else recipe.seed
-        )
-    steps = recipe.optim.grad_accum_steps
-    if settings.batch_size % (world_size() * steps):
+        seed = choice.seed if choice.seed is not None else recipe.seed
+        fresh = policy(choice.policy or "light", choice.size or size, seed)
+    parts = recipe.optim.grad_accum_steps
+    if settings.batch_size % (world_size() * parts):
         raise UserError(
             f"stream.batch_size={settings.batch_size} cannot be split into {world_size()} rank(s) of "
-            f"optim.grad_accum_steps={steps} equal parts each; give a multiple of {world_size() * steps}"
+            f"optim.grad_accum_steps={parts} equal parts each; give a multiple of {world_size() * parts}"
         )
     labels = "labels" in student_taps_of(recipe)
-    memory = int(settings.memory * 2**30) if settings.memory else None
     stream = Stream(
         shards or urls,
-        batch_size=settings.batch_size,
+        **settings.model_dump(include={"batch_size", "lanes", "shuffle_blocks", "workers"}),
         store=config.store,
         targets=list(dict.fromkeys(stored.id for its_targets in targets.values() for stored in its_targets)),
         policy=fresh,
         bank=bank,
         views=settings.views or views,
         seed=recipe.seed,
-        lanes=settings.lanes,
-        shuffle_blocks=settings.shuffle_blocks,
-        workers=settings.workers,
-        memory=memory,
+        memory=int(settings.memory * 2**30) if settings.memory else None,
         rank=rank(),
         world_size=world_size(),
         labels=labels,
         classes=classes if labels else None,
         permute=recipe.control.permute_targets,
     )
-    if stream.source.policy.size != size:
-        raise IdentityError(
-            f"views of {bank or 'stream.bank'}",
-            "size",
-            size,
-            stream.source.policy.size,
-            f"Give the student the size of its views: {setting('student.img_size', stream.source.policy.size)}",
-            ("the student takes", "they have"),
-        )
-    if bank is None:
-        progress.say(f"views: drawn afresh, {stream.source.policy.line}, size {size}, seed {stream.source.policy.seed}")
-    else:
-        progress.say(f"views: stored, {stream.source.policy.line}, {stream.views} a sample, bank {bank}")
-    for notice in stream.notices:
-        progress.say(notice)
+    used = stream.source.policy
+    if used.size != size:
+        hint = f"Give the student the size of its views: {setting('student.img_size', used.size)}"
+        words = ("the student takes", "they have")
+        raise IdentityError(f"views of {bank or 'stream.bank'}", "size", size, used.size, hint, words)
     return stream, targets
+
+
+def _views_text(stream: Stream) -> str:
+    used = stream.source.policy
+    if stream.source.bank is None:
+        return f"views: drawn afresh, {used.line}, size {used.size}, seed {used.seed}"
+    return f"views: stored, {used.line}, {stream.views} a sample, bank {stream.source.bank}"
 
 
 def _control(recipe: Recipe, stream: Stream, distiller: Distiller, progress: Progress) -> None:
@@ -288,12 +268,10 @@ def _control(recipe: Recipe, stream: Stream, distiller: Distiller, progress: Pro
 
 def _average_examples(stream: Stream, distiller: Distiller, progress: Progress) -> None:
     """Fill mean maps over the training set, where losses read these; a resumed run has them from its checkpoint."""
-    parts: dict[str, nn.Module] = {**distiller.terms}
-    if distiller.copier is not None:
-        parts[ATTENTION_COPY] = distiller.copier
+    copier = {} if distiller.copier is None else {ATTENTION_COPY: distiller.copier}
     aligners = {
         name: (module, distiller.target_ids[name])
-        for name, part in parts.items()
+        for name, part in {**distiller.terms, **copier}.items()
         for module in part.modules()
         if isinstance(module, AttentionAligner) and module.average == "examples"
     }
@@ -302,14 +280,7 @@ def _average_examples(stream: Stream, distiller: Distiller, progress: Progress) 
 
 
 def _attention_copy(
-    config: TrainConfig,
-    stream: Stream,
-    distiller: Distiller,
-    progress: Progress,
-    *,
-    targets: dict[str, tuple[StoredTarget, ...]],
-    average: Any,
-    scored: list[Shard],
+    config: TrainConfig, stream: Stream, distiller: Distiller, progress: Progress, *, average: Any, scored: list[Shard]
 ) -> AttentionCopyRecord | None:
     """Attach the sources of copied attention for evaluation; the record for the student's file.
 
@@ -321,19 +292,20 @@ def _attention_copy(
     copier, store = distiller.copier, config.store
     if copier is None or store is None:
         return None
-    hooks, copied_from, permute = copier.hooks, targets[ATTENTION_COPY], config.recipe.control.permute_targets
+    hooks, permute = copier.hooks, config.recipe.control.permute_targets
+    targets = distiller.targets[ATTENTION_COPY]
     if average is not None:
         hooks.attach(average.module)
     if distiller.means:
-        hooks.fixed = copier.copied([distiller.means[stored.id][None].to(config.device) for stored in copied_from])
+        hooks.fixed = copier.copied([distiller.means[stored.id][None].to(config.device) for stored in targets])
     elif copier.config.average == "examples":
         hooks.fixed = {"map": copier.meets.get_buffer("mean")[None]}
     elif scored:
         view = stream.source.policy.evaluation
-        hooks.source = stored_attention(store, copier, copied_from, scored, view, permute=permute)
+        hooks.source = stored_attention(store, copier, targets, scored, view, permute=permute)
     if "map" in hooks.parts:
         progress.say(f"{ATTENTION_COPY}: {len(hooks.layers)} layer(s) run unfused, where whole maps can go in")
-    return record_of(copier, store, copied_from, permute)
+    return record_of(copier, store, targets, permute)
 
 
 def _classes(urls: list[str], val_urls: list[str], recipe: Recipe) -> tuple[tuple[str, ...] | None, int]:
@@ -341,23 +313,16 @@ def _classes(urls: list[str], val_urls: list[str], recipe: Recipe) -> tuple[tupl
     names, val_names = classes_of(urls), classes_of(val_urls)
     if names:
         require_classes(val_urls, names)
-    wanted = recipe.student.num_classes
+    count = recipe.student.num_classes
     names = names or val_names
-    if names is None and wanted is None:
-        raise UserError(
-            f"{urls[0]}: no classes.json beside it, so the number of classes is not known",
-            hint=f"Give it: {setting('student.num_classes', 'N')}",
-        )
-    if names is not None and wanted not in (None, len(names)):
-        raise IdentityError(
-            f"{urls[0]}: classes.json",
-            "student.num_classes",
-            len(names),
-            wanted,
-            "Leave student.num_classes out.",
-            ("the file names", "asked for"),
-        )
-    count = int(wanted or len(names or ()))
+    if names is None and count is None:
+        unknown = f"{urls[0]}: no classes.json beside it, so the number of classes is not known"
+        raise UserError(unknown, hint=f"Give it: {setting('student.num_classes', 'N')}")
+    if names is not None and count not in (None, len(names)):
+        where, hint = f"{urls[0]}: classes.json", "Leave student.num_classes out."
+        words = ("the file names", "asked for")
+        raise IdentityError(where, "student.num_classes", len(names), count, hint, words)
+    count = count or len(names or ())
     if count < 2:
         raise UserError(f"{urls[0]}: one class alone, so there is nothing to learn; pack a folder for each of several")
     return (tuple(names) if names else None), count

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from student.training.distiller import Distiller
 
 
-class _Whole(nn.Module):
+class _Total(nn.Module):
     """The total as one forward pass, so that DistributedDataParallel sees exactly the graph that is trained."""
 
     def __init__(self, distiller: Distiller) -> None:
@@ -58,10 +58,10 @@ class Update:
         self.settings, self.distiller, self.optimizer, self.average = recipe.optim, distiller, optimizer, average
         self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
         self.lanes = recipe.stream.lanes or default_lanes(recipe.stream.batch_size)
-        self.whole: nn.Module = _Whole(distiller)
+        self.total: nn.Module = _Total(distiller)
         if world_size() > 1:
             devices = [device] if device.type == "cuda" else None
-            self.whole = DistributedDataParallel(self.whole, device_ids=devices, find_unused_parameters=True)
+            self.total = DistributedDataParallel(self.total, device_ids=devices, find_unused_parameters=True)
 
     def __call__(self, batch: Batch, epoch: int, step: int) -> dict[str, float]:
         """One update; the means over this rank's batch of `loss`, `losses/…` and `metrics/…`.
@@ -69,26 +69,27 @@ class Update:
         Raises:
             UserError: a loss that is not finite.
         """
-        micro_batches = split_microbatches(batch, self.settings.grad_accum_steps)
+        count = self.settings.grad_accum_steps
+        size = len(batch.labels) // count
         self.optimizer.zero_grad()
-        sums: dict[str, float] = {}
+        means: dict[str, float] = {}
         offered: list[list[Tensor]] = []
-        for number, micro_batch in enumerate(micro_batches):
-            accumulates = isinstance(self.whole, DistributedDataParallel) and number < len(micro_batches) - 1
-            with self.whole.no_sync() if accumulates else nullcontext():  # type: ignore[operator]
-                loss, values = self.whole(micro_batch, epoch)
+        for number in range(count):
+            accumulates = isinstance(self.total, DistributedDataParallel) and number < count - 1
+            with self.total.no_sync() if accumulates else nullcontext():  # type: ignore[operator]
+                loss, values = self.total(batch.part(slice(number * size, (number + 1) * size)), epoch)
                 numbers = self._numbers(loss, values)
                 if not math.isfinite(numbers["loss"]):
                     parts = ", ".join(f"{name} {value.item():g}" for name, value in values.items())
+                    slower, capped = setting("optim.lr", "X"), setting("optim.clip_grad", 1)
                     raise UserError(
                         f"epoch {epoch}, step {step}: the loss is not finite ({parts})",
-                        hint=f"Lower the learning rate, {setting('optim.lr', 'X')}, or cap the gradients, "
-                        f"{setting('optim.clip_grad', 1)}",
+                        hint=f"Lower the learning rate, {slower}, or cap the gradients, {capped}",
                     )
-                self.scaler.scale(loss / len(micro_batches)).backward()
+                self.scaler.scale(loss / count).backward()
             offered.append([queue.offered for queue in self.distiller.queues])
             for name, value in numbers.items():
-                sums[name] = sums.get(name, 0.0) + value / len(micro_batches)
+                means[name] = means.get(name, 0.0) + value / count
         if self.settings.clip_grad:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.distiller.parameters(), self.settings.clip_grad)
@@ -98,18 +99,10 @@ class Update:
             queue.push([vectors[number] for vectors in offered], self.lanes)
         if self.average is not None:
             self.average.update(self.distiller.student)
-        return sums
+        return means
 
     def _numbers(self, loss: Tensor, values: dict[str, Tensor]) -> dict[str, float]:
         """The logged scalars of a step, fetched from the device at once."""
         named = {"loss": loss.detach(), **{f"losses/{name}": value for name, value in values.items()}}
         named |= {f"metrics/{name}": value.detach() for name, value in self.distiller.metrics.items()}
         return dict(zip(named, torch.stack([value.float() for value in named.values()]).tolist(), strict=True))
-
-
-def split_microbatches(batch: Batch, count: int) -> list[Batch]:
-    """A batch split into `count` equal parts."""
-    if count == 1:
-        return [batch]
-    size = len(batch.labels) // count
-    return [batch.part(slice(start, start + size)) for start in range(0, size * count, size)]
