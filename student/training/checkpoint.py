@@ -16,6 +16,7 @@ from storage.objects.atomic import atomic_write
 from storage.objects.checkpoint_file import refused_in
 from storage.objects.record_schema import Schema, Size, Three, checked
 from storage.unicode_names import normalized
+from student.distributed import all_gather_objects
 from student.recipe.validate import validate
 from student.upgrade import upgraded_run
 
@@ -125,12 +126,12 @@ def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def random_state(device: torch.device) -> dict[str, Any]:
-    """The states of the generators that training draws from."""
+def random_states(device: torch.device) -> list[dict[str, Any]]:
+    """The states of the generators that training draws from, of each rank; all ranks call it."""
     state: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
+    return all_gather_objects(state)
 
 
 def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:

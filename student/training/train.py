@@ -24,8 +24,8 @@ from storage.objects.atomic import atomic_write
 from storage.objects.state_dict import save_state
 from storage.progress import NoProgress, Progress, size_text
 from student import run_dir
-from student.distributed import (
-    all_gather_objects,
+from student.distributed import all_reduce_mean, broadcast_buffers, broadcast_object, rank, world_size
+    all_gather_object,
     all_reduce_mean,
     broadcast_buffers,
     broadcast_object,
@@ -155,26 +155,27 @@ class Trainer:
         run_dir.write_json(self.config.out / run_dir.ABOUT, {**about, "images": counts, "torch": torch.__version__})
         self.log = run_dir.Log(self.config.out, tensorboard=self.recipe.tensorboard)
 
+    def _parts(self) -> dict[str, Any]:
+        """Name in a checkpoint -> what is saved there by its state dict, apart from the stream and the scaler."""
+        distiller, average = self.distiller, self.average and self.average.module
+        parts = {"student": distiller.student, "losses": distiller.losses, "optimizer": self.optimizer}
+        parts |= {"average": average, "attention_copy": distiller.copier}
+        return {name: part for name, part in parts.items() if part is not None}
+
     def resume(self, saved: dict[str, Any]) -> None:
         """Restore everything that a checkpoint holds."""
         path = self.config.out / run_dir.CHECKPOINT
         try:
-            self.distiller.student.load_state_dict(saved["student"])
-            self.distiller.losses.load_state_dict(saved["losses"])
-            if self.distiller.copier is not None:
-                self.distiller.copier.load_state_dict(saved["attention_copy"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            if self.average is not None:
-                self.average.module.load_state_dict(saved["average"])
+            for name, part in self._parts().items():
+                part.load_state_dict(saved[name])
             choice = precision.PrecisionChoice.of(saved["precision"])
             self.state = TrainState(saved["epoch"], saved["step"], saved["sums"], saved["scores"], saved["seconds"])
             position = {"epoch": self.state.epoch, "step": self.state.step}  # earlier versions kept no stream state
             self.stream.load_state_dict(saved.get("stream") or {**self.stream.state_dict(), **position})
-            states = saved["rng"]
+            done, states = self.state.epoch * self.steps + self.state.step, saved["rng"]
             if len(states) == world_size():
                 checkpoint.set_random_state(states[rank()], self.device)
             else:  # another number of ranks: new generators, seeded by the step
-                done = self.state.epoch * self.steps + self.state.step
                 torch.manual_seed(self.recipe.seed + 1_000_003 * (rank() + world_size() * (done + 1)))
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: does not fit this run: {first_line(error)}") from None
@@ -183,12 +184,7 @@ class Trainer:
             self.update.scaler.load_state_dict(saved["scaler"])
         self.started -= self.state.seconds
         if rank() == 0:
-            self.log = run_dir.Log(
-                self.config.out,
-                saved["log_bytes"],
-                self.recipe.tensorboard,
-                self.state.epoch * self.steps + self.state.step,
-            )
+            self.log = run_dir.Log(self.config.out, saved["log_bytes"], self.recipe.tensorboard, done)
         if self.state.epoch < self.epochs:
             self.progress.say(f"goes on in epoch {self.state.epoch} after {self.state.step} of {self.steps} steps")
 
@@ -220,11 +216,9 @@ class Trainer:
         if self.config.smoke:
             scored = f" and an evaluation of at most {SMOKE_BLOCKS * BLOCK} samples" if self.run.val_shards else ""
             self.progress.say(f"a smoke run: {self.steps} step(s){scored}")
-        elif self.recipe.optim.warmup_epochs >= self.epochs:
-            self.progress.say(
-                f"the warm-up takes {self.recipe.optim.warmup_epochs} epochs and the run {self.epochs}: lr never "
-                f"reaches its peak; lower {setting('optim.warmup_epochs', 'N')}"
-            )
+        elif (warmup := self.recipe.optim.warmup_epochs) >= self.epochs:
+            lower = f"lr never reaches its peak; lower {setting('optim.warmup_epochs', 'N')}"
+            self.progress.say(f"the warm-up takes {warmup} epochs and the run {self.epochs}: {lower}")
         self.progress.start("training", (self.epochs - self.state.epoch) * self.steps - self.state.step)
         for epoch in range(self.state.epoch, self.epochs):
             self._epoch(epoch)
@@ -235,14 +229,12 @@ class Trainer:
         self.distiller.train()
         for module in self.run.frozen_norms:
             module.eval()
-        interval = self.recipe.checkpoint_interval
-        first = self.state.step
+        interval, first = self.recipe.checkpoint_interval, self.state.step
         self.stream.set_epoch(epoch)
-        for step, cpu_batch in enumerate(itertools.islice(self.stream, self.steps - first), first):
-            batch = cpu_batch.to(self.device)
+        for step, batch in enumerate(itertools.islice(self.stream, self.steps - first), first):
             number = epoch * self.stream.order.steps + step
             self.scheduler.step_update(number)
-            numbers = self.update(batch, epoch, step)
+            numbers = self.update(batch.to(self.device), epoch, step)
             for name, value in numbers.items():
                 self.state.sums[name] = self.state.sums.get(name, 0.0) + value
             self.state.step = step + 1
@@ -256,11 +248,11 @@ class Trainer:
 
     def _end_of_epoch(self, epoch: int) -> None:
         """Save weights, evaluate, log and save a checkpoint."""
-        student, out, scores = self.distiller.student, self.config.out, self.state.scores
-        description = self.run.description
+        scores, students = self.state.scores, {"last": self.distiller.student}
         broadcast_buffers(self.distiller)
         if self.average is not None:
             broadcast_buffers(self.average.module)
+            students["ema"] = self.average.module
         sums = all_reduce_mean(self.state.sums, self.device)
         numbers = {name: total / self.steps for name, total in sums.items() if name != "loss"}
         record = {
@@ -270,25 +262,20 @@ class Trainer:
             "weights": {name: loss.weight.at(epoch) for name, loss in self.distiller.configs.items()},
         }
         text = ", ".join(f"{name.partition('/')[2]} {value:.4g}" for name, value in numbers.items())
-        students = {"last": student, **({"ema": self.average.module} if self.average is not None else {})}
-        for name, model in students.items():
-            if rank() == 0:
-                save_student(out / f"{name}.safetensors", model, description)
+        for name, student in students.items():
+            self._save_student(name, student)
         due = (epoch + 1) % self.recipe.val_interval == 0 or epoch + 1 == self.epochs
         if self.run.val_shards and due:
-            score = self._score(student)
-            scores["last"] = asdict(score)
-            record |= {"top1": score.top1, "top5": score.top5, "samples": score.samples}
-            text += f"; top-1 {score.top1:.2f} %"
-            if self.average is not None:
-                ema = self._score(self.average.module)
-                scores["ema"] = asdict(ema)
-                record |= {"ema_top1": ema.top1, "ema_top5": ema.top5}
-                text += f", averaged {ema.top1:.2f} %"
-            if "best" not in scores or score.top1 > scores["best"]["top1"]:
-                scores["best"] = asdict(score)
-                if rank() == 0:
-                    save_student(out / "best.safetensors", student, description)
+            scores |= {name: asdict(self._score(student)) for name, student in students.items()}
+            last = scores["last"]
+            record |= last
+            text += f"; top-1 {last['top1']:.2f} %"
+            if ema := scores.get("ema"):
+                record |= {"ema_top1": ema["top1"], "ema_top5": ema["top5"]}
+                text += f", averaged {ema['top1']:.2f} %"
+            if "best" not in scores or last["top1"] > scores["best"]["top1"]:
+                scores["best"] = last
+                self._save_student("best", self.distiller.student)
         seconds = round(time.monotonic() - self.started, 2)
         self.log.write({**record, "seconds": seconds}, (epoch + 1) * self.stream.order.steps - 1)  # its last update
         self.progress.say(f"epoch {epoch}: {text}")
@@ -313,9 +300,13 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ saving
 
+    def _save_student(self, name: str, student: nn.Module) -> None:
+        if rank() == 0:
+            save_student(self.config.out / f"{name}.safetensors", student, self.run.description)
+
     def _save_checkpoint(self) -> None:
         """Write the checkpoint; all ranks take part, rank 0 writes."""
-        states = all_gather_objects(checkpoint.random_state(self.device))
+        states = checkpoint.random_states(self.device)
         sums = all_reduce_mean(self.state.sums, self.device)
         if rank():
             return
@@ -327,22 +318,18 @@ class Trainer:
             "sums": sums,
             "seconds": time.monotonic() - self.started,
             "log_bytes": self.log.sync(),
-            "student": self.distiller.student.state_dict(),
-            "losses": self.distiller.losses.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
             "scaler": self.update.scaler.state_dict(),
-            "average": self.average.module.state_dict() if self.average is not None else None,
             "rng": states,
-            "attention_copy": self.distiller.copier.state_dict() if self.distiller.copier is not None else None,
             "stream": self.stream.state_dict(),
+            **dict.fromkeys(("average", "attention_copy")),
+            **{name: part.state_dict() for name, part in self._parts().items()},
         }
         checkpoint.write(self.config.out / run_dir.CHECKPOINT, content)
 
     def finish(self) -> TrainResult:
         """The result, also written as a file."""
-        out, scores = self.config.out, self.state.scores
+        out, scores, identity = self.config.out, self.state.scores, self.run.identity
         self.log.close()
-        seconds = round(time.monotonic() - self.started, 2)
         last, best = (scores.get(name, dict.fromkeys(("top1", "top5", "samples"))) for name in ("last", "best"))
         result: TrainResult = {
             "run": str(out),
@@ -352,13 +339,13 @@ class Trainer:
             "samples": last["samples"],
             "epochs": self.epochs,
             "steps": self.epochs * self.steps,
-            "targets": self.run.identity["targets"],
-            "bank": self.run.identity["bank"],
-            "policy": self.run.identity["policy"],
-            "views": self.stream.views,
-            "control": self.run.identity["control"],
+            "targets": identity["targets"],
+            "bank": identity["bank"],
+            "policy": identity["policy"],
+            "views": identity["views"],
+            "control": identity["control"],
             "precision": self.precision.plain(),
-            "seconds": seconds,
+            "seconds": round(time.monotonic() - self.started, 2),
             "smoke": self.config.smoke,
         }
         if "ema" in scores:
@@ -371,12 +358,12 @@ class Trainer:
             if self.config.smoke:
                 checkpoint.read(out / run_dir.CHECKPOINT)
                 self.progress.say(f"{out}: the smoke run went through; a run may take the same folder")
-            teachers = {stored.id: stored.teacher for targets in self.run.targets.values() for stored in targets}
-            text = card(self.run.description, result, self.run.identity, self.recipe.model_dump(), teachers)
+            teachers = {stored.id: stored.teacher for targets in self.distiller.targets.values() for stored in targets}
+            text = card(self.run.description, result, identity, self.recipe.model_dump(), teachers)
             with atomic_write(out / run_dir.CARD) as temporary:
                 temporary.write_text(text, encoding="utf-8")
             if self.run.description.plain_timm:
-                link_for_timm(out, "last.safetensors", self.run.description)
+                link_for_timm(out, run_dir.LAST, self.run.description)
             run_dir.write_json(out / run_dir.RESULT, result)
         return result
 
