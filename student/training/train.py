@@ -25,13 +25,6 @@ from storage.objects.state_dict import save_state
 from storage.progress import NoProgress, Progress, size_text
 from student import run_dir
 from student.distributed import all_reduce_mean, broadcast_buffers, broadcast_object, rank, world_size
-    all_gather_object,
-    all_reduce_mean,
-    broadcast_buffers,
-    broadcast_object,
-    rank,
-    world_size,
-)
 from student.evaluation.accuracy import Score, evaluate
 from student.models.card import card
 from student.models.files import save_student
