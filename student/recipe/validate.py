@@ -30,10 +30,8 @@ def validate(content: Any, where: str) -> Recipe:
     except ValidationError as error:
         lines = dict.fromkeys(_explain(problem) for problem in error.errors())
         raise UserError(f"{where}: " + "; ".join(lines)) from None
-    if ATTENTION_COPY in recipe.losses:
-        raise UserError(
-            f"{where}: losses.{ATTENTION_COPY}: {ATTENTION_COPY} is a section beside losses; call the loss otherwise"
-        )
+    if (name := ATTENTION_COPY) in recipe.losses:
+        raise UserError(f"{where}: losses.{name}: {name} is a section beside losses; call the loss otherwise")
     if not recipe.losses:
         raise UserError(f"{where}: losses: none is on; known: {', '.join(LOSSES)}")
     return recipe
@@ -41,10 +39,10 @@ def validate(content: Any, where: str) -> Recipe:
 
 def with_same_classes(recipe: Recipe) -> Recipe:
     """The recipe with the word that teachers' classes are the student's, where one of the lists is unknown."""
-    losses = {
-        name: loss.model_copy(update={"same_classes": True}) if "same_classes" in type(loss).model_fields else loss
-        for name, loss in recipe.losses.items()
-    }
+    losses = {**recipe.losses}
+    for name, loss in recipe.losses.items():
+        if "same_classes" in type(loss).model_fields:
+            losses[name] = loss.model_copy(update={"same_classes": True})
     return recipe.model_copy(update={"losses": losses})
 
 
@@ -59,36 +57,34 @@ _EXPECTED = {
     "mean": "one number or three",
     "std": "one number above 0, or three",
     "fused_attn": "auto, true or false",
-    "init": "a pattern, or a list of patterns",
-    "freeze": "a pattern, or a list of patterns",
+    **dict.fromkeys(("init", "freeze"), "a pattern, or a list of patterns"),
 }
 
 
 def _explain(problem: Any) -> str:
     path = [str(part) for part in problem["loc"]]
-    section: Any = Recipe
-    if path[0] == "losses" and problem["type"] == "union_tag_invalid":
+    is_loss = path[0] == "losses"
+    if is_loss and problem["type"] == "union_tag_invalid":
         name = ".".join(path)
         if "method" in problem["input"]:
             return f"{name}.method: no such setting. It is now {f'{name}.type'!r}."
         known = did_you_mean(str(problem["ctx"]["tag"]), LOSSES)
         return f"{name}: no such loss. {known} A second loss of one kind has a name of its own and `type`."
-    below = path[1:] if path[0] != "losses" or len(path) < 3 else path[3:]
-    if path[0] == "losses" and len(path) > 2:
+    section: Any = Recipe
+    below = path[1:]
+    if is_loss and len(path) > 2:
         section = LOSSES[path[2]].Config if path[2] in LOSSES else None
+        below = path[3:]
         del path[2]  # pydantic names the type beside the loss
     elif below:
         section = section_of(Recipe, path[0])
     for at, part in enumerate(path):  # what may be several kinds of thing: pydantic tells of each that it tried
-        named = path[0] == "losses" and (
-            at == 1 or section is LOSSES["crossentropy"].Config
-        )  # a loss may be called anything
-        if part in _EXPECTED and not named and not (part == "weight" and at + 1 < len(path)):
+        other = is_loss and (at == 1 or section is LOSSES["crossentropy"].Config)  # a loss may be called anything
+        if part in _EXPECTED and not other and not (part == "weight" and at + 1 < len(path)):
             return f"{'.'.join(path[: at + 1])}: expected {_EXPECTED[part]}"
-    name = ".".join(path)
     for part in below[:-1] if problem["type"] == "extra_forbidden" else ():
         section = section and section_of(section, part)
-    return sentence(name, problem, section)
+    return sentence(".".join(path), problem, section)
 
 
 def sentence(name: str, problem: Any, section: Any) -> str:

@@ -57,9 +57,8 @@ def check(settings: schema.PrecisionConfig, device: torch.device) -> None:
             "use bfloat16, none or auto"
         )
     if settings.torchcompile and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
-        raise UserError(
-            "precision.torchcompile: torch.compile needs a C++ compiler and finds none (g++ or clang++); install one"
-        )
+        missing = "torch.compile needs a C++ compiler and finds none (g++ or clang++); install one"
+        raise UserError(f"precision.torchcompile: {missing}")
 
 
 def apply(distiller: Distiller, choice: PrecisionChoice) -> None:
