@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +17,7 @@ from storage.views.draw import draw_view
 from storage.views.mixing import mix_images
 from storage.views.render import BadImage, decode, render
 from storage.views.view import Mix
+from student.data.batch import map_arrays
 
 if TYPE_CHECKING:
     from student.data.shuffle import Segment
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 Arrays = dict[str, np.ndarray]
 
 _Look = Callable[[int], tuple[Mix | None, np.ndarray]]  # a sample's index -> its mixing, its pixels before that
+
+BlockPart = tuple[Arrays, dict[str, Arrays]]  # images, labels and ids of some samples; target id -> its arrays
 
 
 class BlockReader:
@@ -53,7 +56,7 @@ class BlockReader:
                 raise IdentityError(marker.name, "bank_views", digest, recorded, hint)
         return marker
 
-    def read(self, segment: Segment, view: int) -> tuple[Arrays, dict[str, Arrays]]:
+    def read(self, segment: Segment, view: int) -> BlockPart:
         """The samples of a segment in one view: images, labels and ids, and the arrays of each target.
 
         `mix_labels` and `mix_weights`: labels of the images that are mixed in, and their share, 0 where none is.
@@ -152,3 +155,9 @@ def _permuted(seed: int, shard: str, segment: Segment) -> np.ndarray:
         j = int(chance.integers(i))
         permuted[i], permuted[j] = permuted[j], permuted[i]
     return permuted[np.searchsorted(valid, segment.samples)]
+
+
+def join(parts: Sequence[BlockPart]) -> BlockPart:
+    """Samples of several parts after another."""
+    arrays, targets = (map_arrays(lambda *pieces: np.concatenate(pieces), *same) for same in zip(*parts, strict=True))
+    return arrays, targets

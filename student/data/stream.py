@@ -150,8 +150,7 @@ class Stream(IterableDataset[Batch]):
 
     def _check_memory(self, budget: int | None) -> int:
         """Bytes that full lanes hold at most."""
-        sample = 3 * self.source.policy.size**2
-        sample += sum(codec.sample_bytes for codec in self.source.targets.values())
+        sample = 3 * self.source.policy.size**2 + sum(codec.sample_bytes for codec in self.source.targets.values())
         need = len(self.own) * self.order.shuffle_blocks * BLOCK * sample
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks share a machine's memory
         budget = budget or memory_limit() // (2 * here)
@@ -242,19 +241,15 @@ class Stream(IterableDataset[Batch]):
                 raise UserError(
                     f"epoch {epoch} of a stream cannot go on: another epoch was started since; make two streams"
                 )
-            by_lane: dict[int, Any] = {}
-            failed: Exception | None = None
-            for worker in range(workers):  # all of them, also after a failure: none is left in the middle of its start
-                shares = next(parts)
-                if isinstance(shares, UserError | OSError):
-                    failed = failed or shares
-                else:
-                    by_lane.update(zip(self.own[worker::workers], shares, strict=True))
+            # all of them, also after a failure: none is left in the middle of its start
+            by_worker = [next(parts) for _ in range(workers)]
+            failed = next((error for error in by_worker if isinstance(error, UserError | OSError)), None)
             if failed is not None:
                 try:
                     raise failed
                 finally:  # no cycle with its traceback: collecting one ends the workers' queues before the workers
-                    failed = shares = None
+                    del failed, by_worker
             self._position = (epoch, step + 1)
-            batch = map_arrays(lambda *shares: torch.cat(shares), *(by_lane[lane] for lane in self.own))
+            shares = [by_worker[n % workers][n // workers] for n in range(len(self.own))]  # as `lanes_of` deals out
+            batch = map_arrays(lambda *arrays: torch.cat(arrays), *shares)
             yield Batch(**batch, codecs=dict(self.source.targets))

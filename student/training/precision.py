@@ -7,8 +7,8 @@ asked for, is a rule on what the device computes natively, is said, and is kept 
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -29,7 +29,7 @@ _TYPES = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 @dataclass(frozen=True, slots=True)
 class PrecisionChoice:
-    """What is used: a precision (none: float32), and whether the attention kernel is the fused one."""
+    """What is used, also in checkpoints: a precision (none: float32), and whether the attention kernel is fused."""
 
     amp_dtype: str
     fused_attn: bool
@@ -38,15 +38,6 @@ class PrecisionChoice:
     def kernel(self) -> str:
         """The attention kernel, human-readable."""
         return f"{'fused' if self.fused_attn else 'unfused'} attention"
-
-    def plain(self) -> dict[str, Any]:
-        """The choice as plain data, as checkpoints and `run.json` hold it."""
-        return asdict(self)
-
-    @classmethod
-    def of(cls, plain: dict[str, Any]) -> PrecisionChoice:
-        """From plain data. Raises KeyError."""
-        return cls(plain["amp_dtype"], plain["fused_attn"])
 
 
 def check(settings: schema.PrecisionConfig, device: torch.device) -> None:

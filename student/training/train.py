@@ -142,7 +142,7 @@ class Trainer:
             self.progress.say(f"{self.config.out}: the run was cut off before its first checkpoint; it begins again")
         run_dir.begin(self.config.out, self.config.smoke)
         (self.config.out / "args.yaml").write_text(yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False))
-        about = {**self.run.identity, "precision": self.precision.plain()}
+        about = {**self.run.identity, "precision": asdict(self.precision)}
         about |= {"ranks": world_size(), "device": str(self.device)}
         counts = {str(label): count for label, count in sorted(self.stream.label_counts.items())}
         run_dir.write_json(self.config.out / run_dir.ABOUT, {**about, "images": counts, "torch": torch.__version__})
@@ -151,7 +151,7 @@ class Trainer:
     def _parts(self) -> dict[str, Any]:
         """Name in a checkpoint -> what is saved there by its state dict, apart from the stream and the scaler."""
         distiller, average = self.distiller, self.average and self.average.module
-        parts = {"student": distiller.student, "losses": distiller.losses, "optimizer": self.optimizer}
+        parts: dict[str, Any] = {"student": distiller.student, "losses": distiller.losses, "optimizer": self.optimizer}
         parts |= {"average": average, "attention_copy": distiller.copier}
         return {name: part for name, part in parts.items() if part is not None}
 
@@ -161,7 +161,7 @@ class Trainer:
         try:
             for name, part in self._parts().items():
                 part.load_state_dict(saved[name])
-            choice = precision.PrecisionChoice.of(saved["precision"])
+            choice = precision.PrecisionChoice(saved["precision"]["amp_dtype"], saved["precision"]["fused_attn"])
             self.state = TrainState(saved["epoch"], saved["step"], saved["sums"], saved["scores"], saved["seconds"])
             position = {"epoch": self.state.epoch, "step": self.state.step}  # earlier versions kept no stream state
             self.stream.load_state_dict(saved.get("stream") or {**self.stream.state_dict(), **position})
@@ -306,7 +306,7 @@ class Trainer:
         content = {
             "recipe": self.recipe.model_dump(mode="json"),
             "identity": self.run.identity,
-            "precision": self.precision.plain(),
+            "precision": asdict(self.precision),
             **asdict(self.state),
             "sums": sums,
             "seconds": time.monotonic() - self.started,
@@ -337,7 +337,7 @@ class Trainer:
             "policy": identity["policy"],
             "views": identity["views"],
             "control": identity["control"],
-            "precision": self.precision.plain(),
+            "precision": asdict(self.precision),
             "seconds": round(time.monotonic() - self.started, 2),
             "smoke": self.config.smoke,
         }
