@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from precompute.taps import class_scores, resize_matrix
 from student.alignment.rules import align_activations
 from student.alignment.student_spec import StudentSpec, full
-from student.alignment.student_taps import StudentTap
 from student.losses.base import Loss, LossInputs
 from student.losses.parts import aal_links
 from student.settings import AllLinks, Schedule, TeacherLossConfig, Weight, _linked
 from student.targets.requirement import TargetRequirement
-from student.targets.stored_target import StoredTarget
+from student.targets.stored_target import Targets
 
 EPSILON = 1e-12
 
@@ -132,8 +131,8 @@ class AALConfig(TeacherLossConfig):
 
     type: Literal["aal"] = "aal"
     weight: Weight = Schedule(start=2000.0, decay=0.99, then={200: 0.98})
-    map: Literal["scaled", "printed", "full"] = "scaled"
-    distance: Literal["mse", "norm", "sq"] = "mse"
+    map: Map = "scaled"
+    distance: Distance = "mse"
     links: Annotated[AllLinks, BeforeValidator(_linked)] = "full"
     grid: int | None = Field(None, ge=1)
 
@@ -142,9 +141,10 @@ class AALLoss(Loss[AALConfig]):
     """AAL as a term of the training loss."""
 
     Config = AALConfig
+    STUDENT_TAPS = frozenset({"attention"})
     supports_pooling = True
 
-    def __init__(self, name: str, config: AALConfig, student: StudentSpec, targets: Sequence[StoredTarget]) -> None:
+    def __init__(self, name: str, config: AALConfig, student: StudentSpec, targets: Targets) -> None:
         super().__init__(name, config, student, targets)
         (stored,) = targets
         target, grid = stored.target, config.grid or student.grid
@@ -168,20 +168,10 @@ class AALLoss(Loss[AALConfig]):
             self.register_buffer(f"resize_{side}", torch.kron(axis, axis), persistent=False)
 
     @classmethod
-    def student_taps(cls, config: AALConfig) -> frozenset[StudentTap]:
-        """The student's class rows."""
-        return frozenset({"attention"})
-
-    @classmethod
     def requirement(cls, name: str, config: AALConfig, student: StudentSpec) -> TargetRequirement:
         """Activations on the student's own grid, or on the one that the recipe names."""
-        return TargetRequirement(
-            loss=name,
-            taps=(("activations",),),
-            teacher=config.teacher,
-            target=config.target,
-            grid=config.grid or student.grid,
-        )
+        taps, grid = (("activations",),), config.grid or student.grid
+        return TargetRequirement(loss=name, taps=taps, teacher=config.teacher, target=config.target, grid=grid)
 
     def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
         """The loss of one step."""

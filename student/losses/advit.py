@@ -6,7 +6,6 @@ paper's teacher and students have different numbers of them and it does not say 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 from jaxtyping import Float
@@ -15,11 +14,9 @@ from torch import Tensor
 
 from student.alignment.attention import AttentionAligner, scaled
 from student.alignment.student_spec import StudentSpec
-from student.alignment.student_taps import StudentTap
 from student.losses.base import Loss, LossInputs
 from student.settings import AlignedLossConfig, Heads
-from student.targets.requirement import TargetRequirement
-from student.targets.stored_target import StoredTarget
+from student.targets.stored_target import Targets
 
 
 def distance(
@@ -112,23 +109,13 @@ class ADViTLoss(Loss[ADViTConfig]):
     """ADViT as a term of the training loss."""
 
     Config = ADViTConfig
+    STUDENT_TAPS = frozenset({"attention"})
+    TARGET_TAPS = (("class_row",), ("attention",), ("q", "k"))
 
-    def __init__(self, name: str, config: ADViTConfig, student: StudentSpec, targets: Sequence[StoredTarget]) -> None:
+    def __init__(self, name: str, config: ADViTConfig, student: StudentSpec, targets: Targets) -> None:
         super().__init__(name, config, student, targets)
         self.rows = AttentionAligner(name, config, student, targets, "class")
         self.row = self.rows.row
-
-    @classmethod
-    def student_taps(cls, config: ADViTConfig) -> frozenset[StudentTap]:
-        """The student's class rows."""
-        return frozenset({"attention"})
-
-    @classmethod
-    def requirement(cls, name: str, config: ADViTConfig, student: StudentSpec) -> TargetRequirement:
-        """Class rows, or tensors that give them."""
-        return TargetRequirement(
-            loss=name, taps=(("class_row",), ("attention",), ("q", "k")), teacher=config.teacher, target=config.target
-        )
 
     def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
         """The loss of one step."""

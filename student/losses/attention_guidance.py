@@ -7,7 +7,6 @@ heads (c), both (d).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -21,8 +20,8 @@ from student.alignment.student_spec import StudentSpec
 from student.alignment.student_taps import StudentTap
 from student.losses.base import Loss, LossInputs
 from student.settings import AlignedLossConfig, Heads, Layers, Schedule, Weight
-from student.targets.requirement import TargetRequirement
-from student.targets.stored_target import StoredTarget
+from student.targets.requirement import TargetTaps
+from student.targets.stored_target import Targets
 
 
 def divergence(student: Float[Tensor, "B L H N"], teacher: Float[Tensor, "B L H N"]) -> Float[Tensor, ""]:
@@ -62,9 +61,7 @@ class AttentionGuidanceLoss(Loss[AttentionGuidanceConfig]):
 
     Config = AttentionGuidanceConfig
 
-    def __init__(
-        self, name: str, config: AttentionGuidanceConfig, student: StudentSpec, targets: Sequence[StoredTarget]
-    ) -> None:
+    def __init__(self, name: str, config: AttentionGuidanceConfig, student: StudentSpec, targets: Targets) -> None:
         super().__init__(name, config, student, targets)
         self.rows = AttentionAligner(name, config, student, targets[:-1] if config.value_norm else targets, "class")
         merged = not self.rows.head_pairs
@@ -78,11 +75,10 @@ class AttentionGuidanceLoss(Loss[AttentionGuidanceConfig]):
         return frozenset({"attention", "values"} if config.value_norm else {"attention"})
 
     @classmethod
-    def requirement(cls, name: str, config: AttentionGuidanceConfig, student: StudentSpec) -> TargetRequirement:
+    def target_taps(cls, config: AttentionGuidanceConfig) -> TargetTaps:
         """Class rows, or tensors that give them; with `value_norm` the values of the same layers."""
-        rows: list[tuple[str, ...]] = [("class_row",), ("attention",), ("q", "k")]
-        taps = tuple((*alternative, "v") if config.value_norm else alternative for alternative in rows)
-        return TargetRequirement(loss=name, taps=taps, teacher=config.teacher, target=config.target)
+        values = ("v",) if config.value_norm else ()
+        return ("class_row", *values), ("attention", *values), ("q", "k", *values)
 
     def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
         """The loss of one step."""

@@ -7,7 +7,6 @@ student/attention_copy/copier.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -22,8 +21,8 @@ from student.alignment.student_taps import StudentTap
 from student.alignment.tokens import TokenAligner
 from student.losses.base import Loss, LossInputs
 from student.settings import AlignedLossConfig, AttentionTensors, Average, require_maps, settings_path
-from student.targets.requirement import TargetRequirement, taps_of
-from student.targets.stored_target import StoredTarget
+from student.targets.requirement import TargetTaps, taps_of
+from student.targets.stored_target import Targets
 
 
 def distillation(
@@ -82,9 +81,7 @@ class AttentionTransferLoss(Loss[AttentionTransferConfig]):
     rows: AttentionAligner
     vectors: TokenAligner
 
-    def __init__(
-        self, name: str, config: AttentionTransferConfig, student: StudentSpec, targets: Sequence[StoredTarget]
-    ) -> None:
+    def __init__(self, name: str, config: AttentionTransferConfig, student: StudentSpec, targets: Targets) -> None:
         super().__init__(name, config, student, targets)
         if config.tensors == "map":
             self.rows = AttentionAligner(name, config, student, targets, "all", average=config.average)
@@ -100,9 +97,9 @@ class AttentionTransferLoss(Loss[AttentionTransferConfig]):
         return frozenset({"values" if config.tensors == "v" else "attention"})
 
     @classmethod
-    def requirement(cls, name: str, config: AttentionTransferConfig, student: StudentSpec) -> TargetRequirement:
+    def target_taps(cls, config: AttentionTransferConfig) -> TargetTaps:
         """Whole attention maps or tensors that give them, or vectors."""
-        return TargetRequirement(loss=name, taps=taps_of(config.tensors), teacher=config.teacher, target=config.target)
+        return taps_of(config.tensors)
 
     def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
         """The loss of one step."""

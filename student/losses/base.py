@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 from student.alignment.report import AlignmentRow
 from student.alignment.student_spec import StudentSpec
 from student.alignment.student_taps import StudentTap, StudentTaps
-from student.settings import LossConfig
-from student.targets.requirement import TargetRequirement
-from student.targets.stored_target import StoredTarget
+from student.settings import LossConfig, TeacherLossConfig
+from student.targets.requirement import TargetRequirement, TargetTaps
+from student.targets.stored_target import Targets
 
 ConfigT = TypeVar("ConfigT", bound=LossConfig)
 
@@ -55,6 +54,8 @@ class Loss(nn.Module, Generic[ConfigT]):
 
     Attributes:
         Config: class of its settings; the default of `type` there is its name in the registry.
+        STUDENT_TAPS: what it reads of the student and of the batch, where that does not depend on its settings.
+        TARGET_TAPS: what it reads of the teacher, alternatives as in `TargetRequirement.taps`; likewise.
         supports_pooling: whether students that pool their patches, such as PiT, can learn by it.
         row: its row of the alignment table; None for a loss without stored targets.
         metadata: saved with the parameters that it learned, as JSON; None where they need none.
@@ -62,24 +63,34 @@ class Loss(nn.Module, Generic[ConfigT]):
     """
 
     Config: ClassVar[type[LossConfig]]
+    STUDENT_TAPS: ClassVar[frozenset[StudentTap]] = frozenset()
+    TARGET_TAPS: ClassVar[TargetTaps] = ()
     supports_pooling: ClassVar[bool] = False
     row: AlignmentRow | None = None
     metadata: dict[str, Any] | None = None
     source_digest: str | None = None
 
-    def __init__(self, name: str, config: ConfigT, student: StudentSpec, targets: Sequence[StoredTarget]) -> None:
+    def __init__(self, name: str, config: ConfigT, student: StudentSpec, targets: Targets) -> None:
         super().__init__()
         self.name, self.config = name, config
 
     @classmethod
     def student_taps(cls, config: ConfigT) -> frozenset[StudentTap]:
         """What it reads of the student and of the batch, beside stored targets."""
-        raise NotImplementedError
+        return cls.STUDENT_TAPS
+
+    @classmethod
+    def target_taps(cls, config: ConfigT) -> TargetTaps:
+        """What it reads of the teacher, alternatives as in `TargetRequirement.taps`."""
+        return cls.TARGET_TAPS
 
     @classmethod
     def requirement(cls, name: str, config: ConfigT, student: StudentSpec) -> TargetRequirement | None:
         """What it reads from a store; None: nothing."""
-        return None
+        if not isinstance(config, TeacherLossConfig):
+            return None
+        taps = cls.target_taps(config)
+        return TargetRequirement(loss=name, taps=taps, teacher=config.teacher, target=config.target)
 
     def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
         """The loss of one step."""

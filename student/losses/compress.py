@@ -6,7 +6,6 @@ baseline of AttnDistill, on its projected class token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 from jaxtyping import Float
@@ -15,13 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from student.alignment.student_spec import StudentSpec, full
-from student.alignment.student_taps import StudentTap
 from student.losses.base import Loss, LossInputs
 from student.losses.parts.projector import EMBEDDINGS, ClassToken
 from student.losses.parts.queue import Queue, unit
 from student.settings import ProjectorLossConfig
-from student.targets.requirement import TargetRequirement
-from student.targets.stored_target import StoredTarget
+from student.targets.stored_target import Targets
 
 
 def divergence(
@@ -66,26 +63,16 @@ class CompRessLoss(Loss[CompRessConfig]):
     """
 
     Config = CompRessConfig
+    STUDENT_TAPS = frozenset({"tokens"})
+    TARGET_TAPS = EMBEDDINGS
 
-    def __init__(
-        self, name: str, config: CompRessConfig, student: StudentSpec, targets: Sequence[StoredTarget]
-    ) -> None:
+    def __init__(self, name: str, config: CompRessConfig, student: StudentSpec, targets: Targets) -> None:
         super().__init__(name, config, student, targets)
         (stored,) = targets
         self.token = ClassToken(name, config, student, stored, own_width=config.queues == 2)
         self.theirs = Queue(config.queue, int(stored.target.sample_shape[-1]))
         self.mine = Queue(config.queue, self.token.width) if config.queues == 2 else None
         self.row = self.token.row
-
-    @classmethod
-    def student_taps(cls, config: CompRessConfig) -> frozenset[StudentTap]:
-        """The student's final tokens."""
-        return frozenset({"tokens"})
-
-    @classmethod
-    def requirement(cls, name: str, config: CompRessConfig, student: StudentSpec) -> TargetRequirement:
-        """The teacher's class token, or the pooled features of one without."""
-        return TargetRequirement(loss=name, taps=EMBEDDINGS, teacher=config.teacher, target=config.target)
 
     def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
         """The loss of one step; offers the teacher's embeddings to the queue, and the student's to a second one."""

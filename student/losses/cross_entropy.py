@@ -10,7 +10,6 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from student.alignment.student_taps import StudentTap
 from student.losses.base import Loss, LossInputs
 from student.settings import LossConfig, Schedule, Weight
 
@@ -56,12 +55,8 @@ class CrossEntropyLoss(Loss[CrossEntropyConfig]):
     """Cross-entropy as a term of the training loss; for a student with two heads by default the mean over both."""
 
     Config = CrossEntropyConfig
+    STUDENT_TAPS = frozenset({"labels", "logits"})
     supports_pooling = True
-
-    @classmethod
-    def student_taps(cls, config: CrossEntropyConfig) -> frozenset[StudentTap]:
-        """Labels and logits."""
-        return frozenset({"labels", "logits"})
 
     def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
         """The loss of one step."""

@@ -7,7 +7,6 @@ else on its only head. The recipe's weights stand for (1 − α) and α.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -18,11 +17,9 @@ from torch.nn import functional as F
 
 from student.alignment.rules import align_classes
 from student.alignment.student_spec import StudentSpec
-from student.alignment.student_taps import StudentTap
 from student.losses.base import Loss, LossInputs
 from student.settings import TeacherLossConfig
-from student.targets.requirement import TargetRequirement
-from student.targets.stored_target import StoredTarget
+from student.targets.stored_target import Targets
 
 Reduction = Literal["mean", "batchmean"]
 
@@ -60,7 +57,7 @@ class DeiTConfig(TeacherLossConfig):
     type: Literal["deit"] = "deit"
     distillation_type: Literal["hard", "soft"] = "hard"
     temperature: float = Field(1.0, gt=0)
-    reduction: Literal["mean", "batchmean"] = "mean"
+    reduction: Reduction = "mean"
     same_classes: bool = Field(False, description="both lists of classes are the same, where one is not known")
 
 
@@ -68,21 +65,13 @@ class DeiTLoss(Loss[DeiTConfig]):
     """Distillation from logits as a term of the training loss."""
 
     Config = DeiTConfig
+    STUDENT_TAPS = frozenset({"logits"})
+    TARGET_TAPS = (("logits",),)
     supports_pooling = True
 
-    def __init__(self, name: str, config: DeiTConfig, student: StudentSpec, targets: Sequence[StoredTarget]) -> None:
+    def __init__(self, name: str, config: DeiTConfig, student: StudentSpec, targets: Targets) -> None:
         super().__init__(name, config, student, targets)
         self.row = align_classes(name, targets[0], student, config.same_classes)
-
-    @classmethod
-    def student_taps(cls, config: DeiTConfig) -> frozenset[StudentTap]:
-        """Logits."""
-        return frozenset({"logits"})
-
-    @classmethod
-    def requirement(cls, name: str, config: DeiTConfig, student: StudentSpec) -> TargetRequirement:
-        """The teacher's logits."""
-        return TargetRequirement(loss=name, taps=(("logits",),), teacher=config.teacher, target=config.target)
 
     def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
         """The loss of one step; logs how often student and teacher agree."""

@@ -6,7 +6,6 @@ is not said; the last one by default.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -15,13 +14,11 @@ from torch import Tensor, nn
 
 from storage.errors import UserError, call, setting
 from student.alignment.student_spec import StudentSpec
-from student.alignment.student_taps import StudentTap
 from student.alignment.tokens import TokenAligner
 from student.losses.attention_transfer import squares
 from student.losses.base import Loss, LossInputs
 from student.settings import AlignedLossConfig, Layers, settings_path
-from student.targets.requirement import TargetRequirement
-from student.targets.stored_target import StoredTarget
+from student.targets.stored_target import Targets
 
 
 class FeatureMSEConfig(AlignedLossConfig):
@@ -38,10 +35,10 @@ class FeatureMSELoss(Loss[FeatureMSEConfig]):
     """Feature distillation as a term of the training loss; a projection is trained with the student."""
 
     Config = FeatureMSEConfig
+    STUDENT_TAPS = frozenset({"streams"})
+    TARGET_TAPS = (("tokens",),)
 
-    def __init__(
-        self, name: str, config: FeatureMSEConfig, student: StudentSpec, targets: Sequence[StoredTarget]
-    ) -> None:
+    def __init__(self, name: str, config: FeatureMSEConfig, student: StudentSpec, targets: Targets) -> None:
         super().__init__(name, config, student, targets)
         if not targets[0].target.identity.layers:
             raise UserError(
@@ -51,25 +48,13 @@ class FeatureMSELoss(Loss[FeatureMSEConfig]):
             )
         self.vectors = TokenAligner(name, config, student, targets)
         self.row = self.vectors.row
-        count = len(self.vectors.pairs)
         self.projections: nn.ModuleList | None = None
         if config.projection:
-            self.projections = nn.ModuleList(
-                nn.Linear(self.vectors.student_width, self.vectors.width) for _ in range(count)
-            )
+            widths = self.vectors.student_width, self.vectors.width
+            self.projections = nn.ModuleList(nn.Linear(*widths) for _ in self.vectors.pairs)
         else:
             projection = setting(f"{settings_path(name)}.projection", "linear")
             self.vectors.require_width(f"Put a trained map between them: {projection}")
-
-    @classmethod
-    def student_taps(cls, config: FeatureMSEConfig) -> frozenset[StudentTap]:
-        """The student's residual streams."""
-        return frozenset({"streams"})
-
-    @classmethod
-    def requirement(cls, name: str, config: FeatureMSEConfig, student: StudentSpec) -> TargetRequirement:
-        """The teacher's tokens after layers."""
-        return TargetRequirement(loss=name, taps=(("tokens",),), teacher=config.teacher, target=config.target)
 
     def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
         """The loss of one step."""

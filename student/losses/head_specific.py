@@ -7,7 +7,6 @@ to encoder; all other heads stay free. The recipe's weights stand for α and (1 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -23,8 +22,8 @@ from student.alignment.student_spec import StudentSpec
 from student.alignment.student_taps import StudentTap
 from student.losses.base import Loss, LossInputs
 from student.settings import AlignedLossConfig, FirstHeads, HeadMap, HeadPairs
-from student.targets.requirement import TargetRequirement
-from student.targets.stored_target import StoredTarget
+from student.targets.requirement import TargetTaps
+from student.targets.stored_target import Targets
 
 Distance = Literal["mse", "mse-softmax", "ce", "kl"]
 
@@ -84,9 +83,7 @@ class HeadSpecificLoss(Loss[HeadSpecificConfig]):
 
     Config = HeadSpecificConfig
 
-    def __init__(
-        self, name: str, config: HeadSpecificConfig, student: StudentSpec, targets: Sequence[StoredTarget]
-    ) -> None:
+    def __init__(self, name: str, config: HeadSpecificConfig, student: StudentSpec, targets: Targets) -> None:
         super().__init__(name, config, student, targets)
         classes = None
         if config.adaptive == "teacher-correct":
@@ -103,12 +100,11 @@ class HeadSpecificLoss(Loss[HeadSpecificConfig]):
         return frozenset({"attention"} if config.adaptive == "none" else {"attention", "labels"})
 
     @classmethod
-    def requirement(cls, name: str, config: HeadSpecificConfig, student: StudentSpec) -> TargetRequirement:
+    def target_taps(cls, config: HeadSpecificConfig) -> TargetTaps:
         """Whole maps, or q and k; scores come from q and k alone, since maps have lost a constant of each row."""
-        taps: tuple[tuple[str, ...], ...] = (("q", "k"),) if config.distance == "mse" else (("attention",), ("q", "k"))
-        if config.adaptive == "teacher-correct":
-            taps = tuple((*alternative, "logits") for alternative in taps)
-        return TargetRequirement(loss=name, taps=taps, teacher=config.teacher, target=config.target)
+        logits = ("logits",) if config.adaptive == "teacher-correct" else ()
+        maps = () if config.distance == "mse" else (("attention", *logits),)
+        return *maps, ("q", "k", *logits)
 
     def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
         """The loss of one step; logs how much of it is kept where samples are weighted."""

@@ -7,7 +7,6 @@ Distillation") is the distance `cosine`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -17,13 +16,12 @@ from torch.nn import functional as F
 
 from storage.errors import UserError, call, setting
 from student.alignment.student_spec import StudentSpec, full
-from student.alignment.student_taps import StudentTap
 from student.alignment.tokens import TokenAligner
 from student.losses.base import Loss, LossInputs
 from student.losses.parts.projector import EMBEDDINGS, ClassToken, words
 from student.settings import AlignedLossConfig, ProjectorLossConfig
-from student.targets.requirement import TargetRequirement
-from student.targets.stored_target import StoredTarget
+from student.targets.requirement import TargetTaps
+from student.targets.stored_target import StoredTarget, Targets
 
 Distance = Literal["mse", "l2", "sq", "cosine"]
 
@@ -72,11 +70,10 @@ class ProjectorAlignmentLoss(Loss[ProjectorAlignmentConfig]):
     """
 
     Config = ProjectorAlignmentConfig
+    STUDENT_TAPS = frozenset({"tokens"})
     patches: TokenAligner
 
-    def __init__(
-        self, name: str, config: ProjectorAlignmentConfig, student: StudentSpec, targets: Sequence[StoredTarget]
-    ) -> None:
+    def __init__(self, name: str, config: ProjectorAlignmentConfig, student: StudentSpec, targets: Targets) -> None:
         super().__init__(name, config, student, targets)
         (stored,) = targets
         self.token = ClassToken(name, config, student, stored)
@@ -87,15 +84,9 @@ class ProjectorAlignmentLoss(Loss[ProjectorAlignmentConfig]):
             self.teacher_class = stored.teacher.prefix.index("class") if config.tokens == "both" else 0
 
     @classmethod
-    def student_taps(cls, config: ProjectorAlignmentConfig) -> frozenset[StudentTap]:
-        """The student's final tokens."""
-        return frozenset({"tokens"})
-
-    @classmethod
-    def requirement(cls, name: str, config: ProjectorAlignmentConfig, student: StudentSpec) -> TargetRequirement:
+    def target_taps(cls, config: ProjectorAlignmentConfig) -> TargetTaps:
         """The teacher's class token, or the pooled features of one without; with patches all tokens after the norm."""
-        taps = EMBEDDINGS if config.tokens == "class" else (("tokens",),)
-        return TargetRequirement(loss=name, taps=taps, teacher=config.teacher, target=config.target)
+        return EMBEDDINGS if config.tokens == "class" else (("tokens",),)
 
     def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
         """The loss of one step."""

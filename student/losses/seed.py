@@ -6,7 +6,6 @@ class token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -15,13 +14,11 @@ from pydantic import Field
 from torch import Tensor
 
 from student.alignment.student_spec import StudentSpec, full
-from student.alignment.student_taps import StudentTap
 from student.losses.base import Loss, LossInputs
 from student.losses.parts.projector import EMBEDDINGS, ClassToken
 from student.losses.parts.queue import Queue, unit
 from student.settings import ProjectorLossConfig
-from student.targets.requirement import TargetRequirement
-from student.targets.stored_target import StoredTarget
+from student.targets.stored_target import Targets
 
 
 def cross_entropy(
@@ -62,22 +59,14 @@ class SEEDLoss(Loss[SEEDConfig]):
     """SEED as a term of the training loss."""
 
     Config = SEEDConfig
+    STUDENT_TAPS = frozenset({"tokens"})
+    TARGET_TAPS = EMBEDDINGS
 
-    def __init__(self, name: str, config: SEEDConfig, student: StudentSpec, targets: Sequence[StoredTarget]) -> None:
+    def __init__(self, name: str, config: SEEDConfig, student: StudentSpec, targets: Targets) -> None:
         super().__init__(name, config, student, targets)
         self.token = ClassToken(name, config, student, targets[0])
         self.queue = Queue(config.queue, self.token.width)
         self.row = self.token.row
-
-    @classmethod
-    def student_taps(cls, config: SEEDConfig) -> frozenset[StudentTap]:
-        """The student's final tokens."""
-        return frozenset({"tokens"})
-
-    @classmethod
-    def requirement(cls, name: str, config: SEEDConfig, student: StudentSpec) -> TargetRequirement:
-        """The teacher's class token, or the pooled features of one without."""
-        return TargetRequirement(loss=name, taps=EMBEDDINGS, teacher=config.teacher, target=config.target)
 
     def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
         """The loss of one step; offers the teacher's embeddings to the queue."""

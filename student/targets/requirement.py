@@ -10,6 +10,8 @@ from storage.errors import call, setting
 if TYPE_CHECKING:
     from student.settings import AttentionTensors
 
+TargetTaps = tuple[tuple[str, ...], ...]  # alternatives; the taps of one are read together
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetRequirement:
@@ -24,7 +26,7 @@ class TargetRequirement:
     """
 
     loss: str
-    taps: tuple[tuple[str, ...], ...]
+    taps: TargetTaps
     teacher: str | None = None
     target: str | tuple[str, ...] | None = None
     grid: int | None = None
@@ -42,6 +44,6 @@ class TargetRequirement:
         return command + (f" (or, of a teacher that does not give it, {targets})" if others else "")
 
 
-def taps_of(tensors: AttentionTensors) -> tuple[tuple[str, ...], ...]:
+def taps_of(tensors: AttentionTensors) -> TargetTaps:
     """What serves: whole attention maps, or q and k, which give them; or vectors themselves."""
     return (("attention",), ("q", "k")) if tensors == "map" else (tuple(tensors),)

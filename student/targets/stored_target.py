@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,9 @@ class StoredTarget:
     def id(self) -> str:
         """Target id."""
         return self.target.id
+
+
+Targets = Sequence[StoredTarget]  # those that are read together, in the order of their taps
 
 
 def stored_target(store: Store, target: str) -> StoredTarget:
