@@ -46,13 +46,9 @@ class EvaluationTargets:
 
     def source(self, shard: Shard) -> Source:
         """The samples of a shard with these targets."""
+        policy, permute = self.policy, self.permute
         return Source(
-            shards=(shard,),
-            policy=self.policy,
-            store=self.store,
-            bank=self.policy.bank,
-            targets=self.codecs,
-            permute=self.permute,
+            shards=(shard,), policy=policy, store=self.store, bank=policy.bank, targets=self.codecs, permute=permute
         )
 
 
@@ -79,8 +75,8 @@ def evaluation_targets(
         UserError: targets of these images are missing, with the command that makes them; invalid samples.
     """
     targets, lacking = kept_of(store, stored, shards, view)
-    ids = {shard.id for shard in shards}
     if lacking:
+        ids = {shard.id for shard in shards}
         other_bank = any(task.kind == "bank" and task.shard in ids and task.id != view.bank for task in store.done())
         raise UserError(
             f"{why}, and {store.url} has none of {lacking[0]}"
@@ -103,8 +99,8 @@ def kept_of(
 ) -> tuple[tuple[str, ...], list[str]]:
     """Ids of the targets like those given in the evaluation view, and URLs of the shards that lack some of them."""
     ids = {manifest.identity.digest: id for id, manifest in reversed(store.targets().items())}  # of two the first
-    wanted = [stored.target.identity.model_copy(update={"bank": view.bank}) for stored in stored_targets]
-    targets = tuple(ids[identity.digest] for identity in wanted if identity.digest in ids)
+    digests = [stored.target.identity.model_copy(update={"bank": view.bank}).digest for stored in stored_targets]
+    targets = tuple(ids[digest] for digest in digests if digest in ids)
     done = store.done()
     lacking = [
         shard.url
@@ -119,18 +115,16 @@ def command(
 ) -> str:
     """The `precompute` command that makes targets like the stored ones for other shards in another view."""
     teacher = stored_targets[0].teacher
-    about = teacher.identity
-    ready = about.model == ONNX_FILE
-    weights = None if ready or teacher.weights == HUB else teacher.weights
-    identities = [stored.target.identity for stored in stored_targets]
+    about, identities = teacher.identity, [stored.target.identity for stored in stored_targets]
+    is_onnx = about.model == ONNX_FILE
     taps: dict[str, list[str]] = {}  # by layers and codec
     for identity in identities:
         layers = f",layers={parse_ranges(identity.layers)}" if identity.layers else ""
         taps.setdefault(f"{layers},codec={identity.codec}", []).append(identity.tap)
     return hints.precompute(
-        teacher=teacher.weights if ready else about.model,
+        teacher=teacher.weights if is_onnx else about.model,
+        weights=None if is_onnx or teacher.weights == HUB else teacher.weights,
         teacher_name=teacher.id,
-        weights=weights,
         arguments=about.arguments,
         mean=about.mean,
         std=about.std,
@@ -141,5 +135,5 @@ def command(
         view_size=view.size,
         new_bank=new_bank or None,
         tap_tensor=[f"{identity.tap}={name}" for identity in identities for name in identity.tensors],
-        target=[f"{','.join(several)}{rest}" for rest, several in taps.items()],
+        target=[f"{','.join(names)}{rest}" for rest, names in taps.items()],
     )

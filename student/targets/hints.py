@@ -16,15 +16,12 @@ if TYPE_CHECKING:
 def precompute(
     *,
     teacher: str,
-    teacher_name: str,
     weights: str | None,
+    teacher_name: str,
     arguments: Mapping[str, Any],
     mean: Sequence[float],
     std: Sequence[float],
-    input_size: int,
-    store: str,
-    shards: Sequence[str],
-    **views_and_targets: object,
+    **settings: object,
 ) -> str:
     """The command that runs a teacher over shards, as `storage.errors.call` writes it."""
     return call(
@@ -35,10 +32,7 @@ def precompute(
         teacher_arg=[f"{name}={argument(value)}" for name, value in arguments.items()],
         mean=_numbers(mean),
         std=_numbers(std),
-        input_size=input_size,
-        store=store,
-        shards=list(shards),
-        **views_and_targets,
+        **settings,
     )
 
 
