@@ -123,10 +123,5 @@ class AttentionCopyHooks:
 
 def attention_copy_hooks(model: nn.Module) -> AttentionCopyHooks | None:
     """The copies that are attached to a student."""
-    found = getattr(model, "teacher_copies", None)
-    return found if isinstance(found, AttentionCopyHooks) else None
-
-
-def copies_in(record: AttentionCopyRecord) -> AttentionCopyHooks:
-    """The places of a recorded student where copied attention goes in."""
-    return AttentionCopyHooks(record.settings.tensors, record.layers, record.heads)
+    hooks = getattr(model, "teacher_copies", None)
+    return hooks if isinstance(hooks, AttentionCopyHooks) else None

@@ -19,19 +19,9 @@ from student.models.attention_copy_hooks import AttentionCopyRecord
 from student.models.shifted_patch import shift_patches
 from student.settings import WITH_CLASS, StudentConfig
 
-_ARGUMENTS = (
-    "img_size",
-    "patch_size",
-    "embed_dim",
-    "depth",
-    "num_heads",
-    "mlp_ratio",
-    "global_pool",
-    "drop_path_rate",
-    "drop_rate",
-    "proj_drop_rate",
-    "attn_drop_rate",
-)
+# Settings that are arguments of `timm.create_model`, and `global_pool`.
+_SIZES = {"img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio"}
+_DROP_RATES = {"drop_path_rate", "drop_rate", "proj_drop_rate", "attn_drop_rate"}
 
 
 class DescriptionRecord(Schema):
@@ -44,6 +34,7 @@ class DescriptionRecord(Schema):
     std: Three
     classes: Several[str] | None
     evaluation: str
+    shifted_patches: bool
     attention_copy: AttentionCopyRecord | None
 
     @model_validator(mode="after")
@@ -73,7 +64,7 @@ def build_student(settings: StudentConfig, num_classes: int) -> tuple[nn.Module,
         hint = did_you_mean(settings.model, close) if close else f"One that it has: {WITH_CLASS!r}."
         hint = f"Did you mean {longer!r}?" if longer else hint
         raise UserError(f"student.model: timm has no {settings.model!r}. {hint}")
-    arguments = {name: getattr(settings, name) for name in _ARGUMENTS if getattr(settings, name) is not None}
+    arguments = settings.model_dump(include={*_SIZES, "global_pool", *_DROP_RATES}, exclude_none=True)
     if settings.embed_dim and settings.num_heads and settings.embed_dim % settings.num_heads:
         raise UserError(
             f"student: embed_dim {settings.embed_dim} is no multiple of num_heads {settings.num_heads}",
@@ -87,9 +78,8 @@ def build_student(settings: StudentConfig, num_classes: int) -> tuple[nn.Module,
         shift_patches(model)
     embed = getattr(model, "patch_embed", None)
     sizes, patches = (getattr(embed, name, None) for name in ("img_size", "patch_size"))
-    for side, patch in (
-        zip(sizes, patches, strict=False) if isinstance(sizes, tuple) and isinstance(patches, tuple) else ()
-    ):
+    both = isinstance(sizes, tuple) and isinstance(patches, tuple)
+    for side, patch in zip(sizes, patches, strict=False) if both else ():
         if side % patch:
             multiple = setting("student.img_size", patch * max(1, round(side / patch)))
             raise UserError(
@@ -115,18 +105,16 @@ def create(model: str, arguments: dict[str, Any]) -> nn.Module:
 
 def _unknown(model: str, arguments: dict[str, Any]) -> list[str]:
     """The arguments without which a model can be made; empty where this is not what is wrong."""
-    left = dict(arguments)
-    unknown: list[str] = []
+    rest = dict(arguments)
     while True:
         try:
             with torch.device("meta"):
-                timm.create_model(model, pretrained=False, **left)
-            return unknown
+                timm.create_model(model, pretrained=False, **rest)
+            return [name for name in arguments if name not in rest]
         except TypeError as error:
-            found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-            if found is None or left.pop(found[1], None) is None:
+            unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if unexpected is None or rest.pop(unexpected[1], None) is None:
                 return []
-            unknown.append(found[1])
         except Exception:  # timm raises many kinds
             return []
 
@@ -135,8 +123,5 @@ def input_size(model: nn.Module, settings: StudentConfig) -> int:
     """The side of the square images that a student takes."""
     if settings.img_size:
         return settings.img_size
-    embed = getattr(model, "patch_embed", None)
-    size = getattr(embed, "img_size", None)
-    if size:
-        return int(size[0])
-    return int(model.default_cfg["input_size"][-1])  # type: ignore[index]
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return int(size[0] if size else model.default_cfg["input_size"][-1])  # type: ignore[index]

@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from student.settings import ATTENTION_COPY
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from storage.store.manifests import TeacherManifest
     from student.models.attention_copy_hooks import AttentionCopyRecord
@@ -34,7 +34,8 @@ _IN_THE_FOLDER = """timm reads `model.safetensors`, a link to `last.safetensors`
 _ON_THE_HUB = "`model.safetensors` is the run's `{student}.safetensors`."
 _SHIFTED = """Its patches are seen with four shifts of the image (shifted patch tokenization), which timm does not have:
 its weights fit no bare `{model}`, and there is no `config.json` for timm.
-
+"""
+_BY_THIS_PACKAGE = """
 ```python
 from pathlib import Path
 from student.models.files import load_student  # of the package teacher-store
@@ -55,18 +56,9 @@ pipeline precompute --teacher {model} --weights {file} --teacher-name NAME --inp
   --mean {mean} --std {std} {arguments} --shards SHARDS --store STORE
 ```
 """
-
-
 _COPYING = """It is not whole by itself: in layer(s) {layers} it attends with {source}, in the first {heads} head(s), in
 place of its own (copied: {tensors}). A bare `{model}` with these weights attends otherwise, and was never trained to:
 there is no `config.json` for timm. {need}
-
-```python
-from pathlib import Path
-from student.models.files import load_student  # of the package teacher-store
-
-model, about = load_student(Path("last.safetensors"))
-```
 """
 _OF_EACH = "the attention of teacher {teacher} for the same image"
 _FIXED = "one fixed attention for all images, a mean over the training set"
@@ -95,11 +87,8 @@ def card(
     """
     kind = "image-classification" if about.classifies else "image-feature-extraction"
     smoke, scored = result["smoke"], result["top1"] is not None
-    header = ModelCardData(
-        library_name="timm",
-        pipeline_tag=kind,
-        tags=[kind, "timm", *(["knowledge-distillation"] if teachers else [])],
-    )
+    tags = [kind, "timm", *(["knowledge-distillation"] if teachers else [])]
+    header = ModelCardData(library_name="timm", pipeline_tag=kind, tags=tags)
     if scored and not smoke:
         header.model_name = about.model
         header.eval_results = [
@@ -117,36 +106,27 @@ def card(
         lines += ["**A smoke run, to see that everything works: this student has learned nothing.**", ""]
     if scored:
         lines += ["| measured on | samples | top-1, % | top-5, % |", "|---|---|---|---|"]
-        top5 = "" if result["top5"] is None else f"{result['top5']:.2f}"
-        lines.append(f"| last epoch | {result['samples']} | {result['top1']:.2f} | {top5} |")
+        lines.append(_score("last epoch", result["samples"], result["top1"], result["top5"]))
     elif about.classifies:
         lines.append("It was not scored: there were no labeled validation images.")
     else:
         lines.append("It was trained without labels and has no classifier: it gives features, and was not scored.")
         lines.append("`pipeline evaluate knn RUN` measures them where there are labels.")
     if "ema_top1" in result:
-        ema5 = "" if result["ema_top5"] is None else f"{result['ema_top5']:.2f}"
-        lines.append(f"| averaged student | {result['samples']} | {result['ema_top1']:.2f} | {ema5} |")
-    lines += ["", "## Learned from", ""]
-    shards = identity["shards"]
-    lines.append(f"- {len(shards)} shard(s): {', '.join(shards[:3])}{', …' if len(shards) > 3 else ''}")
+        lines.append(_score("averaged student", result["samples"], result["ema_top1"], result["ema_top5"]))
+    shards, classes = identity["shards"], identity["classes"]
     views = f"{identity['views']} stored view(s) of each image" if identity["views"] else "views drawn in each epoch"
+    lines += ["", "## Learned from", "", f"- {len(shards)} shard(s): {_first(3, shards)}"]
     lines.append(f"- views: `{identity['policy']}`, {views}")
-    classes = identity["classes"]
     if isinstance(classes, list):
-        lines.append(f"- {len(classes)} classes: {', '.join(classes[:10])}{', …' if len(classes) > 10 else ''}")
+        lines.append(f"- {len(classes)} classes: {_first(10, classes)}")
     elif classes:
         lines.append(f"- {classes} classes without names")
     else:
         lines.append("- no labels")
     for loss, targets in identity["targets"].items():
-        for target in targets:
-            teacher = teachers[target]
-            what = "copied attention" if loss == ATTENTION_COPY else f"loss `{loss}`"
-            lines.append(
-                f"- {what}: target {target} of teacher {teacher.id} ({teacher.identity.model}, weights "
-                f"{Path(teacher.weights).name}, sha256 {teacher.identity.weights_sha256[:12]})"
-            )
+        use = "copied attention" if loss == ATTENTION_COPY else f"loss `{loss}`"
+        lines += [f"- {use}: target {target} of {_teacher(teachers[target])}" for target in targets]
     if identity["control"]:
         lines.append(f"- **a control**: {', '.join(f'{k}={v}' for k, v in identity['control'].items())}")
     losses = "; ".join(
@@ -164,10 +144,26 @@ def card(
     if about.attention_copy is not None:
         own = _copying(about.model, about.attention_copy, identity["control"])
     elif about.shifted_patches:
-        own = _SHIFTED.format(model=about.model)
+        own = _SHIFTED.format(model=about.model) + _BY_THIS_PACKAGE
     else:
         own = _TIMM.format(source="local-dir:.", which=_IN_THE_FOLDER)
     return "\n".join([*lines, _loading(about, own, "last.safetensors")])
+
+
+def _score(student: str, samples: int | None, top1: float | None, top5: float | None) -> str:
+    """A line of the table of scores."""
+    return f"| {student} | {samples} | {top1:.2f} | {'' if top5 is None else f'{top5:.2f}'} |"
+
+
+def _first(count: int, names: Sequence[str]) -> str:
+    return ", ".join([*names[:count], *(["…"] if len(names) > count else [])])
+
+
+def _teacher(teacher: TeacherManifest) -> str:
+    """A teacher with the name and digest of its weights."""
+    about = teacher.identity
+    weights = f"weights {Path(teacher.weights).name}, sha256 {about.weights_sha256[:12]}"
+    return f"teacher {teacher.id} ({about.model}, {weights})"
 
 
 def hub_card(
@@ -188,14 +184,14 @@ def hub_card(
         ValueError: the header is no model card's.
         yaml.YAMLError: the header is not YAML.
     """
-    made = ModelCard(text)
-    for result in made.data.get("eval_results", []):
+    hub = ModelCard(text)
+    for result in hub.data.get("eval_results", []):
         if result.metric_value == scores["last"]:
             result.metric_value = scores[student]
     own = _TIMM.format(source=f"hf-hub:{repository}", which=_ON_THE_HUB.format(student=student))
     loading = _loading(about, own, "model.safetensors")
-    made.text = re.sub(rf"(?s){_LOADING}.*?(?=\n## |\Z)", lambda _: loading, made.text)
-    return str(made)
+    hub.text = re.sub(rf"(?s){_LOADING}.*?(?=\n## |\Z)", lambda _: loading, hub.text)
+    return str(hub)
 
 
 def _loading(about: StudentDescription, own: str, file: str) -> str:
@@ -222,7 +218,7 @@ def _copying(model: str, copied: AttentionCopyRecord, control: Mapping[str, Any]
     """What a student needs that copies attention."""
     graphs = ", ".join(sorted({graph[:12] for graph, _ in copied.graphs}))
     fixed = bool(control.get("mean_targets")) or copied.settings.average == "examples"
-    return _COPYING.format(
+    text = _COPYING.format(
         model=model,
         layers=", ".join(map(str, copied.layers)),
         heads=copied.heads,
@@ -230,6 +226,7 @@ def _copying(model: str, copied: AttentionCopyRecord, control: Mapping[str, Any]
         source=_FIXED if fixed else _OF_EACH.format(teacher=copied.teacher),
         need=_NEEDS_FILE if fixed else _NEEDS_TEACHER.format(graphs=graphs),
     )
+    return text + _BY_THIS_PACKAGE
 
 
 def _three(values: tuple[float, ...]) -> str:

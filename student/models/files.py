@@ -14,7 +14,7 @@ from storage.objects.atomic import atomic_write
 from storage.objects.record_schema import checked
 from storage.unicode_names import all_normalized
 from storage.views.policy import Policy, policy
-from student.models.attention_copy_hooks import COPIED, AttentionCopyRecord, attention_copy_hooks, copies_in
+from student.models.attention_copy_hooks import COPIED, AttentionCopyHooks, AttentionCopyRecord, attention_copy_hooks
 from student.models.build import DescriptionRecord, create
 from student.models.shifted_patch import shift_patches
 from student.settings import ATTENTION_COPY
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import nn
+
+_AS_JSON = ("arguments", "img_size", "mean", "std", "classes")  # fields of a description
 
 
 @dataclass(frozen=True)
@@ -80,20 +82,15 @@ def save_student(path: Path, model: nn.Module, description: StudentDescription) 
         OSError: the file cannot be written.
     """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    if copies := attention_copy_hooks(model):
-        state |= {f"{COPIED}{part}": tensor.detach().cpu().contiguous() for part, tensor in copies.fixed.items()}
-    metadata = {
-        "format": "pt",
-        "model": description.model,
-        "arguments": json.dumps(description.arguments),
-        "img_size": str(description.img_size),
-        "mean": json.dumps(description.mean),
-        "std": json.dumps(description.std),
-        "classes": json.dumps(description.classes),
-        "evaluation": description.evaluation,
-        **({"shifted_patches": "true"} if description.shifted_patches else {}),
-        **({"copying": json.dumps(description.attention_copy.plain())} if description.attention_copy else {}),
-    }
+    if hooks := attention_copy_hooks(model):
+        state |= {f"{COPIED}{part}": tensor.detach().cpu().contiguous() for part, tensor in hooks.fixed.items()}
+    metadata = {"format": "pt", "model": description.model}
+    metadata |= {name: json.dumps(getattr(description, name)) for name in _AS_JSON}
+    metadata["evaluation"] = description.evaluation
+    if description.shifted_patches:
+        metadata["shifted_patches"] = "true"
+    if description.attention_copy:
+        metadata["copying"] = json.dumps(description.attention_copy.plain())
     with atomic_write(path) as temporary:
         save_file(state, temporary, metadata)
 
@@ -111,22 +108,13 @@ def load_student(path: Path) -> tuple[nn.Module, StudentDescription]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        said = {name: json.loads(metadata[name]) for name in ("arguments", "img_size", "mean", "std", "classes")}
-        said |= {name: metadata[name] for name in ("model", "evaluation")}
-        said["attention_copy"] = _attention_copy(json.loads(metadata.get("copying", "null")))
-        record = checked(DescriptionRecord, said, str(path), f"Give a student that {call('train')} wrote.")
-        description = StudentDescription(
-            record.model,
-            record.arguments,
-            record.img_size,
-            record.mean,
-            record.std,
-            tuple(all_normalized(record.classes or ())) or None,
-            record.evaluation,
-            metadata.get("shifted_patches") == "true",
-            record.attention_copy,
-        )
-        copies = copies_in(record.attention_copy) if record.attention_copy else None
+        fields = {name: json.loads(metadata[name]) for name in _AS_JSON}
+        fields |= {name: metadata[name] for name in ("model", "evaluation")}
+        fields["shifted_patches"] = metadata.get("shifted_patches") == "true"
+        fields["attention_copy"] = _attention_copy(json.loads(metadata.get("copying", "null")))
+        record = checked(DescriptionRecord, fields, str(path), f"Give a student that {call('train')} wrote.")
+        classes = tuple(all_normalized(record.classes or ())) or None
+        description = StudentDescription(**{**dict(record), "classes": classes})
     except FileNotFoundError:
         raise UserError(f"{path}: no student here", hint=f"{call('train')} writes one.") from None
     except KeyError as error:
@@ -141,9 +129,10 @@ def load_student(path: Path) -> tuple[nn.Module, StudentDescription]:
     fixed = {name.removeprefix(COPIED): state.pop(name) for name in [*state] if name.startswith(COPIED)}
     try:
         model.load_state_dict(state)
-        if copies:
-            copies.fixed = fixed
-            copies.attach(model)
+        if copied := description.attention_copy:
+            hooks = AttentionCopyHooks(copied.settings.tensors, copied.layers, copied.heads)
+            hooks.fixed = fixed
+            hooks.attach(model)
     except (RuntimeError, IndexError) as error:
         raise UserError(f"{path}: does not fit {description.model}: {first_line(error)}") from None
     return model.eval(), description

@@ -66,24 +66,27 @@ def begin_from(
     names = matching(settings.init, own, "student.init")
     other_classes = bool(known and classes and tuple(classes) != known)
     heads = head_of(model)
-    new = [name for name in names if name in heads and (other_classes or _other(own[name], state.get(name)))]
+    new_heads = [
+        name
+        for name in names
+        if name in heads and (other_classes or name not in state or len(state[name]) != len(own[name]))
+    ]
     norms = [name for name in names if name not in state and _twin(name) in state and _twin(name) not in own]
-    new += norms
-    wanted = {name: own[name] for name in names if name not in new}
-    taken = {name: tensor for name, tensor in state.items() if name in wanted}
+    new = [*new_heads, *norms]
+    expected = {name: own[name] for name in names if name not in new}
+    taken = {name: tensor for name, tensor in state.items() if name in expected}
     unused: list[str] = []
     if settings.init == ("*",):  # then nothing is skipped silently
         unused = [name for name in state if name not in own and name.rpartition(".")[0] in _classifiers(model)]
         skipped = {*unused, *(_twin(name) for name in norms)}
         taken |= {name: tensor for name, tensor in state.items() if name not in own and name not in skipped}
-    problems = mismatches(_shapes(wanted), _shapes(taken))
-    if problems:
+    if problems := mismatches(_shapes(expected), _shapes(taken)):
         raise UserError(f"{where}: does not fit {settings.model}: {problems}", hint=_hint(own, state))
-    model.load_state_dict({**own, **{name: taken[name] for name in wanted}})
-    text = f"begins from {where}: {len(wanted)} of {len(own)} tensors"
+    model.load_state_dict({**own, **{name: taken[name] for name in expected}})
+    text = f"begins from {where}: {len(expected)} of {len(own)} tensors"
     if new:
-        text += f"; new are {', '.join(new)}"
-        text += f" ({' and '.join(_reasons(new, norms))})"
+        reasons = {"a head of other classes": new_heads, "the final norm of another pooling": norms}
+        text += f"; new are {', '.join(new)} ({' and '.join(reason for reason, names in reasons.items() if names)})"
     if unused:
         text += f"; left out is its classifier ({', '.join(sorted(unused))})"
     if file and file.copies_attention:
@@ -159,19 +162,9 @@ def _classifiers(model: nn.Module) -> tuple[str, ...]:
     return (heads,) if isinstance(heads, str) else tuple(heads)
 
 
-def _other(own: Tensor, found: Tensor | None) -> bool:
-    """Whether a head's tensor was made for another number of classes, or is not there."""
-    return found is None or found.shape[0] != own.shape[0]
-
-
 def _twin(name: str) -> str:
     """The final norm's tensor under the other pooling: timm's `norm` before the tokens, `fc_norm` after their mean."""
     return {"norm": "fc_norm", "fc_norm": "norm"}.get(name.rpartition(".")[0], "") + "." + name.rpartition(".")[2]
-
-
-def _reasons(new: Sequence[str], norms: Sequence[str]) -> list[str]:
-    heads = ["a head of other classes"] if len(new) > len(norms) else []
-    return heads + (["the final norm of another pooling"] if norms else [])
 
 
 def _hint(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
@@ -180,8 +173,7 @@ def _hint(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
     for name, tensor in own.items():
         part = name.partition(".")[0] + ".*" * ("." in name)
         parts[part] = parts.get(part, True) and name in state and state[name].shape == tensor.shape
-    good = [part for part, fits in parts.items() if fits]
-    if not good:
+    if not (good := [part for part, fits in parts.items() if fits]):
         return "Are these weights of this model?"
     return f"Take what fits, the rest stays new: {setting('student.init', shlex.quote(json.dumps(good)))}"
 

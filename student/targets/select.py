@@ -56,10 +56,11 @@ def select_targets(
         raise UserError(f"{store.url}: {len(shared)} banks fit: {', '.join(shared)}", hint=hint)
     chosen = {}
     for loss, by_bank in fitting.items():
-        chosen[loss], *others = candidates = by_bank[shared[0]]
-        if others:
+        candidates = by_bank[shared[0]]
+        chosen[loss] = ids = candidates[0]
+        if len(candidates) > 1:
             names = ", ".join(" with ".join(ids) for ids in candidates)
-            first = chosen[loss][0] if len(chosen[loss]) == 1 else f"'[{', '.join(chosen[loss])}]'"
+            first = ids[0] if len(ids) == 1 else f"'[{', '.join(ids)}]'"
             hint = f"Choose one: {setting(f'{settings_path(loss)}.target', first)}"
             raise UserError(f"{store.url}: {loss}: {len(candidates)} targets fit: {names}", hint=hint)
     return shared[0], chosen
@@ -77,7 +78,7 @@ def _banks(store: Store, shards: Sequence[str], choice: BankChoice) -> list[str]
         hint = f"Run {call('precompute')} over them first."
         raise UserError(f"{store.url}: there are no views of all these shards", hint=hint)
     line = make_policy(choice.policy, 32).line if choice.policy is not None else None
-    conditions = {
+    conditions: dict[str, tuple[object, dict[str, object]]] = {
         "stream.bank": (choice.id, {id: id for id in policies}),
         "stream.bank.policy": (line, {id: policy.line for id, policy in policies.items()}),
         "stream.bank.size": (choice.size, {id: policy.size for id, policy in policies.items()}),
