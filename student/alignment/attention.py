@@ -15,7 +15,7 @@ from precompute.taps import attention_scores, class_scores
 from student.alignment.matching import Side, TokenMatching, pick
 from student.alignment.student_spec import StudentSpec, full
 from student.settings import AlignmentConfig, Average
-from student.targets.stored_target import StoredTarget
+from student.targets.stored_target import Targets
 
 EPSILON = 1e-12  # of sums that rows are divided by
 
@@ -45,7 +45,7 @@ class AttentionAligner(TokenMatching):
         loss: str,
         config: AlignmentConfig,
         student: StudentSpec,
-        targets: Sequence[StoredTarget],
+        targets: Targets,
         which: Literal["class", "all", "scores"],
         *,
         average: Average = "none",

@@ -16,7 +16,7 @@ from storage.errors import UserError, setting
 from student.alignment.report import AlignmentRow
 from student.alignment.student_spec import StudentSpec
 from student.settings import AlignedLossConfig, AlignmentConfig, settings_path
-from student.targets.stored_target import StoredTarget
+from student.targets.stored_target import Targets
 
 Which = Literal["class", "all", "scores", "vectors"]
 Side = Literal["student", "teacher"]
@@ -52,157 +52,144 @@ class TokenMatching(nn.Module):
     """
 
     def __init__(
-        self,
-        loss: str,
-        config: AlignmentConfig,
-        student: StudentSpec,
-        targets: Sequence[StoredTarget],
-        which: Which,
+        self, loss: str, config: AlignmentConfig, student: StudentSpec, targets: Targets, which: Which
     ) -> None:
         super().__init__()
         self.loss, self.config, self.student, self.which = loss, config, student, which
-        self.path = path = settings_path(loss)
-        first = targets[0]
-        self.tap = first.target.identity.tap
-        teacher = first.teacher
-        shape = first.target.sample_shape
+        self.path = settings_path(loss)
+        first, teacher = targets[0], targets[0].teacher
+        self.tap, shape = first.target.identity.tap, first.target.sample_shape
         axes = TAPS[self.tap].axes
-        has_heads, tokens = "head" in axes, shape[axes.index("token")]
+        patches = shape[axes.index("token")] - len(teacher.prefix)
+        side = round(patches**0.5)
+        if side * side != patches:
+            raise UserError(f"{loss}: target {first.id}: {patches} patches make no square grid")
         # tokens without layers are those after the final norm
         self.stored = [*(first.target.identity.layers or [teacher.layers])]
-        prefix = [*teacher.prefix]
-        side = round((tokens - len(prefix)) ** 0.5)
-        if side * side != tokens - len(prefix):
-            raise UserError(f"{loss}: target {first.id}: {tokens - len(prefix)} patches make no square grid")
         self.pairs = self._layers(teacher.layers)
+        teacher_heads = int(shape[1]) if "head" in axes else 0
         self.rule = config.heads
         if config.heads == "auto":
-            self.rule = None if not has_heads or int(shape[1]) == student.heads else "log"
-        self.head_pairs = self._heads(int(shape[1])) if has_heads else []
-        self.heads = len(self.head_pairs[0]) if self.head_pairs else int(has_heads)
-        student_prefix, teacher_prefix, self.dropped = self._prefix_tokens(list(student.prefix), prefix)
-        student_patches, teacher_patches = range(student.grid**2), range(side**2)
-        self._constant(
-            "student_tokens", torch.tensor([*student_prefix, *(len(student.prefix) + p for p in student_patches)])
-        )
-        self._constant("teacher_tokens", torch.tensor([*teacher_prefix, *(len(prefix) + p for p in teacher_patches)]))
-        self.prefix = len(student_prefix)
-        self.all_tokens: dict[Side, bool] = {
-            "student": student_prefix == [*range(len(student.prefix))],
-            "teacher": teacher_prefix == [*range(len(prefix))],
-        }
-        self.class_query = prefix.index("class") if "class" in prefix else 0
+            self.rule = None if teacher_heads in (0, student.heads) else "log"
+        self.head_pairs = self._heads(teacher_heads) if teacher_heads else []
+        self.heads = len(self.head_pairs[0]) if self.head_pairs else int(teacher_heads > 0)
+        roles: dict[Side, Sequence[str]] = {"student": student.prefix, "teacher": teacher.prefix}
+        prefix, self.dropped = self._prefix_tokens(roles)
+        grids: dict[Side, int] = {"student": student.grid, "teacher": side}
+        self.all_tokens: dict[Side, bool] = {}
+        for name, grid in grids.items():
+            count = len(roles[name])
+            tokens = torch.tensor([*prefix[name], *range(count, count + grid**2)])
+            self.register_buffer(f"{name}_tokens", tokens, persistent=False)
+            self.all_tokens[name] = prefix[name] == [*range(count)]
+        self.prefix = len(prefix["student"])
+        self.class_query = teacher.prefix.index("class") if "class" in teacher.prefix else 0
         self.resizes = side != student.grid
         if self.resizes:
             if config.grid is None:
                 raise UserError(
                     f"{loss}: target {first.id} has a grid of {side}x{side}, the student's patches make "
                     f"{student.grid}x{student.grid}",
-                    hint=f"Resize the teacher's: {setting(f'{path}.grid', 'bicubic')}",
+                    hint=f"Resize the teacher's: {setting(f'{self.path}.grid', 'bicubic')}",
                 )
             matrix = resize_matrix(side, student.grid)
-            self._constant("resize", torch.kron(matrix, matrix))
-        self.row = self._row(targets, int(shape[1]), side)
+            self.register_buffer("resize", torch.kron(matrix, matrix), persistent=False)
+        self.row = self._row(targets, teacher_heads, side)
 
-    def _constant(self, name: str, value: torch.Tensor) -> None:
-        self.register_buffer(name, value, persistent=False)
-
-    def _layers(self, teacher_depth: int) -> list[tuple[int, int]]:
-        """(student's layer, teacher's layer), from 1."""
-        layers, loss, path = self.config.layers, self.loss, self.path
-        student_depth = self.student.layers
+    def _layers(self, teacher: int) -> list[tuple[int, int]]:
+        """(student's layer, teacher's layer), from 1, for a teacher of so many layers."""
+        layers, student, path = self.config.layers, self.student.layers, f"{self.path}.layers"
         if layers is None:
-            if student_depth != teacher_depth:
+            if student != teacher:
                 raise UserError(
-                    f"{loss}: the teacher has {teacher_depth} layers, the student {student_depth}",
-                    hint=f"Choose which layers meet: {setting(f'{path}.layers', 'uniform')}, last, first-N, last-N, or "
+                    f"{self.loss}: the teacher has {teacher} layers, the student {student}",
+                    hint=f"Choose which layers meet: {setting(path, 'uniform')}, last, first-N, last-N, or "
                     "pairs [[1,2],[2,4]]",
                 )
-            if self.stored != list(range(1, teacher_depth + 1)):
+            if self.stored != list(range(1, teacher + 1)):
                 raise UserError(
-                    f"{loss}: the target holds the teacher's layers {parse_ranges(self.stored)} of {teacher_depth}",
-                    hint=f"Choose which of the student's layers meet them: {setting(f'{path}.layers', 'last')}, "
+                    f"{self.loss}: the target holds the teacher's layers {parse_ranges(self.stored)} of {teacher}",
+                    hint=f"Choose which of the student's layers meet them: {setting(path, 'last')}, "
                     "first-N, last-N, or pairs [[student,teacher],…]",
                 )
-            pairs = [(n, n) for n in range(1, student_depth + 1)]
+            pairs = [(n, n) for n in range(1, student + 1)]
         elif layers == "uniform":
-            pairs = uniform(student_depth, teacher_depth)
+            pairs = uniform(student, teacher)
         elif isinstance(layers, str):
-            end, _, number = layers.partition("-")
-            count = int(number or 1)
-            if count > min(student_depth, teacher_depth):
-                raise UserError(
-                    f"{loss}: {path}.layers={layers}: the student has {student_depth} layers, the teacher "
-                    f"{teacher_depth}; at most {end}-{min(student_depth, teacher_depth)}, or uniform"
-                )
-            before = (0, 0) if end == "first" else (student_depth - count, teacher_depth - count)
+            count = self._count("layers", layers, student, teacher, default=1)
+            before = (0, 0) if layers.startswith("first") else (student - count, teacher - count)
             pairs = [(before[0] + n, before[1] + n) for n in range(1, count + 1)]
         else:
-            pairs = [(int(a), int(b)) for a, b in layers]
-        for student_layer, teacher_layer in pairs:
-            if not (1 <= student_layer <= student_depth and 1 <= teacher_layer <= teacher_depth):
-                raise UserError(
-                    f"{loss}: {path}.layers lets the student's layer {student_layer} meet the teacher's layer "
-                    f"{teacher_layer}; the student has layers 1 to {student_depth}, the teacher 1 to {teacher_depth}",
-                    hint=f"Give {setting(f'{path}.layers', 'uniform')}, last, or other pairs",
-                )
+            pairs = [*layers]
+        if not pairs:
+            raise UserError(f"{self.loss}: {path} is empty")
+        self._require_within("layer", pairs, student, teacher, f"{setting(path, 'uniform')}, last, or other pairs")
         for student_layer, teacher_layer in pairs:
             if teacher_layer not in self.stored:
                 raise UserError(
-                    f"{loss}: the student's layer {student_layer} meets the teacher's layer {teacher_layer}, and the "
-                    f"target holds {parse_ranges(self.stored)}; precompute "
+                    f"{self.loss}: the student's layer {student_layer} meets the teacher's layer {teacher_layer}, and "
+                    f"the target holds {parse_ranges(self.stored)}; precompute "
                     f"layers={parse_ranges(sorted({layer for _, layer in pairs}))}"
                 )
-        if not pairs:
-            raise UserError(f"{loss}: {path}.layers is empty")
         return pairs
 
-    def _heads(self, teacher_heads: int) -> list[list[tuple[int, int]]]:
+    def _heads(self, teacher: int) -> list[list[tuple[int, int]]]:
         """(student's head, teacher's head), from 1, for each pair of layers; empty where they are merged."""
-        student_heads, rule, loss, path = self.student.heads, self.rule, self.loss, self.path
+        rule, student, path = self.rule, self.student.heads, f"{self.path}.heads"
         if rule in MERGED:
             return []
-        if rule is None and student_heads != teacher_heads:
-            named = ["first", "first-N"]
+        if rule is None and student != teacher:
+            rules = ["first", "first-N"]
             if isinstance(self.config, AlignedLossConfig):  # else attention is copied
                 merged = MERGED if self.which in ("class", "all") else ()
-                named = [*merged, *named, "pairs [[student,teacher],…]"]
+                rules = [*merged, *rules, "pairs [[student,teacher],…]"]
             raise UserError(
-                f"{loss}: the teacher has {teacher_heads} heads, the student {student_heads}",
-                hint=f"Choose how they meet: {setting(f'{path}.heads', named[0])}, {', '.join(named[1:])}",
+                f"{self.loss}: the teacher has {teacher} heads, the student {student}",
+                hint=f"Choose how they meet: {setting(path, rules[0])}, {', '.join(rules[1:])}",
             )
         if rule is None or isinstance(rule, str):
-            count = int((rule or "").partition("-")[2] or min(student_heads, teacher_heads))
-            if count > min(student_heads, teacher_heads):
-                raise UserError(
-                    f"{loss}: {path}.heads={rule}: the student has {student_heads} heads, the teacher "
-                    f"{teacher_heads}; at most first-{min(student_heads, teacher_heads)}"
-                )
+            count = self._count("heads", rule or "", student, teacher, default=min(student, teacher))
             return [[(n, n) for n in range(1, count + 1)]] * len(self.pairs)
-        if isinstance(rule, Mapping):
-            layers = {student_layer for student_layer, _ in self.pairs}
-            if layers != set(rule):
-                raise UserError(
-                    f"{loss}: {path}.heads names the student's layers {parse_ranges(sorted(rule))}, and those that "
-                    f"meet are {parse_ranges(sorted(layers))}; say which with {path}.layers=[[student,teacher],…]"
-                )
-            head_pairs = [list(rule[student_layer]) for student_layer, _ in self.pairs]
-        else:
-            head_pairs = [list(rule)] * len(self.pairs)
-        for student_head, teacher_head in (pair for pairs in head_pairs for pair in pairs):
-            if not (1 <= student_head <= student_heads and 1 <= teacher_head <= teacher_heads):
-                raise UserError(
-                    f"{loss}: {path}.heads lets the student's head {student_head} meet the teacher's head "
-                    f"{teacher_head}; the student has heads 1 to {student_heads}, the teacher 1 to {teacher_heads}",
-                    hint=f"Give others, such as {setting(f'{path}.heads', '[[1,1]]')}",
-                )
+        layers = [layer for layer, _ in self.pairs]
+        if isinstance(rule, Mapping) and {*layers} != {*rule}:
+            raise UserError(
+                f"{self.loss}: {path} names the student's layers {parse_ranges(sorted(rule))}, and those that meet are "
+                f"{parse_ranges(sorted({*layers}))}; say which with {self.path}.layers=[[student,teacher],…]"
+            )
+        head_pairs = [list(rule[layer] if isinstance(rule, Mapping) else rule) for layer in layers]
+        all_pairs = [pair for pairs in head_pairs for pair in pairs]
+        self._require_within("head", all_pairs, student, teacher, f"others, such as {setting(path, '[[1,1]]')}")
         if not head_pairs[0] or len({len(pairs) for pairs in head_pairs}) > 1:
             raise UserError(
-                f"{loss}: {path}.heads gives the layers {', '.join(str(len(pairs)) for pairs in head_pairs)} pairs "
-                "of heads; give each as many, at least one, and other layers a loss of their own (another name, with "
+                f"{self.loss}: {path} gives the layers {', '.join(str(len(pairs)) for pairs in head_pairs)} pairs of "
+                "heads; give each as many, at least one, and other layers a loss of their own (another name, with "
                 "`type`)"
             )
         return head_pairs
+
+    def _count(self, unit: str, rule: str, student: int, teacher: int, default: int) -> int:
+        """N of `first-N` or `last-N` layers or heads."""
+        end, _, number = rule.partition("-")
+        count, both = int(number or default), min(student, teacher)
+        if count > both:
+            uniform_too = ", or uniform" if unit == "layers" else ""
+            raise UserError(
+                f"{self.loss}: {self.path}.{unit}={rule}: the student has {student} {unit}, the teacher {teacher}; "
+                f"at most {end}-{both}{uniform_too}"
+            )
+        return count
+
+    def _require_within(
+        self, unit: str, pairs: Sequence[tuple[int, int]], student: int, teacher: int, others: str
+    ) -> None:
+        """Refuse pairs of layers or heads that are not there."""
+        for a, b in pairs:
+            if not (1 <= a <= student and 1 <= b <= teacher):
+                raise UserError(
+                    f"{self.loss}: {self.path}.{unit}s lets the student's {unit} {a} meet the teacher's {unit} {b}; "
+                    f"the student has {unit}s 1 to {student}, the teacher 1 to {teacher}",
+                    hint=f"Give {others}",
+                )
 
     def student_heads(self) -> list[tuple[int, list[int] | None]]:
         """For each pair of layers the student's, from 1, and its heads that are compared, from 0; None for all."""
@@ -223,37 +210,35 @@ class TokenMatching(nn.Module):
         """The tokens that are compared, along an axis of one side's values, in the common order."""
         return values if self.all_tokens[side] else values.index_select(axis, self.get_buffer(f"{side}_tokens"))
 
-    def _prefix_tokens(self, student: list[str], teacher: list[str]) -> tuple[list[int], list[int], list[str]]:
+    def _prefix_tokens(self, prefix: Mapping[Side, Sequence[str]]) -> tuple[dict[Side, list[int]], list[str]]:
         """Indices of the prefix tokens that are kept on either side, and those that are left out, in words."""
-        if self.which == "class":
-            for side, roles in (("student", student), ("teacher", teacher)):
-                if "class" not in roles:
-                    problem = f"{self.loss}: the {side} has no class token, so it has no class rows"
-                    raise UserError(problem, hint=f"Take a {side} that has one.")
-        student_counts, teacher_counts = Counter(student), Counter(teacher)
-        kept = {role for role, count in student_counts.items() if teacher_counts[role] == count}  # registers: as many
+        for side, roles in prefix.items():
+            if self.which == "class" and "class" not in roles:
+                problem = f"{self.loss}: the {side} has no class token, so it has no class rows"
+                raise UserError(problem, hint=f"Take a {side} that has one.")
+        counts = {side: Counter(roles) for side, roles in prefix.items()}
+        common = [role for role, count in counts["student"].items() if counts["teacher"][role] == count]
         dropped = [
             f"{side}'s {role}" + (f" ({count})" if count > 1 else "")
-            for side, roles in (("student", student_counts), ("teacher", teacher_counts))
-            for role, count in roles.items()
-            if role not in kept
+            for side, by_role in counts.items()
+            for role, count in by_role.items()
+            if role not in common  # as registers, unless both have as many
         ]
-        order = [role for role in dict.fromkeys(student) if role in kept]
-        student_kept, teacher_kept = (
-            [i for role in order for i, r in enumerate(roles) if r == role] for roles in (student, teacher)
-        )
-        return student_kept, teacher_kept, dropped
+        tokens: dict[Side, list[int]] = {}
+        for side, roles in prefix.items():
+            tokens[side] = [i for role in common for i, r in enumerate(roles) if r == role]
+        return tokens, dropped
 
-    def _row(self, targets: Sequence[StoredTarget], heads: int, side: int) -> AlignmentRow:
-        student = self.student
+    def _row(self, targets: Targets, heads: int, side: int) -> AlignmentRow:
+        student, are_rows = self.student, self.which in ("class", "all")
         rule = [f"layers {', '.join(f'{a}-{b}' for a, b in self.pairs)} (student-teacher)"]
         if self.heads:
             rule.append(self._head_rule(heads))
         if self.resizes:
-            kept = ", mass kept" if self.which in ("class", "all") else ""
-            rule.append(f"patches {side}x{side} to {student.grid}x{student.grid} (bicubic{kept})")
+            mass = ", mass kept" if are_rows else ""
+            rule.append(f"patches {side}x{side} to {student.grid}x{student.grid} (bicubic{mass})")
         if self.dropped:
-            rescaled = ", the rest rescaled" if self.which in ("class", "all") else ""
+            rescaled = ", the rest rescaled" if are_rows else ""
             rule.append(f"left out{rescaled}: {', '.join(self.dropped)}")
         taps = " and ".join(stored.target.identity.tap for stored in targets)
         source = "" if TAPS[self.tap].values == "rows" else f" from {taps}"
@@ -263,14 +248,12 @@ class TokenMatching(nn.Module):
             "scores": f"scores{source}",
             "vectors": taps,
         }[self.which]
-        by_head = f", {heads} heads" if self.heads else ""
+        by_head, by_student_head = (f", {heads} heads", f" x {student.heads} heads") if self.heads else ("", "")
         return AlignmentRow(
             self.loss,
             targets[0].id,
             f"{tensors}, layers {parse_ranges(self.stored)}{by_head}, {side}x{side} patches",
-            f"{student.layers} layers"
-            + (f" x {student.heads} heads" if self.heads else "")
-            + f", {student.grid}x{student.grid} patches",
+            f"{student.layers} layers{by_student_head}, {student.grid}x{student.grid} patches",
             "; ".join(rule),
         )
 
@@ -291,9 +274,8 @@ class TokenMatching(nn.Module):
         pairs_text = [", ".join(f"{a}-{b}" for a, b in pairs) for pairs in self.head_pairs]
         if not isinstance(rule, Mapping):
             return f"heads {pairs_text[0]} (student-teacher)"
-        return "heads " + "; ".join(
-            f"{text} of layer {layer}" for text, (layer, _) in zip(pairs_text, self.pairs, strict=True)
-        )
+        by_layer = zip(pairs_text, self.pairs, strict=True)
+        return "heads " + "; ".join(f"{text} of layer {layer}" for text, (layer, _) in by_layer)
 
 
 def uniform(student_depth: int, teacher_depth: int) -> list[tuple[int, int]]:

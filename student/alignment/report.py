@@ -19,12 +19,7 @@ class AlignmentRow:
 
 def alignment_table(rows: Sequence[AlignmentRow]) -> str:
     """The printed table of all that meets."""
-    lines = []
-    for row in rows:
-        lines += [
-            f"{row.loss}: {row.target}",
-            f"  teacher  {row.teacher}",
-            f"  student  {row.student}",
-            f"  rule     {row.rule}",
-        ]
-    return "\n".join(lines)
+    return "\n".join(
+        f"{row.loss}: {row.target}\n  teacher  {row.teacher}\n  student  {row.student}\n  rule     {row.rule}"
+        for row in rows
+    )

@@ -11,8 +11,8 @@ from torch import Tensor
 from storage.errors import UserError, setting
 from student.alignment.matching import MERGED, TokenMatching, pick
 from student.alignment.student_spec import StudentSpec, full
-from student.settings import AlignmentConfig, settings_path
-from student.targets.stored_target import StoredTarget
+from student.settings import AlignmentConfig
+from student.targets.stored_target import Targets
 
 
 class TokenAligner(TokenMatching):
@@ -26,12 +26,10 @@ class TokenAligner(TokenMatching):
         student_width: of the student's vectors.
     """
 
-    def __init__(
-        self, loss: str, config: AlignmentConfig, student: StudentSpec, targets: Sequence[StoredTarget]
-    ) -> None:
+    def __init__(self, loss: str, config: AlignmentConfig, student: StudentSpec, targets: Targets) -> None:
         super().__init__(loss, config, student, targets, "vectors")
         if self.heads and self.rule in MERGED:
-            hint = f"Give {setting(f'{settings_path(loss)}.heads', 'first')}, or null"
+            hint = f"Give {setting(f'{self.path}.heads', 'first')}, or null"
             raise UserError(f"{loss}: vectors of different heads cannot be merged", hint=hint)
         self.width = int(targets[0].target.sample_shape[-1])
         self.student_width = student.width // student.heads if self.heads else student.width
