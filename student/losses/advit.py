@@ -20,10 +20,7 @@ from student.targets.stored_target import Targets
 
 
 def distance(
-    student: Float[Tensor, "B L H N"],
-    teacher: Float[Tensor, "B L H N"],
-    prefix: int,
-    norm: Literal["l1", "l2"] = "l1",
+    student: Float[Tensor, "B L H N"], teacher: Float[Tensor, "B L H N"], prefix: int, norm: Literal["l1", "l2"] = "l1"
 ) -> Float[Tensor, ""]:
     """Σ_i |A^s_i − A^t_i| (Eq. 5) or Σ_i (A^s_i − A^t_i)² (Eq. 6) over the patch keys i.
 

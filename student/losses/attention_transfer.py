@@ -26,9 +26,7 @@ from student.targets.stored_target import Targets
 
 
 def distillation(
-    student: Float[Tensor, "B L H Q N"],
-    teacher: Float[Tensor, "B L H Q N"],
-    heads: Literal["mean", "sum"] = "mean",
+    student: Float[Tensor, "B L H Q N"], teacher: Float[Tensor, "B L H Q N"], heads: Literal["mean", "sum"] = "mean"
 ) -> Float[Tensor, ""]:
     """−Σ_j A^t_ij log A^s_ij, mean over batch and queries i, summed over layers; over heads the mean or the sum.
 

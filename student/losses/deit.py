@@ -25,10 +25,7 @@ Reduction = Literal["mean", "batchmean"]
 
 
 def soft(
-    logits: Float[Tensor, "B K"],
-    teacher: Float[Tensor, "B K"],
-    temperature: float = 1.0,
-    reduction: Reduction = "mean",
+    logits: Float[Tensor, "B K"], teacher: Float[Tensor, "B K"], temperature: float = 1.0, reduction: Reduction = "mean"
 ) -> Float[Tensor, ""]:
     """τ² · Σ KL(softmax(t/τ) ‖ softmax(s/τ)), divided by B·K (`mean`, the official code) or by B (`batchmean`).
 

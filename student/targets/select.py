@@ -127,8 +127,7 @@ def _not_stored(url: str, loss: str, taps: str, command: str, manifests: Mapping
     """The store has no target of the taps that a loss reads."""
     in_store = sorted({manifest.identity.tap for manifest in manifests.values()})
     return UserError(
-        f"{url}: {loss} needs stored {taps}, the store has {', '.join(in_store) or 'none'}",
-        hint=f"Add them: {command}",
+        f"{url}: {loss} needs stored {taps}, the store has {', '.join(in_store) or 'none'}", hint=f"Add them: {command}"
     )
 
 
