@@ -170,11 +170,7 @@ class AttentionAligner(TokenMatching):
         """Patch keys, and patch queries, onto the student's grid (PAPERS' Eq. 7 of AttnDistill, generalized)."""
         matrix = self.get_buffer("resize")
         if self.which == "scores":  # no masses to keep: as vectors over keys, then over queries
-            for axis in (-1, -2):
-                rows = rows.transpose(axis, -2)
-                rows = torch.cat([rows[..., : self.prefix, :], matrix @ rows[..., self.prefix :, :]], -2)
-                rows = rows.transpose(axis, -2)
-            return rows
+            return self.resized(self.resized(rows.transpose(-1, -2)).transpose(-1, -2))
         prefix, patches = rows[..., : self.prefix], rows[..., self.prefix :]
         mass = patches.sum(-1, keepdim=True)
         patches = (patches @ matrix.T).clamp_min(0)

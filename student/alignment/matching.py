@@ -143,10 +143,8 @@ class TokenMatching(nn.Module):
             if isinstance(self.config, AlignedLossConfig):  # else attention is copied
                 merged = MERGED if self.which in ("class", "all") else ()
                 rules = [*merged, *rules, "pairs [[student,teacher],…]"]
-            raise UserError(
-                f"{self.loss}: the teacher has {teacher} heads, the student {student}",
-                hint=f"Choose how they meet: {setting(path, rules[0])}, {', '.join(rules[1:])}",
-            )
+            hint = f"Choose how they meet: {setting(path, rules[0])}, {', '.join(rules[1:])}"
+            raise UserError(f"{self.loss}: the teacher has {teacher} heads, the student {student}", hint=hint)
         if rule is None or isinstance(rule, str):
             count = self._count("heads", rule or "", student, teacher, default=min(student, teacher))
             return [[(n, n) for n in range(1, count + 1)]] * len(self.pairs)
@@ -210,6 +208,11 @@ class TokenMatching(nn.Module):
         """The tokens that are compared, along an axis of one side's values, in the common order."""
         return values if self.all_tokens[side] else values.index_select(axis, self.get_buffer(f"{side}_tokens"))
 
+    def resized(self, vectors: Float[Tensor, "*axes _N d"]) -> Float[Tensor, "*axes N d"]:
+        """The teacher's patches on the student's grid, the tokens before them as they are."""
+        patches = self.get_buffer("resize") @ vectors[..., self.prefix :, :]
+        return torch.cat([vectors[..., : self.prefix, :], patches], -2)
+
     def _prefix_tokens(self, prefix: Mapping[Side, Sequence[str]]) -> tuple[dict[Side, list[int]], list[str]]:
         """Indices of the prefix tokens that are kept on either side, and those that are left out, in words."""
         for side, roles in prefix.items():
@@ -242,12 +245,8 @@ class TokenMatching(nn.Module):
             rule.append(f"left out{rescaled}: {', '.join(self.dropped)}")
         taps = " and ".join(stored.target.identity.tap for stored in targets)
         source = "" if TAPS[self.tap].values == "rows" else f" from {taps}"
-        tensors = {
-            "class": f"class rows{source}",
-            "all": f"rows of all queries{source}",
-            "scores": f"scores{source}",
-            "vectors": taps,
-        }[self.which]
+        names = {"class": "class rows", "all": "rows of all queries", "scores": "scores"}
+        tensors = names[self.which] + source if self.which in names else taps
         by_head, by_student_head = (f", {heads} heads", f" x {student.heads} heads") if self.heads else ("", "")
         return AlignmentRow(
             self.loss,
@@ -263,13 +262,13 @@ class TokenMatching(nn.Module):
         if rule is None:
             return f"{heads} heads one to one"
         if isinstance(rule, str):
+            log = f"T = {f'{temperature:g}' if temperature else 'the number of heads'}"
             return {
                 "mean": "mean over heads on both sides",
                 "sum": "sum over heads on both sides",
                 "max": "largest over heads on both sides, rescaled",
                 "min": "smallest over heads on both sides, rescaled",
-                "log": "mean of logarithms over heads on both sides, "
-                f"T = {f'{temperature:g}' if temperature else 'the number of heads'}",
+                "log": f"mean of logarithms over heads on both sides, {log}",
             }.get(rule, f"the first {self.heads} heads")
         pairs_text = [", ".join(f"{a}-{b}" for a, b in pairs) for pairs in self.head_pairs]
         if not isinstance(rule, Mapping):

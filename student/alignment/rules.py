@@ -31,25 +31,17 @@ def align_activations(loss: str, stored: StoredTarget, student: StudentSpec, gri
             f"{grid}x{grid}; stored maps are never resampled: precompute with grid={grid}"
         )
     if "class" not in student.prefix:
-        raise UserError(
-            f"{loss}: the student has no class token, so no class rows to link",
-            hint=f"Take one that has a class token, such as {setting('student.model', WITH_CLASS)}",
-        )
+        hint = f"Take one that has a class token, such as {setting('student.model', WITH_CLASS)}"
+        raise UserError(f"{loss}: the student has no class token, so no class rows to link", hint=hint)
     stages = " + ".join(str(stage.channels) for stage in manifest.stages)
-    dropped = ", ".join(student.prefix)
     read = ", after the residual sum" * (identity.at == "block") + ", antialiased" * bool(identity.antialias)
     kinds = dict.fromkeys(student.by_layer)
     counts = " + ".join(f"{student.by_layer.count(kind)} layers x {kind[0]} heads" for kind in kinds)
     sides = " and ".join(f"{side}x{side}" for _, side in kinds)
     rows = f"{counts} = {student.maps} class rows of {sides}"
     rows += f", brought to {grid}x{grid} (bicubic)" * any(side != grid for _, side in kinds)
-    return AlignmentRow(
-        loss,
-        manifest.id,
-        f"{channels} maps ({stages}) of {grid}x{grid}{read}",
-        rows,
-        f"{links}; keys left out: {dropped}",
-    )
+    maps = f"{channels} maps ({stages}) of {grid}x{grid}{read}"
+    return AlignmentRow(loss, manifest.id, maps, rows, f"{links}; keys left out: {', '.join(student.prefix)}")
 
 
 def align_classes(loss: str, stored: StoredTarget, student: StudentSpec, same_classes: bool) -> AlignmentRow:

@@ -38,10 +38,8 @@ class TokenAligner(TokenMatching):
         """Refuse vectors of other widths. Raises UserError: both widths, and the hint."""
         if self.width != self.student_width:
             vector = f"of each head's {self.tap}" if self.heads else "of each token"
-            raise UserError(
-                f"{self.loss}: the width {vector} is {self.width} in the teacher, {self.student_width} in the student",
-                hint=hint,
-            )
+            widths = f"{self.width} in the teacher, {self.student_width} in the student"
+            raise UserError(f"{self.loss}: the width {vector} is {widths}", hint=hint)
 
     def student_vectors(self, layers: Sequence[Float[Tensor, "B ... _N d"]]) -> Float[Tensor, "B L ... _N d"]:
         """The student's vectors, with gradients, from those of all of its layers."""
@@ -51,7 +49,4 @@ class TokenAligner(TokenMatching):
     def teacher_vectors(self, target: Float[Tensor, "B _L ... _N d"]) -> Float[Tensor, "B L ... _N d"]:
         """The teacher's vectors on the student's grid, from one decoded target."""
         vectors = self.kept(full(self.of_teacher(target)), "teacher", -2)
-        if self.resizes:
-            matrix = self.get_buffer("resize")
-            vectors = torch.cat([vectors[..., : self.prefix, :], matrix @ vectors[..., self.prefix :, :]], -2)
-        return vectors
+        return self.resized(vectors) if self.resizes else vectors

@@ -82,17 +82,12 @@ def record_of(
         layers=tuple(copier.hooks.layers),
         heads=copier.hooks.heads,
         settings=AttentionCopyConfig.model_validate(copier.config.model_dump(mode="json")),  # defaults are written too
-        store=_lasting(store.url),
+        store=store.url if is_remote(store.url) else str(Path(store.url).absolute()),
         teacher=targets[0].teacher.id,
         targets=tuple(stored.id for stored in targets),
         graphs=tuple(stored.target.graph_output for stored in targets),
         permute=permute,
     )
-
-
-def _lasting(url: str) -> str:
-    """A store's URL, or its absolute path."""
-    return url if is_remote(url) else str(Path(url).absolute())
 
 
 def copier_of(

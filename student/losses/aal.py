@@ -148,12 +148,8 @@ class AALLoss(Loss[AALConfig]):
         super().__init__(name, config, student, targets)
         (stored,) = targets
         target, grid = stored.target, config.grid or student.grid
-        stages = target.stages
-        layout = aal_links.Layout(
-            tuple(stage.stage for stage in stages),
-            tuple(stage.channels for stage in stages),
-            tuple(heads for heads, _ in student.by_layer),
-        )
+        stages, channels = (tuple(getattr(stage, name) for stage in target.stages) for name in ("stage", "channels"))
+        layout = aal_links.Layout(stages, channels, tuple(heads for heads, _ in student.by_layer))
         stage_count = len(target.identity.tensors) or stored.teacher.layers
         kept = aal_links.kept(name, config.links, layout, stage_count)
         self.row = align_activations(name, stored, student, grid, kept.words)

@@ -105,9 +105,8 @@ class AttentionTransferLoss(Loss[AttentionTransferConfig]):
         if tensors == "map":
             student_logs = self.rows.student_logs(taps.q, taps.k, taps.scales)
             return distillation(student_logs, self.rows.teacher_rows(inputs.targets), self.config.reduce_heads)
-        student_layers = {"q": taps.q, "k": taps.k} if tensors != "v" else {"v": taps.v}
         parts = [
-            squares(self.vectors.student_vectors(student_layers[tap]), self.vectors.teacher_vectors(target))
+            squares(self.vectors.student_vectors(getattr(taps, tap)), self.vectors.teacher_vectors(target))
             for tap, target in zip(tensors, inputs.targets, strict=True)
         ]
         return torch.stack(parts).sum()

@@ -63,8 +63,5 @@ class CrossEntropyLoss(Loss[CrossEntropyConfig]):
         heads = [inputs.logits]
         if self.config.heads != "class" and inputs.distillation_logits is not None:
             heads.append(inputs.distillation_logits)
-        losses = [
-            cross_entropy(logits, inputs.labels, inputs.mix_labels, inputs.mix_weights, self.config.smoothing)
-            for logits in heads
-        ]
-        return torch.stack(losses).mean()
+        labels = inputs.labels, inputs.mix_labels, inputs.mix_weights
+        return torch.stack([cross_entropy(logits, *labels, self.config.smoothing) for logits in heads]).mean()

@@ -111,10 +111,8 @@ def _align_patches(
         UserError: the target holds tokens before the final norm, or the teacher lacks a class token that is asked for.
     """
     if stored.target.identity.layers is not None:
-        raise UserError(
-            f"{name}: target {stored.id} holds the residual stream, before the final norm",
-            hint=f"Keep the tokens after it: {call('precompute', '…', target='tokens')}",
-        )
+        hint = f"Keep the tokens after it: {call('precompute', '…', target='tokens')}"
+        raise UserError(f"{name}: target {stored.id} holds the residual stream, before the final norm", hint=hint)
     if config.tokens == "both" and "class" not in stored.teacher.prefix:
         hint = f"Align patches alone: {setting(f'losses.{name}.tokens', 'patches')}"
         raise UserError(f"{name}: the teacher has no class token", hint=hint)

@@ -66,10 +66,9 @@ def build_student(settings: StudentConfig, num_classes: int) -> tuple[nn.Module,
         raise UserError(f"student.model: timm has no {settings.model!r}. {hint}")
     arguments = settings.model_dump(include={*_SIZES, "global_pool", *_DROP_RATES}, exclude_none=True)
     if settings.embed_dim and settings.num_heads and settings.embed_dim % settings.num_heads:
-        raise UserError(
-            f"student: embed_dim {settings.embed_dim} is no multiple of num_heads {settings.num_heads}",
-            hint=f"Change one of them, such as {setting('student.embed_dim', settings.num_heads * 64)}",
-        )
+        problem = f"student: embed_dim {settings.embed_dim} is no multiple of num_heads {settings.num_heads}"
+        wide = setting("student.embed_dim", settings.num_heads * 64)
+        raise UserError(problem, hint=f"Change one of them, such as {wide}")
     if not takes_image_size(settings.model):
         arguments.pop("img_size", None)
     arguments["num_classes"] = num_classes
@@ -81,11 +80,9 @@ def build_student(settings: StudentConfig, num_classes: int) -> tuple[nn.Module,
     both = isinstance(sizes, tuple) and isinstance(patches, tuple)
     for side, patch in zip(sizes, patches, strict=False) if both else ():
         if side % patch:
+            problem = f"student: img_size {side} is no multiple of the patch size {patch} of {settings.model}"
             multiple = setting("student.img_size", patch * max(1, round(side / patch)))
-            raise UserError(
-                f"student: img_size {side} is no multiple of the patch size {patch} of {settings.model}",
-                hint=f"Change one of them, such as {multiple}",
-            )
+            raise UserError(problem, hint=f"Change one of them, such as {multiple}")
     return model, arguments
 
 

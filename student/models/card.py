@@ -92,14 +92,7 @@ def card(
     if scored and not smoke:
         header.model_name = about.model
         header.eval_results = [
-            EvalResult(
-                task_type="image-classification",
-                dataset_type="webdataset",
-                dataset_name="validation shards",
-                metric_type="accuracy",
-                metric_name="top-1",
-                metric_value=result["top1"],
-            )
+            EvalResult(kind, "webdataset", "validation shards", "accuracy", result["top1"], metric_name="top-1")
         ]
     lines = ["---", header.to_yaml(), "---", "", f"# {about.model}, a student", ""]
     if smoke:

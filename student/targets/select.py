@@ -47,10 +47,8 @@ def select_targets(
             by_bank.setdefault(manifests[ids[0]].identity.bank, []).append(ids)
     shared = [b for b in banks if all(b in by_bank for by_bank in fitting.values())]
     if not shared:
-        raise UserError(
-            f"{store.url}: no bank (views that targets share) has targets for all of {', '.join(fitting)}",
-            hint="Precompute them with the same settings of views.",
-        )
+        problem = f"{store.url}: no bank (views that targets share) has targets for all of {', '.join(fitting)}"
+        raise UserError(problem, hint="Precompute them with the same settings of views.")
     if len(shared) > 1:
         hint = f"Choose one: {setting('stream.bank', shared[0])}"
         raise UserError(f"{store.url}: {len(shared)} banks fit: {', '.join(shared)}", hint=hint)
@@ -69,11 +67,8 @@ def select_targets(
 def _banks(store: Store, shards: Sequence[str], choice: BankChoice) -> list[str]:
     """Banks that have views of all the shards and are what the recipe asks for."""
     views = {(task.id, task.shard) for task in store.done() if task.kind == "bank"}
-    policies = {
-        id: policy_of(manifest)
-        for id, manifest in store.banks().items()
-        if all((id, shard) in views for shard in shards)
-    }
+    complete = {id: bank for id, bank in store.banks().items() if all((id, shard) in views for shard in shards)}
+    policies = {id: policy_of(bank) for id, bank in complete.items()}
     if not policies:
         hint = f"Run {call('precompute')} over them first."
         raise UserError(f"{store.url}: there are no views of all these shards", hint=hint)
@@ -108,15 +103,9 @@ def _fitting(
         groups = [ids for ids in itertools.product(*by_tap) if _together([manifests[id] for id in ids])]
         if groups:
             return groups
-        refused.append(
-            IdentityError(
-                f"{url}: {need.loss}: {' and '.join(taps)}",
-                "teacher, bank and layers",
-                "the same of both",
-                " and ".join(", ".join(ids) for ids in by_tap),
-                f"Record them together: {call('precompute', '…', teacher='NAME', target=','.join(taps))}",
-            )
-        )
+        where, targets = f"{url}: {need.loss}: {' and '.join(taps)}", " and ".join(", ".join(ids) for ids in by_tap)
+        hint = f"Record them together: {call('precompute', '…', teacher='NAME', target=','.join(taps))}"
+        refused.append(IdentityError(where, "teacher, bank and layers", "the same of both", targets, hint))
     differs = next((error for error in refused if isinstance(error, IdentityError)), None)
     if differs is None and (len(refused) > 1 or len(need.taps[0]) > 1):
         raise _not_stored(url, need.loss, need.words, need.precompute(), manifests)
@@ -173,9 +162,7 @@ def _of_tap(
     of_views = [id for id in fits if manifests[id].identity.bank in banks]
     if not of_views:
         other_banks = ", ".join(sorted({manifests[id].identity.bank for id in fits}))
-        hint, words = (
-            "Precompute the targets with the settings of these views, over all the shards.",
-            ("asked for", "made from"),
-        )
-        raise IdentityError(f"{url}: {', '.join(fits)}", "views", " or ".join(banks), other_banks, hint, words)
+        where, words = f"{url}: {', '.join(fits)}", ("asked for", "made from")
+        hint = "Precompute the targets with the settings of these views, over all the shards."
+        raise IdentityError(where, "views", " or ".join(banks), other_banks, hint, words)
     return of_views
