@@ -9,10 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from storage.errors import UserError
 from student.attention_copy.inference import attached_to, inject_attention
 from student.data.source import Shards, opened
-from student.evaluation.batches import evaluation_batches
+from student.evaluation.batches import evaluation_batches, require_known_labels
 from student.evaluation.class_metrics import label_ranks
 
 if TYPE_CHECKING:
@@ -96,7 +95,7 @@ def evaluate(
     counts = count(model, batches, evaluated, mean, std, device=device, advance=advance)
     if world_size > 1:
         dist.all_reduce(counts)
-    right1, right5, samples, few = (int(n) for n in counts)
+    right1, right5, samples, few = counts.tolist()
     top5 = None if few else round(100 * right5 / samples, 3)
     return Score(top1=round(100 * right1 / samples, 3), top5=top5, samples=samples)
 
@@ -117,21 +116,14 @@ def count(
     Counts of several ranks add up. int64 `[4]`; arguments as for `evaluate`.
     """
     model.eval()
-    right1 = right5 = samples = few = 0
+    counts = torch.zeros(4, dtype=torch.int64)
     for on_cpu in batches:
         batch = on_cpu.to(device)
         with inject_attention(model, batch):
             logits = model(batch.pixels(mean, std))
         num_classes = logits.shape[1]
-        if int(batch.labels.max()) >= num_classes:
-            url = shards[int(batch.ids[int(batch.labels.argmax()), 0])].url
-            raise UserError(
-                f"{url}: there is a label {int(batch.labels.max())}, the student has classes 0 to {num_classes - 1}"
-            )
+        require_known_labels(batch, num_classes, shards, "the student")
         ranks = label_ranks(logits, batch.labels)
-        right1 += int((ranks == 0).sum())
-        right5 += int((ranks < 5).sum())
-        samples += len(batch.labels)
-        few += num_classes <= 5
-        advance(len(batch.labels))
-    return torch.tensor([right1, right5, samples, few], device=device)
+        counts += torch.tensor([int((ranks < 1).sum()), int((ranks < 5).sum()), len(ranks), num_classes <= 5])
+        advance(len(ranks))
+    return counts.to(device)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from storage.errors import UserError
 from storage.shards.shard import Shard, require_labels
 from student.data.batch import Batch
 from student.data.block_reader import BlockPart, BlockReader, join
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 def evaluation_batches(
     shards: Sequence[Shard],
     policy: Policy,
-    batch_size: int,
+    batch_size: int = 256,
     *,
     rank: int = 0,
     world_size: int = 1,
@@ -54,24 +55,29 @@ def evaluation_batches(
             require_labels(shard)
         index = shard.index
         reader = BlockReader(stored.source(shard) if stored else Source(shards=(shard,), policy=policy))
-        parts: list[BlockPart] = []
-        wanted = np.arange(len(shard)) if chosen is None else chosen[position]
-        samples_of: dict[int, np.ndarray] = {}  # of this rank's blocks
-        for number in range(index.blocks):
-            if (before + number) % world_size == rank and (max_blocks is None or before + number < max_blocks):
-                block = index.block(number)
-                samples_of[number] = wanted[slice(*np.searchsorted(wanted, (block.start, block.stop)))]
+        samples = np.arange(len(shard)) if chosen is None else chosen[position]
+        by_block = np.split(samples, np.searchsorted(samples, [index.block(n).start for n in range(1, index.blocks)]))
+        segments = [
+            Segment(shard=0, block=n, samples=in_block)
+            for n, in_block in enumerate(by_block)
+            if len(in_block) and (before + n) % world_size == rank and (max_blocks is None or before + n < max_blocks)
+        ]
         before += index.blocks
-        samples_of = {number: samples for number, samples in samples_of.items() if len(samples)}
-        for number, samples in samples_of.items():
-            arrays, targets = reader.read(Segment(shard=0, block=number, samples=samples), 0)
-            arrays["ids"][:, 0] = position
-            parts.append((arrays, targets))
-            if sum(len(part[0]["labels"]) for part in parts) >= batch_size or number == max(samples_of):
-                joined, encoded = join(parts)
-                tensors = {name: torch.from_numpy(array) for name, array in joined.items()}
-                stored_values = {
-                    id: {n: torch.from_numpy(a) for n, a in arrays.items()} for id, arrays in encoded.items()
-                }
-                yield Batch(**tensors, targets=stored_values, codecs=dict(reader.source.targets))
+        parts: list[BlockPart] = []
+        for segment in segments:
+            parts.append(reader.read(segment, 0))
+            if sum(len(arrays["labels"]) for arrays, _ in parts) >= batch_size or segment is segments[-1]:
+                arrays, encoded = join(parts)
+                arrays["ids"][:, 0] = position
+                tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+                targets = {id: {n: torch.from_numpy(a) for n, a in named.items()} for id, named in encoded.items()}
+                yield Batch(**tensors, targets=targets, codecs=dict(reader.source.targets))
                 parts = []
+
+
+def require_known_labels(batch: Batch, num_classes: int, shards: Sequence[Shard], name: str) -> None:
+    """UserError where a classifier of this name has no class for a batch's largest label."""
+    largest = int(batch.labels.max())
+    if largest >= num_classes:
+        url = shards[int(batch.ids[int(batch.labels.argmax()), 0])].url
+        raise UserError(f"{url}: there is a label {largest}, {name} has classes 0 to {num_classes - 1}")

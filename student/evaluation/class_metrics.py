@@ -86,7 +86,10 @@ def class_metrics(
         train_images: label -> number of its training images; then many-, medium- and few-shot classes are told apart.
         bounds: (low, high): medium-shot classes have from `low` to `high` training images.
     """
-    masks = {n: labels == n for n in sorted(set(labels.tolist()))}
+    masks = {n: labels == n for n in labels.unique().tolist()}
+    shots = None
+    if train_images is not None:
+        shots = _shots(labels, ranks, torch.tensor([train_images.get(n, 0) for n in range(num_classes)]), bounds)
     return ClassMetrics(
         top1=_percent(ranks < 1),
         top5=None if num_classes <= 5 else _percent(ranks < 5),
@@ -95,14 +98,11 @@ def class_metrics(
             ClassAccuracy(name=names[n] if names else str(n), samples=int(mask.sum()), top1=_percent(ranks[mask] < 1))
             for n, mask in masks.items()
         ),
-        shots=None if train_images is None else _shots(labels, ranks, num_classes, train_images, bounds),
+        shots=shots,
     )
 
 
-def _shots(
-    labels: Tensor, ranks: Tensor, num_classes: int, train_images: Mapping[int, int], bounds: tuple[int, int]
-) -> ShotMetrics:
-    images = torch.tensor([train_images.get(n, 0) for n in range(num_classes)])
+def _shots(labels: Tensor, ranks: Tensor, images: Tensor, bounds: tuple[int, int]) -> ShotMetrics:
     low, high = bounds
 
     def accuracy(classes: Tensor) -> ShotAccuracy:

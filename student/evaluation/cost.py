@@ -37,14 +37,14 @@ def cost(model: nn.Module, example: Tensor) -> Cost:
         example: what it is fed, a batch of one.
     """
     # The counter hooks each tensor that needs a gradient, and fails on a view of a parameter, as PiT's class token is.
-    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         model.requires_grad_(False)
         # Attention as products of matrices: the fused kernel of a CPU is not counted.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(example)
     finally:
-        for parameter in learned:
+        for parameter in trainable:
             parameter.requires_grad_(True)
     parameters = sum(p.numel() for p in model.parameters())
     return Cost(parameters=parameters, macs=counter.get_total_flops() // 2)
@@ -63,17 +63,17 @@ def links_of(losses: Path, student: nn.Module) -> dict[str, tuple[nn.Module, Ten
     Raises:
         UserError: the file cannot be read as weights.
     """
-    found: dict[str, tuple[nn.Module, Tensor]] = {}
     if not losses.is_file():
-        return found
+        return {}
+    by_loss: dict[str, tuple[nn.Module, Tensor]] = {}
     file = WeightsFile(losses)
     for name, weight in file.weights().state.items():
         if name.endswith(".links.weight") and weight.ndim == 3 and weight.shape[2] == 1:
             loss = name.partition(".")[0]
             side = _grid(file.note(loss)) or student_spec(student).grid
             links = nn.Conv1d(weight.shape[1], weight.shape[0], 1).eval()
-            found[loss] = links, torch.zeros(1, weight.shape[1], side**2)
-    return found
+            by_loss[loss] = links, torch.zeros(1, weight.shape[1], side**2)
+    return by_loss
 
 
 def _grid(note: Any) -> int | None:

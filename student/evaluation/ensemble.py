@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from storage.errors import IdentityError, UserError
 from storage.shards.classes import classes_of, require_classes
 from student.attention_copy.inference import attached_to, inject_attention
-from student.evaluation.batches import evaluation_batches
+from student.evaluation.batches import evaluation_batches, require_known_labels
 from student.evaluation.class_metrics import label_ranks
 
 if TYPE_CHECKING:
@@ -55,7 +56,6 @@ def ensemble_predictions(
     *,
     ensemble: bool = False,
     device: torch.device | str = "cpu",
-    batch_size: int = 256,
     advance: Callable[[int], None] = lambda _samples: None,
 ) -> Predictions:
     """What each classifier sees in a set, every sample once, on its own evaluation view.
@@ -68,7 +68,6 @@ def ensemble_predictions(
         shards: labeled shards.
         ensemble: whether all together are asked too.
         device: where the models are.
-        batch_size: about how many samples at a time.
         advance: called with the number of samples done.
 
     Raises:
@@ -77,71 +76,58 @@ def ensemble_predictions(
         IdentityError: the set has a class that a classifier does not know.
     """
     urls = [shard.url for shard in shards]
-    names = classes_of(urls)
-    columns = [_columns(member, names, members[0], urls) for member in members]
+    listed = classes_of(urls)
+    if listed is None:
+        _require_same_classes(members)
+    names = tuple(listed or members[0].about.classes or ()) or None
+    columns = [_columns(member, names, urls) for member in members]
     labels: list[Tensor] = []
     ranks: list[Tensor] = []
-    num_classes = 0
-    views = [member.about.evaluation_policy for member in members]
-    feeds = [(view, attached_to(member.model)) for view, member in zip(views, members, strict=True)]
-    readers = {feed: evaluation_batches(shards, feed[0], batch_size, stored=feed[1]) for feed in feeds}
+    feeds = [(member.about.evaluation_policy, attached_to(member.model)) for member in members]
+    readers = {(view, stored): evaluation_batches(shards, view, stored=stored) for view, stored in feeds}
     for parts in zip(*readers.values(), strict=True):
         batches = {feed: part.to(device) for feed, part in zip(readers, parts, strict=True)}
-        batch_labels = parts[0].labels.to(device)
-        total: Tensor | None = None
-        batch_ranks = []
+        outputs: list[Tensor] = []
         for member, feed, chosen in zip(members, feeds, columns, strict=True):
-            with inject_attention(member.model, batches[feed]):
-                logits = member.model(batches[feed].pixels(member.about.mean, member.about.std)).float()
-            logits = logits if chosen is None else logits[:, chosen.to(logits.device)]
-            num_classes = logits.shape[1]
-            if int(batch_labels.max()) >= num_classes:
-                url = urls[int(parts[0].ids[int(batch_labels.argmax()), 0])]
+            batch = batches[feed]
+            with inject_attention(member.model, batch):
+                logits = member.model(batch.pixels(member.about.mean, member.about.std)).float()
+            outputs.append(logits if chosen is None else logits[:, chosen.to(logits.device)])
+            first, num_classes = outputs[0].shape[1], outputs[-1].shape[1]
+            require_known_labels(batch, num_classes, shards, member.name)
+            if ensemble and num_classes != first:
                 raise UserError(
-                    f"{url}: there is a label {int(batch_labels.max())}, {member.name} has classes 0 to "
-                    f"{num_classes - 1}"
+                    f"{member.name} has {num_classes} classes, {members[0].name} {first}; an ensemble is one of the "
+                    "same classes"
                 )
-            batch_ranks.append(label_ranks(logits, batch_labels))
-            if ensemble:
-                probabilities = logits.double().softmax(1)
-                if total is not None and total.shape != probabilities.shape:
-                    raise UserError(
-                        f"{member.name} has {num_classes} classes, {members[0].name} {total.shape[1]}; an ensemble "
-                        "is one of the same classes"
-                    )
-                total = probabilities if total is None else total + probabilities
-        if total is not None:
-            batch_ranks.append(label_ranks(total, batch_labels))
-        labels.append(batch_labels.cpu())
-        ranks.append(torch.stack(batch_ranks).cpu())
-        advance(len(batch_labels))
-    listed = names or members[0].about.classes
-    return Predictions(
-        labels=torch.cat(labels),
-        ranks=torch.cat(ranks, 1),
-        names=tuple(listed) if listed else None,
-        num_classes=num_classes,
-    )
+        if ensemble:
+            outputs.append(reduce(torch.add, (logits.double().softmax(1) for logits in outputs)))
+        on_device = batches[feeds[0]].labels
+        labels.append(on_device.cpu())
+        ranks.append(torch.stack([label_ranks(scores, on_device) for scores in outputs]).cpu())
+        advance(len(on_device))
+    return Predictions(labels=torch.cat(labels), ranks=torch.cat(ranks, 1), names=names, num_classes=num_classes)
 
 
-def _columns(member: Classifier, names: Sequence[str] | None, first: Classifier, urls: Sequence[str]) -> Tensor | None:
-    """Which of a member's outputs are the set's classes, in its order; None for all as they are."""
-    own = member.about.classes
-    if own is None:
-        return None
-    if names is None:  # labels are the first one's
-        if first.about.classes in (None, own):
-            return None
-        if set(first.about.classes or ()) != set(own):
+def _require_same_classes(members: Sequence[Classifier]) -> None:
+    """IdentityError where members have other classes than the first, whose numbers labels without a list are."""
+    first = members[0].about.classes
+    for member in members:
+        own = member.about.classes
+        if first is not None and own is not None and {*first} != {*own}:
             do = "Classifiers of one ensemble or table have the same classes; pack the shards with their classes.json."
-            raise IdentityError(member.name, "classes", _few(first.about.classes or ()), _few(own), do)
-        names = first.about.classes
-    assert names is not None
-    if not set(names) <= set(own):
+            raise IdentityError(member.name, "classes", _few(first), _few(own), do)
+
+
+def _columns(member: Classifier, names: tuple[str, ...] | None, urls: Sequence[str]) -> Tensor | None:
+    """Which of a member's outputs are the classes with these names, in their order; None for all as they are."""
+    own = member.about.classes
+    if own is None or names is None or names == own:
+        return None
+    if not {*names} <= {*own}:
         require_classes(urls, own)  # says what differs
     numbers = {name: i for i, name in enumerate(own)}
-    chosen = [numbers[name] for name in names]
-    return None if chosen == list(range(len(own))) else torch.tensor(chosen)
+    return torch.tensor([numbers[name] for name in names])
 
 
 def _few(names: Sequence[str]) -> str:
