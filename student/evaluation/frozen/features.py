@@ -41,7 +41,6 @@ def features_of(
     *,
     chosen: Sequence[np.ndarray] | None = None,
     device: torch.device | str = "cpu",
-    batch_size: int = 256,
     advance: Callable[[int], None] = lambda _samples: None,
 ) -> Features:
     """What a frozen network makes of labeled shards, each sample once, on its evaluation view.
@@ -53,15 +52,13 @@ def features_of(
         read: `class_feature` or `probe_feature`.
         chosen: sorted indices of the samples of each shard that count; None for all.
         device: where the model is.
-        batch_size: about how many samples at a time.
         advance: called with the number of samples done.
 
     Raises:
         UserError: a missing label, an image that cannot be decoded.
     """
     values, labels = [], []
-    view = about.evaluation_policy
-    for on_cpu in evaluation_batches(shards, view, batch_size, chosen=chosen):
+    for on_cpu in evaluation_batches(shards, about.evaluation_policy, chosen=chosen):
         batch = on_cpu.to(device)
         values.append(read(model, batch.pixels(about.mean, about.std)).float())
         labels.append(batch.labels)
@@ -74,8 +71,7 @@ def class_feature(model: nn.Module, pixels: Tensor) -> Tensor:
     if _has_class_token(model):
         return class_token(model, pixels)
     features = model.forward_features(pixels)  # type: ignore[operator]
-    pooled: Tensor = model.forward_head(features, pre_logits=True)  # type: ignore[operator]
-    return pooled
+    return model.forward_head(features, pre_logits=True)  # type: ignore[operator,no-any-return]
 
 
 def class_token(model: nn.Module, pixels: Tensor) -> Tensor:

@@ -31,9 +31,8 @@ def votes(bank: Features, values: Tensor, ks: Sequence[int], num_classes: int) -
     """
     keys = F.normalize(bank.values, dim=1)
     for part in torch.split(values, CHUNK):
-        similarities, indices = (F.normalize(part, dim=1) @ keys.T).topk(
-            min(max(ks), len(keys)), 1
-        )  # the nearest first
+        nearest = min(max(ks), len(keys))
+        similarities, indices = (F.normalize(part, dim=1) @ keys.T).topk(nearest, 1)  # the nearest first
         weights, labels = (similarities.double() / TEMPERATURE).exp(), bank.labels[indices]
         no_votes = weights.new_zeros(len(part), num_classes)
         yield {k: no_votes.scatter_add(1, labels[:, :k], weights[:, :k]) for k in ks}
@@ -57,6 +56,6 @@ def knn_ranks(bank: Features, evaluated: Features, ks: Sequence[int], num_classe
     return {k: torch.cat(parts) for k, parts in ranks.items()}
 
 
-def usable(samples: int, wanted: Sequence[int] = NEIGHBORS) -> list[int]:
+def usable(samples: int) -> list[int]:
     """The k that a bank of so many samples can answer; its size where all are larger."""
-    return [k for k in wanted if k <= samples] or [samples]
+    return [k for k in NEIGHBORS if k <= samples] or [samples]

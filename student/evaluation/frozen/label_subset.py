@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -44,11 +43,8 @@ class LabelSubset:
 
     def write(self, path: Path) -> None:
         """The list as a CSV with the columns shard, key and label, whole or not at all."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerows([("shard", "key", "label"), *self.rows])
-        with atomic_write(path) as temporary:
-            temporary.write_text(text.getvalue(), encoding="utf-8")
+        with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([("shard", "key", "label"), *self.rows])
 
 
 def label_subset(
@@ -74,23 +70,21 @@ def label_subset(
         require_labels(shard)
         labels += shard.index.labels
     drawn = stratified_sample(labels, fraction, seed) if fraction < 1 else range(len(labels))
-    mask = np.zeros(len(labels), bool)
-    mask[list(drawn)] = True
-    chosen, rows, left_out, before = [], [], 0, 0
+    chosen, rows, before = [], [], 0
     for shard in shards:
         index = shard.index
-        drawn_here = mask[before : before + len(index)].nonzero()[0]
+        digests = enumerate(index.digests)
+        samples = [i for i, digest in digests if before + i in drawn and digest not in evaluated_digests]
         before += len(index)
-        kept = [int(i) for i in drawn_here if index.digests[i] not in evaluated_digests]
-        left_out += len(drawn_here) - len(kept)
-        chosen.append(np.array(kept, np.int64))
-        rows += [(index.id, index.keys[i], int(index.labels[i] or 0)) for i in kept]
+        chosen.append(np.array(samples, np.int64))
+        rows += [(index.id, index.keys[i], int(index.labels[i] or 0)) for i in samples]
     if not rows:
         raise UserError(
             f"{shards[0].url}: every labeled image of the training shards is evaluated too, so nothing is left to "
             "learn from",
             hint=f"Give the shards that the student was trained on: {setting('train_shards', 'SHARDS')}",
         )
+    left_out = len(drawn) - len(rows)
     return LabelSubset(shards=tuple(shards), chosen=tuple(chosen), rows=tuple(rows), left_out=left_out)
 
 

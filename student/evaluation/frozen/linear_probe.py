@@ -7,7 +7,7 @@ batch. Features are computed once, on the evaluation view: no augmentation, whic
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -115,11 +115,9 @@ def search_learning_rate(
     fitted[held_out] = False
     training = Features(values=features.values[fitted], labels=features.labels[fitted])
     weight, bias = heads(training, num_classes, rates, seed=seed, epochs=epochs, advance=advance)
-    trials = []
+    trials, truth = [], features.labels[held_out]
     for lr, logits in zip(rates, _logits(weight, bias, features.values[held_out]), strict=True):
-        truth = features.labels[held_out]
         right, loss = float((logits.argmax(1) == truth).float().mean()), float(F.cross_entropy(logits, truth))
-        finite = math.isfinite(loss)
-        top1 = round(100 * right, 3) if finite else 0.0
-        trials.append(ProbeTrial(lr=lr, top1=top1, loss=loss if finite else math.inf))
+        trial = ProbeTrial(lr=lr, top1=round(100 * right, 3), loss=loss)
+        trials.append(trial if math.isfinite(loss) else replace(trial, top1=0.0, loss=math.inf))
     return sorted(trials, key=lambda trial: (-trial.top1, trial.loss))

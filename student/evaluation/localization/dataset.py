@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -83,13 +82,7 @@ def boxes_in(sample: Sample, size: tuple[int, int], where: str) -> list[list[flo
 
 
 def _is_box(box: Any, size: tuple[int, int]) -> bool:
-    if not isinstance(box, list) or len(box) != 4:
+    if not isinstance(box, list) or len(box) != 4 or not all(type(v) in (int, float) for v in box):
         return False
-    if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in box):
-        return False
-    try:
-        left, top, right, bottom = map(float, box)
-    except OverflowError:
-        return False
-    inside = all(map(math.isfinite, box)) and left >= 0 and top >= 0 and right <= size[0] and bottom <= size[1]
-    return inside and left <= right and top <= bottom
+    left, top, right, bottom = box
+    return bool(0 <= left <= right <= size[0] and 0 <= top <= bottom <= size[1])  # no NaN is

@@ -15,17 +15,10 @@ from precompute.taps import AttentionTaps
 from storage.errors import UserError
 from storage.views.normalize import normalize
 from student.alignment.student_spec import student_spec
+from student.evaluation.localization import max_box_acc
 from student.evaluation.localization.contours import LEVELS, gray, opencv
 from student.evaluation.localization.dataset import BoxedImage, boxed_images
-from student.evaluation.localization.max_box_acc import (
-    SIDE,
-    BoxMetrics,
-    Convention,
-    best_overlaps,
-    box_metrics,
-    found_boxes,
-    overlaps,
-)
+from student.evaluation.localization.max_box_acc import SIDE, BoxMetrics, Convention
 from student.losses.aal import class_maps
 
 if TYPE_CHECKING:
@@ -35,6 +28,7 @@ if TYPE_CHECKING:
     from student.models.files import StudentDescription
 
 SHOWN = 8  # images of a picture
+BATCH = 64  # images at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +98,6 @@ def localize(
     convention: Convention = "official",
     *,
     device: torch.device | str = "cpu",
-    batch_size: int = 64,
     keep_images: bool = False,
     advance: Callable[[int], None] = lambda _samples: None,
 ) -> Localization:
@@ -118,7 +111,6 @@ def localize(
         shards: with boxes; samples without one do not count.
         convention: of the boxes' ends.
         device: where the student is.
-        batch_size: images at a time.
         keep_images: whether images are kept for a picture.
         advance: called with the number of samples done.
 
@@ -130,32 +122,33 @@ def localize(
     pictured = set(np.linspace(0, total - 1, min(SHOWN, total)).round().astype(int).tolist()) if keep_images else set()
     best: list[np.ndarray] = []
     truths: list[np.ndarray] = []
-    kept: list[tuple[BoxedImage, np.ndarray]] = []
+    shown: list[tuple[BoxedImage, np.ndarray]] = []
     images = enumerate(boxed_images(shards, about.img_size))
-    while chunk := list(islice(images, batch_size)):
+    while chunk := list(islice(images, BATCH)):
         boxed = [(number, image) for number, image in chunk if len(image.boxes)]
         if boxed:
             pixels = torch.from_numpy(np.stack([image.pixels for _, image in boxed])).to(device)
             maps = looker.maps(normalize(pixels, about.mean, about.std))
             for (number, image), values in zip(boxed, maps, strict=True):
                 level = gray(values)
-                best.append(best_overlaps(level, image.boxes, convention))
+                best.append(max_box_acc.best_overlaps(level, image.boxes, convention))
                 truths.append(image.boxes)
                 if number in pictured:
-                    kept.append((image, level))
+                    shown.append((image, level))
         advance(len(chunk))
     if not best:
         raise UserError(f"{shards[0].url}: no sample says a bbox in its json, so there is nothing to localize against")
-    metrics = box_metrics(np.stack(best), truths)
+    metrics = max_box_acc.box_metrics(np.stack(best), truths)
     threshold = round(metrics.v1[0.5].threshold * LEVELS)
     return Localization(
         metrics=metrics,
         samples=len(best),
         without_box=total - len(best),
-        images=tuple(_localized(image, level, threshold, convention) for image, level in kept),
+        images=tuple(_localized(image, level, threshold, convention) for image, level in shown),
     )
 
 
 def _localized(image: BoxedImage, level: np.ndarray, threshold: int, convention: Convention) -> LocalizedImage:
-    box = found_boxes(level, threshold, convention)[:1]
-    return LocalizedImage(image=image, map=level, box=box[0], overlap=float(overlaps(box, image.boxes).max()))
+    box = max_box_acc.found_boxes(level, threshold, convention)[:1]
+    overlap = float(max_box_acc.overlaps(box, image.boxes).max())
+    return LocalizedImage(image=image, map=level, box=box[0], overlap=overlap)

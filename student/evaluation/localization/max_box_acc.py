@@ -107,18 +107,13 @@ class BoxMetrics:
 
         Numbers are rounded once, to three decimals: a mean of rounded ones can differ from the rounded mean.
         """
-        by_kind: dict[str, BoxAccuracies] = {"v1": self.v1, "v2": self.v2, "center": self.center}
-        plain: dict[str, Any] = _rounded(
-            {
-                "max_box_acc": self.v1[0.5].accuracy,
-                "max_box_acc_v2": means(self.v2)["0.3,0.5,0.7"],
-                **{
-                    name: {**{str(overlap): asdict(one) for overlap, one in found.items()}, "means": means(found)}
-                    for name, found in by_kind.items()
-                },
-            }
-        )
-        return plain
+        kinds: dict[str, BoxAccuracies] = {"v1": self.v1, "v2": self.v2, "center": self.center}
+        plain: dict[str, Any] = {
+            kind: {**{str(overlap): asdict(one) for overlap, one in by_overlap.items()}, "means": means(by_overlap)}
+            for kind, by_overlap in kinds.items()
+        }
+        v1, v2 = self.v1[0.5].accuracy, plain["v2"]["means"]["0.3,0.5,0.7"]
+        return {name: _rounded(value) for name, value in {"max_box_acc": v1, "max_box_acc_v2": v2, **plain}.items()}
 
 
 def max_box_acc(best: np.ndarray) -> dict[float, BoxAccuracy]:
@@ -127,12 +122,16 @@ def max_box_acc(best: np.ndarray) -> dict[float, BoxAccuracy]:
     Args:
         best: IoU of each image at each threshold, f64 `[N, 255]`.
     """
-    accuracies = {}
-    for overlap in OVERLAPS:
-        right = (best >= overlap).mean(0)
-        level = int(right.argmax())
-        accuracies[overlap] = BoxAccuracy(accuracy=100 * float(right[level]), threshold=level / LEVELS)
-    return accuracies
+    return {
+        overlap: BoxAccuracy(accuracy=accuracy, threshold=level / LEVELS)
+        for overlap, (accuracy, level) in _best_columns(best).items()
+    }
+
+
+def _best_columns(best: np.ndarray) -> dict[float, tuple[float, int]]:
+    """δ -> the largest share of images, in percent, whose IoU is at least δ in one column, and which column it is."""
+    shares = {overlap: (best >= overlap).mean(0) for overlap in OVERLAPS}
+    return {overlap: (100 * float(share.max()), int(share.argmax())) for overlap, share in shares.items()}
 
 
 def centered(truths: Sequence[np.ndarray]) -> dict[float, CenteredBoxAccuracy]:
@@ -141,12 +140,10 @@ def centered(truths: Sequence[np.ndarray]) -> dict[float, CenteredBoxAccuracy]:
     low = (SIDE - sides) // 2
     boxes = np.stack([low, low, low + sides - 1, low + sides - 1], 1)
     best = np.stack([overlaps(boxes, truth).max(1) for truth in truths])
-    accuracies = {}
-    for overlap in OVERLAPS:
-        right = (best >= overlap).mean(0)
-        side = int(right.argmax())
-        accuracies[overlap] = CenteredBoxAccuracy(accuracy=100 * float(right[side]), side=int(sides[side]))
-    return accuracies
+    return {
+        overlap: CenteredBoxAccuracy(accuracy=accuracy, side=int(sides[n]))
+        for overlap, (accuracy, n) in _best_columns(best).items()
+    }
 
 
 def means(accuracies: BoxAccuracies) -> dict[str, float]:
