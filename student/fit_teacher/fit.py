@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from precompute.taps import TAPS, Tap
 from storage.errors import UserError, call, did_you_mean, setting
@@ -23,14 +22,13 @@ from storage.objects.weights_file import WeightsFile
 from storage.progress import Progress, size_text
 from storage.shards.classes import classes_of, require_classes
 from storage.shards.patterns import expand
-from storage.shards.shard import Shard, open_shards, require_labels
+from storage.shards.shard import open_shards, require_labels
 from storage.store.banks import read_views
 from storage.store.markers import Task
-from storage.views.policy import policy
 from storage.views.view import COLUMNS
 from student.data.block_reader import BlockReader
 from student.data.stream import Stream
-from student.evaluation.accuracy import Score, evaluate, tell_of_shared
+from student.evaluation.accuracy import evaluate, tell_of_shared
 from student.fit_teacher.logistic_regression import STRENGTHS, Examples, StrengthTrial, fit, search_strength
 from student.fit_teacher.network import Classifier, arguments_of, check, network_of, put_in, tapped
 
@@ -92,7 +90,7 @@ class FitTeacherResult:
     seconds: float
 
 
-def fit_teacher(job: FitTeacherConfig, progress: Progress) -> FitTeacherResult:
+def fit_teacher(config: FitTeacherConfig, progress: Progress) -> FitTeacherResult:
     """Fit a head, put it into the teacher's network, check it on real images and write it; what came out.
 
     Raises:
@@ -101,44 +99,47 @@ def fit_teacher(job: FitTeacherConfig, progress: Progress) -> FitTeacherResult:
         IdentityError: other shards, classes or weights than the store's.
         DamageError: a missing or damaged object.
     """
-    began = time.monotonic()
-    if job.out.suffix != ".safetensors" or job.out.exists():
-        problem = "already exists; give a new name" if job.out.exists() else "expected a name ending in .safetensors"
-        raise UserError(problem, setting=setting("out", job.out))
-    if not job.out.absolute().parent.is_dir():
-        raise UserError(f"there is no folder {job.out.parent}", setting=setting("out", job.out))
-    urls, val_shards = expand(job.shards), open_shards(job.val, progress.say)
+    began, out, store, device = time.monotonic(), config.out, config.store, config.device
+    if out.suffix != ".safetensors" or out.exists():
+        problem = "already exists; give a new name" if out.exists() else "expected a name ending in .safetensors"
+        raise UserError(problem, setting=setting("out", out))
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"there is no folder {out.parent}", setting=setting("out", out))
+    urls, val_shards = expand(config.shards), open_shards(config.val, progress.say)
     names = _classes(urls, [shard.url for shard in val_shards])
     for shard in val_shards:
         require_labels(shard, len(names))
-    target = choose_target(job.store, job.target, job.teacher)
-    manifest = job.store.target(target)
-    recorded = job.store.teachers()[manifest.teacher]
-    stream = Stream(urls, batch_size=1, lanes=1, store=job.store, targets=[target], views=job.views)
+    target = choose_target(store, config.target, config.teacher)
+    recorded = store.teachers()[store.target(target).teacher]
+    stream = Stream(urls, batch_size=1, lanes=1, store=store, targets=[target], views=config.views)
     tell_of_shared(stream.source.shard_ids, val_shards, progress.say)
-    model = network_of(recorded, job.weights, len(names))
-    examples = read_examples(stream, target, len(names), progress.say, job.memory)
-    progress.say(
-        f"{len(examples.labels):,} features of {target}: {stream.order.samples:,} samples, {stream.views} view(s)"
-    )
-    l2, tried = job.l2, []
+    model = network_of(recorded, config.weights, len(names))
+    examples = read_examples(stream, target, len(names), progress.say, config.memory)
+    count = len(examples.labels)
+    progress.say(f"{count:,} features of {target}: {stream.order.samples:,} samples, {stream.views} view(s)")
+    l2, trials = config.l2, []
     if l2 is None:
-        tried = _strength(examples, len(names), job.seed, progress)
-        l2 = tried[0].l2
+        trials = _strength(examples, len(names), config.seed, progress)
+        l2 = trials[0].l2
     progress.say(f"fitting on all of them, l2 {l2:g}")
-    head = fit(examples, torch.arange(len(examples.labels)), len(names), l2)
+    head = fit(examples, torch.arange(count), len(names), l2)
     put_in(model, head, recorded.id)
     errors = check(model, head, stream, target, recorded)
     progress.say(
         f"live logits against the head on live features: {errors['head']:.1e} of the largest, on stored ones "
         f"{errors['stored']:.1e}"
     )
-    score = _score(model, recorded, stream, val_shards, device=job.device, progress=progress)
-    _write(job, model, recorded, target=target, names=names, l2=l2, stream=stream)
-    identity, views = recorded.identity, stream.source.policy
+    progress.start("evaluating", sum(map(len, val_shards)))
+    classifier = Classifier(tapped(model, [Tap("logits")], stream, recorded)).to(device)
+    views, mean, std = stream.source.policy, (0, 0, 0), (1, 1, 1)  # it normalizes by itself
+    score = evaluate(
+        classifier, val_shards, views.evaluation, mean, std, batch_size=64, device=device, advance=progress.advance
+    )
+    save_state(out, model.state_dict(), _metadata(config, recorded, stream, names, l2))
+    identity = recorded.identity
     return FitTeacherResult(
-        out=str(job.out),
-        sha256=WeightsFile(job.out).digest,
+        out=str(out),
+        sha256=WeightsFile(out).digest,
         teacher=recorded.id,
         target=target,
         model=identity.model,
@@ -152,13 +153,11 @@ def fit_teacher(job: FitTeacherConfig, progress: Progress) -> FitTeacherResult:
         view_size=views.size,
         view_seed=views.seed,
         views=stream.views,
-        features=len(examples.labels),
+        features=count,
         l2=l2,
-        tried=tried,
+        tried=trials,
         errors=errors,
-        top1=score.top1,
-        top5=score.top5,
-        samples=score.samples,
+        **asdict(score),
         seconds=round(time.monotonic() - began, 2),
     )
 
@@ -229,13 +228,13 @@ def read_examples(
             f"{size_text(need)}, {size_text(budget)} are allowed",
             hint=f"Give fewer shards, or fewer views: {setting('num_views', 'N')}",
         )
-    whole = [torch.empty(count, dtype=torch.int64) for _ in range(3)]
-    examples = Examples(torch.empty(count, width), whole[0], whole[1], torch.empty(count), whole[2])
+    integers = torch.empty(3, count, dtype=torch.int64)
+    examples = Examples(torch.empty(count, width), integers[0], integers[1], torch.empty(count), integers[2])
     by_shard: dict[int, list[tuple[int, Segment]]] = defaultdict(list)
     for i, segment in enumerate(stream.order.blocks):
         by_shard[segment.shard].append((i, segment))
     reader, at = BlockReader(source), 0
-    kind, partner, amount = (COLUMNS.index(name) for name in ("mix", "partner", "amount"))
+    columns = [COLUMNS.index(name) for name in ("mix", "partner", "amount")]
     for number, shard in enumerate(source.shards):
         if not (segments := by_shard[number]):
             continue
@@ -245,14 +244,14 @@ def read_examples(
         blocks = torch.cat([torch.full((len(segment.samples),), i) for i, segment in segments])
         for view in range(views):
             arrays = reader.marker(Task("target", target, shard.id, view)).arrays
-            kept = {name: array.read(0, len(labels))[rows.numpy()] for name, array in arrays.items()}
+            values = {name: array.read(0, len(labels))[rows.numpy()] for name, array in arrays.items()}
             drawn = read_views(reader.marker(Task("bank", str(source.bank), shard.id, view)), 0, len(labels)).rows
-            mixing = torch.tensor(drawn[:, [kind, partner, amount]])[rows]
-            is_mixed, to = mixing[:, 0] > 0, slice(at, at + len(rows))
-            examples.features[to] = torch.from_numpy(codec.decode(kept))
+            mix, partner, amount = torch.tensor(drawn[:, columns])[rows].T
+            to = slice(at, at + len(rows))
+            examples.features[to] = torch.from_numpy(codec.decode(values))
             examples.labels[to], examples.blocks[to] = labels[rows], blocks
-            examples.mix_labels[to] = labels[torch.where(is_mixed, mixing[:, 1].long(), rows)]
-            examples.mix_weights[to] = torch.where(is_mixed, mixing[:, 2] / 256, 0).float()
+            examples.mix_labels[to] = labels[torch.where(mix > 0, partner.long(), rows)]
+            examples.mix_weights[to] = torch.where(mix > 0, amount / 256, 0).float()
             at += len(rows)
     return examples
 
@@ -265,45 +264,20 @@ def _strength(examples: Examples, classes: int, seed: int, progress: Progress) -
             hint=f"Give it: {setting('l2', 0.01)}",
         )
     progress.start("choosing l2", len(STRENGTHS))
-    tried = search_strength(examples, classes, seed, advance=progress.advance)
-    for trial in tried:
+    trials = search_strength(examples, classes, seed, progress.advance)
+    for trial in trials:
         progress.say(f"l2 {trial.l2:g}: loss {trial.loss:.4f}, top-1 {trial.top1:.2f} % on held-out training samples")
-    return tried
+    return trials
 
 
-def _score(
-    model: nn.Module,
-    recorded: TeacherManifest,
-    stream: Stream,
-    shards: Sequence[Shard],
-    *,
-    device: str,
-    progress: Progress,
-) -> Score:
-    """The live network's accuracy on the evaluation view, every sample once."""
-    classifier = Classifier(tapped(model, [Tap("logits")], stream, recorded)).to(device)
-    progress.start("evaluating", sum(map(len, shards)))
-    bank = stream.source.policy
-    view = policy(bank.evaluation.line, bank.size)
-    mean, std = (0, 0, 0), (1, 1, 1)
-    return evaluate(classifier, shards, view, mean, std, batch_size=64, device=device, advance=progress.advance)
-
-
-def _write(
-    job: FitTeacherConfig,
-    model: nn.Module,
-    recorded: TeacherManifest,
-    *,
-    target: str,
-    names: Sequence[str],
-    l2: float,
-    stream: Stream,
-) -> None:
-    """The file of weights: what rebuilds the network, its classes, and where they came from."""
-    identity = recorded.identity
+def _metadata(
+    config: FitTeacherConfig, recorded: TeacherManifest, stream: Stream, names: Sequence[str], l2: float
+) -> dict[str, str]:
+    """What the file of weights says of itself: what rebuilds the network, its classes, and where they came from."""
+    identity, (target,) = recorded.identity, stream.source.targets
     fitted_on = {"target": target, "shards": list(stream.source.shard_ids), "views": stream.views}
-    origin = {"teacher": identity.plain(), **fitted_on, "l2": l2, "seed": job.seed}
-    metadata = {
+    origin = {"teacher": identity.plain(), **fitted_on, "l2": l2, "seed": config.seed}
+    return {
         "format": "pt",
         "model": identity.model,
         "arguments": json.dumps({**arguments_of(recorded), "num_classes": len(names)}, sort_keys=True),
@@ -314,4 +288,3 @@ def _write(
         "evaluation": stream.source.policy.evaluation.line,
         "fitted": json.dumps(origin, sort_keys=True),
     }
-    save_state(job.out, model.state_dict(), metadata)

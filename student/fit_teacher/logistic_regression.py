@@ -10,7 +10,7 @@ Standardizing is folded into weight and bias afterward, so that the head acts on
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,11 +18,11 @@ from torch import Tensor
 from storage.rng import generator
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
 CHUNK = 4096  # samples that are looked at together
-MOST = 300  # iterations of L-BFGS
-HISTORY = 10  # steps that it remembers
+LBFGS: dict[str, Any] = {"max_iter": 300, "history_size": 10, "tolerance_grad": 1e-6, "tolerance_change": 1e-10}
+HELD_OUT = 0.2  # of the blocks, at least one
 STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 1e-4, 1e-5)  # λ that are tried, strongest first
 FLAT = 1e-3  # of a feature's mean: one that moves less than this is rounding, and not blown up to a deviation of one
 
@@ -86,20 +86,11 @@ def fit(examples: Examples, rows: Tensor, classes: int, l2: float, start: Head |
     """
     mean, deviation = _moments(examples.features, rows)
     width = examples.features.shape[1]
-    weight = torch.zeros(classes, width, dtype=torch.float64)
-    bias = torch.zeros(classes, dtype=torch.float64)
+    weight, bias = mean.new_zeros(classes, width), mean.new_zeros(classes)
     if start is not None:
         weight, bias = start.weight * deviation, start.bias + start.weight @ mean
-    weight.requires_grad_(True)
-    bias.requires_grad_(True)
-    optimizer = torch.optim.LBFGS(
-        [weight, bias],
-        max_iter=MOST,
-        history_size=HISTORY,
-        tolerance_grad=1e-6,
-        tolerance_change=1e-10,
-        line_search_fn="strong_wolfe",
-    )
+    parameters = [weight.requires_grad_(True), bias.requires_grad_(True)]
+    optimizer = torch.optim.LBFGS(parameters, line_search_fn="strong_wolfe", **LBFGS)
 
     def objective() -> float:
         optimizer.zero_grad()
@@ -130,16 +121,15 @@ def _moments(features: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.where(deviation > 0, deviation, 1)
 
 
-def held_out(blocks: Tensor, seed: int, part: float = 0.2) -> tuple[Tensor, Tensor]:
+def held_out(blocks: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Rows to fit and rows to judge by: whole blocks, so that no image is on both sides, nor one that it is mixed with.
 
     Args:
         blocks: int64 `[N]`, the block that each sample is of.
         seed: of the choice.
-        part: of the blocks that is held out; at least one.
     """
     numbers = torch.unique(blocks)
-    count = max(1, round(part * len(numbers)))
+    count = max(1, round(HELD_OUT * len(numbers)))
     order = torch.from_numpy(generator("held out", seed).permutation(len(numbers)))
     away = torch.isin(blocks, numbers[order[:count]])
     return (~away).nonzero()[:, 0], away.nonzero()[:, 0]
@@ -157,29 +147,25 @@ def judged(examples: Examples, rows: Tensor, head: Head, l2: float) -> StrengthT
 
 
 def search_strength(
-    examples: Examples,
-    classes: int,
-    seed: int,
-    strengths: Sequence[float] = STRENGTHS,
-    advance: Callable[[int], None] = lambda _steps: None,
+    examples: Examples, classes: int, seed: int, advance: Callable[[int], None] = lambda _steps: None
 ) -> list[StrengthTrial]:
     """What each λ gives on blocks that it was not fitted on, best first; of equally good ones the stronger first.
+
+    Each begins where the one before ended. After two that only made it worse, weaker ones are not tried.
 
     Args:
         examples: of two blocks or more.
         classes: K.
         seed: of the choice of blocks.
-        strengths: the λ to try, strongest first; each begins where the one before ended. After two that only made it
-            worse, weaker ones are not tried.
         advance: called with 1 after each.
     """
     rows, away = held_out(examples.blocks, seed)
     trials: list[StrengthTrial] = []
     head: Head | None = None
-    for l2 in strengths:
+    for l2 in STRENGTHS:
         head = fit(examples, rows, classes, l2, head)
         trials.append(judged(examples, away, head, l2))
         advance(1)
         if len(trials) > 2 and trials[-1].loss > trials[-2].loss > trials[-3].loss:
             break
-    return sorted(trials, key=lambda tried: (tried.loss, -tried.l2))
+    return sorted(trials, key=lambda trial: (trial.loss, -trial.l2))

@@ -44,18 +44,17 @@ def network_of(recorded: TeacherManifest, weights: str | None, classes: int) -> 
         )
     name, arguments, owner = recorded.identity.model, arguments_of(recorded), f"teacher {recorded.id}"
     path = weights or recorded.weights
-    file = WeightsFile(path)
-    from_hub = weights is None and path == HUB
-    if not from_hub:
-        if weights is None and not Path(path).expanduser().is_file():
-            hint = f"Give them: {setting('weights', 'F')}"
-            raise UserError(f"teacher {recorded.id}: its weights are no longer at {path}", hint=hint)
-        _same_weights(setting("weights", path), recorded, file.digest)
-    else:  # the digest is of what the hub gives, whatever the size that the teacher ran at
+    if weights is None and path == HUB:  # the digest is of what the hub gives, whatever the size the teacher ran at
         from_timm = create_timm_model(name, recorded.identity.arguments, owner=owner, pretrained=True)
         _same_weights(f"{name} from timm's hub", recorded, digest_of_state(from_timm.state_dict()))
-    own = create_timm_model(name, arguments, owner=owner, pretrained=from_hub)
-    if not from_hub:
+        own = create_timm_model(name, arguments, owner=owner, pretrained=True)
+    else:
+        if weights is None and not Path(path).expanduser().is_file():
+            hint = f"Give them: {setting('weights', 'F')}"
+            raise UserError(f"{owner}: its weights are no longer at {path}", hint=hint)
+        file = WeightsFile(path)
+        _same_weights(setting("weights", path), recorded, file.digest)
+        own = create_timm_model(name, arguments, owner=owner)
         load_weights(own, file, recorded.identity.weights_key, EARLIER)
     model = create_timm_model(name, {**arguments, "num_classes": classes}, owner=owner)
     head = tuple(f"{part}." for part in heads_of(model))
@@ -72,16 +71,11 @@ def arguments_of(recorded: TeacherManifest) -> dict[str, Any]:
     return {**sized, **identity.arguments}
 
 
-def _same_weights(where: str, recorded: TeacherManifest, found: str) -> None:
+def _same_weights(where: str, recorded: TeacherManifest, digest: str) -> None:
     expected = recorded.identity.weights_sha256
-    if found != expected:
-        raise IdentityError(
-            where,
-            "weights sha256",
-            expected,
-            found,
-            f"The features are those of the recorded teacher {recorded.id}.",
-        )
+    if digest != expected:
+        hint = f"The features are those of the recorded teacher {recorded.id}."
+        raise IdentityError(where, "weights sha256", expected, digest, hint)
 
 
 def heads_of(model: nn.Module) -> list[str]:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from student.data.batch import Batch
     from student.evaluation.similarity.teacher_targets import TeacherTargets
     from student.models.files import StudentDescription
+    from student.targets.stored_target import StoredTarget
 
 Tokens = Literal["all", "class", "mean"]
 WHERE = "similarity"  # what errors call this comparison
@@ -59,9 +60,8 @@ class LayerSimilarity:
     @property
     def mean(self) -> dict[str, float | None]:
         """Measure -> mean over the pairs where it is defined."""
-        columns = {name: [each[name] for each in self.values] for name in self.values[0]}
-        defined = {name: [value for value in column if value is not None] for name, column in columns.items()}
-        return {name: math.fsum(column) / len(column) if column else None for name, column in defined.items()}
+        columns = {name: [v for each in self.values if (v := each[name]) is not None] for name in self.values[0]}
+        return {name: math.fsum(column) / len(column) if column else None for name, column in columns.items()}
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -132,29 +132,25 @@ class SimilarityComparison:
         if shape.each:
             raise UserError(f"{name}: pools its patches, so its layers have no common heads and grid to compare")
         copied = copies.layers if copies is not None and "map" in copies.parts and reference.attention else ()
-        self.rows, self.heads = _rows(shape, reference, copied)
+        self.rows = _rows(shape, reference, copied)
         self.vectors = _vectors(shape, reference, tokens)
-        left_out = [f"attention of layer(s) {parse_ranges(copied)}, which is copied"] * bool(copied)
-        self.left_out = "; ".join([*left_out, *([reference.missing] if reference.missing else [])])
+        left_out = f"attention of layer(s) {parse_ranges(copied)}, which is copied" if copied else ""
+        self.left_out = "; ".join(filter(None, (left_out, reference.missing)))
         if self.rows is None and self.vectors is None:
             raise UserError(f"{name}: nothing is left to compare but {self.left_out}; let the store have tokens, too")
         if self.rows is not None:
             assignment()
         attention = reference.attention if self.rows is not None else ()  # nothing is read that nothing looks at
-        given = [*attention, *reference.tokens]
+        targets = [*attention, *reference.tokens]
         why = f"{name} is compared with {reference.teacher} on stored images"
-        self.stored = evaluation_targets(reference.store, given, shards, self.view, why=why)
+        self.stored = evaluation_targets(reference.store, targets, shards, self.view, why=why)
         self.of_rows, self.of_tokens = self.stored.targets[: len(attention)], self.stored.targets[len(attention) :]
         self.final = bool(reference.tokens) and reference.tokens[0].target.identity.layers is None
-        self.several = max(1, LARGEST // self._numbers([one.target.sample_shape for one in given]))
-
-    def _numbers(self, shapes: Sequence[Sequence[int]]) -> int:
-        """How many numbers an image takes in the largest tensor."""
-        found = [math.prod(shape) for shape in shapes]
+        sizes = [math.prod(stored.target.sample_shape) for stored in targets]  # of one image's tensors
         if self.rows is not None:
             side = max(len(self.rows.get_buffer("student_tokens")), len(self.rows.get_buffer("teacher_tokens")))
-            found.append(len(self.rows.pairs) * self.rows.heads * side ** (1 if self.rows.which == "class" else 2))
-        return max(found)
+            sizes.append(len(self.rows.pairs) * self.rows.heads * side ** (1 if self.rows.which == "class" else 2))
+        self.batch_size = max(1, LARGEST // max(sizes))
 
     @torch.no_grad()
     def run(self, device: torch.device | str = "cpu", advance: Callable[[int], None] = lambda _n: None) -> Similarity:
@@ -173,31 +169,28 @@ class SimilarityComparison:
                 side.to(device)
         divergences = Divergences()
         similarities = [LinearCKA() for _ in (self.vectors.pairs if self.vectors is not None else ())]
-        copied = attached_to(self.model)
-        batches = evaluation_batches(self.shards, self.view, 1, stored=self.stored, labeled=False)
-        copied_batches = evaluation_batches(self.shards, self.view, 1, stored=copied, labeled=False) if copied else None
-        samples = 0
-        for batch in batches:
-            copied_batch = None if copied_batches is None else next(copied_batches)
-            for start in range(0, len(batch.labels), self.several):
-                rows = slice(start, start + self.several)
-                part = batch.part(rows).to(device)
-                with inject_attention(self.model, copied_batch.part(rows).to(device) if copied_batch else part):
-                    self.model(part.pixels(self.about.mean, self.about.std))
+        readers = [
+            evaluation_batches(self.shards, self.view, 1, stored=stored, labeled=False)
+            for stored in (self.stored, attached_to(self.model))
+            if stored is not None
+        ]
+        for batches in zip(*readers, strict=True):
+            samples = len(batches[0].labels)
+            for start in range(0, samples, self.batch_size):
+                parts = [batch.part(slice(start, start + self.batch_size)).to(device) for batch in batches]
+                with inject_attention(self.model, parts[-1]):  # with what the student copies, where it copies any
+                    self.model(parts[0].pixels(self.about.mean, self.about.std))
                 if self.rows is not None:
-                    divergences.add(*self._attention(self.rows, seen, part))
+                    divergences.add(*self._attention(self.rows, seen, parts[0]))
                 if self.vectors is not None:
-                    self._align(self.vectors, seen, part, similarities)
+                    self._align(self.vectors, seen, parts[0], similarities)
                 seen.clear()
-            samples += len(batch.labels)
-            advance(len(batch.labels))
-        attention = streams = None
-        if self.rows is not None:
-            attention = _by_layer(self.rows, self.of_rows, divergences.by_layer())
-        if self.vectors is not None:
-            streams = _by_layer(self.vectors, self.of_tokens, [{"cka": one.value()} for one in similarities])
+            advance(samples)
+        attention = _by_layer(self.rows, self.of_rows, divergences.by_layer()) if self.rows is not None else None
+        cka = [{"cka": similarity.value()} for similarity in similarities]
+        streams = _by_layer(self.vectors, self.of_tokens, cka) if self.vectors is not None else None
         return Similarity(
-            samples=samples,
+            samples=sum(map(len, self.shards)),
             left_out=self.left_out,
             attention=attention,
             streams=streams,
@@ -207,8 +200,9 @@ class SimilarityComparison:
 
     def _attention(self, rows: AttentionAligner, seen: StudentTaps, part: Batch) -> tuple[Tensor, Tensor]:
         """Rows `[B, L, H, Q, N]` of the student and of the teacher."""
-        student = rows.student_rows(seen.q, seen.k, seen.scales)[:, :, : self.heads[0]]
-        teacher = rows.teacher_rows([part.target(id) for id in self.of_rows])[:, :, : self.heads[1]]
+        heads = [max(numbers) for numbers in zip(*rows.head_pairs[0], strict=True)]
+        student = rows.student_rows(seen.q, seen.k, seen.scales)[:, :, : heads[0]]
+        teacher = rows.teacher_rows([part.target(id) for id in self.of_rows])[:, :, : heads[1]]
         return (student.unsqueeze(-2), teacher.unsqueeze(-2)) if rows.which == "class" else (student, teacher)
 
     def _align(self, vectors: TokenAligner, seen: StudentTaps, part: Batch, similarities: Sequence[LinearCKA]) -> None:
@@ -223,24 +217,19 @@ class SimilarityComparison:
             similarity.add(*(_chosen(side[:, n], vectors, self.tokens) for side in (student, teacher)))
 
 
-def _rows(
-    shape: StudentSpec, reference: TeacherTargets, copied: Sequence[int]
-) -> tuple[AttentionAligner | None, tuple[int, int]]:
-    """How the attention of all heads meets but in the student's layers that copy it; the heads of both sides."""
+def _rows(shape: StudentSpec, reference: TeacherTargets, copied: Sequence[int]) -> AttentionAligner | None:
+    """How the attention of all heads meets but in the student's layers that copy it."""
     if not reference.attention:
-        return None, (0, 0)
+        return None
     first = reference.attention[0]
-    identity = first.target.identity
-    pairs = _pairs(shape, reference, first.teacher.layers, identity.layers or ())
-    pairs = [pair for pair in pairs if pair[0] not in copied]
+    pairs = tuple(pair for pair in _pairs(shape, first) if pair[0] not in copied)
     if not pairs:
-        return None, (0, 0)
-    heads = (shape.heads, int(first.target.sample_shape[1]))
-    every = tuple((n % heads[0] + 1, n % heads[1] + 1) for n in range(max(heads)))  # all of both, some of one twice
-    meeting = AlignmentConfig(layers=tuple(pairs), heads=every, grid="bicubic")
-    return AttentionAligner(
-        WHERE, meeting, shape, reference.attention, "class" if identity.tap == "class_row" else "all"
-    ), heads
+        return None
+    own, theirs = shape.heads, int(first.target.sample_shape[1])
+    heads = tuple((n % own + 1, n % theirs + 1) for n in range(max(own, theirs)))  # all of both, some of one twice
+    config = AlignmentConfig(layers=pairs, heads=heads, grid="bicubic")
+    tap = first.target.identity.tap
+    return AttentionAligner(WHERE, config, shape, reference.attention, "class" if tap == "class_row" else "all")
 
 
 def _vectors(shape: StudentSpec, reference: TeacherTargets, tokens: Tokens) -> TokenAligner | None:
@@ -250,10 +239,9 @@ def _vectors(shape: StudentSpec, reference: TeacherTargets, tokens: Tokens) -> T
             message = f"{reference.teacher} has no tokens of these images in the store"
             raise UserError(message, setting=setting("tokens", tokens))
         return None
-    (given,) = reference.tokens
-    depth, layers = given.teacher.layers, given.target.identity.layers
-    pairs = _pairs(shape, reference, depth, layers) if layers else [(shape.layers, depth)]
-    if tokens == "class" and not {"class"} <= {*shape.prefix} & {*given.teacher.prefix}:
+    (stored,) = reference.tokens
+    pairs = _pairs(shape, stored) if stored.target.identity.layers else [(shape.layers, stored.teacher.layers)]
+    if tokens == "class" and "class" not in {*shape.prefix} & {*stored.teacher.prefix}:
         raise UserError(
             "class tokens are compared where both sides have one",
             setting=setting("tokens", "class"),
@@ -262,14 +250,14 @@ def _vectors(shape: StudentSpec, reference: TeacherTargets, tokens: Tokens) -> T
     return TokenAligner(WHERE, AlignmentConfig(layers=tuple(pairs), grid="bicubic"), shape, reference.tokens)
 
 
-def _pairs(shape: StudentSpec, reference: TeacherTargets, depth: int, stored: Sequence[int]) -> list[tuple[int, int]]:
+def _pairs(shape: StudentSpec, stored: StoredTarget) -> list[tuple[int, int]]:
     """Layers that meet, of those that are stored. Raises UserError: none does."""
-    wanted = uniform(shape.layers, depth)
-    pairs = [pair for pair in wanted if pair[1] in stored]
+    meeting, layers = uniform(shape.layers, stored.teacher.layers), stored.target.identity.layers or ()
+    pairs = [pair for pair in meeting if pair[1] in layers]
     if not pairs:
         raise UserError(
-            f"the student's {shape.layers} layers meet the layers {parse_ranges([b for _, b in wanted])} of "
-            f"{reference.teacher}, and the target has {parse_ranges(stored)}; precompute some of these"
+            f"the student's {shape.layers} layers meet the layers {parse_ranges([b for _, b in meeting])} of "
+            f"{stored.teacher.id}, and the target has {parse_ranges(layers)}; precompute some of these"
         )
     return pairs
 
@@ -281,8 +269,8 @@ def _chosen(tokens: Tensor, vectors: TokenAligner, which: Tokens) -> Tensor:
         return tokens.flatten(0, 1)
     if which == "mean":
         return tokens[:, vectors.prefix :].mean(1)
-    kept = vectors.get_buffer("student_tokens").tolist()
-    return tokens[:, kept.index(vectors.student.prefix.index("class"))]
+    compared = vectors.get_buffer("student_tokens").tolist()
+    return tokens[:, compared.index(vectors.student.prefix.index("class"))]
 
 
 def _by_layer(

@@ -27,8 +27,7 @@ class Divergences:
     """Mean divergences of all heads of a layer of the student with all of the teacher's, over images and queries."""
 
     def __init__(self) -> None:
-        self.heads: Tensor | float = 0.0
-        self.averaged: Tensor | float = 0.0
+        self.heads = self.averaged = torch.zeros((), dtype=torch.float64)  # sums over images
         self.images = 0
 
     def add(self, student: Tensor, teacher: Tensor) -> None:
@@ -40,8 +39,6 @@ class Divergences:
 
     def by_layer(self) -> list[dict[str, float | None]]:
         """For each pair of layers the divergence under each pairing of heads; `direct` only of as many heads."""
-        assert isinstance(self.heads, Tensor)
-        assert isinstance(self.averaged, Tensor)
         return [
             {**paired(matrix), "averaged": float(averaged)}
             for matrix, averaged in zip(self.heads / self.images, self.averaged / self.images, strict=True)

@@ -59,7 +59,7 @@ def find_teacher_targets(
         UserError: an unknown name, nothing to compare with, or several and nobody said which.
     """
     targets = {id: store.target(id) for id in chosen} | store.targets()
-    parts = {tap: part for part in (ATTENTION, TOKENS) for several in part for tap in several}
+    parts = {tap: part for part in (ATTENTION, TOKENS) for taps in part for tap in taps}
     usable = [manifest for manifest in targets.values() if manifest.identity.tap in parts]
     if teacher is not None and teacher not in (known := store.teachers()):
         raise UserError(f"{store.url}: no teacher is called {teacher!r}. {did_you_mean(teacher, known)}")
@@ -67,7 +67,7 @@ def find_teacher_targets(
     if teacher is None and len(names) > 1:
         hint = f"Choose one: {setting('teacher', names[0])}"
         raise UserError(f"{store.url} has several teachers: {', '.join(names)}", hint=hint)
-    name = teacher or (names[0] if names else "")
+    name = teacher or next(iter(names), "")
     candidates = [manifest for manifest in usable if manifest.teacher == name]
     for id in chosen:
         if id not in {manifest.id for manifest in candidates}:
@@ -80,9 +80,9 @@ def find_teacher_targets(
     def complete(stored: _Stored) -> bool:
         return not kept_of(store, stored, shards, view)[1]
 
-    wanted = [[id for id in chosen if parts[targets[id].identity.tap] is part] for part in (ATTENTION, TOKENS)]
-    attention = _pick(store, candidates, ATTENTION, wanted[0], complete)
-    tokens = _pick(store, candidates, TOKENS, wanted[1], complete)
+    ids = [[id for id in chosen if parts[targets[id].identity.tap] is part] for part in (ATTENTION, TOKENS)]
+    attention = _pick(store, candidates, ATTENTION, ids[0], complete)
+    tokens = _pick(store, candidates, TOKENS, ids[1], complete)
     if not (attention or tokens):
         taps = sorted({m.identity.tap for m in targets.values() if teacher in (None, m.teacher)})
         raise UserError(
@@ -93,9 +93,9 @@ def find_teacher_targets(
     if attention and tokens:
         missing = "which the store has not of all these images"
         match complete(attention), complete(tokens):
-            case True, False if not wanted[1]:
+            case True, False if not ids[1]:
                 return TeacherTargets(store, name, attention, (), f"tokens, {missing}")
-            case False, True if not wanted[0]:
+            case False, True if not ids[0]:
                 return TeacherTargets(store, name, (), tokens, f"attention, {missing}")
     return TeacherTargets(store, name, attention, tokens)
 
@@ -104,16 +104,15 @@ def _pick(
     store: Store,
     candidates: Sequence[TargetManifest],
     kinds: Sequence[tuple[str, ...]],
-    wanted: Sequence[str],
+    ids: Sequence[str],
     complete: Callable[[_Stored], bool],
 ) -> _Stored:
-    """The targets of one part: those wanted, else of the first kind that the images have, else that the store has."""
+    """The targets of one part: those of `ids`, else of the first kind that the images have, else that the store has."""
     by_kind = [_alike(candidates, taps) for taps in kinds]
-    if wanted:
-        ids = {*wanted}
-        fits = [banks for kind in by_kind for banks in kind if ids <= {m.id for targets in banks for m in targets}]
+    if ids:
+        fits = [banks for kind in by_kind for banks in kind if {*ids} <= {m.id for targets in banks for m in targets}]
         if not fits:
-            raise UserError(f"{store.url}: {' and '.join(wanted)} are not of one kind and the same layers; name fewer")
+            raise UserError(f"{store.url}: {' and '.join(ids)} are not of one kind and the same layers; name fewer")
         return _only(store, fits)
     for kind in by_kind:
         if fits := [banks for banks in kind if complete(_stored(store, banks[0]))]:

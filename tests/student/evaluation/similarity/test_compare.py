@@ -267,9 +267,8 @@ def test_attention_and_tokens_meet_by_the_layers_that_each_target_knows_of():
         given("tokens", [*range(1, 13)], 12, [12, 17, 6]),
     )
     reference = TeacherTargets(NOWHERE, "t", (attention,), (tokens,))
-    met, heads = _rows(student, reference, [])
-    rows = present(met)
-    assert heads == (3, 3)
+    rows = present(_rows(student, reference, []))
+    assert rows.head_pairs[0] == [(1, 1), (2, 2), (3, 3)]
     assert rows.pairs[:3] == [(1, 1), (2, 1), (3, 1)]
     assert rows.pairs[-1] == (12, 4)
     assert present(_vectors(student, reference, "all")).pairs == [(n, n) for n in range(1, 13)]
