@@ -110,12 +110,8 @@ def _shots(labels: Tensor, ranks: Tensor, images: Tensor, bounds: tuple[int, int
         top1 = _percent(ranks[samples] < 1) if samples.any() else None
         return ShotAccuracy(classes=int(classes.sum()), samples=int(samples.sum()), top1=top1)
 
-    return ShotMetrics(
-        bounds=bounds,
-        many=accuracy(images > high),
-        medium=accuracy((images >= low) & (images <= high)),
-        few=accuracy(images < low),
-    )
+    many, few = images > high, images < low
+    return ShotMetrics(bounds=bounds, many=accuracy(many), medium=accuracy(~(many | few)), few=accuracy(few))
 
 
 def _percent(right: Tensor) -> float:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections import defaultdict
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
     from storage.store.manifests import TeacherManifest
     from storage.store.store import Store
-    from student.data.shuffle import Segment
 
 SERVE = [tap for tap, info in TAPS.items() if info.axes == ("width",)]  # taps that a linear head can act on
 
@@ -125,10 +124,8 @@ def fit_teacher(config: FitTeacherConfig, progress: Progress) -> FitTeacherResul
     head = fit(examples, torch.arange(count), len(names), l2)
     put_in(model, head, recorded.id)
     errors = check(model, head, stream, target, recorded)
-    progress.say(
-        f"live logits against the head on live features: {errors['head']:.1e} of the largest, on stored ones "
-        f"{errors['stored']:.1e}"
-    )
+    on_live, on_stored = (f"{errors[name]:.1e}" for name in ("head", "stored"))
+    progress.say(f"live logits against the head on live features: {on_live} of the largest, on stored ones {on_stored}")
     progress.start("evaluating", sum(map(len, val_shards)))
     classifier = Classifier(tapped(model, [Tap("logits")], stream, recorded)).to(device)
     views, mean, std = stream.source.policy, (0, 0, 0), (1, 1, 1)  # it normalizes by itself
@@ -186,17 +183,12 @@ def choose_target(store: Store, target: str | None, teacher: str | None) -> str:
         if tap not in SERVE:
             raise UserError(f"{store.url}: target {target} keeps {tap}; a linear head acts on {taps}")
         return target
-    manifests = store.targets()
-    teachers = sorted(store.teachers())
-    if teacher is not None and teacher not in teachers:
-        raise UserError(f"{store.url}: no teacher is called {teacher!r}. {did_you_mean(teacher, teachers)}")
-    fitting = [id for id, m in manifests.items() if m.identity.tap in SERVE and teacher in (None, m.teacher)]
+    if teacher is not None and teacher not in (known := store.teachers()):
+        raise UserError(f"{store.url}: no teacher is called {teacher!r}. {did_you_mean(teacher, known)}")
+    fitting = [id for id, m in store.targets().items() if m.identity.tap in SERVE and teacher in (None, m.teacher)]
     if not fitting:
-        of = f" of {teacher}" if teacher else ""
-        raise UserError(
-            f"{store.url}: no target{of} keeps {taps}",
-            hint=f"Add one: {call('precompute', '…', teacher=teacher or 'NAME', target='embedding')}",
-        )
+        hint = f"Add one: {call('precompute', '…', teacher=teacher or 'NAME', target='embedding')}"
+        raise UserError(f"{store.url}: no target{f' of {teacher}' if teacher else ''} keeps {taps}", hint=hint)
     if len(fitting) > 1:
         hint = f"Choose one: {setting('target', 'ID')}"
         raise UserError(f"{store.url}: {len(fitting)} targets fit: {', '.join(fitting)}", hint=hint)
@@ -215,9 +207,8 @@ def read_examples(
     source, views = stream.source, stream.views or 0
     codec = source.targets[target]
     if len(codec.shape) != 1:
-        raise UserError(
-            f"target {target} has values of shape {list(codec.shape)}; a linear head acts on rows of numbers"
-        )
+        shape = list(codec.shape)
+        raise UserError(f"target {target} has values of shape {shape}; a linear head acts on rows of numbers")
     count, width = stream.order.samples * views, codec.shape[0]
     need = count * (4 * width + 28)
     budget = memory or memory_limit() // 2
@@ -230,14 +221,10 @@ def read_examples(
         )
     integers = torch.empty(3, count, dtype=torch.int64)
     examples = Examples(torch.empty(count, width), integers[0], integers[1], torch.empty(count), integers[2])
-    by_shard: dict[int, list[tuple[int, Segment]]] = defaultdict(list)
-    for i, segment in enumerate(stream.order.blocks):
-        by_shard[segment.shard].append((i, segment))
     reader, at = BlockReader(source), 0
     columns = [COLUMNS.index(name) for name in ("mix", "partner", "amount")]
-    for number, shard in enumerate(source.shards):
-        if not (segments := by_shard[number]):
-            continue
+    for number, group in groupby(enumerate(stream.order.blocks), key=lambda numbered: numbered[1].shard):
+        shard, segments = source.shards[number], list(group)
         require_labels(shard, classes)
         labels = torch.tensor(shard.index.labels)
         rows = torch.cat([torch.from_numpy(segment.samples) for _, segment in segments])
@@ -259,10 +246,8 @@ def read_examples(
 def _strength(examples: Examples, classes: int, seed: int, progress: Progress) -> list[StrengthTrial]:
     """The λ that were tried on blocks held out of the training shards, best first."""
     if len(torch.unique(examples.blocks)) < 2:
-        raise UserError(
-            "one block of 64 samples leaves none to choose the strength of the L2 term by",
-            hint=f"Give it: {setting('l2', 0.01)}",
-        )
+        message = "one block of 64 samples leaves none to choose the strength of the L2 term by"
+        raise UserError(message, hint=f"Give it: {setting('l2', 0.01)}")
     progress.start("choosing l2", len(STRENGTHS))
     trials = search_strength(examples, classes, seed, progress.advance)
     for trial in trials:

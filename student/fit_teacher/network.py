@@ -37,13 +37,13 @@ def network_of(recorded: TeacherManifest, weights: str | None, classes: int) -> 
         UserError: the teacher is a ready graph, the file is not there, or it does not fit.
         IdentityError: it is another file than the teacher's.
     """
-    if recorded.identity.model == ONNX_FILE:
+    name, owner, path = recorded.identity.model, f"teacher {recorded.id}", weights or recorded.weights
+    if name == ONNX_FILE:
         raise UserError(
-            f"teacher {recorded.id} is a ready graph ({recorded.weights}), and a head is fitted into a PyTorch network",
+            f"{owner} is a ready graph ({recorded.weights}), and a head is fitted into a PyTorch network",
             hint=f"Precompute with its timm name and {setting('weights', 'F')}, then fit that one.",
         )
-    name, arguments, owner = recorded.identity.model, arguments_of(recorded), f"teacher {recorded.id}"
-    path = weights or recorded.weights
+    arguments = arguments_of(recorded)
     if weights is None and path == HUB:  # the digest is of what the hub gives, whatever the size the teacher ran at
         from_timm = create_timm_model(name, recorded.identity.arguments, owner=owner, pretrained=True)
         _same_weights(f"{name} from timm's hub", recorded, digest_of_state(from_timm.state_dict()))
@@ -161,6 +161,5 @@ class Classifier(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """The logits."""
-        images = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-        (logits,) = self.teacher(images)
-        return logits  # type: ignore[no-any-return]
+        logits: Tensor = self.teacher((pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1))[0]
+        return logits

@@ -76,8 +76,8 @@ def class_feature(model: nn.Module, pixels: Tensor) -> Tensor:
 
 def class_token(model: nn.Module, pixels: Tensor) -> Tensor:
     """The class token after the final norm, `[B, D]`, whatever the classifier reads."""
-    token: Tensor = model.forward_features(pixels)[:, prefix_roles(model).index("class")]  # type: ignore[operator]
-    return token
+    tokens: Tensor = model.forward_features(pixels)  # type: ignore[operator]
+    return tokens[:, prefix_roles(model).index("class")]
 
 
 def probe_feature(model: nn.Module, pixels: Tensor) -> Tensor:

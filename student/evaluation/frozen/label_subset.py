@@ -25,13 +25,11 @@ class LabelSubset:
     """Samples with labels.
 
     Attributes:
-        shards: where they are.
         chosen: sorted indices of the samples that count, of each shard.
         rows: (shard id, key, label) of each of them, in order: what is written down.
         left_out: how many were left out because their images are evaluated too.
     """
 
-    shards: tuple[Shard, ...]
     chosen: tuple[np.ndarray, ...]
     rows: tuple[tuple[str, str, int], ...]
     left_out: int
@@ -84,8 +82,7 @@ def label_subset(
             "learn from",
             hint=f"Give the shards that the student was trained on: {setting('train_shards', 'SHARDS')}",
         )
-    left_out = len(drawn) - len(rows)
-    return LabelSubset(shards=tuple(shards), chosen=tuple(chosen), rows=tuple(rows), left_out=left_out)
+    return LabelSubset(chosen=tuple(chosen), rows=tuple(rows), left_out=len(drawn) - len(rows))
 
 
 def images_of_classes(shards: Sequence[Shard]) -> Counter[int]:

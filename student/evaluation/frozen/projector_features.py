@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from storage.errors import UserError, first_line, setting
+from storage.errors import UserError, setting
+from storage.objects.weights_file import WeightsFile
 from student.evaluation.frozen.features import Reading, class_token
 from student.run_dir import LOSSES
 
@@ -63,21 +63,15 @@ def projector_layers(student: Path, layers: int) -> nn.Sequential:
             f"{student}: the projector that is kept is that of the last student; give the run, or its last one"
         )
     path = student.with_name(LOSSES)
-    try:
-        with safe_open(path, "pt") as file:
-            matches = [m for m in (_NAME.fullmatch(name) for name in file.keys()) if m]  # noqa: SIM118
-            tensors = {(int(m["at"]), m["part"]): file.get_tensor(m[0]) for m in matches}
-    except FileNotFoundError:
-        matches = []
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
-    losses = {m["loss"] for m in matches}
+    state = WeightsFile(path).weights().state if path.is_file() else {}
+    matches = [match for match in map(_NAME.fullmatch, state) if match]
+    losses = {match["loss"] for match in matches}
     if not losses:
         where = setting("projector_layers", layers)
         raise UserError(f"{student} was trained without a projector", setting=where, hint="Leave the setting out.")
     if len(losses) > 1:
         raise UserError(f"{path}: has projectors of {', '.join(sorted(losses))}; features of one alone can be read")
-    projector = _module(tensors, str(path))
+    projector = _module({(int(match["at"]), match["part"]): state[match[0]] for match in matches}, str(path))
     ends = [n for n, module in enumerate(projector, 1) if isinstance(module, nn.Linear)]
     if layers > len(ends):
         message = f"the projector of {student} has {len(ends)} linear map(s)"

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from storage.errors import UserError
 
-PAIRINGS = ("direct", "bipartite", "min", "averaged")
 ROUNDING = 1e-12  # of sums: what is left of columns that never change
 
 
@@ -39,10 +38,8 @@ class Divergences:
 
     def by_layer(self) -> list[dict[str, float | None]]:
         """For each pair of layers the divergence under each pairing of heads; `direct` only of as many heads."""
-        return [
-            {**paired(matrix), "averaged": float(averaged)}
-            for matrix, averaged in zip(self.heads / self.images, self.averaged / self.images, strict=True)
-        ]
+        means = zip(self.heads / self.images, self.averaged / self.images, strict=True)
+        return [{**paired(matrix), "averaged": float(averaged)} for matrix, averaged in means]
 
 
 def assignment() -> Any:
@@ -64,13 +61,9 @@ def paired(matrix: Tensor) -> dict[str, float | None]:
         direct: head i with head i; None where the numbers differ. bipartite: each head with one of its own, so that
         the sum is smallest; with other numbers, as many as both have. min: each of the student's with its nearest.
     """
-    same = matrix.shape[0] == matrix.shape[1]
-    chosen = assignment()(matrix.numpy())
-    return {
-        "direct": float(matrix.diagonal().mean()) if same else None,
-        "bipartite": float(matrix[chosen].mean()),
-        "min": float(matrix.amin(1).mean()),
-    }
+    direct = float(matrix.diagonal().mean()) if matrix.shape[0] == matrix.shape[1] else None
+    bipartite = float(matrix[assignment()(matrix.numpy())].mean())
+    return {"direct": direct, "bipartite": bipartite, "min": float(matrix.amin(1).mean())}
 
 
 class LinearCKA:
