@@ -90,16 +90,12 @@ def class_metrics(
     shots = None
     if train_images is not None:
         shots = _shots(labels, ranks, torch.tensor([train_images.get(n, 0) for n in range(num_classes)]), bounds)
-    return ClassMetrics(
-        top1=_percent(ranks < 1),
-        top5=None if num_classes <= 5 else _percent(ranks < 5),
-        samples=len(labels),
-        classes=tuple(
-            ClassAccuracy(name=names[n] if names else str(n), samples=int(mask.sum()), top1=_percent(ranks[mask] < 1))
-            for n, mask in masks.items()
-        ),
-        shots=shots,
+    classes = tuple(
+        ClassAccuracy(name=names[n] if names else str(n), samples=int(mask.sum()), top1=_percent(ranks[mask] < 1))
+        for n, mask in masks.items()
     )
+    top1, top5 = _percent(ranks < 1), _percent(ranks < 5) if num_classes > 5 else None
+    return ClassMetrics(top1=top1, top5=top5, samples=len(labels), classes=classes, shots=shots)
 
 
 def _shots(labels: Tensor, ranks: Tensor, images: Tensor, bounds: tuple[int, int]) -> ShotMetrics:

@@ -96,10 +96,8 @@ def ensemble_predictions(
             first, num_classes = outputs[0].shape[1], outputs[-1].shape[1]
             require_known_labels(batch, num_classes, shards, member.name)
             if ensemble and num_classes != first:
-                raise UserError(
-                    f"{member.name} has {num_classes} classes, {members[0].name} {first}; an ensemble is one of the "
-                    "same classes"
-                )
+                counts = f"{member.name} has {num_classes} classes, {members[0].name} {first}"
+                raise UserError(f"{counts}; an ensemble is one of the same classes")
         if ensemble:
             outputs.append(reduce(torch.add, (logits.double().softmax(1) for logits in outputs)))
         on_device = batches[feeds[0]].labels

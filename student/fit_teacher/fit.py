@@ -163,10 +163,8 @@ def _classes(urls: Sequence[str], val_urls: Sequence[str]) -> tuple[str, ...]:
     """The class names of the shards: contract 10, never guessed from labels."""
     names = classes_of(urls)
     if names is None:
-        raise UserError(
-            f"{urls[0]}: no classes.json beside it, so the teacher's classes are not known",
-            hint=f"Write their names there, a JSON list in the order of the labels, as {call('pack')} does.",
-        )
+        hint = f"Write their names there, a JSON list in the order of the labels, as {call('pack')} does."
+        raise UserError(f"{urls[0]}: no classes.json beside it, so the teacher's classes are not known", hint=hint)
     require_classes(val_urls, names)
     return tuple(names)
 

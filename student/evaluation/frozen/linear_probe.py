@@ -107,10 +107,8 @@ def search_learning_rate(
     labels = features.labels.tolist()
     held_out = torch.tensor(sorted(stratified_sample(labels, HELD_OUT, seed, "held out", 1)), dtype=torch.int64)
     if not len(held_out):
-        raise UserError(
-            "no class has two labeled samples, so none can be held out to choose the learning rate by",
-            hint=f"Give a learning rate, such as DINO's: {setting('lr', 0.001)}",
-        )
+        message = "no class has two labeled samples, so none can be held out to choose the learning rate by"
+        raise UserError(message, hint=f"Give a learning rate, such as DINO's: {setting('lr', 0.001)}")
     fitted = torch.ones(len(labels), dtype=torch.bool)
     fitted[held_out] = False
     training = Features(values=features.values[fitted], labels=features.labels[fitted])

@@ -38,10 +38,9 @@ def projector_reading(student: Path, model: nn.Module, layers: int) -> tuple[Rea
     module = projector_layers(student, layers).to(next(model.parameters()).device)
     first = module[0]
     assert isinstance(first, nn.LayerNorm)
-    if first.normalized_shape != (int(model.num_features),):  # type: ignore[arg-type]
-        raise UserError(
-            f"{student}: its tokens are {model.num_features} wide, the projector beside it takes {first.weight.numel()}"
-        )
+    width, expected = int(model.num_features), first.weight.numel()  # type: ignore[arg-type]
+    if width != expected:
+        raise UserError(f"{student}: its tokens are {width} wide, the projector beside it takes {expected}")
     text = f"class token after the final norm, through {layers} of the projector's linear maps"
     return lambda network, pixels: module(class_token(network, pixels)), text
 
@@ -59,9 +58,8 @@ def projector_layers(student: Path, layers: int) -> nn.Sequential:
         UserError: no projector there, several, fewer maps, or a file that is not what `train` writes.
     """
     if student.name != "last.safetensors":
-        raise UserError(
-            f"{student}: the projector that is kept is that of the last student; give the run, or its last one"
-        )
+        message = "the projector that is kept is that of the last student; give the run, or its last one"
+        raise UserError(f"{student}: {message}")
     path = student.with_name(LOSSES)
     state = WeightsFile(path).weights().state if path.is_file() else {}
     matches = [match for match in map(_NAME.fullmatch, state) if match]

@@ -140,12 +140,8 @@ def localize(
         raise UserError(f"{shards[0].url}: no sample says a bbox in its json, so there is nothing to localize against")
     metrics = max_box_acc.box_metrics(np.stack(best), truths)
     threshold = round(metrics.v1[0.5].threshold * LEVELS)
-    return Localization(
-        metrics=metrics,
-        samples=len(best),
-        without_box=total - len(best),
-        images=tuple(_localized(image, level, threshold, convention) for image, level in shown),
-    )
+    localized = tuple(_localized(image, level, threshold, convention) for image, level in shown)
+    return Localization(metrics=metrics, samples=len(best), without_box=total - len(best), images=localized)
 
 
 def _localized(image: BoxedImage, level: np.ndarray, threshold: int, convention: Convention) -> LocalizedImage:

@@ -122,16 +122,13 @@ def max_box_acc(best: np.ndarray) -> dict[float, BoxAccuracy]:
     Args:
         best: IoU of each image at each threshold, f64 `[N, 255]`.
     """
-    return {
-        overlap: BoxAccuracy(accuracy=accuracy, threshold=level / LEVELS)
-        for overlap, (accuracy, level) in _best_columns(best).items()
-    }
+    return {overlap: BoxAccuracy(accuracy=percent, threshold=n / LEVELS) for overlap, percent, n in _best_columns(best)}
 
 
-def _best_columns(best: np.ndarray) -> dict[float, tuple[float, int]]:
-    """δ -> the largest share of images, in percent, whose IoU is at least δ in one column, and which column it is."""
-    shares = {overlap: (best >= overlap).mean(0) for overlap in OVERLAPS}
-    return {overlap: (100 * float(share.max()), int(share.argmax())) for overlap, share in shares.items()}
+def _best_columns(best: np.ndarray) -> list[tuple[float, float, int]]:
+    """Each δ, the largest share of images whose IoU is at least δ in one column, in percent, and this column."""
+    shares = [(overlap, (best >= overlap).mean(0)) for overlap in OVERLAPS]
+    return [(overlap, 100 * float(share.max()), int(share.argmax())) for overlap, share in shares]
 
 
 def centered(truths: Sequence[np.ndarray]) -> dict[float, CenteredBoxAccuracy]:
@@ -140,10 +137,7 @@ def centered(truths: Sequence[np.ndarray]) -> dict[float, CenteredBoxAccuracy]:
     low = (SIDE - sides) // 2
     boxes = np.stack([low, low, low + sides - 1, low + sides - 1], 1)
     best = np.stack([overlaps(boxes, truth).max(1) for truth in truths])
-    return {
-        overlap: CenteredBoxAccuracy(accuracy=accuracy, side=int(sides[n]))
-        for overlap, (accuracy, n) in _best_columns(best).items()
-    }
+    return {overlap: CenteredBoxAccuracy(accuracy=percent, side=n + 1) for overlap, percent, n in _best_columns(best)}
 
 
 def means(accuracies: BoxAccuracies) -> dict[str, float]:

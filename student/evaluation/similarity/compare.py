@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from precompute.taps.target_spec import parse_ranges
 from storage.errors import UserError, setting
 from student.alignment.attention import AttentionAligner
-from student.alignment.matching import uniform
+from student.alignment.matching import TokenMatching, uniform
 from student.alignment.student_spec import StudentSpec, full, student_spec
 from student.alignment.student_taps import StudentTap, StudentTaps
 from student.alignment.tokens import TokenAligner
@@ -164,9 +164,8 @@ class SimilarityComparison:
         if self.vectors is not None:
             reads.add("tokens" if self.final else "streams")
         seen = StudentTaps(self.model, reads)
-        for side in (self.rows, self.vectors):
-            if side is not None:
-                side.to(device)
+        for side in filter(None, (self.rows, self.vectors)):
+            side.to(device)
         divergences = Divergences()
         similarities = [LinearCKA() for _ in (self.vectors.pairs if self.vectors is not None else ())]
         readers = [
@@ -273,9 +272,7 @@ def _chosen(tokens: Tensor, vectors: TokenAligner, which: Tokens) -> Tensor:
     return tokens[:, compared.index(vectors.student.prefix.index("class"))]
 
 
-def _by_layer(
-    side: AttentionAligner | TokenAligner, ids: Sequence[str], values: Sequence[Mapping[str, float | None]]
-) -> LayerSimilarity:
+def _by_layer(side: TokenMatching, ids: Sequence[str], values: Sequence[Mapping[str, float | None]]) -> LayerSimilarity:
     grid = side.student.grid
     rules = [f"the teacher's patches brought to {grid}x{grid} (bicubic)"] if side.resizes else []
     rules += [f"left out: {', '.join(side.dropped)}"] if side.dropped else []

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from storage.store.store import Store
     from storage.views.policy import Policy
 
+    _Banks = list[tuple[TargetManifest, ...]]  # targets that are read together, each time of another bank
+
 # Taps that serve, those of one kind together; the first kind that is there is taken.
 ATTENTION = (("attention",), ("q", "k"), ("class_row",))
 TOKENS = (("tokens",),)
@@ -81,8 +83,10 @@ def find_teacher_targets(
         return not kept_of(store, stored, shards, view)[1]
 
     ids = [[id for id in chosen if parts[targets[id].identity.tap] is part] for part in (ATTENTION, TOKENS)]
-    attention = _pick(store, candidates, ATTENTION, ids[0], complete)
-    tokens = _pick(store, candidates, TOKENS, ids[1], complete)
+    attention, tokens = (
+        _pick(store, [_alike(candidates, taps) for taps in part], part_ids, complete)
+        for part, part_ids in zip((ATTENTION, TOKENS), ids, strict=True)
+    )
     if not (attention or tokens):
         taps = sorted({m.identity.tap for m in targets.values() if teacher in (None, m.teacher)})
         raise UserError(
@@ -101,14 +105,9 @@ def find_teacher_targets(
 
 
 def _pick(
-    store: Store,
-    candidates: Sequence[TargetManifest],
-    kinds: Sequence[tuple[str, ...]],
-    ids: Sequence[str],
-    complete: Callable[[_Stored], bool],
+    store: Store, by_kind: Sequence[list[_Banks]], ids: Sequence[str], complete: Callable[[_Stored], bool]
 ) -> _Stored:
     """The targets of one part: those of `ids`, else of the first kind that the images have, else that the store has."""
-    by_kind = [_alike(candidates, taps) for taps in kinds]
     if ids:
         fits = [banks for kind in by_kind for banks in kind if {*ids} <= {m.id for targets in banks for m in targets}]
         if not fits:
@@ -120,9 +119,9 @@ def _pick(
     return next((_only(store, kind) for kind in by_kind if kind), ())
 
 
-def _alike(candidates: Sequence[TargetManifest], taps: Sequence[str]) -> list[list[tuple[TargetManifest, ...]]]:
+def _alike(candidates: Sequence[TargetManifest], taps: Sequence[str]) -> list[_Banks]:
     """Targets of these taps that are read together; those that differ in their bank alone stand in one list."""
-    by_identity: dict[tuple[str, ...], list[tuple[TargetManifest, ...]]] = {}
+    by_identity: dict[tuple[str, ...], _Banks] = {}
     for targets in itertools.product(*([m for m in candidates if m.identity.tap == tap] for tap in taps)):
         identities = [manifest.identity for manifest in targets]
         if len({(identity.bank, identity.layers) for identity in identities}) == 1:
@@ -131,7 +130,7 @@ def _alike(candidates: Sequence[TargetManifest], taps: Sequence[str]) -> list[li
     return list(by_identity.values())
 
 
-def _only(store: Store, fits: Sequence[Sequence[tuple[TargetManifest, ...]]]) -> _Stored:
+def _only(store: Store, fits: Sequence[_Banks]) -> _Stored:
     """The one that fits. Raises UserError: several do."""
     if len(fits) > 1:
         names = [" with ".join(manifest.id for manifest in banks[0]) for banks in fits]
