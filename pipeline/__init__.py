@@ -10,12 +10,6 @@ if TYPE_CHECKING:
 
     __version__: str
 else:
-    __getattr__, __dir__ = lazy_names(
-        __name__,
-        {
-            "pipeline.cli": ["main"],
-            "pipeline.recipes.loader": ["load_recipe"],
-        },
-    )
+    __getattr__, __dir__ = lazy_names(__name__, {"pipeline.cli": ["main"], "pipeline.recipes.loader": ["load_recipe"]})
 
 __all__ = ["load_recipe", "main"]

@@ -47,9 +47,9 @@ def cli() -> None:
     """
 
 
-_MAKE = (init, pack, teachers, recipes, plan, precompute, verify, inspect)
-_LEARN = (fit_teacher, train, evaluate, predict, aal_links, export, demo, bench)
-for command in (*_MAKE, *_LEARN):
+for command in (init, pack, teachers, recipes, plan, precompute, verify, inspect):
+    cli.add_command(command)
+for command in (fit_teacher, train, evaluate, predict, aal_links, export, demo, bench):
     cli.add_command(command)
 
 
@@ -59,6 +59,9 @@ _ADVICE = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give a place that you may read and write"),
     **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR), "give another path"),
 }
+_INTERRUPTED = (
+    "interrupted; what was complete stays (precompute: run the same command again to resume; train: --resume)"
+)
 _DAMAGED = "\n  `pipeline verify --store DIR` lists everything that is damaged, and how to recompute it."
 
 
@@ -102,28 +105,26 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(2) from None
     except (click.Abort, KeyboardInterrupt) as error:
         status = 143 if isinstance(error.__cause__ or error, _Terminated) else 130
-        _fail(
-            "interrupted; what was complete stays (precompute: run the same command again to resume; train: --resume)",
-            as_json,
-            status,
-        )
-    except (UserError, click.ClickException) as error:
-        if debug:
-            raise
-        _fail(f"{error}{_DAMAGED if isinstance(error, DamageError) and not error.hint else ''}", as_json, 1)
+        _fail(_INTERRUPTED, as_json, status)
     except BrokenPipeError:
         raise SystemExit(1) from None
-    except OSError as error:
-        if debug:
-            raise
-        where = display_path(Path(error.filename)) if isinstance(error.filename, str) else "input or output"
-        what = f"{where}: {first_line(error)}"
-        _fail(f"{what}; {_ADVICE.get(error.errno or 0, 'mend it and run the same command again')}", as_json, 1)
     except Exception as error:
         if debug:
             raise
-        text = first_line(error, kind=True)
-        _fail(f"this should not happen: {text}\n  Run it again with --debug and report what it shows.", as_json, 1)
+        _fail(_explanation(error), as_json, 1)
+
+
+def _explanation(error: Exception) -> str:
+    """What was wrong, and what to do."""
+    if isinstance(error, UserError | click.ClickException):
+        return f"{error}{_DAMAGED if isinstance(error, DamageError) and not error.hint else ''}"
+    if isinstance(error, OSError):
+        where = display_path(Path(error.filename)) if isinstance(error.filename, str) else "input or output"
+        advice = _ADVICE.get(error.errno or 0, "mend it and run the same command again")
+        return f"{where}: {first_line(error)}; {advice}"
+    return (
+        f"this should not happen: {first_line(error, kind=True)}\n  Run it again with --debug and report what it shows."
+    )
 
 
 def _fail(text: str, as_json: bool, status: int) -> None:

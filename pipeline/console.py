@@ -10,19 +10,24 @@ from typing import TYPE_CHECKING
 from pipeline.messages import as_flags, with_flags
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress
 
 PLAIN_EVERY = 10.0  # seconds between lines where stderr is no terminal
 
 
 class Console:
-    """Progress for people: a bar with rate and time left on a terminal, plain lines elsewhere."""
+    """Progress for people: a bar with rate and time left on a terminal, plain lines elsewhere; `with` takes it away."""
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
-        self._task: TaskID | None = None
         self._what, self._total, self._done = "", 0, 0
         self._began = self._said = 0.0
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def say(self, line: str) -> None:
         """A line."""
@@ -44,7 +49,7 @@ class Console:
             columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
             columns += [TextColumn("{task.fields[rate]}"), TimeRemainingColumn()]
             self._bar = Progress(*columns, console=Rich(stderr=True), transient=True)
-            self._task = self._bar.add_task(what, total=total, rate="")
+            self._bar.add_task(what, total=total, rate="")
             self._bar.start()
 
     def advance(self, steps: int) -> None:
@@ -52,8 +57,8 @@ class Console:
         self._done += steps
         now = time.monotonic()
         rate = self._done / max(now - self._began, 1e-9)
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, advance=steps, rate=f"{rate:,.0f}/s")
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], advance=steps, rate=f"{rate:,.0f}/s")
         elif now - self._said >= PLAIN_EVERY:
             self._said = now
             left = (self._total - self._done) / max(rate, 1e-9)
@@ -62,21 +67,16 @@ class Console:
     def expect(self, total: int) -> None:
         """There are so many steps, as far as it is known by now."""
         self._total = total
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, total=total)
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], total=total)
 
     def stop(self) -> None:
         """Take the bar away."""
         if self._bar is not None:
             self._bar.stop()
-            self._bar = self._task = None
+            self._bar = None
 
 
 def show(result: object, lines: list[str], as_json: bool) -> None:
     """The result on stdout: one JSON object with the fields of a data class or the keys of a dict, or lines."""
-    from storage.objects.record_schema import plain
-
-    if as_json:
-        print(json.dumps(with_flags(json.loads(json.dumps(result, default=plain)))))
-    else:
-        print(as_flags("\n".join(lines)))
+    print(json.dumps(with_flags(result)) if as_json else as_flags("\n".join(lines)))

@@ -26,12 +26,18 @@ def as_flags(text: str) -> str:
 
 
 def with_flags(result: Any) -> Any:
-    """A result, to be written as JSON, with all its texts as `as_flags` gives them."""
+    """A result (plain data, records and data classes) as plain data, with all its texts as `as_flags` gives them."""
+    if isinstance(result, str):
+        return as_flags(result)
     if isinstance(result, dict):
         return {key: with_flags(value) for key, value in result.items()}
     if isinstance(result, list | tuple):
         return [with_flags(value) for value in result]
-    return as_flags(result) if isinstance(result, str) else result
+    if result is None or isinstance(result, int | float):
+        return result
+    from storage.objects.record_schema import plain
+
+    return with_flags(plain(result))
 
 
 def _shown(match: re.Match[str], quoted: bool) -> str:
@@ -39,7 +45,7 @@ def _shown(match: re.Match[str], quoted: bool) -> str:
     if parts is None:
         return _flag(name, value)
     words = ["pipeline", name.replace("_", "-")]
-    for part in (found.strip() for found in _PART.findall(parts)):
+    for part in map(str.strip, _PART.findall(parts)):
         key, equals, text = part.partition("=")
         words.append(_flag(key, text) if equals and re.fullmatch(r"[a-z][a-z0-9_.]*", key) else part)
     command = " ".join(filter(None, words))

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from precompute.request import PrecomputeRequest
 
 
+Words = tuple[str, ...]  # an option that may be repeated
+
+
 class CommandGroup(click.Group):
     """A group that names the nearest command."""
 
@@ -31,17 +34,27 @@ class CommandGroup(click.Group):
         return super().resolve_command(ctx, args)
 
 
-def common(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--json` and `--debug`, as every command has them."""
+def together(*options: Callable[..., Any]) -> Callable[..., Any]:
+    """Several options as one decorator; help lists them in this order."""
 
-    @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, everything else on stderr.")
-    @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        kwargs.pop("debug")  # `main` reads it
-        return command(*args, **kwargs)
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
 
-    return wrapped
+    return decorate
+
+
+def option(flag: str, metavar: str | None, text: str, **settings: Any) -> Callable[..., Any]:
+    """An option of a command; help shows its default."""
+    return click.option(flag, metavar=metavar, help=text, show_default="default" in settings, **settings)
+
+
+# As every command has them; `main` reads `--debug`.
+common = together(
+    click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, everything else on stderr."),
+    click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."),
+)
 
 
 # For shards as single words: the shell took a pattern apart.
@@ -59,11 +72,16 @@ class Hinted(click.types.StringParamType):
         return self.hint
 
 
+def missing(name: str) -> click.MissingParameter:
+    """The error that an option of the running command is missing, where only some calls need it."""
+    command = click.get_current_context().command
+    return click.MissingParameter(param=next(param for param in command.params if param.name == name))
+
+
 def shards(*names: str, help: str, required: bool = True) -> Callable[..., Any]:  # noqa: A002 - as click.option
     """Shards, as many as are given."""
-    made = (
-        "They are cut off by `pipeline pack … --val-fraction 0.1`" if "--val" in names else "`pipeline pack` makes them"
-    )
+    cut = "They are cut off by `pipeline pack … --val-fraction 0.1`"
+    made = cut if "--val" in names else "`pipeline pack` makes them"
     return click.option(
         *names,
         multiple=True,
@@ -80,17 +98,19 @@ def _named(ctx: click.Context, param: click.Parameter, value: str | None) -> str
     return value
 
 
-store = click.option(
+store = option(
     "--store",
+    "DIR",
+    "The store: a folder or an fsspec URL.",
     required=True,
-    metavar="DIR",
     callback=_named,
     type=Hinted("It is the folder that `pipeline precompute` makes; a project file may name it too."),
-    help="The store: a folder or an fsspec URL.",
 )
 
 
 PATH = click.Path(path_type=Path)
+POSITIVE = click.FloatRange(0, min_open=True)
+POSITIVE = click.FloatRange(0, min_open=True)
 picture = click.option("--out", type=PATH, metavar="FILE", help="Also draw a picture: .png, .svg or .pdf.")
 
 
@@ -104,18 +124,14 @@ checkpoint = choice(
     values=["last", "best", "ema"],
     text="Which student; `best` was chosen on the validation shards, `ema` is the average.",
 )
-device = click.option("--device", metavar="D", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-copied_store = click.option(
-    "--store", metavar="DIR", help="The store with the teacher of a student that copies attention, if it was moved."
+device = option("--device", "D", "auto, cpu, cuda or cuda:N.", default="auto")
+copied_store = option(
+    "--store", "DIR", "The store with the teacher of a student that copies attention, if it was moved."
 )
 
 
-def _option(flag: str, metavar: str | None, text: str, **settings: Any) -> Callable[..., Any]:
-    return click.option(flag, metavar=metavar, help=text, **settings)
-
-
-_WANTED = (
-    _option(
+_PRECOMPUTE = (
+    option(
         "--teacher",
         "NAME",
         "A teacher of the project file, a short name (effnet_b3, mobilenetv2, vit_tiny, …), a timm name or a ready "
@@ -123,7 +139,7 @@ _WANTED = (
     ),
     shards("--shards", help="The shards."),
     store,
-    _option(
+    option(
         "--target",
         "TAP[,layers=…][,grid=…][,codec=…]…",
         "Targets to store: activations, logits, embedding, q, k, v, class_row, attention, class_token or tokens; "
@@ -131,41 +147,41 @@ _WANTED = (
         "(logits); for activations grid=8, at=block (after the residual sum), antialias=true.",
         multiple=True,
     ),
-    _option(
+    option(
         "--tap-tensor",
         "TAP=TENSOR",
         "For a model.onnx: the tensor of a tap. Several tensors of one tap are its layers, in order.",
         multiple=True,
     ),
-    _option("--view-policy", "P", "none, eval, light, deit, or a line such as 'rrc(0.2,1)|flip'.  [default: deit]"),
-    _option("--view-size", "N", "Side of the view images.  [default: 224]", type=int),
-    _option("--num-views", "N", "Views of each image.  [default: 4]", type=click.IntRange(1)),
-    _option("--seed", "N", "Seed of the views.  [default: 0]", type=int),
-    _option("--new-bank", None, "Create a second bank for these shards.", is_flag=True),
-    _option("--weights", "F", "A .safetensors or .pth file; without it, timm's hub."),
-    _option(
+    option("--view-policy", "P", "none, eval, light, deit, or a line such as 'rrc(0.2,1)|flip'.  [default: deit]"),
+    option("--view-size", "N", "Side of the view images.  [default: 224]", type=int),
+    option("--num-views", "N", "Views of each image.  [default: 4]", type=click.IntRange(1)),
+    option("--seed", "N", "Seed of the views.  [default: 0]", type=int),
+    option("--new-bank", None, "Create a second bank for these shards.", is_flag=True),
+    option("--weights", "F", "A .safetensors or .pth file; without it, timm's hub."),
+    option(
         "--weights-key", "KEY", "Key of the weights in the file, such as state_dict.  [default: as timm, EMA first]"
     ),
-    _option("--teacher-arg", "K=V", "An argument of timm.create_model; may be repeated.", multiple=True),
-    _option("--mean", "M", "Mean of the teacher's input: one number or three, with commas."),
-    _option("--std", "S", "Standard deviation of the teacher's input: one number or three, with commas."),
-    _option("--input-size", "N", "Side of the teacher's input.", type=int),
-    _option("--teacher-name", "NAME", "Name of the teacher in the store."),
+    option("--teacher-arg", "K=V", "An argument of timm.create_model; may be repeated.", multiple=True),
+    option("--mean", "M", "Mean of the teacher's input: one number or three, with commas."),
+    option("--std", "S", "Standard deviation of the teacher's input: one number or three, with commas."),
+    option("--input-size", "N", "Side of the teacher's input.", type=int),
+    option("--teacher-name", "NAME", "Name of the teacher in the store."),
     choice("--provider", values=["auto", "cpu", "cuda"], text="Where the teacher runs."),
     choice(
         "--on-decode-error",
         values=["fail", "skip"],
         text="An image that cannot be decoded, or a key without an image, fails its shard, or is skipped in training.",
     ),
-    _option(
+    option(
         "--store-views",
         None,
         "Also store the view images: training decodes nothing, and decoders may change.",
         is_flag=True,
     ),
-    _option("--workers", "N", "Worker processes on this machine.", type=click.IntRange(1)),
-    _option("--dask", "ADDRESS", "A running scheduler, such as tcp://host:8786."),
-    _option(
+    option("--workers", "N", "Worker processes on this machine.", type=click.IntRange(1)),
+    option("--dask", "ADDRESS", "A running scheduler, such as tcp://host:8786."),
+    option(
         "--worker-timeout",
         "SECONDS",
         "How long to wait for a first worker to start, and for one to come back once all are gone: more where a batch "
@@ -184,28 +200,24 @@ _OF_ONE = ("target", "tap_tensor", "weights", "weights_key", "teacher_arg", "mea
 _ADVICE = "`pipeline fit-teacher --teacher NAME --out FILE` makes one from a teacher whose features are stored"
 
 
-def wanted(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What `precompute` and `plan` take: the command is called with `store` and `wanted`.
+def precompute_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What `precompute` and `plan` take: the command is called with `store` and `requests`, by teachers' names.
 
-    `wanted` is what one teacher is asked for, or name -> that for all teachers of the project file.
+    The name is empty where `--teacher` names the teacher; without that flag, `requests` has all of the project file.
     """
+    own = inspect.signature(command).parameters.keys()
 
     @functools.wraps(command)
-    def wrapped(store: str, **flags: Any) -> Any:
-        names = {*inspect.signature(_one).parameters, "teacher"} - {"entry", "where"}
-        others = {name: value for name, value in flags.items() if name not in names}
-        return command(store=store, wanted=_wanted(**{name: flags[name] for name in names}), **others)
+    def wrapped(**flags: Any) -> Any:
+        requests = _requests(**{name: value for name, value in flags.items() if name not in own})
+        return command(requests=requests, **{name: value for name, value in flags.items() if name in own})
 
-    made: Callable[..., Any] = context.reads(**_SAID)(wrapped)
-    for option in reversed(_WANTED):
-        made = option(made)
-    return made
+    return together(*_PRECOMPUTE, context.reads(**_SAID))(wrapped)
 
 
-def _wanted(teacher: str | None, **flags: Any) -> PrecomputeRequest | dict[str, PrecomputeRequest]:
-    """What is asked for: of the teacher that was named, or of each in the project file."""
-    read = context.current()
-    entries = read.teachers if read else {}
+def _requests(teacher: str | None, **flags: Any) -> dict[str, PrecomputeRequest]:
+    project = context.current()
+    entries = project.teachers if project else {}
     if teacher is None and not entries:
         raise click.UsageError("Missing option '--teacher'; a project file may name teachers too.")
     if flags["workers"] and flags["dask"]:  # a flag wins over the file
@@ -216,26 +228,23 @@ def _wanted(teacher: str | None, **flags: Any) -> PrecomputeRequest | dict[str, 
         flags |= {name: None for name in ("workers", "dask") if name not in said}
     if teacher is not None and teacher not in entries:
         try:
-            return _one(teacher, None, "", **flags)
+            return {"": _request(teacher, None, "", **flags)}
         except UserError as error:
-            if read is None or not entries:
+            if project is None or not entries:
                 raise
-            raise UserError(str(error), hint=f"{read.path} has teachers {', '.join(entries)}.") from None
-    assert read is not None
+            raise UserError(str(error), hint=f"{project.path} has teachers {', '.join(entries)}.") from None
+    assert project is not None
     chosen = list(entries) if teacher is None else [teacher]
-    if len(chosen) > 1:
-        for name in _OF_ONE:
-            if flags[name]:
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag} is for one teacher, {read.path} has {', '.join(chosen)}: say --teacher NAME")
+    if len(chosen) > 1 and (flag := next((name.replace("_", "-") for name in _OF_ONE if flags[name]), None)):
+        raise UserError(f"--{flag} is for one teacher, {project.path} has {', '.join(chosen)}: say --teacher NAME")
     absent = [name for name in chosen if not flags["weights"] and _is_missing(entries[name].weights)]
     if len(absent) < len(chosen):
         for name in absent:
             file = display_path(Path(str(entries[name].weights)))
             click.echo(f"{name} is left out: {file} is not there yet; {_ADVICE}", err=True)
         chosen = [name for name in chosen if name not in absent]
-    made = {name: _one(name, entries[name], f"{read.path}: teachers.{name}: ", **flags) for name in chosen}
-    return made if teacher is None else made[teacher]
+    requests = {name: _request(name, entries[name], f"{project.path}: teachers.{name}: ", **flags) for name in chosen}
+    return requests if teacher is None else {"": requests[teacher]}
 
 
 def _is_missing(file: str | None) -> bool:
@@ -249,36 +258,30 @@ def _is_missing(file: str | None) -> bool:
     return False
 
 
-def _one(
-    teacher: str,
+def _request(
+    name: str,
     entry: TeacherEntry | None,
     where: str,
     *,
-    shards: tuple[str, ...],
-    target: tuple[str, ...],
-    tap_tensor: tuple[str, ...],
+    shards: Words,
+    target: Words,
+    tap_tensor: Words,
     view_policy: str | None,
     view_size: int | None,
-    num_views: int | None,
     seed: int | None,
-    new_bank: bool,
     weights: str | None,
     weights_key: str | None,
-    teacher_arg: tuple[str, ...],
+    teacher_arg: Words,
     mean: str | None,
     std: str | None,
     input_size: int | None,
     teacher_name: str | None,
-    provider: str,
-    on_decode_error: Any,
-    store_views: bool,
-    workers: int | None,
-    dask: str | None,
     worker_timeout: int | None,
+    **passed: Any,
 ) -> PrecomputeRequest:
     """What is asked of one teacher; of a project's teacher, what no flag says comes from its entry.
 
-    `where` opens the errors of what the project file says.
+    `where` opens the errors of what the project file says; `passed` are fields of the request as they are.
     """
     from precompute.engine.dask_client import WORKER_TIMEOUT
     from precompute.request import PrecomputeRequest
@@ -291,24 +294,20 @@ def _one(
     urls = expand(shards)
     views = policy("deit" if view_policy is None else view_policy, 224 if view_size is None else view_size, seed or 0)
     arguments, means, stds = _arguments(teacher_arg), _numbers(mean, "--mean"), _numbers(std, "--std")
-    texts, model, tensors = target, teacher, onnx_file.named_outputs(tap_tensor)
+    model, tensors = name, onnx_file.named_outputs(tap_tensor)
     if entry is not None:
-        model, texts = entry.teacher or teacher, target or entry.targets
+        model, target, teacher_name = entry.teacher or name, target or entry.targets, teacher_name or name
         weights_key = weights_key or (None if weights else entry.weights_key)
-        weights, teacher_name, input_size = (
-            weights or entry.weights,
-            teacher_name or teacher,
-            input_size or entry.input_size,
-        )
-        tensors = {**entry.tap_tensors, **tensors}
-        arguments, means, stds = {**entry.args, **arguments}, means or entry.mean, stds or entry.std
+        weights, input_size = weights or entry.weights, input_size or entry.input_size
+        tensors, arguments = {**entry.tap_tensors, **tensors}, {**entry.args, **arguments}
+        means, stds = means or entry.mean, stds or entry.std
     try:
-        specs = [spec for text in texts or tensors for spec in parse_target(text)]
+        specs = [spec for text in target or tensors for spec in parse_target(text)]
         if tensors and not onnx_file.is_onnx_file(model):
             raise UserError(
                 f"--tap-tensor names tensors of a ready model.onnx; {model} has taps of its own: --target TAP"
             )
-        found = find_teacher(
+        teacher = find_teacher(
             model,
             weights=weights,
             arguments=arguments,
@@ -319,48 +318,41 @@ def _one(
             weights_key=weights_key,
             say=Console().say,
         )
-        if found.ready:
+        if teacher.ready:
             specs = onnx_file.given_tensors(model, tensors, specs)
     except UserError as error:
         if not where:
             raise
         missing = error.setting.startswith("`weights=") and _is_missing(weights)
         raise UserError(f"{where}{error}", hint=_ADVICE if missing else "") from None
-    named = {"line": view_policy, "size": view_size, "seed": seed}
-    given = frozenset(name for name, value in named.items() if value is not None)
+    fields = {"line": view_policy, "size": view_size, "seed": seed}
     return PrecomputeRequest(
         shards=urls,
-        teacher=found,
+        teacher=teacher,
         targets=specs,
         policy=views,
-        policy_fields=given,
-        num_views=num_views,
-        new_bank=new_bank,
-        provider=provider,
-        on_decode_error=on_decode_error,
-        store_views=store_views,
-        workers=workers,
-        dask=dask,
+        policy_fields=frozenset(field for field, value in fields.items() if value is not None),
         grid=context.grid(),
         worker_timeout=worker_timeout or WORKER_TIMEOUT,
+        **passed,
     )
 
 
-def _arguments(pairs: tuple[str, ...]) -> dict[str, Any]:
+def _arguments(pairs: Words) -> dict[str, Any]:
     import yaml
 
     from pipeline.yaml_io import why
 
-    found = {}
+    arguments = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not name.isidentifier():
             raise UserError(f"--teacher-arg {pair}: expected name=value")
         try:
-            found[name] = yaml.safe_load(text)
+            arguments[name] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise UserError(f"--teacher-arg {pair}: the value is not plain YAML: {why(error)}") from None
-    return found
+    return arguments
 
 
 def _numbers(text: str | None, flag: str) -> tuple[float, ...] | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline.console import Console, show
-from pipeline.options import PATH, choice, common, shards
+from pipeline.options import PATH, Words, choice, common, option, shards
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,26 +22,14 @@ if TYPE_CHECKING:
 )
 @shards("--shards", help="Photographs for `precompute` and `torch`: the first 512 of the first shard.", required=False)
 @choice("--device", values=["auto", "cpu", "cuda"], text="Device of the models.")
-@click.option(
-    "--turns", type=click.IntRange(1), default=5, show_default=True, help="Turns per variant; a live teacher runs two."
-)
+@option("--turns", None, "Turns per variant; a live teacher runs two.", type=click.IntRange(1), default=5)
 @click.option("--quick", is_flag=True, help="Run only small cases.")
-@click.option(
-    "--folder",
-    type=PATH,
-    metavar="DIR",
-    help="Folder for temporary stores; its disk is measured, too.  [default: the system's]",
+@option(
+    "--folder", "DIR", "Folder for temporary stores; its disk is measured, too.  [default: the system's]", type=PATH
 )
 @common
 def bench(
-    *,
-    only: tuple[str, ...],
-    shards: tuple[str, ...],
-    device: str,
-    turns: int,
-    quick: bool,
-    folder: Path | None,
-    as_json: bool,
+    *, only: Words, shards: Words, device: str, turns: int, quick: bool, folder: Path | None, as_json: bool
 ) -> None:
     """Compare speed with the limits of this machine.
 

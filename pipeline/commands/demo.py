@@ -26,9 +26,6 @@ def demo(out: Path, as_json: bool) -> None:
     """
     from pipeline.demo.run import demo as run
 
-    console = Console()
-    try:
+    with Console() as console:
         result = run(out, console)
-    finally:
-        console.stop()
     show(result, result["table"], as_json)

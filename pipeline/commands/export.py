@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline.console import show
-from pipeline.options import PATH, checkpoint, common, shards
+from pipeline.options import PATH, Words, checkpoint, common, missing, option, shards
 from pipeline.project.context import reads
 from pipeline.run_paths import student_file
 
@@ -20,10 +20,8 @@ if TYPE_CHECKING:
 @shards("--shards", help="Shards with images to check the graph on.", required=False)
 @click.option("--out", type=PATH, metavar="F", help="File of the graph.  [default: RUN/student.onnx]")
 @checkpoint
-@click.option(
-    "--push-to-hub",
-    metavar="USER/NAME",
-    help="Upload weights, config.json and model card to the Hugging Face Hub; writes no graph.",
+@option(
+    "--push-to-hub", "USER/NAME", "Upload weights, config.json and model card to the Hugging Face Hub; writes no graph."
 )
 @click.option("--private", is_flag=True, help="Create a private repository on the Hub.")
 @reads(shards="val")
@@ -31,7 +29,7 @@ if TYPE_CHECKING:
 def export(
     run: Path,
     *,
-    shards: tuple[str, ...],
+    shards: Words,
     out: Path | None,
     checkpoint: str,
     push_to_hub: str | None,
@@ -61,8 +59,7 @@ def export(
     if private:
         raise click.UsageError("--private is for a repository on the Hub; add --push-to-hub USER/NAME")
     if not shards:
-        command = click.get_current_context().command
-        raise click.MissingParameter(param=next(option for option in command.params if option.name == "shards"))
+        raise missing("shards")
     from pipeline.export_onnx import export as run_
 
     path = student_file(run, checkpoint)

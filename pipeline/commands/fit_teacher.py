@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline.console import Console, show
-from pipeline.options import PATH, common, device, shards, store
+from pipeline.options import PATH, Words, common, device, option, shards, store
 from pipeline.project.context import reads
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def lines(result: FitTeacherResult, command: str) -> list[str]:
     ]
 
 
-def command(result: FitTeacherResult, store: str, shards: tuple[str, ...]) -> str:
+def command(result: FitTeacherResult, store: str, shards: Words) -> str:
     """The `pipeline precompute` command that stores the logits for the shards and views that the head was fitted on."""
     from student.targets import hints
 
@@ -62,9 +62,7 @@ def name_of(path: str) -> str:
 @click.option("--out", required=True, type=PATH, metavar="F", help="A new .safetensors file.")
 @click.option("--weights", metavar="F", help="The teacher's weights, if they are not at the recorded path.")
 @click.option("--num-views", type=click.IntRange(1), metavar="N", help="Views to use per image.  [default: all]")
-@click.option(
-    "--l2", type=click.FloatRange(0), metavar="X", help="Strength of the L2 penalty.  [default: best on held-out]"
-)
+@option("--l2", "X", "Strength of the L2 penalty.  [default: best on held-out]", type=click.FloatRange(0))
 @click.option("--seed", type=int, default=0, show_default=True, help="Selects the held-out samples.")
 @device
 @reads(store="store", shards="shards", val="val")
@@ -74,8 +72,8 @@ def fit_teacher(
     store: str,
     target: str | None,
     teacher: str | None,
-    shards: tuple[str, ...],
-    val: tuple[str, ...],
+    shards: Words,
+    val: Words,
     out: Path,
     weights: str | None,
     num_views: int | None,
@@ -95,11 +93,9 @@ def fit_teacher(
     """
     from storage.store.store import Store
     from student.distributed import pick_device
-    from student.fit_teacher.fit import FitTeacherConfig
-    from student.fit_teacher.fit import fit_teacher as run
+    from student.fit_teacher import fit
 
-    console = Console()
-    job = FitTeacherConfig(
+    config = fit.FitTeacherConfig(
         store=Store.open(store),
         shards=shards,
         val=val,
@@ -112,9 +108,7 @@ def fit_teacher(
         seed=seed,
         device=str(pick_device(device)),
     )
-    try:
-        result = run(job, console)
-    finally:
-        console.stop()
+    with Console() as console:
+        result = fit.fit_teacher(config, console)
     keep = command(result, store, shards)
     show({**asdict(result), "command": keep}, lines(result, keep), as_json)

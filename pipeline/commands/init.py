@@ -28,11 +28,8 @@ def init(folder: Path, out: Path, as_json: bool) -> None:
     """
     from pipeline.project.init import init as run
 
-    console = Console()
-    try:
+    with Console() as console:
         result = run(folder, out, console)
-    finally:
-        console.stop()
     count = f"{len(result['classes'])} classes" if result["classes"] else "classes without names"
     images = f"{'about ' if result['estimated'] else ''}{result['images']:,} images"
     held = ", ".join([*map(shlex.quote, result["val"][:3]), *["…"] * (len(result["val"]) > 3)])

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from pipeline.console import Console, show
-from pipeline.options import QUOTES, Hinted, common
+from pipeline.options import QUOTES, Hinted, Words, common, option
 from pipeline.project.context import FILE, load
 
 
@@ -21,16 +21,14 @@ from pipeline.project.context import FILE, load
     type=Hinted("Give a source and the new shards' names: pipeline pack photos train-000000.tar"),
 )
 @click.option("--per-shard", type=click.IntRange(1), help="Samples per shard.  [default: spread over all names]")
-@click.option(
-    "--val-fraction", type=float, metavar="F", help="Validation fraction of each class.  [default: 0; 0.1 without OUT]"
-)
+@option("--val-fraction", "F", "Validation fraction of each class.  [default: 0; 0.1 without OUT]", type=float)
 @click.option("--fraction", type=float, default=1.0, help="Fraction of each class to keep.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the order and of both fractions.")
 @click.option("--no-shuffle", is_flag=True, help="Keep the order of the source.")
 @common
 def pack(
     *,
-    places: tuple[str, ...],
+    places: Words,
     per_shard: int | None,
     val_fraction: float | None,
     fraction: float,

@@ -39,21 +39,17 @@ def predict(
     """
     from pipeline.live_copy_teacher import live_copy_teacher
     from student.distributed import pick_device
-    from student.evaluation.predict import found_in
-    from student.evaluation.predict import predict as predict_images
+    from student.evaluation import predict as prediction
     from student.models.files import load_classifier
 
     path = student_file(run, checkpoint)
     model, about = load_classifier(path)
-    console = Console()
-    files = found_in(images, console.say)
-    model = model.to(pick_device(device))
-    context = live_copy_teacher(model, about, store)
-    console.start("predicting", len(files))
-    try:
-        predictions, unreadable = predict_images(model, about, files, top, advance=console.advance, context=context)
-    finally:
-        console.stop()
+    with Console() as console:
+        files = prediction.found_in(images, console.say)
+        model = model.to(pick_device(device))
+        context = live_copy_teacher(model, about, store)
+        console.start("predicting", len(files))
+        predictions, unreadable = prediction.predict(model, about, files, top, advance=console.advance, context=context)
     errors = [f"{one.image}: {one.error}" for one in unreadable]
     if not predictions:
         raise UserError("\n".join(errors))

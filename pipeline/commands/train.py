@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline.console import Console, show
-from pipeline.options import PATH, Hinted, common, device, shards
+from pipeline.options import PATH, Hinted, common, device, missing, option, shards
 from pipeline.project.context import over, reads
 
 if TYPE_CHECKING:
@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option(
+@option(
     "--recipe",
+    None,
+    "A recipe's name (scratch, aal, …) or a YAML file.",
     required=True,
     type=Hinted("`pipeline recipes` lists them."),
-    help="A recipe's name (scratch, aal, …) or a YAML file.",
 )
 @shards("--shards", help="Training shards.")
 @shards("--val", required=False, help="Validation shards; not needed for recipes without labels.")
@@ -87,8 +88,7 @@ def train(
     from student.training.setup import TrainConfig
     from student.training.train import train as run
 
-    with process_group(device) as torch_device:
-        console = Console()
+    with process_group(device) as torch_device, Console() as console:
         config = TrainConfig(
             recipe=chosen_recipe(),
             shards=shards,
@@ -99,10 +99,7 @@ def train(
             resume=resume,
             smoke=smoke,
         )
-        try:
-            result = run(config, console)
-        finally:
-            console.stop()
+        result = run(config, console)
         if rank():
             return
         top5 = f", top-5 {result['top5']:.2f} %" if result["top5"] is not None else ""
@@ -127,5 +124,4 @@ def _require_val(recipe: Recipe, shards: tuple[str, ...], val: tuple[str, ...]) 
         from storage.shards.patterns import expand
 
         expand(shards)
-        context = click.get_current_context()
-        raise click.MissingParameter(ctx=context, param=next(p for p in context.command.params if p.name == "val"))
+        raise missing("val")

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import click
 
 from pipeline.console import Console, show
-from pipeline.options import common, shards, store
+from pipeline.options import Words, common, option, shards, store
 from pipeline.project.context import reads
 from storage.errors import UserError
 
@@ -17,16 +17,12 @@ SHOWN = 10  # files of a list that are named; --json names all
 @click.command()
 @store
 @shards("--shards", help="Shards to check views and targets against.", required=False)
-@click.option(
-    "--samples", type=click.IntRange(1), default=64, show_default=True, help="Samples to check, evenly spaced."
-)
+@option("--samples", None, "Samples to check, evenly spaced.", type=click.IntRange(1), default=64)
 @click.option("--full", is_flag=True, help="Check all samples.")
 @click.option("--weights", multiple=True, metavar="F", help="A teacher's weights, if they were moved; may be repeated.")
 @reads(store="store", shards="shards")
 @common
-def verify(
-    *, store: str, shards: tuple[str, ...], samples: int, full: bool, weights: tuple[str, ...], as_json: bool
-) -> None:
+def verify(*, store: str, shards: Words, samples: int, full: bool, weights: Words, as_json: bool) -> None:
     """Check every byte of a store, its pixels and targets.
 
     With --shards, views are rendered again and compared, and targets are compared with the live PyTorch teacher if its
@@ -37,17 +33,16 @@ def verify(
     """
     from precompute.verify_targets import LiveTargets
     from storage.shards.patterns import expand
+    from storage.store import verify as check
     from storage.store.store import Store
-    from storage.store.verify import VerifyReport
-    from storage.store.verify import verify as run
 
     urls = expand(shards) if shards else []
     console = Console()
-    opened, report = Store.open(store), VerifyReport()
+    opened, report = Store.open(store), check.VerifyReport()
     if (weights or full) and not urls:
         raise UserError("--weights and --full: give the shards whose targets are compared: --shards …")
     live = LiveTargets(opened, report, weights, console.say) if urls else None
-    run(opened, urls, samples=0 if full else samples, say=console.say, look=live, report=report)
+    check.verify(opened, urls, samples=0 if full else samples, say=console.say, look=live, report=report)
     result = {"store": store, "ok": not report.failures, **asdict(report)}
     verdict = "everything is as it was written" if not report.failures else f"{len(report.failures)} failure(s)"
     rendered = ", no views rendered (give --shards)"

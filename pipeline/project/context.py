@@ -30,50 +30,25 @@ def reads(**options: str) -> Callable[..., Any]:
     The options are filled from the file before click asks whether one is missing.
     """
 
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        def given(ctx: click.Context, param: click.Parameter, value: Any) -> None:
-            if ctx.resilient_parsing:
-                return
-            if param.name == "no_project":
-                _without(ctx, bool(value))
-            elif value is not None or (_META not in ctx.meta and Path(FILE).is_file()):
-                _with(ctx, Path(value or FILE), options)
+    def choose(ctx: click.Context, _param: click.Parameter, value: str | bool | None) -> None:
+        if ctx.resilient_parsing or value is False:
+            return
+        if value is not None and _META in ctx.meta:  # click calls first for the option that was given first
+            raise click.UsageError("--project and --no-project are both given; choose one", ctx)
+        if value is True:
+            ctx.meta[_META] = None
+        elif value is not None or (_META not in ctx.meta and Path(FILE).is_file()):
+            _read(ctx, Path(value or FILE), options)
 
-        @click.option(
-            "--project",
-            metavar="FILE",
-            is_eager=True,
-            expose_value=False,
-            callback=given,
-            help=f"A project file; {FILE} in this folder by default. Flags override it.",
-        )
-        @click.option(
-            "--no-project",
-            is_flag=True,
-            is_eager=True,
-            expose_value=False,
-            callback=given,
-            help="Ignore project files.",
-        )
-        @functools.wraps(command)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            return command(*args, **kwargs)
-
-        return wrapped
-
-    return decorate
+    text = f"A project file; {FILE} in this folder by default. Flags override it."
+    option = functools.partial(click.option, is_eager=True, expose_value=False, callback=choose)
+    project = option("--project", metavar="FILE", help=text)
+    no_project = option("--no-project", is_flag=True, help="Ignore project files.")
+    return lambda command: project(no_project(command))
 
 
-def _without(ctx: click.Context, wanted: bool) -> None:
-    if wanted and ctx.meta.get(_META):
-        raise click.UsageError("--project and --no-project are both given; choose one", ctx)
-    if wanted:
-        ctx.meta[_META] = None
-
-
-def _with(ctx: click.Context, path: Path, options: dict[str, str]) -> None:
-    if _META in ctx.meta:
-        raise click.UsageError("--project and --no-project are both given; choose one", ctx)
+def _read(ctx: click.Context, path: Path, options: dict[str, str]) -> None:
+    """Read a project file for a command, and take what it says as the defaults of the command's options."""
     ctx.meta[_META] = project = load(path)
     ctx.default_map = {name: value for name, field in options.items() if (value := project.said(field)) is not None}
     if os.environ.get("RANK", "0") == "0":  # torchrun's other processes say the same
