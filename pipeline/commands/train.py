@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline.console import Console, show
-from pipeline.options import PATH, Hinted, common, device, missing, option, shards
+from pipeline.options import PATH, Hinted, Words, common, device, missing, option, shards
 from pipeline.project.context import over, reads
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 @click.option("--out", required=True, type=PATH, metavar="RUN", help="A new folder for the run.")
 @click.option("--set", "settings", multiple=True, metavar="PATH=VALUE", help="Override a setting; may be repeated.")
 @click.option("--resume", is_flag=True, help="Resume from the checkpoint in RUN; give the same options otherwise.")
-@click.option(
-    "--same-classes", is_flag=True, help="Assume that teacher and student have the same classes if a list is unknown."
+@option(
+    "--same-classes", None, "Assume that teacher and student have the same classes if a list is unknown.", is_flag=True
 )
 @click.option("--smoke", is_flag=True, help="Run only a few steps of each phase, as a test.")
 @device
@@ -41,11 +41,11 @@ if TYPE_CHECKING:
 def train(
     *,
     recipe: str,
-    shards: tuple[str, ...],
-    val: tuple[str, ...],
+    shards: Words,
+    val: Words,
     store: str | None,
     out: Path,
-    settings: tuple[str, ...],
+    settings: Words,
     resume: bool,
     same_classes: bool,
     smoke: bool,
@@ -88,7 +88,7 @@ def train(
     from student.training.setup import TrainConfig
     from student.training.train import train as run
 
-    with process_group(device) as torch_device, Console() as console:
+    with process_group(device) as torch_device:
         config = TrainConfig(
             recipe=chosen_recipe(),
             shards=shards,
@@ -99,19 +99,20 @@ def train(
             resume=resume,
             smoke=smoke,
         )
-        result = run(config, console)
+        with Console() as console:
+            result = run(config, console)
         if rank():
             return
         top5 = f", top-5 {result['top5']:.2f} %" if result["top5"] is not None else ""
         averaged = f", averaged {result['ema_top1']:.2f} %" if "ema_top1" in result else ""
         score = "no score was taken"
         if result["top1"] is not None:
-            score = f"top-1 {result['top1']:.2f} % (best {result['best_top1']:.2f} %{averaged}){top5} on "
-            score += f"{result['samples']} samples"
+            best = f"(best {result['best_top1']:.2f} %{averaged})"
+            score = f"top-1 {result['top1']:.2f} % {best}{top5} on {result['samples']} samples"
         show(result, [f"{'a smoke run, nothing was learned: ' if smoke else ''}{score}: {out}"], as_json)
 
 
-def _require_val(recipe: Recipe, shards: tuple[str, ...], val: tuple[str, ...]) -> None:
+def _require_val(recipe: Recipe, shards: Words, val: Words) -> None:
     """A usage error where validation shards are missing that the recipe needs.
 
     UserError where what was given as shards is none: it says how they are made, with validation shards.

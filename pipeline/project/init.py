@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -9,7 +10,7 @@ import shlex
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
@@ -20,10 +21,11 @@ from storage.shards.tar import IMAGES, counted_flaws
 from storage.views.render import BadImage, decode, size_in
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from storage.progress import Progress
 
+T = TypeVar("T")
 LOOKED_AT = 200  # images, spread over the folder, whose sizes are read
 PER_SHARD = 1000  # samples
 VIEWS = 4
@@ -36,7 +38,6 @@ class ImageSummary:
     """What lies in a folder.
 
     Attributes:
-        folder: that was looked at.
         images: their number; about, where some shards are estimated.
         classes: their names; empty where nobody says them.
         side: the median of the shorter sides that were read, in pixels.
@@ -47,7 +48,6 @@ class ImageSummary:
         estimated: how many shards were not read, their samples estimated by their sizes.
     """
 
-    folder: Path
     images: int
     classes: list[str]
     side: int
@@ -91,21 +91,14 @@ def _images(folder: Path, progress: Progress) -> ImageSummary:
     for line in odd:
         progress.say(f"skipped: {line}")
     step = max(1, len(files) // LOOKED_AT)
-    sides = []
-    for path, _, _ in files[::step]:
-        try:
-            sides.append(min(size_in(path)))
-        except BadImage:
-            continue  # `pack` and `precompute` name what is broken
-    if not sides:
-        raise UserError(f"{folder}: none of the images that were looked at can be opened, such as {files[0][0]}")
+    broken = f"{folder}: none of the images that were looked at can be opened, such as {files[0][0]}"
+    side = _side((path for path, _, _ in files[::step]), size_in, broken)
     count = max(1, round(0.9 * len(files) / PER_SHARD))
     names = "shards/train-000000.tar" if count == 1 else f"shards/train-{{000000..{count - 1:06d}}}.tar"
     return ImageSummary(
-        folder=folder,
         images=len(files),
         classes=classes,
-        side=round(statistics.median(sides)),
+        side=side,
         shards=[names],
         val=["shards/train-val-*.tar"],
         why="`pipeline pack` cuts them off",
@@ -116,43 +109,46 @@ def _images(folder: Path, progress: Progress) -> ImageSummary:
 def _shards(folder: Path, tars: Sequence[Path], home: Path, progress: Progress) -> ImageSummary:
     from precompute.plan import counted
 
-    held = [path for path in tars if re.search(HELD_BACK, path.stem, re.IGNORECASE)]
-    train = [path for path in tars if path not in held]
+    val = [path for path in tars if re.search(HELD_BACK, path.stem, re.IGNORECASE)]
+    train = [path for path in tars if path not in val]
     why = "their names say val, valid, validation or test"
-    if not held:
-        held, train = train[-1:], train[:-1]
+    if not val:
+        val, train = train[-1:], train[:-1]
         why = "the last one, as no name says val, valid, validation or test"
     if not train:
-        what = "training" if len(held) > 1 else "validation"
+        what = "training" if len(val) > 1 else "validation"
         raise UserError(
             f"{folder}: {len(tars)} shard(s) leave none for {what}; cut some off: "
             f"pipeline pack {shlex.quote(str(folder))} 'shards/train-{{000000..000009}}.tar' --val-fraction 0.1"
         )
-    shards = counted(None, [str(path) for path in (*train, *held)], progress, skip=True)
+    shards = counted(None, [str(path) for path in (*train, *val)], progress, skip=True)
     for shard in shards:
         if shard.opened is not None and (flaws := shard.opened.index.left_out):
             progress.say(f"{shard.url}: {counted_flaws(flaws)}: skipped by precompute --on-decode-error skip")
     first = next(shard.opened for shard in shards if shard.opened is not None)  # some are always read
-    sides = []
-    for sample in first.read(range(min(64, len(first)))):
-        try:
-            sides.append(min(decode(sample.image).size))
-        except BadImage:
-            continue
-    if not sides:
-        raise UserError(f"{first.url}: none of its first images can be decoded")
-    classes = classes_of([str(path) for path in train]) or []
+    images = (sample.image for sample in first.read(range(min(64, len(first)))))
+    side = _side(images, lambda image: decode(image).size, f"{first.url}: none of its first images can be decoded")
     return ImageSummary(
-        folder=folder,
         images=sum(shard.samples for shard in shards),
-        classes=list(classes),
-        side=round(statistics.median(sides)),
+        classes=list(classes_of([str(path) for path in train]) or []),
+        side=side,
         shards=[os.path.relpath(path, home) for path in train],
-        val=[os.path.relpath(path, home) for path in held],
+        val=[os.path.relpath(path, home) for path in val],
         why=why,
         packed=True,
         estimated=sum(shard.estimated for shard in shards),
     )
+
+
+def _side(images: Iterable[T], size: Callable[[T], tuple[int, int]], broken: str) -> int:
+    """The median of the images' shorter sides, of those that can be read. Raises UserError: none can."""
+    sides = []
+    for image in images:
+        with contextlib.suppress(BadImage):  # `pack` and `precompute` name what is broken
+            sides.append(min(size(image)))
+    if not sides:
+        raise UserError(broken)
+    return round(statistics.median(sides))
 
 
 def sizes(side: int) -> tuple[int, int]:
@@ -163,36 +159,28 @@ def sizes(side: int) -> tuple[int, int]:
     return 224, 16
 
 
-def text(found: ImageSummary) -> str:
+def text(summary: ImageSummary) -> str:
     """The project file."""
-    view, patch = sizes(found.side)
-    epochs = max(20, min(200, round(PASSES / max(1, found.images))))
-    batch = 128 if found.images < 100_000 else 512
+    view, patch = sizes(summary.side)
+    epochs = max(20, min(200, round(PASSES / max(1, summary.images))))
+    batch = 128 if summary.images < 100_000 else 512
     small = "\n  embed_dim: 128\n  depth: 6\n  num_heads: 4" if view <= 64 else ""
 
-    def several(names: Sequence[str]) -> str:
+    def listed(names: Sequence[str]) -> str:
         quoted = [yaml.safe_dump(name, width=math.inf).removesuffix("...\n").strip() for name in names]
         return quoted[0] if len(names) == 1 else "\n" + "\n".join(f"  - {name}" for name in quoted)
 
-    count = len(found.classes)
-    ours = [
-        "ours:                 # the same with a head for these classes: what fit-teacher writes, for deit-hard",
-        "  teacher: vit_tiny",
-        "  weights: ours.safetensors",
-        f"  args: {{num_classes: {count or 10}}}",
-        "  targets: logits",
-    ]
+    count = len(summary.classes)
     unknown = "\n  # num_classes: 10   # no classes.json lies beside the shards: say how many classes there are"
-    mark = "" if found.classes else "# "
-    ours_text = "\n".join(f"  {mark}{line}" for line in ours).lstrip()
-    images = f"{'about ' if found.estimated else ''}{found.images:,} images"
+    mark = "" if count else "# "
+    images = f"{'about ' if summary.estimated else ''}{summary.images:,} images"
     return f"""\
-# {images}, {count or "unnamed"} classes, about {found.side} pixels on the shorter side.
+# {images}, {count or "unnamed"} classes, about {summary.side} pixels on the shorter side.
 # Flags override this file. All settings: docs/recipes.md; teachers: pipeline teachers; recipes: pipeline recipes.
 
-shards: {several(found.shards)}
-# For validation: {found.why}.
-val: {several(found.val)}
+shards: {listed(summary.shards)}
+# For validation: {summary.why}.
+val: {listed(summary.val)}
 store: store            # what the teachers saw; any number of students learn from it
 
 views:                  # drawn once, stored, and replayed for every student
@@ -204,14 +192,18 @@ teachers:               # several may stand here; each takes its time and space 
   vit_tiny:             # a ViT with ImageNet's weights, from timm's hub; `pipeline teachers` lists others
     # weights: FILE.safetensors      # offline
     targets: [embedding, class_row]  # for fit-teacher, and for the recipe advit-l1
-  {ours_text}
+  {mark}ours:                 # the same with a head for these classes: what fit-teacher writes, for deit-hard
+  {mark}  teacher: vit_tiny
+  {mark}  weights: ours.safetensors
+  {mark}  args: {{num_classes: {count or 10}}}
+  {mark}  targets: logits
   # mobilenetv2:        # a CNN's activation maps, for the recipe aal
   #   targets: activations
 
 student:
   model: vit_tiny_patch16_224
   img_size: {view}
-  patch_size: {patch}         # {view // patch}x{view // patch} patches{small}{"" if found.classes else unknown}
+  patch_size: {patch}         # {view // patch}x{view // patch} patches{small}{"" if count else unknown}
 
 set:                    # over every recipe
   optim.epochs: {epochs}     # more are better, and take as many times longer
@@ -230,31 +222,28 @@ def init(folder: Path, out: Path, progress: Progress) -> dict[str, Any]:
     """
     if out.exists():
         raise UserError(f"{out}: is there already; give another name with --out, or remove it")
-    found = look(folder.expanduser(), out.parent, progress)
-    out.write_text(text(found), encoding="utf-8")
+    summary = look(folder.expanduser(), out.parent, progress)
+    out.write_text(text(summary), encoding="utf-8")
     project = [] if out.name == "pipeline.yaml" and out.parent == Path() else ["--project", str(out)]
-    words = [["plan"], ["precompute"], ["train", "--recipe", "scratch", "--out", "scratch"]]
-    if found.classes:
+    scratch = ["train", "--recipe", "scratch", "--out", "scratch"]
+    words = [["plan"], ["precompute"], scratch]
+    if summary.classes:
         fitted = str(out.parent / "ours.safetensors")
         words = [
             ["plan", "--teacher", "vit_tiny"],
             ["precompute", "--teacher", "vit_tiny"],
             ["fit-teacher", "--teacher", "vit_tiny", "--out", fitted],
             ["precompute", "--teacher", "ours"],
-            words[-1],
+            scratch,
             ["train", "--recipe", "deit-hard", "--out", "taught"],
         ]
     words = [[*command, *project] for command in words]
-    if not found.packed:
-        where = [str(out.parent / found.shards[0]), "--val-fraction", "0.1"] if project else []
+    if not summary.packed:
+        where = [str(out.parent / summary.shards[0]), "--val-fraction", "0.1"] if project else []
         words = [["pack", str(folder), *where], *words]
     return {
         "project": str(out),
-        "images": found.images,
-        "estimated": found.estimated,
-        "classes": found.classes,
-        "side": found.side,
-        "val": found.val,
-        "val_because": found.why,
+        **{name: getattr(summary, name) for name in ("images", "estimated", "classes", "side", "val")},
+        "val_because": summary.why,
         "commands": [shlex.join(["pipeline", *command]) for command in words],
     }

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from pipeline.commands.evaluate import options
+from pipeline.options import Words, option
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,11 +22,9 @@ if TYPE_CHECKING:
     metavar="NAME",
     help="Also measure this teacher (short name or timm name); may be repeated.",
 )
-@click.option(
-    "--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Images in a timed forward pass."
-)
+@option("--batch-size", None, "Images in a timed forward pass.", type=click.IntRange(1), default=32)
 @options.prints_report
-def cost(paths: list[Path], **settings: Any) -> options.Report:
+def cost(paths: list[Path], *, teachers: Words, batch_size: int, device: str) -> options.Report:
     """Measure parameters, multiply-adds and forward times.
 
     Links that AAL trained together with a student are measured, too.
@@ -35,4 +34,4 @@ def cost(paths: list[Path], **settings: Any) -> options.Report:
     """
     from pipeline.evaluation.cost import measure_cost
 
-    return measure_cost(paths, **settings)
+    return measure_cost(paths, teachers, batch_size=batch_size, device=device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,14 +12,16 @@ from pipeline.project.context import reads
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from pipeline.evaluation.frozen import FrozenConfig
+
 
 @click.command()
 @options.run
 @options.labeled_shards
 @options.frozen_features
 @reads(shards="val", train_shards="shards")
-@options.prints_report
-def knn(paths: list[Path], **settings: Any) -> options.Report:
+@options.prints_frozen_report
+def knn(path: Path, config: FrozenConfig) -> options.Report:
     """Measure k-NN accuracy on frozen features.
 
     Neighbors are found among the features of the training shards. A training image that is also evaluated is skipped.
@@ -27,6 +29,6 @@ def knn(paths: list[Path], **settings: Any) -> options.Report:
     \b
     pipeline evaluate knn run --shards train-val-000000.tar --train-shards 'train-{000000..000009}.tar'
     """
-    from pipeline.evaluation.frozen import FrozenConfig, measure_knn
+    from pipeline.evaluation.frozen import measure_knn
 
-    return measure_knn(paths[0], FrozenConfig(**settings))
+    return measure_knn(path, config)

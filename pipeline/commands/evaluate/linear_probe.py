@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from pipeline.commands.evaluate import options
+from pipeline.options import POSITIVE, option
 from pipeline.project.context import reads
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from pipeline.evaluation.frozen import FrozenConfig
 
 
 @click.command()
 @options.run
 @options.labeled_shards
 @options.frozen_features
-@click.option(
-    "--lr", type=click.FloatRange(0, min_open=True), metavar="R", help="Learning rate.  [default: best on held-out]"
-)
+@option("--lr", "R", "Learning rate.  [default: best on held-out]", type=POSITIVE)
 @reads(shards="val", train_shards="shards")
-@options.prints_report
-def linear_probe(paths: list[Path], *, lr: float | None, **settings: Any) -> options.Report:
+@options.prints_frozen_report
+def linear_probe(path: Path, config: FrozenConfig, lr: float | None) -> options.Report:
     """Fit a linear classifier on frozen features.
 
     Without --lr, the learning rate is selected on held-out training samples. A training image that is also evaluated is
@@ -33,6 +34,6 @@ def linear_probe(paths: list[Path], *, lr: float | None, **settings: Any) -> opt
     pipeline evaluate linear-probe run --shards train-val-000000.tar --train-shards 'train-{000000..000009}.tar' \\
       --label-fraction 10% --list labeled.csv
     """
-    from pipeline.evaluation.frozen import FrozenConfig, measure_linear_probe
+    from pipeline.evaluation.frozen import measure_linear_probe
 
-    return measure_linear_probe(paths[0], FrozenConfig(**settings), lr)
+    return measure_linear_probe(path, config, lr)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from pipeline.commands.evaluate import options
-from pipeline.options import choice, picture, shards
+from pipeline.options import Words, choice, picture, shards
 from pipeline.project.context import reads
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from student.evaluation.localization.max_box_acc import Convention
 
 
 @click.command()
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
 @picture
 @reads(shards="val")
 @options.prints_report
-def localize(paths: list[Path], **settings: Any) -> options.Report:
+def localize(
+    paths: list[Path], *, shards: Words, convention: Convention, out: Path | None, device: str
+) -> options.Report:
     """Measure whether attention finds objects (MaxBoxAcc).
 
     A box is predicted from the attention of the class token and compared with the ground-truth boxes. The picture shows
@@ -37,4 +41,4 @@ def localize(paths: list[Path], **settings: Any) -> options.Report:
     """
     from pipeline.evaluation.localization import measure_localization
 
-    return measure_localization(paths[0], **settings)
+    return measure_localization(paths[0], shards=shards, convention=convention, out=out, device=device)

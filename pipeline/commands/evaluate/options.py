@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
 from pipeline.console import show
-from pipeline.options import PATH, checkpoint, common, device, shards
+from pipeline.options import PATH, checkpoint, common, device, option, shards, together
 from pipeline.run_paths import student_file
 
 if TYPE_CHECKING:
@@ -34,15 +35,13 @@ labeled_shards = shards("--shards", help="Labeled shards to evaluate on.")
 def prints_report(measure: Callable[..., Report]) -> Callable[..., None]:
     """Add `--checkpoint`, `--device`, `--json` and `--debug`; pass on the student files, and print the report."""
 
-    @checkpoint
-    @device
-    @common
     @functools.wraps(measure)
     def wrapped(*, runs: tuple[Path, ...], checkpoint: str, as_json: bool, **settings: Any) -> None:
         report = measure([student_file(run, checkpoint) for run in runs], **settings)
         show(report.to_json(), report.lines(), as_json)
 
-    return cast("Callable[..., None]", wrapped)
+    command: Callable[..., None] = together(checkpoint, device, common)(wrapped)
+    return command
 
 
 def fraction(text: str) -> float:
@@ -57,42 +56,42 @@ def fraction(text: str) -> float:
     return value
 
 
-def frozen_features(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of k-NN and linear probes: training samples, the labeled fraction, the features to read."""
-
-    @shards("--train-shards", help="Labeled training shards.")
-    @click.option(
+# Of k-NN and linear probes: training samples, the labeled fraction, the features to read.
+frozen_features = together(
+    shards("--train-shards", help="Labeled training shards."),
+    option(
         "--label-fraction",
+        "PART",
+        "Use only this class-balanced fraction of the training samples, such as 1%.",
         type=fraction,
         default="100%",
-        metavar="PART",
-        show_default=True,
-        help="Use only this class-balanced fraction of the training samples, such as 1%.",
-    )
-    @click.option(
+    ),
+    click.option(
         "--list",
         "listing",
         type=PATH,
         metavar="FILE",
         help="Write the selected training samples to a CSV with shard, key and label.",
-    )
-    @click.option(
+    ),
+    option(
         "--projector-layers",
+        "N",
+        "Read features after N linear layers of the projector that the student was trained with.",
         type=click.IntRange(0),
         default=0,
-        metavar="N",
-        show_default=True,
-        help="Read features after N linear layers of the projector that the student was trained with.",
-    )
-    @click.option(
-        "--seed",
-        type=click.IntRange(0),
-        default=0,
-        show_default=True,
-        help="Seed of the label fraction and of the linear probe.",
-    )
-    @functools.wraps(command)
-    def wrapped(**settings: Any) -> Any:
-        return command(**settings)
+    ),
+    option("--seed", None, "Seed of the label fraction and of the linear probe.", type=click.IntRange(0), default=0),
+)
 
-    return cast("Callable[..., Any]", wrapped)
+
+def prints_frozen_report(measure: Callable[..., Report]) -> Callable[..., None]:
+    """As `prints_report`; `measure` is called with the student file, a FrozenConfig, and the other options."""
+
+    @functools.wraps(measure)
+    def wrapped(paths: list[Path], **settings: Any) -> Report:
+        from pipeline.evaluation.frozen import FrozenConfig
+
+        config = FrozenConfig(**{field.name: settings.pop(field.name) for field in fields(FrozenConfig)})
+        return measure(paths[0], config, **settings)
+
+    return prints_report(wrapped)
