@@ -40,20 +40,17 @@ def export(path: Path, shards: Sequence[str], out: Path) -> dict[str, Any]:
             f"{path}: this student attends with its teacher's attention, which a graph of it alone does not have; "
             "`pipeline predict` runs both"
         )
-    view = about.evaluation_policy
     shard = open_shards(shards)[0]
     if len(shard) < 2:
         raise UserError(f"{shard.url}: one image is too few to check a graph on; give another with --shards")
-    images = block_views(shard, view)[:CHECKED]
+    images = np.ascontiguousarray(block_views(shard, about.evaluation_policy)[:CHECKED])
     graph = onnx.load_from_string(
-        export_student(
-            model, about.img_size, mean=about.mean, std=about.std, images=np.ascontiguousarray(images), name=str(path)
-        )
+        export_student(model, about.img_size, mean=about.mean, std=about.std, images=images, name=str(path))
     )
-    told = {"classes": about.classes, "size": about.img_size, "view": about.evaluation, "model": about.model}
-    onnx.helper.set_model_props(graph, {name: json.dumps(value) for name, value in told.items()})
+    properties = {"classes": about.classes, "size": about.img_size, "view": about.evaluation, "model": about.model}
+    onnx.helper.set_model_props(graph, {name: json.dumps(value) for name, value in properties.items()})
     data = graph.SerializeToString(deterministic=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(out) as temporary:
         temporary.write_bytes(data)
-    return {"graph": str(out), "student": str(path), "bytes": len(data), "checked": len(images), **told}
+    return {"graph": str(out), "student": str(path), "bytes": len(data), "checked": len(images), **properties}

@@ -217,7 +217,7 @@ def precompute_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _requests(teacher: str | None, **flags: Any) -> dict[str, PrecomputeRequest]:
     project = context.current()
-    entries = project.teachers if project else {}
+    entries = project.content.teachers if project else {}
     if teacher is None and not entries:
         raise click.UsageError("Missing option '--teacher'; a project file may name teachers too.")
     if flags["workers"] and flags["dask"]:  # a flag wins over the file
@@ -339,19 +339,14 @@ def _request(
 
 
 def _arguments(pairs: Words) -> dict[str, Any]:
-    import yaml
-
-    from pipeline.yaml_io import why
+    from pipeline.yaml_io import value_in
 
     arguments = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not name.isidentifier():
             raise UserError(f"--teacher-arg {pair}: expected name=value")
-        try:
-            arguments[name] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"--teacher-arg {pair}: the value is not plain YAML: {why(error)}") from None
+        arguments[name] = value_in(text, f"--teacher-arg {pair}")
     return arguments
 
 

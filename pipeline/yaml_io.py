@@ -32,8 +32,8 @@ class _Loader(yaml.SafeLoader):
                 if key.value in seen:
                     raise ConstructorError(None, None, f"the key {key.value!r} is there twice", key.start_mark)
                 seen.add(key.value)
-        found: dict[Any, Any] = super().construct_mapping(node, deep)
-        return found
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
 def read_yaml(path: Path) -> Any:
@@ -53,10 +53,18 @@ def read_yaml(path: Path) -> Any:
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
     except Exception as error:  # its constructors raise anything: ValueError, KeyError, IndexError, RecursionError, …
-        raise UserError(f"{path}: not plain YAML: {why(error)}") from None
+        raise UserError(f"{path}: not plain YAML: {_why(error)}") from None
 
 
-def why(error: Exception) -> str:
+def value_in(text: str, where: str) -> Any:
+    """The value of an argument such as `name=value`. Raises UserError, opened by `where`: it is not plain YAML."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: the value is not plain YAML: {_why(error)}") from None
+
+
+def _why(error: Exception) -> str:
     """What is no YAML in a text, and where in it."""
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return first_line(error)[:400]

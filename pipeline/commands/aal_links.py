@@ -59,7 +59,7 @@ def aal_links(
         result["picture"] = str(file)
     smoke = is_smoke(run)
     note = [f"{run}: a smoke run, whose links have learned nothing"] if smoke else []
-    show({"run": str(run), "smoke": smoke, **result}, [*note, *_lines(run, result)], as_json)
+    show({"run": str(run), "smoke": smoke, **result}, [*note, *_lines(settings, result)], as_json)
 
 
 def _selection(trained: Trained, settings: LinksConfig) -> tuple[dict[str, Any], Tensor, Tensor]:
@@ -71,30 +71,28 @@ def _selection(trained: Trained, settings: LinksConfig) -> tuple[dict[str, Any],
     layout = trained.layout
     heat, choice = layout.heat(trained.weights), extracted(trained.weights, layout, settings)
     kept = torch.stack([part.double().mean(0) for part in torch.split(choice, list(layout.channels))])
-    selection = {
-        **settings.model_dump(exclude={"run"}),
-        "kept": layout.count(choice),
-        "of": trained.weights.numel(),
-        "by_stage": kept.tolist(),
-        "ranges": ranges_of(choice, layout),
-    }
-    stages = [{"stage": n, "channels": c} for n, c in zip(layout.stages, layout.channels, strict=True)]
     result = {
         "loss": trained.loss,
         "target": trained.target,
-        "stages": stages,
+        "stages": [{"stage": n, "channels": c} for n, c in zip(layout.stages, layout.channels, strict=True)],
         "heads": list(layout.heads),
         "heat": heat.tolist(),
-        "selection": selection,
+        "selection": {
+            **settings.model_dump(exclude={"run"}),
+            "kept": layout.count(choice),
+            "of": trained.weights.numel(),
+            "by_stage": kept.tolist(),
+            "ranges": ranges_of(choice, layout),
+        },
     }
     return result, heat, kept
 
 
-def _lines(run: Path, result: dict[str, Any]) -> list[str]:
+def _lines(settings: LinksConfig, result: dict[str, Any]) -> list[str]:
     """The heat map as a table, the kept links, and the settings that select them."""
     heat, selection, stages = result["heat"], result["selection"], result["stages"]
     lines = [
-        f"{run}: loss {result['loss']}, target {result['target']}",
+        f"{settings.run}: loss {result['loss']}, target {result['target']}",
         "mean |w| of links, in 1/1000: stages of the teacher down, layers of the student across; * what is kept of all "
         "its channels, + of some",
         f"{'stage':>5} {'maps':>5}" + "".join(f"{n:>8}" for n in range(1, len(result["heads"]) + 1)),
@@ -102,22 +100,22 @@ def _lines(run: Path, result: dict[str, Any]) -> list[str]:
     for stage, row, shares in zip(stages, heat, selection["by_stage"], strict=True):
         cells = (f"{1000 * w:7.2f}{'*' if s == 1 else '+' if s else ' '}" for w, s in zip(row, shares, strict=True))
         lines.append(f"{stage['stage']:>5} {stage['channels']:>5}" + "".join(cells))
-    how = f"{selection['normalize']}, by {selection['granularity']}, above {selection['threshold']:g}"
+    how = f"{settings.normalize}, by {settings.granularity}, above {settings.threshold:g}"
     share = 100 * selection["kept"] / selection["of"]
     lines.append(f"Algorithm 1 ({how}) keeps {selection['kept']:,} of {selection['of']:,} links, {share:.1f} %")
     if selection["kept"] == selection["of"]:
         lines.append(
             "  printed puts a weight of 0 near the middle of 0 to 1, far above the threshold: --normalize abs prunes"
-            if selection["normalize"] == "printed"
+            if settings.normalize == "printed"
             else "  that is all of them: a higher --threshold prunes"
         )
     elif not selection["kept"]:
         lines.append("  that is none, so no run can be trained with it: lower --threshold")
     else:
         where = f"losses.{result['loss']}.links"
-        defaults = {"loss": None, "normalize": "abs", "granularity": "channel", "threshold": 0.05}
-        changed = [f"{where}.{name}={selection[name]}" for name, usual in defaults.items() if selection[name] != usual]
-        lines.append(f"  to train with them: {_words(f'{where}={run}', *changed)}")
+        changed = settings.model_dump(exclude={"run"}, exclude_defaults=True).items()
+        words = _words(f"{where}={settings.run}", *(f"{where}.{name}={value}" for name, value in changed))
+        lines.append(f"  to train with them: {words}")
         if selection["ranges"]:
             text = str(selection["ranges"]).replace("None", "null")
             lines.append(f"  or, the same as ranges: {_words(f'{where}={text}')}")
@@ -150,18 +148,14 @@ def draw(path: Path, trained: Trained, heat: Tensor, kept: Tensor) -> None:
     image = axes.imshow(heat.numpy(), cmap=plotting.MAP, aspect="auto", origin="lower", vmin=0)
     layout = trained.layout
     axes.set_xticks(range(columns), [str(n) for n in range(1, columns + 1)])
-    axes.set_yticks(
-        range(rows), [f"{n} ({count} maps)" for n, count in zip(layout.stages, layout.channels, strict=True)]
-    )
+    axes.set_yticks(range(rows), [f"{n} ({c} maps)" for n, c in zip(layout.stages, layout.channels, strict=True)])
     axes.set_xlabel("layer of the student", fontsize=plotting.FONT - 1)
     axes.set_ylabel("stage of the teacher", fontsize=plotting.FONT - 1)
-    for y in range(rows):
-        for x in range(columns):
-            if share := float(kept[y, x]):
-                dash = "solid" if share == 1 else "dotted"
-                frame = Rectangle((x - 0.42, y - 0.42), 0.84, 0.84, fill=False, linewidth=1.2, linestyle=dash)
-                frame.set_edgecolor("white" if float(heat[y, x]) < 0.7 * float(heat.max()) else "black")
-                axes.add_patch(frame)
+    for y, x in kept.nonzero().tolist():
+        dash = "solid" if kept[y, x] == 1 else "dotted"
+        frame = Rectangle((x - 0.42, y - 0.42), 0.84, 0.84, fill=False, linewidth=1.2, linestyle=dash)
+        frame.set_edgecolor("white" if heat[y, x] < 0.7 * heat.max() else "black")
+        axes.add_patch(frame)
     scale = plotting.panel(figure, left + width + 0.2, top, bar, height)
     figure.colorbar(image, cax=scale).set_label("mean |w| of links", fontsize=plotting.FONT - 1)
     plotting.write(figure, 0.1, 0.08, "Links between CNN and ViT", weight="bold")

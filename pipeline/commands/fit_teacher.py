@@ -4,47 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from pipeline.console import Console, show
 from pipeline.options import PATH, Words, common, device, option, shards, store
 from pipeline.project.context import reads
-
-if TYPE_CHECKING:
-    from student.fit_teacher.fit import FitTeacherResult
-
-
-def lines(result: FitTeacherResult, command: str) -> list[str]:
-    """The human-readable result, with the command that stores the logits."""
-    top5 = f", top-5 {result.top5:.2f} %" if result.top5 is not None else ""
-    return [
-        f"top-1 {result.top1:.2f} %{top5} on {result.samples} samples: {result.out}",
-        "its logits can be kept like any other teacher's:",
-        f"  {command}",
-    ]
-
-
-def command(result: FitTeacherResult, store: str, shards: Words) -> str:
-    """The `pipeline precompute` command that stores the logits for the shards and views that the head was fitted on."""
-    from student.targets import hints
-
-    return hints.precompute(
-        teacher=result.model,
-        teacher_name=name_of(result.out),
-        weights=result.out,
-        arguments=result.arguments,
-        mean=result.mean,
-        std=result.std,
-        input_size=result.input_size,
-        store=store,
-        shards=shards,
-        view_policy=result.policy,
-        view_size=result.view_size,
-        seed=result.view_seed,
-        target="logits",
-    )
 
 
 def name_of(path: str) -> str:
@@ -94,6 +59,7 @@ def fit_teacher(
     from storage.store.store import Store
     from student.distributed import pick_device
     from student.fit_teacher import fit
+    from student.targets import hints
 
     config = fit.FitTeacherConfig(
         store=Store.open(store),
@@ -110,5 +76,25 @@ def fit_teacher(
     )
     with Console() as console:
         result = fit.fit_teacher(config, console)
-    keep = command(result, store, shards)
-    show({**asdict(result), "command": keep}, lines(result, keep), as_json)
+    command = hints.precompute(  # stores the logits for the shards and views that the head was fitted on
+        teacher=result.model,
+        teacher_name=name_of(result.out),
+        weights=result.out,
+        arguments=result.arguments,
+        mean=result.mean,
+        std=result.std,
+        input_size=result.input_size,
+        store=store,
+        shards=shards,
+        view_policy=result.policy,
+        view_size=result.view_size,
+        seed=result.view_seed,
+        target="logits",
+    )
+    top5 = f", top-5 {result.top5:.2f} %" if result.top5 is not None else ""
+    lines = [
+        f"top-1 {result.top1:.2f} %{top5} on {result.samples} samples: {result.out}",
+        "its logits can be kept like any other teacher's:",
+        f"  {command}",
+    ]
+    show({**asdict(result), "command": command}, lines, as_json)

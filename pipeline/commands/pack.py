@@ -56,7 +56,7 @@ def pack(
         val_fraction = 0.1 if val_fraction is None else val_fraction
     console = Console()
     result = run(
-        sources if len(sources) > 1 else sources[0],
+        sources,
         out,
         per_shard=per_shard,
         val_fraction=val_fraction or 0.0,

@@ -46,7 +46,5 @@ def teachers(name: str | None, input_size: int | None, grid: int | None, as_json
         graph = capabilities.onnx_offers_of(name)
         show(graph, teacher.graph_lines(graph), as_json)
         return
-    from precompute.capabilities import offers_of
-
-    offers = offers_of(name, input_size, grid or 14)
+    offers = capabilities.offers_of(name, input_size, grid or 14)
     show(offers, teacher.lines(offers), as_json)

@@ -22,7 +22,7 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def _several(value: Any) -> Any:
+def _listed(value: Any) -> Any:
     """One stands for a list of one."""
     return (value,) if isinstance(value, str | int | float) and not isinstance(value, bool) else value
 
@@ -36,8 +36,8 @@ def _number(value: Any) -> Any:
     return [number_in(one) for one in value] if isinstance(value, list | tuple) else value
 
 
-Words = Annotated[tuple[Annotated[str, StringConstraints(min_length=1)], ...], BeforeValidator(_several)]
-Numbers = Annotated[tuple[float, ...], BeforeValidator(_number), BeforeValidator(_several)]
+Words = Annotated[tuple[Annotated[str, StringConstraints(min_length=1)], ...], BeforeValidator(_listed)]
+Numbers = Annotated[tuple[float, ...], BeforeValidator(_number), BeforeValidator(_listed)]
 Name = Annotated[str, StringConstraints(pattern="^[A-Za-z0-9_-]{1,40}$")]
 
 
@@ -92,11 +92,6 @@ class Project:
 
     path: Path
     content: ProjectSettings
-
-    @property
-    def teachers(self) -> Mapping[str, TeacherEntry]:
-        """Name -> teacher, in the order of the file."""
-        return self.content.teachers
 
     @property
     def settings(self) -> Sequence[tuple[str, Any]]:
@@ -160,8 +155,8 @@ def _explain(problem: Any) -> str:
 def _from_here(settings: ProjectSettings, folder: Path) -> ProjectSettings:
     """The settings, with paths relative to the current folder instead of the file's."""
 
-    def patterns(several: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        return several and tuple(located(pattern, folder) for pattern in several)
+    def patterns(shards: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return shards and tuple(located(pattern, folder) for pattern in shards)
 
     def weights(name: str | None) -> str | None:  # recorded in the store, so from anywhere
         return name and str(Path(located(name, folder)).expanduser().absolute())
@@ -170,21 +165,21 @@ def _from_here(settings: ProjectSettings, folder: Path) -> ProjectSettings:
         graph = {"teacher": weights(entry.teacher)} if entry.teacher and is_onnx_file(entry.teacher) else {}
         return entry.model_copy(update={"weights": weights(entry.weights), **graph})
 
-    teachers = {name: files(entry) for name, entry in settings.teachers.items()}
-    student, more = settings.student, dict(settings.set)
+    student, overrides = settings.student, {name: number_in(value) for name, value in settings.set.items()}
     if student and student.weights:
         student = student.model_copy(update={"weights": weights(student.weights)})
-    if isinstance(more.get("student.weights"), str):
-        more["student.weights"] = weights(more["student.weights"])
-    located_settings = {
-        "shards": patterns(settings.shards),
-        "val": patterns(settings.val),
-        "store": settings.store and located(settings.store, folder),
-        "teachers": teachers,
-        "student": student,
-        "set": {name: number_in(value) for name, value in more.items()},
-    }
-    return settings.model_copy(update=located_settings)
+    if isinstance(path := settings.set.get("student.weights"), str):
+        overrides["student.weights"] = weights(path)
+    return settings.model_copy(
+        update={
+            "shards": patterns(settings.shards),
+            "val": patterns(settings.val),
+            "store": settings.store and located(settings.store, folder),
+            "teachers": {name: files(entry) for name, entry in settings.teachers.items()},
+            "student": student,
+            "set": overrides,
+        }
+    )
 
 
 def located(pattern: str, folder: Path) -> str:

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pipeline.yaml_io import number_in, read_yaml, why
+from pipeline.yaml_io import number_in, read_yaml, value_in
 from storage.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from student.recipe.schema import Recipe
 
 FOLDER = Path(__file__).parent
-COMMON = Path(__file__).parent.parent / "small.yaml"
+COMMON = FOLDER.parent / "small.yaml"
 SMALL = "-small"
 _SHORT = {"bank": "id", "links": "run"}  # settings with a short form -> what it says of them; of weights it is `start`
 
@@ -42,9 +42,8 @@ def names() -> list[str]:
 
 def _file(recipe: str) -> Path:
     """A recipe's file; of a small variant that of the recipe."""
-    path = FOLDER / f"{recipe.removesuffix(SMALL)}.yaml"
-    if recipe.removesuffix(SMALL) not in names():
-        path = Path(recipe)
+    name = recipe.removesuffix(SMALL)
+    path = FOLDER / f"{name}.yaml" if name in names() else Path(recipe)
     if path.suffix in (".yaml", ".yml") and not path.is_file():
         raise UserError(f"{path}: no such recipe file; `pipeline recipes aal > {path}` makes one to start from")
     if not path.is_file():
@@ -55,24 +54,23 @@ def _file(recipe: str) -> Path:
 def text(recipe: str) -> str:
     """A recipe with its header, as a file that serves as one. Raises UserError: no such recipe."""
     path = _file(recipe)
-    whole = path.read_text(encoding="utf-8")
+    content = path.read_text(encoding="utf-8")
     if path.parent != FOLDER:
-        return whole
+        return content
     if not recipe.endswith(SMALL):
-        return whole.partition("\nsmall:")[0].rstrip() + "\n"
-    said = f"{_header(whole)}#\n{_header(COMMON.read_text(encoding='utf-8'))}"
-    return said + yaml.safe_dump(_content(recipe), sort_keys=False)
+        return content.partition("\nsmall:")[0].rstrip() + "\n"
+    header = f"{_header(content)}#\n{_header(COMMON.read_text(encoding='utf-8'))}"
+    return header + yaml.safe_dump(_content(recipe), sort_keys=False)
 
 
-def _header(whole: str) -> str:
+def _header(content: str) -> str:
     """The comments that a file begins with."""
-    return "".join(takewhile(lambda line: line.startswith("#"), whole.splitlines(keepends=True)))
+    return "".join(takewhile(lambda line: line.startswith("#"), content.splitlines(keepends=True)))
 
 
 def summary(recipe: str) -> str:
     """The first sentence of a recipe's header, without its name."""
-    first = text(recipe).partition("\n")[0].removeprefix("# ")
-    return first.removeprefix(f"{recipe}: ")
+    return text(recipe).partition("\n")[0].removeprefix(f"# {recipe}: ")
 
 
 def _content(recipe: str) -> Any:
@@ -152,8 +150,4 @@ def _set(content: dict[str, Any], setting: str) -> None:
     path, equals, text = setting.partition("=")
     if not equals or not path:
         raise UserError(f"--set {setting}: expected NAME=VALUE, such as --set optim.epochs=50")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {setting}: the value is not plain YAML: {why(error)}") from None
-    put(content, path, number_in(value))
+    put(content, path, number_in(value_in(text, f"--set {setting}")))
