@@ -81,13 +81,13 @@ def missing(name: str) -> click.MissingParameter:
 def shards(*names: str, help: str, required: bool = True) -> Callable[..., Any]:  # noqa: A002 - as click.option
     """Shards, as many as are given."""
     cut = "They are cut off by `pipeline pack … --val-fraction 0.1`"
-    made = cut if "--val" in names else "`pipeline pack` makes them"
+    origin = cut if "--val" in names else "`pipeline pack` makes them"
     return click.option(
         *names,
         multiple=True,
         required=required,
         metavar="SHARDS",
-        type=Hinted(f"{made}; a project file may name them too: pipeline init FOLDER"),
+        type=Hinted(f"{origin}; a project file may name them too: pipeline init FOLDER"),
         help=f"{help} Patterns with braces and *; separate several with ::, or repeat the option.",
     )
 
@@ -192,8 +192,10 @@ _PRECOMPUTE = (
 
 
 # Options of `precompute` and `plan` -> fields of a project file that say them.
-_VIEWS = {"view_policy": "views.policy", "view_size": "views.size", "num_views": "views.count", "seed": "views.seed"}
-_SAID = {**_VIEWS, **{name: name for name in ("shards", "store", "provider", "workers", "dask", "worker_timeout")}}
+_SAID = {
+    **{"view_policy": "views.policy", "view_size": "views.size", "num_views": "views.count", "seed": "views.seed"},
+    **{name: name for name in ("shards", "store", "provider", "workers", "dask", "worker_timeout")},
+}
 # What is said about one teacher, and never of several at once.
 _OF_ONE = ("target", "tap_tensor", "weights", "weights_key", "teacher_arg", "mean", "std", "input_size", "teacher_name")
 # Where a file of weights may come from that is not there.
@@ -222,10 +224,10 @@ def _requests(teacher: str | None, **flags: Any) -> dict[str, PrecomputeRequest]
         raise click.UsageError("Missing option '--teacher'; a project file may name teachers too.")
     if flags["workers"] and flags["dask"]:  # a flag wins over the file
         ctx = click.get_current_context()
-        said = [n for n in ("workers", "dask") if ctx.get_parameter_source(n) == ParameterSource.COMMANDLINE]
-        if len(said) != 1:
+        from_file = [n for n in ("workers", "dask") if ctx.get_parameter_source(n) != ParameterSource.COMMANDLINE]
+        if len(from_file) != 1:
             raise UserError("--workers starts processes here, --dask joins others; give one of them")
-        flags |= {name: None for name in ("workers", "dask") if name not in said}
+        flags[from_file[0]] = None
     if teacher is not None and teacher not in entries:
         try:
             return {"": _request(teacher, None, "", **flags)}
@@ -251,10 +253,8 @@ def _is_missing(file: str | None) -> bool:
     """Whether a file of weights is not there: a fresh project file names one that is still to be made."""
     try:
         Path(file or "").expanduser().stat()
-    except FileNotFoundError:
-        return True
-    except OSError:  # said where it is read
-        pass
+    except OSError as error:  # others are raised where the file is read
+        return isinstance(error, FileNotFoundError)
     return False
 
 

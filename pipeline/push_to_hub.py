@@ -92,7 +92,7 @@ def _refusal(repository: str, error: Exception) -> UserError:
     while not isinstance(error, HfHubHTTPError) and isinstance(error.__cause__, Exception):  # of a thread that uploads
         error = error.__cause__
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
-    said = (isinstance(error, HfHubHTTPError) and error.server_message) or first_line(error)
+    message = (isinstance(error, HfHubHTTPError) and error.server_message) or first_line(error)
     where = f"{constants.ENDPOINT} answers {status}" if status else constants.ENDPOINT
     hint = _HINTS.get(status, "Run the same command again once this is solved.")
-    return UserError(f"{repository} was not pushed: {where}: {said}", hint=hint)
+    return UserError(f"{repository} was not pushed: {where}: {message}", hint=hint)

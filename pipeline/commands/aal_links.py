@@ -53,9 +53,9 @@ def aal_links(
     file = picture_path(out) if out else None
     trained = read(run, loss)
     settings = LinksConfig(run=str(run), loss=loss, normalize=normalize, granularity=granularity, threshold=threshold)
-    result, heat, kept = _selection(trained, settings)
+    result, heat, shares = _selection(trained, settings)
     if file:
-        draw(file, trained, heat, kept)
+        draw(file, trained, heat, shares)
         result["picture"] = str(file)
     smoke = is_smoke(run)
     note = [f"{run}: a smoke run, whose links have learned nothing"] if smoke else []
@@ -70,7 +70,7 @@ def _selection(trained: Trained, settings: LinksConfig) -> tuple[dict[str, Any],
 
     layout = trained.layout
     heat, choice = layout.heat(trained.weights), extracted(trained.weights, layout, settings)
-    kept = torch.stack([part.double().mean(0) for part in torch.split(choice, list(layout.channels))])
+    shares = torch.stack([part.double().mean(0) for part in torch.split(choice, list(layout.channels))])
     result = {
         "loss": trained.loss,
         "target": trained.target,
@@ -81,11 +81,11 @@ def _selection(trained: Trained, settings: LinksConfig) -> tuple[dict[str, Any],
             **settings.model_dump(exclude={"run"}),
             "kept": layout.count(choice),
             "of": trained.weights.numel(),
-            "by_stage": kept.tolist(),
+            "by_stage": shares.tolist(),
             "ranges": ranges_of(choice, layout),
         },
     }
-    return result, heat, kept
+    return result, heat, shares
 
 
 def _lines(settings: LinksConfig, result: dict[str, Any]) -> list[str]:
@@ -127,14 +127,14 @@ def _words(*settings: str) -> str:
     return " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
 
 
-def draw(path: Path, trained: Trained, heat: Tensor, kept: Tensor) -> None:
+def draw(path: Path, trained: Trained, heat: Tensor, shares: Tensor) -> None:
     """Draw the paper's Figure 2: rows are stages, columns are layers, colors are the mean |w|, frames mark kept cells.
 
     Args:
         path: file of the picture.
         trained: the trained links.
         heat: `[stages, N]`.
-        kept: the share of the stage's channels that is kept, `[stages, N]`.
+        shares: the share of the stage's channels that is kept, `[stages, N]`.
     """
     from matplotlib.patches import Rectangle
 
@@ -151,8 +151,8 @@ def draw(path: Path, trained: Trained, heat: Tensor, kept: Tensor) -> None:
     axes.set_yticks(range(rows), [f"{n} ({c} maps)" for n, c in zip(layout.stages, layout.channels, strict=True)])
     axes.set_xlabel("layer of the student", fontsize=plotting.FONT - 1)
     axes.set_ylabel("stage of the teacher", fontsize=plotting.FONT - 1)
-    for y, x in kept.nonzero().tolist():
-        dash = "solid" if kept[y, x] == 1 else "dotted"
+    for y, x in shares.nonzero().tolist():
+        dash = "solid" if shares[y, x] == 1 else "dotted"
         frame = Rectangle((x - 0.42, y - 0.42), 0.84, 0.84, fill=False, linewidth=1.2, linestyle=dash)
         frame.set_edgecolor("white" if heat[y, x] < 0.7 * heat.max() else "black")
         axes.add_patch(frame)

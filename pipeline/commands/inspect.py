@@ -37,8 +37,8 @@ def inspect(store: str, sample: str | None, shards: tuple[str, ...], out: Path |
     from pipeline.inspection import store as inspection
     from storage.store.store import Store
 
-    given = click.get_current_context().get_parameter_source("shards")
-    if sample is None and (out is not None or given == ParameterSource.COMMANDLINE):
+    source = click.get_current_context().get_parameter_source("shards")
+    if sample is None and (out is not None or source == ParameterSource.COMMANDLINE):
         raise click.UsageError("--shards and --out are for the picture of one sample: add --sample KEY, or leave both")
     if sample is None:
         contents = inspection.inspect(Store.open(store))
@@ -53,6 +53,6 @@ def inspect(store: str, sample: str | None, shards: tuple[str, ...], out: Path |
     from storage.shards.patterns import expand
 
     file = plotting.picture_path(out)
-    found = samples.stored_sample(Store.open(store), expand(shards), sample)
-    plotting.save(picture(found), file)
-    show({**samples.facts(found), "files": [str(file)]}, [*samples.lines(found), f"written: {file}"], as_json)
+    stored = samples.stored_sample(Store.open(store), expand(shards), sample)
+    plotting.save(picture(stored), file)
+    show({**samples.facts(stored), "files": [str(file)]}, [*samples.lines(stored), f"written: {file}"], as_json)

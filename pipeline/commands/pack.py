@@ -73,10 +73,10 @@ def pack(
 def _shards_of_project(source: str) -> str:
     """The single shard pattern in the project file of this folder."""
     path = Path(FILE)
-    said = load(path).said("shards") if path.is_file() else None
-    if not said or len(said) != 1:
+    patterns = load(path).said("shards") if path.is_file() else None
+    if not patterns or len(patterns) != 1:
         raise click.UsageError(
             f"name the new shards, such as: pipeline pack {shlex.quote(source)} 'train-{{000000..000009}}.tar'"
             + (f"; {path} has no single pattern for them" if path.is_file() else "")
         )
-    return str(said[0])
+    return str(patterns[0])

@@ -97,8 +97,8 @@ class Project:
     def settings(self) -> Sequence[tuple[str, Any]]:
         """`path.to.field` of a recipe and value, to be laid over every recipe in this order."""
         student = self.content.student
-        said = student.model_dump(mode="json", include=student.model_fields_set) if student else {}
-        return [*((f"student.{name}", value) for name, value in said.items()), *self.content.set.items()]
+        own = student.model_dump(mode="json", include=student.model_fields_set) if student else {}
+        return [*((f"student.{name}", value) for name, value in own.items()), *self.content.set.items()]
 
     def said(self, field: str) -> Any:
         """A field by its name with dots, None where the file does not say it."""
@@ -184,10 +184,10 @@ def _from_here(settings: ProjectSettings, folder: Path) -> ProjectSettings:
 
 def located(pattern: str, folder: Path) -> str:
     """What a path, URL or pattern, or several joined by `::`, of a project file in a folder is called from here."""
-    return "::".join(_one(part, folder) for part in separate(pattern))
+    return "::".join(_part_located(part, folder) for part in separate(pattern))
 
 
-def _one(part: str, folder: Path) -> str:
+def _part_located(part: str, folder: Path) -> str:
     if part.startswith("{") and "}" in part:  # what its braces stand for may be anything: {/a,b}/0.tar
         from storage.shards.patterns import braces
 

@@ -130,20 +130,20 @@ def put(content: dict[str, Any], path: str, value: Any) -> None:
     from student.recipe.validate import section_of
 
     *parents, last = path.split(".")
-    here = content
+    parent = content
     for part in parents:
-        below = here.get(part)
+        below = parent.get(part)
         if not isinstance(below, dict):  # absent, or a short form such as `weight: 2000`
-            below = here[part] = {} if below is None else {_SHORT.get(part, "start"): below}
-        here = below
+            below = parent[part] = {} if below is None else {_SHORT.get(part, "start"): below}
+        parent = below
     section = parents == ["losses"] or (not parents and (last == "losses" or section_of(Recipe, last)))
     if not (section and isinstance(value, Mapping)):
-        here[last] = dict(value) if isinstance(value, Mapping) else value
+        parent[last] = dict(value) if isinstance(value, Mapping) else value
         return
-    if not isinstance(here.get(last), dict):
-        here[last] = {}
-    for name, one in value.items():
-        put(content, f"{path}.{name}", one)
+    if not isinstance(parent.get(last), dict):
+        parent[last] = {}
+    for name, setting in value.items():
+        put(content, f"{path}.{name}", setting)
 
 
 def _set(content: dict[str, Any], setting: str) -> None:

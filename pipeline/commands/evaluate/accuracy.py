@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.commands.evaluate import options
-from pipeline.options import copied_store, shards
+from pipeline.options import Words, copied_store, shards
 from pipeline.project.context import reads
 
 if TYPE_CHECKING:
@@ -37,7 +37,9 @@ def _bounds(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
 @copied_store
 @reads(shards="val", store="store")
 @options.prints_report
-def accuracy(paths: list[Path], **settings: Any) -> options.Report:
+def accuracy(
+    paths: list[Path], *, ensemble: bool, shot_bounds: tuple[int, int] | None, train_shards: Words, **settings: Any
+) -> options.Report:
     """Measure top-1 and top-5 accuracy.
 
     Every sample counts once, on the evaluation view of the augmentation policy that the student was trained with.
@@ -47,10 +49,10 @@ def accuracy(paths: list[Path], **settings: Any) -> options.Report:
     pipeline evaluate accuracy run --shards train-val-000000.tar --shards seen=train-000000.tar --shot-bounds 20,100
     pipeline evaluate accuracy run vit_tiny-photos.safetensors --ensemble --shards train-val-000000.tar
     """
-    if settings["ensemble"] and len(paths) < 2:
+    if ensemble and len(paths) < 2:
         raise click.UsageError("--ensemble needs two RUNs or more: pipeline evaluate accuracy RUN1 RUN2 --ensemble …")
-    if settings["train_shards"] and settings["shot_bounds"] is None:
+    if train_shards and shot_bounds is None:
         raise click.UsageError("--train-shards counts training images for --shot-bounds LOW,HIGH; 20,100 is usual")
     from pipeline.evaluation.accuracy import measure_accuracy
 
-    return measure_accuracy(paths, **settings)
+    return measure_accuracy(paths, ensemble=ensemble, shot_bounds=shot_bounds, train_shards=train_shards, **settings)
