@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import platform
-import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import onnxruntime
+import torch
+from dask.system import CPU_COUNT
 
 from storage.errors import UserError
 from storage.shards.patterns import expand
@@ -45,11 +48,8 @@ def bench(
     Raises:
         UserError: no such folder, or as the parts do.
     """
-    import torch
-    from dask.system import CPU_COUNT
-
     from pipeline.bench import learning, reading, recording
-    from pipeline.bench.world import TEACHERS, World
+    from pipeline.bench.world import World
 
     device = _device(device)
     if folder is not None and not folder.is_dir():
@@ -57,24 +57,20 @@ def bench(
     threads, tf32 = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
     torch.set_num_threads(CPU_COUNT)
     torch.backends.cudnn.allow_tf32 = False  # as in the sessions
-    temporary = Path(tempfile.mkdtemp(prefix="bench-", dir=folder))
     rows: list[Measure] = []
     try:
-        world = World(temporary, expand(shards) if shards else [], device, quick)
-        teachers = list(TEACHERS)
-        if "precompute" in parts:
-            rows += recording.limits(world, teachers, turns, console)
-        if "torch" in parts:
-            rows += recording.against_torch(world, teachers, turns, console)
-        some = slice(0, 1) if quick else slice(None)
-        if "train" in parts or "live" in parts:
-            cases = list(learning.CASES)[some]
-            made = learning.steps(world, cases, turns, "live" in parts, console)
-            rows += [row for row in made if row.number == 4 or "train" in parts]
-        if "stream" in parts:
-            rows += reading.streams(world, list(reading.CASES)[some], 3 * turns, console)
+        with tempfile.TemporaryDirectory(prefix="bench-", dir=folder, ignore_cleanup_errors=True) as temporary:
+            world = World(Path(temporary), expand(shards) if shards else [], device, quick)
+            if "precompute" in parts:
+                rows += recording.limits(world, turns, console)
+            if "torch" in parts:
+                rows += recording.against_torch(world, turns, console)
+            if "train" in parts or "live" in parts:
+                steps = learning.steps(world, turns, "live" in parts, console)
+                rows += [row for row in steps if row.number == 4 or "train" in parts]
+            if "stream" in parts:
+                rows += reading.streams(world, 3 * turns, console)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
         torch.set_num_threads(threads)  # as the process had them
         torch.backends.cudnn.allow_tf32 = tf32
     return {"machine": _machine(device), "measures": [_plain(row) for row in rows]}
@@ -82,13 +78,11 @@ def bench(
 
 def _device(name: str) -> str:
     """`cpu` or `cuda`. Raises UserError where there is none."""
-    import onnxruntime
-    import torch
-
     sessions = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    usable = sessions and torch.cuda.is_available()
     if name == "auto":
-        return "cuda" if sessions and torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not (sessions and torch.cuda.is_available()):
+        return "cuda" if usable else "cpu"
+    if name == "cuda" and not usable:
         missing = "this onnxruntime has no CUDA (extra `gpu`)" if not sessions else "torch sees no CUDA device"
         raise UserError(f"--device cuda: {missing}; use --device cpu")
     return name
@@ -101,15 +95,10 @@ def _plain(row: Measure) -> dict[str, Any]:
 
 def _machine(device: str) -> dict[str, Any]:
     """Where it was measured."""
-    import onnxruntime
-    import torch
-    from dask.system import CPU_COUNT
-
-    cuda = device.startswith("cuda")
     return {
         "cores": CPU_COUNT,
         "processor": _processor(),
-        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "device": torch.cuda.get_device_name(device) if device == "cuda" else "cpu",
         "torch": torch.__version__,
         "onnxruntime": onnxruntime.__version__,
     }
@@ -135,15 +124,14 @@ def lines(result: dict[str, Any]) -> list[str]:
         rows = [row for row in result["measures"] if row["words"] == words]
         text += ["", f"({rows[0]['number']}) {words}"]
         for row in rows:
-            ratio = row["ratio"]
-            bar = ""
+            ratio, bar = row["ratio"], ""
             if row["bar"] is not None:
-                sign, said = "≤" if row["most"] else "≥", "reached" if row["reached"] else "MISSED"
-                bar = f"; bar {sign} {row['bar']:g}: {said}"
+                sign, verdict = "≤" if row["most"] else "≥", "reached" if row["reached"] else "MISSED"
+                bar = f"; bar {sign} {row['bar']:g}: {verdict}"
             spread = f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}] of {row['turns']}"
             text.append(f"  {spread}  {row['case']}{bar}")
             for what, values in row["about"].items():
-                several = values.items() if isinstance(values, dict) else [("", values)]
-                inner = ", ".join(f"{name} {value}".strip() for name, value in several)
-                text.append(f"        {what.replace('_', ' ')}: {inner}")
+                if isinstance(values, dict):
+                    values = ", ".join(f"{name} {value}" for name, value in values.items())
+                text.append(f"        {what.replace('_', ' ')}: {values}")
     return text

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,36 +51,27 @@ class _Epochs:
     """
 
     def __init__(self, world: World, store: Store, shards: list[str], recipe: Recipe, teacher: Teacher | None) -> None:
-        config = TrainConfig(
-            recipe=recipe, shards=shards, val=shards, out=world.folder / "unused", store=store, device=world.device
-        )
-        parts = build_run(config, world.quiet, None)
-        self.distiller, self.stream = parts.distiller.train(), parts.stream
+        out = world.folder / "unused"
+        config = TrainConfig(recipe=recipe, shards=shards, val=shards, out=out, store=store, device=world.device)
+        run = build_run(config, world.quiet, None)
+        self.distiller, self.stream = run.distiller.train(), run.stream
         optimizer, _ = build_optimizer(recipe, self.distiller, self.stream.order.steps)
         self.device = torch.device(world.device)
         self.update = Update(recipe, self.distiller, optimizer, average=None, device=self.device, scaled=False)
-        self.epoch = -1
+        self.numbers = itertools.count()
         self.live = {}
         if teacher is not None:
-            source = self.stream.source
-            for target in source.targets:
-                tap = Tap.of(store.target(target).identity)
-                self.live[target] = world.live(teacher, [tap], source.policy.size)
-            self.stream = Stream(
-                shards,
-                batch_size=recipe.stream.batch_size,
-                store=store,
-                bank=source.bank,
-                shuffle_blocks=recipe.stream.shuffle_blocks,
-            )
+            source, size, blocks = self.stream.source, recipe.stream.batch_size, recipe.stream.shuffle_blocks
+            taps = {target: Tap.of(store.target(target).identity) for target in source.targets}
+            self.live = {target: world.live(teacher, [tap], source.policy.size) for target, tap in taps.items()}
+            self.stream = Stream(shards, batch_size=size, store=store, bank=source.bank, shuffle_blocks=blocks)
 
     def __call__(self) -> float:
         """Seconds of a step, the mean over an epoch, loader included."""
-        self.epoch += 1
         began = time.perf_counter()
-        for step, batch in enumerate(self.stream.epoch(self.epoch)):
-            there = batch.to(self.device)
-            self.update(self._taught(there) if self.live else there, 0, step)
+        for step, batch in enumerate(self.stream.epoch(next(self.numbers))):
+            on_device = batch.to(self.device)
+            self.update(self._taught(on_device) if self.live else on_device, 0, step)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return (time.perf_counter() - began) / self.stream.order.steps
@@ -95,62 +86,56 @@ class _Epochs:
         return dataclasses.replace(batch, targets={t: {"data": values} for t, values in now.items()}, codecs=exact)
 
 
-def steps(world: World, cases: list[str], turns: int, live: bool, progress: Progress) -> list[Measure]:
+def steps(world: World, turns: int, live: bool, progress: Progress) -> list[Measure]:
     """(3) A step from the store ÷ one with labels alone; (4) with `live`, one with the live teacher ÷ from the store.
 
     Each in f32, and as `precision.amp_dtype: auto` computes here where that is something else.
     """
     rows = []
-    for case in cases:
-        student, size, side, grid, samples = CASES[case]
-        shards = world.small(samples, side)
-        store = world.store(f"steps-{side}")
-        teachers = {}
-        for method, (model, _) in METHODS.items():
-            teachers[method] = world.teacher(model)
+    for case, (student, size, side, grid, samples) in itertools.islice(CASES.items(), 1 if world.quick else None):
+        shards, store = world.small(samples, side), world.store(f"steps-{side}")
+        teachers = {method: world.teacher(model) for method, (model, _) in METHODS.items()}
+        for method, teacher in teachers.items():
             target = f"activations,grid={grid},codec=u8" if method == "AAL" else "class_row,codec=f16"
-            world.recorded(store, shards, teachers[method], [target], side)
-        common = {
-            "student": student,
-            "model_ema_decay": None,
-            "stream": {"batch_size": size, "shuffle_blocks": 1},
-        }
+            world.recorded(store, shards, teacher, [target], side)
+        common = {"student": student, "model_ema_decay": None, "stream": {"batch_size": size, "shuffle_blocks": 1}}
         recipes = {
             method: validate({**common, "losses": {"crossentropy": {}, **losses}}, "bench")
             for method, (_, losses) in {PLAIN: ("", {}), **METHODS}.items()
         }
-        made = {method: _Epochs(world, store, shards, recipe, None) for method, recipe in recipes.items()}
+        trainings = {method: _Epochs(world, store, shards, recipe, None) for method, recipe in recipes.items()}
         if live:
-            for method in METHODS:
-                made[f"{method}, live"] = _Epochs(world, store, shards, recipes[method], teachers[method])
+            for method, teacher in teachers.items():
+                trainings[f"{method}, live"] = _Epochs(world, store, shards, recipes[method], teacher)
         for choice in _choices(torch.device(world.device)):
             how = f"{choice.amp_dtype.replace('none', 'float32')}, {choice.kernel}"
             progress.say(f"training, {case}, {how}")
-            for one in made.values():
-                apply(one.distiller, choice)
-            found = interleaved({name: one for name, one in made.items() if name in recipes}, turns)
-            beside = interleaved({name: one for name, one in made.items() if name != PLAIN}, LIVE_TURNS) if live else {}
-            rows += _rows(f"{case}; {how}", found, beside)
+            where = f"{case}; {how}"
+            for training in trainings.values():
+                apply(training.distiller, choice)
+            times = interleaved({method: trainings[method] for method in recipes}, turns)
+            words = "a step from the store ÷ with labels alone"
+            pairs = {method: (method, PLAIN) for method in METHODS}
+            rows += _measures(where, times, pairs, number=3, words=words, bar=1.10, most=True)
+            if live:
+                times = interleaved({name: one for name, one in trainings.items() if name != PLAIN}, LIVE_TURNS)
+                words = "a step with the live teacher ÷ from the store"
+                pairs = {method: (f"{method}, live", method) for method in METHODS}
+                rows += _measures(where, times, pairs, number=4, words=words)
     return rows
 
 
-def _rows(where: str, found: dict[str, list[float]], beside: dict[str, list[float]]) -> list[Measure]:
-    """The prices of all methods; `beside` are turns with live teachers, and without them beside those."""
+def _measures(
+    where: str, times: dict[str, list[float]], pairs: dict[str, tuple[str, str]], **what: Any
+) -> list[Measure]:
+    """A measure for each method, of a pair of contenders whose seconds are divided."""
+    about: dict[str, object] = {
+        "ms a step": {name: round(1000 * Spread.of(values).median, 1) for name, values in times.items()}
+    }
     rows = []
-    for values, number in ((found, 3), (beside, 4)):
-        about: dict[str, object] = {
-            "ms a step": {name: round(1000 * Spread.of(several).median, 1) for name, several in values.items()}
-        }
-        for method in METHODS if values else ():
-            measure = partial(Measure, number=number, case=f"{method}; {where}", turns=len(values[method]), about=about)
-            if number == 3:
-                price = ratios(values[method], values[PLAIN])
-                rows.append(
-                    measure(words="a step from the store ÷ with labels alone", ratio=price, bar=1.10, most=True)
-                )
-            else:
-                price = ratios(values[f"{method}, live"], values[method])
-                rows.append(measure(words="a step with the live teacher ÷ from the store", ratio=price))
+    for method, (above, below) in pairs.items():
+        case, ratio = f"{method}; {where}", ratios(times[above], times[below])
+        rows.append(Measure(case=case, ratio=ratio, turns=len(times[below]), about=about, **what))
     return rows
 
 

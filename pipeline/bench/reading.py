@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,39 +16,34 @@ from student.data.shuffle import Segment
 from student.data.stream import Stream
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pipeline.bench.world import World
     from storage.progress import Progress
+    from storage.store.store import Store
 
 # case -> side of the images and views, grid of the maps, samples in each of two shards, batch size
 CASES = {"32x32": (32, 8, 640, 128), "224x224": (224, 14, 128, 32)}
 
 
-def streams(world: World, cases: list[str], turns: int, progress: Progress) -> list[Measure]:
+def streams(world: World, turns: int, progress: Progress) -> list[Measure]:
     """(5) Images a second of the joined stream ÷ without targets; of stored view images ÷ of decoded ones. And (6)."""
     rows = []
-    for case in cases:
-        side, grid, samples, size = CASES[case]
+    for case, (side, grid, samples, size) in itertools.islice(CASES.items(), 1 if world.quick else None):
         shards = world.small(samples, side)
-        store, kept = world.store(f"stream-{side}"), world.store(f"pixels-{side}")
+        store, with_images = world.store(f"stream-{side}"), world.store(f"pixels-{side}")
         model = "resnet10t" if world.quick else "mobilenetv2_100"
-        teacher = world.teacher(model)
-        (target,) = world.recorded(store, shards, teacher, [f"activations,grid={grid},codec=u8"], side)
-        world.recorded(kept, shards, world.teacher("resnet10t", 64), ["embedding,codec=f16"], side, store_views=True)
+        (target,) = world.recorded(store, shards, world.teacher(model), [f"activations,grid={grid},codec=u8"], side)
+        small = world.teacher("resnet10t", 64)
+        world.recorded(with_images, shards, small, ["embedding,codec=f16"], side, store_views=True)
         progress.say(f"stream, {case}")
-
-        def stream(place: Any, targets: list[str], size: int = size, shards: list[str] = shards) -> Stream:
-            bank = next(iter(place.banks()))
-            return Stream(shards, batch_size=size, store=place, targets=targets, bank=bank, shuffle_blocks=1)
-
-        joined = stream(store, [target])
-        several = {"joined": joined, "without targets": stream(store, []), "stored pixels": stream(kept, [])}
-        found = interleaved({name: _Epochs(one) for name, one in several.items()}, turns)
-        count = joined.order.steps * size
-        about: dict[str, object] = {
-            "images_per_second": {name: round(count / Spread.of(v).median, 1) for name, v in found.items()}
-        }
-        plain, maps = found["without targets"], f"{case}, activations of {model}"
-        price, decoded = ratios(plain, found["joined"]), ratios(plain, found["stored pixels"])
+        joined = _stream(shards, size, store, [target])
+        plain, stored = _stream(shards, size, store, []), _stream(shards, size, with_images, [])
+        contenders = {"joined": joined, "without targets": plain, "stored pixels": stored}
+        times = interleaved({name: _epochs(stream) for name, stream in contenders.items()}, turns)
+        about = _rates("images_per_second", joined.order.steps * size, times)
+        maps, without = f"{case}, activations of {model}", times["without targets"]
+        price, decoded = ratios(without, times["joined"]), ratios(without, times["stored pixels"])
         measure = partial(Measure, number=5, turns=turns, about=about)
         rows += [
             measure(case=maps, words="the joined stream ÷ without targets", ratio=price, bar=0.9),
@@ -57,41 +53,40 @@ def streams(world: World, cases: list[str], turns: int, progress: Progress) -> l
     return rows
 
 
-class _Epochs:
-    """Seconds of epoch after epoch of a stream, all batches taken."""
+def _stream(shards: list[str], size: int, store: Store, targets: list[str]) -> Stream:
+    bank = next(iter(store.banks()))
+    return Stream(shards, batch_size=size, store=store, targets=targets, bank=bank, shuffle_blocks=1)
 
-    def __init__(self, stream: Stream) -> None:
-        self.stream, self.epoch = stream, -1
 
-    def __call__(self) -> float:
-        self.epoch += 1
-        return seconds(lambda: [batch.labels.sum() for batch in self.stream.epoch(self.epoch)])
+def _epochs(stream: Stream) -> Callable[[], float]:
+    """What takes the seconds of epoch after epoch of a stream, all batches taken."""
+    numbers = itertools.count()
+    return lambda: seconds(lambda: [batch.labels.sum() for batch in stream.epoch(next(numbers))])
+
+
+def _rates(unit: str, amount: float, times: dict[str, list[float]]) -> dict[str, object]:
+    """How much of an amount each contender does in a second."""
+    return {unit: {name: round(amount / Spread.of(values).median, 1) for name, values in times.items()}}
 
 
 def _target(stream: Stream, target: str, turns: int, case: str) -> Measure:
     """(6) Reading a target, checksums compared, ÷ copying the same bytes out of memory-mapped files."""
-    source = stream.source
+    source, store = stream.source, stream.source.store
+    assert store is not None
     reader = BlockReader(source)
     files: list[Path] = []
     segments: list[Segment] = []
-    store = source.store
-    assert store is not None
     for number, shard in enumerate(source.shards):
         marker = store.marker(Task("target", target, shard.id, 0))
         (samples, *_), *_ = (array.shape for array in marker.arrays.values())
         segments.append(Segment(shard=number, block=0, samples=np.arange(samples)))
         files += [Path(store.url) / key for array in marker.arrays.values() for key in array.keys]
     size = sum(path.stat().st_size for path in files)
-    found = interleaved(
-        {
-            "read": lambda: seconds(lambda: [reader.targets(segment, 0) for segment in segments]),
-            "mapped": lambda: seconds(lambda: [np.array(np.memmap(path, np.uint8, "r")) for path in files]),
-        },
-        turns,
-    )
-    rates: dict[str, object] = {
-        "mb_per_second": {name: round(size / 1e6 / Spread.of(values).median, 1) for name, values in found.items()}
+    contenders = {
+        "read": lambda: seconds(lambda: [reader.targets(segment, 0) for segment in segments]),
+        "mapped": lambda: seconds(lambda: [np.array(np.memmap(path, np.uint8, "r")) for path in files]),
     }
+    times = interleaved(contenders, turns)
+    about, ratio = _rates("mb_per_second", size / 1e6, times), ratios(times["mapped"], times["read"])
     words = "reading a target ÷ the same bytes memory-mapped"
-    ratio = ratios(found["mapped"], found["read"])
-    return Measure(number=6, case=case, words=words, ratio=ratio, turns=turns, about=rates)
+    return Measure(number=6, case=case, words=words, ratio=ratio, turns=turns, about=about)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,9 +12,10 @@ import torch
 from dask.system import CPU_COUNT
 
 from pipeline.bench.timing import Measure, Spread, cpu_seconds, interleaved, ratios, seconds
-from precompute.engine.session import Session, open_session
+from pipeline.bench.world import TEACHERS
+from precompute.engine.session import open_session
 from precompute.engine.shard import run_task
-from precompute.run import PrecomputePlan, plan_precompute
+from precompute.run import plan_precompute
 from precompute.taps import Tap
 from precompute.throughput import part_of
 from storage.constants import BLOCK
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pipeline.bench.world import World
-    from precompute.engine.tasks import Outcome, ShardTask
+    from precompute.engine.tasks import Outcome
     from storage.progress import Progress
     from storage.views.view import View
 
@@ -48,46 +49,46 @@ class _Torch:
         parts = []
         with torch.inference_mode():
             for start in range(0, len(images), self.batch):
-                there = torch.from_numpy(images[start : start + self.batch]).to(self.device)
-                parts.append([output.float().cpu().numpy() for output in self._run(there)])
+                batch = torch.from_numpy(images[start : start + self.batch]).to(self.device)
+                parts.append([output.float().cpu().numpy() for output in self._run(batch)])
         return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
 
 
 class _Case:
-    """A teacher over one shard: the engine on it as often as wanted, each time into targets of its own."""
+    """A teacher over one shard: the engine on it any number of times, each time into targets of its own."""
 
     def __init__(self, world: World, name: str) -> None:
-        self.name, self.world = name, world
-        self.wanted = world.wanted(name)
-        self.store = world.store(f"bench-{name}")
-        self.job: PrecomputePlan = plan_precompute(self.store, self.wanted, world.quiet)
-        (self.graph,) = self.job.by_graph
-        self.outputs = self.job.by_graph[self.graph]
-        self.shard = world.photos()
+        model, targets = TEACHERS[name]
+        self.shard, self.teacher, self.store = world.photos(), world.teacher(model), world.store(f"bench-{name}")
         self.samples = self.shard.samples
+        request = world.request([self.shard.url], self.teacher, targets, 224, num_views=4)
+        self.plan = plan_precompute(self.store, request, world.quiet)
+        ((self.graph, self.outputs),) = self.plan.by_graph.items()
+        self.views, self.policy = self.plan.views, self.plan.policy
         self.numbers = itertools.count()
-        self.session = open_session(self.store.graph(self.wanted.teacher.name, self.graph), world.provider, CPU_COUNT)
-
-    def task(self) -> ShardTask:
-        """Everything of the shard, under a name that the store does not know yet."""
-        return part_of(self.job, self.graph, self.shard, self.samples, f"turn{next(self.numbers)}")
+        self.session = open_session(self.store.graph(self.teacher.name, self.graph), world.device, CPU_COUNT)
 
     def engine(self, session: Any) -> float:
-        """Seconds that the engine takes with a session; what it wrote is removed again."""
-        task = self.task()
-        outcome: list[Outcome] = []
-        taken = seconds(lambda: outcome.append(run_task(task, lambda: session, CPU_COUNT)))
-        for id in (task.policy.bank, *(output.target for output in self.outputs)):
-            kind = "banks" if id == task.policy.bank else "targets"
-            self.store.objects.remove(f"{kind}/{id}/{outcome[0].shard.id}")
-        return taken
+        """Seconds a sample that the engine takes with a session; what it wrote is removed again."""
+        # Everything of the shard, under a name that the store does not know yet.
+        task = part_of(self.plan, self.graph, self.shard, self.samples, f"turn{next(self.numbers)}")
+        outcomes: list[Outcome] = []
+        taken = seconds(lambda: outcomes.append(run_task(task, lambda: session, CPU_COUNT)))
+        for folder in (f"banks/{task.policy.bank}", *(f"targets/{output.target}" for output in self.outputs)):
+            self.store.objects.remove(f"{folder}/{outcomes[0].shard.id}")
+        return taken / self.samples
+
+    def bare_session(self) -> float:
+        """Seconds of the bare session over as many images as a sample has views."""
+        images = _noise(BLOCK, self.policy.size)
+        return seconds(lambda: self.session.run(images)) / BLOCK * self.views
 
     # ------------------------------------------------------------------------------------------ each part alone
 
     def parts(self) -> dict[str, Callable[[], float]]:
         """Part -> what measures its CPU seconds a sample, on the first block."""
         assert self.shard.opened is not None
-        shard, policy = self.shard.opened, self.job.policy
+        shard, policy = self.shard.opened, self.policy
         block = shard.index.block(0)
         samples = shard.read(block)
         images = [decode(sample.image) for sample in samples]
@@ -97,139 +98,114 @@ class _Case:
             drawn = [draw_view(policy, s.key, view, image.size, i=i, block=block) for i, (s, image) in pairs]
             return settle(drawn, block)
 
-        drawn = [draw(view) for view in range(self.job.views)]
+        drawn = [draw(view) for view in range(self.views)]
         pixels = [self._rendered(images, views) for views in drawn]
-        values = [self.session.run(one) for one in pixels]
-        arrays = [self._encoded(one) for one in values]
+        values = [self.session.run(view_images) for view_images in pixels]
+        arrays = [self._encoded(outputs) for outputs in values]
         threads = ThreadPoolExecutor(CPU_COUNT)
-
-        def all_decoded() -> None:
-            again = shard.read(block)
-            list(threads.map(lambda sample: decode(sample.image), again))
-
-        def all_rendered() -> None:
-            list(threads.map(lambda views: self._rendered(images, views), drawn))
-
         parts: dict[str, Callable[[], object]] = {
-            "session": lambda: [self.session.run(one) for one in pixels],
-            "decoding": all_decoded,
-            "rendering": all_rendered,
-            "encoding": lambda: [self._encoded(one) for one in values],
+            "session": lambda: [self.session.run(view_images) for view_images in pixels],
+            "decoding": lambda: list(threads.map(lambda sample: decode(sample.image), shard.read(block))),
+            "rendering": lambda: list(threads.map(partial(self._rendered, images), drawn)),
+            "encoding": lambda: [self._encoded(outputs) for outputs in values],
             "writing": lambda: list(map(self._write, arrays)),
         }
-        return {name: functools.partial(self._each, part, len(samples)) for name, part in parts.items()}
-
-    @staticmethod
-    def _each(part: Callable[[], object], samples: int) -> float:
-        return cpu_seconds(part) / samples
+        return {name: partial(cpu_seconds, part, len(samples)) for name, part in parts.items()}
 
     def _rendered(self, images: Sequence[Any], views: Sequence[View]) -> np.ndarray:
-        own = [render(image, view, self.job.policy.size) for image, view in zip(images, views, strict=True)]
+        own = [render(image, view, self.policy.size) for image, view in zip(images, views, strict=True)]
         for image in own:
             signature(image)
         mixes = [view.mix for view in views]
         return np.stack([mix_images(o, own[m.partner], m) if m else o for o, m in zip(own, mixes, strict=True)])
 
     def _encoded(self, values: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
-        found = []
+        encoded = []
         for output in self.outputs:
             assert output.position is not None
             of_view = values[output.position]
             assert np.isfinite(of_view).all()
-            found.append(output.codec.encode(of_view))
-        return found
+            encoded.append(output.codec.encode(of_view))
+        return encoded
 
-    def _write(self, arrays: Sequence[dict[str, np.ndarray]]) -> None:
+    def _write(self, encoded: Sequence[dict[str, np.ndarray]]) -> None:
         shard = f"alone{next(self.numbers)}"
-        for output, several in zip(self.outputs, arrays, strict=True):
-            attempt = Attempt(self.store, Task("target", output.target, shard, 0), len(next(iter(several.values()))))
+        for output, arrays in zip(self.outputs, encoded, strict=True):
+            attempt = Attempt(self.store, Task("target", output.target, shard, 0), len(next(iter(arrays.values()))))
             for name, part in output.codec.layout().items():
-                attempt.array(name, part.shape, part.dtype, part.axes).append(several[name])
+                attempt.array(name, part.shape, part.dtype, part.axes).append(arrays[name])
             for writer in attempt.arrays.values():
                 writer.finish()
             attempt.abandon()
 
 
-def limits(world: World, names: Sequence[str], turns: int, progress: Progress) -> list[Measure]:
+def limits(world: World, turns: int, progress: Progress) -> list[Measure]:
     """(1) Samples a second of precompute ÷ what the cores allow; on a GPU ÷ the bare session.
 
     The limit is cores ÷ the sum of CPU seconds a sample that each part takes alone: read and decode, render with
     mixing and signatures, the session, encode, write. It cannot be beaten; it is reached where no core ever waits.
     """
     rows = []
-    for name in names:
+    for name in TEACHERS:
         case = _Case(world, name)
-        progress.say(f"precompute, {case.name}: {case.samples} samples, {case.job.views} views")
+        progress.say(f"precompute, {name}: {case.samples} samples, {case.views} views")
         parts = case.parts()
         on_gpu = case.session.settings["provider"] == "cuda"
-        alone = functools.partial(_session_seconds, case) if on_gpu else None
-        contenders: dict[str, Callable[[], float]] = {"engine": functools.partial(_engine_seconds, case), **parts}
-        if alone:
-            contenders["bare session"] = alone
-        found = interleaved(contenders, turns)
-        cpu = {part: Spread.of(found[part]).median for part in parts}
-        least = [sum(found[part][turn] for part in parts) / CPU_COUNT for turn in range(turns)]
-        below = found["bare session"] if alone else least
-        rate = 1 / Spread.of(found["engine"]).median
+        contenders: dict[str, Callable[[], float]] = {"engine": partial(case.engine, case.session), **parts}
+        if on_gpu:
+            contenders["bare session"] = case.bare_session
+        times = interleaved(contenders, turns)
+        least = [sum(times[part][turn] for part in parts) / CPU_COUNT for turn in range(turns)]
+        limit, bar = (times["bare session"], None) if on_gpu else (least, 0.9)
+        words = f"precompute ÷ {'the bare session' if on_gpu else 'what the cores allow'}"
         about: dict[str, object] = {
-            "samples_per_second": round(rate, 2),
-            "limit": round(1 / Spread.of(below).median, 2),
+            "samples_per_second": round(1 / Spread.of(times["engine"]).median, 2),
+            "limit": round(1 / Spread.of(limit).median, 2),
             "cores": CPU_COUNT,
-            "cpu_ms_per_sample": {part: round(1000 * value, 2) for part, value in cpu.items()},
+            "cpu_ms_per_sample": {part: round(1000 * Spread.of(times[part]).median, 2) for part in parts},
         }
-        words = f"precompute ÷ {'the bare session' if alone else 'what the cores allow'}"
-        ratio, bar = ratios(below, found["engine"]), None if alone else 0.9
-        rows.append(Measure(number=1, case=case.name, words=words, ratio=ratio, turns=turns, about=about, bar=bar))
+        ratio = ratios(limit, times["engine"])
+        rows.append(Measure(number=1, case=name, words=words, ratio=ratio, turns=turns, about=about, bar=bar))
     return rows
 
 
-def _engine_seconds(case: _Case) -> float:
-    """Seconds of the engine for one sample."""
-    return case.engine(case.session) / case.samples
-
-
-def _session_seconds(case: _Case) -> float:
-    """Seconds of the bare session over as many images as a sample has views."""
-    side = case.job.policy.size
-    images = np.random.default_rng(0).integers(0, 256, (BLOCK, side, side, 3), np.uint8)
-    return seconds(lambda: case.session.run(images)) / BLOCK * case.job.views
-
-
-def against_torch(world: World, names: Sequence[str], turns: int, progress: Progress) -> list[Measure]:
+def against_torch(world: World, turns: int, progress: Progress) -> list[Measure]:
     """(2) The same ÷ the engine with eager PyTorch (channels last, its best batch size), and with `torch.compile`."""
     rows = []
-    for name in names:
+    for name in TEACHERS:
         case = _Case(world, name)
-        progress.say(f"precompute against PyTorch, {case.name}")
+        progress.say(f"precompute against PyTorch, {name}")
         taps = [Tap.of(case.store.target(output.target).identity) for output in case.outputs]
-        module = world.live(case.wanted.teacher, taps, case.job.policy.size)
-        batch = _best(module, case.job.policy.size, world.device)
-        rivals: dict[str, _Torch] = {"eager PyTorch": _Torch(module, batch, world.device)}
+        size = case.policy.size
+        module = world.live(case.teacher, taps, size)
+        batch = _best(module, size, world.device)
+        sessions = {"engine": case.session, "eager PyTorch": _Torch(module, batch, world.device)}
         compiled = _Torch(torch.compile(module, dynamic=False), batch, world.device)
         try:
-            compiled.run(np.zeros((BLOCK, case.job.policy.size, case.job.policy.size, 3), np.uint8))
-            rivals["torch.compile"] = compiled
+            compiled.run(np.zeros((BLOCK, size, size, 3), np.uint8))
+            sessions["torch.compile"] = compiled
         except Exception as error:  # no compiler, or one that cannot
             progress.say(f"  torch.compile does not work here: {first_line(error)[:100]}")
-        sessions: dict[str, Session | _Torch] = {"engine": case.session, **rivals}
-        found = interleaved({n: functools.partial(case.engine, s) for n, s in sessions.items()}, turns)
-        speeds = {n: round(case.samples / Spread.of(found[n]).median, 2) for n in sessions}
-        measure = functools.partial(
-            Measure, number=2, case=case.name, turns=turns, about={"samples_per_second": speeds, "batch": batch}
-        )
-        rows += [
-            measure(words=f"precompute ÷ with {rival}", ratio=ratios(found[rival], found["engine"])) for rival in rivals
-        ]
+        times = interleaved({rival: partial(case.engine, session) for rival, session in sessions.items()}, turns)
+        speeds = {rival: round(1 / Spread.of(values).median, 2) for rival, values in times.items()}
+        about: dict[str, object] = {"samples_per_second": speeds, "batch": batch}
+        engine = times.pop("engine")
+        for rival, values in times.items():
+            words, ratio = f"precompute ÷ with {rival}", ratios(values, engine)
+            rows.append(Measure(number=2, case=name, words=words, ratio=ratio, turns=turns, about=about))
     return rows
+
+
+def _noise(count: int, side: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, side, side, 3), np.uint8)
 
 
 def _best(module: torch.nn.Module, side: int, device: str) -> int:
     """The batch size at which eager PyTorch is fastest."""
-    images = np.random.default_rng(0).integers(0, 256, (max(BATCHES), side, side, 3), np.uint8)
-    runs = {str(batch): _Torch(module, batch, device) for batch in BATCHES}
+    images = _noise(max(BATCHES), side)
+    runs = {str(batch): partial(_Torch(module, batch, device).run, images) for batch in BATCHES}
     try:
-        turns = {n: functools.partial(seconds, functools.partial(r.run, images)) for n, r in runs.items()}
-        found = interleaved(turns, 2)
+        times = interleaved({batch: partial(seconds, run) for batch, run in runs.items()}, 2)
     except RuntimeError as error:
         raise UserError(f"PyTorch cannot run the teacher here: {first_line(error)}") from None
-    return int(min(found, key=lambda name: min(found[name])))
+    return int(min(times, key=lambda batch: min(times[batch])))

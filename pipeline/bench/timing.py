@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -54,9 +55,8 @@ class Measure:
     @property
     def reached(self) -> bool | None:
         """Whether the bar is reached."""
-        if self.bar is None:
-            return None
-        return self.ratio.median <= self.bar if self.most else self.ratio.median >= self.bar
+        good = operator.le if self.most else operator.ge
+        return None if self.bar is None else good(self.ratio.median, self.bar)
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -66,22 +66,20 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def cpu_seconds(call: Callable[[], object]) -> float:
-    """What a call takes of this process's cores, all threads together."""
+def cpu_seconds(call: Callable[[], object], samples: int = 1) -> float:
+    """What a call takes of this process's cores for each of so many samples, all threads together."""
     began = time.process_time()
     call()
-    return time.process_time() - began
+    return (time.process_time() - began) / samples
 
 
 def interleaved(contenders: Mapping[str, Callable[[], float]], turns: int, warm: int = 1) -> dict[str, list[float]]:
     """Contender -> what each of its turns gave; one after another in each turn, the first `warm` are thrown away."""
-    found: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(warm + turns):
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(warm + turns):
         for name, measure in contenders.items():
-            value = measure()
-            if turn >= warm:
-                found[name].append(value)
-    return found
+            times[name].append(measure())
+    return {name: values[warm:] for name, values in times.items()}
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> Spread:

@@ -55,41 +55,31 @@ class World:
     Args:
         folder: an empty one.
         shards: photographs to take in place of synthetic ones; the first shard is used.
-        device: where PyTorch computes.
+        device: `cpu` or `cuda`, where PyTorch and the teachers' sessions compute.
         quick: fewer images.
     """
 
     def __init__(self, folder: Path, shards: list[str], device: str, quick: bool) -> None:
-        self.folder, self.given, self.device, self.quick = folder, shards, device, quick
-        self.blocks = 2 if quick else 8  # of photographs, at most
-        self.provider = "cuda" if device.startswith("cuda") else "cpu"
+        self.folder, self.shards, self.device, self.quick = folder, shards, device, quick
         self.quiet = NoProgress()
 
     def photos(self) -> PlannedShard:
         """The first blocks of a shard of photographs."""
-        where = self.folder / "photos"
-        if not self.given:
-            self.given = synthetic_shards(
-                where, shards=1, samples=self.blocks * BLOCK, classes=CLASSES, size=PHOTO, kind="jpg", picture=photo
-            )
-        shard = open_shard(self.given[0])
+        most = BLOCK * (2 if self.quick else 8)
+        if not self.shards:
+            where = self.folder / "photos"
+            self.shards = synthetic_shards(where, 1, most, CLASSES, size=PHOTO, kind="jpg", picture=photo)
+        shard = open_shard(self.shards[0])
         if len(shard) < 2:
             raise UserError(f"{shard.url}: one sample is too few to measure anything")
-        samples = min(len(shard), self.blocks * BLOCK)
-        return PlannedShard(url=shard.url, samples=samples, id=shard.id, opened=shard)
+        return PlannedShard(url=shard.url, samples=min(len(shard), most), id=shard.id, opened=shard)
 
     def small(self, samples: int, size: int) -> list[str]:
         """Two shards of small labeled images."""
-        where, samples = self.folder / f"small-{size}", samples // 4 if self.quick else samples
+        where = self.folder / f"small-{size}"
         if not where.exists():
-            synthetic_shards(
-                where,
-                shards=2,
-                samples=samples,
-                classes=CLASSES,
-                size=(size, size),
-                kind="png" if size < 100 else "jpg",
-            )
+            samples, kind = samples // 4 if self.quick else samples, "png" if size < 100 else "jpg"
+            synthetic_shards(where, 2, samples, CLASSES, size=(size, size), kind=kind)
         return sorted(str(path) for path in where.glob("*.tar"))
 
     def teacher(self, model: str, size: int = 224) -> Teacher:
@@ -109,16 +99,13 @@ class World:
         module: torch.nn.Module = live_teacher(teacher, taps, size).to(self.device)
         return module.to(memory_format=torch.channels_last)
 
-    def wanted(self, case: str) -> PrecomputeRequest:
-        """Four `deit` views of the photographs, as a user would ask for them."""
-        model, targets = TEACHERS[case]
+    def request(
+        self, shards: list[str], teacher: Teacher, targets: list[str], size: int, **more: Any
+    ) -> PrecomputeRequest:
+        """Targets over `deit` views of some size, as a user would ask for them."""
+        specs = [spec for target in targets for spec in parse_target(target)]
         return PrecomputeRequest(
-            shards=[self.photos().url],
-            teacher=self.teacher(model),
-            targets=[spec for target in targets for spec in parse_target(target)],
-            policy=policy("deit", 224),
-            num_views=4,
-            provider=self.provider,
+            shards=shards, teacher=teacher, targets=specs, policy=policy("deit", size), provider=self.device, **more
         )
 
     def store(self, name: str) -> Store:
@@ -129,16 +116,8 @@ class World:
         self, store: Store, shards: list[str], teacher: Teacher, targets: list[str], size: int, **more: Any
     ) -> list[str]:
         """Ids of targets over two `deit` views, made by precompute."""
-        wanted = PrecomputeRequest(
-            shards=shards,
-            teacher=teacher,
-            targets=[spec for target in targets for spec in parse_target(target)],
-            policy=policy("deit", size),
-            num_views=2,
-            provider=self.provider,
-            **more,
-        )
-        result = precompute(store, wanted, self.quiet)
+        request = self.request(shards, teacher, targets, size, num_views=2, **more)
+        result = precompute(store, request, self.quiet)
         for failure in result.failures:
             raise UserError(failure.error)
         return result.targets

@@ -7,34 +7,39 @@ import math
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import nn
 
 from pipeline.inspection.cells import cell
 from pipeline.plotting import COLORS, MAP, figure, limits, save
+from precompute.engine.session import open_session
+from precompute.taps import AttentionTaps, attention_layers, class_row, prefix_roles
+from storage.shards.shard import open_shards
+from storage.views.normalize import normalize
+from student.evaluation.batches import evaluation_batches
+from student.models.files import StudentDescription, load_student
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from torch import nn
-
     from storage.store.store import Store
-    from student.models.files import StudentDescription
 
 MARKERS = ("o", "s", "^", "D")
 DIGITS = 8  # that are looked at
 
 
-def curves(out: Path, runs: Mapping[str, Sequence[Path]], teachers: Mapping[str, float]) -> Path:
-    """Held-out top-1 over the epochs, mean and range of the seeds, beside each seed's last value; the file.
+def curves(out: Path, runs: Mapping[str, Sequence[Path]], teachers: Mapping[str, float]) -> None:
+    """Draw held-out top-1 over the epochs, mean and range of the seeds, beside each seed's last value.
 
     Args:
         out: where the PNG goes.
         runs: recipe -> run folders, a seed each.
         teachers: name -> top-1.
     """
-    made = figure(7.5, 4.4)
-    made.set_layout_engine("constrained")
-    left, right = made.subplots(1, 2, width_ratios=[3, 2], sharey=True)
+    drawn = figure(7.5, 4.4)
+    drawn.set_layout_engine("constrained")
+    left, right = drawn.subplots(1, 2, width_ratios=[3, 2], sharey=True)
     for i, (recipe, folders) in enumerate(runs.items()):
         color, marker = COLORS[i], MARKERS[i]
         learned = [_learned(folder) for folder in folders]
@@ -50,10 +55,9 @@ def curves(out: Path, runs: Mapping[str, Sequence[Path]], teachers: Mapping[str,
     left.set(xlabel="epoch", ylabel="top-1 on held-out digits, %", title="while they learn", ylim=(0, 102))
     right.set(title="in the end", xlim=(-0.6, len(runs) - 0.4))
     right.set_xticks(range(len(runs)), [name.replace("-", "-\n") for name in runs])
-    made.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    made.suptitle("mean and range of the seeds; teachers saw all labels, students a tenth", fontsize="medium")
-    save(made, out)
-    return out
+    drawn.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    drawn.suptitle("mean and range of the seeds; teachers saw all labels, students a tenth", fontsize="medium")
+    save(drawn, out)
 
 
 def _learned(run: Path) -> tuple[list[int], list[float]]:
@@ -63,8 +67,8 @@ def _learned(run: Path) -> tuple[list[int], list[float]]:
     return [line["epoch"] + 1 for line in scored], [line["top1"] for line in scored]
 
 
-def attention(out: Path, store: Store, val: Sequence[str], runs: Mapping[str, Path]) -> Path:
-    """What teachers and students look at in some held-out digits; the file.
+def attention(out: Path, store: Store, val: Sequence[str], runs: Mapping[str, Path]) -> None:
+    """Draw what teachers and students look at in some held-out digits.
 
     Of a CNN the magnitudes of its last maps, each divided by its largest; of ViTs the class query's attention
     in the last layer. Means over maps and heads.
@@ -75,38 +79,31 @@ def attention(out: Path, store: Store, val: Sequence[str], runs: Mapping[str, Pa
         val: shards of held-out digits.
         runs: recipe -> run folder.
     """
-    from student.models.files import load_student
-
     students = {recipe: load_student(folder / "last.safetensors") for recipe, folder in runs.items()}
     images = _different(val, next(iter(students.values()))[1])
     rows = _by_teachers(store, images)
     rows |= {f"student,\n{recipe}": _by_student(model, about, images) for recipe, (model, about) in students.items()}
-    made = figure(0.75 * DIGITS + 1.3, 0.75 * len(rows) + 1.3)
-    made.set_layout_engine("constrained")
-    axes = made.subplots(len(rows) + 1, DIGITS)
+    drawn = figure(0.75 * DIGITS + 1.3, 0.75 * len(rows) + 1.3)
+    drawn.set_layout_engine("constrained")
+    panels = drawn.subplots(len(rows) + 1, DIGITS)
+    side = images.shape[1]
+    look = {"cmap": MAP, "extent": (0, side, side, 0), "interpolation": "nearest"}
     for column, image in enumerate(images):
-        axes[0, column].imshow(image)
-        for row, maps in enumerate(rows.values(), 1):
-            side = len(image)
+        panels[0, column].imshow(image)
+        for axes, maps in zip(panels[1:, column], rows.values(), strict=True):
             low, high = limits(maps[column].min(), maps[column].max())
-            axes[row, column].imshow(
-                maps[column], cmap=MAP, vmin=low, vmax=high, extent=(0, side, side, 0), interpolation="nearest"
-            )
-            axes[row, column].contour(image[..., 0], levels=[128], colors="white", linewidths=0.9)
-    for name, one in zip(["held-out\ndigits", *rows], axes[:, 0], strict=True):
-        one.set_ylabel(name, rotation=0, ha="right", va="center")
-    for one in axes.flat:
-        one.set(xticks=[], yticks=[])
-    made.suptitle("where they look (bright is much; each map on its own scale)")
-    save(made, out)
-    return out
+            axes.imshow(maps[column], vmin=low, vmax=high, **look)
+            axes.contour(image[..., 0], levels=[128], colors="white", linewidths=0.9)
+    for name, axes in zip(["held-out\ndigits", *rows], panels[:, 0], strict=True):
+        axes.set_ylabel(name, rotation=0, ha="right", va="center")
+    for axes in panels.flat:
+        axes.set(xticks=[], yticks=[])
+    drawn.suptitle("where they look (bright is much; each map on its own scale)")
+    save(drawn, out)
 
 
 def _different(shards: Sequence[str], about: StudentDescription) -> np.ndarray:
     """Images uint8 `[DIGITS, S, S, 3]` of different classes, as a student is evaluated on them."""
-    from storage.shards.shard import open_shards
-    from student.evaluation.batches import evaluation_batches
-
     (batch,) = evaluation_batches(open_shards(shards), about.evaluation_policy, 1 << 20)
     first = {int(label): i for i, label in reversed([*enumerate(batch.labels)])}
     return batch.images[[first[label] for label in sorted(first)[:DIGITS]]].numpy()
@@ -114,34 +111,22 @@ def _different(shards: Sequence[str], about: StudentDescription) -> np.ndarray:
 
 def _by_teachers(store: Store, images: np.ndarray) -> dict[str, np.ndarray]:
     """Teacher -> maps `[n, g, g]` of what it looks at, by its stored graph."""
-    from precompute.engine.session import open_session
-
-    found = {}
+    maps = {}
     for manifest in store.targets().values():
         tap, name = manifest.identity.tap, manifest.teacher
         if tap in ("activations", "attention"):
             graph, output = manifest.graph_output
             values = open_session(store.graph(name, graph), "cpu").run(images)[output]
-            maps = [cell(manifest, store.teacher_of(manifest), value).values for value in values]
-            found[f"teacher {name},\n{tap}"] = np.stack(maps)
-    return found
+            drawn = [cell(manifest, store.teacher_of(manifest), value).values for value in values]
+            maps[f"teacher {name},\n{tap}"] = np.stack(drawn)
+    return maps
 
 
 def _by_student(model: nn.Module, about: StudentDescription, images: np.ndarray) -> np.ndarray:
     """Maps `[n, g, g]` of the class query's attention in a student's last layer."""
-    import torch
-
-    from precompute.taps import AttentionTaps, attention_layers, class_row, prefix_roles
-    from storage.views.normalize import normalize
-
     taps = AttentionTaps(model, [len(attention_layers(model))])
     with torch.no_grad():
         model(normalize(torch.from_numpy(images), about.mean, about.std))
-    rows = class_row(taps.q[0], taps.k[0], taps.scales[0])
-    return _patches(rows.mean(1).numpy(), len(prefix_roles(model)))
-
-
-def _patches(rows: np.ndarray, prefix: int) -> np.ndarray:
-    """The patches of rows `[n, N]` on their grid, `[n, g, g]`."""
-    side = math.isqrt(rows.shape[1] - prefix)
-    return rows[:, prefix:].reshape(-1, side, side)
+    rows = class_row(taps.q[0], taps.k[0], taps.scales[0]).mean(1)[:, len(prefix_roles(model)) :].numpy()
+    side = math.isqrt(rows.shape[1])
+    return rows.reshape(-1, side, side)

@@ -32,6 +32,7 @@ SIZE = 24  # of the view images; patches of 4 make a grid of 6
 CNN_SIZE = 64  # of the CNN's input
 
 _SHORT = ["student.drop_path_rate=0", "optim.lr=0.002", "model_ema_decay=null"]  # few updates
+_PLAIN = "student.model=vit_tiny_patch16_224"
 _VIT = [f"student.img_size={SIZE}", "student.patch_size=4", "student.embed_dim=64"]
 _VIT += ["student.depth=4", "student.num_heads=4"]
 _POLICY = "crop(0.125)"  # digits have no mirror images
@@ -40,22 +41,16 @@ _BATCH = "stream.batch_size=64"
 _CNN = ["student.model=resnet10t", f"student.img_size={CNN_SIZE}"]
 _TEACHERS = {
     "cnn": [_FRESH, *_CNN, _BATCH, "optim.epochs=5", "optim.warmup_epochs=1"],
-    "vit": [_FRESH, "student.model=vit_tiny_patch16_224", *_VIT, _BATCH, "optim.epochs=40", "optim.warmup_epochs=5"],
+    "vit": [_FRESH, _PLAIN, *_VIT, _BATCH, "optim.epochs=40", "optim.warmup_epochs=5"],
 }
 # name -> what it is asked for
 _TARGETS = {"cnn": ["activations,grid=6,codec=u8", "logits,codec=f16"], "vit": ["attention,codec=log8"]}
-_PLAIN = "student.model=vit_tiny_patch16_224"
+_OPTIMIZER = ["optim.opt_betas=null", "optim.weight_decay=0.05"]  # as the other recipes have it
 _RECIPES = {
     "scratch": [_PLAIN],
     "deit-hard": ["student.model=deit_tiny_distilled_patch16_224"],
     "aal": [_PLAIN],
-    "attention-distill": [
-        _PLAIN,
-        "student.global_pool=token",
-        "losses.attention.layers=uniform",
-        "optim.opt_betas=null",
-        "optim.weight_decay=0.05",
-    ],  # for the rest as the others
+    "attention-distill": [_PLAIN, "student.global_pool=token", "losses.attention.layers=uniform", *_OPTIMIZER],
 }
 _STUDENT = [*_VIT, "stream.batch_size=32", "optim.epochs=80", "val_interval=8", "optim.warmup_epochs=5"]
 
@@ -76,63 +71,46 @@ def demo(out: Path, console: Console) -> dict[str, Any]:
     from storage.shards.pack import pack
 
     began = time.monotonic()
-    step = _Steps(console)
-    step(f"digits as class folders in {out}/digits, packed into shards")
+    console.say(f"1. digits as class folders in {out}/digits, packed into shards")
     _write_digits(out / "digits")
     packed = pack(str(out / "digits"), str(out / "shards" / "digits-{000000..000002}.tar"), val_fraction=0.25)
     tenth = pack(packed.train, str(out / "tenth" / "digits-000000.tar"), fraction=0.1)
     counts = {"all": packed.samples["train"], "tenth": tenth.samples["train"], "val": packed.samples["val"]}
     console.say(f"   {counts['all']} training digits, {counts['tenth']} of them in the tenth, {counts['val']} held out")
 
-    step("a small CNN and a small ViT learn all training labels; they are the teachers")
+    console.say("2. a small CNN and a small ViT learn all training labels; they are the teachers")
     trainings = [
         _Training(name=name, recipe="scratch", settings=settings, shards=packed.train, val=packed.val)
         for name, settings in _TEACHERS.items()
     ]
-    teacher = _trained(out, trainings, console)
+    teacher_top1 = _trained(out, trainings, console)
 
-    step(f"what they see in {VIEWS} views of the tenth, once, into {out}/store")
+    console.say(f"3. what they see in {VIEWS} views of the tenth, once, into {out}/store")
     store = _precomputed(out, tenth.train, console)
 
-    step("students learn from the tenth: " + ", ".join(_RECIPES))
+    console.say("4. students learn from the tenth: " + ", ".join(_RECIPES))
+    data: dict[str, Any] = {"shards": tenth.train, "val": packed.val, "store": store.url}
     trainings = [
-        _Training(
-            name=f"{recipe}-{seed}",
-            recipe=recipe,
-            settings=[*settings, *_STUDENT],
-            shards=tenth.train,
-            val=packed.val,
-            store=store.url,
-            seed=seed,
-        )
+        _Training(name=f"{recipe}-{seed}", recipe=recipe, settings=[*settings, *_STUDENT], seed=seed, **data)
         for seed in SEEDS
         for recipe, settings in _RECIPES.items()
     ]
     top1 = _trained(out, trainings, console)
     table = {recipe: [top1[f"{recipe}-{seed}"] for seed in SEEDS] for recipe in _RECIPES}
     runs = {recipe: [out / f"{recipe}-{seed}" for seed in SEEDS] for recipe in _RECIPES}
-    pictures = [
-        figures.curves(out / "curves.png", runs, teacher),
-        figures.attention(out / "attention.png", store, packed.val, {r: several[0] for r, several in runs.items()}),
-    ]
+    first_runs = {recipe: folders[0] for recipe, folders in runs.items()}
+    pictures = [out / "curves.png", out / "attention.png"]
+    figures.curves(pictures[0], runs, teacher_top1)
+    figures.attention(pictures[1], store, packed.val, first_runs)
     seconds = time.monotonic() - began
     return {
-        "table": _lines(table, teacher, counts, seconds, [*pictures, out / "store"]),
+        "table": _lines(table, teacher_top1, counts, seconds, [*pictures, out / "store"]),
         "top1": table,
-        "teacher_top1": teacher,
+        "teacher_top1": teacher_top1,
         "samples": counts,
         "pictures": [str(picture) for picture in pictures],
         "seconds": round(seconds, 1),
     }
-
-
-class _Steps:
-    def __init__(self, console: Console) -> None:
-        self.console, self.number = console, 0
-
-    def __call__(self, text: str) -> None:
-        self.number += 1
-        self.console.say(f"{self.number}. {text}")
 
 
 def _write_digits(folder: Path) -> None:
@@ -175,21 +153,21 @@ class _Training:
         return train(config)["top1"] or 0.0
 
 
-def _trained(out: Path, jobs: Sequence[_Training], console: Console) -> dict[str, float]:
+def _trained(out: Path, trainings: Sequence[_Training], console: Console) -> dict[str, float]:
     """Name -> top-1, of as many runs at a time as there are cores."""
     from dask.system import CPU_COUNT
 
-    found = {}
-    with ProcessPoolExecutor(min(CPU_COUNT, len(jobs)), multiprocessing.get_context("spawn")) as pool:
-        running = {pool.submit(job, out): job.name for job in jobs}
-        for future in as_completed(running):
+    top1_by_name = {}
+    with ProcessPoolExecutor(min(CPU_COUNT, len(trainings)), multiprocessing.get_context("spawn")) as pool:
+        names = {pool.submit(training, out): training.name for training in trainings}
+        for future in as_completed(names):
             try:
-                found[running[future]] = top1 = future.result()
+                top1_by_name[names[future]] = top1 = future.result()
             except BrokenProcessPool:
                 advice = "close other programs and run the same command again"
                 raise UserError(f"a process that trained for the demo died: {out_of_memory(advice)}") from None
-            console.say(f"   {running[future]}: top-1 {top1:.1f} %")
-    return found
+            console.say(f"   {names[future]}: top-1 {top1:.1f} %")
+    return top1_by_name
 
 
 def _precomputed(out: Path, shards: list[str], console: Console) -> Store:
@@ -206,34 +184,17 @@ def _precomputed(out: Path, shards: list[str], console: Console) -> Store:
     for name, targets in _TARGETS.items():
         weights = out / name / "last.safetensors"
         _, about = load_student(weights)
-        teacher = find_teacher(
-            about.model,
-            weights=str(weights),
-            arguments=about.arguments,
-            input_size=about.img_size,
-            mean=about.mean,
-            std=about.std,
-            teacher_name=name,
-        )
-        request = PrecomputeRequest(
-            shards=shards,
-            teacher=teacher,
-            targets=[spec for target in targets for spec in parse_target(target)],
-            policy=policy(_POLICY, SIZE),
-            num_views=VIEWS,
-        )
-        result = precompute(store, request, console)
-        for failure in result.failures:
+        fed: dict[str, Any] = {"input_size": about.img_size, "mean": about.mean, "std": about.std}
+        teacher = find_teacher(about.model, weights=str(weights), arguments=about.arguments, teacher_name=name, **fed)
+        specs, views = [spec for target in targets for spec in parse_target(target)], policy(_POLICY, SIZE)
+        request = PrecomputeRequest(shards=shards, teacher=teacher, targets=specs, policy=views, num_views=VIEWS)
+        for failure in precompute(store, request, console).failures:
             raise UserError(failure.error)
     return store
 
 
 def _lines(
-    table: dict[str, list[float]],
-    teachers: dict[str, float],
-    counts: dict[str, int],
-    seconds: float,
-    places: list[Path],
+    table: dict[str, list[float]], teachers: dict[str, float], counts: dict[str, int], seconds: float, paths: list[Path]
 ) -> list[str]:
     from scipy.stats import t
 
@@ -257,4 +218,4 @@ def _lines(
         for name, top1 in teachers.items()
     ]
     lines += ["", "±: standard error. May be chance: seeds alone would differ so more often than once in twenty times"]
-    return [*lines, "", f"{seconds:.0f} s in all. Look at", *(f"  {place}" for place in places)]
+    return [*lines, "", f"{seconds:.0f} s in all. Look at", *(f"  {path}" for path in paths)]
