@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.console import Console
-from pipeline.evaluation.common import EvaluatedStudent, columns, named_sets, open_student, percent
+from pipeline.evaluation.common import EvaluatedStudent, columns, named_sets, open_student, percent, progress
 from storage.errors import UserError
 from storage.shards.shard import open_shards
 from student import run_dir
@@ -30,26 +29,22 @@ BySet = Mapping[str, ClassMetrics]  # the set without a name is ``
 class AccuracyReport:
     """Accuracies of students, each over the same sets, and of their ensemble where it was asked for."""
 
-    students: tuple[EvaluatedStudent, ...]
-    by_student: tuple[BySet, ...]
+    students: tuple[tuple[EvaluatedStudent, BySet], ...]
     ensemble: BySet | None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        students = [
-            {**asdict(student), **_sets_json(by_set)}
-            for student, by_set in zip(self.students, self.by_student, strict=True)
-        ]
+        students = [{**asdict(student), **_sets_json(by_set)} for student, by_set in self.students]
         if len(students) == 1:
             return students[0]
         if self.ensemble is None:
             return {"students": students}
-        names = [student.student for student in self.students]
+        names = [student.student for student, _ in self.students]
         return {"students": students, "ensemble": {"students": names, **_sets_json(self.ensemble)}}
 
     def lines(self) -> list[str]:
         """One line for one student on one set, else a table; then shots and classes."""
-        results = [(student.student, by_set) for student, by_set in zip(self.students, self.by_student, strict=True)]
+        results = [(student.student, by_set) for student, by_set in self.students]
         results += [("ensemble", self.ensemble)] if self.ensemble is not None else []
         titled = [
             (", ".join(word for word in (title if len(results) > 1 else "", name) if word), metrics)
@@ -59,13 +54,14 @@ class AccuracyReport:
         if len(titled) == 1:
             ((_, metrics),) = titled
             top5 = f", top-5 {metrics.top5:.2f} %" if metrics.top5 is not None else ""
-            lines = [f"top-1 {metrics.top1:.2f} %{top5} on {metrics.samples} samples ({self.students[0].view})"]
+            lines = [f"top-1 {metrics.top1:.2f} %{top5} on {metrics.samples} samples ({self.students[0][0].view})"]
         else:
             cells = [(title or "all", str(one.samples), percent(one.top1), percent(one.top5)) for title, one in titled]
             lines = columns([("", "samples", "top-1, %", "top-5, %"), *cells])
         for title, metrics in titled:
             start = f"{title}: " if title else ""
-            lines += [f"{start}{line}" for line in (_shot_lines(metrics.shots) if metrics.shots else [])]
+            if metrics.shots:
+                lines += [f"{start}{line}" for line in _shot_lines(metrics.shots)]
             if len(metrics.classes) <= MAX_LISTED_CLASSES:
                 each = ", ".join(f"{one.name} {one.top1:.1f}" for one in metrics.classes)
                 lines.append(f"{start}top-1 of each class, %: {each}")
@@ -111,35 +107,22 @@ def measure_accuracy(
         store: where students that copy attention find it; by default where they were trained.
         device: as on the command line.
     """
-    sets = named_sets(shards)
-    torch_device, console = pick_device(device), Console()
+    sets, torch_device, bounds = named_sets(shards), pick_device(device), shot_bounds or BOUNDS
     train_images = None if shot_bounds is None else _train_images(paths[0], train_shards)
-    members, students = zip(
-        *(open_student(path, torch_device, console, load_classifier) for path in paths), strict=True
-    )
+    members, students = zip(*(open_student(path, torch_device, load_classifier) for path in paths), strict=True)
     results: list[dict[str, ClassMetrics]] = [{} for _ in range(len(members) + ensemble)]
-    console.start("evaluating", sum(len(shard) for opened in sets.values() for shard in opened))
-    try:
+    with progress("evaluating", sum(len(shard) for opened in sets.values() for shard in opened)) as advance:
         for name, opened in sets.items():
             for member in members:
                 attach_stored_attention(member.model, member.about, store, opened)
-            predictions = ensemble_predictions(
-                members, opened, ensemble=ensemble, device=torch_device, advance=console.advance
-            )
-            for by_set, ranks in zip(results, predictions.ranks, strict=True):
+            seen = ensemble_predictions(members, opened, ensemble=ensemble, device=torch_device, advance=advance)
+            images = train_images and _by_set_labels(train_images, members[0].about.classes, seen.names)
+            for by_set, ranks in zip(results, seen.ranks, strict=True):
                 by_set[name] = class_metrics(
-                    predictions.labels,
-                    ranks,
-                    predictions.num_classes,
-                    names=predictions.names,
-                    train_images=train_images
-                    and _by_set_labels(train_images, members[0].about.classes, predictions.names),
-                    bounds=shot_bounds or BOUNDS,
+                    seen.labels, ranks, seen.num_classes, names=seen.names, train_images=images, bounds=bounds
                 )
-    finally:
-        console.stop()
     together = results.pop() if ensemble else None
-    return AccuracyReport(students=students, by_student=tuple(results), ensemble=together)
+    return AccuracyReport(students=tuple(zip(students, results, strict=True)), ensemble=together)
 
 
 def _train_images(path: Path, train_shards: Sequence[str]) -> Mapping[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from student.evaluation.ensemble import Classifier
 from student.models.files import StudentDescription, load_student
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
     from torch import nn
@@ -57,18 +58,26 @@ def only_set(patterns: Sequence[str]) -> list[Shard]:
 
 
 def open_student(
-    path: Path,
-    device: torch.device,
-    console: Console,
-    load: Callable[[Path], tuple[nn.Module, StudentDescription]] = load_student,
+    path: Path, device: torch.device, load: Callable[[Path], tuple[nn.Module, StudentDescription]] = load_student
 ) -> tuple[Classifier, EvaluatedStudent]:
     """A student on a device, and which it is; the console warns about one that learned nothing."""
     model, about = load(path)
     smoke = run_dir.is_smoke(path.parent)
     if smoke:
-        console.say(f"{path}: of a smoke run, which has learned nothing")
+        Console().say(f"{path}: of a smoke run, which has learned nothing")
     member = Classifier(name=str(path), model=model.to(device), about=about)
     return member, EvaluatedStudent(student=member.name, view=about.evaluation, smoke=smoke)
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show the progress of so many steps; give what is called with each number of further ones."""
+    console = Console()
+    console.start(what, total)
+    try:
+        yield console.advance
+    finally:
+        console.stop()
 
 
 def percent(value: float | None) -> str:

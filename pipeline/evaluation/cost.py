@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.bench.timing import Spread, interleaved, seconds
-from pipeline.console import Console
-from pipeline.evaluation.common import columns, open_student
+from pipeline.evaluation.common import columns, open_student, progress
 from precompute.capabilities import bare
 from student.distributed import pick_device
 from student.evaluation.cost import cost, links_of
@@ -86,10 +85,10 @@ class CostReport:
 
 def measure_cost(paths: Sequence[Path], teachers: Sequence[str], *, batch_size: int, device: str) -> CostReport:
     """Costs of the students of runs, of the links that were trained beside them, and of teachers by their names."""
-    torch_device, console = pick_device(device), Console()
+    torch_device = pick_device(device)
     contenders: list[Contender] = []
     for path in paths:
-        member, _ = open_student(path, torch_device, console)
+        member, _ = open_student(path, torch_device)
         image = _image(member.about.img_size)
         contenders.append(Contender(kind="student", name=member.name, model=member.model, example=image))
         for loss, (links, maps) in links_of(path.with_name(LOSSES), member.model).items():
@@ -98,40 +97,27 @@ def measure_cost(paths: Sequence[Path], teachers: Sequence[str], *, batch_size: 
     for name in dict.fromkeys(teachers):
         _, size, network = bare(name, device=str(torch_device))
         contenders.append(Contender(kind="teacher", name=name, model=network, example=_image(size)))
-    console.start("timing", (TURNS + 1) * len(contenders))
-    try:
-        timed = {str(n): _timed(one, batch_size, torch_device, console) for n, one in enumerate(contenders)}
+    with progress("timing", (TURNS + 1) * len(contenders)) as advance:
+        timed = {str(n): _timed(one, batch_size, torch_device, advance) for n, one in enumerate(contenders)}
         turns = interleaved(timed, TURNS)
-    finally:
-        console.stop()
-    costs = [_cost(one, values, torch_device) for one, values in zip(contenders, turns.values(), strict=True)]
-    return CostReport(
-        batch_size=batch_size,
-        device=str(torch_device),
-        threads=torch.get_num_threads(),
-        turns=TURNS,
-        costs=tuple(costs),
-    )
+    costs = tuple(_cost(one, times, torch_device) for one, times in zip(contenders, turns.values(), strict=True))
+    threads = torch.get_num_threads()
+    return CostReport(batch_size=batch_size, device=str(torch_device), threads=threads, turns=TURNS, costs=costs)
 
 
 def _cost(one: Contender, times: Sequence[float], device: torch.device) -> NetworkCost:
-    counted = cost(one.model, one.example.to(device))
-    return NetworkCost(
-        kind=one.kind,
-        name=one.name,
-        parameters=counted.parameters,
-        macs=counted.macs,
-        flops=2 * counted.macs,
-        input=tuple(one.example.shape[1:]),
-        seconds=Spread.of(times),
-    )
+    counted, input_shape = cost(one.model, one.example.to(device)), tuple(one.example.shape[1:])
+    numbers = {"parameters": counted.parameters, "macs": counted.macs, "flops": 2 * counted.macs}
+    return NetworkCost(kind=one.kind, name=one.name, input=input_shape, seconds=Spread.of(times), **numbers)
 
 
 def _image(size: int) -> Tensor:
     return torch.zeros(1, 3, size, size)
 
 
-def _timed(one: Contender, batch_size: int, device: torch.device, console: Console) -> Callable[[], float]:
+def _timed(
+    one: Contender, batch_size: int, device: torch.device, advance: Callable[[int], None]
+) -> Callable[[], float]:
     """What takes the time of a forward pass of a whole batch."""
     images = torch.randn(batch_size, *one.example.shape[1:], device=device)
 
@@ -142,7 +128,7 @@ def _timed(one: Contender, batch_size: int, device: torch.device, console: Conso
             torch.cuda.synchronize(device)
 
     def turn() -> float:
-        console.advance(1)
+        advance(1)
         return seconds(forward)
 
     return turn

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pipeline.console import Console
-from pipeline.evaluation.common import EvaluatedStudent, columns, only_set, open_student, percent
+from pipeline.evaluation.common import EvaluatedStudent, columns, only_set, open_student, percent, progress
 from storage.errors import UserError
 from storage.shards.classes import classes_of
 from storage.shards.shard import open_shards
 from student.distributed import pick_device
 from student.evaluation.class_metrics import class_metrics, label_ranks
 from student.evaluation.frozen import linear_probe, projector_features
-from student.evaluation.frozen.features import (
-    Features,
-    Reading,
-    class_feature,
-    feature_text,
-    features_of,
-    probe_feature,
-)
+from student.evaluation.frozen.features import class_feature, feature_text, features_of, probe_feature
 from student.evaluation.frozen.knn import knn_ranks, usable
 from student.evaluation.frozen.label_subset import LabelSubset, label_subset
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+    from student.evaluation.frozen.features import Features, Reading
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,19 +131,14 @@ class LinearProbeReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        tried = [asdict(trial) for trial in self.tried]
-        fit = {"lr": self.lr, "epochs": linear_probe.EPOCHS, "tried": tried}
+        fit = {"lr": self.lr, "epochs": linear_probe.EPOCHS, "tried": [asdict(trial) for trial in self.tried]}
         return {**self.features.to_json(), **asdict(self.accuracy), **fit}
 
     def lines(self) -> list[str]:
         """A line for each learning rate that was tried, and the accuracy."""
         tried = [f"lr {one.lr:g}: top-1 {one.top1:.2f} % on held-out training samples" for one in self.tried]
         top5 = f", top-5 {self.accuracy.top5:.2f} %" if self.accuracy.top5 is not None else ""
-        return [
-            *tried,
-            f"linear probe, lr {self.lr:g}: top-1 {self.accuracy.top1:.2f} %{top5}",
-            self.features.line(),
-        ]
+        return [*tried, f"linear probe, lr {self.lr:g}: top-1 {self.accuracy.top1:.2f} %{top5}", self.features.line()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,15 +166,11 @@ def measure_knn(path: Path, config: FrozenConfig) -> KnnReport:
 def measure_linear_probe(path: Path, config: FrozenConfig, lr: float | None) -> LinearProbeReport:
     """The accuracy of a linear probe, by default at the learning rate that is best on held-out training samples."""
     split = _features(path, config, probe_feature)
-    console = Console()
-    console.start("fitting", linear_probe.EPOCHS * (2 if lr is None else 1))
-    train, num_classes, seed, advance = split.train, split.num_classes, config.seed, console.advance
-    try:
+    train, num_classes, seed = split.train, split.num_classes, config.seed
+    with progress("fitting", linear_probe.EPOCHS * (2 if lr is None else 1)) as advance:
         tried = [] if lr else linear_probe.search_learning_rate(train, num_classes, seed=seed, advance=advance)
         chosen = lr or tried[0].lr
         head = linear_probe.heads(train, num_classes, [chosen], seed=seed, advance=advance)
-    finally:
-        console.stop()
     ranks = label_ranks(linear_probe.logits_of(head, split.evaluated.values), split.evaluated.labels)
     return LinearProbeReport(features=split.report, accuracy=split.accuracy(ranks), lr=chosen, tried=tuple(tried))
 
@@ -192,29 +179,22 @@ def _features(path: Path, config: FrozenConfig, read: Reading) -> _Split:
     """Features of the labeled training samples and of the evaluated ones."""
     shards, train_shards = only_set(config.shards), open_shards(config.train_shards, Console().say)
     names = classes_of([shard.url for shard in (*train_shards, *shards)])  # raises where their lists differ
-    torch_device, console = pick_device(config.device), Console()
-    member, student = open_student(path, torch_device, console)
+    torch_device = pick_device(config.device)
+    member, student = open_student(path, torch_device)
     text = feature_text(member.model, read)
     if config.projector_layers:
         read, text = projector_features.projector_reading(path, member.model, config.projector_layers)
     subset = label_subset(train_shards, shards, fraction=config.label_fraction, seed=config.seed)
     if config.listing is not None:
         subset.write(config.listing)
-    _report_subset(subset, config, console)
-    console.start("reading features", len(subset.rows) + sum(map(len, shards)))
-    model, about, advance = member.model, member.about, console.advance
-    try:
-        train = features_of(
-            model, about, train_shards, read, chosen=subset.chosen, device=torch_device, advance=advance
-        )
-        evaluated = features_of(model, about, shards, read, device=torch_device, advance=advance)
-    finally:
-        console.stop()
+    _report_subset(subset, config)
+    with progress("reading features", len(subset.rows) + sum(map(len, shards))) as advance:
+        reads = partial(features_of, member.model, member.about, read=read, device=torch_device, advance=advance)
+        train, evaluated = reads(shards=train_shards, chosen=subset.chosen), reads(shards=shards)
     highest = int(torch.cat([train.labels, evaluated.labels]).max())
-    if names and highest >= len(names):
-        raise UserError(
-            f"there is a label {highest}, and classes.json lists {len(names)} classes; pack the shards again"
-        )
+    count = len(names) if names else highest + 1
+    if highest >= count:
+        raise UserError(f"there is a label {highest}, and classes.json lists {count} classes; pack the shards again")
     report = FeatureReport(
         student=student,
         features=text,
@@ -230,11 +210,11 @@ def _features(path: Path, config: FrozenConfig, read: Reading) -> _Split:
         ),
         samples=len(evaluated.labels),
     )
-    num_classes = len(names) if names else highest + 1
-    return _Split(train=train, evaluated=evaluated, num_classes=num_classes, report=report)
+    return _Split(train=train, evaluated=evaluated, num_classes=count, report=report)
 
 
-def _report_subset(subset: LabelSubset, config: FrozenConfig, console: Console) -> None:
+def _report_subset(subset: LabelSubset, config: FrozenConfig) -> None:
+    console = Console()
     if subset.left_out:
         console.say(f"{subset.left_out} training image(s) are also evaluated; they are skipped in training")
     if config.label_fraction < 1:

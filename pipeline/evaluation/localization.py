@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.console import Console
-from pipeline.evaluation.common import EvaluatedStudent, columns, only_set, open_student, percent
+from pipeline.evaluation.common import EvaluatedStudent, columns, only_set, open_student, percent, progress
 from pipeline.plotting import COLORS, FONT, GRAY, MAP, figure, panel, picture_path, save, shortened, write
 from student.distributed import pick_device
 from student.evaluation.localization.localize import ClassAttention, Localization, localize
@@ -30,47 +29,46 @@ class LocalizationReport:
         maps: in words, which maps its boxes are drawn around.
         box: where predicted boxes end.
         localization: the metrics.
-        files: a picture, where one was asked for.
+        picture: the file that was drawn, if any.
     """
 
     student: EvaluatedStudent
     maps: str
     box: Convention
     localization: Localization
-    files: tuple[str, ...]
+    picture: Path | None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        found = self.localization
         return {
             **asdict(self.student),
             "view": "resize",
             "maps": self.maps,
             "box": self.box,
-            **found.metrics.to_json(),
-            "samples": found.samples,
-            "without_box": found.without_box,
-            **({"files": list(self.files)} if self.files else {}),
+            **self.localization.metrics.to_json(),
+            "samples": self.localization.samples,
+            "without_box": self.localization.without_box,
+            **({"files": [str(self.picture)]} if self.picture else {}),
         }
 
     def lines(self) -> list[str]:
         """A table of accuracies by IoU."""
-        found = self.localization
+        metrics, without_box = self.localization.metrics, self.localization.without_box
         kinds: dict[str, BoxAccuracies] = {
-            "largest contour (MaxBoxAcc)": found.metrics.v1,
-            "all contours (V2)": found.metrics.v2,
-            "centered box": found.metrics.center,
+            "largest contour (MaxBoxAcc)": metrics.v1,
+            "all contours (V2)": metrics.v2,
+            "centered box": metrics.center,
         }
-        rows = [("right, %, at IoU", *map(str, OVERLAPS), *(f"[{overlaps}]" for overlaps in means(found.metrics.v1)))]
+        rows = [("right, %, at IoU", *map(str, OVERLAPS), *(f"[{overlaps}]" for overlaps in means(metrics.v1)))]
         for text, accuracies in kinds.items():
             each = [accuracies[overlap].accuracy for overlap in OVERLAPS]
             rows.append((text, *map(percent, [*each, *means(accuracies).values()])))
-        skipped = f", {found.without_box} without a box skipped" if found.without_box else ""
+        skipped = f", {without_box} without a box skipped" if without_box else ""
         return [
             *columns(rows),
             f"{self.maps}; {self.box} boxes; each at the threshold, or the size, that is best for the whole set; "
-            f"{found.samples} images{skipped}",
-            *(f"written: {file}" for file in self.files),
+            f"{self.localization.samples} images{skipped}",
+            *([f"written: {self.picture}"] if self.picture else []),
         ]
 
 
@@ -78,29 +76,19 @@ def measure_localization(
     path: Path, *, shards: Sequence[str], convention: Convention, out: Path | None, device: str
 ) -> LocalizationReport:
     """MaxBoxAcc of one student, and a picture where a place for it is given."""
-    file = picture_path(out) if out is not None else None
-    opened_shards = only_set(shards)
-    torch_device, console = pick_device(device), Console()
-    member, student = open_student(path, torch_device, console)
-    attention = ClassAttention(member.model, member.name)
-    console.start("localizing", sum(map(len, opened_shards)))
-    try:
+    if out is not None:
+        picture_path(out)
+    opened_shards, torch_device = only_set(shards), pick_device(device)
+    member, student = open_student(path, torch_device)
+    attention, keep = ClassAttention(member.model, member.name), out is not None
+    with progress("localizing", sum(map(len, opened_shards))) as advance:
         localization = localize(
-            attention,
-            member.about,
-            opened_shards,
-            convention,
-            device=torch_device,
-            keep_images=file is not None,
-            advance=console.advance,
+            attention, member.about, opened_shards, convention, device=torch_device, keep_images=keep, advance=advance
         )
-    finally:
-        console.stop()
-    if file is not None:
-        save(picture(member.name, localization), file)
-    files = (str(file),) if file is not None else ()
+    if out is not None:
+        save(picture(member.name, localization), out)
     return LocalizationReport(
-        student=student, maps=attention.text, box=convention, localization=localization, files=files
+        student=student, maps=attention.text, box=convention, localization=localization, picture=out
     )
 
 
@@ -121,8 +109,7 @@ def picture(name: str, localization: Localization) -> Any:
         write(drawn, left, top - NOTE + 0.03, caption, color=GRAY, fontsize=FONT - 1)
         for column in range(2):
             axes = panel(drawn, left + column * CELL, top, CELL - 0.05, CELL - 0.05)
-            axes.set_xticks([])
-            axes.set_yticks([])
+            axes.set(xticks=[], yticks=[])
             if column:
                 image = axes.imshow(one.map / 255, cmap=MAP, vmin=0, vmax=1)
             else:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.console import Console
-from pipeline.evaluation.common import EvaluatedStudent, columns, only_set, open_student
+from pipeline.evaluation.common import EvaluatedStudent, columns, only_set, open_student, progress
 from pipeline.plotting import COLORS, FONT, GRAY, figure, panel, picture_path, save, shortened, write
 from storage.errors import UserError
 from storage.store.store import Store
@@ -44,48 +43,45 @@ class StudentSimilarity:
 
     def lines(self) -> list[str]:
         """A table for attention, one for tokens, and what was compared."""
-        found, lines = self.similarity, []
-        if found.attention is not None:
+        similarity, lines = self.similarity, []
+        if similarity.attention is not None:
             lines.append("Jensen-Shannon divergence of attention (0: the same; at most 0.693)")
-            lines += _table(found.attention, TITLES)
-        if found.streams is not None:
-            what = "tokens after the final norm" if found.final else "residual streams"
+            lines += _table(similarity.attention, TITLES)
+        if similarity.streams is not None:
+            what = "tokens after the final norm" if similarity.final else "residual streams"
             same = "1: the same but for rotation and scale"
-            lines.append(f"linear CKA of {what}, {TOKENS[found.tokens]} ({same})")
-            lines += _table(found.streams, {"cka": "CKA"})
-        if found.left_out:
-            lines.append(f"left out: {found.left_out}")
-        return [*lines, f"{found.samples} images ({self.student.view}), teacher {self.teacher}"]
+            lines.append(f"linear CKA of {what}, {TOKENS[similarity.tokens]} ({same})")
+            lines += _table(similarity.streams, {"cka": "CKA"})
+        if similarity.left_out:
+            lines.append(f"left out: {similarity.left_out}")
+        return [*lines, f"{similarity.samples} images ({self.student.view}), teacher {self.teacher}"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimilarityReport:
-    """How similar students are to a teacher, and a picture, where one was asked for."""
+    """How similar students are to a teacher, and the file that was drawn, if any."""
 
     students: tuple[StudentSimilarity, ...]
-    files: tuple[str, ...]
+    picture: Path | None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         students = [one.to_json() for one in self.students]
         result = students[0] if len(students) == 1 else {"students": students}
-        return {**result, **({"files": list(self.files)} if self.files else {})}
+        return {**result, **({"files": [str(self.picture)]} if self.picture else {})}
 
     def lines(self) -> list[str]:
         """Tables by layer, for each student."""
         lines = []
         for one in self.students:
             lines += [*([one.student.student] if len(self.students) > 1 else []), *one.lines()]
-        return [*lines, *(f"written: {file}" for file in self.files)]
+        return [*lines, *([f"written: {self.picture}"] if self.picture else [])]
 
 
 def _table(layers: LayerSimilarity, titles: dict[str, str]) -> list[str]:
-    named = [
-        (f"{student}-{teacher}", values) for (student, teacher), values in zip(layers.pairs, layers.values, strict=True)
-    ]
-    rows = [
-        (name, *(_number(values[measure]) for measure in titles)) for name, values in [*named, ("mean", layers.mean)]
-    ]
+    names = [*(f"{student}-{teacher}" for student, teacher in layers.pairs), "mean"]
+    by_name = zip(names, [*layers.values, layers.mean], strict=True)
+    rows = [(name, *(_number(values[measure]) for measure in titles)) for name, values in by_name]
     notes = ": ".join(word for word in (", ".join(layers.targets), layers.rule) if word)
     return [*columns([("layers", *titles.values()), *rows]), notes]
 
@@ -117,53 +113,48 @@ def measure_similarity(
         out: of the picture.
         device: as on the command line.
     """
-    file = picture_path(out) if out is not None else None
-    opened_shards = only_set(shards)
-    torch_device, console = pick_device(device), Console()
-    opened = Store.open(store)
+    if out is not None:
+        picture_path(out)
+    opened_shards, torch_device, opened = only_set(shards), pick_device(device), Store.open(store)
     comparisons = []
     for path in paths:
-        member, student = open_student(path, torch_device, console)
-        view = member.about.evaluation_policy
-        reference = find_teacher_targets(opened, teacher, targets, opened_shards, view)
-        if member.about.attention_copy is not None:
-            copied_from = store_of(member.about.attention_copy.store, store)
-            attach_stored_attention(member.model, member.about, copied_from, opened_shards)
+        member, student = open_student(path, torch_device)
+        model, about = member.model, member.about
+        reference = find_teacher_targets(opened, teacher, targets, opened_shards, about.evaluation_policy)
+        if about.attention_copy is not None:
+            copied_from = _existing_store(about.attention_copy.store, store)
+            attach_stored_attention(model, about, copied_from, opened_shards)
         comparison = SimilarityComparison(
-            member.model, member.about, member.name, shards=opened_shards, reference=reference, tokens=tokens
+            model, about, member.name, shards=opened_shards, reference=reference, tokens=tokens
         )
         comparisons.append((student, reference.teacher, comparison))
-    console.start("comparing", len(comparisons) * sum(map(len, opened_shards)))
-    try:
+    with progress("comparing", len(comparisons) * sum(map(len, opened_shards))) as advance:
         students = tuple(
-            StudentSimilarity(student=student, teacher=name, similarity=comparison.run(torch_device, console.advance))
+            StudentSimilarity(student=student, teacher=name, similarity=comparison.run(torch_device, advance))
             for student, name, comparison in comparisons
         )
-    finally:
-        console.stop()
-    if file is not None:
-        save(picture(students), file)
-    return SimilarityReport(students=students, files=(str(file),) if file is not None else ())
+    if out is not None:
+        save(picture(students), out)
+    return SimilarityReport(students=students, picture=out)
 
 
-def store_of(recorded: str, given: str) -> str:
-    """Where a copying student's teacher is: where it was trained or, if there is no store any more, the given one."""
+def _existing_store(recorded: str, fallback: str) -> str:
+    """Where a copying student's teacher is: where it was trained or, if there is no store any more, the fallback."""
     try:
         return Store.open(recorded).url
     except UserError:
-        return given
+        return fallback
 
 
 def picture(students: Sequence[StudentSimilarity]) -> Any:
     """A matplotlib figure: a panel for each pairing of heads and one for CKA, a line for each student."""
-    panels = [("attention", measure, title) for measure, title in TITLES.items()] + [
-        ("streams", "cka", "CKA of streams")
-    ]
-    curves = {
-        (part, title): [_curve(getattr(one.similarity, part), measure) for one in students]
-        for part, measure, title in panels
-    }
-    curves = {panel: lines for panel, lines in curves.items() if any(values for _, values in lines)}
+    panels = [("attention", measure, title) for measure, title in TITLES.items()]
+    panels.append(("streams", "cka", "CKA of streams"))
+    curves = {}
+    for part, measure, title in panels:
+        lines = [_curve(getattr(one.similarity, part), measure) for one in students]
+        if any(values for _, values in lines):
+            curves[part, title] = lines
     apart = GAP + 0.25  # between divergences and CKA, whose numbers are others
     width = max(MARGIN + len(curves) * (WIDTH + GAP) + apart, 6.0)
     legend = 0.22 * len(students)

@@ -40,7 +40,8 @@ def cell(target: TargetManifest, teacher: TeacherManifest, values: np.ndarray) -
         return _ranged(_mean_map(_last_stage(target, values)))
     if tap in ("class_row", "attention"):
         row = _attention_row(target, teacher, values)
-        note = f"{_tokens(teacher)} {100 * row[:prefix].sum():.0f} %, " if prefix else ""
+        tokens = "class token" if teacher.prefix == ("class",) else f"{prefix} prefix tokens"
+        note = f"{tokens} {100 * row[:prefix].sum():.0f} %, " if prefix else ""
         return _over_patches(row[prefix:], note)
     if tap in ("q", "k", "v"):
         return _over_patches(np.linalg.norm(_last(target, values)[:, prefix:], axis=(0, 2)))
@@ -72,19 +73,15 @@ def meaning(target: TargetManifest, teacher: TeacherManifest) -> str:
 
 def _last(target: TargetManifest, values: np.ndarray) -> np.ndarray:
     """The value of the last layer, in whatever order the layers were asked for."""
-    layers = target.identity.layers or (1,)
-    last: np.ndarray = values[layers.index(max(layers))]
+    last: np.ndarray = values[np.argmax(target.identity.layers or (1,))]
     return last
 
 
 def _last_stage(target: TargetManifest, values: np.ndarray) -> np.ndarray:
     """The maps of the last stage, `[c, g, g]`, of those of all stages after another."""
-    start, last = 0, (0, values)
-    for stage in target.stages:
-        stop = start + stage.channels
-        last = max(last, (stage.stage, values[start:stop]), key=lambda pair: pair[0])
-        start = stop
-    return last[1]
+    ends = np.cumsum([stage.channels for stage in target.stages])
+    stages = zip(target.stages, np.split(values, ends[:-1]), strict=True)
+    return max(stages, key=lambda pair: pair[0].stage)[1]
 
 
 def _mean_map(maps: np.ndarray) -> np.ndarray:
@@ -99,16 +96,11 @@ def _mean_map(maps: np.ndarray) -> np.ndarray:
 
 def _attention_row(target: TargetManifest, teacher: TeacherManifest, values: np.ndarray) -> np.ndarray:
     """Attention to all tokens `[N]` of the last layer, mean of heads: the class query's, or that of all queries."""
-    heads = _last(target, values)  # [H, N] or [H, N, N]
+    heads, prefix = _last(target, values), teacher.prefix  # [H, N] or [H, N, N]
     if heads.ndim == 3:
-        prefix = teacher.prefix
         heads = heads[:, prefix.index("class")] if "class" in prefix else heads.mean(1)
     row: np.ndarray = heads.mean(0)
     return row
-
-
-def _tokens(teacher: TeacherManifest) -> str:
-    return "class token" if teacher.prefix == ("class",) else f"{len(teacher.prefix)} prefix tokens"
 
 
 def _over_patches(values: np.ndarray, note: str = "") -> Cell:

@@ -39,7 +39,7 @@ def picture(sample: StoredSample) -> Any:
     for n, (seen, words) in enumerate(zip(sample.views, heads, strict=True)):
         write(drawn, _left(n), head, f"view {seen.number}", weight="bold", color=COLORS[n])
         write(drawn, _left(n), head + LINE, "\n".join(words))
-        axes = _image_panel(drawn, _left(n), top)
+        axes = _bare_panel(drawn, _left(n), top)
         axes.imshow(seen.image)
         for spine in axes.spines.values():
             spine.set(color=COLORS[n], linewidth=3)
@@ -78,8 +78,8 @@ def _wrapped(lines: list[str], letters: int) -> list[str]:
     return [part for line in lines for part in textwrap.wrap(line, letters) or [""]]
 
 
-def _image_panel(drawn: Any, left: float, top: float) -> Any:
-    axes = panel(drawn, left, top, SIDE, SIDE)
+def _bare_panel(drawn: Any, left: float, top: float, width: float = SIDE, height: float = SIDE) -> Any:
+    axes = panel(drawn, left, top, width, height)
     axes.set(xticks=[], yticks=[])
     return axes
 
@@ -91,8 +91,7 @@ def _original(drawn: Any, sample: StoredSample, top: float, most: float) -> None
     image = sample.original
     width, height = image.size
     scale = min(LEFT / width, most / height)
-    axes = panel(drawn, MARGIN, top, width * scale, height * scale)
-    axes.set(xticks=[], yticks=[])
+    axes = _bare_panel(drawn, MARGIN, top, width * scale, height * scale)
     small = image.copy()
     small.thumbnail((LARGEST, LARGEST))
     axes.imshow(np.asarray(small), extent=(0, width, height, 0), aspect="auto")
@@ -113,12 +112,10 @@ class _Row:
     """One target in all views, with its name on the left."""
 
     def __init__(self, sample: StoredSample, id: str) -> None:
-        target = sample.targets[id]
-        teacher = sample.teachers[id]
-        self.views, self.id = sample.views, id
+        self.views, target, teacher = sample.views, sample.targets[id], sample.teachers[id]
         self.name = shortened(f"{target.teacher}: {target.identity.tap}", LETTERS_LEFT - 6)
         self.about = _wrapped([meaning(target, teacher)], LETTERS_LEFT - 6)
-        self.kept = f"{'×'.join(map(str, target.sample_shape))}, kept as {target.identity.codec}"
+        self.format = f"{'×'.join(map(str, target.sample_shape))}, kept as {target.identity.codec}"
         self.cells = {s.number: cell(target, teacher, s.values[id]) for s in sample.views if id in s.values}
         first = next(iter(self.cells.values()))
         self.cell_height = BARS if first.classes else SIDE if first.values.ndim == 2 else CURVE
@@ -129,36 +126,34 @@ class _Row:
         top += NOTE
         write(drawn, MARGIN, top, self.name, weight="bold")
         write(drawn, MARGIN, top + LINE, "\n".join(self.about))
-        write(drawn, MARGIN, top + (1.3 + len(self.about)) * LINE, self.kept, color=GRAY)
+        write(drawn, MARGIN, top + (1.3 + len(self.about)) * LINE, self.format, color=GRAY)
         for n, seen in enumerate(self.views):
             if seen.number not in self.cells:
                 write(drawn, _left(n), top, "not stored for this view", color=GRAY)
                 continue
-            made = self.cells[seen.number]
-            write(drawn, _left(n), top - NOTE, made.note, fontsize=FONT - 1.5, color=GRAY)
-            if made.values.ndim == 2:
-                _map(_image_panel(drawn, _left(n), top), seen.image, made.values)
-                continue
-            axes = panel(drawn, _left(n), top, SIDE, self.cell_height)
-            axes.set(xticks=[], yticks=[])
-            _bars(axes, made) if made.classes else _curve(axes, made.values)
+            shown = self.cells[seen.number]
+            write(drawn, _left(n), top - NOTE, shown.note, fontsize=FONT - 1.5, color=GRAY)
+            axes = _bare_panel(drawn, _left(n), top, height=self.cell_height)
+            if shown.values.ndim == 2:
+                _map(axes, seen.image, shown.values)
+            elif shown.classes:
+                _bars(axes, shown)
+            else:
+                _curve(axes, shown.values)
 
 
 def _map(axes: Any, image: np.ndarray, values: np.ndarray) -> None:
     """A map `[g, g]` over the pale gray of its view image."""
-    gray = image @ np.array([0.299, 0.587, 0.114])
-    axes.imshow(gray, cmap="gray", vmin=-140, vmax=255)
-    size = len(image) - 0.5
-    low, high = limits(*np.percentile(values, MIDDLE))
-    axes.imshow(
-        values, cmap=MAP, alpha=0.6, vmin=low, vmax=high, extent=(-0.5, size, size, -0.5), interpolation="nearest"
-    )
+    axes.imshow(image @ np.array([0.299, 0.587, 0.114]), cmap="gray", vmin=-140, vmax=255)
+    (low, high), end = limits(*np.percentile(values, MIDDLE)), len(image) - 0.5
+    over = {"cmap": MAP, "alpha": 0.6, "extent": (-0.5, end, end, -0.5), "interpolation": "nearest"}
+    axes.imshow(values, vmin=low, vmax=high, **over)
 
 
-def _bars(axes: Any, made: Cell) -> None:
-    axes.barh(range(len(made.classes)), made.values, color=COLORS[5], height=0.8)
+def _bars(axes: Any, bars: Cell) -> None:
+    axes.barh(range(len(bars.classes)), bars.values, color=COLORS[5], height=0.8)
     axes.set(xlim=(0, 1), ylim=(TOP - 0.5, -0.5))
-    for place, (name, share) in enumerate(zip(made.classes, made.values, strict=True)):
+    for place, (name, share) in enumerate(zip(bars.classes, bars.values, strict=True)):
         text = f"{shortened(name, 22)}  {100 * share:.1f} %"
         axes.text(0.03, place, text, va="center", fontsize=FONT - 0.5, parse_math=False)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import itertools
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -23,17 +24,16 @@ from storage.store.markers import Task
 from storage.unicode_names import normalized
 from storage.views.randaugment import OPERATIONS
 from storage.views.render import decode
-from storage.views.view import MIXUP, View
+from storage.views.view import MIXUP, Mix, View
 from student.data.block_reader import BlockReader
 from student.data.shuffle import Segment
 from student.data.source import Source
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from PIL import Image
 
-    from storage.shards.index import ShardIndex
     from storage.shards.shard import Shard
     from storage.store.manifests import TargetManifest, TeacherManifest
     from storage.store.store import Store
@@ -52,7 +52,7 @@ class SeenView:
         view: its parameters.
         partner: key of the sample that it is mixed with.
         image: uint8 `[S, S, 3]`, what the teachers saw.
-        kept: the image itself is in the store (`--store-views`); otherwise it was rendered again.
+        stored: the image itself is in the store (`--store-views`); otherwise it was rendered again.
         values: target id -> its decoded values, f32.
     """
 
@@ -60,7 +60,7 @@ class SeenView:
     view: View
     partner: str | None
     image: np.ndarray
-    kept: bool
+    stored: bool
     values: dict[str, np.ndarray]
 
 
@@ -108,19 +108,16 @@ def stored_sample(store: Store, urls: Sequence[str], key: str) -> StoredSample:
         DamageError: an object of the store is missing or damaged.
     """
     known, done = store.shard_ids(), store.done()
-    shard, position = _shard_with(store, urls, known, {task.shard for task in done}, key)
+    shard, position = _find_key(store, urls, known, done, key)
     banks = sorted({task.id for task in done if (task.kind, task.shard) == ("bank", shard.id)})
     if not banks:
         raise UserError(f"{store.url}: no view of {shard.id} is there; run precompute over {shard.url} first")
     begun = {task.id for task in done if (task.kind, task.shard) == ("target", shard.id)}
-    of_banks: dict[str, dict[str, TargetManifest]] = {bank: {} for bank in banks}
-    for id, manifest in store.targets().items():
-        if id in begun:
-            of_banks.setdefault(manifest.identity.bank, {})[id] = manifest
-    bank = max(banks, key=lambda id: len(of_banks[id]))
-    targets = of_banks[bank]
+    manifests = {id: manifest for id, manifest in store.targets().items() if id in begun}
+    count = Counter(manifest.identity.bank for manifest in manifests.values())
+    bank = max(banks, key=lambda id: count[id])
+    targets = {id: manifest for id, manifest in manifests.items() if manifest.identity.bank == bank}
     shown = {id: manifest for id, manifest in targets.items() if not _is_pixels(manifest)}
-    teachers = {id: store.teacher_of(manifest) for id, manifest in shown.items()}
     (original,) = shard.read(range(position, position + 1))
     counts = {id: store.views("target", id, [shard.id], done) for id in targets}
     stored = store.views("bank", bank, [shard.id], done)
@@ -128,7 +125,7 @@ def stored_sample(store: Store, urls: Sequence[str], key: str) -> StoredSample:
     views = []
     for number in range(min(stored, MOST)):
         complete = {id: manifest for id, manifest in targets.items() if number < counts[id]}
-        views.append(_seen_view(source, position, number=number, targets=complete))
+        views.append(_seen_view(source, position, number, complete))
     label, names = shard.index.labels[position], classes_of([shard.url])
     return StoredSample(
         key=shard.index.keys[position],
@@ -142,7 +139,7 @@ def stored_sample(store: Store, urls: Sequence[str], key: str) -> StoredSample:
         views=views,
         stored=stored,
         targets=shown,
-        teachers=teachers,
+        teachers={id: store.teacher_of(manifest) for id, manifest in shown.items()},
         others=[id for id in banks if id != bank],
     )
 
@@ -151,24 +148,21 @@ def _is_pixels(manifest: TargetManifest) -> bool:
     return manifest.identity.tap == "pixels"
 
 
-def _shard_with(
-    store: Store, urls: Sequence[str], known: Sequence[str], begun: set[str], key: str
-) -> tuple[Shard, int]:
+def _find_key(store: Store, urls: Sequence[str], known: Sequence[str], done: set[Task], key: str) -> tuple[Shard, int]:
     """The one shard with a key, and where the key is in it; shards that precompute has not come to are passed over."""
     opened = {url: shard for url in urls if (shard := store.recognize(url, known)) is not None}
-    positions = {url: _position(shard.index, key) for url, shard in opened.items()}
-    if all(position is None for position in positions.values()):
-        stems = {shard.rpartition("-")[0] for shard in {*known, *begun}}
+    places = _places(opened.values(), key)
+    if not places:
+        stems = {shard.rpartition("-")[0] for shard in {*known, *(task.shard for task in done)}}
         for url in [url for url in urls if url not in opened and stem_of(url) in stems]:
             with contextlib.suppress(IdentityError):
                 opened[url] = store.require(url, known)
-                positions[url] = _position(opened[url].index, key)
-    places = [(url, position) for url, position in positions.items() if position is not None]
+                places += _places([opened[url]], key)
     if len(places) > 1:
-        raise UserError(f"key {key!r} is in {places[0][0]} and in {places[1][0]}; give one of them with --shards")
+        first, second = (shard.url for shard, _ in places[:2])
+        raise UserError(f"key {key!r} is in {first} and in {second}; give one of them with --shards")
     if places:
-        url, position = places[0]
-        return opened[url], position
+        return places[0]
     if not opened:
         store.require(urls[0], known)  # says how it differs from those of the store
     keys = list(itertools.islice(itertools.chain(*(shard.index.keys for shard in opened.values())), SEARCHED))
@@ -179,19 +173,23 @@ def _shard_with(
     raise UserError(f"no sample has the key {key!r} in {len(opened)} shard(s) ({_names(list(opened))}). {hint}.{more}")
 
 
-def _position(index: ShardIndex, key: str) -> int | None:
-    """Where a key is in a shard, or one that is the same in Unicode's NFC."""
-    if key in index.keys:
-        return index.keys.index(key)
-    wanted = normalized(key)
-    return None if wanted.isascii() else next((i for i, k in enumerate(index.keys) if normalized(k) == wanted), None)
+def _places(shards: Iterable[Shard], key: str) -> list[tuple[Shard, int]]:
+    """Shards with a key, or with one that is the same in Unicode's NFC, and where it is in each."""
+    return [(shard, i) for shard in shards if (i := _position(shard.index.keys, key)) is not None]
+
+
+def _position(keys: Sequence[str], key: str) -> int | None:
+    if key in keys:
+        return keys.index(key)
+    nfc = normalized(key)
+    return None if nfc.isascii() else next((i for i, k in enumerate(keys) if normalized(k) == nfc), None)
 
 
 def _names(urls: Sequence[str]) -> str:
     return ", ".join([PurePath(url).name for url in urls[:3]] + ["…"] * (len(urls) > 3))
 
 
-def _seen_view(source: Source, position: int, *, number: int, targets: dict[str, TargetManifest]) -> SeenView:
+def _seen_view(source: Source, position: int, number: int, targets: dict[str, TargetManifest]) -> SeenView:
     """View `number` of the sample at a position of the shard, with its value of each target."""
     pixels = next((id for id, manifest in targets.items() if _is_pixels(manifest)), None)
     codecs = {id: manifest.codec for id, manifest in targets.items() if id != pixels}
@@ -201,17 +199,15 @@ def _seen_view(source: Source, position: int, *, number: int, targets: dict[str,
     marker = reader.marker(Task("bank", str(source.bank), shard.id, number))
     view = read_views(marker, position, position + 1).view(position)
     if not view.valid:
-        raise UserError(
-            f"{shard.url}: key {keys[position]!r} is marked invalid: precompute could not decode its image, "
-            "and nothing of it is used"
-        )
+        why = "precompute could not decode its image, and nothing of it is used"
+        raise UserError(f"{shard.url}: key {keys[position]!r} is marked invalid: {why}")
     seen, arrays = reader.read(Segment(shard=0, block=position // BLOCK, samples=np.array([position])), number)
     return SeenView(
         number=number,
         view=view,
         partner=keys[view.mix.partner] if view.mix else None,
         image=seen["images"][0],
-        kept=pixels is not None,
+        stored=pixels is not None,
         values={id: codec.decode(arrays[id])[0] for id, codec in codecs.items()},
     )
 
@@ -236,12 +232,16 @@ def view_words(seen: SeenView) -> list[str]:
     for number, argument in view.operations:
         name = OPERATIONS[number][0].replace("_", " ")
         words.append(f"{name} {argument:.3g}" if argument else name)
-    if view.erased[2] > view.erased[0]:
-        words.append(f"erased {view.erased[2] - view.erased[0]}×{view.erased[3] - view.erased[1]}")
+    left, top, right, bottom = view.erased
+    if right > left:
+        words.append(f"erased {right - left}×{bottom - top}")
     if view.mix:
-        kind = "mixup" if view.mix.kind == MIXUP else "cutmix"
-        words.append(f"{kind}: {100 * view.mix.amount / 256:.0f} % {seen.partner}")
+        words.append(f"{_mix_name(view.mix)}: {100 * view.mix.amount / 256:.0f} % {seen.partner}")
     return words
+
+
+def _mix_name(mix: Mix) -> str:
+    return "mixup" if mix.kind == MIXUP else "cutmix"
 
 
 def facts(sample: StoredSample) -> dict[str, Any]:
@@ -270,11 +270,11 @@ def facts(sample: StoredSample) -> dict[str, Any]:
 
 
 def _view_facts(seen: SeenView) -> dict[str, Any]:
-    view = seen.view
-    mix = None
-    if view.mix:
-        kind = "mixup" if view.mix.kind == MIXUP else "cutmix"
-        mix = {"kind": kind, "partner": seen.partner, "share": view.mix.amount / 256, "box": list(view.mix.box)}
+    view, mix = seen.view, seen.view.mix
+    about_mix = None
+    if mix:
+        share = mix.amount / 256
+        about_mix = {"kind": _mix_name(mix), "partner": seen.partner, "share": share, "box": list(mix.box)}
     return {
         "view": seen.number,
         "box": list(view.box),
@@ -282,8 +282,8 @@ def _view_facts(seen: SeenView) -> dict[str, Any]:
         "flip": view.flip,
         "operations": [[OPERATIONS[number][0], argument] for number, argument in view.operations],
         "erased": list(view.erased) if view.erased[2] > view.erased[0] else None,
-        "mix": mix,
-        "image": "stored" if seen.kept else "rendered",
+        "mix": about_mix,
+        "image": "stored" if seen.stored else "rendered",
         "targets": {
             id: {"min": float(values.min()), "max": float(values.max()), "mean": float(values.mean(dtype=np.float64))}
             for id, values in seen.values.items()
@@ -294,9 +294,9 @@ def _view_facts(seen: SeenView) -> dict[str, Any]:
 def lines(sample: StoredSample) -> list[str]:
     """The facts, human-readable."""
     label = "no label" if sample.label is None else f"label {sample.label}"
+    name, size = f" ({sample.name})" if sample.name else "", f"{sample.original.width}x{sample.original.height}"
     text = [
-        f"sample {sample.key} of {sample.url}: {sample.original.width}x{sample.original.height}, {label}"
-        + (f" ({sample.name})" if sample.name else ""),
+        f"sample {sample.key} of {sample.url}: {size}, {label}{name}",
         f"bank {sample.bank}: {sample.policy.line}",
     ]
     for seen in sample.views:

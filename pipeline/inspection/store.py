@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from operator import attrgetter
+from typing import TYPE_CHECKING
 
 from precompute.results import MissingAmount, Plan, PlanSum, SharedAmount
 from storage.objects.state_dict import ONNX_FILE
@@ -45,54 +46,54 @@ class Contents:
 
     def plain(self) -> Record:
         """The contents as JSON has them."""
-        about: dict[str, tuple[Mapping[str, Any], Sequence[str]]] = {
-            "shards": (self.shards, ("samples", "bytes", "labelled")),
-            "teachers": (self.teachers, ("weights", "network", "layers", "parameters", "classes")),
-            "banks": (self.banks, ()),
-            "targets": (self.targets, ("teacher", "sample_shape", "axes", "parity", "codec_errors")),
+        fields = {
+            "shards": ("samples", "bytes", "labelled"),
+            "teachers": ("weights", "network", "layers", "parameters", "classes"),
+            "banks": (),
+            "targets": ("teacher", "sample_shape", "axes", "parity", "codec_errors"),
         }
         content: Record = {"store": self.store}
-        for part, (values, fields) in about.items():
+        for part, names in fields.items():
             content[part] = {
                 id: {
                     **(value.identity.plain() if part != "shards" else {}),
-                    **{field: getattr(value, field) for field in fields},
+                    **{name: getattr(value, name) for name in names},
                     **(asdict(self.complete[id]) if id in self.complete else {}),
                 }
-                for id, value in values.items()
+                for id, value in getattr(self, part).items()
             }
         return content
 
 
 def inspect(store: Store) -> Contents:
     """Teachers, banks and targets with what is complete of each. Raises DamageError."""
-    by_id: dict[str, dict[str, list[Task]]] = defaultdict(lambda: defaultdict(list))
+    tasks: dict[str, list[Task]] = defaultdict(list)
     for task in store.done():
-        by_id[task.id][task.shard].append(task)
+        tasks[task.id].append(task)
     shards = {shard: store.index(shard).summary for shard in store.shard_ids()}
     teachers, banks, targets = store.teachers(), store.banks(), store.targets()
-    complete = {id: _complete(store, by_id[id]) for id in (*banks, *targets)}
+    complete = {id: _complete(store, tasks[id]) for id in (*banks, *targets)}
     return Contents(store=store.url, shards=shards, teachers=teachers, banks=banks, targets=targets, complete=complete)
 
 
-def _complete(store: Store, by_shard: Mapping[str, Sequence[Task]]) -> Complete:
-    markers = [store.marker(task) for tasks in by_shard.values() for task in tasks]
-    views = sorted({len(tasks) for tasks in by_shard.values()}) or [0]
+def _complete(store: Store, tasks: Sequence[Task]) -> Complete:
+    markers = [store.marker(task) for task in tasks]
+    views = Counter(task.shard for task in tasks)
     return Complete(
-        shards=len(by_shard),
-        views=views[-1],
-        fewest_views=views[0],
+        shards=len(views),
+        views=max(views.values(), default=0),
+        fewest_views=min(views.values(), default=0),
         view_images=sum(marker.samples for marker in markers),
         bytes=sum(array.size for marker in markers for array in marker.arrays.values()),
     )
 
 
-def error_text(error: CodecError | None) -> str:
-    """What a codec costs, as people read it; empty where nothing was measured."""
+def _error_text(error: CodecError | None, start: str = "; ") -> str:
+    """What a codec costs, as people read it, after some words; empty where nothing was measured."""
     if not error:
         return ""
     kl = f", KL {error.kl:.1e} nats" if "kl" in error.model_fields_set else ""
-    return f"error {100 * error.relative:.2g} %, cosine {error.cosine:.6f}{kl}"
+    return f"{start}error {100 * error.relative:.2g} %, cosine {error.cosine:.6f}{kl}"
 
 
 def lines(contents: Contents) -> list[str]:
@@ -117,8 +118,8 @@ def lines(contents: Contents) -> list[str]:
         layers = f", layers {[*target.identity.layers]}" if target.identity.layers else ""
         each = f"{size_text(complete.bytes / complete.view_images)} a view image; " if complete.view_images else ""
         text.append(f"target {id}: {shape} ({', '.join(target.axes)}){layers}; {each}{_progress(complete)}")
-        if error := error_text(target.codec_errors.get(codec)):
-            text.append(f"  codec {codec}: {error}")
+        if error := _error_text(target.codec_errors.get(codec), f"  codec {codec}: "):
+            text.append(error)
     return text
 
 
@@ -141,9 +142,9 @@ def plan_lines(plan: Plan) -> list[str]:
     for target in plan.targets:
         lines.append(
             f"target {target.target}: {size_text(target.bytes_per_view_image)} a view image, "
-            f"{size_text(target.bytes)} in all{_error(target.error)}"
+            f"{size_text(target.bytes)} in all{_error_text(target.error)}"
         )
-        lines += [f"  codec={other.codec}: {size_text(other.bytes)}{_error(other)}" for other in target.cheaper]
+        lines += [f"  codec={other.codec}: {size_text(other.bytes)}{_error_text(other)}" for other in target.cheaper]
     if plan.measured and plan.hours is not None:
         lines.append(
             f"measured {plan.measured.view_images_per_second:,.0f} view images/s on {plan.measured.workers} "
@@ -163,19 +164,17 @@ def sum_of(plans: Mapping[str, Plan]) -> PlanSum:
     for plan in plans.values():
         if plan.bank not in shared or plan.shared.bytes > shared[plan.bank].bytes:
             shared[plan.bank] = plan.shared
-    added: list[Plan | SharedAmount] = [*plans.values(), *shared.values()]
-    taken = [plan.shared for plan in plans.values()]
-    hours = [plan.hours for plan in plans.values() if plan.hours is not None]
-    return PlanSum(
-        bytes=sum(part.bytes for part in added) - sum(part.bytes for part in taken),
-        objects=sum(part.objects for part in added) - sum(part.objects for part in taken),
-        missing=MissingAmount(
-            bytes=sum(part.missing.bytes for part in added) - sum(part.missing.bytes for part in taken),
-            objects=sum(part.missing.objects for part in added) - sum(part.missing.objects for part in taken),
-            view_images=sum(plan.missing.view_images for plan in plans.values()),
-        ),
-        hours=round(sum(hours), 5) if len(hours) == len(plans) else None,
-    )
+
+    def total(field: str) -> int:
+        amount = attrgetter(field)
+        alone = sum(amount(plan) - amount(plan.shared) for plan in plans.values())
+        return int(alone + sum(map(amount, shared.values())))
+
+    images = sum(plan.missing.view_images for plan in plans.values())
+    missing = MissingAmount(bytes=total("missing.bytes"), objects=total("missing.objects"), view_images=images)
+    each = [plan.hours for plan in plans.values() if plan.hours is not None]
+    hours = round(sum(each), 5) if len(each) == len(plans) else None
+    return PlanSum(bytes=total("bytes"), objects=total("objects"), missing=missing, hours=hours)
 
 
 def sum_lines(total: PlanSum) -> list[str]:
@@ -190,8 +189,3 @@ def sum_lines(total: PlanSum) -> list[str]:
 
 def _hours_text(hours: float) -> str:
     return f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"
-
-
-def _error(error: CodecError | None) -> str:
-    text = error_text(error)
-    return f"; {text}" if text else ""

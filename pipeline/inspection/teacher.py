@@ -25,12 +25,11 @@ def lines(offers: TeacherOffers) -> list[str]:
     ]
     for tap, offer in offers.taps.items():
         shape = "x".join(map(str, offer.shape))
-        whole = size_text(offer.bytes * 1_281_167 * 4)
-        text.append(f"{tap:12} {shape:22} {offer.codec:6} {size_text(offer.bytes):>10} {whole:>24}")
-    others = [tap for tap, info in TAPS.items() if info.network not in (None, offers.network)]  # of other networks
+        imagenet = size_text(offer.bytes * 1_281_167 * 4)
+        text.append(f"{tap:12} {shape:22} {offer.codec:6} {size_text(offer.bytes):>10} {imagenet:>24}")
     by_reason: dict[str, list[str]] = {}
     for tap, why in offers.refused.items():
-        if tap not in others:
+        if TAPS[tap].network in (None, offers.network):  # not those of other networks
             by_reason.setdefault(why, []).append(tap)
     text += [f"not {', '.join(taps)}: {why}" for why, taps in by_reason.items()]
     if offers.network == "other":
