@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline.bench.timing import Measure, Spread, interleaved, ratios
+from pipeline.bench.timing import Measure, Spread, Turns, interleaved, ratios
 from precompute.taps import Tap
 from storage.store.codecs import Codec
 from student.data.stream import Stream
@@ -27,19 +27,23 @@ if TYPE_CHECKING:
     from storage.store.store import Store
     from student.data.batch import Batch
 
-GRID = {"layers": "uniform", "grid": "bicubic"}
 # method -> (teacher, its losses)
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "AAL": ("mobilenetv2_100", {"aal": {}}),
-    "class rows": ("vit_tiny_patch16_224", {"advit": GRID}),
+    "class rows": ("vit_tiny_patch16_224", {"advit": {"layers": "uniform", "grid": "bicubic"}}),
 }
 PLAIN = "labels alone"
 PIECE = 16  # images that a live teacher sees at a time on a CPU, where whole batches are slower
 LIVE_TURNS = 2
-_SMALL = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4}
 # case -> student, batch size, side of the view images, grid of its patches, samples in each of two shards
 CASES: dict[str, tuple[dict[str, Any], int, int, int, int]] = {
-    "6 layers of 128, 32x32": (_SMALL, 128, 32, 8, 640),
+    "6 layers of 128, 32x32": (
+        {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4},
+        128,
+        32,
+        8,
+        640,
+    ),
     "DeiT-Tiny, 224x224": ({"model": "deit_tiny_patch16_224"}, 32, 224, 14, 128),
 }
 
@@ -125,17 +129,12 @@ def steps(world: World, turns: int, live: bool, progress: Progress) -> list[Meas
     return rows
 
 
-def _measures(
-    where: str, times: dict[str, list[float]], pairs: dict[str, tuple[str, str]], **what: Any
-) -> list[Measure]:
+def _measures(where: str, times: Turns, pairs: dict[str, tuple[str, str]], **what: Any) -> list[Measure]:
     """A measure for each method, of a pair of contenders whose seconds are divided."""
-    about: dict[str, object] = {
-        "ms a step": {name: round(1000 * Spread.of(values).median, 1) for name, values in times.items()}
-    }
-    rows = []
+    rows, milliseconds = [], {name: round(1000 * Spread.of(values).median, 1) for name, values in times.items()}
     for method, (above, below) in pairs.items():
-        case, ratio = f"{method}; {where}", ratios(times[above], times[below])
-        rows.append(Measure(case=case, ratio=ratio, turns=len(times[below]), about=about, **what))
+        what |= {"case": f"{method}; {where}", "turns": len(times[below]), "about": {"ms a step": milliseconds}}
+        rows.append(Measure(ratio=ratios(times[above], times[below]), **what))
     return rows
 
 

@@ -74,13 +74,9 @@ def _target(stream: Stream, target: str, turns: int, case: str) -> Measure:
     source, store = stream.source, stream.source.store
     assert store is not None
     reader = BlockReader(source)
-    files: list[Path] = []
-    segments: list[Segment] = []
-    for number, shard in enumerate(source.shards):
-        marker = store.marker(Task("target", target, shard.id, 0))
-        (samples, *_), *_ = (array.shape for array in marker.arrays.values())
-        segments.append(Segment(shard=number, block=0, samples=np.arange(samples)))
-        files += [Path(store.url) / key for array in marker.arrays.values() for key in array.keys]
+    markers = [store.marker(Task("target", target, shard.id, 0)) for shard in source.shards]
+    segments = [Segment(shard=n, block=0, samples=np.arange(marker.samples)) for n, marker in enumerate(markers)]
+    files = [Path(store.url) / key for marker in markers for array in marker.arrays.values() for key in array.keys]
     size = sum(path.stat().st_size for path in files)
     contenders = {
         "read": lambda: seconds(lambda: [reader.targets(segment, 0) for segment in segments]),

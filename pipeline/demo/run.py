@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from storage.errors import UserError
 from storage.memory import out_of_memory
+from storage.store.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from pipeline.console import Console
-    from storage.store.store import Store
 
 SEEDS = (0, 1, 2)
 VIEWS = 8
@@ -142,7 +142,6 @@ class _Training:
         import torch
 
         from pipeline.recipes.loader import load_recipe
-        from storage.store.store import Store
         from student.training.setup import TrainConfig
         from student.training.train import train
 
@@ -176,7 +175,6 @@ def _precomputed(out: Path, shards: list[str], console: Console) -> Store:
     from precompute.run import precompute
     from precompute.taps.target_spec import parse_target
     from precompute.teachers.teacher import find_teacher
-    from storage.store.store import Store
     from storage.views.policy import policy
     from student.models.files import load_student
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.evaluation.common import EvaluatedStudent, columns, named_sets, open_student, percent, progress
+from pipeline.evaluation.common import EvaluatedStudent, columns, named_sets, number, open_student, progress
 from storage.errors import UserError
 from storage.shards.shard import open_shards
 from student import run_dir
@@ -56,7 +56,7 @@ class AccuracyReport:
             top5 = f", top-5 {metrics.top5:.2f} %" if metrics.top5 is not None else ""
             lines = [f"top-1 {metrics.top1:.2f} %{top5} on {metrics.samples} samples ({self.students[0][0].view})"]
         else:
-            cells = [(title or "all", str(one.samples), percent(one.top1), percent(one.top5)) for title, one in titled]
+            cells = [(title or "all", str(one.samples), number(one.top1), number(one.top5)) for title, one in titled]
             lines = columns([("", "samples", "top-1, %", "top-5, %"), *cells])
         for title, metrics in titled:
             start = f"{title}: " if title else ""
@@ -81,7 +81,7 @@ def _shot_lines(shots: ShotMetrics) -> list[str]:
         f"few-shot classes, fewer than {low}": shots.few,
     }
     return [
-        f"{group} training images: top-1 {percent(one.top1)} % ({one.classes} classes, {one.samples} samples)"
+        f"{group} training images: top-1 {number(one.top1)} % ({one.classes} classes, {one.samples} samples)"
         for group, one in groups.items()
     ]
 

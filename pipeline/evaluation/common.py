@@ -80,9 +80,9 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
         console.stop()
 
 
-def percent(value: float | None) -> str:
+def number(value: float | None, digits: int = 2) -> str:
     """A number for a table; a dash where there is none."""
-    return "-" if value is None else f"{value:.2f}"
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:

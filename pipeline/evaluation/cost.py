@@ -89,14 +89,15 @@ def measure_cost(paths: Sequence[Path], teachers: Sequence[str], *, batch_size: 
     contenders: list[Contender] = []
     for path in paths:
         member, _ = open_student(path, torch_device)
-        image = _image(member.about.img_size)
+        image = torch.zeros(1, 3, member.about.img_size, member.about.img_size)
         contenders.append(Contender(kind="student", name=member.name, model=member.model, example=image))
         for loss, (links, maps) in links_of(path.with_name(LOSSES), member.model).items():
             name = f"{loss} of {member.name}"
             contenders.append(Contender(kind="links", name=name, model=links.to(torch_device), example=maps))
     for name in dict.fromkeys(teachers):
         _, size, network = bare(name, device=str(torch_device))
-        contenders.append(Contender(kind="teacher", name=name, model=network, example=_image(size)))
+        image = torch.zeros(1, 3, size, size)
+        contenders.append(Contender(kind="teacher", name=name, model=network, example=image))
     with progress("timing", (TURNS + 1) * len(contenders)) as advance:
         timed = {str(n): _timed(one, batch_size, torch_device, advance) for n, one in enumerate(contenders)}
         turns = interleaved(timed, TURNS)
@@ -111,15 +112,9 @@ def _cost(one: Contender, times: Sequence[float], device: torch.device) -> Netwo
     return NetworkCost(kind=one.kind, name=one.name, input=input_shape, seconds=Spread.of(times), **numbers)
 
 
-def _image(size: int) -> Tensor:
-    return torch.zeros(1, 3, size, size)
-
-
-def _timed(
-    one: Contender, batch_size: int, device: torch.device, advance: Callable[[int], None]
-) -> Callable[[], float]:
+def _timed(one: Contender, count: int, device: torch.device, advance: Callable[[int], None]) -> Callable[[], float]:
     """What takes the time of a forward pass of a whole batch."""
-    images = torch.randn(batch_size, *one.example.shape[1:], device=device)
+    images = torch.randn(count, *one.example.shape[1:], device=device)
 
     @torch.inference_mode()
     def forward() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipeline.console import Console
-from pipeline.evaluation.common import EvaluatedStudent, columns, only_set, open_student, percent, progress
+from pipeline.evaluation.common import EvaluatedStudent, columns, number, only_set, open_student, progress
 from storage.errors import UserError
 from storage.shards.classes import classes_of
 from storage.shards.shard import open_shards
@@ -116,7 +116,7 @@ class KnnReport:
 
     def lines(self) -> list[str]:
         """A table."""
-        rows = [(str(k), percent(accuracy.top1), percent(accuracy.top5)) for k, accuracy in self.knn.items()]
+        rows = [(str(k), number(accuracy.top1), number(accuracy.top5)) for k, accuracy in self.knn.items()]
         return [*columns([("k", "top-1, %", "top-5, %"), *rows]), self.features.line()]
 
 

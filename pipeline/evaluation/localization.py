@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.evaluation.common import EvaluatedStudent, columns, only_set, open_student, percent, progress
+from pipeline.evaluation.common import EvaluatedStudent, columns, number, only_set, open_student, progress
 from pipeline.plotting import COLORS, FONT, GRAY, MAP, figure, panel, picture_path, save, shortened, write
 from student.distributed import pick_device
 from student.evaluation.localization.localize import ClassAttention, Localization, localize
@@ -62,7 +62,7 @@ class LocalizationReport:
         rows = [("right, %, at IoU", *map(str, OVERLAPS), *(f"[{overlaps}]" for overlaps in means(metrics.v1)))]
         for text, accuracies in kinds.items():
             each = [accuracies[overlap].accuracy for overlap in OVERLAPS]
-            rows.append((text, *map(percent, [*each, *means(accuracies).values()])))
+            rows.append((text, *map(number, [*each, *means(accuracies).values()])))
         skipped = f", {without_box} without a box skipped" if without_box else ""
         return [
             *columns(rows),
@@ -82,14 +82,12 @@ def measure_localization(
     member, student = open_student(path, torch_device)
     attention, keep = ClassAttention(member.model, member.name), out is not None
     with progress("localizing", sum(map(len, opened_shards))) as advance:
-        localization = localize(
+        result = localize(
             attention, member.about, opened_shards, convention, device=torch_device, keep_images=keep, advance=advance
         )
     if out is not None:
-        save(picture(member.name, localization), out)
-    return LocalizationReport(
-        student=student, maps=attention.text, box=convention, localization=localization, picture=out
-    )
+        save(picture(member.name, result), out)
+    return LocalizationReport(student=student, maps=attention.text, box=convention, localization=result, picture=out)
 
 
 def picture(name: str, localization: Localization) -> Any:

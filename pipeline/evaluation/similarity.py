@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.evaluation.common import EvaluatedStudent, columns, only_set, open_student, progress
+from pipeline.evaluation.common import EvaluatedStudent, columns, number, only_set, open_student, progress
 from pipeline.plotting import COLORS, FONT, GRAY, figure, panel, picture_path, save, shortened, write
 from storage.errors import UserError
 from storage.store.store import Store
@@ -81,13 +81,9 @@ class SimilarityReport:
 def _table(layers: LayerSimilarity, titles: dict[str, str]) -> list[str]:
     names = [*(f"{student}-{teacher}" for student, teacher in layers.pairs), "mean"]
     by_name = zip(names, [*layers.values, layers.mean], strict=True)
-    rows = [(name, *(_number(values[measure]) for measure in titles)) for name, values in by_name]
+    rows = [(name, *(number(values[measure], 3) for measure in titles)) for name, values in by_name]
     notes = ": ".join(word for word in (", ".join(layers.targets), layers.rule) if word)
     return [*columns([("layers", *titles.values()), *rows]), notes]
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 def measure_similarity(
@@ -115,20 +111,18 @@ def measure_similarity(
     """
     if out is not None:
         picture_path(out)
-    opened_shards, torch_device, opened = only_set(shards), pick_device(device), Store.open(store)
+    opened, torch_device, opened_store = only_set(shards), pick_device(device), Store.open(store)
     comparisons = []
     for path in paths:
         member, student = open_student(path, torch_device)
         model, about = member.model, member.about
-        reference = find_teacher_targets(opened, teacher, targets, opened_shards, about.evaluation_policy)
+        reference = find_teacher_targets(opened_store, teacher, targets, opened, about.evaluation_policy)
         if about.attention_copy is not None:
             copied_from = _existing_store(about.attention_copy.store, store)
-            attach_stored_attention(model, about, copied_from, opened_shards)
-        comparison = SimilarityComparison(
-            model, about, member.name, shards=opened_shards, reference=reference, tokens=tokens
-        )
+            attach_stored_attention(model, about, copied_from, opened)
+        comparison = SimilarityComparison(model, about, member.name, shards=opened, reference=reference, tokens=tokens)
         comparisons.append((student, reference.teacher, comparison))
-    with progress("comparing", len(comparisons) * sum(map(len, opened_shards))) as advance:
+    with progress("comparing", len(comparisons) * sum(map(len, opened))) as advance:
         students = tuple(
             StudentSimilarity(student=student, teacher=name, similarity=comparison.run(torch_device, advance))
             for student, name, comparison in comparisons
@@ -184,6 +178,6 @@ def _curve(layers: LayerSimilarity | None, measure: str) -> tuple[list[int], lis
     """The student's layers and their values, where these are defined."""
     if layers is None:
         return [], []
-    values = {student: values[measure] for (student, _), values in zip(layers.pairs, layers.values, strict=True)}
-    defined = {student: value for student, value in values.items() if value is not None}
+    by_pair = zip(layers.pairs, layers.values, strict=True)
+    defined = {student: value for (student, _), values in by_pair if (value := values[measure]) is not None}
     return [*defined], [*defined.values()]
