@@ -214,7 +214,8 @@ def precompute_options(command: Callable[..., Any]) -> Callable[..., Any]:
         requests = _requests(**{name: value for name, value in flags.items() if name not in own})
         return command(requests=requests, **{name: value for name, value in flags.items() if name in own})
 
-    return together(*_PRECOMPUTE, context.reads(**_SAID))(wrapped)
+    taken: Callable[..., Any] = together(*_PRECOMPUTE, context.reads(**_SAID))(wrapped)
+    return taken
 
 
 def _requests(teacher: str | None, **flags: Any) -> dict[str, PrecomputeRequest]:

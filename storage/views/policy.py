@@ -59,6 +59,11 @@ class Policy:
         return any(name not in _WITHOUT_CHANCE for name, _ in self.operations)
 
     @property
+    def mixes(self) -> bool:
+        """Whether views are mixed with others of their block."""
+        return any(name == "mix" for name, _ in self.operations)
+
+    @property
     def bank(self) -> str:
         """The bank's id, `{policy}-{size}-{hash8}`."""
         return f"{self.name}-{self.size}-{json_record.digest_of(self.identity)[:8]}"

@@ -113,4 +113,4 @@ def stored(
         pixels=pixels if covered else None,
         targets={target: manifest.codec for target, manifest in manifests.items()},
     )
-    return source, count, [marker.bank.invalid for marker in markers]
+    return source, count, [[*marker.bank.invalid] for marker in markers]

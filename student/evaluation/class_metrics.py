@@ -86,7 +86,7 @@ def class_metrics(
         train_images: label -> number of its training images; then many-, medium- and few-shot classes are told apart.
         bounds: (low, high): medium-shot classes have from `low` to `high` training images.
     """
-    masks = {n: labels == n for n in labels.unique().tolist()}
+    masks = {n: labels == n for n in set(labels.tolist())}
     shots = None
     if train_images is not None:
         shots = _shots(labels, ranks, torch.tensor([train_images.get(n, 0) for n in range(num_classes)]), bounds)

@@ -76,9 +76,9 @@ def build_student(settings: StudentConfig, num_classes: int) -> tuple[nn.Module,
     if settings.shifted_patches:
         shift_patches(model)
     embed = getattr(model, "patch_embed", None)
-    sizes, patches = (getattr(embed, name, None) for name in ("img_size", "patch_size"))
-    both = isinstance(sizes, tuple) and isinstance(patches, tuple)
-    for side, patch in zip(sizes, patches, strict=False) if both else ():
+    sides = [getattr(embed, name, None) for name in ("img_size", "patch_size")]
+    sizes, patches = (value if isinstance(value, tuple) else () for value in sides)
+    for side, patch in zip(sizes, patches, strict=False):
         if side % patch:
             problem = f"student: img_size {side} is no multiple of the patch size {patch} of {settings.model}"
             multiple = setting("student.img_size", patch * max(1, round(side / patch)))
