@@ -24,6 +24,7 @@ from storage.objects.record_schema import LARGEST, MOST_SAMPLES, Schema, Several
 from storage.objects.zarr_store import ZarrStore
 
 if TYPE_CHECKING:
+    from storage.objects.json_record import Record
     from storage.objects.object_store import ObjectStore
     from storage.store.codecs import ArraySpec
 
@@ -55,9 +56,7 @@ def chunk_samples(sample_bytes: int, samples: int) -> int:
 class ArrayWriter:
     """One new array `[samples, …]` that is filled from its first sample to its last, whole chunks at a time."""
 
-    def __init__(
-        self, objects: ObjectStore, path: str, samples: int, spec: ArraySpec, attributes: dict[str, Any]
-    ) -> None:
+    def __init__(self, objects: ObjectStore, path: str, samples: int, spec: ArraySpec, attributes: Record) -> None:
         dtype = np.dtype(spec.dtype)
         chunk = chunk_samples(dtype.itemsize * math.prod(spec.shape), samples)
         self._store = ZarrStore(objects, path)
@@ -108,19 +107,16 @@ class ArrayWriter:
 _Sizes = Annotated[Several[Annotated[int, Field(ge=1, le=MOST_SAMPLES)]], Field(min_length=1, max_length=8)]
 
 
-class _Chunks(TypedDict):  # lighter than a model, and there are several in each marker
-    __pydantic_config__ = Schema.model_config  # type: ignore[misc]
+class _Chunks(TypedDict):  # lighter than a model, with the configuration of the one that holds it
     chunk_shape: _Sizes
 
 
 class _Grid(TypedDict):
-    __pydantic_config__ = Schema.model_config  # type: ignore[misc]
     name: Literal["regular"]
     configuration: _Chunks
 
 
 class _Named(TypedDict):
-    __pydantic_config__ = Schema.model_config  # type: ignore[misc]
     name: str
     configuration: NotRequired[dict[str, Any]]
 
