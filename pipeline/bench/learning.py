@@ -35,15 +35,10 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 PLAIN = "labels alone"
 PIECE = 16  # images that a live teacher sees at a time on a CPU, where whole batches are slower
 LIVE_TURNS = 2
+_SMALL = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4}
 # case -> student, batch size, side of the view images, grid of its patches, samples in each of two shards
 CASES: dict[str, tuple[dict[str, Any], int, int, int, int]] = {
-    "6 layers of 128, 32x32": (
-        {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4},
-        128,
-        32,
-        8,
-        640,
-    ),
+    "6 layers of 128, 32x32": (_SMALL, 128, 32, 8, 640),
     "DeiT-Tiny, 224x224": ({"model": "deit_tiny_patch16_224"}, 32, 224, 14, 128),
 }
 
@@ -133,8 +128,8 @@ def _measures(where: str, times: Turns, pairs: dict[str, tuple[str, str]], **wha
     """A measure for each method, of a pair of contenders whose seconds are divided."""
     rows, milliseconds = [], {name: round(1000 * Spread.of(values).median, 1) for name, values in times.items()}
     for method, (above, below) in pairs.items():
-        what |= {"case": f"{method}; {where}", "turns": len(times[below]), "about": {"ms a step": milliseconds}}
-        rows.append(Measure(ratio=ratios(times[above], times[below]), **what))
+        case, ratio, turns = f"{method}; {where}", ratios(times[above], times[below]), len(times[below])
+        rows.append(Measure(case=case, ratio=ratio, turns=turns, about={"ms a step": milliseconds}, **what))
     return rows
 
 

@@ -60,7 +60,6 @@ class _Case:
     def __init__(self, world: World, name: str) -> None:
         model, targets = TEACHERS[name]
         self.shard, self.teacher, self.store = world.photos(), world.teacher(model), world.store(f"bench-{name}")
-        self.samples = self.shard.samples
         request = world.request([self.shard.url], self.teacher, targets, 224, num_views=4)
         self.plan = plan_precompute(self.store, request, world.quiet)
         ((self.graph, self.outputs),) = self.plan.by_graph.items()
@@ -71,12 +70,12 @@ class _Case:
     def engine(self, session: Any) -> float:
         """Seconds a sample that the engine takes with a session; what it wrote is removed again."""
         # Everything of the shard, under a name that the store does not know yet.
-        task = part_of(self.plan, self.graph, self.shard, self.samples, f"turn{next(self.numbers)}")
+        task = part_of(self.plan, self.graph, self.shard, self.shard.samples, f"turn{next(self.numbers)}")
         outcomes: list[Outcome] = []
         taken = seconds(lambda: outcomes.append(run_task(task, lambda: session, CPU_COUNT)))
         for folder in (f"banks/{task.policy.bank}", *(f"targets/{output.target}" for output in self.outputs)):
             self.store.objects.remove(f"{folder}/{outcomes[0].shard.id}")
-        return taken / self.samples
+        return taken / self.shard.samples
 
     def bare_session(self) -> float:
         """Seconds of the bare session over as many images as a sample has views."""
@@ -148,7 +147,7 @@ def limits(world: World, turns: int, progress: Progress) -> list[Measure]:
     rows = []
     for name in TEACHERS:
         case = _Case(world, name)
-        progress.say(f"precompute, {name}: {case.samples} samples, {case.views} views")
+        progress.say(f"precompute, {name}: {case.shard.samples} samples, {case.views} views")
         parts = case.parts()
         on_gpu = case.session.settings["provider"] == "cuda"
         contenders: dict[str, Callable[[], float]] = {"engine": partial(case.engine, case.session), **parts}

@@ -98,10 +98,9 @@ def demo(out: Path, console: Console) -> dict[str, Any]:
     top1 = _trained(out, trainings, console)
     table = {recipe: [top1[f"{recipe}-{seed}"] for seed in SEEDS] for recipe in _RECIPES}
     runs = {recipe: [out / f"{recipe}-{seed}" for seed in SEEDS] for recipe in _RECIPES}
-    first_runs = {recipe: folders[0] for recipe, folders in runs.items()}
     pictures = [out / "curves.png", out / "attention.png"]
     figures.curves(pictures[0], runs, teacher_top1)
-    figures.attention(pictures[1], store, packed.val, first_runs)
+    figures.attention(pictures[1], store, packed.val, {recipe: folders[0] for recipe, folders in runs.items()})
     seconds = time.monotonic() - began
     return {
         "table": _lines(table, teacher_top1, counts, seconds, [*pictures, out / "store"]),

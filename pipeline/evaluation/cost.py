@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 TURNS = 7
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Contender:
+class Contender(NamedTuple):
     """A network with one image as it takes it, `[1, …]`."""
 
     kind: str
@@ -89,15 +88,13 @@ def measure_cost(paths: Sequence[Path], teachers: Sequence[str], *, batch_size: 
     contenders: list[Contender] = []
     for path in paths:
         member, _ = open_student(path, torch_device)
-        image = torch.zeros(1, 3, member.about.img_size, member.about.img_size)
-        contenders.append(Contender(kind="student", name=member.name, model=member.model, example=image))
+        size = member.about.img_size
+        contenders.append(Contender("student", member.name, member.model, torch.zeros(1, 3, size, size)))
         for loss, (links, maps) in links_of(path.with_name(LOSSES), member.model).items():
-            name = f"{loss} of {member.name}"
-            contenders.append(Contender(kind="links", name=name, model=links.to(torch_device), example=maps))
+            contenders.append(Contender("links", f"{loss} of {member.name}", links.to(torch_device), maps))
     for name in dict.fromkeys(teachers):
         _, size, network = bare(name, device=str(torch_device))
-        image = torch.zeros(1, 3, size, size)
-        contenders.append(Contender(kind="teacher", name=name, model=network, example=image))
+        contenders.append(Contender("teacher", name, network, torch.zeros(1, 3, size, size)))
     with progress("timing", (TURNS + 1) * len(contenders)) as advance:
         timed = {str(n): _timed(one, batch_size, torch_device, advance) for n, one in enumerate(contenders)}
         turns = interleaved(timed, TURNS)

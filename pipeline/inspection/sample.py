@@ -117,7 +117,8 @@ def stored_sample(store: Store, urls: Sequence[str], key: str) -> StoredSample:
     count = Counter(manifest.identity.bank for manifest in manifests.values())
     bank = max(banks, key=lambda id: count[id])
     targets = {id: manifest for id, manifest in manifests.items() if manifest.identity.bank == bank}
-    shown = {id: manifest for id, manifest in targets.items() if not _is_pixels(manifest)}
+    shown = {id: manifest for id, manifest in targets.items() if manifest.identity.tap != "pixels"}
+    teachers = {id: store.teacher_of(manifest) for id, manifest in shown.items()}
     (original,) = shard.read(range(position, position + 1))
     counts = {id: store.views("target", id, [shard.id], done) for id in targets}
     stored = store.views("bank", bank, [shard.id], done)
@@ -139,13 +140,9 @@ def stored_sample(store: Store, urls: Sequence[str], key: str) -> StoredSample:
         views=views,
         stored=stored,
         targets=shown,
-        teachers={id: store.teacher_of(manifest) for id, manifest in shown.items()},
+        teachers=teachers,
         others=[id for id in banks if id != bank],
     )
-
-
-def _is_pixels(manifest: TargetManifest) -> bool:
-    return manifest.identity.tap == "pixels"
 
 
 def _find_key(store: Store, urls: Sequence[str], known: Sequence[str], done: set[Task], key: str) -> tuple[Shard, int]:
@@ -191,7 +188,7 @@ def _names(urls: Sequence[str]) -> str:
 
 def _seen_view(source: Source, position: int, number: int, targets: dict[str, TargetManifest]) -> SeenView:
     """View `number` of the sample at a position of the shard, with its value of each target."""
-    pixels = next((id for id, manifest in targets.items() if _is_pixels(manifest)), None)
+    pixels = next((id for id, manifest in targets.items() if manifest.identity.tap == "pixels"), None)
     codecs = {id: manifest.codec for id, manifest in targets.items() if id != pixels}
     reader = BlockReader(replace(source, pixels=pixels, targets=codecs))
     (shard,) = source.shards

@@ -33,9 +33,7 @@ def lines(offers: TeacherOffers) -> list[str]:
             by_reason.setdefault(why, []).append(tap)
     text += [f"not {', '.join(taps)}: {why}" for why, taps in by_reason.items()]
     if offers.network == "other":
-        text.append(
-            "neither a CNN with stages nor a plain ViT, so it gives neither activations nor tokens nor attention"
-        )
+        text += ["neither a CNN with stages nor a plain ViT, so it gives neither activations nor tokens nor attention"]
     return text
 
 
