@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import timm
+from timm.models._hub import save_config_for_hf
 
 from storage.objects.atomic import atomic_write
+from storage.views.policy import policy
+from student.models.build import create
 from student.run_dir import CONFIG, WEIGHTS
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from student.models.files import StudentDescription
 
 # What timm's record of a model says of the network; the rest of it is about weights that timm has.
-_OF_THE_NETWORK = ("fixed_input_size", "min_input_size", "first_conv", "classifier")
+_OF_THE_NETWORK = ("architecture", "fixed_input_size", "min_input_size", "first_conv", "classifier")
 
 
 def link_for_timm(run: Path, student: str, description: StudentDescription) -> None:
@@ -44,23 +45,17 @@ def save_config(path: Path, description: StudentDescription) -> None:
 
     Dropout rates are left out, as by timm itself: whoever trains it further says them.
     """
-    registered, size = timm.get_pretrained_cfg(description.model), description.img_size
-    (framing, fraction), *_ = description.evaluation_policy.operations
-    pretrained_cfg = {
-        **{name: getattr(registered, name) for name in _OF_THE_NETWORK if registered is not None},
-        "input_size": (3, size, size),
+    model: Any = create(description.model, description.arguments)
+    (framing, fraction), *_ = policy(description.evaluation, description.img_size).operations
+    model.pretrained_cfg = {
+        **{name: value for name, value in model.pretrained_cfg.items() if name in _OF_THE_NETWORK},
+        "input_size": (3, description.img_size, description.img_size),
         "mean": description.mean,
         "std": description.std,
         "interpolation": "bicubic",
         "crop_pct": fraction[0] if framing == "short" else 1.0,
         "crop_mode": "center" if framing == "short" else "squash",
     }
-    config = {
-        "architecture": description.model.partition(".")[0],
-        "num_classes": description.arguments["num_classes"],
-        "label_names": description.classes,
-        "model_args": {name: value for name, value in description.arguments.items() if "drop" not in name},
-        "pretrained_cfg": pretrained_cfg,
-    }
+    arguments = {name: value for name, value in description.arguments.items() if "drop" not in name}
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(config, indent=2))
+        save_config_for_hf(model, temporary, {"label_names": description.classes}, arguments)
