@@ -34,7 +34,7 @@ class CommandGroup(click.Group):
         return super().resolve_command(ctx, args)
 
 
-def together(*options: Callable[..., Any]) -> Callable[..., Any]:
+def together(*options: Callable[..., Any]) -> Callable[..., Callable[..., Any]]:
     """Several options as one decorator; help lists them in this order."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:

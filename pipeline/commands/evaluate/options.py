@@ -40,8 +40,7 @@ def prints_report(measure: Callable[..., Report]) -> Callable[..., None]:
         report = measure([student_file(run, checkpoint) for run in runs], **settings)
         show(report.to_json(), report.lines(), as_json)
 
-    command: Callable[..., None] = together(checkpoint, device, common)(wrapped)
-    return command
+    return together(checkpoint, device, common)(wrapped)
 
 
 def fraction(text: str) -> float:
