@@ -58,7 +58,7 @@ def told_by_themselves(tree: ast.AST) -> list[int]:
         for text in (node.value for node in ast.walk(handler) if isinstance(node, ast.FormattedValue)):
             names = {node.id for node in ast.walk(text) if isinstance(node, ast.Name)}
             attributes = {node.attr for node in ast.walk(text) if isinstance(node, ast.Attribute)}
-            told = {"first_line", "why", "type"} & names or attributes - {"strerror", "args"}
+            told = {"first_line", "_why", "type"} & names or attributes - {"strerror", "args"}
             if handler.name in names and not told:
                 found.append(text.lineno)
     return found
