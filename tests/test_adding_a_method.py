@@ -59,10 +59,12 @@ def run(method: Path, code: str, *words: str) -> str:
     return done.stderr
 
 
+@pytest.mark.slow
 def test_its_test_passes(method: Path) -> None:
     run(method, "import pytest\nsys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'test_relational.py']))")
 
 
+@pytest.mark.slow
 def test_its_recipe_trains_on_a_store(method: Path, world: World, tmp_path: Path) -> None:
     sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3}
     words = ["train", "--recipe", str(method / "relational.yaml"), "--store", str(world.store)]

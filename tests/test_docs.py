@@ -161,6 +161,7 @@ def test_the_tutorial_makes_its_images_and_gives_the_commands_of_the_readme(
         assert settings.keys() <= project[section].keys(), "what the tutorial changes is in the file"
 
 
+@pytest.mark.slow
 def test_the_program_of_the_library_page_runs(tmp_path: Path) -> None:
     import timm
     import torch

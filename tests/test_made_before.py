@@ -105,6 +105,7 @@ def answer(made: Path, *words: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_every_object_of_the_store_is_whole(made: Path) -> None:
     found = answer(made, "verify", *STORE)
     assert found["failures"] == []
@@ -117,11 +118,13 @@ def test_its_targets_are_those_that_the_same_command_asks_for(made: Path) -> Non
     assert {path: path.read_bytes() for path in sorted((made / "store").rglob("*")) if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_its_student_has_the_accuracy_that_it_had(made: Path) -> None:
     then = json.loads((made / "whole" / "result.json").read_text())
     assert answer(made, "evaluate", "accuracy", "whole", "--shards", "shard-000000.tar")["top1"] == then["top1"]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_to_the_weights_of_the_other(made: Path) -> None:
     answer(made, "train", *RUN, *STORE)
     for name in ("last", "ema", "losses"):

@@ -146,6 +146,7 @@ def test_a_mistake_ends_in_one_message_with_the_way_out(mistake, place, monkeypa
     (place / "new").mkdir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", AS_TYPED, ids=lambda mistake: mistake.name)
 def test_the_same_in_a_process_of_its_own(mistake, place, tmp_path):
     before = kept(place)

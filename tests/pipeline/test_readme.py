@@ -36,6 +36,7 @@ def prepare(world: World, folder: Path) -> None:
     run_precompute(folder / "S", shards, teacher_of(world.weights, "cnn"), ["activations,grid=8"])
 
 
+@pytest.mark.slow
 def test_the_loop_in_the_guide_is_15_lines_and_runs(world, tmp_path):
     (loop,) = (block for block in python_blocks("docs/guide.md") if "Stream" in block)
     assert len([line for line in loop.splitlines() if line.strip()]) == 15

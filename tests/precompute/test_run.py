@@ -150,6 +150,7 @@ def test_contract_1_what_is_stored_is_what_the_live_teacher_gives_on_the_views_o
     assert live.std(0).max() > 1e-3, "targets that are the same for all samples would prove little"
 
 
+@pytest.mark.slow
 def test_contract_3_another_process_with_the_shards_in_another_order_makes_the_same_store(
     world: World, tmp_path: Path
 ) -> None:

@@ -74,6 +74,7 @@ def result_of(out):
     return json.loads((out / "result.json").read_text())
 
 
+@pytest.mark.slow
 def test_on_a_processor_without_bf16_the_study_computes_in_f32(world, tmp_path):
     """Its precision, in a process that is held to AVX2: the weights are those of an f32 run there."""
     said = runpy.run_path(str(ROOT / "docs" / "study.py"))["SAME"]

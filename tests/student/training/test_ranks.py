@@ -104,6 +104,7 @@ def pair(world, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", ["two", "pieces", "both"])
 def test_two_ranks_give_the_losses_of_one(pair, other):
     one, two = log(pair / "one"), log(pair / other)

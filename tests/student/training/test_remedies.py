@@ -64,6 +64,7 @@ def test_a_loss_on_tokens_trains_a_vit_whose_attention_cannot_be_read(world: Wor
     assert proposed(said) == ["student.model=vit_tiny_patch16_224"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("theirs", "mine"),
     [
@@ -103,6 +104,7 @@ def test_the_student_that_is_proposed_can_copy_from_this_teacher(
     assert run(world, tmp_path / "run", "attention-copy", other, *settings, **parts)["samples"]
 
 
+@pytest.mark.slow
 def test_targets_that_are_missing_are_named_with_what_a_teacher_without_them_gives(
     world: World, tmp_path: Path
 ) -> None:

@@ -161,6 +161,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "name", "number", "before"),
     [
@@ -184,6 +185,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_last_one(
     assert not (out / ".checkpoint.pt.part").exists()
 
 
+@pytest.mark.slow
 def test_a_kill_while_the_first_epochs_weights_are_written_leaves_a_run_that_begins_again(world, undisturbed, tmp_path):
     settings, out = [u8(world), *FULL], tmp_path / "run"
     before = "open(arguments[1], 'wb').write(b'half')"
@@ -248,6 +250,7 @@ def test_a_folder_that_was_being_emptied_is_still_a_runs(tmp_path, monkeypatch, 
     assert run_dir.is_smoke(tmp_path) or run_dir.never_kept(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_terminated_command_says_how_to_go_on(world, tmp_path):
     out = tmp_path / "run"
     process = start(command(world, out, "scratch", "optim.epochs=500", "checkpoint_interval=1"))

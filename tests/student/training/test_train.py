@@ -103,6 +103,7 @@ def test_the_card_s_code_runs_in_an_interpreter_that_knows_only_timm(taught, tmp
     assert torch.equal(logits, ours.eval()(torch.ones(1, 3, 32, 32)))
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_weights_with_and_without_workers(world, u8, tmp_path):
     from safetensors.torch import load_file
 
