@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from precompute.taps.registry import TAPS
 from storage.progress import size_text
 
 if TYPE_CHECKING:
@@ -17,7 +16,8 @@ SHOWN = 8  # tensors of a graph
 
 def lines(offers: TeacherOffers) -> list[str]:
     """Sizes and a table of taps."""
-    kind = {"cnn": "CNN with {} stages", "vit": "ViT with {} layers"}.get(offers.network, "network")
+    kinds = {"cnn": "CNN with {} stages", "vit": "ViT with {} attention layers"}
+    kind = kinds.get(offers.network, "network without stages or attention layers that are known here")
     text = [
         f"{offers.teacher}: {offers.model}, {kind.format(offers.layers)}, {offers.parameters:,} parameters, "
         f"input {offers.input_size}",
@@ -29,11 +29,8 @@ def lines(offers: TeacherOffers) -> list[str]:
         text.append(f"{tap:12} {shape:22} {offer.codec:6} {size_text(offer.bytes):>10} {imagenet:>24}")
     by_reason: dict[str, list[str]] = {}
     for tap, why in offers.refused.items():
-        if TAPS[tap].network in (None, offers.network):  # not those of other networks
-            by_reason.setdefault(why, []).append(tap)
+        by_reason.setdefault(why, []).append(tap)
     text += [f"not {', '.join(taps)}: {why}" for why, taps in by_reason.items()]
-    if offers.network == "other":
-        text += ["neither a CNN with stages nor a plain ViT, so it gives neither activations nor tokens nor attention"]
     return text
 
 

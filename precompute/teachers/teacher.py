@@ -341,16 +341,26 @@ def _create(model: str, arguments: dict[str, Any], *, pretrained: bool) -> nn.Mo
     return create_timm_model(model, arguments, owner=f"teacher {model}", hint=hint, pretrained=pretrained)
 
 
-def anatomy(model: nn.Module) -> Anatomy:
-    """What a network is made of: a `cnn`, a `vit` or an `other`."""
-    from precompute.taps import attention_layers, cnn_stages, prefix_roles
+def anatomy(model: nn.Module, size: int) -> Anatomy:
+    """What a network is made of: a `cnn`, a `vit` or an `other`.
 
-    parameters = sum(p.numel() for p in model.parameters())
+    Args:
+        model: any network.
+        size: side of its input.
+    """
+    from precompute.taps import attention_layers, cnn_stages, stage_maps
+
+    parts = Anatomy(
+        parameters=sum(p.numel() for p in model.parameters()),
+        network="other",
+        layers=0,
+        stages=len(stage_maps(model, size)),
+    )
     with contextlib.suppress(UserError):
-        return Anatomy(parameters=parameters, network="cnn", layers=len(cnn_stages(model)))
-    try:
-        layers = attention_layers(model)
-    except UserError:
-        return Anatomy(parameters=parameters, network="other", layers=0)
-    heads, prefix = int(layers[0].num_heads), prefix_roles(model)  # type: ignore[arg-type]
-    return Anatomy(parameters=parameters, network="vit", layers=len(layers), heads=heads, prefix=prefix)
+        return parts.model_copy(update={"network": "cnn", "layers": len(cnn_stages(model))})
+    with contextlib.suppress(UserError):
+        found = attention_layers(model, size)
+        heads = found.layers[0].heads
+        more = {"network": "vit", "layers": len(found.layers), "heads": heads, "prefix": found.prefix}
+        return parts.model_copy(update=more)
+    return parts

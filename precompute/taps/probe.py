@@ -1,0 +1,49 @@
+"""Looking at what a network has by running it once on images without content."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+IMAGES = 2  # in such a pass
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def run_blank(model: nn.Module, size: int, method: str = "forward", **arguments: Any) -> Any:
+    """What a network gives of two images without content, in eval mode; on the meta device it takes no time.
+
+    Args:
+        model: any network; its mode stays as it is.
+        size: side of its input.
+        method: that is called.
+        arguments: of the method, after the images.
+    """
+    parameter, training = next(model.parameters()), model.training
+    images = torch.zeros(IMAGES, 3, size, size, device=parameter.device, dtype=parameter.dtype)
+    model.eval()
+    try:
+        with torch.no_grad():
+            return getattr(model, method)(images, **arguments) if method != "forward" else model(images, **arguments)
+    finally:
+        model.train(training)
+
+
+def once_per_network(look: Callable[Concatenate[nn.Module, P], R]) -> Callable[Concatenate[nn.Module, P], R]:
+    """The function, which looks at each network only once for the same arguments."""
+    known: WeakKeyDictionary[nn.Module, dict[Any, R]] = WeakKeyDictionary()
+
+    @functools.wraps(look)
+    def looked_up(model: nn.Module, *args: P.args, **kwargs: P.kwargs) -> R:
+        answers = known.setdefault(model, {})
+        if (key := (args, *sorted(kwargs.items()))) not in answers:
+            answers[key] = look(model, *args, **kwargs)
+        return answers[key]
+
+    return looked_up
