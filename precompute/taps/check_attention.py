@@ -52,8 +52,14 @@ def check_attention(
             if layer.call in seen.rows:
                 what = "the attention recomputed from its kernel's arguments"
                 worst = max(worst, _difference(model, layer, rows, seen.rows[layer.call], what, tolerance))
+            if layer.call not in seen.gathered:
+                raise UserError(
+                    f"{type(model).__name__}: attention layer {layer.number}: what it makes of its attention cannot be "
+                    "seen, so its taps cannot be checked"
+                )
             assert attention.v is not None
-            _difference(model, layer, rows @ attention.v, seen.gathered[layer.call], "its attention over values", tolerance)
+            what = "the attention over its values"
+            _difference(model, layer, rows @ attention.v, seen.gathered[layer.call], what, tolerance)
     return worst
 
 

@@ -117,7 +117,7 @@ def test_other_weights_of_a_file_are_another_teacher_and_old_identities_stay(tmp
     assert average.id != plain.id
     assert plain.identity.plain().keys() == find(saved(tmp_path / "p.pth", state(0))).identity.plain().keys()
     store = Store.create(tmp_path / "S")
-    parts = teacher.anatomy(teacher.load_teacher(plain))
+    parts = teacher.anatomy(teacher.load_teacher(plain), plain.input_size)
     store.add(replace(plain, name="t").manifest(parts))  # as earlier versions recorded it
     with pytest.raises(IdentityError, match=r"weights key: .*state_dict_ema"):
         store.require_same(TeacherManifest, "t", average.identity)

@@ -133,7 +133,7 @@ def test_heads_of_each_layer_count_in_links_and_heat():
 def test_pit_is_no_teacher_of_attention_and_says_why():
     with pytest.raises(UserError, match="PoolingVisionTransformer: it pools its patches between layers"):
         TappedTeacher(pit(**SMALL), [Tap("class_row")], 64, input_size=64, mean=(0.5,) * 3, std=(0.5,) * 3)
-    assert teacher.anatomy(pit(**SMALL)).network == "other"
+    assert teacher.anatomy(pit(**SMALL), 32).network == "other"
 
 
 PIT = [
