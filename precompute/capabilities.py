@@ -43,7 +43,9 @@ def offers_of(name: str, input_size: int | None = None, grid: int = 14) -> Teach
     taps, refused = {}, {}
     for tap, info in TAPS.items():
         try:
-            shape = _shape(network, parts, Tap(tap, grid=grid if info.gridded else None, at=usual_at(parts)), size, name)
+            shape = _shape(
+                network, parts, Tap(tap, grid=grid if info.gridded else None, at=usual_at(parts)), size, name
+            )
         except UserError as error:
             refused[tap] = error.message
             continue

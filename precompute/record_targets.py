@@ -75,7 +75,7 @@ def record_targets(
     network = functools.cache(functools.partial(load_teacher, teacher))
     manifest = known_teacher(store, teacher)
     if manifest is None:
-        parts = onnx_file.anatomy(str(teacher.weights)) if teacher.ready else anatomy(network())
+        parts = onnx_file.anatomy(str(teacher.weights)) if teacher.ready else anatomy(network(), teacher.input_size)
         manifest = store.add(teacher.manifest(parts))
     store.add(bank_manifest(policy))
     specs = request.targets or defaults(manifest)

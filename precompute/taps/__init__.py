@@ -6,6 +6,7 @@ from precompute.taps.activations import POSITIONS, At, cnn_stages, resize_matrix
 from precompute.taps.attention import Attention, AttentionLayer, AttentionTaps, full
 from precompute.taps.attention_layers import AttentionLayers, attention_layers, prefix_roles
 from precompute.taps.check_attention import check_attention
+from precompute.taps.probe import image_size, run_blank
 from precompute.taps.registry import ATTENTION, TAPS, Tap, TapInfo, check_tap
 from precompute.taps.tapped_model import TappedTeacher
 from precompute.taps.timm_import import create_timm_model, takes_image_size
@@ -29,8 +30,10 @@ __all__ = [
     "cnn_stages",
     "create_timm_model",
     "full",
+    "image_size",
     "prefix_roles",
     "resize_matrix",
+    "run_blank",
     "stage_maps",
     "takes_image_size",
     "token_blocks",

@@ -16,6 +16,14 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def image_size(model: nn.Module) -> int:
+    """Side of the images that a network was made for."""
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if size is None:
+        size = (getattr(model, "default_cfg", None) or {}).get("input_size", (3, 224, 224))[1:]
+    return int(size[0]) if isinstance(size, tuple | list) else int(size)
+
+
 def run_blank(model: nn.Module, size: int, method: str = "forward", **arguments: Any) -> Any:
     """What a network gives of two images without content, in eval mode; on the meta device it takes no time.
 

@@ -163,7 +163,9 @@ class TappedTeacher(nn.Module):
         if tap.name == "activations":
             return torch.cat([self._on_grid(tap, n) for n in tap.layers or range(1, len(self._reads[tap.at]) + 1)], 1)
         assert self.attention is not None
-        seen = dict(zip((layer.number for layer in self._attention_taps.layers), self._attention_taps.attention, strict=True))
+        seen = dict(
+            zip((layer.number for layer in self._attention_taps.layers), self._attention_taps.attention, strict=True)
+        )
         layers = [seen[n] for n in tap.layers or range(1, len(self.attention.layers) + 1)]
         match tap.name:
             case "class_row":
