@@ -101,7 +101,7 @@ class Attention:
         return replace(self, **{name: t.reshape(-1, heads, *t.shape[-2:]) for name, t in joined.items()})
 
 
-def tensors_of(attention: Attention) -> dict[str, Tensor]:
+def tensors_of(attention: Attention) -> dict[str, Any]:
     """The tensors that an attention call has, by name."""
     named = {name: getattr(attention, name) for name in ("q", "k", "v", "bias", "raw_scores")}
     return {name: tensor for name, tensor in named.items() if tensor is not None}
@@ -134,7 +134,7 @@ class AttentionTaps(TorchFunctionMode):
     def __enter__(self) -> Self:
         self._next = 0
         self._softmax = None
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     @property

@@ -108,7 +108,7 @@ class _Calls(AttentionTaps):
         super().__init__(())
         self.calls: list[Attention] = []
 
-    def _keep(self, call: int, attention: Attention, _rows: Tensor | None) -> None:
+    def _keep(self, _call: int, attention: Attention, _rows: Tensor | None) -> None:
         self.calls.append(replace(attention, **{name: t.to("meta") for name, t in tensors_of(attention).items()}))
 
     def _meet_values(self, call: int, values: Tensor, _output: Tensor) -> None:

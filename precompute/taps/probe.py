@@ -48,10 +48,11 @@ def once_per_network(look: Callable[Concatenate[nn.Module, P], R]) -> Callable[C
     known: WeakKeyDictionary[nn.Module, dict[Any, R]] = WeakKeyDictionary()
 
     @functools.wraps(look)
-    def looked_up(model: nn.Module, *args: P.args, **kwargs: P.kwargs) -> R:
+    def answer(model: nn.Module, *args: P.args, **kwargs: P.kwargs) -> R:
         answers = known.setdefault(model, {})
         if (key := (args, *sorted(kwargs.items()))) not in answers:
             answers[key] = look(model, *args, **kwargs)
         return answers[key]
 
-    return looked_up
+    known_answer: Callable[Concatenate[nn.Module, P], R] = answer
+    return known_answer

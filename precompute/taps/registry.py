@@ -67,8 +67,9 @@ class Tap:
     """What to read: a tap, with layers (from 1; stages of a CNN) and, for activations, the side of their grid.
 
     Activations are read `at` the last norm of a stage's last block, after that block's residual sum (`block`), or as
-    timm's `forward_intermediates` gives them of any network (`stage`), and resized with `antialias` as in `F.interpolate` (`all`), without it (False), or with it only where a stage is larger than the
-    grid (True, as targets of older stores were made).
+    timm's `forward_intermediates` gives them of any network (`stage`). They are resized with `antialias` as in
+    `F.interpolate` (`all`), without it (False), or with it only where a stage is larger than the grid (True, as targets
+    of older stores were made).
 
     Without layers: all of them; of `tokens`, those after the final norm, else the residual stream after each layer.
     Of a ready graph also the names of its tensors, one a layer of the tap; `layers` chooses among them.

@@ -62,7 +62,7 @@ class StudentTaps:
 
     def __exit__(self, *error: object) -> None:
         if self._attention.layers:
-            self._attention.__exit__(*error)
+            self._attention.__exit__(*error)  # type: ignore[no-untyped-call]
             _set_fused(self._switched, False)
 
     @property
