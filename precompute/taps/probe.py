@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,8 +12,7 @@ from torch import nn
 
 IMAGES = 2  # in such a pass
 
-P = ParamSpec("P")
-R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def image_size(model: nn.Module) -> int:
@@ -43,16 +42,15 @@ def run_blank(model: nn.Module, size: int, method: str = "forward", **arguments:
         model.train(training)
 
 
-def once_per_network(look: Callable[Concatenate[nn.Module, P], R]) -> Callable[Concatenate[nn.Module, P], R]:
-    """The function, which looks at each network only once for the same arguments."""
-    known: WeakKeyDictionary[nn.Module, dict[Any, R]] = WeakKeyDictionary()
+def once_per_network(look: F) -> F:
+    """The function, whose first argument is a network, looking at each only once for the same other arguments."""
+    known: WeakKeyDictionary[nn.Module, dict[Any, Any]] = WeakKeyDictionary()
 
     @functools.wraps(look)
-    def answer(model: nn.Module, *args: P.args, **kwargs: P.kwargs) -> R:
+    def answer(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         answers = known.setdefault(model, {})
         if (key := (args, *sorted(kwargs.items()))) not in answers:
             answers[key] = look(model, *args, **kwargs)
         return answers[key]
 
-    known_answer: Callable[Concatenate[nn.Module, P], R] = answer
-    return known_answer
+    return cast("F", answer)

@@ -283,8 +283,8 @@ def test_contract_12_nothing_is_stored_of_attention_that_is_not_what_the_network
         name, weights=weights, arguments={**arguments, "num_classes": 3}, teacher_name="relpos", mean=(0.5,), std=(0.5,)
     )
     shards = synthetic_shards(tmp_path / "data", 1, 6)
-    with pytest.raises(UserError, match=r"VisionTransformerRelPos: layer 1 .*RelPosAttention"):
-        run_precompute(tmp_path / "store", shards, teacher, ["class_row"])
+    with pytest.raises(UserError, match=r"VisionTransformerRelPos: its attention layer 1 adds a bias to its scores"):
+        run_precompute(tmp_path / "store", shards, teacher, ["class_row", "q"])
     assert nothing_is_stored(tmp_path / "store")
 
 
