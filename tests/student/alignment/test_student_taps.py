@@ -40,8 +40,8 @@ def test_a_student_that_is_its_teacher_has_the_teacher_s_vectors(tap: str) -> No
     wanted = Tap("tokens") if tap == "final" else Tap(tap, layers=LAYERS)
     teacher = TappedTeacher(network(), [wanted], 32, input_size=32, mean=(0.5,) * 3, std=(0.5,) * 3).eval()
     (target,) = teacher(images)
-    seen = StudentTaps(model, READS)
-    model(teacher.prepare(images)).sum().backward()
+    with StudentTaps(model, READS, student_spec(model).attention) as seen:
+        model(teacher.prepare(images)).sum().backward()
     mine = {"q": seen.q, "k": seen.k, "v": seen.v, "tokens": seen.streams, "final": [seen.tokens] * 3}[tap]
     settings = AttentionTransferConfig(layers="last" if tap == "final" else None)
     meeting = TokenAligner("it", settings, student_spec(model), [given(wanted.name, target, wanted.layers)])
@@ -51,9 +51,9 @@ def test_a_student_that_is_its_teacher_has_the_teacher_s_vectors(tap: str) -> No
 
 def test_the_final_tokens_are_the_last_stream_after_the_norm() -> None:
     model = network()
-    seen = StudentTaps(model, READS)
     pixels = torch.randn(2, 3, 32, 32)
-    features = model.forward_features(pixels)
+    with StudentTaps(model, READS, student_spec(model).attention) as seen:
+        features = model.forward_features(pixels)
     assert torch.equal(seen.tokens, features)
     assert torch.equal(model.norm(seen.streams[-1]), features)
     seen.clear()
@@ -66,11 +66,10 @@ def test_vectors_of_tokens_meet_by_role_and_place() -> None:
         "deit_tiny_distilled_patch16_224", img_size=32, patch_size=4, embed_dim=48, depth=3, num_heads=3
     ).eval()
     target = torch.randn(2, 3, 3, 17, 16)
-    meeting = TokenAligner(
-        "it", AttentionTransferConfig(layers="uniform", grid="bicubic"), student_spec(model), [given("v", target)]
-    )
-    seen = StudentTaps(model, frozenset({"values"}))
-    model(torch.randn(2, 3, 32, 32))
+    shape = student_spec(model)
+    meeting = TokenAligner("it", AttentionTransferConfig(layers="uniform", grid="bicubic"), shape, [given("v", target)])
+    with StudentTaps(model, frozenset({"values"}), shape.attention) as seen:
+        model(torch.randn(2, 3, 32, 32))
     mine, theirs = meeting.student_vectors(seen.v), meeting.teacher_vectors(target)
     assert mine.shape == theirs.shape == (2, 3, 3, 65, 16)
     assert torch.equal(mine[:, 0, :, 0], seen.v[0][:, :, 0])
