@@ -60,6 +60,7 @@ def offers_of(name: str, input_size: int | None = None, grid: int = 14) -> Teach
         parameters=parts.parameters,
         network=parts.network,
         layers=parts.layers,
+        stages=parts.depth("activations", usual_at(parts)),
         taps=taps,
         refused=refused,
     )

@@ -135,7 +135,7 @@ def target_identity(
         raise UserError(f"teacher {manifest.id}: at={spec.at}: {chosen}")
     layers = None
     if info.layered and (spec.tap != "tokens" or spec.layers or spec.tensors):  # else after the final norm
-        layers = layer_numbers(spec.layers, len(spec.tensors) or layer_count(manifest, spec.tap, at), manifest.id)
+        layers = layer_numbers(spec.layers, len(spec.tensors) or manifest.depth(spec.tap, at), manifest.id)
     default = max(1, policy.size // 16) if grid is None else grid
     grid = default if info.gridded and spec.grid is None else spec.grid
     codec = spec.codec or info.codec
@@ -149,12 +149,6 @@ def target_identity(
 def usual_at(anatomy: Anatomy) -> At:
     """Where activations are read when nothing is said: as AAL reads them, of networks in which that is defined."""
     return "norm" if anatomy.network in ("cnn", ONNX_FILE) else "stage"
-
-
-def layer_count(anatomy: Anatomy, tap: str, at: At) -> int:
-    """How many layers, or stages, of a network a tap can be read of."""
-    of_blocks = tap == "tokens" or (tap == "activations" and at == "stage")
-    return anatomy.stages or anatomy.layers if of_blocks else anatomy.layers
 
 
 def require_kind(name: str, anatomy: Anatomy, tap: str, at: At) -> None:
@@ -171,7 +165,7 @@ def require_kind(name: str, anatomy: Anatomy, tap: str, at: At) -> None:
     if tap == "activations" and at != "stage" and anatomy.network != "cnn":
         message = f"teacher {name}: at={at} needs a CNN with stages of blocks; at=stage reads maps of any network"
         raise UserError(message, hint=hint)
-    if tap == "activations" and not layer_count(anatomy, tap, at):
+    if tap == "activations" and not anatomy.depth(tap, at):
         raise UserError(f"teacher {name}: timm's forward_intermediates gives no square maps of it", hint=hint)
 
 

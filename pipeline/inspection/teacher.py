@@ -17,7 +17,7 @@ SHOWN = 8  # tensors of a graph
 def lines(offers: TeacherOffers) -> list[str]:
     """Sizes and a table of taps."""
     kinds = {"cnn": "CNN with {} stages", "vit": "ViT with {} attention layers"}
-    kind = kinds.get(offers.network, "network without stages or attention layers that are known here")
+    kind = kinds.get(offers.network, f"network with {offers.stages} stages")
     text = [
         f"{offers.teacher}: {offers.model}, {kind.format(offers.layers)}, {offers.parameters:,} parameters, "
         f"input {offers.input_size}",
@@ -32,6 +32,28 @@ def lines(offers: TeacherOffers) -> list[str]:
         by_reason.setdefault(why, []).append(tap)
     text += [f"not {', '.join(taps)}: {why}" for why, taps in by_reason.items()]
     return text
+
+
+def table(teachers: Sequence[TeacherOffers]) -> list[str]:
+    """A table of several teachers in Markdown: a row each, with what it gives of one image."""
+    columns = ["teacher", "input", "maps", "attention", *_OTHERS]
+    rows = [[f"`{offers.teacher}`", str(offers.input_size), *_cells(offers)] for offers in teachers]
+    lines = ["| " + " | ".join(row) + " |" for row in (columns, *rows)]
+    return [lines[0], "|---|---|---|---|" + ":-:|" * len(_OTHERS), *lines[1:]]
+
+
+_OTHERS = ("class_row", "q", "k", "v", "tokens", "class_token", "embedding", "logits")
+
+
+def _cells(offers: TeacherOffers) -> list[str]:
+    maps, rows = offers.taps.get("activations"), offers.taps.get("attention") or offers.taps.get("class_row")
+    cells = [f"{maps.shape[0]} of {offers.stages} stages" if maps else "–"]
+    if rows is None:
+        cells.append("–")
+    else:
+        layers, heads, *queries, tokens = rows.shape
+        cells.append(f"{layers} layers, {heads} heads, {tokens} tokens{'' if queries else ', class row alone'}")
+    return [*cells, *("yes" if tap in offers.taps else "–" for tap in _OTHERS)]
 
 
 def graph_lines(offers: GraphOffers) -> list[str]:

@@ -98,6 +98,11 @@ class Anatomy(Schema):
     prefix: Several[Text] = ()
     stages: Count = 0
 
+    def depth(self, tap: str, at: str) -> int:
+        """How many layers or stages a tap can be read of: `tokens` and maps `at` a stage of each of timm's stages."""
+        of_stages = tap == "tokens" or (tap == "activations" and at == "stage")
+        return self.stages or self.layers if of_stages else self.layers
+
 
 class TeacherManifest(Manifest, Anatomy):
     """A teacher's manifest."""

@@ -146,7 +146,7 @@ class AALLoss(Loss[AALConfig]):
         target, grid = stored.target, config.grid or student.grid
         stages, channels = (tuple(getattr(stage, name) for stage in target.stages) for name in ("stage", "channels"))
         layout = aal_links.Layout(stages, channels, tuple(heads for heads, _ in student.by_layer))
-        stage_count = len(target.identity.tensors) or stored.teacher.layers
+        stage_count = len(target.identity.tensors) or stored.depth
         kept = aal_links.kept(name, config.links, layout, stage_count)
         self.row = align_activations(name, stored, student, grid, kept.words)
         self.metadata = {**asdict(layout), "target": stored.id, "grid": grid}

@@ -241,7 +241,7 @@ def _vectors(shape: StudentSpec, reference: TeacherTargets, tokens: Tokens) -> T
             raise UserError(message, setting=setting("tokens", tokens))
         return None
     (stored,) = reference.tokens
-    pairs = _pairs(shape, stored) if stored.target.identity.layers else [(shape.layers, stored.teacher.layers)]
+    pairs = _pairs(shape, stored) if stored.target.identity.layers else [(shape.layers, stored.depth)]
     if tokens == "class" and "class" not in {*shape.prefix} & {*stored.teacher.prefix}:
         raise UserError(
             "class tokens are compared where both sides have one",
@@ -253,7 +253,7 @@ def _vectors(shape: StudentSpec, reference: TeacherTargets, tokens: Tokens) -> T
 
 def _pairs(shape: StudentSpec, stored: StoredTarget) -> list[tuple[int, int]]:
     """Layers that meet, of those that are stored. Raises UserError: none does."""
-    meeting, layers = uniform(shape.layers, stored.teacher.layers), stored.target.identity.layers or ()
+    meeting, layers = uniform(shape.layers, stored.depth), stored.target.identity.layers or ()
     pairs = [pair for pair in meeting if pair[1] in layers]
     if not pairs:
         raise UserError(
