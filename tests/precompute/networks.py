@@ -29,8 +29,10 @@ def sharpened(model: Any) -> Any:
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("cls_token", "rel_pos_h", "rel_pos_w", "relative_position_bias_table")):
+            if name.endswith(("cls_token", "relative_position_bias_table")):
                 parameter.normal_(generator=generator)
+            elif name.endswith(("rel_pos_h", "rel_pos_w")):  # multiplied with queries
+                parameter.normal_(0, 0.05, generator=generator)
             elif name.endswith(("qkv.weight", "q_proj.weight", "k_proj.weight", ".q.weight", ".k.weight")):
                 parameter.mul_(4)
     return model

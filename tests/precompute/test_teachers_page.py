@@ -64,8 +64,9 @@ def small(name: str) -> tuple[str, int, nn.Module]:
             pytorch.require_size(network, size, name)
         except (UserError, RuntimeError):
             continue
-        return model, size, network
-    return bare(name, device="cpu")
+        return model, size, network.requires_grad_(False)
+    model, size, network = bare(name, device="cpu")
+    return model, size, network.requires_grad_(False)
 
 
 @pytest.mark.long
