@@ -144,7 +144,8 @@ _PRECOMPUTE = (
         "TAP[,layers=…][,grid=…][,codec=…]…",
         "Targets to store: activations, logits, embedding, q, k, v, class_row, attention, class_token or tokens; "
         "repeatable. layers=last or 1:4+8, counted from 1; codec=f32, f16, u8, log8 (class_row, attention) or topk20 "
-        "(logits); for activations grid=8, at=block (after the residual sum), antialias=true.",
+        "(logits); for activations grid=8, at=block (after the residual sum) or at=stage (of any network), "
+        "antialias=true.",
         multiple=True,
     ),
     option(
