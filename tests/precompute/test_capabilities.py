@@ -41,6 +41,8 @@ NETWORKS: dict[str, set[str]] = {
     "test_convnext": {*OF_TOKENS},
 }
 HEAVY = (
+    "test_vit",
+    "test_vit_relpos",
     "cait_xxs24_224",
     "swin_tiny_patch4_window7_224",
     "nest_tiny",
