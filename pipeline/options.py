@@ -134,8 +134,8 @@ _PRECOMPUTE = (
     option(
         "--teacher",
         "NAME",
-        "A teacher of the project file, a short name (effnet_b3, mobilenetv2, vit_tiny, …), a timm name or a ready "
-        "model.onnx; without it, all of the project file.",
+        "A teacher of the project file, a short name (effnet_b3, mobilenetv2, vit_tiny, …), a timm name, "
+        "hf-hub:USER/NAME, local-dir:FOLDER or a ready model.onnx; without it, all of the project file.",
     ),
     shards("--shards", help="The shards."),
     store,
@@ -159,9 +159,17 @@ _PRECOMPUTE = (
     option("--num-views", "N", "Views of each image.  [default: 4]", type=click.IntRange(1)),
     option("--seed", "N", "Seed of the views.  [default: 0]", type=int),
     option("--new-bank", None, "Create a second bank for these shards.", is_flag=True),
-    option("--weights", "F", "A .safetensors or .pth file; without it, timm's hub."),
     option(
-        "--weights-key", "KEY", "Key of the weights in the file, such as state_dict.  [default: as timm, EMA first]"
+        "--weights",
+        "F",
+        "A .safetensors or .pth file, whose prefixes of names are stripped and whose transformers' names become timm's; "
+        "or random:SEED for untrained weights.  [default: timm's hub]",
+    ),
+    option(
+        "--weights-key",
+        "KEY",
+        "Key of the weights in the file, such as state_dict, or the prefix of their names, such as base_encoder.  "
+        "[default: as timm, EMA first]",
     ),
     option("--teacher-arg", "K=V", "An argument of timm.create_model; may be repeated.", multiple=True),
     option("--mean", "M", "Mean of the teacher's input: one number or three, with commas."),
@@ -253,6 +261,10 @@ def _requests(teacher: str | None, **flags: Any) -> dict[str, PrecomputeRequest]
 
 def _is_missing(file: str | None) -> bool:
     """Whether a file of weights is not there: a fresh project file names one that is still to be made."""
+    from storage.objects.weights_file import is_random
+
+    if is_random(file):
+        return False
     try:
         Path(file or "").expanduser().stat()
     except OSError as error:  # others are raised where the file is read

@@ -9,7 +9,7 @@ from precompute.taps.check_attention import check_attention
 from precompute.taps.probe import image_size, run_blank
 from precompute.taps.registry import ATTENTION, TAPS, Tap, TapInfo, check_tap
 from precompute.taps.tapped_model import TappedTeacher
-from precompute.taps.timm_import import create_timm_model, takes_image_size
+from precompute.taps.timm_import import config_of, create_timm_model, is_elsewhere, takes_image_size
 from precompute.taps.tokens import token_blocks
 
 __all__ = [
@@ -28,9 +28,11 @@ __all__ = [
     "check_attention",
     "check_tap",
     "cnn_stages",
+    "config_of",
     "create_timm_model",
     "full",
     "image_size",
+    "is_elsewhere",
     "prefix_roles",
     "resize_matrix",
     "run_blank",

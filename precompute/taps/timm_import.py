@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
 from storage.errors import UserError, first_line
@@ -33,7 +34,28 @@ def create_timm_model(
     return network
 
 
+def is_elsewhere(model: str) -> bool:
+    """Whether a name is of a network outside timm: `hf-hub:USER/NAME` or `local-dir:FOLDER`."""
+    return model.partition(":")[0] in ("hf-hub", "hf_hub", "local-dir")
+
+
+def config_of(model: str) -> Mapping[str, Any] | None:
+    """What timm knows of a name's weights (`input_size`, `mean`, `std` …); None where there is nothing.
+
+    Raises:
+        UserError: a network outside timm whose `config.json` could not be read.
+        RuntimeError: timm has no such weights of this network.
+    """
+    if is_elsewhere(model):
+        hint = "Give hf-hub:USER/NAME or local-dir:FOLDER, with a config.json that timm wrote."
+        with torch.device("meta"):
+            network = create_timm_model(model, {}, owner=f"teacher {model}", hint=hint)
+        return dict(network.pretrained_cfg)  # type: ignore[call-overload, no-any-return]
+    config = timm.get_pretrained_cfg(model)
+    return None if config is None else config.to_dict()
+
+
 def takes_image_size(model: str) -> bool:
     """Whether a timm model is made for one image size, so that `create_model` takes `img_size`."""
-    config = timm.get_pretrained_cfg(model.partition(".")[0])
-    return config is not None and bool(config.fixed_input_size)
+    config = config_of(model if is_elsewhere(model) else model.partition(".")[0])
+    return config is not None and bool(config.get("fixed_input_size"))

@@ -55,7 +55,7 @@ def load_weights(model: nn.Module, file: WeightsFile, key: str | None = None, or
     try:
         state = rename_to_fit(model, as_f32(chosen.state), file.name)
     except UserError as error:
-        raise UserError(error.message, hint=others) from None
+        raise UserError(error.message, hint="\n  ".join(filter(None, [others, error.hint]))) from None
     expected, actual = shapes(model.state_dict()), shapes(state)
     if problems := mismatches(expected, actual):
         hint = "\n  ".join(filter(None, [others, _hint(model, expected, actual)]))

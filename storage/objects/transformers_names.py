@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from storage.errors import UserError, first_line
 from storage.objects.checkpoint_file import several_fit
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def from_transformers(model: nn.Module, state: Mapping[str, Tensor], where: str)
         where: the file, for errors.
 
     Raises:
-        UserError: there are two such networks in it.
+        UserError: there are two such networks in it, or the shapes are not such a network's.
     """
     for family in FAMILIES:
         found = [name for name in state if name == family.marker or name.endswith(f".{family.marker}")]
@@ -183,7 +184,11 @@ def from_transformers(model: nn.Module, state: Mapping[str, Tensor], where: str)
         prefixes = [name.removesuffix(family.marker) for name in found]
         if len(prefixes) > 1:
             raise several_fit(prefixes, where)
-        return _renamed(model, state, family, prefixes[0])
+        try:
+            return _renamed(model, state, family, prefixes[0])
+        except (RuntimeError, ValueError, KeyError) as error:  # shapes that no such network has
+            message = f"{where}: its names are those of transformers' {family.name}, but not its shapes"
+            raise UserError(f"{message}: {first_line(error)}") from None
     return None
 
 

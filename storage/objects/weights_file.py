@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 
+def is_random(weights: str | None) -> bool:
+    """Whether weights are no file but the untrained ones of a seed: `random:SEED`."""
+    return (weights or "").startswith("random:")
+
+
 class WeightsFile:
     """A file of weights. Its digest and its metadata are read at their first use, and kept.
 
