@@ -162,7 +162,7 @@ _PRECOMPUTE = (
     option(
         "--weights",
         "F",
-        "A .safetensors or .pth file, whose prefixes of names are stripped and whose transformers' names become timm's; "
+        "A .safetensors or .pth file, which may have prefixes in its names, or transformers' names; "
         "or random:SEED for untrained weights.  [default: timm's hub]",
     ),
     option(
