@@ -73,7 +73,8 @@ def rename_to_fit(
             raise problem
     if heads := projections(model, renamed):
         renamed = {name: tensor for name, tensor in renamed.items() if name not in heads}
-        say(f"{where}: a projection head in the classifier's place{_left_out(heads)}")
+        count = f"{len(heads)} tensor{'s' * (len(heads) > 1)} ({first_few(heads, 3)})"
+        say(f"{where}: a projection head in the classifier's place was left out: {count}")
     return {**counters, **renamed}
 
 
