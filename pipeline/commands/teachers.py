@@ -16,8 +16,8 @@ from pipeline.options import common
 def teachers(names: tuple[str, ...], input_size: int | None, grid: int | None, as_json: bool) -> None:
     """List teachers by short name, or show the targets of some.
 
-    NAME can also be any timm name or a model.onnx; several names give one table, in Markdown. The sizes of the targets
-    are shown, too. Nothing is downloaded: sizes depend on the network only, not on its weights.
+    NAME can also be any timm name, hf-hub:USER/NAME, local-dir:FOLDER or a model.onnx; several names give one table, in
+    Markdown. The sizes of the targets are shown, too. No weights are downloaded: sizes depend on the network only.
 
     \b
     pipeline teachers

@@ -27,7 +27,7 @@ def create_timm_model(
     try:
         network: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
     except Exception as error:  # timm and the hub raise many kinds
-        problem = f"cannot be made with {dict(arguments)}"
+        problem = f"cannot be made with {dict(arguments)}" if arguments else "cannot be made"
         if pretrained:
             problem = f"the weights of {name} could not be downloaded from the timm hub"
         raise UserError(f"{owner}: {problem}: {first_line(error)}", hint=hint) from None

@@ -226,6 +226,24 @@ def test_dinov2(tmp_path: Path, registers: int) -> None:
     assert "transformers' DINOv2 became timm's; 1 other tensor was left out" in lines[0]
 
 
+@torch.no_grad()
+def test_dinov2_with_a_gate(tmp_path: Path) -> None:
+    names = {**DINOV2_NAMES, "up": "mlp.weights_in", "down": "mlp.weights_out", "norm": "layernorm"}
+    state = {n: t for n, t in vit("", **of_layers("encoder.layer", names)).items() if "pooler" not in n}
+    old = tuple(f".{VIT_NAMES[part]}." for part in ("norm1", "norm2", "up"))
+    state = {n: t for n, t in state.items() if not any(o in n for o in old) and not re.search(r"\d\.output\.dense", n)}
+    state = {n: t[:, : HIDDEN // 2] if "weights_out.weight" in n else t for n, t in state.items()}
+    network, _ = loaded(tmp_path, "vit_giant_patch14_dinov2", state, num_classes=0, mlp_ratio=HIDDEN / D)
+
+    def gated(x: Tensor) -> Tensor:
+        one, two = x.chunk(2, -1)
+        return F.silu(one) * two
+
+    formula = Formula(state, "encoder.layer", names, 1e-6, gated)
+    x = torch.cat([first(state, "embeddings.cls_token"), formula.patches("embeddings.patch_embeddings.projection")], 1)
+    assert close(network.forward_features(IMAGES), formula(x + state["embeddings.position_embeddings"]))
+
+
 def turned(x: Tensor) -> Tensor:
     """DINOv3's rotation of the patches' queries or keys `[B, heads, T, d]`, by coordinates from -1 to 1."""
     size = D // HEADS
