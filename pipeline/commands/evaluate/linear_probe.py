@@ -14,16 +14,17 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pipeline.evaluation.frozen import FrozenConfig
+    from pipeline.evaluation.teacher import TeacherQuery
 
 
 @click.command()
-@options.run
+@options.run_or_teacher
 @options.labeled_shards
 @options.frozen_features
 @option("--lr", "R", "Learning rate.  [default: best on held-out]", type=POSITIVE)
-@reads(shards="val", train_shards="shards")
+@reads(shards="val", train_shards="shards", store="store")
 @options.prints_frozen_report
-def linear_probe(path: Path, config: FrozenConfig, lr: float | None) -> options.Report:
+def linear_probe(network: Path | TeacherQuery, config: FrozenConfig, lr: float | None) -> options.Report:
     """Fit a linear classifier on frozen features.
 
     Without --lr, the learning rate is selected on held-out training samples. A training image that is also evaluated is
@@ -36,4 +37,4 @@ def linear_probe(path: Path, config: FrozenConfig, lr: float | None) -> options.
     """
     from pipeline.evaluation.frozen import measure_linear_probe
 
-    return measure_linear_probe(path, config, lr)
+    return measure_linear_probe(network, config, lr)
