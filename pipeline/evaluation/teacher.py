@@ -119,7 +119,7 @@ def open_teacher(
         recorded = next((known for known in store.teachers().values() if known.identity.digest == teacher.id), None)
     why = "--live" if query.live else "no store is given"
     if store and not query.live:
-        stored = recorded and _stored(query, store, recorded, taps, shards)
+        stored = None if recorded is None else _stored(query, store, recorded, taps, shards)
         if stored is not None:
             return stored
         of_it = f"{' or '.join(taps)} of all these images in a view without chance" if recorded else "this teacher"

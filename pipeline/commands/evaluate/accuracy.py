@@ -44,8 +44,8 @@ def _bounds(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
     "The store with a teacher's logits, or with the teacher of a student that copies attention, if it was moved.",
 )
 @reads(shards="val", store="store")
-@options.prints_report
 @options.measures_teachers
+@options.prints_report
 def accuracy(
     paths: list[Path],
     *,

@@ -78,26 +78,26 @@ def prints_report(measure: Callable[..., Report]) -> Callable[..., None]:
     return together(checkpoint, device, common)(wrapped)
 
 
-def measures_teachers(measure: Callable[..., Report]) -> Callable[..., Report]:
+def measures_teachers(command: Callable[..., None]) -> Callable[..., None]:
     """Pass on what `teacher_options` say as `teacher`, a TeacherQuery; None where a student is measured.
 
-    `measure` is called with the store, too, where it takes one.
+    The command, from `prints_report`, is called with the store, too, where it takes one.
     """
-    takes_store = "store" in inspect.signature(measure).parameters
+    takes_store = "store" in inspect.signature(command).parameters
 
-    @functools.wraps(measure)
-    def wrapped(paths: list[Path], *, store: str | None, **flags: Any) -> Report:
+    @functools.wraps(command)
+    def wrapped(*, runs: tuple[Path, ...], store: str | None, **flags: Any) -> None:
         names = ("teacher", *_SETTINGS, "view_policy", "view_size", "live")
         said = {name: flags.pop(name) for name in names}
         if takes_store:
             flags["store"] = store
-        return measure(paths, teacher=_query(paths, store, takes_store=takes_store, **said), **flags)
+        command(runs=runs, teacher=_query(runs, store, takes_store=takes_store, **said), **flags)
 
     return wrapped
 
 
 def _query(
-    paths: list[Path],
+    runs: tuple[Path, ...],
     store: str | None,
     *,
     takes_store: bool,
@@ -110,14 +110,14 @@ def _query(
     """Which teacher is measured. Raises click.UsageError: a student is, too, or flags that are of the other."""
     sources = click.get_current_context().get_parameter_source
     if teacher is None:
-        if not paths:
+        if not runs:
             raise click.UsageError("Missing argument 'RUN': a student; or a teacher: --teacher NAME")
         of_teachers = _OF_TEACHERS if takes_store else (*_OF_TEACHERS, "store")
         if name := next((name for name in of_teachers if sources(name) == ParameterSource.COMMANDLINE), None):
             raise click.UsageError(f"{_flag(name)} is of a teacher: add --teacher NAME")
         return None
-    if paths:
-        raise click.UsageError(f"RUN ({paths[0]}) is a student, --teacher {teacher} a teacher; give one of them")
+    if runs:
+        raise click.UsageError(f"RUN ({runs[0]}) is a student, --teacher {teacher} a teacher; give one of them")
     if name := next((name for name in _OF_STUDENTS if sources(name) == ParameterSource.COMMANDLINE), None):
         raise click.UsageError(f"{_flag(name)} is of students; leave it out with --teacher")
     from pipeline.evaluation.teacher import TeacherQuery
@@ -193,4 +193,4 @@ def prints_frozen_report(measure: Callable[..., Report]) -> Callable[..., None]:
         config = FrozenConfig(**{field.name: settings.pop(field.name) for field in fields(FrozenConfig)})
         return measure(paths[0] if teacher is None else teacher, config, **settings)
 
-    return prints_report(measures_teachers(wrapped))
+    return measures_teachers(prints_report(wrapped))
