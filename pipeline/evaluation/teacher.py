@@ -13,7 +13,7 @@ from precompute.export.pytorch import live_teacher, read_taps
 from precompute.taps import Tap
 from precompute.teachers.onnx_file import is_onnx_file
 from precompute.teachers.teacher import Teacher, find_teacher
-from storage.errors import IdentityError, UserError, call, setting
+from storage.errors import DamageError, IdentityError, UserError, call, setting
 from storage.objects.state_dict import HUB, ONNX_FILE
 from storage.shards.classes import classes_of
 from storage.store.banks import policy_of
@@ -162,8 +162,8 @@ def _store(query: TeacherQuery) -> Store | None:
         return None
     try:
         return Store.open(query.store)
-    except UserError:
-        if query.store_may_be_missing:
+    except UserError as error:
+        if query.store_may_be_missing and not isinstance(error, DamageError):
             return None
         raise
 

@@ -27,6 +27,9 @@ def knn(network: Path | TeacherQuery, config: FrozenConfig) -> options.Report:
 
     Neighbors are found among the features of the training shards. A training image that is also evaluated is skipped.
 
+    With --teacher, stored features are read if the store has them for all images in a view without chance. Otherwise
+    the teacher runs live.
+
     \b
     pipeline evaluate knn run --shards train-val-000000.tar --train-shards 'train-{000000..000009}.tar'
     pipeline evaluate knn --teacher vit_tiny --weights vit_tiny.safetensors --shards train-val-000000.tar \\

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 def linear_probe(network: Path | TeacherQuery, config: FrozenConfig, lr: float | None) -> options.Report:
     """Fit a linear classifier on frozen features.
 
+    With --teacher, stored features are read if the store has them for all images in a view without chance. Otherwise
+    the teacher runs live, and DINO's features are read, as for students.
+
     Without --lr, the learning rate is selected on held-out training samples. A training image that is also evaluated is
     skipped.
 

@@ -92,7 +92,7 @@ def pictures(shard: str) -> tuple[torch.Tensor, torch.Tensor]:
     return (pixels - 0.5) / 0.5, torch.tensor(labels)
 
 
-def plain(weights: str | Path) -> torch.nn.Module:
+def plain(weights: str | Path) -> Any:
     """The tiny ViT by timm alone."""
     model = timm.create_model(TINY_VIT[0], num_classes=3, **TINY_VIT[1])
     model.load_state_dict(load_file(weights))
@@ -159,7 +159,7 @@ def test_k_nn_stored_equals_live_and_a_loop_over_the_images(world, place, tell) 
     with torch.no_grad():
         loop = [Features(values=model.forward_features(x)[:, 0], labels=y) for x, y in map(pictures, world.shards)]
     assert torch.allclose(bank[0].values, loop[0].values, atol=1e-5)
-    ranks = knn_ranks(*loop, [10, 20], 3)
+    ranks = knn_ranks(loop[0], loop[1], [10, 20], 3)
     assert [stored["knn"][k]["top1"] for k in ("10", "20")] == [
         round(100 * float((ranks[k] == 0).double().mean()), 3) for k in (10, 20)
     ]
