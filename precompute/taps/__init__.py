@@ -9,7 +9,7 @@ from precompute.taps.check_attention import check_attention
 from precompute.taps.probe import image_size, run_blank
 from precompute.taps.registry import ATTENTION, TAPS, Tap, TapInfo, check_tap
 from precompute.taps.tapped_model import TappedTeacher
-from precompute.taps.timm_import import config_of, create_timm_model, is_elsewhere, takes_image_size
+from precompute.taps.timm_import import config_of, create_timm_model, is_elsewhere, takes_image_size, untrained
 from precompute.taps.tokens import token_blocks
 
 __all__ = [
@@ -39,4 +39,5 @@ __all__ = [
     "stage_maps",
     "takes_image_size",
     "token_blocks",
+    "untrained",
 ]

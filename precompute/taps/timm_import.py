@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import timm
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from storage.errors import UserError, first_line
+from storage.objects.weights_file import random_seed
 
 
 def create_timm_model(
@@ -34,6 +35,19 @@ def create_timm_model(
     return network
 
 
+def untrained(create: Callable[[], nn.Module], weights: str) -> nn.Module:
+    """The network of a seed with timm's initial weights; torch's own generator stays as it was.
+
+    Args:
+        create: makes the network.
+        weights: `random:SEED`.
+    """
+    seed = random_seed(weights)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return create()
+
+
 def is_elsewhere(model: str) -> bool:
     """Whether a name is of a network outside timm: `hf-hub:USER/NAME` or `local-dir:FOLDER`."""
     return model.partition(":")[0] in ("hf-hub", "hf_hub", "local-dir")
@@ -50,7 +64,8 @@ def config_of(model: str) -> Mapping[str, Any] | None:
         hint = "Give hf-hub:USER/NAME or local-dir:FOLDER, with a config.json that timm wrote."
         with torch.device("meta"):
             network = create_timm_model(model, {}, owner=f"teacher {model}", hint=hint)
-        return dict(network.pretrained_cfg)  # type: ignore[call-overload, no-any-return]
+        about: Any = network.pretrained_cfg
+        return dict(about)
     config = timm.get_pretrained_cfg(model)
     return None if config is None else config.to_dict()
 

@@ -17,7 +17,7 @@ from storage.errors import UserError, call, did_you_mean, first_line, setting
 from storage.objects import json_record
 from storage.objects.checkpoint_file import EARLIER
 from storage.objects.state_dict import HUB, ONNX_FILE, digest_of_state, load_weights
-from storage.objects.weights_file import WeightsFile, is_random
+from storage.objects.weights_file import WeightsFile, is_random, random_seed
 from storage.store.manifests import Anatomy, TeacherIdentity, TeacherManifest
 from storage.store.markers import FORMAT
 
@@ -201,7 +201,7 @@ def find_teacher(
 def _digest_without_file(model: str, arguments: dict[str, Any], weights: str | None, say: Callable[[str], None]) -> str:
     """The digest of what the hub gives now; empty of untrained weights, which depend on the input size, too."""
     if weights is not None:
-        say(f"untrained weights of {model}, seed {taken.random_seed(weights)}")
+        say(f"untrained weights of {model}, seed {random_seed(weights)}")
         return ""
     if "num_classes" in arguments:
         raise UserError(
@@ -350,14 +350,14 @@ def load_teacher(teacher: Teacher) -> nn.Module:
 
 def _network(teacher: Teacher) -> nn.Module:
     """The network of a teacher, with untrained weights or those of timm's hub; a file's are still to be loaded."""
-    from precompute.taps import takes_image_size
+    from precompute.taps import takes_image_size, untrained
 
     arguments = dict(teacher.arguments)
     if takes_image_size(teacher.model):
         arguments.setdefault("img_size", teacher.input_size)
     if is_random(teacher.weights):
         create = functools.partial(_create, teacher.model, arguments, pretrained=False)
-        return taken.untrained(create, str(teacher.weights))
+        return untrained(create, str(teacher.weights))
     return _create(teacher.model, arguments, pretrained=teacher.weights is None)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 from storage.errors import UserError, setting
@@ -69,30 +68,6 @@ def fitting_arguments(
         return dict(arguments)
     say(f"{file.name}: it has no classifier, so the network is made without one (num_classes=0)")
     return {**arguments, "num_classes": 0}
-
-
-def random_seed(weights: str) -> int:
-    """The seed in `random:SEED`. Raises UserError where it is no whole number."""
-    text = weights.partition(":")[2]
-    if not re.fullmatch(r"\d{1,18}", text, re.ASCII):
-        message = "expected a whole number after random:, the seed of untrained weights"
-        raise UserError(message, setting=setting("weights", weights), hint=f"Give {setting('weights', 'random:0')}")
-    return int(text)
-
-
-def untrained(create: Callable[[], nn.Module], weights: str) -> nn.Module:
-    """The network of a seed with timm's initial weights; torch's own generator stays as it was.
-
-    Args:
-        create: makes the network.
-        weights: `random:SEED`.
-    """
-    import torch
-
-    seed = random_seed(weights)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return create()
 
 
 def require_same_random(weights: str, digest: str, expected: str, owner: str) -> None:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from precompute.taps import Tap, TappedTeacher, create_timm_model, takes_image_size
-from precompute.teachers.weights import untrained
+from precompute.taps import Tap, TappedTeacher, create_timm_model, takes_image_size, untrained
 from storage.errors import IdentityError, UserError, call, setting
 from storage.objects.checkpoint_file import EARLIER
 from storage.objects.state_dict import HUB, ONNX_FILE, digest_of_state, load_weights

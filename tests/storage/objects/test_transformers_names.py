@@ -136,7 +136,7 @@ def of_layers(stem: str, names: dict[str, str]) -> dict[str, tuple[int, ...]]:
     return layers(stem, parts)
 
 
-def vit(prefix: str, tokens: int = 1, **more: tuple[int, ...]) -> State:
+def vit(prefix: str, more: dict[str, tuple[int, ...]], tokens: int = 1) -> State:
     return filled(
         {
             f"{prefix}embeddings.cls_token": (1, 1, D),
@@ -178,7 +178,7 @@ def close(ours: Tensor, theirs: Tensor) -> bool:
 @torch.no_grad()
 @pytest.mark.parametrize("prefix", ["vit.", "", "teacher.backbone.vit."])
 def test_vit(tmp_path: Path, prefix: str) -> None:
-    state = vit(prefix, **pair("classifier", 5, D))
+    state = vit(prefix, pair("classifier", 5, D))
     network, lines = loaded(tmp_path, "vit_tiny_patch16_224", state, num_classes=5)
     assert close(network(IMAGES), vit_logits(state, prefix, [], ["classifier"]))
     assert lines == [
@@ -191,7 +191,7 @@ def test_vit(tmp_path: Path, prefix: str) -> None:
 def test_deit_with_both_heads(tmp_path: Path) -> None:
     names = {"deit.embeddings.distillation_token": (1, 1, D)}
     heads = ["cls_classifier", "distillation_classifier"]
-    state = vit("deit.", 2, **names, **pair(heads[0], 5, D), **pair(heads[1], 5, D))
+    state = vit("deit.", {**names, **pair(heads[0], 5, D), **pair(heads[1], 5, D)}, 2)
     network, _ = loaded(tmp_path, "deit_tiny_distilled_patch16_224", state, num_classes=5)
     assert close(network(IMAGES), vit_logits(state, "deit.", ["distillation_token"], heads))
 
@@ -200,7 +200,7 @@ def test_deit_with_both_heads(tmp_path: Path) -> None:
 @pytest.mark.parametrize("registers", [0, 4])
 def test_dinov2(tmp_path: Path, registers: int) -> None:
     prefix = "dinov2_with_registers." if registers else ""
-    state = vit(prefix, **of_layers(f"{prefix}encoder.layer", DINOV2_NAMES))
+    state = vit(prefix, of_layers(f"{prefix}encoder.layer", DINOV2_NAMES))
     old = tuple(VIT_NAMES[part] for part in ("norm1", "norm2", "up", "down"))
     state = {
         name: tensor
@@ -229,7 +229,7 @@ def test_dinov2(tmp_path: Path, registers: int) -> None:
 @torch.no_grad()
 def test_dinov2_with_a_gate(tmp_path: Path) -> None:
     names = {**DINOV2_NAMES, "up": "mlp.weights_in", "down": "mlp.weights_out", "norm": "layernorm"}
-    state = {n: t for n, t in vit("", **of_layers("encoder.layer", names)).items() if "pooler" not in n}
+    state = {n: t for n, t in vit("", of_layers("encoder.layer", names)).items() if "pooler" not in n}
     old = tuple(f".{VIT_NAMES[part]}." for part in ("norm1", "norm2", "up"))
     state = {n: t for n, t in state.items() if not any(o in n for o in old) and not re.search(r"\d\.output\.dense", n)}
     state = {n: t[:, : HIDDEN // 2] if "weights_out.weight" in n else t for n, t in state.items()}
@@ -364,7 +364,7 @@ def test_siglip_with_its_pooling(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_position_embeddings_of_another_grid_are_resampled_as_timm_does(tmp_path: Path) -> None:
-    state = vit("vit.", **pair("classifier", 5, D))
+    state = vit("vit.", pair("classifier", 5, D))
     network, _ = loaded(tmp_path, "vit_tiny_patch16_224", state, num_classes=5, img_size=48)
     first_fit, _ = loaded(tmp_path, "vit_tiny_patch16_224", state, num_classes=5)
     wider = timm.create_model("vit_tiny_patch16_224", **{**SIZE, "img_size": 48}, num_classes=5)
@@ -373,14 +373,14 @@ def test_position_embeddings_of_another_grid_are_resampled_as_timm_does(tmp_path
 
 
 def test_what_does_not_fit_is_refused_with_names(tmp_path: Path) -> None:
-    state = vit("vit.", **pair("classifier", 5, D))
+    state = vit("vit.", pair("classifier", 5, D))
     with pytest.raises(UserError, match=r"12 missing \(blocks\.2\.norm1\.weight, "):
         loaded(tmp_path, "vit_tiny_patch16_224", state, num_classes=5, depth=3)
     with pytest.raises(UserError, match=r"unexpected \(blocks\.1\.norm1\.weight, |unexpected \(blocks\.1\."):
         loaded(tmp_path, "vit_tiny_patch16_224", state, num_classes=5, depth=1)
     with pytest.raises(UserError, match="Its classifier has 5 classes: `teacher_arg=num_classes=5`"):
         loaded(tmp_path, "vit_tiny_patch16_224", state, num_classes=3)
-    both = {f"{one}.{name}": tensor for one in ("a", "b") for name, tensor in vit("").items()}
+    both = {f"{one}.{name}": tensor for one in ("a", "b") for name, tensor in vit("", {}).items()}
     with pytest.raises(UserError, match=r"prefixes 'a\.' and 'b\.', which fit equally well\n  .*`weights_key=a` or"):
         loaded(tmp_path, "vit_tiny_patch16_224", both, num_classes=0)
     torn = {**state, "vit.encoder.layer.0.attention.attention.key.weight": torch.zeros(D, D + 1)}
