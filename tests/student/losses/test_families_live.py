@@ -12,6 +12,7 @@ from precompute.teachers.teacher import find_teacher
 from storage.store.store import Store
 from tests.conftest import run_precompute, write_teacher
 from tests.student.losses.test_stored_equals_live import of_targets, recipe_of
+from tests.typed import present
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,7 +42,7 @@ def test_contract_1_attention_of_a_rotary_and_of_a_biased_teacher(name: str, wor
     asked = ["attention,codec=f32", "class_row,codec=f32"]
     attention, rows = run_precompute(tmp_path / "store", world.shards, teacher, asked)["targets"]
     store = Store.open(tmp_path / "store")
-    assert store.target(attention).attention_error <= 1e-5
+    assert present(store.target(attention).attention_error) <= 1e-5
     recipe = recipe_of(attention={**MEETING}, guidance={**MEETING})
     targets = {"attention": [attention], "guidance": [rows]}
     worst = of_targets(store, world.shards, {"it": teacher}, recipe, targets, 3)
