@@ -91,12 +91,12 @@ class Attention:
         return self.scores(queries).softmax(-1)
 
     def of_heads(self, heads: slice | Sequence[int]) -> Self:
-        """The same of some heads."""
+        """This attention of some heads alone."""
         by_head = {name: t for name, t in tensors_of(self).items() if t.ndim == 4 and t.shape[1] > 1}
         return replace(self, **{name: tensor[:, heads] for name, tensor in by_head.items()})
 
     def with_heads(self, heads: int) -> Self:
-        """The same where batch and heads were one axis (SAM's ViT): `[1, B·H, N, d]` becomes `[B, H, N, d]`."""
+        """Split an axis that batch and heads share, as in SAM's ViT: `[1, B·H, N, d]` becomes `[B, H, N, d]`."""
         joined = {name: t for name, t in tensors_of(self).items() if t.ndim == 4 and t.shape[1] > heads}
         return replace(self, **{name: t.reshape(-1, heads, *t.shape[-2:]) for name, t in joined.items()})
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -59,7 +58,8 @@ class TappedTeacher(nn.Module):
         names, kind = {tap.name for tap in self.taps}, type(model).__name__
         if names & {*ATTENTION}:
             self.attention = attention_layers(model, input_size)
-            self._attention_taps = AttentionTaps(self._chosen_layers())
+        # Also where no attention is read: the exporter takes kernels of four axes alone, which this sees to.
+        self._attention_taps = AttentionTaps(self._chosen_layers() if self.attention else ())
         if "class_token" in names and "class" not in prefix_roles(model):
             raise UserError(f"{kind}: it has no class token")
         if "logits" in names and not getattr(model, "num_classes", 1):
@@ -139,9 +139,9 @@ class TappedTeacher(nn.Module):
     def forward(self, images: UInt8[Tensor, "B S S 3"]) -> tuple[Float[Tensor, "B ..."], ...]:
         """The taps' tensors of view images."""
         x = self.prepare(images)
-        with nullcontext() if self.attention is None else self._attention_taps:
+        with self._attention_taps:
             features = self._features(x)
-        return tuple(self._read(tap, features) for tap in self.taps)
+            return tuple(self._read(tap, features) for tap in self.taps)
 
     def _features(self, x: Tensor) -> Tensor:
         """What the network's head gets; maps of stages are kept on the way."""
