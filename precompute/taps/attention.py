@@ -161,7 +161,7 @@ class AttentionTaps(TorchFunctionMode):
                 self._softmax = self._softmax[0], output
             elif func in _PRODUCT:
                 call, self._softmax = self._softmax[0], None
-                self._meet_values(call, args[1], output)
+                return self._meet_values(call, args[1], output)
         return output
 
     def _attend(
@@ -188,7 +188,7 @@ class AttentionTaps(TorchFunctionMode):
             output = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **more)
         else:  # the exporter to ONNX knows four axes alone
             output = F.scaled_dot_product_attention(q, k, v, bias, dropout_p, **more)
-        self._meet_values(call, v, output)
+        output = self._meet_values(call, v, output)
         return output if query.ndim == 4 else output.reshape(*query.shape[:-1], value.shape[-1])
 
     def _keep(self, call: int, attention: Attention, _rows: Tensor | None) -> None:
@@ -196,10 +196,11 @@ class AttentionTaps(TorchFunctionMode):
         if (heads := self._heads.get(call)) is not None:
             self._kept[call] = attention.with_heads(heads)
 
-    def _meet_values(self, call: int, values: Tensor, _output: Tensor) -> None:
-        """Called when a call's rows have met its values, with what came of it."""
+    def _meet_values(self, call: int, values: Tensor, output: Tensor) -> Tensor:
+        """Called when a call's rows have met its values, with what came of it; gives what the network goes on with."""
         if call in self._kept:
             self._kept[call] = replace(self._kept[call], v=values).with_heads(self._heads[call])
+        return output
 
 
 def _four(tensor: Tensor) -> Tensor:

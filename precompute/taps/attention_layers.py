@@ -111,8 +111,9 @@ class _Calls(AttentionTaps):
     def _keep(self, _call: int, attention: Attention, _rows: Tensor | None) -> None:
         self.calls.append(replace(attention, **{name: t.to("meta") for name, t in tensors_of(attention).items()}))
 
-    def _meet_values(self, call: int, values: Tensor, _output: Tensor) -> None:
+    def _meet_values(self, call: int, values: Tensor, output: Tensor) -> Tensor:
         self.calls[call] = replace(self.calls[call], v=values.to("meta"))
+        return output
 
 
 def _side(patches: int) -> int:
