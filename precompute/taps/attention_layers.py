@@ -58,7 +58,9 @@ def attention_layers(model: nn.Module, size: int, *, pooled: bool = False) -> At
         for layer in calls
         if layer.queries == layer.tokens and (side := _side(layer.tokens - len(prefix))) and side in (sides or {side})
     ]
-    if over_all and (len(sides) < 2 or (pooled and len(over_all) == len(seen.calls))):
+    # windows have one side in every stage; patches that are pooled have that of the stage
+    of_stages = len(over_all) == len(seen.calls) and {_side(n.tokens - len(prefix)) for n in over_all} == sides
+    if over_all and (len(sides) < 2 or (pooled and of_stages)):
         return _numbered(over_all, prefix)
     of_class = [layer for layer in calls if layer.queries == 1 and _side(layer.tokens - 1)]
     if of_class:

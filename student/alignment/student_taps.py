@@ -42,7 +42,13 @@ class StudentTaps:
             assert layers is not None
             self._attention = AttentionTaps(layers.layers)
         if "streams" in taps:
-            for n, block in enumerate(token_blocks(model), 1):
+            blocks = token_blocks(model)
+            if layers is not None and len(blocks) != len(layers.layers):
+                raise UserError(
+                    f"student {type(model).__name__}: of its {len(blocks)} blocks {len(layers.layers)} attend over all "
+                    "tokens, so the tokens after its layers cannot be read"
+                )
+            for n, block in enumerate(blocks, 1):
                 block.register_forward_hook(functools.partial(_keep, self._streams, n))
         if "tokens" in taps:
             token_blocks(model)  # raises where there are none

@@ -93,3 +93,20 @@ def test_heads_of_vectors_are_never_merged() -> None:
 def test_a_network_without_tokens_is_refused() -> None:
     with pytest.raises(UserError, match="no plain ViT, whose blocks keep one token for each patch"):
         StudentTaps(timm.create_model("resnet18"), frozenset({"tokens"}))
+
+
+def test_blocks_without_the_class_token_are_no_layers() -> None:
+    """CaiT: its last layers let the class token attend, its blocks have none."""
+    model = timm.create_model("cait_xxs24_224", img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3).eval()
+    shape = student_spec(model)
+    assert (shape.layers, shape.prefix) == (2, ("class",))
+    with pytest.raises(UserError, match="of its 3 blocks 2 attend over all tokens"):
+        StudentTaps(model, frozenset({"streams"}), shape.attention)
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "nest_tiny", "gcvit_xxtiny"])
+def test_windows_are_no_attention_over_all_patches_of_a_stage(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name).eval()
+    with pytest.raises(UserError, match="it pools its patches between layers"):
+        student_spec(model)

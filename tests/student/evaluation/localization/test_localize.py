@@ -384,7 +384,7 @@ def test_a_student_without_a_class_token_is_told() -> None:
     bare = timm.create_model("vit_tiny_patch16_224", global_pool="avg", class_token=False, **small).eval()
     with pytest.raises(UserError, match="x: the student has no class token"):
         ClassAttention(bare, "x")
-    with pytest.raises(UserError, match="no attention rows"):
+    with pytest.raises(UserError, match="no attention over all tokens"):
         ClassAttention(timm.create_model("resnet10t").eval(), "x")
 
 
