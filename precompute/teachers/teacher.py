@@ -162,13 +162,13 @@ def find_teacher(
     file = chosen = None
     if weights is not None and not is_random(weights):
         file = WeightsFile(weights)
-        digest, classes = file.digest, file.classes
+        digest = file.digest
         weights_key, chosen = taken.choose(file, weights_key, say)
     else:
         if weights_key is not None:
             hint = f"Give one by {setting('weights', 'F')}"
             raise UserError("there is no file of weights", setting=setting("weights_key", weights_key), hint=hint)
-        digest, classes = _digest_without_file(model, arguments or {}, weights, say), None
+        digest = _digest_without_file(model, arguments or {}, weights, say)
     _require_size(input_size)
     try:
         json_record.canonical(arguments or {})
@@ -189,12 +189,11 @@ def find_teacher(
         input_size=int(input_size or size or 224),
         mean=_three(mean, "mean"),
         std=_three(std, "std"),
-        classes=classes,
         weights_key=weights_key,
     )
     if file:
         fitting = taken.fitting_arguments(lambda: _network(teacher), teacher.arguments, file, chosen, say)
-        return replace(teacher, arguments=fitting)
+        return replace(teacher, arguments=fitting, classes=file.classes)  # read with the tensors
     return replace(teacher, digest=untrained_digest(teacher)) if is_random(weights) else teacher
 
 
