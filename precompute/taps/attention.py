@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from storage.errors import UserError
+
 _SOFTMAX = {torch.softmax, torch.Tensor.softmax, F.softmax}
 _PRODUCT = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm}
 
@@ -74,10 +76,14 @@ class Attention:
         Args:
             queries: which; all by default. Only these are computed.
             scale: in place of the layer's own.
+
+        Raises:
+            UserError: another scale, of a layer without a fused kernel.
         """
         if self.raw_scores is not None:
-            own = full(self.raw_scores[:, :, queries])
-            return own if scale is None else own * (scale / self.scale)
+            if scale is not None:
+                raise UserError("a layer without a fused attention kernel: what its q·kᵀ is multiplied by is not known")
+            return full(self.raw_scores[:, :, queries])
         assert self.q is not None
         assert self.k is not None
         q, k = full(self.q[:, :, queries]), full(self.k)

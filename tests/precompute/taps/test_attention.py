@@ -147,6 +147,13 @@ def test_gradients_flow_through_class_rows_into_queries_and_keys() -> None:
     assert model.blocks[1].attn.qkv.weight.grad.abs().max() > 0
 
 
+def test_scores_of_another_scale_are_not_made_up_for_a_layer_without_a_kernel() -> None:
+    name, arguments = FAMILIES["ConViT"]
+    (attention, *_) = tapped(make(name, **{**SMALL, **arguments}), images()).attention
+    with pytest.raises(UserError, match="is not known"):
+        attention.scores(scale=1.0)
+
+
 def test_chosen_layers_are_those_layers() -> None:
     model = small_vit()
     every, some = tapped(model, images()).attention, tapped(model, images(), 3, 1).attention
