@@ -27,15 +27,15 @@ HIERA = {"embed_dim": 16, "stages": [1, 1, 1, 1], "num_classes": 3, "img_size": 
 HALF = (0.5, 0.5, 0.5)
 
 
-class Undecided(ResNet):
+class Undecided(ResNet):  # type: ignore[misc]  # timm has no types here
     """What it computes depends on what it sees, so there is no one graph of it."""
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        features = super().forward_features(x)
+        features: torch.Tensor = super().forward_features(x)
         return features if features.mean() > 0 else -features
 
 
-@register_model
+@register_model  # type: ignore[untyped-decorator]
 def undecided_net(pretrained: bool = False, num_classes: int = 1000, **_of_timm: Any) -> ResNet:
     return Undecided(BasicBlock, (1, 1, 1, 1), num_classes=num_classes)
 
