@@ -121,7 +121,7 @@ def test_targets_that_are_missing_are_named_with_what_a_teacher_without_them_giv
     targets = re.findall(r"target=(\w+)", said)
     assert targets == ["class_token", "embedding"], said
     assert re.findall(r"target=(\w+)", refused(world, tmp_path / "run", "seed", store=None)) == targets
-    with pytest.raises(UserError, match="class_token needs a vit"):
+    with pytest.raises(UserError, match="has no attention over all tokens of an image"):
         run_precompute(place, world.shards, cnn, targets[:1])
     run_precompute(place, world.shards, cnn, targets[1:])
     assert run(world, tmp_path / "run", "seed", "optim.epochs=1", **parts)["epochs"] == 1
