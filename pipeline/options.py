@@ -130,12 +130,33 @@ copied_store = option(
 )
 
 
+# What says more of a teacher; `teacher_settings` reads it.
+TEACHER = (
+    option(
+        "--weights",
+        "F",
+        "A .safetensors or .pth file, which may have prefixes in its names, or transformers' names; "
+        "or random:SEED for untrained weights.  [default: timm's hub]",
+    ),
+    option(
+        "--weights-key",
+        "KEY",
+        "Key of the weights in the file, such as state_dict, or the prefix of their names, such as base_encoder.  "
+        "[default: as timm, EMA first]",
+    ),
+    option("--teacher-arg", "K=V", "An argument of timm.create_model; may be repeated.", multiple=True),
+    option("--mean", "M", "Mean of the teacher's input: one number or three, with commas."),
+    option("--std", "S", "Standard deviation of the teacher's input: one number or three, with commas."),
+    option("--input-size", "N", "Side of the teacher's input.", type=int),
+)
+
+
 _PRECOMPUTE = (
     option(
         "--teacher",
         "NAME",
-        "A teacher of the project file, a short name (effnet_b3, mobilenetv2, vit_tiny, …), a timm name or a ready "
-        "model.onnx; without it, all of the project file.",
+        "A teacher of the project file, a short name (effnet_b3, mobilenetv2, vit_tiny, …), a timm name, "
+        "hf-hub:USER/NAME, local-dir:FOLDER or a ready model.onnx; without it, all of the project file.",
     ),
     shards("--shards", help="The shards."),
     store,
@@ -144,7 +165,8 @@ _PRECOMPUTE = (
         "TAP[,layers=…][,grid=…][,codec=…]…",
         "Targets to store: activations, logits, embedding, q, k, v, class_row, attention, class_token or tokens; "
         "repeatable. layers=last or 1:4+8, counted from 1; codec=f32, f16, u8, log8 (class_row, attention) or topk20 "
-        "(logits); for activations grid=8, at=block (after the residual sum), antialias=true.",
+        "(logits); for activations grid=8, at=block (after the residual sum) or at=stage (of any network), "
+        "antialias=true.",
         multiple=True,
     ),
     option(
@@ -158,14 +180,7 @@ _PRECOMPUTE = (
     option("--num-views", "N", "Views of each image.  [default: 4]", type=click.IntRange(1)),
     option("--seed", "N", "Seed of the views.  [default: 0]", type=int),
     option("--new-bank", None, "Create a second bank for these shards.", is_flag=True),
-    option("--weights", "F", "A .safetensors or .pth file; without it, timm's hub."),
-    option(
-        "--weights-key", "KEY", "Key of the weights in the file, such as state_dict.  [default: as timm, EMA first]"
-    ),
-    option("--teacher-arg", "K=V", "An argument of timm.create_model; may be repeated.", multiple=True),
-    option("--mean", "M", "Mean of the teacher's input: one number or three, with commas."),
-    option("--std", "S", "Standard deviation of the teacher's input: one number or three, with commas."),
-    option("--input-size", "N", "Side of the teacher's input.", type=int),
+    *TEACHER,
     option("--teacher-name", "NAME", "Name of the teacher in the store."),
     choice("--provider", values=["auto", "cpu", "cuda"], text="Where the teacher runs."),
     choice(
@@ -252,6 +267,10 @@ def _requests(teacher: str | None, **flags: Any) -> dict[str, PrecomputeRequest]
 
 def _is_missing(file: str | None) -> bool:
     """Whether a file of weights is not there: a fresh project file names one that is still to be made."""
+    from storage.objects.weights_file import is_random
+
+    if is_random(file):
+        return False
     try:
         Path(file or "").expanduser().stat()
     except OSError as error:  # others are raised where the file is read
@@ -294,37 +313,32 @@ def _request(
 
     urls = expand(shards)
     views = policy("deit" if view_policy is None else view_policy, 224 if view_size is None else view_size, seed or 0)
-    arguments, means, stds = _arguments(teacher_arg), _numbers(mean, "--mean"), _numbers(std, "--std")
+    settings = teacher_settings(
+        entry,
+        weights=weights,
+        weights_key=weights_key,
+        teacher_arg=teacher_arg,
+        mean=mean,
+        std=std,
+        input_size=input_size,
+    )
     model, tensors = name, onnx_file.named_outputs(tap_tensor)
     if entry is not None:
         model, target, teacher_name = entry.teacher or name, target or entry.targets, teacher_name or name
-        weights_key = weights_key or (None if weights else entry.weights_key)
-        weights, input_size = weights or entry.weights, input_size or entry.input_size
-        tensors, arguments = {**entry.tap_tensors, **tensors}, {**entry.args, **arguments}
-        means, stds = means or entry.mean, stds or entry.std
+        tensors = {**entry.tap_tensors, **tensors}
     try:
         specs = [spec for text in target or tensors for spec in parse_target(text)]
         if tensors and not onnx_file.is_onnx_file(model):
             raise UserError(
                 f"--tap-tensor names tensors of a ready model.onnx; {model} has taps of its own: --target TAP"
             )
-        teacher = find_teacher(
-            model,
-            weights=weights,
-            arguments=arguments,
-            input_size=input_size,
-            mean=means,
-            std=stds,
-            teacher_name=teacher_name,
-            weights_key=weights_key,
-            say=Console().say,
-        )
+        teacher = find_teacher(model, **settings, teacher_name=teacher_name, say=Console().say)
         if teacher.ready:
             specs = onnx_file.given_tensors(model, tensors, specs)
     except UserError as error:
         if not where:
             raise
-        missing = error.setting.startswith("`weights=") and _is_missing(weights)
+        missing = error.setting.startswith("`weights=") and _is_missing(settings["weights"])
         raise UserError(f"{where}{error}", hint=_ADVICE if missing else "") from None
     fields = {"line": view_policy, "size": view_size, "seed": seed}
     return PrecomputeRequest(
@@ -337,6 +351,32 @@ def _request(
         worker_timeout=worker_timeout or WORKER_TIMEOUT,
         **passed,
     )
+
+
+def teacher_settings(
+    entry: TeacherEntry | None,
+    *,
+    weights: str | None,
+    weights_key: str | None,
+    teacher_arg: Words,
+    mean: str | None,
+    std: str | None,
+    input_size: int | None,
+) -> dict[str, Any]:
+    """What the flags `TEACHER` say, as arguments of `find_teacher`; what they do not say, a project's entry does."""
+    arguments, means, stds = _arguments(teacher_arg), _numbers(mean, "--mean"), _numbers(std, "--std")
+    if entry is not None:
+        weights_key = weights_key or (None if weights else entry.weights_key)
+        weights, input_size = weights or entry.weights, input_size or entry.input_size
+        arguments, means, stds = {**entry.args, **arguments}, means or entry.mean, stds or entry.std
+    return {
+        "weights": weights,
+        "weights_key": weights_key,
+        "arguments": arguments,
+        "input_size": input_size,
+        "mean": means,
+        "std": stds,
+    }
 
 
 def _arguments(pairs: Words) -> dict[str, Any]:

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from precompute.export.pytorch import read_taps, require_size
-from precompute.record_targets import require_kind
+from precompute.record_targets import require_kind, usual_at
 from precompute.results import GraphInput, GraphOffers, TapOffer, TeacherOffers
-from precompute.taps import TAPS, Tap, TappedTeacher, create_timm_model, takes_image_size
+from precompute.taps import ATTENTION, TAPS, Tap, TappedTeacher, attention_layers, create_timm_model, takes_image_size
 from precompute.teachers.onnx_file import _sizes, prefix_of, read_graph
 from precompute.teachers.teacher import about_weights, anatomy, resolve
 from storage.errors import UserError
@@ -38,12 +38,14 @@ def offers_of(name: str, input_size: int | None = None, grid: int = 14) -> Teach
         UserError: an unknown name, or a size that the network does not take.
     """
     model, size, network = bare(name, input_size)
-    about, parts = about_weights(model, name), anatomy(network)
     require_size(network, size, f"{name}: {model}")
+    about, parts = about_weights(model, name), anatomy(network, size)
     taps, refused = {}, {}
     for tap, info in TAPS.items():
         try:
-            shape = _shape(network, parts, Tap(tap, grid=grid if info.gridded else None), size, name)
+            shape = _shape(
+                network, parts, Tap(tap, grid=grid if info.gridded else None, at=usual_at(parts)), size, name
+            )
         except UserError as error:
             refused[tap] = error.message
             continue
@@ -58,6 +60,7 @@ def offers_of(name: str, input_size: int | None = None, grid: int = 14) -> Teach
         parameters=parts.parameters,
         network=parts.network,
         layers=parts.layers,
+        stages=parts.depth("activations", usual_at(parts)),
         taps=taps,
         refused=refused,
     )
@@ -84,7 +87,9 @@ def bare(name: str, input_size: int | None = None, device: str = "meta") -> tupl
 
 def _shape(network: nn.Module, parts: Anatomy, tap: Tap, size: int, name: str) -> tuple[int, ...]:
     """The shape of what a tap gives of one image. Raises UserError where precompute refuses it."""
-    require_kind(name, parts, tap.name)
+    if tap.name in ATTENTION:
+        attention_layers(network, size)  # raises with the reason
+    require_kind(name, parts, tap.name, tap.at)
     module = TappedTeacher(network, [tap], size, input_size=size, mean=(0.5,) * 3, std=(0.5,) * 3).to("meta").eval()
     (output,), _ = read_taps(module, torch.zeros(2, size, size, 3, dtype=torch.uint8, device="meta"), name)
     return tuple(output.shape[1:])

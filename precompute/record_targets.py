@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from precompute.request import PrecomputeRequest
-    from precompute.taps import TapInfo
+    from precompute.taps import At, TapInfo
     from precompute.taps.target_spec import TargetSpec
     from precompute.teachers.teacher import Teacher
     from storage.progress import Progress
@@ -42,11 +42,11 @@ def known_teacher(store: Store, teacher: Teacher) -> TeacherManifest | None:
 
 
 def defaults(manifest: TeacherManifest) -> list[TargetSpec]:
-    """What a teacher is asked for when nothing is said: activations of a CNN, class rows and token of a ViT."""
+    """What a teacher is asked for when nothing is said: class rows and token of a ViT, activations of others."""
     from precompute.taps import TAPS
     from precompute.taps.target_spec import TargetSpec
 
-    usual = [tap for tap, info in TAPS.items() if info.usual and info.network == manifest.network]
+    usual = [tap for tap, info in TAPS.items() if manifest.network in info.usual]
     if usual and (manifest.network != "vit" or "class" in manifest.prefix):
         return [TargetSpec(tap) for tap in usual]
     hint = f"Give {setting('target', 'TAP')}"
@@ -75,7 +75,7 @@ def record_targets(
     network = functools.cache(functools.partial(load_teacher, teacher))
     manifest = known_teacher(store, teacher)
     if manifest is None:
-        parts = onnx_file.anatomy(str(teacher.weights)) if teacher.ready else anatomy(network())
+        parts = onnx_file.anatomy(str(teacher.weights)) if teacher.ready else anatomy(network(), teacher.input_size)
         manifest = store.add(teacher.manifest(parts))
     store.add(bank_manifest(policy))
     specs = request.targets or defaults(manifest)
@@ -125,42 +125,48 @@ def target_identity(
     from precompute.taps.target_spec import layer_numbers
 
     info = TAPS[spec.tap]
+    at = spec.at or usual_at(manifest)
     if manifest.network != ONNX_FILE:
-        require_kind(manifest.id, manifest, spec.tap)
+        require_kind(manifest.id, manifest, spec.tap, at)
     elif not spec.tensors:
         raise UserError(f"teacher {manifest.id}: no tensor of its graph is named for {spec.tap}")
-    elif spec.at != "norm":
+    elif spec.at not in (None, "norm"):
         chosen = f"the tensors of a ready graph are chosen by {setting('tap_tensor', 'TAP=TENSOR')}"
         raise UserError(f"teacher {manifest.id}: at={spec.at}: {chosen}")
     layers = None
     if info.layered and (spec.tap != "tokens" or spec.layers or spec.tensors):  # else after the final norm
-        layers = layer_numbers(spec.layers, len(spec.tensors) or manifest.layers, manifest.id)
+        layers = layer_numbers(spec.layers, len(spec.tensors) or manifest.depth(spec.tap, at), manifest.id)
     default = max(1, policy.size // 16) if grid is None else grid
     grid = default if info.gridded and spec.grid is None else spec.grid
     codec = spec.codec or info.codec
     identity = TargetIdentity(teacher=teacher.id, bank=policy.bank, tap=spec.tap, layers=layers, grid=grid, codec=codec)
     # What is left out means what older stores had: their ids stay.
-    more: dict[str, object] = {"at": spec.at} if spec.at != "norm" else {}
+    more: dict[str, object] = {"at": at} if info.gridded and at != "norm" else {}
     more |= {"antialias": "all"} if spec.antialias else {}
     return identity.model_copy(update=more | ({"tensors": spec.tensors} if spec.tensors else {}))
 
 
-def require_kind(name: str, anatomy: Anatomy, tap: str) -> None:
+def usual_at(anatomy: Anatomy) -> At:
+    """Where activations are read when nothing is said: as AAL reads them, of networks in which that is defined."""
+    return "norm" if anatomy.network in ("cnn", ONNX_FILE) else "stage"
+
+
+def require_kind(name: str, anatomy: Anatomy, tap: str, at: At) -> None:
     """Whether a tap is one of this kind of network; what it is made of is looked at when the tap is read.
 
     Raises:
-        UserError: a teacher that is neither a CNN nor a plain ViT, or the other of the two.
+        UserError: it is not.
     """
     from precompute.taps import TAPS
 
-    needs = TAPS[tap].network
-    if needs and not anatomy.layers:
-        raise UserError(f"teacher {name} is neither a CNN with stages nor a plain ViT: no {tap}")
-    if needs and anatomy.network != needs:
-        raise UserError(
-            f"teacher {name} is a {anatomy.network}, {tap} needs a {needs}",
-            hint=f"{call('teachers', 'NAME')} shows the targets of a teacher.",
-        )
+    hint = f"{call('teachers', 'NAME')} shows the targets of a teacher."
+    if TAPS[tap].vit and anatomy.network != "vit":
+        raise UserError(f"teacher {name} has no attention over all tokens of an image", hint=hint)
+    if tap == "activations" and at != "stage" and anatomy.network != "cnn":
+        message = f"teacher {name}: at={at} needs a CNN with stages of blocks; at=stage reads maps of any network"
+        raise UserError(message, hint=hint)
+    if tap == "activations" and not anatomy.depth(tap, at):
+        raise UserError(f"teacher {name}: timm's forward_intermediates gives no square maps of it", hint=hint)
 
 
 def target_id(teacher: Teacher, identity: TargetIdentity) -> str:

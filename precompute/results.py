@@ -136,7 +136,10 @@ class TapOffer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherOffers:
-    """What a network of timm can give: tap -> what it takes, and tap -> why precompute would refuse it."""
+    """What a network of timm can give: tap -> what it takes, and tap -> why precompute would refuse it.
+
+    `layers` and `stages` are those that attention and maps are read of.
+    """
 
     teacher: str
     model: str
@@ -146,6 +149,7 @@ class TeacherOffers:
     parameters: int
     network: str
     layers: int
+    stages: int
     taps: dict[str, TapOffer]
     refused: dict[str, str]
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from precompute.engine.session import open_session
-from precompute.teachers.teacher import Teacher
+from precompute.teachers.teacher import Teacher, untrained_digest
 from storage.errors import IdentityError, setting
 from storage.objects.state_dict import HUB
-from storage.objects.weights_file import WeightsFile
+from storage.objects.weights_file import WeightsFile, is_random
 from storage.store.banks import bank_policy
 from storage.store.markers import Task
 
@@ -66,7 +66,11 @@ class LiveTargets:
             self.files |= dict.fromkeys(names, file)
         for name in sorted(self.teachers.keys() - self.files.keys()):
             path = self.teachers[name].weights
-            if Path(path).expanduser().is_file() and WeightsFile(path).digest == digests[name]:
+            if is_random(path):
+                now = untrained_digest(teacher_of(name, self.teachers[name], path))
+            else:
+                now = WeightsFile(path).digest if Path(path).expanduser().is_file() else ""
+            if now == digests[name]:
                 self.files[name] = path
         self._values: dict[tuple[str, str], Values] = {}
 
@@ -133,8 +137,9 @@ class LiveTargets:
         made_by = {id: manifest.graph_output for id, manifest in targets.items()}
         sessions = {digest: open_session(self.store.graph(name, digest)) for digest, _ in made_by.values()}
         weights = self.teachers[name].weights
-        not_found = f"{weights} not found: {setting('weights', 'F')}"
-        reason = "its weights came from the timm hub" if weights == HUB else not_found
+        reason = f"{weights} not found: {setting('weights', 'F')}"
+        if weights == HUB or is_random(weights):
+            reason = "its weights came from the timm hub" if weights == HUB else f"{weights} now gives other weights"
         self.report.compared_with[name] = f"stored graph ({reason})"
 
         def values(images: np.ndarray) -> dict[str, np.ndarray]:

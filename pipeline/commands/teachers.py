@@ -1,4 +1,4 @@
-"""`pipeline teachers`: lists teachers, or shows the targets of one."""
+"""`pipeline teachers`: lists teachers, or shows the targets of some."""
 
 from __future__ import annotations
 
@@ -9,31 +9,34 @@ from pipeline.options import common
 
 
 @click.command()
-@click.argument("name", required=False)
+@click.argument("names", nargs=-1, metavar="[NAME…]")
 @click.option("--input-size", type=click.IntRange(8, 4096), metavar="N", help="Side of the teacher's input.")
-@click.option("--grid", type=click.IntRange(1), help="Grid of a CNN's activation maps.  [default: 14]")
+@click.option("--grid", type=click.IntRange(1), help="Grid of the activation maps.  [default: 14]")
 @common
-def teachers(name: str | None, input_size: int | None, grid: int | None, as_json: bool) -> None:
-    """List teachers by short name, or show the targets of one.
+def teachers(names: tuple[str, ...], input_size: int | None, grid: int | None, as_json: bool) -> None:
+    """List teachers by short name, or show the targets of some.
 
-    NAME can also be any timm name or a model.onnx. The sizes of the targets are shown, too. Nothing is downloaded:
-    sizes depend on the network only, not on its weights.
+    NAME can also be any timm name, hf-hub:USER/NAME, local-dir:FOLDER or a model.onnx; several names give one table, in
+    Markdown. The sizes of the targets are shown, too. No weights are downloaded: sizes depend on the network only.
 
     \b
     pipeline teachers
     pipeline teachers effnet_b3 --grid 14
     pipeline teachers model.onnx
+    pipeline teachers effnet_b3 vit_small_patch16_dinov3 swin_tiny_patch4_window7_224
     """
     from precompute import capabilities
     from precompute.teachers import onnx_file
     from precompute.teachers.teacher import SHORT_NAMES
 
-    is_graph = name is not None and onnx_file.is_onnx_file(name)
-    if (name is None or is_graph) and (grid or input_size):
+    graphs = [name for name in names if onnx_file.is_onnx_file(name)]
+    if (graphs or not names) and (grid or input_size):
         flag = "--grid" if grid else "--input-size"
-        why = "a model.onnx has its own sizes" if is_graph else "give a teacher's NAME too"
-        raise click.UsageError(f"{flag} is for one teacher that is a network of timm: {why}")
-    if name is None:
+        why = "a model.onnx has its own sizes" if graphs else "give a teacher's NAME too"
+        raise click.UsageError(f"{flag} is for teachers that are networks of timm: {why}")
+    if graphs and len(names) > 1:
+        raise click.UsageError(f"{graphs[0]} has no place in the table of networks: give it alone")
+    if not names:
         width = max(map(len, SHORT_NAMES))
         about = {short: {"model": model, "input_size": size} for short, (model, size) in SHORT_NAMES.items()}
         lines = [f"{short:{width}}  {model} at {size}" for short, (model, size) in SHORT_NAMES.items()]
@@ -42,9 +45,12 @@ def teachers(name: str | None, input_size: int | None, grid: int | None, as_json
         return
     from pipeline.inspection import teacher
 
-    if is_graph:
-        graph = capabilities.onnx_offers_of(name)
+    if graphs:
+        graph = capabilities.onnx_offers_of(graphs[0])
         show(graph, teacher.graph_lines(graph), as_json)
         return
-    offers = capabilities.offers_of(name, input_size, grid or 14)
-    show(offers, teacher.lines(offers), as_json)
+    offers = [capabilities.offers_of(name, input_size, grid or 14) for name in names]
+    if len(offers) == 1:
+        show(offers[0], teacher.lines(offers[0]), as_json)
+    else:
+        show({"teachers": offers}, teacher.table(offers), as_json)

@@ -13,7 +13,7 @@ from torch import nn
 from pipeline.inspection.cells import cell
 from pipeline.plotting import COLORS, MAP, figure, limits, save
 from precompute.engine.session import open_session
-from precompute.taps import AttentionTaps, attention_layers, class_row, prefix_roles
+from precompute.taps import AttentionTaps, attention_layers
 from storage.shards.shard import open_shards
 from storage.views.normalize import normalize
 from student.evaluation.batches import evaluation_batches
@@ -124,9 +124,11 @@ def _by_teachers(store: Store, images: np.ndarray) -> dict[str, np.ndarray]:
 
 def _by_student(model: nn.Module, about: StudentDescription, images: np.ndarray) -> np.ndarray:
     """Maps `[n, g, g]` of the class query's attention in a student's last layer."""
-    taps = AttentionTaps(model, [len(attention_layers(model))])
-    with torch.no_grad():
+    found = attention_layers(model, about.img_size)
+    taps = AttentionTaps(found.layers[-1:])
+    with torch.no_grad(), taps:
         model(normalize(torch.from_numpy(images), about.mean, about.std))
-    rows = class_row(taps.q[0], taps.k[0], taps.scales[0]).mean(1)[:, len(prefix_roles(model)) :].numpy()
+    query = slice(found.class_query, found.class_query + 1)
+    rows = taps.attention[0].rows(query).mean((1, 2))[:, len(found.prefix) :].numpy()
     side = math.isqrt(rows.shape[1])
     return rows.reshape(-1, side, side)

@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.evaluation.common import EvaluatedStudent, columns, named_sets, number, open_student, progress
+from pipeline.evaluation.common import Evaluated, columns, named_sets, number, open_student, progress
+from pipeline.evaluation.teacher import TeacherQuery, open_teacher, require_known_classes
 from storage.errors import UserError
 from storage.shards.shard import open_shards
 from student import run_dir
 from student.attention_copy.inference import attach_stored_attention
 from student.distributed import pick_device
 from student.evaluation.class_metrics import BOUNDS, ClassMetrics, ShotMetrics, class_metrics
-from student.evaluation.ensemble import ensemble_predictions
+from student.evaluation.ensemble import ensemble_predictions, predictions_of
 from student.evaluation.frozen.label_subset import images_of_classes
 from student.models.files import load_classifier
 
@@ -27,24 +28,24 @@ BySet = Mapping[str, ClassMetrics]  # the set without a name is ``
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AccuracyReport:
-    """Accuracies of students, each over the same sets, and of their ensemble where it was asked for."""
+    """Accuracies of students, or of a teacher, each over the same sets, and of an ensemble where it was asked for."""
 
-    students: tuple[tuple[EvaluatedStudent, BySet], ...]
+    evaluated: tuple[tuple[Evaluated, BySet], ...]
     ensemble: BySet | None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        students = [{**asdict(student), **_sets_json(by_set)} for student, by_set in self.students]
+        students = [{**asdict(student), **_sets_json(by_set)} for student, by_set in self.evaluated]
         if len(students) == 1:
             return students[0]
         if self.ensemble is None:
             return {"students": students}
-        names = [student.student for student, _ in self.students]
+        names = [student.name for student, _ in self.evaluated]
         return {"students": students, "ensemble": {"students": names, **_sets_json(self.ensemble)}}
 
     def lines(self) -> list[str]:
-        """One line for one student on one set, else a table; then shots and classes."""
-        results = [(student.student, by_set) for student, by_set in self.students]
+        """One line for one network on one set, else a table; then shots and classes."""
+        results = [(one.name, by_set) for one, by_set in self.evaluated]
         results += [("ensemble", self.ensemble)] if self.ensemble is not None else []
         titled = [
             (", ".join(word for word in (title if len(results) > 1 else "", name) if word), metrics)
@@ -54,7 +55,7 @@ class AccuracyReport:
         if len(titled) == 1:
             ((_, metrics),) = titled
             top5 = f", top-5 {metrics.top5:.2f} %" if metrics.top5 is not None else ""
-            lines = [f"top-1 {metrics.top1:.2f} %{top5} on {metrics.samples} samples ({self.students[0][0].view})"]
+            lines = [f"top-1 {metrics.top1:.2f} %{top5} on {metrics.samples} samples ({self.evaluated[0][0].how})"]
         else:
             cells = [(title or "all", str(one.samples), number(one.top1), number(one.top5)) for title, one in titled]
             lines = columns([("", "samples", "top-1, %", "top-5, %"), *cells])
@@ -122,7 +123,47 @@ def measure_accuracy(
                     seen.labels, ranks, seen.num_classes, names=seen.names, train_images=images, bounds=bounds
                 )
     together = results.pop() if ensemble else None
-    return AccuracyReport(students=tuple(zip(students, results, strict=True)), ensemble=together)
+    return AccuracyReport(evaluated=tuple(zip(students, results, strict=True)), ensemble=together)
+
+
+def measure_teacher_accuracy(
+    teacher: TeacherQuery,
+    *,
+    shards: Sequence[str],
+    shot_bounds: tuple[int, int] | None,
+    train_shards: Sequence[str],
+    same_classes: bool,
+    device: str,
+) -> AccuracyReport:
+    """Accuracies of a teacher over one or several sets, by its stored logits or live.
+
+    Args:
+        teacher: which one.
+        shards: labeled shards; `NAME=SHARDS` is a set of its own.
+        shot_bounds: tell classes apart by their number of training images.
+        train_shards: where training images are counted.
+        same_classes: the labels are the teacher's classes, where one list of names is not known.
+        device: as on the command line.
+
+    Raises:
+        UserError: a teacher without a classifier, or classes that are not known to be the same.
+        IdentityError: the set has a class that the teacher does not know.
+    """
+    sets, bounds = named_sets(shards), shot_bounds or BOUNDS
+    train_images = None if shot_bounds is None else images_of_classes(open_shards(train_shards))
+    every = [shard for opened in sets.values() for shard in opened]
+    answers = open_teacher(teacher, ("logits",), every, pick_device(device))
+    for opened in sets.values():
+        require_known_classes(answers, opened, same_classes)
+    by_set: dict[str, ClassMetrics] = {}
+    with progress("evaluating", sum(map(len, every))) as advance:
+        for name, opened in sets.items():
+            seen = predictions_of(answers.batches(opened), opened, answers.classes, advance=advance)
+            images = train_images and _by_set_labels(train_images, answers.classes, seen.names)
+            by_set[name] = class_metrics(
+                seen.labels, seen.ranks[0], seen.num_classes, names=seen.names, train_images=images, bounds=bounds
+            )
+    return AccuracyReport(evaluated=((answers.evaluated, by_set),), ensemble=None)
 
 
 def _train_images(path: Path, train_shards: Sequence[str]) -> Mapping[int, int]:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+LIVE = "live"  # the source of what a teacher says now
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluatedStudent:
@@ -29,6 +31,46 @@ class EvaluatedStudent:
     student: str
     view: str
     smoke: bool
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        return self.student
+
+    @property
+    def how(self) -> str:
+        """In words, what it was evaluated on."""
+        return self.view
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluatedTeacher:
+    """Which teacher was evaluated.
+
+    Attributes:
+        teacher: its name.
+        source: id of the stored target that was read, or `live`.
+        view: line of the evaluation view.
+        view_size: its side in pixels.
+    """
+
+    teacher: str
+    source: str
+    view: str
+    view_size: int
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        return self.teacher
+
+    @property
+    def how(self) -> str:
+        """In words, what it was evaluated on."""
+        return f"{self.view} at {self.view_size}, {'live' if self.source == LIVE else f'stored: {self.source}'}"
+
+
+Evaluated = EvaluatedStudent | EvaluatedTeacher
 
 
 def named_sets(patterns: Sequence[str]) -> dict[str, list[Shard]]:

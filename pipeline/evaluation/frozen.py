@@ -9,21 +9,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipeline.console import Console
-from pipeline.evaluation.common import EvaluatedStudent, columns, number, only_set, open_student, progress
+from pipeline.evaluation.common import Evaluated, columns, number, only_set, open_student, progress
+from pipeline.evaluation.teacher import TeacherQuery, open_teacher
 from storage.errors import UserError
 from storage.shards.classes import classes_of
 from storage.shards.shard import open_shards
 from student.distributed import pick_device
 from student.evaluation.class_metrics import class_metrics, label_ranks
 from student.evaluation.frozen import linear_probe, projector_features
-from student.evaluation.frozen.features import class_feature, feature_text, features_of, probe_feature
+from student.evaluation.frozen.features import class_feature, feature_text, features_of, gathered, probe_feature
 from student.evaluation.frozen.knn import knn_ranks, usable
 from student.evaluation.frozen.label_subset import LabelSubset, label_subset
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    import numpy as np
+
+    from storage.shards.shard import Shard
     from student.evaluation.frozen.features import Features, Reading
 
 
@@ -67,7 +71,7 @@ class FeatureReport:
     """Which features were read of which samples.
 
     Attributes:
-        student: that was evaluated.
+        evaluated: which student or teacher.
         features: in words.
         width: numbers of a sample.
         projector_layers: linear layers of the projector that they went through.
@@ -75,7 +79,7 @@ class FeatureReport:
         samples: how many are evaluated.
     """
 
-    student: EvaluatedStudent
+    evaluated: Evaluated
     features: str
     width: int
     projector_layers: int
@@ -85,13 +89,13 @@ class FeatureReport:
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         report = asdict(self)
-        return {**report.pop("student"), **report}
+        return {**report.pop("evaluated"), **report}
 
     def line(self) -> str:
         """One line."""
         return (
             f"{self.features}, {self.width} numbers; {self.train.samples} training samples, {self.samples} "
-            f"evaluated ({self.student.view})"
+            f"evaluated ({self.evaluated.how})"
         )
 
 
@@ -156,16 +160,16 @@ class _Split:
         return TopAccuracy(top1=metrics.top1, top5=metrics.top5)
 
 
-def measure_knn(path: Path, config: FrozenConfig) -> KnnReport:
-    """k-NN accuracies for each k."""
-    split = _features(path, config, class_feature)
+def measure_knn(network: Path | TeacherQuery, config: FrozenConfig) -> KnnReport:
+    """k-NN accuracies for each k, of a student's file or of a teacher."""
+    split = _features(network, config, class_feature)
     ranks_by_k = knn_ranks(split.train, split.evaluated, usable(len(split.train.labels)), split.num_classes)
     return KnnReport(features=split.report, knn={k: split.accuracy(ranks) for k, ranks in ranks_by_k.items()})
 
 
-def measure_linear_probe(path: Path, config: FrozenConfig, lr: float | None) -> LinearProbeReport:
+def measure_linear_probe(network: Path | TeacherQuery, config: FrozenConfig, lr: float | None) -> LinearProbeReport:
     """The accuracy of a linear probe, by default at the learning rate that is best on held-out training samples."""
-    split = _features(path, config, probe_feature)
+    split = _features(network, config, probe_feature)
     train, num_classes, seed = split.train, split.num_classes, config.seed
     with progress("fitting", linear_probe.EPOCHS * (2 if lr is None else 1)) as advance:
         tried = [] if lr else linear_probe.search_learning_rate(train, num_classes, seed=seed, advance=advance)
@@ -175,29 +179,61 @@ def measure_linear_probe(path: Path, config: FrozenConfig, lr: float | None) -> 
     return LinearProbeReport(features=split.report, accuracy=split.accuracy(ranks), lr=chosen, tried=tuple(tried))
 
 
-def _features(path: Path, config: FrozenConfig, read: Reading) -> _Split:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _FeatureSource:
+    """What gives features: which network, what they are in words, and those of shards and chosen samples."""
+
+    evaluated: Evaluated
+    text: str
+    features: Callable[..., Features]
+
+
+def _of_student(path: Path, layers: int, read: Reading, device: torch.device) -> _FeatureSource:
+    """Features of a student, perhaps through linear layers of its projector."""
+    member, student = open_student(path, device)
+    text = feature_text(member.model, read)
+    if layers:
+        read, text = projector_features.projector_reading(path, member.model, layers)
+    features = partial(features_of, member.model, member.about, read=read, device=device)
+    return _FeatureSource(evaluated=student, text=text, features=features)
+
+
+def _of_teacher(query: TeacherQuery, shards: Sequence[Shard], read: Reading, device: torch.device) -> _FeatureSource:
+    """Stored features of a teacher, else what its network gives now."""
+    own_probe = probe_feature if read is probe_feature else None
+    answers = open_teacher(query, ("embedding", "class_token"), shards, device, own_probe)
+
+    def features(
+        *, shards: Sequence[Shard], advance: Callable[[int], None], chosen: Sequence[np.ndarray] | None = None
+    ) -> Features:
+        return gathered(answers.batches(shards, chosen), device, advance)
+
+    return _FeatureSource(evaluated=answers.evaluated, text=answers.text, features=features)
+
+
+def _features(network: Path | TeacherQuery, config: FrozenConfig, read: Reading) -> _Split:
     """Features of the labeled training samples and of the evaluated ones."""
     shards, train_shards = only_set(config.shards), open_shards(config.train_shards, Console().say)
     names = classes_of([shard.url for shard in (*train_shards, *shards)])  # raises where their lists differ
     torch_device = pick_device(config.device)
-    member, student = open_student(path, torch_device)
-    text = feature_text(member.model, read)
-    if config.projector_layers:
-        read, text = projector_features.projector_reading(path, member.model, config.projector_layers)
+    if isinstance(network, TeacherQuery):
+        source = _of_teacher(network, [*train_shards, *shards], read, torch_device)
+    else:
+        source = _of_student(network, config.projector_layers, read, torch_device)
     subset = label_subset(train_shards, shards, fraction=config.label_fraction, seed=config.seed)
     if config.listing is not None:
         subset.write(config.listing)
     _report_subset(subset, config)
     with progress("reading features", len(subset.rows) + sum(map(len, shards))) as advance:
-        reads = partial(features_of, member.model, member.about, read=read, device=torch_device, advance=advance)
+        reads = partial(source.features, advance=advance)
         train, evaluated = reads(shards=train_shards, chosen=subset.chosen), reads(shards=shards)
     highest = int(torch.cat([train.labels, evaluated.labels]).max())
     count = len(names) if names else highest + 1
     if highest >= count:
         raise UserError(f"there is a label {highest}, and classes.json lists {count} classes; pack the shards again")
     report = FeatureReport(
-        student=student,
-        features=text,
+        evaluated=source.evaluated,
+        features=source.text,
         width=train.values.shape[1],
         projector_layers=config.projector_layers,
         train=TrainingSamples(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from precompute.taps.registry import TAPS
 from storage.progress import size_text
 
 if TYPE_CHECKING:
@@ -17,7 +16,8 @@ SHOWN = 8  # tensors of a graph
 
 def lines(offers: TeacherOffers) -> list[str]:
     """Sizes and a table of taps."""
-    kind = {"cnn": "CNN with {} stages", "vit": "ViT with {} layers"}.get(offers.network, "network")
+    kinds = {"cnn": "CNN with {} stages", "vit": "ViT with {} attention layers"}
+    kind = kinds.get(offers.network, f"network with {offers.stages} stages")
     text = [
         f"{offers.teacher}: {offers.model}, {kind.format(offers.layers)}, {offers.parameters:,} parameters, "
         f"input {offers.input_size}",
@@ -29,12 +29,31 @@ def lines(offers: TeacherOffers) -> list[str]:
         text.append(f"{tap:12} {shape:22} {offer.codec:6} {size_text(offer.bytes):>10} {imagenet:>24}")
     by_reason: dict[str, list[str]] = {}
     for tap, why in offers.refused.items():
-        if TAPS[tap].network in (None, offers.network):  # not those of other networks
-            by_reason.setdefault(why, []).append(tap)
+        by_reason.setdefault(why, []).append(tap)
     text += [f"not {', '.join(taps)}: {why}" for why, taps in by_reason.items()]
-    if offers.network == "other":
-        text += ["neither a CNN with stages nor a plain ViT, so it gives neither activations nor tokens nor attention"]
     return text
+
+
+def table(teachers: Sequence[TeacherOffers]) -> list[str]:
+    """A table of several teachers in Markdown: a row each, with what it gives of one image."""
+    columns = ["teacher", "input", "maps", "attention", *_OTHERS]
+    rows = [[f"`{offers.teacher}`", str(offers.input_size), *_cells(offers)] for offers in teachers]
+    lines = ["| " + " | ".join(row) + " |" for row in (columns, *rows)]
+    return [lines[0], "|---|---|---|---|" + ":-:|" * len(_OTHERS), *lines[1:]]
+
+
+_OTHERS = ("class_row", "q", "k", "v", "tokens", "class_token", "embedding", "logits")
+
+
+def _cells(offers: TeacherOffers) -> list[str]:
+    maps, rows = offers.taps.get("activations"), offers.taps.get("attention") or offers.taps.get("class_row")
+    cells = [f"{maps.shape[0]} of {offers.stages} stages" if maps else "–"]
+    if rows is None:
+        cells.append("–")
+    else:
+        layers, heads, *queries, tokens = rows.shape
+        cells.append(f"{layers} layers, {heads} heads, {tokens} tokens{'' if queries else ', class row alone'}")
+    return [*cells, *("yes" if tap in offers.taps else "–" for tap in _OTHERS)]
 
 
 def graph_lines(offers: GraphOffers) -> list[str]:

@@ -13,9 +13,12 @@ from pipeline.yaml_io import number_in
 from precompute.teachers.onnx_file import is_onnx_file
 from storage.errors import UserError
 from storage.objects.urls import is_remote, separate
+from storage.objects.weights_file import is_random
 from student.recipe.schema import Recipe
 from student.recipe.validate import section_of, sentence, suggested
 from student.settings import StudentConfig
+
+_LOCAL = "local-dir:"  # opens the names of networks in a folder that timm wrote
 
 
 class _Section(BaseModel):
@@ -159,11 +162,16 @@ def _from_here(settings: ProjectSettings, folder: Path) -> ProjectSettings:
         return shards and tuple(located(pattern, folder) for pattern in shards)
 
     def weights(name: str | None) -> str | None:  # recorded in the store, so from anywhere
-        return name and str(Path(located(name, folder)).expanduser().absolute())
+        is_file = name and not is_random(name)
+        return str(Path(located(str(name), folder)).expanduser().absolute()) if is_file else name
 
     def files(entry: TeacherEntry) -> TeacherEntry:
-        graph = {"teacher": weights(entry.teacher)} if entry.teacher and is_onnx_file(entry.teacher) else {}
-        return entry.model_copy(update={"weights": weights(entry.weights), **graph})
+        teacher = entry.teacher
+        if teacher and is_onnx_file(teacher):
+            teacher = weights(teacher)
+        elif teacher and teacher.startswith(_LOCAL):
+            teacher = f"{_LOCAL}{weights(teacher.removeprefix(_LOCAL))}"
+        return entry.model_copy(update={"weights": weights(entry.weights), "teacher": teacher})
 
     student, overrides = settings.student, {name: number_in(value) for name, value in settings.set.items()}
     if student and student.weights:

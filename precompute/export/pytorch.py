@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypedDict
 import numpy as np
 
 from precompute.engine.session import open_session
-from precompute.taps import ATTENTION, Tap, TappedTeacher, check_attention
+from precompute.taps import Tap, TappedTeacher, check_attention
 from precompute.teachers.teacher import Teacher, load_teacher
 from storage.errors import UserError, first_line, setting
 from storage.store.manifests import Network, Stage
@@ -101,10 +101,10 @@ def read_taps(module: TappedTeacher, views: Tensor, name: str) -> tuple[list[Ten
 
     error = None
     with _one_error(f"{name}: {', '.join(tap.name for tap in module.taps)} cannot be read off it"), torch.no_grad():
-        if any(tap.name in ATTENTION for tap in module.taps):
-            values = any(tap.name == "v" for tap in module.taps)
-            error = check_attention(module.model, module.prepare(views), values=values)
+        if module.attention is not None:
+            error = check_attention(module.model, module.prepare(views), module.attention)
         outputs = list(module(views))
+        _require_own_logits(module, views, outputs, name)
     for tap, output in zip(module.taps, outputs, strict=True):
         axes = tap.info.axes
         if output.ndim != 1 + len(axes):
@@ -113,6 +113,21 @@ def read_taps(module: TappedTeacher, views: Tensor, name: str) -> tuple[list[Ten
                 f"[{', '.join(axes)}]"
             )
     return outputs, error
+
+
+def _require_own_logits(module: TappedTeacher, views: Tensor, outputs: Sequence[Tensor], name: str) -> None:
+    """That logits which are read with maps of stages are those that the network gives by itself. Raises UserError."""
+    if not any(tap.at == "stage" for tap in module.taps if tap.info.gridded):
+        return
+    for tap, ours in zip(module.taps, outputs, strict=True):
+        if tap.name == "logits" and not views.is_meta:
+            theirs = module.model(module.prepare(views))
+            error = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12))
+            if not error <= PARITY:
+                raise UserError(
+                    f"{name}: its logits differ by {error:.2g} of the largest value when they are read together with "
+                    "maps of stages; record them in a run of their own"
+                )
 
 
 def export(

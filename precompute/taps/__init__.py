@@ -1,45 +1,43 @@
-"""Taps: named tensors read off a timm network. Teacher and student read through this one package."""
+"""Taps: named tensors read off a network. Teacher and student read through this one package."""
 
 from __future__ import annotations
 
-from precompute.taps.activations import POSITIONS, At, cnn_stages, resize_matrix
-from precompute.taps.attention import (
-    AttentionTaps,
-    attention_layers,
-    attention_rows,
-    attention_scores,
-    class_row,
-    class_scores,
-    layer_grids,
-    prefix_roles,
-    token_blocks,
-)
+from precompute.taps.activations import POSITIONS, At, cnn_stages, resize_matrix, stage_maps
+from precompute.taps.attention import Attention, AttentionLayer, AttentionTaps, full
+from precompute.taps.attention_layers import AttentionLayers, attention_layers, prefix_roles
 from precompute.taps.check_attention import check_attention
+from precompute.taps.probe import image_size, run_blank
 from precompute.taps.registry import ATTENTION, TAPS, Tap, TapInfo, check_tap
 from precompute.taps.tapped_model import TappedTeacher
-from precompute.taps.timm_import import create_timm_model, takes_image_size
+from precompute.taps.timm_import import config_of, create_timm_model, is_elsewhere, takes_image_size, untrained
+from precompute.taps.tokens import token_blocks
 
 __all__ = [
     "ATTENTION",
     "POSITIONS",
     "TAPS",
     "At",
+    "Attention",
+    "AttentionLayer",
+    "AttentionLayers",
     "AttentionTaps",
     "Tap",
     "TapInfo",
     "TappedTeacher",
     "attention_layers",
-    "attention_rows",
-    "attention_scores",
     "check_attention",
     "check_tap",
-    "class_row",
-    "class_scores",
     "cnn_stages",
+    "config_of",
     "create_timm_model",
-    "layer_grids",
+    "full",
+    "image_size",
+    "is_elsewhere",
     "prefix_roles",
     "resize_matrix",
+    "run_blank",
+    "stage_maps",
     "takes_image_size",
     "token_blocks",
+    "untrained",
 ]

@@ -1,4 +1,4 @@
-"""Activation maps of CNNs: where each stage is read, and how its maps come onto a grid."""
+"""Activation maps: where each stage of a network is read, and how its maps come onto a grid."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from jaxtyping import Float32
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from precompute.taps.probe import once_per_network, run_blank
 from storage.errors import UserError
 
-At = Literal["norm", "block"]
-POSITIONS: tuple[At, ...] = ("norm", "block")
+At = Literal["norm", "block", "stage"]
+POSITIONS: tuple[At, ...] = ("norm", "block", "stage")
 
 
 def cnn_stages(model: nn.Module, at: At = "norm") -> list[tuple[str, nn.Module]]:
@@ -42,6 +43,27 @@ def cnn_stages(model: nn.Module, at: At = "norm") -> list[tuple[str, nn.Module]]
             )
         stages.append((names[norms[-1]], norms[-1]) if at == "norm" else (names[last], last))
     return stages
+
+
+@once_per_network
+def stage_maps(model: nn.Module, size: int) -> tuple[tuple[int, int], ...]:
+    """(channels, side) of the square maps that timm's `forward_intermediates` gives, one a stage or block.
+
+    Empty for a network that has no such method, or whose maps are not square.
+
+    Args:
+        model: any network; it runs once (`run_blank`).
+        size: side of its input.
+    """
+    if not hasattr(model, "forward_intermediates"):
+        return ()
+    try:
+        maps = run_blank(model, size, "forward_intermediates", output_fmt="NCHW", intermediates_only=True)
+    except (TypeError, AssertionError, NotImplementedError):  # of networks that have only a part of it
+        return ()
+    if any(m.ndim != 4 or m.shape[-1] != m.shape[-2] for m in maps):
+        return ()
+    return tuple((m.shape[1], m.shape[-1]) for m in maps)
 
 
 def _stages(model: nn.Module) -> list[nn.Module]:

@@ -1,203 +1,227 @@
-"""Attention of plain ViTs, and of PiT, which pools its patches: q, k and v by hooks, and the rows that they give."""
+"""Attention where a network computes it: what its kernel is called with, seen by a torch function mode.
+
+Nothing here knows an architecture. A layer's attention is a call of `scaled_dot_product_attention`, whose queries and
+keys are those after norms and rotation and whose mask holds relative positions; or, where a layer has no fused kernel,
+a softmax whose output is multiplied with values. Teacher and student are read by this one piece of code.
+"""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from storage.errors import UserError
 
-_CONVOLUTION = ("kernel_size", "stride", "padding")
+_SOFTMAX = {torch.softmax, torch.Tensor.softmax, F.softmax}
+_PRODUCT = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm}
+
+Kernel = Literal["network", "unfused"]
 
 
-def attention_layers(model: nn.Module, *, pooled: bool = False) -> list[nn.Module]:
-    """The attention modules of a plain ViT, first layer first.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionLayer:
+    """A layer whose attention can be read.
+
+    Attributes:
+        number: from 1, counting the layers that can be read.
+        call: its place, from 0, among all attention calls of a forward pass.
+        heads: H.
+        queries: Q: N, or 1 where only the class token attends.
+        tokens: N, the keys.
+        scale: what scores are multiplied by, usually 1/√d.
+        fused: whether it calls the kernel, so that its q and k are known; else scores and values alone.
+        biased: whether something is added to the scores, such as relative positions.
+    """
+
+    number: int
+    call: int
+    heads: int
+    queries: int
+    tokens: int
+    scale: float
+    fused: bool = True
+    biased: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attention:
+    """What one layer's attention was computed from in a forward pass, with gradients where there are any.
+
+    Attributes:
+        q: queries `[B, H, Q, d]` as the kernel got them; None for a layer without a fused kernel.
+        k: keys `[B, H, N, d]`, likewise.
+        v: values `[B, H, N, d]`.
+        scale: what q·kᵀ is multiplied by.
+        bias: what is then added, broadcast to `[B, H, Q, N]`; None for nothing.
+        raw_scores: `[B, H, Q, N]` of a layer without a fused kernel: what its softmax is taken of.
+    """
+
+    q: Float[Tensor, "B H Q d"] | None = None
+    k: Float[Tensor, "B H N d"] | None = None
+    v: Float[Tensor, "B H N d"] | None = None
+    scale: float = 1.0
+    bias: Tensor | None = None
+    raw_scores: Float[Tensor, "B H Q N"] | None = None
+
+    def scores(self, queries: slice = slice(None), *, scale: float | None = None) -> Float[Tensor, "B H _Q N"]:
+        """What these queries' attention is the softmax of: q·kᵀ·scale + bias, in f32 or more.
+
+        Args:
+            queries: which; all by default. Only these are computed.
+            scale: in place of the layer's own.
+
+        Raises:
+            UserError: another scale, of a layer without a fused kernel.
+        """
+        if self.raw_scores is not None:
+            if scale is not None:
+                raise UserError("a layer without a fused attention kernel: what its q·kᵀ is multiplied by is not known")
+            return full(self.raw_scores[:, :, queries])
+        assert self.q is not None
+        assert self.k is not None
+        q, k = full(self.q[:, :, queries]), full(self.k)
+        scores = q * (self.scale if scale is None else scale) @ k.transpose(-2, -1)
+        if self.bias is None:
+            return scores
+        return scores + full(self.bias.expand(*self.bias.shape[:-2], self.q.shape[2], k.shape[2])[..., queries, :])
+
+    def rows(self, queries: slice = slice(None)) -> Float[Tensor, "B H _Q N"]:
+        """These queries' attention over all tokens; each row sums to one."""
+        return self.scores(queries).softmax(-1)
+
+    def of_heads(self, heads: slice | Sequence[int]) -> Self:
+        """This attention of some heads alone."""
+        by_head = {name: t for name, t in tensors_of(self).items() if t.ndim == 4 and t.shape[1] > 1}
+        return replace(self, **{name: tensor[:, heads] for name, tensor in by_head.items()})
+
+    def with_heads(self, heads: int) -> Self:
+        """Split an axis that batch and heads share, as in SAM's ViT: `[1, B·H, N, d]` becomes `[B, H, N, d]`."""
+        joined = {name: t for name, t in tensors_of(self).items() if t.ndim == 4 and t.shape[1] > heads}
+        return replace(self, **{name: t.reshape(-1, heads, *t.shape[-2:]) for name, t in joined.items()})
+
+
+def tensors_of(attention: Attention) -> dict[str, Any]:
+    """The tensors that an attention call has, by name."""
+    named = {name: getattr(attention, name) for name in ("q", "k", "v", "bias", "raw_scores")}
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def full(values: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
+    """Values in f32 or more: a network gives less under autocast, and attention is computed in f32."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
+class AttentionTaps(TorchFunctionMode):
+    """Reads the attention of chosen layers while a network runs within this context: `with taps: model(images)`.
+
+    The fused kernel is left in place. Each pass replaces what the one before left.
 
     Args:
-        model: the network.
-        pooled: PiT will do too, whose layers have other heads and patches after each pooling.
-
-    Raises:
-        UserError: the network has none whose queries and keys can be read, naming what it has instead.
-    """
-    name = type(model).__name__
-    blocks = getattr(model, "blocks", None)
-    if stages := _pooled_stages(model):
-        if not pooled:
-            raise UserError(
-                f"{name}: it pools its patches between layers, so the attention of its layers has no common shape"
-            )
-        blocks = nn.ModuleList(block for stage in stages for block in stage.blocks)  # type: ignore[union-attr]
-    if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not all(hasattr(b, "attn") for b in blocks):
-        why = "its attention is windowed" if hasattr(model, "layers") else "it has no list of attention blocks"
-        raise UserError(f"{name}: no attention rows over all tokens can be read off it: {why}")
-    layers: list[nn.Module] = [getattr(block, "attn") for block in blocks]  # noqa: B009
-    for i, layer in enumerate(layers, 1):
-        missing = [part for part in ("q_norm", "k_norm", "attn_drop", "num_heads", "scale") if not hasattr(layer, part)]
-        if missing:
-            kind = f"{type(layer).__module__}.{type(layer).__name__}"
-            raise UserError(
-                f"{name}: layer {i} is a {kind}, whose queries and keys cannot be read (no {', '.join(missing)}); "
-                "only plain softmax(q·k/√d) attention can be tapped"
-            )
-    return layers
-
-
-def token_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a plain ViT, each of which gives all tokens; however it attends.
-
-    Raises:
-        UserError: the network has no such blocks.
-    """
-    blocks = getattr(model, "blocks", None)
-    plain = isinstance(blocks, nn.Sequential | nn.ModuleList) and all(hasattr(block, "attn") for block in blocks)
-    if not plain or not hasattr(model, "patch_embed"):
-        raise UserError(f"{type(model).__name__}: it is no plain ViT, whose blocks keep one token for each patch")
-    return list(blocks)  # type: ignore[arg-type]
-
-
-def _pooled_stages(model: nn.Module) -> list[nn.Module]:
-    """The stages of PiT, each with `pool` before its `blocks`; empty for other networks."""
-    stages = getattr(model, "transformers", None)
-    if not isinstance(stages, nn.Sequential) or not all(hasattr(s, "blocks") and hasattr(s, "pool") for s in stages):
-        return []
-    return list(stages)
-
-
-def layer_grids(model: nn.Module, side: int) -> list[int]:
-    """The side of the patch grid in each attention layer: the same in a plain ViT, less after each pooling of PiT.
-
-    Args:
-        model: whose `attention_layers` can be read.
-        side: of the grid that the patch embedding makes.
-    """
-    grids: list[int] = []
-    for stage in _pooled_stages(model):
-        if (pool := getattr(stage, "pool", None)) is not None:
-            (kernel, _), (stride, _), (padding, _) = (getattr(pool.conv, part) for part in _CONVOLUTION)
-            side = (side + 2 * padding - kernel) // stride + 1
-        grids += [side] * len(stage.blocks)  # type: ignore[arg-type]
-    return grids or [side] * len(attention_layers(model))
-
-
-def prefix_roles(model: nn.Module) -> tuple[str, ...]:
-    """The role of each prefix token: `class`, `distillation` or `register`, in the order of the sequence."""
-    if _pooled_stages(model):  # both tokens are in one parameter
-        return ("class", "distillation")[: model.cls_token.shape[1]]  # type: ignore[index]
-    count = int(getattr(model, "num_prefix_tokens", 0))
-    roles = []
-    if getattr(model, "cls_token", None) is not None:
-        roles.append("class")
-    if getattr(model, "dist_token", None) is not None:
-        roles.append("distillation")
-    return (*roles, *["register"] * (count - len(roles)))
-
-
-def class_scores(q: Float[Tensor, "B H _Q d"], k: Float[Tensor, "B H N d"], scale: float) -> Float[Tensor, "B H N"]:
-    """What the class query's attention is the softmax of: q₀·kᵀ·scale; arguments as for `class_row`."""
-    return torch.einsum("bhd,bhnd->bhn", q[:, :, 0] * scale, k)
-
-
-def class_row(q: Float[Tensor, "B H _Q d"], k: Float[Tensor, "B H N d"], scale: float) -> Float[Tensor, "B H N"]:
-    """The class query's attention over all tokens, softmax(q₀·kᵀ·scale).
-
-    Args:
-        q: queries after their norm; token 0 is the class token, and no other is looked at.
-        k: keys after their norm.
-        scale: 1/√d of the layer.
-
-    Returns:
-        Each row sums to one.
-    """
-    return class_scores(q, k, scale).softmax(-1)
-
-
-def attention_rows(q: Float[Tensor, "B H Q d"], k: Float[Tensor, "B H N d"], scale: float) -> Float[Tensor, "B H Q N"]:
-    """Every query's attention over all tokens, softmax(q·kᵀ·scale); arguments as for `class_row`."""
-    return attention_scores(q, k, scale).softmax(-1)
-
-
-def attention_scores(
-    q: Float[Tensor, "B H Q d"], k: Float[Tensor, "B H N d"], scale: float
-) -> Float[Tensor, "B H Q N"]:
-    """What these rows are the softmax of: q·kᵀ·scale; arguments as for `class_row`."""
-    return q * scale @ k.transpose(-2, -1)
-
-
-class AttentionTaps:
-    """Reads q and k of chosen layers by hooks after their norms, with the attention kernel left in place.
-
-    Args:
-        model: a plain ViT, or PiT.
-        layers: which, from 1; all by default.
-        values: also v.
-
-    After each forward pass `q`, `k` and `v` hold `[B, H, N, d]` for each chosen layer, with gradients where there are
-    any.
-
-    Raises:
-        UserError: no such layer, or values that are asked for and cannot be read.
+        layers: as `attention_layers` gives them.
+        kernel: `network` for the network's own; `unfused` for a product, softmax and product in place of the fused
+            kernel, which is the faster way in bfloat16 on a CPU.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[int] | None = None, *, values: bool = False) -> None:
-        modules = attention_layers(model, pooled=True)
-        self.layers = tuple(layers or range(1, len(modules) + 1))
-        outside = [n for n in self.layers if not 1 <= n <= len(modules)]
-        if outside:
-            raise UserError(f"layer {outside[0]} was asked for; {type(model).__name__} has layers 1 to {len(modules)}")
-        chosen = [modules[n - 1] for n in self.layers]
-        self.scales = [float(getattr(m, "scale")) for m in chosen]  # noqa: B009
-        self.heads = [int(getattr(m, "num_heads")) for m in chosen]  # noqa: B009
-        self._q: dict[int, Tensor] = {}
-        self._k: dict[int, Tensor] = {}
-        self._qkv: dict[int, Tensor] = {}
-        self._handles = []
-        for n, module in zip(self.layers, chosen, strict=True):
-            for part, kept in (("q_norm", self._q), ("k_norm", self._k)):
-                hook = functools.partial(_keep, kept, n)
-                self._handles.append(getattr(module, part).register_forward_hook(hook))
-            if values:
-                if not isinstance(joint := getattr(module, "qkv", None), nn.Module):
-                    kind = f"{type(module).__module__}.{type(module).__name__}"
-                    raise UserError(f"{type(model).__name__}: layer {n} is a {kind}, whose values cannot be read")
-                self._handles.append(joint.register_forward_hook(functools.partial(_keep, self._qkv, n)))
+    def __init__(self, layers: Sequence[AttentionLayer], *, kernel: Kernel = "network") -> None:
+        super().__init__()
+        self.layers, self.kernel = tuple(layers), kernel
+        self._heads = {layer.call: layer.heads for layer in layers}
+        self._next = 0
+        self._kept: dict[int, Attention] = {}
+        self._softmax: tuple[int, Tensor] | None = None  # call and output of the last one, until values meet it
+
+    def __enter__(self) -> Self:
+        self._next = 0
+        self._softmax = None
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     @property
-    def q(self) -> list[Tensor]:
-        """Queries of the last forward pass, a tensor a layer."""
-        return [self._q[n] for n in self.layers]
-
-    @property
-    def k(self) -> list[Tensor]:
-        """Keys of the last forward pass, a tensor a layer."""
-        return [self._k[n] for n in self.layers]
-
-    @property
-    def v(self) -> list[Tensor]:
-        """Values of the last forward pass, a tensor a layer: the last third of the joint projection."""
-        values = []
-        for n, heads in zip(self.layers, self.heads, strict=True):
-            batch, tokens, width = self._qkv[n].shape
-            values.append(self._qkv[n].reshape(batch, tokens, 3, heads, width // (3 * heads))[:, :, 2].transpose(1, 2))
-        return values
-
-    def remove(self) -> None:
-        """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
-        self.clear()
+    def attention(self) -> list[Attention]:
+        """What each of the layers computed in the last pass."""
+        return [self._kept[layer.call] for layer in self.layers]
 
     def clear(self) -> None:
-        """Let go of what the last forward pass left; a compiled network is then not compiled again for it."""
-        self._q.clear()
-        self._k.clear()
-        self._qkv.clear()
+        """Let go of what the last pass left; a compiled network is then not compiled again for it."""
+        self._kept.clear()
+        self._softmax = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self._attend(*args, **kwargs)
+        output = func(*args, **kwargs)
+        if func in _SOFTMAX:
+            call, self._next = self._next, self._next + 1
+            self._softmax = call, output
+            self._keep(call, Attention(raw_scores=args[0]), output)
+        elif self._softmax is not None and args and args[0] is self._softmax[1]:
+            if func is F.dropout:
+                self._softmax = self._softmax[0], output
+            elif func in _PRODUCT:
+                call, self._softmax = self._softmax[0], None
+                return self._meet_values(call, args[1], output)
+        return output
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **more: Any,
+    ) -> Tensor:
+        call, self._next = self._next, self._next + 1
+        q, k, v = (_four(tensor) for tensor in (query, key, value))
+        bias = _bias(attn_mask, is_causal, query, key)
+        scale = more.get("scale")
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        self._keep(call, Attention(q=q, k=k, v=v, scale=scale, bias=bias), None)
+        if self.kernel == "unfused" and not more.get("enable_gqa"):
+            scores = q * scale @ k.transpose(-2, -1)
+            rows = (scores if bias is None else scores + bias).softmax(-1)
+            output = (F.dropout(rows, dropout_p) if dropout_p else rows) @ v
+        elif query.ndim == 4:
+            output = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **more)
+        else:  # the exporter to ONNX knows four axes alone
+            output = F.scaled_dot_product_attention(q, k, v, bias, dropout_p, **more)
+        output = self._meet_values(call, v, output)
+        return output if query.ndim == 4 else output.reshape(*query.shape[:-1], value.shape[-1])
+
+    def _keep(self, call: int, attention: Attention, _rows: Tensor | None) -> None:
+        """Called for each attention call, with its rows where the kernel is not fused; keeps those of chosen layers."""
+        if (heads := self._heads.get(call)) is not None:
+            self._kept[call] = attention.with_heads(heads)
+
+    def _meet_values(self, call: int, values: Tensor, output: Tensor) -> Tensor:
+        """Called when a call's rows have met its values, with what came of it; gives what the network goes on with."""
+        if call in self._kept:
+            self._kept[call] = replace(self._kept[call], v=values).with_heads(self._heads[call])
+        return output
 
 
-def _keep(kept: dict[int, Tensor], number: int, _module: nn.Module, _args: Any, output: Tensor) -> None:
-    kept[number] = output
+def _four(tensor: Tensor) -> Tensor:
+    """The tensor with four axes: leading ones joined, or new."""
+    return tensor if tensor.ndim == 4 else tensor[None] if tensor.ndim == 3 else tensor.flatten(1, -3)
+
+
+def _bias(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Tensor | None:
+    """What a kernel adds to its scores, with the axes of `_four`."""
+    if causal:
+        mask = query.new_ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
+    if mask is None:
+        return None
+    if mask.dtype is torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, float("-inf"))
+    if query.ndim == 4 or mask.ndim < 3:
+        return mask
+    return _four(mask.expand(*query.shape[:-2], *mask.shape[-2:]))

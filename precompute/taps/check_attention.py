@@ -2,158 +2,116 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
-from precompute.taps.attention import AttentionTaps, attention_layers, attention_rows
+from precompute.taps.attention import Attention, AttentionLayer, AttentionTaps
+from precompute.taps.attention_layers import AttentionLayers
 from storage.errors import UserError
 
 
-@contextmanager
-def _with_fused(layers: Sequence[nn.Module], fused: bool) -> Iterator[None]:
-    before = [getattr(layer, "fused_attn", None) for layer in layers]
-    for layer in layers:
-        layer.fused_attn = fused  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for layer, was in zip(layers, before, strict=True):
-            layer.fused_attn = was  # type: ignore[assignment]
-
-
 def check_attention(
-    model: nn.Module, images: Float[Tensor, "B 3 H W"], tolerance: float = 1e-4, *, values: bool = False
+    model: nn.Module, images: Float[Tensor, "B 3 H W"], found: AttentionLayers, tolerance: float = 1e-4
 ) -> float:
-    """Contract 12: softmax(q·kᵀ·scale) of the tapped q and k is the attention that the network uses.
+    """Contract 12: rows recomputed from what is tapped, and these over the tapped values, are what the network uses.
 
-    On the meta device, where tensors have no values, only what the fused kernel is given is looked at.
+    The network runs with its fused kernels, and once more without them where it can: rows are compared with its own
+    softmax, and what they make of the values with what the layer goes on with. In the run without, each layer goes on
+    with what came of the fused kernel, so that rounding does not add up over layers. On the meta device, where tensors
+    have no values, nothing is compared.
 
     Args:
         model: in eval mode.
         images: normalized, on the model's device.
-        tolerance: largest difference allowed, as a part of the largest attention of the layer.
-        values: check too that this attention over the tapped v is what the layer goes on with.
+        found: the network's layers.
+        tolerance: largest difference allowed, as a part of the largest value of the layer.
 
     Returns:
-        The largest relative difference found over all layers.
+        The largest relative difference of rows over all layers.
 
     Raises:
-        UserError: they differ: rotary embeddings, relative positions or other biases act after the tap.
+        UserError: they differ.
     """
-    layers = attention_layers(model, pooled=True)
-    taps = AttentionTaps(model, values=values)
-    try:
-        worst = 0.0  # of tensors without values
-        if not images.is_meta:
-            worst = _largest_difference(model, images, layers, taps, tolerance=tolerance, values=values)
-        _require_tapped_kernel(model, images, layers, taps)
-        return worst
-    finally:
-        taps.remove()
-
-
-_AFTER = "rotary embeddings, relative positions or other biases act after the tap, so its attention cannot be stored"
-
-
-def _kind(model: nn.Module, number: int, layer: nn.Module) -> str:
-    return f"{type(model).__name__}: layer {number} ({type(layer).__module__}.{type(layer).__name__})"
-
-
-class _Kernels(TorchFunctionMode):
-    """Keeps what the fused kernel is called with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            self.calls.append((args, kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-    def plain(self, q: Tensor, k: Tensor) -> bool:
-        """Whether some call had these very tensors, and neither a mask nor a scale of its own."""
-        for args, more in self.calls:
-            masked = more.get("attn_mask") is not None or more.get("is_causal") or more.get("scale") is not None
-            if len(args) == 3 and args[0] is q and args[1] is k and not masked:
-                return True
-        return False
-
-
-def _require_tapped_kernel(model: nn.Module, images: Tensor, layers: Sequence[nn.Module], taps: AttentionTaps) -> None:
-    """Where a layer has a fused kernel, it is given the tapped q and k themselves, and nothing that changes them.
-
-    Raises:
-        UserError: naming the layer.
-    """
-    fused = [isinstance(getattr(layer, "fused_attn", None), bool) for layer in layers]
-    with torch.no_grad(), _with_fused(layers, True), _Kernels() as kernels:
+    taps = AttentionTaps(found.layers)
+    used = _Used(found.layers)
+    unfused = _Used(found.layers, used.gathered)
+    with torch.no_grad(), taps:
         model(images)
-    for n, (layer, q, k) in enumerate(zip(layers, taps.q, taps.k, strict=True), 1):
-        if fused[n - 1] and not kernels.plain(q, k):
-            raise UserError(
-                f"{_kind(model, n, layer)}: its kernel is given other tensors than the tapped q and k: {_AFTER}"
-            )
-
-
-def _largest_difference(
-    model: nn.Module,
-    images: Tensor,
-    layers: Sequence[nn.Module],
-    taps: AttentionTaps,
-    *,
-    tolerance: float,
-    values: bool,
-) -> float:
-    """Largest difference between attention recomputed from q and k and the unfused kernel's; as `check_attention`."""
-    used: dict[int, Tensor] = {}
-    gathered: dict[int, Tensor] = {}
-    handles = []
-    for n, layer in enumerate(layers, 1):
-        handles.append(layer.attn_drop.register_forward_pre_hook(functools.partial(_keep_input, used, n)))  # type: ignore[union-attr]
-        after = layer.norm if isinstance(getattr(layer, "norm", None), nn.Module) else layer.proj
-        handles.append(after.register_forward_pre_hook(functools.partial(_keep_input, gathered, n)))  # type: ignore[union-attr]
+    if images.is_meta:
+        return 0.0
+    with torch.no_grad(), used:
+        model(images)
+    with torch.no_grad(), _without_fused_kernels(model), unfused:
+        model(images)
     worst = 0.0
-    try:
-        with torch.no_grad(), _with_fused(layers, False):
-            model(images)
-        for n, (layer, q, k) in enumerate(zip(layers, taps.q, taps.k, strict=True), 1):
-            kind = _kind(model, n, layer)
-            if n not in used:
-                raise UserError(f"{kind}: the attention that it uses cannot be seen, so its taps cannot be checked")
-            rows = attention_rows(q, k, taps.scales[n - 1])
-            if rows.shape != used[n].shape:
-                raise UserError(f"{kind}: attention {tuple(used[n].shape)}, from q and k {tuple(rows.shape)}")
-            error = float((rows - used[n]).abs().max() / used[n].abs().max())
-            worst = max(worst, error)
-            if not error <= tolerance:
+    for layer, attention in zip(found.layers, taps.attention, strict=True):
+        rows = attention.rows()
+        for seen in (used, unfused):
+            if layer.call in seen.rows:
+                what = "the attention recomputed from its kernel's arguments"
+                worst = max(worst, _difference(model, layer, rows, seen.rows[layer.call], what, tolerance))
+            if layer.call not in seen.gathered:
                 raise UserError(
-                    f"{kind}: the attention recomputed from q and k differs from the one that the network uses by "
-                    f"{error:.2g} of its largest value (allowed: {tolerance:g}); {_AFTER}"
+                    f"{type(model).__name__}: attention layer {layer.number}: what it makes of its attention cannot be "
+                    "seen, so its taps cannot be checked"
                 )
-            if values:
-                whole = (used[n] @ taps.v[n - 1]).transpose(1, 2).flatten(2)
-                if n not in gathered or gathered[n].shape != whole.shape:
-                    raise UserError(f"{kind}: what it makes of its values cannot be seen, so they cannot be checked")
-                error = float((whole - gathered[n]).abs().max() / gathered[n].abs().max())
-                if not error <= tolerance:
-                    raise UserError(
-                        f"{kind}: its attention over the tapped values differs from what it goes on with by "
-                        f"{error:.2g} of the largest value (allowed: {tolerance:g}), so its values cannot be stored"
-                    )
-    finally:
-        for handle in handles:
-            handle.remove()
+            assert attention.v is not None
+            what = "the attention over its values"
+            _difference(model, layer, rows @ attention.v, seen.gathered[layer.call], what, tolerance)
     return worst
 
 
-def _keep_input(kept: dict[int, Tensor], number: int, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    kept[number] = args[0]
+def _difference(
+    model: nn.Module, layer: AttentionLayer, ours: Tensor, theirs: Tensor, what: str, tolerance: float
+) -> float:
+    """Largest difference as a part of the largest value. Raises UserError over the tolerance."""
+    kind = f"{type(model).__name__}: attention layer {layer.number}"
+    theirs = theirs.reshape(ours.shape)
+    error = float((ours - theirs).abs().max() / theirs.abs().max())
+    if not error <= tolerance:
+        raise UserError(
+            f"{kind}: {what} differs from what the network uses by {error:.2g} of the largest value (allowed: "
+            f"{tolerance:g}), so its attention cannot be stored"
+        )
+    return error
+
+
+class _Used(AttentionTaps):
+    """What layers make: their rows, where no fused kernel hides them, and these over their values.
+
+    Args:
+        layers: which.
+        instead: what they go on with, by call, in place of what they made.
+    """
+
+    def __init__(self, layers: tuple[AttentionLayer, ...], instead: Mapping[int, Tensor] | None = None) -> None:
+        super().__init__(layers)
+        self.instead = {} if instead is None else instead
+        self.rows: dict[int, Tensor] = {}
+        self.gathered: dict[int, Tensor] = {}
+
+    def _keep(self, call: int, _attention: Attention, rows: Tensor | None) -> None:
+        if call in self._heads and rows is not None:
+            self.rows[call] = rows
+
+    def _meet_values(self, call: int, _values: Tensor, output: Tensor) -> Tensor:
+        if call in self._heads:
+            self.gathered[call] = output
+        return self.instead[call].reshape(output.shape) if call in self.instead else output
+
+
+@contextmanager
+def _without_fused_kernels(model: nn.Module) -> Iterator[None]:
+    """Within this context timm's attention layers compute products and softmax."""
+    switched = [module for module in model.modules() if getattr(module, "fused_attn", None) is True]
+    for module in switched:
+        module.fused_attn = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in switched:
+            module.fused_attn = True  # type: ignore[assignment]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
-from typing import Literal, NamedTuple, Self, cast
+from typing import NamedTuple, Self, cast
 
 from torch import Tensor
 
@@ -19,20 +19,20 @@ class TapInfo(NamedTuple):
     Attributes:
         axes: of one sample's tensor.
         maps: how many of the last axes make one map.
-        network: the only kind of network that has it; None where any has.
+        vit: whether only networks whose attention can be read have it.
         values: what they are.
         codec: how they are kept where nothing is said.
         graph: axes of the tensor of a ready graph that may give it; empty where none may.
-        usual: whether it is kept of such a network where nothing is said.
+        usual: the kinds of network of which it is kept where nothing is said.
     """
 
     axes: tuple[str, ...]
     maps: int
-    network: Literal["cnn", "vit"] | None = None
+    vit: bool = False
     values: Values = "plain"
     codec: str = "f16"
     graph: tuple[str, ...] = ()
-    usual: bool = False
+    usual: tuple[str, ...] = ()
 
     @property
     def layered(self) -> bool:
@@ -47,16 +47,16 @@ class TapInfo(NamedTuple):
 
 _VECTORS, _ROWS = ("layer", "head", "token", "width"), ("layer", "head", "token")
 TAPS: dict[str, TapInfo] = {
-    "activations": TapInfo(("channel", "y", "x"), 2, "cnn", codec="u8", graph=("B", "C", "h", "h"), usual=True),
-    "q": TapInfo(_VECTORS, 2, "vit"),
-    "k": TapInfo(_VECTORS, 2, "vit"),
-    "v": TapInfo(_VECTORS, 2, "vit"),
-    "class_row": TapInfo(_ROWS, 1, "vit", "rows", graph=("B", "H", "N"), usual=True),
-    "attention": TapInfo(("layer", "head", "query", "token"), 1, "vit", "rows", graph=("B", "H", "N", "N")),
-    "tokens": TapInfo(("layer", "token", "width"), 1, "vit", graph=("B", "N", "D")),
-    "class_token": TapInfo(("width",), 1, "vit", graph=("B", "D"), usual=True),
+    "activations": TapInfo(("channel", "y", "x"), 2, codec="u8", graph=("B", "C", "h", "h"), usual=("cnn", "other")),
+    "q": TapInfo(_VECTORS, 2, vit=True),
+    "k": TapInfo(_VECTORS, 2, vit=True),
+    "v": TapInfo(_VECTORS, 2, vit=True),
+    "class_row": TapInfo(_ROWS, 1, vit=True, values="rows", graph=("B", "H", "N"), usual=("vit",)),
+    "attention": TapInfo(("layer", "head", "query", "token"), 1, vit=True, values="rows", graph=("B", "H", "N", "N")),
+    "tokens": TapInfo(("layer", "token", "width"), 1, vit=True, graph=("B", "N", "D")),
+    "class_token": TapInfo(("width",), 1, vit=True, graph=("B", "D"), usual=("vit",)),
     "embedding": TapInfo(("width",), 1, graph=("B", "D")),
-    "logits": TapInfo(("class",), 1, None, "logits", codec="f32", graph=("B", "K")),
+    "logits": TapInfo(("class",), 1, values="logits", codec="f32", graph=("B", "K")),
 }
 ATTENTION = tuple(name for name, info in TAPS.items() if "head" in info.axes)  # read off attention layers
 OF_CLASS_TOKEN = ("class_row", "class_token")
@@ -66,9 +66,10 @@ OF_CLASS_TOKEN = ("class_row", "class_token")
 class Tap:
     """What to read: a tap, with layers (from 1; stages of a CNN) and, for activations, the side of their grid.
 
-    Activations are read `at` the last norm of a stage's last block, or after that block's residual sum, and resized
-    with `antialias` as in `F.interpolate` (`all`), without it (False), or with it only where a stage is larger than the
-    grid (True, as targets of older stores were made).
+    Activations are read `at` the last norm of a stage's last block, after that block's residual sum (`block`), or as
+    timm's `forward_intermediates` gives them of any network (`stage`). They are resized with `antialias` as in
+    `F.interpolate` (`all`), without it (False), or with it only where a stage is larger than the grid (True, as targets
+    of older stores were made).
 
     Without layers: all of them; of `tokens`, those after the final norm, else the residual stream after each layer.
     Of a ready graph also the names of its tensors, one a layer of the tap; `layers` chooses among them.

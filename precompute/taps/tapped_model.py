@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor, nn
 
-from precompute.taps.activations import At, cnn_stages, resize_matrix
-from precompute.taps.attention import (
-    AttentionTaps,
-    attention_layers,
-    attention_rows,
-    class_row,
-    prefix_roles,
-)
-from precompute.taps.registry import ATTENTION, OF_CLASS_TOKEN, Tap
+from precompute.taps.activations import At, cnn_stages, resize_matrix, stage_maps
+from precompute.taps.attention import AttentionLayer, AttentionTaps
+from precompute.taps.attention_layers import AttentionLayers, attention_layers, prefix_roles
+from precompute.taps.probe import run_blank
+from precompute.taps.registry import ATTENTION, Tap
+from precompute.taps.tokens import token_blocks
 from storage.errors import UserError
 from storage.views.normalize import normalize
 
@@ -54,54 +51,81 @@ class TappedTeacher(nn.Module):
         self.resizes = view_size != input_size
         if self.resizes:
             self.register_buffer("resize", resize_matrix(view_size, input_size, view_size > input_size))
-        self._stages: dict[At, list[tuple[str, nn.Module]]] = {}
+        self._reads: dict[At, list[_MapsOf]] = {}  # where -> the stages that are read there
         self._kept: dict[tuple[At, int], Tensor] = {}
-        self._shapes: dict[tuple[At, int], tuple[int, int]] = {}  # channels and side of a stage's maps
-        self._attention: AttentionTaps | None = None
-        names, kind = {tap.name for tap in self.taps}, type(model).__name__
         self._streams: dict[int, Tensor] = {}  # layer -> residual stream after it
+        self.attention: AttentionLayers | None = None
+        names, kind = {tap.name for tap in self.taps}, type(model).__name__
         if names & {*ATTENTION}:
-            everything = range(1, len(attention_layers(model)) + 1)
-            wanted = {n for tap in self.taps if tap.name in ATTENTION for n in tap.layers or everything}
-            self._attention = AttentionTaps(model, sorted(wanted), values="v" in names)
-        if names & {*OF_CLASS_TOKEN} and "class" not in prefix_roles(model):
-            raise UserError(f"{kind}: it has no class token, so it has no class row")
+            self.attention = attention_layers(model, input_size)
+        # Also where no attention is read: the exporter takes kernels of four axes alone, which this sees to.
+        self._attention_taps = AttentionTaps(self._chosen_layers() if self.attention else ())
+        if "class_token" in names and "class" not in prefix_roles(model):
+            raise UserError(f"{kind}: it has no class token")
         if "logits" in names and not getattr(model, "num_classes", 1):
             raise UserError(f"{kind}: it has no classifier, so it has no logits")
-        if "tokens" in names:
-            attention_layers(model)  # raises where there is no list of blocks
-            for n in {n for tap in self.taps if tap.name == "tokens" for n in tap.layers or ()}:
-                model.blocks[n - 1].register_forward_hook(functools.partial(_keep_copy, self._streams, n))  # type: ignore[index,union-attr]
+        for n in {n for tap in self.taps if tap.name == "tokens" for n in tap.layers or ()}:
+            token_blocks(model)[n - 1].register_forward_hook(functools.partial(_keep_copy, self._streams, n))
         for at in dict.fromkeys(tap.at for tap in self.taps if tap.info.gridded):
-            self._stages[at] = cnn_stages(model, at)
-            for n, (_, module) in enumerate(self._stages[at], 1):
-                module.register_forward_hook(functools.partial(_keep_copy, self._kept, (at, n)))
-        if self._stages:
-            self._prepare_grids()
+            self._reads[at] = self._stages_at(at)
+        for tap in self.taps:
+            for side in {maps.side for maps in self._maps(tap)} if tap.info.gridded else ():
+                if not hasattr(self, tap.grid_name(side)):  # a matrix is a constant of the graph
+                    self.register_buffer(tap.grid_name(side), tap.grid_matrix(side))
+
+    def _stages_at(self, at: At) -> list[_MapsOf]:
+        """The stages of a network that are read at a place, with hooks where timm does not give them."""
+        kind = type(self.model).__name__
+        if at == "stage":
+            if not (shapes := stage_maps(self.model, self.input_size)):
+                raise UserError(f"{kind}: timm's forward_intermediates gives no square maps of it")
+            return [_MapsOf(f"forward_intermediates.{i}", *shape) for i, shape in enumerate(shapes)]
+        stages = cnn_stages(self.model, at)
+        for n, (_, module) in enumerate(stages, 1):
+            module.register_forward_hook(functools.partial(_keep_copy, self._kept, (at, n)))
+        run_blank(self.model, self.input_size)
+        found = []
+        for n, (name, _) in enumerate(stages, 1):
+            kept = self._kept[at, n]
+            if kept.ndim != 4 or kept.shape[-1] != kept.shape[-2]:
+                raise UserError(f"{kind}: stage {n} gives {tuple(kept.shape)}, no square maps")
+            found.append(_MapsOf(name, kept.shape[1], kept.shape[-1]))
+        return found
+
+    def _chosen_layers(self) -> list[AttentionLayer]:
+        """The attention layers that some tap reads.
+
+        Raises:
+            UserError: a layer or a tap that the network does not have.
+        """
+        assert self.attention is not None
+        layers, kind, chosen = self.attention.layers, type(self.model).__name__, set[int]()
+        for tap in self.taps:
+            if tap.name in ATTENTION:
+                numbers = tap.layers or range(1, len(layers) + 1)
+                if outside := [n for n in numbers if not 1 <= n <= len(layers)]:
+                    raise UserError(f"layer {outside[0]} was asked for; {kind} has layers 1 to {len(layers)}")
+                for n in numbers:
+                    if reason := _refusal(tap.name, layers[n - 1], self.attention.prefix):
+                        raise UserError(f"{kind}: {reason}")
+                chosen |= {*numbers}
+        return [layers[n - 1] for n in sorted(chosen)]
+
+    def _maps(self, tap: Tap) -> list[_MapsOf]:
+        """The stages that a tap's activations are read off."""
+        stages = self._reads[tap.at]
+        return [stages[n - 1] for n in tap.layers or range(1, len(stages) + 1)]
 
     def stages(self, tap: Tap) -> list[tuple[int, str, int]]:
         """(number, name of the module, channels) of the stages that a tap's activations are read off."""
-        names = [name for name, _ in self._stages[tap.at]]
-        return [(n, names[n - 1], self._shapes[tap.at, n][0]) for n in tap.layers or range(1, len(names) + 1)]
+        numbers = tap.layers or range(1, len(self._reads[tap.at]) + 1)
+        return [(n, maps.name, maps.channels) for n, maps in zip(numbers, self._maps(tap), strict=True)]
 
     def scales(self, tap: Tap) -> list[float]:
-        """1/√d of each of a tap's layers."""
-        assert self._attention is not None
-        known = dict(zip(self._attention.layers, self._attention.scales, strict=True))
-        return [known[n] for n in tap.layers or self._attention.layers]
-
-    def _prepare_grids(self) -> None:
-        """The matrices that bring each stage's maps to each grid, made outside of `forward` as constants."""
-        with torch.no_grad():
-            self.model(torch.zeros(1, 3, self.input_size, self.input_size, device=next(self.model.parameters()).device))
-        for (at, n), kept in self._kept.items():
-            if kept.ndim != 4 or kept.shape[-1] != kept.shape[-2]:
-                raise UserError(f"{type(self.model).__name__}: stage {n} gives {tuple(kept.shape)}, no square maps")
-            self._shapes[at, n] = (kept.shape[1], kept.shape[-1])
-            for tap in self.taps:
-                side = kept.shape[-1]
-                if tap.info.gridded and tap.at == at and not hasattr(self, tap.grid_name(side)):
-                    self.register_buffer(tap.grid_name(side), tap.grid_matrix(side))
+        """What the scores of each of a tap's layers are multiplied by, usually 1/√d."""
+        assert self.attention is not None
+        layers = self.attention.layers
+        return [layers[n - 1].scale for n in tap.layers or range(1, len(layers) + 1)]
 
     def prepare(self, images: UInt8[Tensor, "B S S 3"]) -> Float32[Tensor, "B 3 I I"]:
         """Normalized input from view images."""
@@ -114,8 +138,18 @@ class TappedTeacher(nn.Module):
 
     def forward(self, images: UInt8[Tensor, "B S S 3"]) -> tuple[Float[Tensor, "B ..."], ...]:
         """The taps' tensors of view images."""
-        features = self.model.forward_features(self.prepare(images))  # type: ignore[operator]
-        return tuple(self._read(tap, features) for tap in self.taps)
+        x = self.prepare(images)
+        with self._attention_taps:
+            features = self._features(x)
+            return tuple(self._read(tap, features) for tap in self.taps)
+
+    def _features(self, x: Tensor) -> Tensor:
+        """What the network's head gets; maps of stages are kept on the way."""
+        if "stage" not in self._reads:
+            return self.model.forward_features(x)  # type: ignore[operator,no-any-return]
+        features, maps = self.model.forward_intermediates(x, output_fmt="NCHW")  # type: ignore[operator]
+        self._kept |= {("stage", n): kept for n, kept in enumerate(maps, 1)}
+        return features  # type: ignore[no-any-return]
 
     def _read(self, tap: Tap, features: Tensor) -> Tensor:
         if tap.name == "logits":
@@ -127,20 +161,48 @@ class TappedTeacher(nn.Module):
         if tap.name == "tokens":
             return torch.stack([self._streams[n] for n in tap.layers] if tap.layers else [features], 1)
         if tap.name == "activations":
-            maps = []
-            for n in tap.layers or range(1, len(self._stages[tap.at]) + 1):
-                matrix = self.get_buffer(tap.grid_name(self._shapes[tap.at, n][1]))
-                maps.append(matrix @ self._kept[tap.at, n] @ matrix.T)
-            return torch.cat(maps, 1)
-        assert self._attention is not None
-        chosen = [self._attention.layers.index(n) for n in tap.layers or self._attention.layers]
-        q, k, scales = self._attention.q, self._attention.k, self._attention.scales
-        if tap.name == "class_row":
-            return torch.stack([class_row(q[i], k[i], scales[i]) for i in chosen], 1)
-        if tap.name == "attention":
-            return torch.stack([attention_rows(q[i], k[i], scales[i]) for i in chosen], 1)
-        read = {"q": q, "k": k}[tap.name] if tap.name != "v" else self._attention.v
-        return torch.stack([read[i] for i in chosen], 1)
+            return torch.cat([self._on_grid(tap, n) for n in tap.layers or range(1, len(self._reads[tap.at]) + 1)], 1)
+        assert self.attention is not None
+        seen = dict(
+            zip((layer.number for layer in self._attention_taps.layers), self._attention_taps.attention, strict=True)
+        )
+        layers = [seen[n] for n in tap.layers or range(1, len(self.attention.layers) + 1)]
+        match tap.name:
+            case "class_row":
+                at = self.attention.class_query
+                return torch.stack([layer.rows(slice(at, at + 1))[:, :, 0] for layer in layers], 1)
+            case "attention":
+                return torch.stack([layer.rows() for layer in layers], 1)
+        return torch.stack([getattr(layer, tap.name) for layer in layers], 1)
+
+    def _on_grid(self, tap: Tap, n: int) -> Tensor:
+        matrix = self.get_buffer(tap.grid_name(self._reads[tap.at][n - 1].side))
+        return matrix @ self._kept[tap.at, n] @ matrix.T
+
+
+class _MapsOf(NamedTuple):
+    """Maps of a stage: the name of what gives them, how many there are, and their side."""
+
+    name: str
+    channels: int
+    side: int
+
+
+def _refusal(tap: str, layer: AttentionLayer, prefix: tuple[str, ...]) -> str | None:
+    """Why a layer does not have a tap."""
+    where = f"its attention layer {layer.number}"
+    if tap == "class_row" and "class" not in prefix:
+        return "it has no class token, so it has no class row"
+    if tap != "class_row" and tap != "v" and layer.queries == 1:
+        return f"in {where} the class token alone attends, so there is only its row (class_row)"
+    if tap in ("q", "k") and not layer.fused:
+        return f"{where} calls no attention kernel, so its {tap} is not known; class_row and attention are"
+    if tap in ("q", "k") and layer.biased:
+        return (
+            f"{where} adds a bias to its scores, such as relative positions, so q and k alone do not give its "
+            "attention; class_row and attention do"
+        )
+    return None
 
 
 def _keep_copy(kept: dict[Any, Tensor], number: Any, _module: nn.Module, _args: Any, output: Tensor) -> None:

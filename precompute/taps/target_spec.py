@@ -27,7 +27,8 @@ class TargetSpec:
         grid: side that activations are resized to.
         codec: how values are kept; None for the tap's usual one.
         tensors: of a ready `model.onnx`, the tensors that give the tap.
-        at: whether activations are read after a stage's last `norm` or its last `block`.
+        at: whether activations are read after a stage's last `norm`, its last `block`, or as timm gives them of each
+            `stage`; None for `norm` of a CNN whose stages are known, else `stage`.
         antialias: whether activations are resized with antialiasing.
     """
 
@@ -37,7 +38,7 @@ class TargetSpec:
     grid: int | None = None
     codec: str | None = None
     tensors: tuple[str, ...] = ()
-    at: At = "norm"
+    at: At | None = None
     antialias: bool = False
 
 
@@ -46,7 +47,7 @@ def parse_target(text: str) -> list[TargetSpec]:
 
     Args:
         text: `TAP[,TAP…][,layers=last|1:4+8][,grid=G][,codec=C]`; activations also take
-            `at=norm|block` and `antialias=true|false`.
+            `at=norm|block|stage` and `antialias=true|false`.
 
     Raises:
         UserError: an unknown tap, option or codec, with the nearest known one.
@@ -81,7 +82,7 @@ def _parse(text: str) -> list[TargetSpec]:
     ]
 
 
-def _maps(taps: Sequence[str], options: Mapping[str, str]) -> tuple[int | None, At, bool]:
+def _maps(taps: Sequence[str], options: Mapping[str, str]) -> tuple[int | None, At | None, bool]:
     """What is said of activations alone: `grid`, `at` and `antialias`."""
     from precompute.taps import POSITIONS, TAPS
 
@@ -89,14 +90,14 @@ def _maps(taps: Sequence[str], options: Mapping[str, str]) -> tuple[int | None, 
     for option, what in alone.items():
         if option in options and not all(TAPS[tap].gridded for tap in taps):
             raise UserError(f"only activations are {what}")
-    grid, place, antialias = options.get("grid"), options.get("at", "norm"), options.get("antialias", "false")
+    grid, place, antialias = options.get("grid"), options.get("at"), options.get("antialias", "false")
     if grid is not None and not re.fullmatch(r"[1-9]\d{0,2}", grid):
         raise UserError(f"grid={grid}: expected a number of patches a side, 1 to 999")
     at = next((known for known in POSITIONS if known == place), None)
-    if at is None:
+    if at is None and place is not None:
         raise UserError(
-            f"at={place}: expected norm (a stage's last normalization) or block (its last block, "
-            "after the residual sum)"
+            f"at={place}: expected norm (a stage's last normalization), block (its last block, after the residual sum) "
+            "or stage (what timm's forward_intermediates gives)"
         )
     if antialias not in ("true", "false"):
         raise UserError(f"antialias={antialias}: expected true or false")

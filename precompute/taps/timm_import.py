@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
 from storage.errors import UserError, first_line
+from storage.objects.weights_file import random_seed
 
 
 def create_timm_model(
@@ -26,14 +28,49 @@ def create_timm_model(
     try:
         network: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
     except Exception as error:  # timm and the hub raise many kinds
-        problem = f"cannot be made with {dict(arguments)}"
+        problem = f"cannot be made with {dict(arguments)}" if arguments else "cannot be made"
         if pretrained:
             problem = f"the weights of {name} could not be downloaded from the timm hub"
         raise UserError(f"{owner}: {problem}: {first_line(error)}", hint=hint) from None
     return network
 
 
+def untrained(create: Callable[[], nn.Module], weights: str) -> nn.Module:
+    """The network of a seed with timm's initial weights; torch's own generator stays as it was.
+
+    Args:
+        create: makes the network.
+        weights: `random:SEED`.
+    """
+    seed = random_seed(weights)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return create()
+
+
+def is_elsewhere(model: str) -> bool:
+    """Whether a name is of a network outside timm: `hf-hub:USER/NAME` or `local-dir:FOLDER`."""
+    return model.partition(":")[0] in ("hf-hub", "hf_hub", "local-dir")
+
+
+def config_of(model: str) -> Mapping[str, Any] | None:
+    """What timm knows of a name's weights (`input_size`, `mean`, `std` …); None where there is nothing.
+
+    Raises:
+        UserError: a network outside timm whose `config.json` could not be read.
+        RuntimeError: timm has no such weights of this network.
+    """
+    if is_elsewhere(model):
+        hint = "Give hf-hub:USER/NAME or local-dir:FOLDER, with a config.json that timm wrote."
+        with torch.device("meta"):
+            network = create_timm_model(model, {}, owner=f"teacher {model}", hint=hint)
+        about: Any = network.pretrained_cfg
+        return dict(about)
+    config = timm.get_pretrained_cfg(model)
+    return None if config is None else config.to_dict()
+
+
 def takes_image_size(model: str) -> bool:
     """Whether a timm model is made for one image size, so that `create_model` takes `img_size`."""
-    config = timm.get_pretrained_cfg(model.partition(".")[0])
-    return config is not None and bool(config.fixed_input_size)
+    config = config_of(model if is_elsewhere(model) else model.partition(".")[0])
+    return config is not None and bool(config.get("fixed_input_size"))

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from precompute.teachers import weights as taken
 from precompute.teachers.onnx_file import is_onnx_file, read_graph
 from storage.errors import UserError, call, did_you_mean, first_line, setting
 from storage.objects import json_record
 from storage.objects.checkpoint_file import EARLIER
 from storage.objects.state_dict import HUB, ONNX_FILE, digest_of_state, load_weights
-from storage.objects.weights_file import WeightsFile
+from storage.objects.weights_file import WeightsFile, is_random, random_seed
 from storage.store.manifests import Anatomy, TeacherIdentity, TeacherManifest
 from storage.store.markers import FORMAT
 
@@ -53,8 +55,8 @@ class Teacher:
         name: what the store calls it.
         model: timm's name; `onnx` for a ready graph.
         arguments: of `timm.create_model`.
-        weights: a file (a ready graph itself), or None for timm's hub.
-        digest: sha256 of the weights file; of all tensors for timm's hub.
+        weights: a file (a ready graph itself), `random:SEED`, or None for timm's hub.
+        digest: sha256 of the weights file; of all tensors for timm's hub and untrained weights.
         input_size: side of the square input.
         mean: of the input, per channel.
         std: of the input, per channel.
@@ -124,20 +126,22 @@ def find_teacher(
     """The teacher of a name; what is not given comes from timm's record of the weights.
 
     Args:
-        name: a short name, any timm name, or a file that ends in `.onnx`, a ready graph.
-        weights: a `.safetensors` or `.pth` file; None for timm's hub, which without a network is tried for most of a
-            minute.
-        arguments: of `timm.create_model`.
+        name: a short name, any timm name, `hf-hub:USER/NAME`, `local-dir:FOLDER`, or a file that ends in `.onnx`, a
+            ready graph.
+        weights: a `.safetensors` or `.pth` file; `random:SEED` for the untrained weights of a seed; None for timm's
+            hub, which without a network is tried for most of a minute.
+        arguments: of `timm.create_model`; `num_classes=0` is added where a file has no classifier.
         input_size: side of the square input.
         mean: of the input, one number or three.
         std: of the input, one number or three.
         teacher_name: what the store calls the teacher; None for its name.
-        weights_key: which of several dictionaries of weights in the file is taken; None for the one that timm takes.
-        say: called with lines for people: which weights are taken.
+        weights_key: which of several dictionaries of weights in the file is taken, or the first parts of the names
+            that are taken; None for the one that timm takes.
+        say: called with human-readable lines: which weights are taken, what of their names was stripped or renamed.
 
     Raises:
-        UserError: an unknown name, a weights file that is not there or has no weights under this key, a size, mean/std
-            or argument that makes no sense.
+        UserError: an unknown name, a weights file that is not there or has no weights under this key, a seed that is no
+            number, a size, mean/std or argument that makes no sense.
     """
     if is_onnx_file(name):
         names = ",".join(arguments or {})
@@ -155,22 +159,16 @@ def find_teacher(
     assert mean is not None
     assert std is not None
     teacher_name = _checked_name(name, teacher_name)
-    if weights is not None:
+    file = chosen = None
+    if weights is not None and not is_random(weights):
         file = WeightsFile(weights)
-        digest, classes = file.digest, file.classes
-        weights_key = _key(file, weights_key, say)
+        digest = file.digest
+        weights_key, chosen = taken.choose(file, weights_key, say)
     else:
         if weights_key is not None:
             hint = f"Give one by {setting('weights', 'F')}"
             raise UserError("there is no file of weights", setting=setting("weights_key", weights_key), hint=hint)
-        if "num_classes" in (arguments or {}):
-            raise UserError(
-                "timm would give the hub's weights a new, random head",
-                setting=setting("teacher_arg", "num_classes"),
-                hint=f"Give a file of a network that was trained for these classes: {setting('weights', 'F')}",
-            )
-        say(f"weights of {model} from timm's hub")
-        digest, classes = _digest_of_hub(model, arguments or {}), None
+        digest = _digest_without_file(model, arguments or {}, weights, say)
     _require_size(input_size)
     try:
         json_record.canonical(arguments or {})
@@ -182,7 +180,7 @@ def find_teacher(
         other = setting("teacher_arg", f"img_size={own}")
         raise UserError(f"{other} says something else", setting=setting("input_size", input_size))
     input_size = own if isinstance(own, int) else input_size
-    return Teacher(
+    teacher = Teacher(
         name=teacher_name,
         model=model,
         arguments=arguments or {},
@@ -191,19 +189,27 @@ def find_teacher(
         input_size=int(input_size or size or 224),
         mean=_three(mean, "mean"),
         std=_three(std, "std"),
-        classes=classes,
         weights_key=weights_key,
     )
+    if file:
+        fitting = taken.fitting_arguments(lambda: _network(teacher), teacher.arguments, file, chosen, say)
+        return replace(teacher, arguments=fitting, classes=file.classes)  # read with the tensors
+    return replace(teacher, digest=untrained_digest(teacher)) if is_random(weights) else teacher
 
 
-def _key(file: WeightsFile, wanted: str | None, say: Callable[[str], None]) -> str | None:
-    """The key of the weights that are taken of a file, said where there are others; None for the one by `EARLIER`."""
-    if file.path.endswith(".safetensors") and wanted is None:  # nothing but weights
-        return None
-    chosen = file.weights(wanted)
-    if chosen.others and wanted is None:
-        say(f"weights of {file.path}: {chosen}, as timm chooses; choose others by {setting('weights_key', 'KEY')}")
-    return None if chosen.as_earlier else chosen.key
+def _digest_without_file(model: str, arguments: dict[str, Any], weights: str | None, say: Callable[[str], None]) -> str:
+    """The digest of what the hub gives now; empty of untrained weights, which depend on the input size, too."""
+    if weights is not None:
+        say(f"untrained weights of {model}, seed {random_seed(weights)}")
+        return ""
+    if "num_classes" in arguments:
+        raise UserError(
+            "timm would give the hub's weights a new, random head",
+            setting=setting("teacher_arg", "num_classes"),
+            hint=f"Give a file of a network that was trained for these classes: {setting('weights', 'F')}",
+        )
+    say(f"weights of {model}" if ":" in model else f"weights of {model} from timm's hub")
+    return _digest_of_hub(model, arguments)
 
 
 def _find_ready(
@@ -239,7 +245,8 @@ def _find_ready(
 
 def _checked_name(name: str, teacher_name: str | None) -> str:
     """What the store calls a teacher: as was said, or after its name."""
-    teacher_name = teacher_name or re.sub(r"[^A-Za-z0-9_-]", "_", name)[:40]
+    last = re.split(r"[/\\]", name.rstrip("/\\"))[-1] if ":" in name else name  # of hf-hub:USER/NAME
+    teacher_name = teacher_name or re.sub(r"[^A-Za-z0-9_-]", "_", last)[:40]
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", teacher_name):
         message = "a teacher's name has 1 to 40 letters, digits, - and _"
         raise UserError(message, setting=setting("teacher_name", teacher_name))
@@ -265,7 +272,10 @@ def _three(values: Sequence[float], name: str) -> tuple[float, float, float]:
 
 
 def resolve(name: str) -> tuple[str, int | None]:
-    """timm's name and the input size that goes with a short name; another name as it is."""
+    """timm's name and the input size that goes with a short name; another name as it is, a folder's path absolute."""
+    source, _, folder = name.partition(":")
+    if source == "local-dir" and folder:  # recorded in the store, so from anywhere
+        return f"{source}:{Path(folder).expanduser().absolute()}", None
     return SHORT_NAMES.get(name, (name, None))
 
 
@@ -281,26 +291,33 @@ def about_weights(model: str, name: str) -> WeightsConfig:
     """What timm records of the weights of a name. Raises UserError where timm has no such name."""
     import timm
 
-    if not timm.is_model(model):
+    from precompute.taps import config_of, is_elsewhere
+
+    if not is_elsewhere(model) and not timm.is_model(model):
         close = difflib.get_close_matches(name, [*SHORT_NAMES, *timm.list_models()], cutoff=0.5)
         raise UserError(
             f"no teacher is called {name!r}",
             hint=f"{did_you_mean(name, close or SHORT_NAMES)} {call('teachers')} lists short names; every name of "
-            "timm.list_models() can be used, too.",
+            "timm.list_models() can be used, too, and hf-hub:USER/NAME of timm's models on the Hugging Face Hub.",
         )
     try:
-        config = timm.get_pretrained_cfg(model)
+        config = config_of(model)
     except RuntimeError:  # the tag behind the dot
         known = timm.list_pretrained(f"{model.partition('.')[0]}.*")
         raise UserError(f"no weights are called {name!r}", hint=did_you_mean(name, known)) from None
     if config is None:
         return WeightsConfig(None, (0.5,), (0.5,))
-    return WeightsConfig(config.input_size[-1], config.mean, config.std)
+    return WeightsConfig(config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]))
 
 
 def _digest_of_hub(model: str, arguments: dict[str, Any]) -> str:
     """Sha256 over names, shapes and bytes of all tensors that timm's hub gives now."""
     return digest_of_state(_create(model, arguments, pretrained=True).state_dict())
+
+
+def untrained_digest(teacher: Teacher) -> str:
+    """Sha256 over all tensors that the seed of an untrained teacher gives now."""
+    return digest_of_state(_network(teacher).state_dict())
 
 
 def load_teacher(teacher: Teacher) -> nn.Module:
@@ -309,12 +326,7 @@ def load_teacher(teacher: Teacher) -> nn.Module:
     Raises:
         UserError: arguments that the model does not take, weights that do not fit it or are not weights.
     """
-    from precompute.taps import takes_image_size
-
-    arguments = dict(teacher.arguments)
-    if takes_image_size(teacher.model):
-        arguments.setdefault("img_size", teacher.input_size)
-    model = _create(teacher.model, arguments, pretrained=teacher.weights is None)
+    model = _network(teacher)
     embed = getattr(model, "patch_embed", None)
     patch = getattr(embed, "patch_size", None)
     if isinstance(patch, tuple) and any(teacher.input_size % side for side in patch):
@@ -324,12 +336,28 @@ def load_teacher(teacher: Teacher) -> nn.Module:
             f"{patch[0]}",
             hint=f"Give {setting('input_size', nearest)}",
         )
-    if teacher.weights is not None:
+    if is_random(teacher.weights):
+        digest = digest_of_state(model.state_dict())
+        taken.require_same_random(str(teacher.weights), digest, teacher.digest, f"teacher {teacher.name}")
+    elif teacher.weights is not None:
         try:
             load_weights(model, WeightsFile(teacher.weights), teacher.weights_key, EARLIER)
         except UserError as error:
             raise UserError(f"teacher {teacher.name}: {error}") from None
     return model.eval().float().requires_grad_(False)
+
+
+def _network(teacher: Teacher) -> nn.Module:
+    """The network of a teacher, with untrained weights or those of timm's hub; a file's are still to be loaded."""
+    from precompute.taps import takes_image_size, untrained
+
+    arguments = dict(teacher.arguments)
+    if takes_image_size(teacher.model):
+        arguments.setdefault("img_size", teacher.input_size)
+    if is_random(teacher.weights):
+        create = functools.partial(_create, teacher.model, arguments, pretrained=False)
+        return untrained(create, str(teacher.weights))
+    return _create(teacher.model, arguments, pretrained=teacher.weights is None)
 
 
 def _create(model: str, arguments: dict[str, Any], *, pretrained: bool) -> nn.Module:
@@ -341,16 +369,26 @@ def _create(model: str, arguments: dict[str, Any], *, pretrained: bool) -> nn.Mo
     return create_timm_model(model, arguments, owner=f"teacher {model}", hint=hint, pretrained=pretrained)
 
 
-def anatomy(model: nn.Module) -> Anatomy:
-    """What a network is made of: a `cnn`, a `vit` or an `other`."""
-    from precompute.taps import attention_layers, cnn_stages, prefix_roles
+def anatomy(model: nn.Module, size: int) -> Anatomy:
+    """What a network is made of: a `cnn`, a `vit` or an `other`.
 
-    parameters = sum(p.numel() for p in model.parameters())
+    Args:
+        model: any network.
+        size: side of its input.
+    """
+    from precompute.taps import attention_layers, cnn_stages, stage_maps
+
+    parts = Anatomy(
+        parameters=sum(p.numel() for p in model.parameters()),
+        network="other",
+        layers=0,
+        stages=len(stage_maps(model, size)),
+    )
     with contextlib.suppress(UserError):
-        return Anatomy(parameters=parameters, network="cnn", layers=len(cnn_stages(model)))
-    try:
-        layers = attention_layers(model)
-    except UserError:
-        return Anatomy(parameters=parameters, network="other", layers=0)
-    heads, prefix = int(layers[0].num_heads), prefix_roles(model)  # type: ignore[arg-type]
-    return Anatomy(parameters=parameters, network="vit", layers=len(layers), heads=heads, prefix=prefix)
+        return parts.model_copy(update={"network": "cnn", "layers": len(cnn_stages(model))})
+    with contextlib.suppress(UserError):
+        found = attention_layers(model, size)
+        heads = found.layers[0].heads
+        more = {"network": "vit", "layers": len(found.layers), "heads": heads, "prefix": found.prefix}
+        return parts.model_copy(update=more)
+    return parts

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-# Keys of a checkpoint under which weights lie, the first one first: the order of timm.models.load_state_dict.
-ORDER = ("state_dict_ema", "model_ema", "state_dict", "model")
+# Keys of a checkpoint under which weights lie, the first one first: the order of timm.models.load_state_dict, and then
+# what self-distillation (DINO, iBOT) writes.
+ORDER = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher", "student")
 # The order of earlier versions, which teachers are recorded by that name no key.
 EARLIER = ("model", "state_dict")
 DEEPEST = 4  # levels of dictionaries that are looked through
@@ -56,20 +57,24 @@ def choose(content: Any, where: str, key: str | None = None, order: Sequence[str
     Args:
         content: what the file holds.
         where: the file, for errors.
-        key: of the weights, with dots between levels; None for the first of `order` at each level.
+        key: of the weights, with dots between levels; None for the first of `order` at each level. Of names with dots
+            it may also be the first parts: then only what has them is taken, without them.
         order: keys to look for.
 
     Raises:
         UserError: there is no dictionary of tensors, or none under this key; what the file holds is listed.
     """
     chosen, state = _first(content, order) if key is None else (key, _at(content, key))
+    if key is not None and state is None:  # the first parts of names in the dictionary that is taken without a key
+        first, inner = _first(content, ORDER)
+        chosen, state = ".".join(filter(None, [first, key])), _part(inner, key)
     known = _states(content)
     if not _is_state(state):
         problem = "expected a state dict of tensors" if key is None else "there is no state dict of tensors at this key"
         hint = f"Choose one of its dictionaries of tensors: {setting('weights_key', _word(known[0]))}" if known else ""
         at_setting = "" if key is None else setting("weights_key", key)
         raise UserError(f"{where}: {problem}; it holds {contents(content)}", setting=at_setting, hint=hint)
-    others = tuple(name for name in known if name != chosen)
+    others = tuple(name for name in known if name != chosen and not chosen.startswith(f"{name}."))
     return Choice(chosen, state, others, _first(content, EARLIER)[0] == chosen)
 
 
@@ -92,7 +97,27 @@ def _at(content: Any, key: str) -> Any:
     if key in content:
         return content[key]
     heads = [key[: dot.start()] for dot in re.finditer(r"\.", key)]
-    return next((_at(content[head], key[len(head) + 1 :]) for head in heads if head in content), None)
+    below = next((_at(content[head], key[len(head) + 1 :]) for head in heads if head in content), None)
+    return _part(content, key) if below is None else below
+
+
+def _part(content: Any, prefix: str) -> Mapping[str, Tensor] | None:
+    """What of a dictionary of tensors has names with these first parts, without them; None where nothing has."""
+    from timm.models import clean_state_dict
+
+    prefix = f"{prefix.rstrip('.')}."
+    for state in (content, clean_state_dict(content)) if _is_state(content) else ():
+        if found := {n.removeprefix(prefix): tensor for n, tensor in state.items() if n.startswith(prefix)}:
+            return found
+    return None
+
+
+def several_fit(prefixes: Sequence[str], where: str) -> UserError:
+    """The error where parts of a file, by the prefixes of their names, fit a network equally well."""
+    keys = [setting("weights_key", _word(prefix.rstrip("."))) for prefix in prefixes if prefix][:SHOWN]
+    names = " and ".join(repr(_word(prefix)) for prefix in prefixes[:SHOWN])
+    message = f"{where}: the network's names are there with the prefixes {names}, which fit equally well"
+    return UserError(message, hint=f"Choose one: {' or '.join(keys)}")
 
 
 def _is_state(content: Any) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,20 @@ from storage.unicode_names import all_normalized
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+
+def is_random(weights: str | None) -> bool:
+    """Whether weights are no file but the untrained ones of a seed: `random:SEED`."""
+    return (weights or "").startswith("random:")
+
+
+def random_seed(weights: str) -> int:
+    """The seed in `random:SEED`. Raises UserError where it is no whole number."""
+    text = weights.partition(":")[2]
+    if not re.fullmatch(r"\d{1,18}", text, re.ASCII):
+        message = "expected a whole number after random:, the seed of untrained weights"
+        raise UserError(message, setting=setting("weights", weights), hint=f"Give {setting('weights', 'random:0')}")
+    return int(text)
 
 
 class WeightsFile:

@@ -80,13 +80,28 @@ class TeacherIdentity(Identity):
 
 
 class Anatomy(Schema):
-    """What a network is made of; of a ViT also its heads and the roles of its prefix tokens."""
+    """What a network is made of.
+
+    Attributes:
+        parameters: their number.
+        network: `cnn`, with stages that AAL's readings know; `vit`, whose attention can be read; `onnx` or `other`.
+        layers: stages of a CNN, attention layers of a ViT; else 0.
+        heads: of a ViT, in each layer.
+        prefix: of a ViT, the role of each token before the patches.
+        stages: maps that timm's `forward_intermediates` gives; 0 also in what was recorded before they were read.
+    """
 
     parameters: Annotated[int, Field(ge=0)]
-    network: Text  # `cnn`, `vit`, `onnx` or `other`
+    network: Text
     layers: Count
     heads: Size = 1
     prefix: Several[Text] = ()
+    stages: Count = 0
+
+    def depth(self, tap: str, at: str) -> int:
+        """How many layers or stages a tap can be read of: `tokens` and maps `at` a stage of each of timm's stages."""
+        of_stages = tap == "tokens" or (tap == "activations" and at == "stage")
+        return self.stages or self.layers if of_stages else self.layers
 
 
 class TeacherManifest(Manifest, Anatomy):

@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from precompute.taps import attention_scores, class_scores
-from student.alignment.matching import Side, TokenMatching, pick
-from student.alignment.student_spec import StudentSpec, full
+from precompute.taps import Attention, full
+from storage.errors import UserError
+from student.alignment.matching import Side, TokenMatching
+from student.alignment.student_spec import StudentSpec
 from student.settings import AlignmentConfig, Average
 from student.targets.stored_target import Targets
 
@@ -23,8 +24,6 @@ EPSILON = 1e-12  # of sums that rows are divided by
 LEAST = {"f16": 2.0**-24, "log8": 2.0**-16, "u8": 2.0**-9}
 
 LEAST_RESIZED = 1e-6  # where bicubic resizing made zeros of what it had made negative
-
-LayerVectors = Sequence[Float[Tensor, "B H N d"]]  # q, k or v of all layers of a student
 
 _AXES = {"layers": 1, "heads": 2, "queries": -2}  # that rows are averaged over
 
@@ -52,6 +51,13 @@ class AttentionAligner(TokenMatching):
     ) -> None:
         super().__init__(loss, config, student, targets, which)
         self.average = average
+        if which == "class":
+            index = student.prefix.index("class")
+            self.student_class = slice(index, index + 1)
+        elif student.attention is not None and student.attention.layers[0].queries == 1:
+            raise UserError(
+                f"{loss}: in the student's layers the class token alone attends, so it has class rows alone"
+            )
         if average != "none":
             self.row = replace(self.row, rule=f"{self.row.rule}; the teacher's averaged over {average}")
         if average == "examples":
@@ -65,26 +71,24 @@ class AttentionAligner(TokenMatching):
         if self.resizes:
             self.least = LEAST_RESIZED
 
-    def student_rows(
-        self, q: LayerVectors, k: LayerVectors, scales: Sequence[float], v: LayerVectors | None = None
-    ) -> Float[Tensor, "B _L _H ... _N"]:
-        """The student's rows, or scores, with gradients, from q and k of all of its layers.
+    def student_rows(self, attention: Sequence[Attention], *, weigh: bool = False) -> Float[Tensor, "B _L _H ... _N"]:
+        """The student's rows, or scores, with gradients.
 
-        With v of all layers, class rows are weighted by the norms of the values that they attend to.
+        Args:
+            attention: of all of its layers (`StudentTaps.attention`).
+            weigh: whether class rows are weighted by the norms of the values that they attend to.
         """
         if self.rule == "log":
-            return self.student_logs(q, k, scales, v).exp()
-        layers = self._student_scores(q, k, scales, v)
+            return self.student_logs(attention, weigh=weigh).exp()
+        layers = self._student_scores(attention, weigh)
         return torch.cat([part if self.which == "scores" else self._merge(part.softmax(-1)) for part in layers], 1)
 
-    def student_logs(
-        self, q: LayerVectors, k: LayerVectors, scales: Sequence[float], v: LayerVectors | None = None
-    ) -> Float[Tensor, "B _L _H ... _N"]:
+    def student_logs(self, attention: Sequence[Attention], *, weigh: bool = False) -> Float[Tensor, "B _L _H ... _N"]:
         """The logarithms of `student_rows`, from the scores: finite, and with gradients, however small a row's entry.
 
         Losses take logarithms from here: `student_rows().log()` has no gradient below a floor.
         """
-        layers = self._student_scores(q, k, scales, v)  # one by one: a layer's tensors may stay in the cache
+        layers = self._student_scores(attention, weigh)  # one by one: a layer's tensors may stay in the cache
         return torch.cat([self._merge_logs(part.log_softmax(-1)) for part in layers], 1)
 
     def _merge_logs(self, logs: Tensor) -> Tensor:
@@ -102,20 +106,19 @@ class AttentionAligner(TokenMatching):
                 return logs.amin(2, keepdim=True).log_softmax(-1)
         return log_mean(logs, self.config.head_temperature)
 
-    def _student_scores(
-        self, q: LayerVectors, k: LayerVectors, scales: Sequence[float], v: LayerVectors | None
-    ) -> Iterator[Float[Tensor, "B 1 _H ..."]]:
+    def _student_scores(self, attention: Sequence[Attention], weigh: bool) -> Iterator[Float[Tensor, "B 1 _H ..."]]:
         """Layer by layer, the scores whose softmax the student's rows are: before heads are merged."""
         for n, heads in self.student_heads():
-            queries, keys, scale = pick(q[n - 1], heads), full(pick(k[n - 1], heads)), scales[n - 1]
+            layer = attention[n - 1]
+            layer = layer if heads is None else layer.of_heads(heads)
             if self.which == "class":
-                index = self.student.prefix.index("class")
-                scores = class_scores(full(queries[:, :, index : index + 1]), keys, scale)  # converts this query alone
-                if v is not None:  # weighting a row by factors adds their logarithms to its scores
-                    norms = full(pick(v[n - 1], heads)).norm(dim=-1)
+                scores = layer.scores(self.student_class)[:, :, 0]
+                if weigh:  # weighting a row by factors adds their logarithms to its scores
+                    assert layer.v is not None
+                    norms = full(layer.v).norm(dim=-1)
                     scores = scores + norms.clamp_min(torch.finfo(norms.dtype).tiny).log()
             else:
-                scores = attention_scores(full(queries), keys, scale)
+                scores = layer.scores()
             yield self._keep(scores[:, None], "student", rescale=False)
 
     def teacher_rows(

@@ -65,8 +65,8 @@ class TokenMatching(nn.Module):
         if side * side != patches:
             raise UserError(f"{loss}: target {first.id}: {patches} patches make no square grid")
         # tokens without layers are those after the final norm
-        self.stored = [*(first.target.identity.layers or [teacher.layers])]
-        self.pairs = self._layers(teacher.layers)
+        self.stored = [*(first.target.identity.layers or [targets[0].depth])]
+        self.pairs = self._layers(targets[0].depth)
         teacher_heads = int(shape[1]) if "head" in axes else 0
         self.rule = config.heads
         if config.heads == "auto":

@@ -6,10 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from precompute.taps import attention_layers, check_attention, layer_grids, prefix_roles, token_blocks
+from precompute.taps import (
+    AttentionLayers,
+    attention_layers,
+    check_attention,
+    image_size,
+    prefix_roles,
+    token_blocks,
+)
 from storage.errors import UserError
 
 
@@ -28,6 +34,7 @@ class StudentSpec:
         names: of the classes, in order; None where they are not known.
         width: of each token.
         each: (heads, grid) of each layer of a network that pools its patches; empty where all layers are alike.
+        attention: the layers whose attention is read; None where no loss reads it.
     """
 
     layers: int
@@ -38,6 +45,7 @@ class StudentSpec:
     names: tuple[str, ...] | None = None
     width: int = 0
     each: tuple[tuple[int, int], ...] = ()
+    attention: AttentionLayers | None = None
 
     @property
     def by_layer(self) -> tuple[tuple[int, int], ...]:
@@ -56,16 +64,14 @@ def student_spec(
     *,
     tokens: bool = True,
     attention: bool = True,
-    values: bool = False,
 ) -> StudentSpec:
     """The shape of a student.
 
     Args:
-        model: a plain ViT or PiT; any network where no tokens are read.
+        model: any network whose attention can be read, or whose blocks give all tokens; any where no tokens are read.
         names: of its classes.
         tokens: whether some loss reads its tokens, or its attention.
-        attention: whether some loss reads its attention.
-        values: whether some loss reads its values, too.
+        attention: whether some loss reads its attention, or its values.
 
     Raises:
         UserError: attention cannot be read, or what is read is not what the student attends with (contract 12).
@@ -73,35 +79,30 @@ def student_spec(
     classes, class_names = int(getattr(model, "num_classes", 0)), tuple(names) if names else None
     if not tokens:
         return StudentSpec(0, 0, 0, (), classes, class_names)
-    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    prefix = prefix_roles(model)
+    size, width = image_size(model), int(model.num_features)  # type: ignore[arg-type]
+    ramp = torch.linspace(-1, 1, 2 * 3 * size**2).sin().view(2, 3, size, size).to(next(model.parameters()).device)
+    training = model.training
     try:
-        layers = attention_layers(model, pooled=True)
+        found: AttentionLayers | None = attention_layers(model, size, pooled=True)
     except UserError:
         if attention:
             raise
-        layers = []
-    blocks = layers or token_blocks(model)
-    if grid is None or grid[0] != grid[1]:
-        raise UserError(f"{type(model).__name__}: its patches make no square grid")
-    side, width = int(grid[0]), int(model.num_features)  # type: ignore[arg-type]
-    if size is not None and (attention or not layers):
-        training = model.training
-        ramp = torch.linspace(-1, 1, 2 * 3 * size[0] * size[1]).sin().view(2, 3, *size)
-        ramp = ramp.to(next(model.parameters()).device)
-        if attention:
-            check_attention(model.eval(), ramp, values=values)
-        else:
-            _require_tokens(model.eval(), blocks, ramp, (len(prefix) + side**2, width))
+        found = None
+    if found is None:
+        prefix, grid = prefix_roles(model), getattr(getattr(model, "patch_embed", None), "grid_size", None)
+        blocks = token_blocks(model)
+        if grid is None or grid[0] != grid[1]:
+            raise UserError(f"{type(model).__name__}: its patches make no square grid")
+        _require_tokens(model.eval(), blocks, ramp, (len(prefix) + grid[0] ** 2, width))
         model.train(training)
-    if not layers:
-        return StudentSpec(len(blocks), 0, side, prefix, classes, class_names, width)
-    sides = layer_grids(model, side)
-    each = tuple((int(layer.num_heads), side) for layer, side in zip(layers, sides, strict=True))  # type: ignore[arg-type]
+        return StudentSpec(len(blocks), 0, int(grid[0]), prefix, classes, class_names, width)
+    if attention:
+        check_attention(model.eval(), ramp, found)
+        model.train(training)
+    each = tuple((layer.heads, side) for layer, side in zip(found.layers, found.grids, strict=True))
     heads, side = max(each, key=each.count)
     each = each if len(set(each)) > 1 else ()
-    return StudentSpec(len(layers), heads, side, prefix, classes, class_names, width, each)
+    return StudentSpec(len(found.layers), heads, side, found.prefix, classes, class_names, width, each, found)
 
 
 def _require_tokens(model: nn.Module, blocks: Sequence[nn.Module], images: Tensor, expected: tuple[int, int]) -> None:
@@ -122,8 +123,3 @@ def _require_tokens(model: nn.Module, blocks: Sequence[nn.Module], images: Tenso
             f"{type(model).__name__}: a block of it gives {list(wrong[0])} for an image, where a plain ViT gives all "
             f"{expected[0]} tokens of width {expected[1]}"
         )
-
-
-def full(values: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
-    """Values in f32 or more: a student gives less under autocast, and losses are computed in f32."""
-    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values

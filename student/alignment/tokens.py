@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from precompute.taps import full
 from storage.errors import UserError, setting
 from student.alignment.matching import MERGED, TokenMatching, pick
-from student.alignment.student_spec import StudentSpec, full
+from student.alignment.student_spec import StudentSpec
 from student.settings import AlignmentConfig
 from student.targets.stored_target import Targets
 

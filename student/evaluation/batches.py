@@ -1,4 +1,4 @@
-"""Batches of validation images: every image exactly once, on any number of ranks."""
+"""Batches of validation images, or of what a store keeps of them: every image exactly once, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,17 @@ from student.data.shuffle import Segment
 from student.data.source import Source
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from torch import Tensor
 
     from storage.views.policy import Policy
     from student.targets.evaluation_views import EvaluationTargets
+
+    # What a network says of some samples, f32 `[B, …]`, with their labels, int64 `[B]`.
+    Answers = Iterable[tuple[Tensor, Tensor]]
+
+STORED = 4096  # samples whose stored values are read together
 
 
 def evaluation_batches(
@@ -73,6 +80,33 @@ def evaluation_batches(
                 targets = {id: {n: torch.from_numpy(a) for n, a in named.items()} for id, named in encoded.items()}
                 yield Batch(**tensors, targets=targets, codecs=dict(reader.source.targets))
                 parts = []
+
+
+def stored_answers(
+    stored: EvaluationTargets, target: str, shards: Sequence[Shard], chosen: Sequence[np.ndarray] | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What a store keeps of every sample of shards once, in order, with labels: no image is read.
+
+    Args:
+        stored: with the target.
+        target: its id.
+        shards: labeled ones.
+        chosen: sorted indices of the samples of each shard that are read; None for all.
+
+    Raises:
+        UserError: a missing label.
+        DamageError: an object of the store is missing or damaged.
+        IdentityError: the views have changed since the target was made.
+    """
+    for position, shard in enumerate(shards):
+        require_labels(shard)
+        reader, labels = BlockReader(stored.source(shard)), np.array(shard.index.labels, np.int64)
+        samples = np.arange(len(shard)) if chosen is None else chosen[position]
+        for part in np.split(samples, range(STORED, len(samples), STORED)):
+            if len(part):
+                arrays = reader.targets(Segment(shard=0, block=0, samples=part), 0)[target]
+                values: np.ndarray = stored.codecs[target].decode(arrays)
+                yield torch.from_numpy(values), torch.from_numpy(labels[part])
 
 
 def require_known_labels(batch: Batch, num_classes: int, shards: Sequence[Shard], name: str) -> None:

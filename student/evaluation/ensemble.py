@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from storage.errors import IdentityError, UserError
 from storage.shards.classes import classes_of, require_classes
+from storage.shards.shard import require_labels
 from student.attention_copy.inference import attached_to, inject_attention
 from student.evaluation.batches import evaluation_batches, require_known_labels
 from student.evaluation.class_metrics import label_ranks
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from storage.shards.shard import Shard
+    from student.evaluation.batches import Answers
     from student.models.files import StudentDescription
 
 
@@ -80,7 +82,7 @@ def ensemble_predictions(
     if listed is None:
         _require_same_classes(members)
     names = tuple(listed or members[0].about.classes or ()) or None
-    columns = [_columns(member, names, urls) for member in members]
+    columns = [_columns(member.about.classes, names, urls) for member in members]
     labels: list[Tensor] = []
     ranks: list[Tensor] = []
     feeds = [(member.about.evaluation_policy, attached_to(member.model)) for member in members]
@@ -117,9 +119,43 @@ def _require_same_classes(members: Sequence[Classifier]) -> None:
             raise IdentityError(member.name, "classes", _few(first), _few(own), do)
 
 
-def _columns(member: Classifier, names: tuple[str, ...] | None, urls: Sequence[str]) -> Tensor | None:
-    """Which of a member's outputs are the classes with these names, in their order; None for all as they are."""
-    own = member.about.classes
+def predictions_of(
+    answers: Answers,
+    shards: Sequence[Shard],
+    classes: tuple[str, ...] | None,
+    *,
+    advance: Callable[[int], None] = lambda _samples: None,
+) -> Predictions:
+    """What one network, or a store, says of a set; classes are chosen as in `ensemble_predictions`.
+
+    Args:
+        answers: logits `[B, K]` with labels, of each sample of the shards once.
+        shards: labeled shards.
+        classes: names of the K classes; None where they are not known, and the labels are their numbers.
+        advance: called with the number of samples done.
+
+    Raises:
+        UserError: a label that there is no class for.
+        IdentityError: the set has a class that is not among these.
+    """
+    urls = [shard.url for shard in shards]
+    names = tuple(classes_of(urls) or classes or ()) or None
+    chosen, num_classes = _columns(classes, names, urls), 0
+    labels, ranks = [], []
+    for logits, known in answers:
+        scores = logits.float() if chosen is None else logits.float()[:, chosen.to(logits.device)]
+        if not num_classes:
+            num_classes = scores.shape[1]
+            for shard in shards:
+                require_labels(shard, num_classes)
+        labels.append(known.cpu())
+        ranks.append(label_ranks(scores, known.to(scores.device)).cpu())
+        advance(len(known))
+    return Predictions(labels=torch.cat(labels), ranks=torch.cat(ranks)[None], names=names, num_classes=num_classes)
+
+
+def _columns(own: tuple[str, ...] | None, names: tuple[str, ...] | None, urls: Sequence[str]) -> Tensor | None:
+    """Which of a classifier's outputs are the classes with these names, in their order; None for all as they are."""
     if own is None or names is None or names == own:
         return None
     if not {*names} <= {*own}:

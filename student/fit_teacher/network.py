@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from precompute.taps import Tap, TappedTeacher, create_timm_model, takes_image_size
+from precompute.taps import Tap, TappedTeacher, create_timm_model, takes_image_size, untrained
 from storage.errors import IdentityError, UserError, call, setting
 from storage.objects.checkpoint_file import EARLIER
 from storage.objects.state_dict import HUB, ONNX_FILE, digest_of_state, load_weights
-from storage.objects.weights_file import WeightsFile
+from storage.objects.weights_file import WeightsFile, is_random
 from student.data.block_reader import BlockReader
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ def network_of(recorded: TeacherManifest, weights: str | None, classes: int) -> 
         from_timm = create_timm_model(name, recorded.identity.arguments, owner=owner, pretrained=True)
         _same_weights(f"{name} from timm's hub", recorded, digest_of_state(from_timm.state_dict()))
         own = create_timm_model(name, arguments, owner=owner, pretrained=True)
+    elif is_random(path):
+        own = untrained(functools.partial(create_timm_model, name, arguments, owner=owner), path)
+        _same_weights(setting("weights", path), recorded, digest_of_state(own.state_dict()))
     else:
         if weights is None and not Path(path).expanduser().is_file():
             hint = f"Give them: {setting('weights', 'F')}"

@@ -14,9 +14,9 @@ from jaxtyping import Float
 from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
-from precompute.taps import class_scores, resize_matrix
+from precompute.taps import Attention, resize_matrix
 from student.alignment.rules import align_activations
-from student.alignment.student_spec import StudentSpec, full
+from student.alignment.student_spec import StudentSpec
 from student.losses.base import Loss, LossInputs
 from student.losses.parts import aal_links
 from student.settings import AllLinks, Schedule, TeacherLossConfig, Weight, _linked
@@ -30,9 +30,7 @@ Distance = Literal["mse", "norm", "sq"]
 
 
 def class_maps(
-    q: Sequence[Float[Tensor, "B _H _N _d"]],
-    k: Sequence[Float[Tensor, "B _H _N _d"]],
-    scales: Sequence[float],
+    attention: Sequence[Attention],
     prefix: int,
     reading: Map,
     *,
@@ -44,9 +42,7 @@ def class_maps(
     without 1/√d. `full`: softmax over all keys, then the prefix columns are dropped.
 
     Args:
-        q: queries of each layer; lower precision than f32 is converted where it is used.
-        k: keys of each layer.
-        scales: 1/√d of each layer.
+        attention: of each layer; lower precision than f32 is converted where it is used.
         prefix: how many of the N tokens come before the patches.
         reading: of Eq. 3.
         resize: for each layer the matrix that brings its maps to the common grid, or None where they
@@ -56,8 +52,8 @@ def class_maps(
         M maps of all layers and heads, P patches.
     """
     rows = []
-    for queries, keys, scale, matrix in zip(q, k, scales, resize or [None] * len(q), strict=True):
-        scores = class_scores(full(queries[:, :, :1]), full(keys), 1.0 if reading == "printed" else scale)
+    for layer, matrix in zip(attention, resize or [None] * len(attention), strict=True):
+        scores = layer.scores(slice(0, 1), scale=1.0 if reading == "printed" else None)[:, :, 0]
         # Scores are cut, not keys: cutting keys would give each layer a gradient of its own size to fill.
         maps = scores.softmax(-1)[:, :, prefix:] if reading == "full" else scores[:, :, prefix:].softmax(-1)
         rows.append(maps if matrix is None else maps @ matrix.T)
@@ -150,7 +146,7 @@ class AALLoss(Loss[AALConfig]):
         target, grid = stored.target, config.grid or student.grid
         stages, channels = (tuple(getattr(stage, name) for stage in target.stages) for name in ("stage", "channels"))
         layout = aal_links.Layout(stages, channels, tuple(heads for heads, _ in student.by_layer))
-        stage_count = len(target.identity.tensors) or stored.teacher.layers
+        stage_count = len(target.identity.tensors) or stored.depth
         kept = aal_links.kept(name, config.links, layout, stage_count)
         self.row = align_activations(name, stored, student, grid, kept.words)
         self.metadata = {**asdict(layout), "target": stored.id, "grid": grid}
@@ -172,6 +168,6 @@ class AALLoss(Loss[AALConfig]):
     def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
         """The loss of one step."""
         taps, resize = inputs.student_taps, [self.get_buffer(f"resize_{side}") if side else None for side in self.sides]
-        maps = class_maps(taps.q, taps.k, taps.scales, self.prefix, self.config.map, resize=resize)
+        maps = class_maps(taps.attention, self.prefix, self.config.map, resize=resize)
         loss: Tensor = self.aal(maps, inputs.targets[0])
         return loss

@@ -119,7 +119,7 @@ class ADViTLoss(Loss[ADViTConfig]):
         config, prefix, taps = self.config, self.rows.prefix, inputs.student_taps
         student_logs = config.kl_input == "log-prob"
         teacher_logs = student_logs and config.distance == "kl"  # in the cross-entropy the teacher is not under ψ
-        student = (self.rows.student_logs if student_logs else self.rows.student_rows)(taps.q, taps.k, taps.scales)
+        student = (self.rows.student_logs if student_logs else self.rows.student_rows)(taps.attention)
         teacher = (self.rows.teacher_logs if teacher_logs else self.rows.teacher_rows)(inputs.targets)
         if config.renorm:
             # Logarithms stay: a factor on a row adds a constant to them, which ψ does not see.

@@ -82,10 +82,8 @@ class AttentionGuidanceLoss(Loss[AttentionGuidanceConfig]):
 
     def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
         """The loss of one step."""
-        taps, targets, student_values, teacher_values = inputs.student_taps, inputs.targets, None, None
-        if self.config.value_norm:
-            targets, student_values, teacher_values = targets[:-1], taps.v, targets[-1]
-        teacher = self.rows.teacher_rows(targets, teacher_values)
+        attention, targets, weigh = inputs.student_taps.attention, inputs.targets, self.config.value_norm
+        teacher = self.rows.teacher_rows(targets[:-1], targets[-1]) if weigh else self.rows.teacher_rows(targets)
         if self.config.distance == "kl":
-            return divergence(self.rows.student_logs(taps.q, taps.k, taps.scales, student_values), teacher)
-        return squares(self.rows.student_rows(taps.q, taps.k, taps.scales, student_values), teacher)
+            return divergence(self.rows.student_logs(attention, weigh=weigh), teacher)
+        return squares(self.rows.student_rows(attention, weigh=weigh), teacher)

@@ -103,7 +103,7 @@ class AttentionTransferLoss(Loss[AttentionTransferConfig]):
         """The loss of one step."""
         taps, tensors = inputs.student_taps, self.config.tensors
         if tensors == "map":
-            student_logs = self.rows.student_logs(taps.q, taps.k, taps.scales)
+            student_logs = self.rows.student_logs(taps.attention)
             return distillation(student_logs, self.rows.teacher_rows(inputs.targets), self.config.reduce_heads)
         parts = [
             squares(self.vectors.student_vectors(getattr(taps, tap)), self.vectors.teacher_vectors(target))

@@ -110,7 +110,7 @@ class HeadSpecificLoss(Loss[HeadSpecificConfig]):
         """The loss of one step; logs how much of it is kept where samples are weighted."""
         config, taps, targets = self.config, inputs.student_taps, inputs.targets
         student_rows = self.rows.student_logs if config.distance in ("ce", "kl") else self.rows.student_rows
-        student = student_rows(taps.q, taps.k, taps.scales)
+        student = student_rows(taps.attention)
         attention = targets[:-1] if config.adaptive == "teacher-correct" else targets
         by_sample = difference(student, self.rows.teacher_rows(attention), config.distance)
         if config.adaptive == "none":

@@ -14,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from precompute.taps import full
 from storage.errors import UserError, call, setting
-from student.alignment.student_spec import StudentSpec, full
+from student.alignment.student_spec import StudentSpec
 from student.alignment.tokens import TokenAligner
 from student.losses.base import Loss, LossInputs
 from student.losses.parts.projector import EMBEDDINGS, ClassToken, words

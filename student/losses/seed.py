@@ -13,7 +13,8 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from student.alignment.student_spec import StudentSpec, full
+from precompute.taps import full
+from student.alignment.student_spec import StudentSpec
 from student.losses.base import Loss, LossInputs
 from student.losses.parts.projector import EMBEDDINGS, ClassToken
 from student.losses.parts.queue import Queue, unit

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, Strict, model_validator
 from torch import Tensor, nn
 
-from precompute.taps import attention_layers
+from precompute.taps import AttentionLayers, AttentionTaps, attention_layers, image_size, run_blank, token_blocks
 from storage.errors import UserError, call
 from storage.objects.record_schema import Count, Id, Schema, Several, Sha256, Size
 from student.settings import AttentionCopyConfig
@@ -75,7 +75,7 @@ class AttentionCopyHooks:
 
     def attach(self, model: nn.Module) -> None:
         """Put the hooks on a plain ViT; whole maps go in where probabilities are, so these layers are unfused."""
-        layers = attention_layers(model)
+        layers = _copying_layers(model, self.parts)
         for at, n in enumerate(self.layers):
             layer: Any = layers[n - 1]
             if "map" in self.parts:
@@ -119,6 +119,45 @@ class AttentionCopyHooks:
         width = own.shape[-1] // 3
         values = own[..., 2 * width :].reshape(*own.shape[:2], heads, width // heads).transpose(1, 2)
         return torch.cat([own[..., : 2 * width], self._of("v", at, values).transpose(1, 2).flatten(2)], -1)
+
+
+def _copying_layers(model: nn.Module, parts: Sequence[str]) -> list[Any]:
+    """The attention modules of a plain ViT, in which attention can be replaced.
+
+    Raises:
+        UserError: a network of another kind, or one that changes q and k once more before they meet, by rotation.
+    """
+    kind, size = type(model).__name__, image_size(model)
+    found = attention_layers(model, size, pooled=True)
+    layers = [getattr(block, "attn", None) for block in token_blocks(model)]
+    needed = ["attn_drop"] * ("map" in parts) + ["q_norm", "k_norm"] * ("q" in parts) + ["qkv"] * ("v" in parts)
+    missing = {part for layer in layers for part in needed if not isinstance(getattr(layer, part, None), nn.Module)}
+    if missing or len(layers) != len(found.layers):
+        what = f" (no {', '.join(sorted(missing))})" if missing else ""
+        raise UserError(f"{kind}: attention cannot be copied into its layers{what}; only a plain ViT's can be replaced")
+    if {"q", "k"} & {*parts}:
+        _require_last_norms(model, size, found, layers)
+    return layers
+
+
+def _require_last_norms(model: nn.Module, size: int, found: AttentionLayers, layers: Sequence[Any]) -> None:
+    """Require that the kernel gets what the norms of q and k give, and nothing is added to their product."""
+    normed: dict[int, Tensor] = {}
+    handles = [
+        layer.q_norm.register_forward_hook(lambda _module, _args, output, n=n: normed.__setitem__(n, output))
+        for n, layer in enumerate(layers)
+    ]
+    taps = AttentionTaps(found.layers)
+    with taps:
+        run_blank(model, size)
+    for handle in handles:
+        handle.remove()
+    for n, (layer, attention) in enumerate(zip(found.layers, taps.attention, strict=True)):
+        if layer.biased or attention.q is not normed[n]:
+            raise UserError(
+                f"{type(model).__name__}: layer {layer.number} changes q and k after their norms, or their product, by "
+                "rotation or relative positions, so a teacher's cannot take their place; maps can"
+            )
 
 
 def attention_copy_hooks(model: nn.Module) -> AttentionCopyHooks | None:

@@ -12,7 +12,8 @@ import timm
 
 from precompute.taps import create_timm_model
 from storage.errors import UserError, setting
-from storage.objects.state_dict import as_f32, mismatches, rename_to_fit
+from storage.objects.rename import mismatches, rename_to_fit
+from storage.objects.state_dict import as_f32
 from student.models.attention_copy_hooks import COPIED
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def begin_from(
     known = file.classes if file else None
     if settings.shifted_patches:  # timm would bring a convolution's weights into the shape of the one that is not there
         state.pop("patch_embed.proj.weight", None)
-    state = rename_to_fit(model, state, where)
+    state = rename_to_fit(model, state, where, say)
     own = model.state_dict()
     names = matching(settings.init, own, "student.init")
     other_classes = bool(known and classes and tuple(classes) != known)

@@ -23,6 +23,11 @@ class StoredTarget:
         """Target id."""
         return self.target.id
 
+    @property
+    def depth(self) -> int:
+        """How many layers or stages the teacher has of the target's tap."""
+        return self.teacher.depth(self.target.identity.tap, self.target.identity.at)
+
 
 Targets = Sequence[StoredTarget]  # those that are read together, in the order of their taps
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from precompute.taps import full
 from storage.errors import UserError, setting
-from student.alignment.student_spec import StudentSpec, full, student_spec
+from student.alignment.student_spec import StudentSpec, student_spec
 from student.alignment.student_taps import ELSEWHERE, StudentTap, StudentTaps
 from student.attention_copy.copier import AttentionCopier
 from student.losses.base import Loss, LossInputs
@@ -52,7 +53,7 @@ def _student_spec(recipe: Recipe, model: nn.Module, class_names: Sequence[str] |
         taps |= AttentionCopier.student_taps(attention_copy)
     attention = bool(taps & {"attention", "values"})
     try:
-        spec = student_spec(model, class_names, tokens=bool(taps), attention=attention, values="values" in taps)
+        spec = student_spec(model, class_names, tokens=bool(taps), attention=attention)
     except UserError as error:
         raise UserError(f"{_refused(recipe, attention)}: {error.message}", hint=_PLAIN) from None
     pooling = [name for name, loss in LOSSES.items() if loss.supports_pooling]
@@ -162,7 +163,7 @@ class Distiller(nn.Module):
             self.rows.insert(0, self.copier.row)
         self.targets = targets
         self.target_ids = {name: tuple(stored.id for stored in its_targets) for name, its_targets in targets.items()}
-        self.student_taps = StudentTaps(model, student_taps_of(recipe) - ELSEWHERE)
+        self.student_taps = StudentTaps(model, student_taps_of(recipe) - ELSEWHERE, spec.attention)
         if hasattr(model, "set_distilled_training"):
             model.set_distilled_training(True)  # type: ignore[operator]  # both heads' logits, while it trains
         self.mean, self.std = tuple(mean), tuple(std)
@@ -177,6 +178,7 @@ class Distiller(nn.Module):
         decoded = {id: self._target(batch, id) for ids in self.target_ids.values() for id in ids}
         with (
             self._attention_copy(decoded),
+            self.student_taps,
             torch.autocast(pixels.device.type, self.precision, enabled=self.precision is not None),
         ):
             output = self.student(pixels)

@@ -251,7 +251,7 @@ PREPARING = [
     Mistake(
         "attention of a CNN",
         "precompute @CNN --target attention --shards shard-000000.tar --store new/S",
-        ("is a cnn, attention needs a vit", "pipeline teachers NAME"),
+        ("has no attention over all tokens of an image", "pipeline teachers NAME"),
     ),
     Mistake(
         "a store that is a folder of photos",

@@ -149,7 +149,7 @@ def test_sizes_that_a_file_has_itself_are_not_asked_for(here: Path, run: Any) ->
     for words in (["--grid", 14], ["--input-size", 64]):
         status, _, err = run("teachers", "vit.onnx", *words)
         assert status == 2
-        assert f"{words[0]} is for one teacher that is a network of timm: a model.onnx has its own sizes" in err
+        assert f"{words[0]} is for teachers that are networks of timm: a model.onnx has its own sizes" in err
         assert run("teachers", *words)[0] == 2
 
 

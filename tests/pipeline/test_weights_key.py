@@ -6,12 +6,14 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pipeline.cli import main
 from storage.store.store import Store
 from storage.testing import TINY_VIT, synthetic_shards
+from student.fit_teacher.network import network_of
 from tests.conftest import write_teacher
 
 if TYPE_CHECKING:
@@ -67,3 +69,33 @@ def test_a_key_in_a_project_file_or_a_flag_chooses_the_weights(tmp_path: Path, r
     status, said, _ = run("precompute", "--project", project, "--teacher", "timms", "--weights-key", "state_dict")
     assert status == 1
     assert "weights key" in said["error"]
+
+
+def test_untrained_weights_in_a_project_file_are_verified_against_the_network(tmp_path: Path, run: Any) -> None:
+    synthetic_shards(tmp_path, shards=1, samples=12, stem="train")
+    torch.manual_seed(3)
+    file = str(tmp_path / "w.safetensors")
+    save_file(timm.create_model(TINY_VIT[0], **ARGUMENTS).state_dict(), file)
+    common = {"teacher": TINY_VIT[0], "args": ARGUMENTS, "targets": "logits", **HALF}
+    content = {
+        "shards": "train-000000.tar",
+        "store": "S",
+        "views": {"policy": "light", "size": 32, "count": 1},
+        "teachers": {"untrained": {**common, "weights": "random:3"}, "file": {**common, "weights": file}},
+    }
+    project = tmp_path / "p.yaml"
+    project.write_text(json.dumps(content))
+    status, made, err = run("precompute", "--project", project)
+    assert status == 0, err
+    assert f"untrained weights of {TINY_VIT[0]}, seed 3" in err
+    store = Store.open(tmp_path / "S")
+    assert store.teachers()["untrained"].weights == "random:3"
+    logits = {name: store.array(made["teachers"][name]["targets"][0]).compute() for name in content["teachers"]}
+    assert (logits["untrained"] == logits["file"]).all()
+    status, report, err = run("verify", "--project", project)
+    assert status == 0, err
+    assert report["compared_with"]["untrained"] == "PyTorch teacher (random:3)"
+    network = network_of(store.teachers()["untrained"], None, 5)
+    own = network.state_dict()
+    assert own["head.weight"].shape[0] == 5
+    assert all(torch.equal(own[name], tensor) for name, tensor in load_file(file).items() if "head" not in name)

@@ -12,8 +12,9 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from precompute.export.onnx_file import export_ready
-from precompute.taps import Tap, attention_layers, cnn_stages
+from precompute.taps import Tap, cnn_stages
 from precompute.teachers import teacher as teachers
+from tests.precompute.networks import attention_modules
 from tests.typed import present
 
 if TYPE_CHECKING:
@@ -33,8 +34,7 @@ class _Named(nn.Module):
         self.kept: dict[int, Tensor] = {}
         for n, (_, norm) in enumerate(cnn_stages(model) if kind == "cnn" else ()):
             norm.register_forward_hook(lambda m, args, output, n=n: self.kept.__setitem__(n, output.clone()))
-        layers: list[Any] = attention_layers(model) if kind == "vit" else []
-        for layer in layers:
+        for layer in attention_modules(model):
             layer.fused_attn = False
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:

@@ -11,8 +11,6 @@ import timm
 import torch
 from torch import nn
 
-from precompute.taps import attention_layers
-
 SMALL: dict[str, Any] = {"img_size": 32, "depth": 3, "embed_dim": 48, "num_heads": 3, "num_classes": 5}
 HALF = (0.5, 0.5, 0.5)
 
@@ -28,11 +26,15 @@ def small_vit(**changes: Any) -> Any:
 
 
 def sharpened(model: Any) -> Any:
+    generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        if model.cls_token is not None:
-            model.cls_token.normal_()
-        for block in model.blocks:
-            block.attn.qkv.weight.mul_(4)
+        for name, parameter in model.named_parameters():
+            if name.endswith(("cls_token", "relative_position_bias_table")):
+                parameter.normal_(generator=generator)
+            elif name.endswith(("rel_pos_h", "rel_pos_w")):  # multiplied with queries
+                parameter.normal_(0, 0.05, generator=generator)
+            elif name.endswith(("qkv.weight", "q_proj.weight", "k_proj.weight", ".q.weight", ".k.weight")):
+                parameter.mul_(4)
     return model
 
 
@@ -49,16 +51,24 @@ def with_hooks(model: torch.nn.Module) -> list[str]:
     return [name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]  # noqa: SLF001
 
 
+def attention_modules(model: nn.Module) -> list[Any]:
+    """Modules of timm's attention layers, by their names: `attn`, with a dropout of their rows."""
+    return [module for module in model.modules() if hasattr(module, "attn_drop") and hasattr(module, "num_heads")]
+
+
 def seen_attention(model: nn.Module, batch: torch.Tensor) -> list[torch.Tensor]:
-    """The attention matrices `[B, H, N, N]` that go into the dropout of each layer's unfused kernel."""
+    """The rows `[B, H, Q, N]` that go into the dropout of each layer's unfused kernel, read by hooks."""
     seen: list[torch.Tensor] = []
-    handles = []
-    layers: list[Any] = attention_layers(model)
+    layers = attention_modules(model)
+    fused = [getattr(layer, "fused_attn", None) for layer in layers]
+    handles = [
+        layer.attn_drop.register_forward_pre_hook(lambda _module, args: seen.append(args[0])) for layer in layers
+    ]
     for layer in layers:
         layer.fused_attn = False
-        handles.append(layer.attn_drop.register_forward_pre_hook(lambda module, args: seen.append(args[0])))
     with torch.no_grad():
         model(batch)
-    for handle in handles:
+    for layer, handle, was in zip(layers, handles, fused, strict=True):
+        layer.fused_attn = was
         handle.remove()
     return seen

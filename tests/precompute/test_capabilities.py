@@ -23,20 +23,29 @@ if TYPE_CHECKING:
 
 # timm name -> taps that are known to be refused; the rest is offered.
 ATTENDS = ("q", "k", "v", "class_row", "attention")
-NETWORKS = {
-    "test_vit": {"activations"},
-    "deit_tiny_distilled_patch16_224": {"activations"},
-    "vit_wee_patch16_reg1_gap_256": {"activations", "class_row", "class_token"},
-    "vit_base_patch16_siglip_224": {"activations", "class_row", "class_token", "logits"},  # pools by attention
-    "vit_small_patch16_dinov3": {"activations", *ATTENDS, "logits"},  # rotary embeddings
-    "eva02_tiny_patch14_224": {"activations", *ATTENDS, "logits"},
-    "test_vit_relpos": {"activations", *ATTENDS, "class_token"},
-    "beit_base_patch16_224": {"activations", *ATTENDS, "tokens", "class_token"},
-    "pit_ti_224": {"activations", *ATTENDS, "tokens", "class_token"},
-    "test_resnet": {*ATTENDS, "tokens", "class_token"},
-    "test_convnext": {"activations", *ATTENDS, "tokens", "class_token"},  # its stages end in layer norms
+OF_TOKENS = (*ATTENDS, "tokens", "class_token")
+NETWORKS: dict[str, set[str]] = {
+    "test_vit": set(),
+    "deit_tiny_distilled_patch16_224": set(),
+    "vit_wee_patch16_reg1_gap_256": {"class_row", "class_token"},
+    "vit_base_patch16_siglip_224": {"class_row", "class_token", "logits"},  # pools by attention
+    "vit_small_patch16_dinov3": {"logits"},  # rotary embeddings
+    "eva02_tiny_patch14_224": {"logits"},
+    "test_vit_relpos": {"q", "k", "class_row", "class_token"},
+    "beit_base_patch16_224": {"q", "k"},
+    "cait_xxs24_224": {"q", "k", "attention"},  # two layers of class attention
+    "pit_ti_224": {*OF_TOKENS},
+    "swin_tiny_patch4_window7_224": {*OF_TOKENS},
+    "nest_tiny": {*OF_TOKENS},  # its kernel is called with five axes, which the exporter does not know
+    "test_resnet": {*OF_TOKENS},
+    "test_convnext": {*OF_TOKENS},
 }
 HEAVY = (
+    "test_vit",
+    "test_vit_relpos",
+    "cait_xxs24_224",
+    "swin_tiny_patch4_window7_224",
+    "nest_tiny",
     "vit_base_patch16_siglip_224",
     "beit_base_patch16_224",
     "vit_small_patch16_dinov3",

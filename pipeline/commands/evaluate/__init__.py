@@ -35,7 +35,7 @@ class _EvaluateGroup(CommandGroup):
 
 @click.group(cls=_EvaluateGroup)
 def evaluate() -> None:
-    """Evaluate trained students.
+    """Evaluate trained students, and teachers.
 
     There is one command per measurement. RUN can also be a file written by `fit-teacher`. Details: docs/evaluation.md.
 

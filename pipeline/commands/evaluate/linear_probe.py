@@ -14,17 +14,21 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pipeline.evaluation.frozen import FrozenConfig
+    from pipeline.evaluation.teacher import TeacherQuery
 
 
 @click.command()
-@options.run
+@options.run_or_teacher
 @options.labeled_shards
 @options.frozen_features
 @option("--lr", "R", "Learning rate.  [default: best on held-out]", type=POSITIVE)
-@reads(shards="val", train_shards="shards")
+@reads(shards="val", train_shards="shards", store="store")
 @options.prints_frozen_report
-def linear_probe(path: Path, config: FrozenConfig, lr: float | None) -> options.Report:
+def linear_probe(network: Path | TeacherQuery, config: FrozenConfig, lr: float | None) -> options.Report:
     """Fit a linear classifier on frozen features.
+
+    With --teacher, stored features are read if the store has them for all images in a view without chance. Otherwise
+    the teacher runs live, and DINO's features are read, as for students.
 
     Without --lr, the learning rate is selected on held-out training samples. A training image that is also evaluated is
     skipped.
@@ -36,4 +40,4 @@ def linear_probe(path: Path, config: FrozenConfig, lr: float | None) -> options.
     """
     from pipeline.evaluation.frozen import measure_linear_probe
 
-    return measure_linear_probe(path, config, lr)
+    return measure_linear_probe(network, config, lr)

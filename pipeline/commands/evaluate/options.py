@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 import click
+from click.core import ParameterSource
 
 from pipeline.console import show
-from pipeline.options import PATH, checkpoint, common, device, option, shards, together
+from pipeline.options import (
+    PATH,
+    TEACHER,
+    checkpoint,
+    common,
+    device,
+    option,
+    shards,
+    teacher_settings,
+    together,
+)
+from pipeline.project import context
 from pipeline.run_paths import student_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from pipeline.evaluation.teacher import TeacherQuery
 
 
 class Report(Protocol):
@@ -27,7 +42,27 @@ class Report(Protocol):
         """The result as lines to print."""
 
 
+_OF_STUDENTS = ("checkpoint", "ensemble", "projector_layers")  # options that say nothing of a teacher
+_SETTINGS = ("weights", "weights_key", "teacher_arg", "mean", "std", "input_size")
+_OF_TEACHERS = (*_SETTINGS, "view_policy", "view_size", "live", "same_classes")
+
 run = click.argument("runs", metavar="RUN", type=PATH, callback=lambda _context, _param, value: (value,))
+# Of commands that measure teachers, too.
+run_or_teacher = click.argument(
+    "runs",
+    metavar="[RUN]",
+    required=False,
+    type=PATH,
+    callback=lambda _context, _param, value: () if value is None else (value,),
+)
+runs_or_teacher = click.argument("runs", metavar="[RUN...]", nargs=-1, type=PATH)
+teacher_options = together(
+    option("--teacher", "NAME", "Measure a teacher instead: its name in the store, a short name or a timm name."),
+    *TEACHER,
+    option("--view-policy", "P", "View of a teacher, without chance.  [default: eval, or as stored]"),
+    option("--view-size", "N", "Side of a teacher's view.  [default: its input, or as stored]", type=click.IntRange(1)),
+    click.option("--live", is_flag=True, help="Run the teacher even if the store has what it says."),
+)
 runs = click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=PATH)
 labeled_shards = shards("--shards", help="Labeled shards to evaluate on.")
 
@@ -43,6 +78,69 @@ def prints_report(measure: Callable[..., Report]) -> Callable[..., None]:
     return together(checkpoint, device, common)(wrapped)
 
 
+def measures_teachers(command: Callable[..., None]) -> Callable[..., None]:
+    """Pass on what `teacher_options` say as `teacher`, a TeacherQuery; None where a student is measured.
+
+    The command, from `prints_report`, is called with the store, too, where it takes one.
+    """
+    takes_store = "store" in inspect.signature(command).parameters
+
+    @functools.wraps(command)
+    def wrapped(*, runs: tuple[Path, ...], store: str | None, **flags: Any) -> None:
+        names = ("teacher", *_SETTINGS, "view_policy", "view_size", "live")
+        said = {name: flags.pop(name) for name in names}
+        if takes_store:
+            flags["store"] = store
+        command(runs=runs, teacher=_query(runs, store, takes_store=takes_store, **said), **flags)
+
+    return wrapped
+
+
+def _query(
+    runs: tuple[Path, ...],
+    store: str | None,
+    *,
+    takes_store: bool,
+    teacher: str | None,
+    view_policy: str | None,
+    view_size: int | None,
+    live: bool,
+    **flags: Any,
+) -> TeacherQuery | None:
+    """Which teacher is measured. Raises click.UsageError: a student is, too, or flags that are of the other."""
+    sources = click.get_current_context().get_parameter_source
+    if teacher is None:
+        if not runs:
+            raise click.UsageError("Missing argument 'RUN': a student; or a teacher: --teacher NAME")
+        of_teachers = _OF_TEACHERS if takes_store else (*_OF_TEACHERS, "store")
+        if name := next((name for name in of_teachers if sources(name) == ParameterSource.COMMANDLINE), None):
+            raise click.UsageError(f"{_flag(name)} is of a teacher: add --teacher NAME")
+        return None
+    if runs:
+        raise click.UsageError(f"RUN ({runs[0]}) is a student, --teacher {teacher} a teacher; give one of them")
+    if name := next((name for name in _OF_STUDENTS if sources(name) == ParameterSource.COMMANDLINE), None):
+        raise click.UsageError(f"{_flag(name)} is of students; leave it out with --teacher")
+    from pipeline.evaluation.teacher import TeacherQuery
+
+    project = context.current()
+    entry = project.content.teachers.get(teacher) if project else None
+    return TeacherQuery(
+        name=teacher,
+        model=entry.teacher or teacher if entry else teacher,
+        settings=teacher_settings(entry, **flags),
+        said=any(flags.values()),
+        store=store,
+        store_may_be_missing=sources("store") != ParameterSource.COMMANDLINE,
+        view_policy=view_policy,
+        view_size=view_size,
+        live=live,
+    )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def fraction(text: str) -> float:
     """The fraction in (0, 1] that `1%`, `10 %` or `0.01` means. Raises click.BadParameter."""
     number, percent, rest = text.strip().partition("%")
@@ -55,7 +153,7 @@ def fraction(text: str) -> float:
     return value
 
 
-# Of k-NN and linear probes: training samples, the labeled fraction, the features to read.
+# Of k-NN and linear probes: training samples, the labeled fraction, the features to read; and teachers.
 frozen_features = together(
     shards("--train-shards", help="Labeled training shards."),
     option(
@@ -80,17 +178,19 @@ frozen_features = together(
         default=0,
     ),
     option("--seed", None, "Seed of the label fraction and of the linear probe.", type=click.IntRange(0), default=0),
+    teacher_options,
+    option("--store", "DIR", "The store with a teacher's features."),
 )
 
 
 def prints_frozen_report(measure: Callable[..., Report]) -> Callable[..., None]:
-    """As `prints_report`; `measure` is called with the student file, a FrozenConfig, and the other options."""
+    """As `prints_report`; `measure` is called with a student file or a TeacherQuery, a FrozenConfig, and the rest."""
 
     @functools.wraps(measure)
-    def wrapped(paths: list[Path], **settings: Any) -> Report:
+    def wrapped(paths: list[Path], *, teacher: TeacherQuery | None, **settings: Any) -> Report:
         from pipeline.evaluation.frozen import FrozenConfig
 
         config = FrozenConfig(**{field.name: settings.pop(field.name) for field in fields(FrozenConfig)})
-        return measure(paths[0], config, **settings)
+        return measure(paths[0] if teacher is None else teacher, config, **settings)
 
-    return prints_report(wrapped)
+    return measures_teachers(prints_report(wrapped))

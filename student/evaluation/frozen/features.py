@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from storage.shards.shard import Shard
+    from student.evaluation.batches import Answers
     from student.models.files import StudentDescription
 
 WIDE = 768  # width from which on DINO's linear probe reads the last block alone
@@ -30,6 +31,24 @@ class Features:
 
     values: Tensor
     labels: Tensor
+
+
+def gathered(
+    answers: Answers, device: torch.device | str = "cpu", advance: Callable[[int], None] = lambda _samples: None
+) -> Features:
+    """The features that some network, or a store, gives batch by batch.
+
+    Args:
+        answers: features `[B, D]` with labels; at least one batch.
+        device: where they are collected.
+        advance: called with the number of samples done.
+    """
+    values, labels = [], []
+    for part, known in answers:
+        values.append(part.float().to(device))
+        labels.append(known.to(device))
+        advance(len(known))
+    return Features(values=torch.cat(values), labels=torch.cat(labels))
 
 
 @torch.no_grad()
@@ -57,13 +76,9 @@ def features_of(
     Raises:
         UserError: a missing label, an image that cannot be decoded.
     """
-    values, labels = [], []
-    for on_cpu in evaluation_batches(shards, about.evaluation_policy, chosen=chosen):
-        batch = on_cpu.to(device)
-        values.append(read(model, batch.pixels(about.mean, about.std)).float())
-        labels.append(batch.labels)
-        advance(len(batch.labels))
-    return Features(values=torch.cat(values), labels=torch.cat(labels))
+    batches = (batch.to(device) for batch in evaluation_batches(shards, about.evaluation_policy, chosen=chosen))
+    answers = ((read(model, batch.pixels(about.mean, about.std)), batch.labels) for batch in batches)
+    return gathered(answers, device, advance)
 
 
 def class_feature(model: nn.Module, pixels: Tensor) -> Tensor:

@@ -69,7 +69,8 @@ class ClassAttention:
         shape = student_spec(model)
         if "class" not in shape.prefix:
             raise UserError(f"{name}: the student has no class token, so it has no class rows to localize by")
-        self.model, self.taps, self.prefix = model, AttentionTaps(model), len(shape.prefix)
+        assert shape.attention is not None
+        self.model, self.prefix, self.taps = model, len(shape.prefix), AttentionTaps(shape.attention.layers)
         self.grids, self.count = [grid for _, grid in shape.by_layer], shape.maps
         sides = " and ".join(f"{grid}x{grid}" for grid in dict.fromkeys(self.grids))
         self.text = f"mean of {shape.maps} class-row maps of {sides}"
@@ -80,12 +81,13 @@ class ClassAttention:
 
         It is computed in f64, so that what is constant stays so.
         """
-        self.model(pixels)
+        with self.taps:
+            self.model(pixels)
+        attention = self.taps.attention
         total = torch.zeros((), dtype=torch.float64)
         for grid in dict.fromkeys(self.grids):
-            layers = [n for n, side in enumerate(self.grids) if side == grid]
-            q, k = ([by_layer[n] for n in layers] for by_layer in (self.taps.q, self.taps.k))
-            rows = class_maps(q, k, [self.taps.scales[n] for n in layers], self.prefix, "scaled").sum(1).cpu().double()
+            layers = [layer for layer, side in zip(attention, self.grids, strict=True) if side == grid]
+            rows = class_maps(layers, self.prefix, "scaled").sum(1).cpu().double()
             total = total + F.interpolate(rows.view(-1, 1, grid, grid), (SIDE, SIDE), mode="bicubic")[:, 0]
         maps: np.ndarray = (total / self.count).float().numpy()
         return maps

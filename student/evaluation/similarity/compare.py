@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from precompute.taps import full
 from precompute.taps.target_spec import parse_ranges
 from storage.errors import UserError, setting
 from student.alignment.attention import AttentionAligner
 from student.alignment.matching import TokenMatching, uniform
-from student.alignment.student_spec import StudentSpec, full, student_spec
+from student.alignment.student_spec import StudentSpec, student_spec
 from student.alignment.student_taps import StudentTap, StudentTaps
 from student.alignment.tokens import TokenAligner
 from student.attention_copy.inference import attached_to, inject_attention
@@ -132,6 +133,7 @@ class SimilarityComparison:
         if shape.each:
             raise UserError(f"{name}: pools its patches, so its layers have no common heads and grid to compare")
         copied = copies.layers if copies is not None and "map" in copies.parts and reference.attention else ()
+        self.layers = shape.attention
         self.rows = _rows(shape, reference, copied)
         self.vectors = _vectors(shape, reference, tokens)
         left_out = f"attention of layer(s) {parse_ranges(copied)}, which is copied" if copied else ""
@@ -163,7 +165,7 @@ class SimilarityComparison:
         reads: set[StudentTap] = {"attention"} if self.rows is not None else set()
         if self.vectors is not None:
             reads.add("tokens" if self.final else "streams")
-        seen = StudentTaps(self.model, reads)
+        seen = StudentTaps(self.model, reads, self.layers)
         for side in filter(None, (self.rows, self.vectors)):
             side.to(device)
         divergences = Divergences()
@@ -177,7 +179,7 @@ class SimilarityComparison:
             samples = len(batches[0].labels)
             for start in range(0, samples, self.batch_size):
                 parts = [batch.part(slice(start, start + self.batch_size)).to(device) for batch in batches]
-                with inject_attention(self.model, parts[-1]):  # with what the student copies, where it copies any
+                with seen, inject_attention(self.model, parts[-1]):  # with what the student copies, where it copies any
                     self.model(parts[0].pixels(self.about.mean, self.about.std))
                 if self.rows is not None:
                     divergences.add(*self._attention(self.rows, seen, parts[0]))
@@ -200,7 +202,7 @@ class SimilarityComparison:
     def _attention(self, rows: AttentionAligner, seen: StudentTaps, part: Batch) -> tuple[Tensor, Tensor]:
         """Rows `[B, L, H, Q, N]` of the student and of the teacher."""
         heads = [max(numbers) for numbers in zip(*rows.head_pairs[0], strict=True)]
-        student = rows.student_rows(seen.q, seen.k, seen.scales)[:, :, : heads[0]]
+        student = rows.student_rows(seen.attention)[:, :, : heads[0]]
         teacher = rows.teacher_rows([part.target(id) for id in self.of_rows])[:, :, : heads[1]]
         return (student.unsqueeze(-2), teacher.unsqueeze(-2)) if rows.which == "class" else (student, teacher)
 
@@ -239,7 +241,7 @@ def _vectors(shape: StudentSpec, reference: TeacherTargets, tokens: Tokens) -> T
             raise UserError(message, setting=setting("tokens", tokens))
         return None
     (stored,) = reference.tokens
-    pairs = _pairs(shape, stored) if stored.target.identity.layers else [(shape.layers, stored.teacher.layers)]
+    pairs = _pairs(shape, stored) if stored.target.identity.layers else [(shape.layers, stored.depth)]
     if tokens == "class" and "class" not in {*shape.prefix} & {*stored.teacher.prefix}:
         raise UserError(
             "class tokens are compared where both sides have one",
@@ -251,7 +253,7 @@ def _vectors(shape: StudentSpec, reference: TeacherTargets, tokens: Tokens) -> T
 
 def _pairs(shape: StudentSpec, stored: StoredTarget) -> list[tuple[int, int]]:
     """Layers that meet, of those that are stored. Raises UserError: none does."""
-    meeting, layers = uniform(shape.layers, stored.teacher.layers), stored.target.identity.layers or ()
+    meeting, layers = uniform(shape.layers, stored.depth), stored.target.identity.layers or ()
     pairs = [pair for pair in meeting if pair[1] in layers]
     if not pairs:
         raise UserError(

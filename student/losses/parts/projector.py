@@ -10,9 +10,10 @@ from itertools import pairwise
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from precompute.taps import full
 from storage.errors import UserError, setting
 from student.alignment.report import AlignmentRow
-from student.alignment.student_spec import StudentSpec, full
+from student.alignment.student_spec import StudentSpec
 from student.alignment.student_taps import StudentTaps
 from student.settings import WITH_CLASS, ProjectorLossConfig
 from student.targets.stored_target import StoredTarget

@@ -58,8 +58,8 @@ def test_what_is_offered_is_what_a_store_then_keeps(world) -> None:
         assert made[tap].sample_shape == expected, tap
 
 
-def test_another_network_offers_its_ends_alone() -> None:
-    assert set(offers_of("swin_tiny_patch4_window7_224").taps) == {"embedding", "logits"}
+def test_another_network_offers_its_maps_and_its_ends() -> None:
+    assert set(offers_of("swin_tiny_patch4_window7_224").taps) == {"activations", "embedding", "logits"}
 
 
 def test_an_unknown_teacher_is_named_with_the_nearest() -> None:

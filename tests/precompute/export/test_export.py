@@ -15,12 +15,13 @@ from torch.nn import functional as F
 
 from precompute.engine import session as sessions
 from precompute.export import pytorch
-from precompute.taps import Tap, attention_layers, cnn_stages
+from precompute.taps import Tap, cnn_stages
 from precompute.teachers import teacher as teachers
 from storage.errors import UserError
 from storage.store.store import Store
 from storage.testing import TINY_CNN, TINY_VIT, synthetic_shards
 from tests.conftest import ROOT, run_precompute, teacher_of, write_teacher
+from tests.precompute.networks import attention_modules
 from tests.typed import present
 
 COLORS = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25)}
@@ -95,8 +96,7 @@ def reference(case: Case, views: np.ndarray) -> list[np.ndarray]:
     kept: dict[str, list[torch.Tensor]] = {"row": [], "q": [], "k": [], "maps": [], "tokens": []}
     if case.teacher.model == TINY_VIT[0]:
         model.norm.register_forward_hook(lambda m, a, output: kept["tokens"].append(output))
-        layers: list[Any] = attention_layers(model)
-        for layer in layers:
+        for layer in attention_modules(model):
             layer.fused_attn = False
             layer.attn_drop.register_forward_pre_hook(lambda m, args: kept["row"].append(args[0][:, :, 0]))
             layer.q_norm.register_forward_hook(lambda m, a, output: kept["q"].append(output))
@@ -283,8 +283,8 @@ def test_contract_12_nothing_is_stored_of_attention_that_is_not_what_the_network
         name, weights=weights, arguments={**arguments, "num_classes": 3}, teacher_name="relpos", mean=(0.5,), std=(0.5,)
     )
     shards = synthetic_shards(tmp_path / "data", 1, 6)
-    with pytest.raises(UserError, match=r"VisionTransformerRelPos: layer 1 .*RelPosAttention"):
-        run_precompute(tmp_path / "store", shards, teacher, ["class_row"])
+    with pytest.raises(UserError, match=r"VisionTransformerRelPos: its attention layer 1 adds a bias to its scores"):
+        run_precompute(tmp_path / "store", shards, teacher, ["class_row", "q"])
     assert nothing_is_stored(tmp_path / "store")
 
 

@@ -79,7 +79,7 @@ def chosen(store: Store, wanted: Policy, *given: str, new_bank: bool = False) ->
         ("q,k,layers=last", [TargetSpec("q", layers="last"), TargetSpec("k", layers="last")]),
         ("codec=f32,class_row", [TargetSpec("class_row", layers=None, grid=None, codec="f32")]),
         ("activations,grid=8,at=block", [TargetSpec("activations", layers=None, grid=8, at="block")]),
-        ("activations,antialias=true,at=norm", [TargetSpec("activations", antialias=True)]),
+        ("activations,antialias=true,at=norm", [TargetSpec("activations", antialias=True, at="norm")]),
         ("logits,class_token,codec=f16", [TargetSpec("logits", codec="f16"), TargetSpec("class_token", codec="f16")]),
     ],
 )
@@ -103,7 +103,7 @@ def test_a_target_is_taps_with_options(text: str, wishes: list[TargetSpec]) -> N
         ("activations,grid=-3", "grid=-3"),
         ("activations,grid=8x8", "grid=8x8"),
         ("activations,grid=1000", "grid=1000"),
-        ("activations,at=blok", "at=blok: expected norm (a stage's last normalization) or block"),
+        ("activations,at=blok", "at=blok: expected norm (a stage's last normalization), block"),
         ("activations,antialias=yes", "antialias=yes: expected true or false"),
         ("class_row,at=block", "only activations are read at a place of their own"),
         ("q,antialias=true", "only activations are resized"),
@@ -159,19 +159,31 @@ def test_a_vit_gives_class_rows_and_the_class_token_by_default() -> None:
     assert identity(TargetSpec("class_row"), VIT).codec == "f16"
 
 
-@pytest.mark.parametrize("manifest", [teacher_manifest(prefix=["register"]), OTHER])
-def test_a_network_with_neither_gives_nothing_by_default(manifest: TeacherManifest) -> None:
+def test_a_network_that_is_neither_gives_the_maps_of_its_stages_by_default() -> None:
+    assert defaults(OTHER) == [TargetSpec("activations")]
+    hierarchical = teacher_manifest(network="other", layers=0, stages=4)
+    assert (identity(TargetSpec("activations"), hierarchical).at, Tap("activations").at) == ("stage", "norm")
+    assert identity(TargetSpec("activations"), hierarchical).layers == (1, 2, 3, 4)
+    assert identity(TargetSpec("activations", at="stage"), VIT).layers == tuple(range(1, 13)), "recorded before stages"
+
+
+def test_a_vit_without_a_class_token_gives_nothing_by_default() -> None:
     with pytest.raises(UserError, match=r"has no default targets\n  Give `target=TAP`"):
-        defaults(manifest)
+        defaults(teacher_manifest(prefix=["register"]))
 
 
 @pytest.mark.parametrize(
     ("wish", "manifest", "says"),
     [
-        (TargetSpec("activations"), VIT, "teacher vit is a vit, activations needs a cnn"),
-        (TargetSpec("q"), CNN, "teacher cnn is a cnn, q needs a vit"),
-        (TargetSpec("class_row"), CNN, "teacher cnn is a cnn, class_row needs a vit"),
-        (TargetSpec("q"), OTHER, "neither a CNN with stages nor a plain ViT: no q"),
+        (
+            TargetSpec("activations", at="norm"),
+            VIT,
+            "at=norm needs a CNN with stages of blocks; at=stage reads maps of any",
+        ),
+        (TargetSpec("activations"), OTHER, "forward_intermediates gives no square maps of it"),
+        (TargetSpec("q"), CNN, "teacher cnn has no attention over all tokens"),
+        (TargetSpec("class_row"), CNN, "teacher cnn has no attention over all tokens"),
+        (TargetSpec("q"), OTHER, "has no attention over all tokens"),
         (TargetSpec("q", layers="13"), VIT, "vit has layers 1 to 12"),
         (TargetSpec("activations", layers="8"), CNN, "cnn has layers 1 to 7"),
     ],
@@ -231,7 +243,7 @@ def test_variants_of_activations_add_to_the_identity_and_leave_older_ids_as_they
         assert other.plain() == {**plain.plain(), **added}
         assert target_id(teacher, other).startswith(named)
         tap = Tap.of(other)
-        assert (tap.at, tap.antialias) == (wish.at, "all" if wish.antialias else False)
+        assert (tap.at, tap.antialias) == (wish.at or "norm", "all" if wish.antialias else False)
     older = plain.model_copy(update={"antialias": True})
     assert target_id(teacher, older) == "cnn-activations-antialias-g2-u8-d5b1bfb3"
     assert target_id(teacher, older) != target_id(teacher, other), "a stage that is enlarged had other numbers"
@@ -289,7 +301,7 @@ def test_targets_that_are_asked_for_together_share_one_graph(world: World) -> No
 
 
 def test_a_refused_wish_leaves_the_store_without_a_target(world: World, tmp_path: Path) -> None:
-    for kind, wish in (("vit", "activations"), ("cnn", "q"), ("cnn", "class_token")):
+    for kind, wish in (("vit", "activations,at=norm"), ("cnn", "q"), ("cnn", "class_token")):
         with pytest.raises(UserError):
             run_precompute(tmp_path / kind, world.shards[:1], teacher_of(world.weights, kind), [wish])
         assert not Store.open(tmp_path / kind).targets()

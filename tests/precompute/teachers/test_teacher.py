@@ -366,14 +366,14 @@ def test_a_network_that_cannot_take_the_images_is_refused_by_name(tmp_path: Path
 
 
 def test_a_teacher_is_described_by_its_kind_layers_heads_and_prefix(cnn: str, vit: str) -> None:
-    about = tiny_cnn(cnn).manifest(teachers.anatomy(teachers.load_teacher(tiny_cnn(cnn)))).plain()
+    about = tiny_cnn(cnn).manifest(teachers.anatomy(teachers.load_teacher(tiny_cnn(cnn)), 64)).plain()
     assert (about["network"], about["layers"], about["weights"], about["classes"]) == ("cnn", 4, cnn, None)
     assert not about.keys() & {"heads", "prefix"}, "older stores have no more"
-    about = tiny_vit(vit).manifest(teachers.anatomy(teachers.load_teacher(tiny_vit(vit)))).plain()
+    about = tiny_vit(vit).manifest(teachers.anatomy(teachers.load_teacher(tiny_vit(vit)), 32)).plain()
     assert (about["network"], about["layers"], about["heads"], about["prefix"]) == ("vit", 3, 3, ["class"])
 
 
 def test_a_network_that_is_neither_is_described_as_other() -> None:
     model = timm.create_model("swin_tiny_patch4_window7_224", embed_dim=24, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1))
-    about = teachers.anatomy(model)
-    assert (about.network, about.layers) == ("other", 0)
+    about = teachers.anatomy(model, 224)
+    assert (about.network, about.layers, about.stages) == ("other", 0, 4)

@@ -117,7 +117,7 @@ def test_other_weights_of_a_file_are_another_teacher_and_old_identities_stay(tmp
     assert average.id != plain.id
     assert plain.identity.plain().keys() == find(saved(tmp_path / "p.pth", state(0))).identity.plain().keys()
     store = Store.create(tmp_path / "S")
-    parts = teacher.anatomy(teacher.load_teacher(plain))
+    parts = teacher.anatomy(teacher.load_teacher(plain), plain.input_size)
     store.add(replace(plain, name="t").manifest(parts))  # as earlier versions recorded it
     with pytest.raises(IdentityError, match=r"weights key: .*state_dict_ema"):
         store.require_same(TeacherManifest, "t", average.identity)
@@ -228,22 +228,19 @@ def refused(path: str, **changes: Any) -> str:
 
 def test_dictionaries_in_a_file_are_listed_with_their_first_names(tmp_path: Path) -> None:
     inner = behind("backbone.", state())
-    path = saved(tmp_path / "w.pth", {"teacher": inner, "student": inner, "epoch": 7, "args": argparse.Namespace(a=1)})
+    path = saved(tmp_path / "w.pth", {"a": inner, "b": inner, "epoch": 7, "args": argparse.Namespace(a=1)})
     text = refused(path)
-    assert "expected a state dict of tensors; it holds a dictionary {teacher: 44 tensors (backbone.cls_token, " in text
+    assert "expected a state dict of tensors; it holds a dictionary {a: 44 tensors (backbone.cls_token, " in text
     assert "epoch: int; args: Namespace}" in text
-    assert text.endswith("`weights_key=teacher`")
-    text = refused(path, weights_key="teacher")
-    assert "44 missing (cls_token, pos_embed, patch_embed.proj.weight, …); 44 unexpected (backbone.cls_token, " in text
-    assert "Its weights are teacher (it also has student); choose others by `weights_key=KEY`" in text
-    assert text.endswith("The network's names are there with the prefix 'backbone.'; save the state dict without it.")
+    assert text.endswith("`weights_key=a`")
+    text = refused(path, weights_key="a", arguments={**VIT, "depth": 4})
+    assert "12 missing (blocks.3.norm1.weight, " in text
+    assert "Its weights are a (it also has b); choose others by `weights_key=KEY`" in text
 
 
-@pytest.mark.parametrize("prefix", ["model.", "backbone.", "encoder.net."])
-def test_a_prefix_is_named(tmp_path: Path, prefix: str) -> None:
-    text = refused(saved(tmp_path / "w.pth", behind(prefix, state())))
-    assert f"names are there with the prefix {prefix!r}" in text
-    assert "teacher_arg" not in text
+def test_both_sides_of_a_file_that_does_not_fit_are_named(tmp_path: Path) -> None:
+    text = refused(saved(tmp_path / "w.pth", {f"x_{name}": tensor for name, tensor in state().items()}))
+    assert "44 missing (cls_token, pos_embed, patch_embed.proj.weight, …); 44 unexpected (x_cls_token, x_pos" in text
 
 
 def test_names_of_another_library_are_said_to_be(tmp_path: Path) -> None:

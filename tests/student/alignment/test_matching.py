@@ -9,7 +9,6 @@ import timm
 import torch
 from torch.nn import functional as F
 
-from precompute.taps import AttentionTaps, attention_rows, class_row
 from storage.errors import IdentityError, UserError
 from student.alignment.attention import AttentionAligner, log_mean
 from student.alignment.rules import align_classes
@@ -17,6 +16,8 @@ from student.alignment.student_spec import StudentSpec, student_spec
 from student.losses import advit, attention_transfer, head_specific
 from student.targets.stored_target import StoredTarget
 from tests.manifests import stored
+from tests.student.attention import attention_of, taps_of
+from tests.typed import present
 
 if TYPE_CHECKING:
     from student.settings import AlignedLossConfig
@@ -100,14 +101,15 @@ def test_the_student_s_rows_are_those_that_it_attends_with():
     )
     shape = student_spec(model)
     assert (shape.layers, shape.heads, shape.grid, shape.prefix) == (4, 3, 4, ("class",))
-    taps = AttentionTaps(model)
-    model(torch.randn(2, 3, 32, 32))
-    all_rows = rows("all", shape, given(), layers="uniform").student_rows(taps.q, taps.k, taps.scales)
-    class_rows = rows("class", shape, given()).student_rows(taps.q, taps.k, taps.scales)
+    with taps_of(model) as taps:
+        model(torch.randn(2, 3, 32, 32))
+    all_rows = rows("all", shape, given(), layers="uniform").student_rows(taps.attention)
+    class_rows = rows("class", shape, given()).student_rows(taps.attention)
     for n in range(4):
-        expected = attention_rows(taps.q[n], taps.k[n], taps.scales[n])
+        q, k = present(taps.attention[n].q), present(taps.attention[n].k)
+        expected = (q @ k.transpose(-2, -1) * 16**-0.5).softmax(-1)
         assert torch.allclose(all_rows[:, n], expected, atol=1e-6)
-        assert torch.allclose(class_rows[:, n], class_row(taps.q[n], taps.k[n], taps.scales[n]), atol=1e-6)
+        assert torch.allclose(class_rows[:, n], expected[:, :, 0], atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------- layers
@@ -224,8 +226,8 @@ def test_tokens_that_one_side_lacks_are_left_out_and_the_rest_rescaled():
     expected = target[..., kept, :][..., kept]
     assert torch.allclose(made.teacher_rows([target]), expected / expected.sum(-1, keepdim=True), atol=1e-6)
     q, k = [torch.randn(2, 3, 18, 8) for _ in range(4)], [torch.randn(2, 3, 18, 8) for _ in range(4)]
-    mine = made.student_rows(q, k, [8**-0.5] * 4)
-    whole = attention_rows(q[0], k[0], 8**-0.5)
+    mine = made.student_rows(attention_of(q, k, [8**-0.5] * 4))
+    whole = (q[0] @ k[0].transpose(-2, -1) * 8**-0.5).softmax(-1)
     kept = [0, *range(2, 18)]
     expected = whole[..., kept, :][..., kept]
     assert torch.allclose(mine[:, 0], expected / expected.sum(-1, keepdim=True), atol=1e-6)
@@ -248,8 +250,9 @@ def test_heads_are_averaged_on_both_sides():
     target = random_rows(2, 4, 3, 17, 17)
     assert torch.allclose(made.teacher_rows([target])[:, :, 0], target[..., 0, :].mean(2))
     q, k = [torch.randn(2, 6, 17, 8) for _ in range(4)], [torch.randn(2, 6, 17, 8) for _ in range(4)]
-    mine = made.student_rows(q, k, [8**-0.5] * 4)
-    assert torch.allclose(mine[:, 2, 0], class_row(q[2], k[2], 8**-0.5).mean(1))
+    mine = made.student_rows(attention_of(q, k, [8**-0.5] * 4))
+    first = (q[2][:, :, :1] @ k[2].transpose(-2, -1) * 8**-0.5).softmax(-1)[:, :, 0].mean(1)
+    assert torch.allclose(mine[:, 2, 0], first)
 
 
 def test_the_first_heads_of_both_meet():
@@ -303,7 +306,7 @@ def test_heads_meet_by_an_explicit_map(which, wish, expected):
     made = rows(which, student, given("q"), given("k"), layers=((2, 3), (4, 1)), heads=wish)
     assert made.head_pairs == [[(a + 1, b + 1) for a, b in pairs] for pairs in expected]
     q, k = ([torch.randn(2, 6, 17, 8, requires_grad=True) for _ in range(4)] for _ in range(2))
-    mine = made.student_rows(q, k, [8**-0.5] * 4)
+    mine = made.student_rows(attention_of(q, k, [8**-0.5] * 4))
     stored = torch.randn(2, 2, 4, 3, 17, 8).unbind(0)
     theirs = made.teacher_rows(stored)
     assert mine.shape == theirs.shape

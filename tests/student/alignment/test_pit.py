@@ -13,12 +13,10 @@ from torch.nn import functional as F
 
 from pipeline.cli import main
 from precompute.taps import (
-    AttentionTaps,
     Tap,
     TappedTeacher,
     attention_layers,
     check_attention,
-    layer_grids,
     prefix_roles,
 )
 from precompute.teachers import teacher
@@ -26,6 +24,8 @@ from storage.errors import UserError
 from student.alignment.student_spec import student_spec
 from student.losses.aal import AALConfig, AALLoss, class_maps
 from student.losses.parts import aal_links
+from tests.precompute.networks import attention_modules
+from tests.student.attention import taps_of
 from tests.student.losses.test_aal_links import B3, given
 from tests.student.runs import run, u8, weights
 from tests.typed import grad, present
@@ -36,24 +36,29 @@ SMALL: dict[str, Any] = {"img_size": 64, "patch_size": 16, "num_classes": 3}
 def pit(name: str = "pit_s_224", **arguments: Any) -> Any:
     torch.manual_seed(0)
     model = timm.create_model(name, **arguments).eval()
-    layers: list[Any] = attention_layers(model, pooled=True)
-    for layer in layers:
+    for layer in attention_modules(model):
         layer.qkv.weight.data.mul_(6)  # attention that is far from uniform
     return model
 
 
 def test_contract_12_the_attention_from_pit_s_q_and_k_is_the_one_that_it_uses():
+    pixels = torch.randn(2, 3, 64, 64)
     for name in ("pit_s_224", "pit_s_distilled_224"):
         model = pit(name, **SMALL)
-        assert check_attention(model, torch.randn(2, 3, 64, 64)) < 1e-5
+        assert check_attention(model, pixels, attention_layers(model, 64, pooled=True)) < 1e-5
         model.transformers[1].blocks[2].attn.q_norm = Doubled()
-        assert check_attention(model, torch.randn(2, 3, 64, 64)) < 1e-5, "what a norm does is before the tap"
+        error = check_attention(model, pixels, attention_layers(model, 64, pooled=True))
+        assert error < 1e-5, "what a norm does is before the tap"
     biased = pit(**SMALL)
     attention = biased.transformers[2].blocks[1].attn
-    whole = type(attention).forward
-    attention.forward = lambda x, **_: whole(attention, x, attn_mask=torch.randn(x.shape[1], x.shape[1]))
-    with pytest.raises(UserError, match=r"layer 10 .* differs from the one that the network uses"):
-        check_attention(biased, torch.randn(2, 3, 64, 64))
+    whole, mask = type(attention).forward, torch.randn(5, 5)
+    attention.forward = lambda x, **_: whole(attention, x, attn_mask=mask)
+    layers = attention_layers(biased, 64, pooled=True)
+    assert [layer.number for layer in layers.layers if layer.biased] == [10]
+    assert check_attention(biased, pixels, layers) < 1e-5, "a bias is part of what is read"
+    attention.scale *= 1.01  # which the fused kernel does not hear of
+    with pytest.raises(UserError, match=r"layer 10: the attention recomputed .* differs from what the network uses"):
+        check_attention(biased, pixels, layers)
 
 
 class Doubled(nn.Module):
@@ -79,24 +84,25 @@ def test_pit_s_has_90_maps_of_three_grids_and_85_680_links():
 def test_grids_are_those_of_the_tokens_that_come():
     for size in (32, 64, 72, 224):
         model = pit("pit_ti_224", img_size=size, num_classes=3)
-        taps = AttentionTaps(model)
-        model(torch.randn(1, 3, size, size))
-        sides = [round((q.shape[2] - len(prefix_roles(model))) ** 0.5) for q in taps.q]
-        assert layer_grids(model, model.patch_embed.grid_size[0]) == sides
+        with taps_of(model) as taps:
+            model(torch.randn(1, 3, size, size))
+        sides = [round((present(layer.q).shape[2] - len(prefix_roles(model))) ** 0.5) for layer in taps.attention]
+        assert attention_layers(model, size, pooled=True).grids == tuple(sides)
 
 
 def test_maps_of_each_layer_come_to_the_common_grid_as_an_image_would():
     model = pit(**SMALL)
     shape = student_spec(model)
-    taps = AttentionTaps(model)
-    model(torch.randn(2, 3, 64, 64))
+    with taps_of(model) as taps:
+        model(torch.randn(2, 3, 64, 64))
     method = AALLoss("aal", AALConfig(), shape, [given(grid=4)])
     resize = [method.get_buffer(f"resize_{side}") if side else None for side in method.sides]
     assert method.sides == [7, 7, *[None] * 6, 2, 2, 2, 2]
-    found = class_maps(taps.q, taps.k, taps.scales, 1, "scaled", resize=resize)
+    found = class_maps(taps.attention, 1, "scaled", resize=resize)
     assert found.shape == (2, 90, 16)
     first = 0
-    for q, k, scale, (heads, side) in zip(taps.q, taps.k, taps.scales, shape.by_layer, strict=True):
+    for layer, (heads, side) in zip(taps.attention, shape.by_layer, strict=True):
+        q, k, scale = present(layer.q), present(layer.k), layer.scale
         maps = (q[:, :, :1] @ k[:, :, 1:].transpose(-2, -1) * scale).softmax(-1).view(2, heads, side, side)
         expected = F.interpolate(maps, (4, 4), mode="bicubic", align_corners=False).flatten(2)
         torch.testing.assert_close(found[:, first : first + heads], expected, rtol=1e-4, atol=1e-6)
@@ -106,16 +112,15 @@ def test_maps_of_each_layer_come_to_the_common_grid_as_an_image_would():
 def test_gradients_reach_every_layer_of_pit():
     model = pit(**SMALL)
     shape = student_spec(model)
-    taps = AttentionTaps(model)
     pixels = torch.randn(2, 3, 64, 64, requires_grad=True)
-    model(pixels)
+    with taps_of(model) as taps:
+        model(pixels)
     method = AALLoss("aal", AALConfig(), shape, [given(grid=4)])
     resize = [method.get_buffer(f"resize_{side}") if side else None for side in method.sides]
-    loss = method.aal(class_maps(taps.q, taps.k, taps.scales, 1, "scaled", resize=resize), torch.randn(2, 952, 4, 4))
+    loss = method.aal(class_maps(taps.attention, 1, "scaled", resize=resize), torch.randn(2, 952, 4, 4))
     loss.backward()
     assert grad(pixels).abs().max() > 0
-    layers: list[Any] = attention_layers(model, pooled=True)
-    for layer in layers:
+    for layer in attention_modules(model):
         width = layer.qkv.weight.shape[0] // 3
         assert layer.qkv.weight.grad[: 2 * width].abs().max() > 0
     assert model.head.weight.grad is None
@@ -131,9 +136,9 @@ def test_heads_of_each_layer_count_in_links_and_heat():
 
 
 def test_pit_is_no_teacher_of_attention_and_says_why():
-    with pytest.raises(UserError, match="PoolingVisionTransformer: it pools its patches between layers"):
+    with pytest.raises(UserError, match=r"PoolingVisionTransformer: .*it pools its patches between layers"):
         TappedTeacher(pit(**SMALL), [Tap("class_row")], 64, input_size=64, mean=(0.5,) * 3, std=(0.5,) * 3)
-    assert teacher.anatomy(pit(**SMALL)).network == "other"
+    assert teacher.anatomy(pit(**SMALL), 64).network == "other"
 
 
 PIT = [

@@ -40,8 +40,8 @@ def test_a_student_that_is_its_teacher_has_the_teacher_s_vectors(tap: str) -> No
     wanted = Tap("tokens") if tap == "final" else Tap(tap, layers=LAYERS)
     teacher = TappedTeacher(network(), [wanted], 32, input_size=32, mean=(0.5,) * 3, std=(0.5,) * 3).eval()
     (target,) = teacher(images)
-    seen = StudentTaps(model, READS)
-    model(teacher.prepare(images)).sum().backward()
+    with StudentTaps(model, READS, student_spec(model).attention) as seen:
+        model(teacher.prepare(images)).sum().backward()
     mine = {"q": seen.q, "k": seen.k, "v": seen.v, "tokens": seen.streams, "final": [seen.tokens] * 3}[tap]
     settings = AttentionTransferConfig(layers="last" if tap == "final" else None)
     meeting = TokenAligner("it", settings, student_spec(model), [given(wanted.name, target, wanted.layers)])
@@ -51,9 +51,9 @@ def test_a_student_that_is_its_teacher_has_the_teacher_s_vectors(tap: str) -> No
 
 def test_the_final_tokens_are_the_last_stream_after_the_norm() -> None:
     model = network()
-    seen = StudentTaps(model, READS)
     pixels = torch.randn(2, 3, 32, 32)
-    features = model.forward_features(pixels)
+    with StudentTaps(model, READS, student_spec(model).attention) as seen:
+        features = model.forward_features(pixels)
     assert torch.equal(seen.tokens, features)
     assert torch.equal(model.norm(seen.streams[-1]), features)
     seen.clear()
@@ -66,11 +66,10 @@ def test_vectors_of_tokens_meet_by_role_and_place() -> None:
         "deit_tiny_distilled_patch16_224", img_size=32, patch_size=4, embed_dim=48, depth=3, num_heads=3
     ).eval()
     target = torch.randn(2, 3, 3, 17, 16)
-    meeting = TokenAligner(
-        "it", AttentionTransferConfig(layers="uniform", grid="bicubic"), student_spec(model), [given("v", target)]
-    )
-    seen = StudentTaps(model, frozenset({"values"}))
-    model(torch.randn(2, 3, 32, 32))
+    shape = student_spec(model)
+    meeting = TokenAligner("it", AttentionTransferConfig(layers="uniform", grid="bicubic"), shape, [given("v", target)])
+    with StudentTaps(model, frozenset({"values"}), shape.attention) as seen:
+        model(torch.randn(2, 3, 32, 32))
     mine, theirs = meeting.student_vectors(seen.v), meeting.teacher_vectors(target)
     assert mine.shape == theirs.shape == (2, 3, 3, 65, 16)
     assert torch.equal(mine[:, 0, :, 0], seen.v[0][:, :, 0])
@@ -94,3 +93,20 @@ def test_heads_of_vectors_are_never_merged() -> None:
 def test_a_network_without_tokens_is_refused() -> None:
     with pytest.raises(UserError, match="no plain ViT, whose blocks keep one token for each patch"):
         StudentTaps(timm.create_model("resnet18"), frozenset({"tokens"}))
+
+
+def test_blocks_without_the_class_token_are_no_layers() -> None:
+    """CaiT: its last layers let the class token attend, its blocks have none."""
+    model = timm.create_model("cait_xxs24_224", img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3).eval()
+    shape = student_spec(model)
+    assert (shape.layers, shape.prefix) == (2, ("class",))
+    with pytest.raises(UserError, match="of its 3 blocks 2 attend over all tokens"):
+        StudentTaps(model, frozenset({"streams"}), shape.attention)
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "nest_tiny", "gcvit_xxtiny"])
+def test_windows_are_no_attention_over_all_patches_of_a_stage(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name).eval()
+    with pytest.raises(UserError, match="it pools its patches between layers"):
+        student_spec(model)

@@ -418,7 +418,7 @@ def test_a_student_s_file_that_says_nonsense_of_copying_is_refused(trained, tmp_
         ({"tensors": "q"}, {"embed_dim": 96}, r"each head's q is 16 in the teacher, 32 in the student\n  Copy maps"),
         ({}, {"model": "deit_tiny_distilled_patch16_224"}, r"the teacher lacks the student's distillation"),
         ({"teacher": "vitt"}, {}, r"attention_copy.teacher: asked for vitt, the store has vit"),
-        ({}, {"model": "resnet18"}, r"no list of attention blocks"),
+        ({}, {"model": "resnet18"}, r"it calls no attention kernel"),
     ],
 )
 def test_what_does_not_fit_is_one_clear_message(world, place, copying, student, message):

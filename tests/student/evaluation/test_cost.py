@@ -159,7 +159,7 @@ def test_the_command(trained, capsys) -> None:
     [
         (["cost", "--teacher", "resnet10"], 1, "no teacher is called 'resnet10'\n  Did you mean"),
         (["cost", "--shards", "x.tar"], 2, "No such option '--shards'"),
-        (["accuracy", "--teacher", "resnet10t", "--shards", "x.tar"], 2, "No such option '--teacher'"),
+        (["accuracy", "--teacher", "resnet10t", "--shards", "x.tar"], 2, "is a student, --teacher resnet10t a teacher"),
         (["accuracy", "--no-project"], 2, "Missing option '--shards'"),
     ],
 )

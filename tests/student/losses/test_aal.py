@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import timm
 import torch
 from torch import nn
 
-from precompute.taps import AttentionTaps
 from student.losses import aal
 from student.losses.aal import AAL, class_maps
+from tests.student.attention import taps_of
 from tests.typed import present
+
+if TYPE_CHECKING:
+    from precompute.taps import Attention
 
 
 def printed(aal: AAL, maps: torch.Tensor, activations: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -99,44 +102,44 @@ def test_lambda():
     assert weight.at(1) == 1980
 
 
-def taps_of(name: str, **arguments) -> tuple[Any, AttentionTaps, torch.Tensor, int]:
+def seen_by(name: str, **arguments: Any) -> tuple[Any, list[Attention], int]:
+    """A network, its attention in a pass, and how many tokens come before its patches."""
     torch.manual_seed(0)
     model = timm.create_model(name, img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, **arguments).eval()
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.weight.data.mul_(3)
-    taps = AttentionTaps(model)
-    model(torch.randn(2, 3, 32, 32))
-    return model, taps, torch.stack(taps.q), model.num_prefix_tokens
+    with taps_of(model) as taps:
+        model(torch.randn(2, 3, 32, 32))
+    return model, taps.attention, model.num_prefix_tokens
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
 def test_readings_of_equation_3(name):
-    _, taps, q, prefix = taps_of(name)
-    scaled, full, plain = (
-        class_maps(taps.q, taps.k, taps.scales, prefix, how) for how in ("scaled", "full", "printed")
-    )
+    _, attention, prefix = seen_by(name)
+    scaled, full, plain = (class_maps(attention, prefix, how) for how in ("scaled", "full", "printed"))
     assert scaled.shape == (2, 6, 16)
     assert torch.allclose(scaled.sum(-1), torch.ones(2, 6))
     assert torch.allclose(plain.sum(-1), torch.ones(2, 6))
     assert torch.allclose(full / full.sum(-1, keepdim=True), scaled, atol=1e-6)
     assert (full.sum(-1) < 1).all()
     assert not torch.allclose(plain, scaled, atol=1e-3)
-    first = (q[0][:, :, :1] @ taps.k[0].transpose(-2, -1) * taps.scales[0]).softmax(-1)[:, :, 0, prefix:]
+    q, k = present(attention[0].q), present(attention[0].k)
+    first = (q[:, :, :1] @ k.transpose(-2, -1) * 16**-0.5).softmax(-1)[:, :, 0, prefix:]
     assert torch.allclose(full[:, :3], first, atol=1e-6)
 
 
 def test_scaled_and_full_coincide_for_one_map_without_bias():
-    _, taps, _, prefix = taps_of("vit_tiny_patch16_224")
+    _, attention, prefix = seen_by("vit_tiny_patch16_224")
     activations = torch.randn(2, 5, 4, 4)
-    one = [class_maps(taps.q, taps.k, taps.scales, prefix, how)[:, :1] for how in ("scaled", "full")]
+    one = [class_maps(attention, prefix, how)[:, :1] for how in ("scaled", "full")]
     aal = AAL(1, 5)
     nn.init.zeros_(present(aal.links.bias))
     assert torch.allclose(aal(one[0], activations), aal(one[1], activations), rtol=1e-5)
 
 
 def test_gradients_reach_the_student():
-    model, taps, _, prefix = taps_of("vit_tiny_patch16_224")
-    AAL(6, 5)(class_maps(taps.q, taps.k, taps.scales, prefix, "scaled"), torch.randn(2, 5, 4, 4)).backward()
+    model, attention, prefix = seen_by("vit_tiny_patch16_224")
+    AAL(6, 5)(class_maps(attention, prefix, "scaled"), torch.randn(2, 5, 4, 4)).backward()
     assert all(block.attn.qkv.weight.grad.abs().sum() > 0 for block in model.blocks)
     assert model.head.weight.grad is None

@@ -16,6 +16,7 @@ from student.alignment.attention import weighted
 from student.alignment.student_spec import StudentSpec
 from student.losses.attention_guidance import AttentionGuidanceConfig, AttentionGuidanceLoss, divergence, squares
 from tests.student.alignment.test_matching import given, random_rows
+from tests.student.attention import attention_of
 from tests.typed import present
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def method(student: StudentSpec, *several: StoredTarget, **settings: Any) -> Att
 
 
 def step(targets: tuple[torch.Tensor, ...], **seen: Any) -> Any:
-    return SimpleNamespace(student_taps=SimpleNamespace(**seen), targets=targets)
+    return SimpleNamespace(student_taps=SimpleNamespace(attention=attention_of(**seen)), targets=targets)
 
 
 def attending(layers: int, heads: int, tokens: int, seed: int = 0) -> dict[str, Any]:

@@ -9,10 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch.autograd import gradcheck
 
-from precompute.taps import attention_rows
 from storage.store.store import Store
 from storage.testing import TINY_VIT
-from student.alignment.student_spec import StudentSpec
+from student.alignment.student_spec import StudentSpec, student_spec
 from student.alignment.student_taps import StudentTaps
 from student.data.stream import Stream
 from student.losses import head_specific
@@ -24,6 +23,7 @@ from student.targets.stored_target import stored_target
 from student.training.distiller import Distiller, find_targets
 from tests.conftest import World, run_precompute, teacher_of
 from tests.student.alignment.test_matching import given
+from tests.student.attention import attention_of
 from tests.student.losses.test_losses import entropy, values
 
 if TYPE_CHECKING:
@@ -125,18 +125,20 @@ def test_only_heads_that_meet_get_gradients(world, kept, kind):
 def test_scores_are_those_of_the_network_before_its_softmax(world, kept):
     """From live q and k; each side's own 1/√d: a student of wider heads with the same map has the same scores."""
     distiller, batch = distiller_of(world, kept, True)
-    seen = StudentTaps(distiller.student, frozenset({"attention"}))
-    distiller.student(batch.pixels((0.5,) * 3, (0.5,) * 3))
+    layers = student_spec(distiller.student).attention
+    with StudentTaps(distiller.student, frozenset({"attention"}), layers) as seen:
+        distiller.student(batch.pixels((0.5,) * 3, (0.5,) * 3))
     method: Any = distiller.losses["it"]
-    scores = method.rows.student_rows(seen.q, seen.k, seen.scales)
-    assert torch.allclose(scores.softmax(-1)[:, 0], attention_rows(seen.q[0], seen.k[0], seen.scales[0]), atol=1e-6)
+    scores = method.rows.student_rows(seen.attention)
+    expected = seen.q[0] @ seen.k[0].transpose(-2, -1) * 16**-0.5
+    assert torch.allclose(scores[:, 0], expected, atol=1e-5)
     meets = head_specific.HeadSpecificConfig(heads=[[1, 1]])
     wide = HeadSpecificLoss(
         "it", meets, StudentSpec(4, 2, 4, ("class",)), [given("q"), given("k")]
     )  # width 8 on the teacher's side
     q, k = torch.randn(2, 2, 4, 2, 17, 8).unbind(0)
     wider = [torch.cat([layer * 2**0.5, torch.zeros_like(layer)], -1) for layer in q.unbind(1)]
-    mine = wide.rows.student_rows(wider, [torch.cat([x, x], -1) for x in k.unbind(1)], [16**-0.5] * 4)
+    mine = wide.rows.student_rows(attention_of(wider, [torch.cat([x, x], -1) for x in k.unbind(1)], [16**-0.5] * 4))
     assert torch.allclose(mine, wide.rows.teacher_rows([q, k]), atol=1e-5)
 
 
@@ -146,8 +148,9 @@ def test_samples_that_are_decided_wrongly_do_not_count(world, kept):
     assert distiller.rows[0].rule.endswith("3 logits of vit: taken as the same (same_classes)")
     method: Any = distiller.losses["it"]
     pixels = batch.pixels(distiller.mean, distiller.std)
-    logits = distiller.student(pixels)
-    seen, targets = distiller.student_taps, tuple(batch.target(id) for id in distiller.target_ids["it"])
+    with distiller.student_taps as seen:
+        logits = distiller.student(pixels)
+    targets = tuple(batch.target(id) for id in distiller.target_ids["it"])
     right = (targets[1].argmax(1) == batch.labels).float()
     assert 0 < right.mean() < 1, "else this tells nothing"
 
@@ -158,7 +161,7 @@ def test_samples_that_are_decided_wrongly_do_not_count(world, kept):
         return own(LossInputs(**{**inputs, "mix_weights": mix_weights, "targets": targets, **more}))
 
     none = torch.zeros(32)
-    rows = method.rows.student_rows(seen.q, seen.k, seen.scales)
+    rows = method.rows.student_rows(seen.attention)
     each = difference(rows.log(), method.rows.teacher_rows(targets[:1]), "kl")
     assert torch.isclose(loss(batch.labels, batch.labels, none), (right * each).mean())
     half = loss(batch.labels, (batch.labels + 1) % 3, none + 0.5)

@@ -28,6 +28,7 @@ from student.targets.stored_target import stored_target
 from student.training.distiller import Distiller
 from tests.conftest import run_precompute, teacher_of
 from tests.student.alignment.test_matching import given
+from tests.student.attention import attention_of
 from tests.typed import grad
 
 F64 = torch.float64
@@ -159,7 +160,7 @@ def test_input_gradients_of_aal_down_to_q_and_k(reading, how):
     q, k = ([values(2, 2, 5, 3, seed=s + n).requires_grad_() for n in (0, 1)] for s in (2, 4))
 
     def run(*tensors: torch.Tensor) -> Any:
-        return loss(class_maps(tensors[:2], tensors[2:], [3**-0.5] * 2, 1, how), target)
+        return loss(class_maps(attention_of(tensors[:2], tensors[2:], [3**-0.5] * 2), 1, how), target)
 
     assert gradcheck(run, (*q, *k))
 
@@ -175,7 +176,7 @@ def test_input_gradients_through_heads_grids_and_tokens_that_differ(which):
     q, k = values(1, 2, 6, 3).requires_grad_(), values(1, 2, 6, 3, seed=2).requires_grad_()
 
     def run(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        mine = made.student_logs([q], [k], [3**-0.5])
+        mine = made.student_logs(attention_of([q], [k], [3**-0.5]))
         assert mine.shape == target.shape
         return (target * mine).sum()
 

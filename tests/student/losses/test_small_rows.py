@@ -23,6 +23,7 @@ from student.losses.base import LossInputs
 from student.losses.registry import LOSSES
 from student.targets.stored_target import StoredTarget
 from tests.student.alignment.test_matching import given
+from tests.student.attention import attention_of
 from tests.typed import grad
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def test_a_gap_costs_what_it_is_and_is_closed(method, settings, gap):
     tokens = len(scores)
     q, k = torch.eye(1).expand(1, 1, tokens, 1).clone().requires_grad_(), scores.view(1, 1, tokens, 1).clone()
     k.requires_grad_()
-    seen = SimpleNamespace(q=[q], k=[k], scales=[1.0])
+    seen = SimpleNamespace(attention=attention_of([q], [k], [1.0]))
     side, prefix = (2, ("class",)) if method == "advit" else (1, ROLES)
     found = loss_of(method, student, [given(depth=1, heads=1, side=side, prefix=prefix)], [target], seen, **settings)
     compared = scores.double()[1:] if method == "advit" else scores.double()
@@ -127,7 +128,7 @@ def test_losses_and_gradients_are_those_of_plain_rows_in_f64(which, rule, spread
         targets.append(F.normalize(torch.randn(2, 1, 2, 5, 4), dim=-1))  # of one norm: they weigh nothing
     settings = {"heads": rule, "head_temperature": None, **({"value_norm": True} if which == "values" else {})}
     parts = attending(spread)
-    seen = SimpleNamespace(**{name: [part] for name, part in parts.items()}, scales=[0.5])
+    seen = SimpleNamespace(attention=attention_of(**{name: [part] for name, part in parts.items()}, scales=[0.5]))
     found = loss_of(method, student, several, targets, seen, **settings)
     found.backward()
 
@@ -164,7 +165,7 @@ def test_advit_s_reading_of_logarithms_is_that_of_plain_rows_in_f64(distance, ru
     stored = (torch.randn(2, 1, 3, 5, 5) * 25).softmax(-1)
     settings = {"distance": distance, "kl_input": "log-prob", "heads": rule, "renorm": True}
     settings |= {"temperature": 2.0} if distance == "kl" else {}
-    seen = SimpleNamespace(**{name: [part] for name, part in parts.items()}, scales=[0.5])
+    seen = SimpleNamespace(attention=attention_of(**{name: [part] for name, part in parts.items()}, scales=[0.5]))
     found = loss_of("advit", student, [given(depth=1, side=2)], [stored], seen, **settings)
     found.backward()
     q, k = (parts[name].detach().double().requires_grad_() for name in ("q", "k"))
@@ -194,7 +195,7 @@ def test_a_student_that_is_its_peaked_teacher_has_nothing_to_learn(taps, heads):
     stored = {"class_row": rows, "q": parts["q"].detach()[:, None], "k": parts["k"].detach()[:, None]}
     one = [given(tap, depth=1, side=2, width=4) for tap in taps]
     one = [StoredTarget(target=g.target.model_copy(update={"scales": (0.5,)}), teacher=g.teacher) for g in one]
-    seen = SimpleNamespace(**{name: [part] for name, part in parts.items()}, scales=[0.5])
+    seen = SimpleNamespace(attention=attention_of(**{name: [part] for name, part in parts.items()}, scales=[0.5]))
     for method, settings in (("guidance", {}), ("advit", {"distance": "kl", "kl_input": "log-prob"})):
         found = loss_of(
             method, StudentSpec(1, 3, 2, ("class",)), one, [stored[t] for t in taps], seen, heads=heads, **settings

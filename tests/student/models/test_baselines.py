@@ -41,14 +41,13 @@ def test_a_baseline_is_trained_evaluated_asked_and_exported(world, tmp_path, cap
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("convit_small", "layer 1 is a timm.models.convit.GPSA, whose queries and keys cannot be read"),
-        ("resnet10t", "no attention rows over all tokens can be read off it: it has no list of attention blocks"),
+        ("resnet10t", "no attention over all tokens of an image: it calls no attention kernel"),
+        ("swin_tiny_patch4_window7_224", "no attention over all tokens of an image: it pools its patches"),
     ],
 )
 def test_what_has_no_plain_attention_cannot_be_taught_to_attend(world, tmp_path, model, message) -> None:
-    patch = ["student.patch_size=8"] if model == "convit_small" else []
     with pytest.raises(UserError, match=message):
-        run(world, tmp_path / "run", "aal", *SIZES, f"student.model={model}", *patch, u8(world), smoke=True)
+        run(world, tmp_path / "run", "aal", *SIZES, f"student.model={model}", u8(world), smoke=True)
 
 
 def test_arguments_that_a_baseline_does_not_take_are_named(world, tmp_path) -> None:

@@ -12,7 +12,7 @@ from storage.errors import UserError
 from storage.store.store import Store
 from tests.conftest import World, run_precompute, teacher_of, write_teacher
 from tests.precompute.stores import seeded
-from tests.student.runs import job, run
+from tests.student.runs import job, run, u8
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,11 +56,16 @@ def test_a_cnn_learns_from_labels_and_logits(world: World, tmp_path: Path) -> No
     assert run(world, tmp_path / "run", "deit-soft", *settings)["samples"]
 
 
-def test_a_loss_on_tokens_trains_a_vit_whose_attention_cannot_be_read(world: World, tmp_path: Path) -> None:
-    beit = "student.model=beit_base_patch16_224"  # its relative positions are a bias on attention
+def test_a_vit_with_relative_positions_trains_by_its_tokens_and_by_its_attention(world: World, tmp_path: Path) -> None:
+    beit = "student.model=beit_base_patch16_224"  # they are a bias on its attention
     assert run(world, tmp_path / "run", "simreg", beit, "optim.epochs=1")["epochs"] == 1
-    said = refused(world, tmp_path / "other", "aal", beit)
-    assert said.startswith("aal reads the student's attention: Beit: ")
+    assert run(world, tmp_path / "attention", "aal", beit, u8(world), "optim.epochs=1")["epochs"] == 1
+
+
+def test_a_student_of_windows_is_told_to_be_a_plain_vit(world: World, tmp_path: Path) -> None:
+    swin = ["student.model=swin_tiny_patch4_window7_224", "student.depth=null", "student.num_heads=null"]
+    said = refused(world, tmp_path / "other", "aal", *swin, "student.embed_dim=24")
+    assert said.startswith("aal reads the student's attention: SwinTransformer: ")
     assert proposed(said) == ["student.model=vit_tiny_patch16_224"]
 
 
@@ -116,7 +121,7 @@ def test_targets_that_are_missing_are_named_with_what_a_teacher_without_them_giv
     targets = re.findall(r"target=(\w+)", said)
     assert targets == ["class_token", "embedding"], said
     assert re.findall(r"target=(\w+)", refused(world, tmp_path / "run", "seed", store=None)) == targets
-    with pytest.raises(UserError, match="class_token needs a vit"):
+    with pytest.raises(UserError, match="has no attention over all tokens of an image"):
         run_precompute(place, world.shards, cnn, targets[:1])
     run_precompute(place, world.shards, cnn, targets[1:])
     assert run(world, tmp_path / "run", "seed", "optim.epochs=1", **parts)["epochs"] == 1

@@ -332,10 +332,12 @@ def test_sizes_that_do_not_go_together_are_refused():
             build_student(recipe.student, 3)
 
 
-def test_a_student_whose_attention_is_not_plain_is_refused(world, u8, tmp_path):
-    sizes = ["student.model=eva02_tiny_patch14_224", "student.depth=2", "student.embed_dim=48", "student.num_heads=3"]
-    with pytest.raises(UserError, match=r"layer 1 .*EvaAttention.* differs from the one that the network uses"):
-        train(job(world, tmp_path / "run", "aal", u8, *sizes), Quiet())
+def test_a_student_whose_attention_is_rotated_learns_by_it_and_one_of_windows_is_refused(world, u8, tmp_path):
+    rotated = "student.model=eva02_tiny_patch14_224"
+    assert train(job(world, tmp_path / "run", "aal", u8, rotated, "optim.epochs=1"), Quiet())["epochs"] == 1
+    sizes = ["student.depth=null", "student.num_heads=null", "student.embed_dim=24"]
+    with pytest.raises(UserError, match=r"aal reads the student's attention: SwinTransformer: .*it pools its patches"):
+        train(job(world, tmp_path / "other", "aal", u8, "student.model=swin_tiny_patch4_window7_224", *sizes), Quiet())
 
 
 def test_slips_are_found_before_the_first_epoch(world, u8, tmp_path):

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import timm
 
 from pipeline.cli import main
-from precompute.taps import attention_layers
 from storage.errors import UserError
 from storage.shards.index import cached_index
 from storage.shards.shard import open_shards
@@ -36,6 +35,7 @@ from student.evaluation.localization.max_box_acc import (
     resized_boxes,
 )
 from student.models.files import load_student
+from tests.precompute.networks import attention_modules
 from tests.student.runs import run
 
 if TYPE_CHECKING:
@@ -187,8 +187,7 @@ def test_a_student_that_looks_everywhere_alike_finds_the_first_pixel(name, flat)
     """As in the authors' code, where a constant map is zeros: its box is (0, 0, 0, 0) at each threshold."""
     model = timm.create_model(name, num_classes=3).eval()
     if flat == "queries":  # all scores are zero
-        layers: list[Any] = attention_layers(model, pooled=True)
-        for layer in layers:
+        for layer in attention_modules(model):
             layer.qkv.weight.data[: layer.qkv.weight.shape[1]] = 0
             layer.qkv.bias.data[: layer.qkv.weight.shape[1]] = 0
     else:  # all patches are the same
@@ -312,8 +311,7 @@ def test_a_map_is_the_mean_of_what_the_class_token_attends_to(trained) -> None:
     looker = ClassAttention(model, "x")
     pixels = torch.randn(3, 3, about.img_size, about.img_size)
     rows = []
-    layers: list[Any] = attention_layers(model)
-    for layer in layers:
+    for layer in attention_modules(model):
         layer.fused_attn = False
         layer.attn_drop.register_forward_hook(lambda _, __, out: rows.append(out[:, :, 0, 1:]))
     found = looker.maps(pixels)
@@ -386,7 +384,7 @@ def test_a_student_without_a_class_token_is_told() -> None:
     bare = timm.create_model("vit_tiny_patch16_224", global_pool="avg", class_token=False, **small).eval()
     with pytest.raises(UserError, match="x: the student has no class token"):
         ClassAttention(bare, "x")
-    with pytest.raises(UserError, match="no attention rows"):
+    with pytest.raises(UserError, match="no attention over all tokens"):
         ClassAttention(timm.create_model("resnet10t").eval(), "x")
 
 

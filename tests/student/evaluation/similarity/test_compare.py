@@ -14,12 +14,12 @@ from torch.nn import functional as F
 pytest.importorskip("scipy")
 
 from precompute.export.pytorch import live_teacher
-from precompute.taps import Tap, attention_rows
+from precompute.taps import Tap
 from storage.shards.shard import open_shards
 from storage.store.store import Store
 from storage.testing import synthetic_shards
 from storage.views.policy import policy
-from student.alignment.student_spec import StudentSpec
+from student.alignment.student_spec import StudentSpec, student_spec
 from student.alignment.student_taps import StudentTaps
 from student.evaluation.similarity.compare import _chosen, _rows, _vectors
 from student.evaluation.similarity.metrics import divergence, paired
@@ -102,22 +102,27 @@ def test_a_student_is_its_own_likeness(world, trained, tmp_path, capsys):
         assert all(row["cka"] == pytest.approx(1, abs=1e-6) for row in found["streams"]["layers"])
 
 
+def attention(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    scale: float = q.shape[-1] ** -0.5
+    return (q @ k.transpose(-2, -1) * scale).softmax(-1)
+
+
 @pytest.fixture(scope="module")
 def by_hand(world: World, trained: Path) -> dict[str, Any]:
     """Attention and streams of both networks, by running both."""
     from student.evaluation.batches import evaluation_batches
 
     model, about = load_student(trained / "last.safetensors")
-    seen = StudentTaps(model, {"attention", "streams", "tokens"})
+    seen = StudentTaps(model, {"attention", "streams", "tokens"}, student_spec(model).attention)
     taps = [Tap("attention", layers=(1, 2, 3)), Tap("tokens", layers=(1, 2, 3)), Tap("tokens")]
     teacher = live_teacher(teacher_of(world.weights, "vit"), taps, 32)
     names = ("attention", "streams", "final")
     found: dict[str, list[Any]] = {f"{whose}{name}": [] for name in names for whose in ("", "their ")}
     with torch.no_grad():
         for batch in evaluation_batches(open_shards(world.shards[:1]), policy(about.evaluation, 32), 64):
-            model(batch.pixels(about.mean, about.std))
-            pairs = zip(seen.q, seen.k, seen.scales, strict=True)
-            found["attention"].append(torch.stack([attention_rows(*one) for one in pairs], 1))
+            with seen:
+                model(batch.pixels(about.mean, about.std))
+            found["attention"].append(torch.stack([attention(*pair) for pair in zip(seen.q, seen.k, strict=True)], 1))
             found["streams"].append(torch.stack(seen.streams, 1))
             found["final"].append(seen.tokens)
             for name, value in zip(names, teacher(batch.images), strict=True):
@@ -169,16 +174,17 @@ def test_attention_of_a_student_on_the_teacher_s_grid(world, place, by_hand, tmp
     """Divergence of all heads with all others, of maps, of q and k alike; of class rows alone too."""
     run(world, tmp_path / "run", "scratch", *SAME, "student.num_heads=6", "optim.epochs=1", "student.global_pool=token")
     model, about = load_student(tmp_path / "run" / "last.safetensors")
-    seen = StudentTaps(model, {"attention"})
+    seen = StudentTaps(model, {"attention"}, student_spec(model).attention)
     from student.evaluation.batches import evaluation_batches
 
     matrix, count = torch.zeros(3, 6, 3), 0
     first, averaged = torch.zeros(3, 6, 3), torch.zeros(3)
     with torch.no_grad():
         for batch in evaluation_batches(open_shards(world.shards[:1]), policy(about.evaluation, 32), 64):
-            model(batch.pixels(about.mean, about.std))
+            with seen:
+                model(batch.pixels(about.mean, about.std))
             for n in range(3):
-                mine = attention_rows(seen.q[n], seen.k[n], seen.scales[n])
+                mine = attention(seen.q[n], seen.k[n])
                 theirs = by_hand["their attention"][count : count + len(mine), n]
                 averaged[n] += divergence(mine.mean(1), theirs.mean(1)).mean(1).sum()
                 for a in range(6):
