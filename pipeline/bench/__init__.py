@@ -8,9 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import onnxruntime
 import torch
-from dask.system import CPU_COUNT
 
 from storage.errors import UserError
 from storage.shards.patterns import expand
@@ -48,6 +46,8 @@ def bench(
     Raises:
         UserError: no such folder, or as the parts do.
     """
+    from dask.system import CPU_COUNT
+
     from pipeline.bench import learning, reading, recording
     from pipeline.bench.world import World
 
@@ -78,6 +78,8 @@ def bench(
 
 def _device(name: str) -> str:
     """`cpu` or `cuda`. Raises UserError where there is none."""
+    import onnxruntime
+
     sessions = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
     usable = sessions and torch.cuda.is_available()
     if name == "auto":
@@ -95,6 +97,9 @@ def _plain(row: Measure) -> dict[str, Any]:
 
 def _machine(device: str) -> dict[str, Any]:
     """Where it was measured."""
+    import onnxruntime
+    from dask.system import CPU_COUNT
+
     return {
         "cores": CPU_COUNT,
         "processor": _processor(),

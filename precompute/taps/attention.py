@@ -35,7 +35,7 @@ class AttentionLayer:
         heads: H.
         queries: Q: N, or 1 where only the class token attends.
         tokens: N, the keys.
-        scale: what scores are multiplied by, usually 1/√d.
+        scale: what scores are multiplied by, usually 1/√d; 1 for a layer without a kernel.
         fused: whether it calls the kernel, so that its q and k are known; else scores and values alone.
         biased: whether something is added to the scores, such as relative positions.
     """

@@ -20,12 +20,15 @@ class AttentionLayers:
     Attributes:
         layers: first one first.
         prefix: the role of each token before the patches, as in `prefix_roles`.
-        grids: side of the patch grid in each layer.
     """
 
     layers: tuple[AttentionLayer, ...]
     prefix: tuple[str, ...]
-    grids: tuple[int, ...]
+
+    @property
+    def grids(self) -> tuple[int, ...]:
+        """Side of the patch grid in each layer."""
+        return tuple(_side(layer.tokens - len(self.prefix)) for layer in self.layers)
 
     @property
     def class_query(self) -> int:
@@ -75,11 +78,7 @@ def attention_layers(model: nn.Module, size: int, *, pooled: bool = False) -> At
 
 
 def _numbered(layers: list[AttentionLayer], prefix: tuple[str, ...]) -> AttentionLayers:
-    return AttentionLayers(
-        layers=tuple(replace(layer, number=n) for n, layer in enumerate(layers, 1)),
-        prefix=prefix,
-        grids=tuple(_side(layer.tokens - len(prefix)) for layer in layers),
-    )
+    return AttentionLayers(layers=tuple(replace(layer, number=n) for n, layer in enumerate(layers, 1)), prefix=prefix)
 
 
 def _layer(call: Attention, place: int) -> AttentionLayer | None:
@@ -97,7 +96,7 @@ def _layer(call: Attention, place: int) -> AttentionLayer | None:
         heads=heads,
         queries=rows.shape[2],
         tokens=values.shape[2],
-        scale=call.scale if isinstance(call.scale, float) else math.nan,
+        scale=float(call.scale),
         fused=call.q is not None,
         biased=call.bias is not None,
     )

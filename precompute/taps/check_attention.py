@@ -36,19 +36,16 @@ def check_attention(
     Raises:
         UserError: they differ.
     """
-    taps = AttentionTaps(found.layers)
     used = _Used(found.layers)
-    unfused = _Used(found.layers, used.gathered)
-    with torch.no_grad(), taps:
+    with torch.no_grad(), used:
         model(images)
     if images.is_meta:
         return 0.0
-    with torch.no_grad(), used:
-        model(images)
+    unfused = _Used(found.layers, used.gathered)
     with torch.no_grad(), _without_fused_kernels(model), unfused:
         model(images)
     worst = 0.0
-    for layer, attention in zip(found.layers, taps.attention, strict=True):
+    for layer, attention in zip(found.layers, used.attention, strict=True):
         rows = attention.rows()
         for seen in (used, unfused):
             if layer.call in seen.rows:
@@ -81,7 +78,7 @@ def _difference(
 
 
 class _Used(AttentionTaps):
-    """What layers make: their rows, where no fused kernel hides them, and these over their values.
+    """What layers make, beside what of: rows, where no fused kernel hides them, and what these make of the values.
 
     Args:
         layers: which.
@@ -94,11 +91,13 @@ class _Used(AttentionTaps):
         self.rows: dict[int, Tensor] = {}
         self.gathered: dict[int, Tensor] = {}
 
-    def _keep(self, call: int, _attention: Attention, rows: Tensor | None) -> None:
+    def _keep(self, call: int, attention: Attention, rows: Tensor | None) -> None:
+        super()._keep(call, attention, rows)
         if call in self._heads and rows is not None:
             self.rows[call] = rows
 
-    def _meet_values(self, call: int, _values: Tensor, output: Tensor) -> Tensor:
+    def _meet_values(self, call: int, values: Tensor, output: Tensor) -> Tensor:
+        super()._meet_values(call, values, output)
         if call in self._heads:
             self.gathered[call] = output
         return self.instead[call].reshape(output.shape) if call in self.instead else output

@@ -37,7 +37,8 @@ def run_blank(model: nn.Module, size: int, method: str = "forward", **arguments:
     model.eval()
     try:
         with torch.no_grad():
-            return getattr(model, method)(images, **arguments) if method != "forward" else model(images, **arguments)
+            run = model if method == "forward" else getattr(model, method)  # hooks hear of calls alone
+            return run(images, **arguments)
     finally:
         model.train(training)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple, Self, cast
 
@@ -109,6 +110,10 @@ class Tap:
         """A name for that matrix, the same for all taps that share it."""
         words = {False: "", True: "_antialias_reduced", "all": "_antialias"}
         return f"grid_{side}_{self.grid}{words[self.antialias]}"
+
+    def numbers(self, count: int) -> Sequence[int]:
+        """The layers or stages that are read, from 1, of so many."""
+        return self.layers or range(1, count + 1)
 
     @property
     def chosen(self) -> tuple[str, ...]:

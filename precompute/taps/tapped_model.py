@@ -102,7 +102,7 @@ class TappedTeacher(nn.Module):
         layers, kind, chosen = self.attention.layers, type(self.model).__name__, set[int]()
         for tap in self.taps:
             if tap.name in ATTENTION:
-                numbers = tap.layers or range(1, len(layers) + 1)
+                numbers = tap.numbers(len(layers))
                 if outside := [n for n in numbers if not 1 <= n <= len(layers)]:
                     raise UserError(f"layer {outside[0]} was asked for; {kind} has layers 1 to {len(layers)}")
                 for n in numbers:
@@ -114,18 +114,18 @@ class TappedTeacher(nn.Module):
     def _maps(self, tap: Tap) -> list[_MapsOf]:
         """The stages that a tap's activations are read off."""
         stages = self._reads[tap.at]
-        return [stages[n - 1] for n in tap.layers or range(1, len(stages) + 1)]
+        return [stages[n - 1] for n in tap.numbers(len(stages))]
 
     def stages(self, tap: Tap) -> list[tuple[int, str, int]]:
         """(number, name of the module, channels) of the stages that a tap's activations are read off."""
-        numbers = tap.layers or range(1, len(self._reads[tap.at]) + 1)
+        numbers = tap.numbers(len(self._reads[tap.at]))
         return [(n, maps.name, maps.channels) for n, maps in zip(numbers, self._maps(tap), strict=True)]
 
     def scales(self, tap: Tap) -> list[float]:
         """What the scores of each of a tap's layers are multiplied by, usually 1/√d."""
         assert self.attention is not None
         layers = self.attention.layers
-        return [layers[n - 1].scale for n in tap.layers or range(1, len(layers) + 1)]
+        return [layers[n - 1].scale for n in tap.numbers(len(layers))]
 
     def prepare(self, images: UInt8[Tensor, "B S S 3"]) -> Float32[Tensor, "B 3 I I"]:
         """Normalized input from view images."""
@@ -161,12 +161,11 @@ class TappedTeacher(nn.Module):
         if tap.name == "tokens":
             return torch.stack([self._streams[n] for n in tap.layers] if tap.layers else [features], 1)
         if tap.name == "activations":
-            return torch.cat([self._on_grid(tap, n) for n in tap.layers or range(1, len(self._reads[tap.at]) + 1)], 1)
+            return torch.cat([self._on_grid(tap, n) for n in tap.numbers(len(self._reads[tap.at]))], 1)
         assert self.attention is not None
-        seen = dict(
-            zip((layer.number for layer in self._attention_taps.layers), self._attention_taps.attention, strict=True)
-        )
-        layers = [seen[n] for n in tap.layers or range(1, len(self.attention.layers) + 1)]
+        taps = self._attention_taps
+        seen = {layer.number: attention for layer, attention in zip(taps.layers, taps.attention, strict=True)}
+        layers = [seen[n] for n in tap.numbers(len(self.attention.layers))]
         match tap.name:
             case "class_row":
                 at = self.attention.class_query

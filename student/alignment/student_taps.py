@@ -37,6 +37,7 @@ class StudentTaps:
         self._model, self._attention = model, AttentionTaps(())
         self._streams: dict[int, Tensor] = {}
         self._tokens: dict[int, Tensor] = {}
+        self._modules = attention_modules(model)
         self._switched: list[nn.Module] = []
         if taps & {"attention", "values"}:
             assert layers is not None
@@ -60,7 +61,7 @@ class StudentTaps:
         if self._attention.layers:
             # Where the recipe wants no fused kernel, the taps compute without one: the network's own products would
             # hide q and k.
-            self._switched = [module for module in attention_modules(self._model) if not module.fused_attn]
+            self._switched = [module for module in self._modules if not module.fused_attn]
             self._attention.kernel = "unfused" if self._switched else "network"
             _set_fused(self._switched, True)
             self._attention.__enter__()

@@ -142,10 +142,13 @@ def _copying_layers(model: nn.Module, parts: Sequence[str]) -> list[Any]:
 
 def _require_last_norms(model: nn.Module, size: int, found: AttentionLayers, layers: Sequence[Any]) -> None:
     """Require that the kernel gets what the norms of q and k give, and nothing is added to their product."""
-    normed: dict[int, Tensor] = {}
+    normed: dict[tuple[int, str], Tensor] = {}
     handles = [
-        layer.q_norm.register_forward_hook(lambda _module, _args, output, n=n: normed.__setitem__(n, output))
+        getattr(layer, f"{part}_norm").register_forward_hook(
+            lambda _module, _args, output, key=(n, part): normed.__setitem__(key, output)
+        )
         for n, layer in enumerate(layers)
+        for part in ("q", "k")
     ]
     taps = AttentionTaps(found.layers)
     with taps:
@@ -153,7 +156,7 @@ def _require_last_norms(model: nn.Module, size: int, found: AttentionLayers, lay
     for handle in handles:
         handle.remove()
     for n, (layer, attention) in enumerate(zip(found.layers, taps.attention, strict=True)):
-        if layer.biased or attention.q is not normed[n]:
+        if layer.biased or attention.q is not normed[n, "q"] or attention.k is not normed[n, "k"]:
             raise UserError(
                 f"{type(model).__name__}: layer {layer.number} changes q and k after their norms, or their product, by "
                 "rotation or relative positions, so a teacher's cannot take their place; maps can"

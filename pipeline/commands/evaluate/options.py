@@ -184,7 +184,7 @@ frozen_features = together(
 
 
 def prints_frozen_report(measure: Callable[..., Report]) -> Callable[..., None]:
-    """As `prints_report`; `measure` is called with a student file or a TeacherQuery, a FrozenConfig, and the rest."""
+    """Print the report of `measure`, which gets a student file or a TeacherQuery, a FrozenConfig, and the rest."""
 
     @functools.wraps(measure)
     def wrapped(paths: list[Path], *, teacher: TeacherQuery | None, **settings: Any) -> Report:

@@ -302,15 +302,15 @@ class HandWritten(nn.Module):
         torch.manual_seed(0)
         self.embed = nn.Conv2d(3, 24, 8, 8)
         self.layers = nn.ModuleList(nn.Linear(24, 72) for _ in range(2))
-        self.causal = False
+        self.kernel: dict[str, Any] = {}
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.embed(images).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
         for layer in self.layers:
             q, k, v = layer(x).reshape(*x.shape[:2], 3, 3, 8).permute(2, 0, 3, 1, 4)
-            if self.causal:
-                out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            if self.kernel:
+                out = F.scaled_dot_product_attention(q, k, v, **self.kernel)
             else:
                 out = torch.softmax(4 * q @ k.transpose(-2, -1), dim=-1) @ v
             x = x + out.transpose(1, 2).flatten(2)
@@ -326,9 +326,17 @@ def test_a_network_of_ones_own_is_read_without_a_kernel_and_without_names() -> N
 
 def test_a_causal_mask_is_part_of_the_attention() -> None:
     model = HandWritten().eval()
-    model.causal = True
+    model.kernel = {"is_causal": True}
     found = attention_layers(model, 32)
     assert all(layer.biased for layer in found.layers)
     assert check_attention(model, images(), found) <= 1e-5
     rows = tapped(model, images()).attention[0].rows()
     assert torch.equal(rows, rows.tril())
+
+
+def test_a_scale_of_its_own_is_read() -> None:
+    model = HandWritten().eval()
+    model.kernel = {"scale": 2}
+    found = attention_layers(model, 32)
+    assert [layer.scale for layer in found.layers] == [2.0, 2.0]
+    assert check_attention(model, images(), found) <= 1e-5

@@ -22,6 +22,7 @@ from storage.objects.state_dict import digest_of_state
 from storage.store.store import Store
 from storage.testing import TINY_CNN, TINY_VIT
 from tests.pipeline.hub import Hub, running
+from tests.precompute.teachers.test_weights_files import facebook
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -110,20 +111,7 @@ def test_timms_conversion_works_behind_a_prefix_too(tmp_path: Path) -> None:
     assert "the prefix 'net.' was stripped" in lines[0]
     spec = ("convnext_tiny", {"dims": (8, 12, 16, 24), "depths": (1, 1, 1, 1)})
     given = made(1, spec=spec)
-    words = [
-        (r"^stem\.", "downsample_layers.0."),
-        (r"stages\.(\d)\.downsample", r"downsample_layers.\1"),
-        (r"stages\.(\d)\.blocks\.", r"stages.\1."),
-        ("conv_dw", "dwconv"),
-        (r"mlp\.fc", "pwconv"),
-        (r"head\.norm", "norm"),
-        (r"head\.fc", "head"),
-    ]
-    theirs = {}
-    for name, tensor in given.items():
-        for pattern, word in words:
-            name = re.sub(pattern, word, name)
-        theirs[name] = tensor
+    theirs = facebook(given)
     _, state, lines = find(saved(tmp_path / "w.pth", behind("net.", theirs)), spec, input_size=64)
     assert equal(state, given)
     assert "the prefix 'net.' was stripped" in lines[0]
