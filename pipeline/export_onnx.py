@@ -44,13 +44,19 @@ def export(path: Path, shards: Sequence[str], out: Path) -> dict[str, Any]:
     if len(shard) < 2:
         raise UserError(f"{shard.url}: one image is too few to check a graph on; give another with --shards")
     images = np.ascontiguousarray(block_views(shard, about.evaluation_policy)[:CHECKED])
-    graph = onnx.load_from_string(
-        export_student(model, about.img_size, mean=about.mean, std=about.std, images=images, name=str(path))
-    )
     properties = {"classes": about.classes, "size": about.img_size, "view": about.evaluation, "model": about.model}
-    onnx.helper.set_model_props(graph, {name: json.dumps(value) for name, value in properties.items()})
-    data = graph.SerializeToString(deterministic=True)
+    of_student = onnx.ModelProto()
+    onnx.helper.set_model_props(of_student, {name: json.dumps(value) for name, value in properties.items()})
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(out) as temporary:
-        temporary.write_bytes(data)
-    return {"graph": str(out), "student": str(path), "bytes": len(data), "checked": len(images), **properties}
+        size = about.img_size
+        export_student(model, size, mean=about.mean, std=about.std, images=images, name=str(path), file=temporary)
+        with temporary.open("ab") as file:
+            file.write(of_student.SerializeToString(deterministic=True))  # two that follow one another are one
+    return {
+        "graph": str(out),
+        "student": str(path),
+        "bytes": out.stat().st_size,
+        "checked": len(images),
+        **properties,
+    }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import functools
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from precompute.engine.tasks import TargetOutput
@@ -72,11 +73,19 @@ def record_targets(
         UserError: a target that the teacher cannot give, or a graph that differs from the teacher.
     """
     teacher = request.teacher
-    network = functools.cache(functools.partial(load_teacher, teacher))
+    loaded: list[nn.Module] = []
     manifest = known_teacher(store, teacher)
     if manifest is None:
-        parts = onnx_file.anatomy(str(teacher.weights)) if teacher.ready else anatomy(network(), teacher.input_size)
+        if teacher.ready:
+            parts = onnx_file.anatomy(str(teacher.weights))
+        else:
+            loaded.append(load_teacher(teacher))
+            parts = anatomy(loaded[0], teacher.input_size)
         manifest = store.add(teacher.manifest(parts))
+
+    def network() -> nn.Module:
+        return loaded.pop() if loaded else load_teacher(teacher)
+
     store.add(bank_manifest(policy))
     specs = request.targets or defaults(manifest)
     identities = [target_identity(teacher, manifest, spec, policy, request.grid) for spec in specs]
@@ -195,16 +204,19 @@ def _export(
     taps = {id: Tap.of(identity) for id, identity in targets.items()}
     distinct = list(dict.fromkeys(taps.values()))
     say(f"exporting {teacher.name} ({teacher.model}) with {', '.join(tap.name for tap in distinct)}")
-    if teacher.ready:
-        from precompute.export.onnx_file import export_ready
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "graph.onnx"
+        if teacher.ready:
+            from precompute.export.onnx_file import export_ready
 
-        other, exported = "the file run by itself", export_ready(teacher, distinct, policy.size, images(), provider)
-    else:
-        from precompute.export.pytorch import export
+            other = "the file run by itself"
+            exported = export_ready(teacher, distinct, policy.size, images(), provider, file=file)
+        else:
+            from precompute.export.pytorch import export
 
-        other = "PyTorch"
-        exported = export(teacher, distinct, policy.size, images(), provider, network=network())
-    graph = store.add_graph(teacher.name, exported.graph)
+            other = "PyTorch"
+            exported = export(teacher, distinct, policy.size, images(), provider, file=file, network=network)
+        graph = store.add_graph(teacher.name, file)
     for tap, parity in zip(distinct, exported.parity, strict=True):
         say(f"  graph against {other}, {tap.name}: largest difference {parity:.1e} of the largest value")
     if exported.attention_error is not None:

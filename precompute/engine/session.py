@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from storage.errors import UserError, first_line, setting
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from onnx import ModelProto, TensorProto
 
@@ -48,10 +50,10 @@ class Session:
         return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
 
 
-def open_session(graph: bytes, provider: str = "auto", threads: int | None = None) -> Session:
+def open_session(graph: bytes | Path, provider: str = "auto", threads: int | None = None) -> Session:
     """A session on a provider: `cpu`, `cuda`, or `auto` for CUDA where it works and else the CPU.
 
-    On a CPU it takes so many threads, by default one a core.
+    On a CPU it takes so many threads, by default one a core. A graph in a file takes less memory than its bytes do.
 
     Raises:
         UserError: onnxruntime is not installed, the graph is not one, or CUDA was requested and is not available.
@@ -61,7 +63,7 @@ def open_session(graph: bytes, provider: str = "auto", threads: int | None = Non
     except ImportError:
         hint = "Install this package with the extra `cpu` or `gpu`."
         raise UserError("onnxruntime is not installed", hint=hint) from None
-    parsed(graph)
+    _require_one_file(graph)
     onnxruntime.set_default_logger_severity(4)  # what it would say of errors comes with them
     options = onnxruntime.SessionOptions()
     threads = threads or CPU_COUNT
@@ -74,9 +76,10 @@ def open_session(graph: bytes, provider: str = "auto", threads: int | None = Non
         hint = f"Install this package with the extra `gpu` in place of `cpu`, or give {setting('provider', 'auto')}"
         raise UserError("this onnxruntime has no CUDA", setting=setting("provider", "cuda"), hint=hint)
     first = [(cuda, {"use_tf32": "0"})] if have_cuda and provider in ("cuda", "auto") else []
+    model = graph if isinstance(graph, bytes) else str(graph)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # where it prints that it falls back; stdout may be for JSON
-            session = onnxruntime.InferenceSession(graph, options, providers=[*first, cpu])
+            session = onnxruntime.InferenceSession(model, options, providers=[*first, cpu])
     except Exception as error:  # onnxruntime's exceptions have no common type
         raise UserError(f"the teacher's graph cannot be run: {first_line(error)}") from None
     used = "cuda" if session.get_providers()[0] == cuda else "cpu"
@@ -85,6 +88,17 @@ def open_session(graph: bytes, provider: str = "auto", threads: int | None = Non
         raise UserError("onnxruntime fell back to the CPU", setting=setting("provider", "cuda"), hint=hint)
     name = session.get_inputs()[0].name
     return Session(session, used, onnxruntime.__version__, name, side_by_side if used == "cpu" else 1)
+
+
+def _require_one_file(graph: bytes | Path) -> None:
+    """Refuse a graph whose tensors lie in other files. Large ones are not parsed: such tensors have a `location`."""
+    word, seen = b"location", b""
+    with io.BytesIO(graph) if isinstance(graph, bytes) else graph.open("rb") as file:
+        while piece := file.read(1 << 24):
+            if word in seen + piece:
+                parsed(graph if isinstance(graph, bytes) else graph.read_bytes())
+                return
+            seen = piece[-len(word) :]
 
 
 def parsed(graph: bytes) -> ModelProto:

@@ -26,6 +26,7 @@ from storage.store.manifests import Network, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from precompute.teachers.teacher import Teacher
 
@@ -232,9 +233,9 @@ def _details(path: str, tap: Tap, values: Mapping[str, np.ndarray]) -> TargetDet
 
 
 def export_ready(
-    teacher: Teacher, taps: Sequence[Tap], view_size: int, images: np.ndarray, provider: str = "cpu"
+    teacher: Teacher, taps: Sequence[Tap], view_size: int, images: np.ndarray, provider: str = "cpu", *, file: Path
 ) -> Exported:
-    """The taps of a ready graph as one graph, checked on real view images; arguments as for `pytorch.export`.
+    """The taps of a ready graph as one graph in a file, checked on real view images; arguments as for `pytorch.export`.
 
     Raises:
         UserError: the file cannot be run with any batch, its tensors are not those of their taps, or the joined graph
@@ -246,15 +247,14 @@ def export_ready(
     expected = alone(views)
     values = dict(zip(alone.names, alone.tensors(views[:2]), strict=True))
     details = tuple(_details(alone.path, tap, values) for tap in alone.taps)
-    graph = _joined(alone, views[:2])
+    file.write_bytes(_joined(alone, views[:2]))
     with _errors_of(f"{alone.path}: joined with its taps"):
-        session = open_session(graph, provider)
+        session = open_session(file, provider)
         outputs = session.run(images)
     parity = tuple(
         compare([output[:CHECKED] for output in outputs], expected, taps, teacher.name, "the file run by itself")
     )
     return Exported(
-        graph=graph,
         taps=alone.taps,
         shapes=tuple(output.shape[1:] for output in expected),
         details=details,

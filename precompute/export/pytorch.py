@@ -17,14 +17,17 @@ from storage.errors import UserError, first_line, setting
 from storage.store.manifests import Network, Stage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from onnx import ModelProto
     from torch import Tensor, nn
+    from torch.onnx import ONNXProgram
 
     from precompute.engine.tasks import SessionSettings
 
 CHECKED = 16  # images that PyTorch and the graph are compared on
+_PIECE = 4  # images that PyTorch looks at together: all layers of large teachers take memory
 # What to do with a teacher that cannot be exported here.
 _HINT = (
     "Export the network by other means, and give that file: "
@@ -44,9 +47,8 @@ class TargetDetails(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
-    """A graph and what is known of its outputs, which are called after the taps' positions: `tap0`, `tap1`, …"""
+    """What is known of a graph's outputs, which are called after the taps' positions: `tap0`, `tap1`, …"""
 
-    graph: bytes
     taps: tuple[Tap, ...]
     shapes: tuple[tuple[int, ...], ...]
     details: tuple[TargetDetails, ...]
@@ -101,9 +103,11 @@ def read_taps(module: TappedTeacher, views: Tensor, name: str) -> tuple[list[Ten
 
     error = None
     with _one_error(f"{name}: {', '.join(tap.name for tap in module.taps)} cannot be read off it"), torch.no_grad():
+        pieces = torch.split(views, _PIECE)
         if module.attention is not None:
-            error = check_attention(module.model, module.prepare(views), module.attention)
-        outputs = list(module(views))
+            of_pieces = (check_attention(module.model, module.prepare(piece), module.attention) for piece in pieces)
+            error = max(of_pieces)
+        outputs = [torch.cat(parts) for parts in zip(*map(module, pieces), strict=True)]
         _require_own_logits(module, views, outputs, name)
     for tap, output in zip(module.taps, outputs, strict=True):
         axes = tap.info.axes
@@ -119,9 +123,9 @@ def _require_own_logits(module: TappedTeacher, views: Tensor, outputs: Sequence[
     """That logits which are read with maps of stages are those that the network gives by itself. Raises UserError."""
     if not any(tap.at == "stage" for tap in module.taps if tap.info.gridded):
         return
-    for tap, ours in zip(module.taps, outputs, strict=True):
+    for tap, all_logits in zip(module.taps, outputs, strict=True):
         if tap.name == "logits" and not views.is_meta:
-            theirs = module.model(module.prepare(views))
+            ours, theirs = all_logits[:_PIECE], module.model(module.prepare(views[:_PIECE]))
             error = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12))
             if not error <= PARITY:
                 raise UserError(
@@ -137,9 +141,12 @@ def export(
     images: np.ndarray,
     provider: str = "cpu",
     *,
-    network: nn.Module | None = None,
+    file: Path,
+    network: Callable[[], nn.Module] | None = None,
 ) -> Exported:
-    """Export the taps of a teacher and check the graph on real view images.
+    """Export the taps of a teacher to a file and check the graph on real view images.
+
+    The network, its graph and a session of it are not in memory together, as far as this function can help it.
 
     Args:
         teacher: which one.
@@ -147,23 +154,33 @@ def export(
         view_size: S.
         images: uint8 `[n, S, S, 3]`, n >= 2; the graph is checked on the first of them.
         provider: where the graph is checked, as in `open_session`.
-        network: of the teacher, as in `live_teacher`.
+        file: a new ONNX file.
+        network: gives that of the teacher and lets it go; None to load it.
 
     Raises:
         UserError: the network cannot be exported, the tapped q and k are not the attention that it uses, or the graph's
             outputs differ from PyTorch's; with figures.
     """
     names = [f"tap{i}" for i in range(len(taps))]
-    module = live_teacher(teacher, taps, view_size, network)
     try:
-        return _exported(module, images, provider, teacher.name, names)
+        traced = _traced(
+            live_teacher(teacher, taps, view_size, network and network()), images, teacher.name, names, file
+        )
     except _CannotExport as error:
         raise UserError(first_line(error), hint=_HINT) from error.__cause__
+    return _checked(traced, images, provider, teacher.name, file)
 
 
 def export_student(
-    model: nn.Module, size: int, *, mean: Sequence[float], std: Sequence[float], images: np.ndarray, name: str
-) -> bytes:
+    model: nn.Module,
+    size: int,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    images: np.ndarray,
+    name: str,
+    file: Path,
+) -> None:
     """A student as a graph from uint8 view images `images` `[B, S, S, 3]` to `logits` `[B, K]`, checked on the CPU.
 
     One without a classifier gives its features, `embedding` `[B, D]`.
@@ -175,36 +192,55 @@ def export_student(
         std: of its input.
         images: uint8 `[n, S, S, 3]`, n >= 2, real ones.
         name: for errors.
+        file: a new ONNX file.
 
     Raises:
         UserError: it cannot be exported, or what the graph gives differs from PyTorch; with figures.
     """
     gives = "logits" if getattr(model, "num_classes", 1) else "embedding"
     module = TappedTeacher(model, [Tap(gives)], size, input_size=size, mean=mean, std=std).eval()
-    return _exported(module, images, "cpu", name, [gives]).graph
+    _checked(_traced(module, images, name, [gives], file), images, "cpu", name, file)
 
 
-def _exported(module: TappedTeacher, images: np.ndarray, provider: str, name: str, outputs: Sequence[str]) -> Exported:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Traced:
+    """What PyTorch says of a module whose graph was written."""
+
+    taps: tuple[Tap, ...]
+    values: tuple[np.ndarray, ...]
+    details: tuple[TargetDetails, ...]
+    attention_error: float | None
+
+
+def _traced(module: TappedTeacher, images: np.ndarray, name: str, outputs: Sequence[str], file: Path) -> _Traced:
+    """Write a module's graph; nothing of the module is kept."""
     import torch
 
-    taps = module.taps
     views = torch.from_numpy(np.ascontiguousarray(images[:CHECKED]))
     tensors, attention_error = read_taps(module, views, name)
-    expected = [tensor.numpy() for tensor in tensors]
-    with _one_error(f"{name}: PyTorch cannot export it as an ONNX graph"):
-        graph = graph_of(module, views[:2], outputs)
-    session = open_session(graph, provider)
+    with _one_error(f"{name}: PyTorch cannot export it as an ONNX graph"), file.open("wb") as opened:
+        opened.writelines(graph_of(module, views[:2], outputs))
+    return _Traced(
+        taps=module.taps,
+        values=tuple(tensor.numpy() for tensor in tensors),
+        details=tuple(_details(module, tap) for tap in module.taps),
+        attention_error=attention_error,
+    )
+
+
+def _checked(traced: _Traced, images: np.ndarray, provider: str, name: str, file: Path) -> Exported:
+    """Compare a graph with what PyTorch said."""
+    session = open_session(file, provider)
     values = session.run(images)
-    parity = tuple(compare([output[:CHECKED] for output in values], expected, taps, name))
+    parity = tuple(compare([output[:CHECKED] for output in values], traced.values, traced.taps, name))
     return Exported(
-        graph=graph,
-        taps=taps,
-        shapes=tuple(output.shape[1:] for output in expected),
-        details=tuple(_details(module, tap) for tap in taps),
+        taps=traced.taps,
+        shapes=tuple(output.shape[1:] for output in traced.values),
+        details=traced.details,
         parity=parity,
         values=tuple(values),
         session=session.settings,
-        attention_error=attention_error,
+        attention_error=traced.attention_error,
     )
 
 
@@ -232,13 +268,35 @@ def _one_error(what: str) -> Iterator[None]:
         raise _CannotExport(f"{what}: {type(cause).__name__}: {first_line(cause)}") from error
 
 
-def graph_of(module: TappedTeacher, views: Tensor, outputs: Sequence[str]) -> bytes:
-    """A teacher with its taps as an ONNX file of a free batch, without what its nodes were traced from."""
-    return stripped(model_of(module, {"images": views}, outputs))
+def graph_of(module: TappedTeacher, views: Tensor, outputs: Sequence[str]) -> Iterator[bytes]:
+    """A teacher with its taps as an ONNX file of a free batch, in pieces, without what its nodes were traced from.
+
+    Protocol buffers that are written one after another are one: first the graph without weights, then each of them, so
+    that no more than one is in memory beside the network's own.
+    """
+    import onnx_ir
+    from onnx import GraphProto, ModelProto
+
+    model = program_of(module, {"images": views}, outputs).model
+    weights = dict(model.graph.initializers)
+    model.graph.initializers.clear()
+    yield stripped(onnx_ir.to_proto(model))
+    for name, value in weights.items():
+        assert value.const_value is not None
+        tensor = onnx_ir.to_proto(value.const_value)
+        tensor.name = name
+        yield stripped(ModelProto(graph=GraphProto(initializer=[tensor])))
 
 
 def model_of(module: nn.Module, inputs: Mapping[str, Tensor | Sequence[Tensor]], outputs: Sequence[str]) -> ModelProto:
-    """A module as an ONNX model of a free batch.
+    """A module as an ONNX model; arguments as for `program_of`."""
+    return program_of(module, inputs, outputs).model_proto
+
+
+def program_of(
+    module: nn.Module, inputs: Mapping[str, Tensor | Sequence[Tensor]], outputs: Sequence[str]
+) -> ONNXProgram:
+    """A module as an ONNX model of a free batch, whose weights are still the module's.
 
     Args:
         module: in eval mode.
@@ -262,7 +320,7 @@ def model_of(module: nn.Module, inputs: Mapping[str, Tensor | Sequence[Tensor]],
             },
         )
     assert program is not None
-    return program.model_proto
+    return program
 
 
 def stripped(model: ModelProto) -> bytes:

@@ -31,6 +31,9 @@ class ObjectStore(Protocol):
     def get(self, key: str) -> bytes:
         """The bytes of an object; FileNotFoundError where there is none."""
 
+    def file(self, key: str) -> Path | None:
+        """The file of an object; None where there is none, or the place is no folder of this machine."""
+
     def size(self, key: str) -> int:
         """The length of an object in bytes; FileNotFoundError where there is none."""
 
@@ -88,6 +91,11 @@ class LocalObjectStore:
     def get(self, key: str) -> bytes:
         """The bytes of an object."""
         return self._read(self.root / key)
+
+    def file(self, key: str) -> Path | None:
+        """The file of an object; None where there is none."""
+        path = self.root / key
+        return path if path.is_file() else None
 
     def size(self, key: str) -> int:
         """The length of an object in bytes."""
@@ -200,6 +208,9 @@ class RemoteObjectStore:
         """The bytes of an object."""
         with networked(self.url):
             return bytes(self.files.cat_file(self._path(key)))
+
+    def file(self, key: str) -> None:
+        """Objects of a server lie in no file."""
 
     def size(self, key: str) -> int:
         """The length of an object in bytes."""

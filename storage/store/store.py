@@ -184,19 +184,25 @@ class Store:
         """The manifest of a target. Raises UserError for an unknown id."""
         return self._known(TargetManifest, id)
 
-    def add_graph(self, teacher: str, graph: bytes) -> str:
+    def add_graph(self, teacher: str, file: Path) -> str:
         """Keep an exported graph; its sha256."""
+        graph = file.read_bytes()
         digest = hashlib.sha256(graph).hexdigest()
         self.objects.create(f"teachers/{teacher}/graphs/{digest}.onnx", graph)
         return digest
 
-    def graph(self, teacher: str, digest: str) -> bytes:
-        """An exported graph. Raises DamageError."""
+    def graph(self, teacher: str, digest: str) -> bytes | Path:
+        """An exported graph: its file where the store is a folder, else its bytes. Raises DamageError."""
         key = f"teachers/{teacher}/graphs/{digest}.onnx"
-        data = read_written(self.objects, key, "the graph that made a target is gone")
-        if hashlib.sha256(data).hexdigest() != digest:
+        if file := self.objects.file(key):
+            with file.open("rb") as opened:
+                found = hashlib.file_digest(opened, "sha256").hexdigest()
+        else:
+            graph = read_written(self.objects, key, "the graph that made a target is gone")
+            found = hashlib.sha256(graph).hexdigest()
+        if found != digest:
             raise DamageError(f"{self.url}/{key}: damaged: its content does not agree with its name")
-        return data
+        return file or graph
 
     # ------------------------------------------------------------------------------------------ shards
 

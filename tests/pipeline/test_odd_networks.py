@@ -70,10 +70,11 @@ def test_a_network_that_pytorch_cannot_export_is_refused_in_one_message(
     assert isinstance(raised.value.__cause__, torch.onnx.errors.OnnxExporterError), "all of it, with --debug"
 
 
-def test_a_student_that_pytorch_cannot_export_is_refused_too() -> None:
+def test_a_student_that_pytorch_cannot_export_is_refused_too(tmp_path: Path) -> None:
     model = timm.create_model("undecided_net", num_classes=3).eval()
+    images = np.zeros((2, 64, 64, 3), np.uint8)
     with pytest.raises(UserError, match=r"^mine: PyTorch cannot export it as an ONNX graph: [^\n]*$"):
-        export_student(model, 64, mean=HALF, std=HALF, images=np.zeros((2, 64, 64, 3), np.uint8), name="mine")
+        export_student(model, 64, mean=HALF, std=HALF, images=images, name="mine", file=tmp_path / "g.onnx")
 
 
 def test_a_kernel_of_five_axes_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

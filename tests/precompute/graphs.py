@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +21,6 @@ from tests.typed import present
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
 HALF: dict[str, Any] = {"mean": (0.5,), "std": (0.5,)}
 FREE: Sequence[int | str] = ("N", 3, 16, 16)
@@ -125,5 +126,7 @@ def said(path: Path, tap: Tap | None = None, **changes: Any) -> tuple[np.ndarray
     """Five view images of 16x16, and what a file's graph says of them."""
     images = np.random.default_rng(1).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
     teacher = teachers.find_teacher(str(path), **{**HALF, **changes})
-    (values,) = export_ready(teacher, [tap or Tap("logits", tensors=("y",))], 16, images).values
+    taps = [tap or Tap("logits", tensors=("y",))]
+    with TemporaryDirectory() as folder:
+        (values,) = export_ready(teacher, taps, 16, images, file=Path(folder) / "g.onnx").values
     return images, values

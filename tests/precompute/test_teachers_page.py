@@ -19,6 +19,8 @@ from storage.errors import UserError
 from tests.conftest import ROOT
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
 
 ROWS = {
@@ -71,7 +73,7 @@ def small(name: str) -> tuple[str, int, nn.Module]:
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ROWS)
-def test_every_network_is_exported_with_its_maps_and_its_attention(name: str) -> None:
+def test_every_network_is_exported_with_its_maps_and_its_attention(name: str, tmp_path: Path) -> None:
     """Random weights, two images; parity is printed."""
     model, size, network = small(name)
     parts = anatomy(network, size)
@@ -83,7 +85,8 @@ def test_every_network_is_exported_with_its_maps_and_its_attention(name: str) ->
         name="it", model=model, arguments={}, weights=None, digest="0", input_size=size, mean=half, std=half
     )
     images = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), dtype=np.uint8)
-    exported = pytorch.export(teacher, taps, size, images, network=network)
+    file = tmp_path / "graph.onnx"
+    exported = pytorch.export(teacher, taps, size, images, file=file, network=lambda: network)
     names = ", ".join(f"{tap.name} {parity:.1e}" for tap, parity in zip(taps, exported.parity, strict=True))
     error = "" if exported.attention_error is None else f"; rows and the network's own {exported.attention_error:.1e}"
     print(f"\n{name} at {size}: {names}{error}")

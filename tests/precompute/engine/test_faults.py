@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,6 +13,7 @@ from precompute.engine import session as sessions
 from precompute.export import pytorch
 from precompute.teachers import teacher as teachers
 from storage.errors import UserError
+from storage.objects.json_record import digest_of
 from storage.store.store import Store
 from storage.testing import FaultyObjectStore
 from tests.conftest import World, run_precompute, teacher_of
@@ -58,8 +60,16 @@ def faults(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[F
 
         return call
 
+    def exported_once(teacher: Any, taps: Any, *rest: Any, file: Path, **named: Any) -> Any:
+        """The same graph for the same taps, in whichever file."""
+        kept = tmp_path_factory.getbasetemp() / f"{digest_of(repr(tuple(taps)))}.onnx"
+        exported = once(export, lambda teacher, taps, *rest: tuple(taps))(teacher, taps, *rest, file=kept, **named)
+        shutil.copy(kept, file)
+        return exported
+
+    export = pytorch.export
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pytorch, "export", once(pytorch.export, lambda teacher, taps, *rest: tuple(taps)))
+        patch.setattr(pytorch, "export", exported_once)
         patch.setattr(record_targets, "load_teacher", once(teachers.load_teacher, lambda teacher: teacher.id))
         patch.setattr(os, "fsync", lambda descriptor: None)  # no power is lost here, and it takes most of the time
         patch.setattr(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -14,18 +14,22 @@ from precompute.teachers.teacher import Teacher
 from tests.precompute.networks import HALF, SMALL, make, seen_attention, sharpened
 from tests.precompute.taps.test_attention import FAMILIES
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 THROUGH_ONNX = ["DINOv3", "EVA-02", "PE-core", "BEiT", "BEiTv2", "relative positions, class token", "SAM", "CaiT"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", THROUGH_ONNX)
-def test_rows_and_values_of_the_graph_are_those_that_the_network_uses(family: str) -> None:
+def test_rows_and_values_of_the_graph_are_those_that_the_network_uses(family: str, tmp_path: Path) -> None:
     name, arguments = FAMILIES[family]
     network: Any = sharpened(make(name, **{**SMALL, **arguments})).requires_grad_(False)
     rows = "class_row" if family == "CaiT" else "attention"
     teacher = Teacher(name="it", model=name, arguments={}, weights=None, digest="0", input_size=32, mean=HALF, std=HALF)
     images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
-    exported = pytorch.export(teacher, [Tap(rows), Tap("v")], 32, images, network=network)
+    taps = [Tap(rows), Tap("v")]
+    exported = pytorch.export(teacher, taps, 32, images, file=tmp_path / "g.onnx", network=lambda: network)
     batch = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
     seen = [part.reshape(5, -1, *part.shape[-2:]) for part in seen_attention(network, (batch - 0.5) / 0.5)]
     heads, *queries, tokens = exported.shapes[0][1:]

@@ -46,6 +46,7 @@ class Case:
     size: int
     taps: list[Tap]
     exported: pytorch.Exported
+    graph: Path
     session: sessions.Session
 
     def views(self, count: int) -> np.ndarray:
@@ -70,16 +71,18 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def cases(weights: dict[str, str]) -> Any:
+def cases(weights: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Each case is exported when it is first asked for."""
     made: dict[str, Case] = {}
+    folder = tmp_path_factory.mktemp("graphs")
 
     def case(name: str) -> Case:
         if name not in made:
             kind, size, taps = CASES[name]
             teacher = teacher_of(weights, kind, **COLORS)
-            exported = pytorch.export(teacher, taps, size, pixels(4, size, seed=9), "cpu")
-            made[name] = Case(teacher, size, taps, exported, sessions.open_session(exported.graph, "cpu"))
+            file = folder / f"{name}.onnx"
+            exported = pytorch.export(teacher, taps, size, pixels(4, size, seed=9), "cpu", file=file)
+            made[name] = Case(teacher, size, taps, exported, file, sessions.open_session(file, "cpu"))
         return made[name]
 
     return case
@@ -167,11 +170,11 @@ def test_views_are_reduced_with_antialiasing(cases: Any, monkeypatch: pytest.Mon
 def test_outputs_depend_neither_on_threads_nor_on_runs_side_by_side(cases: Any, kind: str, monkeypatch: Any) -> None:
     case = cases(kind)
     views = case.views(11)
-    expected = sessions.open_session(case.exported.graph, "cpu", 1).run(views)
+    expected = sessions.open_session(case.graph, "cpu", 1).run(views)
     for threads, side_by_side, batch in ((3, 16, 2), (4, 2, 2), (2, 16, 5)):
         monkeypatch.setattr(sessions, "SIDE_BY_SIDE", side_by_side)
         monkeypatch.setattr(sessions, "BATCH", {"cpu": batch})
-        found = sessions.open_session(case.exported.graph, "cpu", threads).run(views)
+        found = sessions.open_session(case.graph, "cpu", threads).run(views)
         assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
@@ -182,7 +185,7 @@ def test_large_inputs_are_run_in_batches_that_lose_nothing(cases: Any, count: in
     case = cases("vit")
     views = case.views(count)
     sizes: list[int] = []
-    session = onnxruntime.InferenceSession(case.exported.graph)
+    session = onnxruntime.InferenceSession(case.graph)
 
     class Counting:
         def run(self, names: None, inputs: dict[str, np.ndarray]) -> Any:
@@ -228,13 +231,13 @@ def test_exporting_again_from_another_place_gives_the_same_bytes(
     elsewhere = str(shutil.copy(weights["vit"], tmp_path / "w.safetensors"))
     monkeypatch.chdir(tmp_path)
     teacher = teacher_of({"vit": elsewhere}, "vit", teacher_name="other", **COLORS)
-    again = pytorch.export(teacher, case.taps, case.size, pixels(4, case.size, seed=1), "cpu")
-    assert again.graph == case.exported.graph
+    pytorch.export(teacher, case.taps, case.size, pixels(4, case.size, seed=1), "cpu", file=tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx").read_bytes() == case.graph.read_bytes()
 
 
 @pytest.mark.parametrize("name", ["cnn", "vit"])
 def test_a_graph_names_no_file_and_no_folder_of_the_machine_that_made_it(cases: Any, name: str) -> None:
-    graph = cases(name).exported.graph
+    graph = cases(name).graph.read_bytes()
     for path in (str(ROOT), str(Path.home()), str(Path(torch.__file__).parent), "taps.py", "site-packages"):
         assert path.encode() not in graph
     model = onnx.load_from_string(graph)
@@ -251,16 +254,16 @@ def test_a_graph_of_other_weights_is_refused_with_figures(
 ) -> None:
     case = cases("cnn, views enlarged")
     other = write_teacher(tmp_path / "other.safetensors", TINY_CNN, seed=7)
-    monkeypatch.setattr(pytorch, "graph_of", lambda module, views, outputs: case.exported.graph)
+    monkeypatch.setattr(pytorch, "graph_of", lambda module, views, outputs: [case.graph.read_bytes()])
     teacher = teacher_of({"cnn": other}, "cnn", **COLORS)
     with pytest.raises(UserError, match=r"cnn: activations: .* differs from PyTorch by [0-9.e+-]+ .*allowed: 0.001"):
-        pytorch.export(teacher, case.taps, case.size, case.views(4), "cpu")
+        pytorch.export(teacher, case.taps, case.size, case.views(4), "cpu", file=tmp_path / "g.onnx")
 
 
 def test_nothing_is_stored_of_a_graph_that_differs(cases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = cases("cnn, views enlarged")
     shards = synthetic_shards(tmp_path / "data", 1, 6)
-    monkeypatch.setattr(pytorch, "graph_of", lambda module, views, outputs: case.exported.graph)
+    monkeypatch.setattr(pytorch, "graph_of", lambda module, views, outputs: [case.graph.read_bytes()])
     monkeypatch.setattr(pytorch, "PARITY", -1.0)
     with pytest.raises(UserError, match=r"differs from PyTorch by .*allowed: -1\); nothing was stored"):
         run_precompute(tmp_path / "store", shards, case.teacher, ["activations,layers=2+4,grid=3", "logits"])
@@ -302,7 +305,7 @@ def test_a_session_says_what_it_runs_on(cases: Any, monkeypatch: pytest.MonkeyPa
             made.append(self)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", Known)
-    session = sessions.open_session(cases("vit").exported.graph, "cpu")
+    session = sessions.open_session(cases("vit").graph, "cpu")
     version = onnxruntime.__version__
     assert session.settings == {
         "onnxruntime": version,
@@ -317,7 +320,7 @@ def test_a_session_says_what_it_runs_on(cases: Any, monkeypatch: pytest.MonkeyPa
 def test_cuda_that_is_not_there_is_an_error_and_auto_takes_the_cpu(cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 
-    graph = cases("vit").exported.graph
+    graph = cases("vit").graph
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(UserError, match="`provider=cuda`: this onnxruntime has no CUDA"):
         sessions.open_session(graph, "cuda")
@@ -327,7 +330,7 @@ def test_cuda_that_is_not_there_is_an_error_and_auto_takes_the_cpu(cases: Any, m
 def test_cuda_that_falls_back_to_the_cpu_is_an_error(cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 
-    graph, real = cases("vit").exported.graph, onnxruntime.InferenceSession
+    graph, real = cases("vit").graph, onnxruntime.InferenceSession
     both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: both)
     monkeypatch.setattr(
@@ -344,7 +347,7 @@ def test_bytes_that_are_no_graph_are_refused(graph: bytes) -> None:
 
 
 def test_a_graph_that_is_cut_off_is_refused(cases: Any) -> None:
-    graph = cases("vit").exported.graph
+    graph = cases("vit").graph.read_bytes()
     with pytest.raises(UserError, match="the teacher's graph cannot be run"):
         sessions.open_session(graph[: len(graph) // 2], "cpu")
 

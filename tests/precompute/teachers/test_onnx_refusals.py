@@ -270,7 +270,8 @@ def test_class_rows_and_what_a_network_is_read_off_their_shapes(tmp_path: Path) 
     )
     teacher = teachers.find_teacher(str(path), **HALF)
     images = np.random.default_rng(1).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
-    exported = export_ready(teacher, [Tap("class_row", layers=(1,), grid=None, tensors=("y",))], 16, images)
+    taps = [Tap("class_row", layers=(1,), grid=None, tensors=("y",))]
+    exported = export_ready(teacher, taps, 16, images, file=tmp_path / "joined.onnx")
     assert exported.shapes == ((1, 48, 5),)
     assert exported.details[0]["network"].plain() == {"layers": 1, "prefix": ["class"], "heads": 48}
 
