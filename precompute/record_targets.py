@@ -10,6 +10,7 @@ from precompute.engine.tasks import TargetOutput
 from precompute.teachers import onnx_file
 from precompute.teachers.teacher import anatomy, load_teacher
 from storage.errors import DamageError, UserError, call, setting
+from storage.memory import return_memory
 from storage.objects.state_dict import ONNX_FILE
 from storage.store.banks import bank_manifest
 from storage.store.codecs import Codec, CodecError, codecs_for
@@ -215,7 +216,8 @@ def _export(
             from precompute.export.pytorch import export
 
             other = "PyTorch"
-            exported = export(teacher, distinct, policy.size, images(), provider, file=file, network=network)
+            exported = export(teacher, distinct, policy.size, images(), provider, file=file, network=network())
+        return_memory()  # of the session that checked it
         graph = store.add_graph(teacher.name, file)
     for tap, parity in zip(distinct, exported.parity, strict=True):
         say(f"  graph against {other}, {tap.name}: largest difference {parity:.1e} of the largest value")

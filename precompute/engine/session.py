@@ -14,6 +14,7 @@ from dask.system import CPU_COUNT  # that this process may use: honors affinity 
 
 from precompute.engine.tasks import SessionSettings
 from storage.errors import UserError, first_line, setting
+from storage.memory import in_own_heap
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,7 +80,7 @@ def open_session(graph: bytes | Path, provider: str = "auto", threads: int | Non
     model = graph if isinstance(graph, bytes) else str(graph)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # where it prints that it falls back; stdout may be for JSON
-            session = onnxruntime.InferenceSession(model, options, providers=[*first, cpu])
+            session = in_own_heap(lambda: onnxruntime.InferenceSession(model, options, providers=[*first, cpu]))
     except Exception as error:  # onnxruntime's exceptions have no common type
         raise UserError(f"the teacher's graph cannot be run: {first_line(error)}") from None
     used = "cuda" if session.get_providers()[0] == cuda else "cpu"

@@ -14,10 +14,11 @@ from precompute.engine.session import open_session
 from precompute.taps import Tap, TappedTeacher, check_attention
 from precompute.teachers.teacher import Teacher, load_teacher
 from storage.errors import UserError, first_line, setting
+from storage.memory import return_memory
 from storage.store.manifests import Network, Stage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from onnx import ModelProto
@@ -142,11 +143,11 @@ def export(
     provider: str = "cpu",
     *,
     file: Path,
-    network: Callable[[], nn.Module] | None = None,
+    network: nn.Module | None = None,
 ) -> Exported:
     """Export the taps of a teacher to a file and check the graph on real view images.
 
-    The network, its graph and a session of it are not in memory together, as far as this function can help it.
+    The network is taken out of memory before the graph is opened.
 
     Args:
         teacher: which one.
@@ -155,19 +156,21 @@ def export(
         images: uint8 `[n, S, S, 3]`, n >= 2; the graph is checked on the first of them.
         provider: where the graph is checked, as in `open_session`.
         file: a new ONNX file.
-        network: gives that of the teacher and lets it go; None to load it.
+        network: of the teacher, as in `live_teacher`; it is of no use afterwards.
 
     Raises:
         UserError: the network cannot be exported, the tapped q and k are not the attention that it uses, or the graph's
             outputs differ from PyTorch's; with figures.
     """
     names = [f"tap{i}" for i in range(len(taps))]
+    module = live_teacher(teacher, taps, view_size, network)
     try:
-        traced = _traced(
-            live_teacher(teacher, taps, view_size, network and network()), images, teacher.name, names, file
-        )
+        traced = _traced(module, images, teacher.name, names, file)
     except _CannotExport as error:
         raise UserError(first_line(error), hint=_HINT) from error.__cause__
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.new_empty(0)  # the exporter remembers the last network that it saw
+    return_memory()
     return _checked(traced, images, provider, teacher.name, file)
 
 
@@ -286,6 +289,7 @@ def graph_of(module: TappedTeacher, views: Tensor, outputs: Sequence[str]) -> It
         tensor = onnx_ir.to_proto(value.const_value)
         tensor.name = name
         yield stripped(ModelProto(graph=GraphProto(initializer=[tensor])))
+        value.const_value = None  # as it remembers the last graph
 
 
 def model_of(module: nn.Module, inputs: Mapping[str, Tensor | Sequence[Tensor]], outputs: Sequence[str]) -> ModelProto:

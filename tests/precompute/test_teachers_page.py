@@ -86,7 +86,7 @@ def test_every_network_is_exported_with_its_maps_and_its_attention(name: str, tm
     )
     images = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), dtype=np.uint8)
     file = tmp_path / "graph.onnx"
-    exported = pytorch.export(teacher, taps, size, images, file=file, network=lambda: network)
+    exported = pytorch.export(teacher, taps, size, images, file=file, network=network)
     names = ", ".join(f"{tap.name} {parity:.1e}" for tap, parity in zip(taps, exported.parity, strict=True))
     error = "" if exported.attention_error is None else f"; rows and the network's own {exported.attention_error:.1e}"
     print(f"\n{name} at {size}: {names}{error}")
