@@ -103,14 +103,16 @@ def main() -> None:
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--rounds", type=int, default=3)
     wanted = parser.parse_args()
-    precision = {"float32": "32-true", "bfloat16": "bf16-mixed"}[wanted.precision]
+    their_precision, our_precision = {"float32": ("32-true", "none"), "bfloat16": ("bf16-mixed", "bfloat16")}[
+        wanted.precision
+    ]
     rounds: list[dict[str, dict[str, Cost]]] = []
     for _ in range(wanted.rounds):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             costs = {
-                "lightly-train": theirs(folder, wanted.photos, wanted.python, precision),
-                "this package": ours(folder, wanted.photos, wanted.precision),
+                "lightly-train": theirs(folder, wanted.photos, wanted.python, their_precision),
+                "this package": ours(folder, wanted.photos, our_precision),
             }
             rounds.append(costs)
             size = sum(path.stat().st_size for path in (folder / "store").rglob("*") if path.is_file())
