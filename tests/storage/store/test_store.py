@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import dataclasses
 import json
 import pickle
@@ -218,12 +219,13 @@ def test_an_unknown_target_names_the_nearest(small):
         small.store.target("tt")
 
 
-def test_adding_a_target_or_teacher_touches_nothing_that_is_there(small):
+def test_adding_a_target_or_teacher_touches_nothing_that_is_there(small, tmp_path):
     root = small.store.objects.root
     before = files_of(root)
     small.add_target("another", "f16")
     small.store.add(teacher())
-    small.store.add_graph("cnn", b"graph")
+    (tmp_path / "graph.onnx").write_bytes(b"graph")
+    small.store.add_graph("cnn", tmp_path / "graph.onnx")
     small.store.add_index(small.indexes[0], small.shards[0])
     after = files_of(root)
     assert {path: after[path] for path in before} == before
@@ -233,11 +235,15 @@ def test_adding_a_target_or_teacher_touches_nothing_that_is_there(small):
     )
 
 
-def test_graphs_are_kept_under_their_digest(small):
-    digest = small.store.add_graph("cnn", b"graph")
-    assert small.store.add_graph("cnn", b"graph") == digest
-    assert small.store.graph("cnn", digest) == b"graph"
-    assert small.store.add_graph("cnn", b"another") != digest
+def test_graphs_are_kept_under_their_digest(small, tmp_path):
+    files = tmp_path / "one.onnx", tmp_path / "another.onnx"
+    for file in files:
+        file.write_bytes(file.name.encode())
+    digest = small.store.add_graph("cnn", files[0])
+    assert digest == hashlib.sha256(b"one.onnx").hexdigest()
+    assert small.store.add_graph("cnn", files[0]) == digest
+    assert small.store.graph("cnn", digest).read_bytes() == b"one.onnx"
+    assert small.store.add_graph("cnn", files[1]) != digest
 
 
 # ---------------------------------------------------------------------------------------------- shards
