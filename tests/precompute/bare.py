@@ -73,7 +73,9 @@ def bare(folder: Path, line: str = "deit", size: int = 32, codec: str = "u8") ->
         "std": [1, 1, 1],
     }
     store.add(teacher_manifest(teacher, id="averages", network="other", layers=0))
-    digest = store.add_graph("averages", model.SerializeToString())
+    file = folder.with_suffix(".onnx")
+    file.write_bytes(model.SerializeToString())
+    digest = store.add_graph("averages", file)
     identity = {
         "teacher": json_record.digest_of(teacher),
         "bank": views.bank,
