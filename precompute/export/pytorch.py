@@ -168,8 +168,8 @@ def export(
         traced = _traced(module, images, teacher.name, names, file)
     except _CannotExport as error:
         raise UserError(first_line(error), hint=_HINT) from error.__cause__
-    for tensor in (*module.parameters(), *module.buffers()):
-        tensor.data = tensor.new_empty(0)  # the exporter remembers the last network that it saw
+    for parameter in module.model.parameters():
+        parameter.data = parameter.new_empty(0)  # the exporter remembers the last network that it saw
     return_memory()
     return _checked(traced, images, provider, teacher.name, file)
 
