@@ -46,7 +46,7 @@ def create_timm_model(
 
 def constructor_arguments(network: nn.Module) -> set[str]:
     """The arguments that a network of timm can be made with, as far as its constructors name them."""
-    own = [cls.__init__ for cls in type(network).__mro__ if "__init__" in vars(cls)]
+    own = [vars(cls)["__init__"] for cls in type(network).__mro__ if "__init__" in vars(cls)]
     return {name for init in own for name in inspect.signature(init).parameters} - FACTORY_ARGUMENTS - {"self", "args"}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ SINCOS = "sincos"  # what `student.args.pos_embed` calls them; timm has trained 
 
 def sincos_table(grid: tuple[int, int], width: int) -> Tensor:
     """MAE's table `[patches, width]`: sines and cosines of a patch's column, then those of its row."""
-    rows_first = build_sincos2d_pos_embed(list(grid), width, interleave_sin_cos=True)
+    rows_first: Tensor = build_sincos2d_pos_embed(list(grid), width, interleave_sin_cos=True)
     return rows_first.roll(width // 2, -1)
 
 
@@ -26,8 +28,7 @@ def fix_positions(model: nn.Module) -> None:
         UserError: the network adds no position embeddings to patches of a grid, or its width is no multiple of four.
     """
     positions, grid = getattr(model, "pos_embed", None), getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    patches = grid[0] * grid[1] if grid else 0
-    if not isinstance(positions, nn.Parameter) or positions.ndim != 3 or not 0 < patches <= positions.shape[1]:
+    if not isinstance(positions, nn.Parameter) or positions.ndim != 3 or not grid:
         leave = setting("student.args.pos_embed", "null")
         problem = f"student.args.pos_embed: {type(model).__name__} adds no position embeddings to its patches"
         raise UserError(problem, hint=f"Leave it out: {leave}")
@@ -37,5 +38,5 @@ def fix_positions(model: nn.Module) -> None:
         raise UserError(f"student.args.pos_embed: {SINCOS} needs a width of 4·n, this is {width}", hint=f"Give {wide}")
     with torch.no_grad():
         positions.zero_()
-        positions[0, -patches:] = sincos_table(grid, width)
+        positions[0, -math.prod(grid) :] = sincos_table(grid, width)
     positions.requires_grad_(False)
