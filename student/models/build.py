@@ -61,15 +61,16 @@ def architecture(settings: StudentConfig, teacher: TeacherIdentity | None) -> St
         teacher: that `like` names, where a store or a project has it; else `like` is a short name or a timm name.
 
     Raises:
-        UserError: the teacher is a ready graph, whose network is not known.
+        UserError: the teacher is a ready graph or a network outside timm.
     """
     if settings.like is None:
         return settings
     if teacher is None:
         return settings.model_copy(update={"model": SHORT_NAMES.get(settings.like, (settings.like,))[0]})
-    if teacher.model == ONNX_FILE:
+    if not timm.is_model(teacher.model):
+        kind = "a ready graph" if teacher.model == ONNX_FILE else teacher.model
         raise UserError(
-            f"student.like: {settings.like} is a ready graph, and what its network is made of is not known",
+            f"student.like: {settings.like} is {kind}, which is not made by a name of timm's",
             hint=f"Take timm's network that is like it: {setting('student.like', 'NAME')}",
         )
     sizes = {n: v for n, v in teacher.arguments.items() if n in _SIZES and getattr(settings, n) is None}

@@ -109,9 +109,10 @@ def test_like_a_teacher_of_the_store_takes_its_arguments_too() -> None:
     assert shapes(model) == shapes(timm.create_model("vit_base_patch16_224", **arguments))
 
 
-def test_like_a_ready_graph_is_refused() -> None:
-    with pytest.raises(UserError, match=r"student\.like: mine is a ready graph"):
-        architecture(StudentConfig(like="mine"), identity(ONNX_FILE))
+@pytest.mark.parametrize(("model", "kind"), [(ONNX_FILE, "a ready graph"), ("local-dir:/run", "local-dir:/run")])
+def test_like_a_network_outside_timm_is_refused(model: str, kind: str) -> None:
+    with pytest.raises(UserError, match=rf"student\.like: mine is {kind}, which"):
+        architecture(StudentConfig(like="mine"), identity(model))
 
 
 # As in facebookresearch/mae, util/pos_embed.py.
