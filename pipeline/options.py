@@ -380,14 +380,14 @@ def teacher_settings(
 
 
 def _arguments(pairs: Words) -> dict[str, Any]:
-    from pipeline.yaml_io import value_in
+    from pipeline.yaml_io import number_in, value_in
 
     arguments = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not name.isidentifier():
             raise UserError(f"--teacher-arg {pair}: expected name=value")
-        arguments[name] = value_in(text, f"--teacher-arg {pair}")
+        arguments[name] = number_in(value_in(text, f"--teacher-arg {pair}"))
     return arguments
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
 from storage.errors import setting
 
@@ -210,12 +211,27 @@ def _three(value: Any) -> Any:
 
 Positive = Annotated[float, Field(gt=0)]
 
+
+def _arguments(value: Any) -> Any:
+    """Arguments that are null are not said; YAML takes 1e-5 for a word, and it is meant as a number."""
+    if not isinstance(value, dict):
+        return value
+    said = {name: argument for name, argument in value.items() if argument is not None}
+    number = re.compile(r"[+-]?\d+\.?\d*e[+-]?\d+", re.IGNORECASE)
+    return {name: float(a) if isinstance(a, str) and number.fullmatch(a) else a for name, a in said.items()}
+
+
+Arguments = Annotated[dict[str, JsonValue], BeforeValidator(_arguments)]
+
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 
 
 class StudentConfig(ConfigModel):
     """The timm network that is trained, a ViT for most losses; what is None is the model's own default.
 
+    `like` stands in place of `model`: a teacher of the store, a short name or a timm name, whose architecture is taken
+    with other sizes. `args` are further arguments of the network's constructor in timm. There `pos_embed: sincos` is
+    MAE's table of sines and cosines, which is not trained.
     `shifted_patches` sees each patch with four shifts of its image, which no bare timm model does.
     `pretrained` takes timm's weights, `weights` a file (safetensors or .pth, also a student's), `weights_key` one of
     several dictionaries of weights in it, by default the one that timm takes. `init` says which parameters are taken
@@ -225,6 +241,7 @@ class StudentConfig(ConfigModel):
     """
 
     model: str = "vit_tiny_patch16_224"
+    like: str | None = None
     img_size: int | None = Field(None, ge=4)
     patch_size: int | None = Field(None, ge=1)
     embed_dim: int | None = Field(None, ge=1)
@@ -237,6 +254,7 @@ class StudentConfig(ConfigModel):
     drop_rate: float | None = Field(None, ge=0, lt=1)
     proj_drop_rate: float | None = Field(None, ge=0, lt=1)
     attn_drop_rate: float | None = Field(None, ge=0, lt=1)
+    args: Arguments = {}
     shifted_patches: bool = False
     pretrained: bool = False
     weights: str | None = None
@@ -245,6 +263,23 @@ class StudentConfig(ConfigModel):
     freeze: Patterns = ()
     mean: Annotated[tuple[float, float, float] | None, BeforeValidator(_three)] = None
     std: Annotated[tuple[Positive, Positive, Positive] | None, BeforeValidator(_three)] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_architecture(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not (like := data.get("like")):
+            return data
+        if data.get("model", like) != like:
+            raise ValueError(f"model and like are both given; choose one: {setting('student.like', 'null')}")
+        return {**data, "model": like}
+
+    @model_validator(mode="after")
+    def _one_place(self) -> StudentConfig:
+        for name in self.args:
+            if name in type(self).model_fields:
+                own = setting(f"student.{name}", self.args[name])
+                raise ValueError(f"args.{name}: this has a setting of its own: {own}")
+        return self
 
     @model_validator(mode="after")
     def _one_source(self) -> StudentConfig:

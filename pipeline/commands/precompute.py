@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
 
 from pipeline.console import Console, show
 from pipeline.options import POSITIVE, common, option, precompute_options
+from pipeline.project import context
+from storage.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from precompute.request import PrecomputeRequest
 
 
@@ -52,7 +58,8 @@ def plan(store: str, requests: dict[str, PrecomputeRequest], measure: float, tra
     """Estimate the cost of `precompute` with the same flags.
 
     Prints bytes, objects, hours, and cheaper codecs. For each teacher, the engine runs next to the store for at most a
-    minute, and at most a tenth of the estimated time. Temporary files are removed.
+    minute, and at most a tenth of the estimated time. Temporary files are removed. If the project file names the
+    student, `plan` also says which parts of a teacher's architecture it lacks.
 
     \b
     pipeline plan --teacher mobilenetv2 --weights mobilenetv2.safetensors --shards 'train-{000000..000009}.tar' \\
@@ -63,9 +70,33 @@ def plan(store: str, requests: dict[str, PrecomputeRequest], measure: float, tra
 
     with Console() as console:
         plans = {name: run(store, request, console, measure, train_rate) for name, request in requests.items()}
+    warnings = _missing_parts(requests)
+    plans = {name: replace(plan, warnings=[*plan.warnings, *warnings.get(name, ())]) for name, plan in plans.items()}
     if "" in plans:
         show(plans[""], plan_lines(plans[""]), as_json)
         return
     total = sum_of(plans)
     text = [line for name, plan in plans.items() for line in (f"{name}:", *plan_lines(plan))]
     show({"teachers": plans, "sum": total}, [*text, *sum_lines(total)], as_json)
+
+
+def _missing_parts(requests: Mapping[str, PrecomputeRequest]) -> dict[str, list[str]]:
+    """What the project's student lacks of the teachers whose attention is wanted, by the names of the requests."""
+    if (chosen := context.student()) is None:
+        return {}
+    import torch
+
+    from precompute.taps import ATTENTION
+    from student.alignment.native_parts import missing_parts
+    from student.models.build import architecture, build_student
+
+    teachers = {request.teacher.name: request.teacher.identity for request in requests.values()}
+    warnings = {}
+    with contextlib.suppress(UserError), torch.device("meta"):  # what is wrong with a student, `train` says
+        student, _ = build_student(architecture(chosen, teachers.get(str(chosen.like))), 0)
+        for name, request in requests.items():
+            teacher = request.teacher
+            if not request.targets or any(spec.tap in ATTENTION for spec in request.targets):
+                found = missing_parts(student, teacher.identity, teacher.name)
+                warnings[name] = [found] if found else []
+    return warnings

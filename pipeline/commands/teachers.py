@@ -27,7 +27,7 @@ def teachers(names: tuple[str, ...], input_size: int | None, grid: int | None, a
     """
     from precompute import capabilities
     from precompute.teachers import onnx_file
-    from precompute.teachers.teacher import SHORT_NAMES
+    from storage.constants import SHORT_NAMES
 
     graphs = [name for name in names if onnx_file.is_onnx_file(name)]
     if (graphs or not names) and (grid or input_size):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from pipeline.project.schema import Project
     from pipeline.recipes.loader import Over
+    from student.settings import StudentConfig
 
 FILE = "pipeline.yaml"
 _META = "teacher-store project"
@@ -74,6 +75,21 @@ def grid() -> int | None:
     project = current()
     student = project.content.student if project else None
     return student.img_size // student.patch_size if student and student.img_size and student.patch_size else None
+
+
+def student() -> StudentConfig | None:
+    """The running command's project's student, where the file names its network; else None."""
+    from pipeline.recipes.loader import put
+    from student.recipe.validate import validate
+
+    content: dict[str, Any] = {"losses": {"crossentropy": {}}}
+    project = current()
+    for name, value in project.settings if project else ():
+        if name.partition(".")[0] == "student":
+            put(content, name, value)
+    if not {"model", "like"} & content.get("student", {}).keys():
+        return None
+    return validate(content, str(project and project.path)).student
 
 
 def load(path: Path) -> Project:

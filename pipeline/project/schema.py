@@ -44,6 +44,10 @@ Numbers = Annotated[tuple[float, ...], BeforeValidator(_number), BeforeValidator
 Name = Annotated[str, StringConstraints(pattern="^[A-Za-z0-9_-]{1,40}$")]
 
 
+def _arguments(value: Any) -> Any:
+    return {name: number_in(one) for name, one in value.items()} if isinstance(value, dict) else value
+
+
 class ViewSettings(_Section):
     """Which views are drawn: `--view-policy`, `--view-size`, `--num-views` and `--seed`."""
 
@@ -59,7 +63,7 @@ class TeacherEntry(_Section):
     teacher: str | None = None
     weights: str | None = None
     weights_key: str | None = None
-    args: dict[str, Any] = {}
+    args: Annotated[dict[str, Any], BeforeValidator(_arguments)] = {}
     mean: Numbers | None = None
     std: Numbers | None = None
     input_size: int | None = Field(None, ge=1)

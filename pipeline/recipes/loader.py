@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parent
 COMMON = FOLDER.parent / "small.yaml"
 SMALL = "-small"
+_INSTEAD = {"student.like": "model", "student.model": "like"}  # of two settings the one that is laid over counts
 _SHORT = {"bank": "id", "links": "run"}  # settings with a short form -> what it says of them; of weights it is `start`
 
 
@@ -136,6 +137,8 @@ def put(content: dict[str, Any], path: str, value: Any) -> None:
         if not isinstance(below, dict):  # absent, or a short form such as `weight: 2000`
             below = parent[part] = {} if below is None else {_SHORT.get(part, "start"): below}
         parent = below
+    if path in _INSTEAD and value is not None:
+        parent.pop(_INSTEAD[path], None)
     section = parents == ["losses"] or (not parents and (last == "losses" or section_of(Recipe, last)))
     if not (section and isinstance(value, Mapping)):
         parent[last] = dict(value) if isinstance(value, Mapping) else value

@@ -9,11 +9,20 @@ from precompute.taps.check_attention import check_attention
 from precompute.taps.probe import image_size, run_blank
 from precompute.taps.registry import ATTENTION, TAPS, Tap, TapInfo, check_tap
 from precompute.taps.tapped_model import TappedTeacher
-from precompute.taps.timm_import import config_of, create_timm_model, is_elsewhere, takes_image_size, untrained
+from precompute.taps.timm_import import (
+    FACTORY_ARGUMENTS,
+    config_of,
+    constructor_arguments,
+    create_timm_model,
+    is_elsewhere,
+    takes_image_size,
+    untrained,
+)
 from precompute.taps.tokens import token_blocks
 
 __all__ = [
     "ATTENTION",
+    "FACTORY_ARGUMENTS",
     "POSITIONS",
     "TAPS",
     "At",
@@ -29,6 +38,7 @@ __all__ = [
     "check_tap",
     "cnn_stages",
     "config_of",
+    "constructor_arguments",
     "create_timm_model",
     "full",
     "image_size",

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import timm
 import torch
+from timm.models import build_model_with_cfg
 from torch import nn
 
 from storage.errors import UserError, first_line
 from storage.objects.weights_file import random_seed
+
+# Arguments of `timm.create_model` that are not the network's: which weights it gets, and what is made in its place.
+FACTORY_ARGUMENTS = {
+    *inspect.signature(timm.create_model).parameters,
+    *inspect.signature(build_model_with_cfg).parameters,
+    *("device", "dtype", "feature_cls", "features_only", "in_chans", "out_indices", "pruned", "use_naflex"),
+}
 
 
 def create_timm_model(
@@ -33,6 +42,12 @@ def create_timm_model(
             problem = f"the weights of {name} could not be downloaded from the timm hub"
         raise UserError(f"{owner}: {problem}: {first_line(error)}", hint=hint) from None
     return network
+
+
+def constructor_arguments(network: nn.Module) -> set[str]:
+    """The arguments that a network of timm can be made with, as far as its constructors name them."""
+    own = [vars(cls)["__init__"] for cls in type(network).__mro__ if "__init__" in vars(cls)]
+    return {name for init in own for name in inspect.signature(init).parameters} - FACTORY_ARGUMENTS - {"self", "args"}
 
 
 def untrained(create: Callable[[], nn.Module], weights: str) -> nn.Module:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, cast
 
 import timm
 import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from precompute.taps import create_timm_model, takes_image_size
+from precompute.taps import FACTORY_ARGUMENTS, constructor_arguments, create_timm_model, takes_image_size
+from storage.constants import SHORT_NAMES
 from storage.errors import UserError, did_you_mean, setting
 from storage.objects.record_schema import Schema, Several, Three
+from storage.objects.state_dict import ONNX_FILE
+from storage.store.manifests import TeacherIdentity
 from storage.views.policy import policy
 from student.models.attention_copy_hooks import AttentionCopyRecord
+from student.models.fixed_positions import SINCOS, fix_positions
 from student.models.shifted_patch import shift_patches
 from student.settings import WITH_CLASS, StudentConfig
 
-# Settings that are arguments of `timm.create_model`, and `global_pool`.
-_SIZES = {"img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio"}
+# Settings that are arguments of `timm.create_model`.
+_SIZES = {"img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "global_pool"}
 _DROP_RATES = {"drop_path_rate", "drop_rate", "proj_drop_rate", "attn_drop_rate"}
 
 
@@ -46,15 +51,42 @@ class DescriptionRecord(Schema):
         return self
 
 
+def architecture(settings: StudentConfig, teacher: TeacherIdentity | None) -> StudentConfig:
+    """The settings with what `like` stands for as their model and arguments; as they are without it.
+
+    Sizes and arguments that the settings say themselves count.
+
+    Args:
+        settings: the section `student` of a recipe.
+        teacher: that `like` names, where a store or a project has it; else `like` is a short name or a timm name.
+
+    Raises:
+        UserError: the teacher is a ready graph or a network outside timm.
+    """
+    if settings.like is None:
+        return settings
+    if teacher is None:
+        return settings.model_copy(update={"model": SHORT_NAMES.get(settings.like, (settings.like,))[0]})
+    if not timm.is_model(teacher.model):
+        kind = "a ready graph" if teacher.model == ONNX_FILE else teacher.model
+        raise UserError(
+            f"student.like: {settings.like} is {kind}, which is not made by a name of timm's",
+            hint=f"Take timm's network that is like it: {setting('student.like', 'NAME')}",
+        )
+    sizes = {n: v for n, v in teacher.arguments.items() if n in _SIZES and getattr(settings, n) is None}
+    args = {name: value for name, value in teacher.arguments.items() if name not in StudentConfig.model_fields}
+    return settings.model_copy(update={"model": teacher.model, **sizes, "args": {**args, **settings.args}})
+
+
 def build_student(settings: StudentConfig, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
     """A new student and the arguments that `timm.create_model` makes it of.
 
     Args:
-        settings: the section `student` of a recipe.
+        settings: the section `student` of a recipe, after `architecture`.
         num_classes: outputs of the classifier; 0 for none.
 
     Raises:
-        UserError: an unknown model, or sizes that do not go together.
+        UserError: an unknown model, arguments that it does not take, or sizes that do not go together.
     """
     if not timm.is_model(settings.model):
         known = timm.list_models()
@@ -63,14 +95,17 @@ def build_student(settings: StudentConfig, num_classes: int) -> tuple[nn.Module,
         close = difflib.get_close_matches(settings.model, family or known, cutoff=0.5)
         hint = did_you_mean(settings.model, close) if close else f"One that it has: {WITH_CLASS!r}."
         hint = f"Did you mean {longer!r}?" if longer else hint
-        raise UserError(f"student.model: timm has no {settings.model!r}. {hint}")
-    arguments = settings.model_dump(include={*_SIZES, "global_pool", *_DROP_RATES}, exclude_none=True)
+        where, store = ("like", ", and the store no such teacher") if settings.like else ("model", "")
+        raise UserError(f"student.{where}: timm has no {settings.model!r}{store}. {hint}")
+    arguments = settings.model_dump(include={*_SIZES, *_DROP_RATES}, exclude_none=True)
     if settings.embed_dim and settings.num_heads and settings.embed_dim % settings.num_heads:
         problem = f"student: embed_dim {settings.embed_dim} is no multiple of num_heads {settings.num_heads}"
         wide = setting("student.embed_dim", settings.num_heads * 64)
         raise UserError(problem, hint=f"Change one of them, such as {wide}")
     if not takes_image_size(settings.model):
         arguments.pop("img_size", None)
+    arguments |= settings.args
+    fixed_positions = arguments.get("pos_embed") == SINCOS and arguments.pop("pos_embed")
     arguments["num_classes"] = num_classes
     model = create(settings.model, arguments)
     if settings.shifted_patches:
@@ -83,21 +118,51 @@ def build_student(settings: StudentConfig, num_classes: int) -> tuple[nn.Module,
             problem = f"student: img_size {side} is no multiple of the patch size {patch} of {settings.model}"
             multiple = setting("student.img_size", patch * max(1, round(side / patch)))
             raise UserError(problem, hint=f"Change one of them, such as {multiple}")
+    if fixed_positions:
+        fix_positions(model)
     return model, arguments
 
 
 def create(model: str, arguments: dict[str, Any]) -> nn.Module:
     """A student's network. Raises UserError: timm does not make it, with what to change."""
+    for name in arguments.keys() & FACTORY_ARGUMENTS:
+        raise UserError(f"student.args.{name}: this is no argument of a network that learns from images; leave it out")
     try:
         return create_timm_model(model, arguments, owner=f"student {model}")
     except UserError as error:
         hint = f"Take a ViT, such as {setting('student.model', WITH_CLASS)}"
         if model == WITH_CLASS:
             hint = "Change its sizes."
-        if unknown := _unknown(model, arguments):
+        unknown = _unknown(model, arguments)
+        wrong = unknown or [n for n in arguments if n not in StudentConfig.model_fields and _takes(model, arguments, n)]
+        if further := [name for name in wrong if name not in StudentConfig.model_fields]:
+            name = further[0]
+            hint = f"Change {setting(f'student.args.{name}', 'VALUE')}, or leave it out."
+            if unknown:
+                hint = did_you_mean(name, _known(model, {n: v for n, v in arguments.items() if n not in unknown}))
+                raise UserError(f"student.args.{name}: {model} has no such argument", hint=hint) from None
+        elif unknown:
             nulls = " ".join(setting(f"student.{name}", "null") for name in unknown)
             hint = f"It does not take {', '.join(unknown)}. Leave them out: {nulls}\n  Or {hint[0].lower()}{hint[1:]}"
         raise UserError(error.message, hint=hint) from None
+
+
+def _on_meta(model: str, arguments: dict[str, Any]) -> nn.Module:
+    with torch.device("meta"):
+        return cast(nn.Module, timm.create_model(model, pretrained=False, **arguments))
+
+
+def _known(model: str, arguments: dict[str, Any]) -> set[str]:
+    """The arguments that may be in `student.args`."""
+    return constructor_arguments(_on_meta(model, arguments)) - {*StudentConfig.model_fields}
+
+
+def _takes(model: str, arguments: dict[str, Any], name: str) -> bool:
+    """Whether a model can be made once it is made without this argument."""
+    with contextlib.suppress(Exception):  # timm raises many kinds
+        _on_meta(model, {n: value for n, value in arguments.items() if n != name})
+        return True
+    return False
 
 
 def _unknown(model: str, arguments: dict[str, Any]) -> list[str]:
@@ -105,8 +170,7 @@ def _unknown(model: str, arguments: dict[str, Any]) -> list[str]:
     rest = dict(arguments)
     while True:
         try:
-            with torch.device("meta"):
-                timm.create_model(model, pretrained=False, **rest)
+            _on_meta(model, rest)
             return [name for name in arguments if name not in rest]
         except TypeError as error:
             unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error))

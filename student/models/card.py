@@ -6,6 +6,7 @@ It is meant to be published: files of weights are named without the folders of t
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -203,7 +204,7 @@ def _loading(about: StudentDescription, own: str, file: str) -> str:
         size=about.img_size,
         mean=mean.replace(" ", ""),
         std=std.replace(" ", ""),
-        arguments=" ".join(f"--teacher-arg {name}={value}" for name, value in kept.items()),
+        arguments=" ".join(f"--teacher-arg {shlex.quote(f'{name}={value}')}" for name, value in kept.items()),
     )
 
 

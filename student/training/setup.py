@@ -15,13 +15,14 @@ from storage.shards.patterns import expand
 from storage.shards.shard import Shard, open_shards, require_labels
 from storage.views.policy import Policy, policy
 from student.alignment.attention import AttentionAligner
+from student.alignment.native_parts import missing_parts_of_teachers
 from student.alignment.report import alignment_table
 from student.attention_copy.inference import record_of, stored_attention
 from student.data.source import opened
 from student.data.stream import Stream
 from student.distributed import rank, world_size
 from student.evaluation.accuracy import tell_of_shared
-from student.models.build import build_student, input_size
+from student.models.build import architecture, build_student, input_size
 from student.models.files import StudentDescription
 from student.models.init import begin_from, freeze, normalization
 from student.settings import ATTENTION_COPY
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from storage.progress import Progress
+    from storage.store.manifests import TeacherIdentity
     from storage.store.store import Store
     from student.models.attention_copy_hooks import AttentionCopyRecord
     from student.recipe.schema import Recipe
@@ -105,23 +107,24 @@ def build_run(config: TrainConfig, progress: Progress, saved: dict[str, Any] | N
     urls, val_shards = expand(config.shards), open_shards(config.val, progress.say) if config.val else []
     classes, count = _classes(urls, [shard.url for shard in val_shards], recipe) if classifies(recipe) else (None, 0)
     scored = _scored(val_shards, recipe, count, progress)
-    model, arguments = build_student(recipe.student, count)
-    file = WeightsFile(recipe.student.weights) if recipe.student.weights else None
+    student = architecture(recipe.student, _teacher(config.store, recipe.student.like))
+    model, arguments = build_student(student, count)
+    file = WeightsFile(student.weights) if student.weights else None
     if saved is None:
-        begin_from(model, recipe.student, file, classes, progress.say)
-    mean, std = normalization(recipe.student, file)
+        begin_from(model, student, file, classes, progress.say)
+    mean, std = normalization(student, file)
     if saved is not None:
         mean, std = (tuple(saved["identity"][name]) for name in ("mean", "std"))
-    elif recipe.student.pretrained or recipe.student.weights:
+    elif student.pretrained or student.weights:
         progress.say(f"pixels: mean {_three(mean)}, std {_three(std)}")
-    frozen_norms = freeze(model, recipe.student.freeze, progress.say)
-    size = input_size(model, recipe.student)
+    frozen_norms = freeze(model, student.freeze, progress.say)
+    size = input_size(model, student)
     average = None
     if recipe.model_ema_decay:  # before hooks are added
         average = ModelEmaV3(model, decay=recipe.model_ema_decay).to(config.device)
     views = saved["identity"]["views"] if saved else None
     stream, targets = _stream(config, urls, model, size=size, classes=count, views=views)
-    for line in (_views_text(stream), *stream.notices):
+    for line in (_views_text(stream), *stream.notices, *missing_parts_of_teachers(model, targets.values())):
         progress.say(line)
     distiller = Distiller(recipe, model, targets, mean=mean, std=std, class_names=classes)
     if distiller.rows:
@@ -134,14 +137,14 @@ def build_run(config: TrainConfig, progress: Progress, saved: dict[str, Any] | N
     tell_of_shared(source.shard_ids, val_shards, progress.say)
     attention_copy = _attention_copy(config, stream, distiller, progress, average=average, scored=scored)
     description = StudentDescription(
-        model=recipe.student.model,
+        model=student.model,
         arguments=arguments,
         img_size=size,
         mean=mean,
         std=std,
         classes=classes,
         evaluation=source.policy.evaluation.line,
-        shifted_patches=recipe.student.shifted_patches,
+        shifted_patches=student.shifted_patches,
         attention_copy=attention_copy,
     )
     identity = {
@@ -167,6 +170,12 @@ def build_run(config: TrainConfig, progress: Progress, saved: dict[str, Any] | N
         description=description,
         identity=identity,
     )
+
+
+def _teacher(store: Store | None, name: str | None) -> TeacherIdentity | None:
+    """The teacher that a store has under a name."""
+    known = store.teachers().get(name) if store is not None and name is not None else None
+    return known.identity if known else None
 
 
 def _scored(val_shards: list[Shard], recipe: Recipe, classes: int, progress: Progress) -> list[Shard]:

@@ -45,6 +45,21 @@ TRAINING = [
         ("timm has no 'vit_tiny'", "Did you mean 'vit_tiny_patch16_224'?"),
     ),
     Mistake(
+        "a typo in an argument of the student",
+        "train --recipe scratch @DATA --out new/run @SMALL --set student.args.init_value=1",
+        ("student.args.init_value: vit_tiny_patch16_224 has no such argument", "Did you mean 'init_values'?"),
+    ),
+    Mistake(
+        "a size among the student's arguments",
+        "train --recipe scratch @DATA --out new/run @SMALL --set student.args.depth=3",
+        ("args.depth: this has a setting of its own", "--set student.depth=3"),
+    ),
+    Mistake(
+        "a student like a teacher that is nowhere",
+        "train --recipe scratch @DATA --store S --out new/run @SMALL --set student.like=vit_smal_patch16_dinov3",
+        ("student.like: timm has no 'vit_smal_patch16_dinov3', and the store no such teacher", "Did you mean"),
+    ),
+    Mistake(
         "a CNN for a student",
         "train --recipe scratch @DATA --out new/run @SMALL --set student.model=resnet18",
         ("student resnet18", "cannot be made", "--set student.model=vit_tiny_patch16_224"),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pipeline.cli import cli, main
+from storage.constants import SHORT_NAMES
 from storage.rng import generator
 from storage.testing import synthetic_image
 from tests.conftest import ROOT
@@ -142,7 +143,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     from precompute.teachers import teacher
 
     for name, model in (("mobilenetv2", "test_efficientnet"), ("vit_tiny", "test_vit")):  # quick ones of their kinds
-        monkeypatch.setitem(teacher.SHORT_NAMES, name, (model, 160))
+        monkeypatch.setitem(SHORT_NAMES, name, (model, 160))
 
     chance = generator("photos")
     for label, name in enumerate(("cat", "dog")):

@@ -23,6 +23,7 @@ from storage.errors import UserError
 from storage.shards.pack import pack
 from storage.store.store import Store
 from storage.testing import TINY_CNN, TINY_VIT
+from student.models.build import build_student
 from tests.conftest import ROOT, World
 from tests.pipeline.every_command import every_command
 
@@ -272,6 +273,55 @@ def test_settings_are_laid_over_a_recipe_and_flags_over_them(tmp_path):
         loader.load_recipe("aal", ["optim.epohcs=1"], loader.Over(where=str(bad.path), settings=bad.settings))
     with pytest.raises(UserError, match=r"recipe aal with --set: optim\.epohcs: no such .* 'epochs'"):
         loader.load_recipe("aal", ["optim.epohcs=1"], over)
+
+
+BEFORE = """
+teachers:
+  ours: {teacher: vit_tiny, weights: ours.safetensors, args: {num_classes: 3}, targets: logits}
+student:
+  model: vit_tiny_patch16_224
+  img_size: 32
+  patch_size: 4
+set:
+  optim.epochs: 30
+  optim.lr: 0.001
+  model_ema_decay: null
+"""
+
+
+def test_a_file_of_before_means_what_it_meant(tmp_path):
+    """As version 0.1.0 read it."""
+    (tmp_path / "pipeline.yaml").write_text(BEFORE)
+    project = load(tmp_path / "pipeline.yaml")
+    assert project.settings == [
+        ("student.model", "vit_tiny_patch16_224"),
+        ("student.img_size", 32),
+        ("student.patch_size", 4),
+        ("optim.epochs", 30),
+        ("optim.lr", 0.001),
+        ("model_ema_decay", None),
+    ]
+    assert project.content.teachers["ours"].args == {"num_classes": 3}
+    student = loader.load_recipe("scratch", (), loader.Over(where="p", settings=project.settings)).student
+    said = {"model": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 4, "drop_path_rate": 0.1}
+    assert student.model_dump(exclude_defaults=True) == {n: v for n, v in said.items() if n != "model"}
+    assert build_student(student, 3)[1] == {"img_size": 32, "patch_size": 4, "drop_path_rate": 0.1, "num_classes": 3}
+
+
+def test_the_student_s_arguments_and_what_it_is_like_are_laid_over_recipes(tmp_path):
+    args = "{init_values: 1e-5, reg_tokens: 2}"
+    (tmp_path / "w.yaml").write_text(
+        f"teachers: {{t: {{args: {{init_values: 1e-6}}}}}}\n"
+        f"student: {{like: vit_small_patch16_dinov3, depth: 2, args: {args}}}\nset: {{student.args.qk_norm: true}}\n"
+    )
+    project = load(tmp_path / "w.yaml")
+    assert project.content.teachers["t"].args == {"init_values": 1e-6}
+    student = loader.load_recipe("aal", (), loader.Over(where="w", settings=project.settings)).student
+    assert (student.like, student.model, student.depth) == (*("vit_small_patch16_dinov3",) * 2, 2)
+    assert student.args == {"init_values": 1e-5, "reg_tokens": 2, "qk_norm": True}
+    (tmp_path / "w.yaml").write_text("student: {args: {depth: 2}}")
+    with pytest.raises(UserError, match=r"w\.yaml: student: args\.depth: this has a setting of its own"):
+        load(tmp_path / "w.yaml")
 
 
 def test_a_section_is_laid_over_what_is_there_setting_by_setting(tmp_path):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from precompute.taps import Tap
 from precompute.teachers import teacher as teachers
+from storage.constants import SHORT_NAMES
 from storage.errors import UserError
 from storage.objects.state_dict import as_f32
 from storage.testing import TINY_CNN, TINY_VIT
@@ -82,9 +83,9 @@ class Hostile:
 # ---------------------------------------------------------------------------------------------- names
 
 
-@pytest.mark.parametrize("name", teachers.SHORT_NAMES)
+@pytest.mark.parametrize("name", SHORT_NAMES)
 def test_short_names_are_pinned_to_tags_and_sizes_that_timm_knows(name: str) -> None:
-    tag, size = teachers.SHORT_NAMES[name]
+    tag, size = SHORT_NAMES[name]
     assert "." in tag, "a name without a tag is whatever timm makes the default"
     config = timm.get_pretrained_cfg(tag)
     assert config is not None

@@ -118,6 +118,11 @@ OTHERS: dict[str, tuple[dict[str, Any], int]] = {
     "heads that no shape tells": ({"model": "test_vit", "img_size": 32, "patch_size": 4, "num_heads": 8}, 3),
     "dropout": ({"model": "test_vit", "drop_path_rate": 0.2, "drop_rate": 0.1, "attn_drop_rate": 0.1}, 3),
     "a wider ViT with attention pooling": ({"model": "test_vit", "mlp_ratio": 2.0, "global_pool": "map"}, 3),
+    "parts of DINOv2's students": (
+        {"model": "test_vit", "img_size": 64, "args": {"init_values": 1e-5, "reg_tokens": 2, "pos_embed": "sincos"}},
+        3,
+    ),
+    "a small DINOv3": ({"like": "vit_small_patch16_dinov3", "img_size": 64, "embed_dim": 48, "num_heads": 3}, 3),
     "a hierarchical ViT": ({"model": "test_convnext"}, 3),
 }
 
