@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from pipeline.cli import main
@@ -81,7 +82,8 @@ def test_a_cnn_learns_from_stored_embeddings_without_labels(
     asked(capsys, *words[:at], *words[at + 2 :])
     scored = asked(capsys, "evaluate", "accuracy", tmp_path / "tuned", "--shards", world.shards[0])
     assert scored["samples"] == 150
-    assert asked(capsys, "predict", tmp_path / "tuned", world.shards[0])
+    Image.new("RGB", (32, 32)).save(tmp_path / "x.png")
+    assert asked(capsys, "predict", tmp_path / "tuned", tmp_path / "x.png")
 
 
 def test_the_projector_is_evaluated_on_what_it_was_trained_on(world: World, tmp_path: Path) -> None:
