@@ -190,7 +190,7 @@ AllLinks = Literal["full", "alpha", "beta"] | LinksConfig | tuple[tuple[int, int
 
 
 class ProjectorLossConfig(TeacherLossConfig):
-    """What losses on the class token say of the projector to the teacher's width (student/losses/parts/projector.py).
+    """What losses on embeddings say of the projector to the teacher's width (student/losses/parts/projector.py).
 
     projector: `mlp`, or `linear` without GELUs.
     depth: its linear maps; 0: none, for a student as wide as its teacher.
@@ -214,7 +214,7 @@ Patterns = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 
 
 class StudentConfig(ConfigModel):
-    """The timm network that is trained, a ViT for most losses; what is None is the model's own default.
+    """The timm network that is trained, a ViT where losses read attention; what is None is the model's own default.
 
     `shifted_patches` sees each patch with four shifts of its image, which no bare timm model does.
     `pretrained` takes timm's weights, `weights` a file (safetensors or .pth, also a student's), `weights_key` one of
