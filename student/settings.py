@@ -191,7 +191,7 @@ AllLinks = Literal["full", "alpha", "beta"] | LinksConfig | tuple[tuple[int, int
 
 
 class ProjectorLossConfig(TeacherLossConfig):
-    """What losses on the class token say of the projector to the teacher's width (student/losses/parts/projector.py).
+    """What losses on embeddings say of the projector to the teacher's width (student/losses/parts/projector.py).
 
     projector: `mlp`, or `linear` without GELUs.
     depth: its linear maps; 0: none, for a student as wide as its teacher.
@@ -227,7 +227,7 @@ Patterns = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 
 
 class StudentConfig(ConfigModel):
-    """The timm network that is trained, a ViT for most losses; what is None is the model's own default.
+    """The timm network that is trained, a ViT where losses read attention; what is None is the model's own default.
 
     `like` stands in place of `model`: a teacher of the store, a short name or a timm name, whose architecture is taken
     with other sizes. `args` are further arguments of the network's constructor in timm. There `pos_embed: sincos` is

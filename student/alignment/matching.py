@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -16,7 +17,7 @@ from storage.errors import UserError, setting
 from student.alignment.report import AlignmentRow
 from student.alignment.student_spec import StudentSpec
 from student.settings import AlignedLossConfig, AlignmentConfig, settings_path
-from student.targets.stored_target import Targets
+from student.targets.stored_target import StoredTarget, Targets
 
 Which = Literal["class", "all", "scores", "vectors"]
 Side = Literal["student", "teacher"]
@@ -24,77 +25,33 @@ Side = Literal["student", "teacher"]
 MERGED = ("mean", "sum", "max", "min", "log")  # rules by which all heads of a side become one
 
 
-class TokenMatching(nn.Module):
-    """Which layers, heads and tokens of a target are compared with which of the student's.
+class LayerMatching(nn.Module):
+    """Which layers, or stages, of a target are compared with which of the student's.
 
     Args:
         loss: name of the loss, or `attention_copy`, for errors.
         config: what the recipe states.
         student: the student's shape.
         targets: one target of some tap with layers, or several of one teacher and the same layers.
-        which: class rows, rows of all queries, scores (whose softmax the rows are), or vectors of all tokens.
 
     Attributes:
         pairs: (student's layer, teacher's layer), from 1.
-        heads: how many are compared; 1 where they are merged, 0 where the tap has none.
-        head_pairs: (student's head, teacher's head), from 1, for each pair of layers; empty where they are merged.
-        rule: how heads are compared: as `AlignmentConfig.heads`, with `auto` decided.
+        tap: of the first target.
         stored: the teacher's layers that the target holds; those of `pairs` are among them.
-        student_tokens, teacher_tokens: buffers, indices of the tokens that are compared: first those beside the
-            patches, in one order of roles.
-        prefix: how many of them are no patches.
-        all_tokens: side -> whether all its tokens are compared, in their own order.
-        dropped: the tokens that are left out, in words.
-        resize: buffer, the teacher's patches to the student's; only where their grids differ.
 
     Raises:
-        UserError: what differs and was not stated, or cannot be brought together.
+        UserError: what differs and was not stated, or is not there.
     """
 
-    def __init__(
-        self, loss: str, config: AlignmentConfig, student: StudentSpec, targets: Targets, which: Which
-    ) -> None:
+    def __init__(self, loss: str, config: AlignmentConfig, student: StudentSpec, targets: Targets) -> None:
         super().__init__()
-        self.loss, self.config, self.student, self.which = loss, config, student, which
+        self.loss, self.config, self.student = loss, config, student
         self.path = settings_path(loss)
-        first, teacher = targets[0], targets[0].teacher
-        self.tap, shape = first.target.identity.tap, first.target.sample_shape
-        axes = TAPS[self.tap].axes
-        patches = shape[axes.index("token")] - len(teacher.prefix)
-        side = round(patches**0.5)
-        if side * side != patches:
-            raise UserError(f"{loss}: target {first.id}: {patches} patches make no square grid")
+        first = targets[0].target
+        self.tap = first.identity.tap
         # tokens without layers are those after the final norm
-        self.stored = [*(first.target.identity.layers or [targets[0].depth])]
+        self.stored = [*(first.identity.layers or [targets[0].depth])]
         self.pairs = self._layers(targets[0].depth)
-        teacher_heads = int(shape[1]) if "head" in axes else 0
-        self.rule = config.heads
-        if config.heads == "auto":
-            self.rule = None if teacher_heads in (0, student.heads) else "log"
-        self.head_pairs = self._heads(teacher_heads) if teacher_heads else []
-        self.heads = len(self.head_pairs[0]) if self.head_pairs else int(teacher_heads > 0)
-        roles: dict[Side, Sequence[str]] = {"student": student.prefix, "teacher": teacher.prefix}
-        prefix, self.dropped = self._prefix_tokens(roles)
-        grids: dict[Side, int] = {"student": student.grid, "teacher": side}
-        self.all_tokens: dict[Side, bool] = {}
-        for name, grid in grids.items():
-            count = len(roles[name])
-            tokens = torch.tensor([*prefix[name], *range(count, count + grid**2)])
-            self.register_buffer(f"{name}_tokens", tokens, persistent=False)
-            self.all_tokens[name] = prefix[name] == [*range(count)]
-        self.prefix = len(prefix["student"])
-        self.class_query = teacher.prefix.index("class") if "class" in teacher.prefix else 0
-        self.resizes = side != student.grid
-        if self.resizes:
-            if config.grid is None:
-                raise UserError(
-                    f"{loss}: target {first.id} has a grid of {side}x{side}, the student's patches make "
-                    f"{student.grid}x{student.grid}",
-                    hint=f"Resize the teacher's: {setting(f'{self.path}.grid', 'bicubic')}",
-                )
-            matrix = resize_matrix(side, student.grid)
-            self.register_buffer("resize", torch.kron(matrix, matrix), persistent=False)
-        self.row = self._row(targets, teacher_heads, side)
 
     def _layers(self, teacher: int) -> list[tuple[int, int]]:
         """(student's layer, teacher's layer), from 1, for a teacher of so many layers."""
@@ -133,6 +90,93 @@ class TokenMatching(nn.Module):
                 )
         return pairs
 
+    def _count(self, unit: str, rule: str, student: int, teacher: int, default: int) -> int:
+        """N of `first-N` or `last-N` layers or heads."""
+        end, _, number = rule.partition("-")
+        count, both = int(number or default), min(student, teacher)
+        if count > both:
+            uniform_too = ", or uniform" if unit == "layers" else ""
+            raise UserError(
+                f"{self.loss}: {self.path}.{unit}={rule}: the student has {student} {unit}, the teacher {teacher}; "
+                f"at most {end}-{both}{uniform_too}"
+            )
+        return count
+
+    def _require_within(
+        self, unit: str, pairs: Sequence[tuple[int, int]], student: int, teacher: int, others: str
+    ) -> None:
+        """Refuse pairs of layers or heads that are not there."""
+        for a, b in pairs:
+            if not (1 <= a <= student and 1 <= b <= teacher):
+                raise UserError(
+                    f"{self.loss}: {self.path}.{unit}s lets the student's {unit} {a} meet the teacher's {unit} {b}; "
+                    f"the student has {unit}s 1 to {student}, the teacher 1 to {teacher}",
+                    hint=f"Give {others}",
+                )
+
+    def require_grid(self, side: int, grid: int, target: str) -> None:
+        """Refuse a teacher's grid that is not the student's, unless it is to be resized. Raises UserError."""
+        if side != grid and self.config.grid is None:
+            raise UserError(
+                f"{self.loss}: target {target} has a grid of {side}x{side}, the student's patches make {grid}x{grid}",
+                hint=f"Resize the teacher's: {setting(f'{self.path}.grid', 'bicubic')}",
+            )
+
+
+class TokenMatching(LayerMatching):
+    """Which layers, heads and tokens of a target are compared with which of the student's.
+
+    Arguments as for `LayerMatching`, and:
+
+    Args:
+        which: class rows, rows of all queries, scores (whose softmax the rows are), or vectors of all tokens.
+
+    Attributes:
+        heads: how many are compared; 1 where they are merged, 0 where the tap has none.
+        head_pairs: (student's head, teacher's head), from 1, for each pair of layers; empty where they are merged.
+        rule: how heads are compared: as `AlignmentConfig.heads`, with `auto` decided.
+        student_tokens, teacher_tokens: buffers, indices of the tokens that are compared: first those beside the
+            patches, in one order of roles.
+        prefix: how many of them are no patches.
+        all_tokens: side -> whether all its tokens are compared, in their own order.
+        dropped: the tokens that are left out, in words.
+        resize: buffer, the teacher's patches to the student's; only where their grids differ.
+
+    Raises:
+        UserError: what differs and was not stated, or cannot be brought together.
+    """
+
+    def __init__(
+        self, loss: str, config: AlignmentConfig, student: StudentSpec, targets: Targets, which: Which
+    ) -> None:
+        super().__init__(loss, config, student, targets)
+        self.which = which
+        first, teacher = targets[0], targets[0].teacher
+        shape, axes, side = first.target.sample_shape, TAPS[self.tap].axes, patch_grid(loss, first)
+        teacher_heads = int(shape[1]) if "head" in axes else 0
+        self.rule = config.heads
+        if config.heads == "auto":
+            self.rule = None if teacher_heads in (0, student.heads) else "log"
+        self.head_pairs = self._heads(teacher_heads) if teacher_heads else []
+        self.heads = len(self.head_pairs[0]) if self.head_pairs else int(teacher_heads > 0)
+        roles: dict[Side, Sequence[str]] = {"student": student.prefix, "teacher": teacher.prefix}
+        prefix, self.dropped = self._prefix_tokens(roles)
+        grids: dict[Side, int] = {"student": student.grid, "teacher": side}
+        self.all_tokens: dict[Side, bool] = {}
+        for name, grid in grids.items():
+            count = len(roles[name])
+            tokens = torch.tensor([*prefix[name], *range(count, count + grid**2)])
+            self.register_buffer(f"{name}_tokens", tokens, persistent=False)
+            self.all_tokens[name] = prefix[name] == [*range(count)]
+        self.prefix = len(prefix["student"])
+        self.class_query = teacher.prefix.index("class") if "class" in teacher.prefix else 0
+        self.resizes = side != student.grid
+        if self.resizes:
+            self.require_grid(side, student.grid, first.id)
+            matrix = resize_matrix(side, student.grid)
+            self.register_buffer("resize", torch.kron(matrix, matrix), persistent=False)
+        self.row = self._row(targets, teacher_heads, side)
+
     def _heads(self, teacher: int) -> list[list[tuple[int, int]]]:
         """(student's head, teacher's head), from 1, for each pair of layers; empty where they are merged."""
         rule, student, path = self.rule, self.student.heads, f"{self.path}.heads"
@@ -164,30 +208,6 @@ class TokenMatching(nn.Module):
                 "`type`)"
             )
         return head_pairs
-
-    def _count(self, unit: str, rule: str, student: int, teacher: int, default: int) -> int:
-        """N of `first-N` or `last-N` layers or heads."""
-        end, _, number = rule.partition("-")
-        count, both = int(number or default), min(student, teacher)
-        if count > both:
-            uniform_too = ", or uniform" if unit == "layers" else ""
-            raise UserError(
-                f"{self.loss}: {self.path}.{unit}={rule}: the student has {student} {unit}, the teacher {teacher}; "
-                f"at most {end}-{both}{uniform_too}"
-            )
-        return count
-
-    def _require_within(
-        self, unit: str, pairs: Sequence[tuple[int, int]], student: int, teacher: int, others: str
-    ) -> None:
-        """Refuse pairs of layers or heads that are not there."""
-        for a, b in pairs:
-            if not (1 <= a <= student and 1 <= b <= teacher):
-                raise UserError(
-                    f"{self.loss}: {self.path}.{unit}s lets the student's {unit} {a} meet the teacher's {unit} {b}; "
-                    f"the student has {unit}s 1 to {student}, the teacher 1 to {teacher}",
-                    hint=f"Give {others}",
-                )
 
     def student_heads(self) -> list[tuple[int, list[int] | None]]:
         """For each pair of layers the student's, from 1, and its heads that are compared, from 0; None for all."""
@@ -275,6 +295,16 @@ class TokenMatching(nn.Module):
             return f"heads {pairs_text[0]} (student-teacher)"
         by_layer = zip(pairs_text, self.pairs, strict=True)
         return "heads " + "; ".join(f"{text} of layer {layer}" for text, (layer, _) in by_layer)
+
+
+def patch_grid(loss: str, stored: StoredTarget) -> int:
+    """Side of the grid of a target's patches. Raises UserError: they make no square."""
+    target = stored.target
+    patches = target.sample_shape[TAPS[target.identity.tap].axes.index("token")] - len(stored.teacher.prefix)
+    side = math.isqrt(max(0, patches))
+    if side * side != patches:
+        raise UserError(f"{loss}: target {stored.id}: {patches} patches make no square grid")
+    return side
 
 
 def uniform(student_depth: int, teacher_depth: int) -> list[tuple[int, int]]:

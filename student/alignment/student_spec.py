@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from precompute.taps import (
     token_blocks,
 )
 from storage.errors import UserError
+from student.alignment.stages import StudentStage, student_stages
+from student.alignment.student_taps import class_index, embedding_width
 
 
 @dataclass(frozen=True)
@@ -26,15 +28,17 @@ class StudentSpec:
     PiT pools its patches, so its layers differ: `each` has them, and `heads` and `grid` are those of most layers.
 
     Attributes:
-        layers: number of layers; 0 where no loss reads tokens.
+        layers: number of layers, or of stages; 0 where no loss reads tokens.
         heads: in each layer; 0 where attention cannot be read, and no loss reads it.
         grid: side of the patch grid.
         prefix: role of each prefix token: `class`, `distillation` or `register`.
         classes: number of classes.
         names: of the classes, in order; None where they are not known.
-        width: of each token.
+        width: of each token; of the embedding where no loss reads tokens.
         each: (heads, grid) of each layer of a network that pools its patches; empty where all layers are alike.
         attention: the layers whose attention is read; None where no loss reads it.
+        pooled: width of the pooled features that stand for the class token; 0 where there is one, or none is read.
+        stages: of a network without tokens, whose maps are read in their place; else empty.
     """
 
     layers: int
@@ -46,6 +50,8 @@ class StudentSpec:
     width: int = 0
     each: tuple[tuple[int, int], ...] = ()
     attention: AttentionLayers | None = None
+    pooled: int = 0
+    stages: tuple[StudentStage, ...] = ()
 
     @property
     def by_layer(self) -> tuple[tuple[int, int], ...]:
@@ -64,6 +70,9 @@ def student_spec(
     *,
     tokens: bool = True,
     attention: bool = True,
+    maps: bool = False,
+    embedding: bool = False,
+    size: int | None = None,
 ) -> StudentSpec:
     """The shape of a student.
 
@@ -72,13 +81,31 @@ def student_spec(
         names: of its classes.
         tokens: whether some loss reads its tokens, or its attention.
         attention: whether some loss reads its attention, or its values.
+        maps: whether maps of its stages will do in place of tokens, where it has none.
+        embedding: whether some loss reads its embedding.
+        size: side of its input; None: the one that it was made for.
 
     Raises:
         UserError: attention cannot be read, or what is read is not what the student attends with (contract 12).
     """
-    classes, class_names = int(getattr(model, "num_classes", 0)), tuple(names) if names else None
-    if not tokens:
-        return StudentSpec(0, 0, 0, (), classes, class_names)
+    spec = StudentSpec(0, 0, 0, (), int(getattr(model, "num_classes", 0)), tuple(names) if names else None)
+    size = size or image_size(model)
+    if tokens:
+        try:
+            spec = _with_tokens(model, spec, attention)
+        except UserError:
+            if not maps:
+                raise
+            stages = student_stages(model, size)
+            spec = replace(spec, layers=len(stages), stages=stages)
+    if embedding:
+        width, is_pooled = embedding_width(model, size), class_index(model) is None
+        spec = replace(spec, width=spec.width or width, pooled=width if is_pooled else 0)
+    return spec
+
+
+def _with_tokens(model: nn.Module, spec: StudentSpec, attention: bool) -> StudentSpec:
+    """The shape with layers, heads, grid and prefix tokens. Raises UserError: tokens, or attention, cannot be read."""
     size, width = image_size(model), int(model.num_features)  # type: ignore[arg-type]
     ramp = torch.linspace(-1, 1, 2 * 3 * size**2).sin().view(2, 3, size, size).to(next(model.parameters()).device)
     training = model.training
@@ -95,14 +122,23 @@ def student_spec(
             raise UserError(f"{type(model).__name__}: its patches make no square grid")
         _require_tokens(model.eval(), blocks, ramp, (len(prefix) + grid[0] ** 2, width))
         model.train(training)
-        return StudentSpec(len(blocks), 0, int(grid[0]), prefix, classes, class_names, width)
+        return replace(spec, layers=len(blocks), grid=int(grid[0]), prefix=prefix, width=width)
     if attention:
         check_attention(model.eval(), ramp, found)
         model.train(training)
     each = tuple((layer.heads, side) for layer, side in zip(found.layers, found.grids, strict=True))
     heads, side = max(each, key=each.count)
     each = each if len(set(each)) > 1 else ()
-    return StudentSpec(len(found.layers), heads, side, found.prefix, classes, class_names, width, each, found)
+    return replace(
+        spec,
+        layers=len(found.layers),
+        heads=heads,
+        grid=side,
+        prefix=found.prefix,
+        width=width,
+        each=each,
+        attention=found,
+    )
 
 
 def _require_tokens(model: nn.Module, blocks: Sequence[nn.Module], images: Tensor, expected: tuple[int, int]) -> None:

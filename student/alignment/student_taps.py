@@ -1,4 +1,4 @@
-"""Tensors that losses read of a student beside its logits: attention, values, residual streams and final tokens.
+"""Tensors that losses read of a student beside its logits: attention, values, streams, final tokens, embedding.
 
 Each loss names those that it reads (`Loss.student_taps`). Only these are kept, and the network is not changed.
 """
@@ -6,18 +6,21 @@ Each loss names those that it reads (`Loss.student_taps`). Only these are kept, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from typing import Any, Literal, Self
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from precompute.taps import Attention, AttentionLayers, AttentionTaps, token_blocks
+from precompute.taps import Attention, AttentionLayers, AttentionTaps, prefix_roles, run_blank, token_blocks
 from storage.errors import UserError
+from student.alignment.stages import StudentStage
 
-StudentTap = Literal["labels", "logits", "attention", "values", "streams", "tokens"]
+StudentTap = Literal["labels", "logits", "attention", "values", "streams", "tokens", "embedding"]
 
 ELSEWHERE: frozenset[StudentTap] = frozenset({"labels", "logits"})  # of the batch, and what the network gives by itself
+OF_ANY: frozenset[StudentTap] = ELSEWHERE | {"embedding"}  # what every network has
 
 
 class StudentTaps:
@@ -25,24 +28,41 @@ class StudentTaps:
 
     Args:
         model: the student.
-        taps: which are kept: `attention`, `values` (v), `streams` (the residual stream after each block), `tokens` (all
-            tokens after the final norm). `labels` and `logits` are not read here.
+        taps: which are kept: `attention`, `values` (v), `streams` (all tokens after each block; of a network without
+            tokens the map after each stage), `tokens` (all tokens after the final norm), `embedding` (the class token
+            of these; of a network that has none its pooled features). `labels` and `logits` are not read here.
         layers: the student's, where its attention or values are read (`StudentSpec.attention`).
+        stages: of a student without tokens, where its maps are read (`StudentSpec.stages`).
 
     Raises:
         UserError: something cannot be read from this network.
     """
 
-    def __init__(self, model: nn.Module, taps: Set[StudentTap], layers: AttentionLayers | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        taps: Set[StudentTap],
+        layers: AttentionLayers | None = None,
+        stages: Sequence[StudentStage] = (),
+    ) -> None:
         self._model, self._attention = model, AttentionTaps(())
         self._streams: dict[int, Tensor] = {}
         self._tokens: dict[int, Tensor] = {}
+        self._maps: dict[int, Tensor] = {}
+        self._pooled: dict[int, Tensor] = {}
+        self._class = class_index(model) if "embedding" in taps else None
+        self._handles: list[RemovableHandle] = []
         self._modules = attention_modules(model)
         self._switched: list[nn.Module] = []
         if taps & {"attention", "values"}:
             assert layers is not None
             self._attention = AttentionTaps(layers.layers)
-        if "streams" in taps:
+        if "streams" in taps and stages:
+            for n, stage in enumerate(stages, 1):
+                if stage.module is not None:
+                    keep = functools.partial(_keep_map, self._maps, n, stage)
+                    self._handles.append(stage.module.register_forward_hook(keep))
+        elif "streams" in taps:
             blocks = token_blocks(model)
             if layers is not None and len(blocks) != len(layers.layers):
                 raise UserError(
@@ -50,12 +70,14 @@ class StudentTaps:
                     "tokens, so the tokens after its layers cannot be read"
                 )
             for n, block in enumerate(blocks, 1):
-                block.register_forward_hook(functools.partial(_keep, self._streams, n))
-        if "tokens" in taps:
+                self._handles.append(block.register_forward_hook(functools.partial(_keep, self._streams, n)))
+        if "tokens" in taps or self._class is not None:
             token_blocks(model)  # raises where there are none
             if not isinstance(norm := getattr(model, "norm", None), nn.Module):
                 raise UserError(f"student {type(model).__name__}: it has no final norm, so its tokens cannot be read")
-            norm.register_forward_hook(functools.partial(_keep, self._tokens, 0))
+            self._handles.append(norm.register_forward_hook(functools.partial(_keep, self._tokens, 0)))
+        if "embedding" in taps and self._class is None:
+            self._handles.append(_keep_pooled(model, self._pooled))
 
     def __enter__(self) -> Self:
         if self._attention.layers:
@@ -105,15 +127,92 @@ class StudentTaps:
         return [self._streams[n] for n in sorted(self._streams)]
 
     @property
+    def maps(self) -> dict[int, Float[Tensor, "B _P _C"]]:
+        """Stage, from 1 -> its map, a vector for each of its places."""
+        return self._maps
+
+    @property
     def tokens(self) -> Float[Tensor, "B N D"]:
         """All tokens after the final norm."""
         return self._tokens[0]
+
+    @property
+    def embedding(self) -> Float[Tensor, "B D"]:
+        """The class token after the final norm; of a network without one its pooled features, as a classifier reads."""
+        return self._pooled[0] if self._class is None else self.tokens[:, self._class]
+
+    def remove(self) -> None:
+        """Take the hooks off the network."""
+        for handle in self._handles:
+            handle.remove()
 
     def clear(self) -> None:
         """Drop the tensors of the last forward pass, so that a compiled network is not compiled again for them."""
         self._attention.clear()
         self._streams.clear()
         self._tokens.clear()
+        self._maps.clear()
+        self._pooled.clear()
+
+
+def class_index(model: nn.Module) -> int | None:
+    """Place of the class token among the tokens after the final norm; None where a network's embedding is pooled."""
+    prefix = prefix_roles(model)
+    if "class" not in prefix or not isinstance(getattr(model, "norm", None), nn.Module):
+        return None
+    try:
+        token_blocks(model)
+    except UserError:
+        return None
+    return prefix.index("class")
+
+
+def embedding_width(model: nn.Module, size: int) -> int:
+    """Width of a student's embedding.
+
+    Args:
+        model: any network; it runs once (`run_blank`).
+        size: side of its input.
+
+    Raises:
+        UserError: what its classifier reads is not known, or no vector.
+    """
+    taps = StudentTaps(model, {"embedding"})
+    try:
+        run_blank(model, size)
+        shape = tuple(taps.embedding.shape[1:])
+    except KeyError:
+        raise UserError(
+            f"{type(model).__name__}: its classifier is not called, so its embedding is not known"
+        ) from None
+    finally:
+        taps.remove()
+    if len(shape) != 1:
+        raise UserError(f"{type(model).__name__}: its embedding is of the shape {list(shape)}, no vector")
+    return shape[0]
+
+
+def _keep_pooled(model: nn.Module, kept: dict[int, Tensor]) -> RemovableHandle:
+    """Keep what a network's classifier gets; without a classifier that is what the network gives."""
+    if not getattr(model, "num_classes", 0):
+        return model.register_forward_hook(functools.partial(_keep_first, kept))
+    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
+    classifier = classifier[0] if isinstance(classifier, tuple | list) else classifier  # of two heads
+    if not isinstance(classifier, nn.Module):
+        raise UserError(f"student {type(model).__name__}: it does not say what its classifier is (get_classifier)")
+    return classifier.register_forward_pre_hook(functools.partial(_keep_input, kept))
+
+
+def _keep_first(kept: dict[int, Tensor], _module: nn.Module, _args: Any, output: Any) -> None:
+    kept[0] = output[0] if isinstance(output, tuple) else output
+
+
+def _keep_input(kept: dict[int, Tensor], _module: nn.Module, args: Any) -> None:
+    kept[0] = args[0].flatten(1)  # before a classifier that is a convolution: (B, D, 1, 1)
+
+
+def _keep_map(kept: dict[int, Tensor], number: int, stage: StudentStage, _module: nn.Module, _a: Any, out: Any) -> None:
+    kept[number] = stage.vectors(out)
 
 
 def _keep(kept: dict[int, Tensor], number: int, _module: nn.Module, _args: Any, output: Tensor) -> None:

@@ -57,6 +57,7 @@ class Loss(nn.Module, Generic[ConfigT]):
         STUDENT_TAPS: what it reads of the student and of the batch, where that does not depend on its settings.
         TARGET_TAPS: what it reads of the teacher, alternatives as in `TargetRequirement.taps`; likewise.
         supports_pooling: whether students that pool their patches, such as PiT, can learn by it.
+        reads_maps: whether a student without tokens, such as a CNN, gives maps in place of streams.
         row: its row of the alignment table; None for a loss without stored targets.
         metadata: saved with the parameters that it learned, as JSON; None where they need none.
         source_digest: digest of what it took from another run, which a resumed run must find again; None of others.
@@ -66,6 +67,7 @@ class Loss(nn.Module, Generic[ConfigT]):
     STUDENT_TAPS: ClassVar[frozenset[StudentTap]] = frozenset()
     TARGET_TAPS: ClassVar[TargetTaps] = ()
     supports_pooling: ClassVar[bool] = False
+    reads_maps: ClassVar[bool] = False
     row: AlignmentRow | None = None
     metadata: dict[str, Any] | None = None
     source_digest: str | None = None

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from precompute.taps import full
 from student.alignment.student_spec import StudentSpec
 from student.losses.base import Loss, LossInputs
-from student.losses.parts.projector import EMBEDDINGS, ClassToken
+from student.losses.parts.projector import EMBEDDINGS, ProjectedEmbedding
 from student.losses.parts.queue import Queue, unit
 from student.settings import ProjectorLossConfig
 from student.targets.stored_target import Targets
@@ -58,19 +58,19 @@ class CompRessLoss(Loss[CompRessConfig]):
     """CompRess as a term of the training loss.
 
     Attributes:
-        token: the student's class token, projected.
+        token: the student's embedding, projected; checkpoints know it by this name.
         theirs: queue of the teacher's embeddings; checkpoints know both queues by these names.
         mine: queue of the student's embeddings; None with one queue.
     """
 
     Config = CompRessConfig
-    STUDENT_TAPS = frozenset({"tokens"})
+    STUDENT_TAPS = frozenset({"embedding"})
     TARGET_TAPS = EMBEDDINGS
 
     def __init__(self, name: str, config: CompRessConfig, student: StudentSpec, targets: Targets) -> None:
         super().__init__(name, config, student, targets)
         (stored,) = targets
-        self.token = ClassToken(name, config, student, stored, own_width=config.queues == 2)
+        self.token = ProjectedEmbedding(name, config, student, stored, own_width=config.queues == 2)
         self.theirs = Queue(config.queue, int(stored.target.sample_shape[-1]))
         self.mine = Queue(config.queue, self.token.width) if config.queues == 2 else None
         self.row = self.token.row

@@ -1,7 +1,8 @@
 """Feature distillation: the residual stream of chosen layers by its mean squared error.
 
 Attention Transfer's Table 13 (see docs/papers.md): "an auxiliary MSE loss on the residual stream output". Which layers
-is not said; the last one by default.
+is not said; the last one by default. A student without tokens, such as a CNN, learns by the maps of its stages: from a
+ViT's patch tokens, or from a CNN's maps.
 """
 
 from __future__ import annotations
@@ -11,18 +12,24 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from storage.errors import UserError, call, setting
+from student.alignment.maps import MapAligner
 from student.alignment.student_spec import StudentSpec
 from student.alignment.tokens import TokenAligner
 from student.losses.attention_transfer import squares
 from student.losses.base import Loss, LossInputs
 from student.settings import AlignedLossConfig, Layers, settings_path
+from student.targets.requirement import TargetRequirement
 from student.targets.stored_target import Targets
 
 
 class FeatureMSEConfig(AlignedLossConfig):
-    """Settings of feature distillation; with `projection` a linear map is trained that brings widths together."""
+    """Settings of feature distillation.
+
+    projection: `linear` trains a map that brings widths together; on maps it is a 1x1 convolution.
+    """
 
     type: Literal["features"] = "features"
     layers: Layers | None = "last"
@@ -37,9 +44,21 @@ class FeatureMSELoss(Loss[FeatureMSEConfig]):
     Config = FeatureMSEConfig
     STUDENT_TAPS = frozenset({"streams"})
     TARGET_TAPS = (("tokens",),)
+    reads_maps = True
 
     def __init__(self, name: str, config: FeatureMSEConfig, student: StudentSpec, targets: Targets) -> None:
         super().__init__(name, config, student, targets)
+        self.projections: nn.ModuleList | None = None
+        projection = setting(f"{settings_path(name)}.projection", "linear")
+        hint = f"Put a trained map between them: {projection}"
+        self.maps = MapAligner(name, config, student, targets) if student.stages else None
+        if self.maps is not None:
+            self.row = self.maps.row
+            if config.projection:
+                self.projections = nn.ModuleList(nn.Linear(*widths) for widths in self.maps.widths)
+            else:
+                self.maps.require_widths(hint)
+            return
         if not targets[0].target.identity.layers:
             raise UserError(
                 f"{name}: target {targets[0].id} holds tokens after the final norm, and this loss compares residual "
@@ -48,18 +67,32 @@ class FeatureMSELoss(Loss[FeatureMSEConfig]):
             )
         self.vectors = TokenAligner(name, config, student, targets)
         self.row = self.vectors.row
-        self.projections: nn.ModuleList | None = None
         if config.projection:
             widths = self.vectors.student_width, self.vectors.width
             self.projections = nn.ModuleList(nn.Linear(*widths) for _ in self.vectors.pairs)
         else:
-            projection = setting(f"{settings_path(name)}.projection", "linear")
-            self.vectors.require_width(f"Put a trained map between them: {projection}")
+            self.vectors.require_width(hint)
+
+    @classmethod
+    def requirement(cls, name: str, config: FeatureMSEConfig, student: StudentSpec) -> TargetRequirement:
+        """Tokens; a student of maps also learns from maps."""
+        taps = (*cls.TARGET_TAPS, ("activations",)) if student.stages else cls.TARGET_TAPS
+        return TargetRequirement(loss=name, taps=taps, teacher=config.teacher, target=config.target)
 
     def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
         """The loss of one step."""
+        if self.maps is not None:
+            return self._of_maps(self.maps, inputs)
         student = self.vectors.student_vectors(inputs.student_taps.streams)
         teacher = self.vectors.teacher_vectors(inputs.targets[0])
         if self.projections is not None:
             student = torch.stack([project(student[:, n]) for n, project in enumerate(self.projections)], 1)
         return squares(student, teacher)
+
+    def _of_maps(self, maps: MapAligner, inputs: LossInputs) -> Float[Tensor, ""]:
+        """Mean over batch, places and width, summed over pairs of stages, as `squares` has it of layers."""
+        student = maps.student_vectors(inputs.student_taps.maps)
+        if self.projections is not None:
+            student = [project(vectors) for project, vectors in zip(self.projections, student, strict=True)]
+        pairs = zip(student, maps.teacher_vectors(inputs.targets[0]), strict=True)
+        return torch.stack([F.mse_loss(*pair) for pair in pairs]).sum()

@@ -17,14 +17,21 @@ from torch.nn import functional as F
 from precompute.taps import full
 from storage.errors import UserError, call, setting
 from student.alignment.student_spec import StudentSpec
+from student.alignment.student_taps import StudentTap
 from student.alignment.tokens import TokenAligner
 from student.losses.base import Loss, LossInputs
-from student.losses.parts.projector import EMBEDDINGS, ClassToken, words
+from student.losses.parts.projector import EMBEDDINGS, ProjectedEmbedding, words
 from student.settings import AlignedLossConfig, ProjectorLossConfig
 from student.targets.requirement import TargetTaps
 from student.targets.stored_target import StoredTarget, Targets
 
 Distance = Literal["mse", "l2", "sq", "cosine"]
+
+_TAPS: dict[str, frozenset[StudentTap]] = {
+    "class": frozenset({"embedding"}),
+    "patches": frozenset({"tokens"}),
+    "both": frozenset({"embedding", "tokens"}),
+}
 
 
 def mean_distance(
@@ -52,7 +59,8 @@ def mean_distance(
 class ProjectorAlignmentConfig(ProjectorLossConfig):
     """Settings of projector alignment.
 
-    tokens: the `class` token, the `patches` (which need a `tokens` target), or `both`.
+    tokens: the `class` token (of a student without one its pooled features), the `patches` (which need a `tokens`
+        target), or `both`.
     grid: `bicubic` resizes the teacher's patches; None: the same grid on both sides.
     """
 
@@ -66,23 +74,27 @@ class ProjectorAlignmentLoss(Loss[ProjectorAlignmentConfig]):
     """Projector alignment as a term of the training loss.
 
     Attributes:
-        token: the student's class token, projected.
+        token: the student's embedding, projected; checkpoints know it by this name.
         patches: aligns patch tokens; there with `tokens: patches` or `both` alone.
     """
 
     Config = ProjectorAlignmentConfig
-    STUDENT_TAPS = frozenset({"tokens"})
     patches: TokenAligner
 
     def __init__(self, name: str, config: ProjectorAlignmentConfig, student: StudentSpec, targets: Targets) -> None:
         super().__init__(name, config, student, targets)
         (stored,) = targets
-        self.token = ClassToken(name, config, student, stored)
+        self.token = ProjectedEmbedding(name, config, student, stored)
         self.row = self.token.row
         if config.tokens != "class":
             self.patches = _align_patches(name, config, student, stored)
             self.row = replace(self.patches.row, rule=f"{self.patches.row.rule}; {words(config)}")
             self.teacher_class = stored.teacher.prefix.index("class") if config.tokens == "both" else 0
+
+    @classmethod
+    def student_taps(cls, config: ProjectorAlignmentConfig) -> frozenset[StudentTap]:
+        """Its embedding; with patches all tokens after the norm."""
+        return _TAPS[config.tokens]
 
     @classmethod
     def target_taps(cls, config: ProjectorAlignmentConfig) -> TargetTaps:

@@ -16,7 +16,7 @@ from torch import Tensor
 from precompute.taps import full
 from student.alignment.student_spec import StudentSpec
 from student.losses.base import Loss, LossInputs
-from student.losses.parts.projector import EMBEDDINGS, ClassToken
+from student.losses.parts.projector import EMBEDDINGS, ProjectedEmbedding
 from student.losses.parts.queue import Queue, unit
 from student.settings import ProjectorLossConfig
 from student.targets.stored_target import Targets
@@ -60,12 +60,12 @@ class SEEDLoss(Loss[SEEDConfig]):
     """SEED as a term of the training loss."""
 
     Config = SEEDConfig
-    STUDENT_TAPS = frozenset({"tokens"})
+    STUDENT_TAPS = frozenset({"embedding"})
     TARGET_TAPS = EMBEDDINGS
 
     def __init__(self, name: str, config: SEEDConfig, student: StudentSpec, targets: Targets) -> None:
         super().__init__(name, config, student, targets)
-        self.token = ClassToken(name, config, student, targets[0])
+        self.token = ProjectedEmbedding(name, config, student, targets[0])
         self.queue = Queue(config.queue, self.token.width)
         self.row = self.token.row
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from precompute.taps import full
 from storage.errors import UserError, setting
 from student.alignment.student_spec import StudentSpec, student_spec
-from student.alignment.student_taps import ELSEWHERE, StudentTap, StudentTaps
+from student.alignment.student_taps import ELSEWHERE, OF_ANY, StudentTap, StudentTaps
 from student.attention_copy.copier import AttentionCopier
 from student.losses.base import Loss, LossInputs
 from student.losses.cross_entropy import CrossEntropyConfig
@@ -52,11 +52,22 @@ def _student_spec(recipe: Recipe, model: nn.Module, class_names: Sequence[str] |
     if attention_copy is not None:
         taps |= AttentionCopier.student_taps(attention_copy)
     attention = bool(taps & {"attention", "values"})
+    reads_tokens = [LOSSES[c.type] for c in recipe.losses.values() if LOSSES[c.type].student_taps(c) - OF_ANY]
     try:
-        spec = student_spec(model, class_names, tokens=bool(taps), attention=attention)
+        spec = student_spec(
+            model,
+            class_names,
+            tokens=bool(taps - OF_ANY),
+            attention=attention,
+            maps=recipe.attention_copy is None and all(loss.reads_maps for loss in reads_tokens),
+            embedding="embedding" in taps,
+            size=recipe.student.img_size,
+        )
     except UserError as error:
-        raise UserError(f"{_refused(recipe, attention)}: {error.message}", hint=_PLAIN) from None
-    pooling = [name for name, loss in LOSSES.items() if loss.supports_pooling]
+        of_any = ", ".join(name for name, loss in LOSSES.items() if loss.reads_maps or _of_any(loss))
+        hint = f"{_PLAIN}\n  Or take losses that any network learns by: {of_any}"
+        raise UserError(f"{_refused(recipe, attention)}: {error.message}", hint=hint) from None
+    pooling = [name for name, loss in LOSSES.items() if loss.supports_pooling or _of_any(loss)]
     not_pooling = [name for name, config in recipe.losses.items() if config.type not in pooling]
     not_pooling += [ATTENTION_COPY] if attention_copy is not None else []
     if spec.each and not_pooling:
@@ -64,6 +75,11 @@ def _student_spec(recipe: Recipe, model: nn.Module, class_names: Sequence[str] |
         learns = f"such a student learns by {', '.join(pooling)} alone"
         raise UserError(f"{not_pooling[0]}: {pools}; {learns}", hint=_PLAIN)
     return spec
+
+
+def _of_any(loss: type[Loss[Any]]) -> bool:
+    """Whether a loss, as it is by default, reads nothing but what any network has."""
+    return loss.student_taps(loss.Config()) <= OF_ANY
 
 
 _PLAIN = f"Take a plain ViT, such as {setting('student.model', WITH_CLASS)}"
@@ -74,12 +90,13 @@ _READ: dict[StudentTap, str] = {
     "values": "values",
     "streams": "tokens after its layers",
     "tokens": "final tokens",
+    "embedding": "embedding",
 }
 
 
 def _refused(recipe: Recipe, attention: bool) -> str:
     """The first loss that reads what a student does not have, and what that is."""
-    missing: set[StudentTap] = {"attention", "values"} if attention else {"streams", "tokens"}
+    missing: set[StudentTap] = {"attention", "values"} if attention else {"streams", "tokens", "embedding"}
     for name, config in recipe.losses.items():
         if taps := LOSSES[config.type].student_taps(config) & missing:
             return f"{name} reads the student's {' and '.join(_READ[tap] for tap in sorted(taps))}"
@@ -163,7 +180,7 @@ class Distiller(nn.Module):
             self.rows.insert(0, self.copier.row)
         self.targets = targets
         self.target_ids = {name: tuple(stored.id for stored in its_targets) for name, its_targets in targets.items()}
-        self.student_taps = StudentTaps(model, student_taps_of(recipe) - ELSEWHERE, spec.attention)
+        self.student_taps = StudentTaps(model, student_taps_of(recipe) - ELSEWHERE, spec.attention, spec.stages)
         if hasattr(model, "set_distilled_training"):
             model.set_distilled_training(True)  # type: ignore[operator]  # both heads' logits, while it trains
         self.mean, self.std = tuple(mean), tuple(std)

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from precompute.taps import image_size
 from storage.errors import UserError, setting
 from storage.objects.weights_file import WeightsFile
-from student.evaluation.frozen.features import Reading, class_token
+from student.alignment.student_taps import class_index, embedding_width
+from student.evaluation.frozen.features import Reading, class_feature, class_token
 from student.run_dir import LOSSES
 
 if TYPE_CHECKING:
@@ -25,7 +27,8 @@ _NAME = re.compile(r"(?P<loss>.+)\.projector\.(?P<at>[0-9]{1,3})\.(?P<part>weigh
 def projector_reading(student: Path, model: nn.Module, layers: int) -> tuple[Reading, str]:
     """What reads features inside a projector off a student's network, and what they are in words.
 
-    It begins with the class token after the final norm, which projectors are trained on, whatever the classifier reads.
+    It begins with what projectors are trained on: the class token after the final norm, whatever the classifier reads,
+    or the pooled features of a network without one.
 
     Args:
         student: its file.
@@ -33,16 +36,20 @@ def projector_reading(student: Path, model: nn.Module, layers: int) -> tuple[Rea
         layers: linear maps of the projector, at least one.
 
     Raises:
-        UserError: as `projector_layers`; a projector of other tokens.
+        UserError: as `projector_layers`; a projector of another embedding.
     """
     module = projector_layers(student, layers).to(next(model.parameters()).device)
     first = module[0]
     assert isinstance(first, nn.LayerNorm)
-    width, expected = int(model.num_features), first.weight.numel()  # type: ignore[arg-type]
+    width, expected = embedding_width(model, image_size(model)), first.weight.numel()
     if width != expected:
-        raise UserError(f"{student}: its tokens are {width} wide, the projector beside it takes {expected}")
-    text = f"class token after the final norm, through {layers} of the projector's linear maps"
-    return lambda network, pixels: module(class_token(network, pixels)), text
+        raise UserError(f"{student}: its embedding is {width} wide, the projector beside it takes {expected}")
+    pooled = class_index(model) is None
+    text = "pooled features" if pooled else "class token after the final norm"
+    read = class_feature if pooled else class_token
+    return lambda network, pixels: module(
+        read(network, pixels)
+    ), f"{text}, through {layers} of the projector's linear maps"
 
 
 def projector_layers(student: Path, layers: int) -> nn.Sequential:

@@ -1,6 +1,6 @@
-"""The projector P from a student's tokens to a teacher's width: trained with the student, and then dropped.
+"""The projector P from a student's embedding to a teacher's width: trained with the student, and then dropped.
 
-It is that of AttnDistill's code, shared by all losses on the class token.
+It is that of AttnDistill's code, shared by all losses on embeddings.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from storage.errors import UserError, setting
 from student.alignment.report import AlignmentRow
 from student.alignment.student_spec import StudentSpec
 from student.alignment.student_taps import StudentTaps
-from student.settings import WITH_CLASS, ProjectorLossConfig
+from student.settings import ProjectorLossConfig
 from student.targets.stored_target import StoredTarget
 
 
@@ -43,7 +43,7 @@ def projector(width: int, target: int, config: ProjectorLossConfig) -> nn.Module
     return nn.Sequential(*layers, nn.LayerNorm(target, eps=1e-6))
 
 
-# Taps that losses on the class token read: the teacher's class token, or the pooled features of one without.
+# Taps that losses on embeddings read: the teacher's class token, or the pooled features of one without.
 EMBEDDINGS = (("class_token",), ("embedding",))
 
 
@@ -52,8 +52,8 @@ def words(config: ProjectorLossConfig) -> str:
     return f"projected by {config.depth} {config.projector} layer(s)" if config.depth else "without a projector"
 
 
-class ClassToken(nn.Module):
-    """A student's class token after the final norm, through P.
+class ProjectedEmbedding(nn.Module):
+    """A student's embedding, the class token after its final norm or its pooled features, through P.
 
     Args:
         loss: name of the loss, for errors.
@@ -63,12 +63,11 @@ class ClassToken(nn.Module):
         own_width: without a projector, whether it may be of another width than the target.
 
     Attributes:
-        index: of the class token among the student's tokens.
         width: D_t.
         row: of the alignment table.
 
     Raises:
-        UserError: the student has no class token, or another width and no projector.
+        UserError: the student has another width, and no projector.
     """
 
     def __init__(
@@ -81,27 +80,23 @@ class ClassToken(nn.Module):
         own_width: bool = False,
     ) -> None:
         super().__init__()
-        if "class" not in student.prefix:
-            hint = f"Take one that has a class token, such as {setting('student.model', WITH_CLASS)}"
-            raise UserError(f"{loss}: the student has no class token to project", hint=hint)
-        target = int(stored.target.sample_shape[-1])
-        if not config.depth and student.width != target and not own_width:
+        target, width = int(stored.target.sample_shape[-1]), student.pooled or student.width
+        if not config.depth and width != target and not own_width:
             raise UserError(
-                f"{loss}: the student's tokens are {student.width} wide, those of target {stored.id} {target}",
+                f"{loss}: the student's embedding is {width} wide, target {stored.id} {target}",
                 hint=f"Put a projector between them: {setting(f'losses.{loss}.depth', 4)}",
             )
-        self.index = student.prefix.index("class")
-        self.width = target if config.depth else student.width
-        self.projector = projector(student.width, target, config)
+        self.width = target if config.depth else width
+        self.projector = projector(width, target, config)
         self.row = AlignmentRow(
             loss,
             stored.id,
             f"{stored.target.identity.tap}, {target} wide",
-            f"class token, {student.width} wide",
+            f"{'pooled features' if student.pooled else 'class token'}, {width} wide",
             words(config),
         )
 
     def forward(self, taps: StudentTaps) -> Float[Tensor, "B D_t"]:
-        """P of the class token of the student's last forward pass."""
-        projected: Tensor = self.projector(full(taps.tokens[:, self.index]))
+        """P of the embedding of the student's last forward pass."""
+        projected: Tensor = self.projector(full(taps.embedding))
         return projected

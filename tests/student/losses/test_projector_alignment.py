@@ -49,7 +49,7 @@ def loss(
     student: StudentSpec = STUDENT,
 ) -> Any:
     made = ProjectorAlignmentLoss("it", settings, student, [given]).double()
-    return made(SimpleNamespace(student_taps=SimpleNamespace(tokens=mine), targets=(target,)))
+    return made(SimpleNamespace(student_taps=SimpleNamespace(tokens=mine, embedding=mine[:, 0]), targets=(target,)))
 
 
 # ---------------------------------------------------------------------------------------------- the projector
@@ -77,7 +77,7 @@ def test_other_depths_alternate_likewise(depth, widths):
 def test_depth_zero_is_the_identity_for_one_width_alone():
     same = values(2, 18, 6)
     assert loss(ProjectorAlignmentConfig(depth=0), token(6), same, same[:, 0]) == 0
-    with pytest.raises(UserError, match=r"student's tokens are 6 wide, those of target t-class_token 9\n.*depth=4"):
+    with pytest.raises(UserError, match=r"student's embedding is 6 wide, target t-class_token 9\n.*depth=4"):
         ProjectorAlignmentLoss("it", ProjectorAlignmentConfig(depth=0), STUDENT, [token(9)])
     CompRessLoss("it", CompRessConfig(depth=0, queues=2, queue=4), STUDENT, [token(9)])  # each side has its own queue
     with pytest.raises(UserError, match="depth=4"):
@@ -106,7 +106,7 @@ def test_input_gradients_reach_the_class_token_alone(reading):
     ).double()
 
     def run(x: torch.Tensor) -> Any:
-        return made(SimpleNamespace(student_taps=SimpleNamespace(tokens=x), targets=(target,)))
+        return made(SimpleNamespace(student_taps=SimpleNamespace(tokens=x, embedding=x[:, 0]), targets=(target,)))
 
     assert gradcheck(run, mine)
     run(mine).backward()
@@ -143,7 +143,6 @@ def test_patches_of_another_grid_are_resized_on_request():
 @pytest.mark.parametrize(
     ("settings", "given", "student", "said"),
     [
-        ({}, token(6), StudentSpec(2, 3, 4, (), width=6), "it: the student has no class token to project"),
         ({"tokens": "both"}, tokens(6, layers=[12]), STUDENT, "holds the residual stream, before the final norm"),
         ({"tokens": "both"}, tokens(6, prefix=()), STUDENT, "the teacher has no class token\n.*tokens=patches"),
     ],
@@ -157,6 +156,9 @@ def test_the_table_says_what_meets():
     row = present(ProjectorAlignmentLoss("it", ProjectorAlignmentConfig(), STUDENT, [token(9)]).row)
     assert (row.teacher, row.student) == ("class_token, 9 wide", "class token, 6 wide")
     assert row.rule == "projected by 4 mlp layer(s)"
+    pooled = StudentSpec(0, 0, 0, (), width=6, pooled=6)
+    row = present(ProjectorAlignmentLoss("it", ProjectorAlignmentConfig(), pooled, [token(9)]).row)
+    assert row.student == "pooled features, 6 wide"
     patches = ProjectorAlignmentLoss(
         "it", ProjectorAlignmentConfig(tokens="patches", projector="linear"), STUDENT, [tokens(9)]
     ).row

@@ -110,9 +110,7 @@ def test_compress_gives_the_losses_of_the_authors_code_where_the_batch_does_not_
             torch.sin(torch.arange(8 * w, dtype=F64).view(8, w).square() * phase + step)
             for w, phase in ((6, 0.37), (width, 0.61))
         )
-        found.append(
-            method(SimpleNamespace(student_taps=SimpleNamespace(tokens=mine[:, None]), targets=(theirs,))).item()
-        )
+        found.append(method(SimpleNamespace(student_taps=SimpleNamespace(embedding=mine), targets=(theirs,))).item())
         for queue in (method.theirs, method.mine):
             if queue is not None:
                 queue.push([queue.offered])
