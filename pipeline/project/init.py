@@ -78,7 +78,8 @@ def look(folder: Path, home: Path, progress: Progress) -> ImageSummary:
         hint = "Give one with images, in one folder a class if they have classes, or one with shards (.tar)."
         raise UserError(f"{folder}: no such folder", hint=hint)
     tars, odd = shards_in(folder)
-    files, classes = [], None
+    files: ImageSources = []
+    classes: list[str] | None = None
     if not tars:
         files, classes, odd = read_folder(folder, progress.say)
     for line in odd:

@@ -74,8 +74,8 @@ def require_images(folder: Path, classes: Sequence[str], images: Sequence[Path],
 def _without_labels(folder: Path, names: Sequence[str], images: int) -> str:
     """Why the images of a folder have no labels; and where its classes may be, if it holds them one folder deeper."""
     if len(names) != 1:
-        return f"{folder}: no class folders, so its {images:,} images have no labels"
-    text = f"{folder}: one folder alone ({names[0]}) is no class, so its {images:,} images have no labels"
+        return f"{folder}: no class folders, so {images:,} image(s) have no labels"
+    text = f"{folder}: one folder alone ({names[0]}) is no class, so {images:,} image(s) have no labels"
     deeper = len(folders_in(folder / names[0]))
     return f"{text}; if the {deeper} folders in it are classes, give {folder / names[0]}" if deeper > 1 else text
 

@@ -30,15 +30,15 @@ LOOSE = ("1.png", "cats/1.png", "cats/2.png")
 @pytest.mark.parametrize(
     ("names", "empty", "why"),
     [
-        (FLAT, (), "no class folders, so its 3 images have no labels"),
-        (FLAT, ("raw", "edited"), "no class folders, so its 3 images have no labels"),
+        (FLAT, (), "no class folders, so 3 image(s) have no labels"),
+        (FLAT, ("raw", "edited"), "no class folders, so 3 image(s) have no labels"),
         (
             DATES,
             (),
-            "one folder alone (2023) is no class, so its 3 images have no labels; if the 2 folders in it are classes, "
+            "one folder alone (2023) is no class, so 3 image(s) have no labels; if the 2 folders in it are classes, "
             "give {folder}/2023",
         ),
-        (LOOSE, (), "one folder alone (cats) is no class, so its 3 images have no labels"),
+        (LOOSE, (), "one folder alone (cats) is no class, so 3 image(s) have no labels"),
     ],
     ids=["flat", "beside empty folders", "by date", "one folder and loose ones"],
 )
