@@ -78,10 +78,11 @@ def missing(name: str) -> click.MissingParameter:
     return click.MissingParameter(param=next(param for param in command.params if param.name == name))
 
 
-def shards(*names: str, help: str, required: bool = True) -> Callable[..., Any]:  # noqa: A002 - as click.option
-    """Shards, as many as are given."""
+def shards(*names: str, help: str, required: bool = True, labels: bool = False) -> Callable[..., Any]:  # noqa: A002 - as click.option
+    """Shards, as many as are given; `labels` says that they must have labels."""
     cut = "They are cut off by `pipeline pack … --val-fraction 0.1`"
     origin = cut if "--val" in names else "`pipeline pack` makes them"
+    origin += " from one folder of images per class, or from a CSV with the columns path and label" if labels else ""
     return click.option(
         *names,
         multiple=True,

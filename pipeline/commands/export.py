@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     "--push-to-hub", "USER/NAME", "Upload weights, config.json and model card to the Hugging Face Hub; writes no graph."
 )
 @click.option("--private", is_flag=True, help="Create a private repository on the Hub.")
-@reads(shards="val")
+@reads(shards=("val", "shards"))
 @common
 def export(
     run: Path,

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 def init(folder: Path, out: Path, as_json: bool) -> None:
     """Write a project file for a folder of shards or images.
 
-    Inspects the shards, or the images in one folder per class. Asks no questions.
+    Inspects the shards or images. Images are in one folder per class; without two class folders, they have no labels,
+    and the project file is for a student that learns from a teacher alone. Asks no questions.
 
     \b
     pipeline init photos
@@ -31,10 +32,15 @@ def init(folder: Path, out: Path, as_json: bool) -> None:
     with Console() as console:
         result = run(folder, out, console)
     count = f"{len(result['classes'])} classes" if result["classes"] else "classes without names"
+    count = count if result["labelled"] else "no labels"
     images = f"{'about ' if result['estimated'] else ''}{result['images']:,} images"
     held = ", ".join([*map(shlex.quote, result["val"][:3]), *["…"] * (len(result["val"]) > 3)])
     lines = [
         f"{result['project']}: {images}, {count}, about {result['side']} pixels",
-        f"for validation: {held} ({result['val_because']}). Next:",
+        f"for validation: {held or 'none'} ({result['val_because']}). Next:",
+        *(f"  {command}" for command in result["commands"]),
     ]
-    show(result, [*lines, *(f"  {command}" for command in result["commands"])], as_json)
+    if later := result["with_labels"]:
+        lines += ["Once you have labels, here as class folders in `labeled`, measure the student and fine-tune it:"]
+        lines += [f"  {command}" for command in later]
+    show(result, lines, as_json)

@@ -25,8 +25,10 @@ FILE = "pipeline.yaml"
 _META = "teacher-store project"
 
 
-def reads(**options: str) -> Callable[..., Any]:
+def reads(**options: str | tuple[str, ...]) -> Callable[..., Any]:
     """`--project` and `--no-project` for a command: option -> field of a project that says it where no flag does.
+
+    Of several fields, the first that the file says.
 
     The options are filled from the file before click asks whether one is missing.
     """
@@ -48,10 +50,11 @@ def reads(**options: str) -> Callable[..., Any]:
     return lambda command: project(no_project(command))
 
 
-def _read(ctx: click.Context, path: Path, options: dict[str, str]) -> None:
+def _read(ctx: click.Context, path: Path, options: dict[str, str | tuple[str, ...]]) -> None:
     """Read a project file for a command, and take what it says as the defaults of the command's options."""
     ctx.meta[_META] = project = load(path)
-    ctx.default_map = {name: value for name, field in options.items() if (value := project.said(field)) is not None}
+    said = {name: project.said(*([field] if isinstance(field, str) else field)) for name, field in options.items()}
+    ctx.default_map = {name: value for name, value in said.items() if value is not None}
     if os.environ.get("RANK", "0") == "0":  # torchrun's other processes say the same
         print(f"project {path}", file=sys.stderr, flush=True)
 

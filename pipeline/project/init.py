@@ -16,8 +16,8 @@ import yaml
 
 from storage.errors import UserError
 from storage.shards.classes import classes_of
-from storage.shards.image_folder import class_folders, folders_in, shards_in
-from storage.shards.tar import IMAGES, counted_flaws
+from storage.shards.image_folder import ImageSources, read_folder, shards_in
+from storage.shards.tar import counted_flaws
 from storage.views.render import BadImage, decode, size_in
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ LOOKED_AT = 200  # images, spread over the folder, whose sizes are read
 PER_SHARD = 1000  # samples
 VIEWS = 4
 HELD_BACK = r"(^|[-_.])(val|valid|validation|test)([-_.]|\d|$)"  # in the names of validation shards
+HOLD_BACK = " --val-fraction 0.1"
+FEW = 5000  # images without labels, for which the student is as small as small recipes make it
+NOT_SCORED = "without labels, students are not scored"
 PASSES = 400_000  # images that a student sees in all, where nobody says it: an hour or less for small ones
 
 
@@ -39,16 +42,18 @@ class ImageSummary:
 
     Attributes:
         images: their number; about, where some shards are estimated.
-        classes: their names; empty where nobody says them.
+        labelled: whether they have labels.
+        classes: the names of their classes; empty where nobody says them.
         side: the median of the shorter sides that were read, in pixels.
         shards: training tars, or the names that `pack` will give them.
-        val: validation tars, likewise.
+        val: validation tars, likewise; none are needed without labels.
         why: these are the ones for validation.
         packed: whether the shards are there.
         estimated: how many shards were not read, their samples estimated by their sizes.
     """
 
     images: int
+    labelled: bool
     classes: list[str]
     side: int
     shards: list[str]
@@ -59,7 +64,7 @@ class ImageSummary:
 
 
 def look(folder: Path, home: Path, progress: Progress) -> ImageSummary:
-    """What lies in a folder: shards, or images in one folder a class.
+    """What lies in a folder: shards, or images, in one folder a class or without labels.
 
     Args:
         folder: to look at.
@@ -67,41 +72,39 @@ def look(folder: Path, home: Path, progress: Progress) -> ImageSummary:
         progress: for people.
 
     Raises:
-        UserError: neither, or shards that leave none for training or validation.
+        UserError: neither, one image alone, or shards that leave none for training or for a validation that is needed.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give one with shards (.tar), or with one folder of images a class")
+        hint = "Give one with images, in one folder a class if they have classes, or one with shards (.tar)."
+        raise UserError(f"{folder}: no such folder", hint=hint)
     tars, odd = shards_in(folder)
+    files: ImageSources = []
+    classes: list[str] | None = None
     if not tars:
-        return _images(folder, progress)
+        files, classes, odd = read_folder(folder, progress.say)
     for line in odd:
         progress.say(f"skipped: {line}")
-    return _shards(folder, [Path(tar) for tar in tars], home, progress)
+    summary = _shards(folder, [Path(tar) for tar in tars], home, progress) if tars else _images(folder, files, classes)
+    if summary.images < 2:
+        raise UserError(f"{folder}: one image alone; training takes two or more")
+    return summary
 
 
-def _images(folder: Path, progress: Progress) -> ImageSummary:
-    folders = folders_in(folder)
-    files, classes, odd = class_folders(folder, progress.say) if folders else ([], [], [])
-    if len(classes) < 2:
-        one = f" ({classes[0]} is one class alone)" if classes else ""
-        raise UserError(
-            f"{folder}: neither shards nor images in class folders{one}; expected tars, or {folder}/CLASS/IMAGE."
-            f"{{{','.join(IMAGES)}}} for two classes or more"
-        )
-    for line in odd:
-        progress.say(f"skipped: {line}")
+def _images(folder: Path, files: ImageSources, classes: list[str] | None) -> ImageSummary:
     step = max(1, len(files) // LOOKED_AT)
     broken = f"{folder}: none of the images that were looked at can be opened, such as {files[0][0]}"
     side = _side((path for path, _, _ in files[::step]), size_in, broken)
-    count = max(1, round(0.9 * len(files) / PER_SHARD))
+    labelled = classes is not None
+    count = max(1, round((0.9 if labelled else 1.0) * len(files) / PER_SHARD))
     names = "shards/train-000000.tar" if count == 1 else f"shards/train-{{000000..{count - 1:06d}}}.tar"
     return ImageSummary(
         images=len(files),
-        classes=classes,
+        labelled=labelled,
+        classes=classes or [],
         side=side,
         shards=[names],
-        val=["shards/train-val-*.tar"],
-        why="`pipeline pack` cuts them off",
+        val=["shards/train-val-*.tar"] if labelled else [],
+        why="`pipeline pack` cuts them off" if labelled else NOT_SCORED,
         packed=False,
     )
 
@@ -109,28 +112,32 @@ def _images(folder: Path, progress: Progress) -> ImageSummary:
 def _shards(folder: Path, tars: Sequence[Path], home: Path, progress: Progress) -> ImageSummary:
     from precompute.plan import counted
 
-    val = [path for path in tars if re.search(HELD_BACK, path.stem, re.IGNORECASE)]
-    train = [path for path in tars if path not in val]
+    held = [path for path in tars if re.search(HELD_BACK, path.stem, re.IGNORECASE)]
+    train = [path for path in tars if path not in held]
+    shards = counted(None, [str(path) for path in (*train, *held)], progress, skip=True)
+    opened = [shard.opened for shard in shards if shard.opened is not None]  # some are always read
+    labelled = any(shard.summary.labelled for shard in opened)
     why = "their names say val, valid, validation or test"
-    if not val:
-        val, train = train[-1:], train[:-1]
-        why = "the last one, as no name says val, valid, validation or test"
+    if not held:
+        why = "the last one, as no name says val, valid, validation or test" if labelled else NOT_SCORED
+    val = held or (train[-1:] if labelled else [])
+    train = [path for path in train if path not in val]
     if not train:
         what = "training" if len(val) > 1 else "validation"
         raise UserError(
             f"{folder}: {len(tars)} shard(s) leave none for {what}; cut some off: "
             f"pipeline pack {shlex.quote(str(folder))} 'shards/train-{{000000..000009}}.tar' --val-fraction 0.1"
         )
-    shards = counted(None, [str(path) for path in (*train, *val)], progress, skip=True)
-    for shard in shards:
-        if shard.opened is not None and (flaws := shard.opened.index.left_out):
+    for shard in opened:
+        if flaws := shard.index.left_out:
             progress.say(f"{shard.url}: {counted_flaws(flaws)}: skipped by precompute --on-decode-error skip")
-    first = next(shard.opened for shard in shards if shard.opened is not None)  # some are always read
+    first = opened[0]
     images = (sample.image for sample in first.read(range(min(64, len(first)))))
     side = _side(images, lambda image: decode(image).size, f"{first.url}: none of its first images can be decoded")
     return ImageSummary(
         images=sum(shard.samples for shard in shards),
-        classes=list(classes_of([str(path) for path in train]) or []),
+        labelled=labelled,
+        classes=list(classes_of([str(path) for path in train]) or []) if labelled else [],
         side=side,
         shards=[os.path.relpath(path, home) for path in train],
         val=[os.path.relpath(path, home) for path in val],
@@ -159,58 +166,85 @@ def sizes(side: int) -> tuple[int, int]:
     return 224, 16
 
 
+def batch_size(images: int) -> int:
+    """Samples of a batch: of few images so many that an epoch has four batches or more."""
+    most = 128 if images < 100_000 else 512
+    return max(2, min(most, 1 << max(images // 4, 1).bit_length() - 1))
+
+
 def text(summary: ImageSummary) -> str:
     """The project file."""
     view, patch = sizes(summary.side)
-    epochs = max(20, min(200, round(PASSES / max(1, summary.images))))
-    batch = 128 if summary.images < 100_000 else 512
-    small = "\n  embed_dim: 128\n  depth: 6\n  num_heads: 4" if view <= 64 else ""
-
-    def listed(names: Sequence[str]) -> str:
-        quoted = [yaml.safe_dump(name, width=math.inf).removesuffix("...\n").strip() for name in names]
-        return quoted[0] if len(names) == 1 else "\n" + "\n".join(f"  - {name}" for name in quoted)
-
-    count = len(summary.classes)
-    unknown = "\n  # num_classes: 10   # no classes.json lies beside the shards: say how many classes there are"
-    mark = "" if count else "# "
+    width, depth, heads = (128, 6, 4) if view <= 64 else (192, 12, 3)
+    if not summary.labelled and summary.images < FEW:
+        width, depth, heads = 96, 6, 3
+    epochs = max(20, min(200 if summary.labelled else 100, round(PASSES / max(1, summary.images))))
     images = f"{'about ' if summary.estimated else ''}{summary.images:,} images"
+    unknown = "\n  # num_classes: 10   # no classes.json lies beside the shards: say how many classes there are"
+    count = f"{len(summary.classes) or 'unnamed'} classes" if summary.labelled else "no labels"
+    val = f"# For validation: {summary.why}.\nval: {_listed(summary.val)}\n" if summary.val else ""
     return f"""\
-# {images}, {count or "unnamed"} classes, about {summary.side} pixels on the shorter side.
+# {images}, {count}, about {summary.side} pixels on the shorter side.
 # Flags override this file. All settings: docs/recipes.md; teachers: pipeline teachers; recipes: pipeline recipes.
 
-shards: {listed(summary.shards)}
-# For validation: {summary.why}.
-val: {listed(summary.val)}
-store: store            # what the teachers saw; any number of students learn from it
+shards: {_listed(summary.shards)}
+{val}store: store            # what the teachers saw; any number of students learn from it
 
 views:                  # drawn once, stored, and replayed for every student
-  policy: deit          # crops, flips, colors, erasing, mixing; light: crops and flips
+  policy: {VIEWS_OF[summary.labelled]}
   size: {view}
   count: {VIEWS}              # more views cost more space and generalize better: pipeline plan tells both
 
 teachers:               # several may stand here; each takes its time and space once
+{_teachers(len(summary.classes)) if summary.labelled else LABEL_FREE_TEACHERS}
+student:
+  model: vit_tiny_patch16_224
+  img_size: {view}
+  patch_size: {patch}         # {view // patch}x{view // patch} patches
+  embed_dim: {width}
+  depth: {depth}
+  num_heads: {heads}{"" if summary.classes or not summary.labelled else unknown}
+
+set:                    # over every recipe
+  optim.epochs: {epochs}     # more are better, and take as many times longer
+  optim.warmup_epochs: 5
+  optim.lr: 0.001
+  stream.batch_size: {batch_size(summary.images)}
+  model_ema_decay: null  # averaged weights, as some recipes keep them, are for runs of many thousand steps
+"""
+
+
+def _listed(names: Sequence[str]) -> str:
+    """One shard or several as a value of the project file."""
+    quoted = [yaml.safe_dump(name, width=math.inf).removesuffix("...\n").strip() for name in names]
+    return quoted[0] if len(names) == 1 else "\n" + "\n".join(f"  - {name}" for name in quoted)
+
+
+def _teachers(classes: int) -> str:
+    """The teachers that supervised recipes learn from; the head is for so many classes, 0 where nobody says it."""
+    mark = "" if classes else "# "
+    return f"""\
   vit_tiny:             # a ViT with ImageNet's weights, from timm's hub; `pipeline teachers` lists others
     # weights: FILE.safetensors      # offline
     targets: [embedding, class_row]  # for fit-teacher, and for the recipe advit-l1
   {mark}ours:                 # the same with a head for these classes: what fit-teacher writes, for deit-hard
   {mark}  teacher: vit_tiny
   {mark}  weights: ours.safetensors
-  {mark}  args: {{num_classes: {count or 10}}}
+  {mark}  args: {{num_classes: {classes or 10}}}
   {mark}  targets: logits
   # mobilenetv2:        # a CNN's activation maps, for the recipe aal
   #   targets: activations
+"""
 
-student:
-  model: vit_tiny_patch16_224
-  img_size: {view}
-  patch_size: {patch}         # {view // patch}x{view // patch} patches{small}{"" if count else unknown}
 
-set:                    # over every recipe
-  optim.epochs: {epochs}     # more are better, and take as many times longer
-  optim.warmup_epochs: 5
-  optim.lr: 0.001
-  stream.batch_size: {batch}
-  model_ema_decay: null  # averaged weights, as some recipes keep them, are for runs of many thousand steps
+VIEWS_OF = {
+    True: "deit          # crops, flips, colors, erasing, mixing; light: crops and flips",
+    False: "rrc(0.2,1)|flip  # AttnDistill's crops and flips; deit: also colors, erasing, mixing",
+}
+LABEL_FREE_TEACHERS = """\
+  dino_vit_s16:         # a self-supervised ViT, with weights from timm's hub; `pipeline teachers` lists others
+    # weights: FILE.safetensors                        # offline
+    targets: [class_token, "class_row,layers=last"]  # for the recipe attndistill; simreg and seed take the first alone
 """
 
 
@@ -224,26 +258,49 @@ def init(folder: Path, out: Path, progress: Progress) -> dict[str, Any]:
         raise UserError(f"{out}: is there already; give another name with --out, or remove it")
     summary = look(folder.expanduser(), out.parent, progress)
     out.write_text(text(summary), encoding="utf-8")
-    project = [] if out.name == "pipeline.yaml" and out.parent == Path() else ["--project", str(out)]
-    scratch = ["train", "--recipe", "scratch", "--out", "scratch"]
-    words = [["plan"], ["precompute"], scratch]
-    if summary.classes:
-        fitted = str(out.parent / "ours.safetensors")
-        words = [
-            ["plan", "--teacher", "vit_tiny"],
-            ["precompute", "--teacher", "vit_tiny"],
-            ["fit-teacher", "--teacher", "vit_tiny", "--out", fitted],
-            ["precompute", "--teacher", "ours"],
-            scratch,
-            ["train", "--recipe", "deit-hard", "--out", "taught"],
-        ]
-    words = [[*command, *project] for command in words]
+    elsewhere = out.name != "pipeline.yaml" or out.parent != Path()
+    project = f" --project {shlex.quote(str(out))}" if elsewhere else ""
+    commands, later = _next(summary, str(out.parent / "ours.safetensors"))
     if not summary.packed:
-        where = [str(out.parent / summary.shards[0]), "--val-fraction", "0.1"] if project else []
-        words = [["pack", str(folder), *where], *words]
+        new = f" {shlex.quote(str(out.parent / summary.shards[0]))}{HOLD_BACK * summary.labelled}" * elsewhere
+        commands = [f"pack {shlex.quote(str(folder))}{new}", *commands]
+
+    def lines(commands: list[str]) -> list[str]:
+        """As they are typed; `pack` reads no project."""
+        return [f"pipeline {words}{project * (not words.startswith('pack '))}" for words in commands]
+
     return {
         "project": str(out),
-        **{name: getattr(summary, name) for name in ("images", "estimated", "classes", "side", "val")},
+        **{name: getattr(summary, name) for name in ("images", "estimated", "labelled", "classes", "side", "val")},
         "val_because": summary.why,
-        "commands": [shlex.join(["pipeline", *command]) for command in words],
+        "commands": lines(commands),
+        "with_labels": lines(later),
     }
+
+
+def _next(summary: ImageSummary, fitted: str) -> tuple[list[str], list[str]]:
+    """The commands from shards to students, and those that wait for labels; `fitted` is what fit-teacher writes."""
+    scratch = "train --recipe scratch --out scratch"
+    if summary.classes:
+        return [
+            "plan --teacher vit_tiny",
+            "precompute --teacher vit_tiny",
+            f"fit-teacher --teacher vit_tiny --out {shlex.quote(fitted)}",
+            "precompute --teacher ours",
+            scratch,
+            "train --recipe deit-hard --out taught",
+        ], []
+    if summary.labelled:
+        return ["plan", "precompute", scratch], []
+    train, val = "labeled-shards/train-000000.tar", "labeled-shards/train-val-000000.tar"
+    weights = "--set student.pretrained=false --set student.weights=taught/last.safetensors"
+    return [
+        "plan",
+        "precompute",
+        "train --recipe attndistill-small --out taught",
+        "export taught",
+    ], [
+        f"pack labeled {train}{HOLD_BACK}",
+        f"evaluate knn taught --train-shards {train} --shards {val}",
+        f"train --recipe fine-tune-small --out tuned --store '' {weights} --shards {train} --val {val}",
+    ]

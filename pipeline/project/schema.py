@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,11 +108,10 @@ class Project:
         own = student.model_dump(mode="json", include=student.model_fields_set) if student else {}
         return [*((f"student.{name}", value) for name, value in own.items()), *self.content.set.items()]
 
-    def said(self, field: str) -> Any:
-        """A field by its name with dots, None where the file does not say it."""
-        value: Any = self.content
-        for part in field.split("."):
-            value = getattr(value, part)
+    def said(self, *fields: str) -> Any:
+        """The first of some fields, by their names with dots, that the file says; None where it says none."""
+        values = (functools.reduce(getattr, field.split("."), self.content) for field in fields)
+        value: Any = next((value for value in values if value is not None), None)
         return list(value) if isinstance(value, tuple) else value
 
 

@@ -26,16 +26,12 @@ def folder_error(path: Path) -> UserError:
         pattern = shlex.quote(f"{path}/*.tar")
         return UserError(f"{path} is a folder of tars", hint=f"Name them: {setting('shards', pattern)}")
     images = listing(path).images
-    if count := sum(image.parent != path for image in images):
-        message = f"{path} is a folder of class folders ({count} images); shards are tar files"
-        return UserError(message, hint=pack_hint(path, count))
-    if images:
-        return UserError(
-            f"{path} is a folder of images; shards are tar files, made from one folder per class",
-            hint="Pack the folder that holds the class folders, such as\n"
-            f"  {call('pack', str(path.parent), 'train-000000.tar')}",
-        )
-    return UserError(f"{path} is a folder without tars and without class folders of images; shards are tar files")
+    if not images:
+        return UserError(f"{path} is a folder without tars and without images; shards are tar files")
+    hint = pack_hint(path, len(images))
+    if all(image.parent == path for image in images):
+        hint += "\n  These images have no labels: for labels, pack the folder that holds one folder per class."
+    return UserError(f"{path} is a folder of {len(images)} images; shards are tar files", hint=hint)
 
 
 def pack_hint(source: Path, images: int = 0) -> str:

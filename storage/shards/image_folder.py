@@ -1,4 +1,4 @@
-"""What is packed into new shards, where it lies as files: one folder a class, or a CSV of paths and labels."""
+"""What is packed into new shards, where it lies as files: a folder of images, or a CSV of paths and labels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from storage.shards.tar import IMAGES, open_file
 from storage.unicode_names import normalized
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 ImageSources = list[tuple[Path, Path, int | None]]  # a file, what its key is made of, its label
 Row = tuple[int, str, str | None]  # line, path and label of a row of a CSV
@@ -27,39 +27,57 @@ _EXPECTED = "Expected lines such as\n  path,label\n  cats/1.jpg,cat\n  dogs/2.jp
 _PARTS = ("train", "training", "val", "valid", "validation", "test", "testing")  # of a data set
 
 
-def class_folders(folder: Path, say: Callable[[str], None]) -> tuple[ImageSources, list[str], list[str]]:
-    """The images in one folder a class, the classes, and a line about each kind of files that stays out.
+def read_folder(folder: Path, say: Callable[[str], None]) -> tuple[ImageSources, list[str] | None, list[str]]:
+    """The images in a folder, the classes, and a line about each kind of files that stays out.
+
+    Two folders or more are classes, with the images below them at any depth. Else there are no classes, and all images
+    are taken without labels, wherever they lie.
 
     Raises:
         UserError: no images, none in a class folder, a link that leads nowhere, or a folder that cannot be read.
     """
-    classes = folders_in(folder)
-    require_classes_alone(folder, classes)
+    names = folders_in(folder)
+    require_classes_alone(folder, names)
     below = listing(folder)
     if below.lost:
         hint = f"Fix or remove them. This lists all of them: find -L {shlex.quote(str(folder))} -type l"
         raise UserError(f"{folder}: {counted('link(s) lead nowhere', below.lost)}", hint=hint)
-    paths = [path.relative_to(folder) for path in below.files]
-    images = {path: path.parts[0] for path in paths if is_image(path) and len(path.parts) > 1}
-    others = [folder / path for path in paths if path not in images]
-    filled = set(images.values())
-    for name in classes:
-        if name not in filled:
-            odd = next((path for path in others if path.is_relative_to(folder / name)), None)
-            hint = f"{odd.name} is none of {', '.join(IMAGES)}; convert it." if odd else "Remove it or fill it."
-            raise UserError(f"{folder / name}: a class folder without images", hint=hint)
-    if not images:
-        loose = sum(map(is_image, others))
-        problem = f"its {loose} images are in no class folder" if loose else "no images found"
-        expected = f"{folder}/CLASS/IMAGE.{{{','.join(IMAGES)}}}"
-        hint = f"Give one folder per class: {expected}, or a CSV with the columns path and label."
-        raise UserError(f"{folder}: {problem}", hint=hint)
-    if len(classes) == 1:
-        say(f"{folder}: only one class, {classes[0]}: a classifier needs two or more")
-    labels = {name: label for label, name in enumerate(classes)}
-    files: ImageSources = [(folder / path, path, labels[name]) for path, name in images.items()]
-    not_images = [counted("file(s) are no images in class folders", others)] if others else []
-    return files, classes, [*not_images, *below.left_out()]
+    images = [path.relative_to(folder) for path in below.images]
+    others = [path for path in below.files if not is_image(path)]
+    inside = [path for path in images if len(path.parts) > 1]
+    classes = names if len(names) > 1 and (inside or not images) else None
+    require_images(folder, classes or (), images, others)
+    labels = {name: label for label, name in enumerate(classes or ())}
+    taken = images if classes is None else inside
+    files: ImageSources = [(folder / path, path, labels.get(path.parts[0])) for path in taken]
+    if classes is None:
+        say(_without_labels(folder, names, len(images)))
+    loose = [folder / path for path in images if classes and len(path.parts) == 1]
+    kinds = {"image(s) are in no class folder": loose, "file(s) are no images": others}
+    return files, classes, [*(counted(kind, paths) for kind, paths in kinds.items() if paths), *below.left_out()]
+
+
+def require_images(folder: Path, classes: Sequence[str], images: Sequence[Path], others: Sequence[Path]) -> None:
+    """Refuse a folder or a class without images, with another file there that is none. Raises UserError."""
+    filled = {path.parts[0] for path in images}
+    where = next((folder / name for name in classes if name not in filled), None)
+    if where is None and images:
+        return
+    problem = "a class folder without images" if where else "no images found"
+    odd = next((path for path in others if path.is_relative_to(where or folder)), None)
+    hint = "Remove it or fill it." if where else "Give images, in one folder per class if they have classes; or shards."
+    if odd:
+        hint = f"{odd.name} is none of {', '.join(IMAGES)}; convert it."
+    raise UserError(f"{where or folder}: {problem}", hint=hint)
+
+
+def _without_labels(folder: Path, names: Sequence[str], images: int) -> str:
+    """Why the images of a folder have no labels; and where its classes may be, if it holds them one folder deeper."""
+    if len(names) != 1:
+        return f"{folder}: no class folders, so {images:,} image(s) have no labels"
+    text = f"{folder}: one folder alone ({names[0]}) is no class, so {images:,} image(s) have no labels"
+    deeper = len(folders_in(folder / names[0]))
+    return f"{text}; if the {deeper} folders in it are classes, give {folder / names[0]}" if deeper > 1 else text
 
 
 def shards_in(folder: Path) -> tuple[list[str], list[str]]:
@@ -79,11 +97,11 @@ def folders_in(folder: Path) -> list[str]:
 
 def require_classes_alone(folder: Path, names: list[str]) -> None:
     """Refuse `train` and `val` for classes. Raises UserError, with the commands that pack them one by one."""
-    parts = [name for name in names if folders_in(folder / name)]
-    if parts and all(name.lower() in _PARTS for name in names):
-        counts = {part: len(listing(folder / part).images) for part in parts}
+    deeper = any(folders_in(folder / name) for name in names)
+    if (deeper or len(names) > 1) and all(name.lower() in _PARTS for name in names):
+        counts = {part: len(listing(folder / part).images) for part in names}
         commands = (call("pack", str(folder / part), names_for(part, count)) for part, count in counts.items())
-        hint = "\n  ".join(["Pack each that has class folders:", *commands])
+        hint = "\n  ".join(["Pack each by itself:", *commands])
         raise UserError(f"{folder}: {', '.join(names)} are parts of a data set, not classes", hint=hint)
 
 

@@ -1,4 +1,4 @@
-"""Pack: class folders, a CSV or other shards into new shards, shuffled over everything, readable by WebDataset.
+"""Pack: a folder of images, a CSV or other shards into new shards, shuffled over everything, readable by WebDataset.
 
 This is also how a tar that cannot be read by ranges (compressed, members apart) becomes a shard.
 """
@@ -29,7 +29,7 @@ from storage.rng import generator
 from storage.shards import tar
 from storage.shards.classes import classes_of
 from storage.shards.image_files import kind_of
-from storage.shards.image_folder import ImageSources, class_folders, read_listing, shards_in
+from storage.shards.image_folder import ImageSources, read_folder, read_listing, shards_in
 from storage.shards.patterns import braces, expand
 from storage.shards.stratify import stratified_sample
 from storage.unicode_names import all_normalized, normalized
@@ -71,8 +71,8 @@ def pack(
     """Write shards.
 
     Args:
-        source: one folder of class folders, one CSV with the columns `path` and perhaps `label`, or patterns of
-            shards (compressed ones too).
+        source: one folder of class folders or of images without labels, one CSV with the columns `path` and perhaps
+            `label`, or patterns of shards (compressed ones too).
         out: the new shards' names, as `train-{000000..000009}.tar`; validation shards get `val-` before the digits.
         per_shard: samples a shard; without it they are spread evenly over all the names.
         val_fraction: the part of each class that goes to the validation shards: at least one of its samples, and
@@ -108,7 +108,8 @@ def pack(
             raise UserError("there are no samples in the source", hint=hint)
         validation, rest = _split(sources, val_fraction, seed, "val", 1) if val_fraction else ([], sources)
         if val_fraction and not validation:
-            message = "no class has two samples, so none can be held out of training"
+            few = "there is one sample alone" if len(sources) == 1 else "no class has two samples"
+            message = f"{few}, so none can be held out of training"
             raise UserError(message, setting=val_setting, hint="Give more images, or leave this setting out.")
         train, _ = _split(rest, fraction, seed, "fraction", 0)
         names = braces(out)
@@ -157,13 +158,13 @@ def _sources(patterns: list[str], scratch: Path, say: Say, leave_out: Say) -> tu
     if len(patterns) == 1 and folder.is_dir():
         urls, odd = shards_in(folder)
         if not urls:
-            files, classes, odd = class_folders(folder, say)
+            files, classes, odd = read_folder(folder, say)
         for line in odd:
             leave_out(line)
         if not urls:
             return _files(files), classes
     elif len(patterns) == 1 and not folder.exists() and re.fullmatch(r"[^*?\[{:]+(?<!\.tar)", patterns[0]):
-        hint = "Give a folder with one folder of images per class."
+        hint = "Give a folder of images, with one folder per class if they have classes."
         raise UserError(f"{folder}: no such folder, list or shard", hint=hint)
     else:
         urls = expand(patterns)

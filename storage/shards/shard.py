@@ -7,7 +7,7 @@ import threading
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from storage.errors import IdentityError, UserError
+from storage.errors import IdentityError, UserError, call
 from storage.shards.index import ShardIndex, cached_index, read_samples
 from storage.shards.patterns import expand
 from storage.shards.tar import Sample, without_samples
@@ -113,7 +113,9 @@ def require_labels(shard: Shard, classes: int | None = None) -> None:
     if not index.summary.labelled:
         key = index.keys[index.labels.index(None)]
         needed = "a loss or an evaluation needs labels: a shard has them for all of its samples or for none"
-        raise UserError(f"{url}: key {key!r} has no label (.cls), and {needed}")
+        packed = call("pack", "labeled", "labeled-shards/train-000000.tar", val_fraction=0.1)
+        hint = f"Pack images in one folder per class, or a CSV with the columns path and label: {packed}"
+        raise UserError(f"{url}: key {key!r} has no label (.cls), and {needed}", hint=hint)
     highest = max((label for label in index.labels if label is not None), default=-1)
     if classes is not None and highest >= classes:
         key = index.keys[index.labels.index(highest)]

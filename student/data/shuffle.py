@@ -37,8 +37,8 @@ class Segment:
 
 
 def default_lanes(batch: int) -> int:
-    """The largest power of two that divides batch/8, within 8 and 128."""
-    return max(8, math.gcd(batch, 8 * 128) // 8)
+    """The largest power of two that divides batch/8, within 8 and 128; of fewer than eight samples, each is one."""
+    return max(min(8, batch), math.gcd(batch, 8 * 128) // 8)
 
 
 class BlockShuffle:

@@ -52,7 +52,8 @@ class Stream(IterableDataset[Batch]):
         bank: id of the store's bank; needed only where there are no targets to tell it.
         views: how many views of the bank are used; by default all that every target has.
         seed: of the order.
-        lanes: L; by default the largest power of two that divides batch/8, within 8 and 128.
+        lanes: L; by default the largest power of two that divides batch/8, within 8 and 128,
+            and a lane for each sample of a smaller batch.
         shuffle_blocks: blocks that a lane shuffles together.
         workers: loader processes, at most one a lane; 0 reads in this process.
         rank: of this process in `torch.distributed`.

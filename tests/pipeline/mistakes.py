@@ -21,7 +21,7 @@ AS_TYPED = [
         "class folders in place of shards",
         "precompute --teacher mobilenetv2 --weights cnn.safetensors --shards photos --store new/S",
         (
-            "photos is a folder of class folders (18 images)",
+            "photos is a folder of 18 images",
             "pipeline pack photos photos-000000.tar --val-fraction 0.1",
             "give --shards photos-000000.tar",
         ),
@@ -109,12 +109,13 @@ PREPARING = [
     ),
     # ---------------------------------------------------------------------------------------- images into shards
     Mistake("a folder that is not there", "pack fotos new/x-000000.tar", ("fotos: no such folder", "per class")),
-    Mistake("an empty folder", "pack empty new/x-000000.tar", ("empty: no images found", "empty/CLASS/IMAGE.{jpg,")),
+    Mistake("an empty folder", "pack empty new/x-000000.tar", ("empty: no images found", "one folder per class")),
     Mistake(
-        "images without class folders",
-        "pack photos/cat new/x-000000.tar",
-        ("photos/cat: its 6 images are in no class folder", "photos/cat/CLASS/IMAGE.{jpg,", "or a CSV"),
+        "one image alone, and a part of it for validation",
+        "pack single new/x-000000.tar --val-fraction 0.1",
+        ("--val-fraction 0.1: there is one sample alone", "Give more images"),
     ),
+    Mistake("init on one image", "init single --out new/p.yaml", ("single: one image alone", "takes two or more")),
     Mistake(
         "photos of a telephone",
         "pack heic new/x-000000.tar",
@@ -148,7 +149,6 @@ PREPARING = [
         ),
     ),
     Mistake("init on a class without images", "init gap --out new/p.yaml", ("gap/none: a class folder without im",)),
-    Mistake("init on one class", "init alone --out new/p.yaml", ("alone: ", "cat is one class alone", "two classes")),
     Mistake("a shard without .tar", "pack photos new/train", ("new/train", "NAME.tar", "'train-{000000..000009}.tar'")),
     Mistake("a star in a new name", "pack photos 'new/t-*.tar'", ("new/t-*.tar", "'train-{000000..000009}.tar'")),
     Mistake("a bench nowhere", "bench --folder nowhere", ("--folder nowhere: no such folder",)),
@@ -173,8 +173,8 @@ PREPARING = [
         "pack photos shard-000000.tar/x/y-000000.tar",
         ("shard-000000.tar/x", "Not a directory", "give another path"),
     ),
-    Mistake("init on an empty folder", "init empty", ("empty: neither shards nor images", "empty/CLASS/IMAGE.{jpg,")),
-    Mistake("init on no folder", "init fotos", ("fotos: no such folder", "one folder of images a class")),
+    Mistake("init on an empty folder", "init empty", ("empty: no images found", "one folder per class", "or shards")),
+    Mistake("init on no folder", "init fotos", ("fotos: no such folder", "with images, in one folder a class")),
     # ---------------------------------------------------------------------------------------- naming shards
     Mistake(
         "a pattern that matches nothing",
@@ -204,7 +204,7 @@ PREPARING = [
     Mistake(
         "one class folder in place of shards",
         "evaluate accuracy run --shards photos/cat",
-        ("photos/cat is a folder of images", "pipeline pack photos train-000000.tar"),
+        ("photos/cat is a folder of 6 images", "pipeline pack photos/cat cat-000000.tar", "one folder per class"),
     ),
     Mistake(
         "validation shards of other classes",

@@ -85,10 +85,13 @@ def place(world, tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree("photos", "worse")
         for i in range(20):
             Path(f"worse/cat/{i}.jpg").write_bytes(Path("photos/cat/1.jpg").read_bytes()[: 300 if i == 9 else None])
-        shutil.copytree("photos/cat", "alone/cat")
+        shutil.copytree("photos/cat", "alone")
+        Path("alone/list.csv").write_text("path,label\n" + "".join(f"{i}.jpg,cat\n" for i in range(6)))
+        Path("single").mkdir()
+        shutil.copy("photos/cat/0.jpg", "single")
         for typed in (
             "pack worse broken/shard.tar",
-            "pack alone one/one.tar",
+            "pack alone/list.csv one/one.tar",
             "train --recipe mine.yaml @DATA --out run @SMALL",
         ):
             with pytest.raises(SystemExit) as ended:

@@ -129,7 +129,7 @@ def test_the_lines_from_a_folder_to_a_student_run_as_they_stand(shared, tmp_path
 
     ((status, hint),) = said("pipeline train --recipe scratch --shards photos --out run --no-project")
     assert status == 1
-    assert "photos is a folder of class folders (200 images); shards are tar files\n  Pack it first:\n" in hint
+    assert "photos is a folder of 200 images; shards are tar files\n  Pack it first:\n" in hint
     lines = lines_of("From a folder to a student")
     assert len(lines) == 10
     (first,) = said(lines[0])

@@ -27,7 +27,7 @@ def _bounds(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
 
 @click.command()
 @options.runs_or_teacher
-@shards("--shards", help="Labeled shards; NAME=SHARDS is a named set with its own results.")
+@shards("--shards", help="Labeled shards; NAME=SHARDS is a named set with its own results.", labels=True)
 @click.option("--ensemble", is_flag=True, help="Also evaluate the mean of the probabilities of all RUNs.")
 @click.option(
     "--shot-bounds",

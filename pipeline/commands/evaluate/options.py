@@ -64,7 +64,7 @@ teacher_options = together(
     click.option("--live", is_flag=True, help="Run the teacher even if the store has what it says."),
 )
 runs = click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=PATH)
-labeled_shards = shards("--shards", help="Labeled shards to evaluate on.")
+labeled_shards = shards("--shards", help="Labeled shards to evaluate on.", labels=True)
 
 
 def prints_report(measure: Callable[..., Report]) -> Callable[..., None]:
@@ -155,7 +155,7 @@ def fraction(text: str) -> float:
 
 # Of k-NN and linear probes: training samples, the labeled fraction, the features to read; and teachers.
 frozen_features = together(
-    shards("--train-shards", help="Labeled training shards."),
+    shards("--train-shards", help="Labeled training shards.", labels=True),
     option(
         "--label-fraction",
         "PART",

@@ -136,9 +136,7 @@ def test_files_that_are_no_images_are_counted(tmp_path) -> None:
     said: list[str] = []
     found_in([folder], said.append)
     assert said == [f"left out: 1 file(s) are no images, such as {folder}/a/1.gif"]
-    assert packed(folder, tmp_path / "out").left_out == [
-        f"1 file(s) are no images in class folders, such as {folder}/a/1.gif"
-    ]
+    assert packed(folder, tmp_path / "out").left_out == [f"1 file(s) are no images, such as {folder}/a/1.gif"]
 
 
 @pytest.fixture

@@ -94,7 +94,7 @@ def test_a_folder_of_tars_answers_with_the_pattern_that_names_them(three):
 
 
 def test_an_empty_folder_is_said_to_be_one(tmp_path):
-    with pytest.raises(UserError, match="without tars and without class folders"):
+    with pytest.raises(UserError, match="without tars and without images"):
         expand(str(tmp_path))
 
 

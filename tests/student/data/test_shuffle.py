@@ -78,7 +78,9 @@ def test_invalid_samples_are_left_out_first():
         assert not {(0, 3), (0, 64), (0, 199)} & {s for b in epoch_batches(order, epoch) for s in b}
 
 
-@pytest.mark.parametrize(("batch", "lanes"), [(64, 8), (128, 16), (256, 32), (1024, 128), (4096, 128), (96, 8), (8, 8)])
+@pytest.mark.parametrize(
+    ("batch", "lanes"), [(64, 8), (128, 16), (256, 32), (1024, 128), (4096, 128), (96, 8), (8, 8), (6, 6), (1, 1)]
+)
 def test_lanes_by_default(batch, lanes):
     assert default_lanes(batch) == lanes
 
