@@ -11,6 +11,7 @@ from precompute.teachers import onnx_file
 from precompute.teachers.teacher import anatomy, load_teacher
 from storage.errors import DamageError, UserError, call, setting
 from storage.memory import return_memory
+from storage.objects.network_names import outside_timm
 from storage.objects.state_dict import ONNX_FILE
 from storage.store.banks import bank_manifest
 from storage.store.codecs import Codec, CodecError, codecs_for
@@ -82,6 +83,7 @@ def record_targets(
         else:
             loaded.append(load_teacher(teacher))
             parts = anatomy(loaded[0], teacher.input_size)
+            _require_attention(loaded[0], teacher, parts, request)
         manifest = store.add(teacher.manifest(parts))
 
     def network() -> nn.Module:
@@ -109,6 +111,14 @@ def record_targets(
         first = next(iter(by_graph))
         by_graph[first] = (*by_graph[first], _record_pixels(store, policy))
     return by_graph
+
+
+def _require_attention(network: nn.Module, teacher: Teacher, parts: Anatomy, request: PrecomputeRequest) -> None:
+    """Say why a network outside timm has no attention that can be read, before anything is recorded of it."""
+    from precompute.taps import TAPS, attention_layers
+
+    if outside_timm(teacher.model) and parts.network != "vit" and any(TAPS[spec.tap].vit for spec in request.targets):
+        attention_layers(network, teacher.input_size)  # raises with the reason
 
 
 def _known(store: Store, ids: Iterable[str]) -> dict[str, TargetManifest]:
