@@ -119,15 +119,13 @@ def choice(*names: str, values: Sequence[str], text: str) -> Callable[..., Any]:
     return click.option(*names, type=click.Choice(values), default=values[0], show_default=True, help=text)
 
 
-
-
 def _allowed(_ctx: click.Context, _param: click.Parameter, names: Words) -> None:
     """Run the files that the command line names, so that their networks can be made."""
     if names:
-        from precompute.taps import allow
+        from precompute.taps import allow_network
 
         for name in names:
-            allow(name)
+            allow_network(name)
 
 
 # Whose code may run: a store and a run only say which function made a network.
@@ -153,24 +151,8 @@ copied_store = option(
 )
 
 
-# What says more of a teacher; `teacher_settings` reads it.
-TEACHER = (
-    option(
-        "--weights",
-        "F",
-        "A .safetensors or .pth file, which may have prefixes in its names, or transformers' names; "
-        "or random:SEED for untrained weights.  [default: timm's hub]",
-    ),
-    option(
-        "--weights-key",
-        "KEY",
-        "Key of the weights in the file, such as state_dict, or the prefix of their names, such as base_encoder.  "
-        "[default: as timm, EMA first]",
-    ),
-    option("--teacher-arg", "K=V", "An argument of timm.create_model, or your function; may be repeated.", multiple=True),
-    option("--mean", "M", "Mean of the teacher's input: one number or three, with commas."),
-    option("--std", "S", "Standard deviation of the teacher's input: one number or three, with commas."),
-    option("--input-size", "N", "Side of the teacher's input.", type=int),
+# What a network that timm does not have may not say itself.
+OUTSIDE_TIMM = (
     option(
         "--prefix",
         "ROLES",
@@ -185,13 +167,37 @@ TEACHER = (
 )
 
 
+# What says more of a teacher; `teacher_settings` reads it.
+TEACHER = (
+    option(
+        "--weights",
+        "F",
+        "A .safetensors or .pth file, which may have prefixes in its names, or transformers' names; "
+        "or random:SEED for untrained weights.  [default: timm's hub]",
+    ),
+    option(
+        "--weights-key",
+        "KEY",
+        "Key of the weights in the file, such as state_dict, or the prefix of their names, such as base_encoder.  "
+        "[default: as timm, EMA first]",
+    ),
+    option(
+        "--teacher-arg", "K=V", "An argument of timm.create_model, or your function; may be repeated.", multiple=True
+    ),
+    option("--mean", "M", "Mean of the teacher's input: one number or three, with commas."),
+    option("--std", "S", "Standard deviation of the teacher's input: one number or three, with commas."),
+    option("--input-size", "N", "Side of the teacher's input.", type=int),
+    *OUTSIDE_TIMM,
+)
+
+
 _PRECOMPUTE = (
     option(
         "--teacher",
         "NAME",
         "A teacher of the project file, a short name (effnet_b3, mobilenetv2, vit_tiny, …), a timm name, "
-        "hf-hub:USER/NAME, local-dir:FOLDER, a ready model.onnx, torchvision/NAME, or a function of your own that gives "
-        "a network, FILE.py:FUNCTION or MODULE:FUNCTION; without it, all of the project file.",
+        "hf-hub:USER/NAME, local-dir:FOLDER, torchvision/NAME, a ready model.onnx, or a function that gives a network of "
+        "your own, FILE.py:FUNCTION or MODULE:FUNCTION; without it, all of the project file.",
     ),
     shards("--shards", help="The shards."),
     store,
@@ -247,8 +253,10 @@ _SAID = {
     **{name: name for name in ("shards", "store", "provider", "workers", "dask", "worker_timeout")},
 }
 # What is said about one teacher, and never of several at once.
-_OF_ONE = ("target", "tap_tensor", "weights", "weights_key", "teacher_arg", "mean", "std", "input_size", "teacher_name")
-_OF_ONE += ("prefix", "tap_module")
+_OF_ONE = (
+    *("target", "tap_tensor", "weights", "weights_key", "teacher_arg", "mean", "std", "input_size", "teacher_name"),
+    *("prefix", "tap_module"),
+)
 # Where a file of weights may come from that is not there.
 _ADVICE = "`pipeline fit-teacher --teacher NAME --out FILE` makes one from a teacher whose features are stored"
 
@@ -407,9 +415,9 @@ def teacher_settings(
 ) -> dict[str, Any]:
     """What the flags `TEACHER` say, as arguments of `find_teacher`; what they do not say, a project's entry does."""
     arguments, means, stds = _arguments(teacher_arg), _numbers(mean, "--mean"), _numbers(std, "--std")
-    roles, modules = _words(prefix), _words(tap_module) or ()
+    roles, modules = roles_in(prefix), words_in(tap_module)
     if entry is not None:
-        roles, modules = entry.prefix if roles is None else roles, modules or entry.tap_modules
+        roles, modules = roles_in(entry.prefix) if roles is None else roles, modules or entry.tap_modules
         weights_key = weights_key or (None if weights else entry.weights_key)
         weights, input_size = weights or entry.weights, input_size or entry.input_size
         arguments, means, stds = {**entry.args, **arguments}, means or entry.mean, stds or entry.std
@@ -420,7 +428,7 @@ def teacher_settings(
         "input_size": input_size,
         "mean": means,
         "std": stds,
-        "prefix": () if roles == ("none",) else roles,
+        "prefix": roles,
         "tap_modules": modules,
     }
 
@@ -437,8 +445,15 @@ def _arguments(pairs: Words) -> dict[str, Any]:
     return arguments
 
 
-def _words(text: str | None) -> Words | None:
-    return None if text is None else tuple(word.strip() for word in text.split(","))
+def roles_in(text: str | None) -> Words | None:
+    """What `--prefix` says; None where it is not given."""
+    words = None if text is None else words_in(text)
+    return () if words == ("none",) else words
+
+
+def words_in(text: str | None) -> Words:
+    """Words that are separated by commas."""
+    return tuple(word.strip() for word in (text or "").split(",") if word.strip())
 
 
 def _numbers(text: str | None, flag: str) -> tuple[float, ...] | None:

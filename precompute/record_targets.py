@@ -186,7 +186,8 @@ def require_kind(name: str, anatomy: Anatomy, tap: str, at: At) -> None:
         message = f"teacher {name}: at={at} needs a CNN with stages of blocks; at=stage reads maps of any network"
         raise UserError(message, hint=hint)
     if tap == "activations" and not anatomy.depth(tap, at):
-        raise UserError(f"teacher {name}: timm's forward_intermediates gives no square maps of it", hint=hint)
+        hint = f"Of a network of your own name the modules that give them: {setting('tap_module', 'NAMES')}"
+        raise UserError(f"teacher {name}: forward_intermediates gives no square maps of it", hint=hint)
 
 
 def target_id(teacher: Teacher, identity: TargetIdentity) -> str:

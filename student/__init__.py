@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from storage.lazy_names import lazy_names
 
 if TYPE_CHECKING:
+    from precompute.taps import allow_network
     from student.data.batch import Batch
     from student.data.stream import Stream
     from student.evaluation.accuracy import Score, evaluate
@@ -20,6 +21,7 @@ else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
+            "precompute.taps": ["allow_network"],
             "student.data.batch": ["Batch"],
             "student.data.stream": ["Stream"],
             "student.evaluation.accuracy": ["Score", "evaluate"],
@@ -40,6 +42,7 @@ __all__ = [
     "StudentConfig",
     "StudentDescription",
     "TrainConfig",
+    "allow_network",
     "build_student",
     "evaluate",
     "load_student",

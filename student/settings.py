@@ -246,6 +246,13 @@ class StudentConfig(ConfigModel):
     mean: Annotated[tuple[float, float, float] | None, BeforeValidator(_three)] = None
     std: Annotated[tuple[Positive, Positive, Positive] | None, BeforeValidator(_three)] = None
 
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The settings that are arguments of the network, as far as they are given."""
+        names = {"img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "global_pool"}
+        rates = {"drop_path_rate", "drop_rate", "proj_drop_rate", "attn_drop_rate"}
+        return self.model_dump(include=names | rates, exclude_none=True)
+
     @model_validator(mode="after")
     def _one_source(self) -> StudentConfig:
         if self.pretrained and self.weights:

@@ -64,7 +64,7 @@ class TeacherEntry(_Section):
     mean: Numbers | None = None
     std: Numbers | None = None
     input_size: int | None = Field(None, ge=1)
-    prefix: Words | None = None
+    prefix: str | None = None
     tap_modules: Words = ()
     targets: Words = ()
     tap_tensors: dict[str, Words] = {}

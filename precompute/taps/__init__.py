@@ -7,7 +7,7 @@ from precompute.taps.adapt import adapt
 from precompute.taps.attention import Attention, AttentionLayer, AttentionTaps, full
 from precompute.taps.attention_layers import AttentionLayers, attention_layers
 from precompute.taps.check_attention import check_attention
-from precompute.taps.own_network import allow, config_of_own, given, not_given, takes, torchvision_config
+from precompute.taps.own_network import allow_network, config_of_own, given, not_given, takes, torchvision_config
 from precompute.taps.probe import image_size, run_blank
 from precompute.taps.registry import ATTENTION, TAPS, Tap, TapInfo, check_tap
 from precompute.taps.tapped_model import TappedTeacher
@@ -27,7 +27,7 @@ __all__ = [
     "TapInfo",
     "TappedTeacher",
     "adapt",
-    "allow",
+    "allow_network",
     "attention_layers",
     "check_attention",
     "check_tap",

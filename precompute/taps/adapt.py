@@ -70,6 +70,9 @@ def adapt(
         classes = getattr(network, "num_classes", None)
         head = next((name for name, value in outputs.items() if value is output), None) if classes != 0 else None
         _add(network, head, output)
+    elif not hasattr(network, "num_features"):
+        features: Any = run_blank(network, size, "forward_features")
+        network.num_features = network.forward_head(features, pre_logits=True).shape[1]  # type: ignore[operator]
     about = {"input_size": (3, size, size), **config_of_own(network)}
     network.default_cfg = network.pretrained_cfg = {**about, "input_size": (3, size, size)}  # type: ignore[assignment]
     network.own_prefix = _prefix(network, prefix)  # type: ignore[assignment]
@@ -140,10 +143,9 @@ def _prefix(network: nn.Module, given: Sequence[str] | None) -> tuple[str, ...] 
     return found if "class" in found or not found else ("class", *found[1:])
 
 
-def _forward_intermediates(
-    self: Any, x: Tensor, *, output_fmt: str = "NCHW", intermediates_only: bool = False
-) -> Any:
+def _forward_intermediates(self: Any, x: Tensor, *, output_fmt: str = "NCHW", intermediates_only: bool = False) -> Any:
     """Features and the maps `[B, C, H, W]` of the named modules, as timm's networks give them."""
+    assert output_fmt == "NCHW"
     kept: dict[str, Any] = {}
     handles = [
         self.get_submodule(name).register_forward_hook(functools.partial(_note, kept, name)) for name in self.own_maps
@@ -172,4 +174,4 @@ def _map(name: str, output: Any, prefix: tuple[str, ...] | None) -> Tensor:
     side = math.isqrt(max(0, output.shape[1] - len(prefix)))
     if side**2 != output.shape[1] - len(prefix):
         raise UserError(wrong_prefix(f"module {name}", output.shape[1], prefix))
-    return output[:, len(prefix) :].mT.unflatten(-1, (side, side))
+    return output[:, len(prefix) :].mT.reshape(len(output), -1, side, side)

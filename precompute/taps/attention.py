@@ -224,7 +224,7 @@ class AttentionTaps(TorchFunctionMode):
         weights = in_weight.chunk(3)
         biases = [None] * 3 if in_bias is None else in_bias.chunk(3)
         q, k, v = (
-            F.linear(tokens, weight, bias).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
+            F.linear(tokens, weight, bias).reshape(*tokens.shape[:2], heads, -1).permute(1, 2, 0, 3)
             for tokens, weight, bias in zip((query, key, value), weights, biases, strict=True)
         )
         output = self._attend(q, k, v, dropout_p=dropout_p if training else 0.0)

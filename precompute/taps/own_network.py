@@ -1,7 +1,7 @@
 """Networks of one's own: made by a function in a user's file or module, and torchvision's.
 
-A user's function is code that runs, so it is looked for only where the user names it in this process (`allow`). What is
-recorded in stores and runs is its label, which names the function and the text it was in, and runs nothing.
+A user's function is code that runs, so it is looked for only where the user names it in this process (`allow_network`).
+What is recorded in stores and runs is its label, which names the function and the text it was in, and runs nothing.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from storage.errors import UserError, did_you_mean, first_line, setting
-from storage.objects.network_names import LABEL, OWN, TORCHVISION, bare, is_own
+from storage.objects.network_names import OWN, TORCHVISION, bare, is_own, is_recorded, key_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +43,7 @@ class OwnNetwork:
 _given: dict[str, OwnNetwork] = {}  # function and digest -> what the user named in this process
 
 
-def allow(name: str) -> OwnNetwork:
+def allow_network(name: str) -> OwnNetwork:
     """Run the file that the user names, and allow its function in this process.
 
     Args:
@@ -111,26 +110,27 @@ def _importing_from(folder: Path) -> Iterator[None]:
 
 def given(model: str) -> OwnNetwork | None:
     """What the user named in this process that is this recorded function; None where it was not named."""
-    match = LABEL.fullmatch(model)
-    return _given.get(match["key"]) if match else None
+    return _given.get(key_of(model)) if is_recorded(model) else None
 
 
-def not_given(model: str, owner: str) -> UserError:
-    """The error that a recorded function was not named by the user, or is another one now."""
-    match = LABEL.fullmatch(model)
-    assert match is not None
-    function, _, digest = match["key"].partition("#")
-    own = f"{match['source']}:{function}"
+def not_given(model: str, owner: str, copy: str = "") -> UserError:
+    """The error that a recorded function was not named by the user, or is another one now.
+
+    Args:
+        model: what is recorded.
+        owner: opens the message.
+        copy: of its file, where there is one.
+    """
+    own, (function, _, digest) = bare(model), key_of(model).partition("#")
     now = next((known for key, known in _given.items() if key.startswith(f"{function}#")), None)
+    kept = f"; a copy is kept: {setting('network', f'{copy}:{function}')}" if copy else ""
     if now is not None:
-        return UserError(
-            f"{owner}: its network was made by {own} with sha256 {digest}, and {bare(now.label)} has "
-            f"{now.label.rpartition('#')[2]} now",
-            hint=f"Give the file as it was: {setting('network', own)}",
-        )
+        changed = f"{bare(now.label)}, which you name, has {now.label.rpartition('#')[2]}"
+        message = f"{owner}: its network was made by {own} whose file has a sha256 that begins with {digest}; {changed}"
+        return UserError(message, hint=f"Give the file as it was: {setting('network', own)}{kept}")
     return UserError(
-        f"{owner}: its network was made by {own}, whose code runs only if you name it",
-        hint=f"If you trust this code, give it: {setting('network', own)} (sha256 of the file begins with {digest})",
+        f"{owner}: its network was made by the code of {own}, which runs only if you name it",
+        hint=f"If you trust the file whose sha256 begins with {digest}: {setting('network', own)}{kept}",
     )
 
 
@@ -171,7 +171,10 @@ def takes(model: str, argument: str) -> bool:
     source = given(model)
     if source is None:
         return model.startswith(TORCHVISION) and argument == "num_classes"
-    parameters = inspect.signature(source.function).parameters.values()
+    try:
+        parameters = inspect.signature(source.function).parameters.values()
+    except ValueError:  # of code that is not Python's
+        return False
     return any(p.name == argument or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 

@@ -64,7 +64,9 @@ class TappedTeacher(nn.Module):
             raise UserError(f"{kind}: it has no class token")
         if names & {"class_token", "tokens"} and hasattr(self.model, "own_head"):
             hint = f"Give other targets, such as {setting('target', 'class_row')} or embedding."
-            raise UserError(f"{kind}: without forward_features its tokens after the final norm are not known", hint=hint)
+            raise UserError(
+                f"{kind}: without forward_features its tokens after the final norm are not known", hint=hint
+            )
         if "logits" in names and not getattr(model, "num_classes", 1):
             raise UserError(f"{kind}: it has no classifier, so it has no logits")
         for n in {n for tap in self.taps if tap.name == "tokens" for n in tap.layers or ()}:
@@ -81,7 +83,9 @@ class TappedTeacher(nn.Module):
         kind = type(self.model).__name__
         if at == "stage":
             if not (shapes := stage_maps(self.model, self.input_size)):
-                raise UserError(f"{kind}: timm's forward_intermediates gives no square maps of it")
+                own = hasattr(self.model, "own_prefix")
+                hint = f"Name the modules that give them: {setting('tap_module', 'NAMES')}" if own else ""
+                raise UserError(f"{kind}: forward_intermediates gives no square maps of it", hint=hint)
             names = getattr(self.model, "own_maps", [f"forward_intermediates.{i}" for i in range(len(shapes))])
             return [_MapsOf(name, *shape) for name, shape in zip(names, shapes, strict=True)]
         stages = cnn_stages(self.model, at)

@@ -342,9 +342,9 @@ def resolve(name: str) -> tuple[str, int | None]:
     if source == "local-dir" and folder:  # recorded in the store, so from anywhere
         return f"{source}:{Path(folder).expanduser().absolute()}", None
     if is_own(name):
-        from precompute.taps import allow
+        from precompute.taps import allow_network
 
-        return allow(name).label, None
+        return allow_network(name).label, None
     return SHORT_NAMES.get(name, (name, None))
 
 

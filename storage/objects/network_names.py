@@ -25,6 +25,17 @@ def outside_timm(model: str) -> bool:
     return is_recorded(model) or model.startswith(TORCHVISION)
 
 
+def key_of(model: str) -> str:
+    """Function and digest of a recorded name; of a name that a user gives, the function, wherever its file lies.
+
+    Another name stays as it is.
+    """
+    match = LABEL.fullmatch(model)
+    if match:
+        return match["key"]
+    return OWN.fullmatch(model)["function"] if is_own(model) else model  # type: ignore[index]
+
+
 def bare(model: str) -> str:
     """A recorded name without its digest, as the user says it."""
     return model.partition("#")[0] if is_recorded(model) else model

@@ -13,15 +13,13 @@ from torch import nn
 
 from precompute.taps import create_timm_model, takes_image_size
 from storage.errors import UserError, did_you_mean, setting
+from storage.objects.network_names import outside_timm
 from storage.objects.record_schema import Schema, Several, Three
 from storage.views.policy import policy
 from student.models.attention_copy_hooks import AttentionCopyRecord
+from student.models.outside_timm import build_outside_timm, create_outside_timm, names_outside_timm
 from student.models.shifted_patch import shift_patches
 from student.settings import WITH_CLASS, StudentConfig
-
-# Settings that are arguments of `timm.create_model`, and `global_pool`.
-_SIZES = {"img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio"}
-_DROP_RATES = {"drop_path_rate", "drop_rate", "proj_drop_rate", "attn_drop_rate"}
 
 
 class DescriptionRecord(Schema):
@@ -49,6 +47,8 @@ class DescriptionRecord(Schema):
 def build_student(settings: StudentConfig, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
     """A new student and the arguments that `timm.create_model` makes it of.
 
+    A network outside timm is made by `student.models.outside_timm`.
+
     Args:
         settings: the section `student` of a recipe.
         num_classes: outputs of the classifier; 0 for none.
@@ -56,6 +56,8 @@ def build_student(settings: StudentConfig, num_classes: int) -> tuple[nn.Module,
     Raises:
         UserError: an unknown model, or sizes that do not go together.
     """
+    if names_outside_timm(settings.model):
+        return build_outside_timm(settings, num_classes)
     if not timm.is_model(settings.model):
         known = timm.list_models()
         longer = min((name for name in known if name.startswith(settings.model)), key=len, default=None)
@@ -64,7 +66,7 @@ def build_student(settings: StudentConfig, num_classes: int) -> tuple[nn.Module,
         hint = did_you_mean(settings.model, close) if close else f"One that it has: {WITH_CLASS!r}."
         hint = f"Did you mean {longer!r}?" if longer else hint
         raise UserError(f"student.model: timm has no {settings.model!r}. {hint}")
-    arguments = settings.model_dump(include={*_SIZES, "global_pool", *_DROP_RATES}, exclude_none=True)
+    arguments = settings.sizes
     if settings.embed_dim and settings.num_heads and settings.embed_dim % settings.num_heads:
         problem = f"student: embed_dim {settings.embed_dim} is no multiple of num_heads {settings.num_heads}"
         wide = setting("student.embed_dim", settings.num_heads * 64)
@@ -88,6 +90,8 @@ def build_student(settings: StudentConfig, num_classes: int) -> tuple[nn.Module,
 
 def create(model: str, arguments: dict[str, Any]) -> nn.Module:
     """A student's network. Raises UserError: timm does not make it, with what to change."""
+    if outside_timm(model):
+        return create_outside_timm(model, arguments, f"student {model}")
     try:
         return create_timm_model(model, arguments, owner=f"student {model}")
     except UserError as error:
