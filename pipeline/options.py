@@ -196,8 +196,8 @@ _PRECOMPUTE = (
         "--teacher",
         "NAME",
         "A teacher of the project file, a short name (effnet_b3, mobilenetv2, vit_tiny, …), a timm name, "
-        "hf-hub:USER/NAME, local-dir:FOLDER, torchvision/NAME, a ready model.onnx, or a function that gives a network of "
-        "your own, FILE.py:FUNCTION or MODULE:FUNCTION; without it, all of the project file.",
+        "hf-hub:USER/NAME, local-dir:FOLDER, torchvision/NAME, a ready model.onnx, or a function that gives a network "
+        "of your own, FILE.py:FUNCTION or MODULE:FUNCTION; without it, all of the project file.",
     ),
     shards("--shards", help="The shards."),
     store,

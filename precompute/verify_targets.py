@@ -127,9 +127,8 @@ class LiveTargets:
         distinct = list(dict.fromkeys(taps.values()))
         reference = "file run by itself" if teacher.ready else "PyTorch teacher"
         run = _reference(teacher, distinct, bank_policy(self.store, bank).size)
-        self.report.compared_with[name] = (
-            f"{reference} ({bare(teacher.model) + ' ' if self.files[name] == BUILT else ''}{self.files[name]})"
-        )
+        built = f"{bare(teacher.model)} " if self.files[name] == BUILT else ""
+        self.report.compared_with[name] = f"{reference} ({built}{self.files[name]})"
 
         def values(images: np.ndarray) -> dict[str, np.ndarray]:
             parts = [run(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]

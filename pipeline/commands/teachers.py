@@ -26,7 +26,8 @@ def teachers(
     """List teachers by short name, or show the targets of some.
 
     NAME can also be any timm name, hf-hub:USER/NAME, local-dir:FOLDER, torchvision/NAME, a model.onnx, or a function
-    that gives a network of your own: FILE.py:FUNCTION or MODULE:FUNCTION. Several names give one table, in Markdown. The sizes of the targets are shown, too. No weights are downloaded: sizes depend on the network only.
+    that gives a network of your own: FILE.py:FUNCTION or MODULE:FUNCTION. Several names give one table, in Markdown.
+    The sizes of the targets are shown, too. No weights are downloaded: sizes depend on the network only.
 
     \b
     pipeline teachers

@@ -85,6 +85,8 @@ class Teacher:
     @property
     def identity(self) -> TeacherIdentity:
         """What makes two teachers the same teacher."""
+        said = {"weights_key": self.weights_key, "prefix": self.prefix, "tap_modules": self.tap_modules or None}
+        more: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
         return TeacherIdentity(
             model=self.model,
             arguments=self.arguments,
@@ -92,9 +94,7 @@ class Teacher:
             input_size=self.input_size,
             mean=self.mean,
             std=self.std,
-            **({} if self.weights_key is None else {"weights_key": self.weights_key}),
-            **({} if self.prefix is None else {"prefix": self.prefix}),
-            **({"tap_modules": self.tap_modules} if self.tap_modules else {}),
+            **more,
         )
 
     @property

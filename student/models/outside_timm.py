@@ -1,4 +1,4 @@
-"""Students that timm does not have: a network of one's own, or torchvision's; how they are made, kept and made again."""
+"""Students that timm does not have: a network of one's own or torchvision's, how it is made, kept and made again."""
 
 from __future__ import annotations
 
