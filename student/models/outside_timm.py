@@ -18,6 +18,9 @@ from precompute.taps import (
 from storage.errors import UserError, setting
 from storage.objects.network_names import TORCHVISION, bare, is_own, is_recorded
 
+__all__ = ["allow_network", "build_outside_timm", "create_outside_timm", "keep_source", "names_outside_timm"]
+__all__ += ["recorded_input", "recorded_name"]
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
