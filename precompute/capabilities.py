@@ -63,7 +63,11 @@ def offers_of(
     for tap, info in TAPS.items():
         try:
             shape = _shape(
-                network, parts, Tap(tap, grid=grid if info.gridded else None, at=usual_at(parts)), size, name
+                network,
+                parts,
+                Tap(tap, grid=grid if info.gridded else None, at=usual_at(parts, tap_modules)),
+                size,
+                name,
             )
         except UserError as error:
             refused[tap] = error.message
@@ -79,7 +83,7 @@ def offers_of(
         parameters=parts.parameters,
         network=parts.network,
         layers=parts.layers,
-        stages=parts.depth("activations", usual_at(parts)),
+        stages=parts.depth("activations", usual_at(parts, tap_modules)),
         taps=taps,
         refused=refused,
     )

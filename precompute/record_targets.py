@@ -19,7 +19,7 @@ from storage.store.manifests import Anatomy, TargetIdentity, TargetManifest, Tea
 from storage.store.markers import FORMAT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     import numpy as np
     from torch import nn
@@ -83,7 +83,7 @@ def record_targets(
         else:
             loaded.append(load_teacher(teacher))
             parts = anatomy(loaded[0], teacher.input_size)
-            _require_attention(loaded[0], teacher, parts, request)
+            _require_readable(loaded[0], teacher, parts, request)
         manifest = store.add(teacher.manifest(parts))
 
     def network() -> nn.Module:
@@ -113,12 +113,18 @@ def record_targets(
     return by_graph
 
 
-def _require_attention(network: nn.Module, teacher: Teacher, parts: Anatomy, request: PrecomputeRequest) -> None:
-    """Say why a network outside timm has no attention that can be read, before anything is recorded of it."""
+def _require_readable(network: nn.Module, teacher: Teacher, parts: Anatomy, request: PrecomputeRequest) -> None:
+    """Say what a network outside timm has to be given besides, before anything is recorded of it."""
     from precompute.taps import TAPS, attention_layers
 
-    if outside_timm(teacher.model) and parts.network != "vit" and any(TAPS[spec.tap].vit for spec in request.targets):
+    if not outside_timm(teacher.model):
+        return
+    if parts.network != "vit" and any(TAPS[spec.tap].vit for spec in request.targets):
         attention_layers(network, teacher.input_size)  # raises with the reason
+    for spec in request.targets:
+        at = spec.at or usual_at(parts, teacher.tap_modules)
+        read_nowhere = spec.tap == "activations" and at == "stage" and not parts.stages
+        require_kind(teacher.name, parts.model_copy(update={"layers": 0}) if read_nowhere else parts, spec.tap, at)
 
 
 def _known(store: Store, ids: Iterable[str]) -> dict[str, TargetManifest]:
@@ -145,7 +151,7 @@ def target_identity(
     from precompute.taps.target_spec import layer_numbers
 
     info = TAPS[spec.tap]
-    at = spec.at or usual_at(manifest)
+    at = spec.at or usual_at(manifest, teacher.tap_modules)
     if manifest.network != ONNX_FILE:
         require_kind(manifest.id, manifest, spec.tap, at)
     elif not spec.tensors:
@@ -166,9 +172,12 @@ def target_identity(
     return identity.model_copy(update=more | ({"tensors": spec.tensors} if spec.tensors else {}))
 
 
-def usual_at(anatomy: Anatomy) -> At:
-    """Where activations are read when nothing is said: as AAL reads them, of networks in which that is defined."""
-    return "norm" if anatomy.network in ("cnn", ONNX_FILE) else "stage"
+def usual_at(anatomy: Anatomy, tap_modules: Sequence[str] = ()) -> At:
+    """Where activations are read when nothing is said: as AAL reads them, of networks in which that is defined.
+
+    Where modules are named that give the maps, of these.
+    """
+    return "norm" if not tap_modules and anatomy.network in ("cnn", ONNX_FILE) else "stage"
 
 
 def require_kind(name: str, anatomy: Anatomy, tap: str, at: At) -> None:
@@ -186,7 +195,9 @@ def require_kind(name: str, anatomy: Anatomy, tap: str, at: At) -> None:
         message = f"teacher {name}: at={at} needs a CNN with stages of blocks; at=stage reads maps of any network"
         raise UserError(message, hint=hint)
     if tap == "activations" and not anatomy.depth(tap, at):
-        hint = f"Of a network of your own name the modules that give them: {setting('tap_module', 'NAMES')}"
+        hint = (
+            f"Of a network that timm does not have, name the modules that give them: {setting('tap_module', 'NAMES')}"
+        )
         raise UserError(f"teacher {name}: forward_intermediates gives no square maps of it", hint=hint)
 
 

@@ -62,6 +62,7 @@ def adapt(
     finally:
         for handle in handles:
             handle.remove()
+    about = {**config_of_own(network), "input_size": (3, size, size)}
     if not has:
         if not isinstance(output, Tensor) or output.ndim != 2:
             found = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
@@ -70,11 +71,11 @@ def adapt(
         classes = getattr(network, "num_classes", None)
         head = next((name for name, value in outputs.items() if value is output), None) if classes != 0 else None
         _add(network, head, output)
+        about |= {"classifier": head} if head is not None else {}
     elif not hasattr(network, "num_features"):
         features: Any = run_blank(network, size, "forward_features")
         network.num_features = network.forward_head(features, pre_logits=True).shape[1]  # type: ignore[operator]
-    about = {"input_size": (3, size, size), **config_of_own(network)}
-    network.default_cfg = network.pretrained_cfg = {**about, "input_size": (3, size, size)}  # type: ignore[assignment]
+    network.default_cfg = network.pretrained_cfg = about  # type: ignore[assignment]
     network.own_prefix = _prefix(network, prefix)  # type: ignore[assignment]
     if tap_modules:
         modules = dict(network.named_modules())
@@ -99,8 +100,6 @@ def _add(network: nn.Module, head: str | None, output: Tensor) -> None:
     for name, value in {"num_classes": 0 if head is None else output.shape[1], "num_features": width}.items():
         if not hasattr(network, name):
             setattr(network, name, value)
-    if head is not None:
-        network.default_cfg = {**config_of_own(network), "classifier": head}  # type: ignore[assignment]
     for method in (_forward_features, _forward_head, _get_classifier):
         setattr(network, method.__name__[1:], types.MethodType(method, network))
 

@@ -53,7 +53,8 @@ def attention_layers(model: nn.Module, size: int, *, pooled: bool = False) -> At
         UserError: there are none, with the reason.
     """
     prefix, seen = prefix_roles(model), _Calls()
-    sides = {side for _, side in stage_maps(model, size)}
+    named = hasattr(model, "own_maps")  # maps of modules that the user names say nothing of how it attends
+    sides = set() if named else {side for _, side in stage_maps(model, size)}
     with seen:
         run_blank(model, size)
     if seen.calls and getattr(model, "own_prefix", ()) is None:
@@ -75,7 +76,7 @@ def attention_layers(model: nn.Module, size: int, *, pooled: bool = False) -> At
     reason = "its attention is in windows, or not over patches"
     if not seen.calls:
         reason = "it calls no attention kernel, and multiplies no softmax with values"
-    elif getattr(model, "own_prefix", ()) and calls:
+    elif getattr(model, "own_prefix", ()) and calls and not any(_side(n.tokens - len(prefix)) for n in calls):
         raise UserError(wrong_prefix(type(model).__name__, max(layer.tokens for layer in calls), prefix))
     elif len(sides) > 1:
         reason = f"it pools its patches between layers ({', '.join(map(str, sorted(sides, reverse=True)))} a side)"
