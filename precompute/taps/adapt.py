@@ -26,7 +26,7 @@ def adapt(
     prefix: Sequence[str] | None = None,
     tap_modules: Sequence[str] = (),
 ) -> nn.Module:
-    """The same network, with what timm's networks have and it has not; its `forward` and its tensors stay.
+    """Give a network what timm's have and it has not, and return it; its `forward` and its tensors stay.
 
     A network with `forward_features` and `forward_head` is read by these, as timm's are. Of another, what `forward`
     gives counts: logits where it is what a linear layer gives (that is the classifier, and its input the embedding),

@@ -77,7 +77,8 @@ def allow_network(name: str) -> OwnNetwork:
         raise UserError(f"{name}: {source} has no function {function!r}", hint=did_you_mean(function, named))
     key = f"{function}#{hashlib.sha256(text).hexdigest()[:16]}"
     label = f"{file.name if file else source}:{key}"
-    return _given.setdefault(key, OwnNetwork(label=label, file=file, folder=folder, function=made))
+    _given[key] = OwnNetwork(label=label, file=file, folder=folder, function=made)
+    return _given[key]
 
 
 def _run(file: Path, text: bytes) -> Any:
