@@ -216,6 +216,7 @@ Patterns = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 class StudentConfig(ConfigModel):
     """The timm network that is trained, a ViT for most losses; what is None is the model's own default.
 
+    `model` is a name of timm's, `FILE.py:FUNCTION` or `MODULE:FUNCTION`, whose code is run, or `torchvision/NAME`.
     `shifted_patches` sees each patch with four shifts of its image, which no bare timm model does.
     `pretrained` takes timm's weights, `weights` a file (safetensors or .pth, also a student's), `weights_key` one of
     several dictionaries of weights in it, by default the one that timm takes. `init` says which parameters are taken

@@ -401,8 +401,8 @@ def test_torchvision_s_networks_need_no_name_again(place: Path, capsys: Any) -> 
     run(capsys, "train", "--recipe", "scratch", *model, *sizes, *epochs, *shards, "--out", "run")
     _photo(Path("photo.png"))
     assert "photo.png: class" in run(capsys, "predict", "run", "photo.png")
-    model = ("--set", "student.model=torchvision/resnet18", "--set", "student.embed_dim=8")
-    refused = run(capsys, "train", "--recipe", "scratch", *model, *sizes, *epochs, *shards, "--out", "r", fails=True)
+    other = ("--set", "student.model=torchvision/resnet18", "--set", "student.embed_dim=8")
+    refused = run(capsys, "train", "--recipe", "scratch", *other, *sizes, *epochs, *shards, "--out", "r", fails=True)
     assert "it does not take embed_dim\n  Leave them out: --set student.embed_dim=null" in refused
 
 
@@ -431,7 +431,7 @@ def test_multihead_attention_is_read_as_torch_computes_it(need_weights: bool) ->
             self.head = nn.Linear(12, 3)
 
         def tokens(self, x: torch.Tensor) -> torch.Tensor:
-            return self.patches(x).flatten(2).mT
+            return self.patches(x).flatten(2).mT  # type: ignore[no-any-return]
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             x = self.tokens(x)
