@@ -120,14 +120,51 @@ def choice(*names: str, values: Sequence[str], text: str) -> Callable[..., Any]:
     return click.option(*names, type=click.Choice(values), default=values[0], show_default=True, help=text)
 
 
-checkpoint = choice(
-    "--checkpoint",
-    values=["last", "best", "ema"],
-    text="Which student; `best` was chosen on the validation shards, `ema` is the average.",
+def _allowed(_ctx: click.Context, _param: click.Parameter, names: Words) -> None:
+    """Run the files that the command line names, so that their networks can be made."""
+    if names:
+        from precompute.taps import allow_network
+
+        for name in names:
+            allow_network(name)
+
+
+# Whose code may run: a store and a run only say which function made a network.
+network = option(
+    "--network",
+    "FILE.py:FUNCTION",
+    "The function, or MODULE:FUNCTION, that made a network which timm does not have; its code is run. May be repeated.",
+    multiple=True,
+    expose_value=False,
+    callback=_allowed,
+)
+checkpoint = together(
+    choice(
+        "--checkpoint",
+        values=["last", "best", "ema"],
+        text="Which student; `best` was chosen on the validation shards, `ema` is the average.",
+    ),
+    network,
 )
 device = option("--device", "D", "auto, cpu, cuda or cuda:N.", default="auto")
 copied_store = option(
     "--store", "DIR", "The store with the teacher of a student that copies attention, if it was moved."
+)
+
+
+# What a network that timm does not have may not say itself.
+OUTSIDE_TIMM = (
+    option(
+        "--prefix",
+        "ROLES",
+        "Tokens before the patches of a network that timm does not have: class, distillation, register with commas, or "
+        "none.  [default: its num_prefix_tokens]",
+    ),
+    option(
+        "--tap-module",
+        "NAMES",
+        "Modules of such a network whose outputs are its maps, with commas, such as layer3,layer4.",
+    ),
 )
 
 
@@ -145,10 +182,13 @@ TEACHER = (
         "Key of the weights in the file, such as state_dict, or the prefix of their names, such as base_encoder.  "
         "[default: as timm, EMA first]",
     ),
-    option("--teacher-arg", "K=V", "An argument of timm.create_model; may be repeated.", multiple=True),
+    option(
+        "--teacher-arg", "K=V", "An argument of timm.create_model, or your function; may be repeated.", multiple=True
+    ),
     option("--mean", "M", "Mean of the teacher's input: one number or three, with commas."),
     option("--std", "S", "Standard deviation of the teacher's input: one number or three, with commas."),
     option("--input-size", "N", "Side of the teacher's input.", type=int),
+    *OUTSIDE_TIMM,
 )
 
 
@@ -157,7 +197,8 @@ _PRECOMPUTE = (
         "--teacher",
         "NAME",
         "A teacher of the project file, a short name (effnet_b3, mobilenetv2, vit_tiny, …), a timm name, "
-        "hf-hub:USER/NAME, local-dir:FOLDER or a ready model.onnx; without it, all of the project file.",
+        "hf-hub:USER/NAME, local-dir:FOLDER, torchvision/NAME, a ready model.onnx, or a function that gives a network "
+        "of your own, FILE.py:FUNCTION or MODULE:FUNCTION; without it, all of the project file.",
     ),
     shards("--shards", help="The shards."),
     store,
@@ -213,7 +254,10 @@ _SAID = {
     **{name: name for name in ("shards", "store", "provider", "workers", "dask", "worker_timeout")},
 }
 # What is said about one teacher, and never of several at once.
-_OF_ONE = ("target", "tap_tensor", "weights", "weights_key", "teacher_arg", "mean", "std", "input_size", "teacher_name")
+_OF_ONE = (
+    *("target", "tap_tensor", "weights", "weights_key", "teacher_arg", "mean", "std", "input_size", "teacher_name"),
+    *("prefix", "tap_module"),
+)
 # Where a file of weights may come from that is not there.
 _ADVICE = "`pipeline fit-teacher --teacher NAME --out FILE` makes one from a teacher whose features are stored"
 
@@ -296,6 +340,8 @@ def _request(
     mean: str | None,
     std: str | None,
     input_size: int | None,
+    prefix: str | None,
+    tap_module: str | None,
     teacher_name: str | None,
     worker_timeout: int | None,
     **passed: Any,
@@ -322,6 +368,8 @@ def _request(
         mean=mean,
         std=std,
         input_size=input_size,
+        prefix=prefix,
+        tap_module=tap_module,
     )
     model, tensors = name, onnx_file.named_outputs(tap_tensor)
     if entry is not None:
@@ -363,10 +411,14 @@ def teacher_settings(
     mean: str | None,
     std: str | None,
     input_size: int | None,
+    prefix: str | None,
+    tap_module: str | None,
 ) -> dict[str, Any]:
     """What the flags `TEACHER` say, as arguments of `find_teacher`; what they do not say, a project's entry does."""
     arguments, means, stds = _arguments(teacher_arg), _numbers(mean, "--mean"), _numbers(std, "--std")
+    roles, modules = roles_in(prefix), words_in(tap_module)
     if entry is not None:
+        roles, modules = roles_in(entry.prefix) if roles is None else roles, modules or entry.tap_modules
         weights_key = weights_key or (None if weights else entry.weights_key)
         weights, input_size = weights or entry.weights, input_size or entry.input_size
         arguments, means, stds = {**entry.args, **arguments}, means or entry.mean, stds or entry.std
@@ -377,6 +429,8 @@ def teacher_settings(
         "input_size": input_size,
         "mean": means,
         "std": stds,
+        "prefix": roles,
+        "tap_modules": modules,
     }
 
 
@@ -390,6 +444,17 @@ def _arguments(pairs: Words) -> dict[str, Any]:
             raise UserError(f"--teacher-arg {pair}: expected name=value")
         arguments[name] = number_in(value_in(text, f"--teacher-arg {pair}"))
     return arguments
+
+
+def roles_in(text: str | None) -> Words | None:
+    """What `--prefix` says; None where it is not given."""
+    words = None if text is None else words_in(text)
+    return () if words == ("none",) else words
+
+
+def words_in(text: str | None) -> Words:
+    """Words that are separated by commas."""
+    return tuple(word.strip() for word in (text or "").split(",") if word.strip())
 
 
 def _numbers(text: str | None, flag: str) -> tuple[float, ...] | None:

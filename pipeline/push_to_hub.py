@@ -11,6 +11,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from storage.errors import UserError, first_line
+from storage.objects.network_names import outside_timm
 from student import run_dir
 from student.models.card import hub_card
 from student.models.files import load_student
@@ -63,6 +64,7 @@ def _config_and_card(path: Path, repository: str) -> tuple[bytes, bytes]:
     _, about = load_student(path)
     if not about.plain_timm:
         why = "its patches are shifted" if about.shifted_patches else "it attends with its teacher's attention"
+        why = "its network is not timm's" if outside_timm(about.model) else why
         raise UserError(
             f"{path}: timm alone cannot build this student ({why}), so `hf-hub:{repository}` would not load it",
             hint="Share the run's folder: its card says how the student is loaded.",

@@ -13,10 +13,20 @@ from torch import nn
 from precompute.export.pytorch import read_taps, require_size
 from precompute.record_targets import require_kind, usual_at
 from precompute.results import GraphInput, GraphOffers, TapOffer, TeacherOffers
-from precompute.taps import ATTENTION, TAPS, Tap, TappedTeacher, attention_layers, create_timm_model, takes_image_size
+from precompute.taps import (
+    ATTENTION,
+    TAPS,
+    Tap,
+    TappedTeacher,
+    adapt,
+    attention_layers,
+    create_timm_model,
+    takes_image_size,
+)
 from precompute.teachers.onnx_file import _sizes, prefix_of, read_graph
-from precompute.teachers.teacher import about_weights, anatomy, resolve
+from precompute.teachers.teacher import about_weights, anatomy, require_outside, require_said, resolve
 from storage.errors import UserError
+from storage.objects.network_names import outside_timm
 from storage.objects.state_dict import ONNX_FILE
 from storage.store.codecs import Codec
 
@@ -26,25 +36,38 @@ if TYPE_CHECKING:
     from storage.store.manifests import Anatomy
 
 
-def offers_of(name: str, input_size: int | None = None, grid: int = 14) -> TeacherOffers:
+def offers_of(
+    name: str,
+    input_size: int | None = None,
+    grid: int = 14,
+    *,
+    prefix: Sequence[str] | None = None,
+    tap_modules: Sequence[str] = (),
+) -> TeacherOffers:
     """What a teacher, by its short name or any timm name, can give, and what each tap would take.
 
     Args:
         name: a short name or any timm name.
         input_size: of its square input; by default that of its weights.
         grid: side of a CNN's activation maps.
+        prefix: of a network outside timm, as in `find_teacher`.
+        tap_modules: likewise.
 
     Raises:
         UserError: an unknown name, or a size that the network does not take.
     """
-    model, size, network = bare(name, input_size)
+    model, size, network = bare(name, input_size, prefix=prefix, tap_modules=tap_modules)
     require_size(network, size, f"{name}: {model}")
     about, parts = about_weights(model, name), anatomy(network, size)
     taps, refused = {}, {}
     for tap, info in TAPS.items():
         try:
             shape = _shape(
-                network, parts, Tap(tap, grid=grid if info.gridded else None, at=usual_at(parts)), size, name
+                network,
+                parts,
+                Tap(tap, grid=grid if info.gridded else None, at=usual_at(parts, tap_modules)),
+                size,
+                name,
             )
         except UserError as error:
             refused[tap] = error.message
@@ -60,28 +83,44 @@ def offers_of(name: str, input_size: int | None = None, grid: int = 14) -> Teach
         parameters=parts.parameters,
         network=parts.network,
         layers=parts.layers,
-        stages=parts.depth("activations", usual_at(parts)),
+        stages=parts.depth("activations", usual_at(parts, tap_modules)),
         taps=taps,
         refused=refused,
     )
 
 
-def bare(name: str, input_size: int | None = None, device: str = "meta") -> tuple[str, int, nn.Module]:
+def bare(
+    name: str,
+    input_size: int | None = None,
+    device: str = "meta",
+    *,
+    prefix: Sequence[str] | None = None,
+    tap_modules: Sequence[str] = (),
+) -> tuple[str, int, nn.Module]:
     """timm's name, input size and network of a teacher, without its weights.
 
     Args:
         name: a short name or any timm name.
         input_size: of its square input; by default that of its weights.
         device: where its parameters are; on `meta` they take no memory and no time.
+        prefix: of a network outside timm, as in `find_teacher`.
+        tap_modules: likewise.
 
     Raises:
         UserError: an unknown name, or a size that the network does not take.
     """
     model, own = resolve(name)
-    size = input_size or own or about_weights(model, name).size or 224
+    require_outside(model, prefix, tap_modules)
+    size = input_size or own or about_weights(model, name).size
+    outside = outside_timm(model)
+    if outside:
+        require_said(name, input_size=size)
+    size = size or 224
     arguments = {"img_size": size} if takes_image_size(model) else {}
-    with torch.device(device):
+    with torch.device("cpu" if outside else device):  # a user's function may do anything, such as read a file
         network = create_timm_model(model, arguments, owner=f"teacher {name}")
+    if outside:
+        adapt(network, size=size, owner=f"teacher {name}", prefix=prefix, tap_modules=tap_modules).to(device)
     return model, size, network.eval()
 
 

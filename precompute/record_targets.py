@@ -11,6 +11,7 @@ from precompute.teachers import onnx_file
 from precompute.teachers.teacher import anatomy, load_teacher
 from storage.errors import DamageError, UserError, call, setting
 from storage.memory import return_memory
+from storage.objects.network_names import outside_timm
 from storage.objects.state_dict import ONNX_FILE
 from storage.store.banks import bank_manifest
 from storage.store.codecs import Codec, CodecError, codecs_for
@@ -18,7 +19,7 @@ from storage.store.manifests import Anatomy, TargetIdentity, TargetManifest, Tea
 from storage.store.markers import FORMAT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     import numpy as np
     from torch import nn
@@ -82,6 +83,7 @@ def record_targets(
         else:
             loaded.append(load_teacher(teacher))
             parts = anatomy(loaded[0], teacher.input_size)
+            _require_readable(loaded[0], teacher, parts, request)
         manifest = store.add(teacher.manifest(parts))
 
     def network() -> nn.Module:
@@ -111,6 +113,20 @@ def record_targets(
     return by_graph
 
 
+def _require_readable(network: nn.Module, teacher: Teacher, parts: Anatomy, request: PrecomputeRequest) -> None:
+    """Say what a network outside timm has to be given besides, before anything is recorded of it."""
+    from precompute.taps import TAPS, attention_layers
+
+    if not outside_timm(teacher.model):
+        return
+    if parts.network != "vit" and any(TAPS[spec.tap].vit for spec in request.targets):
+        attention_layers(network, teacher.input_size)  # raises with the reason
+    for spec in request.targets:
+        at = spec.at or usual_at(parts, teacher.tap_modules)
+        read_nowhere = spec.tap == "activations" and at == "stage" and not parts.stages
+        require_kind(teacher.name, parts.model_copy(update={"layers": 0}) if read_nowhere else parts, spec.tap, at)
+
+
 def _known(store: Store, ids: Iterable[str]) -> dict[str, TargetManifest]:
     """Id -> manifest of those that are recorded. Others are not looked at: somebody may just be adding them."""
     return {id: store.target(id) for id in ids if "manifest.json" in store.objects.names(f"targets/{id}")}
@@ -135,7 +151,7 @@ def target_identity(
     from precompute.taps.target_spec import layer_numbers
 
     info = TAPS[spec.tap]
-    at = spec.at or usual_at(manifest)
+    at = spec.at or usual_at(manifest, teacher.tap_modules)
     if manifest.network != ONNX_FILE:
         require_kind(manifest.id, manifest, spec.tap, at)
     elif not spec.tensors:
@@ -156,9 +172,12 @@ def target_identity(
     return identity.model_copy(update=more | ({"tensors": spec.tensors} if spec.tensors else {}))
 
 
-def usual_at(anatomy: Anatomy) -> At:
-    """Where activations are read when nothing is said: as AAL reads them, of networks in which that is defined."""
-    return "norm" if anatomy.network in ("cnn", ONNX_FILE) else "stage"
+def usual_at(anatomy: Anatomy, tap_modules: Sequence[str] = ()) -> At:
+    """Where activations are read when nothing is said: as AAL reads them, of networks in which that is defined.
+
+    Where modules are named that give the maps, of these.
+    """
+    return "norm" if not tap_modules and anatomy.network in ("cnn", ONNX_FILE) else "stage"
 
 
 def require_kind(name: str, anatomy: Anatomy, tap: str, at: At) -> None:
@@ -176,7 +195,10 @@ def require_kind(name: str, anatomy: Anatomy, tap: str, at: At) -> None:
         message = f"teacher {name}: at={at} needs a CNN with stages of blocks; at=stage reads maps of any network"
         raise UserError(message, hint=hint)
     if tap == "activations" and not anatomy.depth(tap, at):
-        raise UserError(f"teacher {name}: timm's forward_intermediates gives no square maps of it", hint=hint)
+        hint = (
+            f"Of a network that timm does not have, name the modules that give them: {setting('tap_module', 'NAMES')}"
+        )
+        raise UserError(f"teacher {name}: forward_intermediates gives no square maps of it", hint=hint)
 
 
 def target_id(teacher: Teacher, identity: TargetIdentity) -> str:

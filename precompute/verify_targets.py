@@ -15,6 +15,7 @@ import numpy as np
 from precompute.engine.session import open_session
 from precompute.teachers.teacher import Teacher, untrained_digest
 from storage.errors import IdentityError, setting
+from storage.objects.network_names import BUILT, bare, is_recorded
 from storage.objects.state_dict import HUB
 from storage.objects.weights_file import WeightsFile, is_random
 from storage.store.banks import bank_policy
@@ -66,7 +67,9 @@ class LiveTargets:
             self.files |= dict.fromkeys(names, file)
         for name in sorted(self.teachers.keys() - self.files.keys()):
             path = self.teachers[name].weights
-            if is_random(path):
+            if not _at_hand(self.teachers[name]):
+                now = ""
+            elif is_random(path) or path == BUILT:
                 now = untrained_digest(teacher_of(name, self.teachers[name], path))
             else:
                 now = WeightsFile(path).digest if Path(path).expanduser().is_file() else ""
@@ -109,7 +112,7 @@ class LiveTargets:
             if all(manifest.graph is None for manifest in targets.values()):
                 self.report.compared_with[name] = "view images rendered again"
                 self._values[name, bank] = lambda images: dict.fromkeys(targets, images)
-            elif name in self.files:
+            elif name in self.files and _at_hand(self.teachers[name]):
                 self._values[name, bank] = self._live(name, bank, targets)
             else:
                 self._values[name, bank] = self._graphs(name, targets)
@@ -124,7 +127,8 @@ class LiveTargets:
         distinct = list(dict.fromkeys(taps.values()))
         reference = "file run by itself" if teacher.ready else "PyTorch teacher"
         run = _reference(teacher, distinct, bank_policy(self.store, bank).size)
-        self.report.compared_with[name] = f"{reference} ({self.files[name]})"
+        built = f"{bare(teacher.model)} " if self.files[name] == BUILT else ""
+        self.report.compared_with[name] = f"{reference} ({built}{self.files[name]})"
 
         def values(images: np.ndarray) -> dict[str, np.ndarray]:
             parts = [run(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
@@ -138,7 +142,13 @@ class LiveTargets:
         sessions = {digest: open_session(self.store.graph(name, digest)) for digest, _ in made_by.values()}
         weights = self.teachers[name].weights
         reason = f"{weights} not found: {setting('weights', 'F')}"
-        if weights == HUB or is_random(weights):
+        model = self.teachers[name].identity.model
+        if not _at_hand(self.teachers[name]):
+            reason = f"its network is the code of {bare(model)}, which runs only if you name it: "
+            reason += setting("network", bare(model))
+        elif weights == BUILT:
+            reason = f"{bare(model)} now builds other weights"
+        elif weights == HUB or is_random(weights):
             reason = "its weights came from the timm hub" if weights == HUB else f"{weights} now gives other weights"
         self.report.compared_with[name] = f"stored graph ({reason})"
 
@@ -191,6 +201,16 @@ def differences(codec: Codec, arrays: dict[str, np.ndarray], live: np.ndarray) -
     return largest_of_each
 
 
+def _at_hand(manifest: TeacherManifest) -> bool:
+    """Whether a teacher's network can be made without code that a store names and the user does not."""
+    model = manifest.identity.model
+    if not is_recorded(model):
+        return True
+    from precompute.taps import given
+
+    return given(model) is not None
+
+
 def teacher_of(name: str, manifest: TeacherManifest, weights: str) -> Teacher:
     """A recorded teacher with a file of its weights."""
     about = manifest.identity
@@ -198,10 +218,12 @@ def teacher_of(name: str, manifest: TeacherManifest, weights: str) -> Teacher:
         name=name,
         model=about.model,
         arguments=about.arguments,
-        weights=weights,
+        weights=None if weights == BUILT else weights,
         digest=about.weights_sha256,
         input_size=about.input_size,
         mean=about.mean,
         std=about.std,
         weights_key=about.weights_key,
+        prefix=about.prefix,
+        tap_modules=about.tap_modules,
     )

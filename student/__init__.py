@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from student.evaluation.accuracy import Score, evaluate
     from student.models.build import build_student
     from student.models.files import StudentDescription, load_student, save_student
+    from student.models.outside_timm import allow_network
     from student.recipe.schema import Recipe
     from student.settings import StudentConfig
     from student.training.setup import TrainConfig
@@ -25,6 +26,7 @@ else:
             "student.evaluation.accuracy": ["Score", "evaluate"],
             "student.models.build": ["build_student"],
             "student.models.files": ["StudentDescription", "load_student", "save_student"],
+            "student.models.outside_timm": ["allow_network"],
             "student.recipe.schema": ["Recipe"],
             "student.settings": ["StudentConfig"],
             "student.training.setup": ["TrainConfig"],
@@ -40,6 +42,7 @@ __all__ = [
     "StudentConfig",
     "StudentDescription",
     "TrainConfig",
+    "allow_network",
     "build_student",
     "evaluate",
     "load_student",

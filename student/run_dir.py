@@ -3,7 +3,8 @@
 A run leaves `args.yaml` (the whole recipe), `run.json` (what it was trained with), `log.jsonl` (a line a stretch of
 steps and a line an epoch), `checkpoint.pt`, `last`, `best` and `ema.safetensors` (timm state dicts),
 `losses.safetensors` (links and the like), `tensorboard/`, `result.json`, the model card `README.md`, and for timm
-`config.json` and `model.safetensors`, a link to `last.safetensors`. A smoke run leaves `SMOKE` beside them.
+`config.json` and `model.safetensors`, a link to `last.safetensors`. Of a student whose network is one's own there is
+`network.py`, a copy of its file, in place of the last two. A smoke run leaves `SMOKE` beside them.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ if TYPE_CHECKING:
 
 CHECKPOINT, RESULT, LOG, SMOKE, CARD = "checkpoint.pt", "result.json", "log.jsonl", "SMOKE", "README.md"
 ABOUT, LOSSES = "run.json", "losses.safetensors"
+NETWORK = "network.py"  # the file of a student's function; nothing runs it
 CONFIG, WEIGHTS = "config.json", "model.safetensors"  # by timm's names
 LAST, BEST, EMA = "last.safetensors", "best.safetensors", "ema.safetensors"
 _BOARD = "tensorboard"
-_FILES = (ABOUT, LOG, CHECKPOINT, LAST, BEST, EMA, LOSSES, _BOARD, RESULT, CARD, CONFIG, WEIGHTS)
+_FILES = (ABOUT, LOG, CHECKPOINT, LAST, BEST, EMA, LOSSES, _BOARD, RESULT, CARD, CONFIG, WEIGHTS, NETWORK)
 # What a kill leaves of them counts as nothing. The marks are last: until they go, the folder is a run's.
 _LEFT = (*(temporary_path(Path(name)).name for name in _FILES), *_FILES, "args.yaml", SMOKE)
 

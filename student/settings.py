@@ -226,12 +226,17 @@ Arguments = Annotated[dict[str, JsonValue], BeforeValidator(_arguments)]
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 
 
+# Settings of a student that are arguments of the network, beside its drop rates.
+SIZES = {"img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "global_pool"}
+
+
 class StudentConfig(ConfigModel):
     """The timm network that is trained, a ViT where losses read attention; what is None is the model's own default.
 
-    `like` stands in place of `model`: a teacher of the store, a short name or a timm name, whose architecture is taken
-    with other sizes. `args` are further arguments of the network's constructor in timm. There `pos_embed: sincos` is
-    MAE's table of sines and cosines, which is not trained.
+    `model` is a name of timm's, `FILE.py:FUNCTION` or `MODULE:FUNCTION`, whose code is run, or `torchvision/NAME`.
+    `like` stands in its place: a teacher of the store, a short name or a timm name, whose architecture is taken with
+    other sizes. `args` are further arguments of the network's constructor in timm, or of the function. There
+    `pos_embed: sincos` is MAE's table of sines and cosines, which is not trained.
     `shifted_patches` sees each patch with four shifts of its image, which no bare timm model does.
     `pretrained` takes timm's weights, `weights` a file (safetensors or .pth, also a student's), `weights_key` one of
     several dictionaries of weights in it, by default the one that timm takes. `init` says which parameters are taken
@@ -280,6 +285,12 @@ class StudentConfig(ConfigModel):
                 own = setting(f"student.{name}", self.args[name])
                 raise ValueError(f"args.{name}: this has a setting of its own: {own}")
         return self
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The settings that are arguments of the network, as far as they are given."""
+        rates = {"drop_path_rate", "drop_rate", "proj_drop_rate", "attn_drop_rate"}
+        return self.model_dump(include=SIZES | rates, exclude_none=True)
 
     @model_validator(mode="after")
     def _one_source(self) -> StudentConfig:

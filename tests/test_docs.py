@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -186,3 +187,35 @@ def test_the_program_of_the_library_page_runs(tmp_path: Path) -> None:
     sections = re.findall(r"# --8<-- \[start:(\w+)\]", program)
     shown = re.findall(r'--8<-- "docs/library.py:(\w+)"', (ROOT / "docs" / "library.md").read_text())
     assert sections == shown, "the page shows all of it, in order"
+
+
+def test_the_page_on_networks_of_one_s_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Teacher and student from two files: attention and maps, then export, prediction, and torchvision's ResNet."""
+    import numpy as np
+    import torch
+
+    from storage.testing import synthetic_image
+
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "own-networks.md").read_text()
+    for name, text in re.findall(r'```\w+ title="([\w.]+)"\n(.*?)```', page, re.DOTALL):
+        Path(name).write_text(text)
+    synthetic_shards(".", 1, 64, stem="train")
+    synthetic_shards(".", 1, 32, stem="val", seed=1)
+    synthetic_image(1, np.random.default_rng(0)).save("photo.png")
+    scope: dict[str, Any] = {}
+    exec(Path("my_teacher.py").read_text(), scope)
+    torch.manual_seed(0)
+    torch.save(scope["build"]().state_dict(), "my_teacher.pth")
+    commands = [
+        shlex.split(line)[1:]
+        for block in re.findall(r"```\n(pipeline .*?)```", page, re.DOTALL)
+        for line in block.replace("\\\n", "").splitlines()
+    ]
+    assert [words[0] for words in commands] == ["precompute", "train", "train", "predict", "export"]
+    for words in commands:
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 0, words
+    assert Path("run/network.py").read_text() == Path("my_student.py").read_text()
+    assert Path("run/student.onnx").is_file()

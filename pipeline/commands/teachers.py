@@ -5,19 +5,29 @@ from __future__ import annotations
 import click
 
 from pipeline.console import show
-from pipeline.options import common
+from pipeline.options import OUTSIDE_TIMM, common, roles_in, together, words_in
 
 
 @click.command()
 @click.argument("names", nargs=-1, metavar="[NAME…]")
 @click.option("--input-size", type=click.IntRange(8, 4096), metavar="N", help="Side of the teacher's input.")
 @click.option("--grid", type=click.IntRange(1), help="Grid of the activation maps.  [default: 14]")
+@together(*OUTSIDE_TIMM)
 @common
-def teachers(names: tuple[str, ...], input_size: int | None, grid: int | None, as_json: bool) -> None:
+def teachers(
+    *,
+    names: tuple[str, ...],
+    input_size: int | None,
+    grid: int | None,
+    prefix: str | None,
+    tap_module: str | None,
+    as_json: bool,
+) -> None:
     """List teachers by short name, or show the targets of some.
 
-    NAME can also be any timm name, hf-hub:USER/NAME, local-dir:FOLDER or a model.onnx; several names give one table, in
-    Markdown. The sizes of the targets are shown, too. No weights are downloaded: sizes depend on the network only.
+    NAME can also be any timm name, hf-hub:USER/NAME, local-dir:FOLDER, torchvision/NAME, a model.onnx, or a function
+    that gives a network of your own: FILE.py:FUNCTION or MODULE:FUNCTION. Several names give one table, in Markdown.
+    The sizes of the targets are shown, too. No weights are downloaded: sizes depend on the network only.
 
     \b
     pipeline teachers
@@ -49,7 +59,10 @@ def teachers(names: tuple[str, ...], input_size: int | None, grid: int | None, a
         graph = capabilities.onnx_offers_of(graphs[0])
         show(graph, teacher.graph_lines(graph), as_json)
         return
-    offers = [capabilities.offers_of(name, input_size, grid or 14) for name in names]
+    offers = [
+        capabilities.offers_of(name, input_size, grid or 14, prefix=roles_in(prefix), tap_modules=words_in(tap_module))
+        for name in names
+    ]
     if len(offers) == 1:
         show(offers[0], teacher.lines(offers[0]), as_json)
     else:

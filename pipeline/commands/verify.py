@@ -7,7 +7,7 @@ from dataclasses import asdict
 import click
 
 from pipeline.console import Console, show
-from pipeline.options import Words, common, option, shards, store
+from pipeline.options import Words, common, network, option, shards, store
 from pipeline.project.context import reads
 from storage.errors import UserError
 
@@ -20,13 +20,15 @@ SHOWN = 10  # files of a list that are named; --json names all
 @option("--samples", None, "Samples to check, evenly spaced.", type=click.IntRange(1), default=64)
 @click.option("--full", is_flag=True, help="Check all samples.")
 @click.option("--weights", multiple=True, metavar="F", help="A teacher's weights, if they were moved; may be repeated.")
+@network
 @reads(store="store", shards="shards")
 @common
 def verify(*, store: str, shards: Words, samples: int, full: bool, weights: Words, as_json: bool) -> None:
     """Check every byte of a store, its pixels and targets.
 
     With --shards, views are rendered again and compared, and targets are compared with the live PyTorch teacher if its
-    weights are available, else with the stored graph. The exit status is 1 if anything is wrong. Changes nothing.
+    weights are available, else with the stored graph; the code of a network that timm does not have runs only with
+    --network. The exit status is 1 if anything is wrong. Changes nothing.
 
     \b
     pipeline verify --store S --shards 'train-{000000..000009}.tar'

@@ -14,6 +14,7 @@ from precompute.taps import Tap
 from precompute.teachers.onnx_file import is_onnx_file
 from precompute.teachers.teacher import Teacher, find_teacher
 from storage.errors import DamageError, IdentityError, UserError, call, setting
+from storage.objects.network_names import BUILT
 from storage.objects.state_dict import HUB, ONNX_FILE
 from storage.shards.classes import classes_of
 from storage.store.banks import policy_of
@@ -181,10 +182,13 @@ def _find(query: TeacherQuery, recorded: TeacherManifest | None, store: Store | 
         model = recorded.weights if identity.model == ONNX_FILE else identity.model
         settings["arguments"] = {**identity.arguments, **settings["arguments"]}
         if settings["weights"] is None:
-            settings["weights"] = None if recorded.weights == HUB or is_onnx_file(model) else recorded.weights
+            without_file = recorded.weights in (HUB, BUILT) or is_onnx_file(model)
+            settings["weights"] = None if without_file else recorded.weights
             settings["weights_key"] = settings["weights_key"] or identity.weights_key
         for name in ("input_size", "mean", "std"):
             settings[name] = settings[name] or getattr(identity, name)
+        settings["prefix"] = identity.prefix if settings["prefix"] is None else settings["prefix"]
+        settings["tap_modules"] = settings["tap_modules"] or identity.tap_modules
     try:
         teacher = find_teacher(model, **settings, say=Console().say)
     except UserError as error:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 from pipeline.yaml_io import number_in
 from precompute.teachers.onnx_file import is_onnx_file
 from storage.errors import UserError
+from storage.objects.network_names import is_own
 from storage.objects.urls import is_remote, separate
 from storage.objects.weights_file import is_random
 from student.recipe.schema import Recipe
@@ -68,6 +69,8 @@ class TeacherEntry(_Section):
     mean: Numbers | None = None
     std: Numbers | None = None
     input_size: int | None = Field(None, ge=1)
+    prefix: str | None = None
+    tap_modules: Words = ()
     targets: Words = ()
     tap_tensors: dict[str, Words] = {}
 
@@ -169,17 +172,26 @@ def _from_here(settings: ProjectSettings, folder: Path) -> ProjectSettings:
         is_file = name and not is_random(name)
         return str(Path(located(str(name), folder)).expanduser().absolute()) if is_file else name
 
+    def own(name: str) -> str:  # a function of the user's file
+        return located(name, folder) if is_own(name) and ".py:" in name else name
+
     def files(entry: TeacherEntry) -> TeacherEntry:
         teacher = entry.teacher
         if teacher and is_onnx_file(teacher):
             teacher = weights(teacher)
         elif teacher and teacher.startswith(_LOCAL):
             teacher = f"{_LOCAL}{weights(teacher.removeprefix(_LOCAL))}"
+        elif teacher:
+            teacher = own(teacher)
         return entry.model_copy(update={"weights": weights(entry.weights), "teacher": teacher})
 
     student, overrides = settings.student, {name: number_in(value) for name, value in settings.set.items()}
     if student and student.weights:
         student = student.model_copy(update={"weights": weights(student.weights)})
+    if student and "model" in student.model_fields_set:
+        student = student.model_copy(update={"model": own(student.model)})
+    if isinstance(name := settings.set.get("student.model"), str):
+        overrides["student.model"] = own(name)
     if isinstance(path := settings.set.get("student.weights"), str):
         overrides["student.weights"] = weights(path)
     return settings.model_copy(

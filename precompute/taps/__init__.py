@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from precompute.taps.activations import POSITIONS, At, cnn_stages, resize_matrix, stage_maps
+from precompute.taps.adapt import adapt
 from precompute.taps.attention import Attention, AttentionLayer, AttentionTaps, full
-from precompute.taps.attention_layers import AttentionLayers, attention_layers, prefix_roles
+from precompute.taps.attention_layers import AttentionLayers, attention_layers
 from precompute.taps.check_attention import check_attention
+from precompute.taps.own_network import allow_network, config_of_own, given, not_given, takes, torchvision_config
 from precompute.taps.probe import image_size, run_blank
 from precompute.taps.registry import ATTENTION, TAPS, Tap, TapInfo, check_tap
 from precompute.taps.tapped_model import TappedTeacher
@@ -18,7 +20,7 @@ from precompute.taps.timm_import import (
     takes_image_size,
     untrained,
 )
-from precompute.taps.tokens import token_blocks
+from precompute.taps.tokens import prefix_roles, token_blocks
 
 __all__ = [
     "ATTENTION",
@@ -33,21 +35,28 @@ __all__ = [
     "Tap",
     "TapInfo",
     "TappedTeacher",
+    "adapt",
+    "allow_network",
     "attention_layers",
     "check_attention",
     "check_tap",
     "cnn_stages",
     "config_of",
+    "config_of_own",
     "constructor_arguments",
     "create_timm_model",
     "full",
+    "given",
     "image_size",
     "is_elsewhere",
+    "not_given",
     "prefix_roles",
     "resize_matrix",
     "run_blank",
     "stage_maps",
+    "takes",
     "takes_image_size",
     "token_blocks",
+    "torchvision_config",
     "untrained",
 ]

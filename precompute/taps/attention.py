@@ -157,6 +157,8 @@ class AttentionTaps(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._attend(*args, **kwargs)
+        if func is F.multi_head_attention_forward and _is_plain(*args, **kwargs):
+            return self._attend_packed(*args, **kwargs)
         output = func(*args, **kwargs)
         if func in _SOFTMAX:
             call, self._next = self._next, self._next + 1
@@ -197,6 +199,41 @@ class AttentionTaps(TorchFunctionMode):
         output = self._meet_values(call, v, output)
         return output if query.ndim == 4 else output.reshape(*query.shape[:-1], value.shape[-1])
 
+    def _attend_packed(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        _width: int,
+        heads: int,
+        in_weight: Tensor,
+        in_bias: Tensor | None,
+        _bias_k: None,
+        _bias_v: None,
+        _zero: bool,
+        dropout_p: float,
+        out_weight: Tensor,
+        out_bias: Tensor | None,
+        *,
+        training: bool = True,
+        need_weights: bool = True,
+        average_attn_weights: bool = True,
+        **_nothing: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `nn.MultiheadAttention` computes, of tokens `[N, B, D]`, by the kernel that is read."""
+        weights = in_weight.chunk(3)
+        biases = [None] * 3 if in_bias is None else in_bias.chunk(3)
+        q, k, v = (
+            F.linear(tokens, weight, bias).reshape(*tokens.shape[:2], heads, -1).permute(1, 2, 0, 3)
+            for tokens, weight, bias in zip((query, key, value), weights, biases, strict=True)
+        )
+        output = self._attend(q, k, v, dropout_p=dropout_p if training else 0.0)
+        output = F.linear(output.permute(2, 0, 1, 3).flatten(2), out_weight, out_bias)
+        if not need_weights:
+            return output, None
+        rows = Attention(q=q, k=k, scale=q.shape[-1] ** -0.5).rows()
+        return output, rows.mean(1) if average_attn_weights else rows
+
     def _keep(self, call: int, attention: Attention, _rows: Tensor | None) -> None:
         """Called for each attention call, with its rows where the kernel is not fused; keeps those of chosen layers."""
         if (heads := self._heads.get(call)) is not None:
@@ -207,6 +244,13 @@ class AttentionTaps(TorchFunctionMode):
         if call in self._kept:
             self._kept[call] = replace(self._kept[call], v=values).with_heads(self._heads[call])
         return output
+
+
+def _is_plain(*args: Any, **kwargs: Any) -> bool:
+    """Whether `nn.MultiheadAttention` attends without masks, extra tokens and weights of unlike widths."""
+    masks = [kwargs.get(name) for name in ("key_padding_mask", "attn_mask", "static_k", "static_v")]
+    split = kwargs.get("use_separate_proj_weight") or kwargs.get("is_causal")
+    return args[0].ndim == 3 and not split and not args[9] and all(part is None for part in (*args[7:9], *masks))
 
 
 def _four(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from precompute.taps.activations import stage_maps
 from precompute.taps.attention import Attention, AttentionLayer, AttentionTaps, tensors_of
 from precompute.taps.probe import IMAGES, once_per_network, run_blank
+from precompute.taps.tokens import prefix_roles, unknown_prefix, wrong_prefix
 from storage.errors import UserError
 
 
@@ -52,9 +53,12 @@ def attention_layers(model: nn.Module, size: int, *, pooled: bool = False) -> At
         UserError: there are none, with the reason.
     """
     prefix, seen = prefix_roles(model), _Calls()
-    sides = {side for _, side in stage_maps(model, size)}
+    named = hasattr(model, "own_maps")  # maps of modules that the user names say nothing of how it attends
+    sides = set() if named else {side for _, side in stage_maps(model, size)}
     with seen:
         run_blank(model, size)
+    if seen.calls and getattr(model, "own_prefix", ()) is None:
+        raise unknown_prefix(f"{type(model).__name__}: it attends over tokens")
     calls = [layer for i, call in enumerate(seen.calls) if (layer := _layer(call, i))]
     over_all = [
         layer
@@ -72,6 +76,8 @@ def attention_layers(model: nn.Module, size: int, *, pooled: bool = False) -> At
     reason = "its attention is in windows, or not over patches"
     if not seen.calls:
         reason = "it calls no attention kernel, and multiplies no softmax with values"
+    elif getattr(model, "own_prefix", ()) and calls and not any(_side(n.tokens - len(prefix)) for n in calls):
+        raise UserError(wrong_prefix(type(model).__name__, max(layer.tokens for layer in calls), prefix))
     elif len(sides) > 1:
         reason = f"it pools its patches between layers ({', '.join(map(str, sorted(sides, reverse=True)))} a side)"
     raise UserError(f"{type(model).__name__}: it has no attention over all tokens of an image: {reason}")
@@ -121,15 +127,3 @@ def _side(patches: int) -> int:
     """The side of a square grid of so many patches; 0 where there is none."""
     side = math.isqrt(max(0, patches))
     return side if side**2 == patches else 0
-
-
-def prefix_roles(model: nn.Module) -> tuple[str, ...]:
-    """The role of each prefix token: `class`, `distillation` or `register`, in the order of the sequence."""
-    class_token = getattr(model, "cls_token", None)
-    count = getattr(model, "num_prefix_tokens", None)
-    if count is None:  # PiT has both tokens in one parameter
-        count = class_token.shape[1] if isinstance(class_token, Tensor) and class_token.ndim == 3 else 0
-        return ("class", "distillation")[:count]
-    roles = ["class"] if class_token is not None else []
-    roles += ["distillation"] if getattr(model, "dist_token", None) is not None else []
-    return (*roles, *["register"] * (int(count) - len(roles)))

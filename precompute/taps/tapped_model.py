@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from precompute.taps.activations import At, cnn_stages, resize_matrix, stage_maps
 from precompute.taps.attention import AttentionLayer, AttentionTaps
-from precompute.taps.attention_layers import AttentionLayers, attention_layers, prefix_roles
+from precompute.taps.attention_layers import AttentionLayers, attention_layers
 from precompute.taps.probe import run_blank
 from precompute.taps.registry import ATTENTION, Tap
-from precompute.taps.tokens import token_blocks
-from storage.errors import UserError
+from precompute.taps.tokens import prefix_roles, token_blocks
+from storage.errors import UserError, setting
 from storage.views.normalize import normalize
 
 
@@ -62,6 +62,11 @@ class TappedTeacher(nn.Module):
         self._attention_taps = AttentionTaps(self._chosen_layers() if self.attention else ())
         if "class_token" in names and "class" not in prefix_roles(model):
             raise UserError(f"{kind}: it has no class token")
+        if names & {"class_token", "tokens"} and hasattr(self.model, "own_head"):
+            hint = f"Give other targets, such as {setting('target', 'class_row')} or embedding."
+            raise UserError(
+                f"{kind}: without forward_features its tokens after the final norm are not known", hint=hint
+            )
         if "logits" in names and not getattr(model, "num_classes", 1):
             raise UserError(f"{kind}: it has no classifier, so it has no logits")
         for n in {n for tap in self.taps if tap.name == "tokens" for n in tap.layers or ()}:
@@ -78,8 +83,11 @@ class TappedTeacher(nn.Module):
         kind = type(self.model).__name__
         if at == "stage":
             if not (shapes := stage_maps(self.model, self.input_size)):
-                raise UserError(f"{kind}: timm's forward_intermediates gives no square maps of it")
-            return [_MapsOf(f"forward_intermediates.{i}", *shape) for i, shape in enumerate(shapes)]
+                own = hasattr(self.model, "own_prefix")
+                hint = f"Name the modules that give them: {setting('tap_module', 'NAMES')}" if own else ""
+                raise UserError(f"{kind}: forward_intermediates gives no square maps of it", hint=hint)
+            names = getattr(self.model, "own_maps", [f"forward_intermediates.{i}" for i in range(len(shapes))])
+            return [_MapsOf(name, *shape) for name, shape in zip(names, shapes, strict=True)]
         stages = cnn_stages(self.model, at)
         for n, (_, module) in enumerate(stages, 1):
             module.register_forward_hook(functools.partial(_keep_copy, self._kept, (at, n)))

@@ -11,7 +11,9 @@ import torch
 from timm.models import build_model_with_cfg
 from torch import nn
 
+from precompute.taps.own_network import build_network, takes
 from storage.errors import UserError, first_line
+from storage.objects.network_names import outside_timm
 from storage.objects.weights_file import random_seed
 
 # Arguments of `timm.create_model` that are not the network's: which weights it gets, and what is made in its place.
@@ -25,7 +27,7 @@ FACTORY_ARGUMENTS = {
 def create_timm_model(
     name: str, arguments: Mapping[str, Any], *, owner: str, hint: str = "", pretrained: bool = False
 ) -> nn.Module:
-    """`timm.create_model`, whose errors are UserErrors.
+    """`timm.create_model`, whose errors are UserErrors; or a network of one's own, or torchvision's (`outside_timm`).
 
     Args:
         name: of the network.
@@ -34,6 +36,8 @@ def create_timm_model(
         hint: what to do where the network cannot be made.
         pretrained: whether it gets the weights of the timm hub.
     """
+    if outside_timm(name):
+        return build_network(name, arguments, owner=owner, pretrained=pretrained)
     try:
         network: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
     except Exception as error:  # timm and the hub raise many kinds
@@ -87,5 +91,7 @@ def config_of(model: str) -> Mapping[str, Any] | None:
 
 def takes_image_size(model: str) -> bool:
     """Whether a timm model is made for one image size, so that `create_model` takes `img_size`."""
+    if outside_timm(model):
+        return takes(model, "img_size")
     config = config_of(model if is_elsewhere(model) else model.partition(".")[0])
     return config is not None and bool(config.get("fixed_input_size"))

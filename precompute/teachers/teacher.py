@@ -17,15 +17,18 @@ from storage.constants import SHORT_NAMES
 from storage.errors import UserError, call, did_you_mean, first_line, setting
 from storage.objects import json_record
 from storage.objects.checkpoint_file import EARLIER
+from storage.objects.network_names import BUILT, TORCHVISION, is_own, is_recorded, outside_timm
 from storage.objects.state_dict import HUB, ONNX_FILE, digest_of_state, load_weights
 from storage.objects.weights_file import WeightsFile, is_random, random_seed
 from storage.store.manifests import Anatomy, TeacherIdentity, TeacherManifest
 from storage.store.markers import FORMAT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import nn
+
+ROLES = ("class", "distillation", "register")  # of tokens before the patches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,15 +37,18 @@ class Teacher:
 
     Attributes:
         name: what the store calls it.
-        model: timm's name; `onnx` for a ready graph.
+        model: timm's name; `onnx` for a ready graph; of a network of one's own what `OwnNetwork.label` says.
         arguments: of `timm.create_model`.
-        weights: a file (a ready graph itself), `random:SEED`, or None for timm's hub.
-        digest: sha256 of the weights file; of all tensors for timm's hub and untrained weights.
+        weights: a file (a ready graph itself), `random:SEED`, or None for timm's hub, and those that a network of one's
+            own is built with.
+        digest: sha256 of the weights file; of all tensors where there is no file.
         input_size: side of the square input.
         mean: of the input, per channel.
         std: of the input, per channel.
         classes: names, where the file of weights has them.
         weights_key: of the dictionary that is taken of the file; None for the one that `EARLIER` finds.
+        prefix: roles of the tokens before the patches; None for what the network says.
+        tap_modules: whose outputs are the maps of a network outside timm.
     """
 
     name: str
@@ -55,10 +61,14 @@ class Teacher:
     std: tuple[float, float, float]
     classes: tuple[str, ...] | None = None
     weights_key: str | None = None
+    prefix: tuple[str, ...] | None = None
+    tap_modules: tuple[str, ...] = ()
 
     @property
     def identity(self) -> TeacherIdentity:
         """What makes two teachers the same teacher."""
+        said = {"weights_key": self.weights_key, "prefix": self.prefix, "tap_modules": self.tap_modules or None}
+        more: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
         return TeacherIdentity(
             model=self.model,
             arguments=self.arguments,
@@ -66,7 +76,7 @@ class Teacher:
             input_size=self.input_size,
             mean=self.mean,
             std=self.std,
-            **({} if self.weights_key is None else {"weights_key": self.weights_key}),
+            **more,
         )
 
     @property
@@ -86,7 +96,7 @@ class Teacher:
             kind="teacher",
             id=self.name,
             identity=self.identity,
-            weights=self.weights or HUB,
+            weights=self.weights or (BUILT if is_recorded(self.model) else HUB),
             classes=self.classes or None,
             **anatomy.plain(),
         )
@@ -102,22 +112,29 @@ def find_teacher(
     std: Sequence[float] | None = None,
     teacher_name: str | None = None,
     weights_key: str | None = None,
+    prefix: Sequence[str] | None = None,
+    tap_modules: Sequence[str] = (),
     say: Callable[[str], None] = lambda _line: None,
 ) -> Teacher:
     """The teacher of a name; what is not given comes from timm's record of the weights.
 
+    A network outside timm is `FILE.py:FUNCTION` or `MODULE:FUNCTION`, whose code is run, or `torchvision/NAME`.
+
     Args:
-        name: a short name, any timm name, `hf-hub:USER/NAME`, `local-dir:FOLDER`, or a file that ends in `.onnx`, a
-            ready graph.
+        name: a short name, any timm name, `hf-hub:USER/NAME`, `local-dir:FOLDER`, a file that ends in `.onnx`, a
+            ready graph, or a network outside timm.
         weights: a `.safetensors` or `.pth` file; `random:SEED` for the untrained weights of a seed; None for timm's
-            hub, which without a network is tried for most of a minute.
-        arguments: of `timm.create_model`; `num_classes=0` is added where a file has no classifier.
+            hub, which without a network is tried for most of a minute, and for those that a function builds.
+        arguments: of `timm.create_model`, or the function; `num_classes=0` is added where a file has no classifier.
         input_size: side of the square input.
         mean: of the input, one number or three.
         std: of the input, one number or three.
         teacher_name: what the store calls the teacher; None for its name.
         weights_key: which of several dictionaries of weights in the file is taken, or the first parts of the names
             that are taken; None for the one that timm takes.
+        prefix: of a network outside timm, the role of each token before the patches: class, distillation or register;
+            None for what its `num_prefix_tokens` says.
+        tap_modules: of a network outside timm, the modules whose outputs are its maps.
         say: called with human-readable lines: which weights are taken, what of their names was stripped or renamed.
 
     Raises:
@@ -132,11 +149,15 @@ def find_teacher(
                 raise UserError(message, setting=setting(option, value))
         return _find_ready(name, input_size, mean, std, _checked_name(Path(name).stem, teacher_name))
     model, size = resolve(name)
+    require_outside(model, prefix, tap_modules)
     given_all = name in SHORT_NAMES and mean is not None and std is not None
     if not given_all:
-        config = about_weights(model, name)
+        config = about_weights(model, name, arguments or {})
         size = size or config.size
         mean, std = mean or config.mean, std or config.std
+        if outside_timm(model):
+            side = size or input_size or (arguments or {}).get("img_size")
+            require_said(name, input_size=side, mean=mean, std=std)
     assert mean is not None
     assert std is not None
     teacher_name = _checked_name(name, teacher_name)
@@ -171,7 +192,11 @@ def find_teacher(
         mean=_three(mean, "mean"),
         std=_three(std, "std"),
         weights_key=weights_key,
+        prefix=None if prefix is None else tuple(prefix),
+        tap_modules=tuple(tap_modules),
     )
+    if is_recorded(model) and weights is None:
+        return replace(teacher, digest=_digest_as_built(teacher, say))
     if file:
         fitting = taken.fitting_arguments(lambda: _network(teacher), teacher.arguments, file, chosen, say)
         return replace(teacher, arguments=fitting, classes=file.classes)  # read with the tensors
@@ -183,14 +208,50 @@ def _digest_without_file(model: str, arguments: dict[str, Any], weights: str | N
     if weights is not None:
         say(f"untrained weights of {model}, seed {random_seed(weights)}")
         return ""
+    if is_recorded(model):
+        return ""
     if "num_classes" in arguments:
         raise UserError(
             "timm would give the hub's weights a new, random head",
             setting=setting("teacher_arg", "num_classes"),
             hint=f"Give a file of a network that was trained for these classes: {setting('weights', 'F')}",
         )
-    say(f"weights of {model}" if ":" in model else f"weights of {model} from timm's hub")
+    hub = "" if ":" in model else " from torchvision" if model.startswith(TORCHVISION) else " from timm's hub"
+    say(f"weights of {model}{hub}")
     return _digest_of_hub(model, arguments)
+
+
+def _digest_as_built(teacher: Teacher, say: Callable[[str], None]) -> str:
+    """The digest of the weights that a function gives its network, which must be the same each time."""
+    first, second = (digest_of_state(_network(teacher).state_dict()) for _ in range(2))
+    if first != second:
+        raise UserError(
+            f"teacher {teacher.name}: two calls of its function gave other weights, with the same seed of torch",
+            hint=f"Give a file of weights: {setting('weights', 'F')}; or let the function load them, or draw them by "
+            "torch's own generator.",
+        )
+    say(f"weights of {teacher.name} as its function builds them")
+    return first
+
+
+def require_outside(model: str, prefix: Sequence[str] | None, tap_modules: Sequence[str]) -> None:
+    """That what is said of networks outside timm makes sense, and of no other."""
+    for name, values in {"prefix": prefix, "tap_module": tap_modules}.items():
+        if values and not outside_timm(model):
+            why = f"it is for a network of one's own or torchvision's; {model} says it itself"
+            raise UserError(why, setting=setting(name, ",".join(values)))
+    if unknown := [role for role in prefix or () if role not in ROLES]:
+        message = f"no token has the role {unknown[0]!r}; expected {', '.join(ROLES)}, or none"
+        raise UserError(message, setting=setting("prefix", ",".join(prefix or ())))
+
+
+def require_said(name: str, **said: object) -> None:
+    """That the input of a network outside timm is known. Raises UserError with what is to be given."""
+    if missing := [setting(part, part[0].upper()) for part, value in said.items() if not value]:
+        raise UserError(
+            f"{name}: the network does not say how its images are fed: it has no pretrained_cfg with all of it",
+            hint=f"Give {' '.join(missing)}",
+        )
 
 
 def _find_ready(
@@ -226,6 +287,8 @@ def _find_ready(
 
 def _checked_name(name: str, teacher_name: str | None) -> str:
     """What the store calls a teacher: as was said, or after its name."""
+    if is_own(name):
+        name = re.split(r"[/\\.]", name.rpartition(":")[0].removesuffix(".py"))[-1]
     last = re.split(r"[/\\]", name.rstrip("/\\"))[-1] if ":" in name else name  # of hf-hub:USER/NAME
     teacher_name = teacher_name or re.sub(r"[^A-Za-z0-9_-]", "_", last)[:40]
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", teacher_name):
@@ -253,10 +316,17 @@ def _three(values: Sequence[float], name: str) -> tuple[float, float, float]:
 
 
 def resolve(name: str) -> tuple[str, int | None]:
-    """timm's name and the input size that goes with a short name; another name as it is, a folder's path absolute."""
+    """timm's name and the input size that goes with a short name; another name as it is, a folder's path absolute.
+
+    Of a function of one's own what is recorded of it; its file is run.
+    """
     source, _, folder = name.partition(":")
     if source == "local-dir" and folder:  # recorded in the store, so from anywhere
         return f"{source}:{Path(folder).expanduser().absolute()}", None
+    if is_own(name):
+        from precompute.taps import allow_network
+
+        return allow_network(name).label, None
     return SHORT_NAMES.get(name, (name, None))
 
 
@@ -268,12 +338,23 @@ class WeightsConfig(NamedTuple):
     std: tuple[float, ...]
 
 
-def about_weights(model: str, name: str) -> WeightsConfig:
-    """What timm records of the weights of a name. Raises UserError where timm has no such name."""
+def about_weights(model: str, name: str, arguments: Mapping[str, Any] | None = None) -> WeightsConfig:
+    """What timm records of the weights of a name. Raises UserError where timm has no such name.
+
+    Of a network outside timm what it says itself, made of these arguments; nothing where it says nothing.
+    """
     import timm
 
-    from precompute.taps import config_of, is_elsewhere
+    from precompute.taps import config_of, config_of_own, create_timm_model, is_elsewhere, torchvision_config
 
+    if outside_timm(model):
+        owner = f"teacher {name}"
+        if model.startswith(TORCHVISION):
+            about = torchvision_config(model, owner)
+        else:
+            about = config_of_own(create_timm_model(model, arguments or {}, owner=owner))
+        size = about.get("input_size")
+        return WeightsConfig(size[-1] if size else None, *(tuple(about.get(part) or ()) for part in ("mean", "std")))
     if not is_elsewhere(model) and not timm.is_model(model):
         close = difflib.get_close_matches(name, [*SHORT_NAMES, *timm.list_models()], cutoff=0.5)
         raise UserError(
@@ -307,7 +388,7 @@ def load_teacher(teacher: Teacher) -> nn.Module:
     Raises:
         UserError: arguments that the model does not take, weights that do not fit it or are not weights.
     """
-    model = _network(teacher)
+    model = adapted(_network(teacher), teacher)
     embed = getattr(model, "patch_embed", None)
     patch = getattr(embed, "patch_size", None)
     if isinstance(patch, tuple) and any(teacher.input_size % side for side in patch):
@@ -320,12 +401,29 @@ def load_teacher(teacher: Teacher) -> nn.Module:
     if is_random(teacher.weights):
         digest = digest_of_state(model.state_dict())
         taken.require_same_random(str(teacher.weights), digest, teacher.digest, f"teacher {teacher.name}")
+    elif is_recorded(teacher.model) and teacher.weights is None:
+        taken.require_same_built(digest_of_state(model.state_dict()), teacher.digest, f"teacher {teacher.name}")
     elif teacher.weights is not None:
         try:
             load_weights(model, WeightsFile(teacher.weights), teacher.weights_key, EARLIER)
         except UserError as error:
             raise UserError(f"teacher {teacher.name}: {error}") from None
     return model.eval().float().requires_grad_(False)
+
+
+def adapted(network: nn.Module, teacher: Teacher) -> nn.Module:
+    """A teacher's network with what timm's have; timm's own as it is."""
+    if not outside_timm(teacher.model):
+        return network
+    from precompute.taps import adapt
+
+    return adapt(
+        network,
+        size=teacher.input_size,
+        owner=f"teacher {teacher.name}",
+        prefix=teacher.prefix,
+        tap_modules=teacher.tap_modules,
+    )
 
 
 def _network(teacher: Teacher) -> nn.Module:
@@ -335,9 +433,10 @@ def _network(teacher: Teacher) -> nn.Module:
     arguments = dict(teacher.arguments)
     if takes_image_size(teacher.model):
         arguments.setdefault("img_size", teacher.input_size)
-    if is_random(teacher.weights):
+    built = is_recorded(teacher.model) and teacher.weights is None
+    if is_random(teacher.weights) or built:
         create = functools.partial(_create, teacher.model, arguments, pretrained=False)
-        return untrained(create, str(teacher.weights))
+        return untrained(create, "random:0" if built else str(teacher.weights))
     return _create(teacher.model, arguments, pretrained=teacher.weights is None)
 
 

@@ -79,3 +79,13 @@ def require_same_random(weights: str, digest: str, expected: str, owner: str) ->
             hint="Use the versions that the targets were made with, or precompute again under another "
             f"{setting('teacher_name', 'NAME')}.",
         )
+
+
+def require_same_built(digest: str, expected: str, owner: str) -> None:
+    """Refuse weights that a function gives its network and that are not those that were recorded. Raises UserError."""
+    if digest != expected:
+        raise UserError(
+            f"{owner}: its function gives other weights than those that were recorded (sha256 of the tensors "
+            f"{expected[:16]}, now {digest[:16]})",
+            hint=f"Give a file of weights: {setting('weights', 'F')}",
+        )

@@ -68,7 +68,7 @@ class BankManifest(Manifest):
 
 
 class TeacherIdentity(Identity):
-    """What makes two teachers the same teacher."""
+    """What makes two teachers the same teacher; `prefix` and `tap modules` are said of networks outside timm alone."""
 
     model: Text
     arguments: dict[str, Any]
@@ -77,6 +77,8 @@ class TeacherIdentity(Identity):
     input_size: Annotated[int, Field(alias="input size", ge=1, le=1 << 16)]
     mean: Three
     std: Three
+    prefix: Several[Text] | None = None
+    tap_modules: Annotated[Several[Text], Field(alias="tap modules")] = ()
 
 
 class Anatomy(Schema):

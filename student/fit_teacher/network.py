@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from precompute.taps import Tap, TappedTeacher, create_timm_model, takes_image_size, untrained
 from storage.errors import IdentityError, UserError, call, setting
 from storage.objects.checkpoint_file import EARLIER
+from storage.objects.network_names import bare, outside_timm
 from storage.objects.state_dict import HUB, ONNX_FILE, digest_of_state, load_weights
 from storage.objects.weights_file import WeightsFile, is_random
 from student.data.block_reader import BlockReader
@@ -44,6 +45,8 @@ def network_of(recorded: TeacherManifest, weights: str | None, classes: int) -> 
             f"{owner} is a ready graph ({recorded.weights}), and a head is fitted into a PyTorch network",
             hint=f"Precompute with its timm name and {setting('weights', 'F')}, then fit that one.",
         )
+    if outside_timm(name):
+        raise UserError(f"{owner}: a head is fitted into a network of timm, and {bare(name)} is none")
     arguments = arguments_of(recorded)
     if weights is None and path == HUB:  # the digest is of what the hub gives, whatever the size the teacher ran at
         from_timm = create_timm_model(name, recorded.identity.arguments, owner=owner, pretrained=True)

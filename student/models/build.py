@@ -15,18 +15,16 @@ from torch import nn
 from precompute.taps import FACTORY_ARGUMENTS, constructor_arguments, create_timm_model, takes_image_size
 from storage.constants import SHORT_NAMES
 from storage.errors import UserError, did_you_mean, setting
+from storage.objects.network_names import outside_timm
 from storage.objects.record_schema import Schema, Several, Three
 from storage.objects.state_dict import ONNX_FILE
 from storage.store.manifests import TeacherIdentity
 from storage.views.policy import policy
 from student.models.attention_copy_hooks import AttentionCopyRecord
 from student.models.fixed_positions import SINCOS, fix_positions
+from student.models.outside_timm import build_outside_timm, create_outside_timm, names_outside_timm
 from student.models.shifted_patch import shift_patches
-from student.settings import WITH_CLASS, StudentConfig
-
-# Settings that are arguments of `timm.create_model`.
-_SIZES = {"img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "global_pool"}
-_DROP_RATES = {"drop_path_rate", "drop_rate", "proj_drop_rate", "attn_drop_rate"}
+from student.settings import SIZES, WITH_CLASS, StudentConfig
 
 
 class DescriptionRecord(Schema):
@@ -73,13 +71,15 @@ def architecture(settings: StudentConfig, teacher: TeacherIdentity | None) -> St
             f"student.like: {settings.like} is {kind}, which is not made by a name of timm's",
             hint=f"Take timm's network that is like it: {setting('student.like', 'NAME')}",
         )
-    sizes = {n: v for n, v in teacher.arguments.items() if n in _SIZES and getattr(settings, n) is None}
+    sizes = {n: v for n, v in teacher.arguments.items() if n in SIZES and getattr(settings, n) is None}
     args = {name: value for name, value in teacher.arguments.items() if name not in StudentConfig.model_fields}
     return settings.model_copy(update={"model": teacher.model, **sizes, "args": {**args, **settings.args}})
 
 
 def build_student(settings: StudentConfig, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
     """A new student and the arguments that `timm.create_model` makes it of.
+
+    A network outside timm is made by `student.models.outside_timm`.
 
     Args:
         settings: the section `student` of a recipe, after `architecture`.
@@ -88,6 +88,8 @@ def build_student(settings: StudentConfig, num_classes: int) -> tuple[nn.Module,
     Raises:
         UserError: an unknown model, arguments that it does not take, or sizes that do not go together.
     """
+    if names_outside_timm(settings.model):
+        return build_outside_timm(settings, num_classes)
     if not timm.is_model(settings.model):
         known = timm.list_models()
         longer = min((name for name in known if name.startswith(settings.model)), key=len, default=None)
@@ -97,7 +99,7 @@ def build_student(settings: StudentConfig, num_classes: int) -> tuple[nn.Module,
         hint = f"Did you mean {longer!r}?" if longer else hint
         where, store = ("like", ", and the store no such teacher") if settings.like else ("model", "")
         raise UserError(f"student.{where}: timm has no {settings.model!r}{store}. {hint}")
-    arguments = settings.model_dump(include={*_SIZES, *_DROP_RATES}, exclude_none=True)
+    arguments = settings.sizes
     if settings.embed_dim and settings.num_heads and settings.embed_dim % settings.num_heads:
         problem = f"student: embed_dim {settings.embed_dim} is no multiple of num_heads {settings.num_heads}"
         wide = setting("student.embed_dim", settings.num_heads * 64)
@@ -125,6 +127,8 @@ def build_student(settings: StudentConfig, num_classes: int) -> tuple[nn.Module,
 
 def create(model: str, arguments: dict[str, Any]) -> nn.Module:
     """A student's network. Raises UserError: timm does not make it, with what to change."""
+    if outside_timm(model):
+        return create_outside_timm(model, arguments, f"student {model}")
     for name in arguments.keys() & FACTORY_ARGUMENTS:
         raise UserError(f"student.args.{name}: this is no argument of a network that learns from images; leave it out")
     try:

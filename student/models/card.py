@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from storage.objects.network_names import bare, is_recorded, key_of, outside_timm
 from student.settings import ATTENTION_COPY
 
 if TYPE_CHECKING:
@@ -43,6 +44,20 @@ from student.models.files import load_student  # of the package teacher-store
 
 model, about = load_student(Path("last.safetensors"))
 ```
+"""
+_OWN = """Its network is not timm's: the code of `{model}` makes it, whose file has a sha256 that begins with
+`{digest}`. `network.py`, where it lies here, is a copy. That is code, which runs only where you name it:
+commands of this package take `--network {model}`.
+
+```python
+from pathlib import Path
+from student import allow_network, load_student  # of the package teacher-store
+
+allow_network("{model}")
+model, about = load_student(Path("last.safetensors"))
+```
+"""
+_TORCHVISION = """Its network is torchvision's `{model}`.
 """
 _LOADING = "## How to load it\n\n"
 _FEEDING = """
@@ -139,6 +154,8 @@ def card(
         own = _copying(about.model, about.attention_copy, identity["control"])
     elif about.shifted_patches:
         own = _SHIFTED.format(model=about.model) + _BY_THIS_PACKAGE
+    elif outside_timm(about.model):
+        own = _outside_timm(about.model)
     else:
         own = _TIMM.format(source="local-dir:.", which=_IN_THE_FOLDER)
     return "\n".join([*lines, _loading(about, own, "last.safetensors")])
@@ -206,6 +223,13 @@ def _loading(about: StudentDescription, own: str, file: str) -> str:
         std=std.replace(" ", ""),
         arguments=" ".join(f"--teacher-arg {shlex.quote(f'{name}={value}')}" for name, value in kept.items()),
     )
+
+
+def _outside_timm(model: str) -> str:
+    """How a student is loaded that timm does not have."""
+    if not is_recorded(model):
+        return _TORCHVISION.format(model=model) + _BY_THIS_PACKAGE
+    return _OWN.format(model=bare(model), digest=key_of(model).rpartition("#")[2])
 
 
 def _copying(model: str, copied: AttentionCopyRecord, control: Mapping[str, Any]) -> str:

@@ -9,14 +9,18 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from precompute.taps import adapt
 from storage.errors import UserError, call, first_line
 from storage.objects.atomic import atomic_write
+from storage.objects.network_names import outside_timm
 from storage.objects.record_schema import checked
 from storage.unicode_names import all_normalized
 from storage.views.policy import Policy, policy
 from student.models.attention_copy_hooks import COPIED, AttentionCopyHooks, AttentionCopyRecord, attention_copy_hooks
 from student.models.build import DescriptionRecord, create
+from student.models.outside_timm import create_outside_timm
 from student.models.shifted_patch import shift_patches
+from student.run_dir import NETWORK
 from student.settings import ATTENTION_COPY
 from student.upgrade import upgraded
 
@@ -67,7 +71,7 @@ class StudentDescription:
     @property
     def plain_timm(self) -> bool:
         """Whether `timm.create_model` alone builds it."""
-        return not self.shifted_patches and self.attention_copy is None
+        return not self.shifted_patches and self.attention_copy is None and not outside_timm(self.model)
 
 
 def save_student(path: Path, model: nn.Module, description: StudentDescription) -> None:
@@ -123,7 +127,13 @@ def load_student(path: Path) -> tuple[nn.Module, StudentDescription]:
         ) from None
     except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not a student that {call('train')} wrote ({first_line(error)})") from None
-    model = create(description.model, description.arguments)
+    if not outside_timm(description.model):
+        model = create(description.model, description.arguments)
+    else:
+        copy = path.with_name(NETWORK)
+        kept = str(copy) if copy.is_file() else ""
+        model = create_outside_timm(description.model, description.arguments, str(path), kept)
+        adapt(model, size=description.img_size, owner=f"student {description.model}")
     if description.shifted_patches:
         shift_patches(model)
     fixed = {name.removeprefix(COPIED): state.pop(name) for name in [*state] if name.startswith(COPIED)}

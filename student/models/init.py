@@ -15,6 +15,7 @@ from storage.errors import UserError, setting
 from storage.objects.rename import mismatches, rename_to_fit
 from storage.objects.state_dict import as_f32
 from student.models.attention_copy_hooks import COPIED
+from student.models.outside_timm import names_outside_timm, recorded_input
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -96,11 +97,16 @@ def begin_from(
 
 
 def normalization(
-    settings: StudentConfig, file: WeightsFile | None
+    settings: StudentConfig, file: WeightsFile | None, network: nn.Module | None = None
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Mean and standard deviation of the pixels that a student is fed with, three channels each."""
+    """Mean and standard deviation of the pixels that a student is fed with, three channels each.
+
+    One that timm does not have, `network`, says itself what it wants.
+    """
     recorded: dict[str, tuple[float, float, float]] = {}
-    if settings.pretrained or file:
+    if network is not None and names_outside_timm(settings.model):
+        recorded = {**recorded_input(settings, network), **(file.normalization if file else {})}
+    elif settings.pretrained or file:
         about = timm.get_pretrained_cfg(settings.model)
         if about is not None:
             recorded = {"mean": tuple(about.mean), "std": tuple(about.std)}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from precompute.taps.target_spec import parse_ranges
 from storage.errors import UserError
+from storage.objects.network_names import BUILT, bare
 from storage.objects.state_dict import HUB, ONNX_FILE
 from storage.store.banks import bank_policy
 from storage.store.markers import Task
@@ -122,8 +123,8 @@ def command(
         layers = f",layers={parse_ranges(identity.layers)}" if identity.layers else ""
         taps.setdefault(f"{layers},codec={identity.codec}", []).append(identity.tap)
     return hints.precompute(
-        teacher=teacher.weights if is_onnx else about.model,
-        weights=None if is_onnx or teacher.weights == HUB else teacher.weights,
+        teacher=teacher.weights if is_onnx else bare(about.model),
+        weights=None if is_onnx or teacher.weights in (HUB, BUILT) else teacher.weights,
         teacher_name=teacher.id,
         arguments=about.arguments,
         mean=about.mean,

@@ -14,6 +14,7 @@ import torch
 from storage.errors import IdentityError, UserError, call, first_line, setting
 from storage.objects.atomic import atomic_write
 from storage.objects.checkpoint_file import refused_in
+from storage.objects.network_names import key_of
 from storage.objects.record_schema import Schema, Size, Three, checked
 from storage.unicode_names import normalized
 from student.distributed import all_gather_objects
@@ -104,6 +105,8 @@ def require_same(path: Path, saved: Mapping[str, Any], recipe: Recipe, identity:
     """
     trained = validate(saved["recipe"], str(path)).model_dump(mode="json")  # with defaults of newer settings
     was, now = _flat(trained), _flat(recipe.model_dump(mode="json"))
+    for fields in (was, now):  # where the file of a student's function lies is nothing
+        fields["student.model"] = key_of(fields["student.model"])
     if identity is not None:
         was |= _flat(saved["identity"])
         now |= _flat(dict(identity))

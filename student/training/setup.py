@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from storage.errors import IdentityError, UserError, call, setting
+from storage.objects.network_names import is_recorded, key_of
 from storage.objects.weights_file import WeightsFile
 from storage.shards.classes import classes_of, require_classes
 from storage.shards.patterns import expand
@@ -25,6 +26,7 @@ from student.evaluation.accuracy import tell_of_shared
 from student.models.build import architecture, build_student, input_size
 from student.models.files import StudentDescription
 from student.models.init import begin_from, freeze, normalization
+from student.models.outside_timm import recorded_name
 from student.settings import ATTENTION_COPY
 from student.training.controls import fill_means, mean_targets
 from student.training.distiller import Distiller, classifies, find_targets, student_taps_of
@@ -112,7 +114,7 @@ def build_run(config: TrainConfig, progress: Progress, saved: dict[str, Any] | N
     file = WeightsFile(student.weights) if student.weights else None
     if saved is None:
         begin_from(model, student, file, classes, progress.say)
-    mean, std = normalization(student, file)
+    mean, std = normalization(student, file, model)
     if saved is not None:
         mean, std = (tuple(saved["identity"][name]) for name in ("mean", "std"))
     elif student.pretrained or student.weights:
@@ -137,7 +139,7 @@ def build_run(config: TrainConfig, progress: Progress, saved: dict[str, Any] | N
     tell_of_shared(source.shard_ids, val_shards, progress.say)
     attention_copy = _attention_copy(config, stream, distiller, progress, average=average, scored=scored)
     description = StudentDescription(
-        model=student.model,
+        model=recorded_name(student.model),
         arguments=arguments,
         img_size=size,
         mean=mean,
@@ -159,6 +161,8 @@ def build_run(config: TrainConfig, progress: Progress, saved: dict[str, Any] | N
         "mean": list(mean),
         "std": list(std),
     }
+    if is_recorded(description.model):
+        identity["network"] = key_of(description.model)  # whose file may change
     if digests := {name: loss.source_digest for name, loss in distiller.terms.items() if loss.source_digest}:
         identity["links"] = digests  # taken from another run, whose folder may change
     return TrainingRun(

@@ -28,6 +28,7 @@ from student.distributed import all_reduce_mean, broadcast_buffers, broadcast_ob
 from student.evaluation.accuracy import Score, evaluate
 from student.models.card import card
 from student.models.files import save_student
+from student.models.outside_timm import keep_source
 from student.models.timm_folder import link_for_timm
 from student.training import checkpoint, precision
 from student.training.optimizer import build_optimizer, learning_rate, peak_learning_rate
@@ -142,6 +143,8 @@ class Trainer:
             self.progress.say(f"{self.config.out}: the run was cut off before its first checkpoint; it begins again")
         run_dir.begin(self.config.out, self.config.smoke)
         (self.config.out / "args.yaml").write_text(yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False))
+        if kept := keep_source(self.run.description.model, self.config.out / run_dir.NETWORK):
+            self.progress.say(kept)
         about = {**self.run.identity, "precision": asdict(self.precision)}
         about |= {"ranks": world_size(), "device": str(self.device)}
         counts = {str(label): count for label, count in sorted(self.stream.label_counts.items())}

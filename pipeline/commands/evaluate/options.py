@@ -43,7 +43,7 @@ class Report(Protocol):
 
 
 _OF_STUDENTS = ("checkpoint", "ensemble", "projector_layers")  # options that say nothing of a teacher
-_SETTINGS = ("weights", "weights_key", "teacher_arg", "mean", "std", "input_size")
+_SETTINGS = ("weights", "weights_key", "teacher_arg", "mean", "std", "input_size", "prefix", "tap_module")
 _OF_TEACHERS = (*_SETTINGS, "view_policy", "view_size", "live", "same_classes")
 
 run = click.argument("runs", metavar="RUN", type=PATH, callback=lambda _context, _param, value: (value,))

@@ -32,7 +32,7 @@ OTHER = teacher_manifest(network="other", layers=0)
 
 
 def identity(wish: TargetSpec, manifest: TeacherManifest, size: int = 32) -> TargetIdentity:
-    teacher: Any = type("AnyTeacher", (), {"id": "0" * 64, "name": manifest.id})
+    teacher: Any = type("AnyTeacher", (), {"id": "0" * 64, "name": manifest.id, "tap_modules": ()})
     return target_identity(teacher, manifest, wish, policy("light", size))
 
 
@@ -252,7 +252,7 @@ def test_variants_of_activations_add_to_the_identity_and_leave_older_ids_as_they
 
 def test_a_target_of_another_bank_or_teacher_is_another_target() -> None:
     assert identity(TargetSpec("q"), VIT, 32) != identity(TargetSpec("q"), VIT, 64)
-    other: Any = type("AnyTeacher", (), {"id": "1" * 64, "name": "vit"})
+    other: Any = type("AnyTeacher", (), {"id": "1" * 64, "name": "vit", "tap_modules": ()})
     assert target_identity(other, VIT, TargetSpec("q"), policy("light", 32)) != identity(TargetSpec("q"), VIT)
 
 
