@@ -218,7 +218,7 @@ def test_it_is_the_same_teacher_wherever_its_file_lies(place: Path, capsys: Any)
     [
         (["gone.py:build"], "gone.py:build: there is no file gone.py"),
         (["no.such.module:build"], "no.such.module:build: there is no module no"),
-        (["net.py:biuld"], "net.py has no function 'biuld'\n  Did you mean 'build'"),
+        (["net.py:builds"], "net.py has no function 'builds'\n  Did you mean 'build'"),
         (["net.py:not_a_function"], "net.py has no function 'not_a_function'"),
         (["broken.py:build"], "broken.py cannot be imported: ZeroDivisionError"),
         (["net.py:raising"], "net.py:raising cannot be called: ValueError: no checkpoint here"),
