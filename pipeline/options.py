@@ -435,7 +435,8 @@ def teacher_settings(
 
 
 def _arguments(pairs: Words) -> dict[str, Any]:
-    from pipeline.yaml_io import number_in, value_in
+    from pipeline.yaml_io import value_in
+    from student.settings import number_in
 
     arguments = {}
     for pair in pairs:

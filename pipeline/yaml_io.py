@@ -75,13 +75,3 @@ def _why(error: Exception) -> str:
 
 def _place(mark: yaml.Mark) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1}"
-
-
-def number_in(value: Any) -> Any:
-    """YAML takes 5e-4 for a word; people mean the number."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return float(value)
-    except ValueError:
-        return value

@@ -212,13 +212,17 @@ def _three(value: Any) -> Any:
 Positive = Annotated[float, Field(gt=0)]
 
 
+def number_in(value: Any) -> Any:
+    """YAML takes 5e-4 for a word; people mean the number."""
+    is_number = isinstance(value, str) and re.fullmatch(r"[+-]?\d+\.?\d*e[+-]?\d+", value, re.IGNORECASE)
+    return float(value) if is_number else value
+
+
 def _arguments(value: Any) -> Any:
-    """Arguments that are null are not said; YAML takes 1e-5 for a word, and it is meant as a number."""
+    """Arguments that are null are not said."""
     if not isinstance(value, dict):
         return value
-    said = {name: argument for name, argument in value.items() if argument is not None}
-    number = re.compile(r"[+-]?\d+\.?\d*e[+-]?\d+", re.IGNORECASE)
-    return {name: float(a) if isinstance(a, str) and number.fullmatch(a) else a for name, a in said.items()}
+    return {name: number_in(argument) for name, argument in value.items() if argument is not None}
 
 
 Arguments = Annotated[dict[str, JsonValue], BeforeValidator(_arguments)]

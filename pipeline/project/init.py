@@ -42,7 +42,7 @@ class ImageSummary:
 
     Attributes:
         images: their number; about, where some shards are estimated.
-        labelled: whether they have labels.
+        labeled: whether they have labels.
         classes: the names of their classes; empty where nobody says them.
         side: the median of the shorter sides that were read, in pixels.
         shards: training tars, or the names that `pack` will give them.
@@ -53,7 +53,7 @@ class ImageSummary:
     """
 
     images: int
-    labelled: bool
+    labeled: bool
     classes: list[str]
     side: int
     shards: list[str]
@@ -94,17 +94,17 @@ def _images(folder: Path, files: ImageSources, classes: list[str] | None) -> Ima
     step = max(1, len(files) // LOOKED_AT)
     broken = f"{folder}: none of the images that were looked at can be opened, such as {files[0][0]}"
     side = _side((path for path, _, _ in files[::step]), size_in, broken)
-    labelled = classes is not None
-    count = max(1, round((0.9 if labelled else 1.0) * len(files) / PER_SHARD))
+    labeled = classes is not None
+    count = max(1, round((0.9 if labeled else 1.0) * len(files) / PER_SHARD))
     names = "shards/train-000000.tar" if count == 1 else f"shards/train-{{000000..{count - 1:06d}}}.tar"
     return ImageSummary(
         images=len(files),
-        labelled=labelled,
+        labeled=labeled,
         classes=classes or [],
         side=side,
         shards=[names],
-        val=["shards/train-val-*.tar"] if labelled else [],
-        why="`pipeline pack` cuts them off" if labelled else NOT_SCORED,
+        val=["shards/train-val-*.tar"] if labeled else [],
+        why="`pipeline pack` cuts them off" if labeled else NOT_SCORED,
         packed=False,
     )
 
@@ -116,11 +116,11 @@ def _shards(folder: Path, tars: Sequence[Path], home: Path, progress: Progress) 
     train = [path for path in tars if path not in held]
     shards = counted(None, [str(path) for path in (*train, *held)], progress, skip=True)
     opened = [shard.opened for shard in shards if shard.opened is not None]  # some are always read
-    labelled = any(shard.summary.labelled for shard in opened)
+    labeled = any(shard.summary.labeled for shard in opened)
     why = "their names say val, valid, validation or test"
     if not held:
-        why = "the last one, as no name says val, valid, validation or test" if labelled else NOT_SCORED
-    val = held or (train[-1:] if labelled else [])
+        why = "the last one, as no name says val, valid, validation or test" if labeled else NOT_SCORED
+    val = held or (train[-1:] if labeled else [])
     train = [path for path in train if path not in val]
     if not train:
         what = "training" if len(val) > 1 else "validation"
@@ -136,8 +136,8 @@ def _shards(folder: Path, tars: Sequence[Path], home: Path, progress: Progress) 
     side = _side(images, lambda image: decode(image).size, f"{first.url}: none of its first images can be decoded")
     return ImageSummary(
         images=sum(shard.samples for shard in shards),
-        labelled=labelled,
-        classes=list(classes_of([str(path) for path in train]) or []) if labelled else [],
+        labeled=labeled,
+        classes=list(classes_of([str(path) for path in train]) or []) if labeled else [],
         side=side,
         shards=[os.path.relpath(path, home) for path in train],
         val=[os.path.relpath(path, home) for path in val],
@@ -176,12 +176,12 @@ def text(summary: ImageSummary) -> str:
     """The project file."""
     view, patch = sizes(summary.side)
     width, depth, heads = (128, 6, 4) if view <= 64 else (192, 12, 3)
-    if not summary.labelled and summary.images < FEW:
+    if not summary.labeled and summary.images < FEW:
         width, depth, heads = 96, 6, 3
-    epochs = max(20, min(200 if summary.labelled else 100, round(PASSES / max(1, summary.images))))
+    epochs = max(20, min(200 if summary.labeled else 100, round(PASSES / max(1, summary.images))))
     images = f"{'about ' if summary.estimated else ''}{summary.images:,} images"
     unknown = "\n  # num_classes: 10   # no classes.json lies beside the shards: say how many classes there are"
-    count = f"{len(summary.classes) or 'unnamed'} classes" if summary.labelled else "no labels"
+    count = f"{len(summary.classes) or 'unnamed'} classes" if summary.labeled else "no labels"
     val = f"# For validation: {summary.why}.\nval: {_listed(summary.val)}\n" if summary.val else ""
     return f"""\
 # {images}, {count}, about {summary.side} pixels on the shorter side.
@@ -191,19 +191,19 @@ shards: {_listed(summary.shards)}
 {val}store: store            # what the teachers saw; any number of students learn from it
 
 views:                  # drawn once, stored, and replayed for every student
-  policy: {VIEWS_OF[summary.labelled]}
+  policy: {VIEWS_OF[summary.labeled]}
   size: {view}
   count: {VIEWS}              # more views cost more space and generalize better: pipeline plan tells both
 
 teachers:               # several may stand here; each takes its time and space once
-{_teachers(len(summary.classes)) if summary.labelled else LABEL_FREE_TEACHERS}
+{_teachers(len(summary.classes)) if summary.labeled else LABEL_FREE_TEACHERS}
 student:
   model: vit_tiny_patch16_224
   img_size: {view}
   patch_size: {patch}         # {view // patch}x{view // patch} patches
   embed_dim: {width}
   depth: {depth}
-  num_heads: {heads}{"" if summary.classes or not summary.labelled else unknown}
+  num_heads: {heads}{"" if summary.classes or not summary.labeled else unknown}
 
 set:                    # over every recipe
   optim.epochs: {epochs}     # more are better, and take as many times longer
@@ -262,7 +262,7 @@ def init(folder: Path, out: Path, progress: Progress) -> dict[str, Any]:
     project = f" --project {shlex.quote(str(out))}" if elsewhere else ""
     commands, later = _next(summary, str(out.parent / "ours.safetensors"))
     if not summary.packed:
-        new = f" {shlex.quote(str(out.parent / summary.shards[0]))}{HOLD_BACK * summary.labelled}" * elsewhere
+        new = f" {shlex.quote(str(out.parent / summary.shards[0]))}{HOLD_BACK * summary.labeled}" * elsewhere
         commands = [f"pack {shlex.quote(str(folder))}{new}", *commands]
 
     def lines(commands: list[str]) -> list[str]:
@@ -271,7 +271,7 @@ def init(folder: Path, out: Path, progress: Progress) -> dict[str, Any]:
 
     return {
         "project": str(out),
-        **{name: getattr(summary, name) for name in ("images", "estimated", "labelled", "classes", "side", "val")},
+        **{name: getattr(summary, name) for name in ("images", "estimated", "labeled", "classes", "side", "val")},
         "val_because": summary.why,
         "commands": lines(commands),
         "with_labels": lines(later),
@@ -290,7 +290,7 @@ def _next(summary: ImageSummary, fitted: str) -> tuple[list[str], list[str]]:
             scratch,
             "train --recipe deit-hard --out taught",
         ], []
-    if summary.labelled:
+    if summary.labeled:
         return ["plan", "precompute", scratch], []
     train, val = "labeled-shards/train-000000.tar", "labeled-shards/train-val-000000.tar"
     weights = "--set student.pretrained=false --set student.weights=taught/last.safetensors"

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from pipeline.yaml_io import number_in
 from precompute.teachers.onnx_file import is_onnx_file
 from storage.errors import UserError
 from storage.objects.network_names import is_own
@@ -18,7 +17,7 @@ from storage.objects.urls import is_remote, separate
 from storage.objects.weights_file import is_random
 from student.recipe.schema import Recipe
 from student.recipe.validate import section_of, sentence, suggested
-from student.settings import StudentConfig
+from student.settings import StudentConfig, number_in
 
 _LOCAL = "local-dir:"  # opens the names of networks in a folder that timm wrote
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pipeline.yaml_io import number_in, read_yaml, value_in
+from pipeline.yaml_io import read_yaml, value_in
 from storage.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -153,4 +153,6 @@ def _set(content: dict[str, Any], setting: str) -> None:
     path, equals, text = setting.partition("=")
     if not equals or not path:
         raise UserError(f"--set {setting}: expected NAME=VALUE, such as --set optim.epochs=50")
+    from student.settings import number_in
+
     put(content, path, number_in(value_in(text, f"--set {setting}")))

@@ -56,8 +56,8 @@ TRAINING = [
     ),
     Mistake(
         "a student like a teacher that is nowhere",
-        "train --recipe scratch @DATA --store S --out new/run @SMALL --set student.like=vit_smal_patch16_dinov3",
-        ("student.like: timm has no 'vit_smal_patch16_dinov3', and the store no such teacher", "Did you mean"),
+        "train --recipe scratch @DATA --store S --out new/run @SMALL --set student.like=vit_smaall_patch16_dinov3",
+        ("student.like: timm has no 'vit_smaall_patch16_dinov3', and the store no such teacher", "Did you mean"),
     ),
     Mistake(
         "a CNN for a student",

@@ -100,7 +100,7 @@ def plain(weights: str | Path) -> Any:
 
 
 def query(place: Path, name: str, **changes: Any) -> TeacherQuery:
-    nothing = dict.fromkeys(["weights", "weights_key", "input_size", "mean", "std"])
+    nothing = dict.fromkeys(["weights", "weights_key", "input_size", "mean", "std", "prefix", "tap_modules"])
     settings = {"settings": {**nothing, "arguments": {}}, "said": False, "model": name, "store_may_be_missing": False}
     view = {"view_policy": None, "view_size": None, "live": False}
     return TeacherQuery(name=name, store=str(place / "store"), **{**settings, **view, **changes})
