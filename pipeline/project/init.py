@@ -116,7 +116,7 @@ def _shards(folder: Path, tars: Sequence[Path], home: Path, progress: Progress) 
     train = [path for path in tars if path not in held]
     shards = counted(None, [str(path) for path in (*train, *held)], progress, skip=True)
     opened = [shard.opened for shard in shards if shard.opened is not None]  # some are always read
-    labeled = any(shard.summary.labeled for shard in opened)
+    labeled = any(shard.summary.labelled for shard in opened)
     why = "their names say val, valid, validation or test"
     if not held:
         why = "the last one, as no name says val, valid, validation or test" if labeled else NOT_SCORED

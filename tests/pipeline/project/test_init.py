@@ -103,7 +103,7 @@ def test_from_photos_without_labels_the_commands_run_as_they_stand(
 ) -> None:
     monkeypatch.chdir(unlabeled(photos.parent / "flat", *names).parent)
     result = json.loads(command("pipeline init flat --json", capsys))
-    assert (result["images"], result["labelled"], result["classes"], result["val"]) == (len(names), False, [], [])
+    assert (result["images"], result["labeled"], result["classes"], result["val"]) == (len(names), False, [], [])
     make_tiny(world)
     for words in result["commands"]:
         assert "--" not in words.partition("--out")[0].replace("--recipe", "")
@@ -156,7 +156,7 @@ def test_shards_without_labels_are_all_trained_on(tmp_path, monkeypatch, capsys)
         "pipeline export taught",
     ]
     assert load(Path("pipeline.yaml")).said("shards") == ["data/shard-000000.tar"]
-    assert (result["labelled"], result["val"]) == (False, [])
+    assert (result["labeled"], result["val"]) == (False, [])
     synthetic_shards(tmp_path / "data", shards=1, samples=10, labels=False, stem="val")
     found = look(Path("data"), Path(), NoProgress())
     assert (found.images, found.shards, found.val) == (40, ["data/shard-000000.tar"], ["data/val-000000.tar"])
