@@ -32,7 +32,7 @@ def init(folder: Path, out: Path, as_json: bool) -> None:
     with Console() as console:
         result = run(folder, out, console)
     count = f"{len(result['classes'])} classes" if result["classes"] else "classes without names"
-    count = count if result["labelled"] else "no labels"
+    count = count if result["labeled"] else "no labels"
     images = f"{'about ' if result['estimated'] else ''}{result['images']:,} images"
     held = ", ".join([*map(shlex.quote, result["val"][:3]), *["…"] * (len(result["val"]) > 3)])
     lines = [
