@@ -133,7 +133,8 @@ def _allowed(_ctx: click.Context, _param: click.Parameter, names: Words) -> None
 network = option(
     "--network",
     "FILE.py:FUNCTION",
-    "The function, or MODULE:FUNCTION, that made a network which timm does not have; its code is run. May be repeated.",
+    "Allow and run the code that builds a network which timm does not have: FILE.py:FUNCTION or MODULE:FUNCTION. "
+    "May be repeated.",
     multiple=True,
     expose_value=False,
     callback=_allowed,

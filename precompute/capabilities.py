@@ -24,7 +24,7 @@ from precompute.taps import (
     takes_image_size,
 )
 from precompute.teachers.onnx_file import _sizes, prefix_of, read_graph
-from precompute.teachers.teacher import about_weights, anatomy, require_outside, require_said, resolve
+from precompute.teachers.teacher import about_weights, anatomy, require_outside, require_said, resolve, sized
 from storage.errors import UserError
 from storage.objects.network_names import outside_timm
 from storage.objects.state_dict import ONNX_FILE
@@ -58,7 +58,7 @@ def offers_of(
     """
     model, size, network = bare(name, input_size, prefix=prefix, tap_modules=tap_modules)
     require_size(network, size, f"{name}: {model}")
-    about, parts = about_weights(model, name), anatomy(network, size)
+    about, parts = about_weights(model, name, sized(model, size)), anatomy(network, size)
     taps, refused = {}, {}
     for tap, info in TAPS.items():
         try:
@@ -111,7 +111,7 @@ def bare(
     """
     model, own = resolve(name)
     require_outside(model, prefix, tap_modules)
-    size = input_size or own or about_weights(model, name).size
+    size = input_size or own or about_weights(model, name, sized(model, input_size)).size
     outside = outside_timm(model)
     if outside:
         require_said(name, input_size=size)

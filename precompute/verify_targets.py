@@ -15,7 +15,7 @@ import numpy as np
 from precompute.engine.session import open_session
 from precompute.teachers.teacher import Teacher, untrained_digest
 from storage.errors import IdentityError, setting
-from storage.objects.network_names import BUILT, bare, is_recorded
+from storage.objects.network_names import BUILT, TORCHVISION, bare, is_recorded
 from storage.objects.state_dict import HUB
 from storage.objects.weights_file import WeightsFile, is_random
 from storage.store.banks import bank_policy
@@ -149,7 +149,8 @@ class LiveTargets:
         elif weights == BUILT:
             reason = f"{bare(model)} now builds other weights"
         elif weights == HUB or is_random(weights):
-            reason = "its weights came from the timm hub" if weights == HUB else f"{weights} now gives other weights"
+            hub = "torchvision" if model.startswith(TORCHVISION) else "the timm hub"
+            reason = f"its weights came from {hub}" if weights == HUB else f"{weights} now gives other weights"
         self.report.compared_with[name] = f"stored graph ({reason})"
 
         def values(images: np.ndarray) -> dict[str, np.ndarray]:

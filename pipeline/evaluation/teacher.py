@@ -12,9 +12,9 @@ from pipeline.evaluation.common import LIVE, EvaluatedTeacher
 from precompute.export.pytorch import live_teacher, read_taps
 from precompute.taps import Tap
 from precompute.teachers.onnx_file import is_onnx_file
-from precompute.teachers.teacher import Teacher, find_teacher
+from precompute.teachers.teacher import Teacher, find_teacher, resolve
 from storage.errors import DamageError, IdentityError, UserError, call, setting
-from storage.objects.network_names import BUILT
+from storage.objects.network_names import BUILT, is_own
 from storage.objects.state_dict import HUB, ONNX_FILE
 from storage.shards.classes import classes_of
 from storage.store.banks import policy_of
@@ -177,6 +177,8 @@ def _find(query: TeacherQuery, recorded: TeacherManifest | None, store: Store | 
         IdentityError: the recorded teacher, and its file of weights is another one now.
     """
     model, settings = query.model, dict(query.settings)
+    if is_own(model):
+        resolve(model)  # the user names it, so that its code may run
     if recorded is not None:
         identity = recorded.identity
         model = recorded.weights if identity.model == ONNX_FILE else identity.model
@@ -199,7 +201,9 @@ def _find(query: TeacherQuery, recorded: TeacherManifest | None, store: Store | 
     if recorded is not None and not query.said and teacher.id != recorded.identity.digest:
         expected, found = recorded.identity.weights_sha256, teacher.digest
         hint = f"The store {store.url if store else ''} records the teacher {recorded.id}."
-        raise IdentityError(setting("weights", teacher.weights or HUB), "weights sha256", expected, found, hint)
+        raise IdentityError(
+            setting("weights", teacher.weights or recorded.weights), "weights sha256", expected, found, hint
+        )
     return replace(teacher, name=query.name)
 
 

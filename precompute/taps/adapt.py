@@ -8,6 +8,7 @@ import types
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from precompute.taps.own_network import config_of_own
@@ -46,8 +47,8 @@ def adapt(
     if len(has) == 1:
         (missing,) = {*_METHODS} - {*has}
         raise UserError(
-            f"{owner}: it has {has[0]} and no {missing}, so nobody can tell what is its features",
-            hint="Let the function give a module whose forward calls this network.",
+            f"{owner}: it has {has[0]} but no {missing}, so its features are unknown",
+            hint="Return a wrapper module whose forward calls this network.",
         )
     outputs: dict[str, Any] = {}  # of linear layers
     handles = [
@@ -73,8 +74,7 @@ def adapt(
         _add(network, head, output)
         about |= {"classifier": head} if head is not None else {}
     elif not hasattr(network, "num_features"):
-        features: Any = run_blank(network, size, "forward_features")
-        network.num_features = network.forward_head(features, pre_logits=True).shape[1]  # type: ignore[operator]
+        network.num_features = _width(network, size, owner)  # type: ignore[assignment]
     network.default_cfg = network.pretrained_cfg = about  # type: ignore[assignment]
     network.own_prefix = _prefix(network, prefix)  # type: ignore[assignment]
     if tap_modules:
@@ -86,6 +86,20 @@ def adapt(
         network.forward_intermediates = types.MethodType(_forward_intermediates, network)  # type: ignore[assignment]
         run_blank(network, size, "forward_intermediates")  # raises what is wrong with them
     return network
+
+
+def _width(network: Any, size: int, owner: str) -> int:
+    """Of what its head reads; the network stays as it was."""
+    features: Any = run_blank(network, size, "forward_features")
+    training = network.training
+    try:
+        with torch.no_grad():
+            return int(network.eval().forward_head(features, pre_logits=True).shape[1])
+    except TypeError as error:
+        message = f"{owner}: its forward_head must take pre_logits, as timm's does: {first_line(error)}"
+        raise UserError(message) from None
+    finally:
+        network.train(training)
 
 
 def _note(outputs: dict[str, Any], name: str, _module: nn.Module, _args: Any, output: Any) -> None:

@@ -1,4 +1,4 @@
-"""Networks of one's own: made by a function in a user's file or module, and torchvision's.
+"""User-defined networks, made by a function in a user's file or module, and torchvision's.
 
 A user's function is code that runs, so it is looked for only where the user names it in this process (`allow_network`).
 What is recorded in stores and runs is its label, which names the function and the text it was in, and runs nothing.
@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
-import importlib.util
 import inspect
 import sys
+import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,17 +29,20 @@ class OwnNetwork:
 
     Attributes:
         label: `my_net.py:build#DIGEST`, or with a module's name: what is recorded. The digest is of the file's text.
+        text: of the file.
         file: with the function; None for a module's.
         folder: from which the file may import.
         function: gives the network.
     """
 
     label: str
+    text: bytes
     file: Path | None
     folder: Path
     function: Callable[..., Any]
 
 
+_RUN = "own_network_"  # opens the names of modules that are made of files
 _given: dict[str, OwnNetwork] = {}  # function and digest -> what the user named in this process
 
 
@@ -55,7 +58,7 @@ def allow_network(name: str) -> OwnNetwork:
     """
     match = OWN.fullmatch(name)
     if match is None or not is_own(name):
-        raise UserError(f"{name}: no function of a file or module", hint="Give FILE.py:FUNCTION or MODULE:FUNCTION.")
+        raise UserError(f"{name}: this is not the name of a function", hint="Give FILE.py:FUNCTION or MODULE:FUNCTION.")
     source, function = match["source"], match["function"]
     file = Path(source).expanduser() if source.endswith(".py") else None
     if file is not None and not file.is_file():
@@ -77,21 +80,19 @@ def allow_network(name: str) -> OwnNetwork:
         raise UserError(f"{name}: {source} has no function {function!r}", hint=did_you_mean(function, named))
     key = f"{function}#{hashlib.sha256(text).hexdigest()[:16]}"
     label = f"{file.name if file else source}:{key}"
-    _given[key] = OwnNetwork(label=label, file=file, folder=folder, function=made)
+    _given[key] = OwnNetwork(label=label, text=text, file=file, folder=folder, function=made)
     return _given[key]
 
 
 def _run(file: Path, text: bytes) -> Any:
     """The module of a file; run once for the same text."""
-    name = f"own_network_{hashlib.sha256(str(file.absolute()).encode() + text).hexdigest()[:16]}"
+    name = f"{_RUN}{hashlib.sha256(str(file.absolute()).encode() + text).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = types.ModuleType(name)
+    module.__file__ = str(file)
     try:
-        spec.loader.exec_module(module)
+        exec(compile(text, str(file), "exec"), module.__dict__)
     except BaseException:
         del sys.modules[name]
         raise
@@ -100,11 +101,16 @@ def _run(file: Path, text: bytes) -> Any:
 
 @contextlib.contextmanager
 def _importing_from(folder: Path) -> Iterator[None]:
-    """A file may import what lies beside it, as a script does."""
+    """A file may import what lies beside it, as a script does; what another imports by the same name is its own."""
+    before = {*sys.modules}
     sys.path.insert(0, str(folder))
     try:
         yield
     finally:
+        for name in sys.modules.keys() - before:
+            lies = getattr(sys.modules[name], "__file__", None)
+            if lies and folder != Path.cwd() and Path(lies).is_relative_to(folder) and not name.startswith(_RUN):
+                del sys.modules[name]
         with contextlib.suppress(ValueError):
             sys.path.remove(str(folder))
 
@@ -161,7 +167,7 @@ def build_network(model: str, arguments: Mapping[str, Any], *, owner: str, pretr
             raise UserError(f"{owner}: {what}: {first_line(error, kind=True)}") from error
     if not isinstance(network, nn.Module):
         kind = type(network).__name__
-        raise UserError(f"{owner}: {bare(model)} gives a {kind}, and no torch.nn.Module")
+        raise UserError(f"{owner}: {bare(model)} returned a {kind}, not a torch.nn.Module")
     if next(network.parameters(), None) is None:
         raise UserError(f"{owner}: the network of {bare(model)} has no parameters")
     return network
@@ -179,18 +185,20 @@ def takes(model: str, argument: str) -> bool:
     return any(p.name == argument or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
-def _models(owner: str) -> Any:
+def _models(model: str, owner: str) -> tuple[Any, str]:
+    """`torchvision.models`, and a network's name there."""
     try:
         from torchvision import models
     except ImportError:
         raise UserError(f"{owner}: torchvision is not installed", hint="Install it: pip install torchvision") from None
-    return models
+    name = model.removeprefix(TORCHVISION)
+    if name not in (known := models.list_models(module=models)):
+        raise UserError(f"{owner}: torchvision has no {name!r} that classifies", hint=did_you_mean(name, known))
+    return models, name
 
 
 def _torchvision(model: str, arguments: Mapping[str, Any], owner: str, *, pretrained: bool) -> nn.Module:
-    models, name = _models(owner), model.removeprefix(TORCHVISION)
-    if name not in (known := models.list_models()):
-        raise UserError(f"{owner}: torchvision has no {name!r}", hint=did_you_mean(name, known))
+    models, name = _models(model, owner)
     headless = arguments.get("num_classes") == 0
     given_on = {k: v for k, v in arguments.items() if not (headless and k == "num_classes")}
     try:
@@ -199,16 +207,16 @@ def _torchvision(model: str, arguments: Mapping[str, Any], owner: str, *, pretra
         problem = "its weights could not be downloaded" if pretrained else f"cannot be made with {given_on}"
         raise UserError(f"{owner}: {problem}: {first_line(error)}") from None
     if headless:
-        last = [n for n, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
-        network.set_submodule(last, nn.Identity())
+        linear = [n for n, module in network.named_modules() if isinstance(module, nn.Linear)]
+        if not linear:
+            raise UserError(f"{owner}: no linear layer ends it, so its classifier cannot be left out")
+        network.set_submodule(linear[-1], nn.Identity())
     return network
 
 
 def torchvision_config(model: str, owner: str) -> dict[str, Any]:
     """`input_size`, `mean` and `std` of torchvision's weights of a name, which are not downloaded."""
-    models, name = _models(owner), model.removeprefix(TORCHVISION)
-    if name not in (known := models.list_models()):
-        raise UserError(f"{owner}: torchvision has no {name!r}", hint=did_you_mean(name, known))
+    models, name = _models(model, owner)
     made = models.get_model_weights(name).DEFAULT.transforms()
     (side,) = getattr(made, "crop_size", [224])
     return {

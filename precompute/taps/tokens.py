@@ -38,14 +38,15 @@ def prefix_roles(model: nn.Module) -> tuple[str, ...]:
 
 def wrong_prefix(owner: str, tokens: int, prefix: Sequence[str]) -> str:
     """The message that tokens without their prefix are no square."""
-    first = ", ".join(prefix) or "nothing"
-    rest = f"the other {tokens - len(prefix)} are no square grid of patches"
-    return f"{owner}: of its {tokens} tokens {first} is said to come first, and {rest}"
+    first = ", ".join(prefix) or "none"
+    rest = f"without the prefix ({first}) {tokens - len(prefix)} are left, which is not a square grid"
+    return f"{owner}: it has {tokens} tokens; {rest}"
 
 
 def unknown_prefix(what: str) -> UserError:
     """The error that nobody says which tokens come before the patches."""
     return UserError(
         f"{what}, and nothing says which of them come before the patches",
-        hint=f"Say it: {setting('prefix', 'class,register')} (or none), or give the network num_prefix_tokens.",
+        hint="Set num_prefix_tokens on the network (1: a class token). "
+        f"For a teacher {setting('prefix', 'class,register')} or {setting('prefix', 'none')} will do, too.",
     )

@@ -152,7 +152,7 @@ def find_teacher(
     require_outside(model, prefix, tap_modules)
     given_all = name in SHORT_NAMES and mean is not None and std is not None
     if not given_all:
-        config = about_weights(model, name, arguments or {})
+        config = about_weights(model, name, {**sized(model, input_size), **(arguments or {})})
         size = size or config.size
         mean, std = mean or config.mean, std or config.std
         if outside_timm(model):
@@ -226,7 +226,8 @@ def _digest_as_built(teacher: Teacher, say: Callable[[str], None]) -> str:
     first, second = (digest_of_state(_network(teacher).state_dict()) for _ in range(2))
     if first != second:
         raise UserError(
-            f"teacher {teacher.name}: two calls of its function gave other weights, with the same seed of torch",
+            f"teacher {teacher.name}: two calls of its function returned different weights, although torch was seeded "
+            "the same way",
             hint=f"Give a file of weights: {setting('weights', 'F')}; or let the function load them, or draw them by "
             "torch's own generator.",
         )
@@ -234,12 +235,19 @@ def _digest_as_built(teacher: Teacher, say: Callable[[str], None]) -> str:
     return first
 
 
+def sized(model: str, input_size: int | None) -> dict[str, Any]:
+    """The image size as an argument, where a function outside timm takes it."""
+    from precompute.taps import takes_image_size
+
+    return {"img_size": input_size} if input_size and outside_timm(model) and takes_image_size(model) else {}
+
+
 def require_outside(model: str, prefix: Sequence[str] | None, tap_modules: Sequence[str]) -> None:
     """That what is said of networks outside timm makes sense, and of no other."""
-    for name, values in {"prefix": prefix, "tap_module": tap_modules}.items():
-        if values and not outside_timm(model):
-            why = f"it is for a network of one's own or torchvision's; {model} says it itself"
-            raise UserError(why, setting=setting(name, ",".join(values)))
+    for name, values in {"prefix": prefix, "tap_module": tap_modules or None}.items():
+        if values is not None and not outside_timm(model):
+            why = f"only for your own or torchvision's networks; for {model} it is known"
+            raise UserError(why, setting=setting(name, ",".join(values) or "none"))
     if unknown := [role for role in prefix or () if role not in ROLES]:
         message = f"no token has the role {unknown[0]!r}; expected {', '.join(ROLES)}, or none"
         raise UserError(message, setting=setting("prefix", ",".join(prefix or ())))
@@ -247,9 +255,11 @@ def require_outside(model: str, prefix: Sequence[str] | None, tap_modules: Seque
 
 def require_said(name: str, **said: object) -> None:
     """That the input of a network outside timm is known. Raises UserError with what is to be given."""
-    if missing := [setting(part, part[0].upper()) for part, value in said.items() if not value]:
+    if missing := [
+        setting(part, {"input_size": "N"}.get(part, part[0].upper())) for part, value in said.items() if not value
+    ]:
         raise UserError(
-            f"{name}: the network does not say how its images are fed: it has no pretrained_cfg with all of it",
+            f"{name}: its input size, mean or std is unknown: its pretrained_cfg does not have all of them",
             hint=f"Give {' '.join(missing)}",
         )
 

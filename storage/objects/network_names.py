@@ -39,3 +39,13 @@ def key_of(model: str) -> str:
 def bare(model: str) -> str:
     """A recorded name without its digest, as the user says it."""
     return model.partition("#")[0] if is_recorded(model) else model
+
+
+def runs_nothing(model: str) -> str:
+    """A name that a store or a run records. Raises ValueError for a function as a user names it, whose code would run.
+
+    What is recorded of a function has a digest, and is looked for only among those that the user names.
+    """
+    if is_own(model):
+        raise ValueError(f"{model}: expected a network's name, found a function without the digest of its file")
+    return model

@@ -7,10 +7,11 @@ import reprlib
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import numpy as np
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from storage.errors import DamageError, UserError
 from storage.objects import json_record, record_schema
+from storage.objects.network_names import runs_nothing
 from storage.objects.record_schema import LARGEST, Count, Id, Schema, Several, Sha256, Size, Three
 from storage.store import codecs
 from storage.views.policy import OPERATIONS_VERSION, policy
@@ -79,6 +80,11 @@ class TeacherIdentity(Identity):
     std: Three
     prefix: Several[Text] | None = None
     tap_modules: Annotated[Several[Text], Field(alias="tap modules")] = ()
+
+    @field_validator("model")
+    @classmethod
+    def _runs_nothing(cls, model: str) -> str:
+        return runs_nothing(model)
 
 
 class Anatomy(Schema):

@@ -9,13 +9,13 @@ from typing import Annotated, Any, Self, cast
 
 import timm
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import nn
 
 from precompute.taps import FACTORY_ARGUMENTS, constructor_arguments, create_timm_model, takes_image_size
 from storage.constants import SHORT_NAMES
 from storage.errors import UserError, did_you_mean, setting
-from storage.objects.network_names import outside_timm
+from storage.objects.network_names import outside_timm, runs_nothing
 from storage.objects.record_schema import Schema, Several, Three
 from storage.objects.state_dict import ONNX_FILE
 from storage.store.manifests import TeacherIdentity
@@ -39,6 +39,11 @@ class DescriptionRecord(Schema):
     evaluation: str
     shifted_patches: bool
     attention_copy: AttentionCopyRecord | None
+
+    @field_validator("model")
+    @classmethod
+    def _runs_nothing(cls, model: str) -> str:
+        return runs_nothing(model)
 
     @model_validator(mode="after")
     def _evaluation(self) -> Self:

@@ -54,13 +54,16 @@ def build_outside_timm(settings: StudentConfig, num_classes: int) -> tuple[nn.Mo
     Raises:
         UserError: no such network, or it does not take such images or classes.
     """
-    name = "pretrained" if is_own(settings.model) and settings.pretrained else "shifted_patches"
-    if getattr(settings, name):
-        raise UserError(f"student.{name}: {settings.model} is no network of timm's, which have this")
+    if settings.pretrained and is_own(settings.model):
+        raise UserError("student.pretrained: a function has no weights to download; give a file as student.weights")
+    if settings.shifted_patches:
+        raise UserError(f"student.shifted_patches: only for networks of timm, not {settings.model}")
     model, owner = recorded_name(settings.model), f"student {settings.model}"
     arguments = {**settings.sizes, **settings.args, "num_classes": num_classes}
-    if unknown := [name for name in arguments if name not in _OFFERED and not takes(model, name)]:
-        nulls = " ".join(setting(f"student.{name}", "null") for name in unknown)
+    tried = settings.args if model.startswith(TORCHVISION) else {}  # torchvision says by itself what does not fit
+    if unknown := [name for name in arguments if name not in (*_OFFERED, *tried) and not takes(model, name)]:
+        where = {name: f"student.{'args.' * (name in settings.args)}{name}" for name in unknown}
+        nulls = " ".join(setting(path, "null") for path in where.values())
         raise UserError(f"{owner}: it does not take {', '.join(unknown)}", hint=f"Leave them out: {nulls}")
     network = create_outside_timm(model, arguments, owner)
     size = settings.img_size or (config_of_own(network).get("input_size") or [None])[-1]
@@ -104,7 +107,5 @@ def keep_source(model: str, file: Path) -> str:
     if source is None or not is_recorded(model):
         return ""
     again = f"{bare(model)} makes the network of this student; commands ask for it by {setting('network', bare(model))}"
-    if source.file is None:
-        return again
-    file.write_bytes(source.file.read_bytes())
+    file.write_bytes(source.text)
     return f"{again}; a copy is {file}"

@@ -110,6 +110,7 @@ def build_run(config: TrainConfig, progress: Progress, saved: dict[str, Any] | N
     classes, count = _classes(urls, [shard.url for shard in val_shards], recipe) if classifies(recipe) else (None, 0)
     scored = _scored(val_shards, recipe, count, progress)
     student = architecture(recipe.student, _teacher(config.store, recipe.student.like))
+    recorded = recorded_name(student.model)
     model, arguments = build_student(student, count)
     file = WeightsFile(student.weights) if student.weights else None
     if saved is None:
@@ -139,7 +140,7 @@ def build_run(config: TrainConfig, progress: Progress, saved: dict[str, Any] | N
     tell_of_shared(source.shard_ids, val_shards, progress.say)
     attention_copy = _attention_copy(config, stream, distiller, progress, average=average, scored=scored)
     description = StudentDescription(
-        model=recorded_name(student.model),
+        model=recorded,
         arguments=arguments,
         img_size=size,
         mean=mean,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ from pipeline.cli import main
 from precompute.taps import AttentionTaps, adapt, allow_network, attention_layers, own_network
 from precompute.teachers.teacher import find_teacher
 from storage.errors import UserError
+from storage.objects.json_record import to_json
 from storage.store.store import Store
 from storage.testing import synthetic_shards
 from storage.views.policy import policy
@@ -75,6 +77,19 @@ def features():
 def conflicting():
     net = configured()
     net.forward_features = net.tokens
+    return net
+
+
+def headed():
+    net = configured()
+    net.forward_features = net.tokens
+    net.forward_head = lambda x: net.head(x[:, 0])
+    return net
+
+
+def sized(img_size):
+    net = configured()
+    net.pretrained_cfg = {}
     return net
 
 
@@ -223,25 +238,37 @@ def test_it_is_the_same_teacher_wherever_its_file_lies(place: Path, capsys: Any)
         (["broken.py:build"], "broken.py cannot be imported: ZeroDivisionError"),
         (["net.py:raising"], "net.py:raising cannot be called: ValueError: no checkpoint here"),
         (["net.py:build", "--teacher-arg", "depth=3"], "cannot be called with {'depth': 3}: TypeError"),
-        (["net.py:nothing"], "net.py:nothing gives a dict, and no torch.nn.Module"),
-        (["net.py:build"], r"how its images are fed.*\n  Give --input-size I --mean M --std S"),
+        (["net.py:nothing"], "net.py:nothing returned a dict, not a torch.nn.Module"),
+        (["net.py:build"], r"its input size, mean or std is unknown.*\n  Give --input-size N --mean M --std S"),
         (["net.py:build", "--input-size", "32", "--mean", "0.5"], "Give --std S"),
         (["net.py:build", *FLAGS, "--prefix", "clas"], "--prefix clas: no token has the role 'clas'"),
         (
             ["net.py:build", *FLAGS, "--prefix", "class,register", "--target", "class_row"],
-            "of its 17 tokens class, register",
+            "it has 17 tokens; without the prefix (class, register) 15 are left",
         ),
-        (["net.py:build", *FLAGS, "--teacher-arg", "prefix=null", "--target", "class_row"], "Say it: --prefix"),
+        (
+            ["net.py:build", *FLAGS, "--teacher-arg", "prefix=null", "--target", "class_row"],
+            "For a teacher --prefix class,register or --prefix none",
+        ),
         (["net.py:build", *FLAGS, "--target", "tokens"], "without forward_features its tokens"),
         (["net.py:build", *FLAGS, "--target", "activations"], "name the modules that give them: --tap-module NAMES"),
         (["net.py:build", *FLAGS, "--tap-module", "map"], "it has no module 'map'\n  Did you mean 'maps'"),
         (["net.py:build", *FLAGS, "--tap-module", "head"], r"module head: it gives \(2, 3\)"),
         (["net.py:unfit", *FLAGS], "it cannot take 32x32 RGB images"),
-        (["net.py:random"], "two calls of its function gave other weights"),
-        (["net.py:conflicting"], "it has forward_features and no forward_head"),
+        (["net.py:random"], "two calls of its function returned different weights"),
+        (["net.py:conflicting"], "it has forward_features but no forward_head"),
         (["net.py:features", "--target", "logits"], "it has no classifier, so it has no logits"),
-        (["vit_tiny_patch16_224", "--prefix", "class", "--weights", "random:0"], "vit_tiny_patch16_224 says it itself"),
-        (["torchvision/resnet19", "--weights", "random:0"], "torchvision has no 'resnet19'\n  Did you mean 'resnet1"),
+        (
+            ["vit_tiny_patch16_224", "--prefix", "class", "--weights", "random:0"],
+            "for vit_tiny_patch16_224 it is known",
+        ),
+        (
+            ["torchvision/resnet19", "--weights", "random:0"],
+            "torchvision has no 'resnet19' that classifies\n  Did you mean 'resnet1",
+        ),
+        (["vit_tiny_patch16_224", "--prefix", "none", "--weights", "random:0"], "--prefix none: only for your own"),
+        (["torchvision/r3d_18", "--weights", "random:0"], "torchvision has no 'r3d_18' that classifies"),
+        (["net.py:headed"], "its forward_head must take pre_logits, as timm's does"),
         (["net.py:configured", "--weights", "other.pth"], "does not fit"),
     ],
 )
@@ -278,6 +305,62 @@ def test_a_store_runs_no_code_that_it_names(place: Path, capsys: Any) -> None:
     named = ("--network", "net.py:configured")
     assert "compared with the PyTorch teacher (net.py:configured as built)" in run(capsys, *check, *named)
     assert "17 numbers" in run(capsys, *measure, "--teacher", "net", *named)
+
+
+@pytest.mark.parametrize("model", ["subprocess:Popen", "/anywhere/net.py:configured", "net.py:configured"])
+def test_a_store_that_names_a_function_as_a_user_would_is_refused(place: Path, capsys: Any, model: str) -> None:
+    record(capsys, "net.py:configured", "--target", "embedding")
+    forget()
+    manifest = Path("S/teachers/net/manifest.json")
+    content = json.loads(manifest.read_text())
+    content["identity"] |= {"model": model, "arguments": {"args": ["touch", str(place / "ran")]}}
+    manifest.write_bytes(to_json(content))
+    words = ("--store", "S", "--live", "--train-shards", "train-000000.tar", "--shards", "val-000000.tar")
+    said = run(capsys, "evaluate", "knn", "--teacher", "net", *words, fails=True)
+    assert f"{model}: expected a network's name, found a function without the digest of its file" in said
+    assert torch.RAN == 0  # type: ignore[attr-defined]
+    assert not Path("ran").exists()
+
+
+def test_a_function_gets_the_image_size_that_it_takes(place: Path, capsys: Any) -> None:
+    assert find_teacher("net.py:sized", input_size=32, mean=[0.5], std=[0.5]).input_size == 32
+    assert "logits" in run(capsys, "teachers", "net.py:sized", "--input-size", "32")
+
+
+def test_files_of_two_folders_import_their_own_neighbors(place: Path) -> None:
+    for folder, width in (("a", 3), ("b", 5)):
+        Path(folder).mkdir()
+        Path(folder, "beside.py").write_text(f"width = {width}\n")
+        text = "from torch import nn\nfrom beside import width\n\ndef build():\n    return nn.Linear(width, 1)"
+        Path(folder, "net.py").write_text(f"{text}  # {folder}\n")
+    widths = [
+        own_network.build_network(allow_network(f"{f}/net.py:build").label, {}, owner="x").in_features for f in "ab"
+    ]
+    assert widths == [3, 5]
+
+
+def test_looking_at_a_network_leaves_its_statistics(place: Path) -> None:
+    class Normed(nn.Module):
+        num_prefix_tokens = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.norm = nn.Linear(3, 4), nn.BatchNorm1d(4)
+
+        def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+            return x.mean((2, 3))
+
+        def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+            return torch.as_tensor(self.norm(self.fc(x)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.as_tensor(self.forward_head(self.forward_features(x)))
+
+    network = Normed()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    adapt(network, size=32, owner="x")
+    assert network.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
 def test_a_student_of_one_s_own_is_resumed_predicts_and_is_exported(
