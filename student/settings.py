@@ -214,7 +214,7 @@ Positive = Annotated[float, Field(gt=0)]
 
 def number_in(value: Any) -> Any:
     """YAML takes 5e-4 for a word; people mean the number."""
-    is_number = isinstance(value, str) and re.fullmatch(r"[+-]?\d+\.?\d*e[+-]?\d+", value, re.IGNORECASE)
+    is_number = isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)e[+-]?\d+", value, re.IGNORECASE)
     return float(value) if is_number else value
 
 
@@ -230,8 +230,9 @@ Arguments = Annotated[dict[str, JsonValue], BeforeValidator(_arguments)]
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 
 
-# Settings of a student that are arguments of the network, beside its drop rates.
+# Settings of a student that are arguments of the network.
 SIZES = {"img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "global_pool"}
+DROP_RATES = {"drop_path_rate", "drop_rate", "proj_drop_rate", "attn_drop_rate"}
 
 
 class StudentConfig(ConfigModel):
@@ -293,8 +294,7 @@ class StudentConfig(ConfigModel):
     @property
     def sizes(self) -> dict[str, Any]:
         """The settings that are arguments of the network, as far as they are given."""
-        rates = {"drop_path_rate", "drop_rate", "proj_drop_rate", "attn_drop_rate"}
-        return self.model_dump(include=SIZES | rates, exclude_none=True)
+        return self.model_dump(include=SIZES | DROP_RATES, exclude_none=True)
 
     @model_validator(mode="after")
     def _one_source(self) -> StudentConfig:

@@ -82,8 +82,6 @@ def plan(store: str, requests: dict[str, PrecomputeRequest], measure: float, tra
 
 def _missing_parts(requests: Mapping[str, PrecomputeRequest]) -> dict[str, list[str]]:
     """What the project's student lacks of the teachers whose attention is wanted, by the names of the requests."""
-    if (chosen := context.student()) is None:
-        return {}
     import torch
 
     from precompute.taps import ATTENTION
@@ -93,6 +91,8 @@ def _missing_parts(requests: Mapping[str, PrecomputeRequest]) -> dict[str, list[
     teachers = {request.teacher.name: request.teacher.identity for request in requests.values()}
     warnings = {}
     with contextlib.suppress(UserError), torch.device("meta"):  # what is wrong with a student, `train` says
+        if (chosen := context.student()) is None:
+            return {}
         student, _ = build_student(architecture(chosen, teachers.get(str(chosen.like))), 0)
         for name, request in requests.items():
             teacher = request.teacher

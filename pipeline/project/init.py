@@ -294,6 +294,7 @@ def _next(summary: ImageSummary, fitted: str) -> tuple[list[str], list[str]]:
         return ["plan", "precompute", scratch], []
     train, val = "labeled-shards/train-000000.tar", "labeled-shards/train-val-000000.tar"
     weights = "--set student.pretrained=false --set student.weights=taught/last.safetensors"
+    weights += " --set student.global_pool=token"  # which it was taught
     return [
         "plan",
         "precompute",

@@ -185,13 +185,16 @@ def _from_here(settings: ProjectSettings, folder: Path) -> ProjectSettings:
         return entry.model_copy(update={"weights": weights(entry.weights), "teacher": teacher})
 
     student, overrides = settings.student, {name: number_in(value) for name, value in settings.set.items()}
+    if isinstance(section := overrides.get("student"), dict):  # as it stands there or setting by setting
+        del overrides["student"]
+        overrides = {f"student.{name}": value for name, value in section.items()} | overrides
     if student and student.weights:
         student = student.model_copy(update={"weights": weights(student.weights)})
     if student and "model" in student.model_fields_set:
         student = student.model_copy(update={"model": own(student.model)})
-    if isinstance(name := settings.set.get("student.model"), str):
+    if isinstance(name := overrides.get("student.model"), str):
         overrides["student.model"] = own(name)
-    if isinstance(path := settings.set.get("student.weights"), str):
+    if isinstance(path := overrides.get("student.weights"), str):
         overrides["student.weights"] = weights(path)
     return settings.model_copy(
         update={

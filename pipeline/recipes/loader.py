@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from pipeline.console import Console
 from pipeline.yaml_io import read_yaml, value_in
 from storage.errors import UserError, did_you_mean
 
@@ -105,20 +106,39 @@ def load_recipe(recipe: str, settings: Sequence[str] = (), over: Over | None = N
     if not isinstance(content, dict):
         return validate(content, where)
     stages = [(where, copy.deepcopy(content))]
+    said: dict[str, Any] = {}  # by the user, over the recipe
     if over and over.settings:
         for name, value in over.settings:
             put(content, name, value)
+            put(said, name, value)
         stages.append((f"{where} with {over.where} laid over it", copy.deepcopy(content)))
     if settings:
         for setting in settings:
             _set(content, setting)
+            _set(said, setting)
         stages.append((f"{where} with --set", content))
+    _leave_out_sizes(content, said)
     try:
         return validate(content, where)
     except UserError:
         for where, stage in stages:  # the first that is wrong is to blame
             validate(stage, where)
         raise
+
+
+def _leave_out_sizes(content: dict[str, Any], said: dict[str, Any]) -> None:
+    """Leave out the sizes of a recipe's student that another network, named over the recipe, does not take."""
+    named, student = said.get("student"), content.get("student")
+    if not isinstance(named, dict) or not isinstance(student, dict):
+        return
+    name = named.get("like") or named.get("model")
+    if not isinstance(name, str):
+        return
+    from student.models.build import not_taken
+
+    if left_out := not_taken(name, {n: value for n, value in student.items() if n not in named}):
+        Console().say(f"student {name} does not take what the recipe says of {', '.join(left_out)}: left out")
+        student.update(dict.fromkeys(left_out))
 
 
 def put(content: dict[str, Any], path: str, value: Any) -> None:

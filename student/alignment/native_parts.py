@@ -96,13 +96,13 @@ def missing_parts(student: nn.Module, teacher: TeacherIdentity, name: str) -> st
     known, words = constructor_arguments(student), list[str]()
     for part in [part for part in needed if part not in own]:
         settings = [setting(f"student.args.{n}", needed[part]) for n in _ADDED_BY[part] if n in known]
-        words.append(" ".join([part, *(f"({text})" for text in settings)]))
+        words.append(f"{part} ({', '.join(settings) or 'this network has no setting for it'})")
     if not words:
         return None
     return (
-        f"warning: the student lacks what its teacher {name} is made of: {', '.join(words)}. Attention that is "
-        "transferred to a plain student can leave it below one without a teacher; these parts, untrained, help "
-        f"(arXiv 2605.07191). {setting('student.like', name)} takes them all"
+        f"warning: the student lacks parts of teacher {name}: {', '.join(words)}. Without them, attention transfer can "
+        f"make a student worse than training without a teacher (arXiv 2605.07191). To take all of them: "
+        f"{setting('student.like', name)}"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,13 +51,15 @@ def student_stages(model: nn.Module, size: int) -> tuple[StudentStage, ...]:
         raise UserError(f"{kind}: timm's forward_intermediates gives no square maps of it")
     parameter, training = next(model.parameters()), model.training
     images = torch.linspace(-1, 1, 3 * size**2).mul(99).sin().view(1, 3, size, size).to(parameter)
-    found: dict[int, tuple[StudentStage, Tensor]] = {}
+    found = defaultdict[int, list[tuple[StudentStage, Tensor]]](list)
+    calls = Counter[nn.Module]()
 
     def look(module: nn.Module, _args: Any, output: Any) -> None:
+        calls[module] += 1
         for n, (width, side) in enumerate(shapes):
             stage = StudentStage(module=module, width=width, grid=side)
             if _gives(stage, output, maps[n]):
-                found[n] = stage, output  # the last: a stage rather than its last layer
+                found[n].append((stage, output))
 
     model.eval()
     maps = model.forward_intermediates(images, output_fmt="NCHW", intermediates_only=True)  # type: ignore[operator]
@@ -67,11 +70,13 @@ def student_stages(model: nn.Module, size: int) -> tuple[StudentStage, ...]:
         for handle in handles:
             handle.remove()
         model.train(training)
-    unknown = [StudentStage(module=None, width=width, grid=side) for width, side in shapes]
-    return tuple(
-        found[n][0] if n in found and _gives(*found[n], maps[n]) else stage  # it may be changed in place afterwards
-        for n, stage in enumerate(unknown)
-    )
+    stages = []
+    for n, (width, side) in enumerate(shapes):
+        # The last: a stage rather than its last layer. What was called again, or changed in place afterwards, is none.
+        once = ((s, output) for s, output in reversed(found[n]) if s.module is not None and calls[s.module] == 1)
+        good = (s for s, output in once if _gives(s, output, maps[n]))
+        stages.append(next(good, StudentStage(module=None, width=width, grid=side)))
+    return tuple(stages)
 
 
 def _gives(stage: StudentStage, output: Any, expected: Tensor) -> bool:

@@ -93,10 +93,13 @@ def student_spec(
     if tokens:
         try:
             spec = _with_tokens(model, spec, attention)
-        except UserError:
+        except UserError as error:
             if not maps:
                 raise
-            stages = student_stages(model, size)
+            try:
+                stages = student_stages(model, size)
+            except UserError as other:
+                raise UserError(f"{error.message}; {other.message}") from None
             spec = replace(spec, layers=len(stages), stages=stages)
     if embedding:
         width, is_pooled = embedding_width(model, size), class_index(model) is None
@@ -120,8 +123,10 @@ def _with_tokens(model: nn.Module, spec: StudentSpec, attention: bool) -> Studen
         blocks = token_blocks(model)
         if grid is None or grid[0] != grid[1]:
             raise UserError(f"{type(model).__name__}: its patches make no square grid")
-        _require_tokens(model.eval(), blocks, ramp, (len(prefix) + grid[0] ** 2, width))
-        model.train(training)
+        try:
+            _require_tokens(model.eval(), blocks, ramp, (len(prefix) + grid[0] ** 2, width))
+        finally:
+            model.train(training)
         return replace(spec, layers=len(blocks), grid=int(grid[0]), prefix=prefix, width=width)
     if attention:
         check_attention(model.eval(), ramp, found)

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
-from precompute.taps import FACTORY_ARGUMENTS, constructor_arguments, create_timm_model, takes_image_size
+from precompute.taps import FACTORY_ARGUMENTS, constructor_arguments, create_timm_model, takes, takes_image_size
 from storage.constants import SHORT_NAMES
 from storage.errors import UserError, did_you_mean, setting
 from storage.objects.network_names import outside_timm, runs_nothing
@@ -22,9 +22,9 @@ from storage.store.manifests import TeacherIdentity
 from storage.views.policy import policy
 from student.models.attention_copy_hooks import AttentionCopyRecord
 from student.models.fixed_positions import SINCOS, fix_positions
-from student.models.outside_timm import build_outside_timm, create_outside_timm, names_outside_timm
+from student.models.outside_timm import build_outside_timm, create_outside_timm, names_outside_timm, recorded_name
 from student.models.shifted_patch import shift_patches
-from student.settings import SIZES, WITH_CLASS, StudentConfig
+from student.settings import DROP_RATES, SIZES, WITH_CLASS, StudentConfig
 
 
 class DescriptionRecord(Schema):
@@ -154,6 +154,23 @@ def create(model: str, arguments: dict[str, Any]) -> nn.Module:
             nulls = " ".join(setting(f"student.{name}", "null") for name in unknown)
             hint = f"It does not take {', '.join(unknown)}. Leave them out: {nulls}\n  Or {hint[0].lower()}{hint[1:]}"
         raise UserError(error.message, hint=hint) from None
+
+
+def not_taken(model: str, settings: dict[str, Any]) -> list[str]:
+    """The sizes and drop rates, of some settings, that a network cannot be made with."""
+    sizes = {name: settings[name] for name in (SIZES | DROP_RATES) - {"img_size"} if settings.get(name) is not None}
+    if names_outside_timm(model):
+        label = recorded_name(model)
+        return sorted(name for name in sizes if not takes(label, name))
+    model = SHORT_NAMES.get(model, (model,))[0]
+    if not sizes or not timm.is_model(model):
+        return []
+    unknown = _unknown(model, sizes)
+    try:
+        _on_meta(model, {name: size for name, size in sizes.items() if name not in unknown})
+    except Exception:  # timm raises many kinds, such as for heads that Swin has in stages
+        return sorted(sizes)
+    return sorted(unknown)
 
 
 def _on_meta(model: str, arguments: dict[str, Any]) -> nn.Module:

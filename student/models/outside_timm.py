@@ -86,7 +86,10 @@ def create_outside_timm(model: str, arguments: Mapping[str, Any], owner: str, co
     if is_recorded(model) and given(model) is None:
         raise not_given(model, owner, copy)
     taken = {name: value for name, value in arguments.items() if name not in _OFFERED or takes(model, name)}
-    return create_timm_model(model, taken, owner=owner)
+    network = create_timm_model(model, taken, owner=owner)
+    if taken.get("num_classes") == 0:
+        network.num_classes = 0  # type: ignore[assignment]  # it has no classifier, whatever it says of itself
+    return network
 
 
 def recorded_input(settings: StudentConfig, network: nn.Module) -> dict[str, Any]:

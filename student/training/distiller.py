@@ -181,7 +181,8 @@ class Distiller(nn.Module):
         self.targets = targets
         self.target_ids = {name: tuple(stored.id for stored in its_targets) for name, its_targets in targets.items()}
         self.student_taps = StudentTaps(model, student_taps_of(recipe) - ELSEWHERE, spec.attention, spec.stages)
-        if hasattr(model, "set_distilled_training"):
+        self._two_heads = hasattr(model, "set_distilled_training")
+        if self._two_heads:
             model.set_distilled_training(True)  # type: ignore[operator]  # both heads' logits, while it trains
         self.mean, self.std = tuple(mean), tuple(std)
         self.precision: torch.dtype | None = None
@@ -199,6 +200,8 @@ class Distiller(nn.Module):
             torch.autocast(pixels.device.type, self.precision, enabled=self.precision is not None),
         ):
             output = self.student(pixels)
+        if isinstance(output, tuple) and not self._two_heads:
+            output = output[0]  # the others are of auxiliary heads
         logits, distillation_logits = output if isinstance(output, tuple) else (output, None)
         logits = full(logits)
         self.metrics = {}

@@ -77,13 +77,13 @@ def train(world: World, store: Path, out: Path, settings: dict[str, Any], *more:
     ]
 
 
-LACKS = "the student lacks what its teacher dino2 is made of: LayerScale (--set student.args.init_values=1e-5)"
+LACKS = "the student lacks parts of teacher dino2: LayerScale (--set student.args.init_values=1e-5)"
 
 
 def test_dinov2_and_a_plain_vit_are_warned_of_and_a_student_like_it_is_not(world, store, tmp_path, capsys) -> None:
     _, said = answer(capsys, *train(world, store, tmp_path / "plain", PLAIN, "--smoke"))
     assert f"warning: {LACKS}" in said
-    assert "--set student.like=dino2 takes them all" in said
+    assert "To take all of them: --set student.like=dino2" in said
     _, said = answer(capsys, *train(world, store, tmp_path / "alike", {"student.like": "dino2", **SMALLER}, "--smoke"))
     assert "lacks" not in said
     _, about = load_student(tmp_path / "alike" / "last.safetensors")

@@ -93,6 +93,12 @@ def sized(img_size):
     return net
 
 
+class Auxiliary(Net):
+    def forward(self, x):
+        logits = super().forward(x)
+        return (logits, logits.new_full(logits.shape, float("nan"))) if self.training else logits
+
+
 def random():
     import random
     net = configured()
@@ -337,6 +343,16 @@ def test_files_of_two_folders_import_their_own_neighbors(place: Path) -> None:
         own_network.build_network(allow_network(f"{f}/net.py:build").label, {}, owner="x").in_features for f in "ab"
     ]
     assert widths == [3, 5]
+
+
+def test_auxiliary_heads_of_training_are_left_alone(place: Path, capsys: Any) -> None:
+    settings = {"student.model": "net.py:Auxiliary", "student.img_size": 32, "optim.epochs": 1, "stream.batch_size": 32}
+    words = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+    said = run(
+        *(capsys, "train", "--recipe", "scratch-small", "--shards", "train-000000.tar", "--val", "val-000000.tar"),
+        *("--out", "run", *words, "--set", "optim.warmup_epochs=0"),
+    )
+    assert re.search(r"epoch 0: crossentropy \d", said), said
 
 
 def test_looking_at_a_network_leaves_its_statistics(place: Path) -> None:

@@ -259,3 +259,27 @@ def test_the_documentation_names_every_setting_and_its_example_is_a_recipe():
     assert all(f"`{name}`" in text for name in LOSSES)
     helped = CliRunner().invoke(cli, ["train", "--help"]).output
     assert all(re.search(rf"\b{name}\b", helped) for name in loader.names())
+
+
+@pytest.mark.parametrize(
+    ("model", "left_out"),
+    [
+        ("resnet18", {"num_heads", "depth", "embed_dim", "patch_size"}),
+        ("torchvision/resnet18", {"num_heads", "depth", "embed_dim", "patch_size", "drop_path_rate"}),
+        ("vit_small_patch16_dinov3", set()),
+    ],
+)
+def test_sizes_that_a_network_named_over_a_recipe_does_not_take_are_left_out(
+    model: str, left_out: set[str], capsys: Any
+) -> None:
+    recipe = loader.load_recipe("attndistill-small").student
+    named = loader.load_recipe("attndistill-small", [f"student.model={model}"]).student
+    sizes = {n for n in type(recipe).model_fields if n != "model" and getattr(recipe, n) != getattr(named, n)}
+    assert sizes == {name for name in left_out if getattr(recipe, name) is not None}
+    assert all(getattr(named, name) is None for name in sizes)
+    assert ("does not take what the recipe says of" in capsys.readouterr().err) == bool(sizes)
+
+
+def test_a_size_that_the_user_says_is_kept_where_a_network_does_not_take_it() -> None:
+    named = loader.load_recipe("attndistill-small", ["student.model=resnet18", "student.depth=3"]).student
+    assert named.depth == 3

@@ -13,9 +13,12 @@ from torch.nn import functional as F
 
 from precompute.taps import Tap, TappedTeacher
 from storage.errors import UserError
+from student.alignment.stages import student_stages
 from student.alignment.student_spec import StudentSpec, student_spec
 from student.alignment.student_taps import StudentTaps, embedding_width
 from student.losses.feature_mse import FeatureMSEConfig, FeatureMSELoss
+from student.models.build import build_student
+from student.settings import StudentConfig
 from tests.manifests import stored
 from tests.typed import grad, present
 
@@ -172,3 +175,60 @@ def test_a_network_that_names_no_classifier_is_refused() -> None:
     own = Own()
     own.scale = nn.Parameter(torch.ones(1))
     assert embedding_width(own, 8) == 3, "without a classifier its output is its embedding"
+
+
+class SharedActivation(nn.Module):
+    """Two stages that end in one and the same module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.act = nn.Conv2d(3, 4, 8, 8), nn.Conv2d(4, 4, 1), nn.ReLU()
+        self.num_features = 4
+
+    def forward_intermediates(self, x: torch.Tensor, **_: Any) -> list[torch.Tensor]:
+        one = self.act(self.one(x))
+        return [one, self.act(self.two(one))]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_intermediates(x)[-1].mean((2, 3))
+
+
+def test_a_module_that_runs_twice_is_no_stage() -> None:
+    torch.manual_seed(0)
+    assert [stage.module for stage in student_stages(SharedActivation(), SIZE)] == [None, None]
+
+
+@pytest.mark.parametrize("name", ["resnetv2_50", "densenet121", "resnet18"])
+def test_a_stage_s_module_gives_its_map(name: str) -> None:
+    """Also where what follows changes the last module's output in place."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=0).eval()
+    pixels = torch.randn(2, 3, SIZE, SIZE)
+    with torch.no_grad():
+        maps = model.forward_intermediates(pixels, output_fmt="NCHW", intermediates_only=True)
+    compared = 0
+    for stage, expected in zip(student_stages(model, SIZE), maps, strict=True):
+        if stage.module is None:
+            continue
+        outputs: list[torch.Tensor] = []
+        handle = stage.module.register_forward_hook(lambda _module, _args, output, kept=outputs: kept.append(output))
+        with torch.no_grad():
+            model(pixels)
+        handle.remove()
+        assert torch.allclose(stage.vectors(outputs[0]), expected.flatten(2).mT, rtol=1e-4, atol=1e-5)
+        compared += 1
+    assert compared >= 3
+
+
+@pytest.mark.parametrize(("name", "width"), [("mobilenet_v3_small", 1024), ("resnet18", 512)])
+def test_a_network_of_torchvision_without_a_classifier_gives_its_embedding(name: str, width: int) -> None:
+    settings = StudentConfig(model=f"torchvision/{name}", img_size=SIZE)
+    model, _ = build_student(settings, 0)
+    assert model.num_classes == 0
+    assert embedding_width(model, SIZE) == width
+    assert model.eval()(torch.zeros(1, 3, SIZE, SIZE)).shape == (1, width)
+
+
+def test_torchvision_s_networks_without_a_linear_layer_are_refused() -> None:
+    with pytest.raises(UserError, match="no linear layer ends it, so its classifier cannot be left out"):
+        build_student(StudentConfig(model="torchvision/squeezenet1_1", img_size=SIZE), 0)
