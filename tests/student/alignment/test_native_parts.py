@@ -42,12 +42,17 @@ def test_exactly_the_parts_that_are_missing_are_named_with_what_adds_them(chosen
     assert ("`student.like=it`" in said) == ("2605.07191" in said) == bool(chosen)
 
 
+NONE = "this network has no setting for it"
 FAMILIES = {
     "vit_small_patch14_dinov2": ["LayerScale (`student.args.init_values=1e-5`)"],
-    "vit_small_patch16_dinov3": ["register tokens (`student.args.reg_tokens=4`)", "LayerScale", "rotary positions."],
+    "vit_small_patch16_dinov3": [
+        "register tokens (`student.args.reg_tokens=4`)",
+        "LayerScale",
+        f"rotary positions ({NONE}).",
+    ],
     "vit_base_patch16_clip_224": ["a norm before its layers (`student.args.pre_norm=true`)"],
-    "beit_base_patch16_224": ["LayerScale", "relative positions."],
-    "eva02_tiny_patch14_224": ["rotary positions", "SwiGLU."],
+    "beit_base_patch16_224": ["LayerScale", f"relative positions ({NONE})."],
+    "eva02_tiny_patch14_224": ["rotary positions", f"SwiGLU ({NONE})."],
     "vit_small_patch16_224.dino": [],
     "resnet18": [],
     "vit_of_another_version": [],
