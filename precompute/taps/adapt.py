@@ -89,7 +89,7 @@ def adapt(
 
 
 def _width(network: Any, size: int, owner: str) -> int:
-    """Of what its head reads; the network stays as it was."""
+    """Width of what its head reads; the network stays as it was."""
     features: Any = run_blank(network, size, "forward_features")
     training = network.training
     try:
