@@ -1,4 +1,4 @@
-"""The same work by lightly-train and by this package, in turns: docs/benchmarks.md has what it printed.
+"""Compare lightly-train with this package on the same work, in turns; docs/benchmarks.md shows the figures.
 
 A ViT-S/14 with random weights (speed does not depend on them) teaches a ViT-Ti on photos without labels, at 112x112 in
 batches of 64: lightly-train by its method `distillation`, which reads the teacher's patch features, this package by the

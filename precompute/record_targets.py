@@ -123,8 +123,9 @@ def _require_readable(network: nn.Module, teacher: Teacher, parts: Anatomy, requ
         attention_layers(network, teacher.input_size)  # raises with the reason
     for spec in request.targets:
         at = spec.at or usual_at(parts, teacher.tap_modules)
-        read_nowhere = spec.tap == "activations" and at == "stage" and not parts.stages
-        require_kind(teacher.name, parts.model_copy(update={"layers": 0}) if read_nowhere else parts, spec.tap, at)
+        require_kind(teacher.name, parts, spec.tap, at)
+        if spec.tap == "activations" and at == "stage" and not parts.stages:
+            raise _no_maps(teacher.name)
 
 
 def _known(store: Store, ids: Iterable[str]) -> dict[str, TargetManifest]:
@@ -195,10 +196,13 @@ def require_kind(name: str, anatomy: Anatomy, tap: str, at: At) -> None:
         message = f"teacher {name}: at={at} needs a CNN with stages of blocks; at=stage reads maps of any network"
         raise UserError(message, hint=hint)
     if tap == "activations" and not anatomy.depth(tap, at):
-        hint = (
-            f"Of a network that timm does not have, name the modules that give them: {setting('tap_module', 'NAMES')}"
-        )
-        raise UserError(f"teacher {name}: forward_intermediates gives no square maps of it", hint=hint)
+        raise _no_maps(name)
+
+
+def _no_maps(name: str) -> UserError:
+    """The error that no maps can be read of a teacher."""
+    hint = f"Of a network that timm does not have, name the modules that give them: {setting('tap_module', 'NAMES')}"
+    return UserError(f"teacher {name}: forward_intermediates gives no square maps of it", hint=hint)
 
 
 def target_id(teacher: Teacher, identity: TargetIdentity) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
@@ -15,7 +14,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_MMAP_THRESHOLD = -3  # of glibc's mallopt: blocks of so many bytes are mapped by themselves
+# Of glibc's mallopt: blocks of so many bytes are mapped by themselves; so much free memory is kept for the next ones.
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 
 
 def memory_limit() -> int:
@@ -33,7 +33,6 @@ def out_of_memory(advice: str) -> str:
 
 def return_memory() -> None:
     """Give what is no longer used back to the system: glibc keeps what large objects took for the next ones."""
-    gc.collect()
     _glibc("malloc_trim", 0)
 
 
@@ -48,7 +47,9 @@ def in_own_heap(make: Callable[[], T]) -> T:
         with ThreadPoolExecutor(1, "heap") as thread:
             return thread.submit(make).result()
     finally:
-        _glibc("mallopt", _MMAP_THRESHOLD, 32 << 20)  # as high as glibc's own rule goes
+        # As high as glibc's own rule goes, which ends once one of them is set: else arrays are mapped again and again.
+        _glibc("mallopt", _MMAP_THRESHOLD, 32 << 20)
+        _glibc("mallopt", _TRIM_THRESHOLD, 64 << 20)
 
 
 def _glibc(function: str, *numbers: int) -> None:

@@ -125,7 +125,7 @@ FLAGS = ("--input-size", "32", "--mean", "0.5", "--std", "0.25")
 
 @pytest.fixture(autouse=True)
 def nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a new process: what other tests named does not count."""
+    """Forget what other tests named, as a new process does."""
     monkeypatch.setattr(own_network, "_given", {})
     monkeypatch.setattr(torch, "RAN", 0, raising=False)
 
@@ -165,7 +165,7 @@ def record(capsys: Any, teacher: str, *words: str, fails: bool = False) -> str:
 
 
 def forget() -> None:
-    """As a new process: nothing was named yet."""
+    """Forget what was named, as a new process does."""
     own_network._given.clear()  # noqa: SLF001
     torch.RAN = 0  # type: ignore[attr-defined]
 
