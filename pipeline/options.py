@@ -207,9 +207,9 @@ _PRECOMPUTE = (
         "--target",
         "TAP[,layers=…][,grid=…][,codec=…]…",
         "Targets to store: activations, logits, embedding, q, k, v, class_row, attention, class_token or tokens; "
-        "repeatable. layers=last or 1:4+8, counted from 1; codec=f32, f16, u8, log8 (class_row, attention) or topk20 "
-        "(logits); for activations grid=8, at=block (after the residual sum) or at=stage (of any network), "
-        "antialias=true.",
+        "repeatable. layers=last or 1:4+8, counted from 1; codec=f32, f16, u8, u4, log8 (class_row, attention) or "
+        "topk20 (logits); for activations grid=8, at=block (after the residual sum) or at=stage (of any network), "
+        "antialias=true, native=false (store maps that are smaller than the grid resized).",
         multiple=True,
     ),
     option(

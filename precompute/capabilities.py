@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from precompute.export.pytorch import read_taps, require_size
+from precompute.export.pytorch import map_details, read_taps, require_size
 from precompute.record_targets import require_kind, usual_at
 from precompute.results import GraphInput, GraphOffers, TapOffer, TeacherOffers
 from precompute.taps import (
@@ -29,6 +29,7 @@ from storage.errors import UserError
 from storage.objects.network_names import outside_timm
 from storage.objects.state_dict import ONNX_FILE
 from storage.store.codecs import Codec
+from storage.store.manifests import native_maps
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,18 +63,13 @@ def offers_of(
     taps, refused = {}, {}
     for tap, info in TAPS.items():
         try:
-            shape = _shape(
-                network,
-                parts,
-                Tap(tap, grid=grid if info.gridded else None, at=usual_at(parts, tap_modules)),
-                size,
-                name,
-            )
+            at, native = usual_at(parts, tap_modules), info.gridded
+            read = Tap(tap, grid=grid if info.gridded else None, at=at, native=native)
+            codec = _codec(network, parts, read, size, name)
         except UserError as error:
             refused[tap] = error.message
             continue
-        codec = Codec(info.codec, shape, info.maps, axes=info.axes, values=info.values)
-        taps[tap] = TapOffer(shape=shape, codec=codec.name, bytes=codec.sample_bytes)
+        taps[tap] = TapOffer(shape=codec.shape, codec=codec.name, bytes=codec.sample_bytes)
     return TeacherOffers(
         teacher=name,
         model=model,
@@ -124,14 +120,19 @@ def bare(
     return model, size, network.eval()
 
 
-def _shape(network: nn.Module, parts: Anatomy, tap: Tap, size: int, name: str) -> tuple[int, ...]:
-    """The shape of what a tap gives of one image. Raises UserError where precompute refuses it."""
+def _codec(network: nn.Module, parts: Anatomy, tap: Tap, size: int, name: str) -> Codec:
+    """How what a tap gives of one image is kept by default. Raises UserError where precompute refuses it."""
     if tap.name in ATTENTION:
         attention_layers(network, size)  # raises with the reason
     require_kind(name, parts, tap.name, tap.at)
     module = TappedTeacher(network, [tap], size, input_size=size, mean=(0.5,) * 3, std=(0.5,) * 3).to("meta").eval()
     (output,), _ = read_taps(module, torch.zeros(2, size, size, 3, dtype=torch.uint8, device="meta"), name)
-    return tuple(output.shape[1:])
+    shape, native, info = tuple(output.shape[1:]), None, tap.info
+    if tap.native:
+        details = map_details(tap, module.stages(tap))
+        shape = details["sample_shape"]
+        native = native_maps(shape[-1], details["stages"], details["resize"])
+    return Codec(info.codec, shape, info.maps, axes=info.axes, values=info.values, native=native)
 
 
 def onnx_offers_of(path: str) -> GraphOffers:

@@ -74,7 +74,9 @@ def plan(where: str, request: PrecomputeRequest, progress: Progress, seconds: fl
         with _scratch(where) as scratch:
             policy, views, *_ = settle(store or scratch, request)
             began = time.monotonic()
-            run = plan_precompute(scratch, replace(request, policy=policy, num_views=views), progress, client)
+            known_targets = frozenset(store.objects.names("targets") if store else ())
+            request = replace(request, policy=policy, num_views=views, known_targets=known_targets)
+            run = plan_precompute(scratch, request, progress, client)
             known = store is not None and all(store.objects.names(f"targets/{o.target}") for o in run.outputs)
             exporting = 0.0 if known else time.monotonic() - began  # nothing has to be exported where all are known
             done = store.done() if store else set()
@@ -254,7 +256,7 @@ def _target(manifest: TargetManifest, images: int) -> PlannedTarget:
         bytes_per_view_image=codec.sample_bytes,
         bytes=codec.sample_bytes * images,
         error=errors.get(codec.name),
-        cheaper=sorted(cheaper, key=lambda other: other.bytes),
+        cheaper=sorted(cheaper, key=lambda other: other.relative),
     )
 
 

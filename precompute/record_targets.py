@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from storage.memory import return_memory
 from storage.objects.network_names import outside_timm
 from storage.objects.state_dict import ONNX_FILE
 from storage.store.banks import bank_manifest
-from storage.store.codecs import Codec, CodecError, codecs_for
+from storage.store.codecs import codecs_for
 from storage.store.manifests import Anatomy, TargetIdentity, TargetManifest, TeacherManifest
 from storage.store.markers import FORMAT
 
@@ -24,13 +25,17 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
+    from precompute.export.pytorch import TargetDetails
     from precompute.request import PrecomputeRequest
-    from precompute.taps import At, TapInfo
+    from precompute.taps import At
     from precompute.taps.target_spec import TargetSpec
     from precompute.teachers.teacher import Teacher
     from storage.progress import Progress
+    from storage.store.codecs import Codec, CodecError
     from storage.store.store import Store
     from storage.views.policy import Policy
+
+_VECTORS = ("q", "k", "v")
 
 
 def known_teacher(store: Store, teacher: Teacher) -> TeacherManifest | None:
@@ -91,8 +96,14 @@ def record_targets(
 
     store.add(bank_manifest(policy))
     specs = request.targets or defaults(manifest)
-    identities = [target_identity(teacher, manifest, spec, policy, request.grid) for spec in specs]
-    targets = {target_id(teacher, identity): identity for identity in identities}
+    known_ids = {*request.known_targets, *store.objects.names("targets")}
+    targets: dict[str, TargetIdentity] = {}
+    for spec in specs:
+        identity = target_identity(teacher, manifest, spec, policy, request.grid)
+        older = target_identity(teacher, manifest, spec, policy, request.grid, older=True)
+        ids = [target_id(teacher, variant) for variant in (identity, older)]
+        chosen = ids[0] not in known_ids and ids[1] in known_ids  # an older version of it was begun: go on with that
+        targets[ids[chosen]] = (identity, older)[chosen]
     known = _known(store, targets)
     if len(known) < len(targets):
         # Those that are there are exported again only while nothing was made of them: a run that was killed between
@@ -134,7 +145,13 @@ def _known(store: Store, ids: Iterable[str]) -> dict[str, TargetManifest]:
 
 
 def target_identity(
-    teacher: Teacher, manifest: TeacherManifest, spec: TargetSpec, policy: Policy, grid: int | None = None
+    teacher: Teacher,
+    manifest: TeacherManifest,
+    spec: TargetSpec,
+    policy: Policy,
+    grid: int | None = None,
+    *,
+    older: bool = False,
 ) -> TargetIdentity:
     """What a target is hashed by; of a ready graph, whose teacher says which network it is, its tensors too.
 
@@ -144,6 +161,7 @@ def target_identity(
         spec: what is asked for.
         policy: of the bank.
         grid: side of activations where the spec says none; None for view size / 16.
+        older: as older versions kept it where the spec does not say: maps resized, q, k and v scaled by the head.
 
     Raises:
         UserError: a tap or layers that the teacher does not have.
@@ -170,6 +188,8 @@ def target_identity(
     # What is left out means what older stores had: their ids stay.
     more: dict[str, object] = {"at": at} if info.gridded and at != "norm" else {}
     more |= {"antialias": "all"} if spec.antialias else {}
+    more |= {"native": True} if info.gridded and (not older if spec.native is None else spec.native) else {}
+    more |= {"scale": "token"} if spec.tap in _VECTORS and codec == "u8" and not older else {}
     return identity.model_copy(update=more | ({"tensors": spec.tensors} if spec.tensors else {}))
 
 
@@ -206,10 +226,11 @@ def _no_maps(name: str) -> UserError:
 
 
 def target_id(teacher: Teacher, identity: TargetIdentity) -> str:
-    """`{teacher}-{tap}[-block][-antialias][-g{grid}]-{codec}-{hash8}`."""
+    """`{teacher}-{tap}[-block][-antialias][-g{grid}][-native]-{codec}-{hash8}`."""
     words = [teacher.name, identity.tap, *([identity.at] if identity.at != "norm" else [])]
     words += ["antialias"] if identity.antialias else []
     words += [f"g{identity.grid}"] if identity.grid else []
+    words += ["native"] if identity.native else []
     return "-".join([*words, identity.codec, identity.digest[:8]])
 
 
@@ -251,7 +272,8 @@ def _export(
         say(f"  attention from the tapped q and k against the network's: {exported.attention_error:.1e}")
     for id, identity in targets.items():
         position, info = distinct.index(taps[id]), taps[id].info
-        names = dict.fromkeys([identity.codec, *codecs_for(info.values)])
+        by_head = identity.tap in _VECTORS and identity.codec == "u8" and not identity.scale  # as older versions did
+        details: TargetDetails = {"sample_shape": exported.shapes[position], **exported.details[position]}
         manifest = TargetManifest(
             format=FORMAT,
             kind="target",
@@ -260,23 +282,23 @@ def _export(
             teacher=teacher.name,
             graph=graph,
             output=position,
-            sample_shape=exported.shapes[position],
-            maps=info.maps,
+            maps=2 if by_head else info.maps,
             axes=info.axes,
             values=info.values,
             parity=exported.parity[position],
             attention_error=exported.attention_error,
-            codec_errors={name: _codec_error(name, info, exported.values[position]) for name in names},
             session={**exported.session},
-            **exported.details[position],
+            **details,
         )
-        store.add(manifest)
+        codec, names = manifest.codec, dict.fromkeys([identity.codec, *codecs_for(info.values)])
+        errors = {name: _codec_error(replace(codec, name=name), exported.values[position]) for name in names}
+        store.add(manifest.model_copy(update={"codec_errors": errors}))
 
 
-def _codec_error(name: str, tap: TapInfo, values: np.ndarray) -> CodecError | None:
+def _codec_error(codec: Codec, values: np.ndarray) -> CodecError | None:
     """What a codec costs on a real block; None where it cannot hold the values."""
     try:
-        return Codec(name, values.shape[1:], tap.maps, axes=tap.axes, values=tap.values).error(values)
+        return codec.error(values)
     except UserError:
         return None
 

@@ -35,6 +35,7 @@ class PrecomputeRequest:
         workers: worker processes on this machine; None for this process alone.
         dask: address of a running dask scheduler.
         grid: side of activations where a target says none; None for view size / 16.
+        known_targets: ids of targets that the planned store has, in a plan, which records elsewhere.
         worker_timeout: seconds to wait for workers to start and to come back.
     """
 
@@ -51,4 +52,5 @@ class PrecomputeRequest:
     workers: int | None = None
     dask: str | None = None
     grid: int | None = None
+    known_targets: frozenset[str] = frozenset()
     worker_timeout: float = WORKER_TIMEOUT

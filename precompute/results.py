@@ -65,7 +65,7 @@ class CheaperCodec(CodecError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedTarget:
-    """What a target takes, what its codec costs, and cheaper codecs, cheapest first."""
+    """What a target takes, what its codec costs, and cheaper codecs, the smallest error first."""
 
     target: str
     sample_shape: tuple[int, ...]

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # Largest difference that counts as the same, ÷ the largest value of the teacher: what the codec rounds, and what
 # graphs, processors and optimization levels differ by.
-TOLERANCE = {"f32": 1e-3, "f16": 2e-3, "u8": 6e-3, "log8": 2.5e-2, "topk": 2e-3, "raw": 0.0}
+TOLERANCE = {"f32": 1e-3, "f16": 2e-3, "u8": 6e-3, "u4": 8e-2, "log8": 2.5e-2, "topk": 2e-3, "raw": 0.0}
 BATCH = 16
 
 Values = Callable[[np.ndarray], dict[str, np.ndarray]]  # view images uint8 [n, S, S, 3] -> target -> f32 [n, …]
@@ -183,23 +183,27 @@ def differences(codec: Codec, arrays: dict[str, np.ndarray], live: np.ndarray) -
     """Largest difference of a map between stored and live values, for each sample, f64 [n].
 
     In each map ÷ its largest value, or a fiftieth of the largest of all where it is smaller: what graphs differ by goes
-    by the values that a layer adds up. Of `topk` the logits that were kept, and the mass of all others, absolutely.
+    by the values that a layer adds up. Native maps are compared on their own sides. Of `topk` the logits that were
+    kept, and the mass of all others, absolutely.
     """
+    apart = np.zeros(len(live))
+    parts = codec.split(live)
     if codec.name.startswith("topk"):
         index = arrays["index"].astype(np.int64)
         exact = np.exp(live.astype(np.float64) - live.max(-1, keepdims=True))
         exact /= exact.sum(-1, keepdims=True)
         rest = 1 - np.take_along_axis(exact, index, -1).sum(-1)
-        masses = np.abs(rest - arrays["rest"][..., 0]).reshape(len(live), -1).max(1)
-        stored, live = arrays["data"].astype(np.float64), np.take_along_axis(live, index, -1)
+        apart = np.abs(rest - arrays["rest"][..., 0]).reshape(len(live), -1).max(1)
+        stored, parts = {"data": arrays["data"]}, {"data": np.take_along_axis(live, index, -1)}
     else:
-        stored, masses = codec.decode(arrays).astype(np.float64), np.zeros(len(live))
-    axes = tuple(range(live.ndim - codec.maps, live.ndim))
-    largest = np.abs(live).max(axes)
-    floor = max(float(largest.max()) / 50, 1e-12)
-    each = np.abs(stored - live).max(axes) / np.maximum(largest, floor)
-    largest_of_each: np.ndarray = np.maximum(each.reshape(len(live), -1).max(1), masses)
-    return largest_of_each
+        stored = codec.values_of(arrays)
+    for name, values in parts.items():
+        axes = tuple(range(values.ndim - codec.maps, values.ndim))
+        largest = np.abs(values).max(axes)
+        floor = max(float(largest.max()) / 50, 1e-12)
+        each = np.abs(stored[name].astype(np.float64) - values).max(axes) / np.maximum(largest, floor)
+        apart = np.maximum(apart, each.reshape(len(live), -1).max(1))
+    return apart
 
 
 def _at_hand(manifest: TeacherManifest) -> bool:

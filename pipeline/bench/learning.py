@@ -62,6 +62,9 @@ class _Epochs:
         if teacher is not None:
             source, size, blocks = self.stream.source, recipe.stream.batch_size, recipe.stream.shuffle_blocks
             taps = {target: Tap.of(store.target(target).identity) for target in source.targets}
+            taps = {
+                target: dataclasses.replace(tap, native=False) for target, tap in taps.items()
+            }  # as students take it
             self.live = {target: world.live(teacher, [tap], source.policy.size) for target, tap in taps.items()}
             self.stream = Stream(shards, batch_size=size, store=store, bank=source.bank, shuffle_blocks=blocks)
 

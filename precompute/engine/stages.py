@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from storage.errors import IdentityError, UserError, setting
-from storage.store import codecs
 from storage.store.attempts import Attempt
 from storage.store.banks import BankView, read_views, view_rows
 from storage.store.markers import Marker, Task
+from storage.store.quantize import HalfOverflow
 from storage.views.draw import draw_view, settle
 from storage.views.mixing import mix_images
 from storage.views.render import BadImage, decode, render, renderer, signature
@@ -219,7 +219,7 @@ class ShardPass:
                     of_view = np.where(block.valid[(..., *(None,) * (of_view.ndim - 1))], of_view, 0)
             try:
                 arrays = output.codec.encode(of_view, wide=(view, output.target) in self.wide)
-            except codecs.HalfOverflow:
+            except HalfOverflow:
                 raise TooWide(view, output.target) from None
             except UserError as error:
                 first, last = (self.shard.index.keys[i] for i in (block.samples[0], block.samples[-1]))

@@ -17,12 +17,21 @@ from onnx import ModelProto, compose, helper, version_converter
 from torch import Tensor, nn
 
 from precompute.engine.session import Session, open_session
-from precompute.export.pytorch import CHECKED, PARITY, Exported, TargetDetails, compare, model_of, stripped
+from precompute.export.pytorch import (
+    CHECKED,
+    PARITY,
+    Exported,
+    TargetDetails,
+    compare,
+    map_details,
+    model_of,
+    stripped,
+)
 from precompute.taps import Tap, TappedTeacher
 from precompute.taps.registry import OF_CLASS_TOKEN
 from precompute.teachers import onnx_file
 from storage.errors import UserError, first_line, setting
-from storage.store.manifests import Network, Stage
+from storage.store.manifests import Network
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -66,7 +75,7 @@ class OutputTaps(nn.Module):
         self.names = names_of(taps)
         for tap in taps:
             for name in tap.chosen if tap.info.gridded else ():
-                if not hasattr(self, tap.grid_name(sides[name])):
+                if tap.side(sides[name]) == tap.grid and not hasattr(self, tap.grid_name(sides[name])):
                     self.register_buffer(tap.grid_name(sides[name]), tap.grid_matrix(sides[name]))
 
     def forward(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -76,11 +85,17 @@ class OutputTaps(nn.Module):
         for tap in self.taps:
             layers = [by_name[name].float() for name in tap.chosen]
             if tap.info.gridded:
-                matrices = [self.get_buffer(tap.grid_name(self.sides[name])) for name in tap.chosen]
-                outputs.append(torch.cat([m @ maps @ m.T for m, maps in zip(matrices, layers, strict=True)], 1))
+                sides = [self.sides[name] for name in tap.chosen]
+                outputs.append(tap.one_tensor([self._on_grid(tap, *pair) for pair in zip(sides, layers, strict=True)]))
             else:
                 outputs.append(torch.stack(layers, 1) if tap.info.layered else layers[0].clone())
         return tuple(outputs)
+
+    def _on_grid(self, tap: Tap, side: int, maps: Tensor) -> Tensor:
+        if tap.side(side) != tap.grid:
+            return maps
+        matrix = self.get_buffer(tap.grid_name(side))
+        return matrix @ maps @ matrix.T
 
 
 def names_of(taps: Sequence[Tap]) -> tuple[str, ...]:
@@ -218,7 +233,7 @@ def _details(path: str, tap: Tap, values: Mapping[str, np.ndarray]) -> TargetDet
     if tap.info.gridded:
         numbers = tap.layers or range(1, len(tap.tensors) + 1)
         parts = zip(numbers, tap.chosen, strict=True)
-        return {"stages": tuple(Stage(stage=n, tap=name, channels=values[name].shape[1]) for n, name in parts)}
+        return map_details(tap, [(n, name, values[name].shape[1], values[name].shape[-1]) for n, name in parts])
     axes = tap.info.graph
     if "N" in axes:
         tokens = shape[axes.index("N")]

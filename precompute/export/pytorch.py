@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
 
     from precompute.engine.tasks import SessionSettings
+    from storage.store.native_maps import Matrix
 
 CHECKED = 16  # images that PyTorch and the graph are compared on
 _PIECE = 4  # images that PyTorch looks at together: all layers of large teachers take memory
@@ -39,11 +40,31 @@ PARITY = 1e-3  # largest difference of an output ÷ its largest value; 2e-5 is u
 
 
 class TargetDetails(TypedDict, total=False):
-    """What a target's manifest says of some taps alone."""
+    """What a target's manifest says of some taps alone; of native maps also their shape once they are decoded."""
 
     scales: tuple[float, ...]
     stages: tuple[Stage, ...]
     network: Network
+    sample_shape: tuple[int, ...]
+    resize: dict[str, Matrix]
+
+
+def map_details(tap: Tap, stages: Sequence[tuple[int, str, int, int]]) -> TargetDetails:
+    """What is said of maps: the (number, tensor, channels, side) of each stage that they come from."""
+    if not tap.native:
+        return {"stages": tuple(Stage(stage=n, tap=name, channels=channels) for n, name, channels, _ in stages)}
+    rests = [tap.side(side) for *_, side in stages]
+    grid = int(tap.grid or 0)
+    return {
+        "stages": tuple(
+            Stage(stage=n, tap=name, channels=channels, side=rest)
+            for (n, name, channels, _), rest in zip(stages, rests, strict=True)
+        ),
+        "sample_shape": (sum(channels for *_, channels, _ in stages), grid, grid),
+        "resize": {
+            str(side): tuple(map(tuple, tap.grid_matrix(side).tolist())) for side in dict.fromkeys(rests) if side < grid
+        },
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +132,7 @@ def read_taps(module: TappedTeacher, views: Tensor, name: str) -> tuple[list[Ten
         outputs = [torch.cat(parts) for parts in zip(*map(module, pieces), strict=True)]
         _require_own_logits(module, views, outputs, name)
     for tap, output in zip(module.taps, outputs, strict=True):
-        axes = tap.info.axes
+        axes = ("value",) if tap.native else tap.info.axes
         if output.ndim != 1 + len(axes):
             raise UserError(
                 f"{name}: its {tap.name} has the shape {tuple(output.shape[1:])} for an image; expected "
@@ -369,6 +390,4 @@ def compare(
 def _details(module: TappedTeacher, tap: Tap) -> TargetDetails:
     if tap.name in ("q", "k"):
         return {"scales": tuple(module.scales(tap))}  # softmax(q·kᵀ·scale) is the layer's attention
-    if tap.info.gridded:
-        return {"stages": tuple(Stage(stage=n, tap=name, channels=c) for n, name, c in module.stages(tap))}
-    return {}
+    return map_details(tap, module.stages(tap)) if tap.info.gridded else {}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple, Self, cast
 
+import torch
 from torch import Tensor
 
 from precompute.taps.activations import At, resize_matrix
@@ -49,9 +50,9 @@ class TapInfo(NamedTuple):
 _VECTORS, _ROWS = ("layer", "head", "token", "width"), ("layer", "head", "token")
 TAPS: dict[str, TapInfo] = {
     "activations": TapInfo(("channel", "y", "x"), 2, codec="u8", graph=("B", "C", "h", "h"), usual=("cnn", "other")),
-    "q": TapInfo(_VECTORS, 2, vit=True),
-    "k": TapInfo(_VECTORS, 2, vit=True),
-    "v": TapInfo(_VECTORS, 2, vit=True),
+    "q": TapInfo(_VECTORS, 1, vit=True),
+    "k": TapInfo(_VECTORS, 1, vit=True),
+    "v": TapInfo(_VECTORS, 1, vit=True),
     "class_row": TapInfo(_ROWS, 1, vit=True, values="rows", graph=("B", "H", "N"), usual=("vit",)),
     "attention": TapInfo(("layer", "head", "query", "token"), 1, vit=True, values="rows", graph=("B", "H", "N", "N")),
     "tokens": TapInfo(("layer", "token", "width"), 1, vit=True, graph=("B", "N", "D")),
@@ -70,7 +71,7 @@ class Tap:
     Activations are read `at` the last norm of a stage's last block, after that block's residual sum (`block`), or as
     timm's `forward_intermediates` gives them of any network (`stage`). They are resized with `antialias` as in
     `F.interpolate` (`all`), without it (False), or with it only where a stage is larger than the grid (True, as targets
-    of older stores were made).
+    of older stores were made). `native` maps are resized only where they are larger than the grid.
 
     Without layers: all of them; of `tokens`, those after the final norm, else the residual stream after each layer.
     Of a ready graph also the names of its tensors, one a layer of the tap; `layers` chooses among them.
@@ -83,6 +84,7 @@ class Tap:
     tensors: tuple[str, ...] = ()
     at: At = "norm"
     antialias: Antialias = False
+    native: bool = False
 
     @classmethod
     def of(cls, identity: TargetIdentity) -> Self:
@@ -94,12 +96,30 @@ class Tap:
             tensors=identity.tensors,
             at=cast(At, identity.at),
             antialias=identity.antialias,
+            native=identity.native,
         )
 
     @property
     def info(self) -> TapInfo:
         """What the tap gives."""
         return TAPS[self.name]
+
+    def side(self, side: int) -> int:
+        """The side on which maps of this side are given: the grid, or their own where native maps are smaller."""
+        grid = int(self.grid or 0)
+        return min(side, grid) if self.native else grid
+
+    def one_tensor(self, maps: Sequence[Tensor]) -> Tensor:
+        """The tap's tensor of each stage's maps `[B, C, side, side]` on the sides that it gives.
+
+        `[B, channels, g, g]`; of native maps `[B, V]`, one side after another, as the store takes them
+        (`storage.store.native_maps`).
+        """
+        if not self.native:
+            return torch.cat(list(maps), 1)
+        sides = dict.fromkeys(each.shape[-1] for each in maps)
+        by_side = [torch.cat([each for each in maps if each.shape[-1] == side], 1) for side in sides]
+        return torch.cat([each.flatten(1) for each in by_side], 1)
 
     def grid_matrix(self, side: int) -> Tensor:
         """The matrix that brings an axis of activation maps of this side onto the tap's grid (`resize_matrix`)."""

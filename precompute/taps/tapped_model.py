@@ -75,7 +75,7 @@ class TappedTeacher(nn.Module):
             self._reads[at] = self._stages_at(at)
         for tap in self.taps:
             for side in {maps.side for maps in self._maps(tap)} if tap.info.gridded else ():
-                if not hasattr(self, tap.grid_name(side)):  # a matrix is a constant of the graph
+                if tap.side(side) == tap.grid and not hasattr(self, tap.grid_name(side)):  # a constant of the graph
                     self.register_buffer(tap.grid_name(side), tap.grid_matrix(side))
 
     def _stages_at(self, at: At) -> list[_MapsOf]:
@@ -124,10 +124,10 @@ class TappedTeacher(nn.Module):
         stages = self._reads[tap.at]
         return [stages[n - 1] for n in tap.numbers(len(stages))]
 
-    def stages(self, tap: Tap) -> list[tuple[int, str, int]]:
-        """(number, name of the module, channels) of the stages that a tap's activations are read off."""
+    def stages(self, tap: Tap) -> list[tuple[int, str, int, int]]:
+        """(number, name of the module, channels, side) of the stages that a tap's activations are read off."""
         numbers = tap.numbers(len(self._reads[tap.at]))
-        return [(n, maps.name, maps.channels) for n, maps in zip(numbers, self._maps(tap), strict=True)]
+        return [(n, *maps) for n, maps in zip(numbers, self._maps(tap), strict=True)]
 
     def scales(self, tap: Tap) -> list[float]:
         """What the scores of each of a tap's layers are multiplied by, usually 1/√d."""
@@ -169,7 +169,7 @@ class TappedTeacher(nn.Module):
         if tap.name == "tokens":
             return torch.stack([self._streams[n] for n in tap.layers] if tap.layers else [features], 1)
         if tap.name == "activations":
-            return torch.cat([self._on_grid(tap, n) for n in tap.numbers(len(self._reads[tap.at]))], 1)
+            return tap.one_tensor([self._on_grid(tap, n) for n in tap.numbers(len(self._reads[tap.at]))])
         assert self.attention is not None
         taps = self._attention_taps
         seen = {layer.number: attention for layer, attention in zip(taps.layers, taps.attention, strict=True)}
@@ -183,8 +183,11 @@ class TappedTeacher(nn.Module):
         return torch.stack([getattr(layer, tap.name) for layer in layers], 1)
 
     def _on_grid(self, tap: Tap, n: int) -> Tensor:
-        matrix = self.get_buffer(tap.grid_name(self._reads[tap.at][n - 1].side))
-        return matrix @ self._kept[tap.at, n] @ matrix.T
+        side, maps = self._reads[tap.at][n - 1].side, self._kept[tap.at, n]
+        if tap.side(side) != tap.grid:
+            return maps
+        matrix = self.get_buffer(tap.grid_name(side))
+        return matrix @ maps @ matrix.T
 
 
 class _MapsOf(NamedTuple):

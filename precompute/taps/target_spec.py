@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import TYPE_CHECKING
 
 from storage.errors import UserError, did_you_mean, setting
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from precompute.taps import At
 
 
-_OPTIONS = ("layers", "grid", "codec", "at", "antialias")
+_OPTIONS = ("layers", "grid", "codec", "at", "antialias", "native")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,8 @@ class TargetSpec:
         at: whether activations are read after a stage's last `norm`, its last `block`, or as timm gives them of each
             `stage`; None for `norm` of a CNN whose stages are known, else `stage`.
         antialias: whether activations are resized with antialiasing.
+        native: whether activations are kept on their own sides where these are below the grid; None for yes, unless the
+            store has them resized.
     """
 
     tap: str
@@ -40,6 +42,7 @@ class TargetSpec:
     tensors: tuple[str, ...] = ()
     at: At | None = None
     antialias: bool = False
+    native: bool | None = None
 
 
 def parse_target(text: str) -> list[TargetSpec]:
@@ -47,7 +50,7 @@ def parse_target(text: str) -> list[TargetSpec]:
 
     Args:
         text: `TAP[,TAP…][,layers=last|1:4+8][,grid=G][,codec=C]`; activations also take
-            `at=norm|block|stage` and `antialias=true|false`.
+            `at=norm|block|stage`, `antialias=true|false` and `native=true|false`.
 
     Raises:
         UserError: an unknown tap, option or codec, with the nearest known one.
@@ -69,28 +72,26 @@ def _parse(text: str) -> list[TargetSpec]:
             raise UserError(f"no option is called {option!r}", hint=did_you_mean(option, _OPTIONS))
     if not taps:
         raise UserError("names no tap", hint=did_you_mean("", TAPS))
-    grid, at, antialias = _maps(taps, options)
+    of_maps = _maps(taps, options)
     if "layers" in options and not all(TAPS[tap].layered for tap in taps):
         raise UserError(f"{', '.join(t for t in taps if not TAPS[t].layered)} has no layers to choose")
     codec = options.get("codec")
     if codec is not None:
         for tap in taps:
             codec = codecs.check_codec(codec, TAPS[tap].values)
-    return [
-        TargetSpec(tap, layers=options.get("layers"), grid=grid, codec=codec, at=at, antialias=antialias)
-        for tap in taps
-    ]
+    return [replace(of_maps, tap=tap, layers=options.get("layers"), codec=codec) for tap in taps]
 
 
-def _maps(taps: Sequence[str], options: Mapping[str, str]) -> tuple[int | None, At | None, bool]:
-    """What is said of activations alone: `grid`, `at` and `antialias`."""
+def _maps(taps: Sequence[str], options: Mapping[str, str]) -> TargetSpec:
+    """What is said of activations alone: `grid`, `at`, `antialias` and `native`."""
     from precompute.taps import POSITIONS, TAPS
 
     alone = {"grid": "resized to a grid", "at": "read at a place of their own", "antialias": "resized"}
+    alone["native"] = "kept on their own sides"
     for option, what in alone.items():
         if option in options and not all(TAPS[tap].gridded for tap in taps):
             raise UserError(f"only activations are {what}")
-    grid, place, antialias = options.get("grid"), options.get("at"), options.get("antialias", "false")
+    grid, place = options.get("grid"), options.get("at")
     if grid is not None and not re.fullmatch(r"[1-9]\d{0,2}", grid):
         raise UserError(f"grid={grid}: expected a number of patches a side, 1 to 999")
     at = next((known for known in POSITIONS if known == place), None)
@@ -99,9 +100,13 @@ def _maps(taps: Sequence[str], options: Mapping[str, str]) -> tuple[int | None, 
             f"at={place}: expected norm (a stage's last normalization), block (its last block, after the residual sum) "
             "or stage (what timm's forward_intermediates gives)"
         )
-    if antialias not in ("true", "false"):
-        raise UserError(f"antialias={antialias}: expected true or false")
-    return None if grid is None else int(grid), at, antialias == "true"
+    flags = {name: options[name] for name in ("antialias", "native") if name in options}
+    for name, value in flags.items():
+        if value not in ("true", "false"):
+            raise UserError(f"{name}={value}: expected true or false")
+    side, native = None if grid is None else int(grid), flags.get("native")
+    antialias = flags.get("antialias") == "true"
+    return TargetSpec("", grid=side, at=at, antialias=antialias, native=None if native is None else native == "true")
 
 
 def layer_numbers(text: str | None, count: int, what: str) -> tuple[int, ...]:

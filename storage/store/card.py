@@ -20,9 +20,14 @@ zarr 3 alone (a missing chunk then reads as zeros, silently; compare with the ma
 ```python
 import json, zarr
 marker = json.load(open("done/{marker}"))
-values = zarr.open_array("{folder}/" + marker["attempt"] + "/data", mode="r")[:]
+values = zarr.open_array("{folder}/" + marker["attempt"] + "/{array}", mode="r")[:]
 ```
 """
+
+_MORE = (
+    "`data_14` has the maps that are 14 a side at rest, and `u4` two values a byte. The page about the store's format, "
+    "in the documentation of teacher-store, has a reader of every codec."
+)
 
 
 def card(store: Store) -> str:
@@ -47,7 +52,8 @@ def card(store: Store) -> str:
     lines += _table("Banks", ["bank", "policy", "size", "seed", "shards", "views in all"], rows)
     rows = []
     for id, target in targets.items():
-        sample = f"{'×'.join(map(str, target.sample_shape))} ({', '.join(target.axes)})"
+        sides = f", kept {target.sides} a side" if target.sides else ""
+        sample = f"{'×'.join(map(str, target.sample_shape))} ({', '.join(target.axes)}){sides}"
         layers, codec = list(target.identity.layers or ()) or "", target.identity.codec
         error = target.codec_errors.get(codec)
         cost = f"{error.relative:.2g}, {error.cosine:.6f}" if error else ""
@@ -55,7 +61,10 @@ def card(store: Store) -> str:
     columns = ["target", "one sample", "layers", "codec", "its relative error, cosine", "shards", "views in all"]
     lines += _table("Targets", columns, rows)
     if example := next((task for task in sorted(done) if task.kind == "target"), None):
-        lines += [_READING.format(marker=example.name, folder=example.folder), ""]
+        array = next(iter(targets[example.id].codec.layout()))
+        lines += [_READING.format(marker=example.name, folder=example.folder, array=array), ""]
+        if any(target.sides or target.identity.codec == "u4" for target in targets.values()):
+            lines += [_MORE, ""]
     return "\n".join(lines)
 
 

@@ -13,8 +13,11 @@ from pydantic import Field
 
 from storage.errors import UserError, did_you_mean
 from storage.objects.record_schema import Schema
+from storage.store.native_maps import NativeMaps
+from storage.store.quantize import HalfOverflow, dequantize, grouped, groups, packed, quantize, unpacked
 
-CODECS = ("f32", "f16", "u8", "log8", "topk")
+CODECS = ("f32", "f16", "u8", "u4", "log8", "topk")
+_BITS = {"u8": 8, "u4": 4}  # of affine codes
 TOP = 20  # classes that `topk` keeps where no number is said
 
 # What a tensor's values are: anything, rows of probabilities (attention), or logits of classes.
@@ -38,17 +41,13 @@ def check_codec(codec: str, values: Values | None = None) -> str:
     if kind not in CODECS:
         raise UserError(f"no codec is called {codec!r}", hint=did_you_mean(codec, CODECS))
     if values is not None and kind in _ONLY and _ONLY[kind][0] != values:
-        raise UserError(f"codec {codec} {_ONLY[kind][1]}", hint="Use f32, f16 or u8.")
+        raise UserError(f"codec {codec} {_ONLY[kind][1]}", hint="Use f32, f16, u8 or u4.")
     return f"topk{match[1] or TOP}" if match else codec
 
 
 def codecs_for(values: Values) -> list[str]:
     """The codecs that keep such values."""
     return [check_codec(codec) for codec in CODECS if codec not in _ONLY or _ONLY[codec][0] == values]
-
-
-class HalfOverflow(UserError):
-    """f16 cannot hold a map's scale or offset: all of the array's are kept in f32 (`wide`)."""
 
 
 Error = Annotated[float, Field(ge=0)]
@@ -62,11 +61,15 @@ class CodecError(Schema):
         cosine: the mean over maps, before and after.
         kl: of distributions, the mean of Σ p·log(p/p′) over rows (of their softmax for logits), p′ made to sum to 1, in
             nats.
+        loss_error: |L′ − L| ÷ L of a squared loss whose student gives the mean of the images, as an untrained one may.
+        gradient_cosine: of that loss's gradients, before and after.
     """
 
     relative: Error
     cosine: float
     kl: float = 0
+    loss_error: Error | None = None
+    gradient_cosine: float | None = None
 
 
 class ArraySpec(NamedTuple):
@@ -82,12 +85,13 @@ class Codec:
     """How one target is kept.
 
     Attributes:
-        name: `f32`, `f16`, `u8`, `log8` or `topkN`; `raw` for what is uint8 already, view images.
-        shape: of one sample's values.
+        name: `f32`, `f16`, `u8`, `u4`, `log8` or `topkN`; `raw` for what is uint8 already, view images.
+        shape: of one sample's decoded values.
         maps: how many of the last axes make one map, the unit that `u8` scales: 2 for activations `[C, g, g]`, 1 for
-            class rows `[L, H, N]`.
+            class rows `[L, H, N]` and vectors, which `u4` scales in groups of 32 numbers.
         axes: names of the axes.
         values: what they are.
+        native: of activations whose maps are kept on their own sides: which.
     """
 
     name: str
@@ -96,6 +100,7 @@ class Codec:
     _: KW_ONLY
     axes: tuple[str, ...] = field(default=(), compare=False)
     values: Values = "plain"
+    native: NativeMaps | None = None
 
     @property
     def top(self) -> int:
@@ -107,16 +112,34 @@ class Codec:
         """Bytes that one sample takes at rest."""
         return sum(np.dtype(part.dtype).itemsize * math.prod(part.shape) for part in self.layout().values())
 
+    @property
+    def parts(self) -> dict[str, tuple[int, ...]]:
+        """Array -> shape of one sample's values in it: `data`, or of native maps an array for each side."""
+        if self.native is None:
+            return {"data": self.shape}
+        return {f"data_{side}": (count, side, side) for side, count in self.native.channels.items()}
+
+    @property
+    def _in_groups(self) -> bool:
+        return self.name == "u4" and self.maps == 1
+
     def layout(self, *, wide: bool = False) -> dict[str, ArraySpec]:
         """name -> what each array keeps of one sample."""
-        shape = self.shape
+        shape, parts = self.shape, self.parts
         if self.name == "raw":
             return {"data": ArraySpec("uint8", shape, self.axes)}
         axes = self.axes or tuple(f"axis{i}" for i in range(len(shape)))
-        if self.name == "u8":
-            maps = len(shape) - self.maps  # axes that count maps
-            scale = ArraySpec("float32" if wide else "float16", (*shape[:maps], 2), (*axes[:maps], "scale_offset"))
-            return {"data": ArraySpec("uint8", shape, axes), "scale": scale}
+        if self.name in _BITS:
+            units = shape[: len(shape) - self.maps]
+            arrays = {name: ArraySpec("uint8", part, axes) for name, part in parts.items()}
+            if self.name == "u4":
+                half = {name: -(-math.prod(part) // 2) for name, part in parts.items()}
+                arrays = {name: ArraySpec("uint8", (count,), ("byte",)) for name, count in half.items()}
+            names = axes[: len(units)]
+            if self._in_groups:
+                units, names = (*units, groups(shape[-1])), (*names, "group")
+            scale = ArraySpec("float32" if wide else "float16", (*units, 2), (*names, "scale_offset"))
+            return {**arrays, "scale": scale}
         if self.name == "log8":
             return {"data": ArraySpec("uint8", shape, axes), "largest": ArraySpec("float16", shape[:-1], axes[:-1])}
         if self.name.startswith("topk"):
@@ -124,72 +147,112 @@ class Codec:
             top, ranks = (*shape[:-1], self.top), (*axes[:-1], "rank")
             rest = ArraySpec("float32", (*shape[:-1], 1), (*axes[:-1], "mass"))
             return {"data": ArraySpec("float16", top, ranks), "index": ArraySpec(index, top, ranks), "rest": rest}
-        return {"data": ArraySpec("float32" if self.name == "f32" else "float16", shape, axes)}
+        kind = "float32" if self.name == "f32" else "float16"
+        return {name: ArraySpec(kind, part, axes) for name, part in parts.items()}
+
+    def split(self, values: Any) -> dict[str, Any]:
+        """Array -> its values `[n, …]`, of what a teacher's graph gives: `[n, *shape]`, of native maps `[n, V]`."""
+        if self.native is None:
+            return {"data": values}
+        return {f"data_{side}": maps for side, maps in self.native.split(values).items()}
+
+    def join(self, parts: Mapping[str, Any]) -> Any:
+        """The values f32 `[n, *shape]` of those of each array: native maps are resized to their grid."""
+        if self.native is None:
+            return parts["data"]
+        return self.native.join({side: parts[f"data_{side}"] for side in self.native.channels})
 
     def encode(self, values: np.ndarray, *, wide: bool = False) -> dict[str, np.ndarray]:
-        """The arrays that keep `values` f32 `[n, *shape]`.
+        """The arrays that keep `values` f32, `[n, *shape]` or as `split` takes them.
 
-        `u8`: per map, code = round((x − offset)/scale), quantized against the offset and scale as they are kept (f16,
-        or f32 with `wide`; offset rounded down and scale up, so that every value lies within the codes' range). Error
-        at most scale/2.
+        `u8`, `u4`: affine codes of 8 and 4 bits (`storage.store.quantize.quantize`), of each map, or of each group of
+        32 numbers of a vector in `u4`, two codes a byte. Error at most scale/2.
         `log8`: per row, code = clip(round(16·log2(max/p)), 0, 255) with 255 for zero, against the row's largest value
         as it is kept in f16. Error at most 2.2 % of each p; what is under max/2^15.9 becomes zero.
         `topk`: the k largest logits in f16 with their classes, largest first, and the softmax mass of all others.
 
         Raises:
-            HalfOverflow: `u8` without `wide`, where f16 cannot hold a scale or an offset.
+            HalfOverflow: affine codes without `wide`, where f16 cannot hold a scale or an offset.
             UserError: f16 cannot hold a value, or `log8` is given a negative one.
         """
         if self.name == "raw":
             return {"data": values}
-        if self.name == "f32":
-            return {"data": np.ascontiguousarray(values, np.float32)}
-        if self.name == "u8":
-            return _encode_u8(values, self.maps, wide)
+        if self.name in _BITS:
+            return self._encode_affine(values, wide)
         if self.name == "log8":
             return _encode_log8(values)
         if self.name.startswith("topk"):
             return _encode_topk(values, self.top, self.layout()["index"].dtype)
-        return {"data": _half(values, self.name)}
+        if self.name == "f32":
+            return {name: np.ascontiguousarray(part, np.float32) for name, part in self.split(values).items()}
+        return {name: _half(part, self.name) for name, part in self.split(values).items()}
+
+    def _encode_affine(self, values: np.ndarray, wide: bool) -> dict[str, np.ndarray]:
+        arrays, scales = {}, []
+        for name, part in self.split(values).items():
+            if self._in_groups:
+                codes, scale = quantize(grouped(part), 1, _BITS[self.name], wide)
+                codes = codes.reshape(*part.shape[:-1], -1)[..., : part.shape[-1]]
+            else:
+                codes, scale = quantize(part, self.maps, _BITS[self.name], wide)
+            arrays[name] = packed(codes) if self.name == "u4" else codes
+            scales.append(scale)
+        return {**arrays, "scale": scales[0] if len(scales) == 1 else np.concatenate(scales, 1)}
+
+    def values_of(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """The f32 values that each array keeps; `join` makes them one."""
+        if self.name == "log8":
+            return {"data": _decode_log8(arrays)}
+        if self.name.startswith("topk"):
+            return {"data": _decode_topk(arrays, self.shape[-1])}
+        if self.name not in _BITS:
+            return {name: _float(arrays[name]) for name in self.parts}
+        scales, start, values = _float(arrays["scale"]), 0, {}
+        for name, shape in self.parts.items():
+            codes = unpacked(arrays[name], shape) if self.name == "u4" else _float(arrays[name])
+            if self._in_groups:
+                in_groups = dequantize(grouped(codes), scales)
+                values[name] = in_groups.reshape(*codes.shape[:-1], -1)[..., : shape[-1]]
+                continue
+            scale = scales if self.native is None else scales[:, start : start + shape[0]]
+            values[name], start = dequantize(codes, scale), start + shape[0]
+        return values
 
     def decode(self, arrays: Mapping[str, Any]) -> Any:
         """The f32 values `[n, *shape]` that arrays keep: NumPy arrays give NumPy, torch tensors torch on their device.
 
-        `u8`: x = code · scale + offset. `log8`: p = max · 2^(−code/16). `topk`: the logits as kept, and for every other
-        class the one value that gives them their mass.
+        `u8`, `u4`: x = code · scale + offset. `log8`: p = max · 2^(−code/16). `topk`: the logits as kept, and for every
+        other class the one value that gives them their mass. Native maps are then resized to the grid.
         """
-        if self.name == "log8":
-            return _decode_log8(arrays)
-        if self.name.startswith("topk"):
-            return _decode_topk(arrays, self.shape[-1])
-        data = _float(arrays["data"])
-        if self.name != "u8":
-            return data
-        pair = _float(arrays["scale"])
-        shape = (*pair.shape[:-1], *(1,) * (data.ndim - pair.ndim + 1))
-        data *= pair[..., 0].reshape(shape)  # in place: the arrays are large, and this is the student's time
-        data += pair[..., 1].reshape(shape)
-        return data
+        return self.join(self.values_of(arrays))
 
     def error(self, values: np.ndarray) -> CodecError:
-        """What keeping `values` f32 `[n, *shape]` costs."""
-        totals = np.zeros(6)
-        for start in range(0, len(values), _SLICE):
-            part = values[start : start + _SLICE]
+        """What keeping `values` f32, as `encode` takes them, of n >= 2 images costs."""
+        pieces = [values[start : start + _SLICE] for start in range(0, len(values), _SLICE)]
+        mean = np.sum([self.join(self.split(piece)).sum(0, dtype=np.float64) for piece in pieces], 0) / len(values)
+        mean = mean.reshape(*mean.shape[: mean.ndim - self.maps], -1)
+        totals = np.zeros(9)
+        for piece in pieces:
             try:
-                arrays = self.encode(part)
+                arrays = self.encode(piece)
             except HalfOverflow:
-                arrays = self.encode(part, wide=True)
-            before = part.astype(np.float64).reshape(*part.shape[: part.ndim - self.maps], -1)
+                arrays = self.encode(piece, wide=True)
+            before = self.join(self.split(piece)).astype(np.float64).reshape(len(piece), *mean.shape)
             after = self.decode(arrays).astype(np.float64).reshape(before.shape)
             norms = np.linalg.norm(before, axis=-1) * np.linalg.norm(after, axis=-1)
             cosines = (before * after).sum(-1)[norms > 0] / norms[norms > 0]
             kl = np.zeros(0) if self.values == "plain" else _kl(before, after, self.values)
             squares, differences = (before**2).sum(), ((before - after) ** 2).sum()
-            totals += [cosines.sum(), cosines.size, squares, differences, kl.sum(), kl.size]
-        cosine, maps, square, difference, divergence, rows = totals.tolist()
-        relative = math.sqrt(difference / max(square, 1e-300))
-        error = CodecError(relative=relative, cosine=cosine / maps if maps else 1.0)
+            exact, kept = before - mean, after - mean  # gradients of ‖mean − x‖²/2 but for their sign
+            losses = [(exact**2).sum(), (kept**2).sum(), (exact * kept).sum()]
+            totals += [cosines.sum(), cosines.size, squares, differences, kl.sum(), kl.size, *losses]
+        cosine, maps, square, difference, divergence, rows, loss, kept_loss, product = totals.tolist()
+        error = CodecError(
+            relative=math.sqrt(difference / max(square, 1e-300)),
+            cosine=cosine / maps if maps else 1.0,
+            loss_error=abs(kept_loss - loss) / loss if loss else 0,
+            gradient_cosine=product / math.sqrt(loss * kept_loss) if loss * kept_loss else 1.0,
+        )
         return error if self.values == "plain" else error.model_copy(update={"kl": divergence / max(rows, 1)})
 
 
@@ -212,30 +275,6 @@ def _half(values: np.ndarray, name: str) -> np.ndarray:
         message = f"codec {name} cannot hold values up to {np.abs(values).max():g}"
         raise UserError(message, hint="Use codec=f32 or codec=u8.")
     return data
-
-
-def _encode_u8(values: np.ndarray, maps: int, wide: bool) -> dict[str, np.ndarray]:
-    axes = tuple(range(values.ndim - maps, values.ndim))
-    low = values.min(axis=axes).astype(np.float64)
-    high = values.max(axis=axes).astype(np.float64)
-    kind: type[np.floating[Any]] = np.float32 if wide else np.float16
-    with np.errstate(over="ignore", invalid="ignore"):
-        offset = _round(low, kind, up=False)
-        scale = _round((high - offset) / 255, kind, up=True)
-    if not ((np.abs(low) <= np.finfo(kind).max).all() and np.isfinite(scale).all()):
-        raise HalfOverflow(f"f16 cannot hold scale and offset of values from {low.min():g} to {high.max():g}")
-    expand = (..., *(None,) * maps)
-    step = scale.astype(np.float32)[expand]
-    codes = (values - offset.astype(np.float32)[expand]) / np.where(step > 0, step, 1)
-    data = np.clip(np.rint(codes), 0, 255).astype(np.uint8)
-    return {"data": data, "scale": np.stack([scale, offset], axis=-1)}
-
-
-def _round(values: np.ndarray, kind: type[np.floating[Any]], *, up: bool) -> np.ndarray:
-    """The neighbor of each value in a float type that does not lie below it (`up`) or above it."""
-    near = values.astype(kind)
-    wrong = near < values if up else near > values
-    return np.where(wrong, np.nextafter(near, kind(np.inf if up else -np.inf)), near)
 
 
 def _encode_log8(values: np.ndarray) -> dict[str, np.ndarray]:

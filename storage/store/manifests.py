@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import numpy as np
 from pydantic import Field, StringConstraints, field_validator, model_validator
@@ -14,9 +14,14 @@ from storage.objects import json_record, record_schema
 from storage.objects.network_names import runs_nothing
 from storage.objects.record_schema import LARGEST, Count, Id, Schema, Several, Sha256, Size, Three
 from storage.store import codecs
+from storage.store.native_maps import Matrix, NativeMaps
 from storage.views.policy import OPERATIONS_VERSION, policy
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
 Text = Annotated[str, StringConstraints(max_length=10_000)]
+Weight = Annotated[float, Field(ge=-4, le=4)]  # of a resizing matrix
 Antialias = bool | Literal["all"]
 
 
@@ -123,7 +128,11 @@ class TeacherManifest(Manifest, Anatomy):
 
 
 class TargetIdentity(Identity):
-    """What makes two targets the same target; `at`, `antialias` and `tensors` are there where they say something."""
+    """What makes two targets the same target; what follows `codec` is there where it says something.
+
+    `native` maps are kept on their own sides where these are below the grid; `scale: token` is said of q, k and v in
+    `u8`, which older stores scaled by the head.
+    """
 
     teacher: Text
     bank: Id
@@ -134,6 +143,8 @@ class TargetIdentity(Identity):
     at: Text = "norm"
     antialias: Antialias = False
     tensors: Several[Text] = ()
+    native: bool = False
+    scale: Literal["token"] | None = None
 
     @model_validator(mode="after")
     def _layers(self) -> Self:
@@ -145,11 +156,26 @@ class TargetIdentity(Identity):
 
 
 class Stage(Schema):
-    """A stage of a network whose maps are kept: which, the tensor they come from, and how many there are."""
+    """A stage of a network whose maps are kept.
+
+    Attributes:
+        stage: its number, from 1.
+        tap: the tensor that they come from.
+        channels: how many there are.
+        side: of native maps, at rest.
+    """
 
     stage: Count
     tap: Text
     channels: Size
+    side: Size | None = None
+
+
+def native_maps(grid: int, stages: Sequence[Stage], resize: Mapping[str, Matrix]) -> NativeMaps:
+    """The sides that maps of stages have at rest, and the matrices that resize them to a grid."""
+    runs = tuple((stage.channels, stage.side or grid) for stage in stages)
+    matrices = tuple((int(side), matrix) for side, matrix in resize.items())
+    return NativeMaps(grid=grid, runs=runs, matrices=matrices)
 
 
 class Network(Schema):
@@ -179,12 +205,21 @@ class TargetManifest(Manifest):
     session: dict[str, Any] = Field(default_factory=dict)
     scales: Several[float] = ()
     stages: Several[Stage] = ()
+    resize: dict[Text, Several[Several[Weight]]] = Field(default_factory=dict)
     network: Network | None = None
 
     @property
     def codec(self) -> codecs.Codec:
         """How it is kept."""
-        return codecs.Codec(self.identity.codec, self.sample_shape, self.maps, axes=self.axes, values=self.values)
+        native = native_maps(self.sample_shape[-1], self.stages, self.resize) if self.identity.native else None
+        return codecs.Codec(
+            self.identity.codec, self.sample_shape, self.maps, axes=self.axes, values=self.values, native=native
+        )
+
+    @property
+    def sides(self) -> str:
+        """Sides of native maps at rest, as text such as `14, 7`; empty for others."""
+        return ", ".join(map(str, dict.fromkeys(stage.side for stage in self.stages if stage.side)))
 
     @property
     def graph_output(self) -> tuple[str, int]:
@@ -208,6 +243,7 @@ class TargetManifest(Manifest):
             raise ValueError(f"scales: expected {shape[0]}, one a layer, found {len(self.scales)}")
         if identity.grid and self.axes[-2:] == ("y", "x") and shape[-2:] != (identity.grid, identity.grid):
             raise ValueError(f"sample_shape: expected a grid of {identity.grid}, found {[*shape[-2:]]}")
+        self._require_native()
         if (self.graph is None) != (self.output is None):
             raise ValueError(f"output: expected a number where there is a graph and else null, found {self.output}")
         if identity.codec != "raw":
@@ -217,6 +253,24 @@ class TargetManifest(Manifest):
                 message = f"identity.codec: expected a codec, found {identity.codec!r}: {error.message}"
                 raise ValueError(message) from None
         return self
+
+    def _require_native(self) -> None:
+        """Native maps need a side for each stage, and for each side below the grid a matrix whose rows sum to one."""
+        grid, sides = self.sample_shape[-1], {stage.side for stage in self.stages}
+        if not self.identity.native:
+            if self.resize or sides - {None}:
+                raise ValueError("resize: expected none, as the identity says no native maps")
+            return
+        if self.axes[-2:] != ("y", "x") or not self.stages or not all(side and side <= grid for side in sides):
+            raise ValueError(f"stages: expected the side of each stage's maps, at most {grid}, found {sides}")
+        below = {str(side) for side in sides if side != grid}
+        if {*self.resize} != below:
+            raise ValueError(f"resize: expected a matrix for each side of {sorted(below)}, found {sorted(self.resize)}")
+        for side, matrix in self.resize.items():
+            if (len(matrix), {*map(len, matrix)}) != (grid, {int(side)}):
+                raise ValueError(f"resize.{side}: expected {grid} rows of {side} weights, found another matrix")
+            if any(abs(math.fsum(row) - 1) > 1e-3 for row in matrix):
+                raise ValueError(f"resize.{side}: expected weights that sum to one in each row, found others")
 
 
 M = TypeVar("M", bound=Manifest)

@@ -356,7 +356,7 @@ class Store:
         pieces = []
         for marker in [self.marker(task) for task in tasks]:
             marker.require(marker.samples, codec)
-            step = marker.arrays["data"].metadata.chunk_shape[0]
+            step = min(array.metadata.chunk_shape[0] for array in marker.arrays.values())
             for start in range(0, marker.samples, step):
                 stop = min(start + step, marker.samples)
                 piece = dask.delayed(load, pure=True)(marker, start, stop)  # type: ignore[attr-defined]

@@ -140,7 +140,7 @@ def check(model: nn.Module, head: Head, stream: Stream, target: str, recorded: T
             f"(allowed: {PARITY:g}): its classifier does not act on {tap} alone",
             hint=hint,
         )
-    rounded = torch.from_numpy(codec.decode(codec.encode(seen.numpy(), wide=codec.name == "u8")))
+    rounded = torch.from_numpy(codec.decode(codec.encode(seen.numpy(), wide=True)))
     allowed = 2 * float((rounded - seen).abs().max()) + 1e-3 * float(seen.abs().max())
     error = float((stored - seen).abs().max())
     if not error <= allowed:

@@ -55,7 +55,7 @@ def test_the_loop_in_the_guide_is_15_lines_and_runs(world, tmp_path):
 
 
 def test_the_reader_in_the_docs_needs_the_standard_library_and_numpy_alone(world, tmp_path, monkeypatch):
-    (reader,) = python_blocks("docs/store-format.md")
+    reader, _ = python_blocks("docs/store-format.md")
     imported = set(re.findall(r"^import (.*)$", reader, re.MULTILINE))
     assert imported == {"base64, json, pathlib", "numpy as np"}
     (tmp_path / "S").symlink_to(world.store)
@@ -66,8 +66,47 @@ def test_the_reader_in_the_docs_needs_the_standard_library_and_numpy_alone(world
     marker = names["marker"]
     task = next(t for t in store.done() if t.name == names["path"].name)
     assert marker["id"] == task.id
-    expected = store.marker(task).arrays["data"].read(0, len(names["values"]))
+    expected = store.marker(task).arrays[names["name"]].read(0, len(names["values"]))
     assert np.array_equal(names["values"], expected)
+
+
+# A target of each codec, of maps of unlike sides and of other values -> what is asked for.
+EVERY_CODEC = {
+    "cnn": [
+        *(
+            f"activations,grid=8,native={native},codec={c}"
+            for native in ("true", "false")
+            for c in ("f32", "f16", "u8", "u4")
+        ),
+        *(f"activations,grid=8,antialias=true,layers=4+1:2,codec={c}" for c in ("u8", "u4")),
+        *(f"logits,codec={c}" for c in ("f32", "f16", "u8", "u4", "topk2")),
+    ],
+    "vit": [
+        *(f"class_row,codec={c}" for c in ("f32", "u8", "u4", "log8")),
+        *(f"tokens,q,codec={c}" for c in ("f16", "u8", "u4")),
+    ],
+}
+
+
+def test_the_page_s_reader_gives_the_values_of_every_codec_with_zarr_and_numpy_alone(world, tmp_path):
+    _, reader = python_blocks("docs/store-format.md")
+    assert set(re.findall(r"^import (.*)$", reader, re.MULTILINE)) == {"json", "pathlib", "numpy as np", "zarr"}
+    names: dict[str, Any] = {}
+    exec(reader, names)
+    store = Store.create(tmp_path / "S")
+    codecs = set()
+    for kind, targets in EVERY_CODEC.items():
+        made = run_precompute(store, world.shards[:1], teacher_of(world.weights, kind), targets, store_views=True)
+        for id in made["targets"]:
+            manifest = store.target(id)
+            codecs.add((manifest.identity.codec, manifest.identity.native))
+            expected = store.array(id).compute()
+            tasks = sorted(task for task in store.done() if task.id == id)
+            found = np.concatenate([names["read_target"](store.url, task.name) for task in tasks])
+            assert found.shape == (150 * len(tasks), *manifest.sample_shape)
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max(), err_msg=id)
+    assert {name for name, _ in codecs} == {"raw", "f32", "f16", "u8", "u4", "log8", "topk2"}
+    assert {name for name, native in codecs if native} == {"f32", "f16", "u8", "u4"}
 
 
 def lines_of(heading: str) -> list[str]:

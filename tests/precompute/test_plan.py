@@ -155,7 +155,7 @@ def test_cheaper_codecs_are_told_with_their_error(world: World, tmp_path: Path) 
     assert target.error
     assert target.error.kl < 1e-5
     cheaper = {other.codec: other for other in target.cheaper}
-    assert set(cheaper) == {"u8", "log8"}
+    assert set(cheaper) == {"u8", "u4", "log8"}
     assert cheaper["log8"].bytes < target.bytes
     assert cheaper["log8"].kl < 1e-3
 

@@ -185,9 +185,10 @@ def files_of(folder: Path) -> dict[str, tuple[bytes, int]]:
     return {str(p): (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
 
 
-def decoded(store: Store, task: Task, codec: str) -> np.ndarray:
-    arrays = store.marker(task).arrays
-    values: np.ndarray = decode(codec, {name: array.read(0, array.shape[0]) for name, array in arrays.items()})
+def decoded(store: Store, task: Task, codec: str | None = None) -> np.ndarray:
+    """The values that a marker speaks of, kept as its manifest says or as another codec."""
+    arrays = {name: array.read(0, array.shape[0]) for name, array in store.marker(task).arrays.items()}
+    values: np.ndarray = decode(codec, arrays) if codec else store.target(task.id).codec.decode(arrays)
     return values
 
 

@@ -118,7 +118,7 @@ def test_block_maps_are_the_stage_s_output_after_the_residual_sum(name: str, ant
         assert all((a - b).abs().max() > 1e-3 for a, b, one in zip(plain, resized, enlarged, strict=True) if one)
         resized = [a if one else b for a, b, one in zip(plain, resized, enlarged, strict=True)]
     torch.testing.assert_close(found, torch.cat(resized, 1), rtol=1e-4, atol=1e-5)
-    assert [count for _, _, count in teacher.stages(taps[0])] == [o.shape[1] for o in outputs]
+    assert [count for *_, count, _ in teacher.stages(taps[0])] == [o.shape[1] for o in outputs]
     first = outputs[0].shape[1]
     assert (norm - found[:, first : first + norm.shape[1]]).abs().max() > 1e-2, "the sum is more than its last summand"
 
@@ -128,7 +128,7 @@ def test_block_maps_of_the_paper_s_teachers_are_as_many() -> None:
         teacher = TappedTeacher(
             make(name), [Tap("activations", layers=None, grid=2, at="block")], 64, input_size=64, mean=HALF, std=HALF
         )
-        assert [count for _, _, count in teacher.stages(teacher.taps[0])] == maps
+        assert [count for *_, count, _ in teacher.stages(teacher.taps[0])] == maps
         assert sum(maps) == {"efficientnet_b3": 952, "resnet34": 960}[name]
 
 

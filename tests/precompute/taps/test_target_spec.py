@@ -80,6 +80,7 @@ def chosen(store: Store, wanted: Policy, *given: str, new_bank: bool = False) ->
         ("codec=f32,class_row", [TargetSpec("class_row", layers=None, grid=None, codec="f32")]),
         ("activations,grid=8,at=block", [TargetSpec("activations", layers=None, grid=8, at="block")]),
         ("activations,antialias=true,at=norm", [TargetSpec("activations", antialias=True, at="norm")]),
+        ("activations,native=false,codec=u4", [TargetSpec("activations", codec="u4", native=False)]),
         ("logits,class_token,codec=f16", [TargetSpec("logits", codec="f16"), TargetSpec("class_token", codec="f16")]),
     ],
 )
@@ -94,7 +95,7 @@ def test_a_target_is_taps_with_options(text: str, wishes: list[TargetSpec]) -> N
         ("q,kk", "no tap is called 'kk'"),
         ("q,,k", "no tap is called ''"),
         ("activations,gird=8", "no option is called 'gird'\n  Did you mean 'grid'"),
-        ("activations,codec=u9", "no codec is called 'u9'\n  Did you mean 'u8'"),
+        ("activations,codec=u9", "no codec is called 'u9'\n  Did you mean 'u"),
         ("q,grid=8", "only activations are resized to a grid"),
         ("activations,q,grid=8", "only activations are resized to a grid"),
         ("logits,layers=1", "logits has no layers to choose"),
@@ -105,6 +106,8 @@ def test_a_target_is_taps_with_options(text: str, wishes: list[TargetSpec]) -> N
         ("activations,grid=1000", "grid=1000"),
         ("activations,at=blok", "at=blok: expected norm (a stage's last normalization), block"),
         ("activations,antialias=yes", "antialias=yes: expected true or false"),
+        ("activations,native=1", "native=1: expected true or false"),
+        ("tokens,native=true", "only activations are kept on their own sides"),
         ("class_row,at=block", "only activations are read at a place of their own"),
         ("q,antialias=true", "only activations are resized"),
         ("grid=8", "names no tap"),
@@ -227,14 +230,19 @@ def test_another_tap_layer_order_or_codec_is_another_target(other: TargetSpec) -
 
 def test_variants_of_activations_add_to_the_identity_and_leave_older_ids_as_they_are() -> None:
     teacher: Any = type("AnyTeacher", (), {"id": "0" * 64, "name": "cnn"})
-    plain = identity(TargetSpec("activations", layers=None, grid=2), CNN)
+    plain = identity(TargetSpec("activations", grid=2, native=False), CNN)
     assert plain.plain().keys() == {"teacher", "bank", "tap", "layers", "grid", "codec"}, "older stores have no more"
     assert target_id(teacher, plain) == "cnn-activations-g2-u8-5683c315"
     assert (Tap.of(plain).at, Tap.of(plain).antialias) == ("norm", False)
     for wish, added, named in (
-        (TargetSpec("activations", layers=None, grid=2, at="block"), {"at": "block"}, "cnn-activations-block-g2-u8-"),
+        (TargetSpec("activations", grid=2), {"native": True}, "cnn-activations-g2-native-u8-"),
         (
-            TargetSpec("activations", layers=None, grid=2, antialias=True),
+            TargetSpec("activations", grid=2, at="block", native=False),
+            {"at": "block"},
+            "cnn-activations-block-g2-u8-",
+        ),
+        (
+            TargetSpec("activations", grid=2, antialias=True, native=False),
             {"antialias": "all"},
             "cnn-activations-antialias-g2-u8-",
         ),
@@ -244,6 +252,7 @@ def test_variants_of_activations_add_to_the_identity_and_leave_older_ids_as_they
         assert target_id(teacher, other).startswith(named)
         tap = Tap.of(other)
         assert (tap.at, tap.antialias) == (wish.at or "norm", "all" if wish.antialias else False)
+        assert tap.native is (wish.native is None)
     older = plain.model_copy(update={"antialias": True})
     assert target_id(teacher, older) == "cnn-activations-antialias-g2-u8-d5b1bfb3"
     assert target_id(teacher, older) != target_id(teacher, other), "a stage that is enlarged had other numbers"
@@ -259,7 +268,7 @@ def test_a_target_of_another_bank_or_teacher_is_another_target() -> None:
 def test_target_ids_say_what_they_are_and_manifests_hold_it(world: World) -> None:
     store = Store.open(world.store)
     manifest = store.target(world.targets["activations u8"])
-    assert manifest.id.startswith("cnn-activations-g8-u8-")
+    assert manifest.id.startswith("cnn-activations-g8-native-u8-")
     assert manifest.identity.plain() == {
         "teacher": teacher_of(world.weights, "cnn").id,
         "bank": next(iter(store.banks())),
@@ -267,6 +276,7 @@ def test_target_ids_say_what_they_are_and_manifests_hold_it(world: World) -> Non
         "layers": [1, 2, 3, 4],
         "grid": 8,
         "codec": "u8",
+        "native": True,
     }
     assert [stage.channels for stage in manifest.stages] == [8, 12, 16, 24]
     assert manifest.sample_shape == (60, 8, 8)
@@ -277,14 +287,19 @@ def test_manifests_say_how_well_the_codec_keeps_what_the_teacher_gave(world: Wor
     store = Store.open(world.store)
     measured = {name: store.target(id).codec_errors for name, id in world.targets.items()}
     errors = {name: {codec: error for codec, error in known.items() if error} for name, known in measured.items()}
-    assert errors["activations f32"]["f32"].plain() == {"relative": 0, "cosine": pytest.approx(1)}
+    assert errors["activations f32"]["f32"].plain() == {
+        "relative": 0,
+        "cosine": pytest.approx(1),
+        "loss_error": 0,
+        "gradient_cosine": pytest.approx(1),
+    }
     assert errors["activations f32"] == errors["activations u8"], "every codec that fits, whichever was taken"
     for name, codec in (("activations u8", "u8"), ("class_row", "f16"), ("q", "f16")):
         assert 0 < errors[name][codec].relative < 0.01
         assert errors[name][codec].cosine == pytest.approx(1, abs=1e-4)
     assert errors["class_row"]["f16"].relative < 2**-11
-    assert set(errors["class_row"]) == {"f16", "f32", "u8", "log8"}
-    assert set(errors["logits"]) == {"f32", "f16", "u8", "topk20"}
+    assert set(errors["class_row"]) == {"f16", "f32", "u8", "u4", "log8"}
+    assert set(errors["logits"]) == {"f32", "f16", "u8", "u4", "topk20"}
     for name in ("class_row", "logits"):
         assert errors[name]["f32"].kl == pytest.approx(0, abs=1e-9)
         assert all(error.kl >= -1e-9 for error in errors[name].values())

@@ -21,7 +21,7 @@ from storage.store.arrays import ArrayWriter, StoredArray, chunk_samples
 from storage.store.card import card
 from storage.store.codecs import ArraySpec
 from storage.store.store import Store
-from tests.storage.helpers import decode, decoded
+from tests.storage.helpers import decoded
 
 MIB = 1 << 20
 
@@ -167,7 +167,7 @@ def test_zarr_alone_reads_a_target(kept, codec):
             assert np.array_equal(alone[:], array.read(0, array.shape[0]))
             assert alone.attrs.asdict() == {"id": task.id, "shard": task.shard, "view": task.view}
             assert json.loads((path / "zarr.json").read_text())["dimension_names"][0] == "sample"
-        data = decoded(small.store, task, codec)
+        data = decoded(small.store, task)
         assert np.abs(data - expected).max() <= {"u8": 0.02, "f16": 2e-3, "f32": 0}[codec]
 
 
@@ -175,7 +175,7 @@ def test_zarr_alone_reads_a_target(kept, codec):
 def test_dask_gives_the_decoded_values_of_all_shards_and_views(kept, codec):
     small, values = kept
     array = small.store.array(codec)
-    expected = np.concatenate([decoded(small.store, task, codec) for task in sorted(values[codec])])
+    expected = np.concatenate([decoded(small.store, task) for task in sorted(values[codec])])
     assert (array.shape, array.dtype) == ((2 * 2 * 70, 3, 4, 4), np.float32)
     assert np.array_equal(array.compute(), expected)
     assert np.array_equal(array[100:150:7].compute(), expected[100:150:7])
@@ -229,16 +229,16 @@ def test_a_chunk_can_be_read_with_the_standard_library_and_numpy(kept, codec):
 @pytest.mark.slow
 def test_real_targets_are_read_by_zarr_and_dask_alike(world):
     store = Store.open(world.store)
-    for name, codec in (("activations f32", "f32"), ("activations u8", "u8"), ("q", "f16")):
+    for name in ("activations f32", "activations u8", "q"):
         id = world.targets[name]
         values = store.array(id).compute()
         tasks = sorted(t for t in store.done() if t.id == id)
         assert len(values) == 150 * len(tasks) == 600
-        assert np.array_equal(values[150:300], decoded(store, tasks[1], codec))
+        assert np.array_equal(values[150:300], decoded(store, tasks[1]))
         marker = store.marker(tasks[0])
         folder = world.store / tasks[0].folder / marker.record.attempt
         arrays = {array: zarr.open_array(str(folder / array), mode="r")[:] for array in marker.arrays}
-        assert np.array_equal(decode(codec, arrays), values[:150])
+        assert np.array_equal(store.target(id).codec.decode(arrays), values[:150])
 
 
 def test_the_card_lists_everything_and_its_example_runs(kept, monkeypatch):

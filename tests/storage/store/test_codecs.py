@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.errors import UserError
-from storage.store.codecs import HalfOverflow, check_codec
+from storage.store.codecs import check_codec
+from storage.store.quantize import HalfOverflow
 from tests.storage.helpers import decode, encode, layout
 from tests.storage.store.values import CODECS, KINDS, SHAPE, kinds, seeds, values_of
 

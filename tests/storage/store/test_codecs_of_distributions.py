@@ -196,6 +196,10 @@ SOME = {
     "f32": (Codec("f32", (3, 4, 4), 2), values_of("normal")),
     "f16": (Codec("f16", (3, 4, 4), 2), values_of("normal")),
     "u8": (Codec("u8", (3, 4, 4), 2), values_of("normal")),
+    "u4": (Codec("u4", (3, 4, 4), 2), values_of("normal")),
+    "u4 of odd maps": (Codec("u4", (3, 3, 3), 2), values_of("normal")[:, :, 1:, 1:]),
+    "u4 of vectors": (Codec("u4", (3, 4, 4), 1), values_of("normal")),
+    "u4 of two groups": (Codec("u4", (40,), 1), logits_of(1, 40)),
     "log8": (log8((4, 2, 3, 17)), rows_of_probabilities(1, 2.0)),
     "topk3": (topk(3, 40), logits_of(1, 40)),
     "topk20 of few": (topk(20, 7), logits_of(1, 7)),
@@ -259,16 +263,16 @@ def test_a_codec_for_other_values_is_refused_by_name(codec, values):
     if (codec[:4], values) in (("log8", "rows"), ("topk", "logits")):
         assert check_codec(codec, values) in codecs_for(values) or codec == "topk5"
         return
-    with pytest.raises(UserError, match=rf"codec {codec} keeps .*(attention|logits)\n  Use f32, f16 or u8"):
+    with pytest.raises(UserError, match=rf"codec {codec} keeps .*(attention|logits)\n  Use f32, f16, u8 or u4"):
         check_codec(codec, values)
 
 
 def test_the_full_name_of_topk_says_how_many():
     assert check_codec("topk") == "topk20"
     assert check_codec("topk7", "logits") == "topk7"
-    assert codecs_for("plain") == ["f32", "f16", "u8"]
-    assert codecs_for("rows") == ["f32", "f16", "u8", "log8"]
-    assert codecs_for("logits") == ["f32", "f16", "u8", "topk20"]
+    assert codecs_for("plain") == ["f32", "f16", "u8", "u4"]
+    assert codecs_for("rows") == ["f32", "f16", "u8", "u4", "log8"]
+    assert codecs_for("logits") == ["f32", "f16", "u8", "u4", "topk20"]
 
 
 @pytest.mark.parametrize("wrong", ["topk0", "topk-1", "topk07", "topk1000000", "top5", "topk5.0", "log", "log16"])
@@ -284,9 +288,11 @@ def test_the_error_of_a_distribution_has_a_divergence_and_f32_costs_nothing(valu
     for name in codecs_for(values):
         codec = Codec(name, block.shape[1:], 1, values=values)
         error = costs[name] = codec.error(block)
-        assert error.plain().keys() == {"relative", "cosine", "kl"}
+        assert error.plain().keys() == {"relative", "cosine", "kl", "loss_error", "gradient_cosine"}
         assert error.kl >= -1e-12
-    assert costs["f32"].plain() == {"relative": 0, "cosine": pytest.approx(1, abs=1e-12), "kl": 0}
+    exact = pytest.approx(1, abs=1e-12)
+    none = {"relative": 0, "cosine": exact, "kl": 0, "loss_error": 0, "gradient_cosine": exact}
+    assert costs["f32"].plain() == none
     assert costs["f16"].kl < 1e-5
     if values == "rows":
         assert 0 < costs["log8"].kl < 1e-3

@@ -177,8 +177,8 @@ def swap(a: Path, b: Path) -> None:
 def test_swapped_objects_of_one_kind_are_found(world, copy):
     target = world.targets["activations u8"]
     pairs = {
-        "chunks of one array": sorted(copy.glob(f"targets/{target}/*/0/*/data/c/*/0/0/0"))[:2],
-        "chunks of two views": [min(copy.glob(f"targets/{target}/*/{v}/*/data/c/0/0/0/0")) for v in (0, 1)],
+        "chunks of one array": sorted(copy.glob(f"targets/{target}/*/0/*/data_8/c/*/0/0/0"))[:2],
+        "chunks of two views": [min(copy.glob(f"targets/{target}/*/{v}/*/data_8/c/0/0/0/0")) for v in (0, 1)],
         "markers of two views": sorted(copy.glob(f"done/target.{target}.*"))[:2],
         "bank markers of two shards": sorted(copy.glob("done/bank.*.0.json"))[:2],
         "indexes": sorted(copy.glob("shards/*.json"))[:2],

@@ -56,7 +56,7 @@ def given(layout: Layout = B3, grid: int = 14) -> StoredTarget:
 def test_efficientnet_b3_is_what_table_1_speaks_of():
     maps, half = Tap("activations", grid=14), (0.5,) * 3
     teacher = TappedTeacher(timm.create_model("efficientnet_b3"), [maps], 64, input_size=64, mean=half, std=half)
-    assert tuple(count for _, _, count in teacher.stages(teacher.taps[0])) == B3.channels
+    assert tuple(count for *_, count, _ in teacher.stages(teacher.taps[0])) == B3.channels
     assert sum(B3.channels) == 952
 
 

@@ -82,7 +82,7 @@ def teacher_maps(model: Any, pixels: torch.Tensor, *stages: int, grid: int) -> t
     teacher = TappedTeacher(model, [tap], SIZE, input_size=SIZE, mean=(0.5,) * 3, std=(0.5,) * 3).eval()
     with torch.no_grad():
         (target,) = teacher(pixels)
-    kept = [{"stage": n, "tap": tap, "channels": channels} for n, tap, channels in teacher.stages(tap)]
+    kept = [{"stage": n, "tap": tap, "channels": channels} for n, tap, channels, _ in teacher.stages(tap)]
     about = {"network": "cnn", "layers": 4, "stages": 5}
     identity = {"teacher": "t", "bank": "b", "tap": "activations", "layers": stages, "grid": grid, "codec": "f32"}
     given = stored("activations", target.shape[1:], stages, about, grid, stages=kept, axes=["channel", "y", "x"])

@@ -54,7 +54,7 @@ def live_of(store: Store, targets: Sequence[str], teachers: dict[str, Teacher]) 
     found = {}
     for target in targets:
         manifest = store.target(target)
-        key = manifest.teacher, Tap.of(manifest.identity)
+        key = manifest.teacher, replace(Tap.of(manifest.identity), native=False)  # resized by the teacher's own graph
         if key not in made:
             made[key] = live_teacher(teachers[key[0]], [key[1]], 32)
         found[target] = made[key]
@@ -155,15 +155,29 @@ def mixed(world, tmp_path_factory):
     place = tmp_path_factory.mktemp("deit") / "store"
     options = {"policy": policy("deit", 32), "num_views": 2}
     wishes = {
-        "cnn": [f"activations,grid=8,codec={codec}" for codec in ("f32", "u8", "f16")]
+        "cnn": [f"activations,grid=8,codec={codec}" for codec in ("f32", "u8", "f16", "u4")]
+        + [f"activations,grid=8,native=false,codec={codec}" for codec in ("f32", "u8", "u4")]
         + ["logits", "logits,codec=topk2"]
         + ["activations,grid=8,codec=f32,at=block", "activations,grid=8,codec=f32,at=block,antialias=true"],
         "vit": [f"{tap},codec={codec}" for tap in ("class_row", "attention") for codec in ("f32", "log8")]
         + ["logits", "class_token", *(f"{tap},codec=f32" for tap in ("q", "k", "v", "class_token", "tokens"))]
-        + ["tokens,layers=2:3,codec=f32", "q,codec=f16"],
+        + ["tokens,layers=2:3,codec=f32", "q,codec=f16"]
+        + [f"tokens,q,k,class_token,codec={codec}" for codec in ("u8", "u4")],
     }
     names = {
-        "cnn": ["f32", "u8", "f16", "logits", "topk", "block", "antialias"],
+        "cnn": [
+            "f32",
+            "u8",
+            "f16",
+            "u4",
+            "resized f32",
+            "resized u8",
+            "resized u4",
+            "logits",
+            "topk",
+            "block",
+            "antialias",
+        ],
         "vit": [
             "rows",
             "log8",
@@ -178,6 +192,7 @@ def mixed(world, tmp_path_factory):
             "tokens",
             "streams",
             "q f16",
+            *(f"{tap} {codec}" for codec in ("u8", "u4") for tap in ("tokens", "q", "k", "token")),
         ],
     }
     targets: dict[str, str] = {}
@@ -201,9 +216,11 @@ def test_contract_1_the_views_of_deit_are_mixed_in_both_ways(mixed):
 
 SOFT = {"type": "deit", "distillation_type": "soft"}
 VECTORS = {"type": "attention", "grid": "bicubic"}
+TOKENS = {"tokens": "both", "distance": "cosine", "depth": 2, "grid": "bicubic"}
 # loss -> its settings, its targets, bounds of the loss's error and of 1 - cosine
 EXACT = {
     "aal": ({}, ["f32"]),
+    "aal_resized": ({"type": "aal"}, ["resized f32"]),
     "aal_block": ({"type": "aal"}, ["block"]),
     "aal_antialias": ({"type": "aal"}, ["antialias"]),
     "hard": ({"type": "deit", "distillation_type": "hard"}, ["logits"]),
@@ -242,7 +259,7 @@ EXACT = {
     "guidance_all": ({"type": "guidance", "layers": None, "heads": "log", "distance": "mse"}, ["rows"]),
     "alignment": ({}, ["class_token"]),
     "alignment_tokens": (
-        {"type": "alignment", "tokens": "both", "distance": "cosine", "depth": 2, "grid": "bicubic"},
+        {"type": "alignment", **TOKENS},
         ["tokens"],
     ),
     "seed": ({"queue": 64}, ["class_token"]),
@@ -253,6 +270,15 @@ EXACT = {
 CODED = {
     "u8": ({"type": "aal"}, ["u8"], 1e-3, 1e-3),
     "f16": ({"type": "aal"}, ["f16"], 1e-4, 1e-5),
+    "u4": ({"type": "aal"}, ["u4"], 2e-2, 2e-2),
+    "resized_u8": ({"type": "aal"}, ["resized u8"], 1e-3, 1e-3),
+    "resized_u4": ({"type": "aal"}, ["resized u4"], 2e-2, 3e-2),
+    "q_u8": ({**VECTORS, "tensors": "q"}, ["q u8"], 1e-3, 1e-4),
+    "q_u4": ({**VECTORS, "tensors": "q"}, ["q u4"], 2e-2, 1e-2),
+    "qk_u8": ({**VECTORS, "tensors": "qk"}, ["q u8", "k u8"], 1e-3, 1e-4),
+    "alignment_u8": ({"type": "alignment"}, ["token u8"], 5e-3, 2e-4),
+    "tokens_u8": ({"type": "alignment", **TOKENS}, ["tokens u8"], 1e-3, 1e-4),
+    "tokens_u4": ({"type": "alignment", **TOKENS}, ["tokens u4"], 2e-2, 1e-2),
     "hard_topk": ({"type": "deit"}, ["topk"], 1e-5, 1e-6),
     "soft_topk": (SOFT, ["topk"], 3e-3, 1e-4),
     # The gradient of |x| is a sign, and near zero rounding turns it.
@@ -291,6 +317,11 @@ def test_contract_1_what_codecs_cost_each_loss_with_mixing_on(world, mixed, reco
         record_property(name, (error, cosine))
         assert error <= error_bound, name
         assert cosine >= 1 - cosine_bound, name
+    store, targets = mixed
+    for codec in ("u8", "u4"):
+        native, resized = (store.target(targets[name]).codec_errors[codec] for name in (codec, f"resized {codec}"))
+        assert native.relative <= resized.relative, "on the maps that a student gets"
+        assert native.cosine >= resized.cosine
 
 
 def test_contract_1_log8_and_topk_are_near_the_exact_distributions(mixed, record_property):
@@ -324,12 +355,13 @@ def test_real_images_and_weights(shared, tmp_path, record_property):
         mean=(0.5,),
         std=(0.5,),
     )
-    wishes = [f"activations,grid=8,codec={codec}" for codec in ("f32", "f16", "u8")]
+    wishes = [f"activations,grid=8,codec={codec}" for codec in ("f32", "f16", "u8", "u4")]
+    wishes += [f"activations,grid=8,native=false,codec={codec}" for codec in ("u8", "u4")]
     place = tmp_path / "store"
     targets = run_precompute(place, shards, teacher, wishes, policy=policy("deit", 32))["targets"]
     store = Store.open(tmp_path / "store")
-    bounds = [(1e-5, 1e-6), (1e-4, 1e-5), (1e-3, 1e-2)]
-    names = ["f32", "f16", "u8"]
+    bounds = [(1e-5, 1e-6), (1e-4, 1e-5), (1e-3, 1e-2), (2e-2, 1e-1), (1e-3, 1e-2), (2e-2, 1e-1)]
+    names = ["f32", "f16", "u8", "u4", "resized_u8", "resized_u4"]
     recipe = recipe_of(**{name: {"type": "aal"} for name in names})
     ids = {name: [target] for name, target in zip(names, targets, strict=True)}
     worst = of_targets(store, shards, {teacher.name: teacher}, recipe, ids, 10)
