@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import hashlib
 import json
 import os
@@ -43,6 +45,12 @@ SHARED = ROOT.parent / "shared"
 HANGS = 1200  # seconds after which what a test waits for is taken to hang: far more than a busy machine needs
 
 
+def pytest_collection_finish() -> None:
+    """Modules and collected tests stay until the end: the garbage collector need not look at them again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Shard indexes are cached in a folder of the tests' own, for child processes too."""
@@ -68,8 +76,11 @@ def of_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported_anew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Graphs that were made in this run of the tests are not made again, which takes seconds each.
 
-    Gives what makes one anyway. All commands in processes of their own make theirs.
+    Gives what makes one anyway. All commands in processes of their own make theirs. The exporter's table of operators,
+    which it only reads, is built once too: that is a sixth of the time of a small export.
     """
+
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     import precompute.export.pytorch
 
@@ -90,6 +101,7 @@ def exported_anew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(precompute.export.pytorch, "graph_of", once)
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
         yield graph
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.cli import main
 from tests.conftest import HANGS, ROOT
 
 if TYPE_CHECKING:
@@ -112,9 +113,16 @@ def test_every_object_of_the_store_is_whole(made: Path) -> None:
     assert found["targets_compared"]
 
 
-def test_its_targets_are_those_that_the_same_command_asks_for(made: Path) -> None:
+def test_its_targets_are_those_that_the_same_command_asks_for(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = {path: path.read_bytes() for path in sorted((made / "store").rglob("*")) if path.is_file()}
-    assert answer(made, "precompute", *CNN, *STORE)["written"] == 0
+    monkeypatch.chdir(made)
+    with pytest.raises(SystemExit) as ended:
+        main(["precompute", *CNN, *STORE, "--json"])
+    said = capsys.readouterr()
+    assert ended.value.code == 0, said.err
+    assert json.loads(said.out)["written"] == 0
     assert {path: path.read_bytes() for path in sorted((made / "store").rglob("*")) if path.is_file()} == before
 
 

@@ -70,10 +70,11 @@ def python(words: list[str], home: Path, address: str) -> str:
     return done.stdout
 
 
-def test_timm_loads_by_name_what_was_pushed(taught, hub, tmp_path) -> None:
+def test_timm_loads_by_name_what_was_pushed(taught, hub, tmp_path, capsys) -> None:
     place, address = hub
-    words = ["-m", "pipeline", "export", str(taught), "--push-to-hub", "alice/taught", "--private", "--json"]
-    told = json.loads(python(words, tmp_path, address))
+    status, out, err = pushed(capsys, taught, "--push-to-hub", "alice/taught", "--private", "--json")
+    assert status == 0, err
+    told = json.loads(out)
     assert place.private == {"alice/taught": True}
     assert len(place.commits["alice/taught"]) == 2, "the empty one, and one with everything"
     files = place.files("alice/taught")

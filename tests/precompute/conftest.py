@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+import dask
 import pytest
 from distributed import Client
 
@@ -51,6 +52,14 @@ def expected(deit: World) -> Any:
 
 @pytest.fixture
 def mortal() -> Iterator[Client]:
-    """Two workers of one test, which kills them: whether they come back in time is nobody else's matter."""
-    with local_cluster(2) as place, Client(place, set_as_default=False) as connected:
+    """Two workers of one test, which kills them: whether they come back in time is nobody else's matter.
+
+    The scheduler gives a task up at the second death of its workers, not at the fourth: each costs the start of a new
+    process, seconds.
+    """
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 1}),
+        local_cluster(2) as place,
+        Client(place, set_as_default=False) as connected,
+    ):
         yield connected

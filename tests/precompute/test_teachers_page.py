@@ -41,12 +41,11 @@ def test_the_page_has_a_row_for_every_family_that_was_tried() -> None:
     assert not [name for name, line in ROWS.items() if line.split("|")[3].strip() == "–"], "all give maps"
 
 
-@pytest.mark.parametrize("name", FEW)
-def test_rows_of_the_page_are_what_the_command_says(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_of_the_page_are_what_the_command_says(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["teachers", name, "test_vit"])
+        main(["teachers", *FEW])
     assert ended.value.code == 0
-    assert ROWS[name] in capsys.readouterr().out.splitlines()
+    assert capsys.readouterr().out.splitlines()[-len(FEW) :] == [ROWS[name] for name in FEW]
 
 
 @pytest.mark.long

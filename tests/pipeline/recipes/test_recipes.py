@@ -53,8 +53,7 @@ def full(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
         for kind, several in wishes.items()
     }
     evaluation = {"policy": policy("light", 32).evaluation, "num_views": 1, "new_bank": True}
-    for wish in wishes["vit"][1:]:
-        run_precompute(place, world.shards[:1], teacher_of(world.weights, "vit"), [wish], **evaluation)
+    run_precompute(place, world.shards[:1], teacher_of(world.weights, "vit"), wishes["vit"], **evaluation)
     return place, made
 
 

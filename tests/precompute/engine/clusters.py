@@ -57,11 +57,13 @@ def run(world: World, store: Path, shards: list[str] | None = None, **more: Any)
 
 
 def command(world: World, store: Path, shards: list[str], *more: str) -> list[str]:
-    """The same as `run`, as people type it."""
+    """What `run` does, as a command in a process of its own."""
+    return [sys.executable, "-m", "pipeline", *words(world, store, shards, *more)]
+
+
+def words(world: World, store: Path, shards: list[str], *more: str) -> list[str]:
+    """What `run` does, as the words of a command."""
     return [
-        sys.executable,
-        "-m",
-        "pipeline",
         "precompute",
         "--teacher",
         TINY_CNN[0],

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from distributed import Client
 
+from pipeline.cli import main
 from precompute.engine import dask_runner
 from precompute.engine.dask_client import local_cluster
 from precompute.engine.tasks import Failure, Outcome, ShardTask
@@ -39,6 +40,7 @@ from tests.precompute.engine.clusters import (
     run,
     start,
     until,
+    words,
 )
 from tests.precompute.stores import assert_same, attempts, contents, counted, failures, rewritten, seeded
 
@@ -128,20 +130,41 @@ def test_a_poisoned_shard_is_listed_and_not_tried_again_and_the_others_are_finis
     assert_same(contents(place), contents(deit.store))
 
 
-@pytest.mark.parametrize("workers", [0, SLOW(2)])
-def test_the_command_exits_with_1_and_lists_a_shard_that_failed(deit: World, tmp_path: Path, workers: int) -> None:
-    place = seeded(deit, tmp_path / "store")
-    cut = tmp_path / "cut-000000.tar"
-    cut.write_bytes(Path(deit.shards[1]).read_bytes()[:100_000])
-    more = ["--workers", str(workers)] if workers else []
-    process = start(command(deit, place, [str(cut), *deit.shards], "--json", *more))
-    out, err = process.communicate(timeout=HANGS)
-    assert process.returncode == 1, err.decode()
+def assert_lists(cut: Path, out: str, err: str) -> None:
+    """That a command says that one of four shards failed."""
     result = json.loads(out)
     assert [(failure["shard"], failure["kind"]) for failure in result["failures"]] == [(str(cut), "data")]
     assert len(result["shards"]) == 3
-    assert b"Traceback" not in err
-    assert str(cut) in err.decode()
+    assert "Traceback" not in err
+    assert str(cut) in err
+
+
+@pytest.fixture
+def cut(deit: World, tmp_path: Path) -> Path:
+    """A shard that ends in the middle of a file."""
+    path = tmp_path / "cut-000000.tar"
+    path.write_bytes(Path(deit.shards[1]).read_bytes()[:100_000])
+    return path
+
+
+def test_the_command_exits_with_1_and_lists_a_shard_that_failed(
+    deit: World, tmp_path: Path, cut: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = seeded(deit, tmp_path / "store")
+    with pytest.raises(SystemExit) as ended:
+        main(words(deit, place, [str(cut), *deit.shards], "--json"))
+    said = capsys.readouterr()
+    assert ended.value.code == 1, said.err
+    assert_lists(cut, said.out, said.err)
+
+
+@pytest.mark.slow
+def test_the_command_on_workers_lists_it_too_and_leaves_no_process(deit: World, tmp_path: Path, cut: Path) -> None:
+    place = seeded(deit, tmp_path / "store")
+    process = start(command(deit, place, [str(cut), *deit.shards], "--json", "--workers", "2"))
+    out, err = process.communicate(timeout=HANGS)
+    assert process.returncode == 1, err.decode()
+    assert_lists(cut, out.decode(), err.decode())
     until(lambda: not processes_of(process.pid), "a child process was left")
 
 
@@ -172,6 +195,7 @@ def test_a_shard_that_kills_its_workers_is_listed_and_the_others_are_finished(
     print("begun", {Path(url).parent.name: begun(tmp_path / "begun").count(url) for url in shards})
 
 
+@pytest.mark.slow
 def test_with_one_worker_a_shard_that_kills_it_takes_no_other_with_it(deit: World, tmp_path: Path) -> None:
     def die(task: ShardTask) -> None:
         import os
@@ -187,6 +211,7 @@ def test_with_one_worker_a_shard_that_kills_it_takes_no_other_with_it(deit: Worl
     assert len(result["shards"]) == 3
 
 
+@pytest.mark.slow
 def test_a_worker_that_comes_back_later_than_dask_waits_for_it_is_not_given_up(
     deit: World, expected: Any, tmp_path: Path
 ) -> None:

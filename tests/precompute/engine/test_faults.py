@@ -32,7 +32,7 @@ class Faults:
     """One tiny shard, and the whole of precompute over it with nothing exported twice."""
 
     def __init__(self, world: World, folder: Path) -> None:
-        self.world, self.folder = world, folder
+        self.folder, self.teacher = folder, teacher_of(world.weights, "cnn")
         self.shards = small_shard(folder / "data", 10)
         self.count = 0
 
@@ -43,7 +43,7 @@ class Faults:
     def run(self, place: Path, **fault: Any) -> FaultyObjectStore:
         objects = FaultyObjectStore(place, **fault)
         store = Store.create(objects)
-        run_precompute(store, self.shards, teacher_of(self.world.weights, "cnn"), CNN[1:], num_views=1)
+        run_precompute(store, self.shards, self.teacher, CNN[1:], num_views=1)
         return objects
 
 

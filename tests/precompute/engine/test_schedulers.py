@@ -12,10 +12,12 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import dask
 import pytest
 from dask.base import get_scheduler
 from distributed import Client
 
+from pipeline.cli import main
 from storage.errors import UserError
 from tests.conftest import HANGS, ROOT, Quiet, World
 from tests.precompute.engine.clusters import (
@@ -29,6 +31,7 @@ from tests.precompute.engine.clusters import (
     run,
     start,
     until,
+    words,
 )
 from tests.precompute.stores import assert_same, attempts, contents, counted, failures, seeded
 from tests.typed import present
@@ -178,28 +181,36 @@ def test_workers_that_are_gone_are_waited_for_as_long_as_was_said(deit: World, t
 
 @pytest.mark.parametrize(("address", "why"), [("tcp://127.0.0.1:9", "after 2 s"), ("nonsense", "missing port")])
 def test_an_address_without_a_scheduler_is_a_clear_error_as_soon_as_dask_gives_up(
-    deit: World, tmp_path: Path, address: str, why: str
+    deit: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], address: str, why: str
 ) -> None:
-    words = command(deit, seeded(deit, tmp_path / "store"), deit.shards, "--dask", address)
-    process = start(words, env={**os.environ, "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "2s"})
-    _, err = process.communicate(timeout=HANGS)
-    assert process.returncode == 1
-    line, hint = [line for line in err.decode().splitlines() if not line.startswith("store ")]
-    assert line.startswith(f"error: --dask {address}: no scheduler answers there ("), err.decode()
+    place = seeded(deit, tmp_path / "store")
+    with dask.config.set({"distributed.comm.timeouts.connect": "2s"}), pytest.raises(SystemExit) as ended:
+        main(words(deit, place, deit.shards, "--dask", address))
+    assert ended.value.code == 1
+    err = capsys.readouterr().err
+    line, hint = [line for line in err.splitlines() if not line.startswith("store ")]
+    assert line.startswith(f"error: --dask {address}: no scheduler answers there ("), err
     assert why in line
     assert hint.startswith("  Start one with `dask scheduler`")
 
 
+@pytest.fixture(scope="module")
+def joined(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scheduler]:
+    """A scheduler with a worker that several runs join one after another."""
+    one = Scheduler(tmp_path_factory.mktemp("joined") / "dask")
+    one.worker("--no-nanny")
+    yield one
+    one.close()
+
+
 @pytest.mark.parametrize(("method", "calls"), [("nthreads", 0), ("nthreads", 1), ("nthreads", 2), ("submit", 1)])
 def test_a_closed_connection_is_told_the_same_way_whoever_meets_it_first(
-    deit: World, tmp_path: Path, scheduler: Any, monkeypatch: pytest.MonkeyPatch, method: str, calls: int
+    deit: World, tmp_path: Path, joined: Scheduler, monkeypatch: pytest.MonkeyPatch, method: str, calls: int
 ) -> None:
     import distributed
     from distributed.comm.core import CommClosedError
 
     place, shards = seeded(deit, tmp_path / "store"), copies(deit.shards, tmp_path / "data", 3)
-    dask = scheduler()
-    dask.worker("--no-nanny")
     working, left = getattr(distributed.Client, method), iter([True] * calls)
 
     def breaking(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -209,7 +220,7 @@ def test_a_closed_connection_is_told_the_same_way_whoever_meets_it_first(
 
     monkeypatch.setattr(distributed.Client, method, breaking)
     with pytest.raises(UserError, match="the connection to the scheduler was lost; run the same command again"):
-        run(deit, place, shards, dask=dask.address)
+        run(deit, place, shards, dask=joined.address)
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ def test_contract_1_attention_of_a_rotary_and_of_a_biased_teacher(name: str, wor
     assert present(store.target(attention).attention_error) <= 1e-5
     recipe = recipe_of(attention={**MEETING}, guidance={**MEETING})
     targets = {"attention": [attention], "guidance": [rows]}
-    worst = of_targets(store, world.shards, {"it": teacher}, recipe, targets, 3)
+    worst = of_targets(store, world.shards, {"it": teacher}, recipe, targets, 3, steps=10)
     for error, cosine in worst.values():
         assert error <= 1e-5
         assert cosine >= 1 - 1e-6

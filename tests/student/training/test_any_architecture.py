@@ -68,11 +68,11 @@ def test_a_cnn_learns_from_stored_embeddings_without_labels(
     knn = asked(capsys, "evaluate", "knn", *given)
     assert (knn["samples"], knn["width"], knn["features"]) == (150, 96, "pooled features, as the classifier reads them")
     assert knn["knn"]["10"]["top1"] > 50, "three classes"
+    if recipe != "simreg":  # all three leave a student of one kind
+        return
     assert asked(capsys, "export", tmp_path / "run", "--shards", world.shards[0], "--out", tmp_path / "s.onnx")[
         "checked"
     ]
-    if recipe != "simreg":
-        return
     assert asked(capsys, "evaluate", "linear-probe", *given, "--lr", 0.1)["width"] == 96
     inside = asked(capsys, "evaluate", "knn", *given, "--projector-layers", 1)
     assert (inside["width"], inside["features"]) == (192, "pooled features, through 1 of the projector's linear maps")
