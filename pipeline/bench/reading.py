@@ -33,7 +33,8 @@ def streams(world: World, turns: int, progress: Progress) -> list[Measure]:
         shards = world.small(samples, side)
         store, with_images = world.store(f"stream-{side}"), world.store(f"pixels-{side}")
         model = "resnet10t" if world.quick else "mobilenetv2_100"
-        (target,) = world.recorded(store, shards, world.teacher(model), [f"activations,grid={grid},codec=u8"], side)
+        wanted = [f"activations,grid={grid},codec={codec}" for codec in ("u8", "u4")]
+        target, small_target = world.recorded(store, shards, world.teacher(model), wanted, side)
         small = world.teacher("resnet10t", 64)
         world.recorded(with_images, shards, small, ["embedding,codec=f16"], side, store_views=True)
         progress.say(f"stream, {case}")
@@ -48,7 +49,8 @@ def streams(world: World, turns: int, progress: Progress) -> list[Measure]:
         rows += [
             measure(case=maps, words="the joined stream ÷ without targets", ratio=price, bar=0.9),
             measure(case=case, words="stored pixels ÷ decoding and rendering", ratio=decoded),
-            _target(joined, target, turns, maps),
+            _target(joined, target, turns, f"{maps}, u8"),
+            _target(_stream(shards, size, store, [small_target]), small_target, turns, f"{maps}, u4"),
         ]
     return rows
 
@@ -84,5 +86,6 @@ def _target(stream: Stream, target: str, turns: int, case: str) -> Measure:
     }
     times = interleaved(contenders, turns)
     about, ratio = _rates("mb_per_second", size / 1e6, times), ratios(times["mapped"], times["read"])
+    about["bytes a view image"] = source.targets[target].sample_bytes
     words = "reading a target ÷ the same bytes memory-mapped"
     return Measure(number=6, case=case, words=words, ratio=ratio, turns=turns, about=about)
