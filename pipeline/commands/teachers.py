@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from pipeline.console import show
-from pipeline.options import OUTSIDE_TIMM, common, roles_in, together, words_in
+from pipeline.options import OUTSIDE_TIMM, Words, common, together
 
 
 @click.command()
@@ -16,11 +16,11 @@ from pipeline.options import OUTSIDE_TIMM, common, roles_in, together, words_in
 @common
 def teachers(
     *,
-    names: tuple[str, ...],
+    names: Words,
     input_size: int | None,
     grid: int | None,
-    prefix: str | None,
-    tap_module: str | None,
+    prefix: Words | None,
+    tap_modules: Words,
     as_json: bool,
 ) -> None:
     """List teachers by short name, or show the targets of some.
@@ -60,8 +60,7 @@ def teachers(
         show(graph, teacher.graph_lines(graph), as_json)
         return
     offers = [
-        capabilities.offers_of(name, input_size, grid or 14, prefix=roles_in(prefix), tap_modules=words_in(tap_module))
-        for name in names
+        capabilities.offers_of(name, input_size, grid or 14, prefix=prefix, tap_modules=tap_modules) for name in names
     ]
     if len(offers) == 1:
         show(offers[0], teacher.lines(offers[0]), as_json)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 import click
-from click.core import ParameterSource
 
 from pipeline.console import show
 from pipeline.options import (
     PATH,
     TEACHER,
+    TEACHER_SETTINGS,
     checkpoint,
     common,
     device,
@@ -21,6 +20,7 @@ from pipeline.options import (
     shards,
     teacher_settings,
     together,
+    typed,
 )
 from pipeline.project import context
 from pipeline.run_paths import student_file
@@ -43,8 +43,7 @@ class Report(Protocol):
 
 
 _OF_STUDENTS = ("checkpoint", "ensemble", "projector_layers")  # options that say nothing of a teacher
-_SETTINGS = ("weights", "weights_key", "teacher_arg", "mean", "std", "input_size", "prefix", "tap_module")
-_OF_TEACHERS = (*_SETTINGS, "view_policy", "view_size", "live", "same_classes")
+_OF_TEACHERS = (*TEACHER_SETTINGS, "view_policy", "view_size", "live")
 
 run = click.argument("runs", metavar="RUN", type=PATH, callback=lambda _context, _param, value: (value,))
 # Of commands that measure teachers, too.
@@ -78,48 +77,34 @@ def prints_report(measure: Callable[..., Report]) -> Callable[..., None]:
     return together(checkpoint, device, common)(wrapped)
 
 
-def measures_teachers(command: Callable[..., None]) -> Callable[..., None]:
+def measures_teachers(command: Callable[..., None], *, store_of_students: bool = True) -> Callable[..., None]:
     """Pass on what `teacher_options` say as `teacher`, a TeacherQuery; None where a student is measured.
 
-    The command, from `prints_report`, is called with the store, too, where it takes one.
+    Args:
+        command: from `prints_report`; it is called with the store, too.
+        store_of_students: whether `--store` says something of students, too.
     """
-    takes_store = "store" in inspect.signature(command).parameters
 
     @functools.wraps(command)
-    def wrapped(*, runs: tuple[Path, ...], store: str | None, **flags: Any) -> None:
-        names = ("teacher", *_SETTINGS, "view_policy", "view_size", "live")
-        said = {name: flags.pop(name) for name in names}
-        if takes_store:
-            flags["store"] = store
-        command(runs=runs, teacher=_query(runs, store, takes_store=takes_store, **said), **flags)
+    def wrapped(*, runs: tuple[Path, ...], teacher: str | None, **flags: Any) -> None:
+        said = {name: flags.pop(name) for name in _OF_TEACHERS}
+        of_teachers = (*_OF_TEACHERS, "same_classes", *(() if store_of_students else ("store",)))
+        if teacher is None:
+            if not runs:
+                raise click.UsageError("Missing argument 'RUN': a student; or a teacher: --teacher NAME")
+            if flag := typed(of_teachers):
+                raise click.UsageError(f"{flag} is for teachers: add --teacher NAME")
+        elif runs:
+            raise click.UsageError(f"RUN ({runs[0]}) is a student, --teacher {teacher} a teacher; give one of them")
+        elif flag := typed(_OF_STUDENTS):
+            raise click.UsageError(f"{flag} is for students; leave it out with --teacher")
+        command(runs=runs, teacher=teacher and _query(teacher, flags["store"], said), **flags)
 
     return wrapped
 
 
-def _query(
-    runs: tuple[Path, ...],
-    store: str | None,
-    *,
-    takes_store: bool,
-    teacher: str | None,
-    view_policy: str | None,
-    view_size: int | None,
-    live: bool,
-    **flags: Any,
-) -> TeacherQuery | None:
-    """Which teacher is measured. Raises click.UsageError: a student is, too, or flags that are of the other."""
-    sources = click.get_current_context().get_parameter_source
-    if teacher is None:
-        if not runs:
-            raise click.UsageError("Missing argument 'RUN': a student; or a teacher: --teacher NAME")
-        of_teachers = _OF_TEACHERS if takes_store else (*_OF_TEACHERS, "store")
-        if name := next((name for name in of_teachers if sources(name) == ParameterSource.COMMANDLINE), None):
-            raise click.UsageError(f"{_flag(name)} is of a teacher: add --teacher NAME")
-        return None
-    if runs:
-        raise click.UsageError(f"RUN ({runs[0]}) is a student, --teacher {teacher} a teacher; give one of them")
-    if name := next((name for name in _OF_STUDENTS if sources(name) == ParameterSource.COMMANDLINE), None):
-        raise click.UsageError(f"{_flag(name)} is of students; leave it out with --teacher")
+def _query(teacher: str, store: str | None, flags: dict[str, Any]) -> TeacherQuery:
+    """Which teacher is measured, by the flags of `teacher_options`."""
     from pipeline.evaluation.teacher import TeacherQuery
 
     project = context.current()
@@ -127,18 +112,12 @@ def _query(
     return TeacherQuery(
         name=teacher,
         model=entry.teacher or teacher if entry else teacher,
-        settings=teacher_settings(entry, **flags),
-        said=any(flags.values()),
+        settings=teacher_settings(entry, flags),
+        said=typed(TEACHER_SETTINGS) is not None,
         store=store,
-        store_may_be_missing=sources("store") != ParameterSource.COMMANDLINE,
-        view_policy=view_policy,
-        view_size=view_size,
-        live=live,
+        store_may_be_missing=typed(["store"]) is None,
+        **{name: flags[name] for name in ("view_policy", "view_size", "live")},
     )
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def fraction(text: str) -> float:
@@ -187,10 +166,10 @@ def prints_frozen_report(measure: Callable[..., Report]) -> Callable[..., None]:
     """Print the report of `measure`, which gets a student file or a TeacherQuery, a FrozenConfig, and the rest."""
 
     @functools.wraps(measure)
-    def wrapped(paths: list[Path], *, teacher: TeacherQuery | None, **settings: Any) -> Report:
+    def wrapped(paths: list[Path], *, teacher: TeacherQuery | None, store: str | None, **settings: Any) -> Report:  # noqa: ARG001 - the teacher has it
         from pipeline.evaluation.frozen import FrozenConfig
 
         config = FrozenConfig(**{field.name: settings.pop(field.name) for field in fields(FrozenConfig)})
         return measure(paths[0] if teacher is None else teacher, config, **settings)
 
-    return measures_teachers(prints_report(wrapped))
+    return measures_teachers(prints_report(wrapped), store_of_students=False)
