@@ -29,11 +29,11 @@ from pipeline.commands.teachers import teachers
 from pipeline.commands.train import train
 from pipeline.commands.verify import verify
 from pipeline.messages import as_flags
-from pipeline.options import QUOTES, CommandGroup
+from pipeline.options import QUOTES
 from storage.errors import DamageError, UserError, display_path, first_line
 
 
-@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="teacher-store")
 def cli() -> None:
     """Run a pretrained teacher once over image shards, store its outputs, and train students from them.

@@ -12,7 +12,7 @@ from click.core import ParameterSource
 
 from pipeline.console import Console
 from pipeline.project import context
-from storage.errors import UserError, did_you_mean, display_path
+from storage.errors import UserError, display_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Mapping, Sequence
@@ -22,16 +22,6 @@ if TYPE_CHECKING:
 
 
 Words = tuple[str, ...]  # an option that may be repeated
-
-
-class CommandGroup(click.Group):
-    """A group that names the nearest command."""
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        """The command that the first argument names. Raises click.UsageError: there is none of this name."""
-        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
-            raise click.UsageError(f"no command is called {args[0]!r}. {did_you_mean(args[0], self.commands)}", ctx)
-        return super().resolve_command(ctx, args)
 
 
 def together(*options: Callable[..., Any]) -> Callable[..., Callable[..., Any]]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import click
-from click.core import ParameterSource
 
 from pipeline.console import show
-from pipeline.options import PATH, common, shards, store
+from pipeline.options import PATH, common, shards, store, typed
 from pipeline.project.context import reads
 
 if TYPE_CHECKING:
@@ -37,9 +36,8 @@ def inspect(store: str, sample: str | None, shards: tuple[str, ...], out: Path |
     from pipeline.inspection import store as inspection
     from storage.store.store import Store
 
-    source = click.get_current_context().get_parameter_source("shards")
-    if sample is None and (out is not None or source == ParameterSource.COMMANDLINE):
-        raise click.UsageError("--shards and --out are for the picture of one sample: add --sample KEY, or leave both")
+    if sample is None and typed(("shards", "out")):
+        raise click.UsageError("--shards and --out are for the picture of one sample: add --sample KEY, or omit both")
     if sample is None:
         contents = inspection.inspect(Store.open(store))
         show(contents.plain(), inspection.lines(contents), as_json)

@@ -179,61 +179,44 @@ def measure_linear_probe(network: Path | TeacherQuery, config: FrozenConfig, lr:
     return LinearProbeReport(features=split.report, accuracy=split.accuracy(ranks), lr=chosen, tried=tuple(tried))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _FeatureSource:
-    """What gives features: which network, what they are in words, and those of shards and chosen samples."""
-
-    evaluated: Evaluated
-    text: str
-    features: Callable[..., Features]
-
-
-def _of_student(path: Path, layers: int, read: Reading, device: torch.device) -> _FeatureSource:
-    """Features of a student, perhaps through linear layers of its projector."""
-    member, student = open_student(path, device)
-    text = feature_text(member.model, read)
-    if layers:
-        read, text = projector_features.projector_reading(path, member.model, layers)
-    features = partial(features_of, member.model, member.about, read=read, device=device)
-    return _FeatureSource(evaluated=student, text=text, features=features)
-
-
-def _of_teacher(query: TeacherQuery, shards: Sequence[Shard], read: Reading, device: torch.device) -> _FeatureSource:
-    """Stored features of a teacher, else what its network gives now."""
-    own_probe = probe_feature if read is probe_feature else None
-    answers = open_teacher(query, ("embedding", "class_token"), shards, device, own_probe)
-
-    def features(
-        *, shards: Sequence[Shard], advance: Callable[[int], None], chosen: Sequence[np.ndarray] | None = None
-    ) -> Features:
-        return gathered(answers.batches(shards, chosen), device, advance)
-
-    return _FeatureSource(evaluated=answers.evaluated, text=answers.text, features=features)
-
-
 def _features(network: Path | TeacherQuery, config: FrozenConfig, read: Reading) -> _Split:
     """Features of the labeled training samples and of the evaluated ones."""
     shards, train_shards = only_set(config.shards), open_shards(config.train_shards, Console().say)
     names = classes_of([shard.url for shard in (*train_shards, *shards)])  # raises where their lists differ
     torch_device = pick_device(config.device)
+    features: Callable[..., Features]
     if isinstance(network, TeacherQuery):
-        source = _of_teacher(network, [*train_shards, *shards], read, torch_device)
+        own_probe = probe_feature if read is probe_feature else None
+        taps, all_shards = ("embedding", "class_token"), [*train_shards, *shards]
+        answers = open_teacher(network, taps, all_shards, torch_device, own_probe)
+        evaluated: Evaluated = answers.evaluated
+        text = answers.text
+
+        def features(
+            shards: Sequence[Shard], chosen: Sequence[np.ndarray] | None, advance: Callable[[int], None]
+        ) -> Features:
+            return gathered(answers.batches(shards, chosen), torch_device, advance)
+
     else:
-        source = _of_student(network, config.projector_layers, read, torch_device)
+        member, evaluated = open_student(network, torch_device)
+        text = feature_text(member.model, read)
+        if config.projector_layers:
+            read, text = projector_features.projector_reading(network, member.model, config.projector_layers)
+        features = partial(features_of, member.model, member.about, read=read, device=torch_device)
     subset = label_subset(train_shards, shards, fraction=config.label_fraction, seed=config.seed)
     if config.listing is not None:
         subset.write(config.listing)
     _report_subset(subset, config)
     with progress("reading features", len(subset.rows) + sum(map(len, shards))) as advance:
-        reads = partial(source.features, advance=advance)
-        train, evaluated = reads(shards=train_shards, chosen=subset.chosen), reads(shards=shards)
-    highest = int(torch.cat([train.labels, evaluated.labels]).max())
+        train = features(shards=train_shards, chosen=subset.chosen, advance=advance)
+        tested = features(shards=shards, chosen=None, advance=advance)
+    highest = int(torch.cat([train.labels, tested.labels]).max())
     count = len(names) if names else highest + 1
     if highest >= count:
         raise UserError(f"there is a label {highest}, and classes.json lists {count} classes; pack the shards again")
     report = FeatureReport(
-        evaluated=source.evaluated,
-        features=source.text,
+        evaluated=evaluated,
+        features=text,
         width=train.values.shape[1],
         projector_layers=config.projector_layers,
         train=TrainingSamples(
@@ -244,9 +227,9 @@ def _features(network: Path | TeacherQuery, config: FrozenConfig, read: Reading)
             sha256=subset.digest,
             list=str(config.listing) if config.listing else None,
         ),
-        samples=len(evaluated.labels),
+        samples=len(tested.labels),
     )
-    return _Split(train=train, evaluated=evaluated, num_classes=count, report=report)
+    return _Split(train=train, evaluated=tested, num_classes=count, report=report)
 
 
 def _report_subset(subset: LabelSubset, config: FrozenConfig) -> None:

@@ -75,24 +75,20 @@ class OnnxGraph:
 
     def before_squashing(self, name: str) -> tuple[str, str] | None:
         """The operator of `SQUASHED` that gives a tensor's values, and the tensor before it; None where none does."""
-        return _before(self._makers, name)
+        for _ in self._makers:  # no path is longer, whatever the file says
+            node = self._makers.get(name)
+            if node is None or not node.input:
+                return None
+            if node.op_type in SQUASHED:
+                return node.op_type, node.input[0]
+            if node.op_type not in _SAME:
+                return None
+            name = node.input[0]
+        return None
 
     @functools.cached_property
     def _makers(self) -> dict[str, NodeProto]:
         return {name: node for node in self.model.graph.node for name in node.output if name}
-
-
-def _before(makers: Mapping[str, NodeProto], name: str) -> tuple[str, str] | None:
-    for _ in makers:  # no path is longer, whatever the file says
-        node = makers.get(name)
-        if node is None or not node.input:
-            return None
-        if node.op_type in SQUASHED:
-            return node.op_type, node.input[0]
-        if node.op_type not in _SAME:
-            return None
-        name = node.input[0]
-    return None
 
 
 def is_onnx_file(name: str) -> bool:

@@ -169,8 +169,8 @@ def test_workers_that_run_onnx_can_stay_free_of_torch():
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
-        (["precompue"], 2, "no command is called 'precompue'. Did you mean 'precompute'?"),
-        (["evaluate", "acuracy", "run"], 2, "no command is called 'acuracy'. Did you mean 'accuracy'?"),
+        (["precompue"], 2, "No such command 'precompue'. (Did you mean one of: 'precompute'"),
+        (["evaluate", "acuracy", "run"], 2, "No such command 'acuracy'. Did you mean 'accuracy'?"),
         (["evaluate", "run", "--protocol", "knn"], 2, "try: pipeline evaluate accuracy run …"),
         (
             ["evaluate", "--shards", "x.tar", "a run"],
