@@ -109,7 +109,20 @@ store = option(
 
 PATH = click.Path(path_type=Path)
 POSITIVE = click.FloatRange(0, min_open=True)
-picture = click.option("--out", type=PATH, metavar="FILE", help="Also draw a picture: .png, .svg or .pdf.")
+
+
+def _writable(_context: click.Context, _param: click.Parameter, out: Path | None) -> Path | None:
+    """A place where a picture may be written. Raises UserError before anything is computed: it is none."""
+    if out is None:
+        return None
+    from pipeline.plotting import picture_path
+
+    return picture_path(out)
+
+
+def picture(text: str = "Also draw a picture: .png, .svg or .pdf.") -> Callable[..., Any]:
+    """`--out`, the file of a picture."""
+    return click.option("--out", type=PATH, metavar="FILE", help=text, callback=_writable)
 
 
 def choice(*names: str, values: Sequence[str], text: str) -> Callable[..., Any]:
@@ -337,12 +350,12 @@ def _requests(teacher: str | None, **flags: Any) -> dict[str, PrecomputeRequest]
     assert project is not None
     chosen = list(entries) if teacher is None else [teacher]
     if len(chosen) > 1 and (flag := typed(_OF_ONE)):
-        raise UserError(f"{flag} is for one teacher, {project.path} has {', '.join(chosen)}: say --teacher NAME")
+        raise UserError(f"{flag} is for one teacher, {project.path} has {', '.join(chosen)}: give --teacher NAME")
     absent = [name for name in chosen if not flags["weights"] and _is_missing(entries[name].weights)]
     if len(absent) < len(chosen):
         for name in absent:
             file = display_path(Path(str(entries[name].weights)))
-            click.echo(f"{name} is left out: {file} is not there yet; {_ADVICE}", err=True)
+            click.echo(f"{name} is skipped: {file} does not exist yet; {_ADVICE}", err=True)
         chosen = [name for name in chosen if name not in absent]
     requests = {name: _request(name, entries[name], f"{project.path}: teachers.{name}: ", flags) for name in chosen}
     return requests if teacher is None else {"": requests[teacher]}

@@ -37,15 +37,15 @@ def picture_path(out: Path) -> Path:
     if starts is None:
         raise UserError(f"{out}: a picture's name ends in {', '.join(_STARTS)}")
     if not out.absolute().parent.is_dir():
-        raise UserError(f"{out}: there is no folder {out.parent}; make it first")
+        raise UserError(f"{out}: the folder {out.parent} does not exist; create it first")
     if out.exists():
         if not out.is_file():
-            raise UserError(f"{out}: there is something here that is no file; give another name")
+            raise UserError(f"{out}: this is not a regular file; give another name")
         with out.open("rb") as file:
             head = file.read(512)
         wrong = not head.startswith(starts) or (out.suffix.lower() == ".svg" and b"<svg" not in head)
         if head and wrong:
-            raise UserError(f"{out}: there is a file here that is no picture; give another name, or remove it")
+            raise UserError(f"{out}: this file exists and is not a picture; give another name, or remove it")
     try:
         import matplotlib as _  # noqa: F401
     except ImportError:

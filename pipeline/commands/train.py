@@ -70,7 +70,7 @@ def train(
       --out run
     """
     if resume and smoke:
-        raise click.UsageError("--resume and --smoke: a smoke run never goes on; choose one")
+        raise click.UsageError("--resume and --smoke: a smoke run cannot be resumed; choose one")
 
     from pipeline.recipes.loader import load_recipe
 

@@ -62,7 +62,7 @@ def demo(out: Path, console: Console) -> dict[str, Any]:
         UserError: the extra `demo` is not installed, or the folder is in use.
     """
     if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: there is something in this folder already; give a new one with --out")
+        raise UserError(f"{out}: this folder is not empty; give a new one with --out")
     for package, name in (("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")):
         if find_spec(package) is None:
             raise UserError(f"the demo needs {name}: pip install -c constraints.txt -e '.[cpu,demo]'")

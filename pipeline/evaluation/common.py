@@ -114,12 +114,9 @@ def open_student(
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show the progress of so many steps; give what is called with each number of further ones."""
-    console = Console()
-    console.start(what, total)
-    try:
+    with Console() as console:
+        console.start(what, total)
         yield console.advance
-    finally:
-        console.stop()
 
 
 def number(value: float | None, digits: int = 2) -> str:

@@ -19,7 +19,7 @@ from student.evaluation.class_metrics import class_metrics, label_ranks
 from student.evaluation.frozen import linear_probe, projector_features
 from student.evaluation.frozen.features import class_feature, feature_text, features_of, gathered, probe_feature
 from student.evaluation.frozen.knn import knn_ranks, usable
-from student.evaluation.frozen.label_subset import LabelSubset, label_subset
+from student.evaluation.frozen.label_subset import label_subset
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -181,7 +181,8 @@ def measure_linear_probe(network: Path | TeacherQuery, config: FrozenConfig, lr:
 
 def _features(network: Path | TeacherQuery, config: FrozenConfig, read: Reading) -> _Split:
     """Features of the labeled training samples and of the evaluated ones."""
-    shards, train_shards = only_set(config.shards), open_shards(config.train_shards, Console().say)
+    say = Console().say
+    shards, train_shards = only_set(config.shards), open_shards(config.train_shards, say)
     names = classes_of([shard.url for shard in (*train_shards, *shards)])  # raises where their lists differ
     torch_device = pick_device(config.device)
     features: Callable[..., Features]
@@ -206,7 +207,12 @@ def _features(network: Path | TeacherQuery, config: FrozenConfig, read: Reading)
     subset = label_subset(train_shards, shards, fraction=config.label_fraction, seed=config.seed)
     if config.listing is not None:
         subset.write(config.listing)
-    _report_subset(subset, config)
+    if subset.left_out:
+        say(f"{subset.left_out} training image(s) are also evaluated; they are skipped in training")
+    if config.label_fraction < 1:
+        written = config.listing or "not written (--list F)"
+        percent_used = f"{100 * config.label_fraction:g} %"
+        say(f"{len(subset.rows):,} labeled samples ({percent_used}, seed {config.seed}): {written}")
     with progress("reading features", len(subset.rows) + sum(map(len, shards))) as advance:
         train = features(shards=train_shards, chosen=subset.chosen, advance=advance)
         tested = features(shards=shards, chosen=None, advance=advance)
@@ -230,13 +236,3 @@ def _features(network: Path | TeacherQuery, config: FrozenConfig, read: Reading)
         samples=len(tested.labels),
     )
     return _Split(train=train, evaluated=tested, num_classes=count, report=report)
-
-
-def _report_subset(subset: LabelSubset, config: FrozenConfig) -> None:
-    console = Console()
-    if subset.left_out:
-        console.say(f"{subset.left_out} training image(s) are also evaluated; they are skipped in training")
-    if config.label_fraction < 1:
-        written = config.listing or "not written (--list F)"
-        percent_used = f"{100 * config.label_fraction:g} %"
-        console.say(f"{len(subset.rows):,} labeled samples ({percent_used}, seed {config.seed}): {written}")

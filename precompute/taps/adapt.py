@@ -102,12 +102,9 @@ def _outputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Any]]:
     outputs: dict[str, Any] = {}
     with contextlib.ExitStack() as hooks:
         for name, module in modules.items():
-            hooks.enter_context(module.register_forward_hook(functools.partial(_note, outputs, name)))
+            note = functools.partial(outputs.__setitem__, name)
+            hooks.enter_context(module.register_forward_hook(lambda _module, _args, output, note=note: note(output)))
         yield outputs
-
-
-def _note(outputs: dict[str, Any], name: str, _module: nn.Module, _args: Any, output: Any) -> None:
-    outputs[name] = output
 
 
 def _add(network: nn.Module, head: str | None, output: Tensor) -> None:

@@ -209,7 +209,7 @@ def _torchvision(model: str, arguments: Mapping[str, Any], owner: str, *, pretra
     if headless:
         linear = [n for n, module in network.named_modules() if isinstance(module, nn.Linear)]
         if not linear:
-            raise UserError(f"{owner}: no linear layer ends it, so its classifier cannot be left out")
+            raise UserError(f"{owner}: it does not end in a linear layer, so its classifier cannot be removed")
         network.set_submodule(linear[-1], nn.Identity())
     return network
 

@@ -18,7 +18,7 @@ def token_blocks(model: nn.Module) -> list[nn.Module]:
     blocks = getattr(model, "blocks", None)
     plain = isinstance(blocks, nn.Sequential | nn.ModuleList) and all(hasattr(block, "attn") for block in blocks)
     if not plain or not hasattr(model, "patch_embed"):
-        raise UserError(f"{type(model).__name__}: it is no plain ViT, whose blocks keep one token for each patch")
+        raise UserError(f"{type(model).__name__}: it is not a plain ViT, whose blocks keep one token for each patch")
     return list(blocks)  # type: ignore[arg-type]
 
 

@@ -100,8 +100,8 @@ def read_graph(path: str) -> OnnxGraph:
     """The graph in a file.
 
     Raises:
-        UserError: it cannot be read, is no ONNX file or one that keeps tensors in other files, or does not take one
-            batch of square RGB images of floating-point numbers.
+        UserError: it cannot be read, is not an ONNX file, keeps tensors in other files, or does not take one batch of
+            square RGB images of floating-point numbers.
     """
     from precompute.engine.session import parsed
 
@@ -116,7 +116,7 @@ def read_graph(path: str) -> OnnxGraph:
     except UserError as error:
         raise UserError(f"{path}: {error.message.removeprefix(f'{path}: ')}", hint=error.hint) from None
     if not model.graph.node:
-        raise UserError(f"{path}: it is no ONNX file with a graph in it")
+        raise UserError(f"{path}: it is not an ONNX file with a graph")
     weights = {tensor.name for tensor in model.graph.initializer}  # old files list them among the inputs
     inputs = [value for value in model.graph.input if value.name not in weights]
     if len(inputs) != 1:
@@ -148,11 +148,10 @@ def _input(path: str, value: ValueInfoProto) -> tuple[int | None, int | None, bo
 
     where = f"{path}: its input {value.name}"
     tensor = value.type.tensor_type
-    types = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "float64": TensorProto.DOUBLE}
-    precision = next((name for name in PRECISIONS if types[name] == tensor.elem_type), None)
-    if not value.type.HasField("tensor_type") or precision is None:
-        known = value.type.HasField("tensor_type") and tensor.elem_type in TensorProto.DataType.values()
-        kind = TensorProto.DataType.Name(tensor.elem_type).lower() if known else "no tensor of a known type"
+    known = value.type.HasField("tensor_type") and tensor.elem_type in TensorProto.DataType.values()
+    kind = TensorProto.DataType.Name(tensor.elem_type).lower() if known else "no tensor of a known type"
+    precision = {"float": "float32", "double": "float64"}.get(kind, kind)
+    if precision not in PRECISIONS:
         raise UserError(f"{where} is {kind}; expected normalized images: {', '.join(PRECISIONS)}")
     dims = [dim.dim_value if dim.dim_value > 0 else None for dim in tensor.shape.dim]
     said = f"[{', '.join(map(str, _sizes(value)))}]"

@@ -342,29 +342,27 @@ def about_weights(model: str, name: str, arguments: Mapping[str, Any] | None = N
 
     from precompute.taps import config_of, config_of_own, create_timm_model, is_elsewhere, torchvision_config
 
-    if outside_timm(model):
-        owner = f"teacher {name}"
-        if model.startswith(TORCHVISION):
-            about = torchvision_config(model, owner)
-        else:
-            about = config_of_own(create_timm_model(model, arguments or {}, owner=owner))
-        size = about.get("input_size")
-        return WeightsConfig(size[-1] if size else None, *(tuple(about.get(part) or ()) for part in ("mean", "std")))
-    if not is_elsewhere(model) and not timm.is_model(model):
+    config: Mapping[str, Any] | None
+    if model.startswith(TORCHVISION):
+        config = torchvision_config(model, f"teacher {name}")
+    elif outside_timm(model):
+        config = config_of_own(create_timm_model(model, arguments or {}, owner=f"teacher {name}"))
+    elif is_elsewhere(model) or timm.is_model(model):
+        try:
+            config = config_of(model)
+        except RuntimeError:  # the tag behind the dot
+            known = timm.list_pretrained(f"{model.partition('.')[0]}.*")
+            raise UserError(f"no weights are called {name!r}", hint=did_you_mean(name, known)) from None
+        config = {"mean": (0.5,), "std": (0.5,)} if config is None else config
+    else:
         close = difflib.get_close_matches(name, [*SHORT_NAMES, *timm.list_models()], cutoff=0.5)
         raise UserError(
             f"no teacher is called {name!r}",
             hint=f"{did_you_mean(name, close or SHORT_NAMES)} {call('teachers')} lists short names; every name of "
             "timm.list_models() can be used, too, and hf-hub:USER/NAME of timm's models on the Hugging Face Hub.",
         )
-    try:
-        config = config_of(model)
-    except RuntimeError:  # the tag behind the dot
-        known = timm.list_pretrained(f"{model.partition('.')[0]}.*")
-        raise UserError(f"no weights are called {name!r}", hint=did_you_mean(name, known)) from None
-    if config is None:
-        return WeightsConfig(None, (0.5,), (0.5,))
-    return WeightsConfig(config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]))
+    size = config.get("input_size")
+    return WeightsConfig(size[-1] if size else None, tuple(config.get("mean") or ()), tuple(config.get("std") or ()))
 
 
 def untrained_digest(teacher: Teacher) -> str:

@@ -232,7 +232,7 @@ def test_workers_that_run_onnx_can_stay_free_of_torch():
         ([*MAKE, "--teacher-arg", "x"], 1, "expected name=value"),
         (["pack", "nowhere", "out.tar"], 1, "nowhere: no such"),
         (["pack", "{data}", "{shard}"], 1, "already exists; shards are never overwritten"),
-        (["demo", "--out", "{data}"], 1, "there is something in this folder already"),
+        (["demo", "--out", "{data}"], 1, "this folder is not empty"),
     ],
 )
 def test_mistakes_end_with_one_clear_message(run, world, tmp_path, monkeypatch, words, status, message):
@@ -362,4 +362,4 @@ def test_a_clean_interrupt_says_that_work_stays(monkeypatch, run):
     monkeypatch.setattr("storage.store.store.Store.open", lambda place: place)
     ended = run("inspect", "--store", "x")
     assert ended.status == 130
-    assert "what was complete stays" in ended.err
+    assert "completed work is kept" in ended.err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import click
 
@@ -42,18 +42,23 @@ class Report(Protocol):
         """The result as lines to print."""
 
 
+@runtime_checkable
+class DrawnReport(Report, Protocol):
+    """The result of a command that takes `--out`."""
+
+    def picture(self) -> Any:
+        """The result as a matplotlib figure."""
+
+
 _OF_STUDENTS = ("checkpoint", "ensemble", "projector_layers")  # options that say nothing of a teacher
 _OF_TEACHERS = (*TEACHER_SETTINGS, "view_policy", "view_size", "live")
 
-run = click.argument("runs", metavar="RUN", type=PATH, callback=lambda _context, _param, value: (value,))
-# Of commands that measure teachers, too.
-run_or_teacher = click.argument(
-    "runs",
-    metavar="[RUN]",
-    required=False,
-    type=PATH,
-    callback=lambda _context, _param, value: () if value is None else (value,),
-)
+
+def _listed(_context: click.Context, _param: click.Parameter, path: Path | None) -> tuple[Path, ...]:
+    return () if path is None else (path,)
+
+
+run = click.argument("runs", metavar="RUN", type=PATH, callback=_listed)
 runs_or_teacher = click.argument("runs", metavar="[RUN...]", nargs=-1, type=PATH)
 teacher_options = together(
     option("--teacher", "NAME", "Measure a teacher instead: its name in the store, a short name or a timm name."),
@@ -63,16 +68,23 @@ teacher_options = together(
     click.option("--live", is_flag=True, help="Run the teacher even if the store has what it says."),
 )
 runs = click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=PATH)
-labeled_shards = shards("--shards", help="Labeled shards to evaluate on.", labels=True)
 
 
 def prints_report(measure: Callable[..., Report]) -> Callable[..., None]:
-    """Add `--checkpoint`, `--device`, `--json` and `--debug`; pass on the student files, and print the report."""
+    """Add `--checkpoint`, `--device`, `--json` and `--debug`; pass on the student files, print and draw the report."""
 
     @functools.wraps(measure)
-    def wrapped(*, runs: tuple[Path, ...], checkpoint: str, as_json: bool, **settings: Any) -> None:
+    def wrapped(
+        *, runs: tuple[Path, ...], checkpoint: str, as_json: bool, out: Path | None = None, **settings: Any
+    ) -> None:
         report = measure([student_file(run, checkpoint) for run in runs], **settings)
-        show(report.to_json(), report.lines(), as_json)
+        result, lines = report.to_json(), report.lines()
+        if out is not None and isinstance(report, DrawnReport):
+            from pipeline.plotting import save
+
+            save(report.picture(), out)
+            result, lines = {**result, "files": [str(out)]}, [*lines, f"written: {out}"]
+        show(result, lines, as_json)
 
     return together(checkpoint, device, common)(wrapped)
 
@@ -132,8 +144,10 @@ def fraction(text: str) -> float:
     return value
 
 
-# Of k-NN and linear probes: training samples, the labeled fraction, the features to read; and teachers.
+# Of k-NN and linear probes: a student, samples, the labeled fraction, the features to read; and teachers.
 frozen_features = together(
+    click.argument("runs", metavar="[RUN]", required=False, type=PATH, callback=_listed),
+    shards("--shards", help="Labeled shards to evaluate on.", labels=True),
     shards("--train-shards", help="Labeled training shards.", labels=True),
     option(
         "--label-fraction",
@@ -142,12 +156,12 @@ frozen_features = together(
         type=fraction,
         default="100%",
     ),
-    click.option(
+    option(
         "--list",
+        "FILE",
+        "Write the selected training samples to a CSV with shard, key and label.",
         "listing",
         type=PATH,
-        metavar="FILE",
-        help="Write the selected training samples to a CSV with shard, key and label.",
     ),
     option(
         "--projector-layers",

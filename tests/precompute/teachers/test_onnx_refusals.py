@@ -90,7 +90,7 @@ def test_files_that_are_no_graphs_are_refused(tmp_path: Path, content: bytes | N
     path = tmp_path / "g.onnx"
     whole = small(path).read_bytes()
     path.write_bytes(whole[: len(whole) // 2] if content is None else content)
-    with pytest.raises(UserError, match=r"g\.onnx: .*is no ONNX file"):
+    with pytest.raises(UserError, match=r"g\.onnx: .*is not an ONNX file"):
         teachers.find_teacher(str(path), **HALF)
 
 
