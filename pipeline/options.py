@@ -335,8 +335,7 @@ def _requests(teacher: str | None, **flags: Any) -> dict[str, PrecomputeRequest]
     if teacher is None and not entries:
         raise click.UsageError("Missing option '--teacher'; a project file may name teachers too.")
     if flags["workers"] and flags["dask"]:  # a flag wins over the file
-        ctx = click.get_current_context()
-        from_file = [n for n in ("workers", "dask") if ctx.get_parameter_source(n) != ParameterSource.COMMANDLINE]
+        from_file = [name for name in ("workers", "dask") if not typed((name,))]
         if len(from_file) != 1:
             raise UserError("--workers starts processes here, --dask joins others; give one of them")
         flags[from_file[0]] = None
@@ -379,7 +378,6 @@ def _request(name: str, entry: TeacherEntry | None, where: str, flags: Mapping[s
 
     `where` opens the errors of what the project file says.
     """
-    from precompute.engine.dask_client import WORKER_TIMEOUT
     from precompute.request import PrecomputeRequest
     from precompute.taps.target_spec import parse_target
     from precompute.teachers import onnx_file
@@ -411,7 +409,8 @@ def _request(name: str, entry: TeacherEntry | None, where: str, flags: Mapping[s
             raise
         missing = error.setting.startswith("`weights=") and _is_missing(settings["weights"])
         raise UserError(f"{where}{error}", hint=_ADVICE if missing else "") from None
-    passed = ("num_views", "new_bank", "provider", "on_decode_error", "store_views", "workers", "dask")
+    passed: Words = ("num_views", "new_bank", "provider", "on_decode_error", "store_views")
+    passed += ("workers", "dask", "worker_timeout")
     return PrecomputeRequest(
         shards=urls,
         teacher=teacher,
@@ -419,8 +418,7 @@ def _request(name: str, entry: TeacherEntry | None, where: str, flags: Mapping[s
         policy=views,
         policy_fields=frozenset(said),
         grid=context.grid(),
-        worker_timeout=flags["worker_timeout"] or WORKER_TIMEOUT,
-        **{name: flags[name] for name in passed},
+        **{name: flags[name] for name in passed if flags[name] is not None},
     )
 
 

@@ -5,7 +5,6 @@ Matplotlib's Figure is used directly: no pyplot, no backend or style of the proc
 
 from __future__ import annotations
 
-import io
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -94,9 +93,6 @@ def shortened(text: str, most: int) -> str:
 
 def save(figure: Any, path: Path) -> None:
     """Write a figure as PNG, SVG or PDF by its name's ending, whole or not at all."""
-    data = io.BytesIO()
-    with warnings.catch_warnings():
+    with atomic_write(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font has not: boxes
-        figure.savefig(data, format=path.suffix.lower().lstrip("."))
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(data.getvalue())
+        figure.savefig(temporary, format=path.suffix.lower().lstrip("."))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from pipeline.console import show
-from pipeline.options import OUTSIDE_TIMM, Words, common, together
+from pipeline.options import OUTSIDE_TIMM, Words, common, together, typed
 
 
 @click.command()
@@ -40,8 +40,7 @@ def teachers(
     from storage.constants import SHORT_NAMES
 
     graphs = [name for name in names if onnx_file.is_onnx_file(name)]
-    if (graphs or not names) and (grid or input_size):
-        flag = "--grid" if grid else "--input-size"
+    if (graphs or not names) and (flag := typed(("input_size", "grid"))):
         why = "a model.onnx has its own sizes" if graphs else "give a teacher's NAME too"
         raise click.UsageError(f"{flag} is for teachers that are networks of timm: {why}")
     if graphs and len(names) > 1:

@@ -111,14 +111,13 @@ def measure_accuracy(
     sets, torch_device = named_sets(shards), pick_device(device)
     train_images = None if shot_bounds is None else _train_images(paths[0], train_shards)
     members, students = zip(*(open_student(path, torch_device, load_classifier) for path in paths), strict=True)
-    results: list[dict[str, ClassMetrics]] = [{} for _ in range(len(members) + ensemble)]
+    classes, results = members[0].about.classes, [dict[str, ClassMetrics]() for _ in range(len(members) + ensemble)]
     with progress("evaluating", sum(len(shard) for opened in sets.values() for shard in opened)) as advance:
         for name, opened in sets.items():
             for member in members:
                 attach_stored_attention(member.model, member.about, store, opened)
             seen = ensemble_predictions(members, opened, ensemble=ensemble, device=torch_device, advance=advance)
-            all_metrics = _metrics(seen, shot_bounds, train_images, members[0].about.classes)
-            for by_set, metrics in zip(results, all_metrics, strict=True):
+            for by_set, metrics in zip(results, _metrics(seen, shot_bounds, train_images, classes), strict=True):
                 by_set[name] = metrics
     together = results.pop() if ensemble else None
     return AccuracyReport(evaluated=tuple(zip(students, results, strict=True)), ensemble=together)

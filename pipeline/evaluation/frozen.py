@@ -15,7 +15,7 @@ from storage.errors import UserError
 from storage.shards.classes import classes_of
 from storage.shards.shard import open_shards
 from student.distributed import pick_device
-from student.evaluation.class_metrics import class_metrics, label_ranks
+from student.evaluation.class_metrics import ClassMetrics, class_metrics, label_ranks
 from student.evaluation.frozen import linear_probe, projector_features
 from student.evaluation.frozen.features import class_feature, feature_text, features_of, gathered, probe_feature
 from student.evaluation.frozen.knn import knn_ranks, usable
@@ -100,23 +100,16 @@ class FeatureReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TopAccuracy:
-    """Accuracies in percent; top5 is None with five classes or fewer."""
-
-    top1: float
-    top5: float | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class KnnReport:
     """Accuracy of k-NN for each k."""
 
     features: FeatureReport
-    knn: dict[int, TopAccuracy]
+    knn: dict[int, ClassMetrics]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        return {**self.features.to_json(), "knn": {str(k): asdict(accuracy) for k, accuracy in self.knn.items()}}
+        by_k = {str(k): {"top1": accuracy.top1, "top5": accuracy.top5} for k, accuracy in self.knn.items()}
+        return {**self.features.to_json(), "knn": by_k}
 
     def lines(self) -> list[str]:
         """A table."""
@@ -129,14 +122,14 @@ class LinearProbeReport:
     """Accuracy of a linear probe, its learning rate, and those that were tried on held-out training samples."""
 
     features: FeatureReport
-    accuracy: TopAccuracy
+    accuracy: ClassMetrics
     lr: float
     tried: tuple[linear_probe.ProbeTrial, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        fit = {"lr": self.lr, "epochs": linear_probe.EPOCHS, "tried": [asdict(trial) for trial in self.tried]}
-        return {**self.features.to_json(), **asdict(self.accuracy), **fit}
+        result = {"top1": self.accuracy.top1, "top5": self.accuracy.top5, "lr": self.lr, "epochs": linear_probe.EPOCHS}
+        return {**self.features.to_json(), **result, "tried": [asdict(trial) for trial in self.tried]}
 
     def lines(self) -> list[str]:
         """A line for each learning rate that was tried, and the accuracy."""
@@ -154,10 +147,9 @@ class _Split:
     num_classes: int
     report: FeatureReport
 
-    def accuracy(self, ranks: torch.Tensor) -> TopAccuracy:
+    def accuracy(self, ranks: torch.Tensor) -> ClassMetrics:
         """Accuracy by the ranks of the evaluated samples' labels."""
-        metrics = class_metrics(self.evaluated.labels.cpu(), ranks.cpu(), self.num_classes)
-        return TopAccuracy(top1=metrics.top1, top5=metrics.top5)
+        return class_metrics(self.evaluated.labels.cpu(), ranks.cpu(), self.num_classes)
 
 
 def measure_knn(network: Path | TeacherQuery, config: FrozenConfig) -> KnnReport:

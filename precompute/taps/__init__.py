@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from precompute.taps.activations import POSITIONS, At, cnn_stages, resize_matrix, stage_maps
 from precompute.taps.adapt import adapt
-from precompute.taps.attention import Attention, AttentionLayer, AttentionTaps, full
+from precompute.taps.attention import Attention, AttentionTaps, full
 from precompute.taps.attention_layers import AttentionLayers, attention_layers
 from precompute.taps.check_attention import check_attention
 from precompute.taps.own_network import allow_network, config_of_own, given, not_given, takes, torchvision_config
@@ -29,7 +29,6 @@ __all__ = [
     "TAPS",
     "At",
     "Attention",
-    "AttentionLayer",
     "AttentionLayers",
     "AttentionTaps",
     "Tap",

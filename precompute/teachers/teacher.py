@@ -381,8 +381,7 @@ def load_teacher(teacher: Teacher) -> nn.Module:
     model, owner = _network(teacher), f"teacher {teacher.name}"
     if outside_timm(teacher.model):
         adapt(model, size=teacher.input_size, owner=owner, prefix=teacher.prefix, tap_modules=teacher.tap_modules)
-    embed = getattr(model, "patch_embed", None)
-    patch = getattr(embed, "patch_size", None)
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if isinstance(patch, tuple) and any(teacher.input_size % side for side in patch):
         nearest = patch[0] * max(1, round(teacher.input_size / patch[0]))
         raise UserError(

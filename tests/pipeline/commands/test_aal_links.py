@@ -100,7 +100,7 @@ def test_the_picture_is_one_and_never_writes_over_something_else(trained, tmp_pa
     (tmp_path / "notes.png").write_text("mine")
     code, _, err = call(capsys, "aal-links", trained, "--out", tmp_path / "notes.png")
     assert (code, (tmp_path / "notes.png").read_text()) == (1, "mine")
-    assert "no picture" in err
+    assert "not a picture" in err
 
 
 @pytest.mark.parametrize(
