@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from pipeline.console import Console
+from pipeline.plotting import picture_path
 from pipeline.project import context
 from storage.errors import UserError, display_path
 
@@ -111,18 +112,9 @@ PATH = click.Path(path_type=Path)
 POSITIVE = click.FloatRange(0, min_open=True)
 
 
-def _writable(_context: click.Context, _param: click.Parameter, out: Path | None) -> Path | None:
-    """A place where a picture may be written. Raises UserError before anything is computed: it is none."""
-    if out is None:
-        return None
-    from pipeline.plotting import picture_path
-
-    return picture_path(out)
-
-
 def picture(text: str = "Also draw a picture: .png, .svg or .pdf.") -> Callable[..., Any]:
-    """`--out`, the file of a picture."""
-    return click.option("--out", type=PATH, metavar="FILE", help=text, callback=_writable)
+    """`--out`, the file of a picture; UserError, before anything is computed, where none may be written."""
+    return option("--out", "FILE", text, type=PATH, callback=lambda _context, _param, out: out and picture_path(out))
 
 
 def choice(*names: str, values: Sequence[str], text: str) -> Callable[..., Any]:

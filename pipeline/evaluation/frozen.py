@@ -19,7 +19,7 @@ from student.evaluation.class_metrics import ClassMetrics, class_metrics, label_
 from student.evaluation.frozen import linear_probe, projector_features
 from student.evaluation.frozen.features import class_feature, feature_text, features_of, gathered, probe_feature
 from student.evaluation.frozen.knn import knn_ranks, usable
-from student.evaluation.frozen.label_subset import label_subset
+from student.evaluation.frozen.label_subset import LabelSubset, label_subset
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -55,18 +55,6 @@ class FrozenConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingSamples:
-    """Labeled training samples: how many, their choice, the sha256 of their list, and its file."""
-
-    samples: int
-    fraction: float
-    seed: int
-    left_out: int
-    sha256: str
-    list: str | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureReport:
     """Which features were read of which samples.
 
@@ -74,27 +62,36 @@ class FeatureReport:
         evaluated: which student or teacher.
         features: in words.
         width: numbers of a sample.
-        projector_layers: linear layers of the projector that they went through.
-        train: samples that have labels.
+        config: what was asked for.
+        subset: training samples whose labels are used.
         samples: how many are evaluated.
     """
 
     evaluated: Evaluated
     features: str
     width: int
-    projector_layers: int
-    train: TrainingSamples
+    config: FrozenConfig
+    subset: LabelSubset
     samples: int
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        report = asdict(self)
-        return {**report.pop("evaluated"), **report}
+        config, subset = self.config, self.subset
+        train = {
+            "samples": len(subset.rows),
+            "fraction": config.label_fraction,
+            "seed": config.seed,
+            "left_out": subset.left_out,
+            "sha256": subset.digest,
+            "list": str(config.listing) if config.listing else None,
+        }
+        read = {"features": self.features, "width": self.width, "projector_layers": config.projector_layers}
+        return {**asdict(self.evaluated), **read, "train": train, "samples": self.samples}
 
     def line(self) -> str:
         """One line."""
         return (
-            f"{self.features}, {self.width} numbers; {self.train.samples} training samples, {self.samples} "
+            f"{self.features}, {self.width} numbers; {len(self.subset.rows)} training samples, {self.samples} "
             f"evaluated ({self.evaluated.how})"
         )
 
@@ -216,15 +213,8 @@ def _features(network: Path | TeacherQuery, config: FrozenConfig, read: Reading)
         evaluated=evaluated,
         features=text,
         width=train.values.shape[1],
-        projector_layers=config.projector_layers,
-        train=TrainingSamples(
-            samples=len(subset.rows),
-            fraction=config.label_fraction,
-            seed=config.seed,
-            left_out=subset.left_out,
-            sha256=subset.digest,
-            list=str(config.listing) if config.listing else None,
-        ),
+        config=config,
+        subset=subset,
         samples=len(tested.labels),
     )
     return _Split(train=train, evaluated=tested, num_classes=count, report=report)

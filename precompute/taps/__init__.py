@@ -13,10 +13,8 @@ from precompute.taps.registry import ATTENTION, TAPS, Tap, TapInfo, check_tap
 from precompute.taps.tapped_model import TappedTeacher
 from precompute.taps.timm_import import (
     FACTORY_ARGUMENTS,
-    config_of,
     constructor_arguments,
     create_timm_model,
-    is_elsewhere,
     takes_image_size,
     untrained,
 )
@@ -40,14 +38,12 @@ __all__ = [
     "check_attention",
     "check_tap",
     "cnn_stages",
-    "config_of",
     "config_of_own",
     "constructor_arguments",
     "create_timm_model",
     "full",
     "given",
     "image_size",
-    "is_elsewhere",
     "not_given",
     "prefix_roles",
     "resize_matrix",

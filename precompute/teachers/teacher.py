@@ -340,7 +340,8 @@ def about_weights(model: str, name: str, arguments: Mapping[str, Any] | None = N
     """
     import timm
 
-    from precompute.taps import config_of, config_of_own, create_timm_model, is_elsewhere, torchvision_config
+    from precompute.taps import config_of_own, create_timm_model, torchvision_config
+    from precompute.taps.timm_import import config_of, is_elsewhere
 
     config: Mapping[str, Any] | None
     if model.startswith(TORCHVISION):
