@@ -322,6 +322,8 @@ def precompute_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _requests(teacher: str | None, **flags: Any) -> dict[str, PrecomputeRequest]:
+    from pipeline.project.schema import TeacherEntry
+
     project = context.current()
     entries = project.content.teachers if project else {}
     if teacher is None and not entries:
@@ -333,7 +335,7 @@ def _requests(teacher: str | None, **flags: Any) -> dict[str, PrecomputeRequest]
         flags[from_file[0]] = None
     if teacher is not None and teacher not in entries:
         try:
-            return {"": _request(teacher, None, "", flags)}
+            return {"": _request(teacher, TeacherEntry(), "", flags)}
         except UserError as error:
             if project is None or not entries:
                 raise
@@ -365,10 +367,10 @@ def _is_missing(file: str | None) -> bool:
     return False
 
 
-def _request(name: str, entry: TeacherEntry | None, where: str, flags: Mapping[str, Any]) -> PrecomputeRequest:
-    """What is asked of one teacher; of a project's teacher, what no flag says comes from its entry.
+def _request(name: str, entry: TeacherEntry, where: str, flags: Mapping[str, Any]) -> PrecomputeRequest:
+    """What is asked of one teacher; what no flag says comes from its entry.
 
-    `where` opens the errors of what the project file says.
+    `where` opens the errors of a project's teacher; it is empty for another, whose entry says nothing.
     """
     from precompute.request import PrecomputeRequest
     from precompute.taps.target_spec import parse_target
@@ -382,13 +384,10 @@ def _request(name: str, entry: TeacherEntry | None, where: str, flags: Mapping[s
     said = {field: value for field, value in fields.items() if value is not None}
     views = policy(**{"line": "deit", "size": 224, **said})
     settings = teacher_settings(entry, flags)
-    model, targets, teacher_name = name, flags["target"], flags["teacher_name"]
-    tensors = onnx_file.named_outputs(flags["tap_tensor"])
-    if entry is not None:
-        model, targets, teacher_name = entry.teacher or name, targets or entry.targets, teacher_name or name
-        tensors = {**entry.tap_tensors, **tensors}
+    model, teacher_name = entry.teacher or name, flags["teacher_name"] or (name if where else None)
+    tensors = {**entry.tap_tensors, **onnx_file.named_outputs(flags["tap_tensor"])}
     try:
-        specs = [spec for text in targets or tensors for spec in parse_target(text)]
+        specs = [spec for text in flags["target"] or entry.targets or tensors for spec in parse_target(text)]
         if tensors and not onnx_file.is_onnx_file(model):
             raise UserError(
                 f"--tap-tensor names tensors of a ready model.onnx; {model} has taps of its own: --target TAP"
@@ -414,11 +413,9 @@ def _request(name: str, entry: TeacherEntry | None, where: str, flags: Mapping[s
     )
 
 
-def teacher_settings(entry: TeacherEntry | None, flags: Mapping[str, Any]) -> dict[str, Any]:
+def teacher_settings(entry: TeacherEntry, flags: Mapping[str, Any]) -> dict[str, Any]:
     """What the flags `TEACHER` say, as arguments of `find_teacher`; what they do not say, a project's entry does."""
     settings = {name: flags[name] for name in TEACHER_SETTINGS}
-    if entry is None:
-        return settings
     recorded = {
         **{name: getattr(entry, name) for name in ("weights", "mean", "std", "input_size", "tap_modules")},
         "weights_key": None if settings["weights"] else entry.weights_key,

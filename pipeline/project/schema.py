@@ -184,8 +184,7 @@ def validate(path: Path, content: Any) -> Project:
     Raises:
         UserError: naming the file, and each wrong key with the nearest known one or what was expected.
     """
-    if content is None:
-        content = {}
+    content = {} if content is None else content
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a mapping with {', '.join(ProjectSettings.model_fields)}")
     try:

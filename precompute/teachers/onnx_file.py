@@ -63,7 +63,7 @@ class OnnxGraph:
     @property
     def tensors(self) -> tuple[str, ...]:
         """Names of all tensors that its nodes give, in their order."""
-        return tuple(name for node in self.model.graph.node for name in node.output if name)
+        return tuple(self._makers)
 
     @property
     def parameters(self) -> int:

@@ -118,12 +118,13 @@ def measures_teachers(command: Callable[..., None], *, store_of_students: bool =
 def _query(teacher: str, store: str | None, flags: dict[str, Any]) -> TeacherQuery:
     """Which teacher is measured, by the flags of `teacher_options`."""
     from pipeline.evaluation.teacher import TeacherQuery
+    from pipeline.project.schema import TeacherEntry
 
     project = context.current()
-    entry = project.content.teachers.get(teacher) if project else None
+    entry = (project.content.teachers if project else {}).get(teacher, TeacherEntry())
     return TeacherQuery(
         name=teacher,
-        model=entry.teacher or teacher if entry else teacher,
+        model=entry.teacher or teacher,
         settings=teacher_settings(entry, flags),
         said=typed(TEACHER_SETTINGS) is not None,
         store=store,
