@@ -56,7 +56,7 @@ for command in (fit_teacher, train, evaluate, predict, aal_links, export, demo, 
 # What mends an error of the system.
 _ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free up space there and run the same command again"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give a place that you may read and write"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give a path that you can read and write"),
     **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR), "give another path"),
 }
 _INTERRUPTED = "interrupted; completed work is kept (precompute: run the same command again to resume; train: --resume)"
@@ -120,9 +120,7 @@ def _explanation(error: Exception) -> str:
         where = display_path(Path(error.filename)) if isinstance(error.filename, str) else "input or output"
         advice = _ADVICE.get(error.errno or 0, "fix it and run the same command again")
         return f"{where}: {first_line(error)}; {advice}"
-    return (
-        f"this should not happen: {first_line(error, kind=True)}\n  Run it again with --debug and report what it shows."
-    )
+    return f"internal error: {first_line(error, kind=True)}\n  Run it again with --debug and report the output."
 
 
 def _fail(text: str, as_json: bool, status: int) -> None:

@@ -44,12 +44,12 @@ def teachers(
         why = "a model.onnx has its own sizes" if graphs else "give a teacher's NAME too"
         raise click.UsageError(f"{flag} is for teachers that are networks of timm: {why}")
     if graphs and len(names) > 1:
-        raise click.UsageError(f"{graphs[0]} has no place in the table of networks: give it alone")
+        raise click.UsageError(f"{graphs[0]} cannot be in the table of networks: give it alone")
     if not names:
         width = max(map(len, SHORT_NAMES))
         about = {short: {"model": model, "input_size": size} for short, (model, size) in SHORT_NAMES.items()}
         lines = [f"{short:{width}}  {model} at {size}" for short, (model, size) in SHORT_NAMES.items()]
-        lines.append("any other timm name also serves; what one gives and takes: pipeline teachers NAME")
+        lines.append("any other timm name works, too; its targets and their sizes: pipeline teachers NAME")
         show({"teachers": about}, lines, as_json)
         return
     from pipeline.inspection import teacher

@@ -106,7 +106,7 @@ def open_student(
     model, about = load(path)
     smoke = run_dir.is_smoke(path.parent)
     if smoke:
-        Console().say(f"{path}: of a smoke run, which has learned nothing")
+        Console().say(f"{path}: from a smoke run, which learned nothing")
     member = Classifier(name=str(path), model=model.to(device), about=about)
     return member, EvaluatedStudent(student=member.name, view=about.evaluation, smoke=smoke)
 

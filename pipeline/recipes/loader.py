@@ -47,9 +47,9 @@ def _file(recipe: str) -> Path:
     name = recipe.removesuffix(SMALL)
     path = FOLDER / f"{name}.yaml" if name in names() else Path(recipe)
     if path.suffix in (".yaml", ".yml") and not path.is_file():
-        raise UserError(f"{path}: no such recipe file; `pipeline recipes aal > {path}` makes one to start from")
+        raise UserError(f"{path}: no such recipe file; `pipeline recipes aal > {path}` creates one to start from")
     if not path.is_file():
-        raise UserError(f"no recipe is called {recipe!r}. {did_you_mean(recipe, names())} A YAML file also serves.")
+        raise UserError(f"no recipe is called {recipe!r}. {did_you_mean(recipe, names())} A YAML file works, too.")
     return path
 
 

@@ -46,7 +46,7 @@ def wrong_prefix(owner: str, tokens: int, prefix: Sequence[str]) -> str:
 def unknown_prefix(what: str) -> UserError:
     """The error that nobody says which tokens come before the patches."""
     return UserError(
-        f"{what}, and nothing says which of them come before the patches",
+        f"{what}, and it is unknown which of them come before the patches",
         hint="Set num_prefix_tokens on the network (1: a class token). "
         f"For a teacher {setting('prefix', 'class,register')} or {setting('prefix', 'none')} will do, too.",
     )

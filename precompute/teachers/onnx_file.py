@@ -162,7 +162,7 @@ def _input(path: str, value: ValueInfoProto) -> tuple[int | None, int | None, bo
         raise UserError(f"{where} is {said}; expected three channels, [B, 3, H, W] or [B, H, W, 3]")
     sides = {side for side in (dims[1:3] if last else dims[2:]) if side is not None}
     if len(sides) > 1:
-        raise UserError(f"{where} is {said}; only square images are given to teachers")
+        raise UserError(f"{where} is {said}; teachers take only square images")
     return dims[0], next(iter(sides), None), last, precision
 
 
@@ -216,7 +216,7 @@ def given_tensors(path: str, tensors: Mapping[str, Sequence[str]], specs: Sequen
     for tap, names in tensors.items():
         if not TAPS[check_tap(tap)].graph:
             raise UserError(
-                f"{path}: {tap}: a ready graph gives no q, k and v: nothing tells whether they make the attention that "
+                f"{path}: {tap}: a ready graph gives no q, k and v: it is unknown whether they give the attention that "
                 "the network uses",
                 hint=f"Name its rows instead (after the softmax): {setting('tap_tensor', 'attention=TENSOR')}",
             )

@@ -185,7 +185,7 @@ def test_an_address_without_a_scheduler_is_a_clear_error_as_soon_as_dask_gives_u
     _, err = process.communicate(timeout=HANGS)
     assert process.returncode == 1
     line, hint = [line for line in err.decode().splitlines() if not line.startswith("store ")]
-    assert line.startswith(f"error: --dask {address}: no scheduler answers there ("), err.decode()
+    assert line.startswith(f"error: --dask {address}: no scheduler answers at this address ("), err.decode()
     assert why in line
     assert hint.startswith("  Start one with `dask scheduler`")
 
