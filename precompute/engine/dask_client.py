@@ -75,11 +75,9 @@ def workers(
             # Not the default one: whoever calls this from Python computes dask collections of their own where they did.
             client = Client(place, set_as_default=False)  # type: ignore[no-untyped-call]
         except (OSError, TimeoutError, ValueError) as error:
-            problem = f"no scheduler answers at this address ({first_line(error)})"
+            message = f"no scheduler answers at this address ({first_line(error)})"
             hint = "Start one with `dask scheduler`, and workers with `dask worker ADDRESS`."
-            raise UserError(
-                f"no scheduler answers at this address ({first_line(error)})", setting=where, hint=hint
-            ) from None
+            raise UserError(message, setting=where, hint=hint) from None
         with client:
             if address is None:
                 _shield(client)
