@@ -188,8 +188,8 @@ def validate(path: Path, content: Any) -> Project:
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a mapping with {', '.join(ProjectSettings.model_fields)}")
     try:
-        said = {name: value for name, value in content.items() if value is not None}
-        settings = ProjectSettings.model_validate(said, context=path.parent)
+        given = {name: value for name, value in content.items() if value is not None}
+        settings = ProjectSettings.model_validate(given, context=path.parent)
     except ValidationError as error:
         raise UserError(f"{path}: " + "; ".join(_explain(problem) for problem in error.errors())) from None
     for name, value in settings.set.items():

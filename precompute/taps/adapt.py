@@ -150,8 +150,8 @@ def _prefix(network: nn.Module, given: Sequence[str] | None) -> tuple[str, ...] 
         return tuple(given)
     if getattr(network, "num_prefix_tokens", None) is None:
         return None
-    found = prefix_roles(network)
-    return found if "class" in found or not found else ("class", *found[1:])
+    roles = prefix_roles(network)
+    return roles if "class" in roles or not roles else ("class", *roles[1:])
 
 
 def _forward_intermediates(self: Any, x: Tensor, *, output_fmt: str = "NCHW", intermediates_only: bool = False) -> Any:

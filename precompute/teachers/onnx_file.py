@@ -154,15 +154,15 @@ def _input(path: str, value: ValueInfoProto) -> tuple[int | None, int | None, bo
     if precision not in PRECISIONS:
         raise UserError(f"{where} is {kind}; expected normalized images: {', '.join(PRECISIONS)}")
     dims = [dim.dim_value if dim.dim_value > 0 else None for dim in tensor.shape.dim]
-    said = f"[{', '.join(map(str, _sizes(value)))}]"
+    shape = f"[{', '.join(map(str, _sizes(value)))}]"
     if len(dims) != 4:
-        raise UserError(f"{where} is {said}; expected a batch of RGB images, [B, 3, H, W] or [B, H, W, 3]")
+        raise UserError(f"{where} is {shape}; expected a batch of RGB images, [B, 3, H, W] or [B, H, W, 3]")
     last = dims[1] != 3 and dims[3] == 3
     if not last and dims[1] not in (None, 3):
-        raise UserError(f"{where} is {said}; expected three channels, [B, 3, H, W] or [B, H, W, 3]")
+        raise UserError(f"{where} is {shape}; expected three channels, [B, 3, H, W] or [B, H, W, 3]")
     sides = {side for side in (dims[1:3] if last else dims[2:]) if side is not None}
     if len(sides) > 1:
-        raise UserError(f"{where} is {said}; teachers take only square images")
+        raise UserError(f"{where} is {shape}; teachers take only square images")
     return dims[0], next(iter(sides), None), last, precision
 
 

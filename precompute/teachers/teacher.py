@@ -440,8 +440,8 @@ def anatomy(model: nn.Module, size: int) -> Anatomy:
     with contextlib.suppress(UserError):
         return parts.model_copy(update={"network": "cnn", "layers": len(cnn_stages(model))})
     with contextlib.suppress(UserError):
-        found = attention_layers(model, size)
-        heads = found.layers[0].heads
-        more = {"network": "vit", "layers": len(found.layers), "heads": heads, "prefix": found.prefix}
+        attention = attention_layers(model, size)
+        heads = attention.layers[0].heads
+        more = {"network": "vit", "layers": len(attention.layers), "heads": heads, "prefix": attention.prefix}
         return parts.model_copy(update=more)
     return parts
