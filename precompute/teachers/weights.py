@@ -15,12 +15,16 @@ if TYPE_CHECKING:
     from storage.objects.weights_file import WeightsFile
 
 
-def choose(file: WeightsFile, wanted: str | None, say: Callable[[str], None]) -> tuple[str | None, Choice]:
+def choose(file: WeightsFile, wanted: str | None, say: Callable[[str], None]) -> tuple[str | None, Choice | None]:
     """The weights that are taken of a file, said where there are others; their key is None for those by `EARLIER`.
+
+    They are None where the file is nothing but weights, and not read.
 
     Raises:
         UserError: no file of weights, or no weights under this key.
     """
+    if file.path.endswith(".safetensors") and wanted is None:
+        return None, None
     chosen = file.weights(wanted)
     if chosen.others and wanted is None:
         which = "" if chosen.key in ("teacher", "student") else ", as timm chooses"
@@ -32,7 +36,7 @@ def fitting_arguments(
     create: Callable[[], nn.Module],
     arguments: Mapping[str, Any],
     file: WeightsFile,
-    chosen: Choice,
+    chosen: Choice | None,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """The arguments of a network that takes a file's weights: `num_classes=0` is added where these have no classifier.
@@ -55,7 +59,7 @@ def fitting_arguments(
     try:
         with torch.device("meta"):
             network = create()
-        state = rename_to_fit(network, as_f32(chosen.state), file.name, say)
+        state = rename_to_fit(network, as_f32((chosen or file.weights()).state), file.name, say)
     except UserError:
         return dict(arguments)
     heads, own = classifiers(network), network.state_dict()
