@@ -29,11 +29,11 @@ from pipeline.commands.teachers import teachers
 from pipeline.commands.train import train
 from pipeline.commands.verify import verify
 from pipeline.messages import as_flags
-from pipeline.options import QUOTES, CommandGroup
+from pipeline.options import QUOTES
 from storage.errors import DamageError, UserError, display_path, first_line
 
 
-@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="teacher-store")
 def cli() -> None:
     """Run a pretrained teacher once over image shards, store its outputs, and train students from them.
@@ -55,13 +55,11 @@ for command in (fit_teacher, train, evaluate, predict, aal_links, export, demo, 
 
 # What mends an error of the system.
 _ADVICE = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room there and run the same command again"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give a place that you may read and write"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free up space there and run the same command again"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give a path that you can read and write"),
     **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR), "give another path"),
 }
-_INTERRUPTED = (
-    "interrupted; what was complete stays (precompute: run the same command again to resume; train: --resume)"
-)
+_INTERRUPTED = "interrupted; completed work is kept (precompute: run the same command again to resume; train: --resume)"
 _DAMAGED = "\n  `pipeline verify --store DIR` lists everything that is damaged, and how to recompute it."
 
 
@@ -120,11 +118,9 @@ def _explanation(error: Exception) -> str:
         return f"{error}{_DAMAGED if isinstance(error, DamageError) and not error.hint else ''}"
     if isinstance(error, OSError):
         where = display_path(Path(error.filename)) if isinstance(error.filename, str) else "input or output"
-        advice = _ADVICE.get(error.errno or 0, "mend it and run the same command again")
+        advice = _ADVICE.get(error.errno or 0, "fix it and run the same command again")
         return f"{where}: {first_line(error)}; {advice}"
-    return (
-        f"this should not happen: {first_line(error, kind=True)}\n  Run it again with --debug and report what it shows."
-    )
+    return f"internal error: {first_line(error, kind=True)}\n  Run it again with --debug and report the output."
 
 
 def _fail(text: str, as_json: bool, status: int) -> None:

@@ -33,7 +33,7 @@ def export(path: Path, shards: Sequence[str], out: Path) -> dict[str, Any]:
         UserError: no such student, a file that is there, a shard of one image, or a graph that differs from PyTorch.
     """
     if out.exists():
-        raise UserError(f"{out}: is there already; give another name with --out, or remove it")
+        raise UserError(f"{out}: already exists; give another name with --out, or remove it")
     model, about = load_student(path)
     if (copies := attention_copy_hooks(model)) and not copies.fixed:
         raise UserError(

@@ -11,27 +11,18 @@ import click
 from click.core import ParameterSource
 
 from pipeline.console import Console
+from pipeline.plotting import picture_path
 from pipeline.project import context
-from storage.errors import UserError, did_you_mean, display_path
+from storage.errors import UserError, display_path
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Container, Mapping, Sequence
 
     from pipeline.project.schema import TeacherEntry
     from precompute.request import PrecomputeRequest
 
 
 Words = tuple[str, ...]  # an option that may be repeated
-
-
-class CommandGroup(click.Group):
-    """A group that names the nearest command."""
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        """The command that the first argument names. Raises click.UsageError: there is none of this name."""
-        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
-            raise click.UsageError(f"no command is called {args[0]!r}. {did_you_mean(args[0], self.commands)}", ctx)
-        return super().resolve_command(ctx, args)
 
 
 def together(*options: Callable[..., Any]) -> Callable[..., Callable[..., Any]]:
@@ -45,9 +36,9 @@ def together(*options: Callable[..., Any]) -> Callable[..., Callable[..., Any]]:
     return decorate
 
 
-def option(flag: str, metavar: str | None, text: str, **settings: Any) -> Callable[..., Any]:
-    """An option of a command; help shows its default."""
-    return click.option(flag, metavar=metavar, help=text, show_default="default" in settings, **settings)
+def option(flag: str, metavar: str | None, text: str, *name: str, **settings: Any) -> Callable[..., Any]:
+    """An option of a command; help shows its default. The command gets it by `name`, else by that of the flag."""
+    return click.option(flag, *name, metavar=metavar, help=text, show_default="default" in settings, **settings)
 
 
 # As every command has them; `main` reads `--debug`.
@@ -76,6 +67,14 @@ def missing(name: str) -> click.MissingParameter:
     """The error that an option of the running command is missing, where only some calls need it."""
     command = click.get_current_context().command
     return click.MissingParameter(param=next(param for param in command.params if param.name == name))
+
+
+def typed(names: Container[str]) -> str | None:
+    """The first flag of the command line among the running command's options of these names; None without one."""
+    context = click.get_current_context()
+    options = (param for param in context.command.params if param.name in names)
+    given = (o for o in options if context.get_parameter_source(str(o.name)) == ParameterSource.COMMANDLINE)
+    return next((option.opts[0] for option in given), None)
 
 
 def shards(*names: str, help: str, required: bool = True, labels: bool = False) -> Callable[..., Any]:  # noqa: A002 - as click.option
@@ -111,8 +110,11 @@ store = option(
 
 PATH = click.Path(path_type=Path)
 POSITIVE = click.FloatRange(0, min_open=True)
-POSITIVE = click.FloatRange(0, min_open=True)
-picture = click.option("--out", type=PATH, metavar="FILE", help="Also draw a picture: .png, .svg or .pdf.")
+
+
+def picture(text: str = "Also draw a picture: .png, .svg or .pdf.") -> Callable[..., Any]:
+    """`--out`, the file of a picture; UserError, before anything is computed, where none may be written."""
+    return option("--out", "FILE", text, type=PATH, callback=lambda _context, _param, out: out and picture_path(out))
 
 
 def choice(*names: str, values: Sequence[str], text: str) -> Callable[..., Any]:
@@ -153,6 +155,38 @@ copied_store = option(
 )
 
 
+def arguments_in(pairs: Words) -> dict[str, Any]:
+    """The arguments that `--teacher-arg` says, each as NAME=VALUE with a value in YAML."""
+    from pipeline.yaml_io import value_in
+    from student.settings import number_in
+
+    arguments = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise UserError(f"--teacher-arg {pair}: expected name=value")
+        arguments[name] = number_in(value_in(text, f"--teacher-arg {pair}"))
+    return arguments
+
+
+def _numbers(_context: click.Context, param: click.Parameter, text: str | None) -> tuple[float, ...] | None:
+    try:
+        return None if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"{param.opts[0]} {text}: expected one number or three, separated by commas") from None
+
+
+def words_in(text: str | None) -> Words:
+    """Words that are separated by commas."""
+    return tuple(word.strip() for word in (text or "").split(",") if word.strip())
+
+
+def roles_in(text: str | None) -> Words | None:
+    """The roles that `--prefix` says, none of them by the word `none`; None where it is not given."""
+    words = None if text is None else words_in(text)
+    return () if words == ("none",) else words
+
+
 # What a network that timm does not have may not say itself.
 OUTSIDE_TIMM = (
     option(
@@ -160,16 +194,20 @@ OUTSIDE_TIMM = (
         "ROLES",
         "Tokens before the patches of a network that timm does not have: class, distillation, register with commas, or "
         "none.  [default: its num_prefix_tokens]",
+        callback=lambda _context, _param, text: roles_in(text),
     ),
     option(
         "--tap-module",
         "NAMES",
         "Modules of such a network whose outputs are its maps, with commas, such as layer3,layer4.",
+        "tap_modules",
+        callback=lambda _context, _param, text: words_in(text),
     ),
 )
 
 
-# What says more of a teacher; `teacher_settings` reads it.
+# What says more of a teacher, by the names of the arguments of `find_teacher`.
+TEACHER_SETTINGS = ("weights", "weights_key", "arguments", "mean", "std", "input_size", "prefix", "tap_modules")
 TEACHER = (
     option(
         "--weights",
@@ -184,10 +222,17 @@ TEACHER = (
         "[default: as timm, EMA first]",
     ),
     option(
-        "--teacher-arg", "K=V", "An argument of timm.create_model, or your function; may be repeated.", multiple=True
+        "--teacher-arg",
+        "K=V",
+        "An argument of timm.create_model, or your function; may be repeated.",
+        "arguments",
+        multiple=True,
+        callback=lambda _context, _param, pairs: arguments_in(pairs),
     ),
-    option("--mean", "M", "Mean of the teacher's input: one number or three, with commas."),
-    option("--std", "S", "Standard deviation of the teacher's input: one number or three, with commas."),
+    option("--mean", "M", "Mean of the teacher's input: one number or three, with commas.", callback=_numbers),
+    option(
+        "--std", "S", "Standard deviation of the teacher's input: one number or three, with commas.", callback=_numbers
+    ),
     option("--input-size", "N", "Side of the teacher's input.", type=int),
     *OUTSIDE_TIMM,
 )
@@ -255,10 +300,7 @@ _SAID = {
     **{name: name for name in ("shards", "store", "provider", "workers", "dask", "worker_timeout")},
 }
 # What is said about one teacher, and never of several at once.
-_OF_ONE = (
-    *("target", "tap_tensor", "weights", "weights_key", "teacher_arg", "mean", "std", "input_size", "teacher_name"),
-    *("prefix", "tap_module"),
-)
+_OF_ONE = ("target", "tap_tensor", *TEACHER_SETTINGS, "teacher_name")
 # Where a file of weights may come from that is not there.
 _ADVICE = "`pipeline fit-teacher --teacher NAME --out FILE` makes one from a teacher whose features are stored"
 
@@ -280,34 +322,35 @@ def precompute_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _requests(teacher: str | None, **flags: Any) -> dict[str, PrecomputeRequest]:
+    from pipeline.project.schema import TeacherEntry
+
     project = context.current()
     entries = project.content.teachers if project else {}
     if teacher is None and not entries:
         raise click.UsageError("Missing option '--teacher'; a project file may name teachers too.")
     if flags["workers"] and flags["dask"]:  # a flag wins over the file
-        ctx = click.get_current_context()
-        from_file = [n for n in ("workers", "dask") if ctx.get_parameter_source(n) != ParameterSource.COMMANDLINE]
+        from_file = [name for name in ("workers", "dask") if not typed((name,))]
         if len(from_file) != 1:
             raise UserError("--workers starts processes here, --dask joins others; give one of them")
         flags[from_file[0]] = None
     if teacher is not None and teacher not in entries:
         try:
-            return {"": _request(teacher, None, "", **flags)}
+            return {"": _request(teacher, TeacherEntry(), "", flags)}
         except UserError as error:
             if project is None or not entries:
                 raise
             raise UserError(str(error), hint=f"{project.path} has teachers {', '.join(entries)}.") from None
     assert project is not None
     chosen = list(entries) if teacher is None else [teacher]
-    if len(chosen) > 1 and (flag := next((name.replace("_", "-") for name in _OF_ONE if flags[name]), None)):
-        raise UserError(f"--{flag} is for one teacher, {project.path} has {', '.join(chosen)}: say --teacher NAME")
+    if len(chosen) > 1 and (flag := typed(_OF_ONE)):
+        raise UserError(f"{flag} is for one teacher, {project.path} has {', '.join(chosen)}: give --teacher NAME")
     absent = [name for name in chosen if not flags["weights"] and _is_missing(entries[name].weights)]
     if len(absent) < len(chosen):
         for name in absent:
             file = display_path(Path(str(entries[name].weights)))
-            click.echo(f"{name} is left out: {file} is not there yet; {_ADVICE}", err=True)
+            click.echo(f"{name} is skipped: {file} does not exist yet; {_ADVICE}", err=True)
         chosen = [name for name in chosen if name not in absent]
-    requests = {name: _request(name, entries[name], f"{project.path}: teachers.{name}: ", **flags) for name in chosen}
+    requests = {name: _request(name, entries[name], f"{project.path}: teachers.{name}: ", flags) for name in chosen}
     return requests if teacher is None else {"": requests[teacher]}
 
 
@@ -324,34 +367,11 @@ def _is_missing(file: str | None) -> bool:
     return False
 
 
-def _request(
-    name: str,
-    entry: TeacherEntry | None,
-    where: str,
-    *,
-    shards: Words,
-    target: Words,
-    tap_tensor: Words,
-    view_policy: str | None,
-    view_size: int | None,
-    seed: int | None,
-    weights: str | None,
-    weights_key: str | None,
-    teacher_arg: Words,
-    mean: str | None,
-    std: str | None,
-    input_size: int | None,
-    prefix: str | None,
-    tap_module: str | None,
-    teacher_name: str | None,
-    worker_timeout: int | None,
-    **passed: Any,
-) -> PrecomputeRequest:
-    """What is asked of one teacher; of a project's teacher, what no flag says comes from its entry.
+def _request(name: str, entry: TeacherEntry, where: str, flags: Mapping[str, Any]) -> PrecomputeRequest:
+    """What is asked of one teacher; what no flag says comes from its entry.
 
-    `where` opens the errors of what the project file says; `passed` are fields of the request as they are.
+    `where` opens the errors of a project's teacher; it is empty for another, whose entry says nothing.
     """
-    from precompute.engine.dask_client import WORKER_TIMEOUT
     from precompute.request import PrecomputeRequest
     from precompute.taps.target_spec import parse_target
     from precompute.teachers import onnx_file
@@ -359,25 +379,15 @@ def _request(
     from storage.shards.patterns import expand
     from storage.views.policy import policy
 
-    urls = expand(shards)
-    views = policy("deit" if view_policy is None else view_policy, 224 if view_size is None else view_size, seed or 0)
-    settings = teacher_settings(
-        entry,
-        weights=weights,
-        weights_key=weights_key,
-        teacher_arg=teacher_arg,
-        mean=mean,
-        std=std,
-        input_size=input_size,
-        prefix=prefix,
-        tap_module=tap_module,
-    )
-    model, tensors = name, onnx_file.named_outputs(tap_tensor)
-    if entry is not None:
-        model, target, teacher_name = entry.teacher or name, target or entry.targets, teacher_name or name
-        tensors = {**entry.tap_tensors, **tensors}
+    urls = expand(flags["shards"])
+    fields = {"line": flags["view_policy"], "size": flags["view_size"], "seed": flags["seed"]}
+    said = {field: value for field, value in fields.items() if value is not None}
+    views = policy(**{"line": "deit", "size": 224, **said})
+    settings = teacher_settings(entry, flags)
+    model, teacher_name = entry.teacher or name, flags["teacher_name"] or (name if where else None)
+    tensors = {**entry.tap_tensors, **onnx_file.named_outputs(flags["tap_tensor"])}
     try:
-        specs = [spec for text in target or tensors for spec in parse_target(text)]
+        specs = [spec for text in flags["target"] or entry.targets or tensors for spec in parse_target(text)]
         if tensors and not onnx_file.is_onnx_file(model):
             raise UserError(
                 f"--tap-tensor names tensors of a ready model.onnx; {model} has taps of its own: --target TAP"
@@ -390,79 +400,26 @@ def _request(
             raise
         missing = error.setting.startswith("`weights=") and _is_missing(settings["weights"])
         raise UserError(f"{where}{error}", hint=_ADVICE if missing else "") from None
-    fields = {"line": view_policy, "size": view_size, "seed": seed}
+    passed: Words = ("num_views", "new_bank", "provider", "on_decode_error", "store_views")
+    passed += ("workers", "dask", "worker_timeout")
     return PrecomputeRequest(
         shards=urls,
         teacher=teacher,
         targets=specs,
         policy=views,
-        policy_fields=frozenset(field for field, value in fields.items() if value is not None),
+        policy_fields=frozenset(said),
         grid=context.grid(),
-        worker_timeout=worker_timeout or WORKER_TIMEOUT,
-        **passed,
+        **{name: flags[name] for name in passed if flags[name] is not None},
     )
 
 
-def teacher_settings(
-    entry: TeacherEntry | None,
-    *,
-    weights: str | None,
-    weights_key: str | None,
-    teacher_arg: Words,
-    mean: str | None,
-    std: str | None,
-    input_size: int | None,
-    prefix: str | None,
-    tap_module: str | None,
-) -> dict[str, Any]:
+def teacher_settings(entry: TeacherEntry, flags: Mapping[str, Any]) -> dict[str, Any]:
     """What the flags `TEACHER` say, as arguments of `find_teacher`; what they do not say, a project's entry does."""
-    arguments, means, stds = _arguments(teacher_arg), _numbers(mean, "--mean"), _numbers(std, "--std")
-    roles, modules = roles_in(prefix), words_in(tap_module)
-    if entry is not None:
-        roles, modules = roles_in(entry.prefix) if roles is None else roles, modules or entry.tap_modules
-        weights_key = weights_key or (None if weights else entry.weights_key)
-        weights, input_size = weights or entry.weights, input_size or entry.input_size
-        arguments, means, stds = {**entry.args, **arguments}, means or entry.mean, stds or entry.std
-    return {
-        "weights": weights,
-        "weights_key": weights_key,
-        "arguments": arguments,
-        "input_size": input_size,
-        "mean": means,
-        "std": stds,
-        "prefix": roles,
-        "tap_modules": modules,
+    settings = {name: flags[name] for name in TEACHER_SETTINGS}
+    recorded = {
+        **{name: getattr(entry, name) for name in ("weights", "mean", "std", "input_size", "tap_modules")},
+        "weights_key": None if settings["weights"] else entry.weights_key,
+        "prefix": None if settings["prefix"] == () else roles_in(entry.prefix),
     }
-
-
-def _arguments(pairs: Words) -> dict[str, Any]:
-    from pipeline.yaml_io import value_in
-    from student.settings import number_in
-
-    arguments = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals or not name.isidentifier():
-            raise UserError(f"--teacher-arg {pair}: expected name=value")
-        arguments[name] = number_in(value_in(text, f"--teacher-arg {pair}"))
-    return arguments
-
-
-def roles_in(text: str | None) -> Words | None:
-    """What `--prefix` says; None where it is not given."""
-    words = None if text is None else words_in(text)
-    return () if words == ("none",) else words
-
-
-def words_in(text: str | None) -> Words:
-    """Words that are separated by commas."""
-    return tuple(word.strip() for word in (text or "").split(",") if word.strip())
-
-
-def _numbers(text: str | None, flag: str) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"{flag} {text}: expected one number or three, separated by commas") from None
+    settings |= {name: value for name, value in recorded.items() if not settings[name] and value is not None}
+    return {**settings, "arguments": {**entry.args, **settings["arguments"]}}

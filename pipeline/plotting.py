@@ -5,7 +5,6 @@ Matplotlib's Figure is used directly: no pyplot, no backend or style of the proc
 
 from __future__ import annotations
 
-import io
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -37,15 +36,15 @@ def picture_path(out: Path) -> Path:
     if starts is None:
         raise UserError(f"{out}: a picture's name ends in {', '.join(_STARTS)}")
     if not out.absolute().parent.is_dir():
-        raise UserError(f"{out}: there is no folder {out.parent}; make it first")
+        raise UserError(f"{out}: the folder {out.parent} does not exist; create it first")
     if out.exists():
         if not out.is_file():
-            raise UserError(f"{out}: there is something here that is no file; give another name")
+            raise UserError(f"{out}: this is not a regular file; give another name")
         with out.open("rb") as file:
             head = file.read(512)
         wrong = not head.startswith(starts) or (out.suffix.lower() == ".svg" and b"<svg" not in head)
         if head and wrong:
-            raise UserError(f"{out}: there is a file here that is no picture; give another name, or remove it")
+            raise UserError(f"{out}: this file exists and is not a picture; give another name, or remove it")
     try:
         import matplotlib as _  # noqa: F401
     except ImportError:
@@ -94,9 +93,6 @@ def shortened(text: str, most: int) -> str:
 
 def save(figure: Any, path: Path) -> None:
     """Write a figure as PNG, SVG or PDF by its name's ending, whole or not at all."""
-    data = io.BytesIO()
-    with warnings.catch_warnings():
+    with atomic_write(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font has not: boxes
-        figure.savefig(data, format=path.suffix.lower().lstrip("."))
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(data.getvalue())
+        figure.savefig(temporary, format=path.suffix.lower().lstrip("."))

@@ -30,7 +30,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise ConstructorError(None, None, f"the key {key.value!r} is there twice", key.start_mark)
+                    raise ConstructorError(None, None, f"the key {key.value!r} appears twice", key.start_mark)
                 seen.add(key.value)
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
         return mapping
@@ -44,7 +44,7 @@ def read_yaml(path: Path) -> Any:
     """
     try:
         if path.stat().st_size > LARGEST:
-            raise UserError(f"{path}: larger than {LARGEST >> 20} MiB; this is no file of settings")
+            raise UserError(f"{path}: larger than {LARGEST >> 20} MiB; this is not a settings file")
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {first_line(error)}") from None

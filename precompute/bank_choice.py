@@ -56,8 +56,8 @@ def _fitting(store: Store, policies: Sequence[Policy], request: PrecomputeReques
     if not fitting:
         policy, name = policies[0], differing[0][0]
         hint = (
-            "All targets of a training run need the same views, those of one bank. Leave the setting out to use the "
-            f"views that exist, or make others beside them: {setting('new_bank', True)}"
+            "All targets of a training run need the same views, those of one bank. Omit the setting to use the "
+            f"views that exist, or create others beside them: {setting('new_bank', True)}"
         )
         where, words = f"{store.url}: bank {policy.bank}", ("the store has", "asked for")
         expected, found = getattr(policy, name), getattr(request.policy, name)

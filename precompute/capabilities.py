@@ -60,11 +60,10 @@ def offers_of(
     model, size, network = bare(name, input_size, prefix=prefix, tap_modules=tap_modules)
     require_size(network, size, f"{name}: {model}")
     about, parts = about_weights(model, name, sized(model, size)), anatomy(network, size)
-    taps, refused = {}, {}
+    taps, refused, at = {}, {}, usual_at(parts, tap_modules)
     for tap, info in TAPS.items():
         try:
-            at, native = usual_at(parts, tap_modules), info.gridded
-            read = Tap(tap, grid=grid if info.gridded else None, at=at, native=native)
+            read = Tap(tap, grid=grid if info.gridded else None, at=at, native=info.gridded)
             codec = _codec(network, parts, read, size, name)
         except UserError as error:
             refused[tap] = error.message
@@ -79,7 +78,7 @@ def offers_of(
         parameters=parts.parameters,
         network=parts.network,
         layers=parts.layers,
-        stages=parts.depth("activations", usual_at(parts, tap_modules)),
+        stages=parts.depth("activations", at),
         taps=taps,
         refused=refused,
     )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("run", type=PATH)
 @click.option("--loss", metavar="NAME", help="The aal loss to read, if the run has several.")
-@picture
+@picture()
 @choice("--normalize", values=["abs", "printed"], text="Normalize magnitudes, or signed links as printed in the paper.")
 @choice("--granularity", values=["block", "channel"], text="Prune each stage as a whole, or each channel separately.")
 @click.option(
@@ -45,18 +45,16 @@ def aal_links(
     pipeline aal-links run
     pipeline aal-links run --out links.png --granularity channel --threshold 0.1
     """
-    from pipeline.plotting import picture_path
     from student.losses.parts.aal_links import read
     from student.run_dir import is_smoke
     from student.settings import LinksConfig
 
-    file = picture_path(out) if out else None
     trained = read(run, loss)
     settings = LinksConfig(run=str(run), loss=loss, normalize=normalize, granularity=granularity, threshold=threshold)
     result, heat, shares = _selection(trained, settings)
-    if file:
-        draw(file, trained, heat, shares)
-        result["picture"] = str(file)
+    if out:
+        draw(out, trained, heat, shares)
+        result["picture"] = str(out)
     smoke = is_smoke(run)
     note = [f"{run}: a smoke run, whose links have learned nothing"] if smoke else []
     show({"run": str(run), "smoke": smoke, **result}, [*note, *_lines(settings, result)], as_json)
@@ -107,10 +105,10 @@ def _lines(settings: LinksConfig, result: dict[str, Any]) -> list[str]:
         lines.append(
             "  printed puts a weight of 0 near the middle of 0 to 1, far above the threshold: --normalize abs prunes"
             if settings.normalize == "printed"
-            else "  that is all of them: a higher --threshold prunes"
+            else "  all links are kept: a higher --threshold prunes"
         )
     elif not selection["kept"]:
-        lines.append("  that is none, so no run can be trained with it: lower --threshold")
+        lines.append("  no link is kept, so no run can be trained with it: lower --threshold")
     else:
         where = f"losses.{result['loss']}.links"
         changed = settings.model_dump(exclude={"run"}, exclude_defaults=True).items()

@@ -42,6 +42,5 @@ def bench(
     from pipeline.bench import PARTS, lines
     from pipeline.bench import bench as run
 
-    console = Console()
-    result = run(only or PARTS, shards, console, device=device, turns=turns, quick=quick, folder=folder)
+    result = run(only or PARTS, shards, Console(), device=device, turns=turns, quick=quick, folder=folder)
     show(result, lines(result), as_json)

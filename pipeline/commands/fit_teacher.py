@@ -94,7 +94,7 @@ def fit_teacher(
     top5 = f", top-5 {result.top5:.2f} %" if result.top5 is not None else ""
     lines = [
         f"top-1 {result.top1:.2f} %{top5} on {result.samples} samples: {result.out}",
-        "its logits can be kept like any other teacher's:",
+        "its logits can be stored like any other teacher's:",
         f"  {command}",
     ]
     show({**asdict(result), "command": command}, lines, as_json)

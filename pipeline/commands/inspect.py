@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import click
-from click.core import ParameterSource
 
 from pipeline.console import show
-from pipeline.options import PATH, common, shards, store
+from pipeline.options import common, picture, shards, store, typed
 from pipeline.project.context import reads
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 @store
 @click.option("--sample", metavar="KEY", help="Draw the stored views and targets of this sample of --shards to --out.")
 @shards("--shards", help="Shards that contain the sample.", required=False)
-@click.option("--out", type=PATH, metavar="FILE", help="The picture: .png, .svg or .pdf.")
+@picture("The picture: .png, .svg or .pdf.")
 @reads(store="store", shards="shards")
 @common
 def inspect(store: str, sample: str | None, shards: tuple[str, ...], out: Path | None, as_json: bool) -> None:
@@ -37,9 +36,8 @@ def inspect(store: str, sample: str | None, shards: tuple[str, ...], out: Path |
     from pipeline.inspection import store as inspection
     from storage.store.store import Store
 
-    source = click.get_current_context().get_parameter_source("shards")
-    if sample is None and (out is not None or source == ParameterSource.COMMANDLINE):
-        raise click.UsageError("--shards and --out are for the picture of one sample: add --sample KEY, or leave both")
+    if sample is None and typed(("shards", "out")):
+        raise click.UsageError("--shards and --out are for the picture of one sample: add --sample KEY, or omit both")
     if sample is None:
         contents = inspection.inspect(Store.open(store))
         show(contents.plain(), inspection.lines(contents), as_json)
@@ -49,10 +47,9 @@ def inspect(store: str, sample: str | None, shards: tuple[str, ...], out: Path |
         raise click.UsageError(f"--sample {sample} is drawn from its shard into a picture: add {add}")
     from pipeline import plotting
     from pipeline.inspection import sample as samples
-    from pipeline.inspection.figure import picture
+    from pipeline.inspection.figure import picture as drawn
     from storage.shards.patterns import expand
 
-    file = plotting.picture_path(out)
     stored = samples.stored_sample(Store.open(store), expand(shards), sample)
-    plotting.save(picture(stored), file)
-    show({**samples.facts(stored), "files": [str(file)]}, [*samples.lines(stored), f"written: {file}"], as_json)
+    plotting.save(drawn(stored), out)
+    show({**samples.facts(stored), "files": [str(out)]}, [*samples.lines(stored), f"written: {out}"], as_json)

@@ -60,7 +60,6 @@ def pack(
     if not sources:
         sources, (out, held) = [out], _shards_of_project(out)
         val_fraction = held if val_fraction is None else val_fraction
-    console = Console()
     result = run(
         sources,
         out,
@@ -69,7 +68,7 @@ def pack(
         fraction=fraction,
         seed=seed,
         shuffle=not no_shuffle,
-        say=console.say,
+        say=Console().say,
     )
     shards = {"train": result.train, "val": result.val}
     counts = [f"{count} samples in {len(shards[part])} {part} shard(s)" for part, count in result.samples.items()]

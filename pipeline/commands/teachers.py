@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from pipeline.console import show
-from pipeline.options import OUTSIDE_TIMM, common, roles_in, together, words_in
+from pipeline.options import OUTSIDE_TIMM, Words, common, together, typed
 
 
 @click.command()
@@ -16,11 +16,11 @@ from pipeline.options import OUTSIDE_TIMM, common, roles_in, together, words_in
 @common
 def teachers(
     *,
-    names: tuple[str, ...],
+    names: Words,
     input_size: int | None,
     grid: int | None,
-    prefix: str | None,
-    tap_module: str | None,
+    prefix: Words | None,
+    tap_modules: Words,
     as_json: bool,
 ) -> None:
     """List teachers by short name, or show the targets of some.
@@ -40,17 +40,16 @@ def teachers(
     from storage.constants import SHORT_NAMES
 
     graphs = [name for name in names if onnx_file.is_onnx_file(name)]
-    if (graphs or not names) and (grid or input_size):
-        flag = "--grid" if grid else "--input-size"
+    if (graphs or not names) and (flag := typed(("input_size", "grid"))):
         why = "a model.onnx has its own sizes" if graphs else "give a teacher's NAME too"
         raise click.UsageError(f"{flag} is for teachers that are networks of timm: {why}")
     if graphs and len(names) > 1:
-        raise click.UsageError(f"{graphs[0]} has no place in the table of networks: give it alone")
+        raise click.UsageError(f"{graphs[0]} cannot be in the table of networks: give it alone")
     if not names:
         width = max(map(len, SHORT_NAMES))
         about = {short: {"model": model, "input_size": size} for short, (model, size) in SHORT_NAMES.items()}
         lines = [f"{short:{width}}  {model} at {size}" for short, (model, size) in SHORT_NAMES.items()]
-        lines.append("any other timm name also serves; what one gives and takes: pipeline teachers NAME")
+        lines.append("any other timm name works, too; its targets and their sizes: pipeline teachers NAME")
         show({"teachers": about}, lines, as_json)
         return
     from pipeline.inspection import teacher
@@ -60,8 +59,7 @@ def teachers(
         show(graph, teacher.graph_lines(graph), as_json)
         return
     offers = [
-        capabilities.offers_of(name, input_size, grid or 14, prefix=roles_in(prefix), tap_modules=words_in(tap_module))
-        for name in names
+        capabilities.offers_of(name, input_size, grid or 14, prefix=prefix, tap_modules=tap_modules) for name in names
     ]
     if len(offers) == 1:
         show(offers[0], teacher.lines(offers[0]), as_json)

@@ -70,7 +70,7 @@ def train(
       --out run
     """
     if resume and smoke:
-        raise click.UsageError("--resume and --smoke: a smoke run never goes on; choose one")
+        raise click.UsageError("--resume and --smoke: a smoke run cannot be resumed; choose one")
 
     from pipeline.recipes.loader import load_recipe
 
@@ -105,7 +105,7 @@ def train(
             return
         top5 = f", top-5 {result['top5']:.2f} %" if result["top5"] is not None else ""
         averaged = f", averaged {result['ema_top1']:.2f} %" if "ema_top1" in result else ""
-        score = "no score was taken"
+        score = "not scored"
         if result["top1"] is not None:
             best = f"(best {result['best_top1']:.2f} %{averaged})"
             score = f"top-1 {result['top1']:.2f} % {best}{top5} on {result['samples']} samples"

@@ -46,7 +46,7 @@ def verify(*, store: str, shards: Words, samples: int, full: bool, weights: Word
     live = LiveTargets(opened, report, weights, console.say) if urls else None
     check.verify(opened, urls, samples=0 if full else samples, say=console.say, look=live, report=report)
     result = {"store": store, "ok": not report.failures, **asdict(report)}
-    verdict = "everything is as it was written" if not report.failures else f"{len(report.failures)} failure(s)"
+    verdict = "everything is intact" if not report.failures else f"{len(report.failures)} failure(s)"
     rendered = ", no views rendered (give --shards)"
     if urls:
         rendered = f", {report.views_rendered:,} views rendered again, {report.targets_compared:,} targets compared"

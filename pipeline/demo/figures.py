@@ -124,11 +124,11 @@ def _by_teachers(store: Store, images: np.ndarray) -> dict[str, np.ndarray]:
 
 def _by_student(model: nn.Module, about: StudentDescription, images: np.ndarray) -> np.ndarray:
     """Maps `[n, g, g]` of the class query's attention in a student's last layer."""
-    found = attention_layers(model, about.img_size)
-    taps = AttentionTaps(found.layers[-1:])
+    attention = attention_layers(model, about.img_size)
+    taps = AttentionTaps(attention.layers[-1:])
     with torch.no_grad(), taps:
         model(normalize(torch.from_numpy(images), about.mean, about.std))
-    query = slice(found.class_query, found.class_query + 1)
-    rows = taps.attention[0].rows(query).mean((1, 2))[:, len(found.prefix) :].numpy()
+    query = slice(attention.class_query, attention.class_query + 1)
+    rows = taps.attention[0].rows(query).mean((1, 2))[:, len(attention.prefix) :].numpy()
     side = math.isqrt(rows.shape[1])
     return rows.reshape(-1, side, side)

@@ -12,7 +12,7 @@ import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from storage.memory import out_of_memory
 from storage.store.store import Store
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from pipeline.console import Console
@@ -62,7 +62,7 @@ def demo(out: Path, console: Console) -> dict[str, Any]:
         UserError: the extra `demo` is not installed, or the folder is in use.
     """
     if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: there is something in this folder already; give a new one with --out")
+        raise UserError(f"{out}: this folder is not empty; give a new one with --out")
     for package, name in (("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")):
         if find_spec(package) is None:
             raise UserError(f"the demo needs {name}: pip install -c constraints.txt -e '.[cpu,demo]'")
@@ -79,25 +79,25 @@ def demo(out: Path, console: Console) -> dict[str, Any]:
     console.say(f"   {counts['all']} training digits, {counts['tenth']} of them in the tenth, {counts['val']} held out")
 
     console.say("2. a small CNN and a small ViT learn all training labels; they are the teachers")
-    trainings = [
-        _Training(name=name, recipe="scratch", settings=settings, shards=packed.train, val=packed.val)
+    trainings = {
+        name: partial(_top1, "scratch", settings, out=out / name, shards=packed.train, val=packed.val)
         for name, settings in _TEACHERS.items()
-    ]
-    teacher_top1 = _trained(out, trainings, console)
+    }
+    teacher_top1 = _trained(trainings, console)
 
     console.say(f"3. what they see in {VIEWS} views of the tenth, once, into {out}/store")
     store = _precomputed(out, tenth.train, console)
 
     console.say("4. students learn from the tenth: " + ", ".join(_RECIPES))
-    data: dict[str, Any] = {"shards": tenth.train, "val": packed.val, "store": store.url}
-    trainings = [
-        _Training(name=f"{recipe}-{seed}", recipe=recipe, settings=[*settings, *_STUDENT], seed=seed, **data)
-        for seed in SEEDS
-        for recipe, settings in _RECIPES.items()
-    ]
-    top1 = _trained(out, trainings, console)
-    table = {recipe: [top1[f"{recipe}-{seed}"] for seed in SEEDS] for recipe in _RECIPES}
     runs = {recipe: [out / f"{recipe}-{seed}" for seed in SEEDS] for recipe in _RECIPES}
+    data: dict[str, Any] = {"shards": tenth.train, "val": packed.val, "store": store}
+    trainings = {
+        run.name: partial(_top1, recipe, [*settings, *_STUDENT, f"seed={seed}"], out=run, **data)
+        for recipe, settings in _RECIPES.items()
+        for seed, run in zip(SEEDS, runs[recipe], strict=True)
+    }
+    top1 = _trained(trainings, console)
+    table = {recipe: [top1[run.name] for run in folders] for recipe, folders in runs.items()}
     pictures = [out / "curves.png", out / "attention.png"]
     figures.curves(pictures[0], runs, teacher_top1)
     figures.attention(pictures[1], store, packed.val, {recipe: folders[0] for recipe, folders in runs.items()})
@@ -124,40 +124,28 @@ def _write_digits(folder: Path) -> None:
         image.convert("RGB").save(folder / str(label) / f"{i:04d}.png")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Training:
-    """A run, as a process of its own makes it: it has one thread, for small networks gain nothing by a second."""
+def _top1(
+    recipe: str, settings: Sequence[str], *, out: Path, shards: list[str], val: list[str], store: Store | None = None
+) -> float:
+    """Top-1 of a run in a process of its own: it has one thread, as small networks gain nothing by a second."""
+    import torch
 
-    name: str
-    recipe: str
-    settings: list[str]
-    shards: list[str]
-    val: list[str]
-    store: str | None = None
-    seed: int = 0
+    from pipeline.recipes.loader import load_recipe
+    from student.training.setup import TrainConfig
+    from student.training.train import train
 
-    def __call__(self, out: Path) -> float:
-        """Its top-1."""
-        import torch
-
-        from pipeline.recipes.loader import load_recipe
-        from student.training.setup import TrainConfig
-        from student.training.train import train
-
-        torch.set_num_threads(1)
-        recipe = load_recipe(self.recipe, [*_SHORT, *self.settings, f"seed={self.seed}"])
-        store = Store.open(self.store) if self.store else None
-        config = TrainConfig(recipe=recipe, shards=self.shards, val=self.val, out=out / self.name, store=store)
-        return train(config)["top1"] or 0.0
+    torch.set_num_threads(1)
+    loaded = load_recipe(recipe, [*_SHORT, *settings])
+    return train(TrainConfig(recipe=loaded, shards=shards, val=val, out=out, store=store))["top1"] or 0.0
 
 
-def _trained(out: Path, trainings: Sequence[_Training], console: Console) -> dict[str, float]:
+def _trained(trainings: Mapping[str, Callable[[], float]], console: Console) -> dict[str, float]:
     """Name -> top-1, of as many runs at a time as there are cores."""
     from dask.system import CPU_COUNT
 
     top1_by_name = {}
     with ProcessPoolExecutor(min(CPU_COUNT, len(trainings)), multiprocessing.get_context("spawn")) as pool:
-        names = {pool.submit(training, out): training.name for training in trainings}
+        names = {pool.submit(training): name for name, training in trainings.items()}
         for future in as_completed(names):
             try:
                 top1_by_name[names[future]] = top1 = future.result()

@@ -14,7 +14,7 @@ from student import run_dir
 from student.attention_copy.inference import attach_stored_attention
 from student.distributed import pick_device
 from student.evaluation.class_metrics import BOUNDS, ClassMetrics, ShotMetrics, class_metrics
-from student.evaluation.ensemble import ensemble_predictions, predictions_of
+from student.evaluation.ensemble import Predictions, ensemble_predictions, predictions_of
 from student.evaluation.frozen.label_subset import images_of_classes
 from student.models.files import load_classifier
 
@@ -108,20 +108,17 @@ def measure_accuracy(
         store: where students that copy attention find it; by default where they were trained.
         device: as on the command line.
     """
-    sets, torch_device, bounds = named_sets(shards), pick_device(device), shot_bounds or BOUNDS
+    sets, torch_device = named_sets(shards), pick_device(device)
     train_images = None if shot_bounds is None else _train_images(paths[0], train_shards)
     members, students = zip(*(open_student(path, torch_device, load_classifier) for path in paths), strict=True)
-    results: list[dict[str, ClassMetrics]] = [{} for _ in range(len(members) + ensemble)]
+    classes, results = members[0].about.classes, [dict[str, ClassMetrics]() for _ in range(len(members) + ensemble)]
     with progress("evaluating", sum(len(shard) for opened in sets.values() for shard in opened)) as advance:
         for name, opened in sets.items():
             for member in members:
                 attach_stored_attention(member.model, member.about, store, opened)
             seen = ensemble_predictions(members, opened, ensemble=ensemble, device=torch_device, advance=advance)
-            images = train_images and _by_set_labels(train_images, members[0].about.classes, seen.names)
-            for by_set, ranks in zip(results, seen.ranks, strict=True):
-                by_set[name] = class_metrics(
-                    seen.labels, ranks, seen.num_classes, names=seen.names, train_images=images, bounds=bounds
-                )
+            for by_set, metrics in zip(results, _metrics(seen, shot_bounds, train_images, classes), strict=True):
+                by_set[name] = metrics
     together = results.pop() if ensemble else None
     return AccuracyReport(evaluated=tuple(zip(students, results, strict=True)), ensemble=together)
 
@@ -149,7 +146,7 @@ def measure_teacher_accuracy(
         UserError: a teacher without a classifier, or classes that are not known to be the same.
         IdentityError: the set has a class that the teacher does not know.
     """
-    sets, bounds = named_sets(shards), shot_bounds or BOUNDS
+    sets = named_sets(shards)
     train_images = None if shot_bounds is None else images_of_classes(open_shards(train_shards))
     every = [shard for opened in sets.values() for shard in opened]
     answers = open_teacher(teacher, ("logits",), every, pick_device(device))
@@ -159,10 +156,7 @@ def measure_teacher_accuracy(
     with progress("evaluating", sum(map(len, every))) as advance:
         for name, opened in sets.items():
             seen = predictions_of(answers.batches(opened), opened, answers.classes, advance=advance)
-            images = train_images and _by_set_labels(train_images, answers.classes, seen.names)
-            by_set[name] = class_metrics(
-                seen.labels, seen.ranks[0], seen.num_classes, names=seen.names, train_images=images, bounds=bounds
-            )
+            (by_set[name],) = _metrics(seen, shot_bounds, train_images, answers.classes)
     return AccuracyReport(evaluated=((answers.evaluated, by_set),), ensemble=None)
 
 
@@ -179,11 +173,18 @@ def _train_images(path: Path, train_shards: Sequence[str]) -> Mapping[int, int]:
     )
 
 
-def _by_set_labels(
-    train_images: Mapping[int, int], student_classes: Sequence[str] | None, set_classes: Sequence[str] | None
-) -> Mapping[int, int]:
-    """Training images by a set's own labels, which may be some of the student's classes in another order."""
-    if student_classes is None or set_classes is None:
-        return train_images
-    numbers = {name: n for n, name in enumerate(student_classes)}
-    return {n: train_images.get(numbers[name], 0) for n, name in enumerate(set_classes)}
+def _metrics(
+    seen: Predictions,
+    shot_bounds: tuple[int, int] | None,
+    train_images: Mapping[int, int] | None,
+    classes: Sequence[str] | None,
+) -> list[ClassMetrics]:
+    """Accuracies over a set, of each classifier: its labels may be some of the `classes` in another order."""
+    if train_images and classes and seen.names:
+        numbers = {name: n for n, name in enumerate(classes)}
+        train_images = {n: train_images.get(numbers[name], 0) for n, name in enumerate(seen.names)}
+    bounds, count = shot_bounds or BOUNDS, seen.num_classes
+    return [
+        class_metrics(seen.labels, ranks, count, names=seen.names, train_images=train_images, bounds=bounds)
+        for ranks in seen.ranks
+    ]

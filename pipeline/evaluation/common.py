@@ -106,7 +106,7 @@ def open_student(
     model, about = load(path)
     smoke = run_dir.is_smoke(path.parent)
     if smoke:
-        Console().say(f"{path}: of a smoke run, which has learned nothing")
+        Console().say(f"{path}: from a smoke run, which learned nothing")
     member = Classifier(name=str(path), model=model.to(device), about=about)
     return member, EvaluatedStudent(student=member.name, view=about.evaluation, smoke=smoke)
 
@@ -114,12 +114,9 @@ def open_student(
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show the progress of so many steps; give what is called with each number of further ones."""
-    console = Console()
-    console.start(what, total)
-    try:
+    with Console() as console:
+        console.start(what, total)
         yield console.advance
-    finally:
-        console.stop()
 
 
 def number(value: float | None, digits: int = 2) -> str:

@@ -15,7 +15,7 @@ from storage.errors import UserError
 from storage.shards.classes import classes_of
 from storage.shards.shard import open_shards
 from student.distributed import pick_device
-from student.evaluation.class_metrics import class_metrics, label_ranks
+from student.evaluation.class_metrics import ClassMetrics, class_metrics, label_ranks
 from student.evaluation.frozen import linear_probe, projector_features
 from student.evaluation.frozen.features import class_feature, feature_text, features_of, gathered, probe_feature
 from student.evaluation.frozen.knn import knn_ranks, usable
@@ -55,18 +55,6 @@ class FrozenConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingSamples:
-    """Labeled training samples: how many, their choice, the sha256 of their list, and its file."""
-
-    samples: int
-    fraction: float
-    seed: int
-    left_out: int
-    sha256: str
-    list: str | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureReport:
     """Which features were read of which samples.
 
@@ -74,37 +62,38 @@ class FeatureReport:
         evaluated: which student or teacher.
         features: in words.
         width: numbers of a sample.
-        projector_layers: linear layers of the projector that they went through.
-        train: samples that have labels.
+        config: what was asked for.
+        subset: training samples whose labels are used.
         samples: how many are evaluated.
     """
 
     evaluated: Evaluated
     features: str
     width: int
-    projector_layers: int
-    train: TrainingSamples
+    config: FrozenConfig
+    subset: LabelSubset
     samples: int
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        report = asdict(self)
-        return {**report.pop("evaluated"), **report}
+        config, subset = self.config, self.subset
+        train = {
+            "samples": len(subset.rows),
+            "fraction": config.label_fraction,
+            "seed": config.seed,
+            "left_out": subset.left_out,
+            "sha256": subset.digest,
+            "list": str(config.listing) if config.listing else None,
+        }
+        read = {"features": self.features, "width": self.width, "projector_layers": config.projector_layers}
+        return {**asdict(self.evaluated), **read, "train": train, "samples": self.samples}
 
     def line(self) -> str:
         """One line."""
         return (
-            f"{self.features}, {self.width} numbers; {self.train.samples} training samples, {self.samples} "
+            f"{self.features}, {self.width} numbers; {len(self.subset.rows)} training samples, {self.samples} "
             f"evaluated ({self.evaluated.how})"
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TopAccuracy:
-    """Accuracies in percent; top5 is None with five classes or fewer."""
-
-    top1: float
-    top5: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,11 +101,12 @@ class KnnReport:
     """Accuracy of k-NN for each k."""
 
     features: FeatureReport
-    knn: dict[int, TopAccuracy]
+    knn: dict[int, ClassMetrics]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        return {**self.features.to_json(), "knn": {str(k): asdict(accuracy) for k, accuracy in self.knn.items()}}
+        by_k = {str(k): {"top1": accuracy.top1, "top5": accuracy.top5} for k, accuracy in self.knn.items()}
+        return {**self.features.to_json(), "knn": by_k}
 
     def lines(self) -> list[str]:
         """A table."""
@@ -129,14 +119,14 @@ class LinearProbeReport:
     """Accuracy of a linear probe, its learning rate, and those that were tried on held-out training samples."""
 
     features: FeatureReport
-    accuracy: TopAccuracy
+    accuracy: ClassMetrics
     lr: float
     tried: tuple[linear_probe.ProbeTrial, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        fit = {"lr": self.lr, "epochs": linear_probe.EPOCHS, "tried": [asdict(trial) for trial in self.tried]}
-        return {**self.features.to_json(), **asdict(self.accuracy), **fit}
+        result = {"top1": self.accuracy.top1, "top5": self.accuracy.top5, "lr": self.lr, "epochs": linear_probe.EPOCHS}
+        return {**self.features.to_json(), **result, "tried": [asdict(trial) for trial in self.tried]}
 
     def lines(self) -> list[str]:
         """A line for each learning rate that was tried, and the accuracy."""
@@ -154,10 +144,9 @@ class _Split:
     num_classes: int
     report: FeatureReport
 
-    def accuracy(self, ranks: torch.Tensor) -> TopAccuracy:
+    def accuracy(self, ranks: torch.Tensor) -> ClassMetrics:
         """Accuracy by the ranks of the evaluated samples' labels."""
-        metrics = class_metrics(self.evaluated.labels.cpu(), ranks.cpu(), self.num_classes)
-        return TopAccuracy(top1=metrics.top1, top5=metrics.top5)
+        return class_metrics(self.evaluated.labels.cpu(), ranks.cpu(), self.num_classes)
 
 
 def measure_knn(network: Path | TeacherQuery, config: FrozenConfig) -> KnnReport:
@@ -179,81 +168,53 @@ def measure_linear_probe(network: Path | TeacherQuery, config: FrozenConfig, lr:
     return LinearProbeReport(features=split.report, accuracy=split.accuracy(ranks), lr=chosen, tried=tuple(tried))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _FeatureSource:
-    """What gives features: which network, what they are in words, and those of shards and chosen samples."""
-
-    evaluated: Evaluated
-    text: str
-    features: Callable[..., Features]
-
-
-def _of_student(path: Path, layers: int, read: Reading, device: torch.device) -> _FeatureSource:
-    """Features of a student, perhaps through linear layers of its projector."""
-    member, student = open_student(path, device)
-    text = feature_text(member.model, read)
-    if layers:
-        read, text = projector_features.projector_reading(path, member.model, layers)
-    features = partial(features_of, member.model, member.about, read=read, device=device)
-    return _FeatureSource(evaluated=student, text=text, features=features)
-
-
-def _of_teacher(query: TeacherQuery, shards: Sequence[Shard], read: Reading, device: torch.device) -> _FeatureSource:
-    """Stored features of a teacher, else what its network gives now."""
-    own_probe = probe_feature if read is probe_feature else None
-    answers = open_teacher(query, ("embedding", "class_token"), shards, device, own_probe)
-
-    def features(
-        *, shards: Sequence[Shard], advance: Callable[[int], None], chosen: Sequence[np.ndarray] | None = None
-    ) -> Features:
-        return gathered(answers.batches(shards, chosen), device, advance)
-
-    return _FeatureSource(evaluated=answers.evaluated, text=answers.text, features=features)
-
-
 def _features(network: Path | TeacherQuery, config: FrozenConfig, read: Reading) -> _Split:
     """Features of the labeled training samples and of the evaluated ones."""
-    shards, train_shards = only_set(config.shards), open_shards(config.train_shards, Console().say)
+    say = Console().say
+    shards, train_shards = only_set(config.shards), open_shards(config.train_shards, say)
     names = classes_of([shard.url for shard in (*train_shards, *shards)])  # raises where their lists differ
     torch_device = pick_device(config.device)
+    features: Callable[..., Features]
     if isinstance(network, TeacherQuery):
-        source = _of_teacher(network, [*train_shards, *shards], read, torch_device)
+        own_probe = probe_feature if read is probe_feature else None
+        taps, all_shards = ("embedding", "class_token"), [*train_shards, *shards]
+        answers = open_teacher(network, taps, all_shards, torch_device, own_probe)
+        evaluated: Evaluated = answers.evaluated
+        text = answers.text
+
+        def features(
+            shards: Sequence[Shard], chosen: Sequence[np.ndarray] | None, advance: Callable[[int], None]
+        ) -> Features:
+            return gathered(answers.batches(shards, chosen), torch_device, advance)
+
     else:
-        source = _of_student(network, config.projector_layers, read, torch_device)
+        member, evaluated = open_student(network, torch_device)
+        text = feature_text(member.model, read)
+        if config.projector_layers:
+            read, text = projector_features.projector_reading(network, member.model, config.projector_layers)
+        features = partial(features_of, member.model, member.about, read=read, device=torch_device)
     subset = label_subset(train_shards, shards, fraction=config.label_fraction, seed=config.seed)
     if config.listing is not None:
         subset.write(config.listing)
-    _report_subset(subset, config)
+    if subset.left_out:
+        say(f"{subset.left_out} training image(s) are also evaluated; they are skipped in training")
+    if config.label_fraction < 1:
+        written = config.listing or "not written (--list F)"
+        percent_used = f"{100 * config.label_fraction:g} %"
+        say(f"{len(subset.rows):,} labeled samples ({percent_used}, seed {config.seed}): {written}")
     with progress("reading features", len(subset.rows) + sum(map(len, shards))) as advance:
-        reads = partial(source.features, advance=advance)
-        train, evaluated = reads(shards=train_shards, chosen=subset.chosen), reads(shards=shards)
-    highest = int(torch.cat([train.labels, evaluated.labels]).max())
+        train = features(shards=train_shards, chosen=subset.chosen, advance=advance)
+        tested = features(shards=shards, chosen=None, advance=advance)
+    highest = int(torch.cat([train.labels, tested.labels]).max())
     count = len(names) if names else highest + 1
     if highest >= count:
         raise UserError(f"there is a label {highest}, and classes.json lists {count} classes; pack the shards again")
     report = FeatureReport(
-        evaluated=source.evaluated,
-        features=source.text,
+        evaluated=evaluated,
+        features=text,
         width=train.values.shape[1],
-        projector_layers=config.projector_layers,
-        train=TrainingSamples(
-            samples=len(subset.rows),
-            fraction=config.label_fraction,
-            seed=config.seed,
-            left_out=subset.left_out,
-            sha256=subset.digest,
-            list=str(config.listing) if config.listing else None,
-        ),
-        samples=len(evaluated.labels),
+        config=config,
+        subset=subset,
+        samples=len(tested.labels),
     )
-    return _Split(train=train, evaluated=evaluated, num_classes=count, report=report)
-
-
-def _report_subset(subset: LabelSubset, config: FrozenConfig) -> None:
-    console = Console()
-    if subset.left_out:
-        console.say(f"{subset.left_out} training image(s) are also evaluated; they are skipped in training")
-    if config.label_fraction < 1:
-        written = config.listing or "not written (--list F)"
-        percent_used = f"{100 * config.label_fraction:g} %"
-        console.say(f"{len(subset.rows):,} labeled samples ({percent_used}, seed {config.seed}): {written}")
+    return _Split(train=train, evaluated=tested, num_classes=count, report=report)

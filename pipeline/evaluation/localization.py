@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.evaluation.common import EvaluatedStudent, columns, number, only_set, open_student, progress
-from pipeline.plotting import COLORS, FONT, GRAY, MAP, figure, panel, picture_path, save, shortened, write
+from pipeline.plotting import COLORS, FONT, GRAY, MAP, figure, panel, shortened, write
 from student.distributed import pick_device
 from student.evaluation.localization.localize import ClassAttention, Localization, localize
 from student.evaluation.localization.max_box_acc import OVERLAPS, SIDE, BoxAccuracies, Convention, means
@@ -29,14 +29,12 @@ class LocalizationReport:
         maps: in words, which maps its boxes are drawn around.
         box: where predicted boxes end.
         localization: the metrics.
-        picture: the file that was drawn, if any.
     """
 
     student: EvaluatedStudent
     maps: str
     box: Convention
     localization: Localization
-    picture: Path | None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -48,7 +46,6 @@ class LocalizationReport:
             **self.localization.metrics.to_json(),
             "samples": self.localization.samples,
             "without_box": self.localization.without_box,
-            **({"files": [str(self.picture)]} if self.picture else {}),
         }
 
     def lines(self) -> list[str]:
@@ -68,56 +65,51 @@ class LocalizationReport:
             *columns(rows),
             f"{self.maps}; {self.box} boxes; each at the threshold, or the size, that is best for the whole set; "
             f"{self.localization.samples} images{skipped}",
-            *([f"written: {self.picture}"] if self.picture else []),
         ]
+
+    def picture(self) -> Any:
+        """A matplotlib figure: images with true and predicted boxes, each beside its map."""
+        images = self.localization.images
+        rows = -(-len(images) // PAIRS)
+        width = 2 * MARGIN + PAIRS * (2 * CELL + GAP) + GAP + 0.7
+        drawn = figure(width, HEAD + rows * (CELL + NOTE + GAP) - NOTE - GAP + MARGIN)
+        level = f"predicted (dashed): map above {self.localization.metrics.v1[0.5].threshold:.3g} of its maximum"
+        write(drawn, MARGIN, MARGIN / 2, f"Where {shortened(self.student.name, 60)} looks", weight="bold")
+        write(drawn, MARGIN, MARGIN / 2 + 0.25, "true box", color=COLORS[4], weight="bold")
+        write(drawn, MARGIN + 1.0, MARGIN / 2 + 0.25, level, color=COLORS[1], weight="bold")
+        image = None
+        for n, one in enumerate(images):
+            left = MARGIN + (n % PAIRS) * (2 * CELL + 2 * GAP)
+            top = HEAD + (n // PAIRS) * (CELL + NOTE + GAP)
+            caption = f"{shortened(one.image.key, 28)}, IoU {one.overlap:.2f}"
+            write(drawn, left, top - NOTE + 0.03, caption, color=GRAY, fontsize=FONT - 1)
+            for column in range(2):
+                axes = panel(drawn, left + column * CELL, top, CELL - 0.05, CELL - 0.05)
+                axes.set(xticks=[], yticks=[])
+                if column:
+                    image = axes.imshow(one.map / 255, cmap=MAP, vmin=0, vmax=1)
+                else:
+                    axes.imshow(one.image.pixels, extent=(-0.5, SIDE - 0.5, SIDE - 0.5, -0.5))
+                for box in one.image.boxes:
+                    _draw(axes, box, COLORS[4], "-")
+                _draw(axes, one.box, COLORS[1], "--")
+        bar = panel(drawn, width - MARGIN - 0.65, HEAD, 0.15, CELL - 0.05)
+        drawn.colorbar(image, cax=bar).set_label("attention, of its maximum", color=GRAY, fontsize=FONT - 1)
+        return drawn
 
 
 def measure_localization(
-    path: Path, *, shards: Sequence[str], convention: Convention, out: Path | None, device: str
+    path: Path, *, shards: Sequence[str], convention: Convention, device: str
 ) -> LocalizationReport:
-    """MaxBoxAcc of one student, and a picture where a place for it is given."""
-    if out is not None:
-        picture_path(out)
+    """MaxBoxAcc of one student."""
     opened_shards, torch_device = only_set(shards), pick_device(device)
     member, student = open_student(path, torch_device)
-    attention, keep = ClassAttention(member.model, member.name), out is not None
+    attention = ClassAttention(member.model, member.name)
     with progress("localizing", sum(map(len, opened_shards))) as advance:
         result = localize(
-            attention, member.about, opened_shards, convention, device=torch_device, keep_images=keep, advance=advance
+            attention, member.about, opened_shards, convention, device=torch_device, keep_images=True, advance=advance
         )
-    if out is not None:
-        save(picture(member.name, result), out)
-    return LocalizationReport(student=student, maps=attention.text, box=convention, localization=result, picture=out)
-
-
-def picture(name: str, localization: Localization) -> Any:
-    """A matplotlib figure: images with true and predicted boxes, each beside its map."""
-    rows = -(-len(localization.images) // PAIRS)
-    width = 2 * MARGIN + PAIRS * (2 * CELL + GAP) + GAP + 0.7
-    drawn = figure(width, HEAD + rows * (CELL + NOTE + GAP) - NOTE - GAP + MARGIN)
-    level = f"predicted (dashed): map above {localization.metrics.v1[0.5].threshold:.3g} of its maximum"
-    write(drawn, MARGIN, MARGIN / 2, f"Where {shortened(name, 60)} looks", weight="bold")
-    write(drawn, MARGIN, MARGIN / 2 + 0.25, "true box", color=COLORS[4], weight="bold")
-    write(drawn, MARGIN + 1.0, MARGIN / 2 + 0.25, level, color=COLORS[1], weight="bold")
-    image = None
-    for n, one in enumerate(localization.images):
-        left = MARGIN + (n % PAIRS) * (2 * CELL + 2 * GAP)
-        top = HEAD + (n // PAIRS) * (CELL + NOTE + GAP)
-        caption = f"{shortened(one.image.key, 28)}, IoU {one.overlap:.2f}"
-        write(drawn, left, top - NOTE + 0.03, caption, color=GRAY, fontsize=FONT - 1)
-        for column in range(2):
-            axes = panel(drawn, left + column * CELL, top, CELL - 0.05, CELL - 0.05)
-            axes.set(xticks=[], yticks=[])
-            if column:
-                image = axes.imshow(one.map / 255, cmap=MAP, vmin=0, vmax=1)
-            else:
-                axes.imshow(one.image.pixels, extent=(-0.5, SIDE - 0.5, SIDE - 0.5, -0.5))
-            for box in one.image.boxes:
-                _draw(axes, box, COLORS[4], "-")
-            _draw(axes, one.box, COLORS[1], "--")
-    bar = panel(drawn, width - MARGIN - 0.65, HEAD, 0.15, CELL - 0.05)
-    drawn.colorbar(image, cax=bar).set_label("attention, of its maximum", color=GRAY, fontsize=FONT - 1)
-    return drawn
+    return LocalizationReport(student=student, maps=attention.text, box=convention, localization=result)
 
 
 def _draw(axes: Any, box: Any, color: str, style: str) -> None:

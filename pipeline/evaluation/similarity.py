@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.evaluation.common import EvaluatedStudent, columns, number, only_set, open_student, progress
-from pipeline.plotting import COLORS, FONT, GRAY, figure, panel, picture_path, save, shortened, write
+from pipeline.plotting import COLORS, FONT, GRAY, figure, panel, shortened, write
 from storage.errors import UserError
 from storage.store.store import Store
 from student.attention_copy.inference import attach_stored_attention
@@ -59,23 +59,55 @@ class StudentSimilarity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimilarityReport:
-    """How similar students are to a teacher, and the file that was drawn, if any."""
+    """How similar students are to a teacher."""
 
     students: tuple[StudentSimilarity, ...]
-    picture: Path | None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         students = [one.to_json() for one in self.students]
-        result = students[0] if len(students) == 1 else {"students": students}
-        return {**result, **({"files": [str(self.picture)]} if self.picture else {})}
+        return students[0] if len(students) == 1 else {"students": students}
 
     def lines(self) -> list[str]:
         """Tables by layer, for each student."""
         lines = []
         for one in self.students:
             lines += [*([one.student.student] if len(self.students) > 1 else []), *one.lines()]
-        return [*lines, *([f"written: {self.picture}"] if self.picture else [])]
+        return lines
+
+    def picture(self) -> Any:
+        """A matplotlib figure: a panel for each pairing of heads and one for CKA, a line for each student."""
+        students = self.students
+        panels = [("attention", measure, title) for measure, title in TITLES.items()]
+        panels.append(("streams", "cka", "CKA of streams"))
+        curves = {}
+        for part, measure, title in panels:
+            lines = [_curve(getattr(one.similarity, part), measure) for one in students]
+            if any(values for _, values in lines):
+                curves[part, title] = lines
+        apart = GAP + 0.25  # between divergences and CKA, whose numbers are others
+        width = max(MARGIN + len(curves) * (WIDTH + GAP) + apart, 6.0)
+        legend = 0.22 * len(students)
+        drawn = figure(width, HEAD + legend + HEIGHT + FOOT)
+        write(drawn, MARGIN / 2, 0.15, f"Students beside {shortened(students[0].teacher, 40)}, by layer", weight="bold")
+        colors = [COLORS[n % len(COLORS)] for n in range(len(students))]
+        for n, one in enumerate(students):
+            name = shortened(one.student.student, 70)
+            write(drawn, MARGIN / 2, 0.42 + 0.22 * n, name, color=colors[n], weight="bold")
+        for at, ((part, title), lines) in enumerate(curves.items()):
+            left = MARGIN + at * (WIDTH + GAP) + (apart if part == "streams" and at else 0)
+            axes = panel(drawn, left, HEAD + legend, WIDTH, HEIGHT)
+            axes.set_title(title, fontsize=FONT - 0.5, color=GRAY)
+            for color, (layers, values) in zip(colors, lines, strict=True):
+                axes.plot(layers, values, "o-", markersize=4, color=color)
+            axes.set_xlabel("student's layer", fontsize=FONT - 1, color=GRAY)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.set_ylim(0, 0.7 if part == "attention" else 1.02)
+            if at == 0 and part == "attention":
+                axes.set_ylabel("JS divergence", fontsize=FONT - 1, color=GRAY)
+            elif part == "attention":
+                axes.set_yticklabels([])
+        return drawn
 
 
 def _table(layers: LayerSimilarity, titles: dict[str, str]) -> list[str]:
@@ -94,10 +126,9 @@ def measure_similarity(
     teacher: str | None,
     targets: Sequence[str],
     tokens: Tokens,
-    out: Path | None,
     device: str,
 ) -> SimilarityReport:
-    """How similar students are to a teacher in a store, and a picture where a place for it is given.
+    """How similar students are to a teacher in a store.
 
     Args:
         paths: the students' files.
@@ -106,11 +137,8 @@ def measure_similarity(
         teacher: its name; None where the store has one.
         targets: ids of the targets to compare with, where several fit.
         tokens: which tokens of an image are compared.
-        out: of the picture.
         device: as on the command line.
     """
-    if out is not None:
-        picture_path(out)
     opened, torch_device, opened_store = only_set(shards), pick_device(device), Store.open(store)
     comparisons = []
     for path in paths:
@@ -127,9 +155,7 @@ def measure_similarity(
             StudentSimilarity(student=student, teacher=name, similarity=comparison.run(torch_device, advance))
             for student, name, comparison in comparisons
         )
-    if out is not None:
-        save(picture(students), out)
-    return SimilarityReport(students=students, picture=out)
+    return SimilarityReport(students=students)
 
 
 def _existing_store(recorded: str, fallback: str) -> str:
@@ -138,40 +164,6 @@ def _existing_store(recorded: str, fallback: str) -> str:
         return Store.open(recorded).url
     except UserError:
         return fallback
-
-
-def picture(students: Sequence[StudentSimilarity]) -> Any:
-    """A matplotlib figure: a panel for each pairing of heads and one for CKA, a line for each student."""
-    panels = [("attention", measure, title) for measure, title in TITLES.items()]
-    panels.append(("streams", "cka", "CKA of streams"))
-    curves = {}
-    for part, measure, title in panels:
-        lines = [_curve(getattr(one.similarity, part), measure) for one in students]
-        if any(values for _, values in lines):
-            curves[part, title] = lines
-    apart = GAP + 0.25  # between divergences and CKA, whose numbers are others
-    width = max(MARGIN + len(curves) * (WIDTH + GAP) + apart, 6.0)
-    legend = 0.22 * len(students)
-    drawn = figure(width, HEAD + legend + HEIGHT + FOOT)
-    write(drawn, MARGIN / 2, 0.15, f"Students beside {shortened(students[0].teacher, 40)}, by layer", weight="bold")
-    colors = [COLORS[n % len(COLORS)] for n in range(len(students))]
-    for n, one in enumerate(students):
-        name = shortened(one.student.student, 70)
-        write(drawn, MARGIN / 2, 0.42 + 0.22 * n, name, color=colors[n], weight="bold")
-    for at, ((part, title), lines) in enumerate(curves.items()):
-        left = MARGIN + at * (WIDTH + GAP) + (apart if part == "streams" and at else 0)
-        axes = panel(drawn, left, HEAD + legend, WIDTH, HEIGHT)
-        axes.set_title(title, fontsize=FONT - 0.5, color=GRAY)
-        for color, (layers, values) in zip(colors, lines, strict=True):
-            axes.plot(layers, values, "o-", markersize=4, color=color)
-        axes.set_xlabel("student's layer", fontsize=FONT - 1, color=GRAY)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_ylim(0, 0.7 if part == "attention" else 1.02)
-        if at == 0 and part == "attention":
-            axes.set_ylabel("JS divergence", fontsize=FONT - 1, color=GRAY)
-        elif part == "attention":
-            axes.set_yticklabels([])
-    return drawn
 
 
 def _curve(layers: LayerSimilarity | None, measure: str) -> tuple[list[int], list[float]]:

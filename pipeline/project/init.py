@@ -72,7 +72,7 @@ def look(folder: Path, home: Path, progress: Progress) -> ImageSummary:
         progress: for people.
 
     Raises:
-        UserError: neither, one image alone, or shards that leave none for training or for a validation that is needed.
+        UserError: neither, only one image, or shards that leave none for training or for a validation that is needed.
     """
     if not folder.is_dir():
         hint = "Give one with images, in one folder a class if they have classes, or one with shards (.tar)."
@@ -86,7 +86,7 @@ def look(folder: Path, home: Path, progress: Progress) -> ImageSummary:
         progress.say(f"skipped: {line}")
     summary = _shards(folder, [Path(tar) for tar in tars], home, progress) if tars else _images(folder, files, classes)
     if summary.images < 2:
-        raise UserError(f"{folder}: one image alone; training takes two or more")
+        raise UserError(f"{folder}: only one image; training needs two or more")
     return summary
 
 
@@ -252,10 +252,10 @@ def init(folder: Path, out: Path, progress: Progress) -> dict[str, Any]:
     """Look, and write the file; what was found, as plain data.
 
     Raises:
-        UserError: as `look`; a file that is there already.
+        UserError: as `look`; a file that already exists.
     """
     if out.exists():
-        raise UserError(f"{out}: is there already; give another name with --out, or remove it")
+        raise UserError(f"{out}: already exists; give another name with --out, or remove it")
     summary = look(folder.expanduser(), out.parent, progress)
     out.write_text(text(summary), encoding="utf-8")
     elsewhere = out.name != "pipeline.yaml" or out.parent != Path()

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from precompute.teachers.onnx_file import is_onnx_file
 from storage.errors import UserError
@@ -20,6 +29,49 @@ from student.recipe.validate import section_of, sentence, suggested
 from student.settings import StudentConfig, number_in
 
 _LOCAL = "local-dir:"  # opens the names of networks in a folder that timm wrote
+
+
+def weights_located(name: str, folder: Path) -> str:
+    """The absolute path of a file that a project file in a folder names: stores record it."""
+    return str(Path(located(name, folder)).expanduser().absolute()) if name and not is_random(name) else name
+
+
+def teacher_located(name: str, folder: Path) -> str:
+    """A teacher's name; of a file or a function of the user's, with the path from here."""
+    if is_onnx_file(name):
+        return weights_located(name, folder)
+    if name.startswith(_LOCAL):
+        return f"{_LOCAL}{weights_located(name.removeprefix(_LOCAL), folder)}"
+    return function_located(name, folder)
+
+
+def function_located(name: str, folder: Path) -> str:
+    """A network's name; of a function of the user's file, with the file's path from here."""
+    return located(name, folder) if is_own(name) and ".py:" in name else name
+
+
+def located(pattern: str, folder: Path) -> str:
+    """What a path, URL or pattern, or several joined by `::`, of a project file in a folder is called from here."""
+    return "::".join(_part_located(part, folder) for part in separate(pattern))
+
+
+def _part_located(part: str, folder: Path) -> str:
+    if part.startswith("{") and "}" in part:  # what its braces stand for may be anything: {/a,b}/0.tar
+        from storage.shards.patterns import braces
+
+        each = braces(part)
+        if any(map(_is_whole, each)):
+            return "::".join(one if _is_whole(one) else str(folder / one) for one in each)
+    return part if _is_whole(part) else str(folder / part)
+
+
+def _is_whole(part: str) -> bool:
+    return is_remote(part) or part.startswith(("/", "~", "file://"))
+
+
+def _from_here(place: Callable[[str, Path], str]) -> AfterValidator:
+    """Replaces a path by what `place` makes of it and the project file's folder."""
+    return AfterValidator(lambda name, info: place(name, info.context))
 
 
 class _Section(BaseModel):
@@ -36,17 +88,19 @@ def _nothing(value: Any) -> Any:
     return {} if value is None else value
 
 
-def _number(value: Any) -> Any:
+def _numbers(value: Any) -> Any:
+    """Numbers that YAML takes for words, in a list or a mapping."""
+    if isinstance(value, dict):
+        return {name: number_in(one) for name, one in value.items()}
     return [number_in(one) for one in value] if isinstance(value, list | tuple) else value
 
 
-Words = Annotated[tuple[Annotated[str, StringConstraints(min_length=1)], ...], BeforeValidator(_listed)]
-Numbers = Annotated[tuple[float, ...], BeforeValidator(_number), BeforeValidator(_listed)]
+Word = Annotated[str, StringConstraints(min_length=1)]
+Words = Annotated[tuple[Word, ...], BeforeValidator(_listed)]
+Numbers = Annotated[tuple[float, ...], BeforeValidator(_numbers), BeforeValidator(_listed)]
 Name = Annotated[str, StringConstraints(pattern="^[A-Za-z0-9_-]{1,40}$")]
-
-
-def _arguments(value: Any) -> Any:
-    return {name: number_in(one) for name, one in value.items()} if isinstance(value, dict) else value
+Place = Annotated[Word, _from_here(located)]
+Shards = Annotated[tuple[Place, ...], BeforeValidator(_listed)]
 
 
 class ViewSettings(_Section):
@@ -61,10 +115,10 @@ class ViewSettings(_Section):
 class TeacherEntry(_Section):
     """One teacher, called so in the store: what `precompute` takes about it. Without `teacher`, its name says that."""
 
-    teacher: str | None = None
-    weights: str | None = None
+    teacher: Annotated[str, _from_here(teacher_located)] | None = None
+    weights: Annotated[str, _from_here(weights_located)] | None = None
     weights_key: str | None = None
-    args: Annotated[dict[str, Any], BeforeValidator(_arguments)] = {}
+    args: Annotated[dict[str, Any], BeforeValidator(_numbers)] = {}
     mean: Numbers | None = None
     std: Numbers | None = None
     input_size: int | None = Field(None, ge=1)
@@ -77,9 +131,9 @@ class TeacherEntry(_Section):
 class ProjectSettings(_Section):
     """A whole project file."""
 
-    shards: Words | None = None
-    val: Words | None = None
-    store: Annotated[str, StringConstraints(min_length=1)] | None = None
+    shards: Shards | None = None
+    val: Shards | None = None
+    store: Place | None = None
     views: ViewSettings = ViewSettings()
     teachers: dict[Name, Annotated[TeacherEntry, BeforeValidator(_nothing)]] = {}
     student: StudentConfig | None = None
@@ -98,17 +152,24 @@ class ProjectSettings(_Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Project:
-    """A project file and what it says, with paths from the current folder."""
+    """A project file and what it says, with the paths of shards, store and teachers from the current folder."""
 
     path: Path
     content: ProjectSettings
 
     @property
     def settings(self) -> Sequence[tuple[str, Any]]:
-        """`path.to.field` of a recipe and value, to be laid over every recipe in this order."""
-        student = self.content.student
+        """`path.to.field` of a recipe and value, with paths from here, to be laid over every recipe in this order."""
+        student, overrides = self.content.student, {name: number_in(value) for name, value in self.content.set.items()}
         own = student.model_dump(mode="json", include=student.model_fields_set) if student else {}
-        return [*((f"student.{name}", value) for name, value in own.items()), *self.content.set.items()]
+        if isinstance(section := overrides.get("student"), dict):  # as it stands there or setting by setting
+            del overrides["student"]
+            overrides = {f"student.{name}": value for name, value in section.items()} | overrides
+        places = {"student.model": function_located, "student.weights": weights_located}
+        return [
+            (name, places[name](value, self.path.parent) if name in places and isinstance(value, str) else value)
+            for name, value in (*((f"student.{name}", value) for name, value in own.items()), *overrides.items())
+        ]
 
     def said(self, *fields: str) -> Any:
         """The first of some fields, by their names with dots, that the file says; None where it says none."""
@@ -123,17 +184,17 @@ def validate(path: Path, content: Any) -> Project:
     Raises:
         UserError: naming the file, and each wrong key with the nearest known one or what was expected.
     """
-    if content is None:
-        content = {}
+    content = {} if content is None else content
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a mapping with {', '.join(ProjectSettings.model_fields)}")
     try:
-        settings = ProjectSettings.model_validate({k: v for k, v in content.items() if v is not None})
+        given = {name: value for name, value in content.items() if value is not None}
+        settings = ProjectSettings.model_validate(given, context=path.parent)
     except ValidationError as error:
         raise UserError(f"{path}: " + "; ".join(_explain(problem) for problem in error.errors())) from None
     for name, value in settings.set.items():
         _require_known(f"{path}: set.", name, value)
-    return Project(path=path, content=_from_here(settings, path.parent))
+    return Project(path=path, content=settings)
 
 
 def _require_known(where: str, name: str, value: Any) -> None:
@@ -159,69 +220,3 @@ def _explain(problem: Any) -> str:
         return f"{parts[0]}: a recipe's setting goes under `set`. {suggested(parts[0], Recipe)}"
     such = "; right is teachers: {vit_tiny: {}}" if parts == ["teachers"] else ""
     return sentence(".".join(parts) or "the file", problem, section) + such
-
-
-def _from_here(settings: ProjectSettings, folder: Path) -> ProjectSettings:
-    """The settings, with paths relative to the current folder instead of the file's."""
-
-    def patterns(shards: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        return shards and tuple(located(pattern, folder) for pattern in shards)
-
-    def weights(name: str | None) -> str | None:  # recorded in the store, so from anywhere
-        is_file = name and not is_random(name)
-        return str(Path(located(str(name), folder)).expanduser().absolute()) if is_file else name
-
-    def own(name: str) -> str:  # a function of the user's file
-        return located(name, folder) if is_own(name) and ".py:" in name else name
-
-    def files(entry: TeacherEntry) -> TeacherEntry:
-        teacher = entry.teacher
-        if teacher and is_onnx_file(teacher):
-            teacher = weights(teacher)
-        elif teacher and teacher.startswith(_LOCAL):
-            teacher = f"{_LOCAL}{weights(teacher.removeprefix(_LOCAL))}"
-        elif teacher:
-            teacher = own(teacher)
-        return entry.model_copy(update={"weights": weights(entry.weights), "teacher": teacher})
-
-    student, overrides = settings.student, {name: number_in(value) for name, value in settings.set.items()}
-    if isinstance(section := overrides.get("student"), dict):  # as it stands there or setting by setting
-        del overrides["student"]
-        overrides = {f"student.{name}": value for name, value in section.items()} | overrides
-    if student and student.weights:
-        student = student.model_copy(update={"weights": weights(student.weights)})
-    if student and "model" in student.model_fields_set:
-        student = student.model_copy(update={"model": own(student.model)})
-    if isinstance(name := overrides.get("student.model"), str):
-        overrides["student.model"] = own(name)
-    if isinstance(path := overrides.get("student.weights"), str):
-        overrides["student.weights"] = weights(path)
-    return settings.model_copy(
-        update={
-            "shards": patterns(settings.shards),
-            "val": patterns(settings.val),
-            "store": settings.store and located(settings.store, folder),
-            "teachers": {name: files(entry) for name, entry in settings.teachers.items()},
-            "student": student,
-            "set": overrides,
-        }
-    )
-
-
-def located(pattern: str, folder: Path) -> str:
-    """What a path, URL or pattern, or several joined by `::`, of a project file in a folder is called from here."""
-    return "::".join(_part_located(part, folder) for part in separate(pattern))
-
-
-def _part_located(part: str, folder: Path) -> str:
-    if part.startswith("{") and "}" in part:  # what its braces stand for may be anything: {/a,b}/0.tar
-        from storage.shards.patterns import braces
-
-        each = braces(part)
-        if any(map(_is_whole, each)):
-            return "::".join(one if _is_whole(one) else str(folder / one) for one in each)
-    return part if _is_whole(part) else str(folder / part)
-
-
-def _is_whole(part: str) -> bool:
-    return is_remote(part) or part.startswith(("/", "~", "file://"))

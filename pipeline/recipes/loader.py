@@ -47,9 +47,9 @@ def _file(recipe: str) -> Path:
     name = recipe.removesuffix(SMALL)
     path = FOLDER / f"{name}.yaml" if name in names() else Path(recipe)
     if path.suffix in (".yaml", ".yml") and not path.is_file():
-        raise UserError(f"{path}: no such recipe file; `pipeline recipes aal > {path}` makes one to start from")
+        raise UserError(f"{path}: no such recipe file; `pipeline recipes aal > {path}` creates one to start from")
     if not path.is_file():
-        raise UserError(f"no recipe is called {recipe!r}. {did_you_mean(recipe, names())} A YAML file also serves.")
+        raise UserError(f"no recipe is called {recipe!r}. {did_you_mean(recipe, names())} A YAML file works, too.")
     return path
 
 
@@ -107,16 +107,12 @@ def load_recipe(recipe: str, settings: Sequence[str] = (), over: Over | None = N
         return validate(content, where)
     stages = [(where, copy.deepcopy(content))]
     said: dict[str, Any] = {}  # by the user, over the recipe
-    if over and over.settings:
-        for name, value in over.settings:
+    project = (f"{where} with {over.where} laid over it", over.settings) if over else (where, ())
+    for laid_over, pairs in (project, (f"{where} with --set", [_setting(text) for text in settings])):
+        for name, value in pairs:
             put(content, name, value)
             put(said, name, value)
-        stages.append((f"{where} with {over.where} laid over it", copy.deepcopy(content)))
-    if settings:
-        for setting in settings:
-            _set(content, setting)
-            _set(said, setting)
-        stages.append((f"{where} with --set", content))
+        stages.append((laid_over, copy.deepcopy(content)))
     _leave_out_sizes(content, said)
     try:
         return validate(content, where)
@@ -169,10 +165,11 @@ def put(content: dict[str, Any], path: str, value: Any) -> None:
         put(content, f"{path}.{name}", setting)
 
 
-def _set(content: dict[str, Any], setting: str) -> None:
+def _setting(setting: str) -> tuple[str, Any]:
+    """Path and value of what `--set` takes."""
     path, equals, text = setting.partition("=")
     if not equals or not path:
         raise UserError(f"--set {setting}: expected NAME=VALUE, such as --set optim.epochs=50")
     from student.settings import number_in
 
-    put(content, path, number_in(value_in(text, f"--set {setting}")))
+    return path, number_in(value_in(text, f"--set {setting}"))

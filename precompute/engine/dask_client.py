@@ -59,7 +59,7 @@ def workers(
             `distributed.comm.timeouts.connect`.
 
     Raises:
-        UserError: no scheduler answers there, it has no workers in time, or they cannot import this package.
+        UserError: no scheduler answers at this address, it has no workers in time, or they cannot import this package.
     """
     from distributed import Client
     from distributed.comm.addressing import get_address_host_port
@@ -75,8 +75,9 @@ def workers(
             # Not the default one: whoever calls this from Python computes dask collections of their own where they did.
             client = Client(place, set_as_default=False)  # type: ignore[no-untyped-call]
         except (OSError, TimeoutError, ValueError) as error:
+            message = f"no scheduler answers at this address ({first_line(error)})"
             hint = "Start one with `dask scheduler`, and workers with `dask worker ADDRESS`."
-            raise UserError(f"no scheduler answers there ({first_line(error)})", setting=where, hint=hint) from None
+            raise UserError(message, setting=where, hint=hint) from None
         with client:
             if address is None:
                 _shield(client)

@@ -83,7 +83,7 @@ def attempt(task: ShardTask, provider: str, threads: int, report: ReportProgress
         reason = f"{error.filename or 'input or output'}: {first_line(error)}"
         return Failure(shard=task.url, error=f"{task.url}: {reason}", kind="io")
     except Exception as error:
-        reason = f"this should not happen: {first_line(error, kind=True)}"
+        reason = f"internal error: {first_line(error, kind=True)}"
         return Failure(shard=task.url, error=f"{task.url}: {reason}", kind="bug")
 
 

@@ -114,7 +114,7 @@ def parsed(graph: bytes) -> ModelProto:
     try:
         model = onnx.load_from_string(graph)
     except Exception as error:  # protobuf's decoder has its own errors
-        raise UserError(f"the teacher's graph cannot be run: it is no ONNX file ({first_line(error)})") from None
+        raise UserError(f"the teacher's graph cannot be run: it is not an ONNX file ({first_line(error)})") from None
     outside = [tensor.name for tensor in _tensors(model) if uses_external_data(tensor)]
     if outside:
         message = f"the teacher's graph keeps {len(outside)} tensor(s) in other files ({outside[0]})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from precompute.taps.activations import POSITIONS, At, cnn_stages, resize_matrix, stage_maps
 from precompute.taps.adapt import adapt
-from precompute.taps.attention import Attention, AttentionLayer, AttentionTaps, full
+from precompute.taps.attention import Attention, AttentionTaps, full
 from precompute.taps.attention_layers import AttentionLayers, attention_layers
 from precompute.taps.check_attention import check_attention
 from precompute.taps.own_network import allow_network, config_of_own, given, not_given, takes, torchvision_config
@@ -13,10 +13,8 @@ from precompute.taps.registry import ATTENTION, TAPS, Tap, TapInfo, check_tap
 from precompute.taps.tapped_model import TappedTeacher
 from precompute.taps.timm_import import (
     FACTORY_ARGUMENTS,
-    config_of,
     constructor_arguments,
     create_timm_model,
-    is_elsewhere,
     takes_image_size,
     untrained,
 )
@@ -29,7 +27,6 @@ __all__ = [
     "TAPS",
     "At",
     "Attention",
-    "AttentionLayer",
     "AttentionLayers",
     "AttentionTaps",
     "Tap",
@@ -41,14 +38,12 @@ __all__ = [
     "check_attention",
     "check_tap",
     "cnn_stages",
-    "config_of",
     "config_of_own",
     "constructor_arguments",
     "create_timm_model",
     "full",
     "given",
     "image_size",
-    "is_elsewhere",
     "not_given",
     "prefix_roles",
     "resize_matrix",

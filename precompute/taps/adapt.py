@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,19 +51,12 @@ def adapt(
             f"{owner}: it has {has[0]} but no {missing}, so its features are unknown",
             hint="Return a wrapper module whose forward calls this network.",
         )
-    outputs: dict[str, Any] = {}  # of linear layers
-    handles = [
-        module.register_forward_hook(functools.partial(_note, outputs, name))
-        for name, module in network.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
+    linear = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
     try:
-        output = run_blank(network, size)
+        with _outputs(linear) as outputs:
+            output = run_blank(network, size)
     except Exception as error:  # networks raise anything
         raise UserError(f"{owner}: it cannot take {size}x{size} RGB images: {first_line(error)}") from None
-    finally:
-        for handle in handles:
-            handle.remove()
     about = {**config_of_own(network), "input_size": (3, size, size)}
     if not has:
         if not isinstance(output, Tensor) or output.ndim != 2:
@@ -102,8 +96,15 @@ def _width(network: Any, size: int, owner: str) -> int:
         network.train(training)
 
 
-def _note(outputs: dict[str, Any], name: str, _module: nn.Module, _args: Any, output: Any) -> None:
-    outputs[name] = output
+@contextlib.contextmanager
+def _outputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Any]]:
+    """Name -> what the module gave last within this context."""
+    outputs: dict[str, Any] = {}
+    with contextlib.ExitStack() as hooks:
+        for name, module in modules.items():
+            note = functools.partial(outputs.__setitem__, name)
+            hooks.enter_context(module.register_forward_hook(lambda _module, _args, output, note=note: note(output)))
+        yield outputs
 
 
 def _add(network: nn.Module, head: str | None, output: Tensor) -> None:
@@ -123,11 +124,8 @@ def _forward_features(self: Any, x: Tensor) -> Tensor:
     if self.own_head is None:
         return self(x)  # type: ignore[no-any-return]
     seen: list[Tensor] = []
-    handle = self.get_submodule(self.own_head).register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
-    try:
+    with self.get_submodule(self.own_head).register_forward_pre_hook(lambda _module, args: seen.append(args[0])):
         self(x)
-    finally:
-        handle.remove()
     return seen[-1]
 
 
@@ -152,22 +150,15 @@ def _prefix(network: nn.Module, given: Sequence[str] | None) -> tuple[str, ...] 
         return tuple(given)
     if getattr(network, "num_prefix_tokens", None) is None:
         return None
-    found = prefix_roles(network)
-    return found if "class" in found or not found else ("class", *found[1:])
+    roles = prefix_roles(network)
+    return roles if "class" in roles or not roles else ("class", *roles[1:])
 
 
 def _forward_intermediates(self: Any, x: Tensor, *, output_fmt: str = "NCHW", intermediates_only: bool = False) -> Any:
     """Features and the maps `[B, C, H, W]` of the named modules, as timm's networks give them."""
     assert output_fmt == "NCHW"
-    kept: dict[str, Any] = {}
-    handles = [
-        self.get_submodule(name).register_forward_hook(functools.partial(_note, kept, name)) for name in self.own_maps
-    ]
-    try:
+    with _outputs({name: self.get_submodule(name) for name in self.own_maps}) as kept:
         features = self.forward_features(x)
-    finally:
-        for handle in handles:
-            handle.remove()
     maps = [_map(name, kept.get(name), self.own_prefix) for name in self.own_maps]
     return maps if intermediates_only else (features, maps)
 

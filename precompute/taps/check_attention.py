@@ -46,32 +46,28 @@ def check_attention(
         model(images)
     worst = 0.0
     for layer, attention in zip(found.layers, used.attention, strict=True):
-        rows = attention.rows()
+        rows, where = attention.rows(), f"{type(model).__name__}: attention layer {layer.number}"
         for seen in (used, unfused):
             if layer.call in seen.rows:
-                what = "the attention recomputed from its kernel's arguments"
-                worst = max(worst, _difference(model, layer, rows, seen.rows[layer.call], what, tolerance))
+                what = f"{where}: the attention recomputed from its kernel's arguments"
+                worst = max(worst, _difference(what, rows, seen.rows[layer.call], tolerance))
             if layer.call not in seen.gathered:
                 raise UserError(
-                    f"{type(model).__name__}: attention layer {layer.number}: what it makes of its attention cannot be "
-                    "seen, so its taps cannot be checked"
+                    f"{where}: what it makes of its attention cannot be seen, so its taps cannot be checked"
                 )
             assert attention.v is not None
-            what = "the attention over its values"
-            _difference(model, layer, rows @ attention.v, seen.gathered[layer.call], what, tolerance)
+            what = f"{where}: the attention over its values"
+            _difference(what, rows @ attention.v, seen.gathered[layer.call], tolerance)
     return worst
 
 
-def _difference(
-    model: nn.Module, layer: AttentionLayer, ours: Tensor, theirs: Tensor, what: str, tolerance: float
-) -> float:
+def _difference(what: str, ours: Tensor, theirs: Tensor, tolerance: float) -> float:
     """Largest difference as a part of the largest value. Raises UserError over the tolerance."""
-    kind = f"{type(model).__name__}: attention layer {layer.number}"
     theirs = theirs.reshape(ours.shape)
     error = float((ours - theirs).abs().max() / theirs.abs().max())
     if not error <= tolerance:
         raise UserError(
-            f"{kind}: {what} differs from what the network uses by {error:.2g} of the largest value (allowed: "
+            f"{what} differs from what the network uses by {error:.2g} of the largest value (allowed: "
             f"{tolerance:g}), so its attention cannot be stored"
         )
     return error

@@ -74,13 +74,13 @@ def allow_network(name: str) -> OwnNetwork:
             raise UserError(f"{name}: {source} cannot be imported: {first_line(error, kind=True)}") from error
     if file is None and (origin := getattr(module, "__file__", None)):
         text = Path(origin).read_bytes()
-    made = getattr(module, function, None)
-    if not callable(made):
+    build = getattr(module, function, None)
+    if not callable(build):
         named = [n for n, value in vars(module).items() if inspect.isfunction(value) or inspect.isclass(value)]
         raise UserError(f"{name}: {source} has no function {function!r}", hint=did_you_mean(function, named))
     key = f"{function}#{hashlib.sha256(text).hexdigest()[:16]}"
     label = f"{file.name if file else source}:{key}"
-    _given[key] = OwnNetwork(label=label, text=text, file=file, folder=folder, function=made)
+    _given[key] = OwnNetwork(label=label, text=text, file=file, folder=folder, function=build)
     return _given[key]
 
 
@@ -200,16 +200,16 @@ def _models(model: str, owner: str) -> tuple[Any, str]:
 def _torchvision(model: str, arguments: Mapping[str, Any], owner: str, *, pretrained: bool) -> nn.Module:
     models, name = _models(model, owner)
     headless = arguments.get("num_classes") == 0
-    given_on = {k: v for k, v in arguments.items() if not (headless and k == "num_classes")}
+    passed = {k: v for k, v in arguments.items() if not (headless and k == "num_classes")}
     try:
-        network: nn.Module = models.get_model(name, weights="DEFAULT" if pretrained else None, **given_on)
+        network: nn.Module = models.get_model(name, weights="DEFAULT" if pretrained else None, **passed)
     except Exception as error:  # torchvision and downloads raise many kinds
-        problem = "its weights could not be downloaded" if pretrained else f"cannot be made with {given_on}"
+        problem = "its weights could not be downloaded" if pretrained else f"cannot be made with {passed}"
         raise UserError(f"{owner}: {problem}: {first_line(error)}") from None
     if headless:
         linear = [n for n, module in network.named_modules() if isinstance(module, nn.Linear)]
         if not linear:
-            raise UserError(f"{owner}: no linear layer ends it, so its classifier cannot be left out")
+            raise UserError(f"{owner}: it does not end in a linear layer, so its classifier cannot be removed")
         network.set_submodule(linear[-1], nn.Identity())
     return network
 
@@ -217,12 +217,12 @@ def _torchvision(model: str, arguments: Mapping[str, Any], owner: str, *, pretra
 def torchvision_config(model: str, owner: str) -> dict[str, Any]:
     """`input_size`, `mean` and `std` of torchvision's weights of a name, which are not downloaded."""
     models, name = _models(model, owner)
-    made = models.get_model_weights(name).DEFAULT.transforms()
-    (side,) = getattr(made, "crop_size", [224])
+    preprocessing = models.get_model_weights(name).DEFAULT.transforms()
+    (side,) = getattr(preprocessing, "crop_size", [224])
     return {
         "input_size": (3, side, side),
-        "mean": tuple(getattr(made, "mean", (0.5,) * 3)),
-        "std": tuple(getattr(made, "std", (0.5,) * 3)),
+        "mean": tuple(getattr(preprocessing, "mean", (0.5,) * 3)),
+        "std": tuple(getattr(preprocessing, "std", (0.5,) * 3)),
     }
 
 

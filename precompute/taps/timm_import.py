@@ -11,7 +11,7 @@ import torch
 from timm.models import build_model_with_cfg
 from torch import nn
 
-from precompute.taps.own_network import build_network, takes
+from precompute.taps.own_network import build_network, config_of_own, takes
 from storage.errors import UserError, first_line
 from storage.objects.network_names import outside_timm
 from storage.objects.weights_file import random_seed
@@ -83,8 +83,7 @@ def config_of(model: str) -> Mapping[str, Any] | None:
         hint = "Give hf-hub:USER/NAME or local-dir:FOLDER, with a config.json that timm wrote."
         with torch.device("meta"):
             network = create_timm_model(model, {}, owner=f"teacher {model}", hint=hint)
-        about: Any = network.pretrained_cfg
-        return dict(about)
+        return config_of_own(network)
     config = timm.get_pretrained_cfg(model)
     return None if config is None else config.to_dict()
 

@@ -18,7 +18,7 @@ def token_blocks(model: nn.Module) -> list[nn.Module]:
     blocks = getattr(model, "blocks", None)
     plain = isinstance(blocks, nn.Sequential | nn.ModuleList) and all(hasattr(block, "attn") for block in blocks)
     if not plain or not hasattr(model, "patch_embed"):
-        raise UserError(f"{type(model).__name__}: it is no plain ViT, whose blocks keep one token for each patch")
+        raise UserError(f"{type(model).__name__}: it is not a plain ViT, whose blocks keep one token for each patch")
     return list(blocks)  # type: ignore[arg-type]
 
 
@@ -46,7 +46,7 @@ def wrong_prefix(owner: str, tokens: int, prefix: Sequence[str]) -> str:
 def unknown_prefix(what: str) -> UserError:
     """The error that nobody says which tokens come before the patches."""
     return UserError(
-        f"{what}, and nothing says which of them come before the patches",
+        f"{what}, and it is unknown which of them come before the patches",
         hint="Set num_prefix_tokens on the network (1: a class token). "
         f"For a teacher {setting('prefix', 'class,register')} or {setting('prefix', 'none')} will do, too.",
     )

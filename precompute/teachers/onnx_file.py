@@ -63,7 +63,7 @@ class OnnxGraph:
     @property
     def tensors(self) -> tuple[str, ...]:
         """Names of all tensors that its nodes give, in their order."""
-        return tuple(name for node in self.model.graph.node for name in node.output if name)
+        return tuple(self._makers)
 
     @property
     def parameters(self) -> int:
@@ -75,24 +75,20 @@ class OnnxGraph:
 
     def before_squashing(self, name: str) -> tuple[str, str] | None:
         """The operator of `SQUASHED` that gives a tensor's values, and the tensor before it; None where none does."""
-        return _before(self._makers, name)
+        for _ in self._makers:  # no path is longer, whatever the file says
+            node = self._makers.get(name)
+            if node is None or not node.input:
+                return None
+            if node.op_type in SQUASHED:
+                return node.op_type, node.input[0]
+            if node.op_type not in _SAME:
+                return None
+            name = node.input[0]
+        return None
 
     @functools.cached_property
     def _makers(self) -> dict[str, NodeProto]:
         return {name: node for node in self.model.graph.node for name in node.output if name}
-
-
-def _before(makers: Mapping[str, NodeProto], name: str) -> tuple[str, str] | None:
-    for _ in makers:  # no path is longer, whatever the file says
-        node = makers.get(name)
-        if node is None or not node.input:
-            return None
-        if node.op_type in SQUASHED:
-            return node.op_type, node.input[0]
-        if node.op_type not in _SAME:
-            return None
-        name = node.input[0]
-    return None
 
 
 def is_onnx_file(name: str) -> bool:
@@ -104,8 +100,8 @@ def read_graph(path: str) -> OnnxGraph:
     """The graph in a file.
 
     Raises:
-        UserError: it cannot be read, is no ONNX file or one that keeps tensors in other files, or does not take one
-            batch of square RGB images of floating-point numbers.
+        UserError: it cannot be read, is not an ONNX file, keeps tensors in other files, or does not take one batch of
+            square RGB images of floating-point numbers.
     """
     from precompute.engine.session import parsed
 
@@ -120,7 +116,7 @@ def read_graph(path: str) -> OnnxGraph:
     except UserError as error:
         raise UserError(f"{path}: {error.message.removeprefix(f'{path}: ')}", hint=error.hint) from None
     if not model.graph.node:
-        raise UserError(f"{path}: it is no ONNX file with a graph in it")
+        raise UserError(f"{path}: it is not an ONNX file with a graph")
     weights = {tensor.name for tensor in model.graph.initializer}  # old files list them among the inputs
     inputs = [value for value in model.graph.input if value.name not in weights]
     if len(inputs) != 1:
@@ -152,22 +148,21 @@ def _input(path: str, value: ValueInfoProto) -> tuple[int | None, int | None, bo
 
     where = f"{path}: its input {value.name}"
     tensor = value.type.tensor_type
-    types = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "float64": TensorProto.DOUBLE}
-    precision = next((name for name in PRECISIONS if types[name] == tensor.elem_type), None)
-    if not value.type.HasField("tensor_type") or precision is None:
-        known = value.type.HasField("tensor_type") and tensor.elem_type in TensorProto.DataType.values()
-        kind = TensorProto.DataType.Name(tensor.elem_type).lower() if known else "no tensor of a known type"
+    known = value.type.HasField("tensor_type") and tensor.elem_type in TensorProto.DataType.values()
+    kind = TensorProto.DataType.Name(tensor.elem_type).lower() if known else "no tensor of a known type"
+    precision = {"float": "float32", "double": "float64"}.get(kind, kind)
+    if precision not in PRECISIONS:
         raise UserError(f"{where} is {kind}; expected normalized images: {', '.join(PRECISIONS)}")
     dims = [dim.dim_value if dim.dim_value > 0 else None for dim in tensor.shape.dim]
-    said = f"[{', '.join(map(str, _sizes(value)))}]"
+    shape = f"[{', '.join(map(str, _sizes(value)))}]"
     if len(dims) != 4:
-        raise UserError(f"{where} is {said}; expected a batch of RGB images, [B, 3, H, W] or [B, H, W, 3]")
+        raise UserError(f"{where} is {shape}; expected a batch of RGB images, [B, 3, H, W] or [B, H, W, 3]")
     last = dims[1] != 3 and dims[3] == 3
     if not last and dims[1] not in (None, 3):
-        raise UserError(f"{where} is {said}; expected three channels, [B, 3, H, W] or [B, H, W, 3]")
+        raise UserError(f"{where} is {shape}; expected three channels, [B, 3, H, W] or [B, H, W, 3]")
     sides = {side for side in (dims[1:3] if last else dims[2:]) if side is not None}
     if len(sides) > 1:
-        raise UserError(f"{where} is {said}; only square images are given to teachers")
+        raise UserError(f"{where} is {shape}; teachers take only square images")
     return dims[0], next(iter(sides), None), last, precision
 
 
@@ -221,7 +216,7 @@ def given_tensors(path: str, tensors: Mapping[str, Sequence[str]], specs: Sequen
     for tap, names in tensors.items():
         if not TAPS[check_tap(tap)].graph:
             raise UserError(
-                f"{path}: {tap}: a ready graph gives no q, k and v: nothing tells whether they make the attention that "
+                f"{path}: {tap}: a ready graph gives no q, k and v: it is unknown whether they give the attention that "
                 "the network uses",
                 hint=f"Name its rows instead (after the softmax): {setting('tap_tensor', 'attention=TENSOR')}",
             )

@@ -141,8 +141,9 @@ def find_teacher(
         UserError: an unknown name, a weights file that is not there or has no weights under this key, a seed that is no
             number, a size, mean/std or argument that makes no sense.
     """
+    arguments = arguments or {}
     if is_onnx_file(name):
-        names = ",".join(arguments or {})
+        names = ",".join(arguments)
         for option, value in {"weights": weights, "weights_key": weights_key, "teacher_arg": names}.items():
             if value:
                 message = f"{name} is a ready graph, which holds its own weights and arguments"
@@ -150,44 +151,28 @@ def find_teacher(
         return _find_ready(name, input_size, mean, std, _checked_name(Path(name).stem, teacher_name))
     model, size = resolve(name)
     require_outside(model, prefix, tap_modules)
-    given_all = name in SHORT_NAMES and mean is not None and std is not None
-    if not given_all:
-        config = about_weights(model, name, {**sized(model, input_size), **(arguments or {})})
-        size = size or config.size
-        mean, std = mean or config.mean, std or config.std
+    if name not in SHORT_NAMES or mean is None or std is None:
+        config = about_weights(model, name, {**sized(model, input_size), **arguments})
+        size, mean, std = size or config.size, mean or config.mean, std or config.std
         if outside_timm(model):
-            side = size or input_size or (arguments or {}).get("img_size")
-            require_said(name, input_size=side, mean=mean, std=std)
-    assert mean is not None
-    assert std is not None
-    teacher_name = _checked_name(name, teacher_name)
-    file = chosen = None
-    if weights is not None and not is_random(weights):
-        file = WeightsFile(weights)
-        digest = file.digest
-        weights_key, chosen = taken.choose(file, weights_key, say)
-    else:
-        if weights_key is not None:
-            hint = f"Give one by {setting('weights', 'F')}"
-            raise UserError("there is no file of weights", setting=setting("weights_key", weights_key), hint=hint)
-        digest = _digest_without_file(model, arguments or {}, weights, say)
+            require_said(name, input_size=size or input_size or arguments.get("img_size"), mean=mean, std=std)
     _require_size(input_size)
     try:
-        json_record.canonical(arguments or {})
+        json_record.canonical(arguments)
     except (TypeError, ValueError) as error:
         message = f"{first_line(error)}; expected numbers, words, lists and mappings of these"
         raise UserError(message, setting=setting("teacher_arg", "NAME=VALUE")) from None
-    own = (arguments or {}).get("img_size", input_size)
+    own = arguments.get("img_size", input_size)
     if input_size not in (None, own):
         other = setting("teacher_arg", f"img_size={own}")
         raise UserError(f"{other} says something else", setting=setting("input_size", input_size))
     input_size = own if isinstance(own, int) else input_size
     teacher = Teacher(
-        name=teacher_name,
+        name=_checked_name(name, teacher_name),
         model=model,
-        arguments=arguments or {},
+        arguments=arguments,
         weights=weights,
-        digest=digest,
+        digest="",
         input_size=int(input_size or size or 224),
         mean=_three(mean, "mean"),
         std=_three(std, "std"),
@@ -195,22 +180,36 @@ def find_teacher(
         prefix=None if prefix is None else tuple(prefix),
         tap_modules=tuple(tap_modules),
     )
-    if is_recorded(model) and weights is None:
-        return replace(teacher, digest=_digest_as_built(teacher, say))
-    if file:
-        fitting = taken.fitting_arguments(lambda: _network(teacher), teacher.arguments, file, chosen, say)
-        return replace(teacher, arguments=fitting, classes=file.classes)  # read with the tensors
-    return replace(teacher, digest=untrained_digest(teacher)) if is_random(weights) else teacher
+    if weights is not None and not is_random(weights):
+        file = WeightsFile(weights)
+        teacher = replace(teacher, digest=file.digest)
+        key, chosen = taken.choose(file, weights_key, say)
+        fitting = taken.fitting_arguments(lambda: _network(teacher), arguments, file, chosen, say)
+        return replace(teacher, weights_key=key, arguments=fitting, classes=file.classes)  # read with the tensors
+    if weights_key is not None:
+        hint = f"Give one by {setting('weights', 'F')}"
+        raise UserError("there is no file of weights", setting=setting("weights_key", weights_key), hint=hint)
+    return replace(teacher, digest=_digest_without_file(teacher, say))
 
 
-def _digest_without_file(model: str, arguments: dict[str, Any], weights: str | None, say: Callable[[str], None]) -> str:
-    """The digest of what the hub gives now; empty of untrained weights, which depend on the input size, too."""
-    if weights is not None:
-        say(f"untrained weights of {model}, seed {random_seed(weights)}")
-        return ""
+def _digest_without_file(teacher: Teacher, say: Callable[[str], None]) -> str:
+    """Sha256 over all tensors of weights that are in no file: those of a seed, of a function, or of a hub now."""
+    model = teacher.model
+    if is_random(teacher.weights):
+        say(f"untrained weights of {model}, seed {random_seed(str(teacher.weights))}")
+        return untrained_digest(teacher)
     if is_recorded(model):
-        return ""
-    if "num_classes" in arguments:
+        digest = untrained_digest(teacher)
+        if digest != untrained_digest(teacher):
+            raise UserError(
+                f"teacher {teacher.name}: two calls of its function returned different weights, although torch was "
+                "seeded the same way",
+                hint=f"Give a file of weights: {setting('weights', 'F')}; or let the function load them, or draw them "
+                "by torch's own generator.",
+            )
+        say(f"weights of {teacher.name} as its function builds them")
+        return digest
+    if "num_classes" in teacher.arguments:
         raise UserError(
             "timm would give the hub's weights a new, random head",
             setting=setting("teacher_arg", "num_classes"),
@@ -218,21 +217,7 @@ def _digest_without_file(model: str, arguments: dict[str, Any], weights: str | N
         )
     hub = "" if ":" in model else " from torchvision" if model.startswith(TORCHVISION) else " from timm's hub"
     say(f"weights of {model}{hub}")
-    return _digest_of_hub(model, arguments)
-
-
-def _digest_as_built(teacher: Teacher, say: Callable[[str], None]) -> str:
-    """The digest of the weights that a function gives its network, which must be the same each time."""
-    first, second = (digest_of_state(_network(teacher).state_dict()) for _ in range(2))
-    if first != second:
-        raise UserError(
-            f"teacher {teacher.name}: two calls of its function returned different weights, although torch was seeded "
-            "the same way",
-            hint=f"Give a file of weights: {setting('weights', 'F')}; or let the function load them, or draw them by "
-            "torch's own generator.",
-        )
-    say(f"weights of {teacher.name} as its function builds them")
-    return first
+    return digest_of_state(_create(model, teacher.arguments, pretrained=True).state_dict())
 
 
 def sized(model: str, input_size: int | None) -> dict[str, Any]:
@@ -355,40 +340,34 @@ def about_weights(model: str, name: str, arguments: Mapping[str, Any] | None = N
     """
     import timm
 
-    from precompute.taps import config_of, config_of_own, create_timm_model, is_elsewhere, torchvision_config
+    from precompute.taps import config_of_own, create_timm_model, torchvision_config
+    from precompute.taps.timm_import import config_of, is_elsewhere
 
-    if outside_timm(model):
-        owner = f"teacher {name}"
-        if model.startswith(TORCHVISION):
-            about = torchvision_config(model, owner)
-        else:
-            about = config_of_own(create_timm_model(model, arguments or {}, owner=owner))
-        size = about.get("input_size")
-        return WeightsConfig(size[-1] if size else None, *(tuple(about.get(part) or ()) for part in ("mean", "std")))
-    if not is_elsewhere(model) and not timm.is_model(model):
+    config: Mapping[str, Any] | None
+    if model.startswith(TORCHVISION):
+        config = torchvision_config(model, f"teacher {name}")
+    elif outside_timm(model):
+        config = config_of_own(create_timm_model(model, arguments or {}, owner=f"teacher {name}"))
+    elif is_elsewhere(model) or timm.is_model(model):
+        try:
+            config = config_of(model)
+        except RuntimeError:  # the tag behind the dot
+            known = timm.list_pretrained(f"{model.partition('.')[0]}.*")
+            raise UserError(f"no weights are called {name!r}", hint=did_you_mean(name, known)) from None
+        config = {"mean": (0.5,), "std": (0.5,)} if config is None else config
+    else:
         close = difflib.get_close_matches(name, [*SHORT_NAMES, *timm.list_models()], cutoff=0.5)
         raise UserError(
             f"no teacher is called {name!r}",
             hint=f"{did_you_mean(name, close or SHORT_NAMES)} {call('teachers')} lists short names; every name of "
             "timm.list_models() can be used, too, and hf-hub:USER/NAME of timm's models on the Hugging Face Hub.",
         )
-    try:
-        config = config_of(model)
-    except RuntimeError:  # the tag behind the dot
-        known = timm.list_pretrained(f"{model.partition('.')[0]}.*")
-        raise UserError(f"no weights are called {name!r}", hint=did_you_mean(name, known)) from None
-    if config is None:
-        return WeightsConfig(None, (0.5,), (0.5,))
-    return WeightsConfig(config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]))
-
-
-def _digest_of_hub(model: str, arguments: dict[str, Any]) -> str:
-    """Sha256 over names, shapes and bytes of all tensors that timm's hub gives now."""
-    return digest_of_state(_create(model, arguments, pretrained=True).state_dict())
+    size = config.get("input_size")
+    return WeightsConfig(size[-1] if size else None, tuple(config.get("mean") or ()), tuple(config.get("std") or ()))
 
 
 def untrained_digest(teacher: Teacher) -> str:
-    """Sha256 over all tensors that the seed of an untrained teacher gives now."""
+    """Sha256 over all tensors that the seed of an untrained teacher, or its function, gives now."""
     return digest_of_state(_network(teacher).state_dict())
 
 
@@ -398,42 +377,26 @@ def load_teacher(teacher: Teacher) -> nn.Module:
     Raises:
         UserError: arguments that the model does not take, weights that do not fit it or are not weights.
     """
-    model = adapted(_network(teacher), teacher)
-    embed = getattr(model, "patch_embed", None)
-    patch = getattr(embed, "patch_size", None)
+    from precompute.taps import adapt
+
+    model, owner = _network(teacher), f"teacher {teacher.name}"
+    if outside_timm(teacher.model):
+        adapt(model, size=teacher.input_size, owner=owner, prefix=teacher.prefix, tap_modules=teacher.tap_modules)
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if isinstance(patch, tuple) and any(teacher.input_size % side for side in patch):
         nearest = patch[0] * max(1, round(teacher.input_size / patch[0]))
         raise UserError(
-            f"teacher {teacher.name}: an input of {teacher.input_size} pixels is not a multiple of its patches of "
-            f"{patch[0]}",
+            f"{owner}: an input of {teacher.input_size} pixels is not a multiple of its patches of {patch[0]}",
             hint=f"Give {setting('input_size', nearest)}",
         )
-    if is_random(teacher.weights):
-        digest = digest_of_state(model.state_dict())
-        taken.require_same_random(str(teacher.weights), digest, teacher.digest, f"teacher {teacher.name}")
-    elif is_recorded(teacher.model) and teacher.weights is None:
-        taken.require_same_built(digest_of_state(model.state_dict()), teacher.digest, f"teacher {teacher.name}")
+    if is_random(teacher.weights) or (is_recorded(teacher.model) and teacher.weights is None):
+        taken.require_same(teacher.weights, digest_of_state(model.state_dict()), teacher.digest, owner)
     elif teacher.weights is not None:
         try:
             load_weights(model, WeightsFile(teacher.weights), teacher.weights_key, EARLIER)
         except UserError as error:
-            raise UserError(f"teacher {teacher.name}: {error}") from None
+            raise UserError(f"{owner}: {error}") from None
     return model.eval().float().requires_grad_(False)
-
-
-def adapted(network: nn.Module, teacher: Teacher) -> nn.Module:
-    """A teacher's network with what timm's have; timm's own as it is."""
-    if not outside_timm(teacher.model):
-        return network
-    from precompute.taps import adapt
-
-    return adapt(
-        network,
-        size=teacher.input_size,
-        owner=f"teacher {teacher.name}",
-        prefix=teacher.prefix,
-        tap_modules=teacher.tap_modules,
-    )
 
 
 def _network(teacher: Teacher) -> nn.Module:
@@ -477,8 +440,8 @@ def anatomy(model: nn.Module, size: int) -> Anatomy:
     with contextlib.suppress(UserError):
         return parts.model_copy(update={"network": "cnn", "layers": len(cnn_stages(model))})
     with contextlib.suppress(UserError):
-        found = attention_layers(model, size)
-        heads = found.layers[0].heads
-        more = {"network": "vit", "layers": len(found.layers), "heads": heads, "prefix": found.prefix}
+        attention = attention_layers(model, size)
+        heads = attention.layers[0].heads
+        more = {"network": "vit", "layers": len(attention.layers), "heads": heads, "prefix": attention.prefix}
         return parts.model_copy(update=more)
     return parts

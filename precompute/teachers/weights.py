@@ -70,22 +70,22 @@ def fitting_arguments(
     return {**arguments, "num_classes": 0}
 
 
-def require_same_random(weights: str, digest: str, expected: str, owner: str) -> None:
-    """Refuse untrained weights that are others than those that were recorded. Raises UserError."""
-    if digest != expected:
-        raise UserError(
-            f"{owner}: {weights} gives other weights than those that were recorded (sha256 of the tensors "
-            f"{expected[:16]}, now {digest[:16]}): this version of timm or torch begins networks otherwise",
-            hint="Use the versions that the targets were made with, or precompute again under another "
-            f"{setting('teacher_name', 'NAME')}.",
-        )
+def require_same(weights: str | None, digest: str, expected: str, owner: str) -> None:
+    """Refuse weights that are in no file and differ from those that were recorded. Raises UserError.
 
-
-def require_same_built(digest: str, expected: str, owner: str) -> None:
-    """Refuse weights that a function gives its network and that are not those that were recorded. Raises UserError."""
-    if digest != expected:
-        raise UserError(
-            f"{owner}: its function gives other weights than those that were recorded (sha256 of the tensors "
-            f"{expected[:16]}, now {digest[:16]})",
-            hint=f"Give a file of weights: {setting('weights', 'F')}",
-        )
+    Args:
+        weights: `random:SEED`; None for those that a function gives its network.
+        digest: sha256 of the tensors now.
+        expected: the recorded one.
+        owner: opens the message.
+    """
+    if digest == expected:
+        return
+    source, reason = "its function", ""
+    hint = f"Give a file of weights: {setting('weights', 'F')}"
+    if weights is not None:
+        source, reason = weights, ": this version of timm or torch initializes networks differently"
+        hint = "Use the versions that the targets were made with, or precompute again under another "
+        hint += f"{setting('teacher_name', 'NAME')}."
+    message = f"{owner}: {source} gives other weights than those that were recorded (sha256 of the tensors "
+    raise UserError(f"{message}{expected[:16]}, now {digest[:16]}){reason}", hint=hint)

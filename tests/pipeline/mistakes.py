@@ -115,7 +115,7 @@ PREPARING = [
         "pack single new/x-000000.tar --val-fraction 0.1",
         ("--val-fraction 0.1: there is one sample alone", "Give more images"),
     ),
-    Mistake("init on one image", "init single --out new/p.yaml", ("single: one image alone", "takes two or more")),
+    Mistake("init on one image", "init single --out new/p.yaml", ("single: only one image", "needs two or more")),
     Mistake(
         "photos of a telephone",
         "pack heic new/x-000000.tar",

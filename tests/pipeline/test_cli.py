@@ -169,8 +169,8 @@ def test_workers_that_run_onnx_can_stay_free_of_torch():
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
-        (["precompue"], 2, "no command is called 'precompue'. Did you mean 'precompute'?"),
-        (["evaluate", "acuracy", "run"], 2, "no command is called 'acuracy'. Did you mean 'accuracy'?"),
+        (["precompue"], 2, "No such command 'precompue'. (Did you mean one of: 'precompute'"),
+        (["evaluate", "acuracy", "run"], 2, "No such command 'acuracy'. Did you mean 'accuracy'?"),
         (["evaluate", "run", "--protocol", "knn"], 2, "try: pipeline evaluate accuracy run …"),
         (
             ["evaluate", "--shards", "x.tar", "a run"],
@@ -232,7 +232,7 @@ def test_workers_that_run_onnx_can_stay_free_of_torch():
         ([*MAKE, "--teacher-arg", "x"], 1, "expected name=value"),
         (["pack", "nowhere", "out.tar"], 1, "nowhere: no such"),
         (["pack", "{data}", "{shard}"], 1, "already exists; shards are never overwritten"),
-        (["demo", "--out", "{data}"], 1, "there is something in this folder already"),
+        (["demo", "--out", "{data}"], 1, "this folder is not empty"),
     ],
 )
 def test_mistakes_end_with_one_clear_message(run, world, tmp_path, monkeypatch, words, status, message):
@@ -362,4 +362,4 @@ def test_a_clean_interrupt_says_that_work_stays(monkeypatch, run):
     monkeypatch.setattr("storage.store.store.Store.open", lambda place: place)
     ended = run("inspect", "--store", "x")
     assert ended.status == 130
-    assert "what was complete stays" in ended.err
+    assert "completed work is kept" in ended.err

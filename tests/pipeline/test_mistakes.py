@@ -116,7 +116,7 @@ def check(mistake: Mistake, place: Path, before: dict[str, tuple[int, int]], sta
     """That an end is as contract 13 says."""
     assert status == mistake.status, err
     assert "Traceback" not in err
-    assert "this should not happen" not in err
+    assert "internal error" not in err
     starts = {1: "error: ", 2: "Error: "}[status]
     (at,) = [number for number, line in enumerate(err.splitlines()) if line.startswith(starts)]
     first, *more = err.splitlines()[at:]

@@ -13,10 +13,9 @@ from pipeline.commands.evaluate.knn import knn
 from pipeline.commands.evaluate.linear_probe import linear_probe
 from pipeline.commands.evaluate.localize import localize
 from pipeline.commands.evaluate.similarity import similarity
-from pipeline.options import CommandGroup
 
 
-class _EvaluateGroup(CommandGroup):
+class _EvaluateGroup(click.Group):
     """A group that explains the missing command if a run or an option comes first."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

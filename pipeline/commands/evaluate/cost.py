@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 @click.command()
 @options.runs
-@click.option(
+@option(
     "--teacher",
+    "NAME",
+    "Also measure this teacher (short name or timm name); may be repeated.",
     "teachers",
     multiple=True,
-    metavar="NAME",
-    help="Also measure this teacher (short name or timm name); may be repeated.",
 )
 @option("--batch-size", None, "Images in a timed forward pass.", type=click.IntRange(1), default=32)
 @options.prints_report

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@options.run_or_teacher
-@options.labeled_shards
 @options.frozen_features
 @reads(shards="val", train_shards="shards", store="store")
 @options.prints_frozen_report

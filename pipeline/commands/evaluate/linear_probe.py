@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@options.run_or_teacher
-@options.labeled_shards
 @options.frozen_features
 @option("--lr", "R", "Learning rate.  [default: best on held-out]", type=POSITIVE)
 @reads(shards="val", train_shards="shards", store="store")

@@ -25,12 +25,10 @@ if TYPE_CHECKING:
     values=["official", "exact"],
     text="official: predicted boxes end one pixel late, as in the benchmark's code.",
 )
-@picture
+@picture()
 @reads(shards="val")
 @options.prints_report
-def localize(
-    paths: list[Path], *, shards: Words, convention: Convention, out: Path | None, device: str
-) -> options.Report:
+def localize(paths: list[Path], *, shards: Words, convention: Convention, device: str) -> options.Report:
     """Measure whether attention finds objects (MaxBoxAcc).
 
     A box is predicted from the attention of the class token and compared with the ground-truth boxes. The picture shows
@@ -41,4 +39,4 @@ def localize(
     """
     from pipeline.evaluation.localization import measure_localization
 
-    return measure_localization(paths[0], shards=shards, convention=convention, out=out, device=device)
+    return measure_localization(paths[0], shards=shards, convention=convention, device=device)

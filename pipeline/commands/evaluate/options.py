@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import click
-from click.core import ParameterSource
 
 from pipeline.console import show
 from pipeline.options import (
     PATH,
     TEACHER,
+    TEACHER_SETTINGS,
     checkpoint,
     common,
     device,
@@ -21,6 +20,7 @@ from pipeline.options import (
     shards,
     teacher_settings,
     together,
+    typed,
 )
 from pipeline.project import context
 from pipeline.run_paths import student_file
@@ -42,19 +42,23 @@ class Report(Protocol):
         """The result as lines to print."""
 
 
-_OF_STUDENTS = ("checkpoint", "ensemble", "projector_layers")  # options that say nothing of a teacher
-_SETTINGS = ("weights", "weights_key", "teacher_arg", "mean", "std", "input_size", "prefix", "tap_module")
-_OF_TEACHERS = (*_SETTINGS, "view_policy", "view_size", "live", "same_classes")
+@runtime_checkable
+class DrawnReport(Report, Protocol):
+    """The result of a command that takes `--out`."""
 
-run = click.argument("runs", metavar="RUN", type=PATH, callback=lambda _context, _param, value: (value,))
-# Of commands that measure teachers, too.
-run_or_teacher = click.argument(
-    "runs",
-    metavar="[RUN]",
-    required=False,
-    type=PATH,
-    callback=lambda _context, _param, value: () if value is None else (value,),
-)
+    def picture(self) -> Any:
+        """The result as a matplotlib figure."""
+
+
+_OF_STUDENTS = ("checkpoint", "ensemble", "projector_layers")  # options that say nothing of a teacher
+_OF_TEACHERS = (*TEACHER_SETTINGS, "view_policy", "view_size", "live")
+
+
+def _listed(_context: click.Context, _param: click.Parameter, path: Path | None) -> tuple[Path, ...]:
+    return () if path is None else (path,)
+
+
+run = click.argument("runs", metavar="RUN", type=PATH, callback=_listed)
 runs_or_teacher = click.argument("runs", metavar="[RUN...]", nargs=-1, type=PATH)
 teacher_options = together(
     option("--teacher", "NAME", "Measure a teacher instead: its name in the store, a short name or a timm name."),
@@ -64,81 +68,69 @@ teacher_options = together(
     click.option("--live", is_flag=True, help="Run the teacher even if the store has what it says."),
 )
 runs = click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=PATH)
-labeled_shards = shards("--shards", help="Labeled shards to evaluate on.", labels=True)
 
 
 def prints_report(measure: Callable[..., Report]) -> Callable[..., None]:
-    """Add `--checkpoint`, `--device`, `--json` and `--debug`; pass on the student files, and print the report."""
+    """Add `--checkpoint`, `--device`, `--json` and `--debug`; pass on the student files, print and draw the report."""
 
     @functools.wraps(measure)
-    def wrapped(*, runs: tuple[Path, ...], checkpoint: str, as_json: bool, **settings: Any) -> None:
+    def wrapped(
+        *, runs: tuple[Path, ...], checkpoint: str, as_json: bool, out: Path | None = None, **settings: Any
+    ) -> None:
         report = measure([student_file(run, checkpoint) for run in runs], **settings)
-        show(report.to_json(), report.lines(), as_json)
+        result, lines = report.to_json(), report.lines()
+        if out is not None and isinstance(report, DrawnReport):
+            from pipeline.plotting import save
+
+            save(report.picture(), out)
+            result, lines = {**result, "files": [str(out)]}, [*lines, f"written: {out}"]
+        show(result, lines, as_json)
 
     return together(checkpoint, device, common)(wrapped)
 
 
-def measures_teachers(command: Callable[..., None]) -> Callable[..., None]:
+def measures_teachers(command: Callable[..., None], *, store_of_students: bool = True) -> Callable[..., None]:
     """Pass on what `teacher_options` say as `teacher`, a TeacherQuery; None where a student is measured.
 
-    The command, from `prints_report`, is called with the store, too, where it takes one.
+    Args:
+        command: from `prints_report`; it is called with the store, too.
+        store_of_students: whether `--store` says something of students, too.
     """
-    takes_store = "store" in inspect.signature(command).parameters
 
     @functools.wraps(command)
-    def wrapped(*, runs: tuple[Path, ...], store: str | None, **flags: Any) -> None:
-        names = ("teacher", *_SETTINGS, "view_policy", "view_size", "live")
-        said = {name: flags.pop(name) for name in names}
-        if takes_store:
-            flags["store"] = store
-        command(runs=runs, teacher=_query(runs, store, takes_store=takes_store, **said), **flags)
+    def wrapped(*, runs: tuple[Path, ...], teacher: str | None, **flags: Any) -> None:
+        said = {name: flags.pop(name) for name in _OF_TEACHERS}
+        of_teachers = (*_OF_TEACHERS, "same_classes", *(() if store_of_students else ("store",)))
+        if teacher is None:
+            if not runs:
+                raise click.UsageError("Missing argument 'RUN': a student; or a teacher: --teacher NAME")
+            if flag := typed(of_teachers):
+                raise click.UsageError(f"{flag} is for teachers: add --teacher NAME")
+        elif runs:
+            raise click.UsageError(f"RUN ({runs[0]}) is a student, --teacher {teacher} a teacher; give one of them")
+        elif flag := typed(_OF_STUDENTS):
+            raise click.UsageError(f"{flag} is for students; leave it out with --teacher")
+        command(runs=runs, teacher=teacher and _query(teacher, flags["store"], said), **flags)
 
     return wrapped
 
 
-def _query(
-    runs: tuple[Path, ...],
-    store: str | None,
-    *,
-    takes_store: bool,
-    teacher: str | None,
-    view_policy: str | None,
-    view_size: int | None,
-    live: bool,
-    **flags: Any,
-) -> TeacherQuery | None:
-    """Which teacher is measured. Raises click.UsageError: a student is, too, or flags that are of the other."""
-    sources = click.get_current_context().get_parameter_source
-    if teacher is None:
-        if not runs:
-            raise click.UsageError("Missing argument 'RUN': a student; or a teacher: --teacher NAME")
-        of_teachers = _OF_TEACHERS if takes_store else (*_OF_TEACHERS, "store")
-        if name := next((name for name in of_teachers if sources(name) == ParameterSource.COMMANDLINE), None):
-            raise click.UsageError(f"{_flag(name)} is of a teacher: add --teacher NAME")
-        return None
-    if runs:
-        raise click.UsageError(f"RUN ({runs[0]}) is a student, --teacher {teacher} a teacher; give one of them")
-    if name := next((name for name in _OF_STUDENTS if sources(name) == ParameterSource.COMMANDLINE), None):
-        raise click.UsageError(f"{_flag(name)} is of students; leave it out with --teacher")
+def _query(teacher: str, store: str | None, flags: dict[str, Any]) -> TeacherQuery:
+    """Which teacher is measured, by the flags of `teacher_options`."""
     from pipeline.evaluation.teacher import TeacherQuery
+    from pipeline.project.schema import TeacherEntry
 
     project = context.current()
-    entry = project.content.teachers.get(teacher) if project else None
+    entry = (project.content.teachers if project else {}).get(teacher, TeacherEntry())
     return TeacherQuery(
         name=teacher,
-        model=entry.teacher or teacher if entry else teacher,
-        settings=teacher_settings(entry, **flags),
-        said=any(flags.values()),
+        model=entry.teacher or teacher,
+        settings=teacher_settings(entry, flags),
+        said=typed(TEACHER_SETTINGS) is not None,
         store=store,
-        store_may_be_missing=sources("store") != ParameterSource.COMMANDLINE,
-        view_policy=view_policy,
-        view_size=view_size,
-        live=live,
+        store_may_be_missing=typed(["store"]) is None,
+        **{name: flags[name] for name in ("view_policy", "view_size", "live")},
     )
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def fraction(text: str) -> float:
@@ -153,8 +145,10 @@ def fraction(text: str) -> float:
     return value
 
 
-# Of k-NN and linear probes: training samples, the labeled fraction, the features to read; and teachers.
+# Of k-NN and linear probes: a student, samples, the labeled fraction, the features to read; and teachers.
 frozen_features = together(
+    click.argument("runs", metavar="[RUN]", required=False, type=PATH, callback=_listed),
+    shards("--shards", help="Labeled shards to evaluate on.", labels=True),
     shards("--train-shards", help="Labeled training shards.", labels=True),
     option(
         "--label-fraction",
@@ -163,12 +157,12 @@ frozen_features = together(
         type=fraction,
         default="100%",
     ),
-    click.option(
+    option(
         "--list",
+        "FILE",
+        "Write the selected training samples to a CSV with shard, key and label.",
         "listing",
         type=PATH,
-        metavar="FILE",
-        help="Write the selected training samples to a CSV with shard, key and label.",
     ),
     option(
         "--projector-layers",
@@ -187,10 +181,10 @@ def prints_frozen_report(measure: Callable[..., Report]) -> Callable[..., None]:
     """Print the report of `measure`, which gets a student file or a TeacherQuery, a FrozenConfig, and the rest."""
 
     @functools.wraps(measure)
-    def wrapped(paths: list[Path], *, teacher: TeacherQuery | None, **settings: Any) -> Report:
+    def wrapped(paths: list[Path], *, teacher: TeacherQuery | None, store: str | None, **settings: Any) -> Report:  # noqa: ARG001 - the teacher has it
         from pipeline.evaluation.frozen import FrozenConfig
 
         config = FrozenConfig(**{field.name: settings.pop(field.name) for field in fields(FrozenConfig)})
         return measure(paths[0] if teacher is None else teacher, config, **settings)
 
-    return measures_teachers(prints_report(wrapped))
+    return measures_teachers(prints_report(wrapped), store_of_students=False)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.commands.evaluate import options
-from pipeline.options import choice, picture, shards, store
+from pipeline.options import choice, option, picture, shards, store
 from pipeline.project.context import reads
 
 if TYPE_CHECKING:
@@ -19,15 +19,13 @@ if TYPE_CHECKING:
 @shards("--shards", help="Shards to compare on; labels are not read.")
 @store
 @click.option("--teacher", metavar="NAME", help="The teacher to compare with, if the store has several.")
-@click.option(
-    "--target", "targets", multiple=True, metavar="ID", help="Stored attention or tokens to compare with; repeatable."
-)
+@option("--target", "ID", "Stored attention or tokens to compare with; repeatable.", "targets", multiple=True)
 @choice(
     "--tokens",
     values=["all", "class", "mean"],
     text="Tokens to compare: all, the class token, or the mean of the patches.",
 )
-@picture
+@picture()
 @reads(shards="val", store="store")
 @options.prints_report
 def similarity(paths: list[Path], **settings: Any) -> options.Report:

@@ -79,7 +79,7 @@ def test_printed_keeps_every_link_and_it_is_said(trained, capsys):
     assert "keeps 360 of 360 links, 100.0 %\n  printed puts a weight of 0 near the middle of 0 to 1" in out
     assert "--set" not in out
     _, out, _ = call(capsys, "aal-links", trained, "--threshold", 0.99)
-    assert "keeps 0 of 360 links, 0.0 %\n  that is none" in out
+    assert "keeps 0 of 360 links, 0.0 %\n  no link is kept" in out
 
 
 def test_links_of_a_smoke_run_are_called_so(world, tmp_path, capsys):
@@ -100,7 +100,7 @@ def test_the_picture_is_one_and_never_writes_over_something_else(trained, tmp_pa
     (tmp_path / "notes.png").write_text("mine")
     code, _, err = call(capsys, "aal-links", trained, "--out", tmp_path / "notes.png")
     assert (code, (tmp_path / "notes.png").read_text()) == (1, "mine")
-    assert "no picture" in err
+    assert "not a picture" in err
 
 
 @pytest.mark.parametrize(

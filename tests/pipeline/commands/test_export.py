@@ -94,7 +94,7 @@ def test_the_card_of_a_smoke_run_claims_nothing(world, tmp_path) -> None:
 
 def test_what_cannot_be_exported_is_named(world, taught, tmp_path) -> None:
     (tmp_path / "s.onnx").write_bytes(b"mine")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         export(taught / "last.safetensors", world.shards, tmp_path / "s.onnx")
     one = synthetic_shards(tmp_path / "one", shards=1, samples=1)
     with pytest.raises(UserError, match="one image is too few"):

@@ -420,7 +420,7 @@ def test_a_student_of_one_s_own_is_resumed_predicts_and_is_exported(
 
     with monkeypatch.context() as patch:
         patch.setattr(training.Trainer, "_end_of_epoch", cut)
-        assert "error: this should not happen: Cut" in run(capsys, *words, "--out", "run", fails=True)
+        assert "error: internal error: Cut" in run(capsys, *words, "--out", "run", fails=True)
     Path("code").mkdir()
     shutil.move("mine.py", "code/mine.py")
     forget()

@@ -283,10 +283,10 @@ def test_errors_name_what_is_wrong(world, capsys, tmp_path) -> None:
     text = said("--shards", other, "--sample", KEY, *png)
     assert "shard: the store " in text
     (tmp_path / "mine.png").write_text("words")
-    assert "no picture" in said(*shards, "--sample", KEY, "--out", tmp_path / "mine.png")
+    assert "not a picture" in said(*shards, "--sample", KEY, "--out", tmp_path / "mine.png")
     assert (tmp_path / "mine.png").read_text() == "words"
     assert "ends in .png" in said(*shards, "--sample", KEY, "--out", tmp_path / "s.gif")
-    assert "there is no folder" in said(*shards, "--sample", KEY, "--out", tmp_path / "no" / "s.png")
+    assert "does not exist; create it first" in said(*shards, "--sample", KEY, "--out", tmp_path / "no" / "s.png")
     assert not (tmp_path / "s.png").exists()
 
 

@@ -309,6 +309,6 @@ def test_what_is_no_data_set_is_refused(tmp_path, photos) -> None:
     with pytest.raises(UserError, match=r"leave none for validation; cut some off: pipeline pack"):
         look(tmp_path / "one", tmp_path, NoProgress())
     (tmp_path / "p.yaml").write_text("mine")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         init(photos, tmp_path / "p.yaml", NoProgress())
     assert (tmp_path / "p.yaml").read_text() == "mine"

@@ -202,7 +202,7 @@ def test_a_flag_for_one_teacher_needs_its_name_where_there_are_several(place, ru
     for words in (["--weights", "w"], ["--target", "logits"], ["--teacher-name", "x"], ["--teacher-arg", "a=1"]):
         status, _, err = run("precompute", *words)
         assert status == 1
-        assert f"{words[0]} is for one teacher, pipeline.yaml has cnn, vit: say --teacher NAME" in err
+        assert f"{words[0]} is for one teacher, pipeline.yaml has cnn, vit: give --teacher NAME" in err
     assert "no teacher is called 'vitt'" in run("precompute", "--teacher", "vitt")[2]
 
 
@@ -365,8 +365,8 @@ BAD = {
     "1: 2": "1: ",
     "- a": "expected a mapping with shards, val, store",
     "word": "expected a mapping with shards",
-    "store: S\nstore: T": "line 2, column 1: the key 'store' is there twice",
-    "teachers: {a: {}, a: {}}": "the key 'a' is there twice",
+    "store: S\nstore: T": "line 2, column 1: the key 'store' appears twice",
+    "teachers: {a: {}, a: {}}": "the key 'a' appears twice",
     "store: !!python/object/apply:os.system ['echo hacked']": "not plain YAML",
     "store: !!int ''": "not plain YAML",
     "store: 2001-99-99": "not plain YAML",
@@ -435,7 +435,7 @@ def test_weights_that_are_still_to_be_made_are_left_out(place, run, monkeypatch,
     assert status == 0, err
     assert list(json.loads(out)["teachers"]) == ["vit"]
     gone, advice = Path("ours.safetensors"), "`pipeline fit-teacher --teacher NAME --out FILE` makes one"
-    assert f"ours is left out: {gone} is not there yet; {advice}" in err
+    assert f"ours is skipped: {gone} does not exist yet; {advice}" in err
     status, _, err = run(*words, "--teacher", "ours")
     assert status == 1
     unread = f"error: fresh.yaml: teachers.ours: --weights {gone}: cannot be read: "

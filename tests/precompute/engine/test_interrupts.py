@@ -38,7 +38,7 @@ def test_contract_13_an_interrupt_ends_a_run_with_one_message_and_nothing_left_o
         assert process.returncode == 128 + number, said
         assert "Traceback" not in said
         assert said.count("error: ") == 1
-        assert said.splitlines()[-1].startswith("error: interrupted; what was complete stays"), said
+        assert said.splitlines()[-1].startswith("error: interrupted; completed work is kept"), said
         until(lambda: not processes_of(process.pid), "a child process was left")
     finally:
         end(process)

@@ -189,7 +189,7 @@ def test_an_address_without_a_scheduler_is_a_clear_error_as_soon_as_dask_gives_u
     assert ended.value.code == 1
     err = capsys.readouterr().err
     line, hint = [line for line in err.splitlines() if not line.startswith("store ")]
-    assert line.startswith(f"error: --dask {address}: no scheduler answers there ("), err
+    assert line.startswith(f"error: --dask {address}: no scheduler answers at this address ("), err
     assert why in line
     assert hint.startswith("  Start one with `dask scheduler`")
 

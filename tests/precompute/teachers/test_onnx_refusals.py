@@ -74,7 +74,7 @@ def test_graphs_that_cannot_teach_are_refused(tmp_path: Path, about: dict[str, A
         ({"kind": TensorProto.STRING}, "its input x is string"),
         ({"shape": ("N", 3, 16)}, r"its input x is \[N, 3, 16\]; expected a batch of RGB images"),
         ({"shape": ("N", 5, 16, 16)}, r"its input x is \[N, 5, 16, 16\]; expected three channels"),
-        ({"shape": ("N", 3, 16, 24)}, r"is \[N, 3, 16, 24\]; only square images"),
+        ({"shape": ("N", 3, 16, 24)}, r"is \[N, 3, 16, 24\]; teachers take only square images"),
         ({"shape": ("N", 3, 4, 4)}, r"`input_size=4`: expected 8 to 4096"),
         ({"shape": ("N", 3, "H", "W")}, r"it takes images of any size\n  Give the size .*: `input_size=N`"),
     ],
@@ -90,7 +90,7 @@ def test_files_that_are_no_graphs_are_refused(tmp_path: Path, content: bytes | N
     path = tmp_path / "g.onnx"
     whole = small(path).read_bytes()
     path.write_bytes(whole[: len(whole) // 2] if content is None else content)
-    with pytest.raises(UserError, match=r"g\.onnx: .*is no ONNX file"):
+    with pytest.raises(UserError, match=r"g\.onnx: .*is not an ONNX file"):
         teachers.find_teacher(str(path), **HALF)
 
 

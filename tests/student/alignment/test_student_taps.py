@@ -91,7 +91,7 @@ def test_heads_of_vectors_are_never_merged() -> None:
 
 
 def test_a_network_without_tokens_is_refused() -> None:
-    with pytest.raises(UserError, match="no plain ViT, whose blocks keep one token for each patch"):
+    with pytest.raises(UserError, match="not a plain ViT, whose blocks keep one token for each patch"):
         StudentTaps(timm.create_model("resnet18"), frozenset({"tokens"}))
 
 

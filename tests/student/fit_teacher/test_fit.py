@@ -264,11 +264,11 @@ def test_the_same_command_gives_the_same_bytes_and_the_next_one_runs(made, tmp_p
 
 def test_any_argument_is_said_in_the_next_command_as_it_is_read_back():
     from pipeline.commands.fit_teacher import name_of
-    from pipeline.options import _arguments
+    from pipeline.options import arguments_in
     from student.targets.hints import argument
 
     values = {"a": "same", "b": 1e-05, "c": [8, 12], "d": True, "e": None, "f": "1", "g": {"x": 0.5}, "h": "a b" * 90}
-    assert _arguments(tuple(f"{name}={argument(value)}" for name, value in values.items())) == values
+    assert arguments_in(tuple(f"{name}={argument(value)}" for name, value in values.items())) == values
     assert (name_of("a/b c.safetensors"), name_of("views.safetensors")) == ("b_c", "fitted_views")
 
 

@@ -230,5 +230,5 @@ def test_a_network_of_torchvision_without_a_classifier_gives_its_embedding(name:
 
 
 def test_torchvision_s_networks_without_a_linear_layer_are_refused() -> None:
-    with pytest.raises(UserError, match="no linear layer ends it, so its classifier cannot be left out"):
+    with pytest.raises(UserError, match="it does not end in a linear layer, so its classifier cannot be removed"):
         build_student(StudentConfig(model="torchvision/squeezenet1_1", img_size=SIZE), 0)

@@ -202,5 +202,5 @@ def test_the_command_needs_no_validation_shards(bare, tmp_path, capsys) -> None:
         main([*words, "--smoke"])
     said = capsys.readouterr()
     assert ended.value.code == 0, said.err
-    assert "no score was taken" in said.out
+    assert "not scored" in said.out
     assert "a smoke run: 3 step(s)\n" in said.err
