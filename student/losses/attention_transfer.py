@@ -106,7 +106,7 @@ class AttentionTransferLoss(Loss[AttentionTransferConfig]):
             student_logs = self.rows.student_logs(taps.attention)
             return distillation(student_logs, self.rows.teacher_rows(inputs.targets), self.config.reduce_heads)
         parts = [
-            squares(self.vectors.student_vectors(getattr(taps, tap)), self.vectors.teacher_vectors(target))
+            squares(self.vectors.student_vectors(taps.vectors(tap)), self.vectors.teacher_vectors(target))
             for tap, target in zip(tensors, inputs.targets, strict=True)
         ]
         return torch.stack(parts).sum()
