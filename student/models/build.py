@@ -5,53 +5,25 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
-from typing import Annotated, Any, Self, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import timm
 import torch
-from pydantic import Field, field_validator, model_validator
-from torch import nn
 
 from precompute.taps import FACTORY_ARGUMENTS, constructor_arguments, create_timm_model, takes, takes_image_size
 from storage.constants import SHORT_NAMES
 from storage.errors import UserError, did_you_mean, setting
-from storage.objects.network_names import outside_timm, runs_nothing
-from storage.objects.record_schema import Schema, Several, Three
+from storage.objects.network_names import outside_timm
 from storage.objects.state_dict import ONNX_FILE
-from storage.store.manifests import TeacherIdentity
-from storage.views.policy import policy
-from student.models.attention_copy_hooks import AttentionCopyRecord
 from student.models.fixed_positions import SINCOS, fix_positions
 from student.models.outside_timm import build_outside_timm, create_outside_timm, names_outside_timm, recorded_name
 from student.models.shifted_patch import shift_patches
 from student.settings import DROP_RATES, SIZES, WITH_CLASS, StudentConfig
 
+if TYPE_CHECKING:
+    from torch import nn
 
-class DescriptionRecord(Schema):
-    """What a student's file says: see `Description`."""
-
-    model: str
-    arguments: dict[str, Any]
-    img_size: Annotated[int, Field(ge=1, le=4096)]
-    mean: Three
-    std: Three
-    classes: Several[str] | None
-    evaluation: str
-    shifted_patches: bool
-    attention_copy: AttentionCopyRecord | None
-
-    @field_validator("model")
-    @classmethod
-    def _runs_nothing(cls, model: str) -> str:
-        return runs_nothing(model)
-
-    @model_validator(mode="after")
-    def _evaluation(self) -> Self:
-        try:
-            policy(self.evaluation, self.img_size)
-        except UserError as error:
-            raise ValueError(f"evaluation: expected a view policy, found {error.message}") from None
-        return self
+    from storage.store.manifests import TeacherIdentity
 
 
 def architecture(settings: StudentConfig, teacher: TeacherIdentity | None) -> StudentConfig:
@@ -175,7 +147,7 @@ def not_taken(model: str, settings: dict[str, Any]) -> list[str]:
 
 def _on_meta(model: str, arguments: dict[str, Any]) -> nn.Module:
     with torch.device("meta"):
-        return cast(nn.Module, timm.create_model(model, pretrained=False, **arguments))
+        return cast("nn.Module", timm.create_model(model, pretrained=False, **arguments))
 
 
 def _known(model: str, arguments: dict[str, Any]) -> set[str]:

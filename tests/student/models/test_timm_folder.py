@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -193,7 +192,8 @@ def test_a_run_takes_the_place_of_a_smoke_run_with_all_that_it_left(world, tmp_p
 def test_what_timm_alone_cannot_build_is_told_by_its_description(taught) -> None:
     _, about = load_student(taught / "last.safetensors")
     assert about.plain_timm
-    assert not replace(about, shifted_patches=True).plain_timm
+    assert not about.model_copy(update={"shifted_patches": True}).plain_timm
     copies = {"layers": [1], "heads": 1, "settings": {"tensors": "map"}, "store": "s", "teacher": "t", "permute": None}
     copies |= {"targets": ["id"], "graphs": [["0" * 64, 0]]}
-    assert not replace(about, attention_copy=AttentionCopyRecord.model_validate(copies)).plain_timm
+    record = AttentionCopyRecord.model_validate(copies)
+    assert not about.model_copy(update={"attention_copy": record}).plain_timm
