@@ -86,7 +86,7 @@ class AttentionTransferLoss(Loss[AttentionTransferConfig]):
             self.row = self.rows.row
         else:
             self.vectors = TokenAligner(name, config, student, targets)
-            self.vectors.require_width(f"Compare maps: {setting(f'{settings_path(name)}.tensors', 'map')}")
+            self.vectors.require_widths(f"Compare maps: {setting(f'{settings_path(name)}.tensors', 'map')}")
             self.row = self.vectors.row
 
     @classmethod
