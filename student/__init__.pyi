@@ -1,3 +1,4 @@
+from precompute.taps import allow_network as allow_network
 from student.data.batch import Batch as Batch
 from student.data.stream import Stream as Stream
 from student.evaluation.accuracy import Score as Score
@@ -6,7 +7,6 @@ from student.models.build import build_student as build_student
 from student.models.files import StudentDescription as StudentDescription
 from student.models.files import load_student as load_student
 from student.models.files import save_student as save_student
-from student.models.outside_timm import allow_network as allow_network
 from student.recipe.schema import Recipe as Recipe
 from student.settings import StudentConfig as StudentConfig
 from student.training.setup import TrainConfig as TrainConfig

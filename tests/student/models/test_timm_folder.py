@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from precompute.taps import image_size
 from storage.rng import generator
 from storage.shards.shard import open_shards
 from storage.testing import synthetic_image
@@ -22,7 +23,7 @@ from storage.views.render import render
 from storage.views.view import View
 from student.evaluation.batches import evaluation_batches
 from student.models.attention_copy_hooks import AttentionCopyRecord
-from student.models.build import build_student, input_size
+from student.models.build import build_student
 from student.models.files import StudentDescription, load_student, save_student
 from student.models.timm_folder import link_for_timm
 from student.settings import StudentConfig
@@ -132,7 +133,7 @@ def test_so_does_every_other_network_that_timm_builds(tmp_path, kind) -> None:
     chosen = StudentConfig(**settings)
     torch.manual_seed(0)
     model, arguments = build_student(chosen, classes)
-    side = input_size(model, chosen)
+    side = chosen.img_size or image_size(model)
     names = tuple(f"class {n}" for n in range(classes)) or None
     about = StudentDescription(
         model=chosen.model,
