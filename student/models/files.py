@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -49,7 +49,7 @@ class StudentDescription(Schema):
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str
+    model: Annotated[str, AfterValidator(runs_nothing)]
     arguments: dict[str, Any]
     img_size: Annotated[int, Field(ge=1, le=4096)]
     mean: Three
@@ -58,11 +58,6 @@ class StudentDescription(Schema):
     evaluation: str
     shifted_patches: bool = False
     attention_copy: AttentionCopyRecord | None = None
-
-    @field_validator("model")
-    @classmethod
-    def _runs_nothing(cls, model: str) -> str:
-        return runs_nothing(model)
 
     @model_validator(mode="after")
     def _evaluation(self) -> Self:
@@ -102,11 +97,9 @@ def save_student(path: Path, model: nn.Module, description: StudentDescription) 
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     if hooks := attention_copy_hooks(model):
         state |= {f"{COPIED}{part}": tensor.detach().cpu().contiguous() for part, tensor in hooks.fixed.items()}
-    metadata = {"format": "pt", "model": description.model}
-    metadata |= {name: json.dumps(getattr(description, name)) for name in _AS_JSON}
-    metadata["evaluation"] = description.evaluation
-    if description.shifted_patches:
-        metadata["shifted_patches"] = "true"
+    fields = description.model_dump(exclude_defaults=True, exclude={"attention_copy"})
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
+    metadata = {"format": "pt", **texts}
     if description.attention_copy:
         metadata["copying"] = json.dumps(description.attention_copy.plain())
     with atomic_write(path) as temporary:
