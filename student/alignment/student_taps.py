@@ -172,7 +172,7 @@ def embedding_width(model: nn.Module, size: int) -> int:
     finally:
         taps.remove()
     if len(shape) != 1:
-        raise UserError(f"{type(model).__name__}: its embedding is of the shape {list(shape)}, no vector")
+        raise UserError(f"{type(model).__name__}: its embedding is of the shape {list(shape)}, not a vector")
     return shape[0]
 
 
