@@ -113,7 +113,8 @@ def part_of(plan: PrecomputePlan, graph: str, shard: PlannedShard, samples: int,
     assert shard.opened is not None
     index, stop = shard.opened.index, min(samples, shard.samples)
     keys, labels = index.keys[:stop], index.labels[:stop]
-    summary = replace(index.summary, id=f"{stem_of(shard.url)}-{name}", samples=stop, labelled=None not in labels)
+    id = f"{stem_of(shard.url)}-{name}"
+    summary = index.summary.model_copy(update={"id": id, "samples": stop, "labelled": None not in labels})
     part = ShardIndex(summary, keys, index.digests[:stop], labels, index.starts[: stop + 1])
     retry_io(lambda: plan.store.add_index(part, shard.url))
     opened = Shard(shard.url, part, functools.partial(plan.store.index, part.id))

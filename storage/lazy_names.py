@@ -1,27 +1,32 @@
-"""The public names of a package, imported when they are first used (PEP 562): importing the package loads nothing."""
+"""The public names of a package, imported when they are first used (PEP 562): importing the package loads nothing.
+
+They stand once, in `__init__.pyi`, where type checkers read them too.
+"""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable
 
 DISTRIBUTION = "teacher-store"
 
 
-def lazy_names(
-    package: str, modules: Mapping[str, Sequence[str]]
-) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """The module functions `__getattr__` and `__dir__` of a package; `__version__` is always among its names.
+def lazy_names(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """What a package has as `__getattr__`, `__dir__` and `__all__`; `__version__` is among its attributes.
 
     Args:
         package: `__name__` of the package.
-        modules: module -> the public names that it defines.
+        file: `__file__` of the package; its public names are what `__init__.pyi` beside it imports.
     """
-    home = {name: module for module, names in modules.items() for name in names}
+    stub = ast.parse(Path(file).with_name("__init__.pyi").read_text(encoding="utf-8"))
+    imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    home = {alias.name: str(node.module) for node in imports for alias in node.names}
 
     def get_attribute(name: str) -> Any:
         if name == "__version__":
@@ -38,4 +43,4 @@ def lazy_names(
     def directory() -> list[str]:
         return sorted({*vars(sys.modules[package]), *home, "__version__"})
 
-    return get_attribute, directory
+    return get_attribute, directory, sorted(home)

@@ -54,7 +54,7 @@ def process_group(device: str) -> Iterator[torch.device]:
         local = int(os.environ.get("LOCAL_RANK", 0)) if where.index is None else where.index
         if local >= torch.cuda.device_count():
             raise UserError(
-                f"rank {os.environ['RANK']}: there are {torch.cuda.device_count()} CUDA device(s) here",
+                f"rank {os.environ['RANK']}: there are {torch.cuda.device_count()} CUDA device(s) on this machine",
                 hint="Start no more processes on each node than that (torchrun's option nproc-per-node).",
             )
         where = torch.device("cuda", local)
@@ -71,7 +71,7 @@ def process_group(device: str) -> Iterator[torch.device]:
             raise SystemExit(1) from None
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
             raise UserError(
-                f"rank {dist.get_rank()}: another rank ended without a word (killed, or out of memory?)",
+                f"rank {dist.get_rank()}: another rank ended without an error message (killed, or out of memory?)",
                 hint=f"Run the same command again with {setting('resume', True)} to resume from the last checkpoint.",
             ) from None
         raise
@@ -99,8 +99,7 @@ def all_reduce_mean(numbers: dict[str, float], device: torch.device) -> dict[str
     """The mean of each number over all ranks; every rank has the same names."""
     if world_size() == 1 or not numbers:
         return numbers
-    kind = torch.float64 if device.type != "mps" else torch.float32
-    values = all_reduce_sum(torch.tensor(list(numbers.values()), dtype=kind, device=device)) / world_size()
+    values = all_reduce_sum(torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)) / world_size()
     return dict(zip(numbers, values.tolist(), strict=True))
 
 
@@ -155,8 +154,8 @@ def pick_device(name: str) -> torch.device:
         raise UserError("expected auto, cpu, cuda or cuda:N", setting=setting("device", name))
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     if (device.index or 0) >= count:
-        seen = f"{count} CUDA device(s), counted from 0" if count else "no CUDA device; use cpu or auto"
-        raise UserError(f"this torch sees {seen}", setting=setting("device", name))
+        devices = f"{count} CUDA device(s), counted from 0" if count else "no CUDA device; use cpu or auto"
+        raise UserError(f"this torch sees {devices}", setting=setting("device", name))
     return device
 
 

@@ -76,14 +76,14 @@ def require_free(out: Path) -> None:
     if names and not is_smoke(out):
         if not {"args.yaml", CHECKPOINT, RESULT} & {*names}:
             hint = f"Give a new folder: {setting('out', 'RUN')}"
-            raise UserError(f"{out}: there is something else in this folder ({names[0]}, …)", hint=hint)
+            raise UserError(f"{out}: this folder has other files ({names[0]}, …)", hint=hint)
         hint = f"For another run, give a new folder: {setting('out', 'RUN')}"
         if CHECKPOINT in names or never_kept(out):
             hint = f"To resume it, add {setting('resume', True)}\n  {hint}"
-        raise UserError(f"{out}: there is a run in this folder already", hint=hint)
+        raise UserError(f"{out}: this folder already has a run", hint=hint)
     for name in names:
         if name not in _LEFT:
-            text = f"beside a smoke run, which may be overwritten, there is {name}; give a new folder"
+            text = f"a smoke run may be overwritten, but this folder also has {name}; give a new folder"
             raise UserError(f"{out}: {text}")
 
 

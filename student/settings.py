@@ -167,7 +167,7 @@ def require_maps(tensors: AttentionTensors, **wished: bool) -> None:
     """ValueError where something is wished of maps and there are none."""
     for name, value in wished.items():
         if value and tensors != "map":
-            raise ValueError(f"{name} is of maps, and with tensors={tensors} there are none")
+            raise ValueError(f"{name} applies to maps, and tensors={tensors} reads none")
 
 
 class LinksConfig(ConfigModel):
@@ -284,28 +284,24 @@ class StudentConfig(ConfigModel):
         return {**data, "model": like}
 
     @model_validator(mode="after")
-    def _one_place(self) -> StudentConfig:
+    def _consistent(self) -> StudentConfig:
         for name in self.args:
             if name in type(self).model_fields:
                 own = setting(f"student.{name}", self.args[name])
                 raise ValueError(f"args.{name}: this has a setting of its own: {own}")
+        if self.pretrained and self.weights:
+            no_hub = setting("student.pretrained", "false")
+            raise ValueError(f"pretrained and weights are both given; choose one: {no_hub}")
+        if self.init != ("*",) and not (self.pretrained or self.weights):
+            raise ValueError("init selects from given weights: set pretrained=true or weights=FILE")
+        if self.weights_key is not None and not self.weights:
+            raise ValueError("weights_key selects from a file of weights: set weights=FILE")
         return self
 
     @property
     def sizes(self) -> dict[str, Any]:
         """The settings that are arguments of the network, as far as they are given."""
         return self.model_dump(include=SIZES | DROP_RATES, exclude_none=True)
-
-    @model_validator(mode="after")
-    def _one_source(self) -> StudentConfig:
-        if self.pretrained and self.weights:
-            no_hub = setting("student.pretrained", "false")
-            raise ValueError(f"pretrained and weights are both given; choose one: {no_hub}")
-        if self.init != ("*",) and not (self.pretrained or self.weights):
-            raise ValueError("init chooses among given weights: say pretrained=true or weights=FILE")
-        if self.weights_key is not None and not self.weights:
-            raise ValueError("weights_key chooses in a file of weights: say weights=FILE")
-        return self
 
 
 class BankChoice(ConfigModel):

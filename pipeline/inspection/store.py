@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from storage.objects.json_record import Record
-    from storage.shards.index import ShardSummary
+    from storage.objects.record_schema import SummaryRecord
     from storage.store.codecs import CodecError
     from storage.store.manifests import BankManifest, TargetManifest, TeacherManifest
     from storage.store.markers import Task
@@ -38,7 +38,7 @@ class Contents:
     """What is in a store: manifests by id, and what is complete of each bank and target."""
 
     store: str
-    shards: dict[str, ShardSummary]
+    shards: dict[str, SummaryRecord]
     teachers: dict[str, TeacherManifest]
     banks: dict[str, BankManifest]
     targets: dict[str, TargetManifest]

@@ -10,7 +10,7 @@ import functools
 import itertools
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import KW_ONLY, asdict, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -240,7 +240,7 @@ class ShardPass:
 
     def _mark(self) -> None:
         """The bank's marker first: a target's marker names the digest of its views."""
-        summary = asdict(self.shard.summary)
+        summary = self.shard.summary.plain()
         for view, attempt in self.fresh.items():
             marker = attempt.commit({"summary": summary, "invalid": sorted(self.invalid), "renderer": renderer()})
             if marker.record.attempt != attempt.name:

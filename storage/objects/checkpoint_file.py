@@ -107,8 +107,8 @@ def _part(content: Any, prefix: str) -> Mapping[str, Tensor] | None:
 
     prefix = f"{prefix.rstrip('.')}."
     for state in (content, clean_state_dict(content)) if _is_state(content) else ():
-        if found := {n.removeprefix(prefix): tensor for n, tensor in state.items() if n.startswith(prefix)}:
-            return found
+        if part := {n.removeprefix(prefix): tensor for n, tensor in state.items() if n.startswith(prefix)}:
+            return part
     return None
 
 

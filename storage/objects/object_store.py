@@ -12,48 +12,13 @@ import shutil
 import threading
 import uuid
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from storage.errors import DamageError, UserError, display_path
 from storage.objects.litter import is_litter
 from storage.objects.urls import filesystem_of, is_remote, lacks_ranges, networked, require_ranges
 
 COPY_AGAIN = "Copy or create the file again."
-
-
-class ObjectStore(Protocol):
-    """What a store needs of the place it lies in."""
-
-    @property
-    def url(self) -> str:
-        """What the place is called from here."""
-
-    def get(self, key: str) -> bytes:
-        """The bytes of an object; FileNotFoundError where there is none."""
-
-    def file(self, key: str) -> Path | None:
-        """The file of an object; None where there is none, or the place is no folder of this machine."""
-
-    def size(self, key: str) -> int:
-        """The length of an object in bytes; FileNotFoundError where there is none."""
-
-    def put(self, key: str, data: bytes) -> None:
-        """Write an object whole, over what may be there."""
-
-    def create(self, key: str, data: bytes) -> bool:
-        """Write an object whole unless there is one; whether it was written. What was put before is durable first."""
-
-    def names(self, folder: str) -> list[str]:
-        """The sorted names directly inside a folder; none where there is no such folder."""
-
-    def walk(self, folder: str) -> list[str]:
-        """The sorted keys of all objects below a folder."""
-
-    def remove(self, key: str) -> None:
-        """Remove an object or a folder with all that is in it."""
-
-    def discard(self, key: str, data: bytes) -> None:
-        """Remove an object if it still holds these bytes: somebody may have put another in its place."""
 
 
 class LocalObjectStore:
@@ -89,7 +54,7 @@ class LocalObjectStore:
         os.link(source, target)
 
     def get(self, key: str) -> bytes:
-        """The bytes of an object."""
+        """The bytes of an object; FileNotFoundError where there is none."""
         return self._read(self.root / key)
 
     def file(self, key: str) -> Path | None:
@@ -98,7 +63,7 @@ class LocalObjectStore:
         return path if path.is_file() else None
 
     def size(self, key: str) -> int:
-        """The length of an object in bytes."""
+        """The length of an object in bytes; FileNotFoundError where there is none."""
         return (self.root / key).stat().st_size
 
     def put(self, key: str, data: bytes) -> None:
@@ -112,7 +77,10 @@ class LocalObjectStore:
             temporary.unlink(missing_ok=True)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write an object unless there is one: temporary file, sync, hard link, sync of the folder."""
+        """Write an object whole unless there is one; whether it was written. What was put before is durable first.
+
+        A temporary file, sync, hard link, sync of the folder.
+        """
         path, temporary = self._temporary(key)
         self._sync_folders()
         try:
@@ -154,7 +122,10 @@ class LocalObjectStore:
                     os.close(descriptor)
 
     def names(self, folder: str) -> list[str]:
-        """The sorted names directly inside a folder, without litter: what is still being written is hidden."""
+        """The sorted names directly inside a folder, without litter: what is still being written is hidden.
+
+        Empty where there is no such folder.
+        """
         path = self.root / folder
         return sorted(p.name for p in path.iterdir() if not is_litter(p.name)) if path.is_dir() else []
 
@@ -175,7 +146,10 @@ class LocalObjectStore:
             path.unlink(missing_ok=True)
 
     def discard(self, key: str, data: bytes) -> None:
-        """Remove an object if it still holds these bytes; it is taken away first, and put back if it does not."""
+        """Remove an object if it still holds these bytes: somebody may have put another in its place.
+
+        It is taken away first, and put back if it does not.
+        """
         path = self.root / key
         aside = path.with_name(f".{uuid.uuid4().hex}.part")
         try:
@@ -262,6 +236,9 @@ class RemoteObjectStore:
         with contextlib.suppress(FileNotFoundError):
             if self.get(key) == data:
                 self.remove(key)
+
+
+ObjectStore = LocalObjectStore | RemoteObjectStore  # what a store needs of the place it lies in
 
 
 def open_object_store(url: str | Path) -> ObjectStore:

@@ -90,7 +90,10 @@ def _explained(problem: Any) -> str:
 
 
 class SummaryRecord(Schema):
-    """What an index and every marker of a bank say of a shard: see `storage.shards.index.ShardSummary`."""
+    """What is enough to recognize a shard without reading it: in its index, and in every marker of a bank.
+
+    `first` and `last` are (start, stop, sha256) of the bytes of the first and the last block.
+    """
 
     id: Id
     stem: str

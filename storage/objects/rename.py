@@ -63,11 +63,11 @@ def rename_to_fit(
         if prefix:
             renamed = _converted(model, behind(prefix, cleaned), where)
             say(f"{where}: {_stripped(prefix, cleaned)}")
-        elif theirs := from_transformers(model, cleaned, where):
-            renamed = _converted(model, theirs.state, where)
-            say(f"{where}: the names of transformers' {theirs.family} became timm's{_left_out(theirs.left_out)}")
-        elif found := _converted_behind_prefix(model, cleaned, where):
-            prefix, renamed = found
+        elif library := from_transformers(model, cleaned, where):
+            renamed = _converted(model, library.state, where)
+            say(f"{where}: the names of transformers' {library.family} became timm's{_left_out(library.left_out)}")
+        elif behind_prefix := _converted_behind_prefix(model, cleaned, where):
+            prefix, renamed = behind_prefix
             say(f"{where}: {_stripped(prefix, cleaned)}")
         elif problem:
             raise problem
@@ -145,13 +145,13 @@ def _converted_behind_prefix(model: nn.Module, state: State, where: str) -> tupl
     """A prefix behind which timm's conversion finds most of the network's names, and what it makes of them."""
     own = model.state_dict()
     counts = Counter(prefix for name in state for prefix in _heads(name))
-    found: dict[str, dict[str, Tensor]] = {}
+    converted: dict[str, dict[str, Tensor]] = {}
     for prefix, count in counts.most_common(_MOST_TRIED):
         with contextlib.suppress(UserError):
             if 2 * count > len(own) and _has_most(part := _converted(model, behind(prefix, state), where), own):
-                found[prefix] = part
-    best = _best({prefix: (sum(name in part for name in own),) for prefix, part in found.items()}, where)
-    return (best, found[best]) if best else None
+                converted[prefix] = part
+    best = _best({prefix: (sum(name in part for name in own),) for prefix, part in converted.items()}, where)
+    return (best, converted[best]) if best else None
 
 
 def _conversion(model: nn.Module) -> Callable[[dict[str, Tensor]], dict[str, Tensor]] | None:

@@ -66,8 +66,8 @@ def load_weights(model: nn.Module, file: WeightsFile, key: str | None = None, or
 def _hint(model: nn.Module, expected: Mapping[str, Any], actual: Mapping[str, Any]) -> str:
     """What to do about a file that does not fit, by how its names and shapes differ from a network's."""
     heads = classifiers(model)
-    odd = [name for name in {**expected, **actual} if expected.get(name) != actual.get(name)]
-    if heads and all(name.startswith(heads) for name in odd):
+    differing = [name for name in {**expected, **actual} if expected.get(name) != actual.get(name)]
+    if heads and all(name.startswith(heads) for name in differing):
         classes = actual.get(f"{heads[0]}weight", (0,))[0]
         fact = f"Its classifier has {classes} classes" if classes else "It has no classifier"
         return f"{fact}: {setting('teacher_arg', f'num_classes={classes}')}"

@@ -49,9 +49,7 @@ _EMBEDDINGS = {
     "embeddings.patch_embeddings.projection": "patch_embed.proj",
 }
 _ATTENTION = {
-    "encoder.layer.N.attention.attention.query": "blocks.N.attn.q",
-    "encoder.layer.N.attention.attention.key": "blocks.N.attn.k",
-    "encoder.layer.N.attention.attention.value": "blocks.N.attn.v",
+    **{f"encoder.layer.N.attention.attention.{part}": f"blocks.N.attn.{part[0]}" for part in ("query", "key", "value")},
     "encoder.layer.N.attention.output.dense": "blocks.N.attn.proj",
     "layernorm": "norm",
 }
@@ -61,9 +59,7 @@ _DINOV3 = {
     "embeddings.patch_embeddings": "patch_embed.proj",
     "layer.N.norm1": "blocks.N.norm1",
     "layer.N.norm2": "blocks.N.norm2",
-    "layer.N.attention.q_proj": "blocks.N.attn.q",
-    "layer.N.attention.k_proj": "blocks.N.attn.k",
-    "layer.N.attention.v_proj": "blocks.N.attn.v",
+    **{f"layer.N.attention.{part}_proj": f"blocks.N.attn.{part}" for part in "qkv"},
     "layer.N.attention.o_proj": "blocks.N.attn.proj",
     "layer.N.layer_scale1.lambda1": "blocks.N.gamma_1",
     "layer.N.layer_scale2.lambda1": "blocks.N.gamma_2",
@@ -72,9 +68,7 @@ _DINOV3 = {
 _TOWER = {
     "embeddings.patch_embedding": "patch_embed.proj",
     "embeddings.position_embedding.weight": "pos_embed",
-    "encoder.layers.N.self_attn.q_proj": "blocks.N.attn.q",
-    "encoder.layers.N.self_attn.k_proj": "blocks.N.attn.k",
-    "encoder.layers.N.self_attn.v_proj": "blocks.N.attn.v",
+    **{f"encoder.layers.N.self_attn.{part}_proj": f"blocks.N.attn.{part}" for part in "qkv"},
     "encoder.layers.N.self_attn.out_proj": "blocks.N.attn.proj",
     "encoder.layers.N.layer_norm1": "blocks.N.norm1",
     "encoder.layers.N.layer_norm2": "blocks.N.norm2",
@@ -178,10 +172,10 @@ def from_transformers(model: nn.Module, state: Mapping[str, Tensor], where: str)
         UserError: there are two such networks in it, or the shapes are not such a network's.
     """
     for family in FAMILIES:
-        found = [name for name in state if name == family.marker or name.endswith(f".{family.marker}")]
-        if not found:
+        markers = [name for name in state if name == family.marker or name.endswith(f".{family.marker}")]
+        if not markers:
             continue
-        prefixes = [name.removesuffix(family.marker) for name in found]
+        prefixes = [name.removesuffix(family.marker) for name in markers]
         if len(prefixes) > 1:
             raise several_fit(prefixes, where)
         try:

@@ -50,8 +50,9 @@ def require_classes(urls: Sequence[str], expected: Sequence[str]) -> None:
     if len(actual) == len(expected):
         at = next(i for i, (a, b) in enumerate(zip(expected, actual, strict=True)) if a != b)
         raise IdentityError(where, f"class {at}", repr(expected[at]), repr(actual[at]), hint)
-    raise IdentityError(where, "classes", _few(expected), _few(actual), hint)
+    raise IdentityError(where, "classes", class_list(expected), class_list(actual), hint)
 
 
-def _few(names: Sequence[str]) -> str:
+def class_list(names: Sequence[str]) -> str:
+    """How many classes there are, and the first names."""
     return f"{len(names)} ({first_few(names, 4)})"

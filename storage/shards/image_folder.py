@@ -64,10 +64,10 @@ def require_images(folder: Path, classes: Sequence[str], images: Sequence[Path],
     if where is None and images:
         return
     problem = "a class folder without images" if where else "no images found"
-    odd = next((path for path in others if path.is_relative_to(where or folder)), None)
+    other = next((path for path in others if path.is_relative_to(where or folder)), None)
     hint = "Remove it or fill it." if where else "Give images, in one folder per class if they have classes; or shards."
-    if odd:
-        hint = f"{odd.name} is none of {', '.join(IMAGES)}; convert it."
+    if other:
+        hint = f"{other.name} is not one of {', '.join(IMAGES)}; convert it."
     raise UserError(f"{where or folder}: {problem}", hint=hint)
 
 
@@ -75,7 +75,7 @@ def _without_labels(folder: Path, names: Sequence[str], images: int) -> str:
     """Why the images of a folder have no labels; and where its classes may be, if it holds them one folder deeper."""
     if len(names) != 1:
         return f"{folder}: no class folders, so {images:,} image(s) have no labels"
-    text = f"{folder}: one folder alone ({names[0]}) is no class, so {images:,} image(s) have no labels"
+    text = f"{folder}: one folder alone ({names[0]}) is not a class, so {images:,} image(s) have no labels"
     deeper = len(folders_in(folder / names[0]))
     return f"{text}; if the {deeper} folders in it are classes, give {folder / names[0]}" if deeper > 1 else text
 
@@ -118,7 +118,7 @@ def read_listing(listing: Path, say: Callable[[str], None]) -> tuple[ImageSource
     for (line, text, _), label in zip(rows, labels, strict=True):
         where, path = f"{listing}, line {line}", listing.parent / text
         if not is_image(path):
-            raise UserError(f"{where}: {text[:200]!r} is no image that is read; expected one of {', '.join(IMAGES)}")
+            raise UserError(f"{where}: {text[:200]!r} is not a supported image; expected one of {', '.join(IMAGES)}")
         try:
             exists = path.is_file()
         except OSError as error:
@@ -194,9 +194,9 @@ def _labels(listing: Path, rows: list[Row], say: Callable[[str], None]) -> tuple
     places = {name: i for i, name in enumerate(known or sorted(texts))}
     integers = all(re.fullmatch(r"0|[1-9][0-9]{0,8}", text) for text in texts)
     as_numbers = sorted(texts) if integers and known else []
-    if odd := next((text for text in as_numbers if places.get(text, int(text)) != int(text)), None):
-        meanings = f"the number of a class, or the name of class {places[odd]} in the classes.json beside it"
-        raise UserError(f"{listing}: label {odd} may be {meanings}", hint="Give names that are not numbers.")
+    if ambiguous := next((text for text in as_numbers if places.get(text, int(text)) != int(text)), None):
+        meanings = f"the number of a class, or the name of class {places[ambiguous]} in the classes.json beside it"
+        raise UserError(f"{listing}: label {ambiguous} may be {meanings}", hint="Give names that are not numbers.")
     numbers = {str(i): i for i in range(len(places))}
     if integers and (known or texts == numbers.keys()):
         places = numbers

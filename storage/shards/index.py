@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import io
@@ -15,7 +14,7 @@ from storage.constants import BLOCK
 from storage.errors import DamageError, IdentityError, UserError, first_line
 from storage.objects import json_record
 from storage.objects.object_store import COPY_AGAIN, open_object_store, read_range
-from storage.objects.record_schema import IndexRecord, checked
+from storage.objects.record_schema import IndexRecord, SummaryRecord, checked
 from storage.objects.urls import is_remote
 from storage.shards import tar
 
@@ -25,29 +24,13 @@ MOST_ZEROS = 1 << 20  # bytes of a tar without members: more than this is a file
 
 
 @dataclass(frozen=True)
-class ShardSummary:
-    """What is enough to recognize a shard without reading it: kept in the index and in every bank marker.
-
-    `first` and `last` are (start, stop, sha256) of the bytes of the first and the last block.
-    """
-
-    id: str
-    stem: str
-    bytes: int
-    samples: int
-    labelled: bool
-    first: tuple[int, int, str]
-    last: tuple[int, int, str]
-
-
-@dataclass(frozen=True)
 class ShardIndex:
     """Where everything in one shard lies: `starts[i]` to `starts[i + 1]` are the tar's bytes of sample i.
 
     `left_out` says of each key that makes no sample why it makes none; its bytes stand between those of the samples.
     """
 
-    summary: ShardSummary
+    summary: SummaryRecord
     keys: tuple[str, ...]
     digests: tuple[str, ...]
     labels: tuple[int | None, ...]
@@ -73,11 +56,12 @@ class ShardIndex:
 
     def dump(self) -> bytes:
         """The index as a record."""
-        summary = dataclasses.asdict(self.summary)
         columns = {"keys": self.keys, "digests": self.digests, "labels": self.labels, "starts": self.starts}
         if self.left_out:
             columns["left_out"] = self.left_out
-        return json_record.to_json({"format": INDEX_FORMAT, "kind": "index", "block": BLOCK, **summary, **columns})
+        return json_record.to_json(
+            {"format": INDEX_FORMAT, "kind": "index", "block": BLOCK, **self.summary.plain(), **columns}
+        )
 
     @classmethod
     def load(cls, data: bytes, name: str) -> ShardIndex:
@@ -86,7 +70,7 @@ class ShardIndex:
         if content.get("kind") != "index" or content.get("format") != INDEX_FORMAT:
             raise DamageError(f"{name}: not a shard index of format {INDEX_FORMAT}")
         record = checked(IndexRecord, content, name, "Copy the file again from where it came from.")
-        summary = ShardSummary(*(getattr(record, field.name) for field in dataclasses.fields(ShardSummary)))
+        summary = SummaryRecord.model_validate(record.model_dump(include={*SummaryRecord.model_fields}))
         return cls(summary, record.keys, record.digests, record.labels, record.starts, record.left_out)
 
 
@@ -129,7 +113,7 @@ def build_index(url: str) -> ShardIndex:
     bounds = [(starts[n * BLOCK], starts[min((n + 1) * BLOCK, len(keys))]) for n in (0, last)]
     blocks = [(low, high, hashlib.sha256(read_range(url, low, high)).hexdigest()) for low, high in bounds]
     stem = tar.stem_of(url)
-    summary = ShardSummary(
+    summary = SummaryRecord(
         id=f"{stem}-{json_record.digest_of([keys, digests])[:8]}",
         stem=stem,
         bytes=end + zeros,
@@ -167,7 +151,7 @@ def cached_index(url: str, *, trust: bool = False, skip: bool = False) -> ShardI
     cache = open_object_store(cache_folder())
     try:
         index = ShardIndex.load(cache.get(f"{name}.json"), name)
-        is_current = trust or not differences(url, index.summary)
+        is_current = trust or is_same_shard(url, index.summary)
     except (OSError, DamageError):
         is_current = False
     if not is_current:
@@ -191,24 +175,20 @@ def _state_of(url: str) -> str:
     return f"{path} {state.st_size} {state.st_mtime_ns}"
 
 
-def differences(url: str, known: ShardSummary) -> list[tuple[str, object, object]]:
-    """(field, expected, found) where a file is not the shard that is known: its size, its first and last block.
+def is_same_shard(url: str, known: SummaryRecord) -> bool:
+    """Whether a file is the shard that is known: its size, its first and last block.
 
     Tars are padded to 10 KiB, so one with another sample may be as large: after the last block there is nothing.
     """
-    size = tar.size_of(url)
+    size, after = tar.size_of(url), b""
     if size != known.bytes:
-        return [("size in bytes", known.bytes, size)]
-    changes: list[tuple[str, object, object]] = []
-    after = b""
-    for name, (start, stop, digest) in (("first", known.first), ("last", known.last)):
+        return False
+    for start, stop, digest in (known.first, known.last):
         data = read_range(url, start, min(stop + 512, size))  # and the header of what comes after it
-        actual, after = hashlib.sha256(data[: stop - start]).hexdigest(), data[stop - start :]
-        if actual != digest:
-            changes.append((f"sha256 of the {name} block", digest[:16], actual[:16]))
-    if not changes and any(after):
-        changes.append(("samples", known.samples, "more"))
-    return changes
+        after = data[stop - start :]
+        if hashlib.sha256(data[: stop - start]).hexdigest() != digest:
+            return False
+    return not any(after)
 
 
 def read_samples(url: str, index: ShardIndex, indices: range) -> list[tar.Sample]:

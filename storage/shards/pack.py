@@ -108,7 +108,7 @@ def pack(
             raise UserError("there are no samples in the source", hint=hint)
         validation, rest = _split(sources, val_fraction, seed, "val", 1) if val_fraction else ([], sources)
         if val_fraction and not validation:
-            few = "there is one sample alone" if len(sources) == 1 else "no class has two samples"
+            few = "there is only one sample" if len(sources) == 1 else "no class has two samples"
             message = f"{few}, so none can be held out of training"
             raise UserError(message, setting=val_setting, hint="Give more images, or leave this setting out.")
         train, _ = _split(rest, fraction, seed, "fraction", 0)
@@ -156,10 +156,10 @@ def _sources(patterns: list[str], scratch: Path, say: Say, leave_out: Say) -> tu
         files, names = read_listing(folder, say)
         return _files(files), names
     if len(patterns) == 1 and folder.is_dir():
-        urls, odd = shards_in(folder)
+        urls, skipped = shards_in(folder)
         if not urls:
-            files, classes, odd = read_folder(folder, say)
-        for line in odd:
+            files, classes, skipped = read_folder(folder, say)
+        for line in skipped:
             leave_out(line)
         if not urls:
             return _files(files), classes

@@ -109,7 +109,7 @@ def iter_samples(file: IO[bytes], where: str, *, together: bool = True) -> Itera
                 if key is not None:
                     yield key, parts, start, begin
                 if together and name[0] in seen:
-                    message = f"{where}: key {name[0]!r} is there twice, or its members are not next to each other"
+                    message = f"{where}: key {name[0]!r} appears twice, or its members are not next to each other"
                     raise UserError(message, hint=f"Pack it again: {repack(where)}")
                 key, parts, start = name[0], [], begin
                 seen.add(key)

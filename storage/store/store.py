@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from storage.errors import DamageError, IdentityError, UserError, call, did_you_mean, setting
+from storage.errors import DamageError, IdentityError, UserError, call, did_you_mean, first_few, setting
 from storage.objects import json_record
 from storage.objects.object_store import ObjectStore, open_object_store
-from storage.shards.index import ShardIndex, differences
+from storage.shards.index import ShardIndex, is_same_shard
 from storage.shards.shard import Shard, open_shard
 from storage.shards.tar import stem_of
 from storage.store import manifests
@@ -238,7 +238,7 @@ class Store:
         """The file as one of the `known` shards: same stem, size, first and last block; None if it is none of them."""
         stem = stem_of(url)
         alike = (self.index(id) for id in known if id.rpartition("-")[0] == stem)
-        index = next((index for index in alike if not differences(url, index.summary)), None)
+        index = next((index for index in alike if is_same_shard(url, index.summary)), None)
         return None if index is None else Shard(url, index, functools.partial(self.index, index.id))
 
     def require(self, url: str, known: Sequence[str]) -> Shard:
@@ -272,8 +272,9 @@ class Store:
         for index in indexes:
             if index.summary.stem == own.summary.stem:
                 return IdentityError(url, *_first_difference(index, own), hint)
-        names = ", ".join([*known[:3], *["…"] * (len(known) > 3)]) or "none"
-        return IdentityError(url, "shard", names, own.id, hint, (f"the store {self.url} has", "this is"))
+        return IdentityError(
+            url, "shard", first_few(known, 3) or "none", own.id, hint, (f"the store {self.url} has", "this is")
+        )
 
     # ------------------------------------------------------------------------------------------ markers
 
@@ -352,7 +353,7 @@ class Store:
         tasks = sorted(task for task in self.done() if task.kind == "target" and task.id == target)
         codec = self.target(target).codec
         if not tasks:
-            raise UserError(f"{self.url}: target {target} has nothing complete yet")
+            raise UserError(f"{self.url}: target {target} has no complete views yet")
         pieces = []
         for marker in [self.marker(task) for task in tasks]:
             marker.require(marker.samples, codec)

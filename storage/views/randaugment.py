@@ -25,14 +25,6 @@ def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
     return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=FILL)
 
 
-def _rotate(image: Image.Image, degrees: float) -> Image.Image:
-    return image.rotate(degrees, resample=Image.Resampling.BICUBIC, fillcolor=FILL)
-
-
-def _posterize(image: Image.Image, bits: float) -> Image.Image:
-    return image if bits >= 8 else ImageOps.posterize(image, int(bits))
-
-
 def _solarize_add(image: Image.Image, add: float) -> Image.Image:
     table = [min(255, i + int(add)) if i < _ADDED_BELOW else i for i in range(256)]
     return image.point(table * 3)
@@ -43,8 +35,8 @@ OPERATIONS: dict[int, tuple[str, Callable[[Image.Image, float], Image.Image]]] =
     1: ("auto_contrast", lambda image, _: ImageOps.autocontrast(image)),
     2: ("equalize", lambda image, _: ImageOps.equalize(image)),
     3: ("invert", lambda image, _: ImageOps.invert(image)),
-    4: ("rotate", _rotate),
-    5: ("posterize", _posterize),
+    4: ("rotate", lambda image, degrees: image.rotate(degrees, Image.Resampling.BICUBIC, fillcolor=FILL)),
+    5: ("posterize", lambda image, bits: image if bits >= 8 else ImageOps.posterize(image, int(bits))),
     6: ("solarize", lambda image, threshold: ImageOps.solarize(image, int(threshold))),
     7: ("solarize_add", _solarize_add),
     8: ("color", lambda image, factor: ImageEnhance.Color(image).enhance(factor)),

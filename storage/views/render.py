@@ -44,7 +44,7 @@ def _bad_images() -> Iterator[None]:
     except (BadImage, MemoryError):
         raise
     except PIL.UnidentifiedImageError:
-        raise BadImage("cannot be decoded: it is no JPEG, PNG or WebP, or its beginning is damaged") from None
+        raise BadImage("cannot be decoded: it is not a JPEG, PNG or WebP file, or its beginning is damaged") from None
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, …
         raise BadImage(f"cannot be decoded: {first_line(error)}") from None
 

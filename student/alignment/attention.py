@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -24,6 +24,9 @@ EPSILON = 1e-12  # of sums that rows are divided by
 LEAST = {"f16": 2.0**-24, "log8": 2.0**-16, "u8": 2.0**-9}
 
 LEAST_RESIZED = 1e-6  # where bicubic resizing made zeros of what it had made negative
+
+# Rule -> how rows of all heads become one, before those of `max` and `min` are rescaled.
+_MERGED: dict[str, Callable[..., Tensor]] = {"mean": torch.mean, "sum": torch.sum, "max": torch.amax, "min": torch.amin}
 
 _AXES = {"layers": 1, "heads": 2, "queries": -2}  # that rows are averaged over
 
@@ -95,15 +98,10 @@ class AttentionAligner(TokenMatching):
         """`_merge` of logarithms of rows."""
         if self.head_pairs:
             return logs
-        match self.rule:
-            case "mean":
-                return log_sum(logs) - math.log(logs.shape[2])
-            case "sum":
-                return log_sum(logs)
-            case "max":
-                return logs.amax(2, keepdim=True).log_softmax(-1)
-            case "min":
-                return logs.amin(2, keepdim=True).log_softmax(-1)
+        if self.rule in ("mean", "sum"):
+            return log_sum(logs) - (math.log(logs.shape[2]) if self.rule == "mean" else 0)
+        if self.rule in ("max", "min"):
+            return _MERGED[str(self.rule)](logs, 2, keepdim=True).log_softmax(-1)
         return log_mean(logs, self.config.head_temperature)
 
     def _student_scores(self, attention: Sequence[Attention], weigh: bool) -> Iterator[Float[Tensor, "B 1 _H ..."]]:
@@ -187,16 +185,10 @@ class AttentionAligner(TokenMatching):
     def _merge(self, rows: Tensor) -> Tensor:
         if self.head_pairs:
             return rows
-        match self.rule:
-            case "mean":
-                return rows.mean(2, keepdim=True)
-            case "sum":
-                return rows.sum(2, keepdim=True)
-            case "max":
-                return scaled(rows.amax(2, keepdim=True))
-            case "min":
-                return scaled(rows.amin(2, keepdim=True))
-        return log_mean(self._logs(rows), self.config.head_temperature).exp()
+        if self.rule == "log":
+            return log_mean(self._logs(rows), self.config.head_temperature).exp()
+        merged: Tensor = _MERGED[str(self.rule)](rows, 2, keepdim=True)
+        return scaled(merged) if self.rule in ("max", "min") else merged
 
     def _logs(self, rows: Tensor) -> Tensor:
         """Logarithms of stored rows."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from itertools import accumulate, pairwise
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from precompute.taps import full, resize_matrix
+from precompute.taps import full
 from storage.errors import UserError, setting
 from student.alignment.matching import LayerMatching, patch_grid
 from student.alignment.report import AlignmentRow
@@ -24,7 +23,6 @@ class MapAligner(LayerMatching):
     Arguments as for `LayerMatching`, with one target of `tokens` or `activations`.
 
     Attributes:
-        widths: (student's, teacher's) of each pair.
         row: of the alignment table.
 
     Raises:
@@ -42,20 +40,15 @@ class MapAligner(LayerMatching):
             self.channels = [stage.channels for stage in target.stages]
             side = int(target.sample_shape[-1])
         self.grids = [student.stages[mine - 1].grid for mine, _ in self.pairs]
-        self.side, names = side, []
+        self.side, self.widths, names = side, list[tuple[int, int]](), list[str]()
         for (mine, theirs), grid in zip(self.pairs, self.grids, strict=True):
             stage = student.stages[mine - 1]
             if stage.module is None:
                 hint = f"Choose another: {setting(f'{self.path}.layers', '[[student,teacher],…]')}"
                 raise UserError(f"{loss}: no module of the student gives the map of its stage {mine}", hint=hint)
-            self.require_grid(side, grid, stored.id)
-            if grid != side:
-                matrix = resize_matrix(side, grid)
-                self.register_buffer(f"resize_{grid}", torch.kron(matrix, matrix), persistent=False)
+            self.register_resize(side, grid, stored.id, f"resize_{grid}")
             names.append(f"stage {mine} ({stage.width} maps of {grid}x{grid}) - {theirs}")
-        self.widths = [
-            (student.stages[mine - 1].width, self.channels[self.stored.index(theirs)]) for mine, theirs in self.pairs
-        ]
+            self.widths.append((stage.width, self.channels[self.stored.index(theirs)]))
         resized = f"; the teacher's resized from {side}x{side} (bicubic)" * any(grid != side for grid in self.grids)
         dropped = f"; left out: teacher's {', '.join(stored.teacher.prefix)}" * (
             self.tap == "tokens" and self.prefix > 0
@@ -67,15 +60,6 @@ class MapAligner(LayerMatching):
             f"{student.layers} stages",
             f"{', '.join(names)} (student-teacher){resized}{dropped}",
         )
-
-    def require_widths(self, hint: str) -> None:
-        """Refuse vectors of other widths. Raises UserError: both widths, and the hint."""
-        for (mine, _), (student, teacher) in zip(self.pairs, self.widths, strict=True):
-            if student != teacher:
-                problem = (
-                    f"{self.loss}: the student's stage {mine} has {student} maps, the teacher's width is {teacher}"
-                )
-                raise UserError(problem, hint=hint)
 
     def student_vectors(self, maps: dict[int, Float[Tensor, "B _P _D"]]) -> list[Float[Tensor, "B _P _D"]]:
         """The student's, with gradients, from `StudentTaps.maps`."""

@@ -38,10 +38,15 @@ class LayerMatching(nn.Module):
         pairs: (student's layer, teacher's layer), from 1.
         tap: of the first target.
         stored: the teacher's layers that the target holds; those of `pairs` are among them.
+        widths: (student's, teacher's) of the vectors of each pair, where vectors are compared.
+        vector: what these are, in words.
 
     Raises:
         UserError: what differs and was not stated, or is not there.
     """
+
+    widths: list[tuple[int, int]]
+    vector = "each place of a map"
 
     def __init__(self, loss: str, config: AlignmentConfig, student: StudentSpec, targets: Targets) -> None:
         super().__init__()
@@ -114,13 +119,28 @@ class LayerMatching(nn.Module):
                     hint=f"Give {others}",
                 )
 
-    def require_grid(self, side: int, grid: int, target: str) -> None:
-        """Refuse a teacher's grid that is not the student's, unless it is to be resized. Raises UserError."""
-        if side != grid and self.config.grid is None:
+    def register_resize(self, side: int, grid: int, target: str, buffer: str) -> None:
+        """Keep the matrix that brings the teacher's patches to the student's grid, where theirs is another.
+
+        Raises:
+            UserError: it is not to be resized.
+        """
+        if side == grid:
+            return
+        if self.config.grid is None:
             raise UserError(
                 f"{self.loss}: target {target} has a grid of {side}x{side}, the student's patches make {grid}x{grid}",
                 hint=f"Resize the teacher's: {setting(f'{self.path}.grid', 'bicubic')}",
             )
+        matrix = resize_matrix(side, grid)
+        self.register_buffer(buffer, torch.kron(matrix, matrix), persistent=False)
+
+    def require_widths(self, hint: str) -> None:
+        """Refuse vectors of other widths. Raises UserError: both widths, and the hint."""
+        for (layer, _), (student, teacher) in zip(self.pairs, self.widths, strict=True):
+            if student != teacher:
+                widths = f"{teacher} in the teacher, {student} in layer {layer} of the student"
+                raise UserError(f"{self.loss}: the width of {self.vector} is {widths}", hint=hint)
 
 
 class TokenMatching(LayerMatching):
@@ -171,10 +191,7 @@ class TokenMatching(LayerMatching):
         self.prefix = len(prefix["student"])
         self.class_query = teacher.prefix.index("class") if "class" in teacher.prefix else 0
         self.resizes = side != student.grid
-        if self.resizes:
-            self.require_grid(side, student.grid, first.id)
-            matrix = resize_matrix(side, student.grid)
-            self.register_buffer("resize", torch.kron(matrix, matrix), persistent=False)
+        self.register_resize(side, student.grid, first.id, "resize")
         self.row = self._row(targets, teacher_heads, side)
 
     def _heads(self, teacher: int) -> list[list[tuple[int, int]]]:
@@ -196,7 +213,7 @@ class TokenMatching(LayerMatching):
         if isinstance(rule, Mapping) and {*layers} != {*rule}:
             raise UserError(
                 f"{self.loss}: {path} names the student's layers {parse_ranges(sorted(rule))}, and those that meet are "
-                f"{parse_ranges(sorted({*layers}))}; say which with {self.path}.layers=[[student,teacher],…]"
+                f"{parse_ranges(sorted({*layers}))}; choose them with {self.path}.layers=[[student,teacher],…]"
             )
         head_pairs = [list(rule[layer] if isinstance(rule, Mapping) else rule) for layer in layers]
         all_pairs = [pair for pairs in head_pairs for pair in pairs]

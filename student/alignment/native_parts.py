@@ -53,18 +53,18 @@ def parts_of(network: nn.Module) -> dict[str, str]:
     Raises:
         UserError: its attention cannot be read.
     """
-    found = attention_layers(network, image_size(network), pooled=True)
+    attending = attention_layers(network, image_size(network), pooled=True)
     modules = {n.rpartition(".")[2]: m for n, m in network.named_modules() if not isinstance(m, nn.Identity)}
-    registers = found.prefix.count("register")
+    registers = attending.prefix.count("register")
     scale = re.compile(r"(.*\.)?(ls\d?\.gamma|gamma_?\d)")
     has = {
-        "a class token": "class" in found.prefix,
+        "a class token": "class" in attending.prefix,
         "register tokens": registers > 0,
         "LayerScale": any(scale.fullmatch(name) for name, _ in network.named_parameters()),
         "qk-norm": "q_norm" in modules,
         "a norm before its layers": "norm_pre" in modules,
         "rotary positions": any(name.startswith("rope") for name in modules),
-        "relative positions": any(layer.biased for layer in found.layers),
+        "relative positions": any(layer.biased for layer in attending.layers),
         "SwiGLU": any(isinstance(module, GluMlp | SwiGLU) for module in network.modules()),
     }
     values = {"register tokens": str(registers), "LayerScale": "1e-5"}

@@ -70,7 +70,7 @@ def align_classes(loss: str, stored: StoredTarget, student: StudentSpec, same_cl
     elif not same_classes:
         unknown = "the teacher's classes are" if not names else "the student's classes are (no classes.json)"
         raise UserError(
-            f"{where}: {unknown} not known by name, so nobody can tell whether class 3 is class 3",
+            f"{where}: {unknown} not known by name, so it is not known whether class 3 is the same class on both sides",
             hint=f"If you know that both lists are the same, in the same order, give {setting('same_classes', True)}",
         )
     else:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from precompute.taps import stage_maps
 from storage.errors import UserError
@@ -51,29 +52,27 @@ def student_stages(model: nn.Module, size: int) -> tuple[StudentStage, ...]:
         raise UserError(f"{kind}: timm's forward_intermediates gives no square maps of it")
     parameter, training = next(model.parameters()), model.training
     images = torch.linspace(-1, 1, 3 * size**2).mul(99).sin().view(1, 3, size, size).to(parameter)
-    found = defaultdict[int, list[tuple[StudentStage, Tensor]]](list)
+    candidates = defaultdict[int, list[tuple[StudentStage, Tensor]]](list)
     calls = Counter[nn.Module]()
 
     def look(module: nn.Module, _args: Any, output: Any) -> None:
         calls[module] += 1
         for n, (width, side) in enumerate(shapes):
             stage = StudentStage(module=module, width=width, grid=side)
-            if _gives(stage, output, maps[n]):
-                found[n].append((stage, output))
+            if module is not model and _gives(stage, output, maps[n]):
+                candidates[n].append((stage, output))
 
     model.eval()
     maps = model.forward_intermediates(images, output_fmt="NCHW", intermediates_only=True)  # type: ignore[operator]
-    handles = [module.register_forward_hook(look) for module in model.modules() if module is not model]
     try:
-        model(images)
+        with register_module_forward_hook(look):
+            model(images)
     finally:
-        for handle in handles:
-            handle.remove()
         model.train(training)
     stages = []
     for n, (width, side) in enumerate(shapes):
         # The last: a stage rather than its last layer. What was called again, or changed in place afterwards, is none.
-        once = ((s, output) for s, output in reversed(found[n]) if s.module is not None and calls[s.module] == 1)
+        once = ((s, output) for s, output in reversed(candidates[n]) if s.module is not None and calls[s.module] == 1)
         good = (s for s, output in once if _gives(s, output, maps[n]))
         stages.append(next(good, StudentStage(module=None, width=width, grid=side)))
     return tuple(stages)

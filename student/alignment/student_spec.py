@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from precompute.taps import (
     AttentionLayers,
@@ -14,11 +14,12 @@ from precompute.taps import (
     check_attention,
     image_size,
     prefix_roles,
+    run_blank,
     token_blocks,
 )
 from storage.errors import UserError
 from student.alignment.stages import StudentStage, student_stages
-from student.alignment.student_taps import class_index, embedding_width
+from student.alignment.student_taps import StudentTaps, class_index, embedding_width
 
 
 @dataclass(frozen=True)
@@ -110,57 +111,47 @@ def student_spec(
 def _with_tokens(model: nn.Module, spec: StudentSpec, attention: bool) -> StudentSpec:
     """The shape with layers, heads, grid and prefix tokens. Raises UserError: tokens, or attention, cannot be read."""
     size, width = image_size(model), int(model.num_features)  # type: ignore[arg-type]
-    ramp = torch.linspace(-1, 1, 2 * 3 * size**2).sin().view(2, 3, size, size).to(next(model.parameters()).device)
-    training = model.training
     try:
-        found: AttentionLayers | None = attention_layers(model, size, pooled=True)
+        attending: AttentionLayers | None = attention_layers(model, size, pooled=True)
     except UserError:
         if attention:
             raise
-        found = None
-    if found is None:
+        attending = None
+    if attending is None:
         prefix, grid = prefix_roles(model), getattr(getattr(model, "patch_embed", None), "grid_size", None)
         blocks = token_blocks(model)
         if grid is None or grid[0] != grid[1]:
             raise UserError(f"{type(model).__name__}: its patches make no square grid")
-        try:
-            _require_tokens(model.eval(), blocks, ramp, (len(prefix) + grid[0] ** 2, width))
-        finally:
-            model.train(training)
+        _require_tokens(model, size, (len(prefix) + grid[0] ** 2, width))
         return replace(spec, layers=len(blocks), grid=int(grid[0]), prefix=prefix, width=width)
     if attention:
-        check_attention(model.eval(), ramp, found)
+        ramp, training = torch.linspace(-1, 1, 2 * 3 * size**2).sin().view(2, 3, size, size), model.training
+        check_attention(model.eval(), ramp.to(next(model.parameters()).device), attending)
         model.train(training)
-    each = tuple((layer.heads, side) for layer, side in zip(found.layers, found.grids, strict=True))
+    each = tuple((layer.heads, side) for layer, side in zip(attending.layers, attending.grids, strict=True))
     heads, side = max(each, key=each.count)
     each = each if len(set(each)) > 1 else ()
     return replace(
         spec,
-        layers=len(found.layers),
+        layers=len(attending.layers),
         heads=heads,
         grid=side,
-        prefix=found.prefix,
+        prefix=attending.prefix,
         width=width,
         each=each,
-        attention=found,
+        attention=attending,
     )
 
 
-def _require_tokens(model: nn.Module, blocks: Sequence[nn.Module], images: Tensor, expected: tuple[int, int]) -> None:
+def _require_tokens(model: nn.Module, size: int, expected: tuple[int, int]) -> None:
     """Require `expected` tokens `[N, D]` of an image from each block. Raises UserError."""
-    shapes: list[tuple[int, ...]] = []
-    handles = [
-        block.register_forward_hook(lambda _module, _args, output: shapes.append(tuple(output.shape[1:])))
-        for block in blocks
-    ]
+    taps = StudentTaps(model, {"streams"})
     try:
-        with torch.no_grad():
-            model(images)
+        run_blank(model, size)
     finally:
-        for handle in handles:
-            handle.remove()
-    if wrong := [shape for shape in shapes if shape != expected]:
+        taps.remove()
+    if wrong := [shape for stream in taps.streams if (shape := tuple(stream.shape[1:])) != expected]:
         raise UserError(
-            f"{type(model).__name__}: a block of it gives {list(wrong[0])} for an image, where a plain ViT gives all "
-            f"{expected[0]} tokens of width {expected[1]}"
+            f"{type(model).__name__}: one of its blocks gives {list(wrong[0])} for an image, where a plain ViT gives "
+            f"all {expected[0]} tokens of width {expected[1]}"
         )

@@ -6,7 +6,7 @@ Each loss names those that it reads (`Loss.student_taps`). Only these are kept, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from typing import Any, Literal, Self
 
 from jaxtyping import Float
@@ -46,10 +46,8 @@ class StudentTaps:
         stages: Sequence[StudentStage] = (),
     ) -> None:
         self._model, self._attention = model, AttentionTaps(())
-        self._streams: dict[int, Tensor] = {}
-        self._tokens: dict[int, Tensor] = {}
-        self._maps: dict[int, Tensor] = {}
-        self._pooled: dict[int, Tensor] = {}
+        self._by_layer: dict[int, Tensor] = {}  # streams, or maps
+        self._final: dict[str, Tensor] = {}  # tokens, and the pooled embedding
         self._class = class_index(model) if "embedding" in taps else None
         self._handles: list[RemovableHandle] = []
         self._modules = attention_modules(model)
@@ -60,7 +58,7 @@ class StudentTaps:
         if "streams" in taps and stages:
             for n, stage in enumerate(stages, 1):
                 if stage.module is not None:
-                    keep = functools.partial(_keep_map, self._maps, n, stage)
+                    keep = functools.partial(_keep, self._by_layer, n, stage.vectors)
                     self._handles.append(stage.module.register_forward_hook(keep))
         elif "streams" in taps:
             blocks = token_blocks(model)
@@ -70,14 +68,16 @@ class StudentTaps:
                     "tokens, so the tokens after its layers cannot be read"
                 )
             for n, block in enumerate(blocks, 1):
-                self._handles.append(block.register_forward_hook(functools.partial(_keep, self._streams, n)))
+                keep = functools.partial(_keep, self._by_layer, n, _whole)
+                self._handles.append(block.register_forward_hook(keep))
         if "tokens" in taps or self._class is not None:
             token_blocks(model)  # raises where there are none
             if not isinstance(norm := getattr(model, "norm", None), nn.Module):
                 raise UserError(f"student {type(model).__name__}: it has no final norm, so its tokens cannot be read")
-            self._handles.append(norm.register_forward_hook(functools.partial(_keep, self._tokens, 0)))
+            keep = functools.partial(_keep, self._final, "tokens", _whole)
+            self._handles.append(norm.register_forward_hook(keep))
         if "embedding" in taps and self._class is None:
-            self._handles.append(_keep_pooled(model, self._pooled))
+            self._handles.append(_keep_pooled(model, self._final))
 
     def __enter__(self) -> Self:
         if self._attention.layers:
@@ -99,22 +99,8 @@ class StudentTaps:
         """What each layer's attention was computed from."""
         return self._attention.attention
 
-    @property
-    def v(self) -> list[Float[Tensor, "B _H _N _d"]]:
-        """Values, a tensor a layer."""
-        return self._vectors("v")
-
-    @property
-    def q(self) -> list[Float[Tensor, "B _H _N _d"]]:
-        """Queries as the kernel got them, a tensor a layer."""
-        return self._vectors("q")
-
-    @property
-    def k(self) -> list[Float[Tensor, "B _H _N _d"]]:
-        """Keys as the kernel got them, a tensor a layer."""
-        return self._vectors("k")
-
-    def _vectors(self, name: str) -> list[Tensor]:
+    def vectors(self, name: str) -> list[Float[Tensor, "B _H _N _d"]]:
+        """Queries, keys or values as the kernel got them, a tensor a layer. Raises UserError: it got none."""
         vectors = [getattr(layer, name) for layer in self.attention]
         if any(tensor is None for tensor in vectors):
             kind = type(self._model).__name__
@@ -124,22 +110,22 @@ class StudentTaps:
     @property
     def streams(self) -> list[Float[Tensor, "B N D"]]:
         """The residual stream after each block."""
-        return [self._streams[n] for n in sorted(self._streams)]
+        return [self._by_layer[n] for n in sorted(self._by_layer)]
 
     @property
     def maps(self) -> dict[int, Float[Tensor, "B _P _C"]]:
         """Stage, from 1 -> its map, a vector for each of its places."""
-        return self._maps
+        return self._by_layer
 
     @property
     def tokens(self) -> Float[Tensor, "B N D"]:
         """All tokens after the final norm."""
-        return self._tokens[0]
+        return self._final["tokens"]
 
     @property
     def embedding(self) -> Float[Tensor, "B D"]:
         """The class token after the final norm; of a network without one its pooled features, as a classifier reads."""
-        return self._pooled[0] if self._class is None else self.tokens[:, self._class]
+        return self._final["pooled"] if self._class is None else self.tokens[:, self._class]
 
     def remove(self) -> None:
         """Take the hooks off the network."""
@@ -149,10 +135,8 @@ class StudentTaps:
     def clear(self) -> None:
         """Drop the tensors of the last forward pass, so that a compiled network is not compiled again for them."""
         self._attention.clear()
-        self._streams.clear()
-        self._tokens.clear()
-        self._maps.clear()
-        self._pooled.clear()
+        self._by_layer.clear()
+        self._final.clear()
 
 
 def class_index(model: nn.Module) -> int | None:
@@ -188,35 +172,37 @@ def embedding_width(model: nn.Module, size: int) -> int:
     finally:
         taps.remove()
     if len(shape) != 1:
-        raise UserError(f"{type(model).__name__}: its embedding is of the shape {list(shape)}, no vector")
+        raise UserError(f"{type(model).__name__}: its embedding is of the shape {list(shape)}, not a vector")
     return shape[0]
 
 
-def _keep_pooled(model: nn.Module, kept: dict[int, Tensor]) -> RemovableHandle:
+def _keep_pooled(model: nn.Module, kept: dict[str, Tensor]) -> RemovableHandle:
     """Keep what a network's classifier gets; without a classifier that is what the network gives."""
     if not getattr(model, "num_classes", 0):
-        return model.register_forward_hook(functools.partial(_keep_first, kept))
+        return model.register_forward_hook(functools.partial(_keep, kept, "pooled", _first))
     classifier = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
-    classifier = classifier[0] if isinstance(classifier, tuple | list) else classifier  # of two heads
+    classifier = _first(classifier)  # of two heads
     if not isinstance(classifier, nn.Module):
         raise UserError(f"student {type(model).__name__}: it does not say what its classifier is (get_classifier)")
     return classifier.register_forward_pre_hook(functools.partial(_keep_input, kept))
 
 
-def _keep_first(kept: dict[int, Tensor], _module: nn.Module, _args: Any, output: Any) -> None:
-    kept[0] = output[0] if isinstance(output, tuple) else output
+def _keep(
+    kept: dict[Any, Tensor], name: Any, read: Callable[[Any], Tensor], _m: nn.Module, _args: Any, out: Any
+) -> None:
+    kept[name] = read(out)
 
 
-def _keep_input(kept: dict[int, Tensor], _module: nn.Module, args: Any) -> None:
-    kept[0] = args[0].flatten(1)  # before a classifier that is a convolution: (B, D, 1, 1)
+def _keep_input(kept: dict[str, Tensor], _module: nn.Module, args: Any) -> None:
+    kept["pooled"] = args[0].flatten(1)  # before a classifier that is a convolution: (B, D, 1, 1)
 
 
-def _keep_map(kept: dict[int, Tensor], number: int, stage: StudentStage, _module: nn.Module, _a: Any, out: Any) -> None:
-    kept[number] = stage.vectors(out)
+def _whole(output: Tensor) -> Tensor:
+    return output
 
 
-def _keep(kept: dict[int, Tensor], number: int, _module: nn.Module, _args: Any, output: Tensor) -> None:
-    kept[number] = output
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def _set_fused(modules: list[nn.Module], fused: bool) -> None:

@@ -34,13 +34,8 @@ class TokenAligner(TokenMatching):
             raise UserError(f"{loss}: vectors of different heads cannot be merged", hint=hint)
         self.width = int(targets[0].target.sample_shape[-1])
         self.student_width = student.width // student.heads if self.heads else student.width
-
-    def require_width(self, hint: str) -> None:
-        """Refuse vectors of other widths. Raises UserError: both widths, and the hint."""
-        if self.width != self.student_width:
-            vector = f"of each head's {self.tap}" if self.heads else "of each token"
-            widths = f"{self.width} in the teacher, {self.student_width} in the student"
-            raise UserError(f"{self.loss}: the width {vector} is {widths}", hint=hint)
+        self.widths = [(self.student_width, self.width)] * len(self.pairs)
+        self.vector = f"each head's {self.tap}" if self.heads else "each token"
 
     def student_vectors(self, layers: Sequence[Float[Tensor, "B ... _N d"]]) -> Float[Tensor, "B L ... _N d"]:
         """The student's vectors, with gradients, from those of all of its layers."""

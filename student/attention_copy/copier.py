@@ -50,8 +50,6 @@ class AttentionCopier(nn.Module):
         UserError: what differs and was not stated, tokens of the student that the teacher lacks, other widths.
     """
 
-    Config = AttentionCopyConfig
-
     def __init__(
         self, name: str, config: AttentionCopyConfig, student: StudentSpec, targets: Sequence[StoredTarget]
     ) -> None:
@@ -62,7 +60,7 @@ class AttentionCopier(nn.Module):
             self.meets = AttentionAligner(name, config, student, targets, "all", average=config.average)
         else:
             self.meets = TokenAligner(name, config, student, targets)
-            self.meets.require_width(f"Copy maps, which have none: {setting(f'{name}.tensors', 'map')}")
+            self.meets.require_widths(f"Copy maps, which have none: {setting(f'{name}.tensors', 'map')}")
         if self.meets.get_buffer("student_tokens").tolist() != list(range(len(student.prefix) + student.grid**2)):
             has_class = "class" in targets[0].teacher.prefix
             also, proposed = (

@@ -15,7 +15,7 @@ from student.attention_copy.copier import AttentionCopier
 from student.models.attention_copy_hooks import AttentionCopyRecord, Copied, attention_copy_hooks
 from student.settings import ATTENTION_COPY, AttentionCopyConfig
 from student.targets.evaluation_views import EvaluationTargets, evaluation_targets
-from student.targets.stored_target import StoredTarget
+from student.targets.stored_target import StoredTarget, stored_target
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -106,10 +106,9 @@ def copier_of(
     """
     targets = []
     for id, (graph, output) in zip(record.targets, record.graphs, strict=True):
-        manifest = store.target(id)
-        if (manifest.graph, manifest.output) != (graph, output):
-            raise IdentityError(f"{store.url}: target {id}", "graph", graph, manifest.graph)
-        targets.append(StoredTarget(target=manifest, teacher=store.teacher_of(manifest)))
+        targets.append(stored := stored_target(store, id))
+        if (stored.target.graph, stored.target.output) != (graph, output):
+            raise IdentityError(f"{store.url}: target {id}", "graph", graph, stored.target.graph)
     spec = student_spec(model, attention=False)
     return AttentionCopier(ATTENTION_COPY, record.settings, spec, targets), targets
 

@@ -114,4 +114,4 @@ def require_known_labels(batch: Batch, num_classes: int, shards: Sequence[Shard]
     largest = int(batch.labels.max())
     if largest >= num_classes:
         url = shards[int(batch.ids[int(batch.labels.argmax()), 0])].url
-        raise UserError(f"{url}: there is a label {largest}, {name} has classes 0 to {num_classes - 1}")
+        raise UserError(f"{url}: label {largest} is out of range: {name} has classes 0 to {num_classes - 1}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from storage.errors import IdentityError, UserError
-from storage.shards.classes import classes_of, require_classes
+from storage.shards.classes import class_list, classes_of, require_classes
 from storage.shards.shard import require_labels
 from student.attention_copy.inference import attached_to, inject_attention
 from student.evaluation.batches import evaluation_batches, require_known_labels
@@ -116,7 +116,7 @@ def _require_same_classes(members: Sequence[Classifier]) -> None:
         own = member.about.classes
         if first is not None and own is not None and {*first} != {*own}:
             do = "Classifiers of one ensemble or table have the same classes; pack the shards with their classes.json."
-            raise IdentityError(member.name, "classes", _few(first), _few(own), do)
+            raise IdentityError(member.name, "classes", class_list(first), class_list(own), do)
 
 
 def predictions_of(
@@ -162,7 +162,3 @@ def _columns(own: tuple[str, ...] | None, names: tuple[str, ...] | None, urls: S
         require_classes(urls, own)  # says what differs
     numbers = {name: i for i, name in enumerate(own)}
     return torch.tensor([numbers[name] for name in names])
-
-
-def _few(names: Sequence[str]) -> str:
-    return f"{len(names)} ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})"

@@ -62,8 +62,8 @@ def found_in(places: Sequence[Path], say: Callable[[str], None] = lambda _line: 
                 raise UserError(f"{place}: no images in this folder; expected {', '.join(IMAGES)}")
             files += sorted([*inside.images, *inside.lost])
             others = [path for path in inside.files if not is_image(path)]
-            odd = [counted("file(s) are no images", others)] if others else []
-            for line in (*odd, *replace(inside, lost=[]).left_out()):
+            skipped = [counted("file(s) are no images", others)] if others else []
+            for line in (*skipped, *replace(inside, lost=[]).left_out()):
                 say(f"left out: {line}")
         elif place.is_file():
             files.append(place)

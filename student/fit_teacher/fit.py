@@ -103,7 +103,7 @@ def fit_teacher(config: FitTeacherConfig, progress: Progress) -> FitTeacherResul
         problem = "already exists; give a new name" if out.exists() else "expected a name ending in .safetensors"
         raise UserError(problem, setting=setting("out", out))
     if not out.absolute().parent.is_dir():
-        raise UserError(f"there is no folder {out.parent}", setting=setting("out", out))
+        raise UserError(f"the folder {out.parent} does not exist", setting=setting("out", out))
     urls, val_shards = expand(config.shards), open_shards(config.val, progress.say)
     names = _classes(urls, [shard.url for shard in val_shards])
     for shard in val_shards:

@@ -86,7 +86,7 @@ class AttentionTransferLoss(Loss[AttentionTransferConfig]):
             self.row = self.rows.row
         else:
             self.vectors = TokenAligner(name, config, student, targets)
-            self.vectors.require_width(f"Compare maps: {setting(f'{settings_path(name)}.tensors', 'map')}")
+            self.vectors.require_widths(f"Compare maps: {setting(f'{settings_path(name)}.tensors', 'map')}")
             self.row = self.vectors.row
 
     @classmethod
@@ -106,7 +106,7 @@ class AttentionTransferLoss(Loss[AttentionTransferConfig]):
             student_logs = self.rows.student_logs(taps.attention)
             return distillation(student_logs, self.rows.teacher_rows(inputs.targets), self.config.reduce_heads)
         parts = [
-            squares(self.vectors.student_vectors(getattr(taps, tap)), self.vectors.teacher_vectors(target))
+            squares(self.vectors.student_vectors(taps.vectors(tap)), self.vectors.teacher_vectors(target))
             for tap, target in zip(tensors, inputs.targets, strict=True)
         ]
         return torch.stack(parts).sum()

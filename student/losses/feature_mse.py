@@ -7,6 +7,7 @@ ViT's patch tokens, or from a CNN's maps.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -18,7 +19,6 @@ from storage.errors import UserError, call, setting
 from student.alignment.maps import MapAligner
 from student.alignment.student_spec import StudentSpec
 from student.alignment.tokens import TokenAligner
-from student.losses.attention_transfer import squares
 from student.losses.base import Loss, LossInputs
 from student.settings import AlignedLossConfig, Layers, settings_path
 from student.targets.requirement import TargetRequirement
@@ -48,30 +48,21 @@ class FeatureMSELoss(Loss[FeatureMSEConfig]):
 
     def __init__(self, name: str, config: FeatureMSEConfig, student: StudentSpec, targets: Targets) -> None:
         super().__init__(name, config, student, targets)
-        self.projections: nn.ModuleList | None = None
-        projection = setting(f"{settings_path(name)}.projection", "linear")
-        hint = f"Put a trained map between them: {projection}"
-        self.maps = MapAligner(name, config, student, targets) if student.stages else None
-        if self.maps is not None:
-            self.row = self.maps.row
-            if config.projection:
-                self.projections = nn.ModuleList(nn.Linear(*widths) for widths in self.maps.widths)
-            else:
-                self.maps.require_widths(hint)
-            return
-        if not targets[0].target.identity.layers:
+        if not student.stages and not targets[0].target.identity.layers:
             raise UserError(
                 f"{name}: target {targets[0].id} holds tokens after the final norm, and this loss compares residual "
                 "streams",
                 hint=f"Add them: {call('precompute', '…', target='tokens,layers=last')}",
             )
-        self.vectors = TokenAligner(name, config, student, targets)
-        self.row = self.vectors.row
+        aligner = MapAligner if student.stages else TokenAligner
+        self.aligner: MapAligner | TokenAligner = aligner(name, config, student, targets)
+        self.row = self.aligner.row
+        self.projections: nn.ModuleList | None = None
         if config.projection:
-            widths = self.vectors.student_width, self.vectors.width
-            self.projections = nn.ModuleList(nn.Linear(*widths) for _ in self.vectors.pairs)
+            self.projections = nn.ModuleList(nn.Linear(*widths) for widths in self.aligner.widths)
         else:
-            self.vectors.require_width(hint)
+            projection = setting(f"{settings_path(name)}.projection", "linear")
+            self.aligner.require_widths(f"Put a trained map between them: {projection}")
 
     @classmethod
     def requirement(cls, name: str, config: FeatureMSEConfig, student: StudentSpec) -> TargetRequirement:
@@ -80,19 +71,15 @@ class FeatureMSELoss(Loss[FeatureMSEConfig]):
         return TargetRequirement(loss=name, taps=taps, teacher=config.teacher, target=config.target)
 
     def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
-        """The loss of one step."""
-        if self.maps is not None:
-            return self._of_maps(self.maps, inputs)
-        student = self.vectors.student_vectors(inputs.student_taps.streams)
-        teacher = self.vectors.teacher_vectors(inputs.targets[0])
-        if self.projections is not None:
-            student = torch.stack([project(student[:, n]) for n, project in enumerate(self.projections)], 1)
-        return squares(student, teacher)
-
-    def _of_maps(self, maps: MapAligner, inputs: LossInputs) -> Float[Tensor, ""]:
-        """Mean over batch, places and width, summed over pairs of stages, as `squares` has it of layers."""
-        student = maps.student_vectors(inputs.student_taps.maps)
+        """The loss of one step: mean over batch, tokens and width, summed over pairs of layers or stages."""
+        taps, (target,) = inputs.student_taps, inputs.targets
+        student: Sequence[Tensor]
+        teacher: Sequence[Tensor]
+        if isinstance(self.aligner, MapAligner):
+            student, teacher = self.aligner.student_vectors(taps.maps), self.aligner.teacher_vectors(target)
+        else:
+            student = self.aligner.student_vectors(taps.streams).unbind(1)
+            teacher = self.aligner.teacher_vectors(target).unbind(1)
         if self.projections is not None:
             student = [project(vectors) for project, vectors in zip(self.projections, student, strict=True)]
-        pairs = zip(student, maps.teacher_vectors(inputs.targets[0]), strict=True)
-        return torch.stack([F.mse_loss(*pair) for pair in pairs]).sum()
+        return torch.stack([F.mse_loss(*pair) for pair in zip(student, teacher, strict=True)]).sum()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, Protocol, Self
+from typing import Annotated, Any, Self
 
 import torch
 from pydantic import Field, Strict, model_validator
@@ -40,17 +40,6 @@ class AttentionCopyRecord(Schema):
         return self
 
 
-class AttentionSource(Protocol):
-    """Where images that are evaluated get the attention that they copy: `student.attention_copy.inference`."""
-
-    @property
-    def stored(self) -> Any:
-        """The stored targets of the evaluation views."""
-
-    def copied(self, batch: Any) -> Copied:
-        """The attention that a batch's images copy."""
-
-
 class AttentionCopyHooks:
     """The places of a student where copied attention goes in.
 
@@ -63,14 +52,14 @@ class AttentionCopyHooks:
 
     Attributes:
         fixed: what every image gets, `[1, L, h, N, …]`; empty where each has its own.
-        source: where images that are evaluated get theirs from; None until it is attached.
+        source: `student.attention_copy.inference.StoredAttention`, of images that are evaluated; None until attached.
     """
 
     def __init__(self, tensors: str, layers: Sequence[int], heads: int) -> None:
         self.parts = (tensors,) if tensors == "map" else tuple(tensors)
         self.layers, self.heads = tuple(layers), heads
         self.fixed: Copied = {}
-        self.source: AttentionSource | None = None
+        self.source: Any = None
         self._current: Copied = {}
 
     def attach(self, model: nn.Module) -> None:
@@ -128,19 +117,19 @@ def _copying_layers(model: nn.Module, parts: Sequence[str]) -> list[Any]:
         UserError: a network of another kind, or one that changes q and k once more before they meet, by rotation.
     """
     kind, size = type(model).__name__, image_size(model)
-    found = attention_layers(model, size, pooled=True)
+    attending = attention_layers(model, size, pooled=True)
     layers = [getattr(block, "attn", None) for block in token_blocks(model)]
     needed = ["attn_drop"] * ("map" in parts) + ["q_norm", "k_norm"] * ("q" in parts) + ["qkv"] * ("v" in parts)
     missing = {part for layer in layers for part in needed if not isinstance(getattr(layer, part, None), nn.Module)}
-    if missing or len(layers) != len(found.layers):
+    if missing or len(layers) != len(attending.layers):
         what = f" (no {', '.join(sorted(missing))})" if missing else ""
         raise UserError(f"{kind}: attention cannot be copied into its layers{what}; only a plain ViT's can be replaced")
     if {"q", "k"} & {*parts}:
-        _require_last_norms(model, size, found, layers)
+        _require_last_norms(model, size, attending, layers)
     return layers
 
 
-def _require_last_norms(model: nn.Module, size: int, found: AttentionLayers, layers: Sequence[Any]) -> None:
+def _require_last_norms(model: nn.Module, size: int, attending: AttentionLayers, layers: Sequence[Any]) -> None:
     """Require that the kernel gets what the norms of q and k give, and nothing is added to their product."""
     normed: dict[tuple[int, str], Tensor] = {}
     handles = [
@@ -150,12 +139,12 @@ def _require_last_norms(model: nn.Module, size: int, found: AttentionLayers, lay
         for n, layer in enumerate(layers)
         for part in ("q", "k")
     ]
-    taps = AttentionTaps(found.layers)
+    taps = AttentionTaps(attending.layers)
     with taps:
         run_blank(model, size)
     for handle in handles:
         handle.remove()
-    for n, (layer, attention) in enumerate(zip(found.layers, taps.attention, strict=True)):
+    for n, (layer, attention) in enumerate(zip(attending.layers, taps.attention, strict=True)):
         if layer.biased or attention.q is not normed[n, "q"] or attention.k is not normed[n, "k"]:
             raise UserError(
                 f"{type(model).__name__}: layer {layer.number} changes q and k after their norms, or their product, by "

@@ -2,56 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import re
-from typing import Annotated, Any, Self, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import timm
 import torch
-from pydantic import Field, field_validator, model_validator
-from torch import nn
 
 from precompute.taps import FACTORY_ARGUMENTS, constructor_arguments, create_timm_model, takes, takes_image_size
 from storage.constants import SHORT_NAMES
 from storage.errors import UserError, did_you_mean, setting
-from storage.objects.network_names import outside_timm, runs_nothing
-from storage.objects.record_schema import Schema, Several, Three
+from storage.objects.network_names import outside_timm
 from storage.objects.state_dict import ONNX_FILE
-from storage.store.manifests import TeacherIdentity
-from storage.views.policy import policy
-from student.models.attention_copy_hooks import AttentionCopyRecord
 from student.models.fixed_positions import SINCOS, fix_positions
 from student.models.outside_timm import build_outside_timm, create_outside_timm, names_outside_timm, recorded_name
 from student.models.shifted_patch import shift_patches
 from student.settings import DROP_RATES, SIZES, WITH_CLASS, StudentConfig
 
+if TYPE_CHECKING:
+    from torch import nn
 
-class DescriptionRecord(Schema):
-    """What a student's file says: see `Description`."""
-
-    model: str
-    arguments: dict[str, Any]
-    img_size: Annotated[int, Field(ge=1, le=4096)]
-    mean: Three
-    std: Three
-    classes: Several[str] | None
-    evaluation: str
-    shifted_patches: bool
-    attention_copy: AttentionCopyRecord | None
-
-    @field_validator("model")
-    @classmethod
-    def _runs_nothing(cls, model: str) -> str:
-        return runs_nothing(model)
-
-    @model_validator(mode="after")
-    def _evaluation(self) -> Self:
-        try:
-            policy(self.evaluation, self.img_size)
-        except UserError as error:
-            raise ValueError(f"evaluation: expected a view policy, found {error.message}") from None
-        return self
+    from storage.store.manifests import TeacherIdentity
 
 
 def architecture(settings: StudentConfig, teacher: TeacherIdentity | None) -> StudentConfig:
@@ -106,7 +77,7 @@ def build_student(settings: StudentConfig, num_classes: int) -> tuple[nn.Module,
         raise UserError(f"student.{where}: timm has no {settings.model!r}{store}. {hint}")
     arguments = settings.sizes
     if settings.embed_dim and settings.num_heads and settings.embed_dim % settings.num_heads:
-        problem = f"student: embed_dim {settings.embed_dim} is no multiple of num_heads {settings.num_heads}"
+        problem = f"student: embed_dim {settings.embed_dim} is not a multiple of num_heads {settings.num_heads}"
         wide = setting("student.embed_dim", settings.num_heads * 64)
         raise UserError(problem, hint=f"Change one of them, such as {wide}")
     if not takes_image_size(settings.model):
@@ -122,7 +93,7 @@ def build_student(settings: StudentConfig, num_classes: int) -> tuple[nn.Module,
     sizes, patches = (value if isinstance(value, tuple) else () for value in sides)
     for side, patch in zip(sizes, patches, strict=False):
         if side % patch:
-            problem = f"student: img_size {side} is no multiple of the patch size {patch} of {settings.model}"
+            problem = f"student: img_size {side} is not a multiple of the patch size {patch} of {settings.model}"
             multiple = setting("student.img_size", patch * max(1, round(side / patch)))
             raise UserError(problem, hint=f"Change one of them, such as {multiple}")
     if fixed_positions:
@@ -135,7 +106,7 @@ def create(model: str, arguments: dict[str, Any]) -> nn.Module:
     if outside_timm(model):
         return create_outside_timm(model, arguments, f"student {model}")
     for name in arguments.keys() & FACTORY_ARGUMENTS:
-        raise UserError(f"student.args.{name}: this is no argument of a network that learns from images; leave it out")
+        raise UserError(f"student.args.{name}: not an argument of a network that learns from images; leave it out")
     try:
         return create_timm_model(model, arguments, owner=f"student {model}")
     except UserError as error:
@@ -143,8 +114,10 @@ def create(model: str, arguments: dict[str, Any]) -> nn.Module:
         if model == WITH_CLASS:
             hint = "Change its sizes."
         unknown = _unknown(model, arguments)
-        wrong = unknown or [n for n in arguments if n not in StudentConfig.model_fields and _takes(model, arguments, n)]
-        if further := [name for name in wrong if name not in StudentConfig.model_fields]:
+        further = [name for name in unknown or arguments if name not in StudentConfig.model_fields]
+        if not unknown:
+            further = [n for n in further if not _failure(model, {k: v for k, v in arguments.items() if k != n})]
+        if further:
             name = further[0]
             hint = f"Change {setting(f'student.args.{name}', 'VALUE')}, or leave it out."
             if unknown:
@@ -166,16 +139,13 @@ def not_taken(model: str, settings: dict[str, Any]) -> list[str]:
     if not sizes or not timm.is_model(model):
         return []
     unknown = _unknown(model, sizes)
-    try:
-        _on_meta(model, {name: size for name, size in sizes.items() if name not in unknown})
-    except Exception:  # timm raises many kinds, such as for heads that Swin has in stages
-        return sorted(sizes)
-    return sorted(unknown)
+    known = {name: size for name, size in sizes.items() if name not in unknown}
+    return sorted(sizes if _failure(model, known) else unknown)  # it fails for heads that Swin has in stages
 
 
 def _on_meta(model: str, arguments: dict[str, Any]) -> nn.Module:
     with torch.device("meta"):
-        return cast(nn.Module, timm.create_model(model, pretrained=False, **arguments))
+        return cast("nn.Module", timm.create_model(model, pretrained=False, **arguments))
 
 
 def _known(model: str, arguments: dict[str, Any]) -> set[str]:
@@ -183,32 +153,20 @@ def _known(model: str, arguments: dict[str, Any]) -> set[str]:
     return constructor_arguments(_on_meta(model, arguments)) - {*StudentConfig.model_fields}
 
 
-def _takes(model: str, arguments: dict[str, Any], name: str) -> bool:
-    """Whether a model can be made once it is made without this argument."""
-    with contextlib.suppress(Exception):  # timm raises many kinds
-        _on_meta(model, {n: value for n, value in arguments.items() if n != name})
-        return True
-    return False
+def _failure(model: str, arguments: dict[str, Any]) -> Exception | None:
+    """Why a model cannot be made of these arguments; None where it can."""
+    try:
+        _on_meta(model, arguments)
+    except Exception as error:  # timm raises many kinds
+        return error
+    return None
 
 
 def _unknown(model: str, arguments: dict[str, Any]) -> list[str]:
     """The arguments without which a model can be made; empty where this is not what is wrong."""
     rest = dict(arguments)
-    while True:
-        try:
-            _on_meta(model, rest)
-            return [name for name in arguments if name not in rest]
-        except TypeError as error:
-            unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-            if unexpected is None or rest.pop(unexpected[1], None) is None:
-                return []
-        except Exception:  # timm raises many kinds
+    while (error := _failure(model, rest)) is not None:
+        unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if not isinstance(error, TypeError) or unexpected is None or rest.pop(unexpected[1], None) is None:
             return []
-
-
-def input_size(model: nn.Module, settings: StudentConfig) -> int:
-    """The side of the square images that a student takes."""
-    if settings.img_size:
-        return settings.img_size
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    return int(size[0] if size else model.default_cfg["input_size"][-1])  # type: ignore[index]
+    return [name for name in arguments if name not in rest]

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from storage.errors import first_few
 from storage.objects.network_names import bare, is_recorded, key_of, outside_timm
+from student.models.init import channels_text
 from student.settings import ATTENTION_COPY
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from storage.store.manifests import TeacherManifest
     from student.models.attention_copy_hooks import AttentionCopyRecord
@@ -125,10 +127,10 @@ def card(
         lines.append(_score("averaged student", result["samples"], result["ema_top1"], result["ema_top5"]))
     shards, classes = identity["shards"], identity["classes"]
     views = f"{identity['views']} stored view(s) of each image" if identity["views"] else "views drawn in each epoch"
-    lines += ["", "## Learned from", "", f"- {len(shards)} shard(s): {_first(3, shards)}"]
+    lines += ["", "## Learned from", "", f"- {len(shards)} shard(s): {first_few(shards, 3)}"]
     lines.append(f"- views: `{identity['policy']}`, {views}")
     if isinstance(classes, list):
-        lines.append(f"- {len(classes)} classes: {_first(10, classes)}")
+        lines.append(f"- {len(classes)} classes: {first_few(classes, 10)}")
     elif classes:
         lines.append(f"- {classes} classes without names")
     else:
@@ -154,8 +156,10 @@ def card(
         own = _copying(about.model, about.attention_copy, identity["control"])
     elif about.shifted_patches:
         own = _SHIFTED.format(model=about.model) + _BY_THIS_PACKAGE
+    elif is_recorded(about.model):
+        own = _OWN.format(model=bare(about.model), digest=key_of(about.model).rpartition("#")[2])
     elif outside_timm(about.model):
-        own = _outside_timm(about.model)
+        own = _TORCHVISION.format(model=about.model) + _BY_THIS_PACKAGE
     else:
         own = _TIMM.format(source="local-dir:.", which=_IN_THE_FOLDER)
     return "\n".join([*lines, _loading(about, own, "last.safetensors")])
@@ -164,10 +168,6 @@ def card(
 def _score(student: str, samples: int | None, top1: float | None, top5: float | None) -> str:
     """A line of the table of scores."""
     return f"| {student} | {samples} | {top1:.2f} | {'' if top5 is None else f'{top5:.2f}'} |"
-
-
-def _first(count: int, names: Sequence[str]) -> str:
-    return ", ".join([*names[:count], *(["…"] if len(names) > count else [])])
 
 
 def _teacher(teacher: TeacherManifest) -> str:
@@ -207,7 +207,7 @@ def hub_card(
 
 def _loading(about: StudentDescription, own: str, file: str) -> str:
     """The section on how the student is loaded (`own`), fed, and made a teacher by its file."""
-    mean, std = _three(about.mean), _three(about.std)
+    mean, std = channels_text(about.mean), channels_text(about.std)
     uses = ["`pipeline predict RUN IMAGE…`"] if about.classifies else []
     uses += ["`pipeline export RUN` (ONNX)"] if about.attention_copy is None else []
     feeding = _FEEDING.format(evaluation=about.evaluation, size=about.img_size, mean=mean, std=std, use=", ".join(uses))
@@ -225,13 +225,6 @@ def _loading(about: StudentDescription, own: str, file: str) -> str:
     )
 
 
-def _outside_timm(model: str) -> str:
-    """How a student is loaded that timm does not have."""
-    if not is_recorded(model):
-        return _TORCHVISION.format(model=model) + _BY_THIS_PACKAGE
-    return _OWN.format(model=bare(model), digest=key_of(model).rpartition("#")[2])
-
-
 def _copying(model: str, copied: AttentionCopyRecord, control: Mapping[str, Any]) -> str:
     """What a student needs that copies attention."""
     graphs = ", ".join(sorted({graph[:12] for graph, _ in copied.graphs}))
@@ -245,7 +238,3 @@ def _copying(model: str, copied: AttentionCopyRecord, control: Mapping[str, Any]
         need=_NEEDS_FILE if fixed else _NEEDS_TEACHER.format(graphs=graphs),
     )
     return text + _BY_THIS_PACKAGE
-
-
-def _three(values: tuple[float, ...]) -> str:
-    return f"{values[0]:g}" if len(set(values)) == 1 else ", ".join(f"{value:g}" for value in values)

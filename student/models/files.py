@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from precompute.taps import adapt
 from storage.errors import UserError, call, first_line
 from storage.objects.atomic import atomic_write
-from storage.objects.network_names import outside_timm
-from storage.objects.record_schema import checked
+from storage.objects.network_names import outside_timm, runs_nothing
+from storage.objects.record_schema import Schema, Several, Three, checked
 from storage.unicode_names import all_normalized
 from storage.views.policy import Policy, policy
 from student.models.attention_copy_hooks import COPIED, AttentionCopyHooks, AttentionCopyRecord, attention_copy_hooks
-from student.models.build import DescriptionRecord, create
+from student.models.build import create
 from student.models.outside_timm import create_outside_timm
 from student.models.shifted_patch import shift_patches
 from student.run_dir import NETWORK
@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 _AS_JSON = ("arguments", "img_size", "mean", "std", "classes")  # fields of a description
 
 
-@dataclass(frozen=True)
-class StudentDescription:
+class StudentDescription(Schema):
     """What rebuilds a student, and how to feed and read it.
 
     Attributes:
@@ -48,15 +47,25 @@ class StudentDescription:
         attention_copy: what is copied from where, of a student that copies attention.
     """
 
-    model: str
+    model_config = ConfigDict(extra="forbid")
+
+    model: Annotated[str, AfterValidator(runs_nothing)]
     arguments: dict[str, Any]
-    img_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    classes: tuple[str, ...] | None
+    img_size: Annotated[int, Field(ge=1, le=4096)]
+    mean: Three
+    std: Three
+    classes: Several[str] | None
     evaluation: str
     shifted_patches: bool = False
     attention_copy: AttentionCopyRecord | None = None
+
+    @model_validator(mode="after")
+    def _evaluation(self) -> Self:
+        try:
+            policy(self.evaluation, self.img_size)
+        except UserError as error:
+            raise ValueError(f"evaluation: expected a view policy, found {error.message}") from None
+        return self
 
     @property
     def evaluation_policy(self) -> Policy:
@@ -88,11 +97,9 @@ def save_student(path: Path, model: nn.Module, description: StudentDescription) 
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     if hooks := attention_copy_hooks(model):
         state |= {f"{COPIED}{part}": tensor.detach().cpu().contiguous() for part, tensor in hooks.fixed.items()}
-    metadata = {"format": "pt", "model": description.model}
-    metadata |= {name: json.dumps(getattr(description, name)) for name in _AS_JSON}
-    metadata["evaluation"] = description.evaluation
-    if description.shifted_patches:
-        metadata["shifted_patches"] = "true"
+    fields = description.model_dump(exclude_defaults=True, exclude={"attention_copy"})
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
+    metadata = {"format": "pt", **texts}
     if description.attention_copy:
         metadata["copying"] = json.dumps(description.attention_copy.plain())
     with atomic_write(path) as temporary:
@@ -116,9 +123,9 @@ def load_student(path: Path) -> tuple[nn.Module, StudentDescription]:
         fields |= {name: metadata[name] for name in ("model", "evaluation")}
         fields["shifted_patches"] = metadata.get("shifted_patches") == "true"
         fields["attention_copy"] = _attention_copy(json.loads(metadata.get("copying", "null")))
-        record = checked(DescriptionRecord, fields, str(path), f"Give a student that {call('train')} wrote.")
-        classes = tuple(all_normalized(record.classes or ())) or None
-        description = StudentDescription(**{**dict(record), "classes": classes})
+        recorded = checked(StudentDescription, fields, str(path), f"Give a student that {call('train')} wrote.")
+        classes = tuple(all_normalized(recorded.classes or ())) or None
+        description = recorded.model_copy(update={"classes": classes})
     except FileNotFoundError:
         raise UserError(f"{path}: no student here", hint=f"{call('train')} writes one.") from None
     except KeyError as error:

@@ -13,19 +13,13 @@ from storage.errors import UserError, setting
 SINCOS = "sincos"  # what `student.args.pos_embed` calls them; timm has trained ones alone
 
 
-def sincos_table(grid: tuple[int, int], width: int) -> Tensor:
-    """MAE's table `[patches, width]`: sines and cosines of a patch's column, then those of its row."""
-    rows_first: Tensor = build_sincos2d_pos_embed(list(grid), width, interleave_sin_cos=True)
-    return rows_first.roll(width // 2, -1)
-
-
 def fix_positions(model: nn.Module) -> None:
-    """Give a new network this table, and do not train it; tokens before the patches get zeros, as in MAE.
+    """Give a new network MAE's table of sines and cosines, and do not train it; tokens before the patches get zeros.
 
     In the state dict it is what trained embeddings are, so bare timm loads it.
 
     Raises:
-        UserError: the network adds no position embeddings to patches of a grid, or its width is no multiple of four.
+        UserError: the network adds no position embeddings to patches of a grid, or its width is not a multiple of four.
     """
     positions, grid = getattr(model, "pos_embed", None), getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if not isinstance(positions, nn.Parameter) or positions.ndim != 3 or not grid:
@@ -38,5 +32,6 @@ def fix_positions(model: nn.Module) -> None:
         raise UserError(f"student.args.pos_embed: {SINCOS} needs a width of 4·n, this is {width}", hint=f"Give {wide}")
     with torch.no_grad():
         positions.zero_()
-        positions[0, -math.prod(grid) :] = sincos_table(grid, width)
+        rows_first: Tensor = build_sincos2d_pos_embed(list(grid), width, interleave_sin_cos=True)
+        positions[0, -math.prod(grid) :] = rows_first.roll(width // 2, -1)  # MAE has sines and cosines of columns first
     positions.requires_grad_(False)

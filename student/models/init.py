@@ -6,16 +6,14 @@ import difflib
 import json
 import shlex
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import timm
-
-from precompute.taps import create_timm_model
+from precompute.taps import config_of, create_timm_model
 from storage.errors import UserError, setting
-from storage.objects.rename import mismatches, rename_to_fit
+from storage.objects.rename import mismatches, rename_to_fit, shapes
 from storage.objects.state_dict import as_f32
 from student.models.attention_copy_hooks import COPIED
-from student.models.outside_timm import names_outside_timm, recorded_input
+from student.models.outside_timm import names_outside_timm, recorded_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -67,7 +65,7 @@ def begin_from(
     own = model.state_dict()
     names = matching(settings.init, own, "student.init")
     other_classes = bool(known and classes and tuple(classes) != known)
-    heads = head_of(model)
+    heads = {name for name in own if name.rpartition(".")[0] in _classifiers(model)}  # of both heads
     new_heads = [
         name
         for name in names
@@ -82,7 +80,7 @@ def begin_from(
         unused = [name for name in state if name not in own and name.rpartition(".")[0] in _classifiers(model)]
         skipped = {*unused, *(_twin(name) for name in norms)}
         taken |= {name: tensor for name, tensor in state.items() if name not in own and name not in skipped}
-    if problems := mismatches(_shapes(expected), _shapes(taken)):
+    if problems := mismatches(shapes(expected), shapes(taken)):
         raise UserError(f"{where}: does not fit {settings.model}: {problems}", hint=_hint(own, state))
     model.load_state_dict({**own, **{name: taken[name] for name in expected}})
     text = f"begins from {where}: {len(expected)} of {len(own)} tensors"
@@ -103,17 +101,19 @@ def normalization(
 
     One that timm does not have, `network`, says itself what it wants.
     """
-    recorded: dict[str, tuple[float, float, float]] = {}
+    about: Mapping[str, Any] = {}
     if network is not None and names_outside_timm(settings.model):
-        recorded = {**recorded_input(settings, network), **(file.normalization if file else {})}
+        about = recorded_config(settings, network)
     elif settings.pretrained or file:
-        about = timm.get_pretrained_cfg(settings.model)
-        if about is not None:
-            recorded = {"mean": tuple(about.mean), "std": tuple(about.std)}
-        if file:
-            recorded |= file.normalization
-    half = (0.5, 0.5, 0.5)
-    return settings.mean or recorded.get("mean", half), settings.std or recorded.get("std", half)
+        about = config_of(settings.model) or {}
+    recorded = {**about, **(file.normalization if file else {})}
+    mean, std = (tuple(recorded.get(name) or (0.5, 0.5, 0.5)) for name in ("mean", "std"))
+    return settings.mean or mean, settings.std or std
+
+
+def channels_text(values: Sequence[float]) -> str:
+    """A number for each channel, or one where they are equal."""
+    return ", ".join(f"{value:g}" for value in (values[:1] if len(set(values)) == 1 else values))
 
 
 def freeze(model: nn.Module, patterns: Sequence[str], say: Callable[[str], None]) -> list[nn.Module]:
@@ -157,11 +157,6 @@ def matching(patterns: Iterable[str], names: Iterable[str], where: str) -> list[
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def head_of(model: nn.Module) -> set[str]:
-    """The names of the classifier's tensors; of both heads, where there is a distillation token."""
-    return {name for name in model.state_dict() if name.rpartition(".")[0] in _classifiers(model)}
-
-
 def _classifiers(model: nn.Module) -> tuple[str, ...]:
     """The names of the classifier's modules, whether the network has it or not."""
     about = getattr(model, "pretrained_cfg", None) or {}
@@ -183,7 +178,3 @@ def _hint(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
     if not (good := [part for part, fits in parts.items() if fits]):
         return "Are these weights of this model?"
     return f"Take what fits, the rest stays new: {setting('student.init', shlex.quote(json.dumps(good)))}"
-
-
-def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}

@@ -18,9 +18,6 @@ from precompute.taps import (
 from storage.errors import UserError, setting
 from storage.objects.network_names import TORCHVISION, bare, is_own, is_recorded
 
-__all__ = ["allow_network", "build_outside_timm", "create_outside_timm", "keep_source", "names_outside_timm"]
-__all__ += ["recorded_input", "recorded_name"]
-
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
@@ -71,9 +68,9 @@ def build_outside_timm(settings: StudentConfig, num_classes: int) -> tuple[nn.Mo
         hint = f"Give {setting('student.img_size', 'N')}, or let it have pretrained_cfg."
         raise UserError(f"{owner}: the size of its images is not known", hint=hint)
     adapt(network, size=int(size), owner=owner)
-    if num_classes and (found := run_blank(network, int(size)).shape[-1]) != num_classes:
+    if num_classes and (outputs := run_blank(network, int(size)).shape[-1]) != num_classes:
         hint = "" if takes(model, "num_classes") else "Let its function take num_classes."
-        raise UserError(f"{owner}: it gives {found} numbers, and there are {num_classes} classes", hint=hint)
+        raise UserError(f"{owner}: it outputs {outputs} values, and there are {num_classes} classes", hint=hint)
     return network, arguments
 
 
@@ -92,13 +89,11 @@ def create_outside_timm(model: str, arguments: Mapping[str, Any], owner: str, co
     return network
 
 
-def recorded_input(settings: StudentConfig, network: nn.Module) -> dict[str, Any]:
-    """`mean` and `std` that the given weights of a network outside timm want, as far as it says so."""
+def recorded_config(settings: StudentConfig, network: nn.Module) -> dict[str, Any]:
+    """What a network outside timm says of its given weights, such as `mean` and `std`."""
     if settings.model.startswith(TORCHVISION):
-        about = torchvision_config(settings.model, "student") if settings.pretrained else {}
-    else:
-        about = config_of_own(network)
-    return {name: tuple(about[name]) for name in ("mean", "std") if about.get(name)}
+        return torchvision_config(settings.model, "student") if settings.pretrained else {}
+    return config_of_own(network)
 
 
 def keep_source(model: str, file: Path) -> str:

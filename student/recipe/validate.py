@@ -31,9 +31,9 @@ def validate(content: Any, where: str) -> Recipe:
         lines = dict.fromkeys(_explain(problem) for problem in error.errors())
         raise UserError(f"{where}: " + "; ".join(lines)) from None
     if (name := ATTENTION_COPY) in recipe.losses:
-        raise UserError(f"{where}: losses.{name}: {name} is a section beside losses; call the loss otherwise")
+        raise UserError(f"{where}: losses.{name}: {name} is a section beside losses; give the loss another name")
     if not recipe.losses:
-        raise UserError(f"{where}: losses: none is on; known: {', '.join(LOSSES)}")
+        raise UserError(f"{where}: losses: no loss is enabled; known: {', '.join(LOSSES)}")
     return recipe
 
 
@@ -103,10 +103,10 @@ def sentence(name: str, problem: Any, section: Any) -> str:
     message = re.sub(r", unable to (parse|interpret) .*", "", message)  # what was found says it better
     settings = "mapping of settings (name: value)"
     message = re.sub(r"valid dictionary( or (instance of \w+|object to extract fields from))?", settings, message)
-    seen = repr(problem["input"])
-    seen = seen if len(seen) <= 120 else f"{seen[:119]}…"
-    found = "" if problem["type"] in ("missing", "value_error") else f", found {seen}"
-    return f"{name}: {message[0].lower()}{message[1:]}{found}"
+    value = repr(problem["input"])
+    value = value if len(value) <= 120 else f"{value[:119]}…"
+    text = "" if problem["type"] in ("missing", "value_error") else f", found {value}"
+    return f"{name}: {message[0].lower()}{message[1:]}{text}"
 
 
 def suggested(name: str, section: Any, below: Iterable[str] = ()) -> str:

@@ -71,7 +71,7 @@ def _banks(store: Store, shards: Sequence[str], choice: BankChoice) -> list[str]
     policies = {id: policy_of(bank) for id, bank in complete.items()}
     if not policies:
         hint = f"Run {call('precompute')} over them first."
-        raise UserError(f"{store.url}: there are no views of all these shards", hint=hint)
+        raise UserError(f"{store.url}: no bank has views of all these shards", hint=hint)
     line = make_policy(choice.policy, 32).line if choice.policy is not None else None
     conditions: dict[str, tuple[object, dict[str, object]]] = {
         "stream.bank": (choice.id, {id: id for id in policies}),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from precompute.taps import image_size
 from storage.errors import IdentityError, UserError, call, setting
 from storage.objects.network_names import is_recorded, key_of
 from storage.objects.weights_file import WeightsFile
@@ -23,9 +24,9 @@ from student.data.source import opened
 from student.data.stream import Stream
 from student.distributed import rank, world_size
 from student.evaluation.accuracy import tell_of_shared
-from student.models.build import architecture, build_student, input_size
+from student.models.build import architecture, build_student
 from student.models.files import StudentDescription
-from student.models.init import begin_from, freeze, normalization
+from student.models.init import begin_from, channels_text, freeze, normalization
 from student.models.outside_timm import recorded_name
 from student.settings import ATTENTION_COPY
 from student.training.controls import fill_means, mean_targets
@@ -119,9 +120,9 @@ def build_run(config: TrainConfig, progress: Progress, saved: dict[str, Any] | N
     if saved is not None:
         mean, std = (tuple(saved["identity"][name]) for name in ("mean", "std"))
     elif student.pretrained or student.weights:
-        progress.say(f"pixels: mean {_three(mean)}, std {_three(std)}")
+        progress.say(f"pixels: mean {channels_text(mean)}, std {channels_text(std)}")
     frozen_norms = freeze(model, student.freeze, progress.say)
-    size = input_size(model, student)
+    size = student.img_size or image_size(model)
     average = None
     if recipe.model_ema_decay:  # before hooks are added
         average = ModelEmaV3(model, decay=recipe.model_ema_decay).to(config.device)
@@ -206,11 +207,6 @@ def _scored(val_shards: list[Shard], recipe: Recipe, classes: int, progress: Pro
     for shard in val_shards:
         require_labels(shard, classes)
     return val_shards
-
-
-def _three(values: Sequence[float]) -> str:
-    """Three numbers, or one where they are equal."""
-    return ", ".join(f"{value:g}" for value in (values[:1] if len(set(values)) == 1 else values))
 
 
 def _stream(

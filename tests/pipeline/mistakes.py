@@ -113,13 +113,13 @@ PREPARING = [
     Mistake(
         "one image alone, and a part of it for validation",
         "pack single new/x-000000.tar --val-fraction 0.1",
-        ("--val-fraction 0.1: there is one sample alone", "Give more images"),
+        ("--val-fraction 0.1: there is only one sample", "Give more images"),
     ),
     Mistake("init on one image", "init single --out new/p.yaml", ("single: only one image", "needs two or more")),
     Mistake(
         "photos of a telephone",
         "pack heic new/x-000000.tar",
-        ("heic/cat: a class folder without images", "1.heic is none of jpg, jpeg, png, webp", "convert it"),
+        ("heic/cat: a class folder without images", "1.heic is not one of jpg, jpeg, png, webp", "convert it"),
     ),
     Mistake(
         "training and validation images in one folder",
@@ -243,7 +243,7 @@ PREPARING = [
         ("teacher resnet10t", "cannot be made", "'chanels'"),
     ),
     Mistake(
-        "an input that is no multiple of the patches",
+        "an input that is not a multiple of the patches",
         "precompute --teacher vit_tiny --weights vit.safetensors --input-size 30 --shards shard-000000.tar "
         "--store new/S",
         ("teacher vit_tiny", "30 pixels", "patches of 16", "--input-size 32"),

@@ -65,9 +65,9 @@ TRAINING = [
         ("student resnet18", "cannot be made", "--set student.model=vit_tiny_patch16_224"),
     ),
     Mistake(
-        "an image size that is no multiple of the patches",
+        "an image size that is not a multiple of the patches",
         "train --recipe scratch @DATA --out new/run @SMALL --set student.img_size=30",
-        ("img_size 30 is no multiple of the patch size 4", "--set student.img_size="),
+        ("img_size 30 is not a multiple of the patch size 4", "--set student.img_size="),
     ),
     Mistake(
         "a batch larger than the data",
@@ -108,12 +108,12 @@ TRAINING = [
     Mistake(
         "a run over another one",
         "train --recipe scratch @DATA --out run @SMALL",
-        ("run: there is a run in this folder already", "add --resume", "--out RUN"),
+        ("run: this folder already has a run", "add --resume", "--out RUN"),
     ),
     Mistake(
         "a run into a folder of photos",
         "train --recipe scratch @DATA --out photos @SMALL",
-        ("photos: there is something else in this folder (cat, …)", "--out RUN"),
+        ("photos: this folder has other files (cat, …)", "--out RUN"),
     ),
     Mistake(
         "--resume where nothing is",
@@ -151,7 +151,9 @@ TRAINING = [
         "evaluate accuracy run --shards other/val-000000.tar",
         ("other/classes.json: classes: expected 3", "found 5", "Give shards of the same classes"),
     ),
-    Mistake("prediction of a text", "predict run notes.txt", ("notes.txt: cannot be decoded", "no JPEG, PNG or WebP")),
+    Mistake(
+        "prediction of a text", "predict run notes.txt", ("notes.txt: cannot be decoded", "not a JPEG, PNG or WebP")
+    ),
     Mistake("prediction of nothing", "predict run cat.jpg", ("cat.jpg: no such image or folder", "give images")),
     Mistake(
         "a head on features that are not stored",

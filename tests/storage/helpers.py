@@ -128,7 +128,7 @@ class SmallStore:
         attempt = Attempt(self.store, Task("bank", self.policy.bank, index.id, view), len(index))
         attempt.array("parameters", (len(COLUMNS),), "float64", ["column"]).append(view_rows(drawn))
         attempt.array("signatures", (1,), "uint32", ["column"]).append(np.array(crcs, np.uint32)[:, None])
-        return attempt.commit({"summary": vars(index.summary), "invalid": [], "renderer": renderer()})
+        return attempt.commit({"summary": index.summary.plain(), "invalid": [], "renderer": renderer()})
 
     def add_target(self, id: str, codec: str = "u8", shape: tuple[int, ...] = (3, 4, 4)) -> dict[Task, np.ndarray]:
         """Record a target with values for every shard and view; the values."""

@@ -9,19 +9,22 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from precompute.taps import image_size
-from storage.errors import UserError, setting
+from storage.errors import UserError, first_line, setting
 from storage.objects.weights_file import WeightsFile
 from student.alignment.student_taps import class_index, embedding_width
 from student.evaluation.frozen.features import Reading, class_feature, class_token
+from student.losses.parts.projector import projector
 from student.run_dir import LOSSES
+from student.settings import ProjectorLossConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-_NAME = re.compile(r"(?P<loss>.+)\.projector\.(?P<at>[0-9]{1,3})\.(?P<part>weight|bias)")
+_NAME = re.compile(r"(?P<loss>.+)\.projector\.(?P<name>[0-9]{1,3}\.(weight|bias))")
 
 
 def projector_reading(student: Path, model: nn.Module, layers: int) -> tuple[Reading, str]:
@@ -47,9 +50,8 @@ def projector_reading(student: Path, model: nn.Module, layers: int) -> tuple[Rea
     pooled = class_index(model) is None
     text = "pooled features" if pooled else "class token after the final norm"
     read = class_feature if pooled else class_token
-    return lambda network, pixels: module(
-        read(network, pixels)
-    ), f"{text}, through {layers} of the projector's linear maps"
+    words = f"{text}, through {layers} of the projector's linear maps"
+    return lambda network, pixels: module(read(network, pixels)), words
 
 
 def projector_layers(student: Path, layers: int) -> nn.Sequential:
@@ -76,31 +78,26 @@ def projector_layers(student: Path, layers: int) -> nn.Sequential:
         raise UserError(f"{student} was trained without a projector", setting=where, hint="Leave the setting out.")
     if len(losses) > 1:
         raise UserError(f"{path}: has projectors of {', '.join(sorted(losses))}; features of one alone can be read")
-    projector = _module({(int(match["at"]), match["part"]): state[match[0]] for match in matches}, str(path))
-    ends = [n for n, module in enumerate(projector, 1) if isinstance(module, nn.Linear)]
+    module = _module({match["name"]: state[match[0]] for match in matches}, str(path))
+    ends = [n for n, part in enumerate(module, 1) if isinstance(part, nn.Linear)]
     if layers > len(ends):
         message = f"the projector of {student} has {len(ends)} linear map(s)"
         raise UserError(message, setting=setting("projector_layers", layers))
-    return projector if layers == len(ends) else nn.Sequential(*list(projector)[: ends[layers] - 1])
+    return module if layers == len(ends) else nn.Sequential(*list(module)[: ends[layers] - 1])
 
 
-def _module(tensors: dict[tuple[int, str], Tensor], where: str) -> nn.Sequential:
-    """The projector whose tensors these are: norm, linear maps with or without GELUs between them, norm."""
-    modules: list[nn.Module] = []
-    width = 0
-    count = max(at for at, _ in tensors) + 1
-    for at in range(count):
-        weight, bias = tensors.get((at, "weight")), tensors.get((at, "bias"))
-        if weight is None and bias is None and modules and isinstance(modules[-1], nn.Linear):
-            modules.append(nn.GELU())
-            continue
-        ends = at in (0, count - 1)
-        if weight is None or bias is None or weight.dim() != (1 if ends else 2) or bias.shape != weight.shape[:1]:
-            raise UserError(f"{where}: its projector is not one that `train` writes, at {at}")
-        if (width and weight.shape[-1] != width) or not (weight.isfinite().all() and bias.isfinite().all()):
-            raise UserError(f"{where}: its projector has tensors that do not fit, or no numbers, at {at}")
-        width = len(bias)
-        module = nn.LayerNorm(width, eps=1e-6) if ends else nn.Linear(weight.shape[1], width)
-        module.load_state_dict({"weight": weight.float(), "bias": bias.float()})
-        modules.append(module)
-    return nn.Sequential(*modules).requires_grad_(False).eval()
+def _module(state: dict[str, Tensor], where: str) -> nn.Sequential:
+    """The projector with this state dict. Raises UserError: there is no such projector."""
+    maps, last = sum(tensor.dim() == 2 for tensor in state.values()), max(int(name.partition(".")[0]) for name in state)
+    try:
+        ends = [len(state[f"{at}.weight"]) for at in (0, last)]
+        config = ProjectorLossConfig(projector="mlp" if last > maps + 1 else "linear", depth=maps)
+        with torch.device("meta"):  # a hostile file may say widths that no memory holds
+            module = projector(ends[0], ends[1], config)
+        module.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError(f"{where}: its projector is not one that `train` writes: {first_line(error)}") from None
+    if not all(tensor.isfinite().all() for tensor in state.values()):
+        raise UserError(f"{where}: its projector has values that are not finite")
+    assert isinstance(module, nn.Sequential)  # maps are there: without any, nothing has names
+    return module.requires_grad_(False).eval()

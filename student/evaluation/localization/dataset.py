@@ -50,7 +50,7 @@ def boxed_images(shards: Sequence[Shard], size: int) -> Iterator[BoxedImage]:
                 try:
                     image = decode(sample.image)
                 except BadImage as error:
-                    raise UserError(f"{where}: {error}\n  Mend or remove the image and pack again") from None
+                    raise UserError(f"{where}: {error}\n  Fix or remove the image and pack again") from None
                 boxes = resized_boxes(boxes_in(sample, image.size, where), image.size)
                 pixels = render(image, draw_view(view, "", 0, image.size), size)
                 yield BoxedImage(key=sample.key, pixels=pixels, boxes=boxes)
@@ -67,7 +67,7 @@ def boxes_in(sample: Sample, size: tuple[int, int], where: str) -> list[list[flo
     try:
         content = json.loads(sample.json)
     except (ValueError, RecursionError):
-        raise UserError(f"{where}: its json cannot be read as JSON; mend it and pack again") from None
+        raise UserError(f"{where}: its json cannot be read as JSON; fix it and pack again") from None
     bbox = content.get("bbox") if isinstance(content, dict) else None
     if bbox is None or bbox == []:
         return []
@@ -76,7 +76,7 @@ def boxes_in(sample: Sample, size: tuple[int, int], where: str) -> list[list[flo
         if not _is_box(box, size):
             raise UserError(
                 f"{where}: bbox {str(box)[:80]}: expected [left, top, right, bottom] in the pixels of the image, which "
-                f"is {size[0]}x{size[1]}; mend its json and pack again"
+                f"is {size[0]}x{size[1]}; fix its json and pack again"
             )
     return boxes
 

@@ -139,7 +139,7 @@ def localize(
                     shown.append((image, level))
         advance(len(chunk))
     if not best:
-        raise UserError(f"{shards[0].url}: no sample says a bbox in its json, so there is nothing to localize against")
+        raise UserError(f"{shards[0].url}: no sample has a bbox in its json, so there is nothing to localize against")
     metrics = max_box_acc.box_metrics(np.stack(best), truths)
     threshold = round(metrics.v1[0.5].threshold * LEVELS)
     localized = tuple(_localized(image, level, threshold, convention) for image, level in shown)

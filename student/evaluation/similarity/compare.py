@@ -139,7 +139,7 @@ class SimilarityComparison:
         left_out = f"attention of layer(s) {parse_ranges(copied)}, which is copied" if copied else ""
         self.left_out = "; ".join(filter(None, (left_out, reference.missing)))
         if self.rows is None and self.vectors is None:
-            raise UserError(f"{name}: nothing is left to compare but {self.left_out}; let the store have tokens, too")
+            raise UserError(f"{name}: nothing is left to compare but {self.left_out}; record tokens, too")
         if self.rows is not None:
             assignment()
         attention = reference.attention if self.rows is not None else ()  # nothing is read that nothing looks at
@@ -165,7 +165,7 @@ class SimilarityComparison:
         reads: set[StudentTap] = {"attention"} if self.rows is not None else set()
         if self.vectors is not None:
             reads.add("tokens" if self.final else "streams")
-        seen = StudentTaps(self.model, reads, self.layers)
+        taps = StudentTaps(self.model, reads, self.layers)
         for side in filter(None, (self.rows, self.vectors)):
             side.to(device)
         divergences = Divergences()
@@ -179,13 +179,13 @@ class SimilarityComparison:
             samples = len(batches[0].labels)
             for start in range(0, samples, self.batch_size):
                 parts = [batch.part(slice(start, start + self.batch_size)).to(device) for batch in batches]
-                with seen, inject_attention(self.model, parts[-1]):  # with what the student copies, where it copies any
+                with taps, inject_attention(self.model, parts[-1]):  # with what the student copies, where it copies any
                     self.model(parts[0].pixels(self.about.mean, self.about.std))
                 if self.rows is not None:
-                    divergences.add(*self._attention(self.rows, seen, parts[0]))
+                    divergences.add(*self._attention(self.rows, taps, parts[0]))
                 if self.vectors is not None:
-                    self._align(self.vectors, seen, parts[0], similarities)
-                seen.clear()
+                    self._align(self.vectors, taps, parts[0], similarities)
+                taps.clear()
             advance(samples)
         attention = _by_layer(self.rows, self.of_rows, divergences.by_layer()) if self.rows is not None else None
         cka = [{"cka": similarity.value()} for similarity in similarities]
@@ -199,16 +199,16 @@ class SimilarityComparison:
             final=self.final,
         )
 
-    def _attention(self, rows: AttentionAligner, seen: StudentTaps, part: Batch) -> tuple[Tensor, Tensor]:
+    def _attention(self, rows: AttentionAligner, taps: StudentTaps, part: Batch) -> tuple[Tensor, Tensor]:
         """Rows `[B, L, H, Q, N]` of the student and of the teacher."""
         heads = [max(numbers) for numbers in zip(*rows.head_pairs[0], strict=True)]
-        student = rows.student_rows(seen.attention)[:, :, : heads[0]]
+        student = rows.student_rows(taps.attention)[:, :, : heads[0]]
         teacher = rows.teacher_rows([part.target(id) for id in self.of_rows])[:, :, : heads[1]]
         return (student.unsqueeze(-2), teacher.unsqueeze(-2)) if rows.which == "class" else (student, teacher)
 
-    def _align(self, vectors: TokenAligner, seen: StudentTaps, part: Batch, similarities: Sequence[LinearCKA]) -> None:
+    def _align(self, vectors: TokenAligner, taps: StudentTaps, part: Batch, similarities: Sequence[LinearCKA]) -> None:
         """Take the tokens of some images in."""
-        student = vectors.student_vectors([seen.tokens] * vectors.student.layers if self.final else seen.streams)
+        student = vectors.student_vectors([taps.tokens] * vectors.student.layers if self.final else taps.streams)
         target = part.target(self.of_tokens[0])
         if self.tokens == "all":
             teacher = vectors.teacher_vectors(target)
@@ -226,8 +226,9 @@ def _rows(shape: StudentSpec, reference: TeacherTargets, copied: Sequence[int]) 
     pairs = tuple(pair for pair in _pairs(shape, first) if pair[0] not in copied)
     if not pairs:
         return None
-    own, theirs = shape.heads, int(first.target.sample_shape[1])
-    heads = tuple((n % own + 1, n % theirs + 1) for n in range(max(own, theirs)))  # all of both, some of one twice
+    student_heads, teacher_heads = shape.heads, int(first.target.sample_shape[1])
+    numbers = range(max(student_heads, teacher_heads))
+    heads = tuple((n % student_heads + 1, n % teacher_heads + 1) for n in numbers)  # all of both, some of one twice
     config = AlignmentConfig(layers=pairs, heads=heads, grid="bicubic")
     tap = first.target.identity.tap
     return AttentionAligner(WHERE, config, shape, reference.attention, "class" if tap == "class_row" else "all")

@@ -205,11 +205,11 @@ def kept(loss: str, links: AllLinks, layout: Layout, stages: int) -> Kept:
         run = read(links.run, links.loss, where)
         if run.layout != layout:
             raise UserError(
-                f"{where}: the links of {run.where} join {run.layout.text}; here are {layout.text}. They serve a "
-                "student and a teacher of the same shape."
+                f"{where}: the links of {run.where} join {run.layout.text}; this run has {layout.text}. They fit "
+                "only a student and a teacher of the same shape."
             )
         if run_dir.is_smoke(Path(links.run).expanduser()):
-            raise UserError(f"{where}: {run.where} is of a smoke run, whose links have learned nothing")
+            raise UserError(f"{where}: {run.where} comes from a smoke run, whose links are untrained")
         choice = extracted(run.weights, layout, links)
         digest = hashlib.sha256(choice.numpy().tobytes()).hexdigest()
         name = f"links of {links.run} ({links.normalize}, by {links.granularity}, above {links.threshold:g})"

@@ -1,7 +1,7 @@
 """Queues of embeddings of earlier images, which SEED and CompRess compare each image with.
 
 A queue is a ring, as in CompRess's code: rows that do not fit before its end go to its start, so it holds the last
-`size` images. SEED's and MoCo's code refuse a size that is no multiple of the batch. All ranks hold the same queue:
+`size` images. SEED's and MoCo's code refuse a size that is not a multiple of the batch. All ranks hold the same queue:
 what each of them offers in a step is gathered after the update, in the order of the batch.
 """
 

@@ -147,7 +147,7 @@ def test_members_of_one_key_apart_are_refused_with_the_command_that_repacks(tmp_
 
 PNG = picture(0)
 REFUSED = {
-    "a key twice": ([*sample("a", 0), *sample("b", 1), *sample("a", 2)], "key 'a' is there twice"),
+    "a key twice": ([*sample("a", 0), *sample("b", 1), *sample("a", 2)], "key 'a' appears twice"),
     "an extension twice": ([("a.png", PNG), ("a.png", PNG)], "key 'a' has two members"),
     "an extension twice in capitals": ([("a.png", PNG), ("a.PNG", PNG)], "key 'a' has two members"),
     "a name that climbs": ([("../x.png", PNG)], "'../x.png' leads outside"),

@@ -223,7 +223,7 @@ BAD_LISTS: dict[str, tuple[str | bytes, str]] = {
     "a file that is not there": ("path,label\n0.png,a\nx/9.png,b\n", r"line 3: there is no file .*x/9\.png\n  Paths"),
     "a folder": ("path\nfolder.png\n", r"line 2: there is no file .*folder\.png"),
     "a name too long": ("path\n" + "x" * 5000 + ".png\n", r"line 2: 'xxx.* cannot be opened: File name too long"),
-    "no image": ("path\nlist.csv\n", r"line 2: 'list\.csv' is no image that is read; expected one of jpg, jpeg"),
+    "no image": ("path\nlist.csv\n", r"line 2: 'list\.csv' is not a supported image; expected one of jpg, jpeg"),
     "twice": ("path,label\n0.png,a\n1.png,b\n./0.png,a\n", r"line 4: '\./0\.png' is already in line 2"),
     "not UTF-8": (b"path,label\n0.png,a\n1.png,caf\xe9\n", r"line 3: not UTF-8 .*; save the list as UTF-8"),
     "UTF-16": ("path,label\n0.png,a\n".encode("utf-16"), r"line 1: (a NUL byte|not UTF-8)"),

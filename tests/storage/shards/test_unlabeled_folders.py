@@ -35,10 +35,10 @@ LOOSE = ("1.png", "cats/1.png", "cats/2.png")
         (
             DATES,
             (),
-            "one folder alone (2023) is no class, so 3 image(s) have no labels; if the 2 folders in it are classes, "
+            "one folder alone (2023) is not a class, so 3 image(s) have no labels; if the 2 folders in it are classes, "
             "give {folder}/2023",
         ),
-        (LOOSE, (), "one folder alone (cats) is no class, so 3 image(s) have no labels"),
+        (LOOSE, (), "one folder alone (cats) is not a class, so 3 image(s) have no labels"),
     ],
     ids=["flat", "beside empty folders", "by date", "one folder and loose ones"],
 )
@@ -85,7 +85,7 @@ def test_beside_class_folders_loose_images_are_skipped_and_counted(tmp_path) -> 
 def test_one_image_alone_is_packed_but_not_parted(tmp_path) -> None:
     folder = pictures(tmp_path / "photos", "1.png")
     assert pack(str(folder), str(tmp_path / "x.tar")).samples == {"train": 1}
-    with pytest.raises(UserError, match=r"`val_fraction=0\.1`: there is one sample alone, so none can be held out"):
+    with pytest.raises(UserError, match=r"`val_fraction=0\.1`: there is only one sample, so none can be held out"):
         pack(str(folder), str(tmp_path / "y.tar"), val_fraction=0.1)
 
 
@@ -93,9 +93,9 @@ def test_one_image_alone_is_packed_but_not_parted(tmp_path) -> None:
     ("names", "message"),
     [
         ((), "photos: no images found\n  Give images, in one folder per class if they have classes; or shards."),
-        (("1.heic", "2.heic"), "photos: no images found\n  1.heic is none of jpg, jpeg, png, webp; convert it."),
+        (("1.heic", "2.heic"), "photos: no images found\n  1.heic is not one of jpg, jpeg, png, webp; convert it."),
         (("train/1.png", "val/1.png"), "photos: train, val are parts of a data set, not classes"),
-        (("1.png", "cats/1.png", "dogs/1.heic"), "photos/dogs: a class folder without images\n  1.heic is none of"),
+        (("1.png", "cats/1.png", "dogs/1.heic"), "photos/dogs: a class folder without images\n  1.heic is not one of"),
     ],
     ids=["empty", "other files", "parts of a data set", "an empty class beside loose images"],
 )

@@ -48,13 +48,13 @@ pytestmark = pytest.mark.usefixtures("never_hangs")
 # ---------------------------------------------------------------------------------------------- refused images
 
 REFUSED_IMAGES = {
-    "no width": (png((0, 5), 8, 2, bytes(5)), "no JPEG"),
-    "no height": (png((5, 0), 8, 2, b""), "no JPEG"),
+    "no width": (png((0, 5), 8, 2, bytes(5)), "not a JPEG"),
+    "no height": (png((5, 0), 8, 2, b""), "not a JPEG"),
     "a negative width": (png((2**32 - 1, 1), 8, 2, b""), "size"),
-    "a JPEG without height": (claiming(encoded(RGB, "JPEG"), 0, 9), "no JPEG"),
-    "a JPEG without width": (claiming(encoded(RGB, "JPEG"), 7, 0), "no JPEG"),
-    "a depth that is none": (png((9, 7), 3, 2, ROWS), "no JPEG"),
-    "a color type that is none": (png((9, 7), 8, 5, ROWS), "no JPEG"),
+    "a JPEG without height": (claiming(encoded(RGB, "JPEG"), 0, 9), "not a JPEG"),
+    "a JPEG without width": (claiming(encoded(RGB, "JPEG"), 7, 0), "not a JPEG"),
+    "a depth that is none": (png((9, 7), 3, 2, ROWS), "not a JPEG"),
+    "a color type that is none": (png((9, 7), 8, 5, ROWS), "not a JPEG"),
     "a filter that is none": (png((9, 7), 8, 2, b"\x09" + ROWS[1:]), "cannot be decoded"),
     "a palette too long": (png((8, 1), 8, 3, bytes(9), chunk(b"PLTE", bytes(900))), "palette"),
     "a frame outside of the picture": (
@@ -134,7 +134,7 @@ def test_the_content_and_not_the_name_is_the_format_and_nothing_is_executed(tmp_
     monkeypatch.setattr(os, "system", refuse)
     ((_, found),) = by_us(*made)
     assert found[ending] == FOREIGN[kind]
-    with pytest.raises(BadImage, match="no JPEG, PNG or WebP"):
+    with pytest.raises(BadImage, match="not a JPEG, PNG or WebP"):
         decode(found[ending])
 
 

@@ -42,7 +42,7 @@ def test_a_student_that_is_its_teacher_has_the_teacher_s_vectors(tap: str) -> No
     (target,) = teacher(images)
     with StudentTaps(model, READS, student_spec(model).attention) as seen:
         model(teacher.prepare(images)).sum().backward()
-    mine = {"q": seen.q, "k": seen.k, "v": seen.v, "tokens": seen.streams, "final": [seen.tokens] * 3}[tap]
+    mine = {**{part: seen.vectors(part) for part in "qkv"}, "tokens": seen.streams, "final": [seen.tokens] * 3}[tap]
     settings = AttentionTransferConfig(layers="last" if tap == "final" else None)
     meeting = TokenAligner("it", settings, student_spec(model), [given(wanted.name, target, wanted.layers)])
     assert torch.equal(meeting.student_vectors(mine), meeting.teacher_vectors(target))
@@ -70,10 +70,10 @@ def test_vectors_of_tokens_meet_by_role_and_place() -> None:
     meeting = TokenAligner("it", AttentionTransferConfig(layers="uniform", grid="bicubic"), shape, [given("v", target)])
     with StudentTaps(model, frozenset({"values"}), shape.attention) as seen:
         model(torch.randn(2, 3, 32, 32))
-    mine, theirs = meeting.student_vectors(seen.v), meeting.teacher_vectors(target)
+    mine, theirs = meeting.student_vectors(seen.vectors("v")), meeting.teacher_vectors(target)
     assert mine.shape == theirs.shape == (2, 3, 3, 65, 16)
-    assert torch.equal(mine[:, 0, :, 0], seen.v[0][:, :, 0])
-    assert torch.equal(mine[:, 0, :, 1:], seen.v[0][:, :, 2:])
+    assert torch.equal(mine[:, 0, :, 0], seen.vectors("v")[0][:, :, 0])
+    assert torch.equal(mine[:, 0, :, 1:], seen.vectors("v")[0][:, :, 2:])
     assert torch.equal(theirs[..., 0, :], target[..., 0, :])
     plane = torch.full((2, 3, 3, 17, 16), 0.5)
     assert torch.allclose(meeting.teacher_vectors(plane), torch.tensor(0.5), atol=1e-6)

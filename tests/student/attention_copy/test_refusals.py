@@ -56,11 +56,11 @@ def test_targets_of_validation_images_that_are_missing_are_made_by_the_command_t
         ({"attention_copy": {"layers": "first-0"}}, r"attention_copy.layers: expected last, uniform, first-N, last-N"),
         (
             {"attention_copy": {"tensors": "q", "average": "heads"}},
-            r"average is of maps, and with tensors=q there are none",
+            r"average applies to maps, and tensors=q reads none",
         ),
         ({"attention_copy": {"wat": "q"}}, r"attention_copy.wat: no such setting"),
         ({"losses": {"attention_copy": {"type": "attention"}}}, r"attention_copy is a section beside losses"),
-        ({"losses": {"attention": {"tensors": "k", "reduce_heads": "sum"}}}, r"reduce_heads is of maps"),
+        ({"losses": {"attention": {"tensors": "k", "reduce_heads": "sum"}}}, r"reduce_heads applies to maps"),
     ],
 )
 def test_slips_in_a_recipe_are_named(content, message):

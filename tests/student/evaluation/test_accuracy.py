@@ -147,7 +147,7 @@ def test_members_of_other_classes_are_refused(world) -> None:
             shards,
             ensemble=True,
         )
-    with pytest.raises(UserError, match="there is a label 2, small has classes 0 to 1"):
+    with pytest.raises(UserError, match="label 2 is out of range: small has classes 0 to 1"):
         ensemble_predictions([Classifier(name="small", model=Fixed(table[:, :2]), about=about(2))], shards)
 
 

@@ -299,7 +299,7 @@ def test_what_cannot_be_is_refused_by_name(made, tmp_path):
     assert re.search(r"keeps logits; a linear head acts on class_token or embedding", refused(made, tmp_path, "logits"))
     assert "weights sha256: expected" in refused(made, tmp_path, weights=made.weights["pooled"])
     assert "cannot be read" in refused(made, tmp_path, weights="nowhere.safetensors")
-    assert "there is no folder" in refused(made, tmp_path, out=tmp_path / "no" / "t.safetensors")
+    assert "does not exist" in refused(made, tmp_path, out=tmp_path / "no" / "t.safetensors")
     assert "expected a name ending in .safetensors" in refused(made, tmp_path, out=tmp_path / "t.pth")
     (tmp_path / "there.safetensors").write_bytes(b"mine")
     assert "already exists" in refused(made, tmp_path, out=tmp_path / "there.safetensors")

@@ -298,13 +298,15 @@ def test_printed_says_that_it_keeps_everything(world, trained):
 def test_another_shape_nothing_kept_and_a_smoke_run_are_refused(world, trained, tmp_path):
     layout = aal_links.read(trained, None).layout
     wish = LinksConfig(run=str(trained))
-    with pytest.raises(UserError, match=r"join 8 \+ 12 \+ 16 \+ 24 maps and 2 layers of 3 heads; here are 24 \+ 32"):
+    with pytest.raises(
+        UserError, match=r"join 8 \+ 12 \+ 16 \+ 24 maps and 2 layers of 3 heads; this run has 24 \+ 32"
+    ):
         aal_links.kept("aal", wish, B3, 7)
     with pytest.raises(UserError, match=r"none is kept\n.*`losses.aal.links.threshold"):
         aal_links.kept("aal", LinksConfig(run=str(trained), threshold=0.999), layout, 4)
     smoke = copy(trained, tmp_path / "smoke", load_file(trained / "losses.safetensors"))
     (smoke / "SMOKE").write_text("")
-    with pytest.raises(UserError, match="smoke run, whose links have learned nothing"):
+    with pytest.raises(UserError, match="comes from a smoke run, whose links are untrained"):
         aal_links.kept("aal", LinksConfig(run=str(smoke)), layout, 4)
 
 

@@ -130,7 +130,7 @@ def test_scores_are_those_of_the_network_before_its_softmax(world, kept):
         distiller.student(batch.pixels((0.5,) * 3, (0.5,) * 3))
     method: Any = distiller.losses["it"]
     scores = method.rows.student_rows(seen.attention)
-    expected = seen.q[0] @ seen.k[0].transpose(-2, -1) * 16**-0.5
+    expected = seen.vectors("q")[0] @ seen.vectors("k")[0].transpose(-2, -1) * 16**-0.5
     assert torch.allclose(scores[:, 0], expected, atol=1e-5)
     meets = head_specific.HeadSpecificConfig(heads=[[1, 1]])
     wide = HeadSpecificLoss(

@@ -134,7 +134,7 @@ def test_tokens_after_the_final_norm_serve_a_map() -> None:
     ("settings", "said"),
     [
         ({"projection": "linear"}, r"grid of 4x4, the student's patches make 2x2\n.*losses\.it\.grid=bicubic"),
-        ({"grid": "bicubic"}, r"stage 5 has 96 maps, the teacher's width is 20\n.*losses\.it\.projection=linear"),
+        ({"grid": "bicubic"}, r"is 20 in the teacher, 96 in layer 5 of the student\n.*losses\.it\.projection=linear"),
         ({"layers": ((6, 3),)}, r"the student has layers 1 to 5"),
         ({"layers": None}, r"the teacher has 3 layers, the student 5"),
     ],

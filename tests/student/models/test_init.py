@@ -72,7 +72,7 @@ def test_of_several_weights_in_a_file_those_are_taken_that_timm_takes_or_a_key_n
     assert "w.pth, state_dict_ema (it also has state_dict): " in lines[0]
     ours, _, _ = taken(path, "student.weights_key=state_dict")
     assert all(torch.equal(ours[name], first[name]) for name in first)
-    with pytest.raises(UserError, match="weights_key chooses in a file of weights"):
+    with pytest.raises(UserError, match="weights_key selects from a file of weights"):
         student("student.weights_key=state_dict")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from precompute.taps import image_size
 from storage.rng import generator
 from storage.shards.shard import open_shards
 from storage.testing import synthetic_image
@@ -23,7 +23,7 @@ from storage.views.render import render
 from storage.views.view import View
 from student.evaluation.batches import evaluation_batches
 from student.models.attention_copy_hooks import AttentionCopyRecord
-from student.models.build import build_student, input_size
+from student.models.build import build_student
 from student.models.files import StudentDescription, load_student, save_student
 from student.models.timm_folder import link_for_timm
 from student.settings import StudentConfig
@@ -133,7 +133,7 @@ def test_so_does_every_other_network_that_timm_builds(tmp_path, kind) -> None:
     chosen = StudentConfig(**settings)
     torch.manual_seed(0)
     model, arguments = build_student(chosen, classes)
-    side = input_size(model, chosen)
+    side = chosen.img_size or image_size(model)
     names = tuple(f"class {n}" for n in range(classes)) or None
     about = StudentDescription(
         model=chosen.model,
@@ -193,7 +193,8 @@ def test_a_run_takes_the_place_of_a_smoke_run_with_all_that_it_left(world, tmp_p
 def test_what_timm_alone_cannot_build_is_told_by_its_description(taught) -> None:
     _, about = load_student(taught / "last.safetensors")
     assert about.plain_timm
-    assert not replace(about, shifted_patches=True).plain_timm
+    assert not about.model_copy(update={"shifted_patches": True}).plain_timm
     copies = {"layers": [1], "heads": 1, "settings": {"tensors": "map"}, "store": "s", "teacher": "t", "permute": None}
     copies |= {"targets": ["id"], "graphs": [["0" * 64, 0]]}
-    assert not replace(about, attention_copy=AttentionCopyRecord.model_validate(copies)).plain_timm
+    record = AttentionCopyRecord.model_validate(copies)
+    assert not about.model_copy(update={"attention_copy": record}).plain_timm

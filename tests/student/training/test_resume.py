@@ -66,7 +66,7 @@ def test_cut_off_before_its_first_checkpoint_a_run_begins_again(world, undisturb
         cut_after(patched, 4)
         with pytest.raises(Cut):
             run(world, out, "aal", *settings)
-    with pytest.raises(UserError, match="a run in this folder already\n  To resume it, add `resume=True`"):
+    with pytest.raises(UserError, match="this folder already has a run\n  To resume it, add `resume=True`"):
         run(world, out, "aal", *settings)
     console = Quiet()
     trainer.train(job(world, out, "aal", *settings, resume=True), console)
@@ -194,7 +194,7 @@ def test_a_kill_while_the_first_epochs_weights_are_written_leaves_a_run_that_beg
     process.communicate(timeout=HANGS)
     assert process.returncode == -signal.SIGKILL
     assert (out / ".last.safetensors.part").exists()
-    with pytest.raises(UserError, match="a run in this folder already\n  To resume it, add `resume=True`"):
+    with pytest.raises(UserError, match="this folder already has a run\n  To resume it, add `resume=True`"):
         run(world, out, "aal", *settings)
     run(world, out, "aal", *settings, resume=True)
     assert same(undisturbed[0], out)
@@ -297,7 +297,7 @@ def test_a_folder_without_a_checkpoint_says_so(world, tmp_path):
         run(world, tmp_path / "none", "scratch", resume=True)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoint.pt").write_bytes(b"")
-    with pytest.raises(UserError, match="there is a run in this folder already\n  To resume it, add `resume=True`"):
+    with pytest.raises(UserError, match="this folder already has a run\n  To resume it, add `resume=True`"):
         run(world, tmp_path / "run", "scratch")
 
 
@@ -339,10 +339,10 @@ def test_a_smoke_run_is_marked_and_makes_way(world, undisturbed, tmp_path):
     with pytest.raises(UserError, match="a smoke run lies here, which cannot be resumed"):
         run(world, out, "aal", u8(world), *FULL, resume=True)
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"there is notes\.txt; give a new folder"):
+    with pytest.raises(UserError, match=r"this folder also has notes\.txt; give a new folder"):
         run(world, out, "aal", u8(world), *FULL)
     (out / "notes.txt").unlink()
     assert run(world, out, "aal", u8(world), *FULL)["smoke"] is False
     assert same(undisturbed[0], out)
-    with pytest.raises(UserError, match="there is a run in this folder already"):
+    with pytest.raises(UserError, match="this folder already has a run"):
         run(world, out, "aal", u8(world), smoke=True)

@@ -242,7 +242,7 @@ def test_classes_are_never_guessed(world, tmp_path):
 def test_a_run_is_never_written_over(world, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "x").write_text("mine")
-    with pytest.raises(UserError, match=r"there is something else in this folder \(x, …\)"):
+    with pytest.raises(UserError, match=r"this folder has other files \(x, …\)"):
         train(job(world, tmp_path / "run", "scratch", store=None), Quiet())
 
 
@@ -261,7 +261,7 @@ def test_validation_names_wrong_fields_with_the_nearest():
         ({"losses": {"aal": {"wieght": 1}}}, r"losses\.aal\.wieght: no such setting. Did you mean 'weight'\?"),
         ({"optim": {"epochs": "many"}}, r"optim\.epochs: should be a valid integer.*found 'many'"),
         ({"losses": {"aal": {"map": "half"}}}, r"losses\.aal\.map: should be 'scaled', 'printed' or 'full'"),
-        ({"losses": {}}, "losses: none is on"),
+        ({"losses": {}}, "losses: no loss is enabled"),
         ({"student": {"global_pool": ""}}, r"student\.global_pool: should be 'token', 'avg' or 'map'"),
         ({"losses": {"aal": {"weight": "much"}}}, r"losses\.aal\.weight: expected a number, or a mapping with start"),
         (
@@ -318,9 +318,9 @@ def test_devices_that_are_not_there_are_refused(monkeypatch):
 
 def test_sizes_that_do_not_go_together_are_refused():
     changes: list[tuple[dict[str, Any], str]] = [
-        ({"num_heads": 5}, "embed_dim 48 is no multiple of num_heads 5"),
-        ({"patch_size": 5}, "img_size 32 is no multiple of the patch size 5"),
-        ({"img_size": 100, "patch_size": None}, "img_size 100 is no multiple of the patch size 16 of vit_tiny"),
+        ({"num_heads": 5}, "embed_dim 48 is not a multiple of num_heads 5"),
+        ({"patch_size": 5}, "img_size 32 is not a multiple of the patch size 5"),
+        ({"img_size": 100, "patch_size": None}, "img_size 100 is not a multiple of the patch size 16 of vit_tiny"),
         ({"model": "vit_tinny_patch16_224"}, "Did you mean 'vit_tiny_patch16_224'"),
         ({"model": "vit_tiny"}, "Did you mean 'vit_tiny_patch16_224'"),
         ({"model": "resnet10t"}, "cannot be made"),

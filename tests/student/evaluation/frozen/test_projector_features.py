@@ -127,9 +127,9 @@ def _hole(state: dict[str, torch.Tensor]) -> None:
     [
         (_none, "trained without a projector"),
         (_two, "projectors of it.token, other.token"),
-        (_other_width, "do not fit, or no numbers, at 3"),
-        (_no_numbers, "no numbers, at 3"),
-        (_hole, "at 0"),
+        (_other_width, "not one that `train` writes"),
+        (_no_numbers, "not finite"),
+        (_hole, "0.weight"),
         (None, "cannot be read"),
     ],
 )

@@ -368,7 +368,7 @@ def test_the_command_and_its_picture(trained, boxed, tmp_path, capsys) -> None:
 
 def test_mistakes_are_told(world, trained, boxed, tmp_path, capsys) -> None:
     for words, status, message in (
-        (["localize", "--shards", world.shards[0]], 1, "no sample says a bbox in its json"),
+        (["localize", "--shards", world.shards[0]], 1, "no sample has a bbox in its json"),
         (["localize", "--shards", f"x={boxed}"], 1, "give the shards alone"),
         (["localize", "--shards", boxed, "--out", "x.txt"], 1, "a picture's name ends in"),
         (["accuracy", "--shards", boxed, "--out", "x.png"], 2, "No such option '--out'"),

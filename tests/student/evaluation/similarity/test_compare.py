@@ -122,7 +122,9 @@ def by_hand(world: World, trained: Path) -> dict[str, Any]:
         for batch in evaluation_batches(open_shards(world.shards[:1]), policy(about.evaluation, 32), 64):
             with seen:
                 model(batch.pixels(about.mean, about.std))
-            found["attention"].append(torch.stack([attention(*pair) for pair in zip(seen.q, seen.k, strict=True)], 1))
+            found["attention"].append(
+                torch.stack([attention(*pair) for pair in zip(seen.vectors("q"), seen.vectors("k"), strict=True)], 1)
+            )
             found["streams"].append(torch.stack(seen.streams, 1))
             found["final"].append(seen.tokens)
             for name, value in zip(names, teacher(batch.images), strict=True):
@@ -184,7 +186,7 @@ def test_attention_of_a_student_on_the_teacher_s_grid(world, place, by_hand, tmp
             with seen:
                 model(batch.pixels(about.mean, about.std))
             for n in range(3):
-                mine = attention(seen.q[n], seen.k[n])
+                mine = attention(seen.vectors("q")[n], seen.vectors("k")[n])
                 theirs = by_hand["their attention"][count : count + len(mine), n]
                 averaged[n] += divergence(mine.mean(1), theirs.mean(1)).mean(1).sum()
                 for a in range(6):
