@@ -69,7 +69,7 @@ def accuracy(out: Path, recipe: str, target: str, epochs: int, seed: int) -> flo
     run = out / "runs" / f"{target}-{seed}"
     if not (run / "result.json").exists():
         chosen = [f"losses.{METHODS[recipe][0]}.target={target}", f"seed={seed}", f"optim.epochs={epochs}"]
-        chosen += [f"val_interval={epochs}", "precision.amp_dtype=auto"]
+        chosen += [f"val_interval={epochs}", "student.num_classes=10", "precision.amp_dtype=auto"]
         settings = [part for setting in chosen for part in ("--set", setting)]
         settings += ["--resume"] if (run / "checkpoint.pt").exists() else []
         where = ["--store", "S", "--shards", "train.tar", "--val", "val.tar", "--out", run.relative_to(out)]

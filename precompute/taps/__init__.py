@@ -13,6 +13,7 @@ from precompute.taps.registry import ATTENTION, TAPS, Tap, TapInfo, check_tap
 from precompute.taps.tapped_model import TappedTeacher
 from precompute.taps.timm_import import (
     FACTORY_ARGUMENTS,
+    config_of,
     constructor_arguments,
     create_timm_model,
     takes_image_size,
@@ -38,6 +39,7 @@ __all__ = [
     "check_attention",
     "check_tap",
     "cnn_stages",
+    "config_of",
     "config_of_own",
     "constructor_arguments",
     "create_timm_model",
