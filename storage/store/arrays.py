@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from storage.objects.object_store import ObjectStore
     from storage.store.codecs import ArraySpec
 
-SMALL, LARGE = 1 << 20, 16 << 20
+SMALL, LARGE = 1 << 18, 16 << 20
 
 
 def read_written(objects: ObjectStore, key: str, loss: str, hint: str = "") -> bytes:
@@ -42,7 +42,7 @@ def read_written(objects: ObjectStore, key: str, loss: str, hint: str = "") -> b
 def chunk_samples(sample_bytes: int, samples: int) -> int:
     """How many samples a chunk holds.
 
-    The largest power of two up to 64 that stays under 16 MiB, at least 1; if 64 give less than 1 MiB, doubled until
+    The largest power of two up to 64 that stays under 16 MiB, at least 1; if 64 give less than 256 KiB, doubled until
     they do; never more than there are samples.
     """
     count = BLOCK

@@ -40,10 +40,10 @@ MIB = 1 << 20
         (MIB, 100, 16),
         (256 << 10, 1000, 64),
         ((256 << 10) + 1, 1000, 32),
-        (16 << 10, 1000, 64),
-        ((16 << 10) - 1, 1000, 128),
-        (4, 10**7, 262144),
-        (1, 10**7, MIB),
+        (4 << 10, 1000, 64),
+        ((4 << 10) - 1, 1000, 128),
+        (4, 10**7, 65536),
+        (1, 10**7, MIB // 4),
         (1, 1000, 1000),
         (4, 100, 100),
         (4, 64, 64),
@@ -64,9 +64,9 @@ def test_a_chunk_is_as_the_rule_says(sample_bytes, count):
     if chunk < min(64, count):
         assert 2 * chunk * sample_bytes > 16 * MIB
     if chunk > 64:
-        assert 64 * sample_bytes < MIB
+        assert 64 * sample_bytes < MIB / 4
     if 64 <= chunk < count:
-        assert chunk * sample_bytes >= MIB
+        assert chunk * sample_bytes >= MIB / 4
 
 
 @pytest.mark.parametrize(
