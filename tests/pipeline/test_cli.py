@@ -130,7 +130,7 @@ def test_from_class_folders_to_a_score(run, world, tmp_path, monkeypatch):
     assert scored["top1"] == json.loads(trained.out)["top1"]
     assert "top-1" in run("evaluate", "accuracy", "run", "--shards", "train-val-000000.tar", "--checkpoint", "best").out
 
-    chunk = next(Path("S/targets").rglob("data/c/0/0/0/0"))
+    chunk = next(Path("S/targets").rglob("data_8/c/0/0/0/0"))
     chunk.write_bytes(chunk.read_bytes()[:-1])
     broken = run("verify", "--store", "S")
     assert broken.status == 1
@@ -224,7 +224,7 @@ def test_workers_that_run_onnx_can_stay_free_of_torch():
         ),
         ([*MAKE, "--target", "activation"], 1, "no tap is called 'activation'\n  Did you mean 'activations'?"),
         ([*MAKE, "--target", "q,layer=last"], 1, "no option is called 'layer'\n  Did you mean 'layers'?"),
-        ([*MAKE, "--target", "q,codec=u9"], 1, "no codec is called 'u9'\n  Did you mean 'u8'?"),
+        ([*MAKE, "--target", "q,codec=u9"], 1, "no codec is called 'u9'\n  Did you mean 'u4'?"),
         ([*MAKE, "--view-policy", "lite"], 1, "no operation is called 'lite'\n  Did you mean 'light'?"),
         ([*MAKE, "--teacher-name", "views"], 1, "--teacher-name views: this name is taken by the stored view images"),
         ([*MAKE, "--weights", "w.safetensors"], 1, "--weights w.safetensors: cannot be read"),

@@ -75,7 +75,7 @@ def test_teachers_for_people_and_as_json(capsys) -> None:
     assert json.loads(out)["taps"]["activations"]["shape"] == [952, 14, 14]
     code, out, _ = run(capsys, "teachers", "effnet_b3")
     assert "952x14x14" in out
-    assert "908.7 GiB" in out
+    assert "476.5 GiB" in out
 
 
 def test_recipes_for_people_and_as_json(capsys) -> None:

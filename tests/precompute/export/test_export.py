@@ -265,8 +265,9 @@ def test_nothing_is_stored_of_a_graph_that_differs(cases: Any, tmp_path: Path, m
     shards = synthetic_shards(tmp_path / "data", 1, 6)
     monkeypatch.setattr(pytorch, "graph_of", lambda module, views, outputs: [case.graph.read_bytes()])
     monkeypatch.setattr(pytorch, "PARITY", -1.0)
+    targets = ["activations,layers=2+4,grid=3,native=false", "logits"]
     with pytest.raises(UserError, match=r"differs from PyTorch by .*allowed: -1\); nothing was stored"):
-        run_precompute(tmp_path / "store", shards, case.teacher, ["activations,layers=2+4,grid=3", "logits"])
+        run_precompute(tmp_path / "store", shards, case.teacher, targets)
     assert nothing_is_stored(tmp_path / "store")
 
 

@@ -163,8 +163,9 @@ def test_several_targets_of_two_teachers_share_the_bank(world):
 
 def test_memory_is_told_and_refused_beforehand(world):
     s = stream(world)
-    assert s.memory == 8 * 4 * 64 * (3 * 32 * 32 + 60 * 64 + 60 * 4)
-    with pytest.raises(UserError, match=r"8 lanes × 4 blocks × 64 samples × 7.0 KiB.*stream.shuffle_blocks"):
+    maps = 8 * 64 + 12 * 64 + 16 * 16 + 24 * 4  # 8x8 and smaller
+    assert s.memory == 8 * 4 * 64 * (3 * 32 * 32 + maps + 60 * 4)
+    with pytest.raises(UserError, match=r"8 lanes × 4 blocks × 64 samples × 4.8 KiB.*stream.shuffle_blocks"):
         stream(world, memory=1 << 20)
 
 

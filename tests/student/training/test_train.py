@@ -182,7 +182,7 @@ def test_a_student_of_another_size_than_the_bank_is_refused(world, tmp_path):
 
 
 def test_several_targets_that_fit_are_refused_with_the_way_to_choose(world, tmp_path):
-    with pytest.raises(UserError, match=r"2 targets fit: .*\n.*`losses\.aal\.target=cnn-activations-g8-f32"):
+    with pytest.raises(UserError, match=r"2 targets fit: .*\n.*`losses\.aal\.target=cnn-activations-g8-native-f32"):
         train(job(world, tmp_path / "run", "aal"), Quiet())
 
 
