@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from pipeline.cli import main
+from storage.store.store import Store
 from tests.conftest import HANGS, ROOT
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 CNN = [
     "--teacher",
@@ -124,6 +124,35 @@ def test_its_targets_are_those_that_the_same_command_asks_for(
     assert ended.value.code == 0, said.err
     assert json.loads(said.out)["written"] == 0
     assert {path: path.read_bytes() for path in sorted((made / "store").rglob("*")) if path.is_file()} == before
+
+
+def test_a_target_that_was_begun_with_resized_maps_is_completed_with_them(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The words do not say `native`: what the store has counts, for `plan` as well."""
+    folder = Path(shutil.copytree(made, tmp_path / "begun"))
+    store = Store.open(folder / "store")
+    (id,) = (id for id in store.targets() if "activations" in id)
+    undisturbed = store.array(id).compute()
+    (task,) = (task for task in store.done() if (task.id, task.view) == (id, 1))
+    (folder / "store" / "done" / task.name).unlink()
+    shutil.rmtree(folder / "store" / task.folder)
+    monkeypatch.chdir(folder)
+    answers = []
+    for words in (["plan", "--measure", "0"], ["precompute"]):
+        with pytest.raises(SystemExit) as ended:
+            main([*words, *CNN, *STORE, "--json"])
+        said = capsys.readouterr()
+        assert ended.value.code == 0, said.err
+        answers.append(json.loads(said.out))
+    planned, result = answers
+    assert id in [target["target"] for target in planned["targets"]]
+    assert planned["missing"]["view_images"] == store.index(store.shard_ids()[0]).summary.samples
+    assert result["written"] == 1
+    assert {*store.targets()} == {*Store.open(made / "store").targets()}
+    again = Store.open(folder / "store").array(id).compute()
+    assert again.shape == undisturbed.shape
+    assert abs(again - undisturbed).max() <= 1e-2 * abs(undisturbed).max()  # of other processors' sessions
 
 
 @pytest.mark.slow
