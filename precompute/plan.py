@@ -74,7 +74,7 @@ def plan(where: str, request: PrecomputeRequest, progress: Progress, seconds: fl
         with _scratch(where) as scratch:
             policy, views, *_ = settle(store or scratch, request)
             began = time.monotonic()
-            known_targets = frozenset(store.objects.names("targets") if store else ())
+            known_targets = frozenset(store.targets() if store else ())
             request = replace(request, policy=policy, num_views=views, known_targets=known_targets)
             run = plan_precompute(scratch, request, progress, client)
             known = store is not None and all(store.objects.names(f"targets/{o.target}") for o in run.outputs)
@@ -243,11 +243,15 @@ def _overhead(scratch: Store) -> dict[str, float]:
 
 
 def _target(manifest: TargetManifest, images: int) -> PlannedTarget:
-    codec, errors = manifest.codec, manifest.codec_errors
+    from precompute.taps import TAPS
+
+    codec, errors, tap = manifest.codec, manifest.codec_errors, manifest.identity.tap
+    maps = TAPS[tap].maps if tap in TAPS else codec.maps  # 2 for q, k and v of older stores alone
     cheaper = [
         CheaperCodec(codec=name, bytes=size * images, **error.plain())
         for name in codecs_for(codec.values)
-        if (error := errors.get(name)) and (size := replace(codec, name=name).sample_bytes) < codec.sample_bytes
+        if (error := errors.get(name))
+        and (size := replace(codec, name=name, maps=maps).sample_bytes) < codec.sample_bytes
     ]
     return PlannedTarget(
         target=manifest.id,

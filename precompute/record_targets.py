@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from storage.store.store import Store
     from storage.views.policy import Policy
 
-_VECTORS = ("q", "k", "v")
-
 
 def known_teacher(store: Store, teacher: Teacher) -> TeacherManifest | None:
     """The teacher's manifest, where the store has it.
@@ -96,14 +94,8 @@ def record_targets(
 
     store.add(bank_manifest(policy))
     specs = request.targets or defaults(manifest)
-    known_ids = {*request.known_targets, *store.objects.names("targets")}
-    targets: dict[str, TargetIdentity] = {}
-    for spec in specs:
-        identity = target_identity(teacher, manifest, spec, policy, request.grid)
-        older = target_identity(teacher, manifest, spec, policy, request.grid, older=True)
-        ids = [target_id(teacher, variant) for variant in (identity, older)]
-        chosen = ids[0] not in known_ids and ids[1] in known_ids  # an older version of it was begun: go on with that
-        targets[ids[chosen]] = (identity, older)[chosen]
+    identities = _identities(store, request, manifest, specs, policy, progress.say)
+    targets = {target_id(teacher, identity): identity for identity in identities}
     known = _known(store, targets)
     if len(known) < len(targets):
         # Those that are there are exported again only while nothing was made of them: a run that was killed between
@@ -137,6 +129,28 @@ def _require_readable(network: nn.Module, teacher: Teacher, parts: Anatomy, requ
         require_kind(teacher.name, parts, spec.tap, at)
         if spec.tap == "activations" and at == "stage" and not parts.stages:
             raise _no_maps(teacher.name)
+
+
+def _identities(
+    store: Store,
+    request: PrecomputeRequest,
+    manifest: TeacherManifest,
+    specs: Sequence[TargetSpec],
+    policy: Policy,
+    say: Callable[[str], None],
+) -> list[TargetIdentity]:
+    """What the targets of a run are; in the older form where an older version recorded one of them and no newer one."""
+    teacher = request.teacher
+    forms = [
+        tuple(target_identity(teacher, manifest, spec, policy, request.grid, older=older) for older in (False, True))
+        for spec in specs
+    ]
+    ids = [[target_id(teacher, identity) for identity in pair] for pair in forms]
+    recorded = {*request.known_targets, *_known(store, [id for pair in ids for id in pair])}
+    older = [pair[1] for pair in ids if pair[1] in recorded and pair[0] not in recorded]
+    for id in older:
+        say(f"continues {id}, which an older version began; {setting('target', 'TAP,native=true')} records native maps")
+    return [pair[bool(older) and names[0] not in recorded] for pair, names in zip(forms, ids, strict=True)]
 
 
 def _known(store: Store, ids: Iterable[str]) -> dict[str, TargetManifest]:
@@ -189,7 +203,7 @@ def target_identity(
     more: dict[str, object] = {"at": at} if info.gridded and at != "norm" else {}
     more |= {"antialias": "all"} if spec.antialias else {}
     more |= {"native": True} if info.gridded and (not older if spec.native is None else spec.native) else {}
-    more |= {"scale": "token"} if spec.tap in _VECTORS and codec == "u8" and not older else {}
+    more |= {"scale": "token"} if identity.scaled_by_head and not older else {}
     return identity.model_copy(update=more | ({"tensors": spec.tensors} if spec.tensors else {}))
 
 
@@ -272,7 +286,6 @@ def _export(
         say(f"  attention from the tapped q and k against the network's: {exported.attention_error:.1e}")
     for id, identity in targets.items():
         position, info = distinct.index(taps[id]), taps[id].info
-        by_head = identity.tap in _VECTORS and identity.codec == "u8" and not identity.scale  # as older versions did
         details: TargetDetails = {"sample_shape": exported.shapes[position], **exported.details[position]}
         manifest = TargetManifest(
             format=FORMAT,
@@ -282,7 +295,7 @@ def _export(
             teacher=teacher.name,
             graph=graph,
             output=position,
-            maps=2 if by_head else info.maps,
+            maps=2 if identity.scaled_by_head else info.maps,
             axes=info.axes,
             values=info.values,
             parity=exported.parity[position],
@@ -291,7 +304,8 @@ def _export(
             **details,
         )
         codec, names = manifest.codec, dict.fromkeys([identity.codec, *codecs_for(info.values)])
-        errors = {name: _codec_error(replace(codec, name=name), exported.values[position]) for name in names}
+        others = {name: replace(codec, name=name, maps=info.maps) for name in names} | {codec.name: codec}
+        errors = {name: _codec_error(other, exported.values[position]) for name, other in others.items()}
         store.add(manifest.model_copy(update={"codec_errors": errors}))
 
 

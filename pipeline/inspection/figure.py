@@ -115,7 +115,7 @@ class _Row:
         self.views, target, teacher = sample.views, sample.targets[id], sample.teachers[id]
         self.name = shortened(f"{target.teacher}: {target.identity.tap}", LETTERS_LEFT - 6)
         self.about = _wrapped([meaning(target, teacher)], LETTERS_LEFT - 6)
-        sides = f", {target.sides} a side" if target.sides else ""
+        sides = f" at {target.sides}" if target.sides else ""
         self.format = f"{'×'.join(map(str, target.sample_shape))}, kept as {target.identity.codec}{sides}"
         self.cells = {s.number: cell(target, teacher, s.values[id]) for s in sample.views if id in s.values}
         first = next(iter(self.cells.values()))

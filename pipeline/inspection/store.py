@@ -95,7 +95,7 @@ def _error_text(error: CodecError | None, start: str = "; ") -> str:
     kl = f", KL {error.kl:.1e} nats" if "kl" in error.model_fields_set else ""
     gradient = ""
     if error.loss_error is not None and error.gradient_cosine is not None:
-        gradient = f", loss {100 * error.loss_error:.2g} %, gradient's cosine {error.gradient_cosine:.6f}"
+        gradient = f", loss {100 * error.loss_error:.2g} %, gradient cosine {error.gradient_cosine:.6f}"
     return f"{start}error {100 * error.relative:.2g} %, cosine {error.cosine:.6f}{kl}{gradient}"
 
 
@@ -120,7 +120,7 @@ def lines(contents: Contents) -> list[str]:
         shape = "x".join(map(str, target.sample_shape))
         layers = f", layers {[*target.identity.layers]}" if target.identity.layers else ""
         each = f"{size_text(complete.bytes / complete.view_images)} a view image; " if complete.view_images else ""
-        sides = f", kept {target.sides} a side" if target.sides else ""
+        sides = f", stored at {target.sides}" if target.sides else ""
         text.append(f"target {id}: {shape} ({', '.join(target.axes)}){sides}{layers}; {each}{_progress(complete)}")
         if error := _error_text(target.codec_errors.get(codec), f"  codec {codec}: "):
             text.append(error)

@@ -75,7 +75,7 @@ class OutputTaps(nn.Module):
         self.names = names_of(taps)
         for tap in taps:
             for name in tap.chosen if tap.info.gridded else ():
-                if tap.side(sides[name]) == tap.grid and not hasattr(self, tap.grid_name(sides[name])):
+                if tap.stored_side(sides[name]) == tap.grid and not hasattr(self, tap.grid_name(sides[name])):
                     self.register_buffer(tap.grid_name(sides[name]), tap.grid_matrix(sides[name]))
 
     def forward(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -92,7 +92,7 @@ class OutputTaps(nn.Module):
         return tuple(outputs)
 
     def _on_grid(self, tap: Tap, side: int, maps: Tensor) -> Tensor:
-        if tap.side(side) != tap.grid:
+        if tap.stored_side(side) != tap.grid:
             return maps
         matrix = self.get_buffer(tap.grid_name(side))
         return matrix @ maps @ matrix.T

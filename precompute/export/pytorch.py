@@ -53,16 +53,18 @@ def map_details(tap: Tap, stages: Sequence[tuple[int, str, int, int]]) -> Target
     """What is said of maps: the (number, tensor, channels, side) of each stage that they come from."""
     if not tap.native:
         return {"stages": tuple(Stage(stage=n, tap=name, channels=channels) for n, name, channels, _ in stages)}
-    rests = [tap.side(side) for *_, side in stages]
+    stored_sides = [tap.stored_side(side) for *_, side in stages]
     grid = int(tap.grid or 0)
     return {
         "stages": tuple(
-            Stage(stage=n, tap=name, channels=channels, side=rest)
-            for (n, name, channels, _), rest in zip(stages, rests, strict=True)
+            Stage(stage=n, tap=name, channels=channels, side=stored_side)
+            for (n, name, channels, _), stored_side in zip(stages, stored_sides, strict=True)
         ),
         "sample_shape": (sum(channels for *_, channels, _ in stages), grid, grid),
         "resize": {
-            str(side): tuple(map(tuple, tap.grid_matrix(side).tolist())) for side in dict.fromkeys(rests) if side < grid
+            str(side): tuple(map(tuple, tap.grid_matrix(side).tolist()))
+            for side in dict.fromkeys(stored_sides)
+            if side < grid
         },
     }
 

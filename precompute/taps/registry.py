@@ -104,7 +104,7 @@ class Tap:
         """What the tap gives."""
         return TAPS[self.name]
 
-    def side(self, side: int) -> int:
+    def stored_side(self, side: int) -> int:
         """The side on which maps of this side are given: the grid, or their own where native maps are smaller."""
         grid = int(self.grid or 0)
         return min(side, grid) if self.native else grid

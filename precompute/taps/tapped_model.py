@@ -75,7 +75,9 @@ class TappedTeacher(nn.Module):
             self._reads[at] = self._stages_at(at)
         for tap in self.taps:
             for side in {maps.side for maps in self._maps(tap)} if tap.info.gridded else ():
-                if tap.side(side) == tap.grid and not hasattr(self, tap.grid_name(side)):  # a constant of the graph
+                if tap.stored_side(side) == tap.grid and not hasattr(
+                    self, tap.grid_name(side)
+                ):  # a constant of the graph
                     self.register_buffer(tap.grid_name(side), tap.grid_matrix(side))
 
     def _stages_at(self, at: At) -> list[_MapsOf]:
@@ -184,7 +186,7 @@ class TappedTeacher(nn.Module):
 
     def _on_grid(self, tap: Tap, n: int) -> Tensor:
         side, maps = self._reads[tap.at][n - 1].side, self._kept[tap.at, n]
-        if tap.side(side) != tap.grid:
+        if tap.stored_side(side) != tap.grid:
             return maps
         matrix = self.get_buffer(tap.grid_name(side))
         return matrix @ maps @ matrix.T

@@ -86,8 +86,12 @@ def _maps(taps: Sequence[str], options: Mapping[str, str]) -> TargetSpec:
     """What is said of activations alone: `grid`, `at`, `antialias` and `native`."""
     from precompute.taps import POSITIONS, TAPS
 
-    alone = {"grid": "resized to a grid", "at": "read at a place of their own", "antialias": "resized"}
-    alone["native"] = "kept on their own sides"
+    alone = {
+        "grid": "resized to a grid",
+        "at": "read at a place of their own",
+        "antialias": "resized",
+        "native": "kept on their own sides",
+    }
     for option, what in alone.items():
         if option in options and not all(TAPS[tap].gridded for tap in taps):
             raise UserError(f"only activations are {what}")

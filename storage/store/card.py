@@ -25,8 +25,8 @@ values = zarr.open_array("{folder}/" + marker["attempt"] + "/{array}", mode="r")
 """
 
 _MORE = (
-    "`data_14` has the maps that are 14 a side at rest, and `u4` two values a byte. The page about the store's format, "
-    "in the documentation of teacher-store, has a reader of every codec."
+    "An array `data_7` has maps that are stored at 7×7, and the codec `u4` packs two values into a byte. The page on "
+    "the store's format in the documentation of teacher-store has a reader of every codec."
 )
 
 
@@ -52,7 +52,7 @@ def card(store: Store) -> str:
     lines += _table("Banks", ["bank", "policy", "size", "seed", "shards", "views in all"], rows)
     rows = []
     for id, target in targets.items():
-        sides = f", kept {target.sides} a side" if target.sides else ""
+        sides = f", stored at {target.sides}" if target.sides else ""
         sample = f"{'×'.join(map(str, target.sample_shape))} ({', '.join(target.axes)}){sides}"
         layers, codec = list(target.identity.layers or ()) or "", target.identity.codec
         error = target.codec_errors.get(codec)

@@ -16,7 +16,7 @@ from storage.objects.record_schema import Schema
 from storage.store.native_maps import NativeMaps
 from storage.store.quantize import HalfOverflow, dequantize, grouped, groups, packed, quantize, unpacked
 
-CODECS = ("f32", "f16", "u8", "u4", "log8", "topk")
+CODECS = ("f32", "f16", "u8", "log8", "topk", "u4")  # the exact ones first
 _BITS = {"u8": 8, "u4": 4}  # of affine codes
 TOP = 20  # classes that `topk` keeps where no number is said
 
@@ -218,6 +218,13 @@ class Codec:
             values[name], start = dequantize(codes, scale), start + shape[0]
         return values
 
+    def steps(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The scale of each value that affine codes keep, in the shapes of `values_of`."""
+        ones = 0x11 if self.name == "u4" else 1
+        at = {code: {**arrays, **{name: np.full_like(arrays[name], code) for name in self.parts}} for code in (0, ones)}
+        low, high = self.values_of(at[0]), self.values_of(at[ones])
+        return {name: high[name] - low[name] for name in self.parts}
+
     def decode(self, arrays: Mapping[str, Any]) -> Any:
         """The f32 values `[n, *shape]` that arrays keep: NumPy arrays give NumPy, torch tensors torch on their device.
 
@@ -227,7 +234,7 @@ class Codec:
         return self.join(self.values_of(arrays))
 
     def error(self, values: np.ndarray) -> CodecError:
-        """What keeping `values` f32, as `encode` takes them, of n >= 2 images costs."""
+        """What keeping `values` f32, as `encode` takes them, of some images costs."""
         pieces = [values[start : start + _SLICE] for start in range(0, len(values), _SLICE)]
         mean = np.sum([self.join(self.split(piece)).sum(0, dtype=np.float64) for piece in pieces], 0) / len(values)
         mean = mean.reshape(*mean.shape[: mean.ndim - self.maps], -1)
@@ -250,8 +257,8 @@ class Codec:
         error = CodecError(
             relative=math.sqrt(difference / max(square, 1e-300)),
             cosine=cosine / maps if maps else 1.0,
-            loss_error=abs(kept_loss - loss) / loss if loss else 0,
-            gradient_cosine=product / math.sqrt(loss * kept_loss) if loss * kept_loss else 1.0,
+            loss_error=abs(kept_loss - loss) / loss if loss else None,  # all images alike: there is nothing to learn
+            gradient_cosine=product / math.sqrt(loss * kept_loss) if loss * kept_loss else None,
         )
         return error if self.values == "plain" else error.model_copy(update={"kl": divergence / max(rows, 1)})
 

@@ -130,8 +130,8 @@ class TeacherManifest(Manifest, Anatomy):
 class TargetIdentity(Identity):
     """What makes two targets the same target; what follows `codec` is there where it says something.
 
-    `native` maps are kept on their own sides where these are below the grid; `scale: token` is said of q, k and v in
-    `u8`, which older stores scaled by the head.
+    `native` maps are kept on their own sides where these are below the grid. q, k and v in `u8` have a scale for each
+    token where `scale` says so; in older stores, they have one for each head.
     """
 
     teacher: Text
@@ -145,6 +145,11 @@ class TargetIdentity(Identity):
     tensors: Several[Text] = ()
     native: bool = False
     scale: Literal["token"] | None = None
+
+    @property
+    def scaled_by_head(self) -> bool:
+        """Whether it is of q, k or v in `u8` as older versions kept them."""
+        return self.tap in ("q", "k", "v") and self.codec == "u8" and not self.scale
 
     @model_validator(mode="after")
     def _layers(self) -> Self:
@@ -173,9 +178,9 @@ class Stage(Schema):
 
 def native_maps(grid: int, stages: Sequence[Stage], resize: Mapping[str, Matrix]) -> NativeMaps:
     """The sides that maps of stages have at rest, and the matrices that resize them to a grid."""
-    runs = tuple((stage.channels, stage.side or grid) for stage in stages)
+    sides = tuple((stage.channels, stage.side or grid) for stage in stages)
     matrices = tuple((int(side), matrix) for side, matrix in resize.items())
-    return NativeMaps(grid=grid, runs=runs, matrices=matrices)
+    return NativeMaps(grid=grid, stages=sides, matrices=matrices)
 
 
 class Network(Schema):
@@ -218,8 +223,9 @@ class TargetManifest(Manifest):
 
     @property
     def sides(self) -> str:
-        """Sides of native maps at rest, as text such as `14, 7`; empty for others."""
-        return ", ".join(map(str, dict.fromkeys(stage.side for stage in self.stages if stage.side)))
+        """Sides of maps at rest where some are below the grid, as text such as `14x14, 7x7`; else empty."""
+        sides = dict.fromkeys(stage.side for stage in self.stages if self.resize)
+        return ", ".join(f"{side}x{side}" for side in sides)
 
     @property
     def graph_output(self) -> tuple[str, int]:
@@ -244,6 +250,9 @@ class TargetManifest(Manifest):
         if identity.grid and self.axes[-2:] == ("y", "x") and shape[-2:] != (identity.grid, identity.grid):
             raise ValueError(f"sample_shape: expected a grid of {identity.grid}, found {[*shape[-2:]]}")
         self._require_native()
+        scaled = identity.tap in ("q", "k", "v") and identity.codec == "u8"
+        if (identity.scale and not scaled) or (scaled and self.maps != (2 if identity.scaled_by_head else 1)):
+            raise ValueError(f"maps: expected one scale a token or a head, as the identity says, found {self.maps}")
         if (self.graph is None) != (self.output is None):
             raise ValueError(f"output: expected a number where there is a graph and else null, found {self.output}")
         if identity.codec != "raw":
@@ -256,12 +265,18 @@ class TargetManifest(Manifest):
 
     def _require_native(self) -> None:
         """Native maps need a side for each stage, and for each side below the grid a matrix whose rows sum to one."""
-        grid, sides = self.sample_shape[-1], {stage.side for stage in self.stages}
-        if not self.identity.native:
+        identity, shape = self.identity, self.sample_shape
+        grid, sides = shape[-1], {stage.side for stage in self.stages}
+        if not identity.native:
             if self.resize or sides - {None}:
                 raise ValueError("resize: expected none, as the identity says no native maps")
             return
-        if self.axes[-2:] != ("y", "x") or not self.stages or not all(side and side <= grid for side in sides):
+        if (self.axes, self.maps, self.values) != (("channel", "y", "x"), 2, "plain"):
+            raise ValueError(f"axes: expected maps [channel, y, x] where they are native, found {[*self.axes]}")
+        if shape[-2:] != (identity.grid, identity.grid) or identity.codec not in ("f32", "f16", "u8", "u4"):
+            expected = f"native maps on their grid in f32, f16, u8 or u4, found {[*shape]} in {identity.codec}"
+            raise ValueError(f"identity: expected {expected}")
+        if not self.stages or not all(side and side <= grid for side in sides):
             raise ValueError(f"stages: expected the side of each stage's maps, at most {grid}, found {sides}")
         below = {str(side) for side in sides if side != grid}
         if {*self.resize} != below:
@@ -269,7 +284,7 @@ class TargetManifest(Manifest):
         for side, matrix in self.resize.items():
             if (len(matrix), {*map(len, matrix)}) != (grid, {int(side)}):
                 raise ValueError(f"resize.{side}: expected {grid} rows of {side} weights, found another matrix")
-            if any(abs(math.fsum(row) - 1) > 1e-3 for row in matrix):
+            if any(abs(math.fsum(row) - 1) > 1e-5 for row in matrix):
                 raise ValueError(f"resize.{side}: expected weights that sum to one in each row, found others")
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from storage.store.quantize import empty
+from storage.store.quantize import new_f32
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -26,19 +26,19 @@ class NativeMaps:
 
     Attributes:
         grid: side of the decoded maps.
-        runs: (channels, side) of the stages, in the order of the decoded channels; no side is above the grid.
+        stages: (channels, side) of each stage, in the order of the decoded channels; no side is above the grid.
         matrices: (side, M `[grid, side]`) of each side below the grid.
     """
 
     grid: int
-    runs: tuple[tuple[int, int], ...]
+    stages: tuple[tuple[int, int], ...]
     matrices: tuple[tuple[int, Matrix], ...]
 
     @property
     def channels(self) -> dict[int, int]:
         """Side -> how many maps have it, in the order in which sides first occur."""
-        sides = dict.fromkeys(side for _, side in self.runs)
-        return {side: sum(count for count, own in self.runs if own == side) for side in sides}
+        sides = dict.fromkeys(side for _, side in self.stages)
+        return {side: sum(count for count, own in self.stages if own == side) for side in sides}
 
     def split(self, flat: Any) -> dict[int, Any]:
         """Side -> its maps `[n, channels, side, side]`, of all maps `[n, V]` one side after another."""
@@ -52,17 +52,17 @@ class NativeMaps:
     def join(self, maps: Mapping[int, Any]) -> Any:
         """Decoded maps `[n, C, grid, grid]` of each side's maps, f32."""
         first = next(iter(maps.values()))
-        shape = (len(first), sum(count for count, _ in self.runs), self.grid, self.grid)
-        joined = empty(shape, first)
+        shape = (len(first), sum(count for count, _ in self.stages), self.grid, self.grid)
+        joined = new_f32(shape, first)
         resized = {side: self._resized(side, own) for side, own in maps.items()}
         for side, read, written in self._places():
             joined[:, written] = resized[side][:, read]
         return joined
 
     def _places(self) -> Iterator[tuple[int, slice, slice]]:
-        """(side, channels among those of the side, decoded channels) of each run."""
+        """(side, channels among those of the side, decoded channels) of each stage."""
         taken, start = dict.fromkeys(self.channels, 0), 0
-        for count, side in self.runs:
+        for count, side in self.stages:
             yield side, slice(taken[side], taken[side] + count), slice(start, start + count)
             taken[side], start = taken[side] + count, start + count
 
@@ -70,8 +70,14 @@ class NativeMaps:
         matrix = dict(self.matrices).get(side)
         if matrix is None:
             return maps
-        along = np.array(matrix, np.float32) if isinstance(maps, np.ndarray) else _on_device(matrix, maps.device)
-        return along @ (maps @ along.T)
+        if isinstance(maps, np.ndarray):
+            along = np.array(matrix, np.float32)
+            return along @ (maps @ along.T)
+        import torch
+
+        along = _on_device(matrix, maps.device)
+        with torch.autocast(maps.device.type, enabled=False):  # a loop of one's own may decode within it
+            return along @ (maps @ along.T)
 
 
 @functools.lru_cache(maxsize=256)

@@ -55,17 +55,13 @@ def _round(values: np.ndarray, kind: type[np.floating[Any]], *, up: bool) -> np.
     return np.where(wrong, np.nextafter(near, kind(np.inf if up else -np.inf)), near)
 
 
-def empty(shape: tuple[int, ...], like: Any) -> Any:
-    """An f32 array of NumPy or torch, as another is, on its device."""
+def new_f32(shape: tuple[int, ...], like: Any) -> Any:
+    """An f32 array without values: of NumPy, or of torch on the device of another tensor."""
     if isinstance(like, np.ndarray):
         return np.empty(shape, np.float32)
-    return like.new_empty(shape, dtype=_torch_float())
-
-
-def _torch_float() -> Any:
     import torch
 
-    return torch.float32
+    return like.new_empty(shape, dtype=torch.float32)
 
 
 def groups(width: int) -> int:
@@ -102,7 +98,7 @@ def packed(codes: np.ndarray) -> np.ndarray:
 def unpacked(data: Any, shape: tuple[int, ...]) -> Any:
     """The codes of `packed`, f32 `[n, *shape]`."""
     count = int(np.prod(shape))
-    flat, half = empty((len(data), count), data), data.shape[1]
+    flat, half = new_f32((len(data), count), data), data.shape[1]
     flat[:, :half] = data & 15
     flat[:, half:] = (data >> 4)[:, : count - half]
     return flat.reshape(len(data), *shape)

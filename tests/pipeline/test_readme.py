@@ -187,7 +187,7 @@ MAPS = [("u8", (232, 480)), ("u8", (336, 616)), ("u4", (336, 616))]
 
 
 def native(large: int, small: int) -> NativeMaps:
-    return NativeMaps(grid=14, runs=((large, 14), (small, 7)), matrices=())
+    return NativeMaps(grid=14, stages=((large, 14), (small, 7)), matrices=())
 
 
 def test_what_a_store_costs_is_what_the_codecs_say():

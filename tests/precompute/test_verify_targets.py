@@ -13,6 +13,7 @@ from precompute.engine import dask_runner
 from precompute.engine import session as sessions
 from precompute.verify_targets import TOLERANCE, LiveTargets, differences
 from storage.errors import IdentityError
+from storage.objects import json_record
 from storage.store.codecs import Codec
 from storage.store.store import Store
 from storage.store.verify import VerifyReport, verify
@@ -119,7 +120,18 @@ def test_contract_5_other_weights_than_the_recorded_are_refused(world: World, tm
         LiveTargets(Store.open(world.store), VerifyReport(), (other,))
 
 
-@pytest.mark.parametrize("codec", ["f32", "f16", "u8", "log8", "topk5"])
+def test_a_matrix_that_resizes_otherwise_than_the_target_s_identity_says_is_found(world: World, tmp_path: Path) -> None:
+    store = world.copy(tmp_path / "store")
+    path = store / "targets" / world.targets["activations u8"] / "manifest.json"
+    content = json_record.from_json(path.read_bytes(), "manifest")
+    side, matrix = next(iter(content["resize"].items()))
+    content["resize"][side] = [[1.0, *[0.0] * (len(row) - 1)] for row in matrix]
+    path.write_bytes(json_record.to_json(content))  # with a digest of its own
+    report = checked(Store.open(store), world.shards, weights=(world.weights["cnn"],))
+    assert any(f"manifest.json: resize.{side}: it is not the matrix" in failure for failure in report.failures)
+
+
+@pytest.mark.parametrize("codec", ["f32", "f16", "u8", "u4", "log8", "topk5"])
 def test_the_tolerance_allows_what_the_codec_rounds_and_little_more(codec: str) -> None:
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(200, 10)).astype(np.float32) * 4

@@ -5,8 +5,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
+from precompute import record_targets
 from precompute.bank_choice import settle
 from precompute.record_targets import defaults, target_id, target_identity
 from precompute.request import PrecomputeRequest
@@ -95,7 +97,7 @@ def test_a_target_is_taps_with_options(text: str, wishes: list[TargetSpec]) -> N
         ("q,kk", "no tap is called 'kk'"),
         ("q,,k", "no tap is called ''"),
         ("activations,gird=8", "no option is called 'gird'\n  Did you mean 'grid'"),
-        ("activations,codec=u9", "no codec is called 'u9'\n  Did you mean 'u"),
+        ("activations,codec=u9", "no codec is called 'u9'\n  Did you mean 'u4'"),
         ("q,grid=8", "only activations are resized to a grid"),
         ("activations,q,grid=8", "only activations are resized to a grid"),
         ("logits,layers=1", "logits has no layers to choose"),
@@ -257,6 +259,38 @@ def test_variants_of_activations_add_to_the_identity_and_leave_older_ids_as_they
     assert target_id(teacher, older) == "cnn-activations-antialias-g2-u8-d5b1bfb3"
     assert target_id(teacher, older) != target_id(teacher, other), "a stage that is enlarged had other numbers"
     assert Tap.of(older).antialias is True
+
+
+def test_vectors_and_maps_that_an_older_version_began_are_completed_as_they_were(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of several is enough: all of a run are in the older form then, as the same command would have made them."""
+    store, vit, cnn = tmp_path / "S", teacher_of(world.weights, "vit"), teacher_of(world.weights, "cnn")
+    with monkeypatch.context() as older:
+
+        def as_before(_store: Any, request: Any, manifest: Any, specs: Any, policy: Any, _say: Any) -> list[Any]:
+            return [target_identity(request.teacher, manifest, s, policy, request.grid, older=True) for s in specs]
+
+        older.setattr(record_targets, "_identities", as_before)
+        begun = run_precompute(store, world.shards[:1], vit, ["q,codec=u8"])["targets"]
+        begun += run_precompute(store, world.shards[:1], cnn, ["activations,grid=8"])["targets"]
+    opened = Store.open(store)
+    assert [opened.target(id).maps for id in begun] == [2, 2]
+    before = opened.array(begun[0]).compute()
+    again = run_precompute(store, world.shards, vit, ["q,k,codec=u8"])["targets"]
+    assert again[0] == begun[0]
+    assert [opened.target(id).identity.scale for id in again] == [None, None]
+    assert [opened.target(id).codec.layout()["scale"].shape for id in again] == [(3, 3, 2)] * 2, "of each head"
+    found = opened.array(begun[0]).compute()
+    assert found.shape[0] == 2 * len(before)
+    maps = [f"activations,grid=8,codec={codec}" for codec in ("u8", "u4")]
+    assert run_precompute(store, world.shards, cnn, maps)["targets"][0] == begun[1]
+    newer = run_precompute(tmp_path / "new", world.shards[:1], vit, ["q,k,codec=u8"])["targets"]
+    fresh = Store.open(tmp_path / "new")
+    assert not {*newer} & {*again}
+    tokens = fresh.target(newer[0]).sample_shape[-2]
+    assert [fresh.target(id).codec.layout()["scale"].shape for id in newer] == [(3, 3, tokens, 2)] * 2
+    assert np.abs(fresh.array(newer[0]).compute() - before).max() <= 0.02 * np.abs(before).max()
 
 
 def test_a_target_of_another_bank_or_teacher_is_another_target() -> None:

@@ -271,8 +271,8 @@ def test_the_full_name_of_topk_says_how_many():
     assert check_codec("topk") == "topk20"
     assert check_codec("topk7", "logits") == "topk7"
     assert codecs_for("plain") == ["f32", "f16", "u8", "u4"]
-    assert codecs_for("rows") == ["f32", "f16", "u8", "u4", "log8"]
-    assert codecs_for("logits") == ["f32", "f16", "u8", "u4", "topk20"]
+    assert codecs_for("rows") == ["f32", "f16", "u8", "log8", "u4"]
+    assert codecs_for("logits") == ["f32", "f16", "u8", "topk20", "u4"]
 
 
 @pytest.mark.parametrize("wrong", ["topk0", "topk-1", "topk07", "topk1000000", "top5", "topk5.0", "log", "log16"])

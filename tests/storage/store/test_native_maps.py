@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch.nn import functional as F
 
 from precompute.taps.activations import resize_matrix
 from storage.store.codecs import Codec
+from storage.store.manifests import TargetManifest
 from storage.store.native_maps import NativeMaps
 
+STAGE: dict[str, Any] = {"stage": 1, "tap": "x", "channels": 8, "side": 2}
 GRID = 6
 RUNS = ((3, 6), (2, 3), (4, 6), (1, 1), (5, 3))  # (channels, side): a side that comes again, and maps of one number
 
@@ -20,7 +24,7 @@ RUNS = ((3, 6), (2, 3), (4, 6), (1, 1), (5, 3))  # (channels, side): a side that
 def native(antialias: bool = False) -> NativeMaps:
     sides = sorted({side for _, side in RUNS if side < GRID})
     matrices = tuple((side, tuple(map(tuple, resize_matrix(side, GRID, antialias).tolist()))) for side in sides)
-    return NativeMaps(grid=GRID, runs=RUNS, matrices=matrices)
+    return NativeMaps(grid=GRID, stages=RUNS, matrices=matrices)
 
 
 def codec(name: str, antialias: bool = False) -> Codec:
@@ -90,10 +94,59 @@ def test_the_error_of_a_codec_is_told_of_what_a_student_gets() -> None:
 def test_a_view_of_efficientnet_b3_takes_half_the_bytes() -> None:
     """Seven stages of 24 to 384 maps, sides 14 and 7 at most: what ../README.md's table says."""
     runs = ((24, 14), (32, 14), (48, 14), (96, 14), (136, 14), (232, 7), (384, 7))
-    maps = NativeMaps(grid=14, runs=runs, matrices=((7, tuple(map(tuple, resize_matrix(7, 14).tolist()))),))
+    maps = NativeMaps(grid=14, stages=runs, matrices=((7, tuple(map(tuple, resize_matrix(7, 14).tolist()))),))
     sizes = {name: Codec(name, (952, 14, 14), 2, native=maps).sample_bytes for name in ("u8", "u4")}
     assert sizes["u8"] == 96_040 + 4 * 952 <= 100_000
     assert sizes["u4"] == 96_040 // 2 + 4 * 952 <= 52_000
+
+
+def test_maps_are_resized_exactly_inside_autocast() -> None:
+    arrays = {name: torch.from_numpy(array) for name, array in codec("f32").encode(flat(stages())).items()}
+    expected = codec("f32").decode(arrays)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(codec("f32").decode(arrays), expected)
+
+
+def test_images_that_are_all_alike_say_nothing_of_a_loss() -> None:
+    error = codec("u4").error(flat(stages(0, 1)))
+    assert error.relative > 0
+    assert (error.loss_error, error.gradient_cosine) == (None, None)
+
+
+WRONG: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "rows in logarithms": ({"codec": "log8"}, {}),
+    "the largest values": ({"codec": "topk20"}, {}),
+    "vectors": ({}, {"maps": 1}),
+    "four axes": ({}, {"axes": ["layer", "channel", "y", "x"], "sample_shape": [1, 8, 4, 4]}),
+    "no channels": ({}, {"axes": ["y", "x"], "sample_shape": [4, 4], "stages": [{**STAGE, "channels": 4}]}),
+    "no square": ({"grid": None}, {"sample_shape": [8, 5, 4]}),
+    "no stages": ({}, {"stages": []}),
+    "a stage without a side": ({}, {"stages": [{"stage": 1, "tap": "x", "channels": 8}]}),
+    "a side above the grid": ({}, {"stages": [{**STAGE, "side": 5}]}),
+    "no matrix": ({}, {"resize": {}}),
+    "a matrix of another side": ({}, {"resize": {"3": [[1 / 3] * 3] * 4}}),
+    "a matrix of another grid": ({}, {"resize": {"2": [[0.5, 0.5]] * 3}}),
+    "weights that add up to two": ({}, {"resize": {"2": [[1.0, 1.0]] * 4}}),
+    "a weight of a million": ({}, {"resize": {"2": [[1e6, 1 - 1e6]] * 4}}),
+    "a matrix without native maps": ({"native": False}, {}),
+    "a scale a token of maps": ({"scale": "token"}, {}),
+}
+
+
+@pytest.mark.parametrize("what", [None, *WRONG])
+def test_a_manifest_of_native_maps_that_cannot_be_decoded_is_refused(what: str | None) -> None:
+    identity = {"teacher": "t", "bank": "b", "tap": "activations", "layers": [1], "grid": 4, "codec": "u8"}
+    content: dict[str, Any] = {"format": 1, "kind": "target", "id": "t", "teacher": "t", "graph": 64 * "0", "output": 0}
+    content |= {"sample_shape": [8, 4, 4], "maps": 2, "axes": ["channel", "y", "x"], "parity": 0.0}
+    content |= {"attention_error": None, "stages": [STAGE], "resize": {"2": [[0.5, 0.5]] * 4}}
+    nothing: dict[str, Any] = {}
+    own, more = WRONG[what] if what else (nothing, nothing)
+    content |= {"identity": {**identity, "native": True, **own}, **more}
+    if what is None:
+        assert TargetManifest.model_validate(content).codec.parts == {"data_2": (8, 2, 2)}
+        return
+    with pytest.raises(ValidationError):
+        TargetManifest.model_validate(content)
 
 
 @pytest.mark.gpu
