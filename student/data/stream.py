@@ -26,11 +26,11 @@ from storage.progress import size_text
 from storage.shards.shard import Shard, require_labels
 from storage.shards.tar import without_samples
 from storage.store.store import Store
-from student.data.batch import Batch, map_arrays
+from student.data.batch import Batch
 from student.data.shuffle import BlockShuffle, lanes_of
 from student.data.source import Shards, Source, opened, refuse_twice, stored
 from student.data.worker_watch import started, watched
-from student.data.workers import LaneReader, ReadPlan, leave_at_once
+from student.data.workers import LaneReader, ReadPlan, dealt_back, leave_at_once
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -251,6 +251,6 @@ class Stream(IterableDataset[Batch]):
                 finally:  # no cycle with its traceback: collecting one ends the workers' queues before the workers
                     del failed, by_worker
             self._position = (epoch, step + 1)
-            shares = [by_worker[n % workers][n // workers] for n in range(len(self.own))]  # as `lanes_of` deals out
-            batch = map_arrays(lambda *arrays: torch.cat(arrays), *shares)
+            batch = dealt_back(by_worker, len(self.own)) if self.workers else by_worker[0]
+            del by_worker
             yield Batch(**batch, codecs=dict(self.source.targets))
