@@ -52,12 +52,20 @@ class Batch:
     codecs: dict[str, Codec] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch on a device.
+        """The batch on a device; the host does not wait for copies of pinned memory.
 
         Args:
             device: where images, labels and targets go.
         """
-        return self._with(lambda tensor: tensor.to(device), _ON_DEVICE)
+        return self._with(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()), _ON_DEVICE)
+
+    def pin_memory(self) -> Batch:
+        """The batch in memory that a GPU copies from by itself."""
+        return self._with(lambda tensor: tensor.pin_memory(), _ON_DEVICE)
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Tell PyTorch that a stream reads this batch, so that its memory on the GPU is kept until it has."""
+        map_arrays(lambda tensor: tensor.record_stream(stream), {name: getattr(self, name) for name in _ON_DEVICE})
 
     def part(self, samples: slice) -> Batch:
         """Some of its samples."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from precompute.taps import full
 from storage.errors import UserError, setting
+from storage.views.normalize import normalize
 from student.alignment.student_spec import StudentSpec, student_spec
 from student.alignment.student_taps import ELSEWHERE, OF_ANY, StudentTap, StudentTaps
 from student.attention_copy.copier import AttentionCopier
@@ -185,13 +186,15 @@ class Distiller(nn.Module):
         if self._two_heads:
             model.set_distilled_training(True)  # type: ignore[operator]  # both heads' logits, while it trains
         self.mean, self.std = tuple(mean), tuple(std)
+        # On the device, and no buffers: ranks would send them to each other in every step.
+        self._mean, self._std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         self.precision: torch.dtype | None = None
         self.means: dict[str, Tensor] = {}
         self.metrics: dict[str, Tensor] = {}
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits `[B, K]` of a batch (features without a classifier), and loss -> value, unweighted scalars."""
-        pixels = batch.pixels(self.mean, self.std)
+        pixels = self._pixels(batch)
         self.student_taps.clear()
         decoded = {id: self._target(batch, id) for ids in self.target_ids.values() for id in ids}
         with (
@@ -223,6 +226,12 @@ class Distiller(nn.Module):
             return nullcontext()
         copied = self.copier.copied([decoded[id] for id in self.target_ids[ATTENTION_COPY]])
         return self.copier.hooks.attending(copied)
+
+    def _pixels(self, batch: Batch) -> Tensor:
+        """Normalized images f32 `[B, 3, S, S]`, by constants that were brought to the device once."""
+        device = batch.images.device
+        self._mean, self._std = self._mean.to(device), self._std.to(device)
+        return normalize(batch.images, self._mean, self._std)
 
     def _target(self, batch: Batch, id: str) -> Tensor:
         if id in self.means:

@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING, Any
 from storage.errors import UserError, did_you_mean, first_line
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
 
     from student.recipe.schema import Recipe
     from student.training.distiller import Distiller
+
+
+_KERNELS = ("fused", "foreach")
 
 
 def peak_learning_rate(recipe: Recipe) -> float:
@@ -40,6 +45,8 @@ def build_optimizer(recipe: Recipe, distiller: Distiller, steps: int) -> tuple[t
     arguments: dict[str, Any] = {"lr": peak_learning_rate(recipe), "weight_decay": settings.weight_decay}
     if settings.opt_betas is not None:
         arguments["betas"] = settings.opt_betas
+    if next(distiller.parameters()).device.type == "cuda" and _has_fused(settings.opt):
+        arguments["fused"] = True
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
             _groups(recipe, distiller), opt=settings.opt, **arguments
@@ -60,6 +67,27 @@ def build_optimizer(recipe: Recipe, distiller: Distiller, steps: int) -> tuple[t
         updates_per_epoch=steps,
     )
     return optimizer, scheduler
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Restore a saved state, which may be of another device: whether kernels are fused is up to this one.
+
+    Raises:
+        ValueError: the state is of other parameters.
+    """
+    saved, own = state["param_groups"], optimizer.param_groups
+    if len(saved) == len(own):
+        kernels = [{name: group[name] for name in _KERNELS if name in group} for group in own]
+        saved = [{**group, **choice} for group, choice in zip(saved, kernels, strict=True)]
+    optimizer.load_state_dict({**state, "param_groups": saved})
+
+
+def _has_fused(name: str) -> bool:
+    """Whether PyTorch updates all parameters in one kernel on a GPU."""
+    from timm.optim import get_optimizer_info, list_optimizers
+    from torch.optim import SGD, Adam, AdamW
+
+    return name in list_optimizers() and get_optimizer_info(name).opt_class in (Adam, AdamW, SGD)
 
 
 def _groups(recipe: Recipe, distiller: Distiller) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from storage.errors import UserError, setting
 from student.data.shuffle import default_lanes
 from student.distributed import world_size
+from student.training.step_record import StepScalars
 
 if TYPE_CHECKING:
     from student.data.batch import Batch
@@ -63,33 +62,29 @@ class Update:
             devices = [device] if device.type == "cuda" else None
             self.total = DistributedDataParallel(self.total, device_ids=devices, find_unused_parameters=True)
 
-    def __call__(self, batch: Batch, epoch: int, step: int) -> dict[str, float]:
-        """One update; the means over this rank's batch of `loss`, `losses/…` and `metrics/…`.
+    def __call__(self, batch: Batch, epoch: int, step: int) -> StepScalars:
+        """One update, of which nothing is read back.
 
-        Raises:
-            UserError: a loss that is not finite.
+        Args:
+            batch: this rank's, on the device.
+            epoch: of the step; weights of losses depend on it.
+            step: its number in the epoch.
+
+        Returns:
+            `loss`, `losses/…` and `metrics/…` of this rank's batch, on the device; not checked for being finite.
         """
         count = self.settings.grad_accum_steps
         size = len(batch.labels) // count
         self.optimizer.zero_grad()
-        means: dict[str, float] = {}
+        scalars: list[dict[str, Tensor]] = []
         offered: list[list[Tensor]] = []
         for number in range(count):
             accumulates = isinstance(self.total, DistributedDataParallel) and number < count - 1
             with self.total.no_sync() if accumulates else nullcontext():  # type: ignore[operator]
                 loss, values = self.total(batch.part(slice(number * size, (number + 1) * size)), epoch)
-                numbers = self._numbers(loss, values)
-                if not math.isfinite(numbers["loss"]):
-                    parts = ", ".join(f"{name} {value.item():g}" for name, value in values.items())
-                    slower, capped = setting("optim.lr", "X"), setting("optim.clip_grad", 1)
-                    raise UserError(
-                        f"epoch {epoch}, step {step}: the loss is not finite ({parts})",
-                        hint=f"Lower the learning rate, {slower}, or cap the gradients, {capped}",
-                    )
+                scalars.append(self._scalars(loss, values))
                 self.scaler.scale(loss / count).backward()
             offered.append([queue.offered for queue in self.distiller.queues])
-            for name, value in numbers.items():
-                means[name] = means.get(name, 0.0) + value / count
         if self.settings.clip_grad:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.distiller.parameters(), self.settings.clip_grad)
@@ -99,10 +94,10 @@ class Update:
             queue.push([vectors[number] for vectors in offered], self.lanes)
         if self.average is not None:
             self.average.update(self.distiller.student)
-        return means
+        stacked = tuple(torch.stack([value.float() for value in part.values()]) for part in scalars)
+        return StepScalars(epoch=epoch, step=step, names=tuple(scalars[0]), values=stacked)
 
-    def _numbers(self, loss: Tensor, values: dict[str, Tensor]) -> dict[str, float]:
-        """The logged scalars of a step, fetched from the device at once."""
+    def _scalars(self, loss: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The logged scalars of a micro-batch."""
         named = {"loss": loss.detach(), **{f"losses/{name}": value for name, value in values.items()}}
-        named |= {f"metrics/{name}": value.detach() for name, value in self.distiller.metrics.items()}
-        return dict(zip(named, torch.stack([value.float() for value in named.values()]).tolist(), strict=True))
+        return named | {f"metrics/{name}": value.detach() for name, value in self.distiller.metrics.items()}

@@ -31,16 +31,18 @@ from student.models.files import save_student
 from student.models.outside_timm import keep_source
 from student.models.timm_folder import link_for_timm
 from student.training import checkpoint, precision
-from student.training.optimizer import build_optimizer, learning_rate, peak_learning_rate
+from student.training.optimizer import build_optimizer, learning_rate, load_optimizer, peak_learning_rate
+from student.training.prefetch import batches_on_device
 from student.training.setup import TrainConfig, TrainingRun, build_run
 from student.training.step import Update
+from student.training.step_record import StepRecord
 
 if TYPE_CHECKING:
     from student.run_dir import TrainResult
 
 __all__ = ["TrainConfig", "train"]
 
-LOG_EVERY = 50  # steps
+LOG_EVERY, FETCH_EVERY = 50, 10  # steps: between lines of the log; at most, until losses are read and checked
 SMOKE_STEPS, SMOKE_BLOCKS = 3, 2
 
 
@@ -122,7 +124,7 @@ class Trainer:
         self.recipe, self.device = config.recipe, torch.device(config.device)
         self.distiller, self.stream, self.average = run.distiller, run.stream, run.average
         self.optimizer, self.scheduler = build_optimizer(self.recipe, self.distiller, self.stream.order.steps)
-        self.state = TrainState()
+        self.state, self.record = TrainState(), StepRecord(FETCH_EVERY)
         self.precision: precision.PrecisionChoice  # begin or resume sets it, and the update
         self.update: Update
         self.log = run_dir.Log(None)
@@ -163,7 +165,10 @@ class Trainer:
         path = self.config.out / run_dir.CHECKPOINT
         try:
             for name, part in self._parts().items():
-                part.load_state_dict(saved[name])
+                if part is self.optimizer:
+                    load_optimizer(self.optimizer, saved[name])
+                else:
+                    part.load_state_dict(saved[name])
             choice = precision.PrecisionChoice(saved["precision"]["amp_dtype"], saved["precision"]["fused_attn"])
             self.state = TrainState(saved["epoch"], saved["step"], saved["sums"], saved["scores"], saved["seconds"])
             position = {"epoch": self.state.epoch, "step": self.state.step}  # earlier versions kept no stream state
@@ -227,23 +232,36 @@ class Trainer:
             module.eval()
         interval, first = self.recipe.checkpoint_interval, self.state.step
         self.stream.set_epoch(epoch)
-        for step, batch in enumerate(itertools.islice(self.stream, self.steps - first), first):
+        remaining = itertools.islice(self.stream, self.steps - first)
+        for step, batch in enumerate(batches_on_device(remaining, self.device), first):
+            if self.record.full:  # here, where the next batch is on its way already
+                self._fetch()
             number = epoch * self.stream.order.steps + step
             self.scheduler.step_update(number)
-            numbers = self.update(batch.to(self.device), epoch, step)
-            for name, value in numbers.items():
-                self.state.sums[name] = self.state.sums.get(name, 0.0) + value
+            self.record.add(self.update(batch, epoch, step))
             self.state.step = step + 1
             if step % LOG_EVERY == 0:
-                numbers = all_reduce_mean(numbers, self.device)
+                numbers = all_reduce_mean(self._fetch(), self.device)
                 loss = numbers.pop("loss")
                 self.log.write({"epoch": epoch, "step": step, "loss": loss, **_by_kind(numbers)}, number)
             if interval and (number + 1) % interval == 0 and step + 1 < self.steps:
                 self._save_checkpoint()
             self.progress.advance(1)
 
+    def _fetch(self) -> dict[str, float]:
+        """Add what the steps since the last call gave to the sums; the numbers of the last of them.
+
+        Called before anything is written. Raises UserError for a loss that is not finite.
+        """
+        numbers: dict[str, float] = {}
+        for numbers in self.record.fetch():
+            for name, value in numbers.items():
+                self.state.sums[name] = self.state.sums.get(name, 0.0) + value
+        return numbers
+
     def _end_of_epoch(self, epoch: int) -> None:
         """Save weights, evaluate, log and save a checkpoint."""
+        self._fetch()
         scores, students = self.state.scores, {"last": self.distiller.student}
         broadcast_buffers(self.distiller)
         if self.average is not None:
@@ -302,6 +320,7 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         """Write the checkpoint; all ranks take part, rank 0 writes."""
+        self._fetch()
         states = checkpoint.random_states(self.device)
         sums = all_reduce_mean(self.state.sums, self.device)
         if rank():

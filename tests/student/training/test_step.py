@@ -19,6 +19,7 @@ from student.models.files import load_student
 from student.training.optimizer import build_optimizer, learning_rate
 from student.training.setup import build_run
 from student.training.step import Update
+from student.training.step_record import StepRecord
 from tests.conftest import Quiet
 from tests.student.runs import STUDENT, job, log, run, u8, weights
 
@@ -31,7 +32,9 @@ def gradients(world, tmp_path, *settings):
     recipe = job(world, tmp_path / "run", "aal", u8(world), "optim.opt=sgd", *settings).recipe
     optimizer, _ = build_optimizer(recipe, made.distiller, 9)
     update = Update(recipe, made.distiller, optimizer, average=None, device=CPU, scaled=False)
-    numbers = update(next(made.stream.epoch(0)), 0, 0)
+    record = StepRecord(10)
+    record.add(update(next(made.stream.epoch(0)), 0, 0))
+    (numbers,) = record.fetch()
     return {name: p.grad for name, p in made.distiller.named_parameters()}, numbers
 
 
