@@ -94,11 +94,11 @@ def _sample(members: dict[str, bytes], key: str, digest: str, label: int | None)
     images = [kind for kind in members if kind in IMAGES]
     if len(images) != 1 or any(kind.startswith("__") for kind in members):
         return None
-    text = members["cls"].strip() if "cls" in members else None
-    if text is None or label is None:
-        is_same = text is label
-    else:
+    if "cls" in members:
+        text = members["cls"].strip()
         is_same = text.isdigit() and len(text) <= 9 and int(text) == label
+    else:
+        is_same = label is None
     image = members[images[0]]
     if not is_same or image_digest(image) != digest:
         return None
