@@ -11,7 +11,6 @@ import webdataset
 
 from storage.errors import IdentityError, UserError
 from storage.shards import index as indexes
-from storage.shards import tar
 from storage.shards.index import build_index, read_samples
 from tests.storage.helpers import by_webdataset, patched, picture, sample, samples, write_tar
 
@@ -22,7 +21,7 @@ def without_tarfile(monkeypatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("tarfile read it")
 
-    monkeypatch.setattr(tar.tarfile, "open", refuse)
+    monkeypatch.setattr("storage.shards.tar.tarfile.open", refuse)
 
 
 def written(path: Path, form: str) -> str:
@@ -105,7 +104,7 @@ def test_a_label_that_was_changed_in_its_place_is_named(tmp_path, old, new) -> N
     assert data[at : at + 1] == old
     data[at : at + 1] = new
     path.write_bytes(data)
-    with pytest.raises(UserError, match="s004.*label"):
+    with pytest.raises(UserError, match=r"s004.*label"):
         read_samples(str(path), index, range(6))
 
 
