@@ -16,7 +16,7 @@ from storage.objects.object_store import LocalObjectStore
 from storage.rng import generator
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 # timm names with arguments: networks of every kind that count, small enough to export in a second or two.
 TINY_CNN: tuple[str, dict[str, Any]] = ("resnet10t", {"channels": [8, 12, 16, 24], "stem_width": 8})
@@ -111,6 +111,9 @@ class FaultyObjectStore(LocalObjectStore):
 
     def _read(self, path: Path) -> bytes:
         return bytes(self._do("read", super()._read, path))
+
+    def _read_into(self, path: Path, buffers: Sequence[np.ndarray]) -> int:
+        return int(self._do("read", super()._read_into, path, buffers))
 
     def _write(self, path: Path, data: bytes) -> None:
         self._do("write", super()._write, path, data, half=lambda: path.write_bytes(data[: len(data) // 2]))

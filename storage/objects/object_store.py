@@ -7,16 +7,23 @@ and `RemoteObjectStore` (any fsspec URL). `ZarrStore` lets zarr write through ei
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import threading
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from storage.errors import DamageError, UserError, display_path
 from storage.objects.litter import is_litter
 from storage.objects.urls import filesystem_of, is_remote, lacks_ranges, networked, require_ranges
+
+if TYPE_CHECKING:
+    import io
+    from collections.abc import Sequence
 
 COPY_AGAIN = "Copy or create the file again."
 
@@ -41,6 +48,14 @@ class LocalObjectStore:
     def _read(self, path: Path) -> bytes:
         return path.read_bytes()
 
+    def _read_into(self, path: Path, buffers: Sequence[np.ndarray]) -> int:
+        with path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size == sum(buffer.nbytes for buffer in buffers):
+                for buffer in buffers:
+                    _fill(file, buffer.data)
+            return size
+
     def _write(self, path: Path, data: bytes) -> None:
         with path.open("xb") as file:
             file.write(data)
@@ -56,6 +71,13 @@ class LocalObjectStore:
     def get(self, key: str) -> bytes:
         """The bytes of an object; FileNotFoundError where there is none."""
         return self._read(self.root / key)
+
+    def get_into(self, key: str, buffers: Sequence[np.ndarray]) -> int:
+        """Fill uint8 buffers with the bytes of an object, one after another; the object's length in bytes.
+
+        Where the length is not that of all buffers, they hold nothing of use. FileNotFoundError where there is none.
+        """
+        return self._read_into(self.root / key, buffers)
 
     def file(self, key: str) -> Path | None:
         """The file of an object; None where there is none."""
@@ -183,6 +205,16 @@ class RemoteObjectStore:
         with networked(self.url):
             return bytes(self.files.cat_file(self._path(key)))
 
+    def get_into(self, key: str, buffers: Sequence[np.ndarray]) -> int:
+        """Fill uint8 buffers with the bytes of an object, one after another; the object's length in bytes."""
+        data = np.frombuffer(self.get(key), np.uint8)
+        stop = 0
+        if len(data) == sum(buffer.nbytes for buffer in buffers):
+            for buffer in buffers:
+                start, stop = stop, stop + buffer.nbytes
+                buffer[:] = data[start:stop]
+        return len(data)
+
     def file(self, key: str) -> None:
         """Objects of a server lie in no file."""
 
@@ -239,6 +271,15 @@ class RemoteObjectStore:
 
 
 ObjectStore = LocalObjectStore | RemoteObjectStore  # what a store needs of the place it lies in
+
+
+def _fill(file: io.FileIO, buffer: memoryview) -> None:
+    """Read the next bytes of a file until a buffer is full. Raises OSError where the file ends before."""
+    while buffer:
+        count = file.readinto(buffer)  # at most 2 GiB at once
+        if not count:
+            raise OSError(errno.EIO, "the file became shorter while it was read")
+        buffer = buffer[count:]
 
 
 def open_object_store(url: str | Path) -> ObjectStore:

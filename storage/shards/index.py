@@ -17,6 +17,7 @@ from storage.objects.object_store import COPY_AGAIN, open_object_store, read_ran
 from storage.objects.record_schema import IndexRecord, SummaryRecord, checked
 from storage.objects.urls import is_remote
 from storage.shards import tar
+from storage.shards.plain_headers import image_digest, plain_samples
 
 INDEX_FORMAT = 1
 
@@ -95,7 +96,7 @@ def build_index(url: str) -> ShardIndex:
                 continue
             sample = tar.to_sample(key, parts, url)
             keys.append(key)
-            digests.append(_image_digest(sample.image))
+            digests.append(image_digest(sample.image))
             labels.append(sample.label)
             starts.append(start)
         if not end:
@@ -123,10 +124,6 @@ def build_index(url: str) -> ShardIndex:
         last=blocks[1],
     )
     return ShardIndex(summary, tuple(keys), tuple(digests), tuple(labels), tuple(starts), tuple(left_out))
-
-
-def _image_digest(image: bytes) -> str:
-    return hashlib.sha256(image).hexdigest()[:32]
 
 
 @functools.lru_cache(maxsize=1)
@@ -201,6 +198,10 @@ def read_samples(url: str, index: ShardIndex, indices: range) -> list[tar.Sample
     data = read_range(url, index.starts[indices.start], index.starts[indices.stop])
     if not data:
         return []
+    starts = index.starts[indices.start : indices.stop + 1]
+    keys, digests = (column[indices.start : indices.stop] for column in (index.keys, index.digests))
+    if (found := plain_samples(data, starts, keys, digests, index.labels[indices.start : indices.stop])) is not None:
+        return found
     members = ((key, parts) for key, parts, _, _ in tar.iter_samples(io.BytesIO(data), url))
     samples = [tar.to_sample(key, parts, url) for key, parts in members if not tar.flaw(key, parts)]
     where = f"{url}, samples {indices.start} to {indices.stop - 1}"
@@ -210,7 +211,7 @@ def read_samples(url: str, index: ShardIndex, indices: range) -> list[tar.Sample
     for i, sample in zip(indices, samples, strict=True):
         if sample.key != index.keys[i]:
             raise IdentityError(where, f"key of sample {i}", index.keys[i], sample.key, hint)
-        digest = _image_digest(sample.image)
+        digest = image_digest(sample.image)
         if digest != index.digests[i]:
             raise IdentityError(f"{url}, key {sample.key}", "image digest", index.digests[i], digest, hint)
         if sample.label != index.labels[i]:

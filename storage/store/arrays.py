@@ -7,8 +7,10 @@ trailing checksum are compared with what the marker says was written, and its by
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import math
+import threading
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, Self
 
 import google_crc32c
@@ -36,7 +38,12 @@ def read_written(objects: ObjectStore, key: str, loss: str, hint: str = "") -> b
     try:
         return objects.get(key)
     except FileNotFoundError:
-        raise DamageError(f"{objects.url}/{key}: missing: {loss}", hint=hint) from None
+        raise missing(objects, key, loss, hint) from None
+
+
+def missing(objects: ObjectStore, key: str, loss: str, hint: str = "") -> DamageError:
+    """The error that an object that was written is gone, with what its `loss` means."""
+    return DamageError(f"{objects.url}/{key}: missing: {loss}", hint=hint)
 
 
 def chunk_samples(sample_bytes: int, samples: int) -> int:
@@ -224,39 +231,67 @@ class StoredArray:
         """Bytes of its chunks with their checksums."""
         return self.metadata.chunks * self.metadata.chunk_bytes
 
-    def check_chunk(self, number: int) -> bytes:
-        """A chunk's bytes without its checksum, compared with the marker.
-
-        Raises:
-            DamageError: missing, of another length, or not the bytes that were written.
-        """
-        key = self.metadata.key(self.path, number)
-        data, size = read_written(self.objects, key, "a chunk that was written is gone"), self.metadata.chunk_bytes
-        damaged = f"{self.objects.url}/{key}: damaged:"
-        if len(data) != size:
-            raise DamageError(f"{damaged} {len(data)} bytes, {size} were written")
-        values, stated, expected = data[:-4], data[-4:], self._checksums[4 * number : 4 * number + 4]
-        actual = int(google_crc32c.value(values)).to_bytes(4, "little")
-        if not stated == actual == expected:
-            checksum = f"its checksum is {actual.hex()} (it says {stated.hex()})"
-            raise DamageError(f"{damaged} {checksum}, {expected.hex()} was written")
-        return values
+    def check_chunk(self, number: int) -> None:
+        """Compare a chunk with the marker. Errors as `read`."""
+        self._fill(number, 0, np.empty((0, *self.shape[1:]), self.dtype))
 
     def chunk(self, number: int) -> np.ndarray:
         """A chunk's samples, without the padding of the last one. Raises DamageError."""
-        values = np.frombuffer(self.check_chunk(number), self.dtype).reshape(self.metadata.chunk_shape)
-        return values[: self.shape[0] - number * self.metadata.chunk_shape[0]]
+        size = self.metadata.chunk_shape[0]
+        return self.read(number * size, min((number + 1) * size, self.shape[0]))
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Samples [start, stop).
+        """Samples [start, stop), in memory of their own.
 
         Raises:
-            DamageError: a chunk is missing or damaged, or there are fewer samples.
+            DamageError: a chunk is missing, of another length, or not the bytes that were written; or there are fewer
+                samples.
         """
         if not 0 <= start <= stop <= self.shape[0]:
             where = f"{self.objects.url}/{self.path}"
             raise DamageError(f"{where}: samples {start} to {stop - 1} were asked for, its marker has {self.shape[0]}")
         size = self.metadata.chunk_shape[0]
-        numbers = range(start // size, -(-stop // size))
-        parts = [self.chunk(number)[max(0, start - number * size) : stop - number * size] for number in numbers]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        values = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        for number in range(start // size, -(-stop // size)):
+            first, end = max(start, number * size), min(stop, (number + 1) * size)
+            self._fill(number, first - number * size, values[first - start : end - start])
+        return values
+
+    def _fill(self, number: int, first: int, rows: np.ndarray) -> None:
+        """Read samples of a chunk from `first` on into contiguous rows; the whole chunk is compared with the marker.
+
+        What stands before and after them in the chunk goes into memory that is used again and again.
+        """
+        size = self.metadata.chunk_bytes
+        begin = first * (rows[:1].nbytes or 1)
+        others = _spare(size - rows.nbytes)  # before, after, checksum
+        pieces = [others[:begin], rows.reshape(-1).view(np.uint8), others[begin:-4]]
+        key = self.metadata.key(self.path, number)
+        try:
+            found = self.objects.get_into(key, [*pieces, others[-4:]])
+        except FileNotFoundError:
+            raise missing(self.objects, key, "a chunk that was written is gone") from None
+        damaged = f"{self.objects.url}/{key}: damaged:"
+        if found != size:
+            raise DamageError(f"{damaged} {found} bytes, {size} were written")
+        checksum = functools.reduce(google_crc32c.extend, pieces, 0).to_bytes(4, "little")
+        stated, expected = others[-4:].tobytes(), self._checksums[4 * number : 4 * number + 4]
+        if not stated == checksum == expected:
+            told = f"its checksum is {checksum.hex()} (it says {stated.hex()})"
+            raise DamageError(f"{damaged} {told}, {expected.hex()} was written")
+
+
+class _Memory(threading.local):
+    """Memory of a thread that is written over in each read; at most as much as a chunk takes."""
+
+    bytes: np.ndarray = np.empty(0, np.uint8)
+
+
+_memory = _Memory()
+
+
+def _spare(size: int) -> np.ndarray:
+    """Some bytes of this thread's memory, uint8 `[size]`."""
+    if len(_memory.bytes) < size:
+        _memory.bytes = np.empty(size, np.uint8)
+    return _memory.bytes[:size]

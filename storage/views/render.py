@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # More pixels than any photograph has; fewer than make a machine swap. Pillow's own limit only warns at half of it.
 MAX_PIXELS = 178_956_970
 
+_TURNING = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}  # where Pillow looks for an orientation
 FORMATS = ("JPEG", "PNG", "WEBP")
 
 
@@ -86,10 +87,10 @@ def decode(data: bytes) -> Image.Image:
         if scans * image.width * image.height > 5e10:
             raise BadImage(f"{image.width}x{image.height} pixels in {scans:,} scans are refused")
         image.load()
-    try:
-        upright = ImageOps.exif_transpose(image)
-    except Exception:  # the pixels are whole: metadata that cannot be read turns nothing
-        upright = image
+    upright = image
+    if not _TURNING.isdisjoint(image.info):  # without these Pillow only copies
+        with contextlib.suppress(Exception):  # the pixels are whole: metadata that cannot be read turns nothing
+            upright = ImageOps.exif_transpose(image)
     upright.info.pop("transparency", None)  # a text chunk can call itself so, and then `convert` fails
     if upright.mode.startswith("I"):  # Pillow would clip 16-bit gray to white
         gray = np.asarray(upright).astype(np.uint32) >> 8
@@ -117,7 +118,7 @@ def render(image: bytes | Image.Image, view: View, size: int) -> np.ndarray:
         frame = frame.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for number, argument in view.operations:
         frame = OPERATIONS[number][1](frame, argument)
-    pixels = np.array(frame, np.uint8)
+    pixels = np.frombuffer(bytearray(frame.tobytes()), np.uint8).reshape(size, size, 3)
     left, top, right, bottom = view.erased
     if right > left:
         noise = np.random.Generator(np.random.Philox(key=view.erase_seed)).bytes((right - left) * (bottom - top) * 3)
@@ -127,7 +128,7 @@ def render(image: bytes | Image.Image, view: View, size: int) -> np.ndarray:
 
 def signature(pixels: np.ndarray) -> int:
     """The crc32c of a rendered image's bytes, kept in the bank and compared whenever it is rendered again."""
-    return int(google_crc32c.value(np.ascontiguousarray(pixels).tobytes()))
+    return int(google_crc32c.value(np.ascontiguousarray(pixels)))
 
 
 @functools.lru_cache(maxsize=1)

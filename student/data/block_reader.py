@@ -20,6 +20,7 @@ from storage.views.view import Mix
 from student.data.batch import map_arrays
 
 if TYPE_CHECKING:
+    from storage.store.arrays import StoredArray
     from student.data.shuffle import Segment
     from student.data.source import Source
 
@@ -82,11 +83,10 @@ class BlockReader:
         """Target id -> its arrays for the samples of a segment in one view. Raises DamageError."""
         source, shard = self.source, self.source.shards[segment.shard]
         samples = segment.samples if source.permute is None else _permuted(source.permute, shard.id, segment)
-        first, stop = int(samples.min()), int(samples.max()) + 1
         targets: dict[str, Arrays] = {}
         for target in source.targets:
             arrays = self.marker(Task("target", target, shard.id, view)).arrays
-            targets[target] = {name: array.read(first, stop)[samples - first] for name, array in arrays.items()}
+            targets[target] = {name: _rows(array, samples) for name, array in arrays.items()}
         return targets
 
     def _images(self, segment: Segment, view: int) -> tuple[np.ndarray, list[Mix | None]]:
@@ -98,9 +98,8 @@ class BlockReader:
             block = shard.index.block(segment.block)
             stored = read_views(self.marker(Task("bank", source.bank, shard.id, view)), block.start, block.stop)
             if source.pixels is not None:
-                first, stop = int(segment.samples[0]), int(segment.samples[-1]) + 1
-                pixels = self.marker(Task("target", source.pixels, shard.id, view)).arrays["data"].read(first, stop)
-                return pixels[segment.samples - first], [stored.view(int(i)).mix for i in segment.samples]
+                pixels = self.marker(Task("target", source.pixels, shard.id, view)).arrays["data"]
+                return _rows(pixels, segment.samples), [stored.view(int(i)).mix for i in segment.samples]
             look = self._replayed(segment, view, stored)
         images, mixes = [], []
         for i in segment.samples:
@@ -145,6 +144,14 @@ class BlockReader:
             return drawn.mix, render(image, drawn, source.policy.size)
 
         return look
+
+
+def _rows(array: StoredArray, samples: np.ndarray) -> np.ndarray:
+    """Some samples of one block, `[n, …]`. Raises DamageError."""
+    first, stop = int(samples.min()), int(samples.max()) + 1
+    rows = array.read(first, stop)
+    # copied only where samples between them are left out, or they stand in another order
+    return rows if np.array_equal(samples, np.arange(first, stop)) else rows[samples - first]
 
 
 def _permuted(seed: int, shard: str, segment: Segment) -> np.ndarray:
