@@ -97,7 +97,7 @@ def main() -> None:
             for id in ids:
                 top1[id].append(accuracy(out, recipe, id, chosen.epochs, seed))
     print(
-        "\n| target | bytes a view | error | cosine | loss, gradient's cosine | top-1 | beside exact |\n"
+        "\n| target | bytes a view | error | cosine | loss, gradient cosine | top-1 | minus `f32` |\n"
         + "|---" * 7
         + "|"
     )
