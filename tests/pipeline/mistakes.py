@@ -16,7 +16,7 @@ class Mistake(NamedTuple):
 
 # Each once in a process of its own, as people run it; all others in this process, where that is the same.
 AS_TYPED = [
-    Mistake("a typo in a command", "precompue --store S", ("'precompue'", "Did you mean 'precompute'?"), 2),
+    Mistake("a typo in a command", "precompue --store S", ("'precompue'", "Did you mean one of: 'precompute'"), 2),
     Mistake(
         "class folders in place of shards",
         "precompute --teacher mobilenetv2 --weights cnn.safetensors --shards photos --store new/S",
