@@ -116,7 +116,7 @@ def _by_teachers(store: Store, images: np.ndarray) -> dict[str, np.ndarray]:
         tap, name = manifest.identity.tap, manifest.teacher
         if tap in ("activations", "attention"):
             graph, output = manifest.graph_output
-            values = open_session(store.graph(name, graph), "cpu").run(images)[output]
+            values = manifest.codec.exact(open_session(store.graph(name, graph), "cpu").run(images)[output])
             drawn = [cell(manifest, store.teacher_of(manifest), value).values for value in values]
             maps[f"teacher {name},\n{tap}"] = np.stack(drawn)
     return maps

@@ -162,6 +162,10 @@ class Codec:
             return parts["data"]
         return self.native.join({side: parts[f"data_{side}"] for side in self.native.channels})
 
+    def exact(self, values: Any) -> Any:
+        """The values f32 `[n, *shape]` of what a teacher's graph gives, as no codec had kept them."""
+        return self.join(self.split(values))
+
     def encode(self, values: np.ndarray, *, wide: bool = False) -> dict[str, np.ndarray]:
         """The arrays that keep `values` f32, `[n, *shape]` or as `split` takes them.
 
@@ -236,7 +240,7 @@ class Codec:
     def error(self, values: np.ndarray) -> CodecError:
         """What keeping `values` f32, as `encode` takes them, of some images costs."""
         pieces = [values[start : start + _SLICE] for start in range(0, len(values), _SLICE)]
-        mean = np.sum([self.join(self.split(piece)).sum(0, dtype=np.float64) for piece in pieces], 0) / len(values)
+        mean = np.sum([self.exact(piece).sum(0, dtype=np.float64) for piece in pieces], 0) / len(values)
         mean = mean.reshape(*mean.shape[: mean.ndim - self.maps], -1)
         totals = np.zeros(9)
         for piece in pieces:
@@ -244,7 +248,7 @@ class Codec:
                 arrays = self.encode(piece)
             except HalfOverflow:
                 arrays = self.encode(piece, wide=True)
-            before = self.join(self.split(piece)).astype(np.float64).reshape(len(piece), *mean.shape)
+            before = self.exact(piece).astype(np.float64).reshape(len(piece), *mean.shape)
             after = self.decode(arrays).astype(np.float64).reshape(before.shape)
             norms = np.linalg.norm(before, axis=-1) * np.linalg.norm(after, axis=-1)
             cosines = (before * after).sum(-1)[norms > 0] / norms[norms > 0]
