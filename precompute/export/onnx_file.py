@@ -71,12 +71,10 @@ class OutputTaps(nn.Module):
 
     def __init__(self, taps: Sequence[Tap], sides: Mapping[str, int]) -> None:
         super().__init__()
-        self.taps, self.sides = tuple(taps), dict(sides)
+        self.taps = tuple(taps)
         self.names = names_of(taps)
         for tap in taps:
-            for name in tap.chosen if tap.info.gridded else ():
-                if tap.stored_side(sides[name]) == tap.grid and not hasattr(self, tap.grid_name(sides[name])):
-                    self.register_buffer(tap.grid_name(sides[name]), tap.grid_matrix(sides[name]))
+            tap.add_matrices(self, (sides[name] for name in tap.chosen) if tap.info.gridded else ())
 
     def forward(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The taps, f32 `[B, …]`, of the file's tensors in the order of `names`."""
@@ -85,17 +83,10 @@ class OutputTaps(nn.Module):
         for tap in self.taps:
             layers = [by_name[name].float() for name in tap.chosen]
             if tap.info.gridded:
-                sides = [self.sides[name] for name in tap.chosen]
-                outputs.append(tap.one_tensor([self._on_grid(tap, *pair) for pair in zip(sides, layers, strict=True)]))
+                outputs.append(tap.one_tensor(self, layers))
             else:
                 outputs.append(torch.stack(layers, 1) if tap.info.layered else layers[0].clone())
         return tuple(outputs)
-
-    def _on_grid(self, tap: Tap, side: int, maps: Tensor) -> Tensor:
-        if tap.stored_side(side) != tap.grid:
-            return maps
-        matrix = self.get_buffer(tap.grid_name(side))
-        return matrix @ maps @ matrix.T
 
 
 def names_of(taps: Sequence[Tap]) -> tuple[str, ...]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple, Self, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from precompute.taps.activations import At, resize_matrix
 from storage.errors import UserError, did_you_mean
@@ -109,17 +109,31 @@ class Tap:
         grid = int(self.grid or 0)
         return min(side, grid) if self.native else grid
 
-    def one_tensor(self, maps: Sequence[Tensor]) -> Tensor:
-        """The tap's tensor of each stage's maps `[B, C, side, side]` on the sides that it gives.
+    def add_matrices(self, module: nn.Module, sides: Iterable[int]) -> None:
+        """Give a module the matrices for maps of these sides as buffers: they are constants of its graph."""
+        for side in sides:
+            if self.stored_side(side) == self.grid and not hasattr(module, self.grid_name(side)):
+                module.register_buffer(self.grid_name(side), self.grid_matrix(side))
+
+    def one_tensor(self, module: nn.Module, stages: Iterable[Tensor]) -> Tensor:
+        """The tap's tensor of each stage's maps `[B, C, side, side]`, by the matrices that a module was given.
 
         `[B, channels, g, g]`; of native maps `[B, V]`, one side after another, as the store takes them
         (`storage.store.native_maps`).
         """
+        maps = [self._on_grid(module, each) for each in stages]
         if not self.native:
-            return torch.cat(list(maps), 1)
+            return torch.cat(maps, 1)
         sides = dict.fromkeys(each.shape[-1] for each in maps)
         by_side = [torch.cat([each for each in maps if each.shape[-1] == side], 1) for side in sides]
         return torch.cat([each.flatten(1) for each in by_side], 1)
+
+    def _on_grid(self, module: nn.Module, maps: Tensor) -> Tensor:
+        side = maps.shape[-1]
+        if self.stored_side(side) != self.grid:
+            return maps
+        matrix = module.get_buffer(self.grid_name(side))
+        return matrix @ maps @ matrix.T
 
     def grid_matrix(self, side: int) -> Tensor:
         """The matrix that brings an axis of activation maps of this side onto the tap's grid (`resize_matrix`)."""

@@ -74,11 +74,7 @@ class TappedTeacher(nn.Module):
         for at in dict.fromkeys(tap.at for tap in self.taps if tap.info.gridded):
             self._reads[at] = self._stages_at(at)
         for tap in self.taps:
-            for side in {maps.side for maps in self._maps(tap)} if tap.info.gridded else ():
-                if tap.stored_side(side) == tap.grid and not hasattr(
-                    self, tap.grid_name(side)
-                ):  # a constant of the graph
-                    self.register_buffer(tap.grid_name(side), tap.grid_matrix(side))
+            tap.add_matrices(self, (maps.side for maps in self._maps(tap)) if tap.info.gridded else ())
 
     def _stages_at(self, at: At) -> list[_MapsOf]:
         """The stages of a network that are read at a place, with hooks where timm does not give them."""
@@ -171,7 +167,7 @@ class TappedTeacher(nn.Module):
         if tap.name == "tokens":
             return torch.stack([self._streams[n] for n in tap.layers] if tap.layers else [features], 1)
         if tap.name == "activations":
-            return tap.one_tensor([self._on_grid(tap, n) for n in tap.numbers(len(self._reads[tap.at]))])
+            return tap.one_tensor(self, (self._kept[tap.at, n] for n in tap.numbers(len(self._reads[tap.at]))))
         assert self.attention is not None
         taps = self._attention_taps
         seen = {layer.number: attention for layer, attention in zip(taps.layers, taps.attention, strict=True)}
@@ -183,13 +179,6 @@ class TappedTeacher(nn.Module):
             case "attention":
                 return torch.stack([layer.rows() for layer in layers], 1)
         return torch.stack([getattr(layer, tap.name) for layer in layers], 1)
-
-    def _on_grid(self, tap: Tap, n: int) -> Tensor:
-        side, maps = self._reads[tap.at][n - 1].side, self._kept[tap.at, n]
-        if tap.stored_side(side) != tap.grid:
-            return maps
-        matrix = self.get_buffer(tap.grid_name(side))
-        return matrix @ maps @ matrix.T
 
 
 class _MapsOf(NamedTuple):

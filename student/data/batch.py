@@ -92,11 +92,11 @@ class Batch:
         own, mixed_in = (F.one_hot(labels, classes).float() for labels in (self.labels, self.mix_labels))
         return own + self.mix_weights[:, None] * (mixed_in - own)
 
-    def pixels(self, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    def pixels(self, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:
         """Normalized images f32 `[B, 3, S, S]`, for a network's input.
 
         Args:
-            mean: of the network's input, per channel.
+            mean: of the network's input, per channel; a tensor is `[3, 1, 1]`.
             std: of the network's input, per channel.
         """
         return normalize(self.images, mean, std)

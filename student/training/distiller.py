@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from precompute.taps import full
 from storage.errors import UserError, setting
-from storage.views.normalize import normalize
 from student.alignment.student_spec import StudentSpec, student_spec
 from student.alignment.student_taps import ELSEWHERE, OF_ANY, StudentTap, StudentTaps
 from student.attention_copy.copier import AttentionCopier
@@ -231,7 +230,7 @@ class Distiller(nn.Module):
         """Normalized images f32 `[B, 3, S, S]`, by constants that were brought to the device once."""
         device = batch.images.device
         self._mean, self._std = self._mean.to(device), self._std.to(device)
-        return normalize(batch.images, self._mean, self._std)
+        return batch.pixels(self._mean, self._std)
 
     def _target(self, batch: Batch, id: str) -> Tensor:
         if id in self.means:

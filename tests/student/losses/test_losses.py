@@ -340,9 +340,10 @@ def two(losses: dict[str, Any], target: torch.Tensor | None = None) -> dict[str,
         mix_labels=labels,
         mix_weights=torch.zeros(4),
         target=lambda id: target,
+        pixels=lambda mean, std: (images.permute(0, 3, 1, 2).float() / 255 - mean) / std,
     )
     _, found = distiller(batch)
-    first, second = distiller.student((images.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5)
+    first, second = distiller.student(batch.pixels(0.5, 0.5))
     return {
         **found,
         "first": F.cross_entropy(first, labels),
